@@ -1,0 +1,279 @@
+//! What a pipeline is asked to do: `pipeline.toml`, read and proven.
+//!
+//! Two types: [`raw`] is what TOML can say, [`PipelineConfig`] is what can run; only [`load`] makes
+//! the second, and everything below the configuration takes only the second. Each error names file,
+//! line and column, underlines the text and says what to write instead.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::record::{PipelineName, RouteName, SinkName, StageName};
+
+/// A pipeline that can run, as far as the file alone can tell.
+#[derive(Clone, Debug)]
+pub struct PipelineConfig {
+    /// The file and its text: later checks (plugins, tables) point into it too.
+    pub file: Arc<ConfigFile>,
+    /// The pipeline's name: part of every position's key.
+    pub name: PipelineName,
+    /// Where state lives: positions, dead letters, generations, compiled plugins.
+    pub state_dir: PathBuf,
+    /// Where records come from.
+    pub source: SourceConfig,
+    /// The stages, in the order in which records pass them; at least one.
+    pub stages: Vec<StageConfig>,
+    /// The sinks, at least one.
+    pub sinks: Vec<SinkConfig>,
+    /// Bytes that all sinks' buffers may hold together.
+    pub buffer_bytes_max: usize,
+    /// When more records than this are rejected, the lane blocks.
+    pub rejected_max: RejectedMax,
+    /// What to do when a sink stands behind the checkpoint.
+    pub on_position_mismatch: OnPositionMismatch,
+    /// The admin port; `None`: none is opened.
+    pub admin: Option<std::net::SocketAddr>,
+}
+
+/// A configuration file. `${VAR}` is replaced in string values only, after parsing, so spans hold.
+#[derive(Debug)]
+pub struct ConfigFile {
+    /// The path as the user gave it.
+    pub path: PathBuf,
+    /// Its text as written (spans point into it).
+    pub text: String,
+}
+
+/// A value and where it stands in the file, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Located<T> {
+    /// The value.
+    pub value: T,
+    /// Its bytes in [`ConfigFile::text`].
+    pub span: Range<usize>,
+}
+
+/// Where records come from.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// The stream's name.
+    pub stream: Located<String>,
+    /// The server to talk to.
+    pub endpoint: Endpoint,
+    /// The AWS region; `None`: the standard chain.
+    pub region: Option<String>,
+    /// Where a shard without a position starts.
+    pub start: StartPosition,
+    /// Create the stream when it does not exist.
+    pub create: Option<CreateStream>,
+    /// The most records that one GetRecords call asks for, 1 to 10,000.
+    pub records_per_call_max: u32,
+    /// The pause between two GetRecords calls of one shard that has nothing new, at least 200 ms
+    /// against AWS (5 calls per second and shard).
+    pub poll_interval: Duration,
+    /// How batches are cut.
+    pub batch: BatchLimits,
+    /// The media type of the payloads, when the user declares it: checked against the first stage.
+    pub format: Option<String>,
+}
+
+/// The server that speaks the Kinesis API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// AWS, by the standard chain.
+    Aws,
+    /// The embedded stream: ours on loopback.
+    Embedded,
+    /// Another server.
+    Url(url::Url),
+}
+
+/// Where a shard without a position starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartPosition {
+    /// At the oldest record that the stream still holds.
+    TrimHorizon,
+    /// With records put after the pipeline's first start; resolved once, durably.
+    Latest,
+    /// At the first record that arrived at or after this time, milliseconds since 1970.
+    AtTimestampMs(i64),
+}
+
+/// How to create a stream that is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CreateStream {
+    /// Its number of shards, at least 1.
+    pub shards: u32,
+    /// How long to wait until it is ACTIVE.
+    pub wait_max: Duration,
+}
+
+/// A batch is cut at the first of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Records, at least 1.
+    pub records_max: usize,
+    /// Payload bytes; one larger record travels alone.
+    pub bytes_max: usize,
+}
+
+/// One plugin in the path.
+#[derive(Clone, Debug)]
+pub struct StageConfig {
+    /// Its name, unique in the pipeline.
+    pub name: Located<StageName>,
+    /// The component's file, absolute or relative to the configuration file (already joined).
+    pub plugin: Located<PathBuf>,
+    /// The digest that the file must have, 64 lower-case hex digits.
+    pub sha256: Option<Located<String>>,
+    /// `[stage.config]` as JSON text.
+    pub config_json: String,
+    /// What one batch may use.
+    pub limits: StageLimits,
+    /// Which route goes to which sinks. A route bound to no sink (`[]`) is dropped on purpose.
+    pub routes: BTreeMap<RouteName, BoundSinks>,
+    /// Where the stage's table begins, for errors about what is missing in it.
+    pub span: Range<usize>,
+}
+
+/// The sinks of one route, with the places in the file.
+#[derive(Clone, Debug)]
+pub struct BoundSinks {
+    /// The route's key in the file.
+    pub key_span: Range<usize>,
+    /// The sinks, each existing.
+    pub sinks: Vec<Located<SinkName>>,
+}
+
+/// What one call of a plugin may use. Going over is the failure of the guilty record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct StageLimits {
+    /// Wall time of one call with a whole batch, in milliseconds.
+    pub batch_ms_max: u64,
+    /// Wall time of one call with one record, in milliseconds.
+    pub record_ms_max: u64,
+    /// Linear memory of all the instance's memories, in bytes.
+    pub memory_bytes_max: usize,
+    /// Elements of all the instance's tables.
+    pub table_elements_max: usize,
+    /// Bytes that one call may hand back.
+    pub output_bytes_max: usize,
+}
+
+impl Default for StageLimits {
+    fn default() -> Self {
+        Self {
+            batch_ms_max: 2_000,
+            record_ms_max: 500,
+            memory_bytes_max: 256 << 20,
+            table_elements_max: 100_000,
+            output_bytes_max: 64 << 20,
+        }
+    }
+}
+
+/// When a lane blocks instead of filling the dead letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RejectedMax {
+    /// Rejected records among the last 1,000.
+    pub of_last_1000: u32,
+    /// Rejected records in a row.
+    pub in_a_row: u32,
+}
+
+impl Default for RejectedMax {
+    fn default() -> Self {
+        Self { of_last_1000: 100, in_a_row: 100 }
+    }
+}
+
+/// What to do when a sink stands behind the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnPositionMismatch {
+    /// Stop, name both, name the choices.
+    Stop,
+    /// Believe the sink: start there.
+    Sink,
+    /// Believe the checkpoint: start there.
+    Checkpoint,
+}
+
+/// One sink.
+#[derive(Clone, Debug)]
+pub struct SinkConfig {
+    /// Its name, unique in the pipeline.
+    pub name: Located<SinkName>,
+    /// When it commits.
+    pub rhythm: Rhythm,
+    /// What it is.
+    pub kind: SinkKind,
+    /// Where the sink's table begins.
+    pub span: Range<usize>,
+    /// The sink's table as JSON with secrets left as `${VAR}` written: stored with the generation.
+    pub fingerprint_json: String,
+}
+
+/// A sink commits at the first of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rhythm {
+    /// Rows of one shard in hand.
+    pub rows_max: usize,
+    /// Bytes of one shard in hand.
+    pub bytes_max: usize,
+    /// Age of the oldest span in hand.
+    pub linger_max: Duration,
+}
+
+/// The sinks that there are.
+#[derive(Clone, Debug)]
+pub enum SinkKind {
+    /// One line per row on standard output; at least once.
+    Stdout {
+        /// With `{field}` for a JSON field and `{shard}`, `{sequence}`, `{key}`, `{route}`;
+        /// `None`: the payload as it is.
+        template: Option<String>,
+    },
+    /// A table in a SQLite file; exactly once.
+    Sqlite {
+        /// The database file.
+        path: PathBuf,
+        /// The table.
+        table: String,
+        /// Create the table from the route's columns when it is missing.
+        create: bool,
+    },
+    /// A table in PostgreSQL; exactly once.
+    Postgres {
+        /// A connection string, `postgres://…` or `host=… dbname=…`.
+        url: String,
+        /// The table, optionally `schema.table`.
+        table: String,
+        /// Create the table from the route's columns when it is missing.
+        create: bool,
+    },
+    /// Objects in a bucket or folder; exactly once by a claim log.
+    Objects {
+        /// `file:///…`, `s3://bucket/prefix`, `gs://…`, `az://…`.
+        url: url::Url,
+        /// Options for `object_store`, for example `aws_endpoint`.
+        options: BTreeMap<String, String>,
+        /// How the objects are compressed.
+        compression: Compression,
+    },
+}
+
+/// How objects are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// gzip, `.gz`.
+    Gzip,
+    /// Zstandard, `.zst`.
+    Zstd,
+}

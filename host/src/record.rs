@@ -1,0 +1,298 @@
+//! What travels: records, the positions that name them, and batches of them.
+//!
+//! Pure data; no I/O. A position is compared as numbers, never as text, and travels in
+//! half-open spans `(from, to]`.
+
+use std::cmp::Ordering;
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+/// Declares a newtype over text with the conversions that all domain names share.
+macro_rules! text_newtype {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            /// Wraps the text as it is.
+            pub fn new(text: impl Into<Arc<str>>) -> Self {
+                Self(text.into())
+            }
+
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl From<&str> for $name {
+            fn from(text: &str) -> Self {
+                Self::new(text)
+            }
+        }
+
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+    };
+}
+pub(crate) use text_newtype;
+
+text_newtype! {
+    /// The name of a pipeline: part of every position's key.
+    PipelineName
+}
+text_newtype! {
+    /// A shard's id, as `shardId-000000000003`.
+    ShardId
+}
+text_newtype! {
+    /// The name of a stage in its pipeline.
+    StageName
+}
+text_newtype! {
+    /// The name of a sink in its pipeline: part of its positions' keys.
+    SinkName
+}
+text_newtype! {
+    /// The name of a route that a plugin declares and a pipeline binds to sinks.
+    RouteName
+}
+
+/// A Kinesis sequence number: a decimal number of up to 129 digits.
+///
+/// Source: API reference, `Record.SequenceNumber`, pattern `0|([1-9]\d{0,128})`.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SequenceNumber(Arc<str>);
+
+/// The most digits that a sequence number has.
+pub const SEQUENCE_NUMBER_DIGITS_MAX: usize = 129;
+
+/// Text that is no sequence number.
+#[derive(Debug, thiserror::Error)]
+#[error("{text:?} is no sequence number: 1 to {SEQUENCE_NUMBER_DIGITS_MAX} decimal digits are due")]
+pub struct NotASequenceNumber {
+    text: String,
+}
+
+impl SequenceNumber {
+    /// Reads 1 to 129 decimal digits; leading zeros are dropped, so that equal numbers are equal.
+    pub fn parse(text: &str) -> Result<Self, NotASequenceNumber> {
+        let digits = text.trim_start_matches('0');
+        if text.is_empty()
+            || digits.len() > SEQUENCE_NUMBER_DIGITS_MAX
+            || !text.bytes().all(|byte| byte.is_ascii_digit())
+        {
+            return Err(NotASequenceNumber { text: text.into() });
+        }
+        Ok(Self(if digits.is_empty() { "0" } else { digits }.into()))
+    }
+
+    /// The number's decimal digits, without leading zeros.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The number as 129 digits: text order is then number order (for stores without wide numbers).
+    pub fn zero_padded(&self) -> String {
+        format!("{:0>width$}", &*self.0, width = SEQUENCE_NUMBER_DIGITS_MAX)
+    }
+}
+
+impl Ord for SequenceNumber {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.0.len(), &self.0).cmp(&(other.0.len(), &other.0))
+    }
+}
+
+impl PartialOrd for SequenceNumber {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl fmt::Display for SequenceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for SequenceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for SequenceNumber {
+    type Error = NotASequenceNumber;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::parse(&text)
+    }
+}
+
+impl From<SequenceNumber> for String {
+    fn from(number: SequenceNumber) -> Self {
+        number.0.as_ref().into()
+    }
+}
+
+/// The place of one record in its shard. The sub-sequence counts the records inside one
+/// aggregated record; it is 0 for an ordinary one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Position {
+    /// The record's sequence number.
+    pub sequence: SequenceNumber,
+    /// The record's place within its aggregate, from 0.
+    pub sub_sequence: u64,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.sub_sequence {
+            0 => write!(f, "{}", self.sequence),
+            sub => write!(f, "{}/{sub}", self.sequence),
+        }
+    }
+}
+
+/// A stretch of a shard, `(from, to]`. `from` of `None` is the place before the first record read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PositionSpan {
+    /// Exclusive; `None` is before everything.
+    pub from_exclusive: Option<Position>,
+    /// Inclusive.
+    pub to_inclusive: Position,
+}
+
+/// A stream that cannot be mistaken for another of the same name: deleted and created again
+/// under one name and ARN, it has another creation time.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct StreamIdentity {
+    /// The stream's name.
+    pub name: Arc<str>,
+    /// The stream's ARN.
+    pub arn: Arc<str>,
+    /// When it was created, in milliseconds since 1970.
+    pub created_ms: i64,
+}
+
+impl StreamIdentity {
+    /// The identity as one text, `ARN@milliseconds`: the form in which positions are keyed.
+    pub fn key(&self) -> String {
+        format!("{}@{}", self.arn, self.created_ms)
+    }
+}
+
+/// One shard as one pipeline reads it: what positions, claims and dead letters are keyed by.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ShardKey {
+    /// The pipeline that reads.
+    pub pipeline: PipelineName,
+    /// The stream that is read.
+    pub stream: Arc<StreamIdentity>,
+    /// The shard of that stream.
+    pub shard: ShardId,
+}
+
+/// One record of a shard, as it was put.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Its place in the shard.
+    pub position: Position,
+    /// The partition key, 1 to 256 characters.
+    pub partition_key: Bytes,
+    /// The data, 0 to 10 MiB.
+    pub payload: Bytes,
+    /// When the stream accepted it, in milliseconds since 1970.
+    pub arrived_ms: u64,
+}
+
+/// Consecutive records of one shard, in order, with the span that they cover.
+#[derive(Debug)]
+pub struct Batch {
+    /// The shard that they come from.
+    pub shard: ShardKey,
+    /// The records, by ascending position.
+    pub records: Vec<Record>,
+    /// What is settled once every record here has its outcome.
+    pub span: PositionSpan,
+}
+
+impl Batch {
+    /// The bytes that its payloads and keys hold in memory.
+    pub fn bytes(&self) -> usize {
+        self.records.iter().map(|record| record.payload.len() + record.partition_key.len()).sum()
+    }
+}
+
+/// One output of the last stage that ran for it, on its way to a sink.
+///
+/// Cheap to clone: it shares its batch, so that a sink that refuses it can still write a dead
+/// letter with the original record.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// The batch that it comes from.
+    pub batch: Arc<Batch>,
+    /// Index of its source record in `batch.records`.
+    pub record: u32,
+    /// Its place among the outputs of that record, from 0: with the position, the row's identity.
+    pub ordinal: u32,
+    /// The route that it took.
+    pub route: RouteName,
+    /// The partition key after the stages.
+    pub key: Bytes,
+    /// The payload after the stages.
+    pub payload: Bytes,
+}
+
+impl Row {
+    /// The record that it came from.
+    pub fn source(&self) -> &Record {
+        &self.batch.records[self.record as usize]
+    }
+
+    /// The position of the record that it came from.
+    pub fn position(&self) -> &Position {
+        &self.source().position
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(text: &str) -> SequenceNumber {
+        SequenceNumber::parse(text).expect("a number")
+    }
+
+    #[test]
+    fn sequence_numbers_compare_as_numbers() {
+        assert!(number("9") < number("10"));
+        assert!(number("99999999999999999999") < number("100000000000000000000"));
+        assert_eq!(number("007"), number("7"));
+        assert_eq!(number("0").as_str(), "0");
+        assert!(number("9").zero_padded() < number("10").zero_padded());
+        assert_eq!(number("1").zero_padded().len(), SEQUENCE_NUMBER_DIGITS_MAX);
+    }
+
+    #[test]
+    fn what_is_no_number_is_refused() {
+        for text in ["", "1a", "-1", "TRIM_HORIZON", &"9".repeat(130)] {
+            assert!(SequenceNumber::parse(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Where rows go: the contract that every sink keeps.
+//!
+//! A sink holds the truth about how far it is. `acquire` takes a shard over (an earlier owner can
+//! no longer commit) and says where the sink stands; `commit` makes a span's rows and the new
+//! position durable together. Buffering, rhythm, retries and the byte budget are not a sink's
+//! work: `delivery` does them for all.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::record::{Position, PositionSpan, RouteName, Row, ShardKey, SinkName};
+
+/// A column that a route declares: the name and the type as the plugin's author wrote it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Column {
+    /// The column's name, as in the table.
+    pub name: String,
+    /// A SQL type name, for example `bigint` or `timestamptz`.
+    pub data_type: String,
+    /// Whether null may come.
+    pub nullable: bool,
+}
+
+/// A route that a pipeline bound to a sink: what the sink will be given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BoundRoute {
+    /// The route's name.
+    pub name: RouteName,
+    /// The media type of its payloads, for example `application/json`.
+    pub format: String,
+    /// The columns that the plugin declares; empty: not declared.
+    pub columns: Vec<Column>,
+}
+
+/// Rows of one shard and the span that they settle. The span may hold more records than rows
+/// (filtered, dead-lettered, routed elsewhere) and may hold no row at all.
+#[derive(Debug)]
+pub struct Commit {
+    /// What is settled: the sink's position moves from `from_exclusive` to `to_inclusive`.
+    pub span: PositionSpan,
+    /// The rows, by ascending (position, ordinal).
+    pub rows: Vec<Row>,
+    /// The id of the generation (stages, digests, configuration) that made the rows.
+    pub generation: Arc<str>,
+}
+
+/// A row that the sink's table refused: it goes to the dead letters alone.
+#[derive(Debug)]
+pub struct Refusal {
+    /// Index into [`Commit::rows`].
+    pub row: usize,
+    /// Why, as the sink or the host says it; with the SQLSTATE where there is one.
+    pub reason: String,
+}
+
+/// What a commit did.
+#[derive(Debug, Default)]
+pub struct Committed {
+    /// Rows written.
+    pub rows_written: u64,
+    /// Rows refused and held for the dead letters.
+    pub rows_refused: u64,
+    /// Bytes handed to the destination.
+    pub bytes_written: u64,
+}
+
+/// Why a sink could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SinkError {
+    /// Another owner has taken the shard over: nothing was committed. The lane starts anew.
+    #[error("sink {sink}: another owner has taken over {shard}: {detail}")]
+    Fenced {
+        /// The sink.
+        sink: SinkName,
+        /// The shard that was lost.
+        shard: String,
+        /// What was found.
+        detail: String,
+    },
+    /// The destination cannot take the rows now (gone, full, altered): nothing was committed.
+    /// The delivery backs off and tries again, visibly.
+    #[error("sink {sink}: {cause}")]
+    Unavailable {
+        /// The sink.
+        sink: SinkName,
+        /// The cause and the way out, as one sentence.
+        cause: String,
+    },
+    /// Too many rows were refused: the fault is not the rows'. Nothing was committed.
+    #[error("sink {sink}: {cause}")]
+    TooManyRefused {
+        /// The sink.
+        sink: SinkName,
+        /// The limit, and the last reason.
+        cause: String,
+    },
+}
+
+/// Where a sink keeps refused rows *before* it commits the span that they belong to.
+#[async_trait]
+pub trait RefusalLog: Send + Sync {
+    /// Makes the refusals durable but hidden; they show once the sink's position covers them.
+    ///
+    /// # Errors
+    /// [`SinkError::TooManyRefused`] past the limit; [`SinkError::Unavailable`] when the dead-letter
+    /// store cannot be written. The sink must then roll back and return the error.
+    async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError>;
+}
+
+/// A destination.
+#[async_trait]
+pub trait Sink: Send + Sync {
+    /// Its name in the pipeline.
+    fn name(&self) -> &SinkName;
+
+    /// Checks that the destination is there and takes what the routes carry (format, and columns
+    /// against the live table), creating it where the configuration asks for that. Writes no row.
+    ///
+    /// # Errors
+    /// What does not fit, with both sides; or that the destination is out of reach.
+    async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError>;
+
+    /// Takes the shard over: after this no earlier writer of it can commit.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the destination is out of reach.
+    async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError>;
+
+    /// Where the sink stands for a shard, without taking it over. `None`: no position yet, or the
+    /// sink keeps none (then [`Acquired::keeps_position`] is false as well).
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the destination is out of reach.
+    async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError>;
+}
+
+/// A shard taken over.
+pub struct Acquired {
+    /// Commits the shard's rows from here on.
+    pub writer: Box<dyn SinkWriter>,
+    /// The last position that the sink has; `None`: none yet.
+    pub position: Option<Position>,
+    /// False for at-least-once sinks: the host keeps their position in its checkpoint store.
+    pub keeps_position: bool,
+    /// Where the next commit must end exactly, because an earlier owner has promised an object
+    /// with that end and did not write it. Only claim logs set it.
+    pub must_cut_at: Option<Position>,
+}
+
+/// Writes one shard's rows. Owned by one delivery task; calls do not overlap.
+#[async_trait]
+pub trait SinkWriter: Send {
+    /// Writes the rows and moves the position, as one durable step. After an error nothing of the
+    /// commit is visible, and the same commit may be tried again: a commit whose reply was lost and
+    /// that did land is recognised by its position and answered as done.
+    ///
+    /// # Errors
+    /// [`SinkError`]; a single bad row is no error, it goes through `refusals`.
+    async fn commit(
+        &mut self,
+        commit: &Commit,
+        refusals: &dyn RefusalLog,
+    ) -> Result<Committed, SinkError>;
+}
