@@ -24,6 +24,14 @@ impl RejectionWindow {
         Self { limits, outcomes, rejected: 0, in_a_row: 0 }
     }
 
+    /// Counts records that went through.
+    pub fn accept(&mut self, records: usize) {
+        for _ in 0..records.min(WINDOW_RECORDS) {
+            // Only a rejection can pass a limit.
+            let _ = self.count(false);
+        }
+    }
+
     /// Counts one record.
     ///
     /// # Errors

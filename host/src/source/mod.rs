@@ -1,0 +1,1 @@
+//! Where records come from: what a lane asks of a source.
