@@ -1,8 +1,19 @@
 //! What a pipeline is asked to do: `pipeline.toml`, read and proven.
 //!
-//! Two types: [`raw`] is what TOML can say, [`PipelineConfig`] is what can run; only [`load`] makes
+//! Two types: `raw` is what TOML can say, [`PipelineConfig`] is what can run; only [`load`] makes
 //! the second, and everything below the configuration takes only the second. Each error names file,
 //! line and column, underlines the text and says what to write instead.
+
+mod bindings;
+mod check;
+mod diagnostic;
+mod env;
+mod json;
+mod load;
+mod raw;
+mod sink;
+mod source;
+mod stage;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,6 +23,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
+pub use self::env::Lookup;
+pub use self::load::{load, parse};
 use crate::record::{PipelineName, RouteName, SinkName, StageName};
 
 /// A pipeline that can run, as far as the file alone can tell.
