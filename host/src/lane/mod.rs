@@ -308,31 +308,22 @@ impl Lane<'_> {
     /// Lets the sinks commit what is in hand, writes the checkpoint, and ends the lane.
     ///
     /// # Errors
-    /// [`LaneError`] when a shard's end cannot be made durable.
-    pub async fn settle(self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
-        let flushed = tokio::time::timeout(DRAIN_MAX, async {
-            for delivery in &self.deliveries {
-                if delivery.flush().await.is_err() {
-                    return false;
-                }
-            }
-            true
-        });
+    /// [`LaneError`] when the sinks or the state database fail.
+    pub async fn settle(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
+        let deliveries = std::mem::take(&mut self.deliveries);
         let flushed = match end {
-            LaneEnd::Stopped => flushed.await.unwrap_or(false),
+            LaneEnd::Stopped => drain(&deliveries).await,
             // Children wait for the end: there is no hurry, only completeness.
-            LaneEnd::ShardEnd => {
-                tokio::select! {
-                    all = flush_all(&self.deliveries) => all,
-                    () = self.stop.cancelled() => flushed.await.unwrap_or(false),
-                }
-            }
+            LaneEnd::ShardEnd => tokio::select! {
+                all = flush(&deliveries) => all,
+                () = self.stop.cancelled() => drain(&deliveries).await,
+            },
         };
         self.checkpointer.abort();
         let ended = end == LaneEnd::ShardEnd && flushed;
-        checkpointer::write(self.shared, &self.shard, &self.deliveries, ended).await?;
+        checkpointer::write(self.shared, &self.shard, &deliveries, ended).await?;
         self.abandon.cancel();
-        for delivery in self.deliveries {
+        for delivery in deliveries {
             delivery.join().await?;
         }
         Ok(if ended { LaneEnd::ShardEnd } else { LaneEnd::Stopped })
@@ -350,13 +341,15 @@ impl Drop for Lane<'_> {
     }
 }
 
-async fn flush_all(deliveries: &[DeliveryHandle]) -> bool {
-    for delivery in deliveries {
-        if delivery.flush().await.is_err() {
-            return false;
-        }
-    }
-    true
+/// Commits everything in hand; false: a sink has ended by itself.
+async fn flush(deliveries: &[DeliveryHandle]) -> bool {
+    let flushes = deliveries.iter().map(DeliveryHandle::flush);
+    futures::future::try_join_all(flushes).await.is_ok()
+}
+
+/// The same, as far as the time of a shutdown allows.
+async fn drain(deliveries: &[DeliveryHandle]) -> bool {
+    tokio::time::timeout(DRAIN_MAX, flush(deliveries)).await.unwrap_or(false)
 }
 
 /// What rows keep in memory: their own bytes and the batch that they share.

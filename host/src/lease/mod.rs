@@ -7,8 +7,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use fs4::FileExt as _;
-
 use crate::record::PipelineName;
 
 /// The pipeline's folder cannot be had.
@@ -63,7 +61,7 @@ impl PipelineLock {
             .truncate(false)
             .open(&path)
             .map_err(unusable)?;
-        if FileExt::try_lock(&file).is_err() {
+        if file.try_lock().is_err() {
             let mut owner = String::new();
             // Only for the message.
             let _ = file.read_to_string(&mut owner);

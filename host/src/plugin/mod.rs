@@ -17,9 +17,9 @@ use sha2::{Digest as _, Sha256};
 use wasmtime::component::{Component, Linker};
 
 pub use bindings::exports::shardmill::plugin::stage::{
-    Batch as WireBatch, Context, Descriptor, Failure, Input, Outcome, Output, Reject, Route,
+    Batch as WireBatch, Context, Descriptor, Failure, Outcome,
 };
-pub use bindings::shardmill::plugin::types::{Column, Span};
+pub use bindings::shardmill::plugin::types::{Column, Input, Output, Reject, Route, Span};
 pub use cache::CompileCache;
 pub use engine::PluginEngine;
 pub use instance::{CallError, CallFault, Instance};

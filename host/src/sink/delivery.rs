@@ -307,23 +307,13 @@ impl Worker {
         if committed.rows_refused > 0 {
             metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{sink}"))
                 .increment(committed.rows_refused);
-            self.settle(&commit.span.to_inclusive).await;
+            settle(&self.context, &commit.span.to_inclusive).await;
         }
         self.refusals.committed(&commit);
         self.stored = Some(commit.span.to_inclusive.clone());
         self.context.skip_to.clone_from(&self.stored);
         self.publish.send_replace(Progress { position: self.stored.clone(), blocked: None });
         Ok(())
-    }
-
-    /// Shows the letters of the rows that were refused. A failure only hides them until the shard
-    /// is acquired again.
-    async fn settle(&self, up_to: &Position) {
-        let context = &self.context;
-        let settled = context.letters.settle(&context.shard, &context.sink, Some(up_to), false);
-        if let Err(error) = settled.await {
-            tracing::warn!(%error, "dead letters stay hidden until the shard is acquired again");
-        }
     }
 
     fn block(&self, error: &SinkError) {
@@ -337,6 +327,15 @@ impl Worker {
             }
             changed
         });
+    }
+}
+
+/// Shows the letters of the rows that were refused. A failure only hides them until the shard is
+/// acquired again.
+async fn settle(context: &DeliveryContext, up_to: &Position) {
+    let settled = context.letters.settle(&context.shard, &context.sink, Some(up_to), false);
+    if let Err(error) = settled.await {
+        tracing::warn!(%error, "dead letters stay hidden until the shard is acquired again");
     }
 }
 
