@@ -176,6 +176,15 @@ pub struct StageLimits {
     pub table_elements_max: usize,
     /// Bytes that one call may hand back.
     pub output_bytes_max: usize,
+    /// How long a failure that the plugin calls retryable is tried again, in milliseconds.
+    pub retry_ms_max: u64,
+}
+
+impl StageLimits {
+    /// The deadline of one call with `records` records, in milliseconds.
+    pub fn call_ms_max(&self, records: usize) -> u64 {
+        self.batch_ms_max.min(self.record_ms_max.saturating_mul(records as u64)).max(1)
+    }
 }
 
 impl Default for StageLimits {
@@ -186,6 +195,7 @@ impl Default for StageLimits {
             memory_bytes_max: 256 << 20,
             table_elements_max: 100_000,
             output_bytes_max: 64 << 20,
+            retry_ms_max: 60_000,
         }
     }
 }

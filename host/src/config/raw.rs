@@ -81,6 +81,7 @@ pub(super) struct RawLimits {
     pub memory: Maybe<Size>,
     pub tables: Maybe<Count>,
     pub output: Maybe<Size>,
+    pub retry: Maybe<Span>,
 }
 
 /// `[[sink]]` with `type = "stdout"`
