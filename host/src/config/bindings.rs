@@ -50,7 +50,7 @@ impl Names {
         let exists = self.sinks.contains(name);
         if !exists {
             let sinks: Vec<&str> = self.sinks.iter().map(String::as_str).collect();
-            let help = suggest(name, "sink", &sinks);
+            let help = suggest(name, "the sinks", &sinks);
             check.problem(span, format!("there is no sink `{name}`"), help);
         }
         exists

@@ -84,7 +84,7 @@ impl<'a> Check<'a> {
         let value = match humantime::parse_duration(text) {
             Ok(value) => value,
             Err(cause) => {
-                let message = format!("{text:?} is no duration: {cause}");
+                let message = format!("{text:?} is no duration: {}", duration_fault(&cause));
                 self.problem(raw.span(), message, "write for example \"200 ms\" or \"5 min\"");
                 return None;
             }
@@ -155,8 +155,8 @@ impl<'a> Check<'a> {
             return Some(*value);
         }
         let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-        let help = suggest(text, noun, &words);
-        self.problem(raw.span(), format!("there is no {noun} {text:?}"), help);
+        let help = suggest(text, "allowed", &words);
+        self.problem(raw.span(), format!("{text:?} is no {noun}"), help);
         None
     }
 
@@ -189,6 +189,18 @@ impl<'a> Check<'a> {
             return None;
         }
         Some(text.clone())
+    }
+}
+
+/// What is wrong with a duration, shortly.
+fn duration_fault(cause: &humantime::DurationError) -> String {
+    match cause {
+        humantime::DurationError::UnknownUnit { unit, .. } if unit.is_empty() => {
+            "its unit is missing".to_owned()
+        }
+        humantime::DurationError::UnknownUnit { unit, .. } => format!("unknown unit {unit:?}"),
+        humantime::DurationError::Empty => "it is empty".to_owned(),
+        cause => cause.to_string(),
     }
 }
 

@@ -49,11 +49,16 @@ impl ConfigFile {
     /// The place where a span begins, as `FILE:LINE:COLUMN`; both count from 1, columns in
     /// characters.
     pub fn place(&self, span: &Range<usize>) -> String {
-        let before = &self.text.as_bytes()[..span.start.min(self.text.len())];
+        let (line, column) = self.line_and_column(span.start);
+        format!("{}:{line}:{column}", self.path.display())
+    }
+
+    fn line_and_column(&self, offset: usize) -> (usize, usize) {
+        let before = &self.text.as_bytes()[..offset.min(self.text.len())];
         let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
         let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         let column = String::from_utf8_lossy(&before[line_start..]).chars().count() + 1;
-        format!("{}:{line}:{column}", self.path.display())
+        (line, column)
     }
 }
 
@@ -139,8 +144,8 @@ impl Problem {
 fn visible(text: &str, span: Range<usize>) -> Range<usize> {
     let mut start = span.start.min(text.len());
     if start == text.len() {
-        // The end of the file: point behind its last visible character.
-        start = text.trim_end().len();
+        // The end of the file: the last visible character shows where that is.
+        start = text.trim_end().len().saturating_sub(1);
     }
     while !text.is_char_boundary(start) {
         start -= 1;
@@ -187,12 +192,14 @@ impl SourceCode for ConfigFile {
         context_lines_after: usize,
     ) -> Result<Box<dyn SpanContents<'a> + 'a>, MietteError> {
         let contents = self.text.read_span(span, context_lines_before, context_lines_after)?;
+        // miette counts columns in bytes, everything that a user sees here counts characters.
+        let (_, column) = self.line_and_column(contents.span().offset());
         Ok(Box::new(MietteSpanContents::new_named(
             self.path.display().to_string(),
             contents.data(),
             *contents.span(),
             contents.line(),
-            contents.column(),
+            column - 1,
             contents.line_count(),
         )))
     }
@@ -248,16 +255,12 @@ pub fn did_you_mean<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// "did you mean `x`? " if something is near, then all that is allowed: the usual way out.
-pub fn suggest(written: &str, noun: &str, candidates: &[&str]) -> String {
-    let listed: Vec<String> = candidates.iter().map(|name| format!("`{name}`")).collect();
-    let all = match listed.as_slice() {
-        [] => format!("there is no {noun}"),
-        [one] => format!("the only {noun} is {one}"),
-        [first @ .., last] => format!("{noun}s: {} and {last}", first.join(", ")),
-    };
+/// "did you mean `x`?" if something is near, then all candidates after `lead`: the usual way out.
+pub fn suggest(written: &str, lead: &str, candidates: &[&str]) -> String {
+    let all: Vec<String> = candidates.iter().map(|name| format!("`{name}`")).collect();
+    let all = if all.is_empty() { "none".to_owned() } else { all.join(", ") };
     match did_you_mean(written, candidates.iter().copied()) {
-        Some(near) if candidates.len() > 1 => format!("did you mean `{near}`? {all}"),
-        _ => all,
+        Some(near) if candidates.len() > 1 => format!("did you mean `{near}`? {lead}: {all}"),
+        _ => format!("{lead}: {all}"),
     }
 }

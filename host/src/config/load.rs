@@ -60,7 +60,11 @@ fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<Pip
         Ok(root) => root.into_inner(),
         Err(error) => {
             let span = error.span().unwrap_or_default();
-            check.problem(span, format!("this is no TOML: {}", error.message()), "");
+            let help = match error.message() {
+                "duplicate key" => "keep one of the two",
+                _ => "check the quotes, brackets and commas here and on the line before",
+            };
+            check.problem(span, format!("this is no TOML: {}", error.message()), help);
             return None;
         }
     };
@@ -128,7 +132,7 @@ impl<'i> Sections<'i> {
         for key in root.keys() {
             let name = key.get_ref();
             let message = format!("there is no table or top-level key `{name}`");
-            check.problem(key.span(), message, suggest(name, "table", &TABLES));
+            check.problem(key.span(), message, suggest(name, "allowed", &TABLES));
         }
         sections
     }
@@ -177,8 +181,21 @@ pub(super) fn shaped<T: DeserializeOwned>(
     check: &mut Check,
 ) -> Option<T> {
     let span = table.span();
+    refuse_lists(&table, check)?;
     let shaped = T::deserialize(ValueDeserializer::from(table));
     shaped.map_err(|error| misshapen(&error, span, check)).ok()
+}
+
+/// serde would take a list for a table, its values in the order of the fields. No table of ours
+/// is a list, and none of their keys takes one.
+fn refuse_lists(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<()> {
+    let within = table.get_ref().as_table().into_iter().flat_map(|table| table.iter());
+    let values = std::iter::once(table).chain(within.map(|(_, value)| value));
+    let lists: Vec<_> = values.filter(|value| value.get_ref().is_array()).collect();
+    for list in &lists {
+        check.problem(list.span(), "a list does not fit here", "write a single value or a table");
+    }
+    lists.is_empty().then_some(())
 }
 
 /// Says in the user's words what serde found. Its own words would show values, and a value may
@@ -189,7 +206,7 @@ fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
     let span = error.span().unwrap_or(table);
     if message.starts_with("unknown field") {
         let (key, known) = quoted.split_first().map_or(("", &[][..]), |(key, known)| (*key, known));
-        check.problem(span, format!("unknown key `{key}`"), suggest(key, "key", known));
+        check.problem(span, format!("unknown key `{key}`"), suggest(key, "allowed", known));
     } else if message.starts_with("missing field") {
         let key = quoted.first().copied().unwrap_or_default();
         check.problem(span, format!("the key `{key}` is missing"), format!("add {}", example(key)));
@@ -202,7 +219,7 @@ fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
         };
         check.problem(span, format!("{found} does not fit here"), format!("write {help}"));
     } else {
-        check.problem(span, message, "");
+        check.problem(span, message, "change this value");
     }
 }
 

@@ -84,7 +84,7 @@ pub(super) fn read(
 
 /// The sink's `type`, which decides the keys that its table may have.
 fn kind(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<&'static str> {
-    let example = format!("add its type: {}", suggest("", "type", &TYPES));
+    let example = format!("add type = ...; {}", suggest("", "allowed", &TYPES));
     let Some(kind) = table.get_ref().as_table().and_then(|table| table.get("type")) else {
         check.problem(table.span(), "the key `type` is missing", example);
         return None;
@@ -95,8 +95,8 @@ fn kind(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<&'static str>
     };
     let known = TYPES.into_iter().find(|known| *known == text);
     if known.is_none() {
-        let help = suggest(text, "type", &TYPES);
-        check.problem(kind.span(), format!("there is no sink type {text:?}"), help);
+        let help = suggest(text, "allowed", &TYPES);
+        check.problem(kind.span(), format!("{text:?} is no sink type"), help);
     }
     known
 }
@@ -204,7 +204,7 @@ fn object_url(raw: &Spanned<Text>, base: &Path, check: &mut Check) -> Option<Url
         Ok(url) if SCHEMES.contains(&url.scheme()) => Some(url),
         Ok(url) => {
             let message = format!("there is no object store for `{}://`", url.scheme());
-            check.problem(raw.span(), message, suggest(url.scheme(), "scheme", &SCHEMES));
+            check.problem(raw.span(), message, suggest(url.scheme(), "allowed", &SCHEMES));
             None
         }
         Err(cause) => {
