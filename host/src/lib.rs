@@ -4,6 +4,7 @@
 //! records through [`plugin`]s, [`sink`]s write the results, [`position`]s say what is settled.
 //! [`pipeline`] is that path on one screen; [`supervisor`] starts a lane per shard.
 
+pub mod admin;
 pub mod config;
 pub mod lane;
 pub mod lease;
