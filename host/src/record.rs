@@ -61,7 +61,6 @@ macro_rules! text_newtype {
         }
     };
 }
-pub(crate) use text_newtype;
 
 text_newtype! {
     /// The name of a pipeline: part of every position's key.
