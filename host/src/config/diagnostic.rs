@@ -1,7 +1,8 @@
 //! What is wrong with a configuration, and where: problems that point into the file.
 //!
-//! One problem is one place, one sentence and one way out. Messages quote the file as written:
-//! a value that came from a `${VAR}` may be a secret.
+//! One problem is one place, one sentence and one way out. The underlined text is the file's own,
+//! with `${VAR}` as written; messages repeat values only where no secret belongs (names, durations,
+//! sizes, choices), never those of URLs, connections and options.
 
 use std::fmt;
 use std::ops::Range;

@@ -16,8 +16,7 @@ use super::{BoundSinks, Located, StageConfig, StageLimits, json};
 use crate::record::{RouteName, SinkName};
 
 const BATCH_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(600);
-/// Zero: a retryable failure is treated as any other, at once.
-const RETRIES: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(3600);
+const RETRY_TIMES: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(3600);
 /// Below 1 MiB hardly a component starts; above 4 GiB no 32-bit memory reaches.
 const MEMORY_BYTES: RangeInclusive<usize> = (1 << 20)..=(4 << 30);
 const TABLE_ELEMENTS: RangeInclusive<u64> = 1..=10_000_000;
@@ -91,9 +90,9 @@ fn limits(raw: Option<RawLimits>, check: &mut Check) -> Option<StageLimits> {
     let record_time = check.duration(&raw.record_time, record_default, record_times);
     let memory = check.size(&raw.memory, default.memory_bytes_max, MEMORY_BYTES);
     let tables = check.count(&raw.tables, default.table_elements_max, TABLE_ELEMENTS);
+    let retry =
+        check.duration(&raw.retry, Duration::from_millis(default.retry_ms_max), RETRY_TIMES);
     let output = check.size(&raw.output, default.output_bytes_max, OUTPUT_BYTES);
-    let retry_default = Duration::from_millis(default.retry_ms_max);
-    let retry = check.duration(&raw.retry, retry_default, RETRIES);
     Some(StageLimits {
         batch_ms_max: batch_time?.as_millis().try_into().ok()?,
         record_ms_max: record_time?.as_millis().try_into().ok()?,
