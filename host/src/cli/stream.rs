@@ -194,10 +194,8 @@ pub(crate) async fn create_and_wait(
 ) -> anyhow::Result<stream::Description> {
     stream::create(client, name, create.shards).await?;
     let mut progress = Progress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
-    let active = stream::wait_active(client, name, create.wait_max, &mut |waited, status| {
-        progress.at(waited.as_secs(), status);
-    });
-    let description = active.await?;
+    let mut glance = |waited: Duration, status: &str| progress.at(waited.as_secs(), status);
+    let description = stream::wait_active(client, name, create.wait_max, &mut glance).await?;
     progress.done();
     Ok(description)
 }
