@@ -286,6 +286,14 @@ fn describe(failure: CallFailure) -> (String, String) {
     }
 }
 
+/// A key that the next stage or sink may read as text.
+fn utf8(key: Bytes, index: usize) -> Result<Bytes, CallError> {
+    match std::str::from_utf8(&key) {
+        Ok(_) => Ok(key),
+        Err(error) => Err(CallError::contract(format!("the key of output {index} is no UTF-8: {error}"))),
+    }
+}
+
 /// Proves an answer against the contract and lifts it out of its arena.
 fn take(
     items: &[Item],
@@ -324,7 +332,10 @@ fn take(
         }
         last = input;
         has_output[input] = true;
-        let key = output.key.map_or(Ok(item.key.clone()), |span| slice(span, "the key of output", index))?;
+        let key = match output.key {
+            None => item.key.clone(),
+            Some(span) => utf8(slice(span, "the key of output", index)?, index)?,
+        };
         let payload =
             output.payload.map_or(Ok(item.payload.clone()), |span| slice(span, "output", index))?;
         taken.outputs.push(StageOutput { item: input + offset, route: output.route, key, payload });
