@@ -1,0 +1,54 @@
+//! Where the project is, and how its tools are run.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+/// The root of the project.
+pub fn project_root() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask).to_owned()
+}
+
+/// The cargo that runs this task.
+pub fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Runs a command to its end, its output going where ours goes.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status =
+        command.status().with_context(|| format!("failed to start `{}`", text(command)))?;
+    if !status.success() {
+        bail!("`{}` ended with {status}", text(command));
+    }
+    Ok(())
+}
+
+/// Runs a command and returns what it prints, without the last line end.
+pub fn read(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("failed to start `{}`", text(command)))?;
+    if !output.status.success() {
+        bail!("`{}` ended with {}", text(command), output.status);
+    }
+    let printed = String::from_utf8(output.stdout)
+        .with_context(|| format!("`{}` prints no UTF-8", text(command)))?;
+    Ok(printed.trim_end().to_owned())
+}
+
+/// Whether a program of this name is on `PATH`.
+pub fn is_installed(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    })
+}
+
+fn text(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
