@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use crate::process::{cargo, project_root, read, run};
+use crate::process::{cargo, forget_this_package, project_root, read, run};
 use crate::wasm_toolchain::WasmToolchain;
 
 /// The plugins, by the names of their crates.
@@ -119,6 +119,7 @@ impl Builder {
         let mut command = std::process::Command::new(&self.shardmill);
         command.args(["plugin", "build"]).arg(self.root.join("plugins").join(plugin));
         command.arg("-o").arg(&component);
+        forget_this_package(&mut command);
         run(self.toolchain.apply_to(&mut command))?;
         Ok(component)
     }
