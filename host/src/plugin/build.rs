@@ -142,8 +142,7 @@ impl Compiler {
 /// Runs a command that answers with one line. In `dir`, where rustup reads its override.
 fn ask(tool: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, BuildError> {
     let failed = |cause| BuildError::Tool { tool: tool.to_string_lossy().into_owned(), cause };
-    let output =
-        Command::new(tool).args(arguments).current_dir(dir).output().map_err(failed)?;
+    let output = Command::new(tool).args(arguments).current_dir(dir).output().map_err(failed)?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(failed(io::Error::other(said)));
@@ -153,12 +152,39 @@ fn ask(tool: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, BuildE
 
 /// Compiles the crate and finds its module.
 fn compile(dir: &Path, manifest: &Path, compiler: &Compiler) -> Result<PathBuf, BuildError> {
+    // First, because the folders that are kept out of the component exist only then.
+    run_cargo(dir, manifest, &["fetch", "--target", TARGET])?;
+    let remap_paths = remap_paths(compiler);
+    let messages = run_cargo(
+        dir,
+        manifest,
+        &[
+            "build",
+            "--release",
+            "--target",
+            TARGET,
+            "--message-format",
+            "json-render-diagnostics",
+            "--config",
+            &remap_paths,
+        ],
+    )?;
+    messages
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| serde_json::from_slice::<Message>(line).ok())
+        .filter(|message| message.manifest_path.as_deref() == Some(manifest))
+        .flat_map(|message| message.filenames)
+        .find(|file| file.extension().is_some_and(|extension| extension == "wasm"))
+        .ok_or_else(|| BuildError::NoModule { dir: dir.to_owned() })
+}
+
+/// Runs cargo on the crate and returns what it prints.
+fn run_cargo(dir: &Path, manifest: &Path, arguments: &[&str]) -> Result<Vec<u8>, BuildError> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(&cargo)
-        .args(["build", "--release", "--target", TARGET])
-        .args(["--message-format", "json-render-diagnostics", "--manifest-path"])
+        .args(arguments)
+        .arg("--manifest-path")
         .arg(manifest)
-        .args(["--config", &remap_paths(compiler)])
         .current_dir(dir)
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
@@ -167,14 +193,7 @@ fn compile(dir: &Path, manifest: &Path, compiler: &Compiler) -> Result<PathBuf, 
     if !output.status.success() {
         return Err(BuildError::Compile { dir: dir.to_owned(), status: output.status });
     }
-    output
-        .stdout
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| serde_json::from_slice::<Message>(line).ok())
-        .filter(|message| message.manifest_path.as_deref() == Some(manifest))
-        .flat_map(|message| message.filenames)
-        .find(|file| file.extension().is_some_and(|extension| extension == "wasm"))
-        .ok_or_else(|| BuildError::NoModule { dir: dir.to_owned() })
+    Ok(output.stdout)
 }
 
 /// The part of cargo's messages that tells where an artifact is. Cargo adds fields at
@@ -190,12 +209,17 @@ struct Message {
 /// added to the flags that cargo's configuration holds, but gives way to `RUSTFLAGS`.
 fn remap_paths(compiler: &Compiler) -> String {
     let home = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
-    let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from).or(home);
-    let remaps = [(Some(compiler.sysroot.clone()), "/rust"), (cargo_home, "/cargo")];
+    let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from).or(home).unwrap_or_default();
+    // One folder per registry, named after its address: `/crates` wherever they come from.
+    let registries = fs::read_dir(cargo_home.join("registry/src")).into_iter().flatten();
+    let mut registries: Vec<_> = registries.flatten().map(|folder| folder.path()).collect();
+    registries.sort();
+    let mut remaps = vec![(compiler.sysroot.clone(), "/rust"), (cargo_home, "/cargo")];
+    remaps.extend(registries.into_iter().map(|folder| (folder, "/crates"))); // the last one wins
     let flags: Vec<String> = remaps
         .into_iter()
         .filter_map(|(from, to)| {
-            let flag = format!("--remap-path-prefix={}={to}", from?.display());
+            let flag = format!("--remap-path-prefix={}={to}", from.display());
             serde_json::to_string(&flag).ok() // quoted as TOML quotes a basic string
         })
         .collect();
