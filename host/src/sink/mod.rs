@@ -5,6 +5,9 @@
 //! position durable together. Buffering, rhythm, retries and the byte budget are not a sink's
 //! work: `delivery` does them for all.
 
+pub mod postgres;
+mod rows;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;
