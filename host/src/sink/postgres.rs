@@ -116,7 +116,7 @@ impl Sink for PostgresSink {
         table::prepare(&session.client, &shared.table, &columns, self.create)
             .await
             .map_err(|cause| shared.unavailable(cause))?;
-        shared.remember_columns(columns.iter().map(|column| column.name.as_str()));
+        shared.remember_columns(columns.iter().map(|column| column.name));
         Ok(())
     }
 
