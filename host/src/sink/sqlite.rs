@@ -193,7 +193,7 @@ impl SinkWriter for SqliteWriter {
         let refused = match written {
             Written::Committed => Vec::new(),
             Written::Open(refused) => {
-                // On an error the open transaction is rolled back by whoever holds the connection next.
+                // On an error `held` is dropped, which rolls the transaction back.
                 refusals.hold(commit, &refused).await?;
                 self.finish(held).await?;
                 refused

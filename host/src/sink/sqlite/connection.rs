@@ -1,7 +1,7 @@
 //! The one connection to a SQLite file that a sink's shards take turns on.
 //!
-//! Whoever takes it finds it without an open transaction: one that a dropped or failed call left
-//! behind is rolled back first.
+//! Whoever lets it go ends its transaction: what a dropped or failed call left open is rolled back
+//! at once, so that no lock on the file outlives the call.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,7 +46,7 @@ impl SharedConnection {
         Self { path: path.into(), open: Arc::default() }
     }
 
-    /// Waits for the connection, opens it if need be, and ends what an earlier holder left open.
+    /// Waits for the connection, and opens it if need be.
     pub(super) async fn hold(&self) -> Result<Held, String> {
         let guard = Arc::clone(&self.open).lock_owned().await;
         let path = Arc::clone(&self.path);
@@ -55,15 +55,7 @@ impl SharedConnection {
 }
 
 fn hold(mut guard: OwnedMutexGuard<Option<Open>>, path: &Path) -> Result<Held, String> {
-    let rolled_back = match &*guard {
-        Some(open) if !open.connection.is_autocommit() => {
-            open.connection.execute_batch("ROLLBACK").is_ok()
-        }
-        Some(_) => true,
-        None => false,
-    };
-    if !rolled_back {
-        *guard = None;
+    if guard.is_none() {
         *guard = Some(Open { connection: open(path)?, table: None });
     }
     Ok(Held { guard })
@@ -94,6 +86,17 @@ impl std::ops::DerefMut for Held {
     fn deref_mut(&mut self) -> &mut Open {
         #[expect(clippy::expect_used, reason = "`hold` is the only maker and has filled it")]
         self.guard.as_mut().expect("an open connection")
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let Some(open) = &*self.guard else { return };
+        let is_clean =
+            open.connection.is_autocommit() || open.connection.execute_batch("ROLLBACK").is_ok();
+        if !is_clean {
+            *self.guard = None;
+        }
     }
 }
 

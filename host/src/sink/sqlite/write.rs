@@ -48,7 +48,7 @@ enum RowFailure {
 }
 
 impl Work {
-    /// Does the work. After a failure the transaction may be open: the next holder ends it.
+    /// Does the work. After a failure the transaction may be open: dropping the connection ends it.
     pub(super) fn run(self, mut held: Held) -> (Held, Result<Written, Failure>) {
         let outcome = self.write(&mut held);
         (held, outcome)
