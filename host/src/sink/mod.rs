@@ -8,7 +8,10 @@
 pub mod budget;
 pub mod delivery;
 pub mod objects;
+pub mod postgres;
 mod refusals;
+mod rows;
+pub mod sqlite;
 pub mod stdout;
 
 use std::sync::Arc;
