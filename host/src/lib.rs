@@ -4,6 +4,8 @@
 //! records through [`plugin`]s, [`sink`]s write the results, [`position`]s say what is settled.
 //! [`pipeline`] is that path on one screen; [`supervisor`] starts a lane per shard.
 
+pub mod admin;
+pub mod cli;
 pub mod config;
 pub mod lane;
 pub mod lease;
@@ -15,3 +17,4 @@ pub mod sink;
 pub mod source;
 pub mod stage;
 pub mod supervisor;
+pub mod tls;

@@ -55,6 +55,21 @@ pub fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
     }
 }
 
+fn build(
+    folder: &std::path::Path,
+    out: Option<PathBuf>,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let name = folder.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_owned()));
+    let out = out.unwrap_or_else(|| folder.join(name.unwrap_or("plugin".into())).with_extension("wasm"));
+    let built = crate::plugin::build::build_rust_plugin(folder, &out)?;
+    console.say(format!("built {} ({} bytes)", built.component.display(), built.component_bytes));
+    console.report(&serde_json::json!({
+        "component": built.component,
+        "component_bytes": built.component_bytes,
+    }))
+}
+
 fn inspect(file: &std::path::Path, config: String, console: &Console) -> anyhow::Result<()> {
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let (plugin, bytes) = Plugin::load_file(&engine, &CompileCache::none(), file)?;

@@ -50,7 +50,7 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
         embedded_plugin: |_| None,
     };
-    let (source, _embedded) = stream::source(&config, console).await?;
+    let (source, _embedded) = stream::source(&config).await?;
     let supervisor = prepare(config, source, run_options).await?;
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));

@@ -126,8 +126,11 @@ impl Lane<'_> {
     }
 
     /// Nothing new in the shard.
-    pub fn idle(&self) {
-        self.shared.board.update(&self.shard.shard, |status| status.idle_reads += 1);
+    pub fn idle(&self, behind_ms: u64) {
+        self.shared.board.update(&self.shard.shard, |status| {
+            status.idle_reads += 1;
+            status.behind_ms = behind_ms;
+        });
     }
 
     /// Completes when a sink has ended by itself: it lost the shard.

@@ -5,7 +5,9 @@
 //! deadline and the typed calls. What a stage does with the answers is not known here.
 
 mod bindings;
+pub mod build;
 mod cache;
+mod componentize;
 mod engine;
 mod instance;
 

@@ -7,7 +7,9 @@
 
 pub mod budget;
 pub mod delivery;
+pub mod objects;
 mod refusals;
+pub mod stdout;
 
 use std::sync::Arc;
 

@@ -97,16 +97,30 @@ impl Emitter<'_> {
         route: u32,
         write: impl FnOnce(&mut Writer<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
+        self.emit_if(route, |payload| write(payload).map(|()| true))
+    }
+
+    /// Emits a payload that `write` writes in place, unless it says `false` or fails: then
+    /// nothing is emitted.
+    ///
+    /// # Errors
+    ///
+    /// What `write` returns.
+    #[inline]
+    pub fn emit_if<E>(
+        &mut self,
+        route: u32,
+        write: impl FnOnce(&mut Writer<'_>) -> Result<bool, E>,
+    ) -> Result<(), E> {
         let start = self.outbox.arena.len();
         let written = write(&mut Writer { arena: &mut self.outbox.arena });
-        match written {
-            Ok(()) => {
-                let payload = self.outbox.span_from(start);
-                self.push(route, None, Some(payload));
-            }
-            Err(_) => self.outbox.arena.truncate(start),
+        if let Ok(true) = written {
+            let payload = self.outbox.span_from(start);
+            self.push(route, None, Some(payload));
+        } else {
+            self.outbox.arena.truncate(start);
         }
-        written
+        written.map(|_| ())
     }
 
     /// Emits `value` as JSON.

@@ -46,18 +46,27 @@ pub struct Emitted {
 }
 
 impl<P: BatchPlugin> Harness<P> {
-    /// Configures the plugin with `config`, a JSON object.
+    /// Configures the plugin with `config`, a JSON object, behind a source of unknown
+    /// format.
     ///
     /// # Errors
     ///
     /// The plugin's refusal.
     pub fn new(config: &str) -> Result<Self, String> {
-        let source = Route::new("source", "application/octet-stream");
+        Self::behind(Route::new("source", "application/octet-stream"), config)
+    }
+
+    /// Configures the plugin with `config`, a JSON object, behind another stage's route.
+    ///
+    /// # Errors
+    ///
+    /// The plugin's refusal.
+    pub fn behind(upstream: Route, config: &str) -> Result<Self, String> {
         let context = Context {
             stream_name: "test".into(),
             shard_id: "shardId-000000000000".into(),
             config: config.into(),
-            upstream: vec![source],
+            upstream: vec![upstream],
             extra: Vec::new(),
         };
         let (instance, descriptor) = Instance::configure(&context)?;
