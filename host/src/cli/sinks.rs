@@ -17,7 +17,7 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
         sinks.push(match &sink.kind {
             SinkKind::Stdout { template } => Arc::new(StdoutSink::new(name, template.as_deref())?),
             SinkKind::Sqlite { path, table, create } => {
-                Arc::new(SqliteSink::new(name, path.clone(), table.clone(), *create))
+                Arc::new(SqliteSink::new(name, path, table, *create)?)
             }
             SinkKind::Postgres { url, table, create } => {
                 Arc::new(PostgresSink::new(name, url, table, *create)?)
