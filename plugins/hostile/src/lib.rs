@@ -254,7 +254,7 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
             Some(Misdeed::Reject) => reject(&mut outcome, index),
             Some(Misdeed::Filter) => {}
             Some(Misdeed::Twice) => {
-                outcome.outputs.push(pass.clone());
+                outcome.outputs.push(pass);
                 outcome.outputs.push(pass);
             }
             Some(Misdeed::Report) => {
