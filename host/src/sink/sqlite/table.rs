@@ -104,8 +104,7 @@ fn check(table: &str, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result
              leave it out of the rows"
         ));
     }
-    let kind = Kind::of(data_type);
-    if column.kind.holds(kind) || kind.created_as(data_type).eq_ignore_ascii_case(&column.data_type) {
+    if column.kind.holds(Kind::of(data_type)) {
         return Ok(());
     }
     Err(format!(
