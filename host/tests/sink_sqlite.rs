@@ -67,7 +67,10 @@ async fn a_commit_lands_once_however_often_it_is_tried() {
     writer.commit(&commit(2, &[r#"{"id":3}"#]), &log).await.expect("committed");
     let no_rows: [&str; 0] = [];
     writer.commit(&commit(3, &no_rows), &log).await.expect("committed");
-    assert_eq!(mart.one("SELECT group_concat(id || coalesce(make, '-'), ' ') FROM cars"), "1Honda 2- 3-");
+    assert_eq!(
+        mart.one("SELECT group_concat(id || coalesce(make, '-'), ' ') FROM cars"),
+        "1Honda 2- 3-"
+    );
     let place = sink.position(&shard("shardId-000000000000")).await.expect("a position");
     assert_eq!(place, Some(position(4)));
     assert_eq!(mart.one("SELECT length(sequence) FROM shardmill_position"), "129");
@@ -100,7 +103,8 @@ async fn shards_share_the_file() {
     let shards = (0..8).map(|n| {
         let sink = &sink;
         async move {
-            let mut writer = sink.acquire(&shard(&format!("shard-{n}"))).await.expect("acquired").writer;
+            let mut writer =
+                sink.acquire(&shard(&format!("shard-{n}"))).await.expect("acquired").writer;
             for from in 0..10 {
                 let row = format!(r#"{{"id":{from}}}"#);
                 writer.commit(&commit(from, &[row]), &Log::default()).await.expect("committed");
@@ -223,7 +227,11 @@ async fn values_are_exact() {
         ("varchar(10)", "\"\\u00e9\"", "text é"),
         ("jsonb", "{\"a\": 1.10}", "text {\"a\": 1.10}"),
         ("json", "0.12345678901234567890", "text 0.12345678901234567890"),
-        ("uuid", "\"6BA7B810-9dad-11d1-80b4-00c04fd430c8\"", "text 6ba7b810-9dad-11d1-80b4-00c04fd430c8"),
+        (
+            "uuid",
+            "\"6BA7B810-9dad-11d1-80b4-00c04fd430c8\"",
+            "text 6ba7b810-9dad-11d1-80b4-00c04fd430c8",
+        ),
         ("date", "\"2013-01-31\"", "text 2013-01-31"),
         ("timestamp", "\"2013-01-31 05:00:00.123456\"", "text 2013-01-31 05:00:00.123456"),
         ("timestamptz", "\"2013-01-31T05:00:00-05:00\"", "text 2013-01-31T05:00:00-05:00"),
@@ -240,10 +248,14 @@ async fn values_are_exact() {
         cases.iter().enumerate().map(|(n, (_, json, _))| format!("\"c{n}\":{json}")).collect();
     let log = Log::default();
     let mut writer = acquire(&sink).await.writer;
-    writer.commit(&commit(0, &[format!("{{{}}}", fields.join(","))]), &log).await.expect("committed");
+    writer
+        .commit(&commit(0, &[format!("{{{}}}", fields.join(","))]), &log)
+        .await
+        .expect("committed");
     log.expect(&[]);
     for (n, (kind, json, expected)) in cases.iter().enumerate() {
-        let shown = format!("SELECT typeof(c{n}) || coalesce(' ' || CAST(c{n} AS TEXT), '') FROM exact");
+        let shown =
+            format!("SELECT typeof(c{n}) || coalesce(' ' || CAST(c{n} AS TEXT), '') FROM exact");
         assert_eq!(mart.one(&shown), *expected, "{kind} {json}");
     }
 }
@@ -263,7 +275,10 @@ async fn routes_are_checked_against_the_live_table() {
     ] {
         expect_unavailable(sink.prepare(&[route(columns)]).await, part);
     }
-    expect_unavailable(mart.sink("missing").prepare(&[route(&[])]).await, "no route declares columns");
+    expect_unavailable(
+        mart.sink("missing").prepare(&[route(&[])]).await,
+        "no route declares columns",
+    );
     let path = mart.folder.path().join("no such folder").join("mart.db");
     let elsewhere = SqliteSink::new("mart".into(), path, "cars", true).expect("a sink");
     expect_unavailable(elsewhere.prepare(&[]).await, "no such folder");

@@ -166,7 +166,8 @@ fn number(decimal: &Decimal<'_>, written: &str) -> Result<Value, Why> {
     if let Some(integer) = decimal.to_i64() {
         return Ok(Value::Integer(integer));
     }
-    let double: Option<f64> = written.trim_matches('"').parse().ok().filter(|d: &f64| d.is_finite());
+    let double: Option<f64> =
+        written.trim_matches('"').parse().ok().filter(|d: &f64| d.is_finite());
     let shown = double.map(|double| format!("{double:e}"));
     match (double, shown.as_deref().and_then(Decimal::parse)) {
         (Some(double), Some(shown)) if shown.is_same_number(decimal) => Ok(Value::Real(double)),
