@@ -1,5 +1,25 @@
-//! Development tasks.
-#[cfg_attr(not(test), expect(dead_code, reason = "`cargo xtask test` will start it"))]
-mod postgres;
+//! Development tasks: `cargo xtask TASK`. One module per task.
 
-fn main() {}
+mod data;
+mod plugins;
+mod postgres;
+mod process;
+mod wasm_toolchain;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Development tasks of shardmill.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+enum Task {
+    Plugins(plugins::Plugins),
+    Data(data::Data),
+}
+
+fn main() -> Result<()> {
+    match Task::parse() {
+        Task::Plugins(task) => task.run(),
+        Task::Data(task) => task.run(),
+    }
+}
