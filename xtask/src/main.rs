@@ -1,9 +1,11 @@
 //! Development tasks: `cargo xtask TASK`. One module per task.
 
 mod data;
+mod deny;
 mod plugins;
 mod postgres;
 mod process;
+mod test;
 mod wasm_toolchain;
 
 use anyhow::Result;
@@ -15,11 +17,15 @@ use clap::Parser;
 enum Task {
     Plugins(plugins::Plugins),
     Data(data::Data),
+    Test(test::Test),
+    Deny(deny::Deny),
 }
 
 fn main() -> Result<()> {
     match Task::parse() {
         Task::Plugins(task) => task.run(),
         Task::Data(task) => task.run(),
+        Task::Test(task) => task.run(),
+        Task::Deny(task) => task.run(),
     }
 }
