@@ -7,3 +7,4 @@
 pub mod config;
 pub mod record;
 pub mod sink;
+pub mod tls;

@@ -5,6 +5,10 @@
 //! position durable together. Buffering, rhythm, retries and the byte budget are not a sink's
 //! work: `delivery` does them for all.
 
+pub mod line;
+pub mod objects;
+pub mod stdout;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;

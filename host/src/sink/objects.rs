@@ -1,0 +1,161 @@
+//! Objects in a bucket or a folder, exactly once by a claim log: one NDJSON object per route and
+//! commit.
+//!
+//! ```text
+//! <url>/<route>/<stream>/<shard>/<link>-<owner>.ndjson[.gz|.zst]             the data
+//! <url>/_shardmill/<pipeline>/<sink>/<stream>@<created ms>/<shard>/<link>.json   the claim log
+//! ```
+//!
+//! Readers of the data need not know the log: an object appears whole or not at all, and each row
+//! is in one object. They must leave the newest object of a shard where it is until a newer one
+//! follows; without it the sink takes its last claim for unfinished and writes it again.
+
+mod claim;
+mod encode;
+mod store;
+mod writer;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use async_trait::async_trait;
+use object_store::ObjectStore;
+use object_store::path::Path;
+use url::Url;
+
+use self::claim::{ClaimLog, LOG_FOLDER, OwnerId};
+use self::store::{Created, Place};
+use self::writer::{ObjectsWriter, Shared};
+use super::line::{LINE_MEDIA_TYPES, LineFormat};
+use super::{Acquired, BoundRoute, Sink, SinkError};
+use crate::config::Compression;
+use crate::record::{Position, RouteName, ShardKey, SinkName};
+
+/// The object by which `prepare` proves that the store can create without overwriting.
+const PROBE: &str = "conditional-create-probe.txt";
+const PROBE_TEXT: &str = "shardmill wrote this to learn whether the store refuses to overwrite it.\n";
+
+/// A sink of NDJSON objects.
+pub struct ObjectsSink {
+    place: Place,
+    compression: Compression,
+    formats: RwLock<HashMap<RouteName, LineFormat>>,
+}
+
+impl ObjectsSink {
+    /// A sink at a URL: `file:///…`, `s3://bucket/prefix`, `gs://…`, `az://…`. Connects to nothing
+    /// yet. Options are `object_store`'s, and win over the environment.
+    ///
+    /// # Errors
+    /// A URL or an option that no store knows.
+    pub fn new(
+        name: SinkName,
+        url: &Url,
+        options: &BTreeMap<String, String>,
+        compression: Compression,
+    ) -> Result<Self, SinkError> {
+        Ok(Self::at(Place::open(name, url, options)?, compression))
+    }
+
+    /// A sink on a store that is open already.
+    pub fn with_store(
+        name: SinkName,
+        store: Arc<dyn ObjectStore>,
+        prefix: Path,
+        compression: Compression,
+    ) -> Self {
+        let url = format!("{store}/{prefix}").into();
+        Self::at(Place { sink: name, store, prefix, url }, compression)
+    }
+
+    fn at(place: Place, compression: Compression) -> Self {
+        Self { place, compression, formats: RwLock::default() }
+    }
+
+    /// Creates one object twice: the second time must be refused, or no claim would hold. (There
+    /// are servers that ignore the condition and overwrite.)
+    async fn probe(&self) -> Result<(), SinkError> {
+        let path = self.place.path([LOG_FOLDER, PROBE]);
+        if self.place.create(&path, PROBE_TEXT).await? == Created::Exists {
+            return Ok(());
+        }
+        match self.place.create(&path, PROBE_TEXT).await? {
+            Created::Exists => Ok(()),
+            Created::New => Err(self.place.unavailable(format!(
+                "{} overwrites objects that must only be created (If-None-Match is ignored): \
+                 exactly-once is impossible there; use another store",
+                self.place.url
+            ))),
+        }
+    }
+
+    fn shared(&self) -> Arc<Shared> {
+        let formats = self.formats.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::new(Shared {
+            place: self.place.clone(),
+            compression: self.compression,
+            formats: formats.clone(),
+        })
+    }
+
+    fn check_routes(
+        &self,
+        routes: &[BoundRoute],
+    ) -> Result<HashMap<RouteName, LineFormat>, SinkError> {
+        let check = |route: &BoundRoute| {
+            let name = &route.name;
+            if matches!(name.as_str(), "" | LOG_FOLDER) {
+                return Err(self.place.unavailable(format!(
+                    "route {name:?} cannot be a folder: the name is empty or the claim log's own"
+                )));
+            }
+            match LineFormat::of_media_type(&route.format) {
+                Some(format) => Ok((name.clone(), format)),
+                None => Err(self.place.unavailable(format!(
+                    "route {name} carries {}, an objects sink takes {LINE_MEDIA_TYPES}: add a \
+                     stage that makes JSON of it",
+                    route.format
+                ))),
+            }
+        };
+        routes.iter().map(check).collect()
+    }
+}
+
+#[async_trait]
+impl Sink for ObjectsSink {
+    fn name(&self) -> &SinkName {
+        &self.place.sink
+    }
+
+    async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
+        let formats = self.check_routes(routes)?;
+        self.formats.write().unwrap_or_else(PoisonError::into_inner).extend(formats);
+        self.probe().await
+    }
+
+    async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
+        let log = ClaimLog::new(self.place.clone(), shard);
+        let fence = log.fence(&OwnerId::random()).await?;
+        let standing = log.standing(&fence).await?;
+        let position = standing.position;
+        let must_cut_at = standing.unfinished.as_ref().map(|claim| claim.to.clone());
+        let writer = ObjectsWriter::new(
+            self.shared(),
+            shard.clone(),
+            log,
+            &fence,
+            position.clone(),
+            standing.unfinished,
+        );
+        Ok(Acquired { writer: Box::new(writer), position, keeps_position: true, must_cut_at })
+    }
+
+    async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
+        let log = ClaimLog::new(self.place.clone(), shard);
+        match log.last().await? {
+            Some(last) => Ok(log.standing(&last).await?.position),
+            None => Ok(None),
+        }
+    }
+}

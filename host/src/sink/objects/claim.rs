@@ -1,0 +1,362 @@
+//! The claim log of one shard: links that are written once, in order, and never altered.
+//!
+//! A link says who owns the shard from here on and, when it is a claim, which data its owner is
+//! about to write. This module knows how links are stored, found and appended; what they mean for
+//! a commit is the writer's part.
+//!
+//! | the last claim | its data | the sink's position |
+//! |---|---|---|
+//! | none | | none, or what the fences carry |
+//! | `(from, to]` | complete (or none promised) | `to` |
+//! | `(from, to]` | an object is missing | `from`; `(from, to]` is to be produced again |
+//!
+//! A claim that is not the last one is complete: its successor was written after its data.
+
+use std::fmt;
+use std::sync::Arc;
+
+use futures::TryStreamExt;
+use object_store::ObjectStoreExt;
+use object_store::path::Path;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::store::{Created, Place};
+use crate::config::Compression;
+use crate::record::{Position, RouteName, ShardKey, text_newtype};
+use crate::sink::SinkError;
+
+/// The folder under a sink's URL that holds all claim logs.
+pub(super) const LOG_FOLDER: &str = "_shardmill";
+/// The version of the link format that this code writes, and the newest that it reads.
+const LINK_VERSION: u32 = 1;
+/// How often an acquisition tries again because an earlier owner keeps appending.
+const FENCE_ATTEMPTS_MAX: u32 = 100;
+
+text_newtype! {
+    /// Who owns a shard: one id per acquisition, 32 hex digits.
+    OwnerId
+}
+
+impl OwnerId {
+    /// An id that no one else has.
+    pub(super) fn random() -> Self {
+        Self::new(Uuid::new_v4().simple().to_string())
+    }
+}
+
+/// One link of a log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Link {
+    /// The format's version.
+    pub(super) version: u32,
+    /// The link's number, from 1, without gaps.
+    pub(super) link: u64,
+    /// Who wrote it: one id per acquisition.
+    pub(super) owner: OwnerId,
+    /// Where the log stood before, exclusive; null: before everything.
+    pub(super) from: Option<Position>,
+    /// Where it stands from here on, inclusive; a fence repeats `from`.
+    pub(super) to: Option<Position>,
+    /// On a fence: the number of the last claim before it.
+    pub(super) last_claim: Option<u64>,
+    /// What the owner is about to write; null: a fence, written on acquiring the shard.
+    pub(super) claim: Option<Claim>,
+}
+
+/// A promise to write data under keys that nobody else writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Claim {
+    /// The generation (stages, digests, configuration) that makes the rows.
+    pub(super) generation: String,
+    /// How the data is compressed.
+    pub(super) compression: Compression,
+    /// The objects, by route name; empty: the span has no rows.
+    pub(super) data: Vec<Data>,
+}
+
+/// One promised object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Data {
+    /// The route whose rows it holds.
+    pub(super) route: RouteName,
+    /// Its key under the sink's URL.
+    pub(super) key: String,
+    /// How many rows it holds.
+    pub(super) rows: u64,
+    /// The length of its lines before compression.
+    pub(super) line_bytes: u64,
+    /// The SHA-256 of its lines before compression, in hex.
+    pub(super) sha256: String,
+}
+
+/// What became of an append.
+#[derive(Debug)]
+pub(super) enum Appended {
+    /// The link is in the log, by this call or by an earlier one whose reply was lost.
+    Ours,
+    /// Its number belongs to another link.
+    Taken(Box<Link>),
+}
+
+/// Where a log stands.
+#[derive(Debug)]
+pub(super) struct Standing {
+    /// The last position up to which all data exists.
+    pub(super) position: Option<Position>,
+    /// The claim after that position whose data is not complete.
+    pub(super) unfinished: Option<Unfinished>,
+}
+
+/// A claim whose data is not complete.
+#[derive(Clone, Debug)]
+pub(super) struct Unfinished {
+    /// The claim's link number.
+    pub(super) link: u64,
+    /// The start of its span, exclusive.
+    pub(super) from: Option<Position>,
+    /// The end of its span, inclusive.
+    pub(super) to: Position,
+    /// What it promised.
+    pub(super) claim: Claim,
+}
+
+/// The claim log of one shard.
+#[derive(Clone, Debug)]
+pub(super) struct ClaimLog {
+    place: Place,
+    folder: Vec<String>,
+}
+
+impl ClaimLog {
+    /// The log of a shard; touches nothing.
+    pub(super) fn new(place: Place, shard: &ShardKey) -> Self {
+        let folder = vec![
+            LOG_FOLDER.into(),
+            shard.pipeline.as_str().into(),
+            place.sink.as_str().into(),
+            format!("{}@{}", shard.stream.name, shard.stream.created_ms),
+            shard.shard.as_str().into(),
+        ];
+        Self { place, folder }
+    }
+
+    /// The last link; `None`: the log is empty. Another owner may append while we look: the
+    /// answer was the last link at some moment since the call.
+    pub(super) async fn last(&self) -> Result<Option<Link>, SinkError> {
+        let mut number = self.gallop(0).await?;
+        // Links are never deleted by us, but a bucket may have a rule that expires old objects: a
+        // search that trusts every number to be there would then end too early.
+        while let Some(later) = self.newest_after(number).await? {
+            number = self.gallop(later).await?;
+        }
+        if number == 0 {
+            return Ok(None);
+        }
+        self.read(number).await?.map(Some).ok_or_else(|| self.gone(number, "it was there just now"))
+    }
+
+    /// Appends a fence after the last link: from here on no earlier owner can claim.
+    pub(super) async fn fence(&self, owner: &OwnerId) -> Result<Link, SinkError> {
+        let mut last = self.last().await?;
+        for _ in 0..FENCE_ATTEMPTS_MAX {
+            let fence = fence_after(last.as_ref(), owner);
+            match self.append(&fence).await? {
+                Appended::Ours => return Ok(fence),
+                Appended::Taken(_) => last = self.last().await?,
+            }
+        }
+        Err(self.place.unavailable(format!(
+            "cannot take over {} in {}: another owner has appended {FENCE_ATTEMPTS_MAX} times \
+             meanwhile; stop the other process",
+            self.folder_path(),
+            self.place.url
+        )))
+    }
+
+    /// Writes a link under its number, unless the number is taken.
+    pub(super) async fn append(&self, link: &Link) -> Result<Appended, SinkError> {
+        let json = serde_json::to_vec_pretty(link)
+            .map_err(|error| self.place.unavailable(format!("cannot write a link: {error}")))?;
+        if self.place.create(&self.path(link.link), json).await? == Created::New {
+            return Ok(Appended::Ours);
+        }
+        match self.read(link.link).await? {
+            Some(found) if found == *link => Ok(Appended::Ours),
+            Some(found) => Ok(Appended::Taken(Box::new(found))),
+            None => Err(self.gone(link.link, "it was there just now")),
+        }
+    }
+
+    /// Where the log stands after a link.
+    pub(super) async fn standing(&self, last: &Link) -> Result<Standing, SinkError> {
+        let Some(unfinished) = self.last_claim(last).await? else {
+            return Ok(Standing { position: last.to.clone(), unfinished: None });
+        };
+        for data in &unfinished.claim.data {
+            if !self.place.exists(&self.data_path(&data.key)?).await? {
+                let position = unfinished.from.clone();
+                return Ok(Standing { position, unfinished: Some(unfinished) });
+            }
+        }
+        Ok(Standing { position: Some(unfinished.to), unfinished: None })
+    }
+
+    /// The path of a data key.
+    pub(super) fn data_path(&self, key: &str) -> Result<Path, SinkError> {
+        let key = Path::parse(key).map_err(|error| {
+            self.place.unavailable(format!(
+                "a link in {} names a key that is no path: {error}",
+                self.folder_path()
+            ))
+        })?;
+        Ok(key.parts().fold(self.place.prefix.clone(), |path, part| path.join(part)))
+    }
+
+    /// The last claim up to a link: its own, or the one that a fence points at.
+    async fn last_claim(&self, last: &Link) -> Result<Option<Unfinished>, SinkError> {
+        if last.claim.is_some() {
+            return self.as_claim(last.clone()).map(Some);
+        }
+        let Some(number) = last.last_claim else { return Ok(None) };
+        let Some(link) = self.read(number).await? else {
+            return Err(self.gone(number, &format!("link {} points at it", last.link)));
+        };
+        self.as_claim(link).map(Some)
+    }
+
+    fn as_claim(&self, link: Link) -> Result<Unfinished, SinkError> {
+        match (link.to, link.claim) {
+            (Some(to), Some(claim)) => {
+                Ok(Unfinished { link: link.link, from: link.from, to, claim })
+            }
+            _ => Err(self.damaged(link.link, "it is no claim with an end")),
+        }
+    }
+
+    async fn read(&self, number: u64) -> Result<Option<Link>, SinkError> {
+        let path = self.path(number);
+        let bytes = match self.place.store.get(&path).await {
+            Ok(found) => found.bytes().await,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => Err(error),
+        };
+        let bytes = bytes.map_err(|error| self.place.failed("read", &path, &error))?;
+        let link: Link = serde_json::from_slice(&bytes)
+            .map_err(|error| self.damaged(number, &error.to_string()))?;
+        if link.version > LINK_VERSION {
+            return Err(self.place.unavailable(format!(
+                "{path} in {} has format {}, this shardmill reads up to {LINK_VERSION}: run the \
+                 newer one",
+                self.place.url, link.version
+            )));
+        }
+        if link.link != number {
+            return Err(self.damaged(number, &format!("it says that it is link {}", link.link)));
+        }
+        Ok(Some(link))
+    }
+
+    /// The last number of the unbroken run that starts after `present`, in O(log n) look-ups.
+    async fn gallop(&self, present: u64) -> Result<u64, SinkError> {
+        let (mut low, mut step) = (present, 1);
+        while self.has(low + step).await? {
+            low += step;
+            step *= 2;
+        }
+        let mut high = low + step;
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if self.has(middle).await? {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        Ok(low)
+    }
+
+    async fn has(&self, number: u64) -> Result<bool, SinkError> {
+        self.place.exists(&self.path(number)).await
+    }
+
+    /// The highest link number above `number`, by listing.
+    async fn newest_after(&self, number: u64) -> Result<Option<u64>, SinkError> {
+        let folder = self.folder_path();
+        let mut listing = self.place.store.list_with_offset(Some(&folder), &self.path(number));
+        let mut newest = None;
+        loop {
+            match listing.try_next().await {
+                Ok(Some(object)) => newest = newest.max(link_number(&object.location)),
+                Ok(None) => return Ok(newest.filter(|newest| *newest > number)),
+                Err(error) => return Err(self.place.failed("list", &folder, &error)),
+            }
+        }
+    }
+
+    fn path(&self, number: u64) -> Path {
+        self.folder_path().join(format!("{number:012}.json"))
+    }
+
+    fn folder_path(&self) -> Path {
+        self.place.path(self.folder.iter().map(String::as_str))
+    }
+
+    fn gone(&self, number: u64, why: &str) -> SinkError {
+        self.place.unavailable(format!(
+            "{} in {} is gone ({why}): restore it, or delete the folder of this shard's log to \
+             start at the checkpoint",
+            self.path(number),
+            self.place.url
+        ))
+    }
+
+    fn damaged(&self, number: u64, why: &str) -> SinkError {
+        self.place.unavailable(format!(
+            "{} in {} is damaged: {why}; restore it",
+            self.path(number),
+            self.place.url
+        ))
+    }
+}
+
+impl Link {
+    /// The link that claims `(from, to]`.
+    pub(super) fn claim(
+        number: u64,
+        owner: OwnerId,
+        from: Option<Position>,
+        to: Position,
+        claim: Claim,
+    ) -> Self {
+        Self {
+            version: LINK_VERSION,
+            link: number,
+            owner,
+            from,
+            to: Some(to),
+            last_claim: None,
+            claim: Some(claim),
+        }
+    }
+}
+
+fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
+    let to = last.and_then(|last| last.to.clone());
+    Link {
+        version: LINK_VERSION,
+        link: last.map_or(0, |last| last.link) + 1,
+        owner: owner.clone(),
+        from: to.clone(),
+        to,
+        last_claim: last.and_then(|last| match last.claim {
+            Some(_) => Some(last.link),
+            None => last.last_claim,
+        }),
+        claim: None,
+    }
+}
+
+fn link_number(path: &Path) -> Option<u64> {
+    path.filename()?.strip_suffix(".json")?.parse().ok()
+}

@@ -1,0 +1,202 @@
+//! Rows as lines of text on standard output; at least once.
+//!
+//! The sink keeps no position: a line that is printed cannot be taken back, and after a crash the
+//! lines since the host's last checkpoint come again. It prints to whatever writer it is given.
+
+mod template;
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use async_trait::async_trait;
+
+pub use self::template::TemplateError;
+use self::template::{RowContext, Template};
+use super::line::{LINE_MEDIA_TYPES, LineFormat};
+use super::{
+    Acquired, BoundRoute, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
+};
+use crate::record::{Position, RouteName, Row, ShardId, ShardKey, SinkName};
+
+/// An output that several writers share; a commit's lines are written under one lock.
+pub type SharedOutput = Arc<Mutex<dyn Write + Send>>;
+
+/// A sink of lines.
+pub struct StdoutSink {
+    name: SinkName,
+    template: Option<Arc<Template>>,
+    output: SharedOutput,
+    formats: RwLock<HashMap<RouteName, LineFormat>>,
+}
+
+impl StdoutSink {
+    /// A sink that prints each row's payload, or what a template makes of it:
+    /// `{field}` or `{outer.inner}` is a field of the JSON payload; `{shard}`, `{sequence}`,
+    /// `{key}` and `{route}` say where the row comes from (`{.shard}` is the payload's field of
+    /// that name); `{{` and `}}` are braces.
+    ///
+    /// # Errors
+    /// A malformed template, with the place.
+    pub fn new(
+        name: SinkName,
+        template: Option<&str>,
+        output: SharedOutput,
+    ) -> Result<Self, TemplateError> {
+        let template = template.map(Template::parse).transpose()?.map(Arc::new);
+        Ok(Self { name, template, output, formats: RwLock::default() })
+    }
+
+    fn check_route(&self, route: &BoundRoute) -> Result<(RouteName, LineFormat), SinkError> {
+        let needs_json = self.template.as_ref().is_some_and(|template| template.reads_payload());
+        let (takes, way_out) = if needs_json {
+            ("application/json, whose fields its template names", "bind a route that carries JSON")
+        } else {
+            (LINE_MEDIA_TYPES, "add a stage that makes text of it")
+        };
+        match LineFormat::of_media_type(&route.format) {
+            Some(format) if !needs_json || format == LineFormat::Json => {
+                Ok((route.name.clone(), format))
+            }
+            _ => Err(SinkError::Unavailable {
+                sink: self.name.clone(),
+                cause: format!(
+                    "route {} carries {}, this stdout sink takes {takes}: {way_out}",
+                    route.name, route.format
+                ),
+            }),
+        }
+    }
+}
+
+#[async_trait]
+impl Sink for StdoutSink {
+    fn name(&self) -> &SinkName {
+        &self.name
+    }
+
+    async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
+        let checked = routes.iter().map(|route| self.check_route(route));
+        let formats = checked.collect::<Result<HashMap<_, _>, _>>()?;
+        self.formats.write().unwrap_or_else(PoisonError::into_inner).extend(formats);
+        Ok(())
+    }
+
+    async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
+        let formats = self.formats.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let writer = StdoutWriter {
+            sink: self.name.clone(),
+            printer: Arc::new(Printer {
+                shard: shard.shard.clone(),
+                template: self.template.clone(),
+                formats,
+            }),
+            output: Arc::clone(&self.output),
+        };
+        Ok(Acquired {
+            writer: Box::new(writer),
+            position: None,
+            keeps_position: false,
+            must_cut_at: None,
+        })
+    }
+
+    async fn position(&self, _shard: &ShardKey) -> Result<Option<Position>, SinkError> {
+        Ok(None)
+    }
+}
+
+struct StdoutWriter {
+    sink: SinkName,
+    printer: Arc<Printer>,
+    output: SharedOutput,
+}
+
+impl StdoutWriter {
+    /// Runs work off the async threads: a reader of our output may be slow.
+    async fn off_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> Result<T, SinkError> {
+        let error = match tokio::task::spawn_blocking(work).await {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(error)) => error,
+            Err(error) => io::Error::other(error),
+        };
+        let way_out = match error.kind() {
+            io::ErrorKind::BrokenPipe => ": whoever read it is gone; start anew with a reader",
+            _ => "",
+        };
+        Err(SinkError::Unavailable {
+            sink: self.sink.clone(),
+            cause: format!("cannot print lines to standard output: {error}{way_out}"),
+        })
+    }
+}
+
+#[async_trait]
+impl SinkWriter for StdoutWriter {
+    async fn commit(
+        &mut self,
+        commit: &Commit,
+        refusals: &dyn RefusalLog,
+    ) -> Result<Committed, SinkError> {
+        if commit.rows.is_empty() {
+            return Ok(Committed::default());
+        }
+        let (printer, rows) = (Arc::clone(&self.printer), commit.rows.clone());
+        let printed = self.off_thread(move || Ok(printer.lines(&rows))).await?;
+        if !printed.refusals.is_empty() {
+            refusals.hold(commit, &printed.refusals).await?;
+        }
+        let rows_refused = printed.refusals.len() as u64;
+        let bytes_written = printed.text.len() as u64;
+        let output = Arc::clone(&self.output);
+        self.off_thread(move || {
+            let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+            output.write_all(&printed.text)?;
+            output.flush()
+        })
+        .await?;
+        let rows_written = commit.rows.len() as u64 - rows_refused;
+        Ok(Committed { rows_written, rows_refused, bytes_written })
+    }
+}
+
+/// Makes lines of one shard's rows.
+struct Printer {
+    shard: ShardId,
+    template: Option<Arc<Template>>,
+    formats: HashMap<RouteName, LineFormat>,
+}
+
+struct Printed {
+    text: Vec<u8>,
+    refusals: Vec<Refusal>,
+}
+
+impl Printer {
+    fn lines(&self, rows: &[Row]) -> Printed {
+        let mut printed = Printed { text: Vec::new(), refusals: Vec::new() };
+        for (index, row) in rows.iter().enumerate() {
+            let begun = printed.text.len();
+            match self.line(row, &mut printed.text) {
+                Ok(()) => printed.text.push(b'\n'),
+                Err(reason) => {
+                    printed.text.truncate(begun);
+                    printed.refusals.push(Refusal { row: index, reason });
+                }
+            }
+        }
+        printed
+    }
+
+    fn line(&self, row: &Row, text: &mut Vec<u8>) -> Result<(), String> {
+        if let Some(template) = &self.template {
+            return template.render(&RowContext { shard: &self.shard, row }, text);
+        }
+        let format = self.formats.get(&row.route).copied().unwrap_or(LineFormat::Text);
+        text.extend_from_slice(&format.line(&row.payload)?);
+        Ok(())
+    }
+}
