@@ -1,10 +1,20 @@
 //! shardmill: a stream processor whose logic is WebAssembly.
 //!
-//! The modules are named after the path of a record: a `source` reads a shard, `stage`s run its
-//! records through `plugin`s, [`sink`]s write the results, `position`s say what is settled.
-//! `pipeline` is that path on one screen.
+//! The modules are named after the path of a record: a [`source`] reads a shard, [`stage`]s run its
+//! records through [`plugin`]s, [`sink`]s write the results, [`position`]s say what is settled.
+//! [`pipeline`] is that path on one screen; [`supervisor`] starts a lane per shard.
 
+pub mod admin;
+pub mod cli;
 pub mod config;
+pub mod lane;
+pub mod lease;
+pub mod pipeline;
+pub mod plugin;
+pub mod position;
 pub mod record;
 pub mod sink;
+pub mod source;
+pub mod stage;
+pub mod supervisor;
 pub mod tls;

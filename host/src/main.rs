@@ -1,1 +1,7 @@
-fn main() {}
+//! The `shardmill` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    shardmill::cli::main()
+}

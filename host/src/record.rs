@@ -15,7 +15,7 @@ macro_rules! text_newtype {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(transparent)]
+        #[serde(from = "String", into = "String")]
         pub struct $name(Arc<str>);
 
         impl $name {
@@ -42,6 +42,18 @@ macro_rules! text_newtype {
             }
         }
 
+        impl From<String> for $name {
+            fn from(text: String) -> Self {
+                Self::new(text)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.as_str().into()
+            }
+        }
+
         impl std::borrow::Borrow<str> for $name {
             fn borrow(&self) -> &str {
                 &self.0
@@ -49,7 +61,6 @@ macro_rules! text_newtype {
         }
     };
 }
-pub(crate) use text_newtype;
 
 text_newtype! {
     /// The name of a pipeline: part of every position's key.
@@ -183,8 +194,10 @@ pub struct PositionSpan {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StreamIdentity {
     /// The stream's name.
+    #[serde(with = "shared_text")]
     pub name: Arc<str>,
     /// The stream's ARN.
+    #[serde(with = "shared_text")]
     pub arn: Arc<str>,
     /// When it was created, in milliseconds since 1970.
     pub created_ms: i64,
@@ -268,6 +281,21 @@ impl Row {
     /// The position of the record that it came from.
     pub fn position(&self) -> &Position {
         &self.source().position
+    }
+}
+
+/// Shared text in serde's terms: as a string.
+mod shared_text {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(text: &Arc<str>, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<str>, D::Error> {
+        String::deserialize(from).map(Into::into)
     }
 }
 

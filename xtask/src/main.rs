@@ -1,2 +1,24 @@
-//! Development tasks.
-fn main() {}
+//! Development tasks: `cargo xtask TASK`. One module per task.
+
+mod data;
+mod plugins;
+mod process;
+mod wasm_toolchain;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Development tasks of shardmill.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+enum Task {
+    Plugins(plugins::Plugins),
+    Data(data::Data),
+}
+
+fn main() -> Result<()> {
+    match Task::parse() {
+        Task::Plugins(task) => task.run(),
+        Task::Data(task) => task.run(),
+    }
+}

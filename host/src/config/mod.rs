@@ -1,8 +1,19 @@
 //! What a pipeline is asked to do: `pipeline.toml`, read and proven.
 //!
-//! Two types: [`raw`] is what TOML can say, [`PipelineConfig`] is what can run; only [`load`] makes
+//! Two types: `raw` is what TOML can say, [`PipelineConfig`] is what can run; only [`load`] makes
 //! the second, and everything below the configuration takes only the second. Each error names file,
 //! line and column, underlines the text and says what to write instead.
+
+mod bindings;
+mod check;
+mod diagnostic;
+mod env;
+mod json;
+mod load;
+mod raw;
+mod sink;
+mod source;
+mod stage;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,6 +23,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
+pub use self::env::Lookup;
+pub use self::load::{load, parse};
 use crate::record::{PipelineName, RouteName, SinkName, StageName};
 
 /// A pipeline that can run, as far as the file alone can tell.
@@ -162,6 +176,15 @@ pub struct StageLimits {
     pub table_elements_max: usize,
     /// Bytes that one call may hand back.
     pub output_bytes_max: usize,
+    /// How long a failure that the plugin calls retryable is tried again, in milliseconds.
+    pub retry_ms_max: u64,
+}
+
+impl StageLimits {
+    /// The deadline of one call with `records` records, in milliseconds.
+    pub fn call_ms_max(&self, records: usize) -> u64 {
+        self.batch_ms_max.min(self.record_ms_max.saturating_mul(records as u64)).max(1)
+    }
 }
 
 impl Default for StageLimits {
@@ -172,6 +195,7 @@ impl Default for StageLimits {
             memory_bytes_max: 256 << 20,
             table_elements_max: 100_000,
             output_bytes_max: 64 << 20,
+            retry_ms_max: 60_000,
         }
     }
 }

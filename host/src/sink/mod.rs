@@ -5,8 +5,11 @@
 //! position durable together. Buffering, rhythm, retries and the byte budget are not a sink's
 //! work: `delivery` does them for all.
 
+pub mod budget;
+pub mod delivery;
 pub mod line;
 pub mod objects;
+mod refusals;
 pub mod stdout;
 
 use std::sync::Arc;
@@ -105,7 +108,7 @@ pub enum SinkError {
 /// Where a sink keeps refused rows *before* it commits the span that they belong to.
 #[async_trait]
 pub trait RefusalLog: Send + Sync {
-    /// Makes the refusals durable but hidden; they show once the sink's position covers them.
+    /// Makes the refusals (by ascending row) durable but hidden; they show once the sink's position covers them.
     ///
     /// # Errors
     /// [`SinkError::TooManyRefused`] past the limit; [`SinkError::Unavailable`] when the dead-letter

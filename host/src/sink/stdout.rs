@@ -31,6 +31,14 @@ pub struct StdoutSink {
 }
 
 impl StdoutSink {
+    /// A sink on the process's standard output; see [`StdoutSink::to`].
+    ///
+    /// # Errors
+    /// A malformed template, with the place.
+    pub fn new(name: SinkName, template: Option<&str>) -> Result<Self, TemplateError> {
+        Self::to(name, template, Arc::new(Mutex::new(io::stdout())))
+    }
+
     /// A sink that prints each row's payload, or what a template makes of it:
     /// `{field}` or `{outer.inner}` is a field of the JSON payload; `{shard}`, `{sequence}`,
     /// `{key}` and `{route}` say where the row comes from (`{.shard}` is the payload's field of
@@ -38,7 +46,7 @@ impl StdoutSink {
     ///
     /// # Errors
     /// A malformed template, with the place.
-    pub fn new(
+    pub fn to(
         name: SinkName,
         template: Option<&str>,
         output: SharedOutput,

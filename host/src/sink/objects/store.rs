@@ -142,7 +142,7 @@ fn open_store(
     url: &Url,
     options: &BTreeMap<String, String>,
 ) -> Result<(Arc<dyn ObjectStore>, Path), String> {
-    crate::tls::install_crypto_provider();
+    crate::tls::install();
     let (scheme, prefix) = ObjectStoreScheme::parse(url).map_err(|error| error.to_string())?;
     let store: Arc<dyn ObjectStore> = match scheme {
         ObjectStoreScheme::Local => return open_local(url, options),

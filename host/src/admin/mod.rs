@@ -1,0 +1,132 @@
+//! The admin port: health, metrics and the state of the lanes, on loopback.
+//!
+//! `/health/live` answers while the process does; `/health/ready` is 200 while every lane goes on
+//! and 503 with the causes when one is blocked; `/metrics` is Prometheus' text format; `/status` is
+//! the lanes as JSON.
+
+use std::net::SocketAddr;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use axum::routing::get;
+use axum::{Json, Router};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::lane::Board;
+
+/// The admin port cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "failed to open the admin port {address}: {cause}; another process has it: set `listen` under \
+     [admin] to a free port, or remove [admin]"
+)]
+pub struct AdminError {
+    address: SocketAddr,
+    cause: std::io::Error,
+}
+
+/// Where the process's metrics are gathered.
+#[derive(Clone)]
+pub struct Metrics(PrometheusHandle);
+
+impl Metrics {
+    /// Makes the process's recorder; call it once, before anything counts.
+    ///
+    /// # Errors
+    /// When a recorder is there already.
+    pub fn install() -> anyhow::Result<Self> {
+        let handle = PrometheusBuilder::new().install_recorder()?;
+        describe();
+        Ok(Self(handle))
+    }
+
+    /// All metrics in Prometheus' text format.
+    pub fn render(&self) -> String {
+        self.0.run_upkeep();
+        self.0.render()
+    }
+}
+
+/// An open admin port.
+pub struct AdminPort {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl AdminPort {
+    /// Opens the port.
+    ///
+    /// # Errors
+    /// [`AdminError`] when it is in use.
+    pub async fn open(address: SocketAddr) -> Result<Self, AdminError> {
+        let error = |cause| AdminError { address, cause };
+        let listener = TcpListener::bind(address).await.map_err(error)?;
+        let address = listener.local_addr().map_err(error)?;
+        Ok(Self { listener, address })
+    }
+
+    /// The address, with the port that was chosen if it was 0.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `stop`.
+    pub fn serve(self, board: Board, metrics: Metrics, stop: CancellationToken) {
+        let routes = Router::new()
+            .route("/health/live", get(|| async { "live\n" }))
+            .route("/health/ready", get(ready))
+            .route("/status", get(|State(shown): State<Shown>| async move { Json(shown.board.snapshot()) }))
+            .route("/metrics", get(|State(shown): State<Shown>| async move { shown.metrics.render() }))
+            .with_state(Shown { board, metrics });
+        tokio::spawn(async move {
+            let served = axum::serve(self.listener, routes)
+                .with_graceful_shutdown(async move { stop.cancelled().await });
+            if let Err(error) = served.await {
+                tracing::error!(%error, "the admin port failed");
+            }
+        });
+    }
+}
+
+#[derive(Clone)]
+struct Shown {
+    board: Board,
+    metrics: Metrics,
+}
+
+async fn ready(State(shown): State<Shown>) -> impl IntoResponse {
+    let mut blocked = String::new();
+    for (shard, status) in shown.board.snapshot() {
+        for (part, cause) in status.blocked {
+            blocked.push_str(&format!("{shard}: {part}: {cause}\n"));
+        }
+    }
+    match blocked.is_empty() {
+        true => (StatusCode::OK, "ready\n".to_owned()),
+        false => (StatusCode::SERVICE_UNAVAILABLE, blocked),
+    }
+}
+
+/// Says what each metric means, for `# HELP`.
+fn describe() {
+    use metrics::{describe_counter, describe_gauge};
+    describe_counter!("shardmill_source_records_total", "records read and handed to the sinks");
+    describe_counter!("shardmill_source_bytes_total", "bytes of payloads and keys read");
+    describe_counter!("shardmill_source_retries_total", "reads tried again, by shard and reason");
+    describe_gauge!("shardmill_lag_ms", "milliseconds behind the end of the shard");
+    describe_counter!("shardmill_replayed_records_total", "records read that some sink had before");
+    describe_counter!("shardmill_stage_records_total", "records that entered a stage");
+    describe_counter!("shardmill_stage_bytes_total", "payload bytes that entered a stage");
+    describe_counter!("shardmill_stage_traps_total", "calls of a plugin that trapped or timed out");
+    describe_counter!("shardmill_stage_retries_total", "calls tried again as the plugin asked for");
+    describe_counter!("shardmill_sink_rows_total", "rows committed by a sink");
+    describe_counter!("shardmill_sink_bytes_total", "bytes committed by a sink");
+    describe_counter!("shardmill_sink_retries_total", "commits tried again");
+    describe_counter!("shardmill_dead_letters_total", "records dead-lettered, by place");
+    describe_counter!("shardmill_lane_restarts_total", "lanes started anew after a failure");
+    describe_gauge!("shardmill_blocked", "parts of a shard's lane that do not go on");
+    describe_gauge!("shardmill_buffer_bytes", "bytes that the sinks' buffers hold");
+}

@@ -1,0 +1,186 @@
+//! The command line: what a person types, and what they are told.
+
+mod check;
+mod demo;
+mod plugin;
+mod progress;
+mod run;
+mod sinks;
+mod stream;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::config::{ConfigError, PipelineConfig};
+
+/// The pipeline that is run when none is named.
+const DEFAULT_PIPELINE: &str = "pipeline.toml";
+
+/// Exit code when the command did what it says.
+const EXIT_DONE: u8 = 0;
+/// Exit code when it failed.
+const EXIT_FAILED: u8 = 1;
+/// Exit code when the command line or the configuration is wrong.
+const EXIT_MISUSED: u8 = 2;
+
+#[derive(Parser)]
+#[command(
+    name = "shardmill",
+    version,
+    about = "A stream processor whose logic is WebAssembly: Kinesis shards through sandboxed plugins \
+             into data marts and log files.",
+    after_help = "Examples:\n  shardmill demo                      see it work, from nothing\n  \
+                  shardmill check pipeline.toml       prove a pipeline without reading a record\n  \
+                  shardmill run pipeline.toml         run it until SIGTERM or Ctrl-C\n\n\
+                  Exit codes: 0 done, 1 failed, 2 the command line or the configuration is wrong."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Print reports as JSON, one object per line, on standard output.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Log more; twice: everything. Logs go to standard error.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the whole path once: a stream of 5 shards, 100 cars, three plugins, a data mart.
+    #[command(after_help = "Example:\n  shardmill demo --data /tmp/cars")]
+    Demo(demo::Options),
+    /// Run a pipeline until SIGTERM or Ctrl-C, then drain: finish the batch, commit, checkpoint.
+    #[command(after_help = "Examples:\n  shardmill run\n  shardmill run flights.toml --until-caught-up")]
+    Run(run::Options),
+    /// Prove a pipeline: its file, its plugins, its sinks. Reads no record.
+    #[command(after_help = "Example:\n  shardmill check pipeline.toml --json")]
+    Check(check::Options),
+    /// Create, fill, look at and delete streams; serve the embedded one.
+    #[command(subcommand)]
+    Stream(stream::Command),
+    /// Build and inspect plugins.
+    #[command(subcommand)]
+    Plugin(plugin::Command),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:\n  shardmill completions bash > ~/.local/share/bash-completion/completions/shardmill")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// What every command is given.
+pub(crate) struct Console {
+    /// Reports are printed as JSON.
+    pub json: bool,
+}
+
+impl Console {
+    /// Prints a line of a report for people; nothing when JSON is asked for.
+    pub fn say(&self, line: impl std::fmt::Display) {
+        if !self.json {
+            print_line(line);
+        }
+    }
+
+    /// Prints a report as one JSON line, when JSON is asked for.
+    pub fn report(&self, report: &impl serde::Serialize) -> anyhow::Result<()> {
+        if self.json {
+            print_line(serde_json::to_string(report)?);
+        }
+        Ok(())
+    }
+}
+
+/// Prints a line on standard output. A reader that went away ends nothing: the work goes on.
+pub(crate) fn print_line(line: impl std::fmt::Display) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
+}
+
+/// Reads the command line, does what it says, and gives the exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    init_logging(cli.verbose);
+    let console = Console { json: cli.json };
+    let done = match cli.command {
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "shardmill", &mut std::io::stdout());
+            Ok(())
+        }
+        command => runtime().and_then(|runtime| runtime.block_on(dispatch(command, &console))),
+    };
+    match done {
+        Ok(()) => EXIT_DONE.into(),
+        Err(error) => tell(&error),
+    }
+}
+
+async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
+    match command {
+        Command::Demo(options) => demo::demo(options, console).await,
+        Command::Run(options) => run::run(options, console).await,
+        Command::Check(options) => check::check(options, console).await,
+        Command::Stream(command) => stream::stream(command, console).await,
+        Command::Plugin(command) => plugin::plugin(command, console),
+        Command::Completions { .. } => Ok(()),
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+/// Logs go to standard error, so that standard output is the command's own.
+fn init_logging(verbose: u8) {
+    use tracing_subscriber::filter::{LevelFilter, Targets};
+    use tracing_subscriber::layer::SubscriberExt as _;
+    use tracing_subscriber::util::SubscriberInitExt as _;
+    let (ours, others) = match verbose {
+        0 => (LevelFilter::WARN, LevelFilter::ERROR),
+        1 => (LevelFilter::INFO, LevelFilter::WARN),
+        2 => (LevelFilter::DEBUG, LevelFilter::INFO),
+        _ => (LevelFilter::TRACE, LevelFilter::DEBUG),
+    };
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false);
+    let levels = Targets::new().with_default(others).with_target("shardmill", ours);
+    tracing_subscriber::registry().with(lines).with(levels).init();
+}
+
+/// Tells a person why the command failed, each cause once, and gives the exit code.
+fn tell(error: &anyhow::Error) -> ExitCode {
+    if let Some(config) = error.downcast_ref::<ConfigError>() {
+        let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+        eprintln!("{}", config.render(terminal));
+        return EXIT_MISUSED.into();
+    }
+    let mut told = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // Some errors show their cause in their own text.
+        if !told.contains(&cause) {
+            told = format!("{told}: {cause}");
+        }
+    }
+    eprintln!("error: {told}");
+    EXIT_FAILED.into()
+}
+
+/// Reads a pipeline's file with the process's environment.
+fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
+    Ok(crate::config::load(path, &|name| std::env::var(name).ok())?)
+}
+
+/// The argument that names a pipeline's file.
+#[derive(clap::Args)]
+pub(crate) struct PipelineFile {
+    /// The pipeline's file.
+    #[arg(default_value = DEFAULT_PIPELINE)]
+    pub file: PathBuf,
+}

@@ -1,0 +1,132 @@
+//! `shardmill plugin`: build a component, look into one.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::Console;
+use crate::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine};
+
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Compile a Rust plugin crate and wrap it as a component.
+    #[command(after_help = "Example:\n  shardmill plugin build plugins/car-decode -o car-decode.wasm")]
+    Build {
+        /// The crate's folder.
+        folder: PathBuf,
+        /// Where the component goes; default: NAME.wasm beside Cargo.toml.
+        #[arg(short, long)]
+        out: Option<PathBuf>,
+    },
+    /// Show what a component is: digest, size, routes, formats, columns.
+    #[command(after_help = "Example:\n  shardmill plugin inspect car-decode.wasm --config '{}'")]
+    Inspect {
+        /// The component.
+        file: PathBuf,
+        /// The configuration to show it with, as JSON.
+        #[arg(long, default_value = "{}")]
+        config: String,
+    },
+}
+
+#[derive(Serialize)]
+struct Inspection {
+    file: String,
+    digest: String,
+    bytes: usize,
+    name: Option<String>,
+    version: Option<String>,
+    accepts: Vec<String>,
+    routes: Vec<RouteInspection>,
+    configure: Option<String>,
+}
+
+#[derive(Serialize)]
+struct RouteInspection {
+    name: String,
+    format: String,
+    columns: Vec<String>,
+}
+
+pub fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
+    match command {
+        Command::Build { folder, out } => build(&folder, out, console),
+        Command::Inspect { file, config } => inspect(&file, config, console),
+    }
+}
+
+fn build(
+    folder: &std::path::Path,
+    out: Option<PathBuf>,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let name = folder.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_owned()));
+    let out = out.unwrap_or_else(|| folder.join(name.unwrap_or("plugin".into())).with_extension("wasm"));
+    let built = crate::plugin::build::build_rust_plugin(folder, &out)?;
+    console.say(format!("built {} ({} bytes)", built.component.display(), built.component_bytes));
+    console.report(&serde_json::json!({
+        "component": built.component,
+        "component_bytes": built.component_bytes,
+    }))
+}
+
+fn inspect(file: &std::path::Path, config: String, console: &Console) -> anyhow::Result<()> {
+    let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
+    let (plugin, bytes) = Plugin::load_file(&engine, &CompileCache::none(), file)?;
+    let context = Context {
+        stream_name: "inspect".into(),
+        shard_id: String::new(),
+        config,
+        upstream: Vec::new(),
+        extra: Vec::new(),
+    };
+    let configured = Instance::start(&plugin, &Default::default(), &context);
+    let mut inspection = Inspection {
+        file: file.display().to_string(),
+        digest: plugin.digest.to_string(),
+        bytes: bytes.len(),
+        name: None,
+        version: None,
+        accepts: Vec::new(),
+        routes: Vec::new(),
+        configure: None,
+    };
+    match configured {
+        Ok((_, descriptor)) => {
+            inspection.name = Some(descriptor.name);
+            inspection.version = Some(descriptor.version);
+            inspection.accepts = descriptor.accepts;
+            inspection.routes = descriptor.routes.into_iter().map(route).collect();
+        }
+        Err(error) => inspection.configure = Some(error.message),
+    }
+    say(&inspection, console);
+    console.report(&inspection)
+}
+
+fn route(route: crate::plugin::Route) -> RouteInspection {
+    let columns = route.columns.into_iter().map(|column| {
+        let null = if column.nullable { "" } else { " not null" };
+        format!("{} {}{null}", column.name, column.data_type)
+    });
+    RouteInspection { columns: columns.collect(), name: route.name, format: route.format }
+}
+
+fn say(inspection: &Inspection, console: &Console) {
+    console.say(format!("file     {} ({} bytes)", inspection.file, inspection.bytes));
+    console.say(format!("digest   {}", inspection.digest));
+    if let (Some(name), Some(version)) = (&inspection.name, &inspection.version) {
+        console.say(format!("plugin   {name} {version}"));
+        let accepts = inspection.accepts.join(", ");
+        console.say(format!("accepts  {}", if accepts.is_empty() { "anything" } else { &accepts }));
+    }
+    for route in &inspection.routes {
+        console.say(format!("route    {} ({})", route.name, route.format));
+        for column in &route.columns {
+            console.say(format!("           {column}"));
+        }
+    }
+    if let Some(why) = &inspection.configure {
+        console.say(format!("routes   unknown without its configuration: {why} (--config JSON)"));
+    }
+}

@@ -1,0 +1,111 @@
+//! `shardmill run`: a pipeline, until it is told to stop.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use super::{Console, PipelineFile, load, sinks, stream};
+use crate::admin::{AdminPort, Metrics};
+use crate::config::PipelineConfig;
+use crate::lane::Board;
+use crate::position::DeadLetters;
+use crate::record::SinkName;
+use crate::source::ShardSource;
+use crate::supervisor::{RunOptions, Supervisor};
+
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    pipeline: PipelineFile,
+    /// Stop when every shard is read to its end, as a backfill or a test does.
+    #[arg(long)]
+    until_caught_up: bool,
+    /// A sink that was taken out of the file and may be given up although it is behind the others.
+    #[arg(long, value_name = "NAME")]
+    drop_sink: Vec<String>,
+}
+
+/// What a run did, for its last line.
+#[derive(Serialize)]
+pub(crate) struct Summary {
+    /// Records handed to the sinks.
+    pub records: u64,
+    /// Of these, read again because only some sinks had them.
+    pub replayed: u64,
+    /// Dead letters in the store.
+    pub dead_letters: u64,
+}
+
+pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
+    let config = load(&options.pipeline.file)?;
+    let metrics = Metrics::install()?;
+    let admin = match config.admin {
+        Some(address) => Some(AdminPort::open(address).await?),
+        None => None,
+    };
+    let stop = stop_on_signals()?;
+    let run_options = RunOptions {
+        until_caught_up: options.until_caught_up,
+        dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
+        embedded_plugin: |_| None,
+    };
+    let (source, _embedded) = stream::source(&config).await?;
+    let supervisor = prepare(config, source, run_options).await?;
+    if let Some(admin) = admin {
+        console.say(format!("admin http://{}", admin.address()));
+        admin.serve(supervisor.board(), metrics, stop.clone());
+    }
+    let (board, letters) = (supervisor.board(), supervisor.letters());
+    console.say("running; stop with Ctrl-C or SIGTERM");
+    supervisor.run(stop).await?;
+    let summary = summarize(&board, &letters).await?;
+    console.say(format!(
+        "stopped: {} records, {} of them replayed, {} dead letters in the store",
+        summary.records, summary.replayed, summary.dead_letters
+    ));
+    console.report(&summary)
+}
+
+/// Proves the pipeline with the sinks that its configuration names.
+pub(crate) async fn prepare(
+    config: PipelineConfig,
+    source: Arc<dyn ShardSource>,
+    options: RunOptions,
+) -> anyhow::Result<Supervisor> {
+    let sinks = sinks::build(&config)?;
+    Supervisor::prepare(config, source, sinks, options).await
+}
+
+pub(crate) async fn summarize(board: &Board, letters: &DeadLetters) -> anyhow::Result<Summary> {
+    let shards = board.snapshot();
+    Ok(Summary {
+        records: shards.values().map(|status| status.records_read).sum(),
+        replayed: shards.values().map(|status| status.records_replayed).sum(),
+        dead_letters: letters.count().await?,
+    })
+}
+
+/// A token that the first SIGTERM or SIGINT cancels; a second one ends the process at once.
+pub(crate) fn stop_on_signals() -> anyhow::Result<CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let cancel = stop.clone();
+    tokio::spawn(async move {
+        for seen in 0.. {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if seen > 0 {
+                // Nothing is lost: what is not committed is read again.
+                std::process::exit(130);
+            }
+            eprintln!("draining; once more to stop at once");
+            cancel.cancel();
+        }
+    });
+    Ok(stop)
+}

@@ -1,0 +1,24 @@
+//! From a configuration's sinks to sinks: the one place where a type's name meets its code.
+
+use std::sync::Arc;
+
+use crate::config::{PipelineConfig, SinkKind};
+use crate::sink::Sink;
+use crate::sink::objects::ObjectsSink;
+use crate::sink::stdout::StdoutSink;
+
+/// The sinks, in the configuration's order. Talks to none of them.
+pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>>> {
+    let mut sinks: Vec<Arc<dyn Sink>> = Vec::new();
+    for sink in &config.sinks {
+        let name = sink.name.value.clone();
+        sinks.push(match &sink.kind {
+            SinkKind::Stdout { template } => Arc::new(StdoutSink::new(name, template.as_deref())?),
+            _ => anyhow::bail!("x"),
+            SinkKind::Objects { url, options, compression } => {
+                Arc::new(ObjectsSink::new(name, url, options, *compression)?)
+            }
+        });
+    }
+    Ok(sinks)
+}

@@ -1,0 +1,446 @@
+//! `shardmill stream`: the stream of a pipeline, or any other.
+
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use aws_sdk_kinesis::Client;
+use bytes::Bytes;
+use serde::Serialize;
+use url::Url;
+
+use super::progress::Progress;
+use super::{Console, DEFAULT_PIPELINE, load, print_line, run};
+use crate::config::{BatchLimits, CreateStream, Endpoint, PipelineConfig};
+use crate::record::{ShardKey, StreamIdentity};
+use crate::source::embedded::{self, EmbeddedStream};
+use crate::source::kinesis::KinesisSource;
+use crate::source::producer::{NewRecord, Producer};
+use crate::source::reader::{Polling, PollingReader};
+use crate::source::{BatchReader as _, NextBatch, ShardSource, SourceError, client, stream};
+
+/// How long a deletion is waited for.
+const DELETE_WAIT_MAX: Duration = Duration::from_secs(120);
+/// Records between two looks at the progress bar.
+const PROGRESS_RECORDS: u64 = 1_000;
+
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Serve the embedded stream, in memory, until SIGTERM or Ctrl-C.
+    #[command(after_help = "Example:\n  shardmill stream serve --port 4567")]
+    Serve {
+        /// The port on 127.0.0.1; 0 takes a free one.
+        #[arg(long, default_value_t = 0)]
+        port: u16,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Create a stream and wait until it is ACTIVE.
+    #[command(after_help = "Example:\n  shardmill stream create --shards 5")]
+    Create {
+        /// The number of shards.
+        #[arg(long, default_value_t = 1)]
+        shards: u32,
+        /// How long to wait, for example `120s`.
+        #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
+        wait: Duration,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Show a stream: status, shards, parents.
+    Describe {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Put the lines of files, or of standard input, as records.
+    #[command(after_help = "Examples:\n  shardmill stream put flights.csv --skip 1\n  \
+                            echo '{\"id\":1}' | shardmill stream put --key user-1")]
+    Put {
+        /// The files; none: standard input.
+        files: Vec<PathBuf>,
+        /// The partition key of all records; default: the line's number, which spreads them.
+        #[arg(long)]
+        key: Option<String>,
+        /// Lines to leave out at the beginning of each file.
+        #[arg(long, default_value_t = 0)]
+        skip: usize,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Print records as they are: shard, sequence, key, payload.
+    #[command(after_help = "Example:\n  shardmill stream tail --limit 10")]
+    Tail {
+        /// Stop after this many records.
+        #[arg(long)]
+        limit: Option<u64>,
+        /// Stop at the end instead of waiting for more.
+        #[arg(long)]
+        no_follow: bool,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Delete a stream and its records.
+    Delete {
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+/// Which stream, and where.
+#[derive(clap::Args)]
+pub struct Place {
+    /// The stream's name; default: that of the pipeline.
+    #[arg(long, value_name = "NAME")]
+    stream: Option<String>,
+    /// The pipeline whose stream it is; default: pipeline.toml, where there is one.
+    #[arg(long, value_name = "FILE")]
+    pipeline: Option<PathBuf>,
+    /// `embedded`, `aws`, or a URL; default: that of the pipeline.
+    #[arg(long)]
+    endpoint: Option<String>,
+    /// The AWS region; default: that of the pipeline, or the standard chain.
+    #[arg(long)]
+    region: Option<String>,
+    /// The state folder, by which the embedded stream is found.
+    #[arg(long, value_name = "FOLDER")]
+    state_dir: Option<PathBuf>,
+}
+
+/// A stream, resolved.
+struct Target {
+    stream: Option<String>,
+    endpoint: Endpoint,
+    region: Option<String>,
+    state_dir: PathBuf,
+}
+
+pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
+    match command {
+        Command::Serve { port, place } => serve(port, &place.resolve()?, console).await,
+        Command::Create { shards, wait, place } => {
+            let (target, client) = place.connect().await?;
+            let create = CreateStream { shards, wait_max: wait };
+            let made = create_and_wait(&client, target.name()?, create).await?;
+            report(&client, made, console).await
+        }
+        Command::Describe { place } => {
+            let (target, client) = place.connect().await?;
+            let found = stream::describe(&client, target.name()?).await?;
+            report(&client, found, console).await
+        }
+        Command::Put { files, key, skip, place } => {
+            let (target, client) = place.connect().await?;
+            put(client, target.name()?, files, key, skip, console).await
+        }
+        Command::Tail { limit, no_follow, place } => {
+            let (target, client) = place.connect().await?;
+            tail(client, target.name()?, limit, no_follow, console).await
+        }
+        Command::Delete { place } => {
+            let (target, client) = place.connect().await?;
+            let name = target.name()?;
+            stream::delete(&client, name, DELETE_WAIT_MAX).await?;
+            console.say(format!("deleted stream {name}"));
+            console.report(&serde_json::json!({ "deleted": name }))
+        }
+    }
+}
+
+/// The source of a pipeline, connected; its stream is created if asked for. The embedded stream
+/// that was started for it, if any, lives as long as the second value.
+pub(crate) async fn source(
+    config: &PipelineConfig,
+) -> anyhow::Result<(Arc<dyn ShardSource>, Option<EmbeddedStream>)> {
+    let (url, started) = match &config.source.endpoint {
+        Endpoint::Aws => (None, None),
+        Endpoint::Url(url) => (Some(url.clone()), None),
+        Endpoint::Embedded => match embedded::find(&config.state_dir) {
+            Some(url) => (Some(url), None),
+            None => {
+                let started = EmbeddedStream::start(0).await?;
+                (Some(started.url().clone()), Some(started))
+            }
+        },
+    };
+    let client = client::connect(url.as_ref(), config.source.region.as_deref()).await?;
+    ensure(&client, config).await?;
+    Ok((Arc::new(KinesisSource::new(client, &config.source)), started))
+}
+
+/// Creates the pipeline's stream when it is missing and `create` is set.
+pub(crate) async fn ensure(client: &Client, config: &PipelineConfig) -> anyhow::Result<()> {
+    let name = &config.source.stream.value;
+    match (stream::describe(client, name).await, config.source.create) {
+        (Err(SourceError::NoSuchStream { .. }), Some(create)) => {
+            create_and_wait(client, name, create).await.map(drop)
+        }
+        (found, create) => {
+            let wait_max = create.map_or(DELETE_WAIT_MAX, |create| create.wait_max);
+            if found?.status != "ACTIVE" {
+                stream::wait_active(client, name, wait_max, &mut |_, _| {}).await?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Creates a stream and waits, visibly.
+pub(crate) async fn create_and_wait(
+    client: &Client,
+    name: &str,
+    create: CreateStream,
+) -> anyhow::Result<stream::Description> {
+    stream::create(client, name, create.shards).await?;
+    let mut progress = Progress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
+    let mut glance = |waited: Duration, status: &str| progress.at(waited.as_secs(), status);
+    let description = stream::wait_active(client, name, create.wait_max, &mut glance).await?;
+    progress.done();
+    Ok(description)
+}
+
+impl Place {
+    fn resolve(&self) -> anyhow::Result<Target> {
+        let default = Path::new(DEFAULT_PIPELINE);
+        let pipeline = match &self.pipeline {
+            Some(file) => Some(load(file)?),
+            None if default.exists() => Some(load(default)?),
+            None => None,
+        };
+        let endpoint = match self.endpoint.as_deref() {
+            Some("embedded") => Endpoint::Embedded,
+            Some("aws") => Endpoint::Aws,
+            Some(url) => Endpoint::Url(Url::parse(url).with_context(|| {
+                format!("--endpoint {url} is neither `embedded` nor `aws` nor a URL")
+            })?),
+            None => pipeline.as_ref().map_or(Endpoint::Aws, |it| it.source.endpoint.clone()),
+        };
+        let of_pipeline = |pipeline: &PipelineConfig| pipeline.source.stream.value.clone();
+        Ok(Target {
+            stream: self.stream.clone().or(pipeline.as_ref().map(of_pipeline)),
+            endpoint,
+            region: self.region.clone().or(pipeline.as_ref().and_then(|it| it.source.region.clone())),
+            state_dir: self
+                .state_dir
+                .clone()
+                .or(pipeline.map(|it| it.state_dir))
+                .unwrap_or_else(|| "state".into()),
+        })
+    }
+
+    async fn connect(&self) -> anyhow::Result<(Target, Client)> {
+        let target = self.resolve()?;
+        let url = match &target.endpoint {
+            Endpoint::Aws => None,
+            Endpoint::Url(url) => Some(url.clone()),
+            Endpoint::Embedded => match embedded::find(&target.state_dir) {
+                Some(url) => Some(url),
+                None => bail!(
+                    "no embedded stream is served from {}; start one with `shardmill stream serve`",
+                    target.state_dir.display()
+                ),
+            },
+        };
+        let client = client::connect(url.as_ref(), target.region.as_deref()).await?;
+        Ok((target, client))
+    }
+}
+
+impl Target {
+    fn name(&self) -> anyhow::Result<&str> {
+        self.stream.as_deref().context("which stream? name it with --stream, or a pipeline with --pipeline")
+    }
+}
+
+async fn serve(port: u16, target: &Target, console: &Console) -> anyhow::Result<()> {
+    let stop = run::stop_on_signals()?;
+    let served = EmbeddedStream::serve(&target.state_dir, port).await?;
+    console.say(format!("serving the embedded stream at {}", served.url()));
+    console.report(&serde_json::json!({ "url": served.url().as_str() }))?;
+    served.until(&stop).await;
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct StreamReport {
+    stream: String,
+    arn: String,
+    status: String,
+    created_ms: i64,
+    retention_hours: u32,
+    shards: Vec<ShardReport>,
+}
+
+#[derive(Serialize)]
+struct ShardReport {
+    shard: String,
+    closed: bool,
+    parents: Vec<String>,
+}
+
+async fn report(client: &Client, found: stream::Description, console: &Console) -> anyhow::Result<()> {
+    let shards = stream::shards(client, &found.identity.name).await?;
+    let report = StreamReport {
+        stream: found.identity.name.to_string(),
+        arn: found.identity.arn.to_string(),
+        status: found.status,
+        created_ms: found.identity.created_ms,
+        retention_hours: found.retention_hours,
+        shards: shards
+            .into_iter()
+            .map(|shard| ShardReport {
+                shard: shard.id.to_string(),
+                closed: shard.is_closed,
+                parents: shard.parents.iter().map(ToString::to_string).collect(),
+            })
+            .collect(),
+    };
+    console.say(format!(
+        "stream {}: {}, {} shards, records kept for {} h",
+        report.stream,
+        report.status,
+        report.shards.len(),
+        report.retention_hours
+    ));
+    console.say(format!("  {}", report.arn));
+    for shard in &report.shards {
+        let closed = if shard.closed { ", closed" } else { "" };
+        let parents = match shard.parents.is_empty() {
+            true => String::new(),
+            false => format!(", child of {}", shard.parents.join(" and ")),
+        };
+        console.say(format!("  {}{closed}{parents}", shard.shard));
+    }
+    console.report(&report)
+}
+
+async fn put(
+    client: Client,
+    name: &str,
+    files: Vec<PathBuf>,
+    key: Option<String>,
+    skip: usize,
+    console: &Console,
+) -> anyhow::Result<()> {
+    stream::describe(&client, name).await?;
+    let mut producer = Producer::new(client, name);
+    let mut progress = Progress::start(&format!("putting records on {name}"), None);
+    let inputs: Vec<Option<PathBuf>> = match files.is_empty() {
+        true => vec![None],
+        false => files.into_iter().map(Some).collect(),
+    };
+    let mut number = 0u64;
+    for input in inputs {
+        let reader: Box<dyn std::io::Read + Send> = match &input {
+            None => Box::new(std::io::stdin()),
+            Some(path) => Box::new(
+                std::fs::File::open(path).with_context(|| format!("failed to read {}", path.display()))?,
+            ),
+        };
+        for line in BufReader::new(reader).split(b'\n').skip(skip) {
+            let mut line = line.context("failed to read a line")?;
+            if line.last() == Some(&b'\r') {
+                line.pop();
+            }
+            let partition_key = key.clone().unwrap_or_else(|| number.to_string());
+            producer.put(NewRecord { partition_key, payload: Bytes::from(line) }).await?;
+            number += 1;
+            if number.is_multiple_of(PROGRESS_RECORDS) {
+                progress.at(number, "");
+            }
+        }
+    }
+    producer.flush().await?;
+    progress.done();
+    let report = producer.report();
+    console.say(format!("put {} records, {} bytes, {} retried", report.records, report.bytes, report.retried));
+    console.report(&report)
+}
+
+#[derive(Serialize)]
+struct TailLine<'a> {
+    shard: &'a str,
+    sequence: &'a str,
+    key: String,
+    payload: String,
+}
+
+async fn tail(
+    client: Client,
+    name: &str,
+    limit: Option<u64>,
+    no_follow: bool,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let identity = Arc::new(stream::describe(&client, name).await?.identity);
+    let stop = run::stop_on_signals()?;
+    let (lines, mut printed) = tokio::sync::mpsc::channel(64);
+    let mut readers = tokio::task::JoinSet::new();
+    for shard in stream::shards(&client, name).await? {
+        let mut reader = tail_reader(&client, &identity, shard.id);
+        let lines = lines.clone();
+        readers.spawn(async move {
+            loop {
+                match reader.next_batch().await? {
+                    NextBatch::Batch(batch) => {
+                        if lines.send(batch).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                    NextBatch::Idle { .. } if no_follow => return Ok(()),
+                    NextBatch::Idle { .. } => {}
+                    NextBatch::ShardEnd => return Ok::<(), SourceError>(()),
+                }
+            }
+        });
+    }
+    drop(lines);
+    let mut left = limit.unwrap_or(u64::MAX);
+    while left > 0 {
+        let batch = tokio::select! {
+            batch = printed.recv() => match batch { Some(batch) => batch, None => break },
+            () = stop.cancelled() => break,
+        };
+        for record in batch.records.iter().take(usize::try_from(left).unwrap_or(usize::MAX)) {
+            left -= 1;
+            let line = TailLine {
+                shard: batch.shard.shard.as_str(),
+                sequence: record.position.sequence.as_str(),
+                key: String::from_utf8_lossy(&record.partition_key).into_owned(),
+                payload: String::from_utf8_lossy(&record.payload).into_owned(),
+            };
+            match console.json {
+                true => console.report(&line)?,
+                false => print_line(format!(
+                    "{} {} {} {}",
+                    line.shard,
+                    line.sequence,
+                    line.key,
+                    line.payload.escape_debug()
+                )),
+            }
+        }
+    }
+    if left > 0 && !stop.is_cancelled() {
+        while let Some(done) = readers.join_next().await {
+            done??;
+        }
+    }
+    Ok(())
+}
+
+fn tail_reader(
+    client: &Client,
+    identity: &Arc<StreamIdentity>,
+    shard: crate::record::ShardId,
+) -> PollingReader {
+    let key = ShardKey { pipeline: "tail".into(), stream: identity.clone(), shard };
+    let polling = Polling {
+        records_per_call_max: 1_000,
+        poll_interval: Duration::from_millis(300),
+        is_paced: true,
+        batch: BatchLimits { records_max: 1_000, bytes_max: 1 << 20 },
+    };
+    PollingReader::new(client.clone(), key, polling, None, None)
+}

@@ -1,0 +1,314 @@
+//! From a file to a [`PipelineConfig`]: parse, replace variables, read each table, check that
+//! the tables fit together.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue, ValueDeserializer};
+
+use super::check::Check;
+use super::diagnostic::suggest;
+use super::env::{Lookup, substitute_table};
+use super::raw::{RawAdmin, RawPipeline};
+use super::{
+    ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, bindings, sink,
+    source, stage,
+};
+use crate::record::PipelineName;
+
+/// The tables of a file.
+const TABLES: [&str; 5] = ["pipeline", "source", "stage", "sink", "admin"];
+
+/// The default and the range of `buffer`: below it, hardly one batch fits; above it, no machine.
+const BUFFER_BYTES: usize = 64 << 20;
+const BUFFER_BYTES_MIN: usize = 1 << 20;
+const BUFFER_BYTES_MAX: usize = 64 << 30;
+
+/// Reads and proves a configuration file; `lookup` is where `${VAR}` comes from.
+///
+/// Relative paths in it are relative to its folder.
+///
+/// # Errors
+/// Everything that the file alone shows to be wrong, each with its place and a way out.
+pub fn load(path: &Path, lookup: Lookup) -> Result<PipelineConfig, ConfigError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|cause| ConfigError::unreadable(path, &cause))?;
+    parse(path, text, lookup)
+}
+
+/// Proves a configuration that is at hand as text; `path` is what errors name, and its folder is
+/// what relative paths start from.
+///
+/// # Errors
+/// As [`load`].
+pub fn parse(
+    path: impl Into<PathBuf>,
+    text: impl Into<String>,
+    lookup: Lookup,
+) -> Result<PipelineConfig, ConfigError> {
+    let file = Arc::new(ConfigFile { path: path.into(), text: text.into() });
+    let mut check = Check::new(&file);
+    let config = read(&file, lookup, &mut check);
+    check.finish(config)
+}
+
+fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<PipelineConfig> {
+    let mut root = match DeTable::parse(&file.text) {
+        Ok(root) => root.into_inner(),
+        Err(error) => {
+            let span = error.span().unwrap_or_default();
+            let help = match error.message() {
+                "duplicate key" => "keep one of the two",
+                _ => "check the quotes, brackets and commas here and on the line before",
+            };
+            check.problem(span, format!("this is no TOML: {}", error.message()), help);
+            return None;
+        }
+    };
+    let fingerprints = sink::fingerprints(&root, check);
+    substitute_table(&mut root, lookup, check);
+    if check.failed() {
+        return None; // What an unset variable would have said is anyone's guess.
+    }
+    let base = file.path.parent().unwrap_or(Path::new(""));
+    let sections = Sections::split(root, check);
+
+    let pipeline = sections.pipeline.and_then(|table| pipeline(table, check));
+    let buffer = pipeline.as_ref().map_or(BUFFER_BYTES, |pipeline| pipeline.buffer_bytes_max);
+    let source = sections.source.and_then(|table| source::read(table, check));
+    let names = bindings::Names::collect(&sections.stages, &sections.sinks);
+    let (stages_written, sinks_written) = (sections.stages.len(), sections.sinks.len());
+    let stages = sections.stages.into_iter();
+    let stages: Vec<_> =
+        stages.filter_map(|table| stage::read(table, base, &names, check)).collect();
+    let sinks = sections.sinks.into_iter().zip(fingerprints);
+    let sinks: Vec<_> =
+        sinks.filter_map(|(table, print)| sink::read(table, print, base, buffer, check)).collect();
+    let admin = sections.admin.map(|table| admin(table, check));
+
+    names.check_unique(check);
+    if stages.len() == stages_written && sinks.len() == sinks_written {
+        bindings::check_bound(&stages, &sinks, check);
+    }
+    let pipeline = pipeline?;
+    Some(PipelineConfig {
+        file: Arc::clone(file),
+        name: pipeline.name,
+        state_dir: base.join(pipeline.state_dir),
+        source: source?,
+        stages,
+        sinks,
+        buffer_bytes_max: pipeline.buffer_bytes_max,
+        rejected_max: pipeline.rejected_max,
+        on_position_mismatch: pipeline.on_position_mismatch,
+        admin: match admin {
+            Some(listen) => Some(listen?),
+            None => None,
+        },
+    })
+}
+
+/// The file's tables, each to be read on its own: one with an error does not hide the next.
+struct Sections<'i> {
+    pipeline: Option<Spanned<DeValue<'i>>>,
+    source: Option<Spanned<DeValue<'i>>>,
+    stages: Vec<Spanned<DeValue<'i>>>,
+    sinks: Vec<Spanned<DeValue<'i>>>,
+    admin: Option<Spanned<DeValue<'i>>>,
+}
+
+impl<'i> Sections<'i> {
+    fn split(mut root: DeTable<'i>, check: &mut Check) -> Self {
+        let sections = Self {
+            pipeline: required(&mut root, "[pipeline]", "name = \"cars\"", check),
+            source: required(&mut root, "[source]", "type = \"kinesis\"", check),
+            stages: tables(&mut root, "[[stage]]", "plugin = \"decode.wasm\"", check),
+            sinks: tables(&mut root, "[[sink]]", "type = \"stdout\"", check),
+            admin: root.remove("admin"),
+        };
+        for key in root.keys() {
+            let name = key.get_ref();
+            let message = format!("there is no table or top-level key `{name}`");
+            check.problem(key.span(), message, suggest(name, "allowed", &TABLES));
+        }
+        sections
+    }
+}
+
+fn required<'i>(
+    root: &mut DeTable<'i>,
+    header: &str,
+    example: &str,
+    check: &mut Check,
+) -> Option<Spanned<DeValue<'i>>> {
+    let table = root.remove(header.trim_matches(['[', ']']));
+    if table.is_none() {
+        let help = format!("add {header} with {example} and what else belongs to it");
+        check.problem(0..0, format!("the table {header} is missing"), help);
+    }
+    table
+}
+
+/// The elements of `[[header]]`, at least one.
+fn tables<'i>(
+    root: &mut DeTable<'i>,
+    header: &str,
+    example: &str,
+    check: &mut Check,
+) -> Vec<Spanned<DeValue<'i>>> {
+    let Some(value) = required(root, header, example, check) else { return Vec::new() };
+    let span = value.span();
+    match value.into_inner() {
+        DeValue::Array(values) if !values.is_empty() => values.into_iter().collect(),
+        DeValue::Array(_) => {
+            check.problem(span, format!("there is no {header}"), "add at least one");
+            Vec::new()
+        }
+        _ => {
+            let help = format!("write {header}, with two brackets: there may be several");
+            check.problem(span, format!("{header} is a list of tables"), help);
+            Vec::new()
+        }
+    }
+}
+
+/// Reads one table by its shape.
+pub(super) fn shaped<T: DeserializeOwned>(
+    table: Spanned<DeValue<'_>>,
+    check: &mut Check,
+) -> Option<T> {
+    let span = table.span();
+    refuse_lists(&table, check)?;
+    let shaped = T::deserialize(ValueDeserializer::from(table));
+    shaped.map_err(|error| misshapen(&error, span, check)).ok()
+}
+
+/// serde would take a list for a table, its values in the order of the fields. No table of ours
+/// is a list, and none of their keys takes one.
+fn refuse_lists(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<()> {
+    let within = table.get_ref().as_table().into_iter().flat_map(|table| table.iter());
+    let values = std::iter::once(table).chain(within.map(|(_, value)| value));
+    let lists: Vec<_> = values.filter(|value| value.get_ref().is_array()).collect();
+    for list in &lists {
+        check.problem(list.span(), "a list does not fit here", "write a single value or a table");
+    }
+    lists.is_empty().then_some(())
+}
+
+/// Says in the user's words what serde found. Its own words would show values, and a value may
+/// have come from a variable that is a secret.
+fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
+    let message = error.message();
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let span = error.span().unwrap_or(table);
+    if message.starts_with("unknown field") {
+        let (key, known) = quoted.split_first().map_or(("", &[][..]), |(key, known)| (*key, known));
+        check.problem(span, format!("unknown key `{key}`"), suggest(key, "allowed", known));
+    } else if message.starts_with("missing field") {
+        let key = quoted.first().copied().unwrap_or_default();
+        check.problem(span, format!("the key `{key}` is missing"), format!("add {}", example(key)));
+    } else if let Some((found, due)) = mismatch(message) {
+        let help = match due {
+            "a sequence" => "a list in brackets, such as [\"mart\", \"logs\"]",
+            "a boolean" => "true or false, without quotes",
+            "a map" => "a table",
+            due => due,
+        };
+        check.problem(span, format!("{found} does not fit here"), format!("write {help}"));
+    } else {
+        check.problem(span, message, "change this value");
+    }
+}
+
+/// Kind of value found, and what was due, of serde's "invalid type: string "x", expected y".
+fn mismatch(message: &str) -> Option<(&'static str, &str)> {
+    let (prefix, rest) = message.split_once(": ")?;
+    let due = rest.split_once(", expected ").map(|(_, due)| due)?;
+    let found = match rest.split([' ', ',']).next()? {
+        _ if prefix == "invalid value" => "this number",
+        "string" => "text",
+        "integer" => "a whole number",
+        "floating" => "a number with a decimal point",
+        "boolean" => "true or false",
+        "sequence" => "a list",
+        "map" => "a table",
+        _ => "this value",
+    };
+    prefix.starts_with("invalid").then_some((found, due))
+}
+
+fn example(key: &str) -> String {
+    match key {
+        "name" => "a name of your choice, such as name = \"cars\"".into(),
+        "type" => "the type, such as type = \"kinesis\" for the source".into(),
+        "stream" => "the stream's name, such as stream = \"test\"".into(),
+        "plugin" => "the component's file, such as plugin = \"decode.wasm\"".into(),
+        "path" => "the database file, such as path = \"data/cars.db\"".into(),
+        "table" => "the table's name, such as table = \"cars\"".into(),
+        "url" => "the destination, such as url = \"data/logs\" or \"s3://bucket/logs\"".into(),
+        "shards" => "the number of shards, such as shards = 5".into(),
+        key => format!("{key} = ..."),
+    }
+}
+
+/// What `[pipeline]` says.
+struct Pipeline {
+    name: PipelineName,
+    state_dir: PathBuf,
+    buffer_bytes_max: usize,
+    rejected_max: RejectedMax,
+    on_position_mismatch: OnPositionMismatch,
+}
+
+fn pipeline(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Pipeline> {
+    let raw: RawPipeline = shaped(table, check)?;
+    let name = check.name::<PipelineName>(&raw.name, "pipeline");
+    let state_dir = match &raw.state_dir {
+        Some(path) => check.filled(path, "state folder"),
+        None => Some("state".to_owned()),
+    };
+    let buffer = check.size(&raw.buffer, BUFFER_BYTES, BUFFER_BYTES_MIN..=BUFFER_BYTES_MAX);
+    let default = RejectedMax::default();
+    let of_last_1000 = check.count(&raw.rejected_of_last_1000, default.of_last_1000, 0..=1_000);
+    let in_a_row = check.count(&raw.rejected_in_a_row, default.in_a_row, 0..=1_000_000);
+    let on_position_mismatch = check.choice(
+        &raw.on_position_mismatch,
+        "answer to a position mismatch",
+        OnPositionMismatch::Stop,
+        &[
+            ("stop", OnPositionMismatch::Stop),
+            ("sink", OnPositionMismatch::Sink),
+            ("checkpoint", OnPositionMismatch::Checkpoint),
+        ],
+    );
+    Some(Pipeline {
+        name: name?.value,
+        state_dir: state_dir?.into(),
+        buffer_bytes_max: buffer?,
+        rejected_max: RejectedMax { of_last_1000: of_last_1000?, in_a_row: in_a_row? },
+        on_position_mismatch: on_position_mismatch?,
+    })
+}
+
+fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<std::net::SocketAddr> {
+    let raw: RawAdmin = shaped(table, check)?;
+    let Some(listen) = raw.listen else { return Some(([127, 0, 0, 1], 9901).into()) };
+    let Ok(address) = listen.get_ref().0.parse::<std::net::SocketAddr>() else {
+        let message = format!("{:?} is no address with a port", listen.get_ref().0);
+        check.problem(listen.span(), message, "write for example \"127.0.0.1:9901\"");
+        return None;
+    };
+    if !address.ip().is_loopback() {
+        let message = format!("the admin port cannot listen on {}", address.ip());
+        let help = format!(
+            "it asks for no password yet, so only loopback is allowed: \"127.0.0.1:{}\"",
+            address.port()
+        );
+        check.problem(listen.span(), message, help);
+        return None;
+    }
+    Some(address)
+}

@@ -1,0 +1,213 @@
+//! What TOML can say: the shape of each table, before its values are proven.
+//!
+//! Every value keeps its place. Values that need a unit or a closer look stay text here;
+//! `source`, `stage` and `sink` beside this file turn them into [`super::PipelineConfig`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::de::{Deserializer, Error, Unexpected, Visitor};
+use serde::{Deserialize, de::IgnoredAny};
+use toml::Spanned;
+
+/// A value that may be missing.
+pub(super) type Maybe<T> = Option<Spanned<T>>;
+
+/// `[pipeline]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawPipeline {
+    pub name: Spanned<Text>,
+    pub state_dir: Maybe<Text>,
+    pub buffer: Maybe<Size>,
+    pub rejected_of_last_1000: Maybe<Count>,
+    pub rejected_in_a_row: Maybe<Count>,
+    pub on_position_mismatch: Maybe<Text>,
+}
+
+/// `[source]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawSource {
+    #[serde(rename = "type")]
+    pub kind: Spanned<Text>,
+    pub stream: Spanned<Text>,
+    pub endpoint: Maybe<Text>,
+    pub region: Maybe<Text>,
+    pub start: Maybe<Text>,
+    pub create: Option<RawCreate>,
+    pub records_per_call: Maybe<Count>,
+    pub poll_interval: Maybe<Span>,
+    pub format: Maybe<Text>,
+    pub batch: Option<RawBatch>,
+}
+
+/// `source.create`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table such as { shards = 5 }")]
+pub(super) struct RawCreate {
+    pub shards: Spanned<Count>,
+    pub wait: Maybe<Span>,
+}
+
+/// `[source.batch]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawBatch {
+    pub records: Maybe<Count>,
+    pub bytes: Maybe<Size>,
+}
+
+/// `[[stage]]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawStage {
+    pub name: Spanned<Text>,
+    pub plugin: Spanned<Text>,
+    pub sha256: Maybe<Text>,
+    /// Handed to the plugin as JSON, straight from the TOML tree: see `json`.
+    #[serde(rename = "config")]
+    pub _config: Option<IgnoredAny>,
+    pub limits: Option<RawLimits>,
+    pub routes: Option<BTreeMap<Spanned<String>, Vec<Spanned<Text>>>>,
+}
+
+/// `[stage.limits]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawLimits {
+    pub batch_time: Maybe<Span>,
+    pub record_time: Maybe<Span>,
+    pub memory: Maybe<Size>,
+    pub tables: Maybe<Count>,
+    pub output: Maybe<Size>,
+    pub retry: Maybe<Span>,
+}
+
+/// `[[sink]]` with `type = "stdout"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawStdout {
+    pub name: Spanned<Text>,
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub template: Maybe<Text>,
+    pub commit: Option<RawCommit>,
+}
+
+/// `[[sink]]` with `type = "sqlite"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawSqlite {
+    pub name: Spanned<Text>,
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub path: Spanned<Text>,
+    pub table: Spanned<Text>,
+    pub create: Option<bool>,
+    pub commit: Option<RawCommit>,
+}
+
+/// `[[sink]]` with `type = "postgres"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawPostgres {
+    pub name: Spanned<Text>,
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub url: Spanned<Text>,
+    pub table: Spanned<Text>,
+    pub create: Option<bool>,
+    pub commit: Option<RawCommit>,
+}
+
+/// `[[sink]]` with `type = "objects"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawObjects {
+    pub name: Spanned<Text>,
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub url: Spanned<Text>,
+    pub compression: Maybe<Text>,
+    pub options: Option<BTreeMap<String, Text>>,
+    pub commit: Option<RawCommit>,
+}
+
+/// `[sink.commit]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawCommit {
+    pub rows: Maybe<Count>,
+    pub bytes: Maybe<Size>,
+    pub linger: Maybe<Span>,
+}
+
+/// `[admin]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawAdmin {
+    pub listen: Maybe<Text>,
+}
+
+/// Declares a TOML string whose error says, in the user's words, what belongs there.
+macro_rules! quoted {
+    ($(#[$doc:meta])* $name:ident, $expecting:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub(super) struct $name(pub String);
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Quoted;
+                impl Visitor<'_> for Quoted {
+                    type Value = $name;
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str($expecting)
+                    }
+                    fn visit_str<E: Error>(self, text: &str) -> Result<$name, E> {
+                        Ok($name(text.to_owned()))
+                    }
+                }
+                deserializer.deserialize_str(Quoted)
+            }
+        }
+    };
+}
+
+quoted! {
+    /// Any text.
+    Text, "text in quotes"
+}
+quoted! {
+    /// A length of time with its unit.
+    Span, "a duration in quotes with its unit, such as \"200 ms\" or \"5 min\""
+}
+quoted! {
+    /// A number of bytes with its unit.
+    Size, "a size in quotes with its unit, such as \"256 KiB\" or \"64 MiB\""
+}
+
+/// A whole number from 0.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Count(pub u64);
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Whole;
+        impl Visitor<'_> for Whole {
+            type Value = Count;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a whole number without quotes, 0 or more")
+            }
+            fn visit_u64<E: Error>(self, number: u64) -> Result<Count, E> {
+                Ok(Count(number))
+            }
+            fn visit_i64<E: Error>(self, number: i64) -> Result<Count, E> {
+                let whole = u64::try_from(number);
+                whole.map(Count).map_err(|_| E::invalid_value(Unexpected::Signed(number), &self))
+            }
+        }
+        deserializer.deserialize_u64(Whole)
+    }
+}

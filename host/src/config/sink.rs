@@ -1,0 +1,234 @@
+//! `[[sink]]`: where rows go, and in which rhythm they are committed.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::path::Path;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+use url::Url;
+
+use super::check::{Check, bytes_text};
+use super::diagnostic::suggest;
+use super::load::shaped;
+use super::raw::{RawCommit, RawObjects, RawPostgres, RawSqlite, RawStdout, Text};
+use super::{Compression, Rhythm, SinkConfig, SinkKind, json};
+
+/// The values of `type`.
+const TYPES: [&str; 4] = ["stdout", "sqlite", "postgres", "objects"];
+/// The schemes of `url` whose stores can create an object only if it is not there, which the
+/// claim log rests on.
+const SCHEMES: [&str; 9] = ["file", "s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"];
+
+const ROWS: RangeInclusive<u64> = 1..=10_000_000;
+const BYTES_MIN: usize = 1 << 10;
+const LINGERS: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(86_400);
+/// PostgreSQL cuts longer identifiers off in silence (NAMEDATALEN - 1).
+const POSTGRES_IDENTIFIER_BYTES_MAX: usize = 63;
+
+/// A person watches: small steps.
+const RHYTHM_STDOUT: Rhythm =
+    Rhythm { rows_max: 1_000, bytes_max: 1 << 20, linger_max: Duration::from_millis(200) };
+/// One transaction per second and shard, or what fits in memory without a thought.
+const RHYTHM_TABLE: Rhythm =
+    Rhythm { rows_max: 10_000, bytes_max: 4 << 20, linger_max: Duration::from_secs(1) };
+/// Few large objects; rows are bounded because each costs memory beside its bytes.
+const RHYTHM_OBJECTS: Rhythm =
+    Rhythm { rows_max: 100_000, bytes_max: 64 << 20, linger_max: Duration::from_secs(300) };
+
+/// Each `[[sink]]` as JSON before any variable is replaced, in the order of the file.
+pub(super) fn fingerprints(root: &DeTable<'_>, check: &mut Check) -> Vec<String> {
+    let sinks = root.get("sink").and_then(|sinks| sinks.get_ref().as_array());
+    let print = |sink: &Spanned<DeValue>| match sink.get_ref().as_table() {
+        Some(table) => json::from_table(table, check).to_string(),
+        None => String::new(),
+    };
+    sinks.map(|sinks| sinks.iter().map(print).collect()).unwrap_or_default()
+}
+
+/// Reads one `[[sink]]`; `buffer_bytes_max` is what all sinks' buffers hold together.
+pub(super) fn read(
+    table: Spanned<DeValue<'_>>,
+    fingerprint_json: String,
+    base: &Path,
+    buffer_bytes_max: usize,
+    check: &mut Check,
+) -> Option<SinkConfig> {
+    let span = table.span();
+    let (raw_name, commit, default, kind) = match kind(&table, check)? {
+        "stdout" => {
+            let RawStdout { name, template, commit, .. } = shaped(table, check)?;
+            (name, commit, RHYTHM_STDOUT, stdout(template, check))
+        }
+        "sqlite" => {
+            let raw: RawSqlite = shaped(table, check)?;
+            let kind = sqlite(&raw, base, check);
+            (raw.name, raw.commit, RHYTHM_TABLE, kind)
+        }
+        "postgres" => {
+            let raw: RawPostgres = shaped(table, check)?;
+            let kind = postgres(&raw, check);
+            (raw.name, raw.commit, RHYTHM_TABLE, kind)
+        }
+        _ => {
+            let raw: RawObjects = shaped(table, check)?;
+            let kind = objects(&raw, base, check);
+            (raw.name, raw.commit, RHYTHM_OBJECTS, kind)
+        }
+    };
+    let name = check.name(&raw_name, "sink");
+    let rhythm = rhythm(commit, default, buffer_bytes_max, check);
+    Some(SinkConfig { name: name?, rhythm: rhythm?, kind: kind?, span, fingerprint_json })
+}
+
+/// The sink's `type`, which decides the keys that its table may have.
+fn kind(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<&'static str> {
+    let example = format!("add type = ...; {}", suggest("", "allowed", &TYPES));
+    let Some(kind) = table.get_ref().as_table().and_then(|table| table.get("type")) else {
+        check.problem(table.span(), "the key `type` is missing", example);
+        return None;
+    };
+    let Some(text) = kind.get_ref().as_str() else {
+        check.problem(kind.span(), "a sink's type is text in quotes", example);
+        return None;
+    };
+    let known = TYPES.into_iter().find(|known| *known == text);
+    if known.is_none() {
+        let help = suggest(text, "allowed", &TYPES);
+        check.problem(kind.span(), format!("{text:?} is no sink type"), help);
+    }
+    known
+}
+
+fn stdout(template: Option<Spanned<Text>>, check: &mut Check) -> Option<SinkKind> {
+    let Some(template) = template else { return Some(SinkKind::Stdout { template: None }) };
+    let text = &template.get_ref().0;
+    let mut rest = text.replace("{{", "").replace("}}", "");
+    while let Some((_, after)) = rest.split_once('{') {
+        match after.split_once('}') {
+            Some((field, after)) if !field.is_empty() && !field.contains('{') => {
+                rest = after.to_owned();
+            }
+            _ => {
+                let message = "the template has a `{` that opens no field";
+                let help = "fields are a row's JSON fields and {shard}, {sequence}, {key}, \
+                            {route}: close each with `}`";
+                check.problem(template.span(), message, help);
+                return None;
+            }
+        }
+    }
+    Some(SinkKind::Stdout { template: Some(text.clone()) })
+}
+
+fn sqlite(raw: &RawSqlite, base: &Path, check: &mut Check) -> Option<SinkKind> {
+    let path = check.filled(&raw.path, "database file").filter(|path| {
+        let lasting = !path.starts_with(":memory:");
+        if !lasting {
+            let message = "a database in memory forgets its rows when the process ends";
+            check.problem(raw.path.span(), message, "name a file, such as \"data/cars.db\"");
+        }
+        lasting
+    });
+    let table = table(&raw.table, check);
+    let create = raw.create.unwrap_or(false);
+    Some(SinkKind::Sqlite { path: base.join(path?), table: table?, create })
+}
+
+fn postgres(raw: &RawPostgres, check: &mut Check) -> Option<SinkKind> {
+    let url = &raw.url.get_ref().0;
+    let sound = url.parse::<tokio_postgres::Config>();
+    if let Err(cause) = &sound {
+        // The cause names the faulty part without its value, which may be the password.
+        let cause = std::error::Error::source(cause).map_or(cause.to_string(), ToString::to_string);
+        let message = format!("this is no PostgreSQL connection: {cause}");
+        let help = "write \"postgres://user:${PGPASSWORD}@host:5432/database\" or \
+                    \"host=... user=... dbname=...\"";
+        check.problem(raw.url.span(), message, help);
+    }
+    let table = table(&raw.table, check).filter(|table| {
+        let long = table.split('.').find(|part| part.len() > POSTGRES_IDENTIFIER_BYTES_MAX);
+        if let Some(part) = long {
+            let message = format!("PostgreSQL would cut the name {part:?} off");
+            let help = format!("at most {POSTGRES_IDENTIFIER_BYTES_MAX} bytes");
+            check.problem(raw.table.span(), message, help);
+        }
+        long.is_none()
+    });
+    sound.ok()?;
+    let create = raw.create.unwrap_or(false);
+    Some(SinkKind::Postgres { url: url.clone(), table: table?, create })
+}
+
+fn table(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {
+    let table = check.filled(raw, "table")?;
+    if table.contains('\0') || table.split('.').any(str::is_empty) {
+        let help = "write \"table\" or \"schema.table\"; it will be quoted";
+        check.problem(raw.span(), format!("{table:?} cannot name a table"), help);
+        return None;
+    }
+    Some(table)
+}
+
+fn objects(raw: &RawObjects, base: &Path, check: &mut Check) -> Option<SinkKind> {
+    let url = object_url(&raw.url, base, check);
+    let compression = check.choice(
+        &raw.compression,
+        "compression",
+        Compression::Gzip,
+        &[("gzip", Compression::Gzip), ("zstd", Compression::Zstd), ("none", Compression::None)],
+    );
+    let options: BTreeMap<String, String> =
+        raw.options.iter().flatten().map(|(key, value)| (key.clone(), value.0.clone())).collect();
+    Some(SinkKind::Objects { url: url?, options, compression: compression? })
+}
+
+/// A URL, or a folder's path made one.
+fn object_url(raw: &Spanned<Text>, base: &Path, check: &mut Check) -> Option<Url> {
+    let text = check.filled(raw, "folder or URL")?;
+    if !text.contains("://") {
+        let folder = std::path::absolute(base.join(&text)).ok();
+        let url = folder.and_then(|folder| Url::from_directory_path(folder).ok());
+        if url.is_none() {
+            check.problem(raw.span(), "this folder has no absolute path", "name another folder");
+        }
+        return url;
+    }
+    match Url::parse(&text) {
+        Ok(url) if url.scheme() == "file" && url.host().is_some() => {
+            let help = "write file:///absolute/folder, or a plain path relative to this file";
+            check.problem(raw.span(), "a file:// URL with two slashes names a host", help);
+            None
+        }
+        Ok(url) if SCHEMES.contains(&url.scheme()) => Some(url),
+        Ok(url) => {
+            let message = format!("there is no object store for `{}://`", url.scheme());
+            check.problem(raw.span(), message, suggest(url.scheme(), "allowed", &SCHEMES));
+            None
+        }
+        Err(cause) => {
+            let help = "write for example \"s3://bucket/logs\" or a folder's path";
+            check.problem(raw.span(), format!("this is no URL: {cause}"), help);
+            None
+        }
+    }
+}
+
+fn rhythm(
+    raw: Option<RawCommit>,
+    default: Rhythm,
+    buffer_bytes_max: usize,
+    check: &mut Check,
+) -> Option<Rhythm> {
+    let raw = raw.unwrap_or(RawCommit { rows: None, bytes: None, linger: None });
+    let rows_max = check.count(&raw.rows, default.rows_max, ROWS);
+    let bytes_default = default.bytes_max.min(buffer_bytes_max);
+    let bytes_max = check.size(&raw.bytes, bytes_default, BYTES_MIN..=buffer_bytes_max);
+    if bytes_max.is_none() {
+        let buffer = bytes_text(buffer_bytes_max);
+        check.more_help(&format!(" (`buffer` of [pipeline], which all sinks share, is {buffer})"));
+    }
+    let linger_max = check.duration(&raw.linger, default.linger_max, LINGERS);
+    Some(Rhythm { rows_max: rows_max?, bytes_max: bytes_max?, linger_max: linger_max? })
+}

@@ -1,0 +1,130 @@
+//! `[[stage]]`: a plugin, its configuration, its limits, and where its routes go.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::path::Path;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::bindings::Names;
+use super::check::Check;
+use super::load::shaped;
+use super::raw::{Maybe, RawLimits, RawStage, Text};
+use super::{BoundSinks, Located, StageConfig, StageLimits, json};
+use crate::record::{RouteName, SinkName};
+
+const BATCH_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(600);
+const RETRY_TIMES: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(3600);
+/// Below 1 MiB hardly a component starts; above 4 GiB no 32-bit memory reaches.
+const MEMORY_BYTES: RangeInclusive<usize> = (1 << 20)..=(4 << 30);
+const TABLE_ELEMENTS: RangeInclusive<u64> = 1..=10_000_000;
+/// One call's result is lifted into the host's memory: 1 GiB is beyond every sane batch.
+const OUTPUT_BYTES: RangeInclusive<usize> = (1 << 10)..=(1 << 30);
+
+/// Reads one `[[stage]]`.
+pub(super) fn read(
+    table: Spanned<DeValue<'_>>,
+    base: &Path,
+    names: &Names,
+    check: &mut Check,
+) -> Option<StageConfig> {
+    let span = table.span();
+    let config_json = config(table.get_ref(), check);
+    let raw: RawStage = shaped(table, check)?;
+    let name = check.name(&raw.name, "stage");
+    let plugin = check.filled(&raw.plugin, "plugin file");
+    let sha256 = sha256(&raw.sha256, check);
+    let limits = limits(raw.limits, check);
+    let routes = routes(raw.routes.unwrap_or_default(), names, check);
+    Some(StageConfig {
+        name: name?,
+        plugin: Located { value: base.join(plugin?), span: raw.plugin.span() },
+        sha256: sha256?,
+        config_json: config_json?,
+        limits: limits?,
+        routes: routes?,
+        span,
+    })
+}
+
+/// `[stage.config]` as JSON text; an empty object where there is none.
+fn config(stage: &DeValue, check: &mut Check) -> Option<String> {
+    let Some(config) = stage.as_table().and_then(|stage| stage.get("config")) else {
+        return Some("{}".to_owned());
+    };
+    let Some(table) = config.get_ref().as_table() else {
+        let help = "write a table: [stage.config] below the stage, and the plugin's keys below it";
+        check.problem(config.span(), "a plugin's configuration is a table", help);
+        return None;
+    };
+    Some(json::from_table(table, check).to_string())
+}
+
+fn sha256(raw: &Maybe<Text>, check: &mut Check) -> Option<Option<Located<String>>> {
+    let Some(raw) = raw else { return Some(None) };
+    let digest = raw.get_ref().0.to_ascii_lowercase();
+    let digits = digest.chars().filter(char::is_ascii_hexdigit).count();
+    if digest.len() == 64 && digits == 64 {
+        return Some(Some(Located { value: digest, span: raw.span() }));
+    }
+    let message = match digest.chars().find(|c| !c.is_ascii_hexdigit()) {
+        Some(stranger) => format!("a SHA-256 digest has no {stranger:?}"),
+        None => format!("a SHA-256 digest has 64 hex digits, this has {digits}"),
+    };
+    let help = "take it from `sha256sum FILE`, or leave the key out: the file is then not checked";
+    check.problem(raw.span(), message, help);
+    None
+}
+
+fn limits(raw: Option<RawLimits>, check: &mut Check) -> Option<StageLimits> {
+    let default = StageLimits::default();
+    let Some(raw) = raw else { return Some(default) };
+    let batch_time =
+        check.duration(&raw.batch_time, Duration::from_millis(default.batch_ms_max), BATCH_TIMES);
+    // A record alone may not take longer than a whole batch.
+    let record_most = batch_time.unwrap_or(*BATCH_TIMES.end());
+    let record_default = Duration::from_millis(default.record_ms_max).min(record_most);
+    let record_times = *BATCH_TIMES.start()..=record_most;
+    let record_time = check.duration(&raw.record_time, record_default, record_times);
+    let memory = check.size(&raw.memory, default.memory_bytes_max, MEMORY_BYTES);
+    let tables = check.count(&raw.tables, default.table_elements_max, TABLE_ELEMENTS);
+    let retry =
+        check.duration(&raw.retry, Duration::from_millis(default.retry_ms_max), RETRY_TIMES);
+    let output = check.size(&raw.output, default.output_bytes_max, OUTPUT_BYTES);
+    Some(StageLimits {
+        batch_ms_max: batch_time?.as_millis().try_into().ok()?,
+        record_ms_max: record_time?.as_millis().try_into().ok()?,
+        memory_bytes_max: memory?,
+        table_elements_max: tables?,
+        output_bytes_max: output?,
+        retry_ms_max: retry?.as_millis().try_into().ok()?,
+    })
+}
+
+fn routes(
+    raw: BTreeMap<Spanned<String>, Vec<Spanned<Text>>>,
+    names: &Names,
+    check: &mut Check,
+) -> Option<BTreeMap<RouteName, BoundSinks>> {
+    let mut routes = BTreeMap::new();
+    let mut sound = true;
+    for (route, bound) in raw {
+        let mut sinks: Vec<Located<SinkName>> = Vec::with_capacity(bound.len());
+        for sink in bound {
+            let name = sink.get_ref().0.as_str();
+            if sinks.iter().any(|earlier| earlier.value.as_str() == name) {
+                let message =
+                    format!("route `{}` is bound to sink `{name}` twice", route.get_ref());
+                check.problem(sink.span(), message, "a sink gets each row once: delete this one");
+                sound = false;
+            }
+            sound &= names.check_sink(name, sink.span(), check);
+            sinks.push(Located { value: SinkName::from(name), span: sink.span() });
+        }
+        let key_span = route.span();
+        routes.insert(RouteName::new(route.into_inner()), BoundSinks { key_span, sinks });
+    }
+    sound.then_some(routes)
+}

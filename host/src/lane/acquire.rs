@@ -1,0 +1,267 @@
+//! Taking a shard over: every sink says where it stands, the lane starts at the minimum, and the
+//! ledger says which generation runs from where.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
+use crate::config::{OnPositionMismatch, SinkConfig};
+use crate::plugin::{CompileCache, PluginEngine};
+use crate::position::{Ledger, Segment, StateStore};
+use crate::record::{Position, ShardKey, SinkName};
+use crate::sink::Acquired;
+use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
+use crate::stage::Generation;
+
+/// One sink, taken over.
+struct Standing {
+    acquired: Acquired,
+    /// The lane needs to hand over only what comes after this.
+    skip_to: Option<Position>,
+}
+
+impl<'a> Lane<'a> {
+    /// Takes the shard over.
+    ///
+    /// # Errors
+    /// [`LaneError::Fatal`] when positions contradict each other or a generation is missing;
+    /// otherwise what can be tried again.
+    pub async fn acquire(
+        shared: &'a Shared,
+        shard: ShardKey,
+        stop: &CancellationToken,
+    ) -> Result<Self, LaneError> {
+        let state = shared.checkpoints.shards(&shard.stream).await?;
+        let state = state.get(&shard.shard).cloned().unwrap_or_default();
+        let known = shared.checkpoints.sinks(&shard).await?;
+        let mut standings = Vec::new();
+        for (sink, config) in shared.sinks.iter().zip(&shared.config.sinks) {
+            let mut acquired = sink.acquire(&shard).await?;
+            if !acquired.keeps_position {
+                acquired.position = known.get(sink.name()).cloned();
+            }
+            shared.letters.settle(&shard, sink.name(), acquired.position.as_ref(), true).await?;
+            let policy = shared.config.on_position_mismatch;
+            let skip_to = agree(&acquired.position, &state.checkpoint, policy).map_err(|(sink_at, checkpoint)| {
+                LaneError::Fatal(mismatch(&shard, config, &sink_at, &checkpoint))
+            })?;
+            standings.push(Standing { acquired, skip_to });
+        }
+        let start = standings.iter().map(|standing| standing.skip_to.clone()).min().flatten();
+        // A promised object counts as had: it must be made by the generation that promised it.
+        let highest = standings
+            .iter()
+            .flat_map(|standing| [standing.skip_to.clone(), standing.acquired.must_cut_at.clone()])
+            .max()
+            .flatten();
+        refuse_lost_sinks(shared, &shard, &known, highest.as_ref())?;
+        let segments = segments(shared, &shard, start.as_ref(), highest.as_ref()).await?;
+        let settled = shared.letters.settled_above(&shard, start.as_ref()).await?;
+        let abandon = CancellationToken::new();
+        let mut unbudgeted_to = Vec::new();
+        let mut deliveries = Vec::new();
+        for (standing, config) in standings.into_iter().zip(&shared.config.sinks) {
+            // Such a sink cannot commit before the promised end: were it to wait for the budget
+            // that its own buffer holds, the lane would wait forever. What it holds is what the
+            // earlier owner had in hand, so it is bounded.
+            unbudgeted_to.push(standing.acquired.must_cut_at.clone());
+            let context = DeliveryContext {
+                shard: shard.clone(),
+                sink: config.name.value.clone(),
+                rhythm: config.rhythm,
+                budget: shared.budget.clone(),
+                letters: shared.letters.clone(),
+                rejected_max: shared.config.rejected_max,
+                abandon: abandon.clone(),
+                skip_to: standing.skip_to,
+            };
+            deliveries.push(DeliveryHandle::start(standing.acquired, context));
+        }
+        tracing::info!(shard = %shard.shard, from = start.as_ref().map(tracing::field::display),
+            "reading");
+        shared.board.update(&shard.shard, |status| status.acquired(start.as_ref()));
+        Ok(Self {
+            shared,
+            stop: stop.clone(),
+            checkpointer: checkpointer::start(shared, &shard, &deliveries),
+            abandon,
+            deliveries,
+            unbudgeted_to,
+            at: start,
+            highest,
+            replayed: 0,
+            segments,
+            chain: None,
+            settled: Arc::new(settled),
+            start_at_ms: state.start_at_ms,
+            shard,
+        })
+    }
+}
+
+/// From where a sink needs records: its own position, or the checkpoint when it has none yet.
+///
+/// # Errors
+/// Both positions, when the sink stands behind the checkpoint and nobody has said whom to believe.
+fn agree(
+    sink: &Option<Position>,
+    checkpoint: &Option<Position>,
+    policy: OnPositionMismatch,
+) -> Result<Option<Position>, (Position, Position)> {
+    match (sink, checkpoint) {
+        (None, checkpoint) => Ok(checkpoint.clone()),
+        (Some(sink), Some(checkpoint)) if sink < checkpoint => match policy {
+            OnPositionMismatch::Stop => Err((sink.clone(), checkpoint.clone())),
+            OnPositionMismatch::Sink => Ok(Some(sink.clone())),
+            OnPositionMismatch::Checkpoint => Ok(Some(checkpoint.clone())),
+        },
+        (sink, _) => Ok(sink.clone()),
+    }
+}
+
+fn mismatch(shard: &ShardKey, sink: &SinkConfig, sink_at: &Position, checkpoint: &Position) -> String {
+    format!(
+        "sink {} stands at {sink_at} in shard {}, behind the checkpoint {checkpoint}: was its \
+         destination restored, or did another application move the checkpoint? Set \
+         `on_position_mismatch = \"sink\"` under [pipeline] to read again from the sink's position, \
+         or \"checkpoint\" to go on from the checkpoint",
+        sink.name.value, shard.shard
+    )
+}
+
+/// A sink that is gone from the configuration while behind the others would lose records.
+fn refuse_lost_sinks(
+    shared: &Shared,
+    shard: &ShardKey,
+    known: &HashMap<SinkName, Position>,
+    highest: Option<&Position>,
+) -> Result<(), LaneError> {
+    let configured = |name: &SinkName| shared.sinks.iter().any(|sink| sink.name() == name);
+    for (name, position) in known {
+        let behind = highest.is_some_and(|highest| position < highest);
+        if behind && !configured(name) && !shared.dropped_sinks.contains(name) {
+            return Err(LaneError::Fatal(format!(
+                "sink {name} is gone from the configuration, but in shard {} it has records only up \
+                 to {position}, behind the other sinks: put it back and let it finish, or start once \
+                 with `--drop-sink {name}` to give them up",
+                shard.shard
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The generations to run after `start`, the first at work first. A generation that is new for the
+/// shard is recorded at the highest position that any sink has.
+async fn segments(
+    shared: &Shared,
+    shard: &ShardKey,
+    start: Option<&Position>,
+    highest: Option<&Position>,
+) -> Result<Vec<ActiveSegment>, LaneError> {
+    let mut segments = shared.ledger.segments(shard).await?;
+    if segments.last().is_none_or(|last| *last.generation != *shared.generation.id) {
+        let last_from = segments.last().map(|last| last.from_exclusive.clone());
+        let from_exclusive = match last_from {
+            Some(last_from) => last_from.max(highest.cloned()),
+            None => None,
+        };
+        segments.retain(|segment| segment.from_exclusive < from_exclusive);
+        let generation = shared.generation.id.to_string();
+        let segment = Segment { from_exclusive, generation };
+        shared.ledger.record(shard, &segment).await?;
+        segments.push(segment);
+    }
+    // Of the segments that begin at or before the start, only the last is still needed.
+    let first = segments.iter().rposition(|segment| segment.from_exclusive.as_ref() <= start);
+    let mut active = Vec::new();
+    for segment in segments.drain(first.unwrap_or(0)..) {
+        let generation = shared.generations.get(shared, &segment.generation).await?;
+        active.push(ActiveSegment { from_exclusive: segment.from_exclusive, generation });
+    }
+    Ok(active)
+}
+
+/// Generations that ran before, loaded from the state database when a replay needs them.
+pub struct GenerationStore {
+    engine: PluginEngine,
+    cache: CompileCache,
+    state: StateStore,
+    loaded: Mutex<HashMap<String, Arc<Generation>>>,
+}
+
+impl GenerationStore {
+    /// Over the pipeline's state database.
+    pub fn new(engine: PluginEngine, cache: CompileCache, state: StateStore) -> Self {
+        Self { engine, cache, state, loaded: Mutex::default() }
+    }
+
+    /// A generation by its id.
+    async fn get(&self, shared: &Shared, id: &str) -> Result<Arc<Generation>, LaneError> {
+        if id == &*shared.generation.id {
+            return Ok(shared.generation.clone());
+        }
+        let known = self.loaded.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+        if let Some(generation) = known {
+            return Ok(generation);
+        }
+        let missing = |cause: String| {
+            LaneError::Fatal(format!(
+                "records must be replayed by generation {id}, which ran first, but {cause}; restore \
+                 the state directory, or let all sinks finish with the configuration of then"
+            ))
+        };
+        let spec = Ledger::new(self.state.clone())
+            .spec(id)
+            .await
+            .map_err(|error| missing(error.to_string()))?;
+        let mut components = HashMap::new();
+        for stage in &spec.stages {
+            let bytes = self.state.component(stage.digest.clone()).await?;
+            let bytes = bytes.ok_or_else(|| missing(format!("component {} is gone", stage.digest)))?;
+            components.insert(stage.digest.clone(), bytes);
+        }
+        let stream = &shared.config.source.stream.value;
+        let component = |digest: &str| {
+            components.get(digest).cloned().ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
+        };
+        let generation =
+            Generation::from_store(spec, &self.engine, &self.cache, stream, &component)
+                .map_err(|error| missing(format!("it does not load: {error:#}")))?;
+        let generation = Arc::new(generation);
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        loaded.insert(id.to_owned(), generation.clone());
+        Ok(generation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::SequenceNumber;
+
+    fn at(sequence: &str) -> Option<Position> {
+        let sequence = SequenceNumber::parse(sequence).expect("a number");
+        Some(Position { sequence, sub_sequence: 0 })
+    }
+
+    #[test]
+    fn a_sink_without_position_starts_at_the_checkpoint() {
+        assert_eq!(agree(&None, &at("5"), OnPositionMismatch::Stop), Ok(at("5")));
+        assert_eq!(agree(&None, &None, OnPositionMismatch::Stop), Ok(None));
+    }
+
+    #[test]
+    fn a_sink_ahead_of_the_checkpoint_is_believed() {
+        assert_eq!(agree(&at("7"), &at("5"), OnPositionMismatch::Stop), Ok(at("7")));
+    }
+
+    #[test]
+    fn a_sink_behind_the_checkpoint_is_a_question() {
+        assert!(agree(&at("4"), &at("5"), OnPositionMismatch::Stop).is_err());
+        assert_eq!(agree(&at("4"), &at("5"), OnPositionMismatch::Sink), Ok(at("4")));
+        assert_eq!(agree(&at("4"), &at("5"), OnPositionMismatch::Checkpoint), Ok(at("5")));
+    }
+}

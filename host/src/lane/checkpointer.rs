@@ -1,0 +1,71 @@
+//! Writes a lane's checkpoint: the minimum over its sinks, once a second while it moves.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::Shared;
+use crate::position::StateError;
+use crate::record::{Position, ShardKey, SinkName};
+use crate::sink::delivery::{DeliveryHandle, Progress};
+
+/// How often a moving checkpoint is written: what a sink that keeps no position may repeat after a
+/// crash, in time.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
+
+type Watched = Vec<(SinkName, watch::Receiver<Progress>)>;
+
+/// Starts writing; the handle is aborted when the lane ends.
+pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -> JoinHandle<()> {
+    let mut watched = watch(deliveries);
+    let (checkpoints, board, shard) =
+        (shared.checkpoints.clone(), shared.board.clone(), shard.clone());
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(CHECKPOINT_INTERVAL);
+        loop {
+            ticks.tick().await;
+            let mut moved = false;
+            for (sink, progress) in &mut watched {
+                moved |= progress.has_changed().unwrap_or(false);
+                let part = format!("sink {sink}");
+                match progress.borrow_and_update().blocked.as_deref() {
+                    Some(cause) => board.block(&shard.shard, &part, cause),
+                    None => board.unblock(&shard.shard, &part),
+                }
+            }
+            if moved {
+                let (sinks, checkpoint) = positions(&watched);
+                if let Err(error) = checkpoints.advance(&shard, sinks, checkpoint, false).await {
+                    tracing::warn!(shard = %shard.shard, %error, "the checkpoint lags");
+                }
+            }
+        }
+    })
+}
+
+/// Writes the last checkpoint of a lane; `ended`: the shard was closed and all of it is settled.
+pub async fn write(
+    shared: &Shared,
+    shard: &ShardKey,
+    deliveries: &[DeliveryHandle],
+    ended: bool,
+) -> Result<(), StateError> {
+    let (sinks, checkpoint) = positions(&watch(deliveries));
+    shared.checkpoints.advance(shard, sinks, checkpoint, ended).await
+}
+
+fn watch(deliveries: &[DeliveryHandle]) -> Watched {
+    deliveries.iter().map(|own| (own.sink.clone(), own.progress.clone())).collect()
+}
+
+/// The position of each sink that has one, and the minimum over all.
+fn positions(watched: &Watched) -> (Vec<(SinkName, Position)>, Option<Position>) {
+    let each: Vec<_> = watched
+        .iter()
+        .map(|(sink, progress)| (sink.clone(), progress.borrow().position.clone()))
+        .collect();
+    let checkpoint = each.iter().map(|(_, position)| position.clone()).min().flatten();
+    let known = each.into_iter().filter_map(|(sink, position)| Some((sink, position?)));
+    (known.collect(), checkpoint)
+}

@@ -1,0 +1,361 @@
+//! A lane: one shard on its way from the source through the stages to the sinks.
+//!
+//! [`crate::pipeline`] shows the order of things; here are the things: [`Lane::acquire`] takes the
+//! shard over (in `acquire.rs`), the steps of the loop, and how it is settled at the end.
+
+mod acquire;
+mod board;
+mod checkpointer;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+pub use acquire::GenerationStore;
+pub use board::{Board, ShardStatus};
+
+use crate::config::PipelineConfig;
+use crate::position::{
+    Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError,
+};
+use crate::record::{Batch, Position, PositionSpan, Row, ShardKey, SinkName};
+use crate::sink::budget::Budget;
+use crate::sink::delivery::{Delivery, DeliveryHandle};
+use crate::sink::{Sink, SinkError};
+use crate::source::{ShardSource, SourceError};
+use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed};
+
+/// How long a shutdown waits for the sinks to commit what is in hand.
+const DRAIN_MAX: Duration = Duration::from_secs(30);
+/// The pause before a batch that failed as a whole is run again.
+const STAGE_PAUSE: Duration = Duration::from_secs(5);
+/// The pause before dead letters that could not be written are tried again.
+const LETTER_PAUSE: Duration = Duration::from_secs(1);
+
+/// What all lanes of a pipeline share.
+pub struct Shared {
+    /// The pipeline, as configured.
+    pub config: PipelineConfig,
+    /// Where records come from.
+    pub source: Arc<dyn ShardSource>,
+    /// The generation that the configuration describes.
+    pub generation: Arc<Generation>,
+    /// Generations that ran before.
+    pub generations: GenerationStore,
+    /// The sinks, in the configuration's order.
+    pub sinks: Vec<Arc<dyn Sink>>,
+    /// Sinks that were taken out of the configuration and may be given up while behind.
+    pub dropped_sinks: HashSet<SinkName>,
+    /// Checkpoints.
+    pub checkpoints: Checkpoints,
+    /// Which generation ran from where.
+    pub ledger: Ledger,
+    /// Dead letters.
+    pub letters: DeadLetters,
+    /// What sinks' buffers may hold.
+    pub budget: Budget,
+    /// What is shown of the lanes.
+    pub board: Board,
+}
+
+/// How a lane ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaneEnd {
+    /// It was asked to stop.
+    Stopped,
+    /// The shard was closed, and everything in it is settled.
+    ShardEnd,
+}
+
+/// Why a lane ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The source failed in a way that trying again within the lane does not mend.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A sink lost the shard, or cannot take it over.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The state database failed.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Going on would lose or double records: a person must decide.
+    #[error("{0}")]
+    Fatal(String),
+}
+
+/// A generation and the position after which it runs.
+struct ActiveSegment {
+    from_exclusive: Option<Position>,
+    generation: Arc<Generation>,
+}
+
+/// One shard, taken over.
+pub struct Lane<'a> {
+    shared: &'a Shared,
+    shard: ShardKey,
+    stop: CancellationToken,
+    /// Ends the deliveries and the checkpointer without another commit.
+    abandon: CancellationToken,
+    deliveries: Vec<DeliveryHandle>,
+    /// Per delivery: up to here it must not wait for the budget (see `acquire.rs`).
+    unbudgeted_to: Vec<Option<Position>>,
+    checkpointer: JoinHandle<()>,
+    /// The lane's position: the last record handed to all sinks.
+    at: Option<Position>,
+    /// Some sink has records up to here.
+    highest: Option<Position>,
+    replayed: u64,
+    /// The generation at work first, then those that follow.
+    segments: Vec<ActiveSegment>,
+    chain: Option<Chain>,
+    settled: Arc<HashSet<LetterKey>>,
+    start_at_ms: Option<i64>,
+}
+
+impl Lane<'_> {
+    /// The reader of the shard, from the lane's position on.
+    ///
+    /// # Errors
+    /// [`LaneError::Source`].
+    pub async fn reader(&self) -> Result<Box<dyn crate::source::BatchReader>, LaneError> {
+        Ok(self.shared.source.open(&self.shard, self.at.as_ref(), self.start_at_ms).await?)
+    }
+
+    /// Nothing new in the shard.
+    pub fn idle(&self, behind_ms: u64) {
+        self.shared.board.update(&self.shard.shard, |status| {
+            status.idle_reads += 1;
+            status.behind_ms = behind_ms;
+        });
+    }
+
+    /// Completes when a sink has ended by itself: it lost the shard.
+    pub async fn sink_ended(&mut self) -> LaneError {
+        let ended = self.deliveries.iter_mut().map(|delivery| Box::pin(delivery.ended()));
+        let (error, _, _) = futures::future::select_all(ended).await;
+        error.into()
+    }
+
+    /// Parts a batch where another generation takes over.
+    pub fn cut_at_swap(&self, batch: Batch) -> Vec<Arc<Batch>> {
+        let next = self.segments.get(1).and_then(|segment| segment.from_exclusive.as_ref());
+        let cut = next.map_or(batch.records.len(), |swap| {
+            batch.records.partition_point(|record| record.position <= *swap)
+        });
+        if cut == 0 || cut == batch.records.len() {
+            return vec![Arc::new(batch)];
+        }
+        let mut records = batch.records;
+        let after = records.split_off(cut);
+        let middle = records[cut - 1].position.clone();
+        let first_span = PositionSpan {
+            from_exclusive: batch.span.from_exclusive,
+            to_inclusive: middle.clone(),
+        };
+        let rest_span =
+            PositionSpan { from_exclusive: Some(middle), to_inclusive: batch.span.to_inclusive };
+        vec![
+            Arc::new(Batch { shard: batch.shard.clone(), records, span: first_span }),
+            Arc::new(Batch { shard: batch.shard, records: after, span: rest_span }),
+        ]
+    }
+
+    /// Runs a batch through the stages; `None`: the lane is asked to stop, and the batch has no
+    /// outcome.
+    ///
+    /// # Errors
+    /// [`LaneError::Fatal`] when the stages do not start.
+    pub async fn run_stages(
+        &mut self,
+        batch: &Arc<Batch>,
+    ) -> Result<Option<ChainOutcome>, LaneError> {
+        self.enter_generation(batch)?;
+        loop {
+            let Some(mut chain) = self.chain.take() else { return Ok(None) };
+            let (batch, settled) = (batch.clone(), self.settled.clone());
+            let run = tokio::task::spawn_blocking(move || {
+                let outcome = chain.run(&batch, &settled);
+                (chain, outcome)
+            });
+            let (chain, outcome) =
+                run.await.map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
+            self.chain = Some(chain);
+            match outcome {
+                Ok(outcome) => {
+                    self.shared.board.unblock(&self.shard.shard, "stages");
+                    return Ok(Some(outcome));
+                }
+                Err(Blocked::Stopped) => return Ok(None),
+                Err(Blocked::Retry(cause)) => {
+                    self.block("stages", &cause);
+                    tokio::select! {
+                        () = tokio::time::sleep(STAGE_PAUSE) => {}
+                        () = self.stop.cancelled() => return Ok(None),
+                    }
+                }
+                Err(Blocked::Broken(cause)) => {
+                    self.block("stages", &cause);
+                    self.stop.cancelled().await;
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Sees to it that the generation of the batch's records is the one at work.
+    fn enter_generation(&mut self, batch: &Batch) -> Result<(), LaneError> {
+        while let Some(next) = self.segments.get(1)
+            && next.from_exclusive.as_ref().is_none_or(|from| batch.span.to_inclusive > *from)
+        {
+            self.segments.remove(0);
+            self.chain = None;
+        }
+        if self.chain.is_none() {
+            let generation = &self.segments[0].generation;
+            let limits = self.shared.config.rejected_max;
+            let chain = Chain::start(generation, &self.shard, limits, &self.stop).map_err(|error| {
+                LaneError::Fatal(format!("shard {}: {error}", self.shard.shard))
+            })?;
+            self.chain = Some(chain);
+        }
+        Ok(())
+    }
+
+    /// Makes dead letters durable, before any sink commits the span that they belong to.
+    ///
+    /// # Errors
+    /// [`LaneError::State`] when the shutdown comes while they cannot be written.
+    pub async fn write_letters(
+        &self,
+        batch: &Batch,
+        letters: Vec<DeadLetter>,
+    ) -> Result<(), LaneError> {
+        let written = letters.len() as u64;
+        while let Err(error) = self.shared.letters.put(&batch.shard, letters.clone(), false).await {
+            self.block("dead letters", &error.to_string());
+            tokio::select! {
+                () = tokio::time::sleep(LETTER_PAUSE) => {}
+                () = self.stop.cancelled() => return Err(error.into()),
+            }
+        }
+        if written > 0 {
+            self.shared.board.unblock(&self.shard.shard, "dead letters");
+            self.shared.board.update(&self.shard.shard, |status| status.dead_letters += written);
+            metrics::counter!("shardmill_dead_letters_total", "place" => "stages").increment(written);
+        }
+        Ok(())
+    }
+
+    /// Hands a batch's rows to their sinks, and its span to all of them.
+    ///
+    /// # Errors
+    /// [`LaneError::Sink`] when a sink has lost the shard.
+    pub async fn deliver(&mut self, batch: &Arc<Batch>, routed: Vec<Routed>) -> Result<(), LaneError> {
+        let Some(chain) = &self.chain else { return Ok(()) };
+        let mut rows: Vec<Vec<Row>> = self.deliveries.iter().map(|_| Vec::new()).collect();
+        for one in routed {
+            for sink in chain.sinks_of(&one) {
+                if let Some(index) = self.deliveries.iter().position(|own| own.sink == *sink) {
+                    rows[index].push(one.row.clone());
+                }
+            }
+        }
+        let generation = chain.generation().id.clone();
+        let to_inclusive = batch.span.to_inclusive.clone();
+        for (index, mut rows) in rows.into_iter().enumerate() {
+            // Stages that route to one sink come one after the other: order by record again.
+            rows.sort_by_key(|row| (row.record, row.ordinal));
+            let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
+            let permit = match rows.is_empty() {
+                false if waits => Some(self.shared.budget.take(held_bytes(batch, &rows)).await),
+                _ => None,
+            };
+            let (to_inclusive, generation) = (to_inclusive.clone(), generation.clone());
+            let delivery = Delivery { to_inclusive, rows, generation, permit };
+            if self.deliveries[index].send(delivery).await.is_err() {
+                return Err(self.deliveries[index].ended().await.into());
+            }
+        }
+        self.advance(batch);
+        Ok(())
+    }
+
+    /// Notes what has been handed over.
+    fn advance(&mut self, batch: &Batch) {
+        let records = batch.records.len() as u64;
+        let replayed = self.highest.as_ref().map_or(0, |highest| {
+            batch.records.partition_point(|record| record.position <= *highest) as u64
+        });
+        self.replayed += replayed;
+        if replayed > 0 {
+            metrics::counter!("shardmill_replayed_records_total").increment(replayed);
+            if self.highest.as_ref().is_some_and(|highest| batch.span.to_inclusive >= *highest) {
+                tracing::info!(shard = %self.shard.shard, records = self.replayed,
+                    "replayed what only some sinks had");
+            }
+        }
+        self.at = Some(batch.span.to_inclusive.clone());
+        self.shared.board.update(&self.shard.shard, |status| {
+            status.records_read += records;
+            status.records_replayed += replayed;
+            status.idle_reads = 0;
+        });
+        metrics::counter!("shardmill_source_records_total").increment(records);
+        metrics::counter!("shardmill_source_bytes_total").increment(batch.bytes() as u64);
+    }
+
+    /// Lets the sinks commit what is in hand, writes the checkpoint, and ends the lane.
+    ///
+    /// # Errors
+    /// [`LaneError`] when the sinks or the state database fail.
+    pub async fn settle(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
+        let deliveries = std::mem::take(&mut self.deliveries);
+        let flushed = match end {
+            LaneEnd::Stopped => drain(&deliveries).await,
+            // Children wait for the end: there is no hurry, only completeness.
+            LaneEnd::ShardEnd => tokio::select! {
+                all = flush(&deliveries) => all,
+                () = self.stop.cancelled() => drain(&deliveries).await,
+            },
+        };
+        self.checkpointer.abort();
+        let ended = end == LaneEnd::ShardEnd && flushed;
+        checkpointer::write(self.shared, &self.shard, &deliveries, ended).await?;
+        self.abandon.cancel();
+        for delivery in deliveries {
+            delivery.join().await?;
+        }
+        Ok(if ended { LaneEnd::ShardEnd } else { LaneEnd::Stopped })
+    }
+
+    fn block(&self, part: &str, cause: &str) {
+        self.shared.board.block(&self.shard.shard, part, cause);
+    }
+}
+
+impl Drop for Lane<'_> {
+    fn drop(&mut self) {
+        self.abandon.cancel();
+        self.checkpointer.abort();
+    }
+}
+
+/// Commits everything in hand; false: a sink has ended by itself.
+async fn flush(deliveries: &[DeliveryHandle]) -> bool {
+    let flushes = deliveries.iter().map(DeliveryHandle::flush);
+    futures::future::try_join_all(flushes).await.is_ok()
+}
+
+/// The same, as far as the time of a shutdown allows.
+async fn drain(deliveries: &[DeliveryHandle]) -> bool {
+    tokio::time::timeout(DRAIN_MAX, flush(deliveries)).await.unwrap_or(false)
+}
+
+/// What rows keep in memory: their own bytes and the batch that they share.
+fn held_bytes(batch: &Batch, rows: &[Row]) -> usize {
+    batch.bytes() + rows.iter().map(|row| row.payload.len() + row.key.len()).sum::<usize>()
+}

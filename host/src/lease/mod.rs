@@ -1,0 +1,86 @@
+//! Who may read: on one machine, a lock on the pipeline's state folder.
+//!
+//! The lock keeps a second `run` of the same pipeline out; the fence against a process that is gone
+//! but not dead is the epoch in each sink. Leases that a fleet shares come in a later version.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read as _, Seek as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use crate::record::PipelineName;
+
+/// The pipeline's folder cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseError {
+    /// Another process runs the pipeline.
+    #[error(
+        "pipeline {pipeline} is running already, as process {owner} (lock {path}); stop it first, or \
+         give this one another name or state_dir"
+    )]
+    Taken {
+        /// The pipeline.
+        pipeline: PipelineName,
+        /// The process id that the owner wrote.
+        owner: String,
+        /// The lock's file.
+        path: String,
+    },
+    /// The lock's file cannot be made.
+    #[error("failed to lock {path}: {cause}; free the disk, or set `state_dir` elsewhere")]
+    Unusable {
+        /// The lock's file.
+        path: String,
+        /// What the system says.
+        cause: std::io::Error,
+    },
+}
+
+/// The right to run a pipeline on this machine; given back when dropped or when the process dies.
+#[derive(Debug)]
+pub struct PipelineLock {
+    _file: File,
+    folder: PathBuf,
+}
+
+impl PipelineLock {
+    /// Takes the lock of the pipeline's folder under the state folder, which is created.
+    ///
+    /// # Errors
+    /// [`LeaseError`].
+    pub fn take(state_dir: &Path, pipeline: &PipelineName) -> Result<Self, LeaseError> {
+        let folder = state_dir.join(pipeline.as_str());
+        let path = folder.join("lock");
+        let unusable =
+            |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
+        std::fs::create_dir_all(&folder).map_err(unusable)?;
+        let mut options = OpenOptions::new();
+        let mut file = options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(unusable)?;
+        if file.try_lock().is_err() {
+            let mut owner = String::new();
+            // Only for the message.
+            let _ = file.read_to_string(&mut owner);
+            return Err(LeaseError::Taken {
+                pipeline: pipeline.clone(),
+                owner: owner.trim().into(),
+                path: path.display().to_string(),
+            });
+        }
+        let written = file
+            .set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| writeln!(file, "{}", std::process::id()));
+        written.map_err(unusable)?;
+        Ok(Self { _file: file, folder })
+    }
+
+    /// The pipeline's own folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}

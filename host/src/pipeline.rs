@@ -1,0 +1,41 @@
+//! The path of a record, on one screen.
+//!
+//! One lane per shard: read a batch, run it through the stages, write its dead letters, hand its
+//! rows to the sinks. Sinks commit in their own rhythm; the checkpoint follows the slowest.
+
+use tokio_util::sync::CancellationToken;
+
+use crate::lane::{Lane, LaneEnd, LaneError, Shared};
+use crate::record::ShardKey;
+use crate::source::NextBatch;
+
+/// Reads one shard from where its sinks stand until it ends or `stop` is given.
+///
+/// # Errors
+/// [`LaneError`]: what was not committed is read again when the lane is started anew.
+pub async fn run_lane(
+    shared: &Shared,
+    shard: ShardKey,
+    stop: &CancellationToken,
+) -> Result<LaneEnd, LaneError> {
+    let mut lane = Lane::acquire(shared, shard, stop).await?;
+    let mut reader = lane.reader().await?;
+    let end = loop {
+        let batch = tokio::select! {
+            () = stop.cancelled() => break LaneEnd::Stopped,
+            why = lane.sink_ended() => return Err(why),
+            next = reader.next_batch() => match next? {
+                NextBatch::Batch(batch) => batch,
+                NextBatch::Idle { behind_ms } => { lane.idle(behind_ms); continue }
+                NextBatch::ShardEnd => break LaneEnd::ShardEnd,
+            },
+        };
+        // A batch that straddles a change of generation is run in two parts.
+        for part in lane.cut_at_swap(batch) {
+            let Some(outcome) = lane.run_stages(&part).await? else { break };
+            lane.write_letters(&part, outcome.letters).await?;
+            lane.deliver(&part, outcome.routed).await?;
+        }
+    };
+    lane.settle(end).await
+}

@@ -1,0 +1,88 @@
+//! Compiled plugins on disk, so that a start does not compile again.
+//!
+//! The key is the component's digest with everything that compiled code depends on: wasmtime's
+//! version, its flags, the processor's features. A file that does not end with the digest of its
+//! own content (cut off, altered) is compiled again: the host deserialises only what it wrote.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
+use wasmtime::component::Component;
+
+use super::{Digest, PluginEngine};
+
+/// The bytes of the digest that ends a cache file.
+const SEAL_BYTES: usize = 32;
+
+/// A folder of compiled components; or none at all.
+#[derive(Clone, Debug)]
+pub struct CompileCache {
+    folder: Option<PathBuf>,
+}
+
+impl CompileCache {
+    /// Keeps compiled components in `folder`, which is made when first needed.
+    pub fn in_folder(folder: impl Into<PathBuf>) -> Self {
+        Self { folder: Some(folder.into()) }
+    }
+
+    /// Compiles every time.
+    pub fn none() -> Self {
+        Self { folder: None }
+    }
+
+    /// The compiled component: from the cache, or compiled now and kept.
+    ///
+    /// A cache that cannot be written costs time, never the start: it is logged.
+    pub(super) fn component(
+        &self,
+        engine: &PluginEngine,
+        digest: &Digest,
+        bytes: &[u8],
+    ) -> wasmtime::Result<Component> {
+        let Some(folder) = &self.folder else {
+            return Component::from_binary(engine.wasmtime(), bytes);
+        };
+        let file = folder.join(file_name(engine, digest));
+        if let Some(component) = read(engine, &file) {
+            return Ok(component);
+        }
+        let component = Component::from_binary(engine.wasmtime(), bytes)?;
+        if let Err(error) = write(folder, &file, &component.serialize()?) {
+            tracing::warn!(file = %file.display(), %error, "failed to keep a compiled plugin");
+        }
+        Ok(component)
+    }
+}
+
+fn file_name(engine: &PluginEngine, digest: &Digest) -> String {
+    let mut flags = DefaultHasher::new();
+    engine.wasmtime().precompile_compatibility_hash().hash(&mut flags);
+    format!("{digest}-{:016x}.cwasm", flags.finish())
+}
+
+fn read(engine: &PluginEngine, file: &Path) -> Option<Component> {
+    let sealed = std::fs::read(file).ok()?;
+    let (code, seal) = sealed.split_at_checked(sealed.len().checked_sub(SEAL_BYTES)?)?;
+    if Sha256::digest(code).as_slice() != seal {
+        tracing::warn!(file = %file.display(), "a compiled plugin is damaged and is compiled again");
+        return None;
+    }
+    // SAFETY: the seal shows that the bytes are the ones that `write` put here whole, from
+    // `Component::serialize` of an engine with the same version and flags (they are in the name).
+    // Whoever can forge a sealed file in the state folder can replace the host itself.
+    unsafe { Component::deserialize(engine.wasmtime(), code) }
+        .inspect_err(|error| tracing::warn!(file = %file.display(), %error, "compiling again"))
+        .ok()
+}
+
+fn write(folder: &Path, file: &Path, code: &[u8]) -> std::io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let mut draft = tempfile::NamedTempFile::new_in(folder)?;
+    draft.write_all(code)?;
+    draft.write_all(&Sha256::digest(code))?;
+    draft.persist(file)?;
+    Ok(())
+}

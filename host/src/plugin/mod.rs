@@ -1,0 +1,229 @@
+//! Plugins: from a file's bytes to a sandboxed instance that can be called.
+//!
+//! [`Plugin::load`] proves that the bytes are a component of our world and compiles them (or takes
+//! the compiled form from [`cache`]); [`Instance`] is one sandbox: a store with its limits, its
+//! deadline and the typed calls. What a stage does with the answers is not known here.
+
+mod bindings;
+pub mod build;
+mod cache;
+mod componentize;
+mod engine;
+mod instance;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+use wasmtime::component::{Component, Linker};
+
+pub use bindings::exports::shardmill::plugin::stage::{
+    Batch as WireBatch, Context, Descriptor, Failure, Outcome,
+};
+pub use bindings::shardmill::plugin::types::{Column, Input, Output, Reject, Route, Span};
+pub use cache::CompileCache;
+pub use engine::PluginEngine;
+pub use instance::{CallError, CallFault, Instance};
+
+/// The interface that a plugin exports, without its version.
+const STAGE_INTERFACE: &str = "shardmill:plugin/stage";
+/// The version of the interface that this host speaks.
+const WIT_VERSION: &str = "0.1.0";
+
+/// The SHA-256 of a plugin's bytes.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Digest(Arc<str>);
+
+impl Digest {
+    /// Hashes the bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(hex::encode(Sha256::digest(bytes)).into())
+    }
+
+    /// 64 lower-case hex digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The first 12 digits: enough for people.
+    pub fn short(&self) -> &str {
+        &self.0[..12]
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.short())
+    }
+}
+
+/// Why bytes are not a plugin that this host can run.
+#[derive(Debug, thiserror::Error)]
+pub enum PluginError {
+    /// The file cannot be read.
+    #[error("failed to read plugin {path}: {cause}")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// What the system says.
+        cause: std::io::Error,
+    },
+    /// The bytes do not begin as WebAssembly does.
+    #[error(
+        "{path} is no WebAssembly: it begins with {begins}; build a component with `shardmill plugin build`"
+    )]
+    NoWasm {
+        /// The file.
+        path: String,
+        /// Its first bytes in hex.
+        begins: String,
+    },
+    /// A core module: what compilers write before it is wrapped.
+    #[error(
+        "{path} is a core WebAssembly module, not a component; wrap it with `shardmill plugin build`"
+    )]
+    CoreModule {
+        /// The file.
+        path: String,
+    },
+    /// A component that exports something else.
+    #[error("{path} does not export {STAGE_INTERFACE}@{WIT_VERSION}: {found}")]
+    OtherWorld {
+        /// The file.
+        path: String,
+        /// What it exports instead, and the way out.
+        found: String,
+    },
+    /// A component that asks for what no pipeline grants.
+    #[error("{path} imports {imports}, which this pipeline does not grant; the world `plugin` has no imports")]
+    Imports {
+        /// The file.
+        path: String,
+        /// The interfaces, by name.
+        imports: String,
+    },
+    /// wasmtime refuses it.
+    #[error("{path} is not a valid component: {cause}")]
+    Invalid {
+        /// The file.
+        path: String,
+        /// What wasmtime says.
+        cause: String,
+    },
+}
+
+/// A compiled component of our world; cheap to clone.
+#[derive(Clone)]
+pub struct Plugin {
+    /// The digest of its bytes.
+    pub digest: Digest,
+    /// Where it came from, for messages.
+    pub path: Arc<str>,
+    pre: bindings::PluginPre<instance::Sandbox>,
+    engine: PluginEngine,
+}
+
+impl fmt::Debug for Plugin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Plugin({}@{})", self.path, self.digest.short())
+    }
+}
+
+impl Plugin {
+    /// Reads, checks and compiles a plugin's file.
+    ///
+    /// # Errors
+    /// [`PluginError`], naming the file.
+    pub fn load_file(
+        engine: &PluginEngine,
+        cache: &CompileCache,
+        path: &Path,
+    ) -> Result<(Self, Vec<u8>), PluginError> {
+        let shown = path.display().to_string();
+        let bytes = std::fs::read(path)
+            .map_err(|cause| PluginError::Unreadable { path: shown.clone(), cause })?;
+        Ok((Self::load(engine, cache, &shown, &bytes)?, bytes))
+    }
+
+    /// Checks and compiles a plugin's bytes; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`PluginError`], naming the path.
+    pub fn load(
+        engine: &PluginEngine,
+        cache: &CompileCache,
+        path: &str,
+        bytes: &[u8],
+    ) -> Result<Self, PluginError> {
+        check_layer(path, bytes)?;
+        let digest = Digest::of(bytes);
+        let invalid =
+            |cause: wasmtime::Error| PluginError::Invalid { path: path.into(), cause: format!("{cause:#}") };
+        let component = cache.component(engine, &digest, bytes).map_err(invalid)?;
+        check_world(engine, path, &component)?;
+        let linker = Linker::<instance::Sandbox>::new(engine.wasmtime());
+        let pre = linker
+            .instantiate_pre(&component)
+            .and_then(bindings::PluginPre::new)
+            .map_err(invalid)?;
+        Ok(Self { digest, path: path.into(), pre, engine: engine.clone() })
+    }
+}
+
+/// Tells a component from a core module and from what is no WebAssembly at all.
+///
+/// Source: the component model's `Binary.md`: magic, then a version and a layer of 16 bits each;
+/// layer 0 is a core module, layer 1 a component.
+fn check_layer(path: &str, bytes: &[u8]) -> Result<(), PluginError> {
+    match bytes {
+        [b'\0', b'a', b's', b'm', _, _, 1, 0, ..] => Ok(()),
+        [b'\0', b'a', b's', b'm', _, _, 0, 0, ..] => {
+            Err(PluginError::CoreModule { path: path.into() })
+        }
+        _ => Err(PluginError::NoWasm {
+            path: path.into(),
+            begins: match bytes {
+                [] => "nothing (the file is empty)".into(),
+                _ => hex::encode(&bytes[..bytes.len().min(4)]),
+            },
+        }),
+    }
+}
+
+/// Checks the exports against our world and refuses imports of functions.
+fn check_world(engine: &PluginEngine, path: &str, component: &Component) -> Result<(), PluginError> {
+    let world = component.component_type();
+    let ours = format!("{STAGE_INTERFACE}@{WIT_VERSION}");
+    let exports: Vec<&str> = world.exports(engine.wasmtime()).map(|(name, _)| name).collect();
+    if !exports.contains(&ours.as_str()) {
+        let other_version = exports.iter().find(|name| name.starts_with(STAGE_INTERFACE));
+        let found = match (other_version, exports.as_slice()) {
+            (Some(other), _) => {
+                format!("it was built for {other}; rebuild it with the SDK of this host's version")
+            }
+            (None, []) => "it exports nothing; build it for the world `shardmill:plugin/plugin`".into(),
+            (None, some) => format!(
+                "it exports {}; build it for the world `shardmill:plugin/plugin`",
+                some.join(", ")
+            ),
+        };
+        return Err(PluginError::OtherWorld { path: path.into(), found });
+    }
+    // Our own `types` holds no function: every component of the world imports it.
+    let imports: Vec<&str> = world
+        .imports(engine.wasmtime())
+        .map(|(name, _)| name)
+        .filter(|name| !name.starts_with("shardmill:plugin/types@"))
+        .collect();
+    match imports.is_empty() {
+        true => Ok(()),
+        false => Err(PluginError::Imports { path: path.into(), imports: imports.join(", ") }),
+    }
+}

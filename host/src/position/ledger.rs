@@ -1,0 +1,168 @@
+//! The generation ledger: which generation runs from which position on, per shard.
+//!
+//! A replay runs the generation that ran first. With sinks at different positions, a record that is
+//! replayed by other code could be routed to a sink that is already past it, and be lost. So each
+//! start with other plugins, configurations or bindings is a swap at a recorded position (the
+//! highest that any sink has), durable before its first record; at or below it the stored
+//! generation runs, from the stored bytes.
+
+use super::store::{StateError, StateStore, columns, now_ms, position};
+use crate::record::{Position, ShardKey};
+use crate::stage::GenerationSpec;
+
+/// A generation and the position after which it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Exclusive; `None`: from the shard's beginning.
+    pub from_exclusive: Option<Position>,
+    /// The id of the generation.
+    pub generation: String,
+}
+
+/// The ledger of a pipeline.
+#[derive(Clone)]
+pub struct Ledger {
+    store: StateStore,
+}
+
+impl Ledger {
+    /// Over the pipeline's state database.
+    pub fn new(store: StateStore) -> Self {
+        Self { store }
+    }
+
+    /// Stores a generation and its components' bytes, so that a replay can run it.
+    ///
+    /// # Errors
+    /// [`StateError`]; no record may run through it then.
+    pub async fn keep(
+        &self,
+        spec: &GenerationSpec,
+        components: Vec<Vec<u8>>,
+    ) -> Result<(), StateError> {
+        let (id, json) = (spec.id(), spec.to_json());
+        let digests: Vec<String> = spec.stages.iter().map(|stage| stage.digest.clone()).collect();
+        self.store
+            .write("store a generation", move |state| {
+                for (digest, bytes) in digests.iter().zip(&components) {
+                    state.execute(
+                        "INSERT INTO component VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+                        (digest, bytes),
+                    )?;
+                }
+                state.execute(
+                    "INSERT INTO generation VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+                    (&*id, json),
+                )
+            })
+            .await
+            .map(drop)
+    }
+
+    /// The stored specification of a generation.
+    ///
+    /// # Errors
+    /// [`StateError`] when it is missing or cannot be read.
+    pub async fn spec(&self, id: &str) -> Result<GenerationSpec, StateError> {
+        let id = id.to_owned();
+        self.store
+            .write("read a stored generation", move |state| {
+                let json: String = state.query_row(
+                    "SELECT spec FROM generation WHERE id = ?1",
+                    [id],
+                    |row| row.get(0),
+                )?;
+                serde_json::from_str(&json).map_err(|error| {
+                    rusqlite::Error::FromSqlConversionFailure(
+                        0,
+                        rusqlite::types::Type::Text,
+                        error.into(),
+                    )
+                })
+            })
+            .await
+    }
+
+    /// The shard's segments by ascending position.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn segments(&self, shard: &ShardKey) -> Result<Vec<Segment>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        self.store
+            .write("read the generation ledger", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT sequence, sub_sequence, generation FROM ledger
+                     WHERE stream = ?1 AND shard = ?2 ORDER BY sequence, sub_sequence",
+                )?;
+                let segments = query.query_map((stream, shard), |row| {
+                    let sequence: String = row.get(0)?;
+                    let from_exclusive = match sequence.is_empty() {
+                        true => None,
+                        false => Some(position(sequence, row.get(1)?)?),
+                    };
+                    Ok(Segment { from_exclusive, generation: row.get(2)? })
+                })?;
+                segments.collect()
+            })
+            .await
+    }
+
+    /// Records that a generation runs from here on. A segment at the same place is replaced: no
+    /// sink has anything of it.
+    ///
+    /// # Errors
+    /// [`StateError`]; the generation must not run then.
+    pub async fn record(&self, shard: &ShardKey, segment: &Segment) -> Result<(), StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let (sequence, sub) = segment.from_exclusive.as_ref().map(columns).unwrap_or_default();
+        let generation = segment.generation.clone();
+        self.store
+            .write("write the generation ledger", move |state| {
+                state.execute(
+                    "INSERT INTO ledger VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                     ON CONFLICT DO UPDATE SET generation = excluded.generation,
+                         recorded_ms = excluded.recorded_ms",
+                    (stream, shard, sequence, sub, generation, now_ms()),
+                )
+            })
+            .await
+            .map(drop)
+    }
+
+    /// Forgets the components that no segment needs any more: those of generations whose last
+    /// segment the checkpoints of all shards have passed. The ledger's rows stay: they are history.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing is lost, only space.
+    pub async fn prune(&self, current: &GenerationSpec) -> Result<(), StateError> {
+        let current_digests: Vec<String> =
+            current.stages.iter().map(|stage| stage.digest.clone()).collect();
+        self.store
+            .write("prune the generation ledger", move |state| {
+                // A segment is needed while a checkpoint stands before the segment after it.
+                let mut needed = state.prepare(
+                    "SELECT DISTINCT g.spec FROM ledger l
+                     JOIN generation g ON g.id = l.generation
+                     LEFT JOIN shard s ON s.stream = l.stream AND s.shard = l.shard
+                     WHERE coalesce(s.ended, 0) = 0 AND coalesce(s.sequence, '') < coalesce((
+                         SELECT min(n.sequence) FROM ledger n WHERE n.stream = l.stream
+                         AND n.shard = l.shard AND n.sequence > l.sequence), 'x')",
+                )?;
+                let mut digests = current_digests;
+                for spec in needed.query_map([], |row| row.get::<_, String>(0))? {
+                    if let Ok(spec) = serde_json::from_str::<GenerationSpec>(&spec?) {
+                        digests.extend(spec.stages.into_iter().map(|stage| stage.digest));
+                    }
+                }
+                let mut stored = state.prepare("SELECT digest FROM component")?;
+                let stored: Vec<String> =
+                    stored.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+                for digest in stored.iter().filter(|digest| !digests.contains(digest)) {
+                    state.execute("DELETE FROM component WHERE digest = ?1", [digest])?;
+                }
+                Ok(())
+            })
+            .await
+    }
+}

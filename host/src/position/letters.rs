@@ -1,0 +1,253 @@
+//! Dead letters: every record that a stage or a table did not take, with all that a redrive needs.
+//!
+//! Letters go first: they are durable before any sink commits the span that they belong to. The
+//! letter of a row that a table refused is *held*: hidden until that sink's position covers it, and
+//! deleted on acquisition when the commit never happened (the row will come again).
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+
+use super::store::{StateError, StateStore, columns, now_ms, position};
+use crate::record::{Position, ShardKey, SinkName, StageName};
+
+/// Where a record failed.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum LetterPlace {
+    /// On entering this stage.
+    Stage(StageName),
+    /// On being written by this sink.
+    Sink(SinkName),
+}
+
+impl LetterPlace {
+    /// As `stage:NAME` or `sink:NAME`.
+    fn to_text(&self) -> String {
+        match self {
+            Self::Stage(name) => format!("stage:{name}"),
+            Self::Sink(name) => format!("sink:{name}"),
+        }
+    }
+}
+
+/// What identifies a letter within its shard.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LetterKey {
+    /// The record's position.
+    pub position: Position,
+    /// Where it failed.
+    pub place: LetterPlace,
+    /// Its place among the record's items there, from 0.
+    pub output: u32,
+}
+
+/// A dead letter.
+#[derive(Clone, Debug)]
+pub struct DeadLetter {
+    /// What identifies it.
+    pub key: LetterKey,
+    /// The partition key that the record was put with.
+    pub partition_key: Bytes,
+    /// The record's data as it was put.
+    pub original: Bytes,
+    /// The partition key that entered the failing place.
+    pub entered_key: Bytes,
+    /// The payload that entered the failing place: what a redrive starts with.
+    pub entered: Bytes,
+    /// When the stream accepted the record, milliseconds since 1970.
+    pub arrived_ms: u64,
+    /// The plugin's name and version; empty for a sink.
+    pub plugin: String,
+    /// The plugin's digest; empty for a sink.
+    pub digest: String,
+    /// Why.
+    pub reason: String,
+    /// The plugin's stack where it trapped.
+    pub backtrace: String,
+}
+
+/// A letter as it is listed.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct LetterRow {
+    /// The shard.
+    pub shard: String,
+    /// The sequence number.
+    pub sequence: String,
+    /// The sub-sequence number.
+    pub sub_sequence: u64,
+    /// `stage:NAME` or `sink:NAME`.
+    pub place: String,
+    /// The plugin's name and version.
+    pub plugin: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// The dead letters of a pipeline.
+#[derive(Clone)]
+pub struct DeadLetters {
+    store: StateStore,
+}
+
+impl DeadLetters {
+    /// Over the pipeline's state database.
+    pub fn new(store: StateStore) -> Self {
+        Self { store }
+    }
+
+    /// Writes letters, durable on return. A letter that is there already is replaced. `held` hides
+    /// them until [`DeadLetters::settle`].
+    ///
+    /// # Errors
+    /// [`StateError`]; the span must not be committed then.
+    pub async fn put(
+        &self,
+        shard: &ShardKey,
+        letters: Vec<DeadLetter>,
+        held: bool,
+    ) -> Result<(), StateError> {
+        if letters.is_empty() {
+            return Ok(());
+        }
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        self.store
+            .write("write dead letters", move |state| {
+                let mut upsert = state.prepare_cached(
+                    "INSERT OR REPLACE INTO dead_letter VALUES
+                     (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)",
+                )?;
+                for letter in &letters {
+                    let (sequence, sub) = columns(&letter.key.position);
+                    upsert.execute(rusqlite::params![
+                        stream,
+                        shard,
+                        sequence,
+                        sub,
+                        letter.key.place.to_text(),
+                        letter.key.output,
+                        held,
+                        &letter.partition_key[..],
+                        &letter.original[..],
+                        &letter.entered_key[..],
+                        &letter.entered[..],
+                        letter.arrived_ms,
+                        letter.plugin,
+                        letter.digest,
+                        letter.reason,
+                        letter.backtrace,
+                        now_ms(),
+                    ])?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    /// The stages' letters above a position: these items are not run again. A record that timed out
+    /// once may succeed on replay; it would be lost between a sink that is past it and a letter
+    /// that is gone.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn settled_above(
+        &self,
+        shard: &ShardKey,
+        above: Option<&Position>,
+    ) -> Result<HashSet<LetterKey>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let (sequence, sub) = above.map(columns).unwrap_or_default();
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT sequence, sub_sequence, substr(place, 7), output FROM dead_letter
+                     WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
+                         AND place GLOB 'stage:*'",
+                )?;
+                let keys = query.query_map((stream, shard, sequence, sub), |row| {
+                    Ok(LetterKey {
+                        position: position(row.get(0)?, row.get(1)?)?,
+                        place: LetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
+                        output: row.get(3)?,
+                    })
+                })?;
+                keys.collect()
+            })
+            .await
+    }
+
+    /// Shows the held letters that the sink's position covers; with `drop_rest`, on acquiring the
+    /// shard, deletes those above it.
+    ///
+    /// # Errors
+    /// [`StateError`]; the letters stay held and are settled at the next acquisition.
+    pub async fn settle(
+        &self,
+        shard: &ShardKey,
+        sink: &SinkName,
+        up_to: Option<&Position>,
+        drop_rest: bool,
+    ) -> Result<(), StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let (sequence, sub) = up_to.map(columns).unwrap_or_default();
+        let place = LetterPlace::Sink(sink.clone()).to_text();
+        self.store
+            .write("settle held dead letters", move |state| {
+                state
+                    .prepare_cached(
+                        "UPDATE dead_letter SET held = 0 WHERE stream = ?1 AND shard = ?2
+                         AND place = ?3 AND held = 1 AND (sequence, sub_sequence) <= (?4, ?5)",
+                    )?
+                    .execute((&stream, &shard, &place, &sequence, sub))?;
+                if drop_rest {
+                    state
+                        .prepare_cached(
+                            "DELETE FROM dead_letter WHERE stream = ?1 AND shard = ?2
+                             AND place = ?3 AND held = 1",
+                        )?
+                        .execute((&stream, &shard, &place))?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    /// The visible letters, oldest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn list(&self, limit: u32) -> Result<Vec<LetterRow>, StateError> {
+        self.store
+            .write("list the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT shard, ltrim(sequence, '0'), sub_sequence, place, plugin, reason
+                     FROM dead_letter WHERE held = 0 ORDER BY written_ms, sequence LIMIT ?1",
+                )?;
+                let rows = query.query_map([limit], |row| {
+                    Ok(LetterRow {
+                        shard: row.get(0)?,
+                        sequence: row.get(1)?,
+                        sub_sequence: row.get(2)?,
+                        place: row.get(3)?,
+                        plugin: row.get(4)?,
+                        reason: row.get(5)?,
+                    })
+                })?;
+                rows.collect()
+            })
+            .await
+    }
+
+    /// How many letters are visible.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn count(&self) -> Result<u64, StateError> {
+        self.store
+            .write("count the dead letters", |state| {
+                state.query_row("SELECT count(*) FROM dead_letter WHERE held = 0", [], |row| {
+                    row.get(0)
+                })
+            })
+            .await
+    }
+}

@@ -1,0 +1,16 @@
+//! What is settled: checkpoints, the generation ledger and the dead letters of one pipeline.
+//!
+//! All of it lies in one SQLite database in the state directory ([`StateStore`]). A sink that keeps
+//! its own position is the truth about itself; what is kept here is the minimum over the sinks (the
+//! checkpoint), the positions of sinks that keep none, which generation ran from which sequence on,
+//! and every record that a stage or a table did not take.
+
+mod checkpoint;
+mod ledger;
+mod letters;
+mod store;
+
+pub use checkpoint::{Checkpoints, ShardState};
+pub use ledger::{Ledger, Segment};
+pub use letters::{DeadLetter, DeadLetters, LetterKey, LetterPlace, LetterRow};
+pub use store::{StateError, StateStore};

@@ -1,0 +1,169 @@
+//! The state database: one SQLite file per pipeline, every commit fsynced.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension as _};
+
+use crate::record::{Position, SequenceNumber};
+
+/// The schema's version, kept in `user_version`.
+const SCHEMA_VERSION: i64 = 1;
+
+const SCHEMA: &str = "
+    CREATE TABLE shard (
+        stream TEXT NOT NULL, shard TEXT NOT NULL,
+        sequence TEXT, sub_sequence INTEGER, ended INTEGER NOT NULL DEFAULT 0,
+        start_at_ms INTEGER,
+        PRIMARY KEY (stream, shard)) WITHOUT ROWID;
+    CREATE TABLE sink_position (
+        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
+        sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sink)) WITHOUT ROWID;
+    CREATE TABLE generation (id TEXT PRIMARY KEY, spec TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE component (digest TEXT PRIMARY KEY, bytes BLOB NOT NULL);
+    CREATE TABLE ledger (
+        stream TEXT NOT NULL, shard TEXT NOT NULL, sequence TEXT NOT NULL,
+        sub_sequence INTEGER NOT NULL, generation TEXT NOT NULL REFERENCES generation(id),
+        recorded_ms INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sequence, sub_sequence)) WITHOUT ROWID;
+    CREATE TABLE dead_letter (
+        stream TEXT NOT NULL, shard TEXT NOT NULL, sequence TEXT NOT NULL,
+        sub_sequence INTEGER NOT NULL, place TEXT NOT NULL, output INTEGER NOT NULL,
+        held INTEGER NOT NULL, partition_key BLOB NOT NULL, original BLOB NOT NULL,
+        entered_key BLOB NOT NULL, entered BLOB NOT NULL, arrived_ms INTEGER NOT NULL,
+        plugin TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL,
+        backtrace TEXT NOT NULL, written_ms INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sequence, sub_sequence, place, output));
+";
+
+/// A pipeline's state database; cheap to clone.
+#[derive(Clone)]
+pub struct StateStore {
+    path: Arc<Path>,
+    connection: Arc<Mutex<Connection>>,
+}
+
+/// The state database cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("state database {path}: failed to {action}: {cause}; {way_out}")]
+pub struct StateError {
+    path: String,
+    action: &'static str,
+    cause: String,
+    way_out: &'static str,
+}
+
+impl StateStore {
+    /// Opens or creates `state.db` in the folder, which is created as well.
+    ///
+    /// # Errors
+    /// [`StateError`]: the folder cannot be written (full, read-only), or the file is not ours.
+    pub fn open(folder: &Path) -> Result<Self, StateError> {
+        let path: PathBuf = folder.join("state.db");
+        let error = |action, cause: String, way_out| StateError {
+            path: path.display().to_string(),
+            action,
+            cause,
+            way_out,
+        };
+        std::fs::create_dir_all(folder).map_err(|cause| {
+            error("make its folder", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
+        })?;
+        let connection = Connection::open(&path).and_then(prepare).map_err(|cause| {
+            error("open it", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
+        })?;
+        let version: i64 = connection
+            .query_row("PRAGMA user_version", [], |row| row.get(0))
+            .map_err(|cause| error("read its version", cause.to_string(), "move the file away"))?;
+        if version != SCHEMA_VERSION {
+            let cause = format!("it has schema version {version}, this host writes {SCHEMA_VERSION}");
+            return Err(error("use it", cause, "run the version of shardmill that wrote it"));
+        }
+        Ok(Self { path: path.into(), connection: Arc::new(Mutex::new(connection)) })
+    }
+
+    /// Runs `work` in one transaction on a blocking thread; it is durable on return.
+    ///
+    /// # Errors
+    /// [`StateError`] naming `action`; nothing was changed.
+    pub async fn write<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StateError> {
+        let connection = self.connection.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+            let transaction = connection.transaction()?;
+            let value = work(&transaction)?;
+            transaction.commit()?;
+            Ok(value)
+        });
+        self.outcome(action, done.await)
+    }
+
+    /// The component's bytes, stored with a generation.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn component(&self, digest: String) -> Result<Option<Vec<u8>>, StateError> {
+        self.write("read a stored component", move |state| {
+            let mut query = state.prepare("SELECT bytes FROM component WHERE digest = ?1")?;
+            query.query_row([digest], |row| row.get(0)).optional()
+        })
+        .await
+    }
+
+    fn outcome<T>(
+        &self,
+        action: &'static str,
+        done: Result<rusqlite::Result<T>, tokio::task::JoinError>,
+    ) -> Result<T, StateError> {
+        let error = |cause: String| StateError {
+            path: self.path.display().to_string(),
+            action,
+            cause,
+            way_out: "nothing was changed; free the disk or mend the file, it is tried again",
+        };
+        match done {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(cause)) => Err(error(cause.to_string())),
+            Err(cause) => Err(error(cause.to_string())),
+        }
+    }
+}
+
+fn prepare(connection: Connection) -> rusqlite::Result<Connection> {
+    connection.busy_timeout(Duration::from_secs(10))?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if version == 0 {
+        connection.execute_batch(&format!(
+            "BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        ))?;
+    }
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+/// A position as two columns. Sequence numbers are padded: text order is then number order, which
+/// SQLite's own numbers (doubles past 64 bits) cannot give.
+pub(super) fn columns(position: &Position) -> (String, u64) {
+    (position.sequence.zero_padded(), position.sub_sequence)
+}
+
+/// The reverse of [`columns`].
+pub(super) fn position(sequence: String, sub_sequence: u64) -> rusqlite::Result<Position> {
+    let sequence = SequenceNumber::parse(&sequence).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
+    })?;
+    Ok(Position { sequence, sub_sequence })
+}
+
+/// Milliseconds since 1970, for columns that people read.
+pub(super) fn now_ms() -> i64 {
+    chrono::Utc::now().timestamp_millis()
+}

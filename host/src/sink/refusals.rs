@@ -1,0 +1,90 @@
+//! Refused rows on their way to the dead letters: held before the sink commits, shown after.
+
+use std::sync::{Mutex, PoisonError};
+
+use async_trait::async_trait;
+
+use super::{Commit, Refusal, RefusalLog, SinkError};
+use crate::config::RejectedMax;
+use crate::position::{DeadLetter, DeadLetters, LetterKey, LetterPlace};
+use crate::record::SinkName;
+use crate::stage::RejectionWindow;
+
+/// The refusals of one sink and shard.
+pub struct HeldRefusals {
+    letters: DeadLetters,
+    sink: SinkName,
+    counted: Mutex<Counted>,
+}
+
+struct Counted {
+    window: RejectionWindow,
+    /// The window as it will be once the commit in hand has landed.
+    pending: Option<RejectionWindow>,
+}
+
+impl HeldRefusals {
+    /// Writes into `letters`; past the limits a commit is not to be made.
+    pub fn new(letters: DeadLetters, sink: SinkName, rejected_max: RejectedMax) -> Self {
+        let window = RejectionWindow::new(rejected_max);
+        Self { letters, sink, counted: Mutex::new(Counted { window, pending: None }) }
+    }
+
+    /// Counts a commit that has landed.
+    pub fn committed(&self, commit: &Commit) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        match counted.pending.take() {
+            Some(pending) => counted.window = pending,
+            None => counted.window.accept(commit.rows.len()),
+        }
+    }
+
+    /// Plays the commit's rows through the window.
+    fn count(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), String> {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut window = counted.window.clone();
+        let mut refused = refusals.iter().map(|refusal| refusal.row).peekable();
+        for row in 0..commit.rows.len() {
+            window.count(refused.next_if_eq(&row).is_some())?;
+        }
+        counted.pending = Some(window);
+        Ok(())
+    }
+
+    fn letter(&self, commit: &Commit, refusal: &Refusal) -> DeadLetter {
+        let row = &commit.rows[refusal.row];
+        let record = row.source();
+        DeadLetter {
+            key: LetterKey {
+                position: record.position.clone(),
+                place: LetterPlace::Sink(self.sink.clone()),
+                output: row.ordinal,
+            },
+            partition_key: record.partition_key.clone(),
+            original: record.payload.clone(),
+            entered_key: row.key.clone(),
+            entered: row.payload.clone(),
+            arrived_ms: record.arrived_ms,
+            plugin: String::new(),
+            digest: String::new(),
+            reason: refusal.reason.clone(),
+            backtrace: String::new(),
+        }
+    }
+}
+
+#[async_trait]
+impl RefusalLog for HeldRefusals {
+    async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+        let Some(last) = refusals.last() else { return Ok(()) };
+        self.count(commit, refusals).map_err(|limit| SinkError::TooManyRefused {
+            sink: self.sink.clone(),
+            cause: format!("{limit}; nothing is written; the last reason: {}", last.reason),
+        })?;
+        let Some(row) = commit.rows.first() else { return Ok(()) };
+        let letters = refusals.iter().map(|refusal| self.letter(commit, refusal)).collect();
+        self.letters.put(&row.batch.shard, letters, true).await.map_err(|error| {
+            SinkError::Unavailable { sink: self.sink.clone(), cause: error.to_string() }
+        })
+    }
+}

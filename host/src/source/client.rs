@@ -1,0 +1,119 @@
+//! A connection to a server that speaks the Kinesis API.
+
+use aws_config::BehaviorVersion;
+use aws_sdk_kinesis::Client;
+use aws_sdk_kinesis::config::{Credentials, ProvideCredentials as _, Region};
+use aws_sdk_kinesis::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
+
+use super::SourceError;
+
+/// The region that servers other than AWS are told.
+const OTHER_REGION: &str = "us-east-1";
+
+/// Connects. Without `url` it is AWS, by the standard chain of credentials and regions; with one,
+/// a server that checks no credentials gets some when there are none.
+///
+/// # Errors
+/// [`SourceError::NoRegion`] and [`SourceError::NoCredentials`], which say what to set.
+pub async fn connect(url: Option<&url::Url>, region: Option<&str>) -> Result<Client, SourceError> {
+    let http = aws_smithy_http_client::Builder::new()
+        .tls_provider(Provider::Rustls(CryptoMode::Ring))
+        .build_https();
+    let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http);
+    if let Some(region) = region {
+        loader = loader.region(Region::new(region.to_owned()));
+    }
+    if let Some(url) = url {
+        loader = loader.endpoint_url(url.as_str());
+        if std::env::var_os("AWS_ACCESS_KEY_ID").is_none() {
+            loader = loader.credentials_provider(Credentials::new("local", "local", None, None, "shardmill"));
+        }
+        if region.is_none() && std::env::var_os("AWS_REGION").is_none() {
+            loader = loader.region(Region::new(OTHER_REGION));
+        }
+    }
+    let config = loader.load().await;
+    if config.region().is_none() {
+        return Err(SourceError::NoRegion);
+    }
+    let provider = config
+        .credentials_provider()
+        .ok_or_else(|| SourceError::NoCredentials { cause: "no provider is set up".into() })?;
+    provider.provide_credentials().await.map_err(|error| SourceError::NoCredentials {
+        cause: DisplayErrorContext(&error).to_string(),
+    })?;
+    Ok(Client::new(&config))
+}
+
+/// What went wrong in a call, as far as it decides what to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Too much for now: the same call later.
+    Throttled,
+    /// The iterator is older than its five minutes.
+    ExpiredIterator,
+    /// The stream or shard is not there.
+    NotFound,
+    /// The network or the server: the same call later.
+    Passing,
+    /// Trying again does not mend it.
+    Lasting,
+}
+
+impl Fault {
+    /// The fault as a metric's label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Throttled => "throttled",
+            Self::ExpiredIterator => "expired-iterator",
+            Self::NotFound => "not-found",
+            Self::Passing => "unreachable",
+            Self::Lasting => "refused",
+        }
+    }
+}
+
+/// Classifies an error of the SDK.
+///
+/// Source: API reference, "Common Errors" and the errors of GetRecords and PutRecords.
+pub fn fault<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> Fault {
+    match error {
+        SdkError::ServiceError(service) => match service.err().code().unwrap_or_default() {
+            "ProvisionedThroughputExceededException"
+            | "LimitExceededException"
+            | "KMSThrottlingException"
+            | "ThrottlingException" => Fault::Throttled,
+            "ExpiredIteratorException" => Fault::ExpiredIterator,
+            "ResourceNotFoundException" => Fault::NotFound,
+            "InternalFailure" | "InternalFailureException" | "ServiceUnavailable"
+            | "ServiceUnavailableException" | "RequestExpired" => Fault::Passing,
+            "" => Fault::Passing,
+            _ => Fault::Lasting,
+        },
+        SdkError::ConstructionFailure(_) => Fault::Lasting,
+        _ => Fault::Passing,
+    }
+}
+
+/// The error of a call, with its place.
+pub fn call_error<E, R>(
+    call: &'static str,
+    place: impl Into<String>,
+    error: &SdkError<E, R>,
+) -> SourceError
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+    R: std::fmt::Debug + 'static,
+{
+    let cause = match error {
+        SdkError::ServiceError(service) => {
+            let error = service.err();
+            let (code, message) =
+                (error.code().unwrap_or("no code"), error.message().unwrap_or("no message"));
+            format!("{code}: {message}")
+        }
+        other => DisplayErrorContext(other).to_string(),
+    };
+    SourceError::Call { call, place: place.into(), cause }
+}

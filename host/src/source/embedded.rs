@@ -1,0 +1,179 @@
+//! The embedded stream: a Kinesis server of our own, in memory, on loopback.
+//!
+//! Inside the process (`demo`, or `run` when no server is found), or as a process of its own
+//! (`shardmill stream serve`) that the other commands find by a lock and an address file in the
+//! state folder. The same SDK code path talks to it as to AWS.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read as _, Seek as _, Write as _};
+use std::path::Path;
+
+use axum::extract::DefaultBodyLimit;
+use ferrokinesis::store::StoreOptions;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+use super::SourceError;
+
+/// Shards that all embedded streams may have together.
+const SHARDS_MAX: u32 = 10_000;
+/// The largest request: PutRecords takes 10 MiB, a third more as base64, and room for JSON.
+const REQUEST_BYTES_MAX: usize = 16 << 20;
+/// Creating and deleting takes this long: enough to be seen, not to be waited for.
+const TRANSITION_MS: u64 = 100;
+
+/// A served stream; it ends when this is dropped.
+pub struct EmbeddedStream {
+    url: Url,
+    stop: CancellationToken,
+    task: Option<tokio::task::JoinHandle<()>>,
+    _published: Option<Published>,
+}
+
+impl EmbeddedStream {
+    /// Serves on `127.0.0.1:port`; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// [`SourceError::Embedded`] when the port is in use.
+    pub async fn start(port: u16) -> Result<Self, SourceError> {
+        let options = StoreOptions {
+            shard_limit: SHARDS_MAX,
+            create_stream_ms: TRANSITION_MS,
+            delete_stream_ms: TRANSITION_MS,
+            update_stream_ms: TRANSITION_MS,
+            ..StoreOptions::default()
+        };
+        Self::start_with(port, options).await
+    }
+
+    /// Serves with options of the server's own, for tests: a short iterator life, throttled writes.
+    ///
+    /// # Errors
+    /// [`SourceError::Embedded`] when the port is in use.
+    pub async fn start_with(port: u16, options: StoreOptions) -> Result<Self, SourceError> {
+        let address = format!("127.0.0.1:{port}");
+        let error = |cause: String| SourceError::Embedded { address: address.clone(), cause };
+        let listener = TcpListener::bind(&address).await.map_err(|cause| {
+            error(format!("{cause}; another process has the port: choose one with --port"))
+        })?;
+        let bound = listener.local_addr().map_err(|cause| error(cause.to_string()))?;
+        let url = Url::parse(&format!("http://{bound}")).map_err(|cause| error(cause.to_string()))?;
+        let (app, _store) = ferrokinesis::create_app(options);
+        let app = app.layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX));
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        let task = tokio::spawn(async move {
+            let serve = axum::serve(listener, app);
+            tokio::select! {
+                served = serve => if let Err(error) = served {
+                    tracing::error!(%error, "the embedded stream failed");
+                },
+                () = stopped.cancelled() => {}
+            }
+        });
+        Ok(Self { url, stop, task: Some(task), _published: None })
+    }
+
+    /// Serves, and lets other processes find it by the state folder.
+    ///
+    /// # Errors
+    /// [`SourceError::Embedded`] when another process serves there, or the port is in use.
+    pub async fn serve(state_dir: &Path, port: u16) -> Result<Self, SourceError> {
+        let mut published = Published::lock(state_dir)?;
+        let mut served = Self::start(port).await?;
+        published.write(state_dir, &served.url)?;
+        served._published = Some(published);
+        Ok(served)
+    }
+
+    /// Where it is served.
+    pub fn url(&self) -> &Url {
+        &self.url
+    }
+
+    /// Serves until the process is told to stop.
+    pub async fn until(mut self, stop: &CancellationToken) {
+        if let Some(task) = self.task.take() {
+            tokio::select! {
+                _ = task => {}
+                () = stop.cancelled() => {}
+            }
+        }
+    }
+}
+
+impl Drop for EmbeddedStream {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// The lock and the address file of a serving process.
+struct Published {
+    file: File,
+}
+
+impl Published {
+    fn lock(state_dir: &Path) -> Result<Self, SourceError> {
+        let folder = state_dir.join("stream");
+        let path = folder.join("lock");
+        let error = |cause: String| SourceError::Embedded {
+            address: path.display().to_string(),
+            cause,
+        };
+        std::fs::create_dir_all(&folder).map_err(|cause| error(cause.to_string()))?;
+        let mut file = open_lock(&path).map_err(|cause| error(cause.to_string()))?;
+        if file.try_lock().is_err() {
+            let mut owner = String::new();
+            // Only for the message.
+            let _ = file.read_to_string(&mut owner);
+            return Err(error(format!(
+                "process {} serves a stream from this state folder already; stop it, or set another \
+                 state_dir",
+                owner.trim()
+            )));
+        }
+        let written = file
+            .set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| writeln!(file, "{}", std::process::id()));
+        written.map_err(|cause| error(cause.to_string()))?;
+        Ok(Self { file })
+    }
+
+    fn write(&mut self, state_dir: &Path, url: &Url) -> Result<(), SourceError> {
+        let path = state_dir.join("stream").join("address");
+        let written = tempfile::NamedTempFile::new_in(state_dir.join("stream")).and_then(|mut draft| {
+            writeln!(draft, "{url}")?;
+            draft.persist(&path).map_err(|error| error.error)
+        });
+        written.map(drop).map_err(|cause| SourceError::Embedded {
+            address: path.display().to_string(),
+            cause: cause.to_string(),
+        })
+    }
+}
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        // The lock is what counts; without it the address is stale.
+        let _ = self.file.unlock();
+    }
+}
+
+fn open_lock(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
+}
+
+/// The stream that another process serves from this state folder, if one does.
+pub fn find(state_dir: &Path) -> Option<Url> {
+    let folder = state_dir.join("stream");
+    let lock = File::open(folder.join("lock")).ok()?;
+    if lock.try_lock_shared().is_ok() {
+        // Nobody holds it: the address is of a process that is gone.
+        return None;
+    }
+    let address = std::fs::read_to_string(folder.join("address")).ok()?;
+    Url::parse(address.trim()).ok()
+}

@@ -1,0 +1,169 @@
+//! Streams as a whole: create, wait, describe, delete.
+
+use std::time::{Duration, Instant};
+
+use aws_sdk_kinesis::Client;
+use aws_sdk_kinesis::types::StreamStatus;
+
+use super::SourceError;
+use super::client::{Fault, call_error, fault};
+use crate::record::{ShardId, StreamIdentity};
+
+/// How often a stream that is being made or deleted is looked at.
+const STATUS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A shard, as the stream lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// Its id.
+    pub id: ShardId,
+    /// The shard or shards that it came from: one by a split, two by a merge.
+    pub parents: Vec<ShardId>,
+    /// No more records come.
+    pub is_closed: bool,
+}
+
+/// What a stream is.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// Its name, ARN and creation time.
+    pub identity: StreamIdentity,
+    /// Its status, for example `ACTIVE`.
+    pub status: String,
+    /// Shards that take records.
+    pub open_shards: u32,
+    /// How long records are kept, in hours.
+    pub retention_hours: u32,
+}
+
+/// Creates a stream; one that exists already is left as it is.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub async fn create(client: &Client, stream: &str, shards: u32) -> Result<(), SourceError> {
+    let count = i32::try_from(shards).unwrap_or(i32::MAX);
+    let created = client.create_stream().stream_name(stream).shard_count(count).send().await;
+    match created {
+        Ok(_) => Ok(()),
+        Err(error) if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) => {
+            Ok(())
+        }
+        Err(error) => Err(call_error("CreateStream", format!("stream {stream}"), &error)),
+    }
+}
+
+/// Waits until a stream is ACTIVE; `glance` is told how long it has been waited and the status.
+///
+/// # Errors
+/// [`SourceError::NotReady`] after `wait_max`.
+pub async fn wait_active(
+    client: &Client,
+    stream: &str,
+    wait_max: Duration,
+    glance: &mut (dyn FnMut(Duration, &str) + Send),
+) -> Result<Description, SourceError> {
+    let begun = Instant::now();
+    loop {
+        let description = describe(client, stream).await?;
+        glance(begun.elapsed(), &description.status);
+        if description.status == StreamStatus::Active.as_str() {
+            return Ok(description);
+        }
+        if begun.elapsed() >= wait_max {
+            return Err(SourceError::NotReady {
+                stream: stream.into(),
+                status: description.status,
+                due: "ACTIVE",
+                waited_s: wait_max.as_secs(),
+            });
+        }
+        tokio::time::sleep(STATUS_INTERVAL).await;
+    }
+}
+
+/// What a stream is.
+///
+/// # Errors
+/// [`SourceError::NoSuchStream`], [`SourceError::Call`].
+pub async fn describe(client: &Client, stream: &str) -> Result<Description, SourceError> {
+    let answer = client.describe_stream_summary().stream_name(stream).send().await;
+    let answer = answer.map_err(|error| match fault(&error) {
+        Fault::NotFound => SourceError::NoSuchStream { stream: stream.into() },
+        _ => call_error("DescribeStreamSummary", format!("stream {stream}"), &error),
+    })?;
+    let summary = answer.stream_description_summary().ok_or_else(|| SourceError::Call {
+        call: "DescribeStreamSummary",
+        place: format!("stream {stream}"),
+        cause: "the answer holds no description".into(),
+    })?;
+    Ok(Description {
+        identity: StreamIdentity {
+            name: stream.into(),
+            arn: summary.stream_arn().into(),
+            created_ms: summary.stream_creation_timestamp().to_millis().unwrap_or_default(),
+        },
+        status: summary.stream_status().as_str().to_owned(),
+        open_shards: u32::try_from(summary.open_shard_count()).unwrap_or_default(),
+        retention_hours: u32::try_from(summary.retention_period_hours()).unwrap_or_default(),
+    })
+}
+
+/// All shards of a stream, page by page.
+///
+/// Source: API reference, ListShards: `NextToken` goes alone, without the stream's name.
+///
+/// # Errors
+/// [`SourceError::NoSuchStream`], [`SourceError::Call`].
+pub async fn shards(client: &Client, stream: &str) -> Result<Vec<Shard>, SourceError> {
+    let mut shards = Vec::new();
+    let mut next_token: Option<String> = None;
+    loop {
+        let call = match next_token.take() {
+            None => client.list_shards().stream_name(stream),
+            Some(token) => client.list_shards().next_token(token),
+        };
+        let page = call.send().await.map_err(|error| match fault(&error) {
+            Fault::NotFound => SourceError::NoSuchStream { stream: stream.into() },
+            _ => call_error("ListShards", format!("stream {stream}"), &error),
+        })?;
+        shards.extend(page.shards().iter().map(|shard| Shard {
+            id: shard.shard_id().into(),
+            parents: [shard.parent_shard_id(), shard.adjacent_parent_shard_id()]
+                .into_iter()
+                .flatten()
+                .map(ShardId::from)
+                .collect(),
+            is_closed: shard
+                .sequence_number_range()
+                .is_some_and(|range| range.ending_sequence_number().is_some()),
+        }));
+        match page.next_token() {
+            Some(token) => next_token = Some(token.to_owned()),
+            None => return Ok(shards),
+        }
+    }
+}
+
+/// Deletes a stream with its records, and waits until it is gone.
+///
+/// # Errors
+/// [`SourceError::NoSuchStream`], [`SourceError::Call`], [`SourceError::NotReady`] after
+/// `wait_max`.
+pub async fn delete(client: &Client, stream: &str, wait_max: Duration) -> Result<(), SourceError> {
+    let deleted = client.delete_stream().stream_name(stream).send().await;
+    deleted.map_err(|error| match fault(&error) {
+        Fault::NotFound => SourceError::NoSuchStream { stream: stream.into() },
+        _ => call_error("DeleteStream", format!("stream {stream}"), &error),
+    })?;
+    let begun = Instant::now();
+    while begun.elapsed() < wait_max {
+        match describe(client, stream).await {
+            Err(SourceError::NoSuchStream { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+            Ok(_) => tokio::time::sleep(STATUS_INTERVAL).await,
+        }
+    }
+    let status = describe(client, stream).await.map_or("gone".into(), |found| found.status);
+    let waited_s = wait_max.as_secs();
+    Err(SourceError::NotReady { stream: stream.into(), status, due: "gone", waited_s })
+}

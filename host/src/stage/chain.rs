@@ -1,0 +1,239 @@
+//! One lane's instances of a generation: a batch in, rows for the sinks and dead letters out.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::flow::{self, Flow, Item};
+use super::generation::{Generation, Target, context};
+use super::rejections::RejectionWindow;
+use super::runner::{RunError, StageOutcome, StageRunner};
+use crate::config::RejectedMax;
+use crate::plugin::CallError;
+use crate::position::{DeadLetter, LetterKey, LetterPlace};
+use crate::record::{Batch, Row, ShardKey, SinkName};
+
+/// A row and the sinks that it goes to.
+#[derive(Debug)]
+pub struct Routed {
+    /// The row.
+    pub row: Row,
+    /// Index of the stage in the generation, and of the route in its descriptor: the sinks are
+    /// `targets[route]` of that stage.
+    pub stage: usize,
+    /// See `stage`.
+    pub route: usize,
+}
+
+/// What a batch became.
+#[derive(Debug, Default)]
+pub struct ChainOutcome {
+    /// Rows for sinks, by ascending (position, ordinal) per stage.
+    pub routed: Vec<Routed>,
+    /// Records that a stage did not take.
+    pub letters: Vec<DeadLetter>,
+}
+
+/// Why a batch could not be run. Nothing of it has an outcome.
+#[derive(Debug)]
+pub enum Blocked {
+    /// The shutdown came first.
+    Stopped,
+    /// It may pass by itself: try the same batch again.
+    Retry(String),
+    /// A person must act: the plugin or the limits.
+    Broken(String),
+}
+
+/// One lane's stages.
+pub struct Chain {
+    generation: Arc<Generation>,
+    runners: Vec<StageRunner>,
+    window: RejectionWindow,
+}
+
+impl Chain {
+    /// Starts an instance of each stage for a shard.
+    ///
+    /// # Errors
+    /// The stage whose plugin does not start, and why.
+    pub fn start(
+        generation: &Arc<Generation>,
+        shard: &ShardKey,
+        rejected_max: RejectedMax,
+        stop: &CancellationToken,
+    ) -> Result<Self, CallError> {
+        let runners = generation.stages.iter().map(|stage| {
+            let context = context(
+                &shard.stream.name,
+                shard.shard.as_str(),
+                &stage.config_json,
+                &stage.upstream,
+            );
+            StageRunner::start(stage.clone(), context, rejected_max, stop.clone())
+        });
+        Ok(Self {
+            generation: generation.clone(),
+            runners: runners.collect::<Result<_, _>>()?,
+            window: RejectionWindow::new(rejected_max),
+        })
+    }
+
+    /// The generation that runs here.
+    pub fn generation(&self) -> &Arc<Generation> {
+        &self.generation
+    }
+
+    /// The sinks of a routed row.
+    pub fn sinks_of(&self, routed: &Routed) -> &[SinkName] {
+        match &self.generation.stages[routed.stage].targets[routed.route] {
+            Target::Sinks(sinks) => sinks,
+            Target::Next(_) => &[],
+        }
+    }
+
+    /// Runs a batch through all stages. Items with a dead letter in `settled` are not run again.
+    ///
+    /// # Errors
+    /// [`Blocked`]; the batch has no outcome then and may be run again.
+    pub fn run(
+        &mut self,
+        batch: &Arc<Batch>,
+        settled: &HashSet<LetterKey>,
+    ) -> Result<ChainOutcome, Blocked> {
+        let mut outcome = ChainOutcome::default();
+        let mut rejected_records = vec![false; batch.records.len()];
+        // Rows are numbered per record over all stages: with the position, a row's identity.
+        let mut rows_of_record = vec![0; batch.records.len()];
+        let mut flow = flow::first_flow(batch);
+        for (index, runner) in self.runners.iter_mut().enumerate() {
+            let place = LetterPlace::Stage(runner.stage().name.clone());
+            if !settled.is_empty() {
+                flow.retain(|item| {
+                    let known = settled.contains(&letter_key(batch, item, &place));
+                    rejected_records[item.record as usize] |= known;
+                    !known
+                });
+            }
+            metrics::counter!("shardmill_stage_records_total",
+                "stage" => runner.stage().name.to_string())
+            .increment(flow.len() as u64);
+            let made = runner.run(batch, &flow).map_err(|error| blocked(runner, error))?;
+            for rejected in &made.rejected {
+                let item = &flow[rejected.item];
+                rejected_records[item.record as usize] = true;
+                outcome.letters.push(letter(batch, item, runner, &place, rejected));
+            }
+            flow = route(batch, &flow, made, index, runner, &mut outcome.routed, &mut rows_of_record);
+        }
+        let mut window = self.window.clone();
+        for rejected in rejected_records {
+            window.count(rejected).map_err(|limit| {
+                let last = outcome.letters.last().map_or("", |letter| letter.reason.as_str());
+                Blocked::Broken(format!("{limit}; the last reason: {last}"))
+            })?;
+        }
+        self.window = window;
+        Ok(outcome)
+    }
+}
+
+/// Parts a stage's outputs: rows for sinks, and what goes on to the next stage.
+fn route(
+    batch: &Arc<Batch>,
+    flow: &[Item],
+    made: StageOutcome,
+    stage: usize,
+    runner: &StageRunner,
+    routed: &mut Vec<Routed>,
+    rows_of_record: &mut [u32],
+) -> Flow {
+    let loaded = runner.stage();
+    let mut on = Flow::new();
+    for output in made.outputs {
+        let record = flow[output.item].record;
+        match &loaded.targets[output.route as usize] {
+            Target::Next(upstream_route) => on.push(Item {
+                record,
+                ordinal: match on.last() {
+                    Some(before) if before.record == record => before.ordinal + 1,
+                    _ => 0,
+                },
+                upstream_route: *upstream_route,
+                key: output.key,
+                payload: output.payload,
+            }),
+            Target::Sinks(sinks) if sinks.is_empty() => {}
+            Target::Sinks(_) => routed.push(Routed {
+                row: Row {
+                    batch: batch.clone(),
+                    record,
+                    ordinal: next_ordinal(&mut rows_of_record[record as usize]),
+                    route: loaded.route_names[output.route as usize].clone(),
+                    key: output.key,
+                    payload: output.payload,
+                },
+                stage,
+                route: output.route as usize,
+            }),
+        }
+    }
+    on
+}
+
+fn next_ordinal(rows: &mut u32) -> u32 {
+    let ordinal = *rows;
+    *rows += 1;
+    ordinal
+}
+
+fn letter_key(batch: &Batch, item: &Item, place: &LetterPlace) -> LetterKey {
+    LetterKey {
+        position: batch.records[item.record as usize].position.clone(),
+        place: place.clone(),
+        output: item.ordinal,
+    }
+}
+
+fn letter(
+    batch: &Batch,
+    item: &Item,
+    runner: &StageRunner,
+    place: &LetterPlace,
+    rejected: &super::runner::Rejected,
+) -> DeadLetter {
+    let stage = runner.stage();
+    let record = &batch.records[item.record as usize];
+    DeadLetter {
+        key: letter_key(batch, item, place),
+        partition_key: record.partition_key.clone(),
+        original: record.payload.clone(),
+        entered_key: item.key.clone(),
+        entered: item.payload.clone(),
+        arrived_ms: record.arrived_ms,
+        plugin: format!("{}@{}", stage.descriptor.name, stage.descriptor.version),
+        digest: stage.plugin.digest.to_string(),
+        reason: rejected.reason.clone(),
+        backtrace: rejected.backtrace.clone(),
+    }
+}
+
+fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
+    let stage = runner.stage();
+    let plugin = format!(
+        "stage {} (plugin {} {}, {})",
+        stage.name,
+        stage.descriptor.name,
+        stage.descriptor.version,
+        stage.plugin.digest.short()
+    );
+    match error {
+        RunError::Stopped => Blocked::Stopped,
+        RunError::AllFailed(reason) => Blocked::Retry(format!("{plugin}: every record fails: {reason}")),
+        RunError::TooManyFailed(reason) => {
+            Blocked::Broken(format!("{plugin}: too many records fail; the last reason: {reason}"))
+        }
+        RunError::NoInstance(error) => Blocked::Broken(format!("{plugin} does not start: {error}")),
+    }
+}

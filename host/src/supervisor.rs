@@ -1,0 +1,247 @@
+//! Runs a pipeline: everything is proven and taken before the first record, then one lane per
+//! shard, children after their parents, each lane started anew when it fails.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{PipelineConfig, StartPosition};
+use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, Shared};
+use crate::lease::PipelineLock;
+use crate::pipeline::run_lane;
+use crate::plugin::{CompileCache, PluginEngine};
+use crate::position::{Checkpoints, DeadLetters, Ledger, StateStore};
+use crate::record::{ShardId, ShardKey, SinkName, StreamIdentity};
+use crate::sink::Sink;
+use crate::sink::budget::Budget;
+use crate::source::{LineageStart, ShardSource, lineage};
+use crate::stage::Generation;
+
+/// How often new shards are looked for while nothing ends.
+const DISCOVERY_INTERVAL: Duration = Duration::from_secs(10);
+/// The longest pause before a failed lane is started anew.
+const LANE_PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// What a run is told beside its configuration.
+pub struct RunOptions {
+    /// Stop when every shard is read to its end.
+    pub until_caught_up: bool,
+    /// Sinks that were taken out of the configuration and may be given up while behind.
+    pub dropped_sinks: HashSet<SinkName>,
+    /// Plugins that the binary carries, by path.
+    pub embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
+}
+
+/// A pipeline that is proven and owns its state.
+pub struct Supervisor {
+    shared: Arc<Shared>,
+    stream: Arc<StreamIdentity>,
+    until_caught_up: bool,
+    _lock: PipelineLock,
+}
+
+impl Supervisor {
+    /// Takes the state folder, loads the plugins, and checks them against each other and against
+    /// the sinks. Reads no record.
+    ///
+    /// # Errors
+    /// What does not fit, with its place in the configuration where it has one.
+    pub async fn prepare(
+        config: PipelineConfig,
+        source: Arc<dyn ShardSource>,
+        sinks: Vec<Arc<dyn Sink>>,
+        options: RunOptions,
+    ) -> anyhow::Result<Self> {
+        let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+        let state = StateStore::open(lock.folder())?;
+        let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
+        let cache = CompileCache::in_folder(config.state_dir.join("compiled"));
+        let (generation, components) =
+            Generation::from_config(&config, &engine, &cache, &options.embedded_plugin)?;
+        for sink in &sinks {
+            sink.prepare(&generation.routes_to(sink.name())).await?;
+        }
+        let ledger = Ledger::new(state.clone());
+        ledger.keep(&generation.spec, components).await?;
+        ledger.prune(&generation.spec).await?;
+        let stream = source.identity().await?;
+        let shared = Shared {
+            budget: Budget::new(config.buffer_bytes_max),
+            source,
+            generation: Arc::new(generation),
+            generations: GenerationStore::new(engine, cache, state.clone()),
+            sinks,
+            dropped_sinks: options.dropped_sinks,
+            checkpoints: Checkpoints::new(state.clone()),
+            ledger,
+            letters: DeadLetters::new(state),
+            board: Board::default(),
+            config,
+        };
+        let until_caught_up = options.until_caught_up;
+        Ok(Self { shared: Arc::new(shared), stream: Arc::new(stream), until_caught_up, _lock: lock })
+    }
+
+    /// What is shown of the lanes.
+    pub fn board(&self) -> Board {
+        self.shared.board.clone()
+    }
+
+    /// The dead letters.
+    pub fn letters(&self) -> DeadLetters {
+        self.shared.letters.clone()
+    }
+
+    /// Runs until `stop`, or until caught up if asked for, or until every shard has ended.
+    ///
+    /// # Errors
+    /// What a person must decide; the other lanes are drained first.
+    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
+        // Lanes stop by a token of their own, so that one that fails for good drains the others.
+        let lanes_stop = stop.child_token();
+        let mut lanes = Lanes {
+            shared: self.shared.clone(),
+            stream: self.stream.clone(),
+            stop: lanes_stop.clone(),
+            running: HashSet::new(),
+            tasks: JoinSet::new(),
+        };
+        let mut ended = lanes.discover().await?;
+        let mut discovery = tokio::time::interval(DISCOVERY_INTERVAL);
+        let mut glance = tokio::time::interval(Duration::from_millis(100));
+        let mut fatal = None;
+        while !(lanes.tasks.is_empty() && (ended || lanes_stop.is_cancelled())) {
+            tokio::select! {
+                Some(done) = lanes.tasks.join_next() => match lanes.ended(done?) {
+                    Ok(true) => ended = lanes.discover().await?,
+                    Ok(false) => {}
+                    Err(error) => {
+                        fatal.get_or_insert(error);
+                        lanes_stop.cancel();
+                    }
+                },
+                _ = discovery.tick(), if !lanes_stop.is_cancelled() => match lanes.discover().await {
+                    Ok(all_ended) => ended = all_ended,
+                    Err(error) => tracing::warn!(%error, "failed to look for new shards"),
+                },
+                _ = glance.tick(), if self.until_caught_up => {
+                    let shards = self.shared.board.snapshot();
+                    if !shards.is_empty() && shards.values().all(|status| status.caught_up()) {
+                        lanes_stop.cancel();
+                    }
+                }
+            }
+        }
+        fatal.map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
+/// The lanes that run.
+struct Lanes {
+    shared: Arc<Shared>,
+    stream: Arc<StreamIdentity>,
+    stop: CancellationToken,
+    running: HashSet<ShardId>,
+    tasks: JoinSet<(ShardId, Result<LaneEnd, LaneError>)>,
+}
+
+impl Lanes {
+    /// Starts a lane for each shard that may be read now. True when every shard has ended.
+    async fn discover(&mut self) -> anyhow::Result<bool> {
+        let known = self.shared.checkpoints.shards(&self.stream).await?;
+        let shards = self.shared.source.shards().await?;
+        let start = self.shared.config.source.start;
+        let plan = lineage(&shards, &known, start);
+        for (shard, start) in plan.ready {
+            if !self.stop.is_cancelled() && self.running.insert(shard.clone()) {
+                self.start(shard, start).await?;
+            }
+        }
+        Ok(plan.all_ended)
+    }
+
+    async fn start(&mut self, shard: ShardId, start: LineageStart) -> anyhow::Result<()> {
+        let key = ShardKey {
+            pipeline: self.shared.config.name.clone(),
+            stream: self.stream.clone(),
+            shard: shard.clone(),
+        };
+        let start_at_ms = match start {
+            LineageStart::Horizon => None,
+            // LATEST is resolved once, durably: a shard that had no record yet when the process
+            // died is not begun later than it was.
+            LineageStart::AsConfigured => match self.shared.config.source.start {
+                StartPosition::TrimHorizon => None,
+                StartPosition::Latest => Some(chrono::Utc::now().timestamp_millis()),
+                StartPosition::AtTimestampMs(at) => Some(at),
+            },
+        };
+        self.shared.checkpoints.begin(&key, start_at_ms).await?;
+        self.shared.board.update(&shard, |status| status.running = true);
+        let (shared, stop) = (self.shared.clone(), self.stop.clone());
+        self.tasks.spawn(async move {
+            let end = run_patiently(&shared, key, &stop).await;
+            (shard, end)
+        });
+        Ok(())
+    }
+
+    /// True when a shard has ended, and its children may begin.
+    fn ended(
+        &mut self,
+        (shard, end): (ShardId, Result<LaneEnd, LaneError>),
+    ) -> Result<bool, LaneError> {
+        self.running.remove(&shard);
+        let end = end?;
+        self.shared.board.update(&shard, |status| {
+            status.running = false;
+            status.ended = end == LaneEnd::ShardEnd;
+        });
+        Ok(end == LaneEnd::ShardEnd)
+    }
+}
+
+/// Runs a lane, and starts it anew when it fails for a reason that may pass.
+async fn run_patiently(
+    shared: &Shared,
+    shard: ShardKey,
+    stop: &CancellationToken,
+) -> Result<LaneEnd, LaneError> {
+    let mut pauses = pauses();
+    loop {
+        let began = std::time::Instant::now();
+        let error = match run_lane(shared, shard.clone(), stop).await {
+            Err(LaneError::Fatal(cause)) => return Err(LaneError::Fatal(cause)),
+            Err(error) => error,
+            end => return end,
+        };
+        if stop.is_cancelled() {
+            tracing::warn!(shard = %shard.shard, %error, "stopped with records in hand; they are read again");
+            return Ok(LaneEnd::Stopped);
+        }
+        if began.elapsed() > LANE_PAUSE_MAX {
+            pauses = self::pauses();
+        }
+        metrics::counter!("shardmill_lane_restarts_total").increment(1);
+        shared.board.block(&shard.shard, "lane", &error.to_string());
+        tokio::select! {
+            () = tokio::time::sleep(pauses.next().unwrap_or(LANE_PAUSE_MAX)) => {}
+            () = stop.cancelled() => return Ok(LaneEnd::Stopped),
+        }
+    }
+}
+
+fn pauses() -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(200))
+        .with_max_delay(LANE_PAUSE_MAX)
+        .without_max_times()
+        .with_jitter()
+        .build()
+}
+

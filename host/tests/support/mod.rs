@@ -1,0 +1,94 @@
+//! What the tests share: the real binary, its processes, and throw-away places.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, reason = "tests fail by panicking")]
+
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").to_owned()
+}
+
+/// A prebuilt plugin's path.
+pub fn plugin(name: &str) -> String {
+    root().join("plugins/prebuilt").join(format!("{name}.wasm")).display().to_string()
+}
+
+/// The binary, as a command.
+pub fn shardmill(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardmill"));
+    command.args(arguments).stdin(Stdio::null());
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("AWS_")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Runs the binary to its end.
+pub fn run(arguments: &[&str]) -> Output {
+    shardmill(arguments).output().expect("the binary starts")
+}
+
+/// Runs the binary; it must succeed. Gives its standard output.
+pub fn run_ok(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?} failed: {error}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A process that is killed when dropped.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Process {
+    /// SIGTERM, then waits for the end; gives the exit code.
+    pub fn terminate(mut self) -> Option<i32> {
+        let pid = self.0.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().expect("kill").success());
+        let status = self.0.wait().expect("it ends");
+        status.code()
+    }
+}
+
+/// Serves the embedded stream from a state folder.
+pub fn serve_stream(state_dir: &Path) -> Process {
+    let state_dir = state_dir.display().to_string();
+    let mut command = shardmill(&["stream", "serve", "--json", "--state-dir", &state_dir]);
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("the binary starts");
+    let mut line = String::new();
+    let output = child.stdout.take().expect("piped");
+    BufReader::new(output).read_line(&mut line).expect("a line");
+    assert!(line.contains("http://127.0.0.1:"), "{line}");
+    Process(child)
+}
+
+/// Waits until `done`, at most a minute.
+pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "waited a minute for {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A throw-away PostgreSQL that `cargo xtask test` has started.
+pub fn postgres_url() -> String {
+    std::env::var("SHARDMILL_TEST_POSTGRES")
+        .expect("SHARDMILL_TEST_POSTGRES names a throw-away PostgreSQL: run `cargo xtask test`")
+}
+
+/// The flights that `cargo xtask data flights` has fetched.
+pub fn flights_csv() -> PathBuf {
+    let path = root().join("data/flights.csv");
+    assert!(path.exists(), "{} is missing: run `cargo xtask data flights`", path.display());
+    path
+}

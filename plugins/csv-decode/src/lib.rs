@@ -1,0 +1,383 @@
+//! Decodes CSV lines to JSON rows with typed columns.
+//!
+//! | | |
+//! |---|---|
+//! | accepts | `text/csv`: one line per record, with or without its line end |
+//! | route | `application/json`; named by `route`, `rows` by default |
+//! | columns | as configured |
+//! | configuration | [`Config`] |
+//!
+//! ```toml
+//! [stage.config]
+//! skip_header_line = "year,origin,time_hour"
+//! null = ["NA", ""]
+//! columns = [
+//!     { name = "year", type = "integer", nullable = false },
+//!     { name = "origin", type = "text" },
+//!     { name = "time_hour", type = "timestamptz" },
+//! ]
+//! ```
+//!
+//! turns `2013,EWR,2013-01-01T10:00:00Z` into
+//! `{"year":2013,"origin":"EWR","time_hour":"2013-01-01T10:00:00Z"}`. A line that does not
+//! fit its columns is rejected, with the column and the value in the reason.
+
+mod value;
+
+use std::io::Write;
+
+use csv_core::{ReadRecordResult, Reader, ReaderBuilder};
+use serde::Deserialize;
+use shardmill_sdk::{Context, Descriptor, Emitter, Error, Plugin, Record, Route};
+
+pub use value::ColumnType;
+
+const ROUTE_ROWS: u32 = 0;
+
+/// How the lines are read.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The columns, in the order of the line. At least one.
+    columns: Vec<ColumnConfig>,
+    /// Fields that stand for null, as written. By default the empty field.
+    #[serde(default = "empty_is_null")]
+    null: Vec<String>,
+    /// A line that is filtered: the header, as written.
+    skip_header_line: Option<String>,
+    /// What separates fields: one ASCII character. By default a comma.
+    #[serde(default = "comma")]
+    delimiter: char,
+    /// The name of the route.
+    #[serde(default = "rows")]
+    route: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ColumnConfig {
+    name: String,
+    #[serde(rename = "type")]
+    column_type: ColumnType,
+    #[serde(default = "yes")]
+    nullable: bool,
+}
+
+/// Decodes lines as configured.
+pub struct Decoder {
+    columns: Vec<Column>,
+    null: Vec<String>,
+    header: Option<String>,
+    reader: Reader,
+    /// The fields of the line in hand, unquoted, end to end; and where each ends.
+    fields: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+struct Column {
+    name: String,
+    column_type: ColumnType,
+    nullable: bool,
+    /// `"name":`, with the separator before it.
+    row_key: String,
+}
+
+/// What became of a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decoded {
+    /// Its row was written.
+    Row,
+    /// It is the header.
+    Header,
+}
+
+impl Decoder {
+    /// Prepares a configuration.
+    ///
+    /// # Errors
+    ///
+    /// If there is no column, two have the same name, or the delimiter is not ASCII.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let delimiter = u8::try_from(config.delimiter)
+            .ok()
+            .filter(u8::is_ascii)
+            .filter(|byte| !matches!(byte, b'"' | b'\r' | b'\n'))
+            .ok_or_else(|| Error::reject("config.delimiter: one ASCII character is due"))?;
+        let mut columns: Vec<Column> = Vec::with_capacity(config.columns.len());
+        let mut separator = '{';
+        for ColumnConfig { name, column_type, nullable } in config.columns {
+            if columns.iter().any(|column| column.name == name) {
+                return Err(Error::reject(format_args!("config.columns: `{name}` is there twice")));
+            }
+            let row_key = format!("{separator}{}:", serde_json::to_string(&name)?);
+            if column_type != ColumnType::Skip {
+                separator = ',';
+            }
+            columns.push(Column { name, column_type, nullable, row_key });
+        }
+        if separator == '{' {
+            return Err(Error::reject("config.columns: at least one column is due"));
+        }
+        // One more than due, so that a longer line is told from one that fits.
+        let ends = vec![0; columns.len() + 1];
+        let reader = ReaderBuilder::new().delimiter(delimiter).build();
+        let header = config.skip_header_line;
+        Ok(Self { columns, null: config.null, header, reader, fields: Vec::new(), ends })
+    }
+
+    /// Decodes one line and writes its row: all of the plugin's work on a record.
+    ///
+    /// # Errors
+    ///
+    /// If the line does not fit the columns. Part of a row may have been written.
+    pub fn write_row(&mut self, line: &[u8], mut row: impl Write) -> Result<Decoded, Error> {
+        let line = trim_line_end(line);
+        if self.header.as_deref().is_some_and(|header| header.as_bytes() == line) {
+            return Ok(Decoded::Header);
+        }
+        self.split(line)?;
+        let end = self.ends[self.columns.len() - 1];
+        let fields = std::str::from_utf8(&self.fields[..end])?;
+        let mut start = 0;
+        for (column, end) in self.columns.iter().zip(&self.ends) {
+            // None where a character begins in one field and ends in the next.
+            let field = fields.get(start..*end);
+            start = *end;
+            if column.column_type == ColumnType::Skip {
+                continue;
+            }
+            row.write_all(column.row_key.as_bytes())?;
+            let written = match field {
+                None => Err(Error::reject("invalid utf-8")),
+                Some(field) if self.null.iter().any(|null| null == field) => {
+                    column.write_null(&mut row)
+                }
+                Some(field) => column.column_type.write(field, &mut row),
+            };
+            written.map_err(|error| error.context(format_args!("column `{}`", column.name)))?;
+        }
+        row.write_all(b"}")?;
+        Ok(Decoded::Row)
+    }
+
+    /// Splits a line into `fields` and `ends`; afterwards there are as many as columns.
+    fn split(&mut self, line: &[u8]) -> Result<(), Error> {
+        self.reader.reset();
+        // Unquoting only shortens.
+        if self.fields.len() < line.len() {
+            self.fields.resize(line.len(), 0);
+        }
+        let (mut result, read, written, mut found) =
+            self.reader.read_record(line, &mut self.fields, &mut self.ends);
+        if result == ReadRecordResult::InputEmpty {
+            // The line has no line end: an empty input stands for it.
+            let (end, _, _, more) =
+                self.reader.read_record(&[], &mut self.fields[written..], &mut self.ends[found..]);
+            (result, found) = (end, found + more);
+        }
+        let due = self.columns.len();
+        match result {
+            ReadRecordResult::Record if read < line.len() => {
+                Err(Error::reject("a single line is due, found another line after it"))
+            }
+            ReadRecordResult::Record if found == due => Ok(()),
+            ReadRecordResult::Record => {
+                Err(Error::reject(format_args!("{due} fields are due, found {found}")))
+            }
+            ReadRecordResult::End => Err(Error::reject("an empty line where fields are due")),
+            _ => Err(Error::reject(format_args!("{due} fields are due, found more"))),
+        }
+    }
+}
+
+impl Column {
+    fn write_null(&self, row: &mut impl Write) -> Result<(), Error> {
+        if !self.nullable {
+            return Err(Error::reject("null where a value is due"));
+        }
+        Ok(row.write_all(b"null")?)
+    }
+}
+
+impl Plugin for Decoder {
+    type Config = Config;
+
+    fn configure(config: Config, _: &Context) -> Result<(Self, Descriptor), Error> {
+        let mut rows = Route::new(&config.route, "application/json");
+        for column in &config.columns {
+            let name = &column.name;
+            match (column.column_type.sql_name(), column.nullable) {
+                (None, _) => {}
+                (Some(sql_name), true) => rows = rows.nullable_column(name, sql_name),
+                (Some(sql_name), false) => rows = rows.column(name, sql_name),
+            }
+        }
+        let descriptor = Descriptor::new(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"))
+            .accepts("text/csv")
+            .route(rows);
+        Ok((Self::new(config)?, descriptor))
+    }
+
+    fn record(&mut self, record: &Record<'_>, out: &mut Emitter<'_>) -> Result<(), Error> {
+        out.emit_if(ROUTE_ROWS, |row| Ok(self.write_row(record.payload(), row)? == Decoded::Row))
+    }
+}
+
+shardmill_sdk::export!(Decoder);
+
+fn trim_line_end(line: &[u8]) -> &[u8] {
+    let line = line.strip_suffix(b"\n").unwrap_or(line);
+    line.strip_suffix(b"\r").unwrap_or(line)
+}
+
+fn empty_is_null() -> Vec<String> {
+    vec![String::new()]
+}
+
+fn comma() -> char {
+    ','
+}
+
+fn rows() -> String {
+    "rows".into()
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use shardmill_sdk::testing::{Fate, Harness};
+
+    use super::*;
+
+    /// The row, `-` if filtered, or the reason.
+    fn decode(config: &str, line: &[u8]) -> String {
+        match Harness::<Decoder>::new(config).unwrap().run_one(line) {
+            Fate::Delivered(outputs) => String::from_utf8(outputs[0].payload.clone()).unwrap(),
+            Fate::Filtered => "-".into(),
+            Fate::Rejected(reason) => reason,
+        }
+    }
+
+    fn value(column_type: &str, field: &str) -> String {
+        let config = format!(r#"{{"columns":[{{"name":"a","type":"{column_type}"}}]}}"#);
+        let row = decode(&config, field.as_bytes());
+        match row.strip_prefix("{\"a\":").and_then(|row| row.strip_suffix('}')) {
+            Some(value) => value.into(),
+            None => row,
+        }
+    }
+
+    const FLIGHT: &str = r#"{"null":["NA",""],"skip_header_line":"year,delay,origin,time",
+        "columns":[{"name":"year","type":"integer","nullable":false},
+        {"name":"delay","type":"smallint"},{"name":"origin","type":"text"},
+        {"name":"time","type":"timestamptz"}]}"#;
+
+    #[test]
+    fn a_line_becomes_a_row() {
+        let row = r#"{"year":2013,"delay":-7,"origin":"EWR","time":"2013-01-01T10:00:00Z"}"#;
+        assert_eq!(decode(FLIGHT, b"2013,-7,EWR,2013-01-01T10:00:00Z"), row);
+        assert_eq!(decode(FLIGHT, b"2013,-7,EWR,2013-01-01T10:00:00Z\r\n"), row);
+        assert_eq!(decode(FLIGHT, b"2013,-7,\"EWR\",2013-01-01 10:00:00"), row);
+        assert_eq!(
+            decode(FLIGHT, b"2013,NA,,NA"),
+            r#"{"year":2013,"delay":null,"origin":null,"time":null}"#
+        );
+        assert_eq!(
+            decode(FLIGHT, b"2013,,\"a \"\"b\"\",\n\xc3\xa9\",NA"),
+            "{\"year\":2013,\"delay\":null,\"origin\":\"a \\\"b\\\",\\n\u{e9}\",\"time\":null}"
+        );
+    }
+
+    #[test]
+    fn the_header_is_filtered() {
+        assert_eq!(decode(FLIGHT, b"year,delay,origin,time\n"), "-");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_rejected() {
+        let cases: [(&[u8], &str); 10] = [
+            (b"", "an empty line where fields are due"),
+            (b"\n", "an empty line where fields are due"),
+            (b"2013,1,EWR", "4 fields are due, found 3"),
+            (b"2013,1,EWR,NA,5", "4 fields are due, found 5"),
+            (b"2013,1,EWR,NA,5,6,7", "4 fields are due, found more"),
+            (b"2013,1,EWR,NA\n2013,1,EWR,NA", "a single line is due, found another line after it"),
+            (b"NA,1,EWR,NA", "column `year`: null where a value is due"),
+            (b"2013,late,EWR,NA", "column `delay`: `late` is no smallint"),
+            (b"2013,1,\xff,NA", "invalid utf-8 sequence of 1 bytes from index 5"),
+            (b"2013,1,\xc3,\xa9", "column `origin`: invalid utf-8"),
+        ];
+        for (line, reason) in cases {
+            assert_eq!(decode(FLIGHT, line), reason, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_rejected_line_does_not_spoil_the_next() {
+        let mut plugin = Harness::<Decoder>::new(FLIGHT).unwrap();
+        let good: &[u8] = b"2013,1,EWR,NA";
+        let fates = plugin.run(&[good, b"\"2013,1", b"1,2,3,4,5,6", b"2013,x,E,NA", good]).unwrap();
+        assert_eq!(fates[0], fates[4]);
+        assert!(fates[1..4].iter().all(|fate| matches!(fate, Fate::Rejected(_))), "{fates:?}");
+    }
+
+    #[test]
+    fn each_type() {
+        assert_eq!(value("smallint", "-32768"), "-32768");
+        assert_eq!(value("smallint", "32768"), "column `a`: `32768` is no smallint");
+        assert_eq!(value("integer", "007"), "7");
+        assert_eq!(value("integer", "2147483648"), "column `a`: `2147483648` is no integer");
+        assert_eq!(value("bigint", "9223372036854775807"), "9223372036854775807");
+        assert_eq!(value("bigint", " 1"), "column `a`: ` 1` is no bigint");
+        let exact = "-12345678901234567890.10";
+        assert_eq!(value("numeric", exact), exact);
+        assert_eq!(value("numeric", "+00.50"), "0.50");
+        assert_eq!(value("numeric", ".5"), "0.5");
+        assert_eq!(value("numeric", "-5."), "-5");
+        assert_eq!(value("numeric", "0"), "0");
+        for wrong in ["1e5", "--1", ".", "-", "1.2.3", "NaN", "1,5"] {
+            let field = format!("\"{wrong}\"");
+            assert_eq!(value("numeric", &field), format!("column `a`: `{wrong}` is no numeric"));
+        }
+        assert_eq!(value("double precision", "1e5"), "100000.0");
+        assert_eq!(value("double precision", "inf"), "column `a`: `inf` is no double precision");
+        assert_eq!(value("boolean", "t"), "true");
+        assert_eq!(value("boolean", "FALSE"), "false");
+        assert_eq!(value("boolean", "2"), "column `a`: `2` is no boolean");
+        assert_eq!(value("text", "7"), "\"7\"");
+        assert_eq!(value("date", "2013-02-28"), "\"2013-02-28\"");
+        assert_eq!(value("date", "2013-02-29"), "column `a`: `2013-02-29` is no date");
+        assert_eq!(value("timestamp", "2013-01-01 10:00:00.5"), "\"2013-01-01T10:00:00.5\"");
+        assert_eq!(
+            value("timestamptz", "2013-01-01T10:00:00+05:30"),
+            "\"2013-01-01T10:00:00+05:30\""
+        );
+        assert_eq!(value("timestamptz", "yesterday"), "column `a`: `yesterday` is no timestamptz");
+    }
+
+    #[test]
+    fn columns_can_be_skipped() {
+        let config = r#"{"columns":[{"name":"a","type":"skip"},{"name":"b","type":"text"},
+            {"name":"c","type":"skip"},{"name":"d","type":"text"}],"delimiter":"|","route":"r"}"#;
+        assert_eq!(decode(config, b"1|2|3|4"), r#"{"b":"2","d":"4"}"#);
+        let plugin = Harness::<Decoder>::new(config).unwrap();
+        let route = &plugin.descriptor().routes[0];
+        let names: Vec<_> = route.columns.iter().map(|column| column.name.as_str()).collect();
+        assert_eq!((route.name.as_str(), names.as_slice()), ("r", ["b", "d"].as_slice()));
+    }
+
+    #[test]
+    fn a_wrong_configuration_is_refused() {
+        let refusal = |config: &str| Harness::<Decoder>::new(config).err().unwrap();
+        assert_eq!(refusal(r#"{"columns":[]}"#), "config.columns: at least one column is due");
+        let twice = r#"{"columns":[{"name":"a","type":"text"},{"name":"a","type":"text"}]}"#;
+        assert_eq!(refusal(twice), "config.columns: `a` is there twice");
+        let unknown = refusal(r#"{"columns":[{"name":"a","type":"varchar"}]}"#);
+        assert!(unknown.starts_with("config.columns[0].type: unknown variant"), "{unknown}");
+        let delimiter = r#"{"columns":[{"name":"a","type":"text"}],"delimiter":"\n"}"#;
+        assert_eq!(refusal(delimiter), "config.delimiter: one ASCII character is due");
+    }
+}

@@ -1,0 +1,170 @@
+//! The types of columns, and how a field becomes a JSON value of each.
+
+use std::io::Write;
+
+use chrono::{DateTime, NaiveDate};
+use serde::Deserialize;
+use shardmill_sdk::Error;
+
+/// A column's type, by its PostgreSQL name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ColumnType {
+    /// 16 bits, signed.
+    Smallint,
+    /// 32 bits, signed.
+    Integer,
+    /// 64 bits, signed.
+    Bigint,
+    /// A decimal of any size, without an exponent; every digit is kept.
+    Numeric,
+    /// A finite double.
+    #[serde(rename = "double precision")]
+    Double,
+    /// `true`, `t`, `1`; `false`, `f`, `0`; in any case.
+    Boolean,
+    /// Any text.
+    Text,
+    /// `2013-01-31`.
+    Date,
+    /// `2013-01-31T10:00:00`, with `T` or a space, perhaps a fraction; no offset.
+    Timestamp,
+    /// As `timestamp`, with `Z` or an offset such as `+05:30`; without one it is UTC.
+    Timestamptz,
+    /// Read, and left out of the row.
+    Skip,
+}
+
+impl ColumnType {
+    /// The name as the database knows it; None for a column that is left out.
+    pub(crate) fn sql_name(self) -> Option<&'static str> {
+        match self {
+            Self::Smallint => Some("smallint"),
+            Self::Integer => Some("integer"),
+            Self::Bigint => Some("bigint"),
+            Self::Numeric => Some("numeric"),
+            Self::Double => Some("double precision"),
+            Self::Boolean => Some("boolean"),
+            Self::Text => Some("text"),
+            Self::Date => Some("date"),
+            Self::Timestamp => Some("timestamp"),
+            Self::Timestamptz => Some("timestamptz"),
+            Self::Skip => None,
+        }
+    }
+
+    /// Writes `field` as a JSON value.
+    #[inline]
+    pub(crate) fn write(self, field: &str, row: &mut impl Write) -> Result<(), Error> {
+        let wrong = || self.wrong(field);
+        match self {
+            Self::Smallint => write_integer(field.parse::<i16>().map_err(|_| wrong())?, row),
+            Self::Integer => write_integer(field.parse::<i32>().map_err(|_| wrong())?, row),
+            Self::Bigint => write_integer(field.parse::<i64>().map_err(|_| wrong())?, row),
+            Self::Numeric => write_decimal(decimal_parts(field).ok_or_else(wrong)?, row),
+            Self::Double => {
+                let double = field.parse().ok().filter(|double: &f64| double.is_finite());
+                Ok(serde_json::to_writer(row, &double.ok_or_else(wrong)?)?)
+            }
+            Self::Boolean => {
+                let word: &[u8] =
+                    if boolean(field).ok_or_else(wrong)? { b"true" } else { b"false" };
+                Ok(row.write_all(word)?)
+            }
+            Self::Text => Ok(serde_json::to_writer(row, field)?),
+            Self::Date => {
+                field.parse::<NaiveDate>().map_err(|_| wrong())?;
+                write_parts(&["\"", field, "\""], row)
+            }
+            Self::Timestamp => {
+                let time = Timestamp::parse(field).filter(|time| time.offset.is_empty());
+                let Timestamp { date, time, .. } = time.ok_or_else(wrong)?;
+                write_parts(&["\"", date, "T", time, "\""], row)
+            }
+            Self::Timestamptz => {
+                let Timestamp { date, time, offset } = Timestamp::parse(field).ok_or_else(wrong)?;
+                let offset = if offset.is_empty() { "Z" } else { offset };
+                write_parts(&["\"", date, "T", time, offset, "\""], row)
+            }
+            Self::Skip => Ok(()),
+        }
+    }
+
+    #[cold]
+    fn wrong(self, field: &str) -> Error {
+        let due = self.sql_name().unwrap_or("value");
+        Error::reject(format_args!("`{field}` is no {due}"))
+    }
+}
+
+#[inline]
+fn write_integer(integer: impl itoa::Integer, row: &mut impl Write) -> Result<(), Error> {
+    Ok(row.write_all(itoa::Buffer::new().format(integer).as_bytes())?)
+}
+
+fn write_parts(parts: &[&str], row: &mut impl Write) -> Result<(), Error> {
+    for part in parts {
+        row.write_all(part.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The sign, the whole digits without leading zeros, and the digits of the fraction. JSON
+/// is stricter than people: `+5`, `007` and `.5` are no JSON numbers.
+fn decimal_parts(field: &str) -> Option<(&str, &str, &str)> {
+    let unsigned = field.trim_start_matches(['+', '-']);
+    let sign = &field[..field.len() - unsigned.len()];
+    let (whole, fraction) = unsigned.split_once('.').unwrap_or((unsigned, ""));
+    let digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
+    let valid = sign.len() <= 1
+        && digits(whole)
+        && digits(fraction)
+        && !(whole.is_empty() && fraction.is_empty());
+    valid.then(|| (sign.trim_start_matches('+'), whole.trim_start_matches('0'), fraction))
+}
+
+fn write_decimal(
+    (sign, whole, fraction): (&str, &str, &str),
+    row: &mut impl Write,
+) -> Result<(), Error> {
+    let whole = if whole.is_empty() { "0" } else { whole };
+    let point = if fraction.is_empty() { "" } else { "." };
+    write_parts(&[sign, whole, point, fraction], row)
+}
+
+fn boolean(field: &str) -> Option<bool> {
+    let is = |word: &&str| field.eq_ignore_ascii_case(word);
+    match field {
+        _ if ["true", "t", "1"].iter().any(|word| is(word)) => Some(true),
+        _ if ["false", "f", "0"].iter().any(|word| is(word)) => Some(false),
+        _ => None,
+    }
+}
+
+/// A valid point in time, in its parts.
+struct Timestamp<'a> {
+    date: &'a str,
+    time: &'a str,
+    /// `Z`, `+05:30`, or nothing.
+    offset: &'a str,
+}
+
+impl<'a> Timestamp<'a> {
+    fn parse(field: &'a str) -> Option<Self> {
+        /// The longest that is accepted: nanoseconds and an offset.
+        const TEXT_BYTES_MAX: usize = "2013-01-31T10:00:00.123456789+05:30".len();
+
+        let (date, rest) = field.split_once(['T', ' '])?;
+        let time_length = rest.find(['Z', '+', '-']).unwrap_or(rest.len());
+        let (time, offset) = rest.split_at(time_length);
+        // The parser wants an offset, so one is lent to a text without.
+        let mut text = [0; TEXT_BYTES_MAX];
+        let mut length = 0;
+        for part in [date, "T", time, if offset.is_empty() { "Z" } else { offset }] {
+            text.get_mut(length..length + part.len())?.copy_from_slice(part.as_bytes());
+            length += part.len();
+        }
+        DateTime::parse_from_rfc3339(std::str::from_utf8(&text[..length]).ok()?).ok()?;
+        Some(Self { date, time, offset })
+    }
+}

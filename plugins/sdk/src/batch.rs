@@ -1,0 +1,153 @@
+//! The way in: a batch and its records, borrowed from the arena.
+
+use std::time::{Duration, SystemTime};
+
+use crate::Rng;
+use crate::bindings::shardmill::plugin::types::{self as raw, Input, Span};
+
+/// The records of one call, in the order of their shard.
+#[derive(Clone, Copy)]
+pub struct Batch<'a> {
+    raw: &'a raw::Batch,
+    shard_hash: u64,
+}
+
+impl<'a> Batch<'a> {
+    pub(crate) fn new(raw: &'a raw::Batch, shard_hash: u64) -> Self {
+        Self { raw, shard_hash }
+    }
+
+    /// The number of records; at least 1 when the host calls.
+    pub fn len(&self) -> usize {
+        self.raw.inputs.len()
+    }
+
+    /// Whether the batch holds no record.
+    pub fn is_empty(&self) -> bool {
+        self.raw.inputs.is_empty()
+    }
+
+    /// The records, first to last.
+    pub fn records(&self) -> Records<'a> {
+        Records { batch: *self, next: 0 }
+    }
+
+    /// The record at `index`, counted from 0.
+    pub fn get(&self, index: usize) -> Option<Record<'a>> {
+        let input = self.raw.inputs.get(index)?;
+        let index = u32::try_from(index).ok()?;
+        Some(Record { input, arena: &self.raw.arena, index, shard_hash: self.shard_hash })
+    }
+}
+
+/// Iterates over the records of a [`Batch`].
+pub struct Records<'a> {
+    batch: Batch<'a>,
+    next: usize,
+}
+
+impl<'a> Iterator for Records<'a> {
+    type Item = Record<'a>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Record<'a>> {
+        let record = self.batch.get(self.next)?;
+        self.next += 1;
+        Some(record)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let left = self.batch.len() - self.next;
+        (left, Some(left))
+    }
+}
+
+impl ExactSizeIterator for Records<'_> {}
+
+/// One record, borrowed from its batch. Reading it copies nothing.
+#[derive(Clone, Copy)]
+pub struct Record<'a> {
+    input: &'a Input,
+    arena: &'a [u8],
+    index: u32,
+    shard_hash: u64,
+}
+
+impl<'a> Record<'a> {
+    /// The payload. Any bytes, possibly none.
+    #[inline]
+    pub fn payload(&self) -> &'a [u8] {
+        self.bytes(self.input.payload)
+    }
+
+    /// The partition key.
+    pub fn key(&self) -> &'a str {
+        self.text(self.input.key)
+    }
+
+    /// The sequence number in the shard: up to 129 decimal digits, so it fits no integer.
+    pub fn sequence(&self) -> &'a str {
+        self.text(self.input.sequence)
+    }
+
+    /// The position within an aggregated record, from 0; 0 if not aggregated.
+    pub fn sub_sequence(&self) -> u32 {
+        self.input.sub_sequence
+    }
+
+    /// The route that led here, as an index into [`Context::upstream`](crate::Context).
+    pub fn upstream_route(&self) -> usize {
+        self.input.route as usize
+    }
+
+    /// When the stream took the record, in milliseconds since the Unix epoch.
+    pub fn arrived_ms(&self) -> u64 {
+        self.input.arrived_ms
+    }
+
+    /// The time to use for "now": when the stream took the record. A replay sees the
+    /// same time.
+    pub fn now(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_millis(self.input.arrived_ms)
+    }
+
+    /// Random numbers for this record, seeded from its shard, sequence and sub-sequence:
+    /// each call starts the same series, and so does a replay. Not for secrets.
+    pub fn rng(&self) -> Rng {
+        let sequence = fnv1a(self.shard_hash, self.bytes(self.input.sequence));
+        Rng::with_seed(fnv1a(sequence, &self.input.sub_sequence.to_le_bytes()))
+    }
+
+    /// The position in its batch, from 0. It may differ in a replay, so nothing that
+    /// leaves the plugin should depend on it.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    #[inline]
+    fn bytes(&self, span: Span) -> &'a [u8] {
+        &self.arena[span.start as usize..][..span.length as usize]
+    }
+
+    /// The host guarantees UTF-8 here.
+    #[expect(clippy::panic, reason = "the host broke the contract: a trap says so")]
+    fn text(&self, span: Span) -> &'a str {
+        match std::str::from_utf8(self.bytes(span)) {
+            Ok(text) => text,
+            Err(error) => panic!("the host passed a key or sequence that is no UTF-8: {error}"),
+        }
+    }
+}
+
+/// The hash that seeds [`Record::rng`] for a shard.
+pub(crate) fn shard_hash(shard_id: &str) -> u64 {
+    const FNV1A_OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+    fnv1a(FNV1A_OFFSET_BASIS, shard_id.as_bytes())
+}
+
+/// Continues an FNV-1a hash. Fixed by its definition, unlike the standard library's
+/// hasher, so a plugin compiled by another Rust draws the same numbers.
+fn fnv1a(hash: u64, bytes: &[u8]) -> u64 {
+    const FNV1A_PRIME: u64 = 0x0000_0100_0000_01b3;
+    bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(FNV1A_PRIME))
+}

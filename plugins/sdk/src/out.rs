@@ -1,0 +1,201 @@
+//! The way out: outputs and rejects, appended to one arena.
+
+use std::io;
+
+use serde::Serialize;
+
+use crate::bindings::shardmill::plugin::types::{Outcome, Output, Reject, Span};
+use crate::{Error, Record};
+
+/// Collects what becomes of a batch.
+pub struct Outbox {
+    arena: Vec<u8>,
+    outputs: Vec<Output>,
+    rejects: Vec<Reject>,
+    /// The first input that may still be written for; keeps the outcome ordered.
+    next_input: u32,
+}
+
+impl Outbox {
+    /// Reserves room for one output per input and for `arena_bytes` of payload.
+    pub(crate) fn with_capacity(inputs: usize, arena_bytes: usize) -> Self {
+        Self {
+            arena: Vec::with_capacity(arena_bytes),
+            outputs: Vec::with_capacity(inputs),
+            rejects: Vec::new(),
+            next_input: 0,
+        }
+    }
+
+    /// Writes for one record. Records are taken in the order of the batch, each at most
+    /// once; those left out are filtered.
+    ///
+    /// # Panics
+    ///
+    /// If this record or a later one was taken before.
+    #[inline]
+    pub fn at(&mut self, record: &Record<'_>) -> Emitter<'_> {
+        let input = record.index();
+        assert!(input >= self.next_input, "records must be taken in the order of the batch");
+        self.next_input = input + 1;
+        let outputs_start = self.outputs.len();
+        let arena_start = self.arena.len();
+        Emitter { outbox: self, input, outputs_start, arena_start }
+    }
+
+    pub(crate) fn finish(self) -> Outcome {
+        Outcome { arena: self.arena, outputs: self.outputs, rejects: self.rejects }
+    }
+
+    /// The stretch of the arena from `start` to its end.
+    #[inline]
+    fn span_from(&self, start: usize) -> Span {
+        Span { start: arena_offset(start), length: arena_offset(self.arena.len() - start) }
+    }
+
+    #[inline]
+    fn append(&mut self, bytes: &[u8]) -> Span {
+        let start = self.arena.len();
+        self.arena.extend_from_slice(bytes);
+        self.span_from(start)
+    }
+}
+
+/// Writes the outputs of one record. `route` is always an index into
+/// [`Descriptor::routes`](crate::Descriptor), counted from 0; another one counts as a
+/// trap.
+pub struct Emitter<'a> {
+    outbox: &'a mut Outbox,
+    input: u32,
+    outputs_start: usize,
+    arena_start: usize,
+}
+
+impl Emitter<'_> {
+    /// Emits `payload` under the record's own key.
+    #[inline]
+    pub fn emit(&mut self, route: u32, payload: impl AsRef<[u8]>) {
+        let payload = self.outbox.append(payload.as_ref());
+        self.push(route, None, Some(payload));
+    }
+
+    /// Emits `payload` under another partition key.
+    pub fn emit_with_key(&mut self, route: u32, key: &str, payload: impl AsRef<[u8]>) {
+        let key = self.outbox.append(key.as_bytes());
+        let payload = self.outbox.append(payload.as_ref());
+        self.push(route, Some(key), Some(payload));
+    }
+
+    /// Emits a payload that `write` writes in place. If it fails, nothing is emitted.
+    ///
+    /// # Errors
+    ///
+    /// What `write` returns.
+    #[inline]
+    pub fn emit_with<E>(
+        &mut self,
+        route: u32,
+        write: impl FnOnce(&mut Writer<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.emit_if(route, |payload| write(payload).map(|()| true))
+    }
+
+    /// Emits a payload that `write` writes in place, unless it says `false` or fails: then
+    /// nothing is emitted.
+    ///
+    /// # Errors
+    ///
+    /// What `write` returns.
+    #[inline]
+    pub fn emit_if<E>(
+        &mut self,
+        route: u32,
+        write: impl FnOnce(&mut Writer<'_>) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        let start = self.outbox.arena.len();
+        let written = write(&mut Writer { arena: &mut self.outbox.arena });
+        if let Ok(true) = written {
+            let payload = self.outbox.span_from(start);
+            self.push(route, None, Some(payload));
+        } else {
+            self.outbox.arena.truncate(start);
+        }
+        written.map(|_| ())
+    }
+
+    /// Emits `value` as JSON.
+    ///
+    /// # Errors
+    ///
+    /// If `value` cannot be represented, such as a map with keys that are no strings.
+    #[inline]
+    pub fn emit_json(&mut self, route: u32, value: &impl Serialize) -> Result<(), Error> {
+        self.emit_with(route, |payload| Ok(serde_json::to_writer(payload, value)?))
+    }
+
+    /// Passes the record on as it came in, without a copy.
+    #[inline]
+    pub fn pass(&mut self, route: u32) {
+        self.push(route, None, None);
+    }
+
+    /// Passes the payload on without a copy, under another partition key.
+    pub fn pass_with_key(&mut self, route: u32, key: &str) {
+        let key = self.outbox.append(key.as_bytes());
+        self.push(route, Some(key), None);
+    }
+
+    /// Dead-letters the record with this reason, and takes back what was emitted for it.
+    /// [`Plugin::record`](crate::Plugin::record) does so with the error it returns.
+    pub fn reject(self, reason: &str) {
+        self.outbox.outputs.truncate(self.outputs_start);
+        self.outbox.arena.truncate(self.arena_start);
+        let reason = self.outbox.append(reason.as_bytes());
+        self.outbox.rejects.push(Reject { input: self.input, reason });
+    }
+
+    #[inline]
+    fn push(&mut self, route: u32, key: Option<Span>, payload: Option<Span>) {
+        self.outbox.outputs.push(Output { input: self.input, route, key, payload });
+    }
+}
+
+/// Appends to a payload in the arena. Writing never fails.
+pub struct Writer<'a> {
+    arena: &'a mut Vec<u8>,
+}
+
+impl Writer<'_> {
+    /// Appends `bytes`.
+    #[inline]
+    pub fn append(&mut self, bytes: impl AsRef<[u8]>) {
+        self.arena.extend_from_slice(bytes.as_ref());
+    }
+}
+
+impl io::Write for Writer<'_> {
+    #[inline]
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.arena.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    #[inline]
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.arena.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    #[inline]
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Spans are 32 bits wide, as a plugin's memory is: the conversion is free in
+/// WebAssembly, and a native test that exceeds it should hear of it.
+#[inline]
+#[expect(clippy::expect_used, reason = "cannot fail in WebAssembly")]
+fn arena_offset(bytes: usize) -> u32 {
+    u32::try_from(bytes).expect("an outcome's arena is limited to 4 GiB")
+}

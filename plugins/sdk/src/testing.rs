@@ -1,0 +1,155 @@
+//! Runs a plugin natively, so that its tests need no WebAssembly.
+
+use crate::bindings::shardmill::plugin::types::{self as raw, Input, Span};
+use crate::glue::Instance;
+use crate::{BatchPlugin, Context, Descriptor, Route};
+
+/// When the first record of a run arrived, in milliseconds since the Unix epoch.
+pub const ARRIVED_MS: u64 = 1_400_000_000_000;
+
+/// A configured plugin, ready to be fed.
+///
+/// Record `n` of a run has the key `key-n`, the sequence number `n`, sub-sequence 0, and
+/// arrived `n` ms after [`ARRIVED_MS`].
+pub struct Harness<P> {
+    instance: Instance<P>,
+    descriptor: Descriptor,
+}
+
+/// What became of one record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// One or more outputs, in the order emitted.
+    Delivered(Vec<Emitted>),
+    /// Neither an output nor a reject.
+    Filtered,
+    /// Dead-lettered, with the reason.
+    Rejected(String),
+}
+
+impl Fate {
+    /// A single output on `route`, under the record's own key.
+    pub fn delivered(route: &str, payload: &[u8]) -> Self {
+        Self::Delivered(vec![Emitted { route: route.into(), key: None, payload: payload.into() }])
+    }
+}
+
+/// One output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Emitted {
+    /// The route's name.
+    pub route: String,
+    /// The new partition key, where the plugin gave one.
+    pub key: Option<String>,
+    /// The payload; that of the input if the plugin passed it on.
+    pub payload: Vec<u8>,
+}
+
+impl<P: BatchPlugin> Harness<P> {
+    /// Configures the plugin with `config`, a JSON object, behind a source of unknown
+    /// format.
+    ///
+    /// # Errors
+    ///
+    /// The plugin's refusal.
+    pub fn new(config: &str) -> Result<Self, String> {
+        Self::behind(Route::new("source", "application/octet-stream"), config)
+    }
+
+    /// Configures the plugin with `config`, a JSON object, behind another stage's route.
+    ///
+    /// # Errors
+    ///
+    /// The plugin's refusal.
+    pub fn behind(upstream: Route, config: &str) -> Result<Self, String> {
+        let context = Context {
+            stream_name: "test".into(),
+            shard_id: "shardId-000000000000".into(),
+            config: config.into(),
+            upstream: vec![upstream],
+            extra: Vec::new(),
+        };
+        let (instance, descriptor) = Instance::configure(&context)?;
+        Ok(Self { instance, descriptor })
+    }
+
+    /// What the plugin said about itself.
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// Runs one batch and says what became of each record.
+    ///
+    /// # Errors
+    ///
+    /// The message with which the plugin failed the whole batch.
+    ///
+    /// # Panics
+    ///
+    /// If the plugin emits on a route that it did not declare.
+    pub fn run(&mut self, payloads: &[&[u8]]) -> Result<Vec<Fate>, String> {
+        let batch = batch_of(payloads);
+        let outcome = self.instance.process(&batch).map_err(|failure| failure.message)?;
+        let slice = |span: &Span| &outcome.arena[span.start as usize..][..span.length as usize];
+        let text = |span: &Span| String::from_utf8_lossy(slice(span)).into_owned();
+
+        let mut fates = vec![Fate::Filtered; payloads.len()];
+        for output in &outcome.outputs {
+            let emitted = Emitted {
+                route: self.descriptor.routes[output.route as usize].name.clone(),
+                key: output.key.as_ref().map(text),
+                payload: match &output.payload {
+                    Some(span) => slice(span).into(),
+                    None => payloads[output.input as usize].into(),
+                },
+            };
+            match &mut fates[output.input as usize] {
+                Fate::Delivered(all) => all.push(emitted),
+                fate => *fate = Fate::Delivered(vec![emitted]),
+            }
+        }
+        for reject in &outcome.rejects {
+            fates[reject.input as usize] = Fate::Rejected(text(&reject.reason));
+        }
+        Ok(fates)
+    }
+
+    /// Runs a batch of one record.
+    ///
+    /// # Panics
+    ///
+    /// If the plugin fails the batch.
+    #[expect(clippy::panic, reason = "this is test support: the test should fail")]
+    pub fn run_one(&mut self, payload: &[u8]) -> Fate {
+        match self.run(&[payload]).as_deref() {
+            Ok([fate]) => fate.clone(),
+            Ok(fates) => panic!("one record has {} fates", fates.len()),
+            Err(message) => panic!("the plugin failed the batch: {message}"),
+        }
+    }
+}
+
+/// Packs payloads as the host does.
+#[expect(clippy::expect_used, reason = "this is test support: the test should fail")]
+fn batch_of(payloads: &[&[u8]]) -> raw::Batch {
+    let mut arena = Vec::new();
+    let mut append = |bytes: &[u8]| {
+        let start = u32::try_from(arena.len()).expect("a test batch is below 4 GiB");
+        arena.extend_from_slice(bytes);
+        let length = u32::try_from(bytes.len()).expect("a test payload is below 4 GiB");
+        Span { start, length }
+    };
+    let inputs = payloads
+        .iter()
+        .zip(0_u64..)
+        .map(|(payload, number)| Input {
+            key: append(format!("key-{number}").as_bytes()),
+            payload: append(payload),
+            sequence: append(number.to_string().as_bytes()),
+            sub_sequence: 0,
+            route: 0,
+            arrived_ms: ARRIVED_MS + number,
+        })
+        .collect();
+    raw::Batch { arena, inputs }
+}

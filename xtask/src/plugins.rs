@@ -1,0 +1,243 @@
+//! `cargo xtask plugins`: builds the bundled plugins into `plugins/prebuilt`.
+//!
+//! The components are committed, so that a machine without a WebAssembly compiler runs them.
+//! `SOURCES.sha256` next to them says what they were built from. A component is fresh if
+//! the hash of its sources is the recorded one, and its own hash too. With the recorded
+//! compiler, building again must also yield the same bytes; with another compiler the bytes
+//! differ, and it must just build.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use crate::process::{cargo, forget_this_package, project_root, read, run};
+use crate::wasm_toolchain::WasmToolchain;
+
+/// The plugins, by the names of their crates.
+const PLUGINS: [&str; 5] = ["car-decode", "car-transform", "csv-decode", "hostile", "route-json"];
+
+/// What each component is built from, besides its own crate.
+const SHARED_SOURCES: [&str; 4] =
+    ["wit", "plugins/sdk", "plugins/Cargo.toml", "plugins/Cargo.lock"];
+
+const PREBUILT: &str = "plugins/prebuilt";
+const RECORD: &str = "plugins/prebuilt/SOURCES.sha256";
+const RECORD_HEAD: &str = "\
+# What the components here were built from. Written by `cargo xtask plugins`.
+# SHA-256 of the sources, SHA-256 of the component, plugin.
+";
+
+/// Build the bundled plugins.
+#[derive(clap::Args)]
+pub struct Plugins {
+    /// Change nothing: fail if a committed component is stale or does not build.
+    #[arg(long)]
+    check: bool,
+}
+
+impl Plugins {
+    /// Runs the task.
+    pub fn run(self) -> Result<()> {
+        let root = project_root();
+        if self.check { check(&root) } else { rebuild(&root) }
+    }
+}
+
+fn rebuild(root: &Path) -> Result<()> {
+    let builder = Builder::new(root)?;
+    let mut record = Record { rustc: builder.toolchain.version()?, plugins: BTreeMap::new() };
+    for plugin in PLUGINS {
+        let component = builder.build(plugin, &root.join(PREBUILT))?;
+        let hashes = Hashes { sources: sources_hash(root, plugin)?, component: hash(&component)? };
+        record.plugins.insert(plugin.into(), hashes);
+    }
+    fs::write(root.join(RECORD), record.to_text())?;
+    eprintln!("{} components in {PREBUILT}", PLUGINS.len());
+    Ok(())
+}
+
+fn check(root: &Path) -> Result<()> {
+    let record = Record::read(&root.join(RECORD))?;
+    let mut complaints = Vec::new();
+    for plugin in PLUGINS {
+        let component = root.join(PREBUILT).join(format!("{plugin}.wasm"));
+        match record.plugins.get(plugin) {
+            None => complaints.push(format!("{plugin}: not recorded")),
+            Some(due) if due.sources != sources_hash(root, plugin)? => {
+                complaints.push(format!("{plugin}: its sources changed since it was built"));
+            }
+            Some(due) if due.component != hash(&component)? => {
+                complaints.push(format!("{plugin}: the component is not the one recorded"));
+            }
+            Some(_) => {}
+        }
+    }
+    if complaints.is_empty() {
+        compare_rebuilt(root, &record, &mut complaints)?;
+    }
+    if !complaints.is_empty() {
+        let complaints = complaints.join("\n  ");
+        bail!("stale in {PREBUILT}:\n  {complaints}\nrun `cargo xtask plugins` and commit");
+    }
+    eprintln!("{} components in {PREBUILT} are fresh", PLUGINS.len());
+    Ok(())
+}
+
+/// Builds all plugins aside, and compares if the compiler is the recorded one.
+fn compare_rebuilt(root: &Path, record: &Record, complaints: &mut Vec<String>) -> Result<()> {
+    let builder = Builder::new(root)?;
+    let same_compiler = builder.toolchain.version()? == record.rustc;
+    for plugin in PLUGINS {
+        let rebuilt = hash(&builder.build(plugin, &root.join("target/plugins-rebuilt"))?)?;
+        if same_compiler && record.plugins.get(plugin).is_some_and(|due| due.component != rebuilt) {
+            complaints.push(format!("{plugin}: the same compiler builds another component"));
+        }
+    }
+    Ok(())
+}
+
+/// Builds components with `shardmill plugin build`.
+struct Builder {
+    toolchain: WasmToolchain,
+    shardmill: PathBuf,
+    root: PathBuf,
+}
+
+impl Builder {
+    fn new(root: &Path) -> Result<Self> {
+        let toolchain = WasmToolchain::find(root)?;
+        Ok(Self { toolchain, shardmill: build_shardmill(root)?, root: root.to_owned() })
+    }
+
+    fn build(&self, plugin: &str, folder: &Path) -> Result<PathBuf> {
+        let component = folder.join(format!("{plugin}.wasm"));
+        let mut command = std::process::Command::new(&self.shardmill);
+        command.args(["plugin", "build"]).arg(self.root.join("plugins").join(plugin));
+        command.arg("-o").arg(&component);
+        forget_this_package(&mut command);
+        run(self.toolchain.apply_to(&mut command))?;
+        Ok(component)
+    }
+}
+
+/// Builds the host and says where its binary is. The host gets the usual compiler, so it is
+/// built apart from the plugins.
+fn build_shardmill(root: &Path) -> Result<PathBuf> {
+    let messages = read(
+        cargo()
+            .args(["build", "--release", "--package", "shardmill", "--bin", "shardmill"])
+            .args(["--message-format", "json-render-diagnostics"])
+            .current_dir(root),
+    )?;
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .context("cargo built no shardmill binary")
+}
+
+struct Record {
+    /// The compiler's version line.
+    rustc: String,
+    plugins: BTreeMap<String, Hashes>,
+}
+
+struct Hashes {
+    sources: String,
+    component: String,
+}
+
+impl Record {
+    fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("failed to read {}", path.display()))?;
+        let mut record = Self { rustc: String::new(), plugins: BTreeMap::new() };
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            match line.split_whitespace().collect::<Vec<_>>()[..] {
+                [sources, component, plugin] => {
+                    let hashes = Hashes { sources: sources.into(), component: component.into() };
+                    record.plugins.insert(plugin.into(), hashes);
+                }
+                _ => record.rustc = line.to_owned(),
+            }
+        }
+        Ok(record)
+    }
+
+    fn to_text(&self) -> String {
+        let mut text = format!("{RECORD_HEAD}{}\n", self.rustc);
+        for (plugin, hashes) in &self.plugins {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{} {} {plugin}", hashes.sources, hashes.component);
+        }
+        text
+    }
+}
+
+/// One hash over the paths and contents of all that a plugin is built from.
+fn sources_hash(root: &Path, plugin: &str) -> Result<String> {
+    let mut files = Vec::new();
+    let own = format!("plugins/{plugin}");
+    for source in SHARED_SOURCES.iter().copied().chain([own.as_str()]) {
+        collect_files(&root.join(source), &mut files)?;
+    }
+    files.sort();
+    let mut hasher = Sha256::new();
+    for file in files {
+        let name = file.strip_prefix(root)?.to_string_lossy().into_owned();
+        let contents =
+            fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
+        // Lengths keep neighbours apart.
+        hasher.update(format!("{name}\n{}\n", contents.len()));
+        hasher.update(contents);
+    }
+    Ok(hex::encode(hasher.finalize()))
+}
+
+fn collect_files(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            collect_files(&entry?.path(), files)?;
+        }
+    } else {
+        ensure!(path.is_file(), "{} is missing", path.display());
+        files.push(path.to_owned());
+    }
+    Ok(())
+}
+
+fn hash(file: &Path) -> Result<String> {
+    let bytes = fs::read(file).with_context(|| format!("failed to read {}", file.display()))?;
+    Ok(hex::encode(Sha256::digest(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_survives_its_text() {
+        let hashes = Hashes { sources: "ab".into(), component: "cd".into() };
+        let record = Record {
+            rustc: "rustc 1.96.0 (ac68faa20 2026-05-25)".into(),
+            plugins: BTreeMap::from([("car-decode".into(), hashes)]),
+        };
+        assert!(
+            record.to_text().ends_with("\nrustc 1.96.0 (ac68faa20 2026-05-25)\nab cd car-decode\n")
+        );
+    }
+
+    #[test]
+    fn each_plugin_has_sources_of_its_own() {
+        let root = project_root();
+        let hashes: Vec<_> =
+            PLUGINS.iter().map(|plugin| sources_hash(&root, plugin).unwrap()).collect();
+        let distinct = hashes.iter().collect::<std::collections::BTreeSet<_>>();
+        assert_eq!(distinct.len(), PLUGINS.len());
+    }
+}

@@ -1,0 +1,71 @@
+//! Where the project is, and how its tools are run.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+/// The root of the project.
+pub fn project_root() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask).to_owned()
+}
+
+/// The cargo that runs this task, for another run of it.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    forget_this_package(&mut command);
+    command
+}
+
+/// Removes what cargo told us about this package. Build scripts watch some of it, so a
+/// cargo below us would compile half of the dependencies again, and so would the next one
+/// that is not.
+pub fn forget_this_package(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_")
+            || text.starts_with("CARGO_MANIFEST_")
+            || text == "LD_LIBRARY_PATH"
+        {
+            command.env_remove(&name);
+        }
+    }
+}
+
+/// Runs a command to its end, its output going where ours goes.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status =
+        command.status().with_context(|| format!("failed to start `{}`", text(command)))?;
+    if !status.success() {
+        bail!("`{}` ended with {status}", text(command));
+    }
+    Ok(())
+}
+
+/// Runs a command and returns what it prints, without the last line end.
+pub fn read(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("failed to start `{}`", text(command)))?;
+    if !output.status.success() {
+        bail!("`{}` ended with {}", text(command), output.status);
+    }
+    let printed = String::from_utf8(output.stdout)
+        .with_context(|| format!("`{}` prints no UTF-8", text(command)))?;
+    Ok(printed.trim_end().to_owned())
+}
+
+/// Whether a program of this name is on `PATH`.
+pub fn is_installed(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    })
+}
+
+fn text(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
