@@ -2,6 +2,7 @@
 
 mod data;
 mod plugins;
+mod postgres;
 mod process;
 mod wasm_toolchain;
 

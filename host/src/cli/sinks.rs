@@ -5,6 +5,8 @@ use std::sync::Arc;
 use crate::config::{PipelineConfig, SinkKind};
 use crate::sink::Sink;
 use crate::sink::objects::ObjectsSink;
+use crate::sink::postgres::PostgresSink;
+use crate::sink::sqlite::SqliteSink;
 use crate::sink::stdout::StdoutSink;
 
 /// The sinks, in the configuration's order. Talks to none of them.
@@ -14,7 +16,12 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
         let name = sink.name.value.clone();
         sinks.push(match &sink.kind {
             SinkKind::Stdout { template } => Arc::new(StdoutSink::new(name, template.as_deref())?),
-            _ => anyhow::bail!("x"),
+            SinkKind::Sqlite { path, table, create } => {
+                Arc::new(SqliteSink::new(name, path, table, *create)?)
+            }
+            SinkKind::Postgres { url, table, create } => {
+                Arc::new(PostgresSink::new(name, url, table, *create)?)
+            }
             SinkKind::Objects { url, options, compression } => {
                 Arc::new(ObjectsSink::new(name, url, options, *compression)?)
             }

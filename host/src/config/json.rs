@@ -32,7 +32,7 @@ fn from_value(value: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<Value> 
     };
     if number.is_none() {
         let message =
-            format!("JSON, which the plugin is given, has no number {}", check.text(&value.span()));
+            format!("JSON, as which it is passed on, has no number {}", check.text(&value.span()));
         check.problem(value.span(), message, "write it in quotes, as text");
     }
     number.map(Value::Number)

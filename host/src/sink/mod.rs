@@ -9,7 +9,10 @@ pub mod budget;
 pub mod delivery;
 pub mod line;
 pub mod objects;
+pub mod postgres;
 mod refusals;
+mod rows;
+pub mod sqlite;
 pub mod stdout;
 
 use std::sync::Arc;

@@ -1,0 +1,160 @@
+//! The PostgreSQL sink: a table, exactly once.
+//!
+//! Rows and position move in one transaction. [`session`] is the connection, [`table`] the live
+//! table, [`encode`] turns rows into binary COPY, [`copy`] sends them and finds the ones that the
+//! table refuses, [`position`] keeps the place, [`writer`] is the commit on one screen. Reading JSON
+//! by column type is `rows`' work; buffering and retries are the delivery's.
+//!
+//! The position table lies in the schema of the data table if that is named, else in the first of
+//! the `search_path`, as the data table does.
+
+mod copy;
+mod encode;
+mod kind;
+mod name;
+mod numeric;
+mod position;
+mod session;
+mod table;
+mod writer;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use tokio_postgres::Config;
+
+use self::name::TableName;
+use self::position::PositionTable;
+use self::session::Session;
+use self::writer::PostgresWriter;
+use super::{Acquired, BoundRoute, Sink, SinkError, rows};
+use crate::record::{Position, ShardKey, SinkName};
+
+/// A table in PostgreSQL.
+pub struct PostgresSink {
+    shared: Arc<Shared>,
+    create: bool,
+}
+
+/// What the writers of all shards have in common.
+struct Shared {
+    sink: SinkName,
+    config: Config,
+    table: TableName,
+    position: PositionTable,
+    /// Each column that a route declared or that the table once had: when one of them is gone,
+    /// that is the table's doing and no fault of the rows.
+    known_columns: Mutex<HashSet<String>>,
+}
+
+impl Shared {
+    fn unavailable(&self, cause: impl Into<String>) -> SinkError {
+        SinkError::Unavailable { sink: self.sink.clone(), cause: cause.into() }
+    }
+
+    /// An error of the server or of the connection, as the sink's failure.
+    fn failed(&self, doing: &str, error: &tokio_postgres::Error) -> SinkError {
+        self.unavailable(format!("{doing}: {}", session::describe(error)))
+    }
+
+    fn fenced(&self, shard: &ShardKey, detail: String) -> SinkError {
+        SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail }
+    }
+
+    fn remember_columns<'n>(&self, names: impl IntoIterator<Item = &'n str>) {
+        let mut known = self.known_columns.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in names {
+            if !known.contains(name) {
+                known.insert(name.to_owned());
+            }
+        }
+    }
+
+    fn knows_column(&self, name: &str) -> bool {
+        self.known_columns.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
+    }
+
+    async fn connect(&self) -> Result<Session, SinkError> {
+        Session::connect(&self.config).await.map_err(|error| {
+            self.failed(&format!("cannot connect to {}", session::place(&self.config)), &error)
+        })
+    }
+}
+
+impl PostgresSink {
+    /// Names a table, `table` or `schema.table`, in the database that `url` leads to. With `create`,
+    /// [`Sink::prepare`] makes it from the columns that the routes declare if it is missing.
+    ///
+    /// Connects to nothing yet.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the URL or the table's name cannot be read, or the URL asks
+    /// for TLS.
+    pub fn new(name: SinkName, url: &str, table: &str, create: bool) -> Result<Self, SinkError> {
+        let unavailable = |cause| SinkError::Unavailable { sink: name.clone(), cause };
+        let config = session::config(url).map_err(unavailable)?;
+        let table = TableName::parse(table).map_err(unavailable)?;
+        let position = PositionTable::beside(&table);
+        let known_columns = Mutex::default();
+        let shared = Shared { sink: name, config, table, position, known_columns };
+        Ok(Self { shared: Arc::new(shared), create })
+    }
+}
+
+#[async_trait]
+impl Sink for PostgresSink {
+    fn name(&self) -> &SinkName {
+        &self.shared.sink
+    }
+
+    async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
+        let shared = &*self.shared;
+        rows::check_formats(&shared.sink, routes)?;
+        let columns = rows::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
+        let session = shared.connect().await?;
+        table::prepare(&session.client, &shared.table, &columns, self.create)
+            .await
+            .map_err(|cause| shared.unavailable(cause))?;
+        shared.remember_columns(columns.iter().map(|column| column.name));
+        Ok(())
+    }
+
+    async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
+        let session = self.shared.connect().await?;
+        let place = &self.shared.position;
+        let doing = || format!("cannot take {} over in {place}", shard.shard);
+        place
+            .create_if_missing(&session.client)
+            .await
+            .map_err(|error| self.shared.failed(&place.cannot_create(), &error))?;
+        let taken = place
+            .take_over(&session.client, &self.shared.sink, shard)
+            .await
+            .map_err(|error| self.shared.failed(&doing(), &error))?;
+        let position = taken.position().map_err(|cause| self.shared.unavailable(cause))?;
+        let writer =
+            PostgresWriter::new(Arc::clone(&self.shared), shard.clone(), taken.epoch, session);
+        Ok(Acquired {
+            writer: Box::new(writer),
+            position,
+            keeps_position: true,
+            must_cut_at: None,
+        })
+    }
+
+    async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
+        let session = self.shared.connect().await?;
+        let found =
+            self.shared.position.read(&session.client, &self.shared.sink, shard).await.map_err(
+                |error| {
+                    let doing = format!("cannot read a position from {}", self.shared.position);
+                    self.shared.failed(&doing, &error)
+                },
+            )?;
+        match found {
+            None => Ok(None),
+            Some(found) => found.position().map_err(|cause| self.shared.unavailable(cause)),
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Sends encoded rows by COPY inside the commit's transaction, and finds the rows that the table
+//! refuses.
+//!
+//! A COPY that fails loses all its rows. It runs behind a savepoint, so its failure undoes nothing
+//! else; then its rows are cut in parts and each part is tried again. The server mostly names the
+//! line at fault, which then is a part of its own; else the rows are cut in half. Whether the hint
+//! is right does not matter for the outcome: only a row that fails alone is refused.
+
+use std::ops::Range;
+use std::pin::pin;
+
+use bytes::Bytes;
+use futures::SinkExt as _;
+use tokio_postgres::{Client, CopyInSink, Error, Statement};
+
+use super::encode::Group;
+use super::name::{TableName, quoted};
+use super::session::{self, Session};
+use super::table::LiveTable;
+use crate::sink::Refusal;
+
+/// What opens binary COPY data: signature, flags, length of the header's extension.
+const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+
+/// What ends it: a tuple of -1 fields.
+const TRAILER: &[u8] = b"\xff\xff";
+
+/// Bytes in one CopyData message: large enough that framing does not count.
+const CHUNK_BYTES: usize = 256 * 1024;
+
+/// Copies a group's rows; those that the table refuses are added to `refusals`, the others stand.
+///
+/// The caller has just set the savepoint `copy`. After an error the transaction is not usable.
+pub(super) async fn copy_group(
+    session: &mut Session,
+    table: &TableName,
+    group: &Group,
+    refusals: &mut Vec<Refusal>,
+) -> Result<(), Error> {
+    let statement = prepared(session, table, group).await?;
+    let client = &session.client;
+    let mut pending = vec![0..group.rows.len()];
+    while let Some(part) = pending.pop() {
+        let error = match copy(client, &statement, group.tuples(part.clone())).await {
+            Ok(()) => {
+                client.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
+                continue;
+            }
+            Err(error) if session::blames_rows(&error) => error,
+            Err(error) => return Err(error),
+        };
+        client.batch_execute("ROLLBACK TO copy").await?;
+        if part.len() == 1 {
+            let reason = session::describe(&error);
+            refusals.push(Refusal { row: group.rows[part.start], reason });
+        } else {
+            pending.extend(parts(part, guilty_line(&error)).into_iter().rev());
+        }
+    }
+    Ok(())
+}
+
+/// The COPY statement for a group's columns, from the session's store.
+async fn prepared(
+    session: &mut Session,
+    table: &TableName,
+    group: &Group,
+) -> Result<Statement, Error> {
+    if let Some(statement) = session.copies.get(&group.columns) {
+        return Ok(statement.clone());
+    }
+    let columns = session.table.as_ref().map_or_else(String::new, |live| names(live, group));
+    let copy = format!("COPY {} ({columns}) FROM STDIN (FORMAT binary)", table.quoted());
+    let statement = session.client.prepare(&copy).await?;
+    session.copies.insert(group.columns.clone(), statement.clone());
+    Ok(statement)
+}
+
+fn names(live: &LiveTable, group: &Group) -> String {
+    let places = group.columns.iter().map(|place| usize::from(*place));
+    let names: Vec<String> = places.map(|place| quoted(&live.columns[place].name)).collect();
+    names.join(", ")
+}
+
+/// Runs one COPY.
+async fn copy(client: &Client, statement: &Statement, mut tuples: Bytes) -> Result<(), Error> {
+    let sink: CopyInSink<Bytes> = client.copy_in(statement).await?;
+    let mut sink = pin!(sink);
+    sink.feed(Bytes::from_static(HEADER)).await?;
+    while !tuples.is_empty() {
+        sink.feed(tuples.split_to(tuples.len().min(CHUNK_BYTES))).await?;
+    }
+    sink.feed(Bytes::from_static(TRAILER)).await?;
+    sink.finish().await?;
+    Ok(())
+}
+
+/// Cuts rows around the one that the server named, or in half; never returns them whole.
+fn parts(rows: Range<usize>, guilty: Option<usize>) -> Vec<Range<usize>> {
+    let Range { start, end } = rows;
+    let cuts = match guilty.map(|line| start + line).filter(|row| *row < end) {
+        Some(row) => [start, row, row + 1, end],
+        None => [start, start + (end - start) / 2, end, end],
+    };
+    cuts.windows(2).map(|cut| cut[0]..cut[1]).filter(|part| !part.is_empty()).collect()
+}
+
+/// The row that the server names, from 0: `COPY cars, line 3, column id`. Servers that speak another
+/// language give none.
+fn guilty_line(error: &Error) -> Option<usize> {
+    let context = error.as_db_error()?.where_()?;
+    let line = context.lines().find(|line| line.starts_with("COPY "))?;
+    let number = line.split_once(", line ")?.1;
+    let digits = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
+    number[..digits].parse::<usize>().ok()?.checked_sub(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_the_rows_and_are_smaller() {
+        assert_eq!(parts(4..10, Some(2)), [4..6, 6..7, 7..10]);
+        assert_eq!(parts(4..10, Some(0)), [4..5, 5..10]);
+        assert_eq!(parts(4..10, Some(6)), [4..7, 7..10]);
+        assert_eq!(parts(4..6, None), [4..5, 5..6]);
+        for guilty in [None, Some(0), Some(1), Some(2)] {
+            assert!(parts(0..2, guilty).iter().all(|part| part.len() == 1));
+        }
+    }
+}

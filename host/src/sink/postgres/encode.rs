@@ -1,0 +1,256 @@
+//! Rows as PostgreSQL's binary COPY has them, grouped by the columns that they bring.
+//!
+//! A COPY names its columns; the others take their defaults. So rows with the same set of keys go
+//! together, in the order in which they came. Pure: no I/O.
+//!
+//! Wire forms: the `…_recv` functions of PostgreSQL's `src/backend/utils/adt/`.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde_json::value::RawValue;
+
+use super::kind::Kind;
+use super::numeric;
+use super::table::LiveTable;
+use crate::record::Row;
+use crate::sink::Refusal;
+use crate::sink::rows::time::{self, Zone};
+use crate::sink::rows::value::{self, Json, Why};
+use crate::sink::rows::{self, RowFault, Slots};
+
+/// Microseconds from 1970-01-01 to 2000-01-01, where PostgreSQL's timestamps begin.
+const EPOCH_MICROS: i64 = 946_684_800_000_000;
+
+/// Days from 1970-01-01 to 2000-01-01.
+const EPOCH_DAYS: i32 = 10_957;
+
+/// PostgreSQL keeps 63 bytes of a `name`; a longer one is an error that would not blame the row.
+const NAME_BYTES_MAX: usize = 63;
+
+/// The version that precedes a `jsonb` document.
+const JSONB_VERSION: u8 = 1;
+
+/// Length of a NULL.
+const NULL: i32 = -1;
+
+/// Rows that bring the same columns, encoded.
+pub(super) struct Group {
+    /// The places of the columns in the table, ascending.
+    pub(super) columns: Box<[u16]>,
+    /// The rows' indexes in the commit, ascending.
+    pub(super) rows: Vec<usize>,
+    /// Where each row ends in `tuples`.
+    ends: Vec<usize>,
+    tuples: Bytes,
+}
+
+impl Group {
+    /// The encoded tuples of some of its rows.
+    pub(super) fn tuples(&self, rows: Range<usize>) -> Bytes {
+        let end_of = |row: usize| row.checked_sub(1).map_or(0, |row| self.ends[row]);
+        self.tuples.slice(end_of(rows.start)..end_of(rows.end))
+    }
+}
+
+/// Encoded rows, and those that cannot be.
+#[derive(Default)]
+pub(super) struct Encoded {
+    pub(super) groups: Vec<Group>,
+    /// By ascending row.
+    pub(super) refusals: Vec<Refusal>,
+}
+
+/// A key that is no column now and was one before, or was declared.
+pub(super) struct GoneColumn(pub(super) String);
+
+/// Encodes rows for a table.
+pub(super) struct Encoder<'t, 'r> {
+    table: &'t LiveTable,
+    table_name: &'t str,
+    slots: Vec<Option<&'r RawValue>>,
+    present: Vec<u16>,
+    open: Vec<OpenGroup>,
+    places: HashMap<Box<[u16]>, usize>,
+    last: usize,
+    refusals: Vec<Refusal>,
+}
+
+struct OpenGroup {
+    columns: Box<[u16]>,
+    rows: Vec<usize>,
+    ends: Vec<usize>,
+    tuples: BytesMut,
+}
+
+impl<'t, 'r> Encoder<'t, 'r> {
+    pub(super) fn new(table: &'t LiveTable, table_name: &'t str) -> Self {
+        Self {
+            table,
+            table_name,
+            slots: vec![None; table.columns.len()],
+            present: Vec::with_capacity(table.columns.len()),
+            open: Vec::new(),
+            places: HashMap::new(),
+            last: 0,
+            refusals: Vec::new(),
+        }
+    }
+
+    /// Encodes the row at `index` of the commit, or notes why it is refused. `was_column` says of a
+    /// key that is no column whether it once was one or is declared.
+    pub(super) fn add(
+        &mut self,
+        index: usize,
+        row: &'r Row,
+        was_column: impl Fn(&str) -> bool,
+    ) -> Result<(), GoneColumn> {
+        let outcome = match rows::spread(&row.payload, &self.table.names, &mut self.slots) {
+            Ok(()) => self.encode(index),
+            Err(RowFault::Refused(reason)) => Err(reason),
+            Err(RowFault::UnknownKey(key)) if was_column(&key) => return Err(GoneColumn(key)),
+            Err(RowFault::UnknownKey(key)) => {
+                Err(format!("no column {key:?} in table {}", self.table_name))
+            }
+        };
+        if let Err(reason) = outcome {
+            self.refusals.push(Refusal { row: index, reason });
+        }
+        Ok(())
+    }
+
+    /// The rows so far.
+    pub(super) fn finish(self) -> Encoded {
+        let close = |group: OpenGroup| Group {
+            columns: group.columns,
+            rows: group.rows,
+            ends: group.ends,
+            tuples: group.tuples.freeze(),
+        };
+        Encoded {
+            groups: self.open.into_iter().filter(|g| !g.rows.is_empty()).map(close).collect(),
+            refusals: self.refusals,
+        }
+    }
+
+    /// Appends the row in `slots` to the group of its columns.
+    fn encode(&mut self, index: usize) -> Result<(), String> {
+        self.present.clear();
+        for (place, slot) in (0_u16..).zip(&self.slots) {
+            if slot.is_some() {
+                self.present.push(place);
+            }
+        }
+        if self.present.is_empty() {
+            return Err(format!("the row names no column of table {}", self.table_name));
+        }
+        let place = self.group();
+        let group = &mut self.open[place];
+        let start = group.tuples.len();
+        if let Err(reason) = put_tuple(&mut group.tuples, self.table, &self.present, &self.slots) {
+            group.tuples.truncate(start);
+            return Err(reason);
+        }
+        group.rows.push(index);
+        group.ends.push(group.tuples.len());
+        Ok(())
+    }
+
+    /// The group for the columns in `present`, which is mostly the last one.
+    fn group(&mut self) -> usize {
+        if self.open.get(self.last).is_some_and(|group| *group.columns == *self.present) {
+            return self.last;
+        }
+        self.last = match self.places.get(self.present.as_slice()) {
+            Some(place) => *place,
+            None => {
+                let columns: Box<[u16]> = self.present.as_slice().into();
+                self.places.insert(columns.clone(), self.open.len());
+                self.open.push(OpenGroup {
+                    columns,
+                    rows: Vec::new(),
+                    ends: Vec::new(),
+                    tuples: BytesMut::new(),
+                });
+                self.open.len() - 1
+            }
+        };
+        self.last
+    }
+}
+
+/// Writes a tuple: the field count, then each field behind its length.
+fn put_tuple(
+    out: &mut BytesMut,
+    table: &LiveTable,
+    present: &[u16],
+    slots: &Slots<'_>,
+) -> Result<(), String> {
+    out.put_u16(u16::try_from(present.len()).map_err(|_| "the row has too many columns")?);
+    for place in present.iter().map(|place| usize::from(*place)) {
+        let Some(raw) = slots[place] else { continue };
+        let column = &table.columns[place];
+        let put = match column.is_generated {
+            true => Err("the table generates the column itself".into()),
+            false => put_field(out, column.kind, raw),
+        };
+        put.map_err(|why| rows::misfit(&column.name, &column.data_type, raw, &why))?;
+    }
+    Ok(())
+}
+
+/// Writes a value behind its length.
+fn put_field(out: &mut BytesMut, kind: Kind, raw: &RawValue) -> Result<(), Why> {
+    let json = Json::of(raw)?;
+    if json == Json::Null {
+        out.put_i32(NULL);
+        return Ok(());
+    }
+    let start = out.len();
+    out.put_i32(0);
+    put_value(out, kind, &json, raw)?;
+    let length = out.len() - start - size_of::<i32>();
+    let length = i32::try_from(length).map_err(|_| "the value is too large")?;
+    out[start..start + size_of::<i32>()].copy_from_slice(&length.to_be_bytes());
+    Ok(())
+}
+
+/// Writes a value that is not null.
+fn put_value(out: &mut BytesMut, kind: Kind, json: &Json<'_>, raw: &RawValue) -> Result<(), Why> {
+    match kind {
+        Kind::Bool => out.put_u8(value::boolean(json)?.into()),
+        Kind::Int2 => out.put_i16(value::integer(json)?),
+        Kind::Int4 => out.put_i32(value::integer(json)?),
+        Kind::Int8 => out.put_i64(value::integer(json)?),
+        Kind::Float4 => out.put_f32(value::float32(json)?),
+        Kind::Float8 => out.put_f64(value::float64(json)?),
+        Kind::Numeric => match value::not_finite(json) {
+            Some(value) => numeric::put_not_finite(value, out),
+            None => numeric::put(&value::decimal(json)?, out)?,
+        },
+        Kind::Text | Kind::Enum => out.put_slice(value::text(json)?.as_bytes()),
+        Kind::Name => match value::text(json)? {
+            name if name.len() <= NAME_BYTES_MAX => out.put_slice(name.as_bytes()),
+            _ => return Err(format!("a name has at most {NAME_BYTES_MAX} bytes").into()),
+        },
+        Kind::Json => out.put_slice(value::document(raw)?.as_bytes()),
+        Kind::Jsonb => {
+            out.put_u8(JSONB_VERSION);
+            out.put_slice(value::document(raw)?.as_bytes());
+        }
+        Kind::Uuid => out.put_slice(value::uuid(json)?.as_bytes()),
+        Kind::Date => out.put_i32(time::date(value::time_text(json)?)? - EPOCH_DAYS),
+        Kind::Time => out.put_i64(time::time(value::time_text(json)?)?),
+        Kind::Timestamp => put_timestamp(out, json, Zone::WallClock)?,
+        Kind::Timestamptz => put_timestamp(out, json, Zone::Instant)?,
+        Kind::Bytea => out.put_slice(&value::bytes(json)?),
+        Kind::Unsupported => return Err("rows cannot fill a column of that type yet".into()),
+    }
+    Ok(())
+}
+
+fn put_timestamp(out: &mut BytesMut, json: &Json<'_>, zone: Zone) -> Result<(), Why> {
+    out.put_i64(time::timestamp(value::time_text(json)?, zone)? - EPOCH_MICROS);
+    Ok(())
+}

@@ -1,0 +1,114 @@
+//! Names in SQL: always quoted, so that nothing in one is ever read as SQL.
+
+use std::fmt;
+
+/// The bytes that PostgreSQL keeps of a name; longer ones it cuts off, which could hit another.
+const NAME_BYTES_MAX: usize = 63;
+
+/// A table's name, with its schema if that is given. Taken as written: no case is folded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TableName {
+    pub(super) schema: Option<String>,
+    pub(super) table: String,
+}
+
+impl TableName {
+    /// Reads `table` or `schema.table`; a part with a dot inside stands in double quotes.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let mut parts = Vec::new();
+        let mut rest = text;
+        loop {
+            let (part, tail) = take_part(rest).ok_or_else(|| not_a_name(text))?;
+            if part.is_empty() || part.len() > NAME_BYTES_MAX || part.contains('\0') {
+                return Err(not_a_name(text));
+            }
+            parts.push(part);
+            match tail.strip_prefix('.') {
+                Some(tail) => rest = tail,
+                None if tail.is_empty() => break,
+                None => return Err(not_a_name(text)),
+            }
+        }
+        match (parts.pop(), parts.pop(), parts.is_empty()) {
+            (Some(table), schema, true) => Ok(Self { schema, table }),
+            _ => Err(not_a_name(text)),
+        }
+    }
+
+    /// Another table in the same schema.
+    pub(super) fn sibling(&self, table: &str) -> Self {
+        Self { schema: self.schema.clone(), table: table.into() }
+    }
+
+    /// The name as SQL has it.
+    pub(super) fn quoted(&self) -> String {
+        match &self.schema {
+            Some(schema) => format!("{}.{}", quoted(schema), quoted(&self.table)),
+            None => quoted(&self.table),
+        }
+    }
+}
+
+impl fmt::Display for TableName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.schema {
+            Some(schema) => write!(f, "{schema}.{}", self.table),
+            None => f.write_str(&self.table),
+        }
+    }
+}
+
+fn not_a_name(text: &str) -> String {
+    format!(
+        "{text:?} is no table's name: \"table\" or \"schema.table\" is due, \
+         each of 1 to {NAME_BYTES_MAX} bytes"
+    )
+}
+
+/// One part of a dotted name, and what follows it.
+fn take_part(text: &str) -> Option<(String, &str)> {
+    let Some(mut rest) = text.strip_prefix('"') else {
+        let end = text.find('.').unwrap_or(text.len());
+        let (part, tail) = text.split_at(end);
+        return (!part.contains('"')).then(|| (part.to_owned(), tail));
+    };
+    let mut part = String::new();
+    loop {
+        let end = rest.find('"')?;
+        part.push_str(&rest[..end]);
+        rest = &rest[end + 1..];
+        match rest.strip_prefix('"') {
+            Some(tail) => {
+                part.push('"');
+                rest = tail;
+            }
+            None => return Some((part, rest)),
+        }
+    }
+}
+
+/// A name as SQL has it: in double quotes.
+pub(super) fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_and_quoted() {
+        for (text, sql) in [
+            ("cars", "\"cars\""),
+            ("Mart.Cars", "\"Mart\".\"Cars\""),
+            ("\"a.b\".c", "\"a.b\".\"c\""),
+            ("\"say \"\"hi\"\"\"", "\"say \"\"hi\"\"\""),
+            ("a; drop table b", "\"a; drop table b\""),
+        ] {
+            assert_eq!(TableName::parse(text).map(|name| name.quoted()), Ok(sql.into()), "{text}");
+        }
+        for text in ["", ".", "a.", ".a", "a.b.c", "a\"b", "\"a", "\"a\"b", &"x".repeat(64)] {
+            assert!(TableName::parse(text).is_err(), "{text}");
+        }
+    }
+}

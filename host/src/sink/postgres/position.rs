@@ -1,0 +1,207 @@
+//! The position table: how far each shard is, and who may move it.
+//!
+//! One row per (pipeline, sink, stream, shard). `epoch` grows with each owner; the position moves
+//! only under the owner's epoch and only from where the owner thinks it is. Sequence numbers have
+//! up to 129 digits: `numeric`, bound as text and cast.
+
+use std::fmt;
+
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, Error, Row, Statement};
+
+use super::name::TableName;
+use super::session;
+use crate::record::{
+    Position, PositionSpan, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardKey, SinkName,
+};
+
+/// The table's name; it stands in the schema of the data table.
+const TABLE: &str = "shardmill_position";
+
+/// Where positions are kept.
+pub(super) struct PositionTable {
+    name: TableName,
+}
+
+/// A position's row.
+pub(super) struct Stored {
+    pub(super) epoch: i64,
+    sequence: Option<String>,
+    sub_sequence: Option<i64>,
+}
+
+/// The statements of a commit, prepared on one connection.
+pub(super) struct PositionStatements {
+    move_on: Statement,
+}
+
+impl PositionTable {
+    /// The table for positions of rows in `table`.
+    pub(super) fn beside(table: &TableName) -> Self {
+        Self { name: table.sibling(TABLE) }
+    }
+
+    /// Creates the table if it is missing. Only then is the right to create one needed.
+    pub(super) async fn create_if_missing(&self, client: &Client) -> Result<(), Error> {
+        let name = self.name.quoted();
+        let exists: bool = client
+            .query_typed_one("SELECT to_regclass($1) IS NOT NULL", &[(&name, Type::TEXT)])
+            .await?
+            .try_get(0)?;
+        if exists {
+            return Ok(());
+        }
+        let create = format!(
+            "CREATE TABLE IF NOT EXISTS {name} (
+                 pipeline text NOT NULL,
+                 sink text NOT NULL,
+                 stream text NOT NULL,
+                 shard text NOT NULL,
+                 sequence numeric({SEQUENCE_NUMBER_DIGITS_MAX}, 0),
+                 sub_sequence bigint,
+                 epoch bigint NOT NULL,
+                 PRIMARY KEY (pipeline, sink, stream, shard)
+             )"
+        );
+        session::create_once(client, &create).await
+    }
+
+    /// What to say when the table cannot be created.
+    pub(super) fn cannot_create(&self) -> String {
+        format!("cannot create the position table {}; have its owner create it once", self.name)
+    }
+
+    /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
+    pub(super) async fn take_over(
+        &self,
+        client: &Client,
+        sink: &SinkName,
+        shard: &ShardKey,
+    ) -> Result<Stored, Error> {
+        let name = self.name.quoted();
+        let take_over = format!(
+            "INSERT INTO {name} AS held (pipeline, sink, stream, shard, epoch)
+             VALUES ($1, $2, $3, $4, 1)
+             ON CONFLICT (pipeline, sink, stream, shard) DO UPDATE SET epoch = held.epoch + 1
+             RETURNING epoch, sequence::text, sub_sequence"
+        );
+        let row = client
+            .query_typed_one(
+                &take_over,
+                &[
+                    (&shard.pipeline.as_str(), Type::TEXT),
+                    (&sink.as_str(), Type::TEXT),
+                    (&shard.stream.key(), Type::TEXT),
+                    (&shard.shard.as_str(), Type::TEXT),
+                ],
+            )
+            .await?;
+        Stored::of(&row)
+    }
+
+    /// The shard's row; `None` when it or the table is missing.
+    pub(super) async fn read(
+        &self,
+        client: &Client,
+        sink: &SinkName,
+        shard: &ShardKey,
+    ) -> Result<Option<Stored>, Error> {
+        let read = format!(
+            "SELECT epoch, sequence::text, sub_sequence FROM {}
+             WHERE pipeline = $1 AND sink = $2 AND stream = $3 AND shard = $4",
+            self.name.quoted()
+        );
+        let found = client
+            .query_typed_opt(
+                &read,
+                &[
+                    (&shard.pipeline.as_str(), Type::TEXT),
+                    (&sink.as_str(), Type::TEXT),
+                    (&shard.stream.key(), Type::TEXT),
+                    (&shard.shard.as_str(), Type::TEXT),
+                ],
+            )
+            .await;
+        match found {
+            Ok(row) => row.map(|row| Stored::of(&row)).transpose(),
+            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Prepares a commit's statements.
+    pub(super) async fn prepare(&self, client: &Client) -> Result<PositionStatements, Error> {
+        let move_on = format!(
+            "UPDATE {}
+             SET sequence = $6::text::numeric, sub_sequence = $7::bigint
+             WHERE pipeline = $1 AND sink = $2 AND stream = $3 AND shard = $4 AND epoch = $5
+                 AND sequence IS NOT DISTINCT FROM $8::text::numeric
+                 AND sub_sequence IS NOT DISTINCT FROM $9::bigint",
+            self.name.quoted()
+        );
+        Ok(PositionStatements { move_on: client.prepare(&move_on).await? })
+    }
+}
+
+impl fmt::Display for PositionTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.name.fmt(f)
+    }
+}
+
+impl PositionStatements {
+    /// Moves the position over a span; 0 when it is not where the span begins, or has another owner.
+    pub(super) async fn move_on(
+        &self,
+        client: &Client,
+        sink: &SinkName,
+        shard: &ShardKey,
+        epoch: i64,
+        span: &PositionSpan,
+    ) -> Result<u64, Error> {
+        let from = span.from_exclusive.as_ref();
+        client
+            .execute(
+                &self.move_on,
+                &[
+                    &shard.pipeline.as_str(),
+                    &sink.as_str(),
+                    &shard.stream.key(),
+                    &shard.shard.as_str(),
+                    &epoch,
+                    &span.to_inclusive.sequence.as_str(),
+                    &sub_sequence(&span.to_inclusive),
+                    &from.map(|from| from.sequence.as_str()),
+                    &from.map(sub_sequence),
+                ],
+            )
+            .await
+    }
+}
+
+impl Stored {
+    fn of(row: &Row) -> Result<Self, Error> {
+        Ok(Self {
+            epoch: row.try_get(0)?,
+            sequence: row.try_get(1)?,
+            sub_sequence: row.try_get(2)?,
+        })
+    }
+
+    /// The position; `None` before the first commit.
+    pub(super) fn position(&self) -> Result<Option<Position>, String> {
+        let Some(sequence) = &self.sequence else { return Ok(None) };
+        let sequence = SequenceNumber::parse(sequence)
+            .map_err(|error| format!("the stored position cannot be read: {error}"))?;
+        let sub_sequence = u64::try_from(self.sub_sequence.unwrap_or(0))
+            .map_err(|_| "the stored position has a sub-sequence below 0".to_owned())?;
+        Ok(Some(Position { sequence, sub_sequence }))
+    }
+}
+
+/// The column's form of a sub-sequence. An aggregate has at most some millions of records.
+fn sub_sequence(position: &Position) -> i64 {
+    i64::try_from(position.sub_sequence).unwrap_or(i64::MAX)
+}

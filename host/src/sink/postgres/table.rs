@@ -1,0 +1,223 @@
+//! The live table: its columns as the server has them now, the check against what routes declare,
+//! and its creation.
+//!
+//! A plugin's declared type becomes SQL only after the server has read it as a type's name.
+
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, Error};
+
+use super::kind::Kind;
+use super::name::{TableName, quoted};
+use super::session::{self, describe};
+use crate::sink::rows::{ColumnNames, DeclaredColumn};
+
+/// Reads columns with their types, a domain's base type in the domain's place; one row without a
+/// name stands for a table without columns, no oid for no table.
+const READ_COLUMNS: &str = "
+    SELECT c.oid, a.attname, b.oid, b.typname, b.typtype = 'e', format_type(a.atttypid, a.atttypmod),
+        a.attidentity = 'a' OR a.attgenerated <> '', a.attnotnull, a.atthasdef OR a.attidentity <> ''
+    FROM (SELECT to_regclass($1)::oid AS oid) AS c
+    LEFT JOIN pg_catalog.pg_attribute AS a
+        ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    LEFT JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
+    LEFT JOIN pg_catalog.pg_type AS b
+        ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+    ORDER BY a.attnum";
+
+/// Reads a type by its name, as [`READ_COLUMNS`] reads a column's.
+const READ_TYPE: &str = "
+    SELECT b.oid, b.typname, b.typtype = 'e', t.oid
+    FROM pg_catalog.pg_type AS t
+    JOIN pg_catalog.pg_type AS b
+        ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+    WHERE t.oid = to_regtype($1)";
+
+/// What a type's name may be made of. Nothing here ends a name, opens a comment or a string.
+const TYPE_NAME_PUNCTUATION: &str = "_ .,()[]\"";
+
+/// A column of the live table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct LiveColumn {
+    pub(super) name: String,
+    /// The type as people write it, for messages.
+    pub(super) data_type: String,
+    pub(super) kind: Kind,
+    /// `GENERATED ALWAYS`: the table makes the value, no row may bring it.
+    pub(super) is_generated: bool,
+    not_null: bool,
+    has_default: bool,
+}
+
+/// The table as it was when it was read.
+#[derive(Debug)]
+pub(super) struct LiveTable {
+    pub(super) columns: Vec<LiveColumn>,
+    pub(super) names: ColumnNames,
+}
+
+impl LiveTable {
+    /// Reads the table; `None` when there is none of that name.
+    pub(super) async fn read(client: &Client, table: &TableName) -> Result<Option<Self>, Error> {
+        let rows = client.query_typed(READ_COLUMNS, &[(&table.quoted(), Type::TEXT)]).await?;
+        let mut columns = Vec::with_capacity(rows.len());
+        for row in &rows {
+            if row.try_get::<_, Option<u32>>(0)?.is_none() {
+                return Ok(None);
+            }
+            let Some(name) = row.try_get::<_, Option<String>>(1)? else { break };
+            columns.push(LiveColumn {
+                name,
+                data_type: row.try_get(5)?,
+                kind: Kind::of(row.try_get(2)?, row.try_get(3)?, row.try_get(4)?),
+                is_generated: row.try_get(6)?,
+                not_null: row.try_get(7)?,
+                has_default: row.try_get(8)?,
+            });
+        }
+        let names = ColumnNames::new(columns.iter().map(|column| column.name.clone()));
+        Ok(Some(Self { columns, names }))
+    }
+}
+
+/// Makes sure that the table is there and takes the declared columns. Errors are sentences.
+pub(super) async fn prepare(
+    client: &Client,
+    table: &TableName,
+    declared: &[DeclaredColumn<'_>],
+    create: bool,
+) -> Result<(), String> {
+    let kinds = declared_kinds(client, declared).await?;
+    let cannot_read = |error: Error| format!("cannot read table {table}: {}", describe(&error));
+    let live = match LiveTable::read(client, table).await.map_err(cannot_read)? {
+        Some(live) => live,
+        None => {
+            create_table(client, table, declared, create).await?;
+            LiveTable::read(client, table)
+                .await
+                .map_err(cannot_read)?
+                .ok_or_else(|| format!("table {table} was created and is gone again"))?
+        }
+    };
+    for (column, kind) in declared.iter().zip(kinds) {
+        check(table, &live, column, kind)?;
+    }
+    warn_of_refusals(table, &live, declared);
+    Ok(())
+}
+
+/// Checks one declared column against the live table.
+fn check(
+    table: &TableName,
+    live: &LiveTable,
+    declared: &DeclaredColumn<'_>,
+    kind: Kind,
+) -> Result<(), String> {
+    let DeclaredColumn { name, data_type, route, .. } = declared;
+    let Some(column) = live.columns.iter().find(|column| column.name == *name) else {
+        let columns: Vec<&str> = live.columns.iter().map(|column| column.name.as_str()).collect();
+        return Err(format!(
+            "route {route:?} declares column {name:?} ({data_type}), table {table} has no such \
+             column, it has {}: add the column, or bind the route to another table",
+            columns.join(", ")
+        ));
+    };
+    if column.is_generated {
+        return Err(format!(
+            "route {route:?} declares column {name:?}, which table {table} generates itself: \
+             leave it out of the rows"
+        ));
+    }
+    if column.kind.holds(kind) {
+        return Ok(());
+    }
+    Err(format!(
+        "column {name:?} is {data_type} in route {route:?} and {} in table {table}: {}",
+        column.data_type,
+        match column.kind {
+            Kind::Unsupported => "rows cannot fill a column of that type yet",
+            _ => "not every value would fit; alter the column, or declare its type",
+        }
+    ))
+}
+
+/// Tells of columns that refuse nulls which may come: no error, because a trigger may fill them.
+fn warn_of_refusals(table: &TableName, live: &LiveTable, declared: &[DeclaredColumn<'_>]) {
+    if declared.is_empty() {
+        return;
+    }
+    let required =
+        live.columns.iter().filter(|column| column.not_null && !column.has_default);
+    for column in required.filter(|column| !column.is_generated) {
+        let name = &column.name;
+        match declared.iter().find(|declared| declared.name == name) {
+            Some(declared) if !declared.nullable => {}
+            Some(_) => tracing::warn!(%table, column = name, "rows may bring null, the column is NOT NULL"),
+            None => tracing::warn!(%table, column = name, "no route declares the column, it is NOT NULL without default"),
+        }
+    }
+}
+
+/// The kinds of the declared types, each a type that the server knows and rows can fill.
+async fn declared_kinds(
+    client: &Client,
+    declared: &[DeclaredColumn<'_>],
+) -> Result<Vec<Kind>, String> {
+    let mut kinds = Vec::with_capacity(declared.len());
+    for DeclaredColumn { name, data_type, route, .. } in declared {
+        let whose = format!("route {route:?} declares column {name:?} as {data_type:?}");
+        let unknown = || format!("{whose}, which is no type of this PostgreSQL server");
+        let is_part = |c: char| c.is_alphanumeric() || TYPE_NAME_PUNCTUATION.contains(c);
+        if data_type.is_empty() || !data_type.chars().all(is_part) {
+            return Err(unknown());
+        }
+        let row = match client.query_typed_opt(READ_TYPE, &[(data_type, Type::TEXT)]).await {
+            Ok(row) => row.ok_or_else(unknown)?,
+            Err(error) if error.as_db_error().is_some() => {
+                return Err(format!("{}: {}", unknown(), describe(&error)));
+            }
+            Err(error) => return Err(format!("cannot read types: {}", describe(&error))),
+        };
+        let unreadable = |error: Error| format!("cannot read types: {}", describe(&error));
+        let kind = Kind::of(
+            row.try_get(0).map_err(unreadable)?,
+            row.try_get(1).map_err(unreadable)?,
+            row.try_get(2).map_err(unreadable)?,
+        );
+        if kind == Kind::Unsupported {
+            return Err(format!("{whose}: rows cannot fill a column of that type yet"));
+        }
+        kinds.push(kind);
+    }
+    Ok(kinds)
+}
+
+/// Creates the table from checked columns, if that is asked for.
+async fn create_table(
+    client: &Client,
+    table: &TableName,
+    declared: &[DeclaredColumn<'_>],
+    create: bool,
+) -> Result<(), String> {
+    if !create {
+        return Err(format!(
+            "table {table} does not exist: create it, or let the sink do so (create = true)"
+        ));
+    }
+    if declared.is_empty() {
+        return Err(format!(
+            "table {table} does not exist and cannot be created: no route declares columns"
+        ));
+    }
+    let columns: Vec<String> = declared
+        .iter()
+        .map(|column| {
+            let null = if column.nullable { "" } else { " NOT NULL" };
+            format!("{} {}{null}", quoted(column.name), column.data_type)
+        })
+        .collect();
+    let create =
+        format!("CREATE TABLE IF NOT EXISTS {} ({})", table.quoted(), columns.join(", "));
+    session::create_once(client, &create)
+        .await
+        .map_err(|error| format!("cannot create table {table}: {}", describe(&error)))
+}

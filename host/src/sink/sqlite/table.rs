@@ -1,0 +1,170 @@
+//! The live table: its columns as the file has them now, the check against what routes declare, and
+//! its creation.
+
+use rusqlite::Connection;
+
+use super::connection::quoted;
+use super::value::Kind;
+use crate::sink::rows::{ColumnNames, DeclaredColumn};
+
+/// Columns without the hidden ones of virtual tables; 2 and 3 mark generated ones.
+const READ_COLUMNS: &str = "SELECT name, type, hidden IN (2, 3) FROM pragma_table_xinfo(?1) \
+    WHERE hidden <> 1 ORDER BY cid";
+
+/// Words of a declared type. Each is letters alone, so that nothing in one is read as SQL, and none
+/// begins a constraint.
+const CONSTRAINT_WORDS: [&str; 12] = [
+    "as", "check", "collate", "constraint", "default", "foreign", "generated", "not", "null",
+    "primary", "references", "unique",
+];
+
+/// A column of the live table.
+#[derive(Debug)]
+pub(super) struct LiveColumn {
+    pub(super) name: String,
+    /// The declared type, for messages.
+    pub(super) data_type: String,
+    pub(super) kind: Kind,
+    /// The table makes the value, no row may bring it.
+    pub(super) is_generated: bool,
+}
+
+/// The table as it was when it was read.
+#[derive(Debug)]
+pub(super) struct LiveTable {
+    pub(super) columns: Vec<LiveColumn>,
+    pub(super) names: ColumnNames,
+}
+
+impl LiveTable {
+    /// Reads the table; `None` when there is none of that name.
+    pub(super) fn read(connection: &Connection, table: &str) -> rusqlite::Result<Option<Self>> {
+        let mut statement = connection.prepare_cached(READ_COLUMNS)?;
+        let columns = statement
+            .query_map([table], |row| {
+                let data_type: String = row.get(1)?;
+                Ok(LiveColumn {
+                    name: row.get(0)?,
+                    kind: Kind::of(&data_type),
+                    data_type,
+                    is_generated: row.get(2)?,
+                })
+            })?
+            .collect::<rusqlite::Result<Vec<_>>>()?;
+        if columns.is_empty() {
+            return Ok(None);
+        }
+        let names = ColumnNames::new(columns.iter().map(|column| column.name.clone()));
+        Ok(Some(Self { columns, names }))
+    }
+}
+
+/// A number that grows with each change of the file's schema.
+pub(super) fn schema_version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.prepare_cached("PRAGMA schema_version")?.query_row([], |row| row.get(0))
+}
+
+/// Makes sure that the table is there and takes the declared columns. Errors are sentences.
+pub(super) fn prepare(
+    connection: &mut Connection,
+    table: &str,
+    declared: &[DeclaredColumn<'_>],
+    create: bool,
+) -> Result<(), String> {
+    for column in declared {
+        check_type(column)?;
+    }
+    let cannot_read = |error| format!("cannot read table {table}: {error}");
+    let live = match LiveTable::read(connection, table).map_err(cannot_read)? {
+        Some(live) => live,
+        None => {
+            create_table(connection, table, declared, create)?;
+            LiveTable::read(connection, table)
+                .map_err(cannot_read)?
+                .ok_or_else(|| format!("table {table} was created and is gone again"))?
+        }
+    };
+    declared.iter().try_for_each(|column| check(table, &live, column))
+}
+
+/// Checks one declared column against the live table.
+fn check(table: &str, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result<(), String> {
+    let DeclaredColumn { name, data_type, route, .. } = declared;
+    let Some(column) = live.columns.iter().find(|column| column.name == *name) else {
+        let columns: Vec<&str> = live.columns.iter().map(|column| column.name.as_str()).collect();
+        return Err(format!(
+            "route {route:?} declares column {name:?} ({data_type}), table {table} has no such \
+             column, it has {}: add the column, or bind the route to another table",
+            columns.join(", ")
+        ));
+    };
+    if column.is_generated {
+        return Err(format!(
+            "route {route:?} declares column {name:?}, which table {table} generates itself: \
+             leave it out of the rows"
+        ));
+    }
+    let kind = Kind::of(data_type);
+    if column.kind.holds(kind) || kind.created_as(data_type).eq_ignore_ascii_case(&column.data_type) {
+        return Ok(());
+    }
+    Err(format!(
+        "column {name:?} is {data_type} in route {route:?} and {} in table {table}: not every \
+         value would fit; alter the column, or declare its type",
+        column.data_type
+    ))
+}
+
+/// Checks that a declared type is a type's name and nothing more: words, then at most two numbers.
+fn check_type(column: &DeclaredColumn<'_>) -> Result<(), String> {
+    let declared = column.data_type;
+    let (words, numbers) = match declared.split_once('(') {
+        None => (declared, Some("")),
+        Some((words, numbers)) => (words, numbers.strip_suffix(')')),
+    };
+    let is_word = |word: &str| {
+        word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+            && !CONSTRAINT_WORDS.contains(&word.to_ascii_lowercase().as_str())
+    };
+    let are_numbers = numbers
+        .is_some_and(|numbers| numbers.chars().all(|c| c.is_ascii_digit() || c == ',' || c == ' '));
+    if !words.trim().is_empty() && words.split(' ').all(is_word) && are_numbers {
+        return Ok(());
+    }
+    Err(format!(
+        "route {:?} declares column {:?} as {declared:?}, which is no type's name",
+        column.route, column.name
+    ))
+}
+
+/// Creates the table from checked columns, if that is asked for.
+fn create_table(
+    connection: &Connection,
+    table: &str,
+    declared: &[DeclaredColumn<'_>],
+    create: bool,
+) -> Result<(), String> {
+    if !create {
+        return Err(format!(
+            "table {table} does not exist: create it, or let the sink do so (create = true)"
+        ));
+    }
+    if declared.is_empty() {
+        return Err(format!(
+            "table {table} does not exist and cannot be created: no route declares columns"
+        ));
+    }
+    let columns: Vec<String> = declared
+        .iter()
+        .map(|column| {
+            let data_type = Kind::of(column.data_type).created_as(column.data_type);
+            let null = if column.nullable { "" } else { " NOT NULL" };
+            format!("{} {data_type}{null}", quoted(column.name))
+        })
+        .collect();
+    let create =
+        format!("CREATE TABLE IF NOT EXISTS {} ({})", quoted(table), columns.join(", "));
+    connection
+        .execute_batch(&create)
+        .map_err(|error| format!("cannot create table {table}: {error}"))
+}

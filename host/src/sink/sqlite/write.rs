@@ -1,0 +1,253 @@
+//! The commit: rows and position in one transaction, on a blocking thread.
+//!
+//! The position moves first: a commit that had landed already is recognised before its rows could
+//! collide with themselves. A row that fails undoes its own statement alone; its neighbours stand.
+
+use std::sync::Arc;
+
+use rusqlite::types::ToSqlOutput;
+use rusqlite::{Connection, ErrorCode, params_from_iter};
+use serde_json::value::RawValue;
+
+use super::connection::{Held, quoted};
+use super::table::{self, LiveTable};
+use super::{Shared, position, value};
+use crate::record::{PositionSpan, Row, ShardKey};
+use crate::sink::Refusal;
+use crate::sink::rows::{self, RowFault};
+
+/// A commit as a blocking thread takes it along.
+pub(super) struct Work {
+    pub(super) shared: Arc<Shared>,
+    pub(super) shard: ShardKey,
+    pub(super) epoch: i64,
+    pub(super) span: PositionSpan,
+    pub(super) rows: Vec<Row>,
+}
+
+/// What was done.
+pub(super) enum Written {
+    /// All of it, durably.
+    Committed,
+    /// All but the refused rows; the transaction is open until the refusals are kept.
+    Open(Vec<Refusal>),
+}
+
+/// Why nothing was done.
+pub(super) enum Failure {
+    /// The shard has another owner.
+    Fenced(String),
+    /// The file does not take it now.
+    Unavailable(String),
+}
+
+/// A row that the table does not take, or the end of the commit.
+enum RowFailure {
+    Refused(String),
+    Unavailable(String),
+}
+
+impl Work {
+    /// Does the work. After a failure the transaction may be open: dropping the connection ends it.
+    pub(super) fn run(self, mut held: Held) -> (Held, Result<Written, Failure>) {
+        let outcome = self.write(&mut held);
+        (held, outcome)
+    }
+
+    fn write(&self, held: &mut Held) -> Result<Written, Failure> {
+        let failed = |error: rusqlite::Error| {
+            Failure::Unavailable(format!("cannot commit to table {}: {error}", self.shared.table))
+        };
+        held.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
+        let sink = &self.shared.sink;
+        let moved =
+            position::move_on(&held.connection, sink, &self.shard, self.epoch, &self.span);
+        if !moved.map_err(failed)? {
+            return self.look_where_it_stands(&held.connection);
+        }
+        let refused = self.insert_rows(held).map_err(Failure::Unavailable)?;
+        if !refused.is_empty() {
+            return Ok(Written::Open(refused));
+        }
+        commit(&held.connection).map_err(Failure::Unavailable)?;
+        Ok(Written::Committed)
+    }
+
+    /// After the position did not move: the commit has landed before, or the shard has another owner.
+    fn look_where_it_stands(&self, connection: &Connection) -> Result<Written, Failure> {
+        let stored = position::read(connection, &self.shared.sink, &self.shard).map_err(|error| {
+            Failure::Unavailable(format!("cannot read shardmill_position: {error}"))
+        })?;
+        match stored {
+            None => Err(Failure::Fenced("its row is gone from shardmill_position".into())),
+            Some(stored) if stored.epoch != self.epoch => Err(Failure::Fenced(format!(
+                "epoch {} in place of {}",
+                stored.epoch, self.epoch
+            ))),
+            Some(stored) if stored.position.as_ref() == Some(&self.span.to_inclusive) => {
+                Ok(Written::Committed)
+            }
+            Some(stored) => {
+                let shown = |position: Option<String>| {
+                    position.unwrap_or_else(|| "the beginning".to_owned())
+                };
+                Err(Failure::Fenced(format!(
+                    "the position is {}, the commit begins at {}",
+                    shown(stored.position.map(|position| position.to_string())),
+                    shown(self.span.from_exclusive.as_ref().map(ToString::to_string))
+                )))
+            }
+        }
+    }
+
+    /// Inserts all rows that the table takes; returns the others by ascending row.
+    fn insert_rows(&self, held: &mut Held) -> Result<Vec<Refusal>, String> {
+        if self.rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let open = &mut **held;
+        let live = self.live_table(&open.connection, &mut open.table)?;
+        let mut insert = Insert::new(&self.shared, &open.connection, live);
+        let mut refusals = Vec::new();
+        for (index, row) in self.rows.iter().enumerate() {
+            match insert.row(row) {
+                Ok(()) => {}
+                Err(RowFailure::Refused(reason)) => refusals.push(Refusal { row: index, reason }),
+                Err(RowFailure::Unavailable(cause)) => return Err(cause),
+            }
+        }
+        Ok(refusals)
+    }
+
+    /// The table as it is now; read anew when the file's schema has changed.
+    fn live_table<'h>(
+        &self,
+        connection: &Connection,
+        known: &'h mut Option<(i64, LiveTable)>,
+    ) -> Result<&'h LiveTable, String> {
+        let name = &self.shared.table;
+        let failed = |error: rusqlite::Error| format!("cannot read table {name}: {error}");
+        let version = table::schema_version(connection).map_err(failed)?;
+        let live = match known.take() {
+            Some((at, live)) if at == version => live,
+            _ => LiveTable::read(connection, name).map_err(failed)?.ok_or_else(|| {
+                format!(
+                    "table {name} is gone: create it again, or name another in the sink's `table`"
+                )
+            })?,
+        };
+        self.shared.remember_columns(live.columns.iter().map(|column| column.name.as_str()));
+        Ok(&known.insert((version, live)).1)
+    }
+}
+
+/// Commits what refused rows had kept open.
+pub(super) fn finish(held: Held) -> Result<(), String> {
+    commit(&held.connection)
+}
+
+fn commit(connection: &Connection) -> Result<(), String> {
+    connection.execute_batch("COMMIT").map_err(|error| {
+        let hint = match error.sqlite_error_code() {
+            Some(ErrorCode::ConstraintViolation) => {
+                ": a deferred foreign key is violated, and SQLite does not say by which row: \
+                 declare it without DEFERRABLE INITIALLY DEFERRED"
+            }
+            _ => "",
+        };
+        format!("cannot commit: {error}{hint}")
+    })
+}
+
+/// Inserts rows into a table, by one prepared statement per set of columns.
+struct Insert<'c, 'r> {
+    shared: &'c Shared,
+    connection: &'c Connection,
+    live: &'c LiveTable,
+    slots: Vec<Option<&'r RawValue>>,
+    present: Vec<usize>,
+    sql: String,
+}
+
+impl<'c, 'r> Insert<'c, 'r> {
+    fn new(shared: &'c Shared, connection: &'c Connection, live: &'c LiveTable) -> Self {
+        let slots = vec![None; live.columns.len()];
+        Self { shared, connection, live, slots, present: Vec::new(), sql: String::new() }
+    }
+
+    fn row(&mut self, row: &'r Row) -> Result<(), RowFailure> {
+        match rows::spread(&row.payload, &self.live.names, &mut self.slots) {
+            Ok(()) => {}
+            Err(RowFault::Refused(reason)) => return Err(RowFailure::Refused(reason)),
+            Err(RowFault::UnknownKey(key)) => return Err(self.unknown(&key)),
+        }
+        let present: Vec<usize> =
+            (0..self.slots.len()).filter(|place| self.slots[*place].is_some()).collect();
+        if present.is_empty() {
+            return Err(RowFailure::Refused(format!(
+                "the row names no column of table {}",
+                self.shared.table
+            )));
+        }
+        if present != self.present {
+            self.present = present;
+            self.sql = insert_sql(&self.shared.table, self.live, &self.present);
+        }
+        let values = self.values().map_err(RowFailure::Refused)?;
+        self.connection
+            .prepare_cached(&self.sql)
+            .and_then(|mut statement| statement.execute(params_from_iter(values)))
+            .map(drop)
+            .map_err(|error| self.failed(&error))
+    }
+
+    /// The present columns' values.
+    fn values(&self) -> Result<Vec<ToSqlOutput<'r>>, String> {
+        let mut values = Vec::with_capacity(self.present.len());
+        for place in &self.present {
+            let (Some(raw), column) = (self.slots[*place], &self.live.columns[*place]) else {
+                continue;
+            };
+            let value = match column.is_generated {
+                true => Err("the table generates the column itself".into()),
+                false => value::bound(column.kind, raw),
+            };
+            values.push(
+                value.map_err(|why| rows::misfit(&column.name, &column.data_type, raw, &why))?,
+            );
+        }
+        Ok(values)
+    }
+
+    fn unknown(&self, key: &str) -> RowFailure {
+        let table = &self.shared.table;
+        if self.shared.knows_column(key) {
+            return RowFailure::Unavailable(format!(
+                "column {key:?} is gone from table {table}: add it again, or run plugins whose \
+                 rows do not bring it"
+            ));
+        }
+        RowFailure::Refused(format!("no column {key:?} in table {table}"))
+    }
+
+    /// Constraints, types and sizes blame the row; the rest is the file's failure.
+    fn failed(&self, error: &rusqlite::Error) -> RowFailure {
+        let blamed = matches!(
+            error.sqlite_error_code(),
+            Some(ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch | ErrorCode::TooBig)
+        );
+        if blamed && !self.connection.is_autocommit() {
+            return RowFailure::Refused(error.to_string());
+        }
+        let table = &self.shared.table;
+        let hint = if blamed { ": the table rolls whole transactions back (ON CONFLICT ROLLBACK)" } else { "" };
+        RowFailure::Unavailable(format!("cannot write to table {table}: {error}{hint}"))
+    }
+}
+
+fn insert_sql(table: &str, live: &LiveTable, present: &[usize]) -> String {
+    let columns: Vec<String> =
+        present.iter().map(|place| quoted(&live.columns[*place].name)).collect();
+    let marks = vec!["?"; present.len()].join(", ");
+    format!("INSERT INTO {} ({}) VALUES ({marks})", quoted(table), columns.join(", "))
+}
