@@ -33,7 +33,8 @@ use crate::record::{Position, RouteName, ShardKey, SinkName};
 
 /// The object by which `prepare` proves that the store can create without overwriting.
 const PROBE: &str = "conditional-create-probe.txt";
-const PROBE_TEXT: &str = "shardmill wrote this to learn whether the store refuses to overwrite it.\n";
+const PROBE_TEXT: &str =
+    "shardmill wrote this to learn whether the store refuses to overwrite it.\n";
 
 /// A sink of NDJSON objects.
 pub struct ObjectsSink {

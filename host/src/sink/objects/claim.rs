@@ -13,7 +13,6 @@
 //! A claim that is not the last one is complete: its successor was written after its data.
 
 use std::fmt;
-use std::sync::Arc;
 
 use futures::TryStreamExt;
 use object_store::ObjectStoreExt;
@@ -23,7 +22,7 @@ use uuid::Uuid;
 
 use super::store::{Created, Place};
 use crate::config::Compression;
-use crate::record::{Position, RouteName, ShardKey, text_newtype};
+use crate::record::{Position, RouteName, ShardKey};
 use crate::sink::SinkError;
 
 /// The folder under a sink's URL that holds all claim logs.
@@ -33,15 +32,26 @@ const LINK_VERSION: u32 = 1;
 /// How often an acquisition tries again because an earlier owner keeps appending.
 const FENCE_ATTEMPTS_MAX: u32 = 100;
 
-text_newtype! {
-    /// Who owns a shard: one id per acquisition, 32 hex digits.
-    OwnerId
-}
+/// Who owns a shard: one id per acquisition, 32 hex digits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(super) struct OwnerId(String);
 
 impl OwnerId {
     /// An id that no one else has.
     pub(super) fn random() -> Self {
-        Self::new(Uuid::new_v4().simple().to_string())
+        Self(Uuid::new_v4().simple().to_string())
+    }
+
+    /// The id's digits.
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for OwnerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
     }
 }
 

@@ -194,7 +194,9 @@ fn configure<Builder, Key: FromStr>(
     for (name, value) in options {
         let lower = name.to_ascii_lowercase();
         let key = lower.parse().map_err(|_| {
-            format!("option {name:?} is not known to this store; see object_store's configuration keys")
+            format!(
+                "option {name:?} is not known to this store; see object_store's configuration keys"
+            )
         })?;
         if lower.ends_with("endpoint") && value.starts_with("http://") {
             builder = set(builder, client_key(ClientConfigKey::AllowHttp), "true".into());
@@ -205,11 +207,7 @@ fn configure<Builder, Key: FromStr>(
 }
 
 fn retry() -> RetryConfig {
-    RetryConfig {
-        max_retries: RETRIES_MAX,
-        retry_timeout: RETRY_TIMEOUT,
-        ..RetryConfig::default()
-    }
+    RetryConfig { max_retries: RETRIES_MAX, retry_timeout: RETRY_TIMEOUT, ..RetryConfig::default() }
 }
 
 /// The URL without what could be a secret.
@@ -218,7 +216,7 @@ fn shown(url: &Url) -> String {
     url.set_query(None);
     if url.password().is_some() {
         // Fails only on URLs that cannot have a password.
-        drop(url.set_password(None));
+        let _ = url.set_password(None);
     }
     url.to_string()
 }

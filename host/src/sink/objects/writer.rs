@@ -184,11 +184,7 @@ impl ObjectsWriter {
     }
 
     /// Compares what was made now with what an earlier owner promised.
-    async fn check_content(
-        &self,
-        promised: &Unfinished,
-        bodies: &[Body],
-    ) -> Result<(), SinkError> {
+    async fn check_content(&self, promised: &Unfinished, bodies: &[Body]) -> Result<(), SinkError> {
         let data = &promised.claim.data;
         if !data.iter().map(|data| &data.route).eq(bodies.iter().map(|body| &body.route)) {
             let due = data.iter().map(|data| data.route.as_str()).collect::<Vec<_>>();

@@ -88,7 +88,11 @@ impl Template {
     }
 
     /// Appends the line of a row, without a line end.
-    pub(super) fn render(&self, context: &RowContext<'_>, line: &mut Vec<u8>) -> Result<(), String> {
+    pub(super) fn render(
+        &self,
+        context: &RowContext<'_>,
+        line: &mut Vec<u8>,
+    ) -> Result<(), String> {
         let row = context.row;
         let payload = if self.reads_payload() { parse_payload(&row.payload)? } else { Value::Null };
         for part in &self.parts {
