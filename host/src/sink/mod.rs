@@ -7,6 +7,7 @@
 
 pub mod budget;
 pub mod delivery;
+pub mod line;
 pub mod objects;
 pub mod postgres;
 mod refusals;

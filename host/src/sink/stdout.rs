@@ -1,44 +1,79 @@
-//! Standard output: one line per row, at least once.
+//! Rows as lines of text on standard output; at least once.
 //!
-//! A terminal keeps no position, so the host keeps it; after a crash, up to a second's rows may be
-//! printed again.
+//! The sink keeps no position: a line that is printed cannot be taken back, and after a crash the
+//! lines since the host's last checkpoint come again. It prints to whatever writer it is given.
 
-use std::io::Write;
-use std::sync::{Arc, Mutex, PoisonError};
+mod template;
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use async_trait::async_trait;
 
-use super::{Acquired, BoundRoute, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};
-use crate::record::{Position, Row, ShardKey, SinkName};
+pub use self::template::TemplateError;
+use self::template::{RowContext, Template};
+use super::line::{LINE_MEDIA_TYPES, LineFormat};
+use super::{
+    Acquired, BoundRoute, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
+};
+use crate::record::{Position, RouteName, Row, ShardId, ShardKey, SinkName};
 
-/// Where the lines go.
-pub type Output = Arc<Mutex<dyn Write + Send>>;
+/// An output that several writers share; a commit's lines are written under one lock.
+pub type SharedOutput = Arc<Mutex<dyn Write + Send>>;
 
-/// Prints rows.
+/// A sink of lines.
 pub struct StdoutSink {
     name: SinkName,
     template: Option<Arc<Template>>,
-    output: Output,
+    output: SharedOutput,
+    formats: RwLock<HashMap<RouteName, LineFormat>>,
 }
 
 impl StdoutSink {
-    /// Prints on standard output, as the template says; without one the payload as it is.
+    /// A sink on the process's standard output; see [`StdoutSink::to`].
     ///
     /// # Errors
-    /// A template that cannot be read, and where.
-    pub fn new(name: SinkName, template: Option<&str>) -> anyhow::Result<Self> {
-        Self::to(name, template, Arc::new(Mutex::new(std::io::stdout())))
+    /// A malformed template, with the place.
+    pub fn new(name: SinkName, template: Option<&str>) -> Result<Self, TemplateError> {
+        Self::to(name, template, Arc::new(Mutex::new(io::stdout())))
     }
 
-    /// Prints elsewhere.
+    /// A sink that prints each row's payload, or what a template makes of it:
+    /// `{field}` or `{outer.inner}` is a field of the JSON payload; `{shard}`, `{sequence}`,
+    /// `{key}` and `{route}` say where the row comes from (`{.shard}` is the payload's field of
+    /// that name); `{{` and `}}` are braces.
     ///
     /// # Errors
-    /// A template that cannot be read, and where.
-    pub fn to(name: SinkName, template: Option<&str>, output: Output) -> anyhow::Result<Self> {
-        let template = template.map(Template::parse).transpose();
-        let template =
-            template.map_err(|error| anyhow::anyhow!("sink {name}: template: {error}"))?;
-        Ok(Self { name, template: template.map(Arc::new), output })
+    /// A malformed template, with the place.
+    pub fn to(
+        name: SinkName,
+        template: Option<&str>,
+        output: SharedOutput,
+    ) -> Result<Self, TemplateError> {
+        let template = template.map(Template::parse).transpose()?.map(Arc::new);
+        Ok(Self { name, template, output, formats: RwLock::default() })
+    }
+
+    fn check_route(&self, route: &BoundRoute) -> Result<(RouteName, LineFormat), SinkError> {
+        let needs_json = self.template.as_ref().is_some_and(|template| template.reads_payload());
+        let (takes, way_out) = if needs_json {
+            ("application/json, whose fields its template names", "bind a route that carries JSON")
+        } else {
+            (LINE_MEDIA_TYPES, "add a stage that makes text of it")
+        };
+        match LineFormat::of_media_type(&route.format) {
+            Some(format) if !needs_json || format == LineFormat::Json => {
+                Ok((route.name.clone(), format))
+            }
+            _ => Err(SinkError::Unavailable {
+                sink: self.name.clone(),
+                cause: format!(
+                    "route {} carries {}, this stdout sink takes {takes}: {way_out}",
+                    route.name, route.format
+                ),
+            }),
+        }
     }
 }
 
@@ -48,15 +83,23 @@ impl Sink for StdoutSink {
         &self.name
     }
 
-    async fn prepare(&self, _routes: &[BoundRoute]) -> Result<(), SinkError> {
+    async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
+        let checked = routes.iter().map(|route| self.check_route(route));
+        let formats = checked.collect::<Result<HashMap<_, _>, _>>()?;
+        self.formats.write().unwrap_or_else(PoisonError::into_inner).extend(formats);
         Ok(())
     }
 
-    async fn acquire(&self, _shard: &ShardKey) -> Result<Acquired, SinkError> {
+    async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
+        let formats = self.formats.read().unwrap_or_else(PoisonError::into_inner).clone();
         let writer = StdoutWriter {
-            name: self.name.clone(),
-            template: self.template.clone(),
-            output: self.output.clone(),
+            sink: self.name.clone(),
+            printer: Arc::new(Printer {
+                shard: shard.shard.clone(),
+                template: self.template.clone(),
+                formats,
+            }),
+            output: Arc::clone(&self.output),
         };
         Ok(Acquired {
             writer: Box::new(writer),
@@ -72,9 +115,31 @@ impl Sink for StdoutSink {
 }
 
 struct StdoutWriter {
-    name: SinkName,
-    template: Option<Arc<Template>>,
-    output: Output,
+    sink: SinkName,
+    printer: Arc<Printer>,
+    output: SharedOutput,
+}
+
+impl StdoutWriter {
+    /// Runs work off the async threads: a reader of our output may be slow.
+    async fn off_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> Result<T, SinkError> {
+        let error = match tokio::task::spawn_blocking(work).await {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(error)) => error,
+            Err(error) => io::Error::other(error),
+        };
+        let way_out = match error.kind() {
+            io::ErrorKind::BrokenPipe => ": whoever read it is gone; start anew with a reader",
+            _ => "",
+        };
+        Err(SinkError::Unavailable {
+            sink: self.sink.clone(),
+            cause: format!("cannot print lines to standard output: {error}{way_out}"),
+        })
+    }
 }
 
 #[async_trait]
@@ -82,133 +147,64 @@ impl SinkWriter for StdoutWriter {
     async fn commit(
         &mut self,
         commit: &Commit,
-        _refusals: &dyn RefusalLog,
+        refusals: &dyn RefusalLog,
     ) -> Result<Committed, SinkError> {
-        let mut lines = Vec::new();
-        for row in &commit.rows {
-            match &self.template {
-                Some(template) => template.write(row, &mut lines),
-                None => lines.extend_from_slice(&row.payload),
-            }
-            lines.push(b'\n');
+        if commit.rows.is_empty() {
+            return Ok(Committed::default());
         }
-        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
-        output.write_all(&lines).and_then(|()| output.flush()).map_err(|cause| {
-            SinkError::Unavailable {
-                sink: self.name.clone(),
-                cause: format!("failed to print: {cause}"),
-            }
-        })?;
-        Ok(Committed {
-            rows_written: commit.rows.len() as u64,
-            rows_refused: 0,
-            bytes_written: lines.len() as u64,
+        let (printer, rows) = (Arc::clone(&self.printer), commit.rows.clone());
+        let printed = self.off_thread(move || Ok(printer.lines(&rows))).await?;
+        if !printed.refusals.is_empty() {
+            refusals.hold(commit, &printed.refusals).await?;
+        }
+        let rows_refused = printed.refusals.len() as u64;
+        let bytes_written = printed.text.len() as u64;
+        let output = Arc::clone(&self.output);
+        self.off_thread(move || {
+            let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+            output.write_all(&printed.text)?;
+            output.flush()
         })
+        .await?;
+        let rows_written = commit.rows.len() as u64 - rows_refused;
+        Ok(Committed { rows_written, rows_refused, bytes_written })
     }
 }
 
-/// A line with `{field}`s.
-#[derive(Debug, PartialEq, Eq)]
-struct Template(Vec<Part>);
-
-#[derive(Debug, PartialEq, Eq)]
-enum Part {
-    Text(String),
-    Shard,
-    Sequence,
-    Key,
-    Route,
-    /// A field of the JSON payload, by its path.
-    Field(Vec<String>),
+/// Makes lines of one shard's rows.
+struct Printer {
+    shard: ShardId,
+    template: Option<Arc<Template>>,
+    formats: HashMap<RouteName, LineFormat>,
 }
 
-impl Template {
-    /// Reads `text {name} {{literal}}`.
-    fn parse(text: &str) -> Result<Self, String> {
-        let mut parts = Vec::new();
-        let mut literal = String::new();
-        let mut characters = text.char_indices().peekable();
-        while let Some((at, character)) = characters.next() {
-            match character {
-                '{' | '}' if characters.next_if(|(_, next)| *next == character).is_some() => {
-                    literal.push(character);
-                }
-                '{' => {
-                    let name: String =
-                        characters.by_ref().map(|(_, c)| c).take_while(|c| *c != '}').collect();
-                    if name.is_empty() || !text[at..].contains('}') {
-                        return Err(format!("character {at}: `{{` begins a field `{{name}}`; write `{{{{` for the brace"));
-                    }
-                    parts.push(Part::Text(std::mem::take(&mut literal)));
-                    parts.push(Part::named(&name));
-                }
-                '}' => {
-                    return Err(format!("character {at}: `}}` ends no field; write `}}}}` for the brace"));
-                }
-                other => literal.push(other),
-            }
-        }
-        parts.push(Part::Text(literal));
-        Ok(Self(parts))
-    }
+struct Printed {
+    text: Vec<u8>,
+    refusals: Vec<Refusal>,
+}
 
-    fn write(&self, row: &Row, line: &mut Vec<u8>) {
-        let payload: Option<serde_json::Value> = match self.0.iter().any(|part| matches!(part, Part::Field(_))) {
-            true => serde_json::from_slice(&row.payload).ok(),
-            false => None,
-        };
-        for part in &self.0 {
-            match part {
-                Part::Text(text) => line.extend_from_slice(text.as_bytes()),
-                Part::Shard => line.extend_from_slice(row.batch.shard.shard.as_str().as_bytes()),
-                Part::Sequence => line.extend_from_slice(row.position().to_string().as_bytes()),
-                Part::Key => line.extend_from_slice(&row.key),
-                Part::Route => line.extend_from_slice(row.route.as_str().as_bytes()),
-                Part::Field(path) => {
-                    let field = path.iter().try_fold(payload.as_ref(), |value, step| {
-                        value.map(|value| value.get(step))
-                    });
-                    match field.flatten() {
-                        Some(serde_json::Value::String(text)) => {
-                            line.extend_from_slice(text.as_bytes());
-                        }
-                        Some(value) => line.extend_from_slice(value.to_string().as_bytes()),
-                        None => {}
-                    }
+impl Printer {
+    fn lines(&self, rows: &[Row]) -> Printed {
+        let mut printed = Printed { text: Vec::new(), refusals: Vec::new() };
+        for (index, row) in rows.iter().enumerate() {
+            let begun = printed.text.len();
+            match self.line(row, &mut printed.text) {
+                Ok(()) => printed.text.push(b'\n'),
+                Err(reason) => {
+                    printed.text.truncate(begun);
+                    printed.refusals.push(Refusal { row: index, reason });
                 }
             }
         }
+        printed
     }
-}
 
-impl Part {
-    fn named(name: &str) -> Self {
-        match name {
-            "shard" => Self::Shard,
-            "sequence" => Self::Sequence,
-            "key" => Self::Key,
-            "route" => Self::Route,
-            path => Self::Field(path.split('.').map(str::to_owned).collect()),
+    fn line(&self, row: &Row, text: &mut Vec<u8>) -> Result<(), String> {
+        if let Some(template) = &self.template {
+            return template.render(&RowContext { shard: &self.shard, row }, text);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn braces_are_fields_or_doubled() {
-        let template = Template::parse("a {shard} {{b}} {x.y}").expect("sound");
-        let text = |text: &str| Part::Text(text.into());
-        let path = Part::Field(vec!["x".into(), "y".into()]);
-        assert_eq!(template.0, [text("a "), Part::Shard, text(" {b} "), path, text("")]);
-    }
-
-    #[test]
-    fn a_brace_alone_is_refused() {
-        for text in ["{", "a {b", "}", "{}"] {
-            assert!(Template::parse(text).is_err(), "{text}");
-        }
+        let format = self.formats.get(&row.route).copied().unwrap_or(LineFormat::Text);
+        text.extend_from_slice(&format.line(&row.payload)?);
+        Ok(())
     }
 }

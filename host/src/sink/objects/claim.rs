@@ -1,230 +1,372 @@
-//! The claim log of one sink and shard: links numbered from 1, each created once.
+//! The claim log of one shard: links that are written once, in order, and never altered.
 //!
-//! `_shardmill/<pipeline>/<sink>/<stream>/<shard>/<link, 12 digits>.json`
+//! A link says who owns the shard from here on and, when it is a claim, which data its owner is
+//! about to write. This module knows how links are stored, found and appended; what they mean for
+//! a commit is the writer's part.
+//!
+//! | the last claim | its data | the sink's position |
+//! |---|---|---|
+//! | none | | none, or what the fences carry |
+//! | `(from, to]` | complete (or none promised) | `to` |
+//! | `(from, to]` | an object is missing | `from`; `(from, to]` is to be produced again |
+//!
+//! A claim that is not the last one is complete: its successor was written after its data.
 
-use std::sync::Arc;
+use std::fmt;
 
+use futures::TryStreamExt;
+use object_store::ObjectStoreExt;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
-use super::encode::Encoded;
-use crate::record::{Position, ShardKey, SinkName};
-use crate::sink::Commit;
+use super::store::{Created, Place};
+use crate::config::Compression;
+use crate::record::{Position, RouteName, ShardKey};
+use crate::sink::SinkError;
 
-/// The claim's format.
-const VERSION: u32 = 1;
-/// How often a create that was answered by a conflict, with nothing there, is tried again.
-const CONFLICT_RETRIES_MAX: u32 = 10;
+/// The folder under a sink's URL that holds all claim logs.
+pub(super) const LOG_FOLDER: &str = "_shardmill";
+/// The version of the link format that this code writes, and the newest that it reads.
+const LINK_VERSION: u32 = 1;
+/// How often an acquisition tries again because an earlier owner keeps appending.
+const FENCE_ATTEMPTS_MAX: u32 = 100;
 
-/// One link: what is promised, by whom.
+/// Who owns a shard: one id per acquisition, 32 hex digits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Claim {
-    /// The format.
-    pub version: u32,
-    /// Its number, from 1.
-    pub link: u64,
-    /// Exclusive; null: before everything.
-    pub from: Option<Position>,
-    /// Inclusive; null only before the first record.
-    pub to: Option<Position>,
-    /// The generation that made the rows; empty for a fence.
-    pub generation: String,
-    /// Who claims: another for each acquisition.
-    pub owner: String,
-    /// The objects; none: a fence, or a span without rows.
-    pub data: Vec<DataObject>,
-}
+#[serde(transparent)]
+pub(super) struct OwnerId(String);
 
-/// One object of a claim.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DataObject {
-    /// Below the sink's URL.
-    pub key: String,
-    /// The route of its rows.
-    pub route: String,
-    /// How many.
-    pub rows: u64,
-    /// Its size, compressed.
-    pub bytes: u64,
-}
+impl OwnerId {
+    /// An id that no one else has.
+    pub(super) fn random() -> Self {
+        Self(Uuid::new_v4().simple().to_string())
+    }
 
-impl Claim {
-    /// The claim of a commit.
-    pub fn new(
-        link: u64,
-        owner: &str,
-        commit: &Commit,
-        encoded: &[Encoded],
-        shard: &ShardKey,
-    ) -> Self {
-        let data = encoded.iter().map(|object| DataObject {
-            key: format!(
-                "{}/{}/{}/{link:012}.{}",
-                object.route, shard.stream.name, shard.shard, object.extension
-            ),
-            route: object.route.to_string(),
-            rows: object.rows,
-            bytes: object.bytes.len() as u64,
-        });
-        Self {
-            version: VERSION,
-            link,
-            from: commit.span.from_exclusive.clone(),
-            to: Some(commit.span.to_inclusive.clone()),
-            generation: commit.generation.to_string(),
-            owner: owner.into(),
-            data: data.collect(),
-        }
+    /// The id's digits.
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
     }
 }
 
-/// What became of an attempt to claim.
-pub enum Claimed {
-    /// The link is ours.
+impl fmt::Display for OwnerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One link of a log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Link {
+    /// The format's version.
+    pub(super) version: u32,
+    /// The link's number, from 1, without gaps.
+    pub(super) link: u64,
+    /// Who wrote it: one id per acquisition.
+    pub(super) owner: OwnerId,
+    /// Where the log stood before, exclusive; null: before everything.
+    pub(super) from: Option<Position>,
+    /// Where it stands from here on, inclusive; a fence repeats `from`.
+    pub(super) to: Option<Position>,
+    /// On a fence: the number of the last claim before it.
+    pub(super) last_claim: Option<u64>,
+    /// What the owner is about to write; null: a fence, written on acquiring the shard.
+    pub(super) claim: Option<Claim>,
+}
+
+/// A promise to write data under keys that nobody else writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Claim {
+    /// The generation (stages, digests, configuration) that makes the rows.
+    pub(super) generation: String,
+    /// How the data is compressed.
+    pub(super) compression: Compression,
+    /// The objects, by route name; empty: the span has no rows.
+    pub(super) data: Vec<Data>,
+}
+
+/// One promised object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Data {
+    /// The route whose rows it holds.
+    pub(super) route: RouteName,
+    /// Its key under the sink's URL.
+    pub(super) key: String,
+    /// How many rows it holds.
+    pub(super) rows: u64,
+    /// The length of its lines before compression.
+    pub(super) line_bytes: u64,
+    /// The SHA-256 of its lines before compression, in hex.
+    pub(super) sha256: String,
+}
+
+/// What became of an append.
+#[derive(Debug)]
+pub(super) enum Appended {
+    /// The link is in the log, by this call or by an earlier one whose reply was lost.
     Ours,
-    /// It is another's.
-    Taken(Claim),
+    /// Its number belongs to another link.
+    Taken(Box<Link>),
 }
 
-/// A shard taken over.
-pub struct Fence {
-    /// The number of our empty link.
-    pub link: u64,
-    /// Our empty link.
-    pub claim: Claim,
-    /// The last link before it that promises data.
-    pub last_data_claim: Option<Claim>,
+/// Where a log stands.
+#[derive(Debug)]
+pub(super) struct Standing {
+    /// The last position up to which all data exists.
+    pub(super) position: Option<Position>,
+    /// The claim after that position whose data is not complete.
+    pub(super) unfinished: Option<Unfinished>,
 }
 
-/// The log.
-pub struct ClaimLog {
-    store: Arc<dyn ObjectStore>,
-    folder: String,
+/// A claim whose data is not complete.
+#[derive(Clone, Debug)]
+pub(super) struct Unfinished {
+    /// The claim's link number.
+    pub(super) link: u64,
+    /// The start of its span, exclusive.
+    pub(super) from: Option<Position>,
+    /// The end of its span, inclusive.
+    pub(super) to: Position,
+    /// What it promised.
+    pub(super) claim: Claim,
+}
+
+/// The claim log of one shard.
+#[derive(Clone, Debug)]
+pub(super) struct ClaimLog {
+    place: Place,
+    folder: Vec<String>,
 }
 
 impl ClaimLog {
-    /// The log of a sink and shard.
-    pub fn new(store: Arc<dyn ObjectStore>, sink: &SinkName, shard: &ShardKey) -> Self {
-        let stream = format!("{}@{}", shard.stream.name, shard.stream.created_ms);
-        let folder = format!("_shardmill/{}/{sink}/{stream}/{}", shard.pipeline, shard.shard);
-        Self { store, folder }
+    /// The log of a shard; touches nothing.
+    pub(super) fn new(place: Place, shard: &ShardKey) -> Self {
+        let folder = vec![
+            LOG_FOLDER.into(),
+            shard.pipeline.as_str().into(),
+            place.sink.as_str().into(),
+            format!("{}@{}", shard.stream.name, shard.stream.created_ms),
+            shard.shard.as_str().into(),
+        ];
+        Self { place, folder }
     }
 
-    fn path(&self, link: u64) -> Path {
-        Path::from(format!("{}/{link:012}.json", self.folder))
-    }
-
-    /// Claims the link, if it is not there.
-    pub async fn create(&self, claim: &Claim) -> object_store::Result<Claimed> {
-        let path = self.path(claim.link);
-        let json = serde_json::to_vec(claim).map_err(generic)?;
-        for _ in 0..CONFLICT_RETRIES_MAX {
-            let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-            match self.store.put_opts(&path, json.clone().into(), options).await {
-                Ok(_) => return Ok(Claimed::Ours),
-                Err(object_store::Error::AlreadyExists { .. }) => {}
-                Err(error) => return Err(error),
-            }
-            match self.read(claim.link).await? {
-                // Our own: the reply to an earlier try was lost.
-                Some(found) if found == *claim => return Ok(Claimed::Ours),
-                Some(found) => return Ok(Claimed::Taken(found)),
-                // A conflict with another request (S3's 409) reads as "exists": nothing is there.
-                None => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
-            }
+    /// The last link; `None`: the log is empty. Another owner may append while we look: the
+    /// answer was the last link at some moment since the call.
+    pub(super) async fn last(&self) -> Result<Option<Link>, SinkError> {
+        let mut number = self.gallop(0).await?;
+        // Links are never deleted by us, but a bucket may have a rule that expires old objects: a
+        // search that trusts every number to be there would then end too early.
+        while let Some(later) = self.newest_after(number).await? {
+            number = self.gallop(later).await?;
         }
-        Err(generic(format!("{path} conflicts, but is not there")))
+        if number == 0 {
+            return Ok(None);
+        }
+        self.read(number).await?.map(Some).ok_or_else(|| self.gone(number, "it was there just now"))
     }
 
-    /// Claims an empty link behind the last: from here on no earlier owner can claim.
-    pub async fn fence(&self, owner: &str) -> object_store::Result<Fence> {
-        loop {
-            let last = self.last().await?;
-            let (link, to, last_data_claim) = match last {
-                Some((link, claim, data)) => (link + 1, claim.to, data),
-                None => (1, None, None),
-            };
-            let claim = Claim {
-                version: VERSION,
-                link,
-                from: to.clone(),
-                to,
-                generation: String::new(),
-                owner: owner.into(),
-                data: Vec::new(),
-            };
-            match self.create(&claim).await? {
-                Claimed::Ours => return Ok(Fence { link, claim, last_data_claim }),
-                // An earlier owner was quicker: look again.
-                Claimed::Taken(_) => {}
+    /// Appends a fence after the last link: from here on no earlier owner can claim.
+    pub(super) async fn fence(&self, owner: &OwnerId) -> Result<Link, SinkError> {
+        let mut last = self.last().await?;
+        for _ in 0..FENCE_ATTEMPTS_MAX {
+            let fence = fence_after(last.as_ref(), owner);
+            match self.append(&fence).await? {
+                Appended::Ours => return Ok(fence),
+                Appended::Taken(_) => last = self.last().await?,
             }
         }
+        Err(self.place.unavailable(format!(
+            "cannot take over {} in {}: another owner has appended {FENCE_ATTEMPTS_MAX} times \
+             meanwhile; stop the other process",
+            self.folder_path(),
+            self.place.url
+        )))
     }
 
-    /// The last link, and the last one that promises data (itself, perhaps).
-    pub async fn last(&self) -> object_store::Result<Option<(u64, Claim, Option<Claim>)>> {
-        let Some(link) = self.last_link().await? else { return Ok(None) };
-        let claim = self.due(link).await?;
-        let mut data_claim = claim.clone();
-        while data_claim.data.is_empty() && data_claim.link > 1 {
-            // A span without rows was committed after all data before it was written.
-            if data_claim.from != data_claim.to {
-                return Ok(Some((link, claim, None)));
-            }
-            data_claim = self.due(data_claim.link - 1).await?;
+    /// Writes a link under its number, unless the number is taken.
+    pub(super) async fn append(&self, link: &Link) -> Result<Appended, SinkError> {
+        let json = serde_json::to_vec_pretty(link)
+            .map_err(|error| self.place.unavailable(format!("cannot write a link: {error}")))?;
+        if self.place.create(&self.path(link.link), json).await? == Created::New {
+            return Ok(Appended::Ours);
         }
-        let data_claim = Some(data_claim).filter(|claim| !claim.data.is_empty());
-        Ok(Some((link, claim, data_claim)))
-    }
-
-    /// The number of the last link. Links have no gaps: doubling, then halving, finds the end.
-    async fn last_link(&self) -> object_store::Result<Option<u64>> {
-        let (mut there, mut missing) = (0, 1);
-        while self.exists(missing).await? {
-            there = missing;
-            missing *= 2;
-        }
-        while missing - there > 1 {
-            let middle = there + (missing - there) / 2;
-            match self.exists(middle).await? {
-                true => there = middle,
-                false => missing = middle,
-            }
-        }
-        Ok(Some(there).filter(|link| *link > 0))
-    }
-
-    async fn exists(&self, link: u64) -> object_store::Result<bool> {
-        match self.store.head(&self.path(link)).await {
-            Ok(_) => Ok(true),
-            Err(object_store::Error::NotFound { .. }) => Ok(false),
-            Err(error) => Err(error),
+        match self.read(link.link).await? {
+            Some(found) if found == *link => Ok(Appended::Ours),
+            Some(found) => Ok(Appended::Taken(Box::new(found))),
+            None => Err(self.gone(link.link, "it was there just now")),
         }
     }
 
-    async fn read(&self, link: u64) -> object_store::Result<Option<Claim>> {
-        let path = self.path(link);
-        let bytes = match self.store.get(&path).await {
-            Ok(found) => found.bytes().await?,
-            Err(object_store::Error::NotFound { .. }) => return Ok(None),
-            Err(error) => return Err(error),
+    /// Where the log stands after a link.
+    pub(super) async fn standing(&self, last: &Link) -> Result<Standing, SinkError> {
+        let Some(unfinished) = self.last_claim(last).await? else {
+            return Ok(Standing { position: last.to.clone(), unfinished: None });
         };
-        let claim: Claim = serde_json::from_slice(&bytes)
-            .map_err(|error| generic(format!("{path} is no claim: {error}")))?;
-        if claim.version != VERSION {
-            let cause = format!("{path} has version {}, this host writes {VERSION}", claim.version);
-            return Err(generic(cause));
+        for data in &unfinished.claim.data {
+            if !self.place.exists(&self.data_path(&data.key)?).await? {
+                let position = unfinished.from.clone();
+                return Ok(Standing { position, unfinished: Some(unfinished) });
+            }
         }
-        Ok(Some(claim))
+        Ok(Standing { position: Some(unfinished.to), unfinished: None })
     }
 
-    async fn due(&self, link: u64) -> object_store::Result<Claim> {
-        let gone = || generic(format!("{} is gone from the claim log", self.path(link)));
-        self.read(link).await?.ok_or_else(gone)
+    /// The path of a data key.
+    pub(super) fn data_path(&self, key: &str) -> Result<Path, SinkError> {
+        let key = Path::parse(key).map_err(|error| {
+            self.place.unavailable(format!(
+                "a link in {} names a key that is no path: {error}",
+                self.folder_path()
+            ))
+        })?;
+        Ok(key.parts().fold(self.place.prefix.clone(), |path, part| path.join(part)))
+    }
+
+    /// The last claim up to a link: its own, or the one that a fence points at.
+    async fn last_claim(&self, last: &Link) -> Result<Option<Unfinished>, SinkError> {
+        if last.claim.is_some() {
+            return self.as_claim(last.clone()).map(Some);
+        }
+        let Some(number) = last.last_claim else { return Ok(None) };
+        let Some(link) = self.read(number).await? else {
+            return Err(self.gone(number, &format!("link {} points at it", last.link)));
+        };
+        self.as_claim(link).map(Some)
+    }
+
+    fn as_claim(&self, link: Link) -> Result<Unfinished, SinkError> {
+        match (link.to, link.claim) {
+            (Some(to), Some(claim)) => {
+                Ok(Unfinished { link: link.link, from: link.from, to, claim })
+            }
+            _ => Err(self.damaged(link.link, "it is no claim with an end")),
+        }
+    }
+
+    async fn read(&self, number: u64) -> Result<Option<Link>, SinkError> {
+        let path = self.path(number);
+        let bytes = match self.place.store.get(&path).await {
+            Ok(found) => found.bytes().await,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => Err(error),
+        };
+        let bytes = bytes.map_err(|error| self.place.failed("read", &path, &error))?;
+        let link: Link = serde_json::from_slice(&bytes)
+            .map_err(|error| self.damaged(number, &error.to_string()))?;
+        if link.version > LINK_VERSION {
+            return Err(self.place.unavailable(format!(
+                "{path} in {} has format {}, this shardmill reads up to {LINK_VERSION}: run the \
+                 newer one",
+                self.place.url, link.version
+            )));
+        }
+        if link.link != number {
+            return Err(self.damaged(number, &format!("it says that it is link {}", link.link)));
+        }
+        Ok(Some(link))
+    }
+
+    /// The last number of the unbroken run that starts after `present`, in O(log n) look-ups.
+    async fn gallop(&self, present: u64) -> Result<u64, SinkError> {
+        let (mut low, mut step) = (present, 1);
+        while self.has(low + step).await? {
+            low += step;
+            step *= 2;
+        }
+        let mut high = low + step;
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if self.has(middle).await? {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        Ok(low)
+    }
+
+    async fn has(&self, number: u64) -> Result<bool, SinkError> {
+        self.place.exists(&self.path(number)).await
+    }
+
+    /// The highest link number above `number`, by listing.
+    async fn newest_after(&self, number: u64) -> Result<Option<u64>, SinkError> {
+        let folder = self.folder_path();
+        let mut listing = self.place.store.list_with_offset(Some(&folder), &self.path(number));
+        let mut newest = None;
+        loop {
+            match listing.try_next().await {
+                Ok(Some(object)) => newest = newest.max(link_number(&object.location)),
+                Ok(None) => return Ok(newest.filter(|newest| *newest > number)),
+                Err(error) => return Err(self.place.failed("list", &folder, &error)),
+            }
+        }
+    }
+
+    fn path(&self, number: u64) -> Path {
+        self.folder_path().join(format!("{number:012}.json"))
+    }
+
+    fn folder_path(&self) -> Path {
+        self.place.path(self.folder.iter().map(String::as_str))
+    }
+
+    fn gone(&self, number: u64, why: &str) -> SinkError {
+        self.place.unavailable(format!(
+            "{} in {} is gone ({why}): restore it, or delete the folder of this shard's log to \
+             start at the checkpoint",
+            self.path(number),
+            self.place.url
+        ))
+    }
+
+    fn damaged(&self, number: u64, why: &str) -> SinkError {
+        self.place.unavailable(format!(
+            "{} in {} is damaged: {why}; restore it",
+            self.path(number),
+            self.place.url
+        ))
     }
 }
 
-fn generic(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> object_store::Error {
-    object_store::Error::Generic { store: "claim log", source: source.into() }
+impl Link {
+    /// The link that claims `(from, to]`.
+    pub(super) fn claim(
+        number: u64,
+        owner: OwnerId,
+        from: Option<Position>,
+        to: Position,
+        claim: Claim,
+    ) -> Self {
+        Self {
+            version: LINK_VERSION,
+            link: number,
+            owner,
+            from,
+            to: Some(to),
+            last_claim: None,
+            claim: Some(claim),
+        }
+    }
+}
+
+fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
+    let to = last.and_then(|last| last.to.clone());
+    Link {
+        version: LINK_VERSION,
+        link: last.map_or(0, |last| last.link) + 1,
+        owner: owner.clone(),
+        from: to.clone(),
+        to,
+        last_claim: last.and_then(|last| match last.claim {
+            Some(_) => Some(last.link),
+            None => last.last_claim,
+        }),
+        claim: None,
+    }
+}
+
+fn link_number(path: &Path) -> Option<u64> {
+    path.filename()?.strip_suffix(".json")?.parse().ok()
 }

@@ -1,0 +1,222 @@
+//! From a URL to a store: `file://`, `s3://`, `gs://`, `az://`, and what goes wrong there in words.
+//!
+//! Options come from the pipeline file and win over the environment (`AWS_…`, `GOOGLE_…`,
+//! `AZURE_…`); an option that the store does not know is an error, never ignored.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{
+    ClientConfigKey, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutPayload,
+    RetryConfig,
+};
+use url::Url;
+
+use crate::record::SinkName;
+use crate::sink::SinkError;
+
+/// One request may take this long: a large object on a slow line. Override with `timeout`.
+const REQUEST_TIMEOUT: &str = "120 seconds";
+/// Retries inside one request are few: the delivery backs off where it can be seen.
+const RETRIES_MAX: usize = 3;
+/// After this long a request is not retried any more.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
+/// S3 answers 409 while another conditional write of the same key is under way, and `object_store`
+/// reports that as "already exists": so often we look again before we give up.
+const CONFLICT_ATTEMPTS_MAX: u32 = 6;
+/// The first pause between two such attempts; it doubles each time.
+const CONFLICT_PAUSE: Duration = Duration::from_millis(20);
+
+/// A store, the place in it that belongs to a sink, and how to speak of both.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) sink: SinkName,
+    pub(super) store: Arc<dyn ObjectStore>,
+    pub(super) prefix: Path,
+    /// Names the place in error texts; holds no secret.
+    pub(super) url: Arc<str>,
+}
+
+/// What a conditional create found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Created {
+    /// The object is there and we wrote it.
+    New,
+    /// An object with that key was there before, by us or by another.
+    Exists,
+}
+
+impl Place {
+    /// Opens the store of a URL. Connects to nothing yet.
+    pub(super) fn open(
+        sink: SinkName,
+        url: &Url,
+        options: &BTreeMap<String, String>,
+    ) -> Result<Self, SinkError> {
+        let opened = open_store(url, options);
+        match opened {
+            Ok((store, prefix)) => Ok(Self { sink, store, prefix, url: shown(url).into() }),
+            Err(cause) => Err(SinkError::Unavailable {
+                sink,
+                cause: format!("cannot open {}: {cause}", shown(url)),
+            }),
+        }
+    }
+
+    /// The path of parts under the sink's prefix; each part is percent-encoded where needed.
+    pub(super) fn path<'a>(&self, parts: impl IntoIterator<Item = &'a str>) -> Path {
+        parts.into_iter().fold(self.prefix.clone(), |path, part| path.join(part))
+    }
+
+    /// Writes an object unless one with that key is there.
+    pub(super) async fn create(
+        &self,
+        path: &Path,
+        payload: impl Into<PutPayload>,
+    ) -> Result<Created, SinkError> {
+        let payload = payload.into();
+        let mut pause = CONFLICT_PAUSE;
+        for _ in 0..CONFLICT_ATTEMPTS_MAX {
+            let put = self.store.put_opts(path, payload.clone(), PutMode::Create.into()).await;
+            match put {
+                Ok(_) => return Ok(Created::New),
+                Err(object_store::Error::AlreadyExists { .. }) => {}
+                Err(error) => return Err(self.failed("write", path, &error)),
+            }
+            if self.exists(path).await? {
+                return Ok(Created::Exists);
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+        Err(self.unavailable(format!(
+            "cannot write {path} in {}: the store says that it exists, and that it does not; \
+             another writer may be busy with it",
+            self.url
+        )))
+    }
+
+    /// Whether an object is there.
+    pub(super) async fn exists(&self, path: &Path) -> Result<bool, SinkError> {
+        match self.store.head(path).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(self.failed("look up", path, &error)),
+        }
+    }
+
+    /// The error of a failed request, with a hint where the cause is a usual one.
+    pub(super) fn failed(
+        &self,
+        action: &str,
+        path: &Path,
+        error: &object_store::Error,
+    ) -> SinkError {
+        use object_store::Error::{NotFound, NotImplemented, PermissionDenied, Unauthenticated};
+        let way_out = match error {
+            PermissionDenied { .. } | Unauthenticated { .. } => {
+                "; the credentials must be allowed to get, put and list there"
+            }
+            NotFound { .. } => "; check that the bucket exists",
+            NotImplemented { .. } => "; the claim log needs conditional creation",
+            _ => "",
+        };
+        self.unavailable(format!("cannot {action} {path} in {}: {error}{way_out}", self.url))
+    }
+
+    /// An error of this sink.
+    pub(super) fn unavailable(&self, cause: impl Display) -> SinkError {
+        SinkError::Unavailable { sink: self.sink.clone(), cause: cause.to_string() }
+    }
+}
+
+fn open_store(
+    url: &Url,
+    options: &BTreeMap<String, String>,
+) -> Result<(Arc<dyn ObjectStore>, Path), String> {
+    crate::tls::install();
+    let (scheme, prefix) = ObjectStoreScheme::parse(url).map_err(|error| error.to_string())?;
+    let store: Arc<dyn ObjectStore> = match scheme {
+        ObjectStoreScheme::Local => return open_local(url, options),
+        ObjectStoreScheme::AmazonS3 => {
+            let builder = AmazonS3Builder::from_env().with_url(url.as_str()).with_retry(retry());
+            let set = AmazonS3Builder::with_config;
+            let builder = configure(builder, set, AmazonS3ConfigKey::Client, options)?;
+            Arc::new(builder.build().map_err(|error| error.to_string())?)
+        }
+        ObjectStoreScheme::GoogleCloudStorage => {
+            let builder =
+                GoogleCloudStorageBuilder::from_env().with_url(url.as_str()).with_retry(retry());
+            let set = GoogleCloudStorageBuilder::with_config;
+            let builder = configure(builder, set, GoogleConfigKey::Client, options)?;
+            Arc::new(builder.build().map_err(|error| error.to_string())?)
+        }
+        ObjectStoreScheme::MicrosoftAzure => {
+            let builder =
+                MicrosoftAzureBuilder::from_env().with_url(url.as_str()).with_retry(retry());
+            let set = MicrosoftAzureBuilder::with_config;
+            let builder = configure(builder, set, AzureConfigKey::Client, options)?;
+            Arc::new(builder.build().map_err(|error| error.to_string())?)
+        }
+        _ => return Err("the scheme must be file, s3, gs or az".into()),
+    };
+    Ok((store, prefix))
+}
+
+fn open_local(
+    url: &Url,
+    options: &BTreeMap<String, String>,
+) -> Result<(Arc<dyn ObjectStore>, Path), String> {
+    if let Some(name) = options.keys().next() {
+        return Err(format!("option {name:?} is not known: a folder takes no options"));
+    }
+    let folder = url.to_file_path().map_err(|()| "file:// and an absolute path are due")?;
+    let prefix = Path::from_absolute_path(&folder).map_err(|error| error.to_string())?;
+    Ok((Arc::new(LocalFileSystem::new().with_fsync(true)), prefix))
+}
+
+/// Sets our defaults, then each option; one that the store does not know is an error.
+fn configure<Builder, Key: FromStr>(
+    mut builder: Builder,
+    set: impl Fn(Builder, Key, String) -> Builder,
+    client_key: impl Fn(ClientConfigKey) -> Key,
+    options: &BTreeMap<String, String>,
+) -> Result<Builder, String> {
+    builder = set(builder, client_key(ClientConfigKey::Timeout), REQUEST_TIMEOUT.into());
+    for (name, value) in options {
+        let lower = name.to_ascii_lowercase();
+        let key = lower.parse().map_err(|_| {
+            format!(
+                "option {name:?} is not known to this store; see object_store's configuration keys"
+            )
+        })?;
+        if lower.ends_with("endpoint") && value.starts_with("http://") {
+            builder = set(builder, client_key(ClientConfigKey::AllowHttp), "true".into());
+        }
+        builder = set(builder, key, value.clone());
+    }
+    Ok(builder)
+}
+
+fn retry() -> RetryConfig {
+    RetryConfig { max_retries: RETRIES_MAX, retry_timeout: RETRY_TIMEOUT, ..RetryConfig::default() }
+}
+
+/// The URL without what could be a secret.
+fn shown(url: &Url) -> String {
+    let mut url = url.clone();
+    url.set_query(None);
+    if url.password().is_some() {
+        // Fails only on URLs that cannot have a password.
+        let _ = url.set_password(None);
+    }
+    url.to_string()
+}

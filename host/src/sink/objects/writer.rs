@@ -1,0 +1,297 @@
+//! One shard's commits: claim, write the data under the claimed keys, done.
+//!
+//! A commit can stop after any step and be tried again, by this writer or by the next owner: the
+//! claim and the objects are created, never overwritten, so each step finds what is there already.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
+
+use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished};
+use super::encode::{Body, Encoded, encode, extension};
+use super::store::Place;
+use crate::config::Compression;
+use crate::record::{Position, RouteName, Row, ShardKey};
+use crate::sink::line::LineFormat;
+use crate::sink::{Commit, Committed, RefusalLog, SinkError, SinkWriter};
+
+/// Objects of one commit that are written at the same time.
+const UPLOADS_MAX: usize = 4;
+/// Hex digits of the owner's id in an object's name: two logs that share a folder and a link
+/// number (other pipelines, a stream created again) then never share a key.
+const OWNER_DIGITS: usize = 12;
+
+/// What a sink's writers share.
+pub(super) struct Shared {
+    pub(super) place: Place,
+    pub(super) compression: Compression,
+    pub(super) formats: HashMap<RouteName, LineFormat>,
+}
+
+/// Commits one shard's rows as the owner of the last fence.
+pub(super) struct ObjectsWriter {
+    shared: Arc<Shared>,
+    shard: ShardKey,
+    log: ClaimLog,
+    owner: OwnerId,
+    last_link: u64,
+    position: Option<Position>,
+    unfinished: Option<Unfinished>,
+}
+
+impl ObjectsWriter {
+    /// A writer that goes on after its own fence.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        shard: ShardKey,
+        log: ClaimLog,
+        fence: &Link,
+        position: Option<Position>,
+        unfinished: Option<Unfinished>,
+    ) -> Self {
+        let (owner, last_link) = (fence.owner.clone(), fence.link);
+        Self { shared, shard, log, owner, last_link, position, unfinished }
+    }
+
+    /// Claims the commit's span and writes its data.
+    async fn claim_and_write(
+        &mut self,
+        commit: &Commit,
+        encoded: Encoded,
+    ) -> Result<Committed, SinkError> {
+        let refused = encoded.refusals.len();
+        let link = self.link_for(commit, &encoded.bodies);
+        match self.log.append(&link).await? {
+            Appended::Ours => {}
+            Appended::Taken(found) if found.owner == self.owner => {
+                return Err(self.promised_otherwise(&found));
+            }
+            Appended::Taken(found) => return Err(self.fenced(&found)),
+        }
+        let keys = link.claim.into_iter().flat_map(|claim| claim.data).map(|data| data.key);
+        let committed = self.write(keys.zip(encoded.bodies), refused).await?;
+        self.last_link = link.link;
+        Ok(committed)
+    }
+
+    /// Produces an earlier owner's claim again, under its keys.
+    async fn produce_again(
+        &self,
+        promised: &Unfinished,
+        encoded: Encoded,
+    ) -> Result<Committed, SinkError> {
+        let refused = encoded.refusals.len();
+        self.check_content(promised, &encoded.bodies).await?;
+        let keys = promised.claim.data.iter().map(|data| data.key.clone());
+        self.write(keys.zip(encoded.bodies), refused).await
+    }
+
+    async fn write(
+        &self,
+        objects: impl Iterator<Item = (String, Body)>,
+        refused: usize,
+    ) -> Result<Committed, SinkError> {
+        let mut committed = Committed { rows_refused: refused as u64, ..Committed::default() };
+        let mut puts = Vec::new();
+        for (key, body) in objects {
+            committed.rows_written += body.rows;
+            committed.bytes_written += body.bytes.len() as u64;
+            puts.push(self.put(self.log.data_path(&key)?, body.bytes));
+        }
+        futures::stream::iter(puts)
+            .buffer_unordered(UPLOADS_MAX)
+            .try_for_each(|()| async { Ok(()) })
+            .await?;
+        Ok(committed)
+    }
+
+    /// An object that is there already holds these rows: only owners of this claim know its key,
+    /// and they write what the same generation made of the same records.
+    async fn put(&self, path: Path, bytes: Bytes) -> Result<(), SinkError> {
+        self.shared.place.create(&path, bytes).await.map(drop)
+    }
+
+    fn link_for(&self, commit: &Commit, bodies: &[Body]) -> Link {
+        let number = self.last_link + 1;
+        let compression = self.shared.compression;
+        let data = bodies.iter().map(|body| Data {
+            route: body.route.clone(),
+            key: self.key(&body.route, number, compression),
+            rows: body.rows,
+            line_bytes: body.line_bytes,
+            sha256: body.sha256.clone(),
+        });
+        let claim =
+            Claim { generation: commit.generation.to_string(), compression, data: data.collect() };
+        let span = &commit.span;
+        Link::claim(
+            number,
+            self.owner.clone(),
+            span.from_exclusive.clone(),
+            span.to_inclusive.clone(),
+            claim,
+        )
+    }
+
+    fn key(&self, route: &RouteName, number: u64, compression: Compression) -> String {
+        let owner: String = self.owner.as_str().chars().take(OWNER_DIGITS).collect();
+        let file = format!("{number:012}-{owner}.{}", extension(compression));
+        let parts = [route.as_str(), &self.shard.stream.name, self.shard.shard.as_str(), &file];
+        Path::from_iter(parts).to_string()
+    }
+
+    async fn encode(&self, rows: &[Row], compression: Compression) -> Result<Encoded, SinkError> {
+        if rows.is_empty() {
+            return Ok(Encoded::default());
+        }
+        let (rows, shared) = (rows.to_vec(), Arc::clone(&self.shared));
+        let encoding =
+            tokio::task::spawn_blocking(move || encode(&rows, &shared.formats, compression));
+        let place = &self.shared.place;
+        match encoding.await {
+            Ok(Ok(encoded)) => Ok(encoded),
+            Ok(Err(error)) => Err(place.unavailable(format!("cannot compress rows: {error}"))),
+            Err(error) => Err(place.unavailable(format!("encoding rows was broken off: {error}"))),
+        }
+    }
+
+    /// The commit must go on where the sink stands, and end where an unfinished claim ends.
+    fn check_span(&self, commit: &Commit) -> Result<(), SinkError> {
+        let (from, to) = (&commit.span.from_exclusive, &commit.span.to_inclusive);
+        if let Some(promised) = &self.unfinished
+            && *to != promised.to
+        {
+            return Err(self.shared.place.unavailable(format!(
+                "the commit of {} ends at {to}, but link {} of its claim log promises data up to \
+                 {}: that span must be produced again first, cut exactly there",
+                self.shard.shard, promised.link, promised.to
+            )));
+        }
+        if self.position.is_some() && *from != self.position {
+            return Err(self.shared.place.unavailable(format!(
+                "the commit of {} starts after {}, but the sink stands at {}: take the shard over \
+                 again and start there",
+                self.shard.shard,
+                shown(from.as_ref()),
+                shown(self.position.as_ref())
+            )));
+        }
+        Ok(())
+    }
+
+    /// Compares what was made now with what an earlier owner promised.
+    async fn check_content(&self, promised: &Unfinished, bodies: &[Body]) -> Result<(), SinkError> {
+        let data = &promised.claim.data;
+        if !data.iter().map(|data| &data.route).eq(bodies.iter().map(|body| &body.route)) {
+            let due = data.iter().map(|data| data.route.as_str()).collect::<Vec<_>>();
+            let made = bodies.iter().map(|body| body.route.as_str()).collect::<Vec<_>>();
+            return Err(self.shared.place.unavailable(format!(
+                "link {} of {} promises rows of routes {due:?} up to {}, the records now gave \
+                 {made:?}: run generation {} for this span again",
+                promised.link, self.shard.shard, promised.to, promised.claim.generation
+            )));
+        }
+        let differing = data.iter().zip(bodies).filter(|(data, body)| data.sha256 != body.sha256);
+        let differing = differing.map(|(data, _)| data.key.as_str()).collect::<Vec<_>>();
+        if differing.is_empty() {
+            return Ok(());
+        }
+        self.check_differing(promised, &differing).await
+    }
+
+    /// Other content than promised (a stage that is not deterministic) is sound as long as all of
+    /// it comes from one run. An object of the earlier run beside objects of this one is not.
+    async fn check_differing(
+        &self,
+        promised: &Unfinished,
+        differing: &[&str],
+    ) -> Result<(), SinkError> {
+        let mut written = Vec::new();
+        for data in &promised.claim.data {
+            if self.shared.place.exists(&self.log.data_path(&data.key)?).await? {
+                written.push(data.key.as_str());
+            }
+        }
+        if written.len() == promised.claim.data.len() {
+            // The earlier owner lives still and has kept its promise meanwhile.
+            return Ok(());
+        }
+        if written.is_empty() {
+            tracing::warn!(
+                sink = %self.shared.place.sink,
+                shard = %self.shard.shard,
+                link = promised.link,
+                generation = promised.claim.generation,
+                objects = ?differing,
+                "a span that is produced again has other content than promised: \
+                 a stage is not deterministic"
+            );
+            return Ok(());
+        }
+        Err(self.shared.place.unavailable(format!(
+            "link {} of {} promised other content than the records now gave for {differing:?}, and \
+             {written:?} is written already: run generation {} for this span again, or, if a stage \
+             is not deterministic, delete what is written",
+            promised.link, self.shard.shard, promised.claim.generation
+        )))
+    }
+
+    fn promised_otherwise(&self, found: &Link) -> SinkError {
+        self.shared.place.unavailable(format!(
+            "link {} of {} already promises data up to {}, by this owner: that commit must be \
+             tried again as it was, or the shard taken over again",
+            found.link,
+            self.shard.shard,
+            shown(found.to.as_ref())
+        ))
+    }
+
+    fn fenced(&self, found: &Link) -> SinkError {
+        SinkError::Fenced {
+            sink: self.shared.place.sink.clone(),
+            shard: self.shard.shard.to_string(),
+            detail: format!(
+                "link {} of its claim log in {} belongs to {}, not to {}",
+                found.link, self.shared.place.url, found.owner, self.owner
+            ),
+        }
+    }
+}
+
+#[async_trait]
+impl SinkWriter for ObjectsWriter {
+    async fn commit(
+        &mut self,
+        commit: &Commit,
+        refusals: &dyn RefusalLog,
+    ) -> Result<Committed, SinkError> {
+        if self.position.as_ref().is_some_and(|position| *position >= commit.span.to_inclusive) {
+            return Ok(Committed::default());
+        }
+        self.check_span(commit)?;
+        let promised = self.unfinished.clone();
+        let compression = match &promised {
+            Some(promised) => promised.claim.compression,
+            None => self.shared.compression,
+        };
+        let encoded = self.encode(&commit.rows, compression).await?;
+        if !encoded.refusals.is_empty() {
+            refusals.hold(commit, &encoded.refusals).await?;
+        }
+        let committed = match promised {
+            Some(promised) => self.produce_again(&promised, encoded).await?,
+            None => self.claim_and_write(commit, encoded).await?,
+        };
+        self.unfinished = None;
+        self.position = Some(commit.span.to_inclusive.clone());
+        Ok(committed)
+    }
+}
+
+fn shown(position: Option<&Position>) -> String {
+    position.map_or_else(|| "nothing".into(), Position::to_string)
+}
