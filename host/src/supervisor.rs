@@ -84,7 +84,12 @@ impl Supervisor {
             config,
         };
         let until_caught_up = options.until_caught_up;
-        Ok(Self { shared: Arc::new(shared), stream: Arc::new(stream), until_caught_up, _lock: lock })
+        Ok(Self {
+            shared: Arc::new(shared),
+            stream: Arc::new(stream),
+            until_caught_up,
+            _lock: lock,
+        })
     }
 
     /// What is shown of the lanes.
@@ -244,4 +249,3 @@ fn pauses() -> ExponentialBackoff {
         .with_jitter()
         .build()
 }
-

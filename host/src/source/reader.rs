@@ -107,7 +107,9 @@ impl PollingReader {
                         self.back_off(cause);
                         Ok(false)
                     }
-                    Fault::NotFound | Fault::Lasting => Err(call_error("GetRecords", place, &error)),
+                    Fault::NotFound | Fault::Lasting => {
+                        Err(call_error("GetRecords", place, &error))
+                    }
                 };
             }
         };

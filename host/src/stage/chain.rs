@@ -125,7 +125,8 @@ impl Chain {
                 rejected_records[item.record as usize] = true;
                 outcome.letters.push(letter(batch, item, runner, &place, rejected));
             }
-            flow = route(batch, &flow, made, index, runner, &mut outcome.routed, &mut rows_of_record);
+            flow =
+                route(batch, &flow, made, index, runner, &mut outcome.routed, &mut rows_of_record);
         }
         let mut window = self.window.clone();
         for rejected in rejected_records {
@@ -230,7 +231,9 @@ fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
     );
     match error {
         RunError::Stopped => Blocked::Stopped,
-        RunError::AllFailed(reason) => Blocked::Retry(format!("{plugin}: every record fails: {reason}")),
+        RunError::AllFailed(reason) => {
+            Blocked::Retry(format!("{plugin}: every record fails: {reason}"))
+        }
         RunError::TooManyFailed(reason) => {
             Blocked::Broken(format!("{plugin}: too many records fail; the last reason: {reason}"))
         }

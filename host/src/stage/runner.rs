@@ -290,7 +290,9 @@ fn describe(failure: CallFailure) -> (String, String) {
 fn utf8(key: Bytes, index: usize) -> Result<Bytes, CallError> {
     match std::str::from_utf8(&key) {
         Ok(_) => Ok(key),
-        Err(error) => Err(CallError::contract(format!("the key of output {index} is no UTF-8: {error}"))),
+        Err(error) => {
+            Err(CallError::contract(format!("the key of output {index} is no UTF-8: {error}")))
+        }
     }
 }
 
@@ -319,10 +321,14 @@ fn take(
     for (index, output) in outcome.outputs.into_iter().enumerate() {
         let input = output.input as usize;
         let Some(item) = items.get(input) else {
-            return Err(CallError::contract(format!("output {index} names input {input}, which is not there")));
+            return Err(CallError::contract(format!(
+                "output {index} names input {input}, which is not there"
+            )));
         };
         if input < last {
-            return Err(CallError::contract(format!("output {index} is not in the order of the inputs")));
+            return Err(CallError::contract(format!(
+                "output {index} is not in the order of the inputs"
+            )));
         }
         if output.route as usize >= routes {
             return Err(CallError::contract(format!(
@@ -349,7 +355,9 @@ fn take(
             )));
         }
         if has_output[input] {
-            return Err(CallError::contract(format!("input {input} has both an output and a reject")));
+            return Err(CallError::contract(format!(
+                "input {input} has both an output and a reject"
+            )));
         }
         rejected_before = Some(input);
         let reason = slice(reject.reason, "the reason of reject", index)?;

@@ -1,5 +1,11 @@
 //! What the tests share: the real binary, its processes, and throw-away places.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "tests fail by panicking")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "tests fail by panicking"
+)]
 
 pub mod flights;
 
@@ -99,8 +105,9 @@ pub fn flights_csv() -> PathBuf {
 pub fn postgres(sql: &str) -> Vec<String> {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
-        let (client, connection) =
-            tokio_postgres::connect(&postgres_url(), tokio_postgres::NoTls).await.expect("a server");
+        let (client, connection) = tokio_postgres::connect(&postgres_url(), tokio_postgres::NoTls)
+            .await
+            .expect("a server");
         tokio::spawn(connection);
         let messages = client.simple_query(sql).await.expect(sql);
         messages
