@@ -182,7 +182,9 @@ impl Lanes {
             // died is not begun later than it was.
             LineageStart::AsConfigured => match self.shared.config.source.start {
                 StartPosition::TrimHorizon => None,
-                StartPosition::Latest => Some(chrono::Utc::now().timestamp_millis()),
+                // Rounded down: some servers know arrival times by the second, and to read a
+                // second's records from before the start is better than to lose those after it.
+                StartPosition::Latest => Some(chrono::Utc::now().timestamp() * 1_000),
                 StartPosition::AtTimestampMs(at) => Some(at),
             },
         };

@@ -5,6 +5,7 @@ mod deny;
 mod plugins;
 mod postgres;
 mod process;
+mod soak;
 mod test;
 mod wasm_toolchain;
 
@@ -19,6 +20,7 @@ enum Task {
     Data(data::Data),
     Test(test::Test),
     Deny(deny::Deny),
+    Soak(soak::Soak),
 }
 
 fn main() -> Result<()> {
@@ -27,5 +29,6 @@ fn main() -> Result<()> {
         Task::Data(task) => task.run(),
         Task::Test(task) => task.run(),
         Task::Deny(task) => task.run(),
+        Task::Soak(task) => task.run(),
     }
 }

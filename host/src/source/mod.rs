@@ -38,8 +38,8 @@ pub enum NextBatch {
 pub enum SourceError {
     /// The stream is not there.
     #[error(
-        "stream {stream} does not exist; create it with `shardmill stream create {stream}`, or set \
-         `create` under [source]"
+        "stream {stream} does not exist; create it with `shardmill stream create --stream {stream}`, or \
+         set `create` under [source]"
     )]
     NoSuchStream {
         /// The stream's name.

@@ -119,6 +119,10 @@ impl Chain {
             metrics::counter!("shardmill_stage_records_total",
                 "stage" => runner.stage().name.to_string())
             .increment(flow.len() as u64);
+            let bytes: usize = flow.iter().map(|item| item.payload.len()).sum();
+            metrics::counter!("shardmill_stage_bytes_total",
+                "stage" => runner.stage().name.to_string())
+            .increment(bytes as u64);
             let made = runner.run(batch, &flow).map_err(|error| blocked(runner, error))?;
             for rejected in &made.rejected {
                 let item = &flow[rejected.item];
