@@ -1,4 +1,5 @@
 //! Bad input through the real binary: a clear error, or a dead letter that names its cause.
+#![allow(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
 

@@ -235,9 +235,9 @@ impl Generation {
                         "see the plugin's documentation for [stage.config]",
                     )
                 })?;
-            for route in
-                upstream.iter().filter(|route| !accepts(&descriptor.accepts, &route.format))
-            {
+            let refused =
+                upstream.iter().find(|route| !accepts(&descriptor.accepts, &route.format));
+            if let Some(route) = refused {
                 let message = format!(
                     "stage {} accepts {}, but route {} carries {}",
                     stage.name,
