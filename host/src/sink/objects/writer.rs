@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
 use object_store::path::Path;
 
 use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished};
@@ -102,10 +102,10 @@ impl ObjectsWriter {
             committed.bytes_written += body.bytes.len() as u64;
             puts.push(self.put(self.log.data_path(&key)?, body.bytes));
         }
-        futures::stream::iter(puts)
-            .buffer_unordered(UPLOADS_MAX)
-            .try_for_each(|()| async { Ok(()) })
-            .await?;
+        // All end before an error returns: nothing is written behind the back of a retry.
+        let results: Vec<_> =
+            futures::stream::iter(puts).buffer_unordered(UPLOADS_MAX).collect().await;
+        results.into_iter().collect::<Result<(), _>>()?;
         Ok(committed)
     }
 

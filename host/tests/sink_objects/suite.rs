@@ -1,0 +1,254 @@
+//! What must hold on every store: run once on a folder, once on S3.
+
+use futures::StreamExt;
+use object_store::ObjectStoreExt;
+use shardmill::config::Compression;
+use shardmill::sink::{Acquired, Sink, SinkError};
+
+use super::faults::{Faulty, Plan, Random};
+use super::support::{Letters, Place, commit, commit_of, expected, number, position, shard};
+
+const COMPRESSIONS: [Compression; 3] = [Compression::None, Compression::Gzip, Compression::Zstd];
+
+async fn acquire(sink: &impl Sink) -> Acquired {
+    sink.acquire(&shard()).await.expect("the shard is acquired")
+}
+
+fn cause<T>(result: Result<T, SinkError>) -> String {
+    match result {
+        Err(SinkError::Unavailable { cause, .. }) => cause,
+        Err(other) => panic!("another error: {other}"),
+        Ok(_) => panic!("no error"),
+    }
+}
+
+/// Commits span after span, each owner going on where the one before it stood.
+pub async fn each_row_is_written_once(place: Place) {
+    let letters = Letters::default();
+    for (round, compression) in (0..).zip(COMPRESSIONS) {
+        let sink = place.sink(compression);
+        let mut shard = acquire(&sink).await;
+        assert_eq!(number(shard.position.as_ref()), round * 20);
+        assert!(shard.keeps_position && shard.must_cut_at.is_none());
+        for from in [round * 20, round * 20 + 10] {
+            let commit = commit(from, from + 10);
+            let done = shard.writer.commit(&commit, &letters).await.expect("a commit");
+            assert_eq!(done.rows_written, commit.rows.len() as u64);
+            let again = shard.writer.commit(&commit, &letters).await.expect("done already");
+            assert_eq!(again.rows_written, 0);
+        }
+        let stands = sink.position(&super::support::shard()).await.expect("a position");
+        assert_eq!(number(stands.as_ref()), round * 20 + 20);
+    }
+    assert_eq!(place.lines().await, expected(60));
+    let names = place.keys(false).await;
+    for ending in [".ndjson", ".ndjson.gz", ".ndjson.zst"] {
+        assert_eq!(names.iter().filter(|key| key.as_ref().ends_with(ending)).count(), 4);
+    }
+}
+
+/// A span whose records were all filtered moves the position.
+pub async fn a_commit_without_rows_moves_the_position(place: Place) {
+    let sink = place.sink(Compression::None);
+    let mut first = acquire(&sink).await;
+    let mut empty = commit(0, 7);
+    empty.rows.clear();
+    first.writer.commit(&empty, &Letters::default()).await.expect("a commit");
+    assert!(place.keys(false).await.is_empty());
+    assert_eq!(number(acquire(&sink).await.position.as_ref()), 7);
+}
+
+/// An owner that was replaced cannot commit, however often it tries.
+pub async fn a_zombie_is_fenced(place: Place) {
+    let sink = place.sink(Compression::Gzip);
+    let letters = Letters::default();
+    let mut zombie = acquire(&sink).await;
+    zombie.writer.commit(&commit(0, 5), &letters).await.expect("a commit");
+    let mut owner = acquire(&sink).await;
+    assert_eq!(owner.position, Some(position(5)));
+    for _ in 0..2 {
+        let fenced = zombie.writer.commit(&commit(5, 9), &letters).await;
+        assert!(matches!(fenced, Err(SinkError::Fenced { .. })), "{fenced:?}");
+    }
+    owner.writer.commit(&commit(5, 8), &letters).await.expect("a commit");
+    assert_eq!(place.lines().await, expected(8));
+}
+
+/// A claim whose data is missing is produced again, exactly so, under the same keys, however many
+/// owners came and went in between.
+pub async fn an_unfinished_claim_is_produced_again(place: Place) {
+    let letters = Letters::default();
+    let sink = place.sink(Compression::Gzip);
+    acquire(&sink).await.writer.commit(&commit(0, 4), &letters).await.expect("a commit");
+    let broken =
+        place.sink_on(Faulty::new(place.store.clone(), Plan::DataNeverLands, 0), Compression::Gzip);
+    let mut crashing = acquire(&broken).await;
+    cause(crashing.writer.commit(&commit(4, 10), &letters).await);
+    // The next owners are configured otherwise: the claim's keys and compression hold.
+    let sink = place.sink(Compression::None);
+    for _ in 0..3 {
+        let stands = sink.position(&shard()).await.expect("a position");
+        assert_eq!(stands, Some(position(4)));
+        let owner = acquire(&sink).await;
+        assert_eq!((owner.position, owner.must_cut_at), (Some(position(4)), Some(position(10))));
+    }
+    let mut owner = acquire(&sink).await;
+    let text = cause(owner.writer.commit(&commit(4, 9), &letters).await);
+    assert!(text.contains("ends at 9") && text.contains("up to 10"), "{text}");
+    owner.writer.commit(&commit(4, 10), &letters).await.expect("the promised commit");
+    owner.writer.commit(&commit(10, 12), &letters).await.expect("the next commit");
+    assert_eq!(place.lines().await, expected(12));
+    let promised: Vec<_> = place
+        .links()
+        .await
+        .iter()
+        .flat_map(|link| link["claim"]["data"].as_array().cloned().unwrap_or_default())
+        .map(|data| format!("{}/{}", place.prefix, data["key"].as_str().unwrap_or_default()))
+        .collect();
+    let mut written: Vec<_> = place.keys(false).await.iter().map(ToString::to_string).collect();
+    let mut promised = promised;
+    promised.sort();
+    written.sort();
+    assert_eq!(written, promised);
+    // The crashed owner was only asleep: its store still fails, and what it wrote is not doubled.
+    assert!(crashing.writer.commit(&commit(4, 10), &letters).await.is_err());
+    assert_eq!(place.lines().await, expected(12));
+}
+
+/// The same writer, the same commit: what landed is found, what did not is done.
+pub async fn a_writer_goes_on_after_an_error(place: Place) {
+    let letters = Letters::default();
+    let lossy =
+        place.sink_on(Faulty::new(place.store.clone(), Plan::Percent(50), 7), Compression::None);
+    let mut owner = loop {
+        if let Ok(owner) = lossy.acquire(&shard()).await {
+            break owner;
+        }
+    };
+    let mut errors = 0;
+    for from in (0..40).step_by(4) {
+        while owner.writer.commit(&commit(from, from + 4), &letters).await.is_err() {
+            errors += 1;
+        }
+    }
+    assert!(errors > 5, "the plan failed {errors} times only");
+    assert_eq!(place.lines().await, expected(40));
+}
+
+/// An earlier owner's objects and other content of a later run cannot be mixed.
+pub async fn other_content_is_not_mixed_in(place: Place) {
+    let letters = Letters::default();
+    let half = Faulty::new(place.store.clone(), Plan::OnlyRoute("even"), 0);
+    let mut crashing = acquire(&place.sink_on(half, Compression::None)).await;
+    cause(crashing.writer.commit(&commit(0, 6), &letters).await);
+    let sink = place.sink(Compression::None);
+    let mut owner = acquire(&sink).await;
+    assert_eq!(owner.must_cut_at, Some(position(6)));
+    let other = commit_of(0, 6, |record| format!("{{\"other\":{record}}}").into());
+    let text = cause(owner.writer.commit(&other, &letters).await);
+    assert!(text.contains("generation-1") && text.contains("even"), "{text}");
+    let mut fewer = commit(0, 6);
+    fewer.rows.retain(|row| row.route.as_str() == "even");
+    let text = cause(owner.writer.commit(&fewer, &letters).await);
+    assert!(text.contains("[\"even\", \"odd\"]"), "{text}");
+    owner.writer.commit(&commit(0, 6), &letters).await.expect("the promised content");
+    assert_eq!(place.lines().await, expected(6));
+}
+
+/// A bucket may expire old objects: links at the front go first.
+pub async fn a_log_without_its_first_links_is_read(place: Place) {
+    let sink = place.sink(Compression::None);
+    let letters = Letters::default();
+    let mut owner = acquire(&sink).await;
+    for from in 0..33 {
+        owner.writer.commit(&commit(from, from + 1), &letters).await.expect("a commit");
+    }
+    for gone in [1, 20] {
+        let links = place.keys(true).await;
+        for link in &links[..gone] {
+            place.store.delete(link).await.expect("deleted");
+        }
+        let stands = sink.position(&shard()).await.expect("a position");
+        assert_eq!(number(stands.as_ref()), 33);
+        assert_eq!(number(acquire(&sink).await.position.as_ref()), 33);
+    }
+    // Not even from the front: the newest link counts.
+    let links = place.keys(true).await;
+    place.store.delete(&links[3]).await.expect("deleted");
+    assert_eq!(number(acquire(&sink).await.position.as_ref()), 33);
+}
+
+/// Owners that come, crash after any step, wake up again: at the end each row is there once.
+pub async fn a_crash_between_any_two_steps_loses_nothing(place: Place, seed: u64) {
+    const LAST: u64 = 40;
+    let mut random = Random::new(seed);
+    let mut zombies: Vec<(Acquired, u64, u64)> = Vec::new();
+    let letters = Letters::default();
+    let sink = place.sink_on(
+        Faulty::new(place.store.clone(), Plan::Percent(15), seed),
+        COMPRESSIONS[(seed % 3) as usize],
+    );
+    loop {
+        let Ok(mut owner) = sink.acquire(&shard()).await else { continue };
+        let mut stands = number(owner.position.as_ref());
+        let mut must_cut_at = owner.must_cut_at.take();
+        while stands < LAST {
+            let cut = (stands + 1 + random.below(8)).min(LAST);
+            let to = must_cut_at.as_ref().map_or(cut, |cut| number(Some(cut)));
+            if owner.writer.commit(&commit(stands, to), &letters).await.is_ok() {
+                (stands, must_cut_at) = (to, None);
+                if random.percent(15) {
+                    zombies.push((owner, stands, (to + 3).min(LAST)));
+                    break;
+                }
+            } else if random.percent(50) {
+                zombies.push((owner, stands, to));
+                break;
+            } else {
+                // Tried again as it was: the next draw of a cut must not change it.
+                must_cut_at = Some(position(to));
+            }
+        }
+        if random.percent(30) {
+            wake(&mut zombies, &mut random).await;
+        }
+        if stands == LAST {
+            break;
+        }
+    }
+    for _ in 0..3 {
+        wake(&mut zombies, &mut random).await;
+    }
+    let stands = place.sink(Compression::None).position(&shard()).await.expect("a position");
+    assert_eq!(number(stands.as_ref()), LAST, "seed {seed}");
+    assert_eq!(place.lines().await, expected(LAST), "seed {seed}");
+}
+
+/// A zombie tries its commit. It may succeed only in what it had claimed, which is judged by what
+/// the store holds at the end.
+async fn wake(zombies: &mut [(Acquired, u64, u64)], random: &mut Random) {
+    let letters = Letters::default();
+    for (zombie, from, to) in zombies.iter_mut() {
+        if random.percent(60) {
+            drop(zombie.writer.commit(&commit(*from, *to), &letters).await);
+        }
+    }
+}
+
+/// Many owners at once: all acquire, one can commit.
+pub async fn of_many_owners_one_commits(place: Place) {
+    let sink = place.sink(Compression::None);
+    let owners = futures::future::join_all((0..8).map(|_| acquire(&sink))).await;
+    let results: Vec<_> =
+        futures::stream::iter(owners)
+            .map(|mut owner| async move {
+                owner.writer.commit(&commit(0, 9), &Letters::default()).await
+            })
+            .buffer_unordered(8)
+            .collect()
+            .await;
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+    let fenced = |result: &&Result<_, _>| matches!(result, Err(SinkError::Fenced { .. }));
+    assert_eq!(results.iter().filter(fenced).count(), 7);
+    assert_eq!(place.lines().await, expected(9));
+}
