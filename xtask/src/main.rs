@@ -1,5 +1,6 @@
 //! Development tasks: `cargo xtask TASK`. One module per task.
 
+mod bench;
 mod data;
 mod plugins;
 mod postgres;
@@ -15,11 +16,13 @@ use clap::Parser;
 enum Task {
     Plugins(plugins::Plugins),
     Data(data::Data),
+    Bench(bench::Bench),
 }
 
 fn main() -> Result<()> {
     match Task::parse() {
         Task::Plugins(task) => task.run(),
         Task::Data(task) => task.run(),
+        Task::Bench(task) => task.run(),
     }
 }
