@@ -1,5 +1,6 @@
 //! Development tasks: `cargo xtask TASK`. One module per task.
 
+mod bench;
 mod data;
 mod deny;
 mod plugins;
@@ -21,6 +22,7 @@ enum Task {
     Test(test::Test),
     Deny(deny::Deny),
     Soak(soak::Soak),
+    Bench(bench::Bench),
 }
 
 fn main() -> Result<()> {
@@ -30,5 +32,6 @@ fn main() -> Result<()> {
         Task::Test(task) => task.run(),
         Task::Deny(task) => task.run(),
         Task::Soak(task) => task.run(),
+        Task::Bench(task) => task.run(),
     }
 }

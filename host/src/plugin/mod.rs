@@ -10,6 +10,8 @@ mod cache;
 mod componentize;
 mod engine;
 mod instance;
+#[path = "../../../wit/0.1.0/words.rs"]
+mod words;
 
 use std::fmt;
 use std::path::Path;
@@ -21,10 +23,11 @@ use wasmtime::component::{Component, Linker};
 pub use bindings::exports::shardmill::plugin::stage::{
     Batch as WireBatch, Context, Descriptor, Failure, Outcome,
 };
-pub use bindings::shardmill::plugin::types::{Column, Input, Output, Reject, Route, Span};
+pub use bindings::shardmill::plugin::types::{Column, Route};
 pub use cache::CompileCache;
 pub use engine::PluginEngine;
 pub use instance::{CallError, CallFault, Instance};
+pub use words::{Input, Output, Reject, Span};
 
 /// The interface that a plugin exports, without its version.
 const STAGE_INTERFACE: &str = "shardmill:plugin/stage";

@@ -1,8 +1,10 @@
 //! One lane's instances of a generation: a batch in, rows for the sinks and dead letters out.
 
 use std::collections::HashSet;
+use std::mem;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::flow::{self, Flow, Item};
@@ -130,7 +132,7 @@ impl Chain {
                 outcome.letters.push(letter(batch, item, runner, &place, rejected));
             }
             flow =
-                route(batch, &flow, made, index, runner, &mut outcome.routed, &mut rows_of_record);
+                route(batch, flow, made, index, runner, &mut outcome.routed, &mut rows_of_record);
         }
         let mut window = self.window.clone();
         for rejected in rejected_records {
@@ -147,7 +149,7 @@ impl Chain {
 /// Parts a stage's outputs: rows for sinks, and what goes on to the next stage.
 fn route(
     batch: &Arc<Batch>,
-    flow: &[Item],
+    mut flow: Flow,
     made: StageOutcome,
     stage: usize,
     runner: &StageRunner,
@@ -156,8 +158,15 @@ fn route(
 ) -> Flow {
     let loaded = runner.stage();
     let mut on = Flow::new();
-    for output in made.outputs {
-        let record = flow[output.item].record;
+    let mut outputs = made.outputs.into_iter().peekable();
+    while let Some(output) = outputs.next() {
+        let item = &mut flow[output.item];
+        let record = item.record;
+        // The item's last output takes what it shares over, which saves counting references.
+        let is_last = outputs.peek().is_none_or(|next| next.item != output.item);
+        let own = |bytes: &mut Bytes| if is_last { mem::take(bytes) } else { bytes.clone() };
+        let key = output.key.unwrap_or_else(|| own(&mut item.key));
+        let payload = output.payload.unwrap_or_else(|| own(&mut item.payload));
         match &loaded.targets[output.route as usize] {
             Target::Next(upstream_route) => on.push(Item {
                 record,
@@ -166,8 +175,8 @@ fn route(
                     _ => 0,
                 },
                 upstream_route: *upstream_route,
-                key: output.key,
-                payload: output.payload,
+                key,
+                payload,
             }),
             Target::Sinks(sinks) if sinks.is_empty() => {}
             Target::Sinks(_) => routed.push(Routed {
@@ -176,8 +185,8 @@ fn route(
                     record,
                     ordinal: next_ordinal(&mut rows_of_record[record as usize]),
                     route: loaded.route_names[output.route as usize].clone(),
-                    key: output.key,
-                    payload: output.payload,
+                    key,
+                    payload,
                 },
                 stage,
                 route: output.route as usize,
