@@ -319,6 +319,46 @@ async fn a_dropped_column_or_table_blocks_until_it_is_back() {
 }
 
 #[tokio::test]
+async fn a_statement_trigger_that_raises_leaves_no_answer_out_of_step() {
+    let mart = Mart::new("statement").await;
+    mart.sql(
+        "CREATE TABLE cars (id bigint);
+         CREATE TABLE closed (at int);
+         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN IF EXISTS (SELECT FROM sink_statement.closed) THEN RAISE EXCEPTION 'closed'; END IF;
+                RETURN NULL; END $$;
+         CREATE TRIGGER refuse BEFORE INSERT ON cars EXECUTE FUNCTION refuse();",
+    )
+    .await;
+    let mut writer = mart.writer("cars").await;
+    let log = Log::default();
+    writer.commit(&commit(0, &[r#"{"id":1}"#]), &log).await.expect("committed");
+    mart.sql("INSERT INTO closed VALUES (1)").await;
+    let rows = [r#"{"id":2}"#, r#"{"id":3}"#];
+    writer.commit(&commit(1, &rows), &log).await.expect("committed");
+    log.expect(&[(0, "P0001"), (1, "P0001")]);
+    mart.sql("DELETE FROM closed").await;
+    writer.commit(&commit(3, &[r#"{"id":4}"#]), &log).await.expect("committed");
+    assert_eq!(mart.one("SELECT string_agg(id::text, ' ' ORDER BY id) FROM cars").await, "1 4");
+}
+
+#[tokio::test]
+async fn a_table_that_may_not_be_written_blocks() {
+    let mart = Mart::new("rights").await;
+    mart.sql("CREATE TABLE cars (id bigint)").await;
+    mart.sql("CREATE VIEW seen AS SELECT id FROM cars GROUP BY id").await;
+    let mut writer = mart.writer("seen").await;
+    let log = Log::default();
+    for _ in 0..3 {
+        let outcome = writer.commit(&commit(0, &[r#"{"id":1}"#]), &log).await;
+        expect_unavailable(outcome, "cannot write to table sink_rights.seen");
+    }
+    mart.sql("DROP VIEW seen; CREATE TABLE seen (id bigint)").await;
+    writer.commit(&commit(0, &[r#"{"id":1}"#]), &log).await.expect("committed");
+    assert_eq!(mart.one("SELECT count(*) FROM seen").await, "1");
+}
+
+#[tokio::test]
 async fn an_altered_type_misreads_nothing() {
     let mart = Mart::new("altered").await;
     mart.sql("CREATE TABLE cars (id bigint)").await;

@@ -15,7 +15,7 @@ use tokio_postgres::{Client, CopyInSink, Error, Statement};
 
 use super::encode::Group;
 use super::name::{TableName, quoted};
-use super::session::{self, Session};
+use super::session::{self, Session, StepError};
 use super::table::LiveTable;
 use crate::sink::Refusal;
 
@@ -36,22 +36,21 @@ pub(super) async fn copy_group(
     table: &TableName,
     group: &Group,
     refusals: &mut Vec<Refusal>,
-) -> Result<(), Error> {
+) -> Result<(), StepError> {
     let statement = prepared(session, table, group).await?;
-    let client = &session.client;
     // From the last part to the first: the next one is popped off the end.
     let mut pending = Vec::from([(0, group.rows.len())]);
     while let Some((start, end)) = pending.pop() {
         let part = start..end;
-        let error = match copy(client, &statement, group.tuples(part.clone())).await {
+        let error = match copy(&session.client, &statement, group.tuples(part.clone())).await {
             Ok(()) => {
-                client.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
+                session.client.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
                 continue;
             }
             Err(error) if session::blames_rows(&error) => error,
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         };
-        client.batch_execute("ROLLBACK TO copy").await?;
+        session.run_in_step("ROLLBACK TO copy").await?;
         if part.len() == 1 {
             let reason = session::describe(&error);
             refusals.push(Refusal { row: group.rows[part.start], reason });

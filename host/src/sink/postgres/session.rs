@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::error::{Severity, SqlState};
-use tokio_postgres::{Client, Config, NoTls, Statement};
+use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage, Statement};
 
 use super::position::PositionStatements;
 use super::table::LiveTable;
@@ -50,6 +50,8 @@ const SETTINGS: &str = "\
 pub(super) struct Session {
     pub(super) client: Client,
     pub(super) position: Option<PositionStatements>,
+    /// Counts what [`Session::run_in_step`] ran.
+    steps: u64,
     /// What reads the live table.
     pub(super) read_table: Option<Statement>,
     /// The live table as last read, until something suggests that it is another.
@@ -67,7 +69,14 @@ impl Session {
             }
         });
         client.batch_execute(SETTINGS).await?;
-        Ok(Self { client, position: None, read_table: None, table: None, copies: HashMap::new() })
+        Ok(Self {
+            client,
+            position: None,
+            steps: 0,
+            read_table: None,
+            table: None,
+            copies: HashMap::new(),
+        })
     }
 
     /// Whether the connection can still be used, as far as is known.
@@ -76,10 +85,37 @@ impl Session {
     }
 
     /// Ends the transaction in hand, if any; false when the connection is to be given up.
-    pub(super) async fn roll_back(&self) -> bool {
-        let rollback = self.client.batch_execute("ROLLBACK");
-        self.is_open()
-            && matches!(tokio::time::timeout(ROLLBACK_TIMEOUT, rollback).await, Ok(Ok(())))
+    pub(super) async fn roll_back(&mut self) -> bool {
+        let rollback = self.run_in_step("ROLLBACK");
+        matches!(tokio::time::timeout(ROLLBACK_TIMEOUT, rollback).await, Ok(Ok(())))
+    }
+
+    /// Runs a command after an error, and makes sure that the answer is the answer to it.
+    ///
+    /// When a COPY fails before the server has asked for its data (no such column), the server
+    /// answers the client's two Sync messages with one ReadyForQuery each. tokio-postgres takes the
+    /// second for the end of its next command, and from there on each command gets the answer of the
+    /// one before: a COMMIT would look done before it is (rust-postgres issue 789). A value that only
+    /// this command returns shows whether client and server are in step.
+    pub(super) async fn run_in_step(&mut self, command: &str) -> Result<(), StepError> {
+        self.steps += 1;
+        let expected = self.steps.to_string();
+        let command = format!("{command}; SELECT {expected}");
+        let answers = self.client.simple_query(&command).await.map_err(StepError::Failed)?;
+        let value = answers.iter().find_map(|answer| match answer {
+            SimpleQueryMessage::Row(row) => row.get(0),
+            _ => None,
+        });
+        if value == Some(expected.as_str()) { Ok(()) } else { Err(StepError::OutOfStep) }
+    }
+
+    /// Commits. Whatever is no plain confirmation is an error, and says nothing of what was done.
+    pub(super) async fn commit(&self) -> Result<(), String> {
+        match self.client.simple_query("COMMIT").await.as_deref() {
+            Ok([SimpleQueryMessage::CommandComplete(_)]) => Ok(()),
+            Ok(_) => Err("the server did not confirm the commit".into()),
+            Err(error) => Err(describe(error)),
+        }
     }
 
     /// Forgets the table, so that it is read anew before the next row.
@@ -96,6 +132,29 @@ pub(super) async fn create_once(
 ) -> Result<(), tokio_postgres::Error> {
     let locked = format!("BEGIN; SELECT pg_advisory_xact_lock({CREATE_LOCK}); {create}; COMMIT");
     client.batch_execute(&locked).await
+}
+
+/// Why a command after an error did not run.
+pub(super) enum StepError {
+    /// The server or the connection failed.
+    Failed(tokio_postgres::Error),
+    /// The answer belongs to another command: the connection is to be given up.
+    OutOfStep,
+}
+
+impl std::fmt::Display for StepError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Failed(error) => f.write_str(&describe(error)),
+            Self::OutOfStep => f.write_str("the connection's answers were out of step"),
+        }
+    }
+}
+
+impl From<tokio_postgres::Error> for StepError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 /// Reads a connection string and fills in the timeouts that it leaves open.

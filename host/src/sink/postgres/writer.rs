@@ -38,7 +38,7 @@ pub(super) struct PostgresWriter {
 enum Ended {
     Committed(Committed),
     /// The server was asked to commit and did not say that it has.
-    Unknown(Committed, Error),
+    Unknown(Committed, String),
 }
 
 impl PostgresWriter {
@@ -74,9 +74,9 @@ impl PostgresWriter {
             rows_refused: refused.len() as u64,
             bytes_written: bytes_written(commit, &refused),
         };
-        Ok(match session.client.batch_execute("COMMIT").await {
+        Ok(match session.commit().await {
             Ok(()) => Ended::Committed(committed),
-            Err(error) => Ended::Unknown(committed, error),
+            Err(cause) => Ended::Unknown(committed, cause),
         })
     }
 
@@ -213,9 +213,9 @@ impl PostgresWriter {
         let (sink, table) = (&self.shared, &self.shared.table);
         let mut refusals = encoded.refusals;
         for group in &encoded.groups {
-            copy::copy_group(session, table, group, &mut refusals)
-                .await
-                .map_err(|error| sink.failed(&format!("cannot write to table {table}"), &error))?;
+            copy::copy_group(session, table, group, &mut refusals).await.map_err(|error| {
+                sink.unavailable(format!("cannot write to table {table}: {error}"))
+            })?;
         }
         refusals.sort_unstable_by_key(|refusal| refusal.row);
         Ok(refusals)
@@ -240,7 +240,7 @@ impl PostgresWriter {
         &mut self,
         commit: &Commit,
         committed: Committed,
-        error: &Error,
+        cause: &str,
     ) -> Result<Committed, SinkError> {
         self.unanswered = Some((commit.span.to_inclusive.clone(), committed));
         let sink = Arc::clone(&self.shared);
@@ -256,7 +256,7 @@ impl PostgresWriter {
         });
         if is_at_start {
             self.session = Some(session);
-            return Err(sink.failed("the commit did not land", error));
+            return Err(sink.unavailable(format!("the commit did not land: {cause}")));
         }
         match self.look_where_it_stands(&session, commit).await? {
             Ended::Committed(committed) | Ended::Unknown(committed, _) => {
@@ -285,9 +285,9 @@ impl SinkWriter for PostgresWriter {
                 self.unanswered = None;
                 Ok(committed)
             }
-            Ok(Ended::Unknown(committed, error)) => {
+            Ok(Ended::Unknown(committed, cause)) => {
                 drop(session);
-                self.settle(commit, committed, &error).await
+                self.settle(commit, committed, &cause).await
             }
             Err(error) => {
                 if session.roll_back().await {
