@@ -84,7 +84,12 @@ impl Supervisor {
             config,
         };
         let until_caught_up = options.until_caught_up;
-        Ok(Self { shared: Arc::new(shared), stream: Arc::new(stream), until_caught_up, _lock: lock })
+        Ok(Self {
+            shared: Arc::new(shared),
+            stream: Arc::new(stream),
+            until_caught_up,
+            _lock: lock,
+        })
     }
 
     /// What is shown of the lanes.
@@ -177,7 +182,9 @@ impl Lanes {
             // died is not begun later than it was.
             LineageStart::AsConfigured => match self.shared.config.source.start {
                 StartPosition::TrimHorizon => None,
-                StartPosition::Latest => Some(chrono::Utc::now().timestamp_millis()),
+                // Rounded down: some servers know arrival times by the second, and to read a
+                // second's records from before the start is better than to lose those after it.
+                StartPosition::Latest => Some(chrono::Utc::now().timestamp() * 1_000),
                 StartPosition::AtTimestampMs(at) => Some(at),
             },
         };
@@ -244,4 +251,3 @@ fn pauses() -> ExponentialBackoff {
         .with_jitter()
         .build()
 }
-

@@ -48,7 +48,8 @@ with open(csv, 'wb') as out:
     out.write(zipped.read('flights.csv'))
 ";
 
-fn flights(root: &Path) -> Result<()> {
+/// Fetches the flights, unless they are there.
+pub fn flights(root: &Path) -> Result<()> {
     let csv = root.join(FLIGHTS);
     if verify_flights(&csv).is_err() {
         fetch_flights(root, &csv)?;

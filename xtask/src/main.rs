@@ -1,9 +1,13 @@
 //! Development tasks: `cargo xtask TASK`. One module per task.
 
+mod bench;
 mod data;
+mod deny;
 mod plugins;
 mod postgres;
 mod process;
+mod soak;
+mod test;
 mod wasm_toolchain;
 
 use anyhow::Result;
@@ -15,11 +19,19 @@ use clap::Parser;
 enum Task {
     Plugins(plugins::Plugins),
     Data(data::Data),
+    Test(test::Test),
+    Deny(deny::Deny),
+    Soak(soak::Soak),
+    Bench(bench::Bench),
 }
 
 fn main() -> Result<()> {
     match Task::parse() {
         Task::Plugins(task) => task.run(),
         Task::Data(task) => task.run(),
+        Task::Test(task) => task.run(),
+        Task::Deny(task) => task.run(),
+        Task::Soak(task) => task.run(),
+        Task::Bench(task) => task.run(),
     }
 }

@@ -61,7 +61,8 @@ fn rebuild(root: &Path) -> Result<()> {
     Ok(())
 }
 
-fn check(root: &Path) -> Result<()> {
+/// Fails if a committed component is stale or does not build.
+pub fn check(root: &Path) -> Result<()> {
     let record = Record::read(&root.join(RECORD))?;
     let mut complaints = Vec::new();
     for plugin in PLUGINS {

@@ -204,7 +204,10 @@ fn unprivileged_user() -> Result<User> {
             return Ok(User { uid, gid });
         }
     }
-    bail!("PostgreSQL does not run as root, and there is no user {}", UNPRIVILEGED_USERS.join(" or "))
+    bail!(
+        "PostgreSQL does not run as root, and there is no user {}",
+        UNPRIVILEGED_USERS.join(" or ")
+    )
 }
 
 fn id(arguments: &[&str]) -> Result<u32> {
@@ -270,7 +273,8 @@ fn run(command: &mut Command) -> Result<()> {
 fn tempfile_for_output() -> Result<(PathBuf, fs::File)> {
     let name = format!("shardmill-xtask-{}-{}", std::process::id(), unique());
     let path = std::env::temp_dir().join(name);
-    let file = fs::File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    let file =
+        fs::File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
     Ok((path, file))
 }
 

@@ -78,8 +78,14 @@ impl AdminPort {
         let routes = Router::new()
             .route("/health/live", get(|| async { "live\n" }))
             .route("/health/ready", get(ready))
-            .route("/status", get(|State(shown): State<Shown>| async move { Json(shown.board.snapshot()) }))
-            .route("/metrics", get(|State(shown): State<Shown>| async move { shown.metrics.render() }))
+            .route(
+                "/status",
+                get(|State(shown): State<Shown>| async move { Json(shown.board.snapshot()) }),
+            )
+            .route(
+                "/metrics",
+                get(|State(shown): State<Shown>| async move { shown.metrics.render() }),
+            )
             .with_state(Shown { board, metrics });
         tokio::spawn(async move {
             let served = axum::serve(self.listener, routes)

@@ -62,7 +62,8 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     for sink in &report.sinks {
         console.say(format!("sink {sink}: {state}"));
     }
-    console.say(format!("pipeline {} is sound (generation {})", report.pipeline, report.generation));
+    console
+        .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.generation));
     console.report(&report)
 }
 

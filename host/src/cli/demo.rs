@@ -83,7 +83,8 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let (board, letters) = (supervisor.board(), supervisor.letters());
     supervisor.run(run::stop_on_signals()?).await?;
 
-    stream::delete(&client, &config.source.stream.value, std::time::Duration::from_secs(30)).await?;
+    stream::delete(&client, &config.source.stream.value, std::time::Duration::from_secs(30))
+        .await?;
     let report = report(&data, &board, &letters).await?;
     say(&report, console);
     console.report(&report)
@@ -123,7 +124,9 @@ fn pipeline(data: &Path) -> anyhow::Result<PipelineConfig> {
 fn bundled_plugin(path: &Path) -> Option<&'static [u8]> {
     match path.file_name()?.to_str()? {
         "car-decode.wasm" => Some(include_bytes!("../../../plugins/prebuilt/car-decode.wasm")),
-        "car-transform.wasm" => Some(include_bytes!("../../../plugins/prebuilt/car-transform.wasm")),
+        "car-transform.wasm" => {
+            Some(include_bytes!("../../../plugins/prebuilt/car-transform.wasm"))
+        }
         "route-json.wasm" => Some(include_bytes!("../../../plugins/prebuilt/route-json.wasm")),
         _ => None,
     }
@@ -179,13 +182,16 @@ async fn report(data: &Path, board: &Board, letters: &DeadLetters) -> anyhow::Re
 fn count_lines(folder: &Path) -> anyhow::Result<u64> {
     use std::io::Read as _;
     let mut lines = 0;
-    for entry in folder.read_dir().with_context(|| format!("failed to read {}", folder.display()))? {
+    for entry in
+        folder.read_dir().with_context(|| format!("failed to read {}", folder.display()))?
+    {
         let path = entry?.path();
         if path.is_dir() {
             lines += count_lines(&path)?;
         } else if path.extension().is_some_and(|extension| extension == "gz") {
             let mut text = Vec::new();
-            flate2::read::MultiGzDecoder::new(std::fs::File::open(&path)?).read_to_end(&mut text)?;
+            flate2::read::MultiGzDecoder::new(std::fs::File::open(&path)?)
+                .read_to_end(&mut text)?;
             lines += text.iter().filter(|byte| **byte == b'\n').count() as u64;
         }
     }

@@ -53,7 +53,9 @@ enum Command {
     #[command(after_help = "Example:\n  shardmill demo --data /tmp/cars")]
     Demo(demo::Options),
     /// Run a pipeline until SIGTERM or Ctrl-C, then drain: finish the batch, commit, checkpoint.
-    #[command(after_help = "Examples:\n  shardmill run\n  shardmill run flights.toml --until-caught-up")]
+    #[command(
+        after_help = "Examples:\n  shardmill run\n  shardmill run flights.toml --until-caught-up"
+    )]
     Run(run::Options),
     /// Prove a pipeline: its file, its plugins, its sinks. Reads no record.
     #[command(after_help = "Example:\n  shardmill check pipeline.toml --json")]
@@ -65,7 +67,9 @@ enum Command {
     #[command(subcommand)]
     Plugin(plugin::Command),
     /// Print a completion script for a shell.
-    #[command(after_help = "Example:\n  shardmill completions bash > ~/.local/share/bash-completion/completions/shardmill")]
+    #[command(
+        after_help = "Example:\n  shardmill completions bash > ~/.local/share/bash-completion/completions/shardmill"
+    )]
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
@@ -108,7 +112,12 @@ pub fn main() -> ExitCode {
     let console = Console { json: cli.json };
     let done = match cli.command {
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "shardmill", &mut std::io::stdout());
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "shardmill",
+                &mut std::io::stdout(),
+            );
             Ok(())
         }
         command => runtime().and_then(|runtime| runtime.block_on(dispatch(command, &console))),

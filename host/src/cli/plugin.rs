@@ -10,7 +10,9 @@ use crate::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine};
 #[derive(clap::Subcommand)]
 pub enum Command {
     /// Compile a Rust plugin crate and wrap it as a component.
-    #[command(after_help = "Example:\n  shardmill plugin build plugins/car-decode -o car-decode.wasm")]
+    #[command(
+        after_help = "Example:\n  shardmill plugin build plugins/car-decode -o car-decode.wasm"
+    )]
     Build {
         /// The crate's folder.
         folder: PathBuf,
@@ -55,13 +57,10 @@ pub fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
     }
 }
 
-fn build(
-    folder: &std::path::Path,
-    out: Option<PathBuf>,
-    console: &Console,
-) -> anyhow::Result<()> {
+fn build(folder: &std::path::Path, out: Option<PathBuf>, console: &Console) -> anyhow::Result<()> {
     let name = folder.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_owned()));
-    let out = out.unwrap_or_else(|| folder.join(name.unwrap_or("plugin".into())).with_extension("wasm"));
+    let out =
+        out.unwrap_or_else(|| folder.join(name.unwrap_or("plugin".into())).with_extension("wasm"));
     let built = crate::plugin::build::build_rust_plugin(folder, &out)?;
     console.say(format!("built {} ({} bytes)", built.component.display(), built.component_bytes));
     console.report(&serde_json::json!({

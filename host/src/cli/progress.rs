@@ -19,7 +19,9 @@ impl Progress {
     /// Progress towards `total`; `None`: nobody knows how much there is.
     pub fn start(what: &str, total: Option<u64>) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| match total {
-            Some(total) => styled(ProgressBar::new(total), "{msg} [{bar:30}] {pos}/{len} ({per_sec})"),
+            Some(total) => {
+                styled(ProgressBar::new(total), "{msg} [{bar:30}] {pos}/{len} ({per_sec})")
+            }
             None => styled(ProgressBar::new_spinner(), "{spinner} {msg} {pos} ({elapsed})"),
         });
         if let Some(bar) = &bar {

@@ -220,7 +220,10 @@ impl Place {
         Ok(Target {
             stream: self.stream.clone().or(pipeline.as_ref().map(of_pipeline)),
             endpoint,
-            region: self.region.clone().or(pipeline.as_ref().and_then(|it| it.source.region.clone())),
+            region: self
+                .region
+                .clone()
+                .or(pipeline.as_ref().and_then(|it| it.source.region.clone())),
             state_dir: self
                 .state_dir
                 .clone()
@@ -249,7 +252,9 @@ impl Place {
 
 impl Target {
     fn name(&self) -> anyhow::Result<&str> {
-        self.stream.as_deref().context("which stream? name it with --stream, or a pipeline with --pipeline")
+        self.stream
+            .as_deref()
+            .context("which stream? name it with --stream, or a pipeline with --pipeline")
     }
 }
 
@@ -279,7 +284,11 @@ struct ShardReport {
     parents: Vec<String>,
 }
 
-async fn report(client: &Client, found: stream::Description, console: &Console) -> anyhow::Result<()> {
+async fn report(
+    client: &Client,
+    found: stream::Description,
+    console: &Console,
+) -> anyhow::Result<()> {
     let shards = stream::shards(client, &found.identity.name).await?;
     let report = StreamReport {
         stream: found.identity.name.to_string(),
@@ -335,7 +344,8 @@ async fn put(
         let reader: Box<dyn std::io::Read + Send> = match &input {
             None => Box::new(std::io::stdin()),
             Some(path) => Box::new(
-                std::fs::File::open(path).with_context(|| format!("failed to read {}", path.display()))?,
+                std::fs::File::open(path)
+                    .with_context(|| format!("failed to read {}", path.display()))?,
             ),
         };
         for line in BufReader::new(reader).split(b'\n').skip(skip) {
@@ -354,7 +364,10 @@ async fn put(
     producer.flush().await?;
     progress.done();
     let report = producer.report();
-    console.say(format!("put {} records, {} bytes, {} retried", report.records, report.bytes, report.retried));
+    console.say(format!(
+        "put {} records, {} bytes, {} retried",
+        report.records, report.bytes, report.retried
+    ));
     console.report(&report)
 }
 

@@ -44,9 +44,11 @@ impl<'a> Lane<'a> {
             }
             shared.letters.settle(&shard, sink.name(), acquired.position.as_ref(), true).await?;
             let policy = shared.config.on_position_mismatch;
-            let skip_to = agree(&acquired.position, &state.checkpoint, policy).map_err(|(sink_at, checkpoint)| {
-                LaneError::Fatal(mismatch(&shard, config, &sink_at, &checkpoint))
-            })?;
+            let skip_to = agree(&acquired.position, &state.checkpoint, policy).map_err(
+                |(sink_at, checkpoint)| {
+                    LaneError::Fatal(mismatch(&shard, config, &sink_at, &checkpoint))
+                },
+            )?;
             standings.push(Standing { acquired, skip_to });
         }
         let start = standings.iter().map(|standing| standing.skip_to.clone()).min().flatten();
@@ -121,7 +123,12 @@ fn agree(
     }
 }
 
-fn mismatch(shard: &ShardKey, sink: &SinkConfig, sink_at: &Position, checkpoint: &Position) -> String {
+fn mismatch(
+    shard: &ShardKey,
+    sink: &SinkConfig,
+    sink_at: &Position,
+    checkpoint: &Position,
+) -> String {
     format!(
         "sink {} stands at {sink_at} in shard {}, behind the checkpoint {checkpoint}: was its \
          destination restored, or did another application move the checkpoint? Set \
@@ -220,12 +227,16 @@ impl GenerationStore {
         let mut components = HashMap::new();
         for stage in &spec.stages {
             let bytes = self.state.component(stage.digest.clone()).await?;
-            let bytes = bytes.ok_or_else(|| missing(format!("component {} is gone", stage.digest)))?;
+            let bytes =
+                bytes.ok_or_else(|| missing(format!("component {} is gone", stage.digest)))?;
             components.insert(stage.digest.clone(), bytes);
         }
         let stream = &shared.config.source.stream.value;
         let component = |digest: &str| {
-            components.get(digest).cloned().ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
+            components
+                .get(digest)
+                .cloned()
+                .ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
         };
         let generation =
             Generation::from_store(spec, &self.engine, &self.cache, stream, &component)

@@ -18,9 +18,7 @@ pub use acquire::GenerationStore;
 pub use board::{Board, ShardStatus};
 
 use crate::config::PipelineConfig;
-use crate::position::{
-    Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError,
-};
+use crate::position::{Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError};
 use crate::record::{Batch, Position, PositionSpan, Row, ShardKey, SinkName};
 use crate::sink::budget::Budget;
 use crate::sink::delivery::{Delivery, DeliveryHandle};
@@ -217,9 +215,10 @@ impl Lane<'_> {
         if self.chain.is_none() {
             let generation = &self.segments[0].generation;
             let limits = self.shared.config.rejected_max;
-            let chain = Chain::start(generation, &self.shard, limits, &self.stop).map_err(|error| {
-                LaneError::Fatal(format!("shard {}: {error}", self.shard.shard))
-            })?;
+            let chain =
+                Chain::start(generation, &self.shard, limits, &self.stop).map_err(|error| {
+                    LaneError::Fatal(format!("shard {}: {error}", self.shard.shard))
+                })?;
             self.chain = Some(chain);
         }
         Ok(())
@@ -245,7 +244,8 @@ impl Lane<'_> {
         if written > 0 {
             self.shared.board.unblock(&self.shard.shard, "dead letters");
             self.shared.board.update(&self.shard.shard, |status| status.dead_letters += written);
-            metrics::counter!("shardmill_dead_letters_total", "place" => "stages").increment(written);
+            metrics::counter!("shardmill_dead_letters_total", "place" => "stages")
+                .increment(written);
         }
         Ok(())
     }
@@ -254,7 +254,11 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::Sink`] when a sink has lost the shard.
-    pub async fn deliver(&mut self, batch: &Arc<Batch>, routed: Vec<Routed>) -> Result<(), LaneError> {
+    pub async fn deliver(
+        &mut self,
+        batch: &Arc<Batch>,
+        routed: Vec<Routed>,
+    ) -> Result<(), LaneError> {
         let Some(chain) = &self.chain else { return Ok(()) };
         let mut rows: Vec<Vec<Row>> = self.deliveries.iter().map(|_| Vec::new()).collect();
         for one in routed {

@@ -50,8 +50,7 @@ impl PipelineLock {
     pub fn take(state_dir: &Path, pipeline: &PipelineName) -> Result<Self, LeaseError> {
         let folder = state_dir.join(pipeline.as_str());
         let path = folder.join("lock");
-        let unusable =
-            |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
+        let unusable = |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
         std::fs::create_dir_all(&folder).map_err(unusable)?;
         let mut options = OpenOptions::new();
         let mut file = options

@@ -1,6 +1,5 @@
 //! One sandbox: a store with its limits and deadline, and the calls into it.
 
-
 use wasmtime::{ResourceLimiter, Store, Trap};
 
 use super::{Context, Descriptor, Failure, Outcome, Plugin, PluginEngine, WireBatch, bindings};

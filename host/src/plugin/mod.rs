@@ -10,6 +10,8 @@ mod cache;
 mod componentize;
 mod engine;
 mod instance;
+#[path = "../../../wit/0.1.0/words.rs"]
+mod words;
 
 use std::fmt;
 use std::path::Path;
@@ -21,10 +23,11 @@ use wasmtime::component::{Component, Linker};
 pub use bindings::exports::shardmill::plugin::stage::{
     Batch as WireBatch, Context, Descriptor, Failure, Outcome,
 };
-pub use bindings::shardmill::plugin::types::{Column, Input, Output, Reject, Route, Span};
+pub use bindings::shardmill::plugin::types::{Column, Route};
 pub use cache::CompileCache;
 pub use engine::PluginEngine;
 pub use instance::{CallError, CallFault, Instance};
+pub use words::{Input, Output, Reject, Span};
 
 /// The interface that a plugin exports, without its version.
 const STAGE_INTERFACE: &str = "shardmill:plugin/stage";
@@ -102,7 +105,9 @@ pub enum PluginError {
         found: String,
     },
     /// A component that asks for what no pipeline grants.
-    #[error("{path} imports {imports}, which this pipeline does not grant; the world `plugin` has no imports")]
+    #[error(
+        "{path} imports {imports}, which this pipeline does not grant; the world `plugin` has no imports"
+    )]
     Imports {
         /// The file.
         path: String,
@@ -164,8 +169,10 @@ impl Plugin {
     ) -> Result<Self, PluginError> {
         check_layer(path, bytes)?;
         let digest = Digest::of(bytes);
-        let invalid =
-            |cause: wasmtime::Error| PluginError::Invalid { path: path.into(), cause: format!("{cause:#}") };
+        let invalid = |cause: wasmtime::Error| PluginError::Invalid {
+            path: path.into(),
+            cause: format!("{cause:#}"),
+        };
         let component = cache.component(engine, &digest, bytes).map_err(invalid)?;
         check_world(engine, path, &component)?;
         let linker = Linker::<instance::Sandbox>::new(engine.wasmtime());
@@ -198,7 +205,11 @@ fn check_layer(path: &str, bytes: &[u8]) -> Result<(), PluginError> {
 }
 
 /// Checks the exports against our world and refuses imports of functions.
-fn check_world(engine: &PluginEngine, path: &str, component: &Component) -> Result<(), PluginError> {
+fn check_world(
+    engine: &PluginEngine,
+    path: &str,
+    component: &Component,
+) -> Result<(), PluginError> {
     let world = component.component_type();
     let ours = format!("{STAGE_INTERFACE}@{WIT_VERSION}");
     let exports: Vec<&str> = world.exports(engine.wasmtime()).map(|(name, _)| name).collect();
@@ -208,7 +219,9 @@ fn check_world(engine: &PluginEngine, path: &str, component: &Component) -> Resu
             (Some(other), _) => {
                 format!("it was built for {other}; rebuild it with the SDK of this host's version")
             }
-            (None, []) => "it exports nothing; build it for the world `shardmill:plugin/plugin`".into(),
+            (None, []) => {
+                "it exports nothing; build it for the world `shardmill:plugin/plugin`".into()
+            }
             (None, some) => format!(
                 "it exports {}; build it for the world `shardmill:plugin/plugin`",
                 some.join(", ")

@@ -67,7 +67,11 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`StateError`]; the shard must not be read then.
-    pub async fn begin(&self, shard: &ShardKey, start_at_ms: Option<i64>) -> Result<(), StateError> {
+    pub async fn begin(
+        &self,
+        shard: &ShardKey,
+        start_at_ms: Option<i64>,
+    ) -> Result<(), StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
             .write("note the start of a shard", move |state| {
@@ -138,7 +142,9 @@ impl Checkpoints {
                 }
                 if ended {
                     state
-                        .prepare_cached("UPDATE shard SET ended = 1 WHERE stream = ?1 AND shard = ?2")?
+                        .prepare_cached(
+                            "UPDATE shard SET ended = 1 WHERE stream = ?1 AND shard = ?2",
+                        )?
                         .execute((&stream, &shard))?;
                 }
                 Ok(())

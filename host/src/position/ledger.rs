@@ -67,11 +67,10 @@ impl Ledger {
         let id = id.to_owned();
         self.store
             .write("read a stored generation", move |state| {
-                let json: String = state.query_row(
-                    "SELECT spec FROM generation WHERE id = ?1",
-                    [id],
-                    |row| row.get(0),
-                )?;
+                let json: String =
+                    state.query_row("SELECT spec FROM generation WHERE id = ?1", [id], |row| {
+                        row.get(0)
+                    })?;
                 serde_json::from_str(&json).map_err(|error| {
                     rusqlite::Error::FromSqlConversionFailure(
                         0,

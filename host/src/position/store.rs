@@ -69,7 +69,11 @@ impl StateStore {
             way_out,
         };
         std::fs::create_dir_all(folder).map_err(|cause| {
-            error("make its folder", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
+            error(
+                "make its folder",
+                cause.to_string(),
+                "free the disk, or set `state_dir` elsewhere",
+            )
         })?;
         let connection = Connection::open(&path).and_then(prepare).map_err(|cause| {
             error("open it", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
@@ -78,7 +82,8 @@ impl StateStore {
             .query_row("PRAGMA user_version", [], |row| row.get(0))
             .map_err(|cause| error("read its version", cause.to_string(), "move the file away"))?;
         if version != SCHEMA_VERSION {
-            let cause = format!("it has schema version {version}, this host writes {SCHEMA_VERSION}");
+            let cause =
+                format!("it has schema version {version}, this host writes {SCHEMA_VERSION}");
             return Err(error("use it", cause, "run the version of shardmill that wrote it"));
         }
         Ok(Self { path: path.into(), connection: Arc::new(Mutex::new(connection)) })

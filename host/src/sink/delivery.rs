@@ -167,11 +167,8 @@ struct Worker {
 impl Worker {
     fn new(acquired: Acquired, context: DeliveryContext, publish: watch::Sender<Progress>) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        let refusals = HeldRefusals::new(
-            context.letters.clone(),
-            context.sink.clone(),
-            context.rejected_max,
-        );
+        let refusals =
+            HeldRefusals::new(context.letters.clone(), context.sink.clone(), context.rejected_max);
         Self {
             writer: acquired.writer,
             publish,
@@ -233,7 +230,10 @@ impl Worker {
             }
         });
         let skip_to = self.context.skip_to.as_ref();
-        let new = delivery.rows.into_iter().filter(|row| skip_to.is_none_or(|have| row.position() > have));
+        let new = delivery
+            .rows
+            .into_iter()
+            .filter(|row| skip_to.is_none_or(|have| row.position() > have));
         for row in new {
             buffer.bytes += row.payload.len() + row.key.len();
             buffer.rows.push(row);

@@ -135,12 +135,7 @@ impl Sink for PostgresSink {
         let position = taken.position().map_err(|cause| self.shared.unavailable(cause))?;
         let writer =
             PostgresWriter::new(Arc::clone(&self.shared), shard.clone(), taken.epoch, session);
-        Ok(Acquired {
-            writer: Box::new(writer),
-            position,
-            keeps_position: true,
-            must_cut_at: None,
-        })
+        Ok(Acquired { writer: Box::new(writer), position, keeps_position: true, must_cut_at: None })
     }
 
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {

@@ -90,9 +90,7 @@ pub(crate) fn spread<'a>(
         .and_then(|()| json.end());
     match (fault, read) {
         (Some(fault), _) => Err(fault),
-        (None, Err(error)) => {
-            Err(RowFault::Refused(format!("the row is no JSON object: {error}")))
-        }
+        (None, Err(error)) => Err(RowFault::Refused(format!("the row is no JSON object: {error}"))),
         (None, Ok(())) => Ok(()),
     }
 }
@@ -123,7 +121,8 @@ impl<'a> Visitor<'a> for Spread<'_, 'a> {
             };
             if self.slots[place].replace(map.next_value()?).is_some() {
                 let name = &self.columns.names[place];
-                *self.fault = Some(RowFault::Refused(format!("the row has the key {name:?} twice")));
+                *self.fault =
+                    Some(RowFault::Refused(format!("the row has the key {name:?} twice")));
                 return Err(de::Error::custom("repeated key"));
             }
             likely = place + 1;
@@ -190,8 +189,7 @@ pub(crate) fn declared_columns(routes: &[BoundRoute]) -> Result<Vec<DeclaredColu
     for route in declaring.clone() {
         for column in &route.columns {
             let (name, data_type) = (column.name.as_str(), column.data_type.trim());
-            let nullable =
-                column.nullable || declaring.clone().any(|other| !declares(other, name));
+            let nullable = column.nullable || declaring.clone().any(|other| !declares(other, name));
             match columns.iter_mut().find(|known| known.name == name) {
                 None => {
                     let route = route.name.as_str();

@@ -101,7 +101,10 @@ impl SqliteSink {
     ) -> Result<T, SinkError> {
         let unavailable = |cause: String| self.shared.unavailable(cause);
         let mut held = self.shared.connection.hold().await.map_err(unavailable)?;
-        connection::blocking(move || call(&mut held)).await.and_then(|done| done).map_err(unavailable)
+        connection::blocking(move || call(&mut held))
+            .await
+            .and_then(|done| done)
+            .map_err(unavailable)
     }
 }
 

@@ -27,7 +27,13 @@ pub async fn connect(url: Option<&url::Url>, region: Option<&str>) -> Result<Cli
     if let Some(url) = url {
         loader = loader.endpoint_url(url.as_str());
         if std::env::var_os("AWS_ACCESS_KEY_ID").is_none() {
-            loader = loader.credentials_provider(Credentials::new("local", "local", None, None, "shardmill"));
+            loader = loader.credentials_provider(Credentials::new(
+                "local",
+                "local",
+                None,
+                None,
+                "shardmill",
+            ));
         }
         if region.is_none() && std::env::var_os("AWS_REGION").is_none() {
             loader = loader.region(Region::new(OTHER_REGION));
@@ -86,8 +92,11 @@ pub fn fault<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> Fault {
             | "ThrottlingException" => Fault::Throttled,
             "ExpiredIteratorException" => Fault::ExpiredIterator,
             "ResourceNotFoundException" => Fault::NotFound,
-            "InternalFailure" | "InternalFailureException" | "ServiceUnavailable"
-            | "ServiceUnavailableException" | "RequestExpired" => Fault::Passing,
+            "InternalFailure"
+            | "InternalFailureException"
+            | "ServiceUnavailable"
+            | "ServiceUnavailableException"
+            | "RequestExpired" => Fault::Passing,
             "" => Fault::Passing,
             _ => Fault::Lasting,
         },

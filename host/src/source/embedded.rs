@@ -58,7 +58,8 @@ impl EmbeddedStream {
             error(format!("{cause}; another process has the port: choose one with --port"))
         })?;
         let bound = listener.local_addr().map_err(|cause| error(cause.to_string()))?;
-        let url = Url::parse(&format!("http://{bound}")).map_err(|cause| error(cause.to_string()))?;
+        let url =
+            Url::parse(&format!("http://{bound}")).map_err(|cause| error(cause.to_string()))?;
         let (app, _store) = ferrokinesis::create_app(options);
         let app = app.layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX));
         let stop = CancellationToken::new();
@@ -118,10 +119,8 @@ impl Published {
     fn lock(state_dir: &Path) -> Result<Self, SourceError> {
         let folder = state_dir.join("stream");
         let path = folder.join("lock");
-        let error = |cause: String| SourceError::Embedded {
-            address: path.display().to_string(),
-            cause,
-        };
+        let error =
+            |cause: String| SourceError::Embedded { address: path.display().to_string(), cause };
         std::fs::create_dir_all(&folder).map_err(|cause| error(cause.to_string()))?;
         let mut file = open_lock(&path).map_err(|cause| error(cause.to_string()))?;
         if file.try_lock().is_err() {
@@ -144,10 +143,11 @@ impl Published {
 
     fn write(&mut self, state_dir: &Path, url: &Url) -> Result<(), SourceError> {
         let path = state_dir.join("stream").join("address");
-        let written = tempfile::NamedTempFile::new_in(state_dir.join("stream")).and_then(|mut draft| {
-            writeln!(draft, "{url}")?;
-            draft.persist(&path).map_err(|error| error.error)
-        });
+        let written =
+            tempfile::NamedTempFile::new_in(state_dir.join("stream")).and_then(|mut draft| {
+                writeln!(draft, "{url}")?;
+                draft.persist(&path).map_err(|error| error.error)
+            });
         written.map(drop).map_err(|cause| SourceError::Embedded {
             address: path.display().to_string(),
             cause: cause.to_string(),

@@ -45,7 +45,8 @@ impl ShardSource for KinesisSource {
         start_at_ms: Option<i64>,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
         let (client, polling) = (self.client.clone(), self.polling.clone());
-        let reader = PollingReader::new(client, shard.clone(), polling, after.cloned(), start_at_ms);
+        let reader =
+            PollingReader::new(client, shard.clone(), polling, after.cloned(), start_at_ms);
         Ok(Box::new(reader))
     }
 }

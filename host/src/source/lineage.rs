@@ -46,7 +46,10 @@ pub fn lineage(
     };
     let settled = |shard: &Shard| known.get(&shard.id).is_some_and(|state| state.ended);
     let open = |id: &ShardId| {
-        shards.iter().find(|other| other.id == *id).is_some_and(|parent| !settled(parent) && !skipped(parent))
+        shards
+            .iter()
+            .find(|other| other.id == *id)
+            .is_some_and(|parent| !settled(parent) && !skipped(parent))
     };
     let waiting: Vec<&Shard> =
         shards.iter().filter(|shard| !settled(shard) && !skipped(shard)).collect();
@@ -109,9 +112,11 @@ mod tests {
     #[test]
     fn a_merge_waits_for_both_parents() {
         let shards = [shard("0", &[], true), shard("1", &[], true), shard("2", &["0", "1"], false)];
-        let plan = lineage(&shards, &known(&[("0", true), ("1", false)]), StartPosition::TrimHorizon);
+        let plan =
+            lineage(&shards, &known(&[("0", true), ("1", false)]), StartPosition::TrimHorizon);
         assert_eq!(ready(&plan), [("1", LineageStart::AsConfigured)]);
-        let plan = lineage(&shards, &known(&[("0", true), ("1", true)]), StartPosition::TrimHorizon);
+        let plan =
+            lineage(&shards, &known(&[("0", true), ("1", true)]), StartPosition::TrimHorizon);
         assert_eq!(ready(&plan), [("2", LineageStart::Horizon)]);
     }
 
@@ -131,8 +136,7 @@ mod tests {
 
     #[test]
     fn grandchildren_start_at_their_horizon_too() {
-        let shards =
-            [shard("0", &[], true), shard("1", &["0"], true), shard("2", &["1"], false)];
+        let shards = [shard("0", &[], true), shard("1", &["0"], true), shard("2", &["1"], false)];
         let plan = lineage(&shards, &known(&[("0", true)]), StartPosition::Latest);
         assert_eq!(ready(&plan), [("1", LineageStart::Horizon)]);
     }

@@ -38,8 +38,8 @@ pub enum NextBatch {
 pub enum SourceError {
     /// The stream is not there.
     #[error(
-        "stream {stream} does not exist; create it with `shardmill stream create {stream}`, or set \
-         `create` under [source]"
+        "stream {stream} does not exist; create it with `shardmill stream create --stream {stream}`, or \
+         set `create` under [source]"
     )]
     NoSuchStream {
         /// The stream's name.
@@ -58,7 +58,9 @@ pub enum SourceError {
     #[error("no AWS region: set `region` under [source], AWS_REGION, or a region in the profile")]
     NoRegion,
     /// The stream did not become what was waited for.
-    #[error("stream {stream} is {status} after {waited_s} s, not {due}; look at it in the console, or wait longer with `wait`")]
+    #[error(
+        "stream {stream} is {status} after {waited_s} s, not {due}; look at it in the console, or wait longer with `wait`"
+    )]
     NotReady {
         /// The stream's name.
         stream: String,

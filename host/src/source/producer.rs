@@ -138,7 +138,9 @@ impl Producer {
                 }
                 Some(code) => {
                     let message = result.error_message().unwrap_or("no message");
-                    return Err(self.error(format!("record {index} of the request: {code}: {message}")));
+                    return Err(
+                        self.error(format!("record {index} of the request: {code}: {message}"))
+                    );
                 }
             }
         }

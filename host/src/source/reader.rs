@@ -44,8 +44,7 @@ pub struct PollingReader {
     after: Option<Position>,
     /// The last record that a batch held.
     handed_over: Option<Position>,
-    /// Records before this time are dropped, in milliseconds since 1970: some servers know whole
-    /// seconds only.
+    /// Records before this time are dropped, in milliseconds since 1970.
     start_at_ms: Option<i64>,
     iterator: Option<String>,
     ended: bool,
@@ -107,7 +106,9 @@ impl PollingReader {
                         self.back_off(cause);
                         Ok(false)
                     }
-                    Fault::NotFound | Fault::Lasting => Err(call_error("GetRecords", place, &error)),
+                    Fault::NotFound | Fault::Lasting => {
+                        Err(call_error("GetRecords", place, &error))
+                    }
                 };
             }
         };
@@ -147,7 +148,7 @@ impl PollingReader {
                 .starting_sequence_number(after.sequence.as_str()),
             (None, Some(at_ms)) => call
                 .shard_iterator_type(ShardIteratorType::AtTimestamp)
-                .timestamp(DateTime::from_millis(at_ms)),
+                .timestamp(DateTime::from_secs(at_ms.div_euclid(1_000))),
             (None, None) => call.shard_iterator_type(ShardIteratorType::TrimHorizon),
         };
         let answer = call.send().await.map_err(|error| match fault(&error) {
@@ -175,7 +176,7 @@ impl PollingReader {
         let arrived = record.approximate_arrival_timestamp;
         let arrived_ms = arrived.and_then(|at| at.to_millis().ok()).unwrap_or(0);
         self.after = Some(position.clone());
-        if self.start_at_ms.is_some_and(|start| arrived_ms < start) {
+        if self.start_at_ms.is_some_and(|start| is_older(arrived_ms, start)) {
             return Ok(());
         }
         self.queue.push_back(Record {
@@ -244,6 +245,14 @@ impl BatchReader for PollingReader {
     }
 }
 
+/// Whether a record arrived before the start. A server that knows arrival times by the second
+/// cannot tell within the second of the start: none of its records is dropped then.
+fn is_older(arrived_ms: i64, start_at_ms: i64) -> bool {
+    let is_whole_second = arrived_ms.rem_euclid(1_000) == 0;
+    let start_of_second = start_at_ms - start_at_ms.rem_euclid(1_000);
+    arrived_ms < if is_whole_second { start_of_second } else { start_at_ms }
+}
+
 fn count_retry(shard: &ShardKey, cause: Fault) {
     metrics::counter!("shardmill_source_retries_total",
         "shard" => shard.shard.to_string(), "reason" => cause.label())
@@ -257,4 +266,22 @@ fn pauses() -> ExponentialBackoff {
         .without_max_times()
         .with_jitter()
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_older;
+
+    #[test]
+    fn what_arrived_before_the_start_is_older() {
+        assert!(is_older(1_499, 1_500));
+        assert!(!is_older(1_500, 1_500));
+        assert!(!is_older(1_501, 1_500));
+    }
+
+    #[test]
+    fn a_server_that_knows_seconds_loses_nothing_in_the_second_of_the_start() {
+        assert!(!is_older(1_000, 1_500));
+        assert!(is_older(0, 1_500));
+    }
 }

@@ -45,7 +45,9 @@ pub async fn create(client: &Client, stream: &str, shards: u32) -> Result<(), So
     let created = client.create_stream().stream_name(stream).shard_count(count).send().await;
     match created {
         Ok(_) => Ok(()),
-        Err(error) if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) => {
+        Err(error)
+            if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
+        {
             Ok(())
         }
         Err(error) => Err(call_error("CreateStream", format!("stream {stream}"), &error)),
@@ -126,16 +128,18 @@ pub async fn shards(client: &Client, stream: &str) -> Result<Vec<Shard>, SourceE
             Fault::NotFound => SourceError::NoSuchStream { stream: stream.into() },
             _ => call_error("ListShards", format!("stream {stream}"), &error),
         })?;
-        shards.extend(page.shards().iter().map(|shard| Shard {
-            id: shard.shard_id().into(),
-            parents: [shard.parent_shard_id(), shard.adjacent_parent_shard_id()]
-                .into_iter()
-                .flatten()
-                .map(ShardId::from)
-                .collect(),
-            is_closed: shard
-                .sequence_number_range()
-                .is_some_and(|range| range.ending_sequence_number().is_some()),
+        shards.extend(page.shards().iter().map(|shard| {
+            Shard {
+                id: shard.shard_id().into(),
+                parents: [shard.parent_shard_id(), shard.adjacent_parent_shard_id()]
+                    .into_iter()
+                    .flatten()
+                    .map(ShardId::from)
+                    .collect(),
+                is_closed: shard
+                    .sequence_number_range()
+                    .is_some_and(|range| range.ending_sequence_number().is_some()),
+            }
         }));
         match page.next_token() {
             Some(token) => next_token = Some(token.to_owned()),

@@ -1,8 +1,10 @@
 //! One lane's instances of a generation: a batch in, rows for the sinks and dead letters out.
 
 use std::collections::HashSet;
+use std::mem;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::flow::{self, Flow, Item};
@@ -119,13 +121,18 @@ impl Chain {
             metrics::counter!("shardmill_stage_records_total",
                 "stage" => runner.stage().name.to_string())
             .increment(flow.len() as u64);
+            let bytes: usize = flow.iter().map(|item| item.payload.len()).sum();
+            metrics::counter!("shardmill_stage_bytes_total",
+                "stage" => runner.stage().name.to_string())
+            .increment(bytes as u64);
             let made = runner.run(batch, &flow).map_err(|error| blocked(runner, error))?;
             for rejected in &made.rejected {
                 let item = &flow[rejected.item];
                 rejected_records[item.record as usize] = true;
                 outcome.letters.push(letter(batch, item, runner, &place, rejected));
             }
-            flow = route(batch, &flow, made, index, runner, &mut outcome.routed, &mut rows_of_record);
+            flow =
+                route(batch, flow, made, index, runner, &mut outcome.routed, &mut rows_of_record);
         }
         let mut window = self.window.clone();
         for rejected in rejected_records {
@@ -142,7 +149,7 @@ impl Chain {
 /// Parts a stage's outputs: rows for sinks, and what goes on to the next stage.
 fn route(
     batch: &Arc<Batch>,
-    flow: &[Item],
+    mut flow: Flow,
     made: StageOutcome,
     stage: usize,
     runner: &StageRunner,
@@ -151,8 +158,15 @@ fn route(
 ) -> Flow {
     let loaded = runner.stage();
     let mut on = Flow::new();
-    for output in made.outputs {
-        let record = flow[output.item].record;
+    let mut outputs = made.outputs.into_iter().peekable();
+    while let Some(output) = outputs.next() {
+        let item = &mut flow[output.item];
+        let record = item.record;
+        // The item's last output takes what it shares over, which saves counting references.
+        let is_last = outputs.peek().is_none_or(|next| next.item != output.item);
+        let own = |bytes: &mut Bytes| if is_last { mem::take(bytes) } else { bytes.clone() };
+        let key = output.key.unwrap_or_else(|| own(&mut item.key));
+        let payload = output.payload.unwrap_or_else(|| own(&mut item.payload));
         match &loaded.targets[output.route as usize] {
             Target::Next(upstream_route) => on.push(Item {
                 record,
@@ -161,8 +175,8 @@ fn route(
                     _ => 0,
                 },
                 upstream_route: *upstream_route,
-                key: output.key,
-                payload: output.payload,
+                key,
+                payload,
             }),
             Target::Sinks(sinks) if sinks.is_empty() => {}
             Target::Sinks(_) => routed.push(Routed {
@@ -171,8 +185,8 @@ fn route(
                     record,
                     ordinal: next_ordinal(&mut rows_of_record[record as usize]),
                     route: loaded.route_names[output.route as usize].clone(),
-                    key: output.key,
-                    payload: output.payload,
+                    key,
+                    payload,
                 },
                 stage,
                 route: output.route as usize,
@@ -230,7 +244,9 @@ fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
     );
     match error {
         RunError::Stopped => Blocked::Stopped,
-        RunError::AllFailed(reason) => Blocked::Retry(format!("{plugin}: every record fails: {reason}")),
+        RunError::AllFailed(reason) => {
+            Blocked::Retry(format!("{plugin}: every record fails: {reason}"))
+        }
         RunError::TooManyFailed(reason) => {
             Blocked::Broken(format!("{plugin}: too many records fail; the last reason: {reason}"))
         }

@@ -44,13 +44,12 @@ pub fn first_flow(batch: &Batch) -> Flow {
 pub fn pack(batch: &Batch, items: &[Item], wire: &mut WireBatch) {
     wire.arena.clear();
     wire.inputs.clear();
-    wire.inputs.reserve(items.len());
     for item in items {
         let record = &batch.records[item.record as usize];
         let key = append(&mut wire.arena, &item.key);
         let payload = append(&mut wire.arena, &item.payload);
         let sequence = append(&mut wire.arena, record.position.sequence.as_str().as_bytes());
-        wire.inputs.push(Input {
+        let input = Input {
             key,
             payload,
             sequence,
@@ -58,10 +57,12 @@ pub fn pack(batch: &Batch, items: &[Item], wire: &mut WireBatch) {
             sub_sequence: record.position.sub_sequence as u32,
             route: item.upstream_route,
             arrived_ms: record.arrived_ms,
-        });
+        };
+        wire.inputs.extend_from_slice(&input.to_words());
     }
 }
 
+#[inline]
 fn append(arena: &mut Vec<u8>, bytes: &[u8]) -> Span {
     let start = arena.len() as u32;
     arena.extend_from_slice(bytes);
@@ -69,6 +70,7 @@ fn append(arena: &mut Vec<u8>, bytes: &[u8]) -> Span {
 }
 
 /// The span as a range, if it lies within `arena_bytes`.
+#[inline]
 pub fn within(span: Span, arena_bytes: usize) -> Option<Range<usize>> {
     let start = span.start as usize;
     let end = start.checked_add(span.length as usize)?;

@@ -94,9 +94,12 @@ impl LoadedStage {
     /// Whether another instance declares the same routes.
     pub(super) fn same_routes(&self, other: &Descriptor) -> bool {
         self.descriptor.routes.len() == other.routes.len()
-            && self.descriptor.routes.iter().zip(&other.routes).all(|(one, two)| {
-                one.name == two.name && one.format == two.format
-            })
+            && self
+                .descriptor
+                .routes
+                .iter()
+                .zip(&other.routes)
+                .all(|(one, two)| one.name == two.name && one.format == two.format)
     }
 }
 
@@ -154,7 +157,8 @@ impl Generation {
                 && due.value != plugin.digest.as_str()
             {
                 let message = format!("{} has the digest {}", path.display(), plugin.digest);
-                let help = "the file is not the one that was pinned: restore it, or pin this digest";
+                let help =
+                    "the file is not the one that was pinned: restore it, or pin this digest";
                 return Err(config.file.problem(due.span.clone(), message, help));
             }
             let routes = stage.routes.iter();
@@ -222,11 +226,18 @@ impl Generation {
                 help: help.into(),
             };
             let context = context(stream_name, "", &stage.config_json, &upstream);
-            let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context).map_err(|error| {
-                let message = format!("stage {} ({plugin:?}): {error}", stage.name);
-                misfit(Place::Stage, message, "see the plugin's documentation for [stage.config]")
-            })?;
-            for route in upstream.iter().filter(|route| !accepts(&descriptor.accepts, &route.format)) {
+            let (_, descriptor) =
+                Instance::start(&plugin, &stage.limits, &context).map_err(|error| {
+                    let message = format!("stage {} ({plugin:?}): {error}", stage.name);
+                    misfit(
+                        Place::Stage,
+                        message,
+                        "see the plugin's documentation for [stage.config]",
+                    )
+                })?;
+            let refused =
+                upstream.iter().find(|route| !accepts(&descriptor.accepts, &route.format));
+            if let Some(route) = refused {
                 let message = format!(
                     "stage {} accepts {}, but route {} carries {}",
                     stage.name,
@@ -234,7 +245,11 @@ impl Generation {
                     route.name,
                     route.format
                 );
-                return Err(misfit(Place::Plugin, message, "put a stage in between, or bind that route to a sink"));
+                return Err(misfit(
+                    Place::Plugin,
+                    message,
+                    "put a stage in between, or bind that route to a sink",
+                ));
             }
             let targets = targets(stage, &descriptor, index == last)
                 .map_err(|(place, message, help)| misfit(place, message, &help))?;
@@ -280,7 +295,12 @@ impl Generation {
 }
 
 /// What a plugin is told of its place.
-pub fn context(stream_name: &str, shard_id: &str, config_json: &str, upstream: &[Route]) -> Context {
+pub fn context(
+    stream_name: &str,
+    shard_id: &str,
+    config_json: &str,
+    upstream: &[Route],
+) -> Context {
     Context {
         stream_name: stream_name.into(),
         shard_id: shard_id.into(),
@@ -328,15 +348,22 @@ fn targets(
         ));
     }
     let mut next = 0..;
-    let targets = descriptor.routes.iter().map(|route| match stage.routes.get(route.name.as_str()) {
-        Some(sinks) => Ok(Target::Sinks(sinks.clone())),
-        None if is_last => Err((
-            Place::Stage,
-            format!("route `{}` of stage {}, the last one, is bound to no sink", route.name, stage.name),
-            format!("add `{} = [\"SINK\"]` under [stage.routes], or `[]` to drop its records", route.name),
-        )),
-        None => Ok(Target::Next(next.next().unwrap_or_default())),
-    });
+    let targets =
+        descriptor.routes.iter().map(|route| match stage.routes.get(route.name.as_str()) {
+            Some(sinks) => Ok(Target::Sinks(sinks.clone())),
+            None if is_last => Err((
+                Place::Stage,
+                format!(
+                    "route `{}` of stage {}, the last one, is bound to no sink",
+                    route.name, stage.name
+                ),
+                format!(
+                    "add `{} = [\"SINK\"]` under [stage.routes], or `[]` to drop its records",
+                    route.name
+                ),
+            )),
+            None => Ok(Target::Next(next.next().unwrap_or_default())),
+        });
     targets.collect()
 }
 

@@ -14,7 +14,9 @@ use tokio_util::sync::CancellationToken;
 use super::flow::{self, Item};
 use super::generation::LoadedStage;
 use crate::config::RejectedMax;
-use crate::plugin::{CallError, Context, Failure, Instance, Outcome, WireBatch};
+use crate::plugin::{
+    CallError, Context, Failure, Instance, Outcome, Output, Reject, Span, WireBatch,
+};
 use crate::record::Batch;
 
 /// One stage of one lane: the plugin's instance and the buffers that its calls reuse.
@@ -34,10 +36,10 @@ pub struct StageOutput {
     pub item: usize,
     /// Index of the route in the plugin's descriptor.
     pub route: u32,
-    /// The partition key.
-    pub key: Bytes,
-    /// The payload.
-    pub payload: Bytes,
+    /// The partition key; `None` is the item's own.
+    pub key: Option<Bytes>,
+    /// The payload; `None` is the item's own.
+    pub payload: Option<Bytes>,
 }
 
 /// One item that the stage did not take.
@@ -229,7 +231,7 @@ impl StageRunner {
         let answer = instance.process(&self.wire, limit_ms);
         let routes = self.stage.descriptor.routes.len();
         Ok(match answer {
-            Ok(Ok(outcome)) => take(items, outcome, routes, offset).map_err(|violation| {
+            Ok(Ok(outcome)) => take(items.len(), outcome, routes, offset).map_err(|violation| {
                 self.instance = None;
                 CallFailure::Dead(violation)
             }),
@@ -286,43 +288,29 @@ fn describe(failure: CallFailure) -> (String, String) {
     }
 }
 
-/// A key that the next stage or sink may read as text.
-fn utf8(key: Bytes, index: usize) -> Result<Bytes, CallError> {
-    match std::str::from_utf8(&key) {
-        Ok(_) => Ok(key),
-        Err(error) => Err(CallError::contract(format!("the key of output {index} is no UTF-8: {error}"))),
-    }
-}
-
 /// Proves an answer against the contract and lifts it out of its arena.
 fn take(
-    items: &[Item],
+    items: usize,
     outcome: Outcome,
     routes: usize,
     offset: usize,
 ) -> Result<StageOutcome, CallError> {
     let arena = Bytes::from(outcome.arena);
-    let slice = |span, what: &str, index: usize| {
-        flow::within(span, arena.len()).map(|range| arena.slice(range)).ok_or_else(|| {
-            CallError::contract(format!(
-                "{what} {index} lies outside of the answer's arena of {} bytes ({}+{})",
-                arena.len(),
-                span.start,
-                span.length
-            ))
-        })
-    };
-    let mut has_output = vec![false; items.len()];
-    let mut taken = StageOutcome::default();
-    taken.outputs.reserve(outcome.outputs.len());
+    let outputs = whole(&outcome.outputs, "outputs")?.iter().map(Output::from_words);
+    let mut taken =
+        StageOutcome { outputs: Vec::with_capacity(outputs.len()), rejected: Vec::new() };
     let mut last = 0;
-    for (index, output) in outcome.outputs.into_iter().enumerate() {
+    for (index, output) in outputs.enumerate() {
         let input = output.input as usize;
-        let Some(item) = items.get(input) else {
-            return Err(CallError::contract(format!("output {index} names input {input}, which is not there")));
-        };
+        if input >= items {
+            return Err(CallError::contract(format!(
+                "output {index} names input {input}, which is not there"
+            )));
+        }
         if input < last {
-            return Err(CallError::contract(format!("output {index} is not in the order of the inputs")));
+            return Err(CallError::contract(format!(
+                "output {index} is not in the order of the inputs"
+            )));
         }
         if output.route as usize >= routes {
             return Err(CallError::contract(format!(
@@ -331,28 +319,32 @@ fn take(
             )));
         }
         last = input;
-        has_output[input] = true;
-        let key = match output.key {
-            None => item.key.clone(),
-            Some(span) => utf8(slice(span, "the key of output", index)?, index)?,
-        };
-        let payload =
-            output.payload.map_or(Ok(item.payload.clone()), |span| slice(span, "output", index))?;
-        taken.outputs.push(StageOutput { item: input + offset, route: output.route, key, payload });
+        let key =
+            output.key.map(|span| utf8(slice(&arena, span, "the key of output", index)?, index));
+        let payload = output.payload.map(|span| slice(&arena, span, "output", index));
+        taken.outputs.push(StageOutput {
+            item: input + offset,
+            route: output.route,
+            key: key.transpose()?,
+            payload: payload.transpose()?,
+        });
     }
     let mut rejected_before = None;
-    for (index, reject) in outcome.rejects.into_iter().enumerate() {
+    for (index, words) in whole(&outcome.rejects, "rejects")?.iter().enumerate() {
+        let reject = Reject::from_words(words);
         let input = reject.input as usize;
-        if input >= items.len() || rejected_before.is_some_and(|before| input <= before) {
+        if input >= items || rejected_before.is_some_and(|before| input <= before) {
             return Err(CallError::contract(format!(
                 "reject {index} names input {input}, which is not there, out of order, or named twice"
             )));
         }
-        if has_output[input] {
-            return Err(CallError::contract(format!("input {input} has both an output and a reject")));
+        if taken.outputs.binary_search_by_key(&(input + offset), |output| output.item).is_ok() {
+            return Err(CallError::contract(format!(
+                "input {input} has both an output and a reject"
+            )));
         }
         rejected_before = Some(input);
-        let reason = slice(reject.reason, "the reason of reject", index)?;
+        let reason = slice(&arena, reject.reason, "the reason of reject", index)?;
         taken.rejected.push(Rejected {
             item: input + offset,
             reason: String::from_utf8_lossy(&reason).into_owned(),
@@ -360,4 +352,40 @@ fn take(
         });
     }
     Ok(taken)
+}
+
+/// The words, cut into records of `N`.
+fn whole<'w, const N: usize>(words: &'w [u32], what: &str) -> Result<&'w [[u32; N]], CallError> {
+    match words.as_chunks() {
+        (records, []) => Ok(records),
+        (records, rest) => Err(CallError::contract(format!(
+            "its {what} end within a record: {} of {N} words follow the first {}",
+            rest.len(),
+            records.len()
+        ))),
+    }
+}
+
+/// The bytes of a span, sharing the arena.
+#[inline]
+fn slice(arena: &Bytes, span: Span, what: &str, index: usize) -> Result<Bytes, CallError> {
+    match flow::within(span, arena.len()) {
+        Some(range) => Ok(arena.slice(range)),
+        None => Err(CallError::contract(format!(
+            "{what} {index} lies outside of the answer's arena of {} bytes ({}+{})",
+            arena.len(),
+            span.start,
+            span.length
+        ))),
+    }
+}
+
+/// A key that the next stage or sink may read as text.
+fn utf8(key: Bytes, index: usize) -> Result<Bytes, CallError> {
+    match std::str::from_utf8(&key) {
+        Ok(_) => Ok(key),
+        Err(error) => {
+            Err(CallError::contract(format!("the key of output {index} is no UTF-8: {error}")))
+        }
+    }
 }

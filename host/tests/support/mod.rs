@@ -1,5 +1,13 @@
 //! What the tests share: the real binary, its processes, and throw-away places.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, reason = "tests fail by panicking")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "tests fail by panicking"
+)]
+
+pub mod flights;
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -91,4 +99,23 @@ pub fn flights_csv() -> PathBuf {
     let path = root().join("data/flights.csv");
     assert!(path.exists(), "{} is missing: run `cargo xtask data flights`", path.display());
     path
+}
+
+/// Runs statements on the throw-away PostgreSQL; gives the first column of what they return.
+pub fn postgres(sql: &str) -> Vec<String> {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let (client, connection) = tokio_postgres::connect(&postgres_url(), tokio_postgres::NoTls)
+            .await
+            .expect("a server");
+        tokio::spawn(connection);
+        let messages = client.simple_query(sql).await.expect(sql);
+        messages
+            .into_iter()
+            .filter_map(|message| match message {
+                tokio_postgres::SimpleQueryMessage::Row(row) => Some(row.get(0)?.to_owned()),
+                _ => None,
+            })
+            .collect()
+    })
 }

@@ -65,7 +65,8 @@ pub fn write_row(payload: &[u8], row: impl Write) -> Result<(), Error> {
     Ok(serde_json::to_writer(row, &Car::decode(payload)?)?)
 }
 
-struct CarDecode;
+/// The plugin. Public for native tests and benches.
+pub struct CarDecode;
 
 impl Plugin for CarDecode {
     type Config = NoConfig;

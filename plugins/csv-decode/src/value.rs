@@ -134,11 +134,9 @@ fn write_decimal(
 
 fn boolean(field: &str) -> Option<bool> {
     let is = |word: &&str| field.eq_ignore_ascii_case(word);
-    match field {
-        _ if ["true", "t", "1"].iter().any(|word| is(word)) => Some(true),
-        _ if ["false", "f", "0"].iter().any(|word| is(word)) => Some(false),
-        _ => None,
-    }
+    let truth = ["true", "t", "1"].iter().any(is);
+    let falsehood = ["false", "f", "0"].iter().any(is);
+    (truth || falsehood).then_some(truth)
 }
 
 /// A valid point in time, in its parts.

@@ -13,8 +13,9 @@ use std::hint::black_box;
 use serde::Deserialize;
 use shardmill_sdk::bindings::exports::shardmill::plugin::stage::Guest;
 use shardmill_sdk::bindings::shardmill::plugin::types::{
-    Batch, Context, Descriptor, Failure, Input, Outcome, Output, Reject, Route, Span,
+    Batch, Context, Descriptor, Failure, Outcome, Route,
 };
+use shardmill_sdk::words::{Input, Output, Reject, Span};
 
 /// The markers, one per misdeed, and what the plugin says about itself. An empty marker is
 /// in every payload. If several match a record, the first in this order counts.
@@ -51,6 +52,8 @@ pub struct Config {
     bad_key_on: Option<String>,
     /// Returns the batch's outputs in reverse (no misdeed in a batch of one).
     unordered_on: Option<String>,
+    /// Returns outputs whose last word is missing.
+    cut_short_on: Option<String>,
     /// Emits and rejects the same record.
     both_on: Option<String>,
     /// Rejects the same record twice.
@@ -106,6 +109,7 @@ enum Misdeed {
     BadInput,
     BadKey,
     Unordered,
+    CutShort,
     Both,
     DoubleReject,
     BadReject,
@@ -133,6 +137,7 @@ impl Config {
             (&self.bad_input_on, Misdeed::BadInput),
             (&self.bad_key_on, Misdeed::BadKey),
             (&self.unordered_on, Misdeed::Unordered),
+            (&self.cut_short_on, Misdeed::CutShort),
             (&self.both_on, Misdeed::Both),
             (&self.double_reject_on, Misdeed::DoubleReject),
             (&self.bad_reject_on, Misdeed::BadReject),
@@ -192,9 +197,12 @@ shardmill_sdk::bindings::__export_plugin!(Hostile with_types_in shardmill_sdk::b
 
 fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
     let mut outcome = Outcome { arena: Vec::new(), outputs: Vec::new(), rejects: Vec::new() };
+    let mut outputs = Vec::new();
     let mut reversed = false;
-    let nowhere = batch.inputs.len() as u32;
-    for (index, input) in (0..).zip(&batch.inputs) {
+    let mut cut_short = false;
+    let (inputs, _) = batch.inputs.as_chunks();
+    let nowhere = inputs.len() as u32;
+    for (index, input) in (0..).zip(inputs.iter().map(Input::from_words)) {
         let pass = Output { input: index, route: 0, key: None, payload: None };
         let outside = |start| Some(Span { start, length: 16 });
         let failure = |retryable, input| {
@@ -202,7 +210,7 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
         };
         let payload = slice(batch, input.payload);
         match config.misdeed(payload) {
-            None => outcome.outputs.push(pass),
+            None => outputs.push(pass),
             Some(Misdeed::Trap) => trap(),
             Some(Misdeed::Loop) => spin(),
             Some(Misdeed::Recurse) => {
@@ -212,7 +220,7 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
             Some(Misdeed::Flood) => {
                 let bytes = config.flood_bytes.unwrap_or(64 << 20);
                 outcome.arena.resize(outcome.arena.len() + bytes as usize, b'x');
-                outcome.outputs.push(pass);
+                outputs.push(pass);
             }
             Some(Misdeed::Retry) => {
                 let calls = RETRIED_CALLS.get();
@@ -220,31 +228,35 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
                     RETRIED_CALLS.set(calls + 1);
                     return failure(true, None);
                 }
-                outcome.outputs.push(pass);
+                outputs.push(pass);
             }
             Some(Misdeed::Fail) => return failure(false, None),
             Some(Misdeed::Blame) => return failure(false, Some(index)),
             Some(Misdeed::BadBlame) => return failure(false, Some(nowhere)),
             Some(Misdeed::BadSpan) => {
                 let end = outcome.arena.len() as u32;
-                outcome.outputs.push(Output { payload: outside(end), ..pass });
+                outputs.push(Output { payload: outside(end), ..pass });
             }
             Some(Misdeed::OverflowSpan) => {
-                outcome.outputs.push(Output { payload: outside(u32::MAX - 8), ..pass });
+                outputs.push(Output { payload: outside(u32::MAX - 8), ..pass });
             }
-            Some(Misdeed::BadRoute) => outcome.outputs.push(Output { route: 1_000, ..pass }),
-            Some(Misdeed::BadInput) => outcome.outputs.push(Output { input: nowhere, ..pass }),
+            Some(Misdeed::BadRoute) => outputs.push(Output { route: 1_000, ..pass }),
+            Some(Misdeed::BadInput) => outputs.push(Output { input: nowhere, ..pass }),
             Some(Misdeed::BadKey) => {
                 let key = append(&mut outcome, b"\xff\xfe");
-                outcome.outputs.push(Output { key: Some(key), ..pass });
+                outputs.push(Output { key: Some(key), ..pass });
             }
             Some(Misdeed::Unordered) => {
                 reversed = true;
-                outcome.outputs.push(pass);
+                outputs.push(pass);
+            }
+            Some(Misdeed::CutShort) => {
+                cut_short = true;
+                outputs.push(pass);
             }
             Some(Misdeed::Both) => {
                 reject(&mut outcome, index);
-                outcome.outputs.push(pass);
+                outputs.push(pass);
             }
             Some(Misdeed::DoubleReject) => {
                 reject(&mut outcome, index);
@@ -254,17 +266,21 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
             Some(Misdeed::Reject) => reject(&mut outcome, index),
             Some(Misdeed::Filter) => {}
             Some(Misdeed::Twice) => {
-                outcome.outputs.push(pass.clone());
-                outcome.outputs.push(pass);
+                outputs.push(pass);
+                outputs.push(pass);
             }
             Some(Misdeed::Report) => {
-                let payload = append(&mut outcome, report(batch, input).as_bytes());
-                outcome.outputs.push(Output { payload: Some(payload), ..pass });
+                let payload = append(&mut outcome, report(batch, &input).as_bytes());
+                outputs.push(Output { payload: Some(payload), ..pass });
             }
         }
     }
     if reversed {
-        outcome.outputs.reverse();
+        outputs.reverse();
+    }
+    outcome.outputs = outputs.into_iter().flat_map(Output::to_words).collect();
+    if cut_short {
+        outcome.outputs.pop();
     }
     Ok(outcome)
 }
@@ -285,7 +301,7 @@ fn append(outcome: &mut Outcome, bytes: &[u8]) -> Span {
 
 fn reject(outcome: &mut Outcome, input: u32) {
     let reason = append(outcome, b"hostile: as configured");
-    outcome.rejects.push(Reject { input, reason });
+    outcome.rejects.extend(Reject { input, reason }.to_words());
 }
 
 fn report(batch: &Batch, input: &Input) -> String {
@@ -341,23 +357,26 @@ mod tests {
             route: 0,
             arrived_ms: 1,
         };
-        process(&config, &Batch { arena, inputs: vec![input] })
+        process(&config, &Batch { arena, inputs: input.to_words().into() })
+    }
+
+    fn outputs(outcome: &Outcome) -> Vec<Output> {
+        outcome.outputs.as_chunks().0.iter().map(Output::from_words).collect()
     }
 
     #[test]
     fn a_record_without_a_marker_passes() {
         let outcome = run(r#"{"trap_on":"bad"}"#, b"good").unwrap();
-        assert_eq!(outcome.outputs.len(), 1);
-        assert!(outcome.outputs[0].payload.is_none());
+        assert!(matches!(outputs(&outcome)[..], [Output { payload: None, .. }]));
     }
 
     #[test]
     fn a_marker_triggers_its_misdeed() {
         let outcome = run(r#"{"bad_route_on":"bad"}"#, b"a bad one").unwrap();
-        assert_eq!(outcome.outputs[0].route, 1_000);
+        assert_eq!(outputs(&outcome)[0].route, 1_000);
         assert!(run(r#"{"retry_on":""}"#, b"any").unwrap_err().retryable);
         let outcome = run(r#"{"both_on":"bad"}"#, b"bad").unwrap();
-        assert_eq!((outcome.outputs.len(), outcome.rejects.len()), (1, 1));
+        assert_eq!((outputs(&outcome).len(), outcome.rejects.len()), (1, 3));
     }
 
     #[test]

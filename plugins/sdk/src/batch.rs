@@ -3,28 +3,35 @@
 use std::time::{Duration, SystemTime};
 
 use crate::Rng;
-use crate::bindings::shardmill::plugin::types::{self as raw, Input, Span};
+use crate::bindings::shardmill::plugin::types as raw;
+use crate::words::{Input, InputWords, Span};
 
 /// The records of one call, in the order of their shard.
 #[derive(Clone, Copy)]
 pub struct Batch<'a> {
-    raw: &'a raw::Batch,
+    arena: &'a [u8],
+    inputs: &'a [InputWords],
     shard_hash: u64,
 }
 
 impl<'a> Batch<'a> {
+    /// # Panics
+    ///
+    /// If the inputs end within a record: the host broke the contract.
     pub(crate) fn new(raw: &'a raw::Batch, shard_hash: u64) -> Self {
-        Self { raw, shard_hash }
+        let (inputs, rest) = raw.inputs.as_chunks();
+        assert!(rest.is_empty(), "the host passed a part of a record");
+        Self { arena: &raw.arena, inputs, shard_hash }
     }
 
     /// The number of records; at least 1 when the host calls.
     pub fn len(&self) -> usize {
-        self.raw.inputs.len()
+        self.inputs.len()
     }
 
     /// Whether the batch holds no record.
     pub fn is_empty(&self) -> bool {
-        self.raw.inputs.is_empty()
+        self.inputs.is_empty()
     }
 
     /// The records, first to last.
@@ -33,10 +40,11 @@ impl<'a> Batch<'a> {
     }
 
     /// The record at `index`, counted from 0.
+    #[inline]
     pub fn get(&self, index: usize) -> Option<Record<'a>> {
-        let input = self.raw.inputs.get(index)?;
+        let words = self.inputs.get(index)?;
         let index = u32::try_from(index).ok()?;
-        Some(Record { input, arena: &self.raw.arena, index, shard_hash: self.shard_hash })
+        Some(Record { words, arena: self.arena, index, shard_hash: self.shard_hash })
     }
 }
 
@@ -67,7 +75,7 @@ impl ExactSizeIterator for Records<'_> {}
 /// One record, borrowed from its batch. Reading it copies nothing.
 #[derive(Clone, Copy)]
 pub struct Record<'a> {
-    input: &'a Input,
+    words: &'a InputWords,
     arena: &'a [u8],
     index: u32,
     shard_hash: u64,
@@ -77,51 +85,57 @@ impl<'a> Record<'a> {
     /// The payload. Any bytes, possibly none.
     #[inline]
     pub fn payload(&self) -> &'a [u8] {
-        self.bytes(self.input.payload)
+        self.bytes(self.input().payload)
     }
 
     /// The partition key.
     pub fn key(&self) -> &'a str {
-        self.text(self.input.key)
+        self.text(self.input().key)
     }
 
     /// The sequence number in the shard: up to 129 decimal digits, so it fits no integer.
     pub fn sequence(&self) -> &'a str {
-        self.text(self.input.sequence)
+        self.text(self.input().sequence)
     }
 
     /// The position within an aggregated record, from 0; 0 if not aggregated.
     pub fn sub_sequence(&self) -> u32 {
-        self.input.sub_sequence
+        self.input().sub_sequence
     }
 
     /// The route that led here, as an index into [`Context::upstream`](crate::Context).
     pub fn upstream_route(&self) -> usize {
-        self.input.route as usize
+        self.input().route as usize
     }
 
     /// When the stream took the record, in milliseconds since the Unix epoch.
     pub fn arrived_ms(&self) -> u64 {
-        self.input.arrived_ms
+        self.input().arrived_ms
     }
 
     /// The time to use for "now": when the stream took the record. A replay sees the
     /// same time.
     pub fn now(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_millis(self.input.arrived_ms)
+        SystemTime::UNIX_EPOCH + Duration::from_millis(self.input().arrived_ms)
     }
 
     /// Random numbers for this record, seeded from its shard, sequence and sub-sequence:
     /// each call starts the same series, and so does a replay. Not for secrets.
     pub fn rng(&self) -> Rng {
-        let sequence = fnv1a(self.shard_hash, self.bytes(self.input.sequence));
-        Rng::with_seed(fnv1a(sequence, &self.input.sub_sequence.to_le_bytes()))
+        let sequence = fnv1a(self.shard_hash, self.bytes(self.input().sequence));
+        Rng::with_seed(fnv1a(sequence, &self.input().sub_sequence.to_le_bytes()))
     }
 
     /// The position in its batch, from 0. It may differ in a replay, so nothing that
     /// leaves the plugin should depend on it.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// The words, named. What is not used of it costs nothing.
+    #[inline]
+    fn input(&self) -> Input {
+        Input::from_words(self.words)
     }
 
     #[inline]

@@ -28,8 +28,9 @@ impl<P: BatchPlugin> Instance<P> {
 
     /// Runs one batch.
     pub fn process(&mut self, batch: &raw::Batch) -> Result<Outcome, Failure> {
-        let mut out = Outbox::with_capacity(batch.inputs.len(), self.arena_bytes_last);
-        match self.plugin.batch(&Batch::new(batch, self.shard_hash), &mut out) {
+        let batch = Batch::new(batch, self.shard_hash);
+        let mut out = Outbox::with_capacity(batch.len(), self.arena_bytes_last);
+        match self.plugin.batch(&batch, &mut out) {
             Ok(()) => {
                 let outcome = out.finish();
                 self.arena_bytes_last = outcome.arena.len();

@@ -67,6 +67,9 @@ pub mod glue;
 mod out;
 mod plugin;
 pub mod testing;
+#[doc(hidden)]
+#[path = "../../../wit/0.1.0/words.rs"]
+pub mod words;
 
 pub use batch::{Batch, Record, Records};
 pub use bindings::shardmill::plugin::types::{Column, Context, Descriptor, Route};

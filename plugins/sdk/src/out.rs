@@ -4,14 +4,15 @@ use std::io;
 
 use serde::Serialize;
 
-use crate::bindings::shardmill::plugin::types::{Outcome, Output, Reject, Span};
+use crate::bindings::shardmill::plugin::types::Outcome;
+use crate::words::{Output, OutputWords, Reject, RejectWords, Span};
 use crate::{Error, Record};
 
 /// Collects what becomes of a batch.
 pub struct Outbox {
     arena: Vec<u8>,
-    outputs: Vec<Output>,
-    rejects: Vec<Reject>,
+    outputs: Vec<OutputWords>,
+    rejects: Vec<RejectWords>,
     /// The first input that may still be written for; keeps the outcome ordered.
     next_input: u32,
 }
@@ -44,7 +45,11 @@ impl Outbox {
     }
 
     pub(crate) fn finish(self) -> Outcome {
-        Outcome { arena: self.arena, outputs: self.outputs, rejects: self.rejects }
+        Outcome {
+            arena: self.arena,
+            outputs: self.outputs.into_flattened(),
+            rejects: self.rejects.into_flattened(),
+        }
     }
 
     /// The stretch of the arena from `start` to its end.
@@ -151,12 +156,13 @@ impl Emitter<'_> {
         self.outbox.outputs.truncate(self.outputs_start);
         self.outbox.arena.truncate(self.arena_start);
         let reason = self.outbox.append(reason.as_bytes());
-        self.outbox.rejects.push(Reject { input: self.input, reason });
+        self.outbox.rejects.push(Reject { input: self.input, reason }.to_words());
     }
 
     #[inline]
     fn push(&mut self, route: u32, key: Option<Span>, payload: Option<Span>) {
-        self.outbox.outputs.push(Output { input: self.input, route, key, payload });
+        let output = Output { input: self.input, route, key, payload };
+        self.outbox.outputs.push(output.to_words());
     }
 }
 

@@ -1,7 +1,8 @@
 //! Runs a plugin natively, so that its tests need no WebAssembly.
 
-use crate::bindings::shardmill::plugin::types::{self as raw, Input, Span};
+use crate::bindings::shardmill::plugin::types as raw;
 use crate::glue::Instance;
+use crate::words::{Input, Output, Reject, Span};
 use crate::{BatchPlugin, Context, Descriptor, Route};
 
 /// When the first record of a run arrived, in milliseconds since the Unix epoch.
@@ -94,7 +95,7 @@ impl<P: BatchPlugin> Harness<P> {
         let text = |span: &Span| String::from_utf8_lossy(slice(span)).into_owned();
 
         let mut fates = vec![Fate::Filtered; payloads.len()];
-        for output in &outcome.outputs {
+        for output in outcome.outputs.as_chunks().0.iter().map(Output::from_words) {
             let emitted = Emitted {
                 route: self.descriptor.routes[output.route as usize].name.clone(),
                 key: output.key.as_ref().map(text),
@@ -108,7 +109,7 @@ impl<P: BatchPlugin> Harness<P> {
                 fate => *fate = Fate::Delivered(vec![emitted]),
             }
         }
-        for reject in &outcome.rejects {
+        for reject in outcome.rejects.as_chunks().0.iter().map(Reject::from_words) {
             fates[reject.input as usize] = Fate::Rejected(text(&reject.reason));
         }
         Ok(fates)
@@ -142,13 +143,16 @@ fn batch_of(payloads: &[&[u8]]) -> raw::Batch {
     let inputs = payloads
         .iter()
         .zip(0_u64..)
-        .map(|(payload, number)| Input {
-            key: append(format!("key-{number}").as_bytes()),
-            payload: append(payload),
-            sequence: append(number.to_string().as_bytes()),
-            sub_sequence: 0,
-            route: 0,
-            arrived_ms: ARRIVED_MS + number,
+        .flat_map(|(payload, number)| {
+            let input = Input {
+                key: append(format!("key-{number}").as_bytes()),
+                payload: append(payload),
+                sequence: append(number.to_string().as_bytes()),
+                sub_sequence: 0,
+                route: 0,
+                arrived_ms: ARRIVED_MS + number,
+            };
+            input.to_words()
         })
         .collect();
     raw::Batch { arena, inputs }

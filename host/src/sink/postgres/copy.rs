@@ -39,8 +39,10 @@ pub(super) async fn copy_group(
 ) -> Result<(), Error> {
     let statement = prepared(session, table, group).await?;
     let client = &session.client;
-    let mut pending = vec![0..group.rows.len()];
-    while let Some(part) = pending.pop() {
+    // From the last part to the first: the next one is popped off the end.
+    let mut pending = Vec::from([(0, group.rows.len())]);
+    while let Some((start, end)) = pending.pop() {
+        let part = start..end;
         let error = match copy(client, &statement, group.tuples(part.clone())).await {
             Ok(()) => {
                 client.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
@@ -54,7 +56,8 @@ pub(super) async fn copy_group(
             let reason = session::describe(&error);
             refusals.push(Refusal { row: group.rows[part.start], reason });
         } else {
-            pending.extend(parts(part, guilty_line(&error)).into_iter().rev());
+            let parts = parts(part, guilty_line(&error));
+            pending.extend(parts.iter().rev().map(|part| (part.start, part.end)));
         }
     }
     Ok(())

@@ -130,7 +130,8 @@ mod tests {
 
     #[test]
     fn what_numeric_does_not_hold_is_refused() {
-        for text in ["1e131072", "1e-16384", "1e999999999999999999999", "1e-999999999999999999999"] {
+        for text in ["1e131072", "1e-16384", "1e999999999999999999999", "1e-999999999999999999999"]
+        {
             let number = Decimal::parse(text).expect("a number");
             assert!(put(&number, &mut BytesMut::new()).is_err(), "{text}");
         }

@@ -124,7 +124,9 @@ impl PositionTable {
             .await;
         match found {
             Ok(row) => row.map(|row| Stored::of(&row)).transpose(),
-            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) => {
+            Err(error)
+                if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) =>
+            {
                 Ok(None)
             }
             Err(error) => Err(error),

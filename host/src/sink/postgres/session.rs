@@ -50,6 +50,8 @@ const SETTINGS: &str = "\
 pub(super) struct Session {
     pub(super) client: Client,
     pub(super) position: Option<PositionStatements>,
+    /// What reads the live table.
+    pub(super) read_table: Option<Statement>,
     /// The live table as last read, until something suggests that it is another.
     pub(super) table: Option<LiveTable>,
     /// COPY statements by the places of their columns in `table`.
@@ -65,7 +67,7 @@ impl Session {
             }
         });
         client.batch_execute(SETTINGS).await?;
-        Ok(Self { client, position: None, table: None, copies: HashMap::new() })
+        Ok(Self { client, position: None, read_table: None, table: None, copies: HashMap::new() })
     }
 
     /// Whether the connection can still be used, as far as is known.
@@ -76,7 +78,8 @@ impl Session {
     /// Ends the transaction in hand, if any; false when the connection is to be given up.
     pub(super) async fn roll_back(&self) -> bool {
         let rollback = self.client.batch_execute("ROLLBACK");
-        self.is_open() && matches!(tokio::time::timeout(ROLLBACK_TIMEOUT, rollback).await, Ok(Ok(())))
+        self.is_open()
+            && matches!(tokio::time::timeout(ROLLBACK_TIMEOUT, rollback).await, Ok(Ok(())))
     }
 
     /// Forgets the table, so that it is read anew before the next row.
@@ -87,7 +90,10 @@ impl Session {
 }
 
 /// Runs a `CREATE … IF NOT EXISTS` while no other process runs one.
-pub(super) async fn create_once(client: &Client, create: &str) -> Result<(), tokio_postgres::Error> {
+pub(super) async fn create_once(
+    client: &Client,
+    create: &str,
+) -> Result<(), tokio_postgres::Error> {
     let locked = format!("BEGIN; SELECT pg_advisory_xact_lock({CREATE_LOCK}); {create}; COMMIT");
     client.batch_execute(&locked).await
 }

@@ -4,7 +4,7 @@
 //! A plugin's declared type becomes SQL only after the server has read it as a type's name.
 
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, Error};
+use tokio_postgres::{Client, Error, Statement};
 
 use super::kind::Kind;
 use super::name::{TableName, quoted};
@@ -56,9 +56,19 @@ pub(super) struct LiveTable {
 }
 
 impl LiveTable {
+    /// Prepares [`LiveTable::read`]: it runs in every commit, and to plan it takes longer than to
+    /// run it.
+    pub(super) async fn prepare_read(client: &Client) -> Result<Statement, Error> {
+        client.prepare_typed(READ_COLUMNS, &[Type::TEXT]).await
+    }
+
     /// Reads the table; `None` when there is none of that name.
-    pub(super) async fn read(client: &Client, table: &TableName) -> Result<Option<Self>, Error> {
-        let rows = client.query_typed(READ_COLUMNS, &[(&table.quoted(), Type::TEXT)]).await?;
+    pub(super) async fn read(
+        client: &Client,
+        prepared: &Statement,
+        table: &TableName,
+    ) -> Result<Option<Self>, Error> {
+        let rows = client.query(prepared, &[&table.quoted()]).await?;
         let mut columns = Vec::with_capacity(rows.len());
         for row in &rows {
             if row.try_get::<_, Option<u32>>(0)?.is_none() {
@@ -88,11 +98,12 @@ pub(super) async fn prepare(
 ) -> Result<(), String> {
     let kinds = declared_kinds(client, declared).await?;
     let cannot_read = |error: Error| format!("cannot read table {table}: {}", describe(&error));
-    let live = match LiveTable::read(client, table).await.map_err(cannot_read)? {
+    let read = LiveTable::prepare_read(client).await.map_err(cannot_read)?;
+    let live = match LiveTable::read(client, &read, table).await.map_err(cannot_read)? {
         Some(live) => live,
         None => {
             create_table(client, table, declared, create).await?;
-            LiveTable::read(client, table)
+            LiveTable::read(client, &read, table)
                 .await
                 .map_err(cannot_read)?
                 .ok_or_else(|| format!("table {table} was created and is gone again"))?
@@ -145,14 +156,17 @@ fn warn_of_refusals(table: &TableName, live: &LiveTable, declared: &[DeclaredCol
     if declared.is_empty() {
         return;
     }
-    let required =
-        live.columns.iter().filter(|column| column.not_null && !column.has_default);
+    let required = live.columns.iter().filter(|column| column.not_null && !column.has_default);
     for column in required.filter(|column| !column.is_generated) {
         let name = &column.name;
         match declared.iter().find(|declared| declared.name == name) {
             Some(declared) if !declared.nullable => {}
-            Some(_) => tracing::warn!(%table, column = name, "rows may bring null, the column is NOT NULL"),
-            None => tracing::warn!(%table, column = name, "no route declares the column, it is NOT NULL without default"),
+            Some(_) => {
+                tracing::warn!(%table, column = name, "rows may bring null, the column is NOT NULL")
+            }
+            None => {
+                tracing::warn!(%table, column = name, "no route declares the column, it is NOT NULL without default")
+            }
         }
     }
 }
@@ -215,8 +229,7 @@ async fn create_table(
             format!("{} {}{null}", quoted(column.name), column.data_type)
         })
         .collect();
-    let create =
-        format!("CREATE TABLE IF NOT EXISTS {} ({})", table.quoted(), columns.join(", "));
+    let create = format!("CREATE TABLE IF NOT EXISTS {} ({})", table.quoted(), columns.join(", "));
     session::create_once(client, &create)
         .await
         .map_err(|error| format!("cannot create table {table}: {}", describe(&error)))

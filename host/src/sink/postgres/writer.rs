@@ -3,6 +3,8 @@
 //! The position moves first: that locks out any other owner, and a commit that had landed already is
 //! recognised before its rows could collide with themselves.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use tokio_postgres::Error;
 
@@ -12,8 +14,6 @@ use super::table::LiveTable;
 use super::{Shared, copy};
 use crate::record::{Position, ShardKey};
 use crate::sink::{Commit, Committed, Refusal, RefusalLog, SinkError, SinkWriter};
-
-use std::sync::Arc;
 
 /// Rows that are encoded before other tasks of the thread get their turn.
 const ROWS_PER_TURN: usize = 512;
@@ -42,12 +42,7 @@ enum Ended {
 }
 
 impl PostgresWriter {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        shard: ShardKey,
-        epoch: i64,
-        session: Session,
-    ) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, shard: ShardKey, epoch: i64, session: Session) -> Self {
         Self { shared, shard, epoch, session: Some(session), unanswered: None }
     }
 
@@ -59,7 +54,8 @@ impl PostgresWriter {
         refusals: &dyn RefusalLog,
     ) -> Result<Ended, SinkError> {
         let sink = Arc::clone(&self.shared);
-        let failed = |error: Error| sink.failed(&format!("cannot commit to {}", sink.table), &error);
+        let failed =
+            |error: Error| sink.failed(&format!("cannot commit to {}", sink.table), &error);
 
         session.client.batch_execute(BEGIN).await.map_err(failed)?;
         if !self.move_position(session, commit).await.map_err(failed)? {
@@ -92,8 +88,7 @@ impl PostgresWriter {
             Some(statements) => statements,
             none => none.insert(self.shared.position.prepare(client).await?),
         };
-        let moved =
-            statements.move_on(client, sink, &self.shard, self.epoch, &commit.span);
+        let moved = statements.move_on(client, sink, &self.shard, self.epoch, &commit.span);
         let (moved, ()) = futures::try_join!(moved, client.batch_execute("SAVEPOINT copy"))?;
         Ok(moved == 1)
     }
@@ -167,7 +162,8 @@ impl PostgresWriter {
             }
         }
         session.forget_table();
-        let table = session.table.insert(self.read_table(session).await?);
+        let table = self.read_table(session).await?;
+        let table = session.table.insert(table);
         self.encode_for(table, commit).await.map_err(|GoneColumn(column)| {
             self.shared.unavailable(format!(
                 "column {column:?} is gone from table {}: add it again, or run plugins whose rows \
@@ -189,11 +185,16 @@ impl PostgresWriter {
         Ok(encoder.finish())
     }
 
-    async fn read_table(&self, session: &Session) -> Result<LiveTable, SinkError> {
+    async fn read_table(&self, session: &mut Session) -> Result<LiveTable, SinkError> {
         let (sink, name) = (&self.shared, &self.shared.table);
-        let table = LiveTable::read(&session.client, name)
+        let failed = |error| sink.failed(&format!("cannot read table {name}"), &error);
+        let prepared = match &mut session.read_table {
+            Some(prepared) => prepared,
+            none => none.insert(LiveTable::prepare_read(&session.client).await.map_err(failed)?),
+        };
+        let table = LiveTable::read(&session.client, prepared, name)
             .await
-            .map_err(|error| sink.failed(&format!("cannot read table {name}"), &error))?
+            .map_err(failed)?
             .ok_or_else(|| {
                 sink.unavailable(format!(
                     "table {name} is gone: create it again, or name another in the sink's `table`"
@@ -223,7 +224,7 @@ impl PostgresWriter {
     /// Makes sure that the rows were read by the types which the table has. COPY holds a lock on the
     /// table since its first row: what is read now, it was then. A binary value of one type may be a
     /// wrong value of another.
-    async fn check_that_table_held_still(&self, session: &Session) -> Result<(), SinkError> {
+    async fn check_that_table_held_still(&self, session: &mut Session) -> Result<(), SinkError> {
         let now = self.read_table(session).await?;
         match &session.table {
             Some(table) if table.columns == now.columns => Ok(()),

@@ -111,7 +111,11 @@ impl Stored {
         let sequence: Option<String> = row.get(1)?;
         let sub_sequence: Option<i64> = row.get(2)?;
         let unreadable = |error| {
-            rusqlite::Error::FromSqlConversionFailure(1, rusqlite::types::Type::Text, Box::new(error))
+            rusqlite::Error::FromSqlConversionFailure(
+                1,
+                rusqlite::types::Type::Text,
+                Box::new(error),
+            )
         };
         let position = match sequence {
             None => None,

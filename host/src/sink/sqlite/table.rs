@@ -14,8 +14,18 @@ const READ_COLUMNS: &str = "SELECT name, type, hidden IN (2, 3) FROM pragma_tabl
 /// Words of a declared type. Each is letters alone, so that nothing in one is read as SQL, and none
 /// begins a constraint.
 const CONSTRAINT_WORDS: [&str; 12] = [
-    "as", "check", "collate", "constraint", "default", "foreign", "generated", "not", "null",
-    "primary", "references", "unique",
+    "as",
+    "check",
+    "collate",
+    "constraint",
+    "default",
+    "foreign",
+    "generated",
+    "not",
+    "null",
+    "primary",
+    "references",
+    "unique",
 ];
 
 /// A column of the live table.
@@ -104,8 +114,7 @@ fn check(table: &str, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result
              leave it out of the rows"
         ));
     }
-    let kind = Kind::of(data_type);
-    if column.kind.holds(kind) || kind.created_as(data_type).eq_ignore_ascii_case(&column.data_type) {
+    if column.kind.holds(Kind::of(data_type)) {
         return Ok(());
     }
     Err(format!(
@@ -162,8 +171,7 @@ fn create_table(
             format!("{} {data_type}{null}", quoted(column.name))
         })
         .collect();
-    let create =
-        format!("CREATE TABLE IF NOT EXISTS {} ({})", quoted(table), columns.join(", "));
+    let create = format!("CREATE TABLE IF NOT EXISTS {} ({})", quoted(table), columns.join(", "));
     connection
         .execute_batch(&create)
         .map_err(|error| format!("cannot create table {table}: {error}"))

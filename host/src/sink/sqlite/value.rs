@@ -24,7 +24,10 @@ pub(super) enum Kind {
     /// A number as SQLite keeps it: an integer, or a double that shows the same digits.
     Numeric,
     Text,
+    /// A document in a column whose affinity turns a bare number into a double.
     Json,
+    /// A document in a column that keeps all text; SQLite reads `text` in its type's name.
+    JsonText,
     Uuid,
     Date,
     Time,
@@ -43,6 +46,7 @@ impl Kind {
         match base {
             "bool" | "boolean" => Self::Bool,
             "json" | "jsonb" => Self::Json,
+            "json_text" => Self::JsonText,
             "uuid" => Self::Uuid,
             "date" => Self::Date,
             "time" | "time without time zone" => Self::Time,
@@ -75,7 +79,7 @@ impl Kind {
     /// keeps the values as they are.
     pub(super) fn created_as(self, declared: &str) -> &str {
         match self {
-            Self::Json => "TEXT",
+            Self::Json => "JSON_TEXT",
             Self::Blob => "BLOB",
             _ => declared,
         }
@@ -85,8 +89,8 @@ impl Kind {
     pub(super) fn holds(self, declared: Self) -> bool {
         match self {
             Self::Any => true,
-            Self::Text => !matches!(declared, Self::Blob),
-            Self::Json => matches!(declared, Self::Json),
+            Self::Text => !matches!(declared, Self::Blob | Self::Json | Self::JsonText),
+            Self::Json | Self::JsonText => matches!(declared, Self::Json | Self::JsonText),
             Self::Numeric => matches!(declared, Self::Integer | Self::Real | Self::Numeric),
             Self::Real => matches!(declared, Self::Integer | Self::Real),
             Self::Timestamptz => matches!(declared, Self::Timestamp | Self::Timestamptz),
@@ -109,9 +113,10 @@ pub(super) fn bound<'r>(kind: Kind, raw: &'r RawValue) -> Result<ToSqlOutput<'r>
         Kind::Blob => Value::Blob(value::bytes(&json)?),
         Kind::Uuid => Value::Text(value::uuid(&json)?.to_string()),
         Kind::Json => match json {
-            Json::Number(_) => Value::Text(raw.get().into()),
+            Json::Number(text) => number(&value::decimal(&json)?, text)?,
             _ => return borrowed(value::document(raw)?),
         },
+        Kind::JsonText => return borrowed(value::document(raw)?),
         Kind::Any => match json {
             Json::Bool(value) => Value::Integer(value.into()),
             Json::Number(text) => number(&value::decimal(&json)?, text)?,
@@ -161,7 +166,8 @@ fn number(decimal: &Decimal<'_>, written: &str) -> Result<Value, Why> {
     if let Some(integer) = decimal.to_i64() {
         return Ok(Value::Integer(integer));
     }
-    let double: Option<f64> = written.trim_matches('"').parse().ok().filter(|d: &f64| d.is_finite());
+    let double: Option<f64> =
+        written.trim_matches('"').parse().ok().filter(|d: &f64| d.is_finite());
     let shown = double.map(|double| format!("{double:e}"));
     match (double, shown.as_deref().and_then(Decimal::parse)) {
         (Some(double), Some(shown)) if shown.is_same_number(decimal) => Ok(Value::Real(double)),

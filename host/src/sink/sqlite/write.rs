@@ -60,8 +60,7 @@ impl Work {
         };
         held.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
         let sink = &self.shared.sink;
-        let moved =
-            position::move_on(&held.connection, sink, &self.shard, self.epoch, &self.span);
+        let moved = position::move_on(&held.connection, sink, &self.shard, self.epoch, &self.span);
         if !moved.map_err(failed)? {
             return self.look_where_it_stands(&held.connection);
         }
@@ -75,15 +74,15 @@ impl Work {
 
     /// After the position did not move: the commit has landed before, or the shard has another owner.
     fn look_where_it_stands(&self, connection: &Connection) -> Result<Written, Failure> {
-        let stored = position::read(connection, &self.shared.sink, &self.shard).map_err(|error| {
-            Failure::Unavailable(format!("cannot read shardmill_position: {error}"))
-        })?;
+        let stored =
+            position::read(connection, &self.shared.sink, &self.shard).map_err(|error| {
+                Failure::Unavailable(format!("cannot read shardmill_position: {error}"))
+            })?;
         match stored {
             None => Err(Failure::Fenced("its row is gone from shardmill_position".into())),
-            Some(stored) if stored.epoch != self.epoch => Err(Failure::Fenced(format!(
-                "epoch {} in place of {}",
-                stored.epoch, self.epoch
-            ))),
+            Some(stored) if stored.epoch != self.epoch => {
+                Err(Failure::Fenced(format!("epoch {} in place of {}", stored.epoch, self.epoch)))
+            }
             Some(stored) if stored.position.as_ref() == Some(&self.span.to_inclusive) => {
                 Ok(Written::Committed)
             }
@@ -240,7 +239,11 @@ impl<'c, 'r> Insert<'c, 'r> {
             return RowFailure::Refused(error.to_string());
         }
         let table = &self.shared.table;
-        let hint = if blamed { ": the table rolls whole transactions back (ON CONFLICT ROLLBACK)" } else { "" };
+        let hint = if blamed {
+            ": the table rolls whole transactions back (ON CONFLICT ROLLBACK)"
+        } else {
+            ""
+        };
         RowFailure::Unavailable(format!("cannot write to table {table}: {error}{hint}"))
     }
 }

@@ -1,0 +1,134 @@
+//! What the tests of the SQL sinks share: commits made of JSON lines, and a log of refusals.
+
+pub mod proxy;
+
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use shardmill::record::{
+    Batch, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
+};
+use shardmill::sink::{BoundRoute, Column, Commit, Refusal, RefusalLog, SinkError};
+
+/// A shard; tests tell their shards apart by name.
+pub fn shard(name: &str) -> ShardKey {
+    let stream = StreamIdentity {
+        name: "test".into(),
+        arn: "arn:aws:kinesis:eu-central-1:000000000000:stream/test".into(),
+        created_ms: 1_400_000_000_000,
+    };
+    ShardKey { pipeline: "cars".into(), stream: Arc::new(stream), shard: name.into() }
+}
+
+/// Position `n`, with a sequence number of 129 digits.
+pub fn position(n: u64) -> Position {
+    let sequence = SequenceNumber::parse(&format!("9{n:0128}")).expect("a sequence number");
+    Position { sequence, sub_sequence: n % 3 }
+}
+
+/// A commit that begins behind position `from` (0: the beginning) and brings one record per payload.
+pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
+    let count = payloads.len() as u64;
+    let span = PositionSpan {
+        from_exclusive: (from > 0).then(|| position(from)),
+        to_inclusive: position(from + count.max(1)),
+    };
+    let record = |place: u64| Record {
+        position: position(from + 1 + place),
+        partition_key: "key".into(),
+        payload: "the original".into(),
+        arrived_ms: 0,
+    };
+    let records = (0..count).map(record).collect();
+    let batch = Arc::new(Batch { shard: shard("any"), records, span: span.clone() });
+    let row = |(place, payload): (usize, &_)| Row {
+        batch: Arc::clone(&batch),
+        record: u32::try_from(place).expect("few rows"),
+        ordinal: 0,
+        route: "cars".into(),
+        key: "key".into(),
+        payload: AsRef::<[u8]>::as_ref(payload).to_vec().into(),
+    };
+    let rows = payloads.iter().enumerate().map(row).collect();
+    Commit { span, rows, generation: "1".into() }
+}
+
+/// A route that carries JSON, with columns written as `name type`; a `?` behind the type: nullable.
+pub fn route(columns: &[&str]) -> BoundRoute {
+    let column = |text: &&str| {
+        let (name, data_type) = text.split_once(' ').expect("a name and a type");
+        Column {
+            name: name.into(),
+            data_type: data_type.trim_end_matches('?').into(),
+            nullable: data_type.ends_with('?'),
+        }
+    };
+    BoundRoute {
+        name: "cars".into(),
+        format: "application/json".into(),
+        columns: columns.iter().map(column).collect(),
+    }
+}
+
+/// Keeps refusals in memory, or fails.
+#[derive(Default)]
+pub struct Log {
+    held: Mutex<Vec<(usize, String)>>,
+    is_full: bool,
+}
+
+impl Log {
+    /// A log that holds nothing.
+    pub fn full() -> Self {
+        Self { is_full: true, ..Self::default() }
+    }
+
+    /// What was held since the last call.
+    pub fn take(&self) -> Vec<(usize, String)> {
+        std::mem::take(&mut self.held.lock().expect("no panic"))
+    }
+
+    /// Checks that these rows, and no others, were refused, each with a reason that has this part.
+    pub fn expect(&self, expected: &[(usize, &str)]) {
+        let held = self.take();
+        let rows: Vec<usize> = held.iter().map(|(row, _)| *row).collect();
+        let expected_rows: Vec<usize> = expected.iter().map(|(row, _)| *row).collect();
+        assert_eq!(rows, expected_rows, "{held:#?}");
+        for ((row, reason), (_, part)) in held.iter().zip(expected) {
+            assert!(reason.contains(part), "row {row}: {reason:?} does not say {part:?}");
+        }
+    }
+}
+
+#[async_trait]
+impl RefusalLog for Log {
+    async fn hold(&self, _: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+        if self.is_full {
+            let cause = "the log is full".into();
+            return Err(SinkError::TooManyRefused { sink: "test".into(), cause });
+        }
+        let new = refusals.iter().map(|refusal| (refusal.row, refusal.reason.clone()));
+        self.held.lock().expect("no panic").extend(new);
+        Ok(())
+    }
+}
+
+/// Checks that a call failed with [`SinkError::Unavailable`], with this part.
+pub fn expect_unavailable<T>(outcome: Result<T, SinkError>, part: &str) {
+    match outcome {
+        Err(SinkError::Unavailable { cause, .. }) => {
+            assert!(cause.contains(part), "{cause:?} does not say {part:?}");
+        }
+        Err(other) => panic!("in place of unavailable ({part}): {other}"),
+        Ok(_) => panic!("in place of unavailable ({part}): success"),
+    }
+}
+
+/// Checks that a call failed with [`SinkError::Fenced`].
+pub fn expect_fenced<T>(outcome: Result<T, SinkError>) {
+    match outcome {
+        Err(SinkError::Fenced { .. }) => {}
+        Err(other) => panic!("in place of fenced: {other}"),
+        Ok(_) => panic!("in place of fenced: success"),
+    }
+}
