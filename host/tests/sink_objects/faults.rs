@@ -50,7 +50,7 @@ pub enum Plan {
     OnlyRoute(&'static str),
     /// `If-None-Match` is ignored, as some servers do.
     Overwrites,
-    /// The reply to every first write is lost, though it landed.
+    /// The reply to every write is lost, though it landed.
     RepliesLost,
 }
 
@@ -70,7 +70,7 @@ enum Fault {
 }
 
 impl Faulty {
-    pub fn new(inner: Arc<dyn ObjectStore>, plan: Plan, seed: u64) -> Arc<dyn ObjectStore> {
+    pub fn over(inner: Arc<dyn ObjectStore>, plan: Plan, seed: u64) -> Arc<dyn ObjectStore> {
         Arc::new(Self { inner, plan, random: Mutex::new(Random::new(seed)) })
     }
 

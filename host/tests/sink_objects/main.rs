@@ -119,7 +119,7 @@ async fn routes_that_are_no_lines_are_refused() {
 #[tokio::test]
 async fn a_store_that_overwrites_is_refused() {
     let place = Place::folder();
-    let store = Faulty::new(Arc::clone(&place.store), Plan::Overwrites, 0);
+    let store = Faulty::over(Arc::clone(&place.store), Plan::Overwrites, 0);
     let error = place.sink_on(store, Compression::None).prepare(&[]).await;
     assert!(error.expect_err("refused").to_string().contains("exactly-once is impossible"));
 }
@@ -144,7 +144,7 @@ async fn refused_rows_are_held_before_anything_is_claimed() {
     let letters = Letters::default();
     let done = owner.writer.commit(&bad, &letters).await.expect("a commit");
     assert_eq!((done.rows_written, done.rows_refused), (4, 2));
-    let held = letters.held.lock().expect("whole");
+    let held = letters.held.into_inner().expect("whole");
     assert!(held[0].contains("no JSON") && held[1].contains("newline"), "{held:?}");
     let lines = place.lines().await;
     assert_eq!(lines["even"], ["{\"id\": 6}", "{\"id\":9}"]);
@@ -152,9 +152,9 @@ async fn refused_rows_are_held_before_anything_is_claimed() {
 }
 
 #[tokio::test]
-async fn every_first_reply_may_be_lost() {
+async fn a_fence_whose_reply_was_lost_stops_nobody() {
     let place = Place::folder();
-    let lossy = Faulty::new(Arc::clone(&place.store), Plan::RepliesLost, 0);
+    let lossy = Faulty::over(Arc::clone(&place.store), Plan::RepliesLost, 0);
     let broken = place.sink_on(lossy, Compression::Gzip);
     assert!(broken.acquire(&shard()).await.is_err());
     let sink = place.sink(Compression::Gzip);

@@ -80,8 +80,8 @@ pub async fn an_unfinished_claim_is_produced_again(place: Place) {
     let letters = Letters::default();
     let sink = place.sink(Compression::Gzip);
     acquire(&sink).await.writer.commit(&commit(0, 4), &letters).await.expect("a commit");
-    let broken =
-        place.sink_on(Faulty::new(place.store.clone(), Plan::DataNeverLands, 0), Compression::Gzip);
+    let broken = place
+        .sink_on(Faulty::over(place.store.clone(), Plan::DataNeverLands, 0), Compression::Gzip);
     let mut crashing = acquire(&broken).await;
     cause(crashing.writer.commit(&commit(4, 10), &letters).await);
     // The next owners are configured otherwise: the claim's keys and compression hold.
@@ -119,7 +119,7 @@ pub async fn an_unfinished_claim_is_produced_again(place: Place) {
 pub async fn a_writer_goes_on_after_an_error(place: Place) {
     let letters = Letters::default();
     let lossy =
-        place.sink_on(Faulty::new(place.store.clone(), Plan::Percent(50), 7), Compression::None);
+        place.sink_on(Faulty::over(place.store.clone(), Plan::Percent(50), 7), Compression::None);
     let mut owner = loop {
         if let Ok(owner) = lossy.acquire(&shard()).await {
             break owner;
@@ -138,7 +138,7 @@ pub async fn a_writer_goes_on_after_an_error(place: Place) {
 /// An earlier owner's objects and other content of a later run cannot be mixed.
 pub async fn other_content_is_not_mixed_in(place: Place) {
     let letters = Letters::default();
-    let half = Faulty::new(place.store.clone(), Plan::OnlyRoute("even"), 0);
+    let half = Faulty::over(place.store.clone(), Plan::OnlyRoute("even"), 0);
     let mut crashing = acquire(&place.sink_on(half, Compression::None)).await;
     cause(crashing.writer.commit(&commit(0, 6), &letters).await);
     let sink = place.sink(Compression::None);
@@ -185,7 +185,7 @@ pub async fn a_crash_between_any_two_steps_loses_nothing(place: Place, seed: u64
     let mut zombies: Vec<(Acquired, u64, u64)> = Vec::new();
     let letters = Letters::default();
     let sink = place.sink_on(
-        Faulty::new(place.store.clone(), Plan::Percent(15), seed),
+        Faulty::over(place.store.clone(), Plan::Percent(15), seed),
         COMPRESSIONS[(seed % 3) as usize],
     );
     loop {
