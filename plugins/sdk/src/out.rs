@@ -177,6 +177,43 @@ impl Writer<'_> {
     pub fn append(&mut self, bytes: impl AsRef<[u8]>) {
         self.arena.extend_from_slice(bytes.as_ref());
     }
+
+    /// Appends `text` as a JSON string, quotes included. Far faster than a serializer where
+    /// nothing needs an escape: a sandboxed loop pays for every turn, and this one takes 16
+    /// bytes a turn.
+    #[inline]
+    pub fn append_json_string(&mut self, text: &str) {
+        if may_need_escape(text.as_bytes()) {
+            // Text is representable and writing never fails.
+            let _ = serde_json::to_writer(&mut *self, text);
+        } else {
+            self.arena.push(b'"');
+            self.arena.extend_from_slice(text.as_bytes());
+            self.arena.push(b'"');
+        }
+    }
+}
+
+/// Whether a JSON string of these bytes might need an escape; false is certain.
+#[inline]
+fn may_need_escape(bytes: &[u8]) -> bool {
+    let (blocks, rest) = bytes.as_chunks::<16>();
+    let (words, rest) = rest.as_chunks::<8>();
+    blocks.iter().any(|block| {
+        let [low, high] = [0, 64].map(|shift| (u128::from_le_bytes(*block) >> shift) as u64);
+        escapes_in(low) | escapes_in(high) != 0
+    }) || words.iter().any(|word| escapes_in(u64::from_le_bytes(*word)) != 0)
+        || rest.iter().any(|byte| matches!(byte, ..0x20 | b'"' | b'\\'))
+}
+
+/// Sets the high bit of every byte that needs an escape, and perhaps of bytes above one.
+#[inline]
+fn escapes_in(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 255;
+    const HIGH_BITS: u64 = ONES << 7;
+    let below = |word: u64, limit: u8| word.wrapping_sub(ONES * u64::from(limit)) & !word;
+    let equal = |byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
+    (below(word, 0x20) | equal(b'"') | equal(b'\\')) & HIGH_BITS
 }
 
 impl io::Write for Writer<'_> {
@@ -204,4 +241,23 @@ impl io::Write for Writer<'_> {
 #[expect(clippy::expect_used, reason = "cannot fail in WebAssembly")]
 fn arena_offset(bytes: usize) -> u32 {
     u32::try_from(bytes).expect("an outcome's arena is limited to 4 GiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_json_string_is_what_a_serializer_writes() {
+        // Every byte of ASCII, and some beyond, at every place of a block, a word and the rest.
+        let odd = (0..0x80).map(char::from).chain("\u{7ff}\u{1F697}\u{ffff}".chars());
+        for odd in odd {
+            for before in 0..40 {
+                let text = format!("{}{odd}{}", "a".repeat(before), "z".repeat(39 - before));
+                let mut arena = Vec::new();
+                Writer { arena: &mut arena }.append_json_string(&text);
+                assert_eq!(arena, serde_json::to_vec(&text).unwrap(), "{text:?}");
+            }
+        }
+    }
 }
