@@ -61,9 +61,10 @@ fn test_host(root: &Path, filter: Option<&str>) -> Result<()> {
         .env("SHARDMILL_TEST_POSTGRES", &postgres.url))
 }
 
+/// Private items too: they are what the host's documentation is read for.
 fn check_documentation(root: &Path) -> Result<()> {
     run(cargo()
         .current_dir(root)
-        .args(["doc", "--release", "--no-deps", "--workspace", "--locked"])
-        .env("RUSTDOCFLAGS", "-D warnings"))
+        .args(["doc", "--release", "--no-deps", "--document-private-items", "--locked"])
+        .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links"))
 }

@@ -1,6 +1,6 @@
 //! What a pipeline is asked to do: `pipeline.toml`, read and proven.
 //!
-//! Two types: `raw` is what TOML can say, [`PipelineConfig`] is what can run; only [`load`] makes
+//! Two types: `raw` is what TOML can say, [`PipelineConfig`] is what can run; only [`load()`] makes
 //! the second, and everything below the configuration takes only the second. Each error names file,
 //! line and column, underlines the text and says what to write instead.
 

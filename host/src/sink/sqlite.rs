@@ -2,7 +2,7 @@
 //!
 //! Rows and position move in one transaction. The shards of a sink share one connection, which calls
 //! on blocking threads take turns on; other processes may read the file meanwhile (WAL mode).
-//! [`connection`] opens the file, [`table`] is the live table, [`write`] the commit itself. Reading
+//! [`connection`] opens the file, [`table`] is the live table, [`mod@write`] the commit itself. Reading
 //! JSON by column type is `rows`' work; buffering and retries are the delivery's.
 
 mod connection;
