@@ -9,7 +9,8 @@ fn paths(text: &str) -> Vec<&str> {
     quoted
         .filter(|word| {
             let first = word.split('/').next().unwrap_or_default();
-            ["wit", "host", "plugins", "examples", "xtask"].contains(&first) && word.contains('/')
+            ["wit", "host", "plugins", "examples", "xtask", "benches"].contains(&first)
+                && word.contains('/')
         })
         .collect()
 }

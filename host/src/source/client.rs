@@ -3,7 +3,7 @@
 use aws_config::BehaviorVersion;
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::config::{Credentials, ProvideCredentials as _, Region};
-use aws_sdk_kinesis::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 
 use super::SourceError;
@@ -46,9 +46,10 @@ pub async fn connect(url: Option<&url::Url>, region: Option<&str>) -> Result<Cli
     let provider = config
         .credentials_provider()
         .ok_or_else(|| SourceError::NoCredentials { cause: "no provider is set up".into() })?;
-    provider.provide_credentials().await.map_err(|error| SourceError::NoCredentials {
-        cause: DisplayErrorContext(&error).to_string(),
-    })?;
+    provider
+        .provide_credentials()
+        .await
+        .map_err(|error| SourceError::NoCredentials { cause: causes(&error) })?;
     Ok(Client::new(&config))
 }
 
@@ -122,7 +123,19 @@ where
                 (error.code().unwrap_or("no code"), error.message().unwrap_or("no message"));
             format!("{code}: {message}")
         }
-        other => DisplayErrorContext(other).to_string(),
+        other => causes(other),
     };
     SourceError::Call { call, place: place.into(), cause }
+}
+
+/// An error with its causes, each once, the outermost first.
+fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    let mut texts: Vec<String> = Vec::new();
+    for text in chain.map(ToString::to_string) {
+        if !texts.iter().any(|told| told.contains(&text)) {
+            texts.push(text);
+        }
+    }
+    texts.join(": ")
 }
