@@ -159,7 +159,7 @@ fn a_killed_run_loses_nothing_and_doubles_nothing() {
             assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: it ended");
             std::thread::sleep(Duration::from_millis(5));
         }
-        let more = Duration::from_millis(random.u64(50..500));
+        let more = Duration::from_millis(random.u64(50..250));
         std::thread::sleep(more);
         assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: it ended");
         let replayed = run.replayed.load(Ordering::Relaxed);
