@@ -18,8 +18,7 @@ mod session;
 mod table;
 mod writer;
 
-use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use tokio_postgres::Config;
@@ -43,9 +42,7 @@ struct Shared {
     config: Config,
     table: TableName,
     position: PositionTable,
-    /// Each column that a route declared or that the table once had: when one of them is gone,
-    /// that is the table's doing and no fault of the rows.
-    known_columns: Mutex<HashSet<String>>,
+    known_columns: rows::KnownColumns,
 }
 
 impl Shared {
@@ -60,19 +57,6 @@ impl Shared {
 
     fn fenced(&self, shard: &ShardKey, detail: String) -> SinkError {
         SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail }
-    }
-
-    fn remember_columns<'n>(&self, names: impl IntoIterator<Item = &'n str>) {
-        let mut known = self.known_columns.lock().unwrap_or_else(PoisonError::into_inner);
-        for name in names {
-            if !known.contains(name) {
-                known.insert(name.to_owned());
-            }
-        }
-    }
-
-    fn knows_column(&self, name: &str) -> bool {
-        self.known_columns.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 
     async fn connect(&self) -> Result<Session, SinkError> {
@@ -96,7 +80,7 @@ impl PostgresSink {
         let config = session::config(url).map_err(unavailable)?;
         let table = TableName::parse(table).map_err(unavailable)?;
         let position = PositionTable::beside(&table);
-        let known_columns = Mutex::default();
+        let known_columns = rows::KnownColumns::default();
         let shared = Shared { sink: name, config, table, position, known_columns };
         Ok(Self { shared: Arc::new(shared), create })
     }
@@ -116,7 +100,7 @@ impl Sink for PostgresSink {
         table::prepare(&session.client, &shared.table, &columns, self.create)
             .await
             .map_err(|cause| shared.unavailable(cause))?;
-        shared.remember_columns(columns.iter().map(|column| column.name));
+        shared.known_columns.remember(columns.iter().map(|column| column.name));
         Ok(())
     }
 

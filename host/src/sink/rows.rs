@@ -7,8 +7,9 @@
 //! A key that comes twice is refused: to keep one of two values in silence would lose the other.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 use serde::Deserializer as _;
 use serde::de::{self, DeserializeSeed, MapAccess, Visitor};
@@ -179,6 +180,50 @@ pub(crate) struct DeclaredColumn<'r> {
     pub(crate) nullable: bool,
     /// The first route that declares it, for errors.
     pub(crate) route: &'r str,
+}
+
+/// Each column that a route declared or that the table once had, by all shards of a sink: when one
+/// of them is gone, that is the table's doing and no fault of the rows.
+#[derive(Debug, Default)]
+pub(crate) struct KnownColumns(Mutex<HashSet<String>>);
+
+impl KnownColumns {
+    /// Notes columns.
+    pub(crate) fn remember<'n>(&self, names: impl IntoIterator<Item = &'n str>) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in names {
+            if !known.contains(name) {
+                known.insert(name.to_owned());
+            }
+        }
+    }
+
+    /// Whether the column was ever there or declared.
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
+    }
+}
+
+/// Whether a missing table may be made, from what is configured and declared.
+///
+/// # Errors
+/// Why not, and the way out.
+pub(crate) fn may_create(
+    table: impl fmt::Display,
+    declared: &[DeclaredColumn<'_>],
+    create: bool,
+) -> Result<(), String> {
+    if !create {
+        return Err(format!(
+            "table {table} does not exist: create it, or let the sink do so (create = true)"
+        ));
+    }
+    if declared.is_empty() {
+        return Err(format!(
+            "table {table} does not exist and cannot be created: no route declares columns"
+        ));
+    }
+    Ok(())
 }
 
 /// What the routes declare together, in the order of its first mention. A column that one route

@@ -11,9 +11,8 @@ mod table;
 mod value;
 mod write;
 
-use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
@@ -35,9 +34,7 @@ struct Shared {
     sink: SinkName,
     table: String,
     connection: SharedConnection,
-    /// Each column that a route declared or that the table once had: when one of them is gone,
-    /// that is the table's doing and no fault of the rows.
-    known_columns: Mutex<HashSet<String>>,
+    known_columns: rows::KnownColumns,
 }
 
 impl Shared {
@@ -54,19 +51,6 @@ impl Shared {
             },
             Failure::Unavailable(cause) => self.unavailable(cause),
         }
-    }
-
-    fn remember_columns<'n>(&self, names: impl IntoIterator<Item = &'n str>) {
-        let mut known = self.known_columns.lock().unwrap_or_else(PoisonError::into_inner);
-        for name in names {
-            if !known.contains(name) {
-                known.insert(name.to_owned());
-            }
-        }
-    }
-
-    fn knows_column(&self, name: &str) -> bool {
-        self.known_columns.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 }
 
@@ -89,8 +73,12 @@ impl SqliteSink {
             return Err(SinkError::Unavailable { sink: name, cause });
         }
         let connection = SharedConnection::new(path.into());
-        let shared =
-            Shared { sink: name, table: table.into(), connection, known_columns: Mutex::default() };
+        let shared = Shared {
+            sink: name,
+            table: table.into(),
+            connection,
+            known_columns: rows::KnownColumns::default(),
+        };
         Ok(Self { shared: Arc::new(shared), create })
     }
 
@@ -118,7 +106,7 @@ impl Sink for SqliteSink {
         rows::check_formats(&self.shared.sink, routes)?;
         let declared =
             rows::declared_columns(routes).map_err(|cause| self.shared.unavailable(cause))?;
-        self.shared.remember_columns(declared.iter().map(|column| column.name));
+        self.shared.known_columns.remember(declared.iter().map(|column| column.name));
         let (routes, shared, create) = (routes.to_vec(), Arc::clone(&self.shared), self.create);
         self.call(move |held| {
             let declared = rows::declared_columns(&routes)?;

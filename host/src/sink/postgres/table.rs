@@ -9,7 +9,7 @@ use tokio_postgres::{Client, Error, Statement};
 use super::kind::Kind;
 use super::name::{TableName, quoted};
 use super::session::{self, describe};
-use crate::sink::rows::{ColumnNames, DeclaredColumn};
+use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
 
 /// Reads columns with their types, a domain's base type in the domain's place; one row without a
 /// name stands for a table without columns, no oid for no table.
@@ -212,16 +212,7 @@ async fn create_table(
     declared: &[DeclaredColumn<'_>],
     create: bool,
 ) -> Result<(), String> {
-    if !create {
-        return Err(format!(
-            "table {table} does not exist: create it, or let the sink do so (create = true)"
-        ));
-    }
-    if declared.is_empty() {
-        return Err(format!(
-            "table {table} does not exist and cannot be created: no route declares columns"
-        ));
-    }
+    may_create(table, declared, create)?;
     let columns: Vec<String> = declared
         .iter()
         .map(|column| {

@@ -177,7 +177,7 @@ impl PostgresWriter {
         let name = self.shared.table.to_string();
         let mut encoder = Encoder::new(table, &name);
         for (index, row) in commit.rows.iter().enumerate() {
-            encoder.add(index, row, |key| self.shared.knows_column(key))?;
+            encoder.add(index, row, |key| self.shared.known_columns.contains(key))?;
             if index % ROWS_PER_TURN == ROWS_PER_TURN - 1 {
                 tokio::task::yield_now().await;
             }
@@ -200,7 +200,7 @@ impl PostgresWriter {
                     "table {name} is gone: create it again, or name another in the sink's `table`"
                 ))
             })?;
-        sink.remember_columns(table.columns.iter().map(|column| column.name.as_str()));
+        sink.known_columns.remember(table.columns.iter().map(|column| column.name.as_str()));
         Ok(table)
     }
 

@@ -5,7 +5,7 @@ use rusqlite::Connection;
 
 use super::connection::quoted;
 use super::value::Kind;
-use crate::sink::rows::{ColumnNames, DeclaredColumn};
+use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
 
 /// Columns without the hidden ones of virtual tables; 2 and 3 mark generated ones.
 const READ_COLUMNS: &str = "SELECT name, type, hidden IN (2, 3) FROM pragma_table_xinfo(?1) \
@@ -153,16 +153,7 @@ fn create_table(
     declared: &[DeclaredColumn<'_>],
     create: bool,
 ) -> Result<(), String> {
-    if !create {
-        return Err(format!(
-            "table {table} does not exist: create it, or let the sink do so (create = true)"
-        ));
-    }
-    if declared.is_empty() {
-        return Err(format!(
-            "table {table} does not exist and cannot be created: no route declares columns"
-        ));
-    }
+    may_create(table, declared, create)?;
     let columns: Vec<String> = declared
         .iter()
         .map(|column| {

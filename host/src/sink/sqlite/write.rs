@@ -135,7 +135,7 @@ impl Work {
                 )
             })?,
         };
-        self.shared.remember_columns(live.columns.iter().map(|column| column.name.as_str()));
+        self.shared.known_columns.remember(live.columns.iter().map(|column| column.name.as_str()));
         Ok(&known.insert((version, live)).1)
     }
 }
@@ -220,7 +220,7 @@ impl<'c, 'r> Insert<'c, 'r> {
 
     fn unknown(&self, key: &str) -> RowFailure {
         let table = &self.shared.table;
-        if self.shared.knows_column(key) {
+        if self.shared.known_columns.contains(key) {
             return RowFailure::Unavailable(format!(
                 "column {key:?} is gone from table {table}: add it again, or run plugins whose \
                  rows do not bring it"
