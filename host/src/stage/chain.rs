@@ -132,7 +132,7 @@ impl Chain {
                 outcome.letters.push(letter(batch, item, runner, &place, rejected));
             }
             flow =
-                route(batch, flow, made, index, runner, &mut outcome.routed, &mut rows_of_record);
+                route(batch, flow, &made, index, runner, &mut outcome.routed, &mut rows_of_record);
         }
         let mut window = self.window.clone();
         for rejected in rejected_records {
@@ -150,7 +150,7 @@ impl Chain {
 fn route(
     batch: &Arc<Batch>,
     mut flow: Flow,
-    made: StageOutcome,
+    made: &StageOutcome,
     stage: usize,
     runner: &StageRunner,
     routed: &mut Vec<Routed>,
@@ -158,7 +158,7 @@ fn route(
 ) -> Flow {
     let loaded = runner.stage();
     let mut on = Flow::new();
-    let mut outputs = made.outputs.into_iter().peekable();
+    let mut outputs = made.outputs().peekable();
     while let Some(output) = outputs.next() {
         let item = &mut flow[output.item];
         let record = item.record;
@@ -167,7 +167,7 @@ fn route(
         let own = |bytes: &mut Bytes| if is_last { mem::take(bytes) } else { bytes.clone() };
         let key = output.key.unwrap_or_else(|| own(&mut item.key));
         let payload = output.payload.unwrap_or_else(|| own(&mut item.payload));
-        match &loaded.targets[output.route as usize] {
+        match &loaded.targets[output.route] {
             Target::Next(upstream_route) => on.push(Item {
                 record,
                 ordinal: match on.last() {
@@ -184,12 +184,12 @@ fn route(
                     batch: batch.clone(),
                     record,
                     ordinal: next_ordinal(&mut rows_of_record[record as usize]),
-                    route: loaded.route_names[output.route as usize].clone(),
+                    route: loaded.route_names[output.route].clone(),
                     key,
                     payload,
                 },
                 stage,
-                route: output.route as usize,
+                route: output.route,
             }),
         }
     }

@@ -35,11 +35,36 @@ pub struct StageOutput {
     /// Index of the item that it came from.
     pub item: usize,
     /// Index of the route in the plugin's descriptor.
-    pub route: u32,
+    pub route: usize,
     /// The partition key; `None` is the item's own.
     pub key: Option<Bytes>,
     /// The payload; `None` is the item's own.
     pub payload: Option<Bytes>,
+}
+
+/// The outputs of one call as the plugin wrote them, proven to keep the contract.
+#[derive(Debug)]
+struct Answer {
+    arena: Bytes,
+    outputs: Vec<u32>,
+    /// The index of the call's first item.
+    first_item: usize,
+}
+
+impl Answer {
+    /// The outputs, sharing the arena.
+    fn outputs(&self) -> impl Iterator<Item = StageOutput> {
+        let (outputs, _) = self.outputs.as_chunks();
+        let share = |span: Span| {
+            self.arena.slice(span.start as usize..span.start as usize + span.length as usize)
+        };
+        outputs.iter().map(Output::from_words).map(move |output| StageOutput {
+            item: output.input as usize + self.first_item,
+            route: output.route as usize,
+            key: output.key.map(share),
+            payload: output.payload.map(share),
+        })
+    }
 }
 
 /// One item that the stage did not take.
@@ -53,13 +78,20 @@ pub struct Rejected {
     pub backtrace: String,
 }
 
-/// What a stage made of a flow. Both lists are by ascending item.
+/// What a stage made of a flow.
 #[derive(Debug, Default)]
 pub struct StageOutcome {
-    /// What goes on.
-    pub outputs: Vec<StageOutput>,
-    /// What was rejected.
+    /// One for each call that went well: one in all, unless a culprit was searched for.
+    answers: Vec<Answer>,
+    /// What was rejected, by ascending item.
     pub rejected: Vec<Rejected>,
+}
+
+impl StageOutcome {
+    /// What goes on, by ascending item.
+    pub fn outputs(&self) -> impl Iterator<Item = StageOutput> {
+        self.answers.iter().flat_map(Answer::outputs)
+    }
 }
 
 /// Why a run gave no outcome.
@@ -187,7 +219,7 @@ impl StageRunner {
             };
             match self.call(batch, &items[settled..end], settled)? {
                 Ok(outcome) => {
-                    kept.outputs.extend(outcome.outputs);
+                    kept.answers.extend(outcome.answers);
                     kept.rejected.extend(outcome.rejected);
                     settled = end;
                     failed_in_a_row = 0;
@@ -217,12 +249,12 @@ impl StageRunner {
         Ok(kept)
     }
 
-    /// One call. `offset` is added to the item indexes of the answer.
+    /// One call with the items from `first_item` on.
     fn call(
         &mut self,
         batch: &Batch,
         items: &[Item],
-        offset: usize,
+        first_item: usize,
     ) -> Result<Result<StageOutcome, CallFailure>, RunError> {
         flow::pack(batch, items, &mut self.wire);
         let limit_ms = self.stage.limits.call_ms_max(items.len());
@@ -231,10 +263,12 @@ impl StageRunner {
         let answer = instance.process(&self.wire, limit_ms);
         let routes = self.stage.descriptor.routes.len();
         Ok(match answer {
-            Ok(Ok(outcome)) => take(items.len(), outcome, routes, offset).map_err(|violation| {
-                self.instance = None;
-                CallFailure::Dead(violation)
-            }),
+            Ok(Ok(outcome)) => {
+                take(items.len(), outcome, routes, first_item).map_err(|violation| {
+                    self.instance = None;
+                    CallFailure::Dead(violation)
+                })
+            }
             Ok(Err(failure)) => Err(CallFailure::Answered(failure)),
             Err(error) => {
                 self.instance = None;
@@ -288,19 +322,17 @@ fn describe(failure: CallFailure) -> (String, String) {
     }
 }
 
-/// Proves an answer against the contract and lifts it out of its arena.
+/// Proves an answer against the contract. `first_item` is added to its item indexes.
 fn take(
     items: usize,
     outcome: Outcome,
     routes: usize,
-    offset: usize,
+    first_item: usize,
 ) -> Result<StageOutcome, CallError> {
-    let arena = Bytes::from(outcome.arena);
-    let outputs = whole(&outcome.outputs, "outputs")?.iter().map(Output::from_words);
-    let mut taken =
-        StageOutcome { outputs: Vec::with_capacity(outputs.len()), rejected: Vec::new() };
+    let Outcome { arena, outputs, rejects } = outcome;
     let mut last = 0;
-    for (index, output) in outputs.enumerate() {
+    let words = whole(&outputs, "outputs")?;
+    for (index, output) in words.iter().map(Output::from_words).enumerate() {
         let input = output.input as usize;
         if input >= items {
             return Err(CallError::contract(format!(
@@ -319,39 +351,44 @@ fn take(
             )));
         }
         last = input;
-        let key =
-            output.key.map(|span| utf8(slice(&arena, span, "the key of output", index)?, index));
-        let payload = output.payload.map(|span| slice(&arena, span, "output", index));
-        taken.outputs.push(StageOutput {
-            item: input + offset,
-            route: output.route,
-            key: key.transpose()?,
-            payload: payload.transpose()?,
-        });
+        if let Some(key) = output.key {
+            let key = slice(&arena, key, "the key of output", index)?;
+            // The next stage or sink may read it as text.
+            std::str::from_utf8(key).map_err(|error| {
+                CallError::contract(format!("the key of output {index} is no UTF-8: {error}"))
+            })?;
+        }
+        if let Some(payload) = output.payload {
+            slice(&arena, payload, "output", index)?;
+        }
     }
+    let mut rejected = Vec::new();
     let mut rejected_before = None;
-    for (index, words) in whole(&outcome.rejects, "rejects")?.iter().enumerate() {
-        let reject = Reject::from_words(words);
+    for (index, reject) in whole(&rejects, "rejects")?.iter().map(Reject::from_words).enumerate() {
         let input = reject.input as usize;
         if input >= items || rejected_before.is_some_and(|before| input <= before) {
             return Err(CallError::contract(format!(
                 "reject {index} names input {input}, which is not there, out of order, or named twice"
             )));
         }
-        if taken.outputs.binary_search_by_key(&(input + offset), |output| output.item).is_ok() {
+        if words
+            .binary_search_by_key(&reject.input, |words| Output::from_words(words).input)
+            .is_ok()
+        {
             return Err(CallError::contract(format!(
                 "input {input} has both an output and a reject"
             )));
         }
         rejected_before = Some(input);
         let reason = slice(&arena, reject.reason, "the reason of reject", index)?;
-        taken.rejected.push(Rejected {
-            item: input + offset,
-            reason: String::from_utf8_lossy(&reason).into_owned(),
+        rejected.push(Rejected {
+            item: input + first_item,
+            reason: String::from_utf8_lossy(reason).into_owned(),
             backtrace: String::new(),
         });
     }
-    Ok(taken)
+    let answer = Answer { arena: arena.into(), outputs, first_item };
+    Ok(StageOutcome { answers: vec![answer], rejected })
 }
 
 /// The words, cut into records of `N`.
@@ -366,26 +403,15 @@ fn whole<'w, const N: usize>(words: &'w [u32], what: &str) -> Result<&'w [[u32; 
     }
 }
 
-/// The bytes of a span, sharing the arena.
+/// The bytes of a span.
 #[inline]
-fn slice(arena: &Bytes, span: Span, what: &str, index: usize) -> Result<Bytes, CallError> {
-    match flow::within(span, arena.len()) {
-        Some(range) => Ok(arena.slice(range)),
-        None => Err(CallError::contract(format!(
+fn slice<'a>(arena: &'a [u8], span: Span, what: &str, index: usize) -> Result<&'a [u8], CallError> {
+    flow::within(span, arena.len()).map(|range| &arena[range]).ok_or_else(|| {
+        CallError::contract(format!(
             "{what} {index} lies outside of the answer's arena of {} bytes ({}+{})",
             arena.len(),
             span.start,
             span.length
-        ))),
-    }
-}
-
-/// A key that the next stage or sink may read as text.
-fn utf8(key: Bytes, index: usize) -> Result<Bytes, CallError> {
-    match std::str::from_utf8(&key) {
-        Ok(_) => Ok(key),
-        Err(error) => {
-            Err(CallError::contract(format!("the key of output {index} is no UTF-8: {error}")))
-        }
-    }
+        ))
+    })
 }
