@@ -154,7 +154,7 @@ fn ask(tool: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, BuildE
 fn compile(dir: &Path, manifest: &Path, compiler: &Compiler) -> Result<PathBuf, BuildError> {
     // First, because the folders that are kept out of the component exist only then.
     run_cargo(dir, manifest, &["fetch", "--target", TARGET])?;
-    let remap_paths = remap_paths(compiler);
+    let compiler_flags = compiler_flags(compiler);
     let messages = run_cargo(
         dir,
         manifest,
@@ -166,7 +166,7 @@ fn compile(dir: &Path, manifest: &Path, compiler: &Compiler) -> Result<PathBuf, 
             "--message-format",
             "json-render-diagnostics",
             "--config",
-            &remap_paths,
+            &compiler_flags,
         ],
     )?;
     messages
@@ -205,9 +205,10 @@ struct Message {
     filenames: Vec<PathBuf>,
 }
 
-/// A cargo setting that replaces the folders of this machine in panic messages. It is
-/// added to the flags that cargo's configuration holds, but gives way to `RUSTFLAGS`.
-fn remap_paths(compiler: &Compiler) -> String {
+/// A cargo setting that lets loops work on 16 bytes a turn, as the host's engine can, and that
+/// replaces the folders of this machine in panic messages. It is added to the flags that
+/// cargo's configuration holds, but gives way to `RUSTFLAGS`.
+fn compiler_flags(compiler: &Compiler) -> String {
     let home = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
     let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from).or(home).unwrap_or_default();
     // One folder per registry, named after its address: `/crates` wherever they come from.
@@ -216,12 +217,11 @@ fn remap_paths(compiler: &Compiler) -> String {
     registries.sort();
     let mut remaps = vec![(compiler.sysroot.clone(), "/rust"), (cargo_home, "/cargo")];
     remaps.extend(registries.into_iter().map(|folder| (folder, "/crates"))); // the last one wins
-    let flags: Vec<String> = remaps
-        .into_iter()
-        .filter_map(|(from, to)| {
-            let flag = format!("--remap-path-prefix={}={to}", from.display());
-            serde_json::to_string(&flag).ok() // quoted as TOML quotes a basic string
-        })
+    let remaps =
+        remaps.into_iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
+    let flags: Vec<String> = std::iter::once("-Ctarget-feature=+simd128".to_owned())
+        .chain(remaps)
+        .filter_map(|flag| serde_json::to_string(&flag).ok()) // quoted as TOML quotes a basic string
         .collect();
     format!("target.{TARGET}.rustflags=[{}]", flags.join(","))
 }
