@@ -189,6 +189,83 @@ pub struct PositionSpan {
     pub to_inclusive: Position,
 }
 
+/// What a user calls a stream: its name, or its ARN when it is another account's.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct StreamRef {
+    /// The stream's name.
+    pub name: Arc<str>,
+    /// Its ARN, if that is how it was named; requests then carry it.
+    pub arn: Option<Arc<str>>,
+}
+
+/// Text that names no stream.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{text:?} names no stream: due is a name of 1 to 128 letters, digits, `_`, `.` and `-`, or an ARN \
+     such as arn:aws:kinesis:eu-west-1:123456789012:stream/cars"
+)]
+pub struct NotAStream {
+    text: String,
+}
+
+impl StreamRef {
+    /// Reads a name or an ARN.
+    ///
+    /// Source: API reference, `StreamName` and `StreamARN`, pattern
+    /// `arn:aws.*:kinesis:.*:\d{12}:stream/\S+`.
+    ///
+    /// # Errors
+    /// [`NotAStream`].
+    pub fn parse(text: &str) -> Result<Self, NotAStream> {
+        let is_name = |name: &str| {
+            let allowed = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+            (1..=128).contains(&name.len()) && name.chars().all(allowed)
+        };
+        if is_name(text) {
+            return Ok(Self { name: text.into(), arn: None });
+        }
+        match text.split(':').collect::<Vec<_>>()[..] {
+            ["arn", partition, "kinesis", region, account, resource]
+                if partition.starts_with("aws")
+                    && !region.is_empty()
+                    && account.len() == 12
+                    && account.bytes().all(|byte| byte.is_ascii_digit()) =>
+            {
+                match resource.strip_prefix("stream/").filter(|name| is_name(name)) {
+                    Some(name) => Ok(Self { name: name.into(), arn: Some(text.into()) }),
+                    None => Err(NotAStream { text: text.into() }),
+                }
+            }
+            _ => Err(NotAStream { text: text.into() }),
+        }
+    }
+
+    /// How requests name it: by name, or by ARN; exactly one of the two.
+    pub fn name_or_arn(&self) -> (Option<String>, Option<String>) {
+        match &self.arn {
+            Some(arn) => (None, Some(arn.to_string())),
+            None => (Some(self.name.to_string()), None),
+        }
+    }
+
+    /// The region that the ARN names.
+    pub fn region(&self) -> Option<&str> {
+        self.arn.as_deref()?.split(':').nth(3)
+    }
+}
+
+impl fmt::Display for StreamRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.arn.as_deref().unwrap_or(&self.name))
+    }
+}
+
+impl From<&StreamIdentity> for StreamRef {
+    fn from(identity: &StreamIdentity) -> Self {
+        Self { name: identity.name.clone(), arn: None }
+    }
+}
+
 /// A stream that cannot be mistaken for another of the same name: deleted and created again
 /// under one name and ARN, it has another creation time.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -219,6 +296,18 @@ pub struct ShardKey {
     pub stream: Arc<StreamIdentity>,
     /// The shard of that stream.
     pub shard: ShardId,
+}
+
+/// Where the reading of a shard began, resolved once: LATEST is a time by then.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ShardStart {
+    /// At the oldest record.
+    #[default]
+    Horizon,
+    /// At the first record that arrived then or later, in milliseconds since 1970.
+    AtMs(i64),
+    /// At this record, inclusive.
+    AtSequence(SequenceNumber),
 }
 
 /// One record of a shard, as it was put.
@@ -315,6 +404,17 @@ mod tests {
         assert_eq!(number("0").as_str(), "0");
         assert!(number("9").zero_padded() < number("10").zero_padded());
         assert_eq!(number("1").zero_padded().len(), SEQUENCE_NUMBER_DIGITS_MAX);
+    }
+
+    #[test]
+    fn a_stream_is_named_by_its_name_or_its_arn() {
+        let arn = "arn:aws-cn:kinesis:cn-north-1:123456789012:stream/cars";
+        let cars = StreamRef::parse(arn).expect("an ARN");
+        assert_eq!((&*cars.name, cars.region()), ("cars", Some("cn-north-1")));
+        assert_eq!(StreamRef::parse("cars").expect("a name").arn, None);
+        for text in ["", "a b", "arn:aws:s3:::cars", &arn.replace("stream/", "")] {
+            assert!(StreamRef::parse(text).is_err(), "{text}");
+        }
     }
 
     #[test]

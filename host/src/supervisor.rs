@@ -16,7 +16,7 @@ use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
 use crate::plugin::{CompileCache, PluginEngine};
 use crate::position::{Checkpoints, DeadLetters, Ledger, StateStore};
-use crate::record::{ShardId, ShardKey, SinkName, StreamIdentity};
+use crate::record::{ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
 use crate::sink::Sink;
 use crate::sink::budget::Budget;
 use crate::source::{LineageStart, ShardSource, lineage};
@@ -160,8 +160,7 @@ impl Lanes {
     async fn discover(&mut self) -> anyhow::Result<bool> {
         let known = self.shared.checkpoints.shards(&self.stream).await?;
         let shards = self.shared.source.shards().await?;
-        let start = self.shared.config.source.start;
-        let plan = lineage(&shards, &known, start);
+        let plan = lineage(&shards, &known, self.shared.source.start());
         for (shard, start) in plan.ready {
             if !self.stop.is_cancelled() && self.running.insert(shard.clone()) {
                 self.start(shard, start).await?;
@@ -176,19 +175,24 @@ impl Lanes {
             stream: self.stream.clone(),
             shard: shard.clone(),
         };
-        let start_at_ms = match start {
-            LineageStart::Horizon => None,
-            // LATEST is resolved once, durably: a shard that had no record yet when the process
-            // died is not begun later than it was.
-            LineageStart::AsConfigured => match self.shared.config.source.start {
-                StartPosition::TrimHorizon => None,
-                // Rounded down: some servers know arrival times by the second, and to read a
-                // second's records from before the start is better than to lose those after it.
-                StartPosition::Latest => Some(chrono::Utc::now().timestamp() * 1_000),
-                StartPosition::AtTimestampMs(at) => Some(at),
+        let start = match start {
+            LineageStart::Horizon => ShardStart::Horizon,
+            LineageStart::AsConfigured => match self.shared.source.start() {
+                StartPosition::TrimHorizon => ShardStart::Horizon,
+                // LATEST is resolved once, durably: a shard that had no record yet when the
+                // process died is not begun later than it was. Rounded down: some servers know
+                // arrival times by the second, and to read a second's records from before the
+                // start is better than to lose those after it.
+                StartPosition::Latest => {
+                    ShardStart::AtMs(chrono::Utc::now().timestamp() * 1_000)
+                }
+                StartPosition::AtTimestampMs(at) => ShardStart::AtMs(*at),
+                StartPosition::AtSequence(places) => places
+                    .get(&shard)
+                    .map_or(ShardStart::Horizon, |at| ShardStart::AtSequence(at.clone())),
             },
         };
-        self.shared.checkpoints.begin(&key, start_at_ms).await?;
+        self.shared.checkpoints.begin(&key, &start).await?;
         self.shared.board.update(&shard, |status| status.running = true);
         let (shared, stop) = (self.shared.clone(), self.stop.clone());
         self.tasks.spawn(async move {

@@ -16,6 +16,7 @@ use super::{Console, print_line, run, stream as stream_command};
 use crate::config::PipelineConfig;
 use crate::lane::Board;
 use crate::position::DeadLetters;
+use crate::record::StreamRef;
 use crate::source::embedded::EmbeddedStream;
 use crate::source::kinesis::KinesisSource;
 use crate::source::producer::{NewRecord, Producer};
@@ -70,10 +71,11 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = pipeline(&data)?;
     let embedded = EmbeddedStream::start(0).await?;
     let client = client::connect(Some(embedded.url()), None).await?;
-    stream_command::ensure(&client, &config).await?;
-    publish(&client, &config, options.cars, console).await?;
+    let kinesis = config.source.kinesis().context("the demo's pipeline reads no stream")?;
+    stream_command::ensure(&client, kinesis).await?;
+    publish(&client, &kinesis.stream.value, options.cars, console).await?;
 
-    let source = Arc::new(KinesisSource::new(client.clone(), &config.source));
+    let source = Arc::new(KinesisSource::new(client.clone(), kinesis, config.source.batch));
     let run_options = RunOptions {
         until_caught_up: true,
         dropped_sinks: Default::default(),
@@ -83,8 +85,7 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let (board, letters) = (supervisor.board(), supervisor.letters());
     supervisor.run(run::stop_on_signals()?).await?;
 
-    stream::delete(&client, &config.source.stream.value, std::time::Duration::from_secs(30))
-        .await?;
+    stream::delete(&client, &kinesis.stream.value, std::time::Duration::from_secs(30)).await?;
     let report = report(&data, &board, &letters).await?;
     say(&report, console);
     console.report(&report)
@@ -134,11 +135,11 @@ fn bundled_plugin(path: &Path) -> Option<&'static [u8]> {
 
 async fn publish(
     client: &aws_sdk_kinesis::Client,
-    config: &PipelineConfig,
+    stream: &StreamRef,
     cars: u64,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let mut producer = Producer::new(client.clone(), &config.source.stream.value);
+    let mut producer = Producer::new(client.clone(), stream.clone());
     for id in 0..cars {
         let make = MAKES[id as usize % MAKES.len()];
         let car = Car { id, make: format!("{make} {id}") };

@@ -13,8 +13,10 @@ use url::Url;
 
 use super::progress::Progress;
 use super::{Console, DEFAULT_PIPELINE, load, print_line, run};
-use crate::config::{BatchLimits, CreateStream, Endpoint, PipelineConfig};
-use crate::record::{ShardKey, StreamIdentity};
+use crate::config::{
+    BatchLimits, CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind,
+};
+use crate::record::{ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::embedded::{self, EmbeddedStream};
 use crate::source::kinesis::KinesisSource;
 use crate::source::producer::{NewRecord, Producer};
@@ -91,9 +93,9 @@ pub enum Command {
 /// Which stream, and where.
 #[derive(clap::Args)]
 pub struct Place {
-    /// The stream's name; default: that of the pipeline.
-    #[arg(long, value_name = "NAME")]
-    stream: Option<String>,
+    /// The stream's name or ARN; default: that of the pipeline.
+    #[arg(long, value_name = "NAME", value_parser = StreamRef::parse)]
+    stream: Option<StreamRef>,
     /// The pipeline whose stream it is; default: pipeline.toml, where there is one.
     #[arg(long, value_name = "FILE")]
     pipeline: Option<PathBuf>,
@@ -110,7 +112,7 @@ pub struct Place {
 
 /// A stream, resolved.
 struct Target {
-    stream: Option<String>,
+    stream: Option<StreamRef>,
     endpoint: Endpoint,
     region: Option<String>,
     state_dir: PathBuf,
@@ -123,12 +125,12 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
             let (target, client) = place.connect().await?;
             let create = CreateStream { shards, wait_max: wait };
             let made = create_and_wait(&client, target.name()?, create).await?;
-            report(&client, made, console).await
+            report(&client, target.name()?, made, console).await
         }
         Command::Describe { place } => {
             let (target, client) = place.connect().await?;
             let found = stream::describe(&client, target.name()?).await?;
-            report(&client, found, console).await
+            report(&client, target.name()?, found, console).await
         }
         Command::Put { files, key, skip, place } => {
             let (target, client) = place.connect().await?;
@@ -143,7 +145,7 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
             let name = target.name()?;
             stream::delete(&client, name, DELETE_WAIT_MAX).await?;
             console.say(format!("deleted stream {name}"));
-            console.report(&serde_json::json!({ "deleted": name }))
+            console.report(&serde_json::json!({ "deleted": name.to_string() }))
         }
     }
 }
@@ -153,7 +155,11 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
 pub(crate) async fn source(
     config: &PipelineConfig,
 ) -> anyhow::Result<(Arc<dyn ShardSource>, Option<EmbeddedStream>)> {
-    let (url, started) = match &config.source.endpoint {
+    let kinesis = match &config.source.kind {
+        SourceKind::Kinesis(kinesis) => kinesis,
+        SourceKind::File(_) => bail!("the source `file` is not there yet"),
+    };
+    let (url, started) = match &kinesis.endpoint {
         Endpoint::Aws => (None, None),
         Endpoint::Url(url) => (Some(url.clone()), None),
         Endpoint::Embedded => match embedded::find(&config.state_dir) {
@@ -164,15 +170,16 @@ pub(crate) async fn source(
             }
         },
     };
-    let client = client::connect(url.as_ref(), config.source.region.as_deref()).await?;
-    ensure(&client, config).await?;
-    Ok((Arc::new(KinesisSource::new(client, &config.source)), started))
+    let region = kinesis.region.as_deref().or(kinesis.stream.value.region());
+    let client = client::connect(url.as_ref(), region).await?;
+    ensure(&client, kinesis).await?;
+    Ok((Arc::new(KinesisSource::new(client, kinesis, config.source.batch)), started))
 }
 
 /// Creates the pipeline's stream when it is missing and `create` is set.
-pub(crate) async fn ensure(client: &Client, config: &PipelineConfig) -> anyhow::Result<()> {
-    let name = &config.source.stream.value;
-    match (stream::describe(client, name).await, config.source.create) {
+pub(crate) async fn ensure(client: &Client, config: &KinesisConfig) -> anyhow::Result<()> {
+    let name = &config.stream.value;
+    match (stream::describe(client, name).await, config.create) {
         (Err(SourceError::NoSuchStream { .. }), Some(create)) => {
             create_and_wait(client, name, create).await.map(drop)
         }
@@ -189,7 +196,7 @@ pub(crate) async fn ensure(client: &Client, config: &PipelineConfig) -> anyhow::
 /// Creates a stream and waits, visibly.
 pub(crate) async fn create_and_wait(
     client: &Client,
-    name: &str,
+    name: &StreamRef,
     create: CreateStream,
 ) -> anyhow::Result<stream::Description> {
     stream::create(client, name, create.shards).await?;
@@ -208,22 +215,25 @@ impl Place {
             None if default.exists() => Some(load(default)?),
             None => None,
         };
+        let kinesis = pipeline.as_ref().and_then(|it| it.source.kinesis());
         let endpoint = match self.endpoint.as_deref() {
             Some("embedded") => Endpoint::Embedded,
             Some("aws") => Endpoint::Aws,
             Some(url) => Endpoint::Url(Url::parse(url).with_context(|| {
                 format!("--endpoint {url} is neither `embedded` nor `aws` nor a URL")
             })?),
-            None => pipeline.as_ref().map_or(Endpoint::Aws, |it| it.source.endpoint.clone()),
+            None => kinesis.map_or(Endpoint::Aws, |it| it.endpoint.clone()),
         };
-        let of_pipeline = |pipeline: &PipelineConfig| pipeline.source.stream.value.clone();
+        let stream = self.stream.clone().or(kinesis.map(|it| it.stream.value.clone()));
+        let region_of = |stream: &StreamRef| stream.region().map(str::to_owned);
         Ok(Target {
-            stream: self.stream.clone().or(pipeline.as_ref().map(of_pipeline)),
-            endpoint,
             region: self
                 .region
                 .clone()
-                .or(pipeline.as_ref().and_then(|it| it.source.region.clone())),
+                .or(kinesis.and_then(|it| it.region.clone()))
+                .or(stream.as_ref().and_then(region_of)),
+            stream,
+            endpoint,
             state_dir: self
                 .state_dir
                 .clone()
@@ -251,9 +261,9 @@ impl Place {
 }
 
 impl Target {
-    fn name(&self) -> anyhow::Result<&str> {
+    fn name(&self) -> anyhow::Result<&StreamRef> {
         self.stream
-            .as_deref()
+            .as_ref()
             .context("which stream? name it with --stream, or a pipeline with --pipeline")
     }
 }
@@ -286,10 +296,11 @@ struct ShardReport {
 
 async fn report(
     client: &Client,
+    name: &StreamRef,
     found: stream::Description,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let shards = stream::shards(client, &found.identity.name).await?;
+    let shards = stream::shards(client, name).await?;
     let report = StreamReport {
         stream: found.identity.name.to_string(),
         arn: found.identity.arn.to_string(),
@@ -326,14 +337,14 @@ async fn report(
 
 async fn put(
     client: Client,
-    name: &str,
+    name: &StreamRef,
     files: Vec<PathBuf>,
     key: Option<String>,
     skip: usize,
     console: &Console,
 ) -> anyhow::Result<()> {
     stream::describe(&client, name).await?;
-    let mut producer = Producer::new(client, name);
+    let mut producer = Producer::new(client, name.clone());
     let mut progress = Progress::start(&format!("putting records on {name}"), None);
     let inputs: Vec<Option<PathBuf>> = match files.is_empty() {
         true => vec![None],
@@ -381,7 +392,7 @@ struct TailLine<'a> {
 
 async fn tail(
     client: Client,
-    name: &str,
+    name: &StreamRef,
     limit: Option<u64>,
     no_follow: bool,
     console: &Console,
@@ -455,5 +466,5 @@ fn tail_reader(
         is_paced: true,
         batch: BatchLimits { records_max: 1_000, bytes_max: 1 << 20 },
     };
-    PollingReader::new(client.clone(), key, polling, None, None)
+    PollingReader::new(client.clone(), key, polling, None, ShardStart::Horizon)
 }

@@ -3,12 +3,14 @@
 //! A reader that returns `None` has noted a problem; the caller goes on, so that one run of the
 //! program shows all that is wrong.
 
+use std::net::SocketAddr;
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use toml::Spanned;
+use toml::de::DeValue;
 
 use super::diagnostic::{Problem, suggest};
 use super::raw::{Count, Maybe, Size, Span, Text};
@@ -158,6 +160,53 @@ impl<'a> Check<'a> {
         let help = suggest(text, "allowed", &words);
         self.problem(raw.span(), format!("{text:?} is no {noun}"), help);
         None
+    }
+
+    /// The `type` of a table, which decides the keys that it may have.
+    pub fn table_type(
+        &mut self,
+        table: &Spanned<DeValue<'_>>,
+        noun: &str,
+        types: &'static [&'static str],
+    ) -> Option<&'static str> {
+        let example = format!("add type = ...; {}", suggest("", "allowed", types));
+        let Some(kind) = table.get_ref().as_table().and_then(|table| table.get("type")) else {
+            self.problem(table.span(), "the key `type` is missing", example);
+            return None;
+        };
+        let Some(text) = kind.get_ref().as_str() else {
+            self.problem(kind.span(), format!("a {noun}'s type is text in quotes"), example);
+            return None;
+        };
+        let known = types.iter().copied().find(|known| *known == text);
+        if known.is_none() {
+            let help = suggest(text, "allowed", types);
+            self.problem(kind.span(), format!("{text:?} is no {noun} type"), help);
+        }
+        known
+    }
+
+    /// An address with a port, on loopback only; `why` says what forbids another.
+    pub fn loopback(
+        &mut self,
+        raw: &Spanned<Text>,
+        noun: &str,
+        example: &str,
+        why: &str,
+    ) -> Option<SocketAddr> {
+        let text = &raw.get_ref().0;
+        let Ok(address) = text.parse::<SocketAddr>() else {
+            let message = format!("{text:?} is no address with a port");
+            self.problem(raw.span(), message, format!("write for example \"{example}\""));
+            return None;
+        };
+        if !address.ip().is_loopback() {
+            let message = format!("the {noun} port cannot listen on {}", address.ip());
+            let help = format!("{why}: \"127.0.0.1:{}\"", address.port());
+            self.problem(raw.span(), message, help);
+            return None;
+        }
+        Some(address)
     }
 
     /// A name that is safe in object keys, file names, metrics and log lines.

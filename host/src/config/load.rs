@@ -14,13 +14,13 @@ use super::diagnostic::suggest;
 use super::env::{Lookup, substitute_table};
 use super::raw::{RawAdmin, RawPipeline};
 use super::{
-    ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, bindings, sink,
+    ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, bindings, intake, sink,
     source, stage,
 };
 use crate::record::PipelineName;
 
 /// The tables of a file.
-const TABLES: [&str; 5] = ["pipeline", "source", "stage", "sink", "admin"];
+const TABLES: [&str; 6] = ["pipeline", "source", "stage", "sink", "admin", "intake"];
 
 /// The default and the range of `buffer`: below it, hardly one batch fits; above it, no machine.
 const BUFFER_BYTES: usize = 64 << 20;
@@ -78,7 +78,7 @@ fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<Pip
 
     let pipeline = sections.pipeline.and_then(|table| pipeline(table, check));
     let buffer = pipeline.as_ref().map_or(BUFFER_BYTES, |pipeline| pipeline.buffer_bytes_max);
-    let source = sections.source.and_then(|table| source::read(table, check));
+    let source = sections.source.and_then(|table| source::read(table, base, check));
     let names = bindings::Names::collect(&sections.stages, &sections.sinks);
     let (stages_written, sinks_written) = (sections.stages.len(), sections.sinks.len());
     let stages = sections.stages.into_iter();
@@ -88,6 +88,7 @@ fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<Pip
     let sinks: Vec<_> =
         sinks.filter_map(|(table, print)| sink::read(table, print, base, buffer, check)).collect();
     let admin = sections.admin.map(|table| admin(table, check));
+    let intake = sections.intake.map(|table| intake::read(table, source.as_ref(), check));
 
     names.check_unique(check);
     if stages.len() == stages_written && sinks.len() == sinks_written {
@@ -108,6 +109,10 @@ fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<Pip
             Some(listen) => Some(listen?),
             None => None,
         },
+        intake: match intake {
+            Some(intake) => Some(intake?),
+            None => None,
+        },
     })
 }
 
@@ -118,6 +123,7 @@ struct Sections<'i> {
     stages: Vec<Spanned<DeValue<'i>>>,
     sinks: Vec<Spanned<DeValue<'i>>>,
     admin: Option<Spanned<DeValue<'i>>>,
+    intake: Option<Spanned<DeValue<'i>>>,
 }
 
 impl<'i> Sections<'i> {
@@ -128,6 +134,7 @@ impl<'i> Sections<'i> {
             stages: tables(&mut root, "[[stage]]", "plugin = \"decode.wasm\"", check),
             sinks: tables(&mut root, "[[sink]]", "type = \"stdout\"", check),
             admin: root.remove("admin"),
+            intake: root.remove("intake"),
         };
         for key in root.keys() {
             let name = key.get_ref();
@@ -296,19 +303,6 @@ fn pipeline(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Pipeline> 
 fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<std::net::SocketAddr> {
     let raw: RawAdmin = shaped(table, check)?;
     let Some(listen) = raw.listen else { return Some(([127, 0, 0, 1], 9901).into()) };
-    let Ok(address) = listen.get_ref().0.parse::<std::net::SocketAddr>() else {
-        let message = format!("{:?} is no address with a port", listen.get_ref().0);
-        check.problem(listen.span(), message, "write for example \"127.0.0.1:9901\"");
-        return None;
-    };
-    if !address.ip().is_loopback() {
-        let message = format!("the admin port cannot listen on {}", address.ip());
-        let help = format!(
-            "it asks for no password yet, so only loopback is allowed: \"127.0.0.1:{}\"",
-            address.port()
-        );
-        check.problem(listen.span(), message, help);
-        return None;
-    }
-    Some(address)
+    let why = "it asks for no password yet, so only loopback is allowed";
+    check.loopback(&listen, "admin", "127.0.0.1:9901", why)
 }

@@ -8,6 +8,7 @@ mod bindings;
 mod check;
 mod diagnostic;
 mod env;
+mod intake;
 mod json;
 mod load;
 mod raw;
@@ -26,7 +27,9 @@ use serde::{Deserialize, Serialize};
 pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
 pub use self::env::Lookup;
 pub use self::load::{load, parse};
-use crate::record::{PipelineName, RouteName, SinkName, StageName};
+use crate::record::{
+    PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
+};
 
 /// A pipeline that can run, as far as the file alone can tell.
 #[derive(Clone, Debug)]
@@ -51,6 +54,8 @@ pub struct PipelineConfig {
     pub on_position_mismatch: OnPositionMismatch,
     /// The admin port; `None`: none is opened.
     pub admin: Option<std::net::SocketAddr>,
+    /// The intake; `None`: none is opened.
+    pub intake: Option<IntakeConfig>,
 }
 
 /// A configuration file. `${VAR}` is replaced in string values only, after parsing, so spans hold.
@@ -74,25 +79,122 @@ pub struct Located<T> {
 /// Where records come from.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
-    /// The stream's name.
-    pub stream: Located<String>,
+    /// What is read.
+    pub kind: SourceKind,
+    /// How batches are cut.
+    pub batch: BatchLimits,
+    /// The media type of the payloads, when the user declares it: checked against the first stage.
+    pub format: Option<String>,
+}
+
+impl SourceConfig {
+    /// What plugins and positions call the stream: its name, or the file's path.
+    pub fn stream_name(&self) -> String {
+        match &self.kind {
+            SourceKind::Kinesis(kinesis) => kinesis.stream.value.name.to_string(),
+            SourceKind::File(file) => file.path.display().to_string(),
+        }
+    }
+
+    /// The Kinesis stream, if that is what is read.
+    pub fn kinesis(&self) -> Option<&KinesisConfig> {
+        match &self.kind {
+            SourceKind::Kinesis(kinesis) => Some(kinesis),
+            SourceKind::File(_) => None,
+        }
+    }
+}
+
+/// What is read.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one per pipeline")]
+pub enum SourceKind {
+    /// A Kinesis stream.
+    Kinesis(KinesisConfig),
+    /// The lines of a file, as one shard.
+    File(FileConfig),
+}
+
+/// A Kinesis stream and how it is read.
+#[derive(Clone, Debug)]
+pub struct KinesisConfig {
+    /// The stream.
+    pub stream: Located<StreamRef>,
     /// The server to talk to.
     pub endpoint: Endpoint,
-    /// The AWS region; `None`: the standard chain.
+    /// The AWS region; `None`: that of the ARN, or the standard chain.
     pub region: Option<String>,
+    /// The role to assume, of this account or another.
+    pub assume_role: Option<AssumeRole>,
     /// Where a shard without a position starts.
     pub start: StartPosition,
+    /// What to do when the stream no longer holds what was not read yet.
+    pub on_lost_records: OnLostRecords,
     /// Create the stream when it does not exist.
     pub create: Option<CreateStream>,
+    /// How shards are read.
+    pub reader: ReaderKind,
     /// The most records that one GetRecords call asks for, 1 to 10,000.
     pub records_per_call_max: u32,
     /// The pause between two GetRecords calls of one shard that has nothing new, at least 200 ms
     /// against AWS (5 calls per second and shard).
     pub poll_interval: Duration,
-    /// How batches are cut.
-    pub batch: BatchLimits,
-    /// The media type of the payloads, when the user declares it: checked against the first stage.
-    pub format: Option<String>,
+}
+
+/// How shards are read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReaderKind {
+    /// By GetRecords: 2 MB/s per shard, shared by all who poll.
+    Polling,
+    /// By SubscribeToShard: 2 MB/s per shard and consumer, pushed.
+    FanOut {
+        /// The consumer's name; it is registered if it is not there.
+        consumer: String,
+    },
+}
+
+/// What to do when the stream no longer holds records that were not read yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnLostRecords {
+    /// Stop with an error: a person must decide.
+    Stop,
+    /// Go on with the oldest record that there is; the loss is told and counted.
+    Continue,
+}
+
+/// A role to assume.
+///
+/// Source: AWS STS API reference, AssumeRole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AssumeRole {
+    /// The role's ARN.
+    pub arn: String,
+    /// What the role's trust policy asks for, if it does.
+    pub external_id: Option<String>,
+    /// The session's name, as it shows in the account's logs.
+    pub session_name: String,
+}
+
+/// The lines of a file, or of standard input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileConfig {
+    /// The file; `-` is standard input.
+    pub path: PathBuf,
+    /// Lines to leave out at the beginning.
+    pub skip_lines: u64,
+}
+
+/// The HTTP port that takes events and puts them on the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IntakeConfig {
+    /// Where it listens.
+    pub listen: std::net::SocketAddr,
+    /// The largest request body, in bytes.
+    pub body_bytes_max: usize,
+    /// Bytes of all requests whose records the stream does not have yet; beyond: 429.
+    pub in_flight_bytes_max: usize,
+    /// The JSON member that is the partition key; `None`: the header, or at random.
+    pub key_member: Option<String>,
 }
 
 /// The server that speaks the Kinesis API.
@@ -107,7 +209,7 @@ pub enum Endpoint {
 }
 
 /// Where a shard without a position starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StartPosition {
     /// At the oldest record that the stream still holds.
     TrimHorizon,
@@ -115,6 +217,9 @@ pub enum StartPosition {
     Latest,
     /// At the first record that arrived at or after this time, milliseconds since 1970.
     AtTimestampMs(i64),
+    /// The named shards at these sequence numbers, inclusive; their ancestors are not read, all
+    /// other shards from the oldest record on.
+    AtSequence(BTreeMap<ShardId, SequenceNumber>),
 }
 
 /// How to create a stream that is missing.

@@ -25,21 +25,56 @@ pub(super) struct RawPipeline {
     pub on_position_mismatch: Maybe<Text>,
 }
 
-/// `[source]`
+/// `[source]` with `type = "kinesis"`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawSource {
+pub(super) struct RawKinesis {
     #[serde(rename = "type")]
-    pub kind: Spanned<Text>,
+    pub _kind: IgnoredAny,
     pub stream: Spanned<Text>,
     pub endpoint: Maybe<Text>,
     pub region: Maybe<Text>,
+    pub assume_role: Option<RawAssumeRole>,
     pub start: Maybe<Text>,
+    pub on_lost_records: Maybe<Text>,
     pub create: Option<RawCreate>,
+    pub reader: Maybe<Text>,
+    pub consumer: Maybe<Text>,
     pub records_per_call: Maybe<Count>,
     pub poll_interval: Maybe<Span>,
     pub format: Maybe<Text>,
     pub batch: Option<RawBatch>,
+}
+
+/// `[source]` with `type = "file"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawFile {
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub path: Spanned<Text>,
+    pub skip: Maybe<Count>,
+    pub format: Maybe<Text>,
+    pub batch: Option<RawBatch>,
+}
+
+/// `source.assume_role`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table such as { arn = \"arn:aws:iam::123456789012:role/reader\" }")]
+pub(super) struct RawAssumeRole {
+    pub arn: Spanned<Text>,
+    pub external_id: Maybe<Text>,
+    pub session_name: Maybe<Text>,
+}
+
+/// `[intake]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawIntake {
+    pub listen: Spanned<Text>,
+    pub body: Maybe<Size>,
+    pub in_flight: Maybe<Size>,
+    pub key: Maybe<Text>,
 }
 
 /// `source.create`

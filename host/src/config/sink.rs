@@ -16,7 +16,7 @@ use super::raw::{RawCommit, RawObjects, RawPostgres, RawSqlite, RawStdout, Text}
 use super::{Compression, Rhythm, SinkConfig, SinkKind, json};
 
 /// The values of `type`.
-const TYPES: [&str; 4] = ["stdout", "sqlite", "postgres", "objects"];
+static TYPES: [&str; 4] = ["stdout", "sqlite", "postgres", "objects"];
 /// The schemes of `url` whose stores can create an object only if it is not there, which the
 /// claim log rests on.
 const SCHEMES: [&str; 9] = ["file", "s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"];
@@ -56,7 +56,7 @@ pub(super) fn read(
     check: &mut Check,
 ) -> Option<SinkConfig> {
     let span = table.span();
-    let (raw_name, commit, default, kind) = match kind(&table, check)? {
+    let (raw_name, commit, default, kind) = match check.table_type(&table, "sink", &TYPES)? {
         "stdout" => {
             let RawStdout { name, template, commit, .. } = shaped(table, check)?;
             (name, commit, RHYTHM_STDOUT, stdout(template, check))
@@ -80,25 +80,6 @@ pub(super) fn read(
     let name = check.name(&raw_name, "sink");
     let rhythm = rhythm(commit, default, buffer_bytes_max, check);
     Some(SinkConfig { name: name?, rhythm: rhythm?, kind: kind?, span, fingerprint_json })
-}
-
-/// The sink's `type`, which decides the keys that its table may have.
-fn kind(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<&'static str> {
-    let example = format!("add type = ...; {}", suggest("", "allowed", &TYPES));
-    let Some(kind) = table.get_ref().as_table().and_then(|table| table.get("type")) else {
-        check.problem(table.span(), "the key `type` is missing", example);
-        return None;
-    };
-    let Some(text) = kind.get_ref().as_str() else {
-        check.problem(kind.span(), "a sink's type is text in quotes", example);
-        return None;
-    };
-    let known = TYPES.into_iter().find(|known| *known == text);
-    if known.is_none() {
-        let help = suggest(text, "allowed", &TYPES);
-        check.problem(kind.span(), format!("{text:?} is no sink type"), help);
-    }
-    known
 }
 
 fn stdout(template: Option<Spanned<Text>>, check: &mut Check) -> Option<SinkKind> {

@@ -1,16 +1,28 @@
 //! `[source]`: the stream, the server, where to start and how batches are cut.
 
 use std::ops::RangeInclusive;
+use std::path::Path;
 use std::time::Duration;
 
 use toml::Spanned;
 use toml::de::DeValue;
 
 use super::check::Check;
-use super::diagnostic::did_you_mean;
+use super::diagnostic::{did_you_mean, suggest};
 use super::load::shaped;
-use super::raw::{Maybe, RawBatch, RawCreate, RawSource, Text};
-use super::{BatchLimits, CreateStream, Endpoint, Located, SourceConfig, StartPosition};
+use super::raw::{Maybe, RawAssumeRole, RawBatch, RawCreate, RawFile, RawKinesis, Text};
+use super::{
+    AssumeRole, BatchLimits, CreateStream, Endpoint, FileConfig, KinesisConfig, Located,
+    OnLostRecords, ReaderKind, SourceConfig, SourceKind, StartPosition,
+};
+use crate::record::{SequenceNumber, ShardId, StreamRef};
+
+/// The values of `type`.
+static TYPES: [&str; 2] = ["kinesis", "file"];
+/// The path that is no file's.
+const STANDARD_INPUT: &str = "-";
+/// The name under which AWS knows a pipeline's consumer or session when none is given.
+const CONSUMER: &str = "shardmill";
 
 /// API reference, `GetRecords`: Limit.
 const RECORDS_PER_CALL_MAX: u32 = 10_000;
@@ -30,15 +42,47 @@ const BATCH_RECORDS_ALLOWED: RangeInclusive<u64> = 1..=100_000;
 const BATCH_BYTES: usize = 256 << 10;
 const BATCH_BYTES_ALLOWED: RangeInclusive<usize> = (1 << 10)..=(64 << 20);
 
-/// Reads `[source]`.
-pub(super) fn read(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<SourceConfig> {
-    let raw: RawSource = shaped(table, check)?;
-    let kind = check.choice(&Some(raw.kind), "source type", (), &[("kinesis", ())]);
+/// Reads `[source]`; `base` is what relative paths start from.
+pub(super) fn read(
+    table: Spanned<DeValue<'_>>,
+    base: &Path,
+    check: &mut Check,
+) -> Option<SourceConfig> {
+    match check.table_type(&table, "source", &TYPES)? {
+        "file" => {
+            let raw: RawFile = shaped(table, check)?;
+            let path = check.filled(&raw.path, "path");
+            let skip_lines = check.count(&raw.skip, 0, 0..=u64::MAX);
+            let (format, batch) = (format(&raw.format, check), batch(raw.batch, check));
+            let path = path?;
+            let path = if path == STANDARD_INPUT { path.into() } else { base.join(path) };
+            let file = FileConfig { path, skip_lines: skip_lines? };
+            Some(SourceConfig { kind: SourceKind::File(file), batch: batch?, format: format? })
+        }
+        _ => {
+            let mut raw: RawKinesis = shaped(table, check)?;
+            let (format, batch) = (format(&raw.format, check), batch(raw.batch.take(), check));
+            let kinesis = kinesis(raw, check);
+            let kind = SourceKind::Kinesis(kinesis?);
+            Some(SourceConfig { kind, batch: batch?, format: format? })
+        }
+    }
+}
+
+fn kinesis(raw: RawKinesis, check: &mut Check) -> Option<KinesisConfig> {
     let stream = stream(&raw.stream, check);
     let endpoint = endpoint(&raw.endpoint, check);
     let region = filled(&raw.region, "region", check);
+    let assume_role = raw.assume_role.map(|raw| assume_role(&raw, check));
     let start = start(&raw.start, check);
+    let on_lost_records = check.choice(
+        &raw.on_lost_records,
+        "answer to lost records",
+        OnLostRecords::Stop,
+        &[("stop", OnLostRecords::Stop), ("continue", OnLostRecords::Continue)],
+    );
     let create = raw.create.map(|raw| create(&raw, check));
+    let reader = reader(&raw.reader, &raw.consumer, check);
     let records_per_call_max = check.count(
         &raw.records_per_call,
         RECORDS_PER_CALL_MAX,
@@ -50,35 +94,72 @@ pub(super) fn read(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Sou
     };
     let poll_intervals = poll_interval_min..=POLL_INTERVAL_MAX;
     let poll_interval = check.duration(&raw.poll_interval, POLL_INTERVAL, poll_intervals);
-    let format = format(&raw.format, check);
-    let batch = batch(raw.batch, check);
-    kind?;
-    Some(SourceConfig {
+    Some(KinesisConfig {
         stream: stream?,
         endpoint: endpoint?,
         region: region?,
+        assume_role: match assume_role {
+            Some(role) => Some(role?),
+            None => None,
+        },
         start: start?,
+        on_lost_records: on_lost_records?,
         create: match create {
             Some(create) => Some(create?),
             None => None,
         },
+        reader: reader?,
         records_per_call_max: records_per_call_max?,
         poll_interval: poll_interval?,
-        batch: batch?,
-        format: format?,
     })
 }
 
-/// API reference, `StreamName`: 1 to 128 of letters, digits, `_`, `.` and `-`.
-fn stream(raw: &Spanned<Text>, check: &mut Check) -> Option<Located<String>> {
-    let name = &raw.get_ref().0;
-    let allowed = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-    if (1..=128).contains(&name.len()) && name.chars().all(allowed) {
-        return Some(Located { value: name.clone(), span: raw.span() });
+fn stream(raw: &Spanned<Text>, check: &mut Check) -> Option<Located<StreamRef>> {
+    let text = &raw.get_ref().0;
+    match StreamRef::parse(text) {
+        Ok(stream) => Some(Located { value: stream, span: raw.span() }),
+        Err(_) => {
+            let help = "Kinesis allows 1 to 128 letters, digits, `_`, `.` and `-`; another \
+                        account's stream is named by its ARN";
+            check.problem(raw.span(), format!("{text:?} cannot name a stream"), help);
+            None
+        }
     }
-    let help = "Kinesis allows 1 to 128 letters, digits, `_`, `.` and `-`";
-    check.problem(raw.span(), format!("{name:?} cannot name a stream"), help);
-    None
+}
+
+fn reader(kind: &Maybe<Text>, consumer: &Maybe<Text>, check: &mut Check) -> Option<ReaderKind> {
+    let is_fan_out =
+        check.choice(kind, "reader", false, &[("polling", false), ("fan-out", true)])?;
+    match (is_fan_out, consumer) {
+        (false, None) => Some(ReaderKind::Polling),
+        (false, Some(consumer)) => {
+            let help = "add reader = \"fan-out\", or take it out";
+            check.problem(consumer.span(), "a polling reader is no registered consumer", help);
+            None
+        }
+        (true, None) => Some(ReaderKind::FanOut { consumer: CONSUMER.into() }),
+        (true, Some(consumer)) => {
+            let name = check.name::<String>(consumer, "consumer")?;
+            Some(ReaderKind::FanOut { consumer: name.value })
+        }
+    }
+}
+
+fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<AssumeRole> {
+    let arn = &raw.arn.get_ref().0;
+    let is_role = arn.starts_with("arn:aws") && arn.contains(":iam::") && arn.contains(":role/");
+    if !is_role {
+        let help = "write for example \"arn:aws:iam::123456789012:role/shardmill-reader\"";
+        check.problem(raw.arn.span(), format!("{arn:?} is no role's ARN"), help);
+    }
+    let external_id = filled(&raw.external_id, "external id", check);
+    let session_name = filled(&raw.session_name, "session name", check);
+    is_role.then_some(())?;
+    Some(AssumeRole {
+        arn: arn.clone(),
+        external_id: external_id?,
+        session_name: session_name?.unwrap_or_else(|| CONSUMER.to_owned()),
+    })
 }
 
 fn endpoint(raw: &Maybe<Text>, check: &mut Check) -> Option<Endpoint> {
@@ -110,24 +191,45 @@ fn filled(raw: &Maybe<Text>, noun: &str, check: &mut Check) -> Option<Option<Str
 }
 
 fn start(raw: &Maybe<Text>, check: &mut Check) -> Option<StartPosition> {
-    /// What precedes the time in the third form.
+    /// What precedes the time in the third form, and the positions in the fourth.
     const AT_TIMESTAMP: &str = "at-timestamp:";
-    let time = raw.as_ref().and_then(|raw| raw.get_ref().0.strip_prefix(AT_TIMESTAMP));
-    let (Some(raw), Some(time)) = (raw, time) else {
-        let words =
-            [("trim-horizon", StartPosition::TrimHorizon), ("latest", StartPosition::Latest)];
-        let known = check.choice(raw, "start position", StartPosition::TrimHorizon, &words);
-        if known.is_none() {
-            check.more_help("; or \"at-timestamp:2026-01-31T00:00:00Z\"");
-        }
-        return known;
-    };
-    match chrono::DateTime::parse_from_rfc3339(time.trim()) {
-        Ok(time) => Some(StartPosition::AtTimestampMs(time.timestamp_millis())),
-        Err(cause) => {
-            let message = format!("{:?} is no time: {cause}", time.trim());
-            let help = "date, time and zone are due: \"at-timestamp:2026-01-31T00:00:00Z\"";
+    const AT_SEQUENCE: &str = "at-sequence:";
+    let Some(raw) = raw else { return Some(StartPosition::TrimHorizon) };
+    let text = raw.get_ref().0.as_str();
+    if let Some(time) = text.strip_prefix(AT_TIMESTAMP) {
+        return match chrono::DateTime::parse_from_rfc3339(time.trim()) {
+            Ok(time) => Some(StartPosition::AtTimestampMs(time.timestamp_millis())),
+            Err(cause) => {
+                let message = format!("{:?} is no time: {cause}", time.trim());
+                let help = "date, time and zone are due: \"at-timestamp:2026-01-31T00:00:00Z\"";
+                check.problem(raw.span(), message, help);
+                None
+            }
+        };
+    }
+    if let Some(places) = text.strip_prefix(AT_SEQUENCE) {
+        let place = |place: &str| {
+            let (shard, sequence) = place.trim().rsplit_once(':')?;
+            Some((ShardId::from(shard), SequenceNumber::parse(sequence).ok()?))
+        };
+        let Some(places) = places.split(',').map(place).collect() else {
+            let message = format!("{places:?} does not say at which record to start");
+            let help = "shard and sequence number are due, several with commas: \
+                        \"at-sequence:shardId-000000000000:49590338271490256608559692538361571\"";
             check.problem(raw.span(), message, help);
+            return None;
+        };
+        return Some(StartPosition::AtSequence(places));
+    }
+    match text {
+        "trim-horizon" => Some(StartPosition::TrimHorizon),
+        "latest" => Some(StartPosition::Latest),
+        _ => {
+            let help = suggest(text, "allowed", &["trim-horizon", "latest"]);
+            let help = format!(
+                "{help}; or \"at-timestamp:2026-01-31T00:00:00Z\", or \"at-sequence:SHARD:SEQUENCE\""
+            );
+            check.problem(raw.span(), format!("{text:?} is no start position"), help);
             None
         }
     }

@@ -97,7 +97,7 @@ impl<'a> Lane<'a> {
             segments,
             chain: None,
             settled: Arc::new(settled),
-            start_at_ms: state.start_at_ms,
+            start: state.start,
             shard,
         })
     }
@@ -231,7 +231,7 @@ impl GenerationStore {
                 bytes.ok_or_else(|| missing(format!("component {} is gone", stage.digest)))?;
             components.insert(stage.digest.clone(), bytes);
         }
-        let stream = &shared.config.source.stream.value;
+        let stream = &shared.config.source.stream_name();
         let component = |digest: &str| {
             components
                 .get(digest)

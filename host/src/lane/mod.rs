@@ -19,7 +19,7 @@ pub use board::{Board, ShardStatus};
 
 use crate::config::PipelineConfig;
 use crate::position::{Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError};
-use crate::record::{Batch, Position, PositionSpan, Row, ShardKey, SinkName};
+use crate::record::{Batch, Position, PositionSpan, Row, ShardKey, ShardStart, SinkName};
 use crate::sink::budget::Budget;
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
@@ -111,7 +111,7 @@ pub struct Lane<'a> {
     segments: Vec<ActiveSegment>,
     chain: Option<Chain>,
     settled: Arc<HashSet<LetterKey>>,
-    start_at_ms: Option<i64>,
+    start: ShardStart,
 }
 
 impl Lane<'_> {
@@ -120,7 +120,7 @@ impl Lane<'_> {
     /// # Errors
     /// [`LaneError::Source`].
     pub async fn reader(&self) -> Result<Box<dyn crate::source::BatchReader>, LaneError> {
-        Ok(self.shared.source.open(&self.shard, self.at.as_ref(), self.start_at_ms).await?)
+        Ok(self.shared.source.open(&self.shard, self.at.as_ref(), &self.start).await?)
     }
 
     /// Nothing new in the shard.

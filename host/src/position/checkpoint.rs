@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use rusqlite::OptionalExtension as _;
 
 use super::store::{StateError, StateStore, columns, position};
-use crate::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
+use crate::record::{Position, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
 
 /// What is known of a shard.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,8 +17,8 @@ pub struct ShardState {
     pub checkpoint: Option<Position>,
     /// The shard was closed and everything in it is settled.
     pub ended: bool,
-    /// Where LATEST or AT_TIMESTAMP was resolved to, milliseconds since 1970; `None`: the horizon.
-    pub start_at_ms: Option<i64>,
+    /// Where it was begun.
+    pub start: ShardStart,
 }
 
 /// The checkpoints of a pipeline.
@@ -45,8 +45,9 @@ impl Checkpoints {
         self.store
             .write("read the checkpoints", move |state| {
                 let mut query = state.prepare_cached(
-                    "SELECT shard, sequence, sub_sequence, ended, start_at_ms FROM shard
-                     WHERE stream = ?1",
+                    "SELECT shard, sequence, sub_sequence, ended, start_at_ms,
+                         start_at_sequence
+                     FROM shard WHERE stream = ?1",
                 )?;
                 let shards = query.query_map([stream], |row| {
                     let checkpoint = match row.get::<_, Option<String>>(1)? {
@@ -54,8 +55,13 @@ impl Checkpoints {
                         None => None,
                     };
                     let shard = row.get::<_, String>(0)?;
-                    let (ended, start_at_ms) = (row.get(3)?, row.get(4)?);
-                    Ok((ShardId::new(shard), ShardState { checkpoint, ended, start_at_ms }))
+                    let start = match (row.get(4)?, row.get::<_, Option<String>>(5)?) {
+                        (_, Some(at)) => ShardStart::AtSequence(position(at, 0)?.sequence),
+                        (Some(at_ms), None) => ShardStart::AtMs(at_ms),
+                        (None, None) => ShardStart::Horizon,
+                    };
+                    let state = ShardState { checkpoint, ended: row.get(3)?, start };
+                    Ok((ShardId::new(shard), state))
                 })?;
                 shards.collect()
             })
@@ -70,15 +76,20 @@ impl Checkpoints {
     pub async fn begin(
         &self,
         shard: &ShardKey,
-        start_at_ms: Option<i64>,
+        start: &ShardStart,
     ) -> Result<(), StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let (at_ms, at_sequence) = match start {
+            ShardStart::Horizon => (None, None),
+            ShardStart::AtMs(at_ms) => (Some(*at_ms), None),
+            ShardStart::AtSequence(sequence) => (None, Some(sequence.to_string())),
+        };
         self.store
             .write("note the start of a shard", move |state| {
                 state.execute(
-                    "INSERT INTO shard (stream, shard, start_at_ms) VALUES (?1, ?2, ?3)
-                     ON CONFLICT DO NOTHING",
-                    (stream, shard, start_at_ms),
+                    "INSERT INTO shard (stream, shard, start_at_ms, start_at_sequence)
+                     VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING",
+                    (stream, shard, at_ms, at_sequence),
                 )
             })
             .await

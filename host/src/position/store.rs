@@ -9,13 +9,13 @@ use rusqlite::{Connection, OptionalExtension as _};
 use crate::record::{Position, SequenceNumber};
 
 /// The schema's version, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
     CREATE TABLE shard (
         stream TEXT NOT NULL, shard TEXT NOT NULL,
         sequence TEXT, sub_sequence INTEGER, ended INTEGER NOT NULL DEFAULT 0,
-        start_at_ms INTEGER,
+        start_at_ms INTEGER, start_at_sequence TEXT,
         PRIMARY KEY (stream, shard)) WITHOUT ROWID;
     CREATE TABLE sink_position (
         sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,

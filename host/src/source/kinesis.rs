@@ -5,26 +5,32 @@ use aws_sdk_kinesis::Client;
 
 use super::reader::{Polling, PollingReader};
 use super::{BatchReader, Shard, ShardSource, SourceError, stream};
-use crate::config::{Endpoint, SourceConfig};
-use crate::record::{Position, ShardKey, StreamIdentity};
+use crate::config::{BatchLimits, Endpoint, KinesisConfig, StartPosition};
+use crate::record::{Position, ShardKey, ShardStart, StreamIdentity, StreamRef};
 
 /// A stream behind a client.
 pub struct KinesisSource {
     client: Client,
-    stream: String,
+    stream: StreamRef,
+    start: StartPosition,
     polling: Polling,
 }
 
 impl KinesisSource {
     /// The stream that a configuration names.
-    pub fn new(client: Client, config: &SourceConfig) -> Self {
+    pub fn new(client: Client, config: &KinesisConfig, batch: BatchLimits) -> Self {
         let polling = Polling {
             records_per_call_max: config.records_per_call_max,
             poll_interval: config.poll_interval,
             is_paced: config.endpoint != Endpoint::Embedded,
-            batch: config.batch,
+            batch,
         };
-        Self { client, stream: config.stream.value.clone(), polling }
+        Self {
+            client,
+            stream: config.stream.value.clone(),
+            start: config.start.clone(),
+            polling,
+        }
     }
 }
 
@@ -38,15 +44,19 @@ impl ShardSource for KinesisSource {
         stream::shards(&self.client, &self.stream).await
     }
 
+    fn start(&self) -> &StartPosition {
+        &self.start
+    }
+
     async fn open(
         &self,
         shard: &ShardKey,
         after: Option<&Position>,
-        start_at_ms: Option<i64>,
+        start: &ShardStart,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
         let (client, polling) = (self.client.clone(), self.polling.clone());
         let reader =
-            PollingReader::new(client, shard.clone(), polling, after.cloned(), start_at_ms);
+            PollingReader::new(client, shard.clone(), polling, after.cloned(), start.clone());
         Ok(Box::new(reader))
     }
 }

@@ -35,14 +35,20 @@ pub struct Plan {
 pub fn lineage(
     shards: &[Shard],
     known: &HashMap<ShardId, ShardState>,
-    start: StartPosition,
+    start: &StartPosition,
 ) -> Plan {
     let first_start = known.is_empty();
     let skipped = |shard: &Shard| {
-        start == StartPosition::Latest
-            && shard.is_closed
-            && !known.contains_key(&shard.id)
-            && (first_start || !begins_after_known(shard, shards, known))
+        if known.contains_key(&shard.id) {
+            return false;
+        }
+        match start {
+            StartPosition::Latest => {
+                shard.is_closed && (first_start || !begins_after_known(shard, shards, known))
+            }
+            StartPosition::AtSequence(places) => is_before(&shard.id, places.keys(), shards),
+            StartPosition::TrimHorizon | StartPosition::AtTimestampMs(_) => false,
+        }
     };
     let settled = |shard: &Shard| known.get(&shard.id).is_some_and(|state| state.ended);
     let open = |id: &ShardId| {
@@ -62,6 +68,20 @@ pub fn lineage(
         (shard.id.clone(), start)
     });
     Plan { ready: ready.collect(), all_ended: waiting.is_empty() }
+}
+
+/// Whether the shard is an ancestor of one of the others.
+fn is_before<'s>(
+    shard: &ShardId,
+    others: impl IntoIterator<Item = &'s ShardId>,
+    shards: &[Shard],
+) -> bool {
+    others.into_iter().any(|other| {
+        let listed = shards.iter().find(|listed| listed.id == *other);
+        listed.is_some_and(|listed| {
+            listed.parents.contains(shard) || is_before(shard, &listed.parents, shards)
+        })
+    })
 }
 
 /// Whether an ancestor of the shard was begun.
@@ -103,9 +123,9 @@ mod tests {
     #[test]
     fn a_split_is_read_parent_first() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false), shard("2", &["0"], false)];
-        let plan = lineage(&shards, &known(&[("0", false)]), StartPosition::TrimHorizon);
+        let plan = lineage(&shards, &known(&[("0", false)]), &StartPosition::TrimHorizon);
         assert_eq!(ready(&plan), [("0", LineageStart::AsConfigured)]);
-        let plan = lineage(&shards, &known(&[("0", true)]), StartPosition::Latest);
+        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest);
         assert_eq!(ready(&plan), [("1", LineageStart::Horizon), ("2", LineageStart::Horizon)]);
     }
 
@@ -113,31 +133,31 @@ mod tests {
     fn a_merge_waits_for_both_parents() {
         let shards = [shard("0", &[], true), shard("1", &[], true), shard("2", &["0", "1"], false)];
         let plan =
-            lineage(&shards, &known(&[("0", true), ("1", false)]), StartPosition::TrimHorizon);
+            lineage(&shards, &known(&[("0", true), ("1", false)]), &StartPosition::TrimHorizon);
         assert_eq!(ready(&plan), [("1", LineageStart::AsConfigured)]);
         let plan =
-            lineage(&shards, &known(&[("0", true), ("1", true)]), StartPosition::TrimHorizon);
+            lineage(&shards, &known(&[("0", true), ("1", true)]), &StartPosition::TrimHorizon);
         assert_eq!(ready(&plan), [("2", LineageStart::Horizon)]);
     }
 
     #[test]
     fn a_first_start_at_latest_skips_closed_shards() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false)];
-        let plan = lineage(&shards, &known(&[]), StartPosition::Latest);
+        let plan = lineage(&shards, &known(&[]), &StartPosition::Latest);
         assert_eq!(ready(&plan), [("1", LineageStart::AsConfigured)]);
     }
 
     #[test]
     fn a_forgotten_parent_holds_nobody() {
         let shards = [shard("7", &["3"], false)];
-        let plan = lineage(&shards, &known(&[]), StartPosition::TrimHorizon);
+        let plan = lineage(&shards, &known(&[]), &StartPosition::TrimHorizon);
         assert_eq!(ready(&plan), [("7", LineageStart::AsConfigured)]);
     }
 
     #[test]
     fn grandchildren_start_at_their_horizon_too() {
         let shards = [shard("0", &[], true), shard("1", &["0"], true), shard("2", &["1"], false)];
-        let plan = lineage(&shards, &known(&[("0", true)]), StartPosition::Latest);
+        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest);
         assert_eq!(ready(&plan), [("1", LineageStart::Horizon)]);
     }
 }

@@ -17,7 +17,8 @@ use async_trait::async_trait;
 pub use lineage::{LineageStart, Plan, lineage};
 pub use stream::Shard;
 
-use crate::record::{Batch, Position, ShardKey, StreamIdentity};
+use crate::config::StartPosition;
+use crate::record::{Batch, Position, ShardKey, ShardStart, StreamIdentity};
 
 /// What reading brought.
 #[derive(Debug)]
@@ -106,8 +107,10 @@ pub trait ShardSource: Send + Sync {
     /// [`SourceError`] when the stream is not there or out of reach.
     async fn shards(&self) -> Result<Vec<Shard>, SourceError>;
 
-    /// A reader of a shard: after a position, or else from a time (milliseconds since 1970), or
-    /// else from the oldest record.
+    /// Where a shard starts that was never begun and whose ancestors were not, either.
+    fn start(&self) -> &StartPosition;
+
+    /// A reader of a shard: after a position, or else from where the shard was begun.
     ///
     /// # Errors
     /// [`SourceError`] when the shard is not there or out of reach.
@@ -115,7 +118,7 @@ pub trait ShardSource: Send + Sync {
         &self,
         shard: &ShardKey,
         after: Option<&Position>,
-        start_at_ms: Option<i64>,
+        start: &ShardStart,
     ) -> Result<Box<dyn BatchReader>, SourceError>;
 }
 

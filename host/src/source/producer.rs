@@ -11,6 +11,7 @@ use bytes::Bytes;
 
 use super::SourceError;
 use super::client::{Fault, call_error, fault};
+use crate::record::StreamRef;
 
 /// Records of one request.
 ///
@@ -44,7 +45,7 @@ pub struct NewRecord {
 /// Puts records; what is not put yet waits in the buffer for [`Producer::flush`].
 pub struct Producer {
     client: Client,
-    stream: String,
+    stream: StreamRef,
     buffer: Vec<NewRecord>,
     buffer_bytes: usize,
     report: PutReport,
@@ -52,10 +53,10 @@ pub struct Producer {
 
 impl Producer {
     /// A producer for a stream.
-    pub fn new(client: Client, stream: &str) -> Self {
+    pub fn new(client: Client, stream: StreamRef) -> Self {
         Self {
             client,
-            stream: stream.into(),
+            stream,
             buffer: Vec::new(),
             buffer_bytes: 0,
             report: PutReport::default(),
@@ -113,14 +114,15 @@ impl Producer {
     async fn request(&mut self, records: &[NewRecord]) -> Result<Vec<usize>, SourceError> {
         let entries = records.iter().map(entry).collect::<Result<Vec<_>, _>>();
         let entries = entries.map_err(|cause| self.error(cause))?;
-        let call = self.client.put_records().stream_name(&self.stream);
+        let (name, arn) = self.stream.name_or_arn();
+        let call = self.client.put_records().set_stream_name(name).set_stream_arn(arn);
         let answer = match call.set_records(Some(entries)).send().await {
             Ok(answer) => answer,
             Err(error) => {
                 return match fault(&error) {
                     Fault::Throttled | Fault::Passing => Ok((0..records.len()).collect()),
                     Fault::NotFound => {
-                        Err(SourceError::NoSuchStream { stream: self.stream.clone() })
+                        Err(SourceError::NoSuchStream { stream: self.stream.to_string() })
                     }
                     _ => Err(call_error("PutRecords", format!("stream {}", self.stream), &error)),
                 };

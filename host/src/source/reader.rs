@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::client::{Fault, call_error, fault};
 use super::{BatchReader, NextBatch, SourceError};
 use crate::config::BatchLimits;
-use crate::record::{Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey};
+use crate::record::{Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart};
 
 /// The longest pause after a call that failed.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
@@ -44,8 +44,8 @@ pub struct PollingReader {
     after: Option<Position>,
     /// The last record that a batch held.
     handed_over: Option<Position>,
-    /// Records before this time are dropped, in milliseconds since 1970.
-    start_at_ms: Option<i64>,
+    /// Where the shard was begun.
+    start: ShardStart,
     iterator: Option<String>,
     ended: bool,
     queue: VecDeque<Record>,
@@ -61,7 +61,7 @@ impl PollingReader {
         shard: ShardKey,
         polling: Polling,
         after: Option<Position>,
-        start_at_ms: Option<i64>,
+        start: ShardStart,
     ) -> Self {
         Self {
             client,
@@ -69,7 +69,7 @@ impl PollingReader {
             polling,
             handed_over: after.clone(),
             after,
-            start_at_ms,
+            start,
             iterator: None,
             ended: false,
             queue: VecDeque::new(),
@@ -142,14 +142,17 @@ impl PollingReader {
             .get_shard_iterator()
             .stream_name(&*self.shard.stream.name)
             .shard_id(self.shard.shard.as_str());
-        let call = match (&self.after, self.start_at_ms) {
+        let call = match (&self.after, &self.start) {
             (Some(after), _) => call
                 .shard_iterator_type(ShardIteratorType::AtSequenceNumber)
                 .starting_sequence_number(after.sequence.as_str()),
-            (None, Some(at_ms)) => call
+            (None, ShardStart::AtSequence(sequence)) => call
+                .shard_iterator_type(ShardIteratorType::AtSequenceNumber)
+                .starting_sequence_number(sequence.as_str()),
+            (None, ShardStart::AtMs(at_ms)) => call
                 .shard_iterator_type(ShardIteratorType::AtTimestamp)
                 .timestamp(DateTime::from_secs(at_ms.div_euclid(1_000))),
-            (None, None) => call.shard_iterator_type(ShardIteratorType::TrimHorizon),
+            (None, ShardStart::Horizon) => call.shard_iterator_type(ShardIteratorType::TrimHorizon),
         };
         let answer = call.send().await.map_err(|error| match fault(&error) {
             cause @ (Fault::Throttled | Fault::Passing) => Passing::Later(cause),
@@ -176,7 +179,9 @@ impl PollingReader {
         let arrived = record.approximate_arrival_timestamp;
         let arrived_ms = arrived.and_then(|at| at.to_millis().ok()).unwrap_or(0);
         self.after = Some(position.clone());
-        if self.start_at_ms.is_some_and(|start| is_older(arrived_ms, start)) {
+        if let ShardStart::AtMs(start_ms) = self.start
+            && is_older(arrived_ms, start_ms)
+        {
             return Ok(());
         }
         self.queue.push_back(Record {

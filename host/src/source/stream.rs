@@ -7,7 +7,7 @@ use aws_sdk_kinesis::types::StreamStatus;
 
 use super::SourceError;
 use super::client::{Fault, call_error, fault};
-use crate::record::{ShardId, StreamIdentity};
+use crate::record::{ShardId, StreamIdentity, StreamRef};
 
 /// How often a stream that is being made or deleted is looked at.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
@@ -40,9 +40,9 @@ pub struct Description {
 ///
 /// # Errors
 /// [`SourceError::Call`].
-pub async fn create(client: &Client, stream: &str, shards: u32) -> Result<(), SourceError> {
+pub async fn create(client: &Client, stream: &StreamRef, shards: u32) -> Result<(), SourceError> {
     let count = i32::try_from(shards).unwrap_or(i32::MAX);
-    let created = client.create_stream().stream_name(stream).shard_count(count).send().await;
+    let created = client.create_stream().stream_name(&*stream.name).shard_count(count).send().await;
     match created {
         Ok(_) => Ok(()),
         Err(error)
@@ -60,7 +60,7 @@ pub async fn create(client: &Client, stream: &str, shards: u32) -> Result<(), So
 /// [`SourceError::NotReady`] after `wait_max`.
 pub async fn wait_active(
     client: &Client,
-    stream: &str,
+    stream: &StreamRef,
     wait_max: Duration,
     glance: &mut (dyn FnMut(Duration, &str) + Send),
 ) -> Result<Description, SourceError> {
@@ -73,7 +73,7 @@ pub async fn wait_active(
         }
         if begun.elapsed() >= wait_max {
             return Err(SourceError::NotReady {
-                stream: stream.into(),
+                stream: stream.to_string(),
                 status: description.status,
                 due: "ACTIVE",
                 waited_s: wait_max.as_secs(),
@@ -87,10 +87,12 @@ pub async fn wait_active(
 ///
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`].
-pub async fn describe(client: &Client, stream: &str) -> Result<Description, SourceError> {
-    let answer = client.describe_stream_summary().stream_name(stream).send().await;
+pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description, SourceError> {
+    let (name, arn) = stream.name_or_arn();
+    let call = client.describe_stream_summary().set_stream_name(name).set_stream_arn(arn);
+    let answer = call.send().await;
     let answer = answer.map_err(|error| match fault(&error) {
-        Fault::NotFound => SourceError::NoSuchStream { stream: stream.into() },
+        Fault::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
         _ => call_error("DescribeStreamSummary", format!("stream {stream}"), &error),
     })?;
     let summary = answer.stream_description_summary().ok_or_else(|| SourceError::Call {
@@ -100,7 +102,7 @@ pub async fn describe(client: &Client, stream: &str) -> Result<Description, Sour
     })?;
     Ok(Description {
         identity: StreamIdentity {
-            name: stream.into(),
+            name: stream.name.clone(),
             arn: summary.stream_arn().into(),
             created_ms: summary.stream_creation_timestamp().to_millis().unwrap_or_default(),
         },
@@ -116,16 +118,19 @@ pub async fn describe(client: &Client, stream: &str) -> Result<Description, Sour
 ///
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`].
-pub async fn shards(client: &Client, stream: &str) -> Result<Vec<Shard>, SourceError> {
+pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, SourceError> {
     let mut shards = Vec::new();
     let mut next_token: Option<String> = None;
     loop {
         let call = match next_token.take() {
-            None => client.list_shards().stream_name(stream),
+            None => {
+                let (name, arn) = stream.name_or_arn();
+                client.list_shards().set_stream_name(name).set_stream_arn(arn)
+            }
             Some(token) => client.list_shards().next_token(token),
         };
         let page = call.send().await.map_err(|error| match fault(&error) {
-            Fault::NotFound => SourceError::NoSuchStream { stream: stream.into() },
+            Fault::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
             _ => call_error("ListShards", format!("stream {stream}"), &error),
         })?;
         shards.extend(page.shards().iter().map(|shard| {
@@ -153,10 +158,11 @@ pub async fn shards(client: &Client, stream: &str) -> Result<Vec<Shard>, SourceE
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`], [`SourceError::NotReady`] after
 /// `wait_max`.
-pub async fn delete(client: &Client, stream: &str, wait_max: Duration) -> Result<(), SourceError> {
-    let deleted = client.delete_stream().stream_name(stream).send().await;
+pub async fn delete(client: &Client, stream: &StreamRef, wait_max: Duration) -> Result<(), SourceError> {
+    let (name, arn) = stream.name_or_arn();
+    let deleted = client.delete_stream().set_stream_name(name).set_stream_arn(arn).send().await;
     deleted.map_err(|error| match fault(&error) {
-        Fault::NotFound => SourceError::NoSuchStream { stream: stream.into() },
+        Fault::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
         _ => call_error("DeleteStream", format!("stream {stream}"), &error),
     })?;
     let begun = Instant::now();
@@ -169,5 +175,5 @@ pub async fn delete(client: &Client, stream: &str, wait_max: Duration) -> Result
     }
     let status = describe(client, stream).await.map_or("gone".into(), |found| found.status);
     let waited_s = wait_max.as_secs();
-    Err(SourceError::NotReady { stream: stream.into(), status, due: "gone", waited_s })
+    Err(SourceError::NotReady { stream: stream.to_string(), status, due: "gone", waited_s })
 }

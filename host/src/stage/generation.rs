@@ -177,7 +177,7 @@ impl Generation {
             components.push(bytes);
         }
         let spec = GenerationSpec { source_format: config.source.format.clone(), stages };
-        let generation = Self::assemble(spec, plugins, &config.source.stream.value)
+        let generation = Self::assemble(spec, plugins, &config.source.stream_name())
             .map_err(|misfit| misfit.in_config(config))?;
         Ok((generation, components))
     }

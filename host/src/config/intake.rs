@@ -1,0 +1,45 @@
+//! `[intake]`: the HTTP port that takes events and puts them on the stream.
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::check::Check;
+use super::load::shaped;
+use super::raw::RawIntake;
+use super::{IntakeConfig, SourceConfig, SourceKind};
+
+/// What one request may bring: as much as one PutRecords call of the producer.
+const BODY_BYTES: usize = 5 << 20;
+const BODY_BYTES_MAX: usize = 1 << 30;
+/// What may be on its way to the stream at once.
+const IN_FLIGHT_BYTES: usize = 64 << 20;
+const IN_FLIGHT_BYTES_MAX: usize = 64 << 30;
+const BYTES_MIN: usize = 1 << 10;
+
+/// Reads `[intake]`, which needs a stream to put on.
+pub(super) fn read(
+    table: Spanned<DeValue<'_>>,
+    source: Option<&SourceConfig>,
+    check: &mut Check,
+) -> Option<IntakeConfig> {
+    let span = table.span();
+    let raw: RawIntake = shaped(table, check)?;
+    if source.is_some_and(|source| !matches!(source.kind, SourceKind::Kinesis(_))) {
+        let help = "take the table out, or read a stream: [source] with type = \"kinesis\"";
+        check.problem(span, "an intake has no stream to put events on", help);
+    }
+    let why = "it asks nobody who they are, so only loopback is allowed; put a proxy in front";
+    let listen = check.loopback(&raw.listen, "intake", "127.0.0.1:8080", why);
+    let body = check.size(&raw.body, BODY_BYTES, BYTES_MIN..=BODY_BYTES_MAX);
+    let in_flight = check.size(&raw.in_flight, IN_FLIGHT_BYTES, BYTES_MIN..=IN_FLIGHT_BYTES_MAX);
+    let key = match &raw.key {
+        Some(raw) => Some(check.filled(raw, "key's member")?),
+        None => None,
+    };
+    Some(IntakeConfig {
+        listen: listen?,
+        body_bytes_max: body?,
+        in_flight_bytes_max: in_flight?,
+        key_member: key,
+    })
+}
