@@ -26,7 +26,7 @@ pub async fn run_lane(
             why = lane.sink_ended() => return Err(why),
             next = reader.next_batch() => match next? {
                 NextBatch::Batch(batch) => batch,
-                NextBatch::Idle { behind_ms } => { lane.idle(behind_ms); continue }
+                NextBatch::Idle { behind_ms } => { lane.idle(behind_ms).await; continue }
                 NextBatch::ShardEnd => break LaneEnd::ShardEnd,
             },
         };

@@ -298,6 +298,22 @@ pub struct ShardKey {
     pub shard: ShardId,
 }
 
+/// A shard's part of the hash range `0..=2^128 - 1`, both ends inclusive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HashRange {
+    /// The first hash.
+    pub start: u128,
+    /// The last hash.
+    pub end: u128,
+}
+
+impl HashRange {
+    /// Whether a hash is in it.
+    pub fn contains(&self, hash: u128) -> bool {
+        (self.start..=self.end).contains(&hash)
+    }
+}
+
 /// Where the reading of a shard began, resolved once: LATEST is a time by then.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum ShardStart {

@@ -19,7 +19,7 @@ use crate::position::{Checkpoints, DeadLetters, Ledger, StateStore};
 use crate::record::{ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
 use crate::sink::Sink;
 use crate::sink::budget::Budget;
-use crate::source::{LineageStart, ShardSource, lineage};
+use crate::source::{LineageStart, ShardSource, SourceError, lineage};
 use crate::stage::Generation;
 
 /// How often new shards are looked for while nothing ends.
@@ -71,7 +71,7 @@ impl Supervisor {
         ledger.prune(&generation.spec).await?;
         let stream = source.identity().await?;
         let shared = Shared {
-            budget: Budget::new(config.buffer_bytes_max),
+            budget: Budget::new(config.buffer_bytes_max, "shardmill_buffer_bytes"),
             source,
             generation: Arc::new(generation),
             generations: GenerationStore::new(engine, cache, state.clone()),
@@ -123,7 +123,7 @@ impl Supervisor {
         while !(lanes.tasks.is_empty() && (ended || lanes_stop.is_cancelled())) {
             tokio::select! {
                 Some(done) = lanes.tasks.join_next() => match lanes.ended(done?) {
-                    Ok(true) => ended = lanes.discover().await?,
+                    Ok(true) => discovery.reset_immediately(),
                     Ok(false) => {}
                     Err(error) => {
                         fatal.get_or_insert(error);
@@ -132,6 +132,10 @@ impl Supervisor {
                 },
                 _ = discovery.tick(), if !lanes_stop.is_cancelled() => match lanes.discover().await {
                     Ok(all_ended) => ended = all_ended,
+                    Err(LaneError::Source(error)) if error.needs_a_person() => {
+                        fatal.get_or_insert(error.into());
+                        lanes_stop.cancel();
+                    }
                     Err(error) => tracing::warn!(%error, "failed to look for new shards"),
                 },
                 _ = glance.tick(), if self.until_caught_up => {
@@ -157,7 +161,11 @@ struct Lanes {
 
 impl Lanes {
     /// Starts a lane for each shard that may be read now. True when every shard has ended.
-    async fn discover(&mut self) -> anyhow::Result<bool> {
+    async fn discover(&mut self) -> Result<bool, LaneError> {
+        let identity = self.shared.source.identity().await?;
+        if identity != *self.stream {
+            return Err(SourceError::replaced(&self.stream, &identity).into());
+        }
         let known = self.shared.checkpoints.shards(&self.stream).await?;
         let shards = self.shared.source.shards().await?;
         let plan = lineage(&shards, &known, self.shared.source.start());
@@ -169,7 +177,7 @@ impl Lanes {
         Ok(plan.all_ended)
     }
 
-    async fn start(&mut self, shard: ShardId, start: LineageStart) -> anyhow::Result<()> {
+    async fn start(&mut self, shard: ShardId, start: LineageStart) -> Result<(), LaneError> {
         let key = ShardKey {
             pipeline: self.shared.config.name.clone(),
             stream: self.stream.clone(),
@@ -228,6 +236,9 @@ async fn run_patiently(
         let began = std::time::Instant::now();
         let error = match run_lane(shared, shard.clone(), stop).await {
             Err(LaneError::Fatal(cause)) => return Err(LaneError::Fatal(cause)),
+            Err(LaneError::Source(error)) if error.needs_a_person() => {
+                return Err(LaneError::Source(error));
+            }
             Err(error) => error,
             end => return end,
         };

@@ -75,7 +75,12 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     stream_command::ensure(&client, kinesis).await?;
     publish(&client, &kinesis.stream.value, options.cars, console).await?;
 
-    let source = Arc::new(KinesisSource::new(client.clone(), kinesis, config.source.batch));
+    let source = Arc::new(KinesisSource::new(
+        client.clone(),
+        kinesis,
+        config.source.batch,
+        config.buffer_bytes_max,
+    ));
     let run_options = RunOptions {
         until_caught_up: true,
         dropped_sinks: Default::default(),

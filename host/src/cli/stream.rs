@@ -14,17 +14,21 @@ use url::Url;
 use super::progress::Progress;
 use super::{Console, DEFAULT_PIPELINE, load, print_line, run};
 use crate::config::{
-    BatchLimits, CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind,
+    BatchLimits, CreateStream, Endpoint, KinesisConfig, OnLostRecords, PipelineConfig, SourceKind,
 };
 use crate::record::{ShardKey, ShardStart, StreamIdentity, StreamRef};
+use crate::source::connection::StreamConnection;
 use crate::source::embedded::{self, EmbeddedStream};
+use crate::source::inbox::{Inbox, ReadFrom};
 use crate::source::kinesis::KinesisSource;
 use crate::source::producer::{NewRecord, Producer};
-use crate::source::reader::{Polling, PollingReader};
+use crate::source::polling::{Polling, PollingReader};
 use crate::source::{BatchReader as _, NextBatch, ShardSource, SourceError, client, stream};
 
 /// How long a deletion is waited for.
 const DELETE_WAIT_MAX: Duration = Duration::from_secs(120);
+/// What the readers of `tail` hold together.
+const TAIL_BYTES_MAX: usize = 64 << 20;
 /// Records between two looks at the progress bar.
 const PROGRESS_RECORDS: u64 = 1_000;
 
@@ -173,7 +177,9 @@ pub(crate) async fn source(
     let region = kinesis.region.as_deref().or(kinesis.stream.value.region());
     let client = client::connect(url.as_ref(), region).await?;
     ensure(&client, kinesis).await?;
-    Ok((Arc::new(KinesisSource::new(client, kinesis, config.source.batch)), started))
+    let source =
+        KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
+    Ok((Arc::new(source), started))
 }
 
 /// Creates the pipeline's stream when it is missing and `create` is set.
@@ -399,10 +405,16 @@ async fn tail(
 ) -> anyhow::Result<()> {
     let identity = Arc::new(stream::describe(&client, name).await?.identity);
     let stop = run::stop_on_signals()?;
+    let connection = StreamConnection::new(
+        client.clone(),
+        name.clone(),
+        OnLostRecords::Continue,
+        TAIL_BYTES_MAX,
+    );
     let (lines, mut printed) = tokio::sync::mpsc::channel(64);
     let mut readers = tokio::task::JoinSet::new();
     for shard in stream::shards(&client, name).await? {
-        let mut reader = tail_reader(&client, &identity, shard.id);
+        let mut reader = tail_reader(&connection, &identity, shard.id);
         let lines = lines.clone();
         readers.spawn(async move {
             loop {
@@ -455,7 +467,7 @@ async fn tail(
 }
 
 fn tail_reader(
-    client: &Client,
+    connection: &Arc<StreamConnection>,
     identity: &Arc<StreamIdentity>,
     shard: crate::record::ShardId,
 ) -> PollingReader {
@@ -464,7 +476,8 @@ fn tail_reader(
         records_per_call_max: 1_000,
         poll_interval: Duration::from_millis(300),
         is_paced: true,
-        batch: BatchLimits { records_max: 1_000, bytes_max: 1 << 20 },
     };
-    PollingReader::new(client.clone(), key, polling, None, ShardStart::Horizon)
+    let batch = BatchLimits { records_max: 1_000, bytes_max: 1 << 20 };
+    let from = ReadFrom { after: None, start: ShardStart::Horizon, hash_range: None };
+    PollingReader::new(connection.clone(), polling, Inbox::new(key, batch, from), None)
 }

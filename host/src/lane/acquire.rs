@@ -98,6 +98,7 @@ impl<'a> Lane<'a> {
             chain: None,
             settled: Arc::new(settled),
             start: state.start,
+            caught_up_ms: state.caught_up_ms,
             shard,
         })
     }

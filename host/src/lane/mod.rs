@@ -23,13 +23,16 @@ use crate::record::{Batch, Position, PositionSpan, Row, ShardKey, ShardStart, Si
 use crate::sink::budget::Budget;
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
-use crate::source::{ShardSource, SourceError};
+use crate::source::{ResumePoint, ShardSource, SourceError};
 use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed};
 
 /// How long a shutdown waits for the sinks to commit what is in hand.
 const DRAIN_MAX: Duration = Duration::from_secs(30);
 /// The pause before a batch that failed as a whole is run again.
 const STAGE_PAUSE: Duration = Duration::from_secs(5);
+/// How often an idle lane notes that it has everything, in milliseconds: far below the 24 hours that
+/// a stream keeps records at least.
+const CAUGHT_UP_NOTE_MS: i64 = 600_000;
 /// The pause before dead letters that could not be written are tried again.
 const LETTER_PAUSE: Duration = Duration::from_secs(1);
 
@@ -112,6 +115,8 @@ pub struct Lane<'a> {
     chain: Option<Chain>,
     settled: Arc<HashSet<LetterKey>>,
     start: ShardStart,
+    /// Everything that had arrived by then is settled, in milliseconds since 1970, as last noted.
+    caught_up_ms: Option<i64>,
 }
 
 impl Lane<'_> {
@@ -120,15 +125,30 @@ impl Lane<'_> {
     /// # Errors
     /// [`LaneError::Source`].
     pub async fn reader(&self) -> Result<Box<dyn crate::source::BatchReader>, LaneError> {
-        Ok(self.shared.source.open(&self.shard, self.at.as_ref(), &self.start).await?)
+        let from = ResumePoint {
+            after: self.at.as_ref(),
+            start: &self.start,
+            caught_up_ms: self.caught_up_ms,
+        };
+        Ok(self.shared.source.open(&self.shard, from).await?)
     }
 
-    /// Nothing new in the shard.
-    pub fn idle(&self, behind_ms: u64) {
+    /// Nothing new in the shard. Now and then it is noted that everything is settled: when the
+    /// stream drops records that were read long ago, nothing is lost.
+    pub async fn idle(&mut self, behind_ms: u64) {
         self.shared.board.update(&self.shard.shard, |status| {
             status.idle_reads += 1;
             status.behind_ms = behind_ms;
         });
+        let now_ms = chrono::Utc::now().timestamp_millis();
+        let is_due = self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS);
+        let is_settled = self.deliveries.iter().all(|own| own.progress.borrow().position >= self.at);
+        if behind_ms == 0 && is_due && is_settled {
+            match self.shared.checkpoints.caught_up(&self.shard, now_ms).await {
+                Ok(()) => self.caught_up_ms = Some(now_ms),
+                Err(error) => tracing::warn!(shard = %self.shard.shard, %error, "not noted"),
+            }
+        }
     }
 
     /// Completes when a sink has ended by itself: it lost the shard.

@@ -19,6 +19,8 @@ pub struct ShardState {
     pub ended: bool,
     /// Where it was begun.
     pub start: ShardStart,
+    /// Everything that had arrived by then was read and settled, in milliseconds since 1970.
+    pub caught_up_ms: Option<i64>,
 }
 
 /// The checkpoints of a pipeline.
@@ -46,7 +48,7 @@ impl Checkpoints {
             .write("read the checkpoints", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT shard, sequence, sub_sequence, ended, start_at_ms,
-                         start_at_sequence
+                         start_at_sequence, caught_up_ms
                      FROM shard WHERE stream = ?1",
                 )?;
                 let shards = query.query_map([stream], |row| {
@@ -60,7 +62,8 @@ impl Checkpoints {
                         (Some(at_ms), None) => ShardStart::AtMs(at_ms),
                         (None, None) => ShardStart::Horizon,
                     };
-                    let state = ShardState { checkpoint, ended: row.get(3)?, start };
+                    let (ended, caught_up_ms) = (row.get(3)?, row.get(6)?);
+                    let state = ShardState { checkpoint, ended, start, caught_up_ms };
                     Ok((ShardId::new(shard), state))
                 })?;
                 shards.collect()
@@ -91,6 +94,25 @@ impl Checkpoints {
                      VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING",
                     (stream, shard, at_ms, at_sequence),
                 )
+            })
+            .await
+            .map(drop)
+    }
+
+    /// Notes that everything that had arrived in a shard by `at_ms`, milliseconds since 1970, is
+    /// settled.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing is lost, an older note stands.
+    pub async fn caught_up(&self, shard: &ShardKey, at_ms: i64) -> Result<(), StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        self.store
+            .write("note that a shard is read", move |state| {
+                state
+                    .prepare_cached(
+                        "UPDATE shard SET caught_up_ms = ?3 WHERE stream = ?1 AND shard = ?2",
+                    )?
+                    .execute((stream, shard, at_ms))
             })
             .await
             .map(drop)

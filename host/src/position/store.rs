@@ -15,7 +15,7 @@ const SCHEMA: &str = "
     CREATE TABLE shard (
         stream TEXT NOT NULL, shard TEXT NOT NULL,
         sequence TEXT, sub_sequence INTEGER, ended INTEGER NOT NULL DEFAULT 0,
-        start_at_ms INTEGER, start_at_sequence TEXT,
+        start_at_ms INTEGER, start_at_sequence TEXT, caught_up_ms INTEGER,
         PRIMARY KEY (stream, shard)) WITHOUT ROWID;
     CREATE TABLE sink_position (
         sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,

@@ -17,6 +17,8 @@ pub struct Budget {
 
 struct Shared {
     bytes_max: usize,
+    /// The metric that shows what is held.
+    gauge: &'static str,
     ledger: Mutex<BudgetLedger>,
     released: Notify,
 }
@@ -35,10 +37,10 @@ pub struct Permit {
 }
 
 impl Budget {
-    /// A budget of `bytes_max` bytes.
-    pub fn new(bytes_max: usize) -> Self {
+    /// A budget of `bytes_max` bytes; what is held shows as the metric `gauge`.
+    pub fn new(bytes_max: usize, gauge: &'static str) -> Self {
         let ledger = Mutex::default();
-        Self { shared: Arc::new(Shared { bytes_max, ledger, released: Notify::new() }) }
+        Self { shared: Arc::new(Shared { bytes_max, gauge, ledger, released: Notify::new() }) }
     }
 
     /// Takes bytes, waiting while there are not enough; each wait asks the oldest buffer to commit.
@@ -50,7 +52,7 @@ impl Budget {
                 let mut ledger = self.shared.lock();
                 if ledger.bytes == 0 || ledger.bytes + bytes <= self.shared.bytes_max {
                     ledger.bytes += bytes;
-                    metrics::gauge!("shardmill_buffer_bytes").set(ledger.bytes as f64);
+                    metrics::gauge!(self.shared.gauge).set(ledger.bytes as f64);
                     return Permit { shared: self.shared.clone(), bytes };
                 }
                 // Taken off the list: the next waiter asks the next oldest, should this one be
@@ -76,18 +78,33 @@ impl Budget {
 }
 
 impl Shared {
+    fn change(&self, held: usize, bytes: usize) {
+        let mut ledger = self.lock();
+        ledger.bytes = ledger.bytes - held + bytes;
+        metrics::gauge!(self.gauge).set(ledger.bytes as f64);
+        drop(ledger);
+        if bytes < held {
+            self.released.notify_waiters();
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, BudgetLedger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+impl Permit {
+    /// Holds `bytes` from now on. More than before is taken without waiting: it is there already,
+    /// and others wait the longer.
+    pub fn resize(&mut self, bytes: usize) {
+        self.shared.change(self.bytes, bytes);
+        self.bytes = bytes;
+    }
+}
+
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut ledger = self.shared.lock();
-        ledger.bytes -= self.bytes;
-        metrics::gauge!("shardmill_buffer_bytes").set(ledger.bytes as f64);
-        drop(ledger);
-        self.shared.released.notify_waiters();
+        self.shared.change(self.bytes, 0);
     }
 }
 
@@ -97,7 +114,7 @@ mod tests {
 
     #[tokio::test]
     async fn over_the_budget_the_oldest_commits() {
-        let budget = Budget::new(100);
+        let budget = Budget::new(100, "test");
         let (old, young) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let begun = Instant::now();
         let held = budget.take(80).await;
@@ -114,7 +131,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_larger_than_the_budget_passes_alone() {
-        let budget = Budget::new(10);
+        let budget = Budget::new(10, "test");
         assert_eq!(budget.take(1_000).await.bytes, 1_000);
     }
 }

@@ -1,47 +1,80 @@
 //! Kinesis as a source of lanes.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use async_trait::async_trait;
 use aws_sdk_kinesis::Client;
+use tokio::sync::OnceCell;
 
-use super::reader::{Polling, PollingReader};
-use super::{BatchReader, Shard, ShardSource, SourceError, stream};
-use crate::config::{BatchLimits, Endpoint, KinesisConfig, StartPosition};
-use crate::record::{Position, ShardKey, ShardStart, StreamIdentity, StreamRef};
+use super::connection::StreamConnection;
+use super::fan_out::{self, FanOutReader};
+use super::inbox::{Inbox, ReadFrom};
+use super::polling::{Polling, PollingReader};
+use super::{BatchReader, ResumePoint, Shard, ShardSource, SourceError, stream};
+use crate::config::{BatchLimits, Endpoint, KinesisConfig, ReaderKind, StartPosition};
+use crate::record::{HashRange, ShardId, ShardKey, StreamIdentity};
 
 /// A stream behind a client.
 pub struct KinesisSource {
-    client: Client,
-    stream: StreamRef,
+    connection: Arc<StreamConnection>,
     start: StartPosition,
+    reader: ReaderKind,
     polling: Polling,
+    batch: BatchLimits,
+    consumer_arn: OnceCell<Arc<str>>,
+    /// Of the shards that were listed last.
+    hash_ranges: Mutex<HashMap<ShardId, HashRange>>,
 }
 
 impl KinesisSource {
-    /// The stream that a configuration names.
-    pub fn new(client: Client, config: &KinesisConfig, batch: BatchLimits) -> Self {
+    /// The stream that a configuration names; all its readers together read at most
+    /// `read_ahead_bytes_max` ahead of their lanes.
+    pub fn new(
+        client: Client,
+        config: &KinesisConfig,
+        batch: BatchLimits,
+        read_ahead_bytes_max: usize,
+    ) -> Self {
         let polling = Polling {
             records_per_call_max: config.records_per_call_max,
             poll_interval: config.poll_interval,
             is_paced: config.endpoint != Endpoint::Embedded,
-            batch,
         };
+        let stream = config.stream.value.clone();
         Self {
-            client,
-            stream: config.stream.value.clone(),
+            connection: StreamConnection::new(
+                client,
+                stream,
+                config.on_lost_records,
+                read_ahead_bytes_max,
+            ),
             start: config.start.clone(),
+            reader: config.reader.clone(),
             polling,
+            batch,
+            consumer_arn: OnceCell::new(),
+            hash_ranges: Mutex::default(),
         }
+    }
+
+    fn hash_range(&self, shard: &ShardId) -> Option<HashRange> {
+        self.hash_ranges.lock().unwrap_or_else(PoisonError::into_inner).get(shard).copied()
     }
 }
 
 #[async_trait]
 impl ShardSource for KinesisSource {
     async fn identity(&self) -> Result<StreamIdentity, SourceError> {
-        Ok(stream::describe(&self.client, &self.stream).await?.identity)
+        let found = stream::describe(&self.connection.client, &self.connection.stream).await?;
+        Ok(found.identity)
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
-        stream::shards(&self.client, &self.stream).await
+        let shards = stream::shards(&self.connection.client, &self.connection.stream).await?;
+        let ranges = shards.iter().filter_map(|shard| Some((shard.id.clone(), shard.hash_range?)));
+        *self.hash_ranges.lock().unwrap_or_else(PoisonError::into_inner) = ranges.collect();
+        Ok(shards)
     }
 
     fn start(&self) -> &StartPosition {
@@ -51,12 +84,17 @@ impl ShardSource for KinesisSource {
     async fn open(
         &self,
         shard: &ShardKey,
-        after: Option<&Position>,
-        start: &ShardStart,
+        from: ResumePoint<'_>,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
-        let (client, polling) = (self.client.clone(), self.polling.clone());
-        let reader =
-            PollingReader::new(client, shard.clone(), polling, after.cloned(), start.clone());
-        Ok(Box::new(reader))
+        let hash_range = self.hash_range(&shard.shard);
+        let ResumePoint { after, start, caught_up_ms } = from;
+        let from = ReadFrom { after: after.cloned(), start: start.clone(), hash_range };
+        let inbox = Inbox::new(shard.clone(), self.batch, from);
+        let (connection, polling) = (self.connection.clone(), self.polling.clone());
+        let polling = PollingReader::new(connection.clone(), polling, inbox, caught_up_ms);
+        let ReaderKind::FanOut { consumer } = &self.reader else { return Ok(Box::new(polling)) };
+        let register = || fan_out::register(&self.connection.client, &shard.stream, consumer);
+        let consumer_arn = self.consumer_arn.get_or_try_init(register).await?.clone();
+        Ok(Box::new(FanOutReader::new(connection, consumer_arn, polling, caught_up_ms)))
     }
 }

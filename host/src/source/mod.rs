@@ -1,15 +1,21 @@
 //! Where records come from: the stream, its shards, and what a lane asks of them.
 //!
-//! [`kinesis::KinesisSource`] is the source there is; `client` makes its connection, `embedded`
-//! serves a stream of our own, `reader` reads one shard, `lineage` says which shards may be read,
-//! `stream` and `producer` are for those who make streams and fill them.
+//! [`kinesis::KinesisSource`] reads a stream: `client` reaches the server, `connection` is what its
+//! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
+//! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
+//! read, `embedded` serves a stream of our own, `stream` and `producer` are for those who make
+//! streams and fill them.
 
+mod aggregate;
 pub mod client;
+pub mod connection;
 pub mod embedded;
+mod fan_out;
+pub mod inbox;
 pub mod kinesis;
 pub mod lineage;
+pub mod polling;
 pub mod producer;
-pub mod reader;
 pub mod stream;
 
 use async_trait::async_trait;
@@ -80,6 +86,41 @@ pub enum SourceError {
         /// The cause and the way out.
         cause: String,
     },
+    /// The stream is not the one that the positions are of.
+    #[error(
+        "stream {stream} was deleted and created again: it was created at {was}, and now at {is}; its \
+         old records are gone and the positions in them mean nothing here. Start again to read the \
+         new stream from its configured start"
+    )]
+    Replaced {
+        /// The stream's name.
+        stream: String,
+        /// When the stream was created that the positions are of.
+        was: String,
+        /// When the stream was created that has the name now.
+        is: String,
+    },
+    /// The stream no longer holds what was not read yet.
+    #[error(
+        "records of stream {stream}, shard {shard}, are lost: the lane stands at {after}, the oldest \
+         record that is left is {first}, and the stream keeps {retention_hours} h: {extent}. Raise the \
+         retention for the next time; to go on from the oldest record, set \
+         `on_lost_records = \"continue\"` under [source]"
+    )]
+    LostRecords {
+        /// The stream's name.
+        stream: String,
+        /// The shard.
+        shard: String,
+        /// The last record that was read.
+        after: String,
+        /// The oldest record that is left.
+        first: String,
+        /// How much is lost, as far as can be told.
+        extent: String,
+        /// How long the stream keeps records.
+        retention_hours: u32,
+    },
     /// A call failed.
     #[error("{call} failed for {place}: {cause}")]
     Call {
@@ -90,6 +131,23 @@ pub enum SourceError {
         /// The server's code and message, or what the network says.
         cause: String,
     },
+}
+
+impl SourceError {
+    /// The error for a stream that took another's place.
+    pub fn replaced(was: &StreamIdentity, is: &StreamIdentity) -> Self {
+        let time = |ms| chrono::DateTime::from_timestamp_millis(ms).map(|at| at.to_rfc3339());
+        Self::Replaced {
+            stream: was.name.to_string(),
+            was: time(was.created_ms).unwrap_or_default(),
+            is: time(is.created_ms).unwrap_or_default(),
+        }
+    }
+
+    /// Whether a person must decide: to try again could lose or double records.
+    pub fn needs_a_person(&self) -> bool {
+        matches!(self, Self::Replaced { .. } | Self::LostRecords { .. })
+    }
 }
 
 /// A stream, as lanes and their supervisor see it.
@@ -110,16 +168,26 @@ pub trait ShardSource: Send + Sync {
     /// Where a shard starts that was never begun and whose ancestors were not, either.
     fn start(&self) -> &StartPosition;
 
-    /// A reader of a shard: after a position, or else from where the shard was begun.
+    /// A reader of a shard.
     ///
     /// # Errors
     /// [`SourceError`] when the shard is not there or out of reach.
     async fn open(
         &self,
         shard: &ShardKey,
-        after: Option<&Position>,
-        start: &ShardStart,
+        from: ResumePoint<'_>,
     ) -> Result<Box<dyn BatchReader>, SourceError>;
+}
+
+/// Where a lane resumes its shard.
+#[derive(Clone, Copy, Debug)]
+pub struct ResumePoint<'a> {
+    /// Behind this record.
+    pub after: Option<&'a Position>,
+    /// Where the shard was begun: it counts while there is no `after`.
+    pub start: &'a ShardStart,
+    /// A time up to which everything was read and settled, in milliseconds since 1970.
+    pub caught_up_ms: Option<i64>,
 }
 
 /// Reads one shard in order. Dropping the future of a call loses nothing.

@@ -7,7 +7,7 @@ use aws_sdk_kinesis::types::StreamStatus;
 
 use super::SourceError;
 use super::client::{Fault, call_error, fault};
-use crate::record::{ShardId, StreamIdentity, StreamRef};
+use crate::record::{HashRange, ShardId, StreamIdentity, StreamRef};
 
 /// How often a stream that is being made or deleted is looked at.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
@@ -21,6 +21,8 @@ pub struct Shard {
     pub parents: Vec<ShardId>,
     /// No more records come.
     pub is_closed: bool,
+    /// Its part of the hash range, where the server says it.
+    pub hash_range: Option<HashRange>,
 }
 
 /// What a stream is.
@@ -144,6 +146,10 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
                 is_closed: shard
                     .sequence_number_range()
                     .is_some_and(|range| range.ending_sequence_number().is_some()),
+                hash_range: shard.hash_key_range().and_then(|range| {
+                    let start = range.starting_hash_key().parse().ok()?;
+                    Some(HashRange { start, end: range.ending_hash_key().parse().ok()? })
+                }),
             }
         }));
         match page.next_token() {

@@ -1,0 +1,194 @@
+//! What the readers of a stream ask of it, and what they prove about the answers: that it is still
+//! the stream whose positions they hold, and that it still holds what was not read yet.
+
+use std::sync::Arc;
+
+use aws_sdk_kinesis::Client;
+use aws_sdk_kinesis::primitives::DateTime;
+use aws_sdk_kinesis::types::{ShardIteratorType, StartingPosition};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use super::client::{Fault, call_error, fault};
+use super::inbox::{Gap, Inbox, ServerStart};
+use super::{SourceError, stream};
+use crate::config::OnLostRecords;
+use crate::record::{ShardKey, StreamIdentity, StreamRef};
+use crate::sink::budget::Budget;
+
+const MS_PER_HOUR: i64 = 3_600_000;
+
+/// A stream as its readers see it; shared by all of them.
+pub struct StreamConnection {
+    /// The client.
+    pub client: Client,
+    /// What the user calls the stream.
+    pub stream: StreamRef,
+    /// What all readers may hold that no lane has taken yet.
+    pub read_ahead: Budget,
+    on_lost_records: OnLostRecords,
+    /// The last look at the stream's identity.
+    looked: Mutex<Option<(Instant, StreamIdentity)>>,
+}
+
+/// Why a call gave nothing.
+pub enum Passing {
+    /// The same call later.
+    Later(Fault),
+    /// Trying again does not mend it.
+    Never(SourceError),
+}
+
+impl StreamConnection {
+    /// A connection; all its readers together read at most `read_ahead_bytes_max` ahead.
+    pub fn new(
+        client: Client,
+        stream: StreamRef,
+        on_lost_records: OnLostRecords,
+        read_ahead_bytes_max: usize,
+    ) -> Arc<Self> {
+        let read_ahead = Budget::new(read_ahead_bytes_max, "shardmill_read_ahead_bytes");
+        Arc::new(Self { client, stream, read_ahead, on_lost_records, looked: Mutex::default() })
+    }
+
+    /// An iterator from where the inbox stands, of the stream that its positions are of.
+    ///
+    /// The identity is proven after the iterator was made: a stream of another creation would show
+    /// by then.
+    pub async fn iterator(&self, inbox: &mut Inbox) -> Result<String, Passing> {
+        let asked = Instant::now();
+        let (name, arn) = self.stream.name_or_arn();
+        let call = self
+            .client
+            .get_shard_iterator()
+            .set_stream_name(name)
+            .set_stream_arn(arn)
+            .shard_id(inbox.shard().shard.as_str());
+        let call = match inbox.server_start() {
+            ServerStart::AtSequence(sequence) => call
+                .shard_iterator_type(ShardIteratorType::AtSequenceNumber)
+                .starting_sequence_number(sequence.as_str()),
+            ServerStart::AtMs(at_ms) => call
+                .shard_iterator_type(ShardIteratorType::AtTimestamp)
+                .timestamp(whole_second(at_ms)),
+            ServerStart::Horizon => call.shard_iterator_type(ShardIteratorType::TrimHorizon),
+        };
+        let answer = call.send().await;
+        self.prove_identity(inbox.shard(), asked).await?;
+        let answer = answer.map_err(|error| match fault(&error) {
+            cause @ (Fault::Throttled | Fault::Passing) => Passing::Later(cause),
+            _ => Passing::Never(call_error("GetShardIterator", inbox.place(), &error)),
+        })?;
+        answer.shard_iterator.ok_or_else(|| {
+            Passing::Never(SourceError::Call {
+                call: "GetShardIterator",
+                place: inbox.place(),
+                cause: "the answer holds no iterator".into(),
+            })
+        })
+    }
+
+    /// The same place for a subscription.
+    pub fn starting_position(&self, inbox: &mut Inbox) -> Result<StartingPosition, SourceError> {
+        let position = match inbox.server_start() {
+            ServerStart::AtSequence(sequence) => StartingPosition::builder()
+                .r#type(ShardIteratorType::AtSequenceNumber)
+                .sequence_number(sequence.as_str()),
+            ServerStart::AtMs(at_ms) => StartingPosition::builder()
+                .r#type(ShardIteratorType::AtTimestamp)
+                .timestamp(whole_second(at_ms)),
+            ServerStart::Horizon => {
+                StartingPosition::builder().r#type(ShardIteratorType::TrimHorizon)
+            }
+        };
+        position.build().map_err(|error| SourceError::Call {
+            call: "SubscribeToShard",
+            place: inbox.place(),
+            cause: error.to_string(),
+        })
+    }
+
+    /// Proves that the stream is the one that a shard's positions are of, by a look that began no
+    /// earlier than `asked`. Many readers share one look.
+    pub async fn prove_identity(&self, shard: &ShardKey, asked: Instant) -> Result<(), Passing> {
+        let mut looked = self.looked.lock().await;
+        if looked.as_ref().is_none_or(|(at, _)| *at < asked) {
+            let now = Instant::now();
+            match stream::describe(&self.client, &self.stream).await {
+                Ok(found) => *looked = Some((now, found.identity)),
+                Err(SourceError::NoSuchStream { stream }) => {
+                    return Err(Passing::Never(SourceError::NoSuchStream { stream }));
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "cannot tell yet whether the stream is the same");
+                    return Err(Passing::Later(Fault::Passing));
+                }
+            }
+        }
+        match &*looked {
+            Some((_, found)) if *found != *shard.stream => {
+                Err(Passing::Never(SourceError::replaced(&shard.stream, found)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Says whether records are lost between what was asked for and what came first.
+    ///
+    /// `caught_up_ms` is a time, in milliseconds since 1970, up to which everything was read. While
+    /// that is within the retention, whatever came later is still there: only what had been read
+    /// is gone.
+    ///
+    /// # Errors
+    /// [`SourceError::LostRecords`], unless the configuration says to go on; then the loss is told
+    /// and counted.
+    pub async fn judge(
+        &self,
+        gap: Gap,
+        shard: &ShardKey,
+        caught_up_ms: Option<i64>,
+    ) -> Result<(), SourceError> {
+        let retention_hours = stream::describe(&self.client, &self.stream).await?.retention_hours;
+        let now_ms = chrono::Utc::now().timestamp_millis();
+        let retained_from_ms = now_ms - i64::from(retention_hours) * MS_PER_HOUR;
+        if caught_up_ms.is_some_and(|caught_up_ms| caught_up_ms >= retained_from_ms) {
+            return Ok(());
+        }
+        let lost_ms = caught_up_ms.map(|caught_up_ms| (retained_from_ms - caught_up_ms) as u64);
+        let error = SourceError::LostRecords {
+            shard: shard.shard.to_string(),
+            stream: shard.stream.name.to_string(),
+            after: gap.asked.to_string(),
+            first: gap.came.to_string(),
+            extent: match lost_ms {
+                Some(lost_ms) => format!(
+                    "all that arrived in the {} before {} are gone",
+                    humantime::format_duration(std::time::Duration::from_secs(lost_ms / 1_000)),
+                    time_text(retained_from_ms),
+                ),
+                None => format!("all that arrived before {} are gone", time_text(gap.came_ms)),
+            },
+            retention_hours,
+        };
+        metrics::counter!("shardmill_source_losses_total", "shard" => shard.shard.to_string())
+            .increment(1);
+        metrics::counter!("shardmill_source_lost_ms_total", "shard" => shard.shard.to_string())
+            .increment(lost_ms.unwrap_or_default());
+        match self.on_lost_records {
+            OnLostRecords::Stop => Err(error),
+            OnLostRecords::Continue => {
+                tracing::error!(%error, "going on, as configured");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Some servers know arrival times by the second only: the second's first record is asked for.
+fn whole_second(at_ms: i64) -> DateTime {
+    DateTime::from_secs(at_ms.div_euclid(1_000))
+}
+
+fn time_text(at_ms: i64) -> String {
+    chrono::DateTime::from_timestamp_millis(at_ms).map(|at| at.to_rfc3339()).unwrap_or_default()
+}

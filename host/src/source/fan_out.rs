@@ -1,0 +1,268 @@
+//! Reads one shard by enhanced fan-out: the server pushes, and each consumer has 2 MB/s of its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aws_sdk_kinesis::Client;
+use aws_sdk_kinesis::primitives::event_stream::EventReceiver;
+use aws_sdk_kinesis::types::error::SubscribeToShardEventStreamError;
+use aws_sdk_kinesis::types::{ConsumerStatus, SubscribeToShardEvent, SubscribeToShardEventStream};
+use backon::ExponentialBackoff;
+use tokio::time::Instant;
+
+use super::client::{Fault, call_error, fault};
+use super::connection::{Passing, StreamConnection};
+use super::polling::{PollingReader, count_retry, pauses};
+use super::{BatchReader, NextBatch, SourceError};
+use crate::record::StreamIdentity;
+
+/// A subscription that says nothing for so long is dead; events without records come every few
+/// seconds.
+///
+/// Source: Kinesis Client Library, which waits 35 s.
+const SILENCE_MAX: Duration = Duration::from_secs(35);
+/// The shortest time between two subscriptions to one shard: before, the server refuses the second.
+///
+/// Source: API reference, SubscribeToShard: 5 s.
+const SUBSCRIBE_INTERVAL: Duration = Duration::from_secs(5);
+/// The longest pause after a subscription that failed.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// How long a new consumer may take to become ACTIVE.
+const CONSUMER_WAIT_MAX: Duration = Duration::from_secs(60);
+const CONSUMER_LOOK_INTERVAL: Duration = Duration::from_millis(500);
+
+type Subscription = EventReceiver<SubscribeToShardEventStream, SubscribeToShardEventStreamError>;
+
+/// Subscribes to one shard.
+pub struct FanOutReader {
+    connection: Arc<StreamConnection>,
+    consumer_arn: Arc<str>,
+    /// What was read, and the way to the end of a closed shard: whether a subscription ended
+    /// because the shard did, only GetRecords tells for sure.
+    polling: PollingReader,
+    subscription: Option<Subscription>,
+    /// The last subscription ended or broke without a record, so that the shard may be at its end.
+    may_have_ended: bool,
+    next_call: Instant,
+    pauses: ExponentialBackoff,
+    caught_up_ms: Option<i64>,
+}
+
+impl FanOutReader {
+    /// A reader that goes on where `polling` stands; `caught_up_ms` as there.
+    pub fn new(
+        connection: Arc<StreamConnection>,
+        consumer_arn: Arc<str>,
+        polling: PollingReader,
+        caught_up_ms: Option<i64>,
+    ) -> Self {
+        Self {
+            connection,
+            consumer_arn,
+            polling,
+            subscription: None,
+            may_have_ended: false,
+            next_call: Instant::now(),
+            pauses: pauses(),
+            caught_up_ms,
+        }
+    }
+
+    /// Subscribes behind the last record that was read.
+    async fn subscribe(&mut self) -> Result<(), SourceError> {
+        tokio::time::sleep_until(self.next_call).await;
+        let asked = Instant::now();
+        self.next_call = asked + SUBSCRIBE_INTERVAL;
+        let position = self.connection.starting_position(self.polling.inbox())?;
+        let call = self
+            .connection
+            .client
+            .subscribe_to_shard()
+            .consumer_arn(&*self.consumer_arn)
+            .shard_id(self.polling.inbox().shard().shard.as_str())
+            .starting_position(position);
+        let answer = call.send().await;
+        match self.connection.prove_identity(self.polling.inbox().shard(), asked).await {
+            Ok(()) => {}
+            Err(Passing::Later(cause)) => {
+                self.back_off(cause);
+                return Ok(());
+            }
+            Err(Passing::Never(error)) => return Err(error),
+        }
+        match answer {
+            Ok(answer) => {
+                self.subscription = Some(answer.event_stream);
+                Ok(())
+            }
+            // Another subscription of this consumer is younger than 5 s: ours, of an earlier run,
+            // or a lane's that lost the shard.
+            Err(error)
+                if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
+            {
+                count_retry(self.polling.inbox().shard(), Fault::Throttled);
+                Ok(())
+            }
+            Err(error) => match fault(&error) {
+                cause @ (Fault::Throttled | Fault::Passing) => {
+                    self.back_off(cause);
+                    Ok(())
+                }
+                _ => Err(call_error("SubscribeToShard", self.polling.inbox().place(), &error)),
+            },
+        }
+    }
+
+    /// Takes an event in. True: it brought nothing.
+    async fn accept(&mut self, event: SubscribeToShardEvent) -> Result<NextEvent, SourceError> {
+        self.pauses = pauses();
+        let behind_ms = event.millis_behind_latest.max(0) as u64;
+        let (came, children) = (event.records.len(), event.child_shards.unwrap_or_default().len());
+        let is_last = event.continuation_sequence_number.is_empty();
+        let inbox = self.polling.inbox();
+        metrics::gauge!("shardmill_lag_ms", "shard" => inbox.shard().shard.to_string())
+            .set(behind_ms as f64);
+        inbox.accept(event.records, "SubscribeToShard")?;
+        if let Some(gap) = inbox.take_gap() {
+            let shard = inbox.shard().clone();
+            self.connection.judge(gap, &shard, self.caught_up_ms).await?;
+        }
+        if came == 0 && behind_ms == 0 {
+            self.caught_up_ms = Some(chrono::Utc::now().timestamp_millis());
+        }
+        self.may_have_ended = is_last || (came == 0 && children > 0);
+        Ok(match came {
+            0 if !self.may_have_ended => NextEvent::Idle { behind_ms },
+            _ => NextEvent::GoOn,
+        })
+    }
+
+    /// The next event of the subscription, or what became of it.
+    async fn next_event(&mut self) -> Result<NextEvent, SourceError> {
+        let Some(subscription) = &mut self.subscription else {
+            self.subscribe().await?;
+            return Ok(NextEvent::GoOn);
+        };
+        match tokio::time::timeout(SILENCE_MAX, subscription.recv()).await {
+            Ok(Ok(Some(SubscribeToShardEventStream::SubscribeToShardEvent(event)))) => {
+                return self.accept(event).await;
+            }
+            // An event of a kind that this SDK does not know carries no records.
+            Ok(Ok(Some(_))) => return Ok(NextEvent::GoOn),
+            // After five minutes, or at the shard's end.
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => {
+                let inbox = self.polling.inbox();
+                let cause = match fault(&error) {
+                    // A final event without a continuation may not parse: the end is looked for.
+                    Fault::Lasting | Fault::NotFound => {
+                        let error = call_error("SubscribeToShard", inbox.place(), &error);
+                        tracing::warn!(%error, "the subscription broke");
+                        Fault::Passing
+                    }
+                    cause => cause,
+                };
+                self.back_off(cause);
+            }
+            Err(_) => {
+                let inbox = self.polling.inbox();
+                tracing::warn!(shard = %inbox.shard().shard, "the subscription is silent: again");
+                count_retry(inbox.shard(), Fault::Passing);
+            }
+        }
+        self.subscription = None;
+        self.may_have_ended = true;
+        Ok(NextEvent::GoOn)
+    }
+
+    fn back_off(&mut self, cause: Fault) {
+        count_retry(self.polling.inbox().shard(), cause);
+        let pause = self.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+        self.next_call = self.next_call.max(Instant::now() + pause);
+    }
+}
+
+/// What an event meant.
+enum NextEvent {
+    /// Look again.
+    GoOn,
+    /// It brought nothing.
+    Idle {
+        /// How far the shard's end is, in milliseconds.
+        behind_ms: u64,
+    },
+}
+
+#[async_trait]
+impl BatchReader for FanOutReader {
+    async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
+        loop {
+            if let Some(batch) = self.polling.inbox().cut() {
+                return Ok(NextBatch::Batch(batch));
+            }
+            if self.may_have_ended {
+                self.subscription = None;
+                // What a call brings is read like everything else.
+                if !self.polling.poll().await? {
+                    continue;
+                }
+                if self.polling.has_ended() && self.polling.inbox().is_empty() {
+                    return Ok(NextBatch::ShardEnd);
+                }
+                self.may_have_ended = self.polling.has_ended();
+                continue;
+            }
+            if let NextEvent::Idle { behind_ms } = self.next_event().await? {
+                return Ok(NextBatch::Idle { behind_ms });
+            }
+        }
+    }
+}
+
+/// The ARN of a stream's consumer, which is registered if it is not there.
+///
+/// # Errors
+/// [`SourceError`] when it cannot be registered, or does not become ACTIVE within a minute.
+pub async fn register(
+    client: &Client,
+    stream: &StreamIdentity,
+    consumer: &str,
+) -> Result<Arc<str>, SourceError> {
+    let place = || format!("stream {}, consumer {consumer}", stream.name);
+    let call = client.register_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
+    match call.send().await {
+        Ok(_) => {}
+        Err(error)
+            if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) => {}
+        Err(error) => return Err(call_error("RegisterStreamConsumer", place(), &error)),
+    }
+    let begun = Instant::now();
+    loop {
+        let call =
+            client.describe_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
+        let answer = call.send().await;
+        let answer =
+            answer.map_err(|error| call_error("DescribeStreamConsumer", place(), &error))?;
+        match answer.consumer_description {
+            Some(found) if found.consumer_status == ConsumerStatus::Active => {
+                return Ok(found.consumer_arn.into());
+            }
+            found if begun.elapsed() >= CONSUMER_WAIT_MAX => {
+                let status = found.map(|found| found.consumer_status.as_str().to_owned());
+                let status = status.unwrap_or_else(|| "missing".into());
+                let cause = format!(
+                    "it is {status} after {} s, not ACTIVE; look at it with `shardmill stream \
+                     consumers`",
+                    CONSUMER_WAIT_MAX.as_secs()
+                );
+                return Err(SourceError::Call {
+                    call: "DescribeStreamConsumer",
+                    place: place(),
+                    cause,
+                });
+            }
+            _ => tokio::time::sleep(CONSUMER_LOOK_INTERVAL).await,
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! What both readers share: records as the stream gave them, taken apart, filtered, and cut into
+//! batches.
+
+use std::collections::VecDeque;
+
+use aws_sdk_kinesis::types::Record as WireRecord;
+use bytes::Bytes;
+
+use super::SourceError;
+use super::aggregate::deaggregate;
+use crate::config::BatchLimits;
+use crate::record::{
+    Batch, HashRange, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart,
+};
+
+/// How the reading of a shard begins.
+#[derive(Clone, Debug)]
+pub struct ReadFrom {
+    /// Behind this record.
+    pub after: Option<Position>,
+    /// Where the shard was begun: it counts while there is no `after`.
+    pub start: ShardStart,
+    /// The shard's part of the hash range, where known: an aggregate of another one is not ours.
+    pub hash_range: Option<HashRange>,
+}
+
+/// Where a subscription or an iterator begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServerStart {
+    /// At this record, which is given again. What was read of it is dropped here: inside an
+    /// aggregate there is no other way to go on.
+    AtSequence(SequenceNumber),
+    /// At the first record of this time or later, milliseconds since 1970.
+    AtMs(i64),
+    /// At the oldest record.
+    Horizon,
+}
+
+/// Records on their way from the server to a lane.
+pub struct Inbox {
+    shard: ShardKey,
+    limits: BatchLimits,
+    from: ReadFrom,
+    /// The last record that a batch held.
+    handed_over: Option<Position>,
+    queue: VecDeque<Record>,
+    /// The record that the server was last told to begin at, until its answer has come.
+    asked: Option<SequenceNumber>,
+    gap: Option<Gap>,
+}
+
+/// The server began later than it was told to: what lies between is gone, or was never there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// The record that was asked for; it had been read.
+    pub asked: SequenceNumber,
+    /// The first that came.
+    pub came: SequenceNumber,
+    /// When that arrived, in milliseconds since 1970.
+    pub came_ms: i64,
+}
+
+impl Inbox {
+    /// An empty one.
+    pub fn new(shard: ShardKey, limits: BatchLimits, from: ReadFrom) -> Self {
+        let handed_over = from.after.clone();
+        Self { shard, limits, from, handed_over, queue: VecDeque::new(), asked: None, gap: None }
+    }
+
+    /// The shard.
+    pub fn shard(&self) -> &ShardKey {
+        &self.shard
+    }
+
+    /// Nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Where the server must begin, so that no record is missed.
+    pub fn server_start(&mut self) -> ServerStart {
+        self.asked = self.from.after.as_ref().map(|after| after.sequence.clone());
+        match (&self.asked, &self.from.start) {
+            (Some(asked), _) => ServerStart::AtSequence(asked.clone()),
+            (None, ShardStart::AtSequence(at)) => ServerStart::AtSequence(at.clone()),
+            (None, ShardStart::AtMs(at_ms)) => ServerStart::AtMs(*at_ms),
+            (None, ShardStart::Horizon) => ServerStart::Horizon,
+        }
+    }
+
+    /// A gap that has shown since the last call.
+    pub fn take_gap(&mut self) -> Option<Gap> {
+        self.gap.take()
+    }
+
+    /// Takes in what the server gave, in its order.
+    ///
+    /// # Errors
+    /// [`SourceError::Call`] for a sequence number that is none.
+    pub fn accept(&mut self, records: Vec<WireRecord>, call: &'static str) -> Result<(), SourceError> {
+        for record in records {
+            self.accept_one(record, call)?;
+        }
+        Ok(())
+    }
+
+    fn accept_one(&mut self, record: WireRecord, call: &'static str) -> Result<(), SourceError> {
+        let sequence = SequenceNumber::parse(&record.sequence_number).map_err(|error| {
+            SourceError::Call { call, place: self.place(), cause: error.to_string() }
+        })?;
+        let arrived = record.approximate_arrival_timestamp;
+        let arrived_ms = arrived.and_then(|at| at.to_millis().ok()).unwrap_or(0);
+        if let Some(asked) = self.asked.take()
+            && sequence > asked
+        {
+            self.gap = Some(Gap { asked, came: sequence.clone(), came_ms: arrived_ms });
+        }
+        if self.from.after.as_ref().is_some_and(|after| sequence < after.sequence) {
+            return Ok(());
+        }
+        let is_older = match self.from.start {
+            ShardStart::AtMs(start_ms) => is_older(arrived_ms, start_ms),
+            ShardStart::AtSequence(ref start) => sequence < *start,
+            ShardStart::Horizon => false,
+        };
+        let arrived_ms = u64::try_from(arrived_ms).unwrap_or(0);
+        let payload = Bytes::from(record.data.into_inner());
+        let Some(sub_records) = deaggregate(&payload) else {
+            let partition_key = Bytes::from(record.partition_key.unwrap_or_default());
+            self.push(Position { sequence, sub_sequence: 0 }, partition_key, payload, arrived_ms, is_older);
+            return Ok(());
+        };
+        // Amazon's own library drops the whole aggregate too: its producer sees from the answer
+        // that it went astray and sends the records once more.
+        if let Some(range) = &self.from.hash_range
+            && !sub_records.iter().all(|sub| sub.is_in(range))
+        {
+            tracing::warn!(shard = %self.shard.shard, %sequence,
+                "dropped an aggregate of another shard: its producer sends it again");
+            metrics::counter!("shardmill_source_astray_aggregates_total").increment(1);
+            return Ok(());
+        }
+        for (sub_record, sub_sequence) in sub_records.into_iter().zip(0..) {
+            let position = Position { sequence: sequence.clone(), sub_sequence };
+            self.push(position, sub_record.partition_key, sub_record.payload, arrived_ms, is_older);
+        }
+        Ok(())
+    }
+
+    fn push(
+        &mut self,
+        position: Position,
+        partition_key: Bytes,
+        payload: Bytes,
+        arrived_ms: u64,
+        is_older: bool,
+    ) {
+        if self.from.after.as_ref().is_some_and(|after| position <= *after) {
+            return;
+        }
+        self.from.after = Some(position.clone());
+        if !is_older {
+            self.queue.push_back(Record { position, partition_key, payload, arrived_ms });
+        }
+    }
+
+    /// Cuts the next batch off what waits.
+    pub fn cut(&mut self) -> Option<Batch> {
+        let (mut count, mut bytes) = (0, 0);
+        for record in &self.queue {
+            bytes += record.payload.len() + record.partition_key.len();
+            if count > 0 && (count >= self.limits.records_max || bytes > self.limits.bytes_max) {
+                break;
+            }
+            count += 1;
+        }
+        let records: Vec<Record> = self.queue.drain(..count).collect();
+        let to_inclusive = records.last()?.position.clone();
+        let from_exclusive = self.handed_over.replace(to_inclusive.clone());
+        let span = PositionSpan { from_exclusive, to_inclusive };
+        Some(Batch { shard: self.shard.clone(), records, span })
+    }
+
+    /// The place, for errors.
+    pub fn place(&self) -> String {
+        let (stream, shard) = (&self.shard.stream.name, &self.shard.shard);
+        match &self.from.after {
+            Some(after) => format!("stream {stream}, shard {shard}, after {after}"),
+            None => format!("stream {stream}, shard {shard}"),
+        }
+    }
+}
+
+/// Whether a record arrived before the start. A server that knows arrival times by the second
+/// cannot tell within the second of the start: none of its records is dropped then.
+fn is_older(arrived_ms: i64, start_at_ms: i64) -> bool {
+    let is_whole_second = arrived_ms.rem_euclid(1_000) == 0;
+    let start_of_second = start_at_ms - start_at_ms.rem_euclid(1_000);
+    arrived_ms < if is_whole_second { start_of_second } else { start_at_ms }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_older;
+
+    #[test]
+    fn what_arrived_before_the_start_is_older() {
+        assert!(is_older(1_499, 1_500));
+        assert!(!is_older(1_500, 1_500));
+        assert!(!is_older(1_501, 1_500));
+    }
+
+    #[test]
+    fn a_server_that_knows_seconds_loses_nothing_in_the_second_of_the_start() {
+        assert!(!is_older(1_000, 1_500));
+        assert!(is_older(0, 1_500));
+    }
+}

@@ -1,0 +1,210 @@
+//! Reads one shard by polling, in order, without a gap and without a record twice.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::time::Instant;
+
+use super::client::{Fault, call_error, fault};
+use super::connection::{Passing, StreamConnection};
+use super::inbox::Inbox;
+use super::{BatchReader, NextBatch, SourceError};
+use crate::record::ShardKey;
+use crate::sink::budget::Permit;
+
+/// The longest pause after a call that failed.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// The shortest time between two calls of one shard.
+///
+/// Source: API reference, GetRecords: five calls per second and shard.
+const CALL_INTERVAL: Duration = Duration::from_millis(200);
+/// The most bytes that an answer holds.
+///
+/// Source: API reference, GetRecords: 10 MB.
+const ANSWER_BYTES_MAX: usize = 10 << 20;
+/// What an answer is taken to hold at most while the shard has nothing new.
+const IDLE_ANSWER_BYTES: usize = 64 << 10;
+
+/// How a shard is polled.
+#[derive(Clone, Debug)]
+pub struct Polling {
+    /// The most records that a call asks for.
+    pub records_per_call_max: u32,
+    /// The pause after an answer that says that nothing is left.
+    pub poll_interval: Duration,
+    /// Whether the server limits the calls per second, as AWS does.
+    pub is_paced: bool,
+}
+
+/// Polls one shard.
+pub struct PollingReader {
+    connection: Arc<StreamConnection>,
+    polling: Polling,
+    inbox: Inbox,
+    /// What waits in the inbox counts in the readers' budget until lanes have taken it.
+    held: Option<Permit>,
+    iterator: Option<String>,
+    ended: bool,
+    next_call: Instant,
+    pauses: ExponentialBackoff,
+    behind_ms: u64,
+    /// The last answer brought records.
+    is_flowing: bool,
+    /// Everything that arrived up to here was read, in milliseconds since 1970.
+    caught_up_ms: Option<i64>,
+}
+
+impl PollingReader {
+    /// A reader from where the inbox stands; `caught_up_ms` is a time up to which everything was
+    /// read before, in milliseconds since 1970.
+    pub fn new(
+        connection: Arc<StreamConnection>,
+        polling: Polling,
+        inbox: Inbox,
+        caught_up_ms: Option<i64>,
+    ) -> Self {
+        Self {
+            connection,
+            polling,
+            inbox,
+            held: None,
+            iterator: None,
+            ended: false,
+            next_call: Instant::now(),
+            pauses: pauses(),
+            behind_ms: 0,
+            is_flowing: false,
+            caught_up_ms,
+        }
+    }
+
+    /// The inbox, for a reader that goes on in another way.
+    pub fn inbox(&mut self) -> &mut Inbox {
+        &mut self.inbox
+    }
+
+    /// Whether the shard is closed and was read to its end.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Asks the server once. `Ok(true)`: it answered.
+    pub async fn poll(&mut self) -> Result<bool, SourceError> {
+        tokio::time::sleep_until(self.next_call).await;
+        let Some(iterator) = self.iterator.clone() else {
+            match self.connection.iterator(&mut self.inbox).await {
+                Ok(iterator) => self.iterator = Some(iterator),
+                Err(Passing::Later(cause)) => self.back_off(cause),
+                Err(Passing::Never(error)) => return Err(error),
+            }
+            return Ok(false);
+        };
+        let expected_bytes = match self.is_flowing || self.behind_ms > 0 {
+            true => ANSWER_BYTES_MAX,
+            false => IDLE_ANSWER_BYTES,
+        };
+        self.held = None;
+        let mut held = self.connection.read_ahead.take(expected_bytes).await;
+        let limit = i32::try_from(self.polling.records_per_call_max).unwrap_or(i32::MAX);
+        let called = Instant::now();
+        let call = self.connection.client.get_records().shard_iterator(iterator).limit(limit);
+        let answer = match call.send().await {
+            Ok(answer) => answer,
+            Err(error) => {
+                return match fault(&error) {
+                    Fault::ExpiredIterator => {
+                        self.iterator = None;
+                        count_retry(self.inbox.shard(), Fault::ExpiredIterator);
+                        Ok(false)
+                    }
+                    cause @ (Fault::Throttled | Fault::Passing) => {
+                        self.back_off(cause);
+                        Ok(false)
+                    }
+                    Fault::NotFound | Fault::Lasting => {
+                        // The stream may have been replaced: that says more than this error.
+                        self.iterator = None;
+                        self.prove_identity(called).await?;
+                        Err(call_error("GetRecords", self.inbox.place(), &error))
+                    }
+                };
+            }
+        };
+        self.pauses = pauses();
+        self.iterator = answer.next_shard_iterator;
+        self.ended = self.iterator.is_none();
+        self.behind_ms = answer.millis_behind_latest.unwrap_or(0).max(0) as u64;
+        metrics::gauge!("shardmill_lag_ms", "shard" => self.inbox.shard().shard.to_string())
+            .set(self.behind_ms as f64);
+        self.is_flowing = !answer.records.is_empty();
+        let bytes = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
+        held.resize(bytes);
+        self.held = Some(held);
+        self.inbox.accept(answer.records, "GetRecords")?;
+        if let Some(gap) = self.inbox.take_gap() {
+            self.connection.judge(gap, self.inbox.shard(), self.caught_up_ms).await?;
+        }
+        if self.behind_ms == 0 && !self.is_flowing {
+            self.caught_up_ms = Some(chrono::Utc::now().timestamp_millis());
+        }
+        let pause = match self.is_flowing || self.behind_ms > 0 {
+            true if self.polling.is_paced => CALL_INTERVAL,
+            true => Duration::ZERO,
+            false => self.polling.poll_interval,
+        };
+        self.next_call = called + pause;
+        Ok(true)
+    }
+
+    async fn prove_identity(&self, asked: Instant) -> Result<(), SourceError> {
+        match self.connection.prove_identity(self.inbox.shard(), asked).await {
+            Err(Passing::Never(error)) => Err(error),
+            Ok(()) | Err(Passing::Later(_)) => Ok(()),
+        }
+    }
+
+    fn back_off(&mut self, cause: Fault) {
+        let shard = self.inbox.shard();
+        count_retry(shard, cause);
+        let pause = self.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+        tracing::debug!(shard = %shard.shard, cause = cause.label(), ?pause, "reading later");
+        self.next_call = Instant::now() + pause;
+    }
+}
+
+#[async_trait]
+impl BatchReader for PollingReader {
+    async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
+        loop {
+            if let Some(batch) = self.inbox.cut() {
+                return Ok(NextBatch::Batch(batch));
+            }
+            self.held = None;
+            if self.ended {
+                return Ok(NextBatch::ShardEnd);
+            }
+            if self.poll().await? && self.inbox.is_empty() && !self.ended {
+                return Ok(NextBatch::Idle { behind_ms: self.behind_ms });
+            }
+        }
+    }
+}
+
+/// Counts a call that is tried again.
+pub(super) fn count_retry(shard: &ShardKey, cause: Fault) {
+    metrics::counter!("shardmill_source_retries_total",
+        "shard" => shard.shard.to_string(), "reason" => cause.label())
+    .increment(1);
+}
+
+/// The pauses before calls that are tried again: jittered, each shard for itself.
+pub(super) fn pauses() -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(CALL_INTERVAL)
+        .with_max_delay(RETRY_PAUSE_MAX)
+        .without_max_times()
+        .with_jitter()
+        .build()
+}
