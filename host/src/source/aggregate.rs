@@ -21,7 +21,7 @@ pub struct SubRecord {
     /// Its payload.
     pub payload: Bytes,
     /// The hash that decides its shard: given by the producer, or of the key.
-    hash_key: u128,
+    pub hash_key: u128,
 }
 
 impl SubRecord {

@@ -6,7 +6,7 @@
 //! read, `embedded` serves a stream of our own, `stream` and `producer` are for those who make
 //! streams and fill them.
 
-mod aggregate;
+pub mod aggregate;
 pub mod client;
 pub mod connection;
 pub mod embedded;

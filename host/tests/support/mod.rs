@@ -7,7 +7,10 @@
     reason = "tests fail by panicking"
 )]
 
+pub mod aggregate;
 pub mod flights;
+pub mod proxy;
+pub mod world;
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};

@@ -1,0 +1,36 @@
+"""Makes `aggregates.json`: aggregated records by an implementation that is not ours, and what is in them.
+
+    pip install aws-kinesis-agg==1.2.3 six protobuf && python make.py > aggregates.json
+"""
+
+import base64
+import json
+import random
+
+from aws_kinesis_agg.aggregator import RecordAggregator
+
+random.seed(2014)
+
+
+def text(data):
+    return base64.b64encode(data).decode()
+
+
+def user_records(count, size, keys):
+    for number in range(count):
+        key = f"key-{random.randrange(keys)}-ü" if number % 3 else f"key-{random.randrange(keys)}"
+        # An explicit hash key, now and then: the record then lies where the producer says.
+        hash_key = str(random.randrange(2**128)) if number % 5 == 0 else None
+        yield key, hash_key, random.randbytes(random.randrange(size))
+
+
+cases = []
+for count, size, keys in [(1, 10, 1), (2, 2, 1), (100, 50, 7), (500, 200, 300), (2000, 20, 3)]:
+    aggregator, due = RecordAggregator(), []
+    for key, hash_key, data in user_records(count, size, keys):
+        # An empty payload is a payload.
+        assert aggregator.add_user_record(key, data, hash_key) is None
+        due.append({"key": key, "hash_key": hash_key, "data": text(data)})
+    _, _, aggregate = aggregator.clear_and_get().get_contents()
+    cases.append({"aggregate": text(aggregate), "records": due})
+print(json.dumps(cases))

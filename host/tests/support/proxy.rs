@@ -1,0 +1,189 @@
+//! A proxy in front of a Kinesis server that injects faults: throttles, server errors, broken
+//! connections, slow and silent answers, trimmed records. Faults are drawn by seed.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, BodyStream, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpListener, TcpStream};
+
+/// What happens to one request.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// ProvisionedThroughputExceededException.
+    Throttled,
+    /// ResourceInUseException.
+    InUse,
+    /// HTTP 500.
+    ServerError,
+    /// The connection breaks before the server sees the request.
+    Reset,
+    /// The connection breaks after the server has done its work.
+    ResetAfter,
+    /// The answer comes late.
+    Slow(Duration),
+    /// The body goes silent after this time, and the connection stays open.
+    Silent(Duration),
+    /// Records before this sequence number are taken out of the answer: the stream dropped them.
+    Trim(String),
+}
+
+type Choose = Box<dyn FnMut(&str, &mut fastrand::Rng) -> Fault + Send>;
+
+/// A running proxy; it ends with its runtime.
+pub struct Proxy {
+    /// Where it listens.
+    pub url: String,
+    /// Requests so far, by operation, in order, with the fault that each met.
+    pub seen: Arc<Mutex<Vec<(String, Fault)>>>,
+    choose: Arc<Mutex<Choose>>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Proxy {
+    /// Listens on loopback in front of `upstream`, such as `127.0.0.1:4567`.
+    pub fn start(
+        upstream: &str,
+        seed: u64,
+        choose: impl FnMut(&str, &mut fastrand::Rng) -> Fault + Send + 'static,
+    ) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        let choose: Arc<Mutex<Choose>> = Arc::new(Mutex::new(Box::new(choose)));
+        let seen: Arc<Mutex<Vec<(String, Fault)>>> = Arc::default();
+        let random = Arc::new(Mutex::new(fastrand::Rng::with_seed(seed)));
+        let (upstream, chosen, log) = (upstream.to_owned(), choose.clone(), seen.clone());
+        runtime.spawn(async move {
+            while let Ok((connection, _)) = listener.accept().await {
+                let (upstream, chosen, log) = (upstream.clone(), chosen.clone(), log.clone());
+                let random = random.clone();
+                tokio::spawn(async move {
+                    let service = service_fn(|request: Request<Incoming>| {
+                        let target = request.headers().get("x-amz-target");
+                        let target = target.and_then(|it| it.to_str().ok()).unwrap_or_default();
+                        let operation = target.rsplit('.').next().unwrap_or_default().to_owned();
+                        let fault = {
+                            let mut choose = chosen.lock().expect("no panic");
+                            choose(&operation, &mut random.lock().expect("no panic"))
+                        };
+                        log.lock().expect("no panic").push((operation, fault.clone()));
+                        answer(upstream.clone(), request, fault)
+                    });
+                    let connection = TokioIo::new(connection);
+                    // An error is what a fault looks like from here.
+                    let _ = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(connection, service)
+                        .await;
+                });
+            }
+        });
+        Self { url, seen, choose, runtime }
+    }
+
+    /// Chooses otherwise from now on.
+    pub fn choose(
+        &self,
+        choose: impl FnMut(&str, &mut fastrand::Rng) -> Fault + Send + 'static,
+    ) {
+        *self.choose.lock().expect("no panic") = Box::new(choose);
+    }
+
+    /// How many requests of an operation met a fault that `is` one.
+    pub fn count(&self, operation: &str, is: impl Fn(&Fault) -> bool) -> usize {
+        let seen = self.seen.lock().expect("no panic");
+        seen.iter().filter(|(name, fault)| name == operation && is(fault)).count()
+    }
+
+    /// The runtime, for a client of the test's own.
+    pub fn runtime(&self) -> &tokio::runtime::Runtime {
+        &self.runtime
+    }
+}
+
+type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+fn whole(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|never: Infallible| match never {}).boxed_unsync()
+}
+
+fn broken() -> std::io::Error {
+    std::io::ErrorKind::ConnectionReset.into()
+}
+
+fn refusal(status: u16, code: &str) -> Result<Response<Body>, std::io::Error> {
+    let body = format!(r#"{{"__type":"{code}","message":"injected"}}"#);
+    Response::builder()
+        .status(status)
+        .header("content-type", "application/x-amz-json-1.1")
+        .body(whole(body))
+        .map_err(std::io::Error::other)
+}
+
+async fn answer(
+    upstream: String,
+    request: Request<Incoming>,
+    fault: Fault,
+) -> Result<Response<Body>, std::io::Error> {
+    match fault {
+        Fault::Throttled => return refusal(400, "ProvisionedThroughputExceededException"),
+        Fault::InUse => return refusal(400, "ResourceInUseException"),
+        Fault::ServerError => return refusal(500, "InternalFailure"),
+        Fault::Reset => return Err(broken()),
+        _ => {}
+    }
+    let connection = TcpStream::connect(upstream).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(connection))
+            .await
+            .map_err(std::io::Error::other)?;
+    tokio::spawn(connection);
+    let response = sender.send_request(request).await.map_err(std::io::Error::other)?;
+    let (mut head, body) = response.into_parts();
+    match fault {
+        Fault::ResetAfter => {
+            body.collect().await.map_err(std::io::Error::other)?;
+            Err(broken())
+        }
+        Fault::Slow(pause) => {
+            tokio::time::sleep(pause).await;
+            Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))
+        }
+        Fault::Silent(after) => {
+            let until = tokio::time::sleep(after);
+            let speaking = BodyStream::new(body).take_until(until);
+            let silence = futures::stream::pending::<Result<Frame<Bytes>, hyper::Error>>();
+            let body = StreamBody::new(speaking.chain(silence));
+            Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))
+        }
+        Fault::Trim(first) => {
+            let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
+            let mut answer: serde_json::Value =
+                serde_json::from_slice(&bytes).map_err(std::io::Error::other)?;
+            if let Some(records) = answer["Records"].as_array_mut() {
+                records.retain(|record| {
+                    let sequence = record["SequenceNumber"].as_str().unwrap_or_default();
+                    (sequence.len(), sequence) >= (first.len(), first.as_str())
+                });
+            }
+            head.headers.remove("content-length");
+            head.headers.remove("x-amz-crc32");
+            Ok(Response::from_parts(head, whole(answer.to_string())))
+        }
+        _ => Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync())),
+    }
+}
