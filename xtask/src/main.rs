@@ -3,6 +3,7 @@
 mod bench;
 mod data;
 mod deny;
+mod kinesis_local;
 mod plugins;
 mod postgres;
 mod process;

@@ -5,6 +5,8 @@ use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -36,6 +38,8 @@ pub enum Fault {
     Silent(Duration),
     /// Records before this sequence number are taken out of the answer: the stream dropped them.
     Trim(String),
+    /// The payload of every record in the answer becomes this.
+    Swell(Bytes),
 }
 
 type Choose = Box<dyn FnMut(&str, &mut fastrand::Rng) -> Fault + Send>;
@@ -170,20 +174,33 @@ async fn answer(
             let body = StreamBody::new(speaking.chain(silence));
             Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))
         }
-        Fault::Trim(first) => {
+        Fault::Trim(_) | Fault::Swell(_) => {
             let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
             let mut answer: serde_json::Value =
                 serde_json::from_slice(&bytes).map_err(std::io::Error::other)?;
             if let Some(records) = answer["Records"].as_array_mut() {
-                records.retain(|record| {
-                    let sequence = record["SequenceNumber"].as_str().unwrap_or_default();
-                    (sequence.len(), sequence) >= (first.len(), first.as_str())
-                });
+                change(records, &fault);
             }
             head.headers.remove("content-length");
             head.headers.remove("x-amz-crc32");
             Ok(Response::from_parts(head, whole(answer.to_string())))
         }
         _ => Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync())),
+    }
+}
+
+fn change(records: &mut Vec<serde_json::Value>, fault: &Fault) {
+    match fault {
+        Fault::Trim(first) => records.retain(|record| {
+            let sequence = record["SequenceNumber"].as_str().unwrap_or_default();
+            (sequence.len(), sequence) >= (first.len(), first.as_str())
+        }),
+        Fault::Swell(payload) => {
+            let payload = BASE64_STANDARD.encode(payload);
+            for record in records {
+                record["Data"] = payload.clone().into();
+            }
+        }
+        _ => {}
     }
 }

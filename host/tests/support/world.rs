@@ -36,13 +36,20 @@ pub struct Pipeline {
     pub endpoint: String,
     /// Further lines of `[source]`.
     pub source: String,
+    /// The PostgreSQL table that the rows go to; `None`: the world's SQLite table.
+    pub postgres_table: Option<String>,
     /// Further lines of the pipeline after the sink's.
     pub sink: String,
 }
 
 impl Default for Pipeline {
     fn default() -> Self {
-        Self { endpoint: "embedded".into(), source: String::new(), sink: String::new() }
+        Self {
+            endpoint: "embedded".into(),
+            source: String::new(),
+            postgres_table: None,
+            sink: String::new(),
+        }
     }
 }
 
@@ -124,6 +131,11 @@ impl World {
         listed.shards.unwrap_or_default().into_iter().filter(is_open).collect()
     }
 
+    /// Runs a call on the server.
+    pub fn block_on<T>(&self, call: impl Future<Output = T>) -> T {
+        self.runtime.block_on(call)
+    }
+
     /// Splits a shard in its middle.
     pub fn split(&self, shard: &Shard) {
         let (start, end) = hashes(shard);
@@ -145,7 +157,14 @@ impl World {
     pub fn pipeline(&self, pipeline: &Pipeline) -> String {
         let data = self.folder.path().display();
         let plugin = super::plugin("route-json");
-        let Pipeline { endpoint, source, sink } = pipeline;
+        let Pipeline { endpoint, source, postgres_table, sink } = pipeline;
+        let mart = match postgres_table {
+            None => format!("type = \"sqlite\"\npath = \"{data}/mart.db\"\ntable = \"rows\""),
+            Some(table) => {
+                let url = super::postgres_url();
+                format!("type = \"postgres\"\nurl = \"{url}\"\ntable = \"{table}\"")
+            }
+        };
         let text = format!(
             r#"
 [pipeline]
@@ -163,9 +182,7 @@ config = {{ default = "all", rules = [] }}
 routes = {{ all = ["mart"] }}
 [[sink]]
 name = "mart"
-type = "sqlite"
-path = "{data}/mart.db"
-table = "rows"
+{mart}
 [sink.commit]
 linger = "50 ms"
 {sink}
