@@ -10,6 +10,7 @@ use bytes::Bytes;
 use shardmill::source::client;
 use shardmill::source::embedded::EmbeddedStream;
 use shardmill::source::producer::{NewRecord, Producer};
+use support::world::stream_ref;
 use support::{Process, plugin, run, shardmill, wait_for};
 
 /// A folder with a pipeline in it.
@@ -89,9 +90,10 @@ fn serve(place: &Place, records: &[Vec<u8>]) -> (tokio::runtime::Runtime, Embedd
     let served = runtime.block_on(async {
         let served = EmbeddedStream::serve(&place.path("state"), 0).await.expect("served");
         let client = client::connect(Some(served.url()), None).await.expect("connected");
-        shardmill::source::stream::create(&client, "test", 1).await.expect("created");
+        let stream = stream_ref();
+        shardmill::source::stream::create(&client, &stream, 1).await.expect("created");
         let wait = std::time::Duration::from_secs(10);
-        shardmill::source::stream::wait_active(&client, "test", wait, &mut |_, _| {})
+        shardmill::source::stream::wait_active(&client, &stream, wait, &mut |_, _| {})
             .await
             .expect("active");
         put(&client, records).await;
@@ -101,7 +103,7 @@ fn serve(place: &Place, records: &[Vec<u8>]) -> (tokio::runtime::Runtime, Embedd
 }
 
 async fn put(client: &aws_sdk_kinesis::Client, records: &[Vec<u8>]) {
-    let mut producer = Producer::new(client.clone(), "test");
+    let mut producer = Producer::new(client.clone(), stream_ref());
     for record in records {
         let payload = Bytes::from(record.clone());
         let new = NewRecord { partition_key: "key".into(), payload };

@@ -47,17 +47,16 @@ fn case_01_a_split_in_the_middle_of_a_batch() {
 fn case_02_a_merge_with_one_slow_parent() {
     let world = World::new(2);
     let shards = world.open_shards();
-    // All of these lie in one of the two parents, by their keys.
-    let slow = |id: u64| (id % 2 == 0, id);
-    let key_of = |in_first: bool| if in_first { "key-0" } else { "key-1" };
-    world.put_raw((0..4_000).map(slow).map(|(in_first, id)| {
-        let row = format!(r#"{{"id":{id},"key":"{}","n":{id}}}"#, key_of(in_first));
-        (key_of(in_first).to_owned(), row.into_bytes())
-    }));
-    let upstream = world.address.clone();
+    // The two keys lie in one parent each.
+    let two_keys = |id: u64| {
+        let key = format!("key-{}", id % 2);
+        let row = format!(r#"{{"id":{id},"key":"{key}","n":{id}}}"#);
+        (key, row.into_bytes())
+    };
+    world.put_raw((0..4_000).map(two_keys));
     // Every answer of one shard's reader is late: the other parent ends long before.
     let mut calls = 0;
-    let proxy = Proxy::start(&upstream, 1, move |operation, _| {
+    let proxy = Proxy::start(&world.address, 1, move |operation, _| {
         calls += u32::from(operation == "GetRecords");
         match operation {
             "GetRecords" if calls % 2 == 0 => Fault::Slow(Duration::from_millis(300)),
@@ -71,10 +70,7 @@ fn case_02_a_merge_with_one_slow_parent() {
     };
     let run = world.start(&pipeline);
     world.merge(&shards[0], &shards[1]);
-    world.put_raw((4_000..5_000).map(|id| {
-        let row = format!(r#"{{"id":{id},"key":"{}","n":{id}}}"#, key_of(id % 2 == 0));
-        (key_of(id % 2 == 0).to_owned(), row.into_bytes())
-    }));
+    world.put_raw((4_000..5_000).map(two_keys));
     world.wait_rows(5_000);
     assert_eq!(run.terminate(), Some(0));
     world.assert_each_once_in_order(5_000);
@@ -340,8 +336,7 @@ fn case_18_an_aggregate_cut_by_a_reshard() {
 #[test]
 fn case_18_an_aggregate_with_a_wrong_digest() {
     let world = World::new(1);
-    let rows: Vec<_> =
-        (0..10).map(|id| ("key".to_owned(), support::world::row(id, 1))).collect();
+    let rows: Vec<_> = (0..10).map(|id| ("key".to_owned(), support::world::row(id, 1))).collect();
     let mut wrong = aggregate(&rows);
     *wrong.last_mut().expect("a digest") ^= 1;
     world.put_raw([("key".to_owned(), wrong.clone())].into_iter().chain(rows));

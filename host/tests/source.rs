@@ -7,15 +7,21 @@ use std::time::Duration;
 use aws_sdk_kinesis::Client;
 use bytes::Bytes;
 use ferrokinesis::store::StoreOptions;
-use shardmill::config::{BatchLimits, StartPosition};
+use shardmill::config::{BatchLimits, OnLostRecords, StartPosition};
 use shardmill::position::ShardState;
-use shardmill::record::{Position, ShardId, ShardKey};
+use shardmill::record::{Position, ShardId, ShardKey, ShardStart, StreamRef};
+use shardmill::source::connection::StreamConnection;
 use shardmill::source::embedded::{self, EmbeddedStream};
+use shardmill::source::inbox::{Inbox, ReadFrom};
+use shardmill::source::polling::{Polling, PollingReader};
 use shardmill::source::producer::{NewRecord, Producer};
-use shardmill::source::reader::{Polling, PollingReader};
 use shardmill::source::{BatchReader as _, NextBatch, SourceError, client, lineage, stream};
 
 const STREAM: &str = "test";
+
+fn stream_ref() -> StreamRef {
+    StreamRef::parse(STREAM).expect("a name")
+}
 
 /// A server with one stream.
 struct Served {
@@ -33,14 +39,14 @@ async fn served(shards: u32, options: StoreOptions) -> Served {
     };
     let server = EmbeddedStream::start_with(0, options).await.expect("served");
     let client = client::connect(Some(server.url()), None).await.expect("connected");
-    stream::create(&client, STREAM, shards).await.expect("created");
+    stream::create(&client, &stream_ref(), shards).await.expect("created");
     active(&client).await;
     Served { _server: server, client }
 }
 
 async fn active(client: &Client) -> stream::Description {
     let wait = Duration::from_secs(10);
-    stream::wait_active(client, STREAM, wait, &mut |_, _| {}).await.expect("active")
+    stream::wait_active(client, &stream_ref(), wait, &mut |_, _| {}).await.expect("active")
 }
 
 fn record(key: u64, payload: String) -> NewRecord {
@@ -49,7 +55,7 @@ fn record(key: u64, payload: String) -> NewRecord {
 
 impl Served {
     async fn put(&self, records: impl Iterator<Item = NewRecord>) -> Producer {
-        let mut producer = Producer::new(self.client.clone(), STREAM);
+        let mut producer = Producer::new(self.client.clone(), stream_ref());
         for record in records {
             producer.put(record).await.expect("put");
         }
@@ -58,7 +64,7 @@ impl Served {
     }
 
     async fn shards(&self) -> Vec<stream::Shard> {
-        stream::shards(&self.client, STREAM).await.expect("listed")
+        stream::shards(&self.client, &stream_ref()).await.expect("listed")
     }
 
     async fn reader(
@@ -68,16 +74,21 @@ impl Served {
         after: Option<Position>,
         start_at_ms: Option<i64>,
     ) -> PollingReader {
-        let identity = stream::describe(&self.client, STREAM).await.expect("described").identity;
+        let identity =
+            stream::describe(&self.client, &stream_ref()).await.expect("described").identity;
         let key =
             ShardKey { pipeline: "test".into(), stream: identity.into(), shard: shard.clone() };
         let polling = Polling {
             records_per_call_max: 700,
             poll_interval: Duration::from_millis(10),
             is_paced: false,
-            batch: BatchLimits { records_max, bytes_max: 256 << 10 },
         };
-        PollingReader::new(self.client.clone(), key, polling, after, start_at_ms)
+        let batch = BatchLimits { records_max, bytes_max: 256 << 10 };
+        let start = start_at_ms.map_or(ShardStart::Horizon, ShardStart::AtMs);
+        let inbox = Inbox::new(key, batch, ReadFrom { after, start, hash_range: None });
+        let lost = OnLostRecords::Stop;
+        let connection = StreamConnection::new(self.client.clone(), stream_ref(), lost, 64 << 20);
+        PollingReader::new(connection, polling, inbox, None)
     }
 }
 
@@ -219,7 +230,7 @@ async fn a_split_ends_the_parent_and_its_children_begin() {
     assert!(ended);
     let shards = served.shards().await;
     let known = HashMap::from([(parent, ShardState { ended: true, ..ShardState::default() })]);
-    let children = lineage(&shards, &known, StartPosition::Latest).ready;
+    let children = lineage(&shards, &known, &StartPosition::Latest).ready;
     assert_eq!(children.len(), 2);
     for (child, _) in children {
         records.extend(read_all(&mut served.reader(&child, 100, None, None).await).await.0);
@@ -236,8 +247,8 @@ async fn a_stream_is_described_and_deleted() {
     let description = active(&served.client).await;
     assert_eq!(description.open_shards, 3);
     assert!(description.identity.created_ms > 0);
-    stream::delete(&served.client, STREAM, Duration::from_secs(10)).await.expect("deleted");
-    let gone = stream::describe(&served.client, STREAM).await;
+    stream::delete(&served.client, &stream_ref(), Duration::from_secs(10)).await.expect("deleted");
+    let gone = stream::describe(&served.client, &stream_ref()).await;
     assert!(matches!(gone, Err(SourceError::NoSuchStream { .. })), "{gone:?}");
 }
 

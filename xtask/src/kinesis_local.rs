@@ -96,7 +96,8 @@ impl Drop for KinesisLocal {
 fn answers(port: u16) -> std::io::Result<()> {
     let mut connection = TcpStream::connect(("127.0.0.1", port))?;
     connection.set_read_timeout(Some(Duration::from_secs(2)))?;
-    connection.write_all(b"GET /healthcheck HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")?;
+    connection
+        .write_all(b"GET /healthcheck HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")?;
     connection.read_exact(&mut [0; 5])
 }
 

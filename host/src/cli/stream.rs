@@ -21,8 +21,8 @@ use crate::source::connection::StreamConnection;
 use crate::source::embedded::{self, EmbeddedStream};
 use crate::source::inbox::{Inbox, ReadFrom};
 use crate::source::kinesis::KinesisSource;
-use crate::source::producer::{NewRecord, Producer};
 use crate::source::polling::{Polling, PollingReader};
+use crate::source::producer::{NewRecord, Producer};
 use crate::source::{BatchReader as _, NextBatch, ShardSource, SourceError, client, stream};
 
 /// How long a deletion is waited for.
@@ -177,8 +177,7 @@ pub(crate) async fn source(
     let region = kinesis.region.as_deref().or(kinesis.stream.value.region());
     let client = client::connect(url.as_ref(), region).await?;
     ensure(&client, kinesis).await?;
-    let source =
-        KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
+    let source = KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
     Ok((Arc::new(source), started))
 }
 

@@ -170,7 +170,10 @@ impl<'a> Check<'a> {
         types: &'static [&'static str],
     ) -> Option<&'static str> {
         let example = format!("add type = ...; {}", suggest("", "allowed", types));
-        let Some(kind) = table.get_ref().as_table().and_then(|table| table.get("type")) else {
+        let Some(table_value) = table.get_ref().as_table() else {
+            return types.first().copied(); // What it is instead is told by whoever reads it.
+        };
+        let Some(kind) = table_value.get("type") else {
             self.problem(table.span(), "the key `type` is missing", example);
             return None;
         };

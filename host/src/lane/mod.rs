@@ -142,7 +142,8 @@ impl Lane<'_> {
         });
         let now_ms = chrono::Utc::now().timestamp_millis();
         let is_due = self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS);
-        let is_settled = self.deliveries.iter().all(|own| own.progress.borrow().position >= self.at);
+        let is_settled =
+            self.deliveries.iter().all(|own| own.progress.borrow().position >= self.at);
         if behind_ms == 0 && is_due && is_settled {
             match self.shared.checkpoints.caught_up(&self.shard, now_ms).await {
                 Ok(()) => self.caught_up_ms = Some(now_ms),

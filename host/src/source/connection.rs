@@ -155,20 +155,21 @@ impl StreamConnection {
             return Ok(());
         }
         let lost_ms = caught_up_ms.map(|caught_up_ms| (retained_from_ms - caught_up_ms) as u64);
+        let gone = match lost_ms {
+            Some(lost_ms) => {
+                let lost = std::time::Duration::from_secs(lost_ms / 1_000);
+                let (lost, end) = (humantime::format_duration(lost), time_text(retained_from_ms));
+                format!("what arrived in the {lost} before {end} is gone")
+            }
+            None => format!("what arrived before {} is gone", time_text(gap.came_ms)),
+        };
         let error = SourceError::LostRecords {
-            shard: shard.shard.to_string(),
-            stream: shard.stream.name.to_string(),
-            after: gap.asked.to_string(),
-            first: gap.came.to_string(),
-            extent: match lost_ms {
-                Some(lost_ms) => format!(
-                    "all that arrived in the {} before {} are gone",
-                    humantime::format_duration(std::time::Duration::from_secs(lost_ms / 1_000)),
-                    time_text(retained_from_ms),
-                ),
-                None => format!("all that arrived before {} are gone", time_text(gap.came_ms)),
-            },
-            retention_hours,
+            place: format!("stream {}, shard {}", shard.stream.name, shard.shard),
+            extent: format!(
+                "the lane stands at {}, the oldest record that is left is {}, and the stream keeps \
+                 {retention_hours} h: {gone}",
+                gap.asked, gap.came
+            ),
         };
         metrics::counter!("shardmill_source_losses_total", "shard" => shard.shard.to_string())
             .increment(1);

@@ -97,7 +97,11 @@ impl Inbox {
     ///
     /// # Errors
     /// [`SourceError::Call`] for a sequence number that is none.
-    pub fn accept(&mut self, records: Vec<WireRecord>, call: &'static str) -> Result<(), SourceError> {
+    pub fn accept(
+        &mut self,
+        records: Vec<WireRecord>,
+        call: &'static str,
+    ) -> Result<(), SourceError> {
         for record in records {
             self.accept_one(record, call)?;
         }
@@ -127,7 +131,13 @@ impl Inbox {
         let payload = Bytes::from(record.data.into_inner());
         let Some(sub_records) = deaggregate(&payload) else {
             let partition_key = Bytes::from(record.partition_key.unwrap_or_default());
-            self.push(Position { sequence, sub_sequence: 0 }, partition_key, payload, arrived_ms, is_older);
+            self.push(
+                Position { sequence, sub_sequence: 0 },
+                partition_key,
+                payload,
+                arrived_ms,
+                is_older,
+            );
             return Ok(());
         };
         // Amazon's own library drops the whole aggregate too: its producer sees from the answer

@@ -102,24 +102,14 @@ pub enum SourceError {
     },
     /// The stream no longer holds what was not read yet.
     #[error(
-        "records of stream {stream}, shard {shard}, are lost: the lane stands at {after}, the oldest \
-         record that is left is {first}, and the stream keeps {retention_hours} h: {extent}. Raise the \
-         retention for the next time; to go on from the oldest record, set \
-         `on_lost_records = \"continue\"` under [source]"
+        "records of {place} are lost: {extent}. Raise the retention for the next time; to go on from \
+         the oldest record, set `on_lost_records = \"continue\"` under [source]"
     )]
     LostRecords {
-        /// The stream's name.
-        stream: String,
-        /// The shard.
-        shard: String,
-        /// The last record that was read.
-        after: String,
-        /// The oldest record that is left.
-        first: String,
-        /// How much is lost, as far as can be told.
+        /// The stream and the shard.
+        place: String,
+        /// Where the lane stands, what is left, and how much is gone, as far as can be told.
         extent: String,
-        /// How long the stream keeps records.
-        retention_hours: u32,
     },
     /// A call failed.
     #[error("{call} failed for {place}: {cause}")]

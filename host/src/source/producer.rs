@@ -54,13 +54,7 @@ pub struct Producer {
 impl Producer {
     /// A producer for a stream.
     pub fn new(client: Client, stream: StreamRef) -> Self {
-        Self {
-            client,
-            stream,
-            buffer: Vec::new(),
-            buffer_bytes: 0,
-            report: PutReport::default(),
-        }
+        Self { client, stream, buffer: Vec::new(), buffer_bytes: 0, report: PutReport::default() }
     }
 
     /// What the stream has so far.

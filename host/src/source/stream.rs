@@ -159,14 +159,20 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
     }
 }
 
-/// Deletes a stream with its records, and waits until it is gone.
+/// Deletes a stream with its records and its registered consumers, and waits until it is gone.
 ///
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`], [`SourceError::NotReady`] after
 /// `wait_max`.
-pub async fn delete(client: &Client, stream: &StreamRef, wait_max: Duration) -> Result<(), SourceError> {
+pub async fn delete(
+    client: &Client,
+    stream: &StreamRef,
+    wait_max: Duration,
+) -> Result<(), SourceError> {
     let (name, arn) = stream.name_or_arn();
-    let deleted = client.delete_stream().set_stream_name(name).set_stream_arn(arn).send().await;
+    let call = client.delete_stream().set_stream_name(name).set_stream_arn(arn);
+    // Its registered consumers go with it.
+    let deleted = call.enforce_consumer_deletion(true).send().await;
     deleted.map_err(|error| match fault(&error) {
         Fault::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
         _ => call_error("DeleteStream", format!("stream {stream}"), &error),

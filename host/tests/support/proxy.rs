@@ -100,10 +100,7 @@ impl Proxy {
     }
 
     /// Chooses otherwise from now on.
-    pub fn choose(
-        &self,
-        choose: impl FnMut(&str, &mut fastrand::Rng) -> Fault + Send + 'static,
-    ) {
+    pub fn choose(&self, choose: impl FnMut(&str, &mut fastrand::Rng) -> Fault + Send + 'static) {
         *self.choose.lock().expect("no panic") = Box::new(choose);
     }
 
@@ -151,10 +148,9 @@ async fn answer(
         _ => {}
     }
     let connection = TcpStream::connect(upstream).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(connection))
-            .await
-            .map_err(std::io::Error::other)?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(connection))
+        .await
+        .map_err(std::io::Error::other)?;
     tokio::spawn(connection);
     let response = sender.send_request(request).await.map_err(std::io::Error::other)?;
     let (mut head, body) = response.into_parts();

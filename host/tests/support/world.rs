@@ -64,12 +64,7 @@ impl World {
     }
 
     /// The stream lies on a server that is there already.
-    pub fn at(
-        folder: tempfile::TempDir,
-        url: &str,
-        server: Option<Process>,
-        shards: u32,
-    ) -> Self {
+    pub fn at(folder: tempfile::TempDir, url: &str, server: Option<Process>, shards: u32) -> Self {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         let url = url::Url::parse(url).expect("a URL");
         let address = url.as_str().trim_start_matches("http://").trim_end_matches('/').to_owned();
@@ -252,7 +247,8 @@ linger = "50 ms"
         let mart = self.mart();
         let mut query = mart.prepare("SELECT id, key, n FROM rows ORDER BY rowid").expect("sql");
         let rows = query.query_map((), |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
-        let rows: Vec<(u64, String, u64)> = rows.expect("rows").map(|row| row.expect("a row")).collect();
+        let rows: Vec<(u64, String, u64)> =
+            rows.expect("rows").map(|row| row.expect("a row")).collect();
         assert_once_in_order(rows, count);
     }
 }
