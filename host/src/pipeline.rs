@@ -28,6 +28,7 @@ pub async fn run_lane(
                 NextBatch::Batch(batch) => batch,
                 NextBatch::Idle { behind_ms } => { lane.idle(behind_ms).await; continue }
                 NextBatch::ShardEnd => break LaneEnd::ShardEnd,
+                NextBatch::SourceEnd => break LaneEnd::SourceEnd,
             },
         };
         // A batch that straddles a change of generation is run in two parts.

@@ -124,6 +124,12 @@ impl SequenceNumber {
     }
 }
 
+impl From<u64> for SequenceNumber {
+    fn from(number: u64) -> Self {
+        Self(number.to_string().into())
+    }
+}
+
 impl Ord for SequenceNumber {
     fn cmp(&self, other: &Self) -> Ordering {
         (self.0.len(), &self.0).cmp(&(other.0.len(), &other.0))

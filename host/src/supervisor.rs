@@ -115,12 +115,15 @@ impl Supervisor {
             stop: lanes_stop.clone(),
             running: HashSet::new(),
             tasks: JoinSet::new(),
+            source_ended: false,
         };
         let mut ended = lanes.discover().await?;
         let mut discovery = tokio::time::interval(DISCOVERY_INTERVAL);
         let mut glance = tokio::time::interval(Duration::from_millis(100));
         let mut fatal = None;
-        while !(lanes.tasks.is_empty() && (ended || lanes_stop.is_cancelled())) {
+        while !(lanes.tasks.is_empty()
+            && (ended || lanes.source_ended || lanes_stop.is_cancelled()))
+        {
             tokio::select! {
                 Some(done) = lanes.tasks.join_next() => match lanes.ended(done?) {
                     Ok(true) => discovery.reset_immediately(),
@@ -157,6 +160,8 @@ struct Lanes {
     stop: CancellationToken,
     running: HashSet<ShardId>,
     tasks: JoinSet<(ShardId, Result<LaneEnd, LaneError>)>,
+    /// The source has nothing more for now, and nobody waits for it.
+    source_ended: bool,
 }
 
 impl Lanes {
@@ -213,11 +218,14 @@ impl Lanes {
         &mut self,
         (shard, end): (ShardId, Result<LaneEnd, LaneError>),
     ) -> Result<bool, LaneError> {
-        self.running.remove(&shard);
         let end = end?;
+        self.source_ended |= end == LaneEnd::SourceEnd;
+        if end != LaneEnd::SourceEnd {
+            self.running.remove(&shard);
+        }
         self.shared.board.update(&shard, |status| {
             status.running = false;
-            status.ended = end == LaneEnd::ShardEnd;
+            status.ended = end != LaneEnd::Stopped;
         });
         Ok(end == LaneEnd::ShardEnd)
     }

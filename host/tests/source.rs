@@ -109,7 +109,7 @@ async fn read_all(reader: &mut PollingReader) -> (Vec<(Position, String)>, bool)
                 }));
             }
             NextBatch::Idle { .. } => return (records, false),
-            NextBatch::ShardEnd => return (records, true),
+            NextBatch::ShardEnd | NextBatch::SourceEnd => return (records, true),
         }
     }
 }

@@ -161,7 +161,9 @@ pub(crate) async fn source(
 ) -> anyhow::Result<(Arc<dyn ShardSource>, Option<EmbeddedStream>)> {
     let kinesis = match &config.source.kind {
         SourceKind::Kinesis(kinesis) => kinesis,
-        SourceKind::File(_) => bail!("the source `file` is not there yet"),
+        SourceKind::File(file) => {
+            return Ok((crate::source::file::source(file, config.source.batch)?, None));
+        }
     };
     let (url, started) = match &kinesis.endpoint {
         Endpoint::Aws => (None, None),
@@ -425,7 +427,9 @@ async fn tail(
                     }
                     NextBatch::Idle { .. } if no_follow => return Ok(()),
                     NextBatch::Idle { .. } => {}
-                    NextBatch::ShardEnd => return Ok::<(), SourceError>(()),
+                    NextBatch::ShardEnd | NextBatch::SourceEnd => {
+                        return Ok::<(), SourceError>(());
+                    }
                 }
             }
         });

@@ -69,6 +69,8 @@ pub enum LaneEnd {
     Stopped,
     /// The shard was closed, and everything in it is settled.
     ShardEnd,
+    /// The source has nothing more for now, and everything that it had is settled.
+    SourceEnd,
 }
 
 /// Why a lane ended early.
@@ -341,8 +343,9 @@ impl Lane<'_> {
         let deliveries = std::mem::take(&mut self.deliveries);
         let flushed = match end {
             LaneEnd::Stopped => drain(&deliveries).await,
-            // Children wait for the end: there is no hurry, only completeness.
-            LaneEnd::ShardEnd => tokio::select! {
+            // Children, or somebody at a prompt, wait for the end: there is no hurry, only
+            // completeness.
+            LaneEnd::ShardEnd | LaneEnd::SourceEnd => tokio::select! {
                 all = flush(&deliveries) => all,
                 () = self.stop.cancelled() => drain(&deliveries).await,
             },
@@ -354,7 +357,7 @@ impl Lane<'_> {
         for delivery in deliveries {
             delivery.join().await?;
         }
-        Ok(if ended { LaneEnd::ShardEnd } else { LaneEnd::Stopped })
+        Ok(if flushed { end } else { LaneEnd::Stopped })
     }
 
     fn block(&self, part: &str, cause: &str) {

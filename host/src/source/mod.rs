@@ -3,7 +3,7 @@
 //! [`kinesis::KinesisSource`] reads a stream: `client` reaches the server, `connection` is what its
 //! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
 //! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
-//! read, `embedded` serves a stream of our own, `stream` and `producer` are for those who make
+//! read, `embedded` serves a stream of our own, [`file::FileSource`] reads a file instead, `stream` and `producer` are for those who make
 //! streams and fill them.
 
 pub mod aggregate;
@@ -11,6 +11,7 @@ pub mod client;
 pub mod connection;
 pub mod embedded;
 mod fan_out;
+pub mod file;
 pub mod inbox;
 pub mod kinesis;
 pub mod lineage;
@@ -38,6 +39,8 @@ pub enum NextBatch {
     },
     /// The shard is closed and was read to its end.
     ShardEnd,
+    /// Nothing more comes for now, and nobody waits for it: a file was read to its end.
+    SourceEnd,
 }
 
 /// Why a source did not do what it was asked.
@@ -111,6 +114,16 @@ pub enum SourceError {
         /// Where the lane stands, what is left, and how much is gone, as far as can be told.
         extent: String,
     },
+    /// A file cannot be read.
+    #[error("{path}: {what}: {cause}")]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What was tried, and where in the file.
+        what: String,
+        /// The cause.
+        cause: String,
+    },
     /// A call failed.
     #[error("{call} failed for {place}: {cause}")]
     Call {
@@ -136,7 +149,7 @@ impl SourceError {
 
     /// Whether a person must decide: to try again could lose or double records.
     pub fn needs_a_person(&self) -> bool {
-        matches!(self, Self::Replaced { .. } | Self::LostRecords { .. })
+        matches!(self, Self::Replaced { .. } | Self::LostRecords { .. } | Self::File { .. })
     }
 }
 
