@@ -24,11 +24,12 @@ pub async fn run_lane(
         let batch = tokio::select! {
             () = stop.cancelled() => break LaneEnd::Stopped,
             why = lane.sink_ended() => return Err(why),
-            next = reader.next_batch() => match next? {
-                NextBatch::Batch(batch) => batch,
-                NextBatch::Idle { behind_ms } => { lane.idle(behind_ms).await; continue }
-                NextBatch::ShardEnd => break LaneEnd::ShardEnd,
-                NextBatch::SourceEnd => break LaneEnd::SourceEnd,
+            next = reader.next_batch() => match next {
+                Ok(NextBatch::Batch(batch)) => batch,
+                Ok(NextBatch::Idle { behind_ms }) => { lane.idle(behind_ms).await; continue }
+                Ok(NextBatch::ShardEnd) => break LaneEnd::ShardEnd,
+                Ok(NextBatch::SourceEnd) => break LaneEnd::SourceEnd,
+                Err(error) => { lane.settle(LaneEnd::Stopped).await?; return Err(error.into()) }
             },
         };
         // A batch that straddles a change of generation is run in two parts.

@@ -312,10 +312,11 @@ fn open_at(config: &FileConfig, at: u64) -> Result<File, SourceError> {
             return Err(SourceError::File {
                 path: config.path.clone(),
                 what: format!("cannot go on at byte {at} of {length}"),
-                cause: "no line ends there any more: the file was cut or written over, or its last \
+                cause:
+                    "no line ends there any more: the file was cut or written over, or its last \
                         line was read before it was complete. Put the old file back, or read this \
                         one under another path"
-                    .into(),
+                        .into(),
             });
         }
         file.seek(SeekFrom::Start(at)).map_err(error)?;
