@@ -2,10 +2,11 @@
 //!
 //! [`kinesis::KinesisSource`] is the source there is; `client` makes its connection, `embedded`
 //! serves a stream of our own, `reader` reads one shard, `lineage` says which shards may be read,
-//! `stream` and `producer` are for those who make streams and fill them.
+//! `stream`, `input` and `producer` are for those who make streams and fill them.
 
 pub mod client;
 pub mod embedded;
+pub mod input;
 pub mod kinesis;
 pub mod lineage;
 pub mod producer;
