@@ -183,9 +183,7 @@ impl Lanes {
                 // process died is not begun later than it was. Rounded down: some servers know
                 // arrival times by the second, and to read a second's records from before the
                 // start is better than to lose those after it.
-                StartPosition::Latest => {
-                    ShardStart::AtMs(chrono::Utc::now().timestamp() * 1_000)
-                }
+                StartPosition::Latest => ShardStart::AtMs(chrono::Utc::now().timestamp() * 1_000),
                 StartPosition::AtTimestampMs(at) => ShardStart::AtMs(*at),
                 StartPosition::AtSequence(places) => places
                     .get(&shard)

@@ -14,8 +14,8 @@ use super::diagnostic::suggest;
 use super::env::{Lookup, substitute_table};
 use super::raw::{RawAdmin, RawPipeline};
 use super::{
-    ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, bindings, intake, sink,
-    source, stage,
+    ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, bindings, intake,
+    sink, source, stage,
 };
 use crate::record::PipelineName;
 

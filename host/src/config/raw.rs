@@ -60,7 +60,10 @@ pub(super) struct RawFile {
 
 /// `source.assume_role`
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table such as { arn = \"arn:aws:iam::123456789012:role/reader\" }")]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a table such as { arn = \"arn:aws:iam::123456789012:role/reader\" }"
+)]
 pub(super) struct RawAssumeRole {
     pub arn: Spanned<Text>,
     pub external_id: Maybe<Text>,

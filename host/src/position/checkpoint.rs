@@ -73,11 +73,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`StateError`]; the shard must not be read then.
-    pub async fn begin(
-        &self,
-        shard: &ShardKey,
-        start: &ShardStart,
-    ) -> Result<(), StateError> {
+    pub async fn begin(&self, shard: &ShardKey, start: &ShardStart) -> Result<(), StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (at_ms, at_sequence) = match start {
             ShardStart::Horizon => (None, None),

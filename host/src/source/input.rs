@@ -248,8 +248,7 @@ impl<R: BufRead> Input<R> {
             // A line that is too long was not read to its end: its size is what is wrong with it.
             if line.len() <= RECORD_BYTES_MAX {
                 let place = || self.line_place();
-                check_json(&line)
-                    .map_err(|cause| InputError::NotJson { place: place(), cause })?;
+                check_json(&line).map_err(|cause| InputError::NotJson { place: place(), cause })?;
             }
             return Ok(Some(line));
         }
@@ -336,7 +335,10 @@ mod tests {
         input.skip_lines(1).unwrap();
         assert_eq!(input.next_record().unwrap().unwrap().payload, "{}");
         let said = input.next_record().unwrap_err().to_string();
-        assert!(said.starts_with("in:3: not JSON: EOF while parsing an object at column 1;"), "{said}");
+        assert!(
+            said.starts_with("in:3: not JSON: EOF while parsing an object at column 1;"),
+            "{said}"
+        );
     }
 
     #[test]
@@ -368,7 +370,10 @@ mod tests {
     fn binary_records_are_cut_by_their_lengths() {
         let whole = b"\0\0\0\x02ab\0\0\0\0\0\0\0\x01\n";
         let fixed = || KeyRule::Fixed("k".into());
-        assert_eq!(read(Format::Binary, fixed(), whole), pairs(&[("k", "ab"), ("k", ""), ("k", "\n")]));
+        assert_eq!(
+            read(Format::Binary, fixed(), whole),
+            pairs(&[("k", "ab"), ("k", ""), ("k", "\n")])
+        );
         for (end, at) in [(2, 0), (5, 0), (8, 6), (14, 10)] {
             let said = read(Format::Binary, fixed(), &whole[..end]).unwrap_err();
             assert!(said.starts_with(&format!("in at byte {at}: ")), "cut at {end}: {said}");

@@ -25,12 +25,7 @@ impl KinesisSource {
             is_paced: config.endpoint != Endpoint::Embedded,
             batch,
         };
-        Self {
-            client,
-            stream: config.stream.value.clone(),
-            start: config.start.clone(),
-            polling,
-        }
+        Self { client, stream: config.stream.value.clone(), start: config.start.clone(), polling }
     }
 }
 

@@ -158,7 +158,11 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`], [`SourceError::NotReady`] after
 /// `wait_max`.
-pub async fn delete(client: &Client, stream: &StreamRef, wait_max: Duration) -> Result<(), SourceError> {
+pub async fn delete(
+    client: &Client,
+    stream: &StreamRef,
+    wait_max: Duration,
+) -> Result<(), SourceError> {
     let (name, arn) = stream.name_or_arn();
     let deleted = client.delete_stream().set_stream_name(name).set_stream_arn(arn).send().await;
     deleted.map_err(|error| match fault(&error) {
