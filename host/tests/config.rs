@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use shardmill::config::{
-    self, BatchLimits, Compression, ConfigError, Endpoint, OnPositionMismatch, PipelineConfig,
-    SinkKind, StageLimits, StartPosition,
+    self, BatchLimits, Compression, ConfigError, Endpoint, KinesisConfig, OnPositionMismatch,
+    PipelineConfig, SinkKind, StageLimits, StartPosition,
 };
 
 /// The environment of every test here.
@@ -63,8 +63,8 @@ fn the_pipeline_at_the_root_loads() {
     let config = config.unwrap_or_else(|error| panic!("{}", error.render(false)));
     assert_eq!(config.name.as_str(), "cars");
     assert_eq!(config.state_dir, root.join("state"));
-    assert_eq!(config.source.endpoint, Endpoint::Embedded);
-    assert_eq!(config.source.create.map(|create| create.shards), Some(5));
+    assert_eq!(kinesis(&config).endpoint, Endpoint::Embedded);
+    assert_eq!(kinesis(&config).create.map(|create| create.shards), Some(5));
     let stages: Vec<&str> = config.stages.iter().map(|stage| stage.name.value.as_str()).collect();
     assert_eq!(stages, ["decode", "transform", "route"]);
     assert_eq!(config.stages[0].plugin.value, root.join("plugins/prebuilt/car-decode.wasm"));
@@ -106,15 +106,23 @@ fn what_the_root_shows_as_default_is_the_default() {
     assert_eq!(full.buffer_bytes_max, plain.buffer_bytes_max);
     assert_eq!(full.rejected_max, plain.rejected_max);
     assert_eq!(full.on_position_mismatch, plain.on_position_mismatch);
-    assert_eq!(full.source.start, plain.source.start);
+    assert_eq!(kinesis(&full).start, kinesis(&plain).start);
     assert_eq!(full.source.batch, plain.source.batch);
-    assert_eq!(full.source.poll_interval, plain.source.poll_interval);
-    assert_eq!(full.source.records_per_call_max, plain.source.records_per_call_max);
+    assert_eq!(kinesis(&full).poll_interval, kinesis(&plain).poll_interval);
+    assert_eq!(kinesis(&full).records_per_call_max, kinesis(&plain).records_per_call_max);
     assert_eq!(full.stages[0].limits, plain.stages[0].limits);
     for (full, plain) in full.sinks.iter().zip(&plain.sinks) {
         assert_eq!(full.rhythm, plain.rhythm);
     }
     assert_eq!((plain.admin, full.admin), (None, "127.0.0.1:9901".parse().ok()));
+    // Written out, an intake is what its address alone makes it.
+    let alone = parse(&format!("{text}\n[intake]\nlisten = \"127.0.0.1:8080\"\n"));
+    let alone = alone.unwrap_or_else(|error| panic!("{}", error.render(false)));
+    assert_eq!((plain.intake.is_none(), &full.intake), (true, &alone.intake));
+}
+
+fn kinesis(config: &PipelineConfig) -> &KinesisConfig {
+    config.source.kinesis().unwrap_or_else(|| panic!("{:?} is no stream", config.source))
 }
 
 fn is_toml(line: &str) -> bool {
@@ -174,8 +182,8 @@ fn every_value_arrives() {
     assert_eq!(config.state_dir, Path::new("conf/state"));
     assert_eq!(config.on_position_mismatch, OnPositionMismatch::Checkpoint);
     assert_eq!((config.rejected_max.of_last_1000, config.rejected_max.in_a_row), (0, 100));
-    assert_eq!(config.source.start, StartPosition::AtTimestampMs(1_769_817_600_000));
-    assert_eq!(config.source.poll_interval, Duration::from_millis(10));
+    assert_eq!(kinesis(&config).start, StartPosition::AtTimestampMs(1_769_817_600_000));
+    assert_eq!(kinesis(&config).poll_interval, Duration::from_millis(10));
     assert_eq!(config.source.batch, BatchLimits { records_max: 10, bytes_max: 1024 });
     let [one, two] = &config.stages[..] else { panic!("two stages") };
     assert_eq!(one.plugin.value, Path::new("/opt/one.wasm"));
