@@ -7,6 +7,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod intake;
 pub mod lane;
 pub mod lease;
 pub mod pipeline;

@@ -115,6 +115,10 @@ fn what_the_root_shows_as_default_is_the_default() {
         assert_eq!(full.rhythm, plain.rhythm);
     }
     assert_eq!((plain.admin, full.admin), (None, "127.0.0.1:9901".parse().ok()));
+    // Written out, an intake is what its address alone makes it.
+    let alone = parse(&format!("{text}\n[intake]\nlisten = \"127.0.0.1:8080\"\n"));
+    let alone = alone.unwrap_or_else(|error| panic!("{}", error.render(false)));
+    assert_eq!((plain.intake.is_none(), &full.intake), (true, &alone.intake));
 }
 
 fn kinesis(config: &PipelineConfig) -> &KinesisConfig {

@@ -133,6 +133,10 @@ fn describe() {
     describe_counter!("shardmill_sink_retries_total", "commits tried again");
     describe_counter!("shardmill_dead_letters_total", "records dead-lettered, by place");
     describe_counter!("shardmill_lane_restarts_total", "lanes started anew after a failure");
+    describe_counter!("shardmill_intake_requests_total", "requests answered, by status");
+    describe_counter!("shardmill_intake_records_total", "records that the intake put");
+    describe_counter!("shardmill_intake_bytes_total", "payload bytes that the intake put");
+    describe_gauge!("shardmill_intake_in_flight_bytes", "bytes on their way to the stream");
     describe_gauge!("shardmill_blocked", "parts of a shard's lane that do not go on");
     describe_gauge!("shardmill_buffer_bytes", "bytes that the sinks' buffers hold");
 }

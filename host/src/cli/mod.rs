@@ -2,6 +2,7 @@
 
 mod check;
 mod demo;
+mod intake;
 mod plugin;
 mod progress;
 mod run;
@@ -60,6 +61,9 @@ enum Command {
     /// Prove a pipeline: its file, its plugins, its sinks. Reads no record.
     #[command(after_help = "Example:\n  shardmill check pipeline.toml --json")]
     Check(check::Options),
+    /// Take events by HTTP and put them on the pipeline's stream, without running the pipeline.
+    #[command(after_help = "Example:\n  shardmill intake pipeline.toml")]
+    Intake(intake::Options),
     /// Create, fill, look at and delete streams; serve the embedded one.
     #[command(subcommand)]
     Stream(stream::Command),
@@ -133,6 +137,7 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Demo(options) => demo::demo(options, console).await,
         Command::Run(options) => run::run(options, console).await,
         Command::Check(options) => check::check(options, console).await,
+        Command::Intake(options) => intake::intake(options, console).await,
         Command::Stream(command) => stream::stream(command, console).await,
         Command::Plugin(command) => plugin::plugin(command, console),
         Command::Completions { .. } => Ok(()),

@@ -8,10 +8,12 @@ use tokio_util::sync::CancellationToken;
 use super::{Console, PipelineFile, load, sinks, stream};
 use crate::admin::{AdminPort, Metrics};
 use crate::config::PipelineConfig;
+use crate::intake::IntakePort;
 use crate::lane::Board;
 use crate::position::DeadLetters;
 use crate::record::SinkName;
 use crate::source::ShardSource;
+use crate::source::producer::StreamWriter;
 use crate::supervisor::{RunOptions, Supervisor};
 
 #[derive(clap::Args)]
@@ -44,21 +46,43 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         Some(address) => Some(AdminPort::open(address).await?),
         None => None,
     };
+    let intake_port = match &config.intake {
+        Some(intake) => Some(IntakePort::open(intake).await?),
+        None => None,
+    };
     let stop = stop_on_signals()?;
     let run_options = RunOptions {
         until_caught_up: options.until_caught_up,
         dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
         embedded_plugin: |_| None,
     };
-    let (source, _embedded) = stream::source(&config).await?;
+    let (source, embedded) = stream::source(&config).await?;
+    let intake = match (intake_port, config.source.kinesis()) {
+        (Some(port), Some(kinesis)) => {
+            let client = stream::intake_client(&config, kinesis, embedded.as_ref()).await?;
+            Some((port, StreamWriter::new(client, kinesis.stream.value.clone())))
+        }
+        _ => None,
+    };
     let supervisor = prepare(config, source, run_options).await?;
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
         admin.serve(supervisor.board(), metrics, stop.clone());
     }
     let (board, letters) = (supervisor.board(), supervisor.letters());
+    // Of its own, so that it ends as well when the pipeline ends by itself.
+    let intake_stop = stop.child_token();
+    let intake = intake.map(|(port, writer)| {
+        console.say(format!("intake http://{}/events", port.address()));
+        port.serve(writer, intake_stop.clone())
+    });
     console.say("running; stop with Ctrl-C or SIGTERM");
-    supervisor.run(stop).await?;
+    let ran = supervisor.run(stop).await;
+    intake_stop.cancel();
+    if let Some(intake) = intake {
+        intake.finished(&intake_stop).await;
+    }
+    ran?;
     let summary = summarize(&board, &letters).await?;
     console.say(format!(
         "stopped: {} records, {} of them replayed, {} dead letters in the store",

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::config::{PipelineConfig, SinkKind};
 use crate::sink::Sink;
+use crate::sink::discard::DiscardSink;
 use crate::sink::objects::ObjectsSink;
 use crate::sink::postgres::PostgresSink;
 use crate::sink::sqlite::SqliteSink;
@@ -15,6 +16,7 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
     for sink in &config.sinks {
         let name = sink.name.value.clone();
         sinks.push(match &sink.kind {
+            SinkKind::Discard => Arc::new(DiscardSink::new(name)),
             SinkKind::Stdout { template } => Arc::new(StdoutSink::new(name, template.as_deref())?),
             SinkKind::Sqlite { path, table, create } => {
                 Arc::new(SqliteSink::new(name, path, table, *create)?)

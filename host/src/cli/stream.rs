@@ -1,13 +1,12 @@
 //! `shardmill stream`: the stream of a pipeline, or any other.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use aws_sdk_kinesis::Client;
-use bytes::Bytes;
 use serde::Serialize;
 use url::Url;
 
@@ -20,9 +19,10 @@ use crate::record::{ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::connection::StreamConnection;
 use crate::source::embedded::{self, EmbeddedStream};
 use crate::source::inbox::{Inbox, ReadFrom};
+use crate::source::input::{Format, Input, KeyRule};
 use crate::source::kinesis::KinesisSource;
 use crate::source::polling::{Polling, PollingReader};
-use crate::source::producer::{NewRecord, Producer};
+use crate::source::producer::{Producer, PutReport};
 use crate::source::{BatchReader as _, NextBatch, ShardSource, SourceError, client, stream};
 
 /// How long a deletion is waited for.
@@ -60,18 +60,12 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Put the lines of files, or of standard input, as records.
+    /// Put the records of files, or of standard input, at least once.
     #[command(after_help = "Examples:\n  shardmill stream put flights.csv --skip 1\n  \
-                            echo '{\"id\":1}' | shardmill stream put --key user-1")]
+                            echo '{\"id\":1}' | shardmill stream put --format ndjson --key-field id")]
     Put {
-        /// The files; none: standard input.
-        files: Vec<PathBuf>,
-        /// The partition key of all records; default: the line's number, which spreads them.
-        #[arg(long)]
-        key: Option<String>,
-        /// Lines to leave out at the beginning of each file.
-        #[arg(long, default_value_t = 0)]
-        skip: usize,
+        #[command(flatten)]
+        options: PutOptions,
         #[command(flatten)]
         place: Place,
     },
@@ -92,6 +86,29 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
     },
+}
+
+/// What is put, and how.
+#[derive(clap::Args)]
+pub struct PutOptions {
+    /// The files; none, or `-`: standard input.
+    files: Vec<PathBuf>,
+    /// How records lie in the files.
+    #[arg(long, value_enum, default_value_t = Format::Lines)]
+    format: Format,
+    /// The partition key of all records; default: the record's number, which spreads them.
+    #[arg(long, conflicts_with = "key_field")]
+    key: Option<String>,
+    /// The top-level member of each JSON record that is its partition key.
+    #[arg(long, value_name = "NAME")]
+    key_field: Option<String>,
+    /// Lines to leave out at the beginning of each file.
+    #[arg(long, default_value_t = 0)]
+    skip: u64,
+    /// Put at most one record of a partition key in a request, so that a refused record is never
+    /// overtaken by a later one of its key.
+    #[arg(long)]
+    strict_order: bool,
 }
 
 /// Which stream, and where.
@@ -136,9 +153,10 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
             let found = stream::describe(&client, target.name()?).await?;
             report(&client, target.name()?, found, console).await
         }
-        Command::Put { files, key, skip, place } => {
+        Command::Put { options, place } => {
+            options.check()?;
             let (target, client) = place.connect().await?;
-            put(client, target.name()?, files, key, skip, console).await
+            put(client, target.name()?, options, console).await
         }
         Command::Tail { limit, no_follow, place } => {
             let (target, client) = place.connect().await?;
@@ -183,6 +201,33 @@ pub(crate) async fn source(
     Ok((Arc::new(source), started))
 }
 
+/// A connection to put events on a pipeline's stream, beside its source: `started` is the embedded
+/// stream that was started for that, if it was.
+pub(crate) async fn intake_client(
+    config: &PipelineConfig,
+    kinesis: &KinesisConfig,
+    started: Option<&EmbeddedStream>,
+) -> anyhow::Result<Client> {
+    let url = match (&kinesis.endpoint, started) {
+        (Endpoint::Aws, _) => None,
+        (Endpoint::Url(url), _) => Some(url.clone()),
+        (Endpoint::Embedded, Some(started)) => Some(started.url().clone()),
+        (Endpoint::Embedded, None) => Some(embedded_url(&config.state_dir)?),
+    };
+    let region = kinesis.region.as_deref().or(kinesis.stream.value.region());
+    Ok(client::connect(url.as_ref(), region).await?)
+}
+
+/// The embedded stream that another process serves.
+fn embedded_url(state_dir: &Path) -> anyhow::Result<Url> {
+    embedded::find(state_dir).with_context(|| {
+        format!(
+            "no embedded stream is served from {}; start one with `shardmill stream serve`",
+            state_dir.display()
+        )
+    })
+}
+
 /// Creates the pipeline's stream when it is missing and `create` is set.
 pub(crate) async fn ensure(client: &Client, config: &KinesisConfig) -> anyhow::Result<()> {
     let name = &config.stream.value;
@@ -212,6 +257,19 @@ pub(crate) async fn create_and_wait(
     let description = stream::wait_active(client, name, create.wait_max, &mut glance).await?;
     progress.done();
     Ok(description)
+}
+
+impl PutOptions {
+    /// Options that say nothing together.
+    fn check(&self) -> anyhow::Result<()> {
+        if self.key_field.is_some() && self.format != Format::Ndjson {
+            bail!("--key-field takes the key from JSON: add --format ndjson");
+        }
+        if self.skip > 0 && self.format == Format::Binary {
+            bail!("--skip leaves out lines, and --format binary has none: take one of them away");
+        }
+        Ok(())
+    }
 }
 
 impl Place {
@@ -254,13 +312,7 @@ impl Place {
         let url = match &target.endpoint {
             Endpoint::Aws => None,
             Endpoint::Url(url) => Some(url.clone()),
-            Endpoint::Embedded => match embedded::find(&target.state_dir) {
-                Some(url) => Some(url),
-                None => bail!(
-                    "no embedded stream is served from {}; start one with `shardmill stream serve`",
-                    target.state_dir.display()
-                ),
-            },
+            Endpoint::Embedded => Some(embedded_url(&target.state_dir)?),
         };
         let client = client::connect(url.as_ref(), target.region.as_deref()).await?;
         Ok((target, client))
@@ -342,51 +394,82 @@ async fn report(
     console.report(&report)
 }
 
+/// What a put did, for its last line.
+#[derive(Serialize)]
+struct PutSummary {
+    records: u64,
+    bytes: u64,
+    retried: u64,
+    seconds: f64,
+    records_per_second: f64,
+}
+
 async fn put(
     client: Client,
     name: &StreamRef,
-    files: Vec<PathBuf>,
-    key: Option<String>,
-    skip: usize,
+    options: PutOptions,
     console: &Console,
 ) -> anyhow::Result<()> {
     stream::describe(&client, name).await?;
-    let mut producer = Producer::new(client, name.clone());
+    let begun = Instant::now();
+    let mut producer = Producer::new(client, name.clone()).strict_order(options.strict_order);
     let mut progress = Progress::start(&format!("putting records on {name}"), None);
-    let inputs: Vec<Option<PathBuf>> = match files.is_empty() {
-        true => vec![None],
-        false => files.into_iter().map(Some).collect(),
+    let key = match (options.key, options.key_field) {
+        (Some(key), _) => KeyRule::Fixed(key),
+        (None, Some(member)) => KeyRule::Member(member),
+        (None, None) => KeyRule::Number,
     };
     let mut number = 0u64;
-    for input in inputs {
-        let reader: Box<dyn std::io::Read + Send> = match &input {
-            None => Box::new(std::io::stdin()),
-            Some(path) => Box::new(
-                std::fs::File::open(path)
-                    .with_context(|| format!("failed to read {}", path.display()))?,
-            ),
-        };
-        for line in BufReader::new(reader).split(b'\n').skip(skip) {
-            let mut line = line.context("failed to read a line")?;
-            if line.last() == Some(&b'\r') {
-                line.pop();
-            }
-            let partition_key = key.clone().unwrap_or_else(|| number.to_string());
-            producer.put(NewRecord { partition_key, payload: Bytes::from(line) }).await?;
+    for file in input_files(options.files) {
+        let (reader, place) = open_input(file.as_deref())?;
+        let mut input = Input::new(reader, place, options.format, key.clone(), number);
+        input.skip_lines(options.skip)?;
+        while let Some(record) = input.next_record()? {
+            producer.put(record).await?;
             number += 1;
             if number.is_multiple_of(PROGRESS_RECORDS) {
-                progress.at(number, "");
+                progress.at(number, &rate(producer.report(), begun));
             }
         }
     }
     producer.flush().await?;
     progress.done();
-    let report = producer.report();
+    let (report, seconds) = (producer.report(), begun.elapsed().as_secs_f64());
+    let summary = PutSummary {
+        records: report.records,
+        bytes: report.bytes,
+        retried: report.retried,
+        seconds,
+        records_per_second: report.records as f64 / seconds.max(f64::EPSILON),
+    };
     console.say(format!(
-        "put {} records, {} bytes, {} retried",
-        report.records, report.bytes, report.retried
+        "put {} records, {} bytes, {} retried, in {seconds:.1} s ({:.0} records/s)",
+        summary.records, summary.bytes, summary.retried, summary.records_per_second
     ));
-    console.report(&report)
+    console.report(&summary)
+}
+
+/// The files that were named; none, or `-`: standard input, as `None`.
+fn input_files(files: Vec<PathBuf>) -> Vec<Option<PathBuf>> {
+    match files.is_empty() {
+        true => vec![None],
+        false => files.into_iter().map(|file| (file != Path::new("-")).then_some(file)).collect(),
+    }
+}
+
+fn open_input(file: Option<&Path>) -> anyhow::Result<(Box<dyn BufRead + Send>, String)> {
+    let Some(path) = file else {
+        return Ok((Box::new(BufReader::new(std::io::stdin())), "standard input".into()));
+    };
+    let opened = std::fs::File::open(path);
+    let opened = opened.with_context(|| format!("failed to read {}", path.display()))?;
+    Ok((Box::new(BufReader::new(opened)), path.display().to_string()))
+}
+
+/// How much the stream has, and how quickly it came.
+fn rate(report: PutReport, begun: Instant) -> String {
+    let per_second = report.records as f64 / begun.elapsed().as_secs_f64().max(f64::EPSILON);
+    format!("{}, {per_second:.0} records/s", bytesize::ByteSize(report.bytes))
 }
 
 #[derive(Serialize)]

@@ -33,7 +33,7 @@ pub(super) fn read(
     let body = check.size(&raw.body, BODY_BYTES, BYTES_MIN..=BODY_BYTES_MAX);
     let in_flight = check.size(&raw.in_flight, IN_FLIGHT_BYTES, BYTES_MIN..=IN_FLIGHT_BYTES_MAX);
     let key = match &raw.key {
-        Some(raw) => Some(check.filled(raw, "key's member")?),
+        Some(raw) => Some(check.filled(raw, "JSON member")?),
         None => None,
     };
     Some(IntakeConfig {

@@ -42,7 +42,8 @@ pub struct PipelineConfig {
     pub state_dir: PathBuf,
     /// Where records come from.
     pub source: SourceConfig,
-    /// The stages, in the order in which records pass them; at least one.
+    /// The stages, in the order in which records pass them; none: every record goes to every sink as
+    /// it came.
     pub stages: Vec<StageConfig>,
     /// The sinks, at least one.
     pub sinks: Vec<SinkConfig>,
@@ -360,6 +361,8 @@ pub struct Rhythm {
 /// The sinks that there are.
 #[derive(Clone, Debug)]
 pub enum SinkKind {
+    /// To nowhere.
+    Discard,
     /// One line per row on standard output; at least once.
     Stdout {
         /// With `{field}` for a JSON field and `{shard}`, `{sequence}`, `{key}`, `{route}`;

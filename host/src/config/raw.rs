@@ -122,6 +122,16 @@ pub(super) struct RawLimits {
     pub retry: Maybe<Span>,
 }
 
+/// `[[sink]]` with `type = "discard"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawDiscard {
+    pub name: Spanned<Text>,
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub commit: Option<RawCommit>,
+}
+
 /// `[[sink]]` with `type = "stdout"`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]

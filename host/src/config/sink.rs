@@ -12,11 +12,11 @@ use url::Url;
 use super::check::{Check, bytes_text};
 use super::diagnostic::suggest;
 use super::load::shaped;
-use super::raw::{RawCommit, RawObjects, RawPostgres, RawSqlite, RawStdout, Text};
+use super::raw::{RawCommit, RawDiscard, RawObjects, RawPostgres, RawSqlite, RawStdout, Text};
 use super::{Compression, Rhythm, SinkConfig, SinkKind, json};
 
 /// The values of `type`.
-static TYPES: [&str; 4] = ["stdout", "sqlite", "postgres", "objects"];
+static TYPES: [&str; 5] = ["stdout", "sqlite", "postgres", "objects", "discard"];
 /// The schemes of `url` whose stores can create an object only if it is not there, which the
 /// claim log rests on.
 const SCHEMES: [&str; 9] = ["file", "s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"];
@@ -57,6 +57,10 @@ pub(super) fn read(
 ) -> Option<SinkConfig> {
     let span = table.span();
     let (raw_name, commit, default, kind) = match check.table_type(&table, "sink", &TYPES)? {
+        "discard" => {
+            let RawDiscard { name, commit, .. } = shaped(table, check)?;
+            (name, commit, RHYTHM_TABLE, Some(SinkKind::Discard))
+        }
         "stdout" => {
             let RawStdout { name, template, commit, .. } = shaped(table, check)?;
             (name, commit, RHYTHM_STDOUT, stdout(template, check))

@@ -7,6 +7,7 @@
 
 pub mod budget;
 pub mod delivery;
+pub mod discard;
 pub mod line;
 pub mod objects;
 pub mod postgres;

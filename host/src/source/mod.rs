@@ -3,8 +3,8 @@
 //! [`kinesis::KinesisSource`] reads a stream: `client` reaches the server, `connection` is what its
 //! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
 //! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
-//! read, `embedded` serves a stream of our own, [`file::FileSource`] reads a file instead, `stream` and `producer` are for those who make
-//! streams and fill them.
+//! read, `embedded` serves a stream of our own, [`file::FileSource`] reads a file instead; `stream`,
+//! `input` and `producer` are for those who make streams and fill them.
 
 pub mod aggregate;
 pub mod client;
@@ -13,6 +13,7 @@ pub mod embedded;
 mod fan_out;
 pub mod file;
 pub mod inbox;
+pub mod input;
 pub mod kinesis;
 pub mod lineage;
 pub mod polling;

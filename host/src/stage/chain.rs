@@ -8,13 +8,13 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::flow::{self, Flow, Item};
-use super::generation::{Generation, Target, context};
+use super::generation::{Generation, SOURCE_ROUTE, Target, context};
 use super::rejections::RejectionWindow;
 use super::runner::{RunError, StageOutcome, StageRunner};
 use crate::config::RejectedMax;
 use crate::plugin::CallError;
 use crate::position::{DeadLetter, LetterKey, LetterPlace};
-use crate::record::{Batch, Row, ShardKey, SinkName};
+use crate::record::{Batch, Record, RouteName, Row, ShardKey, SinkName};
 
 /// A row and the sinks that it goes to.
 #[derive(Debug)]
@@ -89,9 +89,10 @@ impl Chain {
 
     /// The sinks of a routed row.
     pub fn sinks_of(&self, routed: &Routed) -> &[SinkName] {
-        match &self.generation.stages[routed.stage].targets[routed.route] {
-            Target::Sinks(sinks) => sinks,
-            Target::Next(_) => &[],
+        match self.generation.stages.get(routed.stage).map(|stage| &stage.targets[routed.route]) {
+            Some(Target::Sinks(sinks)) => sinks,
+            Some(Target::Next(_)) => &[],
+            None => &self.generation.spec.source_sinks,
         }
     }
 
@@ -104,6 +105,9 @@ impl Chain {
         batch: &Arc<Batch>,
         settled: &HashSet<LetterKey>,
     ) -> Result<ChainOutcome, Blocked> {
+        if self.runners.is_empty() {
+            return Ok(ChainOutcome { routed: unchanged(batch), letters: Vec::new() });
+        }
         let mut outcome = ChainOutcome::default();
         let mut rejected_records = vec![false; batch.records.len()];
         // Rows are numbered per record over all stages: with the position, a row's identity.
@@ -144,6 +148,21 @@ impl Chain {
         self.window = window;
         Ok(outcome)
     }
+}
+
+/// The records of a pipeline without a stage, as rows.
+fn unchanged(batch: &Arc<Batch>) -> Vec<Routed> {
+    let route = RouteName::from(SOURCE_ROUTE);
+    let row = |(record, index): (&Record, u32)| Row {
+        batch: batch.clone(),
+        record: index,
+        ordinal: 0,
+        route: route.clone(),
+        key: record.partition_key.clone(),
+        payload: record.payload.clone(),
+    };
+    let rows = batch.records.iter().zip(0..).map(row);
+    rows.map(|row| Routed { row, stage: 0, route: 0 }).collect()
 }
 
 /// Parts a stage's outputs: rows for sinks, and what goes on to the next stage.

@@ -18,6 +18,9 @@ use crate::plugin::{
 use crate::record::{RouteName, SinkName, StageName};
 use crate::sink::{BoundRoute, Column};
 
+/// The route by which records leave the source.
+pub(super) const SOURCE_ROUTE: &str = "source";
+
 /// One stage, as it is stored: the component is named by its digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageSpec {
@@ -40,6 +43,9 @@ pub struct GenerationSpec {
     pub source_format: Option<String>,
     /// The stages, in order.
     pub stages: Vec<StageSpec>,
+    /// Where records go as they came, when there is no stage.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub source_sinks: Vec<SinkName>,
 }
 
 impl GenerationSpec {
@@ -56,7 +62,8 @@ impl GenerationSpec {
 
     /// Every sink that a route of it is bound to.
     pub fn sinks(&self) -> impl Iterator<Item = &SinkName> {
-        self.stages.iter().flat_map(|stage| stage.routes.values().flatten())
+        let bound = self.stages.iter().flat_map(|stage| stage.routes.values().flatten());
+        bound.chain(&self.source_sinks)
     }
 }
 
@@ -176,7 +183,12 @@ impl Generation {
             plugins.push(plugin);
             components.push(bytes);
         }
-        let spec = GenerationSpec { source_format: config.source.format.clone(), stages };
+        let source_sinks = match stages.is_empty() {
+            true => config.sinks.iter().map(|sink| sink.name.value.clone()).collect(),
+            false => Vec::new(),
+        };
+        let source_format = config.source.format.clone();
+        let spec = GenerationSpec { source_format, stages, source_sinks };
         let generation = Self::assemble(spec, plugins, &config.source.stream_name())
             .map_err(|misfit| misfit.in_config(config))?;
         Ok((generation, components))
@@ -212,7 +224,7 @@ impl Generation {
     ) -> Result<Self, Misfit> {
         let last = spec.stages.len().saturating_sub(1);
         let mut upstream: Arc<[Route]> = [Route {
-            name: "source".into(),
+            name: SOURCE_ROUTE.into(),
             format: spec.source_format.clone().unwrap_or_default(),
             columns: Vec::new(),
         }]
@@ -279,6 +291,13 @@ impl Generation {
     /// The routes that are bound to a sink, over all stages.
     pub fn routes_to(&self, sink: &SinkName) -> Vec<BoundRoute> {
         let mut bound = Vec::new();
+        if self.spec.source_sinks.contains(sink) {
+            bound.push(BoundRoute {
+                name: SOURCE_ROUTE.into(),
+                format: self.spec.source_format.clone().unwrap_or_default(),
+                columns: Vec::new(),
+            });
+        }
         for stage in &self.stages {
             for (route, target) in stage.descriptor.routes.iter().zip(stage.targets.iter()) {
                 if matches!(target, Target::Sinks(sinks) if sinks.contains(sink)) {

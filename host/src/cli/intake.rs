@@ -1,0 +1,43 @@
+//! `shardmill intake`: the HTTP intake of a pipeline alone, for hosts that run no worker.
+
+use anyhow::Context as _;
+
+use super::{Console, PipelineFile, load, run, stream};
+use crate::admin::{AdminPort, Metrics};
+use crate::intake::IntakePort;
+use crate::lane::Board;
+use crate::source::producer::StreamWriter;
+
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    pipeline: PipelineFile,
+}
+
+pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
+    let config = load(&options.pipeline.file)?;
+    let file = options.pipeline.file.display();
+    let missing = || format!("{file} has no intake: add [intake] with listen = \"127.0.0.1:8080\"");
+    let intake = config.intake.as_ref().with_context(missing)?;
+    let kinesis = config.source.kinesis().with_context(missing)?;
+    let metrics = Metrics::install()?;
+    let admin = match config.admin {
+        Some(address) => Some(AdminPort::open(address).await?),
+        None => None,
+    };
+    let port = IntakePort::open(intake).await?;
+    let stop = run::stop_on_signals()?;
+    let client = stream::intake_client(&config, kinesis, None).await?;
+    stream::ensure(&client, kinesis).await?;
+    if let Some(admin) = admin {
+        console.say(format!("admin http://{}", admin.address()));
+        // There are no lanes here: it is for the metrics.
+        admin.serve(Board::default(), metrics, stop.clone());
+    }
+    let address = port.address();
+    let serving = port.serve(StreamWriter::new(client, kinesis.stream.value.clone()), stop.clone());
+    console.say(format!("intake http://{address}/events"));
+    console.report(&serde_json::json!({ "intake": format!("http://{address}/events") }))?;
+    serving.finished(&stop).await;
+    Ok(())
+}
