@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use bytes::Bytes;
+use shardmill::record::StreamRef;
 use shardmill::source::client;
 use shardmill::source::embedded::EmbeddedStream;
 use shardmill::source::producer::{NewRecord, Producer};
@@ -83,15 +84,19 @@ linger = "50 ms"
     }
 }
 
+fn name() -> StreamRef {
+    StreamRef::parse("test").expect("a name")
+}
+
 /// Serves the stream `test` with one shard and these records, for the pipelines of a place.
 fn serve(place: &Place, records: &[Vec<u8>]) -> (tokio::runtime::Runtime, EmbeddedStream) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let served = runtime.block_on(async {
         let served = EmbeddedStream::serve(&place.path("state"), 0).await.expect("served");
         let client = client::connect(Some(served.url()), None).await.expect("connected");
-        shardmill::source::stream::create(&client, "test", 1).await.expect("created");
+        shardmill::source::stream::create(&client, &name(), 1).await.expect("created");
         let wait = std::time::Duration::from_secs(10);
-        shardmill::source::stream::wait_active(&client, "test", wait, &mut |_, _| {})
+        shardmill::source::stream::wait_active(&client, &name(), wait, &mut |_, _| {})
             .await
             .expect("active");
         put(&client, records).await;
@@ -101,7 +106,7 @@ fn serve(place: &Place, records: &[Vec<u8>]) -> (tokio::runtime::Runtime, Embedd
 }
 
 async fn put(client: &aws_sdk_kinesis::Client, records: &[Vec<u8>]) {
-    let mut producer = Producer::new(client.clone(), "test");
+    let mut producer = Producer::new(client.clone(), name());
     for record in records {
         let payload = Bytes::from(record.clone());
         let new = NewRecord { partition_key: "key".into(), payload };

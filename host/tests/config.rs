@@ -63,8 +63,9 @@ fn the_pipeline_at_the_root_loads() {
     let config = config.unwrap_or_else(|error| panic!("{}", error.render(false)));
     assert_eq!(config.name.as_str(), "cars");
     assert_eq!(config.state_dir, root.join("state"));
-    assert_eq!(config.source.endpoint, Endpoint::Embedded);
-    assert_eq!(config.source.create.map(|create| create.shards), Some(5));
+    let kinesis = config.source.kinesis().expect("a stream");
+    assert_eq!(kinesis.endpoint, Endpoint::Embedded);
+    assert_eq!(kinesis.create.map(|create| create.shards), Some(5));
     let stages: Vec<&str> = config.stages.iter().map(|stage| stage.name.value.as_str()).collect();
     assert_eq!(stages, ["decode", "transform", "route"]);
     assert_eq!(config.stages[0].plugin.value, root.join("plugins/prebuilt/car-decode.wasm"));
@@ -106,10 +107,12 @@ fn what_the_root_shows_as_default_is_the_default() {
     assert_eq!(full.buffer_bytes_max, plain.buffer_bytes_max);
     assert_eq!(full.rejected_max, plain.rejected_max);
     assert_eq!(full.on_position_mismatch, plain.on_position_mismatch);
-    assert_eq!(full.source.start, plain.source.start);
     assert_eq!(full.source.batch, plain.source.batch);
-    assert_eq!(full.source.poll_interval, plain.source.poll_interval);
-    assert_eq!(full.source.records_per_call_max, plain.source.records_per_call_max);
+    let of_stream = |config: &PipelineConfig| config.source.kinesis().expect("a stream").clone();
+    let (full_stream, plain_stream) = (of_stream(&full), of_stream(&plain));
+    assert_eq!(full_stream.start, plain_stream.start);
+    assert_eq!(full_stream.poll_interval, plain_stream.poll_interval);
+    assert_eq!(full_stream.records_per_call_max, plain_stream.records_per_call_max);
     assert_eq!(full.stages[0].limits, plain.stages[0].limits);
     for (full, plain) in full.sinks.iter().zip(&plain.sinks) {
         assert_eq!(full.rhythm, plain.rhythm);
@@ -174,8 +177,9 @@ fn every_value_arrives() {
     assert_eq!(config.state_dir, Path::new("conf/state"));
     assert_eq!(config.on_position_mismatch, OnPositionMismatch::Checkpoint);
     assert_eq!((config.rejected_max.of_last_1000, config.rejected_max.in_a_row), (0, 100));
-    assert_eq!(config.source.start, StartPosition::AtTimestampMs(1_769_817_600_000));
-    assert_eq!(config.source.poll_interval, Duration::from_millis(10));
+    let kinesis = config.source.kinesis().expect("a stream");
+    assert_eq!(kinesis.start, StartPosition::AtTimestampMs(1_769_817_600_000));
+    assert_eq!(kinesis.poll_interval, Duration::from_millis(10));
     assert_eq!(config.source.batch, BatchLimits { records_max: 10, bytes_max: 1024 });
     let [one, two] = &config.stages[..] else { panic!("two stages") };
     assert_eq!(one.plugin.value, Path::new("/opt/one.wasm"));

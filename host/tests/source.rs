@@ -9,13 +9,17 @@ use bytes::Bytes;
 use ferrokinesis::store::StoreOptions;
 use shardmill::config::{BatchLimits, StartPosition};
 use shardmill::position::ShardState;
-use shardmill::record::{Position, ShardId, ShardKey};
+use shardmill::record::{Position, ShardId, ShardKey, ShardStart, StreamRef};
 use shardmill::source::embedded::{self, EmbeddedStream};
 use shardmill::source::producer::{NewRecord, Producer};
 use shardmill::source::reader::{Polling, PollingReader};
 use shardmill::source::{BatchReader as _, NextBatch, SourceError, client, lineage, stream};
 
 const STREAM: &str = "test";
+
+fn name() -> StreamRef {
+    StreamRef::parse(STREAM).expect("a name")
+}
 
 /// A server with one stream.
 struct Served {
@@ -33,14 +37,14 @@ async fn served(shards: u32, options: StoreOptions) -> Served {
     };
     let server = EmbeddedStream::start_with(0, options).await.expect("served");
     let client = client::connect(Some(server.url()), None).await.expect("connected");
-    stream::create(&client, STREAM, shards).await.expect("created");
+    stream::create(&client, &name(), shards).await.expect("created");
     active(&client).await;
     Served { _server: server, client }
 }
 
 async fn active(client: &Client) -> stream::Description {
     let wait = Duration::from_secs(10);
-    stream::wait_active(client, STREAM, wait, &mut |_, _| {}).await.expect("active")
+    stream::wait_active(client, &name(), wait, &mut |_, _| {}).await.expect("active")
 }
 
 fn record(key: u64, payload: String) -> NewRecord {
@@ -49,7 +53,7 @@ fn record(key: u64, payload: String) -> NewRecord {
 
 impl Served {
     async fn put(&self, records: impl Iterator<Item = NewRecord>) -> Producer {
-        let mut producer = Producer::new(self.client.clone(), STREAM);
+        let mut producer = Producer::new(self.client.clone(), name());
         for record in records {
             producer.put(record).await.expect("put");
         }
@@ -58,7 +62,7 @@ impl Served {
     }
 
     async fn shards(&self) -> Vec<stream::Shard> {
-        stream::shards(&self.client, STREAM).await.expect("listed")
+        stream::shards(&self.client, &name()).await.expect("listed")
     }
 
     async fn reader(
@@ -66,9 +70,9 @@ impl Served {
         shard: &ShardId,
         records_max: usize,
         after: Option<Position>,
-        start_at_ms: Option<i64>,
+        start: ShardStart,
     ) -> PollingReader {
-        let identity = stream::describe(&self.client, STREAM).await.expect("described").identity;
+        let identity = stream::describe(&self.client, &name()).await.expect("described").identity;
         let key =
             ShardKey { pipeline: "test".into(), stream: identity.into(), shard: shard.clone() };
         let polling = Polling {
@@ -77,7 +81,7 @@ impl Served {
             is_paced: false,
             batch: BatchLimits { records_max, bytes_max: 256 << 10 },
         };
-        PollingReader::new(self.client.clone(), key, polling, after, start_at_ms)
+        PollingReader::new(self.client.clone(), key, polling, after, start)
     }
 }
 
@@ -109,7 +113,8 @@ async fn twenty_thousand_records_over_five_shards_are_read_once_each_in_order() 
     served.put((0..20_000).map(|i| record(i % 500, i.to_string()))).await;
     let mut read: Vec<u64> = Vec::new();
     for shard in served.shards().await {
-        let (records, ended) = read_all(&mut served.reader(&shard.id, 100, None, None).await).await;
+        let (records, ended) =
+            read_all(&mut served.reader(&shard.id, 100, None, ShardStart::Horizon).await).await;
         assert!(!ended);
         assert!(records.is_sorted_by(|one, two| one.0 < two.0));
         let mut last_of_key: HashMap<u64, u64> = HashMap::new();
@@ -129,9 +134,9 @@ async fn a_reader_goes_on_behind_any_position() {
     let served = served(1, StoreOptions::default()).await;
     served.put((0..50).map(|i| record(i, i.to_string()))).await;
     let shard = &served.shards().await[0].id;
-    let (all, _) = read_all(&mut served.reader(shard, 7, None, None).await).await;
+    let (all, _) = read_all(&mut served.reader(shard, 7, None, ShardStart::Horizon).await).await;
     for (index, (position, _)) in all.iter().enumerate() {
-        let mut reader = served.reader(shard, 7, Some(position.clone()), None).await;
+        let mut reader = served.reader(shard, 7, Some(position.clone()), ShardStart::Horizon).await;
         let (rest, _) = read_all(&mut reader).await;
         assert_eq!(rest, all[index + 1..], "behind {position}");
     }
@@ -146,7 +151,7 @@ async fn at_a_timestamp_nothing_older_comes() {
     let now_ms = chrono::Utc::now().timestamp_millis();
     served.put((0..10).map(|i| record(i, format!("new {i}")))).await;
     let shard = &served.shards().await[0].id;
-    let mut reader = served.reader(shard, 100, None, Some(now_ms)).await;
+    let mut reader = served.reader(shard, 100, None, ShardStart::AtMs(now_ms)).await;
     let (records, _) = read_all(&mut reader).await;
     assert_eq!(records.len(), 10, "{records:?}");
     assert!(records.iter().all(|(_, payload)| payload.starts_with("new")));
@@ -158,7 +163,7 @@ async fn an_expired_iterator_is_renewed_behind_the_last_record() {
     let served = served(1, options).await;
     served.put((0..10).map(|i| record(i, i.to_string()))).await;
     let shard = &served.shards().await[0].id;
-    let mut reader = served.reader(shard, 100, None, None).await;
+    let mut reader = served.reader(shard, 100, None, ShardStart::Horizon).await;
     assert_eq!(read_all(&mut reader).await.0.len(), 10);
     tokio::time::sleep(Duration::from_millis(2_500)).await;
     served.put((10..20).map(|i| record(i, i.to_string()))).await;
@@ -178,7 +183,8 @@ async fn throttled_puts_are_put_again_until_the_stream_has_all() {
     assert_eq!(producer.report().records, 1_500);
     assert!(producer.report().retried > 0, "the shard takes 1,000 records a second");
     let shard = &served.shards().await[0].id;
-    let (records, _) = read_all(&mut served.reader(shard, 100, None, None).await).await;
+    let (records, _) =
+        read_all(&mut served.reader(shard, 100, None, ShardStart::Horizon).await).await;
     let mut read: Vec<u64> =
         records.iter().map(|(_, text)| text.parse().expect("a number")).collect();
     read.sort_unstable();
@@ -191,7 +197,7 @@ async fn batches_are_cut_by_bytes_and_a_large_record_travels_alone() {
     let sizes = [100_000, 100_000, 100_000, 1 << 20, 10, 10];
     served.put(sizes.iter().map(|size| record(1, "x".repeat(*size)))).await;
     let shard = &served.shards().await[0].id;
-    let mut reader = served.reader(shard, 1_000, None, None).await;
+    let mut reader = served.reader(shard, 1_000, None, ShardStart::Horizon).await;
     let mut batches = Vec::new();
     while let NextBatch::Batch(batch) = reader.next_batch().await.expect("read") {
         batches.push(batch.records.iter().map(|record| record.payload.len()).collect::<Vec<_>>());
@@ -215,14 +221,17 @@ async fn a_split_ends_the_parent_and_its_children_begin() {
         .expect("split");
     active(&served.client).await;
     served.put((10..100).map(|i| record(i, i.to_string()))).await;
-    let (mut records, ended) = read_all(&mut served.reader(&parent, 100, None, None).await).await;
+    let (mut records, ended) =
+        read_all(&mut served.reader(&parent, 100, None, ShardStart::Horizon).await).await;
     assert!(ended);
     let shards = served.shards().await;
     let known = HashMap::from([(parent, ShardState { ended: true, ..ShardState::default() })]);
-    let children = lineage(&shards, &known, StartPosition::Latest).ready;
+    let children = lineage(&shards, &known, &StartPosition::Latest).ready;
     assert_eq!(children.len(), 2);
     for (child, _) in children {
-        records.extend(read_all(&mut served.reader(&child, 100, None, None).await).await.0);
+        records.extend(
+            read_all(&mut served.reader(&child, 100, None, ShardStart::Horizon).await).await.0,
+        );
     }
     let mut read: Vec<u64> =
         records.iter().map(|(_, text)| text.parse().expect("a number")).collect();
@@ -236,8 +245,8 @@ async fn a_stream_is_described_and_deleted() {
     let description = active(&served.client).await;
     assert_eq!(description.open_shards, 3);
     assert!(description.identity.created_ms > 0);
-    stream::delete(&served.client, STREAM, Duration::from_secs(10)).await.expect("deleted");
-    let gone = stream::describe(&served.client, STREAM).await;
+    stream::delete(&served.client, &name(), Duration::from_secs(10)).await.expect("deleted");
+    let gone = stream::describe(&served.client, &name()).await;
     assert!(matches!(gone, Err(SourceError::NoSuchStream { .. })), "{gone:?}");
 }
 
