@@ -170,7 +170,16 @@ impl<'a> Check<'a> {
         types: &'static [&'static str],
     ) -> Option<&'static str> {
         let example = format!("add type = ...; {}", suggest("", "allowed", types));
-        let Some(kind) = table.get_ref().as_table().and_then(|table| table.get("type")) else {
+        let Some(keys) = table.get_ref().as_table() else {
+            let found = match table.get_ref() {
+                DeValue::String(_) => "text",
+                DeValue::Array(_) => "a list",
+                _ => "this value",
+            };
+            self.problem(table.span(), format!("{found} does not fit here"), "write a table");
+            return None;
+        };
+        let Some(kind) = keys.get("type") else {
             self.problem(table.span(), "the key `type` is missing", example);
             return None;
         };
