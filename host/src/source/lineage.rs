@@ -108,6 +108,7 @@ mod tests {
             id: id.into(),
             parents: parents.iter().map(|parent| ShardId::from(*parent)).collect(),
             is_closed,
+            hash_range: None,
         }
     }
 

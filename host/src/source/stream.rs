@@ -1,13 +1,13 @@
-//! Streams as a whole: create, wait, describe, delete.
+//! Streams as a whole: create, wait, describe, reshard, delete.
 
 use std::time::{Duration, Instant};
 
 use aws_sdk_kinesis::Client;
-use aws_sdk_kinesis::types::StreamStatus;
+use aws_sdk_kinesis::types::{ScalingType, StreamStatus};
 
 use super::SourceError;
 use super::client::{Fault, call_error, fault};
-use crate::record::{ShardId, StreamIdentity, StreamRef};
+use crate::record::{HashRange, ShardId, StreamIdentity, StreamRef};
 
 /// How often a stream that is being made or deleted is looked at.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
@@ -21,6 +21,8 @@ pub struct Shard {
     pub parents: Vec<ShardId>,
     /// No more records come.
     pub is_closed: bool,
+    /// Its hash keys; `None` if what the server gave is no range.
+    pub hash_range: Option<HashRange>,
 }
 
 /// What a stream is.
@@ -144,6 +146,9 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
                 is_closed: shard
                     .sequence_number_range()
                     .is_some_and(|range| range.ending_sequence_number().is_some()),
+                hash_range: shard.hash_key_range().and_then(|range| {
+                    HashRange::parse(range.starting_hash_key(), range.ending_hash_key())
+                }),
             }
         }));
         match page.next_token() {
@@ -153,12 +158,65 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
     }
 }
 
+/// Asks to split a shard; the second child begins at `second_from`. [`wait_active`] waits for it.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub async fn split(
+    client: &Client,
+    stream: &StreamRef,
+    shard: &ShardId,
+    second_from: u128,
+) -> Result<(), SourceError> {
+    let (name, arn) = stream.name_or_arn();
+    let call = client.split_shard().set_stream_name(name).set_stream_arn(arn);
+    let call = call.shard_to_split(shard.as_str()).new_starting_hash_key(second_from.to_string());
+    let place = || format!("stream {stream}, shard {shard}");
+    call.send().await.map(drop).map_err(|error| call_error("SplitShard", place(), &error))
+}
+
+/// Asks to merge two adjacent shards. [`wait_active`] waits for it.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub async fn merge(
+    client: &Client,
+    stream: &StreamRef,
+    shard: &ShardId,
+    adjacent: &ShardId,
+) -> Result<(), SourceError> {
+    let (name, arn) = stream.name_or_arn();
+    let call = client.merge_shards().set_stream_name(name).set_stream_arn(arn);
+    let call = call.shard_to_merge(shard.as_str()).adjacent_shard_to_merge(adjacent.as_str());
+    let place = || format!("stream {stream}, shards {shard} and {adjacent}");
+    call.send().await.map(drop).map_err(|error| call_error("MergeShards", place(), &error))
+}
+
+/// Asks for this many shards of equal ranges. [`wait_active`] waits for them.
+///
+/// Source: API reference, UpdateShardCount: at most twice, and at least half, the open shards.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub async fn scale(client: &Client, stream: &StreamRef, shards: u32) -> Result<(), SourceError> {
+    let count = i32::try_from(shards).unwrap_or(i32::MAX);
+    let (name, arn) = stream.name_or_arn();
+    let call = client.update_shard_count().set_stream_name(name).set_stream_arn(arn);
+    let call = call.target_shard_count(count).scaling_type(ScalingType::UniformScaling);
+    let place = || format!("stream {stream}, {shards} shards");
+    call.send().await.map(drop).map_err(|error| call_error("UpdateShardCount", place(), &error))
+}
+
 /// Deletes a stream with its records, and waits until it is gone.
 ///
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`], [`SourceError::NotReady`] after
 /// `wait_max`.
-pub async fn delete(client: &Client, stream: &StreamRef, wait_max: Duration) -> Result<(), SourceError> {
+pub async fn delete(
+    client: &Client,
+    stream: &StreamRef,
+    wait_max: Duration,
+) -> Result<(), SourceError> {
     let (name, arn) = stream.name_or_arn();
     let deleted = client.delete_stream().set_stream_name(name).set_stream_arn(arn).send().await;
     deleted.map_err(|error| match fault(&error) {
