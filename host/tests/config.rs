@@ -111,6 +111,11 @@ fn what_the_root_shows_as_default_is_the_default() {
     let of_stream = |config: &PipelineConfig| config.source.kinesis().expect("a stream").clone();
     let (full_stream, plain_stream) = (of_stream(&full), of_stream(&plain));
     assert_eq!(full_stream.start, plain_stream.start);
+    assert_eq!(full_stream.on_lost_records, plain_stream.on_lost_records);
+    assert_eq!(full_stream.reader, plain_stream.reader);
+    for key in ["start", "on_lost_records", "reader"] {
+        assert!(switched.iter().any(|line| line.starts_with(&format!("{key} = "))), "{key}");
+    }
     assert_eq!(full_stream.poll_interval, plain_stream.poll_interval);
     assert_eq!(full_stream.records_per_call_max, plain_stream.records_per_call_max);
     assert_eq!(full.stages[0].limits, plain.stages[0].limits);
