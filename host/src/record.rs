@@ -167,6 +167,56 @@ impl From<SequenceNumber> for String {
     }
 }
 
+/// The hash keys of a shard, both ends inclusive: 0 to 2^128 − 1, and never empty.
+///
+/// Source: API reference, `HashKeyRange`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HashRange {
+    start: u128,
+    end_inclusive: u128,
+}
+
+impl HashRange {
+    /// Reads two decimal numbers; `None` if one is no hash key, or the end is before the start.
+    pub fn parse(start: &str, end_inclusive: &str) -> Option<Self> {
+        let (start, end_inclusive) = (start.parse().ok()?, end_inclusive.parse().ok()?);
+        (start <= end_inclusive).then_some(Self { start, end_inclusive })
+    }
+
+    /// The first hash key.
+    pub fn start(&self) -> u128 {
+        self.start
+    }
+
+    /// The last hash key.
+    pub fn end_inclusive(&self) -> u128 {
+        self.end_inclusive
+    }
+
+    /// Whether a hash key is in it.
+    pub fn contains(&self, hash_key: u128) -> bool {
+        (self.start..=self.end_inclusive).contains(&hash_key)
+    }
+
+    /// Where the second of two halves begins; `None` if there is one key only.
+    pub fn middle(&self) -> Option<u128> {
+        let width = self.end_inclusive - self.start;
+        (width > 0).then(|| self.start + width / 2 + 1)
+    }
+
+    /// Whether one range ends just before the other begins.
+    pub fn touches(&self, other: &Self) -> bool {
+        self.end_inclusive.checked_add(1) == Some(other.start)
+            || other.end_inclusive.checked_add(1) == Some(self.start)
+    }
+}
+
+impl fmt::Display for HashRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} to {}", self.start, self.end_inclusive)
+    }
+}
+
 /// The place of one record in its shard. The sub-sequence counts the records inside one
 /// aggregated record; it is 0 for an ordinary one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -304,22 +354,6 @@ pub struct ShardKey {
     pub shard: ShardId,
 }
 
-/// A shard's part of the hash range `0..=2^128 - 1`, both ends inclusive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HashRange {
-    /// The first hash.
-    pub start: u128,
-    /// The last hash.
-    pub end: u128,
-}
-
-impl HashRange {
-    /// Whether a hash is in it.
-    pub fn contains(&self, hash: u128) -> bool {
-        (self.start..=self.end).contains(&hash)
-    }
-}
-
 /// Where the reading of a shard began, resolved once: LATEST is a time by then.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum ShardStart {
@@ -426,6 +460,21 @@ mod tests {
         assert_eq!(number("0").as_str(), "0");
         assert!(number("9").zero_padded() < number("10").zero_padded());
         assert_eq!(number("1").zero_padded().len(), SEQUENCE_NUMBER_DIGITS_MAX);
+    }
+
+    #[test]
+    fn hash_ranges_halve_and_touch_up_to_the_last_key() {
+        let last = u128::MAX.to_string();
+        let all = HashRange::parse("0", &last).expect("a range");
+        let middle = all.middle().expect("a middle");
+        assert_eq!(middle, 1 << 127);
+        let low = HashRange::parse("0", &(middle - 1).to_string()).expect("a range");
+        let high = HashRange::parse(&middle.to_string(), &last).expect("a range");
+        assert!(low.touches(&high) && high.touches(&low) && !all.touches(&low));
+        assert_eq!(HashRange::parse("7", "7").expect("a range").middle(), None);
+        for (start, end) in [("", "1"), ("-1", "1"), ("2", "1"), ("0", "9".repeat(40).as_str())] {
+            assert_eq!(HashRange::parse(start, end), None, "{start} {end}");
+        }
     }
 
     #[test]

@@ -107,6 +107,11 @@ fn what_the_root_shows_as_default_is_the_default() {
     assert_eq!(full.rejected_max, plain.rejected_max);
     assert_eq!(full.on_position_mismatch, plain.on_position_mismatch);
     assert_eq!(kinesis(&full).start, kinesis(&plain).start);
+    assert_eq!(kinesis(&full).on_lost_records, kinesis(&plain).on_lost_records);
+    assert_eq!(kinesis(&full).reader, kinesis(&plain).reader);
+    for key in ["start", "on_lost_records", "reader"] {
+        assert!(switched.iter().any(|line| line.starts_with(&format!("{key} = "))), "{key}");
+    }
     assert_eq!(full.source.batch, plain.source.batch);
     assert_eq!(kinesis(&full).poll_interval, kinesis(&plain).poll_interval);
     assert_eq!(kinesis(&full).records_per_call_max, kinesis(&plain).records_per_call_max);

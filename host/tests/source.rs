@@ -72,7 +72,7 @@ impl Served {
         shard: &ShardId,
         records_max: usize,
         after: Option<Position>,
-        start_at_ms: Option<i64>,
+        start: ShardStart,
     ) -> PollingReader {
         let identity =
             stream::describe(&self.client, &stream_ref()).await.expect("described").identity;
@@ -84,7 +84,6 @@ impl Served {
             is_paced: false,
         };
         let batch = BatchLimits { records_max, bytes_max: 256 << 10 };
-        let start = start_at_ms.map_or(ShardStart::Horizon, ShardStart::AtMs);
         let inbox = Inbox::new(key, batch, ReadFrom { after, start, hash_range: None });
         let lost = OnLostRecords::Stop;
         let connection = StreamConnection::new(self.client.clone(), stream_ref(), lost, 64 << 20);
@@ -120,7 +119,8 @@ async fn twenty_thousand_records_over_five_shards_are_read_once_each_in_order() 
     served.put((0..20_000).map(|i| record(i % 500, i.to_string()))).await;
     let mut read: Vec<u64> = Vec::new();
     for shard in served.shards().await {
-        let (records, ended) = read_all(&mut served.reader(&shard.id, 100, None, None).await).await;
+        let (records, ended) =
+            read_all(&mut served.reader(&shard.id, 100, None, ShardStart::Horizon).await).await;
         assert!(!ended);
         assert!(records.is_sorted_by(|one, two| one.0 < two.0));
         let mut last_of_key: HashMap<u64, u64> = HashMap::new();
@@ -140,9 +140,9 @@ async fn a_reader_goes_on_behind_any_position() {
     let served = served(1, StoreOptions::default()).await;
     served.put((0..50).map(|i| record(i, i.to_string()))).await;
     let shard = &served.shards().await[0].id;
-    let (all, _) = read_all(&mut served.reader(shard, 7, None, None).await).await;
+    let (all, _) = read_all(&mut served.reader(shard, 7, None, ShardStart::Horizon).await).await;
     for (index, (position, _)) in all.iter().enumerate() {
-        let mut reader = served.reader(shard, 7, Some(position.clone()), None).await;
+        let mut reader = served.reader(shard, 7, Some(position.clone()), ShardStart::Horizon).await;
         let (rest, _) = read_all(&mut reader).await;
         assert_eq!(rest, all[index + 1..], "behind {position}");
     }
@@ -157,7 +157,7 @@ async fn at_a_timestamp_nothing_older_comes() {
     let now_ms = chrono::Utc::now().timestamp_millis();
     served.put((0..10).map(|i| record(i, format!("new {i}")))).await;
     let shard = &served.shards().await[0].id;
-    let mut reader = served.reader(shard, 100, None, Some(now_ms)).await;
+    let mut reader = served.reader(shard, 100, None, ShardStart::AtMs(now_ms)).await;
     let (records, _) = read_all(&mut reader).await;
     assert_eq!(records.len(), 10, "{records:?}");
     assert!(records.iter().all(|(_, payload)| payload.starts_with("new")));
@@ -169,7 +169,7 @@ async fn an_expired_iterator_is_renewed_behind_the_last_record() {
     let served = served(1, options).await;
     served.put((0..10).map(|i| record(i, i.to_string()))).await;
     let shard = &served.shards().await[0].id;
-    let mut reader = served.reader(shard, 100, None, None).await;
+    let mut reader = served.reader(shard, 100, None, ShardStart::Horizon).await;
     assert_eq!(read_all(&mut reader).await.0.len(), 10);
     tokio::time::sleep(Duration::from_millis(2_500)).await;
     served.put((10..20).map(|i| record(i, i.to_string()))).await;
@@ -189,7 +189,8 @@ async fn throttled_puts_are_put_again_until_the_stream_has_all() {
     assert_eq!(producer.report().records, 1_500);
     assert!(producer.report().retried > 0, "the shard takes 1,000 records a second");
     let shard = &served.shards().await[0].id;
-    let (records, _) = read_all(&mut served.reader(shard, 100, None, None).await).await;
+    let (records, _) =
+        read_all(&mut served.reader(shard, 100, None, ShardStart::Horizon).await).await;
     let mut read: Vec<u64> =
         records.iter().map(|(_, text)| text.parse().expect("a number")).collect();
     read.sort_unstable();
@@ -202,7 +203,7 @@ async fn batches_are_cut_by_bytes_and_a_large_record_travels_alone() {
     let sizes = [100_000, 100_000, 100_000, 1 << 20, 10, 10];
     served.put(sizes.iter().map(|size| record(1, "x".repeat(*size)))).await;
     let shard = &served.shards().await[0].id;
-    let mut reader = served.reader(shard, 1_000, None, None).await;
+    let mut reader = served.reader(shard, 1_000, None, ShardStart::Horizon).await;
     let mut batches = Vec::new();
     while let NextBatch::Batch(batch) = reader.next_batch().await.expect("read") {
         batches.push(batch.records.iter().map(|record| record.payload.len()).collect::<Vec<_>>());
@@ -226,14 +227,17 @@ async fn a_split_ends_the_parent_and_its_children_begin() {
         .expect("split");
     active(&served.client).await;
     served.put((10..100).map(|i| record(i, i.to_string()))).await;
-    let (mut records, ended) = read_all(&mut served.reader(&parent, 100, None, None).await).await;
+    let (mut records, ended) =
+        read_all(&mut served.reader(&parent, 100, None, ShardStart::Horizon).await).await;
     assert!(ended);
     let shards = served.shards().await;
     let known = HashMap::from([(parent, ShardState { ended: true, ..ShardState::default() })]);
     let children = lineage(&shards, &known, &StartPosition::Latest).ready;
     assert_eq!(children.len(), 2);
     for (child, _) in children {
-        records.extend(read_all(&mut served.reader(&child, 100, None, None).await).await.0);
+        records.extend(
+            read_all(&mut served.reader(&child, 100, None, ShardStart::Horizon).await).await.0,
+        );
     }
     let mut read: Vec<u64> =
         records.iter().map(|(_, text)| text.parse().expect("a number")).collect();

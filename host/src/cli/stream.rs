@@ -1,5 +1,7 @@
 //! `shardmill stream`: the stream of a pipeline, or any other.
 
+mod reshard;
+
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,12 +12,13 @@ use aws_sdk_kinesis::Client;
 use serde::Serialize;
 use url::Url;
 
+use self::reshard::{Reshard, reshard};
 use super::progress::Progress;
 use super::{Console, DEFAULT_PIPELINE, load, print_line, run};
 use crate::config::{
     BatchLimits, CreateStream, Endpoint, KinesisConfig, OnLostRecords, PipelineConfig, SourceKind,
 };
-use crate::record::{ShardKey, ShardStart, StreamIdentity, StreamRef};
+use crate::record::{ShardId, ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::connection::StreamConnection;
 use crate::source::embedded::{self, EmbeddedStream};
 use crate::source::inbox::{Inbox, ReadFrom};
@@ -78,6 +81,47 @@ pub enum Command {
         /// Stop at the end instead of waiting for more.
         #[arg(long)]
         no_follow: bool,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Split a shard in two and wait until the stream is ACTIVE.
+    #[command(after_help = "Example:\n  shardmill stream split shardId-000000000000")]
+    Split {
+        /// The shard's id.
+        shard: String,
+        /// The hash key at which the second half begins; default: the middle.
+        #[arg(long, value_name = "HASHKEY")]
+        at: Option<u128>,
+        /// How long to wait, for example `120s`.
+        #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
+        wait: Duration,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Merge two adjacent shards and wait until the stream is ACTIVE.
+    #[command(
+        after_help = "Example:\n  shardmill stream merge shardId-000000000000 shardId-000000000001"
+    )]
+    Merge {
+        /// The shard's id.
+        shard: String,
+        /// The shard whose hash range lies next to it.
+        adjacent: String,
+        /// How long to wait, for example `120s`.
+        #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
+        wait: Duration,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Give a stream so many shards of equal ranges and wait until it is ACTIVE.
+    #[command(after_help = "Example:\n  shardmill stream scale 4")]
+    Scale {
+        /// The number of open shards that are due.
+        #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+        shards: u32,
+        /// How long to wait, for example `120s`.
+        #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
+        wait: Duration,
         #[command(flatten)]
         place: Place,
     },
@@ -161,6 +205,21 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Tail { limit, no_follow, place } => {
             let (target, client) = place.connect().await?;
             tail(client, target.name()?, limit, no_follow, console).await
+        }
+        Command::Split { shard, at, wait, place } => {
+            let (target, client) = place.connect().await?;
+            let wanted = Reshard::Split { shard: shard.into(), at };
+            reshard(&client, target.name()?, wanted, wait, console).await
+        }
+        Command::Merge { shard, adjacent, wait, place } => {
+            let (target, client) = place.connect().await?;
+            let wanted = Reshard::Merge { shard: shard.into(), adjacent: adjacent.into() };
+            reshard(&client, target.name()?, wanted, wait, console).await
+        }
+        Command::Scale { shards, wait, place } => {
+            let (target, client) = place.connect().await?;
+            let wanted = Reshard::Scale { shards };
+            reshard(&client, target.name()?, wanted, wait, console).await
         }
         Command::Delete { place } => {
             let (target, client) = place.connect().await?;
@@ -555,7 +614,7 @@ async fn tail(
 fn tail_reader(
     connection: &Arc<StreamConnection>,
     identity: &Arc<StreamIdentity>,
-    shard: crate::record::ShardId,
+    shard: ShardId,
 ) -> PollingReader {
     let key = ShardKey { pipeline: "tail".into(), stream: identity.clone(), shard };
     let polling = Polling {

@@ -152,7 +152,7 @@ fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<AssumeRole> {
         let help = "write for example \"arn:aws:iam::123456789012:role/shardmill-reader\"";
         check.problem(raw.arn.span(), format!("{arn:?} is no role's ARN"), help);
     }
-    let external_id = filled(&raw.external_id, "external id", check);
+    let external_id = filled(&raw.external_id, "role's external id", check);
     let session_name = filled(&raw.session_name, "session name", check);
     is_role.then_some(())?;
     Some(AssumeRole {

@@ -120,9 +120,10 @@ mod tests {
 
     #[test]
     fn an_explicit_hash_key_decides_the_shard() {
+        let range = |start, end: &str| HashRange::parse(start, end).expect("a range");
         let records = deaggregate(&aggregate(Some(0), 0).into()).expect("an aggregate");
-        assert!(records[0].is_in(&HashRange { start: 7, end: 7 }));
-        assert!(!records[0].is_in(&HashRange { start: 8, end: u128::MAX }));
+        assert!(records[0].is_in(&range("7", "7")));
+        assert!(!records[0].is_in(&range("8", &u128::MAX.to_string())));
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! Streams as a whole: create, wait, describe, delete.
+//! Streams as a whole: create, wait, describe, reshard, delete.
 
 use std::time::{Duration, Instant};
 
 use aws_sdk_kinesis::Client;
-use aws_sdk_kinesis::types::StreamStatus;
+use aws_sdk_kinesis::types::{ScalingType, StreamStatus};
 
 use super::SourceError;
 use super::client::{Fault, call_error, fault};
@@ -21,7 +21,7 @@ pub struct Shard {
     pub parents: Vec<ShardId>,
     /// No more records come.
     pub is_closed: bool,
-    /// Its part of the hash range, where the server says it.
+    /// Its hash keys; `None` if what the server gave is no range.
     pub hash_range: Option<HashRange>,
 }
 
@@ -147,8 +147,7 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
                     .sequence_number_range()
                     .is_some_and(|range| range.ending_sequence_number().is_some()),
                 hash_range: shard.hash_key_range().and_then(|range| {
-                    let start = range.starting_hash_key().parse().ok()?;
-                    Some(HashRange { start, end: range.ending_hash_key().parse().ok()? })
+                    HashRange::parse(range.starting_hash_key(), range.ending_hash_key())
                 }),
             }
         }));
@@ -157,6 +156,55 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
             None => return Ok(shards),
         }
     }
+}
+
+/// Asks to split a shard; the second child begins at `second_from`. [`wait_active`] waits for it.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub async fn split(
+    client: &Client,
+    stream: &StreamRef,
+    shard: &ShardId,
+    second_from: u128,
+) -> Result<(), SourceError> {
+    let (name, arn) = stream.name_or_arn();
+    let call = client.split_shard().set_stream_name(name).set_stream_arn(arn);
+    let call = call.shard_to_split(shard.as_str()).new_starting_hash_key(second_from.to_string());
+    let place = || format!("stream {stream}, shard {shard}");
+    call.send().await.map(drop).map_err(|error| call_error("SplitShard", place(), &error))
+}
+
+/// Asks to merge two adjacent shards. [`wait_active`] waits for it.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub async fn merge(
+    client: &Client,
+    stream: &StreamRef,
+    shard: &ShardId,
+    adjacent: &ShardId,
+) -> Result<(), SourceError> {
+    let (name, arn) = stream.name_or_arn();
+    let call = client.merge_shards().set_stream_name(name).set_stream_arn(arn);
+    let call = call.shard_to_merge(shard.as_str()).adjacent_shard_to_merge(adjacent.as_str());
+    let place = || format!("stream {stream}, shards {shard} and {adjacent}");
+    call.send().await.map(drop).map_err(|error| call_error("MergeShards", place(), &error))
+}
+
+/// Asks for this many shards of equal ranges. [`wait_active`] waits for them.
+///
+/// Source: API reference, UpdateShardCount: at most twice, and at least half, the open shards.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub async fn scale(client: &Client, stream: &StreamRef, shards: u32) -> Result<(), SourceError> {
+    let count = i32::try_from(shards).unwrap_or(i32::MAX);
+    let (name, arn) = stream.name_or_arn();
+    let call = client.update_shard_count().set_stream_name(name).set_stream_arn(arn);
+    let call = call.target_shard_count(count).scaling_type(ScalingType::UniformScaling);
+    let place = || format!("stream {stream}, {shards} shards");
+    call.send().await.map(drop).map_err(|error| call_error("UpdateShardCount", place(), &error))
 }
 
 /// Deletes a stream with its records and its registered consumers, and waits until it is gone.
