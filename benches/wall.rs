@@ -16,7 +16,7 @@
 //!
 //! Arguments that are no option name cases; without any, all are run.
 
-#![allow(clippy::print_stdout, reason = "this is what a bench is for")]
+mod report;
 
 use std::hint::black_box;
 use std::path::Path;
@@ -25,6 +25,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use car_decode::Car;
+use report::Report;
 use shardmill::config::{RejectedMax, StageLimits};
 use shardmill::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine, Route};
 use shardmill::record::{
@@ -45,48 +46,21 @@ const ROUNDS: usize = 201;
 const ROUND_RECORDS: usize = 8_000;
 
 fn main() -> Result<()> {
-    let (options, only): (Vec<_>, Vec<_>) =
-        std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
-    let json = options.iter().any(|option| option == "--json");
+    let report = Report::start("wall", UNIT);
     let stage = load_stage()?;
-    if !json {
-        println!("{:<36} {:>10} {:>10} {:>7}  ({UNIT})", "case", "wall", "native", "ratio");
-    }
     for payload_bytes in PAYLOAD_BYTES {
         for batch_records in BATCH_RECORDS {
             let case = format!("payload={payload_bytes},batch={batch_records}");
-            if !only.is_empty() && !only.contains(&case) {
+            if !report.wants(&case) {
                 continue;
             }
             let measured = measure(&stage, payload_bytes, batch_records)
                 .with_context(|| format!("case {case}"))?;
-            print(&case, measured.wall, measured.ordinary, json);
-            print(&format!("{case},native=sdk"), measured.wall, measured.sdk, json);
+            report.line(&case, measured.wall, measured.ordinary);
+            report.line(&format!("{case},native=sdk"), measured.wall, measured.sdk);
         }
     }
     Ok(())
-}
-
-fn print(case: &str, value: f64, baseline: f64, json: bool) {
-    let ratio = value / baseline;
-    if json {
-        let line = serde_json::json!({
-            "bench": "wall",
-            "case": case,
-            "value": rounded(value),
-            "baseline": rounded(baseline),
-            "ratio": rounded(ratio),
-            "unit": UNIT,
-        });
-        println!("{line}");
-    } else {
-        println!("{case:<36} {value:>10.1} {baseline:>10.1} {ratio:>7.2}");
-    }
-}
-
-/// To two decimals: more would pretend to a precision that nobody measured.
-fn rounded(number: f64) -> f64 {
-    (number * 100.0).round() / 100.0
 }
 
 /// Medians, in nanoseconds per record.

@@ -128,7 +128,7 @@ impl Builder {
 
 /// Builds the host and says where its binary is. The host gets the usual compiler, so it is
 /// built apart from the plugins.
-fn build_shardmill(root: &Path) -> Result<PathBuf> {
+pub fn build_shardmill(root: &Path) -> Result<PathBuf> {
     let messages = read(
         cargo()
             .args(["build", "--release", "--package", "shardmill", "--bin", "shardmill"])

@@ -1,0 +1,107 @@
+//! What lanes cost that have nothing to do: a thousand shards, each polled once a second, against a
+//! bare loop of SDK calls per shard that does the same. CPU is taken in the steady state, after all
+//! lanes have begun; memory per lane is what a thousand lanes hold more than one.
+
+mod child;
+mod report;
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use aws_sdk_kinesis::types::ShardIteratorType;
+use child::Running;
+use report::Report;
+use shardmill::record::StreamRef;
+use shardmill::source::{client, stream};
+
+const CPU: &str = "CPU seconds per minute, lower is better";
+const MEMORY: &str = "KiB per lane, lower is better";
+const SHARDS: u32 = 1_000;
+/// All lanes have begun by then.
+const SETTLE: Duration = Duration::from_secs(20);
+const MEASURE: Duration = Duration::from_secs(30);
+
+fn main() -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    if let Some(arguments) = child::baseline_arguments() {
+        let url = arguments.first().context("a URL is due")?.parse()?;
+        return runtime.block_on(poll_all(&url));
+    }
+    let report = Report::start("lanes", CPU);
+    let folder = tempfile::tempdir()?;
+    let [many, one] = [SHARDS, 1].map(|shards| measure(&runtime, folder.path(), shards));
+    let ([our_many, bare_many], [our_one, bare_one]) = (many?, one?);
+    let per_minute = 60.0 / MEASURE.as_secs_f64();
+    report.line("shards=1000,poll=1s", our_many.cpu_s * per_minute, bare_many.cpu_s * per_minute);
+    let per_lane = |many: &Idle, one: &Idle| (many.kib - one.kib) / f64::from(SHARDS - 1);
+    let (ours, bare) = (per_lane(&our_many, &our_one), per_lane(&bare_many, &bare_one));
+    report.line_in("shards=1000,memory", ours, bare, MEMORY);
+    Ok(())
+}
+
+/// What a process cost while it had nothing to do.
+struct Idle {
+    cpu_s: f64,
+    kib: f64,
+}
+
+/// shardmill and the bare loops, one after the other on the same stream.
+fn measure(runtime: &tokio::runtime::Runtime, folder: &Path, shards: u32) -> Result<[Idle; 2]> {
+    let state = folder.join(format!("state-{shards}"));
+    let (_served, url) = child::serve_stream(&state)?;
+    runtime.block_on(async {
+        let client = client::connect(Some(&url), None).await?;
+        let test = StreamRef::parse("test")?;
+        stream::create(&client, &test, shards).await?;
+        stream::wait_active(&client, &test, Duration::from_secs(60), &mut |_, _| {}).await?;
+        anyhow::Ok(())
+    })?;
+    let pipeline = folder.join("pipeline.toml");
+    let text = format!(
+        "[pipeline]\nname = \"lanes\"\nstate_dir = {state:?}\n[source]\ntype = \"kinesis\"\n\
+         stream = \"test\"\nendpoint = \"embedded\"\npoll_interval = \"1 s\"\n\
+         [[sink]]\nname = \"nowhere\"\ntype = \"discard\"\n"
+    );
+    std::fs::write(&pipeline, text)?;
+    let mut ours = child::shardmill()?;
+    let ours = idle(ours.arg("run").arg(&pipeline))?;
+    let bare = idle(&mut child::baseline(&[url.as_str()])?)?;
+    Ok([ours, bare])
+}
+
+fn idle(command: &mut std::process::Command) -> Result<Idle> {
+    let running = Running(command.stdout(std::process::Stdio::null()).spawn()?);
+    std::thread::sleep(SETTLE);
+    let before_s = running.cpu_s()?;
+    std::thread::sleep(MEASURE);
+    let idle = Idle { cpu_s: running.cpu_s()? - before_s, kib: running.resident_kib()? };
+    ensure!(idle.cpu_s > 0.0, "the process does nothing");
+    Ok(idle)
+}
+
+/// The baseline: polls every shard once a second until it is killed.
+async fn poll_all(url: &url::Url) -> Result<()> {
+    let client = client::connect(Some(url), None).await?;
+    let mut loops = tokio::task::JoinSet::new();
+    for shard in stream::shards(&client, &StreamRef::parse("test")?).await? {
+        let client = client.clone();
+        loops.spawn(async move {
+            let iterator = client.get_shard_iterator().stream_name("test");
+            let iterator = iterator.shard_id(shard.id.as_str());
+            let iterator = iterator.shard_iterator_type(ShardIteratorType::TrimHorizon);
+            let mut iterator = iterator.send().await?.shard_iterator;
+            let mut ticks = tokio::time::interval(Duration::from_secs(1));
+            while let Some(at) = iterator {
+                ticks.tick().await;
+                let answer = client.get_records().shard_iterator(at).limit(10_000).send().await?;
+                iterator = answer.next_shard_iterator;
+            }
+            anyhow::Ok(())
+        });
+    }
+    while let Some(done) = loops.join_next().await {
+        done??;
+    }
+    Ok(())
+}

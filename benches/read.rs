@@ -1,0 +1,138 @@
+//! How fast records come off a stream: a bare loop of SDK calls that only counts, which is the
+//! limit, against shardmill's reader, lanes and checkpoints with a sink that discards and no stage.
+//! Same stream, same run, turn by turn; the stream is served by a process of its own.
+
+mod child;
+mod report;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use aws_sdk_kinesis::Client;
+use aws_sdk_kinesis::types::ShardIteratorType;
+use bytes::Bytes;
+use report::Report;
+use shardmill::config;
+use shardmill::record::{SinkName, StreamRef};
+use shardmill::sink::Sink;
+use shardmill::sink::discard::DiscardSink;
+use shardmill::source::kinesis::KinesisSource;
+use shardmill::source::producer::{NewRecord, Producer};
+use shardmill::source::{client, stream};
+use shardmill::supervisor::{RunOptions, Supervisor};
+use tokio_util::sync::CancellationToken;
+
+const UNIT: &str = "records/s, higher is better";
+const SHARDS: u32 = 4;
+const RECORDS: u64 = 500_000;
+const PAYLOAD_BYTES: usize = 100;
+const ROUNDS: usize = 5;
+
+fn main() -> Result<()> {
+    let report = Report::start("read", UNIT);
+    let folder = tempfile::tempdir()?;
+    let (_served, url) = child::serve_stream(&folder.path().join("served"))?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let client = client::connect(Some(&url), None).await?;
+        fill(&client).await?;
+        let (mut ours, mut bare) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS {
+            bare.push(RECORDS as f64 / count(&client).await?.as_secs_f64());
+            let state = folder.path().join(format!("state-{round}"));
+            ours.push(RECORDS as f64 / run(&client, &state).await?.as_secs_f64());
+        }
+        report.line(
+            &format!("payload={PAYLOAD_BYTES},shards={SHARDS}"),
+            median(ours),
+            median(bare),
+        );
+        Ok(())
+    })
+}
+
+fn median(mut rounds: Vec<f64>) -> f64 {
+    rounds.sort_by(f64::total_cmp);
+    rounds[rounds.len() / 2]
+}
+
+async fn fill(client: &Client) -> Result<()> {
+    let test = StreamRef::parse("test")?;
+    stream::create(client, &test, SHARDS).await?;
+    stream::wait_active(client, &test, Duration::from_secs(20), &mut |_, _| {}).await?;
+    let mut producer = Producer::new(client.clone(), test);
+    let payload = Bytes::from(vec![b'x'; PAYLOAD_BYTES]);
+    for number in 0..RECORDS {
+        let partition_key = number.to_string();
+        producer.put(NewRecord { partition_key, payload: payload.clone() }).await?;
+    }
+    Ok(producer.flush().await?)
+}
+
+/// One loop per shard, which counts.
+async fn count(client: &Client) -> Result<Duration> {
+    let shards = client.list_shards().stream_name("test").send().await?;
+    let begun = Instant::now();
+    let mut loops = tokio::task::JoinSet::new();
+    for shard in shards.shards() {
+        let (client, shard) = (client.clone(), shard.shard_id().to_owned());
+        loops.spawn(async move {
+            let iterator = client.get_shard_iterator().stream_name("test").shard_id(shard);
+            let iterator = iterator.shard_iterator_type(ShardIteratorType::TrimHorizon);
+            let mut iterator = iterator.send().await?.shard_iterator;
+            let mut records = 0;
+            while let Some(at) = iterator {
+                let answer = client.get_records().shard_iterator(at).limit(10_000).send().await?;
+                if answer.records.is_empty() {
+                    break;
+                }
+                records += answer.records.len() as u64;
+                iterator = answer.next_shard_iterator;
+            }
+            anyhow::Ok(records)
+        });
+    }
+    let mut records = 0;
+    while let Some(done) = loops.join_next().await {
+        records += done??;
+    }
+    ensure!(records == RECORDS, "{records} records counted, {RECORDS} were put");
+    Ok(begun.elapsed())
+}
+
+/// A pipeline from its start until every record is with the sink.
+async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
+    let text = format!(
+        "[pipeline]\nname = \"read\"\nstate_dir = {state:?}\n[source]\ntype = \"kinesis\"\n\
+         stream = \"test\"\nendpoint = \"embedded\"\n[[sink]]\nname = \"nowhere\"\ntype = \"discard\"\n"
+    );
+    let config = config::parse("pipeline.toml", text, &|_| None)?;
+    let kinesis = config.source.kinesis().context("a stream is due")?;
+    let (batch, buffer) = (config.source.batch, config.buffer_bytes_max);
+    let source = KinesisSource::new(client.clone(), kinesis, batch, buffer);
+    let sink: Arc<dyn Sink> = Arc::new(DiscardSink::new(SinkName::from("nowhere")));
+    let options = RunOptions {
+        until_caught_up: false,
+        dropped_sinks: HashSet::new(),
+        embedded_plugin: |_| None,
+    };
+    let supervisor = Supervisor::prepare(config, Arc::new(source), vec![sink], options).await?;
+    let (board, stop) = (supervisor.board(), CancellationToken::new());
+    let begun = Instant::now();
+    let running = tokio::spawn(supervisor.run(stop.clone()));
+    loop {
+        let read: u64 = board.snapshot().values().map(|status| status.records_read).sum();
+        if read >= RECORDS {
+            ensure!(read == RECORDS, "{read} records read, {RECORDS} were put");
+            break;
+        }
+        ensure!(begun.elapsed() < Duration::from_secs(120), "only {read} records were read");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let took = begun.elapsed();
+    stop.cancel();
+    running.await??;
+    Ok(took)
+}

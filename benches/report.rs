@@ -1,0 +1,56 @@
+//! What all benches print: one line per case, for people or as JSON.
+#![allow(clippy::print_stdout, reason = "this is what a bench is for")]
+
+/// A bench's lines. Arguments that are no option name cases; without any, all are run.
+pub struct Report {
+    bench: &'static str,
+    unit: &'static str,
+    json: bool,
+    only: Vec<String>,
+}
+
+impl Report {
+    /// Reads the command line.
+    pub fn start(bench: &'static str, unit: &'static str) -> Self {
+        let (options, only): (Vec<_>, Vec<_>) =
+            std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
+        let json = options.iter().any(|option| option == "--json");
+        if !json {
+            println!("{:<36} {:>12} {:>12} {:>7}  ({unit})", "case", "value", "baseline", "ratio");
+        }
+        Self { bench, unit, json, only }
+    }
+
+    /// Whether a case is asked for.
+    pub fn wants(&self, case: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == case)
+    }
+
+    /// Prints a case's line in the bench's unit.
+    pub fn line(&self, case: &str, value: f64, baseline: f64) {
+        self.line_in(case, value, baseline, self.unit);
+    }
+
+    /// Prints a case's line in another unit.
+    pub fn line_in(&self, case: &str, value: f64, baseline: f64, unit: &str) {
+        let ratio = value / baseline;
+        if !self.json {
+            println!("{case:<36} {value:>12.2} {baseline:>12.2} {ratio:>7.2}  {unit}");
+            return;
+        }
+        let line = serde_json::json!({
+            "bench": self.bench,
+            "case": case,
+            "value": rounded(value),
+            "baseline": rounded(baseline),
+            "ratio": rounded(ratio),
+            "unit": unit,
+        });
+        println!("{line}");
+    }
+}
+
+/// To two decimals: more would pretend to a precision that nobody measured.
+fn rounded(number: f64) -> f64 {
+    (number * 100.0).round() / 100.0
+}
