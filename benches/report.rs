@@ -1,5 +1,6 @@
 //! What all benches print: one line per case, for people or as JSON.
 #![allow(clippy::print_stdout, reason = "this is what a bench is for")]
+#![allow(dead_code, reason = "no bench uses all of it")]
 
 /// A bench's lines. Arguments that are no option name cases; without any, all are run.
 pub struct Report {
