@@ -89,18 +89,18 @@ path = {csv:?}
 name = "decode"
 plugin = {plugin:?}
 routes = {{ rows = ["out"] }}
-[stage.config]
-{}
 [[sink]]
 name = "out"
 type = "objects"
 url = "out"
 commit = {{ bytes = "4 MiB" }}
-"#,
-        toml::to_string(&decoder_table()?)?
+"#
     );
+    let mut pipeline: toml::Table = text.parse()?;
+    let stage = pipeline["stage"].get_mut(0).and_then(|stage| stage.as_table_mut());
+    stage.context("a stage")?.insert("config".into(), decoder_table()?.into());
     let path = folder.join("pipeline.toml");
-    fs::write(&path, text)?;
+    fs::write(&path, toml::to_string(&pipeline)?)?;
     Ok(path)
 }
 

@@ -155,8 +155,62 @@ fn a_file_that_was_cut_is_refused() {
     let output = place.run("");
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.contains("rows.ndjson") && error.contains("of 50"), "{error}");
-    assert!(error.contains("no line ends there any more"), "{error}");
+    assert!(error.contains("rows.ndjson: cannot go on at byte 990"), "{error}");
+    assert!(error.contains("cut or written over"), "{error}");
+}
+
+/// The same inode, the same length, line ends at the same places: only the content tells.
+#[test]
+fn a_file_that_was_written_over_is_refused() {
+    let place = Place::new(&rows(100..200));
+    place.run_ok("");
+    place.write(&rows(300..500));
+    let output = place.run("");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("cut or written over"), "{error}");
+    assert!(place.ids().into_iter().eq(100..200));
+}
+
+#[test]
+fn a_last_line_that_gets_its_end_later_is_read_once() {
+    let place = Place::new(b"{\"id\":1}");
+    place.run_ok("");
+    place.append(b"\n{\"id\":2}");
+    place.run_ok("");
+    place.append(b"\r\n{\"id\":3}\n");
+    place.run_ok("");
+    assert_eq!(place.ids(), [1, 2, 3]);
+    // A line that goes on after it was read cannot be taken back.
+    place.append(b"{\"id\":4}");
+    place.run_ok("");
+    place.append(b"5}\n");
+    assert_eq!(place.run("").status.code(), Some(1));
+}
+
+#[test]
+fn a_run_that_waits_for_input_ends_when_told() {
+    let place = Place::new(b"");
+    let pipeline = place.pipeline("-", "");
+    let mut command = shardmill(&["run", &pipeline]);
+    let run = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let mut run = Process(run.expect("the binary starts"));
+    let mut input = run.0.stdin.take().expect("piped");
+    input.write_all(&rows(0..10)).expect("written");
+    input.flush().expect("written");
+    wait_for("the rows", || place.ids().len() == 10);
+    assert_eq!(run.terminate(), Some(0));
+    drop(input);
+}
+
+#[test]
+fn what_is_no_file_is_refused() {
+    let place = Place::new(b"");
+    let pipeline = place.pipeline(&place.folder.path().display().to_string(), "");
+    let output = support::run(&["run", &pipeline]);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("no regular file"), "{error}");
 }
 
 #[test]

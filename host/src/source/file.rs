@@ -1,20 +1,21 @@
 //! The lines of a file, or of standard input, as one shard that ends by itself: for trying a
 //! pipeline, for backfills, for comparisons.
 //!
-//! A position is the number of bytes up to and with the line's end, so that going on is a seek. A
-//! file that was appended to is read on where it was left. A file that took another's place is
-//! another stream: it is known by its path, its inode, when it was made, and its first line.
+//! A position is the number of bytes up to and with the line's end, so that going on is a seek, and,
+//! as its sub-sequence number, the CRC-32 of the line, so that a file that was written over is not
+//! taken for the one that was read. A file that was appended to is read on where it was left. A file
+//! that took another's place is another stream: it is known by its path, its inode, and when it was
+//! made.
 
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
 
 use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
 use crate::config::{BatchLimits, FileConfig, StartPosition};
@@ -30,8 +31,8 @@ const PARTITION_KEY: Bytes = Bytes::from_static(b"file");
 const STANDARD_INPUT: &str = "-";
 /// The longest line, in bytes: as the largest record of a stream.
 const LINE_BYTES_MAX: usize = 10 << 20;
-/// Bytes of the first line that tell a file from another.
-const FIRST_LINE_BYTES_MAX: usize = 4 << 10;
+/// Batches that are read ahead.
+const BATCHES_AHEAD: usize = 1;
 
 /// A file as a source.
 pub struct FileSource {
@@ -65,36 +66,17 @@ fn is_standard_input(config: &FileConfig) -> bool {
 
 fn identity(config: &FileConfig) -> io::Result<StreamIdentity> {
     let path = config.path.canonicalize()?;
-    let mut file = File::open(&path)?;
-    let about = file.metadata()?;
-    if about.is_dir() {
-        return Err(io::ErrorKind::IsADirectory.into());
+    let about = std::fs::metadata(&path)?;
+    if !about.is_file() {
+        let cause = "it is no regular file; a pipe is read as standard input: path = \"-\"";
+        return Err(io::Error::other(cause));
     }
     let made = about.created().ok().and_then(|made| made.duration_since(UNIX_EPOCH).ok());
-    let mut first_line = vec![0; FIRST_LINE_BYTES_MAX];
-    let length = read_whole(&mut file, &mut first_line)?;
-    first_line.truncate(length);
-    first_line.truncate(memchr::memchr(b'\n', &first_line).unwrap_or(0));
-    let first_line = hex::encode(&Sha256::digest(&first_line)[..8]);
     Ok(StreamIdentity {
         name: config.path.display().to_string().into(),
-        arn: format!("file:{}#{}-{first_line}", path.display(), about.ino()).into(),
+        arn: format!("file:{}#{}", path.display(), about.ino()).into(),
         created_ms: made.map_or(0, |made| made.as_millis() as i64),
     })
-}
-
-/// Reads until the buffer is full or the file ends.
-fn read_whole(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut length = 0;
-    while length < buffer.len() {
-        match file.read(&mut buffer[length..]) {
-            Ok(0) => break,
-            Ok(more) => length += more,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(length)
 }
 
 fn failed(config: &FileConfig, what: &str, at: u64, cause: &impl ToString) -> SourceError {
@@ -126,31 +108,41 @@ impl ShardSource for FileSource {
         from: ResumePoint<'_>,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
         let lines = Lines::open(&self.config, self.batch, shard, from.after)?;
-        Ok(Box::new(FileReader { lines: Some(lines) }))
+        Ok(Box::new(FileReader::start(lines)?))
     }
 }
 
-/// Reads the lines off the asynchronous threads.
+/// Reads the lines on a thread of its own: one that waits for standard input holds up nobody, and
+/// ends with the process.
 struct FileReader {
-    /// `None` while a call is under way; one that was dropped ends the reader.
-    lines: Option<Lines>,
+    batches: mpsc::Receiver<Result<NextBatch, SourceError>>,
+}
+
+impl FileReader {
+    fn start(mut lines: Lines) -> Result<Self, SourceError> {
+        let (sender, batches) = mpsc::channel(BATCHES_AHEAD);
+        let config = lines.config.clone();
+        let read = move || {
+            loop {
+                let next = lines.next_batch();
+                let goes_on = matches!(next, Ok(NextBatch::Batch(_)));
+                if sender.blocking_send(next).is_err() || !goes_on {
+                    return;
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("file-reader".into())
+            .spawn(read)
+            .map_err(|cause| failed(&config, "start to read", 0, &cause))?;
+        Ok(Self { batches })
+    }
 }
 
 #[async_trait]
 impl BatchReader for FileReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
-        let Some(mut lines) = self.lines.take() else { return Ok(NextBatch::SourceEnd) };
-        let read = tokio::task::spawn_blocking(move || {
-            let next = lines.next_batch();
-            (lines, next)
-        });
-        let (lines, next) = read.await.map_err(|panic| SourceError::File {
-            path: PathBuf::new(),
-            what: "the reader of the file ended".into(),
-            cause: panic.to_string(),
-        })?;
-        self.lines = Some(lines);
-        next
+        self.batches.recv().await.unwrap_or(Ok(NextBatch::SourceEnd))
     }
 }
 
@@ -180,17 +172,13 @@ impl Lines {
         shard: &ShardKey,
         after: Option<&Position>,
     ) -> Result<Self, SourceError> {
-        let at = match after {
-            None => 0,
-            Some(after) => after.sequence.as_str().parse().map_err(|_| SourceError::File {
-                path: config.path.clone(),
-                what: format!("cannot go on behind {after}"),
-                cause: "that is no position in a file".into(),
-            })?,
-        };
-        let input: Box<dyn Read + Send> = match is_standard_input(config) {
-            true => Box::new(io::stdin()),
-            false => Box::new(open_at(config, at)?),
+        let (input, at): (Box<dyn Read + Send>, u64) = match after {
+            _ if is_standard_input(config) => (Box::new(io::stdin()), 0),
+            None => (Box::new(open_at(config, 0)?), 0),
+            Some(after) => {
+                let (file, at) = open_behind(config, after)?;
+                (Box::new(file), at)
+            }
         };
         Ok(Self {
             config: config.clone(),
@@ -283,7 +271,10 @@ impl Lines {
             }
             bytes += line;
             records.push(Record {
-                position: Position { sequence: SequenceNumber::from(self.at), sub_sequence: 0 },
+                position: Position {
+                    sequence: SequenceNumber::from(self.at),
+                    sub_sequence: crc32fast::hash(&payload).into(),
+                },
                 partition_key: PARTITION_KEY,
                 payload,
                 arrived_ms: self.arrived_ms,
@@ -298,30 +289,82 @@ impl Lines {
     }
 }
 
-/// Opens the file behind a line's end.
 fn open_at(config: &FileConfig, at: u64) -> Result<File, SourceError> {
-    let error = |cause: io::Error| failed(config, "read", at, &cause);
-    let mut file = File::open(&config.path).map_err(error)?;
-    if at > 0 {
-        let length = file.metadata().map_err(error)?.len();
+    let opened = File::open(&config.path).and_then(|mut file| {
+        file.seek(SeekFrom::Start(at))?;
+        Ok(file)
+    });
+    opened.map_err(|cause| failed(config, "read", at, &cause))
+}
+
+/// Opens the file behind a line that was read, if that line is still there; gives where it is then.
+fn open_behind(config: &FileConfig, after: &Position) -> Result<(File, u64), SourceError> {
+    let at = after.sequence.as_str().parse().unwrap_or(u64::MAX);
+    let file = open_at(config, 0)?;
+    let line = line_before(&file, at).map_err(|cause| failed(config, "read", at, &cause))?;
+    let Some(line) = line.filter(|line| u64::from(crc32fast::hash(line)) == after.sub_sequence)
+    else {
+        return Err(SourceError::File {
+            path: config.path.clone(),
+            what: format!("cannot go on at byte {at}"),
+            cause: "the line that was read last does not end there any more: the file was cut or \
+                    written over, or that line was read before it was complete. Put the old file \
+                    back, or read this one under another path"
+                .into(),
+        });
+    };
+    drop(line);
+    // The last line had no end when it was read; it has one now.
+    let mut around = [0; 2];
+    let found =
+        file.read_at(&mut around, at).map_err(|cause| failed(config, "read", at, &cause))?;
+    let was_ended = at > 0 && {
         let mut before = [0];
-        let is_line_end = length >= at
-            && file.read_exact_at(&mut before, at - 1).is_ok()
-            && (before == *b"\n" || length == at);
-        if !is_line_end {
-            return Err(SourceError::File {
-                path: config.path.clone(),
-                what: format!("cannot go on at byte {at} of {length}"),
-                cause:
-                    "no line ends there any more: the file was cut or written over, or its last \
-                        line was read before it was complete. Put the old file back, or read this \
-                        one under another path"
-                        .into(),
-            });
-        }
-        file.seek(SeekFrom::Start(at)).map_err(error)?;
+        file.read_exact_at(&mut before, at - 1).is_ok() && before == *b"\n"
+    };
+    let end_bytes = match &around[..found] {
+        [b'\n', ..] => 1,
+        [b'\r', b'\n'] => 2,
+        _ => 0,
+    };
+    let at = if was_ended { at } else { at + end_bytes };
+    Ok((open_at(config, at)?, at))
+}
+
+/// The line that ends at `at`, without its end; `None`: no line does.
+fn line_before(file: &File, at: u64) -> io::Result<Option<Vec<u8>>> {
+    let length = file.metadata()?.len();
+    if at == 0 || length < at {
+        return Ok(None);
     }
-    Ok(file)
+    // Most lines are short: look back in growing steps.
+    let mut back = 1 << 10;
+    loop {
+        let from = at.saturating_sub(back);
+        let mut bytes = vec![0; (at - from) as usize];
+        file.read_exact_at(&mut bytes, from)?;
+        let is_ended = bytes.ends_with(b"\n");
+        // What follows an unfinished line must be its end, or nothing.
+        let mut next = [0];
+        let is_whole = is_ended
+            || length == at
+            || (file.read_exact_at(&mut next, at).is_ok() && matches!(next, [b'\n' | b'\r']));
+        if !is_whole {
+            return Ok(None);
+        }
+        let end = bytes.len() - usize::from(is_ended);
+        let begin = memchr::memrchr(b'\n', &bytes[..end]).map(|before| before + 1);
+        match begin {
+            None if from > 0 && back < LINE_BYTES_MAX as u64 * 2 => back *= 4,
+            begin => {
+                let mut line = bytes[begin.unwrap_or(0)..end].to_vec();
+                if is_ended && line.ends_with(b"\r") {
+                    line.pop();
+                }
+                return Ok(Some(line));
+            }
+        }
+    }
 }
 
 /// A source for a configuration.
