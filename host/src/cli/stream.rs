@@ -16,7 +16,8 @@ use self::reshard::{Reshard, reshard};
 use super::progress::Progress;
 use super::{Console, DEFAULT_PIPELINE, load, print_line, run};
 use crate::config::{
-    BatchLimits, CreateStream, Endpoint, KinesisConfig, OnLostRecords, PipelineConfig, SourceKind,
+    AssumeRole, BatchLimits, CreateStream, Endpoint, KinesisConfig, OnLostRecords, PipelineConfig,
+    SourceKind,
 };
 use crate::record::{ShardId, ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::connection::StreamConnection;
@@ -180,6 +181,7 @@ struct Target {
     stream: Option<StreamRef>,
     endpoint: Endpoint,
     region: Option<String>,
+    assume_role: Option<AssumeRole>,
     state_dir: PathBuf,
 }
 
@@ -253,8 +255,7 @@ pub(crate) async fn source(
             }
         },
     };
-    let region = kinesis.region.as_deref().or(kinesis.stream.value.region());
-    let client = client::connect(url.as_ref(), region).await?;
+    let client = client::connect(server(kinesis, url.as_ref())).await?;
     ensure(&client, kinesis).await?;
     let source = KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
     Ok((Arc::new(source), started))
@@ -273,8 +274,21 @@ pub(crate) async fn intake_client(
         (Endpoint::Embedded, Some(started)) => Some(started.url().clone()),
         (Endpoint::Embedded, None) => Some(embedded_url(&config.state_dir)?),
     };
-    let region = kinesis.region.as_deref().or(kinesis.stream.value.region());
-    Ok(client::connect(url.as_ref(), region).await?)
+    Ok(client::connect(server(kinesis, url.as_ref())).await?)
+}
+
+/// The server of a pipeline's stream, which is at `url`.
+fn server<'a>(kinesis: &'a KinesisConfig, url: Option<&'a Url>) -> client::Server<'a> {
+    client::Server {
+        url,
+        region: kinesis.region.as_deref().or(kinesis.stream.value.region()),
+        assume_role: role(&kinesis.endpoint, kinesis.assume_role.as_ref()),
+    }
+}
+
+/// The role to assume at an endpoint: none for the embedded stream, which asks nobody who he is.
+fn role<'a>(endpoint: &Endpoint, role: Option<&'a AssumeRole>) -> Option<&'a AssumeRole> {
+    role.filter(|_| *endpoint != Endpoint::Embedded)
 }
 
 /// The embedded stream that another process serves.
@@ -356,6 +370,7 @@ impl Place {
                 .clone()
                 .or(kinesis.and_then(|it| it.region.clone()))
                 .or(stream.as_ref().and_then(region_of)),
+            assume_role: kinesis.and_then(|it| it.assume_role.clone()),
             stream,
             endpoint,
             state_dir: self
@@ -373,7 +388,12 @@ impl Place {
             Endpoint::Url(url) => Some(url.clone()),
             Endpoint::Embedded => Some(embedded_url(&target.state_dir)?),
         };
-        let client = client::connect(url.as_ref(), target.region.as_deref()).await?;
+        let server = client::Server {
+            url: url.as_ref(),
+            region: target.region.as_deref(),
+            assume_role: role(&target.endpoint, target.assume_role.as_ref()),
+        };
+        let client = client::connect(server).await?;
         Ok((target, client))
     }
 }

@@ -65,6 +65,17 @@ pub enum SourceError {
         /// What the chain says.
         cause: String,
     },
+    /// The role cannot be assumed.
+    #[error(
+        "failed to assume role {role}: {cause}. Its trust policy must name who asks, with the \
+         `external_id` under [source] if it asks for one; docs/iam.md has an example"
+    )]
+    NoRole {
+        /// The role's ARN.
+        role: String,
+        /// What STS or the network says.
+        cause: String,
+    },
     /// No region is known.
     #[error("no AWS region: set `region` under [source], AWS_REGION, or a region in the profile")]
     NoRegion,
