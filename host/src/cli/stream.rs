@@ -1,5 +1,6 @@
 //! `shardmill stream`: the stream of a pipeline, or any other.
 
+mod consumers;
 mod reshard;
 
 use std::io::{BufRead, BufReader};
@@ -126,6 +127,9 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Who reads a stream by enhanced fan-out: list, register, deregister.
+    #[command(subcommand)]
+    Consumers(consumers::Command),
     /// Delete a stream and its records.
     Delete {
         #[command(flatten)]
@@ -223,6 +227,7 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
             let wanted = Reshard::Scale { shards };
             reshard(&client, target.name()?, wanted, wait, console).await
         }
+        Command::Consumers(command) => consumers::consumers(command, console).await,
         Command::Delete { place } => {
             let (target, client) = place.connect().await?;
             let name = target.name()?;

@@ -4,11 +4,12 @@
 //! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
 //! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
 //! read, `embedded` serves a stream of our own, [`file::FileSource`] reads a file instead; `stream`,
-//! `input` and `producer` are for those who make streams and fill them.
+//! `consumers`, `input` and `producer` are for those who make streams and fill them.
 
 pub mod aggregate;
 pub mod client;
 pub mod connection;
+pub mod consumers;
 pub mod embedded;
 mod fan_out;
 pub mod file;
