@@ -34,7 +34,8 @@ impl Served {
         let (server, client) = runtime.block_on(async {
             let options = StoreOptions { create_stream_ms: 1, ..options };
             let server = EmbeddedStream::start_with(0, options).await.expect("served");
-            let client = client::connect(Some(server.url()), None).await.expect("connected");
+            let client =
+                client::connect(client::Server::at(server.url())).await.expect("connected");
             let create = client.create_stream().stream_name("test").shard_count(shards);
             create.send().await.expect("created");
             let wait = Duration::from_secs(10);

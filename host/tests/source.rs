@@ -38,7 +38,7 @@ async fn served(shards: u32, options: StoreOptions) -> Served {
         ..options
     };
     let server = EmbeddedStream::start_with(0, options).await.expect("served");
-    let client = client::connect(Some(server.url()), None).await.expect("connected");
+    let client = client::connect(client::Server::at(server.url())).await.expect("connected");
     stream::create(&client, &stream_ref(), shards).await.expect("created");
     active(&client).await;
     Served { _server: server, client }

@@ -112,3 +112,28 @@ fn a_stream_is_scaled_to_equal_ranges() {
         new_shards(&report).iter().map(|(_, start, end)| (end - start) >> 64).collect();
     assert_eq!(widths, [(1 << 62) - 1; 4], "{report}");
 }
+
+#[test]
+fn consumers_are_registered_listed_and_deregistered() {
+    let served = Served::new(1);
+    assert_eq!(served.ok(&["consumers", "list"])["consumers"], serde_json::json!([]));
+    let registered = served.ok(&["consumers", "register", "cars"]);
+    assert_eq!(registered, served.ok(&["consumers", "register", "cars"]), "the same, again");
+    served.ok(&["consumers", "register", "bikes"]);
+    let listed = served.ok(&["consumers", "list"]);
+    let mut names: Vec<&str> = Vec::new();
+    for consumer in listed["consumers"].as_array().expect("a list") {
+        assert_eq!(consumer["status"], "ACTIVE", "{listed}");
+        names.push(consumer["consumer"].as_str().expect("a name"));
+        if consumer["consumer"] == "cars" {
+            assert_eq!(consumer["arn"], registered["arn"], "{listed}");
+        }
+    }
+    names.sort_unstable();
+    assert_eq!(names, ["bikes", "cars"]);
+    served.ok(&["consumers", "deregister", "cars"]);
+    let listed = served.ok(&["consumers", "list"]);
+    assert_eq!(listed["consumers"].as_array().map(Vec::len), Some(1), "{listed}");
+    let said = served.fails(&["consumers", "deregister", "cars"]);
+    assert!(said.contains("consumer cars") && said.contains("not registered"), "{said}");
+}

@@ -70,7 +70,7 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let data = std::path::absolute(&options.data)?;
     let config = pipeline(&data)?;
     let embedded = EmbeddedStream::start(0).await?;
-    let client = client::connect(Some(embedded.url()), None).await?;
+    let client = client::connect(client::Server::at(embedded.url())).await?;
     let kinesis = config.source.kinesis().context("the demo's pipeline reads no stream")?;
     stream_command::ensure(&client, kinesis).await?;
     publish(&client, &kinesis.stream.value, options.cars, console).await?;

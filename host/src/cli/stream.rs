@@ -1,6 +1,8 @@
 //! `shardmill stream`: the stream of a pipeline, or any other.
 
+mod consumers;
 mod reshard;
+mod tail;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -13,25 +15,21 @@ use serde::Serialize;
 use url::Url;
 
 use self::reshard::{Reshard, reshard};
+use self::tail::{TailOptions, tail};
 use super::progress::Progress;
-use super::{Console, DEFAULT_PIPELINE, load, print_line, run};
+use super::{Console, DEFAULT_PIPELINE, load, run};
 use crate::config::{
-    BatchLimits, CreateStream, Endpoint, KinesisConfig, OnLostRecords, PipelineConfig, SourceKind,
+    AssumeRole, CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind,
 };
-use crate::record::{ShardId, ShardKey, ShardStart, StreamIdentity, StreamRef};
-use crate::source::connection::StreamConnection;
+use crate::record::StreamRef;
 use crate::source::embedded::{self, EmbeddedStream};
-use crate::source::inbox::{Inbox, ReadFrom};
 use crate::source::input::{Format, Input, KeyRule};
 use crate::source::kinesis::KinesisSource;
-use crate::source::polling::{Polling, PollingReader};
 use crate::source::producer::{Producer, PutReport};
-use crate::source::{BatchReader as _, NextBatch, ShardSource, SourceError, client, stream};
+use crate::source::{ShardSource, SourceError, client, stream};
 
 /// How long a deletion is waited for.
 const DELETE_WAIT_MAX: Duration = Duration::from_secs(120);
-/// What the readers of `tail` hold together.
-const TAIL_BYTES_MAX: usize = 64 << 20;
 /// Records between two looks at the progress bar.
 const PROGRESS_RECORDS: u64 = 1_000;
 
@@ -72,15 +70,12 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Print records as they are: shard, sequence, key, payload.
-    #[command(after_help = "Example:\n  shardmill stream tail --limit 10")]
+    /// Print records: shard, sequence, key, payload; as they are, or as a plugin decodes them.
+    #[command(after_help = "Examples:\n  shardmill stream tail --limit 10\n  \
+                            shardmill stream tail --from latest --decode car-decode.wasm")]
     Tail {
-        /// Stop after this many records.
-        #[arg(long)]
-        limit: Option<u64>,
-        /// Stop at the end instead of waiting for more.
-        #[arg(long)]
-        no_follow: bool,
+        #[command(flatten)]
+        options: TailOptions,
         #[command(flatten)]
         place: Place,
     },
@@ -125,6 +120,9 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Who reads a stream by enhanced fan-out: list, register, deregister.
+    #[command(subcommand)]
+    Consumers(consumers::Command),
     /// Delete a stream and its records.
     Delete {
         #[command(flatten)]
@@ -180,6 +178,7 @@ struct Target {
     stream: Option<StreamRef>,
     endpoint: Endpoint,
     region: Option<String>,
+    assume_role: Option<AssumeRole>,
     state_dir: PathBuf,
 }
 
@@ -202,9 +201,9 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
             let (target, client) = place.connect().await?;
             put(client, target.name()?, options, console).await
         }
-        Command::Tail { limit, no_follow, place } => {
+        Command::Tail { options, place } => {
             let (target, client) = place.connect().await?;
-            tail(client, target.name()?, limit, no_follow, console).await
+            tail(client, target.name()?, options, console).await
         }
         Command::Split { shard, at, wait, place } => {
             let (target, client) = place.connect().await?;
@@ -221,6 +220,7 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
             let wanted = Reshard::Scale { shards };
             reshard(&client, target.name()?, wanted, wait, console).await
         }
+        Command::Consumers(command) => consumers::consumers(command, console).await,
         Command::Delete { place } => {
             let (target, client) = place.connect().await?;
             let name = target.name()?;
@@ -253,8 +253,7 @@ pub(crate) async fn source(
             }
         },
     };
-    let region = kinesis.region.as_deref().or(kinesis.stream.value.region());
-    let client = client::connect(url.as_ref(), region).await?;
+    let client = client::connect(server(kinesis, url.as_ref())).await?;
     ensure(&client, kinesis).await?;
     let source = KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
     Ok((Arc::new(source), started))
@@ -273,8 +272,21 @@ pub(crate) async fn intake_client(
         (Endpoint::Embedded, Some(started)) => Some(started.url().clone()),
         (Endpoint::Embedded, None) => Some(embedded_url(&config.state_dir)?),
     };
-    let region = kinesis.region.as_deref().or(kinesis.stream.value.region());
-    Ok(client::connect(url.as_ref(), region).await?)
+    Ok(client::connect(server(kinesis, url.as_ref())).await?)
+}
+
+/// The server of a pipeline's stream, which is at `url`.
+fn server<'a>(kinesis: &'a KinesisConfig, url: Option<&'a Url>) -> client::Server<'a> {
+    client::Server {
+        url,
+        region: kinesis.region.as_deref().or(kinesis.stream.value.region()),
+        assume_role: role(&kinesis.endpoint, kinesis.assume_role.as_ref()),
+    }
+}
+
+/// The role to assume at an endpoint: none for the embedded stream, which asks nobody who he is.
+fn role<'a>(endpoint: &Endpoint, role: Option<&'a AssumeRole>) -> Option<&'a AssumeRole> {
+    role.filter(|_| *endpoint != Endpoint::Embedded)
 }
 
 /// The embedded stream that another process serves.
@@ -356,6 +368,7 @@ impl Place {
                 .clone()
                 .or(kinesis.and_then(|it| it.region.clone()))
                 .or(stream.as_ref().and_then(region_of)),
+            assume_role: kinesis.and_then(|it| it.assume_role.clone()),
             stream,
             endpoint,
             state_dir: self
@@ -373,7 +386,12 @@ impl Place {
             Endpoint::Url(url) => Some(url.clone()),
             Endpoint::Embedded => Some(embedded_url(&target.state_dir)?),
         };
-        let client = client::connect(url.as_ref(), target.region.as_deref()).await?;
+        let server = client::Server {
+            url: url.as_ref(),
+            region: target.region.as_deref(),
+            assume_role: role(&target.endpoint, target.assume_role.as_ref()),
+        };
+        let client = client::connect(server).await?;
         Ok((target, client))
     }
 }
@@ -529,100 +547,4 @@ fn open_input(file: Option<&Path>) -> anyhow::Result<(Box<dyn BufRead + Send>, S
 fn rate(report: PutReport, begun: Instant) -> String {
     let per_second = report.records as f64 / begun.elapsed().as_secs_f64().max(f64::EPSILON);
     format!("{}, {per_second:.0} records/s", bytesize::ByteSize(report.bytes))
-}
-
-#[derive(Serialize)]
-struct TailLine<'a> {
-    shard: &'a str,
-    sequence: &'a str,
-    key: String,
-    payload: String,
-}
-
-async fn tail(
-    client: Client,
-    name: &StreamRef,
-    limit: Option<u64>,
-    no_follow: bool,
-    console: &Console,
-) -> anyhow::Result<()> {
-    let identity = Arc::new(stream::describe(&client, name).await?.identity);
-    let stop = run::stop_on_signals()?;
-    let connection = StreamConnection::new(
-        client.clone(),
-        name.clone(),
-        OnLostRecords::Continue,
-        TAIL_BYTES_MAX,
-    );
-    let (lines, mut printed) = tokio::sync::mpsc::channel(64);
-    let mut readers = tokio::task::JoinSet::new();
-    for shard in stream::shards(&client, name).await? {
-        let mut reader = tail_reader(&connection, &identity, shard.id);
-        let lines = lines.clone();
-        readers.spawn(async move {
-            loop {
-                match reader.next_batch().await? {
-                    NextBatch::Batch(batch) => {
-                        if lines.send(batch).await.is_err() {
-                            return Ok(());
-                        }
-                    }
-                    NextBatch::Idle { .. } if no_follow => return Ok(()),
-                    NextBatch::Idle { .. } => {}
-                    NextBatch::ShardEnd | NextBatch::SourceEnd => {
-                        return Ok::<(), SourceError>(());
-                    }
-                }
-            }
-        });
-    }
-    drop(lines);
-    let mut left = limit.unwrap_or(u64::MAX);
-    while left > 0 {
-        let batch = tokio::select! {
-            batch = printed.recv() => match batch { Some(batch) => batch, None => break },
-            () = stop.cancelled() => break,
-        };
-        for record in batch.records.iter().take(usize::try_from(left).unwrap_or(usize::MAX)) {
-            left -= 1;
-            let line = TailLine {
-                shard: batch.shard.shard.as_str(),
-                sequence: record.position.sequence.as_str(),
-                key: String::from_utf8_lossy(&record.partition_key).into_owned(),
-                payload: String::from_utf8_lossy(&record.payload).into_owned(),
-            };
-            match console.json {
-                true => console.report(&line)?,
-                false => print_line(format!(
-                    "{} {} {} {}",
-                    line.shard,
-                    line.sequence,
-                    line.key,
-                    line.payload.escape_debug()
-                )),
-            }
-        }
-    }
-    if left > 0 && !stop.is_cancelled() {
-        while let Some(done) = readers.join_next().await {
-            done??;
-        }
-    }
-    Ok(())
-}
-
-fn tail_reader(
-    connection: &Arc<StreamConnection>,
-    identity: &Arc<StreamIdentity>,
-    shard: ShardId,
-) -> PollingReader {
-    let key = ShardKey { pipeline: "tail".into(), stream: identity.clone(), shard };
-    let polling = Polling {
-        records_per_call_max: 1_000,
-        poll_interval: Duration::from_millis(300),
-        is_paced: true,
-    };
-    let batch = BatchLimits { records_max: 1_000, bytes_max: 1 << 20 };
-    let from = ReadFrom { after: None, start: ShardStart::Horizon, hash_range: None };
-    PollingReader::new(connection.clone(), polling, Inbox::new(key, batch, from), None)
 }

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
 pub use self::env::Lookup;
 pub use self::load::{load, parse};
+pub use self::source::NotAStart;
 use crate::record::{
     PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
 };

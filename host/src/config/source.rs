@@ -191,46 +191,67 @@ fn filled(raw: &Maybe<Text>, noun: &str, check: &mut Check) -> Option<Option<Str
 }
 
 fn start(raw: &Maybe<Text>, check: &mut Check) -> Option<StartPosition> {
-    /// What precedes the time in the third form, and the positions in the fourth.
-    const AT_TIMESTAMP: &str = "at-timestamp:";
-    const AT_SEQUENCE: &str = "at-sequence:";
     let Some(raw) = raw else { return Some(StartPosition::TrimHorizon) };
-    let text = raw.get_ref().0.as_str();
-    if let Some(time) = text.strip_prefix(AT_TIMESTAMP) {
-        return match chrono::DateTime::parse_from_rfc3339(time.trim()) {
-            Ok(time) => Some(StartPosition::AtTimestampMs(time.timestamp_millis())),
-            Err(cause) => {
-                let message = format!("{:?} is no time: {cause}", time.trim());
-                let help = "date, time and zone are due: \"at-timestamp:2026-01-31T00:00:00Z\"";
-                check.problem(raw.span(), message, help);
-                None
-            }
-        };
-    }
-    if let Some(places) = text.strip_prefix(AT_SEQUENCE) {
-        let place = |place: &str| {
-            let (shard, sequence) = place.trim().rsplit_once(':')?;
-            Some((ShardId::from(shard), SequenceNumber::parse(sequence).ok()?))
-        };
-        let Some(places) = places.split(',').map(place).collect() else {
-            let message = format!("{places:?} does not say at which record to start");
-            let help = "shard and sequence number are due, several with commas: \
-                        \"at-sequence:shardId-000000000000:49590338271490256608559692538361571\"";
+    match StartPosition::parse(&raw.get_ref().0) {
+        Ok(start) => Some(start),
+        Err(NotAStart { message, help }) => {
             check.problem(raw.span(), message, help);
-            return None;
-        };
-        return Some(StartPosition::AtSequence(places));
-    }
-    match text {
-        "trim-horizon" => Some(StartPosition::TrimHorizon),
-        "latest" => Some(StartPosition::Latest),
-        _ => {
-            let help = suggest(text, "allowed", &["trim-horizon", "latest"]);
-            let help = format!(
-                "{help}; or \"at-timestamp:2026-01-31T00:00:00Z\", or \"at-sequence:SHARD:SEQUENCE\""
-            );
-            check.problem(raw.span(), format!("{text:?} is no start position"), help);
             None
+        }
+    }
+}
+
+/// Text that is no start position.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}; {help}")]
+pub struct NotAStart {
+    message: String,
+    help: String,
+}
+
+impl StartPosition {
+    /// Reads one of the four forms: `trim-horizon`, `latest`, `at-timestamp:TIME` with a time of
+    /// RFC 3339, `at-sequence:SHARD:SEQUENCE` with several places by commas.
+    ///
+    /// # Errors
+    /// [`NotAStart`].
+    pub fn parse(text: &str) -> Result<Self, NotAStart> {
+        if let Some(time) = text.strip_prefix("at-timestamp:") {
+            return match chrono::DateTime::parse_from_rfc3339(time.trim()) {
+                Ok(time) => Ok(Self::AtTimestampMs(time.timestamp_millis())),
+                Err(cause) => Err(NotAStart {
+                    message: format!("{:?} is no time: {cause}", time.trim()),
+                    help: "date, time and zone are due: \"at-timestamp:2026-01-31T00:00:00Z\""
+                        .into(),
+                }),
+            };
+        }
+        if let Some(places) = text.strip_prefix("at-sequence:") {
+            let place = |place: &str| {
+                let (shard, sequence) = place.trim().rsplit_once(':')?;
+                Some((ShardId::from(shard), SequenceNumber::parse(sequence).ok()?))
+            };
+            let read: Option<_> = places.split(',').map(place).collect();
+            return read.map(Self::AtSequence).ok_or_else(|| NotAStart {
+                message: format!("{places:?} does not say at which record to start"),
+                help: "shard and sequence number are due, several with commas: \
+                       \"at-sequence:shardId-000000000000:49590338271490256608559692538361571\""
+                    .into(),
+            });
+        }
+        match text {
+            "trim-horizon" => Ok(Self::TrimHorizon),
+            "latest" => Ok(Self::Latest),
+            _ => {
+                let help = suggest(text, "allowed", &["trim-horizon", "latest"]);
+                Err(NotAStart {
+                    message: format!("{text:?} is no start position"),
+                    help: format!(
+                        "{help}; or \"at-timestamp:2026-01-31T00:00:00Z\", or \
+                         \"at-sequence:SHARD:SEQUENCE\""
+                    ),
+                })
+            }
         }
     }
 }

@@ -1,32 +1,54 @@
 //! A connection to a server that speaks the Kinesis API.
 
-use aws_config::BehaviorVersion;
+use aws_config::sts::AssumeRoleProvider;
+use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_kinesis::Client;
-use aws_sdk_kinesis::config::{Credentials, ProvideCredentials as _, Region};
+use aws_sdk_kinesis::config::{
+    Credentials, ProvideCredentials as _, Region, SharedCredentialsProvider,
+};
 use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 
 use super::SourceError;
+use crate::config::AssumeRole;
 
 /// The region that servers other than AWS are told.
 const OTHER_REGION: &str = "us-east-1";
 
-/// Connects. Without `url` it is AWS, by the standard chain of credentials and regions; with one,
-/// a server that checks no credentials gets some when there are none.
+/// Which server, and as whom.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Server<'a> {
+    /// Its address; `None` is AWS.
+    pub url: Option<&'a url::Url>,
+    /// The AWS region; `None`: that of the standard chain.
+    pub region: Option<&'a str>,
+    /// The role to assume; `None`: whoever the standard chain of credentials says.
+    pub assume_role: Option<&'a AssumeRole>,
+}
+
+impl<'a> Server<'a> {
+    /// A server that is not AWS and checks no credentials.
+    pub fn at(url: &'a url::Url) -> Self {
+        Self { url: Some(url), ..Self::default() }
+    }
+}
+
+/// Connects. AWS is reached by the standard chain of credentials and regions; a server at a URL
+/// that is told no credentials gets some, unless a role is to be assumed: STS checks them.
 ///
 /// # Errors
-/// [`SourceError::NoRegion`] and [`SourceError::NoCredentials`], which say what to set.
-pub async fn connect(url: Option<&url::Url>, region: Option<&str>) -> Result<Client, SourceError> {
+/// [`SourceError::NoRegion`], [`SourceError::NoCredentials`] and [`SourceError::NoRole`], which say
+/// what to set.
+pub async fn connect(server: Server<'_>) -> Result<Client, SourceError> {
     let http = aws_smithy_http_client::Builder::new()
         .tls_provider(Provider::Rustls(CryptoMode::Ring))
         .build_https();
     let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http);
-    if let Some(region) = region {
+    if let Some(region) = server.region {
         loader = loader.region(Region::new(region.to_owned()));
     }
-    if let Some(url) = url {
-        loader = loader.endpoint_url(url.as_str());
-        if std::env::var_os("AWS_ACCESS_KEY_ID").is_none() {
+    if server.url.is_some() {
+        if server.assume_role.is_none() && std::env::var_os("AWS_ACCESS_KEY_ID").is_none() {
             loader = loader.credentials_provider(Credentials::new(
                 "local",
                 "local",
@@ -35,11 +57,11 @@ pub async fn connect(url: Option<&url::Url>, region: Option<&str>) -> Result<Cli
                 "shardmill",
             ));
         }
-        if region.is_none() && std::env::var_os("AWS_REGION").is_none() {
+        if server.region.is_none() && std::env::var_os("AWS_REGION").is_none() {
             loader = loader.region(Region::new(OTHER_REGION));
         }
     }
-    let config = loader.load().await;
+    let mut config = loader.load().await;
     if config.region().is_none() {
         return Err(SourceError::NoRegion);
     }
@@ -50,7 +72,35 @@ pub async fn connect(url: Option<&url::Url>, region: Option<&str>) -> Result<Cli
         .provide_credentials()
         .await
         .map_err(|error| SourceError::NoCredentials { cause: causes(&error) })?;
-    Ok(Client::new(&config))
+    if let Some(role) = server.assume_role {
+        let provider = assume(role, &config).await?;
+        config = config.into_builder().credentials_provider(provider).build();
+    }
+    // The address is of Kinesis alone: STS has its own.
+    let kinesis = aws_sdk_kinesis::config::Builder::from(&config);
+    let kinesis = match server.url {
+        Some(url) => kinesis.endpoint_url(url.as_str()),
+        None => kinesis,
+    };
+    Ok(Client::from_conf(kinesis.build()))
+}
+
+/// The credentials of a role, which are renewed before they expire; proven by a first call.
+async fn assume(
+    role: &AssumeRole,
+    config: &SdkConfig,
+) -> Result<SharedCredentialsProvider, SourceError> {
+    let mut builder =
+        AssumeRoleProvider::builder(&role.arn).session_name(&role.session_name).configure(config);
+    if let Some(external_id) = &role.external_id {
+        builder = builder.external_id(external_id);
+    }
+    let provider = SharedCredentialsProvider::new(builder.build().await);
+    provider
+        .provide_credentials()
+        .await
+        .map_err(|error| SourceError::NoRole { role: role.arn.clone(), cause: causes(&error) })?;
+    Ok(provider)
 }
 
 /// What went wrong in a call, as far as it decides what to do.

@@ -253,7 +253,7 @@ pub async fn register(
                 let status = status.unwrap_or_else(|| "missing".into());
                 let cause = format!(
                     "it is {status} after {} s, not ACTIVE; look at it with `shardmill stream \
-                     consumers`",
+                     consumers list`",
                     CONSUMER_WAIT_MAX.as_secs()
                 );
                 return Err(SourceError::Call {

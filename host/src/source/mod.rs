@@ -4,11 +4,12 @@
 //! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
 //! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
 //! read, `embedded` serves a stream of our own, [`file::FileSource`] reads a file instead; `stream`,
-//! `input` and `producer` are for those who make streams and fill them.
+//! `consumers`, `input` and `producer` are for those who make streams and fill them.
 
 pub mod aggregate;
 pub mod client;
 pub mod connection;
+pub mod consumers;
 pub mod embedded;
 mod fan_out;
 pub mod file;
@@ -63,6 +64,17 @@ pub enum SourceError {
     )]
     NoCredentials {
         /// What the chain says.
+        cause: String,
+    },
+    /// The role cannot be assumed.
+    #[error(
+        "failed to assume role {role}: {cause}. Its trust policy must name who asks, with the \
+         `external_id` under [source] if it asks for one; docs/iam.md has an example"
+    )]
+    NoRole {
+        /// The role's ARN.
+        role: String,
+        /// What STS or the network says.
         cause: String,
     },
     /// No region is known.

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::flow::{self, Flow, Item};
-use super::generation::{Generation, SOURCE_ROUTE, Target, context};
+use super::generation::{Generation, SOURCE_ROUTE, Target};
 use super::rejections::RejectionWindow;
 use super::runner::{RunError, StageOutcome, StageRunner};
 use crate::config::RejectedMax;
@@ -67,12 +67,7 @@ impl Chain {
         stop: &CancellationToken,
     ) -> Result<Self, CallError> {
         let runners = generation.stages.iter().map(|stage| {
-            let context = context(
-                &shard.stream.name,
-                shard.shard.as_str(),
-                &stage.config_json,
-                &stage.upstream,
-            );
+            let context = stage.context(&shard.stream.name, shard.shard.as_str());
             StageRunner::start(stage.clone(), context, rejected_max, stop.clone())
         });
         Ok(Self {

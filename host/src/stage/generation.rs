@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, PipelineConfig, StageLimits};
 use crate::plugin::{
-    CompileCache, Context, Descriptor, Digest, Instance, Plugin, PluginEngine, Route,
+    CallError, CompileCache, Context, Descriptor, Digest, Instance, Plugin, PluginEngine, Route,
 };
 use crate::record::{RouteName, SinkName, StageName};
 use crate::sink::{BoundRoute, Column};
@@ -98,6 +98,36 @@ pub struct LoadedStage {
 }
 
 impl LoadedStage {
+    /// A stage outside of any pipeline, with the default limits: it takes records of any format,
+    /// and its routes go nowhere. A failure that may pass is not tried again.
+    ///
+    /// # Errors
+    /// What the plugin says to its configuration.
+    pub fn alone(plugin: Plugin, config_json: &str, stream_name: &str) -> Result<Self, CallError> {
+        let source =
+            Route { name: SOURCE_ROUTE.into(), format: String::new(), columns: Vec::new() };
+        let upstream: Arc<[Route]> = [source].into();
+        let limits = StageLimits { retry_ms_max: 0, ..StageLimits::default() };
+        let context = context(stream_name, "", config_json, &upstream);
+        let (_, descriptor) = Instance::start(&plugin, &limits, &context)?;
+        let routes = descriptor.routes.iter();
+        Ok(Self {
+            name: descriptor.name.as_str().into(),
+            plugin,
+            route_names: routes.clone().map(|route| route.name.as_str().into()).collect(),
+            targets: routes.map(|_| Target::Sinks(Vec::new())).collect(),
+            descriptor: descriptor.into(),
+            limits,
+            config_json: config_json.into(),
+            upstream,
+        })
+    }
+
+    /// What an instance for a shard is told of its place.
+    pub fn context(&self, stream_name: &str, shard_id: &str) -> Context {
+        context(stream_name, shard_id, &self.config_json, &self.upstream)
+    }
+
     /// Whether another instance declares the same routes.
     pub(super) fn same_routes(&self, other: &Descriptor) -> bool {
         self.descriptor.routes.len() == other.routes.len()
@@ -314,12 +344,7 @@ impl Generation {
 }
 
 /// What a plugin is told of its place.
-pub fn context(
-    stream_name: &str,
-    shard_id: &str,
-    config_json: &str,
-    upstream: &[Route],
-) -> Context {
+fn context(stream_name: &str, shard_id: &str, config_json: &str, upstream: &[Route]) -> Context {
     Context {
         stream_name: stream_name.into(),
         shard_id: shard_id.into(),

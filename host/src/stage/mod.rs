@@ -11,7 +11,7 @@ mod rejections;
 mod runner;
 
 pub use chain::{Blocked, Chain, ChainOutcome, Routed};
-pub use flow::{Flow, Item};
+pub use flow::{Flow, Item, first_flow};
 pub use generation::{Generation, GenerationSpec, LoadedStage, StageSpec, Target};
 pub use rejections::RejectionWindow;
-pub use runner::{Rejected, StageOutcome, StageRunner};
+pub use runner::{Rejected, RunError, StageOutcome, StageRunner};

@@ -1,0 +1,94 @@
+//! The registered consumers of a stream: those to whom enhanced fan-out pushes.
+
+use std::time::{Duration, Instant};
+
+use aws_sdk_kinesis::Client;
+
+pub use super::fan_out::register;
+
+use super::SourceError;
+use super::client::{Fault, call_error, fault};
+use crate::record::StreamIdentity;
+
+/// How long a consumer may take to be gone.
+const DEREGISTER_WAIT_MAX: Duration = Duration::from_secs(60);
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A registered consumer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Consumer {
+    /// Its name, unique in the stream.
+    pub name: String,
+    /// Its ARN.
+    pub arn: String,
+    /// Its status, for example `ACTIVE`.
+    pub status: String,
+    /// When it was registered, in milliseconds since 1970.
+    pub created_ms: i64,
+}
+
+/// All consumers of a stream, page by page.
+///
+/// Source: API reference, ListStreamConsumers: `StreamARN` goes with `NextToken` as well.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub async fn list(client: &Client, stream: &StreamIdentity) -> Result<Vec<Consumer>, SourceError> {
+    let mut consumers = Vec::new();
+    let mut next_token: Option<String> = None;
+    loop {
+        let call = client.list_stream_consumers().stream_arn(&*stream.arn);
+        let page = call.set_next_token(next_token.take()).send().await.map_err(|error| {
+            call_error("ListStreamConsumers", format!("stream {}", stream.name), &error)
+        })?;
+        consumers.extend(page.consumers().iter().map(|consumer| Consumer {
+            name: consumer.consumer_name().to_owned(),
+            arn: consumer.consumer_arn().to_owned(),
+            status: consumer.consumer_status().as_str().to_owned(),
+            created_ms: consumer.consumer_creation_timestamp().to_millis().unwrap_or_default(),
+        }));
+        match page.next_token() {
+            Some(token) => next_token = Some(token.to_owned()),
+            None => return Ok(consumers),
+        }
+    }
+}
+
+/// Deregisters a consumer and waits until it is gone; its subscriptions end.
+///
+/// # Errors
+/// [`SourceError::Call`] when it is not registered, or still there after a minute.
+pub async fn deregister(
+    client: &Client,
+    stream: &StreamIdentity,
+    consumer: &str,
+) -> Result<(), SourceError> {
+    let place = || format!("stream {}, consumer {consumer}", stream.name);
+    let failed =
+        |call, cause: &str| SourceError::Call { call, place: place(), cause: cause.into() };
+    let call = client.deregister_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
+    call.send().await.map_err(|error| match fault(&error) {
+        Fault::NotFound => failed(
+            "DeregisterStreamConsumer",
+            "it is not registered; `shardmill stream consumers list` shows which are",
+        ),
+        _ => call_error("DeregisterStreamConsumer", place(), &error),
+    })?;
+    let begun = Instant::now();
+    loop {
+        let call =
+            client.describe_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
+        match call.send().await {
+            Err(error) if fault(&error) == Fault::NotFound => return Ok(()),
+            Err(error) => return Err(call_error("DescribeStreamConsumer", place(), &error)),
+            Ok(_) if begun.elapsed() >= DEREGISTER_WAIT_MAX => {
+                let cause = format!(
+                    "it is still there after {} s; look at it with `shardmill stream consumers list`",
+                    DEREGISTER_WAIT_MAX.as_secs()
+                );
+                return Err(failed("DescribeStreamConsumer", &cause));
+            }
+            Ok(_) => tokio::time::sleep(LOOK_INTERVAL).await,
+        }
+    }
+}
