@@ -93,6 +93,7 @@ routes = {{ rows = ["out"] }}
 name = "out"
 type = "objects"
 url = "out"
+compression = "none"
 commit = {{ bytes = "4 MiB" }}
 "#
     );
