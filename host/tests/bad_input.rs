@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use bytes::Bytes;
-use shardmill::record::StreamRef;
 use shardmill::source::client;
 use shardmill::source::embedded::EmbeddedStream;
 use shardmill::source::producer::{NewRecord, Producer};
@@ -83,10 +82,6 @@ linger = "50 ms"
         let reasons = query.query_map([], |row| row.get(0)).expect("rows");
         reasons.map(|reason| reason.expect("a reason")).collect()
     }
-}
-
-fn name() -> StreamRef {
-    StreamRef::parse("test").expect("a name")
 }
 
 /// Serves the stream `test` with one shard and these records, for the pipelines of a place.
