@@ -4,18 +4,12 @@
 
 mod support;
 
-use std::convert::Infallible;
 use std::path::Path;
 use std::process::Output;
-use std::sync::{Arc, Mutex};
 
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::{Bytes, Incoming};
-use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper::StatusCode;
+use support::player::{Player, Seen};
 use support::shardmill;
-use tokio::net::TcpListener;
 
 const ROLE: &str = "arn:aws:iam::123456789012:role/reader";
 const ASSUMED_KEY: &str = "ASIAROLEOFTHETEST000";
@@ -38,72 +32,6 @@ const SUMMARY: &str = r#"{"StreamDescriptionSummary":{"StreamName":"test","Strea
 "RetentionPeriodHours":24,"StreamCreationTimestamp":1700000000,"EnhancedMonitoring":[],
 "OpenShardCount":0}}"#;
 
-/// A request as it came.
-#[derive(Clone, Debug)]
-struct Seen {
-    target: String,
-    authorization: String,
-    token: String,
-    body: String,
-}
-
-/// A server that plays STS or Kinesis; it ends with its runtime.
-struct Server {
-    url: String,
-    seen: Arc<Mutex<Vec<Seen>>>,
-    _runtime: tokio::runtime::Runtime,
-}
-
-impl Server {
-    /// Answers every request as `answer` says.
-    fn start(answer: fn(&Seen) -> (StatusCode, &'static str)) -> Self {
-        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port");
-        let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
-        let log = seen.clone();
-        runtime.spawn(async move {
-            while let Ok((connection, _)) = listener.accept().await {
-                let log = log.clone();
-                tokio::spawn(async move {
-                    let service = service_fn(|request: Request<Incoming>| {
-                        let log = log.clone();
-                        async move {
-                            let seen = read(request).await;
-                            log.lock().expect("no panic").push(seen.clone());
-                            let (status, body) = answer(&seen);
-                            let mut response = Response::new(Full::new(Bytes::from(body)));
-                            *response.status_mut() = status;
-                            Ok::<_, Infallible>(response)
-                        }
-                    });
-                    let connection = TokioIo::new(connection);
-                    // An error is a client that went away.
-                    let _ = hyper::server::conn::http1::Builder::new()
-                        .serve_connection(connection, service)
-                        .await;
-                });
-            }
-        });
-        Self { url, seen, _runtime: runtime }
-    }
-
-    fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().expect("no panic").clone()
-    }
-}
-
-async fn read(request: Request<Incoming>) -> Seen {
-    let header = |name: &str| {
-        let value = request.headers().get(name).and_then(|value| value.to_str().ok());
-        value.unwrap_or_default().to_owned()
-    };
-    let (target, authorization, token) =
-        (header("x-amz-target"), header("authorization"), header("x-amz-security-token"));
-    let body = request.into_body().collect().await.expect("a body").to_bytes();
-    Seen { target, authorization, token, body: String::from_utf8_lossy(&body).into_owned() }
-}
-
 fn kinesis(seen: &Seen) -> (StatusCode, &'static str) {
     match seen.target.ends_with(".DescribeStreamSummary") {
         true => (StatusCode::OK, SUMMARY),
@@ -112,7 +40,7 @@ fn kinesis(seen: &Seen) -> (StatusCode, &'static str) {
 }
 
 /// Describes the stream of a pipeline that assumes a role.
-fn describe(folder: &Path, kinesis: &Server, sts: &Server, assume_role: &str) -> Output {
+fn describe(folder: &Path, kinesis: &Player, sts: &Player, assume_role: &str) -> Output {
     let file = folder.join("pipeline.toml");
     let text = format!(
         r#"
@@ -144,7 +72,7 @@ type = "discard"
 #[test]
 fn kinesis_is_asked_by_the_role_that_sts_gave() {
     let folder = tempfile::tempdir().expect("a folder");
-    let (kinesis, sts) = (Server::start(kinesis), Server::start(|_| (StatusCode::OK, ASSUMED)));
+    let (kinesis, sts) = (Player::start(kinesis), Player::start(|_| (StatusCode::OK, ASSUMED)));
     let role = format!(r#"{{ arn = "{ROLE}", external_id = "cars-7", session_name = "nightly" }}"#);
     let output = describe(folder.path(), &kinesis, &sts, &role);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -173,8 +101,8 @@ fn kinesis_is_asked_by_the_role_that_sts_gave() {
 #[test]
 fn a_role_that_sts_denies_is_named_with_the_reason() {
     let folder = tempfile::tempdir().expect("a folder");
-    let sts = Server::start(|_| (StatusCode::FORBIDDEN, DENIED));
-    let kinesis = Server::start(kinesis);
+    let sts = Player::start(|_| (StatusCode::FORBIDDEN, DENIED));
+    let kinesis = Player::start(kinesis);
     let output = describe(folder.path(), &kinesis, &sts, &format!(r#"{{ arn = "{ROLE}" }}"#));
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");

@@ -3,7 +3,9 @@
 
 mod support;
 
+use hyper::StatusCode;
 use serde_json::Value;
+use support::player::{Player, Seen};
 use support::{Process, run, run_ok, serve_stream};
 
 /// A served stream `test`, deleted with its folder.
@@ -136,4 +138,41 @@ fn consumers_are_registered_listed_and_deregistered() {
     assert_eq!(listed["consumers"].as_array().map(Vec::len), Some(1), "{listed}");
     let said = served.fails(&["consumers", "deregister", "cars"]);
     assert!(said.contains("consumer cars") && said.contains("not registered"), "{said}");
+}
+
+/// The stream, and its consumers in two pages: the embedded stream knows one only.
+fn paged(seen: &Seen) -> (StatusCode, &'static str) {
+    let body = match (seen.target.rsplit('.').next(), seen.body.contains("NextToken")) {
+        (Some("DescribeStreamSummary"), _) => {
+            r#"{"StreamDescriptionSummary":{"StreamName":"test","StreamARN":
+            "arn:aws:kinesis:us-east-1:123456789012:stream/test","StreamStatus":"ACTIVE",
+            "RetentionPeriodHours":24,"StreamCreationTimestamp":1700000000,
+            "EnhancedMonitoring":[],"OpenShardCount":0}}"#
+        }
+        (_, false) => {
+            r#"{"Consumers":[{"ConsumerName":"cars","ConsumerARN":"arn:cars",
+            "ConsumerStatus":"ACTIVE","ConsumerCreationTimestamp":1}],"NextToken":"page-2"}"#
+        }
+        (_, true) => {
+            r#"{"Consumers":[{"ConsumerName":"bikes","ConsumerARN":"arn:bikes",
+            "ConsumerStatus":"DELETING","ConsumerCreationTimestamp":2}]}"#
+        }
+    };
+    (StatusCode::OK, body)
+}
+
+#[test]
+fn all_pages_of_consumers_are_listed() {
+    let server = Player::start(paged);
+    let place = ["--stream", "test", "--endpoint", &server.url, "--json"];
+    let listed = run_ok(&[&["stream", "consumers", "list"][..], &place].concat());
+    let listed: Value = serde_json::from_str(&listed).expect("a JSON report");
+    let due = serde_json::json!([
+        { "consumer": "cars", "arn": "arn:cars", "status": "ACTIVE", "created_ms": 1000 },
+        { "consumer": "bikes", "arn": "arn:bikes", "status": "DELETING", "created_ms": 2000 },
+    ]);
+    assert_eq!(listed["consumers"], due);
+    let asked = server.seen();
+    let last = asked.last().expect("requests");
+    assert!(last.body.contains("page-2") && last.body.contains("StreamARN"), "{last:?}");
 }

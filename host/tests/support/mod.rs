@@ -9,6 +9,7 @@
 
 pub mod aggregate;
 pub mod flights;
+pub mod player;
 pub mod proxy;
 pub mod world;
 
