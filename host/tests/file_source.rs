@@ -232,6 +232,22 @@ fn an_empty_file_is_nothing() {
 }
 
 #[test]
+fn without_a_stage_every_record_goes_to_every_sink_as_it_came() {
+    let place = Place::new(&rows(0..1_000));
+    let pipeline = place.pipeline("rows.ndjson", "format = \"application/json\"");
+    let text = std::fs::read_to_string(&pipeline).expect("the pipeline");
+    let (before, stage) = text.split_once("[[stage]]").expect("a stage");
+    let (_, sink) = stage.split_once("[[sink]]").expect("a sink");
+    let nowhere = "[[sink]]\nname = \"nowhere\"\ntype = \"discard\"\n";
+    std::fs::write(&pipeline, format!("{before}{nowhere}[[sink]]{sink}")).expect("written");
+    let output = support::run(&["run", &pipeline, "--json"]);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(told.contains("\"records\":1000"), "{told}");
+    assert!(place.ids().into_iter().eq(0..1_000));
+}
+
+#[test]
 fn standard_input_is_a_file_each_time() {
     let place = Place::new(b"");
     let pipeline = place.pipeline("-", "");

@@ -100,6 +100,42 @@ fn case_03_a_reshard_after_a_start_at_latest() {
     }
 }
 
+/// A start at a time: nothing older comes, neither from the second of the start nor from the children
+/// of shards that had ended before.
+#[test]
+fn a_start_at_a_time_holds_across_a_split() {
+    for reader in ["polling", "fan-out"] {
+        let world = World::new(1);
+        world.put(0..100, 7);
+        world.split(&world.open_shards()[0]);
+        world.put(100..200, 7);
+        // The embedded stream knows arrival times by the second.
+        std::thread::sleep(Duration::from_millis(2_100));
+        let at = chrono::Utc::now().to_rfc3339();
+        world.put(200..300, 7);
+        let source = format!("start = \"at-timestamp:{at}\"\nreader = \"{reader}\"");
+        world.catch_up(&Pipeline { source, ..Pipeline::default() });
+        let oldest = world.mart().query_row("SELECT min(id), count(*) FROM rows", (), |row| {
+            Ok((row.get::<_, u64>(0)?, row.get::<_, u64>(1)?))
+        });
+        assert_eq!(oldest.expect("rows"), (200, 100), "{reader}");
+    }
+}
+
+/// A start at a record of a shard: that record is the first; other shards are read whole.
+#[test]
+fn a_start_at_a_sequence_number_is_inclusive() {
+    let world = World::new(1);
+    world.put(0..100, 7);
+    let at = sequences(&world)[40].clone();
+    let source = format!("start = \"at-sequence:shardId-000000000000:{at}\"");
+    world.catch_up(&Pipeline { source, ..Pipeline::default() });
+    let oldest = world.mart().query_row("SELECT min(id), count(*) FROM rows", (), |row| {
+        Ok((row.get::<_, u64>(0)?, row.get::<_, u64>(1)?))
+    });
+    assert_eq!(oldest.expect("rows"), (40, 60));
+}
+
 /// Case 5: restarts when a parent's end was just reached, under fan-out.
 #[test]
 fn case_05_a_restart_at_the_end_of_a_shard_under_fan_out() {

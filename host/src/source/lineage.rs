@@ -31,7 +31,8 @@ pub struct Plan {
 ///
 /// A shard waits for every parent that is listed and not settled; a parent that the stream has
 /// forgotten holds nobody. With LATEST, a first start skips closed shards: their records are all
-/// old. A child of a shard that was begun starts at its horizon, whatever the configuration says.
+/// old. A child of a shard that was begun starts at its horizon, whatever the configuration says; with
+/// a time, that is its first record of then or later.
 pub fn lineage(
     shards: &[Shard],
     known: &HashMap<ShardId, ShardState>,
@@ -61,11 +62,14 @@ pub fn lineage(
         shards.iter().filter(|shard| !settled(shard) && !skipped(shard)).collect();
     let ready = waiting.iter().filter(|shard| !shard.parents.iter().any(open));
     let ready = ready.map(|shard| {
-        let start = match begins_after_known(shard, shards, known) {
+        // A time holds for descendants too: a parent that ended before it has no record to give,
+        // and its children have older ones.
+        let is_by_time = matches!(start, StartPosition::AtTimestampMs(_));
+        let begins = match begins_after_known(shard, shards, known) && !is_by_time {
             true => LineageStart::Horizon,
             false => LineageStart::AsConfigured,
         };
-        (shard.id.clone(), start)
+        (shard.id.clone(), begins)
     });
     Plan { ready: ready.collect(), all_ended: waiting.is_empty() }
 }
@@ -145,6 +149,13 @@ mod tests {
     fn a_first_start_at_latest_skips_closed_shards() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false)];
         let plan = lineage(&shards, &known(&[]), &StartPosition::Latest);
+        assert_eq!(ready(&plan), [("1", LineageStart::AsConfigured)]);
+    }
+
+    #[test]
+    fn a_time_holds_for_children_too() {
+        let shards = [shard("0", &[], true), shard("1", &["0"], false)];
+        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::AtTimestampMs(7));
         assert_eq!(ready(&plan), [("1", LineageStart::AsConfigured)]);
     }
 
