@@ -116,6 +116,7 @@ impl Supervisor {
             running: HashSet::new(),
             tasks: JoinSet::new(),
             source_ended: false,
+            awaits_children: false,
         };
         let mut ended = lanes.discover().await?;
         let mut discovery = tokio::time::interval(DISCOVERY_INTERVAL);
@@ -141,7 +142,9 @@ impl Supervisor {
                     }
                     Err(error) => tracing::warn!(%error, "failed to look for new shards"),
                 },
-                _ = glance.tick(), if self.until_caught_up => {
+                // Between a parent's end and its children's beginning there are shards that nobody
+                // reads: not caught up.
+                _ = glance.tick(), if self.until_caught_up && !lanes.awaits_children => {
                     let shards = self.shared.board.snapshot();
                     if !shards.is_empty() && shards.values().all(|status| status.caught_up()) {
                         lanes_stop.cancel();
@@ -162,6 +165,8 @@ struct Lanes {
     tasks: JoinSet<(ShardId, Result<LaneEnd, LaneError>)>,
     /// The source has nothing more for now, and nobody waits for it.
     source_ended: bool,
+    /// A shard has ended, and its children were not looked for yet.
+    awaits_children: bool,
 }
 
 impl Lanes {
@@ -179,6 +184,7 @@ impl Lanes {
                 self.start(shard, start).await?;
             }
         }
+        self.awaits_children = false;
         Ok(plan.all_ended)
     }
 
@@ -220,6 +226,7 @@ impl Lanes {
     ) -> Result<bool, LaneError> {
         let end = end?;
         self.source_ended |= end == LaneEnd::SourceEnd;
+        self.awaits_children |= end == LaneEnd::ShardEnd;
         if end != LaneEnd::SourceEnd {
             self.running.remove(&shard);
         }
