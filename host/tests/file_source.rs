@@ -109,7 +109,7 @@ fn rows(ids: std::ops::Range<u64>) -> Vec<u8> {
 
 #[test]
 fn a_file_is_read_once_whatever_is_killed() {
-    let place = Place::new(&rows(0..50_000));
+    let place = Place::new(&rows(0..300_000));
     let pipeline = place.pipeline("rows.ndjson", "batch = { records = 100 }");
     for kill in 1..=5 {
         let mut command = shardmill(&["run", &pipeline]);
@@ -121,7 +121,7 @@ fn a_file_is_read_once_whatever_is_killed() {
         drop(run); // kill -9
     }
     place.run_ok("batch = { records = 100 }");
-    assert!(place.ids().into_iter().eq(0..50_000));
+    assert!(place.ids().into_iter().eq(0..300_000));
 }
 
 #[test]
