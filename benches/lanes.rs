@@ -6,7 +6,7 @@ mod child;
 mod report;
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aws_sdk_kinesis::types::ShardIteratorType;
@@ -18,8 +18,9 @@ use shardmill::source::{client, stream};
 const CPU: &str = "CPU seconds per minute, lower is better";
 const MEMORY: &str = "KiB per lane, lower is better";
 const SHARDS: u32 = 1_000;
-/// All lanes have begun by then.
-const SETTLE: Duration = Duration::from_secs(20);
+/// How long all lanes may take to begin, and how long they are left alone before the measurement.
+const BEGIN_MAX: Duration = Duration::from_secs(120);
+const SETTLE: Duration = Duration::from_secs(5);
 const MEASURE: Duration = Duration::from_secs(30);
 
 fn main() -> Result<()> {
@@ -65,13 +66,26 @@ fn measure(runtime: &tokio::runtime::Runtime, folder: &Path, shards: u32) -> Res
     );
     std::fs::write(&pipeline, text)?;
     let mut ours = child::shardmill()?;
-    let ours = idle(ours.arg("run").arg(&pipeline))?;
-    let bare = idle(&mut child::baseline(&[url.as_str()])?)?;
+    let log = folder.join("log");
+    let ours = idle(ours.arg("run").arg(&pipeline).arg("-v"), &log, shards)?;
+    let bare = idle(&mut child::baseline(&[url.as_str()])?, &log, shards)?;
     Ok([ours, bare])
 }
 
-fn idle(command: &mut std::process::Command) -> Result<Idle> {
-    let running = Running(command.stdout(std::process::Stdio::null()).spawn()?);
+/// Waits until the process says of every shard that it reads it, then measures.
+fn idle(command: &mut std::process::Command, log: &Path, shards: u32) -> Result<Idle> {
+    let output = std::fs::File::create(log)?;
+    let running = Running(command.stdout(std::process::Stdio::null()).stderr(output).spawn()?);
+    let begun = Instant::now();
+    loop {
+        let said = std::fs::read_to_string(log)?;
+        let reading = said.lines().filter(|line| line.contains("reading")).count();
+        if reading == shards as usize {
+            break;
+        }
+        ensure!(begun.elapsed() < BEGIN_MAX, "{reading} of {shards} shards are read");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     std::thread::sleep(SETTLE);
     let before_s = running.cpu_s()?;
     std::thread::sleep(MEASURE);
@@ -91,6 +105,7 @@ async fn poll_all(url: &url::Url) -> Result<()> {
             let iterator = iterator.shard_id(shard.id.as_str());
             let iterator = iterator.shard_iterator_type(ShardIteratorType::TrimHorizon);
             let mut iterator = iterator.send().await?.shard_iterator;
+            eprintln!("reading {}", shard.id);
             let mut ticks = tokio::time::interval(Duration::from_secs(1));
             while let Some(at) = iterator {
                 ticks.tick().await;

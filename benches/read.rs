@@ -1,5 +1,6 @@
 //! How fast records come off a stream: a bare loop of SDK calls that only counts, which is the
-//! limit, against shardmill's reader, lanes and checkpoints with a sink that discards and no stage.
+//! limit, against shardmill's reader, lanes and checkpoints with no stage, until the last record is
+//! handed to a sink that discards.
 //! Same stream, same run, turn by turn; the stream is served by a process of its own.
 
 mod child;
@@ -102,7 +103,7 @@ async fn count(client: &Client) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
-/// A pipeline from its start until every record is with the sink.
+/// A pipeline from its start until every record is handed to the sink.
 async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
     let text = format!(
         "[pipeline]\nname = \"read\"\nstate_dir = {state:?}\n[source]\ntype = \"kinesis\"\n\

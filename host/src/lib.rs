@@ -5,6 +5,7 @@
 //! [`pipeline`] is that path on one screen; [`supervisor`] starts a lane per shard.
 
 pub mod admin;
+pub mod budget;
 pub mod cli;
 pub mod config;
 pub mod intake;

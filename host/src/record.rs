@@ -316,12 +316,6 @@ impl fmt::Display for StreamRef {
     }
 }
 
-impl From<&StreamIdentity> for StreamRef {
-    fn from(identity: &StreamIdentity) -> Self {
-        Self { name: identity.name.clone(), arn: None }
-    }
-}
-
 /// A stream that cannot be mistaken for another of the same name: deleted and created again
 /// under one name and ARN, it has another creation time.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

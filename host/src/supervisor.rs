@@ -10,7 +10,8 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{PipelineConfig, StartPosition};
+use crate::budget::Budget;
+use crate::config::PipelineConfig;
 use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, Shared};
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
@@ -18,8 +19,7 @@ use crate::plugin::{CompileCache, PluginEngine};
 use crate::position::{Checkpoints, DeadLetters, Ledger, StateStore};
 use crate::record::{ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
 use crate::sink::Sink;
-use crate::sink::budget::Budget;
-use crate::source::{LineageStart, ShardSource, SourceError, lineage};
+use crate::source::{ShardSource, SourceError, lineage};
 use crate::stage::Generation;
 
 /// How often new shards are looked for while nothing ends.
@@ -178,7 +178,8 @@ impl Lanes {
         }
         let known = self.shared.checkpoints.shards(&self.stream).await?;
         let shards = self.shared.source.shards().await?;
-        let plan = lineage(&shards, &known, self.shared.source.start());
+        let now_ms = chrono::Utc::now().timestamp_millis();
+        let plan = lineage(&shards, &known, self.shared.source.start(), now_ms);
         for (shard, start) in plan.ready {
             if !self.stop.is_cancelled() && self.running.insert(shard.clone()) {
                 self.start(shard, start).await?;
@@ -188,27 +189,14 @@ impl Lanes {
         Ok(plan.all_ended)
     }
 
-    async fn start(&mut self, shard: ShardId, start: LineageStart) -> Result<(), LaneError> {
+    async fn start(&mut self, shard: ShardId, start: ShardStart) -> Result<(), LaneError> {
         let key = ShardKey {
             pipeline: self.shared.config.name.clone(),
             stream: self.stream.clone(),
             shard: shard.clone(),
         };
-        let start = match start {
-            LineageStart::Horizon => ShardStart::Horizon,
-            LineageStart::AsConfigured => match self.shared.source.start() {
-                StartPosition::TrimHorizon => ShardStart::Horizon,
-                // LATEST is resolved once, durably: a shard that had no record yet when the
-                // process died is not begun later than it was. Rounded down: some servers know
-                // arrival times by the second, and to read a second's records from before the
-                // start is better than to lose those after it.
-                StartPosition::Latest => ShardStart::AtMs(chrono::Utc::now().timestamp() * 1_000),
-                StartPosition::AtTimestampMs(at) => ShardStart::AtMs(*at),
-                StartPosition::AtSequence(places) => places
-                    .get(&shard)
-                    .map_or(ShardStart::Horizon, |at| ShardStart::AtSequence(at.clone())),
-            },
-        };
+        // LATEST is a time by now, durably: a shard that had no record yet when the process died is
+        // not begun later than it was.
         self.shared.checkpoints.begin(&key, &start).await?;
         self.shared.board.update(&shard, |status| status.running = true);
         let (shared, stop) = (self.shared.clone(), self.stop.clone());

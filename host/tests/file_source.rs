@@ -6,7 +6,6 @@ mod support;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
-use std::time::Duration;
 
 use support::{Process, plugin, shardmill, wait_for};
 
@@ -38,10 +37,7 @@ impl Place {
     }
 
     fn mart(&self) -> rusqlite::Connection {
-        let mart = rusqlite::Connection::open(self.folder.path().join("mart.db"));
-        let mart = mart.expect("the data mart");
-        mart.busy_timeout(Duration::from_secs(20)).expect("set");
-        mart
+        support::sqlite(&self.folder.path().join("mart.db"))
     }
 
     fn ids(&self) -> Vec<u64> {

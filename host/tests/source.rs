@@ -84,10 +84,11 @@ impl Served {
             is_paced: false,
         };
         let batch = BatchLimits { records_max, bytes_max: 256 << 10 };
-        let inbox = Inbox::new(key, batch, ReadFrom { after, start, hash_range: None });
+        let inbox =
+            Inbox::new(key, batch, ReadFrom { after, start, hash_range: None, caught_up_ms: None });
         let lost = OnLostRecords::Stop;
         let connection = StreamConnection::new(self.client.clone(), stream_ref(), lost, 64 << 20);
-        PollingReader::new(connection, polling, inbox, None)
+        PollingReader::new(connection, polling, inbox)
     }
 }
 
@@ -232,7 +233,7 @@ async fn a_split_ends_the_parent_and_its_children_begin() {
     assert!(ended);
     let shards = served.shards().await;
     let known = HashMap::from([(parent, ShardState { ended: true, ..ShardState::default() })]);
-    let children = lineage(&shards, &known, &StartPosition::Latest).ready;
+    let children = lineage(&shards, &known, &StartPosition::Latest, 0).ready;
     assert_eq!(children.len(), 2);
     for (child, _) in children {
         records.extend(

@@ -138,5 +138,9 @@ fn describe() {
     describe_counter!("shardmill_intake_bytes_total", "payload bytes that the intake put");
     describe_gauge!("shardmill_intake_in_flight_bytes", "bytes on their way to the stream");
     describe_gauge!("shardmill_blocked", "parts of a shard's lane that do not go on");
+    describe_gauge!("shardmill_read_ahead_bytes", "bytes read that no lane has taken yet");
+    describe_counter!("shardmill_source_losses_total", "times that a stream had dropped records");
+    describe_counter!("shardmill_source_lost_ms_total", "milliseconds whose records are lost");
+    describe_counter!("shardmill_source_astray_aggregates_total", "aggregates of another shard");
     describe_gauge!("shardmill_buffer_bytes", "bytes that the sinks' buffers hold");
 }

@@ -1,37 +1,34 @@
 //! `shardmill stream`: the stream of a pipeline, or any other.
 
 mod consumers;
+mod describe;
+mod place;
+mod put;
 mod reshard;
 mod tail;
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, bail};
 use aws_sdk_kinesis::Client;
-use serde::Serialize;
-use url::Url;
 
+use self::describe::report;
+pub use self::place::Place;
+use self::place::{Target, embedded_url, server};
+use self::put::{PutOptions, put};
 use self::reshard::{Reshard, reshard};
 use self::tail::{TailOptions, tail};
 use super::progress::Progress;
-use super::{Console, DEFAULT_PIPELINE, load, run};
-use crate::config::{
-    AssumeRole, CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind,
-};
+use super::{Console, run};
+use crate::config::{CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind};
 use crate::record::StreamRef;
 use crate::source::embedded::{self, EmbeddedStream};
-use crate::source::input::{Format, Input, KeyRule};
+use crate::source::file::FileSource;
 use crate::source::kinesis::KinesisSource;
-use crate::source::producer::{Producer, PutReport};
 use crate::source::{ShardSource, SourceError, client, stream};
 
 /// How long a deletion is waited for.
 const DELETE_WAIT_MAX: Duration = Duration::from_secs(120);
-/// Records between two looks at the progress bar.
-const PROGRESS_RECORDS: u64 = 1_000;
 
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -130,58 +127,6 @@ pub enum Command {
     },
 }
 
-/// What is put, and how.
-#[derive(clap::Args)]
-pub struct PutOptions {
-    /// The files; none, or `-`: standard input.
-    files: Vec<PathBuf>,
-    /// How records lie in the files.
-    #[arg(long, value_enum, default_value_t = Format::Lines)]
-    format: Format,
-    /// The partition key of all records; default: the record's number, which spreads them.
-    #[arg(long, conflicts_with = "key_field")]
-    key: Option<String>,
-    /// The top-level member of each JSON record that is its partition key.
-    #[arg(long, value_name = "NAME")]
-    key_field: Option<String>,
-    /// Lines to leave out at the beginning of each file.
-    #[arg(long, default_value_t = 0)]
-    skip: u64,
-    /// Put at most one record of a partition key in a request, so that a refused record is never
-    /// overtaken by a later one of its key.
-    #[arg(long)]
-    strict_order: bool,
-}
-
-/// Which stream, and where.
-#[derive(clap::Args)]
-pub struct Place {
-    /// The stream's name or ARN; default: that of the pipeline.
-    #[arg(long, value_name = "NAME", value_parser = StreamRef::parse)]
-    stream: Option<StreamRef>,
-    /// The pipeline whose stream it is; default: pipeline.toml, where there is one.
-    #[arg(long, value_name = "FILE")]
-    pipeline: Option<PathBuf>,
-    /// `embedded`, `aws`, or a URL; default: that of the pipeline.
-    #[arg(long)]
-    endpoint: Option<String>,
-    /// The AWS region; default: that of the pipeline, or the standard chain.
-    #[arg(long)]
-    region: Option<String>,
-    /// The state folder, by which the embedded stream is found.
-    #[arg(long, value_name = "FOLDER")]
-    state_dir: Option<PathBuf>,
-}
-
-/// A stream, resolved.
-struct Target {
-    stream: Option<StreamRef>,
-    endpoint: Endpoint,
-    region: Option<String>,
-    assume_role: Option<AssumeRole>,
-    state_dir: PathBuf,
-}
-
 pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Serve { port, place } => serve(port, &place.resolve()?, console).await,
@@ -239,7 +184,7 @@ pub(crate) async fn source(
     let kinesis = match &config.source.kind {
         SourceKind::Kinesis(kinesis) => kinesis,
         SourceKind::File(file) => {
-            return Ok((crate::source::file::source(file, config.source.batch)?, None));
+            return Ok((Arc::new(FileSource::new(file, config.source.batch)?), None));
         }
     };
     let (url, started) = match &kinesis.endpoint {
@@ -275,30 +220,6 @@ pub(crate) async fn intake_client(
     Ok(client::connect(server(kinesis, url.as_ref())).await?)
 }
 
-/// The server of a pipeline's stream, which is at `url`.
-fn server<'a>(kinesis: &'a KinesisConfig, url: Option<&'a Url>) -> client::Server<'a> {
-    client::Server {
-        url,
-        region: kinesis.region.as_deref().or(kinesis.stream.value.region()),
-        assume_role: role(&kinesis.endpoint, kinesis.assume_role.as_ref()),
-    }
-}
-
-/// The role to assume at an endpoint: none for the embedded stream, which asks nobody who he is.
-fn role<'a>(endpoint: &Endpoint, role: Option<&'a AssumeRole>) -> Option<&'a AssumeRole> {
-    role.filter(|_| *endpoint != Endpoint::Embedded)
-}
-
-/// The embedded stream that another process serves.
-fn embedded_url(state_dir: &Path) -> anyhow::Result<Url> {
-    embedded::find(state_dir).with_context(|| {
-        format!(
-            "no embedded stream is served from {}; start one with `shardmill stream serve`",
-            state_dir.display()
-        )
-    })
-}
-
 /// Creates the pipeline's stream when it is missing and `create` is set.
 pub(crate) async fn ensure(client: &Client, config: &KinesisConfig) -> anyhow::Result<()> {
     let name = &config.stream.value;
@@ -330,80 +251,6 @@ pub(crate) async fn create_and_wait(
     Ok(description)
 }
 
-impl PutOptions {
-    /// Options that say nothing together.
-    fn check(&self) -> anyhow::Result<()> {
-        if self.key_field.is_some() && self.format != Format::Ndjson {
-            bail!("--key-field takes the key from JSON: add --format ndjson");
-        }
-        if self.skip > 0 && self.format == Format::Binary {
-            bail!("--skip leaves out lines, and --format binary has none: take one of them away");
-        }
-        Ok(())
-    }
-}
-
-impl Place {
-    fn resolve(&self) -> anyhow::Result<Target> {
-        let default = Path::new(DEFAULT_PIPELINE);
-        let pipeline = match &self.pipeline {
-            Some(file) => Some(load(file)?),
-            None if default.exists() => Some(load(default)?),
-            None => None,
-        };
-        let kinesis = pipeline.as_ref().and_then(|it| it.source.kinesis());
-        let endpoint = match self.endpoint.as_deref() {
-            Some("embedded") => Endpoint::Embedded,
-            Some("aws") => Endpoint::Aws,
-            Some(url) => Endpoint::Url(Url::parse(url).with_context(|| {
-                format!("--endpoint {url} is neither `embedded` nor `aws` nor a URL")
-            })?),
-            None => kinesis.map_or(Endpoint::Aws, |it| it.endpoint.clone()),
-        };
-        let stream = self.stream.clone().or(kinesis.map(|it| it.stream.value.clone()));
-        let region_of = |stream: &StreamRef| stream.region().map(str::to_owned);
-        Ok(Target {
-            region: self
-                .region
-                .clone()
-                .or(kinesis.and_then(|it| it.region.clone()))
-                .or(stream.as_ref().and_then(region_of)),
-            assume_role: kinesis.and_then(|it| it.assume_role.clone()),
-            stream,
-            endpoint,
-            state_dir: self
-                .state_dir
-                .clone()
-                .or(pipeline.map(|it| it.state_dir))
-                .unwrap_or_else(|| "state".into()),
-        })
-    }
-
-    async fn connect(&self) -> anyhow::Result<(Target, Client)> {
-        let target = self.resolve()?;
-        let url = match &target.endpoint {
-            Endpoint::Aws => None,
-            Endpoint::Url(url) => Some(url.clone()),
-            Endpoint::Embedded => Some(embedded_url(&target.state_dir)?),
-        };
-        let server = client::Server {
-            url: url.as_ref(),
-            region: target.region.as_deref(),
-            assume_role: role(&target.endpoint, target.assume_role.as_ref()),
-        };
-        let client = client::connect(server).await?;
-        Ok((target, client))
-    }
-}
-
-impl Target {
-    fn name(&self) -> anyhow::Result<&StreamRef> {
-        self.stream
-            .as_ref()
-            .context("which stream? name it with --stream, or a pipeline with --pipeline")
-    }
-}
-
 async fn serve(port: u16, target: &Target, console: &Console) -> anyhow::Result<()> {
     let stop = run::stop_on_signals()?;
     let served = EmbeddedStream::serve(&target.state_dir, port).await?;
@@ -411,140 +258,4 @@ async fn serve(port: u16, target: &Target, console: &Console) -> anyhow::Result<
     console.report(&serde_json::json!({ "url": served.url().as_str() }))?;
     served.until(&stop).await;
     Ok(())
-}
-
-#[derive(Serialize)]
-struct StreamReport {
-    stream: String,
-    arn: String,
-    status: String,
-    created_ms: i64,
-    retention_hours: u32,
-    shards: Vec<ShardReport>,
-}
-
-#[derive(Serialize)]
-struct ShardReport {
-    shard: String,
-    closed: bool,
-    parents: Vec<String>,
-}
-
-async fn report(
-    client: &Client,
-    name: &StreamRef,
-    found: stream::Description,
-    console: &Console,
-) -> anyhow::Result<()> {
-    let shards = stream::shards(client, name).await?;
-    let report = StreamReport {
-        stream: found.identity.name.to_string(),
-        arn: found.identity.arn.to_string(),
-        status: found.status,
-        created_ms: found.identity.created_ms,
-        retention_hours: found.retention_hours,
-        shards: shards
-            .into_iter()
-            .map(|shard| ShardReport {
-                shard: shard.id.to_string(),
-                closed: shard.is_closed,
-                parents: shard.parents.iter().map(ToString::to_string).collect(),
-            })
-            .collect(),
-    };
-    console.say(format!(
-        "stream {}: {}, {} shards, records kept for {} h",
-        report.stream,
-        report.status,
-        report.shards.len(),
-        report.retention_hours
-    ));
-    console.say(format!("  {}", report.arn));
-    for shard in &report.shards {
-        let closed = if shard.closed { ", closed" } else { "" };
-        let parents = match shard.parents.is_empty() {
-            true => String::new(),
-            false => format!(", child of {}", shard.parents.join(" and ")),
-        };
-        console.say(format!("  {}{closed}{parents}", shard.shard));
-    }
-    console.report(&report)
-}
-
-/// What a put did, for its last line.
-#[derive(Serialize)]
-struct PutSummary {
-    records: u64,
-    bytes: u64,
-    retried: u64,
-    seconds: f64,
-    records_per_second: f64,
-}
-
-async fn put(
-    client: Client,
-    name: &StreamRef,
-    options: PutOptions,
-    console: &Console,
-) -> anyhow::Result<()> {
-    stream::describe(&client, name).await?;
-    let begun = Instant::now();
-    let mut producer = Producer::new(client, name.clone()).strict_order(options.strict_order);
-    let mut progress = Progress::start(&format!("putting records on {name}"), None);
-    let key = match (options.key, options.key_field) {
-        (Some(key), _) => KeyRule::Fixed(key),
-        (None, Some(member)) => KeyRule::Member(member),
-        (None, None) => KeyRule::Number,
-    };
-    let mut number = 0u64;
-    for file in input_files(options.files) {
-        let (reader, place) = open_input(file.as_deref())?;
-        let mut input = Input::new(reader, place, options.format, key.clone(), number);
-        input.skip_lines(options.skip)?;
-        while let Some(record) = input.next_record()? {
-            producer.put(record).await?;
-            number += 1;
-            if number.is_multiple_of(PROGRESS_RECORDS) {
-                progress.at(number, &rate(producer.report(), begun));
-            }
-        }
-    }
-    producer.flush().await?;
-    progress.done();
-    let (report, seconds) = (producer.report(), begun.elapsed().as_secs_f64());
-    let summary = PutSummary {
-        records: report.records,
-        bytes: report.bytes,
-        retried: report.retried,
-        seconds,
-        records_per_second: report.records as f64 / seconds.max(f64::EPSILON),
-    };
-    console.say(format!(
-        "put {} records, {} bytes, {} retried, in {seconds:.1} s ({:.0} records/s)",
-        summary.records, summary.bytes, summary.retried, summary.records_per_second
-    ));
-    console.report(&summary)
-}
-
-/// The files that were named; none, or `-`: standard input, as `None`.
-fn input_files(files: Vec<PathBuf>) -> Vec<Option<PathBuf>> {
-    match files.is_empty() {
-        true => vec![None],
-        false => files.into_iter().map(|file| (file != Path::new("-")).then_some(file)).collect(),
-    }
-}
-
-fn open_input(file: Option<&Path>) -> anyhow::Result<(Box<dyn BufRead + Send>, String)> {
-    let Some(path) = file else {
-        return Ok((Box::new(BufReader::new(std::io::stdin())), "standard input".into()));
-    };
-    let opened = std::fs::File::open(path);
-    let opened = opened.with_context(|| format!("failed to read {}", path.display()))?;
-    Ok((Box::new(BufReader::new(opened)), path.display().to_string()))
-}
-
-/// How much the stream has, and how quickly it came.
-fn rate(report: PutReport, begun: Instant) -> String {
-    let per_second = report.records as f64 / begun.elapsed().as_secs_f64().max(f64::EPSILON);
-    format!("{}, {per_second:.0} records/s", bytesize::ByteSize(report.bytes))
 }

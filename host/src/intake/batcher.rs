@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::budget::Reserved;
+use crate::budget::Permit;
 use crate::source::producer::{
     BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
 };
@@ -26,7 +26,7 @@ pub(super) struct Submission {
     /// At least one.
     pub records: Vec<NewRecord>,
     /// Their bytes, given back when the request is answered.
-    pub reserved: Reserved,
+    pub reserved: Permit,
     /// Told once, when nothing of the request is under way any more.
     pub answer: oneshot::Sender<Result<(), Refusal>>,
 }
@@ -101,7 +101,7 @@ type RequestId = u64;
 /// A request that is not answered yet.
 struct Open {
     answer: oneshot::Sender<Result<(), Refusal>>,
-    _reserved: Reserved,
+    _reserved: Permit,
     /// Records that the stream does not have yet.
     left: usize,
     refused_since: Option<Instant>,

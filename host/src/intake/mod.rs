@@ -6,7 +6,6 @@
 //! refused for a moment may be overtaken by a later one. `GET /health` is 200 while puts succeed.
 
 mod batcher;
-mod budget;
 pub mod events;
 
 use std::net::SocketAddr;
@@ -27,8 +26,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use self::batcher::{Refusal, Submission};
-use self::budget::{Budget, Reserved};
 use self::events::{BadEvents, Shape};
+use crate::budget::{Budget, Permit};
 use crate::config::IntakeConfig;
 use crate::source::producer::StreamWriter;
 
@@ -91,7 +90,10 @@ impl IntakePort {
         let (failing_shown, failing) = watch::channel(None);
         tokio::spawn(batcher::run(writer, submitted, failing_shown));
         let door = Door {
-            budget: Budget::new(self.config.in_flight_bytes_max),
+            budget: Budget::new(
+                self.config.in_flight_bytes_max,
+                "shardmill_intake_in_flight_bytes",
+            ),
             config: Arc::new(self.config),
             submissions,
             failing,
@@ -184,7 +186,9 @@ impl Door {
                 let records_max = (self.budget.bytes_max() - body.len()) / RECORD_OVERHEAD_BYTES;
                 return Err(Turned::Many { records_max });
             }
-            reserved.add(self.budget.reserve(overhead).ok_or(Turned::Busy)?);
+            if !reserved.try_grow(overhead) {
+                return Err(Turned::Busy);
+            }
         }
         let key_member = self.config.key_member.as_deref();
         let records = events::records(shape, headers, &body, key_member).map_err(Turned::Bad)?;
@@ -200,7 +204,7 @@ impl Door {
     }
 
     /// Reads a body within its limit, its bytes reserved before they arrive.
-    async fn body(&self, headers: &HeaderMap, body: Body) -> Result<(Bytes, Reserved), Turned> {
+    async fn body(&self, headers: &HeaderMap, body: Body) -> Result<(Bytes, Permit), Turned> {
         let bytes_max = self.config.body_bytes_max.min(self.budget.bytes_max());
         let declared = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
         // Without a length, it may be the largest.
@@ -208,7 +212,7 @@ impl Door {
         if bytes > bytes_max {
             return Err(Turned::Large { bytes_max });
         }
-        let mut reserved = self.budget.reserve(bytes).ok_or(Turned::Busy)?;
+        let mut reserved = self.budget.try_take(bytes).ok_or(Turned::Busy)?;
         let read = tokio::time::timeout(BODY_WAIT_MAX, axum::body::to_bytes(body, bytes_max));
         let body = match read.await {
             Ok(Ok(body)) => body,
@@ -218,7 +222,7 @@ impl Door {
             Ok(Err(error)) => return Err(Turned::Cut(error.to_string())),
             Err(_) => return Err(Turned::Slow),
         };
-        reserved.shrink(body.len());
+        reserved.resize(body.len());
         Ok((body, reserved))
     }
 }

@@ -17,10 +17,10 @@ use tokio_util::sync::CancellationToken;
 pub use acquire::GenerationStore;
 pub use board::{Board, ShardStatus};
 
+use crate::budget::Budget;
 use crate::config::PipelineConfig;
 use crate::position::{Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError};
 use crate::record::{Batch, Position, PositionSpan, Row, ShardKey, ShardStart, SinkName};
-use crate::sink::budget::Budget;
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
 use crate::source::{ResumePoint, ShardSource, SourceError};

@@ -13,9 +13,9 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::budget::{Budget, Permit};
 use super::refusals::HeldRefusals;
 use super::{Acquired, Commit, SinkError, SinkWriter};
+use crate::budget::{Budget, Permit};
 use crate::config::Rhythm;
 use crate::position::DeadLetters;
 use crate::record::{Position, PositionSpan, Row, ShardKey, SinkName};

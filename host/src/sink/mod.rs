@@ -5,7 +5,6 @@
 //! position durable together. Buffering, rhythm, retries and the byte budget are not a sink's
 //! work: `delivery` does them for all.
 
-pub mod budget;
 pub mod delivery;
 pub mod discard;
 pub mod line;

@@ -5,16 +5,16 @@ use std::sync::Arc;
 
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::primitives::DateTime;
-use aws_sdk_kinesis::types::{ShardIteratorType, StartingPosition};
+use aws_sdk_kinesis::types::{Record, ShardIteratorType, StartingPosition};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::client::{Fault, call_error, fault};
 use super::inbox::{Gap, Inbox, ServerStart};
 use super::{SourceError, stream};
+use crate::budget::Budget;
 use crate::config::OnLostRecords;
 use crate::record::{ShardKey, StreamIdentity, StreamRef};
-use crate::sink::budget::Budget;
 
 const MS_PER_HOUR: i64 = 3_600_000;
 
@@ -64,15 +64,11 @@ impl StreamConnection {
             .set_stream_name(name)
             .set_stream_arn(arn)
             .shard_id(inbox.shard().shard.as_str());
-        let call = match inbox.server_start() {
-            ServerStart::AtSequence(sequence) => call
-                .shard_iterator_type(ShardIteratorType::AtSequenceNumber)
-                .starting_sequence_number(sequence.as_str()),
-            ServerStart::AtMs(at_ms) => call
-                .shard_iterator_type(ShardIteratorType::AtTimestamp)
-                .timestamp(whole_second(at_ms)),
-            ServerStart::Horizon => call.shard_iterator_type(ShardIteratorType::TrimHorizon),
-        };
+        let start = WireStart::of(inbox);
+        let call = call
+            .shard_iterator_type(start.kind)
+            .set_starting_sequence_number(start.sequence)
+            .set_timestamp(start.timestamp);
         let answer = call.send().await;
         self.prove_identity(inbox.shard(), asked).await?;
         let answer = answer.map_err(|error| match fault(&error) {
@@ -90,17 +86,11 @@ impl StreamConnection {
 
     /// The same place for a subscription.
     pub fn starting_position(&self, inbox: &mut Inbox) -> Result<StartingPosition, SourceError> {
-        let position = match inbox.server_start() {
-            ServerStart::AtSequence(sequence) => StartingPosition::builder()
-                .r#type(ShardIteratorType::AtSequenceNumber)
-                .sequence_number(sequence.as_str()),
-            ServerStart::AtMs(at_ms) => StartingPosition::builder()
-                .r#type(ShardIteratorType::AtTimestamp)
-                .timestamp(whole_second(at_ms)),
-            ServerStart::Horizon => {
-                StartingPosition::builder().r#type(ShardIteratorType::TrimHorizon)
-            }
-        };
+        let start = WireStart::of(inbox);
+        let position = StartingPosition::builder()
+            .r#type(start.kind)
+            .set_sequence_number(start.sequence)
+            .set_timestamp(start.timestamp);
         position.build().map_err(|error| SourceError::Call {
             call: "SubscribeToShard",
             place: inbox.place(),
@@ -133,16 +123,36 @@ impl StreamConnection {
         }
     }
 
-    /// Says whether records are lost between what was asked for and what came first.
-    ///
-    /// `caught_up_ms` is a time, in milliseconds since 1970, up to which everything was read. While
-    /// that is within the retention, whatever came later is still there: only what had been read
-    /// is gone.
+    /// Takes in what `call` brought, and looks whether records are missing before it.
     ///
     /// # Errors
     /// [`SourceError::LostRecords`], unless the configuration says to go on; then the loss is told
-    /// and counted.
-    pub async fn judge(
+    /// and counted. [`SourceError::Call`] for a sequence number that is none.
+    pub async fn take_in(
+        &self,
+        inbox: &mut Inbox,
+        records: Vec<Record>,
+        call: &'static str,
+        behind_ms: u64,
+    ) -> Result<(), SourceError> {
+        metrics::gauge!("shardmill_lag_ms", "shard" => inbox.shard().shard.to_string())
+            .set(behind_ms as f64);
+        let is_caught_up = records.is_empty() && behind_ms == 0;
+        inbox.accept(records, call)?;
+        if let Some(gap) = inbox.take_gap() {
+            self.judge(gap, inbox.shard(), inbox.caught_up_ms()).await?;
+        }
+        if is_caught_up {
+            inbox.is_caught_up_at(chrono::Utc::now().timestamp_millis());
+        }
+        Ok(())
+    }
+
+    /// Says whether records are lost between what was asked for and what came first.
+    ///
+    /// While the time up to which everything was read is within the retention, whatever came later
+    /// is still there: only what had been read is gone.
+    async fn judge(
         &self,
         gap: Gap,
         shard: &ShardKey,
@@ -185,9 +195,28 @@ impl StreamConnection {
     }
 }
 
-/// Some servers know arrival times by the second only: the second's first record is asked for.
-fn whole_second(at_ms: i64) -> DateTime {
-    DateTime::from_secs(at_ms.div_euclid(1_000))
+/// Where the server begins, in the terms of its API.
+struct WireStart {
+    kind: ShardIteratorType,
+    sequence: Option<String>,
+    timestamp: Option<DateTime>,
+}
+
+impl WireStart {
+    fn of(inbox: &mut Inbox) -> Self {
+        let (kind, sequence, timestamp) = match inbox.server_start() {
+            ServerStart::AtSequence(sequence) => {
+                (ShardIteratorType::AtSequenceNumber, Some(sequence.to_string()), None)
+            }
+            // Some servers know arrival times by the second only: its first record is asked for.
+            ServerStart::AtMs(at_ms) => {
+                let second = DateTime::from_secs(at_ms.div_euclid(1_000));
+                (ShardIteratorType::AtTimestamp, None, Some(second))
+            }
+            ServerStart::Horizon => (ShardIteratorType::TrimHorizon, None, None),
+        };
+        Self { kind, sequence, timestamp }
+    }
 }
 
 fn time_text(at_ms: i64) -> String {

@@ -1,17 +1,17 @@
 //! The registered consumers of a stream: those to whom enhanced fan-out pushes.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_kinesis::Client;
-
-pub use super::fan_out::register;
+use aws_sdk_kinesis::types::ConsumerStatus;
 
 use super::SourceError;
 use super::client::{Fault, call_error, fault};
 use crate::record::StreamIdentity;
 
-/// How long a consumer may take to be gone.
-const DEREGISTER_WAIT_MAX: Duration = Duration::from_secs(60);
+/// How long a consumer may take to become ACTIVE, or to be gone.
+const WAIT_MAX: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A registered consumer.
@@ -54,6 +54,53 @@ pub async fn list(client: &Client, stream: &StreamIdentity) -> Result<Vec<Consum
     }
 }
 
+/// The ARN of a stream's consumer, which is registered if it is not there.
+///
+/// # Errors
+/// [`SourceError`] when it cannot be registered, or does not become ACTIVE within a minute.
+pub async fn register(
+    client: &Client,
+    stream: &StreamIdentity,
+    consumer: &str,
+) -> Result<Arc<str>, SourceError> {
+    let place = || format!("stream {}, consumer {consumer}", stream.name);
+    let call = client.register_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
+    match call.send().await {
+        Ok(_) => {}
+        Err(error)
+            if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) => {}
+        Err(error) => return Err(call_error("RegisterStreamConsumer", place(), &error)),
+    }
+    let begun = Instant::now();
+    loop {
+        let call =
+            client.describe_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
+        let answer = call.send().await;
+        let answer =
+            answer.map_err(|error| call_error("DescribeStreamConsumer", place(), &error))?;
+        match answer.consumer_description {
+            Some(found) if found.consumer_status == ConsumerStatus::Active => {
+                return Ok(found.consumer_arn.into());
+            }
+            found if begun.elapsed() >= WAIT_MAX => {
+                let status = found.map(|found| found.consumer_status.as_str().to_owned());
+                let status = status.unwrap_or_else(|| "missing".into());
+                let cause = format!(
+                    "it is {status} after {} s, not ACTIVE; look at it with `shardmill stream \
+                     consumers list`",
+                    WAIT_MAX.as_secs()
+                );
+                return Err(SourceError::Call {
+                    call: "DescribeStreamConsumer",
+                    place: place(),
+                    cause,
+                });
+            }
+            _ => tokio::time::sleep(LOOK_INTERVAL).await,
+        }
+    }
+}
+
 /// Deregisters a consumer and waits until it is gone; its subscriptions end.
 ///
 /// # Errors
@@ -81,10 +128,10 @@ pub async fn deregister(
         match call.send().await {
             Err(error) if fault(&error) == Fault::NotFound => return Ok(()),
             Err(error) => return Err(call_error("DescribeStreamConsumer", place(), &error)),
-            Ok(_) if begun.elapsed() >= DEREGISTER_WAIT_MAX => {
+            Ok(_) if begun.elapsed() >= WAIT_MAX => {
                 let cause = format!(
                     "it is still there after {} s; look at it with `shardmill stream consumers list`",
-                    DEREGISTER_WAIT_MAX.as_secs()
+                    WAIT_MAX.as_secs()
                 );
                 return Err(failed("DescribeStreamConsumer", &cause));
             }

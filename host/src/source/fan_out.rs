@@ -4,18 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::primitives::event_stream::EventReceiver;
 use aws_sdk_kinesis::types::error::SubscribeToShardEventStreamError;
-use aws_sdk_kinesis::types::{ConsumerStatus, SubscribeToShardEvent, SubscribeToShardEventStream};
+use aws_sdk_kinesis::types::{SubscribeToShardEvent, SubscribeToShardEventStream};
 use backon::ExponentialBackoff;
 use tokio::time::Instant;
 
 use super::client::{Fault, call_error, fault};
 use super::connection::{Passing, StreamConnection};
-use super::polling::{PollingReader, count_retry, pauses};
+use super::polling::{PollingReader, RETRY_PAUSE_MAX, count_retry, pauses};
 use super::{BatchReader, NextBatch, SourceError};
-use crate::record::StreamIdentity;
 
 /// A subscription that says nothing for so long is dead; events without records come every few
 /// seconds.
@@ -26,11 +24,6 @@ const SILENCE_MAX: Duration = Duration::from_secs(35);
 ///
 /// Source: API reference, SubscribeToShard: 5 s.
 const SUBSCRIBE_INTERVAL: Duration = Duration::from_secs(5);
-/// The longest pause after a subscription that failed.
-const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
-/// How long a new consumer may take to become ACTIVE.
-const CONSUMER_WAIT_MAX: Duration = Duration::from_secs(60);
-const CONSUMER_LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 type Subscription = EventReceiver<SubscribeToShardEventStream, SubscribeToShardEventStreamError>;
 
@@ -46,16 +39,14 @@ pub struct FanOutReader {
     may_have_ended: bool,
     next_call: Instant,
     pauses: ExponentialBackoff,
-    caught_up_ms: Option<i64>,
 }
 
 impl FanOutReader {
-    /// A reader that goes on where `polling` stands; `caught_up_ms` as there.
+    /// A reader that goes on where `polling` stands.
     pub fn new(
         connection: Arc<StreamConnection>,
         consumer_arn: Arc<str>,
         polling: PollingReader,
-        caught_up_ms: Option<i64>,
     ) -> Self {
         Self {
             connection,
@@ -65,7 +56,6 @@ impl FanOutReader {
             may_have_ended: false,
             next_call: Instant::now(),
             pauses: pauses(),
-            caught_up_ms,
         }
     }
 
@@ -114,23 +104,14 @@ impl FanOutReader {
         }
     }
 
-    /// Takes an event in. True: it brought nothing.
+    /// Takes an event in.
     async fn accept(&mut self, event: SubscribeToShardEvent) -> Result<NextEvent, SourceError> {
         self.pauses = pauses();
         let behind_ms = event.millis_behind_latest.max(0) as u64;
         let (came, children) = (event.records.len(), event.child_shards.unwrap_or_default().len());
         let is_last = event.continuation_sequence_number.is_empty();
         let inbox = self.polling.inbox();
-        metrics::gauge!("shardmill_lag_ms", "shard" => inbox.shard().shard.to_string())
-            .set(behind_ms as f64);
-        inbox.accept(event.records, "SubscribeToShard")?;
-        if let Some(gap) = inbox.take_gap() {
-            let shard = inbox.shard().clone();
-            self.connection.judge(gap, &shard, self.caught_up_ms).await?;
-        }
-        if came == 0 && behind_ms == 0 {
-            self.caught_up_ms = Some(chrono::Utc::now().timestamp_millis());
-        }
+        self.connection.take_in(inbox, event.records, "SubscribeToShard", behind_ms).await?;
         self.may_have_ended = is_last || (came == 0 && children > 0);
         Ok(match came {
             0 if !self.may_have_ended => NextEvent::Idle { behind_ms },
@@ -216,53 +197,6 @@ impl BatchReader for FanOutReader {
             if let NextEvent::Idle { behind_ms } = self.next_event().await? {
                 return Ok(NextBatch::Idle { behind_ms });
             }
-        }
-    }
-}
-
-/// The ARN of a stream's consumer, which is registered if it is not there.
-///
-/// # Errors
-/// [`SourceError`] when it cannot be registered, or does not become ACTIVE within a minute.
-pub async fn register(
-    client: &Client,
-    stream: &StreamIdentity,
-    consumer: &str,
-) -> Result<Arc<str>, SourceError> {
-    let place = || format!("stream {}, consumer {consumer}", stream.name);
-    let call = client.register_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
-    match call.send().await {
-        Ok(_) => {}
-        Err(error)
-            if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) => {}
-        Err(error) => return Err(call_error("RegisterStreamConsumer", place(), &error)),
-    }
-    let begun = Instant::now();
-    loop {
-        let call =
-            client.describe_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
-        let answer = call.send().await;
-        let answer =
-            answer.map_err(|error| call_error("DescribeStreamConsumer", place(), &error))?;
-        match answer.consumer_description {
-            Some(found) if found.consumer_status == ConsumerStatus::Active => {
-                return Ok(found.consumer_arn.into());
-            }
-            found if begun.elapsed() >= CONSUMER_WAIT_MAX => {
-                let status = found.map(|found| found.consumer_status.as_str().to_owned());
-                let status = status.unwrap_or_else(|| "missing".into());
-                let cause = format!(
-                    "it is {status} after {} s, not ACTIVE; look at it with `shardmill stream \
-                     consumers list`",
-                    CONSUMER_WAIT_MAX.as_secs()
-                );
-                return Err(SourceError::Call {
-                    call: "DescribeStreamConsumer",
-                    place: place(),
-                    cause,
-                });
-            }
-            _ => tokio::time::sleep(CONSUMER_LOOK_INTERVAL).await,
         }
     }
 }

@@ -10,7 +10,6 @@
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use async_trait::async_trait;
@@ -365,15 +364,4 @@ fn line_before(file: &File, at: u64) -> io::Result<Option<Vec<u8>>> {
             }
         }
     }
-}
-
-/// A source for a configuration.
-///
-/// # Errors
-/// As [`FileSource::new`].
-pub fn source(
-    config: &FileConfig,
-    batch: BatchLimits,
-) -> Result<Arc<dyn ShardSource>, SourceError> {
-    Ok(Arc::new(FileSource::new(config, batch)?))
 }

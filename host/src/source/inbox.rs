@@ -22,6 +22,8 @@ pub struct ReadFrom {
     pub start: ShardStart,
     /// The shard's part of the hash range, where known: an aggregate of another one is not ours.
     pub hash_range: Option<HashRange>,
+    /// Everything that had arrived by then was read, in milliseconds since 1970.
+    pub caught_up_ms: Option<i64>,
 }
 
 /// Where a subscription or an iterator begins.
@@ -86,6 +88,16 @@ impl Inbox {
             (None, ShardStart::AtMs(at_ms)) => ServerStart::AtMs(*at_ms),
             (None, ShardStart::Horizon) => ServerStart::Horizon,
         }
+    }
+
+    /// A time up to which everything was read, in milliseconds since 1970.
+    pub fn caught_up_ms(&self) -> Option<i64> {
+        self.from.caught_up_ms
+    }
+
+    /// Everything that had arrived by `at_ms` was read.
+    pub fn is_caught_up_at(&mut self, at_ms: i64) {
+        self.from.caught_up_ms = Some(at_ms);
     }
 
     /// A gap that has shown since the last call.

@@ -8,10 +8,10 @@ use aws_sdk_kinesis::Client;
 use tokio::sync::OnceCell;
 
 use super::connection::StreamConnection;
-use super::fan_out::{self, FanOutReader};
+use super::fan_out::FanOutReader;
 use super::inbox::{Inbox, ReadFrom};
 use super::polling::{Polling, PollingReader};
-use super::{BatchReader, ResumePoint, Shard, ShardSource, SourceError, stream};
+use super::{BatchReader, ResumePoint, Shard, ShardSource, SourceError, consumers, stream};
 use crate::config::{BatchLimits, Endpoint, KinesisConfig, ReaderKind, StartPosition};
 use crate::record::{HashRange, ShardId, ShardKey, StreamIdentity};
 
@@ -88,13 +88,14 @@ impl ShardSource for KinesisSource {
     ) -> Result<Box<dyn BatchReader>, SourceError> {
         let hash_range = self.hash_range(&shard.shard);
         let ResumePoint { after, start, caught_up_ms } = from;
-        let from = ReadFrom { after: after.cloned(), start: start.clone(), hash_range };
+        let from =
+            ReadFrom { after: after.cloned(), start: start.clone(), hash_range, caught_up_ms };
         let inbox = Inbox::new(shard.clone(), self.batch, from);
         let (connection, polling) = (self.connection.clone(), self.polling.clone());
-        let polling = PollingReader::new(connection.clone(), polling, inbox, caught_up_ms);
+        let polling = PollingReader::new(connection.clone(), polling, inbox);
         let ReaderKind::FanOut { consumer } = &self.reader else { return Ok(Box::new(polling)) };
-        let register = || fan_out::register(&self.connection.client, &shard.stream, consumer);
+        let register = || consumers::register(&self.connection.client, &shard.stream, consumer);
         let consumer_arn = self.consumer_arn.get_or_try_init(register).await?.clone();
-        Ok(Box::new(FanOutReader::new(connection, consumer_arn, polling, caught_up_ms)))
+        Ok(Box::new(FanOutReader::new(connection, consumer_arn, polling)))
     }
 }

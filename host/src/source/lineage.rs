@@ -7,22 +7,13 @@ use std::collections::HashMap;
 use super::Shard;
 use crate::config::StartPosition;
 use crate::position::ShardState;
-use crate::record::ShardId;
-
-/// Where a shard that was never begun starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LineageStart {
-    /// At its oldest record: always so for a child of a shard that was read.
-    Horizon,
-    /// As the configuration says.
-    AsConfigured,
-}
+use crate::record::{ShardId, ShardStart};
 
 /// The decision.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Shards to read now, in the order of the listing.
-    pub ready: Vec<(ShardId, LineageStart)>,
+    /// Shards to read now, in the order of the listing, and where those start that were not begun.
+    pub ready: Vec<(ShardId, ShardStart)>,
     /// Every shard is settled to its end.
     pub all_ended: bool,
 }
@@ -32,11 +23,12 @@ pub struct Plan {
 /// A shard waits for every parent that is listed and not settled; a parent that the stream has
 /// forgotten holds nobody. With LATEST, a first start skips closed shards: their records are all
 /// old. A child of a shard that was begun starts at its horizon, whatever the configuration says; with
-/// a time, that is its first record of then or later.
+/// a time, that is its first record of then or later. LATEST is `now_ms`, in milliseconds since 1970.
 pub fn lineage(
     shards: &[Shard],
     known: &HashMap<ShardId, ShardState>,
     start: &StartPosition,
+    now_ms: i64,
 ) -> Plan {
     let first_start = known.is_empty();
     let skipped = |shard: &Shard| {
@@ -62,12 +54,19 @@ pub fn lineage(
         shards.iter().filter(|shard| !settled(shard) && !skipped(shard)).collect();
     let ready = waiting.iter().filter(|shard| !shard.parents.iter().any(open));
     let ready = ready.map(|shard| {
-        // A time holds for descendants too: a parent that ended before it has no record to give,
-        // and its children have older ones.
-        let is_by_time = matches!(start, StartPosition::AtTimestampMs(_));
-        let begins = match begins_after_known(shard, shards, known) && !is_by_time {
-            true => LineageStart::Horizon,
-            false => LineageStart::AsConfigured,
+        let begins = match start {
+            // A time holds for descendants too: a parent that ended before it has no record to
+            // give, and its children have older ones.
+            StartPosition::AtTimestampMs(at_ms) => ShardStart::AtMs(*at_ms),
+            _ if begins_after_known(shard, shards, known) => ShardStart::Horizon,
+            StartPosition::TrimHorizon => ShardStart::Horizon,
+            // Rounded down: some servers know arrival times by the second, and to read a second's
+            // records from before the start is better than to lose those after it.
+            StartPosition::Latest => ShardStart::AtMs(now_ms - now_ms.rem_euclid(1_000)),
+            StartPosition::AtSequence(places) => match places.get(&shard.id) {
+                Some(at) => ShardStart::AtSequence(at.clone()),
+                None => ShardStart::Horizon,
+            },
         };
         (shard.id.clone(), begins)
     });
@@ -107,6 +106,8 @@ fn begins_after_known(
 mod tests {
     use super::*;
 
+    const NOW_MS: i64 = 1_999;
+
     fn shard(id: &str, parents: &[&str], is_closed: bool) -> Shard {
         Shard {
             id: id.into(),
@@ -121,55 +122,64 @@ mod tests {
         states.iter().map(|(id, ended)| ((*id).into(), state(*ended))).collect()
     }
 
-    fn ready(plan: &Plan) -> Vec<(&str, LineageStart)> {
-        plan.ready.iter().map(|(id, start)| (id.as_str(), *start)).collect()
+    fn ready(plan: &Plan) -> Vec<(&str, ShardStart)> {
+        plan.ready.iter().map(|(id, start)| (id.as_str(), start.clone())).collect()
     }
 
     #[test]
     fn a_split_is_read_parent_first() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false), shard("2", &["0"], false)];
-        let plan = lineage(&shards, &known(&[("0", false)]), &StartPosition::TrimHorizon);
-        assert_eq!(ready(&plan), [("0", LineageStart::AsConfigured)]);
-        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest);
-        assert_eq!(ready(&plan), [("1", LineageStart::Horizon), ("2", LineageStart::Horizon)]);
+        let plan = lineage(&shards, &known(&[("0", false)]), &StartPosition::TrimHorizon, NOW_MS);
+        assert_eq!(ready(&plan), [("0", ShardStart::Horizon)]);
+        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, NOW_MS);
+        assert_eq!(ready(&plan), [("1", ShardStart::Horizon), ("2", ShardStart::Horizon)]);
     }
 
     #[test]
     fn a_merge_waits_for_both_parents() {
         let shards = [shard("0", &[], true), shard("1", &[], true), shard("2", &["0", "1"], false)];
-        let plan =
-            lineage(&shards, &known(&[("0", true), ("1", false)]), &StartPosition::TrimHorizon);
-        assert_eq!(ready(&plan), [("1", LineageStart::AsConfigured)]);
-        let plan =
-            lineage(&shards, &known(&[("0", true), ("1", true)]), &StartPosition::TrimHorizon);
-        assert_eq!(ready(&plan), [("2", LineageStart::Horizon)]);
+        let plan = lineage(
+            &shards,
+            &known(&[("0", true), ("1", false)]),
+            &StartPosition::TrimHorizon,
+            NOW_MS,
+        );
+        assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
+        let plan = lineage(
+            &shards,
+            &known(&[("0", true), ("1", true)]),
+            &StartPosition::TrimHorizon,
+            NOW_MS,
+        );
+        assert_eq!(ready(&plan), [("2", ShardStart::Horizon)]);
     }
 
     #[test]
     fn a_first_start_at_latest_skips_closed_shards() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false)];
-        let plan = lineage(&shards, &known(&[]), &StartPosition::Latest);
-        assert_eq!(ready(&plan), [("1", LineageStart::AsConfigured)]);
+        let plan = lineage(&shards, &known(&[]), &StartPosition::Latest, NOW_MS);
+        assert_eq!(ready(&plan), [("1", ShardStart::AtMs(1_000))]);
     }
 
     #[test]
     fn a_time_holds_for_children_too() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false)];
-        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::AtTimestampMs(7));
-        assert_eq!(ready(&plan), [("1", LineageStart::AsConfigured)]);
+        let plan =
+            lineage(&shards, &known(&[("0", true)]), &StartPosition::AtTimestampMs(7), NOW_MS);
+        assert_eq!(ready(&plan), [("1", ShardStart::AtMs(7))]);
     }
 
     #[test]
     fn a_forgotten_parent_holds_nobody() {
         let shards = [shard("7", &["3"], false)];
-        let plan = lineage(&shards, &known(&[]), &StartPosition::TrimHorizon);
-        assert_eq!(ready(&plan), [("7", LineageStart::AsConfigured)]);
+        let plan = lineage(&shards, &known(&[]), &StartPosition::TrimHorizon, NOW_MS);
+        assert_eq!(ready(&plan), [("7", ShardStart::Horizon)]);
     }
 
     #[test]
     fn grandchildren_start_at_their_horizon_too() {
         let shards = [shard("0", &[], true), shard("1", &["0"], true), shard("2", &["1"], false)];
-        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest);
-        assert_eq!(ready(&plan), [("1", LineageStart::Horizon)]);
+        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, NOW_MS);
+        assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
     }
 }

@@ -23,7 +23,7 @@ pub mod stream;
 
 use async_trait::async_trait;
 
-pub use lineage::{LineageStart, Plan, lineage};
+pub use lineage::{Plan, lineage};
 pub use stream::Shard;
 
 use crate::config::StartPosition;

@@ -11,11 +11,11 @@ use super::client::{Fault, call_error, fault};
 use super::connection::{Passing, StreamConnection};
 use super::inbox::Inbox;
 use super::{BatchReader, NextBatch, SourceError};
+use crate::budget::Permit;
 use crate::record::ShardKey;
-use crate::sink::budget::Permit;
 
 /// The longest pause after a call that failed.
-const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+pub(super) const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// The shortest time between two calls of one shard.
 ///
 /// Source: API reference, GetRecords: five calls per second and shard.
@@ -52,19 +52,11 @@ pub struct PollingReader {
     behind_ms: u64,
     /// The last answer brought records.
     is_flowing: bool,
-    /// Everything that arrived up to here was read, in milliseconds since 1970.
-    caught_up_ms: Option<i64>,
 }
 
 impl PollingReader {
-    /// A reader from where the inbox stands; `caught_up_ms` is a time up to which everything was
-    /// read before, in milliseconds since 1970.
-    pub fn new(
-        connection: Arc<StreamConnection>,
-        polling: Polling,
-        inbox: Inbox,
-        caught_up_ms: Option<i64>,
-    ) -> Self {
+    /// A reader from where the inbox stands.
+    pub fn new(connection: Arc<StreamConnection>, polling: Polling, inbox: Inbox) -> Self {
         Self {
             connection,
             polling,
@@ -76,7 +68,6 @@ impl PollingReader {
             pauses: pauses(),
             behind_ms: 0,
             is_flowing: false,
-            caught_up_ms,
         }
     }
 
@@ -136,19 +127,12 @@ impl PollingReader {
         self.iterator = answer.next_shard_iterator;
         self.ended = self.iterator.is_none();
         self.behind_ms = answer.millis_behind_latest.unwrap_or(0).max(0) as u64;
-        metrics::gauge!("shardmill_lag_ms", "shard" => self.inbox.shard().shard.to_string())
-            .set(self.behind_ms as f64);
         self.is_flowing = !answer.records.is_empty();
         let bytes = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
         held.resize(bytes);
         self.held = Some(held);
-        self.inbox.accept(answer.records, "GetRecords")?;
-        if let Some(gap) = self.inbox.take_gap() {
-            self.connection.judge(gap, self.inbox.shard(), self.caught_up_ms).await?;
-        }
-        if self.behind_ms == 0 && !self.is_flowing {
-            self.caught_up_ms = Some(chrono::Utc::now().timestamp_millis());
-        }
+        let (inbox, behind_ms) = (&mut self.inbox, self.behind_ms);
+        self.connection.take_in(inbox, answer.records, "GetRecords", behind_ms).await?;
         let pause = match self.is_flowing || self.behind_ms > 0 {
             true if self.polling.is_paced => CALL_INTERVAL,
             true => Duration::ZERO,

@@ -83,6 +83,13 @@ pub fn serve_stream(state_dir: &Path) -> Process {
     Process(child)
 }
 
+/// A SQLite database that a run may be writing to.
+pub fn sqlite(path: &Path) -> rusqlite::Connection {
+    let database = rusqlite::Connection::open(path).expect("a database");
+    database.busy_timeout(Duration::from_secs(20)).expect("set");
+    database
+}
+
 /// Waits until `done`, at most a minute.
 pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();

@@ -221,10 +221,7 @@ linger = "50 ms"
 
     /// The data mart.
     pub fn mart(&self) -> rusqlite::Connection {
-        let mart = rusqlite::Connection::open(self.folder.path().join("mart.db"));
-        let mart = mart.expect("the data mart");
-        mart.busy_timeout(Duration::from_secs(20)).expect("set");
-        mart
+        super::sqlite(&self.folder.path().join("mart.db"))
     }
 
     /// The pipeline's state.

@@ -20,9 +20,7 @@ use crate::record::{Batch, Record, ShardId, ShardKey, ShardStart, StreamIdentity
 use crate::source::connection::StreamConnection;
 use crate::source::inbox::{Inbox, ReadFrom};
 use crate::source::polling::{Polling, PollingReader};
-use crate::source::{
-    BatchReader as _, LineageStart, NextBatch, Shard, SourceError, lineage, stream,
-};
+use crate::source::{BatchReader as _, NextBatch, Shard, SourceError, lineage, stream};
 use crate::stage::{Flow, LoadedStage, RunError, StageRunner, first_flow};
 
 /// What the readers hold together, in bytes.
@@ -99,7 +97,7 @@ struct Readers {
     identity: Arc<StreamIdentity>,
     only: Option<ShardId>,
     from: StartPosition,
-    /// What LATEST is: now, rounded down, for some servers know arrival times by the second.
+    /// What LATEST is, in milliseconds since 1970: when the command was given.
     latest_ms: i64,
     no_follow: bool,
     /// The shards that were begun.
@@ -144,7 +142,7 @@ impl Readers {
             identity,
             only,
             from: options.from,
-            latest_ms: chrono::Utc::now().timestamp() * 1_000,
+            latest_ms: chrono::Utc::now().timestamp_millis(),
             no_follow: options.no_follow,
             known: HashMap::new(),
             tasks: JoinSet::new(),
@@ -160,7 +158,7 @@ impl Readers {
         if let Some(only) = &self.only {
             shards.retain(|shard| shard.id == *only);
         }
-        for (id, start) in lineage(&shards, &self.known, &self.from).ready {
+        for (id, start) in lineage(&shards, &self.known, &self.from, self.latest_ms).ready {
             let shard = shards.iter().find(|shard| shard.id == id);
             if let Some(shard) = shard.filter(|_| !self.known.contains_key(&id)) {
                 self.known.insert(id, ShardState::default());
@@ -170,22 +168,14 @@ impl Readers {
         Ok(())
     }
 
-    fn begin(&mut self, shard: &Shard, start: LineageStart) {
+    fn begin(&mut self, shard: &Shard, start: ShardStart) {
         let id = shard.id.clone();
-        let start = match (start, &self.from) {
-            // A child may hold records from before that time as well.
-            (_, StartPosition::AtTimestampMs(at_ms)) => ShardStart::AtMs(*at_ms),
-            (LineageStart::Horizon, _) | (_, StartPosition::TrimHorizon) => ShardStart::Horizon,
-            (_, StartPosition::Latest) => ShardStart::AtMs(self.latest_ms),
-            (_, StartPosition::AtSequence(places)) => {
-                places.get(&id).map_or(ShardStart::Horizon, |at| ShardStart::AtSequence(at.clone()))
-            }
-        };
         let key =
             ShardKey { pipeline: "tail".into(), stream: self.identity.clone(), shard: id.clone() };
-        let from = ReadFrom { after: None, start, hash_range: shard.hash_range };
+        let from =
+            ReadFrom { after: None, start, hash_range: shard.hash_range, caught_up_ms: None };
         let inbox = Inbox::new(key, BATCH, from);
-        let mut reader = PollingReader::new(self.connection.clone(), POLLING, inbox, None);
+        let mut reader = PollingReader::new(self.connection.clone(), POLLING, inbox);
         let batches = self.batches.clone();
         // A closed shard has an end that surely comes.
         let until_idle = self.no_follow && !shard.is_closed;

@@ -1,7 +1,8 @@
-//! The process's byte budget: what all sinks' buffers may hold together.
+//! A bound on bytes that several hold together: the sinks' buffers, what readers read ahead, the
+//! intake's requests. Memory is bounded by configuration, never by luck.
 //!
-//! Over the budget, the oldest buffer is asked to commit first, so that a sink that rolls hourly
-//! gives way to the shards that read. Memory is bounded by configuration, never by luck.
+//! Over the sinks' budget, the oldest buffer is asked to commit first, so that a sink that rolls
+//! hourly gives way to the shards that read.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,7 +10,7 @@ use std::time::Instant;
 
 use tokio::sync::Notify;
 
-/// A budget shared by all deliveries.
+/// A budget; its clones share it.
 #[derive(Clone)]
 pub struct Budget {
     shared: Arc<Shared>,
@@ -66,6 +67,17 @@ impl Budget {
         }
     }
 
+    /// The bound, in bytes.
+    pub fn bytes_max(&self) -> usize {
+        self.shared.bytes_max
+    }
+
+    /// Takes bytes; `None` when so many are not free now.
+    pub fn try_take(&self, bytes: usize) -> Option<Permit> {
+        let mut permit = Permit { shared: self.shared.clone(), bytes: 0 };
+        permit.try_grow(bytes).then_some(permit)
+    }
+
     /// Says that a buffer holds bytes since `since` and commits when it is notified.
     pub fn register(&self, since: Instant, id: u64, commit: &Arc<Notify>) {
         self.shared.lock().holders.insert((since, id), commit.clone());
@@ -94,6 +106,18 @@ impl Shared {
 }
 
 impl Permit {
+    /// Takes more; false, and nothing is taken, when so many are not free now.
+    pub fn try_grow(&mut self, bytes: usize) -> bool {
+        let mut ledger = self.shared.lock();
+        if ledger.bytes.saturating_add(bytes) > self.shared.bytes_max {
+            return false;
+        }
+        ledger.bytes += bytes;
+        self.bytes += bytes;
+        metrics::gauge!(self.shared.gauge).set(ledger.bytes as f64);
+        true
+    }
+
     /// Holds `bytes` from now on. More than before is taken without waiting: it is there already,
     /// and others wait the longer.
     pub fn resize(&mut self, bytes: usize) {
@@ -127,6 +151,15 @@ mod tests {
         old.notified().await;
         drop(held);
         assert_eq!(waiter.await.expect("taken"), 50);
+    }
+
+    #[test]
+    fn what_is_not_free_is_not_taken() {
+        let budget = Budget::new(10, "test");
+        let mut held = budget.try_take(8).expect("free");
+        assert!(budget.try_take(3).is_none());
+        held.resize(7);
+        assert!(budget.try_take(3).is_some());
     }
 
     #[tokio::test]

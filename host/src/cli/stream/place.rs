@@ -1,0 +1,126 @@
+//! Which stream a command is about, and the connection to it: by its options, or by a pipeline.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use aws_sdk_kinesis::Client;
+use url::Url;
+
+use super::super::{DEFAULT_PIPELINE, load};
+use crate::config::{AssumeRole, Endpoint, KinesisConfig};
+use crate::record::StreamRef;
+use crate::source::{client, embedded};
+
+/// Which stream, and where.
+#[derive(clap::Args)]
+pub struct Place {
+    /// The stream's name or ARN; default: that of the pipeline.
+    #[arg(long, value_name = "NAME", value_parser = StreamRef::parse)]
+    stream: Option<StreamRef>,
+    /// The pipeline whose stream it is; default: pipeline.toml, where there is one.
+    #[arg(long, value_name = "FILE")]
+    pipeline: Option<PathBuf>,
+    /// `embedded`, `aws`, or a URL; default: that of the pipeline.
+    #[arg(long)]
+    endpoint: Option<String>,
+    /// The AWS region; default: that of the pipeline, or the standard chain.
+    #[arg(long)]
+    region: Option<String>,
+    /// The state folder, by which the embedded stream is found.
+    #[arg(long, value_name = "FOLDER")]
+    state_dir: Option<PathBuf>,
+}
+
+/// A stream, resolved.
+pub(super) struct Target {
+    stream: Option<StreamRef>,
+    endpoint: Endpoint,
+    region: Option<String>,
+    assume_role: Option<AssumeRole>,
+    pub state_dir: PathBuf,
+}
+
+impl Place {
+    pub(super) fn resolve(&self) -> anyhow::Result<Target> {
+        let default = Path::new(DEFAULT_PIPELINE);
+        let pipeline = match &self.pipeline {
+            Some(file) => Some(load(file)?),
+            None if default.exists() => Some(load(default)?),
+            None => None,
+        };
+        let kinesis = pipeline.as_ref().and_then(|it| it.source.kinesis());
+        let endpoint = match self.endpoint.as_deref() {
+            Some("embedded") => Endpoint::Embedded,
+            Some("aws") => Endpoint::Aws,
+            Some(url) => Endpoint::Url(Url::parse(url).with_context(|| {
+                format!("--endpoint {url} is neither `embedded` nor `aws` nor a URL")
+            })?),
+            None => kinesis.map_or(Endpoint::Aws, |it| it.endpoint.clone()),
+        };
+        let stream = self.stream.clone().or(kinesis.map(|it| it.stream.value.clone()));
+        let region_of = |stream: &StreamRef| stream.region().map(str::to_owned);
+        Ok(Target {
+            region: self
+                .region
+                .clone()
+                .or(kinesis.and_then(|it| it.region.clone()))
+                .or(stream.as_ref().and_then(region_of)),
+            assume_role: kinesis.and_then(|it| it.assume_role.clone()),
+            stream,
+            endpoint,
+            state_dir: self
+                .state_dir
+                .clone()
+                .or(pipeline.map(|it| it.state_dir))
+                .unwrap_or_else(|| "state".into()),
+        })
+    }
+
+    pub(super) async fn connect(&self) -> anyhow::Result<(Target, Client)> {
+        let target = self.resolve()?;
+        let url = match &target.endpoint {
+            Endpoint::Aws => None,
+            Endpoint::Url(url) => Some(url.clone()),
+            Endpoint::Embedded => Some(embedded_url(&target.state_dir)?),
+        };
+        let server = client::Server {
+            url: url.as_ref(),
+            region: target.region.as_deref(),
+            assume_role: role(&target.endpoint, target.assume_role.as_ref()),
+        };
+        let client = client::connect(server).await?;
+        Ok((target, client))
+    }
+}
+
+impl Target {
+    pub fn name(&self) -> anyhow::Result<&StreamRef> {
+        self.stream
+            .as_ref()
+            .context("which stream? name it with --stream, or a pipeline with --pipeline")
+    }
+}
+
+/// The server of a pipeline's stream, which is at `url`.
+pub(super) fn server<'a>(kinesis: &'a KinesisConfig, url: Option<&'a Url>) -> client::Server<'a> {
+    client::Server {
+        url,
+        region: kinesis.region.as_deref().or(kinesis.stream.value.region()),
+        assume_role: role(&kinesis.endpoint, kinesis.assume_role.as_ref()),
+    }
+}
+
+/// The role to assume at an endpoint: none for the embedded stream, which asks nobody who he is.
+fn role<'a>(endpoint: &Endpoint, role: Option<&'a AssumeRole>) -> Option<&'a AssumeRole> {
+    role.filter(|_| *endpoint != Endpoint::Embedded)
+}
+
+/// The embedded stream that another process serves.
+pub(super) fn embedded_url(state_dir: &Path) -> anyhow::Result<Url> {
+    embedded::find(state_dir).with_context(|| {
+        format!(
+            "no embedded stream is served from {}; start one with `shardmill stream serve`",
+            state_dir.display()
+        )
+    })
+}
