@@ -192,6 +192,8 @@ impl BatchReader for FanOutReader {
                     return Ok(NextBatch::ShardEnd);
                 }
                 self.may_have_ended = self.polling.has_ended();
+                // Subscriptions read on from here: the next look must not begin where this one did.
+                self.polling.start_over();
                 continue;
             }
             if let NextEvent::Idle { behind_ms } = self.next_event().await? {

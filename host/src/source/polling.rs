@@ -81,6 +81,11 @@ impl PollingReader {
         self.ended
     }
 
+    /// Goes on behind the last record of the inbox, wherever the last call stood.
+    pub fn start_over(&mut self) {
+        self.iterator = None;
+    }
+
     /// Asks the server once. `Ok(true)`: it answered.
     pub async fn poll(&mut self) -> Result<bool, SourceError> {
         tokio::time::sleep_until(self.next_call).await;
