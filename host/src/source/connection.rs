@@ -1,7 +1,8 @@
 //! What the readers of a stream ask of it, and what they prove about the answers: that it is still
 //! the stream whose positions they hold, and that it still holds what was not read yet.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::primitives::DateTime;
@@ -11,10 +12,10 @@ use tokio::time::Instant;
 
 use super::client::{Fault, call_error, fault};
 use super::inbox::{Gap, Inbox, ServerStart};
-use super::{SourceError, stream};
+use super::{Shard, SourceError, stream};
 use crate::budget::Budget;
 use crate::config::OnLostRecords;
-use crate::record::{ShardKey, StreamIdentity, StreamRef};
+use crate::record::{ShardId, ShardKey, StreamIdentity, StreamRef};
 
 const MS_PER_HOUR: i64 = 3_600_000;
 
@@ -29,6 +30,8 @@ pub struct StreamConnection {
     on_lost_records: OnLostRecords,
     /// The last look at the stream's identity.
     looked: Mutex<Option<(Instant, StreamIdentity)>>,
+    /// The shards as they were listed last.
+    listed: RwLock<HashMap<ShardId, Shard>>,
 }
 
 /// Why a call gave nothing.
@@ -48,7 +51,24 @@ impl StreamConnection {
         read_ahead_bytes_max: usize,
     ) -> Arc<Self> {
         let read_ahead = Budget::new(read_ahead_bytes_max, "shardmill_read_ahead_bytes");
-        Arc::new(Self { client, stream, read_ahead, on_lost_records, looked: Mutex::default() })
+        let (looked, listed) = (Mutex::default(), RwLock::default());
+        Arc::new(Self { client, stream, read_ahead, on_lost_records, looked, listed })
+    }
+
+    /// Lists the stream's shards, and remembers them.
+    ///
+    /// # Errors
+    /// As [`stream::shards`].
+    pub async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
+        let shards = stream::shards(&self.client, &self.stream).await?;
+        let listed = shards.iter().map(|shard| (shard.id.clone(), shard.clone())).collect();
+        *self.listed.write().unwrap_or_else(PoisonError::into_inner) = listed;
+        Ok(shards)
+    }
+
+    /// A shard as it was listed last.
+    pub fn listed(&self, shard: &ShardId) -> Option<Shard> {
+        self.listed.read().unwrap_or_else(PoisonError::into_inner).get(shard).cloned()
     }
 
     /// An iterator from where the inbox stands, of the stream that its positions are of.

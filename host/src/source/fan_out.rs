@@ -31,12 +31,12 @@ type Subscription = EventReceiver<SubscribeToShardEventStream, SubscribeToShardE
 pub struct FanOutReader {
     connection: Arc<StreamConnection>,
     consumer_arn: Arc<str>,
-    /// What was read, and the way to the end of a closed shard: whether a subscription ended
-    /// because the shard did, only GetRecords tells for sure.
+    /// What was read, and the way to the end of a closed shard.
     polling: PollingReader,
     subscription: Option<Subscription>,
-    /// The last subscription ended or broke without a record, so that the shard may be at its end.
-    may_have_ended: bool,
+    /// The shard is closed: the rest of it is read by GetRecords, whose answer alone says for sure
+    /// where the end is.
+    is_closed: bool,
     next_call: Instant,
     pauses: ExponentialBackoff,
 }
@@ -53,7 +53,7 @@ impl FanOutReader {
             consumer_arn,
             polling,
             subscription: None,
-            may_have_ended: false,
+            is_closed: false,
             next_call: Instant::now(),
             pauses: pauses(),
         }
@@ -109,12 +109,14 @@ impl FanOutReader {
         self.pauses = pauses();
         let behind_ms = event.millis_behind_latest.max(0) as u64;
         let (came, children) = (event.records.len(), event.child_shards.unwrap_or_default().len());
-        let is_last = event.continuation_sequence_number.is_empty();
+        let has_end = event.continuation_sequence_number.is_empty();
         let inbox = self.polling.inbox();
         self.connection.take_in(inbox, event.records, "SubscribeToShard", behind_ms).await?;
-        self.may_have_ended = is_last || (came == 0 && children > 0);
+        // Some servers tell the children with every event of a closed shard, not with the last only:
+        // its records are read from here while they come.
+        self.is_closed = has_end || (came == 0 && (children > 0 || self.is_listed_as_closed()));
         Ok(match came {
-            0 if !self.may_have_ended => NextEvent::Idle { behind_ms },
+            0 if !self.is_closed => NextEvent::Idle { behind_ms },
             _ => NextEvent::GoOn,
         })
     }
@@ -136,7 +138,7 @@ impl FanOutReader {
             Ok(Err(error)) => {
                 let inbox = self.polling.inbox();
                 let cause = match fault(&error) {
-                    // A final event without a continuation may not parse: the end is looked for.
+                    // A final event without a continuation may not parse.
                     Fault::Lasting | Fault::NotFound => {
                         let error = call_error("SubscribeToShard", inbox.place(), &error);
                         tracing::warn!(%error, "the subscription broke");
@@ -153,8 +155,15 @@ impl FanOutReader {
             }
         }
         self.subscription = None;
-        self.may_have_ended = true;
+        self.is_closed = self.is_listed_as_closed();
         Ok(NextEvent::GoOn)
+    }
+
+    /// Whether the shard was closed when the stream was listed last: some servers never say so to a
+    /// subscriber.
+    fn is_listed_as_closed(&mut self) -> bool {
+        let shard = &self.polling.inbox().shard().shard;
+        self.connection.listed(shard).is_some_and(|shard| shard.is_closed)
     }
 
     fn back_off(&mut self, cause: Fault) {
@@ -182,19 +191,9 @@ impl BatchReader for FanOutReader {
             if let Some(batch) = self.polling.inbox().cut() {
                 return Ok(NextBatch::Batch(batch));
             }
-            if self.may_have_ended {
+            if self.is_closed {
                 self.subscription = None;
-                // What a call brings is read like everything else.
-                if !self.polling.poll().await? {
-                    continue;
-                }
-                if self.polling.has_ended() && self.polling.inbox().is_empty() {
-                    return Ok(NextBatch::ShardEnd);
-                }
-                self.may_have_ended = self.polling.has_ended();
-                // Subscriptions read on from here: the next look must not begin where this one did.
-                self.polling.start_over();
-                continue;
+                return self.polling.next_batch().await;
             }
             if let NextEvent::Idle { behind_ms } = self.next_event().await? {
                 return Ok(NextBatch::Idle { behind_ms });

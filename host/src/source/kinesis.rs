@@ -1,7 +1,6 @@
 //! Kinesis as a source of lanes.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use aws_sdk_kinesis::Client;
@@ -13,7 +12,7 @@ use super::inbox::{Inbox, ReadFrom};
 use super::polling::{Polling, PollingReader};
 use super::{BatchReader, ResumePoint, Shard, ShardSource, SourceError, consumers, stream};
 use crate::config::{BatchLimits, Endpoint, KinesisConfig, ReaderKind, StartPosition};
-use crate::record::{HashRange, ShardId, ShardKey, StreamIdentity};
+use crate::record::{ShardKey, StreamIdentity};
 
 /// A stream behind a client.
 pub struct KinesisSource {
@@ -23,8 +22,6 @@ pub struct KinesisSource {
     polling: Polling,
     batch: BatchLimits,
     consumer_arn: OnceCell<Arc<str>>,
-    /// Of the shards that were listed last.
-    hash_ranges: Mutex<HashMap<ShardId, HashRange>>,
 }
 
 impl KinesisSource {
@@ -54,12 +51,7 @@ impl KinesisSource {
             polling,
             batch,
             consumer_arn: OnceCell::new(),
-            hash_ranges: Mutex::default(),
         }
-    }
-
-    fn hash_range(&self, shard: &ShardId) -> Option<HashRange> {
-        self.hash_ranges.lock().unwrap_or_else(PoisonError::into_inner).get(shard).copied()
     }
 }
 
@@ -71,10 +63,7 @@ impl ShardSource for KinesisSource {
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
-        let shards = stream::shards(&self.connection.client, &self.connection.stream).await?;
-        let ranges = shards.iter().filter_map(|shard| Some((shard.id.clone(), shard.hash_range?)));
-        *self.hash_ranges.lock().unwrap_or_else(PoisonError::into_inner) = ranges.collect();
-        Ok(shards)
+        self.connection.shards().await
     }
 
     fn start(&self) -> &StartPosition {
@@ -86,7 +75,7 @@ impl ShardSource for KinesisSource {
         shard: &ShardKey,
         from: ResumePoint<'_>,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
-        let hash_range = self.hash_range(&shard.shard);
+        let hash_range = self.connection.listed(&shard.shard).and_then(|shard| shard.hash_range);
         let ResumePoint { after, start, caught_up_ms } = from;
         let from =
             ReadFrom { after: after.cloned(), start: start.clone(), hash_range, caught_up_ms };

@@ -76,18 +76,8 @@ impl PollingReader {
         &mut self.inbox
     }
 
-    /// Whether the shard is closed and was read to its end.
-    pub fn has_ended(&self) -> bool {
-        self.ended
-    }
-
-    /// Goes on behind the last record of the inbox, wherever the last call stood.
-    pub fn start_over(&mut self) {
-        self.iterator = None;
-    }
-
     /// Asks the server once. `Ok(true)`: it answered.
-    pub async fn poll(&mut self) -> Result<bool, SourceError> {
+    async fn poll(&mut self) -> Result<bool, SourceError> {
         tokio::time::sleep_until(self.next_call).await;
         let Some(iterator) = self.iterator.clone() else {
             match self.connection.iterator(&mut self.inbox).await {
