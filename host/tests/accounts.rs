@@ -61,12 +61,12 @@ type = "discard"
     );
     std::fs::write(&file, text).expect("written");
     let file = file.display().to_string();
-    shardmill(&["stream", "describe", "--json", "--pipeline", &file])
-        .env("AWS_ENDPOINT_URL_STS", &sts.url)
-        .env("AWS_ACCESS_KEY_ID", "AKIAOFTHECALLER00000")
-        .env("AWS_SECRET_ACCESS_KEY", "secret")
-        .output()
-        .expect("the binary starts")
+    support::output(
+        shardmill(&["stream", "describe", "--json", "--pipeline", &file])
+            .env("AWS_ENDPOINT_URL_STS", &sts.url)
+            .env("AWS_ACCESS_KEY_ID", "AKIAOFTHECALLER00000")
+            .env("AWS_SECRET_ACCESS_KEY", "secret"),
+    )
 }
 
 #[test]

@@ -335,7 +335,7 @@ fn a_state_folder_without_room_is_named() {
         "trap '' XFSZ; ulimit -f 8; exec '{}' run '{pipeline}' --until-caught-up",
         env!("CARGO_BIN_EXE_shardmill")
     );
-    let output = std::process::Command::new("bash").args(["-c", &script]).output().expect("bash");
+    let output = support::output(std::process::Command::new("bash").args(["-c", &script]));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("state") && said.contains("free the disk"), "{said}");
@@ -360,7 +360,7 @@ fn no_credentials_says_what_to_set() {
     command.current_dir(place.folder.path());
     let nowhere = Path::new("/nonexistent");
     command.env("HOME", nowhere).env("AWS_EC2_METADATA_DISABLED", "true");
-    let output = command.output().expect("it starts");
+    let output = support::output(&mut command);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("AWS_ACCESS_KEY_ID") && said.contains("AWS_PROFILE"), "{said}");

@@ -249,11 +249,12 @@ fn standard_input_is_a_file_each_time() {
     let pipeline = place.pipeline("-", "");
     for ids in [0..3_000, 3_000..5_000] {
         let mut command = shardmill(&["run", &pipeline]);
-        let mut run = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("started");
-        let mut input = run.stdin.take().expect("piped");
+        let run = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("started");
+        let mut run = Process(run);
+        let mut input = run.0.stdin.take().expect("piped");
         input.write_all(&rows(ids)).expect("written");
         drop(input);
-        assert!(run.wait().expect("it ends").success());
+        assert!(run.wait().success());
     }
     assert!(place.ids().into_iter().eq(0..5_000));
 }

@@ -241,11 +241,12 @@ fn each_format_is_put_as_it_is() {
     run_ok(&served.put_arguments(&[&ndjson, "--format", "ndjson", "--key-field", "id"]));
     let mut command =
         shardmill(&served.put_arguments(&["--format", "binary", "--key", "bin", "-"]));
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("starts");
-    let mut input = child.stdin.take().expect("piped");
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("starts");
+    let mut child = Process(child);
+    let mut input = child.0.stdin.take().expect("piped");
     input.write_all(b"\0\0\0\x03\n\0\n\0\0\0\x01z").expect("sent");
     drop(input);
-    assert!(child.wait().expect("it ends").success());
+    assert!(child.wait().success());
     let mut due = owned(&[("0", "a"), ("1", ""), ("2", "b"), ("x", "{\"id\":\"x\"}")]);
     due.extend(owned(&[("7", "{\"id\":7}"), ("bin", "\n\0\n"), ("bin", "z")]));
     due.sort();
@@ -388,16 +389,13 @@ fn too_much_in_flight_is_429_and_a_request_in_hand_is_answered_at_the_end() {
         let answer = send(address, "", &[b'2'; 1_000]);
         status(&answer) == "429" && answer.contains("retry-after: 1")
     });
-    let pid = process.0.id().to_string();
-    assert!(
-        std::process::Command::new("kill").args(["-TERM", &pid]).status().expect("kill").success()
-    );
+    process.ask_to_end();
     support::wait_for("the closed port", || TcpStream::connect(address).is_err());
     front.hold(false);
     let answer = first.join().expect("an answer");
     assert!(status(&answer) == "200", "{answer}");
     let mut process = process;
-    assert_eq!(process.0.wait().expect("it ends").code(), Some(0));
+    assert_eq!(process.wait().code(), Some(0));
     assert!(served.all().iter().any(|(_, text)| *text == "1".repeat(600)));
 }
 

@@ -33,7 +33,7 @@ fn tail(world: &World, options: &[&str]) -> std::process::Command {
 
 /// Tails to the end; gives the lines and what was said on standard error.
 fn tail_to_end(world: &World, options: &[&str]) -> (Vec<Value>, String) {
-    let output = tail(world, options).arg("--no-follow").output().expect("the binary starts");
+    let output = support::output(tail(world, options).arg("--no-follow"));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{options:?}: {said}");
     let lines = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -104,7 +104,7 @@ fn a_tail_begins_where_it_is_told_and_keeps_to_its_shard() {
 fn a_shard_or_a_start_that_is_not_there_is_named() {
     let world = World::new(1);
     let fails = |options: &[&str]| {
-        let output = tail(&world, options).arg("--no-follow").output().expect("the binary starts");
+        let output = support::output(tail(&world, options).arg("--no-follow"));
         assert!(!output.status.success(), "{options:?}");
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
@@ -143,7 +143,7 @@ fn a_plugin_that_does_not_load_or_start_is_named() {
     let missing = world.folder.path().join("missing.wasm").display().to_string();
     for (file, config) in [(missing, "{}"), (plugin("route-json"), "{\"no\":1}")] {
         let options = ["--decode", &file, "--config", config, "--no-follow"];
-        let output = tail(&world, &options).output().expect("the binary starts");
+        let output = support::output(&mut tail(&world, &options));
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains(&file), "{said}");

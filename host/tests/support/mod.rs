@@ -15,8 +15,12 @@ pub mod world;
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
+
+/// How long any run may take: many times what the longest one does.
+const RUN_MAX: Duration = Duration::from_secs(300);
 
 /// The repository's root.
 pub fn root() -> PathBuf {
@@ -40,7 +44,25 @@ pub fn shardmill(arguments: &[&str]) -> Command {
 
 /// Runs the binary to its end.
 pub fn run(arguments: &[&str]) -> Output {
-    shardmill(arguments).output().expect("the binary starts")
+    output(&mut shardmill(arguments))
+}
+
+/// Runs a command to its end; one that hangs is killed and fails its test, not all of them.
+pub fn output(command: &mut Command) -> Output {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let pid = child.id().to_string();
+    let (ended, end) = mpsc::channel();
+    std::thread::spawn(move || ended.send(child.wait_with_output()));
+    if let Ok(output) = end.recv_timeout(RUN_MAX) {
+        return output.expect("it ends");
+    }
+    signal("-KILL", &pid);
+    let output = end.recv().expect("killed").expect("it ends");
+    panic!("{command:?} runs after {RUN_MAX:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn signal(name: &str, pid: &str) {
+    assert!(Command::new("kill").args([name, pid]).status().expect("kill").success());
 }
 
 /// Runs the binary; it must succeed. Gives its standard output.
@@ -64,10 +86,25 @@ impl Drop for Process {
 impl Process {
     /// SIGTERM, then waits for the end; gives the exit code.
     pub fn terminate(mut self) -> Option<i32> {
-        let pid = self.0.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().expect("kill").success());
-        let status = self.0.wait().expect("it ends");
-        status.code()
+        self.ask_to_end();
+        self.wait().code()
+    }
+
+    /// SIGTERM.
+    pub fn ask_to_end(&self) {
+        signal("-TERM", &self.0.id().to_string());
+    }
+
+    /// Waits for the end, which must come within [`RUN_MAX`].
+    pub fn wait(&mut self) -> ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().expect("a state") {
+                return status;
+            }
+            assert!(begun.elapsed() < RUN_MAX, "process {} runs after {RUN_MAX:?}", self.0.id());
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 
