@@ -28,44 +28,26 @@ pub struct AdminError {
     cause: std::io::Error,
 }
 
-/// Where the process's metrics are gathered.
-#[derive(Clone)]
-pub struct Metrics(PrometheusHandle);
-
-impl Metrics {
-    /// Makes the process's recorder; call it once, before anything counts.
-    ///
-    /// # Errors
-    /// When a recorder is there already.
-    pub fn install() -> anyhow::Result<Self> {
-        let handle = PrometheusBuilder::new().install_recorder()?;
-        describe();
-        Ok(Self(handle))
-    }
-
-    /// All metrics in Prometheus' text format.
-    pub fn render(&self) -> String {
-        self.0.run_upkeep();
-        self.0.render()
-    }
-}
-
 /// An open admin port.
 pub struct AdminPort {
     listener: TcpListener,
     address: SocketAddr,
+    metrics: PrometheusHandle,
 }
 
 impl AdminPort {
-    /// Opens the port.
+    /// Opens the port. From then on the process's metrics are gathered: call it once, before
+    /// anything counts. Without a port nobody reads them, and they are not gathered.
     ///
     /// # Errors
-    /// [`AdminError`] when it is in use.
-    pub async fn open(address: SocketAddr) -> Result<Self, AdminError> {
+    /// [`AdminError`] when the port is in use; another when metrics are gathered already.
+    pub async fn open(address: SocketAddr) -> anyhow::Result<Self> {
         let error = |cause| AdminError { address, cause };
         let listener = TcpListener::bind(address).await.map_err(error)?;
         let address = listener.local_addr().map_err(error)?;
-        Ok(Self { listener, address })
+        let metrics = PrometheusBuilder::new().install_recorder()?;
+        describe();
+        Ok(Self { listener, address, metrics })
     }
 
     /// The address, with the port that was chosen if it was 0.
@@ -74,7 +56,7 @@ impl AdminPort {
     }
 
     /// Serves until `stop`.
-    pub fn serve(self, board: Board, metrics: Metrics, stop: CancellationToken) {
+    pub fn serve(self, board: Board, stop: CancellationToken) {
         let routes = Router::new()
             .route("/health/live", get(|| async { "live\n" }))
             .route("/health/ready", get(ready))
@@ -84,9 +66,12 @@ impl AdminPort {
             )
             .route(
                 "/metrics",
-                get(|State(shown): State<Shown>| async move { shown.metrics.render() }),
+                get(|State(shown): State<Shown>| async move {
+                    shown.metrics.run_upkeep();
+                    shown.metrics.render()
+                }),
             )
-            .with_state(Shown { board, metrics });
+            .with_state(Shown { board, metrics: self.metrics });
         tokio::spawn(async move {
             let served = axum::serve(self.listener, routes)
                 .with_graceful_shutdown(async move { stop.cancelled().await });
@@ -100,7 +85,7 @@ impl AdminPort {
 #[derive(Clone)]
 struct Shown {
     board: Board,
-    metrics: Metrics,
+    metrics: PrometheusHandle,
 }
 
 async fn ready(State(shown): State<Shown>) -> impl IntoResponse {

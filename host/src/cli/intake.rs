@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 
 use super::{Console, PipelineFile, load, run, stream};
-use crate::admin::{AdminPort, Metrics};
+use crate::admin::AdminPort;
 use crate::intake::IntakePort;
 use crate::lane::Board;
 use crate::source::producer::StreamWriter;
@@ -20,7 +20,6 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     let missing = || format!("{file} has no intake: add [intake] with listen = \"127.0.0.1:8080\"");
     let intake = config.intake.as_ref().with_context(missing)?;
     let kinesis = config.source.kinesis().with_context(missing)?;
-    let metrics = Metrics::install()?;
     let admin = match config.admin {
         Some(address) => Some(AdminPort::open(address).await?),
         None => None,
@@ -32,7 +31,7 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
         // There are no lanes here: it is for the metrics.
-        admin.serve(Board::default(), metrics, stop.clone());
+        admin.serve(Board::default(), stop.clone());
     }
     let address = port.address();
     let serving = port.serve(StreamWriter::new(client, kinesis.stream.value.clone()), stop.clone());

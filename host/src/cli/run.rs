@@ -6,7 +6,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{Console, PipelineFile, load, sinks, stream};
-use crate::admin::{AdminPort, Metrics};
+use crate::admin::AdminPort;
 use crate::config::PipelineConfig;
 use crate::intake::IntakePort;
 use crate::lane::Board;
@@ -41,7 +41,6 @@ pub(crate) struct Summary {
 
 pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
-    let metrics = Metrics::install()?;
     let admin = match config.admin {
         Some(address) => Some(AdminPort::open(address).await?),
         None => None,
@@ -67,7 +66,7 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let supervisor = prepare(config, source, run_options).await?;
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
-        admin.serve(supervisor.board(), metrics, stop.clone());
+        admin.serve(supervisor.board(), stop.clone());
     }
     let (board, letters) = (supervisor.board(), supervisor.letters());
     // Of its own, so that it ends as well when the pipeline ends by itself.

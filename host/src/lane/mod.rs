@@ -285,11 +285,15 @@ impl Lane<'_> {
         let Some(chain) = &self.chain else { return Ok(()) };
         let mut rows: Vec<Vec<Row>> = self.deliveries.iter().map(|_| Vec::new()).collect();
         for one in routed {
-            for sink in chain.sinks_of(&one) {
-                if let Some(index) = self.deliveries.iter().position(|own| own.sink == *sink) {
-                    rows[index].push(one.row.clone());
-                }
+            let is_bound = |own: &DeliveryHandle| chain.sinks_of(&one).contains(&own.sink);
+            let mut bound = (0..rows.len()).filter(|index| is_bound(&self.deliveries[*index]));
+            // The last takes the row itself, which saves counting references.
+            let Some(mut index) = bound.next() else { continue };
+            for next in bound {
+                rows[index].push(one.row.clone());
+                index = next;
             }
+            rows[index].push(one.row);
         }
         let generation = chain.generation().id.clone();
         let to_inclusive = batch.span.to_inclusive.clone();

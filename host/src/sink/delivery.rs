@@ -229,12 +229,10 @@ impl Worker {
                 opened,
             }
         });
-        let skip_to = self.context.skip_to.as_ref();
-        let new = delivery
-            .rows
-            .into_iter()
-            .filter(|row| skip_to.is_none_or(|have| row.position() > have));
-        for row in new {
+        let known = self.context.skip_to.as_ref().map_or(0, |have| {
+            delivery.rows.partition_point(|row| row.position() <= have)
+        });
+        for row in delivery.rows.into_iter().skip(known) {
             buffer.bytes += row.payload.len() + row.key.len();
             buffer.rows.push(row);
         }
@@ -278,7 +276,7 @@ impl Worker {
         generation: Arc<str>,
     ) -> Result<(), SinkError> {
         let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
-        let commit = Commit { span, rows, generation };
+        let commit = Commit { span, rows: rows.into(), generation };
         let sink = self.context.sink.to_string();
         let mut pauses = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(100))

@@ -50,8 +50,8 @@ pub struct BoundRoute {
 pub struct Commit {
     /// What is settled: the sink's position moves from `from_exclusive` to `to_inclusive`.
     pub span: PositionSpan,
-    /// The rows, by ascending (position, ordinal).
-    pub rows: Vec<Row>,
+    /// The rows, by ascending (position, ordinal); shared with the threads that encode them.
+    pub rows: Arc<[Row]>,
     /// The id of the generation (stages, digests, configuration) that made the rows.
     pub generation: Arc<str>,
 }

@@ -1,10 +1,8 @@
 //! The types of columns, and how a field becomes a JSON value of each.
 
-use std::io::Write;
-
 use chrono::{DateTime, NaiveDate};
 use serde::Deserialize;
-use shardmill_sdk::Error;
+use shardmill_sdk::{Error, Writer};
 
 /// A column's type, by its PostgreSQL name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -55,7 +53,7 @@ impl ColumnType {
 
     /// Writes `field` as a JSON value.
     #[inline]
-    pub(crate) fn write(self, field: &str, row: &mut impl Write) -> Result<(), Error> {
+    pub(crate) fn write(self, field: &str, row: &mut Writer<'_>) -> Result<(), Error> {
         let wrong = || self.wrong(field);
         match self {
             Self::Smallint => write_integer(field.parse::<i16>().map_err(|_| wrong())?, row),
@@ -69,9 +67,13 @@ impl ColumnType {
             Self::Boolean => {
                 let word: &[u8] =
                     if boolean(field).ok_or_else(wrong)? { b"true" } else { b"false" };
-                Ok(row.write_all(word)?)
+                row.append(word);
+                Ok(())
             }
-            Self::Text => Ok(serde_json::to_writer(row, field)?),
+            Self::Text => {
+                row.append_json_string(field);
+                Ok(())
+            }
             Self::Date => {
                 field.parse::<NaiveDate>().map_err(|_| wrong())?;
                 write_parts(&["\"", field, "\""], row)
@@ -98,13 +100,14 @@ impl ColumnType {
 }
 
 #[inline]
-fn write_integer(integer: impl itoa::Integer, row: &mut impl Write) -> Result<(), Error> {
-    Ok(row.write_all(itoa::Buffer::new().format(integer).as_bytes())?)
+fn write_integer(integer: impl itoa::Integer, row: &mut Writer<'_>) -> Result<(), Error> {
+    row.append(itoa::Buffer::new().format(integer));
+    Ok(())
 }
 
-fn write_parts(parts: &[&str], row: &mut impl Write) -> Result<(), Error> {
+fn write_parts(parts: &[&str], row: &mut Writer<'_>) -> Result<(), Error> {
     for part in parts {
-        row.write_all(part.as_bytes())?;
+        row.append(part);
     }
     Ok(())
 }
@@ -125,7 +128,7 @@ fn decimal_parts(field: &str) -> Option<(&str, &str, &str)> {
 
 fn write_decimal(
     (sign, whole, fraction): (&str, &str, &str),
-    row: &mut impl Write,
+    row: &mut Writer<'_>,
 ) -> Result<(), Error> {
     let whole = if whole.is_empty() { "0" } else { whole };
     let point = if fraction.is_empty() { "" } else { "." };

@@ -61,8 +61,36 @@ impl Outbox {
     #[inline]
     fn append(&mut self, bytes: &[u8]) -> Span {
         let start = self.arena.len();
-        self.arena.extend_from_slice(bytes);
+        append(&mut self.arena, bytes);
         self.span_from(start)
+    }
+}
+
+/// Appends a few bytes in place: what the compiler makes of a copy of any length is
+/// `memory.copy`, which calls the host, and JSON is written in small pieces.
+#[inline]
+fn append(arena: &mut Vec<u8>, bytes: &[u8]) {
+    if cfg!(not(target_arch = "wasm32")) {
+        return arena.extend_from_slice(bytes);
+    }
+    match bytes.len() {
+        0..4 => bytes.iter().for_each(|byte| arena.push(*byte)),
+        4..8 => append_ends::<4>(arena, bytes),
+        8..16 => append_ends::<8>(arena, bytes),
+        16..=32 => append_ends::<16>(arena, bytes),
+        _ => arena.extend_from_slice(bytes),
+    }
+}
+
+/// Appends `N` to `2 * N` bytes as their first and their last `N`, whose copies have a length that
+/// the compiler knows.
+#[inline]
+fn append_ends<const N: usize>(arena: &mut Vec<u8>, bytes: &[u8]) {
+    if let (Some(first), Some(last)) = (bytes.first_chunk::<N>(), bytes.last_chunk::<N>()) {
+        let end = arena.len() + bytes.len();
+        arena.extend_from_slice(first);
+        arena.truncate(end - N);
+        arena.extend_from_slice(last);
     }
 }
 
@@ -180,7 +208,7 @@ impl<'a> Writer<'a> {
     /// Appends `bytes`.
     #[inline]
     pub fn append(&mut self, bytes: impl AsRef<[u8]>) {
-        self.arena.extend_from_slice(bytes.as_ref());
+        append(self.arena, bytes.as_ref());
     }
 
     /// Appends `text` as a JSON string, quotes included. Far faster than a serializer where
@@ -193,7 +221,7 @@ impl<'a> Writer<'a> {
             let _ = serde_json::to_writer(&mut *self, text);
         } else {
             self.arena.push(b'"');
-            self.arena.extend_from_slice(text.as_bytes());
+            append(self.arena, text.as_bytes());
             self.arena.push(b'"');
         }
     }
@@ -252,13 +280,13 @@ fn is_escaped(byte: u8) -> bool {
 impl io::Write for Writer<'_> {
     #[inline]
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.arena.extend_from_slice(bytes);
+        append(self.arena, bytes);
         Ok(bytes.len())
     }
 
     #[inline]
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.arena.extend_from_slice(bytes);
+        append(self.arena, bytes);
         Ok(())
     }
 

@@ -144,11 +144,15 @@ impl ObjectsWriter {
         Path::from_iter(parts).to_string()
     }
 
-    async fn encode(&self, rows: &[Row], compression: Compression) -> Result<Encoded, SinkError> {
+    async fn encode(
+        &self,
+        rows: &Arc<[Row]>,
+        compression: Compression,
+    ) -> Result<Encoded, SinkError> {
         if rows.is_empty() {
             return Ok(Encoded::default());
         }
-        let (rows, shared) = (rows.to_vec(), Arc::clone(&self.shared));
+        let (rows, shared) = (Arc::clone(rows), Arc::clone(&self.shared));
         let encoding =
             tokio::task::spawn_blocking(move || encode(&rows, &shared.formats, compression));
         let place = &self.shared.place;
