@@ -1,6 +1,12 @@
 //! What a file costs on its way through a plugin: the flights as CSV lines, decoded by the bundled
 //! plugin behind the wall, written as NDJSON with the file source's exact positions and the objects
-//! sink's claims; against the same decoder and the same output in a plain Rust program.
+//! sink's claims; against a plain Rust program that makes the same output of the same file.
+//!
+//! Two plain programs, since there are two questions:
+//! - `flights`: as one writes it, with a struct, csv, chrono and serde_json. What does shardmill
+//!   cost somebody who would have written that program?
+//! - `flights,native=plugin`: the plugin's own crate compiled for this machine, without a check of
+//!   its output. What do the wall, the exact positions and the checks cost?
 //!
 //! Whole processes are compared. The plugin was compiled by an earlier run, as it is for all runs
 //! but the first on a machine.
@@ -13,26 +19,38 @@ use std::io::{BufRead as _, BufReader, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use chrono::{DateTime, Utc};
 use report::Report;
+use serde::{Deserialize, Deserializer, Serialize};
+use shardmill_sdk::Writer;
 
 const CPU: &str = "CPU seconds, lower is better";
 const MEMORY: &str = "MiB at the peak, lower is better";
 const EXAMPLE: &str = "../examples/flights/pipeline.toml";
 const FLIGHTS: &str = "../data/flights.csv";
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
+/// The plain programs.
+const ORDINARY: &str = "ordinary";
+const PLUGIN: &str = "plugin";
 
 fn main() -> Result<()> {
     if let Some(arguments) = child::baseline_arguments() {
-        let [csv, out] = &arguments[..] else { return Err(anyhow!("two paths are due")) };
-        return plain(Path::new(csv), Path::new(out));
+        let [program, csv, out] = &arguments[..] else {
+            return Err(anyhow!("a program and two paths are due"));
+        };
+        let program = if program == ORDINARY { ordinary } else { plugin };
+        return program(Path::new(csv), Path::new(out));
     }
     let report = Report::start("file", CPU);
     let folder = tempfile::tempdir()?;
     let csv = here(FLIGHTS).canonicalize().context("run `cargo xtask data flights` first")?;
     let pipeline = pipeline(folder.path(), &csv)?;
     let (plain_out, our_out) = (folder.path().join("plain.ndjson"), folder.path().join("out"));
-    let mut ours = Vec::new();
-    let mut theirs = Vec::new();
+    let (mut ours, mut ordinary, mut plugin) = (Vec::new(), Vec::new(), Vec::new());
+    let theirs = |program| {
+        let paths = [csv.to_string_lossy(), plain_out.to_string_lossy()];
+        child::cost(&mut child::baseline(&[program, &paths[0], &paths[1]])?)
+    };
     for round in 0..=ROUNDS {
         for used in [&our_out, &folder.path().join("state/file")] {
             if used.exists() {
@@ -40,27 +58,32 @@ fn main() -> Result<()> {
             }
         }
         let our = child::cost(child::shardmill()?.arg("run").arg(&pipeline))?;
-        let paths = [csv.to_string_lossy(), plain_out.to_string_lossy()];
-        let their = child::cost(&mut child::baseline(&[&paths[0], &paths[1]])?)?;
+        let their = (theirs(PLUGIN)?, theirs(ORDINARY)?);
         // The first round compiles the plugin.
         if round > 0 {
             ours.push(our);
-            theirs.push(their);
+            plugin.push(their.0);
+            ordinary.push(their.1);
         }
     }
-    let mut due: Vec<String> =
-        BufReader::new(File::open(&plain_out)?).lines().collect::<Result<_, _>>()?;
     let mut found = Vec::new();
     lines_below(&our_out, &mut found)?;
-    due.sort_unstable();
     found.sort_unstable();
-    ensure!(due.len() == 336_776 && due == found, "the two outputs differ");
+    for program in [PLUGIN, ORDINARY] {
+        theirs(program)?;
+        let due = BufReader::new(File::open(&plain_out)?).lines();
+        let mut due = due.collect::<Result<Vec<_>, _>>()?;
+        due.sort_unstable();
+        ensure!(due.len() == 336_776 && due == found, "the outputs of ours and {program} differ");
+    }
     let least = |costs: &[child::Cost], of: fn(&child::Cost) -> f64| {
         costs.iter().map(of).fold(f64::INFINITY, f64::min)
     };
-    report.line("flights", least(&ours, |it| it.cpu_s), least(&theirs, |it| it.cpu_s));
+    let cpu_s = least(&ours, |it| it.cpu_s);
+    report.line("flights", cpu_s, least(&ordinary, |it| it.cpu_s));
+    report.line("flights,native=plugin", cpu_s, least(&plugin, |it| it.cpu_s));
     let peak = ours.iter().map(|it| it.peak_mib).fold(0.0, f64::max);
-    report.line_in("flights,memory", peak, least(&theirs, |it| it.peak_mib), MEMORY);
+    report.line_in("flights,memory", peak, least(&ordinary, |it| it.peak_mib), MEMORY);
     Ok(())
 }
 
@@ -105,8 +128,54 @@ commit = {{ bytes = "4 MiB" }}
     Ok(path)
 }
 
-/// The same work without shardmill.
-fn plain(csv: &Path, out: &Path) -> Result<()> {
+/// A row as an ordinary program has it.
+#[derive(Deserialize, Serialize)]
+struct Flight {
+    year: i32,
+    month: i32,
+    day: i32,
+    #[serde(deserialize_with = "csv::invalid_option")]
+    dep_time: Option<i32>,
+    sched_dep_time: i32,
+    #[serde(deserialize_with = "csv::invalid_option")]
+    dep_delay: Option<i32>,
+    #[serde(deserialize_with = "csv::invalid_option")]
+    arr_time: Option<i32>,
+    sched_arr_time: i32,
+    #[serde(deserialize_with = "csv::invalid_option")]
+    arr_delay: Option<i32>,
+    carrier: String,
+    flight: i32,
+    #[serde(deserialize_with = "known")]
+    tailnum: Option<String>,
+    origin: String,
+    dest: String,
+    #[serde(deserialize_with = "csv::invalid_option")]
+    air_time: Option<i32>,
+    distance: i32,
+    hour: i32,
+    minute: i32,
+    time_hour: DateTime<Utc>,
+}
+
+fn known<'de, D: Deserializer<'de>>(field: D) -> Result<Option<String>, D::Error> {
+    Ok(Some(String::deserialize(field)?).filter(|text| text != "NA"))
+}
+
+/// The same work, as one writes it.
+fn ordinary(csv: &Path, out: &Path) -> Result<()> {
+    let mut input = csv::Reader::from_path(csv)?;
+    let mut output = BufWriter::with_capacity(256 << 10, File::create(out)?);
+    for flight in input.deserialize() {
+        let flight: Flight = flight?;
+        serde_json::to_writer(&mut output, &flight)?;
+        output.write_all(b"\n")?;
+    }
+    Ok(output.into_inner()?.sync_all()?)
+}
+
+/// The same work by the plugin's own crate.
+fn plugin(csv: &Path, out: &Path) -> Result<()> {
     let config: csv_decode::Config = decoder_table()?.try_into()?;
     let mut decoder = csv_decode::Decoder::new(config).map_err(|error| anyhow!("{error}"))?;
     let mut input = BufReader::with_capacity(256 << 10, File::open(csv)?);
@@ -115,8 +184,8 @@ fn plain(csv: &Path, out: &Path) -> Result<()> {
     while input.read_until(b'\n', &mut line)? > 0 {
         let end = line.len() - usize::from(line.ends_with(b"\n"));
         row.clear();
-        let decoded =
-            decoder.write_row(&line[..end], &mut row).map_err(|error| anyhow!("{error}"))?;
+        let decoded = decoder.write_row(&line[..end], &mut Writer::new(&mut row));
+        let decoded = decoded.map_err(|error| anyhow!("{error}"))?;
         if decoded == csv_decode::Decoded::Row {
             row.push(b'\n');
             output.write_all(&row)?;

@@ -73,14 +73,10 @@ fn check_json(payload: &[u8]) -> Result<(), String> {
 /// Valid JSON without its newlines: they can only stand between tokens, since a string must escape
 /// them. Everything else stays byte for byte (long numbers, order and repetition of keys).
 fn without_newlines(json: &[u8]) -> Cow<'_, [u8]> {
-    if !json.iter().any(|byte| is_newline(*byte)) {
+    if memchr::memchr2(b'\n', b'\r', json).is_none() {
         return Cow::Borrowed(json);
     }
-    Cow::Owned(json.iter().copied().filter(|byte| !is_newline(*byte)).collect())
-}
-
-fn is_newline(byte: u8) -> bool {
-    matches!(byte, b'\n' | b'\r')
+    Cow::Owned(json.iter().copied().filter(|byte| !matches!(byte, b'\n' | b'\r')).collect())
 }
 
 fn without_line_end(payload: &[u8]) -> &[u8] {

@@ -56,6 +56,10 @@ impl ColumnType {
     pub(crate) fn write(self, field: &str, row: &mut Writer<'_>) -> Result<(), Error> {
         let wrong = || self.wrong(field);
         match self {
+            // What is surely in range, and as it would be written, is copied.
+            Self::Smallint if is_whole(field, 4) => write_parts(&[field], row),
+            Self::Integer if is_whole(field, 9) => write_parts(&[field], row),
+            Self::Bigint if is_whole(field, 18) => write_parts(&[field], row),
             Self::Smallint => write_integer(field.parse::<i16>().map_err(|_| wrong())?, row),
             Self::Integer => write_integer(field.parse::<i32>().map_err(|_| wrong())?, row),
             Self::Bigint => write_integer(field.parse::<i64>().map_err(|_| wrong())?, row),
@@ -97,6 +101,15 @@ impl ColumnType {
         let due = self.sql_name().unwrap_or("value");
         Error::reject(format_args!("`{field}` is no {due}"))
     }
+}
+
+/// Whether a field is an integer as JSON writes it, of at most so many digits.
+#[inline]
+fn is_whole(field: &str, digits_max: usize) -> bool {
+    let digits = field.strip_prefix('-').unwrap_or(field).as_bytes();
+    digits.len() <= digits_max
+        && digits.iter().all(u8::is_ascii_digit)
+        && matches!(digits, [b'1'..=b'9', ..])
 }
 
 #[inline]

@@ -74,7 +74,9 @@ fn append(arena: &mut Vec<u8>, bytes: &[u8]) {
         return arena.extend_from_slice(bytes);
     }
     match bytes.len() {
-        0..4 => bytes.iter().for_each(|byte| arena.push(*byte)),
+        0 => {}
+        1 => arena.push(bytes[0]),
+        2..4 => append_ends::<2>(arena, bytes),
         4..8 => append_ends::<4>(arena, bytes),
         8..16 => append_ends::<8>(arena, bytes),
         16..=32 => append_ends::<16>(arena, bytes),
@@ -86,11 +88,20 @@ fn append(arena: &mut Vec<u8>, bytes: &[u8]) {
 /// the compiler knows.
 #[inline]
 fn append_ends<const N: usize>(arena: &mut Vec<u8>, bytes: &[u8]) {
-    if let (Some(first), Some(last)) = (bytes.first_chunk::<N>(), bytes.last_chunk::<N>()) {
-        let end = arena.len() + bytes.len();
-        arena.extend_from_slice(first);
-        arena.truncate(end - N);
-        arena.extend_from_slice(last);
+    let (Some(first), Some(last)) = (bytes.first_chunk::<N>(), bytes.last_chunk::<N>()) else {
+        return;
+    };
+    arena.reserve(bytes.len());
+    let start = arena.len();
+    // SAFETY: `bytes.len()` bytes from `start` on are reserved and are written here: the first `N`,
+    // and the last `N`, which begin within them, or where they end, as long as there are at most
+    // `2 * N`. The next length covers no others then.
+    debug_assert!(bytes.len() <= 2 * N);
+    unsafe {
+        let end = arena.as_mut_ptr().add(start);
+        end.cast::<[u8; N]>().write_unaligned(*first);
+        end.add(bytes.len() - N).cast::<[u8; N]>().write_unaligned(*last);
+        arena.set_len(start + bytes.len());
     }
 }
 
