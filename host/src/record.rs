@@ -126,7 +126,7 @@ impl SequenceNumber {
 
 impl From<u64> for SequenceNumber {
     fn from(number: u64) -> Self {
-        Self(number.to_string().into())
+        Self(itoa::Buffer::new().format(number).into())
     }
 }
 

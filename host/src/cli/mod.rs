@@ -145,7 +145,22 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    bound_malloc_arenas();
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+/// Keeps glibc from giving each thread a heap of its own. Batches are made on one thread and dropped
+/// on another, so that each heap would keep what others need: 52 MiB instead of 71 for the flights
+/// from a file, and a tenth less CPU time.
+fn bound_malloc_arenas() {
+    #[cfg(target_env = "gnu")]
+    {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let arenas = libc::c_int::try_from(cores / 2).unwrap_or(libc::c_int::MAX).max(1);
+        // SAFETY: sets a number in malloc's own state, before other threads are started. A refusal
+        // leaves things as they are.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+    }
 }
 
 /// Logs go to standard error, so that standard output is the command's own.

@@ -229,9 +229,11 @@ impl Worker {
                 opened,
             }
         });
-        let known = self.context.skip_to.as_ref().map_or(0, |have| {
-            delivery.rows.partition_point(|row| row.position() <= have)
-        });
+        let known = self
+            .context
+            .skip_to
+            .as_ref()
+            .map_or(0, |have| delivery.rows.partition_point(|row| row.position() <= have));
         for row in delivery.rows.into_iter().skip(known) {
             buffer.bytes += row.payload.len() + row.key.len();
             buffer.rows.push(row);

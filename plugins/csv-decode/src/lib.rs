@@ -154,9 +154,7 @@ impl Decoder {
             row.append(&column.row_key);
             let written = match field {
                 None => Err(Error::reject("invalid utf-8")),
-                Some(field) if self.null.iter().any(|null| null == field) => {
-                    column.write_null(row)
-                }
+                Some(field) if self.null.iter().any(|null| null == field) => column.write_null(row),
                 Some(field) => column.column_type.write(field, row),
             };
             written.map_err(|error| error.context(format_args!("column `{}`", column.name)))?;
@@ -196,8 +194,11 @@ impl Decoder {
             self.reader.read_record(line, &mut self.unquoted, &mut self.ends);
         if result == ReadRecordResult::InputEmpty {
             // The line has no line end: an empty input stands for it.
-            let (end, _, _, more) =
-                self.reader.read_record(&[], &mut self.unquoted[written..], &mut self.ends[found..]);
+            let (end, _, _, more) = self.reader.read_record(
+                &[],
+                &mut self.unquoted[written..],
+                &mut self.ends[found..],
+            );
             (result, found) = (end, found + more);
         }
         let due = self.columns.len();
@@ -381,7 +382,25 @@ mod tests {
             value("timestamptz", "2013-01-01T10:00:00+05:30"),
             "\"2013-01-01T10:00:00+05:30\""
         );
-        assert_eq!(value("timestamptz", "yesterday"), "column `a`: `yesterday` is no timestamptz");
+        assert_eq!(value("timestamptz", "2012-02-29 23:59:60Z"), "\"2012-02-29T23:59:60Z\"");
+        for wrong in [
+            "yesterday",
+            "2013-02-29T10:00:00Z",
+            "2013-01-01T24:00:00Z",
+            "2013-01-01T10:60:00Z",
+            "2013-01-01T10:00:61Z",
+            "2013-01-01T10:00:00.Z",
+            "2013-01-01T10:00:00.1234567890Z",
+            "2013-01-01T10:00:00+24:00",
+            "2013-01-01T10:00:00+0530",
+            "2013-01-01T10:00Z",
+            "2013-01-01_10:00:00Z",
+            "2013-1-1T10:00:00Z",
+            "\u{e9}013-01-1T10:00:00Z",
+        ] {
+            let reason = format!("column `a`: `{wrong}` is no timestamptz");
+            assert_eq!(value("timestamptz", wrong), reason);
+        }
     }
 
     #[test]

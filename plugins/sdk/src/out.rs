@@ -68,19 +68,25 @@ impl Outbox {
 
 /// Appends a few bytes in place: what the compiler makes of a copy of any length is
 /// `memory.copy`, which calls the host, and JSON is written in small pieces.
-#[inline]
+#[inline(always)]
 fn append(arena: &mut Vec<u8>, bytes: &[u8]) {
     if cfg!(not(target_arch = "wasm32")) {
         return arena.extend_from_slice(bytes);
     }
-    match bytes.len() {
-        0 => {}
-        1 => arena.push(bytes[0]),
-        2..4 => append_ends::<2>(arena, bytes),
-        4..8 => append_ends::<4>(arena, bytes),
-        8..16 => append_ends::<8>(arena, bytes),
-        16..=32 => append_ends::<16>(arena, bytes),
-        _ => arena.extend_from_slice(bytes),
+    // No `match`: it would be a jump by a table, which is seldom foreseen.
+    let length = bytes.len();
+    if length > 32 {
+        arena.extend_from_slice(bytes);
+    } else if length >= 16 {
+        append_ends::<16>(arena, bytes);
+    } else if length >= 8 {
+        append_ends::<8>(arena, bytes);
+    } else if length >= 4 {
+        append_ends::<4>(arena, bytes);
+    } else if length >= 2 {
+        append_ends::<2>(arena, bytes);
+    } else if let [byte] = bytes {
+        arena.push(*byte);
     }
 }
 

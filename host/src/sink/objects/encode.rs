@@ -4,6 +4,7 @@
 //! what lets a claim be produced again. It uses the processor only; the writer runs it off the
 //! async threads.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
 
@@ -55,24 +56,20 @@ pub(super) fn encode(
     let mut open: BTreeMap<&RouteName, OpenBody> = BTreeMap::new();
     let mut refusals = Vec::new();
     for (index, row) in rows.iter().enumerate() {
-        let format = formats.get(&row.route).copied().unwrap_or(LineFormat::Text);
-        let line = match format.line(&row.payload) {
-            Ok(line) => line,
-            Err(reason) => {
-                refusals.push(Refusal { row: index, reason });
-                continue;
+        let body = match open.entry(&row.route) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let format = formats.get(&row.route).copied().unwrap_or(LineFormat::Text);
+                new.insert(OpenBody::new(format, compression)?)
             }
         };
-        match open.get_mut(&row.route) {
-            Some(body) => body.push(&line)?,
-            None => {
-                let mut body = OpenBody::new(compression)?;
-                body.push(&line)?;
-                open.insert(&row.route, body);
-            }
+        match body.format.line(&row.payload) {
+            Ok(line) => body.push(&line)?,
+            Err(reason) => refusals.push(Refusal { row: index, reason }),
         }
     }
-    let bodies = open.into_iter().map(|(route, body)| body.finish(route.clone()));
+    let with_lines = open.into_iter().filter(|(_, body)| body.rows > 0);
+    let bodies = with_lines.map(|(route, body)| body.finish(route.clone()));
     Ok(Encoded { bodies: bodies.collect::<io::Result<_>>()?, refusals })
 }
 
@@ -86,6 +83,7 @@ pub(super) fn extension(compression: Compression) -> &'static str {
 }
 
 struct OpenBody {
+    format: LineFormat,
     rows: u64,
     line_bytes: u64,
     /// Lines that are not hashed and compressed yet: many at once cost less.
@@ -95,8 +93,9 @@ struct OpenBody {
 }
 
 impl OpenBody {
-    fn new(compression: Compression) -> io::Result<Self> {
+    fn new(format: LineFormat, compression: Compression) -> io::Result<Self> {
         Ok(Self {
+            format,
             rows: 0,
             line_bytes: 0,
             lines: Vec::with_capacity(LINES_BYTES),
