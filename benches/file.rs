@@ -77,21 +77,14 @@ fn main() -> Result<()> {
         due.sort_unstable();
         ensure!(due.len() == 336_776 && due == found, "the outputs of ours and {program} differ");
     }
+    let cpu_s = |costs: &[child::Cost]| costs.iter().map(|it| it.cpu_s).collect::<Vec<_>>();
     for (case, theirs) in [("flights", &ordinary), ("flights,native=plugin", &plugin)] {
-        let (ours, theirs) = median(&ours, theirs);
+        let (ours, theirs) = report::median_round(&cpu_s(&ours), &cpu_s(theirs));
         report.line(case, ours, theirs);
     }
     let peak = |costs: &[child::Cost]| costs.iter().map(|it| it.peak_mib).fold(0.0, f64::max);
     report.line_in("flights,memory", peak(&ours), peak(&ordinary), MEMORY);
     Ok(())
-}
-
-/// The CPU seconds of the round whose ratio is the median.
-fn median(ours: &[child::Cost], theirs: &[child::Cost]) -> (f64, f64) {
-    let rounds = ours.iter().zip(theirs).map(|(our, their)| (our.cpu_s, their.cpu_s));
-    let mut rounds: Vec<_> = rounds.collect();
-    rounds.sort_by(|one, other| (one.0 / one.1).total_cmp(&(other.0 / other.1)));
-    rounds[rounds.len() / 2]
 }
 
 fn here(path: &str) -> PathBuf {

@@ -29,7 +29,7 @@ const UNIT: &str = "records/s, higher is better";
 const SHARDS: u32 = 4;
 const RECORDS: u64 = 500_000;
 const PAYLOAD_BYTES: usize = 100;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 9;
 
 fn main() -> Result<()> {
     let report = Report::start("read", UNIT);
@@ -45,18 +45,10 @@ fn main() -> Result<()> {
             let state = folder.path().join(format!("state-{round}"));
             ours.push(RECORDS as f64 / run(&client, &state).await?.as_secs_f64());
         }
-        report.line(
-            &format!("payload={PAYLOAD_BYTES},shards={SHARDS}"),
-            median(ours),
-            median(bare),
-        );
+        let (ours, bare) = report::median_round(&ours, &bare);
+        report.line(&format!("payload={PAYLOAD_BYTES},shards={SHARDS}"), ours, bare);
         Ok(())
     })
-}
-
-fn median(mut rounds: Vec<f64>) -> f64 {
-    rounds.sort_by(f64::total_cmp);
-    rounds[rounds.len() / 2]
 }
 
 async fn fill(client: &Client) -> Result<()> {

@@ -51,6 +51,14 @@ impl Report {
     }
 }
 
+/// The round whose ratio is the median: what is measured in turn holds although the machine's speed
+/// drifts.
+pub fn median_round(ours: &[f64], baseline: &[f64]) -> (f64, f64) {
+    let mut rounds: Vec<_> = ours.iter().copied().zip(baseline.iter().copied()).collect();
+    rounds.sort_by(|one, other| (one.0 / one.1).total_cmp(&(other.0 / other.1)));
+    rounds[rounds.len() / 2]
+}
+
 /// To two decimals: more would pretend to a precision that nobody measured.
 fn rounded(number: f64) -> f64 {
     (number * 100.0).round() / 100.0
