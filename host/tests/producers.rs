@@ -400,6 +400,67 @@ fn too_much_in_flight_is_429_and_a_request_in_hand_is_answered_at_the_end() {
 }
 
 #[test]
+fn a_pipeline_that_is_stopped_answers_the_requests_in_hand() {
+    let served = Served::start(1, StoreOptions::default());
+    let front = Front::of(&served.server);
+    let (mut process, address) = intake("run", &served.pipeline(&front.url, ""));
+    front.hold(true);
+    let first = std::thread::spawn(move || send(address, "", b"in hand"));
+    front.wait_for_one();
+    process.ask_to_end();
+    support::wait_for("the closed port", || TcpStream::connect(address).is_err());
+    front.hold(false);
+    let answer = first.join().expect("an answer");
+    assert_eq!(status(&answer), "200", "{answer}");
+    assert_eq!(process.wait().code(), Some(0));
+    assert!(served.all().iter().any(|(_, text)| text == "in hand"));
+}
+
+/// Sends a request with a head of its own, in pieces; gives the whole answer.
+fn send_pieces(address: SocketAddr, head: &str, pieces: &[&[u8]]) -> String {
+    let mut connection = TcpStream::connect(address).expect("connected");
+    connection.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
+    let head = format!("POST /events HTTP/1.1\r\nHost: h\r\nConnection: close\r\n{head}\r\n");
+    connection.write_all(head.as_bytes()).expect("sent");
+    for piece in pieces {
+        // What comes after a refusal may not be read any more.
+        let _ = connection.write_all(piece);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut answer = Vec::new();
+    let _ = connection.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[test]
+fn a_body_in_chunks_is_taken_within_its_limit() {
+    let served = Served::start(1, StoreOptions::default());
+    let (process, address) = intake("intake", &served.pipeline(&served.url(), "body = \"1 KiB\""));
+    let chunked = "Transfer-Encoding: chunked\r\nContent-Type: application/x-ndjson\r\n";
+    let chunk = |text: &str| format!("{:x}\r\n{text}\r\n", text.len()).into_bytes();
+    let pieces = [chunk("{\"id\":1}\n{\"i"), chunk("d\":2}\n"), chunk("")];
+    let answer = send_pieces(address, chunked, &pieces.each_ref().map(Vec::as_slice));
+    assert!(status(&answer) == "200" && answer.contains("{\"records\":2}"), "{answer}");
+    let large = [chunk(&"x".repeat(700)), chunk(&"x".repeat(700)), chunk("")];
+    let answer = send_pieces(address, chunked, &large.each_ref().map(Vec::as_slice));
+    assert!(status(&answer) == "413" && answer.contains("1024 bytes"), "{answer}");
+    let cut = send_pieces(address, chunked, &[b"zz\r\nno chunk"]);
+    assert_eq!(status(&cut), "400", "{cut}");
+    assert_eq!(served.all().len(), 2);
+    assert_eq!(process.terminate(), Some(0));
+}
+
+#[test]
+fn a_body_that_does_not_arrive_is_408() {
+    let served = Served::start(1, StoreOptions::default());
+    let (process, address) = intake("intake", &served.pipeline(&served.url(), ""));
+    let answer = send_pieces(address, "Content-Length: 10\r\n", &[b"half"]);
+    assert!(status(&answer) == "408" && answer.contains("within 30 s"), "{answer}");
+    assert_eq!(served.all().len(), 0);
+    assert_eq!(process.terminate(), Some(0));
+}
+
+#[test]
 fn a_pipeline_that_runs_serves_its_intake_and_ends_with_it() {
     let served = Served::start(1, StoreOptions::default());
     let (process, address) = intake("run", &served.pipeline(&served.url(), ""));

@@ -182,10 +182,8 @@ fn case_12_fan_out_goes_silent_and_the_stream_is_in_use() {
     assert_eq!(proxy.count("GetRecords", |_| true), 0);
 }
 
-/// Case 13: the lane is held up past the iterator's life.
-#[test]
-fn case_13_a_lane_is_held_up_past_the_iterators_life() {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
+/// A stream whose iterators live for a second, and a pipeline that reads it in small steps.
+fn short_lived_iterators(runtime: &tokio::runtime::Runtime) -> (EmbeddedStream, World, Pipeline) {
     let options = StoreOptions {
         iterator_ttl_seconds: 1,
         create_stream_ms: 1,
@@ -201,6 +199,35 @@ fn case_13_a_lane_is_held_up_past_the_iterators_life() {
         sink: "rows = 100".into(),
         ..Pipeline::default()
     };
+    (served, world, pipeline)
+}
+
+/// Case 13: a plugin stalls past the iterator's life.
+#[test]
+fn case_13_a_plugin_stalls_past_the_iterators_life() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (_served, world, pipeline) = short_lived_iterators(&runtime);
+    // It asks for five retries: 3 s, as the pauses double from 100 ms.
+    let stage = format!(
+        r#"plugin = "{}"
+config = {{ retry_on = "\"id\":1000,", retry_calls = 5, routes = ["all"], format = "application/json" }}
+limits = {{ retry = "1 min" }}"#,
+        support::plugin("hostile")
+    );
+    let run = world.start(&Pipeline { stage: Some(stage), ..pipeline });
+    let begun = std::time::Instant::now();
+    world.put(0..2_000, 97);
+    world.wait_rows(2_000);
+    assert!(begun.elapsed() > Duration::from_secs(2), "it did not stall");
+    assert_eq!(run.terminate(), Some(0));
+    world.assert_each_once_in_order(2_000);
+}
+
+/// Case 13, held up by its sink; then idle past the iterator's life.
+#[test]
+fn case_13_a_sink_stalls_past_the_iterators_life() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (_served, world, pipeline) = short_lived_iterators(&runtime);
     let run = world.start(&pipeline);
     let held = world.mart();
     held.execute_batch("BEGIN EXCLUSIVE").unwrap();

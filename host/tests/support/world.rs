@@ -36,6 +36,8 @@ pub struct Pipeline {
     pub endpoint: String,
     /// Further lines of `[source]`.
     pub source: String,
+    /// The lines of the one stage, whose route is `all`; `None`: it routes rows as they are.
+    pub stage: Option<String>,
     /// The PostgreSQL table that the rows go to; `None`: the world's SQLite table.
     pub postgres_table: Option<String>,
     /// Further lines of the pipeline after the sink's.
@@ -47,6 +49,7 @@ impl Default for Pipeline {
         Self {
             endpoint: "embedded".into(),
             source: String::new(),
+            stage: None,
             postgres_table: None,
             sink: String::new(),
         }
@@ -152,8 +155,11 @@ impl World {
     /// Writes the pipeline's file; gives its path.
     pub fn pipeline(&self, pipeline: &Pipeline) -> String {
         let data = self.folder.path().display();
-        let plugin = super::plugin("route-json");
-        let Pipeline { endpoint, source, postgres_table, sink } = pipeline;
+        let Pipeline { endpoint, source, stage, postgres_table, sink } = pipeline;
+        let stage = stage.clone().unwrap_or_else(|| {
+            let plugin = super::plugin("route-json");
+            format!("plugin = \"{plugin}\"\nconfig = {{ default = \"all\", rules = [] }}")
+        });
         let mart = match postgres_table {
             None => format!("type = \"sqlite\"\npath = \"{data}/mart.db\"\ntable = \"rows\""),
             Some(table) => {
@@ -173,8 +179,7 @@ endpoint = "{endpoint}"
 {source}
 [[stage]]
 name = "route"
-plugin = "{plugin}"
-config = {{ default = "all", rules = [] }}
+{stage}
 routes = {{ all = ["mart"] }}
 [[sink]]
 name = "mart"
