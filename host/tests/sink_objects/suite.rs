@@ -52,7 +52,7 @@ pub async fn a_commit_without_rows_moves_the_position(place: Place) {
     let sink = place.sink(Compression::None);
     let mut first = acquire(&sink).await;
     let mut empty = commit(0, 7);
-    empty.rows.clear();
+    empty.rows = [].into();
     first.writer.commit(&empty, &Letters::default()).await.expect("a commit");
     assert!(place.keys(false).await.is_empty());
     assert_eq!(number(acquire(&sink).await.position.as_ref()), 7);
@@ -148,7 +148,8 @@ pub async fn other_content_is_not_mixed_in(place: Place) {
     let text = cause(owner.writer.commit(&other, &letters).await);
     assert!(text.contains("generation-1") && text.contains("even"), "{text}");
     let mut fewer = commit(0, 6);
-    fewer.rows.retain(|row| row.route.as_str() == "even");
+    let even = fewer.rows.iter().filter(|row| row.route.as_str() == "even");
+    fewer.rows = even.cloned().collect();
     let text = cause(owner.writer.commit(&fewer, &letters).await);
     assert!(text.contains("[\"even\", \"odd\"]"), "{text}");
     owner.writer.commit(&commit(0, 6), &letters).await.expect("the promised content");
