@@ -86,10 +86,11 @@ struct OpenBody {
     format: LineFormat,
     rows: u64,
     line_bytes: u64,
-    /// Lines that are not hashed and compressed yet: many at once cost less.
+    /// Lines that are not hashed and compressed yet: many at once cost less. Without a compressor
+    /// they become the object.
     lines: Vec<u8>,
     hash: Sha256,
-    compressor: Compressor,
+    compressor: Option<Compressor>,
 }
 
 impl OpenBody {
@@ -108,55 +109,62 @@ impl OpenBody {
         self.lines.extend_from_slice(line);
         self.lines.push(b'\n');
         self.rows += 1;
-        if self.lines.len() >= LINES_BYTES { self.pass_on() } else { Ok(()) }
-    }
-
-    /// Hashes and compresses the lines in hand.
-    fn pass_on(&mut self) -> io::Result<()> {
-        self.hash.update(&self.lines);
-        self.compressor.write_all(&self.lines)?;
-        self.line_bytes += self.lines.len() as u64;
-        self.lines.clear();
-        Ok(())
+        match &mut self.compressor {
+            Some(compressor) if self.lines.len() >= LINES_BYTES => {
+                self.hash.update(&self.lines);
+                compressor.write_all(&self.lines)?;
+                self.line_bytes += self.lines.len() as u64;
+                self.lines.clear();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn finish(mut self, route: RouteName) -> io::Result<Body> {
-        self.pass_on()?;
+        self.hash.update(&self.lines);
+        self.line_bytes += self.lines.len() as u64;
+        let bytes = match self.compressor {
+            None => self.lines,
+            Some(mut compressor) => {
+                compressor.write_all(&self.lines)?;
+                compressor.finish()?
+            }
+        };
         Ok(Body {
             route,
             rows: self.rows,
             line_bytes: self.line_bytes,
             sha256: hex::encode(self.hash.finalize()),
-            bytes: self.compressor.finish()?.into(),
+            bytes: bytes.into(),
         })
     }
 }
 
 enum Compressor {
-    Plain(Vec<u8>),
     /// `GzEncoder` writes no name and no time into its header.
     Gzip(GzEncoder<Vec<u8>>),
     Zstd(zstd::Encoder<'static, Vec<u8>>),
 }
 
 impl Compressor {
-    fn new(compression: Compression) -> io::Result<Self> {
+    fn new(compression: Compression) -> io::Result<Option<Self>> {
         Ok(match compression {
-            Compression::None => Self::Plain(Vec::new()),
+            Compression::None => None,
             Compression::Gzip => {
-                Self::Gzip(GzEncoder::new(Vec::new(), flate2::Compression::default()))
+                let level = flate2::Compression::default();
+                Some(Self::Gzip(GzEncoder::new(Vec::new(), level)))
             }
             Compression::Zstd => {
                 let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
                 encoder.include_checksum(true)?;
-                Self::Zstd(encoder)
+                Some(Self::Zstd(encoder))
             }
         })
     }
 
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
-            Self::Plain(buffer) => buffer.write_all(bytes),
             Self::Gzip(encoder) => encoder.write_all(bytes),
             Self::Zstd(encoder) => encoder.write_all(bytes),
         }
@@ -164,7 +172,6 @@ impl Compressor {
 
     fn finish(self) -> io::Result<Vec<u8>> {
         match self {
-            Self::Plain(buffer) => Ok(buffer),
             Self::Gzip(encoder) => encoder.finish(),
             Self::Zstd(encoder) => encoder.finish(),
         }
