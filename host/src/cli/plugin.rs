@@ -58,10 +58,7 @@ pub fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
 }
 
 fn build(folder: &std::path::Path, out: Option<PathBuf>, console: &Console) -> anyhow::Result<()> {
-    let name = folder.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_owned()));
-    let out =
-        out.unwrap_or_else(|| folder.join(name.unwrap_or("plugin".into())).with_extension("wasm"));
-    let built = crate::plugin::build::build_rust_plugin(folder, &out)?;
+    let built = crate::plugin::build::build_plugin(folder, out.as_deref())?;
     console.say(format!("built {} ({} bytes)", built.component.display(), built.component_bytes));
     console.report(&serde_json::json!({
         "component": built.component,

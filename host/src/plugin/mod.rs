@@ -7,9 +7,10 @@
 mod bindings;
 pub mod build;
 mod cache;
-mod componentize;
+mod capability;
 mod engine;
 mod instance;
+pub mod manifest;
 #[path = "../../../wit/0.1.0/words.rs"]
 mod words;
 
@@ -25,6 +26,7 @@ pub use bindings::exports::shardmill::plugin::stage::{
 };
 pub use bindings::shardmill::plugin::types::{Column, Route};
 pub use cache::CompileCache;
+pub use capability::Capability;
 pub use engine::PluginEngine;
 pub use instance::{CallError, CallFault, Instance};
 pub use words::{Input, Output, Reject, Span};

@@ -60,6 +60,7 @@ mod batch;
 #[doc(hidden)]
 #[allow(missing_docs, reason = "generated from the WIT, which holds the documentation")]
 pub mod bindings;
+mod capability;
 mod describe;
 mod error;
 #[doc(hidden)]
@@ -73,6 +74,7 @@ pub mod words;
 
 pub use batch::{Batch, Record, Records};
 pub use bindings::shardmill::plugin::types::{Column, Context, Descriptor, Route};
+pub use capability::{clock, http, log, lookup, metrics, random};
 pub use error::Error;
 pub use fastrand::Rng;
 pub use out::{Emitter, Outbox, Writer};

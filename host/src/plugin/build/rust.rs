@@ -6,113 +6,34 @@
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::{env, fs};
 
 use serde::Deserialize;
 
-use super::componentize::{ComponentizeError, componentize};
+use super::componentize::componentize;
+use super::{BuildError, file_error};
 
 /// The target that plugins are compiled for: WebAssembly without a system interface.
-const TARGET: &str = "wasm32-unknown-unknown";
+pub(super) const TARGET: &str = "wasm32-unknown-unknown";
 
-/// A plugin that was built.
-#[derive(Debug)]
-pub struct BuiltPlugin {
-    /// Where the component is.
-    pub component: PathBuf,
-    /// The component's size in bytes.
-    pub component_bytes: u64,
-}
-
-/// Why a plugin crate was not built.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BuildError {
-    /// There is no crate.
-    #[error("{dir} holds no Cargo.toml: name the folder of a plugin crate")]
-    NoCrate {
-        /// The folder.
-        dir: PathBuf,
-    },
-    /// A tool cannot be run.
-    #[error("failed to run `{tool}`: {cause}; install Rust, or put it on PATH")]
-    Tool {
-        /// The command.
-        tool: String,
-        /// What the system said.
-        cause: io::Error,
-    },
-    /// The compiler lacks the library for the target.
-    #[error(
-        "`{rustc}` has no library for {TARGET} (looked in {looked_in}): run `rustup target add \
-         {TARGET}`, or set RUSTC to a compiler that has it"
-    )]
-    TargetMissing {
-        /// The compiler asked.
-        rustc: String,
-        /// Where it would be.
-        looked_in: PathBuf,
-    },
-    /// The crate does not compile; cargo has said why on standard error.
-    #[error("failed to compile the plugin in {dir}: cargo ended with {status}")]
-    Compile {
-        /// The crate's folder.
-        dir: PathBuf,
-        /// How cargo ended.
-        status: ExitStatus,
-    },
-    /// The crate compiles to no module.
-    #[error(
-        "the crate in {dir} compiles to no WebAssembly module: its Cargo.toml needs `[lib]` with \
-         `crate-type = [\"cdylib\", \"rlib\"]`"
-    )]
-    NoModule {
-        /// The crate's folder.
-        dir: PathBuf,
-    },
-    /// The module cannot be made a component.
-    #[error("failed to make {module} a component: {cause}")]
-    Componentize {
-        /// The module.
-        module: PathBuf,
-        /// Why.
-        cause: ComponentizeError,
-    },
-    /// A file cannot be read or written.
-    #[error("failed to {action} {path}: {cause}")]
-    File {
-        /// `read` or `write`.
-        action: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        cause: io::Error,
-    },
-}
-
-/// Compiles the plugin crate in `dir` in release mode and writes its component to `out`,
-/// whose folder is made if needed. Honours `RUSTC` and `CARGO`; cargo reports on standard
-/// error.
+/// Compiles the plugin crate in `dir` in release mode and gives its component. Honours `RUSTC` and
+/// `CARGO`; cargo reports on standard error.
 ///
 /// Paths of this machine are kept out of the component, so that the same sources and the
 /// same compiler yield the same bytes anywhere.
 ///
 /// # Errors
 ///
-/// If a tool or the target is missing, or the crate does not compile to a plugin. `out` is
-/// then as it was.
-pub fn build_rust_plugin(dir: &Path, out: &Path) -> Result<BuiltPlugin, BuildError> {
+/// If a tool or the target is missing, or the crate does not compile to a plugin.
+pub(super) fn build(dir: &Path) -> Result<Vec<u8>, BuildError> {
     let manifest = dir.join("Cargo.toml");
     let manifest =
         manifest.canonicalize().map_err(|_| BuildError::NoCrate { dir: dir.to_owned() })?;
     let compiler = Compiler::find(dir)?;
     let module = compile(dir, &manifest, &compiler)?;
     let core = fs::read(&module).map_err(file_error("read", &module))?;
-    let component = componentize(&core)
-        .map_err(|cause| BuildError::Componentize { module: module.clone(), cause })?;
-    write_whole(out, &component)?;
-    Ok(BuiltPlugin { component: out.to_owned(), component_bytes: component.len() as u64 })
+    componentize(&core).map_err(|cause| BuildError::Componentize { module, cause })
 }
 
 /// A compiler that has the target.
@@ -224,46 +145,4 @@ fn compiler_flags(compiler: &Compiler) -> String {
         .filter_map(|flag| serde_json::to_string(&flag).ok()) // quoted as TOML quotes a basic string
         .collect();
     format!("target.{TARGET}.rustflags=[{}]", flags.join(","))
-}
-
-/// Writes next to `out` and renames, so that a reader never sees half a component.
-fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), BuildError> {
-    let failed = file_error("write", out);
-    let folder = match out.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut partial = out.file_name().unwrap_or_default().to_owned();
-    partial.push(".partial");
-    let partial = folder.join(partial);
-    fs::create_dir_all(folder)
-        .and_then(|()| fs::write(&partial, bytes))
-        .and_then(|()| fs::rename(&partial, out))
-        .map_err(failed)
-}
-
-fn file_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildError {
-    let path = path.to_owned();
-    move |cause| BuildError::File { action, path, cause }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_folder_without_a_crate_is_refused() {
-        let empty = tempfile::tempdir().unwrap();
-        let error = build_rust_plugin(empty.path(), &empty.path().join("out.wasm")).unwrap_err();
-        assert!(matches!(error, BuildError::NoCrate { .. }), "{error}");
-    }
-
-    #[test]
-    fn a_component_is_written_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let out = folder.path().join("deep/out.wasm");
-        write_whole(&out, b"component").unwrap();
-        assert_eq!(fs::read(&out).unwrap(), b"component");
-        assert_eq!(fs::read_dir(out.parent().unwrap()).unwrap().count(), 1);
-    }
 }

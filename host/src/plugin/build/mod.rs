@@ -1,0 +1,158 @@
+//! Builds a plugin's folder into a component, by its language's own tools.
+//!
+//! Tools are found, never fetched. Each language has a module here that knows its tool and says how
+//! to get it; what all share is below.
+
+mod componentize;
+mod rust;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::{fs, io};
+
+use self::componentize::ComponentizeError;
+use self::rust::TARGET;
+use super::manifest::{Language, ManifestError, PluginManifest};
+
+/// A plugin that was built.
+#[derive(Debug)]
+pub struct BuiltPlugin {
+    /// Where the component is.
+    pub component: PathBuf,
+    /// The component's size in bytes.
+    pub component_bytes: u64,
+}
+
+/// Why a plugin was not built.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// The folder is no plugin's.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// A language that is on its way.
+    #[error("{0:?} is not built yet")]
+    NotYet(Language),
+    /// There is no crate.
+    #[error("{dir} holds no Cargo.toml: name the folder of a plugin crate")]
+    NoCrate {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// A tool cannot be run.
+    #[error("failed to run `{tool}`: {cause}; install Rust, or put it on PATH")]
+    Tool {
+        /// The command.
+        tool: String,
+        /// What the system said.
+        cause: io::Error,
+    },
+    /// The compiler lacks the library for the target.
+    #[error(
+        "`{rustc}` has no library for {TARGET} (looked in {looked_in}): run `rustup target add \
+         {TARGET}`, or set RUSTC to a compiler that has it"
+    )]
+    TargetMissing {
+        /// The compiler asked.
+        rustc: String,
+        /// Where it would be.
+        looked_in: PathBuf,
+    },
+    /// The crate does not compile; cargo has said why on standard error.
+    #[error("failed to compile the plugin in {dir}: cargo ended with {status}")]
+    Compile {
+        /// The crate's folder.
+        dir: PathBuf,
+        /// How cargo ended.
+        status: ExitStatus,
+    },
+    /// The crate compiles to no module.
+    #[error(
+        "the crate in {dir} compiles to no WebAssembly module: its Cargo.toml needs `[lib]` with \
+         `crate-type = [\"cdylib\", \"rlib\"]`"
+    )]
+    NoModule {
+        /// The crate's folder.
+        dir: PathBuf,
+    },
+    /// The module cannot be made a component.
+    #[error("failed to make {module} a component: {cause}")]
+    Componentize {
+        /// The module.
+        module: PathBuf,
+        /// Why.
+        cause: ComponentizeError,
+    },
+    /// A file cannot be read or written.
+    #[error("failed to {action} {path}: {cause}")]
+    File {
+        /// `read` or `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: io::Error,
+    },
+}
+
+/// Builds the plugin in `dir` and writes its component to `out`, whose folder is made if needed;
+/// without `out`, to `NAME.wasm` in `dir`. The tools report on standard error.
+///
+/// # Errors
+///
+/// If a tool is missing, or the plugin does not compile. `out` is then as it was.
+pub fn build_plugin(dir: &Path, out: Option<&Path>) -> Result<BuiltPlugin, BuildError> {
+    let manifest = PluginManifest::read(dir)?;
+    let component = match manifest.language {
+        Language::Rust => rust::build(dir)?,
+        other => return Err(BuildError::NotYet(other)),
+    };
+    let out = match out {
+        Some(out) => out.to_owned(),
+        None => dir.join(format!("{}.wasm", manifest.name)),
+    };
+    write_whole(&out, &component)?;
+    Ok(BuiltPlugin { component: out, component_bytes: component.len() as u64 })
+}
+
+/// Writes next to `out` and renames, so that a reader never sees half a component.
+fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), BuildError> {
+    let failed = file_error("write", out);
+    let folder = match out.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let mut partial = out.file_name().unwrap_or_default().to_owned();
+    partial.push(".partial");
+    let partial = folder.join(partial);
+    fs::create_dir_all(folder)
+        .and_then(|()| fs::write(&partial, bytes))
+        .and_then(|()| fs::rename(&partial, out))
+        .map_err(failed)
+}
+
+fn file_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildError {
+    let path = path.to_owned();
+    move |cause| BuildError::File { action, path, cause }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_without_a_crate_is_refused() {
+        let empty = tempfile::tempdir().unwrap();
+        let error = build_plugin(empty.path(), None).unwrap_err();
+        assert!(matches!(error, BuildError::Manifest(_)), "{error}");
+    }
+
+    #[test]
+    fn a_component_is_written_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("deep/out.wasm");
+        write_whole(&out, b"component").unwrap();
+        assert_eq!(fs::read(&out).unwrap(), b"component");
+        assert_eq!(fs::read_dir(out.parent().unwrap()).unwrap().count(), 1);
+    }
+}
