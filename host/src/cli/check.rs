@@ -5,7 +5,6 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::{Console, PipelineFile, load, sinks};
-use crate::plugin::{CompileCache, PluginEngine};
 use crate::record::SinkName;
 use crate::sink::Sink;
 use crate::stage::{Generation, Target};
@@ -38,9 +37,8 @@ struct StageReport<'a> {
 
 pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
-    let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-    let cache = CompileCache::in_folder(config.state_dir.join("compiled"));
-    let (generation, _) = Generation::from_config(&config, &engine, &cache, &|_| None)?;
+    let host = super::plugin_host(&config)?;
+    let (generation, _) = Generation::from_config(&config, &host, &|_| None)?;
     let sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
     if !options.offline {
         for sink in &sinks {

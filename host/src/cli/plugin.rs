@@ -1,11 +1,12 @@
 //! `shardmill plugin`: build a component, look into one.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::Serialize;
 
 use super::Console;
-use crate::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine};
+use crate::plugin::{Capability, Context, Instance, Services, WIT_VERSION};
 
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -36,6 +37,8 @@ struct Inspection {
     file: String,
     digest: String,
     bytes: usize,
+    interface: String,
+    imports: Vec<Capability>,
     name: Option<String>,
     version: Option<String>,
     accepts: Vec<String>,
@@ -67,20 +70,22 @@ fn build(folder: &std::path::Path, out: Option<PathBuf>, console: &Console) -> a
 }
 
 fn inspect(file: &std::path::Path, config: String, console: &Console) -> anyhow::Result<()> {
-    let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-    let (plugin, bytes) = Plugin::load_file(&engine, &CompileCache::none(), file)?;
+    let plugin = super::load_plugin(file)?;
     let context = Context {
         stream_name: "inspect".into(),
         shard_id: String::new(),
         config,
-        upstream: Vec::new(),
+        upstream: vec![crate::stage::source_route(None)],
         extra: Vec::new(),
     };
-    let configured = Instance::start(&plugin, &Default::default(), &context);
+    let services = Arc::new(Services::alone("inspect".into()));
+    let configured = Instance::start(&plugin, &Default::default(), &context, &services);
     let mut inspection = Inspection {
         file: file.display().to_string(),
         digest: plugin.digest.to_string(),
-        bytes: bytes.len(),
+        bytes: plugin.component_bytes,
+        interface: format!("shardmill:plugin/stage@{WIT_VERSION}"),
+        imports: plugin.capabilities.iter().copied().collect(),
         name: None,
         version: None,
         accepts: Vec::new(),
@@ -111,6 +116,10 @@ fn route(route: crate::plugin::Route) -> RouteInspection {
 fn say(inspection: &Inspection, console: &Console) {
     console.say(format!("file     {} ({} bytes)", inspection.file, inspection.bytes));
     console.say(format!("digest   {}", inspection.digest));
+    console.say(format!("exports  {}", inspection.interface));
+    let imports: Vec<_> = inspection.imports.iter().map(|capability| capability.name()).collect();
+    let imports = imports.join(", ");
+    console.say(format!("imports  {}", if imports.is_empty() { "nothing" } else { &imports }));
     if let (Some(name), Some(version)) = (&inspection.name, &inspection.version) {
         console.say(format!("plugin   {name} {version}"));
         let accepts = inspection.accepts.join(", ");

@@ -12,6 +12,6 @@ mod runner;
 
 pub use chain::{Blocked, Chain, ChainOutcome, Routed};
 pub use flow::{Flow, Item, first_flow};
-pub use generation::{Generation, GenerationSpec, LoadedStage, StageSpec, Target};
+pub use generation::{Generation, GenerationSpec, LoadedStage, StageSpec, Target, source_route};
 pub use rejections::RejectionWindow;
 pub use runner::{Rejected, RunError, StageOutcome, StageRunner};
