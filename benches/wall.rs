@@ -172,6 +172,7 @@ fn load_stage() -> Result<LoadedStage> {
         targets: descriptor.routes.iter().map(|_| Target::Sinks(vec!["mart".into()])).collect(),
         descriptor: descriptor.into(),
         limits,
+        services,
         config_json: "{}".into(),
         upstream: context().upstream.into(),
     })

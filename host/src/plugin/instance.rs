@@ -7,6 +7,7 @@ use wasmtime::{ResourceLimiter, Store, Trap};
 use super::capability::Caller;
 use super::{
     Context, Descriptor, Failure, Outcome, Plugin, PluginEngine, Services, WireBatch, bindings,
+    descriptor,
 };
 use crate::config::StageLimits;
 
@@ -156,6 +157,7 @@ impl Instance {
             instance.exports.shardmill_plugin_stage().call_configure(&mut instance.store, context);
         match answer {
             Ok(Ok(descriptor)) => {
+                descriptor::check(&descriptor).map_err(CallError::contract)?;
                 instance.store.data_mut().caller.configured(&descriptor.version);
                 Ok((instance, descriptor))
             }

@@ -9,6 +9,7 @@ pub mod build;
 mod cache;
 mod capability;
 pub mod compile;
+mod descriptor;
 mod engine;
 mod instance;
 pub mod manifest;

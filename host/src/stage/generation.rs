@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::columns;
 use crate::config::{ConfigError, Grants, PipelineConfig, StageLimits};
 use crate::plugin::{
     CallError, Context, Descriptor, Digest, Instance, Plugin, PluginHost, Route, Services,
@@ -297,11 +298,15 @@ impl Generation {
                         "see the plugin's documentation for [stage.config]",
                     )
                 })?;
+            let stage_before = match index.checked_sub(1) {
+                None => "the source".to_owned(),
+                Some(before) => format!("stage {}", spec.stages[before].name),
+            };
             let refused =
                 upstream.iter().find(|route| !accepts(&descriptor.accepts, &route.format));
             if let Some(route) = refused {
                 let message = format!(
-                    "stage {} accepts {}, but route {} carries {}",
+                    "stage {} accepts {}, but route {} of {stage_before} carries {}",
                     stage.name,
                     descriptor.accepts.join(", "),
                     route.name,
@@ -312,6 +317,19 @@ impl Generation {
                     message,
                     "put a stage in between, or bind that route to a sink",
                 ));
+            }
+            let needed = columns::needed(&descriptor).map_err(|message| {
+                let message = format!("stage {} ({plugin:?}): {message}", stage.name);
+                misfit(Place::Plugin, message, "this is the plugin's own fault: see its author")
+            })?;
+            for route in upstream.iter() {
+                columns::check(&needed, route).map_err(|(complaint, sides)| {
+                    let message = format!(
+                        "stage {} needs of route {} of {stage_before} {complaint}",
+                        stage.name, route.name
+                    );
+                    misfit(Place::Plugin, message, &sides)
+                })?;
             }
             let targets = targets(stage, &descriptor, index == last)
                 .map_err(|(place, message, help)| misfit(place, message, &help))?;

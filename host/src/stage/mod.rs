@@ -5,6 +5,7 @@
 //! faults of a plugin end here: they become dead letters of single records, or a blocked lane.
 
 mod chain;
+mod columns;
 mod flow;
 mod generation;
 mod rejections;
