@@ -446,6 +446,16 @@ pub enum SinkKind {
     },
 }
 
+impl SinkKind {
+    /// Whether it keeps its own position with its rows: each row is there exactly once.
+    pub fn is_exact(&self) -> bool {
+        match self {
+            Self::Sqlite { .. } | Self::Postgres { .. } | Self::Objects { .. } => true,
+            Self::Discard | Self::Stdout { .. } => false,
+        }
+    }
+}
+
 /// How objects are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

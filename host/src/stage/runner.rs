@@ -263,6 +263,9 @@ impl StageRunner {
         self.instance().map_err(RunError::NoInstance)?;
         let Some(instance) = self.instance.as_mut() else { unreachable!("started above") };
         let answer = instance.process(&self.wire, limit_ms);
+        metrics::gauge!("shardmill_stage_memory_bytes",
+            "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
+        .set(instance.memory_bytes() as f64);
         let routes = self.stage.descriptor.routes.len();
         let limits = &self.stage.limits;
         Ok(match answer {
