@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::Console;
-use crate::plugin::{Capability, Context, Instance, Services, WIT_VERSION};
+use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION};
 
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -42,6 +42,7 @@ struct Inspection {
     name: Option<String>,
     version: Option<String>,
     accepts: Vec<String>,
+    needs: Vec<String>,
     routes: Vec<RouteInspection>,
     configure: Option<String>,
 }
@@ -89,11 +90,14 @@ fn inspect(file: &std::path::Path, config: String, console: &Console) -> anyhow:
         name: None,
         version: None,
         accepts: Vec::new(),
+        needs: Vec::new(),
         routes: Vec::new(),
         configure: None,
     };
     match configured {
         Ok((_, descriptor)) => {
+            let needed = crate::stage::needed_columns(&descriptor).map_err(anyhow::Error::msg)?;
+            inspection.needs = columns(needed);
             inspection.name = Some(descriptor.name);
             inspection.version = Some(descriptor.version);
             inspection.accepts = descriptor.accepts;
@@ -106,11 +110,15 @@ fn inspect(file: &std::path::Path, config: String, console: &Console) -> anyhow:
 }
 
 fn route(route: crate::plugin::Route) -> RouteInspection {
-    let columns = route.columns.into_iter().map(|column| {
+    RouteInspection { columns: columns(route.columns), name: route.name, format: route.format }
+}
+
+fn columns(columns: Vec<Column>) -> Vec<String> {
+    let columns = columns.into_iter().map(|column| {
         let null = if column.nullable { "" } else { " not null" };
         format!("{} {}{null}", column.name, column.data_type)
     });
-    RouteInspection { columns: columns.collect(), name: route.name, format: route.format }
+    columns.collect()
 }
 
 fn say(inspection: &Inspection, console: &Console) {
@@ -124,6 +132,9 @@ fn say(inspection: &Inspection, console: &Console) {
         console.say(format!("plugin   {name} {version}"));
         let accepts = inspection.accepts.join(", ");
         console.say(format!("accepts  {}", if accepts.is_empty() { "anything" } else { &accepts }));
+    }
+    if !inspection.needs.is_empty() {
+        console.say(format!("needs    {}", inspection.needs.join(", ")));
     }
     for route in &inspection.routes {
         console.say(format!("route    {} ({})", route.name, route.format));

@@ -71,8 +71,9 @@ impl Compiler {
     /// On Linux by the link to the running file itself: that it was replaced since it was started
     /// does not matter.
     pub fn this_program() -> Self {
-        match cfg!(target_os = "linux") {
-            true => Self::Child("/proc/self/exe".into()),
+        let link = PathBuf::from("/proc/self/exe");
+        match link.exists() {
+            true => Self::Child(link),
             false => std::env::current_exe().map_or(Self::InProcess, Self::Child),
         }
     }
@@ -139,7 +140,7 @@ fn compile_in_child(
                 Err(CompileError::TooMuchMemory { memory_bytes_max: limits.memory_bytes_max })
             }
             Some(status) if status.code() == Some(1) && !said.is_empty() => {
-                Err(CompileError::Refused(said))
+                Err(CompileError::Refused(said.trim_start_matches("error: ").to_owned()))
             }
             Some(status) => Err(CompileError::Compiler(format!("it ended with {status}: {said}"))),
         }

@@ -12,6 +12,7 @@ mod rejections;
 mod runner;
 
 pub use chain::{Blocked, Chain, ChainOutcome, Routed};
+pub use columns::needed as needed_columns;
 pub use flow::{Flow, Item, first_flow};
 pub use generation::{Generation, GenerationSpec, LoadedStage, StageSpec, Target, source_route};
 pub use rejections::RejectionWindow;
