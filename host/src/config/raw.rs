@@ -191,6 +191,26 @@ pub(super) struct RawCommit {
     pub linger: Maybe<Span>,
 }
 
+/// `[[lookup]]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawLookup {
+    pub name: Spanned<Text>,
+    pub url: Spanned<Text>,
+    pub query: Spanned<Text>,
+    pub timeout: Maybe<Span>,
+    pub cache: Option<RawLookupCache>,
+}
+
+/// `[lookup.cache]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawLookupCache {
+    pub entries: Maybe<Count>,
+    pub bytes: Maybe<Size>,
+    pub ttl: Maybe<Span>,
+}
+
 /// `[admin]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]

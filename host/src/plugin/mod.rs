@@ -7,7 +7,7 @@
 mod bindings;
 pub mod build;
 mod cache;
-mod capability;
+pub mod capability;
 mod engine;
 mod instance;
 pub mod manifest;

@@ -1,5 +1,7 @@
 //! What a plugin may ask of the host, if its stage grants it: `wit/0.1.0/capabilities.wit`.
 
+pub mod lookup;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
