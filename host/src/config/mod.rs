@@ -8,6 +8,7 @@ mod bindings;
 mod check;
 mod diagnostic;
 mod env;
+mod grant_http;
 mod intake;
 mod json;
 mod load;
@@ -28,6 +29,8 @@ use serde::{Deserialize, Serialize};
 
 pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
 pub use self::env::Lookup;
+pub(crate) use self::grant_http::is_travel_header;
+pub use self::grant_http::{HttpHostConfig, HttpMethod};
 pub use self::load::{load, parse};
 pub use self::lookup::{LookupCacheLimits, LookupConfig, LookupSource};
 pub use self::secret::Secret;

@@ -211,6 +211,20 @@ pub(super) struct RawLookupCache {
     pub ttl: Maybe<Span>,
 }
 
+/// One host of `stage.grant.http`
+#[derive(Deserialize)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a list of tables such as [{ host = \"api.example.com\" }]"
+)]
+pub(super) struct RawHttpHost {
+    pub host: Spanned<Text>,
+    pub headers: Option<BTreeMap<Spanned<String>, Spanned<Text>>>,
+    pub methods: Maybe<Vec<Spanned<Text>>>,
+    pub private: Option<bool>,
+    pub response: Maybe<Size>,
+}
+
 /// `[admin]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]

@@ -1,5 +1,6 @@
 //! What a plugin may ask of the host, if its stage grants it: `wit/0.1.0/capabilities.wit`.
 
+pub mod http;
 pub mod lookup;
 
 use std::fmt;
