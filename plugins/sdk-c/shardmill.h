@@ -116,6 +116,11 @@ static inline bool sm_equal(sm_bytes a, sm_bytes b) {
 /* A C text of bytes, valid until the call ends. */
 static inline const char *sm_c_text(sm_bytes bytes);
 
+/* A text formatted as by printf, valid until the call ends. Costs 20 kB of component. Bytes go in by
+ * `%.*s` and SM_ARG: sm_format("no car: %.*s", SM_ARG(record->payload)). */
+static inline const char *sm_format(const char *format, ...) __attribute__((format(printf, 1, 2)));
+#define SM_ARG(bytes) (int)(bytes).size, (const char *)(bytes).data
+
 /* Memory that is free again when the call ends; never null. Aligned for any type. */
 static inline void *sm_alloc(size_t size);
 
@@ -145,8 +150,6 @@ static inline void sm_pass(uint32_t route);
 /* Rejects the record; what was emitted for it is taken back. The reason says what was found and what
  * was due. */
 static inline void sm_reject(const char *reason);
-/* The same, formatted as by printf. */
-static inline void sm_rejectf(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* The record could be processed later: its whole batch is tried again after a pause. */
 static inline void sm_retry(const char *reason);
 
@@ -157,8 +160,6 @@ static inline void sm_put_text(const char *text);
 static inline void sm_put_int(int64_t number);
 /* A JSON string with its quotation marks, from UTF-8. */
 static inline void sm_put_json_string(sm_bytes text);
-/* As by printf; pieces of up to 1 KiB. */
-static inline void sm_putf(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static inline void sm_end(void);
 
 /* ---- The configuration -------------------------------------------------------------------- */
@@ -212,6 +213,20 @@ static inline const char *sm_c_text(sm_bytes bytes) {
     char *text = sm_alloc((size_t)bytes.size + 1);
     memcpy(text, bytes.data, bytes.size);
     text[bytes.size] = 0;
+    return text;
+}
+
+static inline const char *sm_format(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    const int length = vsnprintf(NULL, 0, format, arguments);
+    va_end(arguments);
+    if (length < 0)
+        __builtin_trap(); /* not a format */
+    char *text = sm_alloc((size_t)length + 1);
+    va_start(arguments, format);
+    vsnprintf(text, (size_t)length + 1, format, arguments);
+    va_end(arguments);
     return text;
 }
 
@@ -466,16 +481,6 @@ static inline void sm_reject(const char *reason) {
     sm__out.is_rejected = true;
 }
 
-static inline void sm_rejectf(const char *format, ...) {
-    enum { ROOM = 1024 };
-    char *reason = sm_alloc(ROOM);
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(reason, ROOM, format, arguments);
-    va_end(arguments);
-    sm_reject(reason);
-}
-
 static inline void sm__fail(const char *reason, bool is_retryable) {
     if (sm__out.failure != NULL)
         return;
@@ -529,18 +534,6 @@ static inline void sm_put_json_string(sm_bytes text) {
     }
     *out++ = '"';
     sm__out.arena.size = (uint32_t)(out - sm__out.arena.data);
-}
-
-static inline void sm_putf(const char *format, ...) {
-    enum { ROOM = 1024 };
-    char *piece = (char *)sm__reserve(&sm__out.arena, ROOM);
-    va_list arguments;
-    va_start(arguments, format);
-    const int size = vsnprintf(piece, ROOM, format, arguments);
-    va_end(arguments);
-    if (size < 0 || size >= ROOM)
-        __builtin_trap(); /* a piece over 1 KiB, or no format */
-    sm__out.arena.size += (uint32_t)size;
 }
 
 static inline void sm_end(void) {
