@@ -11,6 +11,7 @@ mod capability;
 mod engine;
 mod instance;
 pub mod manifest;
+pub mod scaffold;
 #[path = "../../../wit/0.1.0/words.rs"]
 mod words;
 
