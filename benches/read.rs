@@ -16,6 +16,7 @@ use aws_sdk_kinesis::types::ShardIteratorType;
 use bytes::Bytes;
 use report::Report;
 use shardmill::config;
+use shardmill::plugin::{CompileCache, PluginEngine, PluginHost};
 use shardmill::record::{SinkName, StreamRef};
 use shardmill::sink::Sink;
 use shardmill::sink::discard::DiscardSink;
@@ -111,7 +112,10 @@ async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
         dropped_sinks: HashSet::new(),
         embedded_plugin: |_| None,
     };
-    let supervisor = Supervisor::prepare(config, Arc::new(source), vec![sink], options).await?;
+    let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
+    let host = PluginHost { engine, cache: CompileCache::none() };
+    let supervisor =
+        Supervisor::prepare(config, host, Arc::new(source), vec![sink], options).await?;
     let (board, stop) = (supervisor.board(), CancellationToken::new());
     let begun = Instant::now();
     let running = tokio::spawn(supervisor.run(stop.clone()));

@@ -27,7 +27,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use car_decode::Car;
 use report::Report;
 use shardmill::config::{RejectedMax, StageLimits};
-use shardmill::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine, Route};
+use shardmill::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine, Route, Services};
 use shardmill::record::{
     Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
@@ -161,8 +161,9 @@ fn load_stage() -> Result<LoadedStage> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(COMPONENT);
     let (plugin, _) = Plugin::load_file(&engine, &CompileCache::none(), &file)?;
     let limits = StageLimits::default();
-    let (_, descriptor) =
-        Instance::start(&plugin, &limits, &context()).map_err(|error| anyhow!("{error}"))?;
+    let services = Arc::new(Services::alone("bench".into()));
+    let (_, descriptor) = Instance::start(&plugin, &limits, &context(), &services)
+        .map_err(|error| anyhow!("{error}"))?;
     let names = descriptor.routes.iter().map(|route| route.name.as_str().into());
     Ok(LoadedStage {
         name: "decode".into(),
@@ -171,6 +172,7 @@ fn load_stage() -> Result<LoadedStage> {
         targets: descriptor.routes.iter().map(|_| Target::Sinks(vec!["mart".into()])).collect(),
         descriptor: descriptor.into(),
         limits,
+        services,
         config_json: "{}".into(),
         upstream: context().upstream.into(),
     })

@@ -15,7 +15,7 @@ use crate::config::PipelineConfig;
 use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, Shared};
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
-use crate::plugin::{CompileCache, PluginEngine};
+use crate::plugin::PluginHost;
 use crate::position::{Checkpoints, DeadLetters, Ledger, StateStore};
 use crate::record::{ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
 use crate::sink::Sink;
@@ -53,16 +53,15 @@ impl Supervisor {
     /// What does not fit, with its place in the configuration where it has one.
     pub async fn prepare(
         config: PipelineConfig,
+        host: PluginHost,
         source: Arc<dyn ShardSource>,
         sinks: Vec<Arc<dyn Sink>>,
         options: RunOptions,
     ) -> anyhow::Result<Self> {
         let lock = PipelineLock::take(&config.state_dir, &config.name)?;
         let state = StateStore::open(lock.folder())?;
-        let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-        let cache = CompileCache::in_folder(config.state_dir.join("compiled"));
         let (generation, components) =
-            Generation::from_config(&config, &engine, &cache, &options.embedded_plugin)?;
+            Generation::from_config(&config, &host, &options.embedded_plugin)?;
         for sink in &sinks {
             sink.prepare(&generation.routes_to(sink.name())).await?;
         }
@@ -74,7 +73,7 @@ impl Supervisor {
             budget: Budget::new(config.buffer_bytes_max, "shardmill_buffer_bytes"),
             source,
             generation: Arc::new(generation),
-            generations: GenerationStore::new(engine, cache, state.clone()),
+            generations: GenerationStore::new(host, state.clone()),
             sinks,
             dropped_sinks: options.dropped_sinks,
             checkpoints: Checkpoints::new(state.clone()),

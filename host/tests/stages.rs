@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use shardmill::config::{RejectedMax, parse};
-use shardmill::plugin::{CompileCache, PluginEngine};
+use shardmill::plugin::{CompileCache, PluginEngine, PluginHost};
 use shardmill::position::LetterPlace;
 use shardmill::record::{
     Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
@@ -55,9 +55,9 @@ type = "stdout"
         );
         let config = parse(Path::new("test.toml"), &text, &|_| None).expect("a sound pipeline");
         let engine = PluginEngine::new().expect("an engine");
+        let host = PluginHost { engine, cache: CompileCache::none() };
         let (generation, _) =
-            Generation::from_config(&config, &engine, &CompileCache::none(), &|_| None)
-                .expect("a sound plugin");
+            Generation::from_config(&config, &host, &|_| None).expect("a sound plugin");
         let stop = CancellationToken::new();
         let chain = Chain::start(&Arc::new(generation), &shard(), rejected_max, &stop);
         Self { chain: chain.expect("it starts") }

@@ -29,6 +29,8 @@ enum Name {
     Lanes,
     /// A file through a plugin into NDJSON, against the same in plain Rust.
     File,
+    /// Memory after 100 million records, against memory after the first million.
+    Flat,
 }
 
 impl Bench {
@@ -40,6 +42,7 @@ impl Bench {
             Name::Read => "read",
             Name::Lanes => "lanes",
             Name::File => "file",
+            Name::Flat => "flat",
         };
         let mut command = cargo();
         command.args(["bench", "--quiet", "--package", "benches", "--bench", name, "--"]);

@@ -111,6 +111,11 @@ fn describe() {
     describe_counter!("shardmill_replayed_records_total", "records read that some sink had before");
     describe_counter!("shardmill_stage_records_total", "records that entered a stage");
     describe_counter!("shardmill_stage_bytes_total", "payload bytes that entered a stage");
+    describe_gauge!(
+        "shardmill_stage_memory_bytes",
+        "linear memory of a lane's instance of a stage"
+    );
+    describe_counter!("shardmill_stage_log_lines_dropped_total", "lines over a stage's limit");
     describe_counter!("shardmill_stage_traps_total", "calls of a plugin that trapped or timed out");
     describe_counter!("shardmill_stage_retries_total", "calls tried again as the plugin asked for");
     describe_counter!("shardmill_sink_rows_total", "rows committed by a sink");

@@ -1,11 +1,12 @@
 //! `shardmill check`: everything that `run` proves before its first record, and nothing else.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde::Serialize;
 
 use super::{Console, PipelineFile, load, sinks};
-use crate::plugin::{CompileCache, PluginEngine};
+use crate::config::PipelineConfig;
 use crate::record::SinkName;
 use crate::sink::Sink;
 use crate::stage::{Generation, Target};
@@ -25,6 +26,7 @@ struct Report<'a> {
     generation: &'a str,
     stages: Vec<StageReport<'a>>,
     sinks: Vec<String>,
+    warnings: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -38,16 +40,15 @@ struct StageReport<'a> {
 
 pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
-    let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-    let cache = CompileCache::in_folder(config.state_dir.join("compiled"));
-    let (generation, _) = Generation::from_config(&config, &engine, &cache, &|_| None)?;
+    let host = super::plugin_host(&config)?;
+    let (generation, _) = Generation::from_config(&config, &host, &|_| None)?;
     let sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
     if !options.offline {
         for sink in &sinks {
             sink.prepare(&generation.routes_to(sink.name())).await?;
         }
     }
-    let report = report(&config.name, &generation, &sinks);
+    let report = report(&config, &generation, &sinks);
     for stage in &report.stages {
         console.say(format!(
             "stage {}: {} {} ({}) -> {}",
@@ -62,13 +63,50 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     for sink in &report.sinks {
         console.say(format!("sink {sink}: {state}"));
     }
+    for warning in &report.warnings {
+        console.say(format!("warning: {warning}"));
+    }
     console
         .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.generation));
     console.report(&report)
 }
 
+/// Stages whose outputs may differ at a replay and go to more than one exact sink: with the sinks at
+/// different positions, a replayed record may go by another route and miss one of them.
+fn replay_warnings(config: &PipelineConfig, generation: &Generation) -> Vec<String> {
+    let is_exact = |sink: &&SinkName| {
+        let known = config.sinks.iter().find(|known| known.name.value == **sink);
+        known.is_some_and(|known| known.kind.is_exact())
+    };
+    let mut warnings = Vec::new();
+    for (index, stage) in generation.stages.iter().enumerate() {
+        let fickle: Vec<&str> = stage
+            .plugin
+            .capabilities
+            .iter()
+            .filter(|capability| !capability.is_deterministic())
+            .map(|capability| capability.name())
+            .collect();
+        let after = generation.spec.stages[index..].iter();
+        let fed: BTreeSet<&SinkName> =
+            after.flat_map(|stage| stage.routes.values().flatten()).filter(is_exact).collect();
+        if !fickle.is_empty() && fed.len() > 1 {
+            let fed: Vec<&str> = fed.into_iter().map(SinkName::as_str).collect();
+            warnings.push(format!(
+                "stage {} uses {}, so a replay may give other outputs, and feeds {}: after a crash, \
+                 one of them may have a row that the others have not; give each sink a pipeline of \
+                 its own where that matters",
+                stage.name,
+                fickle.join(", "),
+                fed.join(" and ")
+            ));
+        }
+    }
+    warnings
+}
+
 fn report<'a>(
-    name: &'a crate::record::PipelineName,
+    config: &'a PipelineConfig,
     generation: &'a Generation,
     sinks: &[Arc<dyn Sink>],
 ) -> Report<'a> {
@@ -92,7 +130,8 @@ fn report<'a>(
             .collect(),
     });
     Report {
-        pipeline: name.as_str(),
+        pipeline: config.name.as_str(),
+        warnings: replay_warnings(config, generation),
         generation: &generation.id,
         stages: stages.collect(),
         sinks: sinks.iter().map(|sink| sink.name().to_string()).collect(),

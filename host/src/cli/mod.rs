@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::config::{ConfigError, PipelineConfig};
+use crate::plugin::{CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile};
 
 /// The pipeline that is run when none is named.
 const DEFAULT_PIPELINE: &str = "pipeline.toml";
@@ -74,6 +75,13 @@ enum Command {
     /// Build and inspect plugins.
     #[command(subcommand)]
     Plugin(plugin::Command),
+    /// Compile a component: what this program starts itself for, in a process with limits.
+    #[command(name = compile::COMMAND, hide = true)]
+    CompileComponent {
+        /// The most memory that this process may have, in bytes.
+        #[arg(long)]
+        memory_bytes: u64,
+    },
     /// Print a completion script for a shell.
     #[command(
         after_help = "Example:\n  shardmill completions bash > ~/.local/share/bash-completion/completions/shardmill"
@@ -119,6 +127,9 @@ pub fn main() -> ExitCode {
     init_logging(cli.verbose);
     let console = Console { json: cli.json };
     let done = match cli.command {
+        Command::CompileComponent { memory_bytes } => {
+            compile::serve(memory_bytes).map_err(anyhow::Error::from)
+        }
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,
@@ -145,7 +156,7 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Stream(command) => stream::stream(command, console).await,
         Command::New(command) => new::new(command, console),
         Command::Plugin(command) => plugin::plugin(command, console),
-        Command::Completions { .. } => Ok(()),
+        Command::CompileComponent { .. } | Command::Completions { .. } => Ok(()),
     }
 }
 
@@ -183,7 +194,11 @@ fn init_logging(verbose: u8) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false);
-    let levels = Targets::new().with_default(others).with_target("shardmill", ours);
+    let plugins = ours.max(LevelFilter::INFO);
+    let levels = Targets::new()
+        .with_default(others)
+        .with_target("shardmill", ours)
+        .with_target(LOG_TARGET, plugins);
     tracing_subscriber::registry().with(lines).with(levels).init();
 }
 
@@ -209,6 +224,20 @@ fn tell(error: &anyhow::Error) -> ExitCode {
 /// Reads a pipeline's file with the process's environment.
 fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     Ok(crate::config::load(path, &|name| std::env::var(name).ok())?)
+}
+
+/// What a pipeline's plugins are loaded with.
+fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
+    let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
+    let cache = CompileCache::in_folder(config.state_dir.join("compiled")).in_child_processes();
+    Ok(PluginHost { engine, cache })
+}
+
+/// Loads a plugin outside of any pipeline.
+fn load_plugin(file: &std::path::Path) -> anyhow::Result<Plugin> {
+    let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
+    let cache = CompileCache::none().in_child_processes();
+    Ok(Plugin::load_file(&engine, &cache, file)?.0)
 }
 
 /// The argument that names a pipeline's file.

@@ -1,11 +1,12 @@
 //! `shardmill plugin`: build a component, look into one.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::Serialize;
 
 use super::Console;
-use crate::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine};
+use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION};
 
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -36,9 +37,12 @@ struct Inspection {
     file: String,
     digest: String,
     bytes: usize,
+    interface: String,
+    imports: Vec<Capability>,
     name: Option<String>,
     version: Option<String>,
     accepts: Vec<String>,
+    needs: Vec<String>,
     routes: Vec<RouteInspection>,
     configure: Option<String>,
 }
@@ -67,28 +71,33 @@ fn build(folder: &std::path::Path, out: Option<PathBuf>, console: &Console) -> a
 }
 
 fn inspect(file: &std::path::Path, config: String, console: &Console) -> anyhow::Result<()> {
-    let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-    let (plugin, bytes) = Plugin::load_file(&engine, &CompileCache::none(), file)?;
+    let plugin = super::load_plugin(file)?;
     let context = Context {
         stream_name: "inspect".into(),
         shard_id: String::new(),
         config,
-        upstream: Vec::new(),
+        upstream: vec![crate::stage::source_route(None)],
         extra: Vec::new(),
     };
-    let configured = Instance::start(&plugin, &Default::default(), &context);
+    let services = Arc::new(Services::alone("inspect".into()));
+    let configured = Instance::start(&plugin, &Default::default(), &context, &services);
     let mut inspection = Inspection {
         file: file.display().to_string(),
         digest: plugin.digest.to_string(),
-        bytes: bytes.len(),
+        bytes: plugin.component_bytes,
+        interface: format!("shardmill:plugin/stage@{WIT_VERSION}"),
+        imports: plugin.capabilities.iter().copied().collect(),
         name: None,
         version: None,
         accepts: Vec::new(),
+        needs: Vec::new(),
         routes: Vec::new(),
         configure: None,
     };
     match configured {
         Ok((_, descriptor)) => {
+            let needed = crate::stage::needed_columns(&descriptor).map_err(anyhow::Error::msg)?;
+            inspection.needs = columns(needed);
             inspection.name = Some(descriptor.name);
             inspection.version = Some(descriptor.version);
             inspection.accepts = descriptor.accepts;
@@ -101,20 +110,31 @@ fn inspect(file: &std::path::Path, config: String, console: &Console) -> anyhow:
 }
 
 fn route(route: crate::plugin::Route) -> RouteInspection {
-    let columns = route.columns.into_iter().map(|column| {
+    RouteInspection { columns: columns(route.columns), name: route.name, format: route.format }
+}
+
+fn columns(columns: Vec<Column>) -> Vec<String> {
+    let columns = columns.into_iter().map(|column| {
         let null = if column.nullable { "" } else { " not null" };
         format!("{} {}{null}", column.name, column.data_type)
     });
-    RouteInspection { columns: columns.collect(), name: route.name, format: route.format }
+    columns.collect()
 }
 
 fn say(inspection: &Inspection, console: &Console) {
     console.say(format!("file     {} ({} bytes)", inspection.file, inspection.bytes));
     console.say(format!("digest   {}", inspection.digest));
+    console.say(format!("exports  {}", inspection.interface));
+    let imports: Vec<_> = inspection.imports.iter().map(|capability| capability.name()).collect();
+    let imports = imports.join(", ");
+    console.say(format!("imports  {}", if imports.is_empty() { "nothing" } else { &imports }));
     if let (Some(name), Some(version)) = (&inspection.name, &inspection.version) {
         console.say(format!("plugin   {name} {version}"));
         let accepts = inspection.accepts.join(", ");
         console.say(format!("accepts  {}", if accepts.is_empty() { "anything" } else { &accepts }));
+    }
+    if !inspection.needs.is_empty() {
+        console.say(format!("needs    {}", inspection.needs.join(", ")));
     }
     for route in &inspection.routes {
         console.say(format!("route    {} ({})", route.name, route.format));

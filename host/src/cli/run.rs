@@ -97,7 +97,8 @@ pub(crate) async fn prepare(
     options: RunOptions,
 ) -> anyhow::Result<Supervisor> {
     let sinks = sinks::build(&config)?;
-    Supervisor::prepare(config, source, sinks, options).await
+    let host = super::plugin_host(&config)?;
+    Supervisor::prepare(config, host, source, sinks, options).await
 }
 
 pub(crate) async fn summarize(board: &Board, letters: &DeadLetters) -> anyhow::Result<Summary> {

@@ -16,7 +16,7 @@ mod sink;
 mod source;
 mod stage;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,6 +28,7 @@ pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
 pub use self::env::Lookup;
 pub use self::load::{load, parse};
 pub use self::source::NotAStart;
+use crate::plugin::Capability;
 use crate::record::{
     PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
 };
@@ -253,8 +254,12 @@ pub struct StageConfig {
     pub sha256: Option<Located<String>>,
     /// `[stage.config]` as JSON text.
     pub config_json: String,
+    /// What its plugin may ask of the host.
+    pub grants: Grants,
     /// What one batch may use.
     pub limits: StageLimits,
+    /// What compiling its plugin may use.
+    pub compile_limits: CompileLimits,
     /// Which route goes to which sinks. A route bound to no sink (`[]`) is dropped on purpose.
     pub routes: BTreeMap<RouteName, BoundSinks>,
     /// Where the stage's table begins, for errors about what is missing in it.
@@ -270,8 +275,44 @@ pub struct BoundSinks {
     pub sinks: Vec<Located<SinkName>>,
 }
 
+/// What a stage's plugin may ask of the host; part of the generation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grants {
+    /// The capabilities.
+    pub capabilities: BTreeSet<Capability>,
+}
+
+impl Grants {
+    /// Whether nothing is granted.
+    pub fn is_empty(&self) -> bool {
+        self.capabilities.is_empty()
+    }
+}
+
+/// What compiling a plugin may use: a component is input too, and some compile for hours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompileLimits {
+    /// Wall time.
+    pub time_max: Duration,
+    /// Memory of the process that compiles, in bytes.
+    pub memory_bytes_max: usize,
+    /// The component itself, in bytes.
+    pub component_bytes_max: usize,
+}
+
+impl Default for CompileLimits {
+    fn default() -> Self {
+        Self {
+            time_max: Duration::from_secs(60),
+            memory_bytes_max: 2 << 30,
+            component_bytes_max: 64 << 20,
+        }
+    }
+}
+
 /// What one call of a plugin may use. Going over is the failure of the guilty record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StageLimits {
     /// Wall time of one call with a whole batch, in milliseconds.
     pub batch_ms_max: u64,
@@ -285,6 +326,10 @@ pub struct StageLimits {
     pub output_bytes_max: usize,
     /// How long a failure that the plugin calls retryable is tried again, in milliseconds.
     pub retry_ms_max: u64,
+    /// Outputs per record of a call, on average.
+    pub outputs_per_record_max: usize,
+    /// Log lines that one instance may write in a second.
+    pub log_lines_per_s_max: u32,
 }
 
 impl StageLimits {
@@ -303,6 +348,8 @@ impl Default for StageLimits {
             table_elements_max: 100_000,
             output_bytes_max: 64 << 20,
             retry_ms_max: 60_000,
+            outputs_per_record_max: 10_000,
+            log_lines_per_s_max: 100,
         }
     }
 }
@@ -397,6 +444,16 @@ pub enum SinkKind {
         /// How the objects are compressed.
         compression: Compression,
     },
+}
+
+impl SinkKind {
+    /// Whether it keeps its own position with its rows: each row is there exactly once.
+    pub fn is_exact(&self) -> bool {
+        match self {
+            Self::Sqlite { .. } | Self::Postgres { .. } | Self::Objects { .. } => true,
+            Self::Discard | Self::Stdout { .. } => false,
+        }
+    }
 }
 
 /// How objects are compressed.

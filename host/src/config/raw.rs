@@ -106,12 +106,27 @@ pub(super) struct RawStage {
     /// Handed to the plugin as JSON, straight from the TOML tree: see `json`.
     #[serde(rename = "config")]
     pub _config: Option<IgnoredAny>,
+    pub grant: Option<RawGrant>,
     pub limits: Option<RawLimits>,
     pub routes: Option<BTreeMap<Spanned<String>, Vec<Spanned<Text>>>>,
 }
 
+/// `[stage.grant]`
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawGrant {
+    #[serde(default)]
+    pub log: bool,
+    #[serde(default)]
+    pub metrics: bool,
+    #[serde(default)]
+    pub clock: bool,
+    #[serde(default)]
+    pub random: bool,
+}
+
 /// `[stage.limits]`
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub(super) struct RawLimits {
     pub batch_time: Maybe<Span>,
@@ -120,6 +135,11 @@ pub(super) struct RawLimits {
     pub tables: Maybe<Count>,
     pub output: Maybe<Size>,
     pub retry: Maybe<Span>,
+    pub outputs: Maybe<Count>,
+    pub log_lines: Maybe<Count>,
+    pub compile_time: Maybe<Span>,
+    pub compile_memory: Maybe<Size>,
+    pub component: Maybe<Size>,
 }
 
 /// `[[sink]]` with `type = "discard"`

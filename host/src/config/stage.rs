@@ -11,8 +11,9 @@ use toml::de::DeValue;
 use super::bindings::Names;
 use super::check::Check;
 use super::load::shaped;
-use super::raw::{Maybe, RawLimits, RawStage, Text};
-use super::{BoundSinks, Located, StageConfig, StageLimits, json};
+use super::raw::{Maybe, RawGrant, RawLimits, RawStage, Text};
+use super::{BoundSinks, CompileLimits, Grants, Located, StageConfig, StageLimits, json};
+use crate::plugin::Capability;
 use crate::record::{RouteName, SinkName};
 
 const BATCH_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(600);
@@ -22,6 +23,15 @@ const MEMORY_BYTES: RangeInclusive<usize> = (1 << 20)..=(4 << 30);
 const TABLE_ELEMENTS: RangeInclusive<u64> = 1..=10_000_000;
 /// One call's result is lifted into the host's memory: 1 GiB is beyond every sane batch.
 const OUTPUT_BYTES: RangeInclusive<usize> = (1 << 10)..=(1 << 30);
+/// A batch has 1,024 records at most: beyond, the words alone would fill the memory.
+const OUTPUTS_PER_RECORD: RangeInclusive<u64> = 1..=1_000_000;
+/// 0: what the plugin writes is dropped. More than 10,000 a second drown whatever else is said.
+const LOG_LINES: RangeInclusive<u64> = 0..=10_000;
+const COMPILE_TIMES: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
+/// A compiler that loads a component at all needs some 64 MiB.
+const COMPILE_MEMORY_BYTES: RangeInclusive<usize> = (64 << 20)..=(64 << 30);
+/// Python's components have 18 MiB.
+const COMPONENT_BYTES: RangeInclusive<usize> = (1 << 10)..=(256 << 20);
 
 /// Reads one `[[stage]]`.
 pub(super) fn read(
@@ -36,14 +46,19 @@ pub(super) fn read(
     let name = check.name(&raw.name, "stage");
     let plugin = check.filled(&raw.plugin, "plugin file");
     let sha256 = sha256(&raw.sha256, check);
-    let limits = limits(raw.limits, check);
+    let grants = grants(raw.grant.unwrap_or_default());
+    let raw_limits = raw.limits.unwrap_or_default();
+    let limits = limits(&raw_limits, check);
+    let compile_limits = compile_limits(&raw_limits, check);
     let routes = routes(raw.routes.unwrap_or_default(), names, check);
     Some(StageConfig {
         name: name?,
         plugin: Located { value: base.join(plugin?), span: raw.plugin.span() },
         sha256: sha256?,
         config_json: config_json?,
+        grants,
         limits: limits?,
+        compile_limits: compile_limits?,
         routes: routes?,
         span,
     })
@@ -78,9 +93,20 @@ fn sha256(raw: &Maybe<Text>, check: &mut Check) -> Option<Option<Located<String>
     None
 }
 
-fn limits(raw: Option<RawLimits>, check: &mut Check) -> Option<StageLimits> {
+fn grants(raw: RawGrant) -> Grants {
+    let RawGrant { log, metrics, clock, random } = raw;
+    let granted = [
+        (log, Capability::Log),
+        (metrics, Capability::Metrics),
+        (clock, Capability::Clock),
+        (random, Capability::Random),
+    ];
+    let granted = granted.into_iter().filter(|(granted, _)| *granted);
+    Grants { capabilities: granted.map(|(_, capability)| capability).collect() }
+}
+
+fn limits(raw: &RawLimits, check: &mut Check) -> Option<StageLimits> {
     let default = StageLimits::default();
-    let Some(raw) = raw else { return Some(default) };
     let batch_time =
         check.duration(&raw.batch_time, Duration::from_millis(default.batch_ms_max), BATCH_TIMES);
     // A record alone may not take longer than a whole batch.
@@ -93,6 +119,8 @@ fn limits(raw: Option<RawLimits>, check: &mut Check) -> Option<StageLimits> {
     let retry =
         check.duration(&raw.retry, Duration::from_millis(default.retry_ms_max), RETRY_TIMES);
     let output = check.size(&raw.output, default.output_bytes_max, OUTPUT_BYTES);
+    let outputs = check.count(&raw.outputs, default.outputs_per_record_max, OUTPUTS_PER_RECORD);
+    let log_lines = check.count(&raw.log_lines, default.log_lines_per_s_max, LOG_LINES);
     Some(StageLimits {
         batch_ms_max: batch_time?.as_millis().try_into().ok()?,
         record_ms_max: record_time?.as_millis().try_into().ok()?,
@@ -100,6 +128,20 @@ fn limits(raw: Option<RawLimits>, check: &mut Check) -> Option<StageLimits> {
         table_elements_max: tables?,
         output_bytes_max: output?,
         retry_ms_max: retry?.as_millis().try_into().ok()?,
+        outputs_per_record_max: outputs?,
+        log_lines_per_s_max: log_lines?,
+    })
+}
+
+fn compile_limits(raw: &RawLimits, check: &mut Check) -> Option<CompileLimits> {
+    let default = CompileLimits::default();
+    let time = check.duration(&raw.compile_time, default.time_max, COMPILE_TIMES);
+    let memory = check.size(&raw.compile_memory, default.memory_bytes_max, COMPILE_MEMORY_BYTES);
+    let component = check.size(&raw.component, default.component_bytes_max, COMPONENT_BYTES);
+    Some(CompileLimits {
+        time_max: time?,
+        memory_bytes_max: memory?,
+        component_bytes_max: component?,
     })
 }
 

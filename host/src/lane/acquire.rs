@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig};
-use crate::plugin::{CompileCache, PluginEngine};
+use crate::plugin::PluginHost;
 use crate::position::{Ledger, Segment, StateStore};
 use crate::record::{Position, ShardKey, SinkName};
 use crate::sink::Acquired;
@@ -194,16 +194,15 @@ async fn segments(
 
 /// Generations that ran before, loaded from the state database when a replay needs them.
 pub struct GenerationStore {
-    engine: PluginEngine,
-    cache: CompileCache,
+    host: PluginHost,
     state: StateStore,
     loaded: Mutex<HashMap<String, Arc<Generation>>>,
 }
 
 impl GenerationStore {
     /// Over the pipeline's state database.
-    pub fn new(engine: PluginEngine, cache: CompileCache, state: StateStore) -> Self {
-        Self { engine, cache, state, loaded: Mutex::default() }
+    pub fn new(host: PluginHost, state: StateStore) -> Self {
+        Self { host, state, loaded: Mutex::default() }
     }
 
     /// A generation by its id.
@@ -239,9 +238,8 @@ impl GenerationStore {
                 .cloned()
                 .ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
         };
-        let generation =
-            Generation::from_store(spec, &self.engine, &self.cache, stream, &component)
-                .map_err(|error| missing(format!("it does not load: {error:#}")))?;
+        let generation = Generation::from_store(spec, &self.host, stream, &component)
+            .map_err(|error| missing(format!("it does not load: {error:#}")))?;
         let generation = Arc::new(generation);
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         loaded.insert(id.to_owned(), generation.clone());

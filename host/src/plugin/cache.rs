@@ -11,26 +11,44 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest as _, Sha256};
 use wasmtime::component::Component;
 
+use super::compile::{CompileError, Compiler};
 use super::{Digest, PluginEngine};
+use crate::config::CompileLimits;
 
 /// The bytes of the digest that ends a cache file.
 const SEAL_BYTES: usize = 32;
 
-/// A folder of compiled components; or none at all.
+/// A folder of compiled components, or none at all; and who compiles, within which limits.
 #[derive(Clone, Debug)]
 pub struct CompileCache {
     folder: Option<PathBuf>,
+    compiler: Compiler,
+    limits: CompileLimits,
 }
 
 impl CompileCache {
     /// Keeps compiled components in `folder`, which is made when first needed.
     pub fn in_folder(folder: impl Into<PathBuf>) -> Self {
-        Self { folder: Some(folder.into()) }
+        Self { folder: Some(folder.into()), ..Self::none() }
     }
 
     /// Compiles every time.
     pub fn none() -> Self {
-        Self { folder: None }
+        let limits = CompileLimits::default();
+        Self { folder: None, compiler: Compiler::InProcess, limits }
+    }
+
+    /// Compiles by this program, started again with limits. Only shardmill itself knows how to be a
+    /// compiler; other programs that use this library compile in their own process.
+    #[must_use]
+    pub fn in_child_processes(self) -> Self {
+        Self { compiler: Compiler::this_program(), ..self }
+    }
+
+    /// The same cache with other limits.
+    #[must_use]
+    pub fn with_limits(&self, limits: CompileLimits) -> Self {
+        Self { limits, ..self.clone() }
     }
 
     /// The compiled component: from the cache, or compiled now and kept.
@@ -41,19 +59,21 @@ impl CompileCache {
         engine: &PluginEngine,
         digest: &Digest,
         bytes: &[u8],
-    ) -> wasmtime::Result<Component> {
-        let Some(folder) = &self.folder else {
-            return Component::from_binary(engine.wasmtime(), bytes);
-        };
-        let file = folder.join(file_name(engine, digest));
-        if let Some(component) = read(engine, &file) {
+    ) -> Result<Component, CompileError> {
+        let file = self.folder.as_ref().map(|folder| folder.join(file_name(engine, digest)));
+        if let Some(component) = file.as_deref().and_then(|file| read(engine, file)) {
             return Ok(component);
         }
-        let component = Component::from_binary(engine.wasmtime(), bytes)?;
-        if let Err(error) = write(folder, &file, &component.serialize()?) {
+        let code = self.compiler.compile(engine.wasmtime(), bytes, &self.limits)?;
+        if let (Some(folder), Some(file)) = (&self.folder, &file)
+            && let Err(error) = write(folder, file, &code)
+        {
             tracing::warn!(file = %file.display(), %error, "failed to keep a compiled plugin");
         }
-        Ok(component)
+        // SAFETY: the bytes come from `Engine::precompile_component` of this very program with the
+        // same flags: of this process, or of one that it started and whose pipe nobody else has.
+        unsafe { Component::deserialize(engine.wasmtime(), &code) }
+            .map_err(|error| CompileError::Compiler(format!("{error:#}")))
     }
 }
 

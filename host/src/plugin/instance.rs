@@ -1,8 +1,14 @@
 //! One sandbox: a store with its limits and deadline, and the calls into it.
 
+use std::sync::Arc;
+
 use wasmtime::{ResourceLimiter, Store, Trap};
 
-use super::{Context, Descriptor, Failure, Outcome, Plugin, PluginEngine, WireBatch, bindings};
+use super::capability::Caller;
+use super::{
+    Context, Descriptor, Failure, Outcome, Plugin, PluginEngine, Services, WireBatch, bindings,
+    descriptor,
+};
 use crate::config::StageLimits;
 
 /// The time that `configure` may take, in milliseconds: it runs once per instance.
@@ -33,6 +39,15 @@ pub enum CallFault {
 }
 
 impl CallError {
+    /// An answer that is more than the plugin may hand back.
+    pub fn output(excess: impl std::fmt::Display) -> Self {
+        Self {
+            fault: CallFault::Output,
+            message: format!("process handed back more than it may: {excess}"),
+            backtrace: String::new(),
+        }
+    }
+
     /// An answer that breaks the plugin contract counts as a trap.
     pub fn contract(violation: impl std::fmt::Display) -> Self {
         Self {
@@ -49,8 +64,9 @@ impl std::fmt::Display for CallError {
     }
 }
 
-/// What the store keeps for the limiter.
+/// What the store keeps: for the limiter, and for what the plugin asks of the host.
 pub struct Sandbox {
+    pub(super) caller: Caller,
     memory_bytes: usize,
     memory_bytes_max: usize,
     table_elements: usize,
@@ -100,7 +116,7 @@ impl ResourceLimiter for Sandbox {
 /// A plugin's sandbox, configured and ready to be called.
 pub struct Instance {
     store: Store<Sandbox>,
-    exports: bindings::Plugin,
+    exports: bindings::PluginWithCapabilities,
     output_bytes_max: usize,
 }
 
@@ -114,8 +130,13 @@ impl Instance {
         plugin: &Plugin,
         limits: &StageLimits,
         context: &Context,
+        services: &Arc<Services>,
     ) -> Result<(Self, Descriptor), CallError> {
+        let mut caller =
+            Caller::new(services.clone(), &context.shard_id, limits.log_lines_per_s_max);
+        caller.call_begins(CONFIGURE_MS_MAX);
         let sandbox = Sandbox {
+            caller,
             memory_bytes: 0,
             memory_bytes_max: limits.memory_bytes_max,
             table_elements: 0,
@@ -135,7 +156,11 @@ impl Instance {
         let answer =
             instance.exports.shardmill_plugin_stage().call_configure(&mut instance.store, context);
         match answer {
-            Ok(Ok(descriptor)) => Ok((instance, descriptor)),
+            Ok(Ok(descriptor)) => {
+                descriptor::check(&descriptor).map_err(CallError::contract)?;
+                instance.store.data_mut().caller.configured(&descriptor.version);
+                Ok((instance, descriptor))
+            }
             Ok(Err(message)) => Err(CallError {
                 fault: CallFault::Trap,
                 message: format!("configure refused: {message}"),
@@ -156,6 +181,7 @@ impl Instance {
     ) -> Result<Result<Outcome, Failure>, CallError> {
         self.store.set_epoch_deadline(PluginEngine::ticks(limit_ms));
         self.store.set_hostcall_fuel(self.output_bytes_max);
+        self.store.data_mut().caller.call_begins(limit_ms);
         let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);
         answer.map_err(|error| diagnose(&self.store, &error, "process", limit_ms))
     }

@@ -8,6 +8,8 @@ mod bindings;
 pub mod build;
 mod cache;
 mod capability;
+pub mod compile;
+mod descriptor;
 mod engine;
 mod instance;
 pub mod manifest;
@@ -15,6 +17,7 @@ pub mod scaffold;
 #[path = "../../../wit/0.1.0/words.rs"]
 mod words;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,7 +30,8 @@ pub use bindings::exports::shardmill::plugin::stage::{
 };
 pub use bindings::shardmill::plugin::types::{Column, Route};
 pub use cache::CompileCache;
-pub use capability::Capability;
+pub use capability::{Capability, LOG_TARGET, Services};
+use compile::CompileError;
 pub use engine::PluginEngine;
 pub use instance::{CallError, CallFault, Instance};
 pub use words::{Input, Output, Reject, Span};
@@ -35,7 +39,7 @@ pub use words::{Input, Output, Reject, Span};
 /// The interface that a plugin exports, without its version.
 const STAGE_INTERFACE: &str = "shardmill:plugin/stage";
 /// The version of the interface that this host speaks.
-const WIT_VERSION: &str = "0.1.0";
+pub const WIT_VERSION: &str = "0.1.0";
 
 /// The SHA-256 of a plugin's bytes.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -107,15 +111,27 @@ pub enum PluginError {
         /// What it exports instead, and the way out.
         found: String,
     },
-    /// A component that asks for what no pipeline grants.
+    /// A component that asks for what no host gives.
     #[error(
-        "{path} imports {imports}, which this pipeline does not grant; the world `plugin` has no imports"
+        "{path} imports {imports}, which shardmill does not have: a plugin may import capabilities \
+         ({capabilities}) and nothing else; WASI is answered inside of the component, by \
+         `shardmill plugin build`"
     )]
     Imports {
         /// The file.
         path: String,
-        /// The interfaces, by name.
+        /// The interfaces or functions, by name.
         imports: String,
+        /// What it may import.
+        capabilities: String,
+    },
+    /// It does not compile within its limits, or not at all.
+    #[error("{path} does not compile: {cause}")]
+    Uncompiled {
+        /// The file.
+        path: String,
+        /// Why.
+        cause: CompileError,
     },
     /// wasmtime refuses it.
     #[error("{path} is not a valid component: {cause}")]
@@ -127,6 +143,15 @@ pub enum PluginError {
     },
 }
 
+/// What plugins are loaded with.
+#[derive(Clone)]
+pub struct PluginHost {
+    /// The engine that runs them.
+    pub engine: PluginEngine,
+    /// Who compiles them, and where compiled code is kept.
+    pub cache: CompileCache,
+}
+
 /// A compiled component of our world; cheap to clone.
 #[derive(Clone)]
 pub struct Plugin {
@@ -134,7 +159,11 @@ pub struct Plugin {
     pub digest: Digest,
     /// Where it came from, for messages.
     pub path: Arc<str>,
-    pre: bindings::PluginPre<instance::Sandbox>,
+    /// What it asks of the host. Its stage must grant all of it.
+    pub capabilities: Arc<BTreeSet<Capability>>,
+    /// The size of its component, in bytes.
+    pub component_bytes: usize,
+    pre: bindings::PluginWithCapabilitiesPre<instance::Sandbox>,
     engine: PluginEngine,
 }
 
@@ -176,14 +205,22 @@ impl Plugin {
             path: path.into(),
             cause: format!("{cause:#}"),
         };
-        let component = cache.component(engine, &digest, bytes).map_err(invalid)?;
-        check_world(engine, path, &component)?;
-        let linker = Linker::<instance::Sandbox>::new(engine.wasmtime());
-        let pre = linker
-            .instantiate_pre(&component)
-            .and_then(bindings::PluginPre::new)
+        let component = cache
+            .component(engine, &digest, bytes)
+            .map_err(|cause| PluginError::Uncompiled { path: path.into(), cause })?;
+        let capabilities = check_world(engine, path, &component)?;
+        let pre = linker(engine)
+            .and_then(|linker| linker.instantiate_pre(&component))
+            .and_then(bindings::PluginWithCapabilitiesPre::new)
             .map_err(invalid)?;
-        Ok(Self { digest, path: path.into(), pre, engine: engine.clone() })
+        Ok(Self {
+            digest,
+            path: path.into(),
+            capabilities: capabilities.into(),
+            component_bytes: bytes.len(),
+            pre,
+            engine: engine.clone(),
+        })
     }
 }
 
@@ -207,12 +244,27 @@ fn check_layer(path: &str, bytes: &[u8]) -> Result<(), PluginError> {
     }
 }
 
-/// Checks the exports against our world and refuses imports of functions.
+/// Offers every capability; what a component imports is checked against its stage's grants.
+fn linker(engine: &PluginEngine) -> wasmtime::Result<Linker<instance::Sandbox>> {
+    type Calls = wasmtime::component::HasSelf<capability::Caller>;
+    use bindings::shardmill::plugin as wit;
+    fn caller(sandbox: &mut instance::Sandbox) -> &mut capability::Caller {
+        &mut sandbox.caller
+    }
+    let mut linker = Linker::new(engine.wasmtime());
+    wit::log::add_to_linker::<_, Calls>(&mut linker, caller)?;
+    wit::metrics::add_to_linker::<_, Calls>(&mut linker, caller)?;
+    wit::clock::add_to_linker::<_, Calls>(&mut linker, caller)?;
+    wit::random::add_to_linker::<_, Calls>(&mut linker, caller)?;
+    Ok(linker)
+}
+
+/// Checks the exports against our world, and gives the capabilities among the imports.
 fn check_world(
     engine: &PluginEngine,
     path: &str,
     component: &Component,
-) -> Result<(), PluginError> {
+) -> Result<BTreeSet<Capability>, PluginError> {
     let world = component.component_type();
     let ours = format!("{STAGE_INTERFACE}@{WIT_VERSION}");
     let exports: Vec<&str> = world.exports(engine.wasmtime()).map(|(name, _)| name).collect();
@@ -232,14 +284,24 @@ fn check_world(
         };
         return Err(PluginError::OtherWorld { path: path.into(), found });
     }
-    // Our own `types` holds no function: every component of the world imports it.
-    let imports: Vec<&str> = world
-        .imports(engine.wasmtime())
-        .map(|(name, _)| name)
-        .filter(|name| !name.starts_with("shardmill:plugin/types@"))
-        .collect();
-    match imports.is_empty() {
-        true => Ok(()),
-        false => Err(PluginError::Imports { path: path.into(), imports: imports.join(", ") }),
+    let mut capabilities = BTreeSet::new();
+    let mut unknown = Vec::new();
+    for (name, _) in world.imports(engine.wasmtime()) {
+        // Our own `types` holds no function: every component of the world imports it.
+        if name.starts_with("shardmill:plugin/types@") {
+            continue;
+        }
+        match Capability::ALL.into_iter().find(|one| one.interface() == name) {
+            Some(capability) => _ = capabilities.insert(capability),
+            None => unknown.push(name),
+        }
     }
+    if unknown.is_empty() {
+        return Ok(capabilities);
+    }
+    Err(PluginError::Imports {
+        path: path.into(),
+        imports: unknown.join(", "),
+        capabilities: Capability::ALL.map(Capability::name).join(", "),
+    })
 }

@@ -11,9 +11,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigError, PipelineConfig, StageLimits};
+use super::columns;
+use crate::config::{ConfigError, Grants, PipelineConfig, StageLimits};
 use crate::plugin::{
-    CallError, CompileCache, Context, Descriptor, Digest, Instance, Plugin, PluginEngine, Route,
+    CallError, Context, Descriptor, Digest, Instance, Plugin, PluginHost, Route, Services,
 };
 use crate::record::{RouteName, SinkName, StageName};
 use crate::sink::{BoundRoute, Column};
@@ -32,6 +33,9 @@ pub struct StageSpec {
     pub config_json: String,
     /// Its limits.
     pub limits: StageLimits,
+    /// What its plugin may ask of the host.
+    #[serde(default, skip_serializing_if = "Grants::is_empty")]
+    pub grants: Grants,
     /// Its bindings.
     pub routes: BTreeMap<RouteName, Vec<SinkName>>,
 }
@@ -87,6 +91,8 @@ pub struct LoadedStage {
     pub descriptor: Arc<Descriptor>,
     /// Its limits.
     pub limits: StageLimits,
+    /// What its plugin may ask of the host.
+    pub services: Arc<Services>,
     /// Its configuration as JSON text.
     pub config_json: Arc<str>,
     /// The routes that enter it.
@@ -104,12 +110,11 @@ impl LoadedStage {
     /// # Errors
     /// What the plugin says to its configuration.
     pub fn alone(plugin: Plugin, config_json: &str, stream_name: &str) -> Result<Self, CallError> {
-        let source =
-            Route { name: SOURCE_ROUTE.into(), format: String::new(), columns: Vec::new() };
-        let upstream: Arc<[Route]> = [source].into();
+        let upstream: Arc<[Route]> = [source_route(None)].into();
         let limits = StageLimits { retry_ms_max: 0, ..StageLimits::default() };
         let context = context(stream_name, "", config_json, &upstream);
-        let (_, descriptor) = Instance::start(&plugin, &limits, &context)?;
+        let services = Arc::new(Services::alone(stream_name.into()));
+        let (_, descriptor) = Instance::start(&plugin, &limits, &context, &services)?;
         let routes = descriptor.routes.iter();
         Ok(Self {
             name: descriptor.name.as_str().into(),
@@ -118,6 +123,7 @@ impl LoadedStage {
             targets: routes.map(|_| Target::Sinks(Vec::new())).collect(),
             descriptor: descriptor.into(),
             limits,
+            services,
             config_json: config_json.into(),
             upstream,
         })
@@ -172,8 +178,7 @@ impl Generation {
     /// What does not fit, at its line and column in the configuration.
     pub fn from_config(
         config: &PipelineConfig,
-        engine: &PluginEngine,
-        cache: &CompileCache,
+        host: &PluginHost,
         embedded: &dyn Fn(&Path) -> Option<&'static [u8]>,
     ) -> Result<(Self, Vec<Vec<u8>>), ConfigError> {
         let mut components = Vec::new();
@@ -184,10 +189,13 @@ impl Generation {
             let at_plugin = |message: String, help: &str| {
                 config.file.problem(stage.plugin.span.clone(), message, help)
             };
+            let cache = &host.cache.with_limits(stage.compile_limits);
             let (plugin, bytes) = match embedded(path) {
-                Some(bytes) => Plugin::load(engine, cache, &path.display().to_string(), bytes)
-                    .map(|plugin| (plugin, bytes.to_vec())),
-                None => Plugin::load_file(engine, cache, path),
+                Some(bytes) => {
+                    Plugin::load(&host.engine, cache, &path.display().to_string(), bytes)
+                        .map(|plugin| (plugin, bytes.to_vec()))
+                }
+                None => Plugin::load_file(&host.engine, cache, path),
             }
             .map_err(|error| at_plugin(error.to_string(), "name a component's file here"))?;
             if let Some(due) = &stage.sha256
@@ -204,6 +212,7 @@ impl Generation {
                 digest: plugin.digest.to_string(),
                 config_json: stage.config_json.clone(),
                 limits: stage.limits,
+                grants: stage.grants.clone(),
                 routes: routes
                     .map(|(name, bound)| {
                         (name.clone(), bound.sinks.iter().map(|sink| sink.value.clone()).collect())
@@ -230,8 +239,7 @@ impl Generation {
     /// A component that is missing or no longer loads, in words.
     pub fn from_store(
         spec: GenerationSpec,
-        engine: &PluginEngine,
-        cache: &CompileCache,
+        host: &PluginHost,
         stream_name: &str,
         component: &dyn Fn(&str) -> anyhow::Result<Vec<u8>>,
     ) -> anyhow::Result<Self> {
@@ -239,7 +247,7 @@ impl Generation {
         for stage in &spec.stages {
             let bytes = component(&stage.digest)?;
             let path = format!("stored component {}", &stage.digest[..12.min(stage.digest.len())]);
-            plugins.push(Plugin::load(engine, cache, &path, &bytes)?);
+            plugins.push(Plugin::load(&host.engine, &host.cache, &path, &bytes)?);
         }
         let id = spec.id();
         Self::assemble(spec, plugins, stream_name)
@@ -253,12 +261,7 @@ impl Generation {
         stream_name: &str,
     ) -> Result<Self, Misfit> {
         let last = spec.stages.len().saturating_sub(1);
-        let mut upstream: Arc<[Route]> = [Route {
-            name: SOURCE_ROUTE.into(),
-            format: spec.source_format.clone().unwrap_or_default(),
-            columns: Vec::new(),
-        }]
-        .into();
+        let mut upstream: Arc<[Route]> = [source_route(spec.source_format.as_deref())].into();
         let mut stages = Vec::new();
         for (index, (stage, plugin)) in spec.stages.iter().zip(plugins).enumerate() {
             let misfit = |place, message: String, help: &str| Misfit {
@@ -267,9 +270,27 @@ impl Generation {
                 message,
                 help: help.into(),
             };
+            let granted = &stage.grants.capabilities;
+            let ungranted: Vec<_> = plugin.capabilities.difference(granted).collect();
+            if !ungranted.is_empty() {
+                let names: Vec<_> = ungranted.iter().map(|one| one.name()).collect();
+                let grants: Vec<_> = ungranted.iter().map(|one| one.grant_example()).collect();
+                let message = format!(
+                    "{} imports {}, which stage {} does not grant",
+                    plugin.path,
+                    names.join(", "),
+                    stage.name
+                );
+                let help = format!("if it may, add under [stage.grant]: {}", grants.join("; "));
+                return Err(misfit(Place::Plugin, message, &help));
+            }
+            let services = Arc::new(Services {
+                stage: stage.name.clone(),
+                granted: stage.grants.capabilities.clone(),
+            });
             let context = context(stream_name, "", &stage.config_json, &upstream);
-            let (_, descriptor) =
-                Instance::start(&plugin, &stage.limits, &context).map_err(|error| {
+            let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
+                .map_err(|error| {
                     let message = format!("stage {} ({plugin:?}): {error}", stage.name);
                     misfit(
                         Place::Stage,
@@ -277,11 +298,15 @@ impl Generation {
                         "see the plugin's documentation for [stage.config]",
                     )
                 })?;
+            let stage_before = match index.checked_sub(1) {
+                None => "the source".to_owned(),
+                Some(before) => format!("stage {}", spec.stages[before].name),
+            };
             let refused =
                 upstream.iter().find(|route| !accepts(&descriptor.accepts, &route.format));
             if let Some(route) = refused {
                 let message = format!(
-                    "stage {} accepts {}, but route {} carries {}",
+                    "stage {} accepts {}, but route {} of {stage_before} carries {}",
                     stage.name,
                     descriptor.accepts.join(", "),
                     route.name,
@@ -292,6 +317,19 @@ impl Generation {
                     message,
                     "put a stage in between, or bind that route to a sink",
                 ));
+            }
+            let needed = columns::needed(&descriptor).map_err(|message| {
+                let message = format!("stage {} ({plugin:?}): {message}", stage.name);
+                misfit(Place::Plugin, message, "this is the plugin's own fault: see its author")
+            })?;
+            for route in upstream.iter() {
+                columns::check(&needed, route).map_err(|(complaint, sides)| {
+                    let message = format!(
+                        "stage {} needs of route {} of {stage_before} {complaint}",
+                        stage.name, route.name
+                    );
+                    misfit(Place::Plugin, message, &sides)
+                })?;
             }
             let targets = targets(stage, &descriptor, index == last)
                 .map_err(|(place, message, help)| misfit(place, message, &help))?;
@@ -309,6 +347,7 @@ impl Generation {
                 route_names: route_names.collect(),
                 descriptor: descriptor.into(),
                 limits: stage.limits,
+                services,
                 config_json: stage.config_json.as_str().into(),
                 upstream,
                 targets: targets.into(),
@@ -341,6 +380,12 @@ impl Generation {
         }
         bound
     }
+}
+
+/// The route that stands for the source; without a format where none is declared.
+pub fn source_route(format: Option<&str>) -> Route {
+    let format = format.unwrap_or_default().into();
+    Route { name: SOURCE_ROUTE.into(), format, columns: Vec::new() }
 }
 
 /// What a plugin is told of its place.

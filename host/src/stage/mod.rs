@@ -5,13 +5,15 @@
 //! faults of a plugin end here: they become dead letters of single records, or a blocked lane.
 
 mod chain;
+mod columns;
 mod flow;
 mod generation;
 mod rejections;
 mod runner;
 
 pub use chain::{Blocked, Chain, ChainOutcome, Routed};
+pub use columns::needed as needed_columns;
 pub use flow::{Flow, Item, first_flow};
-pub use generation::{Generation, GenerationSpec, LoadedStage, StageSpec, Target};
+pub use generation::{Generation, GenerationSpec, LoadedStage, StageSpec, Target, source_route};
 pub use rejections::RejectionWindow;
 pub use runner::{Rejected, RunError, StageOutcome, StageRunner};

@@ -2,7 +2,8 @@
 //!
 //! A failed call is searched by halves: what precedes the first guilty record is kept, the guilty
 //! record is rejected alone, and the rest goes on. Three culprits in 1,000 records cost at most 34
-//! calls. A trap or a timeout kills the instance; the next call gets a fresh one.
+//! calls. A trap or a timeout kills the instance; the next call gets a fresh one. Every call of a
+//! search does: what one record did to the plugin's memory must not be another's fault.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::flow::{self, Item};
 use super::generation::LoadedStage;
-use crate::config::RejectedMax;
+use crate::config::{RejectedMax, StageLimits};
 use crate::plugin::{
     CallError, Context, Failure, Instance, Outcome, Output, Reject, Span, WireBatch,
 };
@@ -217,6 +218,7 @@ impl StageRunner {
                 _ if suspect_end == settled + 1 => suspect_end,
                 _ => items.len(),
             };
+            self.instance = None;
             match self.call(batch, &items[settled..end], settled)? {
                 Ok(outcome) => {
                     kept.answers.extend(outcome.answers);
@@ -261,10 +263,14 @@ impl StageRunner {
         self.instance().map_err(RunError::NoInstance)?;
         let Some(instance) = self.instance.as_mut() else { unreachable!("started above") };
         let answer = instance.process(&self.wire, limit_ms);
+        metrics::gauge!("shardmill_stage_memory_bytes",
+            "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
+        .set(instance.memory_bytes() as f64);
         let routes = self.stage.descriptor.routes.len();
+        let limits = &self.stage.limits;
         Ok(match answer {
             Ok(Ok(outcome)) => {
-                take(items.len(), outcome, routes, first_item).map_err(|violation| {
+                take(items, outcome, routes, limits, first_item).map_err(|violation| {
                     self.instance = None;
                     CallFailure::Dead(violation)
                 })
@@ -283,8 +289,8 @@ impl StageRunner {
     /// The live instance, or a fresh one.
     fn instance(&mut self) -> Result<(), CallError> {
         if self.instance.is_none() {
-            let (instance, descriptor) =
-                Instance::start(&self.stage.plugin, &self.stage.limits, &self.context)?;
+            let LoadedStage { plugin, limits, services, .. } = &self.stage;
+            let (instance, descriptor) = Instance::start(plugin, limits, &self.context, services)?;
             if !self.stage.same_routes(&descriptor) {
                 return Err(CallError::contract(
                     "configure declares other routes than it did when the pipeline was loaded",
@@ -322,16 +328,27 @@ fn describe(failure: CallFailure) -> (String, String) {
     }
 }
 
-/// Proves an answer against the contract. `first_item` is added to its item indexes.
+/// Proves an answer against the contract and the limits. `first_item` is added to its item indexes.
 fn take(
-    items: usize,
+    flow: &[Item],
     outcome: Outcome,
     routes: usize,
+    limits: &StageLimits,
     first_item: usize,
 ) -> Result<StageOutcome, CallError> {
     let Outcome { arena, outputs, rejects } = outcome;
+    let items = flow.len();
     let mut last = 0;
+    // Spans may share bytes, so that what goes on can be far more than what was handed back.
+    let mut payload_bytes = 0;
     let words = whole(&outputs, "outputs")?;
+    if words.len() > items.saturating_mul(limits.outputs_per_record_max) {
+        return Err(CallError::output(format!(
+            "{} outputs of {items} records, over the limit of {} each",
+            words.len(),
+            limits.outputs_per_record_max
+        )));
+    }
     for (index, output) in words.iter().map(Output::from_words).enumerate() {
         let input = output.input as usize;
         if input >= items {
@@ -358,9 +375,18 @@ fn take(
                 CallError::contract(format!("the key of output {index} is no UTF-8: {error}"))
             })?;
         }
-        if let Some(payload) = output.payload {
-            slice(&arena, payload, "output", index)?;
-        }
+        payload_bytes += match output.payload {
+            Some(payload) => slice(&arena, payload, "output", index)?.len(),
+            None => flow[input].payload.len(),
+        };
+    }
+    let entered_bytes = || flow.iter().map(|item| item.payload.len()).sum();
+    // What came in may always pass once.
+    if payload_bytes > limits.output_bytes_max && payload_bytes > entered_bytes() {
+        return Err(CallError::output(format!(
+            "outputs of {payload_bytes} bytes in all, over the limit of {}",
+            limits.output_bytes_max
+        )));
     }
     let mut rejected = Vec::new();
     let mut rejected_before = None;

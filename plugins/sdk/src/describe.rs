@@ -22,6 +22,22 @@ impl Descriptor {
         self
     }
 
+    /// Says which columns the rows must have that come in: proven against what the stage before
+    /// declares, before a record flows. Columns that are nullable may be absent.
+    #[must_use]
+    pub fn needs(mut self, columns: impl IntoIterator<Item = Column>) -> Self {
+        let columns = columns.into_iter().map(|column| {
+            serde_json::json!({
+                "name": column.name,
+                "data_type": column.data_type,
+                "nullable": column.nullable,
+            })
+        });
+        let columns = serde_json::Value::Array(columns.collect()).to_string();
+        self.extra.push(("needs-columns".into(), columns));
+        self
+    }
+
     /// Adds a way out. The first one added has index 0 for [`Emitter`](crate::Emitter).
     #[must_use]
     pub fn route(mut self, route: Route) -> Self {

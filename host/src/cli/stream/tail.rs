@@ -13,8 +13,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::super::{Console, print_line, run};
+use crate::cli::load_plugin;
 use crate::config::{BatchLimits, OnLostRecords, RejectedMax, StartPosition};
-use crate::plugin::{CompileCache, Plugin, PluginEngine};
 use crate::position::ShardState;
 use crate::record::{Batch, Record, ShardId, ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::connection::StreamConnection;
@@ -313,8 +313,7 @@ impl Decoder {
         stream: &StreamRef,
         stop: &CancellationToken,
     ) -> anyhow::Result<Self> {
-        let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-        let (plugin, _) = Plugin::load_file(&engine, &CompileCache::none(), file)?;
+        let plugin = load_plugin(file)?;
         let stage = LoadedStage::alone(plugin, config_json, &stream.name)
             .map_err(|error| anyhow!("{} with --config {config_json}: {error}", file.display()))?;
         Ok(Self { stage, runners: HashMap::new(), stop: stop.clone() })

@@ -1,8 +1,21 @@
 //! What a plugin may ask of the host, if its stage grants it: `wit/0.1.0/capabilities.wit`.
+//!
+//! [`Services`] is what one stage grants, shared by the stage's instances. What an instance asks is
+//! answered in [`calls`], with what that instance keeps between its questions.
 
+mod calls;
+mod log;
+mod metric;
+
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+use crate::record::StageName;
+
+pub(super) use calls::Caller;
+pub use log::LOG_TARGET;
 
 /// A capability, by the name of its interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -44,6 +57,18 @@ impl Capability {
         format!("shardmill:plugin/{}@{}", self.name(), super::WIT_VERSION)
     }
 
+    /// What is written under `[stage.grant]` to grant it.
+    pub fn grant_example(self) -> &'static str {
+        match self {
+            Self::Log => "log = true",
+            Self::Metrics => "metrics = true",
+            Self::Lookup => "lookup = [\"NAME\"], and a [[lookup]] of that name",
+            Self::Clock => "clock = true",
+            Self::Random => "random = true",
+            Self::Http => "http = [{ host = \"api.example.com\" }]",
+        }
+    }
+
     /// Whether what it answers may differ at a replay and so change what a record becomes.
     pub fn is_deterministic(self) -> bool {
         matches!(self, Self::Log | Self::Metrics)
@@ -53,5 +78,22 @@ impl Capability {
 impl fmt::Display for Capability {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// What one stage grants its plugin; shared by its instances.
+#[derive(Clone, Debug)]
+pub struct Services {
+    /// The stage, as the log and the metrics call it.
+    pub stage: StageName,
+    /// What is granted.
+    pub granted: BTreeSet<Capability>,
+}
+
+impl Services {
+    /// For a plugin outside of any pipeline: what needs nothing but the host itself.
+    pub fn alone(name: StageName) -> Self {
+        let granted = [Capability::Log, Capability::Metrics, Capability::Clock, Capability::Random];
+        Self { stage: name, granted: granted.into() }
     }
 }

@@ -1,0 +1,106 @@
+//! The host's answers to a plugin's calls, for one instance.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::log::{Author, LineBudget};
+use super::metric::Metrics;
+use super::{Capability, Services};
+use crate::plugin::bindings::shardmill::plugin as wit;
+
+/// One instance, as far as it may ask the host for anything.
+pub(in crate::plugin) struct Caller {
+    services: Arc<Services>,
+    author: Author,
+    /// Whether `configure` is under way: only then metrics are announced.
+    configuring: bool,
+    /// When the call under way must have ended: no host call waits longer.
+    deadline: Instant,
+    lines: LineBudget,
+    metrics: Metrics,
+}
+
+impl Caller {
+    /// An instance that is about to be configured.
+    pub fn new(services: Arc<Services>, shard: &str, log_lines_per_s_max: u32) -> Self {
+        let stage = services.stage.clone();
+        Self {
+            services,
+            author: Author { stage, version: String::new(), shard: shard.to_owned() },
+            configuring: true,
+            deadline: Instant::now(),
+            lines: LineBudget::new(log_lines_per_s_max),
+            metrics: Metrics::default(),
+        }
+    }
+
+    /// A call of the plugin begins, and may take so long.
+    pub fn call_begins(&mut self, limit_ms: u64) {
+        self.deadline = Instant::now() + Duration::from_millis(limit_ms);
+    }
+
+    /// `configure` is over; the plugin has said its version.
+    pub fn configured(&mut self, version: &str) {
+        self.configuring = false;
+        self.author.version = version.to_owned();
+    }
+
+    /// A component that imports what is not granted is refused at load. This is the second lock.
+    fn granted(&self, capability: Capability) -> wasmtime::Result<()> {
+        match self.services.granted.contains(&capability) {
+            true => Ok(()),
+            false => Err(wasmtime::format_err!("capability `{capability}` is not granted")),
+        }
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.lines.tell_dropped(&self.author);
+    }
+}
+
+impl wit::log::Host for Caller {
+    fn write(&mut self, level: wit::log::Level, message: String) -> wasmtime::Result<()> {
+        self.granted(Capability::Log)?;
+        self.lines.write(&self.author, level, &message);
+        Ok(())
+    }
+}
+
+impl wit::metrics::Host for Caller {
+    fn register(
+        &mut self,
+        kind: wit::metrics::Kind,
+        name: String,
+        help: String,
+    ) -> wasmtime::Result<Result<u32, String>> {
+        self.granted(Capability::Metrics)?;
+        if !self.configuring {
+            return Ok(Err(format!("metric {name} is announced outside of configure")));
+        }
+        Ok(self.metrics.register(&self.services.stage, kind, &name, &help))
+    }
+
+    fn observe(&mut self, metric: u32, value: f64) -> wasmtime::Result<()> {
+        self.granted(Capability::Metrics)?;
+        self.metrics
+            .observe(metric, value)
+            .ok_or_else(|| wasmtime::format_err!("metric {metric} was not registered"))
+    }
+}
+
+impl wit::clock::Host for Caller {
+    fn now_ms(&mut self) -> wasmtime::Result<u64> {
+        self.granted(Capability::Clock)?;
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        Ok(since_1970.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)))
+    }
+}
+
+impl wit::random::Host for Caller {
+    fn next_u64(&mut self) -> wasmtime::Result<u64> {
+        self.granted(Capability::Random)?;
+        getrandom::u64().map_err(|error| wasmtime::format_err!("no random numbers: {error}"))
+    }
+}
