@@ -79,6 +79,10 @@ text_newtype! {
     SinkName
 }
 text_newtype! {
+    /// The name of a lookup in its pipeline: what plugins ask for.
+    LookupName
+}
+text_newtype! {
     /// The name of a route that a plugin declares and a pipeline binds to sinks.
     RouteName
 }

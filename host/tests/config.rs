@@ -119,6 +119,11 @@ fn what_the_root_shows_as_default_is_the_default() {
     for (full, plain) in full.sinks.iter().zip(&plain.sinks) {
         assert_eq!(full.rhythm, plain.rhythm);
     }
+    let [shown] = &full.lookups[..] else { panic!("one lookup is shown") };
+    let bare = "[[lookup]]\nname = \"l\"\nurl = \"sqlite:l\"\nquery = \"q\"\n";
+    let bare = parse(&format!("{text}\n{bare}"));
+    let bare = &bare.unwrap_or_else(|error| panic!("{}", error.render(false))).lookups[0];
+    assert_eq!((shown.timeout, shown.cache), (bare.timeout, bare.cache));
     assert_eq!((plain.admin, full.admin), (None, "127.0.0.1:9901".parse().ok()));
     // Written out, an intake is what its address alone makes it.
     let alone = parse(&format!("{text}\n[intake]\nlisten = \"127.0.0.1:8080\"\n"));

@@ -103,7 +103,7 @@ async fn ready(State(shown): State<Shown>) -> impl IntoResponse {
 
 /// Says what each metric means, for `# HELP`.
 fn describe() {
-    use metrics::{describe_counter, describe_gauge};
+    use metrics::{describe_counter, describe_gauge, describe_histogram};
     describe_counter!("shardmill_source_records_total", "records read and handed to the sinks");
     describe_counter!("shardmill_source_bytes_total", "bytes of payloads and keys read");
     describe_counter!("shardmill_source_retries_total", "reads tried again, by shard and reason");
@@ -132,5 +132,10 @@ fn describe() {
     describe_counter!("shardmill_source_losses_total", "times that a stream had dropped records");
     describe_counter!("shardmill_source_lost_ms_total", "milliseconds whose records are lost");
     describe_counter!("shardmill_source_astray_aggregates_total", "aggregates of another shard");
+    describe_counter!(
+        "shardmill_lookup_keys_total",
+        "keys asked for: kept, found, or without a row"
+    );
+    describe_histogram!("shardmill_lookup_seconds", "how long a lookup's query took");
     describe_gauge!("shardmill_buffer_bytes", "bytes that the sinks' buffers hold");
 }

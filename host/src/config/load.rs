@@ -15,12 +15,12 @@ use super::env::{Lookup, substitute_table};
 use super::raw::{RawAdmin, RawPipeline};
 use super::{
     ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, bindings, intake,
-    sink, source, stage,
+    lookup, sink, source, stage,
 };
 use crate::record::PipelineName;
 
 /// The tables of a file.
-const TABLES: [&str; 6] = ["pipeline", "source", "stage", "sink", "admin", "intake"];
+const TABLES: [&str; 7] = ["pipeline", "source", "stage", "sink", "lookup", "admin", "intake"];
 
 /// The default and the range of `buffer`: below it, hardly one batch fits; above it, no machine.
 const BUFFER_BYTES: usize = 64 << 20;
@@ -55,7 +55,7 @@ pub fn parse(
     check.finish(config)
 }
 
-fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<PipelineConfig> {
+fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<PipelineConfig> {
     let mut root = match DeTable::parse(&file.text) {
         Ok(root) => root.into_inner(),
         Err(error) => {
@@ -69,7 +69,7 @@ fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<Pip
         }
     };
     let fingerprints = sink::fingerprints(&root, check);
-    substitute_table(&mut root, lookup, check);
+    substitute_table(&mut root, variables, check);
     if check.failed() {
         return None; // What an unset variable would have said is anyone's guess.
     }
@@ -87,6 +87,9 @@ fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<Pip
     let sinks = sections.sinks.into_iter().zip(fingerprints);
     let sinks: Vec<_> =
         sinks.filter_map(|(table, print)| sink::read(table, print, base, buffer, check)).collect();
+    let lookups = sections.lookups.into_iter();
+    let lookups: Vec<_> = lookups.filter_map(|table| lookup::read(table, base, check)).collect();
+    lookup::check_unique(&lookups, check);
     let admin = sections.admin.map(|table| admin(table, check));
     let intake = sections.intake.map(|table| intake::read(table, source.as_ref(), check));
 
@@ -102,6 +105,7 @@ fn read(file: &Arc<ConfigFile>, lookup: Lookup, check: &mut Check) -> Option<Pip
         source: source?,
         stages,
         sinks,
+        lookups,
         buffer_bytes_max: pipeline.buffer_bytes_max,
         rejected_max: pipeline.rejected_max,
         on_position_mismatch: pipeline.on_position_mismatch,
@@ -122,6 +126,7 @@ struct Sections<'i> {
     source: Option<Spanned<DeValue<'i>>>,
     stages: Vec<Spanned<DeValue<'i>>>,
     sinks: Vec<Spanned<DeValue<'i>>>,
+    lookups: Vec<Spanned<DeValue<'i>>>,
     admin: Option<Spanned<DeValue<'i>>>,
     intake: Option<Spanned<DeValue<'i>>>,
 }
@@ -137,6 +142,10 @@ impl<'i> Sections<'i> {
                 false => Vec::new(),
             },
             sinks: tables(&mut root, "[[sink]]", "type = \"stdout\"", check),
+            lookups: match root.contains_key("lookup") {
+                true => tables(&mut root, "[[lookup]]", "name = \"customers\"", check),
+                false => Vec::new(),
+            },
             admin: root.remove("admin"),
             intake: root.remove("intake"),
         };
@@ -255,6 +264,11 @@ fn example(key: &str) -> String {
     match key {
         "name" => "a name of your choice, such as name = \"cars\"".into(),
         "type" => "the type, such as type = \"kinesis\" for the source".into(),
+        "query" => {
+            "the query, such as query = \"SELECT id, name FROM customers WHERE id = ANY($1)\""
+                .into()
+        }
+        "host" => "the host, such as host = \"api.example.com\"".into(),
         "stream" => "the stream's name, such as stream = \"test\"".into(),
         "plugin" => "the component's file, such as plugin = \"decode.wasm\"".into(),
         "path" => "the database file, such as path = \"data/cars.db\"".into(),

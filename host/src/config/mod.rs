@@ -8,10 +8,13 @@ mod bindings;
 mod check;
 mod diagnostic;
 mod env;
+mod grant_http;
 mod intake;
 mod json;
 mod load;
+mod lookup;
 mod raw;
+mod secret;
 mod sink;
 mod source;
 mod stage;
@@ -26,7 +29,11 @@ use serde::{Deserialize, Serialize};
 
 pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
 pub use self::env::Lookup;
+pub(crate) use self::grant_http::is_travel_header;
+pub use self::grant_http::{HttpHostConfig, HttpMethod};
 pub use self::load::{load, parse};
+pub use self::lookup::{LookupCacheLimits, LookupConfig, LookupSource};
+pub use self::secret::Secret;
 pub use self::source::NotAStart;
 use crate::plugin::Capability;
 use crate::record::{
@@ -49,6 +56,8 @@ pub struct PipelineConfig {
     pub stages: Vec<StageConfig>,
     /// The sinks, at least one.
     pub sinks: Vec<SinkConfig>,
+    /// The tables that plugins may be granted to look rows up in.
+    pub lookups: Vec<LookupConfig>,
     /// Bytes that all sinks' buffers may hold together.
     pub buffer_bytes_max: usize,
     /// When more records than this are rejected, the lane blocks.

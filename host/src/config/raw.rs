@@ -211,6 +211,40 @@ pub(super) struct RawCommit {
     pub linger: Maybe<Span>,
 }
 
+/// `[[lookup]]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawLookup {
+    pub name: Spanned<Text>,
+    pub url: Spanned<Text>,
+    pub query: Spanned<Text>,
+    pub timeout: Maybe<Span>,
+    pub cache: Option<RawLookupCache>,
+}
+
+/// `[lookup.cache]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawLookupCache {
+    pub entries: Maybe<Count>,
+    pub bytes: Maybe<Size>,
+    pub ttl: Maybe<Span>,
+}
+
+/// One host of `stage.grant.http`
+#[derive(Deserialize)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a list of tables such as [{ host = \"api.example.com\" }]"
+)]
+pub(super) struct RawHttpHost {
+    pub host: Spanned<Text>,
+    pub headers: Option<BTreeMap<Spanned<String>, Spanned<Text>>>,
+    pub methods: Maybe<Vec<Spanned<Text>>>,
+    pub private: Option<bool>,
+    pub response: Maybe<Size>,
+}
+
 /// `[admin]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]

@@ -7,7 +7,7 @@
 mod bindings;
 pub mod build;
 mod cache;
-mod capability;
+pub mod capability;
 pub mod compile;
 mod descriptor;
 mod engine;

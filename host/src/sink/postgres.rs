@@ -14,7 +14,7 @@ mod kind;
 mod name;
 mod numeric;
 mod position;
-mod session;
+pub(crate) mod session;
 mod table;
 mod writer;
 

@@ -4,7 +4,9 @@
 //! answered in [`calls`], with what that instance keeps between its questions.
 
 mod calls;
+pub mod http;
 mod log;
+pub mod lookup;
 mod metric;
 
 use std::collections::BTreeSet;

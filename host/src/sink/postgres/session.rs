@@ -158,7 +158,7 @@ impl From<tokio_postgres::Error> for StepError {
 }
 
 /// Reads a connection string and fills in the timeouts that it leaves open.
-pub(super) fn config(url: &str) -> Result<Config, String> {
+pub(crate) fn config(url: &str) -> Result<Config, String> {
     if let Some(mode) = ssl_mode(url)
         && matches!(mode, "require" | "verify-ca" | "verify-full")
     {
@@ -211,7 +211,7 @@ fn ssl_mode(text: &str) -> Option<&str> {
 }
 
 /// Host and database, for errors.
-pub(super) fn place(config: &Config) -> String {
+pub(crate) fn place(config: &Config) -> String {
     let host = match config.get_hosts().first() {
         Some(Host::Tcp(host)) => host.clone(),
         #[cfg(unix)]
@@ -227,7 +227,7 @@ pub(super) fn place(config: &Config) -> String {
 }
 
 /// An error with all that the server said, or with its causes.
-pub(super) fn describe(error: &tokio_postgres::Error) -> String {
+pub(crate) fn describe(error: &tokio_postgres::Error) -> String {
     let Some(said) = error.as_db_error() else {
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(error);

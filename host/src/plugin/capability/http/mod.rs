@@ -1,0 +1,312 @@
+//! The capability `http`: requests to the hosts that a stage's grant lists, and to no other.
+//!
+//! [`HttpGrant::send`] is the whole way: the request is checked against the grant, the grant's
+//! headers are added, the address is checked by [`resolver`] and [`address`], and the answer is read
+//! up to its limit. Redirects are not followed, for they would lead past the grant; proxies of the
+//! environment are not asked, for they would connect where nothing was checked.
+
+mod address;
+mod resolver;
+
+use std::error::Error as _;
+use std::fmt::{self, Write as _};
+use std::net::IpAddr;
+use std::time::Instant;
+
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use reqwest::redirect::Policy;
+use reqwest::{Client, Method};
+use tokio::runtime::Handle;
+use url::{Host, Url};
+
+use self::address::is_allowed;
+use self::resolver::{GuardedResolver, RefusedAddress};
+use crate::config::{HttpHostConfig, HttpMethod, is_travel_header};
+
+/// Who asks, unless the plugin or the grant says otherwise.
+const USER_AGENT: &str = concat!("shardmill/", env!("CARGO_PKG_VERSION"));
+
+/// Headers of one request: more than any API asks for.
+const HEADERS_MAX: usize = 100;
+
+/// What one stage's plugin may send, and to whom. Its lanes share it, with its connections.
+pub struct HttpGrant {
+    hosts: Vec<GrantedHost>,
+    public: Client,
+    private: Client,
+    runtime: Handle,
+}
+
+/// A host with its headers, ready to be sent.
+struct GrantedHost {
+    config: HttpHostConfig,
+    headers: HeaderMap,
+}
+
+/// A request as a plugin makes it.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// Such as `GET`.
+    pub method: String,
+    /// With scheme and host.
+    pub url: String,
+    /// Names and values.
+    pub headers: Vec<(String, String)>,
+    /// Empty: none.
+    pub body: Vec<u8>,
+}
+
+/// What was answered, whatever its status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// Such as 200.
+    pub status: u16,
+    /// Names in lower case, and values; bytes that are no UTF-8 are replaced by U+FFFD.
+    pub headers: Vec<(String, String)>,
+    /// At most the grant's limit.
+    pub body: Vec<u8>,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct HttpFailure {
+    /// Whether the same request may be answered later. False: it is not allowed, or wrong.
+    pub retryable: bool,
+    /// Why, in one line without secrets.
+    pub message: String,
+}
+
+impl HttpFailure {
+    fn retryable(message: impl Into<String>) -> Self {
+        Self { retryable: true, message: message.into() }
+    }
+
+    fn refused(message: impl Into<String>) -> Self {
+        Self { retryable: false, message: message.into() }
+    }
+}
+
+impl HttpGrant {
+    /// A grant of these hosts. Nothing is connected yet. Connections live on `runtime`, which must
+    /// drive time and the network.
+    ///
+    /// # Errors
+    /// When the client cannot be made: the machine's certificates cannot be read, or a header of the
+    /// grant is none.
+    pub fn new(hosts: &[HttpHostConfig], runtime: Handle) -> Result<Self, HttpFailure> {
+        crate::tls::install();
+        let hosts: Result<Vec<_>, _> = hosts.iter().cloned().map(GrantedHost::new).collect();
+        Ok(Self { hosts: hosts?, public: client(false)?, private: client(true)?, runtime })
+    }
+
+    /// Sends a request and reads the answer. Blocks until `deadline` at most: call it from a
+    /// blocking thread, never from async code.
+    ///
+    /// # Errors
+    /// [`HttpFailure`] when the request is not granted, when nobody answers, and when the answer is
+    /// too long. An answer with any status is no error.
+    pub fn send(&self, request: Request, deadline: Instant) -> Result<Response, HttpFailure> {
+        let url = Url::parse(&request.url)
+            .map_err(|error| HttpFailure::refused(format!("the URL cannot be read: {error}")))?;
+        let granted = self.granted(&url)?;
+        let method = granted.method(&request.method)?;
+        let headers = granted.headers(&request.headers)?;
+        let client = if granted.config.private { &self.private } else { &self.public };
+        let mut prepared = client.request(method, url).headers(headers);
+        if !request.body.is_empty() {
+            prepared = prepared.body(request.body);
+        }
+        let limit = granted.config.response_bytes_max;
+        let answer =
+            async { tokio::time::timeout_at(deadline.into(), read(prepared, limit)).await };
+        let answer = self.runtime.block_on(answer);
+        let answer = answer.unwrap_or_else(|_| {
+            Err(HttpFailure::retryable("no complete answer within the time of the call"))
+        });
+        answer.map_err(|failure| {
+            let place = &granted.config.host;
+            HttpFailure { message: format!("{place}: {}", failure.message), ..failure }
+        })
+    }
+
+    /// The grant for a URL: host and port must be listed, and the way there allowed.
+    fn granted(&self, url: &Url) -> Result<&GrantedHost, HttpFailure> {
+        let refused = |message: String| Err(HttpFailure::refused(message));
+        if !matches!(url.scheme(), "https" | "http") {
+            return refused(format!("`{}://` is not granted: use https://", url.scheme()));
+        }
+        let (Some(host), Some(port)) = (url.host_str(), url.port_or_known_default()) else {
+            return refused("the URL has no host".to_owned());
+        };
+        // The grant's headers are the way to say who asks.
+        if !url.username().is_empty() || url.password().is_some() {
+            return refused("the URL has a user or a password: they are not sent".to_owned());
+        }
+        let is_port = |granted: &HttpHostConfig| match granted.port {
+            Some(granted) => granted == port,
+            None => url.port().is_none(),
+        };
+        let granted = self
+            .hosts
+            .iter()
+            .find(|granted| granted.config.host == host && is_port(&granted.config));
+        let Some(granted) = granted else {
+            return refused(format!(
+                "{host}:{port} is not granted: add it to `http` in [stage.grant]"
+            ));
+        };
+        let private = granted.config.private;
+        if url.scheme() == "http" && !private {
+            return refused(format!("{host} is granted by https:// only"));
+        }
+        // A literal address is not resolved, so it is checked here.
+        let literal = match url.host() {
+            Some(Host::Ipv4(address)) => Some(IpAddr::V4(address)),
+            Some(Host::Ipv6(address)) => Some(IpAddr::V6(address)),
+            _ => None,
+        };
+        if let Some(address) = literal.filter(|address| !is_allowed(*address, private)) {
+            let name = "the URL".to_owned();
+            return refused(RefusedAddress { name, address, private }.to_string());
+        }
+        Ok(granted)
+    }
+}
+
+impl GrantedHost {
+    fn new(config: HttpHostConfig) -> Result<Self, HttpFailure> {
+        let mut headers = HeaderMap::new();
+        for (name, value) in &config.headers {
+            let parsed = HeaderName::from_bytes(name.as_bytes())
+                .ok()
+                .zip(HeaderValue::from_str(value.reveal()).ok());
+            let Some((parsed, mut value)) = parsed else {
+                let message = format!("the grant of {}: {name:?} is no header", config.host);
+                return Err(HttpFailure::refused(message));
+            };
+            value.set_sensitive(true);
+            headers.insert(parsed, value);
+        }
+        Ok(Self { config, headers })
+    }
+
+    fn method(&self, name: &str) -> Result<Method, HttpFailure> {
+        let granted = self.config.methods.iter().find(|method| method.name() == name);
+        let Some(granted) = granted else {
+            let methods: Vec<&str> = self.config.methods.iter().map(|m| m.name()).collect();
+            return Err(HttpFailure::refused(format!(
+                "the method {:?} is not granted for {}: {} are",
+                shortened(name),
+                self.config.host,
+                methods.join(", ")
+            )));
+        };
+        Ok(match granted {
+            HttpMethod::Get => Method::GET,
+            HttpMethod::Head => Method::HEAD,
+            HttpMethod::Post => Method::POST,
+            HttpMethod::Put => Method::PUT,
+            HttpMethod::Patch => Method::PATCH,
+            HttpMethod::Delete => Method::DELETE,
+            HttpMethod::Options => Method::OPTIONS,
+        })
+    }
+
+    /// The plugin's headers and the grant's, which no plugin's may replace.
+    fn headers(&self, asked: &[(String, String)]) -> Result<HeaderMap, HttpFailure> {
+        let refused = |message: String| Err(HttpFailure::refused(message));
+        if asked.len() > HEADERS_MAX {
+            return refused(format!("the request has more than {HEADERS_MAX} headers"));
+        }
+        let mut headers = HeaderMap::new();
+        for (name, value) in asked {
+            let Ok(parsed) = HeaderName::from_bytes(name.as_bytes()) else {
+                return refused(format!("{:?} is no name of a header", shortened(name)));
+            };
+            if is_travel_header(parsed.as_str()) {
+                return refused(format!("the header `{parsed}` is the host's to set"));
+            }
+            if self.headers.contains_key(&parsed) {
+                return refused(format!("the header `{parsed}` is set by the grant"));
+            }
+            let Ok(value) = HeaderValue::from_str(value) else {
+                return refused(format!("the value of header `{parsed}` is not one line of text"));
+            };
+            headers.append(parsed, value);
+        }
+        headers.extend(self.headers.clone());
+        Ok(headers)
+    }
+}
+
+impl fmt::Debug for HttpGrant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hosts = self.hosts.iter().map(|granted| &granted.config);
+        f.debug_list().entries(hosts).finish()
+    }
+}
+
+fn client(private: bool) -> Result<Client, HttpFailure> {
+    Client::builder()
+        .tls_backend_rustls()
+        .redirect(Policy::none())
+        .no_proxy()
+        .referer(false)
+        // A request that is tried again is the plugin's decision: it may not bear being sent twice.
+        .retry(reqwest::retry::never())
+        .https_only(!private)
+        .user_agent(USER_AGENT)
+        .dns_resolver(GuardedResolver { private })
+        .build()
+        .map_err(|error| HttpFailure::refused(described(error)))
+}
+
+/// Sends, and reads up to `limit` bytes of body.
+async fn read(prepared: reqwest::RequestBuilder, limit: usize) -> Result<Response, HttpFailure> {
+    let mut answer = prepared.send().await.map_err(failure)?;
+    let status = answer.status().as_u16();
+    let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+    let headers =
+        answer.headers().iter().map(|(name, value)| (name.to_string(), text(value))).collect();
+    let mut body = Vec::new();
+    while let Some(chunk) = answer.chunk().await.map_err(failure)? {
+        if body.len() + chunk.len() > limit {
+            return Err(HttpFailure::refused(format!(
+                "the answer has more than {limit} bytes, the limit `response` of the grant"
+            )));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(Response { status, headers, body })
+}
+
+/// What the client says, without the URL: the plugin knows it, and logs need not.
+fn failure(error: reqwest::Error) -> HttpFailure {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = error.source();
+    while let Some(deeper) = cause {
+        if let Some(refused) = deeper.downcast_ref::<RefusedAddress>() {
+            return HttpFailure::refused(refused.to_string());
+        }
+        cause = deeper.source();
+    }
+    let retryable = !error.is_builder();
+    HttpFailure { retryable, message: described(error) }
+}
+
+fn described(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(deeper) = cause {
+        // Writing into a String cannot fail.
+        let _ = write!(text, ": {deeper}");
+        cause = deeper.source();
+    }
+    text
+}
+
+/// A plugin's text for an error: its first characters.
+fn shortened(text: &str) -> String {
+    text.chars().take(64).collect()
+}

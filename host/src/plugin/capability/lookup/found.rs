@@ -1,0 +1,83 @@
+//! Rows on their way from a query, by the keys that asked for them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::LookupError;
+
+/// What the rows of one call may take in memory: as much as a stage may hand back by default.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// The rows found.
+#[derive(Default)]
+pub(super) struct Found {
+    rows: HashMap<Arc<str>, Arc<str>>,
+    bytes: usize,
+    stranger: Option<String>,
+}
+
+impl Found {
+    /// Adds a row for all keys that mean it. Of several rows of one key the first counts.
+    pub(super) fn add(&mut self, keys: &[Arc<str>], row: &str) -> Result<(), LookupError> {
+        let is_new = keys.iter().any(|key| !self.rows.contains_key(key));
+        if !is_new {
+            return Ok(());
+        }
+        self.bytes += row.len();
+        if self.bytes > ANSWER_BYTES_MAX {
+            return Err(LookupError::lasting(format!(
+                "the rows of one call take more than {ANSWER_BYTES_MAX} bytes: name fewer columns \
+                 in the query, or ask for fewer keys"
+            )));
+        }
+        let row: Arc<str> = row.into();
+        for key in keys {
+            self.rows.entry(Arc::clone(key)).or_insert_with(|| Arc::clone(&row));
+        }
+        Ok(())
+    }
+
+    /// Notes a row of a key that nobody asked for.
+    pub(super) fn add_stranger(&mut self, key: &str) {
+        self.stranger.get_or_insert_with(|| key.chars().take(64).collect());
+    }
+
+    /// The first key of a row that nobody asked for, cut to 64 characters.
+    pub(super) fn first_stranger(&self) -> Option<&str> {
+        self.stranger.as_deref()
+    }
+
+    pub(super) fn into_rows(self) -> HashMap<Arc<str>, Arc<str>> {
+        self.rows
+    }
+}
+
+/// Keys that were asked for, by what each means to the table: `7` and `007` are one number.
+pub(super) struct Asked<M> {
+    keys: HashMap<M, Vec<Arc<str>>>,
+}
+
+impl<M: Eq + std::hash::Hash> Asked<M> {
+    /// Keys by `meaning`; those without one cannot have a row.
+    pub(super) fn new(keys: &[Arc<str>], meaning: impl Fn(&str) -> Option<M>) -> Self {
+        let mut asked: HashMap<M, Vec<Arc<str>>> = HashMap::with_capacity(keys.len());
+        for key in keys {
+            if let Some(meaning) = meaning(key) {
+                asked.entry(meaning).or_default().push(Arc::clone(key));
+            }
+        }
+        Self { keys: asked }
+    }
+
+    pub(super) fn meanings(&self) -> impl Iterator<Item = &M> {
+        self.keys.keys()
+    }
+
+    pub(super) fn keys<Q>(&self, meaning: &Q) -> Option<&[Arc<str>]>
+    where
+        M: std::borrow::Borrow<Q>,
+        Q: Eq + std::hash::Hash + ?Sized,
+    {
+        self.keys.get(meaning).map(Vec::as_slice)
+    }
+}

@@ -1,0 +1,100 @@
+//! The words of `lookup.get`: keys as a plugin names them, and rows as it gets them.
+
+use std::sync::Arc;
+
+/// Keys that one call may ask for: more than any batch has, and few enough to hold.
+pub const KEYS_PER_CALL_MAX: usize = 100_000;
+
+/// The words that stand for no row.
+const NONE: [u32; 2] = [u32::MAX, 0];
+
+/// Words that break the contract of `lookup.get`: a trap.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum BadKeys {
+    #[error("the keys are {0} words, and each key has two")]
+    Odd(usize),
+    #[error("a call asked for {0} keys, over the limit of {KEYS_PER_CALL_MAX}")]
+    TooMany(usize),
+    #[error("key {key} ends at byte {end} of an arena of {arena} bytes")]
+    OutOfArena { key: usize, end: u64, arena: usize },
+    #[error("key {0} is no UTF-8")]
+    NotText(usize),
+}
+
+/// Rows that do not fit into an answer.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the rows take more than {bytes_max} bytes, the limit of one answer: ask for fewer keys")]
+pub struct TooLarge {
+    bytes_max: usize,
+}
+
+/// The keys that a plugin asks for: two words per key, the span of its text in `arena`.
+///
+/// # Errors
+/// [`BadKeys`] where the words are no such thing.
+pub fn keys<'a>(arena: &'a [u8], words: &[u32]) -> Result<Vec<&'a str>, BadKeys> {
+    let (spans, []) = words.as_chunks::<2>() else { return Err(BadKeys::Odd(words.len())) };
+    if spans.len() > KEYS_PER_CALL_MAX {
+        return Err(BadKeys::TooMany(spans.len()));
+    }
+    let text = |(key, [start, length]): (usize, &[u32; 2])| {
+        let end = u64::from(*start) + u64::from(*length);
+        let range = usize::try_from(*start).ok().zip(usize::try_from(end).ok());
+        let bytes = range.and_then(|(start, end)| arena.get(start..end));
+        let bytes = bytes.ok_or(BadKeys::OutOfArena { key, end, arena: arena.len() })?;
+        std::str::from_utf8(bytes).map_err(|_| BadKeys::NotText(key))
+    };
+    spans.iter().enumerate().map(text).collect()
+}
+
+/// Rows as a plugin gets them: an arena, and two words per key. `bytes_max`, at most 4 GiB, bounds
+/// the arena: a plugin may ask for one large row many times.
+///
+/// # Errors
+/// [`TooLarge`] where they take more.
+pub fn found(rows: &[Option<Arc<str>>], bytes_max: usize) -> Result<(Vec<u8>, Vec<u32>), TooLarge> {
+    let bytes_max = bytes_max.min(u32::MAX as usize);
+    let bytes = rows.iter().flatten().map(|row| row.len()).fold(0_usize, usize::saturating_add);
+    if bytes > bytes_max {
+        return Err(TooLarge { bytes_max });
+    }
+    let mut arena = Vec::with_capacity(bytes);
+    let mut words = Vec::with_capacity(rows.len() * 2);
+    for row in rows {
+        // Neither is cut: the arena has at most `u32::MAX` bytes.
+        words.extend(row.as_ref().map_or(NONE, |row| [arena.len() as u32, row.len() as u32]));
+        arena.extend_from_slice(row.as_ref().map_or(&[], |row| row.as_bytes()));
+    }
+    Ok((arena, words))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_become_texts_or_are_refused() {
+        let arena = "añb".as_bytes();
+        assert_eq!(keys(arena, &[0, 1, 1, 2, 3, 1, 4, 0]), Ok(vec!["a", "ñ", "b", ""]));
+        assert_eq!(keys(arena, &[]), Ok(vec![]));
+        assert_eq!(keys(arena, &[0]), Err(BadKeys::Odd(1)));
+        assert_eq!(keys(arena, &[0, 1, 1, 1]), Err(BadKeys::NotText(1)));
+        for span in [[0, 5], [4, 1], [5, 0], [u32::MAX, 0], [u32::MAX, u32::MAX]] {
+            let end = u64::from(span[0]) + u64::from(span[1]);
+            assert_eq!(keys(arena, &span), Err(BadKeys::OutOfArena { key: 0, end, arena: 4 }));
+        }
+        let many = vec![0; 2 * KEYS_PER_CALL_MAX + 2];
+        assert_eq!(keys(arena, &many), Err(BadKeys::TooMany(KEYS_PER_CALL_MAX + 1)));
+    }
+
+    #[test]
+    fn rows_become_spans_that_give_them_back() {
+        let rows: Vec<Option<Arc<str>>> =
+            vec![Some("{\"a\":1}".into()), None, Some("".into()), Some("{}".into())];
+        let (arena, words) = found(&rows, 9).expect("9 bytes");
+        assert_eq!(words, [0, 7, u32::MAX, 0, 7, 0, 7, 2]);
+        assert_eq!(keys(&arena, &[0, 7, 7, 0, 7, 2]), Ok(vec!["{\"a\":1}", "", "{}"]));
+        assert_eq!(found(&rows, 8), Err(TooLarge { bytes_max: 8 }));
+    }
+}
