@@ -123,7 +123,10 @@ fn asks(language: &str) {
         component.display().to_string()
     };
     assert!(imports(&built("far")).into_iter().eq(["http", "lookup"]));
-    assert!(imports(&built("near")).into_iter().eq(["clock", "log", "metrics", "random"]));
+    let near = built("near");
+    assert!(imports(&near).into_iter().eq(["clock", "log", "metrics", "random"]));
+    let inspected = run_ok(&["plugin", "inspect", "--json", &near]);
+    assert!(inspected.contains(r#""needs":["make text not null","id bigint"]"#), "{inspected}");
 
     let pipeline = r#"
 [pipeline]

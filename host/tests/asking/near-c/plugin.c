@@ -9,6 +9,8 @@ static uint32_t seen;
 void sm_configure(const sm_context *context) {
     (void)context;
     sm_plugin("near", "0.1.0");
+    sm_needs("make", "text");
+    sm_needs_nullable("id", "bigint");
     sm_route("out", "application/json");
     seen = sm_counter("seen", "Records seen");
     sm_log(SM_INFO, "configured");

@@ -12,6 +12,10 @@ func main() {}
 
 func configure(*shardmill.Context) (described shardmill.Descriptor, plugin shardmill.Plugin, err error) {
 	described.Name, described.Version = "near", "0.1.0"
+	described.Needs = []shardmill.Column{
+		{Name: "make", DataType: "text"},
+		{Name: "id", DataType: "bigint", Nullable: true},
+	}
 	described.Routes = []shardmill.Route{{Name: "out", Format: "application/json"}}
 	seen, err = shardmill.NewCounter("seen", "Records seen")
 	shardmill.Log(shardmill.Info, "configured")
