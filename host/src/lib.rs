@@ -20,3 +20,4 @@ pub mod source;
 pub mod stage;
 pub mod supervisor;
 pub mod tls;
+pub mod workbench;

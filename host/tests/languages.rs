@@ -68,6 +68,19 @@ fn newcomers_path(language: &str, source: &str) {
     let edited = text.replace(line, &line.replace("Hello", "Ahoy"));
     std::fs::write(&source, edited).expect("written");
 
+    // The cases see the change, and accept it.
+    let test = |options: &[&str]| {
+        let mut command = shardmill(&["test", &shown]);
+        let tested = output(with_tools(command.args(options)));
+        (tested.status.code(), String::from_utf8_lossy(&tested.stdout).into_owned())
+    };
+    let (code, differs) = test(&[]);
+    assert_eq!(code, Some(1), "{differs}");
+    assert!(differs.contains("+       \"greeting\": \"Ahoy, Ada!\""), "{differs}");
+    assert_eq!(test(&["--no-build", "--update"]).0, Some(0));
+    let (code, passed) = test(&["--no-build"]);
+    assert!(code == Some(0) && passed.contains("2 passed, 0 failed"), "{passed}");
+
     let component = folder.join("my-first.wasm");
     build(&folder, &component);
 
@@ -88,7 +101,9 @@ fn example(name: &str, letters: u64) {
     let manifest = std::fs::read_to_string(folder.join("plugin.toml")).expect("a manifest");
     let plugin = manifest.lines().find_map(|line| line.strip_prefix("name = ")).expect("a name");
     let plugin = plugin.trim_matches('"');
-    build(&folder, &place.path().join(format!("{plugin}.wasm")));
+    let component = place.path().join(format!("{plugin}.wasm"));
+    build(&folder, &component);
+    conforms(&folder, &component);
 
     let pipeline = folder.join("pipeline.toml").display().to_string();
     let with_places = |arguments: &[&str]| {
@@ -167,22 +182,41 @@ fn imports(component: &str) -> BTreeSet<String> {
     ours.filter(|name| name != "types").collect()
 }
 
+/// A component's cases hold, and it does what every plugin must.
+fn conforms(folder: &Path, component: &Path) {
+    let beside = component.with_file_name("tests");
+    std::fs::create_dir_all(&beside).expect("a folder");
+    for case in std::fs::read_dir(folder.join("tests")).expect("cases").flatten() {
+        std::fs::copy(case.path(), beside.join(case.file_name())).expect("copied");
+    }
+    let component = component.display().to_string();
+    let tested = run_ok(&["test", &component]);
+    assert!(tested.contains(" passed, 0 failed"), "{tested}");
+    let checked = run_ok(&["plugin", "conformance", &component]);
+    assert_eq!(checked.matches("ok      ").count(), 11, "{checked}");
+}
+
 /// Builds a plugin's folder by the compilers that the tests were told of.
 fn build(folder: &Path, component: &Path) {
+    let (folder, component) = (folder.display().to_string(), component.display().to_string());
+    let mut command: Command = shardmill(&["plugin", "build", &folder, "-o", &component]);
+    let built = output(with_tools(&mut command));
+    assert!(built.status.success(), "{folder}: {}", String::from_utf8_lossy(&built.stderr));
+}
+
+/// Tells a command where the compilers are.
+fn with_tools(command: &mut Command) -> &mut Command {
     let tools = std::env::var_os("SHARDMILL_TEST_TOOLS")
         .expect("SHARDMILL_TEST_TOOLS names the folders of compilers: run `cargo xtask test`");
     let mut path: Vec<PathBuf> = std::env::split_paths(&tools).collect();
     path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
-    let (folder, component) = (folder.display().to_string(), component.display().to_string());
-    let mut command: Command = shardmill(&["plugin", "build", &folder, "-o", &component]);
     command.env("PATH", std::env::join_paths(path).expect("folders"));
     // One for all, so that dependencies are compiled once.
     command.env("CARGO_TARGET_DIR", root().join("target/plugins-in-tests"));
     if let Some(rustc) = std::env::var_os("SHARDMILL_TEST_WASM_RUSTC") {
         command.env("RUSTC", rustc);
     }
-    let built = output(&mut command);
-    assert!(built.status.success(), "{folder}: {}", String::from_utf8_lossy(&built.stderr));
+    command
 }
 
 /// The rows among the lines that a run prints.

@@ -9,6 +9,7 @@ mod progress;
 mod run;
 mod sinks;
 mod stream;
+mod test;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -74,7 +75,13 @@ enum Command {
     /// Make a new plugin.
     #[command(subcommand)]
     New(new::Command),
-    /// Build and inspect plugins.
+    /// Run a plugin's test cases; accept what it does; make cases of real records.
+    #[command(
+        after_help = "Examples:\n  shardmill test\n  shardmill test geo --update\n  shardmill test geo \
+                      --from-dlq --pipeline pipeline.toml --stage geo --redact /user/email"
+    )]
+    Test(test::Options),
+    /// Build, inspect, prove and measure plugins.
     #[command(subcommand)]
     Plugin(plugin::Command),
     /// Compile a component: what this program starts itself for, in a process with limits.
@@ -157,6 +164,7 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Intake(options) => intake::intake(options, console).await,
         Command::Stream(command) => stream::stream(command, console).await,
         Command::New(command) => new::new(command, console),
+        Command::Test(options) => test::test(options, console).await,
         Command::Plugin(command) => plugin::plugin(command, console),
         Command::CompileComponent { .. } | Command::Completions { .. } => Ok(()),
     }

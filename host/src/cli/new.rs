@@ -33,10 +33,7 @@ pub fn new(command: Command, console: &Console) -> anyhow::Result<()> {
     for file in &made.files {
         console.say(format!("  {}", file.display()));
     }
-    console.say(format!(
-        "next: cd {}; shardmill plugin build . && shardmill run",
-        made.folder.display()
-    ));
+    console.say(format!("next: cd {}; shardmill test && shardmill run", made.folder.display()));
     console.report(&serde_json::json!({
         "name": name,
         "folder": made.folder,

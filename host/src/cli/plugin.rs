@@ -1,12 +1,20 @@
-//! `shardmill plugin`: build a component, look into one.
+//! `shardmill plugin`: build a component, prove it, measure it, look into it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use anyhow::{Context as _, ensure};
+use bytes::Bytes;
 use serde::Serialize;
 
 use super::Console;
 use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION};
+use crate::workbench::bench;
+use crate::workbench::case::CaseFile;
+use crate::workbench::conformance::{self, Checked};
+use crate::workbench::junit::{self, JunitCase};
+use crate::workbench::{TrialRecord, Workbench};
 
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -20,6 +28,41 @@ pub enum Command {
         /// Where the component goes; default: NAME.wasm in the folder.
         #[arg(short, long)]
         out: Option<PathBuf>,
+    },
+    /// Prove that a component does what every plugin must, whatever it is for.
+    #[command(
+        after_help = "Example:\n  shardmill plugin conformance geo.wasm --input events.ndjson"
+    )]
+    Conformance {
+        /// The component. Without --input, the records are those of the cases beside it.
+        file: PathBuf,
+        /// The configuration, as JSON; default: that of the first case, or {}.
+        #[arg(long)]
+        config: Option<String>,
+        /// Files with records, one a line.
+        #[arg(long, value_name = "FILE")]
+        input: Vec<PathBuf>,
+        /// Write the results as JUnit XML as well.
+        #[arg(long, value_name = "FILE")]
+        junit: Option<PathBuf>,
+    },
+    /// Measure a component: time per record, memory, time to start and to compile.
+    #[command(after_help = "Example:\n  shardmill plugin bench geo.wasm --input events.ndjson")]
+    Bench {
+        /// The component. Without --input, the records are those of the cases beside it.
+        file: PathBuf,
+        /// The configuration, as JSON; default: that of the first case, or {}.
+        #[arg(long)]
+        config: Option<String>,
+        /// Files with records, one a line.
+        #[arg(long, value_name = "FILE")]
+        input: Vec<PathBuf>,
+        /// Records of one call.
+        #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+        batch: u32,
+        /// How long to measure.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=600))]
+        seconds: u64,
     },
     /// Show what a component is: digest, size, routes, formats, columns.
     #[command(after_help = "Example:\n  shardmill plugin inspect car-decode.wasm --config '{}'")]
@@ -57,6 +100,14 @@ struct RouteInspection {
 pub fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Build { folder, out } => build(&folder, out, console),
+        Command::Conformance { file, config, input, junit } => {
+            let subject = Subject::load(&file, config, &input)?;
+            conformance(&subject, junit.as_deref(), console)
+        }
+        Command::Bench { file, config, input, batch, seconds } => {
+            let subject = Subject::load(&file, config, &input)?;
+            bench(&subject, batch as usize, Duration::from_secs(seconds), console)
+        }
         Command::Inspect { file, config } => inspect(&file, config, console),
     }
 }
@@ -67,6 +118,108 @@ fn build(folder: &std::path::Path, out: Option<PathBuf>, console: &Console) -> a
     console.report(&serde_json::json!({
         "component": built.component,
         "component_bytes": built.component_bytes,
+    }))
+}
+
+/// A component with a configuration and records to try it on.
+struct Subject {
+    workbench: Workbench,
+    compile: Duration,
+    config_json: String,
+    records: Vec<TrialRecord>,
+}
+
+impl Subject {
+    /// Records of files, else those of the cases beside the component, else some made up.
+    fn load(file: &Path, config: Option<String>, inputs: &[PathBuf]) -> anyhow::Result<Self> {
+        let begun = Instant::now();
+        let workbench = Workbench::new(super::load_plugin(file)?);
+        let compile = begun.elapsed();
+        let mut payloads: Vec<Bytes> = Vec::new();
+        for input in inputs {
+            let text = std::fs::read(input)
+                .with_context(|| format!("failed to read {}", input.display()))?;
+            let lines = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+            payloads.extend(lines.map(Bytes::copy_from_slice));
+        }
+        let mut case_config = None;
+        if inputs.is_empty() {
+            for path in CaseFile::in_folder(file.parent().unwrap_or(Path::new("")))? {
+                for case in CaseFile::read(&path)?.cases {
+                    let config_json = case.config_json();
+                    // One configuration, and the cases that have it.
+                    if *case_config.get_or_insert(config_json.clone()) == config_json {
+                        let records = case.records(&path).map_err(anyhow::Error::msg)?;
+                        payloads.extend(records.into_iter().map(|record| record.payload));
+                    }
+                }
+            }
+        }
+        if payloads.is_empty() {
+            payloads =
+                ["", "plain text", "{\"id\":7,\"name\":\"x\"}", "[1,2.5,null]", "ünïcödé 漢字"]
+                    .map(|text| Bytes::from_static(text.as_bytes()))
+                    .into();
+            payloads.push(Bytes::from_static(&[0, 159, 146, 150, 255]));
+        }
+        let records = payloads.into_iter().enumerate();
+        Ok(Self {
+            workbench,
+            compile,
+            config_json: config.or(case_config).unwrap_or_else(|| "{}".into()),
+            records: records.map(|(index, payload)| TrialRecord::new(index, payload)).collect(),
+        })
+    }
+}
+
+fn conformance(subject: &Subject, junit: Option<&Path>, console: &Console) -> anyhow::Result<()> {
+    let checks = conformance::run(&subject.workbench, &subject.config_json, &subject.records);
+    for Checked { check, failure } in &checks {
+        match failure {
+            None => console.say(format!("ok      {check}")),
+            Some(failure) => console.say(format!("FAILED  {check}\n        {failure}")),
+        }
+    }
+    for check in &checks {
+        console.report(check)?;
+    }
+    if let Some(path) = junit {
+        let cases = checks.iter().map(|checked| JunitCase {
+            name: checked.check.to_owned(),
+            failure: checked.failure.clone(),
+        });
+        let document = junit::document("conformance", &cases.collect::<Vec<_>>())?;
+        std::fs::write(path, document)
+            .with_context(|| format!("failed to write {}", path.display()))?;
+    }
+    let failed = checks.iter().filter(|checked| checked.failure.is_some()).count();
+    ensure!(failed == 0, "{failed} of {} checks failed", checks.len());
+    Ok(())
+}
+
+fn bench(
+    subject: &Subject,
+    batch: usize,
+    duration: Duration,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let records = subject.records.iter().cycle().take(batch).enumerate();
+    let records: Vec<_> =
+        records.map(|(index, record)| TrialRecord::new(index, record.payload.clone())).collect();
+    let measured = bench::run(&subject.workbench, &subject.config_json, &records, duration)?;
+    let ns = measured.ns_per_record;
+    let (p10, p90) = (measured.ns_per_record_p10, measured.ns_per_record_p90);
+    console.say(format!("calls        {} of {batch} records", measured.calls));
+    console.say(format!("per record   {ns:.0} ns ({p10:.0} to {p90:.0} in 8 of 10 calls)"));
+    let (per_s, mib) = (measured.records_per_s, measured.mib_per_s);
+    console.say(format!("throughput   {per_s:.0} records/s, {mib:.1} MiB/s on one core"));
+    console.say(format!("memory       {} KiB", measured.memory_bytes / 1024));
+    console.say(format!("start        {:.0} µs", measured.start_us));
+    console.say(format!("compile      {:.0} ms", subject.compile.as_secs_f64() * 1e3));
+    console.say(measured.histogram());
+    console.report(&serde_json::json!({
+        "compile_ms": subject.compile.as_secs_f64() * 1e3,
+        "measured": measured,
     }))
 }
 

@@ -38,6 +38,18 @@ pub struct PluginManifest {
     pub language: Language,
     /// What it asks of the host. Rust, C and Go import what they use and need no list.
     pub capabilities: BTreeSet<Capability>,
+    /// How it is tested.
+    pub test: TestRules,
+}
+
+/// `[test]`: how a plugin is tested.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TestRules {
+    /// Members of JSON payloads that captured cases must not show, by pointer (RFC 6901).
+    pub redact: Vec<String>,
+    /// Whether captured cases show partition keys as hashes.
+    pub redact_keys: bool,
 }
 
 /// Why a folder is no plugin's.
@@ -75,6 +87,8 @@ pub enum ManifestError {
 #[serde(deny_unknown_fields)]
 struct Raw {
     plugin: RawPlugin,
+    #[serde(default)]
+    test: TestRules,
 }
 
 #[derive(Deserialize)]
@@ -107,7 +121,7 @@ impl PluginManifest {
                 "`name = {name:?}`: a plugin's name is 1 to 64 of a-z, 0-9, - and _, the first a letter"
             )));
         }
-        Ok(Self { name, language, capabilities })
+        Ok(Self { name, language, capabilities, test: raw.test })
     }
 
     fn of_crate(dir: &Path) -> Result<Self, ManifestError> {
@@ -120,6 +134,7 @@ impl PluginManifest {
             name: name.unwrap_or("plugin").to_owned(),
             language: Language::Rust,
             capabilities: BTreeSet::new(),
+            test: TestRules::default(),
         })
     }
 }

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 
 use super::store::{StateError, StateStore, columns, now_ms, position};
-use crate::record::{Position, ShardKey, SinkName, StageName};
+use crate::record::{Position, SequenceNumber, ShardKey, SinkName, StageName};
 
 /// Where a record failed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -64,6 +64,19 @@ pub struct DeadLetter {
     pub reason: String,
     /// The plugin's stack where it trapped.
     pub backtrace: String,
+}
+
+/// A record as it entered the stage that did not take it.
+#[derive(Clone, Debug)]
+pub struct EnteredRecord {
+    /// Its partition key.
+    pub key: Vec<u8>,
+    /// Its payload.
+    pub payload: Vec<u8>,
+    /// Its sequence number in its shard.
+    pub sequence: SequenceNumber,
+    /// When the stream took it, in milliseconds since 1970.
+    pub arrived_ms: u64,
 }
 
 /// A letter as it is listed.
@@ -230,6 +243,35 @@ impl DeadLetters {
                         place: row.get(3)?,
                         plugin: row.get(4)?,
                         reason: row.get(5)?,
+                    })
+                })?;
+                rows.collect()
+            })
+            .await
+    }
+
+    /// What entered a stage and was not taken by it, oldest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn entered(
+        &self,
+        stage: &StageName,
+        limit: u32,
+    ) -> Result<Vec<EnteredRecord>, StateError> {
+        let place = LetterPlace::Stage(stage.clone()).to_text();
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT entered_key, entered, sequence, arrived_ms FROM dead_letter
+                     WHERE held = 0 AND place = ?1 ORDER BY written_ms, sequence LIMIT ?2",
+                )?;
+                let rows = query.query_map((place, limit), |row| {
+                    Ok(EnteredRecord {
+                        key: row.get(0)?,
+                        payload: row.get(1)?,
+                        sequence: position(row.get(2)?, 0)?.sequence,
+                        arrived_ms: row.get(3)?,
                     })
                 })?;
                 rows.collect()

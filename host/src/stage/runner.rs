@@ -138,6 +138,25 @@ impl StageRunner {
         &self.stage
     }
 
+    /// Linear memory of the instance, in bytes; 0 while there is none.
+    pub fn memory_bytes(&self) -> usize {
+        self.instance.as_ref().map_or(0, Instance::memory_bytes)
+    }
+
+    /// Calls once with the items, without a search for the culprit should that fail. Of no items as
+    /// well, which a lane never does.
+    ///
+    /// # Errors
+    /// Why the call failed, in words.
+    pub fn run_once(&mut self, batch: &Batch, items: &[Item]) -> Result<StageOutcome, String> {
+        match self.call(batch, items, 0) {
+            Ok(Ok(outcome)) => Ok(outcome),
+            Ok(Err(failure)) => Err(describe(failure).0),
+            Err(RunError::NoInstance(error)) => Err(error.message),
+            Err(error) => Err(format!("{error:?}")),
+        }
+    }
+
     /// Runs the items; every one of them has an outcome afterwards: outputs, a rejection, or, by
     /// neither, filtered.
     ///
