@@ -4,6 +4,7 @@ mod bench;
 mod data;
 mod deny;
 mod kinesis_local;
+mod languages;
 mod plugins;
 mod postgres;
 mod process;

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::data;
 use crate::kinesis_local::KinesisLocal;
+use crate::languages::Languages;
 use crate::plugins;
 use crate::postgres::Cluster;
 use crate::process::{cargo, project_root, run};
@@ -51,17 +52,22 @@ fn test_plugins(root: &Path) -> Result<()> {
     run(cargo().current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
 }
 
-/// The host's tests, with a PostgreSQL and a second Kinesis server of their own.
+/// The host's tests, with a PostgreSQL and a second Kinesis server of their own, and the compilers of
+/// plugins' languages.
 fn test_host(root: &Path, filter: Option<&str>) -> Result<()> {
     let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
     let postgres = Cluster::start(scratch.path())?;
     let kinesis_local = KinesisLocal::start(&root.join("target/kinesis-local"))?;
-    run(cargo()
+    let languages = Languages::install(root)?;
+    let mut tests = cargo();
+    tests
         .current_dir(root)
         .args(["test", "--release", "--workspace", "--locked"])
         .args(filter)
         .env("SHARDMILL_TEST_POSTGRES", &postgres.url)
-        .env("SHARDMILL_TEST_KINESIS_LOCAL", &kinesis_local.url))
+        .env("SHARDMILL_TEST_KINESIS_LOCAL", &kinesis_local.url);
+    languages.apply_to(&mut tests)?;
+    run(&mut tests)
 }
 
 /// Private items too: they are what the host's documentation is read for.

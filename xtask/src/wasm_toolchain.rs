@@ -51,6 +51,11 @@ impl WasmToolchain {
         }
     }
 
+    /// The compiler, where it is not the one that cargo uses anyway.
+    pub fn rustc(&self) -> Option<&Path> {
+        self.rustc.as_deref()
+    }
+
     /// The compiler's version line, such as `rustc 1.96.0 (…)`.
     pub fn version(&self) -> Result<String> {
         let installed = || std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()).into();

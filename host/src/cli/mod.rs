@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod intake;
+mod new;
 mod plugin;
 mod progress;
 mod run;
@@ -68,6 +69,9 @@ enum Command {
     /// Create, fill, look at and delete streams; serve the embedded one.
     #[command(subcommand)]
     Stream(stream::Command),
+    /// Make a new plugin.
+    #[command(subcommand)]
+    New(new::Command),
     /// Build and inspect plugins.
     #[command(subcommand)]
     Plugin(plugin::Command),
@@ -150,6 +154,7 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Check(options) => check::check(options, console).await,
         Command::Intake(options) => intake::intake(options, console).await,
         Command::Stream(command) => stream::stream(command, console).await,
+        Command::New(command) => new::new(command, console),
         Command::Plugin(command) => plugin::plugin(command, console),
         Command::CompileComponent { .. } | Command::Completions { .. } => Ok(()),
     }

@@ -10,14 +10,14 @@ use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION
 
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Compile a Rust plugin crate and wrap it as a component.
+    /// Compile a plugin by its language's own tools and wrap it as a component.
     #[command(
         after_help = "Example:\n  shardmill plugin build plugins/car-decode -o car-decode.wasm"
     )]
     Build {
-        /// The crate's folder.
+        /// The plugin's folder, with its plugin.toml.
         folder: PathBuf,
-        /// Where the component goes; default: NAME.wasm beside Cargo.toml.
+        /// Where the component goes; default: NAME.wasm in the folder.
         #[arg(short, long)]
         out: Option<PathBuf>,
     },

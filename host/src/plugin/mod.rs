@@ -13,6 +13,7 @@ mod descriptor;
 mod engine;
 mod instance;
 pub mod manifest;
+pub mod scaffold;
 #[path = "../../../wit/0.1.0/words.rs"]
 mod words;
 

@@ -3,11 +3,15 @@
 //! Tools are found, never fetched. Each language has a module here that knows its tool and says how
 //! to get it; what all share is below.
 
+mod c;
 mod componentize;
+mod go;
 mod rust;
+mod wasi_stub;
+mod world;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus, Stdio};
 use std::{fs, io};
 
 use self::componentize::ComponentizeError;
@@ -39,13 +43,23 @@ pub enum BuildError {
         /// The folder.
         dir: PathBuf,
     },
+    /// There is nothing to compile.
+    #[error("{dir} holds nothing to compile: {due} is due")]
+    NoSources {
+        /// The folder.
+        dir: PathBuf,
+        /// What the language's plugins have.
+        due: &'static str,
+    },
     /// A tool cannot be run.
-    #[error("failed to run `{tool}`: {cause}; install Rust, or put it on PATH")]
+    #[error("failed to run `{tool}`: {cause}; {remedy}")]
     Tool {
         /// The command.
         tool: String,
         /// What the system said.
         cause: io::Error,
+        /// How to get it.
+        remedy: &'static str,
     },
     /// The compiler lacks the library for the target.
     #[error(
@@ -58,12 +72,14 @@ pub enum BuildError {
         /// Where it would be.
         looked_in: PathBuf,
     },
-    /// The crate does not compile; cargo has said why on standard error.
-    #[error("failed to compile the plugin in {dir}: cargo ended with {status}")]
+    /// The plugin does not compile; the tool has said why on standard error.
+    #[error("failed to compile the plugin in {dir}: `{tool}` ended with {status}")]
     Compile {
-        /// The crate's folder.
+        /// The plugin's folder.
         dir: PathBuf,
-        /// How cargo ended.
+        /// The command.
+        tool: String,
+        /// How it ended.
         status: ExitStatus,
     },
     /// The crate compiles to no module.
@@ -105,6 +121,8 @@ pub fn build_plugin(dir: &Path, out: Option<&Path>) -> Result<BuiltPlugin, Build
     let manifest = PluginManifest::read(dir)?;
     let component = match manifest.language {
         Language::Rust => rust::build(dir)?,
+        Language::C => c::build(dir)?,
+        Language::Go => go::build(dir)?,
         other => return Err(BuildError::NotYet(other)),
     };
     let out = match out {
@@ -113,6 +131,22 @@ pub fn build_plugin(dir: &Path, out: Option<&Path>) -> Result<BuiltPlugin, Build
     };
     write_whole(&out, &component)?;
     Ok(BuiltPlugin { component: out, component_bytes: component.len() as u64 })
+}
+
+/// Runs a tool in `dir`, its output going to standard error; `remedy` says how to get it.
+fn compile(dir: &Path, command: &mut Command, remedy: &'static str) -> Result<(), BuildError> {
+    let tool = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .stdout(io::stderr())
+        .stderr(Stdio::inherit())
+        .status();
+    let status = output.map_err(|cause| BuildError::Tool { tool: tool.clone(), cause, remedy })?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(BuildError::Compile { dir: dir.to_owned(), tool, status }),
+    }
 }
 
 /// Writes next to `out` and renames, so that a reader never sees half a component.

@@ -14,6 +14,9 @@ use serde::Deserialize;
 use super::componentize::componentize;
 use super::{BuildError, file_error};
 
+/// How to get cargo and rustc.
+const REMEDY: &str = "install Rust from rustup.rs, or put it on PATH";
+
 /// The target that plugins are compiled for: WebAssembly without a system interface.
 pub(super) const TARGET: &str = "wasm32-unknown-unknown";
 
@@ -62,7 +65,11 @@ impl Compiler {
 
 /// Runs a command that answers with one line. In `dir`, where rustup reads its override.
 fn ask(tool: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, BuildError> {
-    let failed = |cause| BuildError::Tool { tool: tool.to_string_lossy().into_owned(), cause };
+    let failed = |cause| BuildError::Tool {
+        tool: tool.to_string_lossy().into_owned(),
+        cause,
+        remedy: REMEDY,
+    };
     let output = Command::new(tool).args(arguments).current_dir(dir).output().map_err(failed)?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
@@ -102,6 +109,7 @@ fn compile(dir: &Path, manifest: &Path, compiler: &Compiler) -> Result<PathBuf, 
 /// Runs cargo on the crate and returns what it prints.
 fn run_cargo(dir: &Path, manifest: &Path, arguments: &[&str]) -> Result<Vec<u8>, BuildError> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let tool = cargo.to_string_lossy().into_owned();
     let output = Command::new(&cargo)
         .args(arguments)
         .arg("--manifest-path")
@@ -110,9 +118,9 @@ fn run_cargo(dir: &Path, manifest: &Path, arguments: &[&str]) -> Result<Vec<u8>,
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
-        .map_err(|cause| BuildError::Tool { tool: cargo.to_string_lossy().into_owned(), cause })?;
+        .map_err(|cause| BuildError::Tool { tool: tool.clone(), cause, remedy: REMEDY })?;
     if !output.status.success() {
-        return Err(BuildError::Compile { dir: dir.to_owned(), status: output.status });
+        return Err(BuildError::Compile { dir: dir.to_owned(), tool, status: output.status });
     }
     Ok(output.stdout)
 }

@@ -1,0 +1,223 @@
+//! Answers what compilers import of WASI preview 1, so that no plugin is given any of it.
+//!
+//! C's library and Go's runtime import a clock, random numbers and files, whether a plugin uses them
+//! or not. The module made here answers all of it inside the sandbox, the same each time: a clock
+//! that counts its questions (and how long one sleeps), random numbers of a fixed seed, output that
+//! is taken and dropped, nothing else. It is made for the imports that a module has.
+
+use wasm_encoder::{
+    BlockType, CodeSection, ConstExpr, EntityType, ExportKind, ExportSection, Function,
+    FunctionSection, GlobalSection, GlobalType, ImportSection, InstructionSink, MemArg, MemoryType,
+    Module, TypeSection, ValType,
+};
+use wasmparser::{CompositeInnerType, FuncType, Parser, Payload, TypeRef};
+
+/// The name that modules import it by.
+pub(super) const MODULE: &str = "wasi_snapshot_preview1";
+
+/// WASI's number for "no such file descriptor": it ends the search for opened folders.
+const BAD_DESCRIPTOR: i32 = 8;
+/// WASI's number for "not supported".
+const NOT_SUPPORTED: i32 = 58;
+/// What the clock advances by at each question, in nanoseconds.
+const CLOCK_STEP_NS: i64 = 1_000;
+/// The first state of the random numbers: any but 0.
+const RANDOM_SEED: i64 = 0x9e37_79b9_7f4a_7c15_u64.cast_signed();
+/// Bytes of a subscription and of an event of `poll_oneoff`.
+const SUBSCRIPTION_BYTES: i32 = 48;
+const EVENT_BYTES: i32 = 32;
+
+/// The clock's and the random numbers' state.
+const CLOCK: u32 = 0;
+const RANDOM: u32 = 1;
+
+/// The module that answers `core`'s imports of WASI. None: it has none.
+///
+/// # Errors
+/// If `core` cannot be read.
+pub(super) fn adapter(core: &[u8]) -> anyhow::Result<Option<Vec<u8>>> {
+    let imports = imports(core)?;
+    if imports.is_empty() {
+        return Ok(None);
+    }
+    let (mut types, mut functions) = (TypeSection::new(), FunctionSection::new());
+    let (mut exports, mut code) = (ExportSection::new(), CodeSection::new());
+    for (index, (name, signature)) in (0..).zip(&imports) {
+        types.ty().function(values(signature.params()), values(signature.results()));
+        functions.function(index);
+        exports.export(name, ExportKind::Func, index);
+        code.function(&answer(name, signature));
+    }
+    let mut outer = ImportSection::new();
+    let memory = MemoryType {
+        minimum: 0,
+        maximum: None,
+        memory64: false,
+        shared: false,
+        page_size_log2: None,
+    };
+    outer.import("env", "memory", EntityType::Memory(memory));
+    let mut globals = GlobalSection::new();
+    let state = GlobalType { val_type: ValType::I64, mutable: true, shared: false };
+    globals.global(state, &ConstExpr::i64_const(0));
+    globals.global(state, &ConstExpr::i64_const(RANDOM_SEED));
+    let mut module = Module::new();
+    module
+        .section(&types)
+        .section(&outer)
+        .section(&functions)
+        .section(&globals)
+        .section(&exports)
+        .section(&code);
+    Ok(Some(module.finish()))
+}
+
+/// The functions that a module imports of WASI, each once.
+fn imports(core: &[u8]) -> anyhow::Result<Vec<(String, FuncType)>> {
+    let mut types = Vec::new();
+    let mut found: Vec<(String, FuncType)> = Vec::new();
+    for payload in Parser::new(0).parse_all(core) {
+        match payload? {
+            Payload::TypeSection(section) => {
+                for group in section {
+                    types.extend(group?.into_types().map(|ty| match ty.composite_type.inner {
+                        CompositeInnerType::Func(function) => Some(function),
+                        _ => None,
+                    }));
+                }
+            }
+            Payload::ImportSection(section) => {
+                for import in section.into_imports() {
+                    let import = import?;
+                    let TypeRef::Func(index) = import.ty else { continue };
+                    let signature = types.get(index as usize).cloned().flatten();
+                    let is_new = !found.iter().any(|(name, _)| name == import.name);
+                    if let (MODULE, true, Some(signature)) = (import.module, is_new, signature) {
+                        found.push((import.name.to_owned(), signature));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// WASI's functions have numbers only.
+fn values(types: &[wasmparser::ValType]) -> Vec<ValType> {
+    let value = |ty: &wasmparser::ValType| match ty {
+        wasmparser::ValType::I64 => ValType::I64,
+        wasmparser::ValType::F32 => ValType::F32,
+        wasmparser::ValType::F64 => ValType::F64,
+        _ => ValType::I32,
+    };
+    types.iter().map(value).collect()
+}
+
+/// The body of one function. Its parameters are the locals from 0 on, in WASI's order.
+fn answer(name: &str, signature: &FuncType) -> Function {
+    // Three numbers of its own: two of 32 bits, one of 64.
+    let mut function = Function::new([(2, ValType::I32), (1, ValType::I64)]);
+    let own = signature.params().len() as u32; // a handful
+    let mut code = function.instructions();
+    match (name, signature.params().len()) {
+        ("args_sizes_get" | "environ_sizes_get", 2) => {
+            code.local_get(0).i32_const(0).i32_store(word(0));
+            code.local_get(1).i32_const(0).i32_store(word(0)).i32_const(0);
+        }
+        ("clock_time_get", 3) => {
+            advance_clock(&mut code, |code| code.i64_const(CLOCK_STEP_NS));
+            code.local_get(2).global_get(CLOCK).i64_store(double(0)).i32_const(0);
+        }
+        ("clock_res_get", 2) => {
+            code.local_get(1).i64_const(CLOCK_STEP_NS).i64_store(double(0)).i32_const(0);
+        }
+        ("random_get", 2) => random(&mut code),
+        ("fd_write", 4) => drop_output(&mut code, own),
+        ("poll_oneoff", 4) => sleep(&mut code, own),
+        ("fd_prestat_get", 2) => _ = code.i32_const(BAD_DESCRIPTOR),
+        ("args_get" | "environ_get" | "sched_yield" | "fd_close", _) => _ = code.i32_const(0),
+        ("proc_exit", _) => _ = code.unreachable(),
+        _ => match signature.results() {
+            [wasmparser::ValType::I32] => _ = code.i32_const(NOT_SUPPORTED),
+            _ => _ = code.unreachable(),
+        },
+    }
+    code.end();
+    function
+}
+
+/// `random_get(start, length)`: fills bytes by xorshift64.
+fn random(code: &mut InstructionSink<'_>) {
+    let (start, length) = (0, 1);
+    code.block(BlockType::Empty).loop_(BlockType::Empty);
+    code.local_get(length).i32_eqz().br_if(1);
+    for (is_left, bits) in [(true, 13), (false, 7), (true, 17)] {
+        code.global_get(RANDOM).global_get(RANDOM).i64_const(bits);
+        _ = if is_left { code.i64_shl() } else { code.i64_shr_u() };
+        code.i64_xor().global_set(RANDOM);
+    }
+    code.local_get(start).global_get(RANDOM).i64_store8(byte(0));
+    code.local_get(start).i32_const(1).i32_add().local_set(start);
+    code.local_get(length).i32_const(1).i32_sub().local_set(length);
+    code.br(0).end().end().i32_const(0);
+}
+
+/// `fd_write(descriptor, pieces, count, written)`: says that all of it was written.
+fn drop_output(code: &mut InstructionSink<'_>, own: u32) {
+    let (pieces, count, written, sum) = (1, 2, 3, own);
+    code.block(BlockType::Empty).loop_(BlockType::Empty);
+    code.local_get(count).i32_eqz().br_if(1);
+    code.local_get(sum).local_get(pieces).i32_load(word(4)).i32_add().local_set(sum);
+    code.local_get(pieces).i32_const(8).i32_add().local_set(pieces);
+    code.local_get(count).i32_const(1).i32_sub().local_set(count);
+    code.br(0).end().end();
+    code.local_get(written).local_get(sum).i32_store(word(0)).i32_const(0);
+}
+
+/// `poll_oneoff(subscriptions, events, count, happened)`: everything happens at once; for who
+/// sleeps, the clock goes on.
+fn sleep(code: &mut InstructionSink<'_>, own: u32) {
+    let (subscriptions, events, count, happened, done) = (0, 1, 2, 3, own);
+    code.block(BlockType::Empty).loop_(BlockType::Empty);
+    code.local_get(done).local_get(count).i32_ge_u().br_if(1);
+    // The event: the subscription's user data, no error, its type.
+    code.local_get(events).local_get(subscriptions).i64_load(double(0)).i64_store(double(0));
+    code.local_get(events).i64_const(0).i64_store(double(8));
+    code.local_get(events).i64_const(0).i64_store(double(16));
+    code.local_get(events).i64_const(0).i64_store(double(24));
+    code.local_get(events).local_get(subscriptions).i32_load8_u(byte(8)).i32_store8(byte(10));
+    // Type 0 is a clock: its timeout is at 24; bit 0 of the flags at 40 says that it is a time.
+    code.local_get(subscriptions).i32_load8_u(byte(8)).i32_eqz().if_(BlockType::Empty);
+    code.local_get(subscriptions).i32_load8_u(byte(40)).if_(BlockType::Empty);
+    code.local_get(subscriptions).i64_load(double(24)).global_get(CLOCK).i64_gt_u();
+    code.if_(BlockType::Empty);
+    code.local_get(subscriptions).i64_load(double(24)).global_set(CLOCK).end().else_();
+    advance_clock(code, |code| code.local_get(subscriptions).i64_load(double(24)));
+    code.end().end();
+    code.local_get(subscriptions).i32_const(SUBSCRIPTION_BYTES).i32_add().local_set(subscriptions);
+    code.local_get(events).i32_const(EVENT_BYTES).i32_add().local_set(events);
+    code.local_get(done).i32_const(1).i32_add().local_set(done);
+    code.br(0).end().end();
+    code.local_get(happened).local_get(count).i32_store(word(0)).i32_const(0);
+}
+
+fn advance_clock<'c, 'm>(
+    code: &'c mut InstructionSink<'m>,
+    by: impl FnOnce(&'c mut InstructionSink<'m>) -> &'c mut InstructionSink<'m>,
+) {
+    by(code.global_get(CLOCK)).i64_add().global_set(CLOCK);
+}
+
+fn byte(offset: u64) -> MemArg {
+    MemArg { offset, align: 0, memory_index: 0 }
+}
+
+/// Alignments are hints: 0 holds for every address.
+fn word(offset: u64) -> MemArg {
+    byte(offset)
+}
+
+fn double(offset: u64) -> MemArg {
+    byte(offset)
+}

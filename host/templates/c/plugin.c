@@ -1,0 +1,28 @@
+/* {{name}}: greets. Takes {"name":"Ada"}, gives {"greeting":"Hello, Ada!"} on the route `out`. */
+
+#include "shardmill.h"
+
+enum { OUT }; /* the routes, in the order in which they are declared */
+
+void sm_configure(const sm_context *context) {
+    (void)context; /* context->config is the TOML table [stage.config] as JSON */
+    sm_plugin("{{name}}", "0.1.0");
+    sm_accepts("application/json");
+    sm_route("out", "application/json");
+    sm_column("greeting", "text");
+}
+
+void sm_record(const sm_input *record) {
+    sm_bytes value, name;
+    if (!sm_json_member(record->payload, "name", &value) || !sm_json_string(value, &name)) {
+        /* The record is kept with the reason, and its neighbours go on. */
+        sm_reject("an object with a text `name` was due");
+        return;
+    }
+    const char *greeting = sm_format("Hello, %.*s!", SM_ARG(name)); /* edit me */
+    sm_begin(OUT);
+    sm_put_text("{\"greeting\":");
+    sm_put_json_string(sm_text(greeting));
+    sm_put_text("}");
+    sm_end();
+}

@@ -1,0 +1,188 @@
+//! Plugins in every language: a newcomer's path, the examples, and memory that stays.
+//!
+//! A language is one line of each table below; `cargo xtask test` says where its compiler is.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use shardmill::plugin::{
+    CompileCache, Context, Input, Instance, Plugin, PluginEngine, Route, Span, WireBatch,
+};
+use support::{output, root, run_ok, serve_stream, shardmill};
+
+/// `shardmill new plugin`, one line edited, `plugin build`, a run; then the memory of its instance.
+macro_rules! newcomers {
+    ($($test:ident: $language:literal, $source:literal;)+) => {
+        $(#[test] fn $test() { newcomers_path($language, $source); })+
+    };
+}
+
+newcomers! {
+    a_newcomers_path_in_rust: "rust", "src/lib.rs";
+    a_newcomers_path_in_c: "c", "plugin.c";
+    a_newcomers_path_in_go: "go", "main.go";
+}
+
+/// An example is built and run: it prints what its `expected.ndjson` holds.
+macro_rules! examples {
+    ($($test:ident: $folder:literal, dead_letters: $letters:literal;)+) => {
+        $(#[test] fn $test() { example($folder, $letters); })+
+    };
+}
+
+examples! {
+    access_logs_in_rust: "plugin-rust", dead_letters: 1;
+    packed_structures_in_c: "plugin-c", dead_letters: 2;
+    gob_in_go: "plugin-go", dead_letters: 1;
+}
+
+fn newcomers_path(language: &str, source: &str) {
+    let place = tempfile::tempdir().expect("a folder");
+    let folder = place.path().join("plugin");
+    let shown = folder.display().to_string();
+    run_ok(&["new", "plugin", "my-first", "--lang", language, "--dir", &shown]);
+
+    let source = folder.join(source);
+    let text = std::fs::read_to_string(&source).expect("the source");
+    let lines = text.lines().filter(|line| line.contains("edit me"));
+    let [line] = lines.collect::<Vec<_>>()[..] else { panic!("one line to edit is due") };
+    let edited = text.replace(line, &line.replace("Hello", "Ahoy"));
+    std::fs::write(&source, edited).expect("written");
+
+    let component = folder.join("my-first.wasm");
+    build(&folder, &component);
+
+    let mut command = shardmill(&["run", "--until-caught-up"]);
+    let ran = output(command.current_dir(&folder));
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    let lines = rows(&ran.stdout);
+    assert_eq!(lines, [r#"{"greeting":"Ahoy, Ada!"}"#, r#"{"greeting":"Ahoy, Grace!"}"#]);
+    assert_eq!(dead_letters(&folder.join("state")), 1);
+
+    memory_stays(&component);
+}
+
+fn example(name: &str, letters: u64) {
+    let place = tempfile::tempdir().expect("a folder");
+    let state = place.path().join("state");
+    let folder = root().join("examples").join(name);
+    let manifest = std::fs::read_to_string(folder.join("plugin.toml")).expect("a manifest");
+    let plugin = manifest.lines().find_map(|line| line.strip_prefix("name = ")).expect("a name");
+    let plugin = plugin.trim_matches('"');
+    build(&folder, &place.path().join(format!("{plugin}.wasm")));
+
+    let pipeline = folder.join("pipeline.toml").display().to_string();
+    let with_places = |arguments: &[&str]| {
+        let mut command = shardmill(arguments);
+        command.env("SHARDMILL_STATE", &state).env("SHARDMILL_PLUGINS", place.path());
+        let ran = output(&mut command);
+        assert!(ran.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&ran.stderr));
+        ran.stdout
+    };
+    // Records that are no lines come by a stream.
+    let binary = folder.join("input.bin");
+    let _stream = binary.exists().then(|| {
+        let stream = serve_stream(&state);
+        let records = binary.display().to_string();
+        with_places(&["stream", "create", "--shards", "1", "--pipeline", &pipeline]);
+        with_places(&["stream", "put", "--pipeline", &pipeline, "--format", "binary", &records]);
+        stream
+    });
+    let expected = std::fs::read_to_string(folder.join("expected.ndjson")).expect("what is due");
+    let printed = with_places(&["run", &pipeline, "--until-caught-up"]);
+    assert_eq!(rows(&printed), expected.lines().collect::<Vec<_>>());
+    assert_eq!(dead_letters(&state), letters);
+}
+
+/// Builds a plugin's folder by the compilers that the tests were told of.
+fn build(folder: &Path, component: &Path) {
+    let tools = std::env::var_os("SHARDMILL_TEST_TOOLS")
+        .expect("SHARDMILL_TEST_TOOLS names the folders of compilers: run `cargo xtask test`");
+    let mut path: Vec<PathBuf> = std::env::split_paths(&tools).collect();
+    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    let (folder, component) = (folder.display().to_string(), component.display().to_string());
+    let mut command: Command = shardmill(&["plugin", "build", &folder, "-o", &component]);
+    command.env("PATH", std::env::join_paths(path).expect("folders"));
+    // One for all, so that dependencies are compiled once.
+    command.env("CARGO_TARGET_DIR", root().join("target/plugins-in-tests"));
+    if let Some(rustc) = std::env::var_os("SHARDMILL_TEST_WASM_RUSTC") {
+        command.env("RUSTC", rustc);
+    }
+    let built = output(&mut command);
+    assert!(built.status.success(), "{folder}: {}", String::from_utf8_lossy(&built.stderr));
+}
+
+/// The rows among the lines that a run prints.
+fn rows(printed: &[u8]) -> Vec<&str> {
+    let text = std::str::from_utf8(printed).expect("UTF-8");
+    text.lines().filter(|line| line.starts_with('{')).collect()
+}
+
+/// The letters in the one store below a state folder.
+fn dead_letters(state: &Path) -> u64 {
+    let pipelines = std::fs::read_dir(state).expect("the state").flatten();
+    let mut stores = pipelines.map(|pipeline| pipeline.path().join("state.db"));
+    let store = stores.find(|store| store.exists()).expect("a store");
+    let count = "SELECT count(*) FROM dead_letter";
+    support::sqlite(&store).query_row(count, (), |row| row.get(0)).expect("a count")
+}
+
+/// Calls an instance of the greeting plugin with a million records: after the first tenth, its memory
+/// grows no more.
+fn memory_stays(component: &Path) {
+    const CALLS: usize = 50;
+    let engine = PluginEngine::new().expect("an engine");
+    let (plugin, _) =
+        Plugin::load_file(&engine, &CompileCache::none(), component).expect("a plugin");
+    let source = Route { name: "source".into(), format: String::new(), columns: Vec::new() };
+    let context = Context {
+        stream_name: "greetings".into(),
+        shard_id: "shardId-000000000000".into(),
+        config: "{}".into(),
+        upstream: vec![source],
+        extra: Vec::new(),
+    };
+    let (mut instance, _) =
+        Instance::start(&plugin, &Default::default(), &context).expect("configured");
+    let mut first = None;
+    for call in 0..CALLS {
+        // Small ones between the large: what a call leaves behind must not depend on its size.
+        for records in [20_000, 1, 300] {
+            let outcome = instance.process(&batch(records, call), 60_000);
+            let outcome = outcome.expect("an answer").expect("an outcome");
+            assert_eq!(outcome.outputs.len(), 6 * records as usize);
+            assert!(outcome.rejects.is_empty());
+        }
+        if call == CALLS / 10 {
+            first = Some(instance.memory_bytes());
+        }
+    }
+    assert_eq!(Some(instance.memory_bytes()), first, "after a tenth of the calls, and after all");
+}
+
+/// People of different names, by records and calls.
+fn batch(records: u32, call: usize) -> WireBatch {
+    const SEQUENCE: &str = "49590338271490256608559692538361571095921575989136588898";
+    let mut arena = format!("key{SEQUENCE}").into_bytes();
+    let mut inputs = Vec::new();
+    let key = Span { start: 0, length: 3 };
+    let sequence = Span { start: 3, length: SEQUENCE.len() as u32 };
+    for record in 0..records {
+        let start = arena.len() as u32;
+        arena.extend(format!("{{\"name\":\"person {record} of {call}\"}}").bytes());
+        let payload = Span { start, length: arena.len() as u32 - start };
+        let input = Input {
+            key,
+            payload,
+            sequence,
+            sub_sequence: 0,
+            route: 0,
+            arrived_ms: 1_700_000_000_000,
+        };
+        inputs.extend(input.to_words());
+    }
+    WireBatch { arena, inputs }
+}

