@@ -5,12 +5,16 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use shardmill::plugin::{
-    CompileCache, Context, Input, Instance, Plugin, PluginEngine, Route, Span, WireBatch,
+    CompileCache, Context, Input, Instance, Plugin, PluginEngine, Route, Services, Span, WireBatch,
 };
+use wasmtime::component::Component;
+
 use support::{output, root, run_ok, serve_stream, shardmill};
 
 /// `shardmill new plugin`, one line edited, `plugin build`, a run; then the memory of its instance.
@@ -37,6 +41,18 @@ examples! {
     access_logs_in_rust: "plugin-rust", dead_letters: 1;
     packed_structures_in_c: "plugin-c", dead_letters: 2;
     gob_in_go: "plugin-go", dead_letters: 1;
+}
+
+/// What a language's library makes of capabilities; Rust's is tested with the host's own tests.
+macro_rules! asking {
+    ($($test:ident: $language:literal;)+) => {
+        $(#[test] fn $test() { asks($language); })+
+    };
+}
+
+asking! {
+    capabilities_in_c: "c";
+    capabilities_in_go: "go";
 }
 
 fn newcomers_path(language: &str, source: &str) {
@@ -97,6 +113,60 @@ fn example(name: &str, letters: u64) {
     assert_eq!(dead_letters(&state), letters);
 }
 
+/// Plugins that ask the host import what they use and no more, and read its answers right.
+fn asks(language: &str) {
+    let place = tempfile::tempdir().expect("a folder");
+    let built = |distance: &str| {
+        let folder = root().join("host/tests/asking").join(format!("{distance}-{language}"));
+        let component = place.path().join(format!("{distance}.wasm"));
+        build(&folder, &component);
+        component.display().to_string()
+    };
+    assert!(imports(&built("far")).into_iter().eq(["http", "lookup"]));
+    let near = built("near");
+    assert!(imports(&near).into_iter().eq(["clock", "log", "metrics", "random"]));
+    let inspected = run_ok(&["plugin", "inspect", "--json", &near]);
+    assert!(inspected.contains(r#""needs":["make text not null","id bigint"]"#), "{inspected}");
+
+    let pipeline = r#"
+[pipeline]
+name = "near"
+state_dir = "state"
+[source]
+type = "file"
+path = "input.txt"
+[[stage]]
+name = "ask"
+plugin = "near.wasm"
+grant = { log = true, metrics = true, clock = true, random = true }
+routes = { out = ["console"] }
+[[sink]]
+name = "console"
+type = "stdout"
+"#;
+    std::fs::write(place.path().join("pipeline.toml"), pipeline).expect("written");
+    std::fs::write(place.path().join("input.txt"), "Honda\nVolvo\n").expect("written");
+    let mut command = shardmill(&["run", "--until-caught-up"]);
+    let ran = output(command.current_dir(place.path()));
+    let log = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.success(), "{log}");
+    assert_eq!(rows(&ran.stdout), [r#"{"now_is_later":true,"differ":true}"#; 2]);
+    assert!(log.contains("saw Honda") && log.contains("saw Volvo"), "{log}");
+}
+
+/// The capabilities that a component imports.
+fn imports(component: &str) -> BTreeSet<String> {
+    let engine = wasmtime::Engine::default();
+    let component = Component::from_file(&engine, component).expect("a component");
+    let world = component.component_type();
+    let names = world.imports(&engine).map(|(name, _)| name.to_owned());
+    let ours = names.map(|name| {
+        let name = name.strip_prefix("shardmill:plugin/").expect("nothing else is imported");
+        name.strip_suffix("@0.1.0").expect("this version").to_owned()
+    });
+    ours.filter(|name| name != "types").collect()
+}
+
 /// Builds a plugin's folder by the compilers that the tests were told of.
 fn build(folder: &Path, component: &Path) {
     let tools = std::env::var_os("SHARDMILL_TEST_TOOLS")
@@ -145,8 +215,9 @@ fn memory_stays(component: &Path) {
         upstream: vec![source],
         extra: Vec::new(),
     };
+    let services = Arc::new(Services::alone("greet".into()));
     let (mut instance, _) =
-        Instance::start(&plugin, &Default::default(), &context).expect("configured");
+        Instance::start(&plugin, &Default::default(), &context, &services).expect("configured");
     let mut first = None;
     for call in 0..CALLS {
         // Small ones between the large: what a call leaves behind must not depend on its size.

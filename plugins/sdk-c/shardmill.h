@@ -136,6 +136,10 @@ static inline void sm_route(const char *name, const char *format);
 static inline void sm_column(const char *name, const char *data_type);
 /* Declares a column that may be null or absent. */
 static inline void sm_nullable_column(const char *name, const char *data_type);
+/* Says that the rows which come in must have a column: checked before a record flows. */
+static inline void sm_needs(const char *name, const char *data_type);
+/* The same of a column that may be null or absent. */
+static inline void sm_needs_nullable(const char *name, const char *data_type);
 /* Refuses the configuration: the pipeline does not start. The text is for a human. */
 static inline void sm_refuse(const char *why);
 
@@ -343,51 +347,19 @@ static inline void sm_nullable_column(const char *name, const char *data_type) {
     sm__column(name, data_type, true);
 }
 
+static inline void sm__needs(const char *name, const char *data_type, const char *rest);
+
+static inline void sm_needs(const char *name, const char *data_type) {
+    sm__needs(name, data_type, ",\"nullable\":false}");
+}
+
+static inline void sm_needs_nullable(const char *name, const char *data_type) {
+    sm__needs(name, data_type, ",\"nullable\":true}");
+}
+
 static inline void sm_refuse(const char *why) {
     if (sm__self.refusal == NULL)
         sm__self.refusal = why;
-}
-
-/* Structures are passed by pointers in C and by their members in the canonical ABI: hence these. */
-__attribute__((export_name("shardmill:plugin/stage@0.1.0#configure"), used)) sm__configured *
-sm__configure(const uint8_t *stream, uint32_t stream_size, const uint8_t *shard,
-              uint32_t shard_size, const uint8_t *config, uint32_t config_size,
-              const sm_route_info *upstream, uint32_t upstream_count, const void *extra,
-              uint32_t extra_count) {
-    (void)extra, (void)extra_count;
-    static sm__configured answer;
-    const sm_context context = {{stream, stream_size}, {shard, shard_size}, {config, config_size},
-                                upstream,              upstream_count};
-    sm__self.accepts.size = sm__self.routes.size = sm__self.columns.size = 0;
-    sm__self.refusal = NULL;
-    sm_configure(&context);
-    if (sm__self.name.size == 0)
-        sm_refuse("the plugin does not name itself: sm_configure must call sm_plugin");
-    answer = (sm__configured){0};
-    if (sm__self.refusal != NULL) {
-        answer.is_error = 1;
-        answer.error = sm_text(sm__self.refusal);
-        return &answer;
-    }
-    sm_route_info *routes = (sm_route_info *)sm__self.routes.data;
-    const sm_column_info *columns = (const sm_column_info *)sm__self.columns.data;
-    const uint32_t route_count = sm__self.routes.size / sizeof *routes;
-    for (uint32_t i = 0; i < route_count; i++) { /* now that the columns no longer move */
-        routes[i].columns = columns;
-        columns += routes[i].column_count;
-    }
-    answer.descriptor.name = sm__self.name;
-    answer.descriptor.version = sm__self.version;
-    answer.descriptor.accepts =
-        (sm_bytes){sm__self.accepts.data, sm__self.accepts.size / sizeof(sm_bytes)};
-    answer.descriptor.routes = (sm_bytes){sm__self.routes.data, route_count};
-    return &answer;
-}
-
-__attribute__((export_name("cabi_post_shardmill:plugin/stage@0.1.0#configure"), used)) void
-sm__configure_done(void *answer) {
-    (void)answer;
-    sm__free_call();
 }
 
 /* ---- Inside: process ---------------------------------------------------------------------- */
@@ -543,6 +515,65 @@ static inline void sm_end(void) {
         sm__output(sm__out.open_route, SM__NONE, 0, sm__out.open_start,
                    sm__out.arena.size - sm__out.open_start);
     sm__out.is_open = false;
+}
+
+/* The columns that are needed are a JSON array, written where outputs will be. */
+static inline void sm__needs(const char *name, const char *data_type, const char *rest) {
+    sm_put_text(sm__out.arena.size == 0 ? "[{\"name\":" : ",{\"name\":");
+    sm_put_json_string(sm_text(name));
+    sm_put_text(",\"data_type\":");
+    sm_put_json_string(sm_text(data_type));
+    sm_put_text(rest);
+}
+
+/* Structures are passed by pointers in C and by their members in the canonical ABI: hence these. */
+__attribute__((export_name("shardmill:plugin/stage@0.1.0#configure"), used)) sm__configured *
+sm__configure(const uint8_t *stream, uint32_t stream_size, const uint8_t *shard,
+              uint32_t shard_size, const uint8_t *config, uint32_t config_size,
+              const sm_route_info *upstream, uint32_t upstream_count, const void *extra,
+              uint32_t extra_count) {
+    (void)extra, (void)extra_count;
+    static sm__configured answer;
+    const sm_context context = {{stream, stream_size}, {shard, shard_size}, {config, config_size},
+                                upstream,              upstream_count};
+    sm__self.accepts.size = sm__self.routes.size = sm__self.columns.size = 0;
+    sm__self.refusal = NULL;
+    sm__out.arena.size = 0;
+    sm_configure(&context);
+    if (sm__self.name.size == 0)
+        sm_refuse("the plugin does not name itself: sm_configure must call sm_plugin");
+    answer = (sm__configured){0};
+    if (sm__self.refusal != NULL) {
+        answer.is_error = 1;
+        answer.error = sm_text(sm__self.refusal);
+        return &answer;
+    }
+    sm_route_info *routes = (sm_route_info *)sm__self.routes.data;
+    const sm_column_info *columns = (const sm_column_info *)sm__self.columns.data;
+    const uint32_t route_count = sm__self.routes.size / sizeof *routes;
+    for (uint32_t i = 0; i < route_count; i++) { /* now that the columns no longer move */
+        routes[i].columns = columns;
+        columns += routes[i].column_count;
+    }
+    answer.descriptor.name = sm__self.name;
+    answer.descriptor.version = sm__self.version;
+    answer.descriptor.accepts =
+        (sm_bytes){sm__self.accepts.data, sm__self.accepts.size / sizeof(sm_bytes)};
+    answer.descriptor.routes = (sm_bytes){sm__self.routes.data, route_count};
+    if (sm__out.arena.size > 0) {
+        static sm_bytes needs[2]; /* a name and a value */
+        sm_put_text("]");
+        needs[0] = sm_text("needs-columns");
+        needs[1] = sm__bytes(&sm__out.arena);
+        answer.descriptor.extra = (sm_bytes){(const uint8_t *)needs, 1};
+    }
+    return &answer;
+}
+
+__attribute__((export_name("cabi_post_shardmill:plugin/stage@0.1.0#configure"), used)) void
+sm__configure_done(void *answer) {
+    (void)answer;
+    sm__free_call();
 }
 
 static inline sm_input sm__input(const uint8_t *arena, const uint32_t *words, uint32_t index) {

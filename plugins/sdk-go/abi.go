@@ -3,6 +3,7 @@
 package shardmill
 
 import (
+	"encoding/json"
 	"fmt"
 	"strings"
 	"unsafe"
@@ -184,6 +185,11 @@ func exportConfigure(stream, streamBytes, shard, shardBytes, config, configBytes
 		version: textOf(described.Version),
 		accepts: list(accepts),
 		routes:  list(routes),
+	}
+	if len(described.Needs) > 0 {
+		needs, _ := json.Marshal(described.Needs) // strings and booleans: cannot fail
+		extra := [][2]text{{textOf("needs-columns"), textOf(string(needs))}}
+		answer.configured.descriptor.extra = list(extra)
 	}
 	return addressOf(unsafe.Pointer(&answer.configured))
 }

@@ -98,6 +98,8 @@ type Descriptor struct {
 	Name, Version string
 	// Accepts are the media types that it takes. Empty: any.
 	Accepts []string
+	// Needs are the columns that the rows which come in must have: checked before a record flows.
+	Needs []Column
 	// Routes are the ways out; the first one has the number 0.
 	Routes []Route
 }
@@ -114,11 +116,11 @@ type Route struct {
 
 // Column is a column of a route's rows.
 type Column struct {
-	Name string
+	Name string `json:"name"`
 	// DataType is a PostgreSQL type name, such as bigint.
-	DataType string
+	DataType string `json:"data_type"`
 	// Nullable: the value may be null or absent.
-	Nullable bool
+	Nullable bool `json:"nullable"`
 }
 
 // Record is one record on its way in. Its bytes are valid until the call ends.

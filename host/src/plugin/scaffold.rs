@@ -180,7 +180,7 @@ mod tests {
             }
             for file in &made.files {
                 let text = fs::read_to_string(folder.join(file)).unwrap();
-                assert!(!text.contains("{{"), "{language:?}: {}", file.display());
+                assert!(!text.contains("{{name}}"), "{language:?}: {}", file.display());
             }
         }
     }

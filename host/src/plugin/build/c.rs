@@ -78,7 +78,7 @@ fn compiler() -> Result<Command, BuildError> {
             let mut python = Command::new("python3");
             let has_zig = python.args(["-c", "import ziglang"]).stderr(Stdio::null()).status();
             if !has_zig.is_ok_and(|status| status.success()) {
-                let cause = io::Error::from(io::ErrorKind::NotFound);
+                let cause = io::Error::other("it is neither on PATH nor among Python's packages");
                 return Err(BuildError::Tool { tool: "zig".into(), cause, remedy: REMEDY });
             }
             let mut command = Command::new("python3");

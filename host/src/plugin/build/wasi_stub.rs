@@ -221,3 +221,137 @@ fn word(offset: u64) -> MemArg {
 fn double(offset: u64) -> MemArg {
     byte(offset)
 }
+
+#[cfg(test)]
+mod tests {
+    use wasmtime::{Engine, Instance, Memory, Store, TypedFunc};
+
+    use super::*;
+
+    const I32: ValType = ValType::I32;
+
+    /// What a compiler may write: imports, and nothing else.
+    fn core(imports: &[(&str, &[ValType], &[ValType])]) -> Vec<u8> {
+        let (mut types, mut section) = (TypeSection::new(), ImportSection::new());
+        for (index, (name, params, results)) in (0..).zip(imports) {
+            types.ty().function(params.iter().copied(), results.iter().copied());
+            section.import(MODULE, name, EntityType::Function(index));
+        }
+        let mut module = Module::new();
+        module.section(&types).section(&section);
+        module.finish()
+    }
+
+    /// An adapter that runs, with a page of memory.
+    struct Running {
+        store: Store<()>,
+        memory: Memory,
+        instance: Instance,
+    }
+
+    impl Running {
+        fn new() -> Self {
+            let four = &[I32; 4][..];
+            let module = core(&[
+                ("fd_write", four, &[I32]),
+                ("random_get", &four[..2], &[I32]),
+                ("clock_time_get", &[I32, ValType::I64, I32], &[I32]),
+                ("poll_oneoff", four, &[I32]),
+                ("environ_sizes_get", &four[..2], &[I32]),
+                ("path_open", &four[..3], &[I32]),
+                ("proc_exit", &four[..1], &[]),
+            ]);
+            let adapter = adapter(&module).unwrap().unwrap();
+            let engine = Engine::default();
+            let mut store = Store::new(&engine, ());
+            let module = wasmtime::Module::new(&engine, adapter).unwrap();
+            let memory = Memory::new(&mut store, wasmtime::MemoryType::new(1, None)).unwrap();
+            let instance = Instance::new(&mut store, &module, &[memory.into()]).unwrap();
+            Self { store, memory, instance }
+        }
+
+        fn call<P: wasmtime::WasmParams>(&mut self, name: &str, parameters: P) -> i32 {
+            let function: TypedFunc<P, i32> =
+                self.instance.get_typed_func(&mut self.store, name).unwrap();
+            function.call(&mut self.store, parameters).unwrap()
+        }
+
+        fn write(&mut self, at: usize, bytes: &[u8]) {
+            self.memory.write(&mut self.store, at, bytes).unwrap();
+        }
+
+        fn read<const N: usize>(&self, at: usize) -> [u8; N] {
+            let mut bytes = [0; N];
+            self.memory.read(&self.store, at, &mut bytes).unwrap();
+            bytes
+        }
+
+        fn clock_ns(&mut self) -> u64 {
+            assert_eq!(self.call("clock_time_get", (0, 0_i64, 64)), 0);
+            u64::from_le_bytes(self.read(64))
+        }
+    }
+
+    #[test]
+    fn a_module_without_wasi_needs_no_adapter() {
+        assert_eq!(adapter(b"\0asm\x01\0\0\0").unwrap(), None);
+        assert!(adapter(b"\x7fELF").is_err());
+    }
+
+    #[test]
+    fn output_is_taken_and_dropped() {
+        let mut running = Running::new();
+        let pieces = [100_u32, 7, 200, 0, 300, 35].map(u32::to_le_bytes).concat();
+        running.write(16, &pieces);
+        assert_eq!(running.call("fd_write", (1, 16, 3, 8)), 0);
+        assert_eq!(u32::from_le_bytes(running.read(8)), 42);
+    }
+
+    #[test]
+    fn random_numbers_are_the_same_in_each_instance() {
+        let bytes = || {
+            let mut running = Running::new();
+            assert_eq!(running.call("random_get", (1, 33)), 0);
+            let bytes: [u8; 35] = running.read(0);
+            assert_eq!((bytes[0], bytes[34]), (0, 0), "only what was asked for is written");
+            bytes
+        };
+        assert_eq!(bytes(), bytes());
+        let distinct: std::collections::BTreeSet<u8> = bytes().into();
+        assert!(distinct.len() > 25, "{distinct:?}");
+    }
+
+    #[test]
+    fn the_clock_counts_and_sleep_moves_it() {
+        let mut running = Running::new();
+        let (first, second) = (running.clock_ns(), running.clock_ns());
+        assert!(first < second);
+        // Two clocks: one for a second from now, one for a time in the past, which changes nothing.
+        let subscription = |user: u64, timeout: u64, flags: u8| {
+            let mut bytes = [0; 48];
+            bytes[..8].copy_from_slice(&user.to_le_bytes());
+            bytes[24..32].copy_from_slice(&timeout.to_le_bytes());
+            bytes[40] = flags;
+            bytes
+        };
+        running.write(1_000, &subscription(7, 1_000_000_000, 0));
+        running.write(1_048, &subscription(8, 5, 1));
+        assert_eq!(running.call("poll_oneoff", (1_000, 2_000, 2, 80)), 0);
+        assert_eq!(u32::from_le_bytes(running.read(80)), 2);
+        assert_eq!(u64::from_le_bytes(running.read(2_000)), 7);
+        assert_eq!(u64::from_le_bytes(running.read(2_032)), 8);
+        assert!((1_000_000_000..1_001_000_000).contains(&(running.clock_ns() - second)));
+    }
+
+    #[test]
+    fn there_is_nothing_else() {
+        let mut running = Running::new();
+        running.write(8, &[9; 8]);
+        assert_eq!(running.call("environ_sizes_get", (8, 12)), 0);
+        assert_eq!(running.read(8), [0; 8]);
+        assert_eq!(running.call("path_open", (3, 0, 0)), NOT_SUPPORTED);
+        let exit: TypedFunc<i32, ()> =
+            running.instance.get_typed_func(&mut running.store, "proc_exit").unwrap();
+        assert!(exit.call(&mut running.store, 1).is_err(), "a trap");
+    }
+}

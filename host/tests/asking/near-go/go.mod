@@ -1,0 +1,7 @@
+module local/near-go
+
+go 1.24
+
+require shardmill v0.0.0
+
+replace shardmill => ../../../../plugins/sdk-go
