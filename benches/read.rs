@@ -16,7 +16,7 @@ use aws_sdk_kinesis::types::ShardIteratorType;
 use bytes::Bytes;
 use report::Report;
 use shardmill::config;
-use shardmill::plugin::{CompileCache, PluginEngine, PluginHost};
+use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use shardmill::record::{SinkName, StreamRef};
 use shardmill::sink::Sink;
 use shardmill::sink::discard::DiscardSink;
@@ -113,7 +113,7 @@ async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
         embedded_plugin: |_| None,
     };
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-    let host = PluginHost { engine, cache: CompileCache::none() };
+    let host = PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
     let supervisor =
         Supervisor::prepare(config, host, Arc::new(source), vec![sink], options).await?;
     let (board, stop) = (supervisor.board(), CancellationToken::new());

@@ -60,6 +60,7 @@ impl Supervisor {
     ) -> anyhow::Result<Self> {
         let lock = PipelineLock::take(&config.state_dir, &config.name)?;
         let state = StateStore::open(lock.folder())?;
+        host.backends.prepare().await?;
         let (generation, components) =
             Generation::from_config(&config, &host, &options.embedded_plugin)?;
         for sink in &sinks {

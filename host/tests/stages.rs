@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use shardmill::config::{RejectedMax, parse};
-use shardmill::plugin::{CompileCache, PluginEngine, PluginHost};
+use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use shardmill::position::LetterPlace;
 use shardmill::record::{
     Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
@@ -55,7 +55,8 @@ type = "stdout"
         );
         let config = parse(Path::new("test.toml"), &text, &|_| None).expect("a sound pipeline");
         let engine = PluginEngine::new().expect("an engine");
-        let host = PluginHost { engine, cache: CompileCache::none() };
+        let host =
+            PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
         let (generation, _) =
             Generation::from_config(&config, &host, &|_| None).expect("a sound plugin");
         let stop = CancellationToken::new();

@@ -44,6 +44,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let (generation, _) = Generation::from_config(&config, &host, &|_| None)?;
     let sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
     if !options.offline {
+        host.backends.prepare().await?;
         for sink in &sinks {
             sink.prepare(&generation.routes_to(sink.name())).await?;
         }

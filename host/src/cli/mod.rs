@@ -16,7 +16,9 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::config::{ConfigError, PipelineConfig};
-use crate::plugin::{CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile};
+use crate::plugin::{
+    Backends, CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile,
+};
 
 /// The pipeline that is run when none is named.
 const DEFAULT_PIPELINE: &str = "pipeline.toml";
@@ -230,7 +232,8 @@ fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
 fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let cache = CompileCache::in_folder(config.state_dir.join("compiled")).in_child_processes();
-    Ok(PluginHost { engine, cache })
+    let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
+    Ok(PluginHost { engine, cache, backends })
 }
 
 /// Loads a plugin outside of any pipeline.

@@ -17,17 +17,23 @@ pub(super) struct Names {
     /// Every name with its place, stages before sinks.
     all: Vec<(String, Range<usize>)>,
     sinks: BTreeSet<String>,
+    lookups: BTreeSet<String>,
 }
 
 impl Names {
-    pub fn collect(stages: &[Spanned<DeValue<'_>>], sinks: &[Spanned<DeValue<'_>>]) -> Self {
+    pub fn collect(
+        stages: &[Spanned<DeValue<'_>>],
+        sinks: &[Spanned<DeValue<'_>>],
+        lookups: &[Spanned<DeValue<'_>>],
+    ) -> Self {
         let name = |table: &Spanned<DeValue<'_>>| {
             let name = table.get_ref().as_table()?.get("name")?;
             Some((name.get_ref().as_str()?.to_owned(), name.span()))
         };
         let all = stages.iter().chain(sinks).filter_map(name).collect();
         let sinks = sinks.iter().filter_map(name).map(|(name, _)| name).collect();
-        Self { all, sinks }
+        let lookups = lookups.iter().filter_map(name).map(|(name, _)| name).collect();
+        Self { all, sinks, lookups }
     }
 
     /// Stages and sinks share one space of names: a dead letter is keyed by the name of the stage
@@ -52,6 +58,20 @@ impl Names {
             let sinks: Vec<&str> = self.sinks.iter().map(String::as_str).collect();
             let help = suggest(name, "the sinks", &sinks);
             check.problem(span, format!("there is no sink `{name}`"), help);
+        }
+        exists
+    }
+
+    /// Whether a stage may be granted this lookup; notes a problem if it does not exist.
+    pub fn check_lookup(&self, name: &str, span: Range<usize>, check: &mut Check) -> bool {
+        let exists = self.lookups.contains(name);
+        if !exists {
+            let lookups: Vec<&str> = self.lookups.iter().map(String::as_str).collect();
+            let help = match lookups.is_empty() {
+                true => "add a [[lookup]] of that name".to_owned(),
+                false => suggest(name, "the lookups", &lookups),
+            };
+            check.problem(span, format!("there is no lookup `{name}`"), help);
         }
         exists
     }

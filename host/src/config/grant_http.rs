@@ -91,7 +91,6 @@ pub(crate) fn is_travel_header(name: &str) -> bool {
 }
 
 /// Reads the hosts of `stage.grant.http`, each with an entry of its own.
-#[allow(dead_code, reason = "`stage.grant` is to call it")]
 pub(super) fn http_hosts(raw: Vec<RawHttpHost>, check: &mut Check) -> Option<Vec<HttpHostConfig>> {
     let mut hosts: Vec<Option<HttpHostConfig>> = Vec::with_capacity(raw.len());
     for raw in raw {

@@ -79,7 +79,7 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
     let pipeline = sections.pipeline.and_then(|table| pipeline(table, check));
     let buffer = pipeline.as_ref().map_or(BUFFER_BYTES, |pipeline| pipeline.buffer_bytes_max);
     let source = sections.source.and_then(|table| source::read(table, base, check));
-    let names = bindings::Names::collect(&sections.stages, &sections.sinks);
+    let names = bindings::Names::collect(&sections.stages, &sections.sinks, &sections.lookups);
     let (stages_written, sinks_written) = (sections.stages.len(), sections.sinks.len());
     let stages = sections.stages.into_iter();
     let stages: Vec<_> =

@@ -37,7 +37,7 @@ pub use self::secret::Secret;
 pub use self::source::NotAStart;
 use crate::plugin::Capability;
 use crate::record::{
-    PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
+    LookupName, PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
 };
 
 /// A pipeline that can run, as far as the file alone can tell.
@@ -265,6 +265,9 @@ pub struct StageConfig {
     pub config_json: String,
     /// What its plugin may ask of the host.
     pub grants: Grants,
+    /// The hosts that its plugin may send requests to, for `http`. No part of the generation: they
+    /// hold secrets.
+    pub http_hosts: Vec<HttpHostConfig>,
     /// What one batch may use.
     pub limits: StageLimits,
     /// What compiling its plugin may use.
@@ -289,6 +292,9 @@ pub struct BoundSinks {
 pub struct Grants {
     /// The capabilities.
     pub capabilities: BTreeSet<Capability>,
+    /// The reference tables, for `lookup`.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub lookups: BTreeSet<LookupName>,
 }
 
 impl Grants {

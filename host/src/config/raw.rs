@@ -123,6 +123,10 @@ pub(super) struct RawGrant {
     pub clock: bool,
     #[serde(default)]
     pub random: bool,
+    #[serde(default)]
+    pub lookup: Vec<Spanned<Text>>,
+    #[serde(default)]
+    pub http: Vec<RawHttpHost>,
 }
 
 /// `[stage.limits]`

@@ -1,6 +1,6 @@
 //! `[[stage]]`: a plugin, its configuration, its limits, and where its routes go.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
@@ -10,11 +10,14 @@ use toml::de::DeValue;
 
 use super::bindings::Names;
 use super::check::Check;
+use super::grant_http::http_hosts;
 use super::load::shaped;
 use super::raw::{Maybe, RawGrant, RawLimits, RawStage, Text};
-use super::{BoundSinks, CompileLimits, Grants, Located, StageConfig, StageLimits, json};
+use super::{
+    BoundSinks, CompileLimits, Grants, HttpHostConfig, Located, StageConfig, StageLimits, json,
+};
 use crate::plugin::Capability;
-use crate::record::{RouteName, SinkName};
+use crate::record::{LookupName, RouteName, SinkName};
 
 const BATCH_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(600);
 const RETRY_TIMES: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(3600);
@@ -46,17 +49,19 @@ pub(super) fn read(
     let name = check.name(&raw.name, "stage");
     let plugin = check.filled(&raw.plugin, "plugin file");
     let sha256 = sha256(&raw.sha256, check);
-    let grants = grants(raw.grant.unwrap_or_default());
+    let grants = grants(raw.grant.unwrap_or_default(), names, check);
     let raw_limits = raw.limits.unwrap_or_default();
     let limits = limits(&raw_limits, check);
     let compile_limits = compile_limits(&raw_limits, check);
     let routes = routes(raw.routes.unwrap_or_default(), names, check);
+    let (grants, http_hosts) = grants?;
     Some(StageConfig {
         name: name?,
         plugin: Located { value: base.join(plugin?), span: raw.plugin.span() },
         sha256: sha256?,
         config_json: config_json?,
         grants,
+        http_hosts,
         limits: limits?,
         compile_limits: compile_limits?,
         routes: routes?,
@@ -93,16 +98,30 @@ fn sha256(raw: &Maybe<Text>, check: &mut Check) -> Option<Option<Located<String>
     None
 }
 
-fn grants(raw: RawGrant) -> Grants {
-    let RawGrant { log, metrics, clock, random } = raw;
+fn grants(
+    raw: RawGrant,
+    names: &Names,
+    check: &mut Check,
+) -> Option<(Grants, Vec<HttpHostConfig>)> {
+    let RawGrant { log, metrics, clock, random, lookup, http } = raw;
     let granted = [
         (log, Capability::Log),
         (metrics, Capability::Metrics),
         (clock, Capability::Clock),
         (random, Capability::Random),
+        (!lookup.is_empty(), Capability::Lookup),
+        (!http.is_empty(), Capability::Http),
     ];
     let granted = granted.into_iter().filter(|(granted, _)| *granted);
-    Grants { capabilities: granted.map(|(_, capability)| capability).collect() }
+    let mut lookups = BTreeSet::new();
+    let mut sound = true;
+    for name in lookup {
+        sound &= names.check_lookup(&name.get_ref().0, name.span(), check);
+        lookups.insert(LookupName::new(name.into_inner().0));
+    }
+    let http = http_hosts(http, check)?;
+    let capabilities = granted.map(|(_, capability)| capability).collect();
+    sound.then_some((Grants { capabilities, lookups }, http))
 }
 
 fn limits(raw: &RawLimits, check: &mut Check) -> Option<StageLimits> {

@@ -132,8 +132,7 @@ impl Instance {
         context: &Context,
         services: &Arc<Services>,
     ) -> Result<(Self, Descriptor), CallError> {
-        let mut caller =
-            Caller::new(services.clone(), &context.shard_id, limits.log_lines_per_s_max);
+        let mut caller = Caller::new(services.clone(), &context.shard_id, limits);
         caller.call_begins(CONFIGURE_MS_MAX);
         let sandbox = Sandbox {
             caller,

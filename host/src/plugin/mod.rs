@@ -30,7 +30,7 @@ pub use bindings::exports::shardmill::plugin::stage::{
 };
 pub use bindings::shardmill::plugin::types::{Column, Route};
 pub use cache::CompileCache;
-pub use capability::{Capability, LOG_TARGET, Services};
+pub use capability::{Backends, Capability, LOG_TARGET, Services};
 use compile::CompileError;
 pub use engine::PluginEngine;
 pub use instance::{CallError, CallFault, Instance};
@@ -150,6 +150,8 @@ pub struct PluginHost {
     pub engine: PluginEngine,
     /// Who compiles them, and where compiled code is kept.
     pub cache: CompileCache,
+    /// What their capabilities answer from.
+    pub backends: Backends,
 }
 
 /// A compiled component of our world; cheap to clone.
@@ -256,6 +258,8 @@ fn linker(engine: &PluginEngine) -> wasmtime::Result<Linker<instance::Sandbox>> 
     wit::metrics::add_to_linker::<_, Calls>(&mut linker, caller)?;
     wit::clock::add_to_linker::<_, Calls>(&mut linker, caller)?;
     wit::random::add_to_linker::<_, Calls>(&mut linker, caller)?;
+    wit::lookup::add_to_linker::<_, Calls>(&mut linker, caller)?;
+    wit::http::add_to_linker::<_, Calls>(&mut linker, caller)?;
     Ok(linker)
 }
 

@@ -228,7 +228,7 @@ impl Generation {
         };
         let source_format = config.source.format.clone();
         let spec = GenerationSpec { source_format, stages, source_sinks };
-        let generation = Self::assemble(spec, plugins, &config.source.stream_name())
+        let generation = Self::assemble(spec, plugins, host, &config.source.stream_name())
             .map_err(|misfit| misfit.in_config(config))?;
         Ok((generation, components))
     }
@@ -250,7 +250,7 @@ impl Generation {
             plugins.push(Plugin::load(&host.engine, &host.cache, &path, &bytes)?);
         }
         let id = spec.id();
-        Self::assemble(spec, plugins, stream_name)
+        Self::assemble(spec, plugins, host, stream_name)
             .map_err(|misfit| anyhow::anyhow!("stored generation {id}: {}", misfit.message))
     }
 
@@ -258,6 +258,7 @@ impl Generation {
     fn assemble(
         spec: GenerationSpec,
         plugins: Vec<Plugin>,
+        host: &PluginHost,
         stream_name: &str,
     ) -> Result<Self, Misfit> {
         let last = spec.stages.len().saturating_sub(1);
@@ -284,10 +285,11 @@ impl Generation {
                 let help = format!("if it may, add under [stage.grant]: {}", grants.join("; "));
                 return Err(misfit(Place::Plugin, message, &help));
             }
-            let services = Arc::new(Services {
-                stage: stage.name.clone(),
-                granted: stage.grants.capabilities.clone(),
-            });
+            let services =
+                host.backends.services(&stage.name, &stage.grants).map_err(|missing| {
+                    misfit(Place::Stage, missing, "add the [[lookup]], or do not grant it")
+                })?;
+            let services = Arc::new(services);
             let context = context(stream_name, "", &stage.config_json, &upstream);
             let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
                 .map_err(|error| {

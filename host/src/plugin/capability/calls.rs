@@ -3,9 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use super::http::Request;
 use super::log::{Author, LineBudget};
+use super::lookup::words;
 use super::metric::Metrics;
 use super::{Capability, Services};
+use crate::config::StageLimits;
 use crate::plugin::bindings::shardmill::plugin as wit;
 
 /// One instance, as far as it may ask the host for anything.
@@ -18,19 +21,22 @@ pub(in crate::plugin) struct Caller {
     deadline: Instant,
     lines: LineBudget,
     metrics: Metrics,
+    /// What one answer of a lookup may hold, in bytes.
+    answer_bytes_max: usize,
 }
 
 impl Caller {
     /// An instance that is about to be configured.
-    pub fn new(services: Arc<Services>, shard: &str, log_lines_per_s_max: u32) -> Self {
+    pub fn new(services: Arc<Services>, shard: &str, limits: &StageLimits) -> Self {
         let stage = services.stage.clone();
         Self {
             services,
             author: Author { stage, version: String::new(), shard: shard.to_owned() },
             configuring: true,
             deadline: Instant::now(),
-            lines: LineBudget::new(log_lines_per_s_max),
+            lines: LineBudget::new(limits.log_lines_per_s_max),
             metrics: Metrics::default(),
+            answer_bytes_max: limits.output_bytes_max,
         }
     }
 
@@ -102,5 +108,52 @@ impl wit::random::Host for Caller {
     fn next_u64(&mut self) -> wasmtime::Result<u64> {
         self.granted(Capability::Random)?;
         getrandom::u64().map_err(|error| wasmtime::format_err!("no random numbers: {error}"))
+    }
+}
+
+impl wit::lookup::Host for Caller {
+    fn get(
+        &mut self,
+        name: String,
+        arena: Vec<u8>,
+        keys: Vec<u32>,
+    ) -> wasmtime::Result<Result<wit::lookup::Found, wit::lookup::Failure>> {
+        self.granted(Capability::Lookup)?;
+        let keys = words::keys(&arena, &keys)
+            .map_err(|error| wasmtime::format_err!("lookup.get: {error}"))?;
+        let failed = |retryable, message| Ok(Err(wit::lookup::Failure { retryable, message }));
+        let Some(lookup) = self.services.lookups.get(&*name) else {
+            return failed(false, format!("lookup {name:?} is not granted to this stage"));
+        };
+        let rows = match lookup.get(&keys, self.deadline) {
+            Ok(rows) => rows,
+            Err(error) => return failed(error.retryable, error.message),
+        };
+        match words::found(&rows, self.answer_bytes_max) {
+            Ok((arena, rows)) => Ok(Ok(wit::lookup::Found { arena, rows })),
+            Err(error) => failed(false, format!("lookup {name}: {error}")),
+        }
+    }
+}
+
+impl wit::http::Host for Caller {
+    fn send(
+        &mut self,
+        request: wit::http::Request,
+    ) -> wasmtime::Result<Result<wit::http::Response, wit::http::Failure>> {
+        self.granted(Capability::Http)?;
+        let wit::http::Request { method, url, headers, body } = request;
+        let failed = |retryable, message| Ok(Err(wit::http::Failure { retryable, message }));
+        let Some(grant) = &self.services.http else {
+            return failed(false, "no host is granted to this stage".to_owned());
+        };
+        match grant.send(Request { method, url, headers, body }, self.deadline) {
+            Ok(response) => Ok(Ok(wit::http::Response {
+                status: response.status,
+                headers: response.headers,
+                body: response.body,
+            })),
+            Err(failure) => failed(failure.retryable, failure.message),
+        }
     }
 }

@@ -9,12 +9,17 @@ mod log;
 pub mod lookup;
 mod metric;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
 
-use crate::record::StageName;
+use self::http::HttpGrant;
+use self::lookup::Lookup;
+use crate::config::{Grants, PipelineConfig};
+use crate::record::{LookupName, StageName};
 
 pub(super) use calls::Caller;
 pub use log::LOG_TARGET;
@@ -90,12 +95,75 @@ pub struct Services {
     pub stage: StageName,
     /// What is granted.
     pub granted: BTreeSet<Capability>,
+    /// The reference tables that are granted.
+    pub lookups: BTreeMap<LookupName, Arc<Lookup>>,
+    /// The hosts that are granted.
+    pub http: Option<Arc<HttpGrant>>,
 }
 
 impl Services {
     /// For a plugin outside of any pipeline: what needs nothing but the host itself.
     pub fn alone(name: StageName) -> Self {
         let granted = [Capability::Log, Capability::Metrics, Capability::Clock, Capability::Random];
-        Self { stage: name, granted: granted.into() }
+        Self { stage: name, granted: granted.into(), lookups: BTreeMap::new(), http: None }
+    }
+}
+
+/// What the capabilities of a pipeline's stages answer from.
+#[derive(Clone, Debug, Default)]
+pub struct Backends {
+    lookups: BTreeMap<LookupName, Arc<Lookup>>,
+    http: BTreeMap<StageName, Arc<HttpGrant>>,
+}
+
+impl Backends {
+    /// As configured. Nothing is connected yet; connections will live on `runtime`.
+    ///
+    /// # Errors
+    /// A lookup's or a grant's that cannot be.
+    pub fn from_config(config: &PipelineConfig, runtime: &Handle) -> anyhow::Result<Self> {
+        let mut backends = Self::default();
+        for lookup in &config.lookups {
+            let table = Lookup::new(lookup, runtime.clone())?;
+            backends.lookups.insert(lookup.name.value.clone(), Arc::new(table));
+        }
+        for stage in config.stages.iter().filter(|stage| !stage.http_hosts.is_empty()) {
+            let grant = HttpGrant::new(&stage.http_hosts, runtime.clone())?;
+            backends.http.insert(stage.name.value.clone(), Arc::new(grant));
+        }
+        Ok(backends)
+    }
+
+    /// Proves that every lookup can be reached and its query can run.
+    ///
+    /// # Errors
+    /// The first that cannot, with what to do about it.
+    pub async fn prepare(&self) -> anyhow::Result<()> {
+        for lookup in self.lookups.values() {
+            lookup.prepare().await?;
+        }
+        Ok(())
+    }
+
+    /// What one stage gets of it.
+    ///
+    /// # Errors
+    /// A lookup that is granted and not there, in words.
+    pub fn services(&self, stage: &StageName, grants: &Grants) -> Result<Services, String> {
+        let mut lookups = BTreeMap::new();
+        for name in &grants.lookups {
+            let Some(lookup) = self.lookups.get(name) else {
+                return Err(format!(
+                    "stage {stage} is granted lookup `{name}`, which is not there"
+                ));
+            };
+            lookups.insert(name.clone(), lookup.clone());
+        }
+        Ok(Services {
+            stage: stage.clone(),
+            granted: grants.capabilities.clone(),
+            lookups,
+            http: self.http.get(stage).cloned(),
+        })
     }
 }
