@@ -19,7 +19,8 @@
 
 // A batch is one arena of bytes and ten words a record: see `wit/0.1.0/plugin.wit`.
 const INPUT_WORDS = 10;
-const NONE = 0xffff_ffff;
+/** 2^32 - 1. The engine hands numbers on as 32 signed bits. */
+const NONE = -1;
 
 /** Thrown by a plugin: the whole batch is tried again after a pause. */
 export class Retry extends Error {}
@@ -116,7 +117,7 @@ class Record {
 
   get arrivedMs() {
     const { inputs } = this._shared;
-    return inputs[this._at + 8] + inputs[this._at + 9] * 0x1_0000_0000;
+    return (inputs[this._at + 8] >>> 0) + inputs[this._at + 9] * 0x1_0000_0000;
   }
 
   bytes() {
