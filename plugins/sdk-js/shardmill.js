@@ -2,7 +2,7 @@
  * What shardmill plugins in JavaScript are written with: records in, outputs by the names of routes,
  * no offsets. Types and their documentation: `shardmill.d.ts`.
  *
- *     import { plugin } from "./sdk/shardmill.js";
+ *     import { plugin } from "shardmill";
  *
  *     export const stage = plugin({
  *       name: "upper",
@@ -318,7 +318,7 @@ class Arena {
       const words = waiting[index];
       const at = waiting[index + 1];
       const text = texts.slice(start, (start += words[at + 1]));
-      const bytes = encodeAscii(text) ?? encode(text);
+      const bytes = encodeText(text);
       words[at] = this._used;
       words[at + 1] = bytes.length;
       this._append(bytes);
@@ -369,6 +369,28 @@ function reason(error) {
   return `${error.name}: ${error.message}${place ? ` (${place[1]})` : ""}`;
 }
 
+/** For the capabilities: the host's answer, or what it threw as an error. */
+export function answerOf(ask) {
+  try {
+    return ask();
+  } catch (failure) {
+    const given = failure?.payload ?? failure?.val ?? failure;
+    if (typeof given?.retryable !== "boolean") throw failure;
+    throw given.retryable ? new Retry(given.message) : new Error(given.message);
+  }
+}
+
+/** The UTF-8 bytes of a text; half a surrogate pair becomes U+FFFD. */
+export function encodeText(text) {
+  return encodeAscii(text) ?? encode(text);
+}
+
+/** The text of UTF-8 bytes. Throws where they are none. */
+export function decodeText(bytes) {
+  const text = bytesAsCharacters(bytes);
+  return isAscii(bytes) ? text : decodeURIComponent(escape(text));
+}
+
 // The engine has no TextDecoder. Its base64 is native and makes bytes of characters and back at once.
 
 /** A character for each byte. */
@@ -386,7 +408,7 @@ function encodeAscii(text) {
   }
 }
 
-/** The UTF-8 bytes of a text; half a surrogate pair becomes U+FFFD. */
+/** The same for any text. */
 function encode(text) {
   return Uint8Array.fromBase64(btoa(unescape(encodeURIComponent(text.toWellFormed()))));
 }

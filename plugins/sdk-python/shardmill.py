@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import datetime as _datetime
 import gc
+import importlib
 import json
 import os
 import random as _random
 import sys
 import time as _time
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 try:
     from componentize_py_types import Err
@@ -60,6 +61,12 @@ class Reject(Exception):
 
 class Retry(Exception):
     """Raised by a plugin: the whole batch is tried again after a pause."""
+
+
+def _failed(failure: Any) -> Exception:
+    """What a capability's failure is to a plugin."""
+    given = failure.value
+    return Retry(given.message) if given.retryable else Reject(given.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +378,7 @@ class _Stage:
         self.out = Out({})
 
     def configure(self, context: Any) -> _Descriptor:
+        sys.meta_path[:] = [_Late()]
         self.upstream = [route.name for route in context.upstream]
         _record_time.shard = context.shard_id
         given = dict(self.given)
@@ -558,8 +566,21 @@ class _Dropped:
         pass
 
 
+class _Late:
+    """Refuses modules that were not loaded when the plugin was built: their files are not there."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        raise ModuleNotFoundError(
+            f"module {name} was not loaded when the plugin was built: import it at the top of a file",
+            name=name,
+        )
+
+
 def _take_over() -> None:
     """Puts the record's time and chance in the places of the real ones. Only in a component."""
+    # What the standard library loads late.
+    for module in ("_strptime", "encodings.ascii", "encodings.cp1252", "encodings.latin_1", "traceback"):
+        importlib.import_module(module)
     inst = _RecordRandom(0)
     names = (
         "betavariate binomialvariate choice choices expovariate gammavariate gauss getrandbits getstate "
