@@ -34,7 +34,7 @@ struct Template {
 }
 
 /// What all languages leave out of version control.
-const GITIGNORE: File = (".gitignore", "*.wasm\n/state/\n/target/\n");
+const GITIGNORE: File = (".gitignore", "*.wasm\n/state/\n/target/\n/node_modules/\n/.venv/\n");
 
 const RUST: Template = Template {
     own: files!("rust": "plugin.toml", "Cargo.toml", "src/lib.rs", "README.md",
@@ -63,13 +63,28 @@ const GO: Template = Template {
     ],
 };
 
+const JS: Template = Template {
+    own: files!("js": "plugin.toml", "plugin.js", "package.json", "jsconfig.json", "README.md",
+        "tests/cases.toml", "pipeline.toml", "input.ndjson"),
+    // The library itself is in the binary: what is written is for editors.
+    library: &[library!("plugins/sdk-js" => "types": "shardmill.d.ts", "log.d.ts", "metrics.d.ts",
+            "lookup.d.ts", "clock.d.ts", "random.d.ts", "http.d.ts")],
+};
+
+const PYTHON: Template = Template {
+    own: files!("python": "plugin.toml", "plugin.py", "README.md", "tests/cases.toml",
+        "pipeline.toml", "input.ndjson"),
+    library: &[library!("plugins/sdk-python" => ".": "shardmill.py")],
+};
+
 /// The template of a language.
-fn template(language: Language) -> Option<Template> {
+fn template(language: Language) -> Template {
     match language {
-        Language::Rust => Some(RUST),
-        Language::C => Some(C),
-        Language::Go => Some(GO),
-        Language::Js | Language::Python => None,
+        Language::Rust => RUST,
+        Language::C => C,
+        Language::Js => JS,
+        Language::Python => PYTHON,
+        Language::Go => GO,
     }
 }
 
@@ -94,9 +109,6 @@ pub enum ScaffoldError {
         /// What was given.
         name: String,
     },
-    /// There is no template for the language.
-    #[error("there is no template for {0:?} yet")]
-    NoTemplate(Language),
     /// The folder holds something.
     #[error(
         "{folder} is not empty: nothing was written; name another folder with --dir, or empty it"
@@ -127,7 +139,7 @@ pub fn new_plugin(
     if !is_name(name) {
         return Err(ScaffoldError::Name { name: name.into() });
     }
-    let template = template(language).ok_or(ScaffoldError::NoTemplate(language))?;
+    let template = template(language);
     if !is_free(folder).map_err(write_error(folder))? {
         return Err(ScaffoldError::NotEmpty { folder: folder.to_owned() });
     }
@@ -164,11 +176,14 @@ fn write_error(path: &Path) -> impl FnOnce(io::Error) -> ScaffoldError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::ValueEnum as _;
+
     use crate::plugin::manifest::PluginManifest;
 
     #[test]
     fn a_new_plugin_is_one_and_holds_no_placeholder() {
-        for language in [Language::Rust, Language::C, Language::Go] {
+        for language in Language::value_variants() {
+            let language = *language;
             let place = tempfile::tempdir().unwrap();
             let folder = place.path().join("deep/geo");
             let made = new_plugin("geo-2", language, &folder).unwrap();
@@ -194,7 +209,7 @@ mod tests {
             (Language::C, "plugins/sdk-c", "sdk"),
             (Language::Go, "plugins/sdk-go", "sdk"),
         ] {
-            let library = template(language).unwrap().library;
+            let library = template(language).library;
             for file in fs::read_dir(project.join(from)).unwrap() {
                 let path = format!("{to}/{}", file.unwrap().file_name().display());
                 let is_there = library.iter().copied().flatten().any(|(name, _)| *name == path);

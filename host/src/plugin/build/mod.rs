@@ -6,7 +6,10 @@
 mod c;
 mod componentize;
 mod go;
+mod js;
+mod python;
 mod rust;
+mod staging;
 mod wasi_stub;
 mod world;
 
@@ -34,9 +37,6 @@ pub enum BuildError {
     /// The folder is no plugin's.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// A language that is on its way.
-    #[error("{0:?} is not built yet")]
-    NotYet(Language),
     /// There is no crate.
     #[error("{dir} holds no Cargo.toml: name the folder of a plugin crate")]
     NoCrate {
@@ -123,7 +123,8 @@ pub fn build_plugin(dir: &Path, out: Option<&Path>) -> Result<BuiltPlugin, Build
         Language::Rust => rust::build(dir)?,
         Language::C => c::build(dir)?,
         Language::Go => go::build(dir)?,
-        other => return Err(BuildError::NotYet(other)),
+        Language::Js => js::build(dir, &manifest)?,
+        Language::Python => python::build(dir, &manifest)?,
     };
     let out = match out {
         Some(out) => out.to_owned(),

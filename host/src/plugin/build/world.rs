@@ -10,7 +10,7 @@ use super::componentize::ComponentizeError;
 use super::wasi_stub;
 
 /// The package's files.
-const WIT: [(&str, &str); 2] = [
+pub(super) const PACKAGE: [(&str, &str); 2] = [
     ("plugin.wit", include_str!("../../../../wit/0.1.0/plugin.wit")),
     ("capabilities.wit", include_str!("../../../../wit/0.1.0/capabilities.wit")),
 ];
@@ -40,7 +40,7 @@ pub(super) fn componentize_for_world(core: &[u8]) -> Result<Vec<u8>, Componentiz
 fn describe(core: &mut Vec<u8>) -> anyhow::Result<()> {
     let mut resolve = Resolve::default();
     let mut sources = wit_parser::SourceMap::default();
-    for (name, text) in WIT {
+    for (name, text) in PACKAGE {
         sources.push_str(name, text);
     }
     let package: UnresolvedPackageGroup =

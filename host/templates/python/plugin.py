@@ -1,0 +1,18 @@
+"""{{name}}: greets. Takes {"name":"Ada"}, gives {"greeting":"Hello, Ada!"} on the route "out"."""
+
+from shardmill import Out, Record, Reject, plugin
+
+
+@plugin(
+    name="{{name}}",
+    version="0.1.0",
+    accepts=["application/json"],
+    routes={"out": ("application/json", {"greeting": "text"})},
+)
+def greet(record: Record, out: Out) -> None:
+    """An exception rejects the record: it is kept with the reason, and its neighbours go on."""
+    name = record.json().get("name")
+    if not isinstance(name, str):
+        raise Reject("an object with a text `name` was due")
+    greeting = f"Hello, {name}!"  # edit me
+    out.emit("out", {"greeting": greeting})

@@ -1,0 +1,2 @@
+/** The capability `clock`: milliseconds since the Unix epoch. */
+export function nowMs(): number;

@@ -1,0 +1,487 @@
+/**
+ * What shardmill plugins in JavaScript are written with: records in, outputs by the names of routes,
+ * no offsets. Types and their documentation: `shardmill.d.ts`.
+ *
+ *     import { plugin } from "shardmill";
+ *
+ *     export const stage = plugin({
+ *       name: "upper",
+ *       version: "0.1.0",
+ *       routes: { out: "text/plain" },
+ *       record(record, out) {
+ *         out.emit("out", record.text().toUpperCase());
+ *       },
+ *     });
+ *
+ * The engine is QuickJS: ECMAScript modules and the language's own library, without the web's or
+ * Node's. There are no timers and no promises across calls.
+ */
+
+// A batch is one arena of bytes and ten words a record: see `wit/0.1.0/plugin.wit`.
+const INPUT_WORDS = 10;
+/** 2^32 - 1. The engine hands numbers on as 32 signed bits. */
+const NONE = -1;
+
+/** Thrown by a plugin: the whole batch is tried again after a pause. */
+export class Retry extends Error {}
+Retry.prototype.name = "Retry";
+
+/** Makes the export `stage` of a plugin. See `Plugin` in `shardmill.d.ts`. */
+export function plugin(definition) {
+  const { record, batch } = definition;
+  if (record === undefined && batch === undefined) {
+    throw new TypeError("a plugin needs `record` or `batch`");
+  }
+  const out = new Out();
+  let upstream = [];
+
+  function configure(context) {
+    try {
+      upstream = context.upstream.map((route) => route.name);
+      where = context.shardId;
+      const given = {
+        streamName: context.streamName,
+        shardId: context.shardId,
+        upstream: context.upstream,
+        extra: Object.fromEntries(context.extra),
+      };
+      const changed = definition.configure?.(JSON.parse(context.config), given) ?? {};
+      const descriptor = describe({ ...definition, ...changed });
+      out._declare(descriptor.routes);
+      return descriptor;
+    } catch (error) {
+      throw reason(error);
+    }
+  }
+
+  function process({ arena, inputs }) {
+    const shared = { arena, inputs, upstream, text: undefined, isAscii: false };
+    const count = inputs.length / INPUT_WORDS;
+    out._begin(count);
+    try {
+      let records;
+      if (batch !== undefined) {
+        records = new Array(count);
+        for (let index = 0; index < count; index++) records[index] = new Record(shared, index);
+        current = records[0];
+        batch(records, out);
+      }
+      if (record !== undefined) {
+        for (let index = 0; index < count; index++) {
+          current = records === undefined ? new Record(shared, index) : records[index];
+          random = undefined;
+          out._input(index);
+          try {
+            record(current, out);
+          } catch (error) {
+            if (error instanceof Retry) throw error;
+            out.reject(reason(error));
+          }
+        }
+      }
+      return out._finish();
+    } catch (error) {
+      throw { retryable: error instanceof Retry, input: null, message: reason(error) };
+    } finally {
+      current = undefined;
+      out._end();
+    }
+  }
+
+  return { configure, process };
+}
+
+/** A record on its way in. Its text is decoded when it is asked for. */
+class Record {
+  constructor(shared, index) {
+    this._shared = shared;
+    this._at = INPUT_WORDS * index;
+    this.index = index;
+  }
+
+  get key() {
+    return this._text(0);
+  }
+
+  get sequence() {
+    return this._text(4);
+  }
+
+  get subSequence() {
+    return this._shared.inputs[this._at + 6];
+  }
+
+  get route() {
+    return this._shared.upstream[this._shared.inputs[this._at + 7]];
+  }
+
+  get arrivedMs() {
+    const { inputs } = this._shared;
+    return (inputs[this._at + 8] >>> 0) + inputs[this._at + 9] * 0x1_0000_0000;
+  }
+
+  bytes() {
+    const { arena, inputs } = this._shared;
+    const start = inputs[this._at + 2];
+    return arena.subarray(start, start + inputs[this._at + 3]);
+  }
+
+  text() {
+    return this._text(2);
+  }
+
+  json() {
+    const text = this._text(2);
+    try {
+      return JSON.parse(text);
+    } catch (error) {
+      throw new Error(`the payload is not JSON: ${error.message}`);
+    }
+  }
+
+  /** The text of the span in the words `word` and `word + 1`. */
+  _text(word) {
+    const shared = this._shared;
+    const start = shared.inputs[this._at + word];
+    const end = start + shared.inputs[this._at + word + 1];
+    // All the bytes at once: decoding costs a call of the engine, slicing costs next to nothing.
+    if (shared.text === undefined) {
+      shared.text = bytesAsCharacters(shared.arena);
+      shared.isAscii = isAscii(shared.arena);
+    }
+    const text = shared.text.slice(start, end);
+    if (shared.isAscii || isAscii(shared.arena.subarray(start, end))) return text;
+    try {
+      return decodeURIComponent(escape(text));
+    } catch {
+      throw new Error("the payload is not UTF-8");
+    }
+  }
+}
+
+/** Takes what becomes of the records of a batch. One for all batches. */
+class Out {
+  constructor() {
+    this._numbers = new Map();
+    this._begin(0);
+  }
+
+  emit(route, value, key) {
+    const number = this._number(route);
+    if (typeof value === "object" && !ArrayBuffer.isView(value) && !(value instanceof ArrayBuffer)) {
+      value = JSON.stringify(value);
+    } else if (typeof value !== "string" && typeof value !== "object") {
+      value = JSON.stringify(value);
+      if (value === undefined) throw new TypeError("emit needs a text, bytes or a JSON value");
+    }
+    this._push(number, value, key);
+  }
+
+  pass(route, key) {
+    this._push(this._number(route), undefined, key);
+  }
+
+  reject(why) {
+    this._rejected = String(why);
+  }
+
+  at(record) {
+    this._settle();
+    if (record.index < this._at) {
+      throw new Error("outputs must be in the order of the records");
+    }
+    if (record.index > this._at) this._input(record.index);
+    return this;
+  }
+
+  /** The numbers of the routes that `configure` has declared. */
+  _declare(routes) {
+    this._numbers = new Map(routes.map((route, index) => [route.name, index]));
+  }
+
+  _number(route) {
+    const number = this._numbers.get(route);
+    if (number === undefined) {
+      const declared = [...this._numbers.keys()].join(", ");
+      throw new Error(`there is no route "${route}": the plugin declares ${declared}`);
+    }
+    return number;
+  }
+
+  _push(number, value, key) {
+    this._outputs.push(this._at, number);
+    this._values.push(key, value);
+  }
+
+  _begin(count) {
+    this._count = count;
+    this._at = -1;
+    this._mark = 0;
+    this._rejected = undefined;
+    // Two numbers and two values an output; two values a reject.
+    this._outputs = [];
+    this._values = [];
+    this._rejects = [];
+  }
+
+  /** What comes next belongs to another record. */
+  _input(index) {
+    this._settle();
+    this._at = index;
+    this._mark = this._outputs.length;
+  }
+
+  /** A rejected record has no outputs: what was emitted for it is taken back. */
+  _settle() {
+    if (this._rejected === undefined) return;
+    this._outputs.length = this._mark;
+    this._values.length = this._mark;
+    this._rejects.push(this._at, this._rejected);
+    this._rejected = undefined;
+  }
+
+  /** Lays the values end to end in one arena. */
+  _finish() {
+    this._settle();
+    const arena = new Arena();
+    const { _outputs: pairs, _values: values, _rejects: refused } = this;
+    const outputs = new Array(pairs.length * 3);
+    for (let from = 0, to = 0; from < pairs.length; from += 2, to += 6) {
+      outputs[to] = pairs[from];
+      outputs[to + 1] = pairs[from + 1];
+      arena.add(values[from], outputs, to + 2);
+      arena.add(values[from + 1], outputs, to + 4);
+    }
+    const rejects = new Array((refused.length / 2) * 3);
+    for (let from = 0, to = 0; from < refused.length; from += 2, to += 3) {
+      rejects[to] = refused[from];
+      arena.add(refused[from + 1], rejects, to + 1);
+    }
+    return { arena: arena.bytes(), outputs, rejects };
+  }
+
+  /** Keeps nothing of a batch. */
+  _end() {
+    this._begin(0);
+  }
+}
+
+/** Gathers texts and bytes. Texts in a row are encoded at once. */
+class Arena {
+  constructor() {
+    this._bytes = undefined;
+    this._used = 0;
+    this._texts = "";
+    this._waiting = [];
+  }
+
+  /** Adds a text, bytes, or nothing, and writes its span to `words`. */
+  add(value, words, at) {
+    if (value === undefined) {
+      words[at] = NONE;
+      words[at + 1] = 0;
+    } else if (typeof value === "string") {
+      // Its place, if all texts are ASCII; else `flush` puts it right.
+      words[at] = this._used + this._texts.length;
+      words[at + 1] = value.length;
+      this._texts += value;
+      this._waiting.push(words, at);
+    } else {
+      this._flush();
+      const view = ArrayBuffer.isView(value)
+        ? new Uint8Array(value.buffer, value.byteOffset, value.byteLength)
+        : new Uint8Array(value);
+      words[at] = this._used;
+      words[at + 1] = view.length;
+      this._append(view);
+    }
+  }
+
+  /** All that was added. */
+  bytes() {
+    this._flush();
+    return this._bytes === undefined ? new Uint8Array(0) : this._bytes.subarray(0, this._used);
+  }
+
+  _flush() {
+    const { _texts: texts, _waiting: waiting } = this;
+    if (texts.length === 0) return;
+    this._texts = "";
+    this._waiting = [];
+    const encoded = encodeAscii(texts);
+    if (encoded !== undefined) {
+      this._append(encoded);
+      return;
+    }
+    let start = 0;
+    for (let index = 0; index < waiting.length; index += 2) {
+      const words = waiting[index];
+      const at = waiting[index + 1];
+      const text = texts.slice(start, (start += words[at + 1]));
+      const bytes = encodeText(text);
+      words[at] = this._used;
+      words[at + 1] = bytes.length;
+      this._append(bytes);
+    }
+  }
+
+  /** Room is doubled, so that each byte is moved once or twice. */
+  _append(bytes) {
+    const due = this._used + bytes.length;
+    if (this._bytes === undefined) {
+      this._bytes = bytes;
+    } else if (due > this._bytes.length) {
+      const grown = new Uint8Array(Math.max(due, 2 * this._bytes.length, 1024));
+      grown.set(this._bytes.subarray(0, this._used));
+      this._bytes = grown;
+    }
+    if (this._bytes !== bytes) this._bytes.set(bytes, this._used);
+    this._used = due;
+  }
+}
+
+/** The descriptor of a definition. */
+function describe({ name, version, accepts = [], routes, needsColumns }) {
+  const ways = Object.entries(routes ?? {}).map(([name, given]) => {
+    const { format, columns } = typeof given === "string" ? { format: given } : given;
+    return { name, format, columns: columnsOf(columns) };
+  });
+  const needed = columnsOf(needsColumns).map(({ name, dataType, nullable }) => {
+    return { name, data_type: dataType, nullable };
+  });
+  const extra = needed.length === 0 ? [] : [["needs-columns", JSON.stringify(needed)]];
+  return { name, version, accepts, routes: ways, extra };
+}
+
+/** Columns of `{ name: "type" }`; a type that ends with `?` is nullable. */
+function columnsOf(columns) {
+  return Object.entries(columns ?? {}).map(([name, type]) => {
+    const nullable = type.endsWith("?");
+    return { name, dataType: nullable ? type.slice(0, -1) : type, nullable };
+  });
+}
+
+/** An error for a human: its message, and for the engine's own errors their kind and place. */
+function reason(error) {
+  if (!(error instanceof Error)) return String(error);
+  if (error.constructor === Error || error instanceof Retry) return error.message;
+  const place = /\(?([^\s(]+:\d+)(:\d+)?\)?$/m.exec(error.stack ?? "");
+  return `${error.name}: ${error.message}${place ? ` (${place[1]})` : ""}`;
+}
+
+/** For the capabilities: the host's answer, or what it threw as an error. */
+export function answerOf(ask) {
+  try {
+    return ask();
+  } catch (failure) {
+    const given = failure?.payload ?? failure?.val ?? failure;
+    if (typeof given?.retryable !== "boolean") throw failure;
+    throw given.retryable ? new Retry(given.message) : new Error(given.message);
+  }
+}
+
+/** The UTF-8 bytes of a text; half a surrogate pair becomes U+FFFD. */
+export function encodeText(text) {
+  return encodeAscii(text) ?? encode(text);
+}
+
+/** The text of UTF-8 bytes. Throws where they are none. */
+export function decodeText(bytes) {
+  const text = bytesAsCharacters(bytes);
+  return isAscii(bytes) ? text : decodeURIComponent(escape(text));
+}
+
+// The engine has no TextDecoder. Its base64 is native and makes bytes of characters and back at once.
+
+/** A character for each byte. */
+function bytesAsCharacters(bytes) {
+  return atob(bytes.toBase64());
+}
+
+/** The bytes of an ASCII text; undefined for others. */
+function encodeAscii(text) {
+  try {
+    const bytes = Uint8Array.fromBase64(btoa(text));
+    return isAscii(bytes) ? bytes : undefined;
+  } catch {
+    return undefined; // a character above 255
+  }
+}
+
+/** The same for any text. */
+function encode(text) {
+  return Uint8Array.fromBase64(btoa(unescape(encodeURIComponent(text.toWellFormed()))));
+}
+
+/** Whether all bytes are below 128. Four at a time. */
+function isAscii(bytes) {
+  let index = 0;
+  const length = bytes.length;
+  const offset = bytes.byteOffset;
+  while (index < length && ((offset + index) & 3) !== 0) {
+    if (bytes[index++] >= 0x80) return false;
+  }
+  const words = new Int32Array(bytes.buffer, offset + index, (length - index) >> 2);
+  const count = words.length;
+  let word = 0;
+  for (; word + 8 <= count; word += 8) {
+    const all =
+      words[word] | words[word + 1] | words[word + 2] | words[word + 3] |
+      words[word + 4] | words[word + 5] | words[word + 6] | words[word + 7];
+    if ((all & 0x8080_8080) !== 0) return false;
+  }
+  for (index += 4 * word; index < length; index++) {
+    if (bytes[index] >= 0x80) return false;
+  }
+  return true;
+}
+
+// What differs between two runs of the same record would make a replay differ: time and chance come
+// from the record. The real ones are capabilities: `clock.js` and `random.js`.
+
+/** The record under way, the shard, and the random numbers of that record. */
+let current;
+let where = "";
+let random;
+
+const EngineDate = Date;
+/** Now is when the record under way arrived; before the first one, 1970 began. */
+const nowMs = () => (current === undefined ? 0 : current.arrivedMs);
+globalThis.Date = new Proxy(EngineDate, {
+  apply: () => new EngineDate(nowMs()).toString(),
+  construct: (_, given) => (given.length === 0 ? new EngineDate(nowMs()) : new EngineDate(...given)),
+  get: (_, name) => (name === "now" ? nowMs : EngineDate[name]),
+});
+EngineDate.prototype.constructor = globalThis.Date;
+Reflect.deleteProperty(globalThis, "performance");
+
+/** xorshift128, seeded by the shard and the record. */
+Math.random = () => {
+  random ??= seeded(current === undefined ? where : `${where}/${current.sequence}/${current.subSequence}`);
+  let turned = random[3];
+  const first = random[0];
+  random[3] = random[2];
+  random[2] = random[1];
+  random[1] = first;
+  turned ^= turned << 11;
+  turned ^= turned >>> 8;
+  random[0] = turned ^ first ^ (first >>> 19);
+  return (random[0] >>> 0) / 0x1_0000_0000;
+};
+
+/** Four words of a text: FNV-1a with four beginnings. */
+function seeded(text) {
+  const words = new Uint32Array([0x811c9dc5, 0x9e3779b9, 0x85ebca6b, 0xc2b2ae35]);
+  for (let word = 0; word < 4; word++) {
+    let hash = words[word];
+    for (let index = 0; index < text.length; index++) {
+      hash = Math.imul(hash ^ text.charCodeAt(index), 0x0100_0193);
+    }
+    words[word] = hash | 1; // never all zero
+  }
+  return words;
+}
+
+// Printed lines go nowhere without the capability `log`: `log.js` puts another console in place.
+const drop = () => {};
+globalThis.console = { trace: drop, debug: drop, log: drop, info: drop, warn: drop, error: drop };
