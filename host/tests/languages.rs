@@ -28,6 +28,8 @@ newcomers! {
     a_newcomers_path_in_rust: "rust", "src/lib.rs";
     a_newcomers_path_in_c: "c", "plugin.c";
     a_newcomers_path_in_go: "go", "main.go";
+    a_newcomers_path_in_javascript: "js", "plugin.js";
+    a_newcomers_path_in_python: "python", "plugin.py";
 }
 
 /// An example is built and run: it prints what its `expected.ndjson` holds.

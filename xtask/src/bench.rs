@@ -1,10 +1,15 @@
 //! `cargo xtask bench NAME`: measures something against a baseline, in the same run.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 use anyhow::Result;
 
 use crate::data;
+use crate::languages::Languages;
 use crate::plugins::build_shardmill;
-use crate::process::{cargo, project_root, run};
+use crate::process::{cargo, forget_this_package, project_root, run};
 
 /// Measure something against a baseline.
 #[derive(clap::Args)]
@@ -15,6 +20,9 @@ pub struct Bench {
     /// One JSON object per line instead of a table.
     #[arg(long)]
     json: bool,
+    /// Draw the figures as well, where the bench has a picture.
+    #[arg(long)]
+    picture: bool,
     /// Only these cases.
     cases: Vec<String>,
 }
@@ -31,7 +39,14 @@ enum Name {
     File,
     /// Memory after 100 million records, against memory after the first million.
     Flat,
+    /// A plugin in each language, against native Rust.
+    Languages,
 }
+
+/// The languages of [`Name::Languages`], as `shardmill new plugin` calls them.
+const LANGUAGES: [&str; 5] = ["rust", "c", "go", "js", "python"];
+/// Where its figures are kept as a picture.
+const LANGUAGES_PICTURE: &str = "docs/languages.svg";
 
 impl Bench {
     /// Runs the task.
@@ -43,6 +58,7 @@ impl Bench {
             Name::Lanes => "lanes",
             Name::File => "file",
             Name::Flat => "flat",
+            Name::Languages => "languages",
         };
         let mut command = cargo();
         command.args(["bench", "--quiet", "--package", "benches", "--bench", name, "--"]);
@@ -52,9 +68,36 @@ impl Bench {
         if self.bench == Name::File {
             data::flights(&root)?;
         }
-        if self.bench != Name::Wall {
+        if self.bench == Name::Languages {
+            command.env("SHARDMILL_LANGUAGES", build_languages(&root)?);
+        } else if self.bench != Name::Wall {
             command.env("SHARDMILL_BIN", build_shardmill(&root)?);
+        }
+        if self.picture {
+            command.env("SHARDMILL_PICTURE", root.join(LANGUAGES_PICTURE));
         }
         run(command.args(self.cases).current_dir(root))
     }
+}
+
+/// Makes a new plugin in each language and builds it; gives the folder of the components.
+fn build_languages(root: &Path) -> Result<PathBuf> {
+    let shardmill = build_shardmill(root)?;
+    let languages = Languages::install(root)?;
+    let folder = root.join("target/bench-languages");
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    for language in LANGUAGES {
+        let plugin = folder.join(language);
+        let mut new = Command::new(&shardmill);
+        run(new.args(["new", "plugin", "greet", "--lang", language, "--dir"]).arg(&plugin))?;
+        let mut build = Command::new(&shardmill);
+        build.args(["plugin", "build"]).arg(&plugin).arg("-o");
+        build.arg(folder.join(format!("{language}.wasm")));
+        forget_this_package(&mut build);
+        languages.put_on_path(&mut build)?;
+        run(&mut build)?;
+    }
+    Ok(folder)
 }

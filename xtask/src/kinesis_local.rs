@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::process::run;
+use crate::process::npm_install;
 
 /// The version that the tests were written against.
 const PACKAGE: &str = "kinesis-local@0.6.2";
@@ -40,12 +40,9 @@ impl KinesisLocal {
         // It reads its certificate from the current folder.
         let package = folder.join("node_modules/kinesis-local");
         if !package.join("main.js").exists() {
-            fs::create_dir_all(folder)?;
-            run(Command::new("npm")
-                .args(["install", "--no-audit", "--no-fund", "--prefix"])
-                .arg(folder)
-                .arg(PACKAGE))
-            .context("the second Kinesis server of the tests needs npm: install nodejs and npm")?;
+            npm_install(folder, PACKAGE).context(
+                "the second Kinesis server of the tests needs npm: install nodejs and npm",
+            )?;
         }
         let patch = folder.join("loopback-only.js");
         fs::write(&patch, LOOPBACK_ONLY)?;
