@@ -69,7 +69,7 @@ fn python_environment(folder: &Path) -> Result<PathBuf> {
     if fs::read_to_string(&installed).is_ok_and(|packages| packages == wanted) {
         return Ok(folder.to_owned());
     }
-    eprintln!("installing {} into {}, once", PYTHON_PACKAGES.join(" and "), folder.display());
+    eprintln!("installing {} into {}, once", PYTHON_PACKAGES.join(", "), folder.display());
     run(Command::new("python3").args(["-m", "venv"]).arg(folder))
         .context("the tests of plugins' languages need python3 with venv")?;
     run(Command::new(folder.join("bin/python"))

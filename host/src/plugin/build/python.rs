@@ -65,6 +65,7 @@ pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, Bu
     }
     command.arg("--output").arg(staging.path().join("plugin.wasm"));
     // Else packages that this machine happens to have would be found.
+    staging.write("none/lib/site-packages/none.txt", "")?;
     let packages = dir.join(".venv").canonicalize();
     command.env("VIRTUAL_ENV", packages.unwrap_or_else(|_| staging.path().join("none")));
     compile(dir, &mut command, REMEDY)?;

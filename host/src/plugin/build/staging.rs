@@ -148,7 +148,7 @@ mod tests {
         }
         let staging = Staging::new(folder.path(), &BTreeSet::new()).unwrap();
         let is_staged = |file: &&str| staging.path().join("plugin").join(file).exists();
-        assert!(files.iter().all(|file| is_staged(file)));
-        assert!(!others.iter().any(|file| is_staged(file)));
+        assert!(files.iter().all(is_staged));
+        assert!(!others.iter().any(is_staged));
     }
 }
