@@ -273,7 +273,10 @@ fn memory_stays(component: &Path) {
             first = Some(instance.memory_bytes());
         }
     }
-    assert_eq!(Some(instance.memory_bytes()), first, "after a tenth of the calls, and after all");
+    // An engine with an allocator of its own may need another piece; a leak is millions of records.
+    const SPARE_BYTES: usize = 1 << 20;
+    let (first, last) = (first.expect("calls"), instance.memory_bytes());
+    assert!(last <= first + SPARE_BYTES, "{first} after a tenth of the calls, {last} after all");
 }
 
 /// People of different names, by records and calls.

@@ -1,5 +1,7 @@
 //! `shardmill test`, `plugin conformance` and `plugin bench`, by the real binary on bundled plugins.
 
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::fs;

@@ -174,10 +174,11 @@ impl Subject {
 
 fn conformance(subject: &Subject, junit: Option<&Path>, console: &Console) -> anyhow::Result<()> {
     let checks = conformance::run(&subject.workbench, &subject.config_json, &subject.records);
-    for Checked { check, failure } in &checks {
-        match failure {
-            None => console.say(format!("ok      {check}")),
-            Some(failure) => console.say(format!("FAILED  {check}\n        {failure}")),
+    for Checked { check, failure, note } in &checks {
+        match (failure, note) {
+            (None, None) => console.say(format!("ok      {check}")),
+            (None, Some(note)) => console.say(format!("ok      {check}: {note}")),
+            (Some(failure), _) => console.say(format!("FAILED  {check}\n        {failure}")),
         }
     }
     for check in &checks {

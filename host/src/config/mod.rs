@@ -318,7 +318,7 @@ pub struct CompileLimits {
 impl Default for CompileLimits {
     fn default() -> Self {
         Self {
-            time_max: Duration::from_secs(60),
+            time_max: Duration::from_secs(180),
             memory_bytes_max: 2 << 30,
             component_bytes_max: 64 << 20,
         }

@@ -25,6 +25,8 @@ pub struct StageRunner {
     stage: LoadedStage,
     context: Context,
     instance: Option<Instance>,
+    /// Linear memory of the instance after its first call, in bytes.
+    settled_bytes: usize,
     wire: WireBatch,
     rejected_max: RejectedMax,
     stop: CancellationToken,
@@ -128,7 +130,8 @@ impl StageRunner {
         stop: CancellationToken,
     ) -> Result<Self, CallError> {
         let wire = WireBatch { arena: Vec::new(), inputs: Vec::new() };
-        let mut runner = Self { stage, context, instance: None, wire, rejected_max, stop };
+        let mut runner =
+            Self { stage, context, instance: None, settled_bytes: 0, wire, rejected_max, stop };
         runner.instance()?;
         Ok(runner)
     }
@@ -285,15 +288,20 @@ impl StageRunner {
         metrics::gauge!("shardmill_stage_memory_bytes",
             "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
         .set(instance.memory_bytes() as f64);
+        let memory_bytes = instance.memory_bytes();
         let routes = self.stage.descriptor.routes.len();
         let limits = &self.stage.limits;
         Ok(match answer {
-            Ok(Ok(outcome)) => {
-                take(items, outcome, routes, limits, first_item).map_err(|violation| {
+            Ok(Ok(outcome)) => match take(items, outcome, routes, limits, first_item) {
+                Ok(outcome) => {
+                    self.renew_if_leaking(memory_bytes);
+                    Ok(outcome)
+                }
+                Err(violation) => {
                     self.instance = None;
-                    CallFailure::Dead(violation)
-                })
-            }
+                    Err(CallFailure::Dead(violation))
+                }
+            },
             Ok(Err(failure)) => Err(CallFailure::Answered(failure)),
             Err(error) => {
                 self.instance = None;
@@ -303,6 +311,21 @@ impl StageRunner {
                 Err(CallFailure::Dead(error))
             }
         })
+    }
+
+    /// Gives up an instance that has leaked half of its memory: a fresh one costs less than the failed
+    /// call and the search that would come of it. What an instance remembers is a cache.
+    fn renew_if_leaking(&mut self, memory_bytes: usize) {
+        if self.settled_bytes == 0 {
+            self.settled_bytes = memory_bytes;
+        }
+        let leaked_bytes = memory_bytes - self.settled_bytes.min(memory_bytes);
+        if leaked_bytes > self.stage.limits.memory_bytes_max / 2 {
+            self.instance = None;
+            metrics::counter!("shardmill_stage_renewals_total",
+                "stage" => self.stage.name.to_string())
+            .increment(1);
+        }
     }
 
     /// The live instance, or a fresh one.
@@ -316,6 +339,7 @@ impl StageRunner {
                 ));
             }
             self.instance = Some(instance);
+            self.settled_bytes = 0;
         }
         Ok(())
     }

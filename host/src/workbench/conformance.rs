@@ -7,6 +7,7 @@
 use std::fmt;
 
 use super::{Fate, Trial, TrialError, TrialRecord, Workbench};
+use crate::config::StageLimits;
 use crate::record::SequenceNumber;
 
 /// Records that the cuts are made of.
@@ -25,6 +26,8 @@ const SEQUENCE_DIGITS_MAX: usize = 129;
 /// Calls before memory must be what it will be, and calls after.
 const WARM_UP_CALLS: usize = 50;
 const CALLS: usize = 200;
+/// How long one call may take, in milliseconds.
+const CALL_MS_MAX: u64 = 60_000;
 /// Growth over the later calls that is no leak: allocators keep a reserve.
 const GROWTH_BYTES_MAX: usize = 1 << 20;
 
@@ -35,6 +38,8 @@ pub struct Checked {
     pub check: &'static str,
     /// `None`: passed. Else what was found.
     pub failure: Option<String>,
+    /// What its author should know although it passed.
+    pub note: Option<String>,
 }
 
 /// Runs the suite on records like `inputs`, of which there is at least one.
@@ -44,7 +49,7 @@ pub fn run<'a>(
     inputs: &'a [TrialRecord],
 ) -> Vec<Checked> {
     let suite = Suite { workbench, config_json, inputs };
-    let checks: [(&'static str, Check<'a>); 11] = [
+    let checks: [(&'static str, Check<'a>); 10] = [
         ("it takes its configuration and describes itself", Suite::describes),
         ("the same context gives the same descriptor", Suite::describes_alike),
         ("an empty batch", Suite::empty_batch),
@@ -55,17 +60,22 @@ pub fn run<'a>(
         ("the longest key and sequence number", Suite::long_names),
         ("the same records in other cuts", Suite::cuts),
         ("the same records in a warm instance", Suite::warm),
-        ("memory stays flat", Suite::flat_memory),
     ];
     let mut results = Vec::new();
     for (check, run) in checks {
         let failure = run(&suite).err();
         let stops = failure.is_some() && results.is_empty();
-        results.push(Checked { check, failure });
+        results.push(Checked { check, failure, note: None });
         if stops {
-            break; // Without a configuration nothing else can be said.
+            return results; // Without a configuration nothing else can be said.
         }
     }
+    // A lane renews an instance that has leaked half of its memory: slow, but not wrong.
+    let (failure, note) = match suite.growth() {
+        Ok(note) => (None, note),
+        Err(failure) => (Some(failure), None),
+    };
+    results.push(Checked { check: "memory", failure, note });
     results
 }
 
@@ -79,7 +89,13 @@ struct Suite<'a> {
 
 impl Suite<'_> {
     fn fresh(&self) -> Result<Trial, String> {
-        self.workbench.start(self.config_json).map_err(said)
+        // How fast a plugin must be is its pipeline's affair: here it must only end.
+        let limits = StageLimits {
+            batch_ms_max: CALL_MS_MAX,
+            record_ms_max: CALL_MS_MAX,
+            ..StageLimits::default()
+        };
+        self.workbench.start_within(self.config_json, limits).map_err(said)
     }
 
     /// So many records, in ascending order of their sequence numbers.
@@ -168,7 +184,8 @@ impl Suite<'_> {
         same_fates(&cold, &warm, "in the third call of an instance")
     }
 
-    fn flat_memory(&self) -> Result<(), String> {
+    /// Whether memory grows from call to call, in words.
+    fn growth(&self) -> Result<Option<String>, String> {
         let records = self.records(CUT_RECORDS);
         let mut trial = self.fresh()?;
         let mut calls = |count: usize| -> Result<usize, String> {
@@ -178,12 +195,14 @@ impl Suite<'_> {
             Ok(trial.memory_bytes())
         };
         let (before, after) = (calls(WARM_UP_CALLS)?, calls(CALLS)?);
-        match after.saturating_sub(before) {
-            growth if growth <= GROWTH_BYTES_MAX => Ok(()),
-            growth => Err(format!(
-                "{growth} bytes more after {CALLS} calls, from {before} after the first {WARM_UP_CALLS}"
-            )),
-        }
+        let growth = after.saturating_sub(before);
+        Ok((growth > GROWTH_BYTES_MAX).then(|| {
+            format!(
+                "it leaks: {} KiB a call of {CUT_RECORDS} records; a lane gives it a fresh instance when \
+                 half of its memory is gone",
+                growth / CALLS / 1024
+            )
+        }))
     }
 }
 

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::RejectedMax;
+use crate::config::{RejectedMax, StageLimits};
 use crate::plugin::{CallError, Plugin};
 use crate::record::{
     Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
@@ -110,8 +110,21 @@ impl Workbench {
     /// # Errors
     /// [`TrialError::Configure`].
     pub fn start(&self, config_json: &str) -> Result<Trial, TrialError> {
-        let stage = LoadedStage::alone(self.plugin.clone(), config_json, "trial")
+        self.start_within(config_json, StageLimits::default())
+    }
+
+    /// Starts a fresh instance with a configuration and limits of its own.
+    ///
+    /// # Errors
+    /// [`TrialError::Configure`].
+    pub fn start_within(
+        &self,
+        config_json: &str,
+        limits: StageLimits,
+    ) -> Result<Trial, TrialError> {
+        let mut stage = LoadedStage::alone(self.plugin.clone(), config_json, "trial")
             .map_err(TrialError::Configure)?;
+        stage.limits = StageLimits { retry_ms_max: 0, ..limits };
         let context = stage.context("trial", SHARD);
         // Nothing is too much rejected here: it is only looked at.
         let rejected_max = RejectedMax { of_last_1000: u32::MAX, in_a_row: u32::MAX };
