@@ -115,6 +115,8 @@ fn run_cargo(dir: &Path, manifest: &Path, arguments: &[&str]) -> Result<Vec<u8>,
         .arg("--manifest-path")
         .arg(manifest)
         .current_dir(dir)
+        // Compiled in pieces that are kept, the same sources give other bytes.
+        .env("CARGO_INCREMENTAL", "0")
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
