@@ -57,7 +57,7 @@ pub struct Options {
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     limit: u32,
     /// A member of JSON payloads to make unreadable in captured cases, such as /user/email; `*` is
-    /// any member. Beside those in plugin.toml under [test] redact.
+    /// any member. Beside those in plugin.toml, `redact` under `[test]`.
     #[arg(long, value_name = "POINTER")]
     redact: Vec<String>,
 }
