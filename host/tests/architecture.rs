@@ -9,7 +9,7 @@ fn paths(text: &str) -> Vec<&str> {
     quoted
         .filter(|word| {
             let first = word.split('/').next().unwrap_or_default();
-            ["wit", "host", "plugins", "examples", "xtask", "benches"].contains(&first)
+            ["wit", "host", "plugins", "examples", "xtask", "benches", "docs"].contains(&first)
                 && word.contains('/')
         })
         .collect()

@@ -11,7 +11,7 @@ use shardmill::source::client;
 use shardmill::source::embedded::EmbeddedStream;
 use shardmill::source::producer::{NewRecord, Producer};
 use support::world::stream_ref;
-use support::{Process, plugin, run, shardmill, wait_for};
+use support::{Process, free_port, http_get, plugin, run, shardmill, wait_for};
 
 /// A folder with a pipeline in it.
 struct Place {
@@ -197,9 +197,7 @@ fn a_dropped_column_blocks_the_lane_and_fills_no_dead_letters() {
     let place = Place::new();
     place.mart().execute_batch("CREATE TABLE rows (id INTEGER NOT NULL, name TEXT)").expect("made");
     let (runtime, served) = serve(&place, &[br#"{"id":1,"name":"a"}"#.to_vec()]);
-    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let port = free.local_addr().expect("an address").port();
-    drop(free);
+    let port = free_port();
     let pipeline = place.rows(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""));
     let child = shardmill(&["run", &pipeline]).stdout(Stdio::null()).spawn().expect("it starts");
     let process = Process(child);
@@ -216,31 +214,18 @@ fn a_dropped_column_blocks_the_lane_and_fills_no_dead_letters() {
         let client = client::connect(client::Server::at(served.url())).await.expect("connected");
         put(&client, &more).await;
     });
-    let ready = || get(port, "/health/ready");
+    let ready = || http_get(port, "/health/ready");
     wait_for("the lane to block", || ready().contains("name"));
     assert!(ready().starts_with("HTTP/1.1 503"), "{}", ready());
-    assert!(get(port, "/metrics").contains("shardmill_blocked{shard=\"shardId-000000000000\"} 1"));
+    assert!(
+        http_get(port, "/metrics").contains("shardmill_blocked{shard=\"shardId-000000000000\"} 1")
+    );
     assert_eq!(place.letters(), Vec::<String>::new());
     place.mart().execute_batch("ALTER TABLE rows ADD COLUMN name TEXT").expect("added");
     wait_for("the lane to go on", || count() == 299);
     wait_for("the lane to be ready", || ready().starts_with("HTTP/1.1 200"));
     assert_eq!(process.terminate(), Some(0));
     assert_eq!(place.letters(), Vec::<String>::new());
-}
-
-/// A bare HTTP GET.
-fn get(port: u16, path: &str) -> String {
-    use std::io::{Read as _, Write as _};
-    let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) else {
-        return String::new();
-    };
-    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-    let mut answer = String::new();
-    let asked = stream.write_all(request.as_bytes());
-    if asked.is_err() || stream.read_to_string(&mut answer).is_err() {
-        return String::new();
-    }
-    answer
 }
 
 #[test]
@@ -286,6 +271,41 @@ fn routes_are_checked_against_the_plugin() {
     let unbound = place.pipeline(&plugin("route-json"), config, "");
     let said = fails(&["check", &unbound], 2);
     assert!(said.contains("route `other`") && said.contains("bound to no sink"), "{said}");
+}
+
+#[test]
+fn columns_are_checked_between_two_stages() {
+    let place = Place::new();
+    let pipeline = |needs: &str| {
+        let second = format!(
+            "[stage.config]\ncolumns = [{{ name = \"id\", type = \"integer\", nullable = false }}, \
+             {{ name = \"make\", type = \"text\" }}]\n[[stage]]\nname = \"second\"\n\
+             plugin = \"{}\"\nconfig = {{ needs = [{needs}], format = \"application/json\" }}\n\
+             routes = {{ out = [\"mart\"] }}",
+            plugin("hostile")
+        );
+        place.pipeline(&plugin("csv-decode"), &second, "").replace("create = true\n", "")
+    };
+    place.mart().execute_batch("CREATE TABLE rows (id INTEGER, make TEXT)").expect("made");
+    for (needs, due) in [
+        (r#"{ name = "id", data_type = "smallint" }"#, "`id` as smallint, which is integer there"),
+        (r#"{ name = "make", data_type = "text" }"#, "`make` not null, which may be null there"),
+        (r#"{ name = "year", data_type = "integer" }"#, "`year`, which is not there"),
+    ] {
+        let said = fails(&["check", "--offline", &pipeline(needs)], 2);
+        let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+        for due in [
+            due,
+            "stage second",
+            "stage only",
+            "needed:",
+            "carried: id integer not null, make text",
+        ] {
+            assert!(said.contains(due), "{due}: {said}");
+        }
+    }
+    let sound = r#"{ name = "id", data_type = "bigint" }"#;
+    support::run_ok(&["check", "--offline", &pipeline(sound)]);
 }
 
 #[test]

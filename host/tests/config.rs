@@ -72,7 +72,7 @@ fn the_pipeline_at_the_root_loads() {
         let sinks: Vec<&str> = bound.sinks.iter().map(|sink| sink.value.as_str()).collect();
         assert_eq!(sinks, ["mart", "logs", "console"], "{route}");
     }
-    let SinkKind::Sqlite { path, table, create: true } = &config.sinks[0].kind else {
+    let SinkKind::Sqlite { path, table, create: true, .. } = &config.sinks[0].kind else {
         panic!("{:?}", config.sinks[0]);
     };
     assert_eq!((path, table.as_str()), (&root.join("data/cars.db"), "cars"));

@@ -6,16 +6,20 @@
 mod support;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::thread;
 
+use serde_json::{Value, json};
 use shardmill::plugin::{
     CompileCache, Context, Input, Instance, Plugin, PluginEngine, Route, Services, Span, WireBatch,
 };
 use wasmtime::component::Component;
 
-use support::{output, root, run_ok, serve_stream, shardmill};
+use support::{output, root, run_ok, serve_stream, shardmill, with_tools};
 
 /// `shardmill new plugin`, one line edited, `plugin build`, a run; then the memory of its instance.
 macro_rules! newcomers {
@@ -47,16 +51,23 @@ examples! {
     access_logs_in_python: "plugin-python", dead_letters: 2;
 }
 
-/// What a language's library makes of capabilities; Rust's is tested with the host's own tests.
+/// What a language's library makes of capabilities. Rust's near ones are `plugins/nosy`'s matter.
 macro_rules! asking {
-    ($($test:ident: $language:literal;)+) => {
-        $(#[test] fn $test() { asks($language); })+
+    ($($test:ident: $asks:ident($language:literal);)+) => {
+        $(#[test] fn $test() { $asks($language); })+
     };
 }
 
 asking! {
-    capabilities_in_c: "c";
-    capabilities_in_go: "go";
+    near_capabilities_in_c: asks_near("c");
+    near_capabilities_in_go: asks_near("go");
+    near_capabilities_in_javascript: asks_near("js");
+    near_capabilities_in_python: asks_near("python");
+    far_capabilities_in_rust: asks_far("rust");
+    far_capabilities_in_c: asks_far("c");
+    far_capabilities_in_go: asks_far("go");
+    far_capabilities_in_javascript: asks_far("js");
+    far_capabilities_in_python: asks_far("python");
 }
 
 fn newcomers_path(language: &str, source: &str) {
@@ -136,45 +147,173 @@ fn example(name: &str, letters: u64) {
     assert_eq!(dead_letters(&state), letters);
 }
 
-/// Plugins that ask the host import what they use and no more, and read its answers right.
-fn asks(language: &str) {
+/// A plugin that asks the host, built in a place of its own.
+fn asking(distance: &str, language: &str) -> (tempfile::TempDir, String) {
     let place = tempfile::tempdir().expect("a folder");
-    let built = |distance: &str| {
-        let folder = root().join("host/tests/asking").join(format!("{distance}-{language}"));
-        let component = place.path().join(format!("{distance}.wasm"));
-        build(&folder, &component);
-        component.display().to_string()
-    };
-    assert!(imports(&built("far")).into_iter().eq(["http", "lookup"]));
-    let near = built("near");
-    assert!(imports(&near).into_iter().eq(["clock", "log", "metrics", "random"]));
-    let inspected = run_ok(&["plugin", "inspect", "--json", &near]);
-    assert!(inspected.contains(r#""needs":["make text not null","id bigint"]"#), "{inspected}");
+    let folder = root().join("host/tests/asking").join(format!("{distance}-{language}"));
+    let component = place.path().join("plugin.wasm");
+    build(&folder, &component);
+    (place, component.display().to_string())
+}
 
-    let pipeline = r#"
+/// Runs a pipeline of a plugin in its place, which must end well; gives what it printed and its log.
+fn run_asking(place: &Path, stage: &str, input: &str) -> (Vec<u8>, String) {
+    let pipeline = format!(
+        r#"
 [pipeline]
-name = "near"
+name = "asking"
 state_dir = "state"
 [source]
 type = "file"
 path = "input.txt"
 [[stage]]
 name = "ask"
-plugin = "near.wasm"
-grant = { log = true, metrics = true, clock = true, random = true }
-routes = { out = ["console"] }
+plugin = "plugin.wasm"
+routes = {{ out = ["console"] }}
+{stage}
 [[sink]]
 name = "console"
 type = "stdout"
-"#;
-    std::fs::write(place.path().join("pipeline.toml"), pipeline).expect("written");
-    std::fs::write(place.path().join("input.txt"), "Honda\nVolvo\n").expect("written");
-    let mut command = shardmill(&["run", "--until-caught-up"]);
-    let ran = output(command.current_dir(place.path()));
-    let log = String::from_utf8_lossy(&ran.stderr);
+"#
+    );
+    std::fs::write(place.join("pipeline.toml"), pipeline).expect("written");
+    std::fs::write(place.join("input.txt"), input).expect("written");
+    let ran = output(shardmill(&["run", "--until-caught-up"]).current_dir(place));
+    let log = String::from_utf8_lossy(&ran.stderr).into_owned();
     assert!(ran.status.success(), "{log}");
-    assert_eq!(rows(&ran.stdout), [r#"{"now_is_later":true,"differ":true}"#; 2]);
+    (ran.stdout, log)
+}
+
+/// Log, metrics, clock and random: imported, and no more; and their answers are read right.
+fn asks_near(language: &str) {
+    let (place, component) = asking("near", language);
+    assert!(imports(&component).into_iter().eq(["clock", "log", "metrics", "random"]));
+    let inspected = run_ok(&["plugin", "inspect", "--json", &component]);
+    assert!(inspected.contains(r#""needs":["make text not null","id bigint"]"#), "{inspected}");
+    let granted = "grant = { log = true, metrics = true, clock = true, random = true }";
+    let (printed, log) = run_asking(place.path(), granted, "Honda\nVolvo\n");
+    assert_eq!(rows(&printed), [r#"{"now_is_later":true,"differ":true}"#; 2]);
     assert!(log.contains("saw Honda") && log.contains("saw Volvo"), "{log}");
+}
+
+/// Lookup and http: a record is in a table, the next one is known to a server that wants a secret, the
+/// third names a server that fails at first, the fourth one that is not granted.
+fn asks_far(language: &str) {
+    let (place, component) = asking("far", language);
+    assert!(imports(&component).into_iter().eq(["http", "lookup"]));
+    let cars = rusqlite::Connection::open(place.path().join("cars.db")).expect("a database");
+    cars.execute_batch(
+        "CREATE TABLE cars (make TEXT PRIMARY KEY, country TEXT); INSERT INTO cars VALUES ('Honda', 'Japan')",
+    )
+    .expect("cars");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let port = runtime.block_on(car_server());
+    let flaky = flaky_server();
+    let stage = format!(
+        r#"
+config = {{ url = "http://127.0.0.1:{port}/cars/" }}
+[stage.grant]
+lookup = ["cars"]
+http = [
+    {{ host = "127.0.0.1:{port}", private = true, headers = {{ authorization = "Bearer hunter2" }} }},
+    {{ host = "127.0.0.1:{flaky}", private = true }},
+]
+[[lookup]]
+name = "cars"
+url = "sqlite:cars.db"
+query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_each(?1))"
+"#
+    );
+    let input = format!("Honda\nVolvo\nhttp://127.0.0.1:{flaky}/\nhttp://127.0.0.1:9/elsewhere\n");
+    let (printed, _) = run_asking(place.path(), &stage, &input);
+    let rows: Vec<Value> =
+        rows(&printed).iter().map(|row| serde_json::from_str(row).expect("JSON")).collect();
+    let asked = "POST /cars/Volvo key=file authorization=Bearer hunter2 body=Volvo";
+    let due = [json!({"country": "Japan"}), json!({"asked": asked}), json!({"asked": "again"})];
+    assert_eq!(rows, due);
+    let (letters, reason) = letters(place.path());
+    assert!(letters == 1 && reason.contains("127.0.0.1:9"), "{letters}: {reason}");
+}
+
+/// The time that a plugin waits for the host counts towards its limits, and its neighbours go on.
+#[test]
+fn a_record_that_sleeps_through_a_call_of_the_host_is_found_alone() {
+    let (place, _) = asking("far", "rust");
+    rusqlite::Connection::open(place.path().join("cars.db"))
+        .and_then(|cars| {
+            cars.execute_batch("CREATE TABLE cars (make TEXT PRIMARY KEY, country TEXT)")
+        })
+        .expect("an empty table");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let port = runtime.block_on(car_server());
+    let stage = format!(
+        r#"
+config = {{ url = "http://127.0.0.1:{port}/cars/" }}
+grant = {{ lookup = ["cars"], http = [{{ host = "127.0.0.1:{port}", private = true }}] }}
+limits = {{ batch_time = "1 s", record_time = "300 ms", retry = "0 s" }}
+[[lookup]]
+name = "cars"
+url = "sqlite:cars.db"
+query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_each(?1))"
+"#
+    );
+    let input = format!("Volvo\nhttp://127.0.0.1:{port}/never\nSaab\n");
+    let (printed, _) = run_asking(place.path(), &stage, &input);
+    let rows = rows(&printed);
+    assert!(rows.len() == 2 && rows[0].contains("Volvo") && rows[1].contains("Saab"), "{rows:?}");
+    let (letters, reason) = letters(place.path());
+    assert!(letters == 1 && reason.contains("within the time of the call"), "{letters}: {reason}");
+}
+
+/// How many dead letters a pipeline in this place has, and the reason of one.
+fn letters(place: &Path) -> (u64, String) {
+    let state = support::sqlite(&place.join("state/asking/state.db"));
+    let letters = "SELECT count(*), coalesce(max(reason), '') FROM dead_letter";
+    state.query_row(letters, (), |row| Ok((row.get(0)?, row.get(1)?))).expect("letters")
+}
+
+/// A server on a port of loopback that tells what it was asked, as JSON. One path it never answers.
+async fn car_server() -> u16 {
+    let tell = |asked: axum::extract::Request| async move {
+        let (head, body) = asked.into_parts();
+        let body = axum::body::to_bytes(body, 1 << 20).await.expect("a body");
+        let header = |name: &str| {
+            let value = head.headers.get(name).and_then(|value| value.to_str().ok());
+            value.unwrap_or("-").to_owned()
+        };
+        let asked = format!(
+            "{} {} key={} authorization={} body={}",
+            head.method,
+            head.uri,
+            header("x-key"),
+            header("authorization"),
+            String::from_utf8_lossy(&body)
+        );
+        axum::Json(json!({ "asked": asked }))
+    };
+    let never = std::future::pending::<axum::http::StatusCode>;
+    let routes = axum::Router::new()
+        .route("/cars/{make}", axum::routing::any(tell))
+        .route("/never", axum::routing::any(never));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    tokio::spawn(async move { axum::serve(listener, routes).await });
+    port
+}
+
+/// A server that hangs up on the first request and answers all others.
+fn flaky_server() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    thread::spawn(move || {
+        for mut client in listener.incoming().flatten().skip(1) {
+            let mut asked = [0; 4096];
+            let answer = "HTTP/1.1 200 OK\r\ncontent-length: 17\r\nconnection: close\r\n\r\n{\"asked\":\"again\"}";
+            let sent = client.read(&mut asked).and_then(|_| client.write_all(answer.as_bytes()));
+            sent.expect("answered");
+        }
+    });
+    port
 }
 
 /// The capabilities that a component imports.
@@ -210,21 +349,6 @@ fn build(folder: &Path, component: &Path) {
     let mut command: Command = shardmill(&["plugin", "build", &folder, "-o", &component]);
     let built = output(with_tools(&mut command));
     assert!(built.status.success(), "{folder}: {}", String::from_utf8_lossy(&built.stderr));
-}
-
-/// Tells a command where the compilers are.
-fn with_tools(command: &mut Command) -> &mut Command {
-    let tools = std::env::var_os("SHARDMILL_TEST_TOOLS")
-        .expect("SHARDMILL_TEST_TOOLS names the folders of compilers: run `cargo xtask test`");
-    let mut path: Vec<PathBuf> = std::env::split_paths(&tools).collect();
-    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
-    command.env("PATH", std::env::join_paths(path).expect("folders"));
-    // One for all, so that dependencies are compiled once.
-    command.env("CARGO_TARGET_DIR", root().join("target/plugins-in-tests"));
-    if let Some(rustc) = std::env::var_os("SHARDMILL_TEST_WASM_RUSTC") {
-        command.env("RUSTC", rustc);
-    }
-    command
 }
 
 /// The rows among the lines that a run prints.

@@ -263,9 +263,11 @@ async fn a_server_that_is_not_there_is_a_failure_that_may_pass() {
         assert!(error.retryable && error.message.contains("127.0.0.1:1"), "{error:?}");
         assert!(!format!("{error:?} {lookup:?}").contains("hunter2"), "{error:?}");
     }
-    let tls = LookupSource::Postgres(Secret::new("postgres://u:hunter2@h/d?sslmode=require"));
-    let refused = Lookup::new(&config(tls, "SELECT"), Handle::current()).expect_err("TLS");
-    assert!(refused.message.contains("sslmode=require"), "{refused}");
+    let url = "postgres://u:hunter2@h/d?sslmode=require&sslrootcert=/missing.pem";
+    let tls = LookupSource::Postgres(Secret::new(url));
+    let refused = Lookup::new(&config(tls, "SELECT"), Handle::current()).expect_err("no such file");
+    assert!(refused.message.contains("sslrootcert=/missing.pem"), "{refused}");
+    assert!(!refused.message.contains("hunter2"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,7 +10,8 @@ mod sql_sinks;
 use std::sync::Arc;
 
 use shardmill::sink::postgres::PostgresSink;
-use shardmill::sink::{Acquired, Sink, SinkWriter};
+use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
+use sql_sinks::keyed;
 use sql_sinks::proxy::{Cut, Proxy};
 use sql_sinks::{Log, commit, expect_fenced, expect_unavailable, position, route, shard};
 use tokio_postgres::{Client, NoTls};
@@ -60,7 +61,7 @@ impl Mart {
 
     fn sink(&self, table: &str) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
-        PostgresSink::new("mart".into(), &url(), &table, true).expect("a sink")
+        PostgresSink::new("mart".into(), &url(), &table, true, WriteMode::Append).expect("a sink")
     }
 
     /// A writer for the only shard of a table that exists.
@@ -75,7 +76,12 @@ impl Mart {
     fn sink_through(&self, proxy: &Proxy, table: &str) -> PostgresSink {
         let url = url().replace(&address(), &format!("127.0.0.1:{}", proxy.port));
         let table = format!("{}.{table}", self.schema);
-        PostgresSink::new("mart".into(), &url, &table, false).expect("a sink")
+        PostgresSink::new("mart".into(), &url, &table, false, WriteMode::Append).expect("a sink")
+    }
+
+    fn keyed(&self, table: &str, mode: WriteMode, create: bool) -> PostgresSink {
+        let table = format!("{}.{table}", self.schema);
+        PostgresSink::new("mart".into(), &url(), &table, create, mode).expect("a sink")
     }
 }
 
@@ -572,8 +578,100 @@ async fn routes_are_checked_against_the_live_table() {
         mart.sink("missing").prepare(&[route(&[])]).await,
         "no route declares columns",
     );
-    let never = PostgresSink::new("mart".into(), &url(), "missing", false).expect("a sink");
+    let never = PostgresSink::new("mart".into(), &url(), "missing", false, WriteMode::Append)
+        .expect("a sink");
     expect_unavailable(never.prepare(&[route(&["id int"])]).await, "create = true");
+}
+
+#[tokio::test]
+async fn rows_with_keys_leave_what_their_mode_says() {
+    for (number, mode) in keyed::modes().into_iter().enumerate() {
+        for seed in 0..5 {
+            let mart = Mart::new(&format!("keyed_{number}")).await;
+            mart.sql(keyed::TABLE).await;
+            let sink = mart.keyed("cars", mode.clone(), false);
+            sink.prepare(&[route(&[])]).await.expect("prepared");
+            let mut writer = acquire(&sink).await.writer;
+            let shown = async || mart.one(keyed::SHOWN).await;
+            keyed::assert_as_the_model(&mode, seed, &mut *writer, shown).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_key_needs_a_unique_index_and_a_created_table_has_one() {
+    let mart = Mart::new("key_index").await;
+    mart.sql("CREATE TABLE cars (id int, year int, make text)").await;
+    let key = |columns: &[&str]| WriteMode::Upsert {
+        key: columns.iter().map(|name| (*name).to_owned()).collect(),
+        newest_by: None,
+    };
+    let routes = [route(&["id int", "year int", "make text?"])];
+    let sink = mart.keyed("cars", key(&["id", "year"]), false);
+    expect_unavailable(sink.prepare(&routes).await, "CREATE UNIQUE INDEX ON");
+    mart.sql("CREATE UNIQUE INDEX ON cars (year, id)").await;
+    sink.prepare(&routes).await.expect("it is there");
+    let sink = mart.keyed("cars", key(&["id", "wheels"]), false);
+    expect_unavailable(sink.prepare(&routes).await, "no column \"wheels\"");
+
+    let sink = mart.keyed("made", key(&["id", "year"]), true);
+    sink.prepare(&routes).await.expect("created");
+    let mut writer = acquire(&sink).await.writer;
+    let rows = [r#"{"id":1,"year":2,"make":"a"}"#, r#"{"id":1,"year":2,"make":"b"}"#];
+    writer.commit(&commit(0, &rows), &Log::default()).await.expect("committed");
+    assert_eq!(mart.one("SELECT string_agg(make, ' ') FROM made").await, "b");
+}
+
+#[tokio::test]
+async fn an_upsert_goes_on_when_the_table_is_altered() {
+    let mart = Mart::new("keyed_altered").await;
+    mart.sql(keyed::TABLE).await;
+    let [mode, ..] = keyed::modes();
+    let sink = mart.keyed("cars", mode, false);
+    sink.prepare(&[route(&[])]).await.expect("prepared");
+    let mut writer = acquire(&sink).await.writer;
+    let log = Log::default();
+    writer.commit(&commit(0, &[r#"{"id":1,"make":"a"}"#]), &log).await.expect("committed");
+    mart.sql("ALTER TABLE cars ADD COLUMN wheels int").await;
+    writer.commit(&commit(1, &[r#"{"id":1,"wheels":3}"#]), &log).await.expect("committed");
+    mart.sql("ALTER TABLE cars ALTER COLUMN wheels TYPE text").await;
+    writer.commit(&commit(2, &[r#"{"id":1,"wheels":"four"}"#]), &log).await.expect("committed");
+    log.expect(&[]);
+    assert_eq!(mart.one("SELECT make || wheels FROM cars").await, "afour");
+}
+
+/// Lanes that write the same keys in other orders wait for each other; none fails for good.
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_that_upsert_the_same_keys_all_get_through() {
+    const LANES: u64 = 4;
+    let mart = Mart::new("keyed_lanes").await;
+    mart.sql(keyed::TABLE).await;
+    let [mode, ..] = keyed::modes();
+    let sink = Arc::new(mart.keyed("cars", mode, false));
+    sink.prepare(&[route(&[])]).await.expect("prepared");
+    let lanes = (0..LANES).map(|lane| {
+        let sink = Arc::clone(&sink);
+        tokio::spawn(async move {
+            let taken = sink.acquire(&shard(&format!("shardId-{lane}"))).await.expect("acquired");
+            let (mut writer, mut random) = (taken.writer, fastrand::Rng::with_seed(lane));
+            for turn in 0..20 {
+                let mut ids: Vec<u32> = (0..200).collect();
+                random.shuffle(&mut ids);
+                let rows = ids.iter().map(|id| format!(r#"{{"id":{id},"cents":{lane}}}"#));
+                let commit = commit(turn * 200, &rows.collect::<Vec<_>>());
+                // One of two that wait for each other is ended by the server: the delivery tries again.
+                let mut tries = 0;
+                while let Err(error) = writer.commit(&commit, &Log::default()).await {
+                    assert!(error.to_string().contains("deadlock") && tries < 20, "{error}");
+                    tries += 1;
+                }
+            }
+        })
+    });
+    for lane in lanes.collect::<Vec<_>>() {
+        lane.await.expect("no panic");
+    }
+    assert_eq!(mart.one("SELECT count(*) FROM cars").await, "200");
 }
 
 #[tokio::test]
@@ -589,10 +687,46 @@ async fn names_are_quoted_and_hit_nothing_else() {
     assert_eq!(mart.one("SELECT count(*) FROM cars").await, "0");
 }
 
+/// The throw-away server shows a certificate of its own, for 127.0.0.1 and no other name.
+#[tokio::test]
+async fn tls_is_spoken_with_a_server_that_proves_who_it_is() {
+    let certificate = std::env::var("SHARDMILL_TEST_POSTGRES_CERTIFICATE")
+        .expect("SHARDMILL_TEST_POSTGRES_CERTIFICATE names the server's certificate: run `cargo xtask test`");
+    let mart = Mart::new("tls").await;
+    mart.sql("CREATE TABLE cars (id int)").await;
+    let sink = |url: &str| {
+        PostgresSink::new("mart".into(), url, "sink_tls.cars", false, WriteMode::Append)
+            .expect("a sink")
+    };
+    for mode in ["require", "verify-full"] {
+        let name = format!("tls-{mode}");
+        let url =
+            format!("{}?sslmode={mode}&sslrootcert={certificate}&application_name={name}", url());
+        let sink = sink(&url);
+        sink.prepare(&[route(&[])]).await.expect("prepared");
+        let mut writer = sink.acquire(&shard(mode)).await.expect("acquired").writer;
+        writer.commit(&commit(0, &[r#"{"id":1}"#]), &Log::default()).await.expect("committed");
+        let encrypted = format!(
+            "SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) \
+             WHERE application_name = '{name}'"
+        );
+        assert_eq!(mart.one(&encrypted).await, "true");
+    }
+    assert_eq!(mart.one("SELECT count(*) FROM cars").await, "2");
+
+    // Nobody vouches for it; and it is not who was asked for.
+    let stranger = sink(&format!("{}?sslmode=verify-full", url()));
+    expect_unavailable(stranger.prepare(&[route(&[])]).await, "UnknownIssuer");
+    let elsewhere = url().replace("127.0.0.1", "localhost");
+    let elsewhere = format!("{elsewhere}?sslmode=require&sslrootcert={certificate}");
+    expect_unavailable(sink(&elsewhere).prepare(&[route(&[])]).await, "not valid for name");
+}
+
 #[tokio::test]
 async fn a_server_out_of_reach_is_unavailable() {
     let url = "postgres://user:secret@127.0.0.1:1/mart";
-    let sink = PostgresSink::new("mart".into(), url, "cars", false).expect("a sink");
+    let sink =
+        PostgresSink::new("mart".into(), url, "cars", false, WriteMode::Append).expect("a sink");
     let error = sink.prepare(&[]).await.expect_err("nobody listens");
     let text = error.to_string();
     assert!(text.contains("PostgreSQL at 127.0.0.1:1, database mart"), "{text}");

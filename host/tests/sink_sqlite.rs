@@ -5,7 +5,8 @@
 mod sql_sinks;
 
 use shardmill::sink::sqlite::SqliteSink;
-use shardmill::sink::{Acquired, Sink, SinkWriter};
+use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
+use sql_sinks::keyed;
 use sql_sinks::{Log, commit, expect_fenced, expect_unavailable, position, route, shard};
 
 /// A file of the test's own, and a connection to look at it with.
@@ -34,7 +35,18 @@ impl Mart {
     }
 
     fn sink(&self, table: &str) -> SqliteSink {
-        SqliteSink::new("mart".into(), self.folder.path().join("mart.db"), table, true)
+        SqliteSink::new(
+            "mart".into(),
+            self.folder.path().join("mart.db"),
+            table,
+            true,
+            WriteMode::Append,
+        )
+        .expect("a sink")
+    }
+
+    fn keyed(&self, table: &str, mode: WriteMode) -> SqliteSink {
+        SqliteSink::new("mart".into(), self.folder.path().join("mart.db"), table, true, mode)
             .expect("a sink")
     }
 
@@ -48,6 +60,36 @@ impl Mart {
 
 async fn acquire(sink: &SqliteSink) -> Acquired {
     sink.acquire(&shard("shardId-000000000000")).await.expect("acquired")
+}
+
+#[tokio::test]
+async fn rows_with_keys_leave_what_their_mode_says() {
+    for mode in keyed::modes() {
+        for seed in 0..5 {
+            let mart = Mart::new();
+            mart.sql(keyed::TABLE);
+            let sink = mart.keyed("cars", mode.clone());
+            sink.prepare(&[route(&[])]).await.expect("prepared");
+            let mut writer = acquire(&sink).await.writer;
+            let shown = async || mart.one(keyed::SHOWN);
+            keyed::assert_as_the_model(&mode, seed, &mut *writer, shown).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_key_needs_a_unique_index_and_a_created_table_has_one() {
+    let mart = Mart::new();
+    mart.sql("CREATE TABLE cars (id integer, make text)");
+    let [mode, ..] = keyed::modes();
+    let sink = mart.keyed("cars", mode.clone());
+    expect_unavailable(sink.prepare(&[route(&[])]).await, "unique index on the key");
+    let sink = mart.keyed("made", mode);
+    sink.prepare(&[route(&["id integer", "make text?"])]).await.expect("created");
+    let mut writer = acquire(&sink).await.writer;
+    let rows = [r#"{"id":1,"make":"a"}"#, r#"{"id":1,"make":"b"}"#];
+    writer.commit(&commit(0, &rows), &Log::default()).await.expect("committed");
+    assert_eq!(mart.one("SELECT group_concat(make) FROM made"), "b");
 }
 
 #[tokio::test]
@@ -280,7 +322,8 @@ async fn routes_are_checked_against_the_live_table() {
         "no route declares columns",
     );
     let path = mart.folder.path().join("no such folder").join("mart.db");
-    let elsewhere = SqliteSink::new("mart".into(), path, "cars", true).expect("a sink");
+    let elsewhere =
+        SqliteSink::new("mart".into(), path, "cars", true, WriteMode::Append).expect("a sink");
     expect_unavailable(elsewhere.prepare(&[]).await, "no such folder");
 }
 

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::data;
 use crate::languages::Languages;
 use crate::plugins::build_shardmill;
+use crate::postgres::Cluster;
 use crate::process::{cargo, forget_this_package, project_root, run};
 
 /// Measure something against a baseline.
@@ -41,6 +42,8 @@ enum Name {
     Flat,
     /// A plugin in each language, against native Rust.
     Languages,
+    /// Rows into tables, against a bare COPY.
+    Sinks,
 }
 
 /// The languages of [`Name::Languages`], as `shardmill new plugin` calls them.
@@ -59,6 +62,7 @@ impl Bench {
             Name::File => "file",
             Name::Flat => "flat",
             Name::Languages => "languages",
+            Name::Sinks => "sinks",
         };
         let mut command = cargo();
         command.args(["bench", "--quiet", "--package", "benches", "--bench", name, "--"]);
@@ -75,6 +79,12 @@ impl Bench {
         }
         if self.picture {
             command.env("SHARDMILL_PICTURE", root.join(LANGUAGES_PICTURE));
+        }
+        let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
+        let mut postgres = None;
+        if self.bench == Name::Sinks {
+            let cluster = postgres.insert(Cluster::start(scratch.path())?);
+            command.env("SHARDMILL_TEST_POSTGRES", &cluster.url);
         }
         run(command.args(self.cases).current_dir(root))
     }

@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask TASK`. One module per task.
 
 mod bench;
+mod book;
 mod data;
 mod deny;
 mod kinesis_local;
@@ -25,6 +26,7 @@ enum Task {
     Deny(deny::Deny),
     Soak(soak::Soak),
     Bench(bench::Bench),
+    Book(book::Book),
 }
 
 fn main() -> Result<()> {
@@ -35,5 +37,6 @@ fn main() -> Result<()> {
         Task::Deny(task) => task.run(),
         Task::Soak(task) => task.run(),
         Task::Bench(task) => task.run(),
+        Task::Book(task) => task.run(),
     }
 }

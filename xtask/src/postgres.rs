@@ -11,6 +11,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::process::is_installed;
+
 /// Between choosing a free port and listening on it another process may take it.
 const START_ATTEMPTS: usize = 5;
 
@@ -30,6 +32,8 @@ const DEBIAN_CLUSTER_SETTINGS: &str = "/etc/postgresql-common/createcluster.conf
 pub struct Cluster {
     /// How to connect: `postgres://…`, to a database whose owner the user is.
     pub url: String,
+    /// The certificate that the server shows: its own, for 127.0.0.1 and no other name.
+    pub certificate: PathBuf,
     programs: PathBuf,
     folder: PathBuf,
     user: Option<User>,
@@ -49,8 +53,10 @@ impl Cluster {
         let programs = find_or_install()?;
         let user = if is_root()? { Some(unprivileged_user()?) } else { None };
         let folder = make_folder(scratch, user)?;
-        let mut cluster = Self { url: String::new(), programs, folder, user };
+        let certificate = folder.join("server.pem");
+        let mut cluster = Self { url: String::new(), certificate, programs, folder, user };
         cluster.initialise()?;
+        cluster.make_certificate()?;
         cluster.listen()?;
         Ok(cluster)
     }
@@ -59,6 +65,32 @@ impl Cluster {
         let mut initdb = self.program("initdb");
         initdb.args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N", "-D"]);
         run(initdb.arg(self.data()))
+    }
+
+    /// Makes the server's key and certificate. Debian's package of the server brings openssl along;
+    /// others may not.
+    fn make_certificate(&self) -> Result<()> {
+        if !is_installed("openssl") {
+            apt_get(&["update"])?;
+            apt_get(&["install", "-y", "--no-install-recommends", "openssl"])
+                .context("the tests of TLS need openssl: install it")?;
+        }
+        let mut openssl = as_user(self.user, OsStr::new("openssl"));
+        openssl
+            .current_dir(&self.folder)
+            .args(["req", "-x509", "-nodes", "-days", "30", "-subj", "/CN=127.0.0.1"])
+            .args(["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"])
+            .args(["-addext", "subjectAltName=IP:127.0.0.1"])
+            .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+            .args(["-keyout", "server.key", "-out", "server.pem"])
+            .stdin(Stdio::null());
+        let output = openssl.output().context("failed to start openssl: install it")?;
+        ensure!(
+            output.status.success(),
+            "openssl makes no certificate: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(())
     }
 
     /// Starts the server on a free port of the loopback interface.
@@ -97,7 +129,8 @@ impl Cluster {
         };
         format!(
             "-c listen_addresses=127.0.0.1 -p {port} -c unix_socket_directories='{sockets}' \
-             -c max_connections=200 -c fsync=off"
+             -c max_connections=200 -c fsync=off \
+             -c ssl=on -c ssl_cert_file=../server.pem -c ssl_key_file=../server.key"
         )
     }
 
@@ -131,6 +164,10 @@ impl Drop for Cluster {
             eprintln!("cannot delete {}: {error}", self.folder.display());
         }
     }
+}
+
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    run(Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive"))
 }
 
 /// The folder of `initdb` and `pg_ctl`: on the PATH, named by `pg_config`, Debian's newest, or
@@ -182,9 +219,6 @@ fn complete(folder: &Path) -> Option<PathBuf> {
 /// Installs Debian's package without the cluster that it would start.
 fn install() -> Result<()> {
     ensure!(is_root()?, "only root may install packages");
-    let apt_get = |arguments: &[&str]| {
-        run(Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive"))
-    };
     apt_get(&["update"])?;
     apt_get(&["install", "-y", "--no-install-recommends", "postgresql-common"])?;
     let mut settings = fs::read_to_string(DEBIAN_CLUSTER_SETTINGS).unwrap_or_default();

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
+use crate::book;
 use crate::data;
 use crate::kinesis_local::KinesisLocal;
 use crate::languages::Languages;
@@ -11,7 +12,7 @@ use crate::plugins;
 use crate::postgres::Cluster;
 use crate::process::{cargo, project_root, run};
 
-/// Check format, lints, documentation and bundled plugins, and run all tests.
+/// Check format, lints, documentation, the book and bundled plugins, and run all tests.
 #[derive(clap::Args)]
 pub struct Test {
     /// Only tests whose name contains this; skips the other checks.
@@ -31,6 +32,7 @@ impl Test {
         test_host(&root, self.filter.as_deref())?;
         if self.filter.is_none() {
             check_documentation(&root)?;
+            book::build(&root)?;
         }
         Ok(())
     }
@@ -62,9 +64,10 @@ fn test_host(root: &Path, filter: Option<&str>) -> Result<()> {
     let mut tests = cargo();
     tests
         .current_dir(root)
-        .args(["test", "--release", "--workspace", "--locked"])
+        .args(["test", "--release", "--workspace", "--locked", "--no-fail-fast"])
         .args(filter)
         .env("SHARDMILL_TEST_POSTGRES", &postgres.url)
+        .env("SHARDMILL_TEST_POSTGRES_CERTIFICATE", &postgres.certificate)
         .env("SHARDMILL_TEST_KINESIS_LOCAL", &kinesis_local.url);
     languages.apply_to(&mut tests)?;
     run(&mut tests)

@@ -117,6 +117,7 @@ fn describe() {
     );
     describe_counter!("shardmill_stage_log_lines_dropped_total", "lines over a stage's limit");
     describe_counter!("shardmill_stage_renewals_total", "instances given up because they leak");
+    describe_counter!("shardmill_stage_calls_total", "calls of a plugin, with those of searches");
     describe_counter!("shardmill_stage_traps_total", "calls of a plugin that trapped or timed out");
     describe_counter!("shardmill_stage_retries_total", "calls tried again as the plugin asked for");
     describe_counter!("shardmill_sink_rows_total", "rows committed by a sink");

@@ -2,6 +2,7 @@
 
 mod check;
 mod demo;
+mod dlq;
 mod intake;
 mod new;
 mod plugin;
@@ -20,6 +21,7 @@ use crate::config::{ConfigError, PipelineConfig};
 use crate::plugin::{
     Backends, CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile,
 };
+use crate::position::{DeadLetters, StateStore};
 
 /// The pipeline that is run when none is named.
 const DEFAULT_PIPELINE: &str = "pipeline.toml";
@@ -72,6 +74,9 @@ enum Command {
     /// Create, fill, look at and delete streams; serve the embedded one.
     #[command(subcommand)]
     Stream(stream::Command),
+    /// Look at a pipeline's dead letters, take them elsewhere, delete them.
+    #[command(subcommand)]
+    Dlq(dlq::Command),
     /// Make a new plugin.
     #[command(subcommand)]
     New(new::Command),
@@ -163,6 +168,7 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Check(options) => check::check(options, console).await,
         Command::Intake(options) => intake::intake(options, console).await,
         Command::Stream(command) => stream::stream(command, console).await,
+        Command::Dlq(command) => dlq::dlq(command, console).await,
         Command::New(command) => new::new(command, console),
         Command::Test(options) => test::test(options, console).await,
         Command::Plugin(command) => plugin::plugin(command, console),
@@ -234,6 +240,18 @@ fn tell(error: &anyhow::Error) -> ExitCode {
 /// Reads a pipeline's file with the process's environment.
 fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     Ok(crate::config::load(path, &|name| std::env::var(name).ok())?)
+}
+
+/// The dead letters of a pipeline that ran. Another process may be running it.
+fn dead_letters(config: &PipelineConfig) -> anyhow::Result<DeadLetters> {
+    let folder = config.state_dir.join(config.name.as_str());
+    anyhow::ensure!(
+        folder.join("state.db").exists(),
+        "pipeline {} has no dead letters: it never ran with its state in {}",
+        config.name,
+        folder.display()
+    );
+    Ok(DeadLetters::new(StateStore::open(&folder)?))
 }
 
 /// What a pipeline's plugins are loaded with.

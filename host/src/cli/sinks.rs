@@ -18,11 +18,11 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
         sinks.push(match &sink.kind {
             SinkKind::Discard => Arc::new(DiscardSink::new(name)),
             SinkKind::Stdout { template } => Arc::new(StdoutSink::new(name, template.as_deref())?),
-            SinkKind::Sqlite { path, table, create } => {
-                Arc::new(SqliteSink::new(name, path, table, *create)?)
+            SinkKind::Sqlite { path, table, create, mode } => {
+                Arc::new(SqliteSink::new(name, path, table, *create, mode.clone())?)
             }
-            SinkKind::Postgres { url, table, create } => {
-                Arc::new(PostgresSink::new(name, url, table, *create)?)
+            SinkKind::Postgres { url, table, create, mode } => {
+                Arc::new(PostgresSink::new(name, url, table, *create, mode.clone())?)
             }
             SinkKind::Objects { url, options, compression } => {
                 Arc::new(ObjectsSink::new(name, url, options, *compression)?)

@@ -10,7 +10,6 @@ use super::{Console, load, stream};
 use crate::config::PipelineConfig;
 use crate::plugin::build::build_plugin;
 use crate::plugin::manifest::PluginManifest;
-use crate::position::{DeadLetters, StateStore};
 use crate::workbench::capture::{self, SequenceRange};
 use crate::workbench::case::CaseFile;
 use crate::workbench::compare::{self, Verdict};
@@ -242,9 +241,7 @@ async fn dead_letters(
     stage: &crate::record::StageName,
     limit: u32,
 ) -> anyhow::Result<Vec<TrialRecord>> {
-    let folder = config.state_dir.join(config.name.as_str());
-    ensure!(folder.join("state.db").exists(), "{} has no state: it never ran", folder.display());
-    let letters = DeadLetters::new(StateStore::open(&folder)?).entered(stage, limit).await?;
+    let letters = super::dead_letters(config)?.entered(stage, limit).await?;
     ensure!(!letters.is_empty(), "stage {stage} has no dead letters");
     let records = letters.into_iter().map(|letter| TrialRecord {
         key: letter.key.into(),

@@ -206,11 +206,15 @@ pub(super) fn shaped<T: DeserializeOwned>(
     shaped.map_err(|error| misshapen(&error, span, check)).ok()
 }
 
+/// The one key of these tables that takes a list: the columns of a sink's key.
+const LIST: &str = "key";
+
 /// serde would take a list for a table, its values in the order of the fields. No table of ours
-/// is a list, and none of their keys takes one.
+/// is a list, and of their keys only [`LIST`] takes one.
 fn refuse_lists(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<()> {
     let within = table.get_ref().as_table().into_iter().flat_map(|table| table.iter());
-    let values = std::iter::once(table).chain(within.map(|(_, value)| value));
+    let within = within.filter(|(key, _)| key.get_ref() != LIST).map(|(_, value)| value);
+    let values = std::iter::once(table).chain(within);
     let lists: Vec<_> = values.filter(|value| value.get_ref().is_array()).collect();
     for list in &lists {
         check.problem(list.span(), "a list does not fit here", "write a single value or a table");

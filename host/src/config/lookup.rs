@@ -12,6 +12,7 @@ use super::check::Check;
 use super::load::shaped;
 use super::raw::{RawLookup, RawLookupCache, Text};
 use super::{Located, Secret};
+use crate::postgres::PostgresServer;
 use crate::record::LookupName;
 
 /// A query waits within a plugin's call, whose time per batch is 2 s by default.
@@ -118,13 +119,9 @@ fn source(raw: &Spanned<Text>, base: &Path, check: &mut Check) -> Option<LookupS
         check.problem(raw.span(), message, help);
         return None;
     }
-    if let Err(cause) = text.parse::<tokio_postgres::Config>() {
-        // The cause names the faulty part without its value, which may be the password.
-        let cause =
-            std::error::Error::source(&cause).map_or(cause.to_string(), ToString::to_string);
-        let message = format!("this is no PostgreSQL connection: {cause}");
+    if let Err(cause) = PostgresServer::parse(&text) {
         let help = "write \"postgres://user:${PGPASSWORD}@host:5432/database\"";
-        check.problem(raw.span(), message, help);
+        check.problem(raw.span(), cause, help);
         return None;
     }
     Some(LookupSource::Postgres(Secret::new(text)))

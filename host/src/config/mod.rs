@@ -39,6 +39,7 @@ use crate::plugin::Capability;
 use crate::record::{
     LookupName, PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
 };
+use crate::sink::WriteMode;
 
 /// A pipeline that can run, as far as the file alone can tell.
 #[derive(Clone, Debug)]
@@ -440,6 +441,8 @@ pub enum SinkKind {
         table: String,
         /// Create the table from the route's columns when it is missing.
         create: bool,
+        /// How rows go into it.
+        mode: WriteMode,
     },
     /// A table in PostgreSQL; exactly once.
     Postgres {
@@ -449,6 +452,8 @@ pub enum SinkKind {
         table: String,
         /// Create the table from the route's columns when it is missing.
         create: bool,
+        /// How rows go into it.
+        mode: WriteMode,
     },
     /// Objects in a bucket or folder; exactly once by a claim log.
     Objects {

@@ -177,6 +177,10 @@ pub(super) struct RawSqlite {
     pub path: Spanned<Text>,
     pub table: Spanned<Text>,
     pub create: Option<bool>,
+    pub mode: Maybe<Text>,
+    #[serde(default)]
+    pub key: Vec<Spanned<Text>>,
+    pub newest_by: Maybe<Text>,
     pub commit: Option<RawCommit>,
 }
 
@@ -190,6 +194,10 @@ pub(super) struct RawPostgres {
     pub url: Spanned<Text>,
     pub table: Spanned<Text>,
     pub create: Option<bool>,
+    pub mode: Maybe<Text>,
+    #[serde(default)]
+    pub key: Vec<Spanned<Text>>,
+    pub newest_by: Maybe<Text>,
     pub commit: Option<RawCommit>,
 }
 

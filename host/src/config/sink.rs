@@ -12,8 +12,12 @@ use url::Url;
 use super::check::{Check, bytes_text};
 use super::diagnostic::suggest;
 use super::load::shaped;
-use super::raw::{RawCommit, RawDiscard, RawObjects, RawPostgres, RawSqlite, RawStdout, Text};
+use super::raw::{
+    Maybe, RawCommit, RawDiscard, RawObjects, RawPostgres, RawSqlite, RawStdout, Text,
+};
 use super::{Compression, Rhythm, SinkConfig, SinkKind, json};
+use crate::postgres::PostgresServer;
+use crate::sink::WriteMode;
 
 /// The values of `type`.
 static TYPES: [&str; 5] = ["stdout", "sqlite", "postgres", "objects", "discard"];
@@ -118,16 +122,15 @@ fn sqlite(raw: &RawSqlite, base: &Path, check: &mut Check) -> Option<SinkKind> {
     });
     let table = table(&raw.table, check);
     let create = raw.create.unwrap_or(false);
-    Some(SinkKind::Sqlite { path: base.join(path?), table: table?, create })
+    let mode = write_mode(&raw.mode, &raw.key, &raw.newest_by, check);
+    Some(SinkKind::Sqlite { path: base.join(path?), table: table?, create, mode: mode? })
 }
 
 fn postgres(raw: &RawPostgres, check: &mut Check) -> Option<SinkKind> {
     let url = &raw.url.get_ref().0;
-    let sound = url.parse::<tokio_postgres::Config>();
+    let sound = PostgresServer::parse(url);
     if let Err(cause) = &sound {
-        // The cause names the faulty part without its value, which may be the password.
-        let cause = std::error::Error::source(cause).map_or(cause.to_string(), ToString::to_string);
-        let message = format!("this is no PostgreSQL connection: {cause}");
+        let message = cause.clone();
         let help = "write \"postgres://user:${PGPASSWORD}@host:5432/database\" or \
                     \"host=... user=... dbname=...\"";
         check.problem(raw.url.span(), message, help);
@@ -141,9 +144,65 @@ fn postgres(raw: &RawPostgres, check: &mut Check) -> Option<SinkKind> {
         }
         long.is_none()
     });
-    sound.ok()?;
     let create = raw.create.unwrap_or(false);
-    Some(SinkKind::Postgres { url: url.clone(), table: table?, create })
+    let mode = write_mode(&raw.mode, &raw.key, &raw.newest_by, check);
+    sound.ok()?;
+    Some(SinkKind::Postgres { url: url.clone(), table: table?, create, mode: mode? })
+}
+
+/// `mode`, with the keys that belong to it.
+fn write_mode(
+    mode: &Maybe<Text>,
+    key: &[Spanned<Text>],
+    newest_by: &Maybe<Text>,
+    check: &mut Check,
+) -> Option<WriteMode> {
+    let words = ["append", "upsert", "ignore"].map(|word| (word, word));
+    let word = check.choice(mode, "mode", "append", &words)?;
+    if word == "append" {
+        let strays = [key.first().map(Spanned::span), newest_by.as_ref().map(Spanned::span)];
+        for (name, span) in ["key", "newest_by"].into_iter().zip(strays) {
+            if let Some(span) = span {
+                let message = format!("`{name}` does nothing while rows are appended");
+                check.problem(span, message, "add mode = \"upsert\", or leave it out");
+                return None;
+            }
+        }
+        return Some(WriteMode::Append);
+    }
+    if key.is_empty() {
+        let span = mode.as_ref().map(Spanned::span)?;
+        let message = format!("mode {word:?} needs the columns that make a row's key");
+        check.problem(span, message, "add for example key = [\"id\"]");
+        return None;
+    }
+    let mut names: Vec<String> = Vec::new();
+    for column in key {
+        let name = check.filled(column, "column")?;
+        if names.contains(&name) {
+            check.problem(
+                column.span(),
+                format!("column {name:?} is named twice"),
+                "once is enough",
+            );
+            return None;
+        }
+        names.push(name);
+    }
+    match (word, newest_by) {
+        ("ignore", Some(newest_by)) => {
+            let message =
+                "`newest_by` says which row wins, and with mode \"ignore\" the first does";
+            check.problem(newest_by.span(), message, "use mode = \"upsert\", or leave it out");
+            None
+        }
+        ("ignore", None) => Some(WriteMode::Ignore { key: names }),
+        (_, None) => Some(WriteMode::Upsert { key: names, newest_by: None }),
+        (_, Some(newest_by)) => {
+            let column = check.filled(newest_by, "column")?;
+            Some(WriteMode::Upsert { key: names, newest_by: Some(column) })
+        }
+    }
 }
 
 fn table(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {

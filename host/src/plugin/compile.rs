@@ -135,8 +135,8 @@ fn compile_in_child(
         match ended.map_err(failed)? {
             None => Err(CompileError::TooSlow { time_max: limits.time_max }),
             Some(status) if status.success() => code.map_err(failed),
-            // Rust's own words when an allocation fails.
-            Some(_) if said.contains("memory allocation of") => {
+            // Rust's own words when an allocation fails, and wasmtime's.
+            Some(_) if said.contains("memory allocation of") || said.contains("out of memory") => {
                 Err(CompileError::TooMuchMemory { memory_bytes_max: limits.memory_bytes_max })
             }
             Some(status) if status.code() == Some(1) && !said.is_empty() => {

@@ -7,7 +7,7 @@ use wasmtime::{ResourceLimiter, Store, Trap};
 use super::capability::Caller;
 use super::{
     Context, Descriptor, Failure, Outcome, Plugin, PluginEngine, Services, WireBatch, bindings,
-    descriptor,
+    descriptor, excerpt,
 };
 use crate::config::StageLimits;
 
@@ -162,7 +162,7 @@ impl Instance {
             }
             Ok(Err(message)) => Err(CallError {
                 fault: CallFault::Trap,
-                message: format!("configure refused: {message}"),
+                message: format!("configure refused: {}", excerpt(message.as_bytes())),
                 backtrace: String::new(),
             }),
             Err(error) => Err(diagnose(&instance.store, &error, "configure", CONFIGURE_MS_MAX)),
@@ -180,7 +180,10 @@ impl Instance {
     ) -> Result<Result<Outcome, Failure>, CallError> {
         self.store.set_epoch_deadline(PluginEngine::ticks(limit_ms));
         self.store.set_hostcall_fuel(self.output_bytes_max);
-        self.store.data_mut().caller.call_begins(limit_ms);
+        let sandbox = self.store.data_mut();
+        sandbox.caller.call_begins(limit_ms);
+        // What an earlier call was refused, and got by without, is not this one's fault.
+        sandbox.refused = None;
         let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);
         answer.map_err(|error| diagnose(&self.store, &error, "process", limit_ms))
     }

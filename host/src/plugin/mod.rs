@@ -11,6 +11,7 @@ pub mod capability;
 pub mod compile;
 mod descriptor;
 mod engine;
+mod excerpt;
 mod instance;
 pub mod manifest;
 pub mod scaffold;
@@ -33,6 +34,7 @@ pub use cache::CompileCache;
 pub use capability::{Backends, Capability, LOG_TARGET, Services};
 use compile::CompileError;
 pub use engine::PluginEngine;
+pub use excerpt::excerpt;
 pub use instance::{CallError, CallFault, Instance};
 pub use words::{Input, Output, Reject, Span};
 

@@ -79,21 +79,76 @@ pub struct EnteredRecord {
     pub arrived_ms: u64,
 }
 
-/// A letter as it is listed.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct LetterRow {
+/// A letter as it is kept.
+#[derive(Clone, Debug)]
+pub struct StoredLetter {
+    /// Its number in the store: stays while it is there.
+    pub id: i64,
+    /// The stream, by its key.
+    pub stream: String,
     /// The shard.
     pub shard: String,
     /// The sequence number.
     pub sequence: String,
-    /// The sub-sequence number.
+    /// The position within an aggregated record.
     pub sub_sequence: u64,
     /// `stage:NAME` or `sink:NAME`.
     pub place: String,
-    /// The plugin's name and version.
+    /// The partition key that the record was put with.
+    pub partition_key: Vec<u8>,
+    /// The record's data as it was put.
+    pub original: Vec<u8>,
+    /// The partition key that entered the failing place.
+    pub entered_key: Vec<u8>,
+    /// The payload that entered the failing place.
+    pub entered: Vec<u8>,
+    /// When the stream took the record, in milliseconds since 1970.
+    pub arrived_ms: u64,
+    /// The plugin's name and version; empty for a sink.
     pub plugin: String,
+    /// The plugin's digest; empty for a sink.
+    pub digest: String,
     /// Why.
     pub reason: String,
+    /// The plugin's stack where it trapped.
+    pub backtrace: String,
+    /// When the letter was written, in milliseconds since 1970.
+    pub written_ms: i64,
+}
+
+/// Which letters are meant: those for which all of it holds. Empty: all.
+#[derive(Clone, Debug, Default)]
+pub struct LetterFilter {
+    /// Letters by their numbers; empty: any.
+    pub ids: Vec<i64>,
+    /// Where they failed.
+    pub place: Option<LetterPlace>,
+    /// The shard.
+    pub shard: Option<String>,
+    /// A part of the reason.
+    pub reason: Option<String>,
+}
+
+impl LetterFilter {
+    /// Whether it names no letter in particular.
+    pub fn is_empty(&self) -> bool {
+        let Self { ids, place, shard, reason } = self;
+        ids.is_empty() && place.is_none() && shard.is_none() && reason.is_none()
+    }
+}
+
+/// The condition of a [`LetterFilter`] in SQL, with its four values.
+const MATCHES: &str = "held = 0 AND (?1 IS NULL OR place = ?1) AND (?2 IS NULL OR shard = ?2)
+    AND (?3 IS NULL OR instr(reason, ?3) > 0)
+    AND (?4 = '[]' OR rowid IN (SELECT value FROM json_each(?4)))";
+
+/// The values of [`MATCHES`].
+type Wanted = (Option<String>, Option<String>, Option<String>, String);
+
+fn wanted(filter: LetterFilter) -> Wanted {
+    let ids: Vec<String> = filter.ids.iter().map(i64::to_string).collect();
+    let place = filter.place.map(|place| place.to_text());
+    (place, filter.shard, filter.reason, format!("[{}]", ids.join(",")))
 }
 
 /// The dead letters of a pipeline.
@@ -126,8 +181,15 @@ impl DeadLetters {
         self.store
             .write("write dead letters", move |state| {
                 let mut upsert = state.prepare_cached(
-                    "INSERT OR REPLACE INTO dead_letter VALUES
-                     (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)",
+                    // In its place, so that its number stays.
+                    "INSERT INTO dead_letter VALUES
+                     (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)
+                     ON CONFLICT DO UPDATE SET held = excluded.held,
+                         partition_key = excluded.partition_key, original = excluded.original,
+                         entered_key = excluded.entered_key, entered = excluded.entered,
+                         arrived_ms = excluded.arrived_ms, plugin = excluded.plugin,
+                         digest = excluded.digest, reason = excluded.reason,
+                         backtrace = excluded.backtrace, written_ms = excluded.written_ms",
                 )?;
                 for letter in &letters {
                     let (sequence, sub) = columns(&letter.key.position);
@@ -224,28 +286,88 @@ impl DeadLetters {
             .await
     }
 
-    /// The visible letters, oldest first, at most `limit`.
+    /// The visible letters that a filter means, oldest first, at most `limit`.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn list(&self, limit: u32) -> Result<Vec<LetterRow>, StateError> {
+    pub async fn select(
+        &self,
+        filter: LetterFilter,
+        limit: u32,
+    ) -> Result<Vec<StoredLetter>, StateError> {
+        let (place, shard, reason, ids) = wanted(filter);
         self.store
-            .write("list the dead letters", move |state| {
-                let mut query = state.prepare_cached(
-                    "SELECT shard, ltrim(sequence, '0'), sub_sequence, place, plugin, reason
-                     FROM dead_letter WHERE held = 0 ORDER BY written_ms, sequence LIMIT ?1",
-                )?;
-                let rows = query.query_map([limit], |row| {
-                    Ok(LetterRow {
-                        shard: row.get(0)?,
-                        sequence: row.get(1)?,
-                        sub_sequence: row.get(2)?,
-                        place: row.get(3)?,
-                        plugin: row.get(4)?,
-                        reason: row.get(5)?,
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare(&format!(
+                    "SELECT rowid, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
+                         partition_key, original, entered_key, entered, arrived_ms, plugin, digest,
+                         reason, backtrace, written_ms
+                     FROM dead_letter WHERE {MATCHES} ORDER BY written_ms, rowid LIMIT ?5"
+                ))?;
+                let rows = query.query_map((place, shard, reason, ids, limit), |row| {
+                    Ok(StoredLetter {
+                        id: row.get(0)?,
+                        stream: row.get(1)?,
+                        shard: row.get(2)?,
+                        sequence: row.get(3)?,
+                        sub_sequence: row.get(4)?,
+                        place: row.get(5)?,
+                        partition_key: row.get(6)?,
+                        original: row.get(7)?,
+                        entered_key: row.get(8)?,
+                        entered: row.get(9)?,
+                        arrived_ms: row.get(10)?,
+                        plugin: row.get(11)?,
+                        digest: row.get(12)?,
+                        reason: row.get(13)?,
+                        backtrace: row.get(14)?,
+                        written_ms: row.get(15)?,
                     })
                 })?;
                 rows.collect()
+            })
+            .await
+    }
+
+    /// The numbers of the visible letters that a filter means, oldest first.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn ids(&self, filter: LetterFilter) -> Result<Vec<i64>, StateError> {
+        let wanted = wanted(filter);
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare(&format!(
+                    "SELECT rowid FROM dead_letter WHERE {MATCHES} ORDER BY written_ms, rowid"
+                ))?;
+                query.query_map(wanted, |row| row.get(0))?.collect()
+            })
+            .await
+    }
+
+    /// How many visible letters a filter means.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn count_of(&self, filter: LetterFilter) -> Result<u64, StateError> {
+        let wanted = wanted(filter);
+        self.store
+            .write("count the dead letters", move |state| {
+                let count = format!("SELECT count(*) FROM dead_letter WHERE {MATCHES}");
+                state.query_row(&count, wanted, |row| row.get(0))
+            })
+            .await
+    }
+
+    /// Deletes the visible letters that a filter means; gives how many there were.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing is deleted then.
+    pub async fn purge(&self, filter: LetterFilter) -> Result<usize, StateError> {
+        let wanted = wanted(filter);
+        self.store
+            .write("delete dead letters", move |state| {
+                state.execute(&format!("DELETE FROM dead_letter WHERE {MATCHES}"), wanted)
             })
             .await
     }
@@ -284,12 +406,6 @@ impl DeadLetters {
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn count(&self) -> Result<u64, StateError> {
-        self.store
-            .write("count the dead letters", |state| {
-                state.query_row("SELECT count(*) FROM dead_letter WHERE held = 0", [], |row| {
-                    row.get(0)
-                })
-            })
-            .await
+        self.count_of(LetterFilter::default()).await
     }
 }

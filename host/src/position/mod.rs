@@ -12,5 +12,5 @@ mod store;
 
 pub use checkpoint::{Checkpoints, ShardState};
 pub use ledger::{Ledger, Segment};
-pub use letters::{DeadLetter, DeadLetters, LetterKey, LetterPlace, LetterRow};
+pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, LetterPlace, StoredLetter};
 pub use store::{StateError, StateStore};

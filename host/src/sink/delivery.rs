@@ -20,9 +20,9 @@ use crate::config::Rhythm;
 use crate::position::DeadLetters;
 use crate::record::{Position, PositionSpan, Row, ShardKey, SinkName};
 
-/// Spans that may wait in the channel before the lane waits: enough to overlap reading with
-/// writing, few enough that a blocked sink holds little memory.
-const SPANS_IN_CHANNEL_MAX: usize = 4;
+/// Spans that may wait in the channel before the lane waits: as many as a usual commit has, so that
+/// the next one is there when this one is done. Their bytes are bounded by the budget.
+const SPANS_IN_CHANNEL_MAX: usize = 16;
 /// The longest pause between two tries of a commit.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
 

@@ -8,6 +8,7 @@
 pub mod delivery;
 pub mod discard;
 pub mod line;
+pub mod mode;
 pub mod objects;
 pub mod postgres;
 mod refusals;
@@ -19,6 +20,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+
+pub use mode::WriteMode;
 
 use crate::record::{Position, PositionSpan, RouteName, Row, ShardKey, SinkName};
 

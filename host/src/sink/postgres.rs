@@ -2,8 +2,9 @@
 //!
 //! Rows and position move in one transaction. [`session`] is the connection, [`table`] the live
 //! table, [`encode`] turns rows into binary COPY, [`copy`] sends them and finds the ones that the
-//! table refuses, [`position`] keeps the place, [`writer`] is the commit on one screen. Reading JSON
-//! by column type is `rows`' work; buffering and retries are the delivery's.
+//! table refuses, [`merge`] is how rows with a key find their like, [`position`] keeps the place,
+//! [`writer`] is the commit on one screen. Reading JSON by column type is `rows`' work; buffering and
+//! retries are the delivery's.
 //!
 //! The position table lies in the schema of the data table if that is named, else in the first of
 //! the `search_path`, as the data table does.
@@ -11,23 +12,24 @@
 mod copy;
 mod encode;
 mod kind;
+mod merge;
 mod name;
 mod numeric;
 mod position;
-pub(crate) mod session;
+mod session;
 mod table;
 mod writer;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use tokio_postgres::Config;
 
 use self::name::TableName;
 use self::position::PositionTable;
 use self::session::Session;
 use self::writer::PostgresWriter;
-use super::{Acquired, BoundRoute, Sink, SinkError, rows};
+use super::{Acquired, BoundRoute, Sink, SinkError, WriteMode, rows};
+use crate::postgres::{PostgresServer, describe};
 use crate::record::{Position, ShardKey, SinkName};
 
 /// A table in PostgreSQL.
@@ -39,8 +41,9 @@ pub struct PostgresSink {
 /// What the writers of all shards have in common.
 struct Shared {
     sink: SinkName,
-    config: Config,
+    server: PostgresServer,
     table: TableName,
+    mode: WriteMode,
     position: PositionTable,
     known_columns: rows::KnownColumns,
 }
@@ -52,7 +55,7 @@ impl Shared {
 
     /// An error of the server or of the connection, as the sink's failure.
     fn failed(&self, doing: &str, error: &tokio_postgres::Error) -> SinkError {
-        self.unavailable(format!("{doing}: {}", session::describe(error)))
+        self.unavailable(format!("{doing}: {}", describe(error)))
     }
 
     fn fenced(&self, shard: &ShardKey, detail: String) -> SinkError {
@@ -60,28 +63,34 @@ impl Shared {
     }
 
     async fn connect(&self) -> Result<Session, SinkError> {
-        Session::connect(&self.config).await.map_err(|error| {
-            self.failed(&format!("cannot connect to {}", session::place(&self.config)), &error)
+        Session::connect(&self.server).await.map_err(|error| {
+            self.failed(&format!("cannot connect to {}", self.server.place()), &error)
         })
     }
 }
 
 impl PostgresSink {
-    /// Names a table, `table` or `schema.table`, in the database that `url` leads to. With `create`,
-    /// [`Sink::prepare`] makes it from the columns that the routes declare if it is missing.
+    /// Names a table, `table` or `schema.table`, in the database that `url` leads to, and how rows go
+    /// into it. With `create`, [`Sink::prepare`] makes it from the columns that the routes declare if it
+    /// is missing, with the mode's key as its primary key.
     ///
     /// Connects to nothing yet.
     ///
     /// # Errors
-    /// [`SinkError::Unavailable`] when the URL or the table's name cannot be read, or the URL asks
-    /// for TLS.
-    pub fn new(name: SinkName, url: &str, table: &str, create: bool) -> Result<Self, SinkError> {
+    /// [`SinkError::Unavailable`] when the URL or the table's name cannot be read.
+    pub fn new(
+        name: SinkName,
+        url: &str,
+        table: &str,
+        create: bool,
+        mode: WriteMode,
+    ) -> Result<Self, SinkError> {
         let unavailable = |cause| SinkError::Unavailable { sink: name.clone(), cause };
-        let config = session::config(url).map_err(unavailable)?;
+        let server = PostgresServer::parse(url).map_err(unavailable)?;
         let table = TableName::parse(table).map_err(unavailable)?;
         let position = PositionTable::beside(&table);
         let known_columns = rows::KnownColumns::default();
-        let shared = Shared { sink: name, config, table, position, known_columns };
+        let shared = Shared { sink: name, server, table, mode, position, known_columns };
         Ok(Self { shared: Arc::new(shared), create })
     }
 }
@@ -97,7 +106,7 @@ impl Sink for PostgresSink {
         rows::check_formats(&shared.sink, routes)?;
         let columns = rows::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
         let session = shared.connect().await?;
-        table::prepare(&session.client, &shared.table, &columns, self.create)
+        table::prepare(&session.client, &shared.table, &columns, self.create, &shared.mode)
             .await
             .map_err(|cause| shared.unavailable(cause))?;
         shared.known_columns.remember(columns.iter().map(|column| column.name));

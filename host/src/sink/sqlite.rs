@@ -19,7 +19,8 @@ use async_trait::async_trait;
 use self::connection::{Held, SharedConnection};
 use self::write::{Failure, Written};
 use super::{
-    Acquired, BoundRoute, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter, rows,
+    Acquired, BoundRoute, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
+    WriteMode, rows,
 };
 use crate::record::{Position, ShardKey, SinkName};
 
@@ -33,6 +34,7 @@ pub struct SqliteSink {
 struct Shared {
     sink: SinkName,
     table: String,
+    mode: WriteMode,
     connection: SharedConnection,
     known_columns: rows::KnownColumns,
 }
@@ -55,8 +57,9 @@ impl Shared {
 }
 
 impl SqliteSink {
-    /// Names a table in the database file at `path`, which is created if it is missing. With
-    /// `create`, [`Sink::prepare`] makes the table from the columns that the routes declare.
+    /// Names a table in the database file at `path`, which is created if it is missing, and how rows
+    /// go into it. With `create`, [`Sink::prepare`] makes the table from the columns that the routes
+    /// declare, with the mode's key as its primary key.
     ///
     /// Opens nothing yet.
     ///
@@ -67,6 +70,7 @@ impl SqliteSink {
         path: impl Into<PathBuf>,
         table: &str,
         create: bool,
+        mode: WriteMode,
     ) -> Result<Self, SinkError> {
         if table.is_empty() || table.contains('\0') || table.starts_with("sqlite_") {
             let cause = format!("{table:?} is no table's name in SQLite");
@@ -76,6 +80,7 @@ impl SqliteSink {
         let shared = Shared {
             sink: name,
             table: table.into(),
+            mode,
             connection,
             known_columns: rows::KnownColumns::default(),
         };
@@ -110,7 +115,7 @@ impl Sink for SqliteSink {
         let (routes, shared, create) = (routes.to_vec(), Arc::clone(&self.shared), self.create);
         self.call(move |held| {
             let declared = rows::declared_columns(&routes)?;
-            table::prepare(&mut held.connection, &shared.table, &declared, create)
+            table::prepare(&mut held.connection, &shared.table, &declared, create, &shared.mode)
         })
         .await
     }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::flow::{self, Flow, Item};
-use super::generation::{Generation, SOURCE_ROUTE, Target};
+use super::generation::{Generation, LoadedStage, SOURCE_ROUTE, Target};
 use super::rejections::RejectionWindow;
 use super::runner::{RunError, StageOutcome, StageRunner};
 use crate::config::RejectedMax;
@@ -82,6 +82,12 @@ impl Chain {
         &self.generation
     }
 
+    /// The stage that a letter names.
+    fn stage_at(&self, place: &LetterPlace) -> Option<&LoadedStage> {
+        let LetterPlace::Stage(name) = place else { return None };
+        self.generation.stages.iter().find(|stage| stage.name == *name)
+    }
+
     /// The sinks of a routed row.
     pub fn sinks_of(&self, routed: &Routed) -> &[SinkName] {
         match self.generation.stages.get(routed.stage).map(|stage| &stage.targets[routed.route]) {
@@ -136,8 +142,11 @@ impl Chain {
         let mut window = self.window.clone();
         for rejected in rejected_records {
             window.count(rejected).map_err(|limit| {
-                let last = outcome.letters.last().map_or("", |letter| letter.reason.as_str());
-                Blocked::Broken(format!("{limit}; the last reason: {last}"))
+                let last = outcome.letters.last();
+                let stage = last.and_then(|letter| self.stage_at(&letter.key.place));
+                let stage = stage.map(named).unwrap_or_default();
+                let reason = last.map_or("", |letter| letter.reason.as_str());
+                Blocked::Broken(format!("{stage}: {limit}; the last reason: {reason}"))
             })?;
         }
         self.window = window;
@@ -247,15 +256,19 @@ fn letter(
     }
 }
 
-fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
-    let stage = runner.stage();
-    let plugin = format!(
+/// A stage and its plugin, as a person who must act looks for them.
+fn named(stage: &LoadedStage) -> String {
+    format!(
         "stage {} (plugin {} {}, {})",
         stage.name,
         stage.descriptor.name,
         stage.descriptor.version,
         stage.plugin.digest.short()
-    );
+    )
+}
+
+fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
+    let plugin = named(runner.stage());
     match error {
         RunError::Stopped => Blocked::Stopped,
         RunError::AllFailed(reason) => {

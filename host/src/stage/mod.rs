@@ -6,6 +6,7 @@
 
 mod chain;
 mod columns;
+mod cuts;
 mod flow;
 mod generation;
 mod rejections;

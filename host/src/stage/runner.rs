@@ -1,6 +1,6 @@
 //! Runs one stage over a flow, and finds the guilty record when a call fails.
 //!
-//! A failed call is searched by halves: what precedes the first guilty record is kept, the guilty
+//! A failed call is searched piece by piece: what precedes the first guilty record is kept, the guilty
 //! record is rejected alone, and the rest goes on. Three culprits in 1,000 records cost at most 34
 //! calls. A trap or a timeout kills the instance; the next call gets a fresh one. Every call of a
 //! search does: what one record did to the plugin's memory must not be another's fault.
@@ -12,11 +12,12 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
+use super::cuts;
 use super::flow::{self, Item};
 use super::generation::LoadedStage;
 use crate::config::{RejectedMax, StageLimits};
 use crate::plugin::{
-    CallError, Context, Failure, Instance, Outcome, Output, Reject, Span, WireBatch,
+    CallError, Context, Failure, Instance, Outcome, Output, Reject, Span, WireBatch, excerpt,
 };
 use crate::record::Batch;
 
@@ -226,6 +227,7 @@ impl StageRunner {
         first: CallFailure,
     ) -> Result<StageOutcome, RunError> {
         let retryable = matches!(&first, CallFailure::Answered(failure) if failure.retryable);
+        let mut culprits = 0;
         let mut failed_in_a_row = 0;
         let mut kept = StageOutcome::default();
         // Items before `settled` have their outcome; `suspect_end` bounds a range known to fail.
@@ -236,9 +238,10 @@ impl StageRunner {
             let end = match accused.take() {
                 // The plugin named the record: what precedes it runs first, without it.
                 Some(culprit) if culprit > settled => culprit,
-                _ if suspect_end > settled + 1 => settled + (suspect_end - settled) / 2,
-                _ if suspect_end == settled + 1 => suspect_end,
-                _ => items.len(),
+                _ => {
+                    let suspects = suspect_end.saturating_sub(settled);
+                    settled + cuts::next_call(items.len() - settled, suspects, culprits)
+                }
             };
             self.instance = None;
             match self.call(batch, &items[settled..end], settled)? {
@@ -250,6 +253,7 @@ impl StageRunner {
                 }
                 Err(failure) if end == settled + 1 => {
                     let (reason, backtrace) = describe(failure);
+                    culprits += 1;
                     failed_in_a_row += 1;
                     kept.rejected.push(Rejected { item: settled, reason, backtrace });
                     settled += 1;
@@ -284,6 +288,8 @@ impl StageRunner {
         let limit_ms = self.stage.limits.call_ms_max(items.len());
         self.instance().map_err(RunError::NoInstance)?;
         let Some(instance) = self.instance.as_mut() else { unreachable!("started above") };
+        metrics::counter!("shardmill_stage_calls_total", "stage" => self.stage.name.to_string())
+            .increment(1);
         let answer = instance.process(&self.wire, limit_ms);
         metrics::gauge!("shardmill_stage_memory_bytes",
             "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
@@ -367,7 +373,7 @@ fn last_reason(outcome: &StageOutcome) -> String {
 fn describe(failure: CallFailure) -> (String, String) {
     match failure {
         CallFailure::Dead(error) => (error.message, error.backtrace),
-        CallFailure::Answered(failure) => (failure.message, String::new()),
+        CallFailure::Answered(failure) => (excerpt(failure.message.as_bytes()), String::new()),
     }
 }
 
@@ -383,7 +389,10 @@ fn take(
     let items = flow.len();
     let mut last = 0;
     // Spans may share bytes, so that what goes on can be far more than what was handed back.
-    let mut payload_bytes = 0;
+    let mut output_bytes = 0;
+    // What came in may always pass once.
+    let entered_bytes: usize = flow.iter().map(|item| item.key.len() + item.payload.len()).sum();
+    let output_bytes_max = limits.output_bytes_max.max(entered_bytes);
     let words = whole(&outputs, "outputs")?;
     if words.len() > items.saturating_mul(limits.outputs_per_record_max) {
         return Err(CallError::output(format!(
@@ -411,25 +420,23 @@ fn take(
             )));
         }
         last = input;
-        if let Some(key) = output.key {
-            let key = slice(&arena, key, "the key of output", index)?;
+        let item = &flow[input];
+        let key = output.key.map(|key| slice(&arena, key, "the key of output", index));
+        let payload = output.payload.map(|payload| slice(&arena, payload, "output", index));
+        let (key, payload) = (key.transpose()?, payload.transpose()?);
+        output_bytes += key.unwrap_or(&item.key).len() + payload.unwrap_or(&item.payload).len();
+        // Before a key is read: to read one key of many outputs again and again takes for ever.
+        if output_bytes > output_bytes_max {
+            return Err(CallError::output(format!(
+                "outputs of more than {output_bytes_max} bytes in all, keys included (limits.output)"
+            )));
+        }
+        if let Some(key) = key {
             // The next stage or sink may read it as text.
             std::str::from_utf8(key).map_err(|error| {
                 CallError::contract(format!("the key of output {index} is no UTF-8: {error}"))
             })?;
         }
-        payload_bytes += match output.payload {
-            Some(payload) => slice(&arena, payload, "output", index)?.len(),
-            None => flow[input].payload.len(),
-        };
-    }
-    let entered_bytes = || flow.iter().map(|item| item.payload.len()).sum();
-    // What came in may always pass once.
-    if payload_bytes > limits.output_bytes_max && payload_bytes > entered_bytes() {
-        return Err(CallError::output(format!(
-            "outputs of {payload_bytes} bytes in all, over the limit of {}",
-            limits.output_bytes_max
-        )));
     }
     let mut rejected = Vec::new();
     let mut rejected_before = None;
@@ -452,7 +459,8 @@ fn take(
         let reason = slice(&arena, reject.reason, "the reason of reject", index)?;
         rejected.push(Rejected {
             item: input + first_item,
-            reason: String::from_utf8_lossy(reason).into_owned(),
+            // Many rejects may share one long reason.
+            reason: excerpt(reason),
             backtrace: String::new(),
         });
     }

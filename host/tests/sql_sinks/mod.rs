@@ -1,5 +1,6 @@
 //! What the tests of the SQL sinks share: commits made of JSON lines, and a log of refusals.
 
+pub mod keyed;
 pub mod proxy;
 
 use std::sync::{Arc, Mutex};

@@ -13,7 +13,8 @@ pub mod player;
 pub mod proxy;
 pub mod world;
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
@@ -120,6 +121,22 @@ pub fn serve_stream(state_dir: &Path) -> Process {
     Process(child)
 }
 
+/// Tells a command where the compilers are, and the binary.
+pub fn with_tools(command: &mut Command) -> &mut Command {
+    let tools = std::env::var_os("SHARDMILL_TEST_TOOLS")
+        .expect("SHARDMILL_TEST_TOOLS names the folders of compilers: run `cargo xtask test`");
+    let mut path: Vec<PathBuf> = std::env::split_paths(&tools).collect();
+    path.extend(Path::new(env!("CARGO_BIN_EXE_shardmill")).parent().map(Path::to_owned));
+    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    command.env("PATH", std::env::join_paths(path).expect("folders"));
+    // One for all, so that dependencies are compiled once.
+    command.env("CARGO_TARGET_DIR", root().join("target/plugins-in-tests"));
+    if let Some(rustc) = std::env::var_os("SHARDMILL_TEST_WASM_RUSTC") {
+        command.env("RUSTC", rustc);
+    }
+    command
+}
+
 /// A SQLite database that a run may be writing to.
 pub fn sqlite(path: &Path) -> rusqlite::Connection {
     let database = rusqlite::Connection::open(path).expect("a database");
@@ -134,6 +151,26 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
         assert!(begun.elapsed() < Duration::from_secs(60), "waited a minute for {what}");
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// A port of loopback that nobody listens at.
+pub fn free_port() -> u16 {
+    let free = TcpListener::bind("127.0.0.1:0").expect("a port");
+    free.local_addr().expect("an address").port()
+}
+
+/// A bare HTTP GET; empty while nobody answers.
+pub fn http_get(port: u16, path: &str) -> String {
+    let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
+        return String::new();
+    };
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let mut answer = String::new();
+    let asked = stream.write_all(request.as_bytes());
+    if asked.is_err() || stream.read_to_string(&mut answer).is_err() {
+        return String::new();
+    }
+    answer
 }
 
 /// A throw-away PostgreSQL that `cargo xtask test` has started.

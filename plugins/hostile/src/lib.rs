@@ -7,160 +7,21 @@
 //! It implements the raw interface, because the SDK's outbox prevents most of what it
 //! does.
 
+mod acts;
+mod config;
+
 use std::cell::{Cell, RefCell};
 use std::hint::black_box;
 
-use serde::Deserialize;
 use shardmill_sdk::bindings::exports::shardmill::plugin::stage::Guest;
 use shardmill_sdk::bindings::shardmill::plugin::types::{
-    Batch, Context, Descriptor, Failure, Outcome, Route,
+    Batch, Context, Descriptor, Failure, Outcome,
 };
 use shardmill_sdk::words::{Input, Output, Reject, Span};
 
-/// The markers, one per misdeed, and what the plugin says about itself. An empty marker is
-/// in every payload. If several match a record, the first in this order counts.
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Config {
-    /// Traps.
-    trap_on: Option<String>,
-    /// Loops until the host's deadline.
-    loop_on: Option<String>,
-    /// Recurses until the stack is full.
-    recurse_on: Option<String>,
-    /// Allocates memory until the host refuses, then traps.
-    grow_on: Option<String>,
-    /// Returns an arena of `flood_bytes`.
-    flood_on: Option<String>,
-    /// Fails the batch, retryable. With `retry_calls`, for that many calls only.
-    retry_on: Option<String>,
-    /// Fails the batch for good without naming the culprit.
-    fail_on: Option<String>,
-    /// Fails the batch for good and names the culprit.
-    blame_on: Option<String>,
-    /// Fails the batch and blames an input that does not exist.
-    bad_blame_on: Option<String>,
-    /// Emits a payload whose span ends outside of the arena.
-    bad_span_on: Option<String>,
-    /// Emits a payload whose span starts near 2^32, so that its end overflows.
-    overflow_span_on: Option<String>,
-    /// Emits on a route that was not declared.
-    bad_route_on: Option<String>,
-    /// Emits for an input that does not exist.
-    bad_input_on: Option<String>,
-    /// Emits a key that is no UTF-8.
-    bad_key_on: Option<String>,
-    /// Returns the batch's outputs in reverse (no misdeed in a batch of one).
-    unordered_on: Option<String>,
-    /// Returns outputs whose last word is missing.
-    cut_short_on: Option<String>,
-    /// Emits and rejects the same record.
-    both_on: Option<String>,
-    /// Rejects the same record twice.
-    double_reject_on: Option<String>,
-    /// Rejects a record that does not exist.
-    bad_reject_on: Option<String>,
-    /// Rejects the record, as is its right.
-    reject_on: Option<String>,
-    /// Filters the record, as is its right.
-    filter_on: Option<String>,
-    /// Emits the record twice, as is its right.
-    twice_on: Option<String>,
-    /// Emits what it was told about the record, as a JSON object.
-    report_on: Option<String>,
-
-    /// How many calls `retry_on` fails in an instance. Absent: all.
-    retry_calls: Option<u32>,
-    /// The size of the arena of `flood_on`, in bytes. Absent: 64 MiB.
-    flood_bytes: Option<u32>,
-    /// Refuses the configuration with this message.
-    refuse: Option<String>,
-    /// `trap` or `loop` in `configure`.
-    configure: Option<InConfigure>,
-    /// What it accepts. Absent: anything.
-    accepts: Vec<String>,
-    /// The format of the routes. Absent: `application/octet-stream`.
-    format: Option<String>,
-    /// The names of the routes. Records go to the first. Absent: `out`.
-    routes: Option<Vec<String>>,
-}
-
-#[derive(Clone, Copy, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum InConfigure {
-    Trap,
-    Loop,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Misdeed {
-    Trap,
-    Loop,
-    Recurse,
-    Grow,
-    Flood,
-    Retry,
-    Fail,
-    Blame,
-    BadBlame,
-    BadSpan,
-    OverflowSpan,
-    BadRoute,
-    BadInput,
-    BadKey,
-    Unordered,
-    CutShort,
-    Both,
-    DoubleReject,
-    BadReject,
-    Reject,
-    Filter,
-    Twice,
-    Report,
-}
-
-impl Config {
-    fn misdeed(&self, payload: &[u8]) -> Option<Misdeed> {
-        let markers = [
-            (&self.trap_on, Misdeed::Trap),
-            (&self.loop_on, Misdeed::Loop),
-            (&self.recurse_on, Misdeed::Recurse),
-            (&self.grow_on, Misdeed::Grow),
-            (&self.flood_on, Misdeed::Flood),
-            (&self.retry_on, Misdeed::Retry),
-            (&self.fail_on, Misdeed::Fail),
-            (&self.blame_on, Misdeed::Blame),
-            (&self.bad_blame_on, Misdeed::BadBlame),
-            (&self.bad_span_on, Misdeed::BadSpan),
-            (&self.overflow_span_on, Misdeed::OverflowSpan),
-            (&self.bad_route_on, Misdeed::BadRoute),
-            (&self.bad_input_on, Misdeed::BadInput),
-            (&self.bad_key_on, Misdeed::BadKey),
-            (&self.unordered_on, Misdeed::Unordered),
-            (&self.cut_short_on, Misdeed::CutShort),
-            (&self.both_on, Misdeed::Both),
-            (&self.double_reject_on, Misdeed::DoubleReject),
-            (&self.bad_reject_on, Misdeed::BadReject),
-            (&self.reject_on, Misdeed::Reject),
-            (&self.filter_on, Misdeed::Filter),
-            (&self.twice_on, Misdeed::Twice),
-            (&self.report_on, Misdeed::Report),
-        ];
-        let found = |marker: &&Option<String>| {
-            marker.as_deref().is_some_and(|marker| contains(payload, marker.as_bytes()))
-        };
-        markers.iter().find(|(marker, _)| found(marker)).map(|(_, misdeed)| *misdeed)
-    }
-
-    fn descriptor(&self) -> Descriptor {
-        let format = self.format.as_deref().unwrap_or("application/octet-stream");
-        let names = self.routes.clone().unwrap_or_else(|| vec!["out".into()]);
-        let mut descriptor = Descriptor::new(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
-        descriptor.accepts = self.accepts.clone();
-        descriptor.routes = names.iter().map(|name| Route::new(name, format)).collect();
-        descriptor
-    }
-}
+use acts::{copy, grow, recurse, spin, trap};
+pub use config::Config;
+use config::{InConfigure, Misdeed};
 
 thread_local! {
     static CONFIG: RefCell<Config> = RefCell::default();
@@ -177,12 +38,19 @@ impl Guest for Hostile {
         match config.configure {
             Some(InConfigure::Trap) => trap(),
             Some(InConfigure::Loop) => spin(),
-            None => {}
+            _ => {}
         }
         if let Some(message) = config.refuse {
             return Err(message);
         }
-        let descriptor = config.descriptor();
+        let mut descriptor = config.descriptor();
+        match config.configure {
+            Some(InConfigure::BadName) => descriptor.name = acts::no_utf8(),
+            Some(InConfigure::ManyRoutes) => {
+                descriptor.routes = vec![descriptor.routes[0].clone(); 1_000_000];
+            }
+            _ => {}
+        }
         CONFIG.set(config);
         Ok(descriptor)
     }
@@ -200,6 +68,8 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
     let mut outputs = Vec::new();
     let mut reversed = false;
     let mut cut_short = false;
+    let mut corrupts = false;
+    let many = config.many.unwrap_or(1_000_000) as usize;
     let (inputs, _) = batch.inputs.as_chunks();
     let nowhere = inputs.len() as u32;
     for (index, input) in (0..).zip(inputs.iter().map(Input::from_words)) {
@@ -213,6 +83,7 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
             None => outputs.push(pass),
             Some(Misdeed::Trap) => trap(),
             Some(Misdeed::Loop) => spin(),
+            Some(Misdeed::Copy) => copy(),
             Some(Misdeed::Recurse) => {
                 black_box(recurse(1));
             }
@@ -221,6 +92,15 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
                 let bytes = config.flood_bytes.unwrap_or(64 << 20);
                 outcome.arena.resize(outcome.arena.len() + bytes as usize, b'x');
                 outputs.push(pass);
+            }
+            Some(Misdeed::Many) => outputs.extend(vec![pass; many]),
+            Some(Misdeed::SharePayload) => {
+                let payload = Some(append(&mut outcome, &mebibyte()));
+                outputs.extend(vec![Output { payload, ..pass }; many]);
+            }
+            Some(Misdeed::ShareKey) => {
+                let key = Some(append(&mut outcome, &mebibyte()));
+                outputs.extend(vec![Output { key, ..pass }; many]);
             }
             Some(Misdeed::Retry) => {
                 let calls = RETRIED_CALLS.get();
@@ -233,6 +113,9 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
             Some(Misdeed::Fail) => return failure(false, None),
             Some(Misdeed::Blame) => return failure(false, Some(index)),
             Some(Misdeed::BadBlame) => return failure(false, Some(nowhere)),
+            Some(Misdeed::BadMessage) => {
+                return Err(Failure { retryable: false, input: None, message: acts::no_utf8() });
+            }
             Some(Misdeed::BadSpan) => {
                 let end = outcome.arena.len() as u32;
                 outputs.push(Output { payload: outside(end), ..pass });
@@ -263,10 +146,30 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
                 reject(&mut outcome, index);
             }
             Some(Misdeed::BadReject) => reject(&mut outcome, nowhere),
+            Some(Misdeed::Corrupt) => {
+                corrupts = true;
+                outputs.push(pass);
+            }
+            Some(Misdeed::BadReason) => reject_for(&mut outcome, index, b"bad: \xff\xfe"),
+            Some(Misdeed::LongReason) => reject_for(&mut outcome, index, &mebibyte()),
             Some(Misdeed::Reject) => reject(&mut outcome, index),
             Some(Misdeed::Filter) => {}
             Some(Misdeed::Twice) => {
                 outputs.push(pass);
+                outputs.push(pass);
+            }
+            Some(Misdeed::Overlap) => {
+                let whole = append(&mut outcome, payload);
+                let end = Span { start: whole.start + 1, length: whole.length - 1 };
+                outputs.push(Output { payload: Some(whole), ..pass });
+                outputs.push(Output { payload: Some(end), ..pass });
+            }
+            Some(Misdeed::Strain) => {
+                acts::strain();
+                outputs.push(pass);
+            }
+            Some(Misdeed::Leak) => {
+                black_box(mebibyte()).leak();
                 outputs.push(pass);
             }
             Some(Misdeed::Report) => {
@@ -282,15 +185,18 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
     if cut_short {
         outcome.outputs.pop();
     }
+    if corrupts {
+        acts::corrupt();
+    }
     Ok(outcome)
-}
-
-fn contains(payload: &[u8], marker: &[u8]) -> bool {
-    marker.is_empty() || payload.windows(marker.len()).any(|window| window == marker)
 }
 
 fn slice(batch: &Batch, span: Span) -> &[u8] {
     &batch.arena[span.start as usize..][..span.length as usize]
+}
+
+fn mebibyte() -> Vec<u8> {
+    vec![b'x'; 1 << 20]
 }
 
 fn append(outcome: &mut Outcome, bytes: &[u8]) -> Span {
@@ -300,7 +206,11 @@ fn append(outcome: &mut Outcome, bytes: &[u8]) -> Span {
 }
 
 fn reject(outcome: &mut Outcome, input: u32) {
-    let reason = append(outcome, b"hostile: as configured");
+    reject_for(outcome, input, b"hostile: as configured");
+}
+
+fn reject_for(outcome: &mut Outcome, input: u32, reason: &[u8]) {
+    let reason = append(outcome, reason);
     outcome.rejects.extend(Reject { input, reason }.to_words());
 }
 
@@ -314,30 +224,6 @@ fn report(batch: &Batch, input: &Input) -> String {
         "arrived_ms": input.arrived_ms,
     })
     .to_string()
-}
-
-#[expect(clippy::panic, reason = "a trap is what was ordered")]
-fn trap() -> ! {
-    panic!("hostile: as configured")
-}
-
-fn spin() -> ! {
-    let mut turns = 0_u64;
-    loop {
-        turns = black_box(turns.wrapping_add(1));
-    }
-}
-
-#[expect(unconditional_recursion, reason = "a full stack is what was ordered")]
-fn recurse(depth: u64) -> u64 {
-    black_box(recurse(black_box(depth + 1))) + depth
-}
-
-fn grow() -> ! {
-    const PIECE_BYTES: usize = 1 << 20;
-    loop {
-        black_box(Vec::<u8>::with_capacity(PIECE_BYTES)).leak();
-    }
 }
 
 #[cfg(test)]

@@ -3,13 +3,12 @@
 use std::time::{Duration, Instant};
 
 use crate::plugin::bindings::shardmill::plugin::log::Level;
+use crate::plugin::excerpt;
 use crate::record::StageName;
+use crate::terminal::escaped;
 
 /// The target of plugins' lines, for filters.
 pub const LOG_TARGET: &str = "plugin";
-
-/// The bytes of a line that are shown.
-const LINE_BYTES_MAX: usize = 8 << 10;
 
 /// Whose lines they are.
 pub(super) struct Author {
@@ -75,20 +74,9 @@ fn emit(author: &Author, level: Level, message: &str) {
     }
 }
 
-/// One line on the terminal, whatever the plugin wrote: cut, and control characters escaped.
+/// One line on the terminal of bounded length, whatever the plugin wrote.
 fn shown(message: &str) -> String {
-    let end = message.floor_char_boundary(LINE_BYTES_MAX);
-    let mut line = String::with_capacity(end);
-    for c in message[..end].chars() {
-        match c.is_control() {
-            true => line.extend(c.escape_default()),
-            false => line.push(c),
-        }
-    }
-    if end < message.len() {
-        line.push_str(&format!("… ({} bytes in all)", message.len()));
-    }
-    line
+    escaped(&excerpt(message.as_bytes()), &[])
 }
 
 #[cfg(test)]
@@ -98,9 +86,9 @@ mod tests {
     #[test]
     fn a_line_is_one_line_of_bounded_length() {
         assert_eq!(shown("a\nb\x1b[2J"), "a\\nb\\u{1b}[2J");
-        let long = "ä".repeat(LINE_BYTES_MAX);
+        let long = "ä".repeat(8 << 10);
         let cut = shown(&long);
-        assert!(cut.len() < LINE_BYTES_MAX + 64 && cut.ends_with("(16384 bytes in all)"), "{cut}");
+        assert!(cut.len() < (8 << 10) + 64 && cut.ends_with("(16384 bytes in all)"), "{cut}");
     }
 
     #[test]

@@ -14,10 +14,12 @@ use futures::SinkExt as _;
 use tokio_postgres::{Client, CopyInSink, Error, Statement};
 
 use super::encode::Group;
+use super::merge;
 use super::name::{TableName, quoted};
-use super::session::{self, Session, StepError};
+use super::session::{self, Session, Staging, StepError};
 use super::table::LiveTable;
-use crate::sink::Refusal;
+use crate::postgres::describe;
+use crate::sink::{Refusal, WriteMode};
 
 /// What opens binary COPY data: signature, flags, length of the header's extension.
 const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
@@ -34,25 +36,31 @@ const CHUNK_BYTES: usize = 256 * 1024;
 pub(super) async fn copy_group(
     session: &mut Session,
     table: &TableName,
+    mode: &WriteMode,
     group: &Group,
     refusals: &mut Vec<Refusal>,
 ) -> Result<(), StepError> {
-    let statement = prepared(session, table, group).await?;
+    if *mode != WriteMode::Append && session.staging == Staging::Missing {
+        merge::create_staging(&session.client, table).await?;
+        session.client.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
+        session.staging = Staging::Empty;
+    }
+    let statements = prepared(session, table, mode, group).await?;
     // From the last part to the first: the next one is popped off the end.
     let mut pending = Vec::from([(0, group.rows.len())]);
     while let Some((start, end)) = pending.pop() {
         let part = start..end;
-        let error = match copy(&session.client, &statement, group.tuples(part.clone())).await {
+        let error = match write(session, &statements, group.tuples(part.clone())).await {
             Ok(()) => {
                 session.client.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
                 continue;
             }
-            Err(error) if session::blames_rows(&error) => error,
-            Err(error) => return Err(error.into()),
+            Err(StepError::Failed(error)) if session::blames_rows(&error) => error,
+            Err(error) => return Err(error),
         };
         session.run_in_step("ROLLBACK TO copy").await?;
         if part.len() == 1 {
-            let reason = session::describe(&error);
+            let reason = describe(&error);
             refusals.push(Refusal { row: group.rows[part.start], reason });
         } else {
             let parts = parts(part, guilty_line(&error));
@@ -62,26 +70,79 @@ pub(super) async fn copy_group(
     Ok(())
 }
 
-/// The COPY statement for a group's columns, from the session's store.
+/// How a group's rows are written.
+#[derive(Clone)]
+pub(super) struct Statements {
+    /// Into the table.
+    copy: Statement,
+    /// Into the staging table, and from there; `None` when rows are appended.
+    merge: Option<(Statement, Statement)>,
+}
+
+/// The statements for a group's columns, from the session's store.
 async fn prepared(
     session: &mut Session,
     table: &TableName,
+    mode: &WriteMode,
     group: &Group,
-) -> Result<Statement, Error> {
-    if let Some(statement) = session.copies.get(&group.columns) {
-        return Ok(statement.clone());
+) -> Result<Statements, Error> {
+    if let Some(statements) = session.statements.get(&group.columns) {
+        return Ok(statements.clone());
     }
-    let columns = session.table.as_ref().map_or_else(String::new, |live| names(live, group));
-    let copy = format!("COPY {} ({columns}) FROM STDIN (FORMAT binary)", table.quoted());
-    let statement = session.client.prepare(&copy).await?;
-    session.copies.insert(group.columns.clone(), statement.clone());
-    Ok(statement)
+    let live = session.table.as_ref();
+    let columns = live.map_or_else(Vec::new, |live| names(live, group));
+    let names: Vec<String> = columns.iter().map(|name| quoted(name)).collect();
+    let names = names.join(", ");
+    let into = |target: &str| format!("COPY {target} ({names}) FROM STDIN (FORMAT binary)");
+    let client = &session.client;
+    let copy = client.prepare(&into(&table.quoted())).await?;
+    let merge = match mode {
+        WriteMode::Append => None,
+        _ => Some((
+            client.prepare(&into(merge::STAGING)).await?,
+            client.prepare(&merge::statement(mode, table, &columns)).await?,
+        )),
+    };
+    let statements = Statements { copy, merge };
+    session.statements.insert(group.columns.clone(), statements.clone());
+    Ok(statements)
 }
 
-fn names(live: &LiveTable, group: &Group) -> String {
+fn names<'t>(live: &'t LiveTable, group: &Group) -> Vec<&'t str> {
     let places = group.columns.iter().map(|place| usize::from(*place));
-    let names: Vec<String> = places.map(|place| quoted(&live.columns[place].name)).collect();
-    names.join(", ")
+    places.map(|place| live.columns[place].name.as_str()).collect()
+}
+
+/// Writes some rows of a group, as the mode says.
+async fn write(
+    session: &mut Session,
+    statements: &Statements,
+    tuples: Bytes,
+) -> Result<(), StepError> {
+    let Some((stage, merge)) = &statements.merge else {
+        return Ok(copy(&session.client, &statements.copy, tuples).await?);
+    };
+    // Most rows are new: then they need no merge, which takes three times as long.
+    if session.hope.is_due() {
+        match copy(&session.client, &statements.copy, tuples.clone()).await {
+            Ok(()) => {
+                session.hope.was_right();
+                return Ok(());
+            }
+            Err(error) if merge::found_like(&error) => {
+                session.hope.was_wrong();
+                session.run_in_step("ROLLBACK TO copy").await?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if session.staging == Staging::Used {
+        session.client.batch_execute(&format!("TRUNCATE {}", merge::STAGING)).await?;
+    }
+    session.staging = Staging::Used;
+    copy(&session.client, stage, tuples).await?;
+    session.client.execute(merge, &[]).await?;
+    Ok(())
 }
 
 /// Runs one COPY.

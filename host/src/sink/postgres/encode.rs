@@ -1,7 +1,8 @@
 //! Rows as PostgreSQL's binary COPY has them, grouped by the columns that they bring.
 //!
 //! A COPY names its columns; the others take their defaults. So rows with the same set of keys go
-//! together, in the order in which they came. Pure: no I/O.
+//! together, in the order in which they came. Where rows replace each other, only neighbours go
+//! together. Pure: no I/O.
 //!
 //! Wire forms: the `…_recv` functions of PostgreSQL's `src/backend/utils/adt/`.
 
@@ -15,10 +16,10 @@ use super::kind::Kind;
 use super::numeric;
 use super::table::LiveTable;
 use crate::record::Row;
-use crate::sink::Refusal;
 use crate::sink::rows::time::{self, Zone};
 use crate::sink::rows::value::{self, Json, Why};
 use crate::sink::rows::{self, RowFault, Slots};
+use crate::sink::{Refusal, WriteMode};
 
 /// Microseconds from 1970-01-01 to 2000-01-01, where PostgreSQL's timestamps begin.
 const EPOCH_MICROS: i64 = 946_684_800_000_000;
@@ -75,6 +76,10 @@ pub(super) struct Encoder<'t, 'r> {
     places: HashMap<Box<[u16]>, usize>,
     last: usize,
     refusals: Vec<Refusal>,
+    /// The places of columns that each row must bring.
+    required: Vec<usize>,
+    /// Whether rows with other columns may overtake each other.
+    keeps_order: bool,
 }
 
 struct OpenGroup {
@@ -85,8 +90,11 @@ struct OpenGroup {
 }
 
 impl<'t, 'r> Encoder<'t, 'r> {
-    pub(super) fn new(table: &'t LiveTable, table_name: &'t str) -> Self {
+    pub(super) fn new(table: &'t LiveTable, table_name: &'t str, mode: &WriteMode) -> Self {
+        let place = |name: &str| table.columns.iter().position(|column| column.name == name);
         Self {
+            required: mode.required().filter_map(place).collect(),
+            keeps_order: *mode != WriteMode::Append,
             table,
             table_name,
             slots: vec![None; table.columns.len()],
@@ -145,6 +153,14 @@ impl<'t, 'r> Encoder<'t, 'r> {
         if self.present.is_empty() {
             return Err(format!("the row names no column of table {}", self.table_name));
         }
+        for place in &self.required {
+            if self.slots[*place].is_none_or(|raw| raw.get() == "null") {
+                let column = &self.table.columns[*place].name;
+                return Err(format!(
+                    "column {column:?} is missing or null, by which rows find their like"
+                ));
+            }
+        }
         let place = self.group();
         let group = &mut self.open[place];
         let start = group.tuples.len();
@@ -162,7 +178,9 @@ impl<'t, 'r> Encoder<'t, 'r> {
         if self.open.get(self.last).is_some_and(|group| *group.columns == *self.present) {
             return self.last;
         }
-        self.last = match self.places.get(self.present.as_slice()) {
+        // Of two rows with one key the later one counts, whichever columns they bring.
+        let known = self.places.get(self.present.as_slice()).filter(|_| !self.keeps_order);
+        self.last = match known {
             Some(place) => *place,
             None => {
                 let columns: Box<[u16]> = self.present.as_slice().into();

@@ -7,8 +7,11 @@ use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Error, Statement};
 
 use super::kind::Kind;
+use super::merge;
 use super::name::{TableName, quoted};
-use super::session::{self, describe};
+use super::session;
+use crate::postgres::describe;
+use crate::sink::WriteMode;
 use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
 
 /// Reads columns with their types, a domain's base type in the domain's place; one row without a
@@ -95,6 +98,7 @@ pub(super) async fn prepare(
     table: &TableName,
     declared: &[DeclaredColumn<'_>],
     create: bool,
+    mode: &WriteMode,
 ) -> Result<(), String> {
     let kinds = declared_kinds(client, declared).await?;
     let cannot_read = |error: Error| format!("cannot read table {table}: {}", describe(&error));
@@ -102,7 +106,7 @@ pub(super) async fn prepare(
     let live = match LiveTable::read(client, &read, table).await.map_err(cannot_read)? {
         Some(live) => live,
         None => {
-            create_table(client, table, declared, create).await?;
+            create_table(client, table, declared, create, mode).await?;
             LiveTable::read(client, &read, table)
                 .await
                 .map_err(cannot_read)?
@@ -111,6 +115,16 @@ pub(super) async fn prepare(
     };
     for (column, kind) in declared.iter().zip(kinds) {
         check(table, &live, column, kind)?;
+    }
+    if *mode != WriteMode::Append {
+        for name in mode.required() {
+            if !live.columns.iter().any(|column| column.name == name) {
+                return Err(format!(
+                    "table {table} has no column {name:?}, which the sink's `key` or `newest_by` names"
+                ));
+            }
+        }
+        merge::check_key(client, table, mode).await?;
     }
     warn_of_refusals(table, &live, declared);
     Ok(())
@@ -211,15 +225,20 @@ async fn create_table(
     table: &TableName,
     declared: &[DeclaredColumn<'_>],
     create: bool,
+    mode: &WriteMode,
 ) -> Result<(), String> {
     may_create(table, declared, create)?;
-    let columns: Vec<String> = declared
+    let mut columns: Vec<String> = declared
         .iter()
         .map(|column| {
             let null = if column.nullable { "" } else { " NOT NULL" };
             format!("{} {}{null}", quoted(column.name), column.data_type)
         })
         .collect();
+    let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
+    if !key.is_empty() {
+        columns.push(format!("PRIMARY KEY ({})", key.join(", ")));
+    }
     let create = format!("CREATE TABLE IF NOT EXISTS {} ({})", table.quoted(), columns.join(", "));
     session::create_once(client, &create)
         .await

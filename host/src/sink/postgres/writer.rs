@@ -75,7 +75,10 @@ impl PostgresWriter {
             bytes_written: bytes_written(commit, &refused),
         };
         Ok(match session.commit().await {
-            Ok(()) => Ended::Committed(committed),
+            Ok(()) => {
+                session.emptied();
+                Ended::Committed(committed)
+            }
             Err(cause) => Ended::Unknown(committed, cause),
         })
     }
@@ -175,7 +178,7 @@ impl PostgresWriter {
 
     async fn encode_for(&self, table: &LiveTable, commit: &Commit) -> Result<Encoded, GoneColumn> {
         let name = self.shared.table.to_string();
-        let mut encoder = Encoder::new(table, &name);
+        let mut encoder = Encoder::new(table, &name, &self.shared.mode);
         for (index, row) in commit.rows.iter().enumerate() {
             encoder.add(index, row, |key| self.shared.known_columns.contains(key))?;
             if index % ROWS_PER_TURN == ROWS_PER_TURN - 1 {
@@ -213,9 +216,9 @@ impl PostgresWriter {
         let (sink, table) = (&self.shared, &self.shared.table);
         let mut refusals = encoded.refusals;
         for group in &encoded.groups {
-            copy::copy_group(session, table, group, &mut refusals).await.map_err(|error| {
-                sink.unavailable(format!("cannot write to table {table}: {error}"))
-            })?;
+            copy::copy_group(session, table, &sink.mode, group, &mut refusals).await.map_err(
+                |error| sink.unavailable(format!("cannot write to table {table}: {error}")),
+            )?;
         }
         refusals.sort_unstable_by_key(|refusal| refusal.row);
         Ok(refusals)

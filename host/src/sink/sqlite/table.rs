@@ -5,6 +5,7 @@ use rusqlite::Connection;
 
 use super::connection::quoted;
 use super::value::Kind;
+use crate::sink::WriteMode;
 use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
 
 /// Columns without the hidden ones of virtual tables; 2 and 3 mark generated ones.
@@ -80,6 +81,7 @@ pub(super) fn prepare(
     table: &str,
     declared: &[DeclaredColumn<'_>],
     create: bool,
+    mode: &WriteMode,
 ) -> Result<(), String> {
     for column in declared {
         check_type(column)?;
@@ -88,13 +90,35 @@ pub(super) fn prepare(
     let live = match LiveTable::read(connection, table).map_err(cannot_read)? {
         Some(live) => live,
         None => {
-            create_table(connection, table, declared, create)?;
+            create_table(connection, table, declared, create, mode)?;
             LiveTable::read(connection, table)
                 .map_err(cannot_read)?
                 .ok_or_else(|| format!("table {table} was created and is gone again"))?
         }
     };
+    check_key(connection, table, mode)?;
     declared.iter().try_for_each(|column| check(table, &live, column))
+}
+
+/// Proves that the table has a unique index on the mode's key, which `ON CONFLICT` needs.
+fn check_key(connection: &Connection, table: &str, mode: &WriteMode) -> Result<(), String> {
+    if *mode == WriteMode::Append {
+        return Ok(());
+    }
+    let columns: Vec<&str> = mode.required().collect();
+    let names: Vec<String> = columns.iter().map(|name| quoted(name)).collect();
+    let marks = vec!["?"; columns.len()].join(", ");
+    let clause = mode.on_conflict(&quoted(table), &columns, quoted);
+    let insert =
+        format!("INSERT INTO {} ({}) VALUES ({marks}) {clause}", quoted(table), names.join(", "));
+    // Compiled, not run.
+    connection.prepare(&insert).map(drop).map_err(|error| {
+        let key = mode.key().join(", ");
+        format!(
+            "rows cannot find their like in table {table} by the key ({key}): {error}: \
+             the table needs these columns and a unique index on the key"
+        )
+    })
 }
 
 /// Checks one declared column against the live table.
@@ -152,9 +176,10 @@ fn create_table(
     table: &str,
     declared: &[DeclaredColumn<'_>],
     create: bool,
+    mode: &WriteMode,
 ) -> Result<(), String> {
     may_create(table, declared, create)?;
-    let columns: Vec<String> = declared
+    let mut columns: Vec<String> = declared
         .iter()
         .map(|column| {
             let data_type = Kind::of(column.data_type).created_as(column.data_type);
@@ -162,6 +187,10 @@ fn create_table(
             format!("{} {data_type}{null}", quoted(column.name))
         })
         .collect();
+    let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
+    if !key.is_empty() {
+        columns.push(format!("PRIMARY KEY ({})", key.join(", ")));
+    }
     let create = format!("CREATE TABLE IF NOT EXISTS {} ({})", quoted(table), columns.join(", "));
     connection
         .execute_batch(&create)

@@ -190,14 +190,29 @@ impl<'c, 'r> Insert<'c, 'r> {
         }
         if present != self.present {
             self.present = present;
-            self.sql = insert_sql(&self.shared.table, self.live, &self.present);
+            self.sql = insert_sql(self.shared, self.live, &self.present);
         }
+        self.required().map_err(RowFailure::Refused)?;
         let values = self.values().map_err(RowFailure::Refused)?;
         self.connection
             .prepare_cached(&self.sql)
             .and_then(|mut statement| statement.execute(params_from_iter(values)))
             .map(drop)
             .map_err(|error| self.failed(&error))
+    }
+
+    /// The columns by which rows find their like are there.
+    fn required(&self) -> Result<(), String> {
+        for name in self.shared.mode.required() {
+            let place = self.live.columns.iter().position(|column| column.name == name);
+            let raw = place.and_then(|place| self.slots[place]);
+            if raw.is_none_or(|raw| raw.get() == "null") {
+                return Err(format!(
+                    "column {name:?} is missing or null, by which rows find their like"
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// The present columns' values.
@@ -248,9 +263,12 @@ impl<'c, 'r> Insert<'c, 'r> {
     }
 }
 
-fn insert_sql(table: &str, live: &LiveTable, present: &[usize]) -> String {
-    let columns: Vec<String> =
-        present.iter().map(|place| quoted(&live.columns[*place].name)).collect();
+fn insert_sql(shared: &Shared, live: &LiveTable, present: &[usize]) -> String {
+    let columns: Vec<&str> =
+        present.iter().map(|place| live.columns[*place].name.as_str()).collect();
+    let names: Vec<String> = columns.iter().map(|name| quoted(name)).collect();
     let marks = vec!["?"; present.len()].join(", ");
-    format!("INSERT INTO {} ({}) VALUES ({marks})", quoted(table), columns.join(", "))
+    let (table, names) = (quoted(&shared.table), names.join(", "));
+    let clause = shared.mode.on_conflict(&table, &columns, quoted);
+    format!("INSERT INTO {table} ({names}) VALUES ({marks}) {clause}")
 }

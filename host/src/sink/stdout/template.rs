@@ -2,11 +2,10 @@
 //!
 //! Parsed once, with the place of a mistake; rendered per row without I/O.
 
-use std::fmt::Write as _;
-
 use serde_json::Value;
 
 use crate::record::{Row, ShardId};
+use crate::terminal::escaped;
 
 /// A template that is malformed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -157,16 +156,7 @@ fn push_text(text: &str, line: &mut Vec<u8>) {
         line.extend_from_slice(text.as_bytes());
         return;
     }
-    let mut escaped = String::with_capacity(text.len() + 8);
-    for character in text.chars() {
-        if character.is_control() {
-            // Writing to a String cannot fail.
-            let _ = write!(escaped, "{}", character.escape_default());
-        } else {
-            escaped.push(character);
-        }
-    }
-    line.extend_from_slice(escaped.as_bytes());
+    line.extend_from_slice(escaped(text, &[]).as_bytes());
 }
 
 #[cfg(test)]

@@ -5,17 +5,27 @@
 
 enum { OUT };
 
+static char url[256];
+
 void sm_configure(const sm_context *context) {
-    (void)context;
+    sm_bytes value, text;
+    if (!sm_json_member(context->config, "url", &value) || !sm_json_string(value, &text)
+        || text.size >= sizeof url) {
+        sm_refuse("`url` is due, a short text");
+        return;
+    }
+    memcpy(url, text.data, text.size);
     sm_plugin("far", "0.1.0");
     sm_route("out", "application/json");
 }
 
 static bool ask(const sm_input *record, sm_http_response *response, sm_failure *failure) {
     const sm_header header = {sm_text("x-key"), record->key};
+    const bool is_url = record->payload.size > 4 && memcmp(record->payload.data, "http", 4) == 0;
     const sm_http_request request = {
         .method = sm_text("POST"),
-        .url = sm_text(sm_format("http://127.0.0.1:9/%.*s", SM_ARG(record->payload))),
+        .url = is_url ? record->payload
+                      : sm_text(sm_format("%s%.*s", url, SM_ARG(record->payload))),
         .headers = &header,
         .header_count = 1,
         .body = record->payload,

@@ -1,20 +1,27 @@
 // Asks the host for what it asks others for: lookup, http.
 package main
 
-import "shardmill"
+import (
+	"shardmill"
+	"strings"
+)
 
 const out = 0
 
 // far keeps the rows of a batch for its records.
-type far struct{ rows map[string][]byte }
+type far struct {
+	URL  string `json:"url"`
+	rows map[string][]byte
+}
 
 func init() { shardmill.Register(configure) }
 func main() {}
 
-func configure(*shardmill.Context) (described shardmill.Descriptor, plugin shardmill.Plugin, err error) {
+func configure(context *shardmill.Context) (described shardmill.Descriptor, plugin shardmill.Plugin, err error) {
 	described.Name, described.Version = "far", "0.1.0"
 	described.Routes = []shardmill.Route{{Name: "out", Format: "application/json"}}
-	return described, &far{}, nil
+	f := new(far)
+	return described, f, context.ReadConfig(f)
 }
 
 func (f *far) Batch(records []shardmill.Record) error {
@@ -35,9 +42,13 @@ func (f *far) Record(record *shardmill.Record, output *shardmill.Output) error {
 		output.Emit(out, row)
 		return nil
 	}
+	url := string(record.Payload)
+	if !strings.HasPrefix(url, "http") {
+		url = f.URL + url
+	}
 	response, err := shardmill.Send(&shardmill.Request{
 		Method:  "POST",
-		URL:     "http://127.0.0.1:9/" + string(record.Payload),
+		URL:     url,
 		Headers: []shardmill.Header{{Name: "x-key", Value: string(record.Key)}},
 		Body:    record.Payload,
 	})

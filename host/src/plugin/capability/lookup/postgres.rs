@@ -15,11 +15,11 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout_at;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Kind, ToSql, Type};
-use tokio_postgres::{Client, Column, Config, Error, NoTls, Statement};
+use tokio_postgres::{Client, Column, Error, Statement};
 
 use super::LookupError;
 use super::found::{Asked, Found};
-use crate::sink::postgres::session::{config, describe, place};
+use crate::postgres::{PostgresServer, describe};
 
 /// Lanes share these. More would not make a server faster, and fewer would let one slow query stop
 /// every lane.
@@ -31,7 +31,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// A table's query, and the connections that it runs on.
 pub(super) struct PostgresTable {
-    config: Config,
+    server: PostgresServer,
     place: String,
     query: String,
     timeout: Duration,
@@ -56,10 +56,10 @@ struct Refused {
 
 impl PostgresTable {
     pub(super) fn new(url: &str, query: &str, timeout: Duration) -> Result<Self, LookupError> {
-        let config = config(url).map_err(LookupError::lasting)?;
+        let server = PostgresServer::parse(url).map_err(LookupError::lasting)?;
         Ok(Self {
-            place: place(&config),
-            config,
+            place: server.place(),
+            server,
             // The query becomes a subquery, where no semicolon may stand.
             query: query.trim().trim_end_matches(';').trim_end().to_owned(),
             timeout,
@@ -129,7 +129,7 @@ impl PostgresTable {
             }
             pause = (refused.pause * 2).min(PAUSE_MAX);
         }
-        let connected = Session::connect(&self.config, &self.query, self.timeout).await;
+        let connected = Session::connect(&self.server, &self.query, self.timeout).await;
         let error = match connected {
             Ok(session) => {
                 *self.refused() = None;
@@ -189,16 +189,11 @@ impl From<Error> for FetchError {
 
 impl Session {
     async fn connect(
-        config: &Config,
+        server: &PostgresServer,
         query: &str,
         timeout: Duration,
     ) -> Result<Self, ConnectError> {
-        let (client, connection) = config.connect(NoTls).await?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(error = %describe(&error), "a lookup's connection ended");
-            }
-        });
+        let client = server.connect().await?;
         // The first makes the server refuse writes; the last make its texts the same everywhere.
         let settings = format!(
             "SET default_transaction_read_only = on; SET statement_timeout = {}; \

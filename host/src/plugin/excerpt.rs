@@ -1,0 +1,29 @@
+//! What a plugin says for a human, bounded: it may be as long as the plugin's memory.
+
+/// The bytes of a reason or message that are kept.
+const BYTES_MAX: usize = 8 << 10;
+
+/// The text's first 8 KiB; what is no UTF-8 is replaced. A cut text ends with its whole length.
+pub fn excerpt(text: &[u8]) -> String {
+    let mut kept = String::from_utf8_lossy(&text[..text.len().min(BYTES_MAX)]).into_owned();
+    if text.len() > BYTES_MAX {
+        // The cut may have gone through a character.
+        kept.truncate(kept.trim_end_matches(char::REPLACEMENT_CHARACTER).len());
+        kept.push_str(&format!("… ({} bytes in all)", text.len()));
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_text_is_whole_and_a_long_one_is_cut() {
+        assert_eq!(excerpt(b"why"), "why");
+        assert_eq!(excerpt(b"\xff"), "\u{fffd}");
+        let long = excerpt("xä".repeat(BYTES_MAX).as_bytes());
+        assert!(long.len() < BYTES_MAX + 64 && !long.contains('\u{fffd}'), "{long}");
+        assert!(long.ends_with("… (24576 bytes in all)"), "{long}");
+    }
+}

@@ -1,0 +1,165 @@
+//! One lane whose only stage misbehaves, and what must have become of its records.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use metrics_exporter_prometheus::PrometheusRecorder;
+use shardmill::config::{RejectedMax, parse};
+use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
+use shardmill::position::LetterPlace;
+use shardmill::record::{
+    Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+};
+use shardmill::stage::{Blocked, Chain, ChainOutcome, Generation};
+use tokio_util::sync::CancellationToken;
+
+use crate::support;
+
+/// Records of a batch.
+pub const RECORDS: usize = 1_000;
+
+/// The limits of most tests: tight, so that each is reached soon.
+pub const LIMITS: &str = r#"
+batch_time = "300 ms"
+record_time = "100 ms"
+memory = "16 MiB"
+output = "4 MiB"
+outputs = 10
+tables = 1000
+retry = "500 ms"
+"#;
+
+/// One lane of a pipeline with one stage.
+pub struct Lane {
+    chain: Chain,
+}
+
+impl Lane {
+    /// A lane of the hostile plugin with a configuration and [`LIMITS`].
+    pub fn hostile(config: &str) -> Self {
+        Self::within(LIMITS, config, RejectedMax::default())
+    }
+
+    /// The same with other limits.
+    pub fn within(limits: &str, config: &str, rejected_max: RejectedMax) -> Self {
+        let plugin = support::plugin("hostile");
+        Self::of(&plugin, limits, config, rejected_max).unwrap_or_else(|why| panic!("{why}"))
+    }
+
+    /// A lane of any plugin; or why the pipeline does not load.
+    pub fn of(
+        plugin: &str,
+        limits: &str,
+        config: &str,
+        rejected_max: RejectedMax,
+    ) -> Result<Self, String> {
+        let text = format!(
+            r#"
+[pipeline]
+name = "hostile"
+[source]
+type = "kinesis"
+stream = "test"
+[[stage]]
+name = "misbehave"
+plugin = "{plugin}"
+[stage.config]
+{config}
+[stage.limits]
+{limits}
+[stage.routes]
+out = ["console"]
+[[sink]]
+name = "console"
+type = "stdout"
+"#
+        );
+        let config = parse(Path::new("test.toml"), &text, &|_| None).expect("a sound pipeline");
+        let engine = PluginEngine::new().expect("an engine");
+        let host =
+            PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
+        let (generation, _) = Generation::from_config(&config, &host, &|_| None)
+            .map_err(|error| error.render(false))?;
+        let stop = CancellationToken::new();
+        let chain = Chain::start(&Arc::new(generation), &shard(), rejected_max, &stop);
+        Ok(Self { chain: chain.map_err(|error| error.to_string())? })
+    }
+
+    /// Runs a batch.
+    pub fn run(&mut self, payloads: &[String]) -> Result<ChainOutcome, Blocked> {
+        self.chain.run(&Arc::new(batch(payloads)), &HashSet::new())
+    }
+
+    /// The stages.
+    pub fn chain(&mut self) -> &mut Chain {
+        &mut self.chain
+    }
+
+    /// Runs a batch in which the records `bad` are bad. They alone are dead-lettered, for a reason
+    /// that says so; all others are delivered, in order.
+    pub fn assert_culprits_alone(&mut self, bad: &[usize], reason: &str) {
+        let payloads = payloads(bad);
+        let outcome = self.run(&payloads).unwrap_or_else(|why| panic!("{reason}: {why:?}"));
+        let letters: Vec<&Position> =
+            outcome.letters.iter().map(|letter| &letter.key.position).collect();
+        let due: Vec<Position> = bad.iter().copied().map(position).collect();
+        assert_eq!(letters, due.iter().collect::<Vec<_>>(), "{reason}");
+        for letter in &outcome.letters {
+            assert!(letter.reason.contains(reason), "{reason}: {}", letter.reason);
+            assert_eq!(letter.key.place, LetterPlace::Stage("misbehave".into()));
+            assert!(letter.original.starts_with(b"bad"));
+            assert!(letter.plugin.starts_with("hostile@"));
+            assert_eq!(letter.digest.len(), 64);
+        }
+        assert_eq!(fine(&outcome), of_kind(&payloads, "fine"), "{reason}");
+    }
+}
+
+/// What was delivered of the records that are fine.
+pub fn fine(outcome: &ChainOutcome) -> Vec<Bytes> {
+    let payloads = outcome.routed.iter().map(|routed| routed.row.payload.clone());
+    payloads.filter(|payload| payload.starts_with(b"fine")).collect()
+}
+
+/// The payloads that begin like this.
+pub fn of_kind(payloads: &[String], kind: &str) -> Vec<Bytes> {
+    let due = payloads.iter().filter(|payload| payload.starts_with(kind));
+    due.map(|payload| Bytes::from(payload.clone())).collect()
+}
+
+/// 1,000 payloads, of which some are bad.
+pub fn payloads(bad: &[usize]) -> Vec<String> {
+    (0..RECORDS).map(|i| format!("{} {i}", if bad.contains(&i) { "bad" } else { "fine" })).collect()
+}
+
+/// A batch of these payloads.
+pub fn batch(payloads: &[String]) -> Batch {
+    let records = payloads.iter().enumerate().map(|(index, payload)| Record {
+        position: position(index),
+        partition_key: Bytes::from("key"),
+        payload: Bytes::from(payload.clone()),
+        arrived_ms: 1,
+    });
+    let span = PositionSpan { from_exclusive: None, to_inclusive: position(payloads.len() - 1) };
+    Batch { shard: shard(), records: records.collect(), span }
+}
+
+/// A metric's value, summed over its labels.
+pub fn sum(recorder: &PrometheusRecorder, metric: &str) -> f64 {
+    let text = recorder.handle().render();
+    let lines = text.lines().filter(|line| line.starts_with(&format!("{metric}{{")));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}
+
+/// The position of the record with this index.
+pub fn position(index: usize) -> Position {
+    let sequence = SequenceNumber::parse(&index.to_string()).expect("a number");
+    Position { sequence, sub_sequence: 0 }
+}
+
+fn shard() -> ShardKey {
+    let stream = StreamIdentity { name: "test".into(), arn: "arn".into(), created_ms: 0 };
+    ShardKey { pipeline: "hostile".into(), stream: stream.into(), shard: "shardId-0".into() }
+}

@@ -1,0 +1,214 @@
+//! `[stage.config]`: which marker in a payload brings which misdeed about.
+
+use serde::Deserialize;
+use shardmill_sdk::bindings::shardmill::plugin::types::{Descriptor, Route};
+
+/// The markers, one per misdeed, and what the plugin says about itself. An empty marker is
+/// in every payload. If several match a record, the first in this order counts.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Traps.
+    trap_on: Option<String>,
+    /// Loops until the host's deadline.
+    loop_on: Option<String>,
+    /// Copies megabytes of its memory, one stretch after the other, until the host's deadline.
+    copy_on: Option<String>,
+    /// Recurses until the stack is full.
+    recurse_on: Option<String>,
+    /// Allocates memory until the host refuses, then traps.
+    grow_on: Option<String>,
+    /// Returns an arena of `flood_bytes`.
+    flood_on: Option<String>,
+    /// Emits the record `many` times.
+    many_on: Option<String>,
+    /// Emits `many` rows that share one payload of a mebibyte.
+    share_payload_on: Option<String>,
+    /// Emits `many` rows that share one key of a mebibyte.
+    share_key_on: Option<String>,
+    /// Fails the batch, retryable. With `retry_calls`, for that many calls only.
+    retry_on: Option<String>,
+    /// Fails the batch for good without naming the culprit.
+    fail_on: Option<String>,
+    /// Fails the batch for good and names the culprit.
+    blame_on: Option<String>,
+    /// Fails the batch and blames an input that does not exist.
+    bad_blame_on: Option<String>,
+    /// Fails the batch with a message that is no UTF-8.
+    bad_message_on: Option<String>,
+    /// Emits a payload whose span ends outside of the arena.
+    bad_span_on: Option<String>,
+    /// Emits a payload whose span starts near 2^32, so that its end overflows.
+    overflow_span_on: Option<String>,
+    /// Emits on a route that was not declared.
+    bad_route_on: Option<String>,
+    /// Emits for an input that does not exist.
+    bad_input_on: Option<String>,
+    /// Emits a key that is no UTF-8.
+    bad_key_on: Option<String>,
+    /// Returns the batch's outputs in reverse (no misdeed in a batch of one).
+    unordered_on: Option<String>,
+    /// Returns outputs whose last word is missing.
+    cut_short_on: Option<String>,
+    /// Emits and rejects the same record.
+    both_on: Option<String>,
+    /// Rejects the same record twice.
+    double_reject_on: Option<String>,
+    /// Rejects a record that does not exist.
+    bad_reject_on: Option<String>,
+    /// Overwrites what its allocator keeps, and returns as if nothing were.
+    corrupt_on: Option<String>,
+    /// Rejects the record for a reason that is no UTF-8.
+    bad_reason_on: Option<String>,
+    /// Rejects the record for a reason of a mebibyte.
+    long_reason_on: Option<String>,
+    /// Rejects the record, as is its right.
+    reject_on: Option<String>,
+    /// Filters the record, as is its right.
+    filter_on: Option<String>,
+    /// Emits the record twice, as is its right.
+    twice_on: Option<String>,
+    /// Emits the payload and its end, which share their bytes, as is its right.
+    overlap_on: Option<String>,
+    /// Allocates until the host refuses, frees it all and passes the record, as is its right.
+    strain_on: Option<String>,
+    /// Leaks a mebibyte and passes the record, as is its right.
+    leak_on: Option<String>,
+    /// Emits what it was told about the record, as a JSON object.
+    report_on: Option<String>,
+
+    /// How many calls `retry_on` fails in an instance. Absent: all.
+    pub(crate) retry_calls: Option<u32>,
+    /// The size of the arena of `flood_on`, in bytes. Absent: 64 MiB.
+    pub(crate) flood_bytes: Option<u32>,
+    /// The outputs of `many_on` and its sisters. Absent: 1,000,000.
+    pub(crate) many: Option<u32>,
+    /// Refuses the configuration with this message.
+    pub(crate) refuse: Option<String>,
+    /// A misdeed in `configure`.
+    pub(crate) configure: Option<InConfigure>,
+    /// What it accepts. Absent: anything.
+    accepts: Vec<String>,
+    /// The format of the routes. Absent: `application/octet-stream`.
+    format: Option<String>,
+    /// The columns that it needs, as its descriptor says so. Absent: none.
+    needs: Option<serde_json::Value>,
+    /// The names of the routes. Records go to the first. Absent: `out`.
+    routes: Option<Vec<String>>,
+}
+
+/// What goes wrong in `configure`.
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum InConfigure {
+    /// It traps.
+    Trap,
+    /// It never ends.
+    Loop,
+    /// The plugin's name is no UTF-8.
+    BadName,
+    /// It declares a million routes.
+    ManyRoutes,
+}
+
+/// What is done about one record.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Misdeed {
+    Trap,
+    Loop,
+    Copy,
+    Recurse,
+    Grow,
+    Flood,
+    Many,
+    SharePayload,
+    ShareKey,
+    Retry,
+    Fail,
+    Blame,
+    BadBlame,
+    BadMessage,
+    BadSpan,
+    OverflowSpan,
+    BadRoute,
+    BadInput,
+    BadKey,
+    Unordered,
+    CutShort,
+    Both,
+    DoubleReject,
+    BadReject,
+    Corrupt,
+    BadReason,
+    LongReason,
+    Reject,
+    Filter,
+    Twice,
+    Overlap,
+    Strain,
+    Leak,
+    Report,
+}
+
+impl Config {
+    /// The first misdeed whose marker is in the payload.
+    pub(crate) fn misdeed(&self, payload: &[u8]) -> Option<Misdeed> {
+        let markers = [
+            (&self.trap_on, Misdeed::Trap),
+            (&self.loop_on, Misdeed::Loop),
+            (&self.copy_on, Misdeed::Copy),
+            (&self.recurse_on, Misdeed::Recurse),
+            (&self.grow_on, Misdeed::Grow),
+            (&self.flood_on, Misdeed::Flood),
+            (&self.many_on, Misdeed::Many),
+            (&self.share_payload_on, Misdeed::SharePayload),
+            (&self.share_key_on, Misdeed::ShareKey),
+            (&self.retry_on, Misdeed::Retry),
+            (&self.fail_on, Misdeed::Fail),
+            (&self.blame_on, Misdeed::Blame),
+            (&self.bad_blame_on, Misdeed::BadBlame),
+            (&self.bad_message_on, Misdeed::BadMessage),
+            (&self.bad_span_on, Misdeed::BadSpan),
+            (&self.overflow_span_on, Misdeed::OverflowSpan),
+            (&self.bad_route_on, Misdeed::BadRoute),
+            (&self.bad_input_on, Misdeed::BadInput),
+            (&self.bad_key_on, Misdeed::BadKey),
+            (&self.unordered_on, Misdeed::Unordered),
+            (&self.cut_short_on, Misdeed::CutShort),
+            (&self.both_on, Misdeed::Both),
+            (&self.double_reject_on, Misdeed::DoubleReject),
+            (&self.bad_reject_on, Misdeed::BadReject),
+            (&self.corrupt_on, Misdeed::Corrupt),
+            (&self.bad_reason_on, Misdeed::BadReason),
+            (&self.long_reason_on, Misdeed::LongReason),
+            (&self.reject_on, Misdeed::Reject),
+            (&self.filter_on, Misdeed::Filter),
+            (&self.twice_on, Misdeed::Twice),
+            (&self.overlap_on, Misdeed::Overlap),
+            (&self.strain_on, Misdeed::Strain),
+            (&self.leak_on, Misdeed::Leak),
+            (&self.report_on, Misdeed::Report),
+        ];
+        let found = |marker: &&Option<String>| {
+            marker.as_deref().is_some_and(|marker| contains(payload, marker.as_bytes()))
+        };
+        markers.iter().find(|(marker, _)| found(marker)).map(|(_, misdeed)| *misdeed)
+    }
+
+    /// What the plugin says of itself.
+    pub(crate) fn descriptor(&self) -> Descriptor {
+        let format = self.format.as_deref().unwrap_or("application/octet-stream");
+        let names = self.routes.clone().unwrap_or_else(|| vec!["out".into()]);
+        let mut descriptor = Descriptor::new(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+        descriptor.accepts = self.accepts.clone();
+        descriptor.routes = names.iter().map(|name| Route::new(name, format)).collect();
+        let needs =
+            self.needs.as_ref().map(|columns| ("needs-columns".into(), columns.to_string()));
+        descriptor.extra.extend(needs);
+        descriptor
+    }
+}
+
+fn contains(payload: &[u8], marker: &[u8]) -> bool {
+    marker.is_empty() || payload.windows(marker.len()).any(|window| window == marker)
+}

@@ -1,0 +1,119 @@
+//! Asks the host for everything: what the host's tests of the capabilities run.
+//!
+//! Records pass through untouched on the route `out`, except those whose payload is
+//! a wish, such as `log-flood`. It asks for no lookups and no requests: a component imports what
+//! it might use, and a stage must grant all of that.
+
+use shardmill_sdk::log::{self, Level};
+use shardmill_sdk::metrics::{Counter, Gauge, Histogram};
+use shardmill_sdk::{
+    Context, Descriptor, Emitter, Error, NoConfig, Plugin, Record, Route, clock, random,
+};
+
+/// Lines of `log-flood`.
+const FLOOD_LINES: u32 = 1_000_000;
+/// The bytes of the one line of `log-huge`.
+const HUGE_LINE_BYTES: usize = 100 << 20;
+/// The metrics that `many-metrics` wants: more than any plugin may have.
+const METRICS: u32 = 100;
+
+/// The plugin.
+pub struct Nosy {
+    seen: Counter,
+    longest: Gauge,
+    sizes: Histogram,
+    longest_bytes: f64,
+    /// What the host said to metrics that it should refuse.
+    refusals: Vec<String>,
+}
+
+impl Plugin for Nosy {
+    type Config = NoConfig;
+
+    fn configure(_: NoConfig, _: &Context) -> Result<(Self, Descriptor), Error> {
+        let nosy = Self {
+            seen: Counter::register("nosy_seen", "records that nosy has seen")?,
+            longest: Gauge::register("nosy_longest", "bytes of the longest record")?,
+            sizes: Histogram::register("nosy_sizes", "bytes of records")?,
+            longest_bytes: 0.0,
+            refusals: refusals(),
+        };
+        log::write(Level::Info, "nosy is configured");
+        let descriptor = Descriptor::new(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+        Ok((nosy, descriptor.route(Route::new("out", "text/plain"))))
+    }
+
+    fn record(&mut self, record: &Record<'_>, out: &mut Emitter<'_>) -> Result<(), Error> {
+        let bytes = record.payload().len() as f64;
+        self.seen.add(1.0);
+        self.sizes.observe(bytes);
+        self.longest_bytes = self.longest_bytes.max(bytes);
+        self.longest.set(self.longest_bytes);
+        match record.payload() {
+            b"log-levels" => {
+                for level in [Level::Error, Level::Warn, Level::Info, Level::Debug, Level::Trace] {
+                    log::write(level, &format!("nosy says {level:?}"));
+                }
+                log::write(Level::Warn, "nosy\nhas two lines\u{1b}[2J");
+            }
+            b"log-flood" => {
+                for line in 0..FLOOD_LINES {
+                    log::write(Level::Warn, &format!("nosy floods {line}"));
+                }
+            }
+            b"log-huge" => log::write(Level::Warn, &"x".repeat(HUGE_LINE_BYTES)),
+            b"log-no-utf8" => log::write(Level::Warn, &no_utf8()),
+            b"metric-late" => {
+                let late = Counter::register("nosy_late", "announced in process").err();
+                out.emit_json(0, &late.map(|error| format!("{error:?}")))?;
+                return Ok(());
+            }
+            b"metric-unknown" => unknown_metric(),
+            b"metric-odd-values" => {
+                for odd in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0] {
+                    self.seen.add(odd);
+                }
+            }
+            b"metric-refusals" => {
+                out.emit_json(0, &self.refusals)?;
+                return Ok(());
+            }
+            b"clock" => {
+                out.emit_json(0, &[clock::now_ms(), record.arrived_ms()])?;
+                return Ok(());
+            }
+            b"random" => {
+                let given = [random::next_u64(), random::next_u64(), record.rng().u64(..)];
+                out.emit_json(0, &given)?;
+                return Ok(());
+            }
+            _ => {}
+        }
+        out.pass(0);
+        Ok(())
+    }
+}
+
+shardmill_sdk::export!(Nosy);
+
+/// Asks for metrics that no plugin may have; gives the host's answers.
+fn refusals() -> Vec<String> {
+    let wrong = ["", "Upper", "1st", "with-dash", "with space", &"x".repeat(65)];
+    let many: Vec<String> = (0..METRICS).map(|number| format!("nosy_{number}")).collect();
+    let asked = wrong.iter().copied().chain(many.iter().map(String::as_str));
+    let refused = asked.filter_map(|name| Counter::register(name, "").err());
+    let kind = Gauge::register("nosy_seen", "a counter already").err();
+    refused.chain(kind).map(|error| format!("{error:?}")).collect()
+}
+
+/// Gives a metric a value whose number the host never gave.
+fn unknown_metric() {
+    #[cfg(target_arch = "wasm32")]
+    shardmill_sdk::bindings::shardmill::plugin::metrics::observe(4_000_000_000, 1.0);
+}
+
+/// Bytes that are no UTF-8, in the place of text.
+fn no_utf8() -> String {
+    // SAFETY: none. Nothing here reads the text: it goes to the host, whose check is under test.
+    unsafe { String::from_utf8_unchecked(b"\xff\xfe".to_vec()) }
+}
