@@ -20,7 +20,7 @@ pub async fn run_lane(
 ) -> Result<LaneEnd, LaneError> {
     let mut lane = Lane::acquire(shared, shard, stop).await?;
     let mut reader = lane.reader().await?;
-    let end = loop {
+    let end = 'records: loop {
         let batch = tokio::select! {
             () = stop.cancelled() => break LaneEnd::Stopped,
             why = lane.sink_ended() => return Err(why),
@@ -32,9 +32,12 @@ pub async fn run_lane(
                 Err(error) => { lane.settle(LaneEnd::Stopped).await?; return Err(error.into()) }
             },
         };
-        // A batch that straddles a change of generation is run in two parts.
-        for part in lane.cut_at_swap(batch) {
-            let Some(outcome) = lane.run_stages(&part).await? else { break };
+        // A batch that straddles a change of generation is run in parts.
+        for part in lane.cut_at_swaps(batch) {
+            // Nothing behind a part without an outcome may go on.
+            let Some(outcome) = lane.run_stages(&part).await? else {
+                break 'records LaneEnd::Stopped;
+            };
             lane.write_letters(&part, outcome.letters).await?;
             lane.deliver(&part, outcome.routed).await?;
         }

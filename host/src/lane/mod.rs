@@ -20,7 +20,7 @@ pub use board::{Board, ShardStatus};
 use crate::budget::Budget;
 use crate::config::PipelineConfig;
 use crate::position::{Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError};
-use crate::record::{Batch, Position, PositionSpan, Row, ShardKey, ShardStart, SinkName};
+use crate::record::{Batch, Position, Row, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
 use crate::source::{ResumePoint, ShardSource, SourceError};
@@ -161,28 +161,11 @@ impl Lane<'_> {
         error.into()
     }
 
-    /// Parts a batch where another generation takes over.
-    pub fn cut_at_swap(&self, batch: Batch) -> Vec<Arc<Batch>> {
-        let next = self.segments.get(1).and_then(|segment| segment.from_exclusive.as_ref());
-        let cut = next.map_or(batch.records.len(), |swap| {
-            batch.records.partition_point(|record| record.position <= *swap)
-        });
-        if cut == 0 || cut == batch.records.len() {
-            return vec![Arc::new(batch)];
-        }
-        let mut records = batch.records;
-        let after = records.split_off(cut);
-        let middle = records[cut - 1].position.clone();
-        let first_span = PositionSpan {
-            from_exclusive: batch.span.from_exclusive,
-            to_inclusive: middle.clone(),
-        };
-        let rest_span =
-            PositionSpan { from_exclusive: Some(middle), to_inclusive: batch.span.to_inclusive };
-        vec![
-            Arc::new(Batch { shard: batch.shard.clone(), records, span: first_span }),
-            Arc::new(Batch { shard: batch.shard, records: after, span: rest_span }),
-        ]
+    /// Parts a batch wherever another generation takes over: a generation that did not get far
+    /// before the next one came has only a part of the batch.
+    pub fn cut_at_swaps(&self, batch: Batch) -> Vec<Arc<Batch>> {
+        let swaps = self.segments.iter().skip(1).filter_map(|next| next.from_exclusive.as_ref());
+        batch.cut_after(swaps).into_iter().map(Arc::new).collect()
     }
 
     /// Runs a batch through the stages; `None`: the lane is asked to stop, and the batch has no
@@ -229,8 +212,9 @@ impl Lane<'_> {
 
     /// Sees to it that the generation of the batch's records is the one at work.
     fn enter_generation(&mut self, batch: &Batch) -> Result<(), LaneError> {
+        let last = batch.records.last().map_or(&batch.span.to_inclusive, |last| &last.position);
         while let Some(next) = self.segments.get(1)
-            && next.from_exclusive.as_ref().is_none_or(|from| batch.span.to_inclusive > *from)
+            && next.from_exclusive.as_ref().is_none_or(|from| last > from)
         {
             self.segments.remove(0);
             self.chain = None;
