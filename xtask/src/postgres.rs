@@ -34,7 +34,8 @@ pub struct Cluster {
     pub url: String,
     /// The certificate that the server shows: its own, for 127.0.0.1 and no other name.
     pub certificate: PathBuf,
-    programs: PathBuf,
+    /// The folder of `pg_ctl`.
+    pub programs: PathBuf,
     folder: PathBuf,
     user: Option<User>,
 }

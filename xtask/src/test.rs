@@ -68,6 +68,7 @@ fn test_host(root: &Path, filter: Option<&str>) -> Result<()> {
         .args(filter)
         .env("SHARDMILL_TEST_POSTGRES", &postgres.url)
         .env("SHARDMILL_TEST_POSTGRES_CERTIFICATE", &postgres.certificate)
+        .env("SHARDMILL_TEST_POSTGRES_PROGRAMS", &postgres.programs)
         .env("SHARDMILL_TEST_KINESIS_LOCAL", &kinesis_local.url);
     languages.apply_to(&mut tests)?;
     run(&mut tests)
