@@ -76,11 +76,11 @@ fn the_pipeline_at_the_root_loads() {
         panic!("{:?}", config.sinks[0]);
     };
     assert_eq!((path, table.as_str()), (&root.join("data/cars.db"), "cars"));
-    let SinkKind::Objects { url, compression: Compression::Gzip, .. } = &config.sinks[1].kind
-    else {
+    let SinkKind::Objects { url, layout, .. } = &config.sinks[1].kind else {
         panic!("{:?}", config.sinks[1]);
     };
     assert!(url.as_str().starts_with("file:///") && url.as_str().ends_with("/data/logs/"), "{url}");
+    assert_eq!(*layout, Compression::Gzip.into());
 }
 
 /// The defaults that the root's comments promise, taken from the comments themselves.

@@ -5,6 +5,7 @@ mod demo;
 mod dlq;
 mod intake;
 mod new;
+mod objects;
 mod plugin;
 mod progress;
 mod run;
@@ -77,6 +78,9 @@ enum Command {
     /// Look at a pipeline's dead letters, take them elsewhere, delete them.
     #[command(subcommand)]
     Dlq(dlq::Command),
+    /// Look after what an objects sink has written.
+    #[command(subcommand)]
+    Objects(objects::Command),
     /// Make a new plugin.
     #[command(subcommand)]
     New(new::Command),
@@ -169,6 +173,7 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Intake(options) => intake::intake(options, console).await,
         Command::Stream(command) => stream::stream(command, console).await,
         Command::Dlq(command) => dlq::dlq(command, console).await,
+        Command::Objects(command) => objects::objects(command, console).await,
         Command::New(command) => new::new(command, console),
         Command::Test(options) => test::test(options, console).await,
         Command::Plugin(command) => plugin::plugin(command, console),

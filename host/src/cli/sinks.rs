@@ -24,8 +24,8 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
             SinkKind::Postgres { url, table, create, mode } => {
                 Arc::new(PostgresSink::new(name, url, table, *create, mode.clone())?)
             }
-            SinkKind::Objects { url, options, compression } => {
-                Arc::new(ObjectsSink::new(name, url, options, *compression)?)
+            SinkKind::Objects { url, options, layout } => {
+                Arc::new(ObjectsSink::new(name, url, options, layout.clone())?)
             }
         });
     }

@@ -40,6 +40,7 @@ use crate::record::{
     LookupName, PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
 };
 use crate::sink::WriteMode;
+use crate::sink::objects::ObjectLayout;
 
 /// A pipeline that can run, as far as the file alone can tell.
 #[derive(Clone, Debug)]
@@ -461,8 +462,8 @@ pub enum SinkKind {
         url: url::Url,
         /// Options for `object_store`, for example `aws_endpoint`.
         options: BTreeMap<String, String>,
-        /// How the objects are compressed.
-        compression: Compression,
+        /// What the objects hold, and where they lie.
+        layout: ObjectLayout,
     },
 }
 

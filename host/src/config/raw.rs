@@ -209,7 +209,9 @@ pub(super) struct RawObjects {
     #[serde(rename = "type")]
     pub _kind: IgnoredAny,
     pub url: Spanned<Text>,
+    pub format: Maybe<Text>,
     pub compression: Maybe<Text>,
+    pub folder: Maybe<Text>,
     pub options: Option<BTreeMap<String, Text>>,
     pub commit: Option<RawCommit>,
 }

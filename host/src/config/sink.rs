@@ -18,6 +18,7 @@ use super::raw::{
 use super::{Compression, Rhythm, SinkConfig, SinkKind, json};
 use crate::postgres::PostgresServer;
 use crate::sink::WriteMode;
+use crate::sink::objects::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
 
 /// The values of `type`.
 static TYPES: [&str; 5] = ["stdout", "sqlite", "postgres", "objects", "discard"];
@@ -217,15 +218,37 @@ fn table(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {
 
 fn objects(raw: &RawObjects, base: &Path, check: &mut Check) -> Option<SinkKind> {
     let url = object_url(&raw.url, base, check);
+    let format = check.choice(
+        &raw.format,
+        "format",
+        ObjectFormat::Ndjson,
+        &[
+            ("ndjson", ObjectFormat::Ndjson),
+            ("raw", ObjectFormat::Raw),
+            ("parquet", ObjectFormat::Parquet),
+        ],
+    );
     let compression = check.choice(
         &raw.compression,
         "compression",
-        Compression::Gzip,
+        if format == Some(ObjectFormat::Parquet) { Compression::Zstd } else { Compression::Gzip },
         &[("gzip", Compression::Gzip), ("zstd", Compression::Zstd), ("none", Compression::None)],
     );
+    let folder = match &raw.folder {
+        None => Some(FolderTemplate::default()),
+        Some(text) => match FolderTemplate::try_from(text.get_ref().0.clone()) {
+            Ok(folder) => Some(folder),
+            Err(cause) => {
+                let help = format!("fields are {FOLDER_FIELDS}");
+                check.problem(text.span(), cause, help);
+                None
+            }
+        },
+    };
     let options: BTreeMap<String, String> =
         raw.options.iter().flatten().map(|(key, value)| (key.clone(), value.0.clone())).collect();
-    Some(SinkKind::Objects { url: url?, options, compression: compression? })
+    let layout = ObjectLayout { format: format?, compression: compression?, folder: folder? };
+    Some(SinkKind::Objects { url: url?, options, layout })
 }
 
 /// A URL, or a folder's path made one.

@@ -1,8 +1,8 @@
-//! Objects in a bucket or a folder, exactly once by a claim log: one NDJSON object per route and
+//! Objects in a bucket or a folder, exactly once by a claim log: one object per route, folder and
 //! commit.
 //!
 //! ```text
-//! <url>/<route>/<stream>/<shard>/<link>-<owner>.ndjson[.gz|.zst]             the data
+//! <url>/<folder>/<link>-<owner>.ndjson[.gz|.zst]                                 the data
 //! <url>/_shardmill/<pipeline>/<sink>/<stream>@<created ms>/<shard>/<link>.json   the claim log
 //! ```
 //!
@@ -12,7 +12,10 @@
 
 mod claim;
 mod encode;
+mod layout;
+mod parquet;
 mod store;
+mod verify;
 mod writer;
 
 use std::collections::{BTreeMap, HashMap};
@@ -24,11 +27,14 @@ use object_store::path::Path;
 use url::Url;
 
 use self::claim::{ClaimLog, LOG_FOLDER, OwnerId};
+use self::encode::RouteForm;
+pub use self::layout::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
+use self::parquet::ParquetSchema;
 use self::store::{Created, Place};
+pub use self::verify::{Audit, Problem, ProblemKind};
 use self::writer::{ObjectsWriter, Shared};
 use super::line::{LINE_MEDIA_TYPES, LineFormat};
 use super::{Acquired, BoundRoute, Sink, SinkError};
-use crate::config::Compression;
 use crate::record::{Position, RouteName, ShardKey, SinkName};
 
 /// The object by which `prepare` proves that the store can create without overwriting.
@@ -36,11 +42,11 @@ const PROBE: &str = "conditional-create-probe.txt";
 const PROBE_TEXT: &str =
     "shardmill wrote this to learn whether the store refuses to overwrite it.\n";
 
-/// A sink of NDJSON objects.
+/// A sink of objects.
 pub struct ObjectsSink {
     place: Place,
-    compression: Compression,
-    formats: RwLock<HashMap<RouteName, LineFormat>>,
+    layout: ObjectLayout,
+    forms: RwLock<HashMap<RouteName, RouteForm>>,
 }
 
 impl ObjectsSink {
@@ -53,9 +59,9 @@ impl ObjectsSink {
         name: SinkName,
         url: &Url,
         options: &BTreeMap<String, String>,
-        compression: Compression,
+        layout: impl Into<ObjectLayout>,
     ) -> Result<Self, SinkError> {
-        Ok(Self::at(Place::open(name, url, options)?, compression))
+        Ok(Self::at(Place::open(name, url, options)?, layout.into()))
     }
 
     /// A sink on a store that is open already.
@@ -63,14 +69,14 @@ impl ObjectsSink {
         name: SinkName,
         store: Arc<dyn ObjectStore>,
         prefix: Path,
-        compression: Compression,
+        layout: impl Into<ObjectLayout>,
     ) -> Self {
         let url = format!("{store}/{prefix}").into();
-        Self::at(Place { sink: name, store, prefix, url }, compression)
+        Self::at(Place { sink: name, store, prefix, url }, layout.into())
     }
 
-    fn at(place: Place, compression: Compression) -> Self {
-        Self { place, compression, formats: RwLock::default() }
+    fn at(place: Place, layout: ObjectLayout) -> Self {
+        Self { place, layout, forms: RwLock::default() }
     }
 
     /// Creates one object twice: the second time must be refused, or no claim would hold. (There
@@ -91,35 +97,48 @@ impl ObjectsSink {
     }
 
     fn shared(&self) -> Arc<Shared> {
-        let formats = self.formats.read().unwrap_or_else(PoisonError::into_inner);
-        Arc::new(Shared {
-            place: self.place.clone(),
-            compression: self.compression,
-            formats: formats.clone(),
-        })
+        let forms = self.forms.read().unwrap_or_else(PoisonError::into_inner);
+        let (place, layout) = (self.place.clone(), self.layout.clone());
+        Arc::new(Shared { place, layout, forms: forms.clone() })
     }
 
     fn check_routes(
         &self,
         routes: &[BoundRoute],
-    ) -> Result<HashMap<RouteName, LineFormat>, SinkError> {
+    ) -> Result<HashMap<RouteName, RouteForm>, SinkError> {
         let check = |route: &BoundRoute| {
-            let name = &route.name;
-            if matches!(name.as_str(), "" | LOG_FOLDER) {
-                return Err(self.place.unavailable(format!(
-                    "route {name:?} cannot be a folder: the name is empty or the claim log's own"
-                )));
-            }
-            match LineFormat::of_media_type(&route.format) {
-                Some(format) => Ok((name.clone(), format)),
-                None => Err(self.place.unavailable(format!(
-                    "route {name} carries {}, an objects sink takes {LINE_MEDIA_TYPES}: add a \
-                     stage that makes JSON of it",
-                    route.format
-                ))),
-            }
+            let form = self.form(route).map_err(|cause| self.place.unavailable(cause))?;
+            Ok((route.name.clone(), form))
         };
         routes.iter().map(check).collect()
+    }
+
+    /// What the route's rows can become, which is to include what is configured.
+    fn form(&self, route: &BoundRoute) -> Result<RouteForm, String> {
+        let name = &route.name;
+        if self.layout.folder.names_route() && matches!(name.as_str(), "" | LOG_FOLDER) {
+            return Err(format!(
+                "route {name:?} cannot be a folder: the name is empty or the claim log's own"
+            ));
+        }
+        let line = LineFormat::of_media_type(&route.format);
+        let schema = ParquetSchema::of(&route.columns);
+        match (self.layout.format, line, &schema) {
+            (ObjectFormat::Ndjson, None, _) => Err(format!(
+                "route {name} carries {}, an objects sink takes {LINE_MEDIA_TYPES}: add a stage \
+                 that makes JSON of it, or set format = \"raw\"",
+                route.format
+            )),
+            (ObjectFormat::Parquet, line, _) if line != Some(LineFormat::Json) => Err(format!(
+                "route {name} carries {}, a Parquet file takes application/json objects: add a \
+                 stage that makes them",
+                route.format
+            )),
+            (ObjectFormat::Parquet, _, Err(cause)) => {
+                Err(format!("route {name} cannot become Parquet: {cause}"))
+            }
+            _ => Ok(RouteForm { line, schema: schema.ok().map(Arc::new) }),
+        }
     }
 }
 
@@ -130,8 +149,8 @@ impl Sink for ObjectsSink {
     }
 
     async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
-        let formats = self.check_routes(routes)?;
-        self.formats.write().unwrap_or_else(PoisonError::into_inner).extend(formats);
+        let forms = self.check_routes(routes)?;
+        self.forms.write().unwrap_or_else(PoisonError::into_inner).extend(forms);
         self.probe().await
     }
 

@@ -43,6 +43,9 @@ on_both! {
     a_writer_goes_on_after_an_error,
     other_content_is_not_mixed_in,
     a_log_without_its_first_links_is_read,
+    a_large_object_goes_up_in_parts,
+    folders_are_named_by_rows,
+    verify_finds_what_is_wrong,
 }
 
 #[tokio::test]

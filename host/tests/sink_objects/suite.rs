@@ -1,12 +1,16 @@
 //! What must hold on every store: run once on a folder, once on S3.
 
+use bytes::Bytes;
 use futures::StreamExt;
 use object_store::ObjectStoreExt;
 use shardmill::config::Compression;
+use shardmill::sink::objects::{FolderTemplate, ObjectFormat, ObjectLayout, ObjectsSink};
 use shardmill::sink::{Acquired, Sink, SinkError};
 
 use super::faults::{Faulty, Plan, Random};
-use super::support::{Letters, Place, commit, commit_of, expected, number, position, shard};
+use super::support::{
+    Letters, Place, commit, commit_of, expected, number, position, route_of, shard,
+};
 
 const COMPRESSIONS: [Compression; 3] = [Compression::None, Compression::Gzip, Compression::Zstd];
 
@@ -252,4 +256,127 @@ pub async fn of_many_owners_one_commits(place: Place) {
     let fenced = |result: &&Result<_, _>| matches!(result, Err(SinkError::Fenced { .. }));
     assert_eq!(results.iter().filter(fenced).count(), 7);
     assert_eq!(place.lines().await, expected(9));
+}
+
+/// Larger than what goes up in one request.
+pub async fn a_large_object_goes_up_in_parts(place: Place) {
+    let layout = ObjectLayout {
+        format: ObjectFormat::Raw,
+        compression: Compression::None,
+        folder: FolderTemplate::default(),
+    };
+    let sink =
+        ObjectsSink::with_store("logs".into(), place.store.clone(), place.prefix.clone(), layout);
+    let mut owner = acquire(&sink).await;
+    let piece = |record: u64| Bytes::from(vec![u8::try_from(record).expect("few"); 9 << 20]);
+    let large = commit_of(0, 12, piece);
+    owner.writer.commit(&large, &Letters::default()).await.expect("a commit");
+    owner.writer.commit(&large, &Letters::default()).await.expect("done already");
+    for key in place.keys(false).await {
+        let is_even = key.as_ref().contains("/even/");
+        let due: Vec<u8> = (1..=12)
+            .filter(|record| route_of(*record) == Some(if is_even { "even" } else { "odd" }))
+            .flat_map(|record| piece(record).to_vec())
+            .collect();
+        assert!(key.as_ref().ends_with(".bin"), "{key}");
+        assert!(place.get(&key).await == due, "{key} differs");
+    }
+    assert_eq!(place.keys(false).await.len(), 2);
+    assert!(sink.verify(true).await.expect("verified").problems.is_empty());
+}
+
+/// Rows lie in the folders that a template names; a claim is kept under the template that it was
+/// made with.
+pub async fn folders_are_named_by_rows(place: Place) {
+    let layout = |folder: &str| ObjectLayout {
+        format: ObjectFormat::Ndjson,
+        compression: Compression::Gzip,
+        folder: FolderTemplate::try_from(folder.to_owned()).expect("a template"),
+    };
+    let sink_at = |store, folder: &str| {
+        ObjectsSink::with_store("logs".into(), store, place.prefix.clone(), layout(folder))
+    };
+    let (letters, by_id) = (Letters::default(), "dt={date}/id={row.id}");
+    let broken = Faulty::over(place.store.clone(), Plan::DataNeverLands, 0);
+    let mut crashing = acquire(&sink_at(broken, by_id)).await;
+    cause(crashing.writer.commit(&commit(0, 4), &letters).await);
+    let sink = sink_at(place.store.clone(), "{route}");
+    let mut owner = acquire(&sink).await;
+    owner.writer.commit(&commit(0, 4), &letters).await.expect("the promised commit");
+    owner.writer.commit(&commit(4, 7), &letters).await.expect("the next commit");
+    let keys: Vec<String> = place.keys(false).await.iter().map(ToString::to_string).collect();
+    let folders: Vec<&str> = keys
+        .iter()
+        .map(|key| {
+            let below = key.strip_prefix(place.prefix.as_ref()).expect("below the prefix");
+            below.trim_start_matches('/').rsplit_once('/').expect("a folder").0
+        })
+        .collect();
+    let day = "dt=1970-01-01";
+    let due = [format!("{day}/id=1"), format!("{day}/id=3"), format!("{day}/id=4")];
+    let due: Vec<&str> = due.iter().map(String::as_str).chain(["even", "odd"]).collect();
+    assert_eq!(folders, due);
+    // Without its name in the folder, a route is in the file's name: two never meet in one object.
+    assert!(
+        keys[1].ends_with("-even.ndjson.gz") && keys[0].ends_with("-odd.ndjson.gz"),
+        "{keys:?}"
+    );
+    let audit = sink.verify(true).await.expect("verified");
+    assert_eq!((audit.objects, audit.rows, audit.problems.len()), (5, 5, 0), "{audit:?}");
+}
+
+/// What is wrong in a bucket is found, and nothing else.
+pub async fn verify_finds_what_is_wrong(place: Place) {
+    let letters = Letters::default();
+    let sink = place.sink(Compression::Zstd);
+    let found = || async {
+        let audit = sink.verify(true).await.expect("verified");
+        let mut kinds: Vec<String> =
+            audit.problems.iter().map(|problem| problem.kind.to_string()).collect();
+        kinds.sort();
+        (kinds.join(" "), audit)
+    };
+    for from in [0, 6, 12] {
+        // An owner each: fences stand between the claims.
+        acquire(&sink).await.writer.commit(&commit(from, from + 6), &letters).await.expect("done");
+    }
+    let (kinds, audit) = found().await;
+    assert_eq!((kinds.as_str(), audit.logs, audit.links, audit.objects), ("", 1, 6, 6));
+    assert_eq!(audit.rows, 12);
+
+    let last = place.keys(false).await.into_iter().next_back().expect("an object");
+    let bytes = place.get(&last).await;
+    place.store.delete(&last).await.expect("deleted");
+    let (kinds, audit) = found().await;
+    assert_eq!((kinds.as_str(), audit.unfinished), ("", 1), "a run would make it again");
+    place.store.put(&last, bytes.clone().into()).await.expect("put back");
+
+    let stray = place.prefix.clone().join("even").join("stray.ndjson");
+    place.store.put(&stray, "{}\n".into()).await.expect("put");
+    assert_eq!(found().await.0, "orphan");
+    place.store.delete(&stray).await.expect("deleted");
+
+    let first = place.keys(false).await.remove(0);
+    let original = place.get(&first).await;
+    place.store.delete(&first).await.expect("deleted");
+    let (kinds, audit) = found().await;
+    assert_eq!(kinds, "gap");
+    assert!(audit.problems[0].detail.contains("not there"), "{audit:?}");
+    place.store.put(&first, bytes.into()).await.expect("put");
+    assert_eq!(found().await.0, "damaged");
+    place.store.put(&first, original.into()).await.expect("put back");
+    assert_eq!(found().await.0, "");
+
+    // A log that says the second span twice: once as it is, once from the start of the first.
+    let links = place.keys(true).await;
+    let link = links.iter().rfind(|link| link.extension() == Some("json")).expect("a link");
+    let text = String::from_utf8(place.get(link).await.to_vec()).expect("text");
+    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    json["from"] = serde_json::Value::Null;
+    place.store.put(link, json.to_string().into()).await.expect("put");
+    assert_eq!(found().await.0, "overlap");
+    place.store.put(link, text.into()).await.expect("put back");
+    place.store.delete(&links[3]).await.expect("deleted");
+    let kinds = found().await.0;
+    assert!(kinds.contains("gap") && kinds.contains("orphan"), "{kinds}");
 }

@@ -20,15 +20,16 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::layout::ObjectLayout;
 use super::store::{Created, Place};
-use crate::config::Compression;
 use crate::record::{Position, RouteName, ShardKey};
 use crate::sink::SinkError;
 
 /// The folder under a sink's URL that holds all claim logs.
 pub(super) const LOG_FOLDER: &str = "_shardmill";
-/// The version of the link format that this code writes, and the newest that it reads.
-const LINK_VERSION: u32 = 1;
+/// The version of the link format that this code writes, and the newest that it reads. Version 1 had
+/// no `format`, `folder` and `bytes`.
+const LINK_VERSION: u32 = 2;
 /// How often an acquisition tries again because an earlier owner keeps appending.
 const FENCE_ATTEMPTS_MAX: u32 = 100;
 
@@ -79,9 +80,10 @@ pub(super) struct Link {
 pub(super) struct Claim {
     /// The generation (stages, digests, configuration) that makes the rows.
     pub(super) generation: String,
-    /// How the data is compressed.
-    pub(super) compression: Compression,
-    /// The objects, by route name; empty: the span has no rows.
+    /// How the data is laid out.
+    #[serde(flatten)]
+    pub(super) layout: ObjectLayout,
+    /// The objects, by route name and folder; empty: the span has no rows.
     pub(super) data: Vec<Data>,
 }
 
@@ -94,10 +96,20 @@ pub(super) struct Data {
     pub(super) key: String,
     /// How many rows it holds.
     pub(super) rows: u64,
-    /// The length of its lines before compression.
+    /// The length of its rows before they are compressed, or become columns.
     pub(super) line_bytes: u64,
-    /// The SHA-256 of its lines before compression, in hex.
+    /// The SHA-256 of the same, in hex.
     pub(super) sha256: String,
+    /// The object's length; claims of version 1 do not say it.
+    #[serde(default)]
+    pub(super) bytes: Option<u64>,
+}
+
+impl Data {
+    /// The object's folder below the sink's URL.
+    pub(super) fn folder(&self) -> &str {
+        self.key.rsplit_once('/').map_or("", |(folder, _)| folder)
+    }
 }
 
 /// What became of an append.
@@ -214,13 +226,12 @@ impl ClaimLog {
 
     /// The path of a data key.
     pub(super) fn data_path(&self, key: &str) -> Result<Path, SinkError> {
-        let key = Path::parse(key).map_err(|error| {
+        self.place.below(key).ok_or_else(|| {
             self.place.unavailable(format!(
-                "a link in {} names a key that is no path: {error}",
+                "a link in {} names {key:?}, which is no path",
                 self.folder_path()
             ))
-        })?;
-        Ok(key.parts().fold(self.place.prefix.clone(), |path, part| path.join(part)))
+        })
     }
 
     /// The last claim up to a link: its own, or the one that a fence points at.
@@ -367,6 +378,7 @@ fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
     }
 }
 
-fn link_number(path: &Path) -> Option<u64> {
+/// The number of the link at a path; `None`: it is no link's.
+pub(super) fn link_number(path: &Path) -> Option<u64> {
     path.filename()?.strip_suffix(".json")?.parse().ok()
 }

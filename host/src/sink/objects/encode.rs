@@ -1,19 +1,23 @@
-//! Rows to objects: one NDJSON body per route, compressed and hashed.
+//! Rows to objects: one body per route and folder, compressed and hashed.
 //!
-//! A pure function of the rows: the same rows become the same lines in the same order, which is
+//! A pure function of the rows: the same rows become the same bytes in the same order, which is
 //! what lets a claim be produced again. It uses the processor only; the writer runs it off the
 //! async threads.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use flate2::write::GzEncoder;
+use object_store::path::Path;
 use sha2::{Digest, Sha256};
 
+use super::layout::{ObjectFormat, ObjectLayout};
+use super::parquet::{ParquetRows, ParquetSchema};
 use crate::config::Compression;
-use crate::record::{RouteName, Row};
+use crate::record::{RouteName, Row, ShardKey, SinkName};
 use crate::sink::Refusal;
 use crate::sink::line::LineFormat;
 
@@ -26,9 +30,9 @@ const LINES_BYTES: usize = 32 << 10;
 /// What the rows of a commit became.
 #[derive(Debug, Default)]
 pub(super) struct Encoded {
-    /// One body per route that has a line, by route name.
+    /// One body per route and folder that has a row, in their order.
     pub(super) bodies: Vec<Body>,
-    /// The rows that cannot be a line.
+    /// The rows that cannot be written, by ascending row.
     pub(super) refusals: Vec<Refusal>,
 }
 
@@ -37,108 +41,199 @@ pub(super) struct Encoded {
 pub(super) struct Body {
     /// The route that its rows took.
     pub(super) route: RouteName,
+    /// Its folder below the sink's URL.
+    pub(super) folder: Path,
     /// How many rows it holds.
     pub(super) rows: u64,
-    /// The length of its lines before compression.
+    /// The length of its rows before they are compressed, or become columns.
     pub(super) line_bytes: u64,
-    /// The SHA-256 of its lines before compression, in hex.
+    /// The SHA-256 of the same, in hex.
     pub(super) sha256: String,
     /// The object's bytes.
     pub(super) bytes: Bytes,
 }
 
-/// Encodes the rows; a route without a known format is taken as text.
-pub(super) fn encode(
-    rows: &[Row],
-    formats: &HashMap<RouteName, LineFormat>,
-    compression: Compression,
-) -> io::Result<Encoded> {
-    let mut open: BTreeMap<&RouteName, OpenBody> = BTreeMap::new();
-    let mut refusals = Vec::new();
-    for (index, row) in rows.iter().enumerate() {
-        let body = match open.entry(&row.route) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => {
-                let format = formats.get(&row.route).copied().unwrap_or(LineFormat::Text);
-                new.insert(OpenBody::new(format, compression)?)
-            }
-        };
-        match body.format.line(&row.payload) {
-            Ok(line) => body.push(&line)?,
-            Err(reason) => refusals.push(Refusal { row: index, reason }),
-        }
-    }
-    let with_lines = open.into_iter().filter(|(_, body)| body.rows > 0);
-    let bodies = with_lines.map(|(route, body)| body.finish(route.clone()));
-    Ok(Encoded { bodies: bodies.collect::<io::Result<_>>()?, refusals })
+/// What is known of a route's rows.
+#[derive(Clone, Debug, Default)]
+pub(super) struct RouteForm {
+    /// How they become lines; `None`: they are none.
+    pub(super) line: Option<LineFormat>,
+    /// Their columns; `None`: no Parquet file can hold them.
+    pub(super) schema: Option<Arc<ParquetSchema>>,
 }
 
-/// The file name's ending for a compression.
-pub(super) fn extension(compression: Compression) -> &'static str {
-    match compression {
-        Compression::None => "ndjson",
-        Compression::Gzip => "ndjson.gz",
-        Compression::Zstd => "ndjson.zst",
+/// Encodes a shard's rows; a route without a known form is taken as text.
+///
+/// # Errors
+/// What has no cause in a row: a sentence's end.
+pub(super) fn encode(
+    rows: &[Row],
+    forms: &HashMap<RouteName, RouteForm>,
+    layout: &ObjectLayout,
+    shard: &ShardKey,
+    sink: &SinkName,
+) -> Result<Encoded, String> {
+    let mut open: BTreeMap<&RouteName, OpenRoute> = BTreeMap::new();
+    let mut refusals = Vec::new();
+    let folders_differ = layout.folder.differs_by_row();
+    for (index, row) in rows.iter().enumerate() {
+        let route = match open.entry(&row.route) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(OpenRoute::default()),
+        };
+        let folder = match &route.last_folder {
+            Some(folder) if !folders_differ => Ok(folder.clone()),
+            _ => layout.folder.folder(row, shard, sink),
+        };
+        let refused = match folder {
+            Ok(folder) => {
+                let body = match route.bodies.entry(folder.clone()) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(new) => {
+                        let form = forms.get(&row.route).cloned().unwrap_or_default();
+                        new.insert(OpenBody::new(&row.route, form, layout)?)
+                    }
+                };
+                route.last_folder = Some(folder);
+                body.push(&row.payload)?.err()
+            }
+            Err(reason) => Some(reason),
+        };
+        refusals.extend(refused.map(|reason| Refusal { row: index, reason }));
     }
+    let mut bodies = Vec::new();
+    for (route, open) in open {
+        for (folder, body) in open.bodies.into_iter().filter(|(_, body)| body.rows > 0) {
+            bodies.push(body.finish(route.clone(), folder)?);
+        }
+    }
+    Ok(Encoded { bodies, refusals })
+}
+
+/// The bodies of one route.
+#[derive(Default)]
+struct OpenRoute {
+    last_folder: Option<Path>,
+    bodies: BTreeMap<Path, OpenBody>,
 }
 
 struct OpenBody {
-    format: LineFormat,
+    format: BodyFormat,
+    compression: Compression,
     rows: u64,
     line_bytes: u64,
-    /// Lines that are not hashed and compressed yet: many at once cost less. Without a compressor
-    /// they become the object.
+    /// Lines that are not hashed and compressed yet: many at once cost less, and a small body needs
+    /// no compressor until its end. Without compression they become the object.
     lines: Vec<u8>,
     hash: Sha256,
     compressor: Option<Compressor>,
 }
 
+enum BodyFormat {
+    Lines(LineFormat),
+    Raw,
+    Parquet(Box<ParquetRows>),
+}
+
 impl OpenBody {
-    fn new(format: LineFormat, compression: Compression) -> io::Result<Self> {
+    fn new(route: &RouteName, form: RouteForm, layout: &ObjectLayout) -> Result<Self, String> {
+        let format = match (layout.format, form.schema) {
+            (ObjectFormat::Ndjson, _) => BodyFormat::Lines(form.line.unwrap_or(LineFormat::Text)),
+            (ObjectFormat::Raw, _) => BodyFormat::Raw,
+            (ObjectFormat::Parquet, Some(schema)) => {
+                BodyFormat::Parquet(Box::new(ParquetRows::new(schema)))
+            }
+            (ObjectFormat::Parquet, None) => {
+                return Err(format!(
+                    "route {route} has no columns for a Parquet file: run the plugin that declares \
+                     them until the sink has caught up"
+                ));
+            }
+        };
         Ok(Self {
             format,
+            compression: layout.compression,
             rows: 0,
             line_bytes: 0,
-            lines: Vec::with_capacity(LINES_BYTES),
+            lines: Vec::new(),
             hash: Sha256::new(),
-            compressor: Compressor::new(compression)?,
+            compressor: None,
         })
     }
 
-    fn push(&mut self, line: &[u8]) -> io::Result<()> {
-        self.lines.extend_from_slice(line);
-        self.lines.push(b'\n');
-        self.rows += 1;
-        match &mut self.compressor {
-            Some(compressor) if self.lines.len() >= LINES_BYTES => {
-                self.hash.update(&self.lines);
-                compressor.write_all(&self.lines)?;
-                self.line_bytes += self.lines.len() as u64;
-                self.lines.clear();
-                Ok(())
+    /// Takes a row; the inner error: why it is refused.
+    fn push(&mut self, payload: &[u8]) -> Result<Result<(), String>, String> {
+        match &mut self.format {
+            BodyFormat::Lines(format) => match format.line(payload) {
+                Ok(line) => {
+                    self.lines.extend_from_slice(&line);
+                    self.lines.push(b'\n');
+                }
+                Err(reason) => return Ok(Err(reason)),
+            },
+            BodyFormat::Raw => self.lines.extend_from_slice(payload),
+            BodyFormat::Parquet(rows) => {
+                if let Err(reason) = rows.push(payload) {
+                    return Ok(Err(reason));
+                }
+                self.hash.update(payload);
+                self.hash.update(b"\n");
+                self.line_bytes += payload.len() as u64 + 1;
             }
-            _ => Ok(()),
         }
+        self.rows += 1;
+        if self.compression != Compression::None && self.lines.len() >= LINES_BYTES {
+            self.compress().map_err(cannot_compress)?;
+        }
+        Ok(Ok(()))
     }
 
-    fn finish(mut self, route: RouteName) -> io::Result<Body> {
-        self.hash.update(&self.lines);
-        self.line_bytes += self.lines.len() as u64;
-        let bytes = match self.compressor {
-            None => self.lines,
-            Some(mut compressor) => {
-                compressor.write_all(&self.lines)?;
-                compressor.finish()?
+    fn compress(&mut self) -> io::Result<()> {
+        let compressor = match &mut self.compressor {
+            Some(open) => open,
+            none => {
+                let Some(new) = Compressor::new(self.compression)? else { return Ok(()) };
+                none.insert(new)
             }
+        };
+        self.hash.update(&self.lines);
+        compressor.write_all(&self.lines)?;
+        self.line_bytes += self.lines.len() as u64;
+        self.lines.clear();
+        Ok(())
+    }
+
+    fn finish(mut self, route: RouteName, folder: Path) -> Result<Body, String> {
+        let bytes = match self.format {
+            BodyFormat::Parquet(rows) => rows
+                .finish(self.compression)
+                .map_err(|error| format!("rows became no Parquet file: {error}"))?,
+            BodyFormat::Lines(_) | BodyFormat::Raw => match self.compression {
+                Compression::None => {
+                    self.hash.update(&self.lines);
+                    self.line_bytes += self.lines.len() as u64;
+                    self.lines
+                }
+                Compression::Gzip | Compression::Zstd => {
+                    self.compress().map_err(cannot_compress)?;
+                    let ended = self.compressor.map(Compressor::finish).transpose();
+                    ended.map_err(cannot_compress)?.unwrap_or_default()
+                }
+            },
         };
         Ok(Body {
             route,
+            folder,
             rows: self.rows,
             line_bytes: self.line_bytes,
             sha256: hex::encode(self.hash.finalize()),
             bytes: bytes.into(),
         })
     }
+}
+
+fn cannot_compress(error: io::Error) -> String {
+    format!("cannot compress rows: {error}")
 }
 
 enum Compressor {

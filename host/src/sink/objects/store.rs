@@ -9,6 +9,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
@@ -34,6 +36,12 @@ const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
 const CONFLICT_ATTEMPTS_MAX: u32 = 6;
 /// The first pause between two such attempts; it doubles each time.
 const CONFLICT_PAUSE: Duration = Duration::from_millis(20);
+
+/// Larger objects go up in parts of this length. S3 takes 5 MiB to 5 GiB a part, and 10,000 parts
+/// (user guide, "Amazon S3 multipart upload limits").
+const PART_BYTES: usize = 32 << 20;
+/// Parts of one object that are under way at the same time.
+const PARTS_AT_ONCE: usize = 4;
 
 /// A store, the place in it that belongs to a sink, and how to speak of both.
 #[derive(Clone, Debug)]
@@ -74,6 +82,47 @@ impl Place {
     /// The path of parts under the sink's prefix; each part is percent-encoded where needed.
     pub(super) fn path<'a>(&self, parts: impl IntoIterator<Item = &'a str>) -> Path {
         parts.into_iter().fold(self.prefix.clone(), |path, part| path.join(part))
+    }
+
+    /// The path of an encoded key under the sink's prefix; `None`: it is no path.
+    pub(super) fn below(&self, key: &str) -> Option<Path> {
+        let key = Path::parse(key).ok()?;
+        Some(key.parts().fold(self.prefix.clone(), |path, part| path.join(part)))
+    }
+
+    /// Writes a data object unless it is there: in parts when it is large, which can be tried again
+    /// one by one.
+    ///
+    /// Between the look and the end of such an upload another owner of the same claim may have
+    /// written the object; then it is replaced by one of the same rows.
+    pub(super) async fn create_data(&self, path: &Path, bytes: Bytes) -> Result<(), SinkError> {
+        if bytes.len() <= PART_BYTES {
+            return self.create(path, bytes).await.map(drop);
+        }
+        if self.exists(path).await? {
+            return Ok(());
+        }
+        let failed = |error| self.failed("write", path, &error);
+        let mut upload = self.store.put_multipart(path).await.map_err(failed)?;
+        let parts = (0..bytes.len()).step_by(PART_BYTES).map(|from| {
+            let to = (from + PART_BYTES).min(bytes.len());
+            upload.put_part(bytes.slice(from..to).into())
+        });
+        let parts: Vec<_> = parts.collect();
+        let sent =
+            futures::stream::iter(parts).buffer_unordered(PARTS_AT_ONCE).try_collect::<()>().await;
+        let ended = match sent {
+            Ok(()) => upload.complete().await.map(drop),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            // What is not given up costs money until a rule of the bucket does it.
+            if let Err(left) = upload.abort().await {
+                tracing::warn!(sink = %self.sink, %path, error = %left, "an upload is left over");
+            }
+            return Err(failed(error));
+        }
+        Ok(())
     }
 
     /// Writes an object unless one with that key is there.

@@ -12,11 +12,10 @@ use futures::StreamExt;
 use object_store::path::Path;
 
 use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished};
-use super::encode::{Body, Encoded, encode, extension};
+use super::encode::{Body, Encoded, RouteForm, encode};
+use super::layout::ObjectLayout;
 use super::store::Place;
-use crate::config::Compression;
 use crate::record::{Position, RouteName, Row, ShardKey};
-use crate::sink::line::LineFormat;
 use crate::sink::{Commit, Committed, RefusalLog, SinkError, SinkWriter};
 
 /// Objects of one commit that are written at the same time.
@@ -28,8 +27,8 @@ const OWNER_DIGITS: usize = 12;
 /// What a sink's writers share.
 pub(super) struct Shared {
     pub(super) place: Place,
-    pub(super) compression: Compression,
-    pub(super) formats: HashMap<RouteName, LineFormat>,
+    pub(super) layout: ObjectLayout,
+    pub(super) forms: HashMap<RouteName, RouteForm>,
 }
 
 /// Commits one shard's rows as the owner of the last fence.
@@ -112,21 +111,22 @@ impl ObjectsWriter {
     /// An object that is there already holds these rows: only owners of this claim know its key,
     /// and they write what the same generation made of the same records.
     async fn put(&self, path: Path, bytes: Bytes) -> Result<(), SinkError> {
-        self.shared.place.create(&path, bytes).await.map(drop)
+        self.shared.place.create_data(&path, bytes).await
     }
 
     fn link_for(&self, commit: &Commit, bodies: &[Body]) -> Link {
         let number = self.last_link + 1;
-        let compression = self.shared.compression;
+        let layout = self.shared.layout.clone();
         let data = bodies.iter().map(|body| Data {
             route: body.route.clone(),
-            key: self.key(&body.route, number, compression),
+            key: self.key(body, number),
             rows: body.rows,
             line_bytes: body.line_bytes,
             sha256: body.sha256.clone(),
+            bytes: Some(body.bytes.len() as u64),
         });
-        let claim =
-            Claim { generation: commit.generation.to_string(), compression, data: data.collect() };
+        let data = data.collect();
+        let claim = Claim { generation: commit.generation.to_string(), layout, data };
         let span = &commit.span;
         Link::claim(
             number,
@@ -137,28 +137,30 @@ impl ObjectsWriter {
         )
     }
 
-    fn key(&self, route: &RouteName, number: u64, compression: Compression) -> String {
+    fn key(&self, body: &Body, number: u64) -> String {
         let owner: String = self.owner.as_str().chars().take(OWNER_DIGITS).collect();
-        let file = format!("{number:012}-{owner}.{}", extension(compression));
-        let parts = [route.as_str(), &self.shard.stream.name, self.shard.shard.as_str(), &file];
-        Path::from_iter(parts).to_string()
+        let layout = &self.shared.layout;
+        let ending = layout.extension();
+        // Without their names in the folder, routes would meet in one object.
+        let file = match layout.folder.names_route() {
+            true => format!("{number:012}-{owner}.{ending}"),
+            false => format!("{number:012}-{owner}-{}.{ending}", body.route),
+        };
+        body.folder.clone().join(file).to_string()
     }
 
-    async fn encode(
-        &self,
-        rows: &Arc<[Row]>,
-        compression: Compression,
-    ) -> Result<Encoded, SinkError> {
+    async fn encode(&self, rows: &Arc<[Row]>, layout: ObjectLayout) -> Result<Encoded, SinkError> {
         if rows.is_empty() {
             return Ok(Encoded::default());
         }
         let (rows, shared) = (Arc::clone(rows), Arc::clone(&self.shared));
-        let encoding =
-            tokio::task::spawn_blocking(move || encode(&rows, &shared.formats, compression));
+        let shard = self.shard.clone();
+        let encoding = tokio::task::spawn_blocking(move || {
+            encode(&rows, &shared.forms, &layout, &shard, &shared.place.sink)
+        });
         let place = &self.shared.place;
         match encoding.await {
-            Ok(Ok(encoded)) => Ok(encoded),
-            Ok(Err(error)) => Err(place.unavailable(format!("cannot compress rows: {error}"))),
+            Ok(encoded) => encoded.map_err(|cause| place.unavailable(cause)),
             Err(error) => Err(place.unavailable(format!("encoding rows was broken off: {error}"))),
         }
     }
@@ -190,12 +192,14 @@ impl ObjectsWriter {
     /// Compares what was made now with what an earlier owner promised.
     async fn check_content(&self, promised: &Unfinished, bodies: &[Body]) -> Result<(), SinkError> {
         let data = &promised.claim.data;
-        if !data.iter().map(|data| &data.route).eq(bodies.iter().map(|body| &body.route)) {
+        let places = |body: &Body| (body.route.clone(), body.folder.to_string());
+        let due = data.iter().map(|data| (data.route.clone(), data.folder().to_owned()));
+        if !due.eq(bodies.iter().map(places)) {
             let due = data.iter().map(|data| data.route.as_str()).collect::<Vec<_>>();
             let made = bodies.iter().map(|body| body.route.as_str()).collect::<Vec<_>>();
             return Err(self.shared.place.unavailable(format!(
                 "link {} of {} promises rows of routes {due:?} up to {}, the records now gave \
-                 {made:?}: run generation {} for this span again",
+                 {made:?}, or other folders: run generation {} for this span again",
                 promised.link, self.shard.shard, promised.to, promised.claim.generation
             )));
         }
@@ -278,11 +282,11 @@ impl SinkWriter for ObjectsWriter {
         }
         self.check_span(commit)?;
         let promised = self.unfinished.clone();
-        let compression = match &promised {
-            Some(promised) => promised.claim.compression,
-            None => self.shared.compression,
+        let layout = match &promised {
+            Some(promised) => promised.claim.layout.clone(),
+            None => self.shared.layout.clone(),
         };
-        let encoded = self.encode(&commit.rows, compression).await?;
+        let encoded = self.encode(&commit.rows, layout).await?;
         if !encoded.refusals.is_empty() {
             refusals.hold(commit, &encoded.refusals).await?;
         }

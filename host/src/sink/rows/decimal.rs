@@ -51,15 +51,21 @@ impl<'a> Decimal<'a> {
 
     /// The number as an integer of 64 bits, if it is one, exactly.
     pub(crate) fn to_i64(&self) -> Option<i64> {
+        i64::try_from(self.to_unscaled(0)?).ok()
+    }
+
+    /// The number times 10^`scale` as an integer of 128 bits, if it is one, exactly.
+    pub(crate) fn to_unscaled(&self, scale: u32) -> Option<i128> {
         let significant = without_trailing_zeros(&self.digits);
         if significant.is_empty() {
             return Some(0);
         }
         let dropped = i64::try_from(self.digits.len() - significant.len()).ok()?;
-        let exponent = u32::try_from(self.exponent.saturating_add(dropped)).ok()?;
+        let exponent = self.exponent.saturating_add(dropped).saturating_add(i64::from(scale));
+        let exponent = u32::try_from(exponent).ok()?;
         let digits: i128 = std::str::from_utf8(significant).ok()?.parse().ok()?;
         let magnitude = digits.checked_mul(10_i128.checked_pow(exponent)?)?;
-        i64::try_from(if self.negative { -magnitude } else { magnitude }).ok()
+        Some(if self.negative { -magnitude } else { magnitude })
     }
 
     /// Whether two texts are the same number.
@@ -151,6 +157,20 @@ mod tests {
             ("1e999999999999999999999", None),
         ] {
             assert_eq!(decimal(text).to_i64(), integer, "{text}");
+        }
+    }
+
+    #[test]
+    fn scaled_numbers_are_exact_or_none() {
+        for (text, unscaled) in [
+            ("12.5", Some(1250)),
+            ("-12.50", Some(-1250)),
+            ("1e2", Some(10_000)),
+            ("0.005", None),
+            ("0.000", Some(0)),
+            ("1e40", None),
+        ] {
+            assert_eq!(decimal(text).to_unscaled(2), unscaled, "{text}");
         }
     }
 

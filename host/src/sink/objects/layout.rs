@@ -1,0 +1,340 @@
+//! How rows lie in objects: their format, their compression, and the folders that a template names.
+//!
+//! A claim keeps the layout that it was made with, so that a span can be produced again under the
+//! same keys after the configuration has changed.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use chrono::{DateTime, Datelike as _, Timelike as _, Utc};
+use object_store::path::Path;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::claim::LOG_FOLDER;
+use crate::config::Compression;
+use crate::record::{Row, ShardKey, SinkName};
+use crate::sink::rows::value::{self, Json};
+
+/// What stands for a field that a row lacks or that is null, as Hive and its readers have it.
+const NO_VALUE: &str = "__HIVE_DEFAULT_PARTITION__";
+/// The bytes of a row's field that a key may hold: a key has at most 1,024 bytes on S3 (API
+/// reference, "Creating object key names").
+const FIELD_BYTES_MAX: usize = 200;
+
+/// What objects hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ObjectFormat {
+    /// One row, one line.
+    #[default]
+    Ndjson,
+    /// Payloads as they are, one behind the other.
+    Raw,
+    /// Apache Parquet, with the columns that the route declares.
+    Parquet,
+}
+
+/// How an objects sink lays rows out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectLayout {
+    /// What objects hold.
+    #[serde(default)]
+    pub format: ObjectFormat,
+    /// How they are compressed; in Parquet, each page.
+    pub compression: Compression,
+    /// The folder of each object under the sink's URL.
+    #[serde(default)]
+    pub folder: FolderTemplate,
+}
+
+impl ObjectLayout {
+    /// The file name's ending.
+    pub(super) fn extension(&self) -> &'static str {
+        match (self.format, self.compression) {
+            (ObjectFormat::Ndjson, Compression::None) => "ndjson",
+            (ObjectFormat::Ndjson, Compression::Gzip) => "ndjson.gz",
+            (ObjectFormat::Ndjson, Compression::Zstd) => "ndjson.zst",
+            (ObjectFormat::Raw, Compression::None) => "bin",
+            (ObjectFormat::Raw, Compression::Gzip) => "bin.gz",
+            (ObjectFormat::Raw, Compression::Zstd) => "bin.zst",
+            (ObjectFormat::Parquet, _) => "parquet",
+        }
+    }
+}
+
+/// Lines in folders by route, stream and shard.
+impl From<Compression> for ObjectLayout {
+    fn from(compression: Compression) -> Self {
+        let format = ObjectFormat::default();
+        Self { format, compression, folder: FolderTemplate::default() }
+    }
+}
+
+/// A folder with fields, such as `{route}/dt={date}/country={row.country}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct FolderTemplate {
+    text: String,
+    /// The parts of each level.
+    levels: Vec<Vec<Part>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Part {
+    Text(String),
+    Pipeline,
+    Sink,
+    Stream,
+    Shard,
+    Route,
+    Date,
+    Year,
+    Month,
+    Day,
+    Hour,
+    /// A field of the row.
+    Row(String),
+}
+
+/// The fields of a template, for error texts.
+pub const FOLDER_FIELDS: &str = "{pipeline}, {sink}, {stream}, {shard}, {route}, {date}, {year}, \
+     {month}, {day}, {hour} (of the record's arrival, UTC) and {row.FIELD}";
+
+impl Default for FolderTemplate {
+    fn default() -> Self {
+        let levels = vec![vec![Part::Route], vec![Part::Stream], vec![Part::Shard]];
+        Self { text: "{route}/{stream}/{shard}".into(), levels }
+    }
+}
+
+impl TryFrom<String> for FolderTemplate {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let levels: Vec<Vec<Part>> = text.split('/').map(level).collect::<Result<_, _>>()?;
+        if levels.first().is_some_and(|first| *first == [Part::Text(LOG_FOLDER.into())]) {
+            return Err(format!("the folder {LOG_FOLDER} is the claim log's own"));
+        }
+        Ok(Self { text, levels })
+    }
+}
+
+impl From<FolderTemplate> for String {
+    fn from(template: FolderTemplate) -> Self {
+        template.text
+    }
+}
+
+/// Reads one level of a template.
+fn level(text: &str) -> Result<Vec<Part>, String> {
+    if matches!(text, "" | "." | "..") {
+        return Err(format!("a folder is named {text:?}"));
+    }
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('{') {
+        let (field, after) = after.split_once('}').ok_or("a `{` is not closed")?;
+        if !before.is_empty() {
+            parts.push(Part::Text(before.into()));
+        }
+        parts.push(match field {
+            "pipeline" => Part::Pipeline,
+            "sink" => Part::Sink,
+            "stream" => Part::Stream,
+            "shard" => Part::Shard,
+            "route" => Part::Route,
+            "date" => Part::Date,
+            "year" => Part::Year,
+            "month" => Part::Month,
+            "day" => Part::Day,
+            "hour" => Part::Hour,
+            _ => match field.strip_prefix("row.") {
+                Some(name) if !name.is_empty() => Part::Row(name.into()),
+                _ => return Err(format!("there is no field {{{field}}}")),
+            },
+        });
+        rest = after;
+    }
+    if !rest.is_empty() {
+        parts.push(Part::Text(rest.into()));
+    }
+    Ok(parts)
+}
+
+impl FolderTemplate {
+    /// Whether rows of one route and shard may lie in different folders.
+    pub(super) fn differs_by_row(&self) -> bool {
+        let fixed = |part: &Part| {
+            use Part::{Pipeline, Route, Shard, Sink, Stream, Text};
+            matches!(part, Text(_) | Pipeline | Sink | Stream | Shard | Route)
+        };
+        !self.levels.iter().flatten().all(fixed)
+    }
+
+    /// Whether it tells routes apart.
+    pub(super) fn names_route(&self) -> bool {
+        self.levels.iter().flatten().any(|part| *part == Part::Route)
+    }
+
+    /// The folder of a row, as a path below the sink's URL.
+    ///
+    /// # Errors
+    /// Why the row has none, as a fragment for a dead letter.
+    pub(super) fn folder(
+        &self,
+        row: &Row,
+        shard: &ShardKey,
+        sink: &SinkName,
+    ) -> Result<Path, String> {
+        let arrived_ms = row.batch.records[row.record as usize].arrived_ms;
+        let arrived = i64::try_from(arrived_ms).ok().and_then(DateTime::from_timestamp_millis);
+        let at: DateTime<Utc> = arrived.unwrap_or_default();
+        let mut fields: Option<BTreeMap<Cow<'_, str>, &RawValue>> = None;
+        let mut folder = Path::default();
+        for parts in &self.levels {
+            let mut level = String::new();
+            for part in parts {
+                let _infallible = match part {
+                    Part::Text(text) => write!(level, "{text}"),
+                    Part::Pipeline => write!(level, "{}", shard.pipeline),
+                    Part::Sink => write!(level, "{sink}"),
+                    Part::Stream => write!(level, "{}", shard.stream.name),
+                    Part::Shard => write!(level, "{}", shard.shard),
+                    Part::Route => write!(level, "{}", row.route),
+                    Part::Date => {
+                        write!(level, "{:04}-{:02}-{:02}", at.year(), at.month(), at.day())
+                    }
+                    Part::Year => write!(level, "{:04}", at.year()),
+                    Part::Month => write!(level, "{:02}", at.month()),
+                    Part::Day => write!(level, "{:02}", at.day()),
+                    Part::Hour => write!(level, "{:02}", at.hour()),
+                    Part::Row(name) => {
+                        let fields = match &mut fields {
+                            Some(fields) => fields,
+                            none => none.insert(fields_of(&row.payload)?),
+                        };
+                        write!(level, "{}", field(fields, name)?)
+                    }
+                };
+            }
+            folder = folder.join(level);
+        }
+        match folder.parts().next() {
+            Some(first) if first.as_ref() == LOG_FOLDER => {
+                Err(format!("its folder would be {LOG_FOLDER}, which is the claim log's own"))
+            }
+            _ => Ok(folder),
+        }
+    }
+}
+
+fn fields_of(payload: &[u8]) -> Result<BTreeMap<Cow<'_, str>, &RawValue>, String> {
+    serde_json::from_slice(payload).map_err(|error| {
+        format!(
+            "the sink's folders are named by fields, and the payload is no JSON object: {error}"
+        )
+    })
+}
+
+/// The text of a field, for a folder's name.
+fn field<'f>(
+    fields: &BTreeMap<Cow<'_, str>, &'f RawValue>,
+    name: &str,
+) -> Result<Cow<'f, str>, String> {
+    let Some(raw) = fields.get(name) else { return Ok(NO_VALUE.into()) };
+    let misfit = |why: &str| format!("the field {name:?} cannot name a folder: {why}");
+    let text = match Json::of(raw).map_err(|why| misfit(&why))? {
+        Json::Null => return Ok(NO_VALUE.into()),
+        json => value::text(&json).map_err(|why| misfit(&why))?.to_owned(),
+    };
+    match text.len() {
+        0 => Ok(NO_VALUE.into()),
+        bytes if bytes > FIELD_BYTES_MAX => {
+            Err(misfit(&format!("it has {bytes} bytes, at most {FIELD_BYTES_MAX} are allowed")))
+        }
+        _ => Ok(text.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::record::{Batch, Position, PositionSpan, Record, SequenceNumber, StreamIdentity};
+
+    fn folder(template: &str, payload: &str) -> Result<String, String> {
+        let sequence = SequenceNumber::parse("1").expect("a number");
+        let position = Position { sequence, sub_sequence: 0 };
+        let stream = StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 0 };
+        let shard = ShardKey {
+            pipeline: "mart".into(),
+            stream: Arc::new(stream),
+            shard: "shardId-000000000000".into(),
+        };
+        let record = Record {
+            position: position.clone(),
+            partition_key: "key".into(),
+            payload: "".into(),
+            arrived_ms: 1_388_534_399_999,
+        };
+        let span = PositionSpan { from_exclusive: None, to_inclusive: position };
+        let batch = Batch { shard: shard.clone(), records: vec![record], span };
+        let row = Row {
+            batch: Arc::new(batch),
+            record: 0,
+            ordinal: 0,
+            route: "sold".into(),
+            key: "key".into(),
+            payload: payload.to_owned().into(),
+        };
+        let template = FolderTemplate::try_from(template.to_owned())?;
+        template.folder(&row, &shard, &"logs".into()).map(|path| path.to_string())
+    }
+
+    #[test]
+    fn fields_stand_for_what_they_say() {
+        let all = "{pipeline}/{sink}/{stream}/{shard}/{route}/{date}/{year}-{month}-{day}T{hour}";
+        assert_eq!(
+            folder(all, "").as_deref(),
+            Ok("mart/logs/cars/shardId-000000000000/sold/2013-12-31/2013-12-31T23")
+        );
+        let by_row = "by/make={row.make}";
+        assert_eq!(folder(by_row, r#"{"make":"Honda"}"#).as_deref(), Ok("by/make=Honda"));
+        assert_eq!(folder(by_row, r#"{"make":7}"#).as_deref(), Ok("by/make=7"));
+        let none = "by/make=__HIVE_DEFAULT_PARTITION__";
+        for payload in ["{}", r#"{"make":null}"#, r#"{"make":""}"#] {
+            assert_eq!(folder(by_row, payload).as_deref(), Ok(none), "{payload}");
+        }
+    }
+
+    #[test]
+    fn a_row_leads_nowhere_else() {
+        assert_eq!(folder("{row.a}", r#"{"a":"../../x"}"#).as_deref(), Ok("..%2F..%2Fx"));
+        assert_eq!(folder("{row.a}/b", r#"{"a":".."}"#).as_deref(), Ok("%2E%2E/b"));
+        let own = folder("{row.a}/b", r#"{"a":"_shardmill"}"#);
+        assert!(own.is_err_and(|why| why.contains("claim log")));
+        let long = format!(r#"{{"a":"{}"}}"#, "x".repeat(201));
+        assert!(folder("{row.a}", &long).is_err_and(|why| why.contains("201 bytes")));
+        assert!(folder("{row.a}", r#"{"a":[1]}"#).is_err_and(|why| why.contains("\"a\"")));
+        assert!(folder("{row.a}", "[1]").is_err_and(|why| why.contains("no JSON object")));
+    }
+
+    #[test]
+    fn a_template_that_names_no_folder_is_refused() {
+        for (text, part) in [
+            ("", "\"\""),
+            ("a//b", "\"\""),
+            ("a/../b", "\"..\""),
+            ("{route", "not closed"),
+            ("{rout}", "no field {rout}"),
+            ("{row.}", "no field {row.}"),
+            ("_shardmill/x", "claim log"),
+        ] {
+            let error = FolderTemplate::try_from(text.to_owned()).expect_err(text);
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}
