@@ -8,6 +8,7 @@ pub mod admin;
 pub mod budget;
 pub mod cli;
 pub mod config;
+pub mod http;
 pub mod intake;
 pub mod lane;
 pub mod lease;

@@ -12,7 +12,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Redirect};
 use axum::routing::{any, get};
 use shardmill::config::{HttpHostConfig, HttpMethod, Secret};
-use shardmill::plugin::capability::http::{HttpFailure, HttpGrant, Request, Response};
+use shardmill::http::{HttpFailure, HttpGrant, Request, Response};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 

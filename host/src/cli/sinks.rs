@@ -5,6 +5,8 @@ use std::sync::Arc;
 use crate::config::{PipelineConfig, SinkKind};
 use crate::sink::Sink;
 use crate::sink::discard::DiscardSink;
+use crate::sink::http::HttpSink;
+use crate::sink::kinesis::KinesisSink;
 use crate::sink::objects::ObjectsSink;
 use crate::sink::postgres::PostgresSink;
 use crate::sink::sqlite::SqliteSink;
@@ -27,6 +29,10 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
             SinkKind::Objects { url, options, layout } => {
                 Arc::new(ObjectsSink::new(name, url, options, layout.clone())?)
             }
+            SinkKind::Kinesis(target) => {
+                Arc::new(KinesisSink::new(name, target.clone(), config.state_dir.clone()))
+            }
+            SinkKind::Http(target) => Arc::new(HttpSink::new(name, target.clone())?),
         });
     }
     Ok(sinks)

@@ -9,10 +9,10 @@ use url::Url;
 
 use super::Secret;
 use super::check::Check;
-use super::raw::{RawHttpHost, Text};
+use super::raw::{RawHeaders, RawHttpHost, Text};
 
 /// An answer is lifted into the plugin's memory.
-const RESPONSE_BYTES: usize = 1 << 20;
+pub(super) const RESPONSE_BYTES: usize = 1 << 20;
 const RESPONSE_BYTES_ALLOWED: RangeInclusive<usize> = 1..=(64 << 20);
 
 /// Headers that say how a message travels: they are the host's alone, in grants as in requests.
@@ -111,7 +111,7 @@ pub(super) fn http_hosts(raw: Vec<RawHttpHost>, check: &mut Check) -> Option<Vec
 /// Reads one host.
 fn http_host(raw: RawHttpHost, check: &mut Check) -> Option<HttpHostConfig> {
     let place = host(&raw.host, check);
-    let headers = headers(&raw, check);
+    let headers = headers(raw.headers.as_ref(), check);
     let methods = methods(raw.methods.as_ref(), check);
     let response = check.size(&raw.response, RESPONSE_BYTES, RESPONSE_BYTES_ALLOWED);
     let (host, port) = place?;
@@ -145,10 +145,14 @@ fn host(raw: &Spanned<Text>, check: &mut Check) -> Option<(String, Option<u16>)>
     found
 }
 
-fn headers(raw: &RawHttpHost, check: &mut Check) -> Option<Vec<(String, Secret)>> {
+/// Reads headers that are sent; names become lower case.
+pub(super) fn headers(
+    raw: Option<&RawHeaders>,
+    check: &mut Check,
+) -> Option<Vec<(String, Secret)>> {
     let mut headers = Vec::new();
     let mut sound = true;
-    for (name, value) in raw.headers.iter().flatten() {
+    for (name, value) in raw.into_iter().flatten() {
         let written = name.get_ref();
         let lower = written.to_ascii_lowercase();
         let mut refuse = |span, message: String, help: &str| {

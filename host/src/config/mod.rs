@@ -465,6 +465,47 @@ pub enum SinkKind {
         /// What the objects hold, and where they lie.
         layout: ObjectLayout,
     },
+    /// Records of another Kinesis stream; at least once.
+    Kinesis(StreamTarget),
+    /// An HTTP endpoint; at least once.
+    Http(HttpTarget),
+}
+
+/// A Kinesis stream that rows are put on.
+#[derive(Clone, Debug)]
+pub struct StreamTarget {
+    /// The stream.
+    pub stream: StreamRef,
+    /// The server to talk to.
+    pub endpoint: Endpoint,
+    /// The AWS region; `None`: that of the ARN, or the standard chain.
+    pub region: Option<String>,
+    /// The role to assume.
+    pub assume_role: Option<AssumeRole>,
+    /// Whether no request holds two records of one key.
+    pub strict_order: bool,
+}
+
+/// An HTTP endpoint that rows are posted to.
+#[derive(Clone, Debug)]
+pub struct HttpTarget {
+    /// The endpoint, `https://…`.
+    pub url: url::Url,
+    /// Its host, with the headers that are sent.
+    pub host: HttpHostConfig,
+    /// What a request's body is.
+    pub body: HttpBody,
+    /// How long one request may take, answer included.
+    pub timeout: Duration,
+}
+
+/// What the body of a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HttpBody {
+    /// An array of the rows.
+    Json,
+    /// A row a line.
+    Ndjson,
 }
 
 impl SinkKind {
@@ -472,7 +513,7 @@ impl SinkKind {
     pub fn is_exact(&self) -> bool {
         match self {
             Self::Sqlite { .. } | Self::Postgres { .. } | Self::Objects { .. } => true,
-            Self::Discard | Self::Stdout { .. } => false,
+            Self::Discard | Self::Stdout { .. } | Self::Kinesis(_) | Self::Http(_) => false,
         }
     }
 }

@@ -216,6 +216,39 @@ pub(super) struct RawObjects {
     pub commit: Option<RawCommit>,
 }
 
+/// `[[sink]]` with `type = "kinesis"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawKinesisSink {
+    pub name: Spanned<Text>,
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub stream: Spanned<Text>,
+    pub endpoint: Maybe<Text>,
+    pub region: Maybe<Text>,
+    pub assume_role: Option<RawAssumeRole>,
+    pub strict_order: Option<bool>,
+    pub commit: Option<RawCommit>,
+}
+
+/// `[[sink]]` with `type = "http"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawHttpSink {
+    pub name: Spanned<Text>,
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub url: Spanned<Text>,
+    pub headers: Option<RawHeaders>,
+    pub private: Option<bool>,
+    pub format: Maybe<Text>,
+    pub timeout: Maybe<Span>,
+    pub commit: Option<RawCommit>,
+}
+
+/// Headers that are sent: names and values.
+pub(super) type RawHeaders = BTreeMap<Spanned<String>, Spanned<Text>>;
+
 /// `[sink.commit]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
@@ -253,7 +286,7 @@ pub(super) struct RawLookupCache {
 )]
 pub(super) struct RawHttpHost {
     pub host: Spanned<Text>,
-    pub headers: Option<BTreeMap<Spanned<String>, Spanned<Text>>>,
+    pub headers: Option<RawHeaders>,
     pub methods: Maybe<Vec<Spanned<Text>>>,
     pub private: Option<bool>,
     pub response: Maybe<Size>,

@@ -11,17 +11,22 @@ use url::Url;
 
 use super::check::{Check, bytes_text};
 use super::diagnostic::suggest;
+use super::grant_http::{RESPONSE_BYTES, headers};
 use super::load::shaped;
 use super::raw::{
-    Maybe, RawCommit, RawDiscard, RawObjects, RawPostgres, RawSqlite, RawStdout, Text,
+    Maybe, RawCommit, RawDiscard, RawHttpSink, RawKinesisSink, RawObjects, RawPostgres, RawSqlite,
+    RawStdout, Text,
 };
-use super::{Compression, Rhythm, SinkConfig, SinkKind, json};
+use super::{
+    Compression, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, Rhythm, SinkConfig, SinkKind,
+    StreamTarget, json, source,
+};
 use crate::postgres::PostgresServer;
 use crate::sink::WriteMode;
 use crate::sink::objects::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
 
 /// The values of `type`.
-static TYPES: [&str; 5] = ["stdout", "sqlite", "postgres", "objects", "discard"];
+static TYPES: [&str; 7] = ["stdout", "sqlite", "postgres", "objects", "kinesis", "http", "discard"];
 /// The schemes of `url` whose stores can create an object only if it is not there, which the
 /// claim log rests on.
 const SCHEMES: [&str; 9] = ["file", "s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"];
@@ -41,6 +46,17 @@ const RHYTHM_TABLE: Rhythm =
 /// Few large objects; rows are bounded because each costs memory beside its bytes.
 const RHYTHM_OBJECTS: Rhythm =
     Rhythm { rows_max: 100_000, bytes_max: 64 << 20, linger_max: Duration::from_secs(300) };
+
+/// Ten full requests; soon, because someone downstream waits.
+const RHYTHM_STREAM: Rhythm =
+    Rhythm { rows_max: 5_000, bytes_max: 4 << 20, linger_max: Duration::from_millis(200) };
+/// What an endpoint may be expected to take in one request.
+const RHYTHM_HTTP: Rhythm =
+    Rhythm { rows_max: 1_000, bytes_max: 1 << 20, linger_max: Duration::from_secs(1) };
+
+const HTTP_TIMEOUT: Duration = Duration::from_secs(30);
+const HTTP_TIMEOUTS: RangeInclusive<Duration> =
+    Duration::from_millis(10)..=Duration::from_secs(600);
 
 /// Each `[[sink]]` as JSON before any variable is replaced, in the order of the file.
 pub(super) fn fingerprints(root: &DeTable<'_>, check: &mut Check) -> Vec<String> {
@@ -79,6 +95,16 @@ pub(super) fn read(
             let raw: RawPostgres = shaped(table, check)?;
             let kind = postgres(&raw, check);
             (raw.name, raw.commit, RHYTHM_TABLE, kind)
+        }
+        "kinesis" => {
+            let raw: RawKinesisSink = shaped(table, check)?;
+            let kind = kinesis(&raw, check);
+            (raw.name, raw.commit, RHYTHM_STREAM, kind)
+        }
+        "http" => {
+            let raw: RawHttpSink = shaped(table, check)?;
+            let kind = http(&raw, check);
+            (raw.name, raw.commit, RHYTHM_HTTP, kind)
         }
         _ => {
             let raw: RawObjects = shaped(table, check)?;
@@ -249,6 +275,65 @@ fn objects(raw: &RawObjects, base: &Path, check: &mut Check) -> Option<SinkKind>
         raw.options.iter().flatten().map(|(key, value)| (key.clone(), value.0.clone())).collect();
     let layout = ObjectLayout { format: format?, compression: compression?, folder: folder? };
     Some(SinkKind::Objects { url: url?, options, layout })
+}
+
+fn kinesis(raw: &RawKinesisSink, check: &mut Check) -> Option<SinkKind> {
+    let stream = source::stream(&raw.stream, check);
+    let endpoint = source::endpoint(&raw.endpoint, check);
+    let region = source::filled(&raw.region, "region", check);
+    let assume_role = raw.assume_role.as_ref().map(|raw| source::assume_role(raw, check));
+    Some(SinkKind::Kinesis(StreamTarget {
+        stream: stream?.value,
+        endpoint: endpoint?,
+        region: region?,
+        assume_role: match assume_role {
+            Some(role) => Some(role?),
+            None => None,
+        },
+        strict_order: raw.strict_order.unwrap_or(false),
+    }))
+}
+
+fn http(raw: &RawHttpSink, check: &mut Check) -> Option<SinkKind> {
+    let private = raw.private.unwrap_or(false);
+    let url = endpoint_url(&raw.url, private, check);
+    let headers = headers(raw.headers.as_ref(), check);
+    let bodies = [("json", HttpBody::Json), ("ndjson", HttpBody::Ndjson)];
+    let body = check.choice(&raw.format, "format", HttpBody::Json, &bodies);
+    let timeout = check.duration(&raw.timeout, HTTP_TIMEOUT, HTTP_TIMEOUTS);
+    let (url, headers) = (url?, headers?);
+    let host = HttpHostConfig {
+        host: url.host_str()?.to_owned(),
+        port: url.port(),
+        headers,
+        methods: vec![HttpMethod::Post],
+        private,
+        response_bytes_max: RESPONSE_BYTES,
+    };
+    Some(SinkKind::Http(HttpTarget { url, host, body: body?, timeout: timeout? }))
+}
+
+/// Where to post to.
+fn endpoint_url(raw: &Spanned<Text>, private: bool, check: &mut Check) -> Option<Url> {
+    let text = check.filled(raw, "URL")?;
+    let help = "write for example \"https://api.example.com/events\"";
+    let (message, help) = match Url::parse(&text) {
+        Err(cause) => (format!("this is no URL: {cause}"), help),
+        Ok(url) if url.host_str().is_none() || !matches!(url.scheme(), "https" | "http") => {
+            (format!("`{}://` is no HTTP endpoint", url.scheme()), help)
+        }
+        Ok(url) if !url.username().is_empty() || url.password().is_some() => {
+            let help = "set headers = { authorization = \"Basic ${TOKEN}\" }";
+            ("the URL has a user or a password, which are not sent".to_owned(), help)
+        }
+        Ok(url) if url.scheme() == "http" && !private => {
+            let help = "use https://, or set private = true for a host of your own network";
+            ("rows would be sent in the clear".to_owned(), help)
+        }
+        Ok(url) => return Some(url),
+    };
+    check.problem(raw.span(), message, help);
+    None
 }
 
 /// A URL, or a folder's path made one.

@@ -114,7 +114,7 @@ fn kinesis(raw: RawKinesis, check: &mut Check) -> Option<KinesisConfig> {
     })
 }
 
-fn stream(raw: &Spanned<Text>, check: &mut Check) -> Option<Located<StreamRef>> {
+pub(super) fn stream(raw: &Spanned<Text>, check: &mut Check) -> Option<Located<StreamRef>> {
     let text = &raw.get_ref().0;
     match StreamRef::parse(text) {
         Ok(stream) => Some(Located { value: stream, span: raw.span() }),
@@ -145,7 +145,7 @@ fn reader(kind: &Maybe<Text>, consumer: &Maybe<Text>, check: &mut Check) -> Opti
     }
 }
 
-fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<AssumeRole> {
+pub(super) fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<AssumeRole> {
     let arn = &raw.arn.get_ref().0;
     let is_role = arn.starts_with("arn:aws") && arn.contains(":iam::") && arn.contains(":role/");
     if !is_role {
@@ -162,7 +162,7 @@ fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<AssumeRole> {
     })
 }
 
-fn endpoint(raw: &Maybe<Text>, check: &mut Check) -> Option<Endpoint> {
+pub(super) fn endpoint(raw: &Maybe<Text>, check: &mut Check) -> Option<Endpoint> {
     let Some(raw) = raw else { return Some(Endpoint::Aws) };
     let text = raw.get_ref().0.as_str();
     if text == "embedded" {
@@ -183,7 +183,7 @@ fn endpoint(raw: &Maybe<Text>, check: &mut Check) -> Option<Endpoint> {
 }
 
 /// The inner `None` is a missing key, the outer one an empty value.
-fn filled(raw: &Maybe<Text>, noun: &str, check: &mut Check) -> Option<Option<String>> {
+pub(super) fn filled(raw: &Maybe<Text>, noun: &str, check: &mut Check) -> Option<Option<String>> {
     match raw {
         Some(raw) => check.filled(raw, noun).map(Some),
         None => Some(None),

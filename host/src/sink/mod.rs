@@ -7,10 +7,13 @@
 
 pub mod delivery;
 pub mod discard;
+pub mod http;
+pub mod kinesis;
 pub mod line;
 pub mod mode;
 pub mod objects;
 pub mod postgres;
+mod progress;
 mod refusals;
 mod rows;
 pub mod sqlite;

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::http::Request;
 use super::log::{Author, LineBudget};
 use super::lookup::words;
 use super::metric::Metrics;
 use super::{Capability, Services};
 use crate::config::StageLimits;
+use crate::http::Request;
 use crate::plugin::bindings::shardmill::plugin as wit;
 
 /// One instance, as far as it may ask the host for anything.

@@ -4,7 +4,7 @@
 //! answered in [`calls`], with what that instance keeps between its questions.
 
 mod calls;
-pub mod http;
+
 mod log;
 pub mod lookup;
 mod metric;
@@ -16,9 +16,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
-use self::http::HttpGrant;
 use self::lookup::Lookup;
 use crate::config::{Grants, PipelineConfig};
+use crate::http::HttpGrant;
 use crate::record::{LookupName, StageName};
 
 pub(super) use calls::Caller;

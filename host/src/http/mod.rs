@@ -1,4 +1,5 @@
-//! The capability `http`: requests to the hosts that a stage's grant lists, and to no other.
+//! Requests to the hosts that a grant lists, and to no other: the capability `http` of plugins, and
+//! what the HTTP sink sends by.
 //!
 //! [`HttpGrant::send`] is the whole way: the request is checked against the grant, the grant's
 //! headers are added, the address is checked by [`resolver`] and [`address`], and the answer is read
@@ -29,7 +30,8 @@ const USER_AGENT: &str = concat!("shardmill/", env!("CARGO_PKG_VERSION"));
 /// Headers of one request: more than any API asks for.
 const HEADERS_MAX: usize = 100;
 
-/// What one stage's plugin may send, and to whom. Its lanes share it, with its connections.
+/// What one stage's plugin, or one sink, may send, and to whom. Its lanes share it, with its
+/// connections.
 pub struct HttpGrant {
     hosts: Vec<GrantedHost>,
     public: Client,
