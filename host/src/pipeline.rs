@@ -19,28 +19,39 @@ pub async fn run_lane(
     stop: &CancellationToken,
 ) -> Result<LaneEnd, LaneError> {
     let mut lane = Lane::acquire(shared, shard, stop).await?;
+    match read_to_end(&mut lane, stop).await {
+        Ok(end) => lane.settle(end).await,
+        // What was read before is as good as ever.
+        Err(error @ LaneError::Source(_)) => lane.settle(LaneEnd::Stopped).await.and(Err(error)),
+        Err(error) => {
+            lane.abandon().await;
+            Err(error)
+        }
+    }
+}
+
+/// Takes records along the path until there are no more, or `stop` is given.
+async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<LaneEnd, LaneError> {
     let mut reader = lane.reader().await?;
-    let end = 'records: loop {
+    loop {
         let batch = tokio::select! {
-            () = stop.cancelled() => break LaneEnd::Stopped,
+            () = stop.cancelled() => return Ok(LaneEnd::Stopped),
             why = lane.sink_ended() => return Err(why),
-            next = reader.next_batch() => match next {
-                Ok(NextBatch::Batch(batch)) => batch,
-                Ok(NextBatch::Idle { behind_ms }) => { lane.idle(behind_ms).await; continue }
-                Ok(NextBatch::ShardEnd) => break LaneEnd::ShardEnd,
-                Ok(NextBatch::SourceEnd) => break LaneEnd::SourceEnd,
-                Err(error) => { lane.settle(LaneEnd::Stopped).await?; return Err(error.into()) }
+            next = reader.next_batch() => match next? {
+                NextBatch::Batch(batch) => batch,
+                NextBatch::Idle { behind_ms } => { lane.idle(behind_ms).await; continue }
+                NextBatch::ShardEnd => return Ok(LaneEnd::ShardEnd),
+                NextBatch::SourceEnd => return Ok(LaneEnd::SourceEnd),
             },
         };
         // A batch that straddles a change of generation is run in parts.
         for part in lane.cut_at_swaps(batch) {
             // Nothing behind a part without an outcome may go on.
             let Some(outcome) = lane.run_stages(&part).await? else {
-                break 'records LaneEnd::Stopped;
+                return Ok(LaneEnd::Stopped);
             };
             lane.write_letters(&part, outcome.letters).await?;
             lane.deliver(&part, outcome.routed).await?;
         }
-    };
-    lane.settle(end).await
+    }
 }

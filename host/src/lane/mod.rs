@@ -328,24 +328,38 @@ impl Lane<'_> {
     /// # Errors
     /// [`LaneError`] when the sinks or the state database fail.
     pub async fn settle(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
-        let deliveries = std::mem::take(&mut self.deliveries);
         let flushed = match end {
-            LaneEnd::Stopped => drain(&deliveries).await,
+            LaneEnd::Stopped => drain(&self.deliveries).await,
             // Children, or somebody at a prompt, wait for the end: there is no hurry, only
             // completeness.
             LaneEnd::ShardEnd | LaneEnd::SourceEnd => tokio::select! {
-                all = flush(&deliveries) => all,
-                () = self.stop.cancelled() => drain(&deliveries).await,
+                all = flush(&self.deliveries) => all,
+                () = self.stop.cancelled() => drain(&self.deliveries).await,
             },
         };
         self.checkpointer.abort();
         let ended = end == LaneEnd::ShardEnd && flushed;
-        checkpointer::write(self.shared, &self.shard, &deliveries, ended).await?;
-        self.abandon.cancel();
-        for delivery in deliveries {
-            delivery.join().await?;
-        }
+        let written = checkpointer::write(self.shared, &self.shard, &self.deliveries, ended).await;
+        let joined = self.join_deliveries().await;
+        written?;
+        joined?;
         Ok(if flushed { end } else { LaneEnd::Stopped })
+    }
+
+    /// Ends the lane without another commit.
+    pub async fn abandon(mut self) {
+        self.checkpointer.abort();
+        // Why the lane failed is known already.
+        let _ = self.join_deliveries().await;
+    }
+
+    /// Waits until no delivery is at work. One that went on would write refused rows beside the
+    /// next lane of the shard, which holds the same letters.
+    async fn join_deliveries(&mut self) -> Result<(), SinkError> {
+        self.abandon.cancel();
+        let deliveries = std::mem::take(&mut self.deliveries);
+        let joins = deliveries.into_iter().map(DeliveryHandle::join);
+        futures::future::join_all(joins).await.into_iter().collect()
     }
 
     fn block(&self, part: &str, cause: &str) {

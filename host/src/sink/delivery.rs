@@ -59,7 +59,8 @@ pub struct DeliveryHandle {
     sender: mpsc::Sender<Message>,
     /// How far it is.
     pub progress: watch::Receiver<Progress>,
-    task: tokio::task::JoinHandle<Result<(), SinkError>>,
+    /// `None` once it has ended and said why.
+    task: Option<tokio::task::JoinHandle<Result<(), SinkError>>>,
 }
 
 /// What a delivery needs beside its sink's writer.
@@ -90,7 +91,8 @@ impl DeliveryHandle {
         let (publish, progress) = watch::channel(begin);
         let sink = context.sink.clone();
         let worker = Worker::new(acquired, context, publish);
-        Self { sink, sender, progress, task: tokio::spawn(worker.run(receiver)) }
+        let task = Some(tokio::spawn(worker.run(receiver)));
+        Self { sink, sender, progress, task }
     }
 
     /// Hands a span over; waits while the sink is behind.
@@ -111,9 +113,12 @@ impl DeliveryHandle {
         flushed.await.map_err(|_| DeliveryEnded)
     }
 
-    /// Completes when the delivery ends by itself, with the reason. Not to be called again then.
+    /// Completes when the delivery ends by itself, with the reason; once.
     pub async fn ended(&mut self) -> SinkError {
-        match (&mut self.task).await {
+        let Some(task) = &mut self.task else { return std::future::pending().await };
+        let ended = task.await;
+        self.task = None;
+        match ended {
             Ok(Err(error)) => error,
             Ok(Ok(())) => self.unavailable("the delivery ended".into()),
             Err(panic) => self.unavailable(format!("the delivery failed: {panic}")),
@@ -124,13 +129,15 @@ impl DeliveryHandle {
         SinkError::Unavailable { sink: self.sink.clone(), cause }
     }
 
-    /// Ends the delivery. What is not committed is dropped; it will be read again.
+    /// Ends the delivery and waits until it has. What is not committed is dropped; it will be read
+    /// again.
     ///
     /// # Errors
-    /// Why the delivery ended by itself, if it did.
+    /// Why the delivery ended by itself, if it did and [`DeliveryHandle::ended`] has not said so.
     pub async fn join(self) -> Result<(), SinkError> {
         drop(self.sender);
-        self.task.await.unwrap_or_else(|panic| {
+        let Some(task) = self.task else { return Ok(()) };
+        task.await.unwrap_or_else(|panic| {
             let cause = format!("the delivery failed: {panic}");
             Err(SinkError::Unavailable { sink: self.sink, cause })
         })
@@ -159,6 +166,8 @@ struct Worker {
     /// Where the sink's own position stands: each commit starts there.
     stored: Option<Position>,
     must_cut_at: Option<Position>,
+    /// Letters of rows that were refused are not shown yet.
+    letters_hidden: bool,
     buffer: Option<Buffer>,
     pressure: Arc<Notify>,
     id: u64,
@@ -175,6 +184,7 @@ impl Worker {
             refusals,
             stored: acquired.position,
             must_cut_at: acquired.must_cut_at,
+            letters_hidden: false,
             buffer: None,
             pressure: Arc::new(Notify::new()),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -307,7 +317,10 @@ impl Worker {
         if committed.rows_refused > 0 {
             metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{sink}"))
                 .increment(committed.rows_refused);
-            settle(&self.context, &commit.span.to_inclusive).await;
+            self.letters_hidden = true;
+        }
+        if self.letters_hidden {
+            self.letters_hidden = !settle(&self.context, &commit.span.to_inclusive).await;
         }
         self.refusals.committed(&commit);
         self.stored = Some(commit.span.to_inclusive.clone());
@@ -330,13 +343,11 @@ impl Worker {
     }
 }
 
-/// Shows the letters of the rows that were refused. A failure only hides them until the shard is
-/// acquired again.
-async fn settle(context: &DeliveryContext, up_to: &Position) {
+/// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or
+/// until the shard is acquired again.
+async fn settle(context: &DeliveryContext, up_to: &Position) -> bool {
     let settled = context.letters.settle(&context.shard, &context.sink, Some(up_to), false);
-    if let Err(error) = settled.await {
-        tracing::warn!(%error, "dead letters stay hidden until the shard is acquired again");
-    }
+    settled.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
 }
 
 async fn sleep_until(due: Option<Instant>) {

@@ -1,0 +1,222 @@
+//! Exactly once, as a property: runs that are killed, pause, lose replies and change their plugins'
+//! configuration at any step between reading, stages, commits, positions and checkpoints. Whatever
+//! happened, each sink has each record that is due there once.
+//!
+//! The pipeline is the real one (lanes, deliveries, ledger, dead letters, state database); the stream
+//! is in memory. In the pure model the sinks are as well. A seed that fails is run again alone with
+//! `SHARDMILL_SEED`.
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "a test")]
+#![allow(missing_docs, reason = "the helpers have one reader: the tests beside them")]
+
+mod chaos;
+mod real;
+mod sink;
+mod source;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chaos::{Chaos, Unreliable};
+use futures::StreamExt as _;
+use shardmill::config::{PipelineConfig, parse};
+use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
+use shardmill::position::{DeadLetters, LetterFilter, StateStore};
+use shardmill::sink::Sink;
+use shardmill::supervisor::{RunOptions, Supervisor};
+use sink::{Table, TableSink};
+use source::Memory;
+use tokio_util::sync::CancellationToken;
+
+const SHARDS: u64 = 3;
+const RECORDS_PER_SHARD: u64 = 120;
+/// How often a process is killed, at most.
+const KILLS_MAX: u64 = 8;
+/// Steps that a process lives, at most.
+const STEPS_MAX: u64 = 90;
+/// The sinks: rows of one side each, and all rows.
+const SINKS: [&str; 3] = ["left", "right", "all"];
+
+/// What all runs of a test share.
+struct Rig {
+    engine: PluginEngine,
+    cache: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let cache = tempfile::tempdir().expect("a folder");
+        Self { engine: PluginEngine::new().expect("an engine"), cache }
+    }
+
+    fn host(&self) -> PluginHost {
+        let cache = CompileCache::in_folder(self.cache.path().to_owned());
+        PluginHost { engine: self.engine.clone(), cache, backends: Backends::default() }
+    }
+}
+
+/// A pipeline of one plugin whose configuration says which side goes where.
+fn pipeline(state: &Path, is_swapped: bool, rows: u64, linger_ms: u64) -> PipelineConfig {
+    let (plugin, state) = (support::plugin("route-json"), state.display());
+    let right = if is_swapped { 0 } else { 1 };
+    let mut text = format!(
+        r#"
+[pipeline]
+name = "model"
+state_dir = "{state}"
+[source]
+type = "kinesis"
+stream = "model"
+[[stage]]
+name = "route"
+plugin = "{plugin}"
+[stage.config]
+default = "left"
+rules = [{{ route = "right", field = "side", equals = {right} }}]
+[stage.routes]
+left = ["left", "all"]
+right = ["right", "all"]
+"#
+    );
+    for (place, sink) in (1..).zip(SINKS) {
+        let (rows, linger_ms) = (rows * place, linger_ms * place);
+        text.push_str(&format!(
+            "[[sink]]\nname = \"{sink}\"\ntype = \"discard\"\n[sink.commit]\nrows = {rows}\n\
+             linger = \"{linger_ms} ms\"\n"
+        ));
+    }
+    parse(Path::new("model.toml"), &text, &|_| None).expect("a sound pipeline")
+}
+
+/// Runs a pipeline through kills to its end.
+async fn run(rig: &Rig, seed: u64, state: &Path, chaos: &Arc<Chaos>, sinks: &[Arc<dyn Sink>]) {
+    let kills = chaos.rng().u64(1..=KILLS_MAX);
+    // The last process finds nothing to do, but for letters that a zombie has hidden again.
+    for life in 0..=kills + 1 {
+        let is_last = life >= kills;
+        let (config, steps) = {
+            let mut rng = chaos.rng();
+            let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
+            (pipeline(state, rng.bool(), rows, linger_ms), rng.u64(1..STEPS_MAX))
+        };
+        chaos.begin();
+        chaos.live_for((!is_last).then_some(steps));
+        let source = Memory::new(SHARDS, RECORDS_PER_SHARD, chaos.clone());
+        let unreliable = sinks.iter().map(|inner| {
+            let (inner, chaos) = (inner.clone(), chaos.clone());
+            Arc::new(Unreliable { inner, chaos }) as Arc<dyn Sink>
+        });
+        let options = RunOptions {
+            until_caught_up: true,
+            dropped_sinks: HashSet::new(),
+            embedded_plugin: |_| None,
+        };
+        let sinks = unreliable.collect();
+        let supervisor =
+            Supervisor::prepare(config, rig.host(), Arc::new(source), sinks, options).await;
+        let supervisor = supervisor.unwrap_or_else(|why| panic!("seed {seed}: {why:#}"));
+        tokio::select! {
+            ended = supervisor.run(CancellationToken::new()) => {
+                ended.unwrap_or_else(|why| panic!("seed {seed}, life {life}: {why:#}"));
+                if !is_last {
+                    // It ended before its time: what follows finds nothing to do.
+                    chaos.live_for(None);
+                }
+            }
+            () = chaos.killed() => {}
+        }
+    }
+}
+
+/// The ids in JSON rows.
+fn ids(rows: &[String]) -> Vec<u64> {
+    let id = |row: &String| {
+        let json: serde_json::Value = serde_json::from_str(row).expect("JSON");
+        json["id"].as_u64().expect("an id")
+    };
+    rows.iter().map(id).collect()
+}
+
+/// Checks what the sinks have, with the letters: `rows` by sink.
+async fn check(seed: u64, state: &Path, rows: &BTreeMap<&str, Vec<u64>>) {
+    let letters = DeadLetters::new(StateStore::open(&state.join("model")).expect("the state"));
+    let letters = letters.select(LetterFilter::default(), u32::MAX).await.expect("letters");
+    let mut by_place: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    for letter in &letters {
+        let text = String::from_utf8_lossy(&letter.original);
+        let digits: String = text.chars().filter(char::is_ascii_digit).collect();
+        // A JSON payload ends with its side, one digit.
+        let digits = if text.starts_with('{') { &digits[..digits.len() - 1] } else { &digits };
+        by_place.entry(letter.place.clone()).or_default().push(digits.parse().expect("an id"));
+    }
+    let due: Vec<u64> = (0..SHARDS * RECORDS_PER_SHARD).collect();
+    let at_stage = by_place.remove("stage:route").unwrap_or_default();
+    let letters_of =
+        |sink: &str| by_place.get(&format!("sink:{sink}")).cloned().unwrap_or_default();
+    for sinks in [vec!["all"], vec!["left", "right"]] {
+        let mut found = at_stage.clone();
+        for sink in &sinks {
+            found.extend(&rows[sink]);
+            found.extend(letters_of(sink));
+        }
+        found.sort_unstable();
+        if found != due {
+            let twice: Vec<_> = found.windows(2).filter(|pair| pair[0] == pair[1]).collect();
+            let lost: Vec<_> = due.iter().filter(|id| found.binary_search(id).is_err()).collect();
+            panic!("SHARDMILL_SEED={seed}: sinks {sinks:?}: twice {twice:?}, lost {lost:?}");
+        }
+    }
+    assert!(
+        !at_stage.is_empty() && !letters_of("all").is_empty(),
+        "seed {seed}: nobody was refused"
+    );
+    for (sink, ids) in rows {
+        for shard in 0..SHARDS {
+            let of_shard = |id: &&u64| **id / RECORDS_PER_SHARD == shard;
+            let in_order: Vec<&u64> = ids.iter().filter(of_shard).collect();
+            assert!(in_order.is_sorted(), "SHARDMILL_SEED={seed}: {sink} out of order");
+        }
+    }
+}
+
+async fn pure(rig: &Rig, seed: u64) {
+    let folder = tempfile::tempdir_in(memory_folder()).expect("a folder");
+    let chaos = Chaos::new(seed, 60);
+    let tables = SINKS.map(|name| (name, Table::new(name, chaos.clone())));
+    let sinks: Vec<Arc<dyn Sink>> = tables
+        .iter()
+        .map(|(_, table)| Arc::new(TableSink(table.clone())) as Arc<dyn Sink>)
+        .collect();
+    run(rig, seed, folder.path(), &chaos, &sinks).await;
+    // What is still on its way, or asleep, comes now.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let rows = tables.iter().map(|(name, table)| (*name, ids(&table.rows()))).collect();
+    check(seed, folder.path(), &rows).await;
+}
+
+/// Where a state database costs no disk writes, if there is such a place.
+fn memory_folder() -> std::path::PathBuf {
+    let shared = Path::new("/dev/shm");
+    if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() }
+}
+
+/// The seeds of a test: those of `SHARDMILL_SEED` alone, if it is set.
+fn seeds(count: u64) -> Vec<u64> {
+    match std::env::var("SHARDMILL_SEED").ok().and_then(|seed| seed.parse().ok()) {
+        Some(seed) => vec![seed],
+        None => (0..count).collect(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_record_is_there_once_whatever_happens() {
+    /// A run waits more than it works.
+    const AT_ONCE: usize = 64;
+    let (rig, seeds) = (Rig::new(), seeds(1_000));
+    let begun = std::time::Instant::now();
+    futures::stream::iter(&seeds).for_each_concurrent(AT_ONCE, |seed| pure(&rig, *seed)).await;
+    println!("{} seeds in {:?}", seeds.len(), begun.elapsed());
+}
