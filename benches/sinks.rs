@@ -1,8 +1,10 @@
 //! What exactly-once costs on the way into a table: lines of a file, decoded by the bundled plugin
 //! behind the wall and committed with their positions; against a bare loop that COPYs the same rows,
-//! which it has in memory already, in transactions of equal size on one connection.
+//! which it has in memory already, in transactions of equal size on one connection. The case `objects`
+//! is in `objects.rs`.
 
 mod child;
+mod objects;
 mod report;
 
 use std::fmt::Write as _;
@@ -66,7 +68,21 @@ async fn main() -> Result<()> {
         report.line(case.name, our, their);
     }
     drop(client);
-    Ok(connection.await??)
+    connection.await??;
+    if report.wants("objects") {
+        let server = objects::Server::start().await?;
+        let lines = folder.path().join("lines.ndjson");
+        objects::write_lines(&lines)?;
+        let (mut ours, mut baseline) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            let (folder, lines) = (folder.path(), &lines);
+            ours.push(tokio::task::block_in_place(|| objects::pipeline(&server, folder, lines))?);
+            baseline.push(objects::bare_puts(&server, lines).await?);
+        }
+        let (our, their) = report::median_round(&ours, &baseline);
+        report.line_in("objects", our, their, "MiB/s, higher is better");
+    }
+    Ok(())
 }
 
 /// A row's values.

@@ -42,8 +42,10 @@ enum Name {
     Flat,
     /// A plugin in each language, against native Rust.
     Languages,
-    /// Rows into tables, against a bare COPY.
+    /// Rows into tables and objects, against a bare COPY and a bare loop of PutObject calls.
     Sinks,
+    /// From a record's arrival to its row being visible, against a bare loop of SDK calls and INSERTs.
+    Latency,
 }
 
 /// The languages of [`Name::Languages`], as `shardmill new plugin` calls them.
@@ -63,6 +65,7 @@ impl Bench {
             Name::Flat => "flat",
             Name::Languages => "languages",
             Name::Sinks => "sinks",
+            Name::Latency => "latency",
         };
         let mut command = cargo();
         command.args(["bench", "--quiet", "--package", "benches", "--bench", name, "--"]);
@@ -82,7 +85,7 @@ impl Bench {
         }
         let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
         let mut postgres = None;
-        if self.bench == Name::Sinks {
+        if matches!(self.bench, Name::Sinks | Name::Latency) {
             let cluster = postgres.insert(Cluster::start(scratch.path())?);
             command.env("SHARDMILL_TEST_POSTGRES", &cluster.url);
         }
