@@ -553,7 +553,7 @@ async fn keys_that_are_absent_take_the_columns_default() {
 async fn routes_are_checked_against_the_live_table() {
     let mart = Mart::new("checked").await;
     mart.sql(
-        "CREATE TABLE cars (id int, tags text[], twice int GENERATED ALWAYS AS (id * 2) STORED)",
+        "CREATE TABLE cars (id int, tags inet, twice int GENERATED ALWAYS AS (id * 2) STORED)",
     )
     .await;
     let sink = mart.sink("cars");
@@ -561,7 +561,7 @@ async fn routes_are_checked_against_the_live_table() {
     for (columns, part) in [
         (&["id bigint"][..], "is bigint in route \"cars\" and integer in table sink_checked.cars"),
         (&["make text"], "it has id, tags, twice"),
-        (&["tags text[]"], "cannot fill"),
+        (&["tags inet"], "cannot fill"),
         (&["twice integer"], "generates itself"),
         (&["id intt"], "no type of this PostgreSQL"),
         (&["id int); DROP TABLE cars; --"], "no type of this PostgreSQL"),
@@ -731,4 +731,52 @@ async fn a_server_out_of_reach_is_unavailable() {
     let text = error.to_string();
     assert!(text.contains("PostgreSQL at 127.0.0.1:1, database mart"), "{text}");
     assert!(!text.contains("secret"), "{text}");
+}
+
+#[tokio::test]
+async fn arrays_of_any_depth_are_written() {
+    let mart = Mart::new("arrays").await;
+    mart.sql(
+        "CREATE TABLE arrays (id bigint, ints int[], texts text[], prices numeric[], \
+         times timestamptz[], documents jsonb[], uuids uuid[])",
+    )
+    .await;
+    let (mut writer, log) = (mart.writer("arrays").await, Log::default());
+    let rows = [
+        r#"{"id":1,"ints":[1,null,-3],"texts":["a","","\"\u2603\""],"prices":[1.50,"NaN"]}"#,
+        r#"{"id":2,"ints":[[1,2],[3,4],[5,6]],"texts":[],"prices":null}"#,
+        r#"{"id":3,"times":["2013-01-31T23:59:59+01:00"],"documents":[[1,2],{"a":[]}, null]}"#,
+        r#"{"id":4,"uuids":["6ba7b810-9dad-11d1-80b4-00c04fd430c8"],"ints":[[],[]]}"#,
+        r#"{"id":5,"ints":[[1,2],[3]]}"#,
+        r#"{"id":6,"ints":[1,[2]]}"#,
+        r#"{"id":7,"ints":[[[[[[[1]]]]]]]}"#,
+        r#"{"id":8,"ints":7}"#,
+        r#"{"id":9,"ints":["x"]}"#,
+        r#"{"id":10,"texts":["\u0000"]}"#,
+        r#"{"id":11,"ints":[[[1]],[2]]}"#,
+    ];
+    let done = writer.commit(&commit(0, &rows), &log).await.expect("committed");
+    assert_eq!((done.rows_written, done.rows_refused), (4, 7));
+    log.expect(&[
+        (4, "of one depth"),
+        (5, "of one depth"),
+        (6, "at most 6 dimensions"),
+        (7, "a JSON array is due"),
+        (8, "an integer is due"),
+        (9, "texts"),
+        (10, "of one depth"),
+    ]);
+    let shown = "SELECT string_agg(concat_ws('|', id, ints, texts, prices, times, documents, uuids), \
+                 E'\\n' ORDER BY id) FROM arrays";
+    assert_eq!(
+        mart.one(shown).await,
+        "1|{1,NULL,-3}|{a,\"\",\"\\\"☃\\\"\"}|{1.50,NaN}\n\
+         2|{{1,2},{3,4},{5,6}}|{}\n\
+         3|{\"2013-01-31 22:59:59+00\"}|{\"[1, 2]\",\"{\\\"a\\\": []}\",NULL}\n\
+         4|{}|{6ba7b810-9dad-11d1-80b4-00c04fd430c8}"
+    );
+    // What a route declares is held against the table.
+    let sink = mart.sink("arrays");
+    sink.prepare(&[route(&["id bigint?", "ints smallint[]?"])]).await.expect("they fit");
+    expect_unavailable(sink.prepare(&[route(&["id bigint?", "ints text[]?"])]).await, "ints");
 }

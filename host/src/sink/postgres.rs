@@ -9,6 +9,7 @@
 //! The position table lies in the schema of the data table if that is named, else in the first of
 //! the `search_path`, as the data table does.
 
+mod array;
 mod copy;
 mod encode;
 mod kind;

@@ -12,6 +12,7 @@ use std::ops::Range;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde_json::value::RawValue;
 
+use super::array;
 use super::kind::Kind;
 use super::numeric;
 use super::table::LiveTable;
@@ -219,7 +220,7 @@ fn put_tuple(
 }
 
 /// Writes a value behind its length.
-fn put_field(out: &mut BytesMut, kind: Kind, raw: &RawValue) -> Result<(), Why> {
+pub(super) fn put_field(out: &mut BytesMut, kind: Kind, raw: &RawValue) -> Result<(), Why> {
     let json = Json::of(raw)?;
     if json == Json::Null {
         out.put_i32(NULL);
@@ -263,6 +264,7 @@ fn put_value(out: &mut BytesMut, kind: Kind, json: &Json<'_>, raw: &RawValue) ->
         Kind::Timestamp => put_timestamp(out, json, Zone::WallClock)?,
         Kind::Timestamptz => put_timestamp(out, json, Zone::Instant)?,
         Kind::Bytea => out.put_slice(&value::bytes(json)?),
+        Kind::Array(element) => array::put(out, element, raw)?,
         Kind::Unsupported => return Err("rows cannot fill a column of that type yet".into()),
     }
     Ok(())

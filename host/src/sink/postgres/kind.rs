@@ -1,6 +1,6 @@
 //! The column types that rows can fill, as families that share a wire form.
 
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{Kind as TypeKind, Oid, Type};
 
 /// How a column's values are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,9 @@ pub(super) enum Kind {
     Timestamp,
     Timestamptz,
     Bytea,
-    /// Arrays, ranges, `inet`, `interval` and the rest: no row can fill it yet.
+    /// An array of any depth, by its elements' type; of enums and domains, none can be filled yet.
+    Array(Oid),
+    /// Ranges, `inet`, `interval` and the rest: no row can fill it yet.
     Unsupported,
 }
 
@@ -53,7 +55,14 @@ impl Kind {
             Some(Type::BYTEA) => Self::Bytea,
             None if is_enum => Self::Enum,
             None if name == "citext" => Self::Text,
-            _ => Self::Unsupported,
+            Some(array) => match array.kind() {
+                TypeKind::Array(element) => match Self::of(element.oid(), "", false) {
+                    Self::Unsupported => Self::Unsupported,
+                    _ => Self::Array(element.oid()),
+                },
+                _ => Self::Unsupported,
+            },
+            None => Self::Unsupported,
         }
     }
 
@@ -72,11 +81,18 @@ impl Kind {
             Self::Float4 => matches!(declared, Self::Int2 | Self::Float4),
             // A text keeps what is written; which texts an enum or a name takes, only a row shows.
             Self::Text => {
-                !matches!(declared, Self::Json | Self::Jsonb | Self::Bytea | Self::Unsupported)
+                let needs_form = matches!(declared, Self::Json | Self::Jsonb | Self::Bytea);
+                !needs_form && !matches!(declared, Self::Array(_) | Self::Unsupported)
             }
             Self::Name | Self::Enum => matches!(declared, Self::Text | Self::Name | Self::Enum),
             Self::Json | Self::Jsonb => matches!(declared, Self::Json | Self::Jsonb),
             Self::Timestamptz => matches!(declared, Self::Timestamp | Self::Timestamptz),
+            Self::Array(element) => match declared {
+                Self::Array(other) => {
+                    Self::of(element, "", false).holds(Self::of(other, "", false))
+                }
+                _ => false,
+            },
             Self::Unsupported => false,
             Self::Bool
             | Self::Int2
