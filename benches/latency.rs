@@ -92,7 +92,7 @@ async fn measure(
     Ok(latencies)
 }
 
-/// Puts records at an even rate; the first ones only warm both sides up.
+/// Puts records at an even rate, from when the reader has had time to start.
 async fn put(kinesis: Kinesis, stream: String, records: u64) -> Result<()> {
     // The reader starts meanwhile.
     tokio::time::sleep(Duration::from_secs(3)).await;

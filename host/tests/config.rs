@@ -63,7 +63,7 @@ fn the_pipeline_at_the_root_loads() {
     let config = config.unwrap_or_else(|error| panic!("{}", error.render(false)));
     assert_eq!(config.name.as_str(), "cars");
     assert_eq!(config.state_dir, root.join("state"));
-    assert_eq!(kinesis(&config).endpoint, Endpoint::Embedded);
+    assert_eq!(kinesis(&config).server.endpoint, Endpoint::Embedded);
     assert_eq!(kinesis(&config).create.map(|create| create.shards), Some(5));
     let stages: Vec<&str> = config.stages.iter().map(|stage| stage.name.value.as_str()).collect();
     assert_eq!(stages, ["decode", "transform", "route"]);

@@ -17,7 +17,7 @@ use std::time::Duration;
 use aws_sdk_kinesis::types::ShardIteratorType;
 use ferrokinesis::store::StoreOptions;
 use shardmill::config::{
-    Endpoint, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, Secret, StreamTarget,
+    Endpoint, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, Secret, StreamServer, StreamTarget,
 };
 use shardmill::record::{Row, StreamRef};
 use shardmill::sink::http::HttpSink;
@@ -56,12 +56,14 @@ async fn stream(shards: i32, options: StoreOptions) -> (EmbeddedStream, aws_sdk_
     (server, client)
 }
 
+fn server(endpoint: Endpoint) -> StreamServer {
+    StreamServer { endpoint, region: None, assume_role: None }
+}
+
 fn target(url: &url::Url, strict_order: bool) -> StreamTarget {
     StreamTarget {
         stream: StreamRef::parse("out").expect("a name"),
-        endpoint: Endpoint::Url(url.clone()),
-        region: None,
-        assume_role: None,
+        server: server(Endpoint::Url(url.clone())),
         strict_order,
     }
 }
@@ -155,7 +157,8 @@ async fn a_stream_that_is_not_there_is_named() {
     };
     let sink = KinesisSink::new("out".into(), missing, "".into());
     expect_unavailable(sink.prepare(&[]).await, "elsewhere");
-    let embedded = StreamTarget { endpoint: Endpoint::Embedded, ..target(server.url(), false) };
+    let embedded =
+        StreamTarget { server: self::server(Endpoint::Embedded), ..target(server.url(), false) };
     let folder = tempfile::tempdir().expect("a folder");
     let sink = KinesisSink::new("out".into(), embedded, folder.path().into());
     expect_unavailable(sink.prepare(&[]).await, "shardmill stream serve");

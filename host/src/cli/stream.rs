@@ -14,7 +14,7 @@ use aws_sdk_kinesis::Client;
 
 use self::describe::report;
 pub use self::place::Place;
-use self::place::{Target, embedded_url, server};
+use self::place::{Target, embedded_url};
 use self::put::{PutOptions, put};
 use self::reshard::{Reshard, reshard};
 use self::tail::{TailOptions, tail};
@@ -187,7 +187,7 @@ pub(crate) async fn source(
             return Ok((Arc::new(FileSource::new(file, config.source.batch)?), None));
         }
     };
-    let (url, started) = match &kinesis.endpoint {
+    let (url, started) = match &kinesis.server.endpoint {
         Endpoint::Aws => (None, None),
         Endpoint::Url(url) => (Some(url.clone()), None),
         Endpoint::Embedded => match embedded::find(&config.state_dir) {
@@ -198,7 +198,12 @@ pub(crate) async fn source(
             }
         },
     };
-    let client = client::connect(server(kinesis, url.as_ref())).await?;
+    let client = client::connect(client::Server::of(
+        &kinesis.server,
+        Some(&kinesis.stream.value),
+        url.as_ref(),
+    ))
+    .await?;
     ensure(&client, kinesis).await?;
     let source = KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
     Ok((Arc::new(source), started))
@@ -211,13 +216,18 @@ pub(crate) async fn intake_client(
     kinesis: &KinesisConfig,
     started: Option<&EmbeddedStream>,
 ) -> anyhow::Result<Client> {
-    let url = match (&kinesis.endpoint, started) {
+    let url = match (&kinesis.server.endpoint, started) {
         (Endpoint::Aws, _) => None,
         (Endpoint::Url(url), _) => Some(url.clone()),
         (Endpoint::Embedded, Some(started)) => Some(started.url().clone()),
         (Endpoint::Embedded, None) => Some(embedded_url(&config.state_dir)?),
     };
-    Ok(client::connect(server(kinesis, url.as_ref())).await?)
+    Ok(client::connect(client::Server::of(
+        &kinesis.server,
+        Some(&kinesis.stream.value),
+        url.as_ref(),
+    ))
+    .await?)
 }
 
 /// Creates the pipeline's stream when it is missing and `create` is set.

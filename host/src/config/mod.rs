@@ -134,12 +134,8 @@ pub enum SourceKind {
 pub struct KinesisConfig {
     /// The stream.
     pub stream: Located<StreamRef>,
-    /// The server to talk to.
-    pub endpoint: Endpoint,
-    /// The AWS region; `None`: that of the ARN, or the standard chain.
-    pub region: Option<String>,
-    /// The role to assume, of this account or another.
-    pub assume_role: Option<AssumeRole>,
+    /// The server that has it.
+    pub server: StreamServer,
     /// Where a shard without a position starts.
     pub start: StartPosition,
     /// What to do when the stream no longer holds what was not read yet.
@@ -174,6 +170,17 @@ pub enum OnLostRecords {
     Stop,
     /// Go on with the oldest record that there is; the loss is told and counted.
     Continue,
+}
+
+/// The server that has a stream, and as whom it is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamServer {
+    /// Where it is.
+    pub endpoint: Endpoint,
+    /// The AWS region; `None`: that of the ARN, or the standard chain.
+    pub region: Option<String>,
+    /// The role to assume, of this account or another.
+    pub assume_role: Option<AssumeRole>,
 }
 
 /// A role to assume.
@@ -476,12 +483,8 @@ pub enum SinkKind {
 pub struct StreamTarget {
     /// The stream.
     pub stream: StreamRef,
-    /// The server to talk to.
-    pub endpoint: Endpoint,
-    /// The AWS region; `None`: that of the ARN, or the standard chain.
-    pub region: Option<String>,
-    /// The role to assume.
-    pub assume_role: Option<AssumeRole>,
+    /// The server that has it.
+    pub server: StreamServer,
     /// Whether no request holds two records of one key.
     pub strict_order: bool,
 }

@@ -279,19 +279,10 @@ fn objects(raw: &RawObjects, base: &Path, check: &mut Check) -> Option<SinkKind>
 
 fn kinesis(raw: &RawKinesisSink, check: &mut Check) -> Option<SinkKind> {
     let stream = source::stream(&raw.stream, check);
-    let endpoint = source::endpoint(&raw.endpoint, check);
-    let region = source::filled(&raw.region, "region", check);
-    let assume_role = raw.assume_role.as_ref().map(|raw| source::assume_role(raw, check));
-    Some(SinkKind::Kinesis(StreamTarget {
-        stream: stream?.value,
-        endpoint: endpoint?,
-        region: region?,
-        assume_role: match assume_role {
-            Some(role) => Some(role?),
-            None => None,
-        },
-        strict_order: raw.strict_order.unwrap_or(false),
-    }))
+    let role = raw.assume_role.as_ref();
+    let server = source::server(&raw.endpoint, &raw.region, role, check);
+    let strict_order = raw.strict_order.unwrap_or(false);
+    Some(SinkKind::Kinesis(StreamTarget { stream: stream?.value, server: server?, strict_order }))
 }
 
 fn http(raw: &RawHttpSink, check: &mut Check) -> Option<SinkKind> {

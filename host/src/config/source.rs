@@ -13,7 +13,7 @@ use super::load::shaped;
 use super::raw::{Maybe, RawAssumeRole, RawBatch, RawCreate, RawFile, RawKinesis, Text};
 use super::{
     AssumeRole, BatchLimits, CreateStream, Endpoint, FileConfig, KinesisConfig, Located,
-    OnLostRecords, ReaderKind, SourceConfig, SourceKind, StartPosition,
+    OnLostRecords, ReaderKind, SourceConfig, SourceKind, StartPosition, StreamServer,
 };
 use crate::record::{SequenceNumber, ShardId, StreamRef};
 
@@ -71,9 +71,7 @@ pub(super) fn read(
 
 fn kinesis(raw: RawKinesis, check: &mut Check) -> Option<KinesisConfig> {
     let stream = stream(&raw.stream, check);
-    let endpoint = endpoint(&raw.endpoint, check);
-    let region = filled(&raw.region, "region", check);
-    let assume_role = raw.assume_role.map(|raw| assume_role(&raw, check));
+    let server = server(&raw.endpoint, &raw.region, raw.assume_role.as_ref(), check);
     let start = start(&raw.start, check);
     let on_lost_records = check.choice(
         &raw.on_lost_records,
@@ -88,7 +86,7 @@ fn kinesis(raw: RawKinesis, check: &mut Check) -> Option<KinesisConfig> {
         RECORDS_PER_CALL_MAX,
         1..=u64::from(RECORDS_PER_CALL_MAX),
     );
-    let poll_interval_min = match endpoint {
+    let poll_interval_min = match server.as_ref().map(|server| &server.endpoint) {
         Some(Endpoint::Aws) => POLL_INTERVAL,
         _ => POLL_INTERVAL_OWN_SERVER_MIN,
     };
@@ -96,12 +94,7 @@ fn kinesis(raw: RawKinesis, check: &mut Check) -> Option<KinesisConfig> {
     let poll_interval = check.duration(&raw.poll_interval, POLL_INTERVAL, poll_intervals);
     Some(KinesisConfig {
         stream: stream?,
-        endpoint: endpoint?,
-        region: region?,
-        assume_role: match assume_role {
-            Some(role) => Some(role?),
-            None => None,
-        },
+        server: server?,
         start: start?,
         on_lost_records: on_lost_records?,
         create: match create {
@@ -111,6 +104,26 @@ fn kinesis(raw: RawKinesis, check: &mut Check) -> Option<KinesisConfig> {
         reader: reader?,
         records_per_call_max: records_per_call_max?,
         poll_interval: poll_interval?,
+    })
+}
+
+/// Reads `endpoint`, `region` and `assume_role`.
+pub(super) fn server(
+    raw_endpoint: &Maybe<Text>,
+    raw_region: &Maybe<Text>,
+    raw_role: Option<&RawAssumeRole>,
+    check: &mut Check,
+) -> Option<StreamServer> {
+    let endpoint = endpoint(raw_endpoint, check);
+    let region = filled(raw_region, "region", check);
+    let role = raw_role.map(|raw| assume_role(raw, check));
+    Some(StreamServer {
+        endpoint: endpoint?,
+        region: region?,
+        assume_role: match role {
+            Some(role) => Some(role?),
+            None => None,
+        },
     })
 }
 
@@ -145,7 +158,7 @@ fn reader(kind: &Maybe<Text>, consumer: &Maybe<Text>, check: &mut Check) -> Opti
     }
 }
 
-pub(super) fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<AssumeRole> {
+fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<AssumeRole> {
     let arn = &raw.arn.get_ref().0;
     let is_role = arn.starts_with("arn:aws") && arn.contains(":iam::") && arn.contains(":role/");
     if !is_role {
@@ -162,7 +175,7 @@ pub(super) fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<Assu
     })
 }
 
-pub(super) fn endpoint(raw: &Maybe<Text>, check: &mut Check) -> Option<Endpoint> {
+fn endpoint(raw: &Maybe<Text>, check: &mut Check) -> Option<Endpoint> {
     let Some(raw) = raw else { return Some(Endpoint::Aws) };
     let text = raw.get_ref().0.as_str();
     if text == "embedded" {
@@ -183,7 +196,7 @@ pub(super) fn endpoint(raw: &Maybe<Text>, check: &mut Check) -> Option<Endpoint>
 }
 
 /// The inner `None` is a missing key, the outer one an empty value.
-pub(super) fn filled(raw: &Maybe<Text>, noun: &str, check: &mut Check) -> Option<Option<String>> {
+fn filled(raw: &Maybe<Text>, noun: &str, check: &mut Check) -> Option<Option<String>> {
     match raw {
         Some(raw) => check.filled(raw, noun).map(Some),
         None => Some(None),

@@ -19,7 +19,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use sha2::{Digest as _, Sha256};
 
-use super::line::LineFormat;
+use super::line::{LineFormat, without_newlines};
 use super::progress::Progress;
 use super::{Acquired, BoundRoute, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};
 use crate::config::{HttpBody, HttpTarget};
@@ -240,9 +240,8 @@ impl Shared {
             if index > 0 {
                 body.extend_from_slice(between);
             }
-            // Known to be JSON; nothing but its line breaks is left out.
-            let line = LineFormat::Json.line(&row.payload).unwrap_or_default();
-            body.extend_from_slice(&line);
+            // Known to be JSON.
+            body.extend_from_slice(&without_newlines(&row.payload));
         }
         body.extend_from_slice(close);
         body

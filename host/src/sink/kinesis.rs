@@ -51,7 +51,7 @@ impl KinesisSink {
     }
 
     async fn connect(&self) -> Result<Client, SinkError> {
-        let url = match &self.target.endpoint {
+        let url = match &self.target.server.endpoint {
             Endpoint::Aws => None,
             Endpoint::Url(url) => Some(url.clone()),
             Endpoint::Embedded => Some(embedded::find(&self.state_dir).ok_or_else(|| {
@@ -60,12 +60,7 @@ impl KinesisSink {
                 )
             })?),
         };
-        let stream = &self.target.stream;
-        let server = Server {
-            url: url.as_ref(),
-            region: self.target.region.as_deref().or(stream.region()),
-            assume_role: self.target.assume_role.as_ref(),
-        };
+        let server = Server::of(&self.target.server, Some(&self.target.stream), url.as_ref());
         client::connect(server).await.map_err(|error| self.unavailable(error))
     }
 

@@ -72,7 +72,7 @@ fn check_json(payload: &[u8]) -> Result<(), String> {
 
 /// Valid JSON without its newlines: they can only stand between tokens, since a string must escape
 /// them. Everything else stays byte for byte (long numbers, order and repetition of keys).
-fn without_newlines(json: &[u8]) -> Cow<'_, [u8]> {
+pub(super) fn without_newlines(json: &[u8]) -> Cow<'_, [u8]> {
     if memchr::memchr2(b'\n', b'\r', json).is_none() {
         return Cow::Borrowed(json);
     }

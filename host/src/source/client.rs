@@ -10,7 +10,8 @@ use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 
 use super::SourceError;
-use crate::config::AssumeRole;
+use crate::config::{AssumeRole, Endpoint, StreamServer};
+use crate::record::StreamRef;
 
 /// The region that servers other than AWS are told.
 const OTHER_REGION: &str = "us-east-1";
@@ -27,6 +28,21 @@ pub struct Server<'a> {
 }
 
 impl<'a> Server<'a> {
+    /// The server of a stream, which is at `url`. The embedded stream asks nobody who he is, so no
+    /// role is assumed for it.
+    pub fn of(
+        server: &'a StreamServer,
+        stream: Option<&'a StreamRef>,
+        url: Option<&'a url::Url>,
+    ) -> Self {
+        let is_embedded = server.endpoint == Endpoint::Embedded;
+        Self {
+            url,
+            region: server.region.as_deref().or(stream.and_then(StreamRef::region)),
+            assume_role: server.assume_role.as_ref().filter(|_| !is_embedded),
+        }
+    }
+
     /// A server that is not AWS and checks no credentials.
     pub fn at(url: &'a url::Url) -> Self {
         Self { url: Some(url), ..Self::default() }

@@ -36,7 +36,7 @@ impl KinesisSource {
         let polling = Polling {
             records_per_call_max: config.records_per_call_max,
             poll_interval: config.poll_interval,
-            is_paced: config.endpoint != Endpoint::Embedded,
+            is_paced: config.server.endpoint != Endpoint::Embedded,
         };
         let stream = config.stream.value.clone();
         Self {

@@ -7,7 +7,7 @@ use aws_sdk_kinesis::Client;
 use url::Url;
 
 use super::super::{DEFAULT_PIPELINE, load};
-use crate::config::{AssumeRole, Endpoint, KinesisConfig};
+use crate::config::{Endpoint, StreamServer};
 use crate::record::StreamRef;
 use crate::source::{client, embedded};
 
@@ -34,9 +34,7 @@ pub struct Place {
 /// A stream, resolved.
 pub(super) struct Target {
     stream: Option<StreamRef>,
-    endpoint: Endpoint,
-    region: Option<String>,
-    assume_role: Option<AssumeRole>,
+    server: StreamServer,
     pub state_dir: PathBuf,
 }
 
@@ -55,19 +53,14 @@ impl Place {
             Some(url) => Endpoint::Url(Url::parse(url).with_context(|| {
                 format!("--endpoint {url} is neither `embedded` nor `aws` nor a URL")
             })?),
-            None => kinesis.map_or(Endpoint::Aws, |it| it.endpoint.clone()),
+            None => kinesis.map_or(Endpoint::Aws, |it| it.server.endpoint.clone()),
         };
         let stream = self.stream.clone().or(kinesis.map(|it| it.stream.value.clone()));
-        let region_of = |stream: &StreamRef| stream.region().map(str::to_owned);
+        let region = self.region.clone().or(kinesis.and_then(|it| it.server.region.clone()));
+        let assume_role = kinesis.and_then(|it| it.server.assume_role.clone());
         Ok(Target {
-            region: self
-                .region
-                .clone()
-                .or(kinesis.and_then(|it| it.region.clone()))
-                .or(stream.as_ref().and_then(region_of)),
-            assume_role: kinesis.and_then(|it| it.assume_role.clone()),
             stream,
-            endpoint,
+            server: StreamServer { endpoint, region, assume_role },
             state_dir: self
                 .state_dir
                 .clone()
@@ -78,16 +71,12 @@ impl Place {
 
     pub(super) async fn connect(&self) -> anyhow::Result<(Target, Client)> {
         let target = self.resolve()?;
-        let url = match &target.endpoint {
+        let url = match &target.server.endpoint {
             Endpoint::Aws => None,
             Endpoint::Url(url) => Some(url.clone()),
             Endpoint::Embedded => Some(embedded_url(&target.state_dir)?),
         };
-        let server = client::Server {
-            url: url.as_ref(),
-            region: target.region.as_deref(),
-            assume_role: role(&target.endpoint, target.assume_role.as_ref()),
-        };
+        let server = client::Server::of(&target.server, target.stream.as_ref(), url.as_ref());
         let client = client::connect(server).await?;
         Ok((target, client))
     }
@@ -99,20 +88,6 @@ impl Target {
             .as_ref()
             .context("which stream? name it with --stream, or a pipeline with --pipeline")
     }
-}
-
-/// The server of a pipeline's stream, which is at `url`.
-pub(super) fn server<'a>(kinesis: &'a KinesisConfig, url: Option<&'a Url>) -> client::Server<'a> {
-    client::Server {
-        url,
-        region: kinesis.region.as_deref().or(kinesis.stream.value.region()),
-        assume_role: role(&kinesis.endpoint, kinesis.assume_role.as_ref()),
-    }
-}
-
-/// The role to assume at an endpoint: none for the embedded stream, which asks nobody who he is.
-fn role<'a>(endpoint: &Endpoint, role: Option<&'a AssumeRole>) -> Option<&'a AssumeRole> {
-    role.filter(|_| *endpoint != Endpoint::Embedded)
 }
 
 /// The embedded stream that another process serves.

@@ -81,28 +81,25 @@ pub(super) fn encode(
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => new.insert(OpenRoute::default()),
         };
-        let folder = match &route.last_folder {
-            Some(folder) if !folders_differ => Ok(folder.clone()),
-            _ => layout.folder.folder(row, shard, sink),
+        let body = match route.bodies.first_mut() {
+            Some((_, only)) if !folders_differ => Ok(only),
+            _ => match layout.folder.folder(row, shard, sink) {
+                Ok(folder) => {
+                    let form = || forms.get(&row.route).cloned().unwrap_or_default();
+                    Ok(route.body(folder, || OpenBody::new(&row.route, form(), layout))?)
+                }
+                Err(reason) => Err(reason),
+            },
         };
-        let refused = match folder {
-            Ok(folder) => {
-                let body = match route.bodies.entry(folder.clone()) {
-                    Entry::Occupied(known) => known.into_mut(),
-                    Entry::Vacant(new) => {
-                        let form = forms.get(&row.route).cloned().unwrap_or_default();
-                        new.insert(OpenBody::new(&row.route, form, layout)?)
-                    }
-                };
-                route.last_folder = Some(folder);
-                body.push(&row.payload)?.err()
-            }
+        let refused = match body {
+            Ok(body) => body.push(&row.payload)?.err(),
             Err(reason) => Some(reason),
         };
         refusals.extend(refused.map(|reason| Refusal { row: index, reason }));
     }
     let mut bodies = Vec::new();
-    for (route, open) in open {
+    for (route, mut open) in open {
+        open.bodies.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         for (folder, body) in open.bodies.into_iter().filter(|(_, body)| body.rows > 0) {
             bodies.push(body.finish(route.clone(), folder)?);
         }
@@ -113,8 +110,28 @@ pub(super) fn encode(
 /// The bodies of one route.
 #[derive(Default)]
 struct OpenRoute {
-    last_folder: Option<Path>,
-    bodies: BTreeMap<Path, OpenBody>,
+    bodies: Vec<(Path, OpenBody)>,
+    /// The places of folders in `bodies`.
+    places: HashMap<Path, usize>,
+}
+
+impl OpenRoute {
+    /// The body of a folder, which is made if it is new.
+    fn body(
+        &mut self,
+        folder: Path,
+        make: impl FnOnce() -> Result<OpenBody, String>,
+    ) -> Result<&mut OpenBody, String> {
+        let place = match self.places.get(&folder) {
+            Some(place) => *place,
+            None => {
+                self.bodies.push((folder.clone(), make()?));
+                self.places.insert(folder, self.bodies.len() - 1);
+                self.bodies.len() - 1
+            }
+        };
+        Ok(&mut self.bodies[place].1)
+    }
 }
 
 struct OpenBody {
