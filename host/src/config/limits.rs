@@ -1,0 +1,85 @@
+//! What a stage may use, and when a lane gives up; with the defaults.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// What compiling a plugin may use: a component is input too, and some compile for hours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompileLimits {
+    /// Wall time.
+    pub time_max: Duration,
+    /// Memory of the process that compiles, in bytes.
+    pub memory_bytes_max: usize,
+    /// The component itself, in bytes.
+    pub component_bytes_max: usize,
+}
+
+impl Default for CompileLimits {
+    fn default() -> Self {
+        Self {
+            time_max: Duration::from_secs(180),
+            memory_bytes_max: 2 << 30,
+            component_bytes_max: 64 << 20,
+        }
+    }
+}
+
+/// What one call of a plugin may use. Going over is the failure of the guilty record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StageLimits {
+    /// Wall time of one call with a whole batch, in milliseconds.
+    pub batch_ms_max: u64,
+    /// Wall time of one call with one record, in milliseconds.
+    pub record_ms_max: u64,
+    /// Linear memory of all the instance's memories, in bytes.
+    pub memory_bytes_max: usize,
+    /// Elements of all the instance's tables.
+    pub table_elements_max: usize,
+    /// Bytes that one call may hand back.
+    pub output_bytes_max: usize,
+    /// How long a failure that the plugin calls retryable is tried again, in milliseconds.
+    pub retry_ms_max: u64,
+    /// Outputs per record of a call, on average.
+    pub outputs_per_record_max: usize,
+    /// Log lines that one instance may write in a second.
+    pub log_lines_per_s_max: u32,
+}
+
+impl StageLimits {
+    /// The deadline of one call with `records` records, in milliseconds.
+    pub fn call_ms_max(&self, records: usize) -> u64 {
+        self.batch_ms_max.min(self.record_ms_max.saturating_mul(records as u64)).max(1)
+    }
+}
+
+impl Default for StageLimits {
+    fn default() -> Self {
+        Self {
+            batch_ms_max: 2_000,
+            record_ms_max: 500,
+            memory_bytes_max: 256 << 20,
+            table_elements_max: 100_000,
+            output_bytes_max: 64 << 20,
+            retry_ms_max: 60_000,
+            outputs_per_record_max: 10_000,
+            log_lines_per_s_max: 100,
+        }
+    }
+}
+
+/// When a lane blocks instead of filling the dead letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RejectedMax {
+    /// Rejected records among the last 1,000.
+    pub of_last_1000: u32,
+    /// Rejected records in a row.
+    pub in_a_row: u32,
+}
+
+impl Default for RejectedMax {
+    fn default() -> Self {
+        Self { of_last_1000: 100, in_a_row: 100 }
+    }
+}

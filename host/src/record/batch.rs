@@ -1,0 +1,147 @@
+//! Records on their way: as a stream has them, in batches, and as rows for sinks.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{Position, PositionSpan, RouteName, ShardKey};
+
+/// One record of a shard, as it was put.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Its place in the shard.
+    pub position: Position,
+    /// The partition key, 1 to 256 characters.
+    pub partition_key: Bytes,
+    /// The data, 0 to 10 MiB.
+    pub payload: Bytes,
+    /// When the stream accepted it, in milliseconds since 1970.
+    pub arrived_ms: u64,
+}
+
+/// Consecutive records of one shard, in order, with the span that they cover.
+#[derive(Debug)]
+pub struct Batch {
+    /// The shard that they come from.
+    pub shard: ShardKey,
+    /// The records, by ascending position.
+    pub records: Vec<Record>,
+    /// What is settled once every record here has its outcome.
+    pub span: PositionSpan,
+}
+
+impl Batch {
+    /// The bytes that its payloads and keys hold in memory.
+    pub fn bytes(&self) -> usize {
+        self.records.iter().map(|record| record.payload.len() + record.partition_key.len()).sum()
+    }
+
+    /// Parts it after each of these positions, which ascend, so that no part has records on both
+    /// sides of one. The parts' spans join without a gap and cover what the batch's did.
+    pub fn cut_after<'p>(mut self, positions: impl Iterator<Item = &'p Position>) -> Vec<Self> {
+        let mut parts = Vec::new();
+        for position in positions {
+            let cut = self.records.partition_point(|record| record.position <= *position);
+            if cut == 0 || cut == self.records.len() {
+                continue;
+            }
+            let records = self.records.split_off(cut);
+            let middle = self.records[cut - 1].position.clone();
+            let span = PositionSpan {
+                from_exclusive: Some(middle.clone()),
+                to_inclusive: std::mem::replace(&mut self.span.to_inclusive, middle),
+            };
+            let rest = Self { shard: self.shard.clone(), records, span };
+            parts.push(std::mem::replace(&mut self, rest));
+        }
+        parts.push(self);
+        parts
+    }
+}
+
+/// One output of the last stage that ran for it, on its way to a sink.
+///
+/// Cheap to clone: it shares its batch, so that a sink that refuses it can still write a dead
+/// letter with the original record.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// The batch that it comes from.
+    pub batch: Arc<Batch>,
+    /// Index of its source record in `batch.records`.
+    pub record: u32,
+    /// Its place among the outputs of that record, from 0: with the position, the row's identity.
+    pub ordinal: u32,
+    /// The route that it took.
+    pub route: RouteName,
+    /// The partition key after the stages.
+    pub key: Bytes,
+    /// The payload after the stages.
+    pub payload: Bytes,
+}
+
+impl Row {
+    /// The record that it came from.
+    pub fn source(&self) -> &Record {
+        &self.batch.records[self.record as usize]
+    }
+
+    /// The position of the record that it came from.
+    pub fn position(&self) -> &Position {
+        &self.source().position
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{PipelineName, SequenceNumber, ShardId, StreamIdentity};
+    use super::*;
+
+    fn batch(positions: impl Iterator<Item = Position>) -> Batch {
+        let stream = StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 0 };
+        let shard = ShardKey {
+            pipeline: PipelineName::new("cars"),
+            stream: Arc::new(stream),
+            shard: ShardId::new("shardId-000000000000"),
+        };
+        let record = |position| Record {
+            position,
+            partition_key: Bytes::new(),
+            payload: Bytes::new(),
+            arrived_ms: 0,
+        };
+        let records: Vec<Record> = positions.map(record).collect();
+        let to_inclusive = records.last().expect("a record").position.clone();
+        Batch { shard, records, span: PositionSpan { from_exclusive: None, to_inclusive } }
+    }
+
+    /// Two swaps in one batch: what the generation between them ran once was replayed by the last.
+    #[test]
+    fn a_batch_is_cut_at_every_swap_in_it() {
+        let at =
+            |sequence: u64| Position { sequence: SequenceNumber::from(sequence), sub_sequence: 0 };
+        for seed in 0..1_000 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let first = random.u64(1..50);
+            let numbers: Vec<u64> = (first..first + random.u64(1..50)).collect();
+            let mut swaps: Vec<Position> =
+                (0..random.usize(0..6)).map(|_| at(random.u64(0..120))).collect();
+            swaps.sort();
+            let parts = batch(numbers.iter().map(|number| at(*number))).cut_after(swaps.iter());
+
+            let all: Vec<Position> = parts
+                .iter()
+                .flat_map(|part| &part.records)
+                .map(|record| record.position.clone())
+                .collect();
+            assert_eq!(all, numbers.iter().map(|number| at(*number)).collect::<Vec<_>>());
+            let mut end = None;
+            for part in &parts {
+                assert_eq!(part.span.from_exclusive, end, "seed {seed}");
+                let (first, last) = (&part.records[0].position, &part.span.to_inclusive);
+                assert_eq!(*last, part.records[part.records.len() - 1].position, "seed {seed}");
+                assert!(!swaps.iter().any(|swap| first <= swap && swap < last), "seed {seed}");
+                end = Some(last.clone());
+            }
+        }
+    }
+}
