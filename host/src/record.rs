@@ -10,6 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
 
 pub use self::batch::{Batch, Record, Row};
 
@@ -95,7 +96,7 @@ text_newtype! {
 /// Source: API reference, `Record.SequenceNumber`, pattern `0|([1-9]\d{0,128})`.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct SequenceNumber(Arc<str>);
+pub struct SequenceNumber(SmolStr);
 
 /// The most digits that a sequence number has.
 pub const SEQUENCE_NUMBER_DIGITS_MAX: usize = 129;
@@ -139,7 +140,7 @@ impl From<u64> for SequenceNumber {
 
 impl Ord for SequenceNumber {
     fn cmp(&self, other: &Self) -> Ordering {
-        (self.0.len(), &self.0).cmp(&(other.0.len(), &other.0))
+        (self.0.len(), self.as_str()).cmp(&(other.0.len(), other.as_str()))
     }
 }
 
@@ -170,7 +171,7 @@ impl TryFrom<String> for SequenceNumber {
 
 impl From<SequenceNumber> for String {
     fn from(number: SequenceNumber) -> Self {
-        number.0.as_ref().into()
+        number.0.into()
     }
 }
 

@@ -38,7 +38,7 @@ async fn writer(sink: &impl Sink) -> Box<dyn SinkWriter> {
 /// The commit with other partition keys.
 fn with_keys(mut commit: Commit, key: impl Fn(usize) -> String) -> Commit {
     let keyed = |(index, row): (usize, &Row)| Row { key: key(index).into(), ..row.clone() };
-    commit.rows = commit.rows.iter().enumerate().map(keyed).collect();
+    commit.rows = Arc::new(commit.rows.iter().enumerate().map(keyed).collect());
     commit
 }
 

@@ -268,16 +268,21 @@ impl Lane<'_> {
     ) -> Result<(), LaneError> {
         let Some(chain) = &self.chain else { return Ok(()) };
         let mut rows: Vec<Vec<Row>> = self.deliveries.iter().map(|_| Vec::new()).collect();
+        // Neighbours mostly come by one route: its sinks are looked up once.
+        let mut route = None;
+        let mut bound = Vec::new();
         for one in routed {
-            let is_bound = |own: &DeliveryHandle| chain.sinks_of(&one).contains(&own.sink);
-            let mut bound = (0..rows.len()).filter(|index| is_bound(&self.deliveries[*index]));
-            // The last takes the row itself, which saves counting references.
-            let Some(mut index) = bound.next() else { continue };
-            for next in bound {
-                rows[index].push(one.row.clone());
-                index = next;
+            if route.replace((one.stage, one.route)) != Some((one.stage, one.route)) {
+                let sinks = chain.sinks_of(&one);
+                let is_bound = |index: &usize| sinks.contains(&self.deliveries[*index].sink);
+                bound = (0..rows.len()).filter(is_bound).collect();
             }
-            rows[index].push(one.row);
+            // The last takes the row itself, which saves counting references.
+            let Some((last, others)) = bound.split_last() else { continue };
+            for index in others {
+                rows[*index].push(one.row.clone());
+            }
+            rows[*last].push(one.row);
         }
         let generation = chain.generation().id.clone();
         let to_inclusive = batch.span.to_inclusive.clone();

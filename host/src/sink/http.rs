@@ -128,7 +128,7 @@ impl HttpWriter {
     }
 
     /// Posts what is still to be posted; what is rejected is halved until the row at fault is alone.
-    async fn post_all(&mut self, rows: &Arc<[Row]>) -> Result<(), SinkError> {
+    async fn post_all(&mut self, rows: &Arc<Vec<Row>>) -> Result<(), SinkError> {
         while let Some(piece) = self.pieces.last().cloned() {
             let answer = match piece.is_empty() {
                 true => Answer::Taken,
@@ -152,7 +152,7 @@ impl HttpWriter {
         Ok(())
     }
 
-    async fn post(&self, rows: &Arc<[Row]>, piece: Range<usize>) -> Result<Answer, SinkError> {
+    async fn post(&self, rows: &Arc<Vec<Row>>, piece: Range<usize>) -> Result<Answer, SinkError> {
         let (shared, shard) = (Arc::clone(&self.shared), self.shard.clone());
         let (rows, places) = (Arc::clone(rows), Arc::clone(&self.sound));
         let posting = tokio::task::spawn_blocking(move || {

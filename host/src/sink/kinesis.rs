@@ -114,7 +114,7 @@ struct KinesisWriter {
 
 impl KinesisWriter {
     /// Puts what waits until nothing does.
-    async fn put_all(&mut self, rows: &Arc<[Row]>) -> Result<(), SinkError> {
+    async fn put_all(&mut self, rows: &Arc<Vec<Row>>) -> Result<(), SinkError> {
         let (mut attempts, mut pause) = (0, PAUSE);
         let mut records_max = RECORDS_PER_REQUEST_MAX;
         loop {

@@ -57,7 +57,7 @@ pub struct Commit {
     /// What is settled: the sink's position moves from `from_exclusive` to `to_inclusive`.
     pub span: PositionSpan,
     /// The rows, by ascending (position, ordinal); shared with the threads that encode them.
-    pub rows: Arc<[Row]>,
+    pub rows: Arc<Vec<Row>>,
     /// The id of the generation (stages, digests, configuration) that made the rows.
     pub generation: Arc<str>,
 }

@@ -50,7 +50,7 @@ pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
         key: "key".into(),
         payload: AsRef::<[u8]>::as_ref(payload).to_vec().into(),
     };
-    let rows = payloads.iter().enumerate().map(row).collect();
+    let rows = Arc::new(payloads.iter().enumerate().map(row).collect());
     Commit { span, rows, generation: "1".into() }
 }
 

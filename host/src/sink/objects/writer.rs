@@ -149,7 +149,11 @@ impl ObjectsWriter {
         body.folder.clone().join(file).to_string()
     }
 
-    async fn encode(&self, rows: &Arc<[Row]>, layout: ObjectLayout) -> Result<Encoded, SinkError> {
+    async fn encode(
+        &self,
+        rows: &Arc<Vec<Row>>,
+        layout: ObjectLayout,
+    ) -> Result<Encoded, SinkError> {
         if rows.is_empty() {
             return Ok(Encoded::default());
         }

@@ -4,7 +4,7 @@
 //! whether there are nulls, the elements' type, each dimension's length and first index, the elements
 //! behind their lengths.
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::BufMut as _;
 use serde_json::value::RawValue;
 use tokio_postgres::types::Oid;
 
@@ -18,7 +18,7 @@ const DIMENSIONS_MAX: usize = 6;
 const FIRST_INDEX: i32 = 1;
 
 /// Writes an array without its length.
-pub(super) fn put(out: &mut BytesMut, element: Oid, raw: &RawValue) -> Result<(), Why> {
+pub(super) fn put(out: &mut Vec<u8>, element: Oid, raw: &RawValue) -> Result<(), Why> {
     let kind = Kind::of(element, "", false);
     let mut array = Array {
         // An array in an array of documents is a document.

@@ -7,11 +7,11 @@
 //! is right does not matter for the outcome: only a row that fails alone is refused.
 
 use std::ops::Range;
-use std::pin::pin;
+use std::pin::Pin;
 
 use bytes::Bytes;
 use futures::SinkExt as _;
-use tokio_postgres::{Client, CopyInSink, Error, Statement};
+use tokio_postgres::{CopyInSink, Error, Statement};
 
 use super::encode::Group;
 use super::merge;
@@ -27,10 +27,81 @@ const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 /// What ends it: a tuple of -1 fields.
 const TRAILER: &[u8] = b"\xff\xff";
 
+/// Keeps what was copied, and sets the savepoint for what comes next.
+const NEXT: &str = "RELEASE copy; SAVEPOINT copy";
+
 /// Bytes in one CopyData message: large enough that framing does not count.
 const CHUNK_BYTES: usize = 256 * 1024;
 
+/// A COPY under way. It takes rows while others are still being encoded, so that the server has its
+/// part of the work from the first ones on.
+///
+/// Dropped before its end, it fails on the server: roll back to a savepoint then.
+pub(super) struct RunningCopy {
+    sink: Pin<Box<CopyInSink<Bytes>>>,
+    /// Merges what is staged; `None`: rows go straight into the table.
+    merge: Option<Statement>,
+    /// Straight into the table of a mode that merges, in the hope that no row has its like.
+    hopes: bool,
+    sent: usize,
+}
+
+impl RunningCopy {
+    /// Begins to copy rows that bring these columns. The caller has just set the savepoint `copy`.
+    pub(super) async fn begin(
+        session: &mut Session,
+        table: &TableName,
+        mode: &WriteMode,
+        columns: &[u16],
+    ) -> Result<Self, Error> {
+        if *mode != WriteMode::Append && session.staging == Staging::Missing {
+            merge::create_staging(&session.client, table).await?;
+            session.client.batch_execute(NEXT).await?;
+            session.staging = Staging::Empty;
+        }
+        let statements = prepared(session, table, mode, columns).await?;
+        // Most rows are new: then they need no merge, which takes three times as long.
+        let hopes = statements.merge.is_some() && session.hope.is_due();
+        let (copy, merge) = match statements.merge {
+            Some((stage, merge)) if !hopes => {
+                if session.staging == Staging::Used {
+                    let truncate = format!("TRUNCATE {}", merge::STAGING);
+                    session.client.batch_execute(&truncate).await?;
+                }
+                session.staging = Staging::Used;
+                (stage, Some(merge))
+            }
+            _ => (statements.copy, None),
+        };
+        let mut sink = Box::pin(session.client.copy_in(&copy).await?);
+        sink.feed(Bytes::from_static(HEADER)).await?;
+        Ok(Self { sink, merge, hopes, sent: 0 })
+    }
+
+    /// Sends what is new in `tuples`, all that the rows are so far.
+    pub(super) async fn send(&mut self, tuples: &[u8]) -> Result<(), Error> {
+        for chunk in tuples[self.sent..].chunks(CHUNK_BYTES) {
+            self.sink.feed(Bytes::copy_from_slice(chunk)).await?;
+        }
+        self.sent = tuples.len();
+        Ok(())
+    }
+
+    async fn finish(mut self, session: &mut Session) -> Result<(), Error> {
+        self.sink.feed(Bytes::from_static(TRAILER)).await?;
+        self.sink.as_mut().finish().await?;
+        if let Some(merge) = &self.merge {
+            session.client.execute(merge, &[]).await?;
+        }
+        if self.hopes {
+            session.hope.was_right();
+        }
+        Ok(())
+    }
+}
+
 /// Copies a group's rows; those that the table refuses are added to `refusals`, the others stand.
+/// `running` is a COPY that has taken some of them, or all.
 ///
 /// The caller has just set the savepoint `copy`. After an error the transaction is not usable.
 pub(super) async fn copy_group(
@@ -38,28 +109,32 @@ pub(super) async fn copy_group(
     table: &TableName,
     mode: &WriteMode,
     group: &Group,
+    mut running: Option<RunningCopy>,
     refusals: &mut Vec<Refusal>,
 ) -> Result<(), StepError> {
-    if *mode != WriteMode::Append && session.staging == Staging::Missing {
-        merge::create_staging(&session.client, table).await?;
-        session.client.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
-        session.staging = Staging::Empty;
-    }
-    let statements = prepared(session, table, mode, group).await?;
     // From the last part to the first: the next one is popped off the end.
     let mut pending = Vec::from([(0, group.rows.len())]);
     while let Some((start, end)) = pending.pop() {
         let part = start..end;
-        let error = match write(session, &statements, group.tuples(part.clone())).await {
-            Ok(()) => {
-                session.client.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
-                continue;
-            }
-            Err(StepError::Failed(error)) if session::blames_rows(&error) => error,
-            Err(error) => return Err(error),
+        let mut copy = match running.take() {
+            Some(running) => running,
+            None => RunningCopy::begin(session, table, mode, &group.columns).await?,
         };
+        copy.send(group.tuples(part.clone())).await?;
+        let hopes = copy.hopes;
+        let Err(error) = copy.finish(session).await else {
+            session.client.batch_execute(NEXT).await?;
+            continue;
+        };
+        let in_vain = hopes && merge::found_like(&error);
+        if !in_vain && !session::blames_rows(&error) {
+            return Err(error.into());
+        }
         session.run_in_step("ROLLBACK TO copy").await?;
-        if part.len() == 1 {
+        if in_vain {
+            session.hope.was_wrong();
+            pending.push((start, end));
+        } else if part.len() == 1 {
             let reason = describe(&error);
             refusals.push(Refusal { row: group.rows[part.start], reason });
         } else {
@@ -84,13 +159,13 @@ async fn prepared(
     session: &mut Session,
     table: &TableName,
     mode: &WriteMode,
-    group: &Group,
+    places: &[u16],
 ) -> Result<Statements, Error> {
-    if let Some(statements) = session.statements.get(&group.columns) {
+    if let Some(statements) = session.statements.get(places) {
         return Ok(statements.clone());
     }
     let live = session.table.as_ref();
-    let columns = live.map_or_else(Vec::new, |live| names(live, group));
+    let columns = live.map_or_else(Vec::new, |live| names(live, places));
     let names: Vec<String> = columns.iter().map(|name| quoted(name)).collect();
     let names = names.join(", ");
     let into = |target: &str| format!("COPY {target} ({names}) FROM STDIN (FORMAT binary)");
@@ -104,58 +179,13 @@ async fn prepared(
         )),
     };
     let statements = Statements { copy, merge };
-    session.statements.insert(group.columns.clone(), statements.clone());
+    session.statements.insert(places.into(), statements.clone());
     Ok(statements)
 }
 
-fn names<'t>(live: &'t LiveTable, group: &Group) -> Vec<&'t str> {
-    let places = group.columns.iter().map(|place| usize::from(*place));
+fn names<'t>(live: &'t LiveTable, places: &[u16]) -> Vec<&'t str> {
+    let places = places.iter().map(|place| usize::from(*place));
     places.map(|place| live.columns[place].name.as_str()).collect()
-}
-
-/// Writes some rows of a group, as the mode says.
-async fn write(
-    session: &mut Session,
-    statements: &Statements,
-    tuples: Bytes,
-) -> Result<(), StepError> {
-    let Some((stage, merge)) = &statements.merge else {
-        return Ok(copy(&session.client, &statements.copy, tuples).await?);
-    };
-    // Most rows are new: then they need no merge, which takes three times as long.
-    if session.hope.is_due() {
-        match copy(&session.client, &statements.copy, tuples.clone()).await {
-            Ok(()) => {
-                session.hope.was_right();
-                return Ok(());
-            }
-            Err(error) if merge::found_like(&error) => {
-                session.hope.was_wrong();
-                session.run_in_step("ROLLBACK TO copy").await?;
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    if session.staging == Staging::Used {
-        session.client.batch_execute(&format!("TRUNCATE {}", merge::STAGING)).await?;
-    }
-    session.staging = Staging::Used;
-    copy(&session.client, stage, tuples).await?;
-    session.client.execute(merge, &[]).await?;
-    Ok(())
-}
-
-/// Runs one COPY.
-async fn copy(client: &Client, statement: &Statement, mut tuples: Bytes) -> Result<(), Error> {
-    let sink: CopyInSink<Bytes> = client.copy_in(statement).await?;
-    let mut sink = pin!(sink);
-    sink.feed(Bytes::from_static(HEADER)).await?;
-    while !tuples.is_empty() {
-        sink.feed(tuples.split_to(tuples.len().min(CHUNK_BYTES))).await?;
-    }
-    sink.feed(Bytes::from_static(TRAILER)).await?;
-    sink.finish().await?;
-    Ok(())
 }
 
 /// Cuts rows around the one that the server named, or in half; never returns them whole.

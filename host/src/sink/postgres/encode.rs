@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::BufMut as _;
 use serde_json::value::RawValue;
 
 use super::array;
@@ -45,14 +45,14 @@ pub(super) struct Group {
     pub(super) rows: Vec<usize>,
     /// Where each row ends in `tuples`.
     ends: Vec<usize>,
-    tuples: Bytes,
+    tuples: Vec<u8>,
 }
 
 impl Group {
     /// The encoded tuples of some of its rows.
-    pub(super) fn tuples(&self, rows: Range<usize>) -> Bytes {
+    pub(super) fn tuples(&self, rows: Range<usize>) -> &[u8] {
         let end_of = |row: usize| row.checked_sub(1).map_or(0, |row| self.ends[row]);
-        self.tuples.slice(end_of(rows.start)..end_of(rows.end))
+        &self.tuples[end_of(rows.start)..end_of(rows.end)]
     }
 }
 
@@ -73,7 +73,7 @@ pub(super) struct Encoder<'t, 'r> {
     table_name: &'t str,
     slots: Vec<Option<&'r RawValue>>,
     present: Vec<u16>,
-    open: Vec<OpenGroup>,
+    open: Vec<Group>,
     places: HashMap<Box<[u16]>, usize>,
     last: usize,
     refusals: Vec<Refusal>,
@@ -81,17 +81,18 @@ pub(super) struct Encoder<'t, 'r> {
     required: Vec<usize>,
     /// Whether rows with other columns may overtake each other.
     keeps_order: bool,
-}
-
-struct OpenGroup {
-    columns: Box<[u16]>,
-    rows: Vec<usize>,
-    ends: Vec<usize>,
-    tuples: BytesMut,
+    /// Room for the first group, which mostly is the only one.
+    bytes_expected: usize,
 }
 
 impl<'t, 'r> Encoder<'t, 'r> {
-    pub(super) fn new(table: &'t LiveTable, table_name: &'t str, mode: &WriteMode) -> Self {
+    /// For rows whose payloads have `bytes_expected` together: encoded, they hardly have more.
+    pub(super) fn new(
+        table: &'t LiveTable,
+        table_name: &'t str,
+        mode: &WriteMode,
+        bytes_expected: usize,
+    ) -> Self {
         let place = |name: &str| table.columns.iter().position(|column| column.name == name);
         Self {
             required: mode.required().filter_map(place).collect(),
@@ -104,6 +105,7 @@ impl<'t, 'r> Encoder<'t, 'r> {
             places: HashMap::new(),
             last: 0,
             refusals: Vec::new(),
+            bytes_expected,
         }
     }
 
@@ -129,18 +131,16 @@ impl<'t, 'r> Encoder<'t, 'r> {
         Ok(())
     }
 
+    /// The columns of the group that goes first, and what it has so far.
+    pub(super) fn first_group(&self) -> Option<(&[u16], &[u8])> {
+        let first = self.open.first().filter(|group| !group.rows.is_empty());
+        first.map(|group| (&*group.columns, &*group.tuples))
+    }
+
     /// The rows so far.
-    pub(super) fn finish(self) -> Encoded {
-        let close = |group: OpenGroup| Group {
-            columns: group.columns,
-            rows: group.rows,
-            ends: group.ends,
-            tuples: group.tuples.freeze(),
-        };
-        Encoded {
-            groups: self.open.into_iter().filter(|g| !g.rows.is_empty()).map(close).collect(),
-            refusals: self.refusals,
-        }
+    pub(super) fn finish(mut self) -> Encoded {
+        self.open.retain(|group| !group.rows.is_empty());
+        Encoded { groups: self.open, refusals: self.refusals }
     }
 
     /// Appends the row in `slots` to the group of its columns.
@@ -186,11 +186,11 @@ impl<'t, 'r> Encoder<'t, 'r> {
             None => {
                 let columns: Box<[u16]> = self.present.as_slice().into();
                 self.places.insert(columns.clone(), self.open.len());
-                self.open.push(OpenGroup {
+                self.open.push(Group {
                     columns,
                     rows: Vec::new(),
                     ends: Vec::new(),
-                    tuples: BytesMut::new(),
+                    tuples: Vec::with_capacity(std::mem::take(&mut self.bytes_expected)),
                 });
                 self.open.len() - 1
             }
@@ -201,7 +201,7 @@ impl<'t, 'r> Encoder<'t, 'r> {
 
 /// Writes a tuple: the field count, then each field behind its length.
 fn put_tuple(
-    out: &mut BytesMut,
+    out: &mut Vec<u8>,
     table: &LiveTable,
     present: &[u16],
     slots: &Slots<'_>,
@@ -220,7 +220,7 @@ fn put_tuple(
 }
 
 /// Writes a value behind its length.
-pub(super) fn put_field(out: &mut BytesMut, kind: Kind, raw: &RawValue) -> Result<(), Why> {
+pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: &RawValue) -> Result<(), Why> {
     let json = Json::of(raw)?;
     if json == Json::Null {
         out.put_i32(NULL);
@@ -236,7 +236,7 @@ pub(super) fn put_field(out: &mut BytesMut, kind: Kind, raw: &RawValue) -> Resul
 }
 
 /// Writes a value that is not null.
-fn put_value(out: &mut BytesMut, kind: Kind, json: &Json<'_>, raw: &RawValue) -> Result<(), Why> {
+fn put_value(out: &mut Vec<u8>, kind: Kind, json: &Json<'_>, raw: &RawValue) -> Result<(), Why> {
     match kind {
         Kind::Bool => out.put_u8(value::boolean(json)?.into()),
         Kind::Int2 => out.put_i16(value::integer(json)?),
@@ -270,7 +270,7 @@ fn put_value(out: &mut BytesMut, kind: Kind, json: &Json<'_>, raw: &RawValue) ->
     Ok(())
 }
 
-fn put_timestamp(out: &mut BytesMut, json: &Json<'_>, zone: Zone) -> Result<(), Why> {
+fn put_timestamp(out: &mut Vec<u8>, json: &Json<'_>, zone: Zone) -> Result<(), Why> {
     out.put_i64(time::timestamp(value::time_text(json)?, zone)? - EPOCH_MICROS);
     Ok(())
 }

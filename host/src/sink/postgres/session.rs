@@ -1,6 +1,7 @@
 //! One connection to PostgreSQL, with the settings that exactly-once needs.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::error::{Severity, SqlState};
@@ -53,7 +54,7 @@ pub(super) struct Session {
     /// What reads the live table.
     pub(super) read_table: Option<Statement>,
     /// The live table as last read, until something suggests that it is another.
-    pub(super) table: Option<LiveTable>,
+    pub(super) table: Option<Arc<LiveTable>>,
     /// What writes rows, by the places of their columns in `table`.
     pub(super) statements: HashMap<Box<[u16]>, Statements>,
     /// The staging table, if rows are merged.

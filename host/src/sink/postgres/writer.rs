@@ -8,11 +8,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio_postgres::Error;
 
+use super::Shared;
+use super::copy::{self, RunningCopy};
 use super::encode::{Encoded, Encoder, GoneColumn};
-use super::session::Session;
+use super::session::{Session, StepError};
 use super::table::LiveTable;
-use super::{Shared, copy};
-use crate::record::{Position, ShardKey};
+use crate::record::{Position, Row, ShardKey};
 use crate::sink::{Commit, Committed, Refusal, RefusalLog, SinkError, SinkWriter};
 
 /// Rows that are encoded before other tasks of the thread get their turn.
@@ -33,6 +34,9 @@ pub(super) struct PostgresWriter {
     /// The counts of a commit whose reply was lost, by where it ends.
     unanswered: Option<(Position, Committed)>,
 }
+
+/// Behind the position: `rows` for all rows, `copy` for those that are copied next.
+const SAVEPOINTS: &str = "SAVEPOINT rows; SAVEPOINT copy";
 
 /// How the transaction ended.
 enum Ended {
@@ -61,11 +65,10 @@ impl PostgresWriter {
         if !self.move_position(session, commit).await.map_err(failed)? {
             return self.look_where_it_stands(session, commit).await;
         }
-        let encoded = self.encode(session, commit).await?;
-        let refused = self.copy(session, encoded).await?;
-        if !commit.rows.is_empty() {
-            self.check_that_table_held_still(session).await?;
-        }
+        let refused = match &commit.rows[..] {
+            [] => Vec::new(),
+            rows => self.write_rows(session, rows).await?,
+        };
         if !refused.is_empty() {
             refusals.hold(commit, &refused).await?;
         }
@@ -83,7 +86,7 @@ impl PostgresWriter {
         })
     }
 
-    /// Moves the position under our epoch and sets the savepoint; false when it is not ours to move
+    /// Moves the position under our epoch and sets the savepoints; false when it is not ours to move
     /// or not where the commit begins.
     async fn move_position(&self, session: &mut Session, commit: &Commit) -> Result<bool, Error> {
         let (client, sink) = (&session.client, &self.shared.sink);
@@ -92,7 +95,7 @@ impl PostgresWriter {
             none => none.insert(self.shared.position.prepare(client).await?),
         };
         let moved = statements.move_on(client, sink, &self.shard, self.epoch, &commit.span);
-        let (moved, ()) = futures::try_join!(moved, client.batch_execute("SAVEPOINT copy"))?;
+        let (moved, ()) = futures::try_join!(moved, client.batch_execute(SAVEPOINTS))?;
         Ok(moved == 1)
     }
 
@@ -150,45 +153,100 @@ impl PostgresWriter {
         }
     }
 
-    /// Encodes by the table as known. What it would refuse is looked at again with the table as it
-    /// is now: a column may have been added or altered.
-    async fn encode(&self, session: &mut Session, commit: &Commit) -> Result<Encoded, SinkError> {
-        if commit.rows.is_empty() {
-            return Ok(Encoded::default());
-        }
-        if let Some(table) = &session.table {
-            let encoded = self.encode_for(table, commit).await;
-            if let Ok(encoded) = encoded
-                && encoded.refusals.is_empty()
-            {
-                return Ok(encoded);
+    /// Writes the rows by the table as known; if it turns out to be another by now, once more by that
+    /// one. Returns all refusals by ascending row.
+    ///
+    /// COPY holds a lock on the table since its first row: what is read behind it, the table was all
+    /// along. A binary value of one type may be a wrong value of another.
+    async fn write_rows(
+        &self,
+        session: &mut Session,
+        rows: &[Row],
+    ) -> Result<Vec<Refusal>, SinkError> {
+        let (sink, name) = (&self.shared, &self.shared.table);
+        let mut is_fresh = session.table.is_none();
+        let mut table = match &session.table {
+            Some(table) => table.clone(),
+            None => self.read_table(session).await?,
+        };
+        loop {
+            session.table = Some(table.clone());
+            let written = self.write_rows_for(session, &table, rows).await?;
+            let gone = match written {
+                Ok(refusals) if self.read_table(session).await?.columns == table.columns => {
+                    return Ok(refusals);
+                }
+                Err(GoneColumn(column)) => Some(column),
+                Ok(_) => None,
+            };
+            match gone {
+                Some(column) if is_fresh => {
+                    return Err(sink.unavailable(format!(
+                        "column {column:?} is gone from table {name}: add it again, or run plugins \
+                         whose rows do not bring it"
+                    )));
+                }
+                None if is_fresh => {
+                    return Err(sink.unavailable(format!(
+                        "table {name} was altered while rows went in; nothing was written, the rows \
+                         come again"
+                    )));
+                }
+                _ => {}
             }
+            session.run_in_step("ROLLBACK TO rows; SAVEPOINT copy").await.map_err(|error| {
+                sink.unavailable(format!("cannot write to table {name} again: {error}"))
+            })?;
+            session.forget_table();
+            table = self.read_table(session).await?;
+            is_fresh = true;
         }
-        session.forget_table();
-        let table = self.read_table(session).await?;
-        let table = session.table.insert(table);
-        self.encode_for(table, commit).await.map_err(|GoneColumn(column)| {
-            self.shared.unavailable(format!(
-                "column {column:?} is gone from table {}: add it again, or run plugins whose rows \
-                 do not bring it",
-                self.shared.table
-            ))
-        })
     }
 
-    async fn encode_for(&self, table: &LiveTable, commit: &Commit) -> Result<Encoded, GoneColumn> {
-        let name = self.shared.table.to_string();
-        let mut encoder = Encoder::new(table, &name, &self.shared.mode);
-        for (index, row) in commit.rows.iter().enumerate() {
-            encoder.add(index, row, |key| self.shared.known_columns.contains(key))?;
-            if index % ROWS_PER_TURN == ROWS_PER_TURN - 1 {
-                tokio::task::yield_now().await;
+    /// Encodes the rows for `table` and copies them.
+    async fn write_rows_for(
+        &self,
+        session: &mut Session,
+        table: &LiveTable,
+        rows: &[Row],
+    ) -> Result<Result<Vec<Refusal>, GoneColumn>, SinkError> {
+        let (sink, name) = (&self.shared, &self.shared.table);
+        let failed =
+            |error: StepError| sink.unavailable(format!("cannot write to table {name}: {error}"));
+        let shown = name.to_string();
+        let bytes_expected = rows.iter().map(|row| row.payload.len()).sum();
+        let mut encoder = Encoder::new(table, &shown, &sink.mode, bytes_expected);
+        let mut running: Option<RunningCopy> = None;
+        for (turn, some) in rows.chunks(ROWS_PER_TURN).enumerate() {
+            for (row, index) in some.iter().zip(turn * ROWS_PER_TURN..) {
+                if let Err(gone) = encoder.add(index, row, |key| sink.known_columns.contains(key)) {
+                    return Ok(Err(gone));
+                }
             }
+            if let Some((columns, tuples)) = encoder.first_group() {
+                let copy = match &mut running {
+                    Some(copy) => copy,
+                    none => none.insert(
+                        RunningCopy::begin(session, name, &sink.mode, columns)
+                            .await
+                            .map_err(|error| failed(error.into()))?,
+                    ),
+                };
+                copy.send(tuples).await.map_err(|error| failed(error.into()))?;
+            }
+            tokio::task::yield_now().await;
         }
-        Ok(encoder.finish())
+        let Encoded { groups, mut refusals } = encoder.finish();
+        for group in &groups {
+            copy::copy_group(session, name, &sink.mode, group, running.take(), &mut refusals)
+                .await
+                .map_err(failed)?;
+        }
+        refusals.sort_unstable_by_key(|refusal| refusal.row);
+        Ok(Ok(refusals))
     }
 
-    async fn read_table(&self, session: &mut Session) -> Result<LiveTable, SinkError> {
+    async fn read_table(&self, session: &mut Session) -> Result<Arc<LiveTable>, SinkError> {
         let (sink, name) = (&self.shared, &self.shared.table);
         let failed = |error| sink.failed(&format!("cannot read table {name}"), &error);
         let prepared = match &mut session.read_table {
@@ -204,38 +262,7 @@ impl PostgresWriter {
                 ))
             })?;
         sink.known_columns.remember(table.columns.iter().map(|column| column.name.as_str()));
-        Ok(table)
-    }
-
-    /// Sends the rows; returns all refusals by ascending row.
-    async fn copy(
-        &self,
-        session: &mut Session,
-        encoded: Encoded,
-    ) -> Result<Vec<Refusal>, SinkError> {
-        let (sink, table) = (&self.shared, &self.shared.table);
-        let mut refusals = encoded.refusals;
-        for group in &encoded.groups {
-            copy::copy_group(session, table, &sink.mode, group, &mut refusals).await.map_err(
-                |error| sink.unavailable(format!("cannot write to table {table}: {error}")),
-            )?;
-        }
-        refusals.sort_unstable_by_key(|refusal| refusal.row);
-        Ok(refusals)
-    }
-
-    /// Makes sure that the rows were read by the types which the table has. COPY holds a lock on the
-    /// table since its first row: what is read now, it was then. A binary value of one type may be a
-    /// wrong value of another.
-    async fn check_that_table_held_still(&self, session: &mut Session) -> Result<(), SinkError> {
-        let now = self.read_table(session).await?;
-        match &session.table {
-            Some(table) if table.columns == now.columns => Ok(()),
-            _ => Err(self.shared.unavailable(format!(
-                "table {} was altered while rows went in; nothing was written, the rows come again",
-                self.shared.table
-            ))),
-        }
+        Ok(Arc::new(table))
     }
 
     /// After a COMMIT without an answer: asks a new connection whether it landed.

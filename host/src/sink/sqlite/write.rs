@@ -22,7 +22,7 @@ pub(super) struct Work {
     pub(super) shard: ShardKey,
     pub(super) epoch: i64,
     pub(super) span: PositionSpan,
-    pub(super) rows: Arc<[Row]>,
+    pub(super) rows: Arc<Vec<Row>>,
 }
 
 /// What was done.
