@@ -350,6 +350,9 @@ pub struct Rhythm {
     pub bytes_max: usize,
     /// Age of the oldest span in hand.
     pub linger_max: Duration,
+    /// How long the sink may be out of reach before its rows go to the dead letters; `None`: the
+    /// shard waits.
+    pub give_up_after: Option<Duration>,
 }
 
 /// The sinks that there are.

@@ -250,12 +250,14 @@ pub(super) struct RawHttpSink {
 pub(super) type RawHeaders = BTreeMap<Spanned<String>, Spanned<Text>>;
 
 /// `[sink.commit]`
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub(super) struct RawCommit {
     pub rows: Maybe<Count>,
     pub bytes: Maybe<Size>,
     pub linger: Maybe<Span>,
+    pub on_failure: Maybe<Text>,
+    pub give_up_after: Maybe<Span>,
 }
 
 /// `[[lookup]]`

@@ -38,21 +38,44 @@ const LINGERS: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::f
 const POSTGRES_IDENTIFIER_BYTES_MAX: usize = 63;
 
 /// A person watches: small steps.
-const RHYTHM_STDOUT: Rhythm =
-    Rhythm { rows_max: 1_000, bytes_max: 1 << 20, linger_max: Duration::from_millis(200) };
+const RHYTHM_STDOUT: Rhythm = Rhythm {
+    rows_max: 1_000,
+    bytes_max: 1 << 20,
+    linger_max: Duration::from_millis(200),
+    give_up_after: None,
+};
 /// One transaction per second and shard, or what fits in memory without a thought.
-const RHYTHM_TABLE: Rhythm =
-    Rhythm { rows_max: 10_000, bytes_max: 4 << 20, linger_max: Duration::from_secs(1) };
+const RHYTHM_TABLE: Rhythm = Rhythm {
+    rows_max: 10_000,
+    bytes_max: 4 << 20,
+    linger_max: Duration::from_secs(1),
+    give_up_after: None,
+};
 /// Few large objects; rows are bounded because each costs memory beside its bytes.
-const RHYTHM_OBJECTS: Rhythm =
-    Rhythm { rows_max: 100_000, bytes_max: 64 << 20, linger_max: Duration::from_secs(300) };
+const RHYTHM_OBJECTS: Rhythm = Rhythm {
+    rows_max: 100_000,
+    bytes_max: 64 << 20,
+    linger_max: Duration::from_secs(300),
+    give_up_after: None,
+};
 
 /// Ten full requests; soon, because someone downstream waits.
-const RHYTHM_STREAM: Rhythm =
-    Rhythm { rows_max: 5_000, bytes_max: 4 << 20, linger_max: Duration::from_millis(200) };
+const RHYTHM_STREAM: Rhythm = Rhythm {
+    rows_max: 5_000,
+    bytes_max: 4 << 20,
+    linger_max: Duration::from_millis(200),
+    give_up_after: None,
+};
 /// What an endpoint may be expected to take in one request.
-const RHYTHM_HTTP: Rhythm =
-    Rhythm { rows_max: 1_000, bytes_max: 1 << 20, linger_max: Duration::from_secs(1) };
+const RHYTHM_HTTP: Rhythm = Rhythm {
+    rows_max: 1_000,
+    bytes_max: 1 << 20,
+    linger_max: Duration::from_secs(1),
+    give_up_after: None,
+};
+
+/// What gets over a failover or a restart, and is over before somebody comes.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(300);
 
 const HTTP_TIMEOUT: Duration = Duration::from_secs(30);
 const HTTP_TIMEOUTS: RangeInclusive<Duration> =
@@ -113,7 +136,8 @@ pub(super) fn read(
         }
     };
     let name = check.name(&raw_name, "sink");
-    let rhythm = rhythm(commit, default, buffer_bytes_max, check);
+    let promises = matches!(kind, Some(SinkKind::Objects { .. }));
+    let rhythm = rhythm(commit, default, promises, buffer_bytes_max, check);
     Some(SinkConfig { name: name?, rhythm: rhythm?, kind: kind?, span, fingerprint_json })
 }
 
@@ -361,10 +385,11 @@ fn object_url(raw: &Spanned<Text>, base: &Path, check: &mut Check) -> Option<Url
 fn rhythm(
     raw: Option<RawCommit>,
     default: Rhythm,
+    promises: bool,
     buffer_bytes_max: usize,
     check: &mut Check,
 ) -> Option<Rhythm> {
-    let raw = raw.unwrap_or(RawCommit { rows: None, bytes: None, linger: None });
+    let raw = raw.unwrap_or_default();
     let rows_max = check.count(&raw.rows, default.rows_max, ROWS);
     let bytes_default = default.bytes_max.min(buffer_bytes_max);
     let bytes_max = check.size(&raw.bytes, bytes_default, BYTES_MIN..=buffer_bytes_max);
@@ -373,5 +398,30 @@ fn rhythm(
         check.more_help(&format!(" (`buffer` of [pipeline], which all sinks share, is {buffer})"));
     }
     let linger_max = check.duration(&raw.linger, default.linger_max, LINGERS);
-    Some(Rhythm { rows_max: rows_max?, bytes_max: bytes_max?, linger_max: linger_max? })
+    let give_up_after = give_up_after(&raw, promises, check);
+    Some(Rhythm {
+        rows_max: rows_max?,
+        bytes_max: bytes_max?,
+        linger_max: linger_max?,
+        give_up_after: give_up_after?,
+    })
+}
+
+/// How long a sink that is out of reach is waited for; `Some(None)`: for ever. `promises`: the sink
+/// has said of rows that they will come before it has them.
+fn give_up_after(raw: &RawCommit, promises: bool, check: &mut Check) -> Option<Option<Duration>> {
+    let choices = [("block", false), ("dead-letter", true)];
+    let gives_up = check.choice(&raw.on_failure, "way to meet a failure", false, &choices)?;
+    if let (false, Some(after)) = (gives_up, &raw.give_up_after) {
+        let message = "`give_up_after` does nothing while a failing sink blocks its shards";
+        check.problem(after.span(), message, "add on_failure = \"dead-letter\", or leave it out");
+        return None;
+    }
+    if let (true, true, Some(on_failure)) = (gives_up, promises, &raw.on_failure) {
+        let message = "objects that a claim log has promised must come: such a sink cannot give up";
+        check.problem(on_failure.span(), message, "leave `on_failure` out: its shards wait");
+        return None;
+    }
+    let after = check.duration(&raw.give_up_after, GIVE_UP_AFTER, LINGERS)?;
+    Some(gives_up.then_some(after))
 }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig};
 use crate::plugin::PluginHost;
-use crate::position::{Ledger, Segment, StateStore};
+use crate::position::{Ledger, Segment, StateStore, TakenOver};
 use crate::record::{Position, ShardKey, SinkName};
 use crate::sink::Acquired;
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
@@ -18,6 +18,8 @@ use crate::stage::Generation;
 /// One sink, taken over.
 struct Standing {
     acquired: Acquired,
+    /// Its owner's epoch in the dead letters.
+    epoch: i64,
     /// The lane needs to hand over only what comes after this.
     skip_to: Option<Position>,
 }
@@ -42,14 +44,16 @@ impl<'a> Lane<'a> {
             if !acquired.keeps_position {
                 acquired.position = known.get(sink.name()).cloned();
             }
-            shared.letters.settle(&shard, sink.name(), acquired.position.as_ref(), true).await?;
+            let at = acquired.position.as_ref();
+            let TakenOver { epoch, given_up_to } =
+                shared.letters.take_over(&shard, sink.name(), at).await?;
             let policy = shared.config.on_position_mismatch;
-            let skip_to = agree(&acquired.position, &state.checkpoint, policy).map_err(
-                |(sink_at, checkpoint)| {
+            let stands = acquired.position.clone().max(given_up_to);
+            let skip_to =
+                agree(&stands, &state.checkpoint, policy).map_err(|(sink_at, checkpoint)| {
                     LaneError::Fatal(mismatch(&shard, config, &sink_at, &checkpoint))
-                },
-            )?;
-            standings.push(Standing { acquired, skip_to });
+                })?;
+            standings.push(Standing { acquired, epoch, skip_to });
         }
         let start = standings.iter().map(|standing| standing.skip_to.clone()).min().flatten();
         // A promised object counts as had: it must be made by the generation that promised it.
@@ -77,6 +81,7 @@ impl<'a> Lane<'a> {
                 letters: shared.letters.clone(),
                 rejected_max: shared.config.rejected_max,
                 abandon: abandon.clone(),
+                epoch: standing.epoch,
                 skip_to: standing.skip_to,
             };
             deliveries.push(DeliveryHandle::start(standing.acquired, context));

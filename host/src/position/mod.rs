@@ -12,5 +12,7 @@ mod store;
 
 pub use checkpoint::{Checkpoints, ShardState};
 pub use ledger::{Ledger, Segment};
-pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, LetterPlace, StoredLetter};
+pub use letters::{
+    DeadLetter, DeadLetters, LetterFilter, LetterKey, LetterPlace, StoredLetter, TakenOver,
+};
 pub use store::{StateError, StateStore};

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension as _};
+use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior};
 
 use crate::record::{Position, SequenceNumber};
 
 /// The schema's version, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 3;
 
 const SCHEMA: &str = "
     CREATE TABLE shard (
@@ -36,6 +36,18 @@ const SCHEMA: &str = "
         plugin TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL,
         backtrace TEXT NOT NULL, written_ms INTEGER NOT NULL,
         PRIMARY KEY (stream, shard, sequence, sub_sequence, place, output));
+";
+
+/// What version 3 has beside version 2.
+const SCHEMA_3: &str = "
+    ALTER TABLE dead_letter ADD COLUMN route TEXT NOT NULL DEFAULT '';
+    CREATE TABLE sink_owner (
+        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL, epoch INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sink)) WITHOUT ROWID;
+    CREATE TABLE given_up (
+        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
+        sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sink, sequence, sub_sequence)) WITHOUT ROWID;
 ";
 
 /// A pipeline's state database; cheap to clone.
@@ -78,8 +90,7 @@ impl StateStore {
         let connection = Connection::open(&path).and_then(prepare).map_err(|cause| {
             error("open it", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
         })?;
-        let version: i64 = connection
-            .query_row("PRAGMA user_version", [], |row| row.get(0))
+        let version = version(&connection)
             .map_err(|cause| error("read its version", cause.to_string(), "move the file away"))?;
         if version != SCHEMA_VERSION {
             let cause =
@@ -140,15 +151,27 @@ impl StateStore {
     }
 }
 
-fn prepare(connection: Connection) -> rusqlite::Result<Connection> {
+fn version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.query_row("PRAGMA user_version", [], |row| row.get(0))
+}
+
+fn prepare(mut connection: Connection) -> rusqlite::Result<Connection> {
     connection.busy_timeout(Duration::from_secs(10))?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    if version == 0 {
-        connection.execute_batch(&format!(
-            "BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-        ))?;
+    if version(&connection)? != SCHEMA_VERSION {
+        let change = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // Another process may have been first.
+        let missing: &[&str] = match version(&change)? {
+            0 => &[SCHEMA, SCHEMA_3],
+            2 => &[SCHEMA_3],
+            _ => &[],
+        };
+        for part in missing {
+            change.execute_batch(part)?;
+            change.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+        }
+        change.commit()?;
     }
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)

@@ -79,6 +79,8 @@ pub struct DeliveryContext {
     pub rejected_max: crate::config::RejectedMax,
     /// Ends the task without a commit.
     pub abandon: CancellationToken,
+    /// By this it may give rows up: the owner's epoch in the dead letters.
+    pub epoch: i64,
     /// Spans up to here are skipped (the sink's position, or the checkpoint if that is believed).
     pub skip_to: Option<Position>,
 }
@@ -166,9 +168,15 @@ struct Worker {
     /// Where the sink's own position stands: each commit starts there.
     stored: Option<Position>,
     must_cut_at: Option<Position>,
-    /// Letters of rows that were refused are not shown yet.
+    /// Letters of rows that were refused or given up are not shown yet.
     letters_hidden: bool,
+    /// Whether the sink itself says how far it is.
+    keeps_position: bool,
+    /// Since when no commit went well, if the last one did not.
+    failing_since: Option<Instant>,
     buffer: Option<Buffer>,
+    /// The rows of the last commit.
+    rows_expected: usize,
     pressure: Arc<Notify>,
     id: u64,
 }
@@ -185,7 +193,10 @@ impl Worker {
             stored: acquired.position,
             must_cut_at: acquired.must_cut_at,
             letters_hidden: false,
+            keeps_position: acquired.keeps_position,
+            failing_since: None,
             buffer: None,
+            rows_expected: 0,
             pressure: Arc::new(Notify::new()),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             context,
@@ -231,7 +242,8 @@ impl Worker {
             let opened = Instant::now();
             self.context.budget.register(opened, self.id, &self.pressure);
             Buffer {
-                rows: Vec::new(),
+                // The next commit is likely to be as large as the last one.
+                rows: Vec::with_capacity(self.rows_expected),
                 bytes: 0,
                 permits: Vec::new(),
                 to_inclusive: delivery.to_inclusive.clone(),
@@ -263,6 +275,7 @@ impl Worker {
     async fn commit(&mut self) -> Result<(), SinkError> {
         let Some(buffer) = self.buffer.take() else { return Ok(()) };
         self.context.budget.unregister(buffer.opened, self.id);
+        self.rows_expected = buffer.rows.len();
         let Some(cut) = self.must_cut_at.clone() else {
             return self.commit_span(buffer.rows, buffer.to_inclusive, buffer.generation).await;
         };
@@ -280,7 +293,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Commits one span, with patience: only a lost shard or the end of the lane stops it.
+    /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
+    /// configured patience stops it.
     async fn commit_span(
         &mut self,
         rows: Vec<Row>,
@@ -304,6 +318,13 @@ impl Worker {
             };
             metrics::counter!("shardmill_sink_retries_total", "sink" => sink.clone()).increment(1);
             self.block(&error);
+            if self.patience_is_over(&error) {
+                match self.give_up(&commit, &error).await {
+                    Ok(()) => return Ok(()),
+                    Err(fenced @ SinkError::Fenced { .. }) => return Err(fenced),
+                    Err(error) => self.block(&error),
+                }
+            }
             let pause = pauses.next().unwrap_or(RETRY_PAUSE_MAX);
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -319,6 +340,7 @@ impl Worker {
                 .increment(committed.rows_refused);
             self.letters_hidden = true;
         }
+        self.failing_since = None;
         if self.letters_hidden {
             self.letters_hidden = !settle(&self.context, &commit.span.to_inclusive).await;
         }
@@ -326,6 +348,52 @@ impl Worker {
         self.stored = Some(commit.span.to_inclusive.clone());
         self.context.skip_to.clone_from(&self.stored);
         self.publish.send_replace(Progress { position: self.stored.clone(), blocked: None });
+        Ok(())
+    }
+
+    /// Whether the sink has been out of reach for as long as the configuration waits. Rows that it
+    /// refuses are another matter: a broken plugin must not drain a stream into the dead letters.
+    fn patience_is_over(&mut self, error: &SinkError) -> bool {
+        let since = *self.failing_since.get_or_insert_with(Instant::now);
+        let is_out_of_reach = matches!(error, SinkError::Unavailable { .. });
+        let limit = self.context.rhythm.give_up_after;
+        is_out_of_reach && limit.is_some_and(|limit| since.elapsed() >= limit)
+    }
+
+    /// Writes the commit's rows to the dead letters, so that the lane goes on without the sink. The
+    /// next commit begins where the sink stands, and passes over these rows.
+    async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
+        let context = &self.context;
+        let reason = format!("given up: {error}");
+        let letter = |row: &Row| self.refusals.letter(row, reason.clone());
+        let letters: Vec<_> = commit.rows.iter().map(letter).collect();
+        let (rows, to) = (letters.len() as u64, &commit.span.to_inclusive);
+        let whose = (&context.shard, &context.sink);
+        let given_up =
+            context.letters.give_up(whose, context.epoch, to, letters, self.keeps_position);
+        let is_ours = given_up.await.map_err(|error| SinkError::Unavailable {
+            sink: context.sink.clone(),
+            cause: error.to_string(),
+        })?;
+        if !is_ours {
+            return Err(SinkError::Fenced {
+                sink: context.sink.clone(),
+                shard: context.shard.shard.to_string(),
+                detail: "its dead letters have another owner".into(),
+            });
+        }
+        metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{}", context.sink))
+            .increment(rows);
+        tracing::warn!(shard = %context.shard.shard, sink = %context.sink, rows, up_to = %to,
+            "given up: the rows are in the dead letters");
+        if self.keeps_position {
+            self.letters_hidden = true;
+        } else {
+            self.stored = Some(to.clone());
+        }
+        self.context.skip_to = Some(to.clone());
+        // It stays blocked in everybody's eyes until a commit goes well.
+        self.publish.send_modify(|progress| progress.position = Some(to.clone()));
         Ok(())
     }
 
@@ -346,7 +414,7 @@ impl Worker {
 /// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or
 /// until the shard is acquired again.
 async fn settle(context: &DeliveryContext, up_to: &Position) -> bool {
-    let settled = context.letters.settle(&context.shard, &context.sink, Some(up_to), false);
+    let settled = context.letters.settle(&context.shard, &context.sink, up_to);
     settled.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
 }
 

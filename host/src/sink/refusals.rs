@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::{Commit, Refusal, RefusalLog, SinkError};
 use crate::config::RejectedMax;
 use crate::position::{DeadLetter, DeadLetters, LetterKey, LetterPlace};
-use crate::record::SinkName;
+use crate::record::{Row, SinkName};
 use crate::stage::RejectionWindow;
 
 /// The refusals of one sink and shard.
@@ -51,8 +51,8 @@ impl HeldRefusals {
         Ok(())
     }
 
-    fn letter(&self, commit: &Commit, refusal: &Refusal) -> DeadLetter {
-        let row = &commit.rows[refusal.row];
+    /// The letter of a row that the sink did not take.
+    pub fn letter(&self, row: &Row, reason: String) -> DeadLetter {
         let record = row.source();
         DeadLetter {
             key: LetterKey {
@@ -64,10 +64,11 @@ impl HeldRefusals {
             original: record.payload.clone(),
             entered_key: row.key.clone(),
             entered: row.payload.clone(),
+            route: row.route.clone(),
             arrived_ms: record.arrived_ms,
             plugin: String::new(),
             digest: String::new(),
-            reason: refusal.reason.clone(),
+            reason,
             backtrace: String::new(),
         }
     }
@@ -82,7 +83,9 @@ impl RefusalLog for HeldRefusals {
             cause: format!("{limit}; nothing is written; the last reason: {}", last.reason),
         })?;
         let Some(row) = commit.rows.first() else { return Ok(()) };
-        let letters = refusals.iter().map(|refusal| self.letter(commit, refusal)).collect();
+        let letter =
+            |refusal: &Refusal| self.letter(&commit.rows[refusal.row], refusal.reason.clone());
+        let letters = refusals.iter().map(letter).collect();
         self.letters.put(&row.batch.shard, letters, true).await.map_err(|error| {
             SinkError::Unavailable { sink: self.sink.clone(), cause: error.to_string() }
         })

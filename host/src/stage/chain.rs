@@ -180,7 +180,13 @@ fn route(
     rows_of_record: &mut [u32],
 ) -> Flow {
     let loaded = runner.stage();
+    // Names of the batch's own: sinks let go of their rows on other threads, and would contend with
+    // those who take the next ones for a count that all share.
+    let own_name = |name: &RouteName| RouteName::new(name.as_str());
+    let route_names: Vec<RouteName> = loaded.route_names.iter().map(own_name).collect();
     let mut on = Flow::new();
+    // Mostly a record becomes one row.
+    routed.reserve(flow.len());
     let mut outputs = made.outputs().peekable();
     while let Some(output) = outputs.next() {
         let item = &mut flow[output.item];
@@ -207,7 +213,7 @@ fn route(
                     batch: batch.clone(),
                     record,
                     ordinal: next_ordinal(&mut rows_of_record[record as usize]),
-                    route: loaded.route_names[output.route].clone(),
+                    route: route_names[output.route].clone(),
                     key,
                     payload,
                 },
@@ -248,6 +254,7 @@ fn letter(
         original: record.payload.clone(),
         entered_key: item.key.clone(),
         entered: item.payload.clone(),
+        route: stage.upstream[item.upstream_route as usize].name.as_str().into(),
         arrived_ms: record.arrived_ms,
         plugin: format!("{}@{}", stage.descriptor.name, stage.descriptor.version),
         digest: stage.plugin.digest.to_string(),

@@ -39,11 +39,14 @@ struct Size {
     records_per_shard: u64,
     /// How often a process is killed, at most.
     kills_max: u64,
+    /// Sinks that may be given up: those that make no promises.
+    given_up: &'static [&'static str],
 }
 
-const PURE: Size = Size { shards: 3, records_per_shard: 120, kills_max: 8 };
+const PURE: Size = Size { shards: 3, records_per_shard: 120, kills_max: 8, given_up: &SINKS };
 /// Requests to real servers take their time.
-const REAL: Size = Size { shards: 2, records_per_shard: 80, kills_max: 4 };
+const REAL: Size =
+    Size { shards: 2, records_per_shard: 80, kills_max: 4, given_up: &["left", "right"] };
 /// Steps that a process lives, at most.
 const STEPS_MAX: u64 = 90;
 /// The sinks: rows of one side each, and all rows.
@@ -68,9 +71,10 @@ impl Rig {
 }
 
 /// A pipeline of one plugin whose configuration says which side goes where.
-fn pipeline(state: &Path, is_swapped: bool, rows: u64, linger_ms: u64) -> PipelineConfig {
+fn pipeline(state: &Path, size: Size, rng: &mut fastrand::Rng) -> PipelineConfig {
+    let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
     let (plugin, state) = (support::plugin("route-json"), state.display());
-    let right = if is_swapped { 0 } else { 1 };
+    let right = u8::from(rng.bool());
     let mut text = format!(
         r#"
 [pipeline]
@@ -92,9 +96,15 @@ right = ["right", "all"]
     );
     for (place, sink) in (1..).zip(SINKS) {
         let (rows, linger_ms) = (rows * place, linger_ms * place);
+        let on_failure = match rng.u8(..3) {
+            0 if size.given_up.contains(&sink) => {
+                "on_failure = \"dead-letter\"\ngive_up_after = \"1 ms\""
+            }
+            _ => "",
+        };
         text.push_str(&format!(
             "[[sink]]\nname = \"{sink}\"\ntype = \"discard\"\n[sink.commit]\nrows = {rows}\n\
-             linger = \"{linger_ms} ms\"\n"
+             linger = \"{linger_ms} ms\"\n{on_failure}\n"
         ));
     }
     parse(Path::new("model.toml"), &text, &|_| None).expect("a sound pipeline")
@@ -114,8 +124,7 @@ async fn run(
         let is_last = life >= kills;
         let (config, steps) = {
             let mut rng = chaos.rng();
-            let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
-            (pipeline(state, rng.bool(), rows, linger_ms), rng.u64(1..STEPS_MAX))
+            (pipeline(state, size, &mut rng), rng.u64(1..STEPS_MAX))
         };
         chaos.begin();
         chaos.live_for((!is_last).then_some(steps));
