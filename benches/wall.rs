@@ -29,7 +29,7 @@ use report::Report;
 use shardmill::config::{RejectedMax, StageLimits};
 use shardmill::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine, Route, Services};
 use shardmill::record::{
-    Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill::stage::{Flow, Item, LoadedStage, StageRunner, Target};
 use shardmill_sdk::Writer;
@@ -217,6 +217,7 @@ fn batch(payload_bytes: usize, records: usize) -> Result<Batch> {
         },
         records,
         span: PositionSpan { from_exclusive: None, to_inclusive: last },
+        entry: Entry::Source,
     })
 }
 

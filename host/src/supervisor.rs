@@ -59,6 +59,21 @@ impl Supervisor {
         options: RunOptions,
     ) -> anyhow::Result<Self> {
         let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+        Self::prepare_under(lock, config, host, source, sinks, options).await
+    }
+
+    /// As [`Supervisor::prepare`], under a lock that was taken.
+    ///
+    /// # Errors
+    /// As [`Supervisor::prepare`].
+    pub async fn prepare_under(
+        lock: PipelineLock,
+        config: PipelineConfig,
+        host: PluginHost,
+        source: Arc<dyn ShardSource>,
+        sinks: Vec<Arc<dyn Sink>>,
+        options: RunOptions,
+    ) -> anyhow::Result<Self> {
         let state = StateStore::open(lock.folder())?;
         host.backends.prepare().await?;
         let (generation, components) =

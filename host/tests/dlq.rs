@@ -59,6 +59,26 @@ table = "cars"
         output(shardmill(arguments).current_dir(self.folder.path()))
     }
 
+    fn mart(&self) -> rusqlite::Connection {
+        support::sqlite(&self.folder.path().join("mart.db"))
+    }
+
+    /// The ids in the table, ascending.
+    fn ids(&self) -> Vec<i64> {
+        let mart = self.mart();
+        let mut query = mart.prepare("SELECT id FROM cars ORDER BY id").expect("a table");
+        let ids = query.query_map([], |row| row.get(0)).expect("rows");
+        ids.collect::<Result<_, _>>().expect("numbers")
+    }
+
+    /// Changes the pipeline's file.
+    fn replace(&self, old: &str, new: &str) {
+        let path = self.folder.path().join("pipeline.toml");
+        let text = std::fs::read_to_string(&path).expect("read");
+        assert!(text.contains(old), "{old}");
+        std::fs::write(&path, text.replace(old, new)).expect("written");
+    }
+
     fn dlq(&self, arguments: &[&str]) -> String {
         let done = self.shardmill(&[&["dlq"], arguments].concat());
         let error = String::from_utf8_lossy(&done.stderr);
@@ -148,4 +168,106 @@ fn a_pipeline_that_never_ran_is_named() {
     assert_eq!(refused.status.code(), Some(1));
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(said.contains("pipeline cars has no dead letters"), "{said}");
+}
+
+#[test]
+fn a_redrive_begins_where_a_record_failed() {
+    let ran = Ran::new();
+    let letters = || {
+        let letter = |letter: &Value| {
+            let place = letter["place"].as_str().expect("a place").to_owned();
+            (letter["id"].as_i64().expect("a number"), place)
+        };
+        let mut letters: Vec<(i64, String)> = ran.listed(&[]).iter().map(letter).collect();
+        letters.sort_unstable();
+        letters
+    };
+    let redriven = |arguments: &[&str]| {
+        let told = ran.dlq(&[&["redrive", "--json"], arguments].concat());
+        let told: Value = serde_json::from_str(&told).expect("JSON");
+        (told["letters"].as_u64(), told["failed_again"].as_u64())
+    };
+    let before = letters();
+    assert_eq!(before.len(), 4);
+
+    // Nothing was mended: each fails again where it did, and keeps its number.
+    assert_eq!(redriven(&["--all"]), (Some(4), Some(4)));
+    assert_eq!(letters(), before);
+
+    // The plugin is mended: one record goes on, and then the table does not take it.
+    ran.replace("trap_on = \"trap\"", "trap_on = \"nothing\"");
+    assert_eq!(redriven(&["--stage", "check"]), (Some(1), Some(1)));
+    let at_sink = ran.listed(&["--sink", "mart"]);
+    assert_eq!((letters().len(), at_sink.len()), (4, 2));
+    let new = at_sink.iter().map(|letter| letter["id"].to_string());
+    let shown: Vec<Value> = new
+        .map(|id| serde_json::from_str(&ran.dlq(&["show", &id, "--json"])).expect("JSON"))
+        .collect();
+    let is_moved = |letter: &&Value| letter["original"]["text"] == "{\"id\":2,\"name\":\"trap\"}";
+    let moved = shown.iter().find(is_moved).expect("it is at the sink now");
+    let shard = moved["shard"].as_str().expect("a shard");
+    assert!(shard.starts_with("file-"), "it has the place of its record: {moved}");
+
+    // The table is mended as well: one row is taken, the other is wrong for ever.
+    ran.mart().execute_batch("ALTER TABLE cars ADD COLUMN name text").expect("altered");
+    assert_eq!(redriven(&["--sink", "mart"]), (Some(2), Some(1)));
+    assert_eq!(ran.ids(), [1, 2, 3]);
+    assert_eq!(letters().len(), 3);
+
+    // What is not in the pipeline any more takes nothing, and nothing is begun.
+    ran.replace("name = \"route\"", "name = \"verify\"");
+    let refused = ran.shardmill(&["dlq", "redrive", "--all"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("stage:route is not in"), "{said}");
+    assert_eq!(redriven(&["--sink", "mart"]), (Some(1), Some(1)));
+    let refused = ran.shardmill(&["dlq", "redrive"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--all"));
+}
+
+#[test]
+fn a_redrive_that_is_killed_goes_on_where_it_was() {
+    const RECORDS: u64 = 3_000;
+    let ran = Ran::new();
+    ran.dlq(&["purge", "--all"]);
+    let lines: String = (0..RECORDS).map(|id| format!("{{\"id\":{id}}}\n")).collect();
+    std::fs::write(ran.folder.path().join("more.ndjson"), lines).expect("written");
+    ran.replace("path = \"cars.ndjson\"", "path = \"more.ndjson\"\nbatch = { records = 4 }");
+    ran.replace(
+        "state_dir = \"state\"",
+        "state_dir = \"state\"\nrejected_of_last_1000 = 1000\nrejected_in_a_row = 100000",
+    );
+    ran.replace("table = \"cars\"", "table = \"cars\"\n[sink.commit]\nrows = 2");
+    ran.mart()
+        .execute_batch("DROP TABLE cars; CREATE TABLE cars (id integer NOT NULL CHECK (id < 0))")
+        .expect("a table that takes nothing");
+    let run = ran.shardmill(&["run", "--until-caught-up"]);
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let count = || ran.listed(&["--limit", "10000"]).len() as u64;
+    assert_eq!(count(), RECORDS);
+    ran.mart()
+        .execute_batch("DROP TABLE cars; CREATE TABLE cars (id integer NOT NULL)")
+        .expect("a table that takes all");
+
+    let mut kills = 0;
+    let mut rng = fastrand::Rng::with_seed(6);
+    loop {
+        let mut redrive = shardmill(&["dlq", "redrive", "--all"]);
+        let redrive = redrive.current_dir(ran.folder.path());
+        redrive.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        let mut redrive = support::Process(redrive.spawn().expect("the binary starts"));
+        std::thread::sleep(std::time::Duration::from_millis(rng.u64(20..150)));
+        if kills == 12 {
+            assert!(redrive.wait().success());
+            break;
+        }
+        if let Some(status) = redrive.0.try_wait().expect("a state") {
+            assert!(status.success(), "{status}");
+            break;
+        }
+        kills += 1;
+        redrive.0.kill().expect("killed");
+    }
+    assert!(kills > 1, "it was killed {kills} times only");
+    assert_eq!(ran.ids(), (0..RECORDS as i64).collect::<Vec<_>>());
+    assert_eq!(count(), 0);
 }

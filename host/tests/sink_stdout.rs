@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use shardmill::record::{
-    Batch, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill::sink::stdout::StdoutSink;
 use shardmill::sink::{BoundRoute, Commit, Refusal, RefusalLog, Sink, SinkError};
@@ -33,7 +33,12 @@ fn commit(payloads: &[&'static str]) -> Commit {
         payload: (*payload).into(),
         arrived_ms: 0,
     });
-    let batch = Arc::new(Batch { shard: shard(), records: records.collect(), span: span.clone() });
+    let batch = Arc::new(Batch {
+        shard: shard(),
+        records: records.collect(),
+        span: span.clone(),
+        entry: Entry::Source,
+    });
     let rows = payloads.iter().zip(0..).map(|(payload, record)| Row {
         batch: Arc::clone(&batch),
         record,

@@ -1,7 +1,9 @@
 //! `shardmill dlq`: what a pipeline could not process, and why.
 
+use std::collections::HashSet;
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use base64::Engine as _;
@@ -9,8 +11,14 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
-use super::{Console, DEFAULT_PIPELINE, dead_letters, load, print_line};
-use crate::position::{DeadLetters, LetterFilter, LetterPlace, StoredLetter};
+use super::run::stop_on_signals;
+use super::{Console, DEFAULT_PIPELINE, dead_letters, load, plugin_host, print_line, sinks};
+use crate::config::{PipelineConfig, RejectedMax};
+use crate::lease::PipelineLock;
+use crate::position::{DeadLetters, LetterFilter, Redriven, Redrives, StateStore, StoredLetter};
+use crate::record::LetterPlace;
+use crate::source::letters::LettersSource;
+use crate::supervisor::{RunOptions, Supervisor};
 use crate::terminal::escaped;
 
 /// Characters of a reason that a list shows.
@@ -50,6 +58,22 @@ pub enum Command {
         /// The file; default: standard output.
         #[arg(short, long, value_name = "FILE")]
         out: Option<PathBuf>,
+    },
+    /// Send dead letters through the pipeline as it is now, from where each of them failed.
+    ///
+    /// They go in the order of their records, while the pipeline runs or not. What goes through is no
+    /// letter any more, what fails again stays with the new reason. A redrive that was broken off goes
+    /// on where it was: sinks that are exactly once have each row once.
+    #[command(
+        after_help = "Examples:\n  shardmill dlq redrive --stage decode\n  shardmill dlq redrive 17 18\n  \
+                      shardmill dlq redrive --all"
+    )]
+    Redrive {
+        #[command(flatten)]
+        letters: Letters,
+        /// Redrive every letter.
+        #[arg(long)]
+        all: bool,
     },
     /// Delete dead letters: the records are then gone for this pipeline.
     #[command(
@@ -112,6 +136,7 @@ pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::List { letters, limit } => list(&letters, limit, console).await,
         Command::Show { id, pipeline } => show(id, &pipeline, console).await,
         Command::Export { letters, out } => export(&letters, out, console).await,
+        Command::Redrive { letters, all } => redrive(&letters, all, console).await,
         Command::Purge { letters, all } => purge(&letters, all, console).await,
     }
 }
@@ -246,6 +271,75 @@ async fn purge(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result
     let purged = open(&wanted.pipeline)?.purge(filter).await?;
     console.say(format!("{purged} dead letters deleted"));
     console.report(&json!({ "deleted": purged }))
+}
+
+async fn redrive(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result<()> {
+    let filter = wanted.filter();
+    ensure!(
+        all || !filter.is_empty(),
+        "this would redrive every dead letter: narrow it (--stage, --sink, --shard, --reason, numbers), \
+         or say --all"
+    );
+    ensure!(!all || filter.is_empty(), "--all and a choice of letters contradict each other");
+    let mut config = load(&wanted.pipeline.pipeline)?;
+    // All of them failed once: that more than a few do again says nothing.
+    config.rejected_max = RejectedMax::NONE;
+    // An error here is better than a lock in a folder that was never used.
+    dead_letters(&config)?;
+    let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)?;
+    let redrives = Redrives::new(StateStore::open(lock.folder())?, config.name.clone());
+    let id = match redrives.unfinished().await? {
+        Some(id) => {
+            console
+                .say("a redrive was broken off: it goes on, the letters named now are not begun");
+            id
+        }
+        None => match redrives.begin(filter).await? {
+            Some(id) => id,
+            None => {
+                console.say("0 dead letters");
+                return console.report(&Redriven::default());
+            }
+        },
+    };
+    let gone = gone_places(&config, &redrives.places(id).await?);
+    if !gone.is_empty() {
+        redrives.cancel(id).await?;
+        bail!(
+            "{} is not in the pipeline any more, so nothing can enter there: put it back, or leave its \
+             letters out",
+            gone.join(", ")
+        );
+    }
+    let source = LettersSource::new(redrives.clone(), id, &config.name, config.source.batch);
+    let sinks = sinks::build(&config)?;
+    let host = plugin_host(&config)?;
+    let options = RunOptions {
+        until_caught_up: true,
+        dropped_sinks: HashSet::new(),
+        embedded_plugin: |_| None,
+    };
+    let supervisor =
+        Supervisor::prepare_under(lock, config, host, Arc::new(source), sinks, options).await?;
+    supervisor.run(stop_on_signals()?).await?;
+    let Some(redriven) = redrives.finish(id).await? else {
+        bail!("the redrive was broken off: `shardmill dlq redrive` goes on with it");
+    };
+    let Redriven { letters, failed_again } = redriven;
+    console.say(format!("{letters} dead letters redriven, {failed_again} failed again"));
+    console.report(&redriven)
+}
+
+/// The places of letters that the configuration has not any more.
+fn gone_places(config: &PipelineConfig, places: &[String]) -> Vec<String> {
+    let is_there = |place: &str| match LetterPlace::parse(place) {
+        Some(LetterPlace::Stage(name)) => {
+            config.stages.iter().any(|stage| stage.name.value == name)
+        }
+        Some(LetterPlace::Sink(name)) => config.sinks.iter().any(|sink| sink.name.value == name),
+        None => false,
+    };
+    places.iter().filter(|place| !is_there(place)).cloned().collect()
 }
 
 /// A letter with all that is known of it.

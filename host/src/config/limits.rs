@@ -78,6 +78,11 @@ pub struct RejectedMax {
     pub in_a_row: u32,
 }
 
+impl RejectedMax {
+    /// No limit.
+    pub const NONE: Self = Self { of_last_1000: u32::MAX, in_a_row: u32::MAX };
+}
+
 impl Default for RejectedMax {
     fn default() -> Self {
         Self { of_last_1000: 100, in_a_row: 100 }

@@ -48,8 +48,25 @@ impl PipelineLock {
     /// # Errors
     /// [`LeaseError`].
     pub fn take(state_dir: &Path, pipeline: &PipelineName) -> Result<Self, LeaseError> {
+        Self::take_file(state_dir, pipeline, "lock")
+    }
+
+    /// Takes the right to redrive the pipeline's dead letters: positions of its own, so that the
+    /// pipeline may run at the same time.
+    ///
+    /// # Errors
+    /// [`LeaseError`].
+    pub fn take_for_redrive(state_dir: &Path, pipeline: &PipelineName) -> Result<Self, LeaseError> {
+        Self::take_file(state_dir, pipeline, "redrive.lock")
+    }
+
+    fn take_file(
+        state_dir: &Path,
+        pipeline: &PipelineName,
+        name: &str,
+    ) -> Result<Self, LeaseError> {
         let folder = state_dir.join(pipeline.as_str());
-        let path = folder.join("lock");
+        let path = folder.join(name);
         let unusable = |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
         std::fs::create_dir_all(&folder).map_err(unusable)?;
         let mut options = OpenOptions::new();

@@ -15,26 +15,9 @@ use bytes::Bytes;
 use rusqlite::Transaction;
 
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
-use crate::record::{Position, RouteName, SequenceNumber, ShardKey, SinkName, StageName};
-
-/// Where a record failed.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum LetterPlace {
-    /// On entering this stage.
-    Stage(StageName),
-    /// On being written by this sink.
-    Sink(SinkName),
-}
-
-impl LetterPlace {
-    /// As `stage:NAME` or `sink:NAME`.
-    fn to_text(&self) -> String {
-        match self {
-            Self::Stage(name) => format!("stage:{name}"),
-            Self::Sink(name) => format!("sink:{name}"),
-        }
-    }
-}
+use crate::record::{
+    LetterPlace, Position, RouteName, SequenceNumber, ShardKey, SinkName, StageName,
+};
 
 /// What identifies a letter within its shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -162,16 +145,17 @@ impl LetterFilter {
 }
 
 /// The condition of a [`LetterFilter`] in SQL, with its four values.
-const MATCHES: &str = "held = 0 AND (?1 IS NULL OR place = ?1) AND (?2 IS NULL OR shard = ?2)
+pub(super) const MATCHES: &str =
+    "held = 0 AND (?1 IS NULL OR place = ?1) AND (?2 IS NULL OR shard = ?2)
     AND (?3 IS NULL OR instr(reason, ?3) > 0)
     AND (?4 = '[]' OR rowid IN (SELECT value FROM json_each(?4)))";
 
 /// The values of [`MATCHES`].
-type Wanted = (Option<String>, Option<String>, Option<String>, String);
+pub(super) type Wanted = (Option<String>, Option<String>, Option<String>, String);
 
-fn wanted(filter: LetterFilter) -> Wanted {
+pub(super) fn wanted(filter: LetterFilter) -> Wanted {
     let ids: Vec<String> = filter.ids.iter().map(i64::to_string).collect();
-    let place = filter.place.map(|place| place.to_text());
+    let place = filter.place.map(|place| place.to_string());
     (place, filter.shard, filter.reason, format!("[{}]", ids.join(",")))
 }
 
@@ -233,7 +217,7 @@ impl DeadLetters {
         sink_keeps_position: bool,
     ) -> Result<bool, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        let place = LetterPlace::Sink(sink.clone()).to_text();
+        let place = LetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         let (sequence, sub) = columns(to_inclusive);
         self.store
@@ -278,7 +262,7 @@ impl DeadLetters {
     ) -> Result<TakenOver, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (sequence, sub) = position.map(columns).unwrap_or_default();
-        let place = LetterPlace::Sink(sink.clone()).to_text();
+        let place = LetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         self.store
             .write("settle held dead letters", move |state| {
@@ -378,7 +362,7 @@ impl DeadLetters {
     ) -> Result<(), StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (sequence, sub) = columns(up_to);
-        let place = LetterPlace::Sink(sink.clone()).to_text();
+        let place = LetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         self.store
             .write("settle held dead letters", move |state| {
@@ -488,7 +472,7 @@ impl DeadLetters {
         stage: &StageName,
         limit: u32,
     ) -> Result<Vec<EnteredRecord>, StateError> {
-        let place = LetterPlace::Stage(stage.clone()).to_text();
+        let place = LetterPlace::Stage(stage.clone()).to_string();
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
@@ -537,7 +521,7 @@ fn insert(
             shard,
             sequence,
             sub,
-            letter.key.place.to_text(),
+            letter.key.place.to_string(),
             letter.key.output,
             kept,
             &letter.partition_key[..],

@@ -8,11 +8,11 @@
 mod checkpoint;
 mod ledger;
 mod letters;
+mod redrive;
 mod store;
 
 pub use checkpoint::{Checkpoints, ShardState};
 pub use ledger::{Ledger, Segment};
-pub use letters::{
-    DeadLetter, DeadLetters, LetterFilter, LetterKey, LetterPlace, StoredLetter, TakenOver,
-};
+pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter, TakenOver};
+pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives};
 pub use store::{StateError, StateStore};

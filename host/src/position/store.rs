@@ -48,6 +48,9 @@ const SCHEMA_3: &str = "
         sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
         sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL,
         PRIMARY KEY (stream, shard, sink, sequence, sub_sequence)) WITHOUT ROWID;
+    CREATE TABLE redrive (
+        id INTEGER NOT NULL, ordinal INTEGER NOT NULL, letter INTEGER NOT NULL,
+        PRIMARY KEY (id, ordinal)) WITHOUT ROWID;
 ";
 
 /// A pipeline's state database; cheap to clone.
@@ -194,4 +197,27 @@ pub(super) fn position(sequence: String, sub_sequence: u64) -> rusqlite::Result<
 /// Milliseconds since 1970, for columns that people read.
 pub(super) fn now_ms() -> i64 {
     chrono::Utc::now().timestamp_millis()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_database_of_version_2_is_changed_and_keeps_its_letters() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let old = Connection::open(folder.path().join("state.db")).expect("a database");
+        old.execute_batch(SCHEMA).expect("the schema of version 2");
+        let letter = "INSERT INTO dead_letter VALUES
+            ('s', 'shard', '1', 0, 'stage:decode', 0, 0, 'k', 'o', 'k', 'o', 7, 'p', 'd', 'why', '', 9)";
+        old.execute(letter, []).expect("a letter");
+        old.pragma_update(None, "user_version", 2).expect("set");
+        drop(old);
+        for _ in 0..2 {
+            let store = StateStore::open(folder.path()).expect("opened");
+            let letters = crate::position::DeadLetters::new(store);
+            let found = letters.select(Default::default(), 10).await.expect("letters");
+            assert_eq!(found.iter().map(|letter| &*letter.reason).collect::<Vec<_>>(), ["why"]);
+        }
+    }
 }

@@ -1,10 +1,11 @@
 //! Records on their way: as a stream has them, in batches, and as rows for sinks.
 
+use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Position, PositionSpan, RouteName, ShardKey};
+use super::{Position, PositionSpan, RouteName, ShardKey, SinkName, StageName};
 
 /// One record of a shard, as it was put.
 #[derive(Clone, Debug)]
@@ -28,12 +29,74 @@ pub struct Batch {
     pub records: Vec<Record>,
     /// What is settled once every record here has its outcome.
     pub span: PositionSpan,
+    /// Where they enter the path.
+    pub entry: Entry,
+}
+
+/// Where records enter the path.
+#[derive(Clone, Debug, Default)]
+pub enum Entry {
+    /// At its beginning, as the stream has them.
+    #[default]
+    Source,
+    /// Where they failed before: their payloads and keys are what entered there.
+    Redrive(Box<Redrive>),
+}
+
+/// Records that enter the path where they failed before.
+#[derive(Clone, Debug)]
+pub struct Redrive {
+    /// The stage or the sink.
+    pub place: LetterPlace,
+    /// The route by which they came there; empty: not known.
+    pub route: RouteName,
+    /// Where the records are in their own shards, in the order of the batch: what plugins see.
+    pub origins: Vec<Position>,
+}
+
+/// Where a record failed.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum LetterPlace {
+    /// On entering this stage.
+    Stage(StageName),
+    /// On being written by this sink.
+    Sink(SinkName),
+}
+
+impl fmt::Display for LetterPlace {
+    /// As `stage:NAME` or `sink:NAME`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stage(name) => write!(f, "stage:{name}"),
+            Self::Sink(name) => write!(f, "sink:{name}"),
+        }
+    }
+}
+
+impl LetterPlace {
+    /// Reads `stage:NAME` or `sink:NAME`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text.split_once(':')? {
+            ("stage", name) => Some(Self::Stage(name.into())),
+            ("sink", name) => Some(Self::Sink(name.into())),
+            _ => None,
+        }
+    }
 }
 
 impl Batch {
     /// The bytes that its payloads and keys hold in memory.
     pub fn bytes(&self) -> usize {
         self.records.iter().map(|record| record.payload.len() + record.partition_key.len()).sum()
+    }
+
+    /// Where a record is in its own shard, by its index.
+    pub fn origin(&self, record: u32) -> &Position {
+        let index = record as usize;
+        match &self.entry {
+            Entry::Redrive(redrive) => &redrive.origins[index],
+            Entry::Source => &self.records[index].position,
+        }
     }
 
     /// Parts it after each of these positions, which ascend, so that no part has records on both
@@ -46,12 +109,16 @@ impl Batch {
                 continue;
             }
             let records = self.records.split_off(cut);
+            let mut entry = self.entry.clone();
+            if let (Entry::Redrive(own), Entry::Redrive(rest)) = (&mut self.entry, &mut entry) {
+                rest.origins = own.origins.split_off(cut);
+            }
             let middle = self.records[cut - 1].position.clone();
             let span = PositionSpan {
                 from_exclusive: Some(middle.clone()),
                 to_inclusive: std::mem::replace(&mut self.span.to_inclusive, middle),
             };
-            let rest = Self { shard: self.shard.clone(), records, span };
+            let rest = Self { shard: self.shard.clone(), records, span, entry };
             parts.push(std::mem::replace(&mut self, rest));
         }
         parts.push(self);
@@ -111,7 +178,12 @@ mod tests {
         };
         let records: Vec<Record> = positions.map(record).collect();
         let to_inclusive = records.last().expect("a record").position.clone();
-        Batch { shard, records, span: PositionSpan { from_exclusive: None, to_inclusive } }
+        Batch {
+            shard,
+            records,
+            span: PositionSpan { from_exclusive: None, to_inclusive },
+            entry: Entry::Source,
+        }
     }
 
     /// Two swaps in one batch: what the generation between them ran once was replayed by the last.

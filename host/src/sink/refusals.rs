@@ -6,8 +6,8 @@ use async_trait::async_trait;
 
 use super::{Commit, Refusal, RefusalLog, SinkError};
 use crate::config::RejectedMax;
-use crate::position::{DeadLetter, DeadLetters, LetterKey, LetterPlace};
-use crate::record::{Row, SinkName};
+use crate::position::{DeadLetter, DeadLetters, LetterKey};
+use crate::record::{LetterPlace, Row, SinkName};
 use crate::stage::RejectionWindow;
 
 /// The refusals of one sink and shard.

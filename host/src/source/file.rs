@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
 use crate::config::{BatchLimits, FileConfig, StartPosition};
 use crate::record::{
-    Batch, Position, PositionSpan, Record, SequenceNumber, ShardId, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardId, ShardKey, StreamIdentity,
 };
 
 /// The one shard of a file.
@@ -211,7 +211,12 @@ impl Lines {
         };
         let from_exclusive = self.handed_over.replace(to_inclusive.clone());
         let span = PositionSpan { from_exclusive, to_inclusive };
-        Ok(NextBatch::Batch(Batch { shard: self.shard.clone(), records, span }))
+        Ok(NextBatch::Batch(Batch {
+            shard: self.shard.clone(),
+            records,
+            span,
+            entry: Entry::Source,
+        }))
     }
 
     /// Reads on, up to the end of a line or of the file.

@@ -10,7 +10,7 @@ use super::SourceError;
 use super::aggregate::deaggregate;
 use crate::config::BatchLimits;
 use crate::record::{
-    Batch, HashRange, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart,
+    Batch, Entry, HashRange, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart,
 };
 
 /// How the reading of a shard begins.
@@ -200,7 +200,7 @@ impl Inbox {
         let to_inclusive = records.last()?.position.clone();
         let from_exclusive = self.handed_over.replace(to_inclusive.clone());
         let span = PositionSpan { from_exclusive, to_inclusive };
-        Some(Batch { shard: self.shard.clone(), records, span })
+        Some(Batch { shard: self.shard.clone(), records, span, entry: Entry::Source })
     }
 
     /// The place, for errors.

@@ -3,7 +3,8 @@
 //! [`kinesis::KinesisSource`] reads a stream: `client` reaches the server, `connection` is what its
 //! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
 //! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
-//! read, `embedded` serves a stream of our own, [`file::FileSource`] reads a file instead; `stream`,
+//! read, `embedded` serves a stream of our own. [`file::FileSource`] reads a file instead, and
+//! [`letters::LettersSource`] the dead letters of a redrive; `stream`,
 //! `consumers`, `input` and `producer` are for those who make streams and fill them.
 
 pub mod aggregate;
@@ -16,6 +17,7 @@ pub mod file;
 pub mod inbox;
 pub mod input;
 pub mod kinesis;
+pub mod letters;
 pub mod lineage;
 pub mod polling;
 pub mod producer;
@@ -135,6 +137,12 @@ pub enum SourceError {
         /// What was tried, and where in the file.
         what: String,
         /// The cause.
+        cause: String,
+    },
+    /// Dead letters cannot be read.
+    #[error("dead letters cannot be read: {cause}")]
+    Letters {
+        /// What the state database says.
         cause: String,
     },
     /// A call failed.

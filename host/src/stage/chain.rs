@@ -13,8 +13,8 @@ use super::rejections::RejectionWindow;
 use super::runner::{RunError, StageOutcome, StageRunner};
 use crate::config::RejectedMax;
 use crate::plugin::CallError;
-use crate::position::{DeadLetter, LetterKey, LetterPlace};
-use crate::record::{Batch, Record, RouteName, Row, ShardKey, SinkName};
+use crate::position::{DeadLetter, LetterKey};
+use crate::record::{Batch, Entry, LetterPlace, Record, RouteName, Row, ShardKey, SinkName};
 
 /// A row and the sinks that it goes to.
 #[derive(Debug)]
@@ -89,12 +89,40 @@ impl Chain {
     }
 
     /// The sinks of a routed row.
-    pub fn sinks_of(&self, routed: &Routed) -> &[SinkName] {
+    pub fn sinks_of<'s>(&'s self, routed: &'s Routed) -> &'s [SinkName] {
+        if let Some(sink) = redriven_to(&routed.row.batch) {
+            return std::slice::from_ref(sink);
+        }
         match self.generation.stages.get(routed.stage).map(|stage| &stage.targets[routed.route]) {
             Some(Target::Sinks(sinks)) => sinks,
             Some(Target::Next(_)) => &[],
             None => &self.generation.spec.source_sinks,
         }
+    }
+
+    /// The stage that a batch enters, by its index, and what it gets there.
+    fn enter(&self, batch: &Batch) -> Result<(usize, Flow), Blocked> {
+        let Entry::Redrive(redrive) = &batch.entry else { return Ok((0, flow::first_flow(batch))) };
+        let stages = &self.generation.stages;
+        let is_there =
+            |stage: &LoadedStage| LetterPlace::Stage(stage.name.clone()) == redrive.place;
+        let index = stages.iter().position(is_there).ok_or_else(|| {
+            Blocked::Broken(format!("{} is gone from the pipeline", redrive.place))
+        })?;
+        let upstream = &stages[index].upstream;
+        let by_name = upstream.iter().position(|route| route.name == redrive.route.as_str());
+        // Letters of older versions do not say how the record came; mostly there is one way.
+        let only = || (redrive.route.as_str().is_empty() && upstream.len() == 1).then_some(0);
+        let route = by_name.or_else(only).and_then(|route| u32::try_from(route).ok());
+        let route = route.ok_or_else(|| {
+            let due: Vec<&str> = upstream.iter().map(|route| route.name.as_str()).collect();
+            Blocked::Broken(format!(
+                "records came to {} by route {:?}, which enters it no more: due is one of {due:?}",
+                redrive.place,
+                redrive.route.as_str()
+            ))
+        })?;
+        Ok((index, flow::entering_flow(batch, route)))
     }
 
     /// Runs a batch through all stages. Items with a dead letter in `settled` are not run again.
@@ -106,15 +134,15 @@ impl Chain {
         batch: &Arc<Batch>,
         settled: &HashSet<LetterKey>,
     ) -> Result<ChainOutcome, Blocked> {
-        if self.runners.is_empty() {
+        if self.runners.is_empty() || redriven_to(batch).is_some() {
             return Ok(ChainOutcome { routed: unchanged(batch), letters: Vec::new() });
         }
+        let (first_stage, mut flow) = self.enter(batch)?;
         let mut outcome = ChainOutcome::default();
         let mut rejected_records = vec![false; batch.records.len()];
         // Rows are numbered per record over all stages: with the position, a row's identity.
         let mut rows_of_record = vec![0; batch.records.len()];
-        let mut flow = flow::first_flow(batch);
-        for (index, runner) in self.runners.iter_mut().enumerate() {
+        for (index, runner) in self.runners.iter_mut().enumerate().skip(first_stage) {
             let place = LetterPlace::Stage(runner.stage().name.clone());
             if !settled.is_empty() {
                 flow.retain(|item| {
@@ -154,9 +182,23 @@ impl Chain {
     }
 }
 
-/// The records of a pipeline without a stage, as rows.
+/// The sink that the records enter at once, if they do.
+fn redriven_to(batch: &Batch) -> Option<&SinkName> {
+    match &batch.entry {
+        Entry::Redrive(redrive) => match &redrive.place {
+            LetterPlace::Sink(sink) => Some(sink),
+            LetterPlace::Stage(_) => None,
+        },
+        Entry::Source => None,
+    }
+}
+
+/// The records of a batch that passes no stage, as rows.
 fn unchanged(batch: &Arc<Batch>) -> Vec<Routed> {
-    let route = RouteName::from(SOURCE_ROUTE);
+    let route = match &batch.entry {
+        Entry::Redrive(redrive) => redrive.route.clone(),
+        Entry::Source => RouteName::from(SOURCE_ROUTE),
+    };
     let row = |(record, index): (&Record, u32)| Row {
         batch: batch.clone(),
         record: index,

@@ -27,12 +27,17 @@ pub type Flow = Vec<Item>;
 
 /// The records of a batch as the first stage gets them.
 pub fn first_flow(batch: &Batch) -> Flow {
+    entering_flow(batch, 0)
+}
+
+/// The records of a batch as a stage gets them by one of its upstream routes.
+pub fn entering_flow(batch: &Batch, upstream_route: u32) -> Flow {
     let numbered = batch.records.iter().zip(0u32..);
     numbered
         .map(|(record, index)| Item {
             record: index,
             ordinal: 0,
-            upstream_route: 0,
+            upstream_route,
             key: record.partition_key.clone(),
             payload: record.payload.clone(),
         })
@@ -46,15 +51,16 @@ pub fn pack(batch: &Batch, items: &[Item], wire: &mut WireBatch) {
     wire.inputs.clear();
     for item in items {
         let record = &batch.records[item.record as usize];
+        let origin = batch.origin(item.record);
         let key = append(&mut wire.arena, &item.key);
         let payload = append(&mut wire.arena, &item.payload);
-        let sequence = append(&mut wire.arena, record.position.sequence.as_str().as_bytes());
+        let sequence = append(&mut wire.arena, origin.sequence.as_str().as_bytes());
         let input = Input {
             key,
             payload,
             sequence,
             // An aggregate has at most 1 MiB of records of at least a byte: it fits.
-            sub_sequence: record.position.sub_sequence as u32,
+            sub_sequence: origin.sub_sequence as u32,
             route: item.upstream_route,
             arrived_ms: record.arrived_ms,
         };

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{RejectedMax, StageLimits};
 use crate::plugin::{CallError, Plugin};
 use crate::record::{
-    Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
 use crate::stage::{Flow, LoadedStage, RunError, StageOutcome, StageRunner, first_flow};
 
@@ -127,7 +127,7 @@ impl Workbench {
         stage.limits = StageLimits { retry_ms_max: 0, ..limits };
         let context = stage.context("trial", SHARD);
         // Nothing is too much rejected here: it is only looked at.
-        let rejected_max = RejectedMax { of_last_1000: u32::MAX, in_a_row: u32::MAX };
+        let rejected_max = RejectedMax::NONE;
         let runner = StageRunner::start(stage, context, rejected_max, CancellationToken::new())
             .map_err(TrialError::Configure)?;
         Ok(Trial { runner })
@@ -248,5 +248,6 @@ pub(crate) fn batch(records: &[TrialRecord]) -> Option<Batch> {
         shard: ShardKey { pipeline: "trial".into(), stream: Arc::new(stream), shard: SHARD.into() },
         records: records.collect(),
         span: PositionSpan { from_exclusive: None, to_inclusive },
+        entry: Entry::Source,
     })
 }

@@ -8,9 +8,9 @@ use bytes::Bytes;
 use metrics_exporter_prometheus::PrometheusRecorder;
 use shardmill::config::{RejectedMax, parse};
 use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
-use shardmill::position::LetterPlace;
 use shardmill::record::{
-    Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, LetterPlace, Position, PositionSpan, Record, SequenceNumber, ShardKey,
+    StreamIdentity,
 };
 use shardmill::stage::{Blocked, Chain, ChainOutcome, Generation};
 use tokio_util::sync::CancellationToken;
@@ -143,7 +143,7 @@ pub fn batch(payloads: &[String]) -> Batch {
         arrived_ms: 1,
     });
     let span = PositionSpan { from_exclusive: None, to_inclusive: position(payloads.len() - 1) };
-    Batch { shard: shard(), records: records.collect(), span }
+    Batch { shard: shard(), records: records.collect(), span, entry: Entry::Source }
 }
 
 /// A metric's value, summed over its labels.

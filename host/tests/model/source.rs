@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use shardmill::config::StartPosition;
 use shardmill::record::{
-    Batch, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill::source::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
 
@@ -113,6 +113,11 @@ impl BatchReader for Reader {
         self.next = end;
         let to_inclusive = records[records.len() - 1].position.clone();
         let span = PositionSpan { from_exclusive: before, to_inclusive };
-        Ok(NextBatch::Batch(Batch { shard: self.shard.clone(), records, span }))
+        Ok(NextBatch::Batch(Batch {
+            shard: self.shard.clone(),
+            records,
+            span,
+            entry: Entry::Source,
+        }))
     }
 }

@@ -11,8 +11,8 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use shardmill::config::Compression;
 use shardmill::record::{
-    Batch, Position, PositionSpan, Record, RouteName, Row, SequenceNumber, ShardKey, SinkName,
-    StreamIdentity,
+    Batch, Entry, Position, PositionSpan, Record, RouteName, Row, SequenceNumber, ShardKey,
+    SinkName, StreamIdentity,
 };
 use shardmill::sink::objects::ObjectsSink;
 use shardmill::sink::{Commit, Refusal, RefusalLog, SinkError};
@@ -161,7 +161,12 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
         payload: payload(record),
         arrived_ms: 0,
     });
-    let batch = Arc::new(Batch { shard: shard(), records: records.collect(), span: span.clone() });
+    let batch = Arc::new(Batch {
+        shard: shard(),
+        records: records.collect(),
+        span: span.clone(),
+        entry: Entry::Source,
+    });
     let rows = (from + 1..=to).zip(0..).filter_map(|(record, index)| {
         Some(Row {
             batch: Arc::clone(&batch),

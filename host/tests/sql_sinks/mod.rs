@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use shardmill::record::{
-    Batch, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill::sink::{BoundRoute, Column, Commit, Refusal, RefusalLog, SinkError};
 
@@ -41,7 +41,8 @@ pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
         arrived_ms: 0,
     };
     let records = (0..count).map(record).collect();
-    let batch = Arc::new(Batch { shard: shard("any"), records, span: span.clone() });
+    let batch =
+        Arc::new(Batch { shard: shard("any"), records, span: span.clone(), entry: Entry::Source });
     let row = |(place, payload): (usize, &_)| Row {
         batch: Arc::clone(&batch),
         record: u32::try_from(place).expect("few rows"),

@@ -263,7 +263,9 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::record::{Batch, Position, PositionSpan, Record, SequenceNumber, StreamIdentity};
+    use crate::record::{
+        Batch, Entry, Position, PositionSpan, Record, SequenceNumber, StreamIdentity,
+    };
 
     fn folder(template: &str, payload: &str) -> Result<String, String> {
         let sequence = SequenceNumber::parse("1").expect("a number");
@@ -281,7 +283,8 @@ mod tests {
             arrived_ms: 1_388_534_399_999,
         };
         let span = PositionSpan { from_exclusive: None, to_inclusive: position };
-        let batch = Batch { shard: shard.clone(), records: vec![record], span };
+        let batch =
+            Batch { shard: shard.clone(), records: vec![record], span, entry: Entry::Source };
         let row = Row {
             batch: Arc::new(batch),
             record: 0,

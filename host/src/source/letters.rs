@@ -1,0 +1,121 @@
+//! Dead letters as one shard that ends by itself: what a redrive reads.
+//!
+//! A record's position is its letter's place in the redrive. A batch holds letters that enter the path
+//! at one place by one route.
+
+use async_trait::async_trait;
+
+use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
+use crate::config::{BatchLimits, StartPosition};
+use crate::position::{RedriveId, RedrivenLetter, Redrives};
+use crate::record::{
+    Batch, Entry, PipelineName, Position, PositionSpan, Record, Redrive, SequenceNumber, ShardKey,
+    StreamIdentity,
+};
+
+/// A redrive as a source.
+pub struct LettersSource {
+    redrives: Redrives,
+    id: RedriveId,
+    identity: StreamIdentity,
+    limits: BatchLimits,
+}
+
+impl LettersSource {
+    /// The letters of a redrive.
+    pub fn new(
+        redrives: Redrives,
+        id: RedriveId,
+        pipeline: &PipelineName,
+        limits: BatchLimits,
+    ) -> Self {
+        Self { redrives, id, identity: id.stream(pipeline), limits }
+    }
+}
+
+#[async_trait]
+impl ShardSource for LettersSource {
+    async fn identity(&self) -> Result<StreamIdentity, SourceError> {
+        Ok(self.identity.clone())
+    }
+
+    async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
+        let parents = Vec::new();
+        Ok(vec![Shard { id: self.id.shard(), parents, is_closed: false, hash_range: None }])
+    }
+
+    fn start(&self) -> &StartPosition {
+        &StartPosition::TrimHorizon
+    }
+
+    async fn open(
+        &self,
+        shard: &ShardKey,
+        from: ResumePoint<'_>,
+    ) -> Result<Box<dyn BatchReader>, SourceError> {
+        let after = from.after.cloned();
+        Ok(Box::new(LettersReader {
+            redrives: self.redrives.clone(),
+            id: self.id,
+            shard: shard.clone(),
+            limits: self.limits,
+            after,
+        }))
+    }
+}
+
+struct LettersReader {
+    redrives: Redrives,
+    id: RedriveId,
+    shard: ShardKey,
+    limits: BatchLimits,
+    after: Option<Position>,
+}
+
+#[async_trait]
+impl BatchReader for LettersReader {
+    async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
+        let ordinal = |at: &Position| at.sequence.as_str().parse().unwrap_or(u64::MAX);
+        let after = self.after.as_ref().map_or(0, ordinal);
+        let BatchLimits { records_max, bytes_max, .. } = self.limits;
+        let letters = self.redrives.letters(self.id, after, records_max, bytes_max).await;
+        let mut letters = letters
+            .map_err(|error| SourceError::Letters { cause: error.to_string() })?
+            .into_iter()
+            .peekable();
+        let Some(first) = letters.next() else { return Ok(NextBatch::SourceEnd) };
+        let (place, route) = (first.place.clone(), first.route.clone());
+        let mut bytes = first.payload.len();
+        let (mut records, mut origins) = (Vec::new(), Vec::new());
+        let mut push = |letter: RedrivenLetter| {
+            origins.push(letter.origin);
+            records.push(Record {
+                position: Position {
+                    sequence: SequenceNumber::from(letter.ordinal),
+                    sub_sequence: 0,
+                },
+                partition_key: letter.key.into(),
+                payload: letter.payload.into(),
+                arrived_ms: letter.arrived_ms,
+            });
+        };
+        push(first);
+        while let Some(letter) = letters.next_if(|next| {
+            bytes += next.payload.len();
+            next.place == place && next.route == route && bytes <= self.limits.bytes_max
+        }) {
+            push(letter);
+        }
+        let Some(to_inclusive) = records.last().map(|record: &Record| record.position.clone())
+        else {
+            return Ok(NextBatch::SourceEnd);
+        };
+        let from_exclusive = self.after.replace(to_inclusive.clone());
+        Ok(NextBatch::Batch(Batch {
+            shard: self.shard.clone(),
+            records,
+            span: PositionSpan { from_exclusive, to_inclusive },
+            entry: Entry::Redrive(Box::new(Redrive { place, route, origins })),
+        }))
+    }
+}
