@@ -209,7 +209,8 @@ mod tests {
         let old = Connection::open(folder.path().join("state.db")).expect("a database");
         old.execute_batch(SCHEMA).expect("the schema of version 2");
         let letter = "INSERT INTO dead_letter VALUES
-            ('s', 'shard', '1', 0, 'stage:decode', 0, 0, 'k', 'o', 'k', 'o', 7, 'p', 'd', 'why', '', 9)";
+            ('s', 'shard', '1', 0, 'stage:decode', 0, 0, x'6b', x'6f', x'6b', x'6f', 7, 'p', 'd', 'why',
+             '', 9)";
         old.execute(letter, []).expect("a letter");
         old.pragma_update(None, "user_version", 2).expect("set");
         drop(old);
