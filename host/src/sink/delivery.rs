@@ -1,30 +1,31 @@
 //! Deliveries: the buffer, the rhythm and the patience between a lane and one of its sinks.
 //!
-//! One task per lane and sink. It gathers the rows of consecutive spans, commits them at the first
-//! of rows, bytes, age or pressure on the byte budget, tries again while the sink is out of reach,
-//! and publishes its position. So a sink that rolls hourly does not stop one that commits every
-//! second. Spans that the sink already has are skipped here.
+//! One task per lane and sink. It gathers the rows of consecutive spans and hands them to its
+//! committer at the first of rows, bytes, age or pressure on the byte budget; while that is busy, the
+//! next commit grows, up to the same bounds: a slow sink gets fewer and larger ones. So a sink that
+//! rolls hourly does not stop one that commits every second. Spans that the sink already has are
+//! skipped here.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::refusals::HeldRefusals;
-use super::{Acquired, Commit, SinkError, SinkWriter};
+use super::committer::{Committer, Order, Parcel};
+use super::{Acquired, EncodeAhead, SinkError};
 use crate::budget::{Budget, Permit};
 use crate::config::Rhythm;
 use crate::position::DeadLetters;
-use crate::record::{Position, PositionSpan, Row, ShardKey, SinkName};
+use crate::record::{Position, Row, ShardKey, SinkName};
 
 /// Spans that may wait in the channel before the lane waits: as many as a usual commit has, so that
 /// the next one is there when this one is done. Their bytes are bounded by the budget.
 const SPANS_IN_CHANNEL_MAX: usize = 16;
-/// The longest pause between two tries of a commit.
-const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// Parcels that may wait for the committer: with one, the next is there, and encoded where that can be
+/// done ahead, when this one is committed.
+const PARCELS_WAITING_MAX: usize = 1;
 
 /// One span's rows for one sink.
 pub struct Delivery {
@@ -92,8 +93,15 @@ impl DeliveryHandle {
         let begin = Progress { position: context.skip_to.clone(), blocked: None };
         let (publish, progress) = watch::channel(begin);
         let sink = context.sink.clone();
-        let worker = Worker::new(acquired, context, publish);
-        let task = Some(tokio::spawn(worker.run(receiver)));
+        let context = Arc::new(context);
+        let gatherer = Gatherer::new(&acquired, context.clone());
+        let committer = Committer::new(acquired, context, publish);
+        let (orders, inbox) = mpsc::channel(PARCELS_WAITING_MAX);
+        let task = Some(tokio::spawn(async move {
+            let ((), committed) =
+                tokio::join!(gatherer.run(receiver, orders), committer.run(inbox));
+            committed
+        }));
         Self { sink, sender, progress, task }
     }
 
@@ -160,42 +168,32 @@ struct Buffer {
     opened: Instant,
 }
 
-struct Worker {
-    context: DeliveryContext,
-    writer: Box<dyn SinkWriter>,
-    publish: watch::Sender<Progress>,
-    refusals: HeldRefusals,
-    /// Where the sink's own position stands: each commit starts there.
-    stored: Option<Position>,
+/// Gathers rows into parcels, while the committer is busy with those before them.
+struct Gatherer {
+    context: Arc<DeliveryContext>,
+    /// What can be made of a parcel before its turn comes.
+    ahead: Option<Arc<dyn EncodeAhead>>,
     must_cut_at: Option<Position>,
-    /// Letters of rows that were refused or given up are not shown yet.
-    letters_hidden: bool,
-    /// Whether the sink itself says how far it is.
-    keeps_position: bool,
-    /// Since when no commit went well, if the last one did not.
-    failing_since: Option<Instant>,
     buffer: Option<Buffer>,
-    /// The rows of the last commit.
+    /// The buffer is to be committed as soon as the one before it is: until then it grows.
+    is_due: bool,
+    /// The rows of the last parcel.
     rows_expected: usize,
     pressure: Arc<Notify>,
     id: u64,
 }
 
-impl Worker {
-    fn new(acquired: Acquired, context: DeliveryContext, publish: watch::Sender<Progress>) -> Self {
+/// The committer has ended, and says why itself.
+struct CommitterEnded;
+
+impl Gatherer {
+    fn new(acquired: &Acquired, context: Arc<DeliveryContext>) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        let refusals =
-            HeldRefusals::new(context.letters.clone(), context.sink.clone(), context.rejected_max);
         Self {
-            writer: acquired.writer,
-            publish,
-            refusals,
-            stored: acquired.position,
-            must_cut_at: acquired.must_cut_at,
-            letters_hidden: false,
-            keeps_position: acquired.keeps_position,
-            failing_since: None,
+            ahead: acquired.writer.encodes_ahead(),
+            must_cut_at: acquired.must_cut_at.clone(),
             buffer: None,
+            is_due: false,
             rows_expected: 0,
             pressure: Arc::new(Notify::new()),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -203,22 +201,38 @@ impl Worker {
         }
     }
 
-    async fn run(mut self, mut receiver: mpsc::Receiver<Message>) -> Result<(), SinkError> {
+    async fn run(mut self, receiver: mpsc::Receiver<Message>, orders: mpsc::Sender<Order>) {
+        let context = self.context.clone();
+        tokio::select! {
+            () = context.abandon.cancelled() => {}
+            // Where the committer has ended, it says why.
+            _ = self.gather(receiver, &orders) => {}
+        }
+    }
+
+    async fn gather(
+        &mut self,
+        mut receiver: mpsc::Receiver<Message>,
+        orders: &mpsc::Sender<Order>,
+    ) -> Result<(), CommitterEnded> {
         loop {
             let due = self.due();
             tokio::select! {
-                () = self.context.abandon.cancelled() => return Ok(()),
+                () = orders.closed() => return Err(CommitterEnded),
                 message = receiver.recv() => match message {
-                    Some(Message::Span(delivery)) => self.push(delivery).await?,
+                    Some(Message::Span(delivery)) => self.push(delivery, orders).await?,
                     Some(Message::Flush(done)) => {
-                        self.commit().await?;
-                        // The lane may have gone: then nobody waits.
-                        let _ = done.send(());
+                        self.hand_over(orders).await?;
+                        orders.send(Order::Flush(done)).await.map_err(|_| CommitterEnded)?;
                     }
                     None => return Ok(()),
                 },
-                () = sleep_until(due) => self.commit().await?,
-                () = self.pressure.notified() => self.commit().await?,
+                () = sleep_until(due) => self.is_due = true,
+                () = self.pressure.notified() => self.is_due = self.buffer.is_some(),
+                room = orders.reserve(), if self.is_due => {
+                    drop(room);
+                    self.hand_over(orders).await?;
+                }
             }
         }
     }
@@ -226,17 +240,26 @@ impl Worker {
     /// When the oldest span in hand must be committed.
     fn due(&self) -> Option<Instant> {
         match (&self.buffer, &self.must_cut_at) {
-            (Some(buffer), None) => Some(buffer.opened + self.context.rhythm.linger_max),
+            (Some(buffer), None) if !self.is_due => {
+                Some(buffer.opened + self.context.rhythm.linger_max)
+            }
             _ => None,
         }
     }
 
-    async fn push(&mut self, delivery: Delivery) -> Result<(), SinkError> {
-        if self.context.skip_to.as_ref().is_some_and(|have| delivery.to_inclusive <= *have) {
+    async fn push(
+        &mut self,
+        delivery: Delivery,
+        orders: &mpsc::Sender<Order>,
+    ) -> Result<(), CommitterEnded> {
+        let skip_to = self.context.skip_to.as_ref();
+        if skip_to.is_some_and(|have| delivery.to_inclusive <= *have) {
             return Ok(());
         }
+        let known =
+            skip_to.map_or(0, |have| delivery.rows.partition_point(|row| row.position() <= have));
         if self.buffer.as_ref().is_some_and(|held| held.generation != delivery.generation) {
-            self.commit().await?;
+            self.hand_over(orders).await?;
         }
         let buffer = self.buffer.get_or_insert_with(|| {
             let opened = Instant::now();
@@ -251,11 +274,6 @@ impl Worker {
                 opened,
             }
         });
-        let known = self
-            .context
-            .skip_to
-            .as_ref()
-            .map_or(0, |have| delivery.rows.partition_point(|row| row.position() <= have));
         for row in delivery.rows.into_iter().skip(known) {
             buffer.bytes += row.payload.len() + row.key.len();
             buffer.rows.push(row);
@@ -266,156 +284,52 @@ impl Worker {
             || buffer.bytes >= self.context.rhythm.bytes_max;
         let at_cut = self.must_cut_at.as_ref().is_some_and(|cut| buffer.to_inclusive >= *cut);
         if full || at_cut {
-            self.commit().await?;
+            self.hand_over(orders).await?;
         }
         Ok(())
     }
 
-    /// Commits what is in hand; where an earlier owner promised an end, exactly up to there.
-    async fn commit(&mut self) -> Result<(), SinkError> {
-        let Some(buffer) = self.buffer.take() else { return Ok(()) };
+    /// Hands over what is in hand; where an earlier owner promised an end, exactly up to there.
+    async fn hand_over(&mut self, orders: &mpsc::Sender<Order>) -> Result<(), CommitterEnded> {
+        self.is_due = false;
+        let Some(mut buffer) = self.buffer.take() else { return Ok(()) };
+        let cut = match &self.must_cut_at {
+            // Nothing can be committed before the promised end is in hand.
+            Some(cut) if buffer.to_inclusive < *cut => {
+                self.buffer = Some(buffer);
+                return Ok(());
+            }
+            _ => self.must_cut_at.take(),
+        };
         self.context.budget.unregister(buffer.opened, self.id);
         self.rows_expected = buffer.rows.len();
-        let Some(cut) = self.must_cut_at.clone() else {
-            return self.commit_span(buffer.rows, buffer.to_inclusive, buffer.generation).await;
-        };
-        if buffer.to_inclusive < cut {
-            self.buffer = Some(buffer);
-            return Ok(());
-        }
-        let (promised, rest): (Vec<Row>, Vec<Row>) =
-            buffer.rows.into_iter().partition(|row| *row.position() <= cut);
-        self.commit_span(promised, cut.clone(), buffer.generation.clone()).await?;
-        self.must_cut_at = None;
-        if buffer.to_inclusive > cut {
-            self.commit_span(rest, buffer.to_inclusive, buffer.generation).await?;
-        }
-        Ok(())
-    }
-
-    /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
-    /// configured patience stops it.
-    async fn commit_span(
-        &mut self,
-        rows: Vec<Row>,
-        to_inclusive: Position,
-        generation: Arc<str>,
-    ) -> Result<(), SinkError> {
-        let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
-        let commit = Commit { span, rows: rows.into(), generation };
-        let sink = self.context.sink.to_string();
-        let mut pauses = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(100))
-            .with_max_delay(RETRY_PAUSE_MAX)
-            .without_max_times()
-            .with_jitter()
-            .build();
-        let committed = loop {
-            let error = match self.writer.commit(&commit, &self.refusals).await {
-                Ok(committed) => break committed,
-                Err(error @ SinkError::Fenced { .. }) => return Err(error),
-                Err(error) => error,
+        if let Some(cut) = cut {
+            let (promised, rest) = buffer.rows.into_iter().partition(|row| *row.position() <= cut);
+            let parcel = Parcel {
+                rows: Arc::new(promised),
+                to_inclusive: cut.clone(),
+                generation: buffer.generation.clone(),
+                permits: Vec::new(),
             };
-            metrics::counter!("shardmill_sink_retries_total", "sink" => sink.clone()).increment(1);
-            self.block(&error);
-            if self.patience_is_over(&error) {
-                match self.give_up(&commit, &error).await {
-                    Ok(()) => return Ok(()),
-                    Err(fenced @ SinkError::Fenced { .. }) => return Err(fenced),
-                    Err(error) => self.block(&error),
-                }
+            orders.send(Order::Commit(parcel)).await.map_err(|_| CommitterEnded)?;
+            if buffer.to_inclusive == cut {
+                return Ok(());
             }
-            let pause = pauses.next().unwrap_or(RETRY_PAUSE_MAX);
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.context.abandon.cancelled() => return Err(error),
-            }
+            buffer.rows = rest;
+        }
+        let parcel = Parcel {
+            rows: Arc::new(buffer.rows),
+            to_inclusive: buffer.to_inclusive,
+            generation: buffer.generation,
+            permits: buffer.permits,
         };
-        metrics::counter!("shardmill_sink_rows_total", "sink" => sink.clone())
-            .increment(committed.rows_written);
-        metrics::counter!("shardmill_sink_bytes_total", "sink" => sink.clone())
-            .increment(committed.bytes_written);
-        if committed.rows_refused > 0 {
-            metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{sink}"))
-                .increment(committed.rows_refused);
-            self.letters_hidden = true;
+        let room = orders.reserve().await.map_err(|_| CommitterEnded)?;
+        if let Some(ahead) = &self.ahead {
+            ahead.begin(&parcel.rows);
         }
-        self.failing_since = None;
-        if self.letters_hidden {
-            self.letters_hidden = !settle(&self.context, &commit.span.to_inclusive).await;
-        }
-        self.refusals.committed(&commit);
-        self.stored = Some(commit.span.to_inclusive.clone());
-        self.context.skip_to.clone_from(&self.stored);
-        self.publish.send_replace(Progress { position: self.stored.clone(), blocked: None });
+        room.send(Order::Commit(parcel));
         Ok(())
     }
-
-    /// Whether the sink has been out of reach for as long as the configuration waits. Rows that it
-    /// refuses are another matter: a broken plugin must not drain a stream into the dead letters.
-    fn patience_is_over(&mut self, error: &SinkError) -> bool {
-        let since = *self.failing_since.get_or_insert_with(Instant::now);
-        let is_out_of_reach = matches!(error, SinkError::Unavailable { .. });
-        let limit = self.context.rhythm.give_up_after;
-        is_out_of_reach && limit.is_some_and(|limit| since.elapsed() >= limit)
-    }
-
-    /// Writes the commit's rows to the dead letters, so that the lane goes on without the sink. The
-    /// next commit begins where the sink stands, and passes over these rows.
-    async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
-        let context = &self.context;
-        let reason = format!("given up: {error}");
-        let letter = |row: &Row| self.refusals.letter(row, reason.clone());
-        let letters: Vec<_> = commit.rows.iter().map(letter).collect();
-        let (rows, to) = (letters.len() as u64, &commit.span.to_inclusive);
-        let whose = (&context.shard, &context.sink);
-        let given_up =
-            context.letters.give_up(whose, context.epoch, to, letters, self.keeps_position);
-        let is_ours = given_up.await.map_err(|error| SinkError::Unavailable {
-            sink: context.sink.clone(),
-            cause: error.to_string(),
-        })?;
-        if !is_ours {
-            return Err(SinkError::Fenced {
-                sink: context.sink.clone(),
-                shard: context.shard.shard.to_string(),
-                detail: "its dead letters have another owner".into(),
-            });
-        }
-        metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{}", context.sink))
-            .increment(rows);
-        tracing::warn!(shard = %context.shard.shard, sink = %context.sink, rows, up_to = %to,
-            "given up: the rows are in the dead letters");
-        if self.keeps_position {
-            self.letters_hidden = true;
-        } else {
-            self.stored = Some(to.clone());
-        }
-        self.context.skip_to = Some(to.clone());
-        // It stays blocked in everybody's eyes until a commit goes well.
-        self.publish.send_modify(|progress| progress.position = Some(to.clone()));
-        Ok(())
-    }
-
-    fn block(&self, error: &SinkError) {
-        let context = &self.context;
-        self.publish.send_if_modified(|progress| {
-            let cause = Some(error.to_string());
-            let changed = progress.blocked != cause;
-            if changed {
-                tracing::warn!(shard = %context.shard.shard, %error, "blocked; trying again");
-                progress.blocked = cause;
-            }
-            changed
-        });
-    }
-}
-
-/// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or
-/// until the shard is acquired again.
-async fn settle(context: &DeliveryContext, up_to: &Position) -> bool {
-    let settled = context.letters.settle(&context.shard, &context.sink, up_to);
-    settled.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
 }
 
 async fn sleep_until(due: Option<Instant>) {

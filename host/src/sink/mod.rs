@@ -5,6 +5,7 @@
 //! position durable together. Buffering, rhythm, retries and the byte budget are not a sink's
 //! work: `delivery` does them for all.
 
+mod committer;
 pub mod delivery;
 pub mod discard;
 pub mod http;
@@ -165,9 +166,21 @@ pub struct Acquired {
     pub must_cut_at: Option<Position>,
 }
 
+/// Encodes the rows of the next commit while a writer is busy with the one before.
+pub trait EncodeAhead: Send + Sync {
+    /// Begins with these rows, on another thread. A commit that has the very same rows finds what they
+    /// became.
+    fn begin(&self, rows: &Arc<Vec<Row>>);
+}
+
 /// Writes one shard's rows. Owned by one delivery task; calls do not overlap.
 #[async_trait]
 pub trait SinkWriter: Send {
+    /// What this writer's rows can become before it is their turn; `None`: nothing.
+    fn encodes_ahead(&self) -> Option<Arc<dyn EncodeAhead>> {
+        None
+    }
+
     /// Writes the rows and moves the position, as one durable step. After an error nothing of the
     /// commit is visible, and the same commit may be tried again: a commit whose reply was lost and
     /// that did land is recognised by its position and answered as done.

@@ -3,20 +3,21 @@
 //! A commit can stop after any step and be tried again, by this writer or by the next owner: the
 //! claim and the objects are created, never overwritten, so each step finds what is there already.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use object_store::path::Path;
+use tokio::task::JoinHandle;
 
 use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished};
 use super::encode::{Body, Encoded, RouteForm, encode};
 use super::layout::ObjectLayout;
 use super::store::Place;
 use crate::record::{Position, RouteName, Row, ShardKey};
-use crate::sink::{Commit, Committed, RefusalLog, SinkError, SinkWriter};
+use crate::sink::{Commit, Committed, EncodeAhead, RefusalLog, SinkError, SinkWriter};
 
 /// Objects of one commit that are written at the same time.
 const UPLOADS_MAX: usize = 4;
@@ -40,6 +41,45 @@ pub(super) struct ObjectsWriter {
     last_link: u64,
     position: Option<Position>,
     unfinished: Option<Unfinished>,
+    ahead: Arc<Ahead>,
+}
+
+type Encoding = JoinHandle<Result<Encoded, String>>;
+
+/// The rows of the commit after this one, which are being encoded.
+struct Ahead {
+    shared: Arc<Shared>,
+    shard: ShardKey,
+    /// In the order of their commits.
+    begun: Mutex<VecDeque<(Arc<Vec<Row>>, Encoding)>>,
+}
+
+impl Ahead {
+    fn encode(&self, rows: &Arc<Vec<Row>>, layout: ObjectLayout) -> Encoding {
+        let (rows, shared, shard) = (rows.clone(), self.shared.clone(), self.shard.clone());
+        tokio::task::spawn_blocking(move || {
+            encode(&rows, &shared.forms, &layout, &shard, &shared.place.sink)
+        })
+    }
+
+    /// What was begun for the very same rows.
+    fn take(&self, rows: &Arc<Vec<Row>>) -> Option<Encoding> {
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = begun.iter().position(|(own, _)| Arc::ptr_eq(own, rows))?;
+        // Those before it were given up.
+        begun.drain(..=place).next_back().map(|(_, encoding)| encoding)
+    }
+}
+
+impl EncodeAhead for Ahead {
+    fn begin(&self, rows: &Arc<Vec<Row>>) {
+        if rows.is_empty() {
+            return;
+        }
+        let encoding = self.encode(rows, self.shared.layout.clone());
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        begun.push_back((rows.clone(), encoding));
+    }
 }
 
 impl ObjectsWriter {
@@ -53,7 +93,9 @@ impl ObjectsWriter {
         unfinished: Option<Unfinished>,
     ) -> Self {
         let (owner, last_link) = (fence.owner.clone(), fence.link);
-        Self { shared, shard, log, owner, last_link, position, unfinished }
+        let begun = Mutex::default();
+        let ahead = Arc::new(Ahead { shared: shared.clone(), shard: shard.clone(), begun });
+        Self { shared, shard, log, owner, last_link, position, unfinished, ahead }
     }
 
     /// Claims the commit's span and writes its data.
@@ -157,11 +199,9 @@ impl ObjectsWriter {
         if rows.is_empty() {
             return Ok(Encoded::default());
         }
-        let (rows, shared) = (Arc::clone(rows), Arc::clone(&self.shared));
-        let shard = self.shard.clone();
-        let encoding = tokio::task::spawn_blocking(move || {
-            encode(&rows, &shared.forms, &layout, &shard, &shared.place.sink)
-        });
+        // A promise is kept in the layout in which it was made.
+        let begun = self.ahead.take(rows).filter(|_| layout == self.shared.layout);
+        let encoding = begun.unwrap_or_else(|| self.ahead.encode(rows, layout));
         let place = &self.shared.place;
         match encoding.await {
             Ok(encoded) => encoded.map_err(|cause| place.unavailable(cause)),
@@ -276,6 +316,10 @@ impl ObjectsWriter {
 
 #[async_trait]
 impl SinkWriter for ObjectsWriter {
+    fn encodes_ahead(&self) -> Option<Arc<dyn EncodeAhead>> {
+        Some(self.ahead.clone())
+    }
+
     async fn commit(
         &mut self,
         commit: &Commit,

@@ -1,0 +1,207 @@
+//! Commits: one span after the other into a sink, with patience.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::delivery::{DeliveryContext, Progress};
+use super::refusals::HeldRefusals;
+use super::{Acquired, Commit, SinkError, SinkWriter};
+use crate::budget::Permit;
+use crate::record::{Position, PositionSpan, Row};
+
+/// The longest pause between two tries of a commit.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// The rows of one commit.
+pub(super) struct Parcel {
+    /// By ascending position.
+    pub(super) rows: Arc<Vec<Row>>,
+    /// Everything up to here is settled with it.
+    pub(super) to_inclusive: Position,
+    /// The generation that made them.
+    pub(super) generation: Arc<str>,
+    /// The bytes that they hold in memory.
+    pub(super) permits: Vec<Permit>,
+}
+
+/// What a committer is asked to do, in this order.
+pub(super) enum Order {
+    Commit(Parcel),
+    /// Say that everything before is committed.
+    Flush(oneshot::Sender<()>),
+}
+
+/// Commits one shard's rows to one sink.
+pub(super) struct Committer {
+    context: Arc<DeliveryContext>,
+    writer: Box<dyn SinkWriter>,
+    publish: watch::Sender<Progress>,
+    refusals: HeldRefusals,
+    /// Where the sink's own position stands: each commit starts there.
+    stored: Option<Position>,
+    /// Letters of rows that were refused or given up are not shown yet.
+    letters_hidden: bool,
+    /// Whether the sink itself says how far it is.
+    keeps_position: bool,
+    /// Since when no commit went well, if the last one did not.
+    failing_since: Option<Instant>,
+}
+
+impl Committer {
+    pub(super) fn new(
+        acquired: Acquired,
+        context: Arc<DeliveryContext>,
+        publish: watch::Sender<Progress>,
+    ) -> Self {
+        let refusals =
+            HeldRefusals::new(context.letters.clone(), context.sink.clone(), context.rejected_max);
+        Self {
+            writer: acquired.writer,
+            publish,
+            refusals,
+            stored: acquired.position,
+            letters_hidden: false,
+            keeps_position: acquired.keeps_position,
+            failing_since: None,
+            context,
+        }
+    }
+
+    /// Commits until there is nothing more, the lane ends, or the shard is lost.
+    pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> Result<(), SinkError> {
+        loop {
+            let order = tokio::select! {
+                biased;
+                () = self.context.abandon.cancelled() => return Ok(()),
+                order = orders.recv() => order,
+            };
+            match order {
+                Some(Order::Commit(parcel)) => self.commit(parcel).await?,
+                // The lane may have gone: then nobody waits.
+                Some(Order::Flush(done)) => drop(done.send(())),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
+    /// configured patience stops it.
+    async fn commit(&mut self, parcel: Parcel) -> Result<(), SinkError> {
+        let Parcel { rows, to_inclusive, generation, permits: _held } = parcel;
+        let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
+        let commit = Commit { span, rows, generation };
+        let sink = self.context.sink.to_string();
+        let mut pauses = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(100))
+            .with_max_delay(RETRY_PAUSE_MAX)
+            .without_max_times()
+            .with_jitter()
+            .build();
+        let committed = loop {
+            let error = match self.writer.commit(&commit, &self.refusals).await {
+                Ok(committed) => break committed,
+                Err(error @ SinkError::Fenced { .. }) => return Err(error),
+                Err(error) => error,
+            };
+            metrics::counter!("shardmill_sink_retries_total", "sink" => sink.clone()).increment(1);
+            self.block(&error);
+            if self.patience_is_over(&error) {
+                match self.give_up(&commit, &error).await {
+                    Ok(()) => return Ok(()),
+                    Err(fenced @ SinkError::Fenced { .. }) => return Err(fenced),
+                    Err(error) => self.block(&error),
+                }
+            }
+            let pause = pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.context.abandon.cancelled() => return Err(error),
+            }
+        };
+        metrics::counter!("shardmill_sink_rows_total", "sink" => sink.clone())
+            .increment(committed.rows_written);
+        metrics::counter!("shardmill_sink_bytes_total", "sink" => sink.clone())
+            .increment(committed.bytes_written);
+        if committed.rows_refused > 0 {
+            metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{sink}"))
+                .increment(committed.rows_refused);
+            self.letters_hidden = true;
+        }
+        self.failing_since = None;
+        if self.letters_hidden {
+            self.letters_hidden = !settle(&self.context, &commit.span.to_inclusive).await;
+        }
+        self.refusals.committed(&commit);
+        self.stored = Some(commit.span.to_inclusive.clone());
+        self.publish.send_replace(Progress { position: self.stored.clone(), blocked: None });
+        Ok(())
+    }
+
+    /// Whether the sink has been out of reach for as long as the configuration waits. Rows that it
+    /// refuses are another matter: a broken plugin must not drain a stream into the dead letters.
+    fn patience_is_over(&mut self, error: &SinkError) -> bool {
+        let since = *self.failing_since.get_or_insert_with(Instant::now);
+        let is_out_of_reach = matches!(error, SinkError::Unavailable { .. });
+        let limit = self.context.rhythm.give_up_after;
+        is_out_of_reach && limit.is_some_and(|limit| since.elapsed() >= limit)
+    }
+
+    /// Writes the commit's rows to the dead letters, so that the lane goes on without the sink. The
+    /// next commit begins where the sink stands, and passes over these rows.
+    async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
+        let context = &self.context;
+        let reason = format!("given up: {error}");
+        let letter = |row: &Row| self.refusals.letter(row, reason.clone());
+        let letters: Vec<_> = commit.rows.iter().map(letter).collect();
+        let (rows, to) = (letters.len() as u64, &commit.span.to_inclusive);
+        let whose = (&context.shard, &context.sink);
+        let given_up =
+            context.letters.give_up(whose, context.epoch, to, letters, self.keeps_position);
+        let is_ours = given_up.await.map_err(|error| SinkError::Unavailable {
+            sink: context.sink.clone(),
+            cause: error.to_string(),
+        })?;
+        if !is_ours {
+            return Err(SinkError::Fenced {
+                sink: context.sink.clone(),
+                shard: context.shard.shard.to_string(),
+                detail: "its dead letters have another owner".into(),
+            });
+        }
+        metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{}", context.sink))
+            .increment(rows);
+        tracing::warn!(shard = %context.shard.shard, sink = %context.sink, rows, up_to = %to,
+            "given up: the rows are in the dead letters");
+        if self.keeps_position {
+            self.letters_hidden = true;
+        } else {
+            self.stored = Some(to.clone());
+        }
+        // It stays blocked in everybody's eyes until a commit goes well.
+        self.publish.send_modify(|progress| progress.position = Some(to.clone()));
+        Ok(())
+    }
+
+    fn block(&self, error: &SinkError) {
+        let context = &self.context;
+        self.publish.send_if_modified(|progress| {
+            let cause = Some(error.to_string());
+            let changed = progress.blocked != cause;
+            if changed {
+                tracing::warn!(shard = %context.shard.shard, %error, "blocked; trying again");
+                progress.blocked = cause;
+            }
+            changed
+        });
+    }
+}
+
+/// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or
+/// until the shard is acquired again.
+async fn settle(context: &DeliveryContext, up_to: &Position) -> bool {
+    let settled = context.letters.settle(&context.shard, &context.sink, up_to);
+    settled.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
+}
