@@ -70,8 +70,10 @@ pub struct TakenOver {
 const SHOWN: u8 = 0;
 /// hidden until the sink's commit covers it,
 const HELD: u8 = 1;
-/// or hidden until it is known that the sink did not get the row after all.
+/// or hidden until it is known that the sink did not get the row after all,
 const GIVEN_UP: u8 = 2;
+/// or hidden, because its record has gone through a redrive: a replay must not run it again.
+pub(super) const REDRIVEN: u8 = 3;
 
 /// A record as it entered the stage that did not take it.
 #[derive(Clone, Debug)]
@@ -332,6 +334,13 @@ impl DeadLetters {
         let (sequence, sub) = above.map(columns).unwrap_or_default();
         self.store
             .write("read the dead letters", move |state| {
+                // Nothing up to here is ever replayed.
+                state
+                    .prepare_cached(
+                        "DELETE FROM dead_letter WHERE stream = ?1 AND shard = ?2 AND held = ?5
+                         AND (sequence, sub_sequence) <= (?3, ?4)",
+                    )?
+                    .execute((&stream, &shard, &sequence, sub, REDRIVEN))?;
                 let mut query = state.prepare_cached(
                     "SELECT sequence, sub_sequence, substr(place, 7), output FROM dead_letter
                      WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
@@ -450,7 +459,8 @@ impl DeadLetters {
             .await
     }
 
-    /// Deletes the visible letters that a filter means; gives how many there were.
+    /// Deletes the visible letters that a filter means, but for those on their way in a redrive; gives
+    /// how many there were.
     ///
     /// # Errors
     /// [`StateError`]; nothing is deleted then.
@@ -458,7 +468,11 @@ impl DeadLetters {
         let wanted = wanted(filter);
         self.store
             .write("delete dead letters", move |state| {
-                state.execute(&format!("DELETE FROM dead_letter WHERE {MATCHES}"), wanted)
+                let purge = format!(
+                    "DELETE FROM dead_letter WHERE {MATCHES}
+                     AND rowid NOT IN (SELECT letter FROM redrive)"
+                );
+                state.execute(&purge, wanted)
             })
             .await
     }

@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use rusqlite::{OptionalExtension as _, Transaction};
 
 use super::LetterFilter;
-use super::letters::{MATCHES, wanted};
+use super::letters::{MATCHES, REDRIVEN, wanted};
 use super::store::{StateError, StateStore, now_ms, position};
 use crate::record::{
     LetterPlace, PipelineName, Position, RouteName, SequenceNumber, ShardId, ShardKey,
@@ -292,7 +292,18 @@ fn finish(
     let gone: Vec<i64> =
         gone.query_map([id.0], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
     for letter in gone.iter().filter(|letter| !kept.contains(letter)) {
-        state.execute("DELETE FROM dead_letter WHERE rowid = ?1", [letter])?;
+        // A sink may be behind the record still. If that makes a lane read it again, the stage must not
+        // run it again: what became of it then is delivered.
+        state.execute(
+            "UPDATE dead_letter SET held = ?2, partition_key = x'', original = x'', entered_key = x'',
+                 entered = x'', backtrace = ''
+             WHERE rowid = ?1 AND place GLOB 'stage:*'",
+            (letter, REDRIVEN),
+        )?;
+        state.execute(
+            "DELETE FROM dead_letter WHERE rowid = ?1 AND place GLOB 'sink:*'",
+            [letter],
+        )?;
     }
     state.execute("DELETE FROM redrive WHERE id = ?1", [id.0])?;
     // Its positions are of no use to anybody; the ledger's row says when it was.
@@ -300,4 +311,55 @@ fn finish(
         state.execute(&format!("DELETE FROM {table} WHERE stream = ?1"), [stream])?;
     }
     Ok(Some(Redriven { letters, failed_again }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::{Checkpoints, DeadLetter, DeadLetters, LetterKey};
+    use crate::record::ShardStart;
+
+    #[tokio::test]
+    async fn a_record_that_went_through_is_not_run_again_by_a_replay() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = StateStore::open(folder.path()).expect("opened");
+        let letters = DeadLetters::new(store.clone());
+        let pipeline = PipelineName::from("cars");
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let shard =
+            ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
+        let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
+        let key =
+            LetterKey { position: at(7), place: LetterPlace::Stage("decode".into()), output: 0 };
+        let letter = DeadLetter {
+            key: key.clone(),
+            partition_key: "k".into(),
+            original: "o".into(),
+            entered_key: "k".into(),
+            entered: "e".into(),
+            route: "records".into(),
+            arrived_ms: 1,
+            plugin: String::new(),
+            digest: String::new(),
+            reason: "no JSON".into(),
+            backtrace: String::new(),
+        };
+        letters.put(&shard, vec![letter], false).await.expect("written");
+        let redrives = Redrives::new(store.clone(), pipeline.clone());
+        let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("a letter");
+        assert_eq!(letters.purge(LetterFilter::default()).await.expect("purged"), 0);
+        assert_eq!(redrives.finish(id).await.expect("asked"), None, "nothing has run");
+        let own = id.key(&pipeline);
+        let checkpoints = Checkpoints::new(store);
+        checkpoints.begin(&own, &ShardStart::Horizon).await.expect("begun");
+        checkpoints.advance(&own, Vec::new(), Some(at(1)), false).await.expect("advanced");
+        let redriven = redrives.finish(id).await.expect("finished");
+        assert_eq!(redriven, Some(Redriven { letters: 1, failed_again: 0 }));
+        assert_eq!(letters.count().await.expect("counted"), 0);
+        // While a sink stands before the record, and no longer.
+        for (above, due) in [(at(6), true), (at(7), false), (at(6), false)] {
+            let settled = letters.settled_above(&shard, Some(&above)).await.expect("read");
+            assert_eq!(settled.contains(&key), due, "above {above}");
+        }
+    }
 }
