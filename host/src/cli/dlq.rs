@@ -129,6 +129,18 @@ impl Letters {
             reason: self.reason.clone(),
         }
     }
+
+    /// The letters that a command changes: a choice, or all of them if that is said.
+    fn chosen(&self, all: bool, verb: &str) -> anyhow::Result<LetterFilter> {
+        let filter = self.filter();
+        ensure!(
+            all || !filter.is_empty(),
+            "this would {verb} every dead letter: narrow it (--stage, --sink, --shard, --reason, \
+             numbers), or say --all"
+        );
+        ensure!(!all || filter.is_empty(), "--all and a choice of letters contradict each other");
+        Ok(filter)
+    }
 }
 
 pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
@@ -261,26 +273,14 @@ async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> an
 }
 
 async fn purge(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result<()> {
-    let filter = wanted.filter();
-    ensure!(
-        all || !filter.is_empty(),
-        "this would delete every dead letter: narrow it (--stage, --sink, --shard, --reason, numbers), \
-         or say --all"
-    );
-    ensure!(!all || filter.is_empty(), "--all and a choice of letters contradict each other");
+    let filter = wanted.chosen(all, "delete")?;
     let purged = open(&wanted.pipeline)?.purge(filter).await?;
     console.say(format!("{purged} dead letters deleted"));
     console.report(&json!({ "deleted": purged }))
 }
 
 async fn redrive(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result<()> {
-    let filter = wanted.filter();
-    ensure!(
-        all || !filter.is_empty(),
-        "this would redrive every dead letter: narrow it (--stage, --sink, --shard, --reason, numbers), \
-         or say --all"
-    );
-    ensure!(!all || filter.is_empty(), "--all and a choice of letters contradict each other");
+    let filter = wanted.chosen(all, "redrive")?;
     let mut config = load(&wanted.pipeline.pipeline)?;
     // All of them failed once: that more than a few do again says nothing.
     config.rejected_max = RejectedMax::NONE;

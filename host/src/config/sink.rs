@@ -37,42 +37,22 @@ const LINGERS: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::f
 /// PostgreSQL cuts longer identifiers off in silence (NAMEDATALEN - 1).
 const POSTGRES_IDENTIFIER_BYTES_MAX: usize = 63;
 
+/// A rhythm of a sink that its shards wait for.
+const fn patient(rows_max: usize, bytes_max: usize, linger_max: Duration) -> Rhythm {
+    Rhythm { rows_max, bytes_max, linger_max, give_up_after: None }
+}
+
 /// A person watches: small steps.
-const RHYTHM_STDOUT: Rhythm = Rhythm {
-    rows_max: 1_000,
-    bytes_max: 1 << 20,
-    linger_max: Duration::from_millis(200),
-    give_up_after: None,
-};
+const RHYTHM_STDOUT: Rhythm = patient(1_000, 1 << 20, Duration::from_millis(200));
 /// One transaction per second and shard, or what fits in memory without a thought.
-const RHYTHM_TABLE: Rhythm = Rhythm {
-    rows_max: 10_000,
-    bytes_max: 4 << 20,
-    linger_max: Duration::from_secs(1),
-    give_up_after: None,
-};
+const RHYTHM_TABLE: Rhythm = patient(10_000, 4 << 20, Duration::from_secs(1));
 /// Few large objects; rows are bounded because each costs memory beside its bytes.
-const RHYTHM_OBJECTS: Rhythm = Rhythm {
-    rows_max: 100_000,
-    bytes_max: 64 << 20,
-    linger_max: Duration::from_secs(300),
-    give_up_after: None,
-};
+const RHYTHM_OBJECTS: Rhythm = patient(100_000, 64 << 20, Duration::from_secs(300));
 
 /// Ten full requests; soon, because someone downstream waits.
-const RHYTHM_STREAM: Rhythm = Rhythm {
-    rows_max: 5_000,
-    bytes_max: 4 << 20,
-    linger_max: Duration::from_millis(200),
-    give_up_after: None,
-};
+const RHYTHM_STREAM: Rhythm = patient(5_000, 4 << 20, Duration::from_millis(200));
 /// What an endpoint may be expected to take in one request.
-const RHYTHM_HTTP: Rhythm = Rhythm {
-    rows_max: 1_000,
-    bytes_max: 1 << 20,
-    linger_max: Duration::from_secs(1),
-    give_up_after: None,
-};
+const RHYTHM_HTTP: Rhythm = patient(1_000, 1 << 20, Duration::from_secs(1));
 
 /// What gets over a failover or a restart, and is over before somebody comes.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(300);

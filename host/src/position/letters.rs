@@ -1,13 +1,7 @@
 //! Dead letters: every record that a stage or a table did not take, with all that a redrive needs.
 //!
-//! Letters go first: they are durable before any sink commits the span that they belong to. The
-//! letter of a row that a table refused is *held*: hidden until that sink's position covers it, and
-//! deleted on acquisition when the commit never happened (the row will come again).
-//!
-//! A sink that is out of reach may be *given up* for a span: its rows become letters, and the lane goes
-//! on. If the sink keeps its own position, nobody knows yet whether the last try has landed after all.
-//! So these letters are hidden too, until the sink has answered: all tries began at one position and
-//! at most one of them landed, so where the sink stands then says which.
+//! Letters go first: they are durable before any sink commits the span that they belong to. Those of
+//! rows whose commit may not have happened are hidden at first (`hidden.rs`).
 
 use std::collections::HashSet;
 
@@ -15,9 +9,7 @@ use bytes::Bytes;
 use rusqlite::Transaction;
 
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
-use crate::record::{
-    LetterPlace, Position, RouteName, SequenceNumber, ShardKey, SinkName, StageName,
-};
+use crate::record::{LetterPlace, Position, RouteName, SequenceNumber, ShardKey, StageName};
 
 /// What identifies a letter within its shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -57,21 +49,12 @@ pub struct DeadLetter {
     pub backtrace: String,
 }
 
-/// Who may give up a sink's rows, and how far that went.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TakenOver {
-    /// Grows with each owner of the shard's rows for the sink.
-    pub epoch: i64,
-    /// Rows up to here were given up: the sink needs none of them.
-    pub given_up_to: Option<Position>,
-}
-
 /// How a letter is kept: shown,
-const SHOWN: u8 = 0;
+pub(super) const SHOWN: u8 = 0;
 /// hidden until the sink's commit covers it,
 const HELD: u8 = 1;
 /// or hidden until it is known that the sink did not get the row after all,
-const GIVEN_UP: u8 = 2;
+pub(super) const GIVEN_UP: u8 = 2;
 /// or hidden, because its record has gone through a redrive: a replay must not run it again.
 pub(super) const REDRIVEN: u8 = 3;
 
@@ -164,7 +147,7 @@ pub(super) fn wanted(filter: LetterFilter) -> Wanted {
 /// The dead letters of a pipeline.
 #[derive(Clone)]
 pub struct DeadLetters {
-    store: StateStore,
+    pub(super) store: StateStore,
 }
 
 impl DeadLetters {
@@ -204,121 +187,6 @@ impl DeadLetters {
             .await
     }
 
-    /// Gives rows up that a sink was not able to take: writes their letters and that the sink needs
-    /// nothing up to `to_inclusive`, durable on return. `sink_keeps_position`: the letters show once
-    /// the sink has answered, else at once. False: the shard has another owner, nothing was written.
-    ///
-    /// # Errors
-    /// [`StateError`]; nothing was given up then.
-    pub async fn give_up(
-        &self,
-        (shard, sink): (&ShardKey, &SinkName),
-        epoch: i64,
-        to_inclusive: &Position,
-        letters: Vec<DeadLetter>,
-        sink_keeps_position: bool,
-    ) -> Result<bool, StateError> {
-        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        let place = LetterPlace::Sink(sink.clone()).to_string();
-        let sink = sink.to_string();
-        let (sequence, sub) = columns(to_inclusive);
-        self.store
-            .write("give rows up", move |state| {
-                let owner: i64 = state
-                    .prepare_cached(
-                        "SELECT epoch FROM sink_owner
-                         WHERE stream = ?1 AND shard = ?2 AND sink = ?3",
-                    )?
-                    .query_row((&stream, &shard, &sink), |row| row.get(0))?;
-                if owner != epoch {
-                    return Ok(false);
-                }
-                // What the table itself refused is no matter of where the sink stands.
-                state
-                    .prepare_cached(
-                        "UPDATE dead_letter SET held = 0 WHERE stream = ?1 AND shard = ?2
-                         AND place = ?3 AND held = 1 AND (sequence, sub_sequence) <= (?4, ?5)",
-                    )?
-                    .execute((&stream, &shard, &place, &sequence, sub))?;
-                let kept = if sink_keeps_position { GIVEN_UP } else { SHOWN };
-                insert(state, (&stream, &shard), &letters, kept, "DO NOTHING")?;
-                state
-                    .prepare_cached("INSERT OR IGNORE INTO given_up VALUES (?1, ?2, ?3, ?4, ?5)")?
-                    .execute((&sink, &stream, &shard, &sequence, sub))?;
-                Ok(true)
-            })
-            .await
-    }
-
-    /// Settles what is hidden of a sink's letters, where its position is known and earlier owners of
-    /// the shard can no longer commit: refused rows above it will come again, rows that were given up
-    /// and are there after all have no letter. Earlier owners can give up nothing from here on.
-    ///
-    /// # Errors
-    /// [`StateError`]; nothing was changed.
-    pub async fn take_over(
-        &self,
-        shard: &ShardKey,
-        sink: &SinkName,
-        position: Option<&Position>,
-    ) -> Result<TakenOver, StateError> {
-        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        let (sequence, sub) = position.map(columns).unwrap_or_default();
-        let place = LetterPlace::Sink(sink.clone()).to_string();
-        let sink = sink.to_string();
-        self.store
-            .write("settle held dead letters", move |state| {
-                let at = (&stream, &shard, &place, &sequence, sub);
-                state
-                    .prepare_cached(
-                        "UPDATE dead_letter SET held = 0 WHERE stream = ?1 AND shard = ?2
-                         AND place = ?3 AND held = 1 AND (sequence, sub_sequence) <= (?4, ?5)",
-                    )?
-                    .execute(at)?;
-                state
-                    .prepare_cached(
-                        "DELETE FROM dead_letter WHERE stream = ?1 AND shard = ?2
-                         AND place = ?3 AND held = 1",
-                    )?
-                    .execute((&stream, &shard, &place))?;
-                // A sink that stands where a try would have ended has the rows of that try: those
-                // behind the try before.
-                let mut given_up = state.prepare_cached(
-                    "SELECT sequence, sub_sequence FROM given_up
-                     WHERE stream = ?1 AND shard = ?2 AND sink = ?3
-                     ORDER BY sequence, sub_sequence",
-                )?;
-                let ends = given_up
-                    .query_map((&stream, &shard, &sink), |row| Ok((row.get(0)?, row.get(1)?)))?;
-                let ends = ends.collect::<rusqlite::Result<Vec<(String, u64)>>>()?;
-                let end = (sequence.clone(), sub);
-                if let Some(landed) = ends.iter().position(|own| *own == end) {
-                    let before = landed.checked_sub(1).map(|before| ends[before].clone());
-                    let (from, from_sub) = before.unwrap_or_default();
-                    state
-                        .prepare_cached(
-                            "DELETE FROM dead_letter WHERE stream = ?1 AND shard = ?2
-                             AND place = ?3 AND held = 2 AND (sequence, sub_sequence) <= (?4, ?5)
-                             AND (sequence, sub_sequence) > (?6, ?7)",
-                        )?
-                        .execute((&stream, &shard, &place, &sequence, sub, from, from_sub))?;
-                }
-                reached(state, (&stream, &shard, &sink), &place, &end)?;
-                let epoch = state
-                    .prepare_cached(
-                        "INSERT INTO sink_owner VALUES (?1, ?2, ?3, 1)
-                         ON CONFLICT DO UPDATE SET epoch = epoch + 1 RETURNING epoch",
-                    )?
-                    .query_row((&sink, &stream, &shard), |row| row.get(0))?;
-                let given_up_to = match ends.last().filter(|last| **last > end) {
-                    Some((sequence, sub)) => Some(position_of(sequence.clone(), *sub)?),
-                    None => None,
-                };
-                Ok(TakenOver { epoch, given_up_to })
-            })
-            .await
-    }
-
     /// The stages' letters above a position: these items are not run again. A record that timed out
     /// once may succeed on replay; it would be lost between a sink that is past it and a letter
     /// that is gone.
@@ -354,34 +222,6 @@ impl DeadLetters {
                     })
                 })?;
                 keys.collect()
-            })
-            .await
-    }
-
-    /// Shows the hidden letters after a commit up to `up_to`, which began where the sink stood: so
-    /// nothing that was given up meanwhile has landed.
-    ///
-    /// # Errors
-    /// [`StateError`]; the letters stay hidden and are settled when the shard is taken over.
-    pub async fn settle(
-        &self,
-        shard: &ShardKey,
-        sink: &SinkName,
-        up_to: &Position,
-    ) -> Result<(), StateError> {
-        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        let (sequence, sub) = columns(up_to);
-        let place = LetterPlace::Sink(sink.clone()).to_string();
-        let sink = sink.to_string();
-        self.store
-            .write("settle held dead letters", move |state| {
-                state
-                    .prepare_cached(
-                        "UPDATE dead_letter SET held = 0 WHERE stream = ?1 AND shard = ?2
-                         AND place = ?3 AND held = 1 AND (sequence, sub_sequence) <= (?4, ?5)",
-                    )?
-                    .execute((&stream, &shard, &place, &sequence, sub))?;
-                reached(state, (&stream, &shard, &sink), &place, &(sequence, sub))
             })
             .await
     }
@@ -516,7 +356,7 @@ impl DeadLetters {
 }
 
 /// Inserts letters, `kept` shown or hidden; `again` says what becomes of one that is there.
-fn insert(
+pub(super) fn insert(
     state: &Transaction<'_>,
     (stream, shard): (&str, &str),
     letters: &[DeadLetter],
@@ -551,28 +391,5 @@ fn insert(
             letter.route.as_str(),
         ])?;
     }
-    Ok(())
-}
-
-/// The sink has answered and stands at `end`: shows what was given up, and forgets how far that went
-/// where the sink is past it.
-fn reached(
-    state: &Transaction<'_>,
-    (stream, shard, sink): (&str, &str, &str),
-    place: &str,
-    end: &(String, u64),
-) -> rusqlite::Result<()> {
-    state
-        .prepare_cached(
-            "UPDATE dead_letter SET held = 0
-             WHERE stream = ?1 AND shard = ?2 AND place = ?3 AND held = 2",
-        )?
-        .execute((stream, shard, place))?;
-    state
-        .prepare_cached(
-            "DELETE FROM given_up WHERE stream = ?1 AND shard = ?2 AND sink = ?3
-             AND (sequence, sub_sequence) <= (?4, ?5)",
-        )?
-        .execute((stream, shard, sink, &end.0, end.1))?;
     Ok(())
 }

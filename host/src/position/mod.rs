@@ -6,13 +6,15 @@
 //! and every record that a stage or a table did not take.
 
 mod checkpoint;
+mod hidden;
 mod ledger;
 mod letters;
 mod redrive;
 mod store;
 
 pub use checkpoint::{Checkpoints, ShardState};
+pub use hidden::TakenOver;
 pub use ledger::{Ledger, Segment};
-pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter, TakenOver};
+pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter};
 pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives};
 pub use store::{StateError, StateStore};
