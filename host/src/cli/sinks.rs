@@ -9,6 +9,7 @@ use crate::sink::http::HttpSink;
 use crate::sink::kinesis::KinesisSink;
 use crate::sink::objects::ObjectsSink;
 use crate::sink::postgres::PostgresSink;
+use crate::sink::redshift::RedshiftSink;
 use crate::sink::sqlite::SqliteSink;
 use crate::sink::stdout::StdoutSink;
 
@@ -29,6 +30,7 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
             SinkKind::Objects { url, options, layout } => {
                 Arc::new(ObjectsSink::new(name, url, options, layout.clone())?)
             }
+            SinkKind::Redshift(target) => Arc::new(RedshiftSink::new(name, target)?),
             SinkKind::Kinesis(target) => {
                 Arc::new(KinesisSink::new(name, target.clone(), config.state_dir.clone()))
             }

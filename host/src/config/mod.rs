@@ -397,10 +397,40 @@ pub enum SinkKind {
         /// What the objects hold, and where they lie.
         layout: ObjectLayout,
     },
+    /// A table in Amazon Redshift; exactly once.
+    Redshift(RedshiftTarget),
     /// Records of another Kinesis stream; at least once.
     Kinesis(StreamTarget),
     /// An HTTP endpoint; at least once.
     Http(HttpTarget),
+}
+
+/// A table in Amazon Redshift.
+#[derive(Clone, Debug)]
+pub struct RedshiftTarget {
+    /// A connection string, `postgres://…` or `host=… dbname=…`.
+    pub url: String,
+    /// The table, optionally `schema.table`; without a schema it is in `public`.
+    pub table: String,
+    /// Create the table from the route's columns when it is missing.
+    pub create: bool,
+    /// How rows go into it.
+    pub mode: WriteMode,
+    /// Where rows wait for COPY.
+    pub staging: CopySource,
+}
+
+/// A place on S3 that the host writes to and a cluster copies from.
+#[derive(Clone, Debug)]
+pub struct CopySource {
+    /// `s3://bucket/prefix`.
+    pub url: url::Url,
+    /// Options for `object_store`, for example `aws_endpoint`.
+    pub options: BTreeMap<String, String>,
+    /// The role by which the cluster reads there, an ARN; or `default`, the cluster's own.
+    pub iam_role: String,
+    /// The bucket's region, where it is not the cluster's.
+    pub region: Option<String>,
 }
 
 /// A Kinesis stream that rows are put on.
@@ -440,7 +470,10 @@ impl SinkKind {
     /// Whether it keeps its own position with its rows: each row is there exactly once.
     pub fn is_exact(&self) -> bool {
         match self {
-            Self::Sqlite { .. } | Self::Postgres { .. } | Self::Objects { .. } => true,
+            Self::Sqlite { .. }
+            | Self::Postgres { .. }
+            | Self::Objects { .. }
+            | Self::Redshift(_) => true,
             Self::Discard | Self::Stdout { .. } | Self::Kinesis(_) | Self::Http(_) => false,
         }
     }

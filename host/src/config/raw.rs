@@ -216,6 +216,27 @@ pub(super) struct RawObjects {
     pub commit: Option<RawCommit>,
 }
 
+/// `[[sink]]` with `type = "redshift"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawRedshift {
+    pub name: Spanned<Text>,
+    #[serde(rename = "type")]
+    pub _kind: IgnoredAny,
+    pub url: Spanned<Text>,
+    pub table: Spanned<Text>,
+    pub create: Option<bool>,
+    pub mode: Maybe<Text>,
+    #[serde(default)]
+    pub key: Vec<Spanned<Text>>,
+    pub newest_by: Maybe<Text>,
+    pub staging: Spanned<Text>,
+    pub options: Option<BTreeMap<String, Text>>,
+    pub iam_role: Spanned<Text>,
+    pub region: Maybe<Text>,
+    pub commit: Option<RawCommit>,
+}
+
 /// `[[sink]]` with `type = "kinesis"`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]

@@ -14,19 +14,21 @@ use super::diagnostic::suggest;
 use super::grant_http::{RESPONSE_BYTES, headers};
 use super::load::shaped;
 use super::raw::{
-    Maybe, RawCommit, RawDiscard, RawHttpSink, RawKinesisSink, RawObjects, RawPostgres, RawSqlite,
-    RawStdout, Text,
+    Maybe, RawCommit, RawDiscard, RawHttpSink, RawKinesisSink, RawObjects, RawPostgres,
+    RawRedshift, RawSqlite, RawStdout, Text,
 };
 use super::{
-    Compression, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, Rhythm, SinkConfig, SinkKind,
-    StreamTarget, json, source,
+    Compression, CopySource, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, RedshiftTarget,
+    Rhythm, SinkConfig, SinkKind, StreamTarget, json, source,
 };
 use crate::postgres::PostgresServer;
 use crate::sink::WriteMode;
 use crate::sink::objects::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
+use crate::sink::redshift;
 
 /// The values of `type`.
-static TYPES: [&str; 7] = ["stdout", "sqlite", "postgres", "objects", "kinesis", "http", "discard"];
+static TYPES: [&str; 8] =
+    ["stdout", "sqlite", "postgres", "objects", "redshift", "kinesis", "http", "discard"];
 /// The schemes of `url` whose stores can create an object only if it is not there, which the
 /// claim log rests on.
 const SCHEMES: [&str; 9] = ["file", "s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"];
@@ -48,6 +50,8 @@ const RHYTHM_STDOUT: Rhythm = patient(1_000, 1 << 20, Duration::from_millis(200)
 const RHYTHM_TABLE: Rhythm = patient(10_000, 4 << 20, Duration::from_secs(1));
 /// Few large objects; rows are bounded because each costs memory beside its bytes.
 const RHYTHM_OBJECTS: Rhythm = patient(100_000, 64 << 20, Duration::from_secs(300));
+/// Few large loads: each costs a cluster the same few seconds, whatever it holds.
+const RHYTHM_REDSHIFT: Rhythm = patient(100_000, 64 << 20, Duration::from_secs(60));
 
 /// Ten full requests; soon, because someone downstream waits.
 const RHYTHM_STREAM: Rhythm = patient(5_000, 4 << 20, Duration::from_millis(200));
@@ -98,6 +102,11 @@ pub(super) fn read(
             let raw: RawPostgres = shaped(table, check)?;
             let kind = postgres(&raw, check);
             (raw.name, raw.commit, RHYTHM_TABLE, kind)
+        }
+        "redshift" => {
+            let raw: RawRedshift = shaped(table, check)?;
+            let kind = redshift(&raw, check);
+            (raw.name, raw.commit, RHYTHM_REDSHIFT, kind)
         }
         "kinesis" => {
             let raw: RawKinesisSink = shaped(table, check)?;
@@ -158,14 +167,7 @@ fn sqlite(raw: &RawSqlite, base: &Path, check: &mut Check) -> Option<SinkKind> {
 }
 
 fn postgres(raw: &RawPostgres, check: &mut Check) -> Option<SinkKind> {
-    let url = &raw.url.get_ref().0;
-    let sound = PostgresServer::parse(url);
-    if let Err(cause) = &sound {
-        let message = cause.clone();
-        let help = "write \"postgres://user:${PGPASSWORD}@host:5432/database\" or \
-                    \"host=... user=... dbname=...\"";
-        check.problem(raw.url.span(), message, help);
-    }
+    let url = connection(&raw.url, 5432, check);
     let table = table(&raw.table, check).filter(|table| {
         let long = table.split('.').find(|part| part.len() > POSTGRES_IDENTIFIER_BYTES_MAX);
         if let Some(part) = long {
@@ -177,8 +179,71 @@ fn postgres(raw: &RawPostgres, check: &mut Check) -> Option<SinkKind> {
     });
     let create = raw.create.unwrap_or(false);
     let mode = write_mode(&raw.mode, &raw.key, &raw.newest_by, check);
-    sound.ok()?;
-    Some(SinkKind::Postgres { url: url.clone(), table: table?, create, mode: mode? })
+    Some(SinkKind::Postgres { url: url?, table: table?, create, mode: mode? })
+}
+
+/// A connection string; `port` is for the way out.
+fn connection(raw: &Spanned<Text>, port: u16, check: &mut Check) -> Option<String> {
+    let url = &raw.get_ref().0;
+    let Err(cause) = PostgresServer::parse(url) else { return Some(url.clone()) };
+    let help = format!(
+        "write \"postgres://user:${{PGPASSWORD}}@host:{port}/database\" or \
+         \"host=... user=... dbname=...\""
+    );
+    check.problem(raw.span(), cause, help);
+    None
+}
+
+fn redshift(raw: &RawRedshift, check: &mut Check) -> Option<SinkKind> {
+    let url = connection(&raw.url, 5439, check);
+    let table = table(&raw.table, check);
+    let create = raw.create.unwrap_or(false);
+    let mode = write_mode(&raw.mode, &raw.key, &raw.newest_by, check);
+    let staging = staging_url(&raw.staging, check);
+    let iam_role = iam_role(&raw.iam_role, check);
+    let region = match &raw.region {
+        None => Some(None),
+        Some(region) => check.filled(region, "region").map(Some),
+    };
+    let options = options(raw.options.as_ref());
+    let staging = CopySource { url: staging?, options, iam_role: iam_role?, region: region? };
+    Some(SinkKind::Redshift(RedshiftTarget {
+        url: url?,
+        table: table?,
+        create,
+        mode: mode?,
+        staging,
+    }))
+}
+
+/// Where COPY reads.
+fn staging_url(raw: &Spanned<Text>, check: &mut Check) -> Option<Url> {
+    let text = check.filled(raw, "URL")?;
+    let url = Url::parse(&text).ok().filter(|url| redshift::bucket_of(url).is_some());
+    if url.is_none() {
+        let help = "write \"s3://bucket/prefix\", a place that the host may write to";
+        check.problem(raw.span(), format!("Redshift cannot load from {text:?}"), help);
+    }
+    url
+}
+
+/// Source: Redshift guide, "COPY", authorization parameters; several ARNs are a chain of roles.
+fn iam_role(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {
+    let text = check.filled(raw, "role")?;
+    let is_part = |c: char| c.is_ascii_alphanumeric() || ":/+=,.@_-".contains(c);
+    let is_role = |role: &str| role.starts_with("arn:") && role.contains(":role/");
+    if text == "default" || (text.chars().all(is_part) && text.split(',').all(is_role)) {
+        return Some(text);
+    }
+    let help = "write \"arn:aws:iam::123456789012:role/NAME\", a role of the cluster that may read \
+                the files, or \"default\"";
+    check.problem(raw.span(), format!("{text:?} is no role's ARN"), help);
+    None
+}
+
+/// Options for `object_store`.
+fn options(raw: Option<&BTreeMap<String, Text>>) -> BTreeMap<String, String> {
+    raw.into_iter().flatten().map(|(key, value)| (key.clone(), value.0.clone())).collect()
 }
 
 /// `mode`, with the keys that belong to it.
@@ -275,8 +340,7 @@ fn objects(raw: &RawObjects, base: &Path, check: &mut Check) -> Option<SinkKind>
             }
         },
     };
-    let options: BTreeMap<String, String> =
-        raw.options.iter().flatten().map(|(key, value)| (key.clone(), value.0.clone())).collect();
+    let options = options(raw.options.as_ref());
     let layout = ObjectLayout { format: format?, compression: compression?, folder: folder? };
     Some(SinkKind::Objects { url: url?, options, layout })
 }

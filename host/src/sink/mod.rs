@@ -15,6 +15,7 @@ pub mod mode;
 pub mod objects;
 pub mod postgres;
 mod progress;
+pub mod redshift;
 mod refusals;
 mod rows;
 pub mod sqlite;

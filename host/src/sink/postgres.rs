@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use self::name::TableName;
+pub(super) use self::name::{TableName, quoted};
 use self::position::PositionTable;
 use self::session::Session;
 use self::writer::PostgresWriter;

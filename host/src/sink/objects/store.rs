@@ -45,12 +45,12 @@ const PARTS_AT_ONCE: usize = 4;
 
 /// A store, the place in it that belongs to a sink, and how to speak of both.
 #[derive(Clone, Debug)]
-pub(super) struct Place {
-    pub(super) sink: SinkName,
-    pub(super) store: Arc<dyn ObjectStore>,
-    pub(super) prefix: Path,
+pub(in crate::sink) struct Place {
+    pub(in crate::sink) sink: SinkName,
+    pub(in crate::sink) store: Arc<dyn ObjectStore>,
+    pub(in crate::sink) prefix: Path,
     /// Names the place in error texts; holds no secret.
-    pub(super) url: Arc<str>,
+    pub(in crate::sink) url: Arc<str>,
 }
 
 /// What a conditional create found.
@@ -64,7 +64,7 @@ pub(super) enum Created {
 
 impl Place {
     /// Opens the store of a URL. Connects to nothing yet.
-    pub(super) fn open(
+    pub(in crate::sink) fn open(
         sink: SinkName,
         url: &Url,
         options: &BTreeMap<String, String>,
@@ -80,7 +80,7 @@ impl Place {
     }
 
     /// The path of parts under the sink's prefix; each part is percent-encoded where needed.
-    pub(super) fn path<'a>(&self, parts: impl IntoIterator<Item = &'a str>) -> Path {
+    pub(in crate::sink) fn path<'a>(&self, parts: impl IntoIterator<Item = &'a str>) -> Path {
         parts.into_iter().fold(self.prefix.clone(), |path, part| path.join(part))
     }
 
@@ -95,7 +95,11 @@ impl Place {
     ///
     /// Between the look and the end of such an upload another owner of the same claim may have
     /// written the object; then it is replaced by one of the same rows.
-    pub(super) async fn create_data(&self, path: &Path, bytes: Bytes) -> Result<(), SinkError> {
+    pub(in crate::sink) async fn create_data(
+        &self,
+        path: &Path,
+        bytes: Bytes,
+    ) -> Result<(), SinkError> {
         if bytes.len() <= PART_BYTES {
             return self.create(path, bytes).await.map(drop);
         }
@@ -182,7 +186,7 @@ impl Place {
     }
 
     /// An error of this sink.
-    pub(super) fn unavailable(&self, cause: impl Display) -> SinkError {
+    pub(in crate::sink) fn unavailable(&self, cause: impl Display) -> SinkError {
         SinkError::Unavailable { sink: self.sink.clone(), cause: cause.to_string() }
     }
 }

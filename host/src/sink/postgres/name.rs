@@ -7,14 +7,14 @@ const NAME_BYTES_MAX: usize = 63;
 
 /// A table's name, with its schema if that is given. Taken as written: no case is folded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct TableName {
-    pub(super) schema: Option<String>,
-    pub(super) table: String,
+pub(in crate::sink) struct TableName {
+    pub(in crate::sink) schema: Option<String>,
+    pub(in crate::sink) table: String,
 }
 
 impl TableName {
     /// Reads `table` or `schema.table`; a part with a dot inside stands in double quotes.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
+    pub(in crate::sink) fn parse(text: &str) -> Result<Self, String> {
         let mut parts = Vec::new();
         let mut rest = text;
         loop {
@@ -36,12 +36,12 @@ impl TableName {
     }
 
     /// Another table in the same schema.
-    pub(super) fn sibling(&self, table: &str) -> Self {
+    pub(in crate::sink) fn sibling(&self, table: &str) -> Self {
         Self { schema: self.schema.clone(), table: table.into() }
     }
 
     /// The name as SQL has it.
-    pub(super) fn quoted(&self) -> String {
+    pub(in crate::sink) fn quoted(&self) -> String {
         match &self.schema {
             Some(schema) => format!("{}.{}", quoted(schema), quoted(&self.table)),
             None => quoted(&self.table),
@@ -88,7 +88,7 @@ fn take_part(text: &str) -> Option<(String, &str)> {
 }
 
 /// A name as SQL has it: in double quotes.
-pub(super) fn quoted(name: &str) -> String {
+pub(in crate::sink) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 

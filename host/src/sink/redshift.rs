@@ -1,0 +1,173 @@
+//! The Redshift sink: a table in Amazon Redshift, exactly once.
+//!
+//! A commit's rows become files on S3 with a manifest ([`files`]), COPY loads them into a table of the
+//! session, and one transaction moves the position and takes the rows over ([`merge`]). The position
+//! ([`ledger`]) says which loads have landed: a repeated one does nothing.
+//!
+//! Redshift checks types and lengths, but no key and no CHECK. So [`encode`] refuses what no column
+//! takes before it is sent; what COPY refuses nevertheless is found by its line.
+//!
+//! SQL stays within what Redshift has (PostgreSQL 8.0 without ON CONFLICT and savepoints), and goes by
+//! the simple query protocol, in which each value is text ([`session`]).
+
+mod encode;
+mod files;
+mod kind;
+mod ledger;
+mod merge;
+mod session;
+mod table;
+mod writer;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use object_store::ObjectStore;
+use object_store::path::Path;
+use tokio_postgres::Client;
+use url::Url;
+
+use self::files::StagingBucket;
+use self::ledger::Ledger;
+use self::writer::RedshiftWriter;
+use super::objects::Place;
+use super::postgres::TableName;
+use super::{Acquired, BoundRoute, Sink, SinkError, WriteMode, rows};
+use crate::config::{CopySource, RedshiftTarget};
+use crate::postgres::{PostgresServer, describe};
+use crate::record::{Position, ShardKey, SinkName};
+
+/// The schema of a table that is named without one.
+const SCHEMA: &str = "public";
+
+/// A table in Redshift.
+pub struct RedshiftSink {
+    shared: Arc<Shared>,
+    create: bool,
+}
+
+/// What the writers of all shards have in common.
+struct Shared {
+    sink: SinkName,
+    server: PostgresServer,
+    table: TableName,
+    mode: WriteMode,
+    ledger: Ledger,
+    bucket: StagingBucket,
+    known_columns: rows::KnownColumns,
+}
+
+impl Shared {
+    fn unavailable(&self, cause: impl Into<String>) -> SinkError {
+        SinkError::Unavailable { sink: self.sink.clone(), cause: cause.into() }
+    }
+
+    fn failed(&self, doing: &str, error: &tokio_postgres::Error) -> SinkError {
+        self.unavailable(format!("{doing}: {}", describe(error)))
+    }
+
+    fn fenced(&self, shard: &ShardKey, detail: String) -> SinkError {
+        SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail }
+    }
+
+    async fn connect(&self) -> Result<Client, SinkError> {
+        session::connect(&self.server)
+            .await
+            .map_err(|error| self.failed(&format!("cannot connect to {}", self.place()), &error))
+    }
+
+    fn place(&self) -> String {
+        self.server.place().replacen("PostgreSQL", "Redshift", 1)
+    }
+}
+
+impl RedshiftSink {
+    /// A sink as configured. Connects to nothing yet.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the connection, the table's name or the bucket's URL or options
+    /// cannot be read.
+    pub fn new(name: SinkName, target: &RedshiftTarget) -> Result<Self, SinkError> {
+        let CopySource { url, options, .. } = &target.staging;
+        let place = Place::open(name.clone(), url, options)?;
+        Self::at(name, target, place)
+    }
+
+    /// A sink that writes its files to a store that is open already: the bucket of the configured URL.
+    ///
+    /// # Errors
+    /// As [`RedshiftSink::new`].
+    pub fn with_store(
+        name: SinkName,
+        target: &RedshiftTarget,
+        store: Arc<dyn ObjectStore>,
+        prefix: Path,
+    ) -> Result<Self, SinkError> {
+        let url = target.staging.url.as_str().into();
+        let place = Place { sink: name.clone(), store, prefix, url };
+        Self::at(name, target, place)
+    }
+
+    fn at(sink: SinkName, target: &RedshiftTarget, place: Place) -> Result<Self, SinkError> {
+        let unavailable = |cause| SinkError::Unavailable { sink: sink.clone(), cause };
+        let server = PostgresServer::parse(&target.url).map_err(unavailable)?;
+        let mut table = TableName::parse(&target.table).map_err(unavailable)?;
+        table.schema.get_or_insert_with(|| SCHEMA.into());
+        let ledger = Ledger::beside(&table);
+        let bucket = StagingBucket::new(place, &target.staging);
+        let (mode, known_columns) = (target.mode.clone(), rows::KnownColumns::default());
+        let shared = Shared { sink, server, table, mode, ledger, bucket, known_columns };
+        Ok(Self { shared: Arc::new(shared), create: target.create })
+    }
+}
+
+#[async_trait]
+impl Sink for RedshiftSink {
+    fn name(&self) -> &SinkName {
+        &self.shared.sink
+    }
+
+    async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
+        let shared = &*self.shared;
+        rows::check_formats(&shared.sink, routes)?;
+        let columns = rows::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
+        let client = shared.connect().await?;
+        table::prepare(&client, &shared.table, &columns, self.create, &shared.mode)
+            .await
+            .map_err(|cause| shared.unavailable(cause))?;
+        shared.known_columns.remember(columns.iter().map(|column| column.name));
+        Ok(())
+    }
+
+    async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
+        let shared = &self.shared;
+        let client = shared.connect().await?;
+        let ledger = &shared.ledger;
+        ledger.create_if_missing(&client).await.map_err(|error| {
+            shared.failed(&format!("cannot create {ledger}; have its owner create it once"), &error)
+        })?;
+        let taken = ledger.take_over(&client, &shared.sink, shard).await.map_err(|error| {
+            shared.failed(&format!("cannot take {} over in {ledger}", shard.shard), &error)
+        })?;
+        let taken = taken.map_err(|cause| shared.unavailable(cause))?;
+        let writer = RedshiftWriter::new(shared.clone(), shard.clone(), taken.epoch, client);
+        let position = taken.position;
+        Ok(Acquired { writer: Box::new(writer), position, keeps_position: true, must_cut_at: None })
+    }
+
+    async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
+        let shared = &self.shared;
+        let client = shared.connect().await?;
+        let entry = shared.ledger.read(&client, &shared.sink, shard).await.map_err(|error| {
+            shared.failed(&format!("cannot read a position from {}", shared.ledger), &error)
+        })?;
+        let entry = entry.map_err(|cause| shared.unavailable(cause))?;
+        Ok(entry.and_then(|entry| entry.position))
+    }
+}
+
+/// The bucket that a URL names, if Redshift can load from it.
+pub(crate) fn bucket_of(url: &Url) -> Option<&str> {
+    let is_s3 = matches!(url.scheme(), "s3" | "s3a");
+    url.host_str().filter(|bucket| is_s3 && !bucket.is_empty())
+}

@@ -1,0 +1,74 @@
+//! One connection to Redshift: statements and answers as text.
+//!
+//! Redshift's own wire forms of types differ from PostgreSQL's; texts do not.
+
+use tokio_postgres::{Client, Error, SimpleQueryMessage, SimpleQueryRow};
+
+use crate::postgres::PostgresServer;
+
+/// A statement that takes longer ends as a visible error: a load of a large commit on a busy cluster
+/// takes minutes. Milliseconds.
+const SETTINGS: &str = "SET statement_timeout TO 900000";
+
+/// A new connection.
+pub(super) async fn connect(server: &PostgresServer) -> Result<Client, Error> {
+    let client = server.connect().await?;
+    client.batch_execute(SETTINGS).await?;
+    Ok(client)
+}
+
+/// Runs statements; how many rows the last one concerned.
+pub(super) async fn run(client: &Client, sql: &str) -> Result<u64, Error> {
+    let answers = client.simple_query(sql).await?;
+    let counts = answers.iter().filter_map(|answer| match answer {
+        SimpleQueryMessage::CommandComplete(rows) => Some(*rows),
+        _ => None,
+    });
+    Ok(counts.last().unwrap_or(0))
+}
+
+/// Runs a query; its rows.
+pub(super) async fn rows(client: &Client, sql: &str) -> Result<Vec<SimpleQueryRow>, Error> {
+    let answers = client.simple_query(sql).await?;
+    let rows = answers.into_iter().filter_map(|answer| match answer {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    Ok(rows.collect())
+}
+
+/// Commits. Whatever is no plain confirmation is an error, and says nothing of what was done.
+pub(super) async fn commit(client: &Client) -> Result<(), String> {
+    match client.simple_query("COMMIT").await.as_deref() {
+        Ok([SimpleQueryMessage::CommandComplete(_)]) => Ok(()),
+        Ok(_) => Err("the server did not confirm the commit".into()),
+        Err(error) => Err(crate::postgres::describe(error)),
+    }
+}
+
+/// Whether a statement failed because its table is not there.
+pub(super) fn is_no_table(error: &Error) -> bool {
+    error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE)
+}
+
+/// A text as SQL has it. A backslash escapes in Redshift and not in PostgreSQL: none is written.
+pub(super) fn literal(text: &str) -> String {
+    let parts = text.split('\\').map(|part| format!("'{}'", part.replace('\'', "''")));
+    parts.collect::<Vec<_>>().join(" || chr(92) || ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_literal_ends_where_its_text_ends() {
+        for (text, sql) in [
+            ("cars", "'cars'"),
+            ("O'Hara", "'O''Hara'"),
+            (r"a\'; drop table b", r"'a' || chr(92) || '''; drop table b'"),
+        ] {
+            assert_eq!(literal(text), sql);
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The live table: its columns as the cluster has them now, the check against what routes declare,
+//! and its creation.
+
+use tokio_postgres::{Client, Error};
+
+use super::kind::Kind;
+use super::session::{self, literal};
+use crate::postgres::describe;
+use crate::sink::WriteMode;
+use crate::sink::postgres::{TableName, quoted};
+use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
+
+/// What the columns that a load adds begin with.
+pub(super) const OWN_PREFIX: &str = "shardmill_";
+
+/// A column of the live table.
+#[derive(Debug)]
+pub(super) struct LiveColumn {
+    pub(super) name: String,
+    /// The type as Redshift shows it, for messages.
+    pub(super) data_type: String,
+    pub(super) kind: Kind,
+    pub(super) not_null: bool,
+    pub(super) has_default: bool,
+}
+
+/// The table as it was when it was read.
+#[derive(Debug)]
+pub(super) struct LiveTable {
+    pub(super) columns: Vec<LiveColumn>,
+    pub(super) names: ColumnNames,
+}
+
+impl LiveTable {
+    /// Reads the table; `None` when there is none of that name.
+    pub(super) async fn read(client: &Client, table: &TableName) -> Result<Option<Self>, Error> {
+        // Redshift folds names to lower case, quoted ones too, unless a session asks otherwise.
+        let read = format!(
+            "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.atthasdef
+             FROM pg_catalog.pg_attribute AS a
+             JOIN pg_catalog.pg_class AS c ON c.oid = a.attrelid
+             JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+             WHERE lower(n.nspname) = lower({}) AND lower(c.relname) = lower({}) AND c.relkind = 'r'
+                 AND a.attnum > 0 AND NOT a.attisdropped
+             ORDER BY a.attnum",
+            literal(table.schema.as_deref().unwrap_or(super::SCHEMA)),
+            literal(&table.table)
+        );
+        let rows = session::rows(client, &read).await?;
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let column = |row: &tokio_postgres::SimpleQueryRow| {
+            let text = |place| row.get(place).unwrap_or_default().to_owned();
+            let data_type = text(1);
+            LiveColumn {
+                name: text(0),
+                kind: Kind::of(&data_type),
+                data_type,
+                not_null: text(2) == "t",
+                has_default: text(3) == "t",
+            }
+        };
+        let columns: Vec<LiveColumn> = rows.iter().map(column).collect();
+        let names = ColumnNames::new(columns.iter().map(|column| column.name.clone()));
+        Ok(Some(Self { columns, names }))
+    }
+}
+
+/// Makes sure that the table is there and takes the declared columns. Errors are sentences.
+pub(super) async fn prepare(
+    client: &Client,
+    table: &TableName,
+    declared: &[DeclaredColumn<'_>],
+    create: bool,
+    mode: &WriteMode,
+) -> Result<(), String> {
+    for column in declared {
+        check_type(column)?;
+    }
+    let cannot_read = |error: Error| format!("cannot read table {table}: {}", describe(&error));
+    let live = match LiveTable::read(client, table).await.map_err(cannot_read)? {
+        Some(live) => live,
+        None => {
+            create_table(client, table, declared, create, mode).await?;
+            LiveTable::read(client, table)
+                .await
+                .map_err(cannot_read)?
+                .ok_or_else(|| format!("table {table} was created and is gone again"))?
+        }
+    };
+    for column in declared {
+        check(table, &live, column)?;
+    }
+    for name in mode.required() {
+        if !live.columns.iter().any(|column| column.name == name) {
+            return Err(format!(
+                "table {table} has no column {name:?}, which the sink's `key` or `newest_by` names"
+            ));
+        }
+    }
+    match live.columns.iter().find(|column| column.name.starts_with(OWN_PREFIX)) {
+        Some(column) => Err(format!(
+            "table {table} has the column {:?}: names that begin with {OWN_PREFIX} are taken while \
+             rows are loaded; rename it",
+            column.name
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Checks that Redshift has a declared type.
+fn check_type(
+    DeclaredColumn { name, data_type, route, .. }: &DeclaredColumn<'_>,
+) -> Result<(), String> {
+    if Kind::of(data_type) != Kind::Unsupported {
+        return Ok(());
+    }
+    let is_numeric = data_type.trim_start().to_ascii_lowercase().starts_with("numeric");
+    let way_out = match is_numeric {
+        true => "declare its digits, as in numeric(18, 2), at most 38: Redshift needs them",
+        false => "rows cannot fill a column of that type in Redshift",
+    };
+    Err(format!("route {route:?} declares column {name:?} as {data_type:?}: {way_out}"))
+}
+
+/// Checks one declared column against the live table.
+fn check(table: &TableName, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result<(), String> {
+    let DeclaredColumn { name, data_type, route, .. } = declared;
+    let Some(column) = live.columns.iter().find(|column| column.name == *name) else {
+        let columns: Vec<&str> = live.columns.iter().map(|column| column.name.as_str()).collect();
+        return Err(format!(
+            "route {route:?} declares column {name:?} ({data_type}), table {table} has no such \
+             column, it has {}: add the column, or bind the route to another table",
+            columns.join(", ")
+        ));
+    };
+    if column.kind.holds(Kind::of(data_type)) {
+        return Ok(());
+    }
+    Err(format!(
+        "column {name:?} is {data_type} in route {route:?} and {} in table {table}: {}",
+        column.data_type,
+        match column.kind {
+            Kind::Unsupported => "rows cannot fill a column of that type yet",
+            _ => "not every value would fit; alter the column, or declare its type",
+        }
+    ))
+}
+
+/// Creates the table, if that is asked for.
+async fn create_table(
+    client: &Client,
+    table: &TableName,
+    declared: &[DeclaredColumn<'_>],
+    create: bool,
+    mode: &WriteMode,
+) -> Result<(), String> {
+    may_create(table, declared, create)?;
+    let column = |column: &DeclaredColumn<'_>| {
+        let null = if column.nullable { "" } else { " NOT NULL" };
+        format!("{} {}{null}", quoted(column.name), Kind::of(column.data_type).sql())
+    };
+    let mut columns: Vec<String> = declared.iter().map(column).collect();
+    let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
+    if !key.is_empty() {
+        // Redshift enforces no key; its planner believes it.
+        columns.push(format!("PRIMARY KEY ({})", key.join(", ")));
+    }
+    let create = format!("CREATE TABLE IF NOT EXISTS {} ({})", table.quoted(), columns.join(", "));
+    session::run(client, &create)
+        .await
+        .map(drop)
+        .map_err(|error| format!("cannot create table {table}: {}", describe(&error)))
+}
