@@ -72,7 +72,7 @@ async fn rows_with_keys_leave_what_their_mode_says() {
             sink.prepare(&[route(&[])]).await.expect("prepared");
             let mut writer = acquire(&sink).await.writer;
             let shown = async || mart.one(keyed::SHOWN);
-            keyed::assert_as_the_model(&mode, seed, &mut *writer, shown).await;
+            keyed::assert_as_the_model(&mode, seed, true, &mut *writer, shown).await;
         }
     }
 }

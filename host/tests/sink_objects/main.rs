@@ -29,7 +29,7 @@ macro_rules! on_both {
 
             #[tokio::test]
             async fn on_s3() {
-                super::suite::$test(super::s3::start().await.place).await;
+                super::suite::$test(super::Place::in_bucket(&super::s3::start().await)).await;
             }
         }
     )*};
@@ -59,7 +59,7 @@ async fn crashes_in_a_folder() {
 async fn crashes_on_s3() {
     for seed in 1000..1010 {
         let server = s3::start().await;
-        suite::a_crash_between_any_two_steps_loses_nothing(server.place, seed).await;
+        suite::a_crash_between_any_two_steps_loses_nothing(Place::in_bucket(&server), seed).await;
     }
 }
 
@@ -85,7 +85,7 @@ async fn a_url_and_options_lead_to_a_bucket() {
     sink.prepare(&[route("odd", "application/json; charset=utf-8")]).await.expect("prepared");
     let mut owner = sink.acquire(&shard()).await.expect("acquired");
     owner.writer.commit(&commit(0, 9), &Letters::default()).await.expect("a commit");
-    assert_eq!(server.place.lines().await, expected(9));
+    assert_eq!(Place::in_bucket(&server).lines().await, expected(9));
 
     let mut options = server.options;
     options.insert("aws_endpiont".into(), "x".into());

@@ -1,23 +1,27 @@
 //! An S3 server in the process, on loopback, and the sink's way to it by URL and options.
 
+#![allow(dead_code, reason = "each test program reads some of the fields")]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
+use object_store::ObjectStore;
 use object_store::aws::AmazonS3Builder;
 use object_store::path::Path;
 use s3s::auth::SimpleAuth;
 use s3s::service::S3ServiceBuilder;
 
-use super::support::Place;
-
-const BUCKET: &str = "marts";
+pub const BUCKET: &str = "marts";
 const KEY: &str = "test-access-key";
 const SECRET: &str = "test-secret-key";
 
 /// A running server; it ends with the test's runtime.
 pub struct Server {
-    pub place: Place,
+    pub store: Arc<dyn ObjectStore>,
+    pub prefix: Path,
+    /// Keeps the objects until the test ends.
+    pub folder: Arc<tempfile::TempDir>,
     pub options: BTreeMap<String, String>,
 }
 
@@ -50,11 +54,7 @@ pub async fn start() -> Server {
         .with_secret_access_key(SECRET)
         .with_region("eu-west-1")
         .with_allow_http(true);
-    let place = Place {
-        store: Arc::new(store.build().expect("a client")),
-        prefix: Path::from("lake/raw"),
-        _folder: Some(Arc::new(folder)),
-    };
+    let store = Arc::new(store.build().expect("a client"));
     let options = [
         ("aws_endpoint", endpoint.as_str()),
         ("aws_access_key_id", KEY),
@@ -62,7 +62,12 @@ pub async fn start() -> Server {
         ("aws_region", "eu-west-1"),
     ];
     let options = options.map(|(name, value)| (name.to_owned(), value.to_owned()));
-    Server { place, options: options.into() }
+    Server {
+        store,
+        prefix: Path::from("lake/raw"),
+        folder: Arc::new(folder),
+        options: options.into(),
+    }
 }
 
 /// The URL of the server's prefix.

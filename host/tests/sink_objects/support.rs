@@ -17,6 +17,8 @@ use shardmill::record::{
 use shardmill::sink::objects::ObjectsSink;
 use shardmill::sink::{Commit, Refusal, RefusalLog, SinkError};
 
+use super::s3;
+
 /// A store and the prefix in it that belongs to one test.
 #[derive(Clone)]
 pub struct Place {
@@ -35,6 +37,15 @@ impl Place {
             store: Arc::new(store.expect("a folder is a store")),
             prefix: Path::from("out put"),
             _folder: Some(Arc::new(folder)),
+        }
+    }
+
+    /// What a server's prefix holds.
+    pub fn in_bucket(server: &s3::Server) -> Self {
+        Self {
+            store: Arc::clone(&server.store),
+            prefix: server.prefix.clone(),
+            _folder: Some(Arc::clone(&server.folder)),
         }
     }
 

@@ -11,11 +11,14 @@ use super::{Log, commit};
 /// The table of these tests, in the SQL that both databases share.
 pub const TABLE: &str = "CREATE TABLE cars (id bigint PRIMARY KEY, make text, cents bigint CHECK (cents >= 0), at bigint)";
 
+/// Its rule.
+pub const CHECK: &str = " CHECK (cents >= 0)";
+
 /// What a table holds: `id make cents at`, by id; `-` is null.
 pub const SHOWN: &str = "SELECT string_agg(line, ';') FROM (SELECT id || ' ' || coalesce(make, '-') \
     || ' ' || coalesce(cents || '', '-') || ' ' || coalesce(at || '', '-') AS line FROM cars ORDER BY id) AS t";
 
-/// Rows of few keys, each with some of the columns. One in twenty breaks a rule.
+/// Rows of few keys, each with some of the columns. One in twenty is unsound.
 fn rows(random: &mut Rng, count: usize) -> Vec<Map<String, Value>> {
     (0..count).map(|_| row(random)).collect()
 }
@@ -48,11 +51,12 @@ struct Model {
 
 impl Model {
     /// Writes rows; gives the places of those that must be refused.
-    fn write(&mut self, mode: &WriteMode, rows: &[Map<String, Value>]) -> Vec<usize> {
+    fn write(&mut self, mode: &WriteMode, rows: &[Map<String, Value>], checks: bool) -> Vec<usize> {
         let mut refused = Vec::new();
         for (place, row) in rows.iter().enumerate() {
             let id = row.get("id").and_then(Value::as_u64);
-            let is_sound = row.get("cents").is_none_or(Value::is_u64);
+            let is_sound =
+                row.get("cents").is_none_or(if checks { Value::is_u64 } else { Value::is_i64 });
             let Some(id) = id.filter(|_| is_sound) else {
                 refused.push(place);
                 continue;
@@ -93,10 +97,11 @@ pub fn modes() -> [WriteMode; 3] {
 }
 
 /// Commits random rows by a writer, each commit twice as after a lost answer; `shown` is what the
-/// table then holds, by [`SHOWN`].
+/// table then holds, by [`SHOWN`]. `checks`: whether the table has its [`CHECK`].
 pub async fn assert_as_the_model(
     mode: &WriteMode,
     seed: u64,
+    checks: bool,
     writer: &mut dyn SinkWriter,
     shown: impl AsyncFn() -> String,
 ) {
@@ -104,7 +109,7 @@ pub async fn assert_as_the_model(
     let mut from = 0;
     for count in [1, 40, 200, 7, 100] {
         let rows = rows(&mut random, count);
-        let due = model.write(mode, &rows);
+        let due = model.write(mode, &rows, checks);
         let lines: Vec<String> =
             rows.iter().map(|row| serde_json::to_string(row).expect("JSON")).collect();
         let (log, commit) = (Log::default(), commit(from, &lines));

@@ -1,8 +1,8 @@
 //! Rows to files that COPY reads: a JSON object per line, gzip.
 //!
 //! A row that lacks a column takes its default, so rows with the same columns make a set, which is
-//! merged on its own. Where rows replace each other only neighbours are one set: a later row must not
-//! be overtaken. Pure: no I/O.
+//! merged on its own, one set after the other. A row is in no earlier set than those before it with its
+//! key: it must not be overtaken. Pure: no I/O.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -68,17 +68,19 @@ pub(super) fn encode(
 ) -> Result<Encoded, EncodeError> {
     let place = |name: &str| table.columns.iter().position(|column| column.name == name);
     let required: Vec<usize> = mode.required().filter_map(place).collect();
+    let key: Vec<usize> = mode.key().iter().filter_map(|name| place(name)).collect();
     let mut encoded = Encoded::default();
-    let mut sets = Sets { keeps_order: *mode != WriteMode::Append, ..Sets::default() };
+    let mut sets = Sets::default();
     let mut slots: Vec<Option<&RawValue>> = vec![None; table.columns.len()];
     let (mut line, mut file) = (Vec::new(), OpenFile::default());
     for (index, row) in rows.iter().enumerate() {
         line.clear();
         let outcome = match rows::spread(&row.payload, &table.names, &mut slots) {
-            Ok(()) => check(&slots, table, &required).and_then(|()| {
-                let set = sets.of(&slots);
-                put_line(&mut line, table, &slots, set, index)
-            }),
+            Ok(()) => check(&slots, table, &required)
+                .and_then(|()| put_columns(&mut line, table, &slots))
+                .and_then(|()| {
+                    put_place(&mut line, index, sets.of(&slots, key_of(&slots, &key, table)))
+                }),
             Err(RowFault::Refused(reason)) => Err(reason),
             Err(RowFault::UnknownKey(key)) if was_column(&key) => {
                 return Err(EncodeError::GoneColumn(key));
@@ -126,18 +128,12 @@ fn check(slots: &Slots<'_>, table: &LiveTable, required: &[usize]) -> Result<(),
     Ok(())
 }
 
-fn put_line(
-    line: &mut Vec<u8>,
-    table: &LiveTable,
-    slots: &Slots<'_>,
-    set: usize,
-    index: usize,
-) -> Result<(), String> {
-    // Writing into a Vec cannot fail.
-    let _infallible = write!(line, "{{\"{ROW}\":{index},\"{SET}\":{set}");
+/// Begins a line with what the row brings.
+fn put_columns(line: &mut Vec<u8>, table: &LiveTable, slots: &Slots<'_>) -> Result<(), String> {
+    line.push(b'{');
     for (column, slot) in table.columns.iter().zip(slots) {
         let Some(raw) = slot else { continue };
-        let _infallible = line.write_all(b",");
+        // Writing into a Vec cannot fail.
         let _infallible = serde_json::to_writer(&mut *line, &column.name);
         line.push(b':');
         let put = column.kind.put(line, raw);
@@ -145,8 +141,15 @@ fn put_line(
         if column.kind == Kind::Super {
             keep_on_line(line);
         }
+        line.push(b',');
     }
-    line.extend(b"}\n");
+    Ok(())
+}
+
+/// Ends a line with where the row belongs.
+fn put_place(line: &mut Vec<u8>, index: usize, set: usize) -> Result<(), String> {
+    // Writing into a Vec cannot fail.
+    let _infallible = writeln!(line, "\"{ROW}\":{index},\"{SET}\":{set}}}");
     match line.len() {
         bytes if bytes > LINE_BYTES_MAX => {
             Err(format!("the row has {bytes} bytes, COPY takes {LINE_BYTES_MAX} at most"))
@@ -165,25 +168,45 @@ fn keep_on_line(line: &mut [u8]) {
 #[derive(Default)]
 struct Sets {
     columns: Vec<Vec<usize>>,
+    /// The last set with these columns.
     numbers: HashMap<Vec<usize>, usize>,
-    /// Whether a row must not go before an earlier one.
-    keeps_order: bool,
+    /// The last set that has a row with this key.
+    keys: HashMap<Vec<u8>, usize>,
 }
 
 impl Sets {
-    fn of(&mut self, slots: &Slots<'_>) -> usize {
-        let is_last = |columns: &Vec<usize>| columns.iter().copied().eq(present(slots));
-        if self.columns.last().is_some_and(is_last) {
-            return self.columns.len() - 1;
-        }
+    /// The set of a row; its key is empty where rows are appended.
+    fn of(&mut self, slots: &Slots<'_>, key: Vec<u8>) -> usize {
         let columns: Vec<usize> = present(slots).collect();
-        if let (Some(number), false) = (self.numbers.get(&columns), self.keeps_order) {
-            return *number;
+        let earliest = self.keys.get(&key).copied().unwrap_or(0);
+        let number = match self.numbers.get(&columns) {
+            Some(number) if *number >= earliest => *number,
+            _ => {
+                self.numbers.insert(columns.clone(), self.columns.len());
+                self.columns.push(columns);
+                self.columns.len() - 1
+            }
+        };
+        if !key.is_empty() {
+            self.keys.insert(key, number);
         }
-        self.numbers.insert(columns.clone(), self.columns.len());
-        self.columns.push(columns);
-        self.columns.len() - 1
+        number
     }
+}
+
+/// The key of a row whose values are known to fit, the same for each way to write it.
+fn key_of(slots: &Slots<'_>, places: &[usize], table: &LiveTable) -> Vec<u8> {
+    let mut key = Vec::new();
+    for place in places {
+        if let Some(raw) = slots[*place] {
+            let _fits = table.columns[*place].kind.put(&mut key, raw);
+            // Redshift does not compare the blanks at a text's end.
+            let end = key.strip_suffix(b"\"").unwrap_or(&key).trim_ascii_end().len();
+            key.truncate(end);
+        }
+        key.push(0);
+    }
+    key
 }
 
 /// The places of the columns that a row brings.
@@ -215,5 +238,24 @@ impl OpenFile {
 
     fn finish(self) -> std::io::Result<EncodedFile> {
         Ok(EncodedFile { bytes: self.gzip.finish()?.into(), rows: self.rows })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_row_overtakes_one_with_its_key() {
+        let value: Box<RawValue> = serde_json::from_str("1").expect("JSON");
+        let (some, mut sets) = (Some(&*value), Sets::default());
+        let (short, long) = ([some, None], [some, some]);
+        let mut set = |slots: &Slots<'_>, key: &str| sets.of(slots, key.as_bytes().to_vec());
+        assert_eq!(set(&short, "a"), 0);
+        assert_eq!(set(&long, "a"), 1);
+        assert_eq!(set(&short, "b"), 0, "another row may go with the first");
+        assert_eq!(set(&short, "a"), 2, "this one sets what the one before it has set");
+        assert_eq!(set(&long, "b"), 1);
+        assert_eq!(set(&short, ""), 2, "rows that are appended go anywhere");
     }
 }
