@@ -535,6 +535,38 @@ async fn numerics_are_what_the_server_reads() {
 }
 
 #[tokio::test]
+async fn arrays_are_of_enums_and_domains_as_well() {
+    let mart = Mart::new("element").await;
+    mart.sql(
+        "CREATE TYPE colour AS ENUM ('red', 'blue');
+         CREATE DOMAIN positive AS bigint CHECK (VALUE > 0);
+         CREATE DOMAIN shade AS colour CHECK (VALUE <> 'red');
+         CREATE TABLE cars (id int, colours colour[], counts positive[], shades shade[], spans inet[])",
+    )
+    .await;
+    let sink = mart.sink("cars");
+    let declared = ["id int", "colours sink_element.colour[]", "counts sink_element.positive[]"];
+    sink.prepare(&[route(&declared)]).await.expect("prepared");
+    expect_unavailable(sink.prepare(&[route(&["spans inet[]"])]).await, "cannot fill");
+    expect_unavailable(sink.prepare(&[route(&["counts text[]"])]).await, "not every value");
+    let mut writer = acquire(&sink).await.writer;
+    let rows = [
+        r#"{"id":0,"colours":[["red"],["blue"]],"counts":[1,null],"shades":["blue"]}"#,
+        r#"{"id":1,"colours":["green"]}"#,
+        r#"{"id":2,"counts":[0]}"#,
+        r#"{"id":3,"shades":["red"]}"#,
+        r#"{"id":4,"spans":["10.0.0.1"]}"#,
+        r#"{"id":5,"colours":[],"shades":null}"#,
+    ];
+    let log = Log::default();
+    writer.commit(&commit(0, &rows), &log).await.expect("committed");
+    log.expect(&[(1, "22P02"), (2, "23514"), (3, "23514"), (4, "cannot fill")]);
+    let shown =
+        "SELECT string_agg(concat_ws(' ', id, colours, counts, shades), ';' ORDER BY id) FROM cars";
+    assert_eq!(mart.one(shown).await, "0 {{red},{blue}} {1,NULL} {blue};5 {}");
+}
+
+#[tokio::test]
 async fn keys_that_are_absent_take_the_columns_default() {
     let mart = Mart::new("defaults").await;
     mart.sql("CREATE TABLE cars (id bigint, make text DEFAULT 'none', n serial)").await;

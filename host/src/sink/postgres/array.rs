@@ -6,10 +6,9 @@
 
 use bytes::BufMut as _;
 use serde_json::value::RawValue;
-use tokio_postgres::types::Oid;
 
 use super::encode::put_field;
-use super::kind::Kind;
+use super::kind::{Element, Kind};
 use crate::sink::rows::value::Why;
 
 /// PostgreSQL's own limit, `MAXDIM`.
@@ -18,8 +17,8 @@ const DIMENSIONS_MAX: usize = 6;
 const FIRST_INDEX: i32 = 1;
 
 /// Writes an array without its length.
-pub(super) fn put(out: &mut Vec<u8>, element: Oid, raw: &RawValue) -> Result<(), Why> {
-    let kind = Kind::of(element, "", false);
+pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: &RawValue) -> Result<(), Why> {
+    let kind = element.kind();
     let mut array = Array {
         // An array in an array of documents is a document.
         nests: !matches!(kind, Kind::Json | Kind::Jsonb),
@@ -32,7 +31,7 @@ pub(super) fn put(out: &mut Vec<u8>, element: Oid, raw: &RawValue) -> Result<(),
     let count = |count: usize| i32::try_from(count).map_err(|_| "the array is too long");
     out.put_i32(count(lengths.len())?);
     out.put_i32(array.elements.iter().any(|element| element.get() == "null").into());
-    out.put_u32(element);
+    out.put_u32(element.oid);
     for length in lengths {
         out.put_i32(count(*length)?);
         out.put_i32(FIRST_INDEX);

@@ -1,6 +1,7 @@
 //! The column types that rows can fill, as families that share a wire form.
 
-use tokio_postgres::types::{Kind as TypeKind, Oid, Type};
+use tokio_postgres::types::{Oid, Type};
+use tokio_postgres::{Error, Row};
 
 /// How a column's values are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,15 +27,72 @@ pub(super) enum Kind {
     Timestamp,
     Timestamptz,
     Bytea,
-    /// An array of any depth, by its elements' type; of enums and domains, none can be filled yet.
-    Array(Oid),
+    /// An array of any depth.
+    Array(Element),
     /// Ranges, `inet`, `interval` and the rest: no row can fill it yet.
     Unsupported,
 }
 
+/// What an array is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Element {
+    /// The type that an array names on the wire.
+    pub(super) oid: Oid,
+    form: ElementForm,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ElementForm {
+    /// That of a type that each server has; for a domain, its base type.
+    Known(Oid),
+    Enum,
+    Text,
+}
+
+impl Element {
+    /// How each element is written.
+    pub(super) fn kind(self) -> Kind {
+        match self.form {
+            ElementForm::Known(oid) => Kind::of(oid, "", false),
+            ElementForm::Enum => Kind::Enum,
+            ElementForm::Text => Kind::Text,
+        }
+    }
+}
+
+/// What [`Kind::read`] needs of a type, to be selected `FROM` [`FROM_TYPE`].
+pub(super) const TYPE_COLUMNS: &str =
+    "b.oid, b.typname, b.typtype = 'e', e.oid, eb.oid, eb.typname, eb.typtype = 'e'";
+/// How many columns these are.
+pub(super) const TYPE_COLUMN_COUNT: usize = 7;
+
+/// Joins to a type `t` what it is: a domain's base type in its place, and of an array the elements' type,
+/// likewise.
+pub(super) const FROM_TYPE: &str = "
+    LEFT JOIN pg_catalog.pg_type AS b
+        ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+    LEFT JOIN pg_catalog.pg_type AS e ON e.oid = b.typelem AND e.typarray = b.oid
+    LEFT JOIN pg_catalog.pg_type AS eb
+        ON eb.oid = CASE e.typtype WHEN 'd' THEN e.typbasetype ELSE e.oid END";
+
 impl Kind {
-    /// The family of a type, a domain's base type standing for the domain.
-    pub(super) fn of(oid: u32, name: &str, is_enum: bool) -> Self {
+    /// Reads the family of a type from [`TYPE_COLUMNS`], which begin at column `at`.
+    pub(super) fn read(row: &Row, at: usize) -> Result<Self, Error> {
+        let Some(element) = row.try_get::<_, Option<u32>>(at + 3)? else {
+            return Ok(Self::of(row.try_get(at)?, row.try_get(at + 1)?, row.try_get(at + 2)?));
+        };
+        let base = row.try_get(at + 4)?;
+        let form = match Self::of(base, row.try_get(at + 5)?, row.try_get(at + 6)?) {
+            Self::Unsupported => return Ok(Self::Unsupported),
+            Self::Enum => ElementForm::Enum,
+            Self::Text => ElementForm::Text,
+            _ => ElementForm::Known(base),
+        };
+        Ok(Self::Array(Element { oid: element, form }))
+    }
+
+    /// The family of a type that is no array, a domain's base type standing for the domain.
+    fn of(oid: u32, name: &str, is_enum: bool) -> Self {
         match Type::from_oid(oid) {
             Some(Type::BOOL) => Self::Bool,
             Some(Type::INT2) => Self::Int2,
@@ -55,14 +113,7 @@ impl Kind {
             Some(Type::BYTEA) => Self::Bytea,
             None if is_enum => Self::Enum,
             None if name == "citext" => Self::Text,
-            Some(array) => match array.kind() {
-                TypeKind::Array(element) => match Self::of(element.oid(), "", false) {
-                    Self::Unsupported => Self::Unsupported,
-                    _ => Self::Array(element.oid()),
-                },
-                _ => Self::Unsupported,
-            },
-            None => Self::Unsupported,
+            _ => Self::Unsupported,
         }
     }
 
@@ -88,9 +139,7 @@ impl Kind {
             Self::Json | Self::Jsonb => matches!(declared, Self::Json | Self::Jsonb),
             Self::Timestamptz => matches!(declared, Self::Timestamp | Self::Timestamptz),
             Self::Array(element) => match declared {
-                Self::Array(other) => {
-                    Self::of(element, "", false).holds(Self::of(other, "", false))
-                }
+                Self::Array(other) => element.kind().holds(other.kind()),
                 _ => false,
             },
             Self::Unsupported => false,

@@ -6,7 +6,7 @@
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Error, Statement};
 
-use super::kind::Kind;
+use super::kind::{FROM_TYPE, Kind, TYPE_COLUMN_COUNT, TYPE_COLUMNS};
 use super::merge;
 use super::name::{TableName, quoted};
 use super::session;
@@ -14,26 +14,29 @@ use crate::postgres::describe;
 use crate::sink::WriteMode;
 use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
 
-/// Reads columns with their types, a domain's base type in the domain's place; one row without a
-/// name stands for a table without columns, no oid for no table.
-const READ_COLUMNS: &str = "
-    SELECT c.oid, a.attname, b.oid, b.typname, b.typtype = 'e', format_type(a.atttypid, a.atttypmod),
-        a.attidentity = 'a' OR a.attgenerated <> '', a.attnotnull, a.atthasdef OR a.attidentity <> ''
-    FROM (SELECT to_regclass($1)::oid AS oid) AS c
-    LEFT JOIN pg_catalog.pg_attribute AS a
-        ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    LEFT JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
-    LEFT JOIN pg_catalog.pg_type AS b
-        ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
-    ORDER BY a.attnum";
+/// Reads columns with their types; one row without a name stands for a table without columns, no oid
+/// for no table.
+fn read_columns() -> String {
+    format!(
+        "SELECT {TYPE_COLUMNS}, c.oid, a.attname, format_type(a.atttypid, a.atttypmod),
+             a.attidentity = 'a' OR a.attgenerated <> '', a.attnotnull,
+             a.atthasdef OR a.attidentity <> ''
+         FROM (SELECT to_regclass($1)::oid AS oid) AS c
+         LEFT JOIN pg_catalog.pg_attribute AS a
+             ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+         LEFT JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
+         {FROM_TYPE}
+         ORDER BY a.attnum"
+    )
+}
 
-/// Reads a type by its name, as [`READ_COLUMNS`] reads a column's.
-const READ_TYPE: &str = "
-    SELECT b.oid, b.typname, b.typtype = 'e', t.oid
-    FROM pg_catalog.pg_type AS t
-    JOIN pg_catalog.pg_type AS b
-        ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
-    WHERE t.oid = to_regtype($1)";
+/// Reads a type by its name.
+fn read_type() -> String {
+    format!(
+        "SELECT {TYPE_COLUMNS} FROM pg_catalog.pg_type AS t {FROM_TYPE} \
+         WHERE t.oid = to_regtype($1)"
+    )
+}
 
 /// What a type's name may be made of. Nothing here ends a name, opens a comment or a string.
 const TYPE_NAME_PUNCTUATION: &str = "_ .,()[]\"";
@@ -62,7 +65,7 @@ impl LiveTable {
     /// Prepares [`LiveTable::read`]: it runs in every commit, and to plan it takes longer than to
     /// run it.
     pub(super) async fn prepare_read(client: &Client) -> Result<Statement, Error> {
-        client.prepare_typed(READ_COLUMNS, &[Type::TEXT]).await
+        client.prepare_typed(&read_columns(), &[Type::TEXT]).await
     }
 
     /// Reads the table; `None` when there is none of that name.
@@ -74,17 +77,18 @@ impl LiveTable {
         let rows = client.query(prepared, &[&table.quoted()]).await?;
         let mut columns = Vec::with_capacity(rows.len());
         for row in &rows {
-            if row.try_get::<_, Option<u32>>(0)?.is_none() {
+            const AT: usize = TYPE_COLUMN_COUNT;
+            if row.try_get::<_, Option<u32>>(AT)?.is_none() {
                 return Ok(None);
             }
-            let Some(name) = row.try_get::<_, Option<String>>(1)? else { break };
+            let Some(name) = row.try_get::<_, Option<String>>(AT + 1)? else { break };
             columns.push(LiveColumn {
                 name,
-                data_type: row.try_get(5)?,
-                kind: Kind::of(row.try_get(2)?, row.try_get(3)?, row.try_get(4)?),
-                is_generated: row.try_get(6)?,
-                not_null: row.try_get(7)?,
-                has_default: row.try_get(8)?,
+                data_type: row.try_get(AT + 2)?,
+                kind: Kind::read(row, 0)?,
+                is_generated: row.try_get(AT + 3)?,
+                not_null: row.try_get(AT + 4)?,
+                has_default: row.try_get(AT + 5)?,
             });
         }
         let names = ColumnNames::new(columns.iter().map(|column| column.name.clone()));
@@ -198,7 +202,7 @@ async fn declared_kinds(
         if data_type.is_empty() || !data_type.chars().all(is_part) {
             return Err(unknown());
         }
-        let row = match client.query_typed_opt(READ_TYPE, &[(data_type, Type::TEXT)]).await {
+        let row = match client.query_typed_opt(&read_type(), &[(data_type, Type::TEXT)]).await {
             Ok(row) => row.ok_or_else(unknown)?,
             Err(error) if error.as_db_error().is_some() => {
                 return Err(format!("{}: {}", unknown(), describe(&error)));
@@ -206,11 +210,7 @@ async fn declared_kinds(
             Err(error) => return Err(format!("cannot read types: {}", describe(&error))),
         };
         let unreadable = |error: Error| format!("cannot read types: {}", describe(&error));
-        let kind = Kind::of(
-            row.try_get(0).map_err(unreadable)?,
-            row.try_get(1).map_err(unreadable)?,
-            row.try_get(2).map_err(unreadable)?,
-        );
+        let kind = Kind::read(&row, 0).map_err(unreadable)?;
         if kind == Kind::Unsupported {
             return Err(format!("{whose}: rows cannot fill a column of that type yet"));
         }
