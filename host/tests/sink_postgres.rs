@@ -9,7 +9,7 @@ mod sql_sinks;
 
 use std::sync::Arc;
 
-use shardmill::sink::postgres::PostgresSink;
+use shardmill::sink::postgres::{CONNECTIONS_MAX, PostgresSink};
 use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
 use sql_sinks::keyed;
 use sql_sinks::proxy::{Cut, Proxy};
@@ -61,7 +61,8 @@ impl Mart {
 
     fn sink(&self, table: &str) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
-        PostgresSink::new("mart".into(), &url(), &table, true, WriteMode::Append).expect("a sink")
+        PostgresSink::new("mart".into(), &url(), &table, true, WriteMode::Append, CONNECTIONS_MAX)
+            .expect("a sink")
     }
 
     /// A writer for the only shard of a table that exists.
@@ -76,12 +77,14 @@ impl Mart {
     fn sink_through(&self, proxy: &Proxy, table: &str) -> PostgresSink {
         let url = url().replace(&address(), &format!("127.0.0.1:{}", proxy.port));
         let table = format!("{}.{table}", self.schema);
-        PostgresSink::new("mart".into(), &url, &table, false, WriteMode::Append).expect("a sink")
+        PostgresSink::new("mart".into(), &url, &table, false, WriteMode::Append, CONNECTIONS_MAX)
+            .expect("a sink")
     }
 
     fn keyed(&self, table: &str, mode: WriteMode, create: bool) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
-        PostgresSink::new("mart".into(), &url(), &table, create, mode).expect("a sink")
+        PostgresSink::new("mart".into(), &url(), &table, create, mode, CONNECTIONS_MAX)
+            .expect("a sink")
     }
 }
 
@@ -158,6 +161,58 @@ async fn shards_are_acquired_at_once() {
         assert!(acquired.expect("no panic"));
     }
     assert_eq!(mart.one("SELECT count(*) FROM shardmill_position").await, "16");
+}
+
+/// How many connections to this database call themselves by a name.
+async fn connections(mart: &Mart, name: &str) -> u64 {
+    let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name";
+    mart.one(&format!("{count} = '{name}'")).await.parse().expect("a number")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shards_share_the_connections_that_there_are() {
+    let mart = Mart::new("pool").await;
+    mart.sql("CREATE TABLE cars (id bigint)").await;
+    let (url, table) = (format!("{}?application_name=pool", url()), "sink_pool.cars");
+    let sink = PostgresSink::new("mart".into(), &url, table, false, WriteMode::Append, 2);
+    let sink = Arc::new(sink.expect("a sink"));
+    let committing = (0..12_u64).map(|n| {
+        let sink = Arc::clone(&sink);
+        tokio::spawn(async move {
+            let shard = shard(&format!("shard-{n}"));
+            let mut writer = sink.acquire(&shard).await.expect("acquired").writer;
+            for from in 0..10 {
+                let rows = [format!(r#"{{"id":{}}}"#, n * 100 + from)];
+                writer.commit(&commit(from, &rows), &Log::default()).await.expect("committed");
+            }
+            writer
+        })
+    });
+    let writers = futures::future::join_all(committing).await;
+    assert_eq!(connections(&mart, "pool").await, 2, "for {} shards", writers.len());
+    assert_eq!(mart.one("SELECT count(DISTINCT id) FROM cars").await, "120");
+    assert_eq!(mart.one("SELECT count(*) FROM cars").await, "120");
+}
+
+#[tokio::test]
+async fn a_commit_that_is_dropped_half_way_holds_no_lock() {
+    let mart = Mart::new("halfway").await;
+    mart.sql("CREATE TABLE cars (id bigint)").await;
+    let sink = mart.sink("cars");
+    let mut writer = mart.writer("cars").await;
+    mart.sql("BEGIN; LOCK TABLE cars").await;
+    let (log, first) = (Log::default(), commit(0, &[r#"{"id":1}"#]));
+    let soon = std::time::Duration::from_millis(300);
+    let stuck = tokio::time::timeout(soon, writer.commit(&first, &log)).await;
+    assert!(stuck.is_err(), "the table is locked");
+    // It waits for the lock still, and has moved the position: taking over needs its row.
+    mart.sql("COMMIT").await;
+    let mut owner = tokio::time::timeout(std::time::Duration::from_secs(20), acquire(&sink))
+        .await
+        .expect("no lock is left")
+        .writer;
+    owner.commit(&first, &log).await.expect("committed");
+    assert_eq!(mart.one("SELECT count(*) FROM cars").await, "1");
 }
 
 #[tokio::test]
@@ -607,8 +662,15 @@ async fn routes_are_checked_against_the_live_table() {
         mart.sink("missing").prepare(&[route(&[])]).await,
         "no route declares columns",
     );
-    let never = PostgresSink::new("mart".into(), &url(), "missing", false, WriteMode::Append)
-        .expect("a sink");
+    let never = PostgresSink::new(
+        "mart".into(),
+        &url(),
+        "missing",
+        false,
+        WriteMode::Append,
+        CONNECTIONS_MAX,
+    )
+    .expect("a sink");
     expect_unavailable(never.prepare(&[route(&["id int"])]).await, "create = true");
 }
 
@@ -724,8 +786,15 @@ async fn tls_is_spoken_with_a_server_that_proves_who_it_is() {
     let mart = Mart::new("tls").await;
     mart.sql("CREATE TABLE cars (id int)").await;
     let sink = |url: &str| {
-        PostgresSink::new("mart".into(), url, "sink_tls.cars", false, WriteMode::Append)
-            .expect("a sink")
+        PostgresSink::new(
+            "mart".into(),
+            url,
+            "sink_tls.cars",
+            false,
+            WriteMode::Append,
+            CONNECTIONS_MAX,
+        )
+        .expect("a sink")
     };
     for mode in ["require", "verify-full"] {
         let name = format!("tls-{mode}");
@@ -755,7 +824,8 @@ async fn tls_is_spoken_with_a_server_that_proves_who_it_is() {
 async fn a_server_out_of_reach_is_unavailable() {
     let url = "postgres://user:secret@127.0.0.1:1/mart";
     let sink =
-        PostgresSink::new("mart".into(), url, "cars", false, WriteMode::Append).expect("a sink");
+        PostgresSink::new("mart".into(), url, "cars", false, WriteMode::Append, CONNECTIONS_MAX)
+            .expect("a sink");
     let error = sink.prepare(&[]).await.expect_err("nobody listens");
     let text = error.to_string();
     assert!(text.contains("PostgreSQL at 127.0.0.1:1, database mart"), "{text}");

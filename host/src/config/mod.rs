@@ -387,6 +387,8 @@ pub enum SinkKind {
         create: bool,
         /// How rows go into it.
         mode: WriteMode,
+        /// How many connections all shards share.
+        connections_max: usize,
     },
     /// Objects in a bucket or folder; exactly once by a claim log.
     Objects {

@@ -198,6 +198,7 @@ pub(super) struct RawPostgres {
     #[serde(default)]
     pub key: Vec<Spanned<Text>>,
     pub newest_by: Maybe<Text>,
+    pub connections: Maybe<Count>,
     pub commit: Option<RawCommit>,
 }
 

@@ -24,7 +24,7 @@ use super::{
 use crate::postgres::PostgresServer;
 use crate::sink::WriteMode;
 use crate::sink::objects::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
-use crate::sink::redshift;
+use crate::sink::{postgres, redshift};
 
 /// The values of `type`.
 static TYPES: [&str; 8] =
@@ -33,6 +33,7 @@ static TYPES: [&str; 8] =
 /// claim log rests on.
 const SCHEMES: [&str; 9] = ["file", "s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"];
 
+const CONNECTIONS: RangeInclusive<u64> = 1..=1_000;
 const ROWS: RangeInclusive<u64> = 1..=10_000_000;
 const BYTES_MIN: usize = 1 << 10;
 const LINGERS: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(86_400);
@@ -179,7 +180,14 @@ fn postgres(raw: &RawPostgres, check: &mut Check) -> Option<SinkKind> {
     });
     let create = raw.create.unwrap_or(false);
     let mode = write_mode(&raw.mode, &raw.key, &raw.newest_by, check);
-    Some(SinkKind::Postgres { url: url?, table: table?, create, mode: mode? })
+    let connections_max = check.count(&raw.connections, postgres::CONNECTIONS_MAX, CONNECTIONS);
+    Some(SinkKind::Postgres {
+        url: url?,
+        table: table?,
+        create,
+        mode: mode?,
+        connections_max: connections_max?,
+    })
 }
 
 /// A connection string; `port` is for the way out.

@@ -1,6 +1,6 @@
 //! The PostgreSQL sink: a table, exactly once.
 //!
-//! Rows and position move in one transaction. [`session`] is the connection, [`table`] the live
+//! Rows and position move in one transaction. [`session`] is a connection, and the pool of them, [`table`] the live
 //! table, [`encode`] turns rows into binary COPY, [`copy`] sends them and finds the ones that the
 //! table refuses, [`merge`] is how rows with a key find their like, [`position`] keeps the place,
 //! [`writer`] is the commit on one screen. Reading JSON by column type is `rows`' work; buffering and
@@ -27,11 +27,15 @@ use async_trait::async_trait;
 
 pub(super) use self::name::{TableName, quoted};
 use self::position::PositionTable;
-use self::session::Session;
+use self::session::{PooledSession, SessionPool};
 use self::writer::PostgresWriter;
 use super::{Acquired, BoundRoute, Sink, SinkError, WriteMode, rows};
 use crate::postgres::{PostgresServer, describe};
 use crate::record::{Position, ShardKey, SinkName};
+
+/// The connections of a sink unless it is told otherwise: more than a server of some cores works on at
+/// once, and far from the 100 that PostgreSQL takes by default.
+pub const CONNECTIONS_MAX: usize = 16;
 
 /// A table in PostgreSQL.
 pub struct PostgresSink {
@@ -42,7 +46,7 @@ pub struct PostgresSink {
 /// What the writers of all shards have in common.
 struct Shared {
     sink: SinkName,
-    server: PostgresServer,
+    sessions: SessionPool,
     table: TableName,
     mode: WriteMode,
     position: PositionTable,
@@ -63,17 +67,17 @@ impl Shared {
         SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail }
     }
 
-    async fn connect(&self) -> Result<Session, SinkError> {
-        Session::connect(&self.server).await.map_err(|error| {
-            self.failed(&format!("cannot connect to {}", self.server.place()), &error)
-        })
+    /// A connection, once one is free.
+    async fn session(&self) -> Result<PooledSession, SinkError> {
+        self.sessions.take().await.map_err(|cause| self.unavailable(cause))
     }
 }
 
 impl PostgresSink {
     /// Names a table, `table` or `schema.table`, in the database that `url` leads to, and how rows go
     /// into it. With `create`, [`Sink::prepare`] makes it from the columns that the routes declare if it
-    /// is missing, with the mode's key as its primary key.
+    /// is missing, with the mode's key as its primary key. All its shards share `connections_max`
+    /// connections, at least 1.
     ///
     /// Connects to nothing yet.
     ///
@@ -85,13 +89,15 @@ impl PostgresSink {
         table: &str,
         create: bool,
         mode: WriteMode,
+        connections_max: usize,
     ) -> Result<Self, SinkError> {
         let unavailable = |cause| SinkError::Unavailable { sink: name.clone(), cause };
         let server = PostgresServer::parse(url).map_err(unavailable)?;
+        let sessions = SessionPool::new(server, connections_max).map_err(unavailable)?;
         let table = TableName::parse(table).map_err(unavailable)?;
         let position = PositionTable::beside(&table);
         let known_columns = rows::KnownColumns::default();
-        let shared = Shared { sink: name, server, table, mode, position, known_columns };
+        let shared = Shared { sink: name, sessions, table, mode, position, known_columns };
         Ok(Self { shared: Arc::new(shared), create })
     }
 }
@@ -106,7 +112,7 @@ impl Sink for PostgresSink {
         let shared = &*self.shared;
         rows::check_formats(&shared.sink, routes)?;
         let columns = rows::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
-        let session = shared.connect().await?;
+        let session = shared.session().await?;
         table::prepare(&session.client, &shared.table, &columns, self.create, &shared.mode)
             .await
             .map_err(|cause| shared.unavailable(cause))?;
@@ -115,7 +121,7 @@ impl Sink for PostgresSink {
     }
 
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
-        let session = self.shared.connect().await?;
+        let session = self.shared.session().await?;
         let place = &self.shared.position;
         let doing = || format!("cannot take {} over in {place}", shard.shard);
         place
@@ -127,13 +133,12 @@ impl Sink for PostgresSink {
             .await
             .map_err(|error| self.shared.failed(&doing(), &error))?;
         let position = taken.position().map_err(|cause| self.shared.unavailable(cause))?;
-        let writer =
-            PostgresWriter::new(Arc::clone(&self.shared), shard.clone(), taken.epoch, session);
+        let writer = PostgresWriter::new(Arc::clone(&self.shared), shard.clone(), taken.epoch);
         Ok(Acquired { writer: Box::new(writer), position, keeps_position: true, must_cut_at: None })
     }
 
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
-        let session = self.shared.connect().await?;
+        let session = self.shared.session().await?;
         let found =
             self.shared.position.read(&session.client, &self.shared.sink, shard).await.map_err(
                 |error| {

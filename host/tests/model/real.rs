@@ -11,7 +11,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt as _};
 use shardmill::config::Compression;
 use shardmill::sink::objects::ObjectsSink;
-use shardmill::sink::postgres::PostgresSink;
+use shardmill::sink::postgres::{CONNECTIONS_MAX, PostgresSink};
 use shardmill::sink::{Sink, WriteMode};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -37,7 +37,8 @@ impl Tables {
 
     pub fn sink(&self, table: &str) -> Arc<dyn Sink> {
         let (url, full) = (support::postgres_url(), format!("{}.{table}_", self.schema));
-        let sink = PostgresSink::new(table.into(), &url, &full, false, WriteMode::Append);
+        let sink =
+            PostgresSink::new(table.into(), &url, &full, false, WriteMode::Append, CONNECTIONS_MAX);
         Arc::new(sink.expect("a sink"))
     }
 

@@ -1,9 +1,13 @@
-//! One connection to PostgreSQL, with the settings that exactly-once needs.
+//! Connections to PostgreSQL, with the settings that exactly-once needs, and the pool of a sink.
+//!
+//! A shard has none of its own: there may be more shards than a server takes connections.
 
 use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
+use deadpool::managed::{Manager, Metrics, Object, Pool, PoolError, RecycleError, RecycleResult};
 use tokio_postgres::error::{Severity, SqlState};
 use tokio_postgres::{Client, SimpleQueryMessage, Statement};
 
@@ -45,9 +49,81 @@ pub(super) enum Staging {
     Used,
 }
 
+/// The connections of a sink.
+pub(super) struct SessionPool(Pool<Connector>);
+
+/// A connection on loan. Dropped, it goes back; in the middle of a transaction it is closed, which ends
+/// the transaction and its locks at once.
+pub(super) struct PooledSession(Option<Object<Connector>>);
+
+/// Makes connections.
+struct Connector(PostgresServer);
+
+impl SessionPool {
+    /// A pool of at most so many connections. Connects to nothing yet.
+    pub(super) fn new(server: PostgresServer, connections_max: usize) -> Result<Self, String> {
+        let pool = Pool::builder(Connector(server)).max_size(connections_max).build();
+        pool.map(Self).map_err(|error| error.to_string())
+    }
+
+    /// A connection, once one is free. The error is a sentence.
+    pub(super) async fn take(&self) -> Result<PooledSession, String> {
+        let place = || self.0.manager().0.place();
+        let taken = self.0.get().await.map_err(|error| match error {
+            PoolError::Backend(error) => {
+                format!("cannot connect to {}: {}", place(), describe(&error))
+            }
+            other => format!("no connection to {}: {other}", place()),
+        })?;
+        Ok(PooledSession(Some(taken)))
+    }
+}
+
+impl Manager for Connector {
+    type Type = Session;
+    type Error = tokio_postgres::Error;
+
+    async fn create(&self) -> Result<Session, Self::Error> {
+        Session::connect(&self.0).await
+    }
+
+    async fn recycle(&self, session: &mut Session, _: &Metrics) -> RecycleResult<Self::Error> {
+        match session.client.is_closed() {
+            false => Ok(()),
+            true => Err(RecycleError::message("it is closed")),
+        }
+    }
+}
+
+impl Deref for PooledSession {
+    type Target = Session;
+
+    fn deref(&self) -> &Session {
+        self.0.as_ref().unwrap_or_else(|| unreachable!("it is taken when dropped"))
+    }
+}
+
+impl DerefMut for PooledSession {
+    fn deref_mut(&mut self) -> &mut Session {
+        self.0.as_mut().unwrap_or_else(|| unreachable!("it is taken when dropped"))
+    }
+}
+
+impl Drop for PooledSession {
+    fn drop(&mut self) {
+        if let Some(session) = self.0.take()
+            && !session.is_clean
+        {
+            drop(Object::take(session));
+        }
+    }
+}
+
 /// A connection and what was learned and prepared on it.
 pub(super) struct Session {
     pub(super) client: Client,
+    /// Whether it is known to be outside of any transaction.
+    pub(super) is_clean: bool,
     pub(super) position: Option<PositionStatements>,
     /// Counts what [`Session::run_in_step`] ran.
     steps: u64,
@@ -69,6 +145,7 @@ impl Session {
         client.batch_execute(SETTINGS).await?;
         Ok(Self {
             client,
+            is_clean: true,
             position: None,
             steps: 0,
             read_table: None,
@@ -77,11 +154,6 @@ impl Session {
             staging: Staging::Missing,
             hope: Hope::default(),
         })
-    }
-
-    /// Whether the connection can still be used, as far as is known.
-    pub(super) fn is_open(&self) -> bool {
-        !self.client.is_closed()
     }
 
     /// Ends the transaction in hand, if any; false when the connection is to be given up.

@@ -29,8 +29,6 @@ pub(super) struct PostgresWriter {
     shared: Arc<Shared>,
     shard: ShardKey,
     epoch: i64,
-    /// `None` after a failure that the connection did not survive.
-    session: Option<Session>,
     /// The counts of a commit whose reply was lost, by where it ends.
     unanswered: Option<(Position, Committed)>,
 }
@@ -46,8 +44,8 @@ enum Ended {
 }
 
 impl PostgresWriter {
-    pub(super) fn new(shared: Arc<Shared>, shard: ShardKey, epoch: i64, session: Session) -> Self {
-        Self { shared, shard, epoch, session: Some(session), unanswered: None }
+    pub(super) fn new(shared: Arc<Shared>, shard: ShardKey, epoch: i64) -> Self {
+        Self { shared, shard, epoch, unanswered: None }
     }
 
     /// The commit on one screen; leaves its transaction open when it fails.
@@ -274,7 +272,7 @@ impl PostgresWriter {
     ) -> Result<Committed, SinkError> {
         self.unanswered = Some((commit.span.to_inclusive.clone(), committed));
         let sink = Arc::clone(&self.shared);
-        let session = sink.connect().await?;
+        let session = sink.session().await?;
         let found = sink
             .position
             .read(&session.client, &sink.sink, &self.shard)
@@ -285,14 +283,10 @@ impl PostgresWriter {
                 && found.position().ok().as_ref() == Some(&commit.span.from_exclusive)
         });
         if is_at_start {
-            self.session = Some(session);
             return Err(sink.unavailable(format!("the commit did not land: {cause}")));
         }
         match self.look_where_it_stands(&session, commit).await? {
-            Ended::Committed(committed) | Ended::Unknown(committed, _) => {
-                self.session = Some(session);
-                Ok(committed)
-            }
+            Ended::Committed(committed) | Ended::Unknown(committed, _) => Ok(committed),
         }
     }
 }
@@ -304,14 +298,12 @@ impl SinkWriter for PostgresWriter {
         commit: &Commit,
         refusals: &dyn RefusalLog,
     ) -> Result<Committed, SinkError> {
-        // Out of `self` until it is known to be clean: a call that is dropped half-way closes it.
-        let mut session = match self.session.take() {
-            Some(session) if session.is_open() => session,
-            _ => self.shared.connect().await?,
-        };
+        let mut session = self.shared.session().await?;
+        // Until it is known to be: a call that is dropped half-way gives up its connection.
+        session.is_clean = false;
         match self.transact(&mut session, commit, refusals).await {
             Ok(Ended::Committed(committed)) => {
-                self.session = Some(session);
+                session.is_clean = true;
                 self.unanswered = None;
                 Ok(committed)
             }
@@ -322,7 +314,7 @@ impl SinkWriter for PostgresWriter {
             Err(error) => {
                 if session.roll_back().await {
                     session.forget_table();
-                    self.session = Some(session);
+                    session.is_clean = true;
                 }
                 Err(error)
             }
