@@ -589,6 +589,61 @@ async fn numerics_are_what_the_server_reads() {
     assert_eq!(mart.one("SELECT count(*) FROM numbers").await, texts.len().to_string());
 }
 
+/// As the server says it when a disk is full (53100, `disk_full`): no row is to blame.
+#[tokio::test]
+async fn a_full_disk_is_waited_for() {
+    let mart = Mart::new("disk").await;
+    mart.sql(
+        "CREATE TABLE cars (id bigint);
+         CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'could not extend file: No space left on device'
+                USING ERRCODE = 'disk_full'; END $$;
+         CREATE TRIGGER full_disk BEFORE INSERT ON cars FOR EACH ROW WHEN (NEW.id = 700)
+             EXECUTE FUNCTION full_disk();",
+    )
+    .await;
+    let mut writer = mart.writer("cars").await;
+    let rows: Vec<String> = (0..1_000).map(|id| format!(r#"{{"id":{id}}}"#)).collect();
+    let (log, commit) = (Log::default(), commit(0, &rows));
+    for _ in 0..3 {
+        expect_unavailable(writer.commit(&commit, &log).await, "53100");
+        assert_eq!(mart.one("SELECT count(*) FROM cars").await, "0");
+    }
+    mart.sql("DROP TRIGGER full_disk ON cars").await;
+    writer.commit(&commit, &log).await.expect("committed");
+    log.expect(&[]);
+    assert_eq!(mart.one("SELECT count(*) FROM cars").await, "1000");
+}
+
+#[tokio::test]
+async fn a_gigabyte_in_one_commit_is_written_once() {
+    const ROWS: usize = 64;
+    const MAKE_BYTES: usize = 16 << 20;
+    let mart = Mart::new("gigabyte").await;
+    mart.sql(
+        "CREATE TABLE cars (make text NOT NULL CHECK (length(make) > 9));
+         ALTER TABLE cars ALTER make SET STORAGE EXTERNAL",
+    )
+    .await;
+    let mut writer = mart.writer("cars").await;
+    let mut commit = commit(0, &[""; ROWS]);
+    let large = bytes::Bytes::from(format!(r#"{{"make":"{}"}}"#, "x".repeat(MAKE_BYTES)));
+    for row in Arc::get_mut(&mut commit.rows).expect("nobody else's") {
+        row.payload = large.clone();
+    }
+    Arc::get_mut(&mut commit.rows).expect("nobody else's")[40].payload =
+        r#"{"make":"short"}"#.into();
+    let log = Log::default();
+    let committed = writer.commit(&commit, &log).await.expect("committed");
+    assert_eq!((committed.rows_written, committed.rows_refused), (ROWS as u64 - 1, 1));
+    writer.commit(&commit, &log).await.expect("answered");
+    log.expect(&[(40, "23514")]);
+    assert_eq!(mart.one("SELECT count(*) FROM cars").await, (ROWS - 1).to_string());
+    let bytes = mart.one("SELECT sum(length(make)) FROM cars").await;
+    assert_eq!(bytes, ((ROWS - 1) * MAKE_BYTES).to_string());
+    mart.sql("DROP TABLE cars").await;
+}
+
 #[tokio::test]
 async fn arrays_are_of_enums_and_domains_as_well() {
     let mart = Mart::new("element").await;

@@ -93,6 +93,29 @@ async fn a_url_and_options_lead_to_a_bucket() {
     assert!(error.expect("refused").to_string().contains("\"aws_endpiont\" is not known"));
 }
 
+/// A clock that is wrong, and credentials that have expired: the lane waits and says why.
+#[tokio::test]
+async fn a_server_that_refuses_us_is_waited_for_and_quoted() {
+    let server = s3::start().await;
+    let sink = Place::in_bucket(&server).sink(Compression::Gzip);
+    let refuse = |refusal| *server.refusal.lock().expect("no panic") = refusal;
+    let mut owner = sink.acquire(&shard()).await.expect("acquired");
+    let mut from = 0;
+    for (code, status) in [("RequestTimeTooSkewed", 403), ("ExpiredToken", 400), ("SlowDown", 503)]
+    {
+        refuse(Some((code, status)));
+        let commit = commit(from, from + 9);
+        let refused = owner.writer.commit(&commit, &Letters::default()).await;
+        let error = refused.expect_err(code).to_string();
+        assert!(error.contains(code) && error.starts_with("sink logs: cannot"), "{error}");
+        assert!(sink.acquire(&shard()).await.is_err(), "{code}");
+        refuse(None);
+        owner.writer.commit(&commit, &Letters::default()).await.expect("a commit");
+        from += 9;
+    }
+    assert_eq!(Place::in_bucket(&server).lines().await, expected(from));
+}
+
 #[tokio::test]
 async fn a_file_url_is_a_folder_that_need_not_exist() {
     let folder = tempfile::tempdir().expect("a folder");

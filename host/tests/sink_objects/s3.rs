@@ -3,8 +3,9 @@
 #![allow(dead_code, reason = "each test program reads some of the fields")]
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use object_store::ObjectStore;
 use object_store::aws::AmazonS3Builder;
@@ -16,6 +17,9 @@ pub const BUCKET: &str = "marts";
 const KEY: &str = "test-access-key";
 const SECRET: &str = "test-secret-key";
 
+/// The code of an error that a server answers everything with, and its HTTP status.
+pub type Refusal = Option<(&'static str, u16)>;
+
 /// A running server; it ends with the test's runtime.
 pub struct Server {
     pub store: Arc<dyn ObjectStore>,
@@ -23,6 +27,7 @@ pub struct Server {
     /// Keeps the objects until the test ends.
     pub folder: Arc<tempfile::TempDir>,
     pub options: BTreeMap<String, String>,
+    pub refusal: Arc<Mutex<Refusal>>,
 }
 
 /// Starts a server with one bucket.
@@ -35,10 +40,26 @@ pub async fn start() -> Server {
     let service = service.build();
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
     let address = listener.local_addr().expect("an address");
+    let refusal: Arc<Mutex<Refusal>> = Arc::default();
+    let refuses = refusal.clone();
     tokio::spawn(async move {
         while let Ok((socket, _)) = listener.accept().await {
-            let service = service.clone();
+            let (service, refuses) = (service.clone(), refuses.clone());
             tokio::spawn(async move {
+                let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+                    let refusal = *refuses.lock().expect("no panic");
+                    let service = service.clone();
+                    async move {
+                        let Some((code, status)) = refusal else {
+                            return service.call(request.map(s3s::Body::from)).await;
+                        };
+                        let body =
+                            format!("<Error><Code>{code}</Code><Message>no</Message></Error>");
+                        let mut refused = hyper::Response::new(s3s::Body::from(body));
+                        *refused.status_mut() = status.try_into().expect("a status");
+                        Ok(refused)
+                    }
+                });
                 let http = hyper::server::conn::http1::Builder::new();
                 // A client that goes away is no failure of the server.
                 let _ = http.serve_connection(TokioIo::new(socket), service).await;
@@ -67,6 +88,7 @@ pub async fn start() -> Server {
         prefix: Path::from("lake/raw"),
         folder: Arc::new(folder),
         options: options.into(),
+        refusal,
     }
 }
 
