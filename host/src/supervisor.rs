@@ -42,7 +42,7 @@ pub struct Supervisor {
     shared: Arc<Shared>,
     stream: Arc<StreamIdentity>,
     until_caught_up: bool,
-    _lock: PipelineLock,
+    lock: PipelineLock,
 }
 
 impl Supervisor {
@@ -99,17 +99,17 @@ impl Supervisor {
             config,
         };
         let until_caught_up = options.until_caught_up;
-        Ok(Self {
-            shared: Arc::new(shared),
-            stream: Arc::new(stream),
-            until_caught_up,
-            _lock: lock,
-        })
+        Ok(Self { shared: Arc::new(shared), stream: Arc::new(stream), until_caught_up, lock })
     }
 
     /// What is shown of the lanes.
     pub fn board(&self) -> Board {
         self.shared.board.clone()
+    }
+
+    /// The folder of its state.
+    pub fn folder(&self) -> &Path {
+        self.lock.folder()
     }
 
     /// The dead letters.

@@ -4,6 +4,7 @@
 //! and 503 with the causes when one is blocked; `/metrics` is Prometheus' text format; `/status` is
 //! the lanes as JSON.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use axum::extract::State;
@@ -15,7 +16,8 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::lane::Board;
+use crate::lane::{Board, ShardStatus};
+use crate::record::ShardId;
 
 /// The admin port cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -55,15 +57,12 @@ impl AdminPort {
         self.address
     }
 
-    /// Serves until `stop`.
-    pub fn serve(self, board: Board, stop: CancellationToken) {
+    /// Serves what these boards show, until `stop`.
+    pub fn serve(self, boards: Vec<Board>, stop: CancellationToken) {
         let routes = Router::new()
             .route("/health/live", get(|| async { "live\n" }))
             .route("/health/ready", get(ready))
-            .route(
-                "/status",
-                get(|State(shown): State<Shown>| async move { Json(shown.board.snapshot()) }),
-            )
+            .route("/status", get(|State(shown): State<Shown>| async move { Json(shown.shards()) }))
             .route(
                 "/metrics",
                 get(|State(shown): State<Shown>| async move {
@@ -71,7 +70,7 @@ impl AdminPort {
                     shown.metrics.render()
                 }),
             )
-            .with_state(Shown { board, metrics: self.metrics });
+            .with_state(Shown { boards, metrics: self.metrics });
         tokio::spawn(async move {
             let served = axum::serve(self.listener, routes)
                 .with_graceful_shutdown(async move { stop.cancelled().await });
@@ -84,13 +83,20 @@ impl AdminPort {
 
 #[derive(Clone)]
 struct Shown {
-    board: Board,
+    boards: Vec<Board>,
     metrics: PrometheusHandle,
+}
+
+impl Shown {
+    /// The shards of all boards.
+    fn shards(&self) -> BTreeMap<ShardId, ShardStatus> {
+        self.boards.iter().flat_map(Board::snapshot).collect()
+    }
 }
 
 async fn ready(State(shown): State<Shown>) -> impl IntoResponse {
     let mut blocked = String::new();
-    for (shard, status) in shown.board.snapshot() {
+    for (shard, status) in shown.shards() {
         for (part, cause) in status.blocked {
             blocked.push_str(&format!("{shard}: {part}: {cause}\n"));
         }

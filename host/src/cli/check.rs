@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{Console, PipelineFile, load, sinks};
 use crate::config::PipelineConfig;
+use crate::position::StoredLetter;
 use crate::record::SinkName;
 use crate::sink::Sink;
 use crate::stage::{Generation, Target};
@@ -42,11 +43,18 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     let host = super::plugin_host(&config)?;
     let (generation, _) = Generation::from_config(&config, &host, &|_| None)?;
-    let sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
+    let mut sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
+    let mut routes: Vec<_> = sinks.iter().map(|sink| generation.routes_to(sink.name())).collect();
+    if let Some(copies) = config.for_letters(config.state_dir.clone(), StoredLetter::columns()) {
+        let (copied, _) = Generation::from_config(&copies, &host, &|_| None)?;
+        let letter_sinks = sinks::build(&copies)?;
+        routes.extend(letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));
+        sinks.extend(letter_sinks);
+    }
     if !options.offline {
         host.backends.prepare().await?;
-        for sink in &sinks {
-            sink.prepare(&generation.routes_to(sink.name())).await?;
+        for (sink, routes) in sinks.iter().zip(&routes) {
+            sink.prepare(routes).await?;
         }
     }
     let report = report(&config, &generation, &sinks);

@@ -9,13 +9,13 @@ use anyhow::{Context as _, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use comfy_table::{Table, presets};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::run::stop_on_signals;
 use super::{Console, DEFAULT_PIPELINE, dead_letters, load, plugin_host, print_line, sinks};
 use crate::config::{PipelineConfig, RejectedMax};
 use crate::lease::PipelineLock;
-use crate::position::{DeadLetters, LetterFilter, Redriven, Redrives, StateStore, StoredLetter};
+use crate::position::{DeadLetters, LetterFilter, Redriven, Redrives, StateStore};
 use crate::record::LetterPlace;
 use crate::source::letters::LettersSource;
 use crate::supervisor::{RunOptions, Supervisor};
@@ -209,7 +209,7 @@ async fn show(id: i64, pipeline: &Pipeline, console: &Console) -> anyhow::Result
         bail!("there is no dead letter {id}: `shardmill dlq list` shows their numbers");
     };
     if console.json {
-        return console.report(&exported(letter));
+        return console.report(&letter.to_json());
     }
     let record = format!("{} {}", letter.shard, letter.sequence);
     let record = match letter.sub_sequence {
@@ -257,7 +257,7 @@ async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> an
     for piece in ids.chunks(EXPORT_PIECE as usize) {
         let filter = LetterFilter { ids: piece.to_vec(), ..LetterFilter::default() };
         for letter in store.select(filter, EXPORT_PIECE).await? {
-            let line = exported(&letter);
+            let line = letter.to_json();
             match &mut file {
                 Some(file) => writeln!(file, "{line}")?,
                 None => print_line(line),
@@ -340,36 +340,6 @@ fn gone_places(config: &PipelineConfig, places: &[String]) -> Vec<String> {
         None => false,
     };
     places.iter().filter(|place| !is_there(place)).cloned().collect()
-}
-
-/// A letter with all that is known of it.
-fn exported(letter: &StoredLetter) -> Value {
-    json!({
-        "id": letter.id,
-        "stream": letter.stream,
-        "shard": letter.shard,
-        "sequence": letter.sequence,
-        "sub_sequence": letter.sub_sequence,
-        "place": letter.place,
-        "key": payload(&letter.partition_key),
-        "original": payload(&letter.original),
-        "entered_key": payload(&letter.entered_key),
-        "entered": payload(&letter.entered),
-        "arrived_ms": letter.arrived_ms,
-        "plugin": letter.plugin,
-        "digest": letter.digest,
-        "reason": letter.reason,
-        "backtrace": letter.backtrace,
-        "written_ms": letter.written_ms,
-    })
-}
-
-/// Bytes in JSON, so that they can be had back as they were: as text, or in base64.
-fn payload(bytes: &[u8]) -> Value {
-    match std::str::from_utf8(bytes) {
-        Ok(text) => json!({ "text": text }),
-        Err(_) => json!({ "base64": BASE64.encode(bytes) }),
-    }
 }
 
 /// Bytes for people; what is no text in base64.

@@ -5,7 +5,6 @@ use anyhow::Context as _;
 use super::{Console, PipelineFile, load, run, stream};
 use crate::admin::AdminPort;
 use crate::intake::IntakePort;
-use crate::lane::Board;
 use crate::source::producer::StreamWriter;
 
 #[derive(clap::Args)]
@@ -31,7 +30,7 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
         // There are no lanes here: it is for the metrics.
-        admin.serve(Board::default(), stop.clone());
+        admin.serve(Vec::new(), stop.clone());
     }
     let address = port.address();
     let serving = port.serve(StreamWriter::new(client, kinesis.stream.value.clone()), stop.clone());

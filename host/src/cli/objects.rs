@@ -55,7 +55,11 @@ fn chosen<'c>(
     config: &'c PipelineConfig,
     name: Option<&str>,
 ) -> anyhow::Result<Vec<&'c SinkConfig>> {
-    let objects = config.sinks.iter().filter(|sink| matches!(sink.kind, SinkKind::Objects { .. }));
+    let objects = config
+        .sinks
+        .iter()
+        .chain(&config.letter_sinks)
+        .filter(|sink| matches!(sink.kind, SinkKind::Objects { .. }));
     let objects: Vec<&SinkConfig> =
         objects.filter(|sink| name.is_none_or(|name| sink.name.value.as_str() == name)).collect();
     match (objects.is_empty(), name) {

@@ -1,5 +1,6 @@
 //! `shardmill run`: a pipeline, until it is told to stop.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -10,9 +11,10 @@ use crate::admin::AdminPort;
 use crate::config::PipelineConfig;
 use crate::intake::IntakePort;
 use crate::lane::Board;
-use crate::position::DeadLetters;
+use crate::position::{DeadLetters, StoredLetter};
 use crate::record::SinkName;
 use crate::source::ShardSource;
+use crate::source::letter_log::LetterLogSource;
 use crate::source::producer::StreamWriter;
 use crate::supervisor::{RunOptions, Supervisor};
 
@@ -63,10 +65,15 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         }
         _ => None,
     };
+    let letters_config = config.clone();
     let supervisor = prepare(config, source, run_options).await?;
+    // Once the pipeline has ended, no more letters are written.
+    let last_letter = CancellationToken::new();
+    let copies = prepare_copies(letters_config, &supervisor, last_letter.clone()).await?;
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
-        admin.serve(supervisor.board(), stop.clone());
+        let boards = [&supervisor].into_iter().chain(&copies).map(Supervisor::board).collect();
+        admin.serve(boards, stop.clone());
     }
     let (board, letters) = (supervisor.board(), supervisor.letters());
     // Of its own, so that it ends as well when the pipeline ends by itself.
@@ -76,7 +83,7 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         port.serve(writer, intake_stop.clone())
     });
     console.say("running; stop with Ctrl-C or SIGTERM");
-    let ran = supervisor.run(stop).await;
+    let ran = run_with_copies(supervisor, copies, last_letter, stop).await;
     intake_stop.cancel();
     if let Some(intake) = intake {
         intake.finished(&intake_stop).await;
@@ -88,6 +95,58 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         summary.records, summary.replayed, summary.dead_letters
     ));
     console.report(&summary)
+}
+
+/// The pipeline that copies dead letters to the sinks under `[dead_letters]`, if there are any.
+async fn prepare_copies(
+    config: PipelineConfig,
+    pipeline: &Supervisor,
+    last_letter: CancellationToken,
+) -> anyhow::Result<Option<Supervisor>> {
+    let folder = pipeline.folder().join("letters");
+    let Some(config) = config.for_letters(folder, StoredLetter::columns()) else {
+        return Ok(None);
+    };
+    let (letters, name, limits) = (pipeline.letters(), config.name.clone(), config.source.batch);
+    let source = LetterLogSource::new(letters, name, limits, last_letter);
+    let options = RunOptions {
+        until_caught_up: false,
+        dropped_sinks: HashSet::new(),
+        embedded_plugin: |_| None,
+    };
+    prepare(config, Arc::new(source), options).await.map(Some)
+}
+
+/// Runs a pipeline and what copies its letters, until both have ended. When one fails, the other is
+/// drained.
+async fn run_with_copies(
+    pipeline: Supervisor,
+    copies: Option<Supervisor>,
+    last_letter: CancellationToken,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    // What fails stops both, and nobody else's token.
+    let stop = stop.child_token();
+    let run = async |supervisor: Supervisor| {
+        let ran = supervisor.run(stop.clone()).await;
+        if ran.is_err() {
+            stop.cancel();
+        }
+        ran
+    };
+    let pipeline = async {
+        let ran = run(pipeline).await;
+        last_letter.cancel();
+        ran
+    };
+    let copies = async {
+        match copies {
+            Some(copies) => run(copies).await,
+            None => Ok(()),
+        }
+    };
+    let (ran, copied) = tokio::join!(pipeline, copies);
+    ran.and(copied)
 }
 
 /// Proves the pipeline with the sinks that its configuration names.

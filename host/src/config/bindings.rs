@@ -9,6 +9,7 @@ use toml::de::DeValue;
 
 use super::check::Check;
 use super::diagnostic::suggest;
+use super::raw::Text;
 use super::{SinkConfig, StageConfig};
 
 /// The names in the file as written, also of tables that are otherwise wrong: one error should
@@ -74,6 +75,32 @@ impl Names {
             check.problem(span, format!("there is no lookup `{name}`"), help);
         }
         exists
+    }
+}
+
+/// The sinks of dead letters must be there, and take nothing else: their rows have other columns.
+pub(super) fn check_letter_sinks(
+    letter_sinks: &[Spanned<Text>],
+    names: &Names,
+    stages: &[StageConfig],
+    check: &mut Check,
+) {
+    for sink in letter_sinks {
+        let name = sink.get_ref().0.as_str();
+        if !names.check_sink(name, sink.span(), check) {
+            continue;
+        }
+        let routes = stages.iter().flat_map(|stage| &stage.routes);
+        let bound = routes.flat_map(|(route, bound)| bound.sinks.iter().map(move |to| (route, to)));
+        if let Some((route, _)) = bound.into_iter().find(|(_, to)| to.value.as_str() == name) {
+            let message = format!("sink `{name}` takes the rows of route `{route}`");
+            let help = "dead letters are other rows: add a [[sink]] for them";
+            check.problem(sink.span(), message, help);
+        }
+    }
+    if !letter_sinks.is_empty() && letter_sinks.len() == names.sinks.len() {
+        let message = "every sink is for dead letters";
+        check.problem(letter_sinks[0].span(), message, "add a [[sink]] for the rows");
     }
 }
 

@@ -12,15 +12,16 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 use super::check::Check;
 use super::diagnostic::suggest;
 use super::env::{Lookup, substitute_table};
-use super::raw::{RawAdmin, RawPipeline};
+use super::raw::{RawAdmin, RawDeadLetters, RawPipeline};
 use super::{
-    ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, bindings, intake,
-    lookup, sink, source, stage,
+    ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, SinkConfig, bindings,
+    intake, lookup, sink, source, stage,
 };
 use crate::record::PipelineName;
 
 /// The tables of a file.
-const TABLES: [&str; 7] = ["pipeline", "source", "stage", "sink", "lookup", "admin", "intake"];
+const TABLES: [&str; 8] =
+    ["pipeline", "source", "stage", "sink", "dead_letters", "lookup", "admin", "intake"];
 
 /// The default and the range of `buffer`: below it, hardly one batch fits; above it, no machine.
 const BUFFER_BYTES: usize = 64 << 20;
@@ -93,8 +94,17 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
     let admin = sections.admin.map(|table| admin(table, check));
     let intake = sections.intake.map(|table| intake::read(table, source.as_ref(), check));
 
+    let letter_sinks = sections.dead_letters.and_then(|table| shaped(table, check));
+    let RawDeadLetters { sinks: letter_sinks } = letter_sinks.unwrap_or_default();
+
     names.check_unique(check);
-    if stages.len() == stages_written && sinks.len() == sinks_written {
+    bindings::check_letter_sinks(&letter_sinks, &names, &stages, check);
+    let is_for_letters = |sink: &SinkConfig| {
+        letter_sinks.iter().any(|name| name.get_ref().0 == sink.name.value.as_str())
+    };
+    let all_sinks = sinks.len();
+    let (letter_sinks, sinks): (Vec<_>, Vec<_>) = sinks.into_iter().partition(is_for_letters);
+    if stages.len() == stages_written && all_sinks == sinks_written {
         bindings::check_bound(&stages, &sinks, check);
     }
     let pipeline = pipeline?;
@@ -105,6 +115,7 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
         source: source?,
         stages,
         sinks,
+        letter_sinks,
         lookups,
         buffer_bytes_max: pipeline.buffer_bytes_max,
         rejected_max: pipeline.rejected_max,
@@ -127,6 +138,7 @@ struct Sections<'i> {
     stages: Vec<Spanned<DeValue<'i>>>,
     sinks: Vec<Spanned<DeValue<'i>>>,
     lookups: Vec<Spanned<DeValue<'i>>>,
+    dead_letters: Option<Spanned<DeValue<'i>>>,
     admin: Option<Spanned<DeValue<'i>>>,
     intake: Option<Spanned<DeValue<'i>>>,
 }
@@ -146,6 +158,7 @@ impl<'i> Sections<'i> {
                 true => tables(&mut root, "[[lookup]]", "name = \"customers\"", check),
                 false => Vec::new(),
             },
+            dead_letters: root.remove("dead_letters"),
             admin: root.remove("admin"),
             intake: root.remove("intake"),
         };
@@ -206,14 +219,15 @@ pub(super) fn shaped<T: DeserializeOwned>(
     shaped.map_err(|error| misshapen(&error, span, check)).ok()
 }
 
-/// The one key of these tables that takes a list: the columns of a sink's key.
-const LIST: &str = "key";
+/// The keys of these tables that take a list: the columns of a sink's key, the sinks of dead letters.
+const LISTS: [&str; 2] = ["key", "sinks"];
 
 /// serde would take a list for a table, its values in the order of the fields. No table of ours
-/// is a list, and of their keys only [`LIST`] takes one.
+/// is a list, and of their keys only [`LISTS`] take one.
 fn refuse_lists(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<()> {
     let within = table.get_ref().as_table().into_iter().flat_map(|table| table.iter());
-    let within = within.filter(|(key, _)| key.get_ref() != LIST).map(|(_, value)| value);
+    let within =
+        within.filter(|(key, _)| !LISTS.contains(&&**key.get_ref())).map(|(_, value)| value);
     let values = std::iter::once(table).chain(within);
     let lists: Vec<_> = values.filter(|value| value.get_ref().is_array()).collect();
     for list in &lists {

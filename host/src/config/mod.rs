@@ -41,8 +41,8 @@ use crate::plugin::Capability;
 use crate::record::{
     LookupName, PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
 };
-use crate::sink::WriteMode;
 use crate::sink::objects::ObjectLayout;
+use crate::sink::{Column, WriteMode};
 
 /// A pipeline that can run, as far as the file alone can tell.
 #[derive(Clone, Debug)]
@@ -60,6 +60,8 @@ pub struct PipelineConfig {
     pub stages: Vec<StageConfig>,
     /// The sinks, at least one.
     pub sinks: Vec<SinkConfig>,
+    /// Sinks that get copies of the dead letters, and nothing else.
+    pub letter_sinks: Vec<SinkConfig>,
     /// The tables that plugins may be granted to look rows up in.
     pub lookups: Vec<LookupConfig>,
     /// Bytes that all sinks' buffers may hold together.
@@ -72,6 +74,28 @@ pub struct PipelineConfig {
     pub admin: Option<std::net::SocketAddr>,
     /// The intake; `None`: none is opened.
     pub intake: Option<IntakeConfig>,
+}
+
+impl PipelineConfig {
+    /// The pipeline that copies dead letters, described by `columns`, to their sinks; `None` when there
+    /// are none. Its state is kept under `state_dir`.
+    pub fn for_letters(&self, state_dir: PathBuf, columns: Vec<Column>) -> Option<Self> {
+        if self.letter_sinks.is_empty() {
+            return None;
+        }
+        let format = Some("application/json".into());
+        Some(Self {
+            state_dir,
+            source: SourceConfig { format, columns, ..self.source.clone() },
+            stages: Vec::new(),
+            sinks: self.letter_sinks.clone(),
+            letter_sinks: Vec::new(),
+            lookups: Vec::new(),
+            admin: None,
+            intake: None,
+            ..self.clone()
+        })
+    }
 }
 
 /// A configuration file. `${VAR}` is replaced in string values only, after parsing, so spans hold.
@@ -101,6 +125,8 @@ pub struct SourceConfig {
     pub batch: BatchLimits,
     /// The media type of the payloads, when the user declares it: checked against the first stage.
     pub format: Option<String>,
+    /// The columns of the payloads, where they are known: for pipelines without a stage.
+    pub columns: Vec<Column>,
 }
 
 impl SourceConfig {

@@ -316,6 +316,13 @@ pub(super) struct RawHttpHost {
     pub response: Maybe<Size>,
 }
 
+/// `[dead_letters]`
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawDeadLetters {
+    pub sinks: Vec<Spanned<Text>>,
+}
+
 /// `[admin]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]

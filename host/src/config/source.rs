@@ -57,14 +57,17 @@ pub(super) fn read(
             let path = path?;
             let path = if path == STANDARD_INPUT { path.into() } else { base.join(path) };
             let file = FileConfig { path, skip_lines: skip_lines? };
-            Some(SourceConfig { kind: SourceKind::File(file), batch: batch?, format: format? })
+            let kind = SourceKind::File(file);
+            let columns = Vec::new();
+            Some(SourceConfig { kind, batch: batch?, format: format?, columns })
         }
         _ => {
             let mut raw: RawKinesis = shaped(table, check)?;
             let (format, batch) = (format(&raw.format, check), batch(raw.batch.take(), check));
             let kinesis = kinesis(raw, check);
             let kind = SourceKind::Kinesis(kinesis?);
-            Some(SourceConfig { kind, batch: batch?, format: format? })
+            let columns = Vec::new();
+            Some(SourceConfig { kind, batch: batch?, format: format?, columns })
         }
     }
 }

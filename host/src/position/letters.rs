@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
-use rusqlite::Transaction;
+use rusqlite::{Row, Transaction};
 
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
 use crate::record::{LetterPlace, Position, RouteName, SequenceNumber, ShardKey, StageName};
@@ -106,6 +106,35 @@ pub struct StoredLetter {
     pub backtrace: String,
     /// When the letter was written, in milliseconds since 1970.
     pub written_ms: i64,
+}
+
+/// The columns that [`StoredLetter::read`] reads.
+pub(super) const LETTER_COLUMNS: &str = "dead_letter.rowid, stream, shard, ltrim(sequence, '0'),
+    sub_sequence, place, partition_key, original, entered_key, entered, arrived_ms, plugin, digest,
+    reason, backtrace, written_ms";
+
+impl StoredLetter {
+    /// Reads a letter from [`LETTER_COLUMNS`], which begin at column `at`.
+    pub(super) fn read(row: &Row<'_>, at: usize) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get(at)?,
+            stream: row.get(at + 1)?,
+            shard: row.get(at + 2)?,
+            sequence: row.get(at + 3)?,
+            sub_sequence: row.get(at + 4)?,
+            place: row.get(at + 5)?,
+            partition_key: row.get(at + 6)?,
+            original: row.get(at + 7)?,
+            entered_key: row.get(at + 8)?,
+            entered: row.get(at + 9)?,
+            arrived_ms: row.get(at + 10)?,
+            plugin: row.get(at + 11)?,
+            digest: row.get(at + 12)?,
+            reason: row.get(at + 13)?,
+            backtrace: row.get(at + 14)?,
+            written_ms: row.get(at + 15)?,
+        })
+    }
 }
 
 /// Which letters are meant: those for which all of it holds. Empty: all.
@@ -239,31 +268,11 @@ impl DeadLetters {
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare(&format!(
-                    "SELECT rowid, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
-                         partition_key, original, entered_key, entered, arrived_ms, plugin, digest,
-                         reason, backtrace, written_ms
-                     FROM dead_letter WHERE {MATCHES} ORDER BY written_ms, rowid LIMIT ?5"
+                    "SELECT {LETTER_COLUMNS} FROM dead_letter WHERE {MATCHES}
+                     ORDER BY written_ms, rowid LIMIT ?5"
                 ))?;
-                let rows = query.query_map((place, shard, reason, ids, limit), |row| {
-                    Ok(StoredLetter {
-                        id: row.get(0)?,
-                        stream: row.get(1)?,
-                        shard: row.get(2)?,
-                        sequence: row.get(3)?,
-                        sub_sequence: row.get(4)?,
-                        place: row.get(5)?,
-                        partition_key: row.get(6)?,
-                        original: row.get(7)?,
-                        entered_key: row.get(8)?,
-                        entered: row.get(9)?,
-                        arrived_ms: row.get(10)?,
-                        plugin: row.get(11)?,
-                        digest: row.get(12)?,
-                        reason: row.get(13)?,
-                        backtrace: row.get(14)?,
-                        written_ms: row.get(15)?,
-                    })
-                })?;
+                let wanted = (place, shard, reason, ids, limit);
+                let rows = query.query_map(wanted, |row| StoredLetter::read(row, 0))?;
                 rows.collect()
             })
             .await

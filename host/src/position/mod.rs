@@ -8,6 +8,7 @@
 mod checkpoint;
 mod hidden;
 mod ledger;
+mod letter_log;
 mod letters;
 mod redrive;
 mod store;
@@ -15,6 +16,7 @@ mod store;
 pub use checkpoint::{Checkpoints, ShardState};
 pub use hidden::TakenOver;
 pub use ledger::{Ledger, Segment};
+pub use letter_log::LoggedLetter;
 pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter};
 pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives};
 pub use store::{StateError, StateStore};

@@ -9,9 +9,9 @@ use std::collections::HashSet;
 
 use rusqlite::{OptionalExtension as _, Transaction};
 
-use super::LetterFilter;
 use super::letters::{MATCHES, REDRIVEN, wanted};
 use super::store::{StateError, StateStore, now_ms, position};
+use super::{LetterFilter, StoredLetter};
 use crate::record::{
     LetterPlace, PipelineName, Position, RouteName, SequenceNumber, ShardId, ShardKey,
     StreamIdentity,
@@ -21,6 +21,8 @@ use crate::record::{
 const SHARD: &str = "redrive-000000000000";
 /// The name of the stream that letters are.
 const STREAM: &str = "letters";
+/// What its ARN begins with.
+const ARN_PREFIX: &str = "letters:";
 
 /// A redrive: when it was begun, in milliseconds since 1970, and what its positions are keyed by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +31,7 @@ pub struct RedriveId(i64);
 impl RedriveId {
     /// The stream that its letters are.
     pub fn stream(self, pipeline: &PipelineName) -> StreamIdentity {
-        let arn = format!("letters:{pipeline}").into();
+        let arn = format!("{ARN_PREFIX}{pipeline}").into();
         StreamIdentity { name: STREAM.into(), arn, created_ms: self.0 }
     }
 
@@ -44,6 +46,13 @@ impl RedriveId {
             stream: self.stream(pipeline).into(),
             shard: self.shard(),
         }
+    }
+}
+
+impl StoredLetter {
+    /// Whether a redrive wrote it that is not finished: then it may go, or become another's.
+    pub(super) fn is_of_redrive(&self) -> bool {
+        self.stream.starts_with(ARN_PREFIX)
     }
 }
 

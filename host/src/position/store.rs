@@ -9,7 +9,7 @@ use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior};
 use crate::record::{Position, SequenceNumber};
 
 /// The schema's version, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 3;
+const SCHEMA_VERSION: i64 = 4;
 
 const SCHEMA: &str = "
     CREATE TABLE shard (
@@ -51,6 +51,24 @@ const SCHEMA_3: &str = "
     CREATE TABLE redrive (
         id INTEGER NOT NULL, ordinal INTEGER NOT NULL, letter INTEGER NOT NULL,
         PRIMARY KEY (id, ordinal)) WITHOUT ROWID;
+";
+
+/// What version 4 has beside version 3: letters in the order in which they became visible.
+const SCHEMA_4: &str = "
+    CREATE TABLE letter_log (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, letter INTEGER NOT NULL);
+    CREATE INDEX letter_log_letter ON letter_log (letter);
+    INSERT INTO letter_log (letter)
+        SELECT rowid FROM dead_letter WHERE held = 0 ORDER BY written_ms, rowid;
+    CREATE TABLE letter_log_stream (created_ms INTEGER NOT NULL);
+    INSERT INTO letter_log_stream VALUES (CAST(unixepoch('subsec') * 1000 AS INTEGER));
+    CREATE TRIGGER letter_written AFTER INSERT ON dead_letter WHEN NEW.held = 0
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_shown AFTER UPDATE OF held ON dead_letter
+        WHEN NEW.held = 0 AND OLD.held <> 0
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_deleted AFTER DELETE ON dead_letter
+        BEGIN DELETE FROM letter_log WHERE letter = OLD.rowid; END;
 ";
 
 /// A pipeline's state database; cheap to clone.
@@ -166,8 +184,9 @@ fn prepare(mut connection: Connection) -> rusqlite::Result<Connection> {
         let change = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         // Another process may have been first.
         let missing: &[&str] = match version(&change)? {
-            0 => &[SCHEMA, SCHEMA_3],
-            2 => &[SCHEMA_3],
+            0 => &[SCHEMA, SCHEMA_3, SCHEMA_4],
+            2 => &[SCHEMA_3, SCHEMA_4],
+            3 => &[SCHEMA_4],
             _ => &[],
         };
         for part in missing {
@@ -219,6 +238,8 @@ mod tests {
             let letters = crate::position::DeadLetters::new(store);
             let found = letters.select(Default::default(), 10).await.expect("letters");
             assert_eq!(found.iter().map(|letter| &*letter.reason).collect::<Vec<_>>(), ["why"]);
+            let logged = letters.logged(0, 10, 1_000).await.expect("a log");
+            assert_eq!(logged.iter().map(|logged| logged.number).collect::<Vec<_>>(), [1]);
         }
     }
 }

@@ -4,7 +4,8 @@
 //! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
 //! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
 //! read, `embedded` serves a stream of our own. [`file::FileSource`] reads a file instead, and
-//! [`letters::LettersSource`] the dead letters of a redrive; `stream`,
+//! [`letters::LettersSource`] the dead letters of a redrive, [`letter_log::LetterLogSource`] all that are
+//! written; `stream`,
 //! `consumers`, `input` and `producer` are for those who make streams and fill them.
 
 pub mod aggregate;
@@ -17,6 +18,7 @@ pub mod file;
 pub mod inbox;
 pub mod input;
 pub mod kinesis;
+pub mod letter_log;
 pub mod letters;
 pub mod lineage;
 pub mod polling;

@@ -50,6 +50,9 @@ pub struct GenerationSpec {
     /// Where records go as they came, when there is no stage.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub source_sinks: Vec<SinkName>,
+    /// What columns they have then, where that is known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub source_columns: Vec<Column>,
 }
 
 impl GenerationSpec {
@@ -227,7 +230,8 @@ impl Generation {
             false => Vec::new(),
         };
         let source_format = config.source.format.clone();
-        let spec = GenerationSpec { source_format, stages, source_sinks };
+        let source_columns = config.source.columns.clone();
+        let spec = GenerationSpec { source_format, stages, source_sinks, source_columns };
         let generation = Self::assemble(spec, plugins, host, &config.source.stream_name())
             .map_err(|misfit| misfit.in_config(config))?;
         Ok((generation, components))
@@ -366,7 +370,7 @@ impl Generation {
             bound.push(BoundRoute {
                 name: SOURCE_ROUTE.into(),
                 format: self.spec.source_format.clone().unwrap_or_default(),
-                columns: Vec::new(),
+                columns: self.spec.source_columns.clone(),
             });
         }
         for stage in &self.stages {

@@ -1,0 +1,205 @@
+//! The log of letters that have become visible, in that order: what copies of them are made from.
+//!
+//! A letter's own number says nothing of when it was shown, since some are hidden for a while. Triggers
+//! of the database number each when it is; one that is deleted is gone from the log as well.
+
+use serde_json::{Value, json};
+
+use super::letters::{DeadLetters, LETTER_COLUMNS, StoredLetter};
+use super::store::StateError;
+use crate::record::{PipelineName, SequenceNumber, StreamIdentity};
+use crate::sink::Column;
+
+/// The name of the stream that letters are, once they are shown.
+const STREAM: &str = "dead-letters";
+
+/// A letter with its place in the log.
+#[derive(Clone, Debug)]
+pub struct LoggedLetter {
+    /// Its place, from 1.
+    pub number: u64,
+    /// The letter.
+    pub letter: StoredLetter,
+}
+
+impl DeadLetters {
+    /// The log as a stream. It is another one when the state database is: numbers begin anew then.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn log_stream(&self, pipeline: &PipelineName) -> Result<StreamIdentity, StateError> {
+        let arn = format!("{STREAM}:{pipeline}").into();
+        let created_ms = self
+            .store
+            .write("read the log of dead letters", |state| {
+                state.query_row("SELECT created_ms FROM letter_log_stream", [], |row| row.get(0))
+            })
+            .await?;
+        Ok(StreamIdentity { name: STREAM.into(), arn, created_ms })
+    }
+
+    /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes` of
+    /// originals; and none behind one that a redrive has not done with: it may go yet.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn logged(
+        &self,
+        after: u64,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Vec<LoggedLetter>, StateError> {
+        self.store
+            .write("read the log of dead letters", move |state| {
+                let mut query = state.prepare_cached(&format!(
+                    "SELECT number, {LETTER_COLUMNS} FROM letter_log
+                     JOIN dead_letter ON dead_letter.rowid = letter
+                     WHERE number > ?1 ORDER BY number LIMIT ?2"
+                ))?;
+                let mut rows = query.query((after, limit))?;
+                let (mut logged, mut held_bytes) = (Vec::new(), 0);
+                while let Some(row) = rows.next()? {
+                    let letter = StoredLetter::read(row, 1)?;
+                    if letter.is_of_redrive() {
+                        break;
+                    }
+                    held_bytes += letter.original.len() + letter.entered.len();
+                    logged.push(LoggedLetter { number: row.get(0)?, letter });
+                    if held_bytes >= bytes {
+                        break;
+                    }
+                }
+                Ok(logged)
+            })
+            .await
+    }
+
+    /// Forgets the log up to a number, whose letters everybody has. The letters stay.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing was forgotten.
+    pub async fn forget_log(&self, up_to: &SequenceNumber) -> Result<(), StateError> {
+        let up_to: i64 = up_to.as_str().parse().unwrap_or(i64::MAX);
+        self.store
+            .write("shorten the log of dead letters", move |state| {
+                state.execute("DELETE FROM letter_log WHERE number <= ?1", [up_to])
+            })
+            .await
+            .map(drop)
+    }
+}
+
+impl StoredLetter {
+    /// All that is known of it, one JSON object: what `dlq export` writes, and what sinks of letters get.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "id": self.id,
+            "stream": self.stream,
+            "shard": self.shard,
+            "sequence": self.sequence,
+            "sub_sequence": self.sub_sequence,
+            "place": self.place,
+            "key": payload(&self.partition_key),
+            "original": payload(&self.original),
+            "entered_key": payload(&self.entered_key),
+            "entered": payload(&self.entered),
+            "arrived_ms": self.arrived_ms,
+            "plugin": self.plugin,
+            "digest": self.digest,
+            "reason": self.reason,
+            "backtrace": self.backtrace,
+            "written_ms": self.written_ms,
+        })
+    }
+
+    /// The columns of [`StoredLetter::to_json`], for tables.
+    pub fn columns() -> Vec<Column> {
+        let column = |(name, data_type): (&str, &str)| Column {
+            name: name.into(),
+            data_type: data_type.into(),
+            nullable: false,
+        };
+        [
+            ("id", "bigint"),
+            ("stream", "text"),
+            ("shard", "text"),
+            ("sequence", "text"),
+            ("sub_sequence", "bigint"),
+            ("place", "text"),
+            ("key", "jsonb"),
+            ("original", "jsonb"),
+            ("entered_key", "jsonb"),
+            ("entered", "jsonb"),
+            ("arrived_ms", "bigint"),
+            ("plugin", "text"),
+            ("digest", "text"),
+            ("reason", "text"),
+            ("backtrace", "text"),
+            ("written_ms", "bigint"),
+        ]
+        .map(column)
+        .into()
+    }
+}
+
+/// Bytes in JSON, so that they can be had back as they were: as text, or in base64. PostgreSQL's
+/// documents hold no NUL.
+fn payload(bytes: &[u8]) -> Value {
+    use base64::Engine as _;
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.contains('\0') => json!({ "text": text }),
+        _ => json!({ "base64": base64::engine::general_purpose::STANDARD.encode(bytes) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::{DeadLetter, LetterFilter, LetterKey, StateStore};
+    use crate::record::{LetterPlace, Position, ShardKey, SinkName};
+
+    fn letter(sequence: u64) -> DeadLetter {
+        let position = Position { sequence: SequenceNumber::from(sequence), sub_sequence: 0 };
+        let key = LetterKey { position, place: LetterPlace::Sink("mart".into()), output: 0 };
+        DeadLetter {
+            key,
+            partition_key: "k".into(),
+            original: "o\0".into(),
+            entered_key: "k".into(),
+            entered: "e".into(),
+            route: "cars".into(),
+            arrived_ms: 1,
+            plugin: String::new(),
+            digest: String::new(),
+            reason: "no".into(),
+            backtrace: String::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn letters_are_logged_when_they_are_shown() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let pipeline = PipelineName::from("cars");
+        let stream = letters.log_stream(&pipeline).await.expect("a stream");
+        let shard = ShardKey { pipeline, stream: stream.into(), shard: "shard".into() };
+        let numbers = async |after| -> Vec<(u64, String)> {
+            let logged = letters.logged(after, 10, 1_000).await.expect("a log");
+            logged.into_iter().map(|one| (one.number, one.letter.sequence)).collect()
+        };
+        letters.put(&shard, vec![letter(1)], true).await.expect("written");
+        letters.put(&shard, vec![letter(2)], false).await.expect("written");
+        assert_eq!(numbers(0).await, [(1, "2".into())]);
+        // Again, as by a replay: it is the same letter.
+        letters.put(&shard, vec![letter(2)], false).await.expect("written");
+        let sink = SinkName::from("mart");
+        letters.settle(&shard, &sink, &letter(1).key.position).await.expect("settled");
+        assert_eq!(numbers(0).await, [(1, "2".into()), (2, "1".into())]);
+        assert_eq!(numbers(1).await, [(2, "1".into())]);
+        letters.purge(LetterFilter::default()).await.expect("purged");
+        letters.put(&shard, vec![letter(2)], false).await.expect("written");
+        assert_eq!(numbers(0).await, [(3, "2".into())], "numbers are not given twice");
+        letters.forget_log(&SequenceNumber::from(3)).await.expect("forgotten");
+        assert_eq!((numbers(0).await.len(), letters.count().await.expect("a count")), (0, 1));
+    }
+}
