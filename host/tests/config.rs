@@ -228,7 +228,8 @@ fn a_file_cut_anywhere_is_a_readable_error_or_sound() {
 #[test]
 fn a_secret_reaches_its_sink_and_no_fingerprint() {
     let config = parse(FULL).expect("a sound configuration");
-    let SinkKind::Postgres { url, .. } = &config.sinks[0].kind else { panic!("postgres") };
+    let SinkKind::Postgres(target) = &config.sinks[0].kind else { panic!("postgres") };
+    let url = &target.url;
     assert_eq!(url, "postgres://u:hunter2@h/db");
     let SinkKind::Objects { options, url, .. } = &config.sinks[1].kind else { panic!("objects") };
     assert_eq!(options["aws_secret_access_key"], "hunter2");

@@ -9,6 +9,7 @@ mod sql_sinks;
 
 use std::sync::Arc;
 
+use shardmill::config::PostgresTarget;
 use shardmill::sink::postgres::{CONNECTIONS_MAX, PostgresSink};
 use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
 use sql_sinks::keyed;
@@ -27,6 +28,17 @@ fn url() -> String {
 fn address() -> String {
     let url = url::Url::parse(&url()).expect("a URL");
     format!("{}:{}", url.host_str().expect("a host"), url.port().unwrap_or(5432))
+}
+
+fn target(
+    url: &str,
+    table: &str,
+    create: bool,
+    mode: WriteMode,
+    connections_max: usize,
+) -> PostgresTarget {
+    let (url, table) = (url.into(), table.into());
+    PostgresTarget { url, table, create, mode, connections_max, lineage: false }
 }
 
 /// A schema of the test's own, and a connection to look at it with.
@@ -61,8 +73,11 @@ impl Mart {
 
     fn sink(&self, table: &str) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
-        PostgresSink::new("mart".into(), &url(), &table, true, WriteMode::Append, CONNECTIONS_MAX)
-            .expect("a sink")
+        PostgresSink::new(
+            "mart".into(),
+            &target(&url(), &table, true, WriteMode::Append, CONNECTIONS_MAX),
+        )
+        .expect("a sink")
     }
 
     /// A writer for the only shard of a table that exists.
@@ -77,13 +92,16 @@ impl Mart {
     fn sink_through(&self, proxy: &Proxy, table: &str) -> PostgresSink {
         let url = url().replace(&address(), &format!("127.0.0.1:{}", proxy.port));
         let table = format!("{}.{table}", self.schema);
-        PostgresSink::new("mart".into(), &url, &table, false, WriteMode::Append, CONNECTIONS_MAX)
-            .expect("a sink")
+        PostgresSink::new(
+            "mart".into(),
+            &target(&url, &table, false, WriteMode::Append, CONNECTIONS_MAX),
+        )
+        .expect("a sink")
     }
 
     fn keyed(&self, table: &str, mode: WriteMode, create: bool) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
-        PostgresSink::new("mart".into(), &url(), &table, create, mode, CONNECTIONS_MAX)
+        PostgresSink::new("mart".into(), &target(&url(), &table, create, mode, CONNECTIONS_MAX))
             .expect("a sink")
     }
 }
@@ -174,7 +192,7 @@ async fn shards_share_the_connections_that_there_are() {
     let mart = Mart::new("pool").await;
     mart.sql("CREATE TABLE cars (id bigint)").await;
     let (url, table) = (format!("{}?application_name=pool", url()), "sink_pool.cars");
-    let sink = PostgresSink::new("mart".into(), &url, table, false, WriteMode::Append, 2);
+    let sink = PostgresSink::new("mart".into(), &target(&url, table, false, WriteMode::Append, 2));
     let sink = Arc::new(sink.expect("a sink"));
     let committing = (0..12_u64).map(|n| {
         let sink = Arc::clone(&sink);
@@ -677,6 +695,32 @@ async fn arrays_are_of_enums_and_domains_as_well() {
 }
 
 #[tokio::test]
+async fn rows_say_from_which_record_they_came() {
+    let mart = Mart::new("lineage").await;
+    let mut target = target(&url(), "sink_lineage.cars", true, WriteMode::Append, 1);
+    target.lineage = true;
+    let sink = PostgresSink::new("mart".into(), &target).expect("a sink");
+    sink.prepare(&[route(&["id bigint", "make text?"])]).await.expect("prepared");
+    let mut writer = acquire(&sink).await.writer;
+    let rows = [r#"{"id":1}"#, r#"{"id":2,"make":"Fiat"}"#, r#"{"id":3,"shardmill_shard":"none"}"#];
+    let log = Log::default();
+    writer.commit(&commit(0, &rows), &log).await.expect("committed");
+    log.expect(&[(2, "says where a row came from")]);
+    let shown = "SELECT string_agg(concat_ws(' ', id, make, shardmill_pipeline, shardmill_shard,
+        shardmill_sequence % 1000, shardmill_arrived_at), ';' ORDER BY id) FROM cars";
+    let due = "1 cars any 1 1970-01-01 00:00:00+00;2 Fiat cars any 2 1970-01-01 00:00:00+00";
+    assert_eq!(mart.one(shown).await, due);
+    mart.sql("ALTER TABLE cars DROP COLUMN shardmill_shard").await;
+    let second = commit(3, &[r#"{"id":4}"#]);
+    expect_unavailable(writer.commit(&second, &log).await, r#"column "shardmill_shard" is gone"#);
+    let add = "ADD COLUMN shardmill_shard text";
+    expect_unavailable(sink.prepare(&[route(&["id bigint"])]).await, add);
+    mart.sql("ALTER TABLE cars ADD COLUMN shardmill_shard text").await;
+    writer.commit(&second, &log).await.expect("committed");
+    assert_eq!(mart.one("SELECT count(*) FROM cars").await, "3");
+}
+
+#[tokio::test]
 async fn keys_that_are_absent_take_the_columns_default() {
     let mart = Mart::new("defaults").await;
     mart.sql("CREATE TABLE cars (id bigint, make text DEFAULT 'none', n serial)").await;
@@ -719,11 +763,7 @@ async fn routes_are_checked_against_the_live_table() {
     );
     let never = PostgresSink::new(
         "mart".into(),
-        &url(),
-        "missing",
-        false,
-        WriteMode::Append,
-        CONNECTIONS_MAX,
+        &target(&url(), "missing", false, WriteMode::Append, CONNECTIONS_MAX),
     )
     .expect("a sink");
     expect_unavailable(never.prepare(&[route(&["id int"])]).await, "create = true");
@@ -843,11 +883,7 @@ async fn tls_is_spoken_with_a_server_that_proves_who_it_is() {
     let sink = |url: &str| {
         PostgresSink::new(
             "mart".into(),
-            url,
-            "sink_tls.cars",
-            false,
-            WriteMode::Append,
-            CONNECTIONS_MAX,
+            &target(url, "sink_tls.cars", false, WriteMode::Append, CONNECTIONS_MAX),
         )
         .expect("a sink")
     };
@@ -878,9 +914,11 @@ async fn tls_is_spoken_with_a_server_that_proves_who_it_is() {
 #[tokio::test]
 async fn a_server_out_of_reach_is_unavailable() {
     let url = "postgres://user:secret@127.0.0.1:1/mart";
-    let sink =
-        PostgresSink::new("mart".into(), url, "cars", false, WriteMode::Append, CONNECTIONS_MAX)
-            .expect("a sink");
+    let sink = PostgresSink::new(
+        "mart".into(),
+        &target(url, "cars", false, WriteMode::Append, CONNECTIONS_MAX),
+    )
+    .expect("a sink");
     let error = sink.prepare(&[]).await.expect_err("nobody listens");
     let text = error.to_string();
     assert!(text.contains("PostgreSQL at 127.0.0.1:1, database mart"), "{text}");

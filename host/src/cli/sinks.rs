@@ -24,10 +24,7 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
             SinkKind::Sqlite { path, table, create, mode } => {
                 Arc::new(SqliteSink::new(name, path, table, *create, mode.clone())?)
             }
-            SinkKind::Postgres { url, table, create, mode, connections_max } => {
-                let mode = mode.clone();
-                Arc::new(PostgresSink::new(name, url, table, *create, mode, *connections_max)?)
-            }
+            SinkKind::Postgres(target) => Arc::new(PostgresSink::new(name, target)?),
             SinkKind::Objects { url, options, layout } => {
                 Arc::new(ObjectsSink::new(name, url, options, layout.clone())?)
             }

@@ -404,18 +404,7 @@ pub enum SinkKind {
         mode: WriteMode,
     },
     /// A table in PostgreSQL; exactly once.
-    Postgres {
-        /// A connection string, `postgres://…` or `host=… dbname=…`.
-        url: String,
-        /// The table, optionally `schema.table`.
-        table: String,
-        /// Create the table from the route's columns when it is missing.
-        create: bool,
-        /// How rows go into it.
-        mode: WriteMode,
-        /// How many connections all shards share.
-        connections_max: usize,
-    },
+    Postgres(PostgresTarget),
     /// Objects in a bucket or folder; exactly once by a claim log.
     Objects {
         /// `file:///…`, `s3://bucket/prefix`, `gs://…`, `az://…`.
@@ -431,6 +420,23 @@ pub enum SinkKind {
     Kinesis(StreamTarget),
     /// An HTTP endpoint; at least once.
     Http(HttpTarget),
+}
+
+/// A table in PostgreSQL.
+#[derive(Clone, Debug)]
+pub struct PostgresTarget {
+    /// A connection string, `postgres://…` or `host=… dbname=…`.
+    pub url: String,
+    /// The table, optionally `schema.table`.
+    pub table: String,
+    /// Create the table from the route's columns when it is missing.
+    pub create: bool,
+    /// How rows go into it.
+    pub mode: WriteMode,
+    /// How many connections all shards share, at least 1.
+    pub connections_max: usize,
+    /// Whether each row says from which record it came.
+    pub lineage: bool,
 }
 
 /// A table in Amazon Redshift.
@@ -498,10 +504,9 @@ impl SinkKind {
     /// Whether it keeps its own position with its rows: each row is there exactly once.
     pub fn is_exact(&self) -> bool {
         match self {
-            Self::Sqlite { .. }
-            | Self::Postgres { .. }
-            | Self::Objects { .. }
-            | Self::Redshift(_) => true,
+            Self::Sqlite { .. } | Self::Postgres(_) | Self::Objects { .. } | Self::Redshift(_) => {
+                true
+            }
             Self::Discard | Self::Stdout { .. } | Self::Kinesis(_) | Self::Http(_) => false,
         }
     }

@@ -199,6 +199,7 @@ pub(super) struct RawPostgres {
     pub key: Vec<Spanned<Text>>,
     pub newest_by: Maybe<Text>,
     pub connections: Maybe<Count>,
+    pub lineage: Option<bool>,
     pub commit: Option<RawCommit>,
 }
 

@@ -18,8 +18,8 @@ use super::raw::{
     RawRedshift, RawSqlite, RawStdout, Text,
 };
 use super::{
-    Compression, CopySource, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, RedshiftTarget,
-    Rhythm, SinkConfig, SinkKind, StreamTarget, json, source,
+    Compression, CopySource, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, PostgresTarget,
+    RedshiftTarget, Rhythm, SinkConfig, SinkKind, StreamTarget, json, source,
 };
 use crate::postgres::PostgresServer;
 use crate::sink::WriteMode;
@@ -181,13 +181,14 @@ fn postgres(raw: &RawPostgres, check: &mut Check) -> Option<SinkKind> {
     let create = raw.create.unwrap_or(false);
     let mode = write_mode(&raw.mode, &raw.key, &raw.newest_by, check);
     let connections_max = check.count(&raw.connections, postgres::CONNECTIONS_MAX, CONNECTIONS);
-    Some(SinkKind::Postgres {
+    Some(SinkKind::Postgres(PostgresTarget {
         url: url?,
         table: table?,
         create,
         mode: mode?,
         connections_max: connections_max?,
-    })
+        lineage: raw.lineage.unwrap_or(false),
+    }))
 }
 
 /// A connection string; `port` is for the way out.

@@ -2,7 +2,8 @@
 //!
 //! Rows and position move in one transaction. [`session`] is a connection, and the pool of them, [`table`] the live
 //! table, [`encode`] turns rows into binary COPY, [`copy`] sends them and finds the ones that the
-//! table refuses, [`merge`] is how rows with a key find their like, [`position`] keeps the place,
+//! table refuses, [`merge`] is how rows with a key find their like,
+//! [`lineage`] is what says where a row came from, [`position`] keeps the place,
 //! [`writer`] is the commit on one screen. Reading JSON by column type is `rows`' work; buffering and
 //! retries are the delivery's.
 //!
@@ -13,6 +14,7 @@ mod array;
 mod copy;
 mod encode;
 mod kind;
+mod lineage;
 mod merge;
 mod name;
 mod numeric;
@@ -30,6 +32,7 @@ use self::position::PositionTable;
 use self::session::{PooledSession, SessionPool};
 use self::writer::PostgresWriter;
 use super::{Acquired, BoundRoute, Sink, SinkError, WriteMode, rows};
+use crate::config::PostgresTarget;
 use crate::postgres::{PostgresServer, describe};
 use crate::record::{Position, ShardKey, SinkName};
 
@@ -49,6 +52,8 @@ struct Shared {
     sessions: SessionPool,
     table: TableName,
     mode: WriteMode,
+    /// Whether each row says from which record it came.
+    lineage: bool,
     position: PositionTable,
     known_columns: rows::KnownColumns,
 }
@@ -74,30 +79,29 @@ impl Shared {
 }
 
 impl PostgresSink {
-    /// Names a table, `table` or `schema.table`, in the database that `url` leads to, and how rows go
-    /// into it. With `create`, [`Sink::prepare`] makes it from the columns that the routes declare if it
-    /// is missing, with the mode's key as its primary key. All its shards share `connections_max`
-    /// connections, at least 1.
+    /// A table, `table` or `schema.table`, in the database that the target's URL leads to, and how rows
+    /// go into it. With `create`, [`Sink::prepare`] makes it from the columns that the routes declare if
+    /// it is missing, with the mode's key as its primary key.
     ///
     /// Connects to nothing yet.
     ///
     /// # Errors
     /// [`SinkError::Unavailable`] when the URL or the table's name cannot be read.
-    pub fn new(
-        name: SinkName,
-        url: &str,
-        table: &str,
-        create: bool,
-        mode: WriteMode,
-        connections_max: usize,
-    ) -> Result<Self, SinkError> {
+    pub fn new(name: SinkName, target: &PostgresTarget) -> Result<Self, SinkError> {
         let unavailable = |cause| SinkError::Unavailable { sink: name.clone(), cause };
-        let server = PostgresServer::parse(url).map_err(unavailable)?;
-        let sessions = SessionPool::new(server, connections_max).map_err(unavailable)?;
-        let table = TableName::parse(table).map_err(unavailable)?;
-        let position = PositionTable::beside(&table);
-        let known_columns = rows::KnownColumns::default();
-        let shared = Shared { sink: name, sessions, table, mode, position, known_columns };
+        let server = PostgresServer::parse(&target.url).map_err(unavailable)?;
+        let sessions = SessionPool::new(server, target.connections_max).map_err(unavailable)?;
+        let table = TableName::parse(&target.table).map_err(unavailable)?;
+        let shared = Shared {
+            sink: name,
+            sessions,
+            position: PositionTable::beside(&table),
+            table,
+            mode: target.mode.clone(),
+            lineage: target.lineage,
+            known_columns: rows::KnownColumns::default(),
+        };
+        let create = target.create;
         Ok(Self { shared: Arc::new(shared), create })
     }
 }
@@ -113,7 +117,8 @@ impl Sink for PostgresSink {
         rows::check_formats(&shared.sink, routes)?;
         let columns = rows::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
         let session = shared.session().await?;
-        table::prepare(&session.client, &shared.table, &columns, self.create, &shared.mode)
+        let (mode, lineage) = (&shared.mode, shared.lineage);
+        table::prepare(&session.client, &shared.table, &columns, self.create, mode, lineage)
             .await
             .map_err(|cause| shared.unavailable(cause))?;
         shared.known_columns.remember(columns.iter().map(|column| column.name));

@@ -10,6 +10,7 @@ use object_store::aws::AmazonS3Builder;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt as _};
 use shardmill::config::Compression;
+use shardmill::config::PostgresTarget;
 use shardmill::sink::objects::ObjectsSink;
 use shardmill::sink::postgres::{CONNECTIONS_MAX, PostgresSink};
 use shardmill::sink::{Sink, WriteMode};
@@ -37,8 +38,17 @@ impl Tables {
 
     pub fn sink(&self, table: &str) -> Arc<dyn Sink> {
         let (url, full) = (support::postgres_url(), format!("{}.{table}_", self.schema));
-        let sink =
-            PostgresSink::new(table.into(), &url, &full, false, WriteMode::Append, CONNECTIONS_MAX);
+        let sink = PostgresSink::new(
+            table.into(),
+            &PostgresTarget {
+                url,
+                table: full,
+                create: false,
+                mode: WriteMode::Append,
+                connections_max: CONNECTIONS_MAX,
+                lineage: false,
+            },
+        );
         Arc::new(sink.expect("a sink"))
     }
 

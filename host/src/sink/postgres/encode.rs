@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 
 use super::array;
 use super::kind::Kind;
+use super::lineage;
 use super::numeric;
 use super::table::LiveTable;
 use crate::record::Row;
@@ -23,7 +24,7 @@ use crate::sink::rows::{self, RowFault, Slots};
 use crate::sink::{Refusal, WriteMode};
 
 /// Microseconds from 1970-01-01 to 2000-01-01, where PostgreSQL's timestamps begin.
-const EPOCH_MICROS: i64 = 946_684_800_000_000;
+pub(super) const EPOCH_MICROS: i64 = 946_684_800_000_000;
 
 /// Days from 1970-01-01 to 2000-01-01.
 const EPOCH_DAYS: i32 = 10_957;
@@ -39,7 +40,7 @@ const NULL: i32 = -1;
 
 /// Rows that bring the same columns, encoded.
 pub(super) struct Group {
-    /// The places of the columns in the table, ascending.
+    /// The places of the columns in the table.
     pub(super) columns: Box<[u16]>,
     /// The rows' indexes in the commit, ascending.
     pub(super) rows: Vec<usize>,
@@ -81,6 +82,8 @@ pub(super) struct Encoder<'t, 'r> {
     required: Vec<usize>,
     /// Whether rows with other columns may overtake each other.
     keeps_order: bool,
+    /// The places of the columns that say where a row came from, if it is to say so.
+    lineage: Vec<u16>,
     /// Room for the first group, which mostly is the only one.
     bytes_expected: usize,
 }
@@ -91,12 +94,14 @@ impl<'t, 'r> Encoder<'t, 'r> {
         table: &'t LiveTable,
         table_name: &'t str,
         mode: &WriteMode,
+        lineage: Vec<u16>,
         bytes_expected: usize,
     ) -> Self {
         let place = |name: &str| table.columns.iter().position(|column| column.name == name);
         Self {
             required: mode.required().filter_map(place).collect(),
             keeps_order: *mode != WriteMode::Append,
+            lineage,
             table,
             table_name,
             slots: vec![None; table.columns.len()],
@@ -118,7 +123,7 @@ impl<'t, 'r> Encoder<'t, 'r> {
         was_column: impl Fn(&str) -> bool,
     ) -> Result<(), GoneColumn> {
         let outcome = match rows::spread(&row.payload, &self.table.names, &mut self.slots) {
-            Ok(()) => self.encode(index),
+            Ok(()) => self.encode(index, row),
             Err(RowFault::Refused(reason)) => Err(reason),
             Err(RowFault::UnknownKey(key)) if was_column(&key) => return Err(GoneColumn(key)),
             Err(RowFault::UnknownKey(key)) => {
@@ -144,7 +149,7 @@ impl<'t, 'r> Encoder<'t, 'r> {
     }
 
     /// Appends the row in `slots` to the group of its columns.
-    fn encode(&mut self, index: usize) -> Result<(), String> {
+    fn encode(&mut self, index: usize, row: &Row) -> Result<(), String> {
         self.present.clear();
         for (place, slot) in (0_u16..).zip(&self.slots) {
             if slot.is_some() {
@@ -162,10 +167,24 @@ impl<'t, 'r> Encoder<'t, 'r> {
                 ));
             }
         }
+        for place in &self.lineage {
+            if self.slots[usize::from(*place)].is_some() {
+                let column = &self.table.columns[usize::from(*place)].name;
+                return Err(format!(
+                    "column {column:?} says where a row came from: no row brings it"
+                ));
+            }
+            self.present.push(*place);
+        }
         let place = self.group();
         let group = &mut self.open[place];
         let start = group.tuples.len();
-        if let Err(reason) = put_tuple(&mut group.tuples, self.table, &self.present, &self.slots) {
+        let put = put_tuple(&mut group.tuples, self.table, &self.present, &self.slots);
+        let put = put.and_then(|()| match self.lineage.is_empty() {
+            true => Ok(()),
+            false => lineage::put(&mut group.tuples, row),
+        });
+        if let Err(reason) = put {
             group.tuples.truncate(start);
             return Err(reason);
         }
@@ -199,7 +218,8 @@ impl<'t, 'r> Encoder<'t, 'r> {
     }
 }
 
-/// Writes a tuple: the field count, then each field behind its length.
+/// Writes a tuple: the field count, then each field behind its length, but for those of columns that
+/// have no slot, which come last.
 fn put_tuple(
     out: &mut Vec<u8>,
     table: &LiveTable,

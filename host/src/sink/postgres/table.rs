@@ -7,6 +7,7 @@ use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Error, Statement};
 
 use super::kind::{FROM_TYPE, Kind, TYPE_COLUMN_COUNT, TYPE_COLUMNS};
+use super::lineage;
 use super::merge;
 use super::name::{TableName, quoted};
 use super::session;
@@ -103,6 +104,7 @@ pub(super) async fn prepare(
     declared: &[DeclaredColumn<'_>],
     create: bool,
     mode: &WriteMode,
+    with_lineage: bool,
 ) -> Result<(), String> {
     let kinds = declared_kinds(client, declared).await?;
     let cannot_read = |error: Error| format!("cannot read table {table}: {}", describe(&error));
@@ -110,7 +112,7 @@ pub(super) async fn prepare(
     let live = match LiveTable::read(client, &read, table).await.map_err(cannot_read)? {
         Some(live) => live,
         None => {
-            create_table(client, table, declared, create, mode).await?;
+            create_table(client, table, declared, create, mode, with_lineage).await?;
             LiveTable::read(client, &read, table)
                 .await
                 .map_err(cannot_read)?
@@ -130,8 +132,37 @@ pub(super) async fn prepare(
         }
         merge::check_key(client, table, mode).await?;
     }
+    if with_lineage {
+        check_lineage(table, &live)?;
+    }
     warn_of_refusals(table, &live, declared);
     Ok(())
+}
+
+/// Checks the columns that say where a row came from.
+fn check_lineage(table: &TableName, live: &LiveTable) -> Result<(), String> {
+    let fits = |(name, kind): &(&str, &str)| {
+        let due = match *kind {
+            "numeric" => Kind::Numeric,
+            "timestamptz" => Kind::Timestamptz,
+            _ => Kind::Text,
+        };
+        live.columns.iter().any(|column| column.name == *name && column.kind == due)
+    };
+    let missing: Vec<String> = lineage::COLUMNS
+        .iter()
+        .filter(|column| !fits(column))
+        .map(|(name, kind)| format!("ADD COLUMN {name} {kind}"))
+        .collect();
+    match missing.is_empty() {
+        true => Ok(()),
+        false => Err(format!(
+            "table {table} lacks columns that say where a row came from: ALTER TABLE {} {}; or leave \
+             `lineage` out",
+            table.quoted(),
+            missing.join(", ")
+        )),
+    }
 }
 
 /// Checks one declared column against the live table.
@@ -175,7 +206,8 @@ fn warn_of_refusals(table: &TableName, live: &LiveTable, declared: &[DeclaredCol
         return;
     }
     let required = live.columns.iter().filter(|column| column.not_null && !column.has_default);
-    for column in required.filter(|column| !column.is_generated) {
+    let is_lineage = |name: &str| lineage::COLUMNS.iter().any(|(own, _)| *own == name);
+    for column in required.filter(|column| !column.is_generated && !is_lineage(&column.name)) {
         let name = &column.name;
         match declared.iter().find(|declared| declared.name == name) {
             Some(declared) if !declared.nullable => {}
@@ -226,6 +258,7 @@ async fn create_table(
     declared: &[DeclaredColumn<'_>],
     create: bool,
     mode: &WriteMode,
+    with_lineage: bool,
 ) -> Result<(), String> {
     may_create(table, declared, create)?;
     let mut columns: Vec<String> = declared
@@ -235,6 +268,9 @@ async fn create_table(
             format!("{} {}{null}", quoted(column.name), column.data_type)
         })
         .collect();
+    if with_lineage {
+        columns.extend(lineage::COLUMNS.map(|(name, kind)| format!("{name} {kind} NOT NULL")));
+    }
     let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
     if !key.is_empty() {
         columns.push(format!("PRIMARY KEY ({})", key.join(", ")));

@@ -11,6 +11,7 @@ use tokio_postgres::Error;
 use super::Shared;
 use super::copy::{self, RunningCopy};
 use super::encode::{Encoded, Encoder, GoneColumn};
+use super::lineage;
 use super::session::{Session, StepError};
 use super::table::LiveTable;
 use crate::record::{Position, Row, ShardKey};
@@ -213,7 +214,15 @@ impl PostgresWriter {
             |error: StepError| sink.unavailable(format!("cannot write to table {name}: {error}"));
         let shown = name.to_string();
         let bytes_expected = rows.iter().map(|row| row.payload.len()).sum();
-        let mut encoder = Encoder::new(table, &shown, &sink.mode, bytes_expected);
+        let lineage = match sink.lineage {
+            true => lineage::places(table),
+            false => Ok(Vec::new()),
+        };
+        let lineage = match lineage {
+            Ok(places) => places,
+            Err(gone) => return Ok(Err(GoneColumn(gone.into()))),
+        };
+        let mut encoder = Encoder::new(table, &shown, &sink.mode, lineage, bytes_expected);
         let mut running: Option<RunningCopy> = None;
         for (turn, some) in rows.chunks(ROWS_PER_TURN).enumerate() {
             for (row, index) in some.iter().zip(turn * ROWS_PER_TURN..) {

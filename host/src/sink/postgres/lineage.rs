@@ -1,0 +1,57 @@
+//! Lineage: columns that say from which record a row came. By them a window of time can be replaced.
+
+use bytes::BufMut as _;
+
+use super::encode::EPOCH_MICROS;
+use super::numeric;
+use super::table::LiveTable;
+use crate::record::Row;
+use crate::sink::rows::decimal::Decimal;
+
+/// The pipeline that wrote the row.
+pub(super) const PIPELINE: &str = "shardmill_pipeline";
+/// When the stream accepted the record.
+pub(super) const ARRIVED_AT: &str = "shardmill_arrived_at";
+
+/// The columns with their types, in the order in which a row brings them.
+pub(super) const COLUMNS: [(&str, &str); 4] = [
+    (PIPELINE, "text"),
+    ("shardmill_shard", "text"),
+    ("shardmill_sequence", "numeric"),
+    (ARRIVED_AT, "timestamptz"),
+];
+
+/// Where the columns are in a table.
+///
+/// # Errors
+/// The name of one that is not there.
+pub(super) fn places(table: &LiveTable) -> Result<Vec<u16>, &'static str> {
+    let place = |name: &'static str| {
+        let found = table.columns.iter().position(|column| column.name == name);
+        found.and_then(|place| u16::try_from(place).ok()).ok_or(name)
+    };
+    COLUMNS.iter().map(|(name, _)| place(name)).collect()
+}
+
+/// Writes the fields of the columns, each behind its length.
+///
+/// # Errors
+/// Why the record has none, which a record of a stream cannot cause.
+pub(super) fn put(out: &mut Vec<u8>, row: &Row) -> Result<(), String> {
+    let shard = &row.batch.shard;
+    let sequence = &row.batch.origin(row.record).sequence;
+    let mut number = Vec::new();
+    let decimal = Decimal::parse(sequence.as_str()).ok_or("its sequence number is none")?;
+    numeric::put(&decimal, &mut number).map_err(|why| why.into_owned())?;
+    let arrived_micros = i64::try_from(row.source().arrived_ms)
+        .ok()
+        .and_then(|ms| ms.checked_mul(1_000))
+        .ok_or("its time of arrival is out of range")?;
+    let arrived_at = (arrived_micros - EPOCH_MICROS).to_be_bytes();
+    let (pipeline, shard) = (shard.pipeline.as_str().as_bytes(), shard.shard.as_str().as_bytes());
+    for field in [pipeline, shard, &number, &arrived_at] {
+        out.put_i32(i32::try_from(field.len()).map_err(|_| "a name is too long")?);
+        out.put_slice(field);
+    }
+    Ok(())
+}
