@@ -138,7 +138,7 @@ impl Supervisor {
         let mut glance = tokio::time::interval(Duration::from_millis(100));
         let mut fatal = None;
         while !(lanes.tasks.is_empty()
-            && (ended || lanes.source_ended || lanes_stop.is_cancelled()))
+            && (ended || lanes.has_source_ended() || lanes_stop.is_cancelled()))
         {
             tokio::select! {
                 Some(done) = lanes.tasks.join_next() => match lanes.ended(done?) {
@@ -220,6 +220,11 @@ impl Lanes {
             (shard, end)
         });
         Ok(())
+    }
+
+    /// Whether the source has nothing more. A shard whose parent has just ended may have.
+    fn has_source_ended(&self) -> bool {
+        self.source_ended && !self.awaits_children
     }
 
     /// True when a shard has ended, and its children may begin.

@@ -8,6 +8,7 @@ mod new;
 mod objects;
 mod plugin;
 mod progress;
+mod replay;
 mod run;
 mod sinks;
 mod stream;
@@ -66,6 +67,13 @@ enum Command {
         after_help = "Examples:\n  shardmill run\n  shardmill run flights.toml --until-caught-up"
     )]
     Run(run::Options),
+    /// Run a window of time again with today's plugins, beside the live table or in place of its rows.
+    #[command(
+        after_help = "Examples:\n  shardmill replay --sink mart --from 2026-01-31T00:00:00Z --to \
+                      2026-02-01T00:00:00Z\n  shardmill replay --sink mart --from 2026-01-31T00:00:00Z \
+                      --to 2026-02-01T00:00:00Z --swap"
+    )]
+    Replay(replay::Options),
     /// Prove a pipeline: its file, its plugins, its sinks. Reads no record.
     #[command(after_help = "Example:\n  shardmill check pipeline.toml --json")]
     Check(check::Options),
@@ -169,6 +177,7 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Demo(options) => demo::demo(options, console).await,
         Command::Run(options) => run::run(options, console).await,
+        Command::Replay(options) => replay::replay(options, console).await,
         Command::Check(options) => check::check(options, console).await,
         Command::Intake(options) => intake::intake(options, console).await,
         Command::Stream(command) => stream::stream(command, console).await,

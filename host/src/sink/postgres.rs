@@ -21,6 +21,7 @@ mod numeric;
 mod position;
 mod session;
 mod table;
+mod window;
 mod writer;
 
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use async_trait::async_trait;
 pub(super) use self::name::{TableName, quoted};
 use self::position::PositionTable;
 use self::session::{PooledSession, SessionPool};
+pub use self::window::{TableWindow, WindowDiff};
 use self::writer::PostgresWriter;
 use super::{Acquired, BoundRoute, Sink, SinkError, WriteMode, rows};
 use crate::config::PostgresTarget;

@@ -12,7 +12,8 @@ use tokio_postgres::{Client, Error, Row, Statement};
 use super::name::TableName;
 use super::session;
 use crate::record::{
-    Position, PositionSpan, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardKey, SinkName,
+    PipelineName, Position, PositionSpan, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardKey,
+    SinkName,
 };
 
 /// The table's name; it stands in the schema of the data table.
@@ -131,6 +132,19 @@ impl PositionTable {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Deletes a sink's positions of a pipeline.
+    pub(super) async fn forget(
+        &self,
+        client: &Client,
+        pipeline: &PipelineName,
+        sink: &SinkName,
+    ) -> Result<(), Error> {
+        self.create_if_missing(client).await?;
+        let forget =
+            format!("DELETE FROM {} WHERE pipeline = $1 AND sink = $2", self.name.quoted());
+        client.execute(&forget, &[&pipeline.as_str(), &sink.as_str()]).await.map(drop)
     }
 
     /// Prepares a commit's statements.

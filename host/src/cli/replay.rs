@@ -1,0 +1,244 @@
+//! `shardmill replay`: a window of time again, by today's plugins, beside the live table or in the place
+//! of its rows.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
+
+use anyhow::{Context as _, bail, ensure};
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use super::run::stop_on_signals;
+use super::{Console, PipelineFile, load, plugin_host, sinks, stream};
+use crate::config::{
+    PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, StartPosition,
+};
+use crate::lease::PipelineLock;
+use crate::record::{Position, ShardId, ShardKey, SinkName};
+use crate::sink::Sink;
+use crate::sink::postgres::{PostgresSink, TableWindow, WindowDiff};
+use crate::source::window::WindowSource;
+use crate::supervisor::{RunOptions, Supervisor};
+
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    pipeline: PipelineFile,
+    /// The PostgreSQL sink whose table is meant; it needs `lineage = true`.
+    #[arg(long, value_name = "NAME")]
+    sink: String,
+    /// Records that arrived from here on, such as 2026-01-31T00:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    from: DateTime<Utc>,
+    /// And before this, which is past.
+    #[arg(long, value_name = "TIME")]
+    to: DateTime<Utc>,
+    /// The table that the rows go to; default: the sink's with `_replay`. One of an earlier replay is
+    /// replaced.
+    #[arg(long, value_name = "TABLE")]
+    into: Option<String>,
+    /// Then replace the live table's rows of that time by these, in one transaction.
+    #[arg(long)]
+    swap: bool,
+    /// Replace them even where today's plugins did not take every record.
+    #[arg(long, requires = "swap")]
+    with_dead_letters: bool,
+}
+
+/// What a replay did.
+#[derive(Serialize)]
+struct Report {
+    /// The table with the new rows; it is gone after a swap.
+    shadow: String,
+    #[serde(flatten)]
+    diff: WindowDiff,
+    /// Records that today's plugins, or the table, did not take.
+    dead_letters: u64,
+    /// Rows deleted from the live table and inserted there, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    swapped: Option<(u64, u64)>,
+}
+
+pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
+    let config = load(&options.pipeline.file)?;
+    let window_ms = window(&options)?;
+    let sink: SinkName = options.sink.as_str().into();
+    let live = live_target(&config, &sink)?;
+    let replayed: SinkName = format!("{sink}.replay").as_str().into();
+
+    let folder = config.state_dir.join(config.name.as_str()).join("replay");
+    let lock = PipelineLock::take(&folder, &config.name)?;
+    forget_state(lock.folder())?;
+    let prepared = TableWindow::prepare(
+        live,
+        options.into.as_deref(),
+        &replayed,
+        &config.name,
+        window_ms.clone(),
+    );
+    let mut table = prepared.await.map_err(anyhow::Error::msg)?;
+
+    let own = replay_config(&config, &sink, &replayed, &table.shadow(), &window_ms)?;
+    // The embedded stream is found by the pipeline's own folder.
+    let (source, _embedded) =
+        stream::source(&PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() })
+            .await?;
+    let stream = Arc::new(source.identity().await?);
+    let source = WindowSource::new(source, window_ms);
+    let last = source.last();
+    let (host, sinks) = (plugin_host(&config)?, sinks::build(&own)?);
+    let run = RunOptions {
+        until_caught_up: false,
+        dropped_sinks: HashSet::new(),
+        embedded_plugin: |_| None,
+    };
+    let supervisor =
+        Supervisor::prepare_under(lock, own, host, Arc::new(source), sinks, run).await?;
+    let letters = supervisor.letters();
+    let stop = stop_on_signals()?;
+    supervisor.run(stop.clone()).await?;
+    ensure!(!stop.is_cancelled(), "stopped: the replay begins anew when it is run again");
+
+    let mut report = Report {
+        shadow: table.shadow(),
+        diff: table.diff().await.map_err(anyhow::Error::msg)?,
+        dead_letters: letters.count().await?,
+        swapped: None,
+    };
+    say(&report, console);
+    if options.swap {
+        ensure!(
+            report.dead_letters == 0 || options.with_dead_letters,
+            "nothing was replaced: {} records are not among the new rows, today's plugins or the table \
+             did not take them; --with-dead-letters replaces the rows nevertheless",
+            report.dead_letters
+        );
+        let last = last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let live = PostgresSink::new(sink, live)?;
+        check_passed(&live, &config, stream, last).await?;
+        let (deleted, inserted) = table.swap().await.map_err(anyhow::Error::msg)?;
+        console.say(format!("replaced: {deleted} rows deleted, {inserted} inserted"));
+        report.swapped = Some((deleted, inserted));
+    }
+    console.report(&report)
+}
+
+/// The window in milliseconds since 1970.
+fn window(options: &Options) -> anyhow::Result<Range<u64>> {
+    let ms = |time: DateTime<Utc>| {
+        u64::try_from(time.timestamp_millis()).context("a time before 1970 is in no stream")
+    };
+    let window_ms = ms(options.from)?..ms(options.to)?;
+    ensure!(!window_ms.is_empty(), "--from must be before --to");
+    ensure!(options.to <= Utc::now(), "--to must be past: records of that time may come yet");
+    Ok(window_ms)
+}
+
+/// The table of the sink that is meant.
+fn live_target<'c>(
+    config: &'c PipelineConfig,
+    name: &SinkName,
+) -> anyhow::Result<&'c PostgresTarget> {
+    let sink = config.sinks.iter().find(|sink| sink.name.value == *name);
+    match sink.map(|sink| &sink.kind) {
+        Some(SinkKind::Postgres(target)) if target.lineage => Ok(target),
+        Some(SinkKind::Postgres(_)) => bail!(
+            "sink {name} does not say from which record a row came: set lineage = true. Only rows that \
+             are written from then on can be replayed"
+        ),
+        Some(_) => {
+            bail!("sink {name} is not of type \"postgres\": only such a table can be replayed")
+        }
+        None => bail!("the pipeline has no sink {name}"),
+    }
+}
+
+/// The pipeline with nothing but the one sink, which writes to the shadow.
+fn replay_config(
+    config: &PipelineConfig,
+    sink: &SinkName,
+    replayed: &SinkName,
+    shadow: &str,
+    window_ms: &Range<u64>,
+) -> anyhow::Result<PipelineConfig> {
+    let mut own = config.clone();
+    let SourceKind::Kinesis(kinesis) = &mut own.source.kind else {
+        bail!("a file's lines have no time of arrival: nothing can be replayed by time");
+    };
+    let from_ms = i64::try_from(window_ms.start).context("--from is out of range")?;
+    kinesis.start = StartPosition::AtTimestampMs(from_ms);
+    kinesis.create = None;
+    // The consumer of the pipeline is its own: it has one reader at a time.
+    kinesis.reader = ReaderKind::Polling;
+    own.sinks.retain(|own| own.name.value == *sink);
+    for own in &mut own.sinks {
+        own.name.value = replayed.clone();
+        own.rhythm.give_up_after = None;
+        if let SinkKind::Postgres(target) = &mut own.kind {
+            target.table = shadow.to_owned();
+            target.create = false;
+        }
+    }
+    for bound in own.stages.iter_mut().flat_map(|stage| stage.routes.values_mut()) {
+        bound.sinks.retain(|own| own.value == *sink);
+        for own in &mut bound.sinks {
+            own.value = replayed.clone();
+        }
+    }
+    own.letter_sinks.clear();
+    (own.admin, own.intake) = (None, None);
+    own.state_dir = config.state_dir.join(config.name.as_str()).join("replay");
+    Ok(own)
+}
+
+/// Forgets a replay that was broken off.
+fn forget_state(folder: &Path) -> anyhow::Result<()> {
+    for file in ["state.db", "state.db-wal", "state.db-shm"] {
+        let path = folder.join(file);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("failed to remove {}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The pipeline itself must be past the window, or it would write rows of it after the swap.
+async fn check_passed(
+    live: &PostgresSink,
+    config: &PipelineConfig,
+    stream: Arc<crate::record::StreamIdentity>,
+    last: BTreeMap<ShardId, Position>,
+) -> anyhow::Result<()> {
+    for (shard, last) in last {
+        let pipeline = config.name.clone();
+        let key = ShardKey { pipeline, stream: stream.clone(), shard };
+        let stands = live.position(&key).await?;
+        ensure!(
+            stands.as_ref() >= Some(&last),
+            "nothing was replaced: in shard {} the pipeline has not come to the window's end ({last}), \
+             it would write these rows again; let it run on first",
+            key.shard
+        );
+    }
+    Ok(())
+}
+
+fn say(report: &Report, console: &Console) {
+    let Report { shadow, diff, dead_letters, .. } = report;
+    console.say(format!(
+        "{} rows are the same, {} are in the live table only, {} in {shadow} only; {dead_letters} dead \
+         letters",
+        diff.same, diff.only_live, diff.only_shadow
+    ));
+    for row in &diff.samples_live {
+        console.say(format!("- {row}"));
+    }
+    for row in &diff.samples_shadow {
+        console.say(format!("+ {row}"));
+    }
+}
