@@ -203,6 +203,20 @@ fn a_row_that_a_later_record_has_written_stays() {
 }
 
 #[test]
+fn a_window_goes_on_in_the_children_of_its_shards() {
+    let world = World::new("split", "id bigint NOT NULL, make text", "");
+    let from = world.put(0..40, make);
+    run_ok(&["stream", "split", "shardId-000000000000", "--pipeline", &world.config()]);
+    world.put(40..80, make);
+    run_ok(&["stream", "split", "shardId-000000000001", "--pipeline", &world.config()]);
+    let to = world.put(80..120, make);
+    world.run();
+    assert_eq!(world.ids(&world.table).len(), 120);
+    let report = world.replayed(&from, &to, &[]);
+    assert_eq!(counts(&report), (80, 0, 0), "{report}");
+}
+
+#[test]
 fn what_would_lose_or_double_rows_is_refused() {
     let world = World::new("refused", "id bigint NOT NULL CHECK (id <> 7), make text", "");
     let from = world.put(0..20, make);
