@@ -87,44 +87,76 @@ impl RunningCopy {
         Ok(())
     }
 
-    async fn finish(mut self, session: &mut Session) -> Result<(), Error> {
+    /// Ends the COPY. With `read`, the table is read behind it, without waiting in between.
+    async fn finish(
+        mut self,
+        session: &mut Session,
+        read: Option<(&Statement, &TableName)>,
+    ) -> Result<Option<LiveTable>, Error> {
         self.sink.feed(Bytes::from_static(TRAILER)).await?;
-        self.sink.as_mut().finish().await?;
-        if let Some(merge) = &self.merge {
-            session.client.execute(merge, &[]).await?;
-        }
+        let finish = self.sink.as_mut().finish();
+        let table = match (&self.merge, read) {
+            (None, Some((read, table))) => {
+                // The connection asks nothing else before it has sent all of the COPY.
+                let read = LiveTable::read(&session.client, read, table);
+                let (finished, table) = futures::join!(finish, read);
+                finished?;
+                table?
+            }
+            (None, None) => {
+                finish.await?;
+                None
+            }
+            (Some(merge), _) => {
+                finish.await?;
+                session.client.execute(merge, &[]).await?;
+                None
+            }
+        };
         if self.hopes {
             session.hope.was_right();
         }
-        Ok(())
+        Ok(table)
     }
 }
 
-/// Copies a group's rows; those that the table refuses are added to `refusals`, the others stand.
-/// `running` is a COPY that has taken some of them, or all.
+/// Copies rows in groups; those that the table refuses are added to `refusals`, the others stand.
+/// `running` is a COPY that has taken some rows of the first group, or all. Gives the table as it was
+/// behind the last row, where it could be asked on the way.
 ///
 /// The caller has just set the savepoint `copy`. After an error the transaction is not usable.
-pub(super) async fn copy_group(
+pub(super) async fn copy_groups(
     session: &mut Session,
     table: &TableName,
     mode: &WriteMode,
-    group: &Group,
+    groups: &[Group],
     mut running: Option<RunningCopy>,
     refusals: &mut Vec<Refusal>,
-) -> Result<(), StepError> {
+) -> Result<Option<LiveTable>, StepError> {
     // From the last part to the first: the next one is popped off the end.
-    let mut pending = Vec::from([(0, group.rows.len())]);
-    while let Some((start, end)) = pending.pop() {
-        let part = start..end;
+    let mut pending: Vec<(&Group, Range<usize>)> =
+        groups.iter().rev().map(|group| (group, 0..group.rows.len())).collect();
+    let mut is_behind_savepoint = false;
+    let mut read_behind = None;
+    while let Some((group, part)) = pending.pop() {
+        if std::mem::take(&mut is_behind_savepoint) {
+            session.client.batch_execute(NEXT).await?;
+        }
         let mut copy = match running.take() {
             Some(running) => running,
             None => RunningCopy::begin(session, table, mode, &group.columns).await?,
         };
         copy.send(group.tuples(part.clone())).await?;
         let hopes = copy.hopes;
-        let Err(error) = copy.finish(session).await else {
-            session.client.batch_execute(NEXT).await?;
-            continue;
+        let read = session.read_table.clone().filter(|_| pending.is_empty());
+        let read = read.as_ref().map(|read| (read, table));
+        let error = match copy.finish(session, read).await {
+            Ok(read) => {
+                is_behind_savepoint = true;
+                read_behind = read;
+                continue;
+            }
+            Err(error) => error,
         };
         let in_vain = hopes && merge::found_like(&error);
         if !in_vain && !session::blames_rows(&error) {
@@ -133,16 +165,16 @@ pub(super) async fn copy_group(
         session.run_in_step("ROLLBACK TO copy").await?;
         if in_vain {
             session.hope.was_wrong();
-            pending.push((start, end));
+            pending.push((group, part));
         } else if part.len() == 1 {
             let reason = describe(&error);
             refusals.push(Refusal { row: group.rows[part.start], reason });
         } else {
             let parts = parts(part, guilty_line(&error));
-            pending.extend(parts.iter().rev().map(|part| (part.start, part.end)));
+            pending.extend(parts.into_iter().rev().map(|part| (group, part)));
         }
     }
-    Ok(())
+    Ok(read_behind)
 }
 
 /// How a group's rows are written.

@@ -92,9 +92,22 @@ pub(in crate::sink) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
+/// A text as SQL has it. In this form a backslash escapes whatever the server's settings say.
+pub(super) fn literal(text: &str) -> String {
+    format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_literal_ends_where_its_text_ends() {
+        for (text, sql) in [("cars", "E'cars'"), ("O'Hara", "E'O''Hara'"), (r"a\'b", r"E'a\\''b'")]
+        {
+            assert_eq!(literal(text), sql);
+        }
+    }
 
     #[test]
     fn names_are_read_and_quoted() {

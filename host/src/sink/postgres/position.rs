@@ -7,9 +7,9 @@
 use std::fmt;
 
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, Error, Row, Statement};
+use tokio_postgres::{Client, Error, Row};
 
-use super::name::TableName;
+use super::name::{TableName, literal};
 use super::session;
 use crate::record::{
     PipelineName, Position, PositionSpan, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardKey,
@@ -29,11 +29,6 @@ pub(super) struct Stored {
     pub(super) epoch: i64,
     sequence: Option<String>,
     sub_sequence: Option<i64>,
-}
-
-/// The statements of a commit, prepared on one connection.
-pub(super) struct PositionStatements {
-    move_on: Statement,
 }
 
 impl PositionTable {
@@ -147,53 +142,41 @@ impl PositionTable {
         client.execute(&forget, &[&pipeline.as_str(), &sink.as_str()]).await.map(drop)
     }
 
-    /// Prepares a commit's statements.
-    pub(super) async fn prepare(&self, client: &Client) -> Result<PositionStatements, Error> {
-        let move_on = format!(
-            "UPDATE {}
-             SET sequence = $6::text::numeric, sub_sequence = $7::bigint
-             WHERE pipeline = $1 AND sink = $2 AND stream = $3 AND shard = $4 AND epoch = $5
-                 AND sequence IS NOT DISTINCT FROM $8::text::numeric
-                 AND sub_sequence IS NOT DISTINCT FROM $9::bigint",
-            self.name.quoted()
-        );
-        Ok(PositionStatements { move_on: client.prepare(&move_on).await? })
+    /// The statement that moves the position over a span; it concerns no row when the position is not
+    /// where the span begins, or has another owner.
+    ///
+    /// Text, to go in one message with what begins the transaction: it must never run outside of it.
+    pub(super) fn move_on(
+        &self,
+        sink: &SinkName,
+        shard: &ShardKey,
+        epoch: i64,
+        span: &PositionSpan,
+    ) -> String {
+        let from = match &span.from_exclusive {
+            None => "sequence IS NULL".to_owned(),
+            Some(from) => {
+                format!("sequence = {} AND sub_sequence = {}", from.sequence, sub_sequence(from))
+            }
+        };
+        format!(
+            "UPDATE {} SET sequence = {}, sub_sequence = {}
+             WHERE pipeline = {} AND sink = {} AND stream = {} AND shard = {} AND epoch = {epoch}
+                 AND {from}",
+            self.name.quoted(),
+            span.to_inclusive.sequence,
+            sub_sequence(&span.to_inclusive),
+            literal(shard.pipeline.as_str()),
+            literal(sink.as_str()),
+            literal(&shard.stream.key()),
+            literal(shard.shard.as_str())
+        )
     }
 }
 
 impl fmt::Display for PositionTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.name.fmt(f)
-    }
-}
-
-impl PositionStatements {
-    /// Moves the position over a span; 0 when it is not where the span begins, or has another owner.
-    pub(super) async fn move_on(
-        &self,
-        client: &Client,
-        sink: &SinkName,
-        shard: &ShardKey,
-        epoch: i64,
-        span: &PositionSpan,
-    ) -> Result<u64, Error> {
-        let from = span.from_exclusive.as_ref();
-        client
-            .execute(
-                &self.move_on,
-                &[
-                    &shard.pipeline.as_str(),
-                    &sink.as_str(),
-                    &shard.stream.key(),
-                    &shard.shard.as_str(),
-                    &epoch,
-                    &span.to_inclusive.sequence.as_str(),
-                    &sub_sequence(&span.to_inclusive),
-                    &from.map(|from| from.sequence.as_str()),
-                    &from.map(sub_sequence),
-                ],
-            )
-            .await
     }
 }
 

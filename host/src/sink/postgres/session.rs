@@ -13,7 +13,6 @@ use tokio_postgres::{Client, SimpleQueryMessage, Statement};
 
 use super::copy::Statements;
 use super::merge::Hope;
-use super::position::PositionStatements;
 use super::table::LiveTable;
 use crate::postgres::{PostgresServer, describe};
 
@@ -124,7 +123,6 @@ pub(super) struct Session {
     pub(super) client: Client,
     /// Whether it is known to be outside of any transaction.
     pub(super) is_clean: bool,
-    pub(super) position: Option<PositionStatements>,
     /// Counts what [`Session::run_in_step`] ran.
     steps: u64,
     /// What reads the live table.
@@ -146,7 +144,6 @@ impl Session {
         Ok(Self {
             client,
             is_clean: true,
-            position: None,
             steps: 0,
             read_table: None,
             table: None,

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use tokio_postgres::Error;
+use tokio_postgres::{Error, SimpleQueryMessage};
 
 use super::Shared;
 use super::copy::{self, RunningCopy};
@@ -60,8 +60,7 @@ impl PostgresWriter {
         let failed =
             |error: Error| sink.failed(&format!("cannot commit to {}", sink.table), &error);
 
-        session.client.batch_execute(BEGIN).await.map_err(failed)?;
-        if !self.move_position(session, commit).await.map_err(failed)? {
+        if !self.begin(session, commit).await.map_err(failed)? {
             return self.look_where_it_stands(session, commit).await;
         }
         let refused = match &commit.rows[..] {
@@ -85,17 +84,21 @@ impl PostgresWriter {
         })
     }
 
-    /// Moves the position under our epoch and sets the savepoints; false when it is not ours to move
-    /// or not where the commit begins.
-    async fn move_position(&self, session: &mut Session, commit: &Commit) -> Result<bool, Error> {
-        let (client, sink) = (&session.client, &self.shared.sink);
-        let statements = match &mut session.position {
-            Some(statements) => statements,
-            none => none.insert(self.shared.position.prepare(client).await?),
-        };
-        let moved = statements.move_on(client, sink, &self.shard, self.epoch, &commit.span);
-        let (moved, ()) = futures::try_join!(moved, client.batch_execute(SAVEPOINTS))?;
-        Ok(moved == 1)
+    /// Begins the transaction, moves the position under our epoch and sets the savepoints; false when
+    /// it is not ours to move or not where the commit begins.
+    ///
+    /// One message: the server runs none of its statements behind one that failed.
+    async fn begin(&self, session: &Session, commit: &Commit) -> Result<bool, Error> {
+        let sink = &self.shared;
+        let move_on = sink.position.move_on(&sink.sink, &self.shard, self.epoch, &commit.span);
+        let begin = format!("{BEGIN}; {move_on}; {SAVEPOINTS}");
+        let answers = session.client.simple_query(&begin).await?;
+        let counts = answers.iter().filter_map(|answer| match answer {
+            SimpleQueryMessage::CommandComplete(rows) => Some(*rows),
+            _ => None,
+        });
+        // That of the UPDATE: the others concern no rows.
+        Ok(counts.max() == Some(1))
     }
 
     /// After the position did not move: the commit has landed before, or the shard has another owner.
@@ -172,11 +175,17 @@ impl PostgresWriter {
             session.table = Some(table.clone());
             let written = self.write_rows_for(session, &table, rows).await?;
             let gone = match written {
-                Ok(refusals) if self.read_table(session).await?.columns == table.columns => {
-                    return Ok(refusals);
+                Ok((refusals, read_behind)) => {
+                    let behind = match read_behind {
+                        Some(behind) => self.know(behind),
+                        None => self.read_table(session).await?,
+                    };
+                    if behind.columns == table.columns {
+                        return Ok(refusals);
+                    }
+                    None
                 }
                 Err(GoneColumn(column)) => Some(column),
-                Ok(_) => None,
             };
             match gone {
                 Some(column) if is_fresh => {
@@ -202,13 +211,14 @@ impl PostgresWriter {
         }
     }
 
-    /// Encodes the rows for `table` and copies them.
+    /// Encodes the rows for `table` and copies them; gives the table as it was behind them, where it
+    /// could be asked on the way.
     async fn write_rows_for(
         &self,
         session: &mut Session,
         table: &LiveTable,
         rows: &[Row],
-    ) -> Result<Result<Vec<Refusal>, GoneColumn>, SinkError> {
+    ) -> Result<Result<(Vec<Refusal>, Option<LiveTable>), GoneColumn>, SinkError> {
         let (sink, name) = (&self.shared, &self.shared.table);
         let failed =
             |error: StepError| sink.unavailable(format!("cannot write to table {name}: {error}"));
@@ -244,13 +254,11 @@ impl PostgresWriter {
             tokio::task::yield_now().await;
         }
         let Encoded { groups, mut refusals } = encoder.finish();
-        for group in &groups {
-            copy::copy_group(session, name, &sink.mode, group, running.take(), &mut refusals)
-                .await
-                .map_err(failed)?;
-        }
+        let copied =
+            copy::copy_groups(session, name, &sink.mode, &groups, running.take(), &mut refusals);
+        let read_behind = copied.await.map_err(failed)?;
         refusals.sort_unstable_by_key(|refusal| refusal.row);
-        Ok(Ok(refusals))
+        Ok(Ok((refusals, read_behind)))
     }
 
     async fn read_table(&self, session: &mut Session) -> Result<Arc<LiveTable>, SinkError> {
@@ -268,8 +276,14 @@ impl PostgresWriter {
                     "table {name} is gone: create it again, or name another in the sink's `table`"
                 ))
             })?;
-        sink.known_columns.remember(table.columns.iter().map(|column| column.name.as_str()));
-        Ok(Arc::new(table))
+        Ok(self.know(table))
+    }
+
+    /// Remembers the columns that the table has.
+    fn know(&self, table: LiveTable) -> Arc<LiveTable> {
+        let names = table.columns.iter().map(|column| column.name.as_str());
+        self.shared.known_columns.remember(names);
+        Arc::new(table)
     }
 
     /// After a COMMIT without an answer: asks a new connection whether it landed.
