@@ -15,10 +15,14 @@ use serde::Deserializer as _;
 use serde::de::{self, DeserializeSeed, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use self::form::RowForm;
+use self::value::RawJson;
+
 use super::{BoundRoute, SinkError};
 use crate::record::SinkName;
 
 pub(crate) mod decimal;
+pub(crate) mod form;
 pub(crate) mod time;
 pub(crate) mod value;
 
@@ -38,6 +42,11 @@ impl ColumnNames {
         let names: Vec<String> = names.into_iter().collect();
         let places = names.iter().cloned().enumerate().map(|(place, name)| (name, place)).collect();
         Self { names, places }
+    }
+
+    /// The name of a column, by its place.
+    pub(super) fn name(&self, place: usize) -> &str {
+        &self.names[place]
     }
 
     /// How many columns there are.
@@ -65,12 +74,14 @@ pub(crate) enum RowFault {
 }
 
 /// One row, as JSON values by column place; `None` where the object lacks the key.
-pub(crate) type Slots<'a> = [Option<&'a RawValue>];
+pub(crate) type Slots<'a> = [Option<RawJson<'a>>];
 
-/// Spreads a payload over `slots`, one per column; what they held before is cleared.
+/// Spreads a payload over `slots`, one per column; what they held before is cleared. `form` is what was
+/// learned from the rows before it.
 pub(crate) fn spread<'a>(
     payload: &'a [u8],
     columns: &ColumnNames,
+    form: &mut RowForm,
     slots: &mut Slots<'a>,
 ) -> Result<(), RowFault> {
     debug_assert_eq!(columns.len(), slots.len());
@@ -81,18 +92,25 @@ pub(crate) fn spread<'a>(
             error.valid_up_to()
         ))
     })?;
+    if form.read(text, slots) {
+        return Ok(());
+    }
+    slots.fill(None);
     if text.trim_ascii().is_empty() {
         return Err(RowFault::Refused("the row is empty: a JSON object is due".into()));
     }
-    let mut fault = None;
+    let (mut fault, mut order) = (None, Vec::with_capacity(columns.len()));
     let mut json = serde_json::Deserializer::from_str(text);
     let read = json
-        .deserialize_map(Spread { columns, slots, fault: &mut fault })
+        .deserialize_map(Spread { columns, slots, order: &mut order, fault: &mut fault })
         .and_then(|()| json.end());
     match (fault, read) {
         (Some(fault), _) => Err(fault),
         (None, Err(error)) => Err(RowFault::Refused(format!("the row is no JSON object: {error}"))),
-        (None, Ok(())) => Ok(()),
+        (None, Ok(())) => {
+            form.saw(order, columns);
+            Ok(())
+        }
     }
 }
 
@@ -100,6 +118,8 @@ pub(crate) fn spread<'a>(
 struct Spread<'s, 'a> {
     columns: &'s ColumnNames,
     slots: &'s mut Slots<'a>,
+    /// The places of the columns as they come.
+    order: &'s mut Vec<usize>,
     fault: &'s mut Option<RowFault>,
 }
 
@@ -120,7 +140,9 @@ impl<'a> Visitor<'a> for Spread<'_, 'a> {
                     return Err(de::Error::custom("unknown key"));
                 }
             };
-            if self.slots[place].replace(map.next_value()?).is_some() {
+            let raw: &RawValue = map.next_value()?;
+            self.order.push(place);
+            if self.slots[place].replace(raw.into()).is_some() {
                 let name = &self.columns.names[place];
                 *self.fault =
                     Some(RowFault::Refused(format!("the row has the key {name:?} twice")));
@@ -159,7 +181,7 @@ impl Visitor<'_> for Key<'_> {
 }
 
 /// The reason for a value that does not fit its column.
-pub(crate) fn misfit(column: &str, data_type: &str, raw: &RawValue, why: &str) -> String {
+pub(crate) fn misfit(column: &str, data_type: &str, raw: RawJson<'_>, why: &str) -> String {
     format!("column {column:?} of type {data_type} does not take {}: {why}", shortened(raw.get()))
 }
 
@@ -289,7 +311,7 @@ mod tests {
     fn read(payload: &[u8]) -> Result<Vec<Option<String>>, RowFault> {
         let columns = ColumnNames::new(["id".to_owned(), "make".to_owned()]);
         let mut slots = vec![None; columns.len()];
-        spread(payload, &columns, &mut slots)?;
+        spread(payload, &columns, &mut RowForm::default(), &mut slots)?;
         Ok(slots.iter().map(|slot| slot.map(|raw| raw.get().to_owned())).collect())
     }
 

@@ -245,7 +245,7 @@ fn field<'f>(
 ) -> Result<Cow<'f, str>, String> {
     let Some(raw) = fields.get(name) else { return Ok(NO_VALUE.into()) };
     let misfit = |why: &str| format!("the field {name:?} cannot name a folder: {why}");
-    let text = match Json::of(raw).map_err(|why| misfit(&why))? {
+    let text = match Json::of((*raw).into()).map_err(|why| misfit(&why))? {
         Json::Null => return Ok(NO_VALUE.into()),
         json => value::text(&json).map_err(|why| misfit(&why))?.to_owned(),
     };

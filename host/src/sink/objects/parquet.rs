@@ -16,12 +16,12 @@ use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::types::Type;
-use serde_json::value::RawValue;
 
 use crate::config::Compression;
 use crate::sink::Column;
+use crate::sink::rows::form::RowForm;
 use crate::sink::rows::time::{self, Zone};
-use crate::sink::rows::value::{self, Json, Why};
+use crate::sink::rows::value::{self, Json, RawJson, Why};
 use crate::sink::rows::{self, ColumnNames, RowFault};
 
 /// Digits of a decimal that 64 bits hold.
@@ -118,18 +118,18 @@ impl ParquetSchema {
     ///
     /// # Errors
     /// Why it is no row, as a fragment for a dead letter.
-    fn cells(&self, payload: &[u8]) -> Result<Vec<Cell>, String> {
+    fn cells(&self, payload: &[u8], form: &mut RowForm) -> Result<Vec<Cell>, String> {
         let mut slots = vec![None; self.columns.len()];
-        rows::spread(payload, &self.names, &mut slots).map_err(|fault| match fault {
+        rows::spread(payload, &self.names, form, &mut slots).map_err(|fault| match fault {
             RowFault::Refused(reason) => reason,
             RowFault::UnknownKey(key) => format!("the route declares no column {key:?}"),
         })?;
-        let read = |(column, slot): (&ParquetColumn, &Option<&RawValue>)| {
+        let read = |(column, slot): (&ParquetColumn, &Option<RawJson<'_>>)| {
             let cell = match slot {
                 None => Cell::Null,
                 Some(raw) => column
-                    .cell(raw)
-                    .map_err(|why| rows::misfit(&column.name, &column.data_type, raw, &why))?,
+                    .cell(*raw)
+                    .map_err(|why| rows::misfit(&column.name, &column.data_type, *raw, &why))?,
             };
             match cell {
                 Cell::Null if !column.nullable => {
@@ -158,7 +158,7 @@ impl ParquetColumn {
         field.build()
     }
 
-    fn cell(&self, raw: &RawValue) -> Result<Cell, Why> {
+    fn cell(&self, raw: RawJson<'_>) -> Result<Cell, Why> {
         let bytes = |bytes: &[u8]| ByteArray::from(bytes.to_vec());
         if self.kind == Kind::Json {
             let json = value::document(raw)?;
@@ -286,6 +286,7 @@ fn signed(number: u32) -> i32 {
 /// Rows on their way into a file, column by column.
 pub(super) struct ParquetRows {
     schema: Arc<ParquetSchema>,
+    form: RowForm,
     columns: Vec<Values>,
 }
 
@@ -321,7 +322,7 @@ impl ParquetRows {
             Values { present: Vec::new(), cells }
         };
         let columns = schema.columns.iter().map(values).collect();
-        Self { schema, columns }
+        Self { schema, form: RowForm::default(), columns }
     }
 
     /// Takes a row.
@@ -329,7 +330,7 @@ impl ParquetRows {
     /// # Errors
     /// Why it is none, as a fragment for a dead letter; nothing of it is kept.
     pub(super) fn push(&mut self, payload: &[u8]) -> Result<(), String> {
-        let cells = self.schema.cells(payload)?;
+        let cells = self.schema.cells(payload, &mut self.form)?;
         for (column, cell) in self.columns.iter_mut().zip(cells) {
             column.present.push(i16::from(!matches!(cell, Cell::Null)));
             match (&mut column.cells, cell) {

@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 
 use super::encode::put_field;
 use super::kind::{Element, Kind};
-use crate::sink::rows::value::Why;
+use crate::sink::rows::value::{RawJson, Why};
 
 /// PostgreSQL's own limit, `MAXDIM`.
 const DIMENSIONS_MAX: usize = 6;
@@ -17,7 +17,7 @@ const DIMENSIONS_MAX: usize = 6;
 const FIRST_INDEX: i32 = 1;
 
 /// Writes an array without its length.
-pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: &RawValue) -> Result<(), Why> {
+pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: RawJson<'_>) -> Result<(), Why> {
     let kind = element.kind();
     let mut array = Array {
         // An array in an array of documents is a document.
@@ -36,31 +36,32 @@ pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: &RawValue) -> Result
         out.put_i32(count(*length)?);
         out.put_i32(FIRST_INDEX);
     }
-    array.elements.iter().try_for_each(|element| put_field(out, kind, element))
+    array.elements.iter().try_for_each(|element| put_field(out, kind, *element))
 }
 
 struct Array<'r> {
     nests: bool,
     /// The length of each dimension, the outermost first.
     lengths: Vec<usize>,
-    elements: Vec<&'r RawValue>,
+    elements: Vec<RawJson<'r>>,
 }
 
 impl<'r> Array<'r> {
     /// Takes a JSON array that lies `depth` arrays deep.
-    fn take(&mut self, raw: &'r RawValue, depth: usize) -> Result<(), Why> {
+    fn take(&mut self, raw: RawJson<'r>, depth: usize) -> Result<(), Why> {
         if depth == DIMENSIONS_MAX {
             return Err(format!("an array has at most {DIMENSIONS_MAX} dimensions").into());
         }
         let items: Vec<&RawValue> =
             serde_json::from_str(raw.get()).map_err(|_| "a JSON array is due")?;
+        let items: Vec<RawJson<'_>> = items.into_iter().map(RawJson::from).collect();
         let ragged = || Err("all its arrays of one depth must have one length".into());
         match self.lengths.get(depth) {
             None => self.lengths.push(items.len()),
             Some(length) if *length != items.len() => return ragged(),
             Some(_) => {}
         }
-        let is_array = |item: &&RawValue| self.nests && item.get().starts_with('[');
+        let is_array = |item: &RawJson<'_>| self.nests && item.get().starts_with('[');
         let arrays = items.iter().filter(|item| is_array(item)).count();
         if arrays > 0 && arrays < items.len() {
             return ragged();

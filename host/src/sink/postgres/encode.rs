@@ -10,7 +10,6 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use bytes::BufMut as _;
-use serde_json::value::RawValue;
 
 use super::array;
 use super::kind::Kind;
@@ -18,8 +17,9 @@ use super::lineage;
 use super::numeric;
 use super::table::LiveTable;
 use crate::record::Row;
+use crate::sink::rows::form::RowForm;
 use crate::sink::rows::time::{self, Zone};
-use crate::sink::rows::value::{self, Json, Why};
+use crate::sink::rows::value::{self, Json, RawJson, Why};
 use crate::sink::rows::{self, RowFault, Slots};
 use crate::sink::{Refusal, WriteMode};
 
@@ -72,7 +72,8 @@ pub(super) struct GoneColumn(pub(super) String);
 pub(super) struct Encoder<'t, 'r> {
     table: &'t LiveTable,
     table_name: &'t str,
-    slots: Vec<Option<&'r RawValue>>,
+    slots: Vec<Option<RawJson<'r>>>,
+    form: RowForm,
     present: Vec<u16>,
     open: Vec<Group>,
     places: HashMap<Box<[u16]>, usize>,
@@ -105,6 +106,7 @@ impl<'t, 'r> Encoder<'t, 'r> {
             table,
             table_name,
             slots: vec![None; table.columns.len()],
+            form: RowForm::default(),
             present: Vec::with_capacity(table.columns.len()),
             open: Vec::new(),
             places: HashMap::new(),
@@ -122,14 +124,15 @@ impl<'t, 'r> Encoder<'t, 'r> {
         row: &'r Row,
         was_column: impl Fn(&str) -> bool,
     ) -> Result<(), GoneColumn> {
-        let outcome = match rows::spread(&row.payload, &self.table.names, &mut self.slots) {
-            Ok(()) => self.encode(index, row),
-            Err(RowFault::Refused(reason)) => Err(reason),
-            Err(RowFault::UnknownKey(key)) if was_column(&key) => return Err(GoneColumn(key)),
-            Err(RowFault::UnknownKey(key)) => {
-                Err(format!("no column {key:?} in table {}", self.table_name))
-            }
-        };
+        let outcome =
+            match rows::spread(&row.payload, &self.table.names, &mut self.form, &mut self.slots) {
+                Ok(()) => self.encode(index, row),
+                Err(RowFault::Refused(reason)) => Err(reason),
+                Err(RowFault::UnknownKey(key)) if was_column(&key) => return Err(GoneColumn(key)),
+                Err(RowFault::UnknownKey(key)) => {
+                    Err(format!("no column {key:?} in table {}", self.table_name))
+                }
+            };
         if let Err(reason) = outcome {
             self.refusals.push(Refusal { row: index, reason });
         }
@@ -240,7 +243,7 @@ fn put_tuple(
 }
 
 /// Writes a value behind its length.
-pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: &RawValue) -> Result<(), Why> {
+pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Result<(), Why> {
     let json = Json::of(raw)?;
     if json == Json::Null {
         out.put_i32(NULL);
@@ -256,7 +259,7 @@ pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: &RawValue) -> Result
 }
 
 /// Writes a value that is not null.
-fn put_value(out: &mut Vec<u8>, kind: Kind, json: &Json<'_>, raw: &RawValue) -> Result<(), Why> {
+fn put_value(out: &mut Vec<u8>, kind: Kind, json: &Json<'_>, raw: RawJson<'_>) -> Result<(), Why> {
     match kind {
         Kind::Bool => out.put_u8(value::boolean(json)?.into()),
         Kind::Int2 => out.put_i16(value::integer(json)?),

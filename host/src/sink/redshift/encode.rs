@@ -9,12 +9,13 @@ use std::io::Write as _;
 
 use bytes::Bytes;
 use flate2::write::GzEncoder;
-use serde_json::value::RawValue;
 
 use super::kind::Kind;
 use super::merge::{ROW, SET};
 use super::table::LiveTable;
 use crate::record::Row;
+use crate::sink::rows::form::RowForm;
+use crate::sink::rows::value::RawJson;
 use crate::sink::rows::{self, RowFault, Slots};
 use crate::sink::{Refusal, WriteMode};
 
@@ -70,12 +71,12 @@ pub(super) fn encode(
     let required: Vec<usize> = mode.required().filter_map(place).collect();
     let key: Vec<usize> = mode.key().iter().filter_map(|name| place(name)).collect();
     let mut encoded = Encoded::default();
-    let mut sets = Sets::default();
-    let mut slots: Vec<Option<&RawValue>> = vec![None; table.columns.len()];
+    let (mut sets, mut form) = (Sets::default(), RowForm::default());
+    let mut slots: Vec<Option<RawJson<'_>>> = vec![None; table.columns.len()];
     let (mut line, mut file) = (Vec::new(), OpenFile::default());
     for (index, row) in rows.iter().enumerate() {
         line.clear();
-        let outcome = match rows::spread(&row.payload, &table.names, &mut slots) {
+        let outcome = match rows::spread(&row.payload, &table.names, &mut form, &mut slots) {
             Ok(()) => check(&slots, table, &required)
                 .and_then(|()| put_columns(&mut line, table, &slots))
                 .and_then(|()| {
@@ -110,7 +111,7 @@ fn check(slots: &Slots<'_>, table: &LiveTable, required: &[usize]) -> Result<(),
     if slots.iter().all(Option::is_none) {
         return Err("the row names no column of the table".into());
     }
-    let is_null = |slot: &Option<&RawValue>| slot.is_none_or(|raw| raw.get() == "null");
+    let is_null = |slot: &Option<RawJson<'_>>| slot.is_none_or(|raw| raw.get() == "null");
     for place in required {
         if is_null(&slots[*place]) {
             let name = &table.columns[*place].name;
@@ -136,8 +137,8 @@ fn put_columns(line: &mut Vec<u8>, table: &LiveTable, slots: &Slots<'_>) -> Resu
         // Writing into a Vec cannot fail.
         let _infallible = serde_json::to_writer(&mut *line, &column.name);
         line.push(b':');
-        let put = column.kind.put(line, raw);
-        put.map_err(|why| rows::misfit(&column.name, &column.data_type, raw, &why))?;
+        let put = column.kind.put(line, *raw);
+        put.map_err(|why| rows::misfit(&column.name, &column.data_type, *raw, &why))?;
         if column.kind == Kind::Super {
             keep_on_line(line);
         }
@@ -243,12 +244,14 @@ impl OpenFile {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::value::RawValue;
+
     use super::*;
 
     #[test]
     fn no_row_overtakes_one_with_its_key() {
         let value: Box<RawValue> = serde_json::from_str("1").expect("JSON");
-        let (some, mut sets) = (Some(&*value), Sets::default());
+        let (some, mut sets) = (Some(RawJson::from(&*value)), Sets::default());
         let (short, long) = ([some, None], [some, some]);
         let mut set = |slots: &Slots<'_>, key: &str| sets.of(slots, key.as_bytes().to_vec());
         assert_eq!(set(&short, "a"), 0);

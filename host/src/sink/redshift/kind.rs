@@ -5,11 +5,10 @@
 use std::io::Write as _;
 
 use chrono::DateTime;
-use serde_json::value::RawValue;
 
 use crate::sink::rows::decimal::Decimal;
 use crate::sink::rows::time::{self, Zone};
-use crate::sink::rows::value::{self, Json, Why};
+use crate::sink::rows::value::{self, Json, RawJson, Why};
 
 /// The longest `varchar`, in bytes.
 const VARCHAR_BYTES_MAX: usize = 65_535;
@@ -145,7 +144,7 @@ impl Kind {
     ///
     /// # Errors
     /// Why the column does not take the value.
-    pub(super) fn put(self, out: &mut Vec<u8>, raw: &RawValue) -> Result<(), Why> {
+    pub(super) fn put(self, out: &mut Vec<u8>, raw: RawJson<'_>) -> Result<(), Why> {
         let json = Json::of(raw)?;
         if json == Json::Null {
             out.extend(b"null");
@@ -262,12 +261,14 @@ fn moment(micros: i64, form: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::value::RawValue;
+
     use super::*;
 
     fn put(kind: Kind, json: &str) -> Result<String, String> {
         let raw: Box<RawValue> = serde_json::from_str(json).expect("JSON");
         let mut out = Vec::new();
-        kind.put(&mut out, &raw).map_err(|why| why.into_owned())?;
+        kind.put(&mut out, (&*raw).into()).map_err(|why| why.into_owned())?;
         Ok(String::from_utf8(out).expect("UTF-8"))
     }
 

@@ -26,6 +26,28 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 /// Why a value does not fit: a fragment that follows the value.
 pub(crate) type Why = Cow<'static, str>;
 
+/// A JSON value's text, whose syntax is known to be right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RawJson<'a>(&'a str);
+
+impl<'a> RawJson<'a> {
+    /// Takes text that was read as one JSON value.
+    pub(super) fn known(text: &'a str) -> Self {
+        Self(text)
+    }
+
+    /// The text, as it was written.
+    pub(crate) fn get(self) -> &'a str {
+        self.0
+    }
+}
+
+impl<'a> From<&'a RawValue> for RawJson<'a> {
+    fn from(raw: &'a RawValue) -> Self {
+        Self(raw.get())
+    }
+}
+
 /// A JSON value, as far as a column cares.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Json<'a> {
@@ -43,7 +65,7 @@ pub(crate) enum Json<'a> {
 
 impl<'a> Json<'a> {
     /// Reads a value whose syntax is known to be right.
-    pub(crate) fn of(raw: &'a RawValue) -> Result<Self, Why> {
+    pub(crate) fn of(raw: RawJson<'a>) -> Result<Self, Why> {
         let text = raw.get();
         Ok(match text.as_bytes().first() {
             Some(b'n') => Self::Null,
@@ -171,7 +193,7 @@ pub(crate) fn text<'j>(json: &'j Json<'_>) -> Result<&'j str, Why> {
 }
 
 /// A document for a `json` column: any value, as it was written.
-pub(crate) fn document(raw: &RawValue) -> Result<&str, Why> {
+pub(crate) fn document(raw: RawJson<'_>) -> Result<&str, Why> {
     let text = raw.get();
     if is_nested_deeper_than(text, NESTING_MAX) {
         return Err(format!("the document is nested deeper than {NESTING_MAX} levels").into());

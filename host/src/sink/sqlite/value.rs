@@ -9,11 +9,10 @@
 use std::borrow::Cow;
 
 use rusqlite::types::{ToSqlOutput, Value, ValueRef};
-use serde_json::value::RawValue;
 
 use crate::sink::rows::decimal::Decimal;
 use crate::sink::rows::time::{self, Zone};
-use crate::sink::rows::value::{self, Json, Why};
+use crate::sink::rows::value::{self, Json, RawJson, Why};
 
 /// How a column's values are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +99,7 @@ impl Kind {
 }
 
 /// Reads a JSON value for a column.
-pub(super) fn bound<'r>(kind: Kind, raw: &'r RawValue) -> Result<ToSqlOutput<'r>, Why> {
+pub(super) fn bound<'r>(kind: Kind, raw: RawJson<'r>) -> Result<ToSqlOutput<'r>, Why> {
     let json = Json::of(raw)?;
     if json == Json::Null {
         return Ok(ToSqlOutput::Owned(Value::Null));
@@ -177,11 +176,13 @@ fn number(decimal: &Decimal<'_>, written: &str) -> Result<Value, Why> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::value::RawValue;
+
     use super::*;
 
     fn read(kind: Kind, json: &str) -> Result<Value, Why> {
         let raw: Box<RawValue> = serde_json::from_str(json).expect("JSON");
-        bound(kind, &raw).map(|bound| match bound {
+        bound(kind, (&*raw).into()).map(|bound| match bound {
             ToSqlOutput::Owned(value) => value,
             ToSqlOutput::Borrowed(value) => value.try_into().expect("a value"),
             other => panic!("{other:?}"),

@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, ErrorCode, params_from_iter};
-use serde_json::value::RawValue;
 
 use super::connection::{Held, quoted};
 use super::table::{self, LiveTable};
 use super::{Shared, position, value};
 use crate::record::{PositionSpan, Row, ShardKey};
 use crate::sink::Refusal;
+use crate::sink::rows::form::RowForm;
+use crate::sink::rows::value::RawJson;
 use crate::sink::rows::{self, RowFault};
 
 /// A commit as a blocking thread takes it along.
@@ -163,7 +164,8 @@ struct Insert<'c, 'r> {
     shared: &'c Shared,
     connection: &'c Connection,
     live: &'c LiveTable,
-    slots: Vec<Option<&'r RawValue>>,
+    slots: Vec<Option<RawJson<'r>>>,
+    form: RowForm,
     present: Vec<usize>,
     sql: String,
 }
@@ -171,11 +173,12 @@ struct Insert<'c, 'r> {
 impl<'c, 'r> Insert<'c, 'r> {
     fn new(shared: &'c Shared, connection: &'c Connection, live: &'c LiveTable) -> Self {
         let slots = vec![None; live.columns.len()];
-        Self { shared, connection, live, slots, present: Vec::new(), sql: String::new() }
+        let (form, present, sql) = (RowForm::default(), Vec::new(), String::new());
+        Self { shared, connection, live, slots, form, present, sql }
     }
 
     fn row(&mut self, row: &'r Row) -> Result<(), RowFailure> {
-        match rows::spread(&row.payload, &self.live.names, &mut self.slots) {
+        match rows::spread(&row.payload, &self.live.names, &mut self.form, &mut self.slots) {
             Ok(()) => {}
             Err(RowFault::Refused(reason)) => return Err(RowFailure::Refused(reason)),
             Err(RowFault::UnknownKey(key)) => return Err(self.unknown(&key)),
