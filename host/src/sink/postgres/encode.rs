@@ -244,11 +244,11 @@ fn put_tuple(
 
 /// Writes a value behind its length.
 pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Result<(), Why> {
-    let json = Json::of(raw)?;
-    if json == Json::Null {
+    if raw.get() == "null" {
         out.put_i32(NULL);
         return Ok(());
     }
+    let json = Json::of(raw)?;
     let start = out.len();
     out.put_i32(0);
     put_value(out, kind, &json, raw)?;

@@ -65,6 +65,7 @@ pub(crate) enum Json<'a> {
 
 impl<'a> Json<'a> {
     /// Reads a value whose syntax is known to be right.
+    #[inline]
     pub(crate) fn of(raw: RawJson<'a>) -> Result<Self, Why> {
         let text = raw.get();
         Ok(match text.as_bytes().first() {
