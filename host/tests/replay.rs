@@ -170,7 +170,7 @@ fn a_window_is_compared_and_then_replaced() {
 
     let report = world.replayed(&from, &to, &["--swap"]);
     assert_eq!(report["swapped"], serde_json::json!([100, 90]), "{report}");
-    let gone = |id: &u64| (100..200).contains(id) && id % 10 == 0;
+    let gone = |id: &u64| (100..200).contains(id) && id.is_multiple_of(10);
     let due: Vec<u64> = (0..300).filter(|id| !gone(id)).collect();
     assert_eq!(world.ids(&world.table), due);
     let count =
