@@ -225,6 +225,8 @@ fn what_would_lose_or_double_rows_is_refused() {
     assert!(world.refused(&from, later, &[]).contains("--to must be past"));
     assert!(world.refused(later, &from, &[]).contains("--from must be before --to"));
     let own = world.table.clone();
+    let long_ago = world.refused("2014-01-01T00:00:00Z", &from, &["--swap"]);
+    assert!(long_ago.contains("the stream holds records from"), "{long_ago}");
     let taken = world.refused(&from, &next_second(), &["--into", &own]);
     assert!(taken.contains("was not made by a replay"), "{taken}");
     assert_eq!(world.ids(&world.table).len(), 19);

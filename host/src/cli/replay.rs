@@ -19,6 +19,7 @@ use crate::lease::PipelineLock;
 use crate::record::{Position, ShardId, ShardKey, SinkName};
 use crate::sink::Sink;
 use crate::sink::postgres::{PostgresSink, TableWindow, WindowDiff};
+use crate::source::ShardSource;
 use crate::source::window::WindowSource;
 use crate::supervisor::{RunOptions, Supervisor};
 
@@ -86,7 +87,11 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         stream::source(&PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() })
             .await?;
     let stream = Arc::new(source.identity().await?);
-    let source = WindowSource::new(source, window_ms);
+    if options.swap {
+        check_held(&*source, &window_ms).await?;
+    }
+    let held = source.clone();
+    let source = WindowSource::new(source, window_ms.clone());
     let last = source.last();
     let (host, sinks) = (plugin_host(&config)?, sinks::build(&own)?);
     let run = RunOptions {
@@ -117,6 +122,8 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         );
         let last = last.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let live = PostgresSink::new(sink, live)?;
+        // If it holds all of the window now, it did when it was read.
+        check_held(&*held, &window_ms).await?;
         check_passed(&live, &config, stream, last).await?;
         let (deleted, inserted) = table.swap().await.map_err(anyhow::Error::msg)?;
         console.say(format!("replaced: {deleted} rows deleted, {inserted} inserted"));
@@ -204,6 +211,20 @@ fn forget_state(folder: &Path) -> anyhow::Result<()> {
             _ => {}
         }
     }
+    Ok(())
+}
+
+/// The stream must hold all of the window still: rows of records that are gone could not be made again.
+async fn check_held(source: &dyn ShardSource, window_ms: &Range<u64>) -> anyhow::Result<()> {
+    let Some(from_ms) = source.holds_from_ms().await? else { return Ok(()) };
+    let from = DateTime::from_timestamp_millis(from_ms).unwrap_or_default();
+    let begins_ms = i64::try_from(window_ms.start).unwrap_or(i64::MAX);
+    ensure!(
+        begins_ms >= from_ms,
+        "nothing was replaced: the stream holds records from {} on, rows of earlier ones could not be \
+         made again; let the window begin there",
+        from.to_rfc3339()
+    );
     Ok(())
 }
 

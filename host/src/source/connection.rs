@@ -17,8 +17,6 @@ use crate::budget::Budget;
 use crate::config::OnLostRecords;
 use crate::record::{ShardId, ShardKey, StreamIdentity, StreamRef};
 
-const MS_PER_HOUR: i64 = 3_600_000;
-
 /// A stream as its readers see it; shared by all of them.
 pub struct StreamConnection {
     /// The client.
@@ -178,9 +176,8 @@ impl StreamConnection {
         shard: &ShardKey,
         caught_up_ms: Option<i64>,
     ) -> Result<(), SourceError> {
-        let retention_hours = stream::describe(&self.client, &self.stream).await?.retention_hours;
-        let now_ms = chrono::Utc::now().timestamp_millis();
-        let retained_from_ms = now_ms - i64::from(retention_hours) * MS_PER_HOUR;
+        let found = stream::describe(&self.client, &self.stream).await?;
+        let (retention_hours, retained_from_ms) = (found.retention_hours, found.retained_from_ms());
         if caught_up_ms.is_some_and(|caught_up_ms| caught_up_ms >= retained_from_ms) {
             return Ok(());
         }

@@ -62,6 +62,11 @@ impl ShardSource for KinesisSource {
         Ok(found.identity)
     }
 
+    async fn holds_from_ms(&self) -> Result<Option<i64>, SourceError> {
+        let found = stream::describe(&self.connection.client, &self.connection.stream).await?;
+        Ok(Some(found.retained_from_ms().max(found.identity.created_ms)))
+    }
+
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
         self.connection.shards().await
     }

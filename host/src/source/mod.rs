@@ -195,6 +195,14 @@ pub trait ShardSource: Send + Sync {
     /// Where a shard starts that was never begun and whose ancestors were not, either.
     fn start(&self) -> &StartPosition;
 
+    /// From when on, in milliseconds since 1970, it holds all records that arrived; `None`: it drops none.
+    ///
+    /// # Errors
+    /// [`SourceError`] when the stream is not there or out of reach.
+    async fn holds_from_ms(&self) -> Result<Option<i64>, SourceError> {
+        Ok(None)
+    }
+
     /// A reader of a shard.
     ///
     /// # Errors

@@ -38,6 +38,14 @@ pub struct Description {
     pub retention_hours: u32,
 }
 
+impl Description {
+    /// When the oldest record arrived that the stream may hold now, in milliseconds since 1970.
+    pub fn retained_from_ms(&self) -> i64 {
+        const MS_PER_HOUR: i64 = 3_600_000;
+        chrono::Utc::now().timestamp_millis() - i64::from(self.retention_hours) * MS_PER_HOUR
+    }
+}
+
 /// Creates a stream; one that exists already is left as it is.
 ///
 /// # Errors

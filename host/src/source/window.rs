@@ -49,6 +49,10 @@ impl ShardSource for WindowSource {
         self.source.shards().await
     }
 
+    async fn holds_from_ms(&self) -> Result<Option<i64>, SourceError> {
+        self.source.holds_from_ms().await
+    }
+
     fn start(&self) -> &StartPosition {
         self.source.start()
     }
@@ -63,6 +67,7 @@ impl ShardSource for WindowSource {
             window_ms: self.window_ms.clone(),
             shard: shard.shard.clone(),
             last: self.last.clone(),
+            was_idle: false,
         }))
     }
 }
@@ -72,6 +77,8 @@ struct WindowReader {
     window_ms: Range<u64>,
     shard: ShardId,
     last: LastInWindow,
+    /// The last read brought nothing, and nothing was left.
+    was_idle: bool,
 }
 
 #[async_trait]
@@ -79,8 +86,12 @@ impl BatchReader for WindowReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         Ok(match self.reader.next_batch().await? {
             NextBatch::Batch(batch) => self.part(batch),
-            // What arrives from now on is not of the past.
-            NextBatch::Idle { behind_ms: 0 } => NextBatch::SourceEnd,
+            // What arrives from now on is not of the past. Twice, as a run that ends when caught up.
+            NextBatch::Idle { behind_ms: 0 } if self.was_idle => NextBatch::SourceEnd,
+            NextBatch::Idle { behind_ms } => {
+                self.was_idle = behind_ms == 0;
+                NextBatch::Idle { behind_ms }
+            }
             other => other,
         })
     }
@@ -88,7 +99,8 @@ impl BatchReader for WindowReader {
 
 impl WindowReader {
     /// What a batch has of the window; its span stays whole.
-    fn part(&self, mut batch: Batch) -> NextBatch {
+    fn part(&mut self, mut batch: Batch) -> NextBatch {
+        self.was_idle = false;
         let past_end_ms = self.window_ms.end + PAST_END_MS;
         if batch.records.iter().all(|record| record.arrived_ms >= past_end_ms)
             && !batch.records.is_empty()
