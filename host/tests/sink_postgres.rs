@@ -14,7 +14,7 @@ use shardmill::sink::postgres::{CONNECTIONS_MAX, PostgresSink};
 use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
 use sql_sinks::keyed;
 use sql_sinks::proxy::{Cut, Proxy};
-use sql_sinks::{Log, commit, expect_fenced, expect_unavailable, position, route, shard};
+use sql_sinks::{Log, assert_fences, commit, expect_unavailable, position, route, shard};
 use tokio_postgres::{Client, NoTls};
 
 fn url() -> String {
@@ -154,15 +154,7 @@ async fn an_earlier_owner_cannot_commit() {
     let mart = Mart::new("fence").await;
     mart.sql("CREATE TABLE cars (id bigint)").await;
     let sink = mart.sink("cars");
-    let log = Log::default();
-    let mut zombie = acquire(&sink).await.writer;
-    zombie.commit(&commit(0, &[r#"{"id":1}"#]), &log).await.expect("committed");
-    let Acquired { writer: mut owner, position: start, .. } = acquire(&sink).await;
-    assert_eq!(start, Some(position(1)));
-    expect_fenced(zombie.commit(&commit(1, &[r#"{"id":2}"#]), &log).await);
-    expect_fenced(zombie.commit(&commit(0, &[r#"{"id":1}"#]), &log).await);
-    owner.commit(&commit(1, &[r#"{"id":2}"#]), &log).await.expect("committed");
-    expect_fenced(owner.commit(&commit(5, &[r#"{"id":9}"#]), &log).await);
+    assert_fences(&sink, &sink).await;
     assert_eq!(mart.one("SELECT string_agg(id::text, ' ' ORDER BY id) FROM cars").await, "1 2");
 }
 

@@ -7,7 +7,7 @@ mod sql_sinks;
 use shardmill::sink::sqlite::SqliteSink;
 use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
 use sql_sinks::keyed;
-use sql_sinks::{Log, commit, expect_fenced, expect_unavailable, position, route, shard};
+use sql_sinks::{Log, assert_fences, commit, expect_unavailable, position, route, shard};
 
 /// A file of the test's own, and a connection to look at it with.
 struct Mart {
@@ -125,15 +125,7 @@ async fn an_earlier_owner_cannot_commit() {
     mart.sql("CREATE TABLE cars (id bigint PRIMARY KEY)");
     // Two sinks on one file, as two processes have them.
     let (sink, other) = (mart.sink("cars"), mart.sink("cars"));
-    let log = Log::default();
-    let mut zombie = acquire(&sink).await.writer;
-    zombie.commit(&commit(0, &[r#"{"id":1}"#]), &log).await.expect("committed");
-    let Acquired { writer: mut owner, position: start, .. } = acquire(&other).await;
-    assert_eq!(start, Some(position(1)));
-    expect_fenced(zombie.commit(&commit(1, &[r#"{"id":2}"#]), &log).await);
-    expect_fenced(zombie.commit(&commit(0, &[r#"{"id":1}"#]), &log).await);
-    owner.commit(&commit(1, &[r#"{"id":2}"#]), &log).await.expect("committed");
-    expect_fenced(owner.commit(&commit(5, &[r#"{"id":9}"#]), &log).await);
+    assert_fences(&sink, &other).await;
     assert_eq!(mart.one("SELECT group_concat(id, ' ') FROM cars"), "1 2");
 }
 

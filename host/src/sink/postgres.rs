@@ -117,7 +117,8 @@ impl Sink for PostgresSink {
     async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
         let shared = &*self.shared;
         rows::check_formats(&shared.sink, routes)?;
-        let columns = rows::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
+        let columns =
+            rows::declared::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
         let session = shared.session().await?;
         let (mode, lineage) = (&shared.mode, shared.lineage);
         table::prepare(&session.client, &shared.table, &columns, self.create, mode, lineage)

@@ -130,7 +130,8 @@ impl Sink for RedshiftSink {
     async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
         let shared = &*self.shared;
         rows::check_formats(&shared.sink, routes)?;
-        let columns = rows::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
+        let columns =
+            rows::declared::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
         let client = shared.connect().await?;
         table::prepare(&client, &shared.table, &columns, self.create, &shared.mode)
             .await

@@ -22,6 +22,7 @@ use super::{BoundRoute, SinkError};
 use crate::record::SinkName;
 
 pub(crate) mod decimal;
+pub(crate) mod declared;
 pub(crate) mod form;
 pub(crate) mod time;
 pub(crate) mod value;
@@ -193,17 +194,6 @@ pub(crate) fn shortened(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// A column as the routes of one sink declare it together.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct DeclaredColumn<'r> {
-    pub(crate) name: &'r str,
-    pub(crate) data_type: &'r str,
-    /// Whether a row may lack it or bring null.
-    pub(crate) nullable: bool,
-    /// The first route that declares it, for errors.
-    pub(crate) route: &'r str,
-}
-
 /// Each column that a route declared or that the table once had, by all shards of a sink: when one
 /// of them is gone, that is the table's doing and no fault of the rows.
 #[derive(Debug, Default)]
@@ -224,64 +214,6 @@ impl KnownColumns {
     pub(crate) fn contains(&self, name: &str) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
-}
-
-/// Whether a missing table may be made, from what is configured and declared.
-///
-/// # Errors
-/// Why not, and the way out.
-pub(crate) fn may_create(
-    table: impl fmt::Display,
-    declared: &[DeclaredColumn<'_>],
-    create: bool,
-) -> Result<(), String> {
-    if !create {
-        return Err(format!(
-            "table {table} does not exist: create it, or let the sink do so (create = true)"
-        ));
-    }
-    if declared.is_empty() {
-        return Err(format!(
-            "table {table} does not exist and cannot be created: no route declares columns"
-        ));
-    }
-    Ok(())
-}
-
-/// What the routes declare together, in the order of its first mention. A column that one route
-/// has and another lacks is nullable.
-pub(crate) fn declared_columns(routes: &[BoundRoute]) -> Result<Vec<DeclaredColumn<'_>>, String> {
-    let mut columns: Vec<DeclaredColumn<'_>> = Vec::new();
-    let declaring = routes.iter().filter(|route| !route.columns.is_empty());
-    for route in declaring.clone() {
-        for column in &route.columns {
-            let (name, data_type) = (column.name.as_str(), column.data_type.trim());
-            let nullable = column.nullable || declaring.clone().any(|other| !declares(other, name));
-            match columns.iter_mut().find(|known| known.name == name) {
-                None => {
-                    let route = route.name.as_str();
-                    columns.push(DeclaredColumn { name, data_type, nullable, route });
-                }
-                Some(known) if known.data_type.eq_ignore_ascii_case(data_type) => {
-                    known.nullable |= nullable;
-                }
-                Some(known) => {
-                    return Err(format!(
-                        "the routes disagree on column {name:?}: {} in route {:?}, {data_type} in \
-                         route {:?}: bind them to sinks with a table each, or declare one type",
-                        known.data_type,
-                        known.route,
-                        route.name.as_str()
-                    ));
-                }
-            }
-        }
-    }
-    Ok(columns)
-}
-
-fn declares(route: &BoundRoute, name: &str) -> bool {
-    route.columns.iter().any(|column| column.name == name)
 }
 
 /// Checks that every route carries JSON.

@@ -109,12 +109,12 @@ impl Sink for SqliteSink {
 
     async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
         rows::check_formats(&self.shared.sink, routes)?;
-        let declared =
-            rows::declared_columns(routes).map_err(|cause| self.shared.unavailable(cause))?;
+        let declared = rows::declared::declared_columns(routes)
+            .map_err(|cause| self.shared.unavailable(cause))?;
         self.shared.known_columns.remember(declared.iter().map(|column| column.name));
         let (routes, shared, create) = (routes.to_vec(), Arc::clone(&self.shared), self.create);
         self.call(move |held| {
-            let declared = rows::declared_columns(&routes)?;
+            let declared = rows::declared::declared_columns(&routes)?;
             table::prepare(&mut held.connection, &shared.table, &declared, create, &shared.mode)
         })
         .await

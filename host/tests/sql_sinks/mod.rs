@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use shardmill::record::{
     Batch, Entry, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
 };
-use shardmill::sink::{BoundRoute, Column, Commit, Refusal, RefusalLog, SinkError};
+use shardmill::sink::{BoundRoute, Column, Commit, Refusal, RefusalLog, Sink, SinkError};
 
 /// A shard; tests tell their shards apart by name.
 pub fn shard(name: &str) -> ShardKey {
@@ -113,6 +113,21 @@ impl RefusalLog for Log {
         self.held.lock().expect("no panic").extend(new);
         Ok(())
     }
+}
+
+/// Checks that an owner of a shard fences the one before it: the rows 1 and 2 of a column `id` come
+/// from one owner each. `again` is another sink at the same table, as another process has it.
+pub async fn assert_fences(sink: &dyn Sink, again: &dyn Sink) {
+    let (shard, log) = (shard("shardId-000000000000"), Log::default());
+    let mut zombie = sink.acquire(&shard).await.expect("acquired").writer;
+    zombie.commit(&commit(0, &[r#"{"id":1}"#]), &log).await.expect("committed");
+    let acquired = again.acquire(&shard).await.expect("acquired");
+    assert_eq!(acquired.position, Some(position(1)));
+    let mut owner = acquired.writer;
+    expect_fenced(zombie.commit(&commit(1, &[r#"{"id":2}"#]), &log).await);
+    expect_fenced(zombie.commit(&commit(0, &[r#"{"id":1}"#]), &log).await);
+    owner.commit(&commit(1, &[r#"{"id":2}"#]), &log).await.expect("committed");
+    expect_fenced(owner.commit(&commit(5, &[r#"{"id":9}"#]), &log).await);
 }
 
 /// Checks that a call failed with [`SinkError::Unavailable`], with this part.

@@ -13,7 +13,10 @@ use super::name::{TableName, quoted};
 use super::session;
 use crate::postgres::describe;
 use crate::sink::WriteMode;
-use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
+use crate::sink::rows::ColumnNames;
+use crate::sink::rows::declared::{
+    DeclaredColumn, Fit, LiveFit, check_fit, check_required, create_table_sql, may_create,
+};
 
 /// Reads columns with their types; one row without a name stands for a table without columns, no oid
 /// for no table.
@@ -123,13 +126,7 @@ pub(super) async fn prepare(
         check(table, &live, column, kind)?;
     }
     if *mode != WriteMode::Append {
-        for name in mode.required() {
-            if !live.columns.iter().any(|column| column.name == name) {
-                return Err(format!(
-                    "table {table} has no column {name:?}, which the sink's `key` or `newest_by` names"
-                ));
-            }
-        }
+        check_required(table, mode, live.columns.iter().map(|column| column.name.as_str()))?;
         merge::check_key(client, table, mode).await?;
     }
     if with_lineage {
@@ -170,34 +167,19 @@ fn check(
     table: &TableName,
     live: &LiveTable,
     declared: &DeclaredColumn<'_>,
-    kind: Kind,
+    due: Kind,
 ) -> Result<(), String> {
-    let DeclaredColumn { name, data_type, route, .. } = declared;
-    let Some(column) = live.columns.iter().find(|column| column.name == *name) else {
-        let columns: Vec<&str> = live.columns.iter().map(|column| column.name.as_str()).collect();
-        return Err(format!(
-            "route {route:?} declares column {name:?} ({data_type}), table {table} has no such \
-             column, it has {}: add the column, or bind the route to another table",
-            columns.join(", ")
-        ));
-    };
-    if column.is_generated {
-        return Err(format!(
-            "route {route:?} declares column {name:?}, which table {table} generates itself: \
-             leave it out of the rows"
-        ));
-    }
-    if column.kind.holds(kind) {
-        return Ok(());
-    }
-    Err(format!(
-        "column {name:?} is {data_type} in route {route:?} and {} in table {table}: {}",
-        column.data_type,
-        match column.kind {
-            Kind::Unsupported => "rows cannot fill a column of that type yet",
-            _ => "not every value would fit; alter the column, or declare its type",
-        }
-    ))
+    let live = live.columns.iter().map(|column| LiveFit {
+        name: &column.name,
+        data_type: &column.data_type,
+        is_generated: column.is_generated,
+        fit: match column.kind {
+            Kind::Unsupported => Fit::Unsupported,
+            kind if kind.holds(due) => Fit::Holds,
+            _ => Fit::TooNarrow,
+        },
+    });
+    check_fit(table, declared, live)
 }
 
 /// Tells of columns that refuse nulls which may come: no error, because a trigger may fill them.
@@ -271,11 +253,7 @@ async fn create_table(
     if with_lineage {
         columns.extend(lineage::COLUMNS.map(|(name, kind)| format!("{name} {kind} NOT NULL")));
     }
-    let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
-    if !key.is_empty() {
-        columns.push(format!("PRIMARY KEY ({})", key.join(", ")));
-    }
-    let create = format!("CREATE TABLE IF NOT EXISTS {} ({})", table.quoted(), columns.join(", "));
+    let create = create_table_sql(&table.quoted(), columns, mode, quoted);
     session::create_once(client, &create)
         .await
         .map_err(|error| format!("cannot create table {table}: {}", describe(&error)))

@@ -8,7 +8,10 @@ use super::session::{self, literal};
 use crate::postgres::describe;
 use crate::sink::WriteMode;
 use crate::sink::postgres::{TableName, quoted};
-use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
+use crate::sink::rows::ColumnNames;
+use crate::sink::rows::declared::{
+    DeclaredColumn, Fit, LiveFit, check_fit, check_required, create_table_sql, may_create,
+};
 
 /// What the columns that a load adds begin with.
 pub(super) const OWN_PREFIX: &str = "shardmill_";
@@ -92,13 +95,7 @@ pub(super) async fn prepare(
     for column in declared {
         check(table, &live, column)?;
     }
-    for name in mode.required() {
-        if !live.columns.iter().any(|column| column.name == name) {
-            return Err(format!(
-                "table {table} has no column {name:?}, which the sink's `key` or `newest_by` names"
-            ));
-        }
-    }
+    check_required(table, mode, live.columns.iter().map(|column| column.name.as_str()))?;
     match live.columns.iter().find(|column| column.name.starts_with(OWN_PREFIX)) {
         Some(column) => Err(format!(
             "table {table} has the column {:?}: names that begin with {OWN_PREFIX} are taken while \
@@ -126,26 +123,19 @@ fn check_type(
 
 /// Checks one declared column against the live table.
 fn check(table: &TableName, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result<(), String> {
-    let DeclaredColumn { name, data_type, route, .. } = declared;
-    let Some(column) = live.columns.iter().find(|column| column.name == *name) else {
-        let columns: Vec<&str> = live.columns.iter().map(|column| column.name.as_str()).collect();
-        return Err(format!(
-            "route {route:?} declares column {name:?} ({data_type}), table {table} has no such \
-             column, it has {}: add the column, or bind the route to another table",
-            columns.join(", ")
-        ));
-    };
-    if column.kind.holds(Kind::of(data_type)) {
-        return Ok(());
-    }
-    Err(format!(
-        "column {name:?} is {data_type} in route {route:?} and {} in table {table}: {}",
-        column.data_type,
-        match column.kind {
-            Kind::Unsupported => "rows cannot fill a column of that type yet",
-            _ => "not every value would fit; alter the column, or declare its type",
-        }
-    ))
+    let due = Kind::of(declared.data_type);
+    let live = live.columns.iter().map(|column| LiveFit {
+        name: &column.name,
+        data_type: &column.data_type,
+        // Which column is one, only the merge shows.
+        is_generated: false,
+        fit: match column.kind {
+            Kind::Unsupported => Fit::Unsupported,
+            kind if kind.holds(due) => Fit::Holds,
+            _ => Fit::TooNarrow,
+        },
+    });
+    check_fit(table, declared, live)
 }
 
 /// Creates the table, if that is asked for.
@@ -161,13 +151,9 @@ async fn create_table(
         let null = if column.nullable { "" } else { " NOT NULL" };
         format!("{} {}{null}", quoted(column.name), Kind::of(column.data_type).sql())
     };
-    let mut columns: Vec<String> = declared.iter().map(column).collect();
-    let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
-    if !key.is_empty() {
-        // Redshift enforces no key; its planner believes it.
-        columns.push(format!("PRIMARY KEY ({})", key.join(", ")));
-    }
-    let create = format!("CREATE TABLE IF NOT EXISTS {} ({})", table.quoted(), columns.join(", "));
+    let columns: Vec<String> = declared.iter().map(column).collect();
+    // Redshift enforces no key; its planner believes it.
+    let create = create_table_sql(&table.quoted(), columns, mode, quoted);
     session::run(client, &create)
         .await
         .map(drop)

@@ -6,7 +6,10 @@ use rusqlite::Connection;
 use super::connection::quoted;
 use super::value::Kind;
 use crate::sink::WriteMode;
-use crate::sink::rows::{ColumnNames, DeclaredColumn, may_create};
+use crate::sink::rows::ColumnNames;
+use crate::sink::rows::declared::{
+    DeclaredColumn, Fit, LiveFit, check_fit, create_table_sql, may_create,
+};
 
 /// Columns without the hidden ones of virtual tables; 2 and 3 mark generated ones.
 const READ_COLUMNS: &str = "SELECT name, type, hidden IN (2, 3) FROM pragma_table_xinfo(?1) \
@@ -123,29 +126,14 @@ fn check_key(connection: &Connection, table: &str, mode: &WriteMode) -> Result<(
 
 /// Checks one declared column against the live table.
 fn check(table: &str, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result<(), String> {
-    let DeclaredColumn { name, data_type, route, .. } = declared;
-    let Some(column) = live.columns.iter().find(|column| column.name == *name) else {
-        let columns: Vec<&str> = live.columns.iter().map(|column| column.name.as_str()).collect();
-        return Err(format!(
-            "route {route:?} declares column {name:?} ({data_type}), table {table} has no such \
-             column, it has {}: add the column, or bind the route to another table",
-            columns.join(", ")
-        ));
-    };
-    if column.is_generated {
-        return Err(format!(
-            "route {route:?} declares column {name:?}, which table {table} generates itself: \
-             leave it out of the rows"
-        ));
-    }
-    if column.kind.holds(Kind::of(data_type)) {
-        return Ok(());
-    }
-    Err(format!(
-        "column {name:?} is {data_type} in route {route:?} and {} in table {table}: not every \
-         value would fit; alter the column, or declare its type",
-        column.data_type
-    ))
+    let due = Kind::of(declared.data_type);
+    let live = live.columns.iter().map(|column| LiveFit {
+        name: &column.name,
+        data_type: &column.data_type,
+        is_generated: column.is_generated,
+        fit: if column.kind.holds(due) { Fit::Holds } else { Fit::TooNarrow },
+    });
+    check_fit(table, declared, live)
 }
 
 /// Checks that a declared type is a type's name and nothing more: words, then at most two numbers.
@@ -179,7 +167,7 @@ fn create_table(
     mode: &WriteMode,
 ) -> Result<(), String> {
     may_create(table, declared, create)?;
-    let mut columns: Vec<String> = declared
+    let columns: Vec<String> = declared
         .iter()
         .map(|column| {
             let data_type = Kind::of(column.data_type).created_as(column.data_type);
@@ -187,11 +175,7 @@ fn create_table(
             format!("{} {data_type}{null}", quoted(column.name))
         })
         .collect();
-    let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
-    if !key.is_empty() {
-        columns.push(format!("PRIMARY KEY ({})", key.join(", ")));
-    }
-    let create = format!("CREATE TABLE IF NOT EXISTS {} ({})", quoted(table), columns.join(", "));
+    let create = create_table_sql(&quoted(table), columns, mode, quoted);
     connection
         .execute_batch(&create)
         .map_err(|error| format!("cannot create table {table}: {error}"))
