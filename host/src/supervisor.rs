@@ -37,6 +37,14 @@ pub struct RunOptions {
     pub embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
 }
 
+impl RunOptions {
+    /// A run with all that the configuration names, and plugins from files.
+    pub fn new(until_caught_up: bool) -> Self {
+        let dropped_sinks = HashSet::new();
+        Self { until_caught_up, dropped_sinks, embedded_plugin: |_| None }
+    }
+}
+
 /// A pipeline that is proven and owns its state.
 pub struct Supervisor {
     shared: Arc<Shared>,

@@ -81,11 +81,7 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
         config.source.batch,
         config.buffer_bytes_max,
     ));
-    let run_options = RunOptions {
-        until_caught_up: true,
-        dropped_sinks: Default::default(),
-        embedded_plugin: bundled_plugin,
-    };
+    let run_options = RunOptions { embedded_plugin: bundled_plugin, ..RunOptions::new(true) };
     let supervisor = run::prepare(config.clone(), source, run_options).await?;
     let (board, letters) = (supervisor.board(), supervisor.letters());
     supervisor.run(run::stop_on_signals()?).await?;

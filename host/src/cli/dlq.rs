@@ -1,6 +1,5 @@
 //! `shardmill dlq`: what a pipeline could not process, and why.
 
-use std::collections::HashSet;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -314,11 +313,7 @@ async fn redrive(wanted: &Letters, all: bool, console: &Console) -> anyhow::Resu
     let source = LettersSource::new(redrives.clone(), id, &config.name, config.source.batch);
     let sinks = sinks::build(&config)?;
     let host = plugin_host(&config)?;
-    let options = RunOptions {
-        until_caught_up: true,
-        dropped_sinks: HashSet::new(),
-        embedded_plugin: |_| None,
-    };
+    let options = RunOptions::new(true);
     let supervisor =
         Supervisor::prepare_under(lock, config, host, Arc::new(source), sinks, options).await?;
     supervisor.run(stop_on_signals()?).await?;

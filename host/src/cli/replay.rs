@@ -1,7 +1,7 @@
 //! `shardmill replay`: a window of time again, by today's plugins, beside the live table or in the place
 //! of its rows.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
@@ -94,11 +94,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let source = WindowSource::new(source, window_ms.clone());
     let last = source.last();
     let (host, sinks) = (plugin_host(&config)?, sinks::build(&own)?);
-    let run = RunOptions {
-        until_caught_up: false,
-        dropped_sinks: HashSet::new(),
-        embedded_plugin: |_| None,
-    };
+    let run = RunOptions::new(false);
     let supervisor =
         Supervisor::prepare_under(lock, own, host, Arc::new(source), sinks, run).await?;
     let letters = supervisor.letters();

@@ -1,6 +1,5 @@
 //! `shardmill run`: a pipeline, until it is told to stop.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -53,9 +52,8 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     };
     let stop = stop_on_signals()?;
     let run_options = RunOptions {
-        until_caught_up: options.until_caught_up,
         dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
-        embedded_plugin: |_| None,
+        ..RunOptions::new(options.until_caught_up)
     };
     let (source, embedded) = stream::source(&config).await?;
     let intake = match (intake_port, config.source.kinesis()) {
@@ -109,12 +107,7 @@ async fn prepare_copies(
     };
     let (letters, name, limits) = (pipeline.letters(), config.name.clone(), config.source.batch);
     let source = LetterLogSource::new(letters, name, limits, last_letter);
-    let options = RunOptions {
-        until_caught_up: false,
-        dropped_sinks: HashSet::new(),
-        embedded_plugin: |_| None,
-    };
-    prepare(config, Arc::new(source), options).await.map(Some)
+    prepare(config, Arc::new(source), RunOptions::new(false)).await.map(Some)
 }
 
 /// Runs a pipeline and what copies its letters, until both have ended. When one fails, the other is

@@ -93,8 +93,7 @@ impl ShardSource for FileSource {
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
-        let parents = Vec::new();
-        Ok(vec![Shard { id: ShardId::new(SHARD), parents, is_closed: false, hash_range: None }])
+        Ok(vec![Shard::only(ShardId::new(SHARD))])
     }
 
     fn start(&self) -> &StartPosition {

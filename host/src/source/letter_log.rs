@@ -52,8 +52,7 @@ impl ShardSource for LetterLogSource {
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
-        let parents = Vec::new();
-        Ok(vec![Shard { id: SHARD.into(), parents, is_closed: false, hash_range: None }])
+        Ok(vec![Shard::only(SHARD.into())])
     }
 
     fn start(&self) -> &StartPosition {

@@ -40,8 +40,7 @@ impl ShardSource for LettersSource {
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
-        let parents = Vec::new();
-        Ok(vec![Shard { id: self.id.shard(), parents, is_closed: false, hash_range: None }])
+        Ok(vec![Shard::only(self.id.shard())])
     }
 
     fn start(&self) -> &StartPosition {

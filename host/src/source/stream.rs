@@ -25,6 +25,13 @@ pub struct Shard {
     pub hash_range: Option<HashRange>,
 }
 
+impl Shard {
+    /// The one shard of a source that is no stream.
+    pub fn only(id: ShardId) -> Self {
+        Self { id, parents: Vec::new(), is_closed: false, hash_range: None }
+    }
+}
+
 /// What a stream is.
 #[derive(Clone, Debug)]
 pub struct Description {

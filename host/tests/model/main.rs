@@ -15,7 +15,7 @@ mod source;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -133,11 +133,7 @@ async fn run(
             let (inner, chaos) = (inner.clone(), chaos.clone());
             Arc::new(Unreliable { inner, chaos }) as Arc<dyn Sink>
         });
-        let options = RunOptions {
-            until_caught_up: true,
-            dropped_sinks: HashSet::new(),
-            embedded_plugin: |_| None,
-        };
+        let options = RunOptions::new(true);
         let sinks = unreliable.collect();
         let supervisor =
             Supervisor::prepare(config, rig.host(), Arc::new(source), sinks, options).await;
