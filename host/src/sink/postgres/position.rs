@@ -2,7 +2,7 @@
 //!
 //! One row per (pipeline, sink, stream, shard). `epoch` grows with each owner; the position moves
 //! only under the owner's epoch and only from where the owner thinks it is. Sequence numbers have
-//! up to 129 digits: `numeric`, bound as text and cast.
+//! up to 129 digits: `numeric`, written as SQL has numbers and read as text.
 
 use std::fmt;
 
