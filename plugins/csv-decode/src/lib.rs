@@ -22,12 +22,14 @@
 //! `{"year":2013,"origin":"EWR","time_hour":"2013-01-01T10:00:00Z"}`. A line that does not
 //! fit its columns is rejected, with the column and the value in the reason.
 
+mod plain;
 mod value;
 
 use csv_core::{ReadRecordResult, Reader, ReaderBuilder};
 use serde::Deserialize;
 use shardmill_sdk::{Context, Descriptor, Emitter, Error, Plugin, Record, Route, Writer};
 
+use plain::Plain;
 pub use value::ColumnType;
 
 const ROUTE_ROWS: u32 = 0;
@@ -67,6 +69,7 @@ pub struct Decoder {
     null: Vec<String>,
     header: Option<String>,
     delimiter: u8,
+    plain: Option<Plain>,
     reader: Reader,
     /// The fields of a line with quotes, unquoted, end to end.
     unquoted: Vec<u8>,
@@ -123,7 +126,8 @@ impl Decoder {
         let reader = ReaderBuilder::new().delimiter(delimiter).build();
         let header = config.skip_header_line;
         let (null, unquoted) = (config.null, Vec::new());
-        Ok(Self { columns, null, header, delimiter, reader, unquoted, ends })
+        let plain = Plain::new(delimiter, &null);
+        Ok(Self { columns, null, header, delimiter, plain, reader, unquoted, ends })
     }
 
     /// Decodes one line and writes its row: all of the plugin's work on a record.
@@ -135,6 +139,13 @@ impl Decoder {
         let line = trim_line_end(line);
         if self.header.as_deref().is_some_and(|header| header.as_bytes() == line) {
             return Ok(Decoded::Header);
+        }
+        if let Some(plain) = self.plain.filter(|_| !line.is_empty()) {
+            let begun = row.written();
+            if self.write_plain(plain, line, row) {
+                return Ok(Decoded::Row);
+            }
+            row.take_back(begun);
         }
         let (fields, gap) = if self.split_plain(line) {
             (line, 1)
@@ -401,6 +412,42 @@ mod tests {
             let reason = format!("column `a`: `{wrong}` is no timestamptz");
             assert_eq!(value("timestamptz", wrong), reason);
         }
+    }
+
+    #[test]
+    fn plain_lines_become_what_any_line_does() {
+        let config = r#"{"null":["NA",""],"columns":[{"name":"a","type":"bigint"},
+            {"name":"b","type":"text","nullable":false},{"name":"c","type":"skip"},
+            {"name":"d","type":"smallint"},{"name":"e","type":"numeric"},
+            {"name":"f","type":"boolean"}]}"#;
+        let values = [
+            "", "NA", "0", "-0", "7", "-12", "007", "1234", "32767", "99999", "1.50", "t", "Honda", "a b",
+            "\u{e9}", "\"q\"", "b\\", "123456789012345678", "9223372036854775808", "x,y", "\u{1}",
+        ];
+        let mut random = shardmill_sdk::Rng::with_seed(2014);
+        let (mut rows, mut total) = (0, 0);
+        for _ in 0..50_000 {
+            let fields = if random.u8(..20) == 0 { random.usize(..8) } else { 6 };
+            let good = [&values[..], &["12", "Honda", "x", "3", "1.5", "t"]];
+            let field = |place: usize| match random.u8(..4) {
+                0 => values[random.usize(..values.len())],
+                _ => good[1][place % 6],
+            };
+            let line: Vec<&str> = (0..fields).map(field).collect();
+            let line = line.join(",");
+            let mut decode = |plain: bool| {
+                let mut decoder = Decoder::new(serde_json::from_str(config).unwrap()).unwrap();
+                decoder.plain = decoder.plain.filter(|_| plain);
+                let mut row = Vec::new();
+                let decoded = decoder.write_row(line.as_bytes(), &mut Writer::new(&mut row));
+                decoded.map(|_| String::from_utf8(row).unwrap()).map_err(|error| error.to_string())
+            };
+            let found = decode(true);
+            assert_eq!(found, decode(false), "{line}");
+            total += 1;
+            rows += usize::from(found.is_ok());
+        }
+        assert!(rows * 10 > total, "{rows} of {total}");
     }
 
     #[test]

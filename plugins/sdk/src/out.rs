@@ -222,6 +222,17 @@ impl<'a> Writer<'a> {
         Self { arena }
     }
 
+    /// Where the arena ends now: for [`Writer::take_back`].
+    #[inline]
+    pub fn written(&self) -> usize {
+        self.arena.len()
+    }
+
+    /// Takes back what was written since [`Writer::written`] gave `end`.
+    pub fn take_back(&mut self, end: usize) {
+        self.arena.truncate(end);
+    }
+
     /// Appends `bytes`.
     #[inline]
     pub fn append(&mut self, bytes: impl AsRef<[u8]>) {
