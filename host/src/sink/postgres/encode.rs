@@ -244,6 +244,9 @@ fn put_tuple(
 
 /// Writes a value behind its length.
 pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Result<(), Why> {
+    if put_plain(out, kind, raw).is_some() {
+        return Ok(());
+    }
     if raw.get() == "null" {
         out.put_i32(NULL);
         return Ok(());
@@ -256,6 +259,32 @@ pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Resu
     let length = i32::try_from(length).map_err(|_| "the value is too large")?;
     out[start..start + size_of::<i32>()].copy_from_slice(&length.to_be_bytes());
     Ok(())
+}
+
+/// Writes the usual values of the usual columns behind their lengths. `None`: it is another, and nothing
+/// was written.
+#[inline]
+fn put_plain(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Option<()> {
+    match kind {
+        Kind::Int8 => {
+            let mut field = [0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+            field[4..].copy_from_slice(&value::plain_integer(raw)?.to_be_bytes());
+            out.extend_from_slice(&field);
+        }
+        Kind::Int4 => {
+            let value = i32::try_from(value::plain_integer(raw)?).ok()?;
+            let mut field = [0, 0, 0, 4, 0, 0, 0, 0];
+            field[4..].copy_from_slice(&value.to_be_bytes());
+            out.extend_from_slice(&field);
+        }
+        Kind::Text => {
+            let text = value::plain_text(raw)?;
+            out.put_i32(i32::try_from(text.len()).ok()?);
+            out.put_slice(text.as_bytes());
+        }
+        _ => return None,
+    }
+    Some(())
 }
 
 /// Writes a value that is not null.

@@ -116,6 +116,35 @@ pub(crate) fn boolean(json: &Json<'_>) -> Result<bool, Why> {
     }
 }
 
+/// An integer as it is mostly written: perhaps a sign, then at most 18 digits. `None`: it is written in
+/// another way, or is none.
+#[inline]
+pub(crate) fn plain_integer(raw: RawJson<'_>) -> Option<i64> {
+    let (text, sign) = match raw.get().as_bytes() {
+        [b'-', digits @ ..] => (digits, -1),
+        digits => (digits, 1),
+    };
+    if text.is_empty() || text.len() > 18 {
+        return None;
+    }
+    let mut value: i64 = 0;
+    for byte in text {
+        let digit = byte.wrapping_sub(b'0');
+        if digit > 9 {
+            return None;
+        }
+        value = value * 10 + i64::from(digit);
+    }
+    Some(value * sign)
+}
+
+/// The characters of a string without escapes, which most are. `None`: it has some, or is none.
+#[inline]
+pub(crate) fn plain_text(raw: RawJson<'_>) -> Option<&str> {
+    let plain = raw.get().strip_prefix('"')?.strip_suffix('"')?;
+    memchr::memchr(b'\\', plain.as_bytes()).is_none().then_some(plain)
+}
+
 /// An integer that the type holds. `3.0` and `3e2` are integers, `3.5` is none.
 pub(crate) fn integer<T: TryFrom<i64>>(json: &Json<'_>) -> Result<T, Why> {
     let text = json.number()?;
