@@ -19,8 +19,8 @@ use crate::process::{cargo, forget_this_package, project_root, read, run};
 use crate::wasm_toolchain::WasmToolchain;
 
 /// The plugins, by the names of their crates.
-const PLUGINS: [&str; 6] =
-    ["car-decode", "car-transform", "csv-decode", "hostile", "nosy", "route-json"];
+const PLUGINS: [&str; 7] =
+    ["car-decode", "car-transform", "csv-decode", "hostile", "nosy", "route-json", "stamp"];
 
 /// What each component is built from, besides its own crate.
 const SHARED_SOURCES: [&str; 4] =

@@ -1,0 +1,138 @@
+//! Stamps its version into each row: for tests of changes while records flow.
+//!
+//! | | |
+//! |---|---|
+//! | accepts | JSON objects |
+//! | route | `all`, `application/json` |
+//! | columns | `id` and `n` (bigint), `key` and `version` (text) |
+//! | configuration | any table; it is not read |
+//!
+//! What it does is said by a mark in its own bytes, which a test writes over: so any number of versions
+//! are made of one component without a compiler. The mark is `VERSION MISDEED [NUMBER]`, padded with
+//! spaces; the misdeeds are in [`Misdeed`].
+
+use serde_json::Value;
+use shardmill_sdk::{Context, Descriptor, Emitter, Error, Plugin, Record, Route};
+
+/// What a test finds and writes over, from behind the first bar on.
+static MARK: [u8; 80] =
+    *b"shardmill-stamp|v1 none                                                         ";
+/// Where the mark's text begins.
+const MARK_TEXT: usize = "shardmill-stamp|".len();
+/// Bytes that [`Misdeed::Leak`] keeps of each record's time.
+const LEAK_BYTES: usize = 256 << 10;
+
+/// What a version does beside its work, to each record whose `id` is a multiple of the number, or when it
+/// is configured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Misdeed {
+    /// `none`: nothing.
+    None,
+    /// `trap N`: it traps.
+    Trap,
+    /// `loop N`: it loops until the host's deadline.
+    Loop,
+    /// `leak N`: it keeps a quarter of a mebibyte.
+    Leak,
+    /// `reject N`: it rejects the record.
+    Reject,
+    /// `other N`: it gives another `n`.
+    Other,
+    /// `slow N`: it takes some 100 µs.
+    Slow,
+    /// `configure-trap`: it traps in `configure`.
+    ConfigureTrap,
+    /// `shard-trap`: it traps in `configure` where it is told a shard.
+    ShardTrap,
+    /// `columns`: it declares a column that no table has.
+    Columns,
+}
+
+/// A version.
+pub struct Stamp {
+    version: String,
+    misdeed: Misdeed,
+    number: u64,
+    kept: Vec<Vec<u8>>,
+}
+
+/// The mark, as it is in this component's bytes.
+fn mark() -> String {
+    // SAFETY: a plain read of a static; volatile, so that the compiler does not take the text that it
+    // knows for the text that will be there.
+    let mark = unsafe { std::ptr::read_volatile(&raw const MARK) };
+    String::from_utf8_lossy(&mark[MARK_TEXT..]).trim().to_owned()
+}
+
+impl Stamp {
+    fn read() -> Result<Self, Error> {
+        let mark = mark();
+        let mut words = mark.split_ascii_whitespace();
+        let version = words.next().unwrap_or("v1").to_owned();
+        let misdeed = match words.next().unwrap_or("none") {
+            "none" => Misdeed::None,
+            "trap" => Misdeed::Trap,
+            "loop" => Misdeed::Loop,
+            "leak" => Misdeed::Leak,
+            "reject" => Misdeed::Reject,
+            "other" => Misdeed::Other,
+            "slow" => Misdeed::Slow,
+            "configure-trap" => Misdeed::ConfigureTrap,
+            "shard-trap" => Misdeed::ShardTrap,
+            "columns" => Misdeed::Columns,
+            unknown => return Err(Error::reject(format_args!("the mark has no {unknown}"))),
+        };
+        let number = words.next().and_then(|number| number.parse().ok()).unwrap_or(1);
+        Ok(Self { version, misdeed, number, kept: Vec::new() })
+    }
+}
+
+impl Plugin for Stamp {
+    type Config = Value;
+
+    #[expect(clippy::panic, reason = "that is what these versions are for")]
+    fn configure(_: Value, context: &Context) -> Result<(Self, Descriptor), Error> {
+        let stamp = Self::read()?;
+        let is_told_a_shard = !context.shard_id.is_empty();
+        if stamp.misdeed == Misdeed::ConfigureTrap
+            || (stamp.misdeed == Misdeed::ShardTrap && is_told_a_shard)
+        {
+            panic!("configured to trap");
+        }
+        let mut rows = Route::new("all", "application/json")
+            .column("id", "bigint")
+            .column("key", "text")
+            .column("n", "bigint")
+            .column("version", "text");
+        if stamp.misdeed == Misdeed::Columns {
+            rows = rows.column("colour", "text");
+        }
+        let descriptor =
+            Descriptor::new("stamp", &stamp.version).accepts("application/json").route(rows);
+        Ok((stamp, descriptor))
+    }
+
+    #[expect(clippy::panic, reason = "that is what these versions are for")]
+    fn record(&mut self, record: &Record<'_>, out: &mut Emitter<'_>) -> Result<(), Error> {
+        let mut row: Value = serde_json::from_slice(record.payload())?;
+        let id = row["id"].as_u64().ok_or_else(|| Error::reject("no id"))?;
+        match self.misdeed {
+            _ if !id.is_multiple_of(self.number) => {}
+            Misdeed::Trap => panic!("record {id}"),
+            Misdeed::Loop => loop {
+                std::hint::black_box(id);
+            },
+            Misdeed::Leak => self.kept.push(vec![1; LEAK_BYTES]),
+            Misdeed::Reject => {
+                return Err(Error::reject(format_args!("record {id} is not wanted")));
+            }
+            Misdeed::Other => row["n"] = (row["n"].as_u64().unwrap_or(0) + 1).into(),
+            Misdeed::Slow => (0..100_000_u64).for_each(|turn| _ = std::hint::black_box(turn)),
+            Misdeed::None | Misdeed::ConfigureTrap | Misdeed::ShardTrap | Misdeed::Columns => {}
+        }
+        row["version"] = self.version.as_str().into();
+        out.emit_json(0, &row)
+    }
+}
+
+shardmill_sdk::export!(Stamp);
