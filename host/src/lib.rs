@@ -2,7 +2,8 @@
 //!
 //! The modules are named after the path of a record: a [`source`] reads a shard, [`stage`]s run its
 //! records through [`plugin`]s, [`sink`]s write the results, [`position`]s say what is settled.
-//! [`pipeline`] is that path on one screen; [`supervisor`] starts a lane per shard.
+//! [`pipeline`] is that path on one screen; [`supervisor`] starts a lane per shard; [`swap`] changes what
+//! runs while it does.
 
 pub mod admin;
 pub mod budget;
@@ -21,6 +22,7 @@ pub mod sink;
 pub mod source;
 pub mod stage;
 pub mod supervisor;
+pub mod swap;
 pub mod terminal;
 pub mod tls;
 pub mod workbench;

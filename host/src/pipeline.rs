@@ -5,7 +5,7 @@
 
 use tokio_util::sync::CancellationToken;
 
-use crate::lane::{Lane, LaneEnd, LaneError, Shared};
+use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, Shared};
 use crate::record::ShardKey;
 use crate::source::NextBatch;
 
@@ -36,7 +36,10 @@ async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<La
     loop {
         let batch = tokio::select! {
             () = stop.cancelled() => return Ok(LaneEnd::Stopped),
-            why = lane.sink_ended() => return Err(why),
+            event = lane.event() => match event {
+                LaneEvent::SinkEnded(why) => return Err(why),
+                LaneEvent::NextGeneration => { lane.change_generation().await; continue }
+            },
             next = reader.next_batch() => match next? {
                 NextBatch::Batch(batch) => batch,
                 NextBatch::Idle { behind_ms } => { lane.idle(behind_ms).await; continue }
@@ -45,13 +48,15 @@ async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<La
             },
         };
         // A batch that straddles a change of generation is run in parts.
-        for part in lane.cut_at_swaps(batch) {
+        let mut rest = Some(batch);
+        while let Some((part, behind)) = rest.take().map(|batch| lane.cut_at_swap(batch)) {
             // Nothing behind a part without an outcome may go on.
             let Some(outcome) = lane.run_stages(&part).await? else {
                 return Ok(LaneEnd::Stopped);
             };
             lane.write_letters(&part, outcome.letters).await?;
             lane.deliver(&part, outcome.routed).await?;
+            rest = behind;
         }
     }
 }

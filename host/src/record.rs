@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-pub use self::batch::{Batch, Entry, LetterPlace, Record, Redrive, Row};
+pub use self::batch::{Batch, Entry, LetterPlace, Record, Redrive, Row, RowRoute};
 
 /// Declares a newtype over text with the conversions that all domain names share.
 macro_rules! text_newtype {

@@ -6,21 +6,24 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::budget::Budget;
 use crate::config::PipelineConfig;
-use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, Shared};
+use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, SINK_BUFFERS, Shared};
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
 use crate::plugin::PluginHost;
-use crate::position::{Checkpoints, DeadLetters, Ledger, StateStore};
+use crate::position::{Changes, Checkpoints, DeadLetters, Ledger, Running, StateStore};
 use crate::record::{ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
 use crate::sink::Sink;
 use crate::source::{ShardSource, SourceError, lineage};
-use crate::stage::Generation;
+use crate::stage::{Generation, GenerationSpec, Samples, StageSpec};
+use crate::swap::{BuildSinks, Swapper, SwapperParts, TakeOver};
 
 /// How often new shards are looked for while nothing ends.
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(10);
@@ -35,13 +38,17 @@ pub struct RunOptions {
     pub dropped_sinks: HashSet<SinkName>,
     /// Plugins that the binary carries, by path.
     pub embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
+    /// Makes sinks, when a reload names others.
+    pub build_sinks: BuildSinks,
 }
 
 impl RunOptions {
     /// A run with all that the configuration names, and plugins from files.
     pub fn new(until_caught_up: bool) -> Self {
         let dropped_sinks = HashSet::new();
-        Self { until_caught_up, dropped_sinks, embedded_plugin: |_| None }
+        let build_sinks: BuildSinks =
+            Arc::new(|_| Err(anyhow::anyhow!("whoever runs this pipeline makes no other sinks")));
+        Self { until_caught_up, dropped_sinks, embedded_plugin: |_| None, build_sinks }
     }
 }
 
@@ -51,6 +58,8 @@ pub struct Supervisor {
     stream: Arc<StreamIdentity>,
     until_caught_up: bool,
     lock: PipelineLock,
+    swapper: Swapper,
+    take_overs: mpsc::Receiver<TakeOver>,
 }
 
 impl Supervisor {
@@ -84,30 +93,51 @@ impl Supervisor {
     ) -> anyhow::Result<Self> {
         let state = StateStore::open(lock.folder())?;
         host.backends.prepare().await?;
-        let (generation, components) =
+        let (declared, components) =
             Generation::from_config(&config, &host, &options.embedded_plugin)?;
+        let generations = GenerationStore::new(host.clone(), state.clone());
+        let (running, generation) =
+            carry_over(&state, &generations, &host, &config, declared).await?;
         for sink in &sinks {
             sink.prepare(&generation.routes_to(sink.name())).await?;
         }
         let ledger = Ledger::new(state.clone());
         ledger.keep(&generation.spec, components).await?;
+        Changes::new(state.clone()).promote(&running, None, None).await?;
         ledger.prune(&generation.spec).await?;
         let stream = source.identity().await?;
-        let shared = Shared {
-            budget: Budget::new(config.buffer_bytes_max, "shardmill_buffer_bytes"),
+        let shared = Arc::new(Shared {
+            budget: Budget::new(config.buffer_bytes_max, SINK_BUFFERS),
             source,
-            generation: Arc::new(generation),
-            generations: GenerationStore::new(host, state.clone()),
+            current: watch::Sender::new(Arc::new(generation)),
+            generations,
             sinks,
             dropped_sinks: options.dropped_sinks,
             checkpoints: Checkpoints::new(state.clone()),
             ledger,
-            letters: DeadLetters::new(state),
+            letters: DeadLetters::new(state.clone()),
             board: Board::default(),
+            samples: Samples::new(config.reload.samples),
             config,
-        };
+        });
+        // One change at a time: the next waits for its turn.
+        let (sender, take_overs) = mpsc::channel(1);
+        let swapper = Swapper::new(SwapperParts {
+            state,
+            shared: shared.clone(),
+            host,
+            running,
+            embedded_plugin: options.embedded_plugin,
+            build_sinks: options.build_sinks,
+            take_overs: sender,
+        });
         let until_caught_up = options.until_caught_up;
-        Ok(Self { shared: Arc::new(shared), stream: Arc::new(stream), until_caught_up, lock })
+        Ok(Self { shared, stream: Arc::new(stream), until_caught_up, lock, swapper, take_overs })
+    }
+
+    /// What changes it while it runs.
+    pub fn swapper(&self) -> Swapper {
+        self.swapper.clone()
     }
 
     /// What is shown of the lanes.
@@ -129,13 +159,13 @@ impl Supervisor {
     ///
     /// # Errors
     /// What a person must decide; the other lanes are drained first.
-    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
         // Lanes stop by a token of their own, so that one that fails for good drains the others.
         let lanes_stop = stop.child_token();
         let mut lanes = Lanes {
             shared: self.shared.clone(),
             stream: self.stream.clone(),
-            stop: lanes_stop.clone(),
+            stop: lanes_stop.child_token(),
             running: HashSet::new(),
             tasks: JoinSet::new(),
             source_ended: false,
@@ -145,8 +175,11 @@ impl Supervisor {
         let mut discovery = tokio::time::interval(DISCOVERY_INTERVAL);
         let mut glance = tokio::time::interval(Duration::from_millis(100));
         let mut fatal = None;
+        // A change for which the lanes are let go.
+        let mut take_over: Option<TakeOver> = None;
         while !(lanes.tasks.is_empty()
-            && (ended || lanes.has_source_ended() || lanes_stop.is_cancelled()))
+            && (lanes_stop.is_cancelled()
+                || (take_over.is_none() && (ended || lanes.has_source_ended()))))
         {
             tokio::select! {
                 Some(done) = lanes.tasks.join_next() => match lanes.ended(done?) {
@@ -157,7 +190,18 @@ impl Supervisor {
                         lanes_stop.cancel();
                     }
                 },
-                _ = discovery.tick(), if !lanes_stop.is_cancelled() => match lanes.discover().await {
+                Some(order) = self.take_overs.recv(), if take_over.is_none() => {
+                    lanes.stop.cancel();
+                    take_over = Some(order);
+                }
+                // The lanes are let go: what they had is committed, as far as their sinks answer.
+                () = std::future::ready(()), if take_over.is_some() && lanes.tasks.is_empty() => {
+                    if let Some(order) = take_over.take() {
+                        lanes.begin_anew(order, &lanes_stop).await;
+                        discovery.reset_immediately();
+                    }
+                }
+                _ = discovery.tick(), if !lanes.stop.is_cancelled() => match lanes.discover().await {
                     Ok(all_ended) => ended = all_ended,
                     Err(LaneError::Source(error)) if error.needs_a_person() => {
                         fatal.get_or_insert(error.into());
@@ -212,12 +256,51 @@ impl Lanes {
         Ok(plan.all_ended)
     }
 
-    async fn start(&mut self, shard: ShardId, start: ShardStart) -> Result<(), LaneError> {
-        let key = ShardKey {
+    /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
+    async fn begin_anew(&mut self, order: TakeOver, stop: &CancellationToken) {
+        let outcome = self.lost_sinks(&order.shared).await;
+        if outcome.is_ok() {
+            self.shared = order.shared;
+        }
+        self.stop = stop.child_token();
+        // Whoever asked may have gone.
+        let _ = order.done.send(outcome);
+    }
+
+    /// A sink that would go while it is behind the others would lose what it has not committed.
+    async fn lost_sinks(&self, next: &Shared) -> Result<(), String> {
+        let names = |shared: &Shared| -> HashSet<SinkName> {
+            shared.sinks.iter().map(|sink| sink.name().clone()).collect()
+        };
+        let (old, kept) = (names(&self.shared), names(next));
+        let known = self.shared.checkpoints.shards(&self.stream).await;
+        for shard in known.map_err(|error| error.to_string())?.into_keys() {
+            let key = self.key(&shard);
+            let positions = self.shared.checkpoints.sinks(&key).await;
+            let positions = positions.map_err(|error| error.to_string())?;
+            let own = positions.iter().filter(|(name, _)| old.contains(*name));
+            let highest = own.clone().map(|(_, position)| position).max();
+            let mut lost = own.filter(|(name, _)| !kept.contains(*name));
+            if let Some((name, at)) = lost.find(|(_, position)| Some(*position) < highest) {
+                return Err(format!(
+                    "sink {name} has records of shard {shard} only up to {at}, behind the other sinks: let \
+                     it finish before it is taken out"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn key(&self, shard: &ShardId) -> ShardKey {
+        ShardKey {
             pipeline: self.shared.config.name.clone(),
             stream: self.stream.clone(),
             shard: shard.clone(),
-        };
+        }
+    }
+
+    async fn start(&mut self, shard: ShardId, start: ShardStart) -> Result<(), LaneError> {
+        let key = self.key(&shard);
         // LATEST is a time by now, durably: a shard that had no record yet when the process died is
         // not begun later than it was.
         self.shared.checkpoints.begin(&key, &start).await?;
@@ -252,6 +335,70 @@ impl Lanes {
         });
         Ok(end == LaneEnd::ShardEnd)
     }
+}
+
+/// What is to run: as the files describe it, or as it was changed since they were read last.
+async fn carry_over(
+    state: &StateStore,
+    generations: &GenerationStore,
+    host: &PluginHost,
+    config: &PipelineConfig,
+    declared: Generation,
+) -> anyhow::Result<(Running, Generation)> {
+    let as_described = |declared: Generation| {
+        let (declared_spec, running) = (declared.spec.clone(), declared.spec.clone());
+        (Running { declared: declared_spec, running }, declared)
+    };
+    let Some(before) = Changes::new(state.clone()).running().await? else {
+        return Ok(as_described(declared));
+    };
+    let running = before.carried_over(&declared.spec);
+    let dropped = dropped_swaps(&before, &running);
+    Changes::new(state.clone()).supersede(dropped).await?;
+    if running == declared.spec {
+        return Ok(as_described(declared));
+    }
+    let mut plugins = declared.plugins();
+    for digest in running.digests().filter(|digest| !declared.has(digest)) {
+        let plugin = generations.plugin(digest).await.context(
+            "what was swapped in does not load; change the stage's file to run that: it counts more than \
+             an earlier swap",
+        )?;
+        plugins.insert(digest.to_owned(), plugin);
+    }
+    let stream = config.source.stream_name();
+    let generation = Generation::rebuilt(running.clone(), &plugins, host, &stream, &declared)
+        .map_err(anyhow::Error::msg)?;
+    for stage in &running.stages {
+        if declared.spec.stage(&stage.name) != Some(stage) {
+            tracing::warn!(stage = %stage.name, changed = running_instead(&declared, stage),
+                "runs what was swapped in, not what the files say; change the files, or roll back");
+        }
+    }
+    Ok((Running { declared: declared.spec, running }, generation))
+}
+
+/// What runs in place of what the files say, in words.
+fn running_instead(declared: &Generation, stage: &StageSpec) -> String {
+    let described = declared.spec.stage(&stage.name);
+    described.map(|described| described.changes_to(stage).join(", ")).unwrap_or_default()
+}
+
+/// The stages whose swaps do not count any more because the files have changed.
+fn dropped_swaps(before: &Running, now: &GenerationSpec) -> Vec<String> {
+    let mut dropped = Vec::new();
+    for stage in &before.running.stages {
+        let was_swapped = before.declared.stage(&stage.name) != Some(stage);
+        let goes_on = now.stage(&stage.name).is_none_or(|now| now == stage);
+        if was_swapped && !goes_on {
+            tracing::warn!(stage = %stage.name, digest = %&stage.digest[..12],
+                "the files have changed since this was swapped in: they count now");
+        }
+        if !goes_on {
+            dropped.push(stage.name.to_string());
+        }
+    }
+    dropped
 }
 
 /// Runs a lane, and starts it anew when it fails for a reason that may pass.

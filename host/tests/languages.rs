@@ -426,3 +426,43 @@ fn batch(records: u32, call: usize) -> WireBatch {
     }
     WireBatch { arena, inputs }
 }
+
+/// `shardmill dev`: a save is built, swapped in and shown; one that does not compile changes nothing.
+#[test]
+fn a_save_shows_what_it_changes() {
+    use std::io::{BufRead as _, BufReader};
+    let place = tempfile::tempdir().expect("a folder");
+    let folder = place.path().join("plugin");
+    let shown = folder.display().to_string();
+    run_ok(&["new", "plugin", "my-first", "--lang", "rust", "--dir", &shown]);
+    let mut command = shardmill(&["dev", &shown, "--saves", "2"]);
+    let child = with_tools(&mut command).stdout(std::process::Stdio::piped()).spawn();
+    let mut dev = support::Process(child.expect("the binary starts"));
+    let mut lines = BufReader::new(dev.0.stdout.take().expect("piped")).lines();
+    let mut until = |end: &str| {
+        let mut told = Vec::new();
+        for line in lines.by_ref().map(|line| line.expect("a line")) {
+            let is_end = line.contains(end);
+            told.push(line);
+            if is_end {
+                return told;
+            }
+        }
+        panic!("{end}: {told:?}");
+    };
+    until("running on sample records");
+    // The samples are on their way: a candidate is tried on what has passed.
+    thread::sleep(std::time::Duration::from_secs(2));
+    let source = folder.join("src/lib.rs");
+    let text = std::fs::read_to_string(&source).expect("the source");
+    std::fs::write(&source, text.replace("Hello", "Ahoy")).expect("written");
+    let told = until("swapped in");
+    let has = |sign: char, word: &str| {
+        told.iter().any(|line| line.trim_start().starts_with(sign) && line.contains(word))
+    };
+    assert!(has('-', "Hello") && has('+', "Ahoy"), "{told:?}");
+    println!("{}", told.last().expect("a line"));
+    std::fs::write(&source, "no Rust").expect("written");
+    until("not built, the version before runs on");
+    assert_eq!(dev.wait().code(), Some(0));
+}

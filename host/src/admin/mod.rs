@@ -1,8 +1,11 @@
-//! The admin port: health, metrics and the state of the lanes, on loopback.
+//! The admin port: health, metrics, the state of the lanes, and changes.
 //!
 //! `/health/live` answers while the process does; `/health/ready` is 200 while every lane goes on
 //! and 503 with the causes when one is blocked; `/metrics` is Prometheus' text format; `/status` is
-//! the lanes as JSON.
+//! the lanes as JSON. What changes the pipeline is in [`control`]. With a token in the configuration,
+//! everything but health asks for it.
+
+pub mod control;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -16,6 +19,8 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use self::control::{Control, Door};
+use crate::config::{AdminConfig, ConfigError};
 use crate::lane::{Board, ShardStatus};
 use crate::record::ShardId;
 
@@ -34,6 +39,7 @@ pub struct AdminError {
 pub struct AdminPort {
     listener: TcpListener,
     address: SocketAddr,
+    door: Door,
     metrics: PrometheusHandle,
 }
 
@@ -43,13 +49,18 @@ impl AdminPort {
     ///
     /// # Errors
     /// [`AdminError`] when the port is in use; another when metrics are gathered already.
-    pub async fn open(address: SocketAddr) -> anyhow::Result<Self> {
+    pub async fn open(config: &AdminConfig) -> anyhow::Result<Self> {
+        let address = config.listen;
+        let door = match &config.token {
+            Some(token) => Door::Token(token.clone()),
+            None => Door::Loopback,
+        };
         let error = |cause| AdminError { address, cause };
         let listener = TcpListener::bind(address).await.map_err(error)?;
         let address = listener.local_addr().map_err(error)?;
         let metrics = PrometheusBuilder::new().install_recorder()?;
         describe();
-        Ok(Self { listener, address, metrics })
+        Ok(Self { listener, address, door, metrics })
     }
 
     /// The address, with the port that was chosen if it was 0.
@@ -57,11 +68,10 @@ impl AdminPort {
         self.address
     }
 
-    /// Serves what these boards show, until `stop`.
-    pub fn serve(self, boards: Vec<Board>, stop: CancellationToken) {
-        let routes = Router::new()
-            .route("/health/live", get(|| async { "live\n" }))
-            .route("/health/ready", get(ready))
+    /// Serves what these boards show and takes orders for `control`, if there is one, until `stop`.
+    pub fn serve(self, boards: Vec<Board>, control: Option<Control>, stop: CancellationToken) {
+        let shown = Shown { boards, metrics: self.metrics };
+        let mut guarded = Router::new()
             .route("/status", get(|State(shown): State<Shown>| async move { Json(shown.shards()) }))
             .route(
                 "/metrics",
@@ -70,7 +80,18 @@ impl AdminPort {
                     shown.metrics.render()
                 }),
             )
-            .with_state(Shown { boards, metrics: self.metrics });
+            .with_state(shown.clone());
+        if let Door::Token(_) = &self.door {
+            guarded = control::guarded(guarded, self.door.clone());
+        }
+        if let Some(control) = control {
+            guarded = guarded.merge(control::routes(control, self.door));
+        }
+        let routes = Router::new()
+            .route("/health/live", get(|| async { "live\n" }))
+            .route("/health/ready", get(ready))
+            .with_state(shown)
+            .merge(guarded);
         tokio::spawn(async move {
             let served = axum::serve(self.listener, routes)
                 .with_graceful_shutdown(async move { stop.cancelled().await });
@@ -79,6 +100,22 @@ impl AdminPort {
             }
         });
     }
+}
+
+/// An error in words, each cause once; of a configuration with its places.
+pub fn told(error: &anyhow::Error) -> String {
+    if let Some(config) = error.downcast_ref::<ConfigError>() {
+        return config.render(false);
+    }
+    let mut told = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // Some errors show their cause in their own text.
+        if !told.contains(&cause) {
+            told = format!("{told}: {cause}");
+        }
+    }
+    told
 }
 
 #[derive(Clone)]
@@ -130,6 +167,11 @@ fn describe() {
     describe_counter!("shardmill_sink_bytes_total", "bytes committed by a sink");
     describe_counter!("shardmill_sink_retries_total", "commits tried again");
     describe_counter!("shardmill_dead_letters_total", "records dead-lettered, by place");
+    describe_counter!("shardmill_changes_total", "changes of what runs, by outcome");
+    describe_histogram!(
+        "shardmill_change_pause_seconds",
+        "how long a lane waited for a change of generation"
+    );
     describe_counter!("shardmill_lane_restarts_total", "lanes started anew after a failure");
     describe_counter!("shardmill_intake_requests_total", "requests answered, by status");
     describe_counter!("shardmill_intake_records_total", "records that the intake put");

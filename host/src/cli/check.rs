@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{Console, PipelineFile, load, sinks};
+use super::control::RunningPipeline;
+use super::{Console, PipelineFile, load, reload, sinks};
+use crate::admin::control::ReloadQuery;
 use crate::config::PipelineConfig;
 use crate::position::StoredLetter;
 use crate::record::SinkName;
@@ -19,6 +21,9 @@ pub struct Options {
     /// Check the file and the plugins only; talk to no sink.
     #[arg(long)]
     offline: bool,
+    /// Say what the running pipeline would change if it read its files now.
+    #[arg(long, conflicts_with = "offline")]
+    diff: bool,
 }
 
 #[derive(Serialize)]
@@ -77,7 +82,13 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     }
     console
         .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.generation));
-    console.report(&report)
+    console.report(&report)?;
+    if options.diff {
+        let running = RunningPipeline::due(&config).await?;
+        let query = ReloadQuery { dry_run: true };
+        reload::tell(running.post("/reload", &query, Vec::new()).await?, true, console)?;
+    }
+    Ok(())
 }
 
 /// Stages whose outputs may differ at a replay and go to more than one exact sink: with the sinks at

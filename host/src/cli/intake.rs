@@ -19,8 +19,8 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     let missing = || format!("{file} has no intake: add [intake] with listen = \"127.0.0.1:8080\"");
     let intake = config.intake.as_ref().with_context(missing)?;
     let kinesis = config.source.kinesis().with_context(missing)?;
-    let admin = match config.admin {
-        Some(address) => Some(AdminPort::open(address).await?),
+    let admin = match &config.admin {
+        Some(admin) => Some(AdminPort::open(admin).await?),
         None => None,
     };
     let port = IntakePort::open(intake).await?;
@@ -30,7 +30,7 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
         // There are no lanes here: it is for the metrics.
-        admin.serve(Vec::new(), stop.clone());
+        admin.serve(Vec::new(), None, stop.clone());
     }
     let address = port.address();
     let serving = port.serve(StreamWriter::new(client, kinesis.stream.value.clone()), stop.clone());

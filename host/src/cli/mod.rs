@@ -1,17 +1,22 @@
 //! The command line: what a person types, and what they are told.
 
+mod again;
 mod check;
+mod control;
 mod demo;
+mod dev;
 mod dlq;
 mod intake;
 mod new;
 mod objects;
 mod plugin;
 mod progress;
+mod reload;
 mod replay;
 mod run;
 mod sinks;
 mod stream;
+mod swap;
 mod test;
 
 use std::path::PathBuf;
@@ -62,11 +67,17 @@ enum Command {
     /// Run the whole path once: a stream of 5 shards, 100 cars, three plugins, a data mart.
     #[command(after_help = "Example:\n  shardmill demo --data /tmp/cars")]
     Demo(demo::Options),
+    /// Work on a plugin: at each save it is built, swapped in, and shown by what it does differently.
+    #[command(after_help = "Example:\n  shardmill dev plugins/geo")]
+    Dev(dev::Options),
     /// Run a pipeline until SIGTERM or Ctrl-C, then drain: finish the batch, commit, checkpoint.
     #[command(
         after_help = "Examples:\n  shardmill run\n  shardmill run flights.toml --until-caught-up"
     )]
     Run(run::Options),
+    /// Let a running pipeline take its files over as they are now: plugins, stages, sinks.
+    #[command(after_help = "Example:\n  shardmill reload pipeline.toml")]
+    Reload(reload::Options),
     /// Run a window of time again with today's plugins, beside the live table or in place of its rows.
     #[command(
         after_help = "Examples:\n  shardmill replay --sink mart --from 2026-01-31T00:00:00Z --to \
@@ -176,6 +187,7 @@ pub fn main() -> ExitCode {
 async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Demo(options) => demo::demo(options, console).await,
+        Command::Dev(options) => dev::dev(options, console).await,
         Command::Run(options) => run::run(options, console).await,
         Command::Replay(options) => replay::replay(options, console).await,
         Command::Check(options) => check::check(options, console).await,
@@ -185,7 +197,8 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Objects(command) => objects::objects(command, console).await,
         Command::New(command) => new::new(command, console),
         Command::Test(options) => test::test(options, console).await,
-        Command::Plugin(command) => plugin::plugin(command, console),
+        Command::Plugin(command) => plugin::plugin(command, console).await,
+        Command::Reload(options) => reload::reload(options, console).await,
         Command::CompileComponent { .. } | Command::Completions { .. } => Ok(()),
     }
 }
@@ -239,15 +252,7 @@ fn tell(error: &anyhow::Error) -> ExitCode {
         eprintln!("{}", config.render(terminal));
         return EXIT_MISUSED.into();
     }
-    let mut told = error.to_string();
-    for cause in error.chain().skip(1) {
-        let cause = cause.to_string();
-        // Some errors show their cause in their own text.
-        if !told.contains(&cause) {
-            told = format!("{told}: {cause}");
-        }
-    }
-    eprintln!("error: {told}");
+    eprintln!("error: {}", crate::admin::told(error));
     EXIT_FAILED.into()
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use serde::Serialize;
 
-use super::Console;
+use super::{Console, swap};
 use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION};
 use crate::workbench::bench;
 use crate::workbench::case::CaseFile;
@@ -64,6 +64,25 @@ pub enum Command {
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=600))]
         seconds: u64,
     },
+    /// Put another plugin in a stage's place while the pipeline runs: tried on records that came of late
+    /// first, taken over by each lane at a batch's boundary, rolled back by itself if it does worse.
+    #[command(
+        after_help = "Examples:\n  shardmill plugin swap decode new.wasm\n  shardmill plugin swap decode \
+                      new.wasm --shadow '1 min' --max-changed 0\n  shardmill plugin swap decode new.wasm \
+                      --canary 10\n  shardmill plugin swap decode 3f2a9c41"
+    )]
+    Swap(swap::SwapOptions),
+    /// Undo the last swap of a stage that is in force.
+    #[command(
+        after_help = "Examples:\n  shardmill plugin rollback decode\n  shardmill plugin rollback decode --replay-from-swap"
+    )]
+    Rollback(swap::RollbackOptions),
+    /// Show what was changed while the pipeline ran, and what was refused.
+    #[command(after_help = "Example:\n  shardmill plugin history decode --shards")]
+    History(swap::HistoryOptions),
+    /// Say which versions have run a record.
+    #[command(after_help = "Example:\n  shardmill plugin which shardId-000000000000:4960")]
+    Which(swap::WhichOptions),
     /// Show what a component is: digest, size, routes, formats, columns.
     #[command(after_help = "Example:\n  shardmill plugin inspect car-decode.wasm --config '{}'")]
     Inspect {
@@ -97,8 +116,12 @@ struct RouteInspection {
     columns: Vec<String>,
 }
 
-pub fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
+pub async fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
+        Command::Swap(options) => swap::swap(options, console).await,
+        Command::Rollback(options) => swap::roll_back(options, console).await,
+        Command::History(options) => swap::history(options, console).await,
+        Command::Which(options) => swap::which(options, console).await,
         Command::Build { folder, out } => build(&folder, out, console),
         Command::Conformance { file, config, input, junit } => {
             let subject = Subject::load(&file, config, &input)?;

@@ -6,7 +6,8 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{Console, PipelineFile, load, sinks, stream};
-use crate::admin::AdminPort;
+use crate::admin::control::{Control, ControlPort, ReadConfig};
+use crate::admin::{AdminPort, told};
 use crate::config::PipelineConfig;
 use crate::intake::IntakePort;
 use crate::lane::Board;
@@ -16,6 +17,7 @@ use crate::source::ShardSource;
 use crate::source::letter_log::LetterLogSource;
 use crate::source::producer::StreamWriter;
 use crate::supervisor::{RunOptions, Supervisor};
+use crate::swap::watch_files;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -42,8 +44,8 @@ pub(crate) struct Summary {
 
 pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
-    let admin = match config.admin {
-        Some(address) => Some(AdminPort::open(address).await?),
+    let admin = match &config.admin {
+        Some(admin) => Some(AdminPort::open(admin).await?),
         None => None,
     };
     let intake_port = match &config.intake {
@@ -55,6 +57,7 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
         ..RunOptions::new(options.until_caught_up)
     };
+    let file = options.pipeline.file.clone();
     let (source, embedded) = stream::source(&config).await?;
     let intake = match (intake_port, config.source.kinesis()) {
         (Some(port), Some(kinesis)) => {
@@ -63,15 +66,29 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         }
         _ => None,
     };
-    let letters_config = config.clone();
+    let (letters_config, watched) = (config.clone(), config.clone());
     let supervisor = prepare(config, source, run_options).await?;
     // Once the pipeline has ended, no more letters are written.
     let last_letter = CancellationToken::new();
     let copies = prepare_copies(letters_config, &supervisor, last_letter.clone()).await?;
+    let read_config: ReadConfig = Arc::new(move || load(&file));
+    let control = Control {
+        swapper: supervisor.swapper(),
+        read_config: read_config.clone(),
+        board: supervisor.board(),
+    };
+    let port = ControlPort::open(supervisor.folder()).await?;
+    let control_stop = stop.child_token();
+    port.serve(control.clone(), control_stop.clone());
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
         let boards = [&supervisor].into_iter().chain(&copies).map(Supervisor::board).collect();
-        admin.serve(boards, stop.clone());
+        admin.serve(boards, Some(control.clone()), stop.clone());
+    }
+    reload_on_hangup(control, control_stop.clone())?;
+    if watched.reload.watch {
+        let read = move || read_config();
+        tokio::spawn(watch_files(supervisor.swapper(), watched, read, control_stop.clone()));
     }
     let (board, letters) = (supervisor.board(), supervisor.letters());
     // Of its own, so that it ends as well when the pipeline ends by itself.
@@ -83,6 +100,7 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     console.say("running; stop with Ctrl-C or SIGTERM");
     let ran = run_with_copies(supervisor, copies, last_letter, stop).await;
     intake_stop.cancel();
+    control_stop.cancel();
     if let Some(intake) = intake {
         intake.finished(&intake_stop).await;
     }
@@ -150,7 +168,36 @@ pub(crate) async fn prepare(
 ) -> anyhow::Result<Supervisor> {
     let sinks = sinks::build(&config)?;
     let host = super::plugin_host(&config)?;
+    let options = RunOptions { build_sinks: Arc::new(sinks::build), ..options };
     Supervisor::prepare(config, host, source, sinks, options).await
+}
+
+/// Reads the files again at each SIGHUP.
+fn reload_on_hangup(control: Control, stop: CancellationToken) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = hangup.recv() => {}
+            }
+            let reloaded = match (control.read_config)() {
+                Ok(config) => {
+                    control.swapper.reload(config, false).await.map_err(|error| error.to_string())
+                }
+                Err(error) => Err(told(&error)),
+            };
+            match reloaded {
+                Ok(report) => {
+                    let changed: Vec<&str> = report.diff.lines().collect();
+                    eprintln!("reloaded, generation {}: {}", report.generation, changed.join("; "));
+                }
+                Err(cause) => eprintln!("not reloaded: {cause}"),
+            }
+        }
+    });
+    Ok(())
 }
 
 pub(crate) async fn summarize(board: &Board, letters: &DeadLetters) -> anyhow::Result<Summary> {

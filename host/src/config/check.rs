@@ -197,12 +197,7 @@ impl<'a> Check<'a> {
         example: &str,
         why: &str,
     ) -> Option<SocketAddr> {
-        let text = &raw.get_ref().0;
-        let Ok(address) = text.parse::<SocketAddr>() else {
-            let message = format!("{text:?} is no address with a port");
-            self.problem(raw.span(), message, format!("write for example \"{example}\""));
-            return None;
-        };
+        let address = self.address(raw, example)?;
         if !address.ip().is_loopback() {
             let message = format!("the {noun} port cannot listen on {}", address.ip());
             let help = format!("{why}: \"127.0.0.1:{}\"", address.port());
@@ -210,6 +205,17 @@ impl<'a> Check<'a> {
             return None;
         }
         Some(address)
+    }
+
+    /// An address with a port.
+    pub fn address(&mut self, raw: &Spanned<Text>, example: &str) -> Option<SocketAddr> {
+        let text = &raw.get_ref().0;
+        let address = text.parse::<SocketAddr>();
+        if address.is_err() {
+            let message = format!("{text:?} is no address with a port");
+            self.problem(raw.span(), message, format!("write for example \"{example}\""));
+        }
+        address.ok()
     }
 
     /// A name that is safe in object keys, file names, metrics and log lines.

@@ -69,6 +69,43 @@ impl Default for StageLimits {
     }
 }
 
+/// What is kept of what entered each stage of late, for trials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SampleLimits {
+    /// Batches of one stage.
+    pub batches_max: usize,
+    /// Bytes of one stage.
+    pub bytes_max: usize,
+    /// How old a batch may become.
+    pub age_max: Duration,
+}
+
+impl Default for SampleLimits {
+    fn default() -> Self {
+        Self { batches_max: 32, bytes_max: 8 << 20, age_max: Duration::from_secs(600) }
+    }
+}
+
+/// When a new version of a plugin is undone by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProbationLimits {
+    /// For how long it is watched; zero: not at all.
+    pub window: Duration,
+    /// Calls that may trap or go over a limit.
+    pub traps_max: u64,
+    /// Of 100 records, how many more it may reject than the version before.
+    pub rejected_percent_max: u32,
+    /// How many times as long as the version before it may take per record.
+    pub slower_max: u32,
+}
+
+impl Default for ProbationLimits {
+    fn default() -> Self {
+        let window = Duration::from_secs(60);
+        Self { window, traps_max: 0, rejected_percent_max: 1, slower_max: 5 }
+    }
+}
+
 /// When a lane blocks instead of filling the dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RejectedMax {

@@ -14,14 +14,14 @@ use super::diagnostic::suggest;
 use super::env::{Lookup, substitute_table};
 use super::raw::{RawAdmin, RawDeadLetters, RawPipeline};
 use super::{
-    ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax, SinkConfig, bindings,
-    intake, lookup, sink, source, stage,
+    AdminConfig, ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax,
+    ReloadConfig, Secret, SinkConfig, bindings, intake, lookup, reload, sink, source, stage,
 };
 use crate::record::PipelineName;
 
 /// The tables of a file.
-const TABLES: [&str; 8] =
-    ["pipeline", "source", "stage", "sink", "dead_letters", "lookup", "admin", "intake"];
+const TABLES: [&str; 9] =
+    ["pipeline", "source", "stage", "sink", "dead_letters", "lookup", "reload", "admin", "intake"];
 
 /// The default and the range of `buffer`: below it, hardly one batch fits; above it, no machine.
 const BUFFER_BYTES: usize = 64 << 20;
@@ -91,6 +91,10 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
     let lookups = sections.lookups.into_iter();
     let lookups: Vec<_> = lookups.filter_map(|table| lookup::read(table, base, check)).collect();
     lookup::check_unique(&lookups, check);
+    let reload = match sections.reload {
+        Some(table) => reload::read(table, check),
+        None => Some(ReloadConfig::default()),
+    };
     let admin = sections.admin.map(|table| admin(table, check));
     let intake = sections.intake.map(|table| intake::read(table, source.as_ref(), check));
 
@@ -120,8 +124,9 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
         buffer_bytes_max: pipeline.buffer_bytes_max,
         rejected_max: pipeline.rejected_max,
         on_position_mismatch: pipeline.on_position_mismatch,
+        reload: reload?,
         admin: match admin {
-            Some(listen) => Some(listen?),
+            Some(admin) => Some(admin?),
             None => None,
         },
         intake: match intake {
@@ -139,6 +144,7 @@ struct Sections<'i> {
     sinks: Vec<Spanned<DeValue<'i>>>,
     lookups: Vec<Spanned<DeValue<'i>>>,
     dead_letters: Option<Spanned<DeValue<'i>>>,
+    reload: Option<Spanned<DeValue<'i>>>,
     admin: Option<Spanned<DeValue<'i>>>,
     intake: Option<Spanned<DeValue<'i>>>,
 }
@@ -159,6 +165,7 @@ impl<'i> Sections<'i> {
                 false => Vec::new(),
             },
             dead_letters: root.remove("dead_letters"),
+            reload: root.remove("reload"),
             admin: root.remove("admin"),
             intake: root.remove("intake"),
         };
@@ -336,9 +343,20 @@ fn pipeline(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Pipeline> 
     })
 }
 
-fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<std::net::SocketAddr> {
+fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<AdminConfig> {
     let raw: RawAdmin = shaped(table, check)?;
-    let Some(listen) = raw.listen else { return Some(([127, 0, 0, 1], 9901).into()) };
-    let why = "it asks for no password yet, so only loopback is allowed";
-    check.loopback(&listen, "admin", "127.0.0.1:9901", why)
+    let token = match &raw.token {
+        Some(token) => Some(Secret::new(check.filled(token, "token")?)),
+        None => None,
+    };
+    let listen = match (raw.listen, &token) {
+        (None, _) => ([127, 0, 0, 1], 9901).into(),
+        (Some(listen), Some(_)) => check.address(&listen, "127.0.0.1:9901")?,
+        (Some(listen), None) => {
+            let why = "add `token = \"${ADMIN_TOKEN}\"`, which requests must bring then, or listen on \
+                       loopback";
+            check.loopback(&listen, "admin", "127.0.0.1:9901", why)?
+        }
+    };
+    Some(AdminConfig { listen, token })
 }

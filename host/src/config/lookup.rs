@@ -43,7 +43,7 @@ pub struct LookupConfig {
 }
 
 /// The databases that rows can be looked up in.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LookupSource {
     /// PostgreSQL, by a connection string.
     Postgres(Secret),

@@ -15,6 +15,7 @@ mod limits;
 mod load;
 mod lookup;
 mod raw;
+mod reload;
 mod secret;
 mod sink;
 mod source;
@@ -33,7 +34,7 @@ pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
 pub use self::env::Lookup;
 pub(crate) use self::grant_http::is_travel_header;
 pub use self::grant_http::{HttpHostConfig, HttpMethod};
-pub use self::limits::{CompileLimits, RejectedMax, StageLimits};
+pub use self::limits::{CompileLimits, ProbationLimits, RejectedMax, SampleLimits, StageLimits};
 pub use self::load::{load, parse};
 pub use self::lookup::{LookupCacheLimits, LookupConfig, LookupSource};
 pub use self::secret::Secret;
@@ -47,6 +48,7 @@ use crate::record::{
     LookupName, PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
 };
 use crate::sink::Column;
+use crate::swap::Gates;
 
 /// A pipeline that can run, as far as the file alone can tell.
 #[derive(Clone, Debug)]
@@ -74,8 +76,10 @@ pub struct PipelineConfig {
     pub rejected_max: RejectedMax,
     /// What to do when a sink stands behind the checkpoint.
     pub on_position_mismatch: OnPositionMismatch,
+    /// How it is changed while it runs.
+    pub reload: ReloadConfig,
     /// The admin port; `None`: none is opened.
-    pub admin: Option<std::net::SocketAddr>,
+    pub admin: Option<AdminConfig>,
     /// The intake; `None`: none is opened.
     pub intake: Option<IntakeConfig>,
 }
@@ -100,6 +104,28 @@ impl PipelineConfig {
             ..self.clone()
         })
     }
+}
+
+/// How a pipeline is changed while it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReloadConfig {
+    /// Whether changed files are loaded by themselves.
+    pub watch: bool,
+    /// What is kept for trials.
+    pub samples: SampleLimits,
+    /// What a candidate must keep in its trial.
+    pub gates: Gates,
+    /// When a new version is undone by itself.
+    pub probation: ProbationLimits,
+}
+
+/// The admin port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminConfig {
+    /// Where it listens.
+    pub listen: std::net::SocketAddr,
+    /// What requests that change something must bring; there is one wherever the port is not loopback's.
+    pub token: Option<Secret>,
 }
 
 /// A configuration file. `${VAR}` is replaced in string values only, after parsing, so spans hold.

@@ -324,11 +324,42 @@ pub(super) struct RawDeadLetters {
     pub sinks: Vec<Spanned<Text>>,
 }
 
+/// `[reload]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawReload {
+    pub watch: Option<bool>,
+    pub trial: Option<RawTrial>,
+    pub probation: Option<RawProbation>,
+}
+
+/// `[reload.trial]`
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawTrial {
+    pub batches: Maybe<Count>,
+    pub bytes: Maybe<Size>,
+    pub age: Maybe<Span>,
+    pub max_changed: Maybe<Count>,
+    pub max_rejected: Maybe<Count>,
+}
+
+/// `[reload.probation]`
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawProbation {
+    pub window: Maybe<Span>,
+    pub traps: Maybe<Count>,
+    pub rejected_percent: Maybe<Count>,
+    pub slower: Maybe<Count>,
+}
+
 /// `[admin]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub(super) struct RawAdmin {
     pub listen: Maybe<Text>,
+    pub token: Maybe<Text>,
 }
 
 /// Declares a TOML string whose error says, in the user's words, what belongs there.

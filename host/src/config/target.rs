@@ -42,7 +42,7 @@ pub struct Rhythm {
 }
 
 /// The sinks that there are.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum SinkKind {
     /// To nowhere.
     Discard,
@@ -83,7 +83,7 @@ pub enum SinkKind {
 }
 
 /// A table in PostgreSQL.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PostgresTarget {
     /// A connection string, `postgres://…` or `host=… dbname=…`.
     pub url: String,
@@ -100,7 +100,7 @@ pub struct PostgresTarget {
 }
 
 /// A table in Amazon Redshift.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RedshiftTarget {
     /// A connection string, `postgres://…` or `host=… dbname=…`.
     pub url: String,
@@ -115,7 +115,7 @@ pub struct RedshiftTarget {
 }
 
 /// A place on S3 that the host writes to and a cluster copies from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CopySource {
     /// `s3://bucket/prefix`.
     pub url: url::Url,
@@ -128,7 +128,7 @@ pub struct CopySource {
 }
 
 /// A Kinesis stream that rows are put on.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StreamTarget {
     /// The stream.
     pub stream: StreamRef,
@@ -139,7 +139,7 @@ pub struct StreamTarget {
 }
 
 /// An HTTP endpoint that rows are posted to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct HttpTarget {
     /// The endpoint, `https://…`.
     pub url: url::Url,

@@ -2,13 +2,14 @@
 //! ledger says which generation runs from where.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio_util::sync::CancellationToken;
 
+use super::change::Change;
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig};
-use crate::plugin::PluginHost;
+use crate::plugin::{Plugin, PluginHost};
 use crate::position::{Ledger, Segment, StateStore, TakenOver};
 use crate::record::{Position, ShardKey, SinkName};
 use crate::sink::Acquired;
@@ -63,7 +64,8 @@ impl<'a> Lane<'a> {
             .max()
             .flatten();
         refuse_lost_sinks(shared, &shard, &known, highest.as_ref())?;
-        let segments = segments(shared, &shard, start.as_ref(), highest.as_ref()).await?;
+        let (change, wanted) = Change::begin(shared, &shard, stop);
+        let segments = segments(shared, &wanted, &shard, start.as_ref(), highest.as_ref()).await?;
         let settled = shared.letters.settled_above(&shard, start.as_ref()).await?;
         let abandon = CancellationToken::new();
         let mut unbudgeted_to = Vec::new();
@@ -89,6 +91,9 @@ impl<'a> Lane<'a> {
         tracing::info!(shard = %shard.shard, from = start.as_ref().map(tracing::field::display),
             "reading");
         shared.board.update(&shard.shard, |status| status.acquired(start.as_ref()));
+        if let Some(first) = segments.first() {
+            shared.board.runs(&shard.shard, &first.generation.id, None);
+        }
         Ok(Self {
             shared,
             stop: stop.clone(),
@@ -100,7 +105,9 @@ impl<'a> Lane<'a> {
             highest,
             replayed: 0,
             segments,
+            change,
             chain: None,
+            pause: std::time::Duration::ZERO,
             settled: Arc::new(settled),
             start: state.start,
             caught_up_ms: state.caught_up_ms,
@@ -170,19 +177,20 @@ fn refuse_lost_sinks(
 /// shard is recorded at the highest position that any sink has.
 async fn segments(
     shared: &Shared,
+    wanted: &Arc<Generation>,
     shard: &ShardKey,
     start: Option<&Position>,
     highest: Option<&Position>,
 ) -> Result<Vec<ActiveSegment>, LaneError> {
     let mut segments = shared.ledger.segments(shard).await?;
-    if segments.last().is_none_or(|last| *last.generation != *shared.generation.id) {
+    if segments.last().is_none_or(|last| *last.generation != *wanted.id) {
         let last_from = segments.last().map(|last| last.from_exclusive.clone());
         let from_exclusive = match last_from {
             Some(last_from) => last_from.max(highest.cloned()),
             None => None,
         };
         segments.retain(|segment| segment.from_exclusive < from_exclusive);
-        let generation = shared.generation.id.to_string();
+        let generation = wanted.id.to_string();
         let segment = Segment { from_exclusive, generation };
         shared.ledger.record(shard, &segment).await?;
         segments.push(segment);
@@ -191,32 +199,60 @@ async fn segments(
     let first = segments.iter().rposition(|segment| segment.from_exclusive.as_ref() <= start);
     let mut active = Vec::new();
     for segment in segments.drain(first.unwrap_or(0)..) {
-        let generation = shared.generations.get(shared, &segment.generation).await?;
+        let generation = shared.generations.get(shared, wanted, &segment.generation).await?;
         active.push(ActiveSegment { from_exclusive: segment.from_exclusive, generation });
     }
     Ok(active)
 }
 
-/// Generations that ran before, loaded from the state database when a replay needs them.
+/// Generations that ran before, loaded from the state database when a replay needs them; its clones
+/// share them.
+#[derive(Clone)]
 pub struct GenerationStore {
     host: PluginHost,
     state: StateStore,
-    loaded: Mutex<HashMap<String, Arc<Generation>>>,
+    /// Those that some lane runs: who runs them keeps them.
+    loaded: Arc<Mutex<HashMap<String, Weak<Generation>>>>,
 }
 
 impl GenerationStore {
     /// Over the pipeline's state database.
     pub fn new(host: PluginHost, state: StateStore) -> Self {
-        Self { host, state, loaded: Mutex::default() }
+        Self { host, state, loaded: Arc::default() }
     }
 
-    /// A generation by its id.
-    async fn get(&self, shared: &Shared, id: &str) -> Result<Arc<Generation>, LaneError> {
-        if id == &*shared.generation.id {
-            return Ok(shared.generation.clone());
+    /// The bytes of a component that was stored with a generation.
+    ///
+    /// # Errors
+    /// When it is gone, or the state database cannot be read.
+    pub async fn component(&self, digest: &str) -> anyhow::Result<Vec<u8>> {
+        let bytes = self.state.component(digest.to_owned()).await?;
+        bytes.ok_or_else(|| anyhow::anyhow!("component {digest} is not kept any more"))
+    }
+
+    /// A plugin whose component was stored with a generation.
+    ///
+    /// # Errors
+    /// As [`GenerationStore::component`], and when it no longer loads.
+    pub async fn plugin(&self, digest: &str) -> anyhow::Result<Plugin> {
+        let bytes = self.component(digest).await?;
+        let (host, name) = (self.host.clone(), format!("component {}", &digest[..12]));
+        let load = move || Plugin::load(&host.engine, &host.cache, &name, &bytes);
+        Ok(tokio::task::spawn_blocking(load).await??)
+    }
+
+    /// A generation by its id; `wanted` is the newest.
+    async fn get(
+        &self,
+        shared: &Shared,
+        wanted: &Arc<Generation>,
+        id: &str,
+    ) -> Result<Arc<Generation>, LaneError> {
+        if id == &*wanted.id {
+            return Ok(wanted.clone());
         }
         let known = self.loaded.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
-        if let Some(generation) = known {
+        if let Some(generation) = known.and_then(|known| known.upgrade()) {
             return Ok(generation);
         }
         let missing = |cause: String| {
@@ -230,11 +266,9 @@ impl GenerationStore {
             .await
             .map_err(|error| missing(error.to_string()))?;
         let mut components = HashMap::new();
-        for stage in &spec.stages {
-            let bytes = self.state.component(stage.digest.clone()).await?;
-            let bytes =
-                bytes.ok_or_else(|| missing(format!("component {} is gone", stage.digest)))?;
-            components.insert(stage.digest.clone(), bytes);
+        for digest in spec.digests() {
+            let bytes = self.component(digest).await.map_err(|error| missing(error.to_string()))?;
+            components.insert(digest.to_owned(), bytes);
         }
         let stream = &shared.config.source.stream_name();
         let component = |digest: &str| {
@@ -247,7 +281,8 @@ impl GenerationStore {
             .map_err(|error| missing(format!("it does not load: {error:#}")))?;
         let generation = Arc::new(generation);
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        loaded.insert(id.to_owned(), generation.clone());
+        loaded.retain(|_, known| known.strong_count() > 0);
+        loaded.insert(id.to_owned(), Arc::downgrade(&generation));
         Ok(generation)
     }
 }

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use crate::record::{Position, ShardId};
 
@@ -11,6 +13,19 @@ use crate::record::{Position, ShardId};
 #[derive(Clone, Default)]
 pub struct Board {
     shards: Arc<Mutex<BTreeMap<ShardId, ShardStatus>>>,
+    /// Told when a lane runs another generation, or cannot.
+    changed: Arc<Notify>,
+}
+
+/// A lane that has changed to another generation.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LaneChange {
+    /// Its shard.
+    pub shard: ShardId,
+    /// How long the lane waited for the change, in microseconds: from the last batch out of the old
+    /// generation to the first into the new one, the ledger's write included and what a lane always
+    /// does between two batches left out. `None`: it was taken over anew, or begun with it.
+    pub pause_us: Option<u64>,
 }
 
 /// One shard, as shown.
@@ -34,6 +49,12 @@ pub struct ShardStatus {
     pub started_from: Option<String>,
     /// What does not go on, and why.
     pub blocked: BTreeMap<String, String>,
+    /// The generation at work.
+    pub generation: Option<String>,
+    /// How long the lane waited for its last change of generation, in microseconds.
+    pub change_pause_us: Option<u64>,
+    /// A generation that did not start here, and why.
+    pub does_not_start: Option<(String, String)>,
 }
 
 impl ShardStatus {
@@ -76,6 +97,62 @@ impl Board {
             tracing::info!(shard = %shard, part, "goes on");
             gauge(shard, status);
         }
+    }
+
+    /// The lane runs this generation now; `pause` is how long it waited for the change.
+    pub fn runs(&self, shard: &ShardId, generation: &str, pause: Option<Duration>) {
+        self.update(shard, |status| {
+            status.generation = Some(generation.to_owned());
+            status.change_pause_us = pause.map(|pause| pause.as_micros() as u64);
+            status.does_not_start = None;
+        });
+        self.changed.notify_waiters();
+    }
+
+    /// The lane cannot run this generation, and goes on with the one before.
+    pub fn does_not_start(&self, shard: &ShardId, generation: &str, cause: &str) {
+        self.update(shard, |status| {
+            status.does_not_start = Some((generation.to_owned(), cause.to_owned()));
+        });
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until every lane that reads runs a generation, for so long at most. Gives those that do and
+    /// those that do not yet.
+    ///
+    /// # Errors
+    /// Why a lane cannot run it.
+    pub async fn changed_to(
+        &self,
+        generation: &str,
+        wait_max: Duration,
+    ) -> Result<(Vec<LaneChange>, Vec<ShardId>), String> {
+        let end = tokio::time::Instant::now() + wait_max;
+        loop {
+            let told = self.changed.notified();
+            let (mut changed, mut waiting) = (Vec::new(), Vec::new());
+            for (shard, status) in self.snapshot().into_iter().filter(|(_, it)| it.running) {
+                if let Some((_, cause)) = status.does_not_start.filter(|(id, _)| id == generation) {
+                    return Err(format!("it does not start in shard {shard}: {cause}"));
+                }
+                match status.generation.as_deref() == Some(generation) {
+                    true => changed.push(LaneChange { shard, pause_us: status.change_pause_us }),
+                    false => waiting.push(shard),
+                }
+            }
+            if waiting.is_empty() || tokio::time::timeout_at(end, told).await.is_err() {
+                return Ok((changed, waiting));
+            }
+        }
+    }
+
+    /// The lanes whose stages do not go on, and why.
+    pub fn blocked_stages(&self) -> Vec<(ShardId, String)> {
+        let shards = self.lock();
+        let blocked = shards.iter().filter_map(|(shard, status)| {
+            status.blocked.get("stages").map(|cause| (shard.clone(), cause.clone()))
+        });
+        blocked.collect()
     }
 
     /// A copy of all.

@@ -1,22 +1,26 @@
 //! A lane: one shard on its way from the source through the stages to the sinks.
 //!
 //! [`crate::pipeline`] shows the order of things; here are the things: [`Lane::acquire`] takes the
-//! shard over (in `acquire.rs`), the steps of the loop, and how it is settled at the end.
+//! shard over (in `acquire.rs`), the steps of the loop, how it changes to another generation
+//! (`change.rs`), and how it is settled at the end.
 
 mod acquire;
 mod board;
+mod change;
 mod checkpointer;
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 pub use acquire::GenerationStore;
-pub use board::{Board, ShardStatus};
+pub use board::{Board, LaneChange, ShardStatus};
 
+use self::change::Change;
 use crate::budget::Budget;
 use crate::config::PipelineConfig;
 use crate::position::{Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError};
@@ -24,7 +28,7 @@ use crate::record::{Batch, Position, Row, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
 use crate::source::{ResumePoint, ShardSource, SourceError};
-use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed};
+use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed, Samples};
 
 /// How long a shutdown waits for the sinks to commit what is in hand.
 const DRAIN_MAX: Duration = Duration::from_secs(30);
@@ -33,6 +37,8 @@ const STAGE_PAUSE: Duration = Duration::from_secs(5);
 /// How often an idle lane notes that it has everything, in milliseconds: far below the 24 hours that
 /// a stream keeps records at least.
 const CAUGHT_UP_NOTE_MS: i64 = 600_000;
+/// The metric of what the sinks' buffers hold.
+pub(crate) const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
 /// The pause before dead letters that could not be written are tried again.
 const LETTER_PAUSE: Duration = Duration::from_secs(1);
 
@@ -42,8 +48,8 @@ pub struct Shared {
     pub config: PipelineConfig,
     /// Where records come from.
     pub source: Arc<dyn ShardSource>,
-    /// The generation that the configuration describes.
-    pub generation: Arc<Generation>,
+    /// The generation that is to run; lanes take another one over at their next batch's boundary.
+    pub current: watch::Sender<Arc<Generation>>,
     /// Generations that ran before.
     pub generations: GenerationStore,
     /// The sinks, in the configuration's order.
@@ -60,6 +66,50 @@ pub struct Shared {
     pub budget: Budget,
     /// What is shown of the lanes.
     pub board: Board,
+    /// What entered the stages of late.
+    pub samples: Samples,
+}
+
+impl Shared {
+    /// The generation that is to run.
+    pub fn generation(&self) -> Arc<Generation> {
+        self.current.borrow().clone()
+    }
+
+    /// The same for lanes that are taken over anew with another generation.
+    pub(crate) fn with_generation(&self, generation: Arc<Generation>) -> Self {
+        self.reshaped(self.config.clone(), generation, self.sinks.clone(), self.generations.clone())
+    }
+
+    /// The same for lanes that are taken over anew with another configuration.
+    pub(crate) fn reshaped(
+        &self,
+        config: PipelineConfig,
+        generation: Arc<Generation>,
+        sinks: Vec<Arc<dyn Sink>>,
+        generations: GenerationStore,
+    ) -> Self {
+        Self {
+            budget: match config.buffer_bytes_max == self.budget.bytes_max() {
+                true => self.budget.clone(),
+                false => Budget::new(config.buffer_bytes_max, SINK_BUFFERS),
+            },
+            source: self.source.clone(),
+            current: watch::Sender::new(generation),
+            generations,
+            sinks,
+            dropped_sinks: self.dropped_sinks.clone(),
+            checkpoints: self.checkpoints.clone(),
+            ledger: self.ledger.clone(),
+            letters: self.letters.clone(),
+            board: self.board.clone(),
+            samples: match config.reload.samples == self.config.reload.samples {
+                true => self.samples.clone(),
+                false => Samples::new(config.reload.samples),
+            },
+            config,
+        }
+    }
 }
 
 /// How a lane ended.
@@ -90,6 +140,14 @@ pub enum LaneError {
     Fatal(String),
 }
 
+/// What happens to a lane beside records.
+pub enum LaneEvent {
+    /// A sink has ended by itself: it lost the shard.
+    SinkEnded(LaneError),
+    /// Another generation is ready to take over.
+    NextGeneration,
+}
+
 /// A generation and the position after which it runs.
 struct ActiveSegment {
     from_exclusive: Option<Position>,
@@ -114,7 +172,10 @@ pub struct Lane<'a> {
     replayed: u64,
     /// The generation at work first, then those that follow.
     segments: Vec<ActiveSegment>,
+    change: Change,
     chain: Option<Chain>,
+    /// How long the last batch waited, once it had run, for the ledger to learn of a change.
+    pause: Duration,
     settled: Arc<HashSet<LetterKey>>,
     start: ShardStart,
     /// Everything that had arrived by then is settled, in milliseconds since 1970, as last noted.
@@ -154,18 +215,36 @@ impl Lane<'_> {
         }
     }
 
-    /// Completes when a sink has ended by itself: it lost the shard.
-    pub async fn sink_ended(&mut self) -> LaneError {
+    /// Completes when a lane that waits for records has something else to do. Dropping the future loses
+    /// nothing.
+    pub async fn event(&mut self) -> LaneEvent {
         let ended = self.deliveries.iter_mut().map(|delivery| Box::pin(delivery.ended()));
-        let (error, _, _) = futures::future::select_all(ended).await;
-        error.into()
+        tokio::select! {
+            (error, _, _) = futures::future::select_all(ended) => {
+                LaneEvent::SinkEnded(error.into())
+            }
+            () = self.change.until_ready() => LaneEvent::NextGeneration,
+        }
     }
 
-    /// Parts a batch wherever another generation takes over: a generation that did not get far
-    /// before the next one came has only a part of the batch.
-    pub fn cut_at_swaps(&self, batch: Batch) -> Vec<Arc<Batch>> {
-        let swaps = self.segments.iter().skip(1).filter_map(|next| next.from_exclusive.as_ref());
-        batch.cut_after(swaps).into_iter().map(Arc::new).collect()
+    /// Parts a batch where another generation takes over: a generation that did not get far before the
+    /// next one came has only a part of the batch. The rest is parted in its turn: meanwhile more
+    /// generations may have come.
+    pub fn cut_at_swap(&self, batch: Batch) -> (Arc<Batch>, Option<Batch>) {
+        let straddles = |swap: &&Position| {
+            let records = (batch.records.first(), batch.records.last());
+            let (Some(first), Some(last)) = records else { return false };
+            first.position <= **swap && **swap < last.position
+        };
+        let mut swaps =
+            self.segments.iter().skip(1).filter_map(|next| next.from_exclusive.as_ref());
+        match swaps.find(straddles) {
+            Some(swap) => {
+                let (first, rest) = batch.cut_after(swap);
+                (Arc::new(first), rest)
+            }
+            None => (Arc::new(batch), None),
+        }
     }
 
     /// Runs a batch through the stages; `None`: the lane is asked to stop, and the batch has no
@@ -177,16 +256,23 @@ impl Lane<'_> {
         &mut self,
         batch: &Arc<Batch>,
     ) -> Result<Option<ChainOutcome>, LaneError> {
-        self.enter_generation(batch)?;
         loop {
+            self.enter_generation(batch)?;
             let Some(mut chain) = self.chain.take() else { return Ok(None) };
             let (batch, settled) = (batch.clone(), self.settled.clone());
+            let end = batch.span.to_inclusive.clone();
             let run = tokio::task::spawn_blocking(move || {
                 let outcome = chain.run(&batch, &settled);
                 (chain, outcome)
             });
+            let ran = async {
+                let ran = run.await;
+                (ran, Instant::now())
+            };
+            let ((ran, ran_at), ()) = tokio::join!(ran, self.announce_behind(&end));
+            self.pause = ran_at.elapsed();
             let (chain, outcome) =
-                run.await.map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
+                ran.map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
             self.chain = Some(chain);
             match outcome {
                 Ok(outcome) => {
@@ -196,15 +282,27 @@ impl Lane<'_> {
                 Err(Blocked::Stopped) => return Ok(None),
                 Err(Blocked::Retry(cause)) => {
                     self.block("stages", &cause);
+                    if self.advance_announced().await {
+                        continue;
+                    }
+                    let stop = self.stop.clone();
                     tokio::select! {
                         () = tokio::time::sleep(STAGE_PAUSE) => {}
-                        () = self.stop.cancelled() => return Ok(None),
+                        () = stop.cancelled() => return Ok(None),
+                        () = self.change.until_ready() => self.change_before_blocked().await,
                     }
                 }
                 Err(Blocked::Broken(cause)) => {
                     self.block("stages", &cause);
-                    self.stop.cancelled().await;
-                    return Ok(None);
+                    if self.advance_announced().await {
+                        continue;
+                    }
+                    let stop = self.stop.clone();
+                    // Another plugin may get it done.
+                    tokio::select! {
+                        () = stop.cancelled() => return Ok(None),
+                        () = self.change.until_ready() => self.change_before_blocked().await,
+                    }
                 }
             }
         }
@@ -219,13 +317,15 @@ impl Lane<'_> {
             self.segments.remove(0);
             self.chain = None;
         }
+        self.adopt_announced(self.pause);
         if self.chain.is_none() {
             let generation = &self.segments[0].generation;
-            let limits = self.shared.config.rejected_max;
-            let chain =
-                Chain::start(generation, &self.shard, limits, &self.stop).map_err(|error| {
-                    LaneError::Fatal(format!("shard {}: {error}", self.shard.shard))
-                })?;
+            let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
+            let chain = Chain::start(generation, &self.shard, limits, samples, &self.stop);
+            let chain = chain.map_err(|error| {
+                LaneError::Fatal(format!("shard {}: {error}", self.shard.shard))
+            })?;
+            self.shared.board.runs(&self.shard.shard, &generation.id, None);
             self.chain = Some(chain);
         }
         Ok(())
@@ -301,6 +401,7 @@ impl Lane<'_> {
             }
         }
         self.advance(batch);
+        self.take_over(self.pause);
         Ok(())
     }
 

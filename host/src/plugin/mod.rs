@@ -23,6 +23,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use wasmtime::component::{Component, Linker};
 
@@ -186,11 +187,11 @@ impl Plugin {
         engine: &PluginEngine,
         cache: &CompileCache,
         path: &Path,
-    ) -> Result<(Self, Vec<u8>), PluginError> {
+    ) -> Result<(Self, Bytes), PluginError> {
         let shown = path.display().to_string();
         let bytes = std::fs::read(path)
             .map_err(|cause| PluginError::Unreadable { path: shown.clone(), cause })?;
-        Ok((Self::load(engine, cache, &shown, &bytes)?, bytes))
+        Ok((Self::load(engine, cache, &shown, &bytes)?, bytes.into()))
     }
 
     /// Checks and compiles a plugin's bytes; `path` is for messages.

@@ -6,9 +6,15 @@
 //! highest that any sink has), durable before its first record; at or below it the stored
 //! generation runs, from the stored bytes.
 
+use rusqlite::OptionalExtension as _;
+use serde::{Serialize, Serializer};
+
 use super::store::{StateError, StateStore, columns, now_ms, position};
-use crate::record::{Position, ShardKey};
-use crate::stage::GenerationSpec;
+use crate::record::{Position, ShardId, ShardKey};
+use crate::stage::{Components, GenerationSpec};
+
+/// Changes whose components are kept, so that they can be undone.
+const CHANGES_UNDOABLE: u32 = 16;
 
 /// A generation and the position after which it runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +23,27 @@ pub struct Segment {
     pub from_exclusive: Option<Position>,
     /// The id of the generation.
     pub generation: String,
+}
+
+/// A segment with its shard, for people.
+#[derive(Clone, Debug, Serialize)]
+pub struct LedgerEntry {
+    /// The shard.
+    pub shard: ShardId,
+    /// Exclusive; `None`: from the shard's beginning.
+    #[serde(serialize_with = "as_text")]
+    pub from_exclusive: Option<Position>,
+    /// The id of the generation.
+    pub generation: String,
+    /// When it was recorded, in milliseconds since 1970.
+    pub recorded_ms: i64,
+}
+
+fn as_text<S: Serializer>(position: &Option<Position>, to: S) -> Result<S::Ok, S::Error> {
+    match position {
+        Some(position) => to.collect_str(position),
+        None => to.serialize_none(),
+    }
 }
 
 /// The ledger of a pipeline.
@@ -31,23 +58,23 @@ impl Ledger {
         Self { store }
     }
 
-    /// Stores a generation and its components' bytes, so that a replay can run it.
+    /// Stores a generation and its components' bytes, those that are not stored yet, so that a replay can
+    /// run it.
     ///
     /// # Errors
     /// [`StateError`]; no record may run through it then.
     pub async fn keep(
         &self,
         spec: &GenerationSpec,
-        components: Vec<Vec<u8>>,
+        components: Components,
     ) -> Result<(), StateError> {
         let (id, json) = (spec.id(), spec.to_json());
-        let digests: Vec<String> = spec.stages.iter().map(|stage| stage.digest.clone()).collect();
         self.store
             .write("store a generation", move |state| {
-                for (digest, bytes) in digests.iter().zip(&components) {
+                for (digest, bytes) in &components {
                     state.execute(
                         "INSERT INTO component VALUES (?1, ?2) ON CONFLICT DO NOTHING",
-                        (digest, bytes),
+                        (digest, bytes.as_ref()),
                     )?;
                 }
                 state.execute(
@@ -107,8 +134,68 @@ impl Ledger {
             .await
     }
 
-    /// Records that a generation runs from here on. A segment at the same place is replaced: no
-    /// sink has anything of it.
+    /// Every segment of every shard, by shard and ascending position.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn history(&self) -> Result<Vec<LedgerEntry>, StateError> {
+        self.store
+            .write("read the generation ledger", |state| {
+                let mut query = state.prepare(
+                    "SELECT shard, sequence, sub_sequence, generation, recorded_ms FROM ledger
+                     ORDER BY stream, shard, sequence, sub_sequence",
+                )?;
+                let entries = query.query_map([], |row| {
+                    let sequence: String = row.get(1)?;
+                    let from_exclusive = match sequence.is_empty() {
+                        true => None,
+                        false => Some(position(sequence, row.get(2)?)?),
+                    };
+                    Ok(LedgerEntry {
+                        shard: ShardId::new(row.get::<_, String>(0)?),
+                        from_exclusive,
+                        generation: row.get(3)?,
+                        recorded_ms: row.get(4)?,
+                    })
+                })?;
+                entries.collect()
+            })
+            .await
+    }
+
+    /// The generation that a record was run by, if it was run; of streams that had the shard, the one
+    /// that was read last.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn which(
+        &self,
+        shard: &ShardId,
+        at: &Position,
+    ) -> Result<Option<(String, GenerationSpec)>, StateError> {
+        let shard = shard.to_string();
+        let (sequence, sub) = columns(at);
+        let found = self
+            .store
+            .write("read the generation ledger", move |state| {
+                let mut query = state.prepare(
+                    "SELECT generation FROM ledger WHERE shard = ?1 AND (sequence, sub_sequence) < (?2, ?3)
+                     ORDER BY stream DESC, sequence DESC, sub_sequence DESC LIMIT 1",
+                )?;
+                query.query_row((shard, sequence, sub), |row| row.get::<_, String>(0)).optional()
+            })
+            .await?;
+        match found {
+            Some(id) => {
+                let spec = self.spec(&id).await?;
+                Ok(Some((id, spec)))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Records that a generation runs from here on. A segment at the same place or behind it is
+    /// replaced: no sink has anything of it.
     ///
     /// # Errors
     /// [`StateError`]; the generation must not run then.
@@ -118,25 +205,32 @@ impl Ledger {
         let generation = segment.generation.clone();
         self.store
             .write("write the generation ledger", move |state| {
-                state.execute(
-                    "INSERT INTO ledger VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-                     ON CONFLICT DO UPDATE SET generation = excluded.generation,
-                         recorded_ms = excluded.recorded_ms",
-                    (stream, shard, sequence, sub, generation, now_ms()),
-                )
+                state
+                    .prepare_cached(
+                        "DELETE FROM ledger WHERE stream = ?1 AND shard = ?2
+                         AND (sequence, sub_sequence) > (?3, ?4)",
+                    )?
+                    .execute((&stream, &shard, &sequence, sub))?;
+                state
+                    .prepare_cached(
+                        "INSERT INTO ledger VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                         ON CONFLICT DO UPDATE SET generation = excluded.generation,
+                             recorded_ms = excluded.recorded_ms",
+                    )?
+                    .execute((&stream, &shard, &sequence, sub, generation, now_ms()))
             })
             .await
             .map(drop)
     }
 
-    /// Forgets the components that no segment needs any more: those of generations whose last
-    /// segment the checkpoints of all shards have passed. The ledger's rows stay: they are history.
+    /// Forgets the components that nothing needs any more: those of generations whose last segment the
+    /// checkpoints of all shards have passed, and which none of the last changes could be undone to. The
+    /// ledger's rows stay: they are history.
     ///
     /// # Errors
     /// [`StateError`]; nothing is lost, only space.
     pub async fn prune(&self, current: &GenerationSpec) -> Result<(), StateError> {
-        let current_digests: Vec<String> =
-            current.stages.iter().map(|stage| stage.digest.clone()).collect();
+        let current_digests: Vec<String> = current.digests().map(str::to_owned).collect();
         self.store
             .write("prune the generation ledger", move |state| {
                 // A segment is needed while a checkpoint stands before the segment after it.
@@ -146,12 +240,15 @@ impl Ledger {
                      LEFT JOIN shard s ON s.stream = l.stream AND s.shard = l.shard
                      WHERE coalesce(s.ended, 0) = 0 AND coalesce(s.sequence, '') < coalesce((
                          SELECT min(n.sequence) FROM ledger n WHERE n.stream = l.stream
-                         AND n.shard = l.shard AND n.sequence > l.sequence), 'x')",
+                         AND n.shard = l.shard AND n.sequence > l.sequence), 'x')
+                     UNION SELECT g.spec FROM generation g WHERE g.id IN (
+                         SELECT before FROM change WHERE outcome = 'promoted'
+                         ORDER BY number DESC LIMIT ?1)",
                 )?;
                 let mut digests = current_digests;
-                for spec in needed.query_map([], |row| row.get::<_, String>(0))? {
+                for spec in needed.query_map([CHANGES_UNDOABLE], |row| row.get::<_, String>(0))? {
                     if let Ok(spec) = serde_json::from_str::<GenerationSpec>(&spec?) {
-                        digests.extend(spec.stages.into_iter().map(|stage| stage.digest));
+                        digests.extend(spec.digests().map(str::to_owned));
                     }
                 }
                 let mut stored = state.prepare("SELECT digest FROM component")?;

@@ -12,11 +12,13 @@ mod letter_log;
 mod letters;
 mod redrive;
 mod store;
+mod swaps;
 
 pub use checkpoint::{Checkpoints, ShardState};
 pub use hidden::TakenOver;
-pub use ledger::{Ledger, Segment};
+pub use ledger::{Ledger, LedgerEntry, Segment};
 pub use letter_log::LoggedLetter;
 pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter};
 pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives};
 pub use store::{StateError, StateStore};
+pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior};
 use crate::record::{Position, SequenceNumber};
 
 /// The schema's version, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 4;
+const SCHEMA_VERSION: i64 = 5;
 
 const SCHEMA: &str = "
     CREATE TABLE shard (
@@ -69,6 +69,16 @@ const SCHEMA_4: &str = "
         BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
     CREATE TRIGGER letter_deleted AFTER DELETE ON dead_letter
         BEGIN DELETE FROM letter_log WHERE letter = OLD.rowid; END;
+";
+
+/// What version 5 has beside version 4: what runs in place of what the files say, and every change.
+const SCHEMA_5: &str = "
+    CREATE TABLE running (declared TEXT NOT NULL, running TEXT NOT NULL);
+    CREATE TABLE change (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, kind TEXT NOT NULL,
+        stage TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL, outcome TEXT NOT NULL,
+        reason TEXT NOT NULL);
+    CREATE INDEX change_stage ON change (stage, number);
 ";
 
 /// A pipeline's state database; cheap to clone.
@@ -153,6 +163,21 @@ impl StateStore {
         .await
     }
 
+    /// The components whose digests begin with these digits, with their bytes; two at most.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn components(&self, digits: String) -> Result<Vec<(String, Vec<u8>)>, StateError> {
+        self.write("read a stored component", move |state| {
+            let mut query = state.prepare(
+                "SELECT digest, bytes FROM component WHERE substr(digest, 1, length(?1)) = ?1 LIMIT 2",
+            )?;
+            let found = query.query_map([digits], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            found.collect()
+        })
+        .await
+    }
+
     fn outcome<T>(
         &self,
         action: &'static str,
@@ -184,9 +209,10 @@ fn prepare(mut connection: Connection) -> rusqlite::Result<Connection> {
         let change = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         // Another process may have been first.
         let missing: &[&str] = match version(&change)? {
-            0 => &[SCHEMA, SCHEMA_3, SCHEMA_4],
-            2 => &[SCHEMA_3, SCHEMA_4],
-            3 => &[SCHEMA_4],
+            0 => &[SCHEMA, SCHEMA_3, SCHEMA_4, SCHEMA_5],
+            2 => &[SCHEMA_3, SCHEMA_4, SCHEMA_5],
+            3 => &[SCHEMA_4, SCHEMA_5],
+            4 => &[SCHEMA_5],
             _ => &[],
         };
         for part in missing {

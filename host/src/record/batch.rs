@@ -99,30 +99,53 @@ impl Batch {
         }
     }
 
-    /// Parts it after each of these positions, which ascend, so that no part has records on both
-    /// sides of one. The parts' spans join without a gap and cover what the batch's did.
-    pub fn cut_after<'p>(mut self, positions: impl Iterator<Item = &'p Position>) -> Vec<Self> {
-        let mut parts = Vec::new();
-        for position in positions {
-            let cut = self.records.partition_point(|record| record.position <= *position);
-            if cut == 0 || cut == self.records.len() {
-                continue;
-            }
-            let records = self.records.split_off(cut);
-            let mut entry = self.entry.clone();
-            if let (Entry::Redrive(own), Entry::Redrive(rest)) = (&mut self.entry, &mut entry) {
-                rest.origins = own.origins.split_off(cut);
-            }
-            let middle = self.records[cut - 1].position.clone();
-            let span = PositionSpan {
-                from_exclusive: Some(middle.clone()),
-                to_inclusive: std::mem::replace(&mut self.span.to_inclusive, middle),
-            };
-            let rest = Self { shard: self.shard.clone(), records, span, entry };
-            parts.push(std::mem::replace(&mut self, rest));
+    /// Parts it after a position, so that neither part has records on both sides of it. The parts' spans
+    /// join without a gap and cover what the batch's did.
+    pub fn cut_after(mut self, position: &Position) -> (Self, Option<Self>) {
+        let cut = self.records.partition_point(|record| record.position <= *position);
+        if cut == 0 || cut == self.records.len() {
+            return (self, None);
         }
-        parts.push(self);
-        parts
+        let records = self.records.split_off(cut);
+        let mut entry = self.entry.clone();
+        if let (Entry::Redrive(own), Entry::Redrive(rest)) = (&mut self.entry, &mut entry) {
+            rest.origins = own.origins.split_off(cut);
+        }
+        let middle = self.records[cut - 1].position.clone();
+        let span = PositionSpan {
+            from_exclusive: Some(middle.clone()),
+            to_inclusive: std::mem::replace(&mut self.span.to_inclusive, middle),
+        };
+        let rest = Self { shard: self.shard.clone(), records, span, entry };
+        (self, Some(rest))
+    }
+}
+
+/// The route that a row took, and which component put it there; cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowRoute(Arc<(RouteName, Arc<str>)>);
+
+impl RowRoute {
+    /// By the component with this digest; empty: by none, as it came.
+    pub fn new(name: RouteName, digest: Arc<str>) -> Self {
+        Self(Arc::new((name, digest)))
+    }
+
+    /// The route's name.
+    pub fn name(&self) -> &RouteName {
+        &self.0.0
+    }
+
+    /// The digest of the component that made the row; empty: no component did.
+    pub fn digest(&self) -> &str {
+        &self.0.1
+    }
+}
+
+impl From<&str> for RowRoute {
+    /// A route by which rows go as they came.
+    fn from(name: &str) -> Self {
+        Self::new(name.into(), "".into())
     }
 }
 
@@ -139,7 +162,7 @@ pub struct Row {
     /// Its place among the outputs of that record, from 0: with the position, the row's identity.
     pub ordinal: u32,
     /// The route that it took.
-    pub route: RouteName,
+    pub route: RowRoute,
     /// The partition key after the stages.
     pub key: Bytes,
     /// The payload after the stages.
@@ -198,7 +221,12 @@ mod tests {
             let mut swaps: Vec<Position> =
                 (0..random.usize(0..6)).map(|_| at(random.u64(0..120))).collect();
             swaps.sort();
-            let parts = batch(numbers.iter().map(|number| at(*number))).cut_after(swaps.iter());
+            let mut parts = vec![batch(numbers.iter().map(|number| at(*number)))];
+            for swap in &swaps {
+                let (first, rest) = parts.pop().expect("a part").cut_after(swap);
+                parts.push(first);
+                parts.extend(rest);
+            }
 
             let all: Vec<Position> = parts
                 .iter()

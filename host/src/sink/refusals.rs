@@ -64,7 +64,7 @@ impl HeldRefusals {
             original: record.payload.clone(),
             entered_key: row.key.clone(),
             entered: row.payload.clone(),
-            route: row.route.clone(),
+            route: row.route.name().clone(),
             arrived_ms: record.arrived_ms,
             plugin: String::new(),
             digest: String::new(),

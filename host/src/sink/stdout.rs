@@ -203,7 +203,7 @@ impl Printer {
         if let Some(template) = &self.template {
             return template.render(&RowContext { shard: &self.shard, row }, text);
         }
-        let format = self.formats.get(&row.route).copied().unwrap_or(LineFormat::Text);
+        let format = self.formats.get(row.route.name()).copied().unwrap_or(LineFormat::Text);
         text.extend_from_slice(&format.line(&row.payload)?);
         Ok(())
     }

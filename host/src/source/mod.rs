@@ -5,7 +5,7 @@
 //! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
 //! read, `embedded` serves a stream of our own. [`file::FileSource`] reads a file instead, and
 //! [`letters::LettersSource`] the dead letters of a redrive, [`letter_log::LetterLogSource`] all that are
-//! written; [`window::WindowSource`] is a part of another, by time; `stream`,
+//! written; [`window::WindowSource`] is a part of another, by time, [`spans::SpansSource`] by positions; `stream`,
 //! `consumers`, `input` and `producer` are for those who make streams and fill them.
 
 pub mod aggregate;
@@ -23,6 +23,7 @@ pub mod letters;
 pub mod lineage;
 pub mod polling;
 pub mod producer;
+pub mod spans;
 pub mod stream;
 pub mod window;
 

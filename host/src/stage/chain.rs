@@ -8,13 +8,16 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::flow::{self, Flow, Item};
-use super::generation::{Generation, LoadedStage, SOURCE_ROUTE, Target};
+use super::generation::{CanarySpec, Generation, LoadedStage, SOURCE_ROUTE, Target};
 use super::rejections::RejectionWindow;
 use super::runner::{RunError, StageOutcome, StageRunner};
+use super::samples::Samples;
 use crate::config::RejectedMax;
 use crate::plugin::CallError;
 use crate::position::{DeadLetter, LetterKey};
-use crate::record::{Batch, Entry, LetterPlace, Record, RouteName, Row, ShardKey, SinkName};
+use crate::record::{
+    Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
+};
 
 /// A row and the sinks that it goes to.
 #[derive(Debug)]
@@ -51,8 +54,27 @@ pub enum Blocked {
 /// One lane's stages.
 pub struct Chain {
     generation: Arc<Generation>,
-    runners: Vec<StageRunner>,
+    runners: Vec<Runners>,
     window: RejectionWindow,
+    samples: Samples,
+}
+
+/// The instances of one stage.
+struct Runners {
+    own: StageRunner,
+    /// The version that has some of the keys, and which.
+    canary: Option<(CanarySpec, StageRunner)>,
+}
+
+impl Runners {
+    /// Which instance runs which part of a flow.
+    fn parts(&mut self, batch: &Batch, flow: Flow) -> Vec<(&mut StageRunner, Flow)> {
+        let Some((spec, canary)) = &mut self.canary else { return vec![(&mut self.own, flow)] };
+        let is_canary =
+            |item: &Item| spec.takes(&batch.records[item.record as usize].partition_key);
+        let (with_canary, own) = flow.into_iter().partition(is_canary);
+        vec![(&mut self.own, own), (canary, with_canary)]
+    }
 }
 
 impl Chain {
@@ -64,16 +86,25 @@ impl Chain {
         generation: &Arc<Generation>,
         shard: &ShardKey,
         rejected_max: RejectedMax,
+        samples: Samples,
         stop: &CancellationToken,
     ) -> Result<Self, CallError> {
-        let runners = generation.stages.iter().map(|stage| {
+        let start = |stage: &LoadedStage| {
             let context = stage.context(&shard.stream.name, shard.shard.as_str());
             StageRunner::start(stage.clone(), context, rejected_max, stop.clone())
+        };
+        let runners = generation.stages.iter().map(|stage| {
+            let canary = stage
+                .canary
+                .as_ref()
+                .map(|canary| start(&canary.stage).map(|runner| (canary.spec.clone(), runner)));
+            Ok(Runners { own: start(stage)?, canary: canary.transpose()? })
         });
         Ok(Self {
             generation: generation.clone(),
-            runners: runners.collect::<Result<_, _>>()?,
+            runners: runners.collect::<Result<_, CallError>>()?,
             window: RejectionWindow::new(rejected_max),
+            samples,
         })
     }
 
@@ -142,8 +173,9 @@ impl Chain {
         let mut rejected_records = vec![false; batch.records.len()];
         // Rows are numbered per record over all stages: with the position, a row's identity.
         let mut rows_of_record = vec![0; batch.records.len()];
-        for (index, runner) in self.runners.iter_mut().enumerate().skip(first_stage) {
-            let place = LetterPlace::Stage(runner.stage().name.clone());
+        for (index, runners) in self.runners.iter_mut().enumerate().skip(first_stage) {
+            let stage = &self.generation.stages[index];
+            let place = LetterPlace::Stage(stage.name.clone());
             if !settled.is_empty() {
                 flow.retain(|item| {
                     let known = settled.contains(&letter_key(batch, item, &place));
@@ -151,21 +183,30 @@ impl Chain {
                     !known
                 });
             }
-            metrics::counter!("shardmill_stage_records_total",
-                "stage" => runner.stage().name.to_string())
-            .increment(flow.len() as u64);
+            metrics::counter!("shardmill_stage_records_total", "stage" => stage.name.to_string())
+                .increment(flow.len() as u64);
             let bytes: usize = flow.iter().map(|item| item.payload.len()).sum();
-            metrics::counter!("shardmill_stage_bytes_total",
-                "stage" => runner.stage().name.to_string())
-            .increment(bytes as u64);
-            let made = runner.run(batch, &flow).map_err(|error| blocked(runner, error))?;
-            for rejected in &made.rejected {
-                let item = &flow[rejected.item];
-                rejected_records[item.record as usize] = true;
-                outcome.letters.push(letter(batch, item, runner, &place, rejected));
+            metrics::counter!("shardmill_stage_bytes_total", "stage" => stage.name.to_string())
+                .increment(bytes as u64);
+            self.samples.offer(&stage.name, batch, &flow);
+            let mut on = Flow::new();
+            let mut parts = runners.parts(batch, flow);
+            for (runner, part) in &mut parts {
+                let part = mem::take(part);
+                let made = runner.run(batch, &part).map_err(|error| blocked(runner, error))?;
+                for rejected in &made.rejected {
+                    let item = &part[rejected.item];
+                    rejected_records[item.record as usize] = true;
+                    outcome.letters.push(letter(batch, item, runner, &place, rejected));
+                }
+                let out = Out { routed: &mut outcome.routed, on: &mut on };
+                route(batch, part, &made, index, runner, out, &mut rows_of_record);
             }
-            flow =
-                route(batch, flow, &made, index, runner, &mut outcome.routed, &mut rows_of_record);
+            if parts.len() > 1 {
+                // Each part is in order; the next stage gets both as one flow.
+                on.sort_by_key(|item| (item.record, item.ordinal));
+            }
+            flow = on;
         }
         let mut window = self.window.clone();
         for rejected in rejected_records {
@@ -196,8 +237,8 @@ fn redriven_to(batch: &Batch) -> Option<&SinkName> {
 /// The records of a batch that passes no stage, as rows.
 fn unchanged(batch: &Arc<Batch>) -> Vec<Routed> {
     let route = match &batch.entry {
-        Entry::Redrive(redrive) => redrive.route.clone(),
-        Entry::Source => RouteName::from(SOURCE_ROUTE),
+        Entry::Redrive(redrive) => RowRoute::from(redrive.route.as_str()),
+        Entry::Source => RowRoute::from(SOURCE_ROUTE),
     };
     let row = |(record, index): (&Record, u32)| Row {
         batch: batch.clone(),
@@ -211,6 +252,12 @@ fn unchanged(batch: &Arc<Batch>) -> Vec<Routed> {
     rows.map(|row| Routed { row, stage: 0, route: 0 }).collect()
 }
 
+/// Where a stage's outputs go.
+struct Out<'o> {
+    routed: &'o mut Vec<Routed>,
+    on: &'o mut Flow,
+}
+
 /// Parts a stage's outputs: rows for sinks, and what goes on to the next stage.
 fn route(
     batch: &Arc<Batch>,
@@ -218,15 +265,15 @@ fn route(
     made: &StageOutcome,
     stage: usize,
     runner: &StageRunner,
-    routed: &mut Vec<Routed>,
+    Out { routed, on }: Out<'_>,
     rows_of_record: &mut [u32],
-) -> Flow {
+) {
     let loaded = runner.stage();
     // Names of the batch's own: sinks let go of their rows on other threads, and would contend with
     // those who take the next ones for a count that all share.
-    let own_name = |name: &RouteName| RouteName::new(name.as_str());
-    let route_names: Vec<RouteName> = loaded.route_names.iter().map(own_name).collect();
-    let mut on = Flow::new();
+    let digest: Arc<str> = loaded.plugin.digest.as_str().into();
+    let own_name = |name: &RouteName| RowRoute::new(name.as_str().into(), digest.clone());
+    let route_names: Vec<RowRoute> = loaded.route_names.iter().map(own_name).collect();
     // Mostly a record becomes one row.
     routed.reserve(flow.len());
     let mut outputs = made.outputs().peekable();
@@ -264,7 +311,6 @@ fn route(
             }),
         }
     }
-    on
 }
 
 fn next_ordinal(rows: &mut u32) -> u32 {

@@ -4,14 +4,16 @@
 //! its specification and its components' bytes are stored until the checkpoint has passed it (see
 //! [`crate::position`]). Here it is loaded, and its parts are checked against each other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::columns;
+use super::health::HealthCounts;
 use crate::config::{ConfigError, Grants, PipelineConfig, StageLimits};
 use crate::plugin::{
     CallError, Context, Descriptor, Digest, Instance, Plugin, PluginHost, Route, Services,
@@ -38,6 +40,53 @@ pub struct StageSpec {
     pub grants: Grants,
     /// Its bindings.
     pub routes: BTreeMap<RouteName, Vec<SinkName>>,
+    /// Another component that some of the partition keys go to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub canary: Option<CanarySpec>,
+}
+
+/// A component that has a share of a stage's partition keys.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CanarySpec {
+    /// The SHA-256 of the component's bytes, in hex.
+    pub digest: String,
+    /// Of 100 partition keys, how many it gets: 1 to 99.
+    pub percent: u8,
+}
+
+impl CanarySpec {
+    /// Whether the records of a partition key are its: by a checksum of the key, which says nothing of
+    /// the shard that it is in. A key is always of one side, so its records stay in order.
+    pub fn takes(&self, partition_key: &[u8]) -> bool {
+        u32::from(crc32fast::hash(partition_key)) % 100 < u32::from(self.percent)
+    }
+}
+
+impl StageSpec {
+    /// What is other in a stage of the same name, in words.
+    pub fn changes_to(&self, other: &Self) -> Vec<String> {
+        let mut changes = Vec::new();
+        let short = |digest: &str| digest[..12.min(digest.len())].to_owned();
+        if self.digest != other.digest {
+            changes.push(format!("plugin {} → {}", short(&self.digest), short(&other.digest)));
+        }
+        if self.canary != other.canary {
+            changes.push("canary".into());
+        }
+        if self.config_json != other.config_json {
+            changes.push("config".into());
+        }
+        if self.limits != other.limits {
+            changes.push("limits".into());
+        }
+        if self.grants != other.grants {
+            changes.push("grant".into());
+        }
+        if self.routes != other.routes {
+            changes.push("routes".into());
+        }
+        changes
+    }
 }
 
 /// A generation, as it is stored. Equal specifications are one generation.
@@ -65,6 +114,19 @@ impl GenerationSpec {
     /// The generation's id: the first 16 hex digits of its digest.
     pub fn id(&self) -> Arc<str> {
         Digest::of(self.to_json().as_bytes()).as_str()[..16].into()
+    }
+
+    /// A stage by its name.
+    pub fn stage(&self, name: &StageName) -> Option<&StageSpec> {
+        self.stages.iter().find(|stage| stage.name == *name)
+    }
+
+    /// The digests of all its components.
+    pub fn digests(&self) -> impl Iterator<Item = &str> {
+        self.stages.iter().flat_map(|stage| {
+            let canary = stage.canary.as_ref().map(|canary| canary.digest.as_str());
+            [stage.digest.as_str()].into_iter().chain(canary)
+        })
     }
 
     /// Every sink that a route of it is bound to.
@@ -104,6 +166,18 @@ pub struct LoadedStage {
     pub route_names: Arc<[RouteName]>,
     /// Where each declared route goes, by the route's index.
     pub targets: Arc<[Target]>,
+    /// How its plugin does.
+    pub health: Arc<HealthCounts>,
+    /// Another version that has some of the partition keys.
+    pub canary: Option<Arc<Canary>>,
+}
+
+/// A version of a stage that has a share of the partition keys.
+pub struct Canary {
+    /// Which keys.
+    pub spec: CanarySpec,
+    /// The stage with that version.
+    pub stage: LoadedStage,
 }
 
 impl LoadedStage {
@@ -129,6 +203,8 @@ impl LoadedStage {
             services,
             config_json: config_json.into(),
             upstream,
+            health: Arc::default(),
+            canary: None,
         })
     }
 
@@ -173,6 +249,146 @@ enum Place {
     Route(RouteName),
 }
 
+/// Components' bytes, by their digests.
+pub type Components = Vec<(String, Bytes)>;
+
+/// A stage's place in a generation that is being assembled.
+struct StagePlace<'a> {
+    spec: &'a GenerationSpec,
+    index: usize,
+    upstream: &'a Arc<[Route]>,
+    stream_name: &'a str,
+}
+
+impl StagePlace<'_> {
+    fn misfit(&self, place: Place, message: String, help: &str) -> Misfit {
+        Misfit { stage: self.index, place, message, help: help.into() }
+    }
+
+    /// Configures a plugin and checks it against its neighbours.
+    fn load(
+        &self,
+        digest: &str,
+        plugins: &HashMap<String, Plugin>,
+        host: &PluginHost,
+    ) -> Result<LoadedStage, Misfit> {
+        let stage = &self.spec.stages[self.index];
+        let plugin = plugins.get(digest).cloned().ok_or_else(|| {
+            let message = format!("component {digest} of stage {} is not loaded", stage.name);
+            self.misfit(Place::Plugin, message, "load it")
+        })?;
+        self.check_grants(stage, &plugin)?;
+        let services = host.backends.services(&stage.name, &stage.grants).map_err(|missing| {
+            self.misfit(Place::Stage, missing, "add the [[lookup]], or do not grant it")
+        })?;
+        let services = Arc::new(services);
+        let context = context(self.stream_name, "", &stage.config_json, self.upstream);
+        let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
+            .map_err(|error| {
+                let message = format!("stage {} ({plugin:?}): {error}", stage.name);
+                let help = "see the plugin's documentation for [stage.config]";
+                self.misfit(Place::Stage, message, help)
+            })?;
+        self.check_upstream(stage, &plugin, &descriptor)?;
+        let is_last = self.index + 1 == self.spec.stages.len();
+        let targets = targets(stage, &descriptor, is_last)
+            .map_err(|(place, message, help)| self.misfit(place, message, &help))?;
+        let route_names = descriptor.routes.iter().map(|route| route.name.as_str().into());
+        Ok(LoadedStage {
+            name: stage.name.clone(),
+            plugin,
+            route_names: route_names.collect(),
+            descriptor: descriptor.into(),
+            limits: stage.limits,
+            services,
+            config_json: stage.config_json.as_str().into(),
+            upstream: self.upstream.clone(),
+            targets: targets.into(),
+            health: Arc::default(),
+            canary: None,
+        })
+    }
+
+    /// Another version for some of the keys: what follows the stage must not tell the two apart.
+    fn load_canary(
+        &self,
+        stage: &LoadedStage,
+        spec: &CanarySpec,
+        plugins: &HashMap<String, Plugin>,
+        host: &PluginHost,
+    ) -> Result<Canary, Misfit> {
+        let canary = self.load(&spec.digest, plugins, host)?;
+        let columns = |descriptor: &Descriptor| {
+            let routes = descriptor.routes.iter();
+            routes.map(|route| route.columns.iter().map(column).collect()).collect::<Vec<Vec<_>>>()
+        };
+        if !stage.same_routes(&canary.descriptor)
+            || columns(&stage.descriptor) != columns(&canary.descriptor)
+        {
+            let message =
+                format!("the canary of stage {} declares other routes or columns", stage.name);
+            let help = "swap it in for all keys: some rows cannot have other columns than the rest";
+            return Err(self.misfit(Place::Plugin, message, help));
+        }
+        Ok(Canary { spec: spec.clone(), stage: canary })
+    }
+
+    fn check_grants(&self, stage: &StageSpec, plugin: &Plugin) -> Result<(), Misfit> {
+        let ungranted: Vec<_> =
+            plugin.capabilities.difference(&stage.grants.capabilities).collect();
+        if ungranted.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<_> = ungranted.iter().map(|one| one.name()).collect();
+        let grants: Vec<_> = ungranted.iter().map(|one| one.grant_example()).collect();
+        let (path, name) = (&plugin.path, &stage.name);
+        let message =
+            format!("{path} imports {}, which stage {name} does not grant", names.join(", "));
+        let help = format!("if it may, add under [stage.grant]: {}", grants.join("; "));
+        Err(self.misfit(Place::Plugin, message, &help))
+    }
+
+    /// Checks what comes against what the plugin accepts and needs.
+    fn check_upstream(
+        &self,
+        stage: &StageSpec,
+        plugin: &Plugin,
+        descriptor: &Descriptor,
+    ) -> Result<(), Misfit> {
+        let stage_before = match self.index.checked_sub(1) {
+            None => "the source".to_owned(),
+            Some(before) => format!("stage {}", self.spec.stages[before].name),
+        };
+        let mut upstream = self.upstream.iter();
+        if let Some(route) = upstream.find(|route| !accepts(&descriptor.accepts, &route.format)) {
+            let message = format!(
+                "stage {} accepts {}, but route {} of {stage_before} carries {}",
+                stage.name,
+                descriptor.accepts.join(", "),
+                route.name,
+                route.format
+            );
+            let help = "put a stage in between, or bind that route to a sink";
+            return Err(self.misfit(Place::Plugin, message, help));
+        }
+        let needed = columns::needed(descriptor).map_err(|message| {
+            let message = format!("stage {} ({plugin:?}): {message}", stage.name);
+            let help = "this is the plugin's own fault: see its author";
+            self.misfit(Place::Plugin, message, help)
+        })?;
+        for route in self.upstream.iter() {
+            columns::check(&needed, route).map_err(|(complaint, sides)| {
+                let message = format!(
+                    "stage {} needs of route {} of {stage_before} {complaint}",
+                    stage.name, route.name
+                );
+                self.misfit(Place::Plugin, message, &sides)
+            })?;
+        }
+        Ok(())
+    }
+}
+
 impl Generation {
     /// Loads the generation that a configuration describes; the components' bytes come with it,
     /// to be stored.
@@ -183,9 +399,9 @@ impl Generation {
         config: &PipelineConfig,
         host: &PluginHost,
         embedded: &dyn Fn(&Path) -> Option<&'static [u8]>,
-    ) -> Result<(Self, Vec<Vec<u8>>), ConfigError> {
-        let mut components = Vec::new();
-        let mut plugins = Vec::new();
+    ) -> Result<(Self, Components), ConfigError> {
+        let mut components = Components::new();
+        let mut plugins = HashMap::new();
         let mut stages = Vec::new();
         for stage in &config.stages {
             let path = &stage.plugin.value;
@@ -196,7 +412,7 @@ impl Generation {
             let (plugin, bytes) = match embedded(path) {
                 Some(bytes) => {
                     Plugin::load(&host.engine, cache, &path.display().to_string(), bytes)
-                        .map(|plugin| (plugin, bytes.to_vec()))
+                        .map(|plugin| (plugin, Bytes::from_static(bytes)))
                 }
                 None => Plugin::load_file(&host.engine, cache, path),
             }
@@ -221,9 +437,10 @@ impl Generation {
                         (name.clone(), bound.sinks.iter().map(|sink| sink.value.clone()).collect())
                     })
                     .collect(),
+                canary: None,
             });
-            plugins.push(plugin);
-            components.push(bytes);
+            components.push((plugin.digest.to_string(), bytes));
+            plugins.insert(plugin.digest.to_string(), plugin);
         }
         let source_sinks = match stages.is_empty() {
             true => config.sinks.iter().map(|sink| sink.name.value.clone()).collect(),
@@ -232,7 +449,7 @@ impl Generation {
         let source_format = config.source.format.clone();
         let source_columns = config.source.columns.clone();
         let spec = GenerationSpec { source_format, stages, source_sinks, source_columns };
-        let generation = Self::assemble(spec, plugins, host, &config.source.stream_name())
+        let generation = Self::assemble(spec, &plugins, host, &config.source.stream_name(), None)
             .map_err(|misfit| misfit.in_config(config))?;
         Ok((generation, components))
     }
@@ -247,120 +464,81 @@ impl Generation {
         stream_name: &str,
         component: &dyn Fn(&str) -> anyhow::Result<Vec<u8>>,
     ) -> anyhow::Result<Self> {
-        let mut plugins = Vec::new();
-        for stage in &spec.stages {
-            let bytes = component(&stage.digest)?;
-            let path = format!("stored component {}", &stage.digest[..12.min(stage.digest.len())]);
-            plugins.push(Plugin::load(&host.engine, &host.cache, &path, &bytes)?);
+        let mut plugins = HashMap::new();
+        for digest in spec.digests() {
+            let bytes = component(digest)?;
+            let path = format!("stored component {}", &digest[..12.min(digest.len())]);
+            let plugin = Plugin::load(&host.engine, &host.cache, &path, &bytes)?;
+            plugins.insert(digest.to_owned(), plugin);
         }
         let id = spec.id();
-        Self::assemble(spec, plugins, host, stream_name)
+        Self::assemble(spec, &plugins, host, stream_name, None)
             .map_err(|misfit| anyhow::anyhow!("stored generation {id}: {}", misfit.message))
+    }
+
+    /// A generation of plugins that are loaded, in place of another: stages that are the same go on to
+    /// be judged by what they did there.
+    ///
+    /// # Errors
+    /// What does not fit, in words, with the way out.
+    pub fn rebuilt(
+        spec: GenerationSpec,
+        plugins: &HashMap<String, Plugin>,
+        host: &PluginHost,
+        stream_name: &str,
+        before: &Self,
+    ) -> Result<Self, String> {
+        Self::assemble(spec, plugins, host, stream_name, Some(before))
+            .map_err(|misfit| format!("{}: {}", misfit.message, misfit.help))
+    }
+
+    /// Whether one of its components has the digest.
+    pub fn has(&self, digest: &str) -> bool {
+        self.spec.digests().any(|own| own == digest)
+    }
+
+    /// Its plugins, by digest.
+    pub fn plugins(&self) -> HashMap<String, Plugin> {
+        let versions = self.stages.iter().flat_map(|stage| {
+            let canary = stage.canary.as_ref().map(|canary| &canary.stage.plugin);
+            [&stage.plugin].into_iter().chain(canary)
+        });
+        versions.map(|plugin| (plugin.digest.to_string(), plugin.clone())).collect()
     }
 
     /// Configures each plugin once and checks formats and bindings from the source to the sinks.
     fn assemble(
         spec: GenerationSpec,
-        plugins: Vec<Plugin>,
+        plugins: &HashMap<String, Plugin>,
         host: &PluginHost,
         stream_name: &str,
+        before: Option<&Self>,
     ) -> Result<Self, Misfit> {
-        let last = spec.stages.len().saturating_sub(1);
         let mut upstream: Arc<[Route]> = [source_route(spec.source_format.as_deref())].into();
         let mut stages = Vec::new();
-        for (index, (stage, plugin)) in spec.stages.iter().zip(plugins).enumerate() {
-            let misfit = |place, message: String, help: &str| Misfit {
-                stage: index,
-                place,
-                message,
-                help: help.into(),
-            };
-            let granted = &stage.grants.capabilities;
-            let ungranted: Vec<_> = plugin.capabilities.difference(granted).collect();
-            if !ungranted.is_empty() {
-                let names: Vec<_> = ungranted.iter().map(|one| one.name()).collect();
-                let grants: Vec<_> = ungranted.iter().map(|one| one.grant_example()).collect();
-                let message = format!(
-                    "{} imports {}, which stage {} does not grant",
-                    plugin.path,
-                    names.join(", "),
-                    stage.name
-                );
-                let help = format!("if it may, add under [stage.grant]: {}", grants.join("; "));
-                return Err(misfit(Place::Plugin, message, &help));
+        for (index, own) in spec.stages.iter().enumerate() {
+            let place = StagePlace { spec: &spec, index, upstream: &upstream, stream_name };
+            let mut stage = place.load(&own.digest, plugins, host)?;
+            if let Some(canary) = &own.canary {
+                stage.canary = Some(place.load_canary(&stage, canary, plugins, host)?.into());
             }
-            let services =
-                host.backends.services(&stage.name, &stage.grants).map_err(|missing| {
-                    misfit(Place::Stage, missing, "add the [[lookup]], or do not grant it")
-                })?;
-            let services = Arc::new(services);
-            let context = context(stream_name, "", &stage.config_json, &upstream);
-            let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
-                .map_err(|error| {
-                    let message = format!("stage {} ({plugin:?}): {error}", stage.name);
-                    misfit(
-                        Place::Stage,
-                        message,
-                        "see the plugin's documentation for [stage.config]",
-                    )
-                })?;
-            let stage_before = match index.checked_sub(1) {
-                None => "the source".to_owned(),
-                Some(before) => format!("stage {}", spec.stages[before].name),
-            };
-            let refused =
-                upstream.iter().find(|route| !accepts(&descriptor.accepts, &route.format));
-            if let Some(route) = refused {
-                let message = format!(
-                    "stage {} accepts {}, but route {} of {stage_before} carries {}",
-                    stage.name,
-                    descriptor.accepts.join(", "),
-                    route.name,
-                    route.format
-                );
-                return Err(misfit(
-                    Place::Plugin,
-                    message,
-                    "put a stage in between, or bind that route to a sink",
-                ));
+            if let Some(before) = before.and_then(|before| before.stage_as(own)) {
+                stage.health = before.health.clone();
             }
-            let needed = columns::needed(&descriptor).map_err(|message| {
-                let message = format!("stage {} ({plugin:?}): {message}", stage.name);
-                misfit(Place::Plugin, message, "this is the plugin's own fault: see its author")
-            })?;
-            for route in upstream.iter() {
-                columns::check(&needed, route).map_err(|(complaint, sides)| {
-                    let message = format!(
-                        "stage {} needs of route {} of {stage_before} {complaint}",
-                        stage.name, route.name
-                    );
-                    misfit(Place::Plugin, message, &sides)
-                })?;
-            }
-            let targets = targets(stage, &descriptor, index == last)
-                .map_err(|(place, message, help)| misfit(place, message, &help))?;
-            let on: Vec<Route> = descriptor
-                .routes
-                .iter()
-                .zip(&targets)
-                .filter(|(_, target)| matches!(target, Target::Next(_)))
-                .map(|(route, _)| route.clone())
-                .collect();
-            let route_names = descriptor.routes.iter().map(|route| route.name.as_str().into());
-            stages.push(LoadedStage {
-                name: stage.name.clone(),
-                plugin,
-                route_names: route_names.collect(),
-                descriptor: descriptor.into(),
-                limits: stage.limits,
-                services,
-                config_json: stage.config_json.as_str().into(),
-                upstream,
-                targets: targets.into(),
-            });
+            let routes = stage.descriptor.routes.iter().zip(stage.targets.iter());
+            let on = routes.filter(|(_, target)| matches!(target, Target::Next(_)));
+            let on: Vec<Route> = on.map(|(route, _)| route.clone()).collect();
+            stages.push(stage);
             upstream = on.into();
         }
         Ok(Self { id: spec.id(), spec, stages })
+    }
+
+    /// The stage that has exactly this specification, canary left aside.
+    fn stage_as(&self, due: &StageSpec) -> Option<&LoadedStage> {
+        let plain = |spec: &StageSpec| StageSpec { canary: None, ..spec.clone() };
+        let at = self.spec.stages.iter().position(|own| plain(own) == plain(due))?;
+        self.stages.get(at)
     }
 
     /// The routes that are bound to a sink, over all stages.

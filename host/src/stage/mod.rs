@@ -2,19 +2,27 @@
 //!
 //! [`Generation`] is everything that decides what a record becomes (plugins, configurations,
 //! bindings), loaded and proven. [`Chain`] is one lane's instances of it and runs batches. The
-//! faults of a plugin end here: they become dead letters of single records, or a blocked lane.
+//! faults of a plugin end here: they become dead letters of single records, or a blocked lane. [`Samples`]
+//! are what a candidate for a stage is tried on, [`Health`] is what it is judged by.
 
 mod chain;
 mod columns;
 mod cuts;
 mod flow;
 mod generation;
+mod health;
 mod rejections;
 mod runner;
+mod samples;
 
 pub use chain::{Blocked, Chain, ChainOutcome, Routed};
 pub use columns::needed as needed_columns;
 pub use flow::{Flow, Item, first_flow};
-pub use generation::{Generation, GenerationSpec, LoadedStage, StageSpec, Target, source_route};
+pub use generation::{
+    Canary, CanarySpec, Components, Generation, GenerationSpec, LoadedStage, StageSpec, Target,
+    source_route,
+};
+pub use health::{Health, HealthCounts};
 pub use rejections::RejectionWindow;
 pub use runner::{Rejected, RunError, StageOutcome, StageRunner};
+pub use samples::{Sample, Samples};

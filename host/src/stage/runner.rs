@@ -80,6 +80,8 @@ pub struct Rejected {
     pub reason: String,
     /// The plugin's stack, when it trapped.
     pub backtrace: String,
+    /// The call gave no answer: it trapped or went over a limit.
+    pub trapped: bool,
 }
 
 /// What a stage made of a flow.
@@ -170,10 +172,13 @@ impl StageRunner {
         if items.is_empty() {
             return Ok(StageOutcome::default());
         }
-        match self.call_patiently(batch, items)? {
-            Ok(outcome) => Ok(outcome),
-            Err(failure) => self.search(batch, items, failure),
-        }
+        let begun = Instant::now();
+        let outcome = match self.call_patiently(batch, items)? {
+            Ok(outcome) => outcome,
+            Err(failure) => self.search(batch, items, failure)?,
+        };
+        self.stage.health.ran(items.len(), outcome.rejected.len(), begun.elapsed());
+        Ok(outcome)
     }
 
     /// Calls with all items; while the plugin answers that the failure may pass, tries again.
@@ -252,10 +257,11 @@ impl StageRunner {
                     failed_in_a_row = 0;
                 }
                 Err(failure) if end == settled + 1 => {
+                    let trapped = matches!(failure, CallFailure::Dead(_));
                     let (reason, backtrace) = describe(failure);
                     culprits += 1;
                     failed_in_a_row += 1;
-                    kept.rejected.push(Rejected { item: settled, reason, backtrace });
+                    kept.rejected.push(Rejected { item: settled, reason, backtrace, trapped });
                     settled += 1;
                     suspect_end = settled;
                     // A search of records that all fail would take minutes to find what is known.
@@ -305,12 +311,14 @@ impl StageRunner {
                 }
                 Err(violation) => {
                     self.instance = None;
+                    self.stage.health.trapped();
                     Err(CallFailure::Dead(violation))
                 }
             },
             Ok(Err(failure)) => Err(CallFailure::Answered(failure)),
             Err(error) => {
                 self.instance = None;
+                self.stage.health.trapped();
                 metrics::counter!("shardmill_stage_traps_total",
                     "stage" => self.stage.name.to_string())
                 .increment(1);
@@ -462,6 +470,7 @@ fn take(
             // Many rejects may share one long reason.
             reason: excerpt(reason),
             backtrace: String::new(),
+            trapped: false,
         });
     }
     let answer = Answer { arena: arena.into(), outputs, first_item };

@@ -236,6 +236,30 @@ fn show_found(text: &mut String, found: &FoundOutput<'_>, due: Option<&CaseOutpu
     }
 }
 
+fn shown_fate(fate: &Fate) -> String {
+    let mut text = String::new();
+    for output in &fate.outputs {
+        let _ = write!(text, "output → {}", output.route);
+        if let Some(key) = &output.key {
+            let _ = write!(text, " key {:?}", String::from_utf8_lossy(key));
+        }
+        text.push('\n');
+        match output.payload.as_ref().map(|payload| (case::written(payload), payload)) {
+            None => text.push_str("    as it came\n"),
+            Some((("json", value), _)) => show_json(&mut text, &value),
+            Some((_, payload)) => show_payload(&mut text, payload, false),
+        }
+    }
+    match &fate.rejected {
+        Some(reason) => {
+            let _ = writeln!(text, "rejected: {reason}");
+        }
+        None if fate.outputs.is_empty() => text.push_str("filtered\n"),
+        None => {}
+    }
+    text
+}
+
 fn show_json(text: &mut String, value: &Value) {
     // `Value`'s own order of members; both sides have it.
     let pretty = serde_json::to_string_pretty(value).unwrap_or_default();
@@ -262,6 +286,16 @@ fn show_reject(text: &mut String, input: usize, reason: &str) {
 }
 
 impl Difference {
+    /// Of what became of one record before and after a change.
+    pub(crate) fn between(before: &Fate, after: &Fate) -> Self {
+        let backtraces = after.backtrace.trim_end();
+        let backtraces = match backtraces {
+            "" => String::new(),
+            lines => format!("{lines}\n"),
+        };
+        Self { expected: shown_fate(before), found: shown_fate(after), backtraces }
+    }
+
     /// The lines: `-` is expected, `+` is found; coloured for a terminal.
     pub fn render(&self, coloured: bool) -> String {
         let mut text = String::new();

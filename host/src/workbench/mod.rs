@@ -80,6 +80,8 @@ pub struct Fate {
     pub rejected: Option<String>,
     /// The plugin's stack, when it trapped.
     pub backtrace: String,
+    /// It was rejected because the call trapped or went over a limit.
+    pub trapped: bool,
 }
 
 /// Why a trial has no outcome.
@@ -164,7 +166,7 @@ impl Trial {
                 RunError::NoInstance(error) => TrialError::Configure(error),
                 RunError::Stopped => TrialError::Batch("it was stopped".into()),
             })?;
-        Ok(self.fates(records.len(), outcome))
+        Ok(fates(self.runner.stage(), records.len(), outcome))
     }
 
     /// Runs records as one call: should it fail, no culprit is searched for.
@@ -175,7 +177,7 @@ impl Trial {
         let Some(batch) = batch(records) else { return Ok(Vec::new()) };
         let outcome =
             self.runner.run_once(&batch, &first_flow(&batch)).map_err(TrialError::Batch)?;
-        Ok(self.fates(records.len(), outcome))
+        Ok(fates(self.runner.stage(), records.len(), outcome))
     }
 
     /// A call with no records, which a lane never makes: it must give nothing, or fail in words.
@@ -195,24 +197,26 @@ impl Trial {
         let flow = batch.as_ref().map(first_flow).unwrap_or_default();
         PreparedCall { trial: self, batch, flow }
     }
+}
 
-    fn fates(&self, records: usize, outcome: StageOutcome) -> Vec<Fate> {
-        let mut fates = vec![Fate::default(); records];
-        let routes = &self.runner.stage().route_names;
-        for output in outcome.outputs() {
-            fates[output.item].outputs.push(TrialOutput {
-                route: routes[output.route].to_string(),
-                key: output.key,
-                payload: output.payload,
-            });
-        }
-        for rejected in outcome.rejected {
-            let fate = &mut fates[rejected.item];
-            fate.rejected = Some(rejected.reason);
-            fate.backtrace = rejected.backtrace;
-        }
-        fates
+/// What became of each of a stage's items.
+pub(crate) fn fates(stage: &LoadedStage, items: usize, outcome: StageOutcome) -> Vec<Fate> {
+    let mut fates = vec![Fate::default(); items];
+    let routes = &stage.route_names;
+    for output in outcome.outputs() {
+        fates[output.item].outputs.push(TrialOutput {
+            route: routes[output.route].to_string(),
+            key: output.key,
+            payload: output.payload,
+        });
     }
+    for rejected in outcome.rejected {
+        let fate = &mut fates[rejected.item];
+        fate.rejected = Some(rejected.reason);
+        fate.backtrace = rejected.backtrace;
+        fate.trapped = rejected.trapped;
+    }
+    fates
 }
 
 /// A call that is measured: nothing but the call is done again.

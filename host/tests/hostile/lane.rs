@@ -12,7 +12,7 @@ use shardmill::record::{
     Batch, Entry, LetterPlace, Position, PositionSpan, Record, SequenceNumber, ShardKey,
     StreamIdentity,
 };
-use shardmill::stage::{Blocked, Chain, ChainOutcome, Generation};
+use shardmill::stage::{Blocked, Chain, ChainOutcome, Generation, Samples};
 use tokio_util::sync::CancellationToken;
 
 use crate::support;
@@ -83,7 +83,8 @@ type = "stdout"
         let (generation, _) = Generation::from_config(&config, &host, &|_| None)
             .map_err(|error| error.render(false))?;
         let stop = CancellationToken::new();
-        let chain = Chain::start(&Arc::new(generation), &shard(), rejected_max, &stop);
+        let samples = Samples::new(Default::default());
+        let chain = Chain::start(&Arc::new(generation), &shard(), rejected_max, samples, &stop);
         Ok(Self { chain: chain.map_err(|error| error.to_string())? })
     }
 

@@ -28,6 +28,7 @@ use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use shardmill::position::{DeadLetters, LetterFilter, StateStore};
 use shardmill::sink::Sink;
 use shardmill::supervisor::{RunOptions, Supervisor};
+use shardmill::swap::{BuildSinks, Swapper};
 use sink::{Table, TableSink};
 use source::Memory;
 use tokio_util::sync::CancellationToken;
@@ -133,12 +134,17 @@ async fn run(
             let (inner, chaos) = (inner.clone(), chaos.clone());
             Arc::new(Unreliable { inner, chaos }) as Arc<dyn Sink>
         });
-        let options = RunOptions::new(true);
-        let sinks = unreliable.collect();
+        let sinks: Vec<Arc<dyn Sink>> = unreliable.collect();
+        let same = sinks.clone();
+        let first = config.clone();
+        let build_sinks: BuildSinks = Arc::new(move |_| Ok(same.clone()));
+        let options = RunOptions { build_sinks, ..RunOptions::new(true) };
         let supervisor =
             Supervisor::prepare(config, rig.host(), Arc::new(source), sinks, options).await;
         let supervisor = supervisor.unwrap_or_else(|why| panic!("seed {seed}: {why:#}"));
+        let swapper = supervisor.swapper();
         tokio::select! {
+            () = change(&swapper, first, size, state, chaos), if !is_last => unreachable!("it waits"),
             ended = supervisor.run(CancellationToken::new()) => {
                 ended.unwrap_or_else(|why| panic!("seed {seed}, life {life}: {why:#}"));
                 if !is_last {
@@ -149,6 +155,39 @@ async fn run(
             () = chaos.killed() => {}
         }
     }
+}
+
+/// Changes the pipeline while it runs, now and then: its plugin's configuration in place, or its sinks'
+/// rhythm as well, for which the lanes are let go. Ends with the process, at any step of a change.
+async fn change(
+    swapper: &Swapper,
+    mut config: PipelineConfig,
+    size: Size,
+    state: &Path,
+    chaos: &Chaos,
+) {
+    let changes = chaos.rng().u8(0..4);
+    for _ in 0..changes {
+        let pause_ms = chaos.rng().u64(0..120);
+        tokio::time::sleep(Duration::from_millis(pause_ms)).await;
+        config = match chaos.rng().bool() {
+            true => other_side(&config),
+            false => pipeline(state, size, &mut chaos.rng()),
+        };
+        // Refused when the pipeline has stopped, or a sink would lose records: then all is as before.
+        let _ = swapper.reload(config.clone(), false).await;
+    }
+    std::future::pending().await
+}
+
+/// The same pipeline with the other side going right.
+fn other_side(config: &PipelineConfig) -> PipelineConfig {
+    let text = &config.file.text;
+    let text = match text.contains("equals = 1") {
+        true => text.replace("equals = 1", "equals = 0"),
+        false => text.replace("equals = 0", "equals = 1"),
+    };
+    parse(Path::new("model.toml"), text, &|_| None).expect("a sound pipeline")
 }
 
 /// The ids in JSON rows.

@@ -154,7 +154,7 @@ pub async fn other_content_is_not_mixed_in(place: Place) {
     let text = cause(owner.writer.commit(&other, &letters).await);
     assert!(text.contains("generation-1") && text.contains("even"), "{text}");
     let mut fewer = commit(0, 6);
-    let even = fewer.rows.iter().filter(|row| row.route.as_str() == "even");
+    let even = fewer.rows.iter().filter(|row| row.route.name().as_str() == "even");
     fewer.rows = Arc::new(even.cloned().collect());
     let text = cause(owner.writer.commit(&fewer, &letters).await);
     assert!(text.contains("[\"even\", \"odd\"]"), "{text}");

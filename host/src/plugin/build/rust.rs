@@ -12,10 +12,21 @@ use std::{env, fs};
 use serde::Deserialize;
 
 use super::componentize::componentize;
-use super::{BuildError, file_error};
+use super::{BuildError, Haste, file_error};
 
 /// How to get cargo and rustc.
 const REMEDY: &str = "install Rust from rustup.rs, or put it on PATH";
+
+/// Compiled in pieces that are kept, the same sources give other bytes.
+const REPRODUCIBLE: [(&str, &str); 1] = [("CARGO_INCREMENTAL", "0")];
+/// Compiled in pieces that are kept, in a folder of their own, with little optimisation.
+const HASTY: [(&str, &str); 5] = [
+    ("CARGO_INCREMENTAL", "1"),
+    ("CARGO_PROFILE_RELEASE_LTO", "off"),
+    ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"),
+    ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16"),
+    ("CARGO_BUILD_TARGET_DIR", "target/dev"),
+];
 
 /// The target that plugins are compiled for: WebAssembly without a system interface.
 pub(super) const TARGET: &str = "wasm32-unknown-unknown";
@@ -29,12 +40,12 @@ pub(super) const TARGET: &str = "wasm32-unknown-unknown";
 /// # Errors
 ///
 /// If a tool or the target is missing, or the crate does not compile to a plugin.
-pub(super) fn build(dir: &Path) -> Result<Vec<u8>, BuildError> {
+pub(super) fn build(dir: &Path, haste: Haste) -> Result<Vec<u8>, BuildError> {
     let manifest = dir.join("Cargo.toml");
     let manifest =
         manifest.canonicalize().map_err(|_| BuildError::NoCrate { dir: dir.to_owned() })?;
     let compiler = Compiler::find(dir)?;
-    let module = compile(dir, &manifest, &compiler)?;
+    let module = compile(dir, &manifest, &compiler, haste)?;
     let core = fs::read(&module).map_err(file_error("read", &module))?;
     componentize(&core).map_err(|cause| BuildError::Componentize { module, cause })
 }
@@ -79,9 +90,20 @@ fn ask(tool: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, BuildE
 }
 
 /// Compiles the crate and finds its module.
-fn compile(dir: &Path, manifest: &Path, compiler: &Compiler) -> Result<PathBuf, BuildError> {
+fn compile(
+    dir: &Path,
+    manifest: &Path,
+    compiler: &Compiler,
+    haste: Haste,
+) -> Result<PathBuf, BuildError> {
     // First, because the folders that are kept out of the component exist only then.
-    run_cargo(dir, manifest, &["fetch", "--target", TARGET])?;
+    if haste == Haste::No || !dir.join("Cargo.lock").exists() {
+        run_cargo(dir, manifest, &["fetch", "--target", TARGET], &REPRODUCIBLE)?;
+    }
+    let settings: &[(&str, &str)] = match haste {
+        Haste::No => &REPRODUCIBLE,
+        Haste::Yes => &HASTY,
+    };
     let compiler_flags = compiler_flags(compiler);
     let messages = run_cargo(
         dir,
@@ -96,6 +118,7 @@ fn compile(dir: &Path, manifest: &Path, compiler: &Compiler) -> Result<PathBuf, 
             "--config",
             &compiler_flags,
         ],
+        settings,
     )?;
     messages
         .split(|byte| *byte == b'\n')
@@ -107,7 +130,12 @@ fn compile(dir: &Path, manifest: &Path, compiler: &Compiler) -> Result<PathBuf, 
 }
 
 /// Runs cargo on the crate and returns what it prints.
-fn run_cargo(dir: &Path, manifest: &Path, arguments: &[&str]) -> Result<Vec<u8>, BuildError> {
+fn run_cargo(
+    dir: &Path,
+    manifest: &Path,
+    arguments: &[&str],
+    settings: &[(&str, &str)],
+) -> Result<Vec<u8>, BuildError> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let tool = cargo.to_string_lossy().into_owned();
     let output = Command::new(&cargo)
@@ -115,8 +143,7 @@ fn run_cargo(dir: &Path, manifest: &Path, arguments: &[&str]) -> Result<Vec<u8>,
         .arg("--manifest-path")
         .arg(manifest)
         .current_dir(dir)
-        // Compiled in pieces that are kept, the same sources give other bytes.
-        .env("CARGO_INCREMENTAL", "0")
+        .envs(settings.iter().copied())
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()

@@ -77,7 +77,7 @@ pub(super) fn encode(
     let mut refusals = Vec::new();
     let folders_differ = layout.folder.differs_by_row();
     for (index, row) in rows.iter().enumerate() {
-        let route = match open.entry(&row.route) {
+        let route = match open.entry(row.route.name()) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => new.insert(OpenRoute::default()),
         };
@@ -85,8 +85,8 @@ pub(super) fn encode(
             Some((_, only)) if !folders_differ => Ok(only),
             _ => match layout.folder.folder(row, shard, sink) {
                 Ok(folder) => {
-                    let form = || forms.get(&row.route).cloned().unwrap_or_default();
-                    Ok(route.body(folder, || OpenBody::new(&row.route, form(), layout))?)
+                    let form = || forms.get(row.route.name()).cloned().unwrap_or_default();
+                    Ok(route.body(folder, || OpenBody::new(row.route.name(), form(), layout))?)
                 }
                 Err(reason) => Err(reason),
             },

@@ -202,7 +202,7 @@ impl FolderTemplate {
                     Part::Sink => write!(level, "{sink}"),
                     Part::Stream => write!(level, "{}", shard.stream.name),
                     Part::Shard => write!(level, "{}", shard.shard),
-                    Part::Route => write!(level, "{}", row.route),
+                    Part::Route => write!(level, "{}", row.route.name()),
                     Part::Date => {
                         write!(level, "{:04}-{:02}-{:02}", at.year(), at.month(), at.day())
                     }

@@ -185,7 +185,7 @@ impl<'t, 'r> Encoder<'t, 'r> {
         let put = put_tuple(&mut group.tuples, self.table, &self.present, &self.slots);
         let put = put.and_then(|()| match self.lineage.is_empty() {
             true => Ok(()),
-            false => lineage::put(&mut group.tuples, row),
+            false => lineage::put(&mut group.tuples, row, self.lineage.len()),
         });
         if let Err(reason) = put {
             group.tuples.truncate(start);

@@ -21,6 +21,9 @@ pub(super) const COLUMNS: [(&str, &str); 4] = [
     (ARRIVED_AT, "timestamptz"),
 ];
 
+/// The digest of the component that made the row: filled where a table has it, as those that we create do.
+pub(super) const DIGEST: (&str, &str) = ("shardmill_digest", "text");
+
 /// Where the columns are in a table.
 ///
 /// # Errors
@@ -30,14 +33,17 @@ pub(super) fn places(table: &LiveTable) -> Result<Vec<u16>, &'static str> {
         let found = table.columns.iter().position(|column| column.name == name);
         found.and_then(|place| u16::try_from(place).ok()).ok_or(name)
     };
-    COLUMNS.iter().map(|(name, _)| place(name)).collect()
+    let mut places: Vec<u16> =
+        COLUMNS.iter().map(|(name, _)| place(name)).collect::<Result<_, _>>()?;
+    places.extend(place(DIGEST.0));
+    Ok(places)
 }
 
-/// Writes the fields of the columns, each behind its length.
+/// Writes the fields of so many columns, as [`places`] has found them, each behind its length.
 ///
 /// # Errors
 /// Why the record has none, which a record of a stream cannot cause.
-pub(super) fn put(out: &mut Vec<u8>, row: &Row) -> Result<(), String> {
+pub(super) fn put(out: &mut Vec<u8>, row: &Row, columns: usize) -> Result<(), String> {
     let shard = &row.batch.shard;
     let sequence = &row.batch.origin(row.record).sequence;
     let mut number = Vec::new();
@@ -49,7 +55,8 @@ pub(super) fn put(out: &mut Vec<u8>, row: &Row) -> Result<(), String> {
         .ok_or("its time of arrival is out of range")?;
     let arrived_at = (arrived_micros - EPOCH_MICROS).to_be_bytes();
     let (pipeline, shard) = (shard.pipeline.as_str().as_bytes(), shard.shard.as_str().as_bytes());
-    for field in [pipeline, shard, &number, &arrived_at] {
+    let digest = row.route.digest().as_bytes();
+    for field in [pipeline, shard, &number, &arrived_at, digest].into_iter().take(columns) {
         out.put_i32(i32::try_from(field.len()).map_err(|_| "a name is too long")?);
         out.put_slice(field);
     }

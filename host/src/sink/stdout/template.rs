@@ -100,7 +100,7 @@ impl Template {
                 Part::Shard => push_text(context.shard.as_str(), line),
                 Part::Sequence => push_text(&row.position().to_string(), line),
                 Part::Key => push_text(&String::from_utf8_lossy(&row.key), line),
-                Part::Route => push_text(row.route.as_str(), line),
+                Part::Route => push_text(row.route.name().as_str(), line),
                 Part::Field(path) => match find(&payload, path) {
                     Some(Value::String(text)) => push_text(text, line),
                     Some(value) => push_text(&value.to_string(), line),

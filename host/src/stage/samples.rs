@@ -1,0 +1,122 @@
+//! What entered each stage of late: a candidate is tried on it before it takes over.
+//!
+//! Per stage the last batches, bounded in number, bytes and age; of a busy stage not every one, so that
+//! keeping them costs next to nothing.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::flow::Flow;
+use crate::config::SampleLimits;
+use crate::record::{Batch, StageName};
+
+/// How long nothing more of a stage is kept after a batch was. To keep one takes
+/// some 20 µs: so it is a hundredth of the time, whatever the load.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// A batch as it entered a stage.
+#[derive(Clone)]
+pub struct Sample {
+    /// Its number: later ones of the process have greater numbers.
+    pub number: u64,
+    /// The batch.
+    pub batch: Arc<Batch>,
+    /// What entered.
+    pub flow: Arc<Flow>,
+    taken: Instant,
+    bytes: usize,
+}
+
+/// The samples of a pipeline; its clones share them.
+#[derive(Clone)]
+pub struct Samples {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    limits: SampleLimits,
+    begun: Instant,
+    stages: Mutex<HashMap<StageName, Kept>>,
+    next_number: AtomicU64,
+}
+
+/// The samples of one stage, the oldest first.
+#[derive(Default)]
+struct Kept {
+    samples: VecDeque<Sample>,
+    bytes: usize,
+    /// When the last one was taken, in microseconds since `begun`.
+    last_us: u64,
+}
+
+impl Samples {
+    /// None yet, and never more than `limits` per stage.
+    pub fn new(limits: SampleLimits) -> Self {
+        let (begun, stages, next_number) = (Instant::now(), Mutex::default(), AtomicU64::new(1));
+        Self { shared: Arc::new(Shared { limits, begun, stages, next_number }) }
+    }
+
+    /// Keeps a batch that is about to enter a stage, unless one was kept just now, or another lane is
+    /// keeping one.
+    pub fn offer(&self, stage: &StageName, batch: &Arc<Batch>, flow: &Flow) {
+        if flow.is_empty() || self.shared.limits.batches_max == 0 {
+            return;
+        }
+        let Ok(mut stages) = self.shared.stages.try_lock() else { return };
+        let now_us = self.shared.begun.elapsed().as_micros() as u64;
+        let kept = match stages.get_mut(stage) {
+            Some(kept) => kept,
+            None => stages.entry(stage.clone()).or_default(),
+        };
+        if !kept.samples.is_empty() && now_us < kept.last_us + PAUSE.as_micros() as u64 {
+            return;
+        }
+        let bytes = batch.bytes()
+            + flow.iter().map(|item| item.payload.len() + item.key.len()).sum::<usize>();
+        if bytes > self.shared.limits.bytes_max {
+            return;
+        }
+        kept.last_us = now_us;
+        kept.bytes += bytes;
+        kept.samples.push_back(Sample {
+            number: self.shared.next_number.fetch_add(1, Ordering::Relaxed),
+            batch: batch.clone(),
+            flow: Arc::new(flow.clone()),
+            taken: Instant::now(),
+            bytes,
+        });
+        kept.forget(&self.shared.limits);
+    }
+
+    /// What is kept of a stage behind a number, the oldest first.
+    pub fn after(&self, stage: &StageName, number: u64) -> Vec<Sample> {
+        let mut stages = self.lock();
+        let Some(kept) = stages.get_mut(stage) else { return Vec::new() };
+        kept.forget(&self.shared.limits);
+        kept.samples.iter().filter(|sample| sample.number > number).cloned().collect()
+    }
+
+    /// Forgets what entered stages that are gone.
+    pub fn keep_only(&self, stages: &[&StageName]) {
+        self.lock().retain(|name, _| stages.contains(&name));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<StageName, Kept>> {
+        self.shared.stages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    fn forget(&mut self, limits: &SampleLimits) {
+        while let Some(oldest) = self.samples.front()
+            && (self.samples.len() > limits.batches_max
+                || self.bytes > limits.bytes_max
+                || oldest.taken.elapsed() > limits.age_max)
+        {
+            self.bytes -= oldest.bytes;
+            self.samples.pop_front();
+        }
+    }
+}

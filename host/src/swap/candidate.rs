@@ -1,0 +1,198 @@
+//! A candidate on its way to be proven: nothing of what runs is touched here.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::trial::{Gates, Trial, TrialReport};
+use super::{Component, Inner, Setup, Step, StepFailed};
+use crate::config::PipelineConfig;
+use crate::lane::Shared;
+use crate::plugin::{Capability, Digest, Plugin};
+use crate::record::StageName;
+use crate::sink::Sink;
+use crate::stage::{CanarySpec, Generation, GenerationSpec, LoadedStage};
+
+/// Digits of a digest that name a component: fewer might name several by chance.
+const DIGEST_DIGITS_MIN: usize = 6;
+
+impl Inner {
+    /// The candidate's bytes, and what to call it.
+    pub(super) async fn fetch(&self, component: &Component) -> Result<(String, Bytes), StepFailed> {
+        let digits = match component {
+            Component::Bytes { name, bytes } => return Ok((name.clone(), bytes.clone())),
+            Component::Kept(digits) => digits.to_ascii_lowercase(),
+        };
+        let digits = digits.strip_prefix("sha256:").unwrap_or(&digits).to_owned();
+        let is_digest = digits.len() >= DIGEST_DIGITS_MIN
+            && digits.chars().all(|digit| digit.is_ascii_hexdigit());
+        if !is_digest {
+            let cause = format!(
+                "{digits:?} is neither a file nor the first {DIGEST_DIGITS_MIN} digits or more of a digest"
+            );
+            return Err(Step::Fetch.failed(cause));
+        }
+        let kept = self.state.components(digits.clone()).await;
+        match kept.map_err(|error| Step::Fetch.failed(error))?.as_slice() {
+            [(digest, bytes)] => {
+                Ok((format!("component {}", &digest[..12]), Bytes::from(bytes.clone())))
+            }
+            [] => Err(Step::Fetch.failed(format!(
+                "no component {digits}… is kept any more: name the file (see `shardmill plugin history`)"
+            ))),
+            several => Err(Step::Fetch.failed(format!(
+                "{digits}… begins {} digests: give more digits",
+                several.len()
+            ))),
+        }
+    }
+}
+
+/// A stage of what runs.
+pub(super) fn stage(generation: &Generation, name: &StageName) -> Result<LoadedStage, StepFailed> {
+    let found = generation.stages.iter().find(|stage| stage.name == *name);
+    found.cloned().ok_or_else(|| {
+        let names: Vec<&str> = generation.stages.iter().map(|stage| stage.name.as_str()).collect();
+        let help = crate::config::suggest(name.as_str(), "there are", &names);
+        Step::Fetch.failed(format!("the pipeline has no stage {name}; {help}"))
+    })
+}
+
+/// Refuses a component that is not the one which the configuration pins.
+pub(super) fn check_pin(
+    config: &PipelineConfig,
+    stage: &StageName,
+    digest: &Digest,
+) -> Result<(), StepFailed> {
+    let own = config.stages.iter().find(|own| own.name.value == *stage);
+    match own.and_then(|own| own.sha256.as_ref()) {
+        Some(due) if due.value != digest.as_str() => Err(Step::Pin.failed(format!(
+            "{}: stage {stage} is pinned to {}, the component has {digest}; change the pin and reload",
+            config.file.place(&due.span),
+            due.value
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Compiles the candidate within its stage's limits.
+pub(super) async fn compile(
+    setup: &Setup,
+    stage: &StageName,
+    name: &str,
+    bytes: &Bytes,
+) -> Result<Plugin, StepFailed> {
+    let own = setup.config.stages.iter().find(|own| own.name.value == *stage);
+    let limits = own.map(|own| own.compile_limits).unwrap_or_default();
+    let (host, name, bytes) = (setup.host.clone(), name.to_owned(), bytes.clone());
+    blocking(Step::Compile, move || {
+        Plugin::load(&host.engine, &host.cache.with_limits(limits), &name, &bytes)
+    })
+    .await
+}
+
+/// The specification with another component for a stage, or with a canary beside it.
+pub(super) fn replaced(
+    spec: &GenerationSpec,
+    stage: &StageName,
+    digest: &Digest,
+    canary_percent: Option<u8>,
+) -> GenerationSpec {
+    let mut spec = spec.clone();
+    for own in spec.stages.iter_mut().filter(|own| own.name == *stage) {
+        own.canary = canary_percent
+            .map(|percent| CanarySpec { digest: digest.to_string(), percent })
+            .filter(|canary| canary.digest != own.digest);
+        if canary_percent.is_none() {
+            own.digest = digest.to_string();
+        }
+    }
+    spec
+}
+
+/// Checks what the sinks would get, where that is other than before, against their tables. A sink may
+/// make its table then, and remembers what it will get: so this is the last thing before a promotion.
+pub(super) async fn check_tables(
+    shared: &Shared,
+    sinks: &[Arc<dyn Sink>],
+    before: &Generation,
+    next: &Generation,
+) -> Result<(), StepFailed> {
+    for sink in sinks {
+        let is_known = shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink));
+        let routes = next.routes_to(sink.name());
+        if is_known && routes == before.routes_to(sink.name()) {
+            continue;
+        }
+        if let Err(error) = sink.prepare(&routes).await {
+            for known in &shared.sinks {
+                // It worked before; if not, the sink itself will say so.
+                let _ = known.prepare(&before.routes_to(known.name())).await;
+            }
+            return Err(Step::Check.failed(error));
+        }
+    }
+    Ok(())
+}
+
+/// Loads a generation, with plugins that are at hand and with those that ran before: configures each and
+/// checks imports against grants, formats and columns against its neighbours.
+pub(super) async fn load(
+    setup: &Setup,
+    before: &Arc<Generation>,
+    spec: GenerationSpec,
+    fresh: HashMap<String, Plugin>,
+) -> Result<Generation, StepFailed> {
+    let mut plugins = before.plugins();
+    plugins.extend(fresh);
+    let missing = spec.digests().filter(|digest| !plugins.contains_key(*digest));
+    for digest in missing.map(str::to_owned).collect::<Vec<_>>() {
+        let plugin = setup.shared.generations.plugin(&digest).await;
+        let plugin = plugin.map_err(|error| Step::Fetch.failed(format!("{error:#}")))?;
+        plugins.insert(digest, plugin);
+    }
+    let (host, stream) = (setup.host.clone(), setup.config.source.stream_name());
+    let before = before.clone();
+    blocking(Step::Check, move || Generation::rebuilt(spec, &plugins, &host, &stream, &before))
+        .await
+}
+
+/// Runs the candidate on what entered the stage of late; or says why it cannot be tried.
+pub(super) async fn try_out(
+    shared: &Shared,
+    incumbent: &LoadedStage,
+    candidate: &LoadedStage,
+    shadow: Duration,
+    gates: &Gates,
+) -> Result<(Option<TrialReport>, Option<String>), StepFailed> {
+    if candidate.services.http.is_some()
+        && candidate.plugin.capabilities.contains(&Capability::Http)
+    {
+        let why = "it imports http: its requests would be sent once more for the trial";
+        return Ok((None, Some(why.into())));
+    }
+    let trial = Trial::new(incumbent, candidate);
+    let samples = shared.samples.clone();
+    let report = blocking::<_, std::convert::Infallible>(Step::Trial, move || {
+        Ok(trial.run(&samples, shadow))
+    })
+    .await?;
+    match report.refusal(gates) {
+        None => Ok((Some(report), None)),
+        Some(cause) => Err(StepFailed { step: Step::Trial, cause, trial: Some(report) }),
+    }
+}
+
+/// Runs what takes long on a thread of its own.
+pub(super) async fn blocking<T: Send + 'static, E: std::fmt::Display + Send + 'static>(
+    step: Step,
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, StepFailed> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(step.failed(error)),
+        Err(panic) => Err(step.failed(panic)),
+    }
+}

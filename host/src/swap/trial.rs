@@ -1,0 +1,294 @@
+//! The trial: a candidate runs on what entered its stage of late, in sandboxes of its own, and its
+//! answers are compared with the incumbent's, record by record.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{RejectedMax, StageLimits};
+use crate::stage::{Item, LoadedStage, RunError, Sample, Samples, StageRunner};
+use crate::terminal::escaped;
+use crate::workbench::compare::Difference;
+use crate::workbench::{Fate, fates};
+
+/// How long a candidate may take with all samples: one that loops must not hold up the swap.
+const TRIAL_MAX: Duration = Duration::from_secs(30);
+/// Differences that a report shows.
+const DIFFERENCES_MAX: usize = 5;
+/// Characters of a record that a report shows.
+const RECORD_CHARS_MAX: usize = 200;
+/// A candidate whose calls die so often in a row has shown what it is.
+const REJECTED_MAX: RejectedMax = RejectedMax { in_a_row: 3, of_last_1000: 10 };
+/// How often a shadow looks for what entered the stage since.
+const SHADOW_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a candidate must keep to be promoted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Gates {
+    /// Records that it may give something else for; `None`: any number.
+    pub changed_max: Option<u64>,
+    /// Records that it may reject which the incumbent takes; `None`: any number.
+    pub newly_rejected_max: Option<u64>,
+}
+
+impl Gates {
+    /// These, and others where these say nothing.
+    pub(super) fn or(self, others: &Self) -> Self {
+        Self {
+            changed_max: self.changed_max.or(others.changed_max),
+            newly_rejected_max: self.newly_rejected_max.or(others.newly_rejected_max),
+        }
+    }
+}
+
+/// How the candidate's answers compare with the incumbent's.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct TrialReport {
+    /// Records that both were given.
+    pub records: u64,
+    /// Both gave the same.
+    pub identical: u64,
+    /// Both took it and gave something else.
+    pub changed: u64,
+    /// The incumbent took it, the candidate rejected it.
+    pub newly_rejected: u64,
+    /// The incumbent rejected it, the candidate took it.
+    pub newly_accepted: u64,
+    /// The candidate trapped or went over a limit, the incumbent did not.
+    pub trapped: u64,
+    /// Calls of the candidate that gave no answer, more than of the incumbent: records that pass alone
+    /// may be too much together.
+    pub calls_died: u64,
+    /// What the incumbent took per record, in nanoseconds.
+    pub incumbent_ns_per_record: f64,
+    /// What the candidate took per record, in nanoseconds.
+    pub candidate_ns_per_record: f64,
+    /// The first records that became something else, as people read them.
+    pub differences: Vec<ShownDifference>,
+    /// Why it was broken off, if it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub broken_off: Option<String>,
+    /// The number of differing records when the last difference was noted.
+    #[serde(skip)]
+    shown_of: u64,
+    #[serde(skip)]
+    incumbent_time: Duration,
+    #[serde(skip)]
+    candidate_time: Duration,
+}
+
+/// One record that became something else.
+#[derive(Clone, Debug, Serialize)]
+pub struct ShownDifference {
+    /// Where the record is: shard and sequence.
+    pub record: String,
+    /// What it is.
+    pub payload: String,
+    /// Lines: `-` is the incumbent's, `+` the candidate's.
+    pub diff: String,
+}
+
+/// A candidate and the incumbent, ready to be given the same records.
+pub(super) struct Trial {
+    stage: LoadedStage,
+    incumbent: Side,
+    candidate: Side,
+    report: TrialReport,
+    deadline: Instant,
+    /// The last sample that was run.
+    last_number: u64,
+}
+
+struct Side {
+    stage: LoadedStage,
+    runner: Option<StageRunner>,
+}
+
+impl Side {
+    fn new(stage: &LoadedStage) -> Self {
+        // A failure that may pass is not waited for: it is a rejection like another.
+        let limits = StageLimits { retry_ms_max: 0, ..stage.limits };
+        // What it does here says nothing of how it serves.
+        let health = Arc::default();
+        Self { stage: LoadedStage { limits, health, ..stage.clone() }, runner: None }
+    }
+
+    /// Calls that gave no answer so far.
+    fn calls_died(&self) -> u64 {
+        self.stage.health.seen().traps
+    }
+
+    /// What becomes of a sample's items, and how long it took.
+    fn run(&mut self, sample: &Sample) -> Result<(Vec<Fate>, Duration), String> {
+        let shard = &sample.batch.shard;
+        let runner = match &mut self.runner {
+            Some(runner) => runner,
+            none => {
+                let context = self.stage.context(&shard.stream.name, shard.shard.as_str());
+                let (stage, stop) = (self.stage.clone(), CancellationToken::new());
+                let started = StageRunner::start(stage, context, REJECTED_MAX, stop);
+                none.insert(started.map_err(|error| error.to_string())?)
+            }
+        };
+        let begun = Instant::now();
+        let outcome = runner.run(&sample.batch, &sample.flow);
+        let took = begun.elapsed();
+        match outcome {
+            Ok(outcome) => Ok((fates(&self.stage, sample.flow.len(), outcome), took)),
+            Err(RunError::AllFailed(reason) | RunError::TooManyFailed(reason)) => Err(reason),
+            Err(RunError::NoInstance(error)) => Err(error.to_string()),
+            Err(RunError::Stopped) => Err("it was stopped".into()),
+        }
+    }
+}
+
+impl Trial {
+    /// Of a candidate for the stage of an incumbent.
+    pub(super) fn new(incumbent: &LoadedStage, candidate: &LoadedStage) -> Self {
+        Self {
+            stage: incumbent.clone(),
+            incumbent: Side::new(incumbent),
+            candidate: Side::new(candidate),
+            report: TrialReport::default(),
+            deadline: Instant::now() + TRIAL_MAX,
+            last_number: 0,
+        }
+    }
+
+    /// Runs what is kept of the stage, then what enters it for a while. Blocking.
+    pub(super) fn run(mut self, samples: &Samples, shadow: Duration) -> TrialReport {
+        let shadow_end = Instant::now() + shadow;
+        self.deadline += shadow;
+        loop {
+            for sample in samples.after(&self.stage.name, self.last_number) {
+                self.last_number = sample.number;
+                if let Err(cause) = self.compare(&sample) {
+                    self.report.broken_off = Some(cause);
+                    return self.finish();
+                }
+            }
+            if Instant::now() >= shadow_end {
+                return self.finish();
+            }
+            std::thread::sleep(SHADOW_PAUSE.min(shadow));
+        }
+    }
+
+    fn compare(&mut self, sample: &Sample) -> Result<(), String> {
+        if Instant::now() > self.deadline {
+            return Err(format!("it took longer than {} s with the samples", TRIAL_MAX.as_secs()));
+        }
+        let Ok((due, incumbent_took)) = self.incumbent.run(sample) else {
+            // What the incumbent cannot run says nothing about the candidate.
+            return Ok(());
+        };
+        let (found, candidate_took) = self.candidate.run(sample)?;
+        self.report.incumbent_time += incumbent_took;
+        self.report.candidate_time += candidate_took;
+        for ((due, found), item) in due.iter().zip(&found).zip(sample.flow.iter()) {
+            self.count(due, found, sample, item);
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, due: &Fate, found: &Fate, sample: &Sample, item: &Item) {
+        let report = &mut self.report;
+        report.records += 1;
+        let count = match (&due.rejected, &found.rejected) {
+            _ if found.trapped && !due.trapped => &mut report.trapped,
+            (None, Some(_)) => &mut report.newly_rejected,
+            (Some(_), None) => &mut report.newly_accepted,
+            (None, None) if due.outputs != found.outputs => &mut report.changed,
+            // Of two rejections, one may be put into better words.
+            _ => &mut report.identical,
+        };
+        *count += 1;
+        let differing = report.records - report.identical;
+        if differing == report.shown_of || report.differences.len() >= DIFFERENCES_MAX {
+            return;
+        }
+        report.shown_of = differing;
+        let origin = sample.batch.origin(item.record);
+        let payload = String::from_utf8_lossy(&item.payload);
+        let payload: String = payload.chars().take(RECORD_CHARS_MAX).collect();
+        let (payload, diff) =
+            (escaped(&payload, &[]), Difference::between(due, found).render(false));
+        let is_known = |shown: &ShownDifference| shown.payload == payload && shown.diff == diff;
+        if !report.differences.iter().any(is_known) {
+            let record = format!("{}:{origin}", sample.batch.shard.shard);
+            report.differences.push(ShownDifference { record, payload, diff });
+        }
+    }
+
+    fn finish(mut self) -> TrialReport {
+        let died = self.candidate.calls_died();
+        self.report.calls_died = died.saturating_sub(self.incumbent.calls_died());
+        let records = self.report.records.max(1) as f64;
+        let per_record = |time: Duration| time.as_nanos() as f64 / records;
+        self.report.incumbent_ns_per_record = per_record(self.report.incumbent_time);
+        self.report.candidate_ns_per_record = per_record(self.report.candidate_time);
+        self.report
+    }
+}
+
+impl TrialReport {
+    /// Why the candidate may not be promoted, if it may not.
+    pub(super) fn refusal(&self, gates: &Gates) -> Option<String> {
+        let over = |count: u64, max: Option<u64>| max.filter(|max| count > *max);
+        if let Some(cause) = &self.broken_off {
+            return Some(format!("on records that came of late, {cause}"));
+        }
+        if self.trapped > 0 {
+            return Some(format!(
+                "it traps or goes over a limit on {} of {} records that the incumbent takes or rejects",
+                self.trapped, self.records
+            ));
+        }
+        if self.calls_died > 0 {
+            return Some(format!(
+                "{} of its calls trap or go over a limit, more than the incumbent's, though each record \
+                 passes alone: does it leak?",
+                self.calls_died
+            ));
+        }
+        if let Some(max) = over(self.newly_rejected, gates.newly_rejected_max) {
+            return Some(format!(
+                "it rejects {} of {} records that the incumbent takes; {max} may be (--max-rejected)",
+                self.newly_rejected, self.records
+            ));
+        }
+        let changed = self.changed + self.newly_rejected + self.newly_accepted;
+        over(changed, gates.changed_max).map(|max| {
+            format!(
+                "it gives something else for {changed} of {} records; {max} may be (--max-changed)",
+                self.records
+            )
+        })
+    }
+
+    /// The report in a few lines.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = vec![format!(
+            "{} records: {} identical, {} changed, {} newly rejected, {} newly accepted, {} trapped",
+            self.records,
+            self.identical,
+            self.changed,
+            self.newly_rejected,
+            self.newly_accepted,
+            self.trapped
+        )];
+        if self.records > 0 {
+            lines.push(format!(
+                "{:.0} ns per record before, {:.0} ns after",
+                self.incumbent_ns_per_record, self.candidate_ns_per_record
+            ));
+        }
+        for ShownDifference { record, payload, diff } in &self.differences {
+            lines.push(format!("{record}: {payload}"));
+            lines.extend(diff.lines().map(|line| format!("  {line}")));
+        }
+        lines
+    }
+}

@@ -1,0 +1,16 @@
+//! Changes of a running pipeline, by the real binary: swaps, refusals, rollbacks, canaries, reloads, and
+//! kills in the middle of them. Whatever happens, each record is there once, by the version that the
+//! ledger says.
+#![allow(clippy::expect_used, clippy::panic, reason = "a test")]
+#![allow(missing_docs, reason = "the helpers have one reader: the tests beside them")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod again;
+mod canary;
+mod kills;
+mod refused;
+mod reloads;
+mod rig;
+mod swaps;

@@ -1,0 +1,323 @@
+//! A stream, a pipeline of one stage that stamps its version into rows, and a table of them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Output, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::Value;
+
+use crate::support::world::World;
+use crate::support::{Process, plugin, postgres, postgres_url, run, shardmill, wait_for};
+
+/// A row of the table, in the order of its shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stamped {
+    pub id: u64,
+    pub key: String,
+    pub shard: String,
+    pub sequence: String,
+    pub digest: String,
+    pub version: String,
+}
+
+pub struct Rig {
+    pub world: World,
+    pub table: String,
+    run: Option<Process>,
+    /// Further lines of the pipeline's file.
+    pub more: String,
+    /// Further lines of its stage.
+    pub stage: String,
+    /// How rows go into the table.
+    pub mode: String,
+    /// The sinks that rows go to.
+    pub routes: String,
+}
+
+impl Rig {
+    /// With a stage of version `v1`, whose plugin's file is the world's `stage.wasm`.
+    pub fn new(shards: u32) -> Self {
+        static TABLES: AtomicU64 = AtomicU64::new(0);
+        let number = TABLES.fetch_add(1, Ordering::Relaxed);
+        let table = format!("stamped_{}_{number}", std::process::id());
+        let rig = Self {
+            world: World::new(shards),
+            table,
+            run: None,
+            more: String::new(),
+            stage: String::new(),
+            mode: String::new(),
+            routes: "[\"mart\"]".into(),
+        };
+        std::fs::write(rig.stage_file(), stamp("v1 none")).expect("written");
+        rig
+    }
+
+    pub fn stage_file(&self) -> PathBuf {
+        self.world.folder.path().join("stage.wasm")
+    }
+
+    /// The pipeline's name. Streams of two tests may be made within one millisecond, and their positions
+    /// are in one database.
+    pub fn name(&self) -> String {
+        format!("swap-{}", self.table.replace('_', "-"))
+    }
+
+    /// Writes the pipeline's file; gives its path.
+    pub fn write_pipeline(&self) -> String {
+        let folder = self.world.folder.path().display();
+        let (table, url, Self { more, stage, mode, routes, .. }) =
+            (&self.table, postgres_url(), self);
+        let name = self.name();
+        let text = format!(
+            r#"
+[pipeline]
+name = "{name}"
+state_dir = "{folder}/state"
+[source]
+type = "kinesis"
+stream = "test"
+endpoint = "embedded"
+format = "application/json"
+poll_interval = "200 ms"
+[[stage]]
+name = "stamp"
+plugin = "{folder}/stage.wasm"
+routes = {{ all = {routes} }}
+{stage}
+[[sink]]
+name = "mart"
+type = "postgres"
+url = "{url}"
+table = "{table}"
+create = true
+lineage = true
+{mode}
+[sink.commit]
+linger = "50 ms"
+{more}
+"#
+        );
+        let path = self.world.folder.path().join("pipeline.toml");
+        std::fs::write(&path, text).expect("written");
+        path.display().to_string()
+    }
+
+    /// Starts the pipeline and waits until it reads.
+    pub fn start(&mut self) {
+        let path = self.write_pipeline();
+        let log = std::fs::File::create(self.world.log()).expect("a log");
+        let started = shardmill(&["run", &path, "-v"]).stdout(Stdio::null()).stderr(log).spawn();
+        self.run = Some(Process(started.expect("the binary starts")));
+        wait_for("the run to read", || self.world.logged("reading"));
+    }
+
+    /// Kills the pipeline, as a crash does.
+    pub fn kill(&mut self) {
+        self.run = None;
+    }
+
+    /// Lets the pipeline drain and end.
+    pub fn stop(&mut self) {
+        let run = self.run.take().expect("it runs");
+        assert_eq!(run.terminate(), Some(0), "{}", self.log());
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.run.as_mut().is_some_and(|run| run.0.try_wait().expect("a state").is_none())
+    }
+
+    pub fn process_id(&self) -> u32 {
+        self.run.as_ref().expect("it runs").0.id()
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.world.log()).unwrap_or_default()
+    }
+
+    /// A component with this mark, as a file.
+    pub fn version(&self, mark: &str) -> String {
+        let name = mark.replace(' ', "-");
+        self.file(&format!("{name}.wasm"), &stamp(mark))
+    }
+
+    pub fn file(&self, name: &str, bytes: &[u8]) -> String {
+        let path = self.world.folder.path().join(name);
+        std::fs::write(&path, bytes).expect("written");
+        path.display().to_string()
+    }
+
+    /// Runs a command about the pipeline.
+    pub fn command(&self, arguments: &[&str]) -> Output {
+        let pipeline = self.world.folder.path().join("pipeline.toml").display().to_string();
+        let mut all = arguments.to_vec();
+        match arguments.first() {
+            Some(&"plugin") => all.extend(["--pipeline", &pipeline]),
+            _ => all.push(&pipeline),
+        }
+        all.push("--json");
+        run(&all)
+    }
+
+    /// Swaps; gives the report.
+    pub fn swap(&self, file: &str, more: &[&str]) -> Value {
+        let arguments = [&["plugin", "swap", "stamp", file], more].concat();
+        let output = self.command(&arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{error}{}", self.log());
+        serde_json::from_slice(&output.stdout).expect("a report")
+    }
+
+    /// Swaps what must be refused; gives the error.
+    pub fn refused(&self, file: &str, more: &[&str]) -> String {
+        let arguments = [&["plugin", "swap", "stamp", file], more].concat();
+        let output = self.command(&arguments);
+        assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stdout));
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// The changes, the newest first.
+    pub fn history(&self) -> Vec<Value> {
+        let output = self.command(&["plugin", "history"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let lines = String::from_utf8(output.stdout).expect("text");
+        lines.lines().map(|line| serde_json::from_str(line).expect("a change")).collect()
+    }
+
+    /// Waits until the table has this many rows.
+    pub fn wait_rows(&self, count: u64) {
+        let sql = format!("SELECT count(*) FROM {}", self.table);
+        wait_for(&format!("{count} rows: {}", self.log()), || {
+            postgres(&sql)[0].parse::<u64>().expect("a count") >= count
+        });
+    }
+
+    /// The rows, by shard and sequence.
+    pub fn rows(&self) -> Vec<Stamped> {
+        let sql = format!(
+            "SELECT concat_ws('|', id, key, shardmill_shard, shardmill_sequence, shardmill_digest,
+             version) FROM {}
+             ORDER BY shardmill_shard, shardmill_sequence",
+            self.table
+        );
+        let row = |line: String| {
+            let fields: Vec<&str> = line.split('|').collect();
+            let [id, key, shard, sequence, digest, version] = fields[..] else { panic!("{line}") };
+            Stamped {
+                id: id.parse().expect("an id"),
+                key: key.into(),
+                shard: shard.into(),
+                sequence: sequence.into(),
+                digest: digest.into(),
+                version: version.into(),
+            }
+        };
+        postgres(&sql).into_iter().map(row).collect()
+    }
+
+    /// Each of these ids is there once, and each by the version that the ledger says.
+    pub fn assert_each_once_as_the_ledger_says(&self, ids: std::ops::Range<u64>) {
+        let rows = self.rows();
+        let mut found: Vec<u64> = rows.iter().map(|row| row.id).collect();
+        found.sort_unstable();
+        assert_eq!(found, ids.collect::<Vec<_>>());
+        let ledger = self.ledger();
+        for row in &rows {
+            assert_eq!(row.version, ledger.version_of(row), "{row:?}");
+            assert_eq!(row.digest, ledger.digest_of(row), "{row:?}");
+        }
+    }
+
+    /// The generation ledger, as the state database has it.
+    pub fn ledger(&self) -> Ledger {
+        let path = self.world.folder.path().join("state").join(self.name()).join("state.db");
+        let state = crate::support::sqlite(&path);
+        let mut query = state
+            .prepare(
+                "SELECT l.shard, l.sequence, g.spec FROM ledger l JOIN generation g ON g.id = l.generation
+                 ORDER BY l.shard, l.sequence, l.sub_sequence",
+            )
+            .expect("sql");
+        let segments = query.query_map((), |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
+        let mut shards: BTreeMap<String, Vec<(String, Value)>> = BTreeMap::new();
+        for segment in segments.expect("rows") {
+            let (shard, sequence, spec): (String, String, String) = segment.expect("a row");
+            let spec = serde_json::from_str(&spec).expect("a specification");
+            shards.entry(shard).or_default().push((sequence, spec));
+        }
+        Ledger { shards, versions: self.versions() }
+    }
+
+    /// The versions that files of the world have, by digest.
+    fn versions(&self) -> BTreeMap<String, String> {
+        use sha2::Digest as _;
+        let mut versions = BTreeMap::new();
+        for entry in std::fs::read_dir(self.world.folder.path()).expect("a folder") {
+            let path = entry.expect("a file").path();
+            if path.extension().is_some_and(|it| it == "wasm") {
+                let bytes = std::fs::read(&path).expect("a component");
+                let Some(at) = mark_in(&bytes) else { continue };
+                let text = String::from_utf8_lossy(&bytes[at..at + MARK_BYTES]).into_owned();
+                let version = text.split(' ').next().unwrap_or_default().to_owned();
+                versions.insert(hex::encode(sha2::Sha256::digest(&bytes)), version);
+            }
+        }
+        versions
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the run's log:\n{}", self.log());
+        }
+    }
+}
+
+/// Which version ran where.
+pub struct Ledger {
+    shards: BTreeMap<String, Vec<(String, Value)>>,
+    versions: BTreeMap<String, String>,
+}
+
+impl Ledger {
+    /// The version that a record was due to be run by.
+    pub fn version_of(&self, row: &Stamped) -> String {
+        self.versions[&self.digest_of(row)].clone()
+    }
+
+    /// The digest of that version.
+    fn digest_of(&self, row: &Stamped) -> String {
+        let padded = format!("{:0>129}", row.sequence);
+        let segments = &self.shards[&row.shard];
+        let (_, spec) =
+            segments.iter().rev().find(|(from, _)| *from < padded).expect("a segment before it");
+        let mut stages = spec["stages"].as_array().expect("stages").iter();
+        let stage = stages.find(|stage| stage["name"] == "stamp").expect("the stage");
+        let mut digest = &stage["digest"];
+        let percent = stage["canary"]["percent"].as_u64().unwrap_or(0);
+        if u64::from(crc32fast::hash(row.key.as_bytes()) % 100) < percent {
+            digest = &stage["canary"]["digest"];
+        }
+        digest.as_str().expect("a digest").to_owned()
+    }
+}
+
+/// What precedes a mark's text in the component's bytes, and the text's length.
+const MARK: &[u8] = b"shardmill-stamp|";
+const MARK_BYTES: usize = 80 - MARK.len();
+
+fn mark_in(bytes: &[u8]) -> Option<usize> {
+    bytes.windows(MARK.len()).position(|window| window == MARK).map(|at| at + MARK.len())
+}
+
+/// The component with a mark written over its own.
+pub fn stamp(mark: &str) -> Vec<u8> {
+    let mut bytes = std::fs::read(plugin("stamp")).expect("the prebuilt component");
+    let at = mark_in(&bytes).expect("a mark");
+    let text = format!("{mark:<MARK_BYTES$}");
+    assert_eq!(text.len(), MARK_BYTES);
+    bytes[at..at + MARK_BYTES].copy_from_slice(text.as_bytes());
+    bytes
+}
