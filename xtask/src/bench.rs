@@ -46,6 +46,8 @@ enum Name {
     Sinks,
     /// From a record's arrival to its row being visible, against a bare loop of SDK calls and INSERTs.
     Latency,
+    /// How long lanes wait for each of 200 swaps under load, against a restart.
+    Swap,
 }
 
 /// The languages of [`Name::Languages`], as `shardmill new plugin` calls them.
@@ -66,6 +68,7 @@ impl Bench {
             Name::Languages => "languages",
             Name::Sinks => "sinks",
             Name::Latency => "latency",
+            Name::Swap => "swap",
         };
         let mut command = cargo();
         command.args(["bench", "--quiet", "--package", "benches", "--bench", name, "--"]);
@@ -85,7 +88,7 @@ impl Bench {
         }
         let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
         let mut postgres = None;
-        if matches!(self.bench, Name::Sinks | Name::Latency) {
+        if matches!(self.bench, Name::Sinks | Name::Latency | Name::Swap) {
             let cluster = postgres.insert(Cluster::start(scratch.path())?);
             command.env("SHARDMILL_TEST_POSTGRES", &cluster.url);
         }
