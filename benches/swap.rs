@@ -1,17 +1,15 @@
 //! What a swap costs the lanes: 200 in a row under load, between two versions that stamp their name into
 //! each row; against a restart of the same pipeline, which is how others change a plugin.
 //!
-//! The stream has eight shards and is fed without a pause; the rows go to PostgreSQL with the shard and
-//! the sequence that each is of. In the end every record is there once, by the version that the ledger
-//! says, or there is no figure.
+//! The stream has eight shards with more records than the pipeline can read meanwhile, so that no lane ever
+//! waits for any; the rows go to PostgreSQL with the shard and the sequence that each is of. In the end
+//! every record is there once, by the version that the ledger says, or there is no figure.
 
 mod child;
 mod report;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -33,8 +31,8 @@ const SWAPS: usize = 200;
 const SETTLED: usize = 20;
 /// The rate below which there is no figure.
 const RATE_MIN: f64 = 50_000.0;
-/// Records that are put ahead of the pipeline, so that it never waits for any.
-const AHEAD: u64 = 200_000;
+/// Records on the stream.
+const RECORDS: u64 = 4_000_000;
 /// What a stamp's mark begins with, and its bytes.
 const MARK: &[u8] = b"shardmill-stamp|";
 const MARK_BYTES: usize = 80;
@@ -58,21 +56,25 @@ async fn main() -> Result<()> {
     stream::create(&kinesis, &name, SHARDS).await?;
     stream::wait_active(&kinesis, &name, Duration::from_secs(20), &mut |_, _| {}).await?;
 
-    let load = Load::start(&kinesis, &name);
+    put(&kinesis, &name).await?;
+
     let run = start(&pipeline)?;
     let control = Control::find(&state.join("swap")).await?;
-    load.follow(&control).await?;
+    while control.records().await? == 0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
     let mut pauses_ms = Vec::new();
     let (mut settled_kib, begun, read_before) = (0.0, Instant::now(), control.records().await?);
     for swap in 0..SWAPS {
         pauses_ms.extend(control.swap(&versions[(swap + 1) % 2]).await?);
-        load.follow(&control).await?;
         if swap == SETTLED {
             settled_kib = run.resident_kib()?;
         }
     }
-    let rate = (control.records().await? - read_before) as f64 / begun.elapsed().as_secs_f64();
+    let read = control.records().await?;
+    let rate = (read - read_before) as f64 / begun.elapsed().as_secs_f64();
     let swapped_kib = run.resident_kib()?;
+    ensure!(read < RECORDS, "all {RECORDS} records were read before the last swap");
     ensure!(rate >= RATE_MIN, "only {rate:.0} records/s under {SWAPS} swaps: the load is too low");
     ensure!(pauses_ms.len() == SWAPS * SHARDS as usize, "{} lanes have changed", pauses_ms.len());
 
@@ -86,8 +88,7 @@ async fn main() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     let restart_ms = restarted.elapsed().as_secs_f64() * 1e3;
-    let put = load.stop().await?;
-    check(&sql, put, &versions, &state.join("swap/state.db")).await?;
+    check(&sql, &versions, &state.join("swap/state.db")).await?;
     terminate(&run).await?;
 
     pauses_ms.sort_by(f64::total_cmp);
@@ -175,58 +176,17 @@ async fn terminate(run: &Running) -> Result<()> {
     Ok(())
 }
 
-/// Records that are put without a pause, some way ahead of the pipeline.
-struct Load {
-    put: Arc<AtomicU64>,
-    read: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
-    task: tokio::task::JoinHandle<Result<()>>,
-}
-
-impl Load {
-    fn start(kinesis: &aws_sdk_kinesis::Client, name: &StreamRef) -> Self {
-        let (put, read, stop): (Arc<AtomicU64>, Arc<AtomicU64>, Arc<AtomicBool>) =
-            Default::default();
-        let task = {
-            let (kinesis, name) = (kinesis.clone(), name.clone());
-            let (put, read, stop) = (put.clone(), read.clone(), stop.clone());
-            tokio::spawn(async move {
-                let mut producer = Producer::new(kinesis, name);
-                for id in 0.. {
-                    let key = format!("key-{}", id % 10_000);
-                    let payload =
-                        format!("{{\"id\":{id},\"key\":\"{key}\",\"n\":{}}}", id * 7 % 1_000);
-                    producer.put(NewRecord { partition_key: key, payload: payload.into() }).await?;
-                    put.store(id + 1, Ordering::Relaxed);
-                    while id > read.load(Ordering::Relaxed) + AHEAD {
-                        if stop.load(Ordering::Relaxed) {
-                            break;
-                        }
-                        tokio::time::sleep(Duration::from_millis(1)).await;
-                    }
-                    if stop.load(Ordering::Relaxed) {
-                        break;
-                    }
-                }
-                Ok(producer.flush().await.map(|_| ())?)
-            })
-        };
-        Self { put, read, stop, task }
+/// Puts the records.
+async fn put(kinesis: &aws_sdk_kinesis::Client, name: &StreamRef) -> Result<()> {
+    let mut producer = Producer::new(kinesis.clone(), name.clone());
+    for id in 0..RECORDS {
+        let partition_key = format!("key-{}", id % 10_000);
+        let payload =
+            format!("{{\"id\":{id},\"key\":\"{partition_key}\",\"n\":{}}}", id * 7 % 1_000);
+        producer.put(NewRecord { partition_key, payload: payload.into() }).await?;
     }
-
-    /// Tells how far the pipeline is.
-    async fn follow(&self, control: &Control) -> Result<()> {
-        ensure!(!self.task.is_finished(), "nothing is put any more");
-        self.read.store(control.records().await?, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Ends it; gives how many were put.
-    async fn stop(self) -> Result<u64> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.task.await??;
-        Ok(self.put.load(Ordering::Relaxed))
-    }
+    producer.flush().await?;
+    Ok(())
 }
 
 /// The control port of the running pipeline.
@@ -290,17 +250,17 @@ impl Control {
 }
 
 /// Every record is there once, and by the version that the ledger says.
-async fn check(sql: &Client, put: u64, versions: &[Bytes; 2], state: &Path) -> Result<()> {
+async fn check(sql: &Client, versions: &[Bytes; 2], state: &Path) -> Result<()> {
     let begun = Instant::now();
     let count = "SELECT count(*)::bigint, count(DISTINCT id)::bigint FROM bench_swap";
     loop {
         let found = sql.query_one(count, &[]).await?;
         let found: (i64, i64) = (found.get(0), found.get(1));
         ensure!(found.0 == found.1, "of {} rows, {} have an id of their own", found.0, found.1);
-        if found.0 == put as i64 {
+        if found.0 == RECORDS as i64 {
             break;
         }
-        ensure!(begun.elapsed() < Duration::from_secs(120), "{found:?} rows of {put}");
+        ensure!(begun.elapsed() < Duration::from_secs(120), "{found:?} rows of {RECORDS}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     let ledger = ledger(state, versions)?;

@@ -33,19 +33,26 @@ pub async fn run_lane(
 /// Takes records along the path until there are no more, or `stop` is given.
 async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<LaneEnd, LaneError> {
     let mut reader = lane.reader().await?;
-    loop {
-        let batch = tokio::select! {
-            () = stop.cancelled() => return Ok(LaneEnd::Stopped),
-            event = lane.event() => match event {
-                LaneEvent::SinkEnded(why) => return Err(why),
-                LaneEvent::NextGeneration => { lane.change_generation().await; continue }
-            },
-            next = reader.next_batch() => match next? {
-                NextBatch::Batch(batch) => batch,
-                NextBatch::Idle { behind_ms } => { lane.idle(behind_ms).await; continue }
-                NextBatch::ShardEnd => return Ok(LaneEnd::ShardEnd),
-                NextBatch::SourceEnd => return Ok(LaneEnd::SourceEnd),
-            },
+    'batches: loop {
+        // It goes on whatever else the lane does: a read that is broken off again and again never ends.
+        let mut next = reader.next_batch();
+        let batch = loop {
+            tokio::select! {
+                () = stop.cancelled() => return Ok(LaneEnd::Stopped),
+                event = lane.event() => match event {
+                    LaneEvent::SinkEnded(why) => return Err(why),
+                    LaneEvent::NextGeneration => lane.change_generation().await,
+                },
+                next = &mut next => match next? {
+                    NextBatch::Batch(batch) => break batch,
+                    NextBatch::Idle { behind_ms } => {
+                        lane.idle(behind_ms).await;
+                        continue 'batches;
+                    }
+                    NextBatch::ShardEnd => return Ok(LaneEnd::ShardEnd),
+                    NextBatch::SourceEnd => return Ok(LaneEnd::SourceEnd),
+                },
+            }
         };
         // A batch that straddles a change of generation is run in parts.
         let mut rest = Some(batch);

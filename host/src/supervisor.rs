@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::budget::Budget;
 use crate::config::PipelineConfig;
@@ -27,6 +27,8 @@ use crate::swap::{BuildSinks, Swapper, SwapperParts, TakeOver};
 
 /// How often new shards are looked for while nothing ends.
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(10);
+/// The pause before they are looked for again, should that fail while no lane runs.
+const DISCOVERY_PAUSE: Duration = Duration::from_millis(500);
 /// The longest pause before a failed lane is started anew.
 const LANE_PAUSE_MAX: Duration = Duration::from_secs(10);
 
@@ -60,6 +62,8 @@ pub struct Supervisor {
     lock: PipelineLock,
     swapper: Swapper,
     take_overs: mpsc::Receiver<TakeOver>,
+    /// Ends what the swapper does by itself, with the run.
+    _ends: DropGuard,
 }
 
 impl Supervisor {
@@ -122,6 +126,7 @@ impl Supervisor {
         });
         // One change at a time: the next waits for its turn.
         let (sender, take_overs) = mpsc::channel(1);
+        let ends = CancellationToken::new();
         let swapper = Swapper::new(SwapperParts {
             state,
             shared: shared.clone(),
@@ -130,9 +135,11 @@ impl Supervisor {
             embedded_plugin: options.embedded_plugin,
             build_sinks: options.build_sinks,
             take_overs: sender,
+            ends: ends.clone(),
         });
         let until_caught_up = options.until_caught_up;
-        Ok(Self { shared, stream: Arc::new(stream), until_caught_up, lock, swapper, take_overs })
+        let (stream, _ends) = (Arc::new(stream), ends.drop_guard());
+        Ok(Self { shared, stream, until_caught_up, lock, swapper, take_overs, _ends })
     }
 
     /// What changes it while it runs.
@@ -207,7 +214,12 @@ impl Supervisor {
                         fatal.get_or_insert(error.into());
                         lanes_stop.cancel();
                     }
-                    Err(error) => tracing::warn!(%error, "failed to look for new shards"),
+                    Err(error) => {
+                        tracing::warn!(%error, "failed to look for new shards");
+                        if lanes.tasks.is_empty() {
+                            discovery.reset_after(DISCOVERY_PAUSE);
+                        }
+                    }
                 },
                 // Between a parent's end and its children's beginning there are shards that nobody
                 // reads: not caught up.

@@ -461,7 +461,6 @@ fn a_save_shows_what_it_changes() {
         told.iter().any(|line| line.trim_start().starts_with(sign) && line.contains(word))
     };
     assert!(has('-', "Hello") && has('+', "Ahoy"), "{told:?}");
-    println!("{}", told.last().expect("a line"));
     std::fs::write(&source, "no Rust").expect("written");
     until("not built, the version before runs on");
     assert_eq!(dev.wait().code(), Some(0));

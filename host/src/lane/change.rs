@@ -198,11 +198,17 @@ impl Lane<'_> {
     /// Lets the generation that runs behind the lane's position take over. `pause` is how long the lane
     /// waited for the change.
     pub(super) fn take_over(&mut self, pause: Duration) {
+        let mut has_moved = false;
         while self.segments.get(1).is_some_and(|next| next.from_exclusive <= self.at) {
             self.segments.remove(0);
             self.chain = None;
+            has_moved = true;
         }
         self.adopt_announced(pause);
+        if has_moved && self.chain.is_none() {
+            // Its instances are started with the next batch, which may be long in coming.
+            self.shared.board.runs(&self.shard.shard, &self.segments[0].generation.id, None);
+        }
     }
 
     /// Takes the instances that were started ahead, where the generation at work is theirs.

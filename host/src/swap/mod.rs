@@ -20,6 +20,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::{Mutex, mpsc};
+use tokio_util::sync::CancellationToken;
 
 use promotion::Promotion;
 pub use promotion::TakeOver;
@@ -196,6 +197,8 @@ struct Inner {
     build_sinks: BuildSinks,
     /// To the supervisor: lanes are to be taken over anew.
     take_overs: mpsc::Sender<TakeOver>,
+    /// Cancelled when the pipeline has ended: nothing is watched any more.
+    ends: CancellationToken,
 }
 
 /// Makes the sinks that a configuration names, in its order; talks to none of them.
@@ -227,17 +230,27 @@ pub(crate) struct SwapperParts {
     pub(crate) build_sinks: BuildSinks,
     /// To the supervisor.
     pub(crate) take_overs: mpsc::Sender<TakeOver>,
+    /// Cancelled when the pipeline has ended.
+    pub(crate) ends: CancellationToken,
 }
 
 impl Swapper {
     /// For a pipeline that is about to run.
     pub(crate) fn new(parts: SwapperParts) -> Self {
-        let SwapperParts { state, shared, host, running, embedded_plugin, build_sinks, take_overs } =
-            parts;
+        let SwapperParts {
+            state,
+            shared,
+            host,
+            running,
+            embedded_plugin,
+            build_sinks,
+            take_overs,
+            ends,
+        } = parts;
         let changes = Changes::new(state.clone());
         let config = Arc::new(shared.config.clone());
         let setup = Mutex::new(Setup { shared, config, host, running });
-        let inner = Inner { state, changes, embedded_plugin, setup, build_sinks, take_overs };
+        let inner = Inner { state, changes, embedded_plugin, setup, build_sinks, take_overs, ends };
         Self { inner: Arc::new(inner) }
     }
 

@@ -30,8 +30,14 @@ impl Swapper {
         let Ok(incumbent) = candidate::stage(before, &stage) else { return };
         let (swapper, before) = (self.clone(), incumbent.health.seen());
         tokio::spawn(async move {
-            if let Some(reason) = swapper.watch_stage(&stage, number, &before, limits).await {
-                swapper.undo(&stage, number, &reason).await;
+            let watched = async {
+                if let Some(reason) = swapper.watch_stage(&stage, number, &before, limits).await {
+                    swapper.undo(&stage, number, &reason).await;
+                }
+            };
+            tokio::select! {
+                () = watched => {}
+                () = swapper.inner.ends.cancelled() => {}
             }
         });
     }

@@ -93,6 +93,8 @@ rules = [{{ route = "right", field = "side", equals = {right} }}]
 [stage.routes]
 left = ["left", "all"]
 right = ["right", "all"]
+[reload.probation]
+window = "0 s"
 "#
     );
     for (place, sink) in (1..).zip(SINKS) {
@@ -166,9 +168,9 @@ async fn change(
     state: &Path,
     chaos: &Chaos,
 ) {
-    let changes = chaos.rng().u8(0..4);
+    let changes = chaos.rng().u8(0..3);
     for _ in 0..changes {
-        let pause_ms = chaos.rng().u64(0..120);
+        let pause_ms = chaos.rng().u64(0..150);
         tokio::time::sleep(Duration::from_millis(pause_ms)).await;
         config = match chaos.rng().bool() {
             true => other_side(&config),

@@ -454,7 +454,7 @@ mod tests {
             };
             let line: Vec<&str> = (0..fields).map(field).collect();
             let line = line.join(",");
-            let mut decode = |plain: bool| {
+            let decode = |plain: bool| {
                 let mut decoder = Decoder::new(serde_json::from_str(config).unwrap()).unwrap();
                 decoder.plain = decoder.plain.filter(|_| plain);
                 let mut row = Vec::new();
