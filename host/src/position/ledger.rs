@@ -6,8 +6,11 @@
 //! highest that any sink has), durable before its first record; at or below it the stored
 //! generation runs, from the stored bytes.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use rusqlite::OptionalExtension as _;
 use serde::{Serialize, Serializer};
+use tokio::sync::oneshot;
 
 use super::store::{StateError, StateStore, columns, now_ms, position};
 use crate::record::{Position, ShardId, ShardKey};
@@ -50,12 +53,47 @@ fn as_text<S: Serializer>(position: &Option<Position>, to: S) -> Result<S::Ok, S
 #[derive(Clone)]
 pub struct Ledger {
     store: StateStore,
+    /// What lanes have to record and nobody has written yet.
+    waiting: Arc<Mutex<Vec<(Entry, Done)>>>,
+}
+
+/// Told what became of an entry.
+type Done = oneshot::Sender<Result<(), StateError>>;
+
+/// A row of the ledger.
+#[derive(Clone)]
+struct Entry {
+    stream: String,
+    shard: String,
+    sequence: String,
+    sub: u64,
+    generation: String,
+}
+
+impl Entry {
+    fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {
+        let Self { stream, shard, sequence, sub, generation } = self;
+        state
+            .prepare_cached(
+                "DELETE FROM ledger WHERE stream = ?1 AND shard = ?2
+                 AND (sequence, sub_sequence) > (?3, ?4)",
+            )?
+            .execute((stream, shard, sequence, sub))?;
+        state
+            .prepare_cached(
+                "INSERT INTO ledger VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                 ON CONFLICT DO UPDATE SET generation = excluded.generation,
+                     recorded_ms = excluded.recorded_ms",
+            )?
+            .execute((stream, shard, sequence, sub, generation, now_ms()))?;
+        Ok(())
+    }
 }
 
 impl Ledger {
     /// Over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
-        Self { store }
+        Self { store, waiting: Arc::default() }
     }
 
     /// Stores a generation and its components' bytes, those that are not stored yet, so that a replay can
@@ -197,30 +235,55 @@ impl Ledger {
     /// Records that a generation runs from here on. A segment at the same place or behind it is
     /// replaced: no sink has anything of it.
     ///
+    /// Lanes change together: what several have to record goes to the disk at once.
+    ///
     /// # Errors
     /// [`StateError`]; the generation must not run then.
     pub async fn record(&self, shard: &ShardKey, segment: &Segment) -> Result<(), StateError> {
-        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (sequence, sub) = segment.from_exclusive.as_ref().map(columns).unwrap_or_default();
-        let generation = segment.generation.clone();
-        self.store
+        let entry = Entry {
+            stream: shard.stream.key(),
+            shard: shard.shard.to_string(),
+            sequence,
+            sub,
+            generation: segment.generation.clone(),
+        };
+        loop {
+            let (done, written) = oneshot::channel();
+            self.waiting().push((entry.clone(), done));
+            self.write_waiting().await;
+            match written.await {
+                Ok(outcome) => return outcome,
+                // Whoever took it has gone, and did not say whether it was written: to write it again
+                // changes nothing.
+                Err(_) => continue,
+            }
+        }
+    }
+
+    /// Writes what waits, in one transaction, and tells those who wait.
+    async fn write_waiting(&self) {
+        let (ledger, taken) = (self.clone(), Arc::new(Mutex::new(Vec::new())));
+        let own = taken.clone();
+        let outcome = self
+            .store
             .write("write the generation ledger", move |state| {
-                state
-                    .prepare_cached(
-                        "DELETE FROM ledger WHERE stream = ?1 AND shard = ?2
-                         AND (sequence, sub_sequence) > (?3, ?4)",
-                    )?
-                    .execute((&stream, &shard, &sequence, sub))?;
-                state
-                    .prepare_cached(
-                        "INSERT INTO ledger VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-                         ON CONFLICT DO UPDATE SET generation = excluded.generation,
-                             recorded_ms = excluded.recorded_ms",
-                    )?
-                    .execute((&stream, &shard, &sequence, sub, generation, now_ms()))
+                // Whoever comes to the database first writes what all of them have.
+                let mut taken = own.lock().unwrap_or_else(PoisonError::into_inner);
+                taken.append(&mut ledger.waiting());
+                let mut entries = taken.iter().map(|(entry, _): &(Entry, Done)| entry);
+                entries.try_for_each(|entry| entry.write(state))
             })
-            .await
-            .map(drop)
+            .await;
+        let taken = std::mem::take(&mut *taken.lock().unwrap_or_else(PoisonError::into_inner));
+        for (_, done) in taken {
+            // A lane that has gone waits for nothing.
+            let _: Result<(), _> = done.send(outcome.clone());
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<(Entry, Done)>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets the components that nothing needs any more: those of generations whose last segment the

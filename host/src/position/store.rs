@@ -89,7 +89,7 @@ pub struct StateStore {
 }
 
 /// The state database cannot be used.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("state database {path}: failed to {action}: {cause}; {way_out}")]
 pub struct StateError {
     path: String,

@@ -172,7 +172,8 @@ async fn change(
     for _ in 0..changes {
         let pause_ms = chaos.rng().u64(0..150);
         tokio::time::sleep(Duration::from_millis(pause_ms)).await;
-        config = match chaos.rng().bool() {
+        let is_in_place = chaos.rng().bool();
+        config = match is_in_place {
             true => other_side(&config),
             false => pipeline(state, size, &mut chaos.rng()),
         };
