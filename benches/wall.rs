@@ -175,6 +175,8 @@ fn load_stage() -> Result<LoadedStage> {
         services,
         config_json: "{}".into(),
         upstream: context().upstream.into(),
+        health: Arc::default(),
+        canary: None,
     })
 }
 

@@ -120,8 +120,11 @@ async fn show(
         dry_run: false,
     };
     let (trial, why_not) = match swapper.swap(order).await {
-        Ok(report) => (report.trial.clone(), None),
-        Err(refused) => (refused.trial.clone(), Some(refused.to_string())),
+        Ok(report) => (report.trial, None),
+        Err(refused) => {
+            let why = refused.to_string();
+            (refused.trial.map(|trial| *trial), Some(why))
+        }
     };
     let took_s = saved.elapsed().unwrap_or_default().as_secs_f64();
     for line in trial.iter().flat_map(|trial| trial.lines()) {

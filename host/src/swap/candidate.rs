@@ -181,7 +181,7 @@ pub(super) async fn try_out(
     .await?;
     match report.refusal(gates) {
         None => Ok((Some(report), None)),
-        Some(cause) => Err(StepFailed { step: Step::Trial, cause, trial: Some(report) }),
+        Some(cause) => Err(StepFailed { step: Step::Trial, cause, trial: Some(Box::new(report)) }),
     }
 }
 

@@ -109,14 +109,14 @@ pub struct ChangeRefused {
     /// What runs on.
     pub runs_on: String,
     /// How the trial went, if it came so far.
-    pub trial: Option<TrialReport>,
+    pub trial: Option<Box<TrialReport>>,
 }
 
 /// Why a step failed, before it is said what runs on.
 struct StepFailed {
     step: Step,
     cause: String,
-    trial: Option<TrialReport>,
+    trial: Option<Box<TrialReport>>,
 }
 
 impl Step {
@@ -357,7 +357,7 @@ impl Inner {
         let components = vec![(digest.to_string(), bytes)];
         let promoted = self.promote_in_turn(before, &next, components, change).await;
         let promoted = promoted.map_err(|mut failed| {
-            failed.trial = report.trial.take();
+            failed.trial = report.trial.take().map(Box::new);
             failed
         })?;
         (report.number, report.generation) = (promoted.number, promoted.generation);

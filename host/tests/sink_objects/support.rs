@@ -11,7 +11,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use shardmill::config::Compression;
 use shardmill::record::{
-    Batch, Entry, Position, PositionSpan, Record, RouteName, Row, SequenceNumber, ShardKey,
+    Batch, Entry, Position, PositionSpan, Record, Row, RowRoute, SequenceNumber, ShardKey,
     SinkName, StreamIdentity,
 };
 use shardmill::sink::objects::ObjectsSink;
@@ -183,7 +183,7 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
             batch: Arc::clone(&batch),
             record: index,
             ordinal: 0,
-            route: RouteName::from(route_of(record)?),
+            route: RowRoute::from(route_of(record)?),
             key: "key".into(),
             payload: payload(record),
         })
