@@ -6,7 +6,6 @@
 mod child;
 mod report;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -107,11 +106,7 @@ async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
     let (batch, buffer) = (config.source.batch, config.buffer_bytes_max);
     let source = KinesisSource::new(client.clone(), kinesis, batch, buffer);
     let sink: Arc<dyn Sink> = Arc::new(DiscardSink::new(SinkName::from("nowhere")));
-    let options = RunOptions {
-        until_caught_up: false,
-        dropped_sinks: HashSet::new(),
-        embedded_plugin: |_| None,
-    };
+    let options = RunOptions::new(false);
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let host = PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
     let supervisor =
