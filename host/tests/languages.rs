@@ -452,7 +452,7 @@ fn a_save_shows_what_it_changes() {
     };
     until("running on sample records");
     // The samples are on their way: a candidate is tried on what has passed.
-    thread::sleep(std::time::Duration::from_secs(2));
+    thread::sleep(std::time::Duration::from_secs(6));
     let source = folder.join("src/lib.rs");
     let text = std::fs::read_to_string(&source).expect("the source");
     std::fs::write(&source, text.replace("Hello", "Ahoy")).expect("written");

@@ -100,17 +100,17 @@ fn a_slow_version_is_rolled_back() {
     let mut rig = Rig::new(2);
     rig.start();
     // Enough for the speed of the version before to be known.
-    rig.world.put(0..30_000, 50);
-    rig.wait_rows(30_000);
+    rig.world.put(0..100_000, 50);
+    rig.wait_rows(100_000);
     // A trial says how long it takes, and lets it pass.
     let report = rig.swap(&rig.version("v2 slow 1"), &[]);
     let ns = |name: &str| report["trial"][name].as_f64().expect("a number");
     assert!(ns("candidate_ns_per_record") > 5.0 * ns("incumbent_ns_per_record"), "{report}");
-    rig.world.put(30_000..35_000, 50);
+    rig.world.put(100_000..105_000, 50);
     wait_for("the rollback", || rig.world.logged("ns per record, the version before took"));
-    rig.wait_rows(35_000);
+    rig.wait_rows(105_000);
     rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..35_000);
+    rig.assert_each_once_as_the_ledger_says(0..105_000);
 }
 
 #[test]
