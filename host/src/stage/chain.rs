@@ -7,11 +7,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
+use super::answer::{Rejected, StageOutcome};
 use super::flow::{self, Flow, Item};
-use super::generation::{CanarySpec, Generation, LoadedStage, SOURCE_ROUTE, Target};
+use super::generation::{Generation, LoadedStage, SOURCE_ROUTE, Target};
 use super::rejections::RejectionWindow;
-use super::runner::{RunError, StageOutcome, StageRunner};
+use super::runner::{RunError, StageRunner};
 use super::samples::Samples;
+use super::spec::CanarySpec;
 use crate::config::RejectedMax;
 use crate::plugin::CallError;
 use crate::position::{DeadLetter, LetterKey};
@@ -332,7 +334,7 @@ fn letter(
     item: &Item,
     runner: &StageRunner,
     place: &LetterPlace,
-    rejected: &super::runner::Rejected,
+    rejected: &Rejected,
 ) -> DeadLetter {
     let stage = runner.stage();
     let record = &batch.records[item.record as usize];

@@ -1,140 +1,27 @@
-//! A generation: everything that decides what a record becomes.
+//! A generation, loaded: everything that decides what a record becomes.
 //!
 //! Stages, digests, configurations and bindings. A replay runs the generation that ran first, so
-//! its specification and its components' bytes are stored until the checkpoint has passed it (see
-//! [`crate::position`]). Here it is loaded, and its parts are checked against each other.
+//! its specification (`spec.rs`) and its components' bytes are stored until the checkpoint has passed it
+//! (see [`crate::position`]). Whether its stages fit each other is checked in `fit.rs`.
 
-use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
 
-use super::columns;
+use super::fit::{Misfit, StagePlace};
 use super::health::HealthCounts;
-use crate::config::{ConfigError, Grants, PipelineConfig, StageLimits};
+use super::spec::{CanarySpec, GenerationSpec, StageSpec};
+use crate::config::{ConfigError, PipelineConfig, StageLimits};
 use crate::plugin::{
-    CallError, Context, Descriptor, Digest, Instance, Plugin, PluginHost, Route, Services,
+    CallError, Context, Descriptor, Instance, Plugin, PluginHost, Route, Services,
 };
 use crate::record::{RouteName, SinkName, StageName};
 use crate::sink::{BoundRoute, Column};
 
 /// The route by which records leave the source.
 pub(super) const SOURCE_ROUTE: &str = "source";
-
-/// One stage, as it is stored: the component is named by its digest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StageSpec {
-    /// The stage's name.
-    pub name: StageName,
-    /// The SHA-256 of the component's bytes, in hex.
-    pub digest: String,
-    /// The stage's configuration as JSON text.
-    pub config_json: String,
-    /// Its limits.
-    pub limits: StageLimits,
-    /// What its plugin may ask of the host.
-    #[serde(default, skip_serializing_if = "Grants::is_empty")]
-    pub grants: Grants,
-    /// Its bindings.
-    pub routes: BTreeMap<RouteName, Vec<SinkName>>,
-    /// Another component that some of the partition keys go to.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub canary: Option<CanarySpec>,
-}
-
-/// A component that has a share of a stage's partition keys.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CanarySpec {
-    /// The SHA-256 of the component's bytes, in hex.
-    pub digest: String,
-    /// Of 100 partition keys, how many it gets: 1 to 99.
-    pub percent: u8,
-}
-
-impl CanarySpec {
-    /// Whether the records of a partition key are its: by a checksum of the key, which says nothing of
-    /// the shard that it is in. A key is always of one side, so its records stay in order.
-    pub fn takes(&self, partition_key: &[u8]) -> bool {
-        crc32fast::hash(partition_key) % 100 < u32::from(self.percent)
-    }
-}
-
-impl StageSpec {
-    /// What is other in a stage of the same name, in words.
-    pub fn changes_to(&self, other: &Self) -> Vec<String> {
-        let mut changes = Vec::new();
-        let short = |digest: &str| digest[..12.min(digest.len())].to_owned();
-        if self.digest != other.digest {
-            changes.push(format!("plugin {} → {}", short(&self.digest), short(&other.digest)));
-        }
-        if self.canary != other.canary {
-            changes.push("canary".into());
-        }
-        if self.config_json != other.config_json {
-            changes.push("config".into());
-        }
-        if self.limits != other.limits {
-            changes.push("limits".into());
-        }
-        if self.grants != other.grants {
-            changes.push("grant".into());
-        }
-        if self.routes != other.routes {
-            changes.push("routes".into());
-        }
-        changes
-    }
-}
-
-/// A generation, as it is stored. Equal specifications are one generation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GenerationSpec {
-    /// The media type of the stream's payloads, where declared.
-    pub source_format: Option<String>,
-    /// The stages, in order.
-    pub stages: Vec<StageSpec>,
-    /// Where records go as they came, when there is no stage.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub source_sinks: Vec<SinkName>,
-    /// What columns they have then, where that is known.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub source_columns: Vec<Column>,
-}
-
-impl GenerationSpec {
-    /// The specification as JSON, always in the same form.
-    pub fn to_json(&self) -> String {
-        // Maps are ordered and every key is text: this cannot fail.
-        serde_json::to_string(self).unwrap_or_default()
-    }
-
-    /// The generation's id: the first 16 hex digits of its digest.
-    pub fn id(&self) -> Arc<str> {
-        Digest::of(self.to_json().as_bytes()).as_str()[..16].into()
-    }
-
-    /// A stage by its name.
-    pub fn stage(&self, name: &StageName) -> Option<&StageSpec> {
-        self.stages.iter().find(|stage| stage.name == *name)
-    }
-
-    /// The digests of all its components.
-    pub fn digests(&self) -> impl Iterator<Item = &str> {
-        self.stages.iter().flat_map(|stage| {
-            let canary = stage.canary.as_ref().map(|canary| canary.digest.as_str());
-            [stage.digest.as_str()].into_iter().chain(canary)
-        })
-    }
-
-    /// Every sink that a route of it is bound to.
-    pub fn sinks(&self) -> impl Iterator<Item = &SinkName> {
-        let bound = self.stages.iter().flat_map(|stage| stage.routes.values().flatten());
-        bound.chain(&self.source_sinks)
-    }
-}
 
 /// Where the outputs of one route of one stage go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -235,159 +122,8 @@ pub struct Generation {
     pub stages: Vec<LoadedStage>,
 }
 
-/// What is wrong with one stage, and where in its table.
-struct Misfit {
-    stage: usize,
-    place: Place,
-    message: String,
-    help: String,
-}
-
-enum Place {
-    Plugin,
-    Stage,
-    Route(RouteName),
-}
-
 /// Components' bytes, by their digests.
 pub type Components = Vec<(String, Bytes)>;
-
-/// A stage's place in a generation that is being assembled.
-struct StagePlace<'a> {
-    spec: &'a GenerationSpec,
-    index: usize,
-    upstream: &'a Arc<[Route]>,
-    stream_name: &'a str,
-}
-
-impl StagePlace<'_> {
-    fn misfit(&self, place: Place, message: String, help: &str) -> Misfit {
-        Misfit { stage: self.index, place, message, help: help.into() }
-    }
-
-    /// Configures a plugin and checks it against its neighbours.
-    fn load(
-        &self,
-        digest: &str,
-        plugins: &HashMap<String, Plugin>,
-        host: &PluginHost,
-    ) -> Result<LoadedStage, Misfit> {
-        let stage = &self.spec.stages[self.index];
-        let plugin = plugins.get(digest).cloned().ok_or_else(|| {
-            let message = format!("component {digest} of stage {} is not loaded", stage.name);
-            self.misfit(Place::Plugin, message, "load it")
-        })?;
-        self.check_grants(stage, &plugin)?;
-        let services = host.backends.services(&stage.name, &stage.grants).map_err(|missing| {
-            self.misfit(Place::Stage, missing, "add the [[lookup]], or do not grant it")
-        })?;
-        let services = Arc::new(services);
-        let context = context(self.stream_name, "", &stage.config_json, self.upstream);
-        let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
-            .map_err(|error| {
-                let message = format!("stage {} ({plugin:?}): {error}", stage.name);
-                let help = "see the plugin's documentation for [stage.config]";
-                self.misfit(Place::Stage, message, help)
-            })?;
-        self.check_upstream(stage, &plugin, &descriptor)?;
-        let is_last = self.index + 1 == self.spec.stages.len();
-        let targets = targets(stage, &descriptor, is_last)
-            .map_err(|(place, message, help)| self.misfit(place, message, &help))?;
-        let route_names = descriptor.routes.iter().map(|route| route.name.as_str().into());
-        Ok(LoadedStage {
-            name: stage.name.clone(),
-            plugin,
-            route_names: route_names.collect(),
-            descriptor: descriptor.into(),
-            limits: stage.limits,
-            services,
-            config_json: stage.config_json.as_str().into(),
-            upstream: self.upstream.clone(),
-            targets: targets.into(),
-            health: Arc::default(),
-            canary: None,
-        })
-    }
-
-    /// Another version for some of the keys: what follows the stage must not tell the two apart.
-    fn load_canary(
-        &self,
-        stage: &LoadedStage,
-        spec: &CanarySpec,
-        plugins: &HashMap<String, Plugin>,
-        host: &PluginHost,
-    ) -> Result<Canary, Misfit> {
-        let canary = self.load(&spec.digest, plugins, host)?;
-        let columns = |descriptor: &Descriptor| {
-            let routes = descriptor.routes.iter();
-            routes.map(|route| route.columns.iter().map(column).collect()).collect::<Vec<Vec<_>>>()
-        };
-        if !stage.same_routes(&canary.descriptor)
-            || columns(&stage.descriptor) != columns(&canary.descriptor)
-        {
-            let message =
-                format!("the canary of stage {} declares other routes or columns", stage.name);
-            let help = "swap it in for all keys: some rows cannot have other columns than the rest";
-            return Err(self.misfit(Place::Plugin, message, help));
-        }
-        Ok(Canary { spec: spec.clone(), stage: canary })
-    }
-
-    fn check_grants(&self, stage: &StageSpec, plugin: &Plugin) -> Result<(), Misfit> {
-        let ungranted: Vec<_> =
-            plugin.capabilities.difference(&stage.grants.capabilities).collect();
-        if ungranted.is_empty() {
-            return Ok(());
-        }
-        let names: Vec<_> = ungranted.iter().map(|one| one.name()).collect();
-        let grants: Vec<_> = ungranted.iter().map(|one| one.grant_example()).collect();
-        let (path, name) = (&plugin.path, &stage.name);
-        let message =
-            format!("{path} imports {}, which stage {name} does not grant", names.join(", "));
-        let help = format!("if it may, add under [stage.grant]: {}", grants.join("; "));
-        Err(self.misfit(Place::Plugin, message, &help))
-    }
-
-    /// Checks what comes against what the plugin accepts and needs.
-    fn check_upstream(
-        &self,
-        stage: &StageSpec,
-        plugin: &Plugin,
-        descriptor: &Descriptor,
-    ) -> Result<(), Misfit> {
-        let stage_before = match self.index.checked_sub(1) {
-            None => "the source".to_owned(),
-            Some(before) => format!("stage {}", self.spec.stages[before].name),
-        };
-        let mut upstream = self.upstream.iter();
-        if let Some(route) = upstream.find(|route| !accepts(&descriptor.accepts, &route.format)) {
-            let message = format!(
-                "stage {} accepts {}, but route {} of {stage_before} carries {}",
-                stage.name,
-                descriptor.accepts.join(", "),
-                route.name,
-                route.format
-            );
-            let help = "put a stage in between, or bind that route to a sink";
-            return Err(self.misfit(Place::Plugin, message, help));
-        }
-        let needed = columns::needed(descriptor).map_err(|message| {
-            let message = format!("stage {} ({plugin:?}): {message}", stage.name);
-            let help = "this is the plugin's own fault: see its author";
-            self.misfit(Place::Plugin, message, help)
-        })?;
-        for route in self.upstream.iter() {
-            columns::check(&needed, route).map_err(|(complaint, sides)| {
-                let message = format!(
-                    "stage {} needs of route {} of {stage_before} {complaint}",
-                    stage.name, route.name
-                );
-                self.misfit(Place::Plugin, message, &sides)
-            })?;
-        }
-        Ok(())
-    }
-}
 
 impl Generation {
     /// Loads the generation that a configuration describes; the components' bytes come with it,
@@ -573,7 +309,12 @@ pub fn source_route(format: Option<&str>) -> Route {
 }
 
 /// What a plugin is told of its place.
-fn context(stream_name: &str, shard_id: &str, config_json: &str, upstream: &[Route]) -> Context {
+pub(super) fn context(
+    stream_name: &str,
+    shard_id: &str,
+    config_json: &str,
+    upstream: &[Route],
+) -> Context {
     Context {
         stream_name: stream_name.into(),
         shard_id: shard_id.into(),
@@ -583,73 +324,11 @@ fn context(stream_name: &str, shard_id: &str, config_json: &str, upstream: &[Rou
     }
 }
 
-fn column(column: &crate::plugin::Column) -> Column {
+/// A column as sinks know it.
+pub(super) fn column(column: &crate::plugin::Column) -> Column {
     Column {
         name: column.name.clone(),
         data_type: column.data_type.clone(),
         nullable: column.nullable,
-    }
-}
-
-/// Whether a format is among the accepted ones. An unknown format (empty) and an empty list fit
-/// everything.
-fn accepts(accepted: &[String], format: &str) -> bool {
-    accepted.is_empty()
-        || format.is_empty()
-        || accepted.iter().any(|one| one == "*/*" || one.eq_ignore_ascii_case(format))
-}
-
-/// Binds the declared routes as the configuration says.
-fn targets(
-    stage: &StageSpec,
-    descriptor: &Descriptor,
-    is_last: bool,
-) -> Result<Vec<Target>, (Place, String, String)> {
-    let declared: Vec<&str> = descriptor.routes.iter().map(|route| route.name.as_str()).collect();
-    if let Some(unknown) = stage.routes.keys().find(|name| !declared.contains(&name.as_str())) {
-        let near = declared
-            .iter()
-            .max_by(|a, b| {
-                let nearness = |name: &str| strsim::jaro_winkler(name, unknown.as_str());
-                nearness(a).total_cmp(&nearness(b))
-            })
-            .map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
-        return Err((
-            Place::Route(unknown.clone()),
-            format!("stage {} declares no route `{unknown}`", stage.name),
-            format!("it declares {}{near}", declared.join(", ")),
-        ));
-    }
-    let mut next = 0..;
-    let targets =
-        descriptor.routes.iter().map(|route| match stage.routes.get(route.name.as_str()) {
-            Some(sinks) => Ok(Target::Sinks(sinks.clone())),
-            None if is_last => Err((
-                Place::Stage,
-                format!(
-                    "route `{}` of stage {}, the last one, is bound to no sink",
-                    route.name, stage.name
-                ),
-                format!(
-                    "add `{} = [\"SINK\"]` under [stage.routes], or `[]` to drop its records",
-                    route.name
-                ),
-            )),
-            None => Ok(Target::Next(next.next().unwrap_or_default())),
-        });
-    targets.collect()
-}
-
-impl Misfit {
-    fn in_config(self, config: &PipelineConfig) -> ConfigError {
-        let stage = &config.stages[self.stage];
-        let span: Range<usize> = match &self.place {
-            Place::Plugin => stage.plugin.span.clone(),
-            Place::Stage => stage.span.clone(),
-            Place::Route(name) => {
-                stage.routes.get(name).map_or(stage.span.clone(), |bound| bound.key_span.clone())
-            }
-        };
-        config.file.problem(span, self.message, &self.help)
     }
 }

@@ -5,24 +5,26 @@
 //! faults of a plugin end here: they become dead letters of single records, or a blocked lane. [`Samples`]
 //! are what a candidate for a stage is tried on, [`Health`] is what it is judged by.
 
+mod answer;
 mod chain;
 mod columns;
 mod cuts;
+mod fit;
 mod flow;
 mod generation;
 mod health;
 mod rejections;
 mod runner;
 mod samples;
+mod spec;
 
+pub use answer::{Rejected, StageOutcome};
 pub use chain::{Blocked, Chain, ChainOutcome, Routed};
 pub use columns::needed as needed_columns;
 pub use flow::{Flow, Item, first_flow};
-pub use generation::{
-    Canary, CanarySpec, Components, Generation, GenerationSpec, LoadedStage, StageSpec, Target,
-    source_route,
-};
+pub use generation::{Canary, Components, Generation, LoadedStage, Target, source_route};
 pub use health::{Health, HealthCounts};
 pub use rejections::RejectionWindow;
-pub use runner::{Rejected, RunError, StageOutcome, StageRunner};
+pub use runner::{RunError, StageRunner};
 pub use samples::{Sample, Samples};
+pub use spec::{CanarySpec, GenerationSpec, StageSpec};

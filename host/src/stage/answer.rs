@@ -1,0 +1,191 @@
+//! What a plugin answers to a call, proven against the contract and the limits.
+
+use bytes::Bytes;
+
+use super::flow::{self, Item};
+use crate::config::StageLimits;
+use crate::plugin::{CallError, Outcome, Output, Reject, Span, excerpt};
+
+/// One output of a stage.
+#[derive(Clone, Debug)]
+pub struct StageOutput {
+    /// Index of the item that it came from.
+    pub item: usize,
+    /// Index of the route in the plugin's descriptor.
+    pub route: usize,
+    /// The partition key; `None` is the item's own.
+    pub key: Option<Bytes>,
+    /// The payload; `None` is the item's own.
+    pub payload: Option<Bytes>,
+}
+
+/// The outputs of one call as the plugin wrote them, proven to keep the contract.
+#[derive(Debug)]
+pub(super) struct Answer {
+    arena: Bytes,
+    outputs: Vec<u32>,
+    /// The index of the call's first item.
+    first_item: usize,
+}
+
+impl Answer {
+    /// The outputs, sharing the arena.
+    fn outputs(&self) -> impl Iterator<Item = StageOutput> {
+        let (outputs, _) = self.outputs.as_chunks();
+        let share = |span: Span| {
+            self.arena.slice(span.start as usize..span.start as usize + span.length as usize)
+        };
+        outputs.iter().map(Output::from_words).map(move |output| StageOutput {
+            item: output.input as usize + self.first_item,
+            route: output.route as usize,
+            key: output.key.map(share),
+            payload: output.payload.map(share),
+        })
+    }
+}
+
+/// One item that the stage did not take.
+#[derive(Clone, Debug)]
+pub struct Rejected {
+    /// Index of the item.
+    pub item: usize,
+    /// Why.
+    pub reason: String,
+    /// The plugin's stack, when it trapped.
+    pub backtrace: String,
+    /// The call gave no answer: it trapped or went over a limit.
+    pub trapped: bool,
+}
+
+/// What a stage made of a flow.
+#[derive(Debug, Default)]
+pub struct StageOutcome {
+    /// One for each call that went well: one in all, unless a culprit was searched for.
+    pub(super) answers: Vec<Answer>,
+    /// What was rejected, by ascending item.
+    pub rejected: Vec<Rejected>,
+}
+
+impl StageOutcome {
+    /// What goes on, by ascending item.
+    pub fn outputs(&self) -> impl Iterator<Item = StageOutput> {
+        self.answers.iter().flat_map(Answer::outputs)
+    }
+}
+
+/// Proves an answer against the contract and the limits. `first_item` is added to its item indexes.
+pub(super) fn prove(
+    flow: &[Item],
+    outcome: Outcome,
+    routes: usize,
+    limits: &StageLimits,
+    first_item: usize,
+) -> Result<StageOutcome, CallError> {
+    let Outcome { arena, outputs, rejects } = outcome;
+    let items = flow.len();
+    let mut last = 0;
+    // Spans may share bytes, so that what goes on can be far more than what was handed back.
+    let mut output_bytes = 0;
+    // What came in may always pass once.
+    let entered_bytes: usize = flow.iter().map(|item| item.key.len() + item.payload.len()).sum();
+    let output_bytes_max = limits.output_bytes_max.max(entered_bytes);
+    let words = whole(&outputs, "outputs")?;
+    if words.len() > items.saturating_mul(limits.outputs_per_record_max) {
+        return Err(CallError::output(format!(
+            "{} outputs of {items} records, over the limit of {} each",
+            words.len(),
+            limits.outputs_per_record_max
+        )));
+    }
+    for (index, output) in words.iter().map(Output::from_words).enumerate() {
+        let input = output.input as usize;
+        if input >= items {
+            return Err(CallError::contract(format!(
+                "output {index} names input {input}, which is not there"
+            )));
+        }
+        if input < last {
+            return Err(CallError::contract(format!(
+                "output {index} is not in the order of the inputs"
+            )));
+        }
+        if output.route as usize >= routes {
+            return Err(CallError::contract(format!(
+                "output {index} names route {}, but {routes} are declared",
+                output.route
+            )));
+        }
+        last = input;
+        let item = &flow[input];
+        let key = output.key.map(|key| slice(&arena, key, "the key of output", index));
+        let payload = output.payload.map(|payload| slice(&arena, payload, "output", index));
+        let (key, payload) = (key.transpose()?, payload.transpose()?);
+        output_bytes += key.unwrap_or(&item.key).len() + payload.unwrap_or(&item.payload).len();
+        // Before a key is read: to read one key of many outputs again and again takes for ever.
+        if output_bytes > output_bytes_max {
+            return Err(CallError::output(format!(
+                "outputs of more than {output_bytes_max} bytes in all, keys included (limits.output)"
+            )));
+        }
+        if let Some(key) = key {
+            // The next stage or sink may read it as text.
+            std::str::from_utf8(key).map_err(|error| {
+                CallError::contract(format!("the key of output {index} is no UTF-8: {error}"))
+            })?;
+        }
+    }
+    let mut rejected = Vec::new();
+    let mut rejected_before = None;
+    for (index, reject) in whole(&rejects, "rejects")?.iter().map(Reject::from_words).enumerate() {
+        let input = reject.input as usize;
+        if input >= items || rejected_before.is_some_and(|before| input <= before) {
+            return Err(CallError::contract(format!(
+                "reject {index} names input {input}, which is not there, out of order, or named twice"
+            )));
+        }
+        if words
+            .binary_search_by_key(&reject.input, |words| Output::from_words(words).input)
+            .is_ok()
+        {
+            return Err(CallError::contract(format!(
+                "input {input} has both an output and a reject"
+            )));
+        }
+        rejected_before = Some(input);
+        let reason = slice(&arena, reject.reason, "the reason of reject", index)?;
+        rejected.push(Rejected {
+            item: input + first_item,
+            // Many rejects may share one long reason.
+            reason: excerpt(reason),
+            backtrace: String::new(),
+            trapped: false,
+        });
+    }
+    let answer = Answer { arena: arena.into(), outputs, first_item };
+    Ok(StageOutcome { answers: vec![answer], rejected })
+}
+
+/// The words, cut into records of `N`.
+fn whole<'w, const N: usize>(words: &'w [u32], what: &str) -> Result<&'w [[u32; N]], CallError> {
+    match words.as_chunks() {
+        (records, []) => Ok(records),
+        (records, rest) => Err(CallError::contract(format!(
+            "its {what} end within a record: {} of {N} words follow the first {}",
+            rest.len(),
+            records.len()
+        ))),
+    }
+}
+
+/// The bytes of a span.
+#[inline]
+fn slice<'a>(arena: &'a [u8], span: Span, what: &str, index: usize) -> Result<&'a [u8], CallError> {
+    flow::within(span, arena.len()).map(|range| &arena[range]).ok_or_else(|| {
+        CallError::contract(format!(
+            "{what} {index} lies outside of the answer's arena of {} bytes ({}+{})",
+            arena.len(),
+            span.start,
+            span.length
+        ))
+    })
+}
