@@ -56,7 +56,8 @@ async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<La
         };
         // A batch that straddles a change of generation is run in parts.
         let mut rest = Some(batch);
-        while let Some((part, behind)) = rest.take().map(|batch| lane.cut_at_swap(batch)) {
+        while let Some(batch) = rest.take() {
+            let (part, behind) = lane.cut_at_swap(batch).await;
             // Nothing behind a part without an outcome may go on.
             let Some(outcome) = lane.run_stages(&part).await? else {
                 return Ok(LaneEnd::Stopped);

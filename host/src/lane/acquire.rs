@@ -107,7 +107,6 @@ impl<'a> Lane<'a> {
             segments,
             change,
             chain: None,
-            pause: std::time::Duration::ZERO,
             settled: Arc::new(settled),
             start: state.start,
             caught_up_ms: state.caught_up_ms,

@@ -1,19 +1,22 @@
 //! A change of generation in one lane, at a batch's boundary.
 //!
 //! The next generation's instances are started while the lane goes on with the one before, and the
-//! ledger learns of the change while the last batch of the old one runs: the lane waits for neither.
+//! ledger learns of the change while the last batch of the old one runs and the next one is read: the
+//! lane waits only where it has that batch in hand and the ledger is not written yet.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared as SharedFuture};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::{ActiveSegment, Board, Lane, Shared};
 use crate::config::RejectedMax;
 use crate::plugin::CallError;
-use crate::position::Segment;
+use crate::position::{Segment, StateError};
 use crate::record::{Position, ShardKey};
 use crate::stage::{Chain, Generation, Samples};
 
@@ -36,8 +39,19 @@ pub(super) struct Change {
     starting: Option<(Arc<Generation>, Starting)>,
     /// Instances that wait for a batch's boundary.
     ready: Option<Chain>,
+    /// Instances that the ledger is being told of.
+    announcing: Option<Announcing>,
     /// Instances that the ledger knows of: they run behind the last segment's position.
     announced: Option<Chain>,
+    /// How long the lane waited for the ledger with a batch in hand.
+    waited: Duration,
+}
+
+/// A change on its way to the ledger.
+struct Announcing {
+    chain: Chain,
+    from_exclusive: Option<Position>,
+    written: SharedFuture<BoxFuture<'static, Result<(), String>>>,
 }
 
 impl Change {
@@ -59,13 +73,19 @@ impl Change {
             last: generation.id.clone(),
             starting: None,
             ready: None,
+            announcing: None,
             announced: None,
+            waited: Duration::ZERO,
         };
         (change, generation)
     }
 
-    /// Completes when another generation is ready to take over. Dropping the future loses nothing.
-    pub(super) async fn until_ready(&mut self) {
+    /// Completes when another generation is ready, or the ledger knows of it. Dropping the future loses
+    /// nothing.
+    pub(super) async fn until_due(&mut self) {
+        if self.announcing.is_some() {
+            return self.until_written().await;
+        }
         while self.ready.is_none() {
             if self.starting.is_none() {
                 if self.wanted.changed().await.is_err() {
@@ -79,6 +99,14 @@ impl Change {
                 started = starting => self.started(started),
                 Ok(()) = self.wanted.changed() => self.start_wanted(),
             }
+        }
+    }
+
+    /// Completes when the ledger is told of nothing any more. Dropping the future loses nothing.
+    pub(super) async fn until_written(&self) {
+        if let Some(announcing) = &self.announcing {
+            // What came of it is asked for where it counts.
+            let _: Result<(), String> = announcing.written.clone().await;
         }
     }
 
@@ -127,47 +155,42 @@ impl Change {
 }
 
 impl Lane<'_> {
-    /// While the batch that ends at `end` runs: tells the ledger that the next generation follows it,
-    /// if one is ready.
+    /// While the batch that ends at `end` runs: begins to tell the ledger that the next generation
+    /// follows it, if one is ready.
     pub(super) async fn announce_behind(&mut self, end: &Position) {
         if let Some(chain) = self.change.take_ready().await {
-            self.announce(chain, self.earliest_change(Some(end.clone()))).await;
+            self.announce(chain, self.earliest_change(Some(end.clone())));
         }
     }
 
-    /// Changes to the generation that is ready, between two batches.
+    /// Goes on with a change while no batch is in hand.
     pub async fn change_generation(&mut self) {
-        let begun = Instant::now();
+        if self.change.announcing.is_some() {
+            return self.hear_ledger().await;
+        }
         if let Some(chain) = self.change.take_ready().await {
-            self.announce(chain, self.earliest_change(self.at.clone())).await;
-            self.take_over(begun.elapsed());
+            self.announce(chain, self.earliest_change(self.at.clone()));
         }
     }
 
-    /// Changes to the generation that is ready, before a batch that the one before does not get done.
-    /// Records that some sink has are run by what ran them first, whatever comes of it.
-    pub(super) async fn change_before_blocked(&mut self) {
-        match self.highest <= self.at {
-            true => {
-                if let Some(chain) = self.change.take_ready().await {
-                    self.announce(chain, self.at.clone()).await;
-                    self.take_over(Duration::ZERO);
-                }
-            }
-            false => self.change_generation().await,
-        }
-    }
-
-    /// A change that was to follow a batch which the generation before does not get done comes before it.
-    /// False: there is none, or records of the batch are to be run by what ran them first.
-    pub(super) async fn advance_announced(&mut self) -> bool {
-        if self.highest > self.at {
-            return false;
-        }
-        let Some(chain) = self.change.announced.take() else { return false };
-        self.announce(chain, self.at.clone()).await;
-        self.take_over(Duration::ZERO);
-        true
+    /// Changes to the generation that is ready before a batch that the one before does not get done; one
+    /// that was to follow the batch comes before it as well. Records that some sink has are run by what ran
+    /// them first, whatever comes of it. False: there is no other generation for the batch.
+    pub(super) async fn change_before_blocked(&mut self) -> bool {
+        self.hear_ledger().await;
+        let is_free = self.highest <= self.at;
+        let (chain, from_exclusive) = match self.change.take_ready().await {
+            Some(chain) if is_free => (chain, self.at.clone()),
+            Some(chain) => (chain, self.earliest_change(self.at.clone())),
+            None if is_free => match self.change.announced.take() {
+                Some(chain) => (chain, self.at.clone()),
+                None => return false,
+            },
+            None => return false,
+        };
+        self.announce(chain, from_exclusive);
+        self.hear_ledger().await;
+        is_free
     }
 
     /// The earliest position behind which another generation may run: `end`, but nothing that a sink
@@ -177,51 +200,84 @@ impl Lane<'_> {
         end.max(self.highest.clone()).max(last)
     }
 
-    /// Makes a change durable. If that fails, it is tried again at the next boundary.
-    async fn announce(&mut self, chain: Chain, from_exclusive: Option<Position>) {
-        let generation = chain.generation().clone();
-        let segment = Segment { from_exclusive, generation: generation.id.to_string() };
-        if let Err(error) = self.shared.ledger.record(&self.shard, &segment).await {
-            tracing::warn!(shard = %self.shard.shard, %error, "the change of generation waits");
-            self.change.ready = Some(chain);
-            tokio::time::sleep(LEDGER_PAUSE).await;
-            return;
-        }
-        let Segment { from_exclusive, .. } = segment;
-        // What was to follow there has run nothing.
-        self.segments.retain(|earlier| earlier.from_exclusive < from_exclusive);
-        self.change.last = generation.id.clone();
-        self.segments.push(ActiveSegment { from_exclusive, generation });
-        self.change.announced = Some(chain);
+    /// Begins to make a change durable. No other is on its way: that was waited for before the batch.
+    fn announce(&mut self, chain: Chain, from_exclusive: Option<Position>) {
+        let id = chain.generation().id.clone();
+        let segment =
+            Segment { from_exclusive: from_exclusive.clone(), generation: id.to_string() };
+        let (ledger, shard) = (self.shared.ledger.clone(), self.shard.clone());
+        tracing::debug!(shard = %shard.shard, generation = %id, "the ledger is told");
+        let write = tokio::spawn(async move {
+            let written = ledger.record(&shard, &segment).await;
+            if written.is_err() {
+                tokio::time::sleep(LEDGER_PAUSE).await;
+            }
+            written
+        });
+        let told = |written: Result<Result<(), StateError>, JoinError>| match written {
+            Ok(written) => written.map_err(|error| error.to_string()),
+            Err(panic) => Err(panic.to_string()),
+        };
+        self.change.last = id;
+        self.change.announcing =
+            Some(Announcing { chain, from_exclusive, written: write.map(told).boxed().shared() });
     }
 
-    /// Lets the generation that runs behind the lane's position take over. `pause` is how long the lane
-    /// waited for the change.
-    pub(super) fn take_over(&mut self, pause: Duration) {
+    /// Waits until the ledger knows of the change that is on its way, if one is, and lets the generation
+    /// take over that is due here. A change that could not be written is tried again at the next boundary.
+    pub(super) async fn hear_ledger(&mut self) {
+        let Some(announcing) = &self.change.announcing else { return };
+        let begun = Instant::now();
+        let written = announcing.written.clone().await;
+        let Some(Announcing { chain, from_exclusive, .. }) = self.change.announcing.take() else {
+            return;
+        };
+        if let Err(error) = written {
+            tracing::warn!(shard = %self.shard.shard, error, "the change of generation waits");
+            if self.change.starting.is_none() && self.change.ready.is_none() {
+                self.change.ready = Some(chain);
+            }
+            return;
+        }
+        self.change.waited = begun.elapsed();
+        // What was to follow there has run nothing.
+        self.segments.retain(|earlier| earlier.from_exclusive < from_exclusive);
+        self.segments
+            .push(ActiveSegment { from_exclusive, generation: chain.generation().clone() });
+        self.change.announced = Some(chain);
+        self.take_over();
+    }
+
+    /// Lets the generation that runs behind the lane's position take over.
+    pub(super) fn take_over(&mut self) {
+        let begun = Instant::now();
         let mut has_moved = false;
         while self.segments.get(1).is_some_and(|next| next.from_exclusive <= self.at) {
             self.segments.remove(0);
             self.chain = None;
             has_moved = true;
         }
-        self.adopt_announced(pause);
+        self.adopt_announced(begun);
         if has_moved && self.chain.is_none() {
             // Its instances are started with the next batch, which may be long in coming.
             self.shared.board.runs(&self.shard.shard, &self.segments[0].generation.id, None);
         }
     }
 
-    /// Takes the instances that were started ahead, where the generation at work is theirs.
-    pub(super) fn adopt_announced(&mut self, pause: Duration) {
+    /// Takes the instances that were started ahead, where the generation at work is theirs. The change was
+    /// begun then; what the lane waited for the ledger before counts as well.
+    pub(super) fn adopt_announced(&mut self, begun: Instant) {
         let id = &self.segments[0].generation.id;
         let is_at_work = |chain: &mut Chain| chain.generation().id == *id;
         if let Some(chain) = self.change.announced.take_if(is_at_work) {
-            self.shared.board.runs(&self.shard.shard, &chain.generation().id, Some(pause));
+            let generation = chain.generation().id.clone();
+            self.chain = Some(chain);
+            let pause = self.change.waited + begun.elapsed();
+            self.shared.board.runs(&self.shard.shard, &generation, Some(pause));
             metrics::histogram!("shardmill_change_pause_seconds").record(pause);
-            tracing::info!(shard = %self.shard.shard, generation = %chain.generation().id,
+            tracing::info!(shard = %self.shard.shard, %generation,
                 from = self.segments[0].from_exclusive.as_ref().map(tracing::field::display),
                 pause_us = pause.as_micros() as u64, "another generation");
-            self.chain = Some(chain);
         }
     }
 }

@@ -144,7 +144,7 @@ pub enum LaneError {
 pub enum LaneEvent {
     /// A sink has ended by itself: it lost the shard.
     SinkEnded(LaneError),
-    /// Another generation is ready to take over.
+    /// There is something to do for another generation, which is to take over.
     NextGeneration,
 }
 
@@ -174,8 +174,6 @@ pub struct Lane<'a> {
     segments: Vec<ActiveSegment>,
     change: Change,
     chain: Option<Chain>,
-    /// How long the last batch waited, once it had run, for the ledger to learn of a change.
-    pause: Duration,
     settled: Arc<HashSet<LetterKey>>,
     start: ShardStart,
     /// Everything that had arrived by then is settled, in milliseconds since 1970, as last noted.
@@ -223,14 +221,15 @@ impl Lane<'_> {
             (error, _, _) = futures::future::select_all(ended) => {
                 LaneEvent::SinkEnded(error.into())
             }
-            () = self.change.until_ready() => LaneEvent::NextGeneration,
+            () = self.change.until_due() => LaneEvent::NextGeneration,
         }
     }
 
     /// Parts a batch where another generation takes over: a generation that did not get far before the
     /// next one came has only a part of the batch. The rest is parted in its turn: meanwhile more
     /// generations may have come.
-    pub fn cut_at_swap(&self, batch: Batch) -> (Arc<Batch>, Option<Batch>) {
+    pub async fn cut_at_swap(&mut self, batch: Batch) -> (Arc<Batch>, Option<Batch>) {
+        self.hear_ledger().await;
         let straddles = |swap: &&Position| {
             let records = (batch.records.first(), batch.records.last());
             let (Some(first), Some(last)) = records else { return false };
@@ -265,45 +264,35 @@ impl Lane<'_> {
                 let outcome = chain.run(&batch, &settled);
                 (chain, outcome)
             });
-            let ran = async {
-                let ran = run.await;
-                (ran, Instant::now())
-            };
-            let ((ran, ran_at), ()) = tokio::join!(ran, self.announce_behind(&end));
-            self.pause = ran_at.elapsed();
+            self.announce_behind(&end).await;
             let (chain, outcome) =
-                ran.map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
+                run.await.map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
             self.chain = Some(chain);
-            match outcome {
+            let (cause, pause) = match outcome {
                 Ok(outcome) => {
                     self.shared.board.unblock(&self.shard.shard, "stages");
                     return Ok(Some(outcome));
                 }
                 Err(Blocked::Stopped) => return Ok(None),
-                Err(Blocked::Retry(cause)) => {
-                    self.block("stages", &cause);
-                    if self.advance_announced().await {
-                        continue;
-                    }
-                    let stop = self.stop.clone();
-                    tokio::select! {
-                        () = tokio::time::sleep(STAGE_PAUSE) => {}
-                        () = stop.cancelled() => return Ok(None),
-                        () = self.change.until_ready() => self.change_before_blocked().await,
-                    }
+                Err(Blocked::Retry(cause)) => (cause, Some(STAGE_PAUSE)),
+                Err(Blocked::Broken(cause)) => (cause, None),
+            };
+            self.block("stages", &cause);
+            if self.change_before_blocked().await {
+                continue;
+            }
+            let stop = self.stop.clone();
+            let pause = async {
+                match pause {
+                    Some(pause) => tokio::time::sleep(pause).await,
+                    None => std::future::pending().await,
                 }
-                Err(Blocked::Broken(cause)) => {
-                    self.block("stages", &cause);
-                    if self.advance_announced().await {
-                        continue;
-                    }
-                    let stop = self.stop.clone();
-                    // Another plugin may get it done.
-                    tokio::select! {
-                        () = stop.cancelled() => return Ok(None),
-                        () = self.change.until_ready() => self.change_before_blocked().await,
-                    }
-                }
+            };
+            tokio::select! {
+                () = pause => {}
+                () = stop.cancelled() => return Ok(None),
+                // Another plugin may get it done.
+                () = self.change.until_due() => { self.change_before_blocked().await; }
             }
         }
     }
@@ -317,7 +306,7 @@ impl Lane<'_> {
             self.segments.remove(0);
             self.chain = None;
         }
-        self.adopt_announced(self.pause);
+        self.adopt_announced(Instant::now());
         if self.chain.is_none() {
             let generation = &self.segments[0].generation;
             let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
@@ -401,7 +390,7 @@ impl Lane<'_> {
             }
         }
         self.advance(batch);
-        self.take_over(self.pause);
+        self.take_over();
         Ok(())
     }
 
@@ -444,6 +433,7 @@ impl Lane<'_> {
             },
         };
         self.checkpointer.abort();
+        self.change.until_written().await;
         let ended = end == LaneEnd::ShardEnd && flushed;
         let written = checkpointer::write(self.shared, &self.shard, &self.deliveries, ended).await;
         let joined = self.join_deliveries().await;
@@ -455,6 +445,8 @@ impl Lane<'_> {
     /// Ends the lane without another commit.
     pub async fn abandon(mut self) {
         self.checkpointer.abort();
+        // It may not come behind what the shard's next lane writes.
+        self.change.until_written().await;
         // Why the lane failed is known already.
         let _ = self.join_deliveries().await;
     }
