@@ -120,6 +120,11 @@ struct StepFailed {
 }
 
 impl Step {
+    /// Says in the log that a change of the stage is at this step.
+    fn begin(self, stage: &str) {
+        tracing::debug!(step = %self, stage, "a change");
+    }
+
     fn failed(self, cause: impl std::fmt::Display) -> StepFailed {
         StepFailed { step: self, cause: cause.to_string(), trial: None }
     }
@@ -318,17 +323,23 @@ impl Inner {
         kind: ChangeKind,
         order: &SwapOrder,
     ) -> Result<SwapReport, StepFailed> {
+        let stage = order.stage.as_str();
+        Step::Fetch.begin(stage);
         let incumbent = candidate::stage(before, &order.stage)?;
         let (name, bytes) = self.fetch(&order.component).await?;
+        Step::Pin.begin(stage);
         let digest = Digest::of(&bytes);
         candidate::check_pin(&setup.config, &order.stage, &digest)?;
+        Step::Compile.begin(stage);
         let plugin = candidate::compile(setup, &order.stage, &name, &bytes).await?;
+        Step::Check.begin(stage);
         let spec = candidate::replaced(&before.spec, &order.stage, &digest, order.canary_percent);
         let next =
             candidate::load(setup, before, spec, [(digest.to_string(), plugin)].into()).await?;
         let next = Arc::new(next);
         let fresh = candidate::stage(&next, &order.stage)?;
         let tried = fresh.canary.as_ref().map_or(&fresh, |canary| &canary.stage);
+        Step::Trial.begin(stage);
         let gates = order.gates.or(&setup.config.reload.gates);
         let (trial, no_trial) =
             candidate::try_out(&setup.shared, &incumbent, tried, order.shadow, &gates).await?;

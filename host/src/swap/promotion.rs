@@ -91,6 +91,7 @@ impl Inner {
         promotion: Promotion,
     ) -> Result<Promoted, StepFailed> {
         let Promotion { next, components, declared, change, undoes, mut taken_over } = promotion;
+        Step::Promote.begin(&change.stage);
         let failed = |error: StateError| Step::Promote.failed(error);
         let before = setup.shared.generation();
         let sinks = taken_over.as_ref().map_or(&setup.shared.sinks, |shared| &shared.sinks);
@@ -107,8 +108,10 @@ impl Inner {
             start_everywhere(&setup.shared, &next).await?;
         }
         setup.shared.ledger.keep(&next.spec, components).await.map_err(failed)?;
+        tracing::debug!(generation = %next.id, "its components are kept");
         let running = Running { declared, running: next.spec.clone() };
         let number = self.changes.promote(&running, Some(change), undoes).await.map_err(failed)?;
+        tracing::debug!(generation = %next.id, number, "it is noted; the lanes change");
         let was = std::mem::replace(&mut setup.running, running);
         let done = match taken_over {
             None => {
@@ -134,6 +137,7 @@ impl Inner {
                 return Err(Step::Promote.failed(cause));
             }
         };
+        tracing::debug!(generation = %next.id, lanes = lanes.len(), "the lanes have changed");
         metrics::counter!("shardmill_changes_total", "outcome" => "promoted").increment(1);
         if let Err(error) = setup.shared.ledger.prune(&next.spec).await {
             tracing::warn!(%error, "components that are not needed any more stay");
