@@ -73,6 +73,9 @@ pub(super) async fn run_again(
         "{} records were run again, {} of them became dead letters",
         report.records, report.dead_letters
     ));
+    if report.dead_letters > 0 {
+        console.say(format!("`shardmill dlq list --again {}` shows these", undone.number));
+    }
     for (sink, place) in &report.sinks {
         console.say(format!("sink {sink}: {place}"));
     }
@@ -85,8 +88,8 @@ pub(super) fn is_broken_off(config: &PipelineConfig, undone: &Change) -> bool {
     folder.exists() && !folder.join(DONE).exists()
 }
 
-/// Where its state is kept.
-fn folder(config: &PipelineConfig, number: i64) -> PathBuf {
+/// Where the state of what is run again after a change is kept.
+pub(super) fn folder(config: &PipelineConfig, number: i64) -> PathBuf {
     config.state_dir.join(config.name.as_str()).join(format!("again-{number}"))
 }
 

@@ -11,7 +11,7 @@ use comfy_table::{Table, presets};
 use serde_json::json;
 
 use super::run::stop_on_signals;
-use super::{Console, DEFAULT_PIPELINE, dead_letters, load, plugin_host, print_line, sinks};
+use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, plugin_host, print_line, sinks};
 use crate::config::{PipelineConfig, RejectedMax};
 use crate::lease::PipelineLock;
 use crate::position::{DeadLetters, LetterFilter, Redriven, Redrives, StateStore};
@@ -94,6 +94,9 @@ pub struct Pipeline {
     /// The pipeline's file.
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PIPELINE)]
     pipeline: PathBuf,
+    /// Letters of what was run again after this change was undone (rollback --replay-from-swap).
+    #[arg(long, value_name = "CHANGE")]
+    again: Option<i64>,
 }
 
 /// Which letters are meant; several options narrow each other.
@@ -153,7 +156,13 @@ pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
 }
 
 fn open(pipeline: &Pipeline) -> anyhow::Result<DeadLetters> {
-    dead_letters(&load(&pipeline.pipeline)?)
+    let mut config = load(&pipeline.pipeline)?;
+    if let Some(change) = pipeline.again {
+        let folder = again::folder(&config, change);
+        ensure!(folder.exists(), "nothing was run again after change {change} was undone");
+        config.state_dir = folder;
+    }
+    dead_letters(&config)
 }
 
 async fn list(wanted: &Letters, limit: u32, console: &Console) -> anyhow::Result<()> {
@@ -280,6 +289,11 @@ async fn purge(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result
 
 async fn redrive(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result<()> {
     let filter = wanted.chosen(all, "redrive")?;
+    ensure!(
+        wanted.pipeline.again.is_none(),
+        "letters of what was run again cannot be redriven: their rows may have gone to tables beside; \
+         `shardmill dlq export --again` writes them out"
+    );
     let mut config = load(&wanted.pipeline.pipeline)?;
     // All of them failed once: that more than a few do again says nothing.
     config.rejected_max = RejectedMax::NONE;

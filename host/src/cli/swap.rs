@@ -11,7 +11,7 @@ use super::control::{Answer, RunningPipeline};
 use super::{Console, DEFAULT_PIPELINE, again, load, print_line};
 use crate::admin::control::SwapQuery;
 use crate::config::PipelineConfig;
-use crate::position::{Change, ChangeOutcome, Changes, Ledger, StateStore};
+use crate::position::{Change, ChangeOutcome, Changes, Ledger, Ran, StateStore};
 use crate::record::{Position, SequenceNumber, ShardId};
 use crate::stage::{GenerationSpec, StageSpec};
 
@@ -300,10 +300,15 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
     // Sub-records of one aggregate are cut apart seldom; the first one is meant.
     let at = Position { sequence, sub_sequence: 0 };
     let found = ledger.which(&ShardId::new(shard), &at).await?;
-    let (generation, spec) = found
+    let Ran { generation, spec, is_settled } = found
         .with_context(|| format!("nothing of shard {shard} was run by pipeline {}", config.name))?;
     if !console.json {
         print_line(format!("generation {generation}"));
+    }
+    if !is_settled {
+        console.say(
+            "no sink has the record yet, as of the last checkpoint: another swap may come first",
+        );
     }
     let mut stages = Vec::new();
     for stage in &spec.stages {
@@ -323,7 +328,7 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
         console.say(format!("stage {}: {digest}", stage.name));
         stages.push(json!({ "stage": stage.name, "digest": digest }));
     }
-    console.report(&json!({ "generation": generation, "stages": stages }))
+    console.report(&json!({ "generation": generation, "is_settled": is_settled, "stages": stages }))
 }
 
 /// The state of a pipeline that ran. Another process may be running it.

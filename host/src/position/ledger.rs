@@ -28,6 +28,18 @@ pub struct Segment {
     pub generation: String,
 }
 
+/// What runs a record, or ran it.
+#[derive(Clone, Debug)]
+pub struct Ran {
+    /// The id of the generation.
+    pub generation: String,
+    /// What it is.
+    pub spec: GenerationSpec,
+    /// Some sink has settled the record, as of the last checkpoint: it was run. Otherwise another
+    /// generation may still come before it.
+    pub is_settled: bool,
+}
+
 /// A segment with its shard, for people.
 #[derive(Clone, Debug, Serialize)]
 pub struct LedgerEntry {
@@ -201,32 +213,34 @@ impl Ledger {
             .await
     }
 
-    /// The generation that a record was run by, if it was run; of streams that had the shard, the one
-    /// that was read last.
+    /// The generation that a record was run by, or is due to be run by; of streams that had the shard, the
+    /// one that was read last.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn which(
-        &self,
-        shard: &ShardId,
-        at: &Position,
-    ) -> Result<Option<(String, GenerationSpec)>, StateError> {
+    pub async fn which(&self, shard: &ShardId, at: &Position) -> Result<Option<Ran>, StateError> {
         let shard = shard.to_string();
         let (sequence, sub) = columns(at);
         let found = self
             .store
             .write("read the generation ledger", move |state| {
                 let mut query = state.prepare(
-                    "SELECT generation FROM ledger WHERE shard = ?1 AND (sequence, sub_sequence) < (?2, ?3)
+                    "SELECT generation, EXISTS(SELECT 1 FROM sink_position s
+                         WHERE s.stream = ledger.stream AND s.shard = ?1
+                         AND (s.sequence, s.sub_sequence) >= (?2, ?3))
+                     FROM ledger WHERE shard = ?1 AND (sequence, sub_sequence) < (?2, ?3)
                      ORDER BY stream DESC, sequence DESC, sub_sequence DESC LIMIT 1",
                 )?;
-                query.query_row((shard, sequence, sub), |row| row.get::<_, String>(0)).optional()
+                let found = query.query_row((shard, sequence, sub), |row| {
+                    Ok((row.get::<_, String>(0)?, row.get::<_, bool>(1)?))
+                });
+                found.optional()
             })
             .await?;
         match found {
-            Some(id) => {
-                let spec = self.spec(&id).await?;
-                Ok(Some((id, spec)))
+            Some((generation, is_settled)) => {
+                let spec = self.spec(&generation).await?;
+                Ok(Some(Ran { generation, spec, is_settled }))
             }
             None => Ok(None),
         }

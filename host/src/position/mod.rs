@@ -16,7 +16,7 @@ mod swaps;
 
 pub use checkpoint::{Checkpoints, ShardState};
 pub use hidden::TakenOver;
-pub use ledger::{Ledger, LedgerEntry, Segment};
+pub use ledger::{Ledger, LedgerEntry, Ran, Segment};
 pub use letter_log::LoggedLetter;
 pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter};
 pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives};

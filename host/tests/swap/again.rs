@@ -42,3 +42,26 @@ fn what_a_bad_version_wrote_is_written_again() {
     assert_eq!(count("SELECT count(*) FROM rows"), 2_500);
     assert_eq!(count("SELECT count(DISTINCT id) FROM rows_again_1 WHERE n = id"), 1_000);
 }
+
+#[test]
+fn what_is_refused_when_it_is_run_again_is_shown() {
+    let mut rig = Rig::new(1);
+    std::fs::write(rig.stage_file(), crate::rig::stamp("v1 reject 10")).expect("written");
+    rig.mode = "mode = \"upsert\"\nkey = [\"id\"]\nnewest_by = \"id\"".into();
+    rig.start();
+    rig.swap(&rig.version("v2 none"), &[]);
+    rig.world.put(1..101, 30);
+    rig.wait_rows(100);
+    let undone = rig.command(&["plugin", "rollback", "stamp", "--replay-from-swap"]);
+    let told = String::from_utf8_lossy(&undone.stdout).into_owned();
+    assert!(told.contains("\"records\":100") && told.contains("\"dead_letters\":10"), "{told}");
+    let lines = |arguments: &[&str]| {
+        let named = ["--pipeline", &rig.pipeline_file(), "--json"];
+        let output = crate::support::run(&[arguments, &named].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text").lines().count()
+    };
+    assert_eq!(lines(&["dlq", "list", "--again", "1"]), 10);
+    assert_eq!(lines(&["dlq", "list"]), 0);
+    rig.stop();
+}

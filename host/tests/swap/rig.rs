@@ -108,7 +108,7 @@ linger = "50 ms"
     pub fn start(&mut self) {
         let path = self.write_pipeline();
         let log = std::fs::File::create(self.world.log()).expect("a log");
-        let started = shardmill(&["run", &path, "-v"]).stdout(Stdio::null()).stderr(log).spawn();
+        let started = shardmill(&["run", &path, "-vv"]).stdout(Stdio::null()).stderr(log).spawn();
         self.run = Some(Process(started.expect("the binary starts")));
         wait_for("the run to read", || self.world.logged("reading"));
     }
@@ -148,9 +148,14 @@ linger = "50 ms"
         path.display().to_string()
     }
 
+    /// The path of the pipeline's file.
+    pub fn pipeline_file(&self) -> String {
+        self.world.folder.path().join("pipeline.toml").display().to_string()
+    }
+
     /// Runs a command about the pipeline.
     pub fn command(&self, arguments: &[&str]) -> Output {
-        let pipeline = self.world.folder.path().join("pipeline.toml").display().to_string();
+        let pipeline = self.pipeline_file();
         let mut all = arguments.to_vec();
         match arguments.first() {
             Some(&"plugin") => all.extend(["--pipeline", &pipeline]),

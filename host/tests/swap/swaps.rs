@@ -52,7 +52,11 @@ fn lanes_change_at_a_recorded_place_and_back() {
     let which = rig.command(&["plugin", "which", &record]);
     let which = String::from_utf8(which.stdout).expect("text");
     let digest = report["after"]["digest"].as_str().expect("a digest");
-    assert!(which.contains(digest), "{which}");
+    assert!(which.contains(digest) && which.contains("\"is_settled\":true"), "{which}");
+    let ahead = format!("{}:{}0", row.shard, row.sequence);
+    let which = rig.command(&["plugin", "which", &ahead]);
+    let which = String::from_utf8(which.stdout).expect("text");
+    assert!(!which.contains(digest) && which.contains("\"is_settled\":false"), "{which}");
 }
 
 #[test]
