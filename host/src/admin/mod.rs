@@ -170,7 +170,7 @@ fn describe() {
     describe_counter!("shardmill_changes_total", "changes of what runs, by outcome");
     describe_histogram!(
         "shardmill_change_pause_seconds",
-        "how long a lane waited for a change of generation"
+        "between the last batch of a generation and the first of the next, waiting for records left out"
     );
     describe_counter!("shardmill_lane_restarts_total", "lanes started anew after a failure");
     describe_counter!("shardmill_intake_requests_total", "requests answered, by status");

@@ -107,6 +107,7 @@ impl<'a> Lane<'a> {
             segments,
             change,
             chain: None,
+            gap: super::Gap::default(),
             settled: Arc::new(settled),
             start: state.start,
             caught_up_ms: state.caught_up_ms,

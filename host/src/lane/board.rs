@@ -22,9 +22,9 @@ pub struct Board {
 pub struct LaneChange {
     /// Its shard.
     pub shard: ShardId,
-    /// How long the lane waited for the change, in microseconds: from the last batch out of the old
-    /// generation to the first into the new one, the ledger's write included and what a lane always
-    /// does between two batches left out. `None`: it was taken over anew, or begun with it.
+    /// The lane's pause in microseconds: from the last batch out of the old generation until the new one
+    /// is ready for the next, the hand-over to the sinks and the ledger's write included, less what it
+    /// waited for records. `None`: it was taken over anew, or begun with it.
     pub pause_us: Option<u64>,
 }
 
@@ -99,7 +99,8 @@ impl Board {
         }
     }
 
-    /// The lane runs this generation now; `pause` is how long it waited for the change.
+    /// The lane runs this generation now; `pause` is how long its records waited for that:
+    /// from the last batch out of the one before, less what it waited for records.
     pub fn runs(&self, shard: &ShardId, generation: &str, pause: Option<Duration>) {
         self.update(shard, |status| {
             status.generation = Some(generation.to_owned());

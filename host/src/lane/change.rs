@@ -43,8 +43,6 @@ pub(super) struct Change {
     announcing: Option<Announcing>,
     /// Instances that the ledger knows of: they run behind the last segment's position.
     announced: Option<Chain>,
-    /// How long the lane waited for the ledger with a batch in hand.
-    waited: Duration,
 }
 
 /// A change on its way to the ledger.
@@ -75,7 +73,6 @@ impl Change {
             ready: None,
             announcing: None,
             announced: None,
-            waited: Duration::ZERO,
         };
         (change, generation)
     }
@@ -154,6 +151,36 @@ impl Change {
     }
 }
 
+/// The time between a batch that has run and the next one that runs, less what the lane waits for records
+/// to come: what a change of generation costs at most.
+#[derive(Default)]
+pub(super) struct Gap {
+    so_far: Duration,
+    /// Since when it goes on; `None`: the lane waits for records.
+    since: Option<Instant>,
+}
+
+impl Gap {
+    /// A batch has run.
+    pub(super) fn begin(&mut self, ran_at: Instant) {
+        *self = Self { so_far: Duration::ZERO, since: Some(ran_at) };
+    }
+
+    /// The lane waits for records.
+    pub(super) fn pause(&mut self) {
+        (self.so_far, self.since) = (self.elapsed(), None);
+    }
+
+    /// The lane has something to do.
+    pub(super) fn go_on(&mut self) {
+        self.since.get_or_insert_with(Instant::now);
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.so_far + self.since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+}
+
 impl Lane<'_> {
     /// While the batch that ends at `end` runs: begins to tell the ledger that the next generation
     /// follows it, if one is ready.
@@ -165,12 +192,13 @@ impl Lane<'_> {
 
     /// Goes on with a change while no batch is in hand.
     pub async fn change_generation(&mut self) {
+        self.gap.go_on();
         if self.change.announcing.is_some() {
-            return self.hear_ledger().await;
-        }
-        if let Some(chain) = self.change.take_ready().await {
+            self.hear_ledger().await;
+        } else if let Some(chain) = self.change.take_ready().await {
             self.announce(chain, self.earliest_change(self.at.clone()));
         }
+        self.gap.pause();
     }
 
     /// Changes to the generation that is ready before a batch that the one before does not get done; one
@@ -227,7 +255,6 @@ impl Lane<'_> {
     /// take over that is due here. A change that could not be written is tried again at the next boundary.
     pub(super) async fn hear_ledger(&mut self) {
         let Some(announcing) = &self.change.announcing else { return };
-        let begun = Instant::now();
         let written = announcing.written.clone().await;
         let Some(Announcing { chain, from_exclusive, .. }) = self.change.announcing.take() else {
             return;
@@ -239,7 +266,6 @@ impl Lane<'_> {
             }
             return;
         }
-        self.change.waited = begun.elapsed();
         // What was to follow there has run nothing.
         self.segments.retain(|earlier| earlier.from_exclusive < from_exclusive);
         self.segments
@@ -250,29 +276,27 @@ impl Lane<'_> {
 
     /// Lets the generation that runs behind the lane's position take over.
     pub(super) fn take_over(&mut self) {
-        let begun = Instant::now();
         let mut has_moved = false;
         while self.segments.get(1).is_some_and(|next| next.from_exclusive <= self.at) {
             self.segments.remove(0);
             self.chain = None;
             has_moved = true;
         }
-        self.adopt_announced(begun);
+        self.adopt_announced();
         if has_moved && self.chain.is_none() {
             // Its instances are started with the next batch, which may be long in coming.
             self.shared.board.runs(&self.shard.shard, &self.segments[0].generation.id, None);
         }
     }
 
-    /// Takes the instances that were started ahead, where the generation at work is theirs. The change was
-    /// begun then; what the lane waited for the ledger before counts as well.
-    pub(super) fn adopt_announced(&mut self, begun: Instant) {
+    /// Takes the instances that were started ahead, where the generation at work is theirs.
+    pub(super) fn adopt_announced(&mut self) {
         let id = &self.segments[0].generation.id;
         let is_at_work = |chain: &mut Chain| chain.generation().id == *id;
         if let Some(chain) = self.change.announced.take_if(is_at_work) {
             let generation = chain.generation().id.clone();
             self.chain = Some(chain);
-            let pause = self.change.waited + begun.elapsed();
+            let pause = self.gap.elapsed();
             self.shared.board.runs(&self.shard.shard, &generation, Some(pause));
             metrics::histogram!("shardmill_change_pause_seconds").record(pause);
             tracing::info!(shard = %self.shard.shard, %generation,

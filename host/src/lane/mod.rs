@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 pub use acquire::GenerationStore;
 pub use board::{Board, LaneChange, ShardStatus};
 
-use self::change::Change;
+use self::change::{Change, Gap};
 use crate::budget::Budget;
 use crate::config::PipelineConfig;
 use crate::position::{Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError};
@@ -174,6 +174,7 @@ pub struct Lane<'a> {
     segments: Vec<ActiveSegment>,
     change: Change,
     chain: Option<Chain>,
+    gap: Gap,
     settled: Arc<HashSet<LetterKey>>,
     start: ShardStart,
     /// Everything that had arrived by then is settled, in milliseconds since 1970, as last noted.
@@ -229,6 +230,7 @@ impl Lane<'_> {
     /// next one came has only a part of the batch. The rest is parted in its turn: meanwhile more
     /// generations may have come.
     pub async fn cut_at_swap(&mut self, batch: Batch) -> (Arc<Batch>, Option<Batch>) {
+        self.gap.go_on();
         self.hear_ledger().await;
         let straddles = |swap: &&Position| {
             let records = (batch.records.first(), batch.records.last());
@@ -262,11 +264,12 @@ impl Lane<'_> {
             let end = batch.span.to_inclusive.clone();
             let run = tokio::task::spawn_blocking(move || {
                 let outcome = chain.run(&batch, &settled);
-                (chain, outcome)
+                (chain, outcome, Instant::now())
             });
             self.announce_behind(&end).await;
-            let (chain, outcome) =
+            let (chain, outcome, ran_at) =
                 run.await.map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
+            self.gap.begin(ran_at);
             self.chain = Some(chain);
             let (cause, pause) = match outcome {
                 Ok(outcome) => {
@@ -306,7 +309,7 @@ impl Lane<'_> {
             self.segments.remove(0);
             self.chain = None;
         }
-        self.adopt_announced(Instant::now());
+        self.adopt_announced();
         if self.chain.is_none() {
             let generation = &self.segments[0].generation;
             let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
@@ -391,6 +394,7 @@ impl Lane<'_> {
         }
         self.advance(batch);
         self.take_over();
+        self.gap.pause();
         Ok(())
     }
 
