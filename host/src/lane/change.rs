@@ -261,6 +261,10 @@ impl Lane<'_> {
         };
         if let Err(error) = written {
             tracing::warn!(shard = %self.shard.shard, error, "the change of generation waits");
+            if let Some(named) = self.segments.last() {
+                self.change.last = named.generation.id.clone();
+            }
+            // Unless something else is wanted by now.
             if self.change.starting.is_none() && self.change.ready.is_none() {
                 self.change.ready = Some(chain);
             }
