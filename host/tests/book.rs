@@ -21,6 +21,7 @@ macro_rules! sessions {
 
 sessions! {
     session_capabilities: "capabilities";
+    session_changing: "changing";
     session_first_plugin: "first-plugin";
     session_letters: "letters";
     session_limits: "limits";
