@@ -7,7 +7,7 @@ mod support;
 use std::process::Output;
 
 use serde_json::Value;
-use support::{output, plugin, shardmill};
+use support::{kill_until_it_ends, output, plugin, shardmill};
 
 /// A pipeline that has run: two records are fine, one is no JSON, one is no text, one traps, and one
 /// is not taken by the table.
@@ -248,26 +248,11 @@ fn a_redrive_that_is_killed_goes_on_where_it_was() {
         .execute_batch("DROP TABLE cars; CREATE TABLE cars (id integer NOT NULL)")
         .expect("a table that takes all");
 
-    let mut kills = 0;
-    let mut rng = fastrand::Rng::with_seed(6);
-    loop {
+    kill_until_it_ends(6, || {
         let mut redrive = shardmill(&["dlq", "redrive", "--all"]);
-        let redrive = redrive.current_dir(ran.folder.path());
-        redrive.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
-        let mut redrive = support::Process(redrive.spawn().expect("the binary starts"));
-        std::thread::sleep(std::time::Duration::from_millis(rng.u64(20..150)));
-        if kills == 12 {
-            assert!(redrive.wait().success());
-            break;
-        }
-        if let Some(status) = redrive.0.try_wait().expect("a state") {
-            assert!(status.success(), "{status}");
-            break;
-        }
-        kills += 1;
-        redrive.0.kill().expect("killed");
-    }
-    assert!(kills > 1, "it was killed {kills} times only");
+        redrive.current_dir(ran.folder.path());
+        redrive
+    });
     assert_eq!(ran.ids(), (0..RECORDS as i64).collect::<Vec<_>>());
     assert_eq!(count(), 0);
 }

@@ -7,11 +7,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::Path;
-use std::process::Stdio;
-use std::time::Duration;
 
 use serde_json::Value;
-use support::{Process, output, plugin, postgres, shardmill, sqlite};
+use support::{kill_until_it_ends, output, plugin, postgres, shardmill, sqlite};
 
 /// A pipeline over `rows.ndjson`, whose letters go to the sinks of `letters`.
 fn pipeline(folder: &Path, letters: &str) -> String {
@@ -182,22 +180,11 @@ linger = "10 ms"
         .expect("text");
     }
     std::fs::write(folder.join("rows.ndjson"), rows).expect("written");
-    let mut random = fastrand::Rng::with_seed(5);
-    let mut kills = 0;
-    loop {
+    let kills = kill_until_it_ends(5, || {
         let mut run = shardmill(&["run"]);
-        let run = run.current_dir(folder).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let mut run = Process(run.expect("the binary starts"));
-        std::thread::sleep(Duration::from_millis(random.u64(150..900)));
-        if let Some(status) = run.0.try_wait().expect("a state") {
-            assert!(status.success(), "{status}");
-            break;
-        }
-        kills += 1;
-        drop(run);
-        assert!(kills < 60, "it does not come to its end");
-    }
-    assert!(kills > 0, "no run was killed");
+        run.current_dir(folder);
+        run
+    });
     let copies = sqlite(&folder.join("letters.db"));
     let count = |what: &str| -> u64 {
         copies

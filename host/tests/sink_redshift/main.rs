@@ -14,7 +14,6 @@ mod standin;
 mod support;
 
 use std::fmt::Write as _;
-use std::process::Stdio;
 use std::sync::Arc;
 
 use futures::TryStreamExt as _;
@@ -25,7 +24,7 @@ use sql_sinks::keyed;
 use sql_sinks::proxy::{Cut, Proxy};
 use sql_sinks::{Log, assert_fences, commit, expect_unavailable, position, route, shard};
 use standin::{ROLE, Standin};
-use support::{Process, plugin, postgres_url, shardmill};
+use support::{kill_until_it_ends, plugin, postgres_url, shardmill};
 use tokio_postgres::{Client, NoTls};
 
 /// A cluster with a schema of the test's own, and a bucket.
@@ -409,22 +408,8 @@ linger = "20 ms"
     cluster.sql("CREATE TABLE cars (id bigint, make varchar(10))").await;
     let config = config.display().to_string();
     let count = "SELECT count(*) FROM cars";
-    let mut random = fastrand::Rng::with_seed(2014);
-    let mut kills = 0;
-    loop {
-        let run = shardmill(&["run", &config]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let mut run = Process(run.expect("the binary starts"));
-        let until = std::time::Duration::from_millis(random.u64(200..1_500));
-        tokio::time::sleep(until).await;
-        if let Some(status) = run.0.try_wait().expect("a state") {
-            assert!(status.success(), "{status}");
-            break;
-        }
-        kills += 1;
-        drop(run);
-        assert!(kills < 60, "{} rows after {kills} kills", cluster.one(count).await);
-    }
-    assert!(kills > 0, "no run was killed");
+    let killed = move || kill_until_it_ends(2014, || shardmill(&["run", &config]));
+    let kills = tokio::task::spawn_blocking(killed).await.expect("it ends");
     assert_eq!(cluster.one(count).await, ROWS.to_string(), "after {kills} kills");
     assert_eq!(cluster.one("SELECT count(DISTINCT id) FROM cars").await, ROWS.to_string());
 }

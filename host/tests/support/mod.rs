@@ -109,6 +109,30 @@ impl Process {
     }
 }
 
+/// Runs a command again and again until it ends by itself and well, and kills it each time before, after
+/// a pause by seed that grows: so a fast machine and a slow one are both met at work. Gives the number of
+/// kills.
+pub fn kill_until_it_ends(seed: u64, command: impl Fn() -> Command) -> u32 {
+    const PAUSE_MAX_MS: f64 = 100.0;
+    const GROWTH: f64 = 1.3;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut pause_max_ms = PAUSE_MAX_MS;
+    for kills in 0.. {
+        let mut command = command();
+        let run = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let mut run = Process(run.expect("the binary starts"));
+        std::thread::sleep(Duration::from_millis(random.u64(20..pause_max_ms as u64)));
+        if let Some(status) = run.0.try_wait().expect("a state") {
+            assert!(status.success(), "{status}");
+            assert!(kills > 1, "it was killed {kills} times only");
+            return kills;
+        }
+        pause_max_ms *= GROWTH;
+        assert!(pause_max_ms < RUN_MAX.as_millis() as f64, "it does not come to its end");
+    }
+    unreachable!("it ends before")
+}
+
 /// Serves the embedded stream from a state folder.
 pub fn serve_stream(state_dir: &Path) -> Process {
     let state_dir = state_dir.display().to_string();
