@@ -2,8 +2,9 @@
 //! each row; against a restart of the same pipeline, which is how others change a plugin.
 //!
 //! The stream has eight shards with more records than the pipeline can read meanwhile; each version runs
-//! records in every lane before the next one comes. The rows go to PostgreSQL with the shard and the sequence that each is of. In the end
-//! every record is there once, by the version that the ledger says, or there is no figure.
+//! records in every lane before the next one comes. The rows go to PostgreSQL with the shard and the
+//! sequence that each is of. In the end every record is there once, by the version that the ledger says,
+//! or there is no figure.
 
 mod child;
 mod report;

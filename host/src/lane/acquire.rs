@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio_util::sync::CancellationToken;
 
-use super::change::Change;
+use super::change::{Change, Gap};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig};
 use crate::plugin::{Plugin, PluginHost};
@@ -107,7 +107,7 @@ impl<'a> Lane<'a> {
             segments,
             change,
             chain: None,
-            gap: super::Gap::default(),
+            gap: Gap::default(),
             settled: Arc::new(settled),
             start: state.start,
             caught_up_ms: state.caught_up_ms,

@@ -51,7 +51,7 @@ pub struct ShardStatus {
     pub blocked: BTreeMap<String, String>,
     /// The generation at work.
     pub generation: Option<String>,
-    /// How long the lane waited for its last change of generation, in microseconds.
+    /// The lane's pause at its last change of generation, in microseconds; see [`LaneChange::pause_us`].
     pub change_pause_us: Option<u64>,
     /// A generation that did not start here, and why.
     pub does_not_start: Option<(String, String)>,
@@ -99,8 +99,7 @@ impl Board {
         }
     }
 
-    /// The lane runs this generation now; `pause` is how long its records waited for that:
-    /// from the last batch out of the one before, less what it waited for records.
+    /// The lane runs this generation now; `pause` is as in [`LaneChange::pause_us`].
     pub fn runs(&self, shard: &ShardId, generation: &str, pause: Option<Duration>) {
         self.update(shard, |status| {
             status.generation = Some(generation.to_owned());

@@ -56,8 +56,7 @@ fn what_is_refused_when_it_is_run_again_is_shown() {
     let told = String::from_utf8_lossy(&undone.stdout).into_owned();
     assert!(told.contains("\"records\":100") && told.contains("\"dead_letters\":10"), "{told}");
     let lines = |arguments: &[&str]| {
-        let named = ["--pipeline", &rig.pipeline_file(), "--json"];
-        let output = crate::support::run(&[arguments, &named].concat());
+        let output = rig.command(arguments);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("text").lines().count()
     };

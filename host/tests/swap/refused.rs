@@ -69,7 +69,7 @@ fn rolled_back(mark: &str, why: &str) {
         history.iter().find(|change| change["outcome"] == "rolled-back").expect("a change");
     assert!(undone["reason"].as_str().expect("text").contains(why), "{undone}");
     // What the bad version did not take is in the dead letters, everything else is there once.
-    let output = rig.command(&["dlq", "list", "--limit", "1000", "--pipeline"]);
+    let output = rig.command(&["dlq", "list", "--limit", "1000"]);
     let letters = String::from_utf8(output.stdout).expect("text").lines().count();
     let rows = rig.rows();
     let mut ids: Vec<u64> = rows.iter().map(|row| row.id).collect();

@@ -99,9 +99,8 @@ linger = "50 ms"
 {more}
 "#
         );
-        let path = self.world.folder.path().join("pipeline.toml");
-        std::fs::write(&path, text).expect("written");
-        path.display().to_string()
+        std::fs::write(self.pipeline_file(), text).expect("written");
+        self.pipeline_file()
     }
 
     /// Starts the pipeline and waits until it reads.
@@ -158,7 +157,7 @@ linger = "50 ms"
         let pipeline = self.pipeline_file();
         let mut all = arguments.to_vec();
         match arguments.first() {
-            Some(&"plugin") => all.extend(["--pipeline", &pipeline]),
+            Some(&("plugin" | "dlq")) => all.extend(["--pipeline", &pipeline]),
             _ => all.push(&pipeline),
         }
         all.push("--json");
