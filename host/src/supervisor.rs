@@ -25,12 +25,8 @@ use crate::source::{ShardSource, SourceError, lineage};
 use crate::stage::{Generation, GenerationSpec, Samples, StageSpec};
 use crate::swap::{BuildSinks, Swapper, SwapperParts, TakeOver};
 
-/// How often new shards are looked for while nothing ends.
-const DISCOVERY_INTERVAL: Duration = Duration::from_secs(10);
 /// The pause before they are looked for again, should that fail while no lane runs.
 const DISCOVERY_PAUSE: Duration = Duration::from_millis(500);
-/// The longest pause before a failed lane is started anew.
-const LANE_PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// What a run is told beside its configuration.
 pub struct RunOptions {
@@ -179,7 +175,7 @@ impl Supervisor {
             awaits_children: false,
         };
         let mut ended = lanes.discover().await?;
-        let mut discovery = tokio::time::interval(DISCOVERY_INTERVAL);
+        let mut discovery = tokio::time::interval(self.shared.config.timing.shard_sync_interval);
         let mut glance = tokio::time::interval(Duration::from_millis(100));
         let mut fatal = None;
         // A change for which the lanes are let go.
@@ -419,7 +415,8 @@ async fn run_patiently(
     shard: ShardKey,
     stop: &CancellationToken,
 ) -> Result<LaneEnd, LaneError> {
-    let mut pauses = pauses();
+    let pause_max = shared.config.timing.retry_pause_max;
+    let mut pauses = pauses(pause_max);
     loop {
         let began = std::time::Instant::now();
         let error = match run_lane(shared, shard.clone(), stop).await {
@@ -434,22 +431,22 @@ async fn run_patiently(
             tracing::warn!(shard = %shard.shard, %error, "stopped with records in hand; they are read again");
             return Ok(LaneEnd::Stopped);
         }
-        if began.elapsed() > LANE_PAUSE_MAX {
-            pauses = self::pauses();
+        if began.elapsed() > pause_max {
+            pauses = self::pauses(pause_max);
         }
         metrics::counter!("shardmill_lane_restarts_total").increment(1);
         shared.board.block(&shard.shard, "lane", &error.to_string());
         tokio::select! {
-            () = tokio::time::sleep(pauses.next().unwrap_or(LANE_PAUSE_MAX)) => {}
+            () = tokio::time::sleep(pauses.next().unwrap_or(pause_max)) => {}
             () = stop.cancelled() => return Ok(LaneEnd::Stopped),
         }
     }
 }
 
-fn pauses() -> ExponentialBackoff {
+fn pauses(pause_max: Duration) -> ExponentialBackoff {
     ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(200))
-        .with_max_delay(LANE_PAUSE_MAX)
+        .with_min_delay(Duration::from_millis(200).min(pause_max))
+        .with_max_delay(pause_max)
         .without_max_times()
         .with_jitter()
         .build()

@@ -1,6 +1,8 @@
 //! `cargo xtask test`: everything that must hold, with real parts that are started and ended here.
 
+use std::ffi::OsString;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
@@ -54,24 +56,68 @@ fn test_plugins(root: &Path) -> Result<()> {
     run(cargo().current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
 }
 
-/// The host's tests, with a PostgreSQL and a second Kinesis server of their own, and the compilers of
-/// plugins' languages.
 fn test_host(root: &Path, filter: Option<&str>) -> Result<()> {
-    let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
-    let postgres = Cluster::start(scratch.path())?;
-    let kinesis_local = KinesisLocal::start(&root.join("target/kinesis-local"))?;
-    let languages = Languages::install(root)?;
+    let parts = Parts::start(root)?;
     let mut tests = cargo();
     tests
         .current_dir(root)
         .args(["test", "--release", "--workspace", "--locked", "--no-fail-fast"])
-        .args(filter)
-        .env("SHARDMILL_TEST_POSTGRES", &postgres.url)
-        .env("SHARDMILL_TEST_POSTGRES_CERTIFICATE", &postgres.certificate)
-        .env("SHARDMILL_TEST_POSTGRES_PROGRAMS", &postgres.programs)
-        .env("SHARDMILL_TEST_KINESIS_LOCAL", &kinesis_local.url);
-    languages.apply_to(&mut tests)?;
+        .args(filter);
+    parts.apply_to(&mut tests)?;
     run(&mut tests)
+}
+
+/// The real parts of the host's tests: a PostgreSQL and a second Kinesis server of their own, and the
+/// compilers of plugins' languages. All are ended when dropped.
+struct Parts {
+    postgres: Cluster,
+    kinesis_local: KinesisLocal,
+    languages: Languages,
+    _scratch: tempfile::TempDir,
+}
+
+impl Parts {
+    fn start(root: &Path) -> Result<Self> {
+        let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
+        Ok(Self {
+            postgres: Cluster::start(scratch.path())?,
+            kinesis_local: KinesisLocal::start(&root.join("target/kinesis-local"))?,
+            languages: Languages::install(root)?,
+            _scratch: scratch,
+        })
+    }
+
+    /// Tells the tests of a command where the parts are.
+    fn apply_to(&self, command: &mut Command) -> Result<()> {
+        command
+            .env("SHARDMILL_TEST_POSTGRES", &self.postgres.url)
+            .env("SHARDMILL_TEST_POSTGRES_CERTIFICATE", &self.postgres.certificate)
+            .env("SHARDMILL_TEST_POSTGRES_PROGRAMS", &self.postgres.programs)
+            .env("SHARDMILL_TEST_KINESIS_LOCAL", &self.kinesis_local.url);
+        self.languages.apply_to(command)
+    }
+}
+
+/// Start the tests' real parts (PostgreSQL, a Kinesis server, compilers), run a command that finds them
+/// in its environment, and end them.
+#[derive(clap::Args)]
+pub struct WithParts {
+    /// The command and its arguments, such as `cargo test --release --test it fault_07`.
+    #[arg(trailing_var_arg = true, required = true)]
+    command: Vec<OsString>,
+}
+
+impl WithParts {
+    /// Runs the task.
+    pub fn run(self) -> Result<()> {
+        let root = project_root();
+        let parts = Parts::start(&root)?;
+        let (program, arguments) = self.command.split_first().context("a command is missing")?;
+        let mut command = Command::new(program);
+        command.args(arguments);
+        parts.apply_to(&mut command)?;
+        run(&mut command)
+    }
 }
 
 /// Private items too: they are what the host's documentation is read for.

@@ -15,13 +15,24 @@ use super::env::{Lookup, substitute_table};
 use super::raw::{RawAdmin, RawDeadLetters, RawPipeline};
 use super::{
     AdminConfig, ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax,
-    ReloadConfig, Secret, SinkConfig, bindings, intake, lookup, reload, sink, source, stage,
+    ReloadConfig, Secret, SinkConfig, Timing, bindings, intake, lookup, reload, sink, source,
+    stage, timing,
 };
 use crate::record::PipelineName;
 
 /// The tables of a file.
-const TABLES: [&str; 9] =
-    ["pipeline", "source", "stage", "sink", "dead_letters", "lookup", "reload", "admin", "intake"];
+const TABLES: [&str; 10] = [
+    "pipeline",
+    "source",
+    "stage",
+    "sink",
+    "dead_letters",
+    "lookup",
+    "reload",
+    "timing",
+    "admin",
+    "intake",
+];
 
 /// The default and the range of `buffer`: below it, hardly one batch fits; above it, no machine.
 const BUFFER_BYTES: usize = 64 << 20;
@@ -95,6 +106,10 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
         Some(table) => reload::read(table, check),
         None => Some(ReloadConfig::default()),
     };
+    let timing = match sections.timing {
+        Some(table) => timing::read(table, check),
+        None => Some(Timing::default()),
+    };
     let admin = sections.admin.map(|table| admin(table, check));
     let intake = sections.intake.map(|table| intake::read(table, source.as_ref(), check));
 
@@ -124,6 +139,7 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
         buffer_bytes_max: pipeline.buffer_bytes_max,
         rejected_max: pipeline.rejected_max,
         on_position_mismatch: pipeline.on_position_mismatch,
+        timing: timing?,
         reload: reload?,
         admin: match admin {
             Some(admin) => Some(admin?),
@@ -145,6 +161,7 @@ struct Sections<'i> {
     lookups: Vec<Spanned<DeValue<'i>>>,
     dead_letters: Option<Spanned<DeValue<'i>>>,
     reload: Option<Spanned<DeValue<'i>>>,
+    timing: Option<Spanned<DeValue<'i>>>,
     admin: Option<Spanned<DeValue<'i>>>,
     intake: Option<Spanned<DeValue<'i>>>,
 }
@@ -166,6 +183,7 @@ impl<'i> Sections<'i> {
             },
             dead_letters: root.remove("dead_letters"),
             reload: root.remove("reload"),
+            timing: root.remove("timing"),
             admin: root.remove("admin"),
             intake: root.remove("intake"),
         };

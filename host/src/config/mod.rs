@@ -21,6 +21,7 @@ mod sink;
 mod source;
 mod stage;
 mod target;
+mod timing;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -43,6 +44,7 @@ pub use self::target::{
     Compression, CopySource, HttpBody, HttpTarget, PostgresTarget, RedshiftTarget, Rhythm,
     SinkConfig, SinkKind, StreamTarget,
 };
+pub use self::timing::Timing;
 use crate::plugin::Capability;
 use crate::record::{
     LookupName, PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
@@ -76,6 +78,8 @@ pub struct PipelineConfig {
     pub rejected_max: RejectedMax,
     /// What to do when a sink stands behind the checkpoint.
     pub on_position_mismatch: OnPositionMismatch,
+    /// Deadlines and pauses.
+    pub timing: Timing,
     /// How it is changed while it runs.
     pub reload: ReloadConfig,
     /// The admin port; `None`: none is opened.

@@ -25,6 +25,23 @@ pub(super) struct RawPipeline {
     pub on_position_mismatch: Maybe<Text>,
 }
 
+/// `[timing]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub(super) struct RawTiming {
+    pub drain: Maybe<Span>,
+    pub retry_pause: Maybe<Span>,
+    pub shard_sync: Maybe<Span>,
+    pub checkpoint: Maybe<Span>,
+    pub kinesis_silence: Maybe<Span>,
+    pub postgres_silence: Maybe<Span>,
+    pub redshift_silence: Maybe<Span>,
+    pub call_blocked: Maybe<Span>,
+    pub memory_blocked: Maybe<Span>,
+    pub memory_turn: Maybe<Span>,
+    pub give_back: Maybe<Span>,
+}
+
 /// `[source]` with `type = "kinesis"`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]

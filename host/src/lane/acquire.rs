@@ -79,6 +79,7 @@ impl<'a> Lane<'a> {
                 shard: shard.clone(),
                 sink: config.name.value.clone(),
                 rhythm: config.rhythm,
+                timing: shared.config.timing,
                 budget: shared.budget.clone(),
                 letters: shared.letters.clone(),
                 rejected_max: shared.config.rejected_max,

@@ -1,7 +1,5 @@
 //! Writes a lane's checkpoint: the minimum over its sinks, once a second while it moves.
 
-use std::time::Duration;
-
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -10,10 +8,6 @@ use crate::position::StateError;
 use crate::record::{Position, ShardKey, SinkName};
 use crate::sink::delivery::{DeliveryHandle, Progress};
 
-/// How often a moving checkpoint is written: what a sink that keeps no position may repeat after a
-/// crash, in time.
-const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
-
 type Watched = Vec<(SinkName, watch::Receiver<Progress>)>;
 
 /// Starts writing; the handle is aborted when the lane ends.
@@ -21,8 +15,10 @@ pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -
     let mut watched = watch(deliveries);
     let (checkpoints, board, shard) =
         (shared.checkpoints.clone(), shared.board.clone(), shard.clone());
+    // What a sink that keeps no position may repeat after a crash, in time.
+    let interval = shared.config.timing.checkpoint_interval;
     tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(CHECKPOINT_INTERVAL);
+        let mut ticks = tokio::time::interval(interval);
         loop {
             ticks.tick().await;
             let mut moved = false;

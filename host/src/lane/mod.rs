@@ -30,17 +30,15 @@ use crate::sink::{Sink, SinkError};
 use crate::source::{ResumePoint, ShardSource, SourceError};
 use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed, Samples};
 
-/// How long a shutdown waits for the sinks to commit what is in hand.
-const DRAIN_MAX: Duration = Duration::from_secs(30);
-/// The pause before a batch that failed as a whole is run again.
-const STAGE_PAUSE: Duration = Duration::from_secs(5);
+/// Longest pause before a batch that failed as a whole is run again.
+const STAGE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How often an idle lane notes that it has everything, in milliseconds: far below the 24 hours that
 /// a stream keeps records at least.
 const CAUGHT_UP_NOTE_MS: i64 = 600_000;
 /// The metric of what the sinks' buffers hold.
 pub(crate) const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
-/// The pause before dead letters that could not be written are tried again.
-const LETTER_PAUSE: Duration = Duration::from_secs(1);
+/// Longest pause before dead letters that could not be written are tried again.
+const LETTER_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// What all lanes of a pipeline share.
 pub struct Shared {
@@ -277,7 +275,9 @@ impl Lane<'_> {
                     return Ok(Some(outcome));
                 }
                 Err(Blocked::Stopped) => return Ok(None),
-                Err(Blocked::Retry(cause)) => (cause, Some(STAGE_PAUSE)),
+                Err(Blocked::Retry(cause)) => {
+                    (cause, Some(STAGE_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max)))
+                }
                 Err(Blocked::Broken(cause)) => (cause, None),
             };
             self.block("stages", &cause);
@@ -333,10 +333,11 @@ impl Lane<'_> {
         letters: Vec<DeadLetter>,
     ) -> Result<(), LaneError> {
         let written = letters.len() as u64;
+        let pause = LETTER_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
         while let Err(error) = self.shared.letters.put(&batch.shard, letters.clone(), false).await {
             self.block("dead letters", &error.to_string());
             tokio::select! {
-                () = tokio::time::sleep(LETTER_PAUSE) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = self.stop.cancelled() => return Err(error.into()),
             }
         }
@@ -427,13 +428,14 @@ impl Lane<'_> {
     /// # Errors
     /// [`LaneError`] when the sinks or the state database fail.
     pub async fn settle(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
+        let drain_max = self.shared.config.timing.drain_max;
         let flushed = match end {
-            LaneEnd::Stopped => drain(&self.deliveries).await,
+            LaneEnd::Stopped => drain(&self.deliveries, drain_max).await,
             // Children, or somebody at a prompt, wait for the end: there is no hurry, only
             // completeness.
             LaneEnd::ShardEnd | LaneEnd::SourceEnd => tokio::select! {
                 all = flush(&self.deliveries) => all,
-                () = self.stop.cancelled() => drain(&self.deliveries).await,
+                () = self.stop.cancelled() => drain(&self.deliveries, drain_max).await,
             },
         };
         self.checkpointer.abort();
@@ -483,8 +485,8 @@ async fn flush(deliveries: &[DeliveryHandle]) -> bool {
 }
 
 /// The same, as far as the time of a shutdown allows.
-async fn drain(deliveries: &[DeliveryHandle]) -> bool {
-    tokio::time::timeout(DRAIN_MAX, flush(deliveries)).await.unwrap_or(false)
+async fn drain(deliveries: &[DeliveryHandle], wait_max: Duration) -> bool {
+    tokio::time::timeout(wait_max, flush(deliveries)).await.unwrap_or(false)
 }
 
 /// What rows keep in memory: their own bytes and the batch that they share.

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior};
 use crate::record::{Position, SequenceNumber};
 
 /// The schema's version, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 5;
+const SCHEMA_VERSION: i64 = 6;
 
 const SCHEMA: &str = "
     CREATE TABLE shard (
@@ -80,6 +80,9 @@ const SCHEMA_5: &str = "
         reason TEXT NOT NULL);
     CREATE INDEX change_stage ON change (stage, number);
 ";
+
+/// What version 6 has beside version 5, a part for each subject.
+const SCHEMA_6: &[&str] = &[];
 
 /// A pipeline's state database; cheap to clone.
 #[derive(Clone)]
@@ -208,15 +211,18 @@ fn prepare(mut connection: Connection) -> rusqlite::Result<Connection> {
     if version(&connection)? != SCHEMA_VERSION {
         let change = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         // Another process may have been first.
-        let missing: &[&str] = match version(&change)? {
-            0 => &[SCHEMA, SCHEMA_3, SCHEMA_4, SCHEMA_5],
-            2 => &[SCHEMA_3, SCHEMA_4, SCHEMA_5],
-            3 => &[SCHEMA_4, SCHEMA_5],
-            4 => &[SCHEMA_5],
+        let missing: &[&[&str]] = match version(&change)? {
+            0 => &[&[SCHEMA, SCHEMA_3, SCHEMA_4, SCHEMA_5], SCHEMA_6],
+            2 => &[&[SCHEMA_3, SCHEMA_4, SCHEMA_5], SCHEMA_6],
+            3 => &[&[SCHEMA_4, SCHEMA_5], SCHEMA_6],
+            4 => &[&[SCHEMA_5], SCHEMA_6],
+            5 => &[SCHEMA_6],
             _ => &[],
         };
-        for part in missing {
+        for part in missing.iter().copied().flatten() {
             change.execute_batch(part)?;
+        }
+        if !missing.is_empty() {
             change.pragma_update(None, "user_version", SCHEMA_VERSION)?;
         }
         change.commit()?;

@@ -12,9 +12,6 @@ use super::{Acquired, Commit, SinkError, SinkWriter};
 use crate::budget::Permit;
 use crate::record::{Position, PositionSpan, Row};
 
-/// The longest pause between two tries of a commit.
-const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
-
 /// The rows of one commit.
 pub(super) struct Parcel {
     /// By ascending position.
@@ -94,9 +91,10 @@ impl Committer {
         let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
         let commit = Commit { span, rows, generation };
         let sink = self.context.sink.to_string();
+        let pause_max = self.context.timing.retry_pause_max;
         let mut pauses = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(100))
-            .with_max_delay(RETRY_PAUSE_MAX)
+            .with_min_delay(Duration::from_millis(100).min(pause_max))
+            .with_max_delay(pause_max)
             .without_max_times()
             .with_jitter()
             .build();
@@ -115,7 +113,7 @@ impl Committer {
                     Err(error) => self.block(&error),
                 }
             }
-            let pause = pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+            let pause = pauses.next().unwrap_or(pause_max);
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.context.abandon.cancelled() => return Err(error),

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::committer::{Committer, Order, Parcel};
 use super::{Acquired, EncodeAhead, SinkError};
 use crate::budget::{Budget, Permit};
-use crate::config::Rhythm;
+use crate::config::{Rhythm, Timing};
 use crate::position::DeadLetters;
 use crate::record::{Position, Row, ShardKey, SinkName};
 
@@ -72,6 +72,8 @@ pub struct DeliveryContext {
     pub sink: SinkName,
     /// When to commit.
     pub rhythm: Rhythm,
+    /// Deadlines and pauses.
+    pub timing: Timing,
     /// The process's budget.
     pub budget: Budget,
     /// Where refused rows go.

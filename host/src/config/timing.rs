@@ -1,0 +1,93 @@
+//! `[timing]`: deadlines and pauses of a run.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::check::Check;
+use super::load::shaped;
+use super::raw::RawTiming;
+
+/// A pause below 10 ms would keep a core busy with asking; one above an hour helps nobody.
+const PAUSES: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3_600);
+/// A deadline of less than 50 ms would be missed by servers that are well.
+const DEADLINES: RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(86_400);
+
+/// Deadlines and pauses of a run. The defaults suit production; tests shorten them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// Time that a shutdown gives to lanes, copies of dead letters, checkpoints and intake together.
+    pub drain_max: Duration,
+    /// Longest pause between two tries of anything that failed: a commit, a stage, dead letters, a lane.
+    pub retry_pause_max: Duration,
+    /// Pause between two looks for new shards.
+    pub shard_sync_interval: Duration,
+    /// Pause between two writes of a checkpoint that moves.
+    pub checkpoint_interval: Duration,
+    /// Silence of the Kinesis API (and of STS) after which an attempt counts as failed.
+    pub kinesis_silence_max: Duration,
+    /// Silence of a PostgreSQL server after which its connection counts as lost. Longer than a
+    /// `statement_timeout`, so that the server's own answer comes first.
+    pub postgres_silence_max: Duration,
+    /// The same for Redshift, where one COPY may take many minutes.
+    pub redshift_silence_max: Duration,
+    /// Time without an answer after which a call is shown as blocked.
+    pub call_blocked_after: Duration,
+    /// Time for which a lane waits for memory until that is shown as blocked.
+    pub memory_blocked_after: Duration,
+    /// Time for which a lane is blocked until another may take its turn to go beyond the memory bound.
+    pub memory_turn_max: Duration,
+    /// Time for which a lane is blocked until it gives its read-ahead back.
+    pub give_back_after: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            drain_max: seconds(20),
+            retry_pause_max: seconds(10),
+            shard_sync_interval: seconds(10),
+            checkpoint_interval: seconds(1),
+            kinesis_silence_max: seconds(30),
+            postgres_silence_max: seconds(90),
+            redshift_silence_max: seconds(1_200),
+            call_blocked_after: seconds(30),
+            memory_blocked_after: seconds(5),
+            memory_turn_max: seconds(10),
+            give_back_after: seconds(60),
+        }
+    }
+}
+
+/// Reads `[timing]`.
+pub(super) fn read(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Timing> {
+    let raw: RawTiming = shaped(table, check)?;
+    let default = Timing::default();
+    let drain = check.duration(&raw.drain, default.drain_max, DEADLINES);
+    let retry_pause = check.duration(&raw.retry_pause, default.retry_pause_max, PAUSES);
+    let shard_sync = check.duration(&raw.shard_sync, default.shard_sync_interval, PAUSES);
+    let checkpoint = check.duration(&raw.checkpoint, default.checkpoint_interval, PAUSES);
+    let kinesis = check.duration(&raw.kinesis_silence, default.kinesis_silence_max, DEADLINES);
+    let postgres = check.duration(&raw.postgres_silence, default.postgres_silence_max, DEADLINES);
+    let redshift = check.duration(&raw.redshift_silence, default.redshift_silence_max, DEADLINES);
+    let call = check.duration(&raw.call_blocked, default.call_blocked_after, DEADLINES);
+    let memory = check.duration(&raw.memory_blocked, default.memory_blocked_after, DEADLINES);
+    let turn = check.duration(&raw.memory_turn, default.memory_turn_max, DEADLINES);
+    let give_back = check.duration(&raw.give_back, default.give_back_after, DEADLINES);
+    Some(Timing {
+        drain_max: drain?,
+        retry_pause_max: retry_pause?,
+        shard_sync_interval: shard_sync?,
+        checkpoint_interval: checkpoint?,
+        kinesis_silence_max: kinesis?,
+        postgres_silence_max: postgres?,
+        redshift_silence_max: redshift?,
+        call_blocked_after: call?,
+        memory_blocked_after: memory?,
+        memory_turn_max: turn?,
+        give_back_after: give_back?,
+    })
+}

@@ -1,0 +1,264 @@
+//! Configurations: the one at the root loads, and each bad one in `config_errors/` is refused with
+//! exactly the text beside it.
+//!
+//! `SHARDMILL_UPDATE_GOLDEN=1 cargo test -p shardmill --test config` writes the expected texts anew;
+//! read the difference before you commit it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use shardmill::config::{
+    self, BatchLimits, Compression, ConfigError, Endpoint, KinesisConfig, OnPositionMismatch,
+    PipelineConfig, SinkKind, StageLimits, StartPosition,
+};
+
+/// The environment of every test here.
+fn lookup(name: &str) -> Option<String> {
+    match name {
+        "SET" => Some("value".into()),
+        "SECRET" => Some("hunter2".into()),
+        _ => None,
+    }
+}
+
+fn parse(text: &str) -> Result<PipelineConfig, ConfigError> {
+    config::parse("conf/pipeline.toml", text, &lookup)
+}
+
+#[test]
+fn each_bad_configuration_is_refused_as_its_golden_file_says() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/config_errors");
+    let update = std::env::var_os("SHARDMILL_UPDATE_GOLDEN").is_some();
+    let mut cases: Vec<PathBuf> = std::fs::read_dir(&folder)
+        .expect("the folder of cases")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "toml"))
+        .collect();
+    cases.sort();
+    assert!(!cases.is_empty(), "no cases in {}", folder.display());
+    let mut failures = String::new();
+    for case in cases {
+        let text = std::fs::read_to_string(&case).expect("a case");
+        let error = config::parse("pipeline.toml", text, &lookup).expect_err("a bad configuration");
+        let found = error.render(false);
+        let plain = !found.contains(['\x1b', '│', '×']);
+        assert!(plain && !found.contains("hunter2"), "{}:\n{found}", case.display());
+        for problem in error.problems() {
+            assert!(problem.help().is_some_and(|help| !help.is_empty()), "no help: {problem}");
+        }
+        let golden = case.with_extension("err");
+        if update {
+            std::fs::write(&golden, &found).expect("a writable golden file");
+        } else if std::fs::read_to_string(&golden).unwrap_or_default() != found {
+            failures.push_str(&format!("{} is not what was found:\n{found}\n", golden.display()));
+        }
+    }
+    assert!(failures.is_empty(), "{failures}");
+}
+
+#[test]
+fn the_pipeline_at_the_root_loads() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let config = config::load(&root.join("pipeline.toml"), &|_| None);
+    let config = config.unwrap_or_else(|error| panic!("{}", error.render(false)));
+    assert_eq!(config.name.as_str(), "cars");
+    assert_eq!(config.state_dir, root.join("state"));
+    assert_eq!(kinesis(&config).server.endpoint, Endpoint::Embedded);
+    assert_eq!(kinesis(&config).create.map(|create| create.shards), Some(5));
+    let stages: Vec<&str> = config.stages.iter().map(|stage| stage.name.value.as_str()).collect();
+    assert_eq!(stages, ["decode", "transform", "route"]);
+    assert_eq!(config.stages[0].plugin.value, root.join("plugins/prebuilt/car-decode.wasm"));
+    for (route, bound) in &config.stages[2].routes {
+        let sinks: Vec<&str> = bound.sinks.iter().map(|sink| sink.value.as_str()).collect();
+        assert_eq!(sinks, ["mart", "logs", "console"], "{route}");
+    }
+    let SinkKind::Sqlite { path, table, create: true, .. } = &config.sinks[0].kind else {
+        panic!("{:?}", config.sinks[0]);
+    };
+    assert_eq!((path, table.as_str()), (&root.join("data/cars.db"), "cars"));
+    let SinkKind::Objects { url, layout, .. } = &config.sinks[1].kind else {
+        panic!("{:?}", config.sinks[1]);
+    };
+    assert!(url.as_str().starts_with("file:///") && url.as_str().ends_with("/data/logs/"), "{url}");
+    assert_eq!(*layout, Compression::Gzip.into());
+}
+
+/// The defaults that the root's comments promise, taken from the comments themselves.
+#[test]
+fn what_the_root_shows_as_default_is_the_default() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../pipeline.toml");
+    let text = std::fs::read_to_string(path).expect("the root pipeline");
+    let plain = parse(&text).expect("a sound configuration");
+    // Every commented-out key or table that is no example is switched on.
+    let (cars, _) = text.split_once("# A PostgreSQL table").expect("the example of a table");
+    let (_, admin) = text.split_once("# Health and metrics").expect("the admin table");
+    let switched: Vec<&str> = cars
+        .lines()
+        .chain(admin.lines().skip(1))
+        .map(|line| match line.strip_prefix("# ") {
+            Some(key) if !key.contains("# example") && is_toml(key) => key,
+            _ => line,
+        })
+        .collect();
+    let full = parse(&switched.join("\n"));
+    let full = full.unwrap_or_else(|error| panic!("{}", error.render(false)));
+    assert!(switched.len() > 100 && switched.contains(&"[stage.limits]"));
+    assert_eq!(full.buffer_bytes_max, plain.buffer_bytes_max);
+    assert_eq!(full.rejected_max, plain.rejected_max);
+    assert_eq!(full.on_position_mismatch, plain.on_position_mismatch);
+    assert_eq!(kinesis(&full).start, kinesis(&plain).start);
+    assert_eq!(kinesis(&full).on_lost_records, kinesis(&plain).on_lost_records);
+    assert_eq!(kinesis(&full).reader, kinesis(&plain).reader);
+    for key in ["start", "on_lost_records", "reader"] {
+        assert!(switched.iter().any(|line| line.starts_with(&format!("{key} = "))), "{key}");
+    }
+    assert_eq!(full.source.batch, plain.source.batch);
+    assert_eq!(kinesis(&full).poll_interval, kinesis(&plain).poll_interval);
+    assert_eq!(kinesis(&full).records_per_call_max, kinesis(&plain).records_per_call_max);
+    assert_eq!(full.stages[0].limits, plain.stages[0].limits);
+    for (full, plain) in full.sinks.iter().zip(&plain.sinks) {
+        assert_eq!(full.rhythm, plain.rhythm);
+    }
+    let [shown] = &full.lookups[..] else { panic!("one lookup is shown") };
+    let bare = "[[lookup]]\nname = \"l\"\nurl = \"sqlite:l\"\nquery = \"q\"\n";
+    let bare = parse(&format!("{text}\n{bare}"));
+    let bare = &bare.unwrap_or_else(|error| panic!("{}", error.render(false))).lookups[0];
+    assert_eq!((shown.timeout, shown.cache), (bare.timeout, bare.cache));
+    let listens = |config: &PipelineConfig| config.admin.as_ref().map(|admin| admin.listen);
+    assert_eq!((listens(&plain), listens(&full)), (None, "127.0.0.1:9901".parse().ok()));
+    assert_eq!(full.reload, plain.reload);
+    assert_eq!(full.timing, plain.timing);
+    // Written out, an intake is what its address alone makes it.
+    let alone = parse(&format!("{text}\n[intake]\nlisten = \"127.0.0.1:8080\"\n"));
+    let alone = alone.unwrap_or_else(|error| panic!("{}", error.render(false)));
+    assert_eq!((plain.intake.is_none(), &full.intake), (true, &alone.intake));
+}
+
+fn kinesis(config: &PipelineConfig) -> &KinesisConfig {
+    config.source.kinesis().unwrap_or_else(|| panic!("{:?} is no stream", config.source))
+}
+
+fn is_toml(line: &str) -> bool {
+    let key = line.split(" = ").next().unwrap_or_default();
+    line.starts_with('[') || (line.contains(" = ") && !key.contains(' '))
+}
+
+const FULL: &str = r#"
+[pipeline]
+name = "p"
+buffer = "8 MiB"
+rejected_of_last_1000 = 0
+on_position_mismatch = "checkpoint"
+[source]
+type = "kinesis"
+stream = "s"
+endpoint = "http://127.0.0.1:4567"
+start = "at-timestamp:2026-01-31T01:00:00+01:00"
+poll_interval = "10 ms"
+[source.batch]
+records = 10
+bytes = "1 KiB"
+[[stage]]
+name = "one"
+plugin = "/opt/one.wasm"
+sha256 = "ABCDEF0123456789abcdef0123456789abcdef0123456789abcdef0123456789"
+[stage.config]
+big = 9223372036854775807
+at = 2026-01-31
+text = "${SET} $${SET}"
+[stage.limits]
+batch_time = "100 ms"
+[stage.routes]
+early = ["pg"]
+dropped = []
+[[stage]]
+name = "two"
+plugin = "two.wasm"
+routes = { default = ["objects"] }
+[[sink]]
+name = "pg"
+type = "postgres"
+url = "postgres://u:${SECRET}@h/db"
+table = "mart.cars"
+[[sink]]
+name = "objects"
+type = "objects"
+url = "s3://bucket/${UNSET:-logs}"
+compression = "zstd"
+options = { aws_secret_access_key = "${SECRET}" }
+[admin]
+"#;
+
+#[test]
+fn every_value_arrives() {
+    let config = parse(FULL).unwrap_or_else(|error| panic!("{}", error.render(false)));
+    assert_eq!(config.state_dir, Path::new("conf/state"));
+    assert_eq!(config.on_position_mismatch, OnPositionMismatch::Checkpoint);
+    assert_eq!((config.rejected_max.of_last_1000, config.rejected_max.in_a_row), (0, 100));
+    assert_eq!(kinesis(&config).start, StartPosition::AtTimestampMs(1_769_817_600_000));
+    assert_eq!(kinesis(&config).poll_interval, Duration::from_millis(10));
+    assert_eq!(config.source.batch, BatchLimits { records_max: 10, bytes_max: 1024 });
+    let [one, two] = &config.stages[..] else { panic!("two stages") };
+    assert_eq!(one.plugin.value, Path::new("/opt/one.wasm"));
+    assert_eq!(two.plugin.value, Path::new("conf/two.wasm"));
+    assert_eq!(&config.file.text[one.plugin.span.clone()], "\"/opt/one.wasm\"");
+    assert_eq!(&config.file.text[one.span.clone()], "[[stage]]");
+    let digest = one.sha256.as_ref().map(|digest| digest.value.to_lowercase());
+    assert_eq!(digest, one.sha256.as_ref().map(|digest| digest.value.clone()));
+    let due = r#"{"at":"2026-01-31","big":9223372036854775807,"text":"value ${SET}"}"#;
+    assert_eq!((one.config_json.as_str(), two.config_json.as_str()), (due, "{}"));
+    let limits = StageLimits { batch_ms_max: 100, record_ms_max: 100, ..StageLimits::default() };
+    assert_eq!(one.limits, limits);
+    assert!(one.routes["dropped"].sinks.is_empty());
+    assert_eq!(&config.file.text[one.routes["early"].key_span.clone()], "early");
+    assert_eq!(&config.file.text[one.routes["early"].sinks[0].span.clone()], "\"pg\"");
+    assert_eq!(config.admin.map(|admin| admin.listen), "127.0.0.1:9901".parse().ok());
+    // The default roll of objects gives way to a small buffer.
+    assert_eq!(config.sinks[1].rhythm.bytes_max, 8 << 20);
+}
+
+/// Each prefix of a file is a mistake that an editor can save.
+#[test]
+fn a_file_cut_anywhere_is_a_readable_error_or_sound() {
+    for (end, _) in FULL.char_indices() {
+        if let Err(error) = parse(&FULL[..end]) {
+            let report = error.render(false);
+            assert!(report.contains("conf/pipeline.toml:"), "cut at {end}: {report}");
+        }
+    }
+}
+
+#[test]
+fn a_secret_reaches_its_sink_and_no_fingerprint() {
+    let config = parse(FULL).expect("a sound configuration");
+    let SinkKind::Postgres(target) = &config.sinks[0].kind else { panic!("postgres") };
+    let url = &target.url;
+    assert_eq!(url, "postgres://u:hunter2@h/db");
+    let SinkKind::Objects { options, url, .. } = &config.sinks[1].kind else { panic!("objects") };
+    assert_eq!(options["aws_secret_access_key"], "hunter2");
+    assert_eq!(url.as_str(), "s3://bucket/logs");
+    for sink in &config.sinks {
+        assert!(sink.fingerprint_json.contains("${SECRET}"), "{}", sink.fingerprint_json);
+        assert!(!sink.fingerprint_json.contains("hunter2"), "{}", sink.fingerprint_json);
+    }
+}
+
+#[test]
+fn a_later_finding_points_into_the_file() {
+    let config = parse(FULL).expect("a sound configuration");
+    let stage = &config.stages[0];
+    let error = config.file.problem(stage.plugin.span.clone(), "there is no such file", "build it");
+    assert_eq!(error.to_string(), "conf/pipeline.toml:18:10: there is no such file");
+    let all =
+        ConfigError::join([config.file.problem(config.sinks[0].span.clone(), "second", ""), error]);
+    let all = all.expect("two errors").to_string();
+    assert!(all.ends_with(": second") && all.lines().count() == 2, "{all}");
+    assert!(ConfigError::join([]).is_none());
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let error = config::load(Path::new("no/such.toml"), &lookup).expect_err("no such file");
+    let report = error.render(false);
+    assert!(report.contains("no/such.toml: failed to read the configuration: "), "{report}");
+}

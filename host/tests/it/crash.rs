@@ -1,0 +1,183 @@
+//! `kill -9` at random moments: each record exactly once in SQLite, in PostgreSQL, and over all
+//! objects, while half of the restarts come with a changed route.
+//!
+//! The moments come from `SHARDMILL_SEED` (printed), so a failure can be run again.
+
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::support::flights::{from_csv, in_objects, in_postgres, in_sqlite, same_multiset};
+use crate::support::{Process, flights_csv, plugin, postgres_url, run_ok, serve_stream, shardmill};
+
+/// How often the run is killed.
+const KILLS: usize = 10;
+
+/// A pipeline of the flights into three kinds of sinks with different rhythms, so that at any
+/// moment each has what the others have not. `laguardia` is the route of that airport.
+fn pipeline(folder: &Path, schema: &str, laguardia: &str) -> String {
+    let (csv, route) = (plugin("csv-decode"), plugin("route-json"));
+    let example = std::fs::read_to_string(support::root().join("examples/flights/pipeline.toml"));
+    let example = example.expect("the example");
+    let begin = example.find("[stage.config]").expect("its first configuration");
+    let end = begin + example[begin..].find("[[stage]]").expect("its second stage");
+    let decode = &example[begin..end];
+    let postgres = postgres_url();
+    let data = folder.display();
+    let mut text = format!(
+        r#"
+[pipeline]
+name = "flights"
+state_dir = "{data}/state"
+[source]
+type = "kinesis"
+stream = "flights"
+endpoint = "embedded"
+format = "text/csv"
+records_per_call = 3000
+[[stage]]
+name = "decode"
+plugin = "{csv}"
+{decode}
+[[stage]]
+name = "route"
+plugin = "{route}"
+[stage.config]
+default = "laguardia"
+rules = [
+    {{ route = "newark", field = "origin", equals = "EWR" }},
+    {{ route = "kennedy", field = "origin", equals = "JFK" }},
+    {{ route = "{laguardia}", field = "origin", equals = "LGA" }},
+]
+[stage.routes]
+newark = ["newark", "pg_newark", "logs"]
+kennedy = ["kennedy", "pg_kennedy", "logs"]
+laguardia = ["laguardia", "pg_laguardia", "logs"]
+[[sink]]
+name = "logs"
+type = "objects"
+url = "{data}/logs"
+compression = "zstd"
+[sink.commit]
+linger = "400 ms"
+"#
+    );
+    for table in ["newark", "kennedy", "laguardia"] {
+        text.push_str(&format!(
+            r#"
+[[sink]]
+name = "{table}"
+type = "sqlite"
+path = "{data}/flights.db"
+table = "{table}"
+create = true
+[sink.commit]
+linger = "100 ms"
+[[sink]]
+name = "pg_{table}"
+type = "postgres"
+url = "{postgres}"
+table = "{schema}.{table}"
+create = true
+[sink.commit]
+linger = "200 ms"
+"#
+        ));
+    }
+    text
+}
+
+/// A run whose log is read as it comes.
+struct Run {
+    process: Process,
+    replayed: Arc<AtomicU64>,
+}
+
+fn start(config: &Path) -> Run {
+    let config = config.display().to_string();
+    let mut command = shardmill(&["run", &config, "--until-caught-up", "-v"]);
+    let mut child =
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the binary starts");
+    let log = child.stderr.take().expect("piped");
+    let replayed = Arc::new(AtomicU64::new(0));
+    let sum = replayed.clone();
+    std::thread::spawn(move || {
+        for line in BufReader::new(log).lines().map_while(Result::ok) {
+            if line.contains("replayed what only some sinks had") {
+                let records = line.split("records=").nth(1).expect("a count");
+                let digits: String = records.chars().take_while(char::is_ascii_digit).collect();
+                sum.fetch_add(digits.parse().expect("a count"), Ordering::Relaxed);
+            } else if line.contains("ERROR") || line.starts_with("error") {
+                println!("  {line}");
+            }
+        }
+    });
+    Run { process: Process(child), replayed }
+}
+
+/// Whether the fastest sink has committed; it may not have made its table yet.
+fn has_rows(database: &Path) -> bool {
+    let count = rusqlite::Connection::open(database).and_then(|database| {
+        database.query_row("SELECT count(*) FROM newark", [], |row| row.get::<_, u64>(0))
+    });
+    count.is_ok_and(|count| count > 0)
+}
+
+#[test]
+fn a_killed_run_loses_nothing_and_doubles_nothing() {
+    let seed = std::env::var("SHARDMILL_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed: u64 = seed.unwrap_or(2014);
+    println!("SHARDMILL_SEED={seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let folder = tempfile::tempdir().expect("a folder");
+    let schema = format!("crash_{}", std::process::id());
+    let configs = ["laguardia", "kennedy"].map(|laguardia| {
+        let path = folder.path().join(format!("{laguardia}.toml"));
+        std::fs::write(&path, pipeline(folder.path(), &schema, laguardia)).expect("written");
+        path
+    });
+    let state = folder.path().join("state");
+    let _stream = serve_stream(&state);
+    support::postgres(&format!("CREATE SCHEMA {schema}"));
+    let pipeline = configs[0].display().to_string();
+    run_ok(&["stream", "create", "--shards", "5", "--pipeline", &pipeline]);
+    let csv = flights_csv().display().to_string();
+    run_ok(&["stream", "put", "--pipeline", &pipeline, "--skip", "1", &csv]);
+
+    for kill in 0..KILLS {
+        // The configuration changes at every second start.
+        let config = &configs[(kill / 2) % 2];
+        let mut run = start(config);
+        let due = |run: &Run| match kill {
+            // One sink has committed what others have not: the next start has something to replay.
+            0 => has_rows(&folder.path().join("flights.db")),
+            _ => run.replayed.load(Ordering::Relaxed) > 0,
+        };
+        let begun = Instant::now();
+        while !due(&run) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "kill {kill}: nothing was replayed");
+            assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: it ended");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let more = Duration::from_millis(random.u64(50..250));
+        std::thread::sleep(more);
+        assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: it ended");
+        let replayed = run.replayed.load(Ordering::Relaxed);
+        drop(run);
+        println!("kill {kill}: after {more:?} more, {replayed} records had been replayed");
+    }
+    let mut run = start(&configs[1]);
+    let ended = run.process.wait();
+    assert!(ended.success(), "{ended}");
+    println!("last start: {} records replayed", run.replayed.load(Ordering::Relaxed));
+    assert!(run.replayed.load(Ordering::Relaxed) > 0);
+
+    let due = from_csv(&flights_csv());
+    same_multiset("SQLite", &due, &in_sqlite(&folder.path().join("flights.db")));
+    same_multiset("PostgreSQL", &due, &in_postgres(&schema));
+    same_multiset("objects", &due, &in_objects(&folder.path().join("logs")));
+    support::postgres(&format!("DROP SCHEMA {schema} CASCADE"));
+}

@@ -1,0 +1,1 @@
+//! Commands, the intake, files and guests as strangers use them.

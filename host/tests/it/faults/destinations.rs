@@ -1,0 +1,1 @@
+//! Objects, SQLite and HTTP: odd rows, answers and files that break off.

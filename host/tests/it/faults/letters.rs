@@ -1,0 +1,1 @@
+//! Dead letters, replays and swaps: what runs again runs once.

@@ -1,0 +1,1 @@
+//! Memory and lag: what is held is bounded, and what waits is seen.

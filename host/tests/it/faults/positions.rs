@@ -1,0 +1,1 @@
+//! Positions: databases and state that were restored, lost, removed or renamed.

@@ -1,0 +1,1 @@
+//! PostgreSQL and Redshift: pooled sessions, odd rows, poolers, what `check` must see.

@@ -1,0 +1,1 @@
+//! Reading: calls without an answer, starts, lineage, and who reads.

@@ -1,0 +1,1 @@
+//! Waits: each ends at stop, at a fatal error elsewhere, or at a deadline.

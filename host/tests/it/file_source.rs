@@ -1,0 +1,274 @@
+//! The lines of a file, through the real binary.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::{Output, Stdio};
+
+use crate::support::{Process, plugin, shardmill, wait_for};
+
+/// A folder with a file, a pipeline that reads it, and the table that its rows go to.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new(content: &[u8]) -> Self {
+        let place = Self { folder: tempfile::tempdir().expect("a folder") };
+        place.write(content);
+        let sql = "CREATE TABLE rows (id INTEGER NOT NULL)";
+        place.mart().execute(sql, ()).expect("created");
+        place
+    }
+
+    fn file(&self) -> PathBuf {
+        self.folder.path().join("rows.ndjson")
+    }
+
+    fn write(&self, content: &[u8]) {
+        std::fs::write(self.file(), content).expect("written");
+    }
+
+    fn append(&self, content: &[u8]) {
+        let file = std::fs::OpenOptions::new().append(true).open(self.file());
+        file.expect("the file").write_all(content).expect("written");
+    }
+
+    fn mart(&self) -> rusqlite::Connection {
+        support::sqlite(&self.folder.path().join("mart.db"))
+    }
+
+    fn ids(&self) -> Vec<u64> {
+        let mart = self.mart();
+        let mut query = mart.prepare("SELECT id FROM rows ORDER BY rowid").expect("sql");
+        let ids = query.query_map((), |row| row.get(0)).expect("rows");
+        ids.map(|id| id.expect("an id")).collect()
+    }
+
+    /// The payloads of the dead letters.
+    fn letters(&self) -> Vec<Vec<u8>> {
+        let state = self.folder.path().join("state/file/state.db");
+        let state = rusqlite::Connection::open(state).expect("the state");
+        let mut query = state.prepare("SELECT original FROM dead_letter").expect("sql");
+        let letters = query.query_map((), |row| row.get(0)).expect("rows");
+        letters.map(|letter| letter.expect("a payload")).collect()
+    }
+
+    fn pipeline(&self, path: &str, extra: &str) -> String {
+        let (data, plugin) = (self.folder.path().display(), plugin("route-json"));
+        let text = format!(
+            r#"
+[pipeline]
+name = "file"
+state_dir = "{data}/state"
+[source]
+type = "file"
+path = "{path}"
+{extra}
+[[stage]]
+name = "route"
+plugin = "{plugin}"
+config = {{ default = "all", rules = [] }}
+routes = {{ all = ["mart"] }}
+[[sink]]
+name = "mart"
+type = "sqlite"
+path = "{data}/mart.db"
+table = "rows"
+[sink.commit]
+rows = 200
+linger = "20 ms"
+"#
+        );
+        let file = self.folder.path().join("pipeline.toml");
+        std::fs::write(&file, text).expect("written");
+        file.display().to_string()
+    }
+
+    fn run(&self, extra: &str) -> Output {
+        let pipeline = self.pipeline("rows.ndjson", extra);
+        support::run(&["run", &pipeline])
+    }
+
+    /// The run ends by itself, and well.
+    fn run_ok(&self, extra: &str) {
+        let output = self.run(extra);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+fn rows(ids: std::ops::Range<u64>) -> Vec<u8> {
+    ids.map(|id| format!("{{\"id\":{id}}}\n")).collect::<String>().into_bytes()
+}
+
+#[test]
+fn a_file_is_read_once_whatever_is_killed() {
+    let place = Place::new(&rows(0..300_000));
+    let pipeline = place.pipeline("rows.ndjson", "batch = { records = 100 }");
+    for kill in 1..=5 {
+        let mut command = shardmill(&["run", &pipeline]);
+        let run = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let mut run = Process(run.expect("the binary starts"));
+        let before = place.ids().len();
+        wait_for("more rows", || place.ids().len() > before);
+        assert!(run.0.try_wait().expect("a state").is_none(), "kill {kill} came too late");
+        drop(run); // kill -9
+    }
+    place.run_ok("batch = { records = 100 }");
+    assert!(place.ids().into_iter().eq(0..300_000));
+}
+
+#[test]
+fn a_file_that_has_grown_is_read_on() {
+    let place = Place::new(&rows(0..100));
+    place.run_ok("");
+    place.run_ok("");
+    assert!(place.ids().into_iter().eq(0..100), "nothing new: nothing read");
+    place.append(&rows(100..150));
+    place.run_ok("");
+    assert!(place.ids().into_iter().eq(0..150));
+}
+
+#[test]
+fn a_file_in_anothers_place_is_read_from_its_beginning() {
+    let place = Place::new(&rows(0..100));
+    place.run_ok("");
+    let new = place.folder.path().join("new");
+    std::fs::write(&new, rows(100..300)).expect("written");
+    std::fs::rename(new, place.file()).expect("renamed");
+    place.run_ok("");
+    assert!(place.ids().into_iter().eq(0..300));
+}
+
+#[test]
+fn a_file_that_was_cut_is_refused() {
+    let place = Place::new(&rows(0..100));
+    place.run_ok("");
+    let file = std::fs::OpenOptions::new().write(true).open(place.file()).expect("the file");
+    file.set_len(50).expect("cut");
+    let output = place.run("");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("rows.ndjson: cannot go on at byte 990"), "{error}");
+    assert!(error.contains("cut or written over"), "{error}");
+}
+
+/// The same inode, the same length, line ends at the same places: only the content tells.
+#[test]
+fn a_file_that_was_written_over_is_refused() {
+    let place = Place::new(&rows(100..200));
+    place.run_ok("");
+    place.write(&rows(300..500));
+    let output = place.run("");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("cut or written over"), "{error}");
+    assert!(place.ids().into_iter().eq(100..200));
+}
+
+#[test]
+fn a_last_line_that_gets_its_end_later_is_read_once() {
+    let place = Place::new(b"{\"id\":1}");
+    place.run_ok("");
+    place.append(b"\n{\"id\":2}");
+    place.run_ok("");
+    place.append(b"\r\n{\"id\":3}\n");
+    place.run_ok("");
+    assert_eq!(place.ids(), [1, 2, 3]);
+    // A line that goes on after it was read cannot be taken back.
+    place.append(b"{\"id\":4}");
+    place.run_ok("");
+    place.append(b"5}\n");
+    assert_eq!(place.run("").status.code(), Some(1));
+}
+
+#[test]
+fn a_run_that_waits_for_input_ends_when_told() {
+    let place = Place::new(b"");
+    let pipeline = place.pipeline("-", "");
+    let mut command = shardmill(&["run", &pipeline]);
+    let run = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let mut run = Process(run.expect("the binary starts"));
+    let mut input = run.0.stdin.take().expect("piped");
+    input.write_all(&rows(0..10)).expect("written");
+    input.flush().expect("written");
+    wait_for("the rows", || place.ids().len() == 10);
+    assert_eq!(run.terminate(), Some(0));
+    drop(input);
+}
+
+#[test]
+fn what_is_no_file_is_refused() {
+    let place = Place::new(b"");
+    let pipeline = place.pipeline(&place.folder.path().display().to_string(), "");
+    let output = support::run(&["run", &pipeline]);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("no regular file"), "{error}");
+}
+
+#[test]
+fn lines_end_as_they_end() {
+    let place = Place::new(b"header\r\n{\"id\":1}\r\n{\"id\":2}\n\n{\"id\":3}\r\n{\"id\":4}");
+    place.run_ok("skip = 1");
+    assert_eq!(place.ids(), [1, 2, 3, 4]);
+    assert_eq!(place.letters(), [b""], "an empty line is an empty record");
+}
+
+#[test]
+fn an_empty_file_is_nothing() {
+    let place = Place::new(b"");
+    place.run_ok("");
+    assert!(place.ids().is_empty());
+    place.append(&rows(0..10));
+    place.run_ok("");
+    assert!(place.ids().into_iter().eq(0..10));
+}
+
+#[test]
+fn without_a_stage_every_record_goes_to_every_sink_as_it_came() {
+    let place = Place::new(&rows(0..1_000));
+    let pipeline = place.pipeline("rows.ndjson", "format = \"application/json\"");
+    let text = std::fs::read_to_string(&pipeline).expect("the pipeline");
+    let (before, stage) = text.split_once("[[stage]]").expect("a stage");
+    let (_, sink) = stage.split_once("[[sink]]").expect("a sink");
+    let nowhere = "[[sink]]\nname = \"nowhere\"\ntype = \"discard\"\n";
+    std::fs::write(&pipeline, format!("{before}{nowhere}[[sink]]{sink}")).expect("written");
+    let output = support::run(&["run", &pipeline, "--json"]);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(told.contains("\"records\":1000"), "{told}");
+    assert!(place.ids().into_iter().eq(0..1_000));
+}
+
+#[test]
+fn standard_input_is_a_file_each_time() {
+    let place = Place::new(b"");
+    let pipeline = place.pipeline("-", "");
+    for ids in [0..3_000, 3_000..5_000] {
+        let mut command = shardmill(&["run", &pipeline]);
+        let run = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("started");
+        let mut run = Process(run);
+        let mut input = run.0.stdin.take().expect("piped");
+        input.write_all(&rows(ids)).expect("written");
+        drop(input);
+        assert!(run.wait().success());
+    }
+    assert!(place.ids().into_iter().eq(0..5_000));
+}
+
+#[test]
+fn a_missing_file_and_a_line_without_end_are_named() {
+    let place = Place::new(b"");
+    std::fs::remove_file(place.file()).expect("removed");
+    let output = place.run("");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("rows.ndjson: failed to read at byte 0: No such file"), "{error}");
+
+    place.write(&[&rows(0..10)[..], &vec![b'x'; 11 << 20]].concat());
+    let output = place.run("");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("failed to read a line at byte 90"), "{error}");
+    assert!(place.ids().into_iter().eq(0..10), "what precedes it is delivered");
+}

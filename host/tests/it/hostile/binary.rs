@@ -1,0 +1,116 @@
+//! The real binary with plugins that must not run, or not run on.
+
+use std::process::Output;
+
+use super::wat::Guest;
+use crate::support::world::{Pipeline, World};
+use crate::support::{self, free_port, http_get, wait_for};
+
+/// The lane stops with a clear state and drains no stream into the dead letters; with a fixed plugin
+/// it goes on at the record where it stopped.
+#[test]
+fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
+    const RECORDS: u64 = 2_000;
+    let world = World::new(1);
+    world.put(0..RECORDS, 10);
+    let port = free_port();
+    let broken = Pipeline {
+        stage: Some(format!(
+            "plugin = \"{}\"\nconfig = {{ reject_on = '', routes = [\"all\"], \
+             format = \"application/json\" }}",
+            support::plugin("hostile")
+        )),
+        sink: format!("[admin]\nlisten = \"127.0.0.1:{port}\""),
+        ..Pipeline::default()
+    };
+    let run = world.start(&broken);
+    let ready = || http_get(port, "/health/ready");
+    wait_for("the lane to block", || ready().contains("rejected_in_a_row"));
+    let state = ready();
+    assert!(state.starts_with("HTTP/1.1 503"), "{state}");
+    for due in ["shardId-000000000000", "stage route (plugin hostile 0.1.0, ", "as configured"] {
+        assert!(state.contains(due), "{due}: {state}");
+    }
+    assert!(
+        http_get(port, "/metrics").contains("shardmill_blocked{shard=\"shardId-000000000000\"} 1")
+    );
+    assert_eq!(run.terminate(), Some(0));
+    let letters = "SELECT count(*) FROM dead_letter";
+    let letters =
+        || -> u64 { world.state().query_row(letters, (), |row| row.get(0)).expect("sql") };
+    assert_eq!(letters(), 0);
+    assert_eq!(world.rows(), 0);
+
+    world.catch_up(&Pipeline::default());
+    world.assert_each_once_in_order(RECORDS);
+    assert_eq!(letters(), 0);
+}
+
+/// A component that takes its compiler long: one function of very many branches.
+fn heavy() -> tempfile::NamedTempFile {
+    const BRANCHES: usize = 200_000;
+    let branch = "(if (i64.eqz (local.get 0))
+        (then (local.set 1 (i64.add (local.get 1) (local.get 0))))
+        (else (local.set 0 (i64.mul (local.get 0) (local.get 1)))))";
+    let items =
+        format!("(func (param i64 i64) (result i64) {} (local.get 1))", branch.repeat(BRANCHES));
+    Guest { items: &items, ..Guest::default() }.build("plugin")
+}
+
+/// Checks a pipeline of one stage, which must be refused; gives what is said in one line.
+fn refused(plugin: &str, lines: &str) -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let text = format!(
+        r#"
+[pipeline]
+name = "refused"
+state_dir = "state"
+[source]
+type = "kinesis"
+stream = "test"
+[[stage]]
+name = "only"
+plugin = "{plugin}"
+routes = {{ out = ["console"] }}
+{lines}
+[[sink]]
+name = "console"
+type = "stdout"
+"#
+    );
+    let path = folder.path().join("pipeline.toml");
+    std::fs::write(&path, text).expect("written");
+    let checked: Output = support::run(&["check", "--offline", &path.display().to_string()]);
+    let said = String::from_utf8_lossy(&checked.stderr).into_owned();
+    assert_eq!(checked.status.code(), Some(2), "{said}");
+    assert!(said.contains("pipeline.toml:10:10"), "{said}");
+    said.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn a_component_over_a_limit_of_compilation_is_refused_with_its_place() {
+    let heavy = heavy();
+    let heavy = heavy.path().display().to_string();
+    for (limit, due) in [
+        ("compile_time = \"1 s\"", "longer than its limit of 1 s (limits.compile_time)"),
+        ("compile_memory = \"64 MiB\"", "than its limit of 67108864 bytes (limits.compile_memory)"),
+        ("component = \"64 KiB\"", "over the limit of 65536 (limits.component)"),
+    ] {
+        let said = refused(&heavy, &format!("[stage.limits]\n{limit}"));
+        assert!(said.contains(due), "{due}: {said}");
+    }
+}
+
+#[test]
+fn what_is_not_granted_is_refused_with_its_place() {
+    let nosy = support::plugin("nosy");
+    let all = ["log", "metrics", "clock", "random"];
+    for missing in all {
+        let granted = all.iter().filter(|name| **name != missing);
+        let granted: Vec<String> = granted.map(|name| format!("{name} = true")).collect();
+        let said = refused(&nosy, &format!("grant = {{ {} }}", granted.join(", ")));
+        let due = format!("nosy.wasm imports {missing}, which stage only does not grant");
+        assert!(said.contains(&due), "{due}: {said}");
+        assert!(said.contains(&format!("add under [stage.grant]: {missing} = true")), "{said}");
+    }
+}

@@ -1,0 +1,8 @@
+//! Stages against plugins that misbehave on request: the fault is one record's.
+
+mod binary;
+mod lane;
+mod misdeeds;
+mod nosy;
+mod search;
+mod wat;

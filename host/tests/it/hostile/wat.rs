@@ -1,0 +1,201 @@
+//! Misdeeds that no compiler lets one write: a plugin by hand, with one thing wrong in it.
+
+use std::io::Write as _;
+
+use shardmill::config::RejectedMax;
+use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
+use wit_parser::Resolve;
+
+use super::lane::{LIMITS, Lane};
+use crate::support;
+
+const SKELETON: &str = include_str!("skeleton.wat");
+
+/// What fills the marks of the skeleton.
+#[derive(Default)]
+pub struct Guest<'a> {
+    /// Core imports.
+    pub imports: &'a str,
+    /// In `cabi_realloc`, when the batch under way holds a culprit; `$at` is what it answers.
+    pub realloc: &'a str,
+    /// In `process`, for each culprit, before its output is written.
+    pub process: &'a str,
+    /// After a call with a culprit.
+    pub post: &'a str,
+    /// Further items of the module.
+    pub items: &'a str,
+}
+
+impl Guest<'_> {
+    /// The component, in a file.
+    pub fn build(&self, world: &str) -> tempfile::NamedTempFile {
+        let text = SKELETON
+            .replace(";;@imports", self.imports)
+            .replace(";;@realloc", self.realloc)
+            .replace(";;@process", self.process)
+            .replace(";;@post", self.post)
+            .replace(";;@items", self.items);
+        let mut module = wat::parse_str(&text).expect("sound WAT");
+        let mut wit = Resolve::default();
+        let (package, _) = wit.push_path(support::root().join("wit/0.1.0")).expect("our WIT");
+        let world = wit.select_world(&[package], Some(world)).expect("a world");
+        embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
+        let encoder = ComponentEncoder::default().validate(true).module(&module);
+        let component = encoder.and_then(|mut it| it.encode()).expect("a component");
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        file.write_all(&component).expect("written");
+        file
+    }
+
+    fn lane(&self, world: &str) -> Result<Lane, String> {
+        let file = self.build(world);
+        let granted = format!("{LIMITS}[stage.grant]\nclock = true");
+        let limits = if world == "plugin" { LIMITS } else { &granted };
+        Lane::of(&file.path().display().to_string(), limits, "", RejectedMax::default())
+    }
+
+    /// Three culprits alone are dead-lettered.
+    fn assert_culprits_alone(&self, reason: &str) {
+        let mut lane = self.lane("plugin").unwrap_or_else(|why| panic!("{why}"));
+        lane.assert_culprits_alone(&[0, 499, 999], reason);
+        // The next batch finds an instance that is sound.
+        lane.assert_culprits_alone(&[], reason);
+    }
+}
+
+#[test]
+fn the_skeleton_does_nothing_wrong() {
+    let mut lane = Guest::default().lane("plugin").unwrap_or_else(|why| panic!("{why}"));
+    (0..100).for_each(|_| lane.assert_culprits_alone(&[], ""));
+}
+
+#[test]
+fn a_table_over_its_limit_is_the_guilty_records_alone() {
+    let grow = "(if (i32.eq (table.grow $table (ref.null func) (i32.const 2000)) (i32.const -1))
+                  (then unreachable))";
+    let due = "asked for 2001 table elements, over its limit of 1000";
+    Guest { process: grow, ..Guest::default() }.assert_culprits_alone(due);
+}
+
+#[test]
+fn room_outside_of_the_memory_is_the_guilty_records_alone() {
+    for at in ["0x7ffffff8", "0xfffffff8", "4194296"] {
+        let realloc = format!("(local.set $at (i32.const {at}))");
+        Guest { realloc: &realloc, ..Guest::default() }.assert_culprits_alone("realloc");
+    }
+}
+
+#[test]
+fn room_that_is_not_aligned_is_the_guilty_records_alone() {
+    let realloc = "(local.set $at (i32.add (local.get $at) (i32.const 1)))";
+    Guest { realloc, ..Guest::default() }.assert_culprits_alone("align");
+}
+
+#[test]
+fn a_trap_while_the_host_asks_for_room_is_the_guilty_records_alone() {
+    Guest { realloc: "unreachable", ..Guest::default() }.assert_culprits_alone("trapped");
+}
+
+#[test]
+fn an_endless_loop_while_the_host_asks_for_room_is_ended() {
+    let due = "took longer than its limit of 100 ms";
+    Guest { realloc: "(loop $ever (br $ever))", ..Guest::default() }.assert_culprits_alone(due);
+}
+
+#[test]
+fn an_endless_loop_after_the_answer_is_ended() {
+    let due = "took longer than its limit of 100 ms";
+    Guest { post: "(loop $ever (br $ever))", ..Guest::default() }.assert_culprits_alone(due);
+}
+
+#[test]
+fn a_trap_after_the_answer_is_the_guilty_records_alone() {
+    Guest { post: "unreachable", ..Guest::default() }.assert_culprits_alone("trapped");
+}
+
+#[test]
+fn an_answer_that_does_not_lie_in_the_memory_is_the_guilty_records_alone() {
+    for at in ["0x7ffffffc", "0xfffffffc", "4194300"] {
+        let process = format!("(global.set $answer (i32.const {at}))");
+        Guest { process: &process, ..Guest::default() }.assert_culprits_alone("");
+    }
+    let unaligned = "(global.set $answer (i32.const 4097))";
+    Guest { process: unaligned, ..Guest::default() }.assert_culprits_alone("align");
+}
+
+#[test]
+fn a_length_that_is_a_lie_is_the_guilty_records_alone() {
+    // The arena, the outputs and the rejects, each beyond the memory and beyond 4 GiB.
+    for (field, length) in
+        [(4104, "0x7fffffff"), (4112, "0x3fffffff"), (4112, "0xffffffff"), (4120, "0x40000001")]
+    {
+        let process = format!("(i32.store (i32.const {field}) (i32.const {length}))");
+        Guest { process: &process, ..Guest::default() }.assert_culprits_alone("");
+    }
+}
+
+#[test]
+fn an_answer_of_no_known_case_is_the_guilty_records_alone() {
+    let process = "(i32.store8 (i32.const 4096) (i32.const 7))";
+    Guest { process, ..Guest::default() }.assert_culprits_alone("discriminant");
+}
+
+#[test]
+fn to_call_the_host_while_it_asks_for_room_is_the_guilty_records_alone() {
+    let guest = Guest {
+        imports: r#"(import "shardmill:plugin/clock@0.1.0" "now-ms" (func $now (result i64)))"#,
+        realloc: "(drop (call $now))",
+        ..Guest::default()
+    };
+    let mut lane = guest.lane("plugin-with-capabilities").unwrap_or_else(|why| panic!("{why}"));
+    lane.assert_culprits_alone(&[0, 499, 999], "cannot leave");
+}
+
+#[test]
+fn an_endless_loop_that_calls_the_host_is_ended() {
+    let guest = Guest {
+        imports: r#"(import "shardmill:plugin/clock@0.1.0" "now-ms" (func $now (result i64)))"#,
+        process: "(loop $ever (drop (call $now)) (br $ever))",
+        ..Guest::default()
+    };
+    let mut lane = guest.lane("plugin-with-capabilities").unwrap_or_else(|why| panic!("{why}"));
+    lane.assert_culprits_alone(&[0, 499, 999], "took longer than its limit of 100 ms");
+}
+
+#[test]
+fn a_component_of_many_functions_is_a_plugin_like_another() {
+    let items: String = (0..100_000).map(|_| "(func)").collect();
+    let mut lane = Guest { items: &items, ..Guest::default() }
+        .lane("plugin")
+        .unwrap_or_else(|why| panic!("{why}"));
+    lane.assert_culprits_alone(&[], "");
+}
+
+#[test]
+fn a_memory_that_begins_over_its_limit_is_refused_at_load() {
+    let items = "(memory $second 300)";
+    let refused = Guest { items, ..Guest::default() }.lane("plugin");
+    let Err(why) = refused else { panic!("it is not refused") };
+    assert!(why.contains("of memory, over its limit of 16777216"), "{why}");
+}
+
+#[test]
+fn an_import_that_nobody_has_is_refused_by_its_name() {
+    let text = r#"(component
+        (import "wasi:sockets/tcp@0.2.0" (instance (export "connect" (func))))
+        (import "launch-missiles" (func))
+        (core module $code (func (export "configure")))
+        (core instance $core (instantiate $code))
+        (func $configure (canon lift (core func $core "configure")))
+        (instance $stage (export "configure" (func $configure)))
+        (export "shardmill:plugin/stage@0.1.0" (instance $stage)))"#;
+    let mut file = tempfile::NamedTempFile::new().expect("a file");
+    file.write_all(&wat::parse_str(text).expect("sound WAT")).expect("written");
+    let path = file.path().display().to_string();
+    let Err(why) = Lane::of(&path, LIMITS, "", RejectedMax::default()) else {
+        panic!("it is not refused")
+    };
+    for due in ["wasi:sockets/tcp@0.2.0", "launch-missiles", "which shardmill does not have"] {
+        assert!(why.contains(due), "{due}: {why}");
+    }
+}

@@ -1,0 +1,104 @@
+//! docs/iam.md is true: its policies allow the Kinesis operations that the code calls, and no other.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde_json::Value;
+
+/// The operations of the API, by the names that policies give them.
+///
+/// Source: API reference, "Actions".
+const OPERATIONS: &str = "AddTagsToStream CreateStream DecreaseStreamRetentionPeriod \
+    DeleteResourcePolicy DeleteStream DeregisterStreamConsumer DescribeAccountSettings \
+    DescribeLimits DescribeStream DescribeStreamConsumer DescribeStreamSummary \
+    DisableEnhancedMonitoring EnableEnhancedMonitoring GetRecords GetResourcePolicy \
+    GetShardIterator IncreaseStreamRetentionPeriod ListShards ListStreamConsumers ListStreams \
+    ListTagsForResource ListTagsForStream MergeShards PutRecord PutRecords PutResourcePolicy \
+    RegisterStreamConsumer RemoveTagsFromStream SplitShard StartStreamEncryption \
+    StopStreamEncryption SubscribeToShard TagResource UntagResource UpdateAccountSettings \
+    UpdateMaxRecordSize UpdateShardCount UpdateStreamMode UpdateStreamWarmThroughput";
+/// Actions of other services that the page may allow.
+const OTHER_ACTIONS: [&str; 3] = ["kms:Decrypt", "kms:GenerateDataKey", "sts:AssumeRole"];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The JSON blocks of the page.
+fn policies() -> Vec<Value> {
+    let page = std::fs::read_to_string(root().join("../docs/iam.md")).expect("the page");
+    let blocks = page.split("```json\n").skip(1);
+    let text = blocks.map(|block| block.split("```").next().unwrap_or_default());
+    text.map(|text| serde_json::from_str(text).expect(text)).collect()
+}
+
+/// All actions that a policy allows.
+fn actions(policy: &Value) -> impl Iterator<Item = &str> {
+    let statements = policy["Statement"].as_array().expect("statements").iter();
+    statements
+        .flat_map(|statement| statement["Action"].as_array().expect("actions"))
+        .map(|action| action.as_str().expect("an action"))
+}
+
+/// The sources of the host, without the tests in them.
+fn sources(folder: &Path, text: &mut String) {
+    for entry in folder.read_dir().expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            sources(&path, text);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let source = std::fs::read_to_string(&path).expect("a source");
+            text.push_str(source.split("#[cfg(test)]").next().unwrap_or_default());
+        }
+    }
+}
+
+/// The name of the client's method: `ListShards` is `list_shards`.
+fn method(operation: &str) -> String {
+    let mut name = String::new();
+    for letter in operation.chars() {
+        if letter.is_ascii_uppercase() && !name.is_empty() {
+            name.push('_');
+        }
+        name.push(letter.to_ascii_lowercase());
+    }
+    name
+}
+
+#[test]
+fn the_policies_allow_what_the_code_calls_and_no_more() {
+    let mut text = String::new();
+    sources(&root().join("src"), &mut text);
+    let called: BTreeSet<&str> = OPERATIONS
+        .split_whitespace()
+        .filter(|operation| text.contains(&format!(".{}()", method(operation))))
+        .collect();
+    assert!(called.contains("GetRecords"), "the calls are found: {called:?}");
+    let policies = policies();
+    let allowed: BTreeSet<&str> = policies
+        .iter()
+        .flat_map(actions)
+        .filter_map(|action| action.strip_prefix("kinesis:"))
+        .collect();
+    let without: Vec<_> = called.difference(&allowed).collect();
+    assert!(without.is_empty(), "docs/iam.md allows nobody to call {without:?}");
+    let unused: Vec<_> = allowed.difference(&called).collect();
+    assert!(unused.is_empty(), "docs/iam.md allows {unused:?}, which nothing calls");
+}
+
+#[test]
+fn the_policies_are_policies() {
+    for policy in policies() {
+        assert_eq!(policy["Version"], "2012-10-17", "{policy}");
+        for action in actions(&policy) {
+            let is_known = action.starts_with("kinesis:") || OTHER_ACTIONS.contains(&action);
+            assert!(is_known, "{action} in {policy}");
+        }
+        for statement in policy["Statement"].as_array().expect("statements") {
+            assert_eq!(statement["Effect"], "Allow", "{policy}");
+            let is_trust = statement.get("Principal").is_some();
+            assert_ne!(is_trust, statement.get("Resource").is_some(), "one of both: {policy}");
+            assert_ne!(statement["Resource"], "*", "the smallest policy names what it is for");
+        }
+    }
+}

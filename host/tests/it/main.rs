@@ -1,0 +1,50 @@
+//! Tests of the host from outside: the library's sinks and the real binary against real parts, in one
+//! program, so that the library is linked once.
+#![allow(
+    dead_code,
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "tests fail by panicking, and what helps them is read by the tests beside it"
+)]
+
+mod accounts;
+mod architecture;
+mod bad_input;
+mod book;
+mod config;
+mod crash;
+mod demo;
+mod dlq;
+mod faults;
+mod file_source;
+mod flights;
+mod given_up;
+mod hostile;
+mod http_capability;
+mod iam;
+mod languages;
+mod letter_sinks;
+mod lookup;
+mod model;
+mod parquet;
+mod plugin_test;
+mod postgres_restarts;
+mod producers;
+mod reading;
+mod replay;
+mod resharding;
+mod sink_objects;
+mod sink_postgres;
+mod sink_redshift;
+mod sink_sqlite;
+mod sink_stdout;
+mod sink_streams;
+mod source;
+mod sql_sinks;
+mod stream_commands;
+mod support;
+mod swap;
+mod tail;

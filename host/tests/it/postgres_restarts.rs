@@ -1,0 +1,128 @@
+//! PostgreSQL is restarted ten times while rows flow into it: each row is there once, and nobody had
+//! to do anything.
+//!
+//! The server is the throw-away one of all tests. Test programs run one after the other, so this one
+//! has it for itself.
+
+use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::support::{
+    Process, plugin, postgres, postgres_url, run_ok, serve_stream, shardmill, wait_for,
+};
+
+const RESTARTS: u64 = 10;
+/// Many commits' worth, so that a restart finds one under way.
+const ROWS_PER_RESTART: u64 = 40_000;
+
+/// Restarts the server. `fast` ends sessions and writes what it has; `immediate` is a crash.
+fn restart(mode: &str) {
+    let programs = std::env::var("SHARDMILL_TEST_POSTGRES_PROGRAMS")
+        .expect("SHARDMILL_TEST_POSTGRES_PROGRAMS names pg_ctl's folder: run `cargo xtask test`");
+    let data = PathBuf::from(&postgres("SHOW data_directory")[0]);
+    let owner = data.metadata().expect("the server's data");
+    let pg_ctl = Path::new(&programs).join("pg_ctl");
+    let own = Path::new("/proc/self").metadata().expect("this process");
+    let mut command = Command::new(&pg_ctl);
+    if own.uid() != owner.uid() {
+        command = Command::new("setpriv");
+        command.args([format!("--reuid={}", owner.uid()), format!("--regid={}", owner.gid())]);
+        command.arg("--clear-groups").arg(&pg_ctl);
+    }
+    command.args(["restart", "-w", "-t", "60", "-m", mode, "-D"]).arg(&data);
+    // Its output goes nowhere: the server that it leaves behind would hold a pipe open.
+    command.args(["-l", "/dev/null"]).current_dir("/");
+    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    assert!(status.expect("pg_ctl").success(), "{command:?}");
+}
+
+fn pipeline(folder: &Path, schema: &str) -> String {
+    let (data, plugin, url) = (folder.display(), plugin("route-json"), postgres_url());
+    format!(
+        r#"
+[pipeline]
+name = "restarts"
+state_dir = "{data}/state"
+[source]
+type = "kinesis"
+stream = "rows"
+endpoint = "embedded"
+format = "application/json"
+records_per_call = 1000
+[[stage]]
+name = "route"
+plugin = "{plugin}"
+config = {{ default = "all", rules = [] }}
+routes = {{ all = ["appended", "merged"] }}
+[[sink]]
+name = "appended"
+type = "postgres"
+url = "{url}"
+table = "{schema}.appended"
+[sink.commit]
+rows = 500
+[[sink]]
+name = "merged"
+type = "postgres"
+url = "{url}"
+table = "{schema}.merged"
+mode = "upsert"
+key = ["id"]
+[sink.commit]
+rows = 700
+"#
+    )
+}
+
+fn count(table: &str) -> u64 {
+    postgres(&format!("SELECT count(*) FROM {table}"))[0].parse().expect("a count")
+}
+
+#[test]
+fn ten_restarts_of_postgres_lose_and_double_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let schema = format!("restarts_{}", std::process::id());
+    // A primary key would hide a doubled row: the first table has none, the second must agree.
+    postgres(&format!(
+        "CREATE SCHEMA {schema}; CREATE TABLE {schema}.appended (id bigint NOT NULL); \
+         CREATE TABLE {schema}.merged (id bigint PRIMARY KEY)"
+    ));
+    let (rows, config) = (folder.path().join("rows.ndjson"), folder.path().join("pipeline.toml"));
+    std::fs::write(&config, pipeline(folder.path(), &schema)).expect("written");
+    let config = config.display().to_string();
+    let _stream = serve_stream(&folder.path().join("state"));
+    run_ok(&["stream", "create", "--shards", "2", "--pipeline", &config]);
+    let run = shardmill(&["run", &config]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let mut run = Process(run.expect("the binary starts"));
+
+    for number in 0..RESTARTS {
+        let first = number * ROWS_PER_RESTART;
+        let mut lines = String::new();
+        for id in first..first + ROWS_PER_RESTART {
+            writeln!(lines, "{{\"id\":{id}}}").expect("text");
+        }
+        std::fs::write(&rows, lines).expect("written");
+        run_ok(&["stream", "put", "--pipeline", &config, &rows.display().to_string()]);
+        wait_for("a row of this part", || count(&format!("{schema}.appended")) > first);
+        restart(if number % 2 == 0 { "fast" } else { "immediate" });
+        let have = count(&format!("{schema}.appended"));
+        println!("restart {number}: {} of {ROWS_PER_RESTART} rows were in", have - first);
+        wait_for("all rows of this part", || {
+            ["appended", "merged"]
+                .iter()
+                .all(|table| count(&format!("{schema}.{table}")) >= first + ROWS_PER_RESTART)
+        });
+    }
+    assert!(run.0.try_wait().expect("a state").is_none(), "the run has ended");
+    assert_eq!(run.terminate(), Some(0));
+    let all = RESTARTS * ROWS_PER_RESTART;
+    for table in ["appended", "merged"] {
+        let ids = postgres(&format!(
+            "SELECT concat_ws(' ', count(*), count(DISTINCT id), min(id), max(id)) FROM {schema}.{table}"
+        ));
+        assert_eq!(ids[0], format!("{all} {all} 0 {}", all - 1), "{table}");
+    }
+    postgres(&format!("DROP SCHEMA {schema} CASCADE"));
+}

@@ -1,0 +1,262 @@
+//! `shardmill replay` by the real binary: a window of a stream again, by changed plugins, beside the live
+//! table and in the place of its rows.
+
+use std::fmt::Write as _;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::process::Output;
+use std::time::Duration;
+
+use crate::support::{
+    Process, output, plugin, postgres, postgres_url, run_ok, serve_stream, shardmill,
+};
+use serde_json::Value;
+
+/// A stream of two shards and a pipeline that writes cars to a table with lineage.
+struct World {
+    folder: tempfile::TempDir,
+    table: String,
+    _stream: Process,
+}
+
+impl World {
+    fn new(test: &str, columns: &str, mode: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let table = format!("replay_{test}_{}", std::process::id());
+        postgres(&format!(
+            "CREATE TABLE {table} ({columns}, shardmill_pipeline text, \
+            shardmill_shard text, shardmill_sequence numeric, shardmill_arrived_at timestamptz)"
+        ));
+        let (data, plugin, url) = (folder.path().display(), plugin("route-json"), postgres_url());
+        let text = format!(
+            r#"
+[pipeline]
+name = "{table}"
+state_dir = "{data}/state"
+[source]
+type = "kinesis"
+stream = "cars"
+endpoint = "embedded"
+format = "application/json"
+poll_interval = "20 ms"
+[[stage]]
+name = "route"
+plugin = "{plugin}"
+config = {{ default = "all", rules = [{{ route = "dropped", field = "make", in = ["None"] }}] }}
+routes = {{ all = ["mart", "other"], dropped = [] }}
+[[sink]]
+name = "mart"
+type = "postgres"
+url = "{url}"
+table = "{table}"
+lineage = true
+{mode}
+[sink.commit]
+rows = 10
+linger = "50 ms"
+[[sink]]
+name = "other"
+type = "discard"
+"#
+        );
+        std::fs::write(folder.path().join("pipeline.toml"), text).expect("written");
+        let stream = serve_stream(&folder.path().join("state"));
+        let world = Self { folder, table, _stream: stream };
+        run_ok(&["stream", "create", "--shards", "2", "--pipeline", &world.config()]);
+        world
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("pipeline.toml")
+    }
+
+    fn config(&self) -> String {
+        self.path().display().to_string()
+    }
+
+    /// Puts cars, each of a make, and gives the time that is before them.
+    fn put(&self, ids: Range<u64>, make: impl Fn(u64) -> &'static str) -> String {
+        let before = next_second();
+        let mut lines = String::new();
+        for id in ids {
+            writeln!(lines, "{{\"id\":{id},\"make\":\"{}\"}}", make(id)).expect("text");
+        }
+        let rows = self.folder.path().join("rows.ndjson");
+        std::fs::write(&rows, lines).expect("written");
+        let rows = rows.display().to_string();
+        run_ok(&["stream", "put", "--pipeline", &self.config(), "--format", "ndjson", &rows]);
+        before
+    }
+
+    fn run(&self) {
+        run_ok(&["run", "--until-caught-up", &self.config()]);
+    }
+
+    /// Runs other code from now on.
+    fn drop_make(&self, make: &str) {
+        let text = std::fs::read_to_string(self.path()).expect("read");
+        let text = text.replace("[\"None\"]", &format!("[\"{make}\"]"));
+        std::fs::write(self.path(), text).expect("written");
+    }
+
+    fn replay(&self, from: &str, to: &str, more: &[&str]) -> Output {
+        let config = self.config();
+        let window = ["replay", "--json", &config, "--sink", "mart", "--from", from, "--to", to];
+        output(&mut shardmill(&[&window[..], more].concat()))
+    }
+
+    /// What a replay that must go well reports.
+    fn replayed(&self, from: &str, to: &str, more: &[&str]) -> Value {
+        let done = self.replay(from, to, more);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        serde_json::from_slice(&done.stdout).expect("a report")
+    }
+
+    /// Why a replay does not go well.
+    fn refused(&self, from: &str, to: &str, more: &[&str]) -> String {
+        let done = self.replay(from, to, more);
+        assert_eq!(done.status.code(), Some(1), "{}", String::from_utf8_lossy(&done.stdout));
+        String::from_utf8_lossy(&done.stderr).into_owned()
+    }
+
+    /// The ids in a table, ascending.
+    fn ids(&self, table: &str) -> Vec<u64> {
+        let ids = postgres(&format!("SELECT id FROM {table} ORDER BY id"));
+        ids.iter().map(|id| id.parse().expect("an id")).collect()
+    }
+
+    fn shadow(&self) -> String {
+        format!("{}_replay", self.table)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        postgres(&format!("DROP TABLE IF EXISTS {}, {}", self.table, self.shadow()));
+    }
+}
+
+fn counts(report: &Value) -> (u64, u64, u64) {
+    let count = |name: &str| report[name].as_u64().expect("a count");
+    (count("same"), count("only_live"), count("only_shadow"))
+}
+
+/// Every tenth car is a Fiat.
+fn make(id: u64) -> &'static str {
+    if id.is_multiple_of(10) { "Fiat" } else { "Honda" }
+}
+
+#[test]
+fn a_window_is_compared_and_then_replaced() {
+    let world = World::new("append", "id bigint NOT NULL, make text, n serial", "");
+    world.put(0..100, make);
+    let from = world.put(100..200, make);
+    let to = world.put(200..300, make);
+    world.run();
+    assert_eq!(world.ids(&world.table), (0..300).collect::<Vec<_>>());
+
+    // The same code makes the same rows.
+    let same = world.replayed(&from, &to, &[]);
+    assert_eq!(counts(&same), (100, 0, 0), "{same}");
+    world.drop_make("Fiat");
+    let report = world.replayed(&from, &to, &[]);
+    assert_eq!((counts(&report), &report["dead_letters"]), ((90, 10, 0), &0.into()), "{report}");
+    let sample = report["samples_live"][0].as_str().expect("a row");
+    assert!(sample.contains("Fiat") && !sample.contains("\"n\""), "{sample}");
+    let kept: Vec<u64> = (100..200).filter(|id| id % 10 != 0).collect();
+    assert_eq!(world.ids(&world.shadow()), kept);
+    assert_eq!(world.ids(&world.table).len(), 300, "the live table is as it was");
+
+    let report = world.replayed(&from, &to, &["--swap"]);
+    assert_eq!(report["swapped"], serde_json::json!([100, 90]), "{report}");
+    let gone = |id: &u64| (100..200).contains(id) && id.is_multiple_of(10);
+    let due: Vec<u64> = (0..300).filter(|id| !gone(id)).collect();
+    assert_eq!(world.ids(&world.table), due);
+    let count =
+        postgres(&format!("SELECT count(*) FROM pg_class WHERE relname = '{}'", world.shadow()));
+    assert_eq!(count, ["0"], "the shadow is gone");
+    // Again: nothing is left to do.
+    let again = world.replayed(&from, &to, &["--swap"]);
+    assert_eq!((counts(&again), &again["swapped"]), ((90, 0, 0), &serde_json::json!([90, 90])));
+
+    // The pipeline goes on as if nothing had been.
+    world.put(300..320, make);
+    world.run();
+    let due: Vec<u64> =
+        due.into_iter().chain(300..320).filter(|id| *id < 300 || id % 10 != 0).collect();
+    assert_eq!(world.ids(&world.table), due);
+}
+
+#[test]
+fn a_row_that_a_later_record_has_written_stays() {
+    let columns = "id bigint PRIMARY KEY, make text";
+    let world = World::new("upsert", columns, "mode = \"upsert\"\nkey = [\"id\"]");
+    let from = world.put(0..20, |_| "Honda");
+    let to = world.put(0..5, |_| "Volvo");
+    world.run();
+    let report = world.replayed(&from, &to, &["--swap"]);
+    assert_eq!(counts(&report), (15, 0, 5), "{report}");
+    assert_eq!(report["swapped"], serde_json::json!([15, 15]), "{report}");
+    let volvos = postgres(&format!("SELECT count(*) FROM {} WHERE make = 'Volvo'", world.table));
+    assert_eq!((volvos, world.ids(&world.table).len()), (vec!["5".to_owned()], 20));
+}
+
+#[test]
+fn a_window_goes_on_in_the_children_of_its_shards() {
+    let world = World::new("split", "id bigint NOT NULL, make text", "");
+    let from = world.put(0..40, make);
+    run_ok(&["stream", "split", "shardId-000000000000", "--pipeline", &world.config()]);
+    world.put(40..80, make);
+    run_ok(&["stream", "split", "shardId-000000000001", "--pipeline", &world.config()]);
+    let to = world.put(80..120, make);
+    world.run();
+    assert_eq!(world.ids(&world.table).len(), 120);
+    let report = world.replayed(&from, &to, &[]);
+    assert_eq!(counts(&report), (80, 0, 0), "{report}");
+}
+
+#[test]
+fn what_would_lose_or_double_rows_is_refused() {
+    let world = World::new("refused", "id bigint NOT NULL CHECK (id <> 7), make text", "");
+    let from = world.put(0..20, make);
+    world.run();
+    let later = "2999-01-01T00:00:00Z";
+    assert!(world.refused(&from, later, &[]).contains("--to must be past"));
+    assert!(world.refused(later, &from, &[]).contains("--from must be before --to"));
+    let own = world.table.clone();
+    let long_ago = world.refused("2014-01-01T00:00:00Z", &from, &["--swap"]);
+    assert!(long_ago.contains("the stream holds records from"), "{long_ago}");
+    let taken = world.refused(&from, &next_second(), &["--into", &own]);
+    assert!(taken.contains("was not made by a replay"), "{taken}");
+    assert_eq!(world.ids(&world.table).len(), 19);
+
+    // A record that the table does not take.
+    let letters = world.refused(&from, &next_second(), &["--swap"]);
+    assert!(letters.contains("1 records are not among the new rows"), "{letters}");
+    let report = world.replayed(&from, &next_second(), &["--swap", "--with-dead-letters"]);
+    assert_eq!(report["swapped"], serde_json::json!([19, 19]), "{report}");
+
+    // Records that the pipeline has yet to write.
+    let behind = world.put(100..110, make);
+    let ahead = world.refused(&behind, &next_second(), &["--swap"]);
+    assert!(ahead.contains("has not come to the window's end"), "{ahead}");
+    assert_eq!(world.ids(&world.table).len(), 19);
+    world.run();
+    let report = world.replayed(&behind, &next_second(), &["--swap"]);
+    assert_eq!(report["swapped"], serde_json::json!([10, 10]), "{report}");
+
+    let text = std::fs::read_to_string(world.path()).expect("read");
+    std::fs::write(world.path(), text.replace("lineage = true\n", "")).expect("written");
+    assert!(world.refused(&from, &next_second(), &[]).contains("set lineage = true"));
+}
+
+/// A whole second that has just begun, more than one behind all that was before: times of arrival are
+/// whole seconds in the embedded stream.
+fn next_second() -> String {
+    std::thread::sleep(Duration::from_millis(1_100));
+    let now_ms = chrono::Utc::now().timestamp_millis();
+    let second = now_ms / 1_000 + 1;
+    let left = u64::try_from(second * 1_000 - now_ms).expect("it comes");
+    std::thread::sleep(Duration::from_millis(left + 5));
+    chrono::DateTime::from_timestamp(second, 0).expect("a time").to_rfc3339()
+}

@@ -1,0 +1,224 @@
+//! What the tests share: the real binary, its processes, and throw-away places.
+
+pub mod aggregate;
+pub mod flights;
+pub mod pipeline;
+pub mod player;
+pub mod proxy;
+pub mod world;
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// How long any run may take: many times what the longest one does.
+const RUN_MAX: Duration = Duration::from_secs(300);
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").to_owned()
+}
+
+/// A prebuilt plugin's path.
+pub fn plugin(name: &str) -> String {
+    root().join("plugins/prebuilt").join(format!("{name}.wasm")).display().to_string()
+}
+
+/// The binary, as a command.
+pub fn shardmill(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardmill"));
+    command.args(arguments).stdin(Stdio::null());
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("AWS_")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Runs the binary to its end.
+pub fn run(arguments: &[&str]) -> Output {
+    output(&mut shardmill(arguments))
+}
+
+/// Runs a command to its end; one that hangs is killed and fails its test, not all of them.
+pub fn output(command: &mut Command) -> Output {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let pid = child.id().to_string();
+    let (ended, end) = mpsc::channel();
+    std::thread::spawn(move || ended.send(child.wait_with_output()));
+    if let Ok(output) = end.recv_timeout(RUN_MAX) {
+        return output.expect("it ends");
+    }
+    signal("-KILL", &pid);
+    let output = end.recv().expect("killed").expect("it ends");
+    panic!("{command:?} runs after {RUN_MAX:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn signal(name: &str, pid: &str) {
+    assert!(Command::new("kill").args([name, pid]).status().expect("kill").success());
+}
+
+/// Runs the binary; it must succeed. Gives its standard output.
+pub fn run_ok(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?} failed: {error}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A process that is killed when dropped.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Process {
+    /// SIGTERM, then waits for the end; gives the exit code.
+    pub fn terminate(mut self) -> Option<i32> {
+        self.ask_to_end();
+        self.wait().code()
+    }
+
+    /// SIGTERM.
+    pub fn ask_to_end(&self) {
+        signal("-TERM", &self.0.id().to_string());
+    }
+
+    /// Waits for the end, which must come within [`RUN_MAX`].
+    pub fn wait(&mut self) -> ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().expect("a state") {
+                return status;
+            }
+            assert!(begun.elapsed() < RUN_MAX, "process {} runs after {RUN_MAX:?}", self.0.id());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Runs a command again and again until it ends by itself and well, and kills it each time before, after
+/// a pause by seed that grows: so a fast machine and a slow one are both met at work. Gives the number of
+/// kills.
+pub fn kill_until_it_ends(seed: u64, command: impl Fn() -> Command) -> u32 {
+    const PAUSE_MAX_MS: f64 = 100.0;
+    const GROWTH: f64 = 1.3;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut pause_max_ms = PAUSE_MAX_MS;
+    for kills in 0.. {
+        let mut command = command();
+        let run = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let mut run = Process(run.expect("the binary starts"));
+        std::thread::sleep(Duration::from_millis(random.u64(20..pause_max_ms as u64)));
+        if let Some(status) = run.0.try_wait().expect("a state") {
+            assert!(status.success(), "{status}");
+            assert!(kills > 1, "it was killed {kills} times only");
+            return kills;
+        }
+        pause_max_ms *= GROWTH;
+        assert!(pause_max_ms < RUN_MAX.as_millis() as f64, "it does not come to its end");
+    }
+    unreachable!("it ends before")
+}
+
+/// Serves the embedded stream from a state folder.
+pub fn serve_stream(state_dir: &Path) -> Process {
+    let state_dir = state_dir.display().to_string();
+    let mut command = shardmill(&["stream", "serve", "--json", "--state-dir", &state_dir]);
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("the binary starts");
+    let mut line = String::new();
+    let output = child.stdout.take().expect("piped");
+    BufReader::new(output).read_line(&mut line).expect("a line");
+    assert!(line.contains("http://127.0.0.1:"), "{line}");
+    Process(child)
+}
+
+/// Tells a command where the compilers are, and the binary.
+pub fn with_tools(command: &mut Command) -> &mut Command {
+    let tools = std::env::var_os("SHARDMILL_TEST_TOOLS")
+        .expect("SHARDMILL_TEST_TOOLS names the folders of compilers: run `cargo xtask test`");
+    let mut path: Vec<PathBuf> = std::env::split_paths(&tools).collect();
+    path.extend(Path::new(env!("CARGO_BIN_EXE_shardmill")).parent().map(Path::to_owned));
+    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    command.env("PATH", std::env::join_paths(path).expect("folders"));
+    // One for all, so that dependencies are compiled once.
+    command.env("CARGO_TARGET_DIR", root().join("target/plugins-in-tests"));
+    if let Some(rustc) = std::env::var_os("SHARDMILL_TEST_WASM_RUSTC") {
+        command.env("RUSTC", rustc);
+    }
+    command
+}
+
+/// A SQLite database that a run may be writing to.
+pub fn sqlite(path: &Path) -> rusqlite::Connection {
+    let database = rusqlite::Connection::open(path).expect("a database");
+    database.busy_timeout(Duration::from_secs(20)).expect("set");
+    database
+}
+
+/// Waits until `done`, at most a minute.
+pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "waited a minute for {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A port of loopback that nobody listens at.
+pub fn free_port() -> u16 {
+    let free = TcpListener::bind("127.0.0.1:0").expect("a port");
+    free.local_addr().expect("an address").port()
+}
+
+/// A bare HTTP GET; empty while nobody answers.
+pub fn http_get(port: u16, path: &str) -> String {
+    let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
+        return String::new();
+    };
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let mut answer = String::new();
+    let asked = stream.write_all(request.as_bytes());
+    if asked.is_err() || stream.read_to_string(&mut answer).is_err() {
+        return String::new();
+    }
+    answer
+}
+
+/// A throw-away PostgreSQL that `cargo xtask test` has started.
+pub fn postgres_url() -> String {
+    std::env::var("SHARDMILL_TEST_POSTGRES")
+        .expect("SHARDMILL_TEST_POSTGRES names a throw-away PostgreSQL: run `cargo xtask test`")
+}
+
+/// The flights that `cargo xtask data flights` has fetched.
+pub fn flights_csv() -> PathBuf {
+    let path = root().join("data/flights.csv");
+    assert!(path.exists(), "{} is missing: run `cargo xtask data flights`", path.display());
+    path
+}
+
+/// Runs statements on the throw-away PostgreSQL; gives the first column of what they return.
+pub fn postgres(sql: &str) -> Vec<String> {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let (client, connection) = tokio_postgres::connect(&postgres_url(), tokio_postgres::NoTls)
+            .await
+            .expect("a server");
+        tokio::spawn(connection);
+        let messages = client.simple_query(sql).await.expect(sql);
+        messages
+            .into_iter()
+            .filter_map(|message| match message {
+                tokio_postgres::SimpleQueryMessage::Row(row) => Some(row.get(0)?.to_owned()),
+                _ => None,
+            })
+            .collect()
+    })
+}

@@ -1,0 +1,57 @@
+//! A new version for some of the keys.
+
+use std::collections::HashMap;
+
+use super::rig::Rig;
+
+#[test]
+fn a_canary_keeps_the_order_of_each_key_and_can_be_promoted() {
+    let mut rig = Rig::new(4);
+    rig.start();
+    rig.world.put(0..1_000, 200);
+    rig.wait_rows(1_000);
+    let report = rig.swap(&rig.version("v2 none"), &["--canary", "30"]);
+    assert_eq!(report["percent"], 30);
+    rig.world.put(1_000..5_000, 200);
+    rig.wait_rows(5_000);
+    let rows = rig.rows();
+    let of_canary = rows.iter().filter(|row| row.version == "v2").count();
+    assert!((400..=2_000).contains(&of_canary), "{of_canary} of 4,000 with 30 %");
+    // A key is of one side, and its rows are in the order in which they were put.
+    let mut sides: HashMap<&str, &str> = HashMap::new();
+    let mut last: HashMap<&str, u64> = HashMap::new();
+    for row in &rows {
+        assert!(last.insert(&row.key, row.id).is_none_or(|last| last < row.id), "{row:?}");
+        if row.id >= 1_000 {
+            let side = sides.entry(&row.key).or_insert(&row.version);
+            assert_eq!(*side, row.version, "{row:?}");
+        }
+    }
+    // Killed and begun again, it still is one.
+    rig.kill();
+    rig.start();
+    rig.world.put(5_000..6_000, 200);
+    rig.wait_rows(6_000);
+    // For all keys, by the digest of what ran.
+    let digest = report["after"]["digest"].as_str().expect("a digest")[..12].to_owned();
+    let promoted = rig.swap(&digest, &[]);
+    assert_eq!(promoted["percent"], 100);
+    rig.world.put(6_000..7_000, 200);
+    rig.wait_rows(7_000);
+    rig.stop();
+    rig.assert_each_once_as_the_ledger_says(0..7_000);
+    let rows = rig.rows();
+    assert!(rows.iter().filter(|row| row.id >= 6_000).all(|row| row.version == "v2"));
+}
+
+#[test]
+fn a_canary_with_other_columns_is_refused() {
+    let mut rig = Rig::new(1);
+    rig.start();
+    let error = rig.refused(&rig.version("v2 columns"), &["--canary", "10"]);
+    assert!(
+        error.contains("refused at step check") && error.contains("other routes or columns"),
+        "{error}"
+    );
+    rig.stop();
+}

@@ -1,0 +1,144 @@
+//! A process that is killed at each step of a swap: the next one has one version, as the ledger says.
+
+use std::io::Read as _;
+use std::time::{Duration, Instant};
+
+use super::rig::Rig;
+use crate::support::run;
+
+const SEED: u64 = 2014;
+const RANDOM_KILLS: u64 = 12;
+
+/// Which version the next process is to have.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Due {
+    Old,
+    New,
+    Either,
+}
+
+/// What the log says when a step begins, in order, and what a kill there leaves.
+const STEPS: [(&str, Due); 11] = [
+    ("a change step=fetch", Due::Old),
+    ("a change step=pin", Due::Old),
+    ("a change step=compile", Due::Old),
+    ("a change step=check", Due::Old),
+    ("a change step=trial", Due::Old),
+    ("a change step=promote", Due::Either),
+    ("its components are kept", Due::Either),
+    ("it is noted; the lanes change", Due::New),
+    ("the ledger is told", Due::New),
+    ("another generation", Due::New),
+    ("the lanes have changed", Due::New),
+];
+
+#[test]
+fn a_kill_at_each_step_of_a_swap_leaves_one_version() {
+    let mut kills = Kills::begin();
+    for (step, due) in STEPS {
+        let (old, new) = kills.swap(|rig| at_step(rig, step));
+        let found = kills.version_after();
+        let is_due = match due {
+            Due::Old => found == old,
+            Due::New => found == new,
+            Due::Either => found == old || found == new,
+        };
+        assert!(is_due, "killed at {step:?}: {found} runs, {due:?} of {old} and {new} was due");
+    }
+    kills.end();
+}
+
+#[test]
+fn a_kill_at_any_time_of_a_swap_leaves_one_version() {
+    let seed = std::env::var("SHARDMILL_SEED").ok().and_then(|seed| seed.parse().ok());
+    let mut random = fastrand::Rng::with_seed(seed.unwrap_or(SEED));
+    let mut kills = Kills::begin();
+    for kill in 0..RANDOM_KILLS {
+        let pause = Duration::from_millis(random.u64(0..250));
+        let (old, new) = kills.swap(|_| std::thread::sleep(pause));
+        let found = kills.version_after();
+        assert!(
+            found == old || found == new,
+            "kill {kill} after {pause:?}, seed {seed:?}: {found}"
+        );
+    }
+    kills.end();
+}
+
+/// A pipeline that is killed again and again.
+struct Kills {
+    rig: Rig,
+    put: u64,
+    number: u64,
+    running: String,
+}
+
+impl Kills {
+    fn begin() -> Self {
+        let mut rig = Rig::new(3);
+        rig.start();
+        Self { rig, put: 0, number: 1, running: "v1".into() }
+    }
+
+    fn put(&mut self, records: u64) {
+        self.rig.world.put(self.put..self.put + records, 30);
+        self.put += records;
+    }
+
+    /// Swaps to a version that never ran while records flow, and kills the pipeline when `due` returns.
+    /// Gives the old version and the new one.
+    fn swap(&mut self, due: impl FnOnce(&Rig)) -> (String, String) {
+        self.put(300);
+        self.number += 1;
+        let new = format!("v{}", self.number);
+        let file = self.rig.version(&format!("{new} none"));
+        let pipeline = self.rig.write_pipeline();
+        let swap = std::thread::spawn(move || {
+            let named = ["plugin", "swap", "stamp", &file, "--pipeline", &pipeline];
+            run(&[&named[..], &["--shadow", "100 ms", "--json"]].concat())
+        });
+        due(&self.rig);
+        self.rig.kill();
+        let _ = swap.join().expect("it ends");
+        (self.running.clone(), new)
+    }
+
+    /// Starts the pipeline again; gives the one version that runs then.
+    fn version_after(&mut self) -> String {
+        self.rig.start();
+        let first = self.put;
+        self.put(100);
+        self.rig.wait_rows(self.put);
+        let rows = self.rig.rows();
+        let ledger = self.rig.ledger();
+        for row in &rows {
+            assert_eq!(row.version, ledger.version_of(row), "{row:?}");
+        }
+        let mut versions: Vec<_> =
+            rows.into_iter().filter(|row| row.id >= first).map(|row| row.version).collect();
+        versions.sort();
+        versions.dedup();
+        assert_eq!(versions.len(), 1, "{versions:?}");
+        self.running = versions.remove(0);
+        self.running.clone()
+    }
+
+    fn end(mut self) {
+        self.rig.stop();
+        self.rig.assert_each_once_as_the_ledger_says(0..self.put);
+    }
+}
+
+/// Waits until the log says this, and looks often: a step may take less than a millisecond.
+fn at_step(rig: &Rig, says: &str) {
+    let mut log = std::fs::File::open(rig.world.log()).expect("a log");
+    let (mut seen, begun) = (Vec::new(), Instant::now());
+    loop {
+        let is_new = log.read_to_end(&mut seen).expect("a log") > 0;
+        if is_new && String::from_utf8_lossy(&seen).contains(says) {
+            return;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "never at {says:?}: {}", rig.log());
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}

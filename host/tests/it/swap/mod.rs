@@ -1,0 +1,11 @@
+//! Changes of a running pipeline, by the real binary: swaps, refusals, rollbacks, canaries, reloads, and
+//! kills in the middle of them. Whatever happens, each record is there once, by the version that the
+//! ledger says.
+
+mod again;
+mod canary;
+mod kills;
+mod refused;
+mod reloads;
+mod rig;
+mod swaps;

@@ -1,0 +1,130 @@
+//! Files that change while the pipeline runs.
+
+use std::process::Command;
+
+use super::rig::{Rig, stamp};
+use crate::support::{run, wait_for};
+
+fn reload(rig: &Rig) -> (bool, String) {
+    let output = rig.command(&["reload"]);
+    let text = [&output.stdout[..], &output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+#[test]
+fn sinks_and_stages_come_and_go() {
+    let mut rig = Rig::new(2);
+    rig.start();
+    rig.world.put(0..500, 20);
+    rig.wait_rows(500);
+    let folder = rig.world.folder.path().display().to_string();
+    let extra = format!(
+        "[[sink]]\nname = \"copy\"\ntype = \"sqlite\"\npath = \"{folder}/copy.db\"\ntable = \"rows\"\n\
+         create = true\n[sink.commit]\nlinger = \"50 ms\"\n"
+    );
+    let plain = std::fs::read_to_string(rig.write_pipeline()).expect("the file");
+    let with_copy = plain.replace("[\"mart\"]", "[\"mart\", \"copy\"]") + &extra;
+    let path = rig.world.folder.path().join("pipeline.toml");
+
+    std::fs::write(&path, &with_copy).expect("written");
+    let diff = run(&["check", &path.display().to_string(), "--diff"]);
+    let diff = String::from_utf8_lossy(&diff.stdout).into_owned();
+    assert!(diff.contains("+ sink copy") && diff.contains("~ stage stamp: routes"), "{diff}");
+    assert!(diff.contains("taken over anew"), "{diff}");
+    assert!(Command::new("kill").args(["-HUP", &rig.process_id().to_string()]).status().is_ok());
+    wait_for("the reload", || rig.world.logged("reloaded, generation"));
+    rig.world.put(500..1_000, 20);
+    rig.wait_rows(1_000);
+
+    // A stage in front, and a plugin's configuration: in place.
+    let router = crate::support::plugin("route-json");
+    let first = format!(
+        "[[stage]]\nname = \"first\"\nplugin = \"{router}\"\nconfig = {{ default = \"all\", rules = [] }}\n"
+    );
+    let with_stage = with_copy.replacen("[[stage]]", &format!("{first}[[stage]]"), 1);
+    std::fs::write(&path, &with_stage).expect("written");
+    let (done, told) = reload(&rig);
+    assert!(done && told.contains("+ stage first"), "{told}");
+    rig.world.put(1_000..1_500, 20);
+    rig.wait_rows(1_500);
+
+    std::fs::write(&path, &plain).expect("written");
+    let (done, told) = reload(&rig);
+    assert!(done && told.contains("- sink copy") && told.contains("- stage first"), "{told}");
+    rig.world.put(1_500..2_000, 20);
+    rig.wait_rows(2_000);
+    rig.stop();
+
+    rig.assert_each_once_as_the_ledger_says(0..2_000);
+    let copy = crate::support::sqlite(&rig.world.folder.path().join("copy.db"));
+    let counts = copy.query_row(
+        "SELECT count(*), count(DISTINCT id), min(id), max(id) FROM rows",
+        (),
+        |row| {
+            Ok((
+                row.get::<_, u64>(0)?,
+                row.get::<_, u64>(1)?,
+                row.get::<_, u64>(2)?,
+                row.get::<_, u64>(3)?,
+            ))
+        },
+    );
+    assert_eq!(counts.expect("counts"), (1_000, 1_000, 500, 1_499));
+}
+
+#[test]
+fn what_cannot_change_in_place_is_refused_with_the_reason() {
+    let mut rig = Rig::new(1);
+    rig.start();
+    let path = rig.write_pipeline();
+    let plain = std::fs::read_to_string(&path).expect("the file");
+    for (from, to, why) in [
+        ("name = \"swap", "name = \"other", "does not run"),
+        ("poll_interval = \"200 ms\"", "poll_interval = \"300 ms\"", "lanes are reading from it"),
+        ("table = ", "tabel = ", "tabel"),
+        ("stage.wasm", "nowhere.wasm", "nowhere.wasm"),
+    ] {
+        std::fs::write(&path, plain.replace(from, to)).expect("written");
+        let (done, told) = reload(&rig);
+        assert!(!done && told.contains(why), "{told}");
+    }
+    std::fs::write(&path, &plain).expect("written");
+    let (done, told) = reload(&rig);
+    assert!(done && told.contains("\"number\":null"), "{told}");
+    rig.world.put(0..100, 20);
+    rig.wait_rows(100);
+    rig.stop();
+}
+
+#[test]
+fn watched_files_are_loaded_when_they_are_whole() {
+    let mut rig = Rig::new(2);
+    rig.more = "[reload]\nwatch = true".into();
+    rig.start();
+    rig.world.put(0..500, 20);
+    rig.wait_rows(500);
+    let (v1, v2) = (rig.version("v1 none"), rig.version("v2 none"));
+    // Written in two halves with a pause between them: the first half is never run.
+    let bytes = std::fs::read(&v2).expect("a component");
+    let (half, rest) = bytes.split_at(bytes.len() / 2);
+    std::fs::write(rig.stage_file(), half).expect("written");
+    wait_for("the half to be refused", || rig.world.logged("refused at step"));
+    rig.world.put(500..600, 20);
+    rig.wait_rows(600);
+    std::fs::write(rig.stage_file(), [half, rest].concat()).expect("written");
+    wait_for("the whole to be loaded", || rig.world.logged("the files have changed: reloaded"));
+    rig.world.put(600..1_000, 20);
+    rig.wait_rows(1_000);
+    // Put in its place by a rename; and one that traps, which the trial refuses.
+    let draft = rig.file("draft", &stamp("v3 trap 1"));
+    std::fs::rename(draft, rig.stage_file()).expect("renamed");
+    wait_for("the third to be refused", || rig.world.logged("refused at step trial"));
+    rig.world.put(1_000..1_200, 20);
+    rig.wait_rows(1_200);
+    rig.stop();
+    std::fs::copy(v1, rig.stage_file()).expect("written");
+    rig.assert_each_once_as_the_ledger_says(0..1_200);
+    let rows = rig.rows();
+    assert!(rows.iter().filter(|row| row.id >= 600).all(|row| row.version == "v2"));
+    assert!(rows.iter().filter(|row| row.id < 600).all(|row| row.version == "v1"));
+}
