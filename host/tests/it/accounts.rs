@@ -58,7 +58,7 @@ type = "discard"
     );
     std::fs::write(&file, text).expect("written");
     let file = file.display().to_string();
-    support::output(
+    crate::support::output(
         shardmill(&["stream", "describe", "--json", "--pipeline", &file])
             .env("AWS_ENDPOINT_URL_STS", &sts.url)
             .env("AWS_ACCESS_KEY_ID", "AKIAOFTHECALLER00000")

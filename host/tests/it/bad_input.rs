@@ -119,7 +119,7 @@ fn fails(arguments: &[&str], code: i32) -> String {
 }
 
 fn run_to_end(pipeline: &str) {
-    support::run_ok(&["run", pipeline, "--until-caught-up"]);
+    crate::support::run_ok(&["run", pipeline, "--until-caught-up"]);
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn columns_are_checked_between_two_stages() {
         }
     }
     let sound = r#"{ name = "id", data_type = "bigint" }"#;
-    support::run_ok(&["check", "--offline", &pipeline(sound)]);
+    crate::support::run_ok(&["check", "--offline", &pipeline(sound)]);
 }
 
 #[test]
@@ -352,7 +352,7 @@ fn a_state_folder_without_room_is_named() {
         "trap '' XFSZ; ulimit -f 8; exec '{}' run '{pipeline}' --until-caught-up",
         env!("CARGO_BIN_EXE_shardmill")
     );
-    let output = support::output(std::process::Command::new("bash").args(["-c", &script]));
+    let output = crate::support::output(std::process::Command::new("bash").args(["-c", &script]));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("state") && said.contains("free the disk"), "{said}");
@@ -377,7 +377,7 @@ fn no_credentials_says_what_to_set() {
     command.current_dir(place.folder.path());
     let nowhere = Path::new("/nonexistent");
     command.env("HOME", nowhere).env("AWS_EC2_METADATA_DISABLED", "true");
-    let output = support::output(&mut command);
+    let output = crate::support::output(&mut command);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("AWS_ACCESS_KEY_ID") && said.contains("AWS_PROFILE"), "{said}");

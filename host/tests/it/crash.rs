@@ -20,7 +20,8 @@ const KILLS: usize = 10;
 /// moment each has what the others have not. `laguardia` is the route of that airport.
 fn pipeline(folder: &Path, schema: &str, laguardia: &str) -> String {
     let (csv, route) = (plugin("csv-decode"), plugin("route-json"));
-    let example = std::fs::read_to_string(support::root().join("examples/flights/pipeline.toml"));
+    let example =
+        std::fs::read_to_string(crate::support::root().join("examples/flights/pipeline.toml"));
     let example = example.expect("the example");
     let begin = example.find("[stage.config]").expect("its first configuration");
     let end = begin + example[begin..].find("[[stage]]").expect("its second stage");
@@ -141,7 +142,7 @@ fn a_killed_run_loses_nothing_and_doubles_nothing() {
     });
     let state = folder.path().join("state");
     let _stream = serve_stream(&state);
-    support::postgres(&format!("CREATE SCHEMA {schema}"));
+    crate::support::postgres(&format!("CREATE SCHEMA {schema}"));
     let pipeline = configs[0].display().to_string();
     run_ok(&["stream", "create", "--shards", "5", "--pipeline", &pipeline]);
     let csv = flights_csv().display().to_string();
@@ -179,5 +180,5 @@ fn a_killed_run_loses_nothing_and_doubles_nothing() {
     same_multiset("SQLite", &due, &in_sqlite(&folder.path().join("flights.db")));
     same_multiset("PostgreSQL", &due, &in_postgres(&schema));
     same_multiset("objects", &due, &in_objects(&folder.path().join("logs")));
-    support::postgres(&format!("DROP SCHEMA {schema} CASCADE"));
+    crate::support::postgres(&format!("DROP SCHEMA {schema} CASCADE"));
 }

@@ -34,7 +34,7 @@ fn the_demo_runs_twice_and_writes_each_car_once() {
 fn the_demo_empties_no_folder_that_it_did_not_make() {
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("mine.txt"), "mine").expect("written");
-    let output = support::run(&["demo", "--data", &folder.path().display().to_string()]);
+    let output = crate::support::run(&["demo", "--data", &folder.path().display().to_string()]);
     assert_eq!(output.status.code(), Some(1));
     assert!(folder.path().join("mine.txt").exists());
 }

@@ -44,7 +44,7 @@ table = "cars"
             plugin("route-json")
         );
         std::fs::write(folder.path().join("pipeline.toml"), text).expect("written");
-        let mart = support::sqlite(&folder.path().join("mart.db"));
+        let mart = crate::support::sqlite(&folder.path().join("mart.db"));
         mart.execute_batch("CREATE TABLE cars (id integer NOT NULL)").expect("a table");
         let ran = Self { folder };
         let run = ran.shardmill(&["run", "--until-caught-up"]);
@@ -57,7 +57,7 @@ table = "cars"
     }
 
     fn mart(&self) -> rusqlite::Connection {
-        support::sqlite(&self.folder.path().join("mart.db"))
+        crate::support::sqlite(&self.folder.path().join("mart.db"))
     }
 
     /// The ids in the table, ascending.

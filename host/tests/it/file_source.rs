@@ -34,7 +34,7 @@ impl Place {
     }
 
     fn mart(&self) -> rusqlite::Connection {
-        support::sqlite(&self.folder.path().join("mart.db"))
+        crate::support::sqlite(&self.folder.path().join("mart.db"))
     }
 
     fn ids(&self) -> Vec<u64> {
@@ -86,7 +86,7 @@ linger = "20 ms"
 
     fn run(&self, extra: &str) -> Output {
         let pipeline = self.pipeline("rows.ndjson", extra);
-        support::run(&["run", &pipeline])
+        crate::support::run(&["run", &pipeline])
     }
 
     /// The run ends by itself, and well.
@@ -200,7 +200,7 @@ fn a_run_that_waits_for_input_ends_when_told() {
 fn what_is_no_file_is_refused() {
     let place = Place::new(b"");
     let pipeline = place.pipeline(&place.folder.path().display().to_string(), "");
-    let output = support::run(&["run", &pipeline]);
+    let output = crate::support::run(&["run", &pipeline]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("no regular file"), "{error}");
@@ -233,7 +233,7 @@ fn without_a_stage_every_record_goes_to_every_sink_as_it_came() {
     let (_, sink) = stage.split_once("[[sink]]").expect("a sink");
     let nowhere = "[[sink]]\nname = \"nowhere\"\ntype = \"discard\"\n";
     std::fs::write(&pipeline, format!("{before}{nowhere}[[sink]]{sink}")).expect("written");
-    let output = support::run(&["run", &pipeline, "--json"]);
+    let output = crate::support::run(&["run", &pipeline, "--json"]);
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(told.contains("\"records\":1000"), "{told}");

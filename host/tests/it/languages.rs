@@ -264,7 +264,7 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
 
 /// How many dead letters a pipeline in this place has, and the reason of one.
 fn letters(place: &Path) -> (u64, String) {
-    let state = support::sqlite(&place.join("state/asking/state.db"));
+    let state = crate::support::sqlite(&place.join("state/asking/state.db"));
     let letters = "SELECT count(*), coalesce(max(reason), '') FROM dead_letter";
     state.query_row(letters, (), |row| Ok((row.get(0)?, row.get(1)?))).expect("letters")
 }
@@ -360,7 +360,7 @@ fn dead_letters(state: &Path) -> u64 {
     let mut stores = pipelines.map(|pipeline| pipeline.path().join("state.db"));
     let store = stores.find(|store| store.exists()).expect("a store");
     let count = "SELECT count(*) FROM dead_letter";
-    support::sqlite(&store).query_row(count, (), |row| row.get(0)).expect("a count")
+    crate::support::sqlite(&store).query_row(count, (), |row| row.get(0)).expect("a count")
 }
 
 /// Calls an instance of the greeting plugin with a million records: after the first tenth, its memory
@@ -434,7 +434,7 @@ fn a_save_shows_what_it_changes() {
     run_ok(&["new", "plugin", "my-first", "--lang", "rust", "--dir", &shown]);
     let mut command = shardmill(&["dev", &shown, "--saves", "2"]);
     let child = with_tools(&mut command).stdout(std::process::Stdio::piped()).spawn();
-    let mut dev = support::Process(child.expect("the binary starts"));
+    let mut dev = crate::support::Process(child.expect("the binary starts"));
     let mut lines = BufReader::new(dev.0.stdout.take().expect("piped")).lines();
     let mut until = |end: &str| {
         let mut told = Vec::new();

@@ -110,7 +110,7 @@ url = "{}"
 table = "{table}"
 create = true
 "#,
-        support::postgres_url()
+        crate::support::postgres_url()
     );
     pipeline(folder, &letters);
     let rows = b"{\"id\":1}\n{\"id\":\n\xff\xfe\n{\"id\":2,\"name\":\"trap\"}\n{\"id\":\"a\\u0000b\"}\n{\"id\":3}\n";

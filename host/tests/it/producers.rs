@@ -96,7 +96,7 @@ impl Served {
 
     /// A pipeline whose stream is behind `endpoint`, with an intake on a free port.
     fn pipeline(&self, endpoint: &str, intake: &str) -> String {
-        let (data, plugin) = (self.folder.path().display(), support::plugin("route-json"));
+        let (data, plugin) = (self.folder.path().display(), crate::support::plugin("route-json"));
         let text = format!(
             r#"
 [pipeline]
@@ -208,7 +208,7 @@ impl Front {
 
     /// Waits until a request is held.
     fn wait_for_one(&self) {
-        support::wait_for("a request", || self.waiting.load(Ordering::SeqCst) > 0);
+        crate::support::wait_for("a request", || self.waiting.load(Ordering::SeqCst) > 0);
     }
 }
 
@@ -382,12 +382,12 @@ fn too_much_in_flight_is_429_and_a_request_in_hand_is_answered_at_the_end() {
     front.hold(true);
     let first = std::thread::spawn(move || send(address, "", &[b'1'; 600]));
     front.wait_for_one();
-    support::wait_for("429", || {
+    crate::support::wait_for("429", || {
         let answer = send(address, "", &[b'2'; 1_000]);
         status(&answer) == "429" && answer.contains("retry-after: 1")
     });
     process.ask_to_end();
-    support::wait_for("the closed port", || TcpStream::connect(address).is_err());
+    crate::support::wait_for("the closed port", || TcpStream::connect(address).is_err());
     front.hold(false);
     let answer = first.join().expect("an answer");
     assert!(status(&answer) == "200", "{answer}");
@@ -405,7 +405,7 @@ fn a_pipeline_that_is_stopped_answers_the_requests_in_hand() {
     let first = std::thread::spawn(move || send(address, "", b"in hand"));
     front.wait_for_one();
     process.ask_to_end();
-    support::wait_for("the closed port", || TcpStream::connect(address).is_err());
+    crate::support::wait_for("the closed port", || TcpStream::connect(address).is_err());
     front.hold(false);
     let answer = first.join().expect("an answer");
     assert_eq!(status(&answer), "200", "{answer}");
@@ -472,7 +472,7 @@ fn a_pipeline_that_runs_serves_its_intake_and_ends_with_it() {
 fn a_stream_that_is_gone_is_503() {
     let served = Served::start(1, StoreOptions::default());
     let state: PathBuf = served.folder.path().join("state");
-    let stream = support::serve_stream(&state);
+    let stream = crate::support::serve_stream(&state);
     let state = state.display().to_string();
     let place = ["--stream", "test", "--endpoint", "embedded", "--state-dir", &state];
     run_ok(&[&["stream", "create"], &place[..]].concat());

@@ -209,7 +209,7 @@ fn case_13_a_plugin_stalls_past_the_iterators_life() {
         r#"plugin = "{}"
 config = {{ retry_on = "\"id\":1000,", retry_calls = 5, routes = ["all"], format = "application/json" }}
 limits = {{ retry = "1 min" }}"#,
-        support::plugin("hostile")
+        crate::support::plugin("hostile")
     );
     let run = world.start(&Pipeline { stage: Some(stage), ..pipeline });
     let begun = std::time::Instant::now();
@@ -314,7 +314,7 @@ fn case_17_a_checkpoint_older_than_the_retention() {
     world.state().execute(sql, [noted - two_days_ms]).unwrap();
 
     let path = world.pipeline(&pipeline);
-    let output = support::run(&["run", &path, "--until-caught-up"]);
+    let output = crate::support::run(&["run", &path, "--until-caught-up"]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("are lost: the lane stands at"), "{error}");
@@ -347,7 +347,8 @@ fn an_idle_shard_older_than_the_retention_lost_nothing() {
 /// The sequence numbers of all records, in the order of their shard.
 fn sequences(world: &World) -> Vec<String> {
     let path = world.pipeline(&Pipeline::default());
-    let told = support::run_ok(&["stream", "tail", "--pipeline", &path, "--no-follow", "--json"]);
+    let told =
+        crate::support::run_ok(&["stream", "tail", "--pipeline", &path, "--no-follow", "--json"]);
     let line = |line: &str| -> String {
         let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
         line["sequence"].as_str().expect("a number").to_owned()
@@ -362,7 +363,7 @@ fn case_18_a_kill_inside_an_aggregate() {
         let world = World::new(1);
         let aggregates = (0..5).map(|index| {
             let rows = (index * 2_000..(index + 1) * 2_000)
-                .map(|id| (format!("key-{}", id % 97), support::world::row(id, 97)));
+                .map(|id| (format!("key-{}", id % 97), crate::support::world::row(id, 97)));
             ("any".to_owned(), aggregate(&rows.collect::<Vec<_>>()))
         });
         world.put_raw(aggregates);
@@ -385,7 +386,7 @@ fn case_18_an_aggregate_cut_by_a_reshard() {
     let world = World::new(1);
     world.split(&world.open_shards()[0]);
     let rows: Vec<_> =
-        (0..100).map(|id| (format!("key-{}", id % 7), support::world::row(id, 7))).collect();
+        (0..100).map(|id| (format!("key-{}", id % 7), crate::support::world::row(id, 7))).collect();
     world.put_raw(std::iter::once(("any".to_owned(), aggregate(&rows))));
     world.put_raw(rows.into_iter());
     world.catch_up(&Pipeline::default());
@@ -396,7 +397,8 @@ fn case_18_an_aggregate_cut_by_a_reshard() {
 #[test]
 fn case_18_an_aggregate_with_a_wrong_digest() {
     let world = World::new(1);
-    let rows: Vec<_> = (0..10).map(|id| ("key".to_owned(), support::world::row(id, 1))).collect();
+    let rows: Vec<_> =
+        (0..10).map(|id| ("key".to_owned(), crate::support::world::row(id, 1))).collect();
     let mut wrong = aggregate(&rows);
     *wrong.last_mut().expect("a digest") ^= 1;
     world.put_raw([("key".to_owned(), wrong.clone())].into_iter().chain(rows));

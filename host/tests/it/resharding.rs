@@ -35,7 +35,7 @@ fn reshard(world: &World, random: &mut fastrand::Rng) -> &'static str {
 /// A table in a schema of its own, whose `place` numbers the rows as they are written.
 fn table(name: &str) -> String {
     let schema = format!("{name}_{}", std::process::id());
-    support::postgres(&format!(
+    crate::support::postgres(&format!(
         "CREATE SCHEMA {schema}; CREATE TABLE {schema}.rows
          (id bigint NOT NULL, key text NOT NULL, n bigint NOT NULL, place bigserial)"
     ));
@@ -43,7 +43,7 @@ fn table(name: &str) -> String {
 }
 
 fn rows(table: &str) -> Vec<(u64, String, u64)> {
-    let rows = support::postgres(&format!(
+    let rows = crate::support::postgres(&format!(
         "SELECT id || ' ' || key || ' ' || n FROM {table} ORDER BY place"
     ));
     let row = |row: &String| {
@@ -86,13 +86,13 @@ fn survives(name: &str, reader: &str, world: &World, records: u64, reshards: u32
             let run = world.start(&pipeline);
             std::thread::sleep(Duration::from_millis(random.u64(300..2_000)));
             drop(run); // kill -9
-            let count = support::postgres(&format!("SELECT count(*) FROM {table}"));
+            let count = crate::support::postgres(&format!("SELECT count(*) FROM {table}"));
             println!("kill {kill}: {} rows, written: {written:?}", count[0]);
         }
     });
     world.catch_up(&pipeline);
     assert_once_in_order(rows(&table), records);
-    support::postgres(&format!("DROP SCHEMA {} CASCADE", table.trim_end_matches(".rows")));
+    crate::support::postgres(&format!("DROP SCHEMA {} CASCADE", table.trim_end_matches(".rows")));
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn tail(world: &World, options: &[&str]) -> std::process::Command {
 
 /// Tails to the end; gives the lines and what was said on standard error.
 fn tail_to_end(world: &World, options: &[&str]) -> (Vec<Value>, String) {
-    let output = support::output(tail(world, options).arg("--no-follow"));
+    let output = crate::support::output(tail(world, options).arg("--no-follow"));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{options:?}: {said}");
     let lines = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -87,7 +87,7 @@ fn a_tail_begins_where_it_is_told_and_keeps_to_its_shard() {
     assert_eq!(ids(&rest), (6..30).collect::<Vec<_>>());
     // The served stream knows arrival times by the second.
     let begun = chrono::Utc::now().timestamp();
-    support::wait_for("the next second", || chrono::Utc::now().timestamp() > begun);
+    crate::support::wait_for("the next second", || chrono::Utc::now().timestamp() > begun);
     let between = chrono::Utc::now().format("at-timestamp:%Y-%m-%dT%H:%M:%SZ").to_string();
     world.put(30..40, 7);
     let (late, _) = tail_to_end(&world, &["--from", &between]);
@@ -101,7 +101,7 @@ fn a_tail_begins_where_it_is_told_and_keeps_to_its_shard() {
 fn a_shard_or_a_start_that_is_not_there_is_named() {
     let world = World::new(1);
     let fails = |options: &[&str]| {
-        let output = support::output(tail(&world, options).arg("--no-follow"));
+        let output = crate::support::output(tail(&world, options).arg("--no-follow"));
         assert!(!output.status.success(), "{options:?}");
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
@@ -140,7 +140,7 @@ fn a_plugin_that_does_not_load_or_start_is_named() {
     let missing = world.folder.path().join("missing.wasm").display().to_string();
     for (file, config) in [(missing, "{}"), (plugin("route-json"), "{\"no\":1}")] {
         let options = ["--decode", &file, "--config", config, "--no-follow"];
-        let output = support::output(&mut tail(&world, &options));
+        let output = crate::support::output(&mut tail(&world, &options));
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains(&file), "{said}");

@@ -4,7 +4,7 @@ use std::process::Output;
 
 use super::wat::Guest;
 use crate::support::world::{Pipeline, World};
-use crate::support::{self, free_port, http_get, wait_for};
+use crate::support::{free_port, http_get, wait_for};
 
 /// The lane stops with a clear state and drains no stream into the dead letters; with a fixed plugin
 /// it goes on at the record where it stopped.
@@ -18,7 +18,7 @@ fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
         stage: Some(format!(
             "plugin = \"{}\"\nconfig = {{ reject_on = '', routes = [\"all\"], \
              format = \"application/json\" }}",
-            support::plugin("hostile")
+            crate::support::plugin("hostile")
         )),
         sink: format!("[admin]\nlisten = \"127.0.0.1:{port}\""),
         ..Pipeline::default()
@@ -80,7 +80,7 @@ type = "stdout"
     );
     let path = folder.path().join("pipeline.toml");
     std::fs::write(&path, text).expect("written");
-    let checked: Output = support::run(&["check", "--offline", &path.display().to_string()]);
+    let checked: Output = crate::support::run(&["check", "--offline", &path.display().to_string()]);
     let said = String::from_utf8_lossy(&checked.stderr).into_owned();
     assert_eq!(checked.status.code(), Some(2), "{said}");
     assert!(said.contains("pipeline.toml:10:10"), "{said}");
@@ -103,7 +103,7 @@ fn a_component_over_a_limit_of_compilation_is_refused_with_its_place() {
 
 #[test]
 fn what_is_not_granted_is_refused_with_its_place() {
-    let nosy = support::plugin("nosy");
+    let nosy = crate::support::plugin("nosy");
     let all = ["log", "metrics", "clock", "random"];
     for missing in all {
         let granted = all.iter().filter(|name| **name != missing);

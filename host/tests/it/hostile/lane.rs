@@ -15,8 +15,6 @@ use shardmill::record::{
 use shardmill::stage::{Blocked, Chain, ChainOutcome, Generation, Samples};
 use tokio_util::sync::CancellationToken;
 
-use crate::support;
-
 /// Records of a batch.
 pub const RECORDS: usize = 1_000;
 
@@ -44,7 +42,7 @@ impl Lane {
 
     /// The same with other limits.
     pub fn within(limits: &str, config: &str, rejected_max: RejectedMax) -> Self {
-        let plugin = support::plugin("hostile");
+        let plugin = crate::support::plugin("hostile");
         Self::of(&plugin, limits, config, rejected_max).unwrap_or_else(|why| panic!("{why}"))
     }
 

@@ -8,7 +8,6 @@ use shardmill::config::RejectedMax;
 use shardmill::stage::Blocked;
 
 use super::lane::{LIMITS, Lane, RECORDS, batch, fine, of_kind, payloads, position, sum};
-use crate::support;
 
 /// The misdeed's three culprits alone are dead-lettered; all others are delivered, in order.
 fn assert_culprits_alone(misdeed: &str, reason: &str) {
@@ -170,7 +169,7 @@ fn an_instance_that_destroys_its_allocator_harms_no_neighbour() {
 #[test]
 fn a_plugin_that_fails_in_configure_is_refused_with_its_stage() {
     let refused = |config: &str| {
-        let plugin = support::plugin("hostile");
+        let plugin = crate::support::plugin("hostile");
         match Lane::of(&plugin, LIMITS, config, RejectedMax::default()) {
             Ok(_) => panic!("{config} is not refused"),
             Err(why) => why.split_whitespace().collect::<Vec<_>>().join(" "),

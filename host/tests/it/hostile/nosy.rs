@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use serde_json::Value;
 
-use crate::support::{self, Process, free_port, http_get, serve_stream, shardmill, wait_for};
+use crate::support::{Process, free_port, http_get, serve_stream, shardmill, wait_for};
 
 /// Lines that one call of `log-flood` writes.
 const FLOOD_LINES: u64 = 1_000_000;
@@ -47,7 +47,7 @@ name = "console"
 type = "stdout"
 {more}
 "#,
-            support::plugin("nosy")
+            crate::support::plugin("nosy")
         );
         std::fs::write(self.folder.path().join("pipeline.toml"), text).expect("written");
     }
@@ -55,7 +55,7 @@ type = "stdout"
     /// Runs to the end, which must be a good one; gives the rows and the log.
     fn run(&self) -> (Vec<String>, String) {
         let mut command = shardmill(&["run", "--until-caught-up"]);
-        let ran: Output = support::output(command.current_dir(self.folder.path()));
+        let ran: Output = crate::support::output(command.current_dir(self.folder.path()));
         let log = String::from_utf8_lossy(&ran.stderr).into_owned();
         assert!(ran.status.success(), "{log}");
         let printed = String::from_utf8_lossy(&ran.stdout);
@@ -66,7 +66,7 @@ type = "stdout"
 
     /// The reasons of the dead letters, in order.
     fn letters(&self) -> Vec<String> {
-        let state = support::sqlite(&self.folder.path().join("state/nosy/state.db"));
+        let state = crate::support::sqlite(&self.folder.path().join("state/nosy/state.db"));
         let sql = "SELECT reason FROM dead_letter ORDER BY sequence";
         let mut query = state.prepare(sql).expect("the dead letters");
         let reasons = query.query_map((), |row| row.get(0)).expect("rows");
@@ -132,7 +132,7 @@ fn metrics_are_shown_by_stage_and_odd_ones_are_refused() {
     asked.write(source, "", &format!("[admin]\nlisten = \"127.0.0.1:{port}\""));
     let _stream = serve_stream(&asked.folder.path().join("state"));
     for command in [&["stream", "create", "--shards", "1"][..], &["stream", "put", "wishes.txt"]] {
-        let ran = support::output(shardmill(command).current_dir(asked.folder.path()));
+        let ran = crate::support::output(shardmill(command).current_dir(asked.folder.path()));
         assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
     }
     let path = |name: &str| asked.folder.path().join(name);

@@ -7,7 +7,6 @@ use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 use wit_parser::Resolve;
 
 use super::lane::{LIMITS, Lane};
-use crate::support;
 
 const SKELETON: &str = include_str!("skeleton.wat");
 
@@ -37,7 +36,8 @@ impl Guest<'_> {
             .replace(";;@items", self.items);
         let mut module = wat::parse_str(&text).expect("sound WAT");
         let mut wit = Resolve::default();
-        let (package, _) = wit.push_path(support::root().join("wit/0.1.0")).expect("our WIT");
+        let (package, _) =
+            wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
         let world = wit.select_world(&[package], Some(world)).expect("a world");
         embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
         let encoder = ComponentEncoder::default().validate(true).module(&module);

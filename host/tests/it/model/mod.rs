@@ -70,7 +70,7 @@ impl Rig {
 /// A pipeline of one plugin whose configuration says which side goes where.
 fn pipeline(state: &Path, size: Size, rng: &mut fastrand::Rng) -> PipelineConfig {
     let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
-    let (plugin, state) = (support::plugin("route-json"), state.display());
+    let (plugin, state) = (crate::support::plugin("route-json"), state.display());
     let right = u8::from(rng.bool());
     let mut text = format!(
         r#"

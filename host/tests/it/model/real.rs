@@ -16,7 +16,7 @@ use shardmill::sink::postgres::{CONNECTIONS_MAX, PostgresSink};
 use shardmill::sink::{Sink, WriteMode};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::support::{self, Process};
+use crate::support::Process;
 
 /// Two tables in a schema of their own. They refuse ids that end with a 7.
 pub struct Tables {
@@ -37,7 +37,7 @@ impl Tables {
     }
 
     pub fn sink(&self, table: &str) -> Arc<dyn Sink> {
-        let (url, full) = (support::postgres_url(), format!("{}.{table}_", self.schema));
+        let (url, full) = (crate::support::postgres_url(), format!("{}.{table}_", self.schema));
         let sink = PostgresSink::new(
             table.into(),
             &PostgresTarget {
@@ -64,7 +64,7 @@ impl Tables {
 }
 
 async fn sql(sql: String) -> Vec<String> {
-    tokio::task::spawn_blocking(move || support::postgres(&sql)).await.expect("no panic")
+    tokio::task::spawn_blocking(move || crate::support::postgres(&sql)).await.expect("no panic")
 }
 
 const BUCKET: &str = "marts";
@@ -78,9 +78,9 @@ pub struct Bucket {
 
 impl Bucket {
     pub async fn start() -> Self {
-        let port = support::free_port();
+        let port = crate::support::free_port();
         let mut command = Command::new("python");
-        support::with_tools(&mut command).args(["-m", "moto.server", "-H", "127.0.0.1"]);
+        crate::support::with_tools(&mut command).args(["-m", "moto.server", "-H", "127.0.0.1"]);
         command.args(["-p", &port.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
         let server = Process(command.spawn().expect("moto starts"));
         let request = format!(

@@ -22,7 +22,7 @@ fn layout(compression: Compression) -> ObjectLayout {
 fn read_back(folder: &Path) -> Value {
     let script = root().join("host/tests/parquet/read.py");
     let mut command = Command::new("python");
-    let output = support::output(with_tools(&mut command).arg(script).arg(folder));
+    let output = crate::support::output(with_tools(&mut command).arg(script).arg(folder));
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{error}");
     serde_json::from_slice(&output.stdout).expect("JSON")

@@ -1,7 +1,7 @@
 //! The objects sink through the trait, on a folder and on an S3 server in the process.
 
 mod faults;
-mod s3;
+pub mod s3;
 mod suite;
 mod support;
 

@@ -7,6 +7,7 @@ mod standin;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use crate::sink_objects::s3;
 use crate::sql_sinks::keyed;
 use crate::sql_sinks::proxy::{Cut, Proxy};
 use crate::sql_sinks::{Log, assert_fences, commit, expect_unavailable, position, route, shard};
