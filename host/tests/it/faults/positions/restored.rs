@@ -1,0 +1,1 @@
+//! Databases and state that were restored from a backup, or lost.
