@@ -9,7 +9,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rusqlite::OptionalExtension as _;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use tokio::sync::oneshot;
 
 use super::store::{StateError, StateStore, columns, now_ms, position};
@@ -46,19 +46,12 @@ pub struct LedgerEntry {
     /// The shard.
     pub shard: ShardId,
     /// Exclusive; `None`: from the shard's beginning.
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "super::as_text")]
     pub from_exclusive: Option<Position>,
     /// The id of the generation.
     pub generation: String,
     /// When it was recorded, in milliseconds since 1970.
     pub recorded_ms: i64,
-}
-
-fn as_text<S: Serializer>(position: &Option<Position>, to: S) -> Result<S::Ok, S::Error> {
-    match position {
-        Some(position) => to.collect_str(position),
-        None => to.serialize_none(),
-    }
 }
 
 /// The ledger of a pipeline.
@@ -144,17 +137,9 @@ impl Ledger {
         let id = id.to_owned();
         self.store
             .write("read a stored generation", move |state| {
-                let json: String =
-                    state.query_row("SELECT spec FROM generation WHERE id = ?1", [id], |row| {
-                        row.get(0)
-                    })?;
-                serde_json::from_str(&json).map_err(|error| {
-                    rusqlite::Error::FromSqlConversionFailure(
-                        0,
-                        rusqlite::types::Type::Text,
-                        error.into(),
-                    )
-                })
+                let query = "SELECT spec FROM generation WHERE id = ?1";
+                let json: String = state.query_row(query, [&id], |row| row.get(0))?;
+                read_spec(&id, &json)
             })
             .await
     }
@@ -310,23 +295,30 @@ impl Ledger {
         let current_digests: Vec<String> = current.digests().map(str::to_owned).collect();
         self.store
             .write("prune the generation ledger", move |state| {
-                // A segment is needed while a checkpoint stands before the segment after it.
+                // A segment is needed until a checkpoint has reached the segment after it. Positions
+                // are compared whole: records of one aggregate share their sequence number.
                 let mut needed = state.prepare(
-                    "SELECT DISTINCT g.spec FROM ledger l
+                    "SELECT DISTINCT g.id, g.spec FROM ledger l
                      JOIN generation g ON g.id = l.generation
                      LEFT JOIN shard s ON s.stream = l.stream AND s.shard = l.shard
-                     WHERE coalesce(s.ended, 0) = 0 AND coalesce(s.sequence, '') < coalesce((
-                         SELECT min(n.sequence) FROM ledger n WHERE n.stream = l.stream
-                         AND n.shard = l.shard AND n.sequence > l.sequence), 'x')
-                     UNION SELECT g.spec FROM generation g WHERE g.id IN (
+                     WHERE coalesce(s.ended, 0) = 0 AND NOT EXISTS (
+                         SELECT 1 FROM ledger n WHERE n.stream = l.stream AND n.shard = l.shard
+                         AND (n.sequence, n.sub_sequence) > (l.sequence, l.sub_sequence)
+                         AND (n.sequence, n.sub_sequence)
+                             <= (coalesce(s.sequence, ''), coalesce(s.sub_sequence, 0)))
+                     UNION SELECT g.id, g.spec FROM generation g WHERE g.id IN (
                          SELECT before FROM change WHERE outcome = 'promoted'
                          ORDER BY number DESC LIMIT ?1)",
                 )?;
                 let mut digests = current_digests;
-                for spec in needed.query_map([CHANGES_UNDOABLE], |row| row.get::<_, String>(0))? {
-                    if let Ok(spec) = serde_json::from_str::<GenerationSpec>(&spec?) {
-                        digests.extend(spec.digests().map(str::to_owned));
-                    }
+                let needed = needed.query_map([CHANGES_UNDOABLE], |row| {
+                    Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+                })?;
+                for generation in needed {
+                    let (id, spec) = generation?;
+                    // Of one that cannot be read, nobody knows which components it needs.
+                    let spec = read_spec(&id, &spec)?;
+                    digests.extend(spec.digests().map(str::to_owned));
                 }
                 let mut stored = state.prepare("SELECT digest FROM component")?;
                 let stored: Vec<String> =
@@ -337,5 +329,99 @@ impl Ledger {
                 Ok(())
             })
             .await
+    }
+}
+
+/// Reads a stored specification.
+fn read_spec(id: &str, json: &str) -> rusqlite::Result<GenerationSpec> {
+    serde_json::from_str(json).map_err(|error| {
+        let cause = format!("revision {id} cannot be read: {error}");
+        let text = rusqlite::types::Type::Text;
+        rusqlite::Error::FromSqlConversionFailure(0, text, cause.into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::Checkpoints;
+    use crate::record::{SequenceNumber, ShardStart, StreamIdentity};
+
+    fn at(sequence: u64, sub_sequence: u64) -> Option<Position> {
+        Some(Position { sequence: SequenceNumber::from(sequence), sub_sequence })
+    }
+
+    fn spec(digest: &str) -> GenerationSpec {
+        let json = serde_json::json!({
+            "source_format": null,
+            "stages": [{
+                "name": "decode", "digest": digest, "config_json": "{}",
+                "limits": crate::config::StageLimits::default(), "routes": {}
+            }]
+        });
+        serde_json::from_value(json).expect("a specification")
+    }
+
+    #[tokio::test]
+    async fn fault_21_a_component_is_kept_until_the_checkpoint_has_passed_its_last_record() {
+        // Where the next revision begins, where the checkpoint stands, and whether the first
+        // revision may have to run a record again.
+        for (next, checkpoint, needed) in [
+            (at(10, 5), None, true),
+            (at(10, 5), at(9, 0), true),
+            // The checkpoint stands within the aggregate that the first revision ran a part of.
+            (at(10, 5), at(10, 0), true),
+            (at(10, 5), at(10, 4), true),
+            (at(10, 5), at(10, 5), false),
+            (at(10, 5), at(11, 0), false),
+            // Both begin in one aggregate.
+            (at(1, 3), at(1, 2), true),
+            (at(1, 3), at(1, 3), false),
+        ] {
+            let folder = tempfile::tempdir().expect("a folder");
+            let store = StateStore::open(folder.path()).expect("opened");
+            let (ledger, checkpoints) =
+                (Ledger::new(store.clone()), Checkpoints::new(store.clone()));
+            let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+            let shard =
+                ShardKey { pipeline: "cars".into(), stream: stream.into(), shard: "shard".into() };
+            checkpoints.begin(&shard, &ShardStart::Horizon).await.expect("begun");
+            let (first, second) = (spec("one"), spec("two"));
+            for (spec, from) in [(&first, at(1, 1)), (&second, next.clone())] {
+                let digest = spec.digests().next().expect("a digest").to_owned();
+                let components = vec![(digest.clone(), bytes::Bytes::from(digest))];
+                ledger.keep(spec, components).await.expect("kept");
+                let segment = Segment { from_exclusive: from, generation: spec.id().to_string() };
+                ledger.record(&shard, &segment).await.expect("recorded");
+            }
+            checkpoints
+                .advance(&shard, Vec::new(), checkpoint.clone(), false)
+                .await
+                .expect("moved");
+            ledger.prune(&second).await.expect("pruned");
+            let kept = store.component("one".into()).await.expect("read").is_some();
+            assert_eq!(kept, needed, "{next:?} {checkpoint:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn fault_18_components_of_an_unreadable_revision_are_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = StateStore::open(folder.path()).expect("opened");
+        let ledger = Ledger::new(store.clone());
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let shard =
+            ShardKey { pipeline: "cars".into(), stream: stream.into(), shard: "shard".into() };
+        let first = spec("one");
+        ledger.keep(&first, vec![("one".into(), "one".into())]).await.expect("kept");
+        let segment = Segment { from_exclusive: None, generation: first.id().to_string() };
+        ledger.record(&shard, &segment).await.expect("recorded");
+        let spoil = |state: &rusqlite::Transaction<'_>| {
+            state.execute("UPDATE generation SET spec = '{\"stages\":7}'", [])
+        };
+        store.write("spoil", spoil).await.expect("spoilt");
+        let error = ledger.prune(&spec("two")).await.expect_err("unreadable").to_string();
+        assert!(error.contains(&format!("revision {} cannot be read", first.id())), "{error}");
+        assert!(store.component("one".into()).await.expect("read").is_some());
     }
 }
