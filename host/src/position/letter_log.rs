@@ -79,9 +79,13 @@ impl DeadLetters {
     /// # Errors
     /// [`StateError`]; nothing was forgotten.
     pub async fn forget_log(&self, up_to: &SequenceNumber) -> Result<(), StateError> {
-        let up_to: i64 = up_to.as_str().parse().unwrap_or(i64::MAX);
+        let action = "shorten the log of dead letters";
+        let up_to: i64 = up_to.as_str().parse().map_err(|error| {
+            let cause = format!("{up_to} is not a number of this log: {error}");
+            self.store.unreadable(action, cause, "nothing was changed; mend the copies' positions")
+        })?;
         self.store
-            .write("shorten the log of dead letters", move |state| {
+            .write(action, move |state| {
                 state.execute("DELETE FROM letter_log WHERE number <= ?1", [up_to])
             })
             .await

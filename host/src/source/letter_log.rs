@@ -101,8 +101,7 @@ impl BatchReader for LetterLogReader {
         }
         // Asked before the look: what was written until then is found by it.
         let is_last = self.last.is_cancelled();
-        let after =
-            self.after.as_ref().map_or(0, |after| after.sequence.as_str().parse().unwrap_or(0));
+        let after = super::letters::letter_number(self.after.as_ref())?;
         let BatchLimits { records_max, bytes_max, .. } = self.limits;
         let logged = self.letters.logged(after, records_max, bytes_max).await;
         let records: Vec<Record> = logged.map_err(unreadable)?.into_iter().map(record).collect();

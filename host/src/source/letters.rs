@@ -74,8 +74,7 @@ struct LettersReader {
 #[async_trait]
 impl BatchReader for LettersReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
-        let ordinal = |at: &Position| at.sequence.as_str().parse().unwrap_or(u64::MAX);
-        let after = self.after.as_ref().map_or(0, ordinal);
+        let after = letter_number(self.after.as_ref())?;
         let BatchLimits { records_max, bytes_max, .. } = self.limits;
         let letters = self.redrives.letters(self.id, after, records_max, bytes_max).await;
         let mut letters = letters
@@ -117,4 +116,16 @@ impl BatchReader for LettersReader {
             entry: Entry::Redrive(Box::new(Redrive { place, route, origins })),
         }))
     }
+}
+
+/// The number of the letter that was read last; 0 before the first.
+///
+/// # Errors
+/// [`SourceError::Letters`]: a position that is not of letters. Read as any number, it would pass letters
+/// over or run them twice.
+pub(super) fn letter_number(after: Option<&Position>) -> Result<u64, SourceError> {
+    let Some(after) = after else { return Ok(0) };
+    after.sequence.as_str().parse().map_err(|error| SourceError::Letters {
+        cause: format!("position {after} is not of a dead letter: {error}; restore the state"),
+    })
 }

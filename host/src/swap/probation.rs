@@ -60,9 +60,13 @@ impl Swapper {
             let (shared, running) = (setup.shared.clone(), setup.shared.generation());
             drop(setup);
             let own = candidate::stage(&running, stage).ok()?;
-            let last = self.inner.changes.last_in_force(stage.as_str()).await.ok()??;
-            if last.number != number {
-                return None;
+            match self.inner.changes.last_in_force(stage.as_str()).await {
+                Ok(last) if last.as_ref().is_none_or(|last| last.number != number) => return None,
+                Ok(_) => {}
+                // The version is watched on: a state that cannot be read says nothing for it.
+                Err(error) => {
+                    tracing::warn!(%error, "cannot read whether the new version is in force");
+                }
             }
             let health = own.canary.as_ref().map_or(&own.health, |canary| &canary.stage.health);
             if let Some(reason) = worse(&health.seen(), before, &limits) {
