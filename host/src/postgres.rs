@@ -113,6 +113,25 @@ impl PostgresServer {
     pub fn place(&self) -> String {
         place(&self.config)
     }
+
+    /// Hosts, ports and database, as a text that is the same for everybody who reaches them.
+    pub fn destination(&self) -> String {
+        let ports = self.config.get_ports();
+        let port = |at: usize| ports.get(at).or(ports.first()).copied().unwrap_or(5432);
+        let mut hosts: Vec<String> = (self.config.get_hosts().iter().enumerate())
+            .map(|(at, host)| match host {
+                Host::Tcp(host) => format!("{}:{}", host.to_ascii_lowercase(), port(at)),
+                #[cfg(unix)]
+                Host::Unix(path) => format!("{}:{}", path.display(), port(at)),
+            })
+            .collect();
+        if hosts.is_empty() {
+            let addresses = self.config.get_hostaddrs().iter().enumerate();
+            hosts = addresses.map(|(at, address)| format!("{address}:{}", port(at))).collect();
+        }
+        let database = self.config.get_dbname().or(self.config.get_user()).unwrap_or_default();
+        format!("{} database {database}", hosts.join(","))
+    }
 }
 
 async fn drive(connection: impl Future<Output = Result<(), tokio_postgres::Error>>) {

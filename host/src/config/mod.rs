@@ -6,6 +6,7 @@
 
 mod bindings;
 mod check;
+mod destination;
 mod diagnostic;
 mod env;
 mod grant_http;
