@@ -78,6 +78,27 @@ impl Names {
     }
 }
 
+/// A name that a sink had before belongs to no other sink now, and to one sink only: what is kept under it
+/// can move once.
+pub(super) fn check_renamed(sinks: &[SinkConfig], names: &Names, check: &mut Check) {
+    let mut seen: BTreeMap<&str, &Range<usize>> = BTreeMap::new();
+    for sink in sinks {
+        let Some(before) = &sink.renamed_from else { continue };
+        let old = before.value.as_str();
+        if names.sinks.contains(old) {
+            let message = format!("`{old}` is the name of a sink of this file");
+            let help = "name the sink that is not in the file any more; to exchange the names of two \
+                        sinks, rename one of them to a third name first and start once";
+            check.problem(before.span.clone(), message, help);
+        } else if let Some(first) = seen.insert(old, &before.span) {
+            let message = format!("two sinks were renamed from `{old}`");
+            let help =
+                format!("the first is at {}; only one can go on with it", check.place(first));
+            check.problem(before.span.clone(), message, help);
+        }
+    }
+}
+
 /// The sinks of dead letters must be there, and take nothing else: their rows have other columns.
 pub(super) fn check_letter_sinks(
     letter_sinks: &[Spanned<Text>],

@@ -118,6 +118,7 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
 
     names.check_unique(check);
     bindings::check_letter_sinks(&letter_sinks, &names, &stages, check);
+    bindings::check_renamed(&sinks, &names, check);
     let is_for_letters = |sink: &SinkConfig| {
         letter_sinks.iter().any(|name| name.get_ref().0 == sink.name.value.as_str())
     };

@@ -18,10 +18,11 @@ use super::raw::{
     RawRedshift, RawSqlite, RawStdout, Text,
 };
 use super::{
-    Compression, CopySource, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, PostgresTarget,
-    RedshiftTarget, Rhythm, SinkConfig, SinkKind, StreamTarget, json, source,
+    Compression, CopySource, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, Located,
+    PostgresTarget, RedshiftTarget, Rhythm, SinkConfig, SinkKind, StreamTarget, json, source,
 };
 use crate::postgres::PostgresServer;
+use crate::record::SinkName;
 use crate::sink::WriteMode;
 use crate::sink::objects::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
 use crate::sink::{postgres, redshift};
@@ -78,13 +79,14 @@ pub(super) fn fingerprints(root: &DeTable<'_>, check: &mut Check) -> Vec<String>
 
 /// Reads one `[[sink]]`; `buffer_bytes_max` is what all sinks' buffers hold together.
 pub(super) fn read(
-    table: Spanned<DeValue<'_>>,
+    mut table: Spanned<DeValue<'_>>,
     fingerprint_json: String,
     base: &Path,
     buffer_bytes_max: usize,
     check: &mut Check,
 ) -> Option<SinkConfig> {
     let span = table.span();
+    let renamed_from = renamed_from(&mut table, check);
     let (raw_name, commit, default, kind) = match check.table_type(&table, "sink", &TYPES)? {
         "discard" => {
             let RawDiscard { name, commit, .. } = shaped(table, check)?;
@@ -128,7 +130,30 @@ pub(super) fn read(
     let name = check.name(&raw_name, "sink");
     let promises = matches!(kind, Some(SinkKind::Objects { .. }));
     let rhythm = rhythm(commit, default, promises, buffer_bytes_max, check);
-    Some(SinkConfig { name: name?, rhythm: rhythm?, kind: kind?, span, fingerprint_json })
+    Some(SinkConfig {
+        name: name?,
+        renamed_from: renamed_from?,
+        rhythm: rhythm?,
+        kind: kind?,
+        span,
+        fingerprint_json,
+    })
+}
+
+/// Takes `renamed_from` out of a sink's table: sinks of every type have it.
+fn renamed_from(
+    table: &mut Spanned<DeValue<'_>>,
+    check: &mut Check,
+) -> Option<Option<Located<SinkName>>> {
+    let DeValue::Table(keys) = table.get_mut() else { return Some(None) };
+    let Some(value) = keys.remove("renamed_from") else { return Some(None) };
+    let span = value.span();
+    let Some(text) = value.get_ref().as_str() else {
+        let message = "`renamed_from` is the name that the sink had before";
+        check.problem(span, message, "write renamed_from = \"old-name\"");
+        return None;
+    };
+    check.name(&Spanned::new(span, Text(text.to_owned())), "sink").map(Some)
 }
 
 fn stdout(template: Option<Spanned<Text>>, check: &mut Check) -> Option<SinkKind> {

@@ -17,6 +17,8 @@ use crate::sink::objects::ObjectLayout;
 pub struct SinkConfig {
     /// Its name, unique in the pipeline.
     pub name: Located<SinkName>,
+    /// The name that it had before: what is kept under it moves to this one.
+    pub renamed_from: Option<Located<SinkName>>,
     /// When it commits.
     pub rhythm: Rhythm,
     /// What it is.
