@@ -152,6 +152,15 @@ pub trait Sink: Send + Sync {
     /// # Errors
     /// [`SinkError::Unavailable`] when the destination is out of reach.
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError>;
+
+    /// Moves what the destination keeps of a shard under the sink's old name to this one, so that it goes
+    /// on where it was. Does nothing where nothing is kept, or was moved before.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the destination is out of reach, or has positions of both names.
+    async fn adopt(&self, _old: &SinkName, _shard: &ShardKey) -> Result<(), SinkError> {
+        Ok(())
+    }
 }
 
 /// A shard taken over.

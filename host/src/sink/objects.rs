@@ -179,4 +179,10 @@ impl Sink for ObjectsSink {
             None => Ok(None),
         }
     }
+
+    async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
+        let place = Place { sink: old.clone(), ..self.place.clone() };
+        let log = ClaimLog::new(self.place.clone(), shard);
+        log.adopt(&ClaimLog::new(place, shard), &OwnerId::random()).await
+    }
 }

@@ -159,4 +159,17 @@ impl Sink for PostgresSink {
             Some(found) => found.position().map_err(|cause| self.shared.unavailable(cause)),
         }
     }
+
+    async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
+        let (place, new) = (&self.shared.position, &self.shared.sink);
+        let failed = |error| {
+            let doing = format!("cannot move the position of sink {old} to sink {new} in {place}");
+            self.shared.failed(&doing, &error)
+        };
+        let session = self.shared.session().await?;
+        if place.read(&session.client, old, shard).await.map_err(failed)?.is_none() {
+            return Ok(());
+        }
+        place.adopt(&session.client, (old, new), shard).await.map_err(failed)
+    }
 }

@@ -165,6 +165,17 @@ impl Sink for RedshiftSink {
         let entry = entry.map_err(|cause| shared.unavailable(cause))?;
         Ok(entry.and_then(|entry| entry.position))
     }
+
+    async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
+        let shared = &self.shared;
+        let client = shared.connect().await?;
+        let adopted = shared.ledger.adopt(&client, (old, &shared.sink), shard).await;
+        let adopted = adopted.map_err(|error| {
+            let ledger = &shared.ledger;
+            shared.failed(&format!("cannot move the position of sink {old} in {ledger}"), &error)
+        })?;
+        adopted.map_err(|cause| shared.unavailable(cause))
+    }
 }
 
 /// The bucket that a URL names, if Redshift can load from it.

@@ -141,6 +141,11 @@ impl Sink for SqliteSink {
         let stored = self.call(move |held| position::read_if_any(held, &sink, &key)).await?;
         Ok(stored.and_then(|stored| stored.position))
     }
+
+    async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
+        let (old, new, key) = (old.clone(), self.shared.sink.clone(), shard.clone());
+        self.call(move |held| position::adopt(held, (&old, &new), &key)).await
+    }
 }
 
 /// Commits one shard's rows.

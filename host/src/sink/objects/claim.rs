@@ -73,6 +73,9 @@ pub(super) struct Link {
     pub(super) last_claim: Option<u64>,
     /// What the owner is about to write; null: a fence, written on acquiring the shard.
     pub(super) claim: Option<Claim>,
+    /// The sink whose log goes on with this link: it was renamed. A claim is that log's own last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) renamed_from: Option<String>,
 }
 
 /// A promise to write data under keys that nobody else writes.
@@ -194,6 +197,57 @@ impl ClaimLog {
             self.folder_path(),
             self.place.url
         )))
+    }
+
+    /// Goes on where the log of the sink's old name ended, which nobody can append to from here on. Does
+    /// nothing where that log is empty, or was gone on with before.
+    ///
+    /// The first link is the old log's last claim where its data is not complete, and else a fence at the
+    /// position: a promise is kept under the keys that were promised.
+    pub(super) async fn adopt(&self, old: &Self, owner: &OwnerId) -> Result<(), SinkError> {
+        let name = old.place.sink.to_string();
+        if let Some(last) = self.last().await? {
+            let first = self.read(1).await?.and_then(|first| first.renamed_from);
+            let went_on = [&first, &last.renamed_from].contains(&&Some(name.clone()));
+            if went_on || old.last().await?.is_none() {
+                return Ok(());
+            }
+            if last.to.is_some() {
+                return Err(self.place.unavailable(format!(
+                    "{} and {} in {} are both claim logs with claims: remove the one that does not count",
+                    self.folder_path(),
+                    old.folder_path(),
+                    self.place.url
+                )));
+            }
+        }
+        if old.last().await?.is_none() {
+            return Ok(());
+        }
+        let fence = old.fence(owner).await?;
+        let Standing { position, unfinished } = old.standing(&fence).await?;
+        let number = self.last().await?.map_or(0, |last| last.link) + 1;
+        let mut link = match unfinished {
+            Some(Unfinished { from, to, claim, .. }) => {
+                Link::claim(number, owner.clone(), from, to, claim)
+            }
+            None => Link {
+                link: number,
+                from: position.clone(),
+                to: position,
+                last_claim: None,
+                ..fence_after(None, owner)
+            },
+        };
+        link.renamed_from = Some(name);
+        match self.append(&link).await? {
+            Appended::Ours => Ok(()),
+            Appended::Taken(_) => Err(self.place.unavailable(format!(
+                "cannot go on with {} in {}: another process appends to it; stop that one",
+                old.folder_path(),
+                self.folder_path()
+            ))),
+        }
     }
 
     /// Writes a link under its number, unless the number is taken.
@@ -358,6 +412,7 @@ impl Link {
             to: Some(to),
             last_claim: None,
             claim: Some(claim),
+            renamed_from: None,
         }
     }
 }
@@ -375,6 +430,7 @@ fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
             None => last.last_claim,
         }),
         claim: None,
+        renamed_from: None,
     }
 }
 

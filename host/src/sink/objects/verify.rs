@@ -105,6 +105,10 @@ impl ObjectsSink {
             let last = links.iter().rev().find(|link| link.claim.is_some()).map(|link| link.link);
             for link in &links {
                 let Some(claim) = &link.claim else { continue };
+                if link.renamed_from.is_some() {
+                    // It is the last claim of the log that this one goes on with.
+                    continue;
+                }
                 let is_last = last == Some(link.link);
                 let found = self.check_claim(log, link, claim, is_last, &listing, &mut audit);
                 for (key, data) in found {

@@ -129,6 +129,35 @@ impl PositionTable {
         }
     }
 
+    /// Moves a shard's row from the sink's old name to its new one. A row of the new name without a
+    /// position makes room; one with a position is in the way, and an error.
+    pub(super) async fn adopt(
+        &self,
+        client: &Client,
+        (old, new): (&SinkName, &SinkName),
+        shard: &ShardKey,
+    ) -> Result<(), Error> {
+        let name = self.name.quoted();
+        let key = |sink: &SinkName| {
+            format!(
+                "pipeline = {} AND sink = {} AND stream = {} AND shard = {}",
+                literal(shard.pipeline.as_str()),
+                literal(sink.as_str()),
+                literal(&shard.stream.key()),
+                literal(shard.shard.as_str())
+            )
+        };
+        // One message is one transaction.
+        let statements = format!(
+            "DELETE FROM {name} WHERE {} AND sequence IS NULL;
+             UPDATE {name} SET sink = {}, epoch = epoch + 1 WHERE {}",
+            key(new),
+            literal(new.as_str()),
+            key(old)
+        );
+        client.batch_execute(&statements).await
+    }
+
     /// Deletes a sink's positions of a pipeline.
     pub(super) async fn forget(
         &self,

@@ -107,6 +107,39 @@ impl Ledger {
         Ok(Ok(owned))
     }
 
+    /// Moves a shard's row from the sink's old name to its new one; there may be none, or it was moved
+    /// before.
+    pub(super) async fn adopt(
+        &self,
+        client: &Client,
+        (old, new): (&SinkName, &SinkName),
+        shard: &ShardKey,
+    ) -> Result<Readable<()>, Error> {
+        if matches!(self.read(client, old, shard).await?, Ok(None)) {
+            return Ok(Ok(()));
+        }
+        self.lock(client).await?;
+        if let Ok(Some(Entry { position: Some(_), .. })) = self.read(client, new, shard).await? {
+            session::run(client, "ROLLBACK").await?;
+            return Ok(Err(format!(
+                "{self} has rows of both sink {old} and sink {new} for shard {}: delete the one that does \
+                 not count",
+                shard.shard
+            )));
+        }
+        let name = self.name.quoted();
+        let delete = format!("DELETE FROM {name} WHERE {}", key(new, shard));
+        session::run(client, &delete).await?;
+        let rename = format!(
+            "UPDATE {name} SET sink = {}, epoch = epoch + 1 WHERE {}",
+            literal(new.as_str()),
+            key(old, shard)
+        );
+        session::run(client, &rename).await?;
+        session::run(client, "COMMIT").await?;
+        Ok(Ok(()))
+    }
+
     /// Begins a transaction that nobody else's changes to the ledger can cross.
     pub(super) async fn lock(&self, client: &Client) -> Result<(), Error> {
         session::run(client, "BEGIN").await?;

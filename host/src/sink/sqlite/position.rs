@@ -83,6 +83,38 @@ pub(super) fn read(
     connection.prepare_cached(READ)?.query_row(key, Stored::of).optional()
 }
 
+/// Moves a shard's row from the sink's old name to its new one; there may be none, or it was moved before.
+pub(super) fn adopt(
+    held: &mut Held,
+    (old, new): (&SinkName, &SinkName),
+    shard: &ShardKey,
+) -> Result<(), String> {
+    if read_if_any(held, old, shard)?.is_none() {
+        return Ok(());
+    }
+    let failed = |error: rusqlite::Error| {
+        format!("cannot move {} of sink {old} in shardmill_position: {error}", shard.shard)
+    };
+    let connection = &held.connection;
+    connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
+    if read(connection, new, shard).map_err(failed)?.is_some_and(|own| own.position.is_some()) {
+        return Err(format!(
+            "shardmill_position has rows of both sink {old} and sink {new} for shard {}: delete the one \
+             that does not count",
+            shard.shard
+        ));
+    }
+    let (pipeline, stream) = (shard.pipeline.as_str(), shard.stream.key());
+    let key = "WHERE pipeline = ?1 AND sink = ?2 AND stream = ?3 AND shard = ?4";
+    let delete = format!("DELETE FROM shardmill_position {key}");
+    let new_key = params![pipeline, new.as_str(), stream, shard.shard.as_str()];
+    connection.execute(&delete, new_key).map_err(failed)?;
+    let rename = format!("UPDATE shardmill_position SET sink = ?5, epoch = epoch + 1 {key}");
+    let old_key = params![pipeline, old.as_str(), stream, shard.shard.as_str(), new.as_str()];
+    connection.execute(&rename, old_key).map_err(failed)?;
+    connection.execute_batch("COMMIT").map_err(failed)
+}
+
 /// Moves the position over a span; false when it is not where the span begins, or has another owner.
 pub(super) fn move_on(
     connection: &Connection,
@@ -110,18 +142,15 @@ impl Stored {
     fn of(row: &Row<'_>) -> rusqlite::Result<Self> {
         let sequence: Option<String> = row.get(1)?;
         let sub_sequence: Option<i64> = row.get(2)?;
-        let unreadable = |error| {
-            rusqlite::Error::FromSqlConversionFailure(
-                1,
-                rusqlite::types::Type::Text,
-                Box::new(error),
-            )
+        let unreadable = |error: Box<dyn std::error::Error + Send + Sync>| {
+            rusqlite::Error::FromSqlConversionFailure(1, rusqlite::types::Type::Text, error)
         };
         let position = match sequence {
             None => None,
             Some(text) => Some(Position {
-                sequence: SequenceNumber::parse(&text).map_err(unreadable)?,
-                sub_sequence: u64::try_from(sub_sequence.unwrap_or(0)).unwrap_or(0),
+                sequence: SequenceNumber::parse(&text).map_err(|error| unreadable(error.into()))?,
+                sub_sequence: u64::try_from(sub_sequence.unwrap_or(0))
+                    .map_err(|_| unreadable("the sub-sequence is below 0".into()))?,
             }),
         };
         Ok(Self { epoch: row.get(0)?, position })
