@@ -14,11 +14,13 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::budget::Budget;
 use crate::config::PipelineConfig;
-use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, SINK_BUFFERS, Shared};
+use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, SINK_BUFFERS, Shared, roster};
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
 use crate::plugin::PluginHost;
-use crate::position::{Changes, Checkpoints, DeadLetters, Ledger, Running, StateStore};
+use crate::position::{
+    Changes, Checkpoints, DeadLetters, Holes, Ledger, Roster, Running, StateStore,
+};
 use crate::record::{ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
 use crate::sink::Sink;
 use crate::source::{ShardSource, SourceError, lineage};
@@ -34,6 +36,8 @@ pub struct RunOptions {
     pub until_caught_up: bool,
     /// Sinks that were taken out of the configuration and may be given up while behind.
     pub dropped_sinks: HashSet<SinkName>,
+    /// Run what the files say, whatever was swapped in, or cannot be read of it.
+    pub files_count: bool,
     /// Plugins that the binary carries, by path.
     pub embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
     /// Makes sinks, when a reload names others.
@@ -46,7 +50,13 @@ impl RunOptions {
         let dropped_sinks = HashSet::new();
         let build_sinks: BuildSinks =
             Arc::new(|_| Err(anyhow::anyhow!("whoever runs this pipeline makes no other sinks")));
-        Self { until_caught_up, dropped_sinks, embedded_plugin: |_| None, build_sinks }
+        Self {
+            until_caught_up,
+            dropped_sinks,
+            files_count: false,
+            embedded_plugin: |_| None,
+            build_sinks,
+        }
     }
 }
 
@@ -54,6 +64,8 @@ impl RunOptions {
 pub struct Supervisor {
     shared: Arc<Shared>,
     stream: Arc<StreamIdentity>,
+    state: StateStore,
+    build_sinks: BuildSinks,
     until_caught_up: bool,
     lock: PipelineLock,
     swapper: Swapper,
@@ -96,16 +108,20 @@ impl Supervisor {
         let (declared, components) =
             Generation::from_config(&config, &host, &options.embedded_plugin)?;
         let generations = GenerationStore::new(host.clone(), state.clone());
+        let stream = source.identity().await?;
+        roster::rename(&config, &sinks, &state, &*source, &stream).await?;
         let (running, generation) =
-            carry_over(&state, &generations, &host, &config, declared).await?;
+            carry_over(&state, &generations, &host, &config, declared, options.files_count).await?;
         for sink in &sinks {
             sink.prepare(&generation.routes_to(sink.name())).await?;
         }
         let ledger = Ledger::new(state.clone());
         ledger.keep(&generation.spec, components).await?;
         Changes::new(state.clone()).promote(&running, None, None).await?;
-        ledger.prune(&generation.spec).await?;
-        let stream = source.identity().await?;
+        if let Err(error) = ledger.prune(&generation.spec).await {
+            // Nothing is lost, only space. A replay that needs what cannot be read says so itself.
+            tracing::warn!(%error, "components that are not needed any more stay");
+        }
         let shared = Arc::new(Shared {
             budget: Budget::new(config.buffer_bytes_max, SINK_BUFFERS),
             source,
@@ -114,28 +130,42 @@ impl Supervisor {
             sinks,
             dropped_sinks: options.dropped_sinks,
             checkpoints: Checkpoints::new(state.clone()),
+            roster: Roster::new(state.clone()),
+            holes: Holes::new(state.clone()),
             ledger,
             letters: DeadLetters::new(state.clone()),
             board: Board::default(),
             samples: Samples::new(config.reload.samples),
             config,
         });
+        roster::settle(&shared, &stream, None, &options.build_sinks).await?;
         // One change at a time: the next waits for its turn.
         let (sender, take_overs) = mpsc::channel(1);
         let ends = CancellationToken::new();
         let swapper = Swapper::new(SwapperParts {
-            state,
+            state: state.clone(),
             shared: shared.clone(),
             host,
             running,
             embedded_plugin: options.embedded_plugin,
-            build_sinks: options.build_sinks,
+            build_sinks: options.build_sinks.clone(),
             take_overs: sender,
             ends: ends.clone(),
         });
         let until_caught_up = options.until_caught_up;
         let (stream, _ends) = (Arc::new(stream), ends.drop_guard());
-        Ok(Self { shared, stream, until_caught_up, lock, swapper, take_overs, _ends })
+        let build_sinks = options.build_sinks;
+        Ok(Self {
+            shared,
+            stream,
+            state,
+            build_sinks,
+            until_caught_up,
+            lock,
+            swapper,
+            take_overs,
+            _ends,
+        })
     }
 
     /// What changes it while it runs.
@@ -153,6 +183,11 @@ impl Supervisor {
         self.lock.folder()
     }
 
+    /// What sinks were not given.
+    pub fn holes(&self) -> Holes {
+        self.shared.holes.clone()
+    }
+
     /// The dead letters.
     pub fn letters(&self) -> DeadLetters {
         self.shared.letters.clone()
@@ -167,6 +202,8 @@ impl Supervisor {
         let lanes_stop = stop.child_token();
         let mut lanes = Lanes {
             shared: self.shared.clone(),
+            state: self.state.clone(),
+            build_sinks: self.build_sinks.clone(),
             stream: self.stream.clone(),
             stop: lanes_stop.child_token(),
             running: HashSet::new(),
@@ -234,6 +271,7 @@ impl Supervisor {
 /// The lanes that run.
 struct Lanes {
     shared: Arc<Shared>,
+    build_sinks: BuildSinks,
     stream: Arc<StreamIdentity>,
     stop: CancellationToken,
     running: HashSet<ShardId>,
@@ -266,7 +304,8 @@ impl Lanes {
 
     /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
     async fn begin_anew(&mut self, order: TakeOver, stop: &CancellationToken) {
-        let outcome = self.lost_sinks(&order.shared).await;
+        let outcome = self.settle(&order.shared).await;
+        let outcome = outcome.map_err(|error| crate::admin::told(&error));
         if outcome.is_ok() {
             self.shared = order.shared;
         }
@@ -275,28 +314,11 @@ impl Lanes {
         let _ = order.done.send(outcome);
     }
 
-    /// A sink that would go while it is behind the others would lose what it has not committed.
-    async fn lost_sinks(&self, next: &Shared) -> Result<(), String> {
-        let names = |shared: &Shared| -> HashSet<SinkName> {
-            shared.sinks.iter().map(|sink| sink.name().clone()).collect()
-        };
-        let (old, kept) = (names(&self.shared), names(next));
-        let known = self.shared.checkpoints.shards(&self.stream).await;
-        for shard in known.map_err(|error| error.to_string())?.into_keys() {
-            let key = self.key(&shard);
-            let positions = self.shared.checkpoints.sinks(&key).await;
-            let positions = positions.map_err(|error| error.to_string())?;
-            let own = positions.iter().filter(|(name, _)| old.contains(*name));
-            let highest = own.clone().map(|(_, position)| position).max();
-            let mut lost = own.filter(|(name, _)| !kept.contains(*name));
-            if let Some((name, at)) = lost.find(|(_, position)| Some(*position) < highest) {
-                return Err(format!(
-                    "sink {name} has records of shard {shard} only up to {at}, behind the other sinks: let \
-                     it finish before it is taken out"
-                ));
-            }
-        }
-        Ok(())
+    /// Settles which sinks there are from here on.
+    async fn settle(&self, next: &Shared) -> anyhow::Result<()> {
+        let Shared { config, sinks, source, .. } = next;
+        roster::rename(config, sinks, &self.state, &**source, &self.stream).await?;
+        roster::settle(next, &self.stream, Some(&self.shared), &self.build_sinks).await
     }
 
     fn key(&self, shard: &ShardId) -> ShardKey {
@@ -352,25 +374,32 @@ async fn carry_over(
     host: &PluginHost,
     config: &PipelineConfig,
     declared: Generation,
+    files_count: bool,
 ) -> anyhow::Result<(Running, Generation)> {
     let as_described = |declared: Generation| {
         let (declared_spec, running) = (declared.spec.clone(), declared.spec.clone());
         (Running { declared: declared_spec, running }, declared)
     };
-    let Some(before) = Changes::new(state.clone()).running().await? else {
+    let changes = Changes::new(state.clone());
+    if files_count {
+        let stages = declared.spec.stages.iter().map(|stage| stage.name.to_string());
+        changes.supersede(stages.collect()).await?;
+        return Ok(as_described(declared));
+    }
+    let Some(before) = changes.running().await? else {
         return Ok(as_described(declared));
     };
     let running = before.carried_over(&declared.spec);
     let dropped = dropped_swaps(&before, &running);
-    Changes::new(state.clone()).supersede(dropped).await?;
+    changes.supersede(dropped).await?;
     if running == declared.spec {
         return Ok(as_described(declared));
     }
     let mut plugins = declared.plugins();
     for digest in running.digests().filter(|digest| !declared.has(digest)) {
         let plugin = generations.plugin(digest).await.context(
-            "what was swapped in does not load; change the stage's file to run that: it counts more than \
-             an earlier swap",
+            "what was swapped in does not load; start once with `run --files-count` to run what the files \
+             say, or change the stage's file: it counts more than an earlier swap",
         )?;
         plugins.insert(digest.to_owned(), plugin);
     }

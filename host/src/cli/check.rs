@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::control::RunningPipeline;
-use super::{Console, PipelineFile, load, reload, sinks};
+use super::{Console, PipelineFile, holes, load, reload, sinks};
 use crate::admin::control::ReloadQuery;
 use crate::config::PipelineConfig;
 use crate::position::StoredLetter;
@@ -33,6 +33,8 @@ struct Report<'a> {
     stages: Vec<StageReport<'a>>,
     sinks: Vec<String>,
     warnings: Vec<String>,
+    /// What sinks were not given, and what fills it.
+    holes: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -62,7 +64,9 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             sink.prepare(routes).await?;
         }
     }
-    let report = report(&config, &generation, &sinks);
+    let mut report = report(&config, &generation, &sinks);
+    let recorded = holes::of(&config, None).await?;
+    report.holes = recorded.iter().map(|hole| holes::line(&config, hole)).collect();
     for stage in &report.stages {
         console.say(format!(
             "stage {}: {} {} ({}) -> {}",
@@ -79,6 +83,9 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     }
     for warning in &report.warnings {
         console.say(format!("warning: {warning}"));
+    }
+    for hole in &report.holes {
+        console.say(hole);
     }
     console
         .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.generation));
@@ -155,5 +162,6 @@ fn report<'a>(
         generation: &generation.id,
         stages: stages.collect(),
         sinks: sinks.iter().map(|sink| sink.name().to_string()).collect(),
+        holes: Vec::new(),
     }
 }

@@ -6,6 +6,7 @@ mod control;
 mod demo;
 mod dev;
 mod dlq;
+mod holes;
 mod intake;
 mod new;
 mod objects;

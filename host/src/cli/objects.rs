@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use serde_json::json;
 
-use super::{Console, DEFAULT_PIPELINE, load};
+use super::{Console, DEFAULT_PIPELINE, holes, load};
 use crate::config::{PipelineConfig, SinkConfig, SinkKind};
 use crate::sink::objects::{Audit, ObjectsSink};
 use crate::terminal::escaped;
@@ -34,14 +34,17 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
     let Command::Verify { pipeline, sink, content } = command;
     let config = load(&pipeline)?;
     let mut problems = 0;
-    for config in chosen(&config, sink.as_deref())? {
-        let SinkKind::Objects { url, options, layout } = &config.kind else { continue };
-        let name = &config.name.value;
+    for own in chosen(&config, sink.as_deref())? {
+        let SinkKind::Objects { url, options, layout } = &own.kind else { continue };
+        let name = &own.name.value;
         let sink = ObjectsSink::new(name.clone(), url, options, layout.clone())?;
         let audit = sink.verify(content).await.context("cannot verify")?;
         problems += audit.problems.len();
-        console.report(&json!({ "sink": name.as_str(), "audit": audit }))?;
+        // The logs say nothing of what was never given to the sink.
+        let recorded = holes::of(&config, Some(name)).await?;
+        console.report(&json!({ "sink": name.as_str(), "audit": audit, "holes": recorded }))?;
         say(name.as_str(), &audit, console);
+        holes::say(&config, &recorded, console);
     }
     match problems {
         0 => Ok(()),

@@ -5,23 +5,30 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use super::run::stop_on_signals;
-use super::{Console, PipelineFile, load, plugin_host, sinks, stream};
+use super::{Console, PipelineFile, holes, load, plugin_host, sinks, stream};
 use crate::config::{
     PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, StartPosition,
 };
 use crate::lease::PipelineLock;
+use crate::position::{Checkpoints, Holes, StateStore};
 use crate::record::{Position, ShardId, ShardKey, SinkName};
 use crate::sink::Sink;
 use crate::sink::postgres::{PostgresSink, TableWindow, WindowDiff};
-use crate::source::ShardSource;
 use crate::source::window::WindowSource;
+use crate::source::{NextBatch, ResumePoint, ShardSource};
 use crate::supervisor::{RunOptions, Supervisor};
+
+/// How long the first record of a hole is waited for.
+const FIRST_RECORD_MAX: Duration = Duration::from_secs(60);
+/// By how much the clocks of the server and of this machine may differ, in milliseconds.
+const CLOCKS_DIFFER_MS: u64 = 60_000;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -31,11 +38,18 @@ pub struct Options {
     #[arg(long, value_name = "NAME")]
     sink: String,
     /// Records that arrived from here on, such as 2026-01-31T00:00:00Z.
-    #[arg(long, value_name = "TIME")]
-    from: DateTime<Utc>,
+    #[arg(long, value_name = "TIME", required_unless_present = "hole", requires = "to")]
+    from: Option<DateTime<Utc>>,
     /// And before this, which is past.
-    #[arg(long, value_name = "TIME")]
-    to: DateTime<Utc>,
+    #[arg(long, value_name = "TIME", required_unless_present = "hole", requires = "from")]
+    to: Option<DateTime<Utc>>,
+    /// The time of a hole of the sink, by its number, in place of --from and --to: `shardmill check` names
+    /// them. With --swap, the hole is filled then.
+    #[arg(long, value_name = "NUMBER", conflicts_with_all = ["from", "to"])]
+    hole: Option<i64>,
+    /// Replay nothing: the hole was filled in another way, and is not to be named any more.
+    #[arg(long, requires = "hole", conflicts_with = "swap")]
+    filled: bool,
     /// The table that the rows go to; default: the sink's with `_replay`. One of an earlier replay is
     /// replaced.
     #[arg(long, value_name = "TABLE")]
@@ -64,8 +78,14 @@ struct Report {
 
 pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
-    let window_ms = window(&options)?;
     let sink: SinkName = options.sink.as_str().into();
+    if options.filled {
+        return fill(&config, &sink, options.hole, console).await;
+    }
+    let window_ms = match (options.from, options.to) {
+        (Some(from), Some(to)) => window(from, to)?,
+        _ => hole_window(&config, &sink, options.hole.unwrap_or_default()).await?,
+    };
     let live = live_target(&config, &sink)?;
     let replayed: SinkName = format!("{sink}.replay").as_str().into();
 
@@ -117,25 +137,119 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
             report.dead_letters
         );
         let last = last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let live = PostgresSink::new(sink, live)?;
+        let live = PostgresSink::new(sink.clone(), live)?;
         // If it holds all of the window now, it did when it was read.
         check_held(&*held, &window_ms).await?;
         check_passed(&live, &config, stream, last).await?;
         let (deleted, inserted) = table.swap().await.map_err(anyhow::Error::msg)?;
         console.say(format!("replaced: {deleted} rows deleted, {inserted} inserted"));
         report.swapped = Some((deleted, inserted));
+        if options.hole.is_some() {
+            fill(&config, &sink, options.hole, console).await?;
+        }
     }
+    let others = holes::of(&config, Some(&sink)).await?;
+    holes::say(&config, &others, console);
     console.report(&report)
 }
 
+/// The state that a sink's holes are kept in: letters are copied by a pipeline with a state of its own.
+fn state_of(config: &PipelineConfig, sink: &SinkName) -> anyhow::Result<StateStore> {
+    let own = config.state_dir.join(config.name.as_str());
+    let copies = config.letter_sinks.iter().any(|letters| letters.name.value == *sink);
+    let folder = if copies { own.join("letters") } else { own };
+    ensure!(
+        folder.join("state.db").exists(),
+        "pipeline {} has no holes: it never ran with its state in {}",
+        config.name,
+        folder.display()
+    );
+    Ok(StateStore::open(&folder)?)
+}
+
+/// Notes that a hole is filled.
+async fn fill(
+    config: &PipelineConfig,
+    sink: &SinkName,
+    number: Option<i64>,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let number = number.unwrap_or_default();
+    let own = Holes::new(state_of(config, sink)?);
+    let is_own = own.list(Some(sink.clone())).await?.iter().any(|hole| hole.number == number);
+    ensure!(is_own && own.fill(number).await?, "sink {sink} has no hole {number} to fill");
+    console.say(format!("hole {number} of sink {sink} is filled"));
+    Ok(())
+}
+
+/// When the records of a hole arrived: from the first that is in it to the time when it was recorded.
+async fn hole_window(
+    config: &PipelineConfig,
+    sink: &SinkName,
+    number: i64,
+) -> anyhow::Result<Range<u64>> {
+    let state = state_of(config, sink)?;
+    let recorded = Holes::new(state.clone()).list(Some(sink.clone())).await?;
+    let mut recorded = recorded.into_iter().filter(|hole| hole.number == number);
+    let Some(hole) = recorded.next() else { bail!("sink {sink} has no hole {number}") };
+    let mut own = config.clone();
+    if let SourceKind::Kinesis(kinesis) = &mut own.source.kind {
+        kinesis.create = None;
+        // The consumer of the pipeline is its own: it has one reader at a time.
+        kinesis.reader = ReaderKind::Polling;
+    }
+    let (source, _embedded) = stream::source(&own).await?;
+    let stream = Arc::new(source.identity().await?);
+    ensure!(
+        stream.key() == hole.stream,
+        "hole {number} is of stream {}, which was deleted or is not the source any more: its records are \
+         gone",
+        hole.stream
+    );
+    let begun = Checkpoints::new(state).shards(&stream).await?;
+    let start = begun.get(&hole.shard).map(|shard| shard.start.clone()).unwrap_or_default();
+    let key = ShardKey { pipeline: config.name.clone(), stream, shard: hole.shard.clone() };
+    let from =
+        ResumePoint { after: hole.from_exclusive.as_ref(), start: &start, caught_up_ms: None };
+    let first = async {
+        let mut reader = source.open(&key, from).await?;
+        loop {
+            match reader.next_batch().await? {
+                NextBatch::Batch(batch) => {
+                    if let Some(first) = batch.records.first() {
+                        return Ok::<_, anyhow::Error>(Some(first.clone()));
+                    }
+                }
+                NextBatch::Idle { .. } => {}
+                _ => return Ok(None),
+            }
+        }
+    };
+    let first = tokio::time::timeout(FIRST_RECORD_MAX, first).await;
+    let first = first.context("the first record of the hole did not come")??;
+    let is_inside = |at: &Position| hole.to_inclusive.as_ref().is_none_or(|to| at <= to);
+    let Some(first) = first.filter(|first| is_inside(&first.position)) else {
+        bail!("the stream holds no record of hole {number} any more: nothing fills it from there");
+    };
+    let recorded_ms = u64::try_from(hole.recorded_ms).unwrap_or(0);
+    let now_ms = u64::try_from(Utc::now().timestamp_millis()).unwrap_or(0);
+    // The server's clock, which says when a record arrived, may be ahead of this one.
+    let window_ms = first.arrived_ms..now_ms.min(recorded_ms + CLOCKS_DIFFER_MS);
+    ensure!(
+        !window_ms.is_empty(),
+        "the records of hole {number} arrived in the future: compare the clocks"
+    );
+    Ok(window_ms)
+}
+
 /// The window in milliseconds since 1970.
-fn window(options: &Options) -> anyhow::Result<Range<u64>> {
+fn window(from: DateTime<Utc>, to: DateTime<Utc>) -> anyhow::Result<Range<u64>> {
     let ms = |time: DateTime<Utc>| {
         u64::try_from(time.timestamp_millis()).context("a time before 1970 is in no stream")
     };
-    let window_ms = ms(options.from)?..ms(options.to)?;
+    let window_ms = ms(from)?..ms(to)?;
     ensure!(!window_ms.is_empty(), "--from must be before --to");
-    ensure!(options.to <= Utc::now(), "--to must be past: records of that time may come yet");
+    ensure!(to <= Utc::now(), "--to must be past: records of that time may come yet");
     Ok(window_ms)
 }
 

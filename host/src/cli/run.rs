@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::{Console, PipelineFile, load, sinks, stream};
+use super::{Console, PipelineFile, holes, load, sinks, stream};
 use crate::admin::control::{Control, ControlPort, ReadConfig};
 use crate::admin::{AdminPort, told};
 use crate::config::PipelineConfig;
@@ -26,9 +26,14 @@ pub struct Options {
     /// Stop when every shard is read to its end, as a backfill or a test does.
     #[arg(long)]
     until_caught_up: bool,
-    /// A sink that was taken out of the file and may be given up although it is behind the others.
+    /// A sink that was taken out of the file and may be given up although it is behind the others. Once is
+    /// enough: the removal is recorded.
     #[arg(long, value_name = "NAME")]
     drop_sink: Vec<String>,
+    /// Run what the files say, and give up what was swapped in: the way out where the record of it
+    /// cannot be read.
+    #[arg(long)]
+    files_count: bool,
 }
 
 /// What a run did, for its last line.
@@ -55,6 +60,7 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
     let run_options = RunOptions {
         dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
+        files_count: options.files_count,
         ..RunOptions::new(options.until_caught_up)
     };
     let file = options.pipeline.file.clone();
@@ -67,10 +73,13 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         _ => None,
     };
     let (letters_config, watched) = (config.clone(), config.clone());
+    let dropped_sinks = run_options.dropped_sinks.clone();
     let supervisor = prepare(config, source, run_options).await?;
     // Once the pipeline has ended, no more letters are written.
     let last_letter = CancellationToken::new();
-    let copies = prepare_copies(letters_config, &supervisor, last_letter.clone()).await?;
+    let copied = RunOptions { dropped_sinks, ..RunOptions::new(false) };
+    let copies = prepare_copies(letters_config, &supervisor, last_letter.clone(), copied).await?;
+    holes::say(&watched, &holes::of(&watched, None).await?, console);
     let read_config: ReadConfig = Arc::new(move || load(&file));
     let control = Control {
         swapper: supervisor.swapper(),
@@ -118,6 +127,7 @@ async fn prepare_copies(
     config: PipelineConfig,
     pipeline: &Supervisor,
     last_letter: CancellationToken,
+    options: RunOptions,
 ) -> anyhow::Result<Option<Supervisor>> {
     let folder = pipeline.folder().join("letters");
     let Some(config) = config.for_letters(folder, StoredLetter::columns()) else {
@@ -125,7 +135,7 @@ async fn prepare_copies(
     };
     let (letters, name, limits) = (pipeline.letters(), config.name.clone(), config.source.batch);
     let source = LetterLogSource::new(letters, name, limits, last_letter);
-    prepare(config, Arc::new(source), RunOptions::new(false)).await.map(Some)
+    prepare(config, Arc::new(source), options).await.map(Some)
 }
 
 /// Runs a pipeline and what copies its letters, until both have ended. When one fails, the other is

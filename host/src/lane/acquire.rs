@@ -11,7 +11,7 @@ use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig};
 use crate::plugin::{Plugin, PluginHost};
 use crate::position::{Ledger, Segment, StateStore, TakenOver};
-use crate::record::{Position, ShardKey, SinkName};
+use crate::record::{Position, ShardKey};
 use crate::sink::Acquired;
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
 use crate::stage::Generation;
@@ -48,8 +48,17 @@ impl<'a> Lane<'a> {
             let at = acquired.position.as_ref();
             let TakenOver { epoch, given_up_to } =
                 shared.letters.take_over(&shard, sink.name(), at).await?;
-            let policy = shared.config.on_position_mismatch;
-            let stands = acquired.position.clone().max(given_up_to);
+            let mut stands = acquired.position.clone().max(given_up_to);
+            let mut policy = shared.config.on_position_mismatch;
+            if stands < state.checkpoint {
+                // What it was not given while it was away, it is not given now: the hole is on record.
+                // But what it has promised to write must be read again: its log goes on in no other way.
+                let end = shared.holes.end_around(&shard, sink.name(), stands.as_ref()).await?;
+                match (end, &acquired.must_cut_at) {
+                    (Some(_), Some(_)) => policy = OnPositionMismatch::Sink,
+                    (end, _) => stands = stands.max(end),
+                }
+            }
             let skip_to =
                 agree(&stands, &state.checkpoint, policy).map_err(|(sink_at, checkpoint)| {
                     LaneError::Fatal(mismatch(&shard, config, &sink_at, &checkpoint))
@@ -63,9 +72,12 @@ impl<'a> Lane<'a> {
             .flat_map(|standing| [standing.skip_to.clone(), standing.acquired.must_cut_at.clone()])
             .max()
             .flatten();
-        refuse_lost_sinks(shared, &shard, &known, highest.as_ref())?;
+        // A dead letter of a stage is an outcome: its record was run, and other items of it may be on
+        // their way to a sink. Run by another revision, the letter would hide another item, or the
+        // record would be both a letter and rows.
+        let ran = highest.clone().max(shared.letters.highest_of_stages(&shard).await?);
         let (change, wanted) = Change::begin(shared, &shard, stop);
-        let segments = segments(shared, &wanted, &shard, start.as_ref(), highest.as_ref()).await?;
+        let segments = segments(shared, &wanted, &shard, start.as_ref(), ran.as_ref()).await?;
         let settled = shared.letters.settled_above(&shard, start.as_ref()).await?;
         let abandon = CancellationToken::new();
         let mut unbudgeted_to = Vec::new();
@@ -152,42 +164,20 @@ fn mismatch(
     )
 }
 
-/// A sink that is gone from the configuration while behind the others would lose records.
-fn refuse_lost_sinks(
-    shared: &Shared,
-    shard: &ShardKey,
-    known: &HashMap<SinkName, Position>,
-    highest: Option<&Position>,
-) -> Result<(), LaneError> {
-    let configured = |name: &SinkName| shared.sinks.iter().any(|sink| sink.name() == name);
-    for (name, position) in known {
-        let behind = highest.is_some_and(|highest| position < highest);
-        if behind && !configured(name) && !shared.dropped_sinks.contains(name) {
-            return Err(LaneError::Fatal(format!(
-                "sink {name} is gone from the configuration, but in shard {} it has records only up \
-                 to {position}, behind the other sinks: put it back and let it finish, or start once \
-                 with `--drop-sink {name}` to give them up",
-                shard.shard
-            )));
-        }
-    }
-    Ok(())
-}
-
 /// The generations to run after `start`, the first at work first. A generation that is new for the
-/// shard is recorded at the highest position that any sink has.
+/// shard is recorded after the last record that has an outcome: in a sink, or as a dead letter.
 async fn segments(
     shared: &Shared,
     wanted: &Arc<Generation>,
     shard: &ShardKey,
     start: Option<&Position>,
-    highest: Option<&Position>,
+    ran: Option<&Position>,
 ) -> Result<Vec<ActiveSegment>, LaneError> {
     let mut segments = shared.ledger.segments(shard).await?;
     if segments.last().is_none_or(|last| *last.generation != *wanted.id) {
         let last_from = segments.last().map(|last| last.from_exclusive.clone());
         let from_exclusive = match last_from {
-            Some(last_from) => last_from.max(highest.cloned()),
+            Some(last_from) => last_from.max(ran.cloned()),
             None => None,
         };
         segments.retain(|segment| segment.from_exclusive < from_exclusive);

@@ -8,6 +8,7 @@ mod acquire;
 mod board;
 mod change;
 mod checkpointer;
+pub(crate) mod roster;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -23,7 +24,9 @@ pub use board::{Board, LaneChange, ShardStatus};
 use self::change::{Change, Gap};
 use crate::budget::Budget;
 use crate::config::PipelineConfig;
-use crate::position::{Checkpoints, DeadLetter, DeadLetters, Ledger, LetterKey, StateError};
+use crate::position::{
+    Checkpoints, DeadLetter, DeadLetters, Holes, Ledger, LetterKey, Roster, StateError,
+};
 use crate::record::{Batch, Position, Row, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
@@ -56,6 +59,10 @@ pub struct Shared {
     pub dropped_sinks: HashSet<SinkName>,
     /// Checkpoints.
     pub checkpoints: Checkpoints,
+    /// Which sinks there were.
+    pub roster: Roster,
+    /// What sinks were not given.
+    pub holes: Holes,
     /// Which generation ran from where.
     pub ledger: Ledger,
     /// Dead letters.
@@ -98,6 +105,8 @@ impl Shared {
             sinks,
             dropped_sinks: self.dropped_sinks.clone(),
             checkpoints: self.checkpoints.clone(),
+            roster: self.roster.clone(),
+            holes: self.holes.clone(),
             ledger: self.ledger.clone(),
             letters: self.letters.clone(),
             board: self.board.clone(),

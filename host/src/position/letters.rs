@@ -255,6 +255,31 @@ impl DeadLetters {
             .await
     }
 
+    /// The last record of which a stage has made a letter: it was run, and by the revision of that time.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn highest_of_stages(
+        &self,
+        shard: &ShardKey,
+    ) -> Result<Option<Position>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT sequence, sub_sequence FROM dead_letter
+                     WHERE stream = ?1 AND shard = ?2 AND place GLOB 'stage:*'
+                     ORDER BY sequence DESC, sub_sequence DESC LIMIT 1",
+                )?;
+                let mut rows = query.query((stream, shard))?;
+                match rows.next()? {
+                    Some(row) => position_of(row.get(0)?, row.get(1)?).map(Some),
+                    None => Ok(None),
+                }
+            })
+            .await
+    }
+
     /// The visible letters that a filter means, oldest first, at most `limit`.
     ///
     /// # Errors

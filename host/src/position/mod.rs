@@ -7,18 +7,33 @@
 
 mod checkpoint;
 mod hidden;
+mod holes;
 mod ledger;
 mod letter_log;
 mod letters;
 mod redrive;
+mod roster;
 mod store;
 mod swaps;
 
 pub use checkpoint::{Checkpoints, ShardState};
 pub use hidden::TakenOver;
+pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Ledger, LedgerEntry, Ran, Segment};
 pub use letter_log::LoggedLetter;
 pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter};
-pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives};
+pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives, is_redrive};
+pub use roster::{KnownSinks, Removed, Roster, RosterChange};
 pub use store::{StateError, StateStore};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};
+
+/// A position in reports: as text.
+fn as_text<S: serde::Serializer>(
+    position: &Option<crate::record::Position>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    match position {
+        Some(position) => to.collect_str(position),
+        None => to.serialize_none(),
+    }
+}

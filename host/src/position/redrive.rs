@@ -21,6 +21,8 @@ use crate::record::{
 const SHARD: &str = "redrive-000000000000";
 /// The name of the stream that letters are.
 const STREAM: &str = "letters";
+/// The first number of letters that a redrive made among the items that their record has in a place.
+const OUTPUT_OF_REDRIVE: u32 = 1 << 31;
 /// What its ARN begins with.
 const ARN_PREFIX: &str = "letters:";
 
@@ -47,6 +49,11 @@ impl RedriveId {
             shard: self.shard(),
         }
     }
+}
+
+/// Whether a stream is the letters of a redrive.
+pub fn is_redrive(stream: &StreamIdentity) -> bool {
+    stream.arn.starts_with(ARN_PREFIX)
 }
 
 impl StoredLetter {
@@ -284,17 +291,18 @@ fn finish(
             state.execute("DELETE FROM dead_letter WHERE rowid = ?1", [letter])?;
             continue;
         }
-        // Behind the letters that the same record has there.
+        // After the letters that the same record has there, by a number that no item of a first run has: a
+        // replay counts its items from 0, and would take one of them for this letter.
         state.execute(
             "UPDATE dead_letter AS f SET (stream, shard, sequence, sub_sequence, output) =
                  (SELECT o.stream, o.shard, o.sequence, o.sub_sequence, coalesce((
                      SELECT max(n.output) + 1 FROM dead_letter n
                      WHERE (n.stream, n.shard, n.sequence, n.sub_sequence) =
                          (o.stream, o.shard, o.sequence, o.sub_sequence)
-                         AND n.place = f.place), 0)
+                         AND n.place = f.place AND n.output >= ?3), ?3)
                   FROM dead_letter o WHERE o.rowid = ?2)
              WHERE f.rowid = ?1",
-            (letter, origin),
+            (letter, origin, OUTPUT_OF_REDRIVE),
         )?;
     }
     let mut gone = state.prepare("SELECT letter FROM redrive WHERE id = ?1")?;
@@ -316,7 +324,7 @@ fn finish(
     }
     state.execute("DELETE FROM redrive WHERE id = ?1", [id.0])?;
     // Its positions are of no use to anybody; the ledger's row says when it was.
-    for table in ["shard", "sink_position", "sink_owner", "given_up"] {
+    for table in ["shard", "sink_position", "sink_owner", "given_up", "sink_removed"] {
         state.execute(&format!("DELETE FROM {table} WHERE stream = ?1"), [stream])?;
     }
     Ok(Some(Redriven { letters, failed_again }))

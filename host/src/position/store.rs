@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior};
+use rusqlite::{Connection, OpenFlags, OptionalExtension as _, TransactionBehavior};
 
 use crate::record::{Position, SequenceNumber};
 
@@ -82,7 +82,7 @@ const SCHEMA_5: &str = "
 ";
 
 /// What version 6 has beside version 5, a part for each subject.
-const SCHEMA_6: &[&str] = &[];
+const SCHEMA_6: &[&str] = &[super::holes::SCHEMA, super::roster::SCHEMA];
 
 /// A pipeline's state database; cheap to clone.
 #[derive(Clone)]
@@ -134,6 +134,25 @@ impl StateStore {
         Ok(Self { path: path.into(), connection: Arc::new(Mutex::new(connection)) })
     }
 
+    /// Opens the database of a folder for a command that only asks, if it is there and of this version:
+    /// one of an older version is left as it is, for the process that runs with it.
+    ///
+    /// # Errors
+    /// [`StateError`] as of [`StateStore::open`].
+    pub fn open_as_it_is(folder: &Path) -> Result<Option<Self>, StateError> {
+        let path = folder.join("state.db");
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let found = match path.exists() {
+            true => Connection::open_with_flags(&path, flags).and_then(|own| version(&own)),
+            false => return Ok(None),
+        };
+        match found {
+            Ok(found) if found < SCHEMA_VERSION => Ok(None),
+            // Opening it says what is wrong with it.
+            _ => Self::open(folder).map(Some),
+        }
+    }
+
     /// Runs `work` in one transaction on a blocking thread; it is durable on return.
     ///
     /// # Errors
@@ -179,6 +198,16 @@ impl StateStore {
             found.collect()
         })
         .await
+    }
+
+    /// Something in the database that cannot be read, though the database itself can.
+    pub(super) fn unreadable(
+        &self,
+        action: &'static str,
+        cause: String,
+        way_out: &'static str,
+    ) -> StateError {
+        StateError { path: self.path.display().to_string(), action, cause, way_out }
     }
 
     fn outcome<T>(

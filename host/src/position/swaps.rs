@@ -8,6 +8,7 @@ use rusqlite::OptionalExtension as _;
 use serde::Serialize;
 
 use super::store::{StateError, StateStore, now_ms};
+use crate::record::SinkName;
 use crate::stage::GenerationSpec;
 
 /// What the files described, and what runs instead.
@@ -20,6 +21,19 @@ pub struct Running {
 }
 
 impl Running {
+    /// The same with sinks as they are called now: by their old and new names.
+    pub fn with_renamed<'n>(
+        &self,
+        names: impl IntoIterator<Item = (&'n SinkName, &'n SinkName)>,
+    ) -> Self {
+        let mut renamed = self.clone();
+        for (old, new) in names {
+            renamed.declared.rename_sink(old, new);
+            renamed.running.rename_sink(old, new);
+        }
+        renamed
+    }
+
     /// What is to run now that the files describe `declared`: a stage that they describe as they did
     /// before runs on as it ran, all others as described.
     pub fn carried_over(&self, declared: &GenerationSpec) -> GenerationSpec {
@@ -121,6 +135,13 @@ pub struct NewChange {
     pub after: String,
 }
 
+/// The action of [`Changes::running`], for errors.
+const READ_RUNNING: &str = "read what runs";
+/// The way out where the note of what runs cannot be read.
+const FILES_COUNT: &str = "run the version of shardmill that wrote it, or start once with \
+                           `run --files-count`: what the files say runs then, and what was swapped \
+                           in is given up";
+
 /// The changes of a pipeline.
 #[derive(Clone)]
 pub struct Changes {
@@ -136,22 +157,26 @@ impl Changes {
     /// What runs in place of what the files describe, as last noted.
     ///
     /// # Errors
-    /// [`StateError`] when the database cannot be read.
+    /// [`StateError`] when the database cannot be read, or the note in it: a note that is passed over
+    /// would take back in silence what was swapped in.
     pub async fn running(&self) -> Result<Option<Running>, StateError> {
-        self.store
-            .write("read what runs", |state| {
+        let found = self
+            .store
+            .write(READ_RUNNING, |state| {
                 let mut query = state.prepare("SELECT declared, running FROM running")?;
-                let found: Option<(String, String)> =
-                    query.query_row([], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
-                // What an older version of this program wrote and this one cannot read is forgotten:
-                // the files count then.
-                Ok(found.and_then(|(declared, running)| {
-                    let declared = serde_json::from_str(&declared).ok()?;
-                    let running = serde_json::from_str(&running).ok()?;
-                    Some(Running { declared, running })
-                }))
+                let found = query
+                    .query_row([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)));
+                found.optional()
             })
-            .await
+            .await?;
+        let Some((declared, running)) = found else { return Ok(None) };
+        let read = |json: &str| {
+            serde_json::from_str(json).map_err(|error| {
+                let cause = format!("the record of what runs cannot be read: {error}");
+                self.store.unreadable(READ_RUNNING, cause, FILES_COUNT)
+            })
+        };
+        Ok(Some(Running { declared: read(&declared)?, running: read(&running)? }))
     }
 
     /// Notes what runs, and the change that brought it about, as one step. `undoes` is a change that is
@@ -286,4 +311,28 @@ fn change(row: &rusqlite::Row<'_>) -> rusqlite::Result<Change> {
         outcome: ChangeOutcome::from_str(&outcome).ok_or_else(|| unknown(6, outcome))?,
         reason: row.get(7)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn fault_18_an_unreadable_record_of_what_runs_is_an_error() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = StateStore::open(folder.path()).expect("opened");
+        let changes = Changes::new(store.clone());
+        assert_eq!(changes.running().await.expect("read"), None);
+        for (declared, running) in [("{}", "{}"), ("", "{\"stages\":[]}"), ("{\"stages\":[]}", "[")]
+        {
+            let spoil = move |state: &rusqlite::Transaction<'_>| {
+                state.execute("DELETE FROM running", [])?;
+                state.execute("INSERT INTO running VALUES (?1, ?2)", (declared, running))
+            };
+            store.write("spoil", spoil).await.expect("spoilt");
+            let error = changes.running().await.expect_err("unreadable").to_string();
+            assert!(error.contains("the record of what runs cannot be read"), "{error}");
+            assert!(error.contains("--files-count"), "{error}");
+        }
+    }
 }

@@ -110,6 +110,18 @@ impl GenerationSpec {
         self.stages.iter().find(|stage| stage.name == *name)
     }
 
+    /// Lets it name a sink that was renamed; false: it does not name that sink.
+    pub fn rename_sink(&mut self, old: &SinkName, new: &SinkName) -> bool {
+        let bound = self.stages.iter_mut().flat_map(|stage| stage.routes.values_mut());
+        let names = bound.flatten().chain(&mut self.source_sinks);
+        let mut renamed = false;
+        for name in names.filter(|name| *name == old) {
+            *name = new.clone();
+            renamed = true;
+        }
+        renamed
+    }
+
     /// The digests of all its components.
     pub fn digests(&self) -> impl Iterator<Item = &str> {
         self.stages.iter().flat_map(|stage| {

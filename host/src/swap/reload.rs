@@ -192,7 +192,12 @@ impl Inner {
         })
         .await?;
         let declared = described.spec.clone();
-        let running = setup.running.carried_over(&declared);
+        // A sink that is called otherwise is no reason to take back what was swapped in.
+        let renamed = config
+            .sinks
+            .iter()
+            .filter_map(|sink| Some((&sink.renamed_from.as_ref()?.value, &sink.name.value)));
+        let running = setup.running.with_renamed(renamed).carried_over(&declared);
         let next = match running == declared {
             true => described,
             false => {

@@ -1,0 +1,434 @@
+//! What becomes of sinks that are gone, came back, or were renamed since the pipeline ran last: decided
+//! for all shards at once, before a lane reads a record.
+//!
+//! | the sink | what is known of it | what happens |
+//! |---|---|---|
+//! | gone, nowhere behind the others | its positions | removed: they count no more |
+//! | gone, behind the others | its positions | stop, unless the removal is allowed (`--drop-sink`) |
+//! | there again | where it was when it was removed | it starts at the checkpoint; the gap is a hole |
+//! | new, with `renamed_from` | the old name | all that is kept moves to the new name |
+//! | new, where a sink's rows go that is gone and ahead | its destination | stop: rows would be doubled |
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+
+use super::Shared;
+use crate::config::{PipelineConfig, SinkConfig};
+use crate::position::{
+    Checkpoints, Hole, KnownSinks, Roster, RosterChange, ShardState, StateStore, is_redrive,
+};
+use crate::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
+use crate::sink::Sink;
+use crate::source::ShardSource;
+use crate::swap::BuildSinks;
+
+/// Shards that an error names.
+const SHARDS_SHOWN: usize = 3;
+
+/// Positions by shard.
+type Stands = BTreeMap<ShardId, Option<Position>>;
+
+/// Settles which sinks there are, so that lanes may begin with those of `next`. `before` are the sinks of
+/// lanes that have ended just now.
+///
+/// # Errors
+/// What a person must decide, or a destination or the state that is out of reach; nothing was changed
+/// then.
+pub(crate) async fn settle(
+    next: &Shared,
+    stream: &StreamIdentity,
+    before: Option<&Shared>,
+    build: &BuildSinks,
+) -> anyhow::Result<()> {
+    let key = keys(&next.config, stream);
+    let configured: BTreeSet<&SinkName> = next.sinks.iter().map(|sink| sink.name()).collect();
+    // A redrive has positions of its own. Which sinks there are is the pipeline's to record.
+    let is_pipeline = !is_redrive(stream);
+    let known = next.roster.known(stream).await?;
+    let shards = next.checkpoints.shards(stream).await?;
+    let gone: Vec<SinkName> = match is_pipeline {
+        true => known.names(),
+        false => known.positions.keys().collect(),
+    }
+    .into_iter()
+    .filter(|name| !configured.contains(*name) && !is_removed(&known, name))
+    .cloned()
+    .collect();
+
+    let mut change = RosterChange::default();
+    if is_pipeline {
+        refuse_doubled(next, &known, &shards, build, &key).await?;
+        let returned = next.sinks.iter().filter(|sink| known.removed.contains_key(sink.name()));
+        for sink in returned {
+            let own = stands(&**sink, &shards, &key).await?;
+            change.holes.extend(holes(sink.name(), &known, &shards, &own, &key));
+            change.returned.push(sink.name().clone());
+        }
+        change.destinations = next.config.sinks.iter().map(noted).collect();
+    }
+    if !gone.is_empty() {
+        let mut highest = Stands::new();
+        for sink in &next.sinks {
+            let own = stands(&**sink, &shards, &key).await?;
+            for (shard, at) in own {
+                let stored = known.stands(sink.name(), &shard).cloned();
+                let best = highest.entry(shard).or_default();
+                *best = best.take().max(at).max(stored);
+            }
+        }
+        for name in gone {
+            let running = before
+                .and_then(|shared| shared.sinks.iter().find(|sink| *sink.name() == name).cloned());
+            let mut own = match running {
+                Some(sink) => stands(&*sink, &shards, &key).await?,
+                None => Stands::new(),
+            };
+            for (shard, state) in &shards {
+                let stored = known.stands(&name, shard).cloned();
+                let at = own.entry(shard.clone()).or_default();
+                // A sink without a position of a shard would have begun it at the checkpoint.
+                *at = at.take().max(stored).or_else(|| state.checkpoint.clone());
+            }
+            let behind = behind(&own, &highest);
+            if !behind.is_empty() && !next.dropped_sinks.contains(&name) {
+                bail!(lost(&name, &behind, renamed_to(&name, &known, &next.config.sinks)));
+            }
+            change.removed.push((name, own));
+        }
+    }
+    for (name, _) in &change.removed {
+        tracing::warn!(sink = %name, "removed: its positions do not count any more");
+    }
+    for hole in &change.holes {
+        let from = hole.from_exclusive.as_ref().map(tracing::field::display);
+        let to = hole.to_inclusive.as_ref().map(tracing::field::display);
+        tracing::warn!(sink = hole.sink.as_ref().map(tracing::field::display),
+            shard = %hole.shard.shard, from, to, why = hole.why, "recorded a hole");
+    }
+    next.roster.record(stream, change).await?;
+    Ok(())
+}
+
+/// A sink with where its rows go, to be noted.
+fn noted(sink: &SinkConfig) -> (SinkName, String) {
+    (sink.name.value.clone(), sink.kind.destination().unwrap_or_default())
+}
+
+/// Whether a sink's removal is on record and it has no position since.
+fn is_removed(known: &KnownSinks, name: &SinkName) -> bool {
+    known.removed.contains_key(name) && !known.positions.contains_key(name)
+}
+
+/// Where a sink says that it stands in each shard that may still move.
+async fn stands(
+    sink: &dyn Sink,
+    shards: &HashMap<ShardId, ShardState>,
+    key: &impl Fn(&ShardId) -> ShardKey,
+) -> anyhow::Result<Stands> {
+    let mut stands = Stands::new();
+    for shard in shards.keys() {
+        stands.insert(shard.clone(), sink.position(&key(shard)).await?);
+    }
+    Ok(stands)
+}
+
+/// The shards in which a sink has less than another: with its position and the other's.
+fn behind(own: &Stands, highest: &Stands) -> Vec<(ShardId, Option<Position>, Position)> {
+    let behind = own.iter().filter_map(|(shard, at)| {
+        let highest = highest.get(shard)?.as_ref()?;
+        (at.as_ref() < Some(highest)).then(|| (shard.clone(), at.clone(), highest.clone()))
+    });
+    behind.collect()
+}
+
+/// The sink that has taken the place of one that is gone, if one has: it is new, and its rows go there.
+fn renamed_to<'c>(
+    gone: &SinkName,
+    known: &KnownSinks,
+    sinks: &'c [SinkConfig],
+) -> Option<&'c SinkName> {
+    let destination = known.destinations.get(gone).filter(|there| !there.is_empty())?;
+    let mut new = sinks.iter().filter(|sink| !known.names().contains(&sink.name.value));
+    let same = new.find(|sink| sink.kind.destination().as_ref() == Some(destination))?;
+    Some(&same.name.value)
+}
+
+/// The error for a sink that is gone while it is behind the others.
+fn lost(
+    name: &SinkName,
+    behind: &[(ShardId, Option<Position>, Position)],
+    renamed_to: Option<&SinkName>,
+) -> String {
+    let mut text =
+        format!("sink {name} is gone from the configuration, but it is behind the other sinks: ");
+    for (place, (shard, at, highest)) in behind.iter().take(SHARDS_SHOWN).enumerate() {
+        let comma = if place == 0 { "" } else { ", " };
+        // Writing into a String cannot fail.
+        let _ = match at {
+            Some(at) => {
+                write!(text, "{comma}in shard {shard} it has records only up to {at} of {highest}")
+            }
+            None => {
+                write!(text, "{comma}in shard {shard} it has no records, others up to {highest}")
+            }
+        };
+    }
+    if behind.len() > SHARDS_SHOWN {
+        let _ = write!(text, ", and so on in {} more shards", behind.len() - SHARDS_SHOWN);
+    }
+    if let Some(new) = renamed_to {
+        let _ = write!(
+            text,
+            "; sink {new} is new and writes to the same place: if it is the same sink, add \
+             renamed_from = \"{name}\" to it"
+        );
+    }
+    let _ = write!(
+        text,
+        "; put it back and let it finish, or start once with `--drop-sink {name}` to give these records up"
+    );
+    text
+}
+
+/// What a sink that came back was not given while it was away, in each shard that was begun.
+fn holes(
+    name: &SinkName,
+    known: &KnownSinks,
+    shards: &HashMap<ShardId, ShardState>,
+    own: &Stands,
+    key: &impl Fn(&ShardId) -> ShardKey,
+) -> Vec<Hole> {
+    let Some(removed) = known.removed.get(name) else { return Vec::new() };
+    let since = chrono::DateTime::from_timestamp_millis(removed.removed_ms);
+    let since = since.map(|at| at.format("%Y-%m-%dT%H:%M:%SZ").to_string()).unwrap_or_default();
+    let mut holes = Vec::new();
+    for (shard, state) in shards {
+        // A shard that was begun meanwhile is missing from its beginning on.
+        let was = removed.at.get(shard).cloned().flatten();
+        let from_exclusive = own.get(shard).cloned().flatten().or(was);
+        let Some(to) = state.checkpoint.clone().filter(|to| from_exclusive.as_ref() < Some(to))
+        else {
+            continue;
+        };
+        holes.push(Hole {
+            sink: Some(name.clone()),
+            shard: key(shard),
+            from_exclusive,
+            to_inclusive: Some(to),
+            why: format!("it was removed at {since} and has come back since"),
+        });
+    }
+    holes.sort_by(|one, two| one.shard.shard.cmp(&two.shard.shard));
+    holes
+}
+
+/// Moves what is kept under the old names of sinks that say so. Comes before anything that is kept is read:
+/// what runs, and what ran, is stored with the sinks' names.
+///
+/// # Errors
+/// Where both names have positions, or the new one writes elsewhere; or what is out of reach.
+pub(crate) async fn rename(
+    config: &PipelineConfig,
+    sinks: &[Arc<dyn Sink>],
+    state: &StateStore,
+    source: &dyn ShardSource,
+    stream: &StreamIdentity,
+) -> anyhow::Result<()> {
+    if is_redrive(stream) || config.sinks.iter().all(|sink| sink.renamed_from.is_none()) {
+        return Ok(());
+    }
+    let (roster, key) = (Roster::new(state.clone()), keys(config, stream));
+    let known = roster.known(stream).await?;
+    for (sink, config) in sinks.iter().zip(&config.sinks) {
+        let Some(old) = config.renamed_from.as_ref().map(|old| &old.value) else { continue };
+        let new = &config.name.value;
+        if known.names().contains(new) {
+            // It was moved before, and the key is still there; unless both have run.
+            if known.names().contains(old) && !is_removed(&known, old) {
+                bail!(
+                    "sink {new} cannot go on as sink {old} (renamed_from): both have run, and have \
+                     positions of their own; leave `renamed_from` out, or put sink {old} back"
+                );
+            }
+            continue;
+        }
+        if let (Some(was), Some(is)) = (known.destinations.get(old), config.kind.destination())
+            && *was != is
+            && !was.is_empty()
+        {
+            bail!(
+                "sink {new} cannot go on as sink {old} (renamed_from): rows of {old} went to {was}, those \
+                 of {new} go to {is}; rename first, start once, then change where the rows go"
+            );
+        }
+        // At the destination first: that can be done again where it is broken off.
+        let listed = source.shards().await.context("cannot look for shards")?;
+        let listed = listed.into_iter().map(|shard| shard.id);
+        let begun = Checkpoints::new(state.clone()).shards(stream).await?;
+        let shards: BTreeSet<ShardId> = begun.into_keys().chain(listed).collect();
+        for shard in &shards {
+            sink.adopt(old, &key(shard)).await?;
+        }
+        roster.rename(old, new).await?;
+        tracing::warn!(from = %old, to = %new, "a sink was renamed: it goes on where it was");
+    }
+    Ok(())
+}
+
+/// What a shard's positions are kept under.
+fn keys(config: &PipelineConfig, stream: &StreamIdentity) -> impl Fn(&ShardId) -> ShardKey + use<> {
+    let (pipeline, stream) = (config.name.clone(), Arc::new(stream.clone()));
+    move |shard| ShardKey {
+        pipeline: pipeline.clone(),
+        stream: stream.clone(),
+        shard: shard.clone(),
+    }
+}
+
+/// Refuses a new name on the destination of another sink that has more there than the new one would begin
+/// with: these rows would come twice.
+async fn refuse_doubled(
+    next: &Shared,
+    known: &KnownSinks,
+    shards: &HashMap<ShardId, ShardState>,
+    build: &BuildSinks,
+    key: &impl Fn(&ShardId) -> ShardKey,
+) -> anyhow::Result<()> {
+    for (sink, config) in next.sinks.iter().zip(&next.config.sinks) {
+        let name = sink.name();
+        let Some(destination) = config.kind.destination() else { continue };
+        if known.destinations.get(name) == Some(&destination) {
+            continue;
+        }
+        for old in earlier(known, name, &destination, &next.config.sinks) {
+            if next.dropped_sinks.contains(old) {
+                continue;
+            }
+            let alias = as_named(next, config, old, build)?;
+            let (theirs, own) =
+                (stands(&*alias, shards, key).await?, stands(&**sink, shards, key).await?);
+            for (shard, state) in shards {
+                let stored = known.stands(old, shard).cloned();
+                let ahead = theirs.get(shard).cloned().flatten().max(stored);
+                let own = own.get(shard).cloned().flatten();
+                let own = own.or_else(|| known.stands(name, shard).cloned());
+                let begins = own.max(state.checkpoint.clone());
+                if ahead <= begins {
+                    continue;
+                }
+                let at = ahead.map(|at| at.to_string()).unwrap_or_default();
+                let begins = match begins {
+                    Some(begins) => format!("after {begins}"),
+                    None => "at its beginning".to_owned(),
+                };
+                bail!(
+                    "sink {name} is new where sink {old} has written, which does not write there any more: in shard \
+                     {shard}, {old} has records up to {at}, and {name} would begin {begins} and write them \
+                     again. If it is the same sink, add renamed_from = \"{old}\" to sink {name}; else put \
+                     sink {old} back, or start once with `--drop-sink {old}` to have these records twice"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sinks of other names whose rows went to a destination, and do not go there any more.
+fn earlier<'k>(
+    known: &'k KnownSinks,
+    name: &SinkName,
+    destination: &str,
+    sinks: &[SinkConfig],
+) -> Vec<&'k SinkName> {
+    let there = known.destinations.iter().filter(|(_, there)| *there == destination);
+    let goes_on = |other: &SinkName| {
+        let own = sinks.iter().find(|sink| sink.name.value == *other);
+        own.is_some_and(|own| own.kind.destination().as_deref() == Some(destination))
+    };
+    there.map(|(other, _)| other).filter(|other| *other != name && !goes_on(other)).collect()
+}
+
+/// A sink under another name, to ask how far that is.
+fn as_named(
+    next: &Shared,
+    sink: &SinkConfig,
+    name: &SinkName,
+    build: &BuildSinks,
+) -> anyhow::Result<Arc<dyn Sink>> {
+    let mut config = next.config.clone();
+    let mut own = sink.clone();
+    own.name.value = name.clone();
+    config.sinks = vec![own];
+    build(&config)?.pop().context("no sink was made")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::Removed;
+    use crate::record::SequenceNumber;
+
+    fn at(sequence: u64) -> Option<Position> {
+        Some(Position { sequence: SequenceNumber::from(sequence), sub_sequence: 0 })
+    }
+
+    fn key(shard: &ShardId) -> ShardKey {
+        let stream = StreamIdentity { name: "s".into(), arn: "s".into(), created_ms: 0 };
+        ShardKey { pipeline: "p".into(), stream: stream.into(), shard: shard.clone() }
+    }
+
+    #[test]
+    fn fault_04_a_sink_that_is_gone_is_behind_where_another_has_more() {
+        let stands = |at: [Option<Position>; 3]| -> Stands {
+            ["a", "b", "c"].map(ShardId::from).into_iter().zip(at).collect()
+        };
+        for (own, highest, due) in [
+            ([at(5), at(9), None], [at(5), at(9), None], vec![]),
+            ([at(5), at(9), None], [at(6), at(9), None], vec!["a"]),
+            ([at(5), at(10), None], [at(5), at(9), at(1)], vec!["c"]),
+            ([None, None, None], [None, None, None], vec![]),
+        ] {
+            let behind = behind(&stands(own), &stands(highest));
+            let found: Vec<&str> = behind.iter().map(|(shard, _, _)| shard.as_str()).collect();
+            assert_eq!(found, due);
+        }
+    }
+
+    #[test]
+    fn fault_04_the_gap_of_a_sink_that_came_back_is_a_hole() {
+        let name = SinkName::from("mart");
+        let state =
+            |checkpoint: Option<Position>| ShardState { checkpoint, ..ShardState::default() };
+        // Where it was when it was removed (`None`: the shard was begun later), where it stands itself,
+        // the checkpoint, and where the hole begins.
+        for (was, stands, checkpoint, due) in [
+            (Some(at(5)), at(5), at(9), Some(at(5))),
+            // The state lagged when it was removed.
+            (Some(at(5)), at(7), at(9), Some(at(7))),
+            (Some(at(5)), at(9), at(9), None),
+            (Some(at(5)), at(12), at(9), None),
+            // It keeps no position itself.
+            (Some(at(5)), None, at(9), Some(at(5))),
+            (Some(None), None, at(9), Some(None)),
+            (None, None, at(9), Some(None)),
+            (Some(at(5)), at(5), None, None),
+        ] {
+            let shard = ShardId::from("shard");
+            let mut known = KnownSinks::default();
+            let at = was.clone().map(|at| (shard.clone(), at)).into_iter().collect();
+            known.removed.insert(name.clone(), Removed { removed_ms: 1_000, at });
+            let shards = [(shard.clone(), state(checkpoint.clone()))].into();
+            let own = [(shard, stands.clone())].into();
+            let holes = holes(&name, &known, &shards, &own, &key);
+            let found = holes.first().map(|hole| hole.from_exclusive.clone());
+            assert_eq!(found, due, "{was:?} {stands:?} {checkpoint:?}");
+            for hole in holes {
+                assert_eq!(hole.to_inclusive, checkpoint);
+                assert!(hole.why.contains("1970-01-01T00:00:01Z"), "{}", hole.why);
+            }
+        }
+    }
+}
