@@ -7,5 +7,5 @@ mod canary;
 mod kills;
 mod refused;
 mod reloads;
-mod rig;
+pub mod rig;
 mod swaps;
