@@ -271,6 +271,7 @@ impl Supervisor {
 /// The lanes that run.
 struct Lanes {
     shared: Arc<Shared>,
+    state: StateStore,
     build_sinks: BuildSinks,
     stream: Arc<StreamIdentity>,
     stop: CancellationToken,
