@@ -30,7 +30,8 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
             }
             SinkKind::Redshift(target) => Arc::new(RedshiftSink::new(name, target)?),
             SinkKind::Kinesis(target) => {
-                Arc::new(KinesisSink::new(name, target.clone(), config.state_dir.clone()))
+                let sink = KinesisSink::new(name, target.clone(), config.state_dir.clone());
+                Arc::new(sink.with_timing(config.timing))
             }
             SinkKind::Http(target) => Arc::new(HttpSink::new(name, target.clone())?),
         });

@@ -198,12 +198,8 @@ pub(crate) async fn source(
             }
         },
     };
-    let client = client::connect(client::Server::of(
-        &kinesis.server,
-        Some(&kinesis.stream.value),
-        url.as_ref(),
-    ))
-    .await?;
+    let server = client::Server::of(&kinesis.server, Some(&kinesis.stream.value), url.as_ref());
+    let client = client::connect(server.with_timing(&config.timing)).await?;
     ensure(&client, kinesis).await?;
     let source = KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
     Ok((Arc::new(source), started))
@@ -222,12 +218,8 @@ pub(crate) async fn intake_client(
         (Endpoint::Embedded, Some(started)) => Some(started.url().clone()),
         (Endpoint::Embedded, None) => Some(embedded_url(&config.state_dir)?),
     };
-    Ok(client::connect(client::Server::of(
-        &kinesis.server,
-        Some(&kinesis.stream.value),
-        url.as_ref(),
-    ))
-    .await?)
+    let server = client::Server::of(&kinesis.server, Some(&kinesis.stream.value), url.as_ref());
+    Ok(client::connect(server.with_timing(&config.timing)).await?)
 }
 
 /// Creates the pipeline's stream when it is missing and `create` is set.

@@ -99,18 +99,20 @@ impl Committer {
             .with_jitter()
             .build();
         let committed = loop {
-            let error = match self.writer.commit(&commit, &self.refusals).await {
+            let calls = self.writer.calls();
+            let attempt = self.writer.commit(&commit, &self.refusals);
+            let error = match shown(attempt, calls, &self.context, &self.publish).await {
                 Ok(committed) => break committed,
                 Err(error @ SinkError::Fenced { .. }) => return Err(error),
                 Err(error) => error,
             };
             metrics::counter!("shardmill_sink_retries_total", "sink" => sink.clone()).increment(1);
-            self.block(&error);
+            block(&self.context, &self.publish, &error);
             if self.patience_is_over(&error) {
                 match self.give_up(&commit, &error).await {
                     Ok(()) => return Ok(()),
                     Err(fenced @ SinkError::Fenced { .. }) => return Err(fenced),
-                    Err(error) => self.block(&error),
+                    Err(error) => block(&self.context, &self.publish, &error),
                 }
             }
             let pause = pauses.next().unwrap_or(pause_max);
@@ -182,19 +184,37 @@ impl Committer {
         self.publish.send_modify(|progress| progress.position = Some(to.clone()));
         Ok(())
     }
+}
 
-    fn block(&self, error: &SinkError) {
-        let context = &self.context;
-        self.publish.send_if_modified(|progress| {
-            let cause = Some(error.to_string());
-            let changed = progress.blocked != cause;
-            if changed {
-                tracing::warn!(shard = %context.shard.shard, %error, "blocked; trying again");
-                progress.blocked = cause;
-            }
-            changed
-        });
+/// Waits for an attempt, and shows it as blocked while it is without an answer for long. Every call has
+/// a deadline of its own, but what is tried again behind it may have many.
+async fn shown<T>(
+    attempt: impl Future<Output = T>,
+    calls: &'static str,
+    context: &DeliveryContext,
+    publish: &watch::Sender<Progress>,
+) -> T {
+    let after = context.timing.call_blocked_after;
+    tokio::pin!(attempt);
+    tokio::select! {
+        done = &mut attempt => return done,
+        () = tokio::time::sleep(after) => {}
     }
+    let cause = format!("no answer to {calls} for more than {}", humantime::format_duration(after));
+    block(context, publish, &SinkError::Unavailable { sink: context.sink.clone(), cause });
+    attempt.await
+}
+
+fn block(context: &DeliveryContext, publish: &watch::Sender<Progress>, error: &SinkError) {
+    publish.send_if_modified(|progress| {
+        let cause = Some(error.to_string());
+        let changed = progress.blocked != cause;
+        if changed {
+            tracing::warn!(shard = %context.shard.shard, %error, "blocked; trying again");
+            progress.blocked = cause;
+        }
+        changed
+    });
 }
 
 /// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or

@@ -17,7 +17,7 @@ use super::progress::Progress;
 use super::{
     Acquired, BoundRoute, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
 };
-use crate::config::{Endpoint, StreamTarget};
+use crate::config::{Endpoint, StreamTarget, Timing};
 use crate::record::{Position, Row, ShardKey, SinkName};
 use crate::source::client::{self, Server};
 use crate::source::producer::{
@@ -37,13 +37,19 @@ pub struct KinesisSink {
     name: SinkName,
     target: StreamTarget,
     state_dir: PathBuf,
+    timing: Timing,
     client: OnceCell<Client>,
 }
 
 impl KinesisSink {
     /// A sink on a stream. Connects to nothing yet. `state_dir` is where an embedded stream is found.
     pub fn new(name: SinkName, target: StreamTarget, state_dir: PathBuf) -> Self {
-        Self { name, target, state_dir, client: OnceCell::new() }
+        Self { name, target, state_dir, timing: Timing::default(), client: OnceCell::new() }
+    }
+
+    /// The same with the deadlines of a pipeline.
+    pub fn with_timing(self, timing: Timing) -> Self {
+        Self { timing, ..self }
     }
 
     async fn client(&self) -> Result<&Client, SinkError> {
@@ -61,6 +67,7 @@ impl KinesisSink {
             })?),
         };
         let server = Server::of(&self.target.server, Some(&self.target.stream), url.as_ref());
+        let server = server.with_timing(&self.timing);
         client::connect(server).await.map_err(|error| self.unavailable(error))
     }
 
@@ -199,6 +206,10 @@ impl KinesisWriter {
 
 #[async_trait]
 impl SinkWriter for KinesisWriter {
+    fn calls(&self) -> &'static str {
+        "PutRecords"
+    }
+
     async fn commit(
         &mut self,
         commit: &Commit,

@@ -191,6 +191,11 @@ pub trait SinkWriter: Send {
         None
     }
 
+    /// The calls that a commit makes, for when they are without an answer.
+    fn calls(&self) -> &'static str {
+        "the commit"
+    }
+
     /// Writes the rows and moves the position, as one durable step. After an error nothing of the
     /// commit is visible, and the same commit may be tried again: a commit whose reply was lost and
     /// that did land is recognised by its position and answered as done.

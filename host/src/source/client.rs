@@ -1,23 +1,31 @@
 //! A connection to a server that speaks the Kinesis API.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
 use aws_config::sts::AssumeRoleProvider;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_kinesis::Client;
+use aws_sdk_kinesis::config::interceptors::BeforeDeserializationInterceptorContextRef;
 use aws_sdk_kinesis::config::{
-    Credentials, ProvideCredentials as _, Region, SharedCredentialsProvider,
+    ConfigBag, Credentials, Intercept, ProvideCredentials, Region, RuntimeComponents,
+    SharedCredentialsProvider, StalledStreamProtectionConfig,
 };
-use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
-use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
+use aws_sdk_kinesis::error::{BoxError, ProvideErrorMetadata, SdkError};
+use aws_sdk_kinesis::primitives::{DateTime, DateTimeFormat};
 
-use super::SourceError;
-use crate::config::{AssumeRole, Endpoint, StreamServer};
+use super::{SourceError, silence};
+use crate::config::{AssumeRole, Endpoint, StreamServer, Timing};
 use crate::record::StreamRef;
 
 /// The region that servers other than AWS are told.
 const OTHER_REGION: &str = "us-east-1";
+/// The standard chain asks several places for credentials and a region, some of them programs.
+const LOGIN_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Which server, and as whom.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Server<'a> {
     /// Its address; `None` is AWS.
     pub url: Option<&'a url::Url>,
@@ -25,6 +33,15 @@ pub struct Server<'a> {
     pub region: Option<&'a str>,
     /// The role to assume; `None`: whoever the standard chain of credentials says.
     pub assume_role: Option<&'a AssumeRole>,
+    /// Silence after which an attempt of a call counts as failed.
+    pub silence_max: Duration,
+}
+
+impl Default for Server<'_> {
+    fn default() -> Self {
+        let silence_max = Timing::default().kinesis_silence_max;
+        Self { url: None, region: None, assume_role: None, silence_max }
+    }
 }
 
 impl<'a> Server<'a> {
@@ -40,7 +57,13 @@ impl<'a> Server<'a> {
             url,
             region: server.region.as_deref().or(stream.and_then(StreamRef::region)),
             assume_role: server.assume_role.as_ref().filter(|_| !is_embedded),
+            ..Self::default()
         }
+    }
+
+    /// The same with the deadlines of a pipeline.
+    pub fn with_timing(self, timing: &Timing) -> Self {
+        Self { silence_max: timing.kinesis_silence_max, ..self }
     }
 
     /// A server that is not AWS and checks no credentials.
@@ -56,10 +79,11 @@ impl<'a> Server<'a> {
 /// [`SourceError::NoRegion`], [`SourceError::NoCredentials`] and [`SourceError::NoRole`], which say
 /// what to set.
 pub async fn connect(server: Server<'_>) -> Result<Client, SourceError> {
-    let http = aws_smithy_http_client::Builder::new()
-        .tls_provider(Provider::Rustls(CryptoMode::Ring))
-        .build_https();
-    let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http);
+    let http = silence::http_client(server.silence_max);
+    // Our deadlines alone count: they can be set.
+    let mut loader = aws_config::defaults(BehaviorVersion::latest())
+        .http_client(http)
+        .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
     if let Some(region) = server.region {
         loader = loader.region(Region::new(region.to_owned()));
     }
@@ -77,19 +101,25 @@ pub async fn connect(server: Server<'_>) -> Result<Client, SourceError> {
             loader = loader.region(Region::new(OTHER_REGION));
         }
     }
-    let mut config = loader.load().await;
+    let login_wait_max = LOGIN_WAIT_MAX.max(server.silence_max);
+    let late = |_| SourceError::NoCredentials {
+        cause: format!(
+            "region and credentials were not found within {}",
+            humantime::format_duration(login_wait_max)
+        ),
+    };
+    let mut config = tokio::time::timeout(login_wait_max, loader.load()).await.map_err(late)?;
     if config.region().is_none() {
         return Err(SourceError::NoRegion);
     }
     let provider = config
         .credentials_provider()
         .ok_or_else(|| SourceError::NoCredentials { cause: "no provider is set up".into() })?;
-    provider
-        .provide_credentials()
+    log_in(&provider, login_wait_max)
         .await
-        .map_err(|error| SourceError::NoCredentials { cause: causes(&error) })?;
+        .map_err(|cause| SourceError::NoCredentials { cause })?;
     if let Some(role) = server.assume_role {
-        let provider = assume(role, &config).await?;
+        let provider = assume(role, &config, login_wait_max).await?;
         config = config.into_builder().credentials_provider(provider).build();
     }
     // The address is of Kinesis alone: STS has its own.
@@ -105,6 +135,7 @@ pub async fn connect(server: Server<'_>) -> Result<Client, SourceError> {
 async fn assume(
     role: &AssumeRole,
     config: &SdkConfig,
+    wait_max: Duration,
 ) -> Result<SharedCredentialsProvider, SourceError> {
     let mut builder =
         AssumeRoleProvider::builder(&role.arn).session_name(&role.session_name).configure(config);
@@ -112,11 +143,60 @@ async fn assume(
         builder = builder.external_id(external_id);
     }
     let provider = SharedCredentialsProvider::new(builder.build().await);
-    provider
-        .provide_credentials()
+    log_in(&provider, wait_max)
         .await
-        .map_err(|error| SourceError::NoRole { role: role.arn.clone(), cause: causes(&error) })?;
+        .map_err(|cause| SourceError::NoRole { role: role.arn.clone(), cause })?;
     Ok(provider)
+}
+
+/// Asks for credentials once. Some come from programs, which may hang.
+async fn log_in(provider: &SharedCredentialsProvider, wait_max: Duration) -> Result<(), String> {
+    match tokio::time::timeout(wait_max, provider.provide_credentials()).await {
+        Ok(provided) => provided.map(drop).map_err(|error| causes(&error)),
+        Err(_) => Err(format!("no answer within {}", humantime::format_duration(wait_max))),
+    }
+}
+
+/// The time at which a server answered a call, by its own clock: an interceptor of that call. The
+/// clock of this host decides nothing, for it may be wrong.
+#[derive(Clone, Debug)]
+pub struct AnswerDate(Arc<AtomicI64>);
+
+/// No answer with a date has come.
+const NO_DATE: i64 = i64::MIN;
+
+impl Default for AnswerDate {
+    fn default() -> Self {
+        Self(Arc::new(AtomicI64::new(NO_DATE)))
+    }
+}
+
+impl AnswerDate {
+    /// The `Date` of the last answer, in milliseconds since 1970: whole seconds, rounded down. `None`:
+    /// the server did not say.
+    pub fn ms(&self) -> Option<i64> {
+        let date_ms = self.0.load(Ordering::Relaxed);
+        (date_ms != NO_DATE).then_some(date_ms)
+    }
+}
+
+impl Intercept for AnswerDate {
+    fn name(&self) -> &'static str {
+        "AnswerDate"
+    }
+
+    fn read_before_deserialization(
+        &self,
+        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        _components: &RuntimeComponents,
+        _config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let date = context.response().headers().get("date");
+        let date = date.and_then(|date| DateTime::from_str(date, DateTimeFormat::HttpDate).ok());
+        let date_ms = date.and_then(|date| date.secs().checked_mul(1_000)).unwrap_or(NO_DATE);
+        self.0.store(date_ms, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 /// What went wrong in a call, as far as it decides what to do.

@@ -7,7 +7,7 @@ use aws_sdk_kinesis::Client;
 use url::Url;
 
 use super::super::{DEFAULT_PIPELINE, load};
-use crate::config::{Endpoint, StreamServer};
+use crate::config::{Endpoint, StreamServer, Timing};
 use crate::record::StreamRef;
 use crate::source::{client, embedded};
 
@@ -35,6 +35,7 @@ pub struct Place {
 pub(super) struct Target {
     stream: Option<StreamRef>,
     server: StreamServer,
+    timing: Timing,
     pub state_dir: PathBuf,
 }
 
@@ -61,6 +62,7 @@ impl Place {
         Ok(Target {
             stream,
             server: StreamServer { endpoint, region, assume_role },
+            timing: pipeline.as_ref().map(|it| it.timing).unwrap_or_default(),
             state_dir: self
                 .state_dir
                 .clone()
@@ -77,7 +79,7 @@ impl Place {
             Endpoint::Embedded => Some(embedded_url(&target.state_dir)?),
         };
         let server = client::Server::of(&target.server, target.stream.as_ref(), url.as_ref());
-        let client = client::connect(server).await?;
+        let client = client::connect(server.with_timing(&target.timing)).await?;
         Ok((target, client))
     }
 }
