@@ -8,27 +8,30 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::budget::Budget;
-use crate::config::PipelineConfig;
+use crate::config::{OnLostRecords, PipelineConfig, StartPosition};
 use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, SINK_BUFFERS, Shared, roster};
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
 use crate::plugin::PluginHost;
 use crate::position::{
-    Changes, Checkpoints, DeadLetters, Holes, Ledger, Roster, Running, StateStore,
+    Changes, Checkpoints, DeadLetters, Hole, Holes, Ledger, Look, Roster, Running, StateStore,
 };
-use crate::record::{ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
+use crate::record::{ShardId, ShardKey, SinkName, StreamIdentity};
 use crate::sink::Sink;
-use crate::source::{ShardSource, SourceError, lineage};
+use crate::source::connection::count_loss;
+use crate::source::{Plan, ShardSource, SourceError, Waiting, lineage};
 use crate::stage::{Generation, GenerationSpec, Samples, StageSpec};
 use crate::swap::{BuildSinks, Swapper, SwapperParts, TakeOver};
 
-/// The pause before they are looked for again, should that fail while no lane runs.
-const DISCOVERY_PAUSE: Duration = Duration::from_millis(500);
+/// The part of a run that looks for shards to read.
+const SHARDS: &str = "shards";
 
 /// What a run is told beside its configuration.
 pub struct RunOptions {
@@ -211,9 +214,16 @@ impl Supervisor {
             source_ended: false,
             awaits_children: false,
         };
-        let mut ended = lanes.discover().await?;
+        let mut ended = false;
         let mut discovery = tokio::time::interval(self.shared.config.timing.shard_sync_interval);
         let mut glance = tokio::time::interval(Duration::from_millis(100));
+        // A look for new shards: the stream may take long to answer, and the lanes go on meanwhile.
+        let mut look: Option<BoxFuture<'static, Result<Plan, LaneError>>> = None;
+        let mut has_looked = false;
+        let retry_pause_max = self.shared.config.timing.retry_pause_max;
+        let mut look_pauses = pauses(retry_pause_max);
+        let waiting = Waiting::default();
+        let mut waits = waiting.watch(self.shared.config.timing.call_blocked_after);
         let mut fatal = None;
         // A change for which the lanes are let go.
         let mut take_over: Option<TakeOver> = None;
@@ -222,14 +232,20 @@ impl Supervisor {
                 || (take_over.is_none() && (ended || lanes.has_source_ended()))))
         {
             tokio::select! {
-                Some(done) = lanes.tasks.join_next() => match lanes.ended(done?) {
-                    Ok(true) => discovery.reset_immediately(),
-                    Ok(false) => {}
-                    Err(error) => {
-                        fatal.get_or_insert(error);
-                        lanes_stop.cancel();
+                Some(done) = lanes.tasks.join_next() => {
+                    // It may not know yet of the shard that has just ended.
+                    if look.take().is_some() {
+                        discovery.reset_immediately();
                     }
-                },
+                    match lanes.ended(done?) {
+                        Ok(true) => discovery.reset_immediately(),
+                        Ok(false) => {}
+                        Err(error) => {
+                            fatal.get_or_insert(error);
+                            lanes_stop.cancel();
+                        }
+                    }
+                }
                 Some(order) = self.take_overs.recv(), if take_over.is_none() => {
                     lanes.stop.cancel();
                     take_over = Some(order);
@@ -237,22 +253,46 @@ impl Supervisor {
                 // The lanes are let go: what they had is committed, as far as their sinks answer.
                 () = std::future::ready(()), if take_over.is_some() && lanes.tasks.is_empty() => {
                     if let Some(order) = take_over.take() {
+                        look = None;
                         lanes.begin_anew(order, &lanes_stop).await;
                         discovery.reset_immediately();
                     }
                 }
-                _ = discovery.tick(), if !lanes.stop.is_cancelled() => match lanes.discover().await {
-                    Ok(all_ended) => ended = all_ended,
-                    Err(LaneError::Source(error)) if error.needs_a_person() => {
-                        fatal.get_or_insert(error.into());
-                        lanes_stop.cancel();
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "failed to look for new shards");
-                        if lanes.tasks.is_empty() {
-                            discovery.reset_after(DISCOVERY_PAUSE);
+                () = lanes_stop.cancelled(), if lanes.tasks.is_empty() => {}
+                _ = discovery.tick(), if look.is_none() && !lanes.stop.is_cancelled() => {
+                    let (shared, stream) = (lanes.shared.clone(), lanes.stream.clone());
+                    let waiting = waiting.clone();
+                    look = Some(async move { find(&shared, &stream, &waiting).await }.boxed());
+                }
+                Some(found) = some(&mut look) => {
+                    look = None;
+                    match found {
+                        Ok(plan) => {
+                            has_looked = true;
+                            look_pauses = pauses(retry_pause_max);
+                            waiting.answered();
+                            self.shared.board.unblock_run(SHARDS);
+                            ended = lanes.begin(plan);
+                        }
+                        Err(LaneError::Source(error)) if error.needs_a_person() => {
+                            fatal.get_or_insert(error.into());
+                            lanes_stop.cancel();
+                        }
+                        // Nothing runs yet: who starts the process hears at once.
+                        Err(error) if !has_looked => {
+                            fatal.get_or_insert(error);
+                            lanes_stop.cancel();
+                        }
+                        // Shards wait to be read, and nobody reads them: as bad as a blocked lane.
+                        Err(error) => {
+                            waiting.answered();
+                            self.shared.board.block_run(SHARDS, &error.to_string());
+                            discovery.reset_after(look_pauses.next().unwrap_or(retry_pause_max));
                         }
                     }
+                }
+                cause = waits.changed() => if let Some(cause) = cause {
+                    self.shared.board.block_run(SHARDS, &cause);
                 },
                 // Between a parent's end and its children's beginning there are shards that nobody
                 // reads: not caught up.
@@ -265,6 +305,104 @@ impl Supervisor {
             }
         }
         fatal.map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
+/// The outcome of a future, where there is one.
+async fn some<T>(future: &mut Option<BoxFuture<'static, T>>) -> Option<T> {
+    match future {
+        Some(future) => Some(future.await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Looks which shards may be read now. What is new is durable when this returns: where each shard
+/// begins, all in one step.
+async fn find(
+    shared: &Shared,
+    stream: &StreamIdentity,
+    waiting: &Waiting,
+) -> Result<Plan, LaneError> {
+    let (source, checkpoints) = (&shared.source, &shared.checkpoints);
+    waiting.begins("DescribeStreamSummary");
+    let identity = source.identity().await?;
+    if identity != *stream {
+        return Err(SourceError::replaced(stream, &identity).into());
+    }
+    waiting.begins("the state database");
+    let mut known = checkpoints.known(stream).await?;
+    waiting.begins("ListShards");
+    let shards = source.shards().await?;
+    if !source.lists_all() {
+        known.begun.retain(|begun, _| shards.iter().any(|shard| shard.id == *begun));
+        known.seen.clear();
+    }
+    let start = source.start();
+    if let StartPosition::AtSequence(places) = start
+        && known.is_first_start()
+        && let Some(shard) = places.keys().find(|id| !shards.iter().any(|it| it.id == **id))
+    {
+        let (stream, shard) = (stream.name.to_string(), shard.to_string());
+        return Err(SourceError::NoSuchShard { stream, shard }.into());
+    }
+    // By the clock that the records' times of arrival are of, and after the shards were listed: those
+    // that were closed by then hold only older records.
+    let resolves_latest = *start == StartPosition::Latest && known.is_first_start();
+    let now_ms = match resolves_latest {
+        true => {
+            waiting.begins("DescribeStreamSummary");
+            source.now_ms().await?
+        }
+        false => None,
+    };
+    let plan = lineage(&shards, &known, start, now_ms);
+    if let Some(first) = plan.lost.first() {
+        let error = lost(stream, first, plan.lost.len());
+        let lost_records = shared.config.source.kinesis().map(|kinesis| kinesis.on_lost_records);
+        if lost_records != Some(OnLostRecords::Continue) {
+            return Err(error.into());
+        }
+        tracing::error!(%error, "going on, as configured");
+        for shard in &plan.lost {
+            count_loss(shard, 0);
+            let shard = ShardKey {
+                pipeline: shared.config.name.clone(),
+                stream: Arc::new(stream.clone()),
+                shard: shard.clone(),
+            };
+            let why = "it was never begun before its retention ended".into();
+            let hole = Hole { sink: None, shard, from_exclusive: None, to_inclusive: None, why };
+            shared.holes.record(hole).await?;
+        }
+    }
+    let is_new = |shard: &ShardId| !known.begun.contains_key(shard);
+    let begun = plan.ready.iter().filter(|beginning| is_new(&beginning.shard)).cloned();
+    let unseen = shards.iter().map(|shard| &shard.id).filter(|id| !known.seen.contains(*id));
+    let passed_over = plan.skipped.iter().chain(&plan.lost).cloned();
+    let look = Look {
+        begun: begun.map(|it| (it.shard, it.start, it.caught_up_ms)).collect(),
+        passed_over: passed_over.collect(),
+        seen: unseen.filter(|_| source.lists_all()).cloned().collect(),
+        latest_ms: now_ms,
+    };
+    if !look.is_empty() {
+        waiting.begins("the state database");
+        checkpoints.note(stream, look).await?;
+    }
+    Ok(plan)
+}
+
+/// The error of shards none of whose records was read.
+fn lost(stream: &StreamIdentity, first: &ShardId, count: usize) -> SourceError {
+    let others = match count {
+        1 => String::new(),
+        _ => format!(", nor was any of {} others", count - 1),
+    };
+    SourceError::LostRecords {
+        place: format!("stream {}, shard {first}", stream.name),
+        extent: format!(
+            "it was never begun, and is no longer listed: its retention ended before it was read{others}"
+        ),
     }
 }
 
@@ -285,22 +423,14 @@ struct Lanes {
 
 impl Lanes {
     /// Starts a lane for each shard that may be read now. True when every shard has ended.
-    async fn discover(&mut self) -> Result<bool, LaneError> {
-        let identity = self.shared.source.identity().await?;
-        if identity != *self.stream {
-            return Err(SourceError::replaced(&self.stream, &identity).into());
-        }
-        let known = self.shared.checkpoints.shards(&self.stream).await?;
-        let shards = self.shared.source.shards().await?;
-        let now_ms = chrono::Utc::now().timestamp_millis();
-        let plan = lineage(&shards, &known, self.shared.source.start(), now_ms);
-        for (shard, start) in plan.ready {
-            if !self.stop.is_cancelled() && self.running.insert(shard.clone()) {
-                self.start(shard, start).await?;
+    fn begin(&mut self, plan: Plan) -> bool {
+        for beginning in plan.ready {
+            if !self.stop.is_cancelled() && self.running.insert(beginning.shard.clone()) {
+                self.start(beginning.shard);
             }
         }
         self.awaits_children = false;
-        Ok(plan.all_ended)
+        plan.all_ended
     }
 
     /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
@@ -330,18 +460,15 @@ impl Lanes {
         }
     }
 
-    async fn start(&mut self, shard: ShardId, start: ShardStart) -> Result<(), LaneError> {
+    /// Starts the lane of a shard whose start is durable.
+    fn start(&mut self, shard: ShardId) {
         let key = self.key(&shard);
-        // LATEST is a time by now, durably: a shard that had no record yet when the process died is
-        // not begun later than it was.
-        self.shared.checkpoints.begin(&key, &start).await?;
         self.shared.board.update(&shard, |status| status.running = true);
         let (shared, stop) = (self.shared.clone(), self.stop.clone());
         self.tasks.spawn(async move {
             let end = run_patiently(&shared, key, &stop).await;
             (shard, end)
         });
-        Ok(())
     }
 
     /// Whether the source has nothing more. A shard whose parent has just ended may have.

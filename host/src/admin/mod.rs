@@ -133,6 +133,9 @@ impl Shown {
 
 async fn ready(State(shown): State<Shown>) -> impl IntoResponse {
     let mut blocked = String::new();
+    for (part, cause) in shown.boards.iter().flat_map(Board::blocked_run) {
+        blocked.push_str(&format!("pipeline: {part}: {cause}\n"));
+    }
     for (shard, status) in shown.shards() {
         for (part, cause) in status.blocked {
             blocked.push_str(&format!("{shard}: {part}: {cause}\n"));

@@ -13,6 +13,8 @@ use crate::record::{Position, ShardId};
 #[derive(Clone, Default)]
 pub struct Board {
     shards: Arc<Mutex<BTreeMap<ShardId, ShardStatus>>>,
+    /// What of the run as a whole does not go on, and why.
+    run: Arc<Mutex<BTreeMap<&'static str, String>>>,
     /// Told when a lane runs another generation, or cannot.
     changed: Arc<Notify>,
 }
@@ -97,6 +99,28 @@ impl Board {
             tracing::info!(shard = %shard, part, "goes on");
             gauge(shard, status);
         }
+    }
+
+    /// Marks a part of the run that belongs to no shard as blocked; says so once per cause.
+    pub fn block_run(&self, part: &'static str, cause: &str) {
+        let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = run.insert(part, cause.to_owned());
+        if before.as_deref() != Some(cause) {
+            tracing::error!(part, cause, "blocked");
+        }
+    }
+
+    /// The part goes on.
+    pub fn unblock_run(&self, part: &'static str) {
+        let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        if run.remove(part).is_some() {
+            tracing::info!(part, "goes on");
+        }
+    }
+
+    /// What of the run as a whole does not go on, and why.
+    pub fn blocked_run(&self) -> BTreeMap<&'static str, String> {
+        self.run.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The lane runs this generation now; `pause` is as in [`LaneChange::pause_us`].

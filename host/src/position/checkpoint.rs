@@ -3,7 +3,7 @@
 //! The checkpoint is the minimum over the sinks and lags behind them. Beside it stand the last
 //! known position of each sink: the truth for sinks that keep none of their own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use rusqlite::OptionalExtension as _;
 
@@ -23,11 +23,66 @@ pub struct ShardState {
     pub caught_up_ms: Option<i64>,
 }
 
+/// The state of a stream's shards, as the state database has it.
+#[derive(Clone, Debug, Default)]
+pub struct KnownShards {
+    /// Shards that were begun, and those that a first start at LATEST passed over as ended.
+    pub begun: HashMap<ShardId, ShardState>,
+    /// Shards that were ever listed. Empty: the stream is looked at for the first time, at least by a
+    /// version that notes this.
+    pub seen: HashSet<ShardId>,
+    /// LATEST, as it was resolved at the first start, in milliseconds since 1970.
+    pub latest_ms: Option<i64>,
+}
+
+impl KnownShards {
+    /// Whether no shard was begun yet.
+    pub fn is_first_start(&self) -> bool {
+        self.begun.is_empty()
+    }
+
+    /// LATEST, as it was resolved: by versions before this was noted, per shard.
+    pub fn resolved_latest_ms(&self) -> Option<i64> {
+        let of_shard = |state: &ShardState| match state.start {
+            ShardStart::AtMs(at_ms) => Some(at_ms),
+            ShardStart::Horizon | ShardStart::AtSequence(_) => None,
+        };
+        self.latest_ms.or_else(|| self.begun.values().filter_map(of_shard).min())
+    }
+}
+
+/// A look at a stream: all that is new is noted in one step, before any of it is read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// Shards that begin, where, and from when on none of their records may be missing.
+    pub begun: Vec<(ShardId, ShardStart, Option<i64>)>,
+    /// Shards of which nothing is read: they count as read to their end.
+    pub passed_over: Vec<ShardId>,
+    /// Shards that are listed for the first time.
+    pub seen: Vec<ShardId>,
+    /// LATEST, when this look resolved it, in milliseconds since 1970.
+    pub latest_ms: Option<i64>,
+}
+
+impl Look {
+    /// Whether there is nothing to note.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// The checkpoints of a pipeline.
 #[derive(Clone)]
 pub struct Checkpoints {
     store: StateStore,
 }
+
+/// What is kept of a stream as a whole.
+pub(super) const STREAM_SCHEMA: &str = "
+    CREATE TABLE stream_start (stream TEXT PRIMARY KEY, latest_ms INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE seen_shard (
+        stream TEXT NOT NULL, shard TEXT NOT NULL, PRIMARY KEY (stream, shard)) WITHOUT ROWID;
+";
 
 impl Checkpoints {
     /// Over the pipeline's state database.
@@ -71,28 +126,73 @@ impl Checkpoints {
             .await
     }
 
-    /// Notes that a shard is begun and where its start position was resolved to. A shard that is
-    /// known keeps what was resolved first.
+    /// All that is known of the stream's shards.
     ///
     /// # Errors
-    /// [`StateError`]; the shard must not be read then.
-    pub async fn begin(&self, shard: &ShardKey, start: &ShardStart) -> Result<(), StateError> {
-        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        let (at_ms, at_sequence) = match start {
-            ShardStart::Horizon => (None, None),
-            ShardStart::AtMs(at_ms) => (Some(*at_ms), None),
-            ShardStart::AtSequence(sequence) => (None, Some(sequence.to_string())),
-        };
+    /// [`StateError`] when the database cannot be read.
+    pub async fn known(&self, stream: &StreamIdentity) -> Result<KnownShards, StateError> {
+        let begun = self.shards(stream).await?;
+        let stream = stream.key();
         self.store
-            .write("note the start of a shard", move |state| {
-                state.execute(
-                    "INSERT INTO shard (stream, shard, start_at_ms, start_at_sequence)
-                     VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING",
-                    (stream, shard, at_ms, at_sequence),
-                )
+            .write("read the shards", move |state| {
+                let mut query =
+                    state.prepare_cached("SELECT shard FROM seen_shard WHERE stream = ?1")?;
+                let seen =
+                    query.query_map([&stream], |row| Ok(ShardId::new(row.get::<_, String>(0)?)))?;
+                let seen = seen.collect::<rusqlite::Result<_>>()?;
+                let latest_ms = state
+                    .prepare_cached("SELECT latest_ms FROM stream_start WHERE stream = ?1")?
+                    .query_row([&stream], |row| row.get(0))
+                    .optional()?;
+                Ok(KnownShards { begun, seen, latest_ms })
             })
             .await
-            .map(drop)
+    }
+
+    /// Notes what a look at the stream found, all in one step: after a crash either every shard of
+    /// the look has its start, or none has. A shard that is known keeps what was noted first.
+    ///
+    /// # Errors
+    /// [`StateError`]; none of these shards may be read then.
+    pub async fn note(&self, stream: &StreamIdentity, look: Look) -> Result<(), StateError> {
+        let stream = stream.key();
+        self.store
+            .write("note the start of shards", move |state| {
+                let mut begin = state.prepare_cached(
+                    "INSERT INTO shard (stream, shard, start_at_ms, start_at_sequence, caught_up_ms)
+                     VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING",
+                )?;
+                for (shard, start, caught_up_ms) in &look.begun {
+                    let (at_ms, at_sequence) = match start {
+                        ShardStart::Horizon => (None, None),
+                        ShardStart::AtMs(at_ms) => (Some(*at_ms), None),
+                        ShardStart::AtSequence(sequence) => (None, Some(sequence.to_string())),
+                    };
+                    begin.execute((&stream, shard.as_str(), at_ms, at_sequence, caught_up_ms))?;
+                }
+                let mut pass_over = state.prepare_cached(
+                    "INSERT INTO shard (stream, shard, ended) VALUES (?1, ?2, 1)
+                     ON CONFLICT DO NOTHING",
+                )?;
+                for shard in &look.passed_over {
+                    pass_over.execute((&stream, shard.as_str()))?;
+                }
+                let mut see = state.prepare_cached(
+                    "INSERT INTO seen_shard VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+                )?;
+                for shard in &look.seen {
+                    see.execute((&stream, shard.as_str()))?;
+                }
+                if let Some(latest_ms) = look.latest_ms {
+                    state
+                        .prepare_cached(
+                            "INSERT INTO stream_start VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+                        )?
+                        .execute((&stream, latest_ms))?;
+                }
+                Ok(())
+            })
+            .await
     }
 
     /// Notes that everything that had arrived in a shard by `at_ms`, milliseconds since 1970, is

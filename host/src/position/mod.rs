@@ -16,7 +16,7 @@ mod roster;
 mod store;
 mod swaps;
 
-pub use checkpoint::{Checkpoints, ShardState};
+pub use checkpoint::{Checkpoints, KnownShards, Look, ShardState};
 pub use hidden::TakenOver;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Ledger, LedgerEntry, Ran, Segment};

@@ -82,7 +82,8 @@ const SCHEMA_5: &str = "
 ";
 
 /// What version 6 has beside version 5, a part for each subject.
-const SCHEMA_6: &[&str] = &[super::holes::SCHEMA, super::roster::SCHEMA];
+const SCHEMA_6: &[&str] =
+    &[super::holes::SCHEMA, super::roster::SCHEMA, super::checkpoint::STREAM_SCHEMA];
 
 /// A pipeline's state database; cheap to clone.
 #[derive(Clone)]
