@@ -32,7 +32,10 @@ pub async fn run_lane(
 
 /// Takes records along the path until there are no more, or `stop` is given.
 async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<LaneEnd, LaneError> {
-    let mut reader = lane.reader().await?;
+    let mut reader = tokio::select! {
+        () = stop.cancelled() => return Ok(LaneEnd::Stopped),
+        reader = lane.reader() => reader?,
+    };
     'batches: loop {
         // It goes on whatever else the lane does: a read that is broken off again and again never ends.
         let mut next = reader.next_batch();
@@ -45,11 +48,18 @@ async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<La
                 },
                 next = &mut next => match next? {
                     NextBatch::Batch(batch) => break batch,
-                    NextBatch::Idle { behind_ms } => {
-                        lane.idle(behind_ms).await;
+                    NextBatch::Idle { behind_ms, caught_up_ms } => {
+                        lane.idle(behind_ms, caught_up_ms).await;
                         continue 'batches;
                     }
-                    NextBatch::ShardEnd => return Ok(LaneEnd::ShardEnd),
+                    NextBatch::Lost(lost) => {
+                        lane.record_hole(lost).await?;
+                        continue 'batches;
+                    }
+                    NextBatch::ShardEnd { caught_up_ms } => {
+                        lane.reached_end(caught_up_ms);
+                        return Ok(LaneEnd::ShardEnd);
+                    }
                     NextBatch::SourceEnd => return Ok(LaneEnd::SourceEnd),
                 },
             }

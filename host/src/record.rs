@@ -126,6 +126,22 @@ impl SequenceNumber {
         &self.0
     }
 
+    /// The number before this one; before 0 there is 0.
+    pub fn before(&self) -> Self {
+        let mut digits = self.0.as_bytes().to_vec();
+        for digit in digits.iter_mut().rev() {
+            if *digit == b'0' {
+                *digit = b'9';
+            } else {
+                *digit -= 1;
+                let text: String = digits.iter().map(|digit| char::from(*digit)).collect();
+                let text = text.trim_start_matches('0');
+                return Self(if text.is_empty() { "0" } else { text }.into());
+            }
+        }
+        Self("0".into())
+    }
+
     /// The number as 129 digits: text order is then number order (for stores without wide numbers).
     pub fn zero_padded(&self) -> String {
         format!("{:0>width$}", &*self.0, width = SEQUENCE_NUMBER_DIGITS_MAX)
@@ -424,6 +440,16 @@ mod tests {
         assert_eq!(StreamRef::parse("cars").expect("a name").arn, None);
         for text in ["", "a b", "arn:aws:s3:::cars", &arn.replace("stream/", "")] {
             assert!(StreamRef::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_number_before_another() {
+        for (number, before) in
+            [("1", "0"), ("0", "0"), ("10", "9"), ("4200", "4199"), ("1000", "999")]
+        {
+            let number = SequenceNumber::parse(number).expect("a number");
+            assert_eq!(number.before().as_str(), before);
         }
     }
 

@@ -17,18 +17,19 @@ use crate::config::{
     PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, StartPosition,
 };
 use crate::lease::PipelineLock;
-use crate::position::{Checkpoints, Holes};
+use crate::position::{Checkpoints, Holes, StateStore};
 use crate::record::{Position, ShardId, ShardKey, SinkName};
 use crate::sink::Sink;
 use crate::sink::postgres::{PostgresSink, TableWindow, WindowDiff};
 use crate::source::window::WindowSource;
-use crate::source::{NextBatch, ResumePoint, ShardSource};
+use crate::source::{NextBatch, ResumePoint, ShardSource, Waiting};
 use crate::supervisor::{RunOptions, Supervisor};
 
 /// How long the first record of a hole is waited for.
 const FIRST_RECORD_MAX: Duration = Duration::from_secs(60);
-/// By how much the clocks of the server and of this machine may differ, in milliseconds.
-const CLOCKS_DIFFER_MS: u64 = 60_000;
+/// By how much the clock of this machine may have drifted from the server's meanwhile, in milliseconds.
+const CLOCKS_DIFFER_MS: i64 = 60_000;
+const SECOND_MS: i64 = 1_000;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -74,8 +75,6 @@ struct Report {
     /// Rows deleted from the live table and inserted there, if that was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     swapped: Option<(u64, u64)>,
-    /// What the sink was not given, and what fills it.
-    holes: Vec<String>,
 }
 
 pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
@@ -109,6 +108,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         stream::source(&PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() })
             .await?;
     let stream = Arc::new(source.identity().await?);
+    check_past(&*source, &window_ms).await?;
     if options.swap {
         check_held(&*source, &window_ms).await?;
     }
@@ -129,7 +129,6 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         diff: table.diff().await.map_err(anyhow::Error::msg)?,
         dead_letters: letters.count().await?,
         swapped: None,
-        holes: Vec::new(),
     };
     say(&report, console);
     if options.swap {
@@ -151,10 +150,23 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
             fill(&config, &sink, options.hole, console).await?;
         }
     }
-    let left = holes::of(&config, Some(&sink)).await?;
-    holes::say(&config, &left, console);
-    report.holes = left.iter().map(|hole| holes::line(&config, hole)).collect();
+    let others = holes::of(&config, Some(&sink)).await?;
+    holes::say(&config, &others, console);
     console.report(&report)
+}
+
+/// The state that a sink's holes are kept in: letters are copied by a pipeline with a state of its own.
+fn state_of(config: &PipelineConfig, sink: &SinkName) -> anyhow::Result<StateStore> {
+    let own = config.state_dir.join(config.name.as_str());
+    let copies = config.letter_sinks.iter().any(|letters| letters.name.value == *sink);
+    let folder = if copies { own.join("letters") } else { own };
+    ensure!(
+        folder.join("state.db").exists(),
+        "pipeline {} has no holes: it never ran with its state in {}",
+        config.name,
+        folder.display()
+    );
+    Ok(StateStore::open(&folder)?)
 }
 
 /// Notes that a hole is filled.
@@ -165,7 +177,7 @@ async fn fill(
     console: &Console,
 ) -> anyhow::Result<()> {
     let number = number.unwrap_or_default();
-    let own = Holes::new(holes::state_of(config, sink)?);
+    let own = Holes::new(state_of(config, sink)?);
     let is_own = own.list(Some(sink.clone())).await?.iter().any(|hole| hole.number == number);
     ensure!(is_own && own.fill(number).await?, "sink {sink} has no hole {number} to fill");
     console.say(format!("hole {number} of sink {sink} is filled"));
@@ -178,7 +190,7 @@ async fn hole_window(
     sink: &SinkName,
     number: i64,
 ) -> anyhow::Result<Range<u64>> {
-    let state = holes::state_of(config, sink)?;
+    let state = state_of(config, sink)?;
     let recorded = Holes::new(state.clone()).list(Some(sink.clone())).await?;
     let mut recorded = recorded.into_iter().filter(|hole| hole.number == number);
     let Some(hole) = recorded.next() else { bail!("sink {sink} has no hole {number}") };
@@ -199,8 +211,8 @@ async fn hole_window(
     let begun = Checkpoints::new(state).shards(&stream).await?;
     let start = begun.get(&hole.shard).map(|shard| shard.start.clone()).unwrap_or_default();
     let key = ShardKey { pipeline: config.name.clone(), stream, shard: hole.shard.clone() };
-    let from =
-        ResumePoint { after: hole.from_exclusive.as_ref(), start: &start, caught_up_ms: None };
+    let (after, waiting) = (hole.from_exclusive.as_ref(), Waiting::default());
+    let from = ResumePoint { after, start: &start, caught_up_ms: None, waiting: &waiting };
     let first = async {
         let mut reader = source.open(&key, from).await?;
         loop {
@@ -210,7 +222,7 @@ async fn hole_window(
                         return Ok::<_, anyhow::Error>(Some(first.clone()));
                     }
                 }
-                NextBatch::Idle { .. } => {}
+                NextBatch::Idle { .. } | NextBatch::Lost(_) => {}
                 _ => return Ok(None),
             }
         }
@@ -221,10 +233,12 @@ async fn hole_window(
     let Some(first) = first.filter(|first| is_inside(&first.position)) else {
         bail!("the stream holds no record of hole {number} any more: nothing fills it from there");
     };
-    let recorded_ms = u64::try_from(hole.recorded_ms).unwrap_or(0);
-    let now_ms = u64::try_from(Utc::now().timestamp_millis()).unwrap_or(0);
-    // The server's clock, which says when a record arrived, may be ahead of this one.
-    let window_ms = first.arrived_ms..now_ms.min(recorded_ms + CLOCKS_DIFFER_MS);
+    // The hole was recorded by this machine's clock; records arrive by the server's.
+    let own_now_ms = Utc::now().timestamp_millis();
+    let now_ms = source.now_ms().await?.unwrap_or(own_now_ms);
+    let recorded_ms = hole.recorded_ms.saturating_add(now_ms - own_now_ms);
+    let end_ms = now_ms.min(recorded_ms.saturating_add(CLOCKS_DIFFER_MS));
+    let window_ms = first.arrived_ms..u64::try_from(end_ms).unwrap_or(0);
     ensure!(
         !window_ms.is_empty(),
         "the records of hole {number} arrived in the future: compare the clocks"
@@ -239,8 +253,26 @@ fn window(from: DateTime<Utc>, to: DateTime<Utc>) -> anyhow::Result<Range<u64>> 
     };
     let window_ms = ms(from)?..ms(to)?;
     ensure!(!window_ms.is_empty(), "--from must be before --to");
-    ensure!(to <= Utc::now(), "--to must be past: records of that time may come yet");
     Ok(window_ms)
+}
+
+/// The window must be past by the clock that gives records their times: records of a later time may come
+/// yet.
+async fn check_past(source: &dyn ShardSource, window_ms: &Range<u64>) -> anyhow::Result<()> {
+    let end_ms = i64::try_from(window_ms.end).unwrap_or(i64::MAX);
+    let Some(mut now_ms) = source.now_ms().await? else { return Ok(()) };
+    // The clock is told in whole seconds, rounded down.
+    if (now_ms + 1..=now_ms + SECOND_MS).contains(&end_ms) {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        now_ms = source.now_ms().await?.unwrap_or(now_ms);
+    }
+    let now = DateTime::from_timestamp_millis(now_ms).unwrap_or_default();
+    ensure!(
+        end_ms <= now_ms,
+        "--to must be past: records of that time may come yet; by the stream's clock it is {}",
+        now.to_rfc3339()
+    );
+    Ok(())
 }
 
 /// The table of the sink that is meant.

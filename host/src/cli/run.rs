@@ -73,14 +73,11 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         _ => None,
     };
     let (letters_config, watched) = (config.clone(), config.clone());
-    let copied = RunOptions {
-        dropped_sinks: run_options.dropped_sinks.clone(),
-        files_count: run_options.files_count,
-        ..RunOptions::new(false)
-    };
+    let dropped_sinks = run_options.dropped_sinks.clone();
     let supervisor = prepare(config, source, run_options).await?;
     // Once the pipeline has ended, no more letters are written.
     let last_letter = CancellationToken::new();
+    let copied = RunOptions { dropped_sinks, ..RunOptions::new(false) };
     let copies = prepare_copies(letters_config, &supervisor, last_letter.clone(), copied).await?;
     holes::say(&watched, &holes::of(&watched, None).await?, console);
     let read_config: ReadConfig = Arc::new(move || load(&file));

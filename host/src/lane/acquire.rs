@@ -14,6 +14,7 @@ use crate::position::{Ledger, Segment, StateStore, TakenOver};
 use crate::record::{Position, ShardKey};
 use crate::sink::Acquired;
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
+use crate::source::Waiting;
 use crate::stage::Generation;
 
 /// One sink, taken over.
@@ -101,6 +102,7 @@ impl<'a> Lane<'a> {
             };
             deliveries.push(DeliveryHandle::start(standing.acquired, context));
         }
+        let waiting = Waiting::default();
         tracing::info!(shard = %shard.shard, from = start.as_ref().map(tracing::field::display),
             "reading");
         shared.board.update(&shard.shard, |status| status.acquired(start.as_ref()));
@@ -124,6 +126,9 @@ impl<'a> Lane<'a> {
             settled: Arc::new(settled),
             start: state.start,
             caught_up_ms: state.caught_up_ms,
+            caught_up_at_end_ms: None,
+            waits: waiting.watch(shared.config.timing.call_blocked_after),
+            waiting,
             shard,
         })
     }

@@ -25,12 +25,12 @@ use self::change::{Change, Gap};
 use crate::budget::Budget;
 use crate::config::PipelineConfig;
 use crate::position::{
-    Checkpoints, DeadLetter, DeadLetters, Holes, Ledger, LetterKey, Roster, StateError,
+    Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, LetterKey, Roster, StateError,
 };
 use crate::record::{Batch, Position, Row, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
-use crate::source::{ResumePoint, ShardSource, SourceError};
+use crate::source::{LostRecords, ResumePoint, ShardSource, SourceError, WaitWatch, Waiting};
 use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed, Samples};
 
 /// Longest pause before a batch that failed as a whole is run again.
@@ -184,8 +184,14 @@ pub struct Lane<'a> {
     gap: Gap,
     settled: Arc<HashSet<LetterKey>>,
     start: ShardStart,
-    /// Everything that had arrived by then is settled, in milliseconds since 1970, as last noted.
+    /// Everything that had arrived by then is settled, in milliseconds since 1970 by the server's clock,
+    /// as last noted.
     caught_up_ms: Option<i64>,
+    /// The same at the shard's end.
+    caught_up_at_end_ms: Option<i64>,
+    /// What the reader waits for.
+    waiting: Waiting,
+    waits: WaitWatch,
 }
 
 impl Lane<'_> {
@@ -198,38 +204,87 @@ impl Lane<'_> {
             after: self.at.as_ref(),
             start: &self.start,
             caught_up_ms: self.caught_up_ms,
+            waiting: &self.waiting,
         };
-        Ok(self.shared.source.open(&self.shard, from).await?)
+        let mut waits = self.waiting.watch(self.shared.config.timing.call_blocked_after);
+        let opened = self.shared.source.open(&self.shard, from);
+        tokio::pin!(opened);
+        loop {
+            tokio::select! {
+                reader = &mut opened => {
+                    self.show_wait(None);
+                    return Ok(reader?);
+                }
+                cause = waits.changed() => self.show_wait(cause),
+            }
+        }
+    }
+
+    /// Shows that the reader gets no answer from the source, or that it does again.
+    fn show_wait(&self, cause: Option<String>) {
+        match cause {
+            Some(cause) => self.block("source", &cause),
+            None => self.shared.board.unblock(&self.shard.shard, "source"),
+        }
     }
 
     /// Nothing new in the shard. Now and then it is noted that everything is settled: when the
     /// stream drops records that were read long ago, nothing is lost.
-    pub async fn idle(&mut self, behind_ms: u64) {
+    pub async fn idle(&mut self, behind_ms: u64, caught_up_ms: Option<i64>) {
         self.shared.board.update(&self.shard.shard, |status| {
             status.idle_reads += 1;
             status.behind_ms = behind_ms;
         });
-        let now_ms = chrono::Utc::now().timestamp_millis();
+        let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return };
         let is_due = self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS);
-        let is_settled =
-            self.deliveries.iter().all(|own| own.progress.borrow().position >= self.at);
-        if behind_ms == 0 && is_due && is_settled {
-            match self.shared.checkpoints.caught_up(&self.shard, now_ms).await {
-                Ok(()) => self.caught_up_ms = Some(now_ms),
-                Err(error) => tracing::warn!(shard = %self.shard.shard, %error, "not noted"),
-            }
+        if is_due && self.is_settled() {
+            self.note_caught_up(now_ms).await;
+        }
+    }
+
+    /// Puts on record that every sink lacks the records that the stream dropped.
+    ///
+    /// # Errors
+    /// [`LaneError::State`]; nothing after them may be delivered then.
+    pub async fn record_hole(&self, lost: LostRecords) -> Result<(), LaneError> {
+        let LostRecords { from_exclusive, to_inclusive, why } = lost;
+        let (sink, shard) = (None, self.shard.clone());
+        let hole = Hole { sink, shard, from_exclusive, to_inclusive, why };
+        self.shared.holes.record(hole).await?;
+        Ok(())
+    }
+
+    /// The shard was read to its end; `caught_up_ms` is a time at which it was still open.
+    pub fn reached_end(&mut self, caught_up_ms: Option<i64>) {
+        self.caught_up_at_end_ms = caught_up_ms;
+    }
+
+    /// Whether every sink has everything that was handed over.
+    fn is_settled(&self) -> bool {
+        self.deliveries.iter().all(|own| own.progress.borrow().position >= self.at)
+    }
+
+    /// Notes that everything that had arrived by then is settled.
+    async fn note_caught_up(&mut self, at_ms: i64) {
+        match self.shared.checkpoints.caught_up(&self.shard, at_ms).await {
+            Ok(()) => self.caught_up_ms = Some(at_ms),
+            Err(error) => tracing::warn!(shard = %self.shard.shard, %error, "not noted"),
         }
     }
 
     /// Completes when a lane that waits for records has something else to do. Dropping the future loses
     /// nothing.
     pub async fn event(&mut self) -> LaneEvent {
-        let ended = self.deliveries.iter_mut().map(|delivery| Box::pin(delivery.ended()));
-        tokio::select! {
-            (error, _, _) = futures::future::select_all(ended) => {
-                LaneEvent::SinkEnded(error.into())
-            }
-            () = self.change.until_due() => LaneEvent::NextGeneration,
+        loop {
+            let ended = self.deliveries.iter_mut().map(|delivery| Box::pin(delivery.ended()));
+            let cause = tokio::select! {
+                (error, _, _) = futures::future::select_all(ended) => {
+                    return LaneEvent::SinkEnded(error.into());
+                }
+                () = self.change.until_due() => return LaneEvent::NextGeneration,
+                cause = self.waits.changed() => cause,
+            };
+            self.show_wait(cause);
         }
     }
 
@@ -450,6 +505,13 @@ impl Lane<'_> {
         self.checkpointer.abort();
         self.change.until_written().await;
         let ended = end == LaneEnd::ShardEnd && flushed;
+        // Its children were made later: from then on, none of their records may be missing.
+        if ended
+            && self.caught_up_at_end_ms > self.caught_up_ms
+            && let Some(at_ms) = self.caught_up_at_end_ms
+        {
+            self.note_caught_up(at_ms).await;
+        }
         let written = checkpointer::write(self.shared, &self.shard, &self.deliveries, ended).await;
         let joined = self.join_deliveries().await;
         written?;

@@ -12,10 +12,12 @@ use tokio::time::Instant;
 
 use super::client::{Fault, call_error, fault};
 use super::inbox::{Gap, Inbox, ServerStart};
-use super::{Shard, SourceError, stream};
+use super::stream::Description;
+use super::waiting::Waiting;
+use super::{LostRecords, Shard, SourceError, stream};
 use crate::budget::Budget;
 use crate::config::OnLostRecords;
-use crate::record::{ShardId, ShardKey, StreamIdentity, StreamRef};
+use crate::record::{Position, ShardId, ShardKey, StreamRef};
 
 /// A stream as its readers see it; shared by all of them.
 pub struct StreamConnection {
@@ -26,8 +28,8 @@ pub struct StreamConnection {
     /// What all readers may hold that no lane has taken yet.
     pub read_ahead: Budget,
     on_lost_records: OnLostRecords,
-    /// The last look at the stream's identity.
-    looked: Mutex<Option<(Instant, StreamIdentity)>>,
+    /// The last look at the stream.
+    looked: Mutex<Option<(Instant, Description)>>,
     /// The shards as they were listed last.
     listed: RwLock<HashMap<ShardId, Shard>>,
 }
@@ -36,6 +38,8 @@ pub struct StreamConnection {
 pub enum Passing {
     /// The same call later.
     Later(Fault),
+    /// The shard is no longer there, nor listed: all its records were dropped.
+    Gone,
     /// Trying again does not mend it.
     Never(SourceError),
 }
@@ -64,6 +68,12 @@ impl StreamConnection {
         Ok(shards)
     }
 
+    /// Whether the shards were listed, and this one was not among them.
+    pub fn is_unlisted(&self, shard: &ShardId) -> bool {
+        let listed = self.listed.read().unwrap_or_else(PoisonError::into_inner);
+        !listed.is_empty() && !listed.contains_key(shard)
+    }
+
     /// A shard as it was listed last.
     pub fn listed(&self, shard: &ShardId) -> Option<Shard> {
         self.listed.read().unwrap_or_else(PoisonError::into_inner).get(shard).cloned()
@@ -73,8 +83,9 @@ impl StreamConnection {
     ///
     /// The identity is proven after the iterator was made: a stream of another creation would show
     /// by then.
-    pub async fn iterator(&self, inbox: &mut Inbox) -> Result<String, Passing> {
+    pub async fn iterator(&self, inbox: &mut Inbox, waiting: &Waiting) -> Result<String, Passing> {
         let asked = Instant::now();
+        waiting.begins("GetShardIterator");
         let (name, arn) = self.stream.name_or_arn();
         let call = self
             .client
@@ -88,9 +99,13 @@ impl StreamConnection {
             .set_starting_sequence_number(start.sequence)
             .set_timestamp(start.timestamp);
         let answer = call.send().await;
-        self.prove_identity(inbox.shard(), asked).await?;
+        if let Err(error) = &answer {
+            waiting.failed(call_error("GetShardIterator", inbox.place(), error));
+        }
+        self.prove_identity(inbox.shard(), asked, waiting).await?;
         let answer = answer.map_err(|error| match fault(&error) {
             cause @ (Fault::Throttled | Fault::Passing) => Passing::Later(cause),
+            Fault::NotFound if self.is_unlisted(&inbox.shard().shard) => Passing::Gone,
             _ => Passing::Never(call_error("GetShardIterator", inbox.place(), &error)),
         })?;
         answer.shard_iterator.ok_or_else(|| {
@@ -118,98 +133,190 @@ impl StreamConnection {
 
     /// Proves that the stream is the one that a shard's positions are of, by a look that began no
     /// earlier than `asked`. Many readers share one look.
-    pub async fn prove_identity(&self, shard: &ShardKey, asked: Instant) -> Result<(), Passing> {
+    pub async fn prove_identity(
+        &self,
+        shard: &ShardKey,
+        asked: Instant,
+        waiting: &Waiting,
+    ) -> Result<(), Passing> {
         let mut looked = self.looked.lock().await;
         if looked.as_ref().is_none_or(|(at, _)| *at < asked) {
             let now = Instant::now();
+            waiting.begins("DescribeStreamSummary");
             match stream::describe(&self.client, &self.stream).await {
-                Ok(found) => *looked = Some((now, found.identity)),
+                Ok(found) => *looked = Some((now, found)),
                 Err(SourceError::NoSuchStream { stream }) => {
                     return Err(Passing::Never(SourceError::NoSuchStream { stream }));
                 }
                 Err(error) => {
                     tracing::debug!(%error, "cannot tell yet whether the stream is the same");
+                    waiting.failed(error);
                     return Err(Passing::Later(Fault::Passing));
                 }
             }
         }
         match &*looked {
-            Some((_, found)) if *found != *shard.stream => {
-                Err(Passing::Never(SourceError::replaced(&shard.stream, found)))
+            Some((_, found)) if found.identity != *shard.stream => {
+                Err(Passing::Never(SourceError::replaced(&shard.stream, &found.identity)))
             }
             _ => Ok(()),
         }
     }
 
-    /// Takes in what `call` brought, and looks whether records are missing before it.
+    /// Takes in what a call brought, and looks whether records are missing before it.
     ///
     /// # Errors
-    /// [`SourceError::LostRecords`], unless the configuration says to go on; then the loss is told
-    /// and counted. [`SourceError::Call`] for a sequence number that is none.
+    /// [`SourceError::LostRecords`], unless the configuration says to go on; then the loss is logged
+    /// and counted. [`SourceError::Call`] for a sequence number that cannot be read.
     pub async fn take_in(
         &self,
         inbox: &mut Inbox,
         records: Vec<Record>,
-        call: &'static str,
-        behind_ms: u64,
+        answer: Answer,
     ) -> Result<(), SourceError> {
+        let Answer { call, behind_ms, as_of_ms, is_end } = answer;
         metrics::gauge!("shardmill_lag_ms", "shard" => inbox.shard().shard.to_string())
             .set(behind_ms as f64);
         let is_caught_up = records.is_empty() && behind_ms == 0;
         inbox.accept(records, call)?;
         if let Some(gap) = inbox.take_gap() {
-            self.judge(gap, inbox.shard(), inbox.caught_up_ms()).await?;
+            self.judge(gap, inbox).await?;
+        } else if (is_caught_up || is_end)
+            && let Some(gap) = inbox.gap_before_nothing()
+        {
+            // A subscription may say so before it gives the first record.
+            if call == GET_RECORDS {
+                self.judge(gap, inbox).await?;
+                inbox.is_proven();
+            } else if self.loss(inbox.caught_up_ms()).await?.is_some() {
+                return Ok(());
+            } else {
+                inbox.is_proven();
+            }
         }
-        if is_caught_up {
-            inbox.is_caught_up_at(chrono::Utc::now().timestamp_millis());
+        if is_caught_up && let Some(as_of_ms) = as_of_ms {
+            inbox.is_caught_up_at(as_of_ms);
         }
         Ok(())
     }
 
-    /// Says whether records are lost between what was asked for and what came first.
+    /// Says what is lost with a shard that is no longer there.
     ///
-    /// While the time up to which everything was read is within the retention, whatever came later
-    /// is still there: only what had been read is gone.
-    async fn judge(
-        &self,
-        gap: Gap,
-        shard: &ShardKey,
-        caught_up_ms: Option<i64>,
-    ) -> Result<(), SourceError> {
-        let found = stream::describe(&self.client, &self.stream).await?;
-        let (retention_hours, retained_from_ms) = (found.retention_hours, found.retained_from_ms());
-        if caught_up_ms.is_some_and(|caught_up_ms| caught_up_ms >= retained_from_ms) {
-            return Ok(());
+    /// # Errors
+    /// As [`StreamConnection::take_in`].
+    pub async fn judge_gone(&self, inbox: &mut Inbox) -> Result<(), SourceError> {
+        let asked = inbox.after().cloned();
+        self.judge(Gap { asked, came: None }, inbox).await?;
+        inbox.is_proven();
+        Ok(())
+    }
+
+    /// How much may be lost if what arrived up to `caught_up_ms` was read; `None`: nothing.
+    ///
+    /// While that time is within the retention, whatever came later is still there: only what had
+    /// been read is gone.
+    async fn loss(&self, caught_up_ms: Option<i64>) -> Result<Option<Loss>, SourceError> {
+        let mut looked = self.looked.lock().await;
+        let (at, found) = match &*looked {
+            Some((at, found)) => (*at, found),
+            None => {
+                let now = Instant::now();
+                let found = stream::describe(&self.client, &self.stream).await?;
+                (now, &looked.insert((now, found)).1)
+            }
+        };
+        // The look may be of a while ago.
+        let since_ms = i64::try_from(at.elapsed().as_millis()).unwrap_or(i64::MAX);
+        let retained_from_ms = found.retained_from_ms().map(|ms| ms.saturating_add(since_ms));
+        if caught_up_ms.is_some_and(|at_ms| retained_from_ms.is_some_and(|from| at_ms >= from)) {
+            return Ok(None);
         }
-        let lost_ms = caught_up_ms.map(|caught_up_ms| (retained_from_ms - caught_up_ms) as u64);
-        let gone = match lost_ms {
-            Some(lost_ms) => {
-                let lost = std::time::Duration::from_secs(lost_ms / 1_000);
-                let (lost, end) = (humantime::format_duration(lost), time_text(retained_from_ms));
+        let interval_ms = caught_up_ms.zip(retained_from_ms);
+        Ok(Some(Loss { retention_hours: found.retention_hours, interval_ms }))
+    }
+
+    /// Says whether records are lost between what was asked for and what came first.
+    async fn judge(&self, gap: Gap, inbox: &mut Inbox) -> Result<(), SourceError> {
+        let shard = inbox.shard();
+        let Some(Loss { retention_hours, interval_ms }) = self.loss(inbox.caught_up_ms()).await?
+        else {
+            return Ok(());
+        };
+        let lost_ms = interval_ms.map(|(from_ms, to_ms)| to_ms.abs_diff(from_ms));
+        let gone = match (interval_ms, &gap.came) {
+            (Some((from_ms, to_ms)), _) => {
+                let lost = std::time::Duration::from_secs(to_ms.abs_diff(from_ms) / 1_000);
+                let (lost, end) = (humantime::format_duration(lost), time_text(to_ms));
                 format!("what arrived in the {lost} before {end} is gone")
             }
-            None => format!("what arrived before {} is gone", time_text(gap.came_ms)),
+            (None, Some((_, came_ms))) => {
+                format!("what arrived before {} is gone", time_text(*came_ms))
+            }
+            (None, None) => "what arrived since then is gone".into(),
         };
-        let error = SourceError::LostRecords {
-            place: format!("stream {}, shard {}", shard.stream.name, shard.shard),
-            extent: format!(
-                "the lane stands at {}, the oldest record that is left is {}, and the stream keeps \
-                 {retention_hours} h: {gone}",
-                gap.asked, gap.came
-            ),
+        let stands = match &gap.asked {
+            Some(asked) => asked.to_string(),
+            None => "the shard's beginning".into(),
         };
-        metrics::counter!("shardmill_source_losses_total", "shard" => shard.shard.to_string())
-            .increment(1);
-        metrics::counter!("shardmill_source_lost_ms_total", "shard" => shard.shard.to_string())
-            .increment(lost_ms.unwrap_or_default());
+        let left = match &gap.came {
+            Some((came, _)) => format!("the oldest record that is left is {came}"),
+            None if self.is_unlisted(&shard.shard) => {
+                "the shard is no longer listed, so none of its records is left".into()
+            }
+            None => "no record is left".into(),
+        };
+        let extent = format!(
+            "the lane stands at {stands}, {left}, and the stream keeps {retention_hours} h: {gone}"
+        );
+        let place = format!("stream {}, shard {}", shard.stream.name, shard.shard);
+        let error = SourceError::LostRecords { place, extent: extent.clone() };
+        count_loss(&shard.shard, lost_ms.unwrap_or_default());
         match self.on_lost_records {
             OnLostRecords::Stop => Err(error),
             OnLostRecords::Continue => {
                 tracing::error!(%error, "going on, as configured");
+                let to_inclusive = gap.came.map(|(came, _)| came.before());
+                inbox.lose(LostRecords {
+                    from_exclusive: gap.asked,
+                    to_inclusive: to_inclusive
+                        .map(|sequence| Position { sequence, sub_sequence: 0 }),
+                    why: extent,
+                });
                 Ok(())
             }
         }
     }
+}
+
+/// An answer of the server, without its records.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer {
+    /// The call.
+    pub call: &'static str,
+    /// How far the newest record is, in milliseconds.
+    pub behind_ms: u64,
+    /// A time before which the server surely gave this answer, in milliseconds since 1970 by its
+    /// own clock.
+    pub as_of_ms: Option<i64>,
+    /// The shard is closed, and this was the last of it.
+    pub is_end: bool,
+}
+
+/// The call that polls.
+pub const GET_RECORDS: &str = "GetRecords";
+
+/// Records that may be lost.
+struct Loss {
+    retention_hours: u32,
+    /// When they arrived, in milliseconds since 1970, as far as that is known.
+    interval_ms: Option<(i64, i64)>,
+}
+
+/// Counts a loss of records.
+pub fn count_loss(shard: &ShardId, lost_ms: u64) {
+    metrics::counter!("shardmill_source_losses_total", "shard" => shard.to_string()).increment(1);
+    metrics::counter!("shardmill_source_lost_ms_total", "shard" => shard.to_string())
+        .increment(lost_ms);
 }
 
 /// Where the server begins, in the terms of its API.

@@ -10,20 +10,23 @@ use aws_sdk_kinesis::types::{SubscribeToShardEvent, SubscribeToShardEventStream}
 use backon::ExponentialBackoff;
 use tokio::time::Instant;
 
-use super::client::{Fault, call_error, fault};
-use super::connection::{Passing, StreamConnection};
+use super::client::{AnswerDate, Fault, call_error, fault};
+use super::connection::{Answer, Passing, StreamConnection};
 use super::polling::{PollingReader, RETRY_PAUSE_MAX, count_retry, pauses};
 use super::{BatchReader, NextBatch, SourceError};
 
-/// A subscription that says nothing for so long is dead; events without records come every few
-/// seconds.
-///
-/// Source: Kinesis Client Library, which waits 35 s.
-const SILENCE_MAX: Duration = Duration::from_secs(35);
 /// The shortest time between two subscriptions to one shard: before, the server refuses the second.
 ///
 /// Source: API reference, SubscribeToShard: 5 s.
 const SUBSCRIBE_INTERVAL: Duration = Duration::from_secs(5);
+/// The pause before a subscription that another one kept out is tried again.
+///
+/// Source: API reference, SubscribeToShard: one call per second, consumer and shard.
+const IN_USE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long an event may have travelled, with what waited before it: far more than it does.
+const EVENT_TRAVEL: Duration = Duration::from_secs(60);
+/// The call that subscribes.
+const SUBSCRIBE: &str = "SubscribeToShard";
 
 type Subscription = EventReceiver<SubscribeToShardEventStream, SubscribeToShardEventStreamError>;
 
@@ -39,6 +42,13 @@ pub struct FanOutReader {
     is_closed: bool,
     next_call: Instant,
     pauses: ExponentialBackoff,
+    /// When the last subscription was accepted, by the server's clock and by one that only goes on.
+    subscribed: Option<(i64, Instant)>,
+    /// A subscription was accepted since this reader began.
+    was_subscribed: bool,
+    /// The subscription of an earlier owner is too young to be taken over. A process that is killed
+    /// every few seconds would never read if it waited: until then it polls.
+    polls_meanwhile: bool,
 }
 
 impl FanOutReader {
@@ -56,6 +66,9 @@ impl FanOutReader {
             is_closed: false,
             next_call: Instant::now(),
             pauses: pauses(),
+            subscribed: None,
+            was_subscribed: false,
+            polls_meanwhile: false,
         }
     }
 
@@ -72,18 +85,30 @@ impl FanOutReader {
             .consumer_arn(&*self.consumer_arn)
             .shard_id(self.polling.inbox().shard().shard.as_str())
             .starting_position(position);
-        let answer = call.send().await;
-        match self.connection.prove_identity(self.polling.inbox().shard(), asked).await {
+        let waiting = self.polling.waiting().clone();
+        waiting.begins(SUBSCRIBE);
+        let date = AnswerDate::default();
+        let answer = call.customize().interceptor(date.clone()).send().await;
+        if let Err(error) = &answer {
+            waiting.failed(call_error(SUBSCRIBE, self.polling.inbox().place(), error));
+        }
+        match self.connection.prove_identity(self.polling.inbox().shard(), asked, &waiting).await {
             Ok(()) => {}
             Err(Passing::Later(cause)) => {
                 self.back_off(cause);
                 return Ok(());
             }
+            Err(Passing::Gone) => {}
             Err(Passing::Never(error)) => return Err(error),
         }
         match answer {
             Ok(answer) => {
                 self.subscription = Some(answer.event_stream);
+                self.subscribed = date.ms().map(|date_ms| (date_ms, Instant::now()));
+                self.was_subscribed = true;
+                self.polls_meanwhile = false;
+                self.polling.rest();
+                waiting.answered();
                 Ok(())
             }
             // Another subscription of this consumer is younger than 5 s: ours, of an earlier run,
@@ -92,6 +117,10 @@ impl FanOutReader {
                 if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
             {
                 count_retry(self.polling.inbox().shard(), Fault::Throttled);
+                if !self.was_subscribed {
+                    self.polls_meanwhile = true;
+                    self.next_call = asked + IN_USE_INTERVAL;
+                }
                 Ok(())
             }
             Err(error) => match fault(&error) {
@@ -99,7 +128,12 @@ impl FanOutReader {
                     self.back_off(cause);
                     Ok(())
                 }
-                _ => Err(call_error("SubscribeToShard", self.polling.inbox().place(), &error)),
+                // What is lost with it is said by the other way.
+                Fault::NotFound if self.is_unlisted() => {
+                    self.is_closed = true;
+                    Ok(())
+                }
+                _ => Err(call_error(SUBSCRIBE, self.polling.inbox().place(), &error)),
             },
         }
     }
@@ -110,13 +144,24 @@ impl FanOutReader {
         let behind_ms = event.millis_behind_latest.max(0) as u64;
         let (came, children) = (event.records.len(), event.child_shards.unwrap_or_default().len());
         let has_end = event.continuation_sequence_number.is_empty();
+        // Events have no date. This one was sent after the subscription began, and has come by now.
+        let as_of_ms = self.subscribed.and_then(|(date_ms, at)| {
+            let since_ms = i64::try_from(at.elapsed().saturating_sub(EVENT_TRAVEL).as_millis());
+            Some(date_ms + since_ms.ok()?)
+        });
         let inbox = self.polling.inbox();
-        self.connection.take_in(inbox, event.records, "SubscribeToShard", behind_ms).await?;
+        let about = Answer { call: SUBSCRIBE, behind_ms, as_of_ms, is_end: false };
+        self.connection.take_in(inbox, event.records, about).await?;
         // Some servers tell the children with every event of a closed shard, not with the last only:
         // its records are read from here while they come.
         self.is_closed = has_end || (came == 0 && (children > 0 || self.is_listed_as_closed()));
         Ok(match came {
-            0 if !self.is_closed => NextEvent::Idle { behind_ms },
+            0 if !self.is_closed => {
+                let caught_up_ms = as_of_ms.filter(|_| {
+                    behind_ms == 0 && self.polling.inbox().gap_before_nothing().is_none()
+                });
+                NextEvent::Idle { behind_ms, caught_up_ms }
+            }
             _ => NextEvent::GoOn,
         })
     }
@@ -127,31 +172,35 @@ impl FanOutReader {
             self.subscribe().await?;
             return Ok(NextEvent::GoOn);
         };
-        match tokio::time::timeout(SILENCE_MAX, subscription.recv()).await {
-            Ok(Ok(Some(SubscribeToShardEventStream::SubscribeToShardEvent(event)))) => {
+        self.polling.waiting().begins(SUBSCRIBE);
+        // The connection's own deadline ends the silence: events without records come every few
+        // seconds.
+        match subscription.recv().await {
+            Ok(Some(SubscribeToShardEventStream::SubscribeToShardEvent(event))) => {
+                self.polling.waiting().answered();
                 return self.accept(event).await;
             }
             // An event of a kind that this SDK does not know carries no records.
-            Ok(Ok(Some(_))) => return Ok(NextEvent::GoOn),
+            Ok(Some(_)) => {
+                self.polling.waiting().answered();
+                return Ok(NextEvent::GoOn);
+            }
             // After five minutes, or at the shard's end.
-            Ok(Ok(None)) => {}
-            Ok(Err(error)) => {
+            Ok(None) => self.polling.waiting().answered(),
+            Err(error) => {
+                let place = self.polling.inbox().place();
+                self.polling.waiting().failed(call_error(SUBSCRIBE, place, &error));
                 let inbox = self.polling.inbox();
                 let cause = match fault(&error) {
                     // A final event without a continuation may not parse.
                     Fault::Lasting | Fault::NotFound => {
-                        let error = call_error("SubscribeToShard", inbox.place(), &error);
+                        let error = call_error(SUBSCRIBE, inbox.place(), &error);
                         tracing::warn!(%error, "the subscription broke");
                         Fault::Passing
                     }
                     cause => cause,
                 };
                 self.back_off(cause);
-            }
-            Err(_) => {
-                let inbox = self.polling.inbox();
-                tracing::warn!(shard = %inbox.shard().shard, "the subscription is silent: again");
-                count_retry(inbox.shard(), Fault::Passing);
             }
         }
         self.subscription = None;
@@ -164,6 +213,12 @@ impl FanOutReader {
     fn is_listed_as_closed(&mut self) -> bool {
         let shard = &self.polling.inbox().shard().shard;
         self.connection.listed(shard).is_some_and(|shard| shard.is_closed)
+    }
+
+    /// Whether the shard was not among those that were listed last.
+    fn is_unlisted(&mut self) -> bool {
+        let shard = &self.polling.inbox().shard().shard;
+        self.connection.is_unlisted(shard)
     }
 
     fn back_off(&mut self, cause: Fault) {
@@ -181,6 +236,8 @@ enum NextEvent {
     Idle {
         /// How far the shard's end is, in milliseconds.
         behind_ms: u64,
+        /// Everything that had arrived by then was read, in milliseconds since 1970.
+        caught_up_ms: Option<i64>,
     },
 }
 
@@ -188,6 +245,9 @@ enum NextEvent {
 impl BatchReader for FanOutReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         loop {
+            if let Some(lost) = self.polling.inbox().take_lost() {
+                return Ok(NextBatch::Lost(lost));
+            }
             if let Some(batch) = self.polling.inbox().cut() {
                 return Ok(NextBatch::Batch(batch));
             }
@@ -195,8 +255,14 @@ impl BatchReader for FanOutReader {
                 self.subscription = None;
                 return self.polling.next_batch().await;
             }
-            if let NextEvent::Idle { behind_ms } = self.next_event().await? {
-                return Ok(NextBatch::Idle { behind_ms });
+            if self.polls_meanwhile {
+                tokio::select! {
+                    next = self.polling.next_batch() => return next,
+                    () = tokio::time::sleep_until(self.next_call) => {}
+                }
+            }
+            if let NextEvent::Idle { behind_ms, caught_up_ms } = self.next_event().await? {
+                return Ok(NextBatch::Idle { behind_ms, caught_up_ms });
             }
         }
     }

@@ -6,8 +6,8 @@ use std::collections::VecDeque;
 use aws_sdk_kinesis::types::Record as WireRecord;
 use bytes::Bytes;
 
-use super::SourceError;
 use super::aggregate::deaggregate;
+use super::{LostRecords, SourceError};
 use crate::config::BatchLimits;
 use crate::record::{
     Batch, Entry, HashRange, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart,
@@ -46,27 +46,54 @@ pub struct Inbox {
     /// The last record that a batch held.
     handed_over: Option<Position>,
     queue: VecDeque<Record>,
-    /// The record that the server was last told to begin at, until its answer has come.
-    asked: Option<SequenceNumber>,
+    /// What is not shown yet about the place at which the server was told to begin.
+    unproven: Option<Unproven>,
     gap: Option<Gap>,
+    /// What is lost, until the lane has heard of it.
+    lost: Option<LostRecords>,
+    /// Records that arrived before the start are dropped: not where a reader goes on after a record.
+    drops_older: bool,
+    /// When the last record arrived that the server gave, in milliseconds since 1970.
+    last_arrived_ms: Option<i64>,
+}
+
+/// A place at which the server was told to begin, until its answer shows that nothing is missing there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Unproven {
+    /// This record was read: if it comes again, nothing after it is gone.
+    Record(Position),
+    /// The shard's beginning, of which none is to be missed.
+    Beginning,
 }
 
 /// The server began later than it was told to: what lies between is gone, or was never there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gap {
-    /// The record that was asked for; it had been read.
-    pub asked: SequenceNumber,
-    /// The first that came.
-    pub came: SequenceNumber,
-    /// When that arrived, in milliseconds since 1970.
-    pub came_ms: i64,
+    /// The record that was asked for; it had been read. `None`: the shard's beginning.
+    pub asked: Option<Position>,
+    /// The first that came, and when it arrived, in milliseconds since 1970. `None`: nothing is left.
+    pub came: Option<(SequenceNumber, i64)>,
 }
 
 impl Inbox {
     /// An empty one.
     pub fn new(shard: ShardKey, limits: BatchLimits, from: ReadFrom) -> Self {
         let handed_over = from.after.clone();
-        Self { shard, limits, from, handed_over, queue: VecDeque::new(), asked: None, gap: None }
+        let drops_older = from.after.is_none();
+        let (queue, unproven, gap) = (VecDeque::new(), None, None);
+        let last_arrived_ms = None;
+        Self {
+            shard,
+            limits,
+            from,
+            handed_over,
+            queue,
+            unproven,
+            gap,
+            lost: None,
+            drops_older,
+            last_arrived_ms,
+        }
     }
 
     /// The shard.
@@ -81,13 +108,21 @@ impl Inbox {
 
     /// Where the server must begin, so that no record is missed.
     pub fn server_start(&mut self) -> ServerStart {
-        self.asked = self.from.after.as_ref().map(|after| after.sequence.clone());
-        match (&self.asked, &self.from.start) {
-            (Some(asked), _) => ServerStart::AtSequence(asked.clone()),
+        self.unproven = match self.from.after.clone() {
+            Some(after) => Some(Unproven::Record(after)),
+            None => self.from.caught_up_ms.map(|_| Unproven::Beginning),
+        };
+        match (&self.from.after, &self.from.start) {
+            (Some(after), _) => ServerStart::AtSequence(after.sequence.clone()),
             (None, ShardStart::AtSequence(at)) => ServerStart::AtSequence(at.clone()),
             (None, ShardStart::AtMs(at_ms)) => ServerStart::AtMs(*at_ms),
             (None, ShardStart::Horizon) => ServerStart::Horizon,
         }
+    }
+
+    /// When the last record arrived that the server gave, in milliseconds since 1970.
+    pub fn last_arrived_ms(&self) -> Option<i64> {
+        self.last_arrived_ms
     }
 
     /// A time up to which everything was read, in milliseconds since 1970.
@@ -103,6 +138,36 @@ impl Inbox {
     /// A gap that has shown since the last call.
     pub fn take_gap(&mut self) -> Option<Gap> {
         self.gap.take()
+    }
+
+    /// The gap that there may be if the server has nothing more, although it was told to begin where
+    /// something should be.
+    pub fn gap_before_nothing(&self) -> Option<Gap> {
+        let asked = match self.unproven.as_ref()? {
+            Unproven::Record(asked) => Some(asked.clone()),
+            Unproven::Beginning => None,
+        };
+        Some(Gap { asked, came: None })
+    }
+
+    /// The lane is to hear of lost records.
+    pub fn lose(&mut self, lost: LostRecords) {
+        self.lost = Some(lost);
+    }
+
+    /// What was lost since the last call.
+    pub fn take_lost(&mut self) -> Option<LostRecords> {
+        self.lost.take()
+    }
+
+    /// Nothing is missing where the server was told to begin, or it was judged.
+    pub fn is_proven(&mut self) {
+        self.unproven = None;
+    }
+
+    /// The last record that was read.
+    pub fn after(&self) -> Option<&Position> {
+        self.from.after.as_ref()
     }
 
     /// Takes in what the server gave, in its order.
@@ -125,20 +190,28 @@ impl Inbox {
             SourceError::Call { call, place: self.place(), cause: error.to_string() }
         })?;
         let arrived = record.approximate_arrival_timestamp;
-        let arrived_ms = arrived.and_then(|at| at.to_millis().ok()).unwrap_or(0);
-        if let Some(asked) = self.asked.take()
-            && sequence > asked
+        let arrived_ms = arrived.and_then(|at| at.to_millis().ok());
+        self.last_arrived_ms = self.last_arrived_ms.max(arrived_ms);
+        let arrived_ms = arrived_ms.unwrap_or(0);
+        let asked = match self.unproven.take() {
+            Some(Unproven::Record(asked)) => Some(Some(asked)),
+            Some(Unproven::Beginning) => Some(None),
+            None => None,
+        };
+        if let Some(asked) = asked
+            && asked.as_ref().is_none_or(|asked| sequence > asked.sequence)
         {
-            self.gap = Some(Gap { asked, came: sequence.clone(), came_ms: arrived_ms });
+            self.gap = Some(Gap { asked, came: Some((sequence.clone(), arrived_ms)) });
         }
         if self.from.after.as_ref().is_some_and(|after| sequence < after.sequence) {
             return Ok(());
         }
-        let is_older = match self.from.start {
-            ShardStart::AtMs(start_ms) => is_older(arrived_ms, start_ms),
-            ShardStart::AtSequence(ref start) => sequence < *start,
-            ShardStart::Horizon => false,
-        };
+        let is_older = self.drops_older
+            && match self.from.start {
+                ShardStart::AtMs(start_ms) => is_older(arrived_ms, start_ms),
+                ShardStart::AtSequence(ref start) => sequence < *start,
+                ShardStart::Horizon => false,
+            };
         let arrived_ms = u64::try_from(arrived_ms).unwrap_or(0);
         let payload = Bytes::from(record.data.into_inner());
         let Some(sub_records) = deaggregate(&payload) else {

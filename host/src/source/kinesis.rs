@@ -64,7 +64,18 @@ impl ShardSource for KinesisSource {
 
     async fn holds_from_ms(&self) -> Result<Option<i64>, SourceError> {
         let found = stream::describe(&self.connection.client, &self.connection.stream).await?;
-        Ok(Some(found.retained_from_ms().max(found.identity.created_ms)))
+        let retained_from_ms = found
+            .retained_from_ms()
+            .ok_or_else(|| SourceError::NoDate { stream: self.connection.stream.to_string() })?;
+        Ok(Some(retained_from_ms.max(found.identity.created_ms)))
+    }
+
+    async fn now_ms(&self) -> Result<Option<i64>, SourceError> {
+        stream::now_ms(&self.connection.client, &self.connection.stream).await.map(Some)
+    }
+
+    fn lists_all(&self) -> bool {
+        true
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
@@ -81,15 +92,18 @@ impl ShardSource for KinesisSource {
         from: ResumePoint<'_>,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
         let hash_range = self.connection.listed(&shard.shard).and_then(|shard| shard.hash_range);
-        let ResumePoint { after, start, caught_up_ms } = from;
+        let ResumePoint { after, start, caught_up_ms, waiting } = from;
         let from =
             ReadFrom { after: after.cloned(), start: start.clone(), hash_range, caught_up_ms };
         let inbox = Inbox::new(shard.clone(), self.batch, from);
         let (connection, polling) = (self.connection.clone(), self.polling.clone());
-        let polling = PollingReader::new(connection.clone(), polling, inbox);
+        let polling =
+            PollingReader::new(connection.clone(), polling, inbox).shown_by(waiting.clone());
         let ReaderKind::FanOut { consumer } = &self.reader else { return Ok(Box::new(polling)) };
         let register = || consumers::register(&self.connection.client, &shard.stream, consumer);
+        waiting.begins("DescribeStreamConsumer");
         let consumer_arn = self.consumer_arn.get_or_try_init(register).await?.clone();
+        waiting.answered();
         Ok(Box::new(FanOutReader::new(connection, consumer_arn, polling)))
     }
 }

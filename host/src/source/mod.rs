@@ -2,7 +2,8 @@
 //!
 //! [`kinesis::KinesisSource`] reads a stream: `client` reaches the server, `connection` is what its
 //! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
-//! through an `inbox`, which takes apart what is an `aggregate`. `lineage` says which shards may be
+//! through an `inbox`, which takes apart what is an `aggregate`. Calls end when the server is silent
+//! (`silence`), and are shown while they are not answered (`waiting`). `lineage` says which shards may be
 //! read, `embedded` serves a stream of our own. [`file::FileSource`] reads a file instead, and
 //! [`letters::LettersSource`] the dead letters of a redrive, [`letter_log::LetterLogSource`] all that are
 //! written; [`window::WindowSource`] is a part of another, by time, [`spans::SpansSource`] by positions; `stream`,
@@ -23,14 +24,17 @@ pub mod letters;
 pub mod lineage;
 pub mod polling;
 pub mod producer;
+mod silence;
 pub mod spans;
 pub mod stream;
+pub mod waiting;
 pub mod window;
 
 use async_trait::async_trait;
 
-pub use lineage::{Plan, lineage};
+pub use lineage::{Beginning, Plan, lineage};
 pub use stream::Shard;
+pub use waiting::{WaitWatch, Waiting};
 
 use crate::config::StartPosition;
 use crate::record::{Batch, Position, ShardKey, ShardStart, StreamIdentity};
@@ -44,11 +48,31 @@ pub enum NextBatch {
     Idle {
         /// How far the shard's end is, in milliseconds, as the server says.
         behind_ms: u64,
+        /// Everything that had arrived by then was read, in milliseconds since 1970 by the server's
+        /// clock, where that can be said.
+        caught_up_ms: Option<i64>,
     },
+    /// Records are gone, and the configuration says to go on. What comes next lies after them.
+    Lost(LostRecords),
     /// The shard is closed and was read to its end.
-    ShardEnd,
+    ShardEnd {
+        /// A time up to which all that had arrived was read while the shard was open, in milliseconds
+        /// since 1970 by the server's clock, where one is known.
+        caught_up_ms: Option<i64>,
+    },
     /// Nothing more comes for now, and nobody waits for it: a file was read to its end.
     SourceEnd,
+}
+
+/// Records of a shard that the stream dropped before they were read: `(from, to]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostRecords {
+    /// Exclusive; `None`: from the shard's beginning.
+    pub from_exclusive: Option<Position>,
+    /// Inclusive; `None`: to the shard's end.
+    pub to_inclusive: Option<Position>,
+    /// How much, and why, as far as that can be said.
+    pub why: String,
 }
 
 /// Why a source did not do what it was asked.
@@ -121,6 +145,27 @@ pub enum SourceError {
         was: String,
         /// When the stream was created that has the name now.
         is: String,
+    },
+    /// The server does not say what time it is.
+    #[error(
+        "the server of stream {stream} sends no valid `Date` header with its answers, and the clock of \
+         this host is not trusted to say what is new there: begin at a given time, with \
+         `start = \"at-timestamp:TIME\"` under [source]"
+    )]
+    NoDate {
+        /// The stream's name.
+        stream: String,
+    },
+    /// The start names a shard that the stream does not list.
+    #[error(
+        "`start` under [source] names shard {shard}, which stream {stream} does not list: it was never \
+         there, or the retention of its records has ended. `shardmill stream describe` lists the shards"
+    )]
+    NoSuchShard {
+        /// The stream's name.
+        stream: String,
+        /// The shard.
+        shard: String,
     },
     /// The stream no longer holds what was not read yet.
     #[error(
@@ -196,6 +241,21 @@ pub trait ShardSource: Send + Sync {
     /// Where a shard starts that was never begun and whose ancestors were not, either.
     fn start(&self) -> &StartPosition;
 
+    /// The time by the clock that records' times of arrival are of, in milliseconds since 1970, rounded
+    /// down to the second; `None`: records have no time of arrival.
+    ///
+    /// # Errors
+    /// [`SourceError`] when the stream is out of reach or does not say.
+    async fn now_ms(&self) -> Result<Option<i64>, SourceError> {
+        Ok(None)
+    }
+
+    /// Whether all shards are listed until their last record is dropped. Of another source, those that
+    /// are not listed are of no interest.
+    fn lists_all(&self) -> bool {
+        false
+    }
+
     /// From when on, in milliseconds since 1970, it holds all records that arrived; `None`: it drops none.
     ///
     /// # Errors
@@ -224,6 +284,8 @@ pub struct ResumePoint<'a> {
     pub start: &'a ShardStart,
     /// A time up to which everything was read and settled, in milliseconds since 1970.
     pub caught_up_ms: Option<i64>,
+    /// Where the reader shows what it waits for.
+    pub waiting: &'a Waiting,
 }
 
 /// Reads one shard in order. Dropping the future of a call loses nothing.

@@ -7,9 +7,10 @@ use async_trait::async_trait;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::Instant;
 
-use super::client::{Fault, call_error, fault};
-use super::connection::{Passing, StreamConnection};
+use super::client::{AnswerDate, Fault, call_error, fault};
+use super::connection::{Answer, GET_RECORDS, Passing, StreamConnection};
 use super::inbox::Inbox;
+use super::waiting::Waiting;
 use super::{BatchReader, NextBatch, SourceError};
 use crate::budget::Permit;
 use crate::record::ShardKey;
@@ -50,8 +51,11 @@ pub struct PollingReader {
     next_call: Instant,
     pauses: ExponentialBackoff,
     behind_ms: u64,
+    /// Everything that had arrived by then was read with the last answer.
+    caught_up_ms: Option<i64>,
     /// The last answer brought records.
     is_flowing: bool,
+    waiting: Waiting,
 }
 
 impl PollingReader {
@@ -67,8 +71,27 @@ impl PollingReader {
             next_call: Instant::now(),
             pauses: pauses(),
             behind_ms: 0,
+            caught_up_ms: None,
             is_flowing: false,
+            waiting: Waiting::default(),
         }
+    }
+
+    /// Shows there what it waits for.
+    pub fn shown_by(mut self, waiting: Waiting) -> Self {
+        self.waiting = waiting;
+        self
+    }
+
+    /// Another reader goes on from the inbox, which is empty.
+    pub(super) fn rest(&mut self) {
+        self.iterator = None;
+        self.held = None;
+    }
+
+    /// Where it shows what it waits for.
+    pub(super) fn waiting(&self) -> &Waiting {
+        &self.waiting
     }
 
     /// The inbox, for a reader that goes on in another way.
@@ -80,9 +103,14 @@ impl PollingReader {
     async fn poll(&mut self) -> Result<bool, SourceError> {
         tokio::time::sleep_until(self.next_call).await;
         let Some(iterator) = self.iterator.clone() else {
-            match self.connection.iterator(&mut self.inbox).await {
+            match self.connection.iterator(&mut self.inbox, &self.waiting).await {
                 Ok(iterator) => self.iterator = Some(iterator),
                 Err(Passing::Later(cause)) => self.back_off(cause),
+                Err(Passing::Gone) => {
+                    self.connection.judge_gone(&mut self.inbox).await?;
+                    self.waiting.answered();
+                    self.ended = true;
+                }
                 Err(Passing::Never(error)) => return Err(error),
             }
             return Ok(false);
@@ -96,9 +124,12 @@ impl PollingReader {
         let limit = i32::try_from(self.polling.records_per_call_max).unwrap_or(i32::MAX);
         let called = Instant::now();
         let call = self.connection.client.get_records().shard_iterator(iterator).limit(limit);
-        let answer = match call.send().await {
+        let date = AnswerDate::default();
+        self.waiting.begins(GET_RECORDS);
+        let answer = match call.customize().interceptor(date.clone()).send().await {
             Ok(answer) => answer,
             Err(error) => {
+                self.waiting.failed(call_error(GET_RECORDS, self.inbox.place(), &error));
                 return match fault(&error) {
                     Fault::ExpiredIterator => {
                         self.iterator = None;
@@ -113,11 +144,12 @@ impl PollingReader {
                         // The stream may have been replaced: that says more than this error.
                         self.iterator = None;
                         self.prove_identity(called).await?;
-                        Err(call_error("GetRecords", self.inbox.place(), &error))
+                        Err(call_error(GET_RECORDS, self.inbox.place(), &error))
                     }
                 };
             }
         };
+        self.waiting.answered();
         self.pauses = pauses();
         self.iterator = answer.next_shard_iterator;
         self.ended = self.iterator.is_none();
@@ -126,8 +158,16 @@ impl PollingReader {
         let bytes = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
         held.resize(bytes);
         self.held = Some(held);
-        let (inbox, behind_ms) = (&mut self.inbox, self.behind_ms);
-        self.connection.take_in(inbox, answer.records, "GetRecords", behind_ms).await?;
+        // The date is of the answer's head, which follows the reading: at most a moment too late, and
+        // mostly too early, as it is rounded down. Retention counts in hours.
+        let about = Answer {
+            call: GET_RECORDS,
+            behind_ms: self.behind_ms,
+            as_of_ms: date.ms(),
+            is_end: self.ended,
+        };
+        self.caught_up_ms = about.as_of_ms.filter(|_| self.behind_ms == 0);
+        self.connection.take_in(&mut self.inbox, answer.records, about).await?;
         let pause = match self.is_flowing || self.behind_ms > 0 {
             true if self.polling.is_paced => CALL_INTERVAL,
             true => Duration::ZERO,
@@ -138,9 +178,10 @@ impl PollingReader {
     }
 
     async fn prove_identity(&self, asked: Instant) -> Result<(), SourceError> {
-        match self.connection.prove_identity(self.inbox.shard(), asked).await {
+        let shard = self.inbox.shard();
+        match self.connection.prove_identity(shard, asked, &self.waiting).await {
             Err(Passing::Never(error)) => Err(error),
-            Ok(()) | Err(Passing::Later(_)) => Ok(()),
+            Ok(()) | Err(Passing::Later(_) | Passing::Gone) => Ok(()),
         }
     }
 
@@ -157,15 +198,20 @@ impl PollingReader {
 impl BatchReader for PollingReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         loop {
+            if let Some(lost) = self.inbox.take_lost() {
+                return Ok(NextBatch::Lost(lost));
+            }
             if let Some(batch) = self.inbox.cut() {
                 return Ok(NextBatch::Batch(batch));
             }
             self.held = None;
             if self.ended {
-                return Ok(NextBatch::ShardEnd);
+                let caught_up_ms = self.inbox.caught_up_ms().max(self.inbox.last_arrived_ms());
+                return Ok(NextBatch::ShardEnd { caught_up_ms });
             }
             if self.poll().await? && self.inbox.is_empty() && !self.ended {
-                return Ok(NextBatch::Idle { behind_ms: self.behind_ms });
+                let Self { behind_ms, caught_up_ms, .. } = *self;
+                return Ok(NextBatch::Idle { behind_ms, caught_up_ms });
             }
         }
     }

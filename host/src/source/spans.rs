@@ -88,7 +88,7 @@ impl BatchReader for SpanReader {
         }
         let batch = match self.reader.next_batch().await? {
             NextBatch::Batch(batch) => batch,
-            NextBatch::ShardEnd => return Ok(NextBatch::SourceEnd),
+            NextBatch::ShardEnd { .. } => return Ok(NextBatch::SourceEnd),
             other => return Ok(other),
         };
         let Some(to) = &self.to_inclusive else { return Ok(NextBatch::Batch(batch)) };

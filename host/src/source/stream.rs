@@ -6,7 +6,7 @@ use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::types::{ScalingType, StreamStatus};
 
 use super::SourceError;
-use super::client::{Fault, call_error, fault};
+use super::client::{AnswerDate, Fault, call_error, fault};
 use crate::record::{HashRange, ShardId, StreamIdentity, StreamRef};
 
 /// How often a stream that is being made or deleted is looked at.
@@ -43,13 +43,19 @@ pub struct Description {
     pub open_shards: u32,
     /// How long records are kept, in hours.
     pub retention_hours: u32,
+    /// When the server said so, by its clock, in milliseconds since 1970, rounded down to the second;
+    /// `None`: its answers have no date.
+    pub answered_ms: Option<i64>,
 }
 
 impl Description {
-    /// When the oldest record arrived that the stream may hold now, in milliseconds since 1970.
-    pub fn retained_from_ms(&self) -> i64 {
+    /// A time since which the stream surely holds all records that arrived, in milliseconds since
+    /// 1970, by the server's clock.
+    pub fn retained_from_ms(&self) -> Option<i64> {
         const MS_PER_HOUR: i64 = 3_600_000;
-        chrono::Utc::now().timestamp_millis() - i64::from(self.retention_hours) * MS_PER_HOUR
+        // The date is rounded down to the second.
+        let now_at_most_ms = self.answered_ms? + 1_000;
+        Some(now_at_most_ms - i64::from(self.retention_hours) * MS_PER_HOUR)
     }
 }
 
@@ -107,7 +113,8 @@ pub async fn wait_active(
 pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description, SourceError> {
     let (name, arn) = stream.name_or_arn();
     let call = client.describe_stream_summary().set_stream_name(name).set_stream_arn(arn);
-    let answer = call.send().await;
+    let date = AnswerDate::default();
+    let answer = call.customize().interceptor(date.clone()).send().await;
     let answer = answer.map_err(|error| match fault(&error) {
         Fault::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
         _ => call_error("DescribeStreamSummary", format!("stream {stream}"), &error),
@@ -126,7 +133,17 @@ pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description
         status: summary.stream_status().as_str().to_owned(),
         open_shards: u32::try_from(summary.open_shard_count()).unwrap_or_default(),
         retention_hours: u32::try_from(summary.retention_period_hours()).unwrap_or_default(),
+        answered_ms: date.ms(),
     })
+}
+
+/// The server's time, in milliseconds since 1970, rounded down to the second.
+///
+/// # Errors
+/// As [`describe`], and [`SourceError::NoDate`].
+pub async fn now_ms(client: &Client, stream: &StreamRef) -> Result<i64, SourceError> {
+    let answered_ms = describe(client, stream).await?.answered_ms;
+    answered_ms.ok_or_else(|| SourceError::NoDate { stream: stream.to_string() })
 }
 
 /// All shards of a stream, page by page.

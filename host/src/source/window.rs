@@ -53,6 +53,14 @@ impl ShardSource for WindowSource {
         self.source.holds_from_ms().await
     }
 
+    async fn now_ms(&self) -> Result<Option<i64>, SourceError> {
+        self.source.now_ms().await
+    }
+
+    fn lists_all(&self) -> bool {
+        self.source.lists_all()
+    }
+
     fn start(&self) -> &StartPosition {
         self.source.start()
     }
@@ -87,10 +95,10 @@ impl BatchReader for WindowReader {
         Ok(match self.reader.next_batch().await? {
             NextBatch::Batch(batch) => self.part(batch),
             // What arrives from now on is not of the past. Twice, as a run that ends when caught up.
-            NextBatch::Idle { behind_ms: 0 } if self.was_idle => NextBatch::SourceEnd,
-            NextBatch::Idle { behind_ms } => {
+            NextBatch::Idle { behind_ms: 0, .. } if self.was_idle => NextBatch::SourceEnd,
+            idle @ NextBatch::Idle { behind_ms, .. } => {
                 self.was_idle = behind_ms == 0;
-                NextBatch::Idle { behind_ms }
+                idle
             }
             other => other,
         })

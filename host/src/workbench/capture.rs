@@ -12,7 +12,7 @@ use super::compare::Found;
 use super::redact::Redaction;
 use super::{TrialRecord, Workbench, update};
 use crate::record::{SequenceNumber, ShardId, ShardKey, ShardStart};
-use crate::source::{NextBatch, ResumePoint, ShardSource};
+use crate::source::{NextBatch, ResumePoint, ShardSource, Waiting};
 
 /// Records that one capture takes: cases are read by people.
 pub const RECORDS_MAX: usize = 10_000;
@@ -57,14 +57,17 @@ pub async fn from_stream(
     let stream = source.identity().await?.into();
     let shard = ShardKey { pipeline: "test".into(), stream, shard: range.shard.clone() };
     let start = ShardStart::AtSequence(range.from.clone());
-    let from = ResumePoint { after: None, start: &start, caught_up_ms: None };
+    let waiting = Waiting::default();
+    let from = ResumePoint { after: None, start: &start, caught_up_ms: None, waiting: &waiting };
     let mut reader = source.open(&shard, from).await?;
     let mut records = Vec::new();
     loop {
         let batch = match reader.next_batch().await? {
             NextBatch::Batch(batch) => batch,
-            NextBatch::Idle { behind_ms: 0 } | NextBatch::ShardEnd | NextBatch::SourceEnd => break,
-            NextBatch::Idle { .. } => continue,
+            NextBatch::Idle { behind_ms: 0, .. }
+            | NextBatch::ShardEnd { .. }
+            | NextBatch::SourceEnd => break,
+            NextBatch::Idle { .. } | NextBatch::Lost(_) => continue,
         };
         for record in batch.records {
             if record.position.sequence > range.to || records.len() == RECORDS_MAX {

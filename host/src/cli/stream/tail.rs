@@ -15,12 +15,12 @@ use tokio_util::sync::CancellationToken;
 use super::super::{Console, print_line, run};
 use crate::cli::load_plugin;
 use crate::config::{BatchLimits, OnLostRecords, RejectedMax, StartPosition};
-use crate::position::ShardState;
+use crate::position::{KnownShards, ShardState};
 use crate::record::{Batch, Record, ShardId, ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::connection::StreamConnection;
 use crate::source::inbox::{Inbox, ReadFrom};
 use crate::source::polling::{Polling, PollingReader};
-use crate::source::{BatchReader as _, NextBatch, Shard, SourceError, lineage, stream};
+use crate::source::{BatchReader as _, Beginning, NextBatch, Shard, SourceError, lineage, stream};
 use crate::stage::{Flow, LoadedStage, RunError, StageRunner, first_flow};
 
 /// What the readers hold together, in bytes.
@@ -97,11 +97,11 @@ struct Readers {
     identity: Arc<StreamIdentity>,
     only: Option<ShardId>,
     from: StartPosition,
-    /// What LATEST is, in milliseconds since 1970: when the command was given.
-    latest_ms: i64,
+    /// What LATEST is, in milliseconds since 1970 by the server's clock: when the command was given.
+    latest_ms: Option<i64>,
     no_follow: bool,
     /// The shards that were begun.
-    known: HashMap<ShardId, ShardState>,
+    known: KnownShards,
     tasks: JoinSet<Result<Read, SourceError>>,
     batches: mpsc::Sender<Batch>,
 }
@@ -133,6 +133,10 @@ impl Readers {
                 bail!("stream {name} has no shard {id}; `shardmill stream describe` lists them");
             }
         }
+        let latest_ms = match options.from {
+            StartPosition::Latest => Some(stream::now_ms(&client, name).await?),
+            _ => None,
+        };
         let on_lost_records = OnLostRecords::Continue;
         let connection =
             StreamConnection::new(client, name.clone(), on_lost_records, READ_AHEAD_BYTES_MAX);
@@ -142,9 +146,9 @@ impl Readers {
             identity,
             only,
             from: options.from,
-            latest_ms: chrono::Utc::now().timestamp_millis(),
+            latest_ms,
             no_follow: options.no_follow,
-            known: HashMap::new(),
+            known: KnownShards::default(),
             tasks: JoinSet::new(),
             batches,
         };
@@ -158,10 +162,17 @@ impl Readers {
         if let Some(only) = &self.only {
             shards.retain(|shard| shard.id == *only);
         }
-        for (id, start) in lineage(&shards, &self.known, &self.from, self.latest_ms).ready {
+        let plan = lineage(&shards, &self.known, &self.from, self.latest_ms);
+        if self.known.is_first_start() {
+            self.known.latest_ms = self.latest_ms;
+            let ended = ShardState { ended: true, ..ShardState::default() };
+            self.known.begun.extend(plan.skipped.into_iter().map(|id| (id, ended.clone())));
+        }
+        self.known.seen.extend(shards.iter().map(|shard| shard.id.clone()));
+        for Beginning { shard: id, start, .. } in plan.ready {
             let shard = shards.iter().find(|shard| shard.id == id);
-            if let Some(shard) = shard.filter(|_| !self.known.contains_key(&id)) {
-                self.known.insert(id, ShardState::default());
+            if let Some(shard) = shard.filter(|_| !self.known.begun.contains_key(&id)) {
+                self.known.begun.insert(id, ShardState::default());
                 self.begin(shard, start);
             }
         }
@@ -187,9 +198,9 @@ impl Readers {
                             return Ok(Read::SoFar);
                         }
                     }
-                    NextBatch::Idle { behind_ms: 0 } if until_idle => return Ok(Read::SoFar),
-                    NextBatch::Idle { .. } => {}
-                    NextBatch::ShardEnd => return Ok(Read::ToEnd(id)),
+                    NextBatch::Idle { behind_ms: 0, .. } if until_idle => return Ok(Read::SoFar),
+                    NextBatch::Idle { .. } | NextBatch::Lost(_) => {}
+                    NextBatch::ShardEnd { .. } => return Ok(Read::ToEnd(id)),
                     NextBatch::SourceEnd => return Ok(Read::SoFar),
                 }
             }
@@ -198,7 +209,7 @@ impl Readers {
 
     async fn ended(&mut self, read: Read) -> Result<(), SourceError> {
         let Read::ToEnd(id) = read else { return Ok(()) };
-        self.known.entry(id).or_default().ended = true;
+        self.known.begun.entry(id).or_default().ended = true;
         self.discover().await
     }
 }
