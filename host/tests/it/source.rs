@@ -7,14 +7,16 @@ use aws_sdk_kinesis::Client;
 use bytes::Bytes;
 use ferrokinesis::store::StoreOptions;
 use shardmill::config::{BatchLimits, OnLostRecords, StartPosition};
-use shardmill::position::ShardState;
+use shardmill::position::{KnownShards, ShardState};
 use shardmill::record::{Position, ShardId, ShardKey, ShardStart, StreamRef};
 use shardmill::source::connection::StreamConnection;
 use shardmill::source::embedded::{self, EmbeddedStream};
 use shardmill::source::inbox::{Inbox, ReadFrom};
 use shardmill::source::polling::{Polling, PollingReader};
 use shardmill::source::producer::{NewRecord, Producer};
-use shardmill::source::{BatchReader as _, NextBatch, SourceError, client, lineage, stream};
+use shardmill::source::{
+    BatchReader as _, Beginning, NextBatch, SourceError, client, lineage, stream,
+};
 
 const STREAM: &str = "test";
 
@@ -107,8 +109,9 @@ async fn read_all(reader: &mut PollingReader) -> (Vec<(Position, String)>, bool)
                     (record.position, String::from_utf8_lossy(&record.payload).into_owned())
                 }));
             }
+            NextBatch::Lost(lost) => panic!("{lost:?}"),
             NextBatch::Idle { .. } => return (records, false),
-            NextBatch::ShardEnd | NextBatch::SourceEnd => return (records, true),
+            NextBatch::ShardEnd { .. } | NextBatch::SourceEnd => return (records, true),
         }
     }
 }
@@ -231,10 +234,11 @@ async fn a_split_ends_the_parent_and_its_children_begin() {
         read_all(&mut served.reader(&parent, 100, None, ShardStart::Horizon).await).await;
     assert!(ended);
     let shards = served.shards().await;
-    let known = HashMap::from([(parent, ShardState { ended: true, ..ShardState::default() })]);
-    let children = lineage(&shards, &known, &StartPosition::Latest, 0).ready;
+    let begun = HashMap::from([(parent, ShardState { ended: true, ..ShardState::default() })]);
+    let known = KnownShards { begun, ..KnownShards::default() };
+    let children = lineage(&shards, &known, &StartPosition::Latest, None).ready;
     assert_eq!(children.len(), 2);
-    for (child, _) in children {
+    for Beginning { shard: child, .. } in children {
         records.extend(
             read_all(&mut served.reader(&child, 100, None, ShardStart::Horizon).await).await.0,
         );

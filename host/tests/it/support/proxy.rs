@@ -40,6 +40,13 @@ pub enum Fault {
     Trim(String),
     /// The payload of every record in the answer becomes this.
     Swell(Bytes),
+    /// The server's clock is this much slow, in the answers' dates, the records' times of arrival, and
+    /// the times at which it is asked to begin.
+    SlowClock(Duration),
+    /// The answer has no date.
+    NoDate,
+    /// The answer lists none of these shards.
+    Unlisted(Vec<String>),
 }
 
 type Choose = Box<dyn FnMut(&str, &mut fastrand::Rng) -> Fault + Send>;
@@ -147,6 +154,23 @@ async fn answer(
         Fault::Reset => return Err(broken()),
         _ => {}
     }
+    let (head, body) = request.into_parts();
+    let request = match &fault {
+        Fault::SlowClock(slow) => {
+            let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
+            let mut asked: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
+            put_back(asked.pointer_mut("/Timestamp"), -slow.as_secs_f64());
+            put_back(asked.pointer_mut("/StartingPosition/Timestamp"), -slow.as_secs_f64());
+            let body = match bytes.is_empty() {
+                true => whole(bytes),
+                false => whole(asked.to_string()),
+            };
+            let mut request = Request::from_parts(head, body);
+            request.headers_mut().remove("content-length");
+            request
+        }
+        _ => Request::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()),
+    };
     let connection = TcpStream::connect(upstream).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(connection))
         .await
@@ -170,12 +194,33 @@ async fn answer(
             let body = StreamBody::new(speaking.chain(silence));
             Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))
         }
-        Fault::Trim(_) | Fault::Swell(_) => {
+        Fault::NoDate => {
+            // This server would add one.
+            head.headers.insert("date", "unknown".parse().expect("a header"));
+            Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))
+        }
+        Fault::SlowClock(slow) if head.headers["content-type"] != "application/x-amz-json-1.1" => {
+            put_back_date(&mut head, slow);
+            Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))
+        }
+        Fault::Trim(_) | Fault::Swell(_) | Fault::SlowClock(_) | Fault::Unlisted(_) => {
             let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
             let mut answer: serde_json::Value =
                 serde_json::from_slice(&bytes).map_err(std::io::Error::other)?;
             if let Some(records) = answer["Records"].as_array_mut() {
                 change(records, &fault);
+            }
+            match &fault {
+                Fault::SlowClock(slow) => put_back_date(&mut head, *slow),
+                Fault::Unlisted(unlisted) => {
+                    if let Some(shards) = answer["Shards"].as_array_mut() {
+                        let id = |shard: &serde_json::Value| {
+                            shard["ShardId"].as_str().unwrap_or_default().to_owned()
+                        };
+                        shards.retain(|shard| !unlisted.contains(&id(shard)));
+                    }
+                }
+                _ => {}
             }
             head.headers.remove("content-length");
             head.headers.remove("x-amz-crc32");
@@ -185,12 +230,34 @@ async fn answer(
     }
 }
 
+/// Puts a time in seconds back, if there is one.
+fn put_back(time: Option<&mut serde_json::Value>, by_s: f64) {
+    if let Some(time) = time
+        && let Some(at_s) = time.as_f64()
+    {
+        *time = (at_s - by_s).into();
+    }
+}
+
+fn put_back_date(head: &mut hyper::http::response::Parts, by: Duration) {
+    let date = head.headers["date"].to_str().expect("a date");
+    let date = chrono::DateTime::parse_from_rfc2822(date).expect("a date") - by;
+    let date = date.format("%a, %d %b %Y %H:%M:%S GMT").to_string();
+    head.headers.insert("date", date.parse().expect("a header"));
+}
+
 fn change(records: &mut Vec<serde_json::Value>, fault: &Fault) {
     match fault {
         Fault::Trim(first) => records.retain(|record| {
             let sequence = record["SequenceNumber"].as_str().unwrap_or_default();
             (sequence.len(), sequence) >= (first.len(), first.as_str())
         }),
+        Fault::SlowClock(slow) => {
+            for record in records {
+                let arrived = record.pointer_mut("/ApproximateArrivalTimestamp");
+                put_back(arrived, slow.as_secs_f64());
+            }
+        }
         Fault::Swell(payload) => {
             let payload = BASE64_STANDARD.encode(payload);
             for record in records {

@@ -12,7 +12,7 @@ use shardmill::record::StreamRef;
 use shardmill::source::producer::{NewRecord, Producer};
 use shardmill::source::{client, embedded, stream};
 
-use super::pipeline::PipelineToml;
+use super::pipeline::{PipelineToml, SHORT_PAUSES};
 use super::{Process, serve_stream, shardmill, wait_for};
 
 /// The stream of every world.
@@ -43,6 +43,8 @@ pub struct Pipeline {
     pub postgres_table: Option<String>,
     /// Further lines of the pipeline after the sink's.
     pub sink: String,
+    /// Further lines of `[timing]`.
+    pub timing: String,
 }
 
 impl Default for Pipeline {
@@ -53,6 +55,7 @@ impl Default for Pipeline {
             stage: None,
             postgres_table: None,
             sink: String::new(),
+            timing: String::new(),
         }
     }
 }
@@ -156,8 +159,10 @@ impl World {
     /// Writes the pipeline's file; gives its path.
     pub fn pipeline(&self, pipeline: &Pipeline) -> String {
         let data = self.folder.path();
-        let Pipeline { endpoint, source, stage, postgres_table, sink } = pipeline;
-        let file = PipelineToml::new(data, "reading").stream(STREAM, endpoint, source);
+        let Pipeline { endpoint, source, stage, postgres_table, sink, timing } = pipeline;
+        let file = PipelineToml::new(data, "reading")
+            .timing(&format!("{SHORT_PAUSES}{timing}"))
+            .stream(STREAM, endpoint, source);
         let file = match stage {
             None => file.route_all_to(&["mart"]),
             Some(lines) => {

@@ -1,1 +1,0 @@
-//! Reading: calls without an answer, starts, lineage, and who reads.

@@ -1,0 +1,61 @@
+//! Fan-out after a restart.
+
+use std::time::{Duration, Instant};
+
+use super::start;
+use crate::support::proxy::{Fault, Proxy};
+use crate::support::wait_for;
+use crate::support::world::{Pipeline, World};
+
+/// While the subscription of an earlier process is too young to be taken over, records are polled.
+#[test]
+fn fault_46_a_process_whose_subscription_is_kept_out_reads_meanwhile() {
+    let world = World::new(1);
+    world.put(0..100, 7);
+    let proxy = Proxy::start(&world.address, 46, |operation, _| match operation {
+        "SubscribeToShard" => Fault::InUse,
+        _ => Fault::None,
+    });
+    let source = "reader = \"fan-out\"".into();
+    let endpoint = proxy.url.clone();
+    let run = start(&world, &Pipeline { source, endpoint, ..Pipeline::default() });
+    let begun = Instant::now();
+    world.wait_rows(100);
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    world.put(100..200, 7);
+    world.wait_rows(200);
+    // Then it subscribes, from where the polling was.
+    proxy.choose(|_, _| Fault::None);
+    wait_for("a subscription", || {
+        proxy.count("SubscribeToShard", |fault| matches!(fault, Fault::None)) > 0
+    });
+    world.put(200..300, 7);
+    world.wait_rows(300);
+    assert_eq!(run.terminate(), Some(0));
+    world.assert_each_once_in_order(300);
+}
+
+/// On a server that keeps the rule of five seconds: a process that is killed every three seconds
+/// makes progress.
+#[test]
+fn fault_46_a_process_that_is_killed_every_few_seconds_makes_progress() {
+    let url = std::env::var("SHARDMILL_TEST_KINESIS_LOCAL")
+        .expect("SHARDMILL_TEST_KINESIS_LOCAL names a second server: run `cargo xtask test`");
+    let world = World::at(tempfile::tempdir().expect("a folder"), &url, None, 1);
+    let endpoint = format!("http://{}", world.address);
+    let source = "reader = \"fan-out\"".into();
+    let pipeline = Pipeline { endpoint, source, ..Pipeline::default() };
+    const ROUNDS: u64 = 4;
+    for round in 0..ROUNDS {
+        world.put(round * 100..(round + 1) * 100, 7);
+        let run = start(&world, &pipeline);
+        let begun = Instant::now();
+        wait_for("this round's rows", || {
+            world.rows() >= (round + 1) * 100 || begun.elapsed() > Duration::from_secs(3)
+        });
+        drop(run); // kill -9
+        assert_eq!(world.rows(), (round + 1) * 100, "round {round}");
+    }
+    world.assert_each_once_in_order(ROUNDS * 100);
+    world.delete();
+}
