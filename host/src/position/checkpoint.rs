@@ -149,6 +149,17 @@ impl Checkpoints {
             .await
     }
 
+    /// Begins one shard, as a look at the stream would.
+    #[cfg(test)]
+    pub(crate) async fn begin(
+        &self,
+        shard: &ShardKey,
+        start: &ShardStart,
+    ) -> Result<(), StateError> {
+        let begun = vec![(shard.shard.clone(), start.clone(), None)];
+        self.note(&shard.stream, Look { begun, ..Look::default() }).await
+    }
+
     /// Notes what a look at the stream found, all in one step: after a crash either every shard of
     /// the look has its start, or none has. A shard that is known keeps what was noted first.
     ///

@@ -333,7 +333,7 @@ fn finish(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::{Checkpoints, DeadLetter, DeadLetters, LetterKey, Look};
+    use crate::position::{Checkpoints, DeadLetter, DeadLetters, LetterKey};
     use crate::record::ShardStart;
 
     #[tokio::test]
@@ -368,9 +368,7 @@ mod tests {
         assert_eq!(redrives.finish(id).await.expect("asked"), None, "nothing has run");
         let own = id.key(&pipeline);
         let checkpoints = Checkpoints::new(store);
-        let begun = vec![(own.shard.clone(), ShardStart::Horizon, None)];
-        let look = Look { begun, ..Look::default() };
-        checkpoints.note(&own.stream, look).await.expect("begun");
+        checkpoints.begin(&own, &ShardStart::Horizon).await.expect("begun");
         checkpoints.advance(&own, Vec::new(), Some(at(1)), false).await.expect("advanced");
         let redriven = redrives.finish(id).await.expect("finished");
         assert_eq!(redriven, Some(Redriven { letters: 1, failed_again: 0 }));

@@ -341,7 +341,7 @@ mod tests {
 
     #[test]
     fn fault_06_lineages_are_walked_in_the_time_of_their_length() {
-        let shards = cycles(10_000);
+        let shards = cycles(2_000);
         let last = shards.last().expect("a shard").id.clone();
         let sequence = crate::record::SequenceNumber::parse("7").expect("a number");
         let places = std::iter::once((last.clone(), sequence)).collect();

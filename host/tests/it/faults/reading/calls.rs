@@ -34,7 +34,7 @@ fn first(
     }
 }
 
-/// One GetRecords, or GetShardIterator, or SubscribeToShard that is never answered, or not to its end:
+/// A GetRecords, or GetShardIterator, or SubscribeToShard that is never answered, or not to its end:
 /// it is shown, and tried again.
 #[test]
 fn fault_03_a_call_that_is_never_answered_is_shown_and_tried_again() {
@@ -46,7 +46,7 @@ fn fault_03_a_call_that_is_never_answered_is_shown_and_tried_again() {
     ] {
         let world = World::new(1);
         world.put(0..100, 7);
-        let left = Arc::new(Mutex::new(1));
+        let left = Arc::new(Mutex::new(1_000));
         let proxy = Proxy::start(&world.address, 3, first(operation, &left, fault.clone()));
         let (port, admin) = admin();
         let pipeline = Pipeline {
@@ -58,6 +58,7 @@ fn fault_03_a_call_that_is_never_answered_is_shown_and_tried_again() {
         };
         let run = world.start(&pipeline);
         wait_blocked(port, &["source", operation]);
+        *left.lock().expect("whole") = 0;
         world.wait_rows(100);
         wait_ready(port);
         assert_eq!(run.terminate(), Some(0), "{operation} {fault:?}");
@@ -70,6 +71,7 @@ fn fault_03_a_call_that_is_never_answered_is_shown_and_tried_again() {
 fn fault_03_a_look_for_shards_that_is_never_answered_is_shown_and_stops_no_lane() {
     for operation in ["ListShards", "DescribeStreamSummary"] {
         let world = World::new(1);
+        world.put(0..50, 7);
         let left = Arc::new(Mutex::new(0));
         let proxy = Proxy::start(&world.address, 3, first(operation, &left, Fault::Slow(NEVER)));
         let (port, admin) = admin();
@@ -80,9 +82,10 @@ fn fault_03_a_look_for_shards_that_is_never_answered_is_shown_and_stops_no_lane(
             ..Pipeline::default()
         };
         let run = world.start(&pipeline);
+        world.wait_rows(50);
         *left.lock().expect("whole") = 1_000;
         wait_blocked(port, &["pipeline: shards", operation]);
-        world.put(0..100, 7);
+        world.put(50..100, 7);
         world.wait_rows(100);
         world.split(&world.open_shards()[0]);
         world.put(100..200, 7);
@@ -150,7 +153,7 @@ fn fault_03_a_put_that_is_never_answered_is_shown_and_put_again() {
     let world = World::new(1);
     let out = World::new(1);
     world.put(0..100, 7);
-    let left = Arc::new(Mutex::new(1));
+    let left = Arc::new(Mutex::new(1_000));
     let proxy = Proxy::start(&out.address, 3, first("PutRecords", &left, Fault::Slow(NEVER)));
     let (port, admin) = admin();
     let file = PipelineToml::new(world.folder.path(), "reading")
@@ -164,8 +167,10 @@ fn fault_03_a_put_that_is_never_answered_is_shown_and_put_again() {
         .table(&admin)
         .write();
     let mut command = support::shardmill(&["run", &file]);
-    let run = support::Process(command.stderr(std::process::Stdio::null()).spawn().expect("run"));
+    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    let run = support::Process(command.spawn().expect("the binary starts"));
     wait_blocked(port, &["sink out", "PutRecords"]);
+    *left.lock().expect("whole") = 0;
     wait_ready(port);
     wait_for("a checkpoint", || {
         let sql = "SELECT count(*) FROM shard WHERE sequence IS NOT NULL";
