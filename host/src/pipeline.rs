@@ -3,24 +3,24 @@
 //! One lane per shard: read a batch, run it through the stages, write its dead letters, hand its
 //! rows to the sinks. Sinks commit in their own rhythm; the checkpoint follows the slowest.
 
-use tokio_util::sync::CancellationToken;
-
 use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, Shared};
 use crate::record::ShardKey;
 use crate::source::NextBatch;
+use crate::stop::Stop;
 
-/// Reads one shard from where its sinks stand until it ends or `stop` is given.
+/// Reads one shard from where its sinks stand until it ends or `stop` is asked for.
 ///
 /// # Errors
 /// [`LaneError`]: what was not committed is read again when the lane is started anew.
-pub async fn run_lane(
-    shared: &Shared,
-    shard: ShardKey,
-    stop: &CancellationToken,
-) -> Result<LaneEnd, LaneError> {
-    let mut lane = Lane::acquire(shared, shard, stop).await?;
+pub async fn run_lane(shared: &Shared, shard: ShardKey, stop: &Stop) -> Result<LaneEnd, LaneError> {
+    // Nothing is in hand yet: a sink that does not answer is not waited for.
+    let Some(lane) = stop.unless_asked(Lane::acquire(shared, shard, stop)).await else {
+        return Ok(LaneEnd::Stopped);
+    };
+    let mut lane = lane?;
     match read_to_end(&mut lane, stop).await {
         Ok(end) => lane.settle(end).await,
+        Err(LaneError::Stopped) => lane.settle(LaneEnd::Stopped).await,
         // What was read before is as good as ever.
         Err(error @ LaneError::Source(_)) => lane.settle(LaneEnd::Stopped).await.and(Err(error)),
         Err(error) => {
@@ -30,26 +30,24 @@ pub async fn run_lane(
     }
 }
 
-/// Takes records along the path until there are no more, or `stop` is given.
-async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<LaneEnd, LaneError> {
-    let mut reader = tokio::select! {
-        () = stop.cancelled() => return Ok(LaneEnd::Stopped),
-        reader = lane.reader() => reader?,
-    };
+/// Takes records along the path until there are no more. Each wait ends when `stop` is asked for, with
+/// [`LaneError::Stopped`].
+async fn read_to_end(lane: &mut Lane<'_>, stop: &Stop) -> Result<LaneEnd, LaneError> {
+    let mut reader = lane.reader().await?;
     'batches: loop {
         // It goes on whatever else the lane does: a read that is broken off again and again never ends.
         let mut next = reader.next_batch();
         let batch = loop {
             tokio::select! {
-                () = stop.cancelled() => return Ok(LaneEnd::Stopped),
+                () = stop.asked() => return Err(LaneError::Stopped),
                 event = lane.event() => match event {
                     LaneEvent::SinkEnded(why) => return Err(why),
-                    LaneEvent::NextGeneration => lane.change_generation().await,
+                    LaneEvent::NextGeneration => lane.change_generation().await?,
                 },
                 next = &mut next => match next? {
                     NextBatch::Batch(batch) => break batch,
                     NextBatch::Idle { behind_ms, caught_up_ms } => {
-                        lane.idle(behind_ms, caught_up_ms).await;
+                        lane.idle(behind_ms, caught_up_ms).await?;
                         continue 'batches;
                     }
                     NextBatch::Lost(lost) => {
@@ -67,11 +65,9 @@ async fn read_to_end(lane: &mut Lane<'_>, stop: &CancellationToken) -> Result<La
         // A batch that straddles a change of generation is run in parts.
         let mut rest = Some(batch);
         while let Some(batch) = rest.take() {
-            let (part, behind) = lane.cut_at_swap(batch).await;
+            let (part, behind) = lane.cut_at_swap(batch).await?;
             // Nothing behind a part without an outcome may go on.
-            let Some(outcome) = lane.run_stages(&part).await? else {
-                return Ok(LaneEnd::Stopped);
-            };
+            let outcome = lane.run_stages(&part).await?;
             lane.write_letters(&part, outcome.letters).await?;
             lane.deliver(&part, outcome.routed).await?;
             rest = behind;

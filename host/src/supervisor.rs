@@ -12,26 +12,37 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
 use crate::budget::Budget;
 use crate::config::{OnLostRecords, PipelineConfig, StartPosition};
 use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, SINK_BUFFERS, Shared, roster};
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
-use crate::plugin::PluginHost;
+use crate::plugin::{CompileCache, PluginHost};
 use crate::position::{
-    Changes, Checkpoints, DeadLetters, Hole, Holes, Ledger, Look, Roster, Running, StateStore,
+    Changes, Checkpoints, DeadLetters, Hole, Holes, KnownShards, Ledger, Look, Roster, Running,
+    StateStore, needed_components,
 };
 use crate::record::{ShardId, ShardKey, SinkName, StreamIdentity};
 use crate::sink::Sink;
 use crate::source::connection::count_loss;
-use crate::source::{Plan, ShardSource, SourceError, Waiting, lineage};
+use crate::source::{Plan, Shard, ShardSource, SourceError, Waiting, lineage};
 use crate::stage::{Generation, GenerationSpec, Samples, StageSpec};
+use crate::stop::Stop;
 use crate::swap::{BuildSinks, Swapper, SwapperParts, TakeOver};
+use crate::system::Needs;
 
 /// The part of a run that looks for shards to read.
 const SHARDS: &str = "shards";
+
+/// How long a shard that was read to its end is known after the stream has dropped it, in milliseconds: a
+/// sink that is restored from a backup of then is named with what it has lost.
+const GONE_KEPT_MS: i64 = 7 * 24 * 3_600 * 1_000;
+/// A compiled component that is younger may be of a pipeline that is about to start.
+const COMPILED_AGE_MIN: Duration = Duration::from_secs(3_600);
+/// Changes that may wait for the lanes of the one before to end.
+const TAKE_OVERS_MAX: usize = 16;
 
 /// What a run is told beside its configuration.
 pub struct RunOptions {
@@ -74,7 +85,7 @@ pub struct Supervisor {
     swapper: Swapper,
     take_overs: mpsc::Receiver<TakeOver>,
     /// Ends what the swapper does by itself, with the run.
-    _ends: DropGuard,
+    ends: CancellationToken,
 }
 
 impl Supervisor {
@@ -125,6 +136,10 @@ impl Supervisor {
             // Nothing is lost, only space. A replay that needs what cannot be read says so itself.
             tracing::warn!(%error, "components that are not needed any more stay");
         }
+        tokio::task::spawn_blocking({
+            let cache = host.cache.clone();
+            move || remove_unneeded(&cache)
+        });
         let shared = Arc::new(Shared {
             budget: Budget::new(config.buffer_bytes_max, SINK_BUFFERS),
             source,
@@ -142,8 +157,7 @@ impl Supervisor {
             config,
         });
         roster::settle(&shared, &stream, None, &options.build_sinks).await?;
-        // One change at a time: the next waits for its turn.
-        let (sender, take_overs) = mpsc::channel(1);
+        let (sender, take_overs) = mpsc::channel(TAKE_OVERS_MAX);
         let ends = CancellationToken::new();
         let swapper = Swapper::new(SwapperParts {
             state: state.clone(),
@@ -156,7 +170,7 @@ impl Supervisor {
             ends: ends.clone(),
         });
         let until_caught_up = options.until_caught_up;
-        let (stream, _ends) = (Arc::new(stream), ends.drop_guard());
+        let stream = Arc::new(stream);
         let build_sinks = options.build_sinks;
         Ok(Self {
             shared,
@@ -167,7 +181,7 @@ impl Supervisor {
             lock,
             swapper,
             take_overs,
-            _ends,
+            ends,
         })
     }
 
@@ -200,15 +214,23 @@ impl Supervisor {
     ///
     /// # Errors
     /// What a person must decide; the other lanes are drained first.
-    pub async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
-        // Lanes stop by a token of their own, so that one that fails for good drains the others.
-        let lanes_stop = stop.child_token();
+    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let drain_max = self.shared.config.timing.drain_max;
+        self.run_until(Stop::at(stop.child_token(), drain_max)).await
+    }
+
+    /// As [`Supervisor::run`], within the time of an end that others share: a fatal error asks for it.
+    ///
+    /// # Errors
+    /// As [`Supervisor::run`].
+    pub async fn run_until(mut self, stop: Stop) -> anyhow::Result<()> {
+        let lanes_stop = stop.child();
         let mut lanes = Lanes {
             shared: self.shared.clone(),
             state: self.state.clone(),
             build_sinks: self.build_sinks.clone(),
             stream: self.stream.clone(),
-            stop: lanes_stop.child_token(),
+            stop: lanes_stop.child(),
             running: HashSet::new(),
             tasks: JoinSet::new(),
             source_ended: false,
@@ -228,7 +250,7 @@ impl Supervisor {
         // A change for which the lanes are let go.
         let mut take_over: Option<TakeOver> = None;
         while !(lanes.tasks.is_empty()
-            && (lanes_stop.is_cancelled()
+            && (lanes_stop.is_asked()
                 || (take_over.is_none() && (ended || lanes.has_source_ended()))))
         {
             tokio::select! {
@@ -242,24 +264,28 @@ impl Supervisor {
                         Ok(false) => {}
                         Err(error) => {
                             fatal.get_or_insert(error);
-                            lanes_stop.cancel();
+                            stop.ask();
                         }
                     }
                 }
+                () = lanes_stop.asked(), if !self.ends.is_cancelled() => self.ends.cancel(),
+                // The next one waits: whether its lanes can begin depends on where these end.
                 Some(order) = self.take_overs.recv(), if take_over.is_none() => {
-                    lanes.stop.cancel();
+                    lanes.stop.ask();
                     take_over = Some(order);
                 }
                 // The lanes are let go: what they had is committed, as far as their sinks answer.
                 () = std::future::ready(()), if take_over.is_some() && lanes.tasks.is_empty() => {
                     if let Some(order) = take_over.take() {
                         look = None;
-                        lanes.begin_anew(order, &lanes_stop).await;
-                        discovery.reset_immediately();
+                        let begun = lanes.begin_anew(order, &lanes_stop);
+                        if stop.unless_asked(begun).await.is_some() {
+                            discovery.reset_immediately();
+                        }
                     }
                 }
-                () = lanes_stop.cancelled(), if lanes.tasks.is_empty() => {}
-                _ = discovery.tick(), if look.is_none() && !lanes.stop.is_cancelled() => {
+                () = lanes_stop.asked(), if lanes.tasks.is_empty() => {}
+                _ = discovery.tick(), if look.is_none() && !lanes.stop.is_asked() => {
                     let (shared, stream) = (lanes.shared.clone(), lanes.stream.clone());
                     let waiting = waiting.clone();
                     look = Some(async move { find(&shared, &stream, &waiting).await }.boxed());
@@ -272,16 +298,24 @@ impl Supervisor {
                             look_pauses = pauses(retry_pause_max);
                             waiting.answered();
                             self.shared.board.unblock_run(SHARDS);
-                            ended = lanes.begin(plan);
+                            match lanes.begin(plan) {
+                                Ok(all_ended) => ended = all_ended,
+                                Err(error) => {
+                                    tracing::error!(%error, "the pipeline stops");
+                                    fatal.get_or_insert(error);
+                                    stop.ask();
+                                }
+                            }
                         }
-                        Err(LaneError::Source(error)) if error.needs_a_person() => {
-                            fatal.get_or_insert(error.into());
-                            lanes_stop.cancel();
+                        Err(error) if error.needs_a_person() => {
+                            tracing::error!(%error, "the pipeline stops");
+                            fatal.get_or_insert(error);
+                            stop.ask();
                         }
                         // Nothing runs yet: who starts the process hears at once.
                         Err(error) if !has_looked => {
                             fatal.get_or_insert(error);
-                            lanes_stop.cancel();
+                            stop.ask();
                         }
                         // Shards wait to be read, and nobody reads them: as bad as a blocked lane.
                         Err(error) => {
@@ -299,12 +333,31 @@ impl Supervisor {
                 _ = glance.tick(), if self.until_caught_up && !lanes.awaits_children => {
                     let shards = self.shared.board.snapshot();
                     if !shards.is_empty() && shards.values().all(|status| status.caught_up()) {
-                        lanes_stop.cancel();
+                        lanes_stop.ask();
                     }
                 }
             }
         }
         fatal.map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
+/// Removes compiled components that no pipeline with its state in this folder keeps.
+fn remove_unneeded(cache: &CompileCache) {
+    let Some(state_dir) = cache.folder().and_then(Path::parent) else { return };
+    let removed = needed_components(state_dir)
+        .map_err(anyhow::Error::from)
+        .and_then(|needed| Ok(cache.remove_unneeded(&needed, COMPILED_AGE_MIN)?));
+    match removed {
+        Ok(0) => {}
+        Ok(files) => tracing::info!(files, "compiled plugins that nothing needs are removed"),
+        Err(error) => tracing::debug!(%error, "compiled plugins are not looked through"),
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.ends.cancel();
     }
 }
 
@@ -389,7 +442,30 @@ async fn find(
         waiting.begins("the state database");
         checkpoints.note(stream, look).await?;
     }
+    if source.lists_all() {
+        forget_gone(checkpoints, stream, &shards, &known).await;
+    }
     Ok(plan)
+}
+
+/// Forgets shards that nothing needs any more: read to their end, and no longer listed, not even as a
+/// parent.
+async fn forget_gone(
+    checkpoints: &Checkpoints,
+    stream: &StreamIdentity,
+    shards: &[Shard],
+    known: &KnownShards,
+) {
+    let parents = shards.iter().flat_map(|shard| &shard.parents);
+    let listed: HashSet<&ShardId> = shards.iter().map(|shard| &shard.id).chain(parents).collect();
+    if known.begun.iter().all(|(shard, state)| !state.ended || listed.contains(shard)) {
+        return;
+    }
+    let listed: Vec<ShardId> = listed.into_iter().cloned().collect();
+    let now_ms = chrono::Utc::now().timestamp_millis();
+    if let Err(error) = checkpoints.forget_gone(stream, &listed, now_ms, GONE_KEPT_MS).await {
+        tracing::warn!(%error, "shards that are gone are not forgotten yet");
+    }
 }
 
 /// The error of shards none of whose records was read.
@@ -412,7 +488,8 @@ struct Lanes {
     state: StateStore,
     build_sinks: BuildSinks,
     stream: Arc<StreamIdentity>,
-    stop: CancellationToken,
+    /// Ends these lanes: with the run, or because others take their shards over.
+    stop: Stop,
     running: HashSet<ShardId>,
     tasks: JoinSet<(ShardId, Result<LaneEnd, LaneError>)>,
     /// The source has nothing more for now, and nobody waits for it.
@@ -423,24 +500,41 @@ struct Lanes {
 
 impl Lanes {
     /// Starts a lane for each shard that may be read now. True when every shard has ended.
-    fn begin(&mut self, plan: Plan) -> bool {
+    ///
+    /// # Errors
+    /// [`LaneError::Fatal`] when the system does not let the process have what they need.
+    fn begin(&mut self, plan: Plan) -> Result<bool, LaneError> {
+        let is_fresh = |shard: &ShardId| !self.running.contains(shard);
+        self.check_limits(plan.ready.iter().filter(|it| is_fresh(&it.shard)).count())?;
         for beginning in plan.ready {
-            if !self.stop.is_cancelled() && self.running.insert(beginning.shard.clone()) {
+            if !self.stop.is_asked() && self.running.insert(beginning.shard.clone()) {
                 self.start(beginning.shard);
             }
         }
         self.awaits_children = false;
-        plan.all_ended
+        Ok(plan.all_ended)
+    }
+
+    /// Checks that the system lets the process have what more lanes need. Those that run have theirs.
+    fn check_limits(&self, lanes: usize) -> Result<(), LaneError> {
+        if lanes == 0 {
+            return Ok(());
+        }
+        let generation = self.shared.generation();
+        let stages = generation.stages.iter();
+        let stages = stages.map(|stage| 1 + usize::from(stage.canary.is_some())).sum();
+        let needs = Needs { lanes, stages, sinks: self.shared.sinks.len() };
+        needs.check().map_err(|error| LaneError::Fatal(error.to_string()))
     }
 
     /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
-    async fn begin_anew(&mut self, order: TakeOver, stop: &CancellationToken) {
+    async fn begin_anew(&mut self, order: TakeOver, stop: &Stop) {
         let outcome = self.settle(&order.shared).await;
         let outcome = outcome.map_err(|error| crate::admin::told(&error));
         if outcome.is_ok() {
             self.shared = order.shared;
         }
-        self.stop = stop.child_token();
+        self.stop = stop.child();
         // Whoever asked may have gone.
         let _ = order.done.send(outcome);
     }
@@ -570,21 +664,23 @@ fn dropped_swaps(before: &Running, now: &GenerationSpec) -> Vec<String> {
 async fn run_patiently(
     shared: &Shared,
     shard: ShardKey,
-    stop: &CancellationToken,
+    stop: &Stop,
 ) -> Result<LaneEnd, LaneError> {
     let pause_max = shared.config.timing.retry_pause_max;
     let mut pauses = pauses(pause_max);
     loop {
         let began = std::time::Instant::now();
         let error = match run_lane(shared, shard.clone(), stop).await {
-            Err(LaneError::Fatal(cause)) => return Err(LaneError::Fatal(cause)),
-            Err(LaneError::Source(error)) if error.needs_a_person() => {
-                return Err(LaneError::Source(error));
+            Err(error) if error.needs_a_person() => {
+                // The others are drained first, which may take a while: said now.
+                tracing::error!(shard = %shard.shard, %error, "the pipeline stops");
+                shared.board.block(&shard.shard, "lane", &error.to_string());
+                return Err(error);
             }
             Err(error) => error,
             end => return end,
         };
-        if stop.is_cancelled() {
+        if stop.is_asked() {
             tracing::warn!(shard = %shard.shard, %error, "stopped with records in hand; they are read again");
             return Ok(LaneEnd::Stopped);
         }
@@ -595,7 +691,7 @@ async fn run_patiently(
         shared.board.block(&shard.shard, "lane", &error.to_string());
         tokio::select! {
             () = tokio::time::sleep(pauses.next().unwrap_or(pause_max)) => {}
-            () = stop.cancelled() => return Ok(LaneEnd::Stopped),
+            () = stop.asked() => return Ok(LaneEnd::Stopped),
         }
     }
 }

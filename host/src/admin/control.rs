@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{PipelineConfig, Secret};
 use crate::lane::Board;
-use crate::swap::{ChangeRefused, Component, Gates, SwapOrder, Swapper};
+use crate::swap::{ChangeRefused, Component, Gates, SHADOW_MAX, SwapOrder, Swapper};
 
 /// The largest component that is taken, in bytes: as `limits.component` can be at most.
 const BODY_BYTES_MAX: usize = 256 << 20;
@@ -206,6 +206,9 @@ async fn swap(
 ) -> Response {
     if query.canary.is_some_and(|percent| !(1..=99).contains(&percent)) {
         return misused("canary is 1 to 99: of 100 partition keys, how many the candidate gets");
+    }
+    if query.shadow_ms > SHADOW_MAX.as_millis() as u64 {
+        return misused("shadow_ms is at most one day (86400000)");
     }
     let component = match query.component {
         Some(digits) => Component::Kept(digits),

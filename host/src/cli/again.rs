@@ -63,9 +63,9 @@ pub(super) async fn run_again(
     let options = RunOptions::new(true);
     let supervisor = Supervisor::prepare_under(lock, own, host, source, built, options).await?;
     let (board, letters) = (supervisor.board(), supervisor.letters());
-    let stop = stop_on_signals()?;
-    supervisor.run(stop.clone()).await?;
-    ensure!(!stop.is_cancelled(), "stopped: the same command goes on where it was");
+    let stop = stop_on_signals(config.timing.drain_max)?;
+    supervisor.run_until(stop.clone()).await?;
+    ensure!(!stop.is_asked(), "stopped: the same command goes on where it was");
     std::fs::write(folder(config, undone.number).join(DONE), "")?;
     let records = board.snapshot().values().map(|status| status.records_read).sum();
     let report = AgainReport { records, dead_letters: letters.count().await?, sinks: sinks_shown };

@@ -84,7 +84,7 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let run_options = RunOptions { embedded_plugin: bundled_plugin, ..RunOptions::new(true) };
     let supervisor = run::prepare(config.clone(), source, run_options).await?;
     let (board, letters) = (supervisor.board(), supervisor.letters());
-    supervisor.run(run::stop_on_signals()?).await?;
+    supervisor.run_until(run::stop_on_signals(config.timing.drain_max)?).await?;
 
     stream::delete(&client, &kinesis.stream.value, std::time::Duration::from_secs(30)).await?;
     let report = report(&data, &board, &letters).await?;

@@ -71,27 +71,34 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
     let source =
         Arc::new(KinesisSource::new(client.clone(), kinesis, batch, config.buffer_bytes_max));
     let producer = Producer::new(client, name.clone());
+    let drain_max = config.timing.drain_max;
     let supervisor = run::prepare(config, source, RunOptions::new(false)).await?;
     let swapper = supervisor.swapper();
-    let stop = run::stop_on_signals()?;
-    let ends = stop.child_token();
-    tokio::spawn(put_again_and_again(producer, samples, ends.clone()));
-    let running = tokio::spawn(supervisor.run(ends.clone()));
+    let stop = run::stop_on_signals(drain_max)?;
+    let ends = stop.child();
+    tokio::spawn(put_again_and_again(producer, samples, ends.token().clone()));
+    let running = tokio::spawn(supervisor.run_until(ends.clone()));
     console.say(format!(
         "running on sample records; save a file in {} to see what changes (Ctrl-C ends)",
         folder.display()
     ));
     let mut saves = options.saves.unwrap_or(u32::MAX);
     while saves > 0 {
-        let Some(saved) = sources.changed(&stop).await else { break };
+        let Some(saved) = sources.changed(stop.token()).await else { break };
         saves -= 1;
-        match build(&folder, &component).await {
-            Ok(()) => show(&swapper, &manifest.name, &component, saved, console).await?,
-            // The compiler has said on standard error what is wrong.
-            Err(error) => console.say(format!("not built, the version before runs on: {error}")),
-        }
+        let swapped = stop.unless_asked(async {
+            match build(&folder, &component).await {
+                Ok(()) => show(&swapper, &manifest.name, &component, saved, console).await,
+                // The compiler has said on standard error what is wrong.
+                Err(error) => {
+                    console.say(format!("not built, the version before runs on: {error}"));
+                    Ok(())
+                }
+            }
+        });
+        swapped.await.transpose()?;
     }
-    ends.cancel();
+    ends.ask();
     running.await?
 }
 

@@ -325,12 +325,12 @@ async fn redrive(wanted: &Letters, all: bool, console: &Console) -> anyhow::Resu
         );
     }
     let source = LettersSource::new(redrives.clone(), id, &config.name, config.source.batch);
-    let sinks = sinks::build(&config)?;
+    let (sinks, drain_max) = (sinks::build(&config)?, config.timing.drain_max);
     let host = plugin_host(&config)?;
     let options = RunOptions::new(true);
     let supervisor =
         Supervisor::prepare_under(lock, config, host, Arc::new(source), sinks, options).await?;
-    supervisor.run(stop_on_signals()?).await?;
+    supervisor.run_until(stop_on_signals(drain_max)?).await?;
     let Some(redriven) = redrives.finish(id).await? else {
         bail!("the redrive was broken off: `shardmill dlq redrive` goes on with it");
     };

@@ -24,16 +24,22 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
         None => None,
     };
     let port = IntakePort::open(intake).await?;
-    let stop = run::stop_on_signals()?;
-    let client = stream::intake_client(&config, kinesis, None).await?;
-    stream::ensure(&client, kinesis).await?;
+    let stop = run::stop_on_signals(config.timing.drain_max)?;
+    let reach = async {
+        let client = stream::intake_client(&config, kinesis, None).await?;
+        stream::ensure(&client, kinesis).await?;
+        anyhow::Ok(client)
+    };
+    let Some(client) = stop.unless_asked(reach).await else { return Ok(()) };
+    let client = client?;
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
         // There are no lanes here: it is for the metrics.
-        admin.serve(Vec::new(), None, stop.clone());
+        admin.serve(Vec::new(), None, stop.token().clone());
     }
     let address = port.address();
-    let serving = port.serve(StreamWriter::new(client, kinesis.stream.value.clone()), stop.clone());
+    let writer = StreamWriter::new(client, kinesis.stream.value.clone());
+    let serving = port.serve(writer, stop.token().clone());
     console.say(format!("intake http://{address}/events"));
     console.report(&serde_json::json!({ "intake": format!("http://{address}/events") }))?;
     serving.finished(&stop).await;

@@ -22,6 +22,7 @@ mod test;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
@@ -40,6 +41,14 @@ const EXIT_DONE: u8 = 0;
 const EXIT_FAILED: u8 = 1;
 /// Exit code when the command line or the configuration is wrong.
 const EXIT_MISUSED: u8 = 2;
+
+/// How long threads that are at work when a command has ended are waited for.
+const THREADS_WAIT_MAX: Duration = Duration::from_secs(3);
+/// Threads for calls that block. Each lane has one call of a plugin at a time, and each of its sinks may
+/// encode or write beside it; none of them waits on such a thread for anything but its own work. So the
+/// number of lanes is the bound, and this is above it: with tokio's 512, lanes would wait for each other.
+/// Threads are started when they are needed and end when they are not.
+const BLOCKING_THREADS_MAX: usize = 16_384;
 
 #[derive(Parser)]
 #[command(
@@ -177,8 +186,21 @@ pub fn main() -> ExitCode {
             );
             Ok(())
         }
-        command => runtime().and_then(|runtime| runtime.block_on(dispatch(command, &console))),
+        command => match runtime() {
+            Ok(runtime) => {
+                let code = told(runtime.block_on(dispatch(command, &console)));
+                // A thread that is stuck does not keep the process.
+                runtime.shutdown_timeout(THREADS_WAIT_MAX);
+                return code;
+            }
+            Err(error) => Err(error),
+        },
     };
+    told(done)
+}
+
+/// The exit code of a command that has ended; an error is printed.
+fn told(done: anyhow::Result<()>) -> ExitCode {
     match done {
         Ok(()) => EXIT_DONE.into(),
         Err(error) => tell(&error),
@@ -206,7 +228,9 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     bound_malloc_arenas();
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+    crate::system::raise_open_files();
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    Ok(builder.enable_all().max_blocking_threads(BLOCKING_THREADS_MAX).build()?)
 }
 
 /// Keeps glibc from giving each thread a heap of its own. Batches are made on one thread and dropped
@@ -276,6 +300,7 @@ fn dead_letters(config: &PipelineConfig) -> anyhow::Result<DeadLetters> {
 
 /// What a pipeline's plugins are loaded with.
 fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
+    crate::system::check_sandbox()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let cache = CompileCache::in_folder(config.state_dir.join("compiled")).in_child_processes();
     let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
@@ -284,6 +309,7 @@ fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
 
 /// Loads a plugin outside of any pipeline.
 fn load_plugin(file: &std::path::Path) -> anyhow::Result<Plugin> {
+    crate::system::check_sandbox()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let cache = CompileCache::none().in_child_processes();
     Ok(Plugin::load_file(&engine, &cache, file)?.0)

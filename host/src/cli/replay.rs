@@ -120,9 +120,9 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let supervisor =
         Supervisor::prepare_under(lock, own, host, Arc::new(source), sinks, run).await?;
     let letters = supervisor.letters();
-    let stop = stop_on_signals()?;
-    supervisor.run(stop.clone()).await?;
-    ensure!(!stop.is_cancelled(), "stopped: the replay begins anew when it is run again");
+    let stop = stop_on_signals(config.timing.drain_max)?;
+    supervisor.run_until(stop.clone()).await?;
+    ensure!(!stop.is_asked(), "stopped: the replay begins anew when it is run again");
 
     let mut report = Report {
         shadow: table.shadow(),

@@ -1,8 +1,10 @@
 //! `shardmill run`: a pipeline, until it is told to stop.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::signal::unix::Signal;
 use tokio_util::sync::CancellationToken;
 
 use super::{Console, PipelineFile, holes, load, sinks, stream};
@@ -14,10 +16,19 @@ use crate::lane::Board;
 use crate::position::{DeadLetters, StoredLetter};
 use crate::record::SinkName;
 use crate::source::ShardSource;
+use crate::source::embedded::EmbeddedStream;
 use crate::source::letter_log::LetterLogSource;
 use crate::source::producer::StreamWriter;
+use crate::stop::Stop;
 use crate::supervisor::{RunOptions, Supervisor};
 use crate::swap::watch_files;
+
+/// How long after its drain the process has ended.
+const END_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Exit code after a second signal.
+const EXIT_AT_ONCE: i32 = 130;
+/// Exit code when the process had to be ended by force.
+const EXIT_FORCED: i32 = 1;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -49,6 +60,37 @@ pub(crate) struct Summary {
 
 pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
+    let stop = stop_on_signals(config.timing.drain_max)?;
+    // Servers that do not answer are not waited for: nothing has been read yet.
+    match stop.unless_asked(start(options, config, &stop, console)).await {
+        Some(running) => running?.run(stop, console).await,
+        None => {
+            console.say("stopped before it ran");
+            Ok(())
+        }
+    }
+}
+
+/// A pipeline and all that stands beside it, ready to run.
+struct Ready {
+    pipeline: Supervisor,
+    copies: Option<Supervisor>,
+    /// Once the pipeline has ended, no more letters are written.
+    last_letter: CancellationToken,
+    control: Control,
+    control_stop: CancellationToken,
+    intake: Option<(IntakePort, StreamWriter)>,
+    /// The served stream, where this process serves it.
+    _embedded: Option<EmbeddedStream>,
+}
+
+/// Opens the ports, takes the state and validates everything.
+async fn start(
+    options: Options,
+    config: PipelineConfig,
+    stop: &Stop,
+    console: &Console,
+) -> anyhow::Result<Ready> {
     let admin = match &config.admin {
         Some(admin) => Some(AdminPort::open(admin).await?),
         None => None,
@@ -57,7 +99,6 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         Some(intake) => Some(IntakePort::open(intake).await?),
         None => None,
     };
-    let stop = stop_on_signals()?;
     let run_options = RunOptions {
         dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
         files_count: options.files_count,
@@ -73,53 +114,67 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
         _ => None,
     };
     let (letters_config, watched) = (config.clone(), config.clone());
-    let dropped_sinks = run_options.dropped_sinks.clone();
-    let supervisor = prepare(config, source, run_options).await?;
-    // Once the pipeline has ended, no more letters are written.
+    let copied = RunOptions {
+        dropped_sinks: run_options.dropped_sinks.clone(),
+        files_count: run_options.files_count,
+        ..RunOptions::new(false)
+    };
+    let pipeline = prepare(config, source, run_options).await?;
     let last_letter = CancellationToken::new();
-    let copied = RunOptions { dropped_sinks, ..RunOptions::new(false) };
-    let copies = prepare_copies(letters_config, &supervisor, last_letter.clone(), copied).await?;
+    let copies = prepare_copies(letters_config, &pipeline, last_letter.clone(), copied).await?;
     holes::say(&watched, &holes::of(&watched, None).await?, console);
     let read_config: ReadConfig = Arc::new(move || load(&file));
     let control = Control {
-        swapper: supervisor.swapper(),
+        swapper: pipeline.swapper(),
         read_config: read_config.clone(),
-        board: supervisor.board(),
+        board: pipeline.board(),
     };
-    let port = ControlPort::open(supervisor.folder()).await?;
-    let control_stop = stop.child_token();
+    let port = ControlPort::open(pipeline.folder()).await?;
+    let control_stop = stop.token().child_token();
     port.serve(control.clone(), control_stop.clone());
     if let Some(admin) = admin {
         console.say(format!("admin http://{}", admin.address()));
-        let boards = [&supervisor].into_iter().chain(&copies).map(Supervisor::board).collect();
-        admin.serve(boards, Some(control.clone()), stop.clone());
+        let boards = [&pipeline].into_iter().chain(&copies).map(Supervisor::board).collect();
+        admin.serve(boards, Some(control.clone()), stop.token().clone());
     }
-    reload_on_hangup(control, control_stop.clone())?;
     if watched.reload.watch {
         let read = move || read_config();
-        tokio::spawn(watch_files(supervisor.swapper(), watched, read, control_stop.clone()));
+        tokio::spawn(watch_files(pipeline.swapper(), watched, read, control_stop.clone()));
     }
-    let (board, letters) = (supervisor.board(), supervisor.letters());
-    // Of its own, so that it ends as well when the pipeline ends by itself.
-    let intake_stop = stop.child_token();
-    let intake = intake.map(|(port, writer)| {
-        console.say(format!("intake http://{}/events", port.address()));
-        port.serve(writer, intake_stop.clone())
-    });
-    console.say("running; stop with Ctrl-C or SIGTERM");
-    let ran = run_with_copies(supervisor, copies, last_letter, stop).await;
-    intake_stop.cancel();
-    control_stop.cancel();
-    if let Some(intake) = intake {
-        intake.finished(&intake_stop).await;
+    let _embedded = embedded;
+    Ok(Ready { pipeline, copies, last_letter, control, control_stop, intake, _embedded })
+}
+
+impl Ready {
+    /// Runs until the end is asked for, or the pipeline ends by itself.
+    async fn run(self, stop: Stop, console: &Console) -> anyhow::Result<()> {
+        let Self { pipeline, copies, last_letter, control, control_stop, intake, _embedded } = self;
+        reload_on_hangup(control, control_stop.clone())?;
+        let (board, letters) = (pipeline.board(), pipeline.letters());
+        // Of its own, so that it ends as well when the pipeline ends by itself.
+        let intake_stop = stop.child();
+        let intake = intake.map(|(port, writer)| {
+            console.say(format!("intake http://{}/events", port.address()));
+            port.serve(writer, intake_stop.token().clone())
+        });
+        console.say("running; stop with Ctrl-C or SIGTERM");
+        let ran = run_with_copies(pipeline, copies, last_letter, &stop).await;
+        intake_stop.ask();
+        control_stop.cancel();
+        if let Some(intake) = intake {
+            intake.finished(&intake_stop).await;
+        }
+        ran?;
+        let Some(summary) = stop.until_over(summarize(&board, &letters)).await else {
+            return Ok(());
+        };
+        let summary = summary?;
+        console.say(format!(
+            "stopped: {} records, {} of them replayed, {} dead letters in the store",
+            summary.records, summary.replayed, summary.dead_letters
+        ));
+        console.report(&summary)
     }
-    ran?;
-    let summary = summarize(&board, &letters).await?;
-    console.say(format!(
-        "stopped: {} records, {} of them replayed, {} dead letters in the store",
-        summary.records, summary.replayed, summary.dead_letters
-    ));
-    console.report(&summary)
 }
 
 /// The pipeline that copies dead letters to the sinks under `[dead_letters]`, if there are any.
@@ -139,19 +194,17 @@ async fn prepare_copies(
 }
 
 /// Runs a pipeline and what copies its letters, until both have ended. When one fails, the other is
-/// drained.
+/// drained within the same time.
 async fn run_with_copies(
     pipeline: Supervisor,
     copies: Option<Supervisor>,
     last_letter: CancellationToken,
-    stop: CancellationToken,
+    stop: &Stop,
 ) -> anyhow::Result<()> {
-    // What fails stops both, and nobody else's token.
-    let stop = stop.child_token();
     let run = async |supervisor: Supervisor| {
-        let ran = supervisor.run(stop.clone()).await;
+        let ran = supervisor.run_until(stop.clone()).await;
         if ran.is_err() {
-            stop.cancel();
+            stop.ask();
         }
         ran
     };
@@ -219,26 +272,72 @@ pub(crate) async fn summarize(board: &Board, letters: &DeadLetters) -> anyhow::R
     })
 }
 
-/// A token that the first SIGTERM or SIGINT cancels; a second one ends the process at once.
-pub(crate) fn stop_on_signals() -> anyhow::Result<CancellationToken> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let stop = CancellationToken::new();
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let cancel = stop.clone();
-    tokio::spawn(async move {
-        for seen in 0.. {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            if seen > 0 {
-                // Nothing is lost: what is not committed is read again.
-                std::process::exit(130);
-            }
-            eprintln!("draining; once more to stop at once");
-            cancel.cancel();
-        }
-    });
+/// The end that the first SIGTERM or SIGINT asks for; a second one ends the process at once.
+///
+/// A thread of its own waits for signals and watches the end: 5 s after its time is over the process has
+/// ended, whatever its other threads do.
+pub(crate) fn stop_on_signals(drain_max: Duration) -> anyhow::Result<Stop> {
+    let stop = Stop::new(drain_max);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Here, so that no signal comes before it is waited for.
+    let (terminate, interrupt) = {
+        use tokio::signal::unix::{SignalKind, signal};
+        let _entered = runtime.enter();
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+    };
+    let watched = stop.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || runtime.block_on(watch_end(watched, terminate, interrupt)))?;
     Ok(stop)
+}
+
+/// Asks for the end at the first signal, and makes sure that it comes.
+async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        // Something else asks for it, such as a fatal error.
+        () = stop.asked() => {}
+    }
+    if !stop.is_asked() {
+        stop.ask();
+        say_at_once("draining; once more to stop at once".into());
+    }
+    let late = async {
+        stop.over().await;
+        tokio::time::sleep(END_WAIT_MAX).await;
+    };
+    tokio::select! {
+        // Nothing is lost: what is not committed is read again.
+        _ = terminate.recv() => end_now(EXIT_AT_ONCE),
+        _ = interrupt.recv() => end_now(EXIT_AT_ONCE),
+        () = late => {
+            say_at_once(format!(
+                "error: the process had not ended {} s after its drain of {} s (timing.drain): something \
+                 does not answer; ended by force, what is not committed is read again",
+                END_WAIT_MAX.as_secs(),
+                stop.drain_max().as_secs_f64()
+            ));
+            end_now(EXIT_FORCED)
+        }
+    }
+}
+
+/// Prints a line on standard error. Whoever reads it may not, and then is waited for 1 s at most.
+fn say_at_once(line: String) {
+    let (said, wait) = std::sync::mpsc::channel();
+    let print = move || {
+        eprintln!("{line}");
+        let _ = said.send(());
+    };
+    if std::thread::Builder::new().spawn(print).is_ok() {
+        let _ = wait.recv_timeout(Duration::from_secs(1));
+    }
+}
+
+/// Ends the process without what usually comes before: that may wait for a thread that is stuck.
+fn end_now(code: i32) -> ! {
+    // SAFETY: ends the process, and touches nothing of it.
+    unsafe { libc::_exit(code) }
 }

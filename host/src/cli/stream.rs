@@ -20,7 +20,7 @@ use self::reshard::{Reshard, reshard};
 use self::tail::{TailOptions, tail};
 use super::progress::Progress;
 use super::{Console, run};
-use crate::config::{CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind};
+use crate::config::{CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind, Timing};
 use crate::record::StreamRef;
 use crate::source::embedded::{self, EmbeddedStream};
 use crate::source::file::FileSource;
@@ -254,10 +254,10 @@ pub(crate) async fn create_and_wait(
 }
 
 async fn serve(port: u16, target: &Target, console: &Console) -> anyhow::Result<()> {
-    let stop = run::stop_on_signals()?;
+    let stop = run::stop_on_signals(Timing::default().drain_max)?;
     let served = EmbeddedStream::serve(&target.state_dir, port).await?;
     console.say(format!("serving the embedded stream at {}", served.url()));
     console.report(&serde_json::json!({ "url": served.url().as_str() }))?;
-    served.until(&stop).await;
+    served.until(stop.token()).await;
     Ok(())
 }

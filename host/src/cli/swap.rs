@@ -14,6 +14,7 @@ use crate::config::PipelineConfig;
 use crate::position::{Change, ChangeOutcome, Changes, Ledger, Ran, StateStore};
 use crate::record::{Position, SequenceNumber, ShardId};
 use crate::stage::{GenerationSpec, StageSpec};
+use crate::swap::SHADOW_MAX;
 
 /// The pipeline that is meant.
 #[derive(clap::Args)]
@@ -31,8 +32,8 @@ pub struct SwapOptions {
     component: String,
     #[command(flatten)]
     pipeline: Pipeline,
-    /// Go on comparing with live records for so long, such as "1 min", before it takes over.
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    /// Go on comparing with live records for so long, such as "1 min", before it takes over; at most a day.
+    #[arg(long, value_name = "DURATION", value_parser = parse_shadow)]
     shadow: Option<Duration>,
     /// Refuse it if it gives something else for more records than this.
     #[arg(long, value_name = "RECORDS")]
@@ -46,6 +47,17 @@ pub struct SwapOptions {
     /// Try it and report; change nothing.
     #[arg(long)]
     dry_run: bool,
+}
+
+/// Reads how long a candidate is compared with live records.
+fn parse_shadow(text: &str) -> Result<Duration, String> {
+    let shadow = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    match shadow <= SHADOW_MAX {
+        true => Ok(shadow),
+        false => {
+            Err("expected at most one day; let the new version run as a canary instead".into())
+        }
+    }
 }
 
 /// Puts another plugin in a stage's place.
@@ -170,7 +182,8 @@ pub(super) fn say_lanes(report: &Value, console: &Console) {
             .say(format!("{} lanes have changed; the longest pause was {longest} µs", lanes.len()));
     }
     for shard in report["waiting"].as_array().into_iter().flatten() {
-        console.say(format!("shard {} changes when it can", shard.as_str().unwrap_or_default()));
+        let text = |name: &str| shard[name].as_str().unwrap_or_default();
+        console.say(format!("shard {} changes when it can: {}", text("shard"), text("why")));
     }
 }
 

@@ -30,6 +30,7 @@ use self::events::{BadEvents, Shape};
 use crate::budget::{Budget, Permit};
 use crate::config::IntakeConfig;
 use crate::source::producer::StreamWriter;
+use crate::stop::Stop;
 
 /// What a record costs beside its bytes, so that many small ones are bounded as well.
 const RECORD_OVERHEAD_BYTES: usize = 128;
@@ -41,8 +42,6 @@ const SUBMISSIONS_MAX: usize = 1_024;
 const BUSY_RETRY_S: &str = "1";
 /// What a client is told to wait when the stream is out of reach, in seconds.
 const STREAM_RETRY_S: &str = "5";
-/// How long requests in hand are waited for at the end: a body, then a put.
-const DRAIN_MAX: Duration = Duration::from_secs(45);
 
 /// The intake's port cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -115,15 +114,11 @@ impl IntakePort {
 }
 
 impl Intake {
-    /// Waits until it has stopped and every request in hand is answered, 45 s after `stop` at most.
-    pub async fn finished(self, stop: &CancellationToken) {
-        let late = async {
-            stop.cancelled().await;
-            tokio::time::sleep(DRAIN_MAX).await;
-        };
-        tokio::select! {
-            _ = self.served => {}
-            () = late => tracing::warn!("requests were still in hand; they were not answered"),
+    /// Waits until it has stopped and every request in hand is answered, until the time of the end is
+    /// over at most.
+    pub async fn finished(self, stop: &Stop) {
+        if stop.until_over(self.served).await.is_none() {
+            tracing::warn!("requests were still in hand; they were not answered");
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::sink::Acquired;
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
 use crate::source::Waiting;
 use crate::stage::Generation;
+use crate::stop::Stop;
 
 /// One sink, taken over.
 struct Standing {
@@ -35,7 +36,7 @@ impl<'a> Lane<'a> {
     pub async fn acquire(
         shared: &'a Shared,
         shard: ShardKey,
-        stop: &CancellationToken,
+        stop: &Stop,
     ) -> Result<Self, LaneError> {
         let state = shared.checkpoints.shards(&shard.stream).await?;
         let state = state.get(&shard.shard).cloned().unwrap_or_default();

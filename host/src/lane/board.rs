@@ -30,6 +30,15 @@ pub struct LaneChange {
     pub pause_us: Option<u64>,
 }
 
+/// A lane that has not changed to another generation yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct WaitingLane {
+    /// Its shard.
+    pub shard: ShardId,
+    /// What it waits for.
+    pub why: String,
+}
+
 /// One shard, as shown.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct ShardStatus {
@@ -65,6 +74,16 @@ impl ShardStatus {
         self.running = true;
         self.started_from = from.map(ToString::to_string);
         self.blocked.clear();
+    }
+
+    /// What a lane waits for that does not come to its next batch.
+    fn waits_for(&self) -> String {
+        if self.blocked.is_empty() {
+            return "it has not finished its batch, or runs again what the version before ran first"
+                .into();
+        }
+        let parts = self.blocked.iter().map(|(part, cause)| format!("{part}: {cause}"));
+        parts.collect::<Vec<_>>().join("; ")
     }
 
     /// Two reads in a row brought nothing and the server says that nothing is left.
@@ -141,7 +160,7 @@ impl Board {
         self.changed.notify_waiters();
     }
 
-    /// Waits until every lane that reads runs a generation, for so long at most. Gives those that do and
+    /// Waits until every lane that reads runs a generation, up to `end` at most. Gives those that do and
     /// those that do not yet.
     ///
     /// # Errors
@@ -149,19 +168,20 @@ impl Board {
     pub async fn changed_to(
         &self,
         generation: &str,
-        wait_max: Duration,
-    ) -> Result<(Vec<LaneChange>, Vec<ShardId>), String> {
-        let end = tokio::time::Instant::now() + wait_max;
+        end: tokio::time::Instant,
+    ) -> Result<(Vec<LaneChange>, Vec<WaitingLane>), String> {
         loop {
             let told = self.changed.notified();
             let (mut changed, mut waiting) = (Vec::new(), Vec::new());
             for (shard, status) in self.snapshot().into_iter().filter(|(_, it)| it.running) {
-                if let Some((_, cause)) = status.does_not_start.filter(|(id, _)| id == generation) {
+                if let Some((_, cause)) =
+                    status.does_not_start.as_ref().filter(|(id, _)| id == generation)
+                {
                     return Err(format!("it does not start in shard {shard}: {cause}"));
                 }
                 match status.generation.as_deref() == Some(generation) {
                     true => changed.push(LaneChange { shard, pause_us: status.change_pause_us }),
-                    false => waiting.push(shard),
+                    false => waiting.push(WaitingLane { why: status.waits_for(), shard }),
                 }
             }
             if waiting.is_empty() || tokio::time::timeout_at(end, told).await.is_err() {

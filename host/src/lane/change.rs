@@ -11,14 +11,14 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared as SharedFuture};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
-use tokio_util::sync::CancellationToken;
 
-use super::{ActiveSegment, Board, Lane, Shared};
+use super::{ActiveSegment, Board, Lane, LaneError, Shared};
 use crate::config::RejectedMax;
 use crate::plugin::CallError;
 use crate::position::{Segment, StateError};
 use crate::record::{Position, ShardKey};
 use crate::stage::{Chain, Generation, Samples};
+use crate::stop::Stop;
 
 type Starting = JoinHandle<Result<Chain, CallError>>;
 
@@ -31,7 +31,7 @@ pub(super) struct Change {
     shard: ShardKey,
     rejected_max: RejectedMax,
     samples: Samples,
-    stop: CancellationToken,
+    stop: Stop,
     board: Board,
     /// The generation that the ledger names last.
     last: Arc<str>,
@@ -54,11 +54,7 @@ struct Announcing {
 
 impl Change {
     /// For a lane that begins with what is wanted now, which is given as well.
-    pub(super) fn begin(
-        shared: &Shared,
-        shard: &ShardKey,
-        stop: &CancellationToken,
-    ) -> (Self, Arc<Generation>) {
+    pub(super) fn begin(shared: &Shared, shard: &ShardKey, stop: &Stop) -> (Self, Arc<Generation>) {
         let mut wanted = shared.current.subscribe();
         let generation = wanted.borrow_and_update().clone();
         let change = Self {
@@ -99,6 +95,24 @@ impl Change {
         }
     }
 
+    /// Starts the instances of each generation that becomes wanted, and never completes. Dropping the
+    /// future loses nothing.
+    pub(super) async fn keep_up(&mut self) {
+        loop {
+            let Some((_, starting)) = &mut self.starting else {
+                if self.wanted.changed().await.is_err() {
+                    return std::future::pending().await;
+                }
+                self.start_wanted();
+                continue;
+            };
+            tokio::select! {
+                started = starting => self.started(started),
+                Ok(()) = self.wanted.changed() => self.start_wanted(),
+            }
+        }
+    }
+
     /// Completes when the ledger is told of nothing any more. Dropping the future loses nothing.
     pub(super) async fn until_written(&self) {
         if let Some(announcing) = &self.announcing {
@@ -131,7 +145,7 @@ impl Change {
         }
         let (wanted, shard, stop) = (generation.clone(), self.shard.clone(), self.stop.clone());
         let (limits, samples) = (self.rejected_max, self.samples.clone());
-        let start = move || Chain::start(&wanted, &shard, limits, samples, &stop);
+        let start = move || Chain::start(&wanted, &shard, limits, samples, stop.token());
         self.starting = Some((generation, tokio::task::spawn_blocking(start)));
     }
 
@@ -191,34 +205,38 @@ impl Lane<'_> {
     }
 
     /// Goes on with a change while no batch is in hand.
-    pub async fn change_generation(&mut self) {
+    ///
+    /// # Errors
+    /// [`LaneError::Stopped`].
+    pub async fn change_generation(&mut self) -> Result<(), LaneError> {
         self.gap.go_on();
         if self.change.announcing.is_some() {
-            self.hear_ledger().await;
+            self.hear_ledger().await?;
         } else if let Some(chain) = self.change.take_ready().await {
             self.announce(chain, self.earliest_change(self.at.clone()));
         }
         self.gap.pause();
+        Ok(())
     }
 
     /// Changes to the generation that is ready before a batch that the one before does not get done; one
     /// that was to follow the batch comes before it as well. Records that some sink has are run by what ran
     /// them first, whatever comes of it. False: there is no other generation for the batch.
-    pub(super) async fn change_before_blocked(&mut self) -> bool {
-        self.hear_ledger().await;
+    pub(super) async fn change_before_blocked(&mut self) -> Result<bool, LaneError> {
+        self.hear_ledger().await?;
         let is_free = self.highest <= self.at;
         let (chain, from_exclusive) = match self.change.take_ready().await {
             Some(chain) if is_free => (chain, self.at.clone()),
             Some(chain) => (chain, self.earliest_change(self.at.clone())),
             None if is_free => match self.change.announced.take() {
                 Some(chain) => (chain, self.at.clone()),
-                None => return false,
+                None => return Ok(false),
             },
-            None => return false,
+            None => return Ok(false),
         };
         self.announce(chain, from_exclusive);
-        self.hear_ledger().await;
-        is_free
+        self.hear_ledger().await?;
+        Ok(is_free)
     }
 
     /// The earliest position behind which another generation may run: `end`, but nothing that a sink
@@ -253,11 +271,14 @@ impl Lane<'_> {
 
     /// Waits until the ledger knows of the change that is on its way, if one is, and lets the generation
     /// take over that is due here. A change that could not be written is tried again at the next boundary.
-    pub(super) async fn hear_ledger(&mut self) {
-        let Some(announcing) = &self.change.announcing else { return };
-        let written = announcing.written.clone().await;
+    ///
+    /// # Errors
+    /// [`LaneError::Stopped`]; the change stays on its way.
+    pub(super) async fn hear_ledger(&mut self) -> Result<(), LaneError> {
+        let Some(announcing) = &self.change.announcing else { return Ok(()) };
+        let written = self.unless_stopped(announcing.written.clone()).await?;
         let Some(Announcing { chain, from_exclusive, .. }) = self.change.announcing.take() else {
-            return;
+            return Ok(());
         };
         if let Err(error) = written {
             tracing::warn!(shard = %self.shard.shard, error, "the change of generation waits");
@@ -268,7 +289,7 @@ impl Lane<'_> {
             if self.change.starting.is_none() && self.change.ready.is_none() {
                 self.change.ready = Some(chain);
             }
-            return;
+            return Ok(());
         }
         // What was to follow there has run nothing.
         self.segments.retain(|earlier| earlier.from_exclusive < from_exclusive);
@@ -276,6 +297,7 @@ impl Lane<'_> {
             .push(ActiveSegment { from_exclusive, generation: chain.generation().clone() });
         self.change.announced = Some(chain);
         self.take_over();
+        Ok(())
     }
 
     /// Lets the generation that runs behind the lane's position take over.

@@ -1,7 +1,12 @@
-//! Writes a lane's checkpoint: the minimum over its sinks, once a second while it moves.
+//! Writes a lane's checkpoint: the minimum over its sinks, once a second while it moves. All lanes do so at
+//! the same moments, so that their checkpoints go to the disk together.
+
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Shared;
 use crate::position::StateError;
@@ -18,7 +23,8 @@ pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -
     // What a sink that keeps no position may repeat after a crash, in time.
     let interval = shared.config.timing.checkpoint_interval;
     tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(interval);
+        let mut ticks = tokio::time::interval_at(next_common(interval), interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             ticks.tick().await;
             let mut moved = false;
@@ -49,6 +55,14 @@ pub async fn write(
 ) -> Result<(), StateError> {
     let (sinks, checkpoint) = positions(&watch(deliveries));
     shared.checkpoints.advance(shard, sinks, checkpoint, ended).await
+}
+
+/// The next moment at which every lane of the process writes.
+fn next_common(interval: Duration) -> Instant {
+    static BEGUN: OnceLock<Instant> = OnceLock::new();
+    let begun = *BEGUN.get_or_init(Instant::now);
+    let passed = begun.elapsed().as_nanos() / interval.as_nanos().max(1);
+    begun + interval.saturating_mul(u32::try_from(passed + 1).unwrap_or(u32::MAX))
 }
 
 fn watch(deliveries: &[DeliveryHandle]) -> Watched {

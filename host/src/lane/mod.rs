@@ -15,11 +15,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 pub use acquire::GenerationStore;
-pub use board::{Board, LaneChange, ShardStatus};
+pub use board::{Board, LaneChange, ShardStatus, WaitingLane};
 
 use self::change::{Change, Gap};
 use crate::budget::Budget;
@@ -31,15 +31,22 @@ use crate::record::{Batch, Position, Row, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
 use crate::source::{LostRecords, ResumePoint, ShardSource, SourceError, WaitWatch, Waiting};
-use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed, Samples};
+use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed, Samples, Searching};
+use crate::stop::Stop;
 
 /// Longest pause before a batch that failed as a whole is run again.
 const STAGE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How often an idle lane notes that it has everything, in milliseconds: far below the 24 hours that
 /// a stream keeps records at least.
 const CAUGHT_UP_NOTE_MS: i64 = 600_000;
+/// The part of a lane that shows a search for records that run out of time.
+const SEARCH: &str = "search";
+/// The part of a lane that shows retries which a plugin has asked for.
+const RETRIES: &str = "retries";
 /// The metric of what the sinks' buffers hold.
 pub(crate) const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
+/// How long a stage asks for retries until that is shown.
+const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
 /// Longest pause before dead letters that could not be written are tried again.
 const LETTER_PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -145,6 +152,20 @@ pub enum LaneError {
     /// Going on would lose or double records: a person must decide.
     #[error("{0}")]
     Fatal(String),
+    /// The end was asked for while the lane waited. It does not leave the lane.
+    #[error("the lane was stopped")]
+    Stopped,
+}
+
+impl LaneError {
+    /// Whether trying again does not mend it.
+    pub fn needs_a_person(&self) -> bool {
+        match self {
+            Self::Fatal(_) => true,
+            Self::Source(error) => error.needs_a_person(),
+            Self::Sink(_) | Self::State(_) | Self::Stopped => false,
+        }
+    }
 }
 
 /// What happens to a lane beside records.
@@ -165,7 +186,8 @@ struct ActiveSegment {
 pub struct Lane<'a> {
     shared: &'a Shared,
     shard: ShardKey,
-    stop: CancellationToken,
+    /// Each wait of the lane ends with it.
+    stop: Stop,
     /// Ends the deliveries and the checkpointer without another commit.
     abandon: CancellationToken,
     deliveries: Vec<DeliveryHandle>,
@@ -211,6 +233,7 @@ impl Lane<'_> {
         tokio::pin!(opened);
         loop {
             tokio::select! {
+                () = self.stop.asked() => return Err(LaneError::Stopped),
                 reader = &mut opened => {
                     self.show_wait(None);
                     return Ok(reader?);
@@ -218,6 +241,11 @@ impl Lane<'_> {
                 cause = waits.changed() => self.show_wait(cause),
             }
         }
+    }
+
+    /// Waits for something, unless the lane is to stop.
+    async fn unless_stopped<T>(&self, wait: impl Future<Output = T>) -> Result<T, LaneError> {
+        self.stop.unless_asked(wait).await.ok_or(LaneError::Stopped)
     }
 
     /// Shows that the reader gets no answer from the source, or that it does again.
@@ -230,27 +258,36 @@ impl Lane<'_> {
 
     /// Nothing new in the shard. Now and then it is noted that everything is settled: when the
     /// stream drops records that were read long ago, nothing is lost.
-    pub async fn idle(&mut self, behind_ms: u64, caught_up_ms: Option<i64>) {
+    ///
+    /// # Errors
+    /// [`LaneError::Stopped`].
+    pub async fn idle(
+        &mut self,
+        behind_ms: u64,
+        caught_up_ms: Option<i64>,
+    ) -> Result<(), LaneError> {
         self.shared.board.update(&self.shard.shard, |status| {
             status.idle_reads += 1;
             status.behind_ms = behind_ms;
         });
-        let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return };
+        let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return Ok(()) };
         let is_due = self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS);
         if is_due && self.is_settled() {
-            self.note_caught_up(now_ms).await;
+            let stop = self.stop.clone();
+            stop.unless_asked(self.note_caught_up(now_ms)).await.ok_or(LaneError::Stopped)?;
         }
+        Ok(())
     }
 
     /// Puts on record that every sink lacks the records that the stream dropped.
     ///
     /// # Errors
-    /// [`LaneError::State`]; nothing after them may be delivered then.
+    /// [`LaneError::State`] and [`LaneError::Stopped`]; nothing after them may be delivered then.
     pub async fn record_hole(&self, lost: LostRecords) -> Result<(), LaneError> {
         let LostRecords { from_exclusive, to_inclusive, why } = lost;
         let (sink, shard) = (None, self.shard.clone());
         let hole = Hole { sink, shard, from_exclusive, to_inclusive, why };
-        self.shared.holes.record(hole).await?;
+        self.unless_stopped(self.shared.holes.record(hole)).await??;
         Ok(())
     }
 
@@ -291,9 +328,15 @@ impl Lane<'_> {
     /// Parts a batch where another generation takes over: a generation that did not get far before the
     /// next one came has only a part of the batch. The rest is parted in its turn: meanwhile more
     /// generations may have come.
-    pub async fn cut_at_swap(&mut self, batch: Batch) -> (Arc<Batch>, Option<Batch>) {
+    ///
+    /// # Errors
+    /// [`LaneError::Stopped`].
+    pub async fn cut_at_swap(
+        &mut self,
+        batch: Batch,
+    ) -> Result<(Arc<Batch>, Option<Batch>), LaneError> {
         self.gap.go_on();
-        self.hear_ledger().await;
+        self.hear_ledger().await?;
         let straddles = |swap: &&Position| {
             let records = (batch.records.first(), batch.records.last());
             let (Some(first), Some(last)) = records else { return false };
@@ -301,71 +344,145 @@ impl Lane<'_> {
         };
         let mut swaps =
             self.segments.iter().skip(1).filter_map(|next| next.from_exclusive.as_ref());
-        match swaps.find(straddles) {
+        Ok(match swaps.find(straddles) {
             Some(swap) => {
                 let (first, rest) = batch.cut_after(swap);
                 (Arc::new(first), rest)
             }
             None => (Arc::new(batch), None),
-        }
+        })
     }
 
-    /// Runs a batch through the stages; `None`: the lane is asked to stop, and the batch has no
-    /// outcome.
+    /// Runs a batch through the stages.
     ///
     /// # Errors
-    /// [`LaneError::Fatal`] when the stages do not start.
-    pub async fn run_stages(
-        &mut self,
-        batch: &Arc<Batch>,
-    ) -> Result<Option<ChainOutcome>, LaneError> {
+    /// [`LaneError::Fatal`] when the stages do not start; [`LaneError::Stopped`]: the batch has no outcome.
+    pub async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<ChainOutcome, LaneError> {
+        // Since when the plugin asks for another try of this batch.
+        let mut retried_since = None;
         loop {
-            self.enter_generation(batch)?;
-            let Some(mut chain) = self.chain.take() else { return Ok(None) };
-            let (batch, settled) = (batch.clone(), self.settled.clone());
-            let end = batch.span.to_inclusive.clone();
+            self.enter_generation(batch).await?;
+            let Some(mut chain) = self.chain.take() else { return Err(LaneError::Stopped) };
+            let (own, settled, mut searching) =
+                (batch.clone(), self.settled.clone(), chain.searching());
             let run = tokio::task::spawn_blocking(move || {
-                let outcome = chain.run(&batch, &settled);
+                let outcome = chain.run(&own, &settled);
                 (chain, outcome, Instant::now())
             });
-            self.announce_behind(&end).await;
-            let (chain, outcome, ran_at) =
-                run.await.map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
+            self.announce_behind(&batch.span.to_inclusive).await;
+            let ran = self.stop.until_over(self.show_search(&mut searching, run)).await;
+            // A call that outlasts the time of the end goes on by itself: the batch is read again.
+            let (chain, outcome, ran_at) = ran
+                .ok_or(LaneError::Stopped)?
+                .map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
             self.gap.begin(ran_at);
             self.chain = Some(chain);
             let (cause, pause) = match outcome {
                 Ok(outcome) => {
                     self.shared.board.unblock(&self.shard.shard, "stages");
-                    return Ok(Some(outcome));
+                    self.shared.board.unblock(&self.shard.shard, RETRIES);
+                    return Ok(outcome);
                 }
-                Err(Blocked::Stopped) => return Ok(None),
+                Err(Blocked::Stopped(letters)) => {
+                    self.keep_found(batch, letters).await;
+                    return Err(LaneError::Stopped);
+                }
+                Err(Blocked::Later(cause, pause)) => {
+                    let since = *retried_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= RETRIES_SHOWN_AFTER {
+                        self.block(RETRIES, &cause);
+                    }
+                    self.pause_for_retry(pause).await?;
+                    continue;
+                }
                 Err(Blocked::Retry(cause)) => {
                     (cause, Some(STAGE_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max)))
                 }
                 Err(Blocked::Broken(cause)) => (cause, None),
             };
+            retried_since = None;
             self.block("stages", &cause);
-            if self.change_before_blocked().await {
+            if self.change_before_blocked().await? {
                 continue;
             }
-            let stop = self.stop.clone();
             let pause = async {
                 match pause {
                     Some(pause) => tokio::time::sleep(pause).await,
                     None => std::future::pending().await,
                 }
             };
+            let stop = self.stop.clone();
             tokio::select! {
                 () = pause => {}
-                () = stop.cancelled() => return Ok(None),
+                () = stop.asked() => return Err(LaneError::Stopped),
                 // Another plugin may get it done.
-                () = self.change.until_due() => { self.change_before_blocked().await; }
+                () = self.change.until_due() => { self.change_before_blocked().await?; }
             }
         }
     }
 
+    /// Keeps the letters that a search has found before it was stopped: the next start does not search
+    /// for these records again.
+    async fn keep_found(&self, batch: &Batch, letters: Vec<DeadLetter>) {
+        if letters.is_empty() {
+            return;
+        }
+        let found = letters.len() as u64;
+        let kept = self.shared.letters.put(&batch.shard, letters, false);
+        match self.stop.until_over(kept).await {
+            Some(Ok(_)) => {
+                self.shared.board.update(&self.shard.shard, |status| status.dead_letters += found);
+                metrics::counter!("shardmill_dead_letters_total", "place" => "stages")
+                    .increment(found);
+            }
+            Some(Err(error)) => {
+                tracing::warn!(shard = %self.shard.shard, %error, found,
+                    "the records that a search has found are searched for again");
+            }
+            None => {}
+        }
+    }
+
+    /// Waits for a run of the stages. A search for culprits that takes long is shown meanwhile.
+    async fn show_search<T>(
+        &self,
+        searching: &mut Searching,
+        run: JoinHandle<T>,
+    ) -> Result<T, JoinError> {
+        tokio::pin!(run);
+        let ran = loop {
+            tokio::select! {
+                ran = &mut run => break ran,
+                Ok(()) = searching.changed() => {
+                    if let Some(text) = searching.borrow_and_update().clone() {
+                        self.block(SEARCH, &text);
+                    }
+                }
+            }
+        };
+        self.shared.board.unblock(&self.shard.shard, SEARCH);
+        ran
+    }
+
+    /// Waits until a call is to be tried again as its plugin asked. Meanwhile the instances of a wanted
+    /// generation are started; it takes the batch over where it may.
+    async fn pause_for_retry(&mut self, pause: Duration) -> Result<(), LaneError> {
+        let stop = self.stop.clone();
+        let end = tokio::time::Instant::now() + pause;
+        tokio::select! {
+            biased;
+            () = stop.asked() => return Err(LaneError::Stopped),
+            () = self.change.until_due() => {}
+            () = tokio::time::sleep_until(end) => return Ok(()),
+        }
+        if !self.change_before_blocked().await? {
+            self.unless_stopped(tokio::time::sleep_until(end)).await?;
+        }
+        Ok(())
+    }
+
     /// Sees to it that the generation of the batch's records is the one at work.
-    fn enter_generation(&mut self, batch: &Batch) -> Result<(), LaneError> {
+    async fn enter_generation(&mut self, batch: &Batch) -> Result<(), LaneError> {
         let last = batch.records.last().map_or(&batch.span.to_inclusive, |last| &last.position);
         while let Some(next) = self.segments.get(1)
             && next.from_exclusive.as_ref().is_none_or(|from| last > from)
@@ -375,12 +492,17 @@ impl Lane<'_> {
         }
         self.adopt_announced();
         if self.chain.is_none() {
-            let generation = &self.segments[0].generation;
+            let generation = self.segments[0].generation.clone();
             let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
-            let chain = Chain::start(generation, &self.shard, limits, samples, &self.stop);
-            let chain = chain.map_err(|error| {
-                LaneError::Fatal(format!("shard {}: {error}", self.shard.shard))
-            })?;
+            let (wanted, shard, stop) = (generation.clone(), self.shard.clone(), self.stop.clone());
+            // `configure` is the plugin's code: it may take long.
+            let start = move || Chain::start(&wanted, &shard, limits, samples, stop.token());
+            let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;
+            let fatal =
+                |cause: String| LaneError::Fatal(format!("shard {}: {cause}", self.shard.shard));
+            let chain = started
+                .map_err(|panic| fatal(panic.to_string()))?
+                .map_err(|error| fatal(error.to_string()))?;
             self.shared.board.runs(&self.shard.shard, &generation.id, None);
             self.chain = Some(chain);
         }
@@ -390,7 +512,7 @@ impl Lane<'_> {
     /// Makes dead letters durable, before any sink commits the span that they belong to.
     ///
     /// # Errors
-    /// [`LaneError::State`] when the shutdown comes while they cannot be written.
+    /// [`LaneError::Stopped`]: what is not written belongs to a batch that is read again.
     pub async fn write_letters(
         &self,
         batch: &Batch,
@@ -398,12 +520,12 @@ impl Lane<'_> {
     ) -> Result<(), LaneError> {
         let written = letters.len() as u64;
         let pause = LETTER_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
-        while let Err(error) = self.shared.letters.put(&batch.shard, letters.clone(), false).await {
+        while let Err(error) = self
+            .unless_stopped(self.shared.letters.put(&batch.shard, letters.clone(), false))
+            .await?
+        {
             self.block("dead letters", &error.to_string());
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.stop.cancelled() => return Err(error.into()),
-            }
+            self.unless_stopped(tokio::time::sleep(pause)).await?;
         }
         if written > 0 {
             self.shared.board.unblock(&self.shard.shard, "dead letters");
@@ -417,7 +539,8 @@ impl Lane<'_> {
     /// Hands a batch's rows to their sinks, and its span to all of them.
     ///
     /// # Errors
-    /// [`LaneError::Sink`] when a sink has lost the shard.
+    /// [`LaneError::Sink`] when a sink has lost the shard; [`LaneError::Stopped`] when some sinks may have
+    /// the batch and others not: those get it again.
     pub async fn deliver(
         &mut self,
         batch: &Arc<Batch>,
@@ -447,13 +570,17 @@ impl Lane<'_> {
             // Stages that route to one sink come one after the other: order by record again.
             rows.sort_by_key(|row| (row.record, row.ordinal));
             let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
-            let permit = match rows.is_empty() {
-                false if waits => Some(self.shared.budget.take(held_bytes(batch, &rows)).await),
-                _ => None,
-            };
+            let (budget, delivery) = (self.shared.budget.clone(), self.deliveries[index].sender());
             let (to_inclusive, generation) = (to_inclusive.clone(), generation.clone());
-            let delivery = Delivery { to_inclusive, rows, generation, permit };
-            if self.deliveries[index].send(delivery).await.is_err() {
+            let bytes = held_bytes(batch, &rows);
+            let sent = self.while_changing(async move {
+                let permit = match rows.is_empty() {
+                    false if waits => Some(budget.take(bytes).await),
+                    _ => None,
+                };
+                delivery.send(Delivery { to_inclusive, rows, generation, permit }).await
+            });
+            if sent.await?.is_err() {
                 return Err(self.deliveries[index].ended().await.into());
             }
         }
@@ -461,6 +588,18 @@ impl Lane<'_> {
         self.take_over();
         self.gap.pause();
         Ok(())
+    }
+
+    /// Waits for something that another generation does not break off: its instances are started
+    /// meanwhile, so that it takes over once the wait ends.
+    async fn while_changing<T>(&mut self, wait: impl Future<Output = T>) -> Result<T, LaneError> {
+        let stop = self.stop.clone();
+        tokio::select! {
+            biased;
+            () = stop.asked() => Err(LaneError::Stopped),
+            done = wait => Ok(done),
+            () = self.change.keep_up() => Err(LaneError::Stopped),
+        }
     }
 
     /// Notes what has been handed over.
@@ -487,34 +626,35 @@ impl Lane<'_> {
         metrics::counter!("shardmill_source_bytes_total").increment(batch.bytes() as u64);
     }
 
-    /// Lets the sinks commit what is in hand, writes the checkpoint, and ends the lane.
+    /// Lets the sinks commit what is in hand, writes the checkpoint, and ends the lane. Once the lane is
+    /// to stop, all of it has the time of the end.
     ///
     /// # Errors
     /// [`LaneError`] when the sinks or the state database fail.
     pub async fn settle(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
-        let drain_max = self.shared.config.timing.drain_max;
-        let flushed = match end {
-            LaneEnd::Stopped => drain(&self.deliveries, drain_max).await,
-            // Children, or somebody at a prompt, wait for the end: there is no hurry, only
-            // completeness.
-            LaneEnd::ShardEnd | LaneEnd::SourceEnd => tokio::select! {
-                all = flush(&self.deliveries) => all,
-                () = self.stop.cancelled() => drain(&self.deliveries, drain_max).await,
-            },
-        };
+        // Children, or somebody at a prompt, wait for a shard's end: there is no hurry, only completeness.
+        let flushed = self.stop.until_over(flush(&self.deliveries)).await.unwrap_or(false);
         self.checkpointer.abort();
-        self.change.until_written().await;
         let ended = end == LaneEnd::ShardEnd && flushed;
-        // Its children were made later: from then on, none of their records may be missing.
-        if ended
-            && self.caught_up_at_end_ms > self.caught_up_ms
-            && let Some(at_ms) = self.caught_up_at_end_ms
-        {
-            self.note_caught_up(at_ms).await;
-        }
-        let written = checkpointer::write(self.shared, &self.shard, &self.deliveries, ended).await;
+        let stop = self.stop.clone();
+        let written = stop.until_over(async {
+            // Its children were made later: from then on, none of their records may be missing.
+            if ended
+                && self.caught_up_at_end_ms > self.caught_up_ms
+                && let Some(at_ms) = self.caught_up_at_end_ms
+            {
+                self.note_caught_up(at_ms).await;
+            }
+            self.change.until_written().await;
+            checkpointer::write(self.shared, &self.shard, &self.deliveries, ended).await
+        });
+        let written = written.await;
         let joined = self.join_deliveries().await;
-        written?;
+        match written {
+            Some(written) => written?,
+            None => tracing::warn!(shard = %self.shard.shard,
+                "the last checkpoint was not written in time; what it would cover is read again"),
+        }
         joined?;
         Ok(if flushed { end } else { LaneEnd::Stopped })
     }
@@ -523,7 +663,7 @@ impl Lane<'_> {
     pub async fn abandon(mut self) {
         self.checkpointer.abort();
         // It may not come behind what the shard's next lane writes.
-        self.change.until_written().await;
+        let _ = self.stop.until_over(self.change.until_written()).await;
         // Why the lane failed is known already.
         let _ = self.join_deliveries().await;
     }
@@ -533,7 +673,7 @@ impl Lane<'_> {
     async fn join_deliveries(&mut self) -> Result<(), SinkError> {
         self.abandon.cancel();
         let deliveries = std::mem::take(&mut self.deliveries);
-        let joins = deliveries.into_iter().map(DeliveryHandle::join);
+        let joins = deliveries.into_iter().map(|delivery| delivery.join(&self.stop));
         futures::future::join_all(joins).await.into_iter().collect()
     }
 
@@ -553,11 +693,6 @@ impl Drop for Lane<'_> {
 async fn flush(deliveries: &[DeliveryHandle]) -> bool {
     let flushes = deliveries.iter().map(DeliveryHandle::flush);
     futures::future::try_join_all(flushes).await.is_ok()
-}
-
-/// The same, as far as the time of a shutdown allows.
-async fn drain(deliveries: &[DeliveryHandle], wait_max: Duration) -> bool {
-    tokio::time::timeout(wait_max, flush(deliveries)).await.unwrap_or(false)
 }
 
 /// What rows keep in memory: their own bytes and the batch that they share.

@@ -4,9 +4,11 @@
 //! version, its flags, the processor's features. A file that does not end with the digest of its
 //! own content (cut off, altered) is compiled again: the host deserialises only what it wrote.
 
+use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use wasmtime::component::Component;
@@ -49,6 +51,42 @@ impl CompileCache {
     #[must_use]
     pub fn with_limits(&self, limits: CompileLimits) -> Self {
         Self { limits, ..self.clone() }
+    }
+
+    /// Where compiled components are kept.
+    pub fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
+    }
+
+    /// Removes compiled components that nobody needs and that are older than `age_min`; gives their number.
+    /// A file that is missed is compiled again.
+    ///
+    /// # Errors
+    /// The system's, when the folder cannot be read.
+    pub fn remove_unneeded(
+        &self,
+        needed: &HashSet<String>,
+        age_min: Duration,
+    ) -> std::io::Result<u32> {
+        let Some(folder) = &self.folder else { return Ok(0) };
+        let mut removed = 0;
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some((digest, _)) = name.strip_suffix(".cwasm").and_then(|it| it.split_once('-'))
+            else {
+                continue;
+            };
+            let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
+            // Another process may have been first.
+            if !needed.contains(digest)
+                && age >= age_min
+                && std::fs::remove_file(entry.path()).is_ok()
+            {
+                removed += 1;
+            }
+        }
+        Ok(removed)
     }
 
     /// The compiled component: from the cache, or compiled now and kept.

@@ -137,7 +137,7 @@ fn compile_in_child(
             Some(status) if status.success() => code.map_err(failed),
             // Rust's own words when an allocation fails, and wasmtime's.
             Some(_) if said.contains("memory allocation of") || said.contains("out of memory") => {
-                Err(CompileError::TooMuchMemory { memory_bytes_max: limits.memory_bytes_max })
+                Err(too_much_memory(limits.memory_bytes_max))
             }
             Some(status) if status.code() == Some(1) && !said.is_empty() => {
                 Err(CompileError::Refused(said.trim_start_matches("error: ").to_owned()))
@@ -145,6 +145,18 @@ fn compile_in_child(
             Some(status) => Err(CompileError::Compiler(format!("it ended with {status}: {said}"))),
         }
     })
+}
+
+/// Names the limit that was reached: the configuration's, or a lower one that the system sets.
+fn too_much_memory(memory_bytes_max: usize) -> CompileError {
+    match crate::system::address_limit() {
+        Some(limit) if limit < memory_bytes_max as u64 => CompileError::Compiler(format!(
+            "compiling needs more memory than the {} MiB of address space that the system gives this \
+             process (ulimit -v); raise or remove that limit",
+            limit >> 20
+        )),
+        _ => CompileError::TooMuchMemory { memory_bytes_max },
+    }
 }
 
 /// Waits for the end; `None`: it took too long and was killed.

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use rusqlite::OptionalExtension as _;
 
 use super::store::{StateError, StateStore, columns, position};
+use super::together::{Entry, Together};
 use crate::record::{Position, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
 
 /// What is known of a shard.
@@ -75,6 +76,53 @@ impl Look {
 #[derive(Clone)]
 pub struct Checkpoints {
     store: StateStore,
+    /// Lanes write at the same time.
+    advances: Together<Advance>,
+}
+
+/// When a shard that was read to its end was first missing from the stream's list.
+pub(super) const GONE: &str = "ALTER TABLE shard ADD COLUMN gone_ms INTEGER";
+
+/// How far a shard's sinks are.
+#[derive(Clone)]
+struct Advance {
+    stream: String,
+    shard: String,
+    sinks: Vec<(SinkName, Position)>,
+    checkpoint: Option<Position>,
+    ended: bool,
+}
+
+impl Entry for Advance {
+    const ACTION: &'static str = "write a checkpoint";
+
+    fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {
+        let Self { stream, shard, sinks, checkpoint, ended } = self;
+        let mut upsert = state.prepare_cached(
+            "INSERT INTO sink_position VALUES (?1, ?2, ?3, ?4, ?5)
+             ON CONFLICT DO UPDATE SET sequence = excluded.sequence,
+                 sub_sequence = excluded.sub_sequence",
+        )?;
+        for (sink, position) in sinks {
+            let (sequence, sub) = columns(position);
+            upsert.execute((sink.as_str(), stream, shard, sequence, sub))?;
+        }
+        if let Some((sequence, sub)) = checkpoint.as_ref().map(columns) {
+            state
+                .prepare_cached(
+                    "UPDATE shard SET sequence = ?3, sub_sequence = ?4
+                     WHERE stream = ?1 AND shard = ?2 AND (sequence IS NULL
+                         OR (sequence, sub_sequence) < (?3, ?4))",
+                )?
+                .execute((stream, shard, sequence, sub))?;
+        }
+        if *ended {
+            state
+                .prepare_cached("UPDATE shard SET ended = 1 WHERE stream = ?1 AND shard = ?2")?
+                .execute((stream, shard))?;
+        }
+        Ok(())
+    }
 }
 
 /// What is kept of a stream as a whole.
@@ -87,7 +135,7 @@ pub(super) const STREAM_SCHEMA: &str = "
 impl Checkpoints {
     /// Over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
-        Self { store }
+        Self { advances: Together::new(store.clone()), store }
     }
 
     /// Every shard of the stream that was ever begun.
@@ -260,32 +308,43 @@ impl Checkpoints {
         ended: bool,
     ) -> Result<(), StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        self.advances.write(Advance { stream, shard, sinks, checkpoint, ended }).await
+    }
+
+    /// Forgets shards that were read to their end and that the stream has not listed for `kept_ms`: their
+    /// positions, owners and ledger. Until then they say what a restored sink has lost.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing is lost, only space.
+    pub async fn forget_gone(
+        &self,
+        stream: &StreamIdentity,
+        listed: &[ShardId],
+        now_ms: i64,
+        kept_ms: i64,
+    ) -> Result<(), StateError> {
+        let listed = serde_json::Value::from_iter(listed.iter().map(ShardId::as_str)).to_string();
+        let (stream, gone_before) = (stream.key(), now_ms - kept_ms);
         self.store
-            .write("write a checkpoint", move |state| {
-                let mut upsert = state.prepare_cached(
-                    "INSERT INTO sink_position VALUES (?1, ?2, ?3, ?4, ?5)
-                     ON CONFLICT DO UPDATE SET sequence = excluded.sequence,
-                         sub_sequence = excluded.sub_sequence",
+            .write("forget shards that are gone", move |state| {
+                let back =
+                    "UPDATE shard SET gone_ms = NULL WHERE stream = ?1 AND gone_ms IS NOT NULL
+                    AND shard IN (SELECT value FROM json_each(?2))";
+                state.execute(back, (&stream, &listed))?;
+                let gone = "UPDATE shard SET gone_ms = ?3 WHERE stream = ?1 AND ended = 1
+                    AND gone_ms IS NULL AND shard NOT IN (SELECT value FROM json_each(?2))";
+                state.execute(gone, (&stream, &listed, now_ms))?;
+                let mut query = state.prepare(
+                    "SELECT shard FROM shard WHERE stream = ?1 AND ended = 1 AND gone_ms <= ?2",
                 )?;
-                for (sink, position) in &sinks {
-                    let (sequence, sub) = columns(position);
-                    upsert.execute((sink.as_str(), &stream, &shard, sequence, sub))?;
-                }
-                if let Some((sequence, sub)) = checkpoint.as_ref().map(columns) {
-                    state
-                        .prepare_cached(
-                            "UPDATE shard SET sequence = ?3, sub_sequence = ?4
-                             WHERE stream = ?1 AND shard = ?2 AND (sequence IS NULL
-                                 OR (sequence, sub_sequence) < (?3, ?4))",
-                        )?
-                        .execute((&stream, &shard, sequence, sub))?;
-                }
-                if ended {
-                    state
-                        .prepare_cached(
-                            "UPDATE shard SET ended = 1 WHERE stream = ?1 AND shard = ?2",
-                        )?
-                        .execute((&stream, &shard))?;
+                let shards = query.query_map((&stream, gone_before), |row| row.get(0))?;
+                for shard in shards.collect::<rusqlite::Result<Vec<String>>>()? {
+                    for table in
+                        ["sink_position", "sink_owner", "given_up", "ledger", "seen_shard", "shard"]
+                    {
+                        let sql = format!("DELETE FROM {table} WHERE stream = ?1 AND shard = ?2");
+                        state.execute(&sql, (&stream, &shard))?;
+                    }
                 }
                 Ok(())
             })
@@ -309,5 +368,50 @@ impl Checkpoints {
                     .optional()
             })
             .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn fault_39_ended_shards_that_are_not_listed_any_more_are_forgotten_after_a_while() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = StateStore::open(folder.path()).expect("opened");
+        let checkpoints = Checkpoints::new(store.clone());
+        let stream = StreamIdentity { name: "s".into(), arn: "s".into(), created_ms: 0 };
+        let at = Position { sequence: 7_u64.into(), sub_sequence: 0 };
+        for (name, ended) in [("listed", true), ("gone", true), ("unread", false)] {
+            let shard = ShardKey {
+                pipeline: "p".into(),
+                stream: Arc::new(stream.clone()),
+                shard: name.into(),
+            };
+            checkpoints.begin(&shard, &ShardStart::Horizon).await.expect("begun");
+            let sinks = vec![(SinkName::from("mart"), at.clone())];
+            let written = checkpoints.advance(&shard, sinks, Some(at.clone()), ended).await;
+            written.expect("written");
+        }
+        let listed = [ShardId::from("listed")];
+        // (now, what is known then, with a keep of 10 ms)
+        for (now_ms, listed, known) in [
+            (0, &listed[..], ["gone", "listed", "unread"].as_slice()),
+            (9, &listed, &["gone", "listed", "unread"]),
+            (10, &["listed".into(), "gone".into()], &["gone", "listed", "unread"]),
+            (15, &listed, &["gone", "listed", "unread"]),
+            (25, &listed, &["listed", "unread"]),
+        ] {
+            checkpoints.forget_gone(&stream, listed, now_ms, 10).await.expect("forgotten");
+            let shards = checkpoints.shards(&stream).await.expect("read");
+            let mut found: Vec<String> = shards.keys().map(ToString::to_string).collect();
+            found.sort();
+            assert_eq!(found, known, "at {now_ms}");
+        }
+        let rows = "SELECT count(*) FROM sink_position";
+        let rows = store.write("count", move |state| state.query_row(rows, [], |row| row.get(0)));
+        assert_eq!(rows.await.map_err(|error| error.to_string()), Ok(2_i64));
     }
 }

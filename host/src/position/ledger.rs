@@ -6,13 +6,11 @@
 //! highest that any sink has), durable before its first record; at or below it the stored
 //! generation runs, from the stored bytes.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
 use rusqlite::OptionalExtension as _;
 use serde::Serialize;
-use tokio::sync::oneshot;
 
 use super::store::{StateError, StateStore, columns, now_ms, position};
+use super::together::{Entry, Together};
 use crate::record::{Position, ShardId, ShardKey};
 use crate::stage::{Components, GenerationSpec};
 
@@ -58,16 +56,13 @@ pub struct LedgerEntry {
 #[derive(Clone)]
 pub struct Ledger {
     store: StateStore,
-    /// What lanes have to record and nobody has written yet.
-    waiting: Arc<Mutex<Vec<(Entry, Done)>>>,
+    /// Lanes change together.
+    rows: Together<Row>,
 }
-
-/// Told what became of an entry.
-type Done = oneshot::Sender<Result<(), StateError>>;
 
 /// A row of the ledger.
 #[derive(Clone)]
-struct Entry {
+struct Row {
     stream: String,
     shard: String,
     sequence: String,
@@ -75,7 +70,9 @@ struct Entry {
     generation: String,
 }
 
-impl Entry {
+impl Entry for Row {
+    const ACTION: &'static str = "write the generation ledger";
+
     fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {
         let Self { stream, shard, sequence, sub, generation } = self;
         state
@@ -98,7 +95,7 @@ impl Entry {
 impl Ledger {
     /// Over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
-        Self { store, waiting: Arc::default() }
+        Self { rows: Together::new(store.clone()), store }
     }
 
     /// Stores a generation and its components' bytes, those that are not stored yet, so that a replay can
@@ -240,54 +237,20 @@ impl Ledger {
     /// [`StateError`]; the generation must not run then.
     pub async fn record(&self, shard: &ShardKey, segment: &Segment) -> Result<(), StateError> {
         let (sequence, sub) = segment.from_exclusive.as_ref().map(columns).unwrap_or_default();
-        let entry = Entry {
+        let row = Row {
             stream: shard.stream.key(),
             shard: shard.shard.to_string(),
             sequence,
             sub,
             generation: segment.generation.clone(),
         };
-        loop {
-            let (done, written) = oneshot::channel();
-            self.waiting().push((entry.clone(), done));
-            self.write_waiting().await;
-            match written.await {
-                Ok(outcome) => return outcome,
-                // Whoever took it has gone, and did not say whether it was written: to write it again
-                // changes nothing.
-                Err(_) => continue,
-            }
-        }
-    }
-
-    /// Writes what waits, in one transaction, and tells those who wait.
-    async fn write_waiting(&self) {
-        let (ledger, taken) = (self.clone(), Arc::new(Mutex::new(Vec::new())));
-        let own = taken.clone();
-        let outcome = self
-            .store
-            .write("write the generation ledger", move |state| {
-                // Whoever comes to the database first writes what all of them have.
-                let mut taken = own.lock().unwrap_or_else(PoisonError::into_inner);
-                taken.append(&mut ledger.waiting());
-                let mut entries = taken.iter().map(|(entry, _): &(Entry, Done)| entry);
-                entries.try_for_each(|entry| entry.write(state))
-            })
-            .await;
-        let taken = std::mem::take(&mut *taken.lock().unwrap_or_else(PoisonError::into_inner));
-        for (_, done) in taken {
-            // A lane that has gone waits for nothing.
-            let _: Result<(), _> = done.send(outcome.clone());
-        }
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, Vec<(Entry, Done)>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.rows.write(row).await
     }
 
     /// Forgets the components that nothing needs any more: those of generations whose last segment the
     /// checkpoints of all shards have passed, and which none of the last changes could be undone to. The
-    /// ledger's rows stay: they are history.
+    /// ledger's rows of shards stay: they are history. Those of redrives that are finished go: nothing is
+    /// read by them again.
     ///
     /// # Errors
     /// [`StateError`]; nothing is lost, only space.
@@ -295,6 +258,11 @@ impl Ledger {
         let current_digests: Vec<String> = current.digests().map(str::to_owned).collect();
         self.store
             .write("prune the generation ledger", move |state| {
+                state.execute(
+                    "DELETE FROM ledger WHERE stream GLOB 'letters:*' AND NOT EXISTS (
+                         SELECT 1 FROM redrive WHERE ledger.stream GLOB '*@' || redrive.id)",
+                    [],
+                )?;
                 // A segment is needed until a checkpoint has reached the segment after it. Positions
                 // are compared whole: records of one aggregate share their sequence number.
                 let mut needed = state.prepare(

@@ -15,6 +15,7 @@ mod redrive;
 mod roster;
 mod store;
 mod swaps;
+mod together;
 
 pub use checkpoint::{Checkpoints, KnownShards, Look, ShardState};
 pub use hidden::TakenOver;
@@ -24,7 +25,7 @@ pub use letter_log::LoggedLetter;
 pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter};
 pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives, is_redrive};
 pub use roster::{KnownSinks, Removed, Roster, RosterChange};
-pub use store::{StateError, StateStore};
+pub use store::{StateError, StateStore, needed_components};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};
 
 /// A position in reports: as text.

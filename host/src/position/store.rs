@@ -1,13 +1,17 @@
 //! The state database: one SQLite file per pipeline, every commit fsynced.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension as _, TransactionBehavior};
+use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, TransactionBehavior};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::record::{Position, SequenceNumber};
 
+/// How deep below the state folder a state database lies: `pipeline/again-1/pipeline/state.db`.
+const STATE_DEPTH_MAX: u32 = 4;
 /// The schema's version, kept in `user_version`.
 const SCHEMA_VERSION: i64 = 6;
 
@@ -82,8 +86,12 @@ const SCHEMA_5: &str = "
 ";
 
 /// What version 6 has beside version 5, a part for each subject.
-const SCHEMA_6: &[&str] =
-    &[super::holes::SCHEMA, super::roster::SCHEMA, super::checkpoint::STREAM_SCHEMA];
+const SCHEMA_6: &[&str] = &[
+    super::holes::SCHEMA,
+    super::roster::SCHEMA,
+    super::checkpoint::STREAM_SCHEMA,
+    super::checkpoint::GONE,
+];
 
 /// A pipeline's state database; cheap to clone.
 #[derive(Clone)]
@@ -163,15 +171,15 @@ impl StateStore {
         action: &'static str,
         work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StateError> {
-        let connection = self.connection.clone();
-        let done = tokio::task::spawn_blocking(move || {
-            let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
-            let transaction = connection.transaction()?;
-            let value = work(&transaction)?;
-            transaction.commit()?;
-            Ok(value)
-        });
+        let connection = self.turn().await;
+        let done = tokio::task::spawn_blocking(move || in_transaction(connection, work));
         self.outcome(action, done.await)
+    }
+
+    /// The connection, in the order in which it was asked for: no thread waits for it, and what is dropped
+    /// before its turn is never written.
+    pub(super) async fn turn(&self) -> OwnedMutexGuard<Connection> {
+        self.connection.clone().lock_owned().await
     }
 
     /// The component's bytes, stored with a generation.
@@ -216,18 +224,72 @@ impl StateStore {
         action: &'static str,
         done: Result<rusqlite::Result<T>, tokio::task::JoinError>,
     ) -> Result<T, StateError> {
-        let error = |cause: String| StateError {
+        match done {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(cause)) => Err(self.error(action, cause.to_string())),
+            Err(cause) => Err(self.error(action, cause.to_string())),
+        }
+    }
+
+    /// Why something was not done.
+    pub(super) fn error(&self, action: &'static str, cause: String) -> StateError {
+        StateError {
             path: self.path.display().to_string(),
             action,
             cause,
             way_out: "nothing was changed; free the disk or mend the file, it is tried again",
-        };
-        match done {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(cause)) => Err(error(cause.to_string())),
-            Err(cause) => Err(error(cause.to_string())),
         }
     }
+}
+
+/// Runs `work` in one transaction; it is durable on return.
+pub(super) fn in_transaction<T>(
+    mut connection: OwnedMutexGuard<Connection>,
+    work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    let transaction = connection.transaction()?;
+    let value = work(&transaction)?;
+    transaction.commit()?;
+    Ok(value)
+}
+
+/// The digests of the components that pipelines with their state below a folder keep.
+///
+/// # Errors
+/// Why one of them cannot be read: then it is not known what they need.
+pub fn needed_components(state_dir: &Path) -> Result<HashSet<String>, StateError> {
+    let (mut needed, mut folders) = (HashSet::new(), vec![(state_dir.to_owned(), 0)]);
+    while let Some((folder, depth)) = folders.pop() {
+        let error = |cause: String| StateError {
+            path: folder.display().to_string(),
+            action: "read which components are kept",
+            cause,
+            way_out: "compiled plugins that are not needed any more stay",
+        };
+        let state = folder.join("state.db");
+        if state.exists() {
+            let digests = digests(&state).map_err(|cause| error(cause.to_string()))?;
+            needed.extend(digests);
+        }
+        if depth == STATE_DEPTH_MAX {
+            continue;
+        }
+        for entry in std::fs::read_dir(&folder).map_err(|cause| error(cause.to_string()))? {
+            let entry = entry.map_err(|cause| error(cause.to_string()))?;
+            // A link may lead in circles, and nothing of ours is behind one.
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                folders.push((entry.path(), depth + 1));
+            }
+        }
+    }
+    Ok(needed)
+}
+
+fn digests(state: &Path) -> rusqlite::Result<Vec<String>> {
+    let state = Connection::open_with_flags(state, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    state.busy_timeout(Duration::from_secs(2))?;
+    let mut digests = state.prepare("SELECT digest FROM component")?;
+    digests.query_map([], |row| row.get(0))?.collect()
 }
 
 fn version(connection: &Connection) -> rusqlite::Result<i64> {

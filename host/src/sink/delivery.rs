@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use crate::budget::{Budget, Permit};
 use crate::config::{Rhythm, Timing};
 use crate::position::DeadLetters;
 use crate::record::{Position, Row, ShardKey, SinkName};
+use crate::stop::Stop;
 
 /// Spans that may wait in the channel before the lane waits: as many as a usual commit has, so that
 /// the next one is there when this one is done. Their bytes are bounded by the budget.
@@ -26,6 +27,9 @@ const SPANS_IN_CHANNEL_MAX: usize = 16;
 /// Parcels that may wait for the committer: with one, the next is there, and encoded where that can be
 /// done ahead, when this one is committed.
 const PARCELS_WAITING_MAX: usize = 1;
+
+/// How long a delivery that is broken off is waited for.
+const ABORT_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// One span's rows for one sink.
 pub struct Delivery {
@@ -107,12 +111,9 @@ impl DeliveryHandle {
         Self { sink, sender, progress, task }
     }
 
-    /// Hands a span over; waits while the sink is behind.
-    ///
-    /// # Errors
-    /// When the delivery has ended: [`DeliveryHandle::join`] says why.
-    pub async fn send(&self, delivery: Delivery) -> Result<(), DeliveryEnded> {
-        self.sender.send(Message::Span(delivery)).await.map_err(|_| DeliveryEnded)
+    /// Where spans are handed over.
+    pub fn sender(&self) -> DeliverySender {
+        DeliverySender(self.sender.clone())
     }
 
     /// Waits until everything that was handed over is committed.
@@ -142,17 +143,52 @@ impl DeliveryHandle {
     }
 
     /// Ends the delivery and waits until it has. What is not committed is dropped; it will be read
-    /// again.
+    /// again. A commit that outlasts the time of the end is broken off: the sink refuses it to a writer
+    /// that has lost the shard, and whoever acquires the shard next reads what came of it.
     ///
     /// # Errors
     /// Why the delivery ended by itself, if it did and [`DeliveryHandle::ended`] has not said so.
-    pub async fn join(self) -> Result<(), SinkError> {
-        drop(self.sender);
-        let Some(task) = self.task else { return Ok(()) };
-        task.await.unwrap_or_else(|panic| {
-            let cause = format!("the delivery failed: {panic}");
-            Err(SinkError::Unavailable { sink: self.sink, cause })
-        })
+    pub async fn join(self, stop: &Stop) -> Result<(), SinkError> {
+        let Self { sink, sender, task, .. } = self;
+        drop(sender);
+        let Some(mut task) = task else { return Ok(()) };
+        let ended = match stop.until_over(&mut task).await {
+            Some(ended) => ended,
+            None => {
+                task.abort();
+                // It ends at its next wait. One that never comes to it is left behind.
+                match tokio::time::timeout(ABORT_WAIT_MAX, task).await {
+                    Ok(ended) => ended,
+                    Err(_) => return Err(broken_off(sink)),
+                }
+            }
+        };
+        match ended {
+            Ok(ended) => ended,
+            Err(error) if error.is_cancelled() => Err(broken_off(sink)),
+            Err(panic) => {
+                let cause = format!("the delivery failed: {panic}");
+                Err(SinkError::Unavailable { sink, cause })
+            }
+        }
+    }
+}
+
+fn broken_off(sink: SinkName) -> SinkError {
+    let cause = "a commit did not end in time and was broken off; its records are read again";
+    SinkError::Unavailable { sink, cause: cause.into() }
+}
+
+/// Hands spans over to a delivery.
+pub struct DeliverySender(mpsc::Sender<Message>);
+
+impl DeliverySender {
+    /// Hands a span over; waits while the sink is behind.
+    ///
+    /// # Errors
+    /// When the delivery has ended: [`DeliveryHandle::ended`] says why.
+    pub async fn send(self, delivery: Delivery) -> Result<(), DeliveryEnded> {
+        self.0.send(Message::Span(delivery)).await.map_err(|_| DeliveryEnded)
     }
 }
 

@@ -1,10 +1,12 @@
 //! One lane's instances of a generation: a batch in, rows for the sinks and dead letters out.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::mem;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::answer::{Rejected, StageOutcome};
@@ -45,8 +47,10 @@ pub struct ChainOutcome {
 /// Why a batch could not be run. Nothing of it has an outcome.
 #[derive(Debug)]
 pub enum Blocked {
-    /// The shutdown came first.
-    Stopped,
+    /// The end was asked for first. These records were found to be guilty by then.
+    Stopped(Vec<DeadLetter>),
+    /// The plugin asks for another try after a pause. The same batch goes on where it was.
+    Later(String, Duration),
     /// It may pass by itself: try the same batch again.
     Retry(String),
     /// A person must act: the plugin or the limits.
@@ -59,6 +63,35 @@ pub struct Chain {
     runners: Vec<Runners>,
     window: RejectionWindow,
     samples: Samples,
+    /// The batch whose stages wait for another try.
+    in_hand: Option<InHand>,
+    searching: Arc<watch::Sender<Option<String>>>,
+}
+
+/// What a search for guilty records has done so far, in words; `None`: there is none, or it is a short one.
+pub type Searching = watch::Receiver<Option<String>>;
+
+/// A batch on its way through the stages.
+struct InHand {
+    batch: Arc<Batch>,
+    outcome: ChainOutcome,
+    rejected_records: Vec<bool>,
+    /// Rows are numbered per record over all stages: with the position, a row's identity.
+    rows_of_record: Vec<u32>,
+    /// The stage that it is at.
+    stage: usize,
+    /// What is about to enter that stage; `None`: it has, in parts.
+    entering: Option<Flow>,
+    /// The parts that have not been run there yet.
+    parts: VecDeque<Part>,
+    /// What goes on to the next stage.
+    on: Flow,
+}
+
+/// A part of a flow, and whether the canary runs it.
+struct Part {
+    is_canary: bool,
+    flow: Flow,
 }
 
 /// The instances of one stage.
@@ -69,13 +102,22 @@ struct Runners {
 }
 
 impl Runners {
-    /// Which instance runs which part of a flow.
-    fn parts(&mut self, batch: &Batch, flow: Flow) -> Vec<(&mut StageRunner, Flow)> {
-        let Some((spec, canary)) = &mut self.canary else { return vec![(&mut self.own, flow)] };
-        let is_canary =
-            |item: &Item| spec.takes(&batch.records[item.record as usize].partition_key);
-        let (with_canary, own) = flow.into_iter().partition(is_canary);
-        vec![(&mut self.own, own), (canary, with_canary)]
+    /// Parts a flow by the instances that run it.
+    fn parts(&self, batch: &Batch, flow: Flow) -> VecDeque<Part> {
+        let Some((spec, _)) = &self.canary else {
+            return [Part { is_canary: false, flow }].into();
+        };
+        let takes = |item: &Item| spec.takes(&batch.records[item.record as usize].partition_key);
+        let (with_canary, own) = flow.into_iter().partition(takes);
+        [Part { is_canary: false, flow: own }, Part { is_canary: true, flow: with_canary }].into()
+    }
+
+    /// The instance that runs a part.
+    fn of(&mut self, part: &Part) -> &mut StageRunner {
+        match &mut self.canary {
+            Some((_, canary)) if part.is_canary => canary,
+            _ => &mut self.own,
+        }
     }
 }
 
@@ -91,9 +133,14 @@ impl Chain {
         samples: Samples,
         stop: &CancellationToken,
     ) -> Result<Self, CallError> {
+        let searching = Arc::new(watch::Sender::new(None));
         let start = |stage: &LoadedStage| {
             let context = stage.context(&shard.stream.name, shard.shard.as_str());
-            StageRunner::start(stage.clone(), context, rejected_max, stop.clone())
+            let runner = StageRunner::start(stage.clone(), context, rejected_max, stop.clone());
+            runner.map(|mut runner| {
+                runner.show_searches(&searching);
+                runner
+            })
         };
         let runners = generation.stages.iter().map(|stage| {
             let canary = stage
@@ -107,7 +154,14 @@ impl Chain {
             runners: runners.collect::<Result<_, CallError>>()?,
             window: RejectionWindow::new(rejected_max),
             samples,
+            in_hand: None,
+            searching,
         })
+    }
+
+    /// Where a search for guilty records is shown while a batch runs.
+    pub fn searching(&self) -> Searching {
+        self.searching.subscribe()
     }
 
     /// The generation that runs here.
@@ -170,18 +224,47 @@ impl Chain {
         if self.runners.is_empty() || redriven_to(batch).is_some() {
             return Ok(ChainOutcome { routed: unchanged(batch), letters: Vec::new() });
         }
-        let (first_stage, mut flow) = self.enter(batch)?;
-        let mut outcome = ChainOutcome::default();
-        let mut rejected_records = vec![false; batch.records.len()];
-        // Rows are numbered per record over all stages: with the position, a row's identity.
-        let mut rows_of_record = vec![0; batch.records.len()];
-        for (index, runners) in self.runners.iter_mut().enumerate().skip(first_stage) {
-            let stage = &self.generation.stages[index];
-            let place = LetterPlace::Stage(stage.name.clone());
+        let mut run = match self.in_hand.take() {
+            Some(run) if Arc::ptr_eq(&run.batch, batch) => run,
+            _ => self.begin(batch)?,
+        };
+        while run.stage < self.runners.len() {
+            if let Err(why) = self.run_stage(&mut run, settled) {
+                if matches!(why, Blocked::Later(..)) {
+                    self.in_hand = Some(run);
+                }
+                return Err(why);
+            }
+        }
+        self.count(run.outcome, run.rejected_records)
+    }
+
+    /// A batch before its first stage.
+    fn begin(&self, batch: &Arc<Batch>) -> Result<InHand, Blocked> {
+        let (stage, flow) = self.enter(batch)?;
+        Ok(InHand {
+            batch: batch.clone(),
+            outcome: ChainOutcome::default(),
+            rejected_records: vec![false; batch.records.len()],
+            rows_of_record: vec![0; batch.records.len()],
+            stage,
+            entering: Some(flow),
+            parts: VecDeque::new(),
+            on: Flow::new(),
+        })
+    }
+
+    /// Takes a batch through the stage that it is at. After [`Blocked::Later`] it goes on there.
+    fn run_stage(&mut self, run: &mut InHand, settled: &HashSet<LetterKey>) -> Result<(), Blocked> {
+        let (index, batch) = (run.stage, run.batch.clone());
+        let stage = &self.generation.stages[index];
+        let place = LetterPlace::Stage(stage.name.clone());
+        let runners = &mut self.runners[index];
+        if let Some(mut flow) = run.entering.take() {
             if !settled.is_empty() {
                 flow.retain(|item| {
-                    let known = settled.contains(&letter_key(batch, item, &place));
-                    rejected_records[item.record as usize] |= known;
+                    let known = settled.contains(&letter_key(&batch, item, &place));
+                    run.rejected_records[item.record as usize] |= known;
                     !known
                 });
             }
@@ -190,26 +273,47 @@ impl Chain {
             let bytes: usize = flow.iter().map(|item| item.payload.len()).sum();
             metrics::counter!("shardmill_stage_bytes_total", "stage" => stage.name.to_string())
                 .increment(bytes as u64);
-            self.samples.offer(&stage.name, batch, &flow);
-            let mut on = Flow::new();
-            let mut parts = runners.parts(batch, flow);
-            for (runner, part) in &mut parts {
-                let part = mem::take(part);
-                let made = runner.run(batch, &part).map_err(|error| blocked(runner, error))?;
-                for rejected in &made.rejected {
-                    let item = &part[rejected.item];
-                    rejected_records[item.record as usize] = true;
-                    outcome.letters.push(letter(batch, item, runner, &place, rejected));
-                }
-                let out = Out { routed: &mut outcome.routed, on: &mut on };
-                route(batch, part, &made, index, runner, out, &mut rows_of_record);
-            }
-            if parts.len() > 1 {
-                // Each part is in order; the next stage gets both as one flow.
-                on.sort_by_key(|item| (item.record, item.ordinal));
-            }
-            flow = on;
+            self.samples.offer(&stage.name, &batch, &flow);
+            run.parts = runners.parts(&batch, flow);
         }
+        while let Some(part) = run.parts.front() {
+            let runner = runners.of(part);
+            let made = match runner.run(&batch, &part.flow) {
+                Ok(made) => made,
+                Err(RunError::Stopped(found)) => {
+                    let mut letters = mem::take(&mut run.outcome.letters);
+                    let of = |rejected: &Rejected| {
+                        letter(&batch, &part.flow[rejected.item], runner, &place, rejected)
+                    };
+                    letters.extend(found.iter().map(of));
+                    return Err(Blocked::Stopped(letters));
+                }
+                Err(error) => return Err(blocked(runner, error)),
+            };
+            for rejected in &made.rejected {
+                let item = &part.flow[rejected.item];
+                run.rejected_records[item.record as usize] = true;
+                run.outcome.letters.push(letter(&batch, item, runner, &place, rejected));
+            }
+            let Some(Part { flow, .. }) = run.parts.pop_front() else { break };
+            let out = Out { routed: &mut run.outcome.routed, on: &mut run.on };
+            route(&batch, flow, &made, index, runner, out, &mut run.rows_of_record);
+        }
+        if runners.canary.is_some() {
+            // Each part is in order; the next stage gets both as one flow.
+            run.on.sort_by_key(|item| (item.record, item.ordinal));
+        }
+        run.entering = Some(mem::take(&mut run.on));
+        run.stage += 1;
+        Ok(())
+    }
+
+    /// Counts what was rejected of a batch that has passed all stages.
+    fn count(
+        &mut self,
+        outcome: ChainOutcome,
+        rejected_records: Vec<bool>,
+    ) -> Result<ChainOutcome, Blocked> {
         let mut window = self.window.clone();
         for rejected in rejected_records {
             window.count(rejected).map_err(|limit| {
@@ -367,7 +471,10 @@ fn named(stage: &LoadedStage) -> String {
 fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
     let plugin = named(runner.stage());
     match error {
-        RunError::Stopped => Blocked::Stopped,
+        RunError::Stopped(_) => Blocked::Stopped(Vec::new()),
+        RunError::Later(reason, pause) => {
+            Blocked::Later(format!("{plugin}: asks for another try: {reason}"), pause)
+        }
         RunError::AllFailed(reason) => {
             Blocked::Retry(format!("{plugin}: every record fails: {reason}"))
         }

@@ -94,6 +94,7 @@ impl StagePlace<'_> {
             upstream: self.upstream.clone(),
             targets: targets.into(),
             health: Arc::default(),
+            endless: Arc::default(),
             canary: None,
         })
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::endless::Endless;
 use super::fit::{Misfit, StagePlace};
 use super::health::HealthCounts;
 use super::spec::{CanarySpec, GenerationSpec, StageSpec};
@@ -55,6 +56,8 @@ pub struct LoadedStage {
     pub targets: Arc<[Target]>,
     /// How its plugin does.
     pub health: Arc<HealthCounts>,
+    /// Its records that ran out of time.
+    pub endless: Arc<Endless>,
     /// Another version that has some of the partition keys.
     pub canary: Option<Arc<Canary>>,
 }
@@ -91,6 +94,7 @@ impl LoadedStage {
             config_json: config_json.into(),
             upstream,
             health: Arc::default(),
+            endless: Arc::default(),
             canary: None,
         })
     }
@@ -260,6 +264,7 @@ impl Generation {
             }
             if let Some(before) = before.and_then(|before| before.stage_as(own)) {
                 stage.health = before.health.clone();
+                stage.endless = before.endless.clone();
             }
             let routes = stage.descriptor.routes.iter().zip(stage.targets.iter());
             let on = routes.filter(|(_, target)| matches!(target, Target::Next(_)));

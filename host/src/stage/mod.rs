@@ -9,6 +9,7 @@ mod answer;
 mod chain;
 mod columns;
 mod cuts;
+mod endless;
 mod fit;
 mod flow;
 mod generation;
@@ -19,8 +20,9 @@ mod samples;
 mod spec;
 
 pub use answer::{Rejected, StageOutcome};
-pub use chain::{Blocked, Chain, ChainOutcome, Routed};
+pub use chain::{Blocked, Chain, ChainOutcome, Routed, Searching};
 pub use columns::needed as needed_columns;
+pub use endless::Endless;
 pub use flow::{Flow, Item, first_flow};
 pub use generation::{Canary, Components, Generation, LoadedStage, Target, source_route};
 pub use health::{Health, HealthCounts};

@@ -3,21 +3,32 @@
 //! A failed call is searched piece by piece: what precedes the first guilty record is kept, the guilty
 //! record is rejected alone, and the rest goes on. Three culprits in 1,000 records cost at most 34
 //! calls. A trap or a timeout kills the instance; the next call gets a fresh one. Every call of a
-//! search does: what one record did to the plugin's memory must not be another's fault.
+//! search does: what one record did to the plugin's memory must not be another's fault. A search ends when
+//! the lane is to stop, and what it has found by then is kept.
 
-use std::thread;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backon::{BackoffBuilder, ExponentialBuilder};
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::answer::{self, Rejected, StageOutcome};
 use super::cuts;
 use super::flow::{self, Item};
 use super::generation::LoadedStage;
-use crate::config::RejectedMax;
-use crate::plugin::{CallError, Context, Failure, Instance, WireBatch, excerpt};
+use crate::config::{RejectedMax, StageLimits};
+use crate::plugin::{CallError, CallFault, Context, Failure, Instance, WireBatch, excerpt};
 use crate::record::Batch;
+
+/// The longest pause between two tries that a plugin has asked for.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// A search that takes longer is shown.
+const SEARCH_SHOWN_AFTER: Duration = Duration::from_secs(1);
+/// How many times the usual time of its records a piece of a search has.
+const USUAL_TIMES: f64 = 10.0;
+/// The share that a call has in what is usual.
+const USUAL_SHARE: f64 = 0.2;
 
 /// One stage of one lane: the plugin's instance and the buffers that its calls reuse.
 pub struct StageRunner {
@@ -29,13 +40,27 @@ pub struct StageRunner {
     wire: WireBatch,
     rejected_max: RejectedMax,
     stop: CancellationToken,
+    /// Tries of the flow in hand that the plugin has asked for.
+    patience: Option<Patience>,
+    /// What a record takes as a rule, in nanoseconds; 0: not known.
+    usual_ns: f64,
+    /// Where a search is shown.
+    searching: Option<Arc<watch::Sender<Option<String>>>>,
+}
+
+/// How long a plugin has asked for other tries, and how long the next pause is.
+struct Patience {
+    begun: Instant,
+    pauses: ExponentialBackoff,
 }
 
 /// Why a run gave no outcome.
 #[derive(Debug)]
 pub enum RunError {
-    /// The shutdown came while the stage was waiting to try again.
-    Stopped,
+    /// The end was asked for while culprits were searched for: those that were found.
+    Stopped(Vec<Rejected>),
+    /// The plugin asks for another try of the same flow after a pause: the reason.
+    Later(String, Duration),
     /// Every record failed, for a reason that the plugin calls retryable.
     AllFailed(String),
     /// More records failed than a lane may reject: the last reason.
@@ -64,8 +89,18 @@ impl StageRunner {
         stop: CancellationToken,
     ) -> Result<Self, CallError> {
         let wire = WireBatch { arena: Vec::new(), inputs: Vec::new() };
-        let mut runner =
-            Self { stage, context, instance: None, settled_bytes: 0, wire, rejected_max, stop };
+        let mut runner = Self {
+            stage,
+            context,
+            instance: None,
+            settled_bytes: 0,
+            wire,
+            rejected_max,
+            stop,
+            patience: None,
+            usual_ns: 0.0,
+            searching: None,
+        };
         runner.instance()?;
         Ok(runner)
     }
@@ -73,6 +108,11 @@ impl StageRunner {
     /// The stage that runs here.
     pub fn stage(&self) -> &LoadedStage {
         &self.stage
+    }
+
+    /// Shows searches that take long here.
+    pub(super) fn show_searches(&mut self, searching: &Arc<watch::Sender<Option<String>>>) {
+        self.searching = Some(searching.clone());
     }
 
     /// Linear memory of the instance, in bytes; 0 while there is none.
@@ -86,7 +126,7 @@ impl StageRunner {
     /// # Errors
     /// Why the call failed, in words.
     pub fn run_once(&mut self, batch: &Batch, items: &[Item]) -> Result<StageOutcome, String> {
-        match self.call(batch, items, 0) {
+        match self.call(batch, items, 0, self.stage.limits.call_ms_max(items.len())) {
             Ok(Ok(outcome)) => Ok(outcome),
             Ok(Err(failure)) => Err(describe(failure).0),
             Err(RunError::NoInstance(error)) => Err(error.message),
@@ -104,74 +144,88 @@ impl StageRunner {
             return Ok(StageOutcome::default());
         }
         let begun = Instant::now();
-        let outcome = match self.call_patiently(batch, items)? {
-            Ok(outcome) => outcome,
-            Err(failure) => self.search(batch, items, failure)?,
+        // A record that ran out of time before does not take the time of its whole batch again.
+        let known = self.stage.endless.among(batch, items);
+        let outcome = if known.is_empty() {
+            match self.call_patiently(batch, items)? {
+                Ok(outcome) => outcome,
+                Err(failure) => self.search(batch, items, Some(failure), &known, begun)?,
+            }
+        } else {
+            self.search(batch, items, None, &known, begun)?
         };
         self.stage.health.ran(items.len(), outcome.rejected.len(), begun.elapsed());
         Ok(outcome)
     }
 
-    /// Calls with all items; while the plugin answers that the failure may pass, tries again.
+    /// Calls with all items. Where the plugin answers that the failure may pass, the caller waits and comes
+    /// again: to wait here would hold a thread.
     fn call_patiently(
         &mut self,
         batch: &Batch,
         items: &[Item],
     ) -> Result<Result<StageOutcome, CallFailure>, RunError> {
-        let retry_for = Duration::from_millis(self.stage.limits.retry_ms_max);
-        let begun = Instant::now();
-        let mut pauses = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(100))
-            .with_max_delay(Duration::from_secs(10))
-            .without_max_times()
-            .with_jitter()
-            .build();
-        loop {
-            match self.call(batch, items, 0)? {
-                Err(CallFailure::Answered(failure)) if failure.retryable => {
-                    let pause = pauses.next().unwrap_or(Duration::from_secs(10));
-                    if begun.elapsed() + pause > retry_for {
-                        return Ok(Err(CallFailure::Answered(failure)));
-                    }
-                    metrics::counter!("shardmill_stage_retries_total",
-                        "stage" => self.stage.name.to_string())
-                    .increment(1);
-                    self.sleep(pause)?;
+        let answer = self.call(batch, items, 0, self.stage.limits.call_ms_max(items.len()))?;
+        let patience = self.patience.take();
+        match answer {
+            Err(CallFailure::Answered(failure)) if failure.retryable => {
+                let mut patience = patience.unwrap_or_else(Patience::begin);
+                let pause = patience.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+                let retry_for = Duration::from_millis(self.stage.limits.retry_ms_max);
+                if patience.begun.elapsed() + pause > retry_for {
+                    return Ok(Err(CallFailure::Answered(failure)));
                 }
-                answer => return Ok(answer),
+                metrics::counter!("shardmill_stage_retries_total",
+                    "stage" => self.stage.name.to_string())
+                .increment(1);
+                self.patience = Some(patience);
+                Err(RunError::Later(excerpt(failure.message.as_bytes()), pause))
             }
+            answer => Ok(answer),
         }
     }
 
-    /// Waits, unless the lane is asked to stop.
-    fn sleep(&self, pause: Duration) -> Result<(), RunError> {
-        let until = Instant::now() + pause;
-        while Instant::now() < until {
-            if self.stop.is_cancelled() {
-                return Err(RunError::Stopped);
-            }
-            thread::sleep(Duration::from_millis(20).min(pause));
-        }
-        Ok(())
-    }
-
-    /// Finds the guilty items, rejects them alone and keeps the outcomes of all others.
+    /// Finds the guilty items, rejects them alone and keeps the outcomes of all others. `known` are items
+    /// that ran out of time before; without a `first` failure there is nothing else to be found yet.
     fn search(
         &mut self,
         batch: &Batch,
         items: &[Item],
-        first: CallFailure,
+        first: Option<CallFailure>,
+        known: &[usize],
+        begun: Instant,
     ) -> Result<StageOutcome, RunError> {
-        let retryable = matches!(&first, CallFailure::Answered(failure) if failure.retryable);
+        let found = self.search_pieces(batch, items, first, known, begun);
+        if let Some(searching) = &self.searching {
+            searching.send_if_modified(|shown| shown.take().is_some());
+        }
+        found
+    }
+
+    fn search_pieces(
+        &mut self,
+        batch: &Batch,
+        items: &[Item],
+        first: Option<CallFailure>,
+        known: &[usize],
+        begun: Instant,
+    ) -> Result<StageOutcome, RunError> {
+        let retryable = matches!(&first, Some(CallFailure::Answered(failure)) if failure.retryable);
+        let mut haste = Haste::new(&self.stage.limits);
+        haste.is_used = !known.is_empty() || first.as_ref().is_some_and(ran_out_of_time);
         let mut culprits = 0;
         let mut failed_in_a_row = 0;
         let mut kept = StageOutcome::default();
         // Items before `settled` have their outcome; `suspect_end` bounds a range known to fail.
         let mut settled = 0;
-        let mut suspect_end = culprit_end(&first, items.len());
-        let mut accused = named_culprit(&first, items.len());
+        let mut suspect_end = first.as_ref().map_or(0, |first| culprit_end(first, items.len()));
+        let mut accused = first.as_ref().and_then(|first| named_culprit(first, items.len()));
         while settled < items.len() {
-            let end = match accused.take() {
+            if self.stop.is_cancelled() {
+                return Err(RunError::Stopped(kept.rejected));
+            }
+            self.show_search(begun, settled, items.len(), culprits);
+            let mut end = match accused.take() {
                 // The plugin named the record: what precedes it runs first, without it.
                 Some(culprit) if culprit > settled => culprit,
                 _ => {
@@ -179,15 +233,30 @@ impl StageRunner {
                     settled + cuts::next_call(items.len() - settled, suspects, culprits)
                 }
             };
+            match known.iter().find(|known| **known >= settled) {
+                // It is run alone, and the pieces before it end there.
+                Some(known) if *known == settled => end = settled + 1,
+                Some(known) => end = end.min(*known),
+                None => {}
+            }
+            let is_alone = end == settled + 1;
+            let limit_ms = haste.limit_ms(end - settled, self.usual_ns, &self.stage.limits);
             self.instance = None;
-            match self.call(batch, &items[settled..end], settled)? {
+            match self.call(batch, &items[settled..end], settled, limit_ms)? {
                 Ok(outcome) => {
+                    if is_alone && suspect_end == end {
+                        haste.was_wrong();
+                    }
                     kept.answers.extend(outcome.answers);
                     kept.rejected.extend(outcome.rejected);
                     settled = end;
                     failed_in_a_row = 0;
                 }
-                Err(failure) if end == settled + 1 => {
+                Err(failure) if is_alone => {
+                    if ran_out_of_time(&failure) {
+                        haste.is_used = true;
+                        self.stage.endless.note(batch, &items[settled]);
+                    }
                     let trapped = matches!(failure, CallFailure::Dead(_));
                     let (reason, backtrace) = describe(failure);
                     culprits += 1;
@@ -203,6 +272,7 @@ impl StageRunner {
                     }
                 }
                 Err(failure) => {
+                    haste.is_used |= ran_out_of_time(&failure);
                     accused = named_culprit(&failure, end - settled).map(|item| item + settled);
                     suspect_end = settled + culprit_end(&failure, end - settled);
                 }
@@ -214,20 +284,32 @@ impl StageRunner {
         Ok(kept)
     }
 
+    fn show_search(&self, begun: Instant, settled: usize, items: usize, culprits: usize) {
+        if let (Some(searching), true) = (&self.searching, begun.elapsed() >= SEARCH_SHOWN_AFTER) {
+            searching.send_replace(Some(format!(
+                "stage {}: searching for the records that fail: {settled} of {items} records done, \
+                 {culprits} found",
+                self.stage.name
+            )));
+        }
+    }
+
     /// One call with the items from `first_item` on.
     fn call(
         &mut self,
         batch: &Batch,
         items: &[Item],
         first_item: usize,
+        limit_ms: u64,
     ) -> Result<Result<StageOutcome, CallFailure>, RunError> {
         flow::pack(batch, items, &mut self.wire);
-        let limit_ms = self.stage.limits.call_ms_max(items.len());
         self.instance().map_err(RunError::NoInstance)?;
         let Some(instance) = self.instance.as_mut() else { unreachable!("started above") };
         metrics::counter!("shardmill_stage_calls_total", "stage" => self.stage.name.to_string())
             .increment(1);
+        let begun = Instant::now();
         let answer = instance.process(&self.wire, limit_ms);
+        let took = begun.elapsed();
         metrics::gauge!("shardmill_stage_memory_bytes",
             "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
         .set(instance.memory_bytes() as f64);
@@ -237,6 +319,7 @@ impl StageRunner {
         Ok(match answer {
             Ok(Ok(outcome)) => match answer::prove(items, outcome, routes, limits, first_item) {
                 Ok(outcome) => {
+                    self.learn_usual(took, items.len());
                     self.renew_if_leaking(memory_bytes);
                     Ok(outcome)
                 }
@@ -256,6 +339,15 @@ impl StageRunner {
                 Err(CallFailure::Dead(error))
             }
         })
+    }
+
+    /// Learns what a record takes as a rule.
+    fn learn_usual(&mut self, took: Duration, items: usize) {
+        let own_ns = took.as_nanos() as f64 / items.max(1) as f64;
+        self.usual_ns = match self.usual_ns == 0.0 {
+            true => own_ns,
+            false => self.usual_ns + (own_ns - self.usual_ns) * USUAL_SHARE,
+        };
     }
 
     /// Gives up an instance that has leaked half of its memory: a fresh one costs less than the failed
@@ -290,6 +382,51 @@ impl StageRunner {
     }
 }
 
+impl Patience {
+    fn begin() -> Self {
+        let pauses = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(100))
+            .with_max_delay(RETRY_PAUSE_MAX)
+            .without_max_times()
+            .with_jitter()
+            .build();
+        Self { begun: Instant::now(), pauses }
+    }
+}
+
+/// How long the pieces of a search may take once a call has run out of time. With the limit of their
+/// size, each piece that holds an endless record would take a batch's limit. A piece that runs out of a
+/// shorter time is only suspected: what is rejected has had a record's whole limit, alone.
+struct Haste {
+    is_used: bool,
+    piece_ms: u64,
+}
+
+impl Haste {
+    fn new(limits: &StageLimits) -> Self {
+        Self { is_used: false, piece_ms: (limits.record_ms_max / 4).max(1) }
+    }
+
+    /// The limit of a call with so many records, of which each takes `usual_ns` as a rule.
+    fn limit_ms(&self, records: usize, usual_ns: f64, limits: &StageLimits) -> u64 {
+        let limit_ms = limits.call_ms_max(records);
+        if !self.is_used || records == 1 {
+            return limit_ms;
+        }
+        let usual_ms = usual_ns * records as f64 * USUAL_TIMES / 1e6;
+        limit_ms.min(self.piece_ms.max(usual_ms as u64))
+    }
+
+    /// No record of a suspected piece ran out of time alone: the piece had too little.
+    fn was_wrong(&mut self) {
+        self.piece_ms = self.piece_ms.saturating_mul(4);
+    }
+}
+
+fn ran_out_of_time(failure: &CallFailure) -> bool {
+    matches!(failure, CallFailure::Dead(error) if error.fault == CallFault::Timeout)
+}
+
 /// The end of the range that is known to hold a culprit.
 fn culprit_end(failure: &CallFailure, items: usize) -> usize {
     named_culprit(failure, items).map_or(items, |culprit| culprit + 1)
@@ -313,5 +450,30 @@ fn describe(failure: CallFailure) -> (String, String) {
     match failure {
         CallFailure::Dead(error) => (error.message, error.backtrace),
         CallFailure::Answered(failure) => (excerpt(failure.message.as_bytes()), String::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fault_41_a_piece_of_a_search_has_less_time_than_its_size_would_give() {
+        let limits = StageLimits::default();
+        let mut haste = Haste::new(&limits);
+        assert_eq!(haste.limit_ms(256, 0.0, &limits), 2_000, "nothing has run out of time");
+        haste.is_used = true;
+        for (records, usual_ns, expected_ms) in [
+            (256, 0.0, 125),
+            (256, 100_000.0, 256),
+            (256, 1e9, 2_000),
+            (2, 0.0, 125),
+            (1, 0.0, 500),
+        ] {
+            let found_ms = haste.limit_ms(records, usual_ns, &limits);
+            assert_eq!(found_ms, expected_ms, "{records} records of {usual_ns} ns");
+        }
+        haste.was_wrong();
+        assert_eq!(haste.limit_ms(256, 0.0, &limits), 500);
     }
 }

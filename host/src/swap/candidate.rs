@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
 
-use super::trial::{Gates, Trial, TrialReport};
+use super::trial::{Gates, SHADOW_PAUSE, Trial, TrialReport};
 use super::{Component, Inner, Setup, Step, StepFailed};
 use crate::config::PipelineConfig;
 use crate::lane::Shared;
@@ -17,6 +18,9 @@ use crate::stage::{CanarySpec, Generation, GenerationSpec, LoadedStage};
 
 /// Digits of a digest that name a component: fewer might name several by chance.
 const DIGEST_DIGITS_MIN: usize = 6;
+
+/// How long a change waits for the answer of a sink or a lookup: somebody waits for the change.
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(8);
 
 impl Inner {
     /// The candidate's bytes, and what to call it.
@@ -126,13 +130,20 @@ pub(super) async fn check_tables(
         if is_known && routes == before.routes_to(sink.name()) {
             continue;
         }
-        if let Err(error) = sink.prepare(&routes).await {
-            for known in &shared.sinks {
-                // It worked before; if not, the sink itself will say so.
-                let _ = known.prepare(&before.routes_to(known.name())).await;
+        let refused = match tokio::time::timeout(ANSWER_MAX, sink.prepare(&routes)).await {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => {
+                let (sink, seconds) = (sink.name(), ANSWER_MAX.as_secs());
+                format!("sink {sink} did not answer within {seconds} s; nothing was changed")
             }
-            return Err(Step::Check.failed(error));
-        }
+        };
+        // It worked before; if not, the sink itself will say so.
+        let restored = shared.sinks.iter().map(|known| async {
+            let _ = known.prepare(&before.routes_to(known.name())).await;
+        });
+        let _ = tokio::time::timeout(ANSWER_MAX, futures::future::join_all(restored)).await;
+        return Err(Step::Check.failed(refused));
     }
     Ok(())
 }
@@ -162,10 +173,10 @@ pub(super) async fn load(
 /// Runs the candidate on what entered the stage of late; or says why it cannot be tried.
 pub(super) async fn try_out(
     shared: &Shared,
-    incumbent: &LoadedStage,
-    candidate: &LoadedStage,
+    (incumbent, candidate): (&LoadedStage, &LoadedStage),
     shadow: Duration,
     gates: &Gates,
+    stop: &CancellationToken,
 ) -> Result<(Option<TrialReport>, Option<String>), StepFailed> {
     if candidate.services.http.is_some()
         && candidate.plugin.capabilities.contains(&Capability::Http)
@@ -173,12 +184,24 @@ pub(super) async fn try_out(
         let why = "it imports http: its requests would be sent once more for the trial";
         return Ok((None, Some(why.into())));
     }
-    let trial = Trial::new(incumbent, candidate);
-    let samples = shared.samples.clone();
-    let report = blocking::<_, std::convert::Infallible>(Step::Trial, move || {
-        Ok(trial.run(&samples, shadow))
-    })
-    .await?;
+    let mut trial = Trial::new(incumbent, candidate, shadow, stop);
+    let shadow_end = Instant::now() + shadow;
+    loop {
+        let samples = shared.samples.clone();
+        let pass = move || {
+            trial.pass(&samples);
+            Ok::<_, std::convert::Infallible>(trial)
+        };
+        trial = blocking(Step::Trial, pass).await?;
+        if trial.is_over() || Instant::now() >= shadow_end {
+            break;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(SHADOW_PAUSE.min(shadow)) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+    let report = trial.finish();
     match report.refusal(gates) {
         None => Ok((Some(report), None)),
         Some(cause) => Err(StepFailed { step: Step::Trial, cause, trial: Some(Box::new(report)) }),

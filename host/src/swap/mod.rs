@@ -29,12 +29,19 @@ pub use trial::{Gates, ShownDifference, TrialReport};
 pub use watch::watch_files;
 
 use crate::config::PipelineConfig;
-use crate::lane::{LaneChange, Shared};
+use crate::lane::{LaneChange, Shared, WaitingLane};
 use crate::plugin::{Digest, PluginHost};
 use crate::position::{Change, ChangeKind, Changes, NewChange, Running, StateStore};
-use crate::record::{ShardId, StageName};
+use crate::record::StageName;
 use crate::sink::Sink;
 use crate::stage::{Generation, LoadedStage};
+
+/// How long a candidate may run beside the incumbent at most before it takes over.
+pub const SHADOW_MAX: Duration = Duration::from_secs(24 * 3_600);
+/// How often a change that was prepared beside others is prepared again when one of them came first.
+const TURNS_MAX: u32 = 5;
+/// Why it is given up then.
+const OTHERS_FIRST: &str = "other changes came first, again and again; try it again";
 
 /// Where a candidate comes from.
 #[derive(Clone, Debug)]
@@ -179,8 +186,8 @@ pub struct SwapReport {
     pub no_trial: Option<String>,
     /// The lanes that have changed.
     pub lanes: Vec<LaneChange>,
-    /// Those that have not yet: they replay what the old version ran first, or wait for a sink.
-    pub waiting: Vec<ShardId>,
+    /// Those that have not yet, and why: they replay what the old version ran first, or wait for a sink.
+    pub waiting: Vec<WaitingLane>,
     /// How long it is watched, in seconds.
     pub probation_s: u64,
 }
@@ -196,7 +203,7 @@ struct Inner {
     changes: Changes,
     /// Of plugins that the binary carries.
     embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
-    /// What runs. Locked while a change is made; others wait for their turn.
+    /// What runs. Locked while a change is made durable, and not while lanes take it over.
     setup: Mutex<Setup>,
     /// Makes the sinks that a configuration names.
     build_sinks: BuildSinks,
@@ -217,6 +224,8 @@ struct Setup {
     config: Arc<PipelineConfig>,
     host: PluginHost,
     running: Running,
+    /// Changes so far. What was prepared beside one number is not promoted under another.
+    changes: u64,
 }
 
 /// What a [`Swapper`] is made with.
@@ -254,7 +263,7 @@ impl Swapper {
         } = parts;
         let changes = Changes::new(state.clone());
         let config = Arc::new(shared.config.clone());
-        let setup = Mutex::new(Setup { shared, config, host, running });
+        let setup = Mutex::new(Setup { shared, config, host, running, changes: 0 });
         let inner = Inner { state, changes, embedded_plugin, setup, build_sinks, take_overs, ends };
         Self { inner: Arc::new(inner) }
     }
@@ -300,13 +309,9 @@ impl Swapper {
         stage: &StageName,
         reason: &str,
     ) -> Result<SwapReport, ChangeRefused> {
-        let mut setup = self.inner.setup.lock().await;
-        let before = setup.shared.generation();
-        let made = self.inner.roll_back(&mut setup, &before, stage, None, reason).await;
-        drop(setup);
-        match made {
+        match self.inner.roll_back(stage, None, reason).await {
             Ok(report) => Ok(report),
-            Err(failed) => {
+            Err((before, failed)) => {
                 let stage = stage.to_string();
                 Err(self.inner.refused(ChangeKind::Rollback, stage, &before, failed, false).await)
             }
@@ -317,7 +322,7 @@ impl Swapper {
 impl Inner {
     /// A swap on one screen. Others may go on meanwhile, up to the promotion.
     async fn swap(
-        &self,
+        self: &Arc<Self>,
         setup: &Setup,
         before: &Arc<Generation>,
         kind: ChangeKind,
@@ -341,8 +346,14 @@ impl Inner {
         let tried = fresh.canary.as_ref().map_or(&fresh, |canary| &canary.stage);
         Step::Trial.begin(stage);
         let gates = order.gates.or(&setup.config.reload.gates);
-        let (trial, no_trial) =
-            candidate::try_out(&setup.shared, &incumbent, tried, order.shadow, &gates).await?;
+        let (trial, no_trial) = candidate::try_out(
+            &setup.shared,
+            (&incumbent, tried),
+            order.shadow,
+            &gates,
+            &self.ends,
+        )
+        .await?;
         let mut report = SwapReport {
             number: None,
             stage: order.stage.to_string(),
@@ -378,14 +389,33 @@ impl Inner {
     }
 
     /// Back to what ran before a change: the one with this number, or the stage's last that is in force.
+    /// An error comes with what runs on.
     async fn roll_back(
-        &self,
-        setup: &mut Setup,
-        before: &Arc<Generation>,
+        self: &Arc<Self>,
         stage: &StageName,
         number: Option<i64>,
         reason: &str,
-    ) -> Result<SwapReport, StepFailed> {
+    ) -> Result<SwapReport, (Arc<Generation>, StepFailed)> {
+        for _ in 0..TURNS_MAX {
+            let beside = self.setup.lock().await.clone();
+            let before = beside.shared.generation();
+            let made = self.roll_back_beside(&beside, stage, number, reason).await;
+            if let Some(report) = made.map_err(|failed| (before, failed))? {
+                return Ok(report);
+            }
+        }
+        Err((self.setup.lock().await.shared.generation(), Step::Promote.failed(OTHERS_FIRST)))
+    }
+
+    /// One try of it; `None`: another change came first.
+    async fn roll_back_beside(
+        self: &Arc<Self>,
+        beside: &Setup,
+        stage: &StageName,
+        number: Option<i64>,
+        reason: &str,
+    ) -> Result<Option<SwapReport>, StepFailed> {
+        let before = &beside.shared.generation();
         let incumbent = candidate::stage(before, stage)?;
         let last = self.changes.last_in_force(stage.as_str()).await;
         let last = last.map_err(|error| Step::Fetch.failed(error))?;
@@ -394,8 +424,8 @@ impl Inner {
             let cause = format!("stage {stage} has no swap that is in force");
             return Err(Step::Fetch.failed(cause));
         };
-        let spec = self.spec_before(setup, before, stage, &undone).await?;
-        let next = candidate::load(setup, before, spec, HashMap::new()).await?;
+        let spec = self.spec_before(beside, before, stage, &undone).await?;
+        let next = candidate::load(beside, before, spec, HashMap::new()).await?;
         let next = Arc::new(next);
         let change = NewChange {
             kind: ChangeKind::Rollback,
@@ -406,13 +436,18 @@ impl Inner {
         let promotion = Promotion {
             next: next.clone(),
             components: Vec::new(),
-            declared: setup.running.declared.clone(),
+            declared: beside.running.declared.clone(),
             change,
             undoes: Some((undone.number, reason.to_owned())),
             taken_over: None,
+            files: None,
         };
+        let setup = self.setup.lock().await;
+        if setup.changes != beside.changes {
+            return Ok(None);
+        }
         let promoted = self.promote(setup, promotion).await?;
-        Ok(SwapReport {
+        Ok(Some(SwapReport {
             number: promoted.number,
             stage: stage.to_string(),
             before: Version::of(incumbent.canary.as_ref().map_or(&incumbent, |one| &one.stage)),
@@ -424,7 +459,7 @@ impl Inner {
             lanes: promoted.lanes,
             waiting: promoted.waiting,
             probation_s: 0,
-        })
+        }))
     }
 
     /// What runs now, with the stage as it was before a change.

@@ -85,14 +85,10 @@ impl Swapper {
     /// Undoes a change, unless it is undone already.
     async fn undo(&self, stage: &StageName, number: i64, reason: &str) {
         tracing::error!(stage = %stage, reason, "the new version is rolled back");
-        let mut setup = self.inner.setup.lock().await;
-        let running = setup.shared.generation();
-        let undone = self.inner.roll_back(&mut setup, &running, stage, Some(number), reason).await;
-        drop(setup);
-        match undone {
+        match self.inner.roll_back(stage, Some(number), reason).await {
             Ok(_) => metrics::counter!("shardmill_changes_total", "outcome" => "rolled-back")
                 .increment(1),
-            Err(failed) => {
+            Err((_, failed)) => {
                 tracing::error!(stage = %stage, cause = failed.cause, "the rollback failed");
             }
         }

@@ -3,17 +3,23 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{MutexGuard, oneshot};
+use tokio::time::Instant;
 
 use super::{Inner, Setup, Step, StepFailed, candidate};
-use crate::lane::{LaneChange, Shared};
-use crate::plugin::Instance;
+use crate::config::PipelineConfig;
+use crate::lane::{LaneChange, Shared, WaitingLane};
+use crate::plugin::{Instance, PluginHost};
 use crate::position::{NewChange, Running, StateError};
 use crate::record::ShardId;
 use crate::stage::{Components, Generation, GenerationSpec, LoadedStage};
 
 /// How long a change waits for lanes that do not come to a batch's boundary. They change when they do.
-const LANES_CHANGE_MAX: Duration = Duration::from_secs(10);
+const LANES_CHANGE_MAX: Duration = Duration::from_secs(8);
+
+/// Why nothing is changed any more.
+const STOPPED: &str = "the pipeline has stopped";
 
 /// Lanes are to be let go and taken over anew, by what is described here.
 pub struct TakeOver {
@@ -37,6 +43,8 @@ pub(super) struct Promotion {
     pub(super) undoes: Option<(i64, String)>,
     /// What lanes share from then on, if they must be taken over anew.
     pub(super) taken_over: Option<Arc<Shared>>,
+    /// The files that it is made of, if they are others, and what their plugins are loaded with.
+    pub(super) files: Option<(Arc<PipelineConfig>, PluginHost)>,
 }
 
 /// What became of a promotion.
@@ -47,20 +55,32 @@ pub(super) struct Promoted {
     pub(super) generation: String,
     /// Lanes that have changed.
     pub(super) lanes: Vec<LaneChange>,
-    /// Lanes that have not yet.
-    pub(super) waiting: Vec<ShardId>,
+    /// Lanes that have not yet, and why.
+    pub(super) waiting: Vec<WaitingLane>,
 }
+
+/// A promotion that lanes are about to take over, and what to go back to should they not.
+struct UnderWay {
+    /// As it is in [`Setup::changes`] while no other change has come.
+    change: u64,
+    number: Option<i64>,
+    was: Setup,
+    before: Arc<Generation>,
+}
+
+/// Told when the lanes begin anew, or why they go on as before.
+type TakenOver = oneshot::Receiver<Result<(), String>>;
 
 impl Inner {
     /// Promotes what was proven beside `before`. Other stages may have been changed since; this one not.
     pub(super) async fn promote_in_turn(
-        &self,
+        self: &Arc<Self>,
         before: &Generation,
         next: &Arc<Generation>,
         components: Components,
         mut change: NewChange,
     ) -> Result<Promoted, StepFailed> {
-        let mut setup = self.setup.lock().await;
+        let setup = self.setup.lock().await;
         let current = setup.shared.generation();
         let mut next = next.clone();
         if current.id != before.id {
@@ -79,18 +99,19 @@ impl Inner {
             (change.before, change.after) = (current.id.to_string(), next.id.to_string());
         }
         let declared = setup.running.declared.clone();
-        let promotion =
-            Promotion { next, components, declared, change, undoes: None, taken_over: None };
-        self.promote(&mut setup, promotion).await
+        let (undoes, taken_over, files) = (None, None, None);
+        let promotion = Promotion { next, components, declared, change, undoes, taken_over, files };
+        self.promote(setup, promotion).await
     }
 
-    /// Makes a change durable and lets the lanes take it over.
+    /// Makes a change durable and lets the lanes take it over. While they do, others may make changes.
     pub(super) async fn promote(
-        &self,
-        setup: &mut Setup,
+        self: &Arc<Self>,
+        mut setup: MutexGuard<'_, Setup>,
         promotion: Promotion,
     ) -> Result<Promoted, StepFailed> {
-        let Promotion { next, components, declared, change, undoes, mut taken_over } = promotion;
+        let Promotion { next, components, declared, change, undoes, mut taken_over, files } =
+            promotion;
         Step::Promote.begin(&change.stage);
         let failed = |error: StateError| Step::Promote.failed(error);
         let before = setup.shared.generation();
@@ -110,66 +131,109 @@ impl Inner {
         setup.shared.ledger.keep(&next.spec, components).await.map_err(failed)?;
         tracing::debug!(generation = %next.id, "its components are kept");
         let running = Running { declared, running: next.spec.clone() };
+        // The place is taken first: once the change is noted, nothing refuses it any more.
+        let place = match &taken_over {
+            Some(_) => Some(self.take_overs.try_reserve().map_err(|error| {
+                Step::Promote.failed(match error {
+                    TrySendError::Full(()) => {
+                        "too many changes wait for the lanes; try it again when they have gone on"
+                    }
+                    TrySendError::Closed(()) => STOPPED,
+                })
+            })?),
+            None => None,
+        };
         let number = self.changes.promote(&running, Some(change), undoes).await.map_err(failed)?;
         tracing::debug!(generation = %next.id, number, "it is noted; the lanes change");
-        let was = std::mem::replace(&mut setup.running, running);
-        let done = match taken_over {
-            None => {
+        let was = setup.clone();
+        setup.running = running;
+        setup.changes += 1;
+        if let Some((config, host)) = files {
+            (setup.config, setup.host) = (config, host);
+        }
+        let mut begun_anew = None;
+        match (taken_over, place) {
+            (Some(shared), Some(place)) => {
+                let (done, told) = oneshot::channel();
+                place.send(TakeOver { shared: shared.clone(), done });
+                setup.shared = shared;
+                begun_anew = Some(told);
+            }
+            _ => {
                 setup.shared.current.send_replace(next.clone());
-                Ok(())
             }
-            Some(shared) => {
-                let done = self.take_over(shared.clone()).await;
-                if done.is_ok() {
-                    setup.shared = shared;
-                }
-                done
-            }
-        };
-        let changed = match done {
-            Ok(()) => setup.shared.board.changed_to(&next.id, LANES_CHANGE_MAX).await,
-            Err(cause) => Err(cause),
-        };
-        let (lanes, waiting) = match changed {
-            Ok(changed) => changed,
-            Err(cause) => {
-                self.take_back(setup, &before, was, number, &cause).await;
-                return Err(Step::Promote.failed(cause));
-            }
-        };
+        }
+        let shared = setup.shared.clone();
+        let under_way = UnderWay { change: setup.changes, number, was, before };
+        drop(setup);
+        let (lanes, waiting) = self.lanes_change(&shared, &next, under_way, begun_anew).await?;
         tracing::debug!(generation = %next.id, lanes = lanes.len(), "the lanes have changed");
         metrics::counter!("shardmill_changes_total", "outcome" => "promoted").increment(1);
-        if let Err(error) = setup.shared.ledger.prune(&next.spec).await {
+        if let Err(error) = shared.ledger.prune(&next.spec).await {
             tracing::warn!(%error, "components that are not needed any more stay");
         }
         Ok(Promoted { number, generation: next.id.to_string(), lanes, waiting })
     }
 
-    /// Lets the lanes go and takes them over anew.
-    async fn take_over(&self, shared: Arc<Shared>) -> Result<(), String> {
-        let (done, told) = oneshot::channel();
-        let stopped = || "the pipeline has stopped".to_owned();
-        self.take_overs.send(TakeOver { shared, done }).await.map_err(|_| stopped())?;
-        told.await.unwrap_or_else(|_| Err(stopped()))
+    /// Waits for the lanes, but not for long: those that do not come to it are named.
+    async fn lanes_change(
+        self: &Arc<Self>,
+        shared: &Shared,
+        next: &Generation,
+        under_way: UnderWay,
+        begun_anew: Option<TakenOver>,
+    ) -> Result<(Vec<LaneChange>, Vec<WaitingLane>), StepFailed> {
+        let end = Instant::now() + LANES_CHANGE_MAX;
+        if let Some(mut begun_anew) = begun_anew {
+            let told = tokio::time::timeout_at(end, &mut begun_anew).await;
+            match told.map(|told| told.unwrap_or_else(|_| Err(STOPPED.into()))) {
+                Ok(Ok(())) => {}
+                Ok(Err(cause)) => {
+                    self.take_back(under_way, &cause).await;
+                    return Err(Step::Promote.failed(cause));
+                }
+                Err(_) => {
+                    tokio::spawn(self.clone().until_begun_anew(under_way, begun_anew));
+                    let now = shared.board.changed_to(&next.id, Instant::now()).await;
+                    return Ok(now.unwrap_or_default());
+                }
+            }
+        }
+        match shared.board.changed_to(&next.id, end).await {
+            Ok(changed) => Ok(changed),
+            Err(cause) => {
+                self.take_back(under_way, &cause).await;
+                Err(Step::Promote.failed(cause))
+            }
+        }
+    }
+
+    /// Goes on waiting for lanes that are let go, when nobody else waits any more.
+    async fn until_begun_anew(self: Arc<Self>, under_way: UnderWay, begun_anew: TakenOver) {
+        if let Ok(Err(cause)) = begun_anew.await {
+            tracing::error!(number = under_way.number, cause, "a change was undone");
+            self.take_back(under_way, &cause).await;
+        }
     }
 
     /// Every lane back to what ran before: one of them could not change.
-    async fn take_back(
-        &self,
-        setup: &mut Setup,
-        before: &Arc<Generation>,
-        was: Running,
-        number: Option<i64>,
-        cause: &str,
-    ) {
+    async fn take_back(&self, under_way: UnderWay, cause: &str) {
+        let UnderWay { change, number, was, before } = under_way;
+        let mut setup = self.setup.lock().await;
+        if setup.changes != change {
+            tracing::warn!(number, cause, "a change could not be made; another one is in force");
+            return;
+        }
         let undoes = number.map(|number| (number, cause.to_owned()));
-        if let Err(error) = self.changes.promote(&was, None, undoes).await {
+        if let Err(error) = self.changes.promote(&was.running, None, undoes).await {
             tracing::error!(%error, "the next start runs what was refused just now");
         }
-        setup.running = was;
+        *setup = Setup { changes: change + 1, ..was };
         setup.shared.current.send_replace(before.clone());
+        let board = setup.shared.board.clone();
+        drop(setup);
         // Lanes that do not start the one before either say so themselves.
-        let _ = setup.shared.board.changed_to(&before.id, LANES_CHANGE_MAX).await;
+        let _ = board.changed_to(&before.id, Instant::now() + LANES_CHANGE_MAX).await;
     }
 }
 

@@ -7,12 +7,14 @@ use serde::Serialize;
 
 use super::promotion::Promotion;
 use super::trial::TrialReport;
-use super::{ChangeRefused, Inner, Setup, Step, StepFailed, Swapper, candidate};
+use super::{
+    ChangeRefused, Inner, OTHERS_FIRST, Setup, Step, StepFailed, Swapper, TURNS_MAX, candidate,
+};
 use crate::config::{KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SourceKind};
-use crate::lane::{GenerationStore, LaneChange};
+use crate::lane::{GenerationStore, LaneChange, WaitingLane};
 use crate::plugin::{Backends, PluginHost};
 use crate::position::{ChangeKind, NewChange};
-use crate::record::{ShardId, StageName};
+use crate::record::StageName;
 use crate::sink::Sink;
 use crate::stage::{Generation, GenerationSpec};
 
@@ -54,8 +56,8 @@ pub struct ReloadReport {
     pub trials: Vec<(String, TrialReport)>,
     /// The lanes that have changed.
     pub lanes: Vec<LaneChange>,
-    /// Those that have not yet.
-    pub waiting: Vec<ShardId>,
+    /// Those that have not yet, and why.
+    pub waiting: Vec<WaitingLane>,
 }
 
 /// What the files make, proven.
@@ -79,37 +81,51 @@ impl Swapper {
         config: PipelineConfig,
         dry_run: bool,
     ) -> Result<ReloadReport, ChangeRefused> {
-        let mut setup = self.inner.setup.lock().await;
-        let before = setup.shared.generation();
-        let made = self.inner.reload(&mut setup, &before, config, dry_run).await;
-        let probation = setup.config.reload.probation;
-        drop(setup);
-        match made {
-            Ok((report, stage)) => {
-                if let Some(stage) = stage {
-                    self.begin_probation(&before, &stage, report.number, probation);
+        for _ in 0..TURNS_MAX {
+            let beside = self.inner.setup.lock().await.clone();
+            let before = beside.shared.generation();
+            let made = self.inner.reload(&beside, &before, config.clone(), dry_run).await;
+            let refused = match made {
+                Ok(Some((report, stage))) => {
+                    if let Some(stage) = stage {
+                        let probation = config.reload.probation;
+                        self.begin_probation(&before, &stage, report.number, probation);
+                    }
+                    return Ok(report);
                 }
-                Ok(report)
-            }
-            Err(failed) => {
-                let kind = ChangeKind::Reload;
-                Err(self.inner.refused(kind, String::new(), &before, failed, dry_run).await)
-            }
+                // It is compared with what runs now.
+                Ok(None) => continue,
+                Err(failed) => failed,
+            };
+            return Err(self.inner.reload_refused(&before, refused, dry_run).await);
         }
+        let before = self.inner.setup.lock().await.shared.generation();
+        let failed = Step::Promote.failed(OTHERS_FIRST);
+        Err(self.inner.reload_refused(&before, failed, dry_run).await)
     }
 }
 
 impl Inner {
-    /// A reload on one screen. Gives the stage as well, if it is about a single one.
-    async fn reload(
+    async fn reload_refused(
         &self,
-        setup: &mut Setup,
+        before: &Generation,
+        failed: StepFailed,
+        dry_run: bool,
+    ) -> ChangeRefused {
+        self.refused(ChangeKind::Reload, String::new(), before, failed, dry_run).await
+    }
+
+    /// A reload on one screen. Gives the stage as well, if it is about a single one; `None`: another
+    /// change came first.
+    async fn reload(
+        self: &Arc<Self>,
+        beside: &Setup,
         before: &Arc<Generation>,
         config: PipelineConfig,
         dry_run: bool,
-    ) -> Result<(ReloadReport, Option<String>), StepFailed> {
-        refuse_immutable(&setup.config, &config)?;
-        let reloaded = self.prove(setup, before, config).await?;
+    ) -> Result<Option<(ReloadReport, Option<String>)>, StepFailed> {
+        refuse_immutable(&beside.config, &config)?;
+        let reloaded = self.prove(beside, before, config).await?;
         let changed = changed_stages(&before.spec, &reloaded.next.spec);
         let mut report = ReloadReport {
             number: None,
@@ -127,18 +143,24 @@ impl Inner {
                 continue;
             };
             let gates = &reloaded.config.reload.gates;
+            let sides = (&incumbent, &fresh);
             let (trial, _) =
-                candidate::try_out(&setup.shared, &incumbent, &fresh, Duration::ZERO, gates)
+                candidate::try_out(&beside.shared, sides, Duration::ZERO, gates, &self.ends)
                     .await?;
             report.trials.extend(trial.map(|trial| (stage.to_string(), trial)));
         }
         if dry_run {
-            return Ok((report, None));
+            return Ok(Some((report, None)));
+        }
+        let mut setup = self.setup.lock().await;
+        if setup.changes != beside.changes {
+            return Ok(None);
         }
         if report.diff.is_empty() && reloaded.declared == setup.running.declared {
             // Nothing that a lane would notice: pins, limits of compilation and trials.
             (setup.config, setup.host) = (Arc::new(reloaded.config), reloaded.host);
-            return Ok((report, None));
+            setup.changes += 1;
+            return Ok(Some((report, None)));
         }
         // One stage alone can be rolled back, and is watched.
         let single = match &changed[..] {
@@ -157,7 +179,12 @@ impl Inner {
             let (config, next) = (config.clone(), next.clone());
             Arc::new(setup.shared.reshaped(config, next, sinks, generations))
         });
-        let promotion = Promotion { next, components, declared, change, undoes: None, taken_over };
+        let stages_now: Vec<StageName> =
+            config.stages.iter().map(|one| one.name.value.clone()).collect();
+        let samples = taken_over.as_ref().unwrap_or(&setup.shared).samples.clone();
+        let files = Some((Arc::new(config), host));
+        let promotion =
+            Promotion { next, components, declared, change, undoes: None, taken_over, files };
         // What the files say now counts more than what was swapped in before.
         let stages = changed.iter().map(ToString::to_string).collect();
         let promoted = self.promote(setup, promotion).await?;
@@ -166,13 +193,10 @@ impl Inner {
         {
             tracing::warn!(%error, "earlier swaps of these stages are still shown as in force");
         }
-        (setup.config, setup.host) = (Arc::new(config), host);
-        let stages: Vec<&StageName> =
-            setup.config.stages.iter().map(|one| &one.name.value).collect();
-        setup.shared.samples.keep_only(&stages);
+        samples.keep_only(&stages_now.iter().collect::<Vec<_>>());
         report.number = promoted.number;
         (report.lanes, report.waiting) = (promoted.lanes, promoted.waiting);
-        Ok((report, single))
+        Ok(Some((report, single)))
     }
 
     /// Loads and checks all that the files name.
@@ -184,7 +208,12 @@ impl Inner {
     ) -> Result<Reloaded, StepFailed> {
         let backends = Backends::from_config(&config, &tokio::runtime::Handle::current());
         let backends = backends.map_err(|error| Step::Check.failed(error))?;
-        backends.prepare().await.map_err(|error| Step::Check.failed(error))?;
+        let prepared = tokio::time::timeout(candidate::ANSWER_MAX, backends.prepare()).await;
+        let prepared = prepared.map_err(|_| {
+            let seconds = candidate::ANSWER_MAX.as_secs();
+            Step::Check.failed(format!("a lookup's server did not answer within {seconds} s"))
+        });
+        prepared?.map_err(|error| Step::Check.failed(error))?;
         let host = PluginHost { backends, ..setup.host.clone() };
         let (own, with, embedded) = (config.clone(), host.clone(), self.embedded_plugin);
         let (described, components) = candidate::blocking(Step::Compile, move || {

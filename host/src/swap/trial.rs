@@ -22,7 +22,9 @@ const RECORD_CHARS_MAX: usize = 200;
 /// A candidate whose calls die so often in a row has shown what it is.
 const REJECTED_MAX: RejectedMax = RejectedMax { in_a_row: 3, of_last_1000: 10 };
 /// How often a shadow looks for what entered the stage since.
-const SHADOW_PAUSE: Duration = Duration::from_millis(50);
+pub(super) const SHADOW_PAUSE: Duration = Duration::from_millis(50);
+/// Why a trial is broken off at the end of the pipeline.
+const STOPS: &str = "the pipeline was stopped";
 
 /// What a candidate must keep to be promoted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,20 +101,24 @@ pub(super) struct Trial {
     deadline: Instant,
     /// The last sample that was run.
     last_number: u64,
+    /// The pipeline's end, with which a trial ends.
+    stop: CancellationToken,
 }
 
 struct Side {
     stage: LoadedStage,
     runner: Option<StageRunner>,
+    stop: CancellationToken,
 }
 
 impl Side {
-    fn new(stage: &LoadedStage) -> Self {
+    fn new(stage: &LoadedStage, stop: &CancellationToken) -> Self {
         // A failure that may pass is not waited for: it is a rejection like another.
         let limits = StageLimits { retry_ms_max: 0, ..stage.limits };
         // What it does here says nothing of how it serves.
         let health = Arc::default();
-        Self { stage: LoadedStage { limits, health, ..stage.clone() }, runner: None }
+        let stage = LoadedStage { limits, health, ..stage.clone() };
+        Self { stage, runner: None, stop: stop.clone() }
     }
 
     /// Calls that gave no answer so far.
@@ -128,8 +134,8 @@ impl Side {
                 // A version's first call pays for code and memory that later ones find at hand, which would
                 // count against whoever goes first: an instance that is let go pays.
                 let unseen = LoadedStage { health: Arc::default(), ..self.stage.clone() };
-                let _ = start(unseen, sample)?.run(&sample.batch, &sample.flow);
-                none.insert(start(self.stage.clone(), sample)?)
+                let _ = start(unseen, sample, &self.stop)?.run(&sample.batch, &sample.flow);
+                none.insert(start(self.stage.clone(), sample, &self.stop)?)
             }
         };
         let begun = Instant::now();
@@ -137,54 +143,71 @@ impl Side {
         let took = begun.elapsed();
         match outcome {
             Ok(outcome) => Ok((fates(&self.stage, sample.flow.len(), outcome), took)),
-            Err(RunError::AllFailed(reason) | RunError::TooManyFailed(reason)) => Err(reason),
+            Err(
+                RunError::AllFailed(reason)
+                | RunError::TooManyFailed(reason)
+                | RunError::Later(reason, _),
+            ) => Err(reason),
             Err(RunError::NoInstance(error)) => Err(error.to_string()),
-            Err(RunError::Stopped) => Err("it was stopped".into()),
+            Err(RunError::Stopped(_)) => Err("it was stopped".into()),
         }
     }
 }
 
 /// An instance for the sample's shard.
-fn start(stage: LoadedStage, sample: &Sample) -> Result<StageRunner, String> {
+fn start(
+    stage: LoadedStage,
+    sample: &Sample,
+    stop: &CancellationToken,
+) -> Result<StageRunner, String> {
     let shard = &sample.batch.shard;
     let context = stage.context(&shard.stream.name, shard.shard.as_str());
-    StageRunner::start(stage, context, REJECTED_MAX, CancellationToken::new())
+    StageRunner::start(stage, context, REJECTED_MAX, stop.clone())
         .map_err(|error| error.to_string())
 }
 
 impl Trial {
-    /// Of a candidate for the stage of an incumbent.
-    pub(super) fn new(incumbent: &LoadedStage, candidate: &LoadedStage) -> Self {
+    /// Of a candidate for the stage of an incumbent, with a shadow of this length; ends with `stop`.
+    pub(super) fn new(
+        incumbent: &LoadedStage,
+        candidate: &LoadedStage,
+        shadow: Duration,
+        stop: &CancellationToken,
+    ) -> Self {
         Self {
             stage: incumbent.clone(),
-            incumbent: Side::new(incumbent),
-            candidate: Side::new(candidate),
+            incumbent: Side::new(incumbent, stop),
+            candidate: Side::new(candidate, stop),
             report: TrialReport::default(),
-            deadline: Instant::now() + TRIAL_MAX,
+            deadline: Instant::now() + TRIAL_MAX + shadow,
             last_number: 0,
+            stop: stop.clone(),
         }
     }
 
-    /// Runs what is kept of the stage, then what enters it for a while. Blocking.
-    pub(super) fn run(mut self, samples: &Samples, shadow: Duration) -> TrialReport {
-        let shadow_end = Instant::now() + shadow;
-        self.deadline += shadow;
-        loop {
-            for sample in samples.after(&self.stage.name, self.last_number) {
-                self.last_number = sample.number;
-                if let Err(cause) = self.compare(&sample) {
-                    self.report.broken_off = Some(cause);
-                    return self.finish();
-                }
+    /// Runs what has entered the stage since the last pass. Blocking.
+    pub(super) fn pass(&mut self, samples: &Samples) {
+        for sample in samples.after(&self.stage.name, self.last_number) {
+            self.last_number = sample.number;
+            if let Err(cause) = self.compare(&sample) {
+                self.report.broken_off = Some(cause);
+                return;
             }
-            if Instant::now() >= shadow_end {
-                return self.finish();
-            }
-            std::thread::sleep(SHADOW_PAUSE.min(shadow));
         }
+    }
+
+    /// Whether it was broken off, or the pipeline ends.
+    pub(super) fn is_over(&mut self) -> bool {
+        if self.stop.is_cancelled() && self.report.broken_off.is_none() {
+            self.report.broken_off = Some(STOPS.into());
+        }
+        self.report.broken_off.is_some()
     }
 
     fn compare(&mut self, sample: &Sample) -> Result<(), String> {
+        if self.stop.is_cancelled() {
+            return Err(STOPS.into());
+        }
         if Instant::now() > self.deadline {
             return Err(format!("it took longer than {} s with the samples", TRIAL_MAX.as_secs()));
         }
@@ -230,7 +253,8 @@ impl Trial {
         }
     }
 
-    fn finish(mut self) -> TrialReport {
+    /// How it went.
+    pub(super) fn finish(mut self) -> TrialReport {
         let died = self.candidate.calls_died();
         self.report.calls_died = died.saturating_sub(self.incumbent.calls_died());
         let records = self.report.records.max(1) as f64;

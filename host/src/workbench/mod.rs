@@ -164,7 +164,8 @@ impl Trial {
                     TrialError::Batch(reason)
                 }
                 RunError::NoInstance(error) => TrialError::Configure(error),
-                RunError::Stopped => TrialError::Batch("it was stopped".into()),
+                RunError::Later(reason, _) => TrialError::Batch(reason),
+                RunError::Stopped(_) => TrialError::Batch("it was stopped".into()),
             })?;
         Ok(fates(self.runner.stage(), records.len(), outcome))
     }

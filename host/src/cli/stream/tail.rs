@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::{Console, print_line, run};
 use crate::cli::load_plugin;
-use crate::config::{BatchLimits, OnLostRecords, RejectedMax, StartPosition};
+use crate::config::{BatchLimits, OnLostRecords, RejectedMax, StartPosition, Timing};
 use crate::position::{KnownShards, ShardState};
 use crate::record::{Batch, Record, ShardId, ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::connection::StreamConnection;
@@ -70,7 +70,7 @@ pub(super) async fn tail(
     options: TailOptions,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let stop = run::stop_on_signals()?;
+    let stop = run::stop_on_signals(Timing::default().drain_max)?.token().clone();
     let decoder = match &options.decode {
         Some(file) => Some(Decoder::load(file, &options.config, name, &stop)?),
         None => None,
@@ -260,8 +260,12 @@ fn decode(
 ) -> anyhow::Result<()> {
     let outcome = match runner.run(batch, items) {
         Ok(outcome) => outcome,
-        Err(RunError::Stopped) => return Ok(()),
-        Err(RunError::AllFailed(reason) | RunError::TooManyFailed(reason)) => {
+        Err(RunError::Stopped(_)) => return Ok(()),
+        Err(
+            RunError::AllFailed(reason)
+            | RunError::TooManyFailed(reason)
+            | RunError::Later(reason, _),
+        ) => {
             bail!(
                 "{:?} took no record of shard {}: {reason}",
                 runner.stage().plugin,

@@ -32,6 +32,7 @@ retry = "500 ms"
 /// One lane of a pipeline with one stage.
 pub struct Lane {
     chain: Chain,
+    stop: CancellationToken,
 }
 
 impl Lane {
@@ -83,12 +84,23 @@ type = "stdout"
         let stop = CancellationToken::new();
         let samples = Samples::new(Default::default());
         let chain = Chain::start(&Arc::new(generation), &shard(), rejected_max, samples, &stop);
-        Ok(Self { chain: chain.map_err(|error| error.to_string())? })
+        Ok(Self { chain: chain.map_err(|error| error.to_string())?, stop })
     }
 
-    /// Runs a batch.
+    /// Runs a batch; waits where the plugin asks for another try.
     pub fn run(&mut self, payloads: &[String]) -> Result<ChainOutcome, Blocked> {
-        self.chain.run(&Arc::new(batch(payloads)), &HashSet::new())
+        let batch = Arc::new(batch(payloads));
+        loop {
+            match self.chain.run(&batch, &HashSet::new()) {
+                Err(Blocked::Later(_, pause)) => std::thread::sleep(pause),
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// What stops the lane.
+    pub fn stop(&self) -> CancellationToken {
+        self.stop.clone()
     }
 
     /// The stages.

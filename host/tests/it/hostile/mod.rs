@@ -1,7 +1,7 @@
 //! Stages against plugins that misbehave on request: the fault is one record's.
 
 mod binary;
-mod lane;
+pub mod lane;
 mod misdeeds;
 mod nosy;
 mod search;

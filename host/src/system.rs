@@ -1,0 +1,202 @@
+//! Limits that the system sets to this process: checked before they are met, because what fails on them
+//! fails far from its cause.
+
+use std::fmt;
+
+/// Address space that a sandbox reserves for a memory. It is not memory in use: only what a plugin
+/// touches is.
+const SANDBOX_BYTES: u64 = (4 << 30) + (64 << 20);
+/// Address space that a lane needs beside: the stacks of its threads.
+const LANE_BYTES: u64 = 8 << 20;
+/// Address space that the rest of the process may still take.
+const SPARE_BYTES: u64 = 512 << 20;
+/// Files that a lane has open beside those of its sinks: its connection to the stream, and one more
+/// while that is renewed.
+const LANE_FILES: u64 = 2;
+/// Files that each sink of a lane has open: a connection, or a database and its log.
+const SINK_FILES: u64 = 2;
+/// Files that the rest of the process may still open.
+const SPARE_FILES: u64 = 16;
+
+/// The process may not have what the pipeline needs.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LimitError {
+    /// Address space.
+    #[error(
+        "expected an address space of at least {} MiB for {what}, found a limit of {} MiB (ulimit -v): each \
+         sandbox of a plugin reserves {} MiB, of which only what it touches is memory; raise or remove \
+         the limit, and bound memory by `ulimit -m`, a cgroup or `limits.memory` instead",
+        .needed >> 20, .limit >> 20, SANDBOX_BYTES >> 20
+    )]
+    AddressSpace {
+        /// What it is for.
+        what: String,
+        /// The bytes that are needed.
+        needed: u64,
+        /// The bytes that may be had.
+        limit: u64,
+    },
+    /// Open files.
+    #[error(
+        "expected a limit of at least {needed} open files for {what}, found {limit} (ulimit -n): raise it, in \
+         a systemd unit by LimitNOFILE"
+    )]
+    OpenFiles {
+        /// What they are for.
+        what: String,
+        /// The number that is needed.
+        needed: u64,
+        /// The number that may be had.
+        limit: u64,
+    },
+}
+
+/// What lanes of a pipeline need of the system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Their number.
+    pub lanes: usize,
+    /// Stages, canaries included: a sandbox for each in each lane.
+    pub stages: usize,
+    /// Sinks of each lane.
+    pub sinks: usize,
+}
+
+impl fmt::Display for Needs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { lanes, stages, sinks } = self;
+        write!(f, "{lanes} shards with {stages} stages and {sinks} sinks each")
+    }
+}
+
+impl Needs {
+    /// Checks that all of them can run.
+    ///
+    /// # Errors
+    /// [`LimitError`], with what is needed.
+    pub fn check(self) -> Result<(), LimitError> {
+        let Usage { address_bytes, open_files } = Usage::now();
+        self.check_beside(address_bytes, open_files, address_limit(), files_limit())
+    }
+
+    fn check_beside(
+        self,
+        address_bytes: u64,
+        open_files: u64,
+        address_limit: Option<u64>,
+        files_limit: Option<u64>,
+    ) -> Result<(), LimitError> {
+        let (lanes, stages, sinks) = (self.lanes as u64, self.stages as u64, self.sinks as u64);
+        let lane_bytes = LANE_BYTES + stages.saturating_mul(SANDBOX_BYTES);
+        check_address(
+            self.to_string(),
+            address_bytes,
+            lanes.saturating_mul(lane_bytes),
+            address_limit,
+        )?;
+        let lane_files = LANE_FILES + sinks.saturating_mul(SINK_FILES);
+        let needed = open_files + lanes.saturating_mul(lane_files) + SPARE_FILES;
+        match files_limit {
+            Some(limit) if limit < needed => {
+                Err(LimitError::OpenFiles { what: self.to_string(), needed, limit })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Checks that one sandbox can be had.
+///
+/// # Errors
+/// [`LimitError`], with what is needed.
+pub fn check_sandbox() -> Result<(), LimitError> {
+    let used = Usage::now().address_bytes;
+    check_address("one plugin".into(), used, SANDBOX_BYTES, address_limit())
+}
+
+fn check_address(what: String, used: u64, more: u64, limit: Option<u64>) -> Result<(), LimitError> {
+    let needed = used.saturating_add(more).saturating_add(SPARE_BYTES);
+    match limit {
+        Some(limit) if limit < needed => Err(LimitError::AddressSpace { what, needed, limit }),
+        _ => Ok(()),
+    }
+}
+
+/// Raises the number of files that may be open as far as the system lets this process.
+pub fn raise_open_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls get a structure that lives here. A refusal leaves the limit as it is.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0
+            && limit.rlim_cur < limit.rlim_max
+        {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
+/// The bytes of address space that this process may have; `None`: any number.
+pub fn address_limit() -> Option<u64> {
+    soft_limit(libc::RLIMIT_AS)
+}
+
+fn files_limit() -> Option<u64> {
+    soft_limit(libc::RLIMIT_NOFILE)
+}
+
+#[cfg(target_env = "gnu")]
+type Resource = libc::__rlimit_resource_t;
+#[cfg(not(target_env = "gnu"))]
+type Resource = libc::c_int;
+
+fn soft_limit(resource: Resource) -> Option<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call writes a structure that lives here.
+    let found = unsafe { libc::getrlimit(resource, &raw mut limit) };
+    (found == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
+}
+
+/// What this process uses already; 0 where the system does not say.
+struct Usage {
+    address_bytes: u64,
+    open_files: u64,
+}
+
+impl Usage {
+    fn now() -> Self {
+        let pages = std::fs::read_to_string("/proc/self/statm").ok();
+        let pages = pages.and_then(|text| text.split(' ').next()?.parse::<u64>().ok());
+        // SAFETY: a question about a constant of the system.
+        let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        let address_bytes = pages.unwrap_or(0) * u64::try_from(page_bytes).unwrap_or(4_096);
+        let open_files = std::fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as u64);
+        Self { address_bytes, open_files }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEEDS: Needs = Needs { lanes: 8, stages: 3, sinks: 2 };
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn fault_45_what_is_needed_is_what_is_used_and_what_the_lanes_add() {
+        let needed_bytes = GIB + 8 * (3 * SANDBOX_BYTES + LANE_BYTES) + SPARE_BYTES;
+        let needed_files = 20 + 8 * (2 + 2 * 2) + 16;
+        for (address, files, is_enough) in [
+            (None, None, true),
+            (Some(needed_bytes), Some(needed_files), true),
+            (Some(needed_bytes - 1), None, false),
+            (None, Some(needed_files - 1), false),
+        ] {
+            let checked = NEEDS.check_beside(GIB, 20, address, files);
+            assert_eq!(checked.is_ok(), is_enough, "{address:?} {files:?}: {checked:?}");
+        }
+        let error = NEEDS.check_beside(GIB, 20, Some(4 * GIB), None).expect_err("too little");
+        let text = error.to_string();
+        assert!(text.contains("8 shards with 3 stages") && text.contains("4096 MiB"), "{text}");
+    }
+}

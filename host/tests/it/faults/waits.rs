@@ -1,1 +1,0 @@
-//! Waits: each ends at stop, at a fatal error elsewhere, or at a deadline.

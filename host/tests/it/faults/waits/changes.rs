@@ -1,0 +1,97 @@
+//! Changes of a pipeline whose lanes wait: commands answer, and nobody waits for a lock.
+
+use std::time::{Duration, Instant};
+
+use super::{Run, answers_within, rows_file, text_of};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{postgres, sqlite, wait_for};
+use crate::swap::rig::Rig;
+
+/// A command answers within 10 s, whatever lanes wait for; the rest is a busy machine's.
+const ANSWER_MAX: Duration = Duration::from_secs(12);
+
+/// The table of a run's sink refuses every row; the file then names another database.
+#[test]
+fn fault_01_reloads_of_a_blocked_lane_answer_and_cure_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let rows = rows_file(folder.path(), 20_000);
+    let schema = "CREATE TABLE rows (id INTEGER NOT NULL, text TEXT NOT NULL)";
+    for name in ["mart.db", "cured.db"] {
+        sqlite(&folder.path().join(name)).execute_batch(schema).expect("a table");
+    }
+    let file = |mart: &str, buffer: &str| {
+        let path = folder.path().join(mart);
+        let lines = format!("type = \"sqlite\"\npath = \"{}\"\ntable = \"rows\"", path.display());
+        PipelineToml::new(folder.path(), "waits")
+            .pipeline(&format!("buffer = \"{buffer}\""))
+            .timing("drain = \"14 s\"\nretry_pause = \"50 ms\"\nshard_sync = \"200 ms\"\ncheckpoint = \"50 ms\"")
+            .file(&rows, "format = \"application/json\"")
+            .route_all_to(&["mart"])
+            .sink("mart", &lines)
+            .write()
+    };
+    let path = file("mart.db", "1 MiB");
+    let trigger = "CREATE TRIGGER refuse BEFORE INSERT ON rows
+        BEGIN INSERT INTO no_such_table VALUES (1); END";
+    sqlite(&folder.path().join("mart.db")).execute_batch(trigger).expect("a trigger");
+    let mut run = Run::start(&path);
+    run.wait_logged("blocked");
+
+    // The first one does not help; the second one does, and does not wait for the first.
+    file("mart.db", "2 MiB");
+    let begun = Instant::now();
+    let first = answers_within(&["reload", &path, "--json"], ANSWER_MAX);
+    file("cured.db", "2 MiB");
+    let second = answers_within(&["reload", &path, "--json"], ANSWER_MAX);
+    for answer in [&first, &second] {
+        let text = text_of(answer);
+        assert!(answer.status.success(), "{text}\n{}", run.text());
+        assert!(text.contains("sink mart") && text.contains("no_such_table"), "{text}");
+    }
+    // Less than two drains: the lanes of the first reload have not even begun when the second one comes.
+    let cured = sqlite(&folder.path().join("cured.db"));
+    let count = || -> u64 {
+        cured.query_row("SELECT count(*) FROM rows", (), |row| row.get(0)).expect("a count")
+    };
+    wait_for(&format!("the rows: {}", run.text()), || count() == 20_000 || !is_running(&mut run));
+    assert_eq!(count(), 20_000, "{}", run.text());
+    assert!(begun.elapsed() < Duration::from_secs(45), "{:?}", begun.elapsed());
+}
+
+fn is_running(run: &mut Run) -> bool {
+    run.process.0.try_wait().expect("a state").is_none()
+}
+
+/// A lane that delivers starts the instances meanwhile, and changes once the table is free.
+#[test]
+fn fault_01_a_swap_does_not_break_off_a_delivery_and_names_the_lane_that_waits() {
+    let mut rig = Rig::new(1);
+    rig.more = "[timing]\nretry_pause = \"50 ms\"\n".into();
+    let path = rig.write_pipeline();
+    let text = std::fs::read_to_string(&path).expect("the file");
+    rig.start();
+    rig.world.put(0..500, 10);
+    rig.wait_rows(500);
+    drop(text);
+    // Rows of the key are refused by the table, with a state that is the sink's fault.
+    postgres(&format!(
+        "CREATE FUNCTION {0}_refuse() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '53100'; END $$;
+         CREATE TRIGGER refuse BEFORE INSERT ON {0} FOR EACH ROW EXECUTE FUNCTION {0}_refuse()",
+        rig.table
+    ));
+    rig.world.put(500..60_000, 10);
+    wait_for("the sink to be blocked", || rig.log().contains("not now"));
+    let version = rig.version("v2 none");
+    let file = rig.pipeline_file();
+    let swap = ["plugin", "swap", "stamp", &version, "--pipeline", &file, "--json"];
+    let answer = answers_within(&swap, ANSWER_MAX);
+    assert!(answer.status.success(), "{}", text_of(&answer));
+    postgres(&format!("DROP TRIGGER refuse ON {}", rig.table));
+    rig.wait_rows(60_000);
+    rig.world.put(60_000..60_100, 10);
+    rig.wait_rows(60_100);
+    rig.stop();
+    rig.assert_each_once_as_the_ledger_says(0..60_100);
+    assert!(rig.rows().iter().any(|row| row.version == "v2"));
+}

@@ -1,0 +1,139 @@
+//! Records that run out of time, and plugins that ask for another try.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shardmill::config::RejectedMax;
+use shardmill::stage::Blocked;
+
+use super::{Run, SLACK};
+use crate::hostile::lane::{Lane, batch, payloads};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{http_get, plugin, run_ok, sqlite, wait_for};
+
+/// A batch may take 0.8 s, a record 0.2 s.
+const LIMITS: &str = "batch_time = \"800 ms\"\nrecord_time = \"200 ms\"";
+
+fn endless() -> Lane {
+    Lane::within(LIMITS, "loop_on = \"bad\"", RejectedMax::default())
+}
+
+/// With the limits of their sizes, the pieces of three searches would take 20 s.
+#[test]
+fn fault_41_an_endless_record_costs_a_batchs_limit_once_and_a_few_pieces() {
+    let mut lane = endless();
+    let begun = Instant::now();
+    lane.assert_culprits_alone(&[100, 500, 900], "took longer than its limit of 200 ms");
+    assert!(begun.elapsed() < Duration::from_secs(7), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn fault_41_a_record_that_ran_out_of_time_is_not_run_with_its_batch_again() {
+    let mut lane = endless();
+    let payloads = payloads(&[100, 500, 900]);
+    lane.run(&payloads).expect("an outcome");
+    let begun = Instant::now();
+    let outcome = lane.run(&payloads).expect("an outcome");
+    assert_eq!(outcome.letters.len(), 3);
+    // Three times a record's limit, and pieces that go through.
+    assert!(begun.elapsed() < Duration::from_millis(1_500), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn fault_41_a_search_hears_a_stop_and_keeps_what_it_has_found() {
+    let mut lane = endless();
+    let bad: Vec<usize> = (0..40).map(|n| n * 25).collect();
+    let (stop, payloads) = (lane.stop(), payloads(&bad));
+    let stopper = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(3));
+        stop.cancel();
+        Instant::now()
+    });
+    let outcome = lane.run(&payloads);
+    let waited = stopper.join().expect("no panic").elapsed();
+    assert!(waited < Duration::from_secs(1), "{waited:?}");
+    let Err(Blocked::Stopped(found)) = outcome else { panic!("{outcome:?}") };
+    assert!(!found.is_empty() && found.len() < 40, "{} found", found.len());
+    assert!(found.iter().all(|letter| letter.reason.contains("took longer")));
+}
+
+/// The thread is free while the plugin waits: with as many waiting lanes as threads, others went nowhere.
+#[test]
+fn fault_09_a_plugin_that_asks_for_another_try_holds_no_thread() {
+    let limits = "retry = \"5 s\"";
+    let mut lane =
+        Lane::within(limits, "retry_on = \"bad\"\nretry_calls = 2", RejectedMax::default());
+    let batch = Arc::new(batch(&payloads(&[3])));
+    let mut tries = 0;
+    let outcome = loop {
+        let begun = Instant::now();
+        let outcome = lane.chain().run(&batch, &HashSet::new());
+        assert!(begun.elapsed() < Duration::from_millis(80), "{:?}", begun.elapsed());
+        match outcome {
+            Err(Blocked::Later(cause, pause)) => {
+                assert!(cause.contains("misbehave") && cause.contains("as configured"), "{cause}");
+                assert!(pause >= Duration::from_millis(80), "{pause:?}");
+                tries += 1;
+                std::thread::sleep(pause);
+            }
+            outcome => break outcome.expect("it passes at the third try"),
+        }
+    };
+    assert_eq!((tries, outcome.routed.len(), outcome.letters.len()), (2, 1_000, 0));
+}
+
+/// A pipeline over `rows` lines, of which every 25th never ends.
+fn endless_pipeline(folder: &std::path::Path, port: u16) -> String {
+    let rows = folder.join("rows.ndjson");
+    let line = |id: u64| match id % 25 {
+        0 => format!("{{\"id\":{id},\"text\":\"bad\"}}\n"),
+        _ => format!("{{\"id\":{id},\"text\":\"fine\"}}\n"),
+    };
+    std::fs::write(&rows, (0..1_000).map(line).collect::<String>()).expect("written");
+    let mart = folder.join("mart.db");
+    sqlite(&mart)
+        .execute_batch("CREATE TABLE rows (id INTEGER NOT NULL, text TEXT NOT NULL)")
+        .expect("a table");
+    let lines = format!(
+        "config = {{ loop_on = \"bad\", format = \"application/json\" }}\n\
+         routes = {{ out = [\"mart\"] }}\n[stage.limits]\n{LIMITS}"
+    );
+    PipelineToml::new(folder, "search")
+        .file(&rows, "format = \"application/json\"")
+        .stage("misbehave", &plugin("hostile"), &lines)
+        .sqlite("mart", "rows")
+        .table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""))
+        .write()
+}
+
+/// The real binary, as a whole.
+#[test]
+fn fault_41_a_search_is_shown_hears_sigterm_and_goes_on_where_it_was() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let port = crate::support::free_port();
+    let file = endless_pipeline(folder.path(), port);
+    let letters = || -> u64 {
+        let state = sqlite(&folder.path().join("state/search/state.db"));
+        state
+            .query_row("SELECT count(*) FROM dead_letter", (), |row| row.get(0))
+            .unwrap_or_default()
+    };
+    let mut run = Run::start(&file);
+    wait_for("the search to be shown", || {
+        let shown = http_get(port, "/health/ready");
+        shown.contains("503")
+            && shown.contains("stage misbehave: searching")
+            && shown.contains("found")
+            && !shown.contains(" 0 found")
+    });
+    assert_eq!(run.terminated_within(SLACK).code(), Some(0), "{}", run.text());
+    let found = letters();
+    assert!((1..40).contains(&found), "{found} found");
+    run_ok(&["run", &file, "--until-caught-up"]);
+    assert_eq!(letters(), 40);
+    let mart = sqlite(&folder.path().join("mart.db"));
+    let counts = "SELECT count(*), count(DISTINCT id) FROM rows";
+    let counts = mart.query_row(counts, (), |row| Ok((row.get(0)?, row.get(1)?)));
+    assert_eq!(counts, Ok((960_u64, 960_u64)));
+}

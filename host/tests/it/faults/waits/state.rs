@@ -1,0 +1,127 @@
+//! What is kept: many lanes write together, and what nothing needs is removed.
+
+use std::time::{Duration, SystemTime};
+
+use super::rows_file;
+use crate::support::pipeline::PipelineToml;
+use crate::support::world::{Pipeline, World};
+use crate::support::{plugin, run_ok, sqlite, wait_for};
+
+/// Checkpoints of many shards that move at the same time need few commits of the state.
+#[test]
+fn fault_39_checkpoints_of_many_lanes_are_written_together() {
+    const SHARDS: u32 = 48;
+    let world = World::new(SHARDS);
+    let pipeline =
+        Pipeline { sink: "[timing]\ncheckpoint = \"1 s\"".into(), ..Pipeline::default() };
+    // `[timing]` is there already: the file is changed by hand.
+    let file = world.pipeline(&Pipeline::default());
+    let text = std::fs::read_to_string(&file).expect("the file");
+    std::fs::write(&file, text.replace("checkpoint = \"50 ms\"", "checkpoint = \"1 s\""))
+        .expect("written");
+    drop(pipeline);
+    let log = std::fs::File::create(world.log()).expect("a log");
+    let mut command = crate::support::shardmill(&["run", &file, "-v"]);
+    let run = command.stdout(std::process::Stdio::null()).stderr(log).spawn().expect("started");
+    let run = crate::support::Process(run);
+    wait_for("all lanes", || {
+        std::fs::read_to_string(world.log()).unwrap_or_default().matches(" reading").count()
+            >= SHARDS as usize
+    });
+    let state = world.state();
+    state.busy_timeout(Duration::from_secs(10)).expect("set");
+    let version = || -> i64 {
+        // It grows by one with each commit of another connection.
+        state.query_row("PRAGMA data_version", (), |row| row.get(0)).expect("a version")
+    };
+    let commits = std::cell::Cell::new(0_u64);
+    let watch = |last: &mut i64| {
+        let now = version();
+        commits.set(commits.get() + u64::from(now != *last));
+        *last = now;
+    };
+    let moved = || -> u64 {
+        let sql = "SELECT count(*) FROM shard WHERE sequence IS NOT NULL";
+        state.query_row(sql, (), |row| row.get(0)).expect("a count")
+    };
+    let mut last = version();
+    world.put(0..5_000, 5_000);
+    let begun = std::time::Instant::now();
+    while moved() < u64::from(SHARDS) {
+        watch(&mut last);
+        assert!(begun.elapsed() < Duration::from_secs(60), "{} shards moved", moved());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // One by one, each lane would commit for itself.
+    assert!(commits.get() < u64::from(SHARDS) / 2, "{} commits", commits.get());
+    assert_eq!(run.terminate(), Some(0));
+}
+
+#[test]
+fn fault_39_compiled_plugins_that_nothing_needs_are_removed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let rows = rows_file(folder.path(), 10);
+    let pipeline = |name: &str, stage: &str| {
+        PipelineToml::new(folder.path(), name)
+            .file(&rows, "format = \"application/json\"")
+            .stage(
+                "first",
+                &plugin(stage),
+                "config = { default = \"all\", rules = [] }\nroutes = { all = [\"mart\"] }",
+            )
+            .sink("mart", "type = \"discard\"")
+    };
+    run_ok(&["run", &pipeline("one", "route-json").write()]);
+    let compiled = folder.path().join("state/compiled");
+    let files = || {
+        let files = std::fs::read_dir(&compiled).expect("a folder");
+        let mut names: Vec<String> = files
+            .map(|file| file.expect("a file").file_name().into_string().expect("text"))
+            .collect();
+        names.sort();
+        names
+    };
+    let needed = files();
+    assert_eq!(needed.len(), 1);
+    let old = SystemTime::now() - Duration::from_secs(24 * 3_600);
+    let file = |name: &str| {
+        let file = std::fs::File::create(compiled.join(name)).expect("a file");
+        file.set_modified(old).expect("set");
+    };
+    file(&format!("{}-0123456789abcdef.cwasm", "ab".repeat(32)));
+    file("notes.txt");
+    let own = std::fs::File::options().write(true).open(compiled.join(&needed[0])).expect("a file");
+    own.set_modified(old).expect("set");
+    // Another pipeline with its state in the same folder: it needs nothing of these.
+    run_ok(&["run", &pipeline("two", "route-json").write()]);
+    wait_for("the file to be removed", || !files().iter().any(|name| name.starts_with("abab")));
+    assert!(files().contains(&needed[0]) && files().contains(&"notes.txt".to_owned()));
+}
+
+/// A redrive's rows of the ledger went on naming its components for ever.
+#[test]
+fn fault_39_what_a_finished_redrive_kept_is_removed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let rows = folder.path().join("rows.ndjson");
+    std::fs::write(&rows, "{\"id\":1}\nno JSON\n").expect("written");
+    let pipeline = |config: &str| {
+        PipelineToml::new(folder.path(), "redriven")
+            .file(&rows, "")
+            .stage(
+                "route",
+                &plugin("hostile"),
+                &format!("config = {config}\nroutes = {{ out = [\"mart\"] }}"),
+            )
+            .sink("mart", "type = \"discard\"")
+            .write()
+    };
+    let file = pipeline("{ trap_on = \"no JSON\" }");
+    run_ok(&["run", &file]);
+    let file = pipeline("{}");
+    run_ok(&["dlq", "redrive", "--all", "--pipeline", &file]);
+    run_ok(&["run", &file]);
+    let state = sqlite(&folder.path().join("state/redriven/state.db"));
+    let count = "SELECT count(*) FROM ledger WHERE stream GLOB 'letters:*'";
+    let count: u64 = state.query_row(count, (), |row| row.get(0)).expect("a count");
+    assert_eq!(count, 0);
+}
