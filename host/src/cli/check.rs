@@ -21,6 +21,9 @@ pub struct Options {
     /// Check the file and the plugins only; talk to no sink.
     #[arg(long)]
     offline: bool,
+    /// Also write what only writing can find out: probes of object stores, and tables that are missing.
+    #[arg(long, conflicts_with = "offline")]
+    write: bool,
     /// Say what the running pipeline would change if it read its files now.
     #[arg(long, conflicts_with = "offline")]
     diff: bool,
@@ -58,15 +61,22 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
         routes.extend(letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));
         sinks.extend(letter_sinks);
     }
+    let mut sink_warnings = Vec::new();
     if !options.offline {
         host.backends.prepare().await?;
         for (sink, routes) in sinks.iter().zip(&routes) {
-            sink.prepare(routes).await?;
+            let found = sink.check(routes).await?;
+            sink_warnings
+                .extend(found.into_iter().map(|text| format!("sink {}: {text}", sink.name())));
+            if options.write {
+                sink.prepare(routes).await?;
+            }
         }
     }
     let mut report = report(&config, &generation, &sinks);
     let recorded = holes::of(&config, None).await?;
     report.holes = recorded.iter().map(|hole| holes::line(&config, hole)).collect();
+    report.warnings.extend(sink_warnings);
     for stage in &report.stages {
         console.say(format!(
             "stage {}: {} {} ({}) -> {}",

@@ -12,8 +12,8 @@ use crate::config::{OnPositionMismatch, SinkConfig};
 use crate::plugin::{Plugin, PluginHost};
 use crate::position::{Ledger, Segment, StateStore, TakenOver};
 use crate::record::{Position, ShardKey};
-use crate::sink::Acquired;
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
+use crate::sink::{Acquired, Sink};
 use crate::source::Waiting;
 use crate::stage::Generation;
 use crate::stop::Stop;
@@ -41,8 +41,12 @@ impl<'a> Lane<'a> {
         let state = shared.checkpoints.shards(&shard.stream).await?;
         let state = state.get(&shard.shard).cloned().unwrap_or_default();
         let known = shared.checkpoints.sinks(&shard).await?;
+        for sink in &shared.sinks {
+            sink.reach(&shard).await?;
+        }
         let mut standings = Vec::new();
-        for (sink, config) in shared.sinks.iter().zip(&shared.config.sinks) {
+        for place in acquisition_order(&shared.sinks) {
+            let (sink, config) = (&shared.sinks[place], &shared.config.sinks[place]);
             let mut acquired = sink.acquire(&shard).await?;
             if !acquired.keeps_position {
                 acquired.position = known.get(sink.name()).cloned();
@@ -65,8 +69,11 @@ impl<'a> Lane<'a> {
                 agree(&stands, &state.checkpoint, policy).map_err(|(sink_at, checkpoint)| {
                     LaneError::Fatal(mismatch(&shard, config, &sink_at, &checkpoint))
                 })?;
-            standings.push(Standing { acquired, epoch, skip_to });
+            standings.push((place, Standing { acquired, epoch, skip_to }));
         }
+        standings.sort_by_key(|(place, _)| *place);
+        let standings: Vec<Standing> =
+            standings.into_iter().map(|(_, standing)| standing).collect();
         let start = standings.iter().map(|standing| standing.skip_to.clone()).min().flatten();
         // A promised object counts as had: it must be made by the generation that promised it.
         let highest = standings
@@ -133,6 +140,14 @@ impl<'a> Lane<'a> {
             shard,
         })
     }
+}
+
+/// The places of the sinks in the order in which they are acquired: those whose acquisition leaves a
+/// trace that only grows come last.
+fn acquisition_order(sinks: &[Arc<dyn Sink>]) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..sinks.len()).collect();
+    places.sort_by_key(|place| sinks[*place].acquires_last());
+    places
 }
 
 /// From where a sink needs records: its own position, or the checkpoint when it has none yet.

@@ -116,6 +116,10 @@ impl Committer {
                 }
             }
             let pause = pauses.next().unwrap_or(pause_max);
+            // A destination that says how long it is to be left alone is obeyed, but no longer than the
+            // patience lasts: then the rows are given up.
+            let asked = self.writer.asked_to_wait().unwrap_or_default();
+            let pause = pause.max(asked.min(self.patience_left()));
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.context.abandon.cancelled() => return Err(error),
@@ -147,6 +151,13 @@ impl Committer {
         let is_out_of_reach = matches!(error, SinkError::Unavailable { .. });
         let limit = self.context.rhythm.give_up_after;
         is_out_of_reach && limit.is_some_and(|limit| since.elapsed() >= limit)
+    }
+
+    /// The rest of that time; without a limit, it lasts.
+    fn patience_left(&self) -> Duration {
+        let Some(limit) = self.context.rhythm.give_up_after else { return Duration::MAX };
+        let failing_for = self.failing_since.map(|since| since.elapsed()).unwrap_or_default();
+        limit.saturating_sub(failing_for)
     }
 
     /// Writes the commit's rows to the dead letters, so that the lane goes on without the sink. The

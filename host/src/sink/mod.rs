@@ -11,6 +11,7 @@ pub mod discard;
 pub mod http;
 pub mod kinesis;
 pub mod line;
+mod local;
 pub mod mode;
 pub mod objects;
 pub mod postgres;
@@ -22,6 +23,7 @@ pub mod sqlite;
 pub mod stdout;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -140,6 +142,32 @@ pub trait Sink: Send + Sync {
     /// What does not fit, with both sides; or that the destination is out of reach.
     async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError>;
 
+    /// Finds out whether rows could be written, and leaves the destination as it is: this is what
+    /// `shardmill check` asks. Gives warnings, each a sentence. Sinks whose [`Sink::prepare`] writes
+    /// (creates a table, a probe) must have a check of their own.
+    ///
+    /// # Errors
+    /// As [`Sink::prepare`], and when the sink could never take a row.
+    async fn check(&self, routes: &[BoundRoute]) -> Result<Vec<String>, SinkError> {
+        self.prepare(routes).await.map(|()| Vec::new())
+    }
+
+    /// Asks whether the destination can be reached for a shard, as cheaply as possible. It is asked of
+    /// every sink before one is acquired: acquiring may cost writes, which would be repeated at each
+    /// try for as long as another sink is out of reach.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the destination is out of reach.
+    async fn reach(&self, shard: &ShardKey) -> Result<(), SinkError> {
+        self.position(shard).await.map(drop)
+    }
+
+    /// Whether acquiring a shard leaves something behind that only grows, such as a link of a claim
+    /// log: such sinks are acquired after all others, so that a failure of those costs nothing.
+    fn acquires_last(&self) -> bool {
+        false
+    }
+
     /// Takes the shard over: after this no earlier writer of it can commit.
     ///
     /// # Errors
@@ -194,6 +222,12 @@ pub trait SinkWriter: Send {
     /// The calls that a commit makes, for when they are without an answer.
     fn calls(&self) -> &'static str {
         "the commit"
+    }
+
+    /// How long the destination asked to be left alone after the last commit failed; `None`: it did not
+    /// say.
+    fn asked_to_wait(&self) -> Option<Duration> {
+        None
     }
 
     /// Writes the rows and moves the position, as one durable step. After an error nothing of the

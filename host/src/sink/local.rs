@@ -1,0 +1,49 @@
+//! Folders and files of this machine: whether a sink could write there, without leaving a trace.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::path::Path;
+
+/// Checks that files can be made in a folder, which may be missing itself: then its nearest ancestor must
+/// take folders.
+///
+/// # Errors
+/// A sentence that names the folder, the cause and the way out.
+pub(super) fn check_writable(folder: &Path) -> Result<(), String> {
+    let mut at = folder;
+    loop {
+        match std::fs::metadata(at) {
+            Ok(found) if found.is_dir() => break,
+            Ok(_) => {
+                return Err(format!("expected a folder at {}, found a file", at.display()));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match at.parent() {
+                Some(parent) if parent.as_os_str().is_empty() => at = Path::new("."),
+                Some(parent) => at = parent,
+                None => return Err(format!("cannot look at {}: {error}", folder.display())),
+            },
+            Err(error) => return Err(format!("cannot look at {}: {error}", at.display())),
+        }
+    }
+    // A file without a name, which is gone when it is closed.
+    tempfile::tempfile_in(at).map(drop).map_err(|error| {
+        format!(
+            "cannot write files in {}: {}: let this user write there, or name another folder",
+            at.display(),
+            error.kind()
+        )
+    })
+}
+
+/// Checks that an existing file can be written.
+///
+/// # Errors
+/// A sentence that names the file, the cause and the way out.
+pub(super) fn check_writable_file(path: &Path) -> Result<(), String> {
+    OpenOptions::new().read(true).write(true).open(path).map(drop).map_err(|error| {
+        format!(
+            "cannot write to {}: {error}: let this user write to it, or name another file",
+            path.display()
+        )
+    })
+}
