@@ -245,8 +245,9 @@ pub(super) fn shaped<T: DeserializeOwned>(
     shaped.map_err(|error| misshapen(&error, span, check)).ok()
 }
 
-/// The keys of these tables that take a list: the columns of a sink's key, the sinks of dead letters.
-const LISTS: [&str; 2] = ["key", "sinks"];
+/// The keys of these tables that take a list: the columns of a sink's key, the sinks of dead letters, the
+/// statuses that refuse rows.
+const LISTS: [&str; 3] = ["key", "sinks", "refuse"];
 
 /// serde would take a list for a table, its values in the order of the fields. No table of ours
 /// is a list, and of their keys only [`LISTS`] take one.

@@ -283,6 +283,8 @@ pub(super) struct RawHttpSink {
     pub private: Option<bool>,
     pub format: Maybe<Text>,
     pub timeout: Maybe<Span>,
+    #[serde(default)]
+    pub refuse: Vec<Spanned<Count>>,
     pub commit: Option<RawCommit>,
 }
 

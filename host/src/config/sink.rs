@@ -14,7 +14,7 @@ use super::diagnostic::suggest;
 use super::grant_http::{RESPONSE_BYTES, headers};
 use super::load::shaped;
 use super::raw::{
-    Maybe, RawCommit, RawDiscard, RawHttpSink, RawKinesisSink, RawObjects, RawPostgres,
+    Count, Maybe, RawCommit, RawDiscard, RawHttpSink, RawKinesisSink, RawObjects, RawPostgres,
     RawRedshift, RawSqlite, RawStdout, Text,
 };
 use super::{
@@ -62,6 +62,9 @@ const RHYTHM_HTTP: Rhythm = patient(1_000, 1 << 20, Duration::from_secs(1));
 
 /// What gets over a failover or a restart, and is over before somebody comes.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(300);
+
+/// Statuses that say who may ask, or when: no row is at fault.
+const NOT_OF_ROWS: [u16; 7] = [401, 403, 407, 408, 425, 429, 503];
 
 const HTTP_TIMEOUT: Duration = Duration::from_secs(30);
 const HTTP_TIMEOUTS: RangeInclusive<Duration> =
@@ -394,6 +397,7 @@ fn http(raw: &RawHttpSink, check: &mut Check) -> Option<SinkKind> {
     let bodies = [("json", HttpBody::Json), ("ndjson", HttpBody::Ndjson)];
     let body = check.choice(&raw.format, "format", HttpBody::Json, &bodies);
     let timeout = check.duration(&raw.timeout, HTTP_TIMEOUT, HTTP_TIMEOUTS);
+    let refuse = refused_statuses(&raw.refuse, check);
     let (url, headers) = (url?, headers?);
     let host = HttpHostConfig {
         host: url.host_str()?.to_owned(),
@@ -403,7 +407,29 @@ fn http(raw: &RawHttpSink, check: &mut Check) -> Option<SinkKind> {
         private,
         response_bytes_max: RESPONSE_BYTES,
     };
-    Some(SinkKind::Http(HttpTarget { url, host, body: body?, timeout: timeout? }))
+    let (body, timeout, refuse) = (body?, timeout?, refuse?);
+    Some(SinkKind::Http(HttpTarget { url, host, body, timeout, refuse }))
+}
+
+/// Statuses by which an endpoint says that rows are at fault, beside those that always say so.
+fn refused_statuses(raw: &[Spanned<Count>], check: &mut Check) -> Option<Vec<u16>> {
+    let mut statuses = Vec::new();
+    let mut sound = true;
+    for status in raw {
+        let number = status.get_ref().0;
+        match u16::try_from(number) {
+            Ok(number) if (400..=599).contains(&number) && !NOT_OF_ROWS.contains(&number) => {
+                statuses.push(number);
+            }
+            _ => {
+                let help = "name a status of 400 to 599 that is an answer to rows, such as 409; 401, 403, \
+                            407, 408, 425, 429 and 503 are about who asks, or when";
+                check.problem(status.span(), format!("{number} cannot refuse rows"), help);
+                sound = false;
+            }
+        }
+    }
+    sound.then_some(statuses)
 }
 
 /// Where to post to.

@@ -149,8 +149,10 @@ pub struct HttpTarget {
     pub host: HttpHostConfig,
     /// What a request's body is.
     pub body: HttpBody,
-    /// How long one request may take, answer included.
+    /// How long one request may take, up to the head of its answer.
     pub timeout: Duration,
+    /// Further statuses by which the endpoint says that rows are at fault.
+    pub refuse: Vec<u16>,
 }
 
 /// What the body of a request is.

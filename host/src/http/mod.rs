@@ -8,11 +8,13 @@
 
 mod address;
 mod resolver;
+mod retry_after;
+mod watched;
 
 use std::error::Error as _;
 use std::fmt::{self, Write as _};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use reqwest::redirect::Policy;
@@ -22,10 +24,21 @@ use url::{Host, Url};
 
 use self::address::is_allowed;
 use self::resolver::{GuardedResolver, RefusedAddress};
+use self::watched::{Sent, WatchedBody};
 use crate::config::{HttpHostConfig, HttpMethod, is_travel_header};
 
 /// Who asks, unless the plugin or the grant says otherwise.
 const USER_AGENT: &str = concat!("shardmill/", env!("CARGO_PKG_VERSION"));
+
+/// Characters of a `Location` that are shown.
+const LOCATION_CHARS: usize = 300;
+
+/// Headers of one answer that are read: many times what servers send.
+const ANSWER_HEADERS_MAX: usize = 1_000;
+
+/// What is read of the body of an answer whose status is all that matters: bytes and time.
+const SAID_BYTES_MAX: usize = 64 << 10;
+const SAID_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Headers of one request: more than any API asks for.
 const HEADERS_MAX: usize = 100;
@@ -69,6 +82,19 @@ pub struct Response {
     pub body: Vec<u8>,
 }
 
+/// An answer of which the head alone counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Such as 200.
+    pub status: u16,
+    /// Where the answer points to, without what could be a secret.
+    pub location: Option<String>,
+    /// How long the server asks to be left alone.
+    pub retry_after: Option<Duration>,
+    /// The beginning of the body, as far as it came in time: for messages only.
+    pub said: Vec<u8>,
+}
+
 /// Why there is no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -108,16 +134,11 @@ impl HttpGrant {
     /// # Errors
     /// [`HttpFailure`] when the request is not granted, when nobody answers, and when the answer is
     /// too long. An answer with any status is no error.
-    pub fn send(&self, request: Request, deadline: Instant) -> Result<Response, HttpFailure> {
-        let url = Url::parse(&request.url)
-            .map_err(|error| HttpFailure::refused(format!("the URL cannot be read: {error}")))?;
-        let granted = self.granted(&url)?;
-        let method = granted.method(&request.method)?;
-        let headers = granted.headers(&request.headers)?;
-        let client = if granted.config.private { &self.private } else { &self.public };
-        let mut prepared = client.request(method, url).headers(headers);
-        if !request.body.is_empty() {
-            prepared = prepared.body(request.body);
+    pub fn send(&self, mut request: Request, deadline: Instant) -> Result<Response, HttpFailure> {
+        let body = std::mem::take(&mut request.body);
+        let (granted, mut prepared) = self.prepared(request)?;
+        if !body.is_empty() {
+            prepared = prepared.body(body);
         }
         let limit = granted.config.response_bytes_max;
         let answer =
@@ -126,10 +147,40 @@ impl HttpGrant {
         let answer = answer.unwrap_or_else(|_| {
             Err(HttpFailure::retryable("no complete answer within the time of the call"))
         });
-        answer.map_err(|failure| {
-            let place = &granted.config.host;
-            HttpFailure { message: format!("{place}: {}", failure.message), ..failure }
-        })
+        answer.map_err(|failure| granted.named(failure))
+    }
+
+    /// Sends a request all of whose meaning lies in the status of its answer. A head that came after the
+    /// whole request was sent is the answer, whatever becomes of the body: one that is long, slow, cut
+    /// or badly encoded says nothing about the request.
+    ///
+    /// # Errors
+    /// [`HttpFailure`] when the request is not granted, when no head comes until `deadline`, and when
+    /// the request was not sent to its end although its success was answered.
+    pub async fn deliver(
+        &self,
+        mut request: Request,
+        deadline: Instant,
+    ) -> Result<Answer, HttpFailure> {
+        let body = std::mem::take(&mut request.body);
+        let (granted, prepared) = self.prepared(request)?;
+        let (body, sent) = WatchedBody::new(body.into());
+        let prepared = prepared.body(reqwest::Body::wrap(body));
+        deliver(prepared, sent, deadline.into()).await.map_err(|failure| granted.named(failure))
+    }
+
+    /// The request as the client sends it, without its body.
+    fn prepared(
+        &self,
+        request: Request,
+    ) -> Result<(&GrantedHost, reqwest::RequestBuilder), HttpFailure> {
+        let url = Url::parse(&request.url)
+            .map_err(|error| HttpFailure::refused(format!("the URL cannot be read: {error}")))?;
+        let granted = self.granted(&url)?;
+        let method = granted.method(&request.method)?;
+        let headers = granted.headers(&request.headers)?;
+        let client = if granted.config.private { &self.private } else { &self.public };
+        Ok((granted, client.request(method, url).headers(headers)))
     }
 
     /// The grant for a URL: host and port must be listed, and the way there allowed.
@@ -191,6 +242,12 @@ impl GrantedHost {
             headers.insert(parsed, value);
         }
         Ok(Self { config, headers })
+    }
+
+    /// A failure with the host's name.
+    fn named(&self, failure: HttpFailure) -> HttpFailure {
+        let place = &self.config.host;
+        HttpFailure { message: format!("{place}: {}", failure.message), ..failure }
     }
 
     fn method(&self, name: &str) -> Result<Method, HttpFailure> {
@@ -258,10 +315,70 @@ fn client(private: bool) -> Result<Client, HttpFailure> {
         // A request that is tried again is the plugin's decision: it may not bear being sent twice.
         .retry(reqwest::retry::never())
         .https_only(!private)
+        // A head with an odd header is an answer still: to drop it would mean to send again.
+        .http1_max_headers(ANSWER_HEADERS_MAX)
+        .http1_ignore_invalid_headers_in_responses(true)
+        .http1_allow_obsolete_multiline_headers_in_responses(true)
+        .http1_allow_spaces_after_header_name_in_responses(true)
         .user_agent(USER_AGENT)
         .dns_resolver(GuardedResolver { private })
         .build()
         .map_err(|error| HttpFailure::refused(described(error)))
+}
+
+/// Sends, and reads the head; of the body, what comes soon.
+async fn deliver(
+    prepared: reqwest::RequestBuilder,
+    sent: Sent,
+    deadline: tokio::time::Instant,
+) -> Result<Answer, HttpFailure> {
+    let head = tokio::time::timeout_at(deadline, prepared.send()).await;
+    let mut head = head
+        .map_err(|_| HttpFailure::retryable("no answer within the `timeout` of a request"))?
+        .map_err(failure)?;
+    let status = head.status().as_u16();
+    let text = |name: reqwest::header::HeaderName| head.headers().get(name)?.to_str().ok();
+    let location = text(reqwest::header::LOCATION).map(shown_location);
+    let retry_after = text(reqwest::header::RETRY_AFTER)
+        .and_then(|value| retry_after::pause(value, text(reqwest::header::DATE)));
+    let mut said = Vec::new();
+    let reading = async {
+        while let Ok(Some(chunk)) = head.chunk().await {
+            let room = SAID_BYTES_MAX - said.len();
+            said.extend_from_slice(&chunk[..chunk.len().min(room)]);
+            if said.len() == SAID_BYTES_MAX {
+                break;
+            }
+        }
+    };
+    // Success may be answered before the request has been read: then the rest must have gone out too. The
+    // body is read meanwhile, since a server may write it first.
+    let complete = async {
+        match status {
+            200..=299 => tokio::time::timeout_at(deadline, sent.all()).await.unwrap_or(false),
+            _ => true,
+        }
+    };
+    let (_, complete) = tokio::join!(tokio::time::timeout(SAID_TIME_MAX, reading), complete);
+    if !complete {
+        return Err(HttpFailure::retryable(format!(
+            "answered {status} before the whole request was sent, and took no more of it"
+        )));
+    }
+    Ok(Answer { status, location, retry_after, said })
+}
+
+/// A `Location` for messages: without user, password, query and fragment, which may be secrets.
+fn shown_location(text: &str) -> String {
+    let end = text.find(['?', '#']).unwrap_or(text.len());
+    let plain = &text[..end];
+    let plain = match (plain.find("://"), plain.find('@')) {
+        (Some(scheme), Some(at)) if !plain[scheme + 3..at].contains('/') => {
+            format!("{}{}", &plain[..scheme + 3], &plain[at + 1..])
+        }
+        _ => plain.to_owned(),
+    };
+    plain.chars().take(LOCATION_CHARS).collect()
 }
 
 /// Sends, and reads up to `limit` bytes of body.

@@ -10,11 +10,19 @@
 //!
 //! Positions of a shard only grow, but for what is sent again after a crash: a receiver that keeps
 //! the last position per shard, and drops what lies at or before it, has each row once.
+//!
+//! The status decides, and nothing else of an answer:
+//!
+//! | status | rows |
+//! |---|---|
+//! | 2xx but 207, after the whole request was sent | are taken |
+//! | 400, 413, 415, 422, and those in `refuse` | halved until the one at fault is alone, which is refused |
+//! | anything else, or no answer | wait, and are posted again; `Retry-After` is obeyed, up to 10 minutes |
 
 use std::fmt::Write as _;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use sha2::{Digest as _, Sha256};
@@ -23,7 +31,7 @@ use super::line::{LineFormat, without_newlines};
 use super::progress::Progress;
 use super::{Acquired, BoundRoute, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};
 use crate::config::{HttpBody, HttpTarget};
-use crate::http::{HttpGrant, Request};
+use crate::http::{Answer, HttpGrant, Request};
 use crate::record::{Position, Row, ShardKey, SinkName};
 
 /// Hex digits of an idempotency key.
@@ -84,6 +92,7 @@ impl Sink for HttpSink {
             progress: Progress::default(),
             sound: Arc::new([]),
             pieces: Vec::new(),
+            asked_to_wait: None,
         };
         let writer = Box::new(writer);
         Ok(Acquired { writer, position: None, keeps_position: false, must_cut_at: None })
@@ -94,11 +103,15 @@ impl Sink for HttpSink {
     }
 }
 
-/// What an endpoint answered, as far as it matters.
-enum Answer {
+/// The meaning of an answer.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    /// The endpoint has the rows.
     Taken,
     /// The rows are at fault: fewer of them may be taken.
     Rejected(String),
+    /// The endpoint does not take rows now: they wait, with this cause.
+    Held(String),
 }
 
 struct HttpWriter {
@@ -110,6 +123,8 @@ struct HttpWriter {
     /// The requests that are still to be made, the next one last, as ranges of `sound`. A request
     /// that is tried again has the same rows, or its key would be another.
     pieces: Vec<Range<usize>>,
+    /// How long the endpoint asked to be left alone when it last held the rows.
+    asked_to_wait: Option<Duration>,
 }
 
 impl HttpWriter {
@@ -130,66 +145,106 @@ impl HttpWriter {
     /// Posts what is still to be posted; what is rejected is halved until the row at fault is alone.
     async fn post_all(&mut self, rows: &Arc<Vec<Row>>) -> Result<(), SinkError> {
         while let Some(piece) = self.pieces.last().cloned() {
-            let answer = match piece.is_empty() {
-                true => Answer::Taken,
+            let outcome = match piece.is_empty() {
+                true => Outcome::Taken,
                 false => self.post(rows, piece.clone()).await?,
             };
-            self.pieces.pop();
-            match (answer, piece.len()) {
-                (Answer::Taken, _) => {
+            match outcome {
+                // The piece stays: it is posted again as it is.
+                Outcome::Held(cause) => return Err(self.shared.unavailable(cause)),
+                Outcome::Taken => {
+                    self.pieces.pop();
                     self.sound[piece].iter().for_each(|place| self.progress.done(*place));
                 }
-                (Answer::Rejected(reason), 1) => {
-                    self.progress.refuse(self.sound[piece.start], reason);
-                }
-                (Answer::Rejected(_), length) => {
-                    let middle = piece.start + length / 2;
-                    self.pieces.push(middle..piece.end);
-                    self.pieces.push(piece.start..middle);
+                Outcome::Rejected(reason) => {
+                    self.pieces.pop();
+                    if piece.len() == 1 {
+                        self.progress.refuse(self.sound[piece.start], reason);
+                    } else {
+                        let middle = piece.start + piece.len() / 2;
+                        self.pieces.push(middle..piece.end);
+                        self.pieces.push(piece.start..middle);
+                    }
                 }
             }
         }
         Ok(())
     }
 
-    async fn post(&self, rows: &Arc<Vec<Row>>, piece: Range<usize>) -> Result<Answer, SinkError> {
+    async fn post(
+        &mut self,
+        rows: &Arc<Vec<Row>>,
+        piece: Range<usize>,
+    ) -> Result<Outcome, SinkError> {
         let (shared, shard) = (Arc::clone(&self.shared), self.shard.clone());
         let (rows, places) = (Arc::clone(rows), Arc::clone(&self.sound));
-        let posting = tokio::task::spawn_blocking(move || {
+        let building = tokio::task::spawn_blocking(move || {
             let rows: Vec<&Row> = places[piece].iter().map(|place| &rows[*place]).collect();
-            shared.post(&shard, &rows)
+            shared.request(&shard, &rows)
         });
-        match posting.await {
-            Ok(answer) => answer.map_err(|cause| self.shared.unavailable(cause)),
-            Err(error) => Err(self.shared.unavailable(format!("posting was broken off: {error}"))),
-        }
+        let request = building.await.map_err(|error| {
+            self.shared.unavailable(format!("making a request was broken off: {error}"))
+        })?;
+        let deadline = Instant::now() + self.shared.target.timeout;
+        let answer = self.shared.grant.deliver(request, deadline).await;
+        let answer = answer.map_err(|failure| self.shared.unavailable(failure.message))?;
+        let target = &self.shared.target;
+        self.asked_to_wait = answer.retry_after;
+        Ok(outcome(place(&target.url), &answer, &target.refuse))
     }
 }
 
+/// What an answer means for the rows of its request. `refuse`: further statuses by which the endpoint
+/// says that rows are at fault.
+fn outcome(place: &str, answer: &Answer, refuse: &[u16]) -> Outcome {
+    let status = answer.status;
+    let said = said(&answer.said);
+    if refuse.contains(&status) {
+        return Outcome::Rejected(format!("answered {status}{said}"));
+    }
+    let hint = match status {
+        // 207 (Multi-Status) says of each part what became of it, in a form that only the two sides know.
+        207 => ": what became of each row cannot be read from that; let it answer 200, or 4xx",
+        200..=299 => return Outcome::Taken,
+        // RFC 9110: the content is malformed, too large, of another type, or not processable.
+        400 | 413 | 415 | 422 => return Outcome::Rejected(format!("answered {status}{said}")),
+        300..=399 => ": redirects are not followed; set `url` to where the rows belong",
+        401 | 403 => ": set `headers` to what it lets in",
+        404 | 410 => ": set `url` to a path that takes rows",
+        405 => ": set `url` to a path that takes POST",
+        409 => ": if the rows are at fault, add `refuse = [409]` to the sink",
+        _ => "",
+    };
+    let location = match &answer.location {
+        Some(location) => format!(" (Location: {})", one_line(location)),
+        None => String::new(),
+    };
+    let wait = match answer.retry_after {
+        Some(wait) => format!("; it asks to wait {} s (Retry-After)", wait.as_secs()),
+        None => String::new(),
+    };
+    Outcome::Held(format!("{place} answered {status}{location}{said}{hint}{wait}"))
+}
+
+/// The beginning of a body, for a message.
+fn said(body: &[u8]) -> String {
+    let text: String = String::from_utf8_lossy(body).chars().take(ANSWER_CHARS).collect();
+    let text = one_line(&text);
+    if text.is_empty() { text } else { format!(": {text}") }
+}
+
+/// A stranger's text on one line.
+fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ").trim().to_owned()
+}
+
 impl Shared {
-    /// One request, and what its answer means.
-    fn post(&self, shard: &ShardKey, rows: &[&Row]) -> Result<Answer, String> {
-        let url = &self.target.url;
-        let deadline = Instant::now() + self.target.timeout;
-        let request = Request {
+    fn request(&self, shard: &ShardKey, rows: &[&Row]) -> Request {
+        Request {
             method: "POST".into(),
-            url: url.to_string(),
+            url: self.target.url.to_string(),
             headers: self.headers(shard, rows),
             body: self.body(rows),
-        };
-        let answer = self.grant.send(request, deadline).map_err(|failure| failure.message)?;
-        let said: String =
-            String::from_utf8_lossy(&answer.body).chars().take(ANSWER_CHARS).collect();
-        let status = answer.status;
-        match status {
-            200..=299 => Ok(Answer::Taken),
-            // RFC 9110: the content is malformed, too large, of another type, or not processable.
-            400 | 413 | 415 | 422 => Ok(Answer::Rejected(format!("answered {status}: {said}"))),
-            401 | 403 => Err(format!(
-                "{} answered {status}: {said}: set `headers` to what it lets in",
-                place(url)
-            )),
-            _ => Err(format!("{} answered {status}: {said}", place(url))),
         }
     }
 
@@ -259,11 +314,16 @@ fn place(url: &url::Url) -> &str {
 
 #[async_trait]
 impl SinkWriter for HttpWriter {
+    fn asked_to_wait(&self) -> Option<Duration> {
+        self.asked_to_wait
+    }
+
     async fn commit(
         &mut self,
         commit: &Commit,
         refusals: &dyn RefusalLog,
     ) -> Result<Committed, SinkError> {
+        self.asked_to_wait = None;
         if self.progress.enter(commit) {
             self.sort_out(&commit.rows);
         }
@@ -273,5 +333,51 @@ impl SinkWriter for HttpWriter {
             refusals.hold(commit, &refused).await?;
         }
         Ok(self.progress.committed(commit))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(status: u16) -> Answer {
+        Answer { status, location: None, retry_after: None, said: b"why\r\nso".to_vec() }
+    }
+
+    #[test]
+    fn fault_27_the_status_decides() {
+        let at = |status| outcome("api.example", &answer(status), &[409, 500]);
+        for status in [200, 201, 202, 203, 204, 205, 206, 208, 226, 299] {
+            assert_eq!(at(status), Outcome::Taken, "{status}");
+        }
+        for status in [400, 413, 415, 422, 409, 500] {
+            assert_eq!(at(status), Outcome::Rejected(format!("answered {status}: why  so")));
+        }
+        for status in
+            [101, 207, 300, 301, 302, 304, 307, 308, 401, 403, 404, 405, 408, 410, 425, 429]
+        {
+            assert!(
+                matches!(at(status), Outcome::Held(cause) if cause.contains("why  so")),
+                "{status}"
+            );
+        }
+        for status in [501, 502, 503, 504, 511, 599, 999] {
+            assert!(matches!(at(status), Outcome::Held(_)), "{status}");
+        }
+    }
+
+    #[test]
+    fn fault_27_a_held_answer_says_where_it_points_to() {
+        let moved = Answer {
+            location: Some("https://elsewhere.example/events".into()),
+            retry_after: Some(Duration::from_secs(5)),
+            ..answer(308)
+        };
+        let Outcome::Held(cause) = outcome("api.example", &moved, &[]) else { panic!("held") };
+        for part in
+            ["308", "Location: https://elsewhere.example/events", "`url`", "5 s (Retry-After)"]
+        {
+            assert!(cause.contains(part), "{cause}");
+        }
     }
 }

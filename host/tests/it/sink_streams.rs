@@ -271,7 +271,8 @@ impl Server {
         };
         let url = format!("http://127.0.0.1:{}/events?x=1", self.port).parse().expect("a URL");
         let timeout = Duration::from_millis(500);
-        HttpSink::new("hook".into(), HttpTarget { url, host, body, timeout }).expect("a sink")
+        let target = HttpTarget { url, host, body, timeout, refuse: Vec::new() };
+        HttpSink::new("hook".into(), target).expect("a sink")
     }
 }
 
