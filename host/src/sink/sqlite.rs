@@ -8,6 +8,7 @@
 mod connection;
 mod position;
 mod table;
+mod trigger;
 mod value;
 mod write;
 
@@ -118,6 +119,17 @@ impl Sink for SqliteSink {
             table::prepare(&mut held.connection, &shared.table, &declared, create, &shared.mode)
         })
         .await
+    }
+
+    async fn check(&self, routes: &[BoundRoute]) -> Result<Vec<String>, SinkError> {
+        rows::check_formats(&self.shared.sink, routes)?;
+        let (routes, shared, create) = (routes.to_vec(), Arc::clone(&self.shared), self.create);
+        let checked = connection::blocking(move || {
+            let declared = rows::declared::declared_columns(&routes)?;
+            let mut connection = connection::open_to_check(shared.connection.path())?;
+            table::try_out(&mut connection, &shared.table, &declared, create, &shared.mode)
+        });
+        checked.await.and_then(|found| found).map_err(|cause| self.shared.unavailable(cause))
     }
 
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {

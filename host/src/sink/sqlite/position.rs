@@ -59,6 +59,17 @@ pub(super) fn take_over(
     Ok(stored)
 }
 
+/// Checks that positions can be kept: within a transaction that the caller rolls back.
+pub(super) fn check(connection: &Connection) -> Result<(), String> {
+    connection
+        .execute_batch(CREATE)
+        .and_then(|()| connection.prepare(TAKE_OVER).map(drop))
+        .and_then(|()| connection.prepare(MOVE_ON).map(drop))
+        .map_err(|error| {
+            format!("positions cannot be kept in table shardmill_position: {error}: rename what has its name")
+        })
+}
+
 /// The shard's row; `None` when it or the table is missing.
 pub(super) fn read_if_any(
     held: &mut Held,

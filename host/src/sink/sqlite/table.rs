@@ -1,10 +1,12 @@
 //! The live table: its columns as the file has them now, the check against what routes declare, and
 //! its creation.
 
-use rusqlite::Connection;
+use rusqlite::{Connection, ErrorCode};
 
 use super::connection::quoted;
-use super::value::Kind;
+use super::position;
+use super::trigger::{self, Verdict};
+use super::value::{ColumnType, Kind};
 use crate::sink::WriteMode;
 use crate::sink::rows::ColumnNames;
 use crate::sink::rows::declared::{
@@ -12,8 +14,18 @@ use crate::sink::rows::declared::{
 };
 
 /// Columns without the hidden ones of virtual tables; 2 and 3 mark generated ones.
-const READ_COLUMNS: &str = "SELECT name, type, hidden IN (2, 3) FROM pragma_table_xinfo(?1) \
-    WHERE hidden <> 1 ORDER BY cid";
+/// An `INTEGER PRIMARY KEY` is given a value where a row brings none.
+const READ_COLUMNS: &str = "SELECT name, type, hidden IN (2, 3), \
+        \"notnull\" <> 0 AND dflt_value IS NULL AND hidden = 0 \
+            AND NOT (pk = 1 AND upper(type) = 'INTEGER') \
+    FROM pragma_table_xinfo(?1) WHERE hidden <> 1 ORDER BY cid";
+
+const IS_STRICT: &str =
+    "SELECT count(*) FROM pragma_table_list(?1) WHERE schema = 'main' AND strict";
+
+/// The triggers of a table that may refuse rows.
+const TRIGGERS: &str = "SELECT name, sql FROM sqlite_schema \
+    WHERE type = 'trigger' AND lower(tbl_name) = lower(?1) ORDER BY name";
 
 /// Words of a declared type. Each is letters alone, so that nothing in one is read as SQL, and none
 /// begins a constraint.
@@ -38,7 +50,9 @@ pub(super) struct LiveColumn {
     pub(super) name: String,
     /// The declared type, for messages.
     pub(super) data_type: String,
-    pub(super) kind: Kind,
+    pub(super) column_type: ColumnType,
+    /// No row may lack a value, and none is made in its place.
+    pub(super) is_required: bool,
     /// The table makes the value, no row may bring it.
     pub(super) is_generated: bool,
 }
@@ -53,15 +67,18 @@ pub(super) struct LiveTable {
 impl LiveTable {
     /// Reads the table; `None` when there is none of that name.
     pub(super) fn read(connection: &Connection, table: &str) -> rusqlite::Result<Option<Self>> {
+        let strict: i64 =
+            connection.prepare_cached(IS_STRICT)?.query_row([table], |row| row.get(0))?;
         let mut statement = connection.prepare_cached(READ_COLUMNS)?;
         let columns = statement
             .query_map([table], |row| {
                 let data_type: String = row.get(1)?;
                 Ok(LiveColumn {
                     name: row.get(0)?,
-                    kind: Kind::of(&data_type),
+                    column_type: ColumnType::of(&data_type, strict > 0),
                     data_type,
                     is_generated: row.get(2)?,
+                    is_required: row.get(3)?,
                 })
             })?
             .collect::<rusqlite::Result<Vec<_>>>()?;
@@ -100,7 +117,105 @@ pub(super) fn prepare(
         }
     };
     check_key(connection, table, mode)?;
-    declared.iter().try_for_each(|column| check(table, &live, column))
+    declared.iter().try_for_each(|column| check(table, &live, column))?;
+    check_insert(connection, table, declared)
+}
+
+/// Finds out whether rows could be written, in a transaction that is rolled back; gives warnings.
+pub(super) fn try_out(
+    connection: &mut Connection,
+    table: &str,
+    declared: &[DeclaredColumn<'_>],
+    create: bool,
+    mode: &WriteMode,
+) -> Result<Vec<String>, String> {
+    let failed = |error: rusqlite::Error| format!("table {table} cannot be written to: {error}");
+    match connection.execute_batch("BEGIN IMMEDIATE") {
+        Ok(()) => {}
+        Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
+            return Ok(vec![
+                "another process holds the write lock of the database file: whether the table takes \
+                 rows was not tried"
+                    .into(),
+            ]);
+        }
+        Err(error) => return Err(failed(error)),
+    }
+    let found = prepare(connection, table, declared, create, mode)
+        .and_then(|()| position::check(connection))
+        .and_then(|()| warnings(connection, table, declared));
+    connection.execute_batch("ROLLBACK").map_err(failed)?;
+    found
+}
+
+/// Compiles an insertion, which a view without a trigger and a table that takes no rows refuse.
+fn check_insert(
+    connection: &Connection,
+    table: &str,
+    declared: &[DeclaredColumn<'_>],
+) -> Result<(), String> {
+    let columns: Vec<String> = declared.iter().map(|column| quoted(column.name)).collect();
+    let values = match columns.is_empty() {
+        true => "DEFAULT VALUES".to_owned(),
+        false => {
+            format!("({}) VALUES ({})", columns.join(", "), vec!["?"; columns.len()].join(", "))
+        }
+    };
+    let insert = format!("INSERT INTO {} {values}", quoted(table));
+    connection.prepare(&insert).map(drop).map_err(|error| {
+        format!(
+            "no row can be written to {table}: {error}: name a table, or a view with an INSTEAD OF \
+             INSERT trigger"
+        )
+    })
+}
+
+/// Finds what makes a table refuse rows that its columns have a place for.
+fn warnings(
+    connection: &Connection,
+    table: &str,
+    declared: &[DeclaredColumn<'_>],
+) -> Result<Vec<String>, String> {
+    let failed = |error: rusqlite::Error| format!("cannot read table {table}: {error}");
+    let live = LiveTable::read(connection, table).map_err(failed)?;
+    let mut warnings = Vec::new();
+    for column in live.iter().flat_map(|live| &live.columns) {
+        let (name, data_type) = (&column.name, &column.data_type);
+        let own = declared.iter().find(|declared| declared.name == *name);
+        if column.column_type.takes_some_texts_only() && (own.is_some() || declared.is_empty()) {
+            warnings.push(format!(
+                "column {name:?} of table {table} has the type {data_type}, in which SQLite stores text \
+                 such as 01234 or 15E2621 as a number: rows with such text become dead letters; \
+                 declare the column TEXT to keep all text"
+            ));
+        }
+        if column.is_required && own.is_none() && !declared.is_empty() {
+            warnings.push(format!(
+                "column {name:?} of table {table} is NOT NULL without a default, and no route declares \
+                 it: rows that do not bring it become dead letters"
+            ));
+        }
+    }
+    let mut query = connection.prepare(TRIGGERS).map_err(failed)?;
+    let triggers = query
+        .query_map([table], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
+        .and_then(|rows| rows.collect::<rusqlite::Result<Vec<_>>>())
+        .map_err(failed)?;
+    for (name, sql) in triggers {
+        match trigger::reading(&sql) {
+            Verdict::TakesAll => {}
+            Verdict::RefusesAll => {
+                return Err(format!(
+                    "trigger {name:?} of table {table} refuses every row (it raises an error without a \
+                     condition): drop it, or name another table"
+                ));
+            }
+            Verdict::MayRefuse(effect) => {
+                warnings.push(format!("trigger {name:?} of table {table} {effect}"));
+            }
+        }
+    }
+    Ok(warnings)
 }
 
 /// Proves that the table has a unique index on the mode's key, which `ON CONFLICT` needs.
@@ -131,7 +246,7 @@ fn check(table: &str, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result
         name: &column.name,
         data_type: &column.data_type,
         is_generated: column.is_generated,
-        fit: if column.kind.holds(due) { Fit::Holds } else { Fit::TooNarrow },
+        fit: if column.column_type.kind.holds(due) { Fit::Holds } else { Fit::TooNarrow },
     });
     check_fit(table, declared, live)
 }

@@ -69,7 +69,7 @@ impl Work {
         if !refused.is_empty() {
             return Ok(Written::Open(refused));
         }
-        commit(&held.connection).map_err(Failure::Unavailable)?;
+        commit(held).map_err(Failure::Unavailable)?;
         Ok(Written::Committed)
     }
 
@@ -143,11 +143,11 @@ impl Work {
 
 /// Commits what refused rows had kept open.
 pub(super) fn finish(held: Held) -> Result<(), String> {
-    commit(&held.connection)
+    commit(&held)
 }
 
-fn commit(connection: &Connection) -> Result<(), String> {
-    connection.execute_batch("COMMIT").map_err(|error| {
+fn commit(held: &Held) -> Result<(), String> {
+    held.connection.execute_batch("COMMIT").map_err(|error| {
         let hint = match error.sqlite_error_code() {
             Some(ErrorCode::ConstraintViolation) => {
                 ": a deferred foreign key is violated, and SQLite does not say by which row: \
@@ -156,7 +156,10 @@ fn commit(connection: &Connection) -> Result<(), String> {
             _ => "",
         };
         format!("cannot commit: {error}{hint}")
-    })
+    })?;
+    // A file that went away meanwhile took the commit along. It counts once the file is back, where the
+    // position then says so.
+    held.check_file()
 }
 
 /// Inserts rows into a table, by one prepared statement per set of columns.
@@ -227,7 +230,7 @@ impl<'c, 'r> Insert<'c, 'r> {
             };
             let value = match column.is_generated {
                 true => Err("the table generates the column itself".into()),
-                false => value::bound(column.kind, raw),
+                false => value::bound(column.column_type, raw),
             };
             values.push(
                 value.map_err(|why| rows::misfit(&column.name, &column.data_type, raw, &why))?,

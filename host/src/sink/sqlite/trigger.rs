@@ -1,0 +1,120 @@
+//! What a trigger of a table does with rows, as far as its text says so.
+
+/// The effect of a trigger on the rows that a sink inserts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It raises nothing when a row is inserted.
+    TakesAll,
+    /// It raises an error for each row.
+    RefusesAll,
+    /// It raises something for some rows; the text says what follows from that.
+    MayRefuse(&'static str),
+}
+
+/// Reads a `CREATE TRIGGER` statement.
+pub(super) fn reading(sql: &str) -> Verdict {
+    let tokens = tokens(sql);
+    let is = |token: &str, word: &str| token.eq_ignore_ascii_case(word);
+    let body = tokens.iter().position(|token| is(token, "begin")).unwrap_or(tokens.len());
+    let (head, body) = tokens.split_at(body);
+    let on_insert = head.iter().any(|token| is(token, "insert"));
+    let raises: Vec<usize> = (0..body.len())
+        .filter(|at| is(&body[*at], "raise") && body.get(at + 1).is_some_and(|next| next == "("))
+        .collect();
+    let Some(first) = raises.first().filter(|_| on_insert) else { return Verdict::TakesAll };
+    let effect = |at: usize| body.get(at + 2).map_or("", String::as_str);
+    let any = |word: &str| raises.iter().any(|at| is(effect(*at), word));
+    // `BEGIN SELECT RAISE(ABORT, '...'); ...` without WHEN: nothing decides before it.
+    let always = !head.iter().any(|token| is(token, "when"))
+        && *first == 2
+        && is(&body[1], "select")
+        && !is(effect(*first), "ignore")
+        && closed_at(body, first + 1)
+            .is_some_and(|end| body.get(end + 1).is_some_and(|t| t == ";"));
+    if always {
+        Verdict::RefusesAll
+    } else if any("rollback") {
+        Verdict::MayRefuse(
+            "rolls whole transactions back (RAISE(ROLLBACK)): a row that it refuses blocks its shard; \
+             use RAISE(ABORT)",
+        )
+    } else if any("ignore") {
+        Verdict::MayRefuse("drops rows in silence (RAISE(IGNORE)): they become no dead letters")
+    } else {
+        Verdict::MayRefuse("may refuse rows (RAISE): those become dead letters")
+    }
+}
+
+/// The place of the parenthesis that closes the one at `open`.
+fn closed_at(tokens: &[String], open: usize) -> Option<usize> {
+    let mut depth = 0_usize;
+    for (at, token) in tokens.iter().enumerate().skip(open) {
+        match token.as_str() {
+            "(" => depth += 1,
+            ")" => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth == 0 {
+            return Some(at);
+        }
+    }
+    None
+}
+
+/// The words and signs of a statement, without comments; strings and quoted names are one token each.
+fn tokens(sql: &str) -> Vec<String> {
+    let mut tokens = Vec::new();
+    let mut rest = sql;
+    while let Some(first) = rest.chars().next() {
+        let end = match first {
+            _ if rest.starts_with("--") => rest.find('\n').unwrap_or(rest.len()),
+            _ if rest.starts_with("/*") => rest[2..].find("*/").map_or(rest.len(), |end| end + 4),
+            '\'' | '"' | '`' => rest[1..].find(first).map_or(rest.len(), |end| end + 2),
+            '[' => rest.find(']').map_or(rest.len(), |end| end + 1),
+            _ if first.is_alphanumeric() || first == '_' => {
+                rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len())
+            }
+            _ => first.len_utf8(),
+        };
+        let (token, after) = rest.split_at(end);
+        let is_comment = token.starts_with("--") || token.starts_with("/*");
+        if !first.is_whitespace() && !is_comment {
+            tokens.push(token.to_owned());
+        }
+        rest = after;
+    }
+    tokens
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fault_31_a_trigger_says_which_rows_it_refuses() {
+        use Verdict::{MayRefuse, RefusesAll, TakesAll};
+        let kind = |sql: &str| reading(&format!("CREATE TRIGGER t {sql}"));
+        for sql in [
+            "AFTER INSERT ON a BEGIN INSERT INTO log VALUES (new.id); END",
+            "BEFORE DELETE ON a BEGIN SELECT RAISE(ABORT, 'no'); END",
+            "AFTER INSERT ON a BEGIN INSERT INTO log VALUES ('raise(abort)'); -- RAISE(ABORT, '')\n END",
+        ] {
+            assert_eq!(kind(sql), TakesAll, "{sql}");
+        }
+        for sql in [
+            "BEFORE INSERT ON a BEGIN SELECT RAISE(ABORT, 'no'); END",
+            "before insert on a begin /* ; */ select raise (fail, 'it''s (no)') ; end",
+        ] {
+            assert_eq!(kind(sql), RefusesAll, "{sql}");
+        }
+        for sql in [
+            "BEFORE INSERT ON a WHEN new.id < 0 BEGIN SELECT RAISE(ABORT, 'no'); END",
+            "BEFORE INSERT ON a BEGIN SELECT RAISE(ABORT, 'no') WHERE new.id < 0; END",
+            "BEFORE INSERT ON a BEGIN SELECT CASE WHEN new.id < 0 THEN RAISE(FAIL, 'no') END; END",
+            "BEFORE INSERT ON a BEGIN SELECT RAISE(IGNORE) WHERE new.id < 0; END",
+            "BEFORE INSERT ON a BEGIN SELECT RAISE(ROLLBACK, 'no') WHERE new.id < 0; END",
+        ] {
+            assert!(matches!(kind(sql), MayRefuse(_)), "{sql}");
+        }
+    }
+}

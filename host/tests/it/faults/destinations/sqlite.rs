@@ -1,0 +1,153 @@
+//! The SQLite sink: texts that SQLite would alter, files that move, and tables that take no rows.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use super::Lines;
+use crate::support::sqlite;
+use crate::support::wait_for;
+use crate::support::world::{Pipeline, World};
+
+fn lines(rows: &[&str], create: &str) -> Lines {
+    let rows: Vec<String> = rows.iter().map(|row| (*row).to_owned()).collect();
+    let lines = Lines::new(&rows, |folder| {
+        let path = folder.join("mart.db");
+        format!("type = \"sqlite\"\npath = \"{}\"\ntable = \"t\"", path.display())
+    });
+    sqlite(&lines.at("mart.db")).execute_batch(create).expect(create);
+    lines
+}
+
+#[test]
+fn fault_29_texts_that_sqlite_would_make_numbers_of_are_dead_letters() {
+    let rows = [
+        r#"{"id":1,"zip":"01234","kind":"a","price":"9.50"}"#,
+        r#"{"id":2,"zip":"15E2621","kind":"a","price":"9"}"#,
+        r#"{"id":3,"zip":"W1A 1AA","kind":"007","price":"free"}"#,
+        r#"{"id":4,"zip":"W1A 1AA","kind":"a","price":"free"}"#,
+        r#"{"id":5,"zip":null,"kind":"b","price":"EUR 9"}"#,
+        r#"{"id":6,"zip":"x","kind":"b","price":9}"#,
+    ];
+    let lines = lines(
+        &rows,
+        "CREATE TABLE t (id INTEGER, zip STRING, kind ENUM(2), price MONEY, \"any\" ANY)",
+    );
+    let (sound, said) = lines.check(&[]);
+    assert!(sound, "{said}");
+    for column in ["zip", "kind", "price", "any"] {
+        let warning = format!("column \"{column}\" of table t");
+        assert!(said.contains("warning") && said.contains(&warning), "{column}: {said}");
+    }
+    lines.run();
+    let mart = sqlite(&lines.at("mart.db"));
+    let mut query =
+        mart.prepare("SELECT id || zip || kind || price FROM t ORDER BY id").expect("sql");
+    let found = query.query_map((), |row| row.get::<_, Option<String>>(0)).expect("rows");
+    let found: Vec<_> = found.map(|row| row.expect("a row")).collect();
+    let kept = [Some("4W1A 1AAafree".to_owned()), None, Some("6xb9".to_owned())];
+    assert_eq!(found, kept);
+    let reasons = lines.reasons();
+    assert_eq!(reasons.len(), 3, "{reasons:?}");
+    assert!(reasons.iter().all(|reason| reason.contains("TEXT keeps it")), "{reasons:?}");
+}
+
+#[test]
+fn fault_29_a_file_that_is_moved_away_is_noticed_and_its_rows_come_when_it_is_back() {
+    let world = World::new(1);
+    let pipeline = Pipeline::default();
+    let run = world.start(&pipeline);
+    world.put(0..10, 3);
+    world.wait_rows(10);
+    let mart = world.folder.path().join("mart.db");
+    let away = world.folder.path().join("away.db");
+    std::fs::rename(&mart, &away).expect("moved");
+    world.put(10..20, 3);
+    wait_for("the move to be noticed", || world.logged("was moved or deleted"));
+    assert!(!mart.exists(), "no other file is made in its place");
+    std::fs::rename(&away, &mart).expect("moved back");
+    world.wait_rows(20);
+    assert_eq!(run.terminate(), Some(0));
+    world.assert_each_once_in_order(20);
+}
+
+#[test]
+fn fault_29_a_file_that_is_replaced_is_noticed() {
+    let world = World::new(1);
+    let mut run = world.start(&Pipeline::default());
+    world.put(0..10, 3);
+    world.wait_rows(10);
+    let folder = world.folder.path();
+    // A backup: whole, without a log.
+    let sql = format!("VACUUM INTO '{}'", folder.join("backup.db").display());
+    world.mart().execute_batch(&sql).expect("copied");
+    world.put(10..20, 3);
+    world.wait_rows(20);
+    std::fs::create_dir(folder.join("old")).expect("a folder");
+    for file in ["mart.db", "mart.db-wal", "mart.db-shm"] {
+        let _ = std::fs::rename(folder.join(file), folder.join("old").join(file));
+    }
+    std::fs::rename(folder.join("backup.db"), folder.join("mart.db")).expect("restored");
+    world.put(20..30, 3);
+    wait_for("the file to be noticed", || world.logged("was replaced"));
+    // It is behind the checkpoint, which is for a person to decide.
+    assert!(!run.wait().success());
+    assert_eq!(world.rows(), 10);
+}
+
+/// What `check` says of a table.
+fn checked(create: &str) -> (bool, String) {
+    lines(&[r#"{"id":1}"#], create).check(&[])
+}
+
+#[test]
+fn fault_31_check_finds_tables_that_take_no_row() {
+    let (sound, said) = checked("CREATE TABLE u (id INTEGER); CREATE VIEW t AS SELECT id FROM u");
+    assert!(!sound && said.contains("INSTEAD OF"), "{said}");
+    let (sound, said) = checked(
+        "CREATE TABLE u (id INTEGER); CREATE VIEW t AS SELECT id FROM u;
+         CREATE TRIGGER i INSTEAD OF INSERT ON t BEGIN INSERT INTO u VALUES (new.id); END",
+    );
+    assert!(sound, "{said}");
+    let (sound, said) = checked(
+        "CREATE TABLE t (id INTEGER);
+         CREATE TRIGGER no BEFORE INSERT ON t BEGIN SELECT RAISE(ABORT, 'no'); END",
+    );
+    assert!(!sound && said.contains("\"no\"") && said.contains("every row"), "{said}");
+    let (sound, said) = checked(
+        "CREATE TABLE t (id INTEGER);
+         CREATE TRIGGER odd BEFORE INSERT ON t WHEN new.id % 2 = 1 BEGIN
+            SELECT RAISE(ROLLBACK, 'odd'); END",
+    );
+    assert!(sound && said.contains("warning") && said.contains("RAISE(ABORT)"), "{said}");
+    let (sound, said) = checked("CREATE VIRTUAL TABLE t USING dbstat");
+    assert!(!sound, "{said}");
+}
+
+#[test]
+fn fault_31_check_finds_a_file_and_a_folder_that_cannot_be_written() {
+    let lines = lines(&[r#"{"id":1}"#], "CREATE TABLE t (id INTEGER)");
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("set");
+    };
+    let (mart, folder) = (lines.at("mart.db"), lines.folder.path().to_owned());
+    mode(&mart, 0o444);
+    let (sound, said) = lines.check_as_nobody();
+    assert!(!sound && said.contains("cannot write"), "{said}");
+    // The log lies beside the file.
+    mode(&mart, 0o666);
+    let (sound, said) = lines.check_as_nobody();
+    assert!(!sound && said.contains("cannot write files in"), "{said}");
+    std::fs::remove_file(&mart).expect("removed");
+    let (sound, said) = lines.check_as_nobody();
+    assert!(!sound && said.contains(&folder.display().to_string()), "{said}");
+}
+
+#[test]
+fn fault_31_check_makes_no_file_and_no_table() {
+    let lines = Lines::new(&[r#"{"id":1}"#.to_owned()], |folder| {
+        let path = folder.join("new/mart.db");
+        format!("type = \"sqlite\"\npath = \"{}\"\ntable = \"t\"\ncreate = true", path.display())
+    });
+    let (_, said) = lines.check(&[]);
+    assert!(!lines.at("new").exists(), "{said}");
+}
