@@ -1,13 +1,18 @@
 //! `shardmill objects`: is all that an objects sink claimed there, once?
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use serde_json::json;
 
-use super::{Console, DEFAULT_PIPELINE, holes, load};
+use super::{Console, DEFAULT_PIPELINE, holes, load, stream};
 use crate::config::{PipelineConfig, SinkConfig, SinkKind};
-use crate::sink::objects::{Audit, ObjectsSink};
+use crate::lease::PipelineLock;
+use crate::position::{Checkpoints, Hole, Holes, StateStore};
+use crate::record::{Position, ShardId, ShardKey, SinkName};
+use crate::sink::Sink as _;
+use crate::sink::objects::{Audit, ObjectsSink, Recovered};
 use crate::terminal::escaped;
 
 #[derive(clap::Subcommand)]
@@ -28,13 +33,145 @@ pub enum Command {
         #[arg(long)]
         content: bool,
     },
+    /// Give up a shard's last claim, which can never be kept: its rows are run and claimed again.
+    ///
+    /// A claim promises objects. Where one of them can never be written (its name is too long for the
+    /// store, the revision that promised it is gone), the shard is blocked. This command writes into the
+    /// log that the claim is not kept, and removes those of its objects that are there. The pipeline must
+    /// not run.
+    #[command(
+        after_help = "Example:\n  shardmill objects give-up --sink logs --shard shardId-000000000000"
+    )]
+    GiveUp {
+        #[command(flatten)]
+        log: Log,
+    },
+    /// Go on at the checkpoint, where a shard's log has lost a link or its last object.
+    ///
+    /// A lifecycle rule that removes objects by age removes the last ones of a quiet shard too. The log
+    /// then cannot say where it stood. This command writes into it that it goes on at the checkpoint; what
+    /// lies between is recorded as a hole, which `objects verify` names. Rows after the checkpoint that were
+    /// written may come twice. The pipeline must not run.
+    #[command(
+        after_help = "Example:\n  shardmill objects skip --sink logs --shard shardId-000000000000 \
+                      --why \"the bucket keeps 90 days\""
+    )]
+    Skip {
+        #[command(flatten)]
+        log: Log,
+        /// Why; it is kept in the log.
+        #[arg(long, default_value = "a link or the last object was gone")]
+        why: String,
+    },
+}
+
+/// The claim log of a shard.
+#[derive(clap::Args)]
+pub struct Log {
+    /// The pipeline's file.
+    #[arg(default_value = DEFAULT_PIPELINE)]
+    pipeline: PathBuf,
+    /// The objects sink.
+    #[arg(long, value_name = "NAME")]
+    sink: String,
+    /// The shard, such as `shardId-000000000000`.
+    #[arg(long, value_name = "ID")]
+    shard: String,
 }
 
 pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> {
-    let Command::Verify { pipeline, sink, content } = command;
-    let config = load(&pipeline)?;
+    match command {
+        Command::Verify { pipeline, sink, content } => {
+            verify(&pipeline, sink.as_deref(), content, console).await
+        }
+        Command::GiveUp { log } => {
+            let (sink, shard, _lock) = log.open().await?;
+            let done = sink.give_up(&shard).await?;
+            let objects = done.objects_removed.len();
+            report(&log, &done, console)?;
+            console.say(format_args!(
+                "sink {}: link {} of {} gives up the claim; {objects} of its objects were there and are \
+                 removed; the next run claims its rows again",
+                log.sink, done.link, log.shard
+            ));
+            Ok(())
+        }
+        Command::Skip { log, why } => {
+            let (sink, shard, lock) = log.open().await?;
+            let state = StateStore::open(lock.folder())?;
+            let checkpoint = Checkpoints::new(state.clone()).checkpoint(&shard).await?;
+            let Some(checkpoint) = checkpoint else {
+                bail!(
+                    "the state has no checkpoint of {}: there is nothing to go on from",
+                    log.shard
+                );
+            };
+            let done = sink.skip(&shard, &checkpoint, &why).await?;
+            if done.from.as_ref() < Some(&checkpoint) {
+                let hole = Hole {
+                    sink: Some(sink.name().clone()),
+                    shard,
+                    from_exclusive: done.from.clone(),
+                    to_inclusive: Some(checkpoint.clone()),
+                    why,
+                };
+                Holes::new(state).record(hole).await?;
+            }
+            report(&log, &done, console)?;
+            let from = done.from.as_ref().map_or("the beginning".to_owned(), Position::to_string);
+            console.say(format_args!(
+                "sink {}: link {} of {} passes over the positions after {from} up to {checkpoint}; the \
+                 next run goes on there",
+                log.sink, done.link, log.shard
+            ));
+            Ok(())
+        }
+    }
+}
+
+impl Log {
+    /// The sink and the shard, and the lock that keeps the pipeline from running meanwhile.
+    async fn open(&self) -> anyhow::Result<(ObjectsSink, ShardKey, PipelineLock)> {
+        let config = load(&self.pipeline)?;
+        let found = chosen(&config, Some(&self.sink))?;
+        let Some(SinkKind::Objects { url, options, layout }) = found.first().map(|sink| &sink.kind)
+        else {
+            bail!("the pipeline has no objects sink {:?}", self.sink);
+        };
+        let name = SinkName::from(self.sink.as_str());
+        let sink = ObjectsSink::new(name, url, options, layout.clone())?;
+        let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+        let (source, _embedded) = stream::source(&config).await?;
+        let stream = Arc::new(source.identity().await?);
+        let shard = ShardKey {
+            pipeline: config.name.clone(),
+            stream,
+            shard: ShardId::new(self.shard.clone()),
+        };
+        Ok((sink, shard, lock))
+    }
+}
+
+fn report(log: &Log, done: &Recovered, console: &Console) -> anyhow::Result<()> {
+    console.report(&json!({
+        "sink": log.sink,
+        "shard": log.shard,
+        "link": done.link,
+        "from": done.from.as_ref().map(Position::to_string),
+        "to": done.to.as_ref().map(Position::to_string),
+        "objects_removed": done.objects_removed,
+    }))
+}
+
+async fn verify(
+    pipeline: &Path,
+    sink: Option<&str>,
+    content: bool,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let config = load(pipeline)?;
     let mut problems = 0;
-    for own in chosen(&config, sink.as_deref())? {
+    for own in chosen(&config, sink)? {
         let SinkKind::Objects { url, options, layout } = &own.kind else { continue };
         let name = &own.name.value;
         let sink = ObjectsSink::new(name.clone(), url, options, layout.clone())?;
@@ -81,6 +218,24 @@ fn say(sink: &str, audit: &Audit, console: &Console) {
         console.say(format_args!(
             "{} logs end with a claim whose objects are not all there yet: a run makes them again",
             audit.unfinished
+        ));
+    }
+    if audit.temporary > 0 {
+        console.say(format_args!(
+            "{} files are being written, or were when their writer was killed: a run removes them",
+            audit.temporary
+        ));
+    }
+    for hole in &audit.holes {
+        let shown = |position: &Option<String>| {
+            position.clone().unwrap_or_else(|| "the beginning".to_owned())
+        };
+        console.say(format_args!(
+            "hole: {}: after {} up to {}: {}",
+            escaped(&hole.log, &[]),
+            shown(&hole.from),
+            shown(&hole.to),
+            escaped(&hole.why, &[])
         ));
     }
     for problem in &audit.problems {

@@ -4,21 +4,28 @@
 //! ```text
 //! <url>/<folder>/<link>-<owner>.ndjson[.gz|.zst]                                 the data
 //! <url>/_shardmill/<pipeline>/<sink>/<stream>@<created ms>/<shard>/<link>.json   the claim log
+//! <url>/_shardmill/.tmp/…                        in a folder: files that are being written
 //! ```
 //!
 //! Readers of the data need not know the log: an object appears whole or not at all, and each row
 //! is in one object. They must leave the newest object of a shard where it is until a newer one
-//! follows; without it the sink takes its last claim for unfinished and writes it again.
+//! follows; without it the sink takes its last claim for unfinished and writes it again. The same holds
+//! for a bucket's lifecycle rules: on a quiet shard they remove the last link or object in the end.
+//! `recovery` is the way on from there.
 
 mod claim;
 mod encode;
+mod keys;
 mod layout;
 mod parquet;
+mod recovery;
+mod staged;
 mod store;
 mod verify;
 mod writer;
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use async_trait::async_trait;
@@ -30,12 +37,13 @@ use self::claim::{ClaimLog, LOG_FOLDER, OwnerId};
 use self::encode::RouteForm;
 pub use self::layout::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
 use self::parquet::ParquetSchema;
+pub use self::recovery::Recovered;
 use self::store::Created;
 pub(super) use self::store::Place;
 pub use self::verify::{Audit, Problem, ProblemKind};
 use self::writer::{ObjectsWriter, Shared};
 use super::line::{LINE_MEDIA_TYPES, LineFormat};
-use super::{Acquired, BoundRoute, Sink, SinkError};
+use super::{Acquired, BoundRoute, Sink, SinkError, local};
 use crate::record::{Position, RouteName, ShardKey, SinkName};
 
 /// The object by which `prepare` proves that the store can create without overwriting.
@@ -48,6 +56,8 @@ pub struct ObjectsSink {
     place: Place,
     layout: ObjectLayout,
     forms: RwLock<HashMap<RouteName, RouteForm>>,
+    /// Whether leftovers of earlier versions were looked for.
+    swept: AtomicBool,
 }
 
 impl ObjectsSink {
@@ -73,11 +83,55 @@ impl ObjectsSink {
         layout: impl Into<ObjectLayout>,
     ) -> Self {
         let url = format!("{store}/{prefix}").into();
-        Self::at(Place { sink: name, store, prefix, url }, layout.into())
+        Self::at(Place::over(name, store, prefix, url), layout.into())
     }
 
     fn at(place: Place, layout: ObjectLayout) -> Self {
-        Self { place, layout, forms: RwLock::default() }
+        Self { place, layout, forms: RwLock::default(), swept: AtomicBool::new(false) }
+    }
+
+    /// Removes what writers that were killed left in a folder. That it fails stops nobody.
+    async fn sweep(&self, log: &ClaimLog, unfinished: &[Path]) {
+        let Some(staged) = &self.place.staged else { return };
+        let (staging, beside) =
+            (staged.sweep().await, staged.sweep_beside(unfinished.to_vec()).await);
+        let removed = [staging, beside, staged.sweep_log(&log.folder_path()).await];
+        let mut count = 0;
+        for swept in removed {
+            match swept {
+                Ok(removed) => count += removed,
+                Err(error) => {
+                    tracing::warn!(sink = %self.place.sink, %error, "leftover files stay");
+                }
+            }
+        }
+        if count > 0 {
+            tracing::info!(sink = %self.place.sink, files = count, "removed leftover files");
+        }
+        if !self.swept.swap(true, Ordering::Relaxed) {
+            // There may be many folders: the shard does not wait for them.
+            let (staged, sink) = (staged.clone(), self.place.sink.clone());
+            tokio::spawn(async move {
+                match staged.sweep_all().await {
+                    Ok(0) => {}
+                    Ok(files) => tracing::info!(%sink, files, "removed leftover files"),
+                    Err(error) => tracing::warn!(%sink, %error, "leftover files stay"),
+                }
+            });
+        }
+    }
+
+    /// Makes sure that claim logs can be written: their keys are as long as those of any shard.
+    fn check_log_path(&self) -> Result<(), SinkError> {
+        const SHARD: &str = "x@1700000000000/shardId-000000000000/000000000001.json";
+        let folder = self.place.path([LOG_FOLDER, "x", self.place.sink.as_str()]);
+        let key = SHARD.split('/').fold(folder, |path, part| path.join(part));
+        self.place.limits.check(&key).map_err(|why| {
+            self.place.unavailable(format!(
+                "claim logs in {} cannot be written: {why}: set `url` to a place with a shorter path",
+                self.place.url
+            ))
+        })
     }
 
     /// Creates one object twice: the second time must be refused, or no claim would hold. (There
@@ -151,14 +205,50 @@ impl Sink for ObjectsSink {
 
     async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
         let forms = self.check_routes(routes)?;
+        self.check_log_path()?;
         self.forms.write().unwrap_or_else(PoisonError::into_inner).extend(forms);
         self.probe().await
     }
 
+    async fn check(&self, routes: &[BoundRoute]) -> Result<Vec<String>, SinkError> {
+        self.check_routes(routes)?;
+        self.check_log_path()?;
+        if let Some(staged) = &self.place.staged {
+            let folder = staged.folder().map_err(|error| self.place.unavailable(error))?;
+            local::check_writable(&folder).map_err(|cause| self.place.unavailable(cause))?;
+            return Ok(Vec::new());
+        }
+        // That the bucket is there and can be read. Nothing is written.
+        let probe = self.place.path([LOG_FOLDER, PROBE]);
+        let known = self.place.exists(&probe).await?;
+        Ok(match known {
+            true => Vec::new(),
+            false => vec![format!(
+                "whether {} takes objects was not tried, since that would write one: `shardmill check \
+                 --write` does",
+                self.place.url
+            )],
+        })
+    }
+
+    async fn reach(&self, shard: &ShardKey) -> Result<(), SinkError> {
+        let log = ClaimLog::new(self.place.clone(), shard);
+        log.check_path()?;
+        log.reach().await
+    }
+
+    fn acquires_last(&self) -> bool {
+        true
+    }
+
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
         let log = ClaimLog::new(self.place.clone(), shard);
+        log.check_path()?;
         let fence = log.fence(&OwnerId::random()).await?;
         let standing = log.standing(&fence).await?;
+        let promised = standing.unfinished.iter().flat_map(|claim| &claim.claim.data);
+        let promised: Vec<Path> = promised.filter_map(|data| self.place.below(&data.key)).collect();
+        self.sweep(&log, &promised).await;
         let position = standing.position;
         let must_cut_at = standing.unfinished.as_ref().map(|claim| claim.to.clone());
         let writer = ObjectsWriter::new(

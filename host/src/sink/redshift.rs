@@ -104,7 +104,7 @@ impl RedshiftSink {
         prefix: Path,
     ) -> Result<Self, SinkError> {
         let url = target.staging.url.as_str().into();
-        let place = Place { sink: name.clone(), store, prefix, url };
+        let place = Place::over(name.clone(), store, prefix, url);
         Self::at(name, target, place)
     }
 

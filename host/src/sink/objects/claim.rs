@@ -20,6 +20,7 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::keys::KeyLimits;
 use super::layout::ObjectLayout;
 use super::store::{Created, Place};
 use crate::record::{Position, RouteName, ShardKey};
@@ -28,8 +29,8 @@ use crate::sink::SinkError;
 /// The folder under a sink's URL that holds all claim logs.
 pub(super) const LOG_FOLDER: &str = "_shardmill";
 /// The version of the link format that this code writes, and the newest that it reads. Version 1 had
-/// no `format`, `folder` and `bytes`.
-const LINK_VERSION: u32 = 2;
+/// no `format`, `folder` and `bytes`; version 2 had no `limits`, `gives_up` and `hole`.
+const LINK_VERSION: u32 = 3;
 /// How often an acquisition tries again because an earlier owner keeps appending.
 const FENCE_ATTEMPTS_MAX: u32 = 100;
 
@@ -76,6 +77,13 @@ pub(super) struct Link {
     /// The sink whose log goes on with this link: it was renamed. A claim is that log's own last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) renamed_from: Option<String>,
+    /// On a link that a person had written: the claim before it that is not kept any more. The log
+    /// stands at the claim's beginning again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) gives_up: Option<u64>,
+    /// On a link that a person had written: why the positions from `from` to `to` are passed over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) hole: Option<String>,
 }
 
 /// A promise to write data under keys that nobody else writes.
@@ -86,6 +94,10 @@ pub(super) struct Claim {
     /// How the data is laid out.
     #[serde(flatten)]
     pub(super) layout: ObjectLayout,
+    /// The lengths that its keys are bounded by: a row beyond them was refused. Claims of versions
+    /// before 3 refused none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) limits: Option<KeyLimits>,
     /// The objects, by route name and folder; empty: the span has no rows.
     pub(super) data: Vec<Data>,
 }
@@ -144,6 +156,17 @@ pub(super) struct Unfinished {
     pub(super) to: Position,
     /// What it promised.
     pub(super) claim: Claim,
+}
+
+impl Unfinished {
+    /// The way out of a claim that can never be kept, for the end of an error.
+    pub(super) fn way_out(&self, place: &Place, shard: &str) -> String {
+        format!(
+            "; if that can never be done, stop the pipeline and give the claim up: `shardmill objects \
+             give-up --sink {} --shard {}`",
+            place.sink, shard
+        )
+    }
 }
 
 /// The claim log of one shard.
@@ -269,13 +292,52 @@ impl ClaimLog {
         let Some(unfinished) = self.last_claim(last).await? else {
             return Ok(Standing { position: last.to.clone(), unfinished: None });
         };
-        for data in &unfinished.claim.data {
-            if !self.place.exists(&self.data_path(&data.key)?).await? {
+        match self.is_kept(&unfinished).await? {
+            true => Ok(Standing { position: Some(unfinished.to), unfinished: None }),
+            false => {
                 let position = unfinished.from.clone();
-                return Ok(Standing { position, unfinished: Some(unfinished) });
+                Ok(Standing { position, unfinished: Some(unfinished) })
             }
         }
-        Ok(Standing { position: Some(unfinished.to), unfinished: None })
+    }
+
+    /// Whether all that a claim promised is there.
+    async fn is_kept(&self, claim: &Unfinished) -> Result<bool, SinkError> {
+        for data in &claim.claim.data {
+            let found = self.place.exists(&self.data_path(&data.key)?).await;
+            let way_out = || claim.way_out(&self.place, self.shard());
+            if !found.map_err(|error| self.place.with_way_out(error, &way_out()))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The last claim if its data is not complete, or cannot even be looked for.
+    pub(super) async fn unkept(&self, last: &Link) -> Result<Option<Unfinished>, SinkError> {
+        let Some(claim) = self.last_claim(last).await? else { return Ok(None) };
+        let is_kept = self.is_kept(&claim).await.unwrap_or(false);
+        Ok(Some(claim).filter(|_| !is_kept))
+    }
+
+    /// Whether the last claim's own link, which a fence points at, is gone.
+    pub(super) async fn is_claim_gone(&self, last: &Link) -> Result<bool, SinkError> {
+        match (&last.claim, last.last_claim) {
+            (None, Some(number)) => Ok(self.read(number).await?.is_none()),
+            _ => Ok(false),
+        }
+    }
+
+    /// A claim by its link.
+    pub(super) async fn claim(&self, number: u64) -> Result<Option<Unfinished>, SinkError> {
+        match self.read(number).await? {
+            Some(link) => self.as_claim(link).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn shard(&self) -> &str {
+        self.folder.last().map_or("", String::as_str)
     }
 
     /// The path of a data key.
@@ -369,20 +431,40 @@ impl ClaimLog {
         }
     }
 
+    /// Checks that links can be written.
+    pub(super) fn check_path(&self) -> Result<(), SinkError> {
+        self.place.limits.check(&self.path(1)).map_err(|why| {
+            self.place.unavailable(format!(
+                "the claim log {} in {} cannot be written: {why}: set `url` to a place with a shorter \
+                 path",
+                self.folder_path(),
+                self.place.url
+            ))
+        })
+    }
+
+    /// Asks the store for something small.
+    pub(super) async fn reach(&self) -> Result<(), SinkError> {
+        self.has(1).await.map(drop)
+    }
+
     fn path(&self, number: u64) -> Path {
         self.folder_path().join(format!("{number:012}.json"))
     }
 
-    fn folder_path(&self) -> Path {
+    /// The log's folder.
+    pub(super) fn folder_path(&self) -> Path {
         self.place.path(self.folder.iter().map(String::as_str))
     }
 
     fn gone(&self, number: u64, why: &str) -> SinkError {
         self.place.unavailable(format!(
-            "{} in {} is gone ({why}): restore it, or delete the folder of this shard's log to \
-             start at the checkpoint",
+            "{} in {} is gone ({why}): restore it, or stop the pipeline and go on from the checkpoint: \
+             `shardmill objects skip --sink {} --shard {}`",
             self.path(number),
-            self.place.url
+            self.place.url,
+            self.place.sink,
+            self.shard()
         ))
     }
 
@@ -413,6 +495,46 @@ impl Link {
             last_claim: None,
             claim: Some(claim),
             renamed_from: None,
+            gives_up: None,
+            hole: None,
+        }
+    }
+
+    /// The link that gives an unfinished claim up: the log stands where it began.
+    pub(super) fn giving_up(number: u64, owner: OwnerId, claim: &Unfinished) -> Self {
+        Self {
+            version: LINK_VERSION,
+            link: number,
+            owner,
+            from: claim.from.clone(),
+            to: claim.from.clone(),
+            last_claim: None,
+            claim: None,
+            renamed_from: None,
+            gives_up: Some(claim.link),
+            hole: None,
+        }
+    }
+
+    /// The link that passes over `(from, to]`.
+    pub(super) fn passing_over(
+        number: u64,
+        owner: OwnerId,
+        from: Option<Position>,
+        to: Position,
+        why: String,
+    ) -> Self {
+        Self {
+            version: LINK_VERSION,
+            link: number,
+            owner,
+            from,
+            to: Some(to),
+            last_claim: None,
+            claim: None,
+            renamed_from: None,
+            gives_up: None,
+            hole: Some(why),
         }
     }
 }
@@ -431,6 +553,8 @@ fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
         }),
         claim: None,
         renamed_from: None,
+        gives_up: None,
+        hole: None,
     }
 }
 

@@ -14,6 +14,7 @@ use flate2::write::GzEncoder;
 use object_store::path::Path;
 use sha2::{Digest, Sha256};
 
+use super::keys::KeyRoom;
 use super::layout::{ObjectFormat, ObjectLayout};
 use super::parquet::{ParquetRows, ParquetSchema};
 use crate::config::Compression;
@@ -72,6 +73,7 @@ pub(super) fn encode(
     layout: &ObjectLayout,
     shard: &ShardKey,
     sink: &SinkName,
+    room: &KeyRoom,
 ) -> Result<Encoded, String> {
     let mut open: BTreeMap<&RouteName, OpenRoute> = BTreeMap::new();
     let mut refusals = Vec::new();
@@ -83,7 +85,11 @@ pub(super) fn encode(
         };
         let body = match route.bodies.first_mut() {
             Some((_, only)) if !folders_differ => Ok(only),
-            _ => match layout.folder.folder(row, shard, sink) {
+            _ => match layout
+                .folder
+                .folder(row, shard, sink)
+                .and_then(|folder| room.check(&folder, row.route.name(), layout).map(|()| folder))
+            {
                 Ok(folder) => {
                     let form = || forms.get(row.route.name()).cloned().unwrap_or_default();
                     Ok(route.body(folder, || OpenBody::new(row.route.name(), form(), layout))?)

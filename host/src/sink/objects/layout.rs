@@ -8,20 +8,22 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use chrono::{DateTime, Datelike as _, Timelike as _, Utc};
-use object_store::path::Path;
+use object_store::path::{Path, PathPart};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::claim::LOG_FOLDER;
 use crate::config::Compression;
-use crate::record::{Row, ShardKey, SinkName};
+use crate::record::{RouteName, Row, ShardKey, SinkName};
 use crate::sink::rows::value::{self, Json};
 
 /// What stands for a field that a row lacks or that is null, as Hive and its readers have it.
 const NO_VALUE: &str = "__HIVE_DEFAULT_PARTITION__";
-/// The bytes of a row's field that a key may hold: a key has at most 1,024 bytes on S3 (API
-/// reference, "Creating object key names").
+/// The bytes of a row's field that a key may hold, before they are encoded; `keys` bounds the rest.
 const FIELD_BYTES_MAX: usize = 200;
+/// Hex digits of the owner's id in an object's name: two logs that share a folder and a link
+/// number (other pipelines, a stream created again) then never share a key.
+pub(super) const OWNER_DIGITS: usize = 12;
 
 /// What objects hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +62,19 @@ impl ObjectLayout {
             (ObjectFormat::Raw, Compression::Gzip) => "bin.gz",
             (ObjectFormat::Raw, Compression::Zstd) => "bin.zst",
             (ObjectFormat::Parquet, _) => "parquet",
+        }
+    }
+}
+
+impl ObjectLayout {
+    /// The name of an object in its folder.
+    pub(super) fn file_name(&self, link: u64, owner: &str, route: &RouteName) -> PathPart<'static> {
+        let owner: String = owner.chars().take(OWNER_DIGITS).collect();
+        let ending = self.extension();
+        // Without their names in the folder, routes would meet in one object.
+        match self.folder.names_route() {
+            true => format!("{link:012}-{owner}.{ending}").into(),
+            false => format!("{link:012}-{owner}-{route}.{ending}").into(),
         }
     }
 }

@@ -22,6 +22,8 @@ use object_store::{
 };
 use url::Url;
 
+use super::keys::KeyLimits;
+use super::staged::{Staged, StagedError};
 use crate::record::SinkName;
 use crate::sink::SinkError;
 
@@ -51,6 +53,10 @@ pub(in crate::sink) struct Place {
     pub(in crate::sink) prefix: Path,
     /// Names the place in error texts; holds no secret.
     pub(in crate::sink) url: Arc<str>,
+    /// How long a key may be there.
+    pub(in crate::sink) limits: KeyLimits,
+    /// How files are written, where the store is a folder.
+    pub(in crate::sink) staged: Option<Staged>,
 }
 
 /// What a conditional create found.
@@ -63,15 +69,30 @@ pub(super) enum Created {
 }
 
 impl Place {
+    /// A place in a store that is open already.
+    pub(in crate::sink) fn over(
+        sink: SinkName,
+        store: Arc<dyn ObjectStore>,
+        prefix: Path,
+        url: Arc<str>,
+    ) -> Self {
+        Self { sink, store, prefix, url, limits: KeyLimits::ANY, staged: None }
+    }
+
     /// Opens the store of a URL. Connects to nothing yet.
     pub(in crate::sink) fn open(
         sink: SinkName,
         url: &Url,
         options: &BTreeMap<String, String>,
     ) -> Result<Self, SinkError> {
+        let limits = KeyLimits::of(url, options);
         let opened = open_store(url, options);
         match opened {
-            Ok((store, prefix)) => Ok(Self { sink, store, prefix, url: shown(url).into() }),
+            Ok((store, prefix)) => {
+                let is_local = url.scheme() == "file";
+                let staged = is_local.then(|| Staged::below(&prefix));
+                Ok(Self { sink, store, prefix, url: shown(url).into(), limits, staged })
+            }
             Err(cause) => Err(SinkError::Unavailable {
                 sink,
                 cause: format!("cannot open {}: {cause}", shown(url)),
@@ -100,7 +121,7 @@ impl Place {
         path: &Path,
         bytes: Bytes,
     ) -> Result<(), SinkError> {
-        if bytes.len() <= PART_BYTES {
+        if bytes.len() <= PART_BYTES || self.staged.is_some() {
             return self.create(path, bytes).await.map(drop);
         }
         if self.exists(path).await? {
@@ -136,6 +157,12 @@ impl Place {
         payload: impl Into<PutPayload>,
     ) -> Result<Created, SinkError> {
         let payload = payload.into();
+        if let Some(staged) = &self.staged {
+            return staged
+                .create(path, payload)
+                .await
+                .map_err(|error| self.not_staged(path, &error));
+        }
         let mut pause = CONFLICT_PAUSE;
         for _ in 0..CONFLICT_ATTEMPTS_MAX {
             let put = self.store.put_opts(path, payload.clone(), PutMode::Create.into()).await;
@@ -185,6 +212,19 @@ impl Place {
         self.unavailable(format!("cannot {action} {path} in {}: {error}{way_out}", self.url))
     }
 
+    /// The error of a file that was not written.
+    fn not_staged(&self, path: &Path, error: &StagedError) -> SinkError {
+        self.unavailable(format!("cannot write {path} in {}: {error}", self.url))
+    }
+
+    /// The same error with a way out of it.
+    pub(super) fn with_way_out(&self, error: SinkError, way_out: &str) -> SinkError {
+        match error {
+            SinkError::Unavailable { cause, .. } => self.unavailable(format!("{cause}{way_out}")),
+            other => other,
+        }
+    }
+
     /// An error of this sink.
     pub(in crate::sink) fn unavailable(&self, cause: impl Display) -> SinkError {
         SinkError::Unavailable { sink: self.sink.clone(), cause: cause.to_string() }
@@ -231,7 +271,9 @@ fn open_local(
     if let Some(name) = options.keys().next() {
         return Err(format!("option {name:?} is not known: a folder takes no options"));
     }
-    let folder = url.to_file_path().map_err(|()| "file:// and an absolute path are due")?;
+    let folder = url
+        .to_file_path()
+        .map_err(|()| format!("expected file:// and an absolute path, found {url}"))?;
     let prefix = Path::from_absolute_path(&folder).map_err(|error| error.to_string())?;
     Ok((Arc::new(LocalFileSystem::new().with_fsync(true)), prefix))
 }

@@ -18,6 +18,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::claim::{Claim, Data, LOG_FOLDER, Link, link_number};
 use super::layout::ObjectFormat;
+use super::staged::STAGING_FOLDER;
 use super::{ObjectsSink, PROBE};
 use crate::config::Compression;
 use crate::record::Position;
@@ -41,8 +42,26 @@ pub struct Audit {
     pub bytes: u64,
     /// Logs whose last claim has no object yet: a run will make it again.
     pub unfinished: u64,
+    /// Files that are being written, or were when their writer was killed: no data, and seen by no
+    /// reader.
+    pub temporary: u64,
+    /// Positions that were passed over, by the word of a person.
+    pub holes: Vec<Hole>,
     /// What is wrong.
     pub problems: Vec<Problem>,
+}
+
+/// Positions of a shard of which no rows are in the objects.
+#[derive(Debug, Serialize)]
+pub struct Hole {
+    /// The log, as a key in the store.
+    pub log: String,
+    /// The end of what is there before it, exclusive.
+    pub from: Option<String>,
+    /// Its end, inclusive.
+    pub to: Option<String>,
+    /// Why it was left.
+    pub why: String,
 }
 
 /// Something that is wrong.
@@ -54,6 +73,14 @@ pub struct Problem {
     pub place: String,
     /// What was found there.
     pub detail: String,
+}
+
+impl Hole {
+    fn of(log: &str, link: &Link) -> Self {
+        let shown = |position: &Option<Position>| position.as_ref().map(Position::to_string);
+        let why = link.hole.clone().unwrap_or_default();
+        Self { log: log.to_owned(), from: shown(&link.from), to: shown(&link.to), why }
+    }
 }
 
 /// The kinds of problems.
@@ -68,6 +95,9 @@ pub enum ProblemKind {
     Orphan,
     /// A link or an object has another content than it should have.
     Damaged,
+    /// A file of a write that was broken off, beside the data: readers of the folder may take it for
+    /// data.
+    Leftover,
 }
 
 impl fmt::Display for ProblemKind {
@@ -77,6 +107,7 @@ impl fmt::Display for ProblemKind {
             Self::Overlap => "overlap",
             Self::Orphan => "orphan",
             Self::Damaged => "damaged",
+            Self::Leftover => "leftover",
         })
     }
 }
@@ -88,6 +119,8 @@ struct Listing {
     logs: BTreeMap<String, BTreeMap<u64, Path>>,
     /// The lengths of the data objects, by key.
     data: BTreeMap<Path, u64>,
+    /// Files that are being written.
+    temporary: u64,
 }
 
 impl ObjectsSink {
@@ -97,13 +130,15 @@ impl ObjectsSink {
     /// [`SinkError::Unavailable`] when the store cannot be read.
     pub async fn verify(&self, content: bool) -> Result<Audit, SinkError> {
         let listing = self.list().await?;
-        let mut audit = Audit { logs: listing.logs.len() as u64, ..Audit::default() };
+        let logs = listing.logs.len() as u64;
+        let mut audit = Audit { logs, temporary: listing.temporary, ..Audit::default() };
         let mut claimed: HashMap<Path, String> = HashMap::new();
         for (log, links) in &listing.logs {
             let links = self.read_links(log, links, &mut audit).await?;
             check_chain(log, &links, &mut audit);
             let last = links.iter().rev().find(|link| link.claim.is_some()).map(|link| link.link);
-            for link in &links {
+            let given_up: Vec<u64> = links.iter().filter_map(|link| link.gives_up).collect();
+            for link in links.iter().filter(|link| !given_up.contains(&link.link)) {
                 let Some(claim) = &link.claim else { continue };
                 if link.renamed_from.is_some() {
                     // It is the last claim of the log that this one goes on with.
@@ -127,6 +162,14 @@ impl ObjectsSink {
         for key in listing.data.keys().filter(|key| !claimed.contains_key(*key)) {
             audit.problem(ProblemKind::Orphan, key, "no claim names it".into());
         }
+        if let Some(staged) = &self.place.staged {
+            let leftovers = staged.leftovers().await;
+            for file in leftovers.map_err(|error| self.place.unavailable(error))? {
+                let detail = "a write that was broken off left it: it is no data, remove it; a run \
+                              removes those that it knows to be its own";
+                audit.problem(ProblemKind::Leftover, file.display(), detail.into());
+            }
+        }
         Ok(audit)
     }
 
@@ -135,6 +178,7 @@ impl ObjectsSink {
         let mut found = Listing::default();
         let mut objects = place.store.list(Some(&place.prefix));
         let own = place.path([LOG_FOLDER]);
+        let temporary = place.path([LOG_FOLDER, STAGING_FOLDER]);
         loop {
             let object = match objects.try_next().await {
                 Ok(Some(object)) => object,
@@ -142,6 +186,10 @@ impl ObjectsSink {
                 Err(error) => return Err(place.failed("list", &place.prefix, &error)),
             };
             let key = object.location;
+            if place.staged.is_some() && key.prefix_matches(&temporary) {
+                found.temporary += 1;
+                continue;
+            }
             match (key.prefix_matches(&own), link_number(&key)) {
                 (false, _) => {
                     found.data.insert(key, object.size);
@@ -292,11 +340,22 @@ fn check_chain(log: &str, links: &[Link], audit: &mut Audit) {
     let shown = |at: &Option<Position>| {
         at.as_ref().map_or_else(|| "the beginning".to_owned(), Position::to_string)
     };
+    if let Some(first) = links.first().filter(|link| link.hole.is_some()) {
+        audit.holes.push(Hole::of(log, first));
+    }
     for pair in links.windows(2) {
         let [before, link] = pair else { continue };
         if link.link != before.link + 1 {
             let detail = format!("the links between {} and {} are gone", before.link, link.link);
             audit.problem(ProblemKind::Gap, log, detail);
+        }
+        if link.hole.is_some() {
+            audit.holes.push(Hole::of(log, link));
+            continue;
+        }
+        // The log goes on where the claim began that was given up.
+        if link.gives_up.is_some() {
+            continue;
         }
         // A log begins wherever its pipeline stood.
         let kind = match link.from.cmp(&before.to) {

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished};
 use super::encode::{Body, Encoded, RouteForm, encode};
+use super::keys::{KeyLimits, KeyRoom};
 use super::layout::ObjectLayout;
 use super::store::Place;
 use crate::record::{Position, RouteName, Row, ShardKey};
@@ -21,9 +22,6 @@ use crate::sink::{Commit, Committed, EncodeAhead, RefusalLog, SinkError, SinkWri
 
 /// Objects of one commit that are written at the same time.
 const UPLOADS_MAX: usize = 4;
-/// Hex digits of the owner's id in an object's name: two logs that share a folder and a link
-/// number (other pipelines, a stream created again) then never share a key.
-const OWNER_DIGITS: usize = 12;
 
 /// What a sink's writers share.
 pub(super) struct Shared {
@@ -55,10 +53,16 @@ struct Ahead {
 }
 
 impl Ahead {
-    fn encode(&self, rows: &Arc<Vec<Row>>, layout: ObjectLayout) -> Encoding {
+    fn encode(
+        &self,
+        rows: &Arc<Vec<Row>>,
+        layout: ObjectLayout,
+        limits: Option<KeyLimits>,
+    ) -> Encoding {
         let (rows, shared, shard) = (rows.clone(), self.shared.clone(), self.shard.clone());
+        let room = KeyRoom { prefix: shared.place.prefix.clone(), limits };
         tokio::task::spawn_blocking(move || {
-            encode(&rows, &shared.forms, &layout, &shard, &shared.place.sink)
+            encode(&rows, &shared.forms, &layout, &shard, &shared.place.sink, &room)
         })
     }
 
@@ -76,7 +80,8 @@ impl EncodeAhead for Ahead {
         if rows.is_empty() {
             return;
         }
-        let encoding = self.encode(rows, self.shared.layout.clone());
+        let limits = Some(self.shared.place.limits);
+        let encoding = self.encode(rows, self.shared.layout.clone(), limits);
         let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
         begun.push_back((rows.clone(), encoding));
     }
@@ -106,6 +111,7 @@ impl ObjectsWriter {
     ) -> Result<Committed, SinkError> {
         let refused = encoded.refusals.len();
         let link = self.link_for(commit, &encoded.bodies);
+        self.check_keys(&link)?;
         match self.log.append(&link).await? {
             Appended::Ours => {}
             Appended::Taken(found) if found.owner == self.owner => {
@@ -128,7 +134,12 @@ impl ObjectsWriter {
         let refused = encoded.refusals.len();
         self.check_content(promised, &encoded.bodies).await?;
         let keys = promised.claim.data.iter().map(|data| data.key.clone());
-        self.write(keys.zip(encoded.bodies), refused).await
+        self.write(keys.zip(encoded.bodies), refused).await.map_err(|error| {
+            self.shared.place.with_way_out(
+                error,
+                &promised.way_out(&self.shared.place, self.shard.shard.as_str()),
+            )
+        })
     }
 
     async fn write(
@@ -168,7 +179,8 @@ impl ObjectsWriter {
             bytes: Some(body.bytes.len() as u64),
         });
         let data = data.collect();
-        let claim = Claim { generation: commit.generation.to_string(), layout, data };
+        let limits = Some(self.shared.place.limits);
+        let claim = Claim { generation: commit.generation.to_string(), layout, limits, data };
         let span = &commit.span;
         Link::claim(
             number,
@@ -180,28 +192,34 @@ impl ObjectsWriter {
     }
 
     fn key(&self, body: &Body, number: u64) -> String {
-        let owner: String = self.owner.as_str().chars().take(OWNER_DIGITS).collect();
-        let layout = &self.shared.layout;
-        let ending = layout.extension();
-        // Without their names in the folder, routes would meet in one object.
-        let file = match layout.folder.names_route() {
-            true => format!("{number:012}-{owner}.{ending}"),
-            false => format!("{number:012}-{owner}-{}.{ending}", body.route),
-        };
+        let file = self.shared.layout.file_name(number, self.owner.as_str(), &body.route);
         body.folder.clone().join(file).to_string()
+    }
+
+    /// Makes sure that every key can be written, before it is promised.
+    fn check_keys(&self, link: &Link) -> Result<(), SinkError> {
+        for data in link.claim.iter().flat_map(|claim| &claim.data) {
+            let limits = self.shared.place.limits;
+            limits.check(&self.log.data_path(&data.key)?).map_err(|why| {
+                self.shared.place.unavailable(format!("cannot write {}: {why}", data.key))
+            })?;
+        }
+        Ok(())
     }
 
     async fn encode(
         &self,
         rows: &Arc<Vec<Row>>,
         layout: ObjectLayout,
+        limits: Option<KeyLimits>,
     ) -> Result<Encoded, SinkError> {
         if rows.is_empty() {
             return Ok(Encoded::default());
         }
-        // A promise is kept in the layout in which it was made.
-        let begun = self.ahead.take(rows).filter(|_| layout == self.shared.layout);
-        let encoding = begun.unwrap_or_else(|| self.ahead.encode(rows, layout));
+        // A promise is kept in the layout in which it was made, and refuses the rows that it refused.
+        let is_own = layout == self.shared.layout && limits == Some(self.shared.place.limits);
+        let begun = self.ahead.take(rows).filter(|_| is_own);
+        let encoding = begun.unwrap_or_else(|| self.ahead.encode(rows, layout, limits));
         let place = &self.shared.place;
         match encoding.await {
             Ok(encoded) => encoded.map_err(|cause| place.unavailable(cause)),
@@ -243,8 +261,12 @@ impl ObjectsWriter {
             let made = bodies.iter().map(|body| body.route.as_str()).collect::<Vec<_>>();
             return Err(self.shared.place.unavailable(format!(
                 "link {} of {} promises rows of routes {due:?} up to {}, the records now gave \
-                 {made:?}, or other folders: run generation {} for this span again",
-                promised.link, self.shard.shard, promised.to, promised.claim.generation
+                 {made:?}, or other folders: run generation {} for this span again{}",
+                promised.link,
+                self.shard.shard,
+                promised.to,
+                promised.claim.generation,
+                promised.way_out(&self.shared.place, self.shard.shard.as_str())
             )));
         }
         let differing = data.iter().zip(bodies).filter(|(data, body)| data.sha256 != body.sha256);
@@ -286,9 +308,11 @@ impl ObjectsWriter {
         }
         Err(self.shared.place.unavailable(format!(
             "link {} of {} promised other content than the records now gave for {differing:?}, and \
-             {written:?} is written already: run generation {} for this span again, or, if a stage \
-             is not deterministic, delete what is written",
-            promised.link, self.shard.shard, promised.claim.generation
+             {written:?} is written already: run generation {} for this span again{}",
+            promised.link,
+            self.shard.shard,
+            promised.claim.generation,
+            promised.way_out(&self.shared.place, self.shard.shard.as_str())
         )))
     }
 
@@ -330,11 +354,11 @@ impl SinkWriter for ObjectsWriter {
         }
         self.check_span(commit)?;
         let promised = self.unfinished.clone();
-        let layout = match &promised {
-            Some(promised) => promised.claim.layout.clone(),
-            None => self.shared.layout.clone(),
+        let (layout, limits) = match &promised {
+            Some(promised) => (promised.claim.layout.clone(), promised.claim.limits),
+            None => (self.shared.layout.clone(), Some(self.shared.place.limits)),
         };
-        let encoded = self.encode(&commit.rows, layout).await?;
+        let encoded = self.encode(&commit.rows, layout, limits).await?;
         if !encoded.refusals.is_empty() {
             refusals.hold(commit, &encoded.refusals).await?;
         }

@@ -3,7 +3,7 @@
 mod faults;
 pub mod s3;
 mod suite;
-mod support;
+pub mod support;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
