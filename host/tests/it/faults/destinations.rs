@@ -1,1 +1,0 @@
-//! Objects, SQLite and HTTP: odd rows, answers and files that break off.

@@ -1,0 +1,114 @@
+//! Objects, SQLite and HTTP: odd rows, answers and files that break off.
+
+mod http;
+mod objects;
+mod sqlite;
+
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::support::pipeline::PipelineToml;
+use crate::support::{output, run, run_ok, shardmill};
+
+/// A pipeline over the lines of a file into one sink.
+struct Lines {
+    folder: tempfile::TempDir,
+    file: PipelineToml,
+}
+
+impl Lines {
+    /// Rows as JSON lines into a sink called `out`.
+    fn new(rows: &[String], sink: impl Fn(&Path) -> String) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let lines = folder.path().join("rows.ndjson");
+        std::fs::write(&lines, rows.join("\n") + "\n").expect("written");
+        let file = PipelineToml::new(folder.path(), "lines")
+            .file(&lines, "")
+            .route_all_to(&["out"])
+            .sink("out", &sink(folder.path()));
+        Self { folder, file }
+    }
+
+    fn path(&self) -> String {
+        self.file.write()
+    }
+
+    /// A path in the folder.
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Runs to the end of the file, which must succeed; gives the log.
+    fn run(&self) -> String {
+        let output = run(&["run", &self.path()]);
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{log}");
+        log
+    }
+
+    /// The reasons of all dead letters.
+    fn reasons(&self) -> Vec<String> {
+        let listed = run_ok(&["dlq", "list", "--pipeline", &self.path(), "--json"]);
+        let reason = |line: &str| -> String {
+            let letter: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            letter["reason"].as_str().expect("a reason").to_owned()
+        };
+        listed.lines().map(reason).collect()
+    }
+
+    /// `check`: whether it is content, and all that it said.
+    fn check(&self, options: &[&str]) -> (bool, String) {
+        said(&run(&[&["check", &self.path()], options].concat()))
+    }
+
+    /// `check` by a user without rights.
+    fn check_as_nobody(&self) -> (bool, String) {
+        let path = self.path();
+        // What `check` itself needs: to read the file, and to keep compiled plugins.
+        let state = self.at("state");
+        std::fs::create_dir_all(&state).expect("a folder");
+        for (place, mode) in [(self.folder.path(), 0o755), (&*state, 0o777)] {
+            std::fs::set_permissions(place, std::fs::Permissions::from_mode(mode)).expect("set");
+        }
+        said(&output(&mut as_nobody(shardmill(&["check", &path]))))
+    }
+}
+
+fn said(output: &Output) -> (bool, String) {
+    let text = [&output.stdout[..], &output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The command without the rights of root, which no file mode binds.
+fn as_nobody(command: Command) -> Command {
+    let is_root = std::fs::metadata("/proc/self").expect("a process").uid() == 0;
+    if !is_root {
+        return command;
+    }
+    let mut nobody = Command::new("setpriv");
+    nobody.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    nobody.arg(command.get_program()).args(command.get_args()).stdin(std::process::Stdio::null());
+    nobody
+}
+
+/// `{"id":0}` and so on.
+fn ids(count: u64) -> Vec<String> {
+    (0..count).map(|id| format!("{{\"id\":{id}}}")).collect()
+}
+
+/// Every file below a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            match entry.path().is_dir() {
+                true => folders.push(entry.path()),
+                false => found.push(entry.path()),
+            }
+        }
+    }
+    found.sort();
+    found
+}
