@@ -85,8 +85,10 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
             verify(&pipeline, sink.as_deref(), content, console).await
         }
         Command::GiveUp { log } => {
-            let (sink, shard, _lock) = log.open().await?;
-            let done = sink.give_up(&shard).await?;
+            let (sink, shard, lock) = log.open().await?;
+            let checkpoints = Checkpoints::new(StateStore::open(lock.folder())?);
+            let checkpoint = checkpoints.checkpoint(&shard).await?;
+            let done = sink.give_up(&shard, checkpoint.as_ref()).await?;
             let objects = done.objects_removed.len();
             report(&log, &done, console)?;
             console.say(format_args!(

@@ -109,15 +109,7 @@ impl ObjectsSink {
             tracing::info!(sink = %self.place.sink, files = count, "removed leftover files");
         }
         if !self.swept.swap(true, Ordering::Relaxed) {
-            // There may be many folders: the shard does not wait for them.
-            let (staged, sink) = (staged.clone(), self.place.sink.clone());
-            tokio::spawn(async move {
-                match staged.sweep_all().await {
-                    Ok(0) => {}
-                    Ok(files) => tracing::info!(%sink, files, "removed leftover files"),
-                    Err(error) => tracing::warn!(%sink, %error, "leftover files stay"),
-                }
-            });
+            staged.clone().sweep_all_aside(self.place.sink.clone());
         }
     }
 

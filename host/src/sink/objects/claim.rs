@@ -159,12 +159,13 @@ pub(super) struct Unfinished {
 }
 
 impl Unfinished {
-    /// The way out of a claim that can never be kept, for the end of an error.
+    /// The ways out of a claim that can never be kept, for the end of an error.
     pub(super) fn way_out(&self, place: &Place, shard: &str) -> String {
+        let log = format!("--sink {} --shard {shard}", place.sink);
         format!(
-            "; if that can never be done, stop the pipeline and give the claim up: `shardmill objects \
-             give-up --sink {} --shard {}`",
-            place.sink, shard
+            "; if that can never be done, stop the pipeline and give the claim up, so that its rows are \
+             claimed again: `shardmill objects give-up {log}`; if its objects were removed after they \
+             were written, go on at the checkpoint: `shardmill objects skip {log}`"
         )
     }
 }

@@ -33,8 +33,13 @@ impl ObjectsSink {
     /// after it is finished by another one.
     ///
     /// # Errors
-    /// When the last claim is complete, or the store cannot be written.
-    pub async fn give_up(&self, shard: &ShardKey) -> Result<Recovered, SinkError> {
+    /// When the last claim is complete, when nothing would say from where its rows are read again (it is
+    /// the log's first, and the `checkpoint` has passed it), or when the store cannot be written.
+    pub async fn give_up(
+        &self,
+        shard: &ShardKey,
+        checkpoint: Option<&Position>,
+    ) -> Result<Recovered, SinkError> {
         let log = ClaimLog::new(self.place.clone(), shard);
         let nothing = || {
             self.place.unavailable(format!(
@@ -47,6 +52,14 @@ impl ObjectsSink {
             Some(number) => (last, log.claim(number).await?.ok_or_else(nothing)?),
             None => {
                 let claim = log.unkept(&last).await?.ok_or_else(nothing)?;
+                if claim.from.is_none() && checkpoint >= Some(&claim.to) {
+                    return Err(self.place.unavailable(format!(
+                        "the first claim of {} was kept once, since the checkpoint has passed it: its \
+                         rows would not be read again; go on at the checkpoint by `shardmill objects \
+                         skip`",
+                        shard.shard
+                    )));
+                }
                 let link = Link::giving_up(last.link + 1, OwnerId::random(), &claim);
                 (self.append(&log, link).await?, claim)
             }

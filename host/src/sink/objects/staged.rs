@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use super::claim::LOG_FOLDER;
 use super::store::Created;
+use crate::record::SinkName;
 
 /// The folder below the claim logs that holds files which are being written.
 pub(super) const STAGING_FOLDER: &str = ".tmp";
@@ -142,23 +143,33 @@ impl Staged {
 
     /// Removes `NAME#1` and the like everywhere below the prefix, where `NAME` is an object of ours that
     /// is there: it is only ever created, so whatever was to become it is of no use.
-    pub(super) async fn sweep_all(&self) -> Result<usize, StagedError> {
-        let folder = file_path(&self.prefix)?;
-        on_thread(move || {
-            let mut found = Vec::new();
-            walk(&folder, &mut |file, name| {
-                let own = leftover_of(name).filter(|own| is_own(own));
-                if own.is_some_and(|own| file.with_file_name(own).exists()) {
-                    found.push(file.to_owned());
-                }
-            })?;
-            for file in &found {
-                remove_file(file)?;
-            }
-            Ok(found.len())
-        })
-        .await
+    ///
+    /// There may be many folders, so no shard waits for it, and neither does the end of the process: it
+    /// has a thread of its own, which no runtime waits for.
+    pub(super) fn sweep_all_aside(self, sink: SinkName) {
+        let sweep = move || match file_path(&self.prefix).and_then(|folder| sweep_all(&folder)) {
+            Ok(0) => {}
+            Ok(files) => tracing::info!(%sink, files, "removed leftover files"),
+            Err(error) => tracing::warn!(%sink, %error, "leftover files stay"),
+        };
+        if let Err(error) = std::thread::Builder::new().name("sweep".into()).spawn(sweep) {
+            tracing::warn!(%error, "leftover files stay");
+        }
     }
+}
+
+fn sweep_all(folder: &Path) -> Result<usize, StagedError> {
+    let mut found = Vec::new();
+    walk(folder, &mut |file, name| {
+        let own = leftover_of(name).filter(|own| is_own(own));
+        if own.is_some_and(|own| file.with_file_name(own).exists()) {
+            found.push(file.to_owned());
+        }
+    })?;
+    for file in &found {
+        remove_file(file)?;
+    }
+    Ok(found.len())
 }
 
 async fn on_thread<T: Send + 'static>(

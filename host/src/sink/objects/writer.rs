@@ -235,8 +235,11 @@ impl ObjectsWriter {
         {
             return Err(self.shared.place.unavailable(format!(
                 "the commit of {} ends at {to}, but link {} of its claim log promises data up to \
-                 {}: that span must be produced again first, cut exactly there",
-                self.shard.shard, promised.link, promised.to
+                 {}: that span must be produced again first, cut exactly there{}",
+                self.shard.shard,
+                promised.link,
+                promised.to,
+                promised.way_out(&self.shared.place, self.shard.shard.as_str())
             )));
         }
         if self.position.is_some() && *from != self.position {

@@ -20,7 +20,7 @@ fn layout(compression: Compression) -> ObjectLayout {
 
 /// What both readers find below a folder.
 fn read_back(folder: &Path) -> Value {
-    let script = root().join("host/tests/parquet/read.py");
+    let script = root().join("host/tests/it/parquet/read.py");
     let mut command = Command::new("python");
     let output = crate::support::output(with_tools(&mut command).arg(script).arg(folder));
     let error = String::from_utf8_lossy(&output.stderr);

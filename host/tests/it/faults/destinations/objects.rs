@@ -138,17 +138,17 @@ async fn fault_08_a_claim_that_can_never_be_kept_has_a_way_out() {
         Ok(mut owner) => owner.writer.commit(&commit(9, 18), &letters).await.expect_err("blocked"),
     };
     assert!(blocked.to_string().contains("objects give-up"), "{blocked}");
-    let done = sink().give_up(&shard()).await.expect("given up");
+    let done = sink().give_up(&shard(), None).await.expect("given up");
     assert_eq!((number(done.to.as_ref()), done.objects_removed.len()), (9, 1));
     // Once more, as after a crash between the two steps.
-    assert_eq!(sink().give_up(&shard()).await.expect("again").objects_removed.len(), 0);
+    assert_eq!(sink().give_up(&shard(), None).await.expect("again").objects_removed.len(), 0);
     let mut owner = sink().acquire(&shard()).await.expect("acquired");
     assert_eq!((number(owner.position.as_ref()), owner.must_cut_at), (9, None));
     owner.writer.commit(&commit(9, 27), &letters).await.expect("committed");
     let audit = sink().verify(true).await.expect("verified");
     assert!(audit.problems.is_empty(), "{:?}", audit.problems);
     assert_eq!(audit.rows, 18);
-    let nothing = sink().give_up(&shard()).await.expect_err("nothing to give up").to_string();
+    let nothing = sink().give_up(&shard(), None).await.expect_err("nothing to give up").to_string();
     assert!(nothing.contains("nothing is given up"), "{nothing}");
 }
 
