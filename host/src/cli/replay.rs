@@ -75,6 +75,8 @@ struct Report {
     /// Rows deleted from the live table and inserted there, if that was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     swapped: Option<(u64, u64)>,
+    /// What the sink was not given, and what fills it.
+    holes: Vec<String>,
 }
 
 pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
@@ -129,6 +131,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         diff: table.diff().await.map_err(anyhow::Error::msg)?,
         dead_letters: letters.count().await?,
         swapped: None,
+        holes: Vec::new(),
     };
     say(&report, console);
     if options.swap {
@@ -150,8 +153,9 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
             fill(&config, &sink, options.hole, console).await?;
         }
     }
-    let others = holes::of(&config, Some(&sink)).await?;
-    holes::say(&config, &others, console);
+    let left = holes::of(&config, Some(&sink)).await?;
+    holes::say(&config, &left, console);
+    report.holes = left.iter().map(|hole| holes::line(&config, hole)).collect();
     console.report(&report)
 }
 

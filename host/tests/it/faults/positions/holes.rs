@@ -379,6 +379,88 @@ fn fault_25_a_renamed_sink_on_its_old_destination_is_found_and_goes_on() {
 }
 
 #[test]
+fn fault_25_a_sink_is_renamed_by_a_reload_and_refused_where_it_would_double() {
+    let world = World::new(1);
+    let a = Place::new(Kind::Sqlite, world.folder.path(), "a");
+    let c = Place::new(Kind::Sqlite, world.folder.path(), "c");
+    let first = [("a", &a, ""), ("c", &c, "")];
+    let running = start(&world, &stream_pipeline(&world, &first, None));
+    world.put(0..20, 10);
+    wait_for("rows", || a.ids().len() == 20 && c.ids().len() == 20);
+    let renamed = [("b", &a, "renamed_from = \"a\""), ("c", &c, "")];
+    run_ok(&["reload", &stream_pipeline(&world, &renamed, None)]);
+    world.put(20..40, 10);
+    wait_for("more rows", || a.ids().len() >= 40 && c.ids().len() >= 40);
+    assert_eq!(running.terminate(), Some(0));
+    // Two sinks exchange their destinations, and one of them lags.
+    world.put(40..60, 10);
+    let same = [("b", &a, ""), ("c", &c, "")];
+    let running = start(&world, &stream_pipeline(&world, &same, Some("c")));
+    wait_for("rows of one", || a.ids().len() >= 60);
+    drop(running);
+    let exchanged = stream_pipeline(&world, &[("b", &c, ""), ("c", &a, "")], None);
+    let refused = error(&run(&["run", &exchanged, "--until-caught-up"]));
+    assert!(refused.contains("sink c is new where sink b has written"), "{refused}");
+    run_ok(&["run", &stream_pipeline(&world, &same, None), "--until-caught-up"]);
+    assert_eq!((a.ids(), c.ids()), (ids(0..60), ids(0..60)));
+}
+
+#[test]
+fn fault_04_a_sink_that_is_killed_before_its_first_commit_still_starts_after_its_hole() {
+    for kind in KINDS {
+        let world = World::new(1);
+        let a = Place::new(Kind::Sqlite, world.folder.path(), "a");
+        let b = Place::new(kind, world.folder.path(), "b");
+        let both = [("a", &a, ""), ("b", &b, "")];
+        world.put(0..10, 10);
+        run_ok(&["run", &stream_pipeline(&world, &both, None), "--until-caught-up"]);
+        world.put(10..20, 10);
+        run_ok(&["run", &stream_pipeline(&world, &[("a", &a, "")], None), "--until-caught-up"]);
+        world.put(20..30, 10);
+        let running = start(&world, &stream_pipeline(&world, &both, Some("b")));
+        wait_for("rows of a", || a.ids().len() == 30);
+        drop(running);
+        let said = run_ok(&["run", &stream_pipeline(&world, &both, None), "--until-caught-up"]);
+        assert_eq!(said.matches("sink b lacks").count(), 1, "{kind:?}: {said}");
+        assert_eq!(b.ids(), [ids(0..10), ids(20..30)].concat(), "{kind:?}");
+    }
+}
+
+#[test]
+fn fault_04_copies_of_dead_letters_may_lose_a_sink_too() {
+    let mut lines = Lines::new();
+    let a = Place::new(Kind::Sqlite, lines.folder.path(), "a");
+    let strict = format!("CREATE UNIQUE INDEX one ON {} (key)", a.table);
+    a.database().execute(&strict, ()).expect("created");
+    let letters_db = lines.folder.path().join("letters.db");
+    let pipeline = |lines: &Lines, letters: &[&str]| {
+        let head = format!("[dead_letters]\nsinks = {letters:?}");
+        letters
+            .iter()
+            .fold(lines.with(&[("a", &a)], "").table(&head), |file, name| {
+                let path = letters_db.display();
+                let create = format!("table = \"{name}\"\ncreate = true");
+                file.sink(name, &format!("type = \"sqlite\"\npath = \"{path}\"\n{create}"))
+            })
+            .write()
+    };
+    let copies = |name: &str| -> u64 {
+        let query = format!("SELECT count(*) FROM {name}");
+        sqlite(&letters_db).query_row(&query, (), |row| row.get(0)).expect("a count")
+    };
+    // Of seven keys, each is taken once.
+    for (letters, more) in
+        [(&["x", "y"][..], 10), (&["x"], 10), (&["x"], 10), (&["x", "y"], 0), (&["x", "y"], 10)]
+    {
+        lines.put(more);
+        run_ok(&["run", &pipeline(&lines, letters)]);
+    }
+    assert_eq!((copies("x"), copies("y")), (33, 13));
+    let said = run_ok(&["check", &pipeline(&lines, &["x", "y"])]);
+    assert_eq!(said.matches("sink y lacks").count(), 1, "{said}");
+}
+
+#[test]
 fn fault_25_letters_and_a_lagging_position_move_to_the_new_name() {
     let world = World::new(1);
     let a = Place::new(Kind::Sqlite, world.folder.path(), "a");
