@@ -37,6 +37,7 @@ on_both! {
     a_commit_without_rows_moves_the_position,
     a_zombie_is_fenced,
     an_unfinished_claim_is_produced_again,
+    fault_25_a_renamed_sink_keeps_the_promises_of_its_old_name,
     a_writer_goes_on_after_an_error,
     other_content_is_not_mixed_in,
     a_log_without_its_first_links_is_read,

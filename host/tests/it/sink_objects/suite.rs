@@ -6,6 +6,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use object_store::ObjectStoreExt;
 use shardmill::config::Compression;
+use shardmill::record::SinkName;
 use shardmill::sink::objects::{FolderTemplate, ObjectFormat, ObjectLayout, ObjectsSink};
 use shardmill::sink::{Acquired, Sink, SinkError};
 
@@ -119,6 +120,45 @@ pub async fn an_unfinished_claim_is_produced_again(place: Place) {
     // The crashed owner was only asleep: its store still fails, and what it wrote is not doubled.
     assert!(crashing.writer.commit(&commit(4, 10), &letters).await.is_err());
     assert_eq!(place.lines().await, expected(12));
+}
+
+/// A sink that was renamed goes on with the log of its old name: at its position, with its promises, and
+/// nobody can append to the old log any more.
+pub async fn fault_25_a_renamed_sink_keeps_the_promises_of_its_old_name(place: Place) {
+    let letters = Letters::default();
+    let old = place.sink(Compression::Gzip);
+    let new = |name: &str| {
+        let (store, prefix) = (Arc::clone(&place.store), place.prefix.clone());
+        ObjectsSink::with_store(SinkName::from(name), store, prefix, Compression::Gzip)
+    };
+    let (logs, second, third) = (SinkName::from("logs"), new("second"), new("third"));
+    second.adopt(&logs, &shard()).await.expect("nothing to move");
+    assert_eq!(second.position(&shard()).await.expect("a position"), None);
+    acquire(&old).await.writer.commit(&commit(0, 4), &letters).await.expect("a commit");
+    let broken = place
+        .sink_on(Faulty::over(place.store.clone(), Plan::DataNeverLands, 0), Compression::Gzip);
+    let mut crashing = acquire(&broken).await;
+    cause(crashing.writer.commit(&commit(4, 10), &letters).await);
+    for _ in 0..2 {
+        second.adopt(&logs, &shard()).await.expect("moved");
+        assert_eq!(second.position(&shard()).await.expect("a position"), Some(position(4)));
+    }
+    let mut owner = acquire(&second).await;
+    assert_eq!((owner.position, owner.must_cut_at), (Some(position(4)), Some(position(10))));
+    owner.writer.commit(&commit(4, 10), &letters).await.expect("the promised commit");
+    owner.writer.commit(&commit(10, 12), &letters).await.expect("the next commit");
+    assert!(crashing.writer.commit(&commit(4, 10), &letters).await.is_err());
+    // And once more, where all that was promised is there.
+    third.adopt(&"second".into(), &shard()).await.expect("moved");
+    let mut owner = acquire(&third).await;
+    assert_eq!((owner.position, owner.must_cut_at), (Some(position(12)), None));
+    owner.writer.commit(&commit(12, 15), &letters).await.expect("a commit");
+    assert_eq!(place.lines().await, expected(15));
+    let audit = third.verify(true).await.expect("verified");
+    assert!(audit.problems.is_empty(), "{audit:?}");
+    // Two logs with claims: nobody guesses which one counts.
+    let text = cause(third.adopt(&logs, &shard()).await);
+    assert!(text.contains("are both claim logs with claims"), "{text}");
 }
 
 /// The same writer, the same commit: what landed is found, what did not is done.
