@@ -1,19 +1,42 @@
 //! How holes are shown, and what fills them.
 
+use std::path::PathBuf;
+
 use super::Console;
 use crate::config::{PipelineConfig, SinkKind};
 use crate::position::{Holes, RecordedHole, StateStore};
 use crate::record::SinkName;
+
+/// Where the pipeline's state lies.
+fn folder(config: &PipelineConfig) -> PathBuf {
+    config.state_dir.join(config.name.as_str())
+}
+
+/// Where the state of the pipeline lies that copies dead letters.
+fn folder_of_copies(config: &PipelineConfig) -> PathBuf {
+    folder(config).join("letters").join(config.name.as_str())
+}
+
+/// The state that a sink's holes are kept in.
+pub(crate) fn state_of(config: &PipelineConfig, sink: &SinkName) -> anyhow::Result<StateStore> {
+    let copies = config.letter_sinks.iter().any(|letters| letters.name.value == *sink);
+    let folder = if copies { folder_of_copies(config) } else { folder(config) };
+    anyhow::ensure!(
+        folder.join("state.db").exists(),
+        "pipeline {} has no holes: it never ran with its state in {}",
+        config.name,
+        folder.display()
+    );
+    Ok(StateStore::open(&folder)?)
+}
 
 /// The holes of a pipeline that has run; none where it has not.
 pub(crate) async fn of(
     config: &PipelineConfig,
     sink: Option<&SinkName>,
 ) -> anyhow::Result<Vec<RecordedHole>> {
-    let own = config.state_dir.join(config.name.as_str());
     let mut holes = Vec::new();
-    // Copies of dead letters have a state of their own.
-    for folder in [own.join("letters"), own] {
+    for folder in [folder(config), folder_of_copies(config)] {
         if let Some(state) = StateStore::open_as_it_is(&folder)? {
             holes.extend(Holes::new(state).list(sink.cloned()).await?);
         }

@@ -17,7 +17,7 @@ use crate::config::{
     PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, StartPosition,
 };
 use crate::lease::PipelineLock;
-use crate::position::{Checkpoints, Holes, StateStore};
+use crate::position::{Checkpoints, Holes};
 use crate::record::{Position, ShardId, ShardKey, SinkName};
 use crate::sink::Sink;
 use crate::sink::postgres::{PostgresSink, TableWindow, WindowDiff};
@@ -159,20 +159,6 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     console.report(&report)
 }
 
-/// The state that a sink's holes are kept in: letters are copied by a pipeline with a state of its own.
-fn state_of(config: &PipelineConfig, sink: &SinkName) -> anyhow::Result<StateStore> {
-    let own = config.state_dir.join(config.name.as_str());
-    let copies = config.letter_sinks.iter().any(|letters| letters.name.value == *sink);
-    let folder = if copies { own.join("letters") } else { own };
-    ensure!(
-        folder.join("state.db").exists(),
-        "pipeline {} has no holes: it never ran with its state in {}",
-        config.name,
-        folder.display()
-    );
-    Ok(StateStore::open(&folder)?)
-}
-
 /// Notes that a hole is filled.
 async fn fill(
     config: &PipelineConfig,
@@ -181,7 +167,7 @@ async fn fill(
     console: &Console,
 ) -> anyhow::Result<()> {
     let number = number.unwrap_or_default();
-    let own = Holes::new(state_of(config, sink)?);
+    let own = Holes::new(holes::state_of(config, sink)?);
     let is_own = own.list(Some(sink.clone())).await?.iter().any(|hole| hole.number == number);
     ensure!(is_own && own.fill(number).await?, "sink {sink} has no hole {number} to fill");
     console.say(format!("hole {number} of sink {sink} is filled"));
@@ -194,7 +180,7 @@ async fn hole_window(
     sink: &SinkName,
     number: i64,
 ) -> anyhow::Result<Range<u64>> {
-    let state = state_of(config, sink)?;
+    let state = holes::state_of(config, sink)?;
     let recorded = Holes::new(state.clone()).list(Some(sink.clone())).await?;
     let mut recorded = recorded.into_iter().filter(|hole| hole.number == number);
     let Some(hole) = recorded.next() else { bail!("sink {sink} has no hole {number}") };

@@ -292,7 +292,7 @@ fn digest_in(spec: &GenerationSpec, stage: &str) -> String {
 
 #[derive(clap::Args)]
 pub struct WhichOptions {
-    /// The record: its shard and sequence number, as SHARD:SEQUENCE.
+    /// The record: its shard and sequence number, as SHARD:SEQUENCE; in an aggregate, SHARD:SEQUENCE/NUMBER.
     record: String,
     #[command(flatten)]
     pipeline: Pipeline,
@@ -308,10 +308,13 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
         .record
         .rsplit_once(':')
         .context("name the record as SHARD:SEQUENCE, such as shardId-000000000000:4960…")?;
-    let sequence = SequenceNumber::parse(sequence)?;
+    // Another revision may begin within an aggregate: SEQUENCE/NUMBER is one of its records.
+    let (sequence, number) = sequence.split_once('/').unwrap_or((sequence, "0"));
+    let sub_sequence = number.parse().with_context(|| {
+        format!("{number:?} is not the number of a record in its aggregate: expected 0, 1, 2, …")
+    })?;
     let ledger = Ledger::new(state(&config)?);
-    // Sub-records of one aggregate are cut apart seldom; the first one is meant.
-    let at = Position { sequence, sub_sequence: 0 };
+    let at = Position { sequence: SequenceNumber::parse(sequence)?, sub_sequence };
     let found = ledger.which(&ShardId::new(shard), &at).await?;
     let Ran { generation, spec, is_settled } = found
         .with_context(|| format!("nothing of shard {shard} was run by pipeline {}", config.name))?;
