@@ -9,7 +9,8 @@ use super::control::RunningPipeline;
 use super::{Console, PipelineFile, holes, load, reload, sinks};
 use crate::admin::control::ReloadQuery;
 use crate::config::PipelineConfig;
-use crate::position::StoredLetter;
+use crate::lane::roster;
+use crate::position::{StateStore, StoredLetter};
 use crate::record::SinkName;
 use crate::sink::Sink;
 use crate::stage::{Generation, Target};
@@ -77,6 +78,9 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let recorded = holes::of(&config, None).await?;
     report.holes = recorded.iter().map(|hole| holes::line(&config, hole)).collect();
     report.warnings.extend(sink_warnings);
+    if let Some(state) = StateStore::open_as_it_is(&holes::folder(&config))? {
+        report.warnings.extend(roster::foresee(&config, &state).await?);
+    }
     for stage in &report.stages {
         console.say(format!(
             "stage {}: {} {} ({}) -> {}",

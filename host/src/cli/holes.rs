@@ -8,7 +8,7 @@ use crate::position::{Holes, RecordedHole, StateStore};
 use crate::record::SinkName;
 
 /// Where the pipeline's state lies.
-fn folder(config: &PipelineConfig) -> PathBuf {
+pub(crate) fn folder(config: &PipelineConfig) -> PathBuf {
     config.state_dir.join(config.name.as_str())
 }
 

@@ -112,6 +112,47 @@ pub(crate) async fn settle(
     Ok(())
 }
 
+/// What the next start would refuse of the sinks that are gone, as far as the state alone can tell: how
+/// far each was at the last checkpoint.
+///
+/// # Errors
+/// When the state cannot be read.
+pub(crate) async fn foresee(
+    config: &PipelineConfig,
+    state: &StateStore,
+) -> anyhow::Result<Vec<String>> {
+    let roster = Roster::new(state.clone());
+    let stays = |name: &SinkName| {
+        config.sinks.iter().any(|sink| {
+            let renamed = sink.renamed_from.as_ref().is_some_and(|old| old.value == *name);
+            sink.name.value == *name || renamed
+        })
+    };
+    let mut refusals = Vec::new();
+    for stream in roster.streams().await? {
+        let known = roster.known_in(stream).await?;
+        let mut highest = Stands::new();
+        for (name, shards) in &known.positions {
+            for (shard, at) in shards.iter().filter(|_| stays(name)) {
+                let best = highest.entry(shard.clone()).or_default();
+                *best = best.take().max(Some(at.clone()));
+            }
+        }
+        let gone = known.names().into_iter();
+        for name in gone.filter(|name| !stays(name) && !is_removed(&known, name)) {
+            let own = known.checkpoints.iter().map(|(shard, checkpoint)| {
+                let at = known.stands(name, shard).cloned().or_else(|| checkpoint.clone());
+                (shard.clone(), at)
+            });
+            let behind = behind(&own.collect(), &highest);
+            if !behind.is_empty() {
+                refusals.push(lost(name, &behind, renamed_to(name, &known, &config.sinks)));
+            }
+        }
+    }
+    Ok(refusals)
+}
+
 /// A sink with where its rows go, to be noted.
 fn noted(sink: &SinkConfig) -> (SinkName, String) {
     (sink.name.value.clone(), sink.kind.destination().unwrap_or_default())

@@ -53,13 +53,18 @@ impl RedriveId {
 
 /// Whether a stream is the letters of a redrive.
 pub fn is_redrive(stream: &StreamIdentity) -> bool {
-    stream.arn.starts_with(ARN_PREFIX)
+    is_redrive_key(&stream.arn)
+}
+
+/// The same of its key.
+pub(super) fn is_redrive_key(key: &str) -> bool {
+    key.starts_with(ARN_PREFIX)
 }
 
 impl StoredLetter {
     /// Whether a redrive wrote it that is not finished: then it may go, or become another's.
     pub(super) fn is_of_redrive(&self) -> bool {
-        self.stream.starts_with(ARN_PREFIX)
+        is_redrive_key(&self.stream)
     }
 }
 

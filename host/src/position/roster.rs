@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rusqlite::Transaction;
 
 use super::holes::{Hole, insert};
+use super::redrive::is_redrive_key;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 use crate::record::{LetterPlace, Position, ShardId, SinkName, StreamIdentity};
 use crate::stage::GenerationSpec;
@@ -47,12 +48,14 @@ pub struct KnownSinks {
     pub positions: BTreeMap<SinkName, BTreeMap<ShardId, Position>>,
     /// Sinks that were removed and have not come back.
     pub removed: BTreeMap<SinkName, Removed>,
+    /// The checkpoint of each shard that was begun.
+    pub checkpoints: BTreeMap<ShardId, Option<Position>>,
 }
 
 impl KnownSinks {
     /// Every name on record.
     pub fn names(&self) -> BTreeSet<&SinkName> {
-        let Self { destinations, positions, removed } = self;
+        let Self { destinations, positions, removed, checkpoints: _ } = self;
         destinations.keys().chain(positions.keys()).chain(removed.keys()).collect()
     }
 
@@ -94,7 +97,29 @@ impl Roster {
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn known(&self, stream: &StreamIdentity) -> Result<KnownSinks, StateError> {
-        let stream = stream.key();
+        self.known_in(stream.key()).await
+    }
+
+    /// The streams that were read, by their keys; redrives excepted.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn streams(&self) -> Result<Vec<String>, StateError> {
+        self.store
+            .write("read which streams there were", |state| {
+                let mut query = state.prepare("SELECT DISTINCT stream FROM shard")?;
+                let streams = query.query_map([], |row| row.get::<_, String>(0))?;
+                let streams = streams.collect::<rusqlite::Result<Vec<_>>>()?;
+                Ok(streams.into_iter().filter(|stream| !is_redrive_key(stream)).collect())
+            })
+            .await
+    }
+
+    /// What is known of sinks in a stream, by its key.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn known_in(&self, stream: String) -> Result<KnownSinks, StateError> {
         self.store
             .write("read which sinks there were", move |state| {
                 let mut known = KnownSinks::default();
@@ -108,6 +133,16 @@ impl Roster {
                         let removed = Removed { removed_ms, ..Removed::default() };
                         known.removed.insert(sink, removed);
                     }
+                }
+                let mut query = state
+                    .prepare("SELECT shard, sequence, sub_sequence FROM shard WHERE stream = ?1")?;
+                let mut rows = query.query([&stream])?;
+                while let Some(row) = rows.next()? {
+                    let at = match row.get::<_, Option<String>>(1)? {
+                        Some(sequence) => Some(position(sequence, row.get(2)?)?),
+                        None => None,
+                    };
+                    known.checkpoints.insert(ShardId::from(row.get::<_, String>(0)?), at);
                 }
                 let mut query = state.prepare(
                     "SELECT sink, shard, sequence, sub_sequence FROM sink_position

@@ -33,7 +33,7 @@ impl Memory {
 
 /// The record of an id. Sequence numbers have gaps, and two records in three share one, as those of
 /// an aggregate do.
-fn record(id: u64) -> Record {
+pub fn record(id: u64) -> Record {
     let sequence = SequenceNumber::parse(&format!("{}", 1_000 + id / 3 * 7)).expect("a number");
     let payload = match id % 41 {
         40 => format!("no JSON {id}"),
@@ -47,7 +47,8 @@ fn record(id: u64) -> Record {
     }
 }
 
-fn name(shard: usize) -> String {
+/// A shard's name.
+pub fn name(shard: usize) -> String {
     format!("shardId-{shard:012}")
 }
 

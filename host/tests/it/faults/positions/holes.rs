@@ -263,6 +263,8 @@ fn fault_04_a_sink_that_is_behind_is_given_up_once_and_for_all() {
     for part in ["sink b is gone", "behind the other sinks", "`--drop-sink b`"] {
         assert!(error(&refused).contains(part), "{part} in {}", error(&refused));
     }
+    let said = run_ok(&["check", &pipeline]);
+    assert!(said.contains("warning: sink b is gone"), "{said}");
     run_ok(&["run", &pipeline, "--until-caught-up", "--drop-sink", "b"]);
     world.put(40..60, 10);
     run_ok(&["run", &pipeline, "--until-caught-up"]);
