@@ -182,18 +182,23 @@ pub(super) fn insert(state: &Transaction<'_>, hole: &Hole) -> rusqlite::Result<i
     let (to, to_sub) = hole.to_inclusive.as_ref().map(columns).unwrap_or_default();
     let (stream, shard) = (hole.shard.stream.key(), hole.shard.shard.as_str());
     let key = (sink, stream, shard, from, from_sub, to, to_sub);
-    state.execute(
-        "INSERT INTO hole (sink, stream, shard, from_sequence, from_sub, to_sequence, to_sub, why,
-             recorded_ms)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT DO NOTHING",
-        (&key.0, &key.1, &key.2, &key.3, key.4, &key.5, key.6, &hole.why, now_ms()),
-    )?;
-    state.query_row(
+    // A number that was tried is never given again: looked for first, so that numbers have no gaps.
+    let known = state.query_row(
         "SELECT number FROM hole WHERE sink = ?1 AND stream = ?2 AND shard = ?3
          AND from_sequence = ?4 AND from_sub = ?5 AND to_sequence = ?6 AND to_sub = ?7",
         (&key.0, &key.1, &key.2, &key.3, key.4, &key.5, key.6),
         |row| row.get(0),
-    )
+    );
+    if let Some(number) = known.optional()? {
+        return Ok(number);
+    }
+    state.execute(
+        "INSERT INTO hole (sink, stream, shard, from_sequence, from_sub, to_sequence, to_sub, why,
+             recorded_ms)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+        (&key.0, &key.1, &key.2, &key.3, key.4, &key.5, key.6, &hole.why, now_ms()),
+    )?;
+    Ok(state.last_insert_rowid())
 }
 
 fn recorded(row: &Row<'_>) -> rusqlite::Result<RecordedHole> {
