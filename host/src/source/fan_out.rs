@@ -23,6 +23,8 @@ const SUBSCRIBE_INTERVAL: Duration = Duration::from_secs(5);
 ///
 /// Source: API reference, SubscribeToShard: one call per second, consumer and shard.
 const IN_USE_INTERVAL: Duration = Duration::from_secs(1);
+/// Time to poll between two of them, however long they take.
+const IN_USE_PAUSE_MIN: Duration = Duration::from_millis(500);
 /// How long an event may have travelled, with what waited before it: far more than it does.
 const EVENT_TRAVEL: Duration = Duration::from_secs(60);
 /// The call that subscribes.
@@ -44,7 +46,9 @@ pub struct FanOutReader {
     pauses: ExponentialBackoff,
     /// When the last subscription was accepted, by the server's clock and by one that only goes on.
     subscribed: Option<(i64, Instant)>,
-    /// A subscription was accepted since this reader began.
+    /// When the last subscription was asked for.
+    asked: Instant,
+    /// A subscription gave something since this reader began.
     was_subscribed: bool,
     /// The subscription of an earlier owner is too young to be taken over. A process that is killed
     /// every few seconds would never read if it waited: until then it polls.
@@ -67,6 +71,7 @@ impl FanOutReader {
             next_call: Instant::now(),
             pauses: pauses(),
             subscribed: None,
+            asked: Instant::now(),
             was_subscribed: false,
             polls_meanwhile: false,
         }
@@ -76,6 +81,7 @@ impl FanOutReader {
     async fn subscribe(&mut self) -> Result<(), SourceError> {
         tokio::time::sleep_until(self.next_call).await;
         let asked = Instant::now();
+        self.asked = asked;
         self.next_call = asked + SUBSCRIBE_INTERVAL;
         let position = self.connection.starting_position(self.polling.inbox())?;
         let call = self
@@ -105,8 +111,6 @@ impl FanOutReader {
             Ok(answer) => {
                 self.subscription = Some(answer.event_stream);
                 self.subscribed = date.ms().map(|date_ms| (date_ms, Instant::now()));
-                self.was_subscribed = true;
-                self.polls_meanwhile = false;
                 self.polling.rest();
                 waiting.answered();
                 Ok(())
@@ -117,10 +121,7 @@ impl FanOutReader {
                 if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
             {
                 count_retry(self.polling.inbox().shard(), Fault::Throttled);
-                if !self.was_subscribed {
-                    self.polls_meanwhile = true;
-                    self.next_call = asked + IN_USE_INTERVAL;
-                }
+                self.is_kept_out(asked);
                 Ok(())
             }
             Err(error) => match fault(&error) {
@@ -141,6 +142,8 @@ impl FanOutReader {
     /// Takes an event in.
     async fn accept(&mut self, event: SubscribeToShardEvent) -> Result<NextEvent, SourceError> {
         self.pauses = pauses();
+        self.was_subscribed = true;
+        self.polls_meanwhile = false;
         let behind_ms = event.millis_behind_latest.max(0) as u64;
         let (came, children) = (event.records.len(), event.child_shards.unwrap_or_default().len());
         let has_end = event.continuation_sequence_number.is_empty();
@@ -187,6 +190,13 @@ impl FanOutReader {
             }
             // After five minutes, or at the shard's end.
             Ok(None) => self.polling.waiting().answered(),
+            // Some servers accept every subscription, and say then that there is another one.
+            Err(error)
+                if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
+            {
+                count_retry(self.polling.inbox().shard(), Fault::Throttled);
+                self.is_kept_out(self.asked);
+            }
             Err(error) => {
                 let place = self.polling.inbox().place();
                 self.polling.waiting().failed(call_error(SUBSCRIBE, place, &error));
@@ -204,7 +214,7 @@ impl FanOutReader {
             }
         }
         self.subscription = None;
-        self.is_closed = self.is_listed_as_closed();
+        self.is_closed = self.is_listed_as_closed() || self.is_unlisted();
         Ok(NextEvent::GoOn)
     }
 
@@ -213,6 +223,14 @@ impl FanOutReader {
     fn is_listed_as_closed(&mut self) -> bool {
         let shard = &self.polling.inbox().shard().shard;
         self.connection.listed(shard).is_some_and(|shard| shard.is_closed)
+    }
+
+    /// The subscription that was asked for at that time was refused: there is another one.
+    fn is_kept_out(&mut self, asked: Instant) {
+        if !self.was_subscribed {
+            self.polls_meanwhile = true;
+            self.next_call = (asked + IN_USE_INTERVAL).max(Instant::now() + IN_USE_PAUSE_MIN);
+        }
     }
 
     /// Whether the shard was not among those that were listed last.
@@ -255,7 +273,7 @@ impl BatchReader for FanOutReader {
                 self.subscription = None;
                 return self.polling.next_batch().await;
             }
-            if self.polls_meanwhile {
+            if self.polls_meanwhile && self.subscription.is_none() {
                 tokio::select! {
                     next = self.polling.next_batch() => return next,
                     () = tokio::time::sleep_until(self.next_call) => {}

@@ -20,6 +20,14 @@ fn begin_gone(world: &World) {
     assert_eq!(world.state().execute(sql, (FIRST, GONE, TWO_DAYS_MS)).expect("inserted"), 1);
 }
 
+/// The shards of which records are on record as lost.
+fn holes(world: &World) -> Vec<String> {
+    let state = world.state();
+    let mut query = state.prepare("SELECT shard FROM hole WHERE sink = ''").expect("sql");
+    let holes = query.query_map((), |row| row.get(0)).expect("rows");
+    holes.map(|hole| hole.expect("a row")).collect()
+}
+
 #[test]
 fn fault_16_a_begun_shard_that_is_not_listed_any_more_is_lost() {
     for reader in ["reader = \"polling\"", "reader = \"fan-out\""] {
@@ -35,6 +43,7 @@ fn fault_16_a_begun_shard_that_is_not_listed_any_more_is_lost() {
         let (code, said) = run(&world, &with_source(&format!("{reader}\n{CONTINUE}")));
         assert_eq!(code, Some(0), "{said}");
         assert!(said.contains(GONE) && said.contains("going on, as configured"), "{said}");
+        assert_eq!(holes(&world), [GONE]);
         world.assert_each_once_in_order(200);
         // It is said once.
         let (code, said) = run(&world, &with_source(reader));
@@ -70,6 +79,7 @@ fn fault_16_a_shard_that_was_seen_and_never_begun_is_lost() {
     let (code, said) = run(&world, &with_source(CONTINUE));
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains(GONE), "{said}");
+    assert_eq!(holes(&world), [GONE]);
     let (code, said) = run(&world, &Pipeline::default());
     assert_eq!(code, Some(0), "{said}");
 }
@@ -97,6 +107,7 @@ fn fault_16_a_child_that_lost_its_beginning_to_retention_is_noticed() {
     assert!(said.contains("are lost") && said.contains("the shard's beginning"), "{said}");
     let (code, said) = run(&world, &with_source(CONTINUE));
     assert_eq!(code, Some(0), "{said}");
+    assert_eq!(holes(&world).len(), 2, "both children");
     world.assert_each_once_in_order(300);
 }
 
@@ -120,4 +131,5 @@ fn fault_16_a_shard_of_which_nothing_is_left_but_its_end_is_noticed() {
     assert!(said.contains("are lost") && said.contains("no record is left"), "{said}");
     let (code, said) = run(&world, &Pipeline { source: CONTINUE.into(), ..pipeline });
     assert_eq!(code, Some(0), "{said}");
+    assert_eq!(holes(&world)[0], FIRST);
 }
