@@ -3,9 +3,11 @@
 //! One lane per shard: read a batch, run it through the stages, write its dead letters, hand its
 //! rows to the sinks. Sinks commit in their own rhythm; the checkpoint follows the slowest.
 
+use std::time::Duration;
+
 use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, Shared};
-use crate::record::ShardKey;
-use crate::source::NextBatch;
+use crate::record::{Batch, ShardKey};
+use crate::source::{BatchReader, NextBatch};
 use crate::stop::Stop;
 
 /// Reads one shard from where its sinks stand until it ends or `stop` is asked for.
@@ -18,7 +20,7 @@ pub async fn run_lane(shared: &Shared, shard: ShardKey, stop: &Stop) -> Result<L
         return Ok(LaneEnd::Stopped);
     };
     let mut lane = lane?;
-    match read_to_end(&mut lane, stop).await {
+    match read_to_end(shared, &mut lane, stop).await {
         Ok(end) => lane.settle(end).await,
         Err(LaneError::Stopped) => lane.settle(LaneEnd::Stopped).await,
         // What was read before is as good as ever.
@@ -32,7 +34,11 @@ pub async fn run_lane(shared: &Shared, shard: ShardKey, stop: &Stop) -> Result<L
 
 /// Takes records along the path until there are no more. Each wait ends when `stop` is asked for, with
 /// [`LaneError::Stopped`].
-async fn read_to_end(lane: &mut Lane<'_>, stop: &Stop) -> Result<LaneEnd, LaneError> {
+async fn read_to_end(
+    shared: &Shared,
+    lane: &mut Lane<'_>,
+    stop: &Stop,
+) -> Result<LaneEnd, LaneError> {
     let mut reader = lane.reader().await?;
     'batches: loop {
         // It goes on whatever else the lane does: a read that is broken off again and again never ends.
@@ -62,15 +68,38 @@ async fn read_to_end(lane: &mut Lane<'_>, stop: &Stop) -> Result<LaneEnd, LaneEr
                 },
             }
         };
-        // A batch that straddles a change of generation is run in parts.
-        let mut rest = Some(batch);
-        while let Some(batch) = rest.take() {
-            let (part, behind) = lane.cut_at_swap(batch).await?;
-            // Nothing behind a part without an outcome may go on.
-            let outcome = lane.run_stages(&part).await?;
-            lane.write_letters(&part, outcome.letters).await?;
-            lane.deliver(&part, outcome.routed).await?;
-            rest = behind;
-        }
+        drop(next);
+        let steps = take_along(lane, batch);
+        giving_back(reader.as_mut(), shared.config.timing.give_back_after, steps).await?;
     }
+}
+
+/// Takes a batch along the path.
+async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> {
+    // A batch that straddles a change of generation is run in parts.
+    let mut rest = Some(batch);
+    while let Some(batch) = rest.take() {
+        let (part, behind) = lane.cut_at_swap(batch).await?;
+        // Nothing behind a part without an outcome may go on.
+        let outcome = lane.run_stages(&part).await?;
+        lane.write_letters(&part, outcome.letters).await?;
+        lane.deliver(&part, outcome.routed).await?;
+        rest = behind;
+    }
+    Ok(())
+}
+
+/// Waits until a batch has gone along the path. When that takes as long as `patience`, the lane is blocked,
+/// and what was read ahead is given back, so that it is not missing where lanes go on.
+async fn giving_back<T>(
+    reader: &mut dyn BatchReader,
+    patience: Duration,
+    steps: impl Future<Output = T>,
+) -> T {
+    tokio::pin!(steps);
+    tokio::select! {
+        done = &mut steps => return done,
+        () = tokio::time::sleep(patience) => reader.give_back(),
+    }
+    steps.await
 }

@@ -14,9 +14,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::budget::Budget;
+use crate::budget::MemoryBound;
 use crate::config::{OnLostRecords, PipelineConfig, StartPosition};
-use crate::lane::{Board, GenerationStore, LaneEnd, LaneError, SINK_BUFFERS, Shared, roster};
+use crate::lane::{
+    Board, GenerationStore, LaneEnd, LaneError, Shared, roster, show_waits, sinks_budget,
+};
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
 use crate::plugin::{CompileCache, PluginHost};
@@ -141,7 +143,7 @@ impl Supervisor {
             move || remove_unneeded(&cache)
         });
         let shared = Arc::new(Shared {
-            budget: Budget::new(config.buffer_bytes_max, SINK_BUFFERS),
+            budget: sinks_budget(&config),
             source,
             current: watch::Sender::new(Arc::new(generation)),
             generations,
@@ -205,6 +207,17 @@ impl Supervisor {
         self.shared.holes.clone()
     }
 
+    /// What it may hold in memory, with the shards that the stream has now.
+    ///
+    /// # Errors
+    /// When the stream cannot be listed.
+    pub async fn memory_bound(&self) -> anyhow::Result<MemoryBound> {
+        let known = self.shared.checkpoints.shards(&self.stream).await?;
+        let is_read = |shard: &&Shard| known.get(&shard.id).is_none_or(|known| !known.ended);
+        let shards = self.shared.source.shards().await?;
+        Ok(MemoryBound::of(&self.shared.config, shards.iter().filter(is_read).count()))
+    }
+
     /// The dead letters.
     pub fn letters(&self) -> DeadLetters {
         self.shared.letters.clone()
@@ -246,6 +259,8 @@ impl Supervisor {
         let mut look_pauses = pauses(retry_pause_max);
         let waiting = Waiting::default();
         let mut waits = waiting.watch(self.shared.config.timing.call_blocked_after);
+        let (show, shown) = watch::channel(self.shared.clone());
+        let mut memory_waits = std::pin::pin!(show_waits(shown));
         let mut fatal = None;
         // A change for which the lanes are let go.
         let mut take_over: Option<TakeOver> = None;
@@ -280,6 +295,7 @@ impl Supervisor {
                         look = None;
                         let begun = lanes.begin_anew(order, &lanes_stop);
                         if stop.unless_asked(begun).await.is_some() {
+                            show.send_replace(lanes.shared.clone());
                             discovery.reset_immediately();
                         }
                     }
@@ -328,6 +344,8 @@ impl Supervisor {
                 cause = waits.changed() => if let Some(cause) = cause {
                     self.shared.board.block_run(SHARDS, &cause);
                 },
+                // It never ends.
+                () = &mut memory_waits => {}
                 // Between a parent's end and its children's beginning there are shards that nobody
                 // reads: not caught up.
                 _ = glance.tick(), if self.until_caught_up && !lanes.awaits_children => {

@@ -76,6 +76,8 @@ impl AdminPort {
             .route(
                 "/metrics",
                 get(|State(shown): State<Shown>| async move {
+                    // It grows by the clock alone.
+                    shown.boards.iter().for_each(Board::show_lags);
                     shown.metrics.run_upkeep();
                     shown.metrics.render()
                 }),
@@ -153,7 +155,15 @@ fn describe() {
     describe_counter!("shardmill_source_records_total", "records read and handed to the sinks");
     describe_counter!("shardmill_source_bytes_total", "bytes of payloads and keys read");
     describe_counter!("shardmill_source_retries_total", "reads tried again, by shard and reason");
-    describe_gauge!("shardmill_lag_ms", "milliseconds behind the end of the shard");
+    describe_gauge!(
+        "shardmill_committed_lag_seconds",
+        "age of the oldest record of a shard that a sink has not committed; 0 when it has all"
+    );
+    describe_gauge!(
+        "shardmill_lag_ms",
+        "milliseconds between what was read last and the end of the shard; deprecated: see \
+         shardmill_committed_lag_seconds"
+    );
     describe_counter!("shardmill_replayed_records_total", "records read that some sink had before");
     describe_counter!("shardmill_stage_records_total", "records that entered a stage");
     describe_counter!("shardmill_stage_bytes_total", "payload bytes that entered a stage");

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::control::RunningPipeline;
 use super::{Console, PipelineFile, holes, load, reload, sinks};
 use crate::admin::control::ReloadQuery;
+use crate::budget::{MemoryBound, memory_bytes_available};
 use crate::config::PipelineConfig;
 use crate::lane::roster;
 use crate::position::{StateStore, StoredLetter};
@@ -170,9 +171,14 @@ fn report<'a>(
             })
             .collect(),
     });
+    let mut warnings = replay_warnings(config, generation);
+    // Without asking the stream: as many lanes as shards are known from the file.
+    let shards = config.source.kinesis().and_then(|it| it.create).map_or(1, |it| it.shards);
+    let bound = MemoryBound::of(config, shards as usize);
+    warnings.extend(bound.warning(memory_bytes_available().as_ref()));
     Report {
         pipeline: config.name.as_str(),
-        warnings: replay_warnings(config, generation),
+        warnings,
         generation: &generation.id,
         stages: stages.collect(),
         sinks: sinks.iter().map(|sink| sink.name().to_string()).collect(),

@@ -233,9 +233,13 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(builder.enable_all().max_blocking_threads(BLOCKING_THREADS_MAX).build()?)
 }
 
+/// Blocks from this size on are given back to the system when they are freed.
+#[cfg(target_env = "gnu")]
+const LARGE_BLOCK_BYTES: libc::c_int = 1 << 20;
+
 /// Keeps glibc from giving each thread a heap of its own. Batches are made on one thread and dropped
 /// on another, so that each heap would keep what others need: 52 MiB instead of 71 for the flights
-/// from a file, and a tenth less CPU time.
+/// from a file, and a tenth less CPU time. Keeps it from holding what large blocks leave, too.
 fn bound_malloc_arenas() {
     #[cfg(target_env = "gnu")]
     {
@@ -244,6 +248,12 @@ fn bound_malloc_arenas() {
         // SAFETY: sets a number in malloc's own state, before other threads are started. A refusal
         // leaves things as they are.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+        // By itself glibc raises this to 32 MiB once a large block is freed, and the heap then keeps the
+        // holes that large blocks leave. Buffers of a batch stay in the heap.
+        // SAFETY: as above.
+        unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES) };
+        // SAFETY: as above.
+        unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, 2 * LARGE_BLOCK_BYTES) };
     }
 }
 

@@ -157,6 +157,12 @@ impl Ready {
             console.say(format!("intake http://{}/events", port.address()));
             port.serve(writer, intake_stop.token().clone())
         });
+        match stop.unless_asked(pipeline.memory_bound()).await {
+            Some(Ok(bound)) => console.say(format!("memory: {bound}")),
+            // The lanes meet the same error, and say so in their way.
+            Some(Err(error)) => tracing::warn!(%error, "the bound on memory is not known"),
+            None => {}
+        }
         console.say("running; stop with Ctrl-C or SIGTERM");
         let ran = run_with_copies(pipeline, copies, last_letter, &stop).await;
         intake_stop.ask();

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio_util::sync::CancellationToken;
 
 use super::change::{Change, Gap};
+use super::lag::{LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig};
 use crate::plugin::{Plugin, PluginHost};
@@ -41,6 +42,13 @@ impl<'a> Lane<'a> {
         let state = shared.checkpoints.shards(&shard.stream).await?;
         let state = state.get(&shard.shard).cloned().unwrap_or_default();
         let known = shared.checkpoints.sinks(&shard).await?;
+        // Known before the sinks are reached: one that is not is behind all the same.
+        let mut arrivals = shared.checkpoints.arrivals(&shard).await?;
+        let names = shared.sinks.iter().map(|sink| sink.name().clone());
+        let arrivals = names.map(|name| (name.clone(), arrivals.remove(&name)));
+        let lag =
+            LiveLag { shard: ShardLag::new(arrivals, state.caught_up_ms), ..LiveLag::default() };
+        shared.board.lag(&shard.shard, |known| *known = lag);
         for sink in &shared.sinks {
             sink.reach(&shard).await?;
         }
@@ -90,6 +98,8 @@ impl<'a> Lane<'a> {
         let settled = shared.letters.settled_above(&shard, start.as_ref()).await?;
         let abandon = CancellationToken::new();
         let mut unbudgeted_to = Vec::new();
+        let account = shared.budget.account(shard.shard.as_str());
+        let account = Arc::new(account);
         let mut deliveries = Vec::new();
         for (standing, config) in standings.into_iter().zip(&shared.config.sinks) {
             // Such a sink cannot commit before the promised end: were it to wait for the budget
@@ -101,7 +111,7 @@ impl<'a> Lane<'a> {
                 sink: config.name.value.clone(),
                 rhythm: config.rhythm,
                 timing: shared.config.timing,
-                budget: shared.budget.clone(),
+                account: account.clone(),
                 letters: shared.letters.clone(),
                 rejected_max: shared.config.rejected_max,
                 abandon: abandon.clone(),
@@ -114,6 +124,9 @@ impl<'a> Lane<'a> {
         tracing::info!(shard = %shard.shard, from = start.as_ref().map(tracing::field::display),
             "reading");
         shared.board.update(&shard.shard, |status| status.acquired(start.as_ref()));
+        let progress = deliveries.iter().map(|own| (own.sink.clone(), own.progress.clone()));
+        let progress = progress.collect();
+        shared.board.lag(&shard.shard, |lag| lag.progress = progress);
         if let Some(first) = segments.first() {
             shared.board.runs(&shard.shard, &first.generation.id, None);
         }
@@ -123,6 +136,7 @@ impl<'a> Lane<'a> {
             checkpointer: checkpointer::start(shared, &shard, &deliveries),
             abandon,
             deliveries,
+            account,
             unbudgeted_to,
             at: start,
             highest,

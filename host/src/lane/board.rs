@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::Notify;
 
-use crate::record::{Position, ShardId};
+use super::lag::LiveLag;
+use crate::record::{Position, ShardId, SinkName};
 
 /// The state of every lane, for the admin port, the reports and the end of a run; cheap to clone.
 #[derive(Clone, Default)]
@@ -15,6 +16,8 @@ pub struct Board {
     shards: Arc<Mutex<BTreeMap<ShardId, ShardStatus>>>,
     /// What of the run as a whole does not go on, and why.
     run: Arc<Mutex<BTreeMap<&'static str, String>>>,
+    /// How far the sinks are behind.
+    lags: Arc<Mutex<BTreeMap<ShardId, LiveLag>>>,
     /// Told when a lane runs another generation, or cannot.
     changed: Arc<Notify>,
 }
@@ -50,7 +53,10 @@ pub struct ShardStatus {
     pub dead_letters: u64,
     /// Reads in a row that brought nothing.
     pub idle_reads: u64,
-    /// Milliseconds behind the end of the shard, as the server says.
+    /// The age of the oldest record that a sink has not committed, in seconds, by sink.
+    pub committed_lag_seconds: BTreeMap<String, f64>,
+    /// Milliseconds between what was read last and the end of the shard, as the server says. Deprecated:
+    /// it stays 0 while records wait behind a blocked sink.
     pub behind_ms: u64,
     /// The lane reads.
     pub running: bool,
@@ -201,7 +207,42 @@ impl Board {
 
     /// A copy of all.
     pub fn snapshot(&self) -> BTreeMap<ShardId, ShardStatus> {
-        self.lock().clone()
+        let mut shards = self.lock().clone();
+        for (shard, sink, age) in self.committed_lags() {
+            if let Some(status) = shards.get_mut(&shard) {
+                status.committed_lag_seconds.insert(sink.to_string(), age.as_secs_f64());
+            }
+        }
+        shards
+    }
+
+    /// Notes something of a shard's lag; gives what that gives.
+    pub fn lag<T>(&self, shard: &ShardId, note: impl FnOnce(&mut LiveLag) -> T) -> T {
+        note(self.lags().entry(shard.clone()).or_default())
+    }
+
+    /// The age of the oldest record that a sink has not committed, by shard and sink.
+    pub fn committed_lags(&self) -> Vec<(ShardId, SinkName, Duration)> {
+        let now_ms = chrono::Utc::now().timestamp_millis();
+        let mut lags = self.lags();
+        let of = |(shard, lag): (&ShardId, &mut LiveLag)| {
+            let ages = lag.ages(now_ms).into_iter();
+            ages.map(|(sink, age)| (shard.clone(), sink, age)).collect::<Vec<_>>()
+        };
+        lags.iter_mut().flat_map(of).collect()
+    }
+
+    /// Sets the metric of the lags to what they are now.
+    pub fn show_lags(&self) {
+        for (shard, sink, age) in self.committed_lags() {
+            metrics::gauge!("shardmill_committed_lag_seconds",
+                "shard" => shard.to_string(), "sink" => sink.to_string())
+            .set(age.as_secs_f64());
+        }
+    }
+
+    fn lags(&self) -> MutexGuard<'_, BTreeMap<ShardId, LiveLag>> {
+        self.lags.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ShardId, ShardStatus>> {

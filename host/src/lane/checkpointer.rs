@@ -8,9 +8,9 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::Shared;
-use crate::position::StateError;
-use crate::record::{Position, ShardKey, SinkName};
+use super::{Board, Shared};
+use crate::position::{SinkMark, StateError};
+use crate::record::{Position, ShardId, ShardKey, SinkName};
 use crate::sink::delivery::{DeliveryHandle, Progress};
 
 type Watched = Vec<(SinkName, watch::Receiver<Progress>)>;
@@ -37,7 +37,7 @@ pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -
                 }
             }
             if moved {
-                let (sinks, checkpoint) = positions(&watched);
+                let (sinks, checkpoint) = positions(&watched, &board, &shard.shard);
                 if let Err(error) = checkpoints.advance(&shard, sinks, checkpoint, false).await {
                     tracing::warn!(shard = %shard.shard, %error, "the checkpoint lags");
                 }
@@ -53,7 +53,7 @@ pub async fn write(
     deliveries: &[DeliveryHandle],
     ended: bool,
 ) -> Result<(), StateError> {
-    let (sinks, checkpoint) = positions(&watch(deliveries));
+    let (sinks, checkpoint) = positions(&watch(deliveries), &shared.board, &shard.shard);
     shared.checkpoints.advance(shard, sinks, checkpoint, ended).await
 }
 
@@ -70,12 +70,20 @@ fn watch(deliveries: &[DeliveryHandle]) -> Watched {
 }
 
 /// The position of each sink that has one, and the minimum over all.
-fn positions(watched: &Watched) -> (Vec<(SinkName, Position)>, Option<Position>) {
+fn positions(
+    watched: &Watched,
+    board: &Board,
+    shard: &ShardId,
+) -> (Vec<SinkMark>, Option<Position>) {
     let each: Vec<_> = watched
         .iter()
         .map(|(sink, progress)| (sink.clone(), progress.borrow().position.clone()))
         .collect();
     let checkpoint = each.iter().map(|(_, position)| position.clone()).min().flatten();
-    let known = each.into_iter().filter_map(|(sink, position)| Some((sink, position?)));
+    let known = each.into_iter().filter_map(|(sink, position)| {
+        let position = position?;
+        let arrived_ms = board.lag(shard, |lag| lag.shard.committed(&sink, Some(&position)));
+        Some(SinkMark { sink, position, arrived_ms })
+    });
     (known.collect(), checkpoint)
 }

@@ -8,6 +8,8 @@ mod acquire;
 mod board;
 mod change;
 mod checkpointer;
+mod lag;
+mod memory;
 pub(crate) mod roster;
 
 use std::collections::HashSet;
@@ -20,9 +22,10 @@ use tokio_util::sync::CancellationToken;
 
 pub use acquire::GenerationStore;
 pub use board::{Board, LaneChange, ShardStatus, WaitingLane};
+pub(crate) use memory::show_waits;
 
 use self::change::{Change, Gap};
-use crate::budget::Budget;
+use crate::budget::{Account, Budget};
 use crate::config::PipelineConfig;
 use crate::position::{
     Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, LetterKey, Roster, StateError,
@@ -44,7 +47,7 @@ const SEARCH: &str = "search";
 /// The part of a lane that shows retries which a plugin has asked for.
 const RETRIES: &str = "retries";
 /// The metric of what the sinks' buffers hold.
-pub(crate) const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
+const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
 /// How long a stage asks for retries until that is shown.
 const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
 /// Longest pause before dead letters that could not be written are tried again.
@@ -104,7 +107,7 @@ impl Shared {
         Self {
             budget: match config.buffer_bytes_max == self.budget.bytes_max() {
                 true => self.budget.clone(),
-                false => Budget::new(config.buffer_bytes_max, SINK_BUFFERS),
+                false => sinks_budget(&config),
             },
             source: self.source.clone(),
             current: watch::Sender::new(generation),
@@ -124,6 +127,11 @@ impl Shared {
             config,
         }
     }
+}
+
+/// The budget of what the sinks' buffers hold.
+pub(crate) fn sinks_budget(config: &PipelineConfig) -> Budget {
+    Budget::with_turn(config.buffer_bytes_max, SINK_BUFFERS, config.timing.memory_turn_max)
 }
 
 /// How a lane ended.
@@ -191,6 +199,8 @@ pub struct Lane<'a> {
     /// Ends the deliveries and the checkpointer without another commit.
     abandon: CancellationToken,
     deliveries: Vec<DeliveryHandle>,
+    /// Its part of the sinks' budget.
+    account: Arc<Account>,
     /// Per delivery: up to here it must not wait for the budget (see `acquire.rs`).
     unbudgeted_to: Vec<Option<Position>>,
     checkpointer: JoinHandle<()>,
@@ -270,6 +280,10 @@ impl Lane<'_> {
             status.idle_reads += 1;
             status.behind_ms = behind_ms;
         });
+        if behind_ms == 0 {
+            let now_ms = chrono::Utc::now().timestamp_millis();
+            self.shared.board.lag(&self.shard.shard, |lag| lag.shard.quiet(now_ms));
+        }
         let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return Ok(()) };
         let is_due = self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS);
         if is_due && self.is_settled() {
@@ -336,6 +350,11 @@ impl Lane<'_> {
         batch: Batch,
     ) -> Result<(Arc<Batch>, Option<Batch>), LaneError> {
         self.gap.go_on();
+        if let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) {
+            self.shared.board.lag(&self.shard.shard, |lag| {
+                lag.shard.read(&batch.span.to_inclusive, first.arrived_ms, last.arrived_ms);
+            });
+        }
         self.hear_ledger().await?;
         let straddles = |swap: &&Position| {
             let records = (batch.records.first(), batch.records.last());
@@ -570,13 +589,15 @@ impl Lane<'_> {
             // Stages that route to one sink come one after the other: order by record again.
             rows.sort_by_key(|row| (row.record, row.ordinal));
             let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
-            let (budget, delivery) = (self.shared.budget.clone(), self.deliveries[index].sender());
+            let (account, delivery) = (self.account.clone(), self.deliveries[index].sender());
             let (to_inclusive, generation) = (to_inclusive.clone(), generation.clone());
             let bytes = held_bytes(batch, &rows);
             let sent = self.while_changing(async move {
                 let permit = match rows.is_empty() {
-                    false if waits => Some(budget.take(bytes).await),
-                    _ => None,
+                    false if waits => Some(account.take(bytes).await),
+                    // It is there already, and others wait the longer.
+                    false => Some(account.force(bytes)),
+                    true => None,
                 };
                 delivery.send(Delivery { to_inclusive, rows, generation, permit }).await
             });
@@ -636,6 +657,9 @@ impl Lane<'_> {
         let flushed = self.stop.until_over(flush(&self.deliveries)).await.unwrap_or(false);
         self.checkpointer.abort();
         let ended = end == LaneEnd::ShardEnd && flushed;
+        if flushed && end != LaneEnd::Stopped {
+            self.shared.board.lag(&self.shard.shard, |lag| lag.shard.end());
+        }
         let stop = self.stop.clone();
         let written = stop.until_over(async {
             // Its children were made later: from then on, none of their records may be missing.
@@ -695,7 +719,7 @@ async fn flush(deliveries: &[DeliveryHandle]) -> bool {
     futures::future::try_join_all(flushes).await.is_ok()
 }
 
-/// What rows keep in memory: their own bytes and the batch that they share.
+/// What rows keep in memory: themselves and the batch that they share.
 fn held_bytes(batch: &Batch, rows: &[Row]) -> usize {
-    batch.bytes() + rows.iter().map(|row| row.payload.len() + row.key.len()).sum::<usize>()
+    batch.held_bytes() + rows.iter().map(Row::held_bytes).sum::<usize>()
 }

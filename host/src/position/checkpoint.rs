@@ -72,6 +72,17 @@ impl Look {
     }
 }
 
+/// How far a sink is with a shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SinkMark {
+    /// The sink.
+    pub sink: SinkName,
+    /// It has everything up to here.
+    pub position: Position,
+    /// When that record arrived, in milliseconds since 1970, as far as it is known.
+    pub arrived_ms: Option<i64>,
+}
+
 /// The checkpoints of a pipeline.
 #[derive(Clone)]
 pub struct Checkpoints {
@@ -88,7 +99,7 @@ pub(super) const GONE: &str = "ALTER TABLE shard ADD COLUMN gone_ms INTEGER";
 struct Advance {
     stream: String,
     shard: String,
-    sinks: Vec<(SinkName, Position)>,
+    sinks: Vec<SinkMark>,
     checkpoint: Option<Position>,
     ended: bool,
 }
@@ -99,13 +110,15 @@ impl Entry for Advance {
     fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {
         let Self { stream, shard, sinks, checkpoint, ended } = self;
         let mut upsert = state.prepare_cached(
-            "INSERT INTO sink_position VALUES (?1, ?2, ?3, ?4, ?5)
+            "INSERT INTO sink_position (sink, stream, shard, sequence, sub_sequence, arrived_ms)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)
              ON CONFLICT DO UPDATE SET sequence = excluded.sequence,
-                 sub_sequence = excluded.sub_sequence",
+                 sub_sequence = excluded.sub_sequence,
+                 arrived_ms = coalesce(excluded.arrived_ms, arrived_ms)",
         )?;
-        for (sink, position) in sinks {
+        for SinkMark { sink, position, arrived_ms } in sinks {
             let (sequence, sub) = columns(position);
-            upsert.execute((sink.as_str(), stream, shard, sequence, sub))?;
+            upsert.execute((sink.as_str(), stream, shard, sequence, sub, arrived_ms))?;
         }
         if let Some((sequence, sub)) = checkpoint.as_ref().map(columns) {
             state
@@ -296,6 +309,26 @@ impl Checkpoints {
             .await
     }
 
+    /// When the last record that each sink has arrived, in milliseconds since 1970.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn arrivals(&self, shard: &ShardKey) -> Result<HashMap<SinkName, i64>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        self.store
+            .write("read the arrivals of the sinks' last records", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT sink, arrived_ms FROM sink_position
+                     WHERE stream = ?1 AND shard = ?2 AND arrived_ms IS NOT NULL",
+                )?;
+                let sinks = query.query_map((stream, shard), |row| {
+                    Ok((SinkName::new(row.get::<_, String>(0)?), row.get(1)?))
+                })?;
+                sinks.collect()
+            })
+            .await
+    }
+
     /// Writes the sinks' positions and the checkpoint, as one step. The checkpoint never goes back.
     ///
     /// # Errors
@@ -303,7 +336,7 @@ impl Checkpoints {
     pub async fn advance(
         &self,
         shard: &ShardKey,
-        sinks: Vec<(SinkName, Position)>,
+        sinks: Vec<SinkMark>,
         checkpoint: Option<Position>,
         ended: bool,
     ) -> Result<(), StateError> {
@@ -391,7 +424,8 @@ mod tests {
                 shard: name.into(),
             };
             checkpoints.begin(&shard, &ShardStart::Horizon).await.expect("begun");
-            let sinks = vec![(SinkName::from("mart"), at.clone())];
+            let sink = SinkName::from("mart");
+            let sinks = vec![SinkMark { sink, position: at.clone(), arrived_ms: None }];
             let written = checkpoints.advance(&shard, sinks, Some(at.clone()), ended).await;
             written.expect("written");
         }

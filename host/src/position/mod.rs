@@ -17,7 +17,7 @@ mod store;
 mod swaps;
 mod together;
 
-pub use checkpoint::{Checkpoints, KnownShards, Look, ShardState};
+pub use checkpoint::{Checkpoints, KnownShards, Look, ShardState, SinkMark};
 pub use hidden::TakenOver;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Ledger, LedgerEntry, Ran, Segment};

@@ -91,7 +91,11 @@ const SCHEMA_6: &[&str] = &[
     super::roster::SCHEMA,
     super::checkpoint::STREAM_SCHEMA,
     super::checkpoint::GONE,
+    SCHEMA_6_LAG,
 ];
+
+/// When the last record that a sink has arrived, so that its lag is known before the first one is read.
+const SCHEMA_6_LAG: &str = "ALTER TABLE sink_position ADD COLUMN arrived_ms INTEGER;";
 
 /// A pipeline's state database; cheap to clone.
 #[derive(Clone)]

@@ -20,6 +20,17 @@ pub struct Record {
     pub arrived_ms: u64,
 }
 
+impl Record {
+    /// What it costs beside its bytes: itself, its sequence number, and what the allocator adds to each of
+    /// its pieces.
+    const OVERHEAD_BYTES: usize = size_of::<Self>() + 160;
+
+    /// The memory that it holds, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.payload.len() + self.partition_key.len() + Self::OVERHEAD_BYTES
+    }
+}
+
 /// Consecutive records of one shard, in order, with the span that they cover.
 #[derive(Debug)]
 pub struct Batch {
@@ -85,9 +96,14 @@ impl LetterPlace {
 }
 
 impl Batch {
-    /// The bytes that its payloads and keys hold in memory.
+    /// The bytes of its payloads and keys.
     pub fn bytes(&self) -> usize {
         self.records.iter().map(|record| record.payload.len() + record.partition_key.len()).sum()
+    }
+
+    /// The memory that it holds, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.records.iter().map(Record::held_bytes).sum()
     }
 
     /// Where a record is in its own shard, by its index.
@@ -170,6 +186,47 @@ pub struct Row {
 }
 
 impl Row {
+    /// The memory that it holds beside its batch, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        let source = self.source();
+        // Where it goes on as it came, it shares the record's bytes.
+        let own = |bytes: &Bytes, came: &Bytes| match bytes.as_ptr() == came.as_ptr() {
+            true => 0,
+            false => bytes.len(),
+        };
+        let payload = own(&self.payload, &source.payload);
+        payload + own(&self.key, &source.partition_key) + size_of::<Self>()
+    }
+
+    /// A copy that shares nothing: it keeps its own record alone, not the batch around it.
+    pub fn detached(&self) -> Self {
+        let copy = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
+        let source = self.source();
+        let record = Record {
+            position: source.position.clone(),
+            partition_key: copy(&source.partition_key),
+            payload: copy(&source.payload),
+            arrived_ms: source.arrived_ms,
+        };
+        let entry = match &self.batch.entry {
+            Entry::Source => Entry::Source,
+            Entry::Redrive(redrive) => Entry::Redrive(Box::new(Redrive {
+                place: redrive.place.clone(),
+                route: redrive.route.clone(),
+                origins: vec![redrive.origins[self.record as usize].clone()],
+            })),
+        };
+        let (shard, span) = (self.batch.shard.clone(), self.batch.span.clone());
+        Self {
+            batch: Arc::new(Batch { shard, records: vec![record], span, entry }),
+            record: 0,
+            ordinal: self.ordinal,
+            route: self.route.clone(),
+            key: copy(&self.key),
+            payload: copy(&self.payload),
+        }
+    }
+
     /// The record that it came from.
     pub fn source(&self) -> &Record {
         &self.batch.records[self.record as usize]

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::delivery::{DeliveryContext, Progress};
 use super::refusals::HeldRefusals;
-use super::{Acquired, Commit, SinkError, SinkWriter};
+use super::{Acquired, Commit, EncodedRows, SinkError, SinkWriter};
 use crate::budget::Permit;
 use crate::record::{Position, PositionSpan, Row};
 
@@ -16,12 +16,14 @@ use crate::record::{Position, PositionSpan, Row};
 pub(super) struct Parcel {
     /// By ascending position.
     pub(super) rows: Arc<Vec<Row>>,
+    /// What became of them as they arrived.
+    pub(super) encoded: Option<Arc<EncodedRows>>,
     /// Everything up to here is settled with it.
     pub(super) to_inclusive: Position,
     /// The generation that made them.
     pub(super) generation: Arc<str>,
     /// The bytes that they hold in memory.
-    pub(super) permits: Vec<Permit>,
+    pub(super) permit: Option<Permit>,
 }
 
 /// What a committer is asked to do, in this order.
@@ -87,9 +89,9 @@ impl Committer {
     /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
     /// configured patience stops it.
     async fn commit(&mut self, parcel: Parcel) -> Result<(), SinkError> {
-        let Parcel { rows, to_inclusive, generation, permits: _held } = parcel;
+        let Parcel { rows, encoded, to_inclusive, generation, permit: _held } = parcel;
         let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
-        let commit = Commit { span, rows, generation };
+        let commit = Commit { span, rows, encoded, generation };
         let sink = self.context.sink.to_string();
         let pause_max = self.context.timing.retry_pause_max;
         let mut pauses = ExponentialBuilder::default()

@@ -7,15 +7,14 @@
 //! skipped here.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::committer::{Committer, Order, Parcel};
-use super::{Acquired, EncodeAhead, SinkError};
-use crate::budget::{Budget, Permit};
+use super::{Acquired, EncodeRows, RowEncoder, SinkError};
+use crate::budget::{Account, OpenBuffer, Permit};
 use crate::config::{Rhythm, Timing};
 use crate::position::DeadLetters;
 use crate::record::{Position, Row, ShardKey, SinkName};
@@ -24,6 +23,8 @@ use crate::stop::Stop;
 /// Spans that may wait in the channel before the lane waits: as many as a usual commit has, so that
 /// the next one is there when this one is done. Their bytes are bounded by the budget.
 const SPANS_IN_CHANNEL_MAX: usize = 16;
+/// The same for a sink whose rows are encoded as they arrive, which lets go of what they hold.
+const SPANS_IN_CHANNEL_ENCODED_MAX: usize = 2;
 /// Parcels that may wait for the committer: with one, the next is there, and encoded where that can be
 /// done ahead, when this one is committed.
 const PARCELS_WAITING_MAX: usize = 1;
@@ -78,8 +79,8 @@ pub struct DeliveryContext {
     pub rhythm: Rhythm,
     /// Deadlines and pauses.
     pub timing: Timing,
-    /// The process's budget.
-    pub budget: Budget,
+    /// The lane's account in the budget of all sinks' buffers.
+    pub account: Arc<Account>,
     /// Where refused rows go.
     pub letters: DeadLetters,
     /// The limits of refusals.
@@ -95,7 +96,11 @@ pub struct DeliveryContext {
 impl DeliveryHandle {
     /// Starts the delivery of a shard that was acquired.
     pub fn start(acquired: Acquired, context: DeliveryContext) -> Self {
-        let (sender, receiver) = mpsc::channel(SPANS_IN_CHANNEL_MAX);
+        let spans_max = match acquired.writer.encodes_rows() {
+            Some(_) => SPANS_IN_CHANNEL_ENCODED_MAX,
+            None => SPANS_IN_CHANNEL_MAX,
+        };
+        let (sender, receiver) = mpsc::channel(spans_max);
         let begin = Progress { position: context.skip_to.clone(), blocked: None };
         let (publish, progress) = watch::channel(begin);
         let sink = context.sink.clone();
@@ -199,18 +204,23 @@ pub struct DeliveryEnded;
 /// Rows in hand.
 struct Buffer {
     rows: Vec<Row>,
+    /// What became of rows that are not kept.
+    encoder: Option<Box<dyn RowEncoder>>,
+    count: usize,
     bytes: usize,
-    permits: Vec<Permit>,
+    permit: Option<Permit>,
     to_inclusive: Position,
     generation: Arc<str>,
     opened: Instant,
+    /// By this it is asked to commit when others need its bytes.
+    open: OpenBuffer,
 }
 
 /// Gathers rows into parcels, while the committer is busy with those before them.
 struct Gatherer {
     context: Arc<DeliveryContext>,
-    /// What can be made of a parcel before its turn comes.
-    ahead: Option<Arc<dyn EncodeAhead>>,
+    /// What rows become as they arrive.
+    encode: Option<Arc<dyn EncodeRows>>,
     must_cut_at: Option<Position>,
     buffer: Option<Buffer>,
     /// The buffer is to be committed as soon as the one before it is: until then it grows.
@@ -218,7 +228,6 @@ struct Gatherer {
     /// The rows of the last parcel.
     rows_expected: usize,
     pressure: Arc<Notify>,
-    id: u64,
 }
 
 /// The committer has ended, and says why itself.
@@ -226,15 +235,13 @@ struct CommitterEnded;
 
 impl Gatherer {
     fn new(acquired: &Acquired, context: Arc<DeliveryContext>) -> Self {
-        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         Self {
-            ahead: acquired.writer.encodes_ahead(),
+            encode: acquired.writer.encodes_rows(),
             must_cut_at: acquired.must_cut_at.clone(),
             buffer: None,
             is_due: false,
             rows_expected: 0,
             pressure: Arc::new(Notify::new()),
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             context,
         }
     }
@@ -299,26 +306,52 @@ impl Gatherer {
         if self.buffer.as_ref().is_some_and(|held| held.generation != delivery.generation) {
             self.hand_over(orders).await?;
         }
+        // An earlier owner's promise is cut exactly at its end, and kept in its layout: of rows.
+        let encode = self.encode.as_ref().filter(|_| self.must_cut_at.is_none());
         let buffer = self.buffer.get_or_insert_with(|| {
-            let opened = Instant::now();
-            self.context.budget.register(opened, self.id, &self.pressure);
             Buffer {
                 // The next commit is likely to be as large as the last one.
-                rows: Vec::with_capacity(self.rows_expected),
+                rows: match &encode {
+                    Some(_) => Vec::new(),
+                    None => Vec::with_capacity(self.rows_expected),
+                },
+                encoder: encode.map(|encode| encode.begin()),
+                count: 0,
                 bytes: 0,
-                permits: Vec::new(),
+                permit: None,
                 to_inclusive: delivery.to_inclusive.clone(),
                 generation: delivery.generation.clone(),
-                opened,
+                opened: Instant::now(),
+                open: self.context.account.open_buffer(&self.pressure),
             }
         });
-        for row in delivery.rows.into_iter().skip(known) {
-            buffer.bytes += row.payload.len() + row.key.len();
-            buffer.rows.push(row);
+        let mut rows = delivery.rows;
+        rows.drain(..known);
+        buffer.count += rows.len();
+        buffer.bytes += rows.iter().map(|row| row.payload.len() + row.key.len()).sum::<usize>();
+        match (&mut buffer.permit, delivery.permit) {
+            (Some(held), Some(more)) => held.absorb(more),
+            (held, more) => *held = more.or(held.take()),
         }
-        buffer.permits.extend(delivery.permit);
+        match buffer.encoder.take() {
+            None => buffer.rows.append(&mut rows),
+            Some(encoder) if rows.is_empty() => buffer.encoder = Some(encoder),
+            Some(mut encoder) => {
+                let encoder = off_thread(move || {
+                    encoder.push(rows);
+                    encoder
+                });
+                let encoder = encoder.await;
+                // The rows are gone, and with them what they held.
+                if let Some(permit) = &mut buffer.permit {
+                    permit.resize(encoder.held_bytes());
+                }
+                buffer.encoder = Some(encoder);
+            }
+        }
+        buffer.open.resize(buffer.permit.as_ref().map_or(0, Permit::bytes));
         buffer.to_inclusive = delivery.to_inclusive;
-        let full = buffer.rows.len() >= self.context.rhythm.rows_max
+        let full = buffer.count >= self.context.rhythm.rows_max
             || buffer.bytes >= self.context.rhythm.bytes_max;
         let at_cut = self.must_cut_at.as_ref().is_some_and(|cut| buffer.to_inclusive >= *cut);
         if full || at_cut {
@@ -339,15 +372,16 @@ impl Gatherer {
             }
             _ => self.must_cut_at.take(),
         };
-        self.context.budget.unregister(buffer.opened, self.id);
+        drop(buffer.open);
         self.rows_expected = buffer.rows.len();
         if let Some(cut) = cut {
             let (promised, rest) = buffer.rows.into_iter().partition(|row| *row.position() <= cut);
             let parcel = Parcel {
                 rows: Arc::new(promised),
+                encoded: None,
                 to_inclusive: cut.clone(),
                 generation: buffer.generation.clone(),
-                permits: Vec::new(),
+                permit: None,
             };
             orders.send(Order::Commit(parcel)).await.map_err(|_| CommitterEnded)?;
             if buffer.to_inclusive == cut {
@@ -355,18 +389,33 @@ impl Gatherer {
             }
             buffer.rows = rest;
         }
+        let (rows, encoded) = match buffer.encoder {
+            None => (buffer.rows, None),
+            Some(encoder) => {
+                let (refused, encoded) = off_thread(move || encoder.finish()).await;
+                (refused, Some(Arc::new(encoded)))
+            }
+        };
         let parcel = Parcel {
-            rows: Arc::new(buffer.rows),
+            rows: Arc::new(rows),
+            encoded,
             to_inclusive: buffer.to_inclusive,
             generation: buffer.generation,
-            permits: buffer.permits,
+            permit: buffer.permit,
         };
-        let room = orders.reserve().await.map_err(|_| CommitterEnded)?;
-        if let Some(ahead) = &self.ahead {
-            ahead.begin(&parcel.rows);
-        }
-        room.send(Order::Commit(parcel));
-        Ok(())
+        orders.send(Order::Commit(parcel)).await.map_err(|_| CommitterEnded)
+    }
+}
+
+/// Does work that uses the processor where it holds up nobody.
+async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The process ends.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

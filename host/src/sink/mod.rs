@@ -60,10 +60,37 @@ pub struct BoundRoute {
 pub struct Commit {
     /// What is settled: the sink's position moves from `from_exclusive` to `to_inclusive`.
     pub span: PositionSpan,
-    /// The rows, by ascending (position, ordinal); shared with the threads that encode them.
+    /// The rows, by ascending (position, ordinal); shared with the threads that encode them. Where they
+    /// were encoded as they arrived: those that were refused.
     pub rows: Arc<Vec<Row>>,
+    /// What became of the rows as they arrived, if the writer wanted that.
+    pub encoded: Option<Arc<EncodedRows>>,
     /// The id of the generation (stages, digests, configuration) that made the rows.
     pub generation: Arc<str>,
+}
+
+impl Commit {
+    /// How many rows it has, with those that were encoded and let go.
+    pub fn rows_gathered(&self) -> usize {
+        self.encoded.as_ref().map_or(self.rows.len(), |encoded| encoded.rows)
+    }
+
+    /// The number of a row of [`Commit::rows`] among all that were gathered.
+    pub fn number_of(&self, row: usize) -> usize {
+        let kept = self.encoded.as_ref().and_then(|encoded| encoded.kept.get(row));
+        kept.copied().unwrap_or(row)
+    }
+}
+
+/// What became of rows that were encoded as they arrived.
+#[derive(Debug)]
+pub struct EncodedRows {
+    /// How many they were.
+    pub rows: usize,
+    /// The number of each that was kept, because it is refused.
+    pub kept: Vec<usize>,
+    /// What they are now; or why nothing, as a sentence's end.
+    pub objects: Result<objects::Encoded, String>,
 }
 
 /// A row that the sink's table refused: it goes to the dead letters alone.
@@ -204,18 +231,30 @@ pub struct Acquired {
     pub must_cut_at: Option<Position>,
 }
 
-/// Encodes the rows of the next commit while a writer is busy with the one before.
-pub trait EncodeAhead: Send + Sync {
-    /// Begins with these rows, on another thread. A commit that has the very same rows finds what they
-    /// became.
-    fn begin(&self, rows: &Arc<Vec<Row>>);
+/// Encodes rows as they arrive, so that what they hold is let go at once: their batch, the plugin's
+/// answer, and what each costs by itself.
+pub trait EncodeRows: Send + Sync {
+    /// Begins with the rows of one commit.
+    fn begin(&self) -> Box<dyn RowEncoder>;
+}
+
+/// The rows of one commit, as they are encoded. Uses the processor: call it off the async threads.
+pub trait RowEncoder: Send {
+    /// Takes rows, by ascending (position, ordinal).
+    fn push(&mut self, rows: Vec<Row>);
+
+    /// The memory that it holds, in bytes.
+    fn held_bytes(&self) -> usize;
+
+    /// Ends: the rows that are refused, and what became of the others.
+    fn finish(self: Box<Self>) -> (Vec<Row>, EncodedRows);
 }
 
 /// Writes one shard's rows. Owned by one delivery task; calls do not overlap.
 #[async_trait]
 pub trait SinkWriter: Send {
-    /// What this writer's rows can become before it is their turn; `None`: nothing.
-    fn encodes_ahead(&self) -> Option<Arc<dyn EncodeAhead>> {
+    /// What this writer's rows become as they arrive; `None`: they stay as they are.
+    fn encodes_rows(&self) -> Option<Arc<dyn EncodeRows>> {
         None
     }
 

@@ -13,6 +13,7 @@
 //! for a bucket's lifecycle rules: on a quiet shard they remove the last link or object in the end.
 //! `recovery` is the way on from there.
 
+mod chunks;
 mod claim;
 mod encode;
 mod keys;
@@ -34,6 +35,7 @@ use object_store::path::Path;
 use url::Url;
 
 use self::claim::{ClaimLog, LOG_FOLDER, OwnerId};
+pub use self::encode::Encoded;
 use self::encode::RouteForm;
 pub use self::layout::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
 use self::parquet::ParquetSchema;
@@ -146,7 +148,7 @@ impl ObjectsSink {
     fn shared(&self) -> Arc<Shared> {
         let forms = self.forms.read().unwrap_or_else(PoisonError::into_inner);
         let (place, layout) = (self.place.clone(), self.layout.clone());
-        Arc::new(Shared { place, layout, forms: forms.clone() })
+        Arc::new(Shared { place, layout, forms: Arc::new(forms.clone()) })
     }
 
     fn check_routes(

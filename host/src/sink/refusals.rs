@@ -35,7 +35,7 @@ impl HeldRefusals {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         match counted.pending.take() {
             Some(pending) => counted.window = pending,
-            None => counted.window.accept(commit.rows.len()),
+            None => counted.window.accept(commit.rows_gathered()),
         }
     }
 
@@ -43,8 +43,9 @@ impl HeldRefusals {
     fn count(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), String> {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let mut window = counted.window.clone();
-        let mut refused = refusals.iter().map(|refusal| refusal.row).peekable();
-        for row in 0..commit.rows.len() {
+        let refused = refusals.iter().map(|refusal| commit.number_of(refusal.row));
+        let mut refused = refused.peekable();
+        for row in 0..commit.rows_gathered() {
             window.count(refused.next_if_eq(&row).is_some())?;
         }
         counted.pending = Some(window);

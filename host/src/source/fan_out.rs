@@ -155,6 +155,7 @@ impl FanOutReader {
         let inbox = self.polling.inbox();
         let about = Answer { call: SUBSCRIBE, behind_ms, as_of_ms, is_end: false };
         self.connection.take_in(inbox, event.records, about).await?;
+        self.polling.count_held();
         // Some servers tell the children with every event of a closed shard, not with the last only:
         // its records are read from here while they come.
         self.is_closed = has_end || (came == 0 && (children > 0 || self.is_listed_as_closed()));
@@ -266,7 +267,9 @@ impl BatchReader for FanOutReader {
             if let Some(lost) = self.polling.inbox().take_lost() {
                 return Ok(NextBatch::Lost(lost));
             }
-            if let Some(batch) = self.polling.inbox().cut() {
+            let batch = self.polling.inbox().cut();
+            self.polling.count_held();
+            if let Some(batch) = batch {
                 return Ok(NextBatch::Batch(batch));
             }
             if self.is_closed {
@@ -282,6 +285,14 @@ impl BatchReader for FanOutReader {
             if let NextEvent::Idle { behind_ms, caught_up_ms } = self.next_event().await? {
                 return Ok(NextBatch::Idle { behind_ms, caught_up_ms });
             }
+        }
+    }
+
+    fn give_back(&mut self) {
+        if !self.polling.inbox().is_empty() {
+            self.polling.give_back();
+            // What comes next would leave a gap.
+            self.subscription = None;
         }
     }
 }

@@ -48,6 +48,8 @@ pub struct Inbox {
     queue: VecDeque<Record>,
     /// What is not shown yet about the place at which the server was told to begin.
     unproven: Option<Unproven>,
+    /// What the queue holds in memory.
+    held_bytes: usize,
     gap: Option<Gap>,
     /// What is lost, until the lane has heard of it.
     lost: Option<LostRecords>,
@@ -88,6 +90,7 @@ impl Inbox {
             from,
             handed_over,
             queue,
+            held_bytes: 0,
             unproven,
             gap,
             lost: None,
@@ -104,6 +107,18 @@ impl Inbox {
     /// Nothing waits.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// What waits holds so many bytes of memory: payloads, keys, and what each record costs beside them.
+    pub fn held_bytes(&self) -> usize {
+        self.held_bytes
+    }
+
+    /// Forgets what waits: the server is asked for it again.
+    pub fn give_back(&mut self) {
+        self.queue = VecDeque::new();
+        self.held_bytes = 0;
+        self.from.after = self.handed_over.clone();
     }
 
     /// Where the server must begin, so that no record is missed.
@@ -255,7 +270,9 @@ impl Inbox {
         }
         self.from.after = Some(position.clone());
         if !is_older {
-            self.queue.push_back(Record { position, partition_key, payload, arrived_ms });
+            let record = Record { position, partition_key, payload, arrived_ms };
+            self.held_bytes += record.held_bytes();
+            self.queue.push_back(record);
         }
     }
 
@@ -270,6 +287,11 @@ impl Inbox {
             count += 1;
         }
         let records: Vec<Record> = self.queue.drain(..count).collect();
+        self.held_bytes -= records.iter().map(Record::held_bytes).sum::<usize>();
+        if self.queue.is_empty() {
+            // A long queue would keep its length.
+            self.queue = VecDeque::new();
+        }
         let to_inclusive = records.last()?.position.clone();
         let from_exclusive = self.handed_over.replace(to_inclusive.clone());
         let span = PositionSpan { from_exclusive, to_inclusive };

@@ -11,6 +11,7 @@ use super::fan_out::FanOutReader;
 use super::inbox::{Inbox, ReadFrom};
 use super::polling::{Polling, PollingReader};
 use super::{BatchReader, ResumePoint, Shard, ShardSource, SourceError, consumers, stream};
+use crate::budget::LongWait;
 use crate::config::{BatchLimits, Endpoint, KinesisConfig, ReaderKind, StartPosition};
 use crate::record::{ShardKey, StreamIdentity};
 
@@ -84,6 +85,10 @@ impl ShardSource for KinesisSource {
 
     fn start(&self) -> &StartPosition {
         &self.start
+    }
+
+    fn long_waits(&self, after: std::time::Duration) -> Vec<LongWait> {
+        self.connection.read_ahead.long_waits(after)
     }
 
     async fn open(

@@ -10,6 +10,7 @@
 //! `consumers`, `input` and `producer` are for those who make streams and fill them.
 
 pub mod aggregate;
+mod answer_size;
 pub mod client;
 pub mod connection;
 pub mod consumers;
@@ -36,6 +37,7 @@ pub use lineage::{Beginning, Plan, lineage};
 pub use stream::Shard;
 pub use waiting::{WaitWatch, Waiting};
 
+use crate::budget::LongWait;
 use crate::config::StartPosition;
 use crate::record::{Batch, Position, ShardKey, ShardStart, StreamIdentity};
 
@@ -264,6 +266,12 @@ pub trait ShardSource: Send + Sync {
         Ok(None)
     }
 
+    /// The shards whose readers have waited for memory for `after` or longer, and who holds it.
+    fn long_waits(&self, after: std::time::Duration) -> Vec<LongWait> {
+        let _ = after;
+        Vec::new()
+    }
+
     /// A reader of a shard.
     ///
     /// # Errors
@@ -296,4 +304,7 @@ pub trait BatchReader: Send {
     /// # Errors
     /// What trying again does not mend: access denied, the stream is gone.
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError>;
+
+    /// Gives back what was read ahead, because its lane is blocked: it is read again when it is its turn.
+    fn give_back(&mut self) {}
 }

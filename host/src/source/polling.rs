@@ -7,12 +7,13 @@ use async_trait::async_trait;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::Instant;
 
+use super::answer_size::AnswerSize;
 use super::client::{AnswerDate, Fault, call_error, fault};
 use super::connection::{Answer, GET_RECORDS, Passing, StreamConnection};
 use super::inbox::Inbox;
 use super::waiting::Waiting;
 use super::{BatchReader, NextBatch, SourceError};
-use crate::budget::Permit;
+use crate::budget::{Account, Permit};
 use crate::record::ShardKey;
 
 /// The longest pause after a call that failed.
@@ -21,12 +22,6 @@ pub(super) const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
 ///
 /// Source: API reference, GetRecords: five calls per second and shard.
 const CALL_INTERVAL: Duration = Duration::from_millis(200);
-/// The most bytes that an answer holds.
-///
-/// Source: API reference, GetRecords: 10 MB.
-const ANSWER_BYTES_MAX: usize = 10 << 20;
-/// What an answer is taken to hold at most while the shard has nothing new.
-const IDLE_ANSWER_BYTES: usize = 64 << 10;
 
 /// How a shard is polled.
 #[derive(Clone, Debug)]
@@ -44,8 +39,10 @@ pub struct PollingReader {
     connection: Arc<StreamConnection>,
     polling: Polling,
     inbox: Inbox,
+    account: Account,
     /// What waits in the inbox counts in the readers' budget until lanes have taken it.
     held: Option<Permit>,
+    answer_size: AnswerSize,
     iterator: Option<String>,
     ended: bool,
     next_call: Instant,
@@ -61,11 +58,14 @@ pub struct PollingReader {
 impl PollingReader {
     /// A reader from where the inbox stands.
     pub fn new(connection: Arc<StreamConnection>, polling: Polling, inbox: Inbox) -> Self {
+        let account = connection.read_ahead.account(inbox.shard().shard.as_str());
         Self {
             connection,
             polling,
             inbox,
+            account,
             held: None,
+            answer_size: AnswerSize::default(),
             iterator: None,
             ended: false,
             next_call: Instant::now(),
@@ -99,6 +99,14 @@ impl PollingReader {
         &mut self.inbox
     }
 
+    /// Counts what waits in the inbox, as it is now.
+    pub(super) fn count_held(&mut self) {
+        match self.inbox.held_bytes() {
+            0 => self.held = None,
+            bytes => self.held.get_or_insert_with(|| self.account.force(0)).resize(bytes),
+        }
+    }
+
     /// Asks the server once. `Ok(true)`: it answered.
     async fn poll(&mut self) -> Result<bool, SourceError> {
         tokio::time::sleep_until(self.next_call).await;
@@ -115,13 +123,12 @@ impl PollingReader {
             }
             return Ok(false);
         };
-        let expected_bytes = match self.is_flowing || self.behind_ms > 0 {
-            true => ANSWER_BYTES_MAX,
-            false => IDLE_ANSWER_BYTES,
-        };
+        // An answer is booked before it comes, and no more is asked for than is booked.
         self.held = None;
-        let mut held = self.connection.read_ahead.take(expected_bytes).await;
-        let limit = i32::try_from(self.polling.records_per_call_max).unwrap_or(i32::MAX);
+        let (least, most) = self.answer_size.booking(self.account.part_bytes(), Instant::now());
+        let held = self.account.take_between(least, most).await;
+        let limit = self.answer_size.records(held.bytes(), self.polling.records_per_call_max);
+        let limit = i32::try_from(limit).unwrap_or(i32::MAX);
         let called = Instant::now();
         let call = self.connection.client.get_records().shard_iterator(iterator).limit(limit);
         let date = AnswerDate::default();
@@ -156,7 +163,8 @@ impl PollingReader {
         self.behind_ms = answer.millis_behind_latest.unwrap_or(0).max(0) as u64;
         self.is_flowing = !answer.records.is_empty();
         let bytes = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
-        held.resize(bytes);
+        let (records, has_more) = (answer.records.len(), self.behind_ms > 0);
+        self.answer_size.learn(records, bytes, has_more, Instant::now());
         self.held = Some(held);
         // The date is of the answer's head, which follows the reading: at most a moment too late, and
         // mostly too early, as it is rounded down. Retention counts in hours.
@@ -168,6 +176,7 @@ impl PollingReader {
         };
         self.caught_up_ms = about.as_of_ms.filter(|_| self.behind_ms == 0);
         self.connection.take_in(&mut self.inbox, answer.records, about).await?;
+        self.count_held();
         let pause = match self.is_flowing || self.behind_ms > 0 {
             true if self.polling.is_paced => CALL_INTERVAL,
             true => Duration::ZERO,
@@ -186,6 +195,7 @@ impl PollingReader {
     }
 
     fn back_off(&mut self, cause: Fault) {
+        self.answer_size.forget_quiet();
         let shard = self.inbox.shard();
         count_retry(shard, cause);
         let pause = self.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
@@ -201,10 +211,11 @@ impl BatchReader for PollingReader {
             if let Some(lost) = self.inbox.take_lost() {
                 return Ok(NextBatch::Lost(lost));
             }
-            if let Some(batch) = self.inbox.cut() {
+            let batch = self.inbox.cut();
+            self.count_held();
+            if let Some(batch) = batch {
                 return Ok(NextBatch::Batch(batch));
             }
-            self.held = None;
             if self.ended {
                 let caught_up_ms = self.inbox.caught_up_ms().max(self.inbox.last_arrived_ms());
                 return Ok(NextBatch::ShardEnd { caught_up_ms });
@@ -213,6 +224,14 @@ impl BatchReader for PollingReader {
                 let Self { behind_ms, caught_up_ms, .. } = *self;
                 return Ok(NextBatch::Idle { behind_ms, caught_up_ms });
             }
+        }
+    }
+
+    fn give_back(&mut self) {
+        if !self.inbox.is_empty() {
+            self.inbox.give_back();
+            self.held = None;
+            (self.iterator, self.ended) = (None, false);
         }
     }
 }

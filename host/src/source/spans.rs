@@ -6,6 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
+use crate::budget::LongWait;
 use crate::config::StartPosition;
 use crate::record::{Position, ShardId, ShardKey, StreamIdentity};
 
@@ -44,6 +45,10 @@ impl ShardSource for SpansSource {
 
     fn start(&self) -> &StartPosition {
         &StartPosition::TrimHorizon
+    }
+
+    fn long_waits(&self, after: std::time::Duration) -> Vec<LongWait> {
+        self.source.long_waits(after)
     }
 
     async fn open(
@@ -98,5 +103,9 @@ impl BatchReader for SpanReader {
             return Ok(NextBatch::SourceEnd);
         }
         Ok(NextBatch::Batch(batch.cut_after(to).0))
+    }
+
+    fn give_back(&mut self) {
+        self.reader.give_back();
     }
 }

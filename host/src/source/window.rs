@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 
 use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
+use crate::budget::LongWait;
 use crate::config::StartPosition;
 use crate::record::{Batch, Position, ShardId, ShardKey, StreamIdentity};
 
@@ -65,6 +66,10 @@ impl ShardSource for WindowSource {
         self.source.start()
     }
 
+    fn long_waits(&self, after: std::time::Duration) -> Vec<LongWait> {
+        self.source.long_waits(after)
+    }
+
     async fn open(
         &self,
         shard: &ShardKey,
@@ -102,6 +107,10 @@ impl BatchReader for WindowReader {
             }
             other => other,
         })
+    }
+
+    fn give_back(&mut self) {
+        self.reader.give_back();
     }
 }
 

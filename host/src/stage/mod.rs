@@ -14,6 +14,7 @@ mod fit;
 mod flow;
 mod generation;
 mod health;
+mod packed;
 mod rejections;
 mod runner;
 mod samples;

@@ -1,7 +1,8 @@
 //! What entered each stage of late: a candidate is tried on it before it takes over.
 //!
 //! Per stage the last batches, bounded in number, bytes and age; of a busy stage not every one, so that
-//! keeping them costs next to nothing.
+//! keeping them costs next to nothing. They are kept packed, as copies: a batch shares its bytes with others
+//! of the same answer, all of which it would keep, and each record costs more than its bytes.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,12 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::flow::Flow;
+use super::packed::PackedBatch;
 use crate::config::SampleLimits;
 use crate::record::{Batch, StageName};
 
 /// How long nothing more of a stage is kept after a batch was. To keep one takes
-/// some 20 µs: so it is a hundredth of the time, whatever the load.
-const PAUSE: Duration = Duration::from_millis(2);
+/// some 50 µs: so it is about a hundredth of the time, whatever the load.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// A batch as it entered a stage.
 #[derive(Clone)]
@@ -25,8 +27,13 @@ pub struct Sample {
     pub batch: Arc<Batch>,
     /// What entered.
     pub flow: Arc<Flow>,
+}
+
+/// A sample as it is kept.
+struct KeptSample {
+    number: u64,
+    packed: PackedBatch,
     taken: Instant,
-    bytes: usize,
 }
 
 /// The samples of a pipeline; its clones share them.
@@ -45,7 +52,8 @@ struct Shared {
 /// The samples of one stage, the oldest first.
 #[derive(Default)]
 struct Kept {
-    samples: VecDeque<Sample>,
+    samples: VecDeque<KeptSample>,
+    /// The memory that they hold.
     bytes: usize,
     /// When the last one was taken, in microseconds since `begun`.
     last_us: u64,
@@ -73,19 +81,16 @@ impl Samples {
         if !kept.samples.is_empty() && now_us < kept.last_us + PAUSE.as_micros() as u64 {
             return;
         }
-        let bytes = batch.bytes()
-            + flow.iter().map(|item| item.payload.len() + item.key.len()).sum::<usize>();
+        let bytes = PackedBatch::bytes_of(batch, flow);
         if bytes > self.shared.limits.bytes_max {
             return;
         }
         kept.last_us = now_us;
         kept.bytes += bytes;
-        kept.samples.push_back(Sample {
+        kept.samples.push_back(KeptSample {
             number: self.shared.next_number.fetch_add(1, Ordering::Relaxed),
-            batch: batch.clone(),
-            flow: Arc::new(flow.clone()),
+            packed: PackedBatch::pack(batch, flow),
             taken: Instant::now(),
-            bytes,
         });
         kept.forget(&self.shared.limits);
     }
@@ -95,7 +100,12 @@ impl Samples {
         let mut stages = self.lock();
         let Some(kept) = stages.get_mut(stage) else { return Vec::new() };
         kept.forget(&self.shared.limits);
-        kept.samples.iter().filter(|sample| sample.number > number).cloned().collect()
+        let later = kept.samples.iter().filter(|sample| sample.number > number);
+        let unpack = |sample: &KeptSample| {
+            let (batch, flow) = sample.packed.unpack();
+            Sample { number: sample.number, batch: Arc::new(batch), flow: Arc::new(flow) }
+        };
+        later.map(unpack).collect()
     }
 
     /// Forgets what entered stages that are gone.
@@ -115,7 +125,7 @@ impl Kept {
                 || self.bytes > limits.bytes_max
                 || oldest.taken.elapsed() > limits.age_max)
         {
-            self.bytes -= oldest.bytes;
+            self.bytes -= oldest.packed.bytes();
             self.samples.pop_front();
         }
     }

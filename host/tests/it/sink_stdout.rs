@@ -45,7 +45,12 @@ fn commit(payloads: &[&'static str]) -> Commit {
         key: "partitionKey-7".into(),
         payload: (*payload).into(),
     });
-    Commit { span, rows: Arc::new(rows.collect()), generation: "generation-1".into() }
+    Commit {
+        span,
+        rows: Arc::new(rows.collect()),
+        encoded: None,
+        generation: "generation-1".into(),
+    }
 }
 
 #[derive(Default)]

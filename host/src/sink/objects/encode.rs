@@ -4,16 +4,16 @@
 //! what lets a claim be produced again. It uses the processor only; the writer runs it off the
 //! async threads.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use bytes::Bytes;
 use flate2::write::GzEncoder;
+use object_store::PutPayload;
 use object_store::path::Path;
 use sha2::{Digest, Sha256};
 
+use super::chunks::Chunks;
 use super::keys::KeyRoom;
 use super::layout::{ObjectFormat, ObjectLayout};
 use super::parquet::{ParquetRows, ParquetSchema};
@@ -27,13 +27,26 @@ const ZSTD_LEVEL: i32 = 3;
 
 /// How much is hashed and compressed at once, in bytes.
 const LINES_BYTES: usize = 32 << 10;
+/// Lines that a body gathers before it opens a compressor, which holds as much by itself.
+const LINES_BYTES_GZIP: usize = 256 << 10;
+const LINES_BYTES_ZSTD: usize = 1 << 20;
+/// What a compressor holds.
+///
+/// Source: zlib's manual, `deflateInit2` (268 KiB at level 6); zstd's `ZSTD_estimateCStreamSize(3)`.
+const GZIP_BYTES: usize = 320 << 10;
+const ZSTD_BYTES: usize = 3_500 << 10;
+/// What an open body holds beside its bytes: hash, folder, places.
+const BODY_BYTES: usize = 512;
+/// What a cell of a Parquet column holds beside its bytes.
+const CELL_BYTES: usize = 64;
 
 /// What the rows of a commit became.
 #[derive(Debug, Default)]
-pub(super) struct Encoded {
+pub struct Encoded {
     /// One body per route and folder that has a row, in their order.
     pub(super) bodies: Vec<Body>,
-    /// The rows that cannot be written, by ascending row.
+    /// The rows that cannot be written, by ascending row; in a commit whose rows were encoded as they
+    /// arrived, by their index among those that were kept.
     pub(super) refusals: Vec<Refusal>,
 }
 
@@ -51,7 +64,7 @@ pub(super) struct Body {
     /// The SHA-256 of the same, in hex.
     pub(super) sha256: String,
     /// The object's bytes.
-    pub(super) bytes: Bytes,
+    pub(super) bytes: PutPayload,
 }
 
 /// What is known of a route's rows.
@@ -63,54 +76,89 @@ pub(super) struct RouteForm {
     pub(super) schema: Option<Arc<ParquetSchema>>,
 }
 
-/// Encodes a shard's rows; a route without a known form is taken as text.
+/// Encodes a shard's rows.
 ///
 /// # Errors
 /// What has no cause in a row: a sentence's end.
-pub(super) fn encode(
-    rows: &[Row],
-    forms: &HashMap<RouteName, RouteForm>,
-    layout: &ObjectLayout,
-    shard: &ShardKey,
-    sink: &SinkName,
-    room: &KeyRoom,
-) -> Result<Encoded, String> {
-    let mut open: BTreeMap<&RouteName, OpenRoute> = BTreeMap::new();
+pub(super) fn encode(rows: &[Row], mut encoder: Encoder) -> Result<Encoded, String> {
     let mut refusals = Vec::new();
-    let folders_differ = layout.folder.differs_by_row();
     for (index, row) in rows.iter().enumerate() {
-        let route = match open.entry(row.route.name()) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(OpenRoute::default()),
-        };
-        let body = match route.bodies.first_mut() {
-            Some((_, only)) if !folders_differ => Ok(only),
-            _ => match layout
-                .folder
-                .folder(row, shard, sink)
-                .and_then(|folder| room.check(&folder, row.route.name(), layout).map(|()| folder))
-            {
-                Ok(folder) => {
-                    let form = || forms.get(row.route.name()).cloned().unwrap_or_default();
-                    Ok(route.body(folder, || OpenBody::new(row.route.name(), form(), layout))?)
-                }
-                Err(reason) => Err(reason),
-            },
-        };
-        let refused = match body {
-            Ok(body) => body.push(&row.payload)?.err(),
-            Err(reason) => Some(reason),
-        };
+        let refused = encoder.push(row)?;
         refusals.extend(refused.map(|reason| Refusal { row: index, reason }));
     }
-    let mut bodies = Vec::new();
-    for (route, mut open) in open {
-        open.bodies.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
-        for (folder, body) in open.bodies.into_iter().filter(|(_, body)| body.rows > 0) {
-            bodies.push(body.finish(route.clone(), folder)?);
-        }
+    Ok(Encoded { bodies: encoder.finish()?, refusals })
+}
+
+/// Encodes rows one after the other; a route without a known form is taken as text.
+pub(super) struct Encoder {
+    forms: Arc<HashMap<RouteName, RouteForm>>,
+    layout: ObjectLayout,
+    shard: ShardKey,
+    sink: SinkName,
+    room: KeyRoom,
+    folders_differ: bool,
+    open: BTreeMap<RouteName, OpenRoute>,
+}
+
+impl Encoder {
+    /// For a shard's rows.
+    pub(super) fn new(
+        forms: Arc<HashMap<RouteName, RouteForm>>,
+        layout: ObjectLayout,
+        shard: ShardKey,
+        sink: SinkName,
+        room: KeyRoom,
+    ) -> Self {
+        let folders_differ = layout.folder.differs_by_row();
+        Self { forms, layout, shard, sink, room, folders_differ, open: BTreeMap::new() }
     }
-    Ok(Encoded { bodies, refusals })
+
+    /// Takes a row; `Some`: why it is refused.
+    ///
+    /// # Errors
+    /// What has no cause in the row: a sentence's end.
+    pub(super) fn push(&mut self, row: &Row) -> Result<Option<String>, String> {
+        let name = row.route.name();
+        if !self.open.contains_key(name) {
+            self.open.insert(name.clone(), OpenRoute::default());
+        }
+        let Some(route) = self.open.get_mut(name) else { return Ok(None) };
+        let body =
+            match route.bodies.first_mut() {
+                Some((_, only)) if !self.folders_differ => only,
+                _ => match self.layout.folder.folder(row, &self.shard, &self.sink).and_then(
+                    |folder| self.room.check(&folder, name, &self.layout).map(|()| folder),
+                ) {
+                    Ok(folder) => {
+                        let form = || self.forms.get(name).cloned().unwrap_or_default();
+                        route.body(folder, || OpenBody::new(name, form(), &self.layout))?
+                    }
+                    Err(reason) => return Ok(Some(reason)),
+                },
+            };
+        Ok(body.push(&row.payload)?.err())
+    }
+
+    /// The memory that it holds, in bytes.
+    pub(super) fn held_bytes(&self) -> usize {
+        let bodies = self.open.values().flat_map(|route| &route.bodies);
+        bodies.map(|(_, body)| body.held_bytes()).sum()
+    }
+
+    /// The bodies of all that have a row.
+    ///
+    /// # Errors
+    /// A sentence's end.
+    pub(super) fn finish(self) -> Result<Vec<Body>, String> {
+        let mut bodies = Vec::new();
+        for (route, mut open) in self.open {
+            open.bodies.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+            for (folder, body) in open.bodies.into_iter().filter(|(_, body)| body.rows > 0) {
+                bodies.push(body.finish(route.clone(), folder)?);
+            }
+        }
+        Ok(bodies)
+    }
 }
 
 /// The bodies of one route.
@@ -146,8 +194,10 @@ struct OpenBody {
     rows: u64,
     line_bytes: u64,
     /// Lines that are not hashed and compressed yet: many at once cost less, and a small body needs
-    /// no compressor until its end. Without compression they become the object.
+    /// no compressor until its end.
     lines: Vec<u8>,
+    /// Without compression: the lines before them, hashed.
+    plain: Chunks,
     hash: Sha256,
     compressor: Option<Compressor>,
 }
@@ -179,6 +229,7 @@ impl OpenBody {
             rows: 0,
             line_bytes: 0,
             lines: Vec::new(),
+            plain: Chunks::default(),
             hash: Sha256::new(),
             compressor: None,
         })
@@ -205,24 +256,47 @@ impl OpenBody {
             }
         }
         self.rows += 1;
-        if self.compression != Compression::None && self.lines.len() >= LINES_BYTES {
+        let lines_max = match (&self.compressor, self.compression) {
+            (None, Compression::Gzip) => LINES_BYTES_GZIP,
+            (None, Compression::Zstd) => LINES_BYTES_ZSTD,
+            (Some(_), _) | (None, Compression::None) => LINES_BYTES,
+        };
+        if self.lines.len() >= lines_max {
             self.compress().map_err(cannot_compress)?;
         }
         Ok(Ok(()))
     }
 
+    fn held_bytes(&self) -> usize {
+        let format = match &self.format {
+            BodyFormat::Lines(_) | BodyFormat::Raw => 0,
+            BodyFormat::Parquet(rows) => {
+                self.line_bytes as usize + self.rows as usize * rows.columns() * CELL_BYTES
+            }
+        };
+        let compressor = self.compressor.as_ref().map_or(0, Compressor::held_bytes);
+        BODY_BYTES + format + self.lines.capacity() + self.plain.held_bytes() + compressor
+    }
+
+    /// Hashes the lines, and compresses them, where that is configured.
     fn compress(&mut self) -> io::Result<()> {
+        self.hash.update(&self.lines);
+        self.line_bytes += self.lines.len() as u64;
         let compressor = match &mut self.compressor {
             Some(open) => open,
             none => {
-                let Some(new) = Compressor::new(self.compression)? else { return Ok(()) };
+                let Some(new) = Compressor::new(self.compression)? else {
+                    self.plain.write_all(&self.lines)?;
+                    self.lines.clear();
+                    return Ok(());
+                };
                 none.insert(new)
             }
         };
-        self.hash.update(&self.lines);
         compressor.write_all(&self.lines)?;
-        self.line_bytes += self.lines.len() as u64;
         self.lines.clear();
+        // What was gathered before the compressor was opened is not needed again.
+        self.lines.shrink_to(2 * LINES_BYTES);
         Ok(())
     }
 
@@ -230,19 +304,13 @@ impl OpenBody {
         let bytes = match self.format {
             BodyFormat::Parquet(rows) => rows
                 .finish(self.compression)
-                .map_err(|error| format!("rows became no Parquet file: {error}"))?,
-            BodyFormat::Lines(_) | BodyFormat::Raw => match self.compression {
-                Compression::None => {
-                    self.hash.update(&self.lines);
-                    self.line_bytes += self.lines.len() as u64;
-                    self.lines
-                }
-                Compression::Gzip | Compression::Zstd => {
-                    self.compress().map_err(cannot_compress)?;
-                    let ended = self.compressor.map(Compressor::finish).transpose();
-                    ended.map_err(cannot_compress)?.unwrap_or_default()
-                }
-            },
+                .map_err(|error| format!("rows became no Parquet file: {error}"))?
+                .into(),
+            BodyFormat::Lines(_) | BodyFormat::Raw => {
+                self.compress().map_err(cannot_compress)?;
+                let ended = self.compressor.map(Compressor::finish).transpose();
+                ended.map_err(cannot_compress)?.unwrap_or(self.plain).into_payload()
+            }
         };
         Ok(Body {
             route,
@@ -250,7 +318,7 @@ impl OpenBody {
             rows: self.rows,
             line_bytes: self.line_bytes,
             sha256: hex::encode(self.hash.finalize()),
-            bytes: bytes.into(),
+            bytes,
         })
     }
 }
@@ -261,8 +329,8 @@ fn cannot_compress(error: io::Error) -> String {
 
 enum Compressor {
     /// `GzEncoder` writes no name and no time into its header.
-    Gzip(GzEncoder<Vec<u8>>),
-    Zstd(zstd::Encoder<'static, Vec<u8>>),
+    Gzip(Box<GzEncoder<Chunks>>),
+    Zstd(Box<zstd::Encoder<'static, Chunks>>),
 }
 
 impl Compressor {
@@ -271,12 +339,12 @@ impl Compressor {
             Compression::None => None,
             Compression::Gzip => {
                 let level = flate2::Compression::default();
-                Some(Self::Gzip(GzEncoder::new(Vec::new(), level)))
+                Some(Self::Gzip(Box::new(GzEncoder::new(Chunks::default(), level))))
             }
             Compression::Zstd => {
-                let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
+                let mut encoder = zstd::Encoder::new(Chunks::default(), ZSTD_LEVEL)?;
                 encoder.include_checksum(true)?;
-                Some(Self::Zstd(encoder))
+                Some(Self::Zstd(Box::new(encoder)))
             }
         })
     }
@@ -288,7 +356,14 @@ impl Compressor {
         }
     }
 
-    fn finish(self) -> io::Result<Vec<u8>> {
+    fn held_bytes(&self) -> usize {
+        match self {
+            Self::Gzip(encoder) => GZIP_BYTES + encoder.get_ref().held_bytes(),
+            Self::Zstd(encoder) => ZSTD_BYTES + encoder.get_ref().held_bytes(),
+        }
+    }
+
+    fn finish(self) -> io::Result<Chunks> {
         match self {
             Self::Gzip(encoder) => encoder.finish(),
             Self::Zstd(encoder) => encoder.finish(),

@@ -325,6 +325,11 @@ impl ParquetRows {
         Self { schema, form: RowForm::default(), columns }
     }
 
+    /// How many columns it has.
+    pub(super) fn columns(&self) -> usize {
+        self.columns.len()
+    }
+
     /// Takes a row.
     ///
     /// # Errors

@@ -9,7 +9,6 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
@@ -22,6 +21,7 @@ use object_store::{
 };
 use url::Url;
 
+use super::chunks;
 use super::keys::KeyLimits;
 use super::staged::{Staged, StagedError};
 use crate::record::SinkName;
@@ -119,21 +119,19 @@ impl Place {
     pub(in crate::sink) async fn create_data(
         &self,
         path: &Path,
-        bytes: Bytes,
+        payload: impl Into<PutPayload>,
     ) -> Result<(), SinkError> {
-        if bytes.len() <= PART_BYTES || self.staged.is_some() {
-            return self.create(path, bytes).await.map(drop);
+        let payload = payload.into();
+        if payload.content_length() <= PART_BYTES || self.staged.is_some() {
+            return self.create(path, payload).await.map(drop);
         }
         if self.exists(path).await? {
             return Ok(());
         }
         let failed = |error| self.failed("write", path, &error);
         let mut upload = self.store.put_multipart(path).await.map_err(failed)?;
-        let parts = (0..bytes.len()).step_by(PART_BYTES).map(|from| {
-            let to = (from + PART_BYTES).min(bytes.len());
-            upload.put_part(bytes.slice(from..to).into())
-        });
-        let parts: Vec<_> = parts.collect();
+        let parts = chunks::parts(&payload, PART_BYTES).into_iter();
+        let parts: Vec<_> = parts.map(|part| upload.put_part(part)).collect();
         let sent =
             futures::stream::iter(parts).buffer_unordered(PARTS_AT_ONCE).try_collect::<()>().await;
         let ended = match sent {

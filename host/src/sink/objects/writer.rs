@@ -3,22 +3,24 @@
 //! A commit can stop after any step and be tried again, by this writer or by the next owner: the
 //! claim and the objects are created, never overwritten, so each step finds what is there already.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use futures::StreamExt;
+use object_store::PutPayload;
 use object_store::path::Path;
-use tokio::task::JoinHandle;
 
 use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished};
-use super::encode::{Body, Encoded, RouteForm, encode};
+use super::encode::{Body, Encoded, Encoder, RouteForm, encode};
 use super::keys::{KeyLimits, KeyRoom};
 use super::layout::ObjectLayout;
 use super::store::Place;
 use crate::record::{Position, RouteName, Row, ShardKey};
-use crate::sink::{Commit, Committed, EncodeAhead, RefusalLog, SinkError, SinkWriter};
+use crate::sink::{
+    Commit, Committed, EncodeRows, EncodedRows, Refusal, RefusalLog, RowEncoder, SinkError,
+    SinkWriter,
+};
 
 /// Objects of one commit that are written at the same time.
 const UPLOADS_MAX: usize = 4;
@@ -27,7 +29,7 @@ const UPLOADS_MAX: usize = 4;
 pub(super) struct Shared {
     pub(super) place: Place,
     pub(super) layout: ObjectLayout,
-    pub(super) forms: HashMap<RouteName, RouteForm>,
+    pub(super) forms: Arc<HashMap<RouteName, RouteForm>>,
 }
 
 /// Commits one shard's rows as the owner of the last fence.
@@ -39,51 +41,92 @@ pub(super) struct ObjectsWriter {
     last_link: u64,
     position: Option<Position>,
     unfinished: Option<Unfinished>,
-    ahead: Arc<Ahead>,
 }
 
-type Encoding = JoinHandle<Result<Encoded, String>>;
-
-/// The rows of the commit after this one, which are being encoded.
-struct Ahead {
+/// Makes encoders of the rows of one shard.
+struct Arriving {
     shared: Arc<Shared>,
     shard: ShardKey,
-    /// In the order of their commits.
-    begun: Mutex<VecDeque<(Arc<Vec<Row>>, Encoding)>>,
 }
 
-impl Ahead {
-    fn encode(
-        &self,
-        rows: &Arc<Vec<Row>>,
-        layout: ObjectLayout,
-        limits: Option<KeyLimits>,
-    ) -> Encoding {
-        let (rows, shared, shard) = (rows.clone(), self.shared.clone(), self.shard.clone());
-        let room = KeyRoom { prefix: shared.place.prefix.clone(), limits };
-        tokio::task::spawn_blocking(move || {
-            encode(&rows, &shared.forms, &layout, &shard, &shared.place.sink, &room)
+impl EncodeRows for Arriving {
+    fn begin(&self) -> Box<dyn RowEncoder> {
+        Box::new(ArrivingRows {
+            encoder: Some(self.shared.encoder(
+                self.shared.layout.clone(),
+                Some(self.shared.place.limits),
+                &self.shard,
+            )),
+            failed: None,
+            rows: 0,
+            kept: Vec::new(),
+            numbers: Vec::new(),
+            refusals: Vec::new(),
+            kept_bytes: 0,
         })
     }
+}
 
-    /// What was begun for the very same rows.
-    fn take(&self, rows: &Arc<Vec<Row>>) -> Option<Encoding> {
-        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = begun.iter().position(|(own, _)| Arc::ptr_eq(own, rows))?;
-        // Those before it were given up.
-        begun.drain(..=place).next_back().map(|(_, encoding)| encoding)
+/// The rows of one commit, encoded as they arrive.
+struct ArrivingRows {
+    /// `None` once it has failed.
+    encoder: Option<Encoder>,
+    failed: Option<String>,
+    rows: usize,
+    /// Rows that are refused: their dead letters have the records.
+    kept: Vec<Row>,
+    numbers: Vec<usize>,
+    refusals: Vec<Refusal>,
+    kept_bytes: usize,
+}
+
+impl RowEncoder for ArrivingRows {
+    fn push(&mut self, rows: Vec<Row>) {
+        for row in rows {
+            let number = self.rows;
+            self.rows += 1;
+            let Some(encoder) = &mut self.encoder else { continue };
+            match encoder.push(&row) {
+                Ok(None) => {}
+                Ok(Some(reason)) => {
+                    let row = row.detached();
+                    self.kept_bytes += row.held_bytes() + row.batch.held_bytes() + reason.len();
+                    self.refusals.push(Refusal { row: self.kept.len(), reason });
+                    self.kept.push(row);
+                    self.numbers.push(number);
+                }
+                Err(cause) => {
+                    self.failed = Some(cause);
+                    self.encoder = None;
+                }
+            }
+        }
+    }
+
+    fn held_bytes(&self) -> usize {
+        self.encoder.as_ref().map_or(0, Encoder::held_bytes) + self.kept_bytes
+    }
+
+    fn finish(self: Box<Self>) -> (Vec<Row>, EncodedRows) {
+        let bodies = match (self.encoder, self.failed) {
+            (Some(encoder), _) => encoder.finish(),
+            (None, failed) => Err(failed.unwrap_or_default()),
+        };
+        let refusals = self.refusals;
+        let objects = bodies.map(|bodies| Encoded { bodies, refusals });
+        (self.kept, EncodedRows { rows: self.rows, kept: self.numbers, objects })
     }
 }
 
-impl EncodeAhead for Ahead {
-    fn begin(&self, rows: &Arc<Vec<Row>>) {
-        if rows.is_empty() {
-            return;
-        }
-        let limits = Some(self.shared.place.limits);
-        let encoding = self.encode(rows, self.shared.layout.clone(), limits);
-        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
-        begun.push_back((rows.clone(), encoding));
+impl Shared {
+    fn encoder(
+        &self,
+        layout: ObjectLayout,
+        limits: Option<KeyLimits>,
+        shard: &ShardKey,
+    ) -> Encoder {
+        let room = KeyRoom { prefix: self.place.prefix.clone(), limits };
+        Encoder::new(self.forms.clone(), layout, shard.clone(), self.place.sink.clone(), room)
     }
 }
 
@@ -98,16 +141,14 @@ impl ObjectsWriter {
         unfinished: Option<Unfinished>,
     ) -> Self {
         let (owner, last_link) = (fence.owner.clone(), fence.link);
-        let begun = Mutex::default();
-        let ahead = Arc::new(Ahead { shared: shared.clone(), shard: shard.clone(), begun });
-        Self { shared, shard, log, owner, last_link, position, unfinished, ahead }
+        Self { shared, shard, log, owner, last_link, position, unfinished }
     }
 
     /// Claims the commit's span and writes its data.
     async fn claim_and_write(
         &mut self,
         commit: &Commit,
-        encoded: Encoded,
+        encoded: &Encoded,
     ) -> Result<Committed, SinkError> {
         let refused = encoded.refusals.len();
         let link = self.link_for(commit, &encoded.bodies);
@@ -120,7 +161,7 @@ impl ObjectsWriter {
             Appended::Taken(found) => return Err(self.fenced(&found)),
         }
         let keys = link.claim.into_iter().flat_map(|claim| claim.data).map(|data| data.key);
-        let committed = self.write(keys.zip(encoded.bodies), refused).await?;
+        let committed = self.write(keys.zip(&encoded.bodies), refused).await?;
         self.last_link = link.link;
         Ok(committed)
     }
@@ -129,12 +170,12 @@ impl ObjectsWriter {
     async fn produce_again(
         &self,
         promised: &Unfinished,
-        encoded: Encoded,
+        encoded: &Encoded,
     ) -> Result<Committed, SinkError> {
         let refused = encoded.refusals.len();
         self.check_content(promised, &encoded.bodies).await?;
         let keys = promised.claim.data.iter().map(|data| data.key.clone());
-        self.write(keys.zip(encoded.bodies), refused).await.map_err(|error| {
+        self.write(keys.zip(&encoded.bodies), refused).await.map_err(|error| {
             self.shared.place.with_way_out(
                 error,
                 &promised.way_out(&self.shared.place, self.shard.shard.as_str()),
@@ -144,15 +185,15 @@ impl ObjectsWriter {
 
     async fn write(
         &self,
-        objects: impl Iterator<Item = (String, Body)>,
+        objects: impl Iterator<Item = (String, &Body)>,
         refused: usize,
     ) -> Result<Committed, SinkError> {
         let mut committed = Committed { rows_refused: refused as u64, ..Committed::default() };
         let mut puts = Vec::new();
         for (key, body) in objects {
             committed.rows_written += body.rows;
-            committed.bytes_written += body.bytes.len() as u64;
-            puts.push(self.put(self.log.data_path(&key)?, body.bytes));
+            committed.bytes_written += body.bytes.content_length() as u64;
+            puts.push(self.put(self.log.data_path(&key)?, body.bytes.clone()));
         }
         // All end before an error returns: nothing is written behind the back of a retry.
         let results: Vec<_> =
@@ -163,7 +204,7 @@ impl ObjectsWriter {
 
     /// An object that is there already holds these rows: only owners of this claim know its key,
     /// and they write what the same generation made of the same records.
-    async fn put(&self, path: Path, bytes: Bytes) -> Result<(), SinkError> {
+    async fn put(&self, path: Path, bytes: PutPayload) -> Result<(), SinkError> {
         self.shared.place.create_data(&path, bytes).await
     }
 
@@ -176,7 +217,7 @@ impl ObjectsWriter {
             rows: body.rows,
             line_bytes: body.line_bytes,
             sha256: body.sha256.clone(),
-            bytes: Some(body.bytes.len() as u64),
+            bytes: Some(body.bytes.content_length() as u64),
         });
         let data = data.collect();
         let limits = Some(self.shared.place.limits);
@@ -207,24 +248,26 @@ impl ObjectsWriter {
         Ok(())
     }
 
+    /// What the commit's rows become. Those that were encoded as they arrived are in the layout of now.
     async fn encode(
         &self,
-        rows: &Arc<Vec<Row>>,
+        commit: &Commit,
         layout: ObjectLayout,
         limits: Option<KeyLimits>,
-    ) -> Result<Encoded, SinkError> {
-        if rows.is_empty() {
-            return Ok(Encoded::default());
+    ) -> Result<Arc<EncodedRows>, SinkError> {
+        if let Some(encoded) = &commit.encoded {
+            return Ok(encoded.clone());
         }
-        // A promise is kept in the layout in which it was made, and refuses the rows that it refused.
-        let is_own = layout == self.shared.layout && limits == Some(self.shared.place.limits);
-        let begun = self.ahead.take(rows).filter(|_| is_own);
-        let encoding = begun.unwrap_or_else(|| self.ahead.encode(rows, layout, limits));
-        let place = &self.shared.place;
-        match encoding.await {
-            Ok(encoded) => encoded.map_err(|cause| place.unavailable(cause)),
-            Err(error) => Err(place.unavailable(format!("encoding rows was broken off: {error}"))),
-        }
+        let encoder = self.shared.encoder(layout, limits, &self.shard);
+        let rows = commit.rows.clone();
+        let encode = move || EncodedRows {
+            rows: rows.len(),
+            kept: Vec::new(),
+            objects: encode(&rows, encoder),
+        };
+        tokio::task::spawn_blocking(encode).await.map(Arc::new).map_err(|error| {
+            self.shared.place.unavailable(format!("encoding rows was broken off: {error}"))
+        })
     }
 
     /// The commit must go on where the sink stands, and end where an unfinished claim ends.
@@ -343,8 +386,8 @@ impl ObjectsWriter {
 
 #[async_trait]
 impl SinkWriter for ObjectsWriter {
-    fn encodes_ahead(&self) -> Option<Arc<dyn EncodeAhead>> {
-        Some(self.ahead.clone())
+    fn encodes_rows(&self) -> Option<Arc<dyn EncodeRows>> {
+        Some(Arc::new(Arriving { shared: self.shared.clone(), shard: self.shard.clone() }))
     }
 
     async fn commit(
@@ -361,7 +404,9 @@ impl SinkWriter for ObjectsWriter {
             Some(promised) => (promised.claim.layout.clone(), promised.claim.limits),
             None => (self.shared.layout.clone(), Some(self.shared.place.limits)),
         };
-        let encoded = self.encode(&commit.rows, layout, limits).await?;
+        let encoded = self.encode(commit, layout, limits).await?;
+        let failed = |cause: &String| self.shared.place.unavailable(cause);
+        let encoded = encoded.objects.as_ref().map_err(failed)?;
         if !encoded.refusals.is_empty() {
             refusals.hold(commit, &encoded.refusals).await?;
         }

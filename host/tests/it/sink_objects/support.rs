@@ -188,7 +188,12 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
             payload: payload(record),
         })
     });
-    Commit { span, rows: Arc::new(rows.collect()), generation: "generation-1".into() }
+    Commit {
+        span,
+        rows: Arc::new(rows.collect()),
+        encoded: None,
+        generation: "generation-1".into(),
+    }
 }
 
 /// Remembers what was refused, or cannot be written.

@@ -52,7 +52,7 @@ pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
         payload: AsRef::<[u8]>::as_ref(payload).to_vec().into(),
     };
     let rows = Arc::new(payloads.iter().enumerate().map(row).collect());
-    Commit { span, rows, generation: "1".into() }
+    Commit { span, rows, encoded: None, generation: "1".into() }
 }
 
 /// A route that carries JSON, with columns written as `name type`; a `?` behind the type: nullable.

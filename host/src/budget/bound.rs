@@ -1,0 +1,196 @@
+//! The bound on a process's memory: a formula of the configuration, and what the machine has.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::ledger::{bytes_bound, text};
+use crate::config::PipelineConfig;
+
+/// The process itself: its code, the runtime's threads, compiled plugins, the state database.
+const PROCESS_BYTES: usize = 100 << 20;
+/// Copies of a batch that a lane has in hand: the records, what a plugin is given, what it answers, and
+/// the rows.
+const BATCH_COPIES: usize = 4;
+
+/// What a pipeline may hold at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryBound {
+    /// Lanes that run at once.
+    pub lanes: usize,
+    /// Everything but plugins, in bytes.
+    pub host_bytes: usize,
+    /// Instances of plugins.
+    pub instances: usize,
+    /// What they may have together, in bytes.
+    pub plugin_bytes: usize,
+}
+
+impl MemoryBound {
+    /// The bound of a pipeline with this many lanes.
+    ///
+    /// | part | bytes |
+    /// |---|---|
+    /// | the process | 100 MiB |
+    /// | the sinks' buffers | half of `buffer`, the larger of the other half and 256 KiB per lane, and 1 MiB per lane |
+    /// | what the readers of a stream read ahead | the same |
+    /// | batches in hand | 4 × `batch.bytes` per lane |
+    /// | one large request | the largest `limits.output` |
+    /// | trials | `bytes` of `[reload.trial]` per stage |
+    /// | the intake, lookups' caches, copies of dead letters | `in_flight`, `bytes` of each, as the sinks' buffers of one lane |
+    /// | plugins | `limits.memory` per lane and stage |
+    pub fn of(config: &PipelineConfig, lanes: usize) -> Self {
+        let lanes = lanes.max(1);
+        let buffers = bytes_bound(config.buffer_bytes_max, lanes);
+        let read_ahead = if config.source.kinesis().is_some() { buffers } else { 0 };
+        let in_hand = lanes * BATCH_COPIES * config.source.batch.bytes_max;
+        let limits = || config.stages.iter().map(|stage| &stage.limits);
+        let large = limits().map(|limits| limits.output_bytes_max).max().unwrap_or_default();
+        let trials = config.reload.samples.bytes_max * config.stages.len();
+        let intake = config.intake.as_ref().map_or(0, |intake| intake.in_flight_bytes_max);
+        let lookups = config.lookups.iter().map(|lookup| lookup.cache.bytes_max).sum::<usize>();
+        let copies = match config.letter_sinks.is_empty() {
+            true => 0,
+            false => bytes_bound(config.buffer_bytes_max, 1),
+        };
+        let parts = [buffers, read_ahead, in_hand, large, trials, intake, lookups, copies];
+        let plugin_bytes = limits().map(|limits| limits.memory_bytes_max).sum::<usize>();
+        Self {
+            lanes,
+            host_bytes: parts.into_iter().fold(PROCESS_BYTES, usize::saturating_add),
+            instances: lanes * config.stages.len(),
+            plugin_bytes: plugin_bytes.saturating_mul(lanes),
+        }
+    }
+
+    /// The bound, in bytes.
+    pub fn total_bytes(&self) -> usize {
+        self.host_bytes.saturating_add(self.plugin_bytes)
+    }
+
+    /// A warning, where the machine, or the control group that the process runs in, has less memory.
+    pub fn warning(&self, available: Option<&AvailableMemory>) -> Option<String> {
+        let available = available.filter(|available| available.bytes < self.total_bytes())?;
+        Some(format!(
+            "memory may grow to {}, and {} has {}: {self}; lower `buffer` under [pipeline], or `memory` \
+             under [stage.limits], or run it where there is more",
+            text(self.total_bytes()),
+            available.of,
+            text(available.bytes)
+        ))
+    }
+}
+
+impl fmt::Display for MemoryBound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lanes = if self.lanes == 1 { "1 lane".into() } else { format!("{} lanes", self.lanes) };
+        write!(f, "at most {} with {lanes}", text(self.total_bytes()))?;
+        match self.instances {
+            0 => Ok(()),
+            instances => write!(
+                f,
+                " ({} for the host, {} for {instances} plugin instance{})",
+                text(self.host_bytes),
+                text(self.plugin_bytes),
+                if instances == 1 { "" } else { "s" }
+            ),
+        }
+    }
+}
+
+/// Memory that a process can have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AvailableMemory {
+    /// Its bytes.
+    pub bytes: usize,
+    /// Whose they are, for messages.
+    pub of: &'static str,
+}
+
+/// What this process can have: the machine's memory, or less where a control group limits it. `None`: the
+/// system does not say.
+pub fn memory_bytes_available() -> Option<AvailableMemory> {
+    available_below(Path::new("/"))
+}
+
+/// The same, with the system's files below `root`.
+///
+/// Source: proc(5), `/proc/meminfo`; cgroups(7), `/proc/PID/cgroup`; the kernel's "Control Group v2",
+/// `memory.max`, and "Memory Resource Controller", `memory.limit_in_bytes`.
+fn available_below(root: &Path) -> Option<AvailableMemory> {
+    let meminfo = std::fs::read_to_string(root.join("proc/meminfo")).ok();
+    let machine = meminfo.as_deref().and_then(total_of_meminfo);
+    let machine = machine.map(|bytes| AvailableMemory { bytes, of: "the machine" });
+    let groups = std::fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let limits = groups.lines().flat_map(|line| limit_files(root, line));
+    let limits = limits.filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
+    let group = limits.min().map(|bytes| AvailableMemory { bytes, of: "its control group" });
+    machine.into_iter().chain(group).min_by_key(|available| available.bytes)
+}
+
+fn total_of_meminfo(meminfo: &str) -> Option<usize> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1 << 10)
+}
+
+/// The files that limit a process's memory, by a line of its `/proc/self/cgroup`: of its own group and of
+/// all around it. In a container the group's path may be the host's: then only the root is there.
+fn limit_files(root: &Path, line: &str) -> Vec<PathBuf> {
+    let mut fields = line.splitn(3, ':');
+    let (_, controllers, path) = (fields.next(), fields.next(), fields.next());
+    let (mount, file) = match controllers {
+        Some("") => ("sys/fs/cgroup", "memory.max"),
+        Some(some) if some.split(',').any(|one| one == "memory") => {
+            ("sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        }
+        _ => return Vec::new(),
+    };
+    let path = Path::new(path.unwrap_or_default().trim_start_matches('/'));
+    path.ancestors().map(|group| root.join(mount).join(group).join(file)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn system(meminfo: &str, cgroup: &str, files: &[(&str, &str)]) -> Option<AvailableMemory> {
+        let root = tempfile::tempdir().expect("a folder");
+        let all = [("proc/meminfo", meminfo), ("proc/self/cgroup", cgroup)];
+        for (path, text) in all.iter().chain(files) {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+            std::fs::write(path, text).expect("written");
+        }
+        available_below(root.path())
+    }
+
+    #[test]
+    fn fault_02_a_limit_of_any_group_around_the_process_counts() {
+        const MEMINFO: &str = "MemTotal:       24684224 kB\nMemFree:        1 kB\n";
+        let bytes = |found: Option<AvailableMemory>| found.map(|it| (it.bytes >> 20, it.of));
+        let machine = Some((24_105, "the machine"));
+        assert_eq!(bytes(system(MEMINFO, "0::/\n", &[])), machine);
+        let unlimited = [("sys/fs/cgroup/a/b/memory.max", "max\n")];
+        assert_eq!(bytes(system(MEMINFO, "0::/a/b\n", &unlimited)), machine);
+        let outer = [unlimited[0], ("sys/fs/cgroup/a/memory.max", "536870912\n")];
+        let limited = Some((512, "its control group"));
+        assert_eq!(bytes(system(MEMINFO, "0::/a/b\n", &outer)), limited);
+        // In a container, whose own group is the root that it sees.
+        let root = [("sys/fs/cgroup/memory.max", "536870912\n")];
+        assert_eq!(bytes(system(MEMINFO, "0::/kubepods/x\n", &root)), limited);
+        let old = [("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "536870912\n")];
+        assert_eq!(bytes(system(MEMINFO, "4:cpu:/a\n3:memory,x:/a\n", &old)), limited);
+        assert_eq!(system("", "", &[]), None);
+    }
+
+    #[test]
+    fn fault_02_what_is_above_the_machine_is_warned_of() {
+        let bound =
+            MemoryBound { lanes: 5, host_bytes: 300 << 20, instances: 5, plugin_bytes: 1 << 30 };
+        let of = "the machine";
+        assert_eq!(bound.warning(Some(&AvailableMemory { bytes: 2 << 30, of })), None);
+        assert_eq!(bound.warning(None), None);
+        let said = bound.warning(Some(&AvailableMemory { bytes: 1 << 30, of })).expect("a warning");
+        assert!(said.contains("1324 MiB, and the machine has 1024 MiB"), "{said}");
+        assert!(said.contains("5 lanes (300 MiB for the host, 1024 MiB for 5 plugin"), "{said}");
+    }
+}
