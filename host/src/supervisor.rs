@@ -58,6 +58,22 @@ pub struct RunOptions {
     pub embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
     /// Makes sinks, when a reload names others.
     pub build_sinks: BuildSinks,
+    /// Whether it is the pipeline itself that runs.
+    pub role: RunRole,
+}
+
+/// Who runs with a pipeline's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunRole {
+    /// The pipeline itself: what it runs is noted, and lasts.
+    Pipeline,
+    /// A command beside the pipeline, such as a redrive. It runs what the pipeline runs, or would run if
+    /// it were started now, and notes nothing of that: the files may say something else that nobody has
+    /// loaded yet.
+    Beside {
+        /// The pipeline is running.
+        is_running: bool,
+    },
 }
 
 impl RunOptions {
@@ -66,12 +82,14 @@ impl RunOptions {
         let dropped_sinks = HashSet::new();
         let build_sinks: BuildSinks =
             Arc::new(|_| Err(anyhow::anyhow!("whoever runs this pipeline makes no other sinks")));
+        let role = RunRole::Pipeline;
         Self {
             until_caught_up,
             dropped_sinks,
             files_count: false,
             embedded_plugin: |_| None,
             build_sinks,
+            role,
         }
     }
 }
@@ -121,22 +139,37 @@ impl Supervisor {
     ) -> anyhow::Result<Self> {
         let state = StateStore::open(lock.folder())?;
         host.backends.prepare().await?;
-        let (declared, components) =
-            Generation::from_config(&config, &host, &options.embedded_plugin)?;
         let generations = GenerationStore::new(host.clone(), state.clone());
         let stream = source.identity().await?;
         roster::rename(&config, &sinks, &state, &*source, &stream).await?;
-        let (running, generation) =
-            carry_over(&state, &generations, &host, &config, declared, options.files_count).await?;
+        let to_run = match options.role {
+            RunRole::Beside { is_running: true } => noted(&state, &generations, &config).await?,
+            _ => None,
+        };
+        let is_pipeline = options.role == RunRole::Pipeline;
+        let (running, generation, components) = match to_run {
+            Some((running, generation)) => (running, generation, Vec::new()),
+            None => {
+                let (declared, components) =
+                    Generation::from_config(&config, &host, &options.embedded_plugin)?;
+                let (running, generation) =
+                    carry_over(&state, &generations, &host, &config, declared, &options).await?;
+                (running, generation, components)
+            }
+        };
         for sink in &sinks {
             sink.prepare(&generation.routes_to(sink.name())).await?;
         }
         let ledger = Ledger::new(state.clone());
         ledger.keep(&generation.spec, components).await?;
-        Changes::new(state.clone()).promote(&running, None, None).await?;
-        if let Err(error) = ledger.prune(&generation.spec).await {
-            // Nothing is lost, only space. A replay that needs what cannot be read says so itself.
-            tracing::warn!(%error, "components that are not needed any more stay");
+        if is_pipeline {
+            let changes = Changes::new(state.clone());
+            changes.promote(&running, None, None).await?;
+            changes.note_sinks(config.sink_fingerprints()).await?;
+            if let Err(error) = ledger.prune(&generation.spec).await {
+                // Nothing is lost, only space. A replay that needs what cannot be read says so itself.
+                tracing::warn!(%error, "components that are not needed any more stay");
+            }
         }
         tokio::task::spawn_blocking({
             let cache = host.cache.clone();
@@ -607,6 +640,20 @@ impl Lanes {
     }
 }
 
+/// What the pipeline runs, as it has noted it; `None`: it has not.
+async fn noted(
+    state: &StateStore,
+    generations: &GenerationStore,
+    config: &PipelineConfig,
+) -> anyhow::Result<Option<(Running, Generation)>> {
+    let Some(running) = Changes::new(state.clone()).running().await? else { return Ok(None) };
+    let generation = generations
+        .load(running.running.clone(), &config.source.stream_name())
+        .await
+        .context("what the pipeline runs cannot be run beside it")?;
+    Ok(Some((running, generation)))
+}
+
 /// What is to run: as the files describe it, or as it was changed since they were read last.
 async fn carry_over(
     state: &StateStore,
@@ -614,14 +661,15 @@ async fn carry_over(
     host: &PluginHost,
     config: &PipelineConfig,
     declared: Generation,
-    files_count: bool,
+    options: &RunOptions,
 ) -> anyhow::Result<(Running, Generation)> {
     let as_described = |declared: Generation| {
         let (declared_spec, running) = (declared.spec.clone(), declared.spec.clone());
         (Running { declared: declared_spec, running }, declared)
     };
     let changes = Changes::new(state.clone());
-    if files_count {
+    let is_pipeline = options.role == RunRole::Pipeline;
+    if options.files_count {
         let stages = declared.spec.stages.iter().map(|stage| stage.name.to_string());
         changes.supersede(stages.collect()).await?;
         return Ok(as_described(declared));
@@ -630,8 +678,10 @@ async fn carry_over(
         return Ok(as_described(declared));
     };
     let running = before.carried_over(&declared.spec);
-    let dropped = dropped_swaps(&before, &running);
-    changes.supersede(dropped).await?;
+    if is_pipeline {
+        let dropped = dropped_swaps(&before, &running);
+        changes.supersede(dropped).await?;
+    }
     if running == declared.spec {
         return Ok(as_described(declared));
     }

@@ -1,8 +1,11 @@
 //! `shardmill dlq`: what a pipeline could not process, and why.
 
+mod redrive;
+
+pub(super) use redrive::resolve_replays;
+
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use base64::Engine as _;
@@ -10,14 +13,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use comfy_table::{Table, presets};
 use serde_json::json;
 
-use super::run::stop_on_signals;
-use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, plugin_host, print_line, sinks};
-use crate::config::{PipelineConfig, RejectedMax};
-use crate::lease::PipelineLock;
-use crate::position::{DeadLetters, LetterFilter, Redriven, Redrives, StateStore};
+use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, print_line};
+use crate::position::{DeadLetters, LetterFilter};
 use crate::record::LetterPlace;
-use crate::source::letters::LettersSource;
-use crate::supervisor::{RunOptions, Supervisor};
 use crate::terminal::escaped;
 
 /// Characters of a reason that a list shows.
@@ -62,10 +60,11 @@ pub enum Command {
     ///
     /// They go in the order of their records, while the pipeline runs or not. What goes through is no
     /// letter any more, what fails again stays with the new reason. A redrive that was broken off goes
-    /// on where it was: sinks that are exactly once have each row once.
+    /// on where it was: sinks that are exactly once have each row once. While the pipeline runs, they go
+    /// through what it runs, whatever its files say by now.
     #[command(
         after_help = "Examples:\n  shardmill dlq redrive --stage decode\n  shardmill dlq redrive 17 18\n  \
-                      shardmill dlq redrive --all"
+                      shardmill dlq redrive --all\n  shardmill dlq redrive --without mart"
     )]
     Redrive {
         #[command(flatten)]
@@ -73,6 +72,9 @@ pub enum Command {
         /// Redrive every letter.
         #[arg(long)]
         all: bool,
+        /// Go on without a sink, or a stage, that is gone from the pipeline; its letters stay.
+        #[arg(long, value_name = "NAME")]
+        without: Vec<String>,
     },
     /// Delete dead letters: the records are then gone for this pipeline.
     #[command(
@@ -150,7 +152,9 @@ pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::List { letters, limit } => list(&letters, limit, console).await,
         Command::Show { id, pipeline } => show(id, &pipeline, console).await,
         Command::Export { letters, out } => export(&letters, out, console).await,
-        Command::Redrive { letters, all } => redrive(&letters, all, console).await,
+        Command::Redrive { letters, all, without } => {
+            redrive::redrive(&letters, all, &without, console).await
+        }
         Command::Purge { letters, all } => purge(&letters, all, console).await,
     }
 }
@@ -285,70 +289,6 @@ async fn purge(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result
     let purged = open(&wanted.pipeline)?.purge(filter).await?;
     console.say(format!("{purged} dead letters deleted"));
     console.report(&json!({ "deleted": purged }))
-}
-
-async fn redrive(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result<()> {
-    let filter = wanted.chosen(all, "redrive")?;
-    ensure!(
-        wanted.pipeline.again.is_none(),
-        "letters of what was run again cannot be redriven: their rows may have gone to tables beside; \
-         `shardmill dlq export --again` writes them out"
-    );
-    let mut config = load(&wanted.pipeline.pipeline)?;
-    // All of them failed once: that more than a few do again says nothing.
-    config.rejected_max = RejectedMax::NONE;
-    // An error here is better than a lock in a folder that was never used.
-    dead_letters(&config)?;
-    let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)?;
-    let redrives = Redrives::new(StateStore::open(lock.folder())?, config.name.clone());
-    let id = match redrives.unfinished().await? {
-        Some(id) => {
-            console
-                .say("a redrive was broken off: it goes on, the letters named now are not begun");
-            id
-        }
-        None => match redrives.begin(filter).await? {
-            Some(id) => id,
-            None => {
-                console.say("0 dead letters");
-                return console.report(&Redriven::default());
-            }
-        },
-    };
-    let gone = gone_places(&config, &redrives.places(id).await?);
-    if !gone.is_empty() {
-        redrives.cancel(id).await?;
-        bail!(
-            "{} is not in the pipeline any more, so nothing can enter there: put it back, or leave its \
-             letters out",
-            gone.join(", ")
-        );
-    }
-    let source = LettersSource::new(redrives.clone(), id, &config.name, config.source.batch);
-    let (sinks, drain_max) = (sinks::build(&config)?, config.timing.drain_max);
-    let host = plugin_host(&config)?;
-    let options = RunOptions::new(true);
-    let supervisor =
-        Supervisor::prepare_under(lock, config, host, Arc::new(source), sinks, options).await?;
-    supervisor.run_until(stop_on_signals(drain_max)?).await?;
-    let Some(redriven) = redrives.finish(id).await? else {
-        bail!("the redrive was broken off: `shardmill dlq redrive` goes on with it");
-    };
-    let Redriven { letters, failed_again } = redriven;
-    console.say(format!("{letters} dead letters redriven, {failed_again} failed again"));
-    console.report(&redriven)
-}
-
-/// The places of letters that the configuration has not any more.
-fn gone_places(config: &PipelineConfig, places: &[String]) -> Vec<String> {
-    let is_there = |place: &str| match LetterPlace::parse(place) {
-        Some(LetterPlace::Stage(name)) => {
-            config.stages.iter().any(|stage| stage.name.value == name)
-        }
-        Some(LetterPlace::Sink(name)) => config.sinks.iter().any(|sink| sink.name.value == name),
-        None => false,
-    };
-    places.iter().filter(|place| !is_there(place)).cloned().collect()
 }
 
 /// Bytes for people; what is no text in base64.

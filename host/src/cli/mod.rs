@@ -27,6 +27,7 @@ use std::time::Duration;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::config::{ConfigError, PipelineConfig};
+use crate::lease::PipelineLock;
 use crate::plugin::{
     Backends, CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile,
 };
@@ -305,7 +306,22 @@ fn dead_letters(config: &PipelineConfig) -> anyhow::Result<DeadLetters> {
         config.name,
         folder.display()
     );
-    Ok(DeadLetters::new(StateStore::open(&folder)?))
+    Ok(DeadLetters::new(state_beside(config)?))
+}
+
+/// The state of a pipeline that another process may be running: where it is of an earlier version, opening
+/// it would change it under that process.
+fn state_beside(config: &PipelineConfig) -> anyhow::Result<StateStore> {
+    let folder = config.state_dir.join(config.name.as_str());
+    anyhow::ensure!(
+        !StateStore::is_of_earlier_version(&folder)?
+            || !PipelineLock::is_taken(&config.state_dir, &config.name)?,
+        "pipeline {} is run by an earlier version of shardmill, which could not read its state in {} after \
+         this command: give the command with that version, or restart the pipeline with this one first",
+        config.name,
+        folder.display()
+    );
+    Ok(StateStore::open(&folder)?)
 }
 
 /// What a pipeline's plugins are loaded with.

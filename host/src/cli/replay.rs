@@ -11,16 +11,19 @@ use anyhow::{Context as _, bail, ensure};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
+use super::dlq::resolve_replays;
 use super::run::stop_on_signals;
-use super::{Console, PipelineFile, holes, load, plugin_host, sinks, stream};
+use super::{
+    Console, PipelineFile, dead_letters, holes, load, plugin_host, sinks, state_beside, stream,
+};
 use crate::config::{
     PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, StartPosition,
 };
 use crate::lease::PipelineLock;
-use crate::position::{Checkpoints, Holes};
-use crate::record::{Position, ShardId, ShardKey, SinkName};
+use crate::position::{Checkpoints, FailedAgain, Holes, Redrives, ReplayId, Replays, StateStore};
+use crate::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
 use crate::sink::Sink;
-use crate::sink::postgres::{PostgresSink, TableWindow, WindowDiff};
+use crate::sink::postgres::{OtherSink, PostgresSink, SwapFailed, TableWindow, WindowDiff};
 use crate::source::window::WindowSource;
 use crate::source::{NextBatch, ResumePoint, ShardSource, Waiting};
 use crate::supervisor::{RunOptions, Supervisor};
@@ -30,6 +33,8 @@ const FIRST_RECORD_MAX: Duration = Duration::from_secs(60);
 /// By how much the clock of this machine may have drifted from the server's meanwhile, in milliseconds.
 const CLOCKS_DIFFER_MS: i64 = 60_000;
 const SECOND_MS: i64 = 1_000;
+/// What a sink's name ends with while it is replayed.
+const REPLAYED: &str = ".replay";
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -77,6 +82,8 @@ struct Report {
     swapped: Option<(u64, u64)>,
     /// What the sink was not given, and what fills it.
     holes: Vec<String>,
+    /// The live table's rows were replaced, also where the server did not say how many.
+    is_replaced: bool,
 }
 
 pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
@@ -90,15 +97,25 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         _ => hole_window(&config, &sink, options.hole.unwrap_or_default()).await?,
     };
     let live = live_target(&config, &sink)?;
-    let replayed: SinkName = format!("{sink}.replay").as_str().into();
+    let replayed: SinkName = format!("{sink}{REPLAYED}").as_str().into();
 
     let folder = config.state_dir.join(config.name.as_str()).join("replay");
     let lock = PipelineLock::take(&folder, &config.name)?;
+    // Before the positions of an earlier replay are forgotten, which say whether it has landed.
+    let swap = match options.swap {
+        true => Some(Swap::begin(&config, console).await?),
+        false => {
+            if config.state_dir.join(config.name.as_str()).join("state.db").exists() {
+                resolve_replays(&config, &state_beside(&config)?, console).await?;
+            }
+            None
+        }
+    };
     forget_state(lock.folder())?;
     let prepared = TableWindow::prepare(
         live,
         options.into.as_deref(),
-        &replayed,
+        (&sink, &replayed),
         &config.name,
         window_ms.clone(),
     );
@@ -111,8 +128,11 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
             .await?;
     let stream = Arc::new(source.identity().await?);
     check_past(&*source, &window_ms).await?;
+    let others = others(&config, &sink);
     if options.swap {
         check_held(&*source, &window_ms).await?;
+        let alone = table.check_alone(&others, &stream).await;
+        alone.map_err(|cause| anyhow::anyhow!("nothing was replaced: {cause}"))?;
     }
     let held = source.clone();
     let source = WindowSource::new(source, window_ms.clone());
@@ -132,9 +152,10 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         dead_letters: letters.count().await?,
         swapped: None,
         holes: Vec::new(),
+        is_replaced: false,
     };
     say(&report, console);
-    if options.swap {
+    if let Some(swap) = swap {
         ensure!(
             report.dead_letters == 0 || options.with_dead_letters,
             "nothing was replaced: {} records are not among the new rows, today's plugins or the table \
@@ -142,13 +163,22 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
             report.dead_letters
         );
         let last = last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let live = PostgresSink::new(sink.clone(), live)?;
+        let target = PostgresSink::new(sink.clone(), live)?;
         // If it holds all of the window now, it did when it was read.
         check_held(&*held, &window_ms).await?;
-        check_passed(&live, &config, stream, last).await?;
-        let (deleted, inserted) = table.swap().await.map_err(anyhow::Error::msg)?;
-        console.say(format!("replaced: {deleted} rows deleted, {inserted} inserted"));
-        report.swapped = Some((deleted, inserted));
+        check_passed(&target, &config, stream.clone(), last).await?;
+        let beside = table.check_alone(&others, &stream).await.map_err(anyhow::Error::msg)?;
+        let failed = failed_again(letters.failed().await?);
+        let window = Window { sink: &sink, live, stream: &stream, window_ms };
+        let replaced = swap.replace(&config, window, (&mut table, &beside), failed).await?;
+        match replaced {
+            Some((deleted, inserted)) => {
+                console.say(format!("replaced: {deleted} rows deleted, {inserted} inserted"));
+            }
+            None => console.say("replaced: the server did it, and did not say how many rows"),
+        }
+        report.swapped = replaced;
+        report.is_replaced = true;
         if options.hole.is_some() {
             fill(&config, &sink, options.hole, console).await?;
         }
@@ -236,6 +266,114 @@ async fn hole_window(
     Ok(window_ms)
 }
 
+/// What failed in the replay, by the names of the pipeline.
+fn failed_again(mut failed: Vec<FailedAgain>) -> Vec<FailedAgain> {
+    for one in &mut failed {
+        if one.place.starts_with("sink:")
+            && let Some(place) = one.place.strip_suffix(REPLAYED)
+        {
+            one.place = place.to_owned();
+        }
+    }
+    failed
+}
+
+/// The pipeline's other tables in PostgreSQL.
+fn others<'c>(
+    config: &'c PipelineConfig,
+    sink: &SinkName,
+) -> Vec<(&'c SinkName, &'c PostgresTarget)> {
+    let sinks = config.sinks.iter().chain(&config.letter_sinks);
+    let others = sinks.filter(|other| other.name.value != *sink);
+    let tables = others.filter_map(|other| match &other.kind {
+        SinkKind::Postgres(target) => Some((&other.name.value, target)),
+        _ => None,
+    });
+    tables.collect()
+}
+
+/// The right to replace rows, and where it is noted: no redrive may run meanwhile, it would bring letters
+/// that the replay brings too.
+struct Swap {
+    state: StateStore,
+    _lock: PipelineLock,
+}
+
+/// What is replaced.
+struct Window<'w> {
+    sink: &'w SinkName,
+    live: &'w PostgresTarget,
+    stream: &'w StreamIdentity,
+    window_ms: Range<u64>,
+}
+
+impl Swap {
+    async fn begin(config: &PipelineConfig, console: &Console) -> anyhow::Result<Self> {
+        // An error here is better than a lock in a folder that was never used.
+        dead_letters(config)?;
+        let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)
+            .context("a redrive and a replay that replaces rows cannot run at the same time")?;
+        let state = state_beside(config)?;
+        let redrives = Redrives::new(state.clone(), config.name.clone());
+        ensure!(
+            redrives.unfinished().await?.iter().all(|one| one.is_rest),
+            "a redrive was broken off, and has brought some letters: finish it by `shardmill dlq redrive` \
+             first"
+        );
+        resolve_replays(config, &state, console).await?;
+        Ok(Self { state, _lock: lock })
+    }
+
+    /// Replaces the rows; gives how many were deleted and inserted, where the server has said it.
+    ///
+    /// First it is noted, as pending, which letters the rows are of; the note counts once the rows are there.
+    async fn replace(
+        &self,
+        config: &PipelineConfig,
+        window: Window<'_>,
+        (table, beside): (&mut TableWindow, &[OtherSink]),
+        failed: Vec<FailedAgain>,
+    ) -> anyhow::Result<Option<(u64, u64)>> {
+        let Window { sink, live, stream, window_ms } = window;
+        let replays = Replays::new(self.state.clone());
+        let both = replays.failed_both(stream, window_ms.clone(), &failed).await?;
+        let with_rows = table.with_rows(both).await.map_err(anyhow::Error::msg)?;
+        let id = replays.begin((stream, sink), window_ms, failed, with_rows).await?;
+        let cause = match table.swap(id, beside, stream).await {
+            Ok(counts) => {
+                confirm(&replays, id).await;
+                return Ok(Some(counts));
+            }
+            Err(SwapFailed::Nothing(cause)) => {
+                replays.cancel(id).await?;
+                bail!(cause);
+            }
+            Err(SwapFailed::Unknown(cause)) => cause,
+        };
+        match TableWindow::has_landed(live, &config.name, sink, id).await {
+            Ok(true) => {
+                confirm(&replays, id).await;
+                Ok(None)
+            }
+            Ok(false) => {
+                replays.cancel(id).await?;
+                bail!("nothing was replaced: the connection was lost: {cause}");
+            }
+            Err(unknown) => bail!(
+                "whether the window was replaced is not known: {cause}; and then: {unknown}. The next \
+                 `shardmill dlq redrive` or `shardmill replay` of this pipeline finds it out"
+            ),
+        }
+    }
+}
+
+/// The rows are there: if this cannot be noted now, it is found out before it matters.
+async fn confirm(replays: &Replays, id: ReplayId) {
+    if let Err(error) = replays.confirm(id).await {
+        tracing::warn!(%error, "the next redrive finds out which letters were replayed");
+    }
+}
+
 /// The window in milliseconds since 1970.
 fn window(from: DateTime<Utc>, to: DateTime<Utc>) -> anyhow::Result<Range<u64>> {
     let ms = |time: DateTime<Utc>| {
@@ -308,6 +446,7 @@ fn replay_config(
         if let SinkKind::Postgres(target) = &mut own.kind {
             target.table = shadow.to_owned();
             target.create = false;
+            target.written_for = Some(sink.clone());
         }
     }
     for bound in own.stages.iter_mut().flat_map(|stage| stage.routes.values_mut()) {

@@ -126,6 +126,9 @@ pub async fn roll_back(options: RollbackOptions, console: &Console) -> anyhow::R
     }
     let path = format!("/stages/{}/rollback", options.stage);
     tell(running.post(&path, &json!({}), Vec::new()).await?, console)?;
+    if let (true, Some(undone)) = (options.replay_from_swap, &undone) {
+        again::begin(&config, undone)?;
+    }
     if let (true, Some(undone)) = (options.replay_from_swap, undone) {
         let report = again::run_again(&config, &options.stage, &undone, console).await?;
         console.report(&report)?;
@@ -208,6 +211,13 @@ pub(super) fn say_trial(trial: &Value, console: &Console) {
             "trial: {:.0} ns per record before, {:.0} ns after",
             ns("incumbent_ns_per_record"),
             ns("candidate_ns_per_record")
+        ));
+    }
+    if let Some(cause) = trial["incumbent_failed"].as_str() {
+        console.say(format!(
+            "trial: the version before failed: {}; {} records were given to the new one alone",
+            crate::terminal::escaped(cause, &[]),
+            count("candidate_only")
         ));
     }
     for difference in trial["differences"].as_array().into_iter().flatten() {
@@ -356,5 +366,5 @@ fn state(config: &PipelineConfig) -> anyhow::Result<StateStore> {
         config.name,
         folder.display()
     );
-    Ok(StateStore::open(&folder)?)
+    super::state_beside(config)
 }

@@ -90,6 +90,14 @@ pub struct PipelineConfig {
 }
 
 impl PipelineConfig {
+    /// Each sink's name with a digest of its description in the file, which may hold a password.
+    pub fn sink_fingerprints(&self) -> Vec<(SinkName, String)> {
+        let digest = |sink: &SinkConfig| {
+            crate::plugin::Digest::of(sink.fingerprint_json.as_bytes()).to_string()
+        };
+        self.sinks.iter().map(|sink| (sink.name.value.clone(), digest(sink))).collect()
+    }
+
     /// The pipeline that copies dead letters, described by `columns`, to their sinks; `None` when there
     /// are none. Its state is kept under `state_dir`.
     pub fn for_letters(&self, state_dir: PathBuf, columns: Vec<Column>) -> Option<Self> {

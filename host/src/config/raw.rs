@@ -40,6 +40,8 @@ pub(super) struct RawTiming {
     pub memory_blocked: Maybe<Span>,
     pub memory_turn: Maybe<Span>,
     pub give_back: Maybe<Span>,
+    pub trial: Maybe<Span>,
+    pub trial_incumbent: Maybe<Span>,
 }
 
 /// `[source]` with `type = "kinesis"`

@@ -216,6 +216,7 @@ fn postgres(raw: &RawPostgres, check: &mut Check) -> Option<SinkKind> {
         mode: mode?,
         connections_max: connections_max?,
         lineage: raw.lineage.unwrap_or(false),
+        written_for: None,
     }))
 }
 

@@ -99,6 +99,8 @@ pub struct PostgresTarget {
     pub connections_max: usize,
     /// Whether each row says from which record it came.
     pub lineage: bool,
+    /// The sink in whose name rows are written, where that is not the sink's own: a replay's are.
+    pub written_for: Option<SinkName>,
 }
 
 /// A table in Amazon Redshift.

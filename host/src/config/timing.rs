@@ -41,6 +41,10 @@ pub struct Timing {
     pub memory_turn_max: Duration,
     /// Time for which a lane is blocked until it gives its read-ahead back.
     pub give_back_after: Duration,
+    /// Time that a candidate may take with all records of its trial.
+    pub trial_max: Duration,
+    /// The same for the version at work: it is mostly a bad one that is to be replaced.
+    pub trial_incumbent_max: Duration,
 }
 
 impl Default for Timing {
@@ -58,6 +62,8 @@ impl Default for Timing {
             memory_blocked_after: seconds(5),
             memory_turn_max: seconds(10),
             give_back_after: seconds(60),
+            trial_max: seconds(30),
+            trial_incumbent_max: seconds(10),
         }
     }
 }
@@ -77,6 +83,8 @@ pub(super) fn read(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Tim
     let memory = check.duration(&raw.memory_blocked, default.memory_blocked_after, DEADLINES);
     let turn = check.duration(&raw.memory_turn, default.memory_turn_max, DEADLINES);
     let give_back = check.duration(&raw.give_back, default.give_back_after, DEADLINES);
+    let trial = check.duration(&raw.trial, default.trial_max, DEADLINES);
+    let incumbent = check.duration(&raw.trial_incumbent, default.trial_incumbent_max, DEADLINES);
     Some(Timing {
         drain_max: drain?,
         retry_pause_max: retry_pause?,
@@ -89,5 +97,7 @@ pub(super) fn read(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Tim
         memory_blocked_after: memory?,
         memory_turn_max: turn?,
         give_back_after: give_back?,
+        trial_max: trial?,
+        trial_incumbent_max: incumbent?,
     })
 }

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use anyhow::Context as _;
 use tokio_util::sync::CancellationToken;
 
 use super::change::{Change, Gap};
@@ -16,7 +17,7 @@ use crate::record::{Position, ShardKey};
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
 use crate::sink::{Acquired, Sink};
 use crate::source::Waiting;
-use crate::stage::Generation;
+use crate::stage::{Generation, GenerationSpec};
 use crate::stop::Stop;
 
 /// One sink, taken over.
@@ -267,6 +268,29 @@ impl GenerationStore {
         Ok(tokio::task::spawn_blocking(load).await??)
     }
 
+    /// A generation of components that were stored with it.
+    ///
+    /// # Errors
+    /// One of them is gone, or it does not load.
+    pub(crate) async fn load(
+        &self,
+        spec: GenerationSpec,
+        stream_name: &str,
+    ) -> anyhow::Result<Generation> {
+        let mut components = HashMap::new();
+        for digest in spec.digests() {
+            components.insert(digest.to_owned(), self.component(digest).await?);
+        }
+        let component = |digest: &str| {
+            components
+                .get(digest)
+                .cloned()
+                .ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
+        };
+        let generation = Generation::from_store(spec, &self.host, stream_name, &component);
+        generation.context("it does not load")
+    }
+
     /// A generation by its id; `wanted` is the newest.
     async fn get(
         &self,
@@ -291,20 +315,10 @@ impl GenerationStore {
             .spec(id)
             .await
             .map_err(|error| missing(error.to_string()))?;
-        let mut components = HashMap::new();
-        for digest in spec.digests() {
-            let bytes = self.component(digest).await.map_err(|error| missing(error.to_string()))?;
-            components.insert(digest.to_owned(), bytes);
-        }
-        let stream = &shared.config.source.stream_name();
-        let component = |digest: &str| {
-            components
-                .get(digest)
-                .cloned()
-                .ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
-        };
-        let generation = Generation::from_store(spec, &self.host, stream, &component)
-            .map_err(|error| missing(format!("it does not load: {error:#}")))?;
+        let generation = self
+            .load(spec, &shared.config.source.stream_name())
+            .await
+            .map_err(|error| missing(format!("{error:#}")))?;
         let generation = Arc::new(generation);
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         loaded.retain(|_, known| known.strong_count() > 0);

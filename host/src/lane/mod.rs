@@ -573,7 +573,10 @@ impl Lane<'_> {
         for one in routed {
             if route.replace((one.stage, one.route)) != Some((one.stage, one.route)) {
                 let sinks = chain.sinks_of(&one);
-                let is_bound = |index: &usize| sinks.contains(&self.deliveries[*index].sink);
+                let is_bound = |index: &usize| {
+                    let sink = &self.deliveries[*index].sink;
+                    sinks.contains(sink) && !batch.is_delivered_to(sink)
+                };
                 bound = (0..rows.len()).filter(is_bound).collect();
             }
             // The last takes the row itself, which saves counting references.

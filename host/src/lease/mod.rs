@@ -3,9 +3,10 @@
 //! The lock keeps a second `run` of the same pipeline out; the fence against a process that is gone
 //! but not dead is the epoch in each sink. Leases that a fleet shares come in a later version.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::record::PipelineName;
 
@@ -77,7 +78,7 @@ impl PipelineLock {
             .truncate(false)
             .open(&path)
             .map_err(unusable)?;
-        if file.try_lock().is_err() {
+        if !locks_soon(&file) {
             let mut owner = String::new();
             // Only for the message.
             let _ = file.read_to_string(&mut owner);
@@ -95,8 +96,38 @@ impl PipelineLock {
         Ok(Self { _file: file, folder })
     }
 
+    /// Whether some process runs the pipeline: has the lock of its folder under the state folder.
+    ///
+    /// # Errors
+    /// [`LeaseError::Unusable`].
+    pub fn is_taken(state_dir: &Path, pipeline: &PipelineName) -> Result<bool, LeaseError> {
+        let path = state_dir.join(pipeline.as_str()).join("lock");
+        let unusable = |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(unusable(error)),
+        };
+        match file.try_lock_shared() {
+            // Given back at once: whoever starts in this moment tries again.
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(error)) => Err(unusable(error)),
+        }
+    }
+
     /// The pipeline's own folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
+}
+
+/// Takes a lock that a command may just be looking at ([`PipelineLock::is_taken`]).
+fn locks_soon(file: &File) -> bool {
+    (0..5).any(|tried| {
+        if tried > 0 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        file.try_lock().is_ok()
+    })
 }

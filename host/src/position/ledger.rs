@@ -9,6 +9,7 @@
 use rusqlite::OptionalExtension as _;
 use serde::Serialize;
 
+use super::redrive::REDRIVES;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 use super::together::{Entry, Together};
 use crate::record::{Position, ShardId, ShardKey};
@@ -50,6 +51,9 @@ pub struct LedgerEntry {
     pub generation: String,
     /// When it was recorded, in milliseconds since 1970.
     pub recorded_ms: i64,
+    /// The stream, by its key.
+    #[serde(skip)]
+    pub stream: String,
 }
 
 /// The ledger of a pipeline.
@@ -166,17 +170,19 @@ impl Ledger {
             .await
     }
 
-    /// Every segment of every shard, by shard and ascending position.
+    /// Every segment of every shard that was read, by stream, shard and ascending position. Redrives are
+    /// no part of it: their shards are of no stream.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn history(&self) -> Result<Vec<LedgerEntry>, StateError> {
         self.store
             .write("read the generation ledger", |state| {
-                let mut query = state.prepare(
-                    "SELECT shard, sequence, sub_sequence, generation, recorded_ms FROM ledger
+                let mut query = state.prepare(&format!(
+                    "SELECT shard, sequence, sub_sequence, generation, recorded_ms, stream FROM ledger
+                     WHERE stream NOT GLOB '{REDRIVES}'
                      ORDER BY stream, shard, sequence, sub_sequence",
-                )?;
+                ))?;
                 let entries = query.query_map([], |row| {
                     let sequence: String = row.get(1)?;
                     let from_exclusive = match sequence.is_empty() {
@@ -188,6 +194,7 @@ impl Ledger {
                         from_exclusive,
                         generation: row.get(3)?,
                         recorded_ms: row.get(4)?,
+                        stream: row.get(5)?,
                     })
                 })?;
                 entries.collect()

@@ -1,7 +1,8 @@
 //! The log of letters that have become visible, in that order: what copies of them are made from.
 //!
 //! A letter's own number says nothing of when it was shown, since some are hidden for a while. Triggers
-//! of the database number each when it is; one that is deleted is gone from the log as well.
+//! of the database number each when it is; one that is deleted is gone from the log as well. Letters of a
+//! redrive are numbered when it is finished, if they stay: until then nobody waits for them.
 
 use serde_json::{Value, json};
 
@@ -39,7 +40,7 @@ impl DeadLetters {
     }
 
     /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes` of
-    /// originals; and none behind one that a redrive has not done with: it may go yet.
+    /// originals.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -60,9 +61,6 @@ impl DeadLetters {
                 let (mut logged, mut held_bytes) = (Vec::new(), 0);
                 while let Some(row) = rows.next()? {
                     let letter = StoredLetter::read(row, 1)?;
-                    if letter.is_of_redrive() {
-                        break;
-                    }
                     held_bytes += letter.original.len() + letter.entered.len();
                     logged.push(LoggedLetter { number: row.get(0)?, letter });
                     if held_bytes >= bytes {
@@ -178,6 +176,42 @@ mod tests {
             reason: "no".into(),
             backtrace: String::new(),
         }
+    }
+
+    #[tokio::test]
+    async fn fault_10_copies_pass_over_letters_of_an_unfinished_redrive() {
+        use crate::position::Redrives;
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = StateStore::open(folder.path()).expect("opened");
+        let letters = DeadLetters::new(store.clone());
+        let pipeline = PipelineName::from("cars");
+        let stream = letters.log_stream(&pipeline).await.expect("a stream");
+        let shard =
+            ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
+        letters.put(&shard, vec![letter(1)], false).await.expect("written");
+        let redrives = Redrives::new(store, pipeline.clone());
+        let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("a letter");
+        let own = ShardKey { stream: id.stream(&pipeline).into(), shard: id.shard(), pipeline };
+        // It failed again, elsewhere; then the redrive was broken off.
+        let mut again = letter(1);
+        again.key.place = LetterPlace::Sink("other".into());
+        letters.put(&own, vec![again], false).await.expect("written");
+        letters.put(&shard, vec![letter(2)], false).await.expect("written");
+        let logged = async || -> Vec<(u64, String, String)> {
+            let logged = letters.logged(0, 10, 1_000).await.expect("a log");
+            let shown =
+                |one: super::LoggedLetter| (one.number, one.letter.sequence, one.letter.place);
+            logged.into_iter().map(shown).collect()
+        };
+        let of = |number, sequence: &str, place: &str| (number, sequence.into(), place.into());
+        let before = [of(1, "1", "sink:mart"), of(2, "2", "sink:mart")];
+        assert_eq!(logged().await, before, "nothing waits for the redrive");
+        assert_eq!(letters.count().await.expect("counted"), 2);
+        // At its end the one that stays is numbered anew.
+        let moved = "UPDATE dead_letter SET stream = 'dead-letters', shard = 'shard'
+                     WHERE stream GLOB 'letters:*'";
+        letters.store.write("move", |state| state.execute(moved, [])).await.expect("moved");
+        assert_eq!(logged().await, [before.to_vec(), vec![of(3, "1", "sink:other")]].concat());
     }
 
     #[tokio::test]

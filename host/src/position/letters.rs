@@ -8,8 +8,11 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use rusqlite::{Row, Transaction};
 
+use super::replays::FailedAgain;
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
-use crate::record::{LetterPlace, Position, RouteName, SequenceNumber, ShardKey, StageName};
+use crate::record::{
+    LetterPlace, Position, RouteName, SequenceNumber, ShardId, ShardKey, StageName,
+};
 
 /// What identifies a letter within its shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -158,9 +161,10 @@ impl LetterFilter {
     }
 }
 
-/// The condition of a [`LetterFilter`] in SQL, with its four values.
+/// The condition of a [`LetterFilter`] in SQL, with its four values. Letters of an unfinished redrive do not
+/// count: they stay or go when it is finished, and until then the letters that they came from are there.
 pub(super) const MATCHES: &str =
-    "held = 0 AND (?1 IS NULL OR place = ?1) AND (?2 IS NULL OR shard = ?2)
+    "held = 0 AND stream NOT GLOB 'letters:*' AND (?1 IS NULL OR place = ?1) AND (?2 IS NULL OR shard = ?2)
     AND (?3 IS NULL OR instr(reason, ?3) > 0)
     AND (?4 = '[]' OR rowid IN (SELECT value FROM json_each(?4)))";
 
@@ -342,11 +346,15 @@ impl DeadLetters {
         let wanted = wanted(filter);
         self.store
             .write("delete dead letters", move |state| {
-                let purge = format!(
-                    "DELETE FROM dead_letter WHERE {MATCHES}
-                     AND rowid NOT IN (SELECT letter FROM redrive)"
-                );
-                state.execute(&purge, wanted)
+                // What a redrive has left for a sink that is gone waits for nobody else.
+                let mut purged = state.prepare(&format!(
+                    "SELECT rowid FROM dead_letter WHERE {MATCHES} AND rowid NOT IN (
+                         SELECT letter FROM redrive WHERE id NOT IN (SELECT id FROM redrive_rest))"
+                ))?;
+                let purged: Vec<i64> =
+                    purged.query_map(wanted, |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
+                purged.iter().try_for_each(|letter| forget(state, *letter))?;
+                Ok(purged.len())
             })
             .await
     }
@@ -365,7 +373,7 @@ impl DeadLetters {
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT entered_key, entered, sequence, arrived_ms FROM dead_letter
-                     WHERE held = 0 AND place = ?1 ORDER BY written_ms, sequence LIMIT ?2",
+                     WHERE held = 0 AND stream NOT GLOB 'letters:*' AND place = ?1 ORDER BY written_ms, sequence LIMIT ?2",
                 )?;
                 let rows = query.query_map((place, limit), |row| {
                     Ok(EnteredRecord {
@@ -380,6 +388,31 @@ impl DeadLetters {
             .await
     }
 
+    /// What failed, of every visible letter.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn failed(&self) -> Result<Vec<FailedAgain>, StateError> {
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare(
+                    "SELECT shard, sequence, sub_sequence, place, output FROM dead_letter
+                     WHERE held = 0",
+                )?;
+                let failed = query.query_map([], |row| {
+                    Ok(FailedAgain {
+                        shard: ShardId::from(row.get::<_, String>(0)?),
+                        sequence: row.get(1)?,
+                        sub_sequence: row.get(2)?,
+                        place: row.get(3)?,
+                        output: row.get(4)?,
+                    })
+                })?;
+                failed.collect()
+            })
+            .await
+    }
+
     /// How many letters are visible.
     ///
     /// # Errors
@@ -387,6 +420,26 @@ impl DeadLetters {
     pub async fn count(&self) -> Result<u64, StateError> {
         self.count_of(LetterFilter::default()).await
     }
+}
+
+/// Deletes a letter. Of one of a stage a mark stays while a lane may read its record again: sinks that are
+/// behind must not get what the others will never have.
+pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<()> {
+    state
+        .prepare_cached(
+            "UPDATE dead_letter AS d SET held = ?2, partition_key = x'', original = x'',
+                 entered_key = x'', entered = x'', backtrace = ''
+             WHERE rowid = ?1 AND place GLOB 'stage:*' AND NOT EXISTS (
+                 SELECT 1 FROM shard s WHERE s.stream = d.stream AND s.shard = d.shard
+                 AND (s.ended <> 0 OR (s.sequence, s.sub_sequence) >= (d.sequence, d.sub_sequence)))",
+        )?
+        .execute((letter, REDRIVEN))?;
+    state
+        .prepare_cached("DELETE FROM dead_letter WHERE rowid = ?1 AND held <> ?2")?
+        .execute((letter, REDRIVEN))?;
+    // Its number may be given again.
+    state.prepare_cached("DELETE FROM redrive WHERE letter = ?1")?.execute([letter])?;
+    Ok(())
 }
 
 /// Inserts letters, `kept` shown or hidden; `again` says what becomes of one that is there.

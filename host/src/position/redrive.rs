@@ -9,11 +9,11 @@ use std::collections::HashSet;
 
 use rusqlite::{OptionalExtension as _, Transaction};
 
-use super::letters::{MATCHES, REDRIVEN, wanted};
+use super::LetterFilter;
+use super::letters::{MATCHES, forget, wanted};
 use super::store::{StateError, StateStore, now_ms, position};
-use super::{LetterFilter, StoredLetter};
 use crate::record::{
-    LetterPlace, PipelineName, Position, RouteName, SequenceNumber, ShardId, ShardKey,
+    LetterPlace, PipelineName, Position, RouteName, SequenceNumber, ShardId, ShardKey, SinkName,
     StreamIdentity,
 };
 
@@ -25,6 +25,8 @@ const STREAM: &str = "letters";
 const OUTPUT_OF_REDRIVE: u32 = 1 << 31;
 /// What its ARN begins with.
 const ARN_PREFIX: &str = "letters:";
+/// What the keys of such streams look like, as SQLite's GLOB has it.
+pub(super) const REDRIVES: &str = "letters:*";
 
 /// A redrive: when it was begun, in milliseconds since 1970, and what its positions are keyed by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,11 +63,13 @@ pub(super) fn is_redrive_key(key: &str) -> bool {
     key.starts_with(ARN_PREFIX)
 }
 
-impl StoredLetter {
-    /// Whether a redrive wrote it that is not finished: then it may go, or become another's.
-    pub(super) fn is_of_redrive(&self) -> bool {
-        is_redrive_key(&self.stream)
-    }
+/// A redrive that has letters still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Which.
+    pub id: RedriveId,
+    /// It was finished without some places: what it has is left for these, and waits for nobody else.
+    pub is_rest: bool,
 }
 
 /// A letter on its way.
@@ -85,6 +89,8 @@ pub struct RedrivenLetter {
     pub payload: Vec<u8>,
     /// When the stream took the record, in milliseconds since 1970.
     pub arrived_ms: u64,
+    /// Sinks that have its rows already.
+    pub delivered_to: Vec<SinkName>,
 }
 
 /// What became of a redrive's letters.
@@ -94,6 +100,8 @@ pub struct Redriven {
     pub letters: u64,
     /// Letters that are there in their place: a letter may fail again, or have become rows that do.
     pub failed_again: u64,
+    /// Letters that were left out, because what they enter is gone. They stay.
+    pub left: u64,
 }
 
 /// The redrives of a pipeline.
@@ -109,15 +117,127 @@ impl Redrives {
         Self { store, pipeline }
     }
 
-    /// The redrive that was broken off, if one was.
+    /// The redrives that have letters still, the oldest first: at most one was broken off, the others are
+    /// rests.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn unfinished(&self) -> Result<Option<RedriveId>, StateError> {
+    pub async fn unfinished(&self) -> Result<Vec<Unfinished>, StateError> {
         self.store
-            .write("look for a redrive", |state| {
-                let id = state.query_row("SELECT min(id) FROM redrive", [], |row| row.get(0))?;
-                Ok(Option::map(id, RedriveId))
+            .write("look for redrives", |state| {
+                // A rest whose letters were all purged is none.
+                state.execute(
+                    "DELETE FROM redrive_rest WHERE id NOT IN (SELECT id FROM redrive)",
+                    [],
+                )?;
+                let mut query = state.prepare(
+                    "SELECT DISTINCT id, EXISTS(SELECT 1 FROM redrive_rest own WHERE own.id = r.id)
+                     FROM redrive r ORDER BY id",
+                )?;
+                let found = query.query_map([], |row| {
+                    Ok(Unfinished { id: RedriveId(row.get(0)?), is_rest: row.get(1)? })
+                })?;
+                found.collect()
+            })
+            .await
+    }
+
+    /// Whether a lane of the redrive was begun: some of it may be in the sinks.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn has_run(&self, id: RedriveId) -> Result<bool, StateError> {
+        let (stream, _) = self.redrive_key(id);
+        self.store
+            .write("look whether a redrive has run", move |state| {
+                let begun = "SELECT EXISTS(SELECT 1 FROM shard WHERE stream = ?1)
+                             OR EXISTS(SELECT 1 FROM sink_position WHERE stream = ?1)";
+                state.query_row(begun, [stream], |row| row.get(0))
+            })
+            .await
+    }
+
+    /// Notes the sinks that a redrive is about to run with.
+    ///
+    /// # Errors
+    /// [`StateError`]; it must not run then.
+    pub async fn note_sinks(&self, id: RedriveId, sinks: Vec<SinkName>) -> Result<(), StateError> {
+        self.store
+            .write("note the sinks of a redrive", move |state| {
+                let mut insert =
+                    state.prepare_cached("INSERT OR IGNORE INTO redrive_sink VALUES (?1, ?2)")?;
+                sinks.iter().try_for_each(|sink| insert.execute((id.0, sink.as_str())).map(drop))
+            })
+            .await
+    }
+
+    /// The sinks that a redrive has run with and that may not have all of its rows, as far as is known.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn sinks_behind(&self, id: RedriveId) -> Result<Vec<SinkName>, StateError> {
+        let (stream, _) = self.redrive_key(id);
+        self.store
+            .write("read the sinks of a redrive", move |state| {
+                let mut query = state.prepare(
+                    "SELECT sink FROM redrive_sink WHERE id = ?1 AND NOT EXISTS (
+                         SELECT 1 FROM sink_position p
+                         WHERE p.stream = ?2 AND p.sink = redrive_sink.sink
+                         AND CAST(ltrim(p.sequence, '0') AS INTEGER) >=
+                             (SELECT max(ordinal) FROM redrive WHERE id = ?1))
+                     ORDER BY sink",
+                )?;
+                let sinks = query.query_map((id.0, stream), |row| row.get::<_, String>(0))?;
+                sinks.map(|sink| sink.map(SinkName::from)).collect()
+            })
+            .await
+    }
+
+    /// Lets letters go that entered at places that are gone, where they were not run by every sink of
+    /// `positions` (how far each is with the redrive): they are letters as before, for those sinks alone
+    /// that did not have them.
+    ///
+    /// # Errors
+    /// [`StateError`]; the redrive is as it was.
+    pub async fn release(
+        &self,
+        id: RedriveId,
+        places: Vec<String>,
+        positions: Vec<(SinkName, Option<Position>)>,
+    ) -> Result<(), StateError> {
+        let (stream, _) = self.redrive_key(id);
+        let ordinal = |at: &Option<Position>| -> u64 {
+            at.as_ref().and_then(|at| at.sequence.as_str().parse().ok()).unwrap_or(0)
+        };
+        let reached: Vec<(SinkName, u64)> =
+            positions.iter().map(|(sink, at)| (sink.clone(), ordinal(at))).collect();
+        self.store
+            .write("leave letters out of a redrive", move |state| {
+                let all_have = reached.iter().map(|(_, reached)| *reached).min().unwrap_or(0);
+                let places = serde_json::Value::from(places).to_string();
+                let mut released = state.prepare(
+                    "SELECT letter, ordinal FROM redrive JOIN dead_letter d ON d.rowid = letter
+                     WHERE id = ?1 AND ordinal > ?2 AND place IN (SELECT value FROM json_each(?3))",
+                )?;
+                let released = released
+                    .query_map((id.0, all_have, places), |row| Ok((row.get(0)?, row.get(1)?)))?;
+                let released: Vec<(i64, u64)> = released.collect::<rusqlite::Result<_>>()?;
+                for (letter, ordinal) in released {
+                    for (sink, _) in reached.iter().filter(|(_, reached)| *reached >= ordinal) {
+                        state.execute(
+                            "INSERT OR IGNORE INTO letter_delivered VALUES (?1, ?2)",
+                            (letter, sink.as_str()),
+                        )?;
+                    }
+                    // Run again, it fails again.
+                    state.execute(
+                        "DELETE FROM dead_letter WHERE stream = ?1
+                         AND CAST(ltrim(sequence, '0') AS INTEGER) = ?2",
+                        (&stream, ordinal),
+                    )?;
+                    state.execute("DELETE FROM redrive WHERE letter = ?1", [letter])?;
+                }
+                Ok(())
             })
             .await
     }
@@ -131,12 +251,16 @@ impl Redrives {
         let (place, shard, reason, ids) = wanted(filter);
         self.store
             .write("begin a redrive", move |state| {
-                let id = now_ms();
+                // Two may be begun within one millisecond, or the clock may have been set back.
+                let last: Option<i64> =
+                    state.query_row("SELECT max(id) FROM redrive", [], |row| row.get(0))?;
+                let id = now_ms().max(last.map_or(0, |last| last + 1));
                 let begun = state.execute(
                     &format!(
                         "INSERT INTO redrive SELECT ?5, row_number() OVER
                              (ORDER BY stream, shard, sequence, sub_sequence, place, output), rowid
-                         FROM dead_letter WHERE {MATCHES}"
+                         FROM dead_letter WHERE {MATCHES}
+                         AND rowid NOT IN (SELECT letter FROM redrive)"
                     ),
                     (place, shard, reason, ids, id),
                 )?;
@@ -162,7 +286,8 @@ impl Redrives {
     }
 
     /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes` of
-    /// payloads. Letters that were purged meanwhile are left out.
+    /// payloads. Letters that were purged meanwhile are left out, and those that enter at the places of
+    /// `without`.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -170,9 +295,10 @@ impl Redrives {
         &self,
         id: RedriveId,
         after: u64,
-        limit: usize,
-        bytes: usize,
+        (limit, bytes): (usize, usize),
+        without: &[String],
     ) -> Result<Vec<RedrivenLetter>, StateError> {
+        let without = serde_json::Value::from(without).to_string();
         self.store
             .write("read a redrive's letters", move |state| {
                 let mut query = state.prepare_cached(
@@ -180,16 +306,19 @@ impl Redrives {
                     "WITH next AS (
                          SELECT ordinal, letter, length(entered) AS bytes
                          FROM redrive JOIN dead_letter d ON d.rowid = letter
-                         WHERE id = ?1 AND ordinal > ?2 ORDER BY ordinal LIMIT ?3),
+                         WHERE id = ?1 AND ordinal > ?2
+                             AND place NOT IN (SELECT value FROM json_each(?5))
+                         ORDER BY ordinal LIMIT ?3),
                      sized AS (
                          SELECT ordinal, letter, sum(bytes) OVER (ORDER BY ordinal) - bytes AS before
                          FROM next)
                      SELECT ordinal, place, route, sequence, sub_sequence, entered_key, entered,
-                         arrived_ms
+                         arrived_ms, (SELECT json_group_array(sink) FROM letter_delivered own
+                             WHERE own.letter = d.rowid)
                      FROM sized JOIN dead_letter d ON d.rowid = letter
                      WHERE before <= ?4 ORDER BY ordinal",
                 )?;
-                let letters = query.query_map((id.0, after, limit, bytes), |row| {
+                let letters = query.query_map((id.0, after, limit, bytes, without), |row| {
                     let place: String = row.get(1)?;
                     let place = LetterPlace::parse(&place).ok_or_else(|| {
                         let cause = format!("{place:?} is no place of a letter");
@@ -199,7 +328,18 @@ impl Redrives {
                             cause.into(),
                         )
                     })?;
+                    let delivered_to: String = row.get(8)?;
+                    let mut delivered_to: Vec<SinkName> = serde_json::from_str(&delivered_to)
+                        .map_err(|error| {
+                            rusqlite::Error::FromSqlConversionFailure(
+                                8,
+                                rusqlite::types::Type::Text,
+                                error.into(),
+                            )
+                        })?;
+                    delivered_to.sort_unstable();
                     Ok(RedrivenLetter {
+                        delivered_to,
                         ordinal: row.get(0)?,
                         place,
                         route: row.get::<_, String>(2)?.into(),
@@ -221,24 +361,36 @@ impl Redrives {
     pub async fn cancel(&self, id: RedriveId) -> Result<(), StateError> {
         self.store
             .write("cancel a redrive", move |state| {
+                state.execute("DELETE FROM redrive_sink WHERE id = ?1", [id.0])?;
                 state.execute("DELETE FROM redrive WHERE id = ?1", [id.0])
             })
             .await
             .map(drop)
     }
 
-    /// Ends a redrive whose every letter has its outcome in the sinks or among the letters; `None`: it
-    /// has not come to its end yet, and must be run again.
+    /// Ends a redrive whose every letter has its outcome in the sinks or among the letters, but for those
+    /// that enter at the places of `without`, which stay as its rest. `None`: it has not come to its end
+    /// yet, and must be run again.
     ///
     /// # Errors
     /// [`StateError`]; it is unfinished still, and nothing of it is lost or run twice.
-    pub async fn finish(&self, id: RedriveId) -> Result<Option<Redriven>, StateError> {
+    pub async fn finish(
+        &self,
+        id: RedriveId,
+        without: &[String],
+    ) -> Result<Option<Redriven>, StateError> {
         let key = self.redrive_key(id);
-        self.store.write("finish a redrive", move |state| finish(state, id, &key)).await
+        let without = serde_json::Value::from(without).to_string();
+        self.store.write("finish a redrive", move |state| finish(state, id, &key, &without)).await
+    }
+
+    /// What positions of a redrive are keyed by.
+    pub fn key(&self, id: RedriveId) -> ShardKey {
+        id.key(&self.pipeline)
     }
 
     fn redrive_key(&self, id: RedriveId) -> (String, String) {
-        let key = id.key(&self.pipeline);
+        let key = self.key(id);
         (key.stream.key(), key.shard.to_string())
     }
 }
@@ -247,20 +399,22 @@ fn finish(
     state: &Transaction<'_>,
     id: RedriveId,
     (stream, shard): &(String, String),
+    without: &str,
 ) -> rusqlite::Result<Option<Redriven>> {
     let whole = "SELECT count(*), max(ordinal) FROM redrive JOIN dead_letter d ON d.rowid = letter
-                 WHERE id = ?1";
+                 WHERE id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))";
     let (letters, last): (u64, Option<u64>) =
-        state.query_row(whole, [id.0], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        state.query_row(whole, (id.0, without), |row| Ok((row.get(0)?, row.get(1)?)))?;
     let reached = "SELECT sequence, sub_sequence FROM shard
                    WHERE stream = ?1 AND shard = ?2 AND sequence IS NOT NULL";
     let reached = state
         .query_row(reached, (stream, shard), |row| position(row.get(0)?, row.get(1)?))
         .optional()?;
-    let hidden = "SELECT count(*) FROM dead_letter WHERE stream = ?1 AND shard = ?2 AND held <> 0";
-    let hidden: u64 = state.query_row(hidden, (stream, shard), |row| row.get(0))?;
-    let due = last.map(|last| Position { sequence: SequenceNumber::from(last), sub_sequence: 0 });
-    if reached < due || hidden > 0 {
+    let hidden = "SELECT count(*) FROM dead_letter WHERE stream = ?1 AND shard = ?2 AND held <> 0
+                  AND place NOT IN (SELECT value FROM json_each(?3))";
+    let hidden: u64 = state.query_row(hidden, (stream, shard, without), |row| row.get(0))?;
+    let end = last.map(|last| Position { sequence: SequenceNumber::from(last), sub_sequence: 0 });
+    if reached < end || hidden > 0 {
         return Ok(None);
     }
     let mut failed = state.prepare(
@@ -268,15 +422,22 @@ fn finish(
          FROM dead_letter f
          JOIN redrive r ON r.id = ?3 AND r.ordinal = CAST(ltrim(f.sequence, '0') AS INTEGER)
          JOIN dead_letter o ON o.rowid = r.letter
-         WHERE f.stream = ?1 AND f.shard = ?2 ORDER BY f.sequence, f.output",
+         WHERE f.stream = ?1 AND f.shard = ?2
+             AND o.place NOT IN (SELECT value FROM json_each(?4)) ORDER BY f.sequence, f.output",
     )?;
-    let failed = failed.query_map((stream, shard, id.0), |row| {
+    let failed = failed.query_map((stream, shard, id.0, without), |row| {
         Ok((row.get(0)?, row.get::<_, String>(2)?, row.get(3)?, row.get::<_, String>(4)?))
     })?;
     let failed: Vec<(i64, String, i64, String)> = failed.collect::<rusqlite::Result<_>>()?;
     let mut kept = HashSet::new();
     let failed_again = failed.len() as u64;
     for (letter, place, origin, origin_place) in failed {
+        // What a sink has of the one it has of the other.
+        state.execute(
+            "INSERT OR IGNORE INTO letter_delivered
+             SELECT ?1, sink FROM letter_delivered WHERE letter = ?2",
+            (letter, origin),
+        )?;
         // What the record was when it was put is the first letter's to say.
         state.execute(
             "UPDATE dead_letter SET (partition_key, original, arrived_ms) =
@@ -310,29 +471,38 @@ fn finish(
             (letter, origin, OUTPUT_OF_REDRIVE),
         )?;
     }
-    let mut gone = state.prepare("SELECT letter FROM redrive WHERE id = ?1")?;
+    let mut gone = state.prepare(
+        "SELECT letter FROM redrive JOIN dead_letter d ON d.rowid = letter
+         WHERE id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))",
+    )?;
     let gone: Vec<i64> =
-        gone.query_map([id.0], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
-    for letter in gone.iter().filter(|letter| !kept.contains(letter)) {
-        // A sink may be behind the record still. If that makes a lane read it again, the stage must not
-        // run it again: what became of it then is delivered.
-        state.execute(
-            "UPDATE dead_letter SET held = ?2, partition_key = x'', original = x'', entered_key = x'',
-                 entered = x'', backtrace = ''
-             WHERE rowid = ?1 AND place GLOB 'stage:*'",
-            (letter, REDRIVEN),
-        )?;
-        state.execute(
-            "DELETE FROM dead_letter WHERE rowid = ?1 AND place GLOB 'sink:*'",
-            [letter],
-        )?;
+        gone.query_map((id.0, without), |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
+    for letter in gone {
+        if kept.contains(&letter) {
+            state.execute("DELETE FROM redrive WHERE letter = ?1", [letter])?;
+        } else {
+            // Deletes it from the redrive as well.
+            forget(state, letter)?;
+        }
     }
-    state.execute("DELETE FROM redrive WHERE id = ?1", [id.0])?;
-    // Its positions are of no use to anybody; the ledger's row says when it was.
-    for table in ["shard", "sink_position", "sink_owner", "given_up", "sink_removed"] {
+    let left: u64 =
+        state.query_row("SELECT count(*) FROM redrive WHERE id = ?1", [id.0], |row| row.get(0))?;
+    if left > 0 {
+        // What the sinks have of it stays known, so that a row that is there is not written again when the
+        // rest is run. The checkpoint does not: what is left may lie before it.
+        state.execute("INSERT OR IGNORE INTO redrive_rest VALUES (?1)", [id.0])?;
+        state.execute("DELETE FROM shard WHERE stream = ?1", [stream])?;
+        state.execute("DELETE FROM ledger WHERE stream = ?1", [stream])?;
+        state.execute("DELETE FROM sink_removed WHERE stream = ?1", [stream])?;
+        return Ok(Some(Redriven { letters, failed_again, left }));
+    }
+    state.execute("DELETE FROM redrive_rest WHERE id = ?1", [id.0])?;
+    state.execute("DELETE FROM redrive_sink WHERE id = ?1", [id.0])?;
+    // Its positions are of no use to anybody, and what ran it need not be kept.
+    for table in ["shard", "sink_position", "sink_owner", "given_up", "sink_removed", "ledger"] {
         state.execute(&format!("DELETE FROM {table} WHERE stream = ?1"), [stream])?;
     }
-    Ok(Some(Redriven { letters, failed_again }))
+    Ok(Some(Redriven { letters, failed_again, left: 0 }))
 }
 
 #[cfg(test)]
@@ -370,13 +540,13 @@ mod tests {
         let redrives = Redrives::new(store.clone(), pipeline.clone());
         let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("a letter");
         assert_eq!(letters.purge(LetterFilter::default()).await.expect("purged"), 0);
-        assert_eq!(redrives.finish(id).await.expect("asked"), None, "nothing has run");
+        assert_eq!(redrives.finish(id, &[]).await.expect("asked"), None, "nothing has run");
         let own = id.key(&pipeline);
         let checkpoints = Checkpoints::new(store);
         checkpoints.begin(&own, &ShardStart::Horizon).await.expect("begun");
         checkpoints.advance(&own, Vec::new(), Some(at(1)), false).await.expect("advanced");
-        let redriven = redrives.finish(id).await.expect("finished");
-        assert_eq!(redriven, Some(Redriven { letters: 1, failed_again: 0 }));
+        let redriven = redrives.finish(id, &[]).await.expect("finished");
+        assert_eq!(redriven, Some(Redriven { letters: 1, failed_again: 0, left: 0 }));
         assert_eq!(letters.count().await.expect("counted"), 0);
         // While a sink stands before the record, and no longer.
         for (above, due) in [(at(6), true), (at(7), false), (at(6), false)] {

@@ -27,8 +27,16 @@ pub(super) const SCHEMA: &str = "
 ";
 
 /// Tables with a column `sink` whose rows move with a sink's name.
-const TABLES_BY_SINK: [&str; 6] =
-    ["sink_position", "sink_owner", "given_up", "sink_removed", "hole", "sink_known"];
+const TABLES_BY_SINK: [&str; 8] = [
+    "sink_position",
+    "sink_owner",
+    "given_up",
+    "sink_removed",
+    "hole",
+    "sink_known",
+    "letter_delivered",
+    "redrive_sink",
+];
 
 /// A sink's removal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -85,6 +85,46 @@ const SCHEMA_5: &str = "
     CREATE INDEX change_stage ON change (stage, number);
 ";
 
+/// Of version 6: letters of an unfinished redrive are in no log; what a redrive has left for a sink that is
+/// gone; which sinks a redrive began with; and which letters' rows a replay has brought to a sink.
+const LETTERS_6: &str = "
+    DROP TRIGGER letter_written;
+    DROP TRIGGER letter_shown;
+    DROP TRIGGER letter_deleted;
+    CREATE TRIGGER letter_written AFTER INSERT ON dead_letter
+        WHEN NEW.held = 0 AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_shown AFTER UPDATE OF held ON dead_letter
+        WHEN NEW.held = 0 AND OLD.held <> 0 AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_stays AFTER UPDATE OF stream ON dead_letter
+        WHEN NEW.held = 0 AND OLD.stream GLOB 'letters:*' AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_deleted AFTER DELETE ON dead_letter
+        BEGIN
+            DELETE FROM letter_log WHERE letter = OLD.rowid;
+            DELETE FROM redrive WHERE letter = OLD.rowid;
+            DELETE FROM letter_delivered WHERE letter = OLD.rowid;
+            DELETE FROM replay_letter WHERE letter = OLD.rowid;
+        END;
+    DELETE FROM letter_log
+        WHERE letter IN (SELECT rowid FROM dead_letter WHERE stream GLOB 'letters:*');
+    CREATE INDEX redrive_letter ON redrive (letter);
+    CREATE TABLE redrive_rest (id INTEGER PRIMARY KEY);
+    CREATE TABLE redrive_sink (
+        id INTEGER NOT NULL, sink TEXT NOT NULL, PRIMARY KEY (id, sink)) WITHOUT ROWID;
+    CREATE TABLE letter_delivered (
+        letter INTEGER NOT NULL, sink TEXT NOT NULL, PRIMARY KEY (letter, sink)) WITHOUT ROWID;
+    CREATE TABLE replay (id INTEGER PRIMARY KEY, sink TEXT NOT NULL);
+    CREATE TABLE replay_letter (
+        replay INTEGER NOT NULL, letter INTEGER NOT NULL, delivered INTEGER NOT NULL,
+        PRIMARY KEY (replay, letter)) WITHOUT ROWID;
+    CREATE INDEX replay_letter_letter ON replay_letter (letter);
+    CREATE TABLE running_sink (sink TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;
+    DELETE FROM ledger WHERE stream GLOB 'letters:*' AND NOT EXISTS (
+        SELECT 1 FROM redrive WHERE ledger.stream GLOB 'letters:*@' || redrive.id);
+";
+
 /// What version 6 has beside version 5, a part for each subject.
 const SCHEMA_6: &[&str] = &[
     super::holes::SCHEMA,
@@ -92,6 +132,7 @@ const SCHEMA_6: &[&str] = &[
     super::checkpoint::STREAM_SCHEMA,
     super::checkpoint::GONE,
     SCHEMA_6_LAG,
+    LETTERS_6,
 ];
 
 /// When the last record that a sink has arrived, so that its lag is known before the first one is read.
@@ -164,6 +205,29 @@ impl StateStore {
             // Opening it says what is wrong with it.
             _ => Self::open(folder).map(Some),
         }
+    }
+
+    /// Whether a folder has a database of an earlier version, which [`StateStore::open`] would change: a
+    /// process of that version that uses it could not go on.
+    ///
+    /// # Errors
+    /// [`StateError`]: there is a database and it cannot be read.
+    pub fn is_of_earlier_version(folder: &Path) -> Result<bool, StateError> {
+        let path = folder.join("state.db");
+        if !path.exists() {
+            return Ok(false);
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let found = Connection::open_with_flags(&path, flags).and_then(|connection| {
+            connection.busy_timeout(Duration::from_secs(10))?;
+            version(&connection)
+        });
+        found.map(|version| version < SCHEMA_VERSION).map_err(|cause| StateError {
+            path: path.display().to_string(),
+            action: "read its version",
+            cause: cause.to_string(),
+            way_out: "nothing was changed",
+        })
     }
 
     /// Runs `work` in one transaction on a blocking thread; it is durable on return.

@@ -4,6 +4,8 @@
 //! have changed since, they count. So what the files said at the time of the last change is kept beside
 //! what runs.
 
+use std::collections::BTreeMap;
+
 use rusqlite::OptionalExtension as _;
 use serde::Serialize;
 
@@ -203,6 +205,38 @@ impl Changes {
                 }
                 let Some(change) = change else { return Ok(None) };
                 insert(state, &change, ChangeOutcome::Promoted, "").map(Some)
+            })
+            .await
+    }
+
+    /// Notes the sinks that run, each as the files describe it: a redrive beside the pipeline must not run
+    /// with others.
+    ///
+    /// # Errors
+    /// [`StateError`]; the note of before stands.
+    pub async fn note_sinks(&self, sinks: Vec<(SinkName, String)>) -> Result<(), StateError> {
+        self.store
+            .write("note the sinks that run", move |state| {
+                state.execute("DELETE FROM running_sink", [])?;
+                let mut insert = state.prepare("INSERT INTO running_sink VALUES (?1, ?2)")?;
+                let mut sinks = sinks.iter();
+                sinks.try_for_each(|(sink, text)| insert.execute((sink.as_str(), text)).map(drop))
+            })
+            .await
+    }
+
+    /// The sinks that run, as noted last; empty: nothing was noted.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn running_sinks(&self) -> Result<BTreeMap<SinkName, String>, StateError> {
+        self.store
+            .write("read the sinks that run", |state| {
+                let mut query = state.prepare("SELECT sink, fingerprint FROM running_sink")?;
+                let sinks = query.query_map([], |row| {
+                    Ok((SinkName::from(row.get::<_, String>(0)?), row.get(1)?))
+                })?;
+                sinks.collect()
             })
             .await
     }

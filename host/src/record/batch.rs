@@ -63,6 +63,8 @@ pub struct Redrive {
     pub route: RouteName,
     /// Where the records are in their own shards, in the order of the batch: what plugins see.
     pub origins: Vec<Position>,
+    /// Sinks that have the rows of all these records already, by a replay.
+    pub delivered_to: Vec<SinkName>,
 }
 
 /// Where a record failed.
@@ -112,6 +114,14 @@ impl Batch {
         match &self.entry {
             Entry::Redrive(redrive) => &redrive.origins[index],
             Entry::Source => &self.records[index].position,
+        }
+    }
+
+    /// Whether a sink has the rows of its records already.
+    pub fn is_delivered_to(&self, sink: &SinkName) -> bool {
+        match &self.entry {
+            Entry::Redrive(redrive) => redrive.delivered_to.contains(sink),
+            Entry::Source => false,
         }
     }
 

@@ -23,6 +23,7 @@ mod session;
 mod table;
 mod window;
 mod writer;
+mod writers;
 
 use std::sync::Arc;
 
@@ -31,8 +32,9 @@ use async_trait::async_trait;
 pub(super) use self::name::{TableName, quoted};
 use self::position::PositionTable;
 use self::session::{PooledSession, SessionPool};
-pub use self::window::{TableWindow, WindowDiff};
+pub use self::window::{SwapFailed, TableWindow, WindowDiff};
 use self::writer::PostgresWriter;
+pub use self::writers::OtherSink;
 use super::{Acquired, BoundRoute, Sink, SinkError, WriteMode, rows};
 use crate::config::PostgresTarget;
 use crate::postgres::{PostgresServer, describe};
@@ -56,6 +58,8 @@ struct Shared {
     mode: WriteMode,
     /// Whether each row says from which record it came.
     lineage: bool,
+    /// What they say about the sink: its name in the pipeline, also while another runs in its place.
+    lineage_name: SinkName,
     position: PositionTable,
     known_columns: rows::KnownColumns,
 }
@@ -95,6 +99,7 @@ impl PostgresSink {
         let sessions = SessionPool::new(server, target.connections_max).map_err(unavailable)?;
         let table = TableName::parse(&target.table).map_err(unavailable)?;
         let shared = Shared {
+            lineage_name: target.written_for.clone().unwrap_or_else(|| name.clone()),
             sink: name,
             sessions,
             position: PositionTable::beside(&table),

@@ -1,7 +1,9 @@
 //! Dead letters as one shard that ends by itself: what a redrive reads.
 //!
 //! A record's position is its letter's place in the redrive. A batch holds letters that enter the path
-//! at one place by one route.
+//! at one place by one route, and that the same sinks have already.
+
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
@@ -19,17 +21,19 @@ pub struct LettersSource {
     id: RedriveId,
     identity: StreamIdentity,
     limits: BatchLimits,
+    without: Arc<[String]>,
 }
 
 impl LettersSource {
-    /// The letters of a redrive.
+    /// The letters of a redrive, but for those that enter at the places of `without`.
     pub fn new(
         redrives: Redrives,
         id: RedriveId,
         pipeline: &PipelineName,
         limits: BatchLimits,
+        without: Vec<String>,
     ) -> Self {
-        Self { redrives, id, identity: id.stream(pipeline), limits }
+        Self { redrives, id, identity: id.stream(pipeline), limits, without: without.into() }
     }
 }
 
@@ -58,6 +62,7 @@ impl ShardSource for LettersSource {
             id: self.id,
             shard: shard.clone(),
             limits: self.limits,
+            without: self.without.clone(),
             after,
         }))
     }
@@ -68,6 +73,7 @@ struct LettersReader {
     id: RedriveId,
     shard: ShardKey,
     limits: BatchLimits,
+    without: Arc<[String]>,
     after: Option<Position>,
 }
 
@@ -76,13 +82,15 @@ impl BatchReader for LettersReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         let after = letter_number(self.after.as_ref())?;
         let BatchLimits { records_max, bytes_max, .. } = self.limits;
-        let letters = self.redrives.letters(self.id, after, records_max, bytes_max).await;
+        let letters =
+            self.redrives.letters(self.id, after, (records_max, bytes_max), &self.without).await;
         let mut letters = letters
             .map_err(|error| SourceError::Letters { cause: error.to_string() })?
             .into_iter()
             .peekable();
         let Some(first) = letters.next() else { return Ok(NextBatch::SourceEnd) };
         let (place, route) = (first.place.clone(), first.route.clone());
+        let delivered_to = first.delivered_to.clone();
         let mut bytes = first.payload.len();
         let (mut records, mut origins) = (Vec::new(), Vec::new());
         let mut push = |letter: RedrivenLetter| {
@@ -100,7 +108,10 @@ impl BatchReader for LettersReader {
         push(first);
         while let Some(letter) = letters.next_if(|next| {
             bytes += next.payload.len();
-            next.place == place && next.route == route && bytes <= self.limits.bytes_max
+            next.place == place
+                && next.route == route
+                && next.delivered_to == delivered_to
+                && bytes <= self.limits.bytes_max
         }) {
             push(letter);
         }
@@ -113,7 +124,7 @@ impl BatchReader for LettersReader {
             shard: self.shard.clone(),
             records,
             span: PositionSpan { from_exclusive, to_inclusive },
-            entry: Entry::Redrive(Box::new(Redrive { place, route, origins })),
+            entry: Entry::Redrive(Box::new(Redrive { place, route, origins, delivered_to })),
         }))
     }
 }

@@ -116,20 +116,22 @@ pub(super) fn replaced(
     spec
 }
 
-/// Checks what the sinks would get, where that is other than before, against their tables. A sink may
-/// make its table then, and remembers what it will get: so this is the last thing before a promotion.
+/// Checks what the sinks would get against their tables as they are now, also where nothing changes for a
+/// sink: a table may have changed since, and a restart would refuse it. A sink may make its table then, and
+/// remembers what it will get: so this is the last thing before a promotion.
+///
+/// On the way back (`is_way_back`) to what ran before, a sink for which nothing changes is only warned of:
+/// a rollback must not depend on a server that is out of reach.
 pub(super) async fn check_tables(
     shared: &Shared,
     sinks: &[Arc<dyn Sink>],
-    before: &Generation,
-    next: &Generation,
+    (before, next): (&Generation, &Generation),
+    is_way_back: bool,
 ) -> Result<(), StepFailed> {
     for sink in sinks {
         let is_known = shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink));
         let routes = next.routes_to(sink.name());
-        if is_known && routes == before.routes_to(sink.name()) {
-            continue;
-        }
+        let is_unchanged = is_known && routes == before.routes_to(sink.name());
         let refused = match tokio::time::timeout(ANSWER_MAX, sink.prepare(&routes)).await {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),
@@ -138,14 +140,23 @@ pub(super) async fn check_tables(
                 format!("sink {sink} did not answer within {seconds} s; nothing was changed")
             }
         };
-        // It worked before; if not, the sink itself will say so.
-        let restored = shared.sinks.iter().map(|known| async {
-            let _ = known.prepare(&before.routes_to(known.name())).await;
-        });
-        let _ = tokio::time::timeout(ANSWER_MAX, futures::future::join_all(restored)).await;
+        if is_unchanged && is_way_back {
+            tracing::warn!(cause = refused, "the version before takes over nevertheless");
+            continue;
+        }
+        remember_again(shared, before).await;
         return Err(Step::Check.failed(refused));
     }
     Ok(())
+}
+
+/// Lets the sinks expect again what they get from what runs.
+pub(super) async fn remember_again(shared: &Shared, before: &Generation) {
+    // It worked before; if not, the sink itself will say so.
+    let restored = shared.sinks.iter().map(|known| async {
+        let _ = known.prepare(&before.routes_to(known.name())).await;
+    });
+    let _ = tokio::time::timeout(ANSWER_MAX, futures::future::join_all(restored)).await;
 }
 
 /// Loads a generation, with plugins that are at hand and with those that ran before: configures each and
@@ -184,7 +195,7 @@ pub(super) async fn try_out(
         let why = "it imports http: its requests would be sent once more for the trial";
         return Ok((None, Some(why.into())));
     }
-    let mut trial = Trial::new(incumbent, candidate, shadow, stop);
+    let mut trial = Trial::new((incumbent, candidate), shadow, &shared.config.timing, stop);
     let shadow_end = Instant::now() + shadow;
     loop {
         let samples = shared.samples.clone();

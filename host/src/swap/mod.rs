@@ -367,15 +367,22 @@ impl Inner {
             waiting: Vec::new(),
             probation_s: 0,
         };
-        if order.dry_run || next.id == before.id {
-            return Ok(report);
-        }
         let change = NewChange {
             kind,
             stage: order.stage.to_string(),
             before: before.id.to_string(),
             after: next.id.to_string(),
         };
+        if order.dry_run {
+            self.rehearse_in_turn(before, &next, change).await.map_err(|mut failed| {
+                failed.trial = report.trial.take().map(Box::new);
+                failed
+            })?;
+            return Ok(report);
+        }
+        if next.id == before.id {
+            return Ok(report);
+        }
         let components = vec![(digest.to_string(), bytes)];
         let promoted = self.promote_in_turn(before, &next, components, change).await;
         let promoted = promoted.map_err(|mut failed| {

@@ -13,6 +13,7 @@ use crate::lane::{LaneChange, Shared, WaitingLane};
 use crate::plugin::{Instance, PluginHost};
 use crate::position::{NewChange, Running, StateError};
 use crate::record::ShardId;
+use crate::sink::Sink;
 use crate::stage::{Components, Generation, GenerationSpec, LoadedStage};
 
 /// How long a change waits for lanes that do not come to a batch's boundary. They change when they do.
@@ -81,27 +82,24 @@ impl Inner {
         mut change: NewChange,
     ) -> Result<Promoted, StepFailed> {
         let setup = self.setup.lock().await;
-        let current = setup.shared.generation();
-        let mut next = next.clone();
-        if current.id != before.id {
-            let stage = change.stage.as_str().into();
-            let own = |generation: &Generation| generation.spec.stage(&stage).cloned();
-            let (Some(proven), true) = (own(&next), own(&current) == own(before)) else {
-                let cause = format!("another change of stage {stage} came first; try it again");
-                return Err(Step::Promote.failed(cause));
-            };
-            let mut spec = current.spec.clone();
-            let mut stages = spec.stages.iter_mut();
-            if let Some(own) = stages.find(|own| own.name == stage) {
-                *own = proven;
-            }
-            next = Arc::new(candidate::load(&setup, &current, spec, next.plugins()).await?);
-            (change.before, change.after) = (current.id.to_string(), next.id.to_string());
-        }
+        let next = in_turn(&setup, before, next, &mut change).await?;
         let declared = setup.running.declared.clone();
         let (undoes, taken_over, files) = (None, None, None);
         let promotion = Promotion { next, components, declared, change, undoes, taken_over, files };
         self.promote(setup, promotion).await
+    }
+
+    /// Takes the steps of [`Inner::promote_in_turn`] up to the one that changes something.
+    pub(super) async fn rehearse_in_turn(
+        &self,
+        before: &Generation,
+        next: &Arc<Generation>,
+        mut change: NewChange,
+    ) -> Result<(), StepFailed> {
+        // Sinks remember for a moment what the candidate would bring: no other change may come between.
+        let setup = self.setup.lock().await;
+        let next = in_turn(&setup, before, next, &mut change).await?;
+        rehearse(&setup, &setup.shared.sinks, &next).await
     }
 
     /// Makes a change durable and lets the lanes take it over. While they do, others may make changes.
@@ -116,7 +114,8 @@ impl Inner {
         let failed = |error: StateError| Step::Promote.failed(error);
         let before = setup.shared.generation();
         let sinks = taken_over.as_ref().map_or(&setup.shared.sinks, |shared| &shared.sinks);
-        candidate::check_tables(&setup.shared, sinks, &before, &next).await?;
+        let is_way_back = undoes.is_some();
+        candidate::check_tables(&setup.shared, sinks, (&before, &next), is_way_back).await?;
         let routes = |generation: &Generation| {
             let sinks = setup.shared.sinks.iter();
             sinks.map(|sink| generation.routes_to(sink.name())).collect::<Vec<_>>()
@@ -125,7 +124,7 @@ impl Inner {
         if taken_over.is_none() && routes(&before) != routes(&next) {
             taken_over = Some(Arc::new(setup.shared.with_generation(next.clone())));
         }
-        if taken_over.is_some() {
+        if taken_over.is_some() || !is_way_back {
             start_everywhere(&setup.shared, &next).await?;
         }
         setup.shared.ledger.keep(&next.spec, components).await.map_err(failed)?;
@@ -235,6 +234,46 @@ impl Inner {
         // Lanes that do not start the one before either say so themselves.
         let _ = board.changed_to(&before.id, Instant::now() + LANES_CHANGE_MAX).await;
     }
+}
+
+/// Puts a change that was proven beside `before` on top of what runs by now: other stages may have been
+/// changed since.
+async fn in_turn(
+    setup: &Setup,
+    before: &Generation,
+    next: &Arc<Generation>,
+    change: &mut NewChange,
+) -> Result<Arc<Generation>, StepFailed> {
+    let current = setup.shared.generation();
+    if current.id == before.id {
+        return Ok(next.clone());
+    }
+    let stage = change.stage.as_str().into();
+    let own = |generation: &Generation| generation.spec.stage(&stage).cloned();
+    let (Some(proven), true) = (own(next), own(&current) == own(before)) else {
+        let cause = format!("another change of stage {stage} came first; try it again");
+        return Err(Step::Promote.failed(cause));
+    };
+    let mut spec = current.spec.clone();
+    let mut stages = spec.stages.iter_mut();
+    if let Some(own) = stages.find(|own| own.name == stage) {
+        *own = proven;
+    }
+    let next = Arc::new(candidate::load(setup, &current, spec, next.plugins()).await?);
+    (change.before, change.after) = (current.id.to_string(), next.id.to_string());
+    Ok(next)
+}
+
+/// Checks a change as its promotion does, and leaves everything as it was.
+pub(super) async fn rehearse(
+    setup: &Setup,
+    sinks: &[Arc<dyn Sink>],
+    next: &Arc<Generation>,
+) -> Result<(), StepFailed> {
+    let before = setup.shared.generation();
+    candidate::check_tables(&setup.shared, sinks, (&before, next), false).await?;
+    candidate::remember_again(&setup.shared, &before).await;
+    start_everywhere(&setup.shared, next).await
 }
 
 /// Starts instances for each shard that is read, and lets them go: a lane that is taken over anew with a

@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::promotion::Promotion;
+use super::promotion::{Promotion, rehearse};
 use super::trial::TrialReport;
 use super::{
     ChangeRefused, Inner, OTHERS_FIRST, Setup, Step, StepFailed, Swapper, TURNS_MAX, candidate,
 };
-use crate::config::{KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SourceKind};
+use crate::config::{
+    KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SinkKind, SourceKind,
+};
 use crate::lane::{GenerationStore, LaneChange, WaitingLane};
 use crate::plugin::{Backends, PluginHost};
 use crate::position::{ChangeKind, NewChange};
@@ -69,6 +71,23 @@ struct Reloaded {
     components: Vec<(String, bytes::Bytes)>,
     sinks: Vec<Arc<dyn Sink>>,
     diff: ReloadDiff,
+}
+
+impl Reloaded {
+    /// The sinks whose tables a dry run looks at: all but new ones that would make theirs, which it must not.
+    fn sinks_to_look_at(&self, setup: &Setup) -> Vec<Arc<dyn Sink>> {
+        let makes = |config: &SinkConfig| match &config.kind {
+            SinkKind::Sqlite { create, .. } => *create,
+            SinkKind::Postgres(target) => target.create,
+            SinkKind::Redshift(target) => target.create,
+            _ => false,
+        };
+        let is_known =
+            |sink: &Arc<dyn Sink>| setup.shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink));
+        let sinks = self.sinks.iter().zip(&self.config.sinks);
+        let looked_at = sinks.filter(|(sink, config)| is_known(sink) || !makes(config));
+        looked_at.map(|(sink, _)| sink.clone()).collect()
+    }
 }
 
 impl Swapper {
@@ -149,12 +168,13 @@ impl Inner {
                     .await?;
             report.trials.extend(trial.map(|trial| (stage.to_string(), trial)));
         }
-        if dry_run {
-            return Ok(Some((report, None)));
-        }
         let mut setup = self.setup.lock().await;
         if setup.changes != beside.changes {
             return Ok(None);
+        }
+        if dry_run {
+            rehearse(&setup, &reloaded.sinks_to_look_at(&setup), &reloaded.next).await?;
+            return Ok(Some((report, None)));
         }
         if report.diff.is_empty() && reloaded.declared == setup.running.declared {
             // Nothing that a lane would notice: pins, limits of compilation and trials.
@@ -182,6 +202,7 @@ impl Inner {
         let stages_now: Vec<StageName> =
             config.stages.iter().map(|one| one.name.value.clone()).collect();
         let samples = taken_over.as_ref().unwrap_or(&setup.shared).samples.clone();
+        let fingerprints = config.sink_fingerprints();
         let files = Some((Arc::new(config), host));
         let promotion =
             Promotion { next, components, declared, change, undoes: None, taken_over, files };
@@ -192,6 +213,9 @@ impl Inner {
             && let Err(error) = self.changes.supersede(stages).await
         {
             tracing::warn!(%error, "earlier swaps of these stages are still shown as in force");
+        }
+        if let Err(error) = self.changes.note_sinks(fingerprints).await {
+            tracing::warn!(%error, "redrives are refused until the next reload or start");
         }
         samples.keep_only(&stages_now.iter().collect::<Vec<_>>());
         report.number = promoted.number;

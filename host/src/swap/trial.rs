@@ -1,20 +1,18 @@
 //! The trial: a candidate runs on what entered its stage of late, in sandboxes of its own, and its
 //! answers are compared with the incumbent's, record by record.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{RejectedMax, StageLimits};
-use crate::stage::{Item, LoadedStage, RunError, Sample, Samples, StageRunner};
+use crate::config::{RejectedMax, StageLimits, Timing};
+use crate::stage::{HealthCounts, Item, LoadedStage, RunError, Sample, Samples, StageRunner};
 use crate::terminal::escaped;
 use crate::workbench::compare::Difference;
 use crate::workbench::{Fate, fates};
 
-/// How long a candidate may take with all samples: one that loops must not hold up the swap.
-const TRIAL_MAX: Duration = Duration::from_secs(30);
 /// Differences that a report shows.
 const DIFFERENCES_MAX: usize = 5;
 /// Characters of a record that a report shows.
@@ -63,6 +61,12 @@ pub struct TrialReport {
     /// Calls of the candidate that gave no answer, more than of the incumbent: records that pass alone
     /// may be too much together.
     pub calls_died: u64,
+    /// Records that only the candidate was given, because the incumbent failed on them or had no time left.
+    pub candidate_only: u64,
+    /// Why the incumbent has not answered for every record, if it has not. This says nothing against the
+    /// candidate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub incumbent_failed: Option<String>,
     /// What the incumbent took per record, in nanoseconds.
     pub incumbent_ns_per_record: f64,
     /// What the candidate took per record, in nanoseconds.
@@ -95,14 +99,29 @@ pub struct ShownDifference {
 /// A candidate and the incumbent, ready to be given the same records.
 pub(super) struct Trial {
     stage: LoadedStage,
-    incumbent: Side,
+    incumbent: Incumbent,
     candidate: Side,
     report: TrialReport,
-    deadline: Instant,
+    /// Time that the candidate may take with all samples: one that loops must not hold up the swap.
+    candidate_max: Duration,
+    /// What is left of it, the shadow's length included.
+    candidate_left: Duration,
+    /// Trapped records of those that only the candidate was given, and what it died of there.
+    failed_only: Failures,
+    /// Calls that died, of the samples that both were given.
+    died: (u64, u64),
     /// The last sample that was run.
     last_number: u64,
     /// The pipeline's end, with which a trial ends.
     stop: CancellationToken,
+}
+
+/// What went wrong with the candidate where the incumbent has given no answer.
+#[derive(Default)]
+struct Failures {
+    trapped: u64,
+    calls_died: u64,
+    reason: Option<String>,
 }
 
 struct Side {
@@ -111,14 +130,17 @@ struct Side {
     stop: CancellationToken,
 }
 
+/// What became of a sample's items, and how long it took.
+type Answer = Result<(Vec<Fate>, Duration), String>;
+
 impl Side {
-    fn new(stage: &LoadedStage, stop: &CancellationToken) -> Self {
+    fn new(stage: &LoadedStage, stop: CancellationToken) -> Self {
         // A failure that may pass is not waited for: it is a rejection like another.
         let limits = StageLimits { retry_ms_max: 0, ..stage.limits };
         // What it does here says nothing of how it serves.
         let health = Arc::default();
         let stage = LoadedStage { limits, health, ..stage.clone() };
-        Self { stage, runner: None, stop: stop.clone() }
+        Self { stage, runner: None, stop }
     }
 
     /// Calls that gave no answer so far.
@@ -126,8 +148,7 @@ impl Side {
         self.stage.health.seen().traps
     }
 
-    /// What becomes of a sample's items, and how long it took.
-    fn run(&mut self, sample: &Sample) -> Result<(Vec<Fate>, Duration), String> {
+    fn run(&mut self, sample: &Sample) -> Answer {
         let runner = match &mut self.runner {
             Some(runner) => runner,
             none => {
@@ -166,20 +187,105 @@ fn start(
         .map_err(|error| error.to_string())
 }
 
+/// The incumbent in its sandbox, on a thread of its own: where it loops, nobody waits for it longer than
+/// for its part of the trial. It is mostly a bad incumbent that is to be replaced.
+struct Incumbent {
+    /// `None`: it is not asked any more.
+    line: Option<(mpsc::Sender<Sample>, mpsc::Receiver<Answer>)>,
+    health: Arc<HealthCounts>,
+    stop: CancellationToken,
+    left: Duration,
+    allowed: Duration,
+    failed: Option<String>,
+    /// A call of it failed or was broken off, so that nothing is known of the records in it.
+    is_unsound: bool,
+}
+
+impl Incumbent {
+    fn start(stage: &LoadedStage, allowed: Duration, stop: &CancellationToken) -> Self {
+        let stop = stop.child_token();
+        let mut side = Side::new(stage, stop.clone());
+        let health = side.stage.health.clone();
+        let (samples, inbox) = mpsc::channel::<Sample>();
+        let (outbox, answers) = mpsc::channel();
+        // Capabilities of plugins use the runtime.
+        let runtime = tokio::runtime::Handle::try_current().ok();
+        let work = move || {
+            let _entered = runtime.as_ref().map(tokio::runtime::Handle::enter);
+            for sample in inbox {
+                if outbox.send(side.run(&sample)).is_err() {
+                    return;
+                }
+            }
+        };
+        let spawned = std::thread::Builder::new().name("incumbent".into()).spawn(work);
+        let failed = spawned.as_ref().err().map(|error| format!("it has no thread: {error}"));
+        let line = spawned.ok().map(|_| (samples, answers));
+        Self { line, health, stop, left: allowed, allowed, failed, is_unsound: false }
+    }
+
+    /// What becomes of a sample's items; `None`: it gives no answer for them.
+    fn run(&mut self, sample: &Sample) -> Option<(Vec<Fate>, Duration)> {
+        let (samples, answers) = self.line.as_ref()?;
+        let begun = Instant::now();
+        let answer = match samples.send(sample.clone()) {
+            Ok(()) => answers.recv_timeout(self.left),
+            Err(_) => Err(mpsc::RecvTimeoutError::Disconnected),
+        };
+        self.left = self.left.saturating_sub(begun.elapsed());
+        match answer {
+            Ok(Ok(answer)) => Some(answer),
+            Ok(Err(cause)) => {
+                self.is_unsound = true;
+                self.failed.get_or_insert(cause);
+                None
+            }
+            Err(error) => {
+                self.is_unsound |= self.calls_died() > 0;
+                self.failed = Some(match error {
+                    mpsc::RecvTimeoutError::Timeout => format!(
+                        "it took longer than {} with the records (timing.trial_incumbent)",
+                        humantime::format_duration(self.allowed)
+                    ),
+                    mpsc::RecvTimeoutError::Disconnected => "its sandbox failed".into(),
+                });
+                // The thread ends when its call does.
+                self.stop.cancel();
+                self.line = None;
+                None
+            }
+        }
+    }
+
+    /// Calls that gave no answer so far.
+    fn calls_died(&self) -> u64 {
+        self.health.seen().traps
+    }
+}
+
+impl Drop for Incumbent {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
 impl Trial {
     /// Of a candidate for the stage of an incumbent, with a shadow of this length; ends with `stop`.
     pub(super) fn new(
-        incumbent: &LoadedStage,
-        candidate: &LoadedStage,
+        (incumbent, candidate): (&LoadedStage, &LoadedStage),
         shadow: Duration,
+        timing: &Timing,
         stop: &CancellationToken,
     ) -> Self {
         Self {
             stage: incumbent.clone(),
-            incumbent: Side::new(incumbent, stop),
-            candidate: Side::new(candidate, stop),
+            incumbent: Incumbent::start(incumbent, timing.trial_incumbent_max, stop),
+            candidate: Side::new(candidate, stop.clone()),
             report: TrialReport::default(),
-            deadline: Instant::now() + TRIAL_MAX + shadow,
+            candidate_max: timing.trial_max,
+            candidate_left: timing.trial_max.saturating_add(shadow),
+            failed_only: Failures::default(),
+            died: (0, 0),
             last_number: 0,
             stop: stop.clone(),
         }
@@ -208,18 +314,43 @@ impl Trial {
         if self.stop.is_cancelled() {
             return Err(STOPS.into());
         }
-        if Instant::now() > self.deadline {
-            return Err(format!("it took longer than {} s with the samples", TRIAL_MAX.as_secs()));
+        let died_before = (self.incumbent.calls_died(), self.candidate.calls_died());
+        let incumbent = self.incumbent.run(sample);
+        let begun = Instant::now();
+        let candidate = self.candidate.run(sample);
+        let took = begun.elapsed();
+        if self.stop.is_cancelled() {
+            return Err(STOPS.into());
         }
-        let Ok((due, incumbent_took)) = self.incumbent.run(sample) else {
-            // What the incumbent cannot run says nothing about the candidate.
+        self.candidate_left = match self.candidate_left.checked_sub(took) {
+            Some(left) => left,
+            None => {
+                return Err(format!(
+                    "it took longer than {} with the records (timing.trial)",
+                    humantime::format_duration(self.candidate_max)
+                ));
+            }
+        };
+        let died = self.candidate.calls_died() - died_before.1;
+        let Some((expected, incumbent_took)) = incumbent else {
+            self.report.candidate_only += sample.flow.len() as u64;
+            self.failed_only.calls_died += died;
+            match candidate {
+                Ok((found, _)) => {
+                    let trapped = found.iter().filter(|fate| fate.trapped).count();
+                    self.failed_only.trapped += trapped as u64;
+                }
+                Err(cause) => _ = self.failed_only.reason.get_or_insert(cause),
+            }
             return Ok(());
         };
-        let (found, candidate_took) = self.candidate.run(sample)?;
+        let (found, candidate_took) = candidate?;
+        self.died.0 += self.incumbent.calls_died() - died_before.0;
+        self.died.1 += died;
         self.report.incumbent_time += incumbent_took;
         self.report.candidate_time += candidate_took;
-        for ((due, found), item) in due.iter().zip(&found).zip(sample.flow.iter()) {
-            self.count(due, found, sample, item);
+        for ((expected, found), item) in expected.iter().zip(&found).zip(sample.flow.iter()) {
+            self.count(expected, found, sample, item);
         }
         Ok(())
     }
@@ -255,8 +386,17 @@ impl Trial {
 
     /// How it went.
     pub(super) fn finish(mut self) -> TrialReport {
-        let died = self.candidate.calls_died();
-        self.report.calls_died = died.saturating_sub(self.incumbent.calls_died());
+        let (incumbent_died, mut candidate_died) = self.died;
+        // Where the incumbent itself fails, what the candidate does there may still be better.
+        if !self.incumbent.is_unsound {
+            self.report.trapped += self.failed_only.trapped;
+            candidate_died += self.failed_only.calls_died;
+            if self.report.broken_off.is_none() {
+                self.report.broken_off = self.failed_only.reason.take();
+            }
+        }
+        self.report.calls_died = candidate_died.saturating_sub(incumbent_died);
+        self.report.incumbent_failed = self.incumbent.failed.take();
         let records = self.report.records.max(1) as f64;
         let per_record = |time: Duration| time.as_nanos() as f64 / records;
         self.report.incumbent_ns_per_record = per_record(self.report.incumbent_time);
@@ -275,7 +415,8 @@ impl TrialReport {
         if self.trapped > 0 {
             return Some(format!(
                 "it traps or goes over a limit on {} of {} records that the incumbent takes or rejects",
-                self.trapped, self.records
+                self.trapped,
+                self.records + self.candidate_only
             ));
         }
         if self.calls_died > 0 {
@@ -300,6 +441,16 @@ impl TrialReport {
         })
     }
 
+    /// Says that the incumbent has not answered for every record, if it has not.
+    pub fn incumbent_line(&self) -> Option<String> {
+        let cause = self.incumbent_failed.as_ref()?;
+        Some(format!(
+            "the version before failed: {}; {} records were given to the new one alone",
+            escaped(cause, &[]),
+            self.candidate_only
+        ))
+    }
+
     /// The report in a few lines.
     pub fn lines(&self) -> Vec<String> {
         let mut lines = vec![format!(
@@ -317,6 +468,7 @@ impl TrialReport {
                 self.incumbent_ns_per_record, self.candidate_ns_per_record
             ));
         }
+        lines.extend(self.incumbent_line());
         for ShownDifference { record, payload, diff } in &self.differences {
             lines.push(format!("{record}: {payload}"));
             lines.extend(diff.lines().map(|line| format!("  {line}")));

@@ -34,7 +34,7 @@ fn target(
     connections_max: usize,
 ) -> PostgresTarget {
     let (url, table) = (url.into(), table.into());
-    PostgresTarget { url, table, create, mode, connections_max, lineage: false }
+    PostgresTarget { url, table, create, mode, connections_max, lineage: false, written_for: None }
 }
 
 /// A schema of the test's own, and a connection to look at it with.

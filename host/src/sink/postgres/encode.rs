@@ -13,7 +13,7 @@ use bytes::BufMut as _;
 
 use super::array;
 use super::kind::Kind;
-use super::lineage;
+use super::lineage::{self, Lineage};
 use super::numeric;
 use super::table::LiveTable;
 use crate::record::Row;
@@ -83,8 +83,8 @@ pub(super) struct Encoder<'t, 'r> {
     required: Vec<usize>,
     /// Whether rows with other columns may overtake each other.
     keeps_order: bool,
-    /// The places of the columns that say where a row came from, if it is to say so.
-    lineage: Vec<u16>,
+    /// The columns that say where a row came from, if it is to say so.
+    lineage: Lineage,
     /// Room for the first group, which mostly is the only one.
     bytes_expected: usize,
 }
@@ -95,7 +95,7 @@ impl<'t, 'r> Encoder<'t, 'r> {
         table: &'t LiveTable,
         table_name: &'t str,
         mode: &WriteMode,
-        lineage: Vec<u16>,
+        lineage: Lineage,
         bytes_expected: usize,
     ) -> Self {
         let place = |name: &str| table.columns.iter().position(|column| column.name == name);
@@ -170,7 +170,7 @@ impl<'t, 'r> Encoder<'t, 'r> {
                 ));
             }
         }
-        for place in &self.lineage {
+        for place in &self.lineage.places {
             if self.slots[usize::from(*place)].is_some() {
                 let column = &self.table.columns[usize::from(*place)].name;
                 return Err(format!(
@@ -183,9 +183,9 @@ impl<'t, 'r> Encoder<'t, 'r> {
         let group = &mut self.open[place];
         let start = group.tuples.len();
         let put = put_tuple(&mut group.tuples, self.table, &self.present, &self.slots);
-        let put = put.and_then(|()| match self.lineage.is_empty() {
+        let put = put.and_then(|()| match self.lineage.places.is_empty() {
             true => Ok(()),
-            false => lineage::put(&mut group.tuples, row, self.lineage.len()),
+            false => lineage::put(&mut group.tuples, row, &self.lineage),
         });
         if let Err(reason) = put {
             group.tuples.truncate(start);

@@ -158,6 +158,11 @@ impl PositionTable {
         client.batch_execute(&statements).await
     }
 
+    /// Its name, as SQL has it.
+    pub(super) fn quoted(&self) -> String {
+        self.name.quoted()
+    }
+
     /// Deletes a sink's positions of a pipeline.
     pub(super) async fn forget(
         &self,

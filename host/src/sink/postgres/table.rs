@@ -252,8 +252,7 @@ async fn create_table(
         .collect();
     if with_lineage {
         columns.extend(lineage::COLUMNS.map(|(name, kind)| format!("{name} {kind} NOT NULL")));
-        let (name, kind) = lineage::DIGEST;
-        columns.push(format!("{name} {kind}"));
+        columns.extend(lineage::OPTIONAL.map(|(name, kind)| format!("{name} {kind}")));
     }
     let create = create_table_sql(&table.quoted(), columns, mode, quoted);
     session::create_once(client, &create)

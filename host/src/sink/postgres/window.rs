@@ -3,20 +3,27 @@
 //! Which rows are the window's, the columns of [`lineage`](super::lineage) say. The shadow is a table
 //! like the live one. It is marked as ours by a comment, so that no other table is ever dropped.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use serde::Serialize;
+use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Error};
 
-use super::lineage::{ARRIVED_AT, COLUMNS, DIGEST, PIPELINE};
-use super::name::{TableName, quoted};
+use super::lineage::{ARRIVED_AT, COLUMNS, OPTIONAL, PIPELINE, SINK};
+use super::name::{TableName, literal, quoted};
 use super::position::PositionTable;
+use super::writers::{OtherSink, Writers};
 use crate::config::PostgresTarget;
+use crate::position::ReplayId;
 use crate::postgres::{PostgresServer, describe};
-use crate::record::{PipelineName, SinkName};
+use crate::record::{PipelineName, SinkName, StreamIdentity};
 
 /// What the comment on a shadow begins with.
 const MARK: &str = "shardmill replay";
+
+/// What the stream of a replay's mark begins with, in the position table.
+const REPLAYS: &str = "replay:";
 
 /// Rows that are shown of each side.
 const SAMPLES: i64 = 5;
@@ -39,13 +46,26 @@ pub struct TableWindow {
     live: TableName,
     shadow: TableName,
     pipeline: PipelineName,
+    /// The sink that writes the live table.
+    sink: SinkName,
     window_ms: Range<u64>,
+    /// Whether the live table says which sink wrote a row.
+    says_sink: bool,
     /// What an insert into the live table does with keys that are there.
     on_conflict: String,
     /// The columns that a copy brings.
     copied: Vec<String>,
     /// The columns that a comparison leaves out.
     left_out: Vec<String>,
+}
+
+/// Why a window was not replaced.
+#[derive(Debug)]
+pub enum SwapFailed {
+    /// It was not, and will not be.
+    Nothing(String),
+    /// Whether it was is not known.
+    Unknown(String),
 }
 
 /// How a shadow differs from its window.
@@ -65,7 +85,8 @@ pub struct WindowDiff {
 
 impl TableWindow {
     /// Makes an empty shadow, `into` or the live table's name with `_replay`, in the place of the one of
-    /// an earlier replay, and forgets the positions that `sink` had there. Errors are sentences.
+    /// an earlier replay, and forgets the positions that the replay of `sink` had there, under the name
+    /// `replayed`. Errors are sentences.
     ///
     /// # Errors
     /// The server is out of reach, the live table has no lineage, or the shadow's name is another
@@ -73,7 +94,7 @@ impl TableWindow {
     pub async fn prepare(
         target: &PostgresTarget,
         into: Option<&str>,
-        sink: &SinkName,
+        (sink, replayed): (&SinkName, &SinkName),
         pipeline: &PipelineName,
         window_ms: Range<u64>,
     ) -> Result<Self, String> {
@@ -100,13 +121,15 @@ impl TableWindow {
             live,
             shadow,
             pipeline: pipeline.clone(),
+            sink: sink.clone(),
             window_ms,
+            says_sink: false,
             on_conflict,
             copied: Vec::new(),
             left_out: Vec::new(),
         };
         window.read_columns().await?;
-        window.make_shadow(sink).await?;
+        window.make_shadow(replayed).await?;
         Ok(window)
     }
 
@@ -132,8 +155,10 @@ impl TableWindow {
             if !row.try_get::<_, bool>(1).map_err(failed)? {
                 copied.push(name.clone());
             }
-            // Today's plugins have other digests: that makes a row no other.
-            if row.try_get::<_, bool>(2).map_err(failed)? || name == DIGEST.0 {
+            // Today's plugins have other digests, and rows of before may not say their sink: that makes a
+            // row no other.
+            let is_optional = OPTIONAL.iter().any(|(own, _)| name == *own);
+            if row.try_get::<_, bool>(2).map_err(failed)? || is_optional {
                 left_out.push(name.clone());
             }
             names.push(name);
@@ -150,6 +175,7 @@ impl TableWindow {
                 self.live
             ));
         }
+        self.says_sink = names.iter().any(|name| name == SINK.0);
         (self.copied, self.left_out) = (copied, left_out);
         Ok(())
     }
@@ -236,40 +262,164 @@ impl TableWindow {
         })
     }
 
-    /// Replaces the window's live rows by the shadow's, and drops the shadow, in one transaction; gives
-    /// how many rows were deleted and inserted. Where rows have keys, one that a later record has
-    /// written stays.
+    /// Of records, given as shard and sequence number, those that have rows in the shadow.
     ///
     /// # Errors
-    /// What the server says, as a sentence; nothing was changed.
-    pub async fn swap(&mut self) -> Result<(u64, u64), String> {
+    /// What the server says, as a sentence.
+    pub async fn with_rows(
+        &self,
+        records: Vec<(String, String)>,
+    ) -> Result<HashSet<(String, String)>, String> {
+        let failed =
+            |error: Error| format!("cannot read table {}: {}", self.shadow, describe(&error));
+        let (shards, sequences): (Vec<String>, Vec<String>) = records.into_iter().unzip();
+        let [_, (shard, _), (sequence, _), _] = COLUMNS;
+        let found = format!(
+            "SELECT DISTINCT own.shard, own.sequence \
+             FROM unnest($1::text[], $2::text[]) AS own (shard, sequence) \
+             JOIN {} AS t ON t.{shard} = own.shard AND t.{sequence} = own.sequence::numeric",
+            self.shadow.quoted()
+        );
+        let wanted: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
+            [(&shards, Type::TEXT_ARRAY), (&sequences, Type::TEXT_ARRAY)];
+        let found = self.client.query_typed(&found, &wanted).await.map_err(failed)?;
+        let record = |row: &tokio_postgres::Row| Ok((row.try_get(0)?, row.try_get(1)?));
+        found.iter().map(record).collect::<Result<_, Error>>().map_err(failed)
+    }
+
+    /// Refuses a window that others write rows to as well, unless the rows say whose they are: theirs would
+    /// be deleted and not be made again. `others` are the other sinks of the pipeline, `stream` is what is
+    /// replayed. Errors are sentences.
+    ///
+    /// # Errors
+    /// Who writes the table, and the way out; or what the server says.
+    pub async fn check_alone(
+        &self,
+        others: &[(&SinkName, &PostgresTarget)],
+        stream: &StreamIdentity,
+    ) -> Result<Vec<OtherSink>, String> {
+        let others = OtherSink::all(&self.client, &self.live, others).await?;
+        self.writers(stream).check(&self.client, &others).await?;
+        Ok(others)
+    }
+
+    fn writers<'w>(&'w self, stream: &'w StreamIdentity) -> Writers<'w> {
+        Writers {
+            table: &self.live,
+            positions: PositionTable::beside(&self.live),
+            pipeline: &self.pipeline,
+            sink: &self.sink,
+            stream,
+            of_window: self.of_window(),
+            says_sink: self.says_sink,
+        }
+    }
+
+    /// Replaces the window's live rows by the shadow's, and drops the shadow, in one transaction, which
+    /// leaves a mark of the replay; gives how many rows were deleted and inserted. Where rows have keys, one
+    /// that a later record has written stays. `others` are as [`TableWindow::check_alone`] has given them.
+    ///
+    /// # Errors
+    /// [`SwapFailed`], with what the server says as a sentence.
+    pub async fn swap(
+        &mut self,
+        replay: ReplayId,
+        others: &[OtherSink],
+        stream: &StreamIdentity,
+    ) -> Result<(u64, u64), SwapFailed> {
         let (live, shadow) = (self.live.quoted(), self.shadow.quoted());
         let of_window = self.of_window();
         let columns: Vec<String> = self.copied.iter().map(|name| quoted(name)).collect();
         let columns = columns.join(", ");
         let on_conflict = &self.on_conflict;
-        let failed = |error: Error| format!("nothing was replaced: {}", describe(&error));
+        let failed = |error: Error| {
+            SwapFailed::Nothing(format!("nothing was replaced: {}", describe(&error)))
+        };
+        let refused = |cause| SwapFailed::Nothing(format!("nothing was replaced: {cause}"));
         self.unbounded().await.map_err(failed)?;
-        let transaction = self.client.transaction().await.map_err(failed)?;
+        let positions = PositionTable::beside(&self.live);
+        positions.create_if_missing(&self.client).await.map_err(failed)?;
+        let begin = format!(
+            "BEGIN; SET LOCAL statement_timeout = 0; LOCK TABLE {live} IN SHARE ROW EXCLUSIVE MODE"
+        );
         // Readers see the old rows until all new ones are there; no other row comes in between.
-        let lock = format!("LOCK TABLE {live} IN SHARE ROW EXCLUSIVE MODE");
-        transaction.batch_execute(&lock).await.map_err(failed)?;
+        self.client.batch_execute(&begin).await.map_err(failed)?;
+        self.writers(stream).check(&self.client, others).await.map_err(refused)?;
         let delete = format!("DELETE FROM {live} AS t WHERE {of_window}");
-        let deleted = transaction.execute(&delete, &[]).await.map_err(failed)?;
+        let deleted = self.client.execute(&delete, &[]).await.map_err(failed)?;
         let insert = format!(
             "INSERT INTO {live} ({columns}) SELECT {columns} FROM {shadow} \
              ORDER BY shardmill_shard, shardmill_sequence {on_conflict}"
         );
-        let inserted = transaction.execute(&insert, &[]).await.map_err(failed)?;
-        transaction.batch_execute(&format!("DROP TABLE {shadow}")).await.map_err(failed)?;
-        transaction.commit().await.map_err(|error| {
-            format!(
-                "whether the window was replaced is not known: {}; it was, if table {} is gone",
-                describe(&error),
-                self.shadow
-            )
+        let inserted = self.client.execute(&insert, &[]).await.map_err(failed)?;
+        let mark = self.mark(replay);
+        let end = format!(
+            "DROP TABLE {shadow}; DELETE FROM {positions} AS t WHERE {earlier}; \
+             INSERT INTO {positions} (pipeline, sink, stream, shard, epoch) \
+             VALUES ({pipeline}, {sink}, {mark}, 'swap', 1); COMMIT",
+            positions = positions.quoted(),
+            earlier = self.marks(),
+            pipeline = literal(self.pipeline.as_str()),
+            sink = literal(&replayed(&self.sink)),
+            mark = literal(&mark),
+        );
+        match self.client.batch_execute(&end).await {
+            Ok(()) => Ok((deleted, inserted)),
+            // The server has answered: it was rolled back.
+            Err(error) if error.as_db_error().is_some() && !self.client.is_closed() => {
+                Err(failed(error))
+            }
+            Err(error) => Err(SwapFailed::Unknown(describe(&error))),
+        }
+    }
+
+    /// The condition that finds the marks of the sink's replays.
+    fn marks(&self) -> String {
+        marks(&self.pipeline, &self.sink)
+    }
+
+    fn mark(&self, replay: ReplayId) -> String {
+        mark(replay)
+    }
+
+    /// Whether the transaction of a replay has landed. Waits for one that is under way. Errors are
+    /// sentences.
+    ///
+    /// # Errors
+    /// What the server says, or that it is out of reach.
+    pub async fn has_landed(
+        target: &PostgresTarget,
+        pipeline: &PipelineName,
+        sink: &SinkName,
+        replay: ReplayId,
+    ) -> Result<bool, String> {
+        let server = PostgresServer::parse(&target.url)?;
+        let live = TableName::parse(&target.table)?;
+        let client = server.connect().await.map_err(|error| {
+            format!("cannot connect to {}: {}", server.place(), describe(&error))
         })?;
-        Ok((deleted, inserted))
+        let failed = |error: Error| format!("cannot read what was replayed: {}", describe(&error));
+        let positions = PositionTable::beside(&live);
+        // Behind the lock that such a transaction takes: it has ended then.
+        let look = format!(
+            "BEGIN; LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE; \
+             SELECT 1 FROM {} AS t WHERE {} AND t.stream = {}; COMMIT",
+            live.quoted(),
+            positions.quoted(),
+            marks(pipeline, sink),
+            literal(&mark(replay))
+        );
+        let answers = match client.simple_query(&look).await {
+            // No table, no rows of a replay.
+            Err(error)
+                if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) =>
+            {
+                return Ok(false);
+            }
+            answers => answers.map_err(failed)?,
+        };
+        let is_row = |one: &_| matches!(one, tokio_postgres::SimpleQueryMessage::Row(_));
+        Ok(answers.iter().any(is_row))
     }
 
     /// Lets statements take as long as a large table takes.
@@ -280,11 +430,40 @@ impl TableWindow {
     /// The condition that finds the window's rows of a table `t`.
     fn of_window(&self) -> String {
         let time = |ms: u64| format!("'epoch'::timestamptz + {ms} * interval '1 millisecond'");
+        let of_sink = match self.says_sink {
+            true => {
+                let (column, _) = SINK;
+                let sink = literal(self.sink.as_str());
+                // Rows from before the table had the column: `check_alone` proves that they are the sink's.
+                format!(" AND (t.{column} = {sink} OR t.{column} IS NULL)")
+            }
+            false => String::new(),
+        };
         format!(
-            "t.{PIPELINE} = '{}' AND t.{ARRIVED_AT} >= {} AND t.{ARRIVED_AT} < {}",
-            self.pipeline.as_str().replace('\'', "''"),
+            "t.{PIPELINE} = {} AND t.{ARRIVED_AT} >= {} AND t.{ARRIVED_AT} < {}{of_sink}",
+            literal(self.pipeline.as_str()),
             time(self.window_ms.start),
             time(self.window_ms.end)
         )
     }
+}
+
+/// What a replay is in the position table.
+fn mark(replay: ReplayId) -> String {
+    format!("{REPLAYS}{replay}")
+}
+
+/// The condition that finds the marks of a sink's replays among positions `t`.
+fn marks(pipeline: &PipelineName, sink: &SinkName) -> String {
+    format!(
+        "t.pipeline = {} AND t.sink = {} AND starts_with(t.stream, {})",
+        literal(pipeline.as_str()),
+        literal(&replayed(sink)),
+        literal(REPLAYS)
+    )
+}
+
+/// The name under which a replay of a sink keeps positions.
+fn replayed(sink: &SinkName) -> String {
+    format!("{sink}.replay")
 }

@@ -11,7 +11,7 @@ use tokio_postgres::{Error, SimpleQueryMessage};
 use super::Shared;
 use super::copy::{self, RunningCopy};
 use super::encode::{Encoded, Encoder, GoneColumn};
-use super::lineage;
+use super::lineage::Lineage;
 use super::session::{Session, StepError};
 use super::table::LiveTable;
 use crate::record::{Position, Row, ShardKey};
@@ -225,11 +225,11 @@ impl PostgresWriter {
         let shown = name.to_string();
         let bytes_expected = rows.iter().map(|row| row.payload.len()).sum();
         let lineage = match sink.lineage {
-            true => lineage::places(table),
-            false => Ok(Vec::new()),
+            true => Lineage::of(table, &sink.lineage_name),
+            false => Ok(Lineage::default()),
         };
         let lineage = match lineage {
-            Ok(places) => places,
+            Ok(lineage) => lineage,
             Err(gone) => return Ok(Err(GoneColumn(gone.into()))),
         };
         let mut encoder = Encoder::new(table, &shown, &sink.mode, lineage, bytes_expected);

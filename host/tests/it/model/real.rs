@@ -47,6 +47,7 @@ impl Tables {
                 mode: WriteMode::Append,
                 connections_max: CONNECTIONS_MAX,
                 lineage: false,
+                written_for: None,
             },
         );
         Arc::new(sink.expect("a sink"))

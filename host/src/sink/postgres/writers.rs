@@ -1,0 +1,286 @@
+//! Who else writes rows to a table: before a replay replaces rows of it.
+//!
+//! A replay makes the rows of one sink again. Rows of others that look like the sink's would be deleted with
+//! them and not be made again. A row says its pipeline and, where the table has the column, its sink.
+
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, Error};
+
+use super::lineage::SINK;
+use super::name::TableName;
+use super::position::PositionTable;
+use crate::config::PostgresTarget;
+use crate::postgres::{PostgresServer, describe};
+use crate::record::{PipelineName, SinkName, StreamIdentity};
+use crate::sink::WriteMode;
+
+/// A relation: of a partition, its root. With its database, so that it is told from those of others.
+const IDENTITY: &str = "
+    SELECT d.oid::text || '.' || d.datname,
+        coalesce(pg_partition_root(to_regclass($1))::oid, to_regclass($1)::oid)::text
+    FROM pg_catalog.pg_database AS d WHERE d.datname = current_database()";
+
+/// Another sink of the pipeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OtherSink {
+    name: SinkName,
+    /// It writes the same table.
+    is_beside: bool,
+    says_lineage: bool,
+    is_keyed: bool,
+}
+
+impl OtherSink {
+    /// Finds out which of the pipeline's other sinks write the table that `client` sees as `table`.
+    pub(super) async fn all(
+        client: &Client,
+        table: &TableName,
+        others: &[(&SinkName, &PostgresTarget)],
+    ) -> Result<Vec<Self>, String> {
+        let failed = |error: Error| format!("cannot read table {table}: {}", describe(&error));
+        let own = Identity::read(client, table).await.map_err(failed)?;
+        let mut found = Vec::new();
+        for (name, target) in others {
+            let cannot_tell = |cause: String| {
+                format!("whether sink {name} writes table {table} as well is not known: {cause}")
+            };
+            let server = PostgresServer::parse(&target.url)?;
+            let other = TableName::parse(&target.table)?;
+            let connected = server.connect().await;
+            let connected = connected.map_err(|error| cannot_tell(describe(&error)))?;
+            let read = Identity::read(&connected, &other).await;
+            let read = read.map_err(|error| cannot_tell(describe(&error)))?;
+            found.push(Self {
+                name: (*name).clone(),
+                is_beside: own.may_be(&read),
+                says_lineage: target.lineage,
+                is_keyed: target.mode != WriteMode::Append,
+            });
+        }
+        Ok(found)
+    }
+}
+
+/// A table, whatever its server is called.
+struct Identity {
+    /// `None`: the server does not say.
+    system: Option<String>,
+    database: String,
+    /// `None`: there is no such table.
+    relation: Option<String>,
+}
+
+impl Identity {
+    async fn read(client: &Client, table: &TableName) -> Result<Self, Error> {
+        let system = "SELECT system_identifier::text FROM pg_control_system()";
+        let system = match client.query_typed_one(system, &[]).await {
+            Ok(row) => row.try_get(0)?,
+            Err(error) if error.as_db_error().is_some() => None,
+            Err(error) => return Err(error),
+        };
+        let row = client.query_typed_one(IDENTITY, &[(&table.quoted(), Type::TEXT)]).await?;
+        Ok(Self { system, database: row.try_get(0)?, relation: row.try_get(1)? })
+    }
+
+    fn may_be(&self, other: &Self) -> bool {
+        let is_one_system = match (&self.system, &other.system) {
+            (Some(own), Some(other)) => own == other,
+            _ => true,
+        };
+        is_one_system
+            && self.database == other.database
+            && self.relation.is_some()
+            && self.relation == other.relation
+    }
+}
+
+/// The window of a table that a sink's rows are to be replaced in.
+pub(super) struct Writers<'w> {
+    pub(super) table: &'w TableName,
+    pub(super) positions: PositionTable,
+    pub(super) pipeline: &'w PipelineName,
+    pub(super) sink: &'w SinkName,
+    pub(super) stream: &'w StreamIdentity,
+    /// The condition for the window's rows of a table `t`.
+    pub(super) of_window: String,
+    pub(super) says_sink: bool,
+}
+
+/// A position that some sink of the pipeline keeps beside the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Known {
+    sink: String,
+    stream: String,
+}
+
+impl Writers<'_> {
+    /// Refuses where rows of the window may be another's.
+    pub(super) async fn check(&self, client: &Client, others: &[OtherSink]) -> Result<(), String> {
+        let failed = |error: Error| {
+            format!("cannot find out who writes table {}: {}", self.table, describe(&error))
+        };
+        let known = self.known(client).await.map_err(failed)?;
+        let all_say_sink = self.says_sink && !self.has_silent_rows(client).await.map_err(failed)?;
+        match self.other_writer(&known, others, all_say_sink) {
+            None => Ok(()),
+            Some(writer) => Err(self.refusal(&writer)),
+        }
+    }
+
+    async fn known(&self, client: &Client) -> Result<Vec<Known>, Error> {
+        let known = format!(
+            "SELECT DISTINCT sink, stream FROM {} WHERE pipeline = $1 ORDER BY sink, stream",
+            self.positions.quoted()
+        );
+        let wanted: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 1] =
+            [(&self.pipeline.as_str(), Type::TEXT)];
+        let rows = match client.query_typed(&known, &wanted).await {
+            Err(error)
+                if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) =>
+            {
+                Vec::new()
+            }
+            rows => rows?,
+        };
+        let known = |row: &tokio_postgres::Row| {
+            Ok(Known { sink: row.try_get(0)?, stream: row.try_get(1)? })
+        };
+        rows.iter().map(known).collect()
+    }
+
+    /// Whether rows of the window do not say their sink, though the table has a column for it.
+    async fn has_silent_rows(&self, client: &Client) -> Result<bool, Error> {
+        let silent = format!(
+            "SELECT EXISTS (SELECT 1 FROM {} AS t WHERE {} AND t.{} IS NULL)",
+            self.table.quoted(),
+            self.of_window,
+            SINK.0
+        );
+        client.query_typed_one(&silent, &[]).await?.try_get(0)
+    }
+
+    /// Somebody else whose rows could be taken for the sink's.
+    fn other_writer(
+        &self,
+        known: &[Known],
+        others: &[OtherSink],
+        all_say_sink: bool,
+    ) -> Option<Writer> {
+        for other in others.iter().filter(|other| other.is_beside) {
+            // Without lineage its rows are nobody's, unless it writes over rows of the sink.
+            let is_told_apart = match other.says_lineage {
+                true => all_say_sink,
+                false => !other.is_keyed,
+            };
+            if !is_told_apart {
+                return Some(Writer::Sink(other.name.to_string(), other.says_lineage));
+            }
+        }
+        for Known { sink, stream } in known {
+            let (arn, _) = stream.rsplit_once('@').unwrap_or((stream, ""));
+            let is_of_redrive = stream.starts_with("letters:") || stream.starts_with("replay:");
+            if sink == self.sink.as_str() {
+                // A stream that was created again has other records, which arrived later.
+                if !is_of_redrive && *arn != *self.stream.arn {
+                    return Some(Writer::Stream(stream.clone()));
+                }
+                continue;
+            }
+            let is_ours = sink.ends_with(".replay") || sink.contains(".again-");
+            let is_configured = others.iter().any(|other| other.name.as_str() == sink);
+            if !is_ours && !is_configured && !all_say_sink {
+                return Some(Writer::Former(sink.clone()));
+            }
+        }
+        None
+    }
+
+    fn refusal(&self, writer: &Writer) -> String {
+        let Self { table, sink, .. } = self;
+        let (column, kind) = SINK;
+        let by_column = format!(
+            "its rows of the time would be deleted and not made again. Let rows say their sink: \
+             ALTER TABLE {quoted} ADD COLUMN IF NOT EXISTS {column} {kind}, which sinks fill from their \
+             next start on; and for those that are there, UPDATE {quoted} SET {column} = '{sink}' where \
+             they are of sink {sink}",
+            quoted = table.quoted(),
+        );
+        match writer {
+            Writer::Sink(other, true) => {
+                format!("sink {other} writes table {table} as well: {by_column}")
+            }
+            Writer::Sink(other, false) => format!(
+                "sink {other} writes over rows of table {table} without saying so: set lineage = true there, \
+                 or give it a table of its own"
+            ),
+            Writer::Former(other) => format!(
+                "sink {other} of pipeline {}, which is not in the file, keeps its position in {} and may \
+                 have written to table {table}: {by_column}; or, if it never wrote there, delete its rows \
+                 in {}",
+                self.pipeline,
+                self.positions,
+                self.positions.quoted()
+            ),
+            Writer::Stream(stream) => format!(
+                "sink {sink} has written records of stream {stream} to table {table} as well, and which rows \
+                 of the time are of which stream cannot be told; if none of the time is of that stream, \
+                 delete its rows in {}",
+                self.positions.quoted()
+            ),
+        }
+    }
+}
+
+/// Who else writes.
+#[derive(Debug, PartialEq, Eq)]
+enum Writer {
+    /// A sink of the pipeline, and whether its rows say their pipeline.
+    Sink(String, bool),
+    /// A sink that the file does not have.
+    Former(String),
+    /// The same sink, from another stream.
+    Stream(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fault_17_rows_that_may_be_anothers_are_not_replaced() {
+        let stream = StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 2 };
+        let (pipeline, sink) = (PipelineName::from("cars"), SinkName::from("mart"));
+        let table = TableName::parse("cars").expect("a name");
+        let writers = Writers {
+            table: &table,
+            positions: PositionTable::beside(&table),
+            pipeline: &pipeline,
+            sink: &sink,
+            stream: &stream,
+            of_window: String::new(),
+            says_sink: false,
+        };
+        let other = |is_beside, says_lineage, is_keyed| {
+            vec![OtherSink { name: "other".into(), is_beside, says_lineage, is_keyed }]
+        };
+        let known =
+            |sink: &str, stream: &str| vec![Known { sink: sink.into(), stream: stream.into() }];
+        let beside = |says_lineage| Some(Writer::Sink("other".into(), says_lineage));
+        for (known, others, all_say_sink, expected) in [
+            (known("mart", "arn@1"), other(false, true, true), false, None),
+            (known("mart", "letters:cars@7"), vec![], false, None),
+            (known("mart.replay", "arn@2"), vec![], false, None),
+            (known("other", "arn@2"), other(false, true, true), false, None),
+            (vec![], other(true, true, false), true, None),
+            (vec![], other(true, true, false), false, beside(true)),
+            (vec![], other(true, false, false), false, None),
+            (vec![], other(true, false, true), true, beside(false)),
+            (known("gone", "arn@2"), vec![], true, None),
+            (known("gone", "arn@2"), vec![], false, Some(Writer::Former("gone".into()))),
+            (known("mart", "else@2"), vec![], true, Some(Writer::Stream("else@2".into()))),
+        ] {
+            let found = writers.other_writer(&known, &others, all_say_sink);
+            assert_eq!(found, expected, "{known:?} {others:?} {all_say_sink}");
+        }
+    }
+}

@@ -1,1 +1,0 @@
-//! Dead letters, replays and swaps: what runs again runs once.

@@ -1,0 +1,351 @@
+//! Redrives that are broken off, or run beside a pipeline whose files say something else.
+
+use std::fmt::Write as _;
+
+use super::{Folder, Locked};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{postgres, sqlite, wait_for};
+use crate::swap::rig::{Rig, stamp};
+
+/// Lines of `[pipeline]` that let any share of records fail.
+const ANY_SHARE: &str = "rejected_of_last_1000 = 1000\nrejected_in_a_row = 100000";
+
+/// A stage that traps on records with a word.
+fn trap_on(word: &str) -> String {
+    format!("config = {{ trap_on = \"{word}\", format = \"application/json\" }}")
+}
+
+#[test]
+fn fault_10_copies_go_on_beside_a_redrive_that_was_broken_off() {
+    let cars = Folder::new("fault-10");
+    let table = cars.table("cars");
+    postgres(&format!("CREATE TABLE {table} (id bigint NOT NULL, x text)"));
+    let rows = cars.path().join("rows.ndjson");
+    let lines = "{\"id\":1,\"x\":\"trap\"}\ntrap: no object\n";
+    std::fs::write(&rows, lines).expect("written");
+    PipelineToml::new(cars.path(), &cars.name)
+        .pipeline(ANY_SHARE)
+        .file(&rows, "")
+        .stage("check", "hostile", &trap_on("trap"))
+        .route_all_to(&["mart"])
+        .postgres("mart", &table)
+        .table("[dead_letters]\nsinks = [\"copies\"]")
+        .sink(
+            "copies",
+            "type = \"sqlite\"\npath = \"copies.db\"\ntable = \"letters\"\ncreate = true",
+        )
+        .write();
+    cars.ok(&["run"]);
+    assert_eq!(cars.letters(), ["stage:check", "stage:check"]);
+    let copied = || -> Vec<String> {
+        let copies = sqlite(&cars.path().join("copies.db"));
+        let mut query =
+            copies.prepare("SELECT place FROM letters ORDER BY rowid").expect("a table");
+        let places = query.query_map([], |row| row.get(0)).expect("rows");
+        places.collect::<Result<_, _>>().expect("texts")
+    };
+    assert_eq!(copied(), ["stage:check", "stage:check"]);
+
+    // Mended: one letter becomes a row, which the table takes later, the other fails at the next stage.
+    cars.replace("trap_on = \"trap\"", "trap_on = \"nothing\"");
+    let lock = Locked::table(&table);
+    let redrive = cars.start(&["dlq", "redrive", "--all"]);
+    wait_for("the redrive to fail again", || {
+        cars.count_in_state("SELECT count(*) FROM dead_letter WHERE stream GLOB 'letters:*'") == 1
+    });
+    // As a crash does.
+    drop(redrive);
+    drop(lock);
+    assert_eq!(cars.letters(), ["stage:check", "stage:check"]);
+
+    std::fs::write(&rows, format!("{lines}one more that is no object\n")).expect("written");
+    cars.ok(&["run"]);
+    assert_eq!(copied(), ["stage:check", "stage:check", "stage:route"], "copies went on");
+    assert_eq!(cars.redriven(&["--all"]), (2, 1, 0));
+    assert_eq!(cars.letters(), ["stage:route", "stage:route"]);
+    cars.ok(&["run"]);
+    let copied = copied();
+    assert_eq!((copied.len(), copied[3].as_str()), (4, "stage:route"), "{copied:?}");
+    assert_eq!(postgres(&format!("SELECT count(*) FROM {table}")), ["1"]);
+    postgres(&format!("DROP TABLE {table}"));
+}
+
+/// Letters of two sinks, each for the same records; both take rows by now, but `b` waits for a lock.
+fn half_redriven(test: &str, records: u64) -> (Folder, String) {
+    let cars = Folder::new(test);
+    let b = cars.table("b");
+    postgres(&format!("CREATE TABLE {b} (id bigint NOT NULL CHECK (id < 0))"));
+    let mart = sqlite(&cars.path().join("mart.db"));
+    mart.execute_batch("CREATE TABLE a (id integer NOT NULL CHECK (id < 0))").expect("a table");
+    let mut lines = String::new();
+    for id in 0..records {
+        writeln!(lines, "{{\"id\":{id}}}").expect("text");
+    }
+    let rows = cars.path().join("rows.ndjson");
+    std::fs::write(&rows, lines).expect("written");
+    PipelineToml::new(cars.path(), &cars.name)
+        .pipeline(ANY_SHARE)
+        .file(&rows, "")
+        .route_all_to(&["a", "b"])
+        .sqlite("a", "a")
+        .postgres("b", &b)
+        .write();
+    cars.ok(&["run"]);
+    assert_eq!(cars.letters().len() as u64, 2 * records);
+    mart.execute_batch("DROP TABLE a; CREATE TABLE a (id integer NOT NULL)").expect("a table");
+    postgres(&format!("ALTER TABLE {b} DROP CONSTRAINT {b}_id_check"));
+    let lock = Locked::table(&b);
+    let redrive = cars.start(&["dlq", "redrive", "--all"]);
+    wait_for("a part of the rows", || rows_of(&cars) >= 3);
+    // As a crash does.
+    drop(redrive);
+    drop(lock);
+    assert!(rows_of(&cars) < records, "it was broken off in the middle");
+    (cars, b)
+}
+
+fn rows_of(cars: &Folder) -> u64 {
+    let mart = sqlite(&cars.path().join("mart.db"));
+    mart.query_row("SELECT count(*) FROM a", [], |row| row.get(0)).expect("a count")
+}
+
+fn assert_each_once(cars: &Folder, records: u64) {
+    let mart = sqlite(&cars.path().join("mart.db"));
+    let distinct: u64 =
+        mart.query_row("SELECT count(DISTINCT id) FROM a", [], |row| row.get(0)).expect("a count");
+    assert_eq!((rows_of(cars), distinct), (records, records));
+}
+
+#[test]
+fn fault_24_a_redrive_that_ran_half_is_finished_without_a_sink_that_is_gone() {
+    const RECORDS: u64 = 60;
+    let (cars, b) = half_redriven("fault-24", RECORDS);
+    let text = std::fs::read_to_string(cars.file()).expect("read");
+    let (before, _) = text.split_once("[[sink]]\nname = \"b\"").expect("the sink");
+    std::fs::write(cars.file(), before.replace("[\"a\", \"b\"]", "[\"a\"]")).expect("written");
+
+    for arguments in [&["--all"][..], &["--sink", "a"]] {
+        let said = cars.refused(&[&["dlq", "redrive"], arguments].concat());
+        assert!(said.contains("--without b"), "{said}");
+    }
+    let said = cars.refused(&["dlq", "redrive", "--without", "a"]);
+    assert!(said.contains("it is in the pipeline"), "{said}");
+    assert_eq!(cars.redriven(&["--without", "b"]), (RECORDS, 0, RECORDS));
+    assert_each_once(&cars, RECORDS);
+    assert!(cars.letters().iter().all(|place| place == "sink:b"));
+    // What is left waits for nobody else.
+    assert_eq!(cars.redriven(&["--all"]), (0, 0, 0));
+
+    // The sink is back: it has each row once as well.
+    std::fs::write(cars.file(), text).expect("written");
+    assert_eq!(cars.redriven(&["--all"]), (RECORDS, 0, 0));
+    assert_each_once(&cars, RECORDS);
+    let counts = format!("SELECT count(*) || ' ' || count(DISTINCT id) FROM {b}");
+    assert_eq!(postgres(&counts), [format!("{RECORDS} {RECORDS}")]);
+    assert_eq!(cars.letters(), Vec::<String>::new());
+    assert_eq!(cars.count_in_state("SELECT count(*) FROM ledger WHERE stream GLOB 'letters:*'"), 0);
+    postgres(&format!("DROP TABLE {b}"));
+}
+
+#[test]
+fn fault_24_what_is_left_for_a_sink_can_be_purged() {
+    const RECORDS: u64 = 60;
+    let (cars, b) = half_redriven("fault-24-purge", RECORDS);
+    let text = std::fs::read_to_string(cars.file()).expect("read");
+    let (before, _) = text.split_once("[[sink]]\nname = \"b\"").expect("the sink");
+    std::fs::write(cars.file(), before.replace("[\"a\", \"b\"]", "[\"a\"]")).expect("written");
+    cars.redriven(&["--without", "b"]);
+    assert!(cars.ok(&["dlq", "purge", "--all"]).contains(&format!("{RECORDS} dead letters")));
+    assert_eq!(cars.letters(), Vec::<String>::new());
+    assert_eq!(cars.count_in_state("SELECT count(*) FROM redrive"), 0);
+    postgres(&format!("DROP TABLE {b}"));
+}
+
+#[test]
+fn fault_24_a_redrive_that_nothing_of_has_run_is_cancelled() {
+    let cars = Folder::new("fault-24-new");
+    let mart = sqlite(&cars.path().join("mart.db"));
+    mart.execute_batch(
+        "CREATE TABLE a (id integer NOT NULL CHECK (id < 0));
+         CREATE TABLE b (id integer NOT NULL CHECK (id < 0))",
+    )
+    .expect("tables");
+    let rows = cars.path().join("rows.ndjson");
+    std::fs::write(&rows, "{\"id\":1}\n{\"id\":2}\n").expect("written");
+    PipelineToml::new(cars.path(), &cars.name)
+        .pipeline(ANY_SHARE)
+        .file(&rows, "")
+        .route_all_to(&["a", "b"])
+        .sqlite("a", "a")
+        .sqlite("b", "b")
+        .write();
+    cars.ok(&["run"]);
+    cars.replace("name = \"b\"", "name = \"c\"");
+    cars.replace("[\"a\", \"b\"]", "[\"a\", \"c\"]");
+    let said = cars.refused(&["dlq", "redrive", "--all"]);
+    assert!(said.contains("sink:b is not in the pipeline any more"), "{said}");
+    assert_eq!(cars.redriven(&["--sink", "a"]), (2, 2, 0));
+    assert_eq!(cars.letters().len(), 4);
+}
+
+#[test]
+fn fault_24_letters_of_a_stage_that_is_gone_stay_letters() {
+    let cars = Folder::new("fault-24-stage");
+    let table = cars.table("cars");
+    postgres(&format!("CREATE TABLE {table} (id bigint NOT NULL)"));
+    let rows = cars.path().join("rows.ndjson");
+    std::fs::write(&rows, "{\"id\":1,\"x\":\"trap\"}\n{\"id\":2,\"x\":\"trap\"}\n")
+        .expect("written");
+    postgres(&format!("ALTER TABLE {table} ADD COLUMN x text"));
+    PipelineToml::new(cars.path(), &cars.name)
+        .pipeline(ANY_SHARE)
+        .file(&rows, "batch = { records = 1 }")
+        .stage("check", "hostile", &trap_on("trap"))
+        .route_all_to(&["mart"])
+        .postgres("mart", &table)
+        .write();
+    cars.ok(&["run"]);
+    cars.replace("trap_on = \"trap\"", "trap_on = \"nothing\"");
+    let lock = Locked::table(&table);
+    let redrive = cars.start(&["dlq", "redrive", "--all"]);
+    wait_for("the redrive to run", || {
+        cars.count_in_state("SELECT count(*) FROM shard WHERE stream GLOB 'letters:*'") > 0
+    });
+    drop(redrive);
+    drop(lock);
+    cars.replace("name = \"check\"", "name = \"verify\"");
+    let said = cars.refused(&["dlq", "redrive", "--all"]);
+    assert!(said.contains("--without check"), "{said}");
+    let (letters, failed_again, _) = cars.redriven(&["--without", "check"]);
+    assert_eq!(failed_again, 0);
+    // Back under its name: what was not delivered before is now.
+    cars.replace("name = \"verify\"", "name = \"check\"");
+    assert_eq!(cars.redriven(&["--all"]), (2 - letters, 0, 0));
+    let counts = format!("SELECT count(*) || ' ' || count(DISTINCT id) FROM {table}");
+    assert_eq!(postgres(&counts), ["2 2"]);
+    postgres(&format!("DROP TABLE {table}"));
+}
+
+#[test]
+fn fault_28_a_redrive_beside_a_pipeline_runs_what_runs_and_notes_nothing() {
+    let mut rig = Rig::new(1);
+    rig.stage = "[stage.limits]\nrecord_time = \"400 ms\"".into();
+    std::fs::write(rig.stage_file(), stamp("v1 reject 10")).expect("written");
+    rig.start();
+    rig.world.put(1..51, 10);
+    rig.wait_rows(45);
+    let change = rig.swap(&rig.version("v2 none"), &[]);
+    assert_eq!(change["number"], 1);
+
+    // Nobody has loaded what the files say by now.
+    std::fs::write(rig.stage_file(), stamp("v3 other 1")).expect("written");
+    rig.stage = "[stage.limits]\nrecord_time = \"300 ms\"".into();
+    rig.write_pipeline();
+    let noted = |what: &str| {
+        let path = rig.world.folder.path().join("state").join(rig.name()).join("state.db");
+        let sql = match what {
+            "components" => {
+                "SELECT group_concat(digest) FROM (SELECT digest FROM component ORDER BY 1)"
+            }
+            "changes" => "SELECT group_concat(number || outcome) FROM change",
+            "ledger" => "SELECT group_concat(stream || generation) FROM ledger",
+            _ => "SELECT declared || running FROM running",
+        };
+        sqlite(&path).query_row(sql, [], |row| row.get::<_, Option<String>>(0)).expect(sql)
+    };
+    let all = || ["running", "changes", "ledger", "components"].map(noted);
+    let before = all();
+    let redriven = rig.command(&["dlq", "redrive", "--all"]);
+    let said = String::from_utf8_lossy(&redriven.stderr).into_owned();
+    assert!(redriven.status.success(), "{said}");
+    assert_eq!(all(), before);
+    rig.wait_rows(50);
+    let rows = rig.rows();
+    let redriven: Vec<_> = rows.iter().filter(|row| row.id % 10 == 0).collect();
+    assert!(redriven.len() == 5 && redriven.iter().all(|row| row.version == "v2"), "{redriven:?}");
+    assert_eq!(rig.history()[0]["outcome"], "promoted");
+    let undone = rig.command(&["plugin", "rollback", "stamp"]);
+    assert!(undone.status.success(), "{}", String::from_utf8_lossy(&undone.stderr));
+    rig.stop();
+}
+
+#[test]
+fn fault_28_a_redrive_is_refused_where_a_sink_was_changed_in_the_file_alone() {
+    let mut rig = Rig::new(1);
+    std::fs::write(rig.stage_file(), stamp("v1 reject 10")).expect("written");
+    rig.start();
+    rig.world.put(1..11, 10);
+    rig.wait_rows(9);
+    let table = rig.table.clone();
+    rig.table = format!("{table}_other");
+    // The name of the pipeline stays.
+    let text = std::fs::read_to_string(rig.pipeline_file()).expect("read");
+    let text = text.replace(&format!("table = \"{table}\""), "table = \"elsewhere\"");
+    std::fs::write(rig.pipeline_file(), text).expect("written");
+    rig.table = table;
+    let redriven = rig.command(&["dlq", "redrive", "--all"]);
+    let said = String::from_utf8_lossy(&redriven.stderr).into_owned();
+    assert!(
+        !redriven.status.success() && said.contains("sink mart is not as the running"),
+        "{said}"
+    );
+    rig.stop();
+}
+
+#[test]
+fn fault_11_a_rollback_replays_records_of_the_stream_alone() {
+    let mut rig = Rig::new(2);
+    rig.mode = "mode = \"upsert\"\nkey = [\"id\"]\nnewest_by = \"id\"".into();
+    std::fs::write(rig.stage_file(), stamp("v1 reject 10")).expect("written");
+    rig.start();
+    rig.world.put(1..51, 10);
+    rig.wait_rows(45);
+    rig.swap(&rig.version("v2 other 1"), &[]);
+    rig.world.put(51..101, 10);
+    rig.wait_rows(95);
+    // By the bad version, beside the pipeline: a shard of the ledger that no stream has.
+    let redriven = rig.command(&["dlq", "redrive", "--all"]);
+    assert!(redriven.status.success(), "{}", String::from_utf8_lossy(&redriven.stderr));
+    rig.wait_rows(100);
+    let undone = rig.command(&["plugin", "rollback", "stamp", "--replay-from-swap"]);
+    let said = String::from_utf8_lossy(&undone.stdout).into_owned();
+    assert!(undone.status.success(), "{}", String::from_utf8_lossy(&undone.stderr));
+    assert!(said.contains("\"records\":50"), "{said}");
+    rig.stop();
+    let wrong = postgres(&format!(
+        "SELECT id FROM {} WHERE id > 50 AND id % 10 <> 0 AND n <> id",
+        rig.table
+    ));
+    assert_eq!(wrong, Vec::<String>::new());
+}
+
+#[test]
+fn a_purged_letter_of_a_stage_is_not_run_again_for_sinks_that_lag() {
+    let cars = Folder::new("purged");
+    let table = cars.table("cars");
+    postgres(&format!("CREATE TABLE {table} (id bigint NOT NULL, x text)"));
+    sqlite(&cars.path().join("mart.db"))
+        .execute_batch("CREATE TABLE a (id integer NOT NULL, x text)")
+        .expect("a table");
+    let rows = cars.path().join("rows.ndjson");
+    std::fs::write(&rows, "{\"id\":1}\n{\"id\":2,\"x\":\"trap\"}\n{\"id\":3}\n").expect("written");
+    PipelineToml::new(cars.path(), &cars.name)
+        .pipeline(ANY_SHARE)
+        .file(&rows, "batch = { records = 1 }")
+        .stage("check", "hostile", &trap_on("trap"))
+        .route_all_to(&["a", "b"])
+        .sqlite("a", "a")
+        .postgres("b", &table)
+        .write();
+    let lock = Locked::table(&table);
+    let run = cars.start(&["run"]);
+    wait_for("the rows of the first sink", || rows_of(&cars) == 2);
+    drop(run);
+    drop(lock);
+    assert!(cars.ok(&["dlq", "purge", "--all"]).contains("1 dead letters deleted"));
+    cars.replace("trap_on = \"trap\"", "trap_on = \"nothing\"");
+    cars.ok(&["run"]);
+    assert_eq!(rows_of(&cars), 2);
+    assert_eq!(postgres(&format!("SELECT count(*) FROM {table}")), ["2"]);
+    postgres(&format!("DROP TABLE {table}"));
+}
