@@ -224,6 +224,7 @@ impl Row {
                 place: redrive.place.clone(),
                 route: redrive.route.clone(),
                 origins: vec![redrive.origins[self.record as usize].clone()],
+                delivered_to: redrive.delivered_to.clone(),
             })),
         };
         let (shard, span) = (self.batch.shard.clone(), self.batch.span.clone());
