@@ -17,6 +17,8 @@ const LANE_FILES: u64 = 2;
 const SINK_FILES: u64 = 2;
 /// Files that the rest of the process may still open.
 const SPARE_FILES: u64 = 16;
+/// Files that a start opens before the shards are known: state, sinks, ports, and the pipes of a compiler.
+const START_FILES: u64 = 32;
 
 /// The process may not have what the pipeline needs.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -105,13 +107,20 @@ impl Needs {
     }
 }
 
-/// Checks that one sandbox can be had.
+/// Checks that a command can start: that one sandbox can be had, and the files that come before the lanes'.
 ///
 /// # Errors
 /// [`LimitError`], with what is needed.
-pub fn check_sandbox() -> Result<(), LimitError> {
-    let used = Usage::now().address_bytes;
-    check_address("one plugin".into(), used, SANDBOX_BYTES, address_limit())
+pub fn check_start() -> Result<(), LimitError> {
+    let Usage { address_bytes, open_files } = Usage::now();
+    check_address("one plugin".into(), address_bytes, SANDBOX_BYTES, address_limit())?;
+    let needed = open_files + START_FILES;
+    match files_limit() {
+        Some(limit) if limit < needed => {
+            Err(LimitError::OpenFiles { what: "a start without a shard".into(), needed, limit })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_address(what: String, used: u64, more: u64, limit: Option<u64>) -> Result<(), LimitError> {

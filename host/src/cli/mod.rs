@@ -326,7 +326,7 @@ fn state_beside(config: &PipelineConfig) -> anyhow::Result<StateStore> {
 
 /// What a pipeline's plugins are loaded with.
 fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
-    crate::system::check_sandbox()?;
+    crate::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let cache = CompileCache::in_folder(config.state_dir.join("compiled")).in_child_processes();
     let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
@@ -335,7 +335,7 @@ fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
 
 /// Loads a plugin outside of any pipeline.
 fn load_plugin(file: &std::path::Path) -> anyhow::Result<Plugin> {
-    crate::system::check_sandbox()?;
+    crate::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let cache = CompileCache::none().in_child_processes();
     Ok(Plugin::load_file(&engine, &cache, file)?.0)

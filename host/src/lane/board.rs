@@ -196,6 +196,12 @@ impl Board {
         }
     }
 
+    /// The lanes that read, and what each waits for should it not come to its next batch.
+    pub fn running(&self) -> Vec<WaitingLane> {
+        let running = self.snapshot().into_iter().filter(|(_, status)| status.running);
+        running.map(|(shard, status)| WaitingLane { why: status.waits_for(), shard }).collect()
+    }
+
     /// The lanes whose stages do not go on, and why.
     pub fn blocked_stages(&self) -> Vec<(ShardId, String)> {
         let shards = self.lock();

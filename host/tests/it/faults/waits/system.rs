@@ -57,14 +57,14 @@ fn fault_45_a_limit_of_open_files_is_named_with_what_is_needed() {
     let world = World::new(16);
     world.put(0..100, 50);
     let file = world.pipeline(&Pipeline::default());
-    let output = limited("-n 24", &format!("run {file} --until-caught-up"));
-    let text = text_of(&output);
-    assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(
-        text.contains("16 shards") && text.contains("24") && text.contains("ulimit -n"),
-        "{text}"
-    );
-    assert!(!text.contains("Too many open files"), "{text}");
+    for (limit, what) in [(24, "a start without a shard"), (80, "16 shards")] {
+        let output = limited(&format!("-n {limit}"), &format!("run {file} --until-caught-up"));
+        let text = text_of(&output);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(what) && text.contains("ulimit -n"), "{text}");
+        assert!(text.contains(&format!("found {limit}")), "{text}");
+        assert!(!text.contains("Too many open files"), "{text}");
+    }
 }
 
 /// A soft limit is no more than a default: it is raised as far as the system lets it.
