@@ -179,8 +179,10 @@ impl StreamConnection {
             .set(behind_ms as f64);
         let is_caught_up = records.is_empty() && behind_ms == 0;
         inbox.accept(records, call)?;
-        if let Some(gap) = inbox.take_gap() {
+        // It stays until it is judged: who waits for this may give up in between.
+        if let Some(gap) = inbox.gap() {
             self.judge(gap, inbox).await?;
+            inbox.forget_gap();
         } else if (is_caught_up || is_end)
             && let Some(gap) = inbox.gap_before_nothing()
         {

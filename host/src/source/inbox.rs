@@ -150,9 +150,14 @@ impl Inbox {
         self.from.caught_up_ms = Some(at_ms);
     }
 
-    /// A gap that has shown since the last call.
-    pub fn take_gap(&mut self) -> Option<Gap> {
-        self.gap.take()
+    /// A gap that has shown and was not judged.
+    pub fn gap(&self) -> Option<Gap> {
+        self.gap.clone()
+    }
+
+    /// The gap was judged.
+    pub fn forget_gap(&mut self) {
+        self.gap = None;
     }
 
     /// The gap that there may be if the server has nothing more, although it was told to begin where
