@@ -108,10 +108,8 @@ fn resharding_under_load_by_fan_out() {
 /// A second opinion: another server, which tells children, filters, and pages as AWS does.
 #[test]
 fn resharding_on_another_server() {
-    let url = std::env::var("SHARDMILL_TEST_KINESIS_LOCAL")
-        .expect("SHARDMILL_TEST_KINESIS_LOCAL names a second server: run `cargo xtask test`");
     for reader in ["polling", "fan-out"] {
-        let world = World::at(tempfile::tempdir().expect("a folder"), &url, None, 2);
+        let (_alone, world) = World::on_other_server(2);
         survives("other", reader, &world, 10_000, 6);
         world.delete();
     }

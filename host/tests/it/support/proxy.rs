@@ -34,7 +34,7 @@ pub enum Fault {
     ResetAfter,
     /// The answer comes late.
     Slow(Duration),
-    /// The body goes silent after this time, and the connection stays open.
+    /// The body goes silent after this time, and the connection stays open. Zero: only the head comes.
     Silent(Duration),
     /// Records before this sequence number are taken out of the answer: the stream dropped them.
     Trim(String),
@@ -189,7 +189,12 @@ async fn answer(
         }
         Fault::Silent(after) => {
             let until = tokio::time::sleep(after);
-            let speaking = BodyStream::new(body).take_until(until);
+            let until = async move {
+                if !after.is_zero() {
+                    until.await;
+                }
+            };
+            let speaking = BodyStream::new(body).take_until(Box::pin(until));
             let silence = futures::stream::pending::<Result<Frame<Bytes>, hyper::Error>>();
             let body = StreamBody::new(speaking.chain(silence));
             Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use aws_sdk_kinesis::Client;
@@ -82,6 +83,20 @@ impl World {
         let sql = "CREATE TABLE rows (id INTEGER NOT NULL, key TEXT NOT NULL, n INTEGER NOT NULL)";
         world.mart().execute(sql, ()).expect("created");
         world
+    }
+
+    /// An empty stream on a server of another make. All tests share that server, and all streams have one
+    /// name: the world is the test's own while it holds the guard.
+    pub fn on_other_server(shards: u32) -> (MutexGuard<'static, ()>, Self) {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let url = std::env::var("SHARDMILL_TEST_KINESIS_LOCAL")
+            .expect("SHARDMILL_TEST_KINESIS_LOCAL names a second server: run `cargo xtask test`");
+        let world = Self::at(tempfile::tempdir().expect("a folder"), &url, None, shards);
+        // A test that failed leaves its stream.
+        world.delete();
+        world.create(shards);
+        (alone, world)
     }
 
     /// Creates the stream and waits for it.

@@ -39,9 +39,7 @@ fn fault_46_a_process_whose_subscription_is_kept_out_reads_meanwhile() {
 /// start makes progress each time.
 #[test]
 fn fault_46_a_process_that_is_killed_every_few_seconds_makes_progress() {
-    let url = std::env::var("SHARDMILL_TEST_KINESIS_LOCAL")
-        .expect("SHARDMILL_TEST_KINESIS_LOCAL names a second server: run `cargo xtask test`");
-    let world = World::at(tempfile::tempdir().expect("a folder"), &url, None, 1);
+    let (_alone, world) = World::on_other_server(1);
     let endpoint = format!("http://{}", world.address);
     let source = "reader = \"fan-out\"".into();
     let pipeline = Pipeline { endpoint, source, ..Pipeline::default() };
