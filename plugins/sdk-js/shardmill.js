@@ -29,14 +29,12 @@ Retry.prototype.name = "Retry";
 /** Makes the export `stage` of a plugin. See `Plugin` in `shardmill.d.ts`. */
 export function plugin(definition) {
   const { record, batch } = definition;
-  if (record === undefined && batch === undefined) {
-    throw new TypeError("a plugin needs `record` or `batch`");
-  }
   const out = new Out();
   let upstream = [];
 
   function configure(context) {
     try {
+      checkFunctions(definition);
       upstream = context.upstream.map((route) => route.name);
       where = context.shardId;
       const given = {
@@ -46,6 +44,7 @@ export function plugin(definition) {
         extra: Object.fromEntries(context.extra),
       };
       const changed = definition.configure?.(JSON.parse(context.config), given) ?? {};
+      if (typeof changed.then === "function") throw new TypeError(ASYNC("configure"));
       const descriptor = describe({ ...definition, ...changed });
       out._declare(descriptor.routes);
       return descriptor;
@@ -64,7 +63,7 @@ export function plugin(definition) {
         records = new Array(count);
         for (let index = 0; index < count; index++) records[index] = new Record(shared, index);
         current = records[0];
-        batch(records, out);
+        checkReturned("batch", batch(records, out), true);
       }
       if (record !== undefined) {
         for (let index = 0; index < count; index++) {
@@ -72,7 +71,9 @@ export function plugin(definition) {
           random = undefined;
           out._input(index);
           try {
-            record(current, out);
+            const returned = record(current, out);
+            // Nearly always undefined: one comparison a record.
+            if (returned !== undefined) checkReturned("record", returned, out._hasOutcome());
           } catch (error) {
             if (error instanceof Retry) throw error;
             out.reject(reason(error));
@@ -89,6 +90,87 @@ export function plugin(definition) {
   }
 
   return { configure, process };
+}
+
+// A plugin's call has ended when its function returns. Outputs of a promise would come after that, and
+// a value that is returned goes nowhere: without these checks each record would be filtered in silence.
+
+const ASYNC = (name) =>
+  `\`${name}\` is asynchronous or returns a promise, but there are no promises across calls: ` +
+  "make it a plain function without async and await, and call out.emit before it returns";
+const GENERATOR = (name) =>
+  `\`${name}\` is a generator, but what it yields goes nowhere: make it a plain function that calls out.emit`;
+
+/** Refuses a definition whose functions can be seen not to be plain ones. */
+function checkFunctions(definition) {
+  if (definition.record === undefined && definition.batch === undefined) {
+    throw new TypeError("a plugin needs `record` or `batch`");
+  }
+  for (const name of ["record", "batch", "configure"]) {
+    const given = definition[name];
+    if (given === undefined) continue;
+    if (typeof given !== "function") {
+      throw new TypeError(`\`${name}\` must be a function, not ${kindOf(given)}`);
+    }
+    const kind = Object.prototype.toString.call(given);
+    if (kind === "[object AsyncFunction]" || kind === "[object AsyncGeneratorFunction]") {
+      throw new TypeError(ASYNC(name));
+    }
+    if (kind === "[object GeneratorFunction]") throw new TypeError(GENERATOR(name));
+  }
+}
+
+/**
+ * Refuses what a function has returned in place of calling `out.emit`. `null` and `false` are fine: they
+ * come of `condition && out.emit(...)`. So is any plain value where the record has an outcome already.
+ */
+function checkReturned(name, returned, hasOutcome) {
+  if (returned === undefined || returned === null || returned === false) return;
+  if (typeof returned.then === "function") throw new Error(ASYNC(name));
+  if (typeof returned.next === "function") throw new Error(GENERATOR(name));
+  if (!hasOutcome) {
+    throw new Error(
+      `\`${name}\` returned ${kindOf(returned)}, which goes nowhere: call out.emit, out.pass or out.reject ` +
+        "and return nothing; to filter the record, return nothing",
+    );
+  }
+}
+
+/** A value's kind for a message. */
+function kindOf(value) {
+  if (value === null) return "null";
+  if (typeof value === "object") return `an object (${value.constructor?.name ?? "without a class"})`;
+  return `a ${typeof value}`;
+}
+
+/** Whether a value can be bytes of the arena. */
+function isBytes(value) {
+  return ArrayBuffer.isView(value) || value instanceof ArrayBuffer;
+}
+
+/** A value as JSON text. Refuses those that JSON would turn into "{}" and lose. */
+function toJson(value) {
+  if (typeof value === "object" && value !== null && value.toJSON === undefined) {
+    checkSerialisable(value, "the value");
+    for (const name in value) {
+      const member = value[name];
+      if (typeof member === "object" && member !== null) checkSerialisable(member, `member "${name}"`);
+    }
+  }
+  const text = JSON.stringify(value);
+  if (text === undefined) throw new TypeError(`emit needs a text, bytes or a JSON value, not ${kindOf(value)}`);
+  return text;
+}
+
+function checkSerialisable(value, place) {
+  if (typeof value.then === "function") {
+    throw new TypeError(`${place} is a promise: there are no promises across calls; emit its value`);
+  }
+  const isLost =
+    value instanceof Map || value instanceof Set || (typeof value.next === "function" && value[Symbol.iterator]);
+  if (isLost && value.toJSON === undefined) {
+    throw new TypeError(`${place} is ${kindOf(value)}, which JSON cannot hold: make an array or a plain object of it`);
+  }
 }
 
 /** A record on its way in. Its text is decoded when it is asked for. */
@@ -168,12 +250,7 @@ class Out {
 
   emit(route, value, key) {
     const number = this._number(route);
-    if (typeof value === "object" && !ArrayBuffer.isView(value) && !(value instanceof ArrayBuffer)) {
-      value = JSON.stringify(value);
-    } else if (typeof value !== "string" && typeof value !== "object") {
-      value = JSON.stringify(value);
-      if (value === undefined) throw new TypeError("emit needs a text, bytes or a JSON value");
-    }
+    if (typeof value !== "string" && !isBytes(value)) value = toJson(value);
     this._push(number, value, key);
   }
 
@@ -209,6 +286,13 @@ class Out {
   }
 
   _push(number, value, key) {
+    // A promise that ends after its call would otherwise write among another call's outputs.
+    if (this._at < 0) {
+      throw new Error("no record is under way: in `batch`, call out.at(record) first; after a call nothing can be emitted");
+    }
+    if (key !== undefined && typeof key !== "string" && !isBytes(key)) {
+      throw new TypeError(`a partition key must be a text or bytes, not ${kindOf(key)}`);
+    }
     this._outputs.push(this._at, number);
     this._values.push(key, value);
   }
@@ -229,6 +313,11 @@ class Out {
     this._settle();
     this._at = index;
     this._mark = this._outputs.length;
+  }
+
+  /** Whether the record under way was given an output, or was rejected. */
+  _hasOutcome() {
+    return this._rejected !== undefined || this._outputs.length > this._mark;
   }
 
   /** A rejected record has no outputs: what was emitted for it is taken back. */

@@ -184,8 +184,8 @@ class Out:
         (times in ISO 8601, decimals as texts).
         """
         number = self._routes.get(route)
-        if number is None:
-            raise self._no_route(route)
+        if number is None or self._input < 0:
+            raise self._misplaced(route)
         kind = type(value)
         if kind is str:
             payload = value.encode()
@@ -209,8 +209,8 @@ class Out:
     def pass_on(self, route: str, key: str | None = None) -> None:
         """Delivers the record on a route as it came in, under its key or another. Nothing is copied."""
         number = self._routes.get(route)
-        if number is None:
-            raise self._no_route(route)
+        if number is None or self._input < 0:
+            raise self._misplaced(route)
         if key is None:
             self._words += (self._input, number, _NONE, 0, _NONE, 0)
         else:
@@ -227,7 +227,11 @@ class Out:
         self._begin_record(record.index)
         return self
 
-    def _no_route(self, route: str) -> Exception:
+    def _misplaced(self, route: str) -> Exception:
+        if self._input < 0:
+            return RuntimeError(
+                "no record is under way: in `batch`, call out.at(record) first; after a call nothing can be emitted"
+            )
         return ValueError(f"there is no route {route!r}: the plugin declares {', '.join(self._routes)}")
 
     def _keep(self, text: str) -> tuple[int, int]:
@@ -257,6 +261,10 @@ class Out:
         if index != self._input:
             self._input = index
             self._mark = len(self._words)
+
+    def _has_outcome(self) -> bool:
+        """Whether the record under way was given an output, or was rejected."""
+        return self._rejected is not None or len(self._words) > self._mark
 
     def _finish(self) -> _Outcome:
         self._begin_record(self._input)
@@ -383,10 +391,14 @@ class _Stage:
         _record_time.shard = context.shard_id
         given = dict(self.given)
         try:
+            for what, function in (("record", self.record), ("batch", self.batch), ("configure", self.on_configure)):
+                _check_function(what, function)
             if self.on_configure is not None:
                 upstream = tuple(Upstream(route.name, route.format) for route in context.upstream)
                 place = Context(context.stream_name, context.shard_id, upstream, dict(context.extra))
-                given.update(self.on_configure(json.loads(context.config), place) or {})
+                changed = self.on_configure(json.loads(context.config), place)
+                _check_returned("configure", changed, True)
+                given.update(changed or {})
             descriptor = _describe(**given)
         except Exception as error:
             raise Err(_reason(error)) from None
@@ -404,13 +416,15 @@ class _Stage:
         try:
             if self.batch is not None:
                 under_way.record = records[0]
-                self.batch(records, out)
+                _check_returned("batch", self.batch(records, out), True)
             if on_record is not None:
                 for record in records:
                     under_way.record = record
                     out._begin_record(record.index)
                     try:
-                        on_record(record, out)
+                        returned = on_record(record, out)
+                        if returned is not None:
+                            _check_returned("record", returned, out._has_outcome())
                     except Retry:
                         raise
                     except Exception as error:
@@ -422,6 +436,60 @@ class _Stage:
         finally:
             under_way.record = None
 
+
+# A plugin's call has ended when its function returns. A coroutine that nobody awaits and a generator that
+# nobody reads do nothing, and a value that is returned goes nowhere: without these checks each record would
+# be filtered in silence.
+
+
+def _asynchronous(name: str) -> str:
+    return (
+        f"`{name}` is asynchronous, but nothing awaits it: make it a plain function without async and await, "
+        "and call out.emit before it returns"
+    )
+
+
+def _generator(name: str) -> str:
+    return f"`{name}` is a generator, but what it yields goes nowhere: make it a plain function that calls out.emit"
+
+
+def _check_function(name: str, function: Any) -> None:
+    """Refuses a function that can be seen not to be a plain one."""
+    if function is None:
+        return
+    while type(function).__name__ == "partial":
+        function = function.func
+    call = function if hasattr(function, "__code__") else getattr(function, "__call__", function)
+    flags = getattr(getattr(call, "__code__", None), "co_flags", 0)
+    if flags & (_COROUTINE | _ASYNC_GENERATOR):
+        raise TypeError(_asynchronous(name))
+    if flags & _GENERATOR:
+        raise TypeError(_generator(name))
+
+
+def _check_returned(name: str, returned: Any, has_outcome: bool) -> None:
+    """Refuses what a function has returned in place of calling `out.emit`.
+
+    `None` and `False` are fine: they come of `condition and out.emit(...)`. So is any plain value where the
+    record has an outcome already, and a mapping that `configure` returns.
+    """
+    if returned is None or returned is False:
+        return
+    if hasattr(returned, "__await__") or hasattr(returned, "__aiter__"):
+        if hasattr(returned, "close"):
+            returned.close()
+        raise TypeError(_asynchronous(name))
+    if hasattr(returned, "__next__"):
+        raise TypeError(_generator(name))
+    if not has_outcome:
+        raise TypeError(
+            f"`{name}` returned a {type(returned).__name__}, which goes nowhere: call out.emit, out.pass_on or "
+            "out.reject and return nothing; to filter the record, return nothing"
+        )
+
+
+#: Bits of `co_flags`, by `inspect`, which is not loaded for them alone.
+_GENERATOR, _COROUTINE, _ASYNC_GENERATOR = 0x20, 0x80, 0x200
 
 _stage: _Stage | None = None
 
