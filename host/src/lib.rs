@@ -18,6 +18,7 @@ pub mod plugin;
 pub mod position;
 pub mod postgres;
 pub mod record;
+mod serve;
 pub mod sink;
 pub mod source;
 pub mod stage;

@@ -94,13 +94,7 @@ impl AdminPort {
             .route("/health/ready", get(ready))
             .with_state(shown)
             .merge(guarded);
-        tokio::spawn(async move {
-            let served = axum::serve(self.listener, routes)
-                .with_graceful_shutdown(async move { stop.cancelled().await });
-            if let Err(error) = served.await {
-                tracing::error!(%error, "the admin port failed");
-            }
-        });
+        tokio::spawn(crate::serve::serve(self.listener, routes, stop));
     }
 }
 

@@ -4,7 +4,7 @@ use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use bytes::Bytes;
 
-use crate::source::input::{JsonError, MemberError, check_json, key_of_member};
+use crate::source::input::{JsonError, MemberError, check_json, key_of_member, without_mark};
 use crate::source::producer::{NewRecord, NotPuttable};
 
 /// The header that is the partition key of all records of a request.
@@ -118,12 +118,16 @@ pub fn records(
 
 /// The events of a body with their lines, from 1; blank ones are none.
 fn events(shape: Shape, body: &Bytes) -> impl Iterator<Item = (usize, Bytes)> {
+    let text = match shape {
+        Shape::Opaque => &body[..],
+        Shape::Json | Shape::Ndjson => without_mark(body),
+    };
     let is_blank = move |event: &[u8]| match shape {
         Shape::Opaque => event.is_empty(),
         Shape::Json | Shape::Ndjson => event.trim_ascii().is_empty(),
     };
     let end = move |byte: &u8| shape == Shape::Ndjson && *byte == b'\n';
-    let lines = body.split(end).map(move |line| match (shape, line) {
+    let lines = text.split(end).map(move |line| match (shape, line) {
         (Shape::Ndjson, [line @ .., b'\r']) => line,
         _ => line,
     });

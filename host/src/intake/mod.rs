@@ -15,7 +15,9 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER,
+};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -102,13 +104,7 @@ impl IntakePort {
             .route("/events", post(take))
             .route("/health", get(health))
             .with_state(door);
-        let served = tokio::spawn(async move {
-            let served = axum::serve(self.listener, routes)
-                .with_graceful_shutdown(async move { stop.cancelled().await });
-            if let Err(error) = served.await {
-                tracing::error!(%error, "the intake failed");
-            }
-        });
+        let served = tokio::spawn(crate::serve::serve(self.listener, routes, stop));
         Intake { served }
     }
 }
@@ -136,6 +132,7 @@ struct Door {
 /// A request that is not answered 200.
 enum Turned {
     Bad(BadEvents),
+    Encoded { found: String },
     Slow,
     Cut(String),
     Large { bytes_max: usize },
@@ -172,6 +169,7 @@ impl Door {
         if self.stop.is_cancelled() {
             return Err(Turned::Stopping);
         }
+        refuse_encodings(headers)?;
         let (body, mut reserved) = self.body(headers, body).await?;
         let shape = Shape::of(headers);
         let overhead = events::records_max(shape, &body).saturating_mul(RECORD_OVERHEAD_BYTES);
@@ -222,6 +220,21 @@ impl Door {
     }
 }
 
+/// Refuses a body that is compressed: stored as it is, it would reach the stream as bytes that no plugin
+/// expects. `identity` says that nothing was done to it (RFC 9110, section 8.4).
+fn refuse_encodings(headers: &HeaderMap) -> Result<(), Turned> {
+    let encodings = headers.get_all(CONTENT_ENCODING).iter().flat_map(|value| {
+        let listed = String::from_utf8_lossy(value.as_bytes()).into_owned();
+        listed.split(',').map(|one| one.trim().to_owned()).collect::<Vec<_>>()
+    });
+    let found: Vec<_> =
+        encodings.filter(|one| !one.is_empty() && !one.eq_ignore_ascii_case("identity")).collect();
+    match found.is_empty() {
+        true => Ok(()),
+        false => Err(Turned::Encoded { found: found.join(", ") }),
+    }
+}
+
 /// Whether a body was longer than its limit, by what `http_body_util` calls that.
 fn is_over_limit(error: &axum::Error) -> bool {
     error.to_string().contains("length limit exceeded")
@@ -236,6 +249,13 @@ impl IntoResponse for Turned {
                     ..
                 },
             ) => (StatusCode::PAYLOAD_TOO_LARGE, None, bad.to_string()),
+            Self::Encoded { found } => (
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                None,
+                format!(
+                    "unsupported Content-Encoding {found:?}: expected none; send the body uncompressed"
+                ),
+            ),
             Self::Bad(bad) => (StatusCode::BAD_REQUEST, None, bad.to_string()),
             Self::Cut(cause) => {
                 (StatusCode::BAD_REQUEST, None, format!("the body did not arrive: {cause}"))
@@ -273,6 +293,10 @@ impl IntoResponse for Turned {
             ),
         };
         let mut response = json(status, serde_json::json!({ "error": error }));
+        if status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+            // RFC 9110, section 15.5.16: this says which encodings would do.
+            response.headers_mut().insert(ACCEPT_ENCODING, http_value("identity"));
+        }
         if let Some(seconds) = retry {
             response.headers_mut().insert(RETRY_AFTER, http_value(seconds));
         }
