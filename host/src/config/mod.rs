@@ -272,8 +272,19 @@ pub struct AssumeRole {
 pub struct FileConfig {
     /// The file; `-` is standard input.
     pub path: PathBuf,
-    /// Lines to leave out at the beginning.
+    /// Where a record ends.
+    pub cut: FileCut,
+    /// Records to leave out at the beginning.
     pub skip_lines: u64,
+}
+
+/// Where the records of a file end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileCut {
+    /// At each line break.
+    Lines,
+    /// At each line break outside quotes, as RFC 4180 says.
+    Csv,
 }
 
 /// The HTTP port that takes events and puts them on the stream.

@@ -12,7 +12,7 @@ use super::diagnostic::{did_you_mean, suggest};
 use super::load::shaped;
 use super::raw::{Maybe, RawAssumeRole, RawBatch, RawCreate, RawFile, RawKinesis, Text};
 use super::{
-    AssumeRole, BatchLimits, CreateStream, Endpoint, FileConfig, KinesisConfig, Located,
+    AssumeRole, BatchLimits, CreateStream, Endpoint, FileConfig, FileCut, KinesisConfig, Located,
     OnLostRecords, ReaderKind, SourceConfig, SourceKind, StartPosition, StreamServer,
 };
 use crate::record::{SequenceNumber, ShardId, StreamRef};
@@ -56,10 +56,12 @@ pub(super) fn read(
             let (format, batch) = (format(&raw.format, check), batch(raw.batch, check));
             let path = path?;
             let path = if path == STANDARD_INPUT { path.into() } else { base.join(path) };
-            let file = FileConfig { path, skip_lines: skip_lines? };
+            let format = format?;
+            let cut = cut(format.as_deref(), &path);
+            let file = FileConfig { path, cut, skip_lines: skip_lines? };
             let kind = SourceKind::File(file);
             let columns = Vec::new();
-            Some(SourceConfig { kind, batch: batch?, format: format?, columns })
+            Some(SourceConfig { kind, batch: batch?, format, columns })
         }
         _ => {
             let mut raw: RawKinesis = shaped(table, check)?;
@@ -69,6 +71,16 @@ pub(super) fn read(
             let columns = Vec::new();
             Some(SourceConfig { kind, batch: batch?, format: format?, columns })
         }
+    }
+}
+
+/// By the declared format; without one, by the file's name.
+fn cut(format: Option<&str>, path: &Path) -> FileCut {
+    let is_named_csv = path.extension().is_some_and(|name| name.eq_ignore_ascii_case("csv"));
+    match format {
+        Some("text/csv") => FileCut::Csv,
+        None if is_named_csv => FileCut::Csv,
+        _ => FileCut::Lines,
     }
 }
 

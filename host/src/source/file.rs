@@ -16,8 +16,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::input::without_mark;
 use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
-use crate::config::{BatchLimits, FileConfig, StartPosition};
+use crate::config::{BatchLimits, FileConfig, FileCut, StartPosition};
 use crate::record::{
     Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardId, ShardKey, StreamIdentity,
 };
@@ -255,7 +256,22 @@ impl Lines {
         let mut bytes = 0;
         while self.taken < self.chunk.len() && records.len() < self.limits.records_max {
             let left = &self.chunk[self.taken..];
-            let end = memchr::memchr(b'\n', left);
+            let end = match self.config.cut {
+                FileCut::Lines => memchr::memchr(b'\n', left),
+                FileCut::Csv => super::csv::record_end(left).map(|end| end - 1),
+            };
+            if end.is_none() && !self.has_ended {
+                // A quoted line break: the record goes on after what was read.
+                if left.len() > LINE_BYTES_MAX {
+                    return Err(self.quote_not_closed());
+                }
+                let mut rest = left.to_vec();
+                rest.append(&mut self.rest);
+                self.rest = rest;
+                self.chunk = Bytes::new();
+                self.taken = 0;
+                break;
+            }
             let whole = end.map_or(left.len(), |end| end + 1);
             let line = end.unwrap_or(left.len());
             let line = line - usize::from(line > 0 && left[line - 1] == b'\r' && end.is_some());
@@ -265,7 +281,11 @@ impl Lines {
             if !records.is_empty() && bytes + line > self.limits.bytes_max {
                 break;
             }
-            let payload = self.chunk.slice(self.taken..self.taken + line);
+            let line_bytes = self.chunk.slice(self.taken..self.taken + line);
+            let payload = match self.at {
+                0 => line_bytes.slice_ref(without_mark(&line_bytes)),
+                _ => line_bytes,
+            };
             self.taken += whole;
             self.at += whole as u64;
             if self.skip_lines > 0 {
@@ -286,6 +306,14 @@ impl Lines {
         Ok(())
     }
 
+    fn quote_not_closed(&self) -> SourceError {
+        let cause = format!(
+            "a CSV record that begins here has a quote that is not closed within {LINE_BYTES_MAX} bytes: \
+             close it, or set `format` under [source] to another media type to read plain lines"
+        );
+        failed(&self.config, "read a record", self.at, &cause)
+    }
+
     fn line_too_long(&self) -> SourceError {
         let cause = format!("a line has more than {LINE_BYTES_MAX} bytes; is it a file of lines?");
         failed(&self.config, "read a line", self.at, &cause)
@@ -304,9 +332,9 @@ fn open_at(config: &FileConfig, at: u64) -> Result<File, SourceError> {
 fn open_behind(config: &FileConfig, after: &Position) -> Result<(File, u64), SourceError> {
     let at = after.sequence.as_str().parse().unwrap_or(u64::MAX);
     let file = open_at(config, 0)?;
-    let line = line_before(&file, at).map_err(|cause| failed(config, "read", at, &cause))?;
-    let Some(line) = line.filter(|line| u64::from(crc32fast::hash(line)) == after.sub_sequence)
-    else {
+    let is_there = record_ends_at(&file, at, config.cut, after.sub_sequence)
+        .map_err(|cause| failed(config, "read", at, &cause))?;
+    if !is_there {
         return Err(SourceError::File {
             path: config.path.clone(),
             what: format!("cannot go on at byte {at}"),
@@ -315,8 +343,7 @@ fn open_behind(config: &FileConfig, after: &Position) -> Result<(File, u64), Sou
                     back, or read this one under another path"
                 .into(),
         });
-    };
-    drop(line);
+    }
     // The last line had no end when it was read; it has one now.
     let mut around = [0; 2];
     let found =
@@ -334,12 +361,14 @@ fn open_behind(config: &FileConfig, after: &Position) -> Result<(File, u64), Sou
     Ok((open_at(config, at)?, at))
 }
 
-/// The line that ends at `at`, without its end; `None`: no line does.
-fn line_before(file: &File, at: u64) -> io::Result<Option<Vec<u8>>> {
+/// Whether a record with this CRC-32 ends at `at`. A CSV record may have line breaks of its own: its
+/// beginning is searched for line by line.
+fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Result<bool> {
     let length = file.metadata()?.len();
     if at == 0 || length < at {
-        return Ok(None);
+        return Ok(false);
     }
+    let is = |payload: &[u8]| u64::from(crc32fast::hash(payload)) == checksum;
     // Most lines are short: look back in growing steps.
     let mut back = 1 << 10;
     loop {
@@ -353,19 +382,34 @@ fn line_before(file: &File, at: u64) -> io::Result<Option<Vec<u8>>> {
             || length == at
             || (file.read_exact_at(&mut next, at).is_ok() && matches!(next, [b'\n' | b'\r']));
         if !is_whole {
-            return Ok(None);
+            return Ok(false);
         }
-        let end = bytes.len() - usize::from(is_ended);
-        let begin = memchr::memrchr(b'\n', &bytes[..end]).map(|before| before + 1);
-        match begin {
-            None if from > 0 && back < LINE_BYTES_MAX as u64 * 2 => back *= 4,
-            begin => {
-                let mut line = bytes[begin.unwrap_or(0)..end].to_vec();
-                if is_ended && line.ends_with(b"\r") {
-                    line.pop();
-                }
-                return Ok(Some(line));
+        let mut end = bytes.len() - usize::from(is_ended);
+        if is_ended && bytes[..end].ends_with(b"\r") {
+            end -= 1;
+        }
+        let mut begins = memchr::memrchr_iter(b'\n', &bytes[..end]).map(|before| before + 1);
+        let found = match cut {
+            FileCut::Lines => begins.next().map(|begin| is(&bytes[begin..end])),
+            // The first line of a record with line breaks has a quote.
+            FileCut::Csv => {
+                let mut lines_after = bytes.len();
+                begins
+                    .any(|begin| {
+                        let line = &bytes[begin..std::mem::replace(&mut lines_after, begin)];
+                        let may_begin = line.len() == bytes.len() - begin
+                            || memchr::memchr(b'"', line).is_some();
+                        may_begin && is(&bytes[begin..end])
+                    })
+                    .then_some(true)
             }
+        };
+        match found {
+            Some(found) => return Ok(found),
+            None if from > 0 && back < LINE_BYTES_MAX as u64 * 2 => back *= 4,
+            None if from > 0 => return Ok(false),
+            // The file's first record, with a byte order mark or without: older versions kept it.
+            None => return Ok(is(&bytes[..end]) || is(without_mark(&bytes[..end]))),
         }
     }
 }

@@ -11,6 +11,15 @@ use serde_json::value::RawValue;
 
 use super::producer::{NewRecord, NotPuttable, RECORD_BYTES_MAX};
 
+/// UTF-8's byte order mark, which some editors and spreadsheets put in front of a file. It is no part of
+/// the first line (Unicode 15, section 23.8).
+const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+
+/// The beginning of a text without its byte order mark.
+pub(crate) fn without_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
+}
+
 /// Bytes of the length in front of a binary record.
 const LENGTH_BYTES: usize = 4;
 
@@ -19,6 +28,8 @@ const LENGTH_BYTES: usize = 4;
 pub enum Format {
     /// A record per line, without its end (`\n` or `\r\n`).
     Lines,
+    /// A CSV record per line, line breaks within quotes included.
+    Csv,
     /// A JSON value per line; blank lines are passed over.
     Ndjson,
     /// A 4-byte big-endian length, then so many bytes; again and again.
@@ -203,12 +214,13 @@ impl<R: BufRead> Input<R> {
         let started_at = self.offset;
         let payload = match self.format {
             Format::Lines => self.line()?,
+            Format::Csv => self.csv_record()?,
             Format::Ndjson => self.json_line()?,
             Format::Binary => self.binary()?,
         };
         let Some(payload) = payload else { return Ok(None) };
         let place = match self.format {
-            Format::Lines | Format::Ndjson => self.line_place(),
+            Format::Lines | Format::Csv | Format::Ndjson => self.line_place(),
             Format::Binary => self.byte_place(started_at),
         };
         let partition_key = match &self.key {
@@ -224,6 +236,10 @@ impl<R: BufRead> Input<R> {
     }
 
     fn line(&mut self) -> Result<Option<Vec<u8>>, InputError> {
+        Ok(self.line_with_end()?.map(without_end))
+    }
+
+    fn line_with_end(&mut self) -> Result<Option<Vec<u8>>, InputError> {
         // The longest record and its end; what is longer is refused without being read.
         let bytes_max = RECORD_BYTES_MAX as u64 + 2;
         let mut line = Vec::new();
@@ -234,10 +250,24 @@ impl<R: BufRead> Input<R> {
         if read == 0 {
             return Ok(None);
         }
-        if line.pop_if(|last| *last == b'\n').is_some() {
-            line.pop_if(|last| *last == b'\r');
+        if self.lines == 1 && line.starts_with(BYTE_ORDER_MARK) {
+            line.drain(..BYTE_ORDER_MARK.len());
         }
         Ok(Some(line))
+    }
+
+    /// A line and those that its quoted line breaks join to it.
+    fn csv_record(&mut self) -> Result<Option<Vec<u8>>, InputError> {
+        let Some(mut record) = self.line_with_end()? else { return Ok(None) };
+        let mut scan = super::csv::RecordScan::default();
+        let mut is_whole = scan.end(&record).is_some();
+        // One that is too long is refused as it stands.
+        while !is_whole && record.len() <= RECORD_BYTES_MAX {
+            let Some(line) = self.line_with_end()? else { break };
+            is_whole = scan.end(&line).is_some();
+            record.extend_from_slice(&line);
+        }
+        Ok(Some(without_end(record)))
     }
 
     fn json_line(&mut self) -> Result<Option<Vec<u8>>, InputError> {
@@ -302,6 +332,14 @@ impl<R: BufRead> Input<R> {
     }
 }
 
+/// A line without its end, `\n` or `\r\n`.
+fn without_end(mut line: Vec<u8>) -> Vec<u8> {
+    if line.pop_if(|last| *last == b'\n').is_some() {
+        line.pop_if(|last| *last == b'\r');
+    }
+    line
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
@@ -326,6 +364,16 @@ mod tests {
         let found = read(Format::Lines, KeyRule::Number, b"a\r\n\n b \nlast\r");
         assert_eq!(found, pairs(&[("5", "a"), ("6", ""), ("7", " b "), ("8", "last\r")]));
         assert_eq!(read(Format::Lines, KeyRule::Number, b""), pairs(&[]));
+    }
+
+    #[test]
+    fn fault_33_quoted_line_breaks_and_a_byte_order_mark() {
+        let text = b"\xEF\xBB\xBFa,b\r\n1,\"x\r\ny\"\r\n2,z\n";
+        let due = [("5", "a,b"), ("6", "1,\"x\r\ny\""), ("7", "2,z")];
+        assert_eq!(read(Format::Csv, KeyRule::Number, text), pairs(&due));
+        assert_eq!(read(Format::Csv, KeyRule::Number, b"1,\"x\ny"), pairs(&[("5", "1,\"x\ny")]));
+        assert_eq!(read(Format::Lines, KeyRule::Number, b"\xEF\xBB\xBFa\n"), pairs(&[("5", "a")]));
+        assert_eq!(read(Format::Ndjson, KeyRule::Number, b"\xEF\xBB\xBF{}"), pairs(&[("5", "{}")]));
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod answer_size;
 pub mod client;
 pub mod connection;
 pub mod consumers;
+mod csv;
 pub mod embedded;
 mod fan_out;
 pub mod file;

@@ -33,6 +33,8 @@ use plain::Plain;
 pub use value::ColumnType;
 
 const ROUTE_ROWS: u32 = 0;
+/// Some editors and spreadsheets put it in front of a file's first line.
+const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// How the lines are read.
 #[derive(Debug, Deserialize)]
@@ -136,7 +138,7 @@ impl Decoder {
     ///
     /// If the line does not fit the columns. Part of a row may have been written.
     pub fn write_row(&mut self, line: &[u8], row: &mut Writer<'_>) -> Result<Decoded, Error> {
-        let line = trim_line_end(line);
+        let line = trim_line_end(line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line));
         if self.header.as_deref().is_some_and(|header| header.as_bytes() == line) {
             return Ok(Decoded::Header);
         }
@@ -196,6 +198,12 @@ impl Decoder {
     /// Splits any line, byte by byte, into `unquoted` and `ends`; afterwards there are as many as
     /// columns. Gives the length of all fields together.
     fn split(&mut self, line: &[u8]) -> Result<usize, Error> {
+        if ends_within_quotes(line, self.delimiter) {
+            return Err(Error::reject(
+                "the record ends within quotes: a quoted line break was cut off, or a quote is missing; put \
+                 the file with `stream put --format csv`, or read it with `format = \"text/csv\"`",
+            ));
+        }
         self.reader.reset();
         // Unquoting only shortens.
         if self.unquoted.len() < line.len() {
@@ -262,6 +270,24 @@ impl Plugin for Decoder {
 }
 
 shardmill_sdk::export!(Decoder);
+
+/// Whether a quoted field is still open at the end. The reader would take it as if it were closed, and
+/// make a row that was never in the file.
+fn ends_within_quotes(line: &[u8], delimiter: u8) -> bool {
+    let (mut within, mut field_begins) = (false, true);
+    let mut at = 0;
+    while at < line.len() {
+        match line[at] {
+            b'"' if within && line.get(at + 1) == Some(&b'"') => at += 1,
+            b'"' if within => within = false,
+            b'"' if field_begins => within = true,
+            _ => {}
+        }
+        field_begins = !within && line[at] == delimiter;
+        at += 1;
+    }
+    within
+}
 
 fn trim_line_end(line: &[u8]) -> &[u8] {
     let line = line.strip_suffix(b"\n").unwrap_or(line);

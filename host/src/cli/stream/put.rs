@@ -23,9 +23,9 @@ const PROGRESS_RECORDS: u64 = 1_000;
 pub struct PutOptions {
     /// The files; none, or `-`: standard input.
     files: Vec<PathBuf>,
-    /// How records lie in the files.
-    #[arg(long, value_enum, default_value_t = Format::Lines)]
-    format: Format,
+    /// How records lie in the files; default: csv for files whose names end in .csv, else lines.
+    #[arg(long, value_enum)]
+    format: Option<Format>,
     /// The partition key of all records; default: the record's number, which spreads them.
     #[arg(long, conflicts_with = "key_field")]
     key: Option<String>,
@@ -44,10 +44,10 @@ pub struct PutOptions {
 impl PutOptions {
     /// Options that say nothing together.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        if self.key_field.is_some() && self.format != Format::Ndjson {
+        if self.key_field.is_some() && self.format != Some(Format::Ndjson) {
             bail!("--key-field takes the key from JSON: add --format ndjson");
         }
-        if self.skip > 0 && self.format == Format::Binary {
+        if self.skip > 0 && self.format == Some(Format::Binary) {
             bail!("--skip leaves out lines, and --format binary has none: take one of them away");
         }
         Ok(())
@@ -83,7 +83,8 @@ pub(super) async fn put(
     let mut number = 0u64;
     for file in input_files(options.files) {
         let (reader, place) = open_input(file.as_deref())?;
-        let mut input = Input::new(reader, place, options.format, key.clone(), number);
+        let format = options.format.unwrap_or_else(|| format_of(file.as_deref()));
+        let mut input = Input::new(reader, place, format, key.clone(), number);
         input.skip_lines(options.skip)?;
         while let Some(record) = input.next_record()? {
             producer.put(record).await?;
@@ -115,6 +116,15 @@ fn input_files(files: Vec<PathBuf>) -> Vec<Option<PathBuf>> {
     match files.is_empty() {
         true => vec![None],
         false => files.into_iter().map(|file| (file != Path::new("-")).then_some(file)).collect(),
+    }
+}
+
+/// By the name of the file.
+fn format_of(file: Option<&Path>) -> Format {
+    let extension = file.and_then(Path::extension);
+    match extension.is_some_and(|name| name.eq_ignore_ascii_case("csv")) {
+        true => Format::Csv,
+        false => Format::Lines,
     }
 }
 
