@@ -49,6 +49,7 @@ impl PostgresServer {
     /// # Errors
     /// What cannot be read, without its values.
     pub fn parse(url: &str) -> Result<Self, String> {
+        refuse_bare_at(url)?;
         let mut text = Cow::Borrowed(url);
         let roots = parameter(&text, "sslrootcert");
         if let Some(parameter) = &roots {
@@ -131,6 +132,20 @@ impl PostgresServer {
         }
         let database = self.config.get_dbname().or(self.config.get_user()).unwrap_or_default();
         format!("{} database {database}", hosts.join(","))
+    }
+}
+
+/// Refuses a URL with a second `@`. The parser ends the password at the first one, so that the rest of the
+/// password would be taken for the host, and shown as such.
+fn refuse_bare_at(url: &str) -> Result<(), String> {
+    let after = url.strip_prefix("postgres://").or_else(|| url.strip_prefix("postgresql://"));
+    let before_query = after.and_then(|after| after.split('?').next()).unwrap_or_default();
+    match before_query.matches('@').count() {
+        0 | 1 => Ok(()),
+        found => Err(format!(
+            "expected one `@` in the connection URL, between password and host, found {found}; write an \
+             `@` that belongs to the user, the password or the database as %40"
+        )),
     }
 }
 

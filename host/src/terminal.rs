@@ -1,4 +1,25 @@
-//! Strangers' texts on a terminal: what records and plugins say must not steer it.
+//! What is written to a terminal: strangers' texts that must not steer it, styles where they are wanted,
+//! and notes on standard error.
+
+use std::io::{IsTerminal, Write as _};
+
+/// Writes a line to standard error. `eprintln!` would panic where its reader is gone; the work matters more
+/// than the note.
+pub fn note(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// Whether colours and other styles are wanted on an output: it is a terminal, that terminal is not
+/// `dumb`, and `NO_COLOR` is unset or empty (<https://no-color.org>).
+pub fn is_styled(output: &impl IsTerminal) -> bool {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    output.is_terminal() && set("NO_COLOR").is_none() && moves_cursor()
+}
+
+/// Whether a terminal can move its cursor, which progress bars need: `TERM=dumb` cannot.
+pub fn moves_cursor() -> bool {
+    std::env::var_os("TERM").is_none_or(|name| name != "dumb")
+}
 
 /// The text with its control characters escaped, but for those of `kept`.
 pub fn escaped(text: &str, kept: &[char]) -> String {

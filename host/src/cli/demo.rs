@@ -66,6 +66,9 @@ struct SinkReport {
 }
 
 pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
+    if console.json {
+        super::output::leave_to_report();
+    }
     start_afresh(&options.data)?;
     let data = std::path::absolute(&options.data)?;
     let config = pipeline(&data)?;

@@ -1,7 +1,6 @@
 //! `shardmill dev`: a plugin under work. Each save is built, swapped into a pipeline that runs, and shown
 //! by what it does differently to sample records.
 
-use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -151,7 +150,7 @@ fn coloured(line: &str) -> String {
         Some(b'+') if line.starts_with("  ") => "\x1b[32m",
         _ => return line.into(),
     };
-    match std::io::stdout().is_terminal() {
+    match crate::terminal::is_styled(&std::io::stdout()) {
         true => format!("{colour}{line}\x1b[0m"),
         false => line.into(),
     }

@@ -10,6 +10,7 @@ mod holes;
 mod intake;
 mod new;
 mod objects;
+mod output;
 mod plugin;
 mod progress;
 mod reload;
@@ -26,12 +27,14 @@ use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+pub(crate) use self::output::print_line;
 use crate::config::{ConfigError, PipelineConfig};
 use crate::lease::PipelineLock;
 use crate::plugin::{
     Backends, CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile,
 };
 use crate::position::{DeadLetters, StateStore};
+use crate::terminal;
 
 /// The pipeline that is run when none is named.
 const DEFAULT_PIPELINE: &str = "pipeline.toml";
@@ -163,12 +166,6 @@ impl Console {
     }
 }
 
-/// Prints a line on standard output. A reader that went away ends nothing: the work goes on.
-pub(crate) fn print_line(line: impl std::fmt::Display) {
-    use std::io::Write as _;
-    let _ = writeln!(std::io::stdout().lock(), "{line}");
-}
-
 /// Reads the command line, does what it says, and gives the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -179,12 +176,10 @@ pub fn main() -> ExitCode {
             compile::serve(memory_bytes).map_err(anyhow::Error::from)
         }
         Command::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Cli::command(),
-                "shardmill",
-                &mut std::io::stdout(),
-            );
+            // Into memory first: the generator panics where a pipe is closed.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "shardmill", &mut script);
+            print_line(String::from_utf8_lossy(&script).trim_end());
             Ok(())
         }
         command => match runtime() {
@@ -271,7 +266,9 @@ fn init_logging(verbose: u8) {
     };
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_ansi(terminal::is_styled(&std::io::stderr()))
+        // It would report its own failures by a macro that panics.
+        .log_internal_errors(false)
         .with_target(false);
     let plugins = ours.max(LevelFilter::INFO);
     let levels = Targets::new()
@@ -284,11 +281,11 @@ fn init_logging(verbose: u8) {
 /// Tells a person why the command failed, each cause once, and gives the exit code.
 fn tell(error: &anyhow::Error) -> ExitCode {
     if let Some(config) = error.downcast_ref::<ConfigError>() {
-        let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-        eprintln!("{}", config.render(terminal));
+        let is_styled = terminal::is_styled(&std::io::stderr());
+        terminal::note(format_args!("{}", config.render(is_styled)));
         return EXIT_MISUSED.into();
     }
-    eprintln!("error: {}", crate::admin::told(error));
+    terminal::note(format_args!("error: {}", crate::admin::told(error)));
     EXIT_FAILED.into()
 }
 

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::terminal::{moves_cursor, note};
+
 /// How often a plain line is printed.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -18,7 +20,7 @@ pub struct Progress {
 impl Progress {
     /// Progress towards `total`; `None`: nobody knows how much there is.
     pub fn start(what: &str, total: Option<u64>) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| match total {
+        let bar = (std::io::stderr().is_terminal() && moves_cursor()).then(|| match total {
             Some(total) => {
                 styled(ProgressBar::new(total), "{msg} [{bar:30}] {pos}/{len} ({per_sec})")
             }
@@ -28,7 +30,7 @@ impl Progress {
             bar.set_message(what.to_owned());
             bar.enable_steady_tick(Duration::from_millis(200));
         } else {
-            eprintln!("{what} ...");
+            note(format_args!("{what} ..."));
         }
         Self { what: what.to_owned(), bar, printed: Instant::now() }
     }
@@ -40,7 +42,7 @@ impl Progress {
             bar.set_message(format!("{} {note}", self.what));
         } else if self.printed.elapsed() >= LINE_INTERVAL {
             self.printed = Instant::now();
-            eprintln!("{} ... {done} {note}", self.what);
+            crate::terminal::note(format_args!("{} ... {done} {note}", self.what));
         }
     }
 

@@ -7,12 +7,13 @@ use serde::Serialize;
 use tokio::signal::unix::Signal;
 use tokio_util::sync::CancellationToken;
 
-use super::{Console, PipelineFile, holes, load, sinks, stream};
+use super::{Console, PipelineFile, holes, load, output, sinks, stream};
 use crate::admin::control::{Control, ControlPort, ReadConfig};
 use crate::admin::{AdminPort, told};
 use crate::config::PipelineConfig;
 use crate::intake::IntakePort;
 use crate::lane::Board;
+use crate::lease::PipelineLock;
 use crate::position::{DeadLetters, StoredLetter};
 use crate::record::SinkName;
 use crate::source::ShardSource;
@@ -22,6 +23,7 @@ use crate::source::producer::StreamWriter;
 use crate::stop::Stop;
 use crate::supervisor::{RunOptions, Supervisor};
 use crate::swap::watch_files;
+use crate::terminal::note;
 
 /// How long after its drain the process has ended.
 const END_WAIT_MAX: Duration = Duration::from_secs(5);
@@ -60,7 +62,9 @@ pub(crate) struct Summary {
 
 pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
+    output::leave_to_rows(&config);
     let stop = stop_on_signals(config.timing.drain_max)?;
+    stop_when_closed(&stop);
     // Servers that do not answer are not waited for: nothing has been read yet.
     match stop.unless_asked(start(options, config, &stop, console)).await {
         Some(running) => running?.run(stop, console).await,
@@ -91,6 +95,8 @@ async fn start(
     stop: &Stop,
     console: &Console,
 ) -> anyhow::Result<Ready> {
+    // Before the ports: of two runs of one pipeline, the second is told who has the pipeline.
+    let lock = PipelineLock::take(&config.state_dir, &config.name)?;
     let admin = match &config.admin {
         Some(admin) => Some(AdminPort::open(admin).await?),
         None => None,
@@ -119,7 +125,7 @@ async fn start(
         files_count: run_options.files_count,
         ..RunOptions::new(false)
     };
-    let pipeline = prepare(config, source, run_options).await?;
+    let pipeline = prepare_under(lock, config, source, run_options).await?;
     let last_letter = CancellationToken::new();
     let copies = prepare_copies(letters_config, &pipeline, last_letter.clone(), copied).await?;
     holes::say(&watched, &holes::of(&watched, None).await?, console);
@@ -235,10 +241,32 @@ pub(crate) async fn prepare(
     source: Arc<dyn ShardSource>,
     options: RunOptions,
 ) -> anyhow::Result<Supervisor> {
+    let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+    prepare_under(lock, config, source, options).await
+}
+
+async fn prepare_under(
+    lock: PipelineLock,
+    config: PipelineConfig,
+    source: Arc<dyn ShardSource>,
+    options: RunOptions,
+) -> anyhow::Result<Supervisor> {
     let sinks = sinks::build(&config)?;
     let host = super::plugin_host(&config)?;
     let options = RunOptions { build_sinks: Arc::new(sinks::build), ..options };
-    Supervisor::prepare(config, host, source, sinks, options).await
+    Supervisor::prepare_under(lock, config, host, source, sinks, options).await
+}
+
+/// Drains once the reader of a stdout sink's rows is gone: nobody will take the rows that come.
+fn stop_when_closed(stop: &Stop) {
+    let (closed, stop) = (output::closed(), stop.clone());
+    tokio::spawn(async move {
+        closed.cancelled().await;
+        if output::is_for_rows() {
+            note(format_args!("standard output was closed by its reader; draining"));
+            stop.ask();
+        }
+    });
 }
 
 /// Reads the files again at each SIGHUP.
@@ -260,9 +288,10 @@ fn reload_on_hangup(control: Control, stop: CancellationToken) -> anyhow::Result
             match reloaded {
                 Ok(report) => {
                     let changed: Vec<&str> = report.diff.lines().collect();
-                    eprintln!("reloaded, generation {}: {}", report.generation, changed.join("; "));
+                    let (id, changed) = (&report.generation, changed.join("; "));
+                    note(format_args!("reloaded, generation {id}: {changed}"));
                 }
-                Err(cause) => eprintln!("not reloaded: {cause}"),
+                Err(cause) => note(format_args!("not reloaded: {cause}")),
             }
         }
     });
@@ -334,7 +363,7 @@ async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
 fn say_at_once(line: String) {
     let (said, wait) = std::sync::mpsc::channel();
     let print = move || {
-        eprintln!("{line}");
+        note(format_args!("{line}"));
         let _ = said.send(());
     };
     if std::thread::Builder::new().spawn(print).is_ok() {

@@ -20,7 +20,9 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
         let name = sink.name.value.clone();
         sinks.push(match &sink.kind {
             SinkKind::Discard => Arc::new(DiscardSink::new(name)),
-            SinkKind::Stdout { template } => Arc::new(StdoutSink::new(name, template.as_deref())?),
+            SinkKind::Stdout { template } => {
+                Arc::new(StdoutSink::to(name, template.as_deref(), super::output::for_rows())?)
+            }
             SinkKind::Sqlite { path, table, create, mode } => {
                 Arc::new(SqliteSink::new(name, path, table, *create, mode.clone())?)
             }

@@ -120,8 +120,13 @@ pub enum Command {
     /// Who reads a stream by enhanced fan-out: list, register, deregister.
     #[command(subcommand)]
     Consumers(consumers::Command),
-    /// Delete a stream and its records.
+    /// Delete a stream and its records. Name it, or confirm with `--yes` that the pipeline's is meant.
+    #[command(after_help = "Examples:\n  shardmill stream delete --stream test\n  \
+                            shardmill stream delete --pipeline pipeline.toml --yes")]
     Delete {
+        /// Delete the pipeline's stream although it is not named.
+        #[arg(long)]
+        yes: bool,
         #[command(flatten)]
         place: Place,
     },
@@ -166,9 +171,14 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
             reshard(&client, target.name()?, wanted, wait, console).await
         }
         Command::Consumers(command) => consumers::consumers(command, console).await,
-        Command::Delete { place } => {
+        Command::Delete { yes, place } => {
             let (target, client) = place.connect().await?;
             let name = target.name()?;
+            anyhow::ensure!(
+                yes || place.names_stream(),
+                "stream {name} is the one of the pipeline's file, and deleting it loses its records: name \
+                 it (`--stream {name}`), or confirm with `--yes`"
+            );
             stream::delete(&client, name, DELETE_WAIT_MAX).await?;
             console.say(format!("deleted stream {name}"));
             console.report(&serde_json::json!({ "deleted": name.to_string() }))
@@ -216,7 +226,7 @@ pub(crate) async fn intake_client(
         (Endpoint::Aws, _) => None,
         (Endpoint::Url(url), _) => Some(url.clone()),
         (Endpoint::Embedded, Some(started)) => Some(started.url().clone()),
-        (Endpoint::Embedded, None) => Some(embedded_url(&config.state_dir)?),
+        (Endpoint::Embedded, None) => Some(embedded_url(&config.state_dir).await?),
     };
     let server = client::Server::of(&kinesis.server, Some(&kinesis.stream.value), url.as_ref());
     Ok(client::connect(server.with_timing(&config.timing)).await?)

@@ -1,6 +1,5 @@
 //! `shardmill test`: a plugin's cases, run, accepted, or captured from real records.
 
-use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
@@ -139,7 +138,7 @@ fn run_file(
     results: &mut Vec<JunitCase>,
 ) -> anyhow::Result<()> {
     let is_asked = |name: &str| options.filter.as_ref().is_none_or(|part| name.contains(part));
-    let coloured = std::io::stdout().is_terminal();
+    let coloured = crate::terminal::is_styled(&std::io::stdout());
     let mut verdicts: Vec<Vec<Verdict>> = Vec::new();
     for case in &file.cases {
         let of_case = match is_asked(&case.name) {

@@ -105,7 +105,9 @@ impl Committer {
             let attempt = self.writer.commit(&commit, &self.refusals);
             let error = match shown(attempt, calls, &self.context, &self.publish).await {
                 Ok(committed) => break committed,
-                Err(error @ SinkError::Fenced { .. }) => return Err(error),
+                Err(error @ (SinkError::Fenced { .. } | SinkError::Closed { .. })) => {
+                    return Err(error);
+                }
                 Err(error) => error,
             };
             metrics::counter!("shardmill_sink_retries_total", "sink" => sink.clone()).increment(1);

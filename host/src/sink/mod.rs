@@ -135,6 +135,15 @@ pub enum SinkError {
         /// The cause and the way out, as one sentence.
         cause: String,
     },
+    /// The destination is gone for good, and nothing within the process brings it back: the reader of
+    /// standard output has closed it. Nothing was committed; trying again is pointless.
+    #[error("sink {sink}: {cause}")]
+    Closed {
+        /// The sink.
+        sink: SinkName,
+        /// The cause.
+        cause: String,
+    },
     /// Too many rows were refused: the fault is not the rows'. Nothing was committed.
     #[error("sink {sink}: {cause}")]
     TooManyRefused {

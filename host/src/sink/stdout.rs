@@ -131,13 +131,14 @@ impl StdoutWriter {
             Ok(Err(error)) => error,
             Err(error) => io::Error::other(error),
         };
-        let way_out = match error.kind() {
-            io::ErrorKind::BrokenPipe => ": whoever read it is gone; start anew with a reader",
-            _ => "",
-        };
-        Err(SinkError::Unavailable {
-            sink: self.sink.clone(),
-            cause: format!("cannot print lines to standard output: {error}{way_out}"),
+        let sink = self.sink.clone();
+        let cause = format!("failed to print rows to standard output: {error}");
+        Err(match error.kind() {
+            io::ErrorKind::BrokenPipe => SinkError::Closed {
+                sink,
+                cause: format!("{cause}: its reader is gone; start again with a reader"),
+            },
+            _ => SinkError::Unavailable { sink, cause },
         })
     }
 }

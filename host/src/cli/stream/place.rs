@@ -1,6 +1,7 @@
 //! Which stream a command is about, and the connection to it: by its options, or by a pipeline.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use aws_sdk_kinesis::Client;
@@ -10,6 +11,10 @@ use super::super::{DEFAULT_PIPELINE, load};
 use crate::config::{Endpoint, StreamServer, Timing};
 use crate::record::StreamRef;
 use crate::source::{client, embedded};
+
+/// Time for which a command waits for the embedded stream to be served.
+const SERVED_WAIT_MAX: Duration = Duration::from_secs(3);
+const SERVED_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Which stream, and where.
 #[derive(clap::Args)]
@@ -40,6 +45,11 @@ pub(super) struct Target {
 }
 
 impl Place {
+    /// Whether the stream was named, not taken from a pipeline's file.
+    pub(super) fn names_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
     pub(super) fn resolve(&self) -> anyhow::Result<Target> {
         let default = Path::new(DEFAULT_PIPELINE);
         let pipeline = match &self.pipeline {
@@ -76,7 +86,7 @@ impl Place {
         let url = match &target.server.endpoint {
             Endpoint::Aws => None,
             Endpoint::Url(url) => Some(url.clone()),
-            Endpoint::Embedded => Some(embedded_url(&target.state_dir)?),
+            Endpoint::Embedded => Some(embedded_url(&target.state_dir).await?),
         };
         let server = client::Server::of(&target.server, target.stream.as_ref(), url.as_ref());
         let client = client::connect(server.with_timing(&target.timing)).await?;
@@ -92,12 +102,22 @@ impl Target {
     }
 }
 
-/// The embedded stream that another process serves.
-pub(super) fn embedded_url(state_dir: &Path) -> anyhow::Result<Url> {
-    embedded::find(state_dir).with_context(|| {
-        format!(
+/// Finds the embedded stream that another process serves. One that was started a moment ago, as by
+/// `shardmill stream serve &` in a script, is waited for.
+///
+/// # Errors
+/// When none is served within [`SERVED_WAIT_MAX`].
+pub(super) async fn embedded_url(state_dir: &Path) -> anyhow::Result<Url> {
+    let begun = Instant::now();
+    loop {
+        if let Some(url) = embedded::find(state_dir) {
+            return Ok(url);
+        }
+        anyhow::ensure!(
+            begun.elapsed() < SERVED_WAIT_MAX,
             "no embedded stream is served from {}; start one with `shardmill stream serve`",
             state_dir.display()
-        )
-    })
+        );
+        tokio::time::sleep(SERVED_LOOK_INTERVAL).await;
+    }
 }

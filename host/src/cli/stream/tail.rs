@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::super::{Console, print_line, run};
+use super::super::{Console, output, print_line, run};
 use crate::cli::load_plugin;
 use crate::config::{BatchLimits, OnLostRecords, RejectedMax, StartPosition, Timing};
 use crate::position::{KnownShards, ShardState};
@@ -22,6 +22,7 @@ use crate::source::inbox::{Inbox, ReadFrom};
 use crate::source::polling::{Polling, PollingReader};
 use crate::source::{BatchReader as _, Beginning, NextBatch, Shard, SourceError, lineage, stream};
 use crate::stage::{Flow, LoadedStage, RunError, StageRunner, first_flow};
+use crate::terminal::note;
 
 /// What the readers hold together, in bytes.
 const READ_AHEAD_BYTES_MAX: usize = 64 << 20;
@@ -71,6 +72,7 @@ pub(super) async fn tail(
     console: &Console,
 ) -> anyhow::Result<()> {
     let stop = run::stop_on_signals(Timing::default().drain_max)?.token().clone();
+    let closed = output::closed();
     let decoder = match &options.decode {
         Some(file) => Some(Decoder::load(file, &options.config, name, &stop)?),
         None => None,
@@ -86,6 +88,7 @@ pub(super) async fn tail(
             Some(done) = readers.tasks.join_next() => readers.ended(done??).await?,
             _ = discovery.tick(), if !readers.no_follow => readers.discover().await?,
             () = stop.cancelled() => break,
+            () = closed.cancelled() => break,
         }
     }
     Ok(())
@@ -286,7 +289,7 @@ fn decode(
     }
     for rejected in &outcome.rejected {
         let position = &record_of(rejected.item).position;
-        eprintln!("rejected: {} {position}: {}", batch.shard.shard, rejected.reason);
+        note(format_args!("rejected: {} {position}: {}", batch.shard.shard, rejected.reason));
     }
     Ok(())
 }

@@ -1,0 +1,85 @@
+//! Standard output: shared by a command's reports and by the rows of a stdout sink, and closed by a reader
+//! such as `head` whenever it likes.
+
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, Mutex};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{PipelineConfig, SinkKind};
+use crate::sink::stdout::SharedOutput;
+
+/// Cancelled once a reader has closed standard output. The process has one, so this has one.
+static CLOSED: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
+/// Reports go to standard error, because rows go to standard output.
+static ROWS_HAVE_STDOUT: AtomicBool = AtomicBool::new(false);
+/// Rows go to standard error, because a JSON report goes to standard output.
+static ROWS_ON_STDERR: AtomicBool = AtomicBool::new(false);
+
+/// Prints a line of a report. A reader that went away breaks nothing: work that has begun goes on, and
+/// commands that do nothing but print watch [`closed`].
+pub(crate) fn print_line(line: impl std::fmt::Display) {
+    if ROWS_HAVE_STDOUT.load(Ordering::Relaxed) {
+        crate::terminal::note(format_args!("{line}"));
+    } else {
+        let _ = writeln!(ClosingOutput(io::stdout()), "{line}");
+    }
+}
+
+/// A token that is cancelled once standard output was found closed.
+pub(crate) fn closed() -> CancellationToken {
+    CLOSED.clone()
+}
+
+/// Leaves standard output to the rows of the pipeline's stdout sinks, if it has any: reports between them
+/// would spoil what a program reads.
+pub(crate) fn leave_to_rows(config: &PipelineConfig) {
+    let prints = |kind: &SinkKind| matches!(kind, SinkKind::Stdout { .. });
+    let mut sinks = config.sinks.iter().chain(&config.letter_sinks);
+    if sinks.any(|sink| prints(&sink.kind)) {
+        ROWS_HAVE_STDOUT.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Whether standard output was left to rows.
+pub(crate) fn is_for_rows() -> bool {
+    ROWS_HAVE_STDOUT.load(Ordering::Relaxed)
+}
+
+/// Leaves standard output to a JSON report: rows go to standard error.
+pub(crate) fn leave_to_report() {
+    ROWS_ON_STDERR.store(true, Ordering::Relaxed);
+}
+
+/// The output that stdout sinks print to.
+pub(crate) fn for_rows() -> SharedOutput {
+    match ROWS_ON_STDERR.load(Ordering::Relaxed) {
+        true => Arc::new(Mutex::new(io::stderr())),
+        false => Arc::new(Mutex::new(ClosingOutput(io::stdout()))),
+    }
+}
+
+/// An output that notes when its reader is gone.
+struct ClosingOutput<W>(W);
+
+impl<W: Write> ClosingOutput<W> {
+    fn noted<T>(&self, done: io::Result<T>) -> io::Result<T> {
+        if done.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe) {
+            CLOSED.cancel();
+        }
+        done
+    }
+}
+
+impl<W: Write> Write for ClosingOutput<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let done = self.0.write(bytes);
+        self.noted(done)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let done = self.0.flush();
+        self.noted(done)
+    }
+}
