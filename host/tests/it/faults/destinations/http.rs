@@ -195,7 +195,7 @@ fn fault_27_a_2xx_head_is_the_answer_whatever_its_body() {
         let log = lines.run();
         assert_eq!(endpoint.rows(), ids(1_000), "{what}: {log}");
         assert!(!log.contains("blocked"), "{what}: {log}");
-        assert!(begun.elapsed() < Duration::from_secs(10), "{what} took {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(60), "{what} took {:?}", begun.elapsed());
     }
 }
 
