@@ -384,6 +384,22 @@ pub enum ShardStart {
     AtSequence(SequenceNumber),
 }
 
+impl ShardStart {
+    /// Whether a record comes before the start. A server that knows arrival times by the second
+    /// cannot tell within the second of the start: none of its records comes before it then.
+    pub fn is_after(&self, sequence: &SequenceNumber, arrived_ms: i64) -> bool {
+        match self {
+            Self::Horizon => false,
+            Self::AtSequence(start) => sequence < start,
+            Self::AtMs(start_ms) => {
+                let is_whole_second = arrived_ms.rem_euclid(1_000) == 0;
+                let start_of_second = start_ms - start_ms.rem_euclid(1_000);
+                arrived_ms < if is_whole_second { start_of_second } else { *start_ms }
+            }
+        }
+    }
+}
+
 /// Shared text in serde's terms: as a string.
 mod shared_text {
     use std::sync::Arc;

@@ -10,24 +10,26 @@ use anyhow::Context as _;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::budget::MemoryBound;
 use crate::config::{OnLostRecords, PipelineConfig, StartPosition};
+use crate::lane::agreement::{Found, before_first_record};
 use crate::lane::{
     Board, GenerationStore, LaneEnd, LaneError, Shared, roster, show_waits, sinks_budget,
 };
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
 use crate::plugin::{CompileCache, PluginHost};
+use crate::position::agreement::Losses;
 use crate::position::{
-    Changes, Checkpoints, DeadLetters, Hole, Holes, KnownShards, Ledger, Look, Roster, Running,
-    StateStore, needed_components,
+    Changes, Checkpoints, DeadLetters, Hole, Holes, KnownShards, Ledger, Look, OwnerName, Roster,
+    Running, StateError, StateStore, needed_components,
 };
 use crate::record::{ShardId, ShardKey, SinkName, StreamIdentity};
-use crate::sink::Sink;
+use crate::sink::{Sink, SinkError};
 use crate::source::connection::count_loss;
 use crate::source::{Plan, Shard, ShardSource, SourceError, Waiting, lineage};
 use crate::stage::{Generation, GenerationSpec, Samples, StageSpec};
@@ -54,6 +56,8 @@ pub struct RunOptions {
     pub dropped_sinks: HashSet<SinkName>,
     /// Run what the files say, whatever was swapped in, or cannot be read of it.
     pub files_count: bool,
+    /// Go on from the sinks' positions although the state is older than they are.
+    pub trust_sinks: bool,
     /// Plugins that the binary carries, by path.
     pub embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
     /// Makes sinks, when a reload names others.
@@ -87,6 +91,7 @@ impl RunOptions {
             until_caught_up,
             dropped_sinks,
             files_count: false,
+            trust_sinks: false,
             embedded_plugin: |_| None,
             build_sinks,
             role,
@@ -101,6 +106,7 @@ pub struct Supervisor {
     state: StateStore,
     build_sinks: BuildSinks,
     until_caught_up: bool,
+    trust_sinks: bool,
     lock: PipelineLock,
     swapper: Swapper,
     take_overs: mpsc::Receiver<TakeOver>,
@@ -204,7 +210,7 @@ impl Supervisor {
             take_overs: sender,
             ends: ends.clone(),
         });
-        let until_caught_up = options.until_caught_up;
+        let (until_caught_up, trust_sinks) = (options.until_caught_up, options.trust_sinks);
         let stream = Arc::new(stream);
         let build_sinks = options.build_sinks;
         Ok(Self {
@@ -213,6 +219,7 @@ impl Supervisor {
             state,
             build_sinks,
             until_caught_up,
+            trust_sinks,
             lock,
             swapper,
             take_overs,
@@ -294,6 +301,9 @@ impl Supervisor {
         let mut waits = waiting.watch(self.shared.config.timing.call_blocked_after);
         let (show, shown) = watch::channel(self.shared.clone());
         let mut memory_waits = std::pin::pin!(show_waits(shown));
+        // The files may be deleted or replaced while no lane writes.
+        let mut gone = watch_state(&self.state, self.shared.config.timing.checkpoint_interval);
+        let mut comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
         let mut fatal = None;
         // A change for which the lanes are let go.
         let mut take_over: Option<TakeOver> = None;
@@ -326,6 +336,8 @@ impl Supervisor {
                 () = std::future::ready(()), if take_over.is_some() && lanes.tasks.is_empty() => {
                     if let Some(order) = take_over.take() {
                         look = None;
+                        // The sinks may be others.
+                        comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
                         let begun = lanes.begin_anew(order, &lanes_stop);
                         if stop.unless_asked(begun).await.is_some() {
                             show.send_replace(lanes.shared.clone());
@@ -337,7 +349,10 @@ impl Supervisor {
                 _ = discovery.tick(), if look.is_none() && !lanes.stop.is_asked() => {
                     let (shared, stream) = (lanes.shared.clone(), lanes.stream.clone());
                     let waiting = waiting.clone();
-                    look = Some(async move { find(&shared, &stream, &waiting).await }.boxed());
+                    let comparison = comparison.clone();
+                    let found =
+                        async move { find(&shared, &stream, &waiting, &comparison).await };
+                    look = Some(found.boxed());
                 }
                 Some(found) = some(&mut look) => {
                     look = None;
@@ -373,6 +388,12 @@ impl Supervisor {
                             discovery.reset_after(look_pauses.next().unwrap_or(retry_pause_max));
                         }
                     }
+                }
+                Some(error) = gone.recv() => {
+                    lanes.block("state", &error.to_string());
+                    tracing::error!(%error, "the pipeline stops");
+                    fatal.get_or_insert(error.into());
+                    stop.ask();
                 }
                 cause = waits.changed() => if let Some(cause) = cause {
                     self.shared.board.block_run(SHARDS, &cause);
@@ -424,13 +445,14 @@ async fn some<T>(future: &mut Option<BoxFuture<'static, T>>) -> Option<T> {
 /// begins, all in one step.
 async fn find(
     shared: &Shared,
-    stream: &StreamIdentity,
+    stream: &Arc<StreamIdentity>,
     waiting: &Waiting,
+    comparison: &Comparison,
 ) -> Result<Plan, LaneError> {
     let (source, checkpoints) = (&shared.source, &shared.checkpoints);
     waiting.begins("DescribeStreamSummary");
     let identity = source.identity().await?;
-    if identity != *stream {
+    if identity != **stream {
         return Err(SourceError::replaced(stream, &identity).into());
     }
     waiting.begins("the state database");
@@ -459,7 +481,20 @@ async fn find(
         }
         false => None,
     };
-    let plan = lineage(&shards, &known, start, now_ms);
+    let adopted = comparison.adopted(shared, stream, &shards, &mut known).await?;
+    // A shard in which a sink has a position counts as begun, though this state has not begun it.
+    let mut with_adopted = known.clone();
+    with_adopted.latest_ms = known.latest_ms.or(now_ms);
+    for shard in &adopted {
+        with_adopted.begun.entry(shard.clone()).or_default();
+    }
+    let mut plan = lineage(&shards, &with_adopted, start, now_ms);
+    for beginning in plan.ready.iter_mut().filter(|own| adopted.contains(&own.shard)) {
+        // Records since the sinks' positions are needed: that none of them is missing is not known.
+        if !known.begun.contains_key(&beginning.shard) {
+            beginning.caught_up_ms = None;
+        }
+    }
     if let Some(first) = plan.lost.first() {
         let error = lost(stream, first, plan.lost.len());
         let lost_records = shared.config.source.kinesis().map(|kinesis| kinesis.on_lost_records);
@@ -471,7 +506,7 @@ async fn find(
             count_loss(shard, 0);
             let shard = ShardKey {
                 pipeline: shared.config.name.clone(),
-                stream: Arc::new(stream.clone()),
+                stream: stream.clone(),
                 shard: shard.clone(),
             };
             let why = "it was never begun before its retention ended".into();
@@ -497,6 +532,65 @@ async fn find(
         forget_gone(checkpoints, stream, &shards, &known).await;
     }
     Ok(plan)
+}
+
+/// The comparison of the state with the sinks, which comes before the first record.
+struct Comparison {
+    state: StateStore,
+    trust_sinks: bool,
+    /// Shards that the state did not know and in which a sink has a position; `None`: not compared yet.
+    adopted: Mutex<Option<Vec<ShardId>>>,
+}
+
+impl Comparison {
+    fn new(state: StateStore, trust_sinks: bool) -> Self {
+        Self { state, trust_sinks, adopted: Mutex::default() }
+    }
+
+    /// Compares, the first time; what is known may change by that.
+    async fn adopted(
+        &self,
+        shared: &Shared,
+        stream: &Arc<StreamIdentity>,
+        listed: &[Shard],
+        known: &mut KnownShards,
+    ) -> Result<Vec<ShardId>, LaneError> {
+        let mut compared = self.adopted.lock().await;
+        if let Some(adopted) = &*compared {
+            return Ok(adopted.clone());
+        }
+        let found = Found { stream, listed, known: &known.begun };
+        let adopted = before_first_record(shared, &self.state, found, self.trust_sinks).await?;
+        let mut reread = shared.checkpoints.known(stream).await?.begun;
+        reread.retain(|shard, _| known.begun.contains_key(shard));
+        known.begun = reread;
+        Ok(compared.insert(adopted).clone())
+    }
+}
+
+/// Looks now and then whether the state's files are still those that are open: they may be deleted or
+/// replaced while no lane writes. Ends when nobody listens.
+fn watch_state(state: &StateStore, interval: Duration) -> mpsc::Receiver<StateError> {
+    let (found, gone) = mpsc::channel(1);
+    let state = state.clone();
+    tokio::spawn(async move {
+        let mut looks = tokio::time::interval(interval);
+        loop {
+            tokio::select! {
+                _ = looks.tick() => {}
+                () = found.closed() => return,
+            }
+            match state.verify().await {
+                Err(error) if error.is_gone() => {
+                    // Nobody may listen any more.
+                    let _ = found.send(error).await;
+                    return;
+                }
+                _ => {}
+            }
+        }
+    });
+    gone
 }
 
 /// Forgets shards that nothing needs any more: read to their end, and no longer listed, not even as a
@@ -566,6 +660,13 @@ impl Lanes {
         Ok(plan.all_ended)
     }
 
+    /// Shows every lane as blocked.
+    fn block(&self, part: &str, cause: &str) {
+        for shard in &self.running {
+            self.shared.board.block(shard, part, cause);
+        }
+    }
+
     /// Checks that the system lets the process have what more lanes need. Those that run have theirs.
     fn check_limits(&self, lanes: usize) -> Result<(), LaneError> {
         if lanes == 0 {
@@ -610,8 +711,9 @@ impl Lanes {
         let key = self.key(&shard);
         self.shared.board.update(&shard, |status| status.running = true);
         let (shared, stop) = (self.shared.clone(), self.stop.clone());
+        let owner = self.state.ownership().owner;
         self.tasks.spawn(async move {
-            let end = run_patiently(&shared, key, &stop).await;
+            let end = run_patiently(&shared, key, &owner, &stop).await;
             (shard, end)
         });
     }
@@ -732,8 +834,10 @@ fn dropped_swaps(before: &Running, now: &GenerationSpec) -> Vec<String> {
 async fn run_patiently(
     shared: &Shared,
     shard: ShardKey,
+    owner: &OwnerName,
     stop: &Stop,
 ) -> Result<LaneEnd, LaneError> {
+    let mut losses = Losses::default();
     let pause_max = shared.config.timing.retry_pause_max;
     let mut pauses = pauses(pause_max);
     loop {
@@ -752,6 +856,13 @@ async fn run_patiently(
             tracing::warn!(shard = %shard.shard, %error, "stopped with records in hand; they are read again");
             return Ok(LaneEnd::Stopped);
         }
+        if let LaneError::Sink(SinkError::Fenced { sink, by: Some(other), .. }) = &error
+            && losses.note(owner, other.clone(), std::time::Instant::now())
+        {
+            let error = LaneError::Fatal(lost_to(other, owner, &shard, sink));
+            tracing::error!(shard = %shard.shard, %error, "the pipeline stops");
+            return Err(error);
+        }
         if began.elapsed() > pause_max {
             pauses = self::pauses(pause_max);
         }
@@ -762,6 +873,17 @@ async fn run_patiently(
             () = stop.asked() => return Ok(LaneEnd::Stopped),
         }
     }
+}
+
+/// Why the later of two processes stops.
+fn lost_to(other: &OwnerName, own: &OwnerName, shard: &ShardKey, sink: &SinkName) -> String {
+    format!(
+        "shard {} was taken over three times within a minute by another process that runs pipeline {} \
+         with a state of its own, and writes to sink {sink}: {other}. This one ({own}) started later and \
+         stops. Run one of them; or let both use one `state_dir`, where the second waits for the first \
+         to end; or give this one another `name` under [pipeline]",
+        shard.shard, shard.pipeline
+    )
 }
 
 fn pauses(pause_max: Duration) -> ExponentialBackoff {

@@ -75,6 +75,10 @@ pub enum Command {
         /// Go on without a sink, or a stage, that is gone from the pipeline; its letters stay.
         #[arg(long, value_name = "NAME")]
         without: Vec<String>,
+        /// Redrive letters of an older copy of the state too, which may have been redriven since that
+        /// copy was made: their rows would be doubled.
+        #[arg(long)]
+        even_if_redriven: bool,
     },
     /// Delete dead letters: the records are then gone for this pipeline.
     #[command(
@@ -152,8 +156,8 @@ pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::List { letters, limit } => list(&letters, limit, console).await,
         Command::Show { id, pipeline } => show(id, &pipeline, console).await,
         Command::Export { letters, out } => export(&letters, out, console).await,
-        Command::Redrive { letters, all, without } => {
-            redrive::redrive(&letters, all, &without, console).await
+        Command::Redrive { letters, all, without, even_if_redriven } => {
+            redrive::redrive(&letters, all, &without, even_if_redriven, console).await
         }
         Command::Purge { letters, all } => purge(&letters, all, console).await,
     }

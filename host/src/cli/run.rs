@@ -47,6 +47,10 @@ pub struct Options {
     /// cannot be read.
     #[arg(long)]
     files_count: bool,
+    /// Go on from the sinks' positions although the state folder is older than they are, or another
+    /// state has written to them.
+    #[arg(long)]
+    trust_sinks: bool,
 }
 
 /// What a run did, for its last line.
@@ -108,6 +112,7 @@ async fn start(
     let run_options = RunOptions {
         dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
         files_count: options.files_count,
+        trust_sinks: options.trust_sinks,
         ..RunOptions::new(options.until_caught_up)
     };
     let file = options.pipeline.file.clone();
@@ -123,6 +128,7 @@ async fn start(
     let copied = RunOptions {
         dropped_sinks: run_options.dropped_sinks.clone(),
         files_count: run_options.files_count,
+        trust_sinks: run_options.trust_sinks,
         ..RunOptions::new(false)
     };
     let pipeline = prepare_under(lock, config, source, run_options).await?;

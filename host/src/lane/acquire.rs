@@ -10,13 +10,15 @@ use tokio_util::sync::CancellationToken;
 use super::change::{Change, Gap};
 use super::lag::{LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
-use crate::config::{OnPositionMismatch, SinkConfig};
+use crate::config::OnPositionMismatch;
+use crate::config::SinkConfig;
 use crate::plugin::{Plugin, PluginHost};
-use crate::position::{Ledger, Segment, StateStore, TakenOver};
-use crate::record::{Position, ShardKey};
+use crate::position::agreement::{Mismatch, Stands, agree};
+use crate::position::{Ledger, Segment, ShardState, StateStore, TakenOver};
+use crate::record::{Position, ShardKey, ShardStart};
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
 use crate::sink::{Acquired, Sink};
-use crate::source::Waiting;
+use crate::source::{NextBatch, ResumePoint, Waiting};
 use crate::stage::{Generation, GenerationSpec};
 use crate::stop::Stop;
 
@@ -25,8 +27,22 @@ struct Standing {
     acquired: Acquired,
     /// Its owner's epoch in the dead letters.
     epoch: i64,
+    /// Rows up to here were given up: the sink needs none of them.
+    given_up_to: Option<Position>,
     /// The lane needs to hand over only what comes after this.
     skip_to: Option<Position>,
+}
+
+impl Standing {
+    /// Where the sink is to commit first, without a row: it skips what it has not committed itself.
+    fn first_to(&self) -> Option<Position> {
+        let own = self.acquired.position.as_ref().max(self.given_up_to.as_ref());
+        let is_moved = self.skip_to.as_ref() > own;
+        // A promised object comes first; and where rows were given up, the sink's position says which
+        // try has landed.
+        let is_free = self.acquired.must_cut_at.is_none() && self.given_up_to.is_none();
+        self.skip_to.clone().filter(|_| self.acquired.keeps_position && is_moved && is_free)
+    }
 }
 
 impl<'a> Lane<'a> {
@@ -63,27 +79,29 @@ impl<'a> Lane<'a> {
             let at = acquired.position.as_ref();
             let TakenOver { epoch, given_up_to } =
                 shared.letters.take_over(&shard, sink.name(), at).await?;
-            let mut stands = acquired.position.clone().max(given_up_to);
+            let mut own = Stands {
+                stands: acquired.position.clone().max(given_up_to.clone()),
+                remembered: known.get(sink.name()).cloned(),
+            };
             let mut policy = shared.config.on_position_mismatch;
-            if stands < state.checkpoint {
+            if own.stands < state.checkpoint {
                 // What it was not given while it was away, it is not given now: the hole is on record.
                 // But what it has promised to write must be read again: its log goes on in no other way.
-                let end = shared.holes.end_around(&shard, sink.name(), stands.as_ref()).await?;
+                let end = shared.holes.end_around(&shard, sink.name(), own.stands.as_ref()).await?;
                 match (end, &acquired.must_cut_at) {
                     (Some(_), Some(_)) => policy = OnPositionMismatch::Sink,
-                    (end, _) => stands = stands.max(end),
+                    (end, _) => own.stands = own.stands.max(end),
                 }
             }
-            let skip_to =
-                agree(&stands, &state.checkpoint, policy).map_err(|(sink_at, checkpoint)| {
-                    LaneError::Fatal(mismatch(&shard, config, &sink_at, &checkpoint))
-                })?;
-            standings.push((place, Standing { acquired, epoch, skip_to }));
+            let skip_to = agree(&own, state.checkpoint.as_ref(), policy)
+                .map_err(|found| LaneError::Fatal(mismatch(&shard, config, &found)))?;
+            standings.push((place, Standing { acquired, epoch, given_up_to, skip_to }));
         }
         standings.sort_by_key(|(place, _)| *place);
         let standings: Vec<Standing> =
             standings.into_iter().map(|(_, standing)| standing).collect();
-        let start = standings.iter().map(|standing| standing.skip_to.clone()).min().flatten();
+        let needs = standings.iter().map(|standing| standing.skip_to.clone()).collect();
+        let start = start_of(shared, &shard, &state, needs, stop).await?;
         // A promised object counts as had: it must be made by the generation that promised it.
         let highest = standings
             .iter()
@@ -95,7 +113,8 @@ impl<'a> Lane<'a> {
         // record would be both a letter and rows.
         let ran = highest.clone().max(shared.letters.highest_of_stages(&shard).await?);
         let (change, wanted) = Change::begin(shared, &shard, stop);
-        let segments = segments(shared, &wanted, &shard, start.as_ref(), ran.as_ref()).await?;
+        let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
+        let segments = segments(shared, &wanted, &shard, place).await?;
         let settled = shared.letters.settled_above(&shard, start.as_ref()).await?;
         let abandon = CancellationToken::new();
         let mut unbudgeted_to = Vec::new();
@@ -107,6 +126,9 @@ impl<'a> Lane<'a> {
             // that its own buffer holds, the lane would wait forever. What it holds is what the
             // earlier owner had in hand, so it is bounded.
             unbudgeted_to.push(standing.acquired.must_cut_at.clone());
+            let first_to = standing.first_to().map(|to| (to, wanted.id.clone()));
+            // Other sinks need records from before the start of the shard; this one never had any.
+            let is_from_start = start.is_some() && standing.skip_to.is_none();
             let context = DeliveryContext {
                 shard: shard.clone(),
                 sink: config.name.value.clone(),
@@ -118,6 +140,8 @@ impl<'a> Lane<'a> {
                 abandon: abandon.clone(),
                 epoch: standing.epoch,
                 skip_to: standing.skip_to,
+                from_start: is_from_start.then(|| state.start.clone()),
+                first_to,
             };
             deliveries.push(DeliveryHandle::start(standing.acquired, context));
         }
@@ -165,34 +189,9 @@ fn acquisition_order(sinks: &[Arc<dyn Sink>]) -> Vec<usize> {
     places
 }
 
-/// From where a sink needs records: its own position, or the checkpoint when it has none yet.
-///
-/// # Errors
-/// Both positions, when the sink stands behind the checkpoint and nobody has said whom to believe.
-fn agree(
-    sink: &Option<Position>,
-    checkpoint: &Option<Position>,
-    policy: OnPositionMismatch,
-) -> Result<Option<Position>, (Position, Position)> {
-    match (sink, checkpoint) {
-        (None, checkpoint) => Ok(checkpoint.clone()),
-        (Some(sink), Some(checkpoint)) if sink < checkpoint => match policy {
-            OnPositionMismatch::Stop => Err((sink.clone(), checkpoint.clone())),
-            OnPositionMismatch::Sink => Ok(Some(sink.clone())),
-            OnPositionMismatch::Checkpoint => Ok(Some(checkpoint.clone())),
-        },
-        (sink, _) => Ok(sink.clone()),
-    }
-}
-
-fn mismatch(
-    shard: &ShardKey,
-    sink: &SinkConfig,
-    sink_at: &Position,
-    checkpoint: &Position,
-) -> String {
+fn mismatch(shard: &ShardKey, sink: &SinkConfig, found: &Mismatch) -> String {
     format!(
-        "sink {} stands at {sink_at} in shard {}, behind the checkpoint {checkpoint}: was its \
+        "sink {} is behind what the pipeline's state remembers of shard {}: {found}. Was its \
          destination restored, or did another application move the checkpoint? Set \
          `on_position_mismatch = \"sink\"` under [pipeline] to read again from the sink's position, \
          or \"checkpoint\" to go on from the checkpoint",
@@ -200,15 +199,76 @@ fn mismatch(
     )
 }
 
-/// The generations to run after `start`, the first at work first. A generation that is new for the
+/// After which record the lane begins: the lowest of what the sinks need. `None`: at the start of the
+/// shard.
+///
+/// Where one sink has no position and another has one, as after the loss of the state, each goes on by
+/// itself: the lane begins at what comes first, the record after the one or the start of the shard.
+async fn start_of(
+    shared: &Shared,
+    shard: &ShardKey,
+    state: &ShardState,
+    needs: Vec<Option<Position>>,
+    stop: &Stop,
+) -> Result<Option<Position>, LaneError> {
+    let is_mixed = needs.contains(&None);
+    let Some(lowest) = needs.into_iter().flatten().min() else { return Ok(None) };
+    if !is_mixed {
+        return Ok(Some(lowest));
+    }
+    let starts_later = match &state.start {
+        ShardStart::Horizon => false,
+        ShardStart::AtSequence(start) => lowest.sequence < *start,
+        // Only the stream can say whether a record or a time comes first.
+        ShardStart::AtMs(_) => {
+            let first = first_from_start(shared, shard, &state.start, stop).await?;
+            first.is_none_or(|first| first > lowest)
+        }
+    };
+    Ok(starts_later.then_some(lowest))
+}
+
+/// The first record that the stream has at or after a start; `None`: none so far.
+async fn first_from_start(
+    shared: &Shared,
+    shard: &ShardKey,
+    start: &ShardStart,
+    stop: &Stop,
+) -> Result<Option<Position>, LaneError> {
+    let waiting = Waiting::default();
+    let from = ResumePoint { after: None, start, caught_up_ms: None, waiting: &waiting };
+    let look = async {
+        let mut reader = shared.source.open(shard, from).await?;
+        match reader.next_batch().await? {
+            NextBatch::Batch(batch) => Ok(batch.records.first().map(|it| it.position.clone())),
+            NextBatch::Idle { .. }
+            | NextBatch::Lost(_)
+            | NextBatch::ShardEnd { .. }
+            | NextBatch::SourceEnd => Ok(None),
+        }
+    };
+    stop.unless_asked(look).await.unwrap_or(Err(LaneError::Stopped))
+}
+
+/// Where a lane stands as it begins.
+#[derive(Clone, Copy)]
+struct Place<'p> {
+    /// It reads what comes after this.
+    start: Option<&'p Position>,
+    /// Records up to here have an outcome: in a sink, or as a dead letter.
+    ran: Option<&'p Position>,
+    state: &'p ShardState,
+}
+
+/// The generations to run after the start, the first at work first. A generation that is new for the
 /// shard is recorded after the last record that has an outcome: in a sink, or as a dead letter.
 async fn segments(
     shared: &Shared,
     wanted: &Arc<Generation>,
     shard: &ShardKey,
-    start: Option<&Position>,
-    ran: Option<&Position>,
+    place: Place<'_>,
 ) -> Result<Vec<ActiveSegment>, LaneError> {
+    let Place { start, ran, state } = place;
     let mut segments = shared.ledger.segments(shard).await?;
     if segments.last().is_none_or(|last| *last.generation != *wanted.id) {
         let last_from = segments.last().map(|last| last.from_exclusive.clone());
@@ -224,10 +284,27 @@ async fn segments(
     }
     // Of the segments that begin at or before the start, only the last is still needed.
     let first = segments.iter().rposition(|segment| segment.from_exclusive.as_ref() <= start);
+    segments.drain(..first.unwrap_or(0));
     let mut active = Vec::new();
-    for segment in segments.drain(first.unwrap_or(0)..) {
-        let generation = shared.generations.get(shared, wanted, &segment.generation).await?;
-        active.push(ActiveSegment { from_exclusive: segment.from_exclusive, generation });
+    for index in 0..segments.len() {
+        let (own, next) = (&segments[index], segments.get(index + 1));
+        let ends_at = next.and_then(|next| next.from_exclusive.as_ref());
+        let found = shared.generations.get(shared, wanted, &own.generation).await;
+        let generation = match found {
+            // All sinks but those that were restored had these records when the revision was pruned:
+            // today's makes rows for the restored ones alone.
+            Err(LaneError::Fatal(cause))
+                if ends_at.is_some() && ends_at <= state.reread_to.as_ref() =>
+            {
+                tracing::warn!(shard = %shard.shard, up_to = ends_at.map(tracing::field::display),
+                    revision = %own.generation, instead = %wanted.id, %cause,
+                    "today's revision runs these records again, for sinks that were restored alone: the \
+                     one that ran first is not kept any more");
+                wanted.clone()
+            }
+            found => found?,
+        };
+        active.push(ActiveSegment { from_exclusive: own.from_exclusive.clone(), generation });
     }
     Ok(active)
 }
@@ -324,34 +401,5 @@ impl GenerationStore {
         loaded.retain(|_, known| known.strong_count() > 0);
         loaded.insert(id.to_owned(), Arc::downgrade(&generation));
         Ok(generation)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::record::SequenceNumber;
-
-    fn at(sequence: &str) -> Option<Position> {
-        let sequence = SequenceNumber::parse(sequence).expect("a number");
-        Some(Position { sequence, sub_sequence: 0 })
-    }
-
-    #[test]
-    fn a_sink_without_position_starts_at_the_checkpoint() {
-        assert_eq!(agree(&None, &at("5"), OnPositionMismatch::Stop), Ok(at("5")));
-        assert_eq!(agree(&None, &None, OnPositionMismatch::Stop), Ok(None));
-    }
-
-    #[test]
-    fn a_sink_ahead_of_the_checkpoint_is_believed() {
-        assert_eq!(agree(&at("7"), &at("5"), OnPositionMismatch::Stop), Ok(at("7")));
-    }
-
-    #[test]
-    fn a_sink_behind_the_checkpoint_is_a_question() {
-        assert!(agree(&at("4"), &at("5"), OnPositionMismatch::Stop).is_err());
-        assert_eq!(agree(&at("4"), &at("5"), OnPositionMismatch::Sink), Ok(at("4")));
-        assert_eq!(agree(&at("4"), &at("5"), OnPositionMismatch::Checkpoint), Ok(at("5")));
     }
 }

@@ -5,6 +5,7 @@
 //! (`change.rs`), and how it is settled at the end.
 
 mod acquire;
+pub(crate) mod agreement;
 mod board;
 mod change;
 mod checkpointer;
@@ -171,7 +172,9 @@ impl LaneError {
         match self {
             Self::Fatal(_) => true,
             Self::Source(error) => error.needs_a_person(),
-            Self::Sink(_) | Self::State(_) | Self::Stopped => false,
+            // What is written there is lost: to try again would lose more.
+            Self::State(error) => error.is_gone(),
+            Self::Sink(_) | Self::Stopped => false,
         }
     }
 }
@@ -543,6 +546,9 @@ impl Lane<'_> {
             .unless_stopped(self.shared.letters.put(&batch.shard, letters.clone(), false))
             .await?
         {
+            if error.is_gone() {
+                return Err(error.into());
+            }
             self.block("dead letters", &error.to_string());
             self.unless_stopped(tokio::time::sleep(pause)).await?;
         }

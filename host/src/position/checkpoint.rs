@@ -5,8 +5,11 @@
 
 use std::collections::{HashMap, HashSet};
 
-use rusqlite::OptionalExtension as _;
+use rusqlite::{OptionalExtension as _, Transaction};
 
+use super::agreement::{Lost, Reopened};
+use super::holes::{Hole, insert as insert_hole};
+use super::mark::StateMark;
 use super::store::{StateError, StateStore, columns, position};
 use super::together::{Entry, Together};
 use crate::record::{Position, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
@@ -22,7 +25,13 @@ pub struct ShardState {
     pub start: ShardStart,
     /// Everything that had arrived by then was read and settled, in milliseconds since 1970.
     pub caught_up_ms: Option<i64>,
+    /// The checkpoint was here before a restored sink moved it back: up to here, revisions that ran
+    /// first may be pruned, and only restored sinks need records.
+    pub reread_to: Option<Position>,
 }
+
+/// What is remembered of all sinks, by shard and sink.
+pub type Remembered = HashMap<(ShardId, SinkName), Position>;
 
 /// The state of a stream's shards, as the state database has it.
 #[derive(Clone, Debug, Default)]
@@ -164,7 +173,7 @@ impl Checkpoints {
             .write("read the checkpoints", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT shard, sequence, sub_sequence, ended, start_at_ms,
-                         start_at_sequence, caught_up_ms
+                         start_at_sequence, caught_up_ms, reread_to, reread_to_sub
                      FROM shard WHERE stream = ?1",
                 )?;
                 let shards = query.query_map([stream], |row| {
@@ -179,7 +188,11 @@ impl Checkpoints {
                         (None, None) => ShardStart::Horizon,
                     };
                     let (ended, caught_up_ms) = (row.get(3)?, row.get(6)?);
-                    let state = ShardState { checkpoint, ended, start, caught_up_ms };
+                    let reread_to = match row.get::<_, Option<String>>(7)? {
+                        Some(sequence) => Some(position(sequence, row.get(8)?)?),
+                        None => None,
+                    };
+                    let state = ShardState { checkpoint, ended, start, caught_up_ms, reread_to };
                     Ok((ShardId::new(shard), state))
                 })?;
                 shards.collect()
@@ -329,6 +342,150 @@ impl Checkpoints {
             .await
     }
 
+    /// How far each sink was in each shard of a stream, and how far rows of each were given up.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn remembered(
+        &self,
+        stream: &StreamIdentity,
+    ) -> Result<(Remembered, Remembered), StateError> {
+        let stream = stream.key();
+        self.store
+            .write("read the sinks' positions", move |state| {
+                let read = |sql: &str| -> rusqlite::Result<Remembered> {
+                    let mut query = state.prepare_cached(sql)?;
+                    let rows = query.query_map([&stream], |row| {
+                        let key = (row.get::<_, String>(0)?.into(), row.get::<_, String>(1)?.into());
+                        Ok((key, position(row.get(2)?, row.get(3)?)?))
+                    })?;
+                    // The last of several counts: they come in order.
+                    rows.collect()
+                };
+                let known = read(
+                    "SELECT shard, sink, sequence, sub_sequence FROM sink_position WHERE stream = ?1",
+                )?;
+                let given_up = read(
+                    "SELECT shard, sink, sequence, sub_sequence FROM given_up WHERE stream = ?1
+                     ORDER BY sequence, sub_sequence",
+                )?;
+                Ok((known, given_up))
+            })
+            .await
+    }
+
+    /// Opens shards once more for sinks that were restored: notes where these stand, moves the
+    /// checkpoints back, and forgets that the shards have ended. All of it in one step.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing is changed then.
+    pub async fn reopen(
+        &self,
+        stream: &StreamIdentity,
+        reopened: Vec<Reopened>,
+    ) -> Result<(), StateError> {
+        let stream = stream.key();
+        self.store
+            .write("open shards again", move |state| {
+                for Reopened { shard, checkpoint, sinks } in &reopened {
+                    let (sequence, sub) = checkpoint.as_ref().map(columns).unzip();
+                    // While a lane reads what only restored sinks need, old records are not settled.
+                    state.execute(
+                        "UPDATE shard SET ended = 0, caught_up_ms = NULL,
+                             reread_to = CASE WHEN sequence IS NULL
+                                 OR (reread_to, reread_to_sub) > (sequence, sub_sequence)
+                                 THEN reread_to ELSE sequence END,
+                             reread_to_sub = CASE WHEN sequence IS NULL
+                                 OR (reread_to, reread_to_sub) > (sequence, sub_sequence)
+                                 THEN reread_to_sub ELSE sub_sequence END,
+                             sequence = ?3, sub_sequence = ?4
+                         WHERE stream = ?1 AND shard = ?2",
+                        (&stream, shard.as_str(), sequence, sub),
+                    )?;
+                    for (sink, stands) in sinks {
+                        remember(state, (&stream, shard, sink), stands.as_ref())?;
+                    }
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    /// Remembers that sinks stay without rows that they had: they stand where they stand from now on, and
+    /// the holes are on record.
+    ///
+    /// # Errors
+    /// [`StateError`]; they are found again at the next start then.
+    pub async fn forgive(
+        &self,
+        stream: &StreamIdentity,
+        lost: Vec<Lost>,
+        holes: Vec<Hole>,
+    ) -> Result<(), StateError> {
+        let stream = stream.key();
+        self.store
+            .write("note where sinks stand", move |state| {
+                for Lost { sink, shard, mismatch, .. } in &lost {
+                    remember(state, (&stream, shard, sink), mismatch.stands.as_ref())?;
+                }
+                for hole in &holes {
+                    insert_hole(state, hole)?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    /// Marks of other states that this one has gone on from.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn noted_marks(&self) -> Result<HashMap<String, i64>, StateError> {
+        self.store
+            .write("read the marks of other states", |state| {
+                let mut query = state.prepare("SELECT id, number FROM seen_state")?;
+                query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+            })
+            .await
+    }
+
+    /// Notes marks of other states: this one goes on from there.
+    ///
+    /// # Errors
+    /// [`StateError`]; no shard may be begun then.
+    pub async fn note_marks(&self, marks: Vec<StateMark>) -> Result<(), StateError> {
+        self.store
+            .write("note the marks of other states", move |state| {
+                for mark in &marks {
+                    state.execute(
+                        "INSERT INTO seen_state VALUES (?1, ?2)
+                         ON CONFLICT DO UPDATE SET number = max(number, excluded.number)",
+                        (&*mark.state, mark.number),
+                    )?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    /// Notes that letters that are here now may have been redriven by a newer state than this copy.
+    ///
+    /// # Errors
+    /// [`StateError`]; no shard may be begun then.
+    pub async fn doubt_letters(&self) -> Result<(), StateError> {
+        self.store
+            .write("note letters of an older copy", |state| {
+                state.execute("DELETE FROM doubtful_letters", [])?;
+                state.execute(
+                    "INSERT INTO doubtful_letters SELECT max(rowid) FROM dead_letter
+                     HAVING max(rowid) IS NOT NULL",
+                    [],
+                )
+            })
+            .await
+            .map(drop)
+    }
+
     /// Writes the sinks' positions and the checkpoint, as one step. The checkpoint never goes back.
     ///
     /// # Errors
@@ -402,6 +559,26 @@ impl Checkpoints {
             })
             .await
     }
+}
+
+/// Notes where a sink stands, which may be before what was remembered.
+fn remember(
+    state: &Transaction<'_>,
+    (stream, shard, sink): (&str, &ShardId, &SinkName),
+    stands: Option<&Position>,
+) -> rusqlite::Result<()> {
+    state.execute(
+        "DELETE FROM sink_position WHERE stream = ?1 AND shard = ?2 AND sink = ?3",
+        (stream, shard.as_str(), sink.as_str()),
+    )?;
+    if let Some((sequence, sub)) = stands.map(columns) {
+        state.execute(
+            "INSERT INTO sink_position (sink, stream, shard, sequence, sub_sequence)
+             VALUES (?1, ?2, ?3, ?4, ?5)",
+            (sink.as_str(), stream, shard.as_str(), sequence, sub),
+        )?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -5,12 +5,14 @@
 //! checkpoint), the positions of sinks that keep none, which generation ran from which sequence on,
 //! and every record that a stage or a table did not take.
 
+pub mod agreement;
 mod checkpoint;
 mod hidden;
 mod holes;
 mod ledger;
 mod letter_log;
 mod letters;
+mod mark;
 mod redrive;
 mod replays;
 mod roster;
@@ -24,7 +26,10 @@ pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Ledger, LedgerEntry, Ran, Segment};
 pub use letter_log::LoggedLetter;
 pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter};
-pub use redrive::{RedriveId, Redriven, RedrivenLetter, Redrives, Unfinished, is_redrive};
+pub use mark::{OwnerName, Ownership, StateMark};
+pub use redrive::{
+    REDRIVE_SHARD, RedriveId, Redriven, RedrivenLetter, Redrives, Unfinished, is_redrive,
+};
 pub use replays::{FailedAgain, PendingReplay, ReplayId, Replays};
 pub use roster::{KnownSinks, Removed, Roster, RosterChange};
 pub use store::{StateError, StateStore, needed_components};

@@ -18,7 +18,7 @@ use crate::record::{
 };
 
 /// The one shard of a redrive.
-const SHARD: &str = "redrive-000000000000";
+pub const REDRIVE_SHARD: &str = "redrive-000000000000";
 /// The name of the stream that letters are.
 const STREAM: &str = "letters";
 /// The first number of letters that a redrive made among the items that their record has in a place.
@@ -41,7 +41,7 @@ impl RedriveId {
 
     /// Its shard.
     pub fn shard(self) -> ShardId {
-        ShardId::from(SHARD)
+        ShardId::from(REDRIVE_SHARD)
     }
 
     fn key(self, pipeline: &PipelineName) -> ShardKey {
@@ -265,6 +265,24 @@ impl Redrives {
                     (place, shard, reason, ids, id),
                 )?;
                 Ok((begun > 0).then_some(RedriveId(id)))
+            })
+            .await
+    }
+
+    /// How many of the letters that a filter means were in an older copy of the state with which the
+    /// pipeline goes on: they may have been redriven since that copy was made.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn doubtful(&self, filter: LetterFilter) -> Result<u64, StateError> {
+        let wanted = wanted(filter);
+        self.store
+            .write("read the dead letters", move |state| {
+                let count = format!(
+                    "SELECT count(*) FROM dead_letter WHERE {MATCHES}
+                     AND rowid <= coalesce((SELECT max(up_to) FROM doubtful_letters), 0)"
+                );
+                state.query_row(&count, wanted, |row| row.get(0))
             })
             .await
     }

@@ -1,13 +1,16 @@
 //! The state database: one SQLite file per pipeline, every commit fsynced.
 
 use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, TransactionBehavior};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
+use super::mark::{Ownership, StateMark};
 use crate::record::{Position, SequenceNumber};
 
 /// How deep below the state folder a state database lies: `pipeline/again-1/pipeline/state.db`.
@@ -133,7 +136,21 @@ const SCHEMA_6: &[&str] = &[
     super::checkpoint::GONE,
     SCHEMA_6_LAG,
     LETTERS_6,
+    SCHEMA_MARK,
 ];
+
+/// The state's id and the number of its durable writes, which sinks keep beside their positions, the
+/// marks of other states that this one goes on from, letters that a newer state may have
+/// redriven, and how far a shard is read once more for a sink that was restored: up to there the revision
+/// that ran first may be pruned.
+const SCHEMA_MARK: &str = "
+    CREATE TABLE state_mark (id TEXT NOT NULL, number INTEGER NOT NULL);
+    INSERT INTO state_mark VALUES (lower(hex(randomblob(16))), 0);
+    CREATE TABLE seen_state (id TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE doubtful_letters (up_to INTEGER NOT NULL);
+    ALTER TABLE shard ADD COLUMN reread_to TEXT;
+    ALTER TABLE shard ADD COLUMN reread_to_sub INTEGER;
+";
 
 /// When the last record that a sink has arrived, so that its lag is known before the first one is read.
 const SCHEMA_6_LAG: &str = "ALTER TABLE sink_position ADD COLUMN arrived_ms INTEGER;";
@@ -143,6 +160,64 @@ const SCHEMA_6_LAG: &str = "ALTER TABLE sink_position ADD COLUMN arrived_ms INTE
 pub struct StateStore {
     path: Arc<Path>,
     connection: Arc<Mutex<Connection>>,
+    files: Arc<OpenFiles>,
+    ownership: Ownership,
+    /// Writes count from when it is known that no sink has seen a later state: a copy that was found
+    /// to be older must not catch up by being started again and again.
+    counts: Arc<AtomicBool>,
+}
+
+/// The files that the connection has open, as the file system numbers them. SQLite writes on into a
+/// file that was deleted or moved away, and nobody would ever read that.
+struct OpenFiles(Vec<(PathBuf, (u64, u64))>);
+
+impl OpenFiles {
+    /// The database and its write-ahead log.
+    fn of(path: &Path) -> std::io::Result<Self> {
+        let mut log = path.as_os_str().to_owned();
+        log.push("-wal");
+        let mut files = vec![(path.to_owned(), file_number(path)?)];
+        let log = PathBuf::from(log);
+        if let Ok(number) = file_number(&log) {
+            files.push((log, number));
+        }
+        Ok(Self(files))
+    }
+
+    /// Looks whether the paths still lead to the open files.
+    fn check(&self) -> Result<(), Failure> {
+        for (path, number) in &self.0 {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            match file_number(path) {
+                Ok(found) if found == *number => {}
+                Ok(_) => return Err(Failure::Gone(format!("{name} was replaced"))),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(Failure::Gone(format!("{name} was deleted or moved away")));
+                }
+                // It cannot be looked at: no proof that it is another.
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn file_number(path: &Path) -> std::io::Result<(u64, u64)> {
+    let found = std::fs::metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}
+
+/// Why nothing was written, or nobody knows whether it lasts.
+pub(super) enum Failure {
+    Sql(rusqlite::Error),
+    /// The open files are not those at the path any more.
+    Gone(String),
+}
+
+impl From<rusqlite::Error> for Failure {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sql(error)
+    }
 }
 
 /// The state database cannot be used.
@@ -153,6 +228,15 @@ pub struct StateError {
     action: &'static str,
     cause: String,
     way_out: &'static str,
+    is_gone: bool,
+}
+
+impl StateError {
+    /// Whether the database is not the one that was opened: to try again mends nothing, and what was
+    /// written is lost.
+    pub fn is_gone(&self) -> bool {
+        self.is_gone
+    }
 }
 
 impl StateStore {
@@ -167,6 +251,7 @@ impl StateStore {
             action,
             cause,
             way_out,
+            is_gone: false,
         };
         std::fs::create_dir_all(folder).map_err(|cause| {
             error(
@@ -185,7 +270,60 @@ impl StateStore {
                 format!("it has schema version {version}, this host writes {SCHEMA_VERSION}");
             return Err(error("use it", cause, "run the version of shardmill that wrote it"));
         }
-        Ok(Self { path: path.into(), connection: Arc::new(Mutex::new(connection)) })
+        let mark = mark(&connection)
+            .map_err(|cause| error("read its mark", cause.to_string(), "move the file away"))?;
+        let files = OpenFiles::of(&path)
+            .map_err(|cause| error("look at its file", cause.to_string(), "try again"))?;
+        Ok(Self {
+            path: path.into(),
+            connection: Arc::new(Mutex::new(connection)),
+            files: Arc::new(files),
+            ownership: Ownership::new(mark),
+            counts: Arc::default(),
+        })
+    }
+
+    /// Who writes to sinks by this state, with its mark.
+    pub fn ownership(&self) -> Ownership {
+        self.ownership.clone()
+    }
+
+    /// The mark as it is in the file: another process may have moved it on.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read, or is another by now.
+    pub async fn mark(&self) -> Result<StateMark, StateError> {
+        // Before the file is read: another task may write meanwhile.
+        let known = self.ownership.mark();
+        let found = self.write("read its mark", |state| mark(state)).await?;
+        if found.state != known.state || found.number < known.number {
+            let cause = "it was replaced by another or an older one".to_owned();
+            return Err(self.failed("read its mark", Failure::Gone(cause)));
+        }
+        self.ownership.reached(found.number);
+        Ok(found)
+    }
+
+    /// Looks whether the database is still the one that was opened.
+    ///
+    /// # Errors
+    /// [`StateError`]; see [`StateError::is_gone`].
+    pub async fn verify(&self) -> Result<(), StateError> {
+        self.mark().await.map(drop)
+    }
+
+    /// Counts durable writes from here on, beginning above `seen` (a number of this state that a sink
+    /// has seen): no sink knows a later state than this one.
+    ///
+    /// # Errors
+    /// [`StateError`]; no sink may be written to then.
+    pub async fn begin_counting(&self, seen: i64) -> Result<(), StateError> {
+        self.counts.store(true, Ordering::Release);
+        self.write("note its mark", move |state| {
+            state.execute("UPDATE state_mark SET number = max(number, ?1)", [seen])
+        })
+        .await
+        .map(drop)
     }
 
     /// Opens the database of a folder for a command that only asks, if it is there and of this version:
@@ -227,6 +365,7 @@ impl StateStore {
             action: "read its version",
             cause: cause.to_string(),
             way_out: "nothing was changed",
+            is_gone: false,
         })
     }
 
@@ -240,7 +379,8 @@ impl StateStore {
         work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StateError> {
         let connection = self.turn().await;
-        let done = tokio::task::spawn_blocking(move || in_transaction(connection, work));
+        let store = self.clone();
+        let done = tokio::task::spawn_blocking(move || store.in_transaction(connection, work));
         self.outcome(action, done.await)
     }
 
@@ -284,17 +424,16 @@ impl StateStore {
         cause: String,
         way_out: &'static str,
     ) -> StateError {
-        StateError { path: self.path.display().to_string(), action, cause, way_out }
+        StateError { path: self.path.display().to_string(), action, cause, way_out, is_gone: false }
     }
 
     fn outcome<T>(
         &self,
         action: &'static str,
-        done: Result<rusqlite::Result<T>, tokio::task::JoinError>,
+        done: Result<Result<T, Failure>, tokio::task::JoinError>,
     ) -> Result<T, StateError> {
         match done {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(cause)) => Err(self.error(action, cause.to_string())),
+            Ok(done) => done.map_err(|failure| self.failed(action, failure)),
             Err(cause) => Err(self.error(action, cause.to_string())),
         }
     }
@@ -306,19 +445,62 @@ impl StateStore {
             action,
             cause,
             way_out: "nothing was changed; free the disk or mend the file, it is tried again",
+            is_gone: false,
         }
+    }
+
+    /// Why a transaction was not done, or does not last.
+    pub(super) fn failed(&self, action: &'static str, failure: Failure) -> StateError {
+        match failure {
+            Failure::Sql(cause) => self.error(action, cause.to_string()),
+            Failure::Gone(what) => StateError {
+                path: self.path.display().to_string(),
+                action,
+                cause: format!("{what} while this process used it"),
+                way_out: "put the state folder back as it was and start again; without it, a start goes \
+                          on from the sinks' positions, and the dead letters are lost",
+                is_gone: true,
+            },
+        }
+    }
+
+    /// Runs `work` in one transaction; it is durable on return.
+    pub(super) fn in_transaction<T>(
+        &self,
+        mut connection: OwnedMutexGuard<Connection>,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+    ) -> Result<T, Failure> {
+        self.files.check()?;
+        let transaction = connection.transaction()?;
+        let before = transaction.total_changes();
+        let value = work(&transaction)?;
+        let counts = self.counts.load(Ordering::Acquire);
+        let number = match counts && transaction.total_changes() > before {
+            true => Some(count(&transaction)?),
+            false => None,
+        };
+        transaction.commit()?;
+        // What went into a file that nobody can open again is not durable.
+        self.files.check()?;
+        if let Some(number) = number {
+            self.ownership.reached(number);
+        }
+        Ok(value)
     }
 }
 
-/// Runs `work` in one transaction; it is durable on return.
-pub(super) fn in_transaction<T>(
-    mut connection: OwnedMutexGuard<Connection>,
-    work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
-) -> rusqlite::Result<T> {
-    let transaction = connection.transaction()?;
-    let value = work(&transaction)?;
-    transaction.commit()?;
-    Ok(value)
+/// The state's id, and the number of its last counted write.
+fn mark(connection: &Connection) -> rusqlite::Result<StateMark> {
+    connection.query_row("SELECT id, number FROM state_mark", [], |row| {
+        Ok(StateMark { state: row.get::<_, String>(0)?.into(), number: row.get(1)? })
+    })
+}
+
+/// Counts the write under way.
+fn count(transaction: &rusqlite::Transaction<'_>) -> rusqlite::Result<i64> {
+    transaction
+        .prepare_cached("UPDATE state_mark SET number = number + 1 RETURNING number")?
+        .query_row([], |row| row.get(0))
 }
 
 /// The digests of the components that pipelines with their state below a folder keep.
@@ -333,6 +515,7 @@ pub fn needed_components(state_dir: &Path) -> Result<HashSet<String>, StateError
             action: "read which components are kept",
             cause,
             way_out: "compiled plugins that are not needed any more stay",
+            is_gone: false,
         };
         let state = folder.join("state.db");
         if state.exists() {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rusqlite::Transaction;
 use tokio::sync::oneshot;
 
-use super::store::{StateError, StateStore, in_transaction};
+use super::store::{StateError, StateStore};
 
 /// An entry that can be written with others. To write it twice changes nothing.
 pub(super) trait Entry: Clone + Send + 'static {
@@ -74,8 +74,10 @@ impl<E: Entry> Together<E> {
         let write_all = |state: &Transaction<'_>| {
             taken.iter().try_for_each(|waiting| waiting.entry.write(state))
         };
-        let outcome = in_transaction(connection, write_all)
-            .map_err(|cause| self.store.error(E::ACTION, cause.to_string()));
+        let outcome = self
+            .store
+            .in_transaction(connection, write_all)
+            .map_err(|failure| self.store.failed(E::ACTION, failure));
         for waiting in taken {
             let _ = waiting.done.send(outcome.clone());
         }

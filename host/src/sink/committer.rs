@@ -71,6 +71,11 @@ impl Committer {
 
     /// Commits until there is nothing more, the lane ends, or the shard is lost.
     pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> Result<(), SinkError> {
+        if let Some((to_inclusive, generation)) = self.context.first_to.clone() {
+            let rows = Arc::default();
+            let (encoded, permit) = (None, None);
+            self.commit(Parcel { rows, encoded, to_inclusive, generation, permit }).await?;
+        }
         loop {
             let order = tokio::select! {
                 biased;
@@ -184,6 +189,7 @@ impl Committer {
                 sink: context.sink.clone(),
                 shard: context.shard.shard.to_string(),
                 detail: "its dead letters have another owner".into(),
+                by: None,
             });
         }
         metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{}", context.sink))

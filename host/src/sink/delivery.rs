@@ -17,7 +17,7 @@ use super::{Acquired, EncodeRows, RowEncoder, SinkError};
 use crate::budget::{Account, OpenBuffer, Permit};
 use crate::config::{Rhythm, Timing};
 use crate::position::DeadLetters;
-use crate::record::{Position, Row, ShardKey, SinkName};
+use crate::record::{Position, Row, ShardKey, ShardStart, SinkName};
 use crate::stop::Stop;
 
 /// Spans that may wait in the channel before the lane waits: as many as a usual commit has, so that
@@ -91,6 +91,13 @@ pub struct DeliveryContext {
     pub epoch: i64,
     /// Spans up to here are skipped (the sink's position, or the checkpoint if that is believed).
     pub skip_to: Option<Position>,
+    /// Rows of records before this start are skipped as well: other sinks need them, and this one
+    /// takes records from its start on.
+    pub from_start: Option<ShardStart>,
+    /// What the sink is to commit first, without a row: what it skips is then its own position, and a
+    /// later comparison with the state does not take it for a sink that was restored. With the
+    /// revision that runs.
+    pub first_to: Option<(Position, Arc<str>)>,
 }
 
 impl DeliveryHandle {
@@ -101,7 +108,11 @@ impl DeliveryHandle {
             None => SPANS_IN_CHANNEL_MAX,
         };
         let (sender, receiver) = mpsc::channel(spans_max);
-        let begin = Progress { position: context.skip_to.clone(), blocked: None };
+        let position = match &context.first_to {
+            Some(_) => acquired.position.clone(),
+            None => context.skip_to.clone(),
+        };
+        let begin = Progress { position, blocked: None };
         let (publish, progress) = watch::channel(begin);
         let sink = context.sink.clone();
         let context = Arc::new(context);
@@ -327,6 +338,13 @@ impl Gatherer {
         });
         let mut rows = delivery.rows;
         rows.drain(..known);
+        if let Some(start) = &self.context.from_start {
+            let is_before = |row: &Row| {
+                let arrived_ms = i64::try_from(row.source().arrived_ms).unwrap_or(i64::MAX);
+                start.is_after(&row.position().sequence, arrived_ms)
+            };
+            rows.retain(|row| !is_before(row));
+        }
         buffer.count += rows.len();
         buffer.bytes += rows.iter().map(|row| row.payload.len() + row.key.len()).sum::<usize>();
         match (&mut buffer.permit, delivery.permit) {

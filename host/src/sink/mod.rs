@@ -30,7 +30,10 @@ use serde::{Deserialize, Serialize};
 
 pub use mode::WriteMode;
 
-use crate::record::{Position, PositionSpan, RouteName, Row, ShardKey, SinkName};
+use crate::position::{OwnerName, Ownership, StateMark};
+use crate::record::{
+    PipelineName, Position, PositionSpan, RouteName, Row, ShardId, ShardKey, SinkName,
+};
 
 /// A column that a route declares: the name and the type as the plugin's author wrote it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +128,8 @@ pub enum SinkError {
         shard: String,
         /// What was found.
         detail: String,
+        /// The other owner, where the sink keeps its name.
+        by: Option<OwnerName>,
     },
     /// The destination cannot take the rows now (gone, full, altered): nothing was committed.
     /// The delivery backs off and tries again, visibly.
@@ -225,6 +230,38 @@ pub trait Sink: Send + Sync {
     async fn adopt(&self, _old: &SinkName, _shard: &ShardKey) -> Result<(), SinkError> {
         Ok(())
     }
+
+    /// Says who writes from here on: sinks that keep positions write it beside them. Called once,
+    /// before the first shard is acquired.
+    fn own(&self, _ownership: Ownership) {}
+
+    /// What the sink keeps of these shards and of all redrives of the pipeline, without taking anything
+    /// over; more may be given. `None`: it keeps no positions.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the destination is out of reach.
+    async fn kept(
+        &self,
+        _pipeline: &PipelineName,
+        _shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        Ok(None)
+    }
+}
+
+/// A shard's position as a sink keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptPosition {
+    /// The stream, by its key.
+    pub stream: String,
+    /// The shard.
+    pub shard: ShardId,
+    /// The last position that the sink has; `None`: it was acquired, and nothing was committed.
+    pub position: Option<Position>,
+    /// The state by which it was written; `None`: an earlier version wrote it.
+    pub mark: Option<StateMark>,
+    /// Who wrote it.
+    pub owner: Option<OwnerName>,
 }
 
 /// A shard taken over.

@@ -27,14 +27,15 @@ mod writer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use async_trait::async_trait;
+use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::ObjectStore;
 use object_store::path::Path;
 use url::Url;
 
-use self::claim::{ClaimLog, LOG_FOLDER, OwnerId};
+use self::claim::{ClaimLog, LOG_FOLDER, Link, OwnerId, WrittenBy};
 pub use self::encode::Encoded;
 use self::encode::RouteForm;
 pub use self::layout::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
@@ -45,13 +46,17 @@ pub(super) use self::store::Place;
 pub use self::verify::{Audit, Problem, ProblemKind};
 use self::writer::{ObjectsWriter, Shared};
 use super::line::{LINE_MEDIA_TYPES, LineFormat};
-use super::{Acquired, BoundRoute, Sink, SinkError, local};
-use crate::record::{Position, RouteName, ShardKey, SinkName};
+use super::{Acquired, BoundRoute, KeptPosition, Sink, SinkError, local};
+use crate::position::Ownership;
+use crate::record::{PipelineName, Position, RouteName, ShardId, ShardKey, SinkName};
 
 /// The object by which `prepare` proves that the store can create without overwriting.
 const PROBE: &str = "conditional-create-probe.txt";
 const PROBE_TEXT: &str =
     "shardmill wrote this to learn whether the store refuses to overwrite it.\n";
+
+/// Claim logs that are read at the same time.
+const LOGS_AT_ONCE: usize = 16;
 
 /// A sink of objects.
 pub struct ObjectsSink {
@@ -60,6 +65,8 @@ pub struct ObjectsSink {
     forms: RwLock<HashMap<RouteName, RouteForm>>,
     /// Whether leftovers of earlier versions were looked for.
     swept: AtomicBool,
+    /// Who writes; unset in a sink that only answers questions.
+    ownership: OnceLock<Ownership>,
 }
 
 impl ObjectsSink {
@@ -89,7 +96,13 @@ impl ObjectsSink {
     }
 
     fn at(place: Place, layout: ObjectLayout) -> Self {
-        Self { place, layout, forms: RwLock::default(), swept: AtomicBool::new(false) }
+        Self {
+            place,
+            layout,
+            forms: RwLock::default(),
+            swept: AtomicBool::new(false),
+            ownership: OnceLock::new(),
+        }
     }
 
     /// Removes what writers that were killed left in a folder. That it fails stops nobody.
@@ -148,7 +161,8 @@ impl ObjectsSink {
     fn shared(&self) -> Arc<Shared> {
         let forms = self.forms.read().unwrap_or_else(PoisonError::into_inner);
         let (place, layout) = (self.place.clone(), self.layout.clone());
-        Arc::new(Shared { place, layout, forms: Arc::new(forms.clone()) })
+        let ownership = self.ownership.get().cloned();
+        Arc::new(Shared { place, layout, forms: Arc::new(forms.clone()), ownership })
     }
 
     fn check_routes(
@@ -238,7 +252,8 @@ impl Sink for ObjectsSink {
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
         let log = ClaimLog::new(self.place.clone(), shard);
         log.check_path()?;
-        let fence = log.fence(&OwnerId::random()).await?;
+        let by = self.ownership.get().map(WrittenBy::now);
+        let fence = log.fence(&OwnerId::random(), by).await?;
         let standing = log.standing(&fence).await?;
         let promised = standing.unfinished.iter().flat_map(|claim| &claim.claim.data);
         let promised: Vec<Path> = promised.filter_map(|data| self.place.below(&data.key)).collect();
@@ -269,4 +284,46 @@ impl Sink for ObjectsSink {
         let log = ClaimLog::new(self.place.clone(), shard);
         log.adopt(&ClaimLog::new(place, shard), &OwnerId::random()).await
     }
+
+    fn own(&self, ownership: Ownership) {
+        // The first stays: a sink has one owner as long as it lives.
+        let _ = self.ownership.set(ownership);
+    }
+
+    async fn kept(
+        &self,
+        pipeline: &PipelineName,
+        shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        let mut looks = Vec::with_capacity(shards.len());
+        for shard in shards {
+            looks.push(self.kept_of(shard));
+        }
+        let looks: Vec<Option<KeptPosition>> =
+            futures::stream::iter(looks).buffer_unordered(LOGS_AT_ONCE).try_collect().await?;
+        let mut kept: Vec<KeptPosition> = looks.into_iter().flatten().collect();
+        if let Some((shard, link)) = claim::newest_redrive(&self.place, pipeline).await? {
+            kept.push(as_kept(String::new(), shard.as_str().into(), link.to.clone(), &link));
+        }
+        Ok(Some(kept))
+    }
+}
+
+impl ObjectsSink {
+    async fn kept_of(&self, shard: &ShardKey) -> Result<Option<KeptPosition>, SinkError> {
+        let log = ClaimLog::new(self.place.clone(), shard);
+        let Some(last) = log.last().await? else { return Ok(None) };
+        let position = log.standing(&last).await?.position;
+        Ok(Some(as_kept(shard.stream.key(), shard.shard.clone(), position, &last)))
+    }
+}
+
+fn as_kept(
+    stream: String,
+    shard: ShardId,
+    position: Option<Position>,
+    last: &Link,
+) -> KeptPosition {
+    let (mark, owner) = (last.by.as_ref().map(WrittenBy::mark), last.by.as_ref());
+    KeptPosition { stream, shard, position, mark, owner: owner.and_then(WrittenBy::owner) }
 }

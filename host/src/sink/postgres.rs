@@ -25,7 +25,7 @@ mod window;
 mod writer;
 mod writers;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 
@@ -35,10 +35,11 @@ use self::session::{PooledSession, SessionPool};
 pub use self::window::{SwapFailed, TableWindow, WindowDiff};
 use self::writer::PostgresWriter;
 pub use self::writers::OtherSink;
-use super::{Acquired, BoundRoute, Sink, SinkError, WriteMode, rows};
+use super::{Acquired, BoundRoute, KeptPosition, Sink, SinkError, WriteMode, rows};
 use crate::config::PostgresTarget;
+use crate::position::{OwnerName, Ownership};
 use crate::postgres::{PostgresServer, describe};
-use crate::record::{Position, ShardKey, SinkName};
+use crate::record::{PipelineName, Position, ShardKey, SinkName};
 
 /// The connections of a sink unless it is told otherwise: more than a server of some cores works on at
 /// once, and far from the 100 that PostgreSQL takes by default.
@@ -61,6 +62,8 @@ struct Shared {
     /// What they say about the sink: its name in the pipeline, also while another runs in its place.
     lineage_name: SinkName,
     position: PositionTable,
+    /// Who writes; unset in a sink that only answers questions.
+    ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
 }
 
@@ -74,8 +77,8 @@ impl Shared {
         self.unavailable(format!("{doing}: {}", describe(error)))
     }
 
-    fn fenced(&self, shard: &ShardKey, detail: String) -> SinkError {
-        SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail }
+    fn fenced(&self, shard: &ShardKey, detail: String, by: Option<OwnerName>) -> SinkError {
+        SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail, by }
     }
 
     /// A connection, once one is free.
@@ -106,6 +109,7 @@ impl PostgresSink {
             table,
             mode: target.mode.clone(),
             lineage: target.lineage,
+            ownership: OnceLock::new(),
             known_columns: rows::KnownColumns::default(),
         };
         let create = target.create;
@@ -141,8 +145,12 @@ impl Sink for PostgresSink {
             .create_if_missing(&session.client)
             .await
             .map_err(|error| self.shared.failed(&place.cannot_create(), &error))?;
+        place
+            .widen_if_narrow(&session.client)
+            .await
+            .map_err(|error| self.shared.failed(&place.cannot_widen(), &error))?;
         let taken = place
-            .take_over(&session.client, &self.shared.sink, shard)
+            .take_over(&session.client, &self.shared.sink, shard, self.shared.ownership.get())
             .await
             .map_err(|error| self.shared.failed(&doing(), &error))?;
         let position = taken.position().map_err(|cause| self.shared.unavailable(cause))?;
@@ -176,5 +184,24 @@ impl Sink for PostgresSink {
             return Ok(());
         }
         place.adopt(&session.client, (old, new), shard).await.map_err(failed)
+    }
+
+    fn own(&self, ownership: Ownership) {
+        // The first stays: a sink has one owner as long as it lives.
+        let _ = self.shared.ownership.set(ownership);
+    }
+
+    async fn kept(
+        &self,
+        pipeline: &PipelineName,
+        _shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        let (shared, place) = (&self.shared, &self.shared.position);
+        let session = shared.session().await?;
+        let kept =
+            place.read_all(&session.client, &shared.sink, pipeline).await.map_err(|error| {
+                shared.failed(&format!("cannot read the positions from {place}"), &error)
+            })?;
+        kept.map(Some).map_err(|cause| shared.unavailable(cause))
     }
 }

@@ -19,7 +19,7 @@ mod session;
 mod table;
 mod writer;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use object_store::ObjectStore;
@@ -32,10 +32,11 @@ use self::ledger::Ledger;
 use self::writer::RedshiftWriter;
 use super::objects::Place;
 use super::postgres::TableName;
-use super::{Acquired, BoundRoute, Sink, SinkError, WriteMode, rows};
+use super::{Acquired, BoundRoute, KeptPosition, Sink, SinkError, WriteMode, rows};
 use crate::config::{CopySource, RedshiftTarget};
+use crate::position::{OwnerName, Ownership};
 use crate::postgres::{PostgresServer, describe};
-use crate::record::{Position, ShardKey, SinkName};
+use crate::record::{PipelineName, Position, ShardKey, SinkName};
 
 /// The schema of a table that is named without one.
 const SCHEMA: &str = "public";
@@ -54,6 +55,8 @@ struct Shared {
     mode: WriteMode,
     ledger: Ledger,
     bucket: StagingBucket,
+    /// Who writes; unset in a sink that only answers questions.
+    ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
 }
 
@@ -66,8 +69,8 @@ impl Shared {
         self.unavailable(format!("{doing}: {}", describe(error)))
     }
 
-    fn fenced(&self, shard: &ShardKey, detail: String) -> SinkError {
-        SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail }
+    fn fenced(&self, shard: &ShardKey, detail: String, by: Option<OwnerName>) -> SinkError {
+        SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail, by }
     }
 
     async fn connect(&self) -> Result<Client, SinkError> {
@@ -116,7 +119,8 @@ impl RedshiftSink {
         let ledger = Ledger::beside(&table);
         let bucket = StagingBucket::new(place, &target.staging);
         let (mode, known_columns) = (target.mode.clone(), rows::KnownColumns::default());
-        let shared = Shared { sink, server, table, mode, ledger, bucket, known_columns };
+        let ownership = OnceLock::new();
+        let shared = Shared { sink, server, table, mode, ledger, bucket, ownership, known_columns };
         Ok(Self { shared: Arc::new(shared), create: target.create })
     }
 }
@@ -147,7 +151,12 @@ impl Sink for RedshiftSink {
         ledger.create_if_missing(&client).await.map_err(|error| {
             shared.failed(&format!("cannot create {ledger}; have its owner create it once"), &error)
         })?;
-        let taken = ledger.take_over(&client, &shared.sink, shard).await.map_err(|error| {
+        ledger
+            .widen_if_narrow(&client)
+            .await
+            .map_err(|error| shared.failed(&ledger.cannot_widen(), &error))?;
+        let taken = ledger.take_over(&client, &shared.sink, shard, shared.ownership.get());
+        let taken = taken.await.map_err(|error| {
             shared.failed(&format!("cannot take {} over in {ledger}", shard.shard), &error)
         })?;
         let taken = taken.map_err(|cause| shared.unavailable(cause))?;
@@ -175,6 +184,25 @@ impl Sink for RedshiftSink {
             shared.failed(&format!("cannot move the position of sink {old} in {ledger}"), &error)
         })?;
         adopted.map_err(|cause| shared.unavailable(cause))
+    }
+
+    fn own(&self, ownership: Ownership) {
+        // The first stays: a sink has one owner as long as it lives.
+        let _ = self.shared.ownership.set(ownership);
+    }
+
+    async fn kept(
+        &self,
+        pipeline: &PipelineName,
+        _shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        let (shared, ledger) = (&self.shared, &self.shared.ledger);
+        let client = shared.connect().await?;
+        let kept = ledger.read_all(&client, &shared.sink, pipeline).await;
+        let kept = kept.map_err(|error| {
+            shared.failed(&format!("cannot read the positions from {ledger}"), &error)
+        })?;
+        kept.map(Some).map_err(|cause| shared.unavailable(cause))
     }
 }
 

@@ -13,17 +13,18 @@ mod value;
 mod write;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 
 use self::connection::{Held, SharedConnection};
 use self::write::{Failure, Written};
 use super::{
-    Acquired, BoundRoute, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
-    WriteMode, rows,
+    Acquired, BoundRoute, Commit, Committed, KeptPosition, Refusal, RefusalLog, Sink, SinkError,
+    SinkWriter, WriteMode, rows,
 };
-use crate::record::{Position, ShardKey, SinkName};
+use crate::position::Ownership;
+use crate::record::{PipelineName, Position, ShardKey, SinkName};
 
 /// A table in a SQLite file.
 pub struct SqliteSink {
@@ -37,6 +38,8 @@ struct Shared {
     table: String,
     mode: WriteMode,
     connection: SharedConnection,
+    /// Who writes; unset in a sink that only answers questions.
+    ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
 }
 
@@ -47,10 +50,11 @@ impl Shared {
 
     fn failure(&self, shard: &ShardKey, failure: Failure) -> SinkError {
         match failure {
-            Failure::Fenced(detail) => SinkError::Fenced {
+            Failure::Fenced(detail, by) => SinkError::Fenced {
                 sink: self.sink.clone(),
                 shard: shard.shard.to_string(),
                 detail,
+                by,
             },
             Failure::Unavailable(cause) => self.unavailable(cause),
         }
@@ -83,6 +87,7 @@ impl SqliteSink {
             table: table.into(),
             mode,
             connection,
+            ownership: OnceLock::new(),
             known_columns: rows::KnownColumns::default(),
         };
         Ok(Self { shared: Arc::new(shared), create })
@@ -134,7 +139,10 @@ impl Sink for SqliteSink {
 
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
         let (sink, key) = (self.shared.sink.clone(), shard.clone());
-        let taken = self.call(move |held| position::take_over(held, &sink, &key)).await?;
+        let ownership = self.shared.ownership.get().cloned();
+        let take =
+            move |held: &mut Held| position::take_over(held, &sink, &key, ownership.as_ref());
+        let taken = self.call(take).await?;
         let writer = SqliteWriter {
             shared: Arc::clone(&self.shared),
             shard: shard.clone(),
@@ -157,6 +165,20 @@ impl Sink for SqliteSink {
     async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
         let (old, new, key) = (old.clone(), self.shared.sink.clone(), shard.clone());
         self.call(move |held| position::adopt(held, (&old, &new), &key)).await
+    }
+
+    fn own(&self, ownership: Ownership) {
+        // The first stays: a sink has one owner as long as it lives.
+        let _ = self.shared.ownership.set(ownership);
+    }
+
+    async fn kept(
+        &self,
+        pipeline: &PipelineName,
+        _shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        let (sink, pipeline) = (self.shared.sink.clone(), pipeline.clone());
+        self.call(move |held| position::read_all(held, &sink, &pipeline)).await.map(Some)
     }
 }
 

@@ -226,12 +226,7 @@ impl Inbox {
         if self.from.after.as_ref().is_some_and(|after| sequence < after.sequence) {
             return Ok(());
         }
-        let is_older = self.drops_older
-            && match self.from.start {
-                ShardStart::AtMs(start_ms) => is_older(arrived_ms, start_ms),
-                ShardStart::AtSequence(ref start) => sequence < *start,
-                ShardStart::Horizon => false,
-            };
+        let is_older = self.drops_older && self.from.start.is_after(&sequence, arrived_ms);
         let arrived_ms = u64::try_from(arrived_ms).unwrap_or(0);
         let payload = Bytes::from(record.data.into_inner());
         let Some(sub_records) = deaggregate(&payload) else {
@@ -313,17 +308,13 @@ impl Inbox {
     }
 }
 
-/// Whether a record arrived before the start. A server that knows arrival times by the second
-/// cannot tell within the second of the start: none of its records is dropped then.
-fn is_older(arrived_ms: i64, start_at_ms: i64) -> bool {
-    let is_whole_second = arrived_ms.rem_euclid(1_000) == 0;
-    let start_of_second = start_at_ms - start_at_ms.rem_euclid(1_000);
-    arrived_ms < if is_whole_second { start_of_second } else { start_at_ms }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::is_older;
+    use super::*;
+
+    fn is_older(arrived_ms: i64, start_ms: i64) -> bool {
+        ShardStart::AtMs(start_ms).is_after(&SequenceNumber::from(1), arrived_ms)
+    }
 
     #[test]
     fn what_arrived_before_the_start_is_older() {

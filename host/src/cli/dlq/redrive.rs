@@ -12,6 +12,7 @@ use super::super::run::stop_on_signals;
 use super::super::{Console, dead_letters, load, plugin_host, sinks, state_beside};
 use super::Letters;
 use crate::config::{PipelineConfig, RejectedMax, SinkKind};
+use crate::lane::agreement::refuse_older_state;
 use crate::lease::PipelineLock;
 use crate::position::{
     Changes, Checkpoints, RedriveId, Redriven, Redrives, Replays, StateStore, Unfinished,
@@ -26,6 +27,7 @@ pub(super) async fn redrive(
     wanted: &Letters,
     all: bool,
     without: &[String],
+    even_if_redriven: bool,
     console: &Console,
 ) -> anyhow::Result<()> {
     ensure!(
@@ -41,8 +43,16 @@ pub(super) async fn redrive(
     let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)?;
     let state = state_beside(&config)?;
     let pipeline = Pipeline::of(&mut config, &state).await?;
+    refuse_older_state(&state, &sinks::build(&config)?, &config.name).await?;
     resolve_replays(&config, &state, console).await?;
     let redrives = Redrives::new(state.clone(), config.name.clone());
+    let doubtful = redrives.doubtful(wanted.filter()).await?;
+    ensure!(
+        doubtful == 0 || even_if_redriven,
+        "{doubtful} of these letters come from an older copy of the state, with which the pipeline went \
+         on (--trust-sinks): they may have been redriven since that copy was made, and their rows would \
+         be doubled. Delete those that were (`shardmill dlq purge`); --even-if-redriven sends the others"
+    );
     let Some(Unfinished { id, is_rest }) = choose(&redrives, &pipeline, console).await? else {
         return match begin(&redrives, wanted, (all, without), console).await? {
             None => console.report(&Redriven::default()),

@@ -23,7 +23,8 @@ use uuid::Uuid;
 use super::keys::KeyLimits;
 use super::layout::ObjectLayout;
 use super::store::{Created, Place};
-use crate::record::{Position, RouteName, ShardKey};
+use crate::position::{OwnerName, Ownership, REDRIVE_SHARD, StateMark};
+use crate::record::{PipelineName, Position, RouteName, ShardKey};
 use crate::sink::SinkError;
 
 /// The folder under a sink's URL that holds all claim logs.
@@ -84,6 +85,42 @@ pub(super) struct Link {
     /// On a link that a person had written: why the positions from `from` to `to` are passed over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) hole: Option<String>,
+    /// The process that wrote it and the state by which it did; earlier versions do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) by: Option<WrittenBy>,
+}
+
+/// A process, as links name it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct WrittenBy {
+    /// The process, in the form of [`OwnerName::to_text`].
+    owner: String,
+    /// The id of its state database.
+    state_id: String,
+    /// The number of the state's last durable write before the link.
+    state_number: i64,
+}
+
+impl WrittenBy {
+    /// The owner and its state as of now.
+    pub(super) fn now(ownership: &Ownership) -> Self {
+        let mark = ownership.mark();
+        Self {
+            owner: ownership.owner.to_text(),
+            state_id: mark.state.to_string(),
+            state_number: mark.number,
+        }
+    }
+
+    /// The process.
+    pub(super) fn owner(&self) -> Option<OwnerName> {
+        OwnerName::parse(&self.owner)
+    }
+
+    /// The state.
+    pub(super) fn mark(&self) -> StateMark {
+        StateMark { state: self.state_id.as_str().into(), number: self.state_number }
+    }
 }
 
 /// A promise to write data under keys that nobody else writes.
@@ -170,6 +207,34 @@ impl Unfinished {
     }
 }
 
+/// What says how far the pipeline's newest redrive came: its links carry the newest mark of those that
+/// redrives left. `None`: there was none.
+pub(super) async fn newest_redrive(
+    place: &Place,
+    pipeline: &PipelineName,
+) -> Result<Option<(String, Link)>, SinkError> {
+    let folder = place.path([LOG_FOLDER, pipeline.as_str(), place.sink.as_str()]);
+    let listed = place.store.list_with_delimiter(Some(&folder)).await;
+    let listed = listed.map_err(|error| place.failed("list", &folder, &error))?;
+    let begun_ms = |folder: &Path| -> Option<i64> {
+        folder.filename()?.strip_prefix("letters@")?.parse().ok()
+    };
+    let redrives = listed.common_prefixes.iter();
+    let newest = redrives.filter_map(|folder| Some((begun_ms(folder)?, folder))).max();
+    let Some((begun_ms, _)) = newest else { return Ok(None) };
+    let log = ClaimLog {
+        place: place.clone(),
+        folder: vec![
+            LOG_FOLDER.into(),
+            pipeline.as_str().into(),
+            place.sink.as_str().into(),
+            format!("letters@{begun_ms}"),
+            REDRIVE_SHARD.into(),
+        ],
+    };
+    Ok(log.last().await?.map(|link| (REDRIVE_SHARD.to_owned(), link)))
+}
+
 /// The claim log of one shard.
 #[derive(Clone, Debug)]
 pub(super) struct ClaimLog {
@@ -206,10 +271,14 @@ impl ClaimLog {
     }
 
     /// Appends a fence after the last link: from here on no earlier owner can claim.
-    pub(super) async fn fence(&self, owner: &OwnerId) -> Result<Link, SinkError> {
+    pub(super) async fn fence(
+        &self,
+        owner: &OwnerId,
+        by: Option<WrittenBy>,
+    ) -> Result<Link, SinkError> {
         let mut last = self.last().await?;
         for _ in 0..FENCE_ATTEMPTS_MAX {
-            let fence = fence_after(last.as_ref(), owner);
+            let fence = Link { by: by.clone(), ..fence_after(last.as_ref(), owner) };
             match self.append(&fence).await? {
                 Appended::Ours => return Ok(fence),
                 Appended::Taken(_) => last = self.last().await?,
@@ -248,7 +317,7 @@ impl ClaimLog {
         if old.last().await?.is_none() {
             return Ok(());
         }
-        let fence = old.fence(owner).await?;
+        let fence = old.fence(owner, None).await?;
         let Standing { position, unfinished } = old.standing(&fence).await?;
         let number = self.last().await?.map_or(0, |last| last.link) + 1;
         let mut link = match unfinished {
@@ -282,7 +351,10 @@ impl ClaimLog {
             return Ok(Appended::Ours);
         }
         match self.read(link.link).await? {
-            Some(found) if found == *link => Ok(Appended::Ours),
+            // The same commit, tried again: the state may have moved on between the tries.
+            Some(found) if Link { by: link.by.clone(), ..found.clone() } == *link => {
+                Ok(Appended::Ours)
+            }
             Some(found) => Ok(Appended::Taken(Box::new(found))),
             None => Err(self.gone(link.link, "it was there just now")),
         }
@@ -498,6 +570,7 @@ impl Link {
             renamed_from: None,
             gives_up: None,
             hole: None,
+            by: None,
         }
     }
 
@@ -514,6 +587,7 @@ impl Link {
             renamed_from: None,
             gives_up: Some(claim.link),
             hole: None,
+            by: None,
         }
     }
 
@@ -536,6 +610,7 @@ impl Link {
             renamed_from: None,
             gives_up: None,
             hole: Some(why),
+            by: None,
         }
     }
 }
@@ -556,6 +631,7 @@ fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
         renamed_from: None,
         gives_up: None,
         hole: None,
+        by: None,
     }
 }
 

@@ -11,11 +11,12 @@ use futures::StreamExt;
 use object_store::PutPayload;
 use object_store::path::Path;
 
-use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished};
+use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished, WrittenBy};
 use super::encode::{Body, Encoded, Encoder, RouteForm, encode};
 use super::keys::{KeyLimits, KeyRoom};
 use super::layout::ObjectLayout;
 use super::store::Place;
+use crate::position::Ownership;
 use crate::record::{Position, RouteName, Row, ShardKey};
 use crate::sink::{
     Commit, Committed, EncodeRows, EncodedRows, Refusal, RefusalLog, RowEncoder, SinkError,
@@ -30,6 +31,8 @@ pub(super) struct Shared {
     pub(super) place: Place,
     pub(super) layout: ObjectLayout,
     pub(super) forms: Arc<HashMap<RouteName, RouteForm>>,
+    /// Who writes; `None` in a sink that only answers questions.
+    pub(super) ownership: Option<Ownership>,
 }
 
 /// Commits one shard's rows as the owner of the last fence.
@@ -223,13 +226,14 @@ impl ObjectsWriter {
         let limits = Some(self.shared.place.limits);
         let claim = Claim { generation: commit.generation.to_string(), layout, limits, data };
         let span = &commit.span;
-        Link::claim(
+        let link = Link::claim(
             number,
             self.owner.clone(),
             span.from_exclusive.clone(),
             span.to_inclusive.clone(),
             claim,
-        )
+        );
+        Link { by: self.shared.ownership.as_ref().map(WrittenBy::now), ..link }
     }
 
     fn key(&self, body: &Body, number: u64) -> String {
@@ -380,6 +384,7 @@ impl ObjectsWriter {
                 "link {} of its claim log in {} belongs to {}, not to {}",
                 found.link, self.shared.place.url, found.owner, self.owner
             ),
+            by: found.by.as_ref().and_then(WrittenBy::owner),
         }
     }
 }

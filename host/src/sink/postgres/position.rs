@@ -5,23 +5,36 @@
 //! up to 129 digits: `numeric`, written as SQL has numbers and read as text.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Error, Row};
 
 use super::name::{TableName, literal};
 use super::session;
+use crate::position::{OwnerName, Ownership, StateMark};
 use crate::record::{
-    PipelineName, Position, PositionSpan, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardKey,
-    SinkName,
+    PipelineName, Position, PositionSpan, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardId,
+    ShardKey, SinkName,
 };
+use crate::sink::KeptPosition;
 
 /// The table's name; it stands in the schema of the data table.
 const TABLE: &str = "shardmill_position";
 
+/// Columns that tables of earlier versions have not: who wrote a position, and by which state.
+const LATER_COLUMNS: [(&str, &str); 3] =
+    [("state_id", "text"), ("state_number", "bigint"), ("owner", "text")];
+
+/// Reads columns of a row `held` that may be missing in a table of an earlier version.
+const LATER_VALUES: &str = "to_jsonb(held)->>'state_id', (to_jsonb(held)->>'state_number')::bigint,
+    to_jsonb(held)->>'owner'";
+
 /// Where positions are kept.
 pub(super) struct PositionTable {
     name: TableName,
+    /// It is known to have all columns.
+    is_wide: AtomicBool,
 }
 
 /// A position's row.
@@ -29,12 +42,14 @@ pub(super) struct Stored {
     pub(super) epoch: i64,
     sequence: Option<String>,
     sub_sequence: Option<i64>,
+    /// Who wrote it, if that is known.
+    pub(super) owner: Option<OwnerName>,
 }
 
 impl PositionTable {
     /// The table for positions of rows in `table`.
     pub(super) fn beside(table: &TableName) -> Self {
-        Self { name: table.sibling(TABLE) }
+        Self { name: table.sibling(TABLE), is_wide: AtomicBool::new(false) }
     }
 
     /// Creates the table if it is missing. Only then is the right to create one needed.
@@ -56,10 +71,49 @@ impl PositionTable {
                  sequence numeric({SEQUENCE_NUMBER_DIGITS_MAX}, 0),
                  sub_sequence bigint,
                  epoch bigint NOT NULL,
+                 state_id text,
+                 state_number bigint,
+                 owner text,
                  PRIMARY KEY (pipeline, sink, stream, shard)
              )"
         );
         session::create_once(client, &create).await
+    }
+
+    /// Adds the columns that a table of an earlier version has not. Only then is the right to alter it
+    /// needed.
+    pub(super) async fn widen_if_narrow(&self, client: &Client) -> Result<(), Error> {
+        if self.is_wide.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let columns = "SELECT count(*) FROM pg_catalog.pg_attribute
+             WHERE attrelid = to_regclass($1) AND NOT attisdropped
+                 AND attname IN ('state_id', 'state_number', 'owner')";
+        let found: i64 = client
+            .query_typed_one(columns, &[(&self.name.quoted(), Type::TEXT)])
+            .await?
+            .try_get(0)?;
+        if found < LATER_COLUMNS.len() as i64 {
+            session::create_once(client, &self.widening()).await?;
+        }
+        self.is_wide.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The statement that adds them.
+    fn widening(&self) -> String {
+        let columns =
+            LATER_COLUMNS.map(|(name, kind)| format!("ADD COLUMN IF NOT EXISTS {name} {kind}"));
+        format!("ALTER TABLE {} {}", self.name.quoted(), columns.join(", "))
+    }
+
+    /// What to say when they cannot be added.
+    pub(super) fn cannot_widen(&self) -> String {
+        format!(
+            "cannot add the columns of this version to the position table {}; have its owner run once: {}",
+            self.name,
+            self.widening()
+        )
     }
 
     /// What to say when the table cannot be created.
@@ -73,14 +127,21 @@ impl PositionTable {
         client: &Client,
         sink: &SinkName,
         shard: &ShardKey,
+        ownership: Option<&Ownership>,
     ) -> Result<Stored, Error> {
         let name = self.name.quoted();
         let take_over = format!(
-            "INSERT INTO {name} AS held (pipeline, sink, stream, shard, epoch)
-             VALUES ($1, $2, $3, $4, 1)
-             ON CONFLICT (pipeline, sink, stream, shard) DO UPDATE SET epoch = held.epoch + 1
-             RETURNING epoch, sequence::text, sub_sequence"
+            "INSERT INTO {name} AS held
+                 (pipeline, sink, stream, shard, epoch, state_id, state_number, owner)
+             VALUES ($1, $2, $3, $4, 1, $5, $6, $7)
+             ON CONFLICT (pipeline, sink, stream, shard) DO UPDATE SET epoch = held.epoch + 1,
+                 state_id = $5, state_number = $6, owner = $7
+             RETURNING epoch, sequence::text, sub_sequence, {LATER_VALUES}"
         );
+        let mark = ownership.map(Ownership::mark);
+        let (state, number) =
+            (mark.as_ref().map(|own| &*own.state), mark.as_ref().map(|own| own.number));
+        let owner = ownership.map(|own| own.owner.to_text());
         let row = client
             .query_typed_one(
                 &take_over,
@@ -89,6 +150,9 @@ impl PositionTable {
                     (&sink.as_str(), Type::TEXT),
                     (&shard.stream.key(), Type::TEXT),
                     (&shard.shard.as_str(), Type::TEXT),
+                    (&state, Type::TEXT),
+                    (&number, Type::INT8),
+                    (&owner, Type::TEXT),
                 ],
             )
             .await?;
@@ -103,7 +167,7 @@ impl PositionTable {
         shard: &ShardKey,
     ) -> Result<Option<Stored>, Error> {
         let read = format!(
-            "SELECT epoch, sequence::text, sub_sequence FROM {}
+            "SELECT epoch, sequence::text, sub_sequence, {LATER_VALUES} FROM {} AS held
              WHERE pipeline = $1 AND sink = $2 AND stream = $3 AND shard = $4",
             self.name.quoted()
         );
@@ -163,6 +227,49 @@ impl PositionTable {
         self.name.quoted()
     }
 
+    /// All rows of a sink of a pipeline, which may be unreadable; none when the table is missing.
+    pub(super) async fn read_all(
+        &self,
+        client: &Client,
+        sink: &SinkName,
+        pipeline: &PipelineName,
+    ) -> Result<Result<Vec<KeptPosition>, String>, Error> {
+        let read = format!(
+            "SELECT epoch, sequence::text, sub_sequence, {LATER_VALUES}, stream, shard FROM {} AS held
+             WHERE pipeline = $1 AND sink = $2",
+            self.name.quoted()
+        );
+        let key: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
+            [(&pipeline.as_str(), Type::TEXT), (&sink.as_str(), Type::TEXT)];
+        let rows = match client.query_typed(&read, &key).await {
+            Ok(rows) => rows,
+            Err(error)
+                if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) =>
+            {
+                return Ok(Ok(Vec::new()));
+            }
+            Err(error) => return Err(error),
+        };
+        let mut kept = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let stored = Stored::of(row)?;
+            let (state, number) = (row.try_get::<_, Option<String>>(3)?, row.try_get(4)?);
+            let mark = state.zip(number);
+            let position = match stored.position() {
+                Ok(position) => position,
+                Err(cause) => return Ok(Err(cause)),
+            };
+            kept.push(KeptPosition {
+                stream: row.try_get(6)?,
+                shard: ShardId::new(row.try_get::<_, String>(7)?),
+                position,
+                mark: mark.map(|(state, number)| StateMark { state: state.into(), number }),
+                owner: stored.owner,
+            });
+        }
+        Ok(Ok(kept))
+    }
+
     /// Deletes a sink's positions of a pipeline.
     pub(super) async fn forget(
         &self,
@@ -186,7 +293,12 @@ impl PositionTable {
         shard: &ShardKey,
         epoch: i64,
         span: &PositionSpan,
+        ownership: Option<&Ownership>,
     ) -> String {
+        let number = match ownership {
+            Some(ownership) => format!(", state_number = {}", ownership.mark().number),
+            None => String::new(),
+        };
         let from = match &span.from_exclusive {
             None => "sequence IS NULL".to_owned(),
             Some(from) => {
@@ -194,7 +306,7 @@ impl PositionTable {
             }
         };
         format!(
-            "UPDATE {} SET sequence = {}, sub_sequence = {}
+            "UPDATE {} SET sequence = {}, sub_sequence = {}{number}
              WHERE pipeline = {} AND sink = {} AND stream = {} AND shard = {} AND epoch = {epoch}
                  AND {from}",
             self.name.quoted(),
@@ -220,6 +332,7 @@ impl Stored {
             epoch: row.try_get(0)?,
             sequence: row.try_get(1)?,
             sub_sequence: row.try_get(2)?,
+            owner: row.try_get::<_, Option<&str>>(5)?.and_then(OwnerName::parse),
         })
     }
 

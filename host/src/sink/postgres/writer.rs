@@ -90,7 +90,9 @@ impl PostgresWriter {
     /// One message: the server runs none of its statements behind one that failed.
     async fn begin(&self, session: &Session, commit: &Commit) -> Result<bool, Error> {
         let sink = &self.shared;
-        let move_on = sink.position.move_on(&sink.sink, &self.shard, self.epoch, &commit.span);
+        let ownership = sink.ownership.get();
+        let move_on =
+            sink.position.move_on(&sink.sink, &self.shard, self.epoch, &commit.span, ownership);
         let begin = format!("{BEGIN}; {move_on}; {SAVEPOINTS}");
         let answers = session.client.simple_query(&begin).await?;
         let counts = answers.iter().filter_map(|answer| match answer {
@@ -115,11 +117,11 @@ impl PostgresWriter {
             .map_err(|error| sink.failed(&format!("cannot read {}", sink.position), &error))?;
         let Some(found) = found else {
             let detail = format!("its row is gone from {}", sink.position);
-            return Err(sink.fenced(&self.shard, detail));
+            return Err(sink.fenced(&self.shard, detail, None));
         };
         if found.epoch != self.epoch {
             let detail = format!("epoch {} in place of {}", found.epoch, self.epoch);
-            return Err(sink.fenced(&self.shard, detail));
+            return Err(sink.fenced(&self.shard, detail, found.owner));
         }
         let position = found.position().map_err(|cause| sink.unavailable(cause))?;
         if position.as_ref() == Some(&commit.span.to_inclusive) {
@@ -140,6 +142,7 @@ impl PostgresWriter {
                 shown(position.as_ref()),
                 shown(commit.span.from_exclusive.as_ref())
             ),
+            None,
         ))
     }
 

@@ -51,6 +51,11 @@ pub(super) fn is_no_table(error: &Error) -> bool {
     error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE)
 }
 
+/// Whether a statement failed because a column is not there.
+pub(super) fn is_no_column(error: &Error) -> bool {
+    error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_COLUMN)
+}
+
 /// A text as SQL has it. A backslash escapes in Redshift and not in PostgreSQL: none is written.
 pub(super) fn literal(text: &str) -> String {
     let parts = text.split('\\').map(|part| format!("'{}'", part.replace('\'', "''")));

@@ -81,12 +81,13 @@ impl RedshiftWriter {
             .await
             .map_err(|error| shared.failed(&format!("cannot read {ledger}"), &error))?
             .map_err(|cause| shared.unavailable(cause))?;
-        let Some(Entry { epoch, position }) = entry else {
-            return Err(shared.fenced(&self.shard, format!("its row is gone from {ledger}")));
+        let Some(Entry { epoch, position, owner }) = entry else {
+            let detail = format!("its row is gone from {ledger}");
+            return Err(shared.fenced(&self.shard, detail, None));
         };
         if epoch != self.epoch {
             let detail = format!("epoch {epoch} in place of {}", self.epoch);
-            return Err(shared.fenced(&self.shard, detail));
+            return Err(shared.fenced(&self.shard, detail, owner));
         }
         if position == commit.span.from_exclusive {
             return Ok(Standing::AtStart);
@@ -99,7 +100,7 @@ impl RedshiftWriter {
         };
         let (position, from) = (shown(&position), shown(&commit.span.from_exclusive));
         let detail = format!("the position is {position}, the commit begins at {from}");
-        Err(shared.fenced(&self.shard, detail))
+        Err(shared.fenced(&self.shard, detail, None))
     }
 
     async fn read_table(&self, client: &Client) -> Result<Arc<LiveTable>, SinkError> {
@@ -222,7 +223,9 @@ impl RedshiftWriter {
             return Ok(Ended::Committed);
         }
         let to = &commit.span.to_inclusive;
-        let moved = ledger.move_to(client, &shared.sink, &self.shard, to).await.map_err(failed)?;
+        let owned = shared.ownership.get();
+        let moved = ledger.move_to(client, &shared.sink, &self.shard, to, owned);
+        let moved = moved.await.map_err(failed)?;
         if moved != 1 {
             return Err(shared.unavailable(format!(
                 "{ledger} has {moved} rows for shard {}: one is due; Redshift enforces no key, so \

@@ -11,6 +11,7 @@ use rusqlite::{Connection, ErrorCode, params_from_iter};
 use super::connection::{Held, quoted};
 use super::table::{self, LiveTable};
 use super::{Shared, position, value};
+use crate::position::OwnerName;
 use crate::record::{PositionSpan, Row, ShardKey};
 use crate::sink::Refusal;
 use crate::sink::rows::form::RowForm;
@@ -36,8 +37,8 @@ pub(super) enum Written {
 
 /// Why nothing was done.
 pub(super) enum Failure {
-    /// The shard has another owner.
-    Fenced(String),
+    /// The shard has another owner, who may be known.
+    Fenced(String, Option<OwnerName>),
     /// The file does not take it now.
     Unavailable(String),
 }
@@ -61,7 +62,14 @@ impl Work {
         };
         held.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
         let sink = &self.shared.sink;
-        let moved = position::move_on(&held.connection, sink, &self.shard, self.epoch, &self.span);
+        let ownership = self.shared.ownership.get();
+        let moved = position::move_on(
+            &held.connection,
+            (sink, &self.shard),
+            self.epoch,
+            &self.span,
+            ownership,
+        );
         if !moved.map_err(failed)? {
             return self.look_where_it_stands(&held.connection);
         }
@@ -80,9 +88,10 @@ impl Work {
                 Failure::Unavailable(format!("cannot read shardmill_position: {error}"))
             })?;
         match stored {
-            None => Err(Failure::Fenced("its row is gone from shardmill_position".into())),
+            None => Err(Failure::Fenced("its row is gone from shardmill_position".into(), None)),
             Some(stored) if stored.epoch != self.epoch => {
-                Err(Failure::Fenced(format!("epoch {} in place of {}", stored.epoch, self.epoch)))
+                let detail = format!("epoch {} in place of {}", stored.epoch, self.epoch);
+                Err(Failure::Fenced(detail, stored.owner))
             }
             Some(stored) if stored.position.as_ref() == Some(&self.span.to_inclusive) => {
                 Ok(Written::Committed)
@@ -91,11 +100,12 @@ impl Work {
                 let shown = |position: Option<String>| {
                     position.unwrap_or_else(|| "the beginning".to_owned())
                 };
-                Err(Failure::Fenced(format!(
+                let detail = format!(
                     "the position is {}, the commit begins at {}",
                     shown(stored.position.map(|position| position.to_string())),
                     shown(self.span.from_exclusive.as_ref().map(ToString::to_string))
-                )))
+                );
+                Err(Failure::Fenced(detail, None))
             }
         }
     }

@@ -103,6 +103,7 @@ impl Landing {
             sink: sink.clone(),
             shard: self.shard.clone(),
             detail: detail.into(),
+            by: None,
         };
         let mut state = self.table.state();
         let own = state.shards.entry(self.shard.clone()).or_default();

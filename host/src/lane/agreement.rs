@@ -1,0 +1,277 @@
+//! Asks all sinks where they stand, before the first record, and does what follows from it.
+//!
+//! The decisions are pure and in [`crate::position::agreement`].
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+
+use super::{LaneError, Shared};
+use crate::position::agreement::{
+    Age, Lost, MarkSeen, ShardFacts, Stands, age, all_marks, compare,
+};
+use crate::position::{Checkpoints, Hole, OwnerName, ShardState, StateStore};
+use crate::record::{PipelineName, ShardId, ShardKey, StreamIdentity};
+use crate::sink::{KeptPosition, Sink};
+use crate::source::Shard;
+
+/// The part of a lane that is shown as blocked while sinks do not say where they stand.
+const PART: &str = "positions";
+
+/// A sink that keeps positions, with what it keeps.
+type Kept = Vec<(Arc<dyn Sink>, Vec<KeptPosition>)>;
+
+/// The shards of a stream, as a start finds them.
+pub(crate) struct Found<'f> {
+    pub(crate) stream: &'f Arc<StreamIdentity>,
+    pub(crate) listed: &'f [Shard],
+    /// What the state knows.
+    pub(crate) known: &'f HashMap<ShardId, ShardState>,
+}
+
+/// Compares the state with the sinks, and opens shards again where a sink was restored and the
+/// configuration says so. Gives shards that the state does not know and in which a sink has a position.
+/// After this, and never before, the state counts its writes and sinks may be written to.
+///
+/// # Errors
+/// [`LaneError::Fatal`] when a person must decide.
+pub(crate) async fn before_first_record(
+    shared: &Shared,
+    state: &StateStore,
+    found: Found<'_>,
+    trust_sinks: bool,
+) -> Result<Vec<ShardId>, LaneError> {
+    let Found { stream, listed, known } = found;
+    let pipeline = &shared.config.name;
+    let of_stream = |shard: &ShardId| ShardKey {
+        pipeline: pipeline.clone(),
+        stream: stream.clone(),
+        shard: shard.clone(),
+    };
+    let unlisted = known.keys().filter(|shard| !listed.iter().any(|other| other.id == **shard));
+    let keys: Vec<ShardKey> =
+        listed.iter().map(|shard| &shard.id).chain(unlisted).map(of_stream).collect();
+    // Before the sinks are asked: a position that moves meanwhile is then ahead, never behind.
+    let (remembered, given_up) = shared.checkpoints.remembered(stream).await?;
+    let kept = ask_patiently(shared, pipeline, &keys).await;
+    let stream_key = stream.key();
+    let is_known = |own: &KeptPosition| own.stream == stream_key && known.contains_key(&own.shard);
+    accept_state(state, &kept, is_known, trust_sinks).await?;
+    for sink in &shared.sinks {
+        sink.own(state.ownership());
+    }
+
+    let mut facts: BTreeMap<ShardId, ShardFacts> = BTreeMap::new();
+    for shard in listed {
+        facts.entry(shard.id.clone()).or_default().listed_parents = Some(shard.parents.clone());
+    }
+    for (shard, own) in known {
+        let facts = facts.entry(shard.clone()).or_default();
+        if !own.ended {
+            // It is read on, listed or not: the server says whether it is really gone.
+            facts.listed_parents.get_or_insert_default();
+        }
+        facts.state = Some(own.clone());
+    }
+    for (sink, kept) in &kept {
+        let mut positions: HashMap<&ShardId, _> = HashMap::new();
+        for own in kept.iter().filter(|own| own.stream == stream_key) {
+            positions.insert(&own.shard, own.position.clone());
+        }
+        for (shard, facts) in &mut facts {
+            let key = (shard.clone(), sink.name().clone());
+            let stands = positions.remove(shard).flatten().max(given_up.get(&key).cloned());
+            let remembered = remembered.get(&key).cloned();
+            facts.sinks.insert(sink.name().clone(), Stands { stands, remembered });
+        }
+    }
+    let plan = compare(&facts, shared.config.on_position_mismatch);
+    if let Some(refusal) = plan.refusal() {
+        return Err(LaneError::Fatal(refusal));
+    }
+    if let Some(loss) = plan.loss() {
+        tracing::warn!("{loss}");
+    }
+    if !plan.lost.is_empty() {
+        let hole = |lost: &Lost| {
+            let why = match lost.is_unlisted {
+                true => {
+                    "its destination was restored, and the stream does not list the shard any more"
+                }
+                false => {
+                    "its destination was restored, and `on_position_mismatch` went on from the checkpoint"
+                }
+            };
+            Some(Hole {
+                sink: Some(lost.sink.clone()),
+                shard: of_stream(&lost.shard),
+                from_exclusive: lost.mismatch.stands.clone(),
+                to_inclusive: Some(lost.without_to.clone()?),
+                why: why.into(),
+            })
+        };
+        let holes = plan.lost.iter().filter_map(hole).collect();
+        shared.checkpoints.forgive(stream, plan.lost, holes).await?;
+    }
+    for reopened in &plan.reopened {
+        let sinks: Vec<&str> = reopened.sinks.iter().map(|(sink, _)| sink.as_str()).collect();
+        tracing::warn!(shard = %reopened.shard, sinks = sinks.join(", "),
+            from = reopened.checkpoint.as_ref().map(tracing::field::display),
+            "read again: a sink, or one of the shard's ancestors' sinks, was restored");
+    }
+    if !plan.reopened.is_empty() {
+        shared.checkpoints.reopen(stream, plan.reopened).await?;
+    }
+    if known.is_empty() && !plan.adopted.is_empty() {
+        tracing::warn!(
+            shards = plan.adopted.len(),
+            "the pipeline's state is new, and sinks have positions: each sink with a position goes on \
+             behind it. What the earlier state knew beside is not known: dead letters, which revision \
+             ran where"
+        );
+    }
+    Ok(plan.adopted)
+}
+
+/// Refuses to redrive by a state that is older than a sink has seen: the letters may have been
+/// redriven already.
+///
+/// # Errors
+/// [`LaneError::Fatal`] when it is, [`LaneError::Sink`] when a sink is out of reach.
+pub(crate) async fn refuse_older_state(
+    state: &StateStore,
+    sinks: &[Arc<dyn Sink>],
+    pipeline: &PipelineName,
+) -> Result<(), LaneError> {
+    let kept = ask(sinks, pipeline, &[]).await?;
+    let own = state.mark().await?;
+    match age(&own, &HashMap::new(), &marks(&kept, |_| false)) {
+        Age::Older(seen) => Err(LaneError::Fatal(format!(
+            "{}. A redrive by it could deliver letters that were redriven since once more: put the newest \
+             copy of the state folder back",
+            older(&seen)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Accepts the state as the one to go on with, or says why not.
+async fn accept_state(
+    state: &StateStore,
+    kept: &Kept,
+    is_known: impl Fn(&KeptPosition) -> bool,
+    trust_sinks: bool,
+) -> Result<(), LaneError> {
+    let checkpoints = Checkpoints::new(state.clone());
+    let noted = checkpoints.noted_marks().await?;
+    // After the sinks were asked: other processes count on in the same database.
+    let own = state.mark().await?;
+    let seen = marks(kept, is_known);
+    let age = age(&own, &noted, &seen);
+    let is_older = matches!(age, Age::Older(_));
+    let (marks, problem) = match age {
+        Age::Newest(marks) => (marks, None),
+        Age::Older(one) => (all_marks(&seen), Some(older(&one))),
+        Age::Another(one) => (all_marks(&seen), Some(another(&one))),
+    };
+    match problem {
+        Some(problem) if !trust_sinks => {
+            return Err(LaneError::Fatal(format!(
+                "{problem}. By this state, records that only some sinks have would be run by another \
+                 revision than the one that ran first, and dead letters since then are missing in it. \
+                 Put the newest copy of the state folder back; or start once with `--trust-sinks`: each \
+                 sink then goes on behind its own position, today's revision runs what only some sinks \
+                 have, and dead letters since then stay lost"
+            )));
+        }
+        Some(problem) => {
+            tracing::warn!("{problem}; going on from the sinks' positions, as was said");
+            if is_older {
+                checkpoints.doubt_letters().await?;
+            }
+        }
+        None => {}
+    }
+    let others = marks.iter().filter(|mark| mark.state != own.state).cloned().collect();
+    checkpoints.note_marks(others).await?;
+    let above = marks.iter().filter(|mark| mark.state == own.state).map(|mark| mark.number).max();
+    state.begin_counting(above.unwrap_or_default()).await?;
+    Ok(())
+}
+
+fn older(seen: &MarkSeen) -> String {
+    format!(
+        "the pipeline's state folder is older than sink {}: {} wrote to it by a newer state than this \
+         copy",
+        seen.sink,
+        by(seen.owner.as_ref())
+    )
+}
+
+fn another(seen: &MarkSeen) -> String {
+    format!(
+        "sink {} was written last by another state folder than this one: by {}. If that process runs \
+         still, stop one of the two, or give one another `name` under [pipeline]",
+        seen.sink,
+        by(seen.owner.as_ref())
+    )
+}
+
+fn by(owner: Option<&OwnerName>) -> String {
+    owner.map_or_else(|| "an unknown process".to_owned(), OwnerName::to_string)
+}
+
+fn marks(kept: &Kept, is_known: impl Fn(&KeptPosition) -> bool) -> Vec<MarkSeen> {
+    let mut marks = Vec::new();
+    for (sink, kept) in kept {
+        marks.extend(kept.iter().filter_map(|own| {
+            Some(MarkSeen {
+                sink: sink.name().clone(),
+                mark: own.mark.clone()?,
+                owner: own.owner.clone(),
+                is_of_known_shard: is_known(own),
+            })
+        }));
+    }
+    marks
+}
+
+/// Asks every sink once; those that keep no positions are left out.
+async fn ask(
+    sinks: &[Arc<dyn Sink>],
+    pipeline: &PipelineName,
+    keys: &[ShardKey],
+) -> Result<Kept, LaneError> {
+    let each = sinks.iter().map(async |sink| {
+        let kept = sink.kept(pipeline, keys).await?;
+        Ok(kept.map(|kept| (sink.clone(), kept)))
+    });
+    let answers: Result<Vec<_>, LaneError> = futures::future::try_join_all(each).await;
+    Ok(answers?.into_iter().flatten().collect())
+}
+
+/// Asks until all have answered. Whoever waits drops it at the end of the run.
+async fn ask_patiently(shared: &Shared, pipeline: &PipelineName, keys: &[ShardKey]) -> Kept {
+    let pause_max = shared.config.timing.retry_pause_max;
+    let mut pauses = ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(100).min(pause_max))
+        .with_max_delay(pause_max)
+        .without_max_times()
+        .with_jitter()
+        .build();
+    loop {
+        match ask(&shared.sinks, pipeline, keys).await {
+            Ok(kept) => {
+                keys.iter().for_each(|key| shared.board.unblock(&key.shard, PART));
+                return kept;
+            }
+            Err(error) => {
+                let cause = error.to_string();
+                keys.iter().for_each(|key| shared.board.block(&key.shard, PART, &cause));
+            }
+        }
+        tokio::time::sleep(pauses.next().unwrap_or(pause_max)).await;
+    }
+}
