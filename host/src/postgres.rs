@@ -1,6 +1,10 @@
 //! A PostgreSQL server, as sinks and lookups reach it: the connection string, TLS, and what errors say.
 //!
-//! No secret leaves this file: errors name host and database, never the URL.
+//! No secret leaves this file: errors name host and database, never the URL. [`link`] is a connection
+//! whose every call has a deadline; [`pool`] is what the sinks of one server share.
+
+mod link;
+mod pool;
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -14,7 +18,11 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
+use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
+
+pub use self::link::{CopyIn, Link, ServerError};
+pub use self::pool::{Lent, PoolShare, PoolSpec, ServerPool};
 
 /// A server that does not answer the first packet in this time is tried again by the delivery.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -27,6 +35,13 @@ const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
+
+/// Longest time for names, the network and the server's greeting together. A server that is stopped
+/// still accepts connections: its kernel does.
+const GREETING_MAX: Duration = Duration::from_secs(30);
+
+/// Time in which a connection that nobody needs any more may say goodbye.
+const FAREWELL_MAX: Duration = Duration::from_secs(1);
 
 /// Where a server is and how it is spoken to; nothing is connected.
 #[derive(Clone)]
@@ -91,20 +106,34 @@ impl PostgresServer {
         Ok(Self { config, tls })
     }
 
-    /// A new connection, which ends when the client is dropped.
+    /// Connects. Each call on the connection, and connecting itself, fails after `silence_max` without
+    /// an answer.
     ///
     /// # Errors
-    /// The server's or the network's; for people by [`describe`].
-    pub async fn connect(&self) -> Result<Client, tokio_postgres::Error> {
+    /// The server's or the network's, or its silence.
+    pub async fn connect(&self, silence_max: Duration) -> Result<Link, ServerError> {
+        let greeting_max = silence_max.min(GREETING_MAX);
+        let ended = CancellationToken::new();
+        let connecting = self.connect_client(ended.clone());
+        let client = tokio::time::timeout(greeting_max, connecting)
+            .await
+            .map_err(|_| ServerError::Silent(greeting_max))??;
+        Ok(Link::new(client, silence_max, ended.drop_guard()))
+    }
+
+    async fn connect_client(
+        &self,
+        ended: CancellationToken,
+    ) -> Result<Client, tokio_postgres::Error> {
         match &self.tls {
             Some(tls) => {
                 let (client, connection) = self.config.connect(tls.clone()).await?;
-                tokio::spawn(drive(connection));
+                tokio::spawn(drive(connection, ended));
                 Ok(client)
             }
             None => {
                 let (client, connection) = self.config.connect(NoTls).await?;
-                tokio::spawn(drive(connection));
+                tokio::spawn(drive(connection, ended));
                 Ok(client)
             }
         }
@@ -149,8 +178,21 @@ fn refuse_bare_at(url: &str) -> Result<(), String> {
     }
 }
 
-async fn drive(connection: impl Future<Output = Result<(), tokio_postgres::Error>>) {
-    if let Err(error) = connection.await {
+/// Moves bytes for a client until the connection ends. Without a client it ends by itself, unless the
+/// server owes it an answer: then it is closed after [`FAREWELL_MAX`].
+async fn drive(
+    connection: impl Future<Output = Result<(), tokio_postgres::Error>>,
+    ended: CancellationToken,
+) {
+    let mut connection = std::pin::pin!(connection);
+    let outcome = tokio::select! {
+        outcome = &mut connection => outcome,
+        () = ended.cancelled() => {
+            let farewell = tokio::time::timeout(FAREWELL_MAX, &mut connection).await;
+            farewell.unwrap_or(Ok(()))
+        }
+    };
+    if let Err(error) = outcome {
         tracing::debug!(error = %describe(&error), "a connection to PostgreSQL ended");
     }
 }

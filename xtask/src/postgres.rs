@@ -25,6 +25,9 @@ const UNPRIVILEGED_USERS: [&str; 2] = ["postgres", "nobody"];
 /// Where Debian's packages keep the server, one folder per version.
 const DEBIAN_FOLDER: &str = "/usr/lib/postgresql";
 
+/// Where Debian's package has the pooler: in a folder that is not on everybody's PATH.
+const DEBIAN_POOLER: &str = "/usr/sbin/pgbouncer";
+
 /// What tells Debian's packages to start no cluster of their own.
 const DEBIAN_CLUSTER_SETTINGS: &str = "/etc/postgresql-common/createcluster.conf";
 
@@ -165,6 +168,17 @@ impl Drop for Cluster {
             eprintln!("cannot delete {}: {error}", self.folder.display());
         }
     }
+}
+
+/// Installs PgBouncer where it is missing: tests start it themselves, each with settings of its own.
+pub fn install_pooler() -> Result<()> {
+    if is_installed("pgbouncer") || Path::new(DEBIAN_POOLER).is_file() {
+        return Ok(());
+    }
+    ensure!(is_root()?, "install pgbouncer: only root may install packages");
+    apt_get(&["update"])?;
+    apt_get(&["install", "-y", "--no-install-recommends", "pgbouncer"])
+        .context("install pgbouncer, which tests start on loopback")
 }
 
 fn apt_get(arguments: &[&str]) -> Result<()> {

@@ -11,7 +11,7 @@ use crate::data;
 use crate::kinesis_local::KinesisLocal;
 use crate::languages::Languages;
 use crate::plugins;
-use crate::postgres::Cluster;
+use crate::postgres::{self, Cluster};
 use crate::process::{cargo, project_root, run};
 
 /// Check format, lints, documentation, the book and bundled plugins, and run all tests.
@@ -79,6 +79,7 @@ struct Parts {
 impl Parts {
     fn start(root: &Path) -> Result<Self> {
         let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
+        postgres::install_pooler()?;
         Ok(Self {
             postgres: Cluster::start(scratch.path())?,
             kinesis_local: KinesisLocal::start(&root.join("target/kinesis-local"))?,

@@ -1,8 +1,12 @@
 //! From a configuration's sinks to sinks: the one place where a type's name meets its code.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::config::{PipelineConfig, SinkKind};
+use anyhow::Context as _;
+
+use crate::config::{PipelineConfig, PostgresTarget, SinkKind};
+use crate::postgres::{PoolSpec, PostgresServer, ServerPool};
 use crate::sink::Sink;
 use crate::sink::discard::DiscardSink;
 use crate::sink::http::HttpSink;
@@ -16,6 +20,7 @@ use crate::sink::stdout::StdoutSink;
 /// The sinks, in the configuration's order. Talks to none of them.
 pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>>> {
     let mut sinks: Vec<Arc<dyn Sink>> = Vec::new();
+    let pools = pools(config)?;
     for sink in &config.sinks {
         let name = sink.name.value.clone();
         sinks.push(match &sink.kind {
@@ -26,11 +31,17 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
             SinkKind::Sqlite { path, table, create, mode } => {
                 Arc::new(SqliteSink::new(name, path, table, *create, mode.clone())?)
             }
-            SinkKind::Postgres(target) => Arc::new(PostgresSink::new(name, target)?),
+            SinkKind::Postgres(target) => {
+                let pool = pools.get(target.url.as_str()).context("each server has a pool")?;
+                Arc::new(PostgresSink::with_share(name, target, pool.share())?)
+            }
             SinkKind::Objects { url, options, layout } => {
                 Arc::new(ObjectsSink::new(name, url, options, layout.clone())?)
             }
-            SinkKind::Redshift(target) => Arc::new(RedshiftSink::new(name, target)?),
+            SinkKind::Redshift(target) => Arc::new(
+                RedshiftSink::new(name, target)?
+                    .with_silence_max(config.timing.redshift_silence_max),
+            ),
             SinkKind::Kinesis(target) => {
                 let sink = KinesisSink::new(name, target.clone(), config.state_dir.clone());
                 Arc::new(sink.with_timing(config.timing))
@@ -39,4 +50,24 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
         });
     }
     Ok(sinks)
+}
+
+/// A pool for each PostgreSQL server that sinks name, by its URL. It has as many connections as the sink
+/// that asks for most.
+fn pools(config: &PipelineConfig) -> anyhow::Result<HashMap<&str, Arc<ServerPool>>> {
+    let mut targets: HashMap<&str, Vec<&PostgresTarget>> = HashMap::new();
+    for sink in &config.sinks {
+        if let SinkKind::Postgres(target) = &sink.kind {
+            targets.entry(target.url.as_str()).or_default().push(target);
+        }
+    }
+    let silence_max = config.timing.postgres_silence_max;
+    let pool = |(url, targets): (_, Vec<&PostgresTarget>)| {
+        let server = PostgresServer::parse(url).map_err(anyhow::Error::msg)?;
+        let connections_max = targets.iter().map(|target| target.connections_max).max();
+        let connections_max = connections_max.unwrap_or(1);
+        let spec = PoolSpec { connections_max, sinks: targets.len(), silence_max };
+        Ok((url, Arc::new(ServerPool::new(server, spec))))
+    };
+    targets.into_iter().map(pool).collect()
 }

@@ -12,6 +12,9 @@ use super::{Acquired, Commit, EncodedRows, SinkError, SinkWriter};
 use crate::budget::Permit;
 use crate::record::{Position, PositionSpan, Row};
 
+/// Time for the commit under way when its delivery is abandoned.
+const LAST_COMMIT_MAX: Duration = Duration::from_secs(2);
+
 /// The rows of one commit.
 pub(super) struct Parcel {
     /// By ascending position.
@@ -108,6 +111,7 @@ impl Committer {
         let committed = loop {
             let calls = self.writer.calls();
             let attempt = self.writer.commit(&commit, &self.refusals);
+            let attempt = unless_abandoned(attempt, &self.context);
             let error = match shown(attempt, calls, &self.context, &self.publish).await {
                 Ok(committed) => break committed,
                 Err(error @ (SinkError::Fenced { .. } | SinkError::Closed { .. })) => {
@@ -236,6 +240,27 @@ fn block(context: &DeliveryContext, publish: &watch::Sender<Progress>, error: &S
         }
         changed
     });
+}
+
+/// Waits for an attempt. When the delivery is abandoned meanwhile, the attempt has [`LAST_COMMIT_MAX`] to
+/// end, and is dropped then: its server may be silent. The next owner of the shard finds out by the
+/// sink's position whether it landed.
+async fn unless_abandoned<T>(
+    attempt: impl Future<Output = Result<T, SinkError>>,
+    context: &DeliveryContext,
+) -> Result<T, SinkError> {
+    let given_up = async {
+        context.abandon.cancelled().await;
+        tokio::time::sleep(LAST_COMMIT_MAX).await;
+    };
+    tokio::select! {
+        biased;
+        done = attempt => done,
+        () = given_up => Err(SinkError::Unavailable {
+            sink: context.sink.clone(),
+            cause: "the lane ended while a commit was under way".into(),
+        }),
+    }
 }
 
 /// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or

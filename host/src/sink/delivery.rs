@@ -13,7 +13,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::committer::{Committer, Order, Parcel};
-use super::{Acquired, EncodeRows, RowEncoder, SinkError};
+use super::{Acquired, EncodeRows, LookAhead, RowEncoder, SinkError};
 use crate::budget::{Account, OpenBuffer, Permit};
 use crate::config::{Rhythm, Timing};
 use crate::position::DeadLetters;
@@ -232,6 +232,8 @@ struct Gatherer {
     context: Arc<DeliveryContext>,
     /// What rows become as they arrive.
     encode: Option<Arc<dyn EncodeRows>>,
+    /// Who is shown a parcel before its turn comes.
+    ahead: Option<Arc<dyn LookAhead>>,
     must_cut_at: Option<Position>,
     buffer: Option<Buffer>,
     /// The buffer is to be committed as soon as the one before it is: until then it grows.
@@ -248,6 +250,7 @@ impl Gatherer {
     fn new(acquired: &Acquired, context: Arc<DeliveryContext>) -> Self {
         Self {
             encode: acquired.writer.encodes_rows(),
+            ahead: acquired.writer.looks_ahead(),
             must_cut_at: acquired.must_cut_at.clone(),
             buffer: None,
             is_due: false,
@@ -421,7 +424,12 @@ impl Gatherer {
             generation: buffer.generation,
             permit: buffer.permit,
         };
-        orders.send(Order::Commit(parcel)).await.map_err(|_| CommitterEnded)
+        let room = orders.reserve().await.map_err(|_| CommitterEnded)?;
+        if let Some(ahead) = &self.ahead {
+            ahead.see(&parcel.rows);
+        }
+        room.send(Order::Commit(parcel));
+        Ok(())
     }
 }
 

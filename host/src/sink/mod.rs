@@ -168,6 +168,15 @@ pub trait RefusalLog: Send + Sync {
     /// [`SinkError::TooManyRefused`] past the limit; [`SinkError::Unavailable`] when the dead-letter
     /// store cannot be written. The sink must then roll back and return the error.
     async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError>;
+
+    /// Whether these rows of the commit (ascending) may be refused, whatever becomes of the others. A
+    /// search for rows that a table refuses ends here, rather than after all of them.
+    ///
+    /// # Errors
+    /// [`SinkError::TooManyRefused`] past the limit.
+    fn check(&self, _commit: &Commit, _refused: &[usize]) -> Result<(), SinkError> {
+        Ok(())
+    }
 }
 
 /// A destination.
@@ -296,11 +305,23 @@ pub trait RowEncoder: Send {
     fn finish(self: Box<Self>) -> (Vec<Row>, EncodedRows);
 }
 
+/// Is shown the rows of the next commit.
+pub trait LookAhead: Send + Sync {
+    /// These rows wait for their commit.
+    fn see(&self, rows: &Arc<Vec<Row>>);
+}
+
 /// Writes one shard's rows. Owned by one delivery task; calls do not overlap.
 #[async_trait]
 pub trait SinkWriter: Send {
     /// What this writer's rows become as they arrive; `None`: they stay as they are.
     fn encodes_rows(&self) -> Option<Arc<dyn EncodeRows>> {
+        None
+    }
+
+    /// Who is shown the rows of the next commit while the writer is busy with the one before; `None`:
+    /// nobody.
+    fn looks_ahead(&self) -> Option<Arc<dyn LookAhead>> {
         None
     }
 

@@ -1,8 +1,9 @@
 //! The PostgreSQL sink: a table, exactly once.
 //!
-//! Rows and position move in one transaction. [`session`] is a connection, and the pool of them, [`table`] the live
-//! table, [`encode`] turns rows into binary COPY, [`copy`] sends them and finds the ones that the
-//! table refuses, [`merge`] is how rows with a key find their like,
+//! Rows and position move in one transaction. [`session`] is what it begins with, [`table`] the live
+//! table, [`rights`] what the role may do with it, [`encode`] turns rows into binary COPY, [`copy`]
+//! sends them and finds the ones that the table refuses, [`blame`] judges errors, [`merge`] matches
+//! rows by key,
 //! [`lineage`] is what says where a row came from, [`position`] keeps the place,
 //! [`writer`] is the commit on one screen. Reading JSON by column type is `rows`' work; buffering and
 //! retries are the delivery's.
@@ -11,6 +12,7 @@
 //! the `search_path`, as the data table does.
 
 mod array;
+mod blame;
 mod copy;
 mod encode;
 mod kind;
@@ -19,30 +21,31 @@ mod merge;
 mod name;
 mod numeric;
 mod position;
+mod rights;
 mod session;
 mod table;
 mod window;
 mod writer;
 mod writers;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 
 pub(super) use self::name::{TableName, quoted};
 use self::position::PositionTable;
-use self::session::{PooledSession, SessionPool};
+use self::table::LiveTable;
 pub use self::window::{SwapFailed, TableWindow, WindowDiff};
 use self::writer::PostgresWriter;
 pub use self::writers::OtherSink;
 use super::{Acquired, BoundRoute, KeptPosition, Sink, SinkError, WriteMode, rows};
-use crate::config::PostgresTarget;
+use crate::config::{PostgresTarget, Timing};
 use crate::position::{OwnerName, Ownership};
-use crate::postgres::{PostgresServer, describe};
+use crate::postgres::{Lent, PoolShare, PostgresServer, ServerError};
 use crate::record::{PipelineName, Position, ShardKey, SinkName};
 
-/// The connections of a sink unless it is told otherwise: more than a server of some cores works on at
-/// once, and far from the 100 that PostgreSQL takes by default.
+/// The connections of a server's sinks unless they are told otherwise: more than a server of some cores works
+/// on at once, and far from the 100 that PostgreSQL takes by default.
 pub const CONNECTIONS_MAX: usize = 16;
 
 /// A table in PostgreSQL.
@@ -54,7 +57,7 @@ pub struct PostgresSink {
 /// What the writers of all shards have in common.
 struct Shared {
     sink: SinkName,
-    sessions: SessionPool,
+    sessions: PoolShare,
     table: TableName,
     mode: WriteMode,
     /// Whether each row says from which record it came.
@@ -65,6 +68,26 @@ struct Shared {
     /// Who writes; unset in a sink that only answers questions.
     ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
+    /// The live table as last read, until something suggests that it is another.
+    live: Mutex<Option<Arc<LiveTable>>>,
+}
+
+/// Why something did not happen: the server's error, which decides over its connection, or another.
+enum Failure {
+    Server { doing: String, error: ServerError },
+    Sink(SinkError),
+}
+
+impl Failure {
+    fn server(doing: impl Into<String>, error: ServerError) -> Self {
+        Self::Server { doing: doing.into(), error }
+    }
+}
+
+impl From<SinkError> for Failure {
+    fn from(error: SinkError) -> Self {
+        Self::Sink(error)
+    }
 }
 
 impl Shared {
@@ -73,8 +96,13 @@ impl Shared {
     }
 
     /// An error of the server or of the connection, as the sink's failure.
-    fn failed(&self, doing: &str, error: &tokio_postgres::Error) -> SinkError {
-        self.unavailable(format!("{doing}: {}", describe(error)))
+    fn failed(&self, doing: &str, error: &ServerError) -> SinkError {
+        let place = match error {
+            // The server did not say anything, its name included.
+            ServerError::Silent(_) => format!(" from {}", self.sessions.server().place()),
+            _ => String::new(),
+        };
+        self.unavailable(format!("{doing}: {error}{place}"))
     }
 
     fn fenced(&self, shard: &ShardKey, detail: String, by: Option<OwnerName>) -> SinkError {
@@ -82,8 +110,12 @@ impl Shared {
     }
 
     /// A connection, once one is free.
-    async fn session(&self) -> Result<PooledSession, SinkError> {
+    async fn session(&self) -> Result<Lent<'_>, SinkError> {
         self.sessions.take().await.map_err(|cause| self.unavailable(cause))
+    }
+
+    fn live(&self) -> MutexGuard<'_, Option<Arc<LiveTable>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -92,15 +124,29 @@ impl PostgresSink {
     /// go into it. With `create`, [`Sink::prepare`] makes it from the columns that the routes declare if
     /// it is missing, with the mode's key as its primary key.
     ///
-    /// Connects to nothing yet.
+    /// Its connections are its own, with the deadlines of [`Timing::default`]. Connects to nothing yet.
     ///
     /// # Errors
     /// [`SinkError::Unavailable`] when the URL or the table's name cannot be read.
     pub fn new(name: SinkName, target: &PostgresTarget) -> Result<Self, SinkError> {
-        let unavailable = |cause| SinkError::Unavailable { sink: name.clone(), cause };
-        let server = PostgresServer::parse(&target.url).map_err(unavailable)?;
-        let sessions = SessionPool::new(server, target.connections_max).map_err(unavailable)?;
-        let table = TableName::parse(&target.table).map_err(unavailable)?;
+        let silence_max = Timing::default().postgres_silence_max;
+        let server = PostgresServer::parse(&target.url)
+            .map_err(|cause| SinkError::Unavailable { sink: name.clone(), cause })?;
+        let share = PoolShare::alone(server, target.connections_max, silence_max);
+        Self::with_share(name, target, share)
+    }
+
+    /// The same, with a part of the connections that all sinks of the server share.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the table's name cannot be read.
+    pub fn with_share(
+        name: SinkName,
+        target: &PostgresTarget,
+        sessions: PoolShare,
+    ) -> Result<Self, SinkError> {
+        let table = TableName::parse(&target.table)
+            .map_err(|cause| SinkError::Unavailable { sink: name.clone(), cause })?;
         let shared = Shared {
             lineage_name: target.written_for.clone().unwrap_or_else(|| name.clone()),
             sink: name,
@@ -111,6 +157,7 @@ impl PostgresSink {
             lineage: target.lineage,
             ownership: OnceLock::new(),
             known_columns: rows::KnownColumns::default(),
+            live: Mutex::default(),
         };
         let create = target.create;
         Ok(Self { shared: Arc::new(shared), create })
@@ -130,46 +177,60 @@ impl Sink for PostgresSink {
             rows::declared::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
         let session = shared.session().await?;
         let (mode, lineage) = (&shared.mode, shared.lineage);
-        table::prepare(&session.client, &shared.table, &columns, self.create, mode, lineage)
-            .await
-            .map_err(|cause| shared.unavailable(cause))?;
+        let prepared = async {
+            table::prepare(&session, &shared.table, &columns, self.create, mode, lineage).await?;
+            rights::check_position(&session, shared.position.name()).await
+        };
+        let prepared = prepared.await;
+        match prepared {
+            Ok(()) => session.give_back(),
+            Err(_) => session.roll_back().await,
+        }
+        prepared.map_err(|cause| shared.unavailable(cause))?;
         shared.known_columns.remember(columns.iter().map(|column| column.name));
         Ok(())
     }
 
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
-        let session = self.shared.session().await?;
-        let place = &self.shared.position;
-        let doing = || format!("cannot take {} over in {place}", shard.shard);
-        place
-            .create_if_missing(&session.client)
-            .await
-            .map_err(|error| self.shared.failed(&place.cannot_create(), &error))?;
-        place
-            .widen_if_narrow(&session.client)
-            .await
-            .map_err(|error| self.shared.failed(&place.cannot_widen(), &error))?;
-        let taken = place
-            .take_over(&session.client, &self.shared.sink, shard, self.shared.ownership.get())
-            .await
-            .map_err(|error| self.shared.failed(&doing(), &error))?;
-        let position = taken.position().map_err(|cause| self.shared.unavailable(cause))?;
-        let writer = PostgresWriter::new(Arc::clone(&self.shared), shard.clone(), taken.epoch);
+        let shared = &self.shared;
+        let place = &shared.position;
+        let session = shared.session().await?;
+        let created = place.create_if_missing(&session).await;
+        if let Err(error) = &created {
+            let cause = shared.failed(&place.cannot_create(), error);
+            session.fail(error).await;
+            return Err(cause);
+        }
+        if let Err(error) = &place.widen_if_narrow(&session).await {
+            let cause = shared.failed(&place.cannot_widen(), error);
+            session.fail(error).await;
+            return Err(cause);
+        }
+        let taken = async {
+            session::begin(&session).await?;
+            let taken = place.take_over(&session, &shared.sink, shard, shared.ownership.get()).await?;
+            session.batch_execute("COMMIT").await?;
+            Ok(taken)
+        };
+        let taken = taken.await;
+        let taken = session.end(taken).await.map_err(|error| {
+            shared.failed(&format!("cannot take {} over in {place}", shard.shard), &error)
+        })?;
+        let position = taken.position().map_err(|cause| shared.unavailable(cause))?;
+        let writer = PostgresWriter::new(Arc::clone(shared), shard.clone(), taken.epoch);
         Ok(Acquired { writer: Box::new(writer), position, keeps_position: true, must_cut_at: None })
     }
 
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
-        let session = self.shared.session().await?;
-        let found =
-            self.shared.position.read(&session.client, &self.shared.sink, shard).await.map_err(
-                |error| {
-                    let doing = format!("cannot read a position from {}", self.shared.position);
-                    self.shared.failed(&doing, &error)
-                },
-            )?;
+        let shared = &self.shared;
+        let session = shared.session().await?;
+        let found = shared.position.read(&session, &shared.sink, shard).await;
+        let found = session.end(found).await.map_err(|error| {
+            shared.failed(&format!("cannot read a position from {}", shared.position), &error)
+        })?;
         match found {
             None => Ok(None),
-            Some(found) => found.position().map_err(|cause| self.shared.unavailable(cause)),
+            Some(found) => found.position().map_err(|cause| shared.unavailable(cause)),
         }
     }
 
@@ -180,10 +241,14 @@ impl Sink for PostgresSink {
             self.shared.failed(&doing, &error)
         };
         let session = self.shared.session().await?;
-        if place.read(&session.client, old, shard).await.map_err(failed)?.is_none() {
-            return Ok(());
-        }
-        place.adopt(&session.client, (old, new), shard).await.map_err(failed)
+        let adopted = async {
+            match place.read(&session, old, shard).await? {
+                None => Ok(()),
+                Some(_) => place.adopt(&session, (old, new), shard).await,
+            }
+        };
+        let adopted = adopted.await;
+        session.end(adopted).await.map_err(failed)
     }
 
     fn own(&self, ownership: Ownership) {
@@ -198,10 +263,10 @@ impl Sink for PostgresSink {
     ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
         let (shared, place) = (&self.shared, &self.shared.position);
         let session = shared.session().await?;
-        let kept =
-            place.read_all(&session.client, &shared.sink, pipeline).await.map_err(|error| {
-                shared.failed(&format!("cannot read the positions from {place}"), &error)
-            })?;
+        let kept = place.read_all(&session, &shared.sink, pipeline).await;
+        let kept = session.end(kept).await.map_err(|error| {
+            shared.failed(&format!("cannot read the positions from {place}"), &error)
+        })?;
         kept.map(Some).map_err(|cause| shared.unavailable(cause))
     }
 }

@@ -15,16 +15,17 @@ mod files;
 mod kind;
 mod ledger;
 mod merge;
+mod rights;
 mod session;
 mod table;
 mod writer;
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use object_store::ObjectStore;
 use object_store::path::Path;
-use tokio_postgres::Client;
 use url::Url;
 
 use self::files::StagingBucket;
@@ -33,9 +34,9 @@ use self::writer::RedshiftWriter;
 use super::objects::Place;
 use super::postgres::TableName;
 use super::{Acquired, BoundRoute, KeptPosition, Sink, SinkError, WriteMode, rows};
-use crate::config::{CopySource, RedshiftTarget};
+use crate::config::{CopySource, RedshiftTarget, Timing};
 use crate::position::{OwnerName, Ownership};
-use crate::postgres::{PostgresServer, describe};
+use crate::postgres::{Link, PostgresServer, ServerError};
 use crate::record::{PipelineName, Position, ShardKey, SinkName};
 
 /// The schema of a table that is named without one.
@@ -51,6 +52,8 @@ pub struct RedshiftSink {
 struct Shared {
     sink: SinkName,
     server: PostgresServer,
+    /// Time without an answer after which a connection is lost.
+    silence_max: Duration,
     table: TableName,
     mode: WriteMode,
     ledger: Ledger,
@@ -65,16 +68,21 @@ impl Shared {
         SinkError::Unavailable { sink: self.sink.clone(), cause: cause.into() }
     }
 
-    fn failed(&self, doing: &str, error: &tokio_postgres::Error) -> SinkError {
-        self.unavailable(format!("{doing}: {}", describe(error)))
+    fn failed(&self, doing: &str, error: &ServerError) -> SinkError {
+        let place = match error {
+            // The cluster did not say anything, its name included.
+            ServerError::Silent(_) => format!(" from {}", self.place()),
+            _ => String::new(),
+        };
+        self.unavailable(format!("{doing}: {error}{place}"))
     }
 
     fn fenced(&self, shard: &ShardKey, detail: String, by: Option<OwnerName>) -> SinkError {
         SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail, by }
     }
 
-    async fn connect(&self) -> Result<Client, SinkError> {
-        session::connect(&self.server)
+    async fn connect(&self) -> Result<Link, SinkError> {
+        session::connect(&self.server, self.silence_max)
             .await
             .map_err(|error| self.failed(&format!("cannot connect to {}", self.place()), &error))
     }
@@ -111,6 +119,16 @@ impl RedshiftSink {
         Self::at(name, target, place)
     }
 
+    /// Sets the time without an answer after which a connection is lost.
+    #[must_use]
+    pub fn with_silence_max(mut self, silence_max: Duration) -> Self {
+        // Nobody else has it before the first shard is acquired.
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.silence_max = silence_max;
+        }
+        self
+    }
+
     fn at(sink: SinkName, target: &RedshiftTarget, place: Place) -> Result<Self, SinkError> {
         let unavailable = |cause| SinkError::Unavailable { sink: sink.clone(), cause };
         let server = PostgresServer::parse(&target.url).map_err(unavailable)?;
@@ -119,8 +137,19 @@ impl RedshiftSink {
         let ledger = Ledger::beside(&table);
         let bucket = StagingBucket::new(place, &target.staging);
         let (mode, known_columns) = (target.mode.clone(), rows::KnownColumns::default());
+        let silence_max = Timing::default().redshift_silence_max;
         let ownership = OnceLock::new();
-        let shared = Shared { sink, server, table, mode, ledger, bucket, ownership, known_columns };
+        let shared = Shared {
+            sink,
+            server,
+            silence_max,
+            table,
+            mode,
+            ledger,
+            bucket,
+            ownership,
+            known_columns,
+        };
         Ok(Self { shared: Arc::new(shared), create: target.create })
     }
 }
@@ -138,6 +167,9 @@ impl Sink for RedshiftSink {
             rows::declared::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
         let client = shared.connect().await?;
         table::prepare(&client, &shared.table, &columns, self.create, &shared.mode)
+            .await
+            .map_err(|cause| shared.unavailable(cause))?;
+        rights::check(&client, &shared.table, shared.ledger.name(), &shared.mode)
             .await
             .map_err(|cause| shared.unavailable(cause))?;
         shared.known_columns.remember(columns.iter().map(|column| column.name));

@@ -42,14 +42,18 @@ impl HeldRefusals {
     /// Plays the commit's rows through the window.
     fn count(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), String> {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut window = counted.window.clone();
         let refused = refusals.iter().map(|refusal| commit.number_of(refusal.row));
-        let mut refused = refused.peekable();
-        for row in 0..commit.rows_gathered() {
-            window.count(refused.next_if_eq(&row).is_some())?;
-        }
+        let refused: Vec<usize> = refused.collect();
+        let window = played(counted.window.clone(), commit.rows_gathered(), &refused)?;
         counted.pending = Some(window);
         Ok(())
+    }
+
+    fn too_many(&self, limit: &str) -> SinkError {
+        SinkError::TooManyRefused {
+            sink: self.sink.clone(),
+            cause: format!("{limit}; nothing is written"),
+        }
     }
 
     /// The letter of a row that the sink did not take.
@@ -75,13 +79,25 @@ impl HeldRefusals {
     }
 }
 
+/// A window after some rows, of which these were refused.
+fn played(
+    mut window: RejectionWindow,
+    rows: usize,
+    refused: &[usize],
+) -> Result<RejectionWindow, String> {
+    let mut refused = refused.iter().peekable();
+    for row in 0..rows {
+        window.count(refused.next_if_eq(&&row).is_some())?;
+    }
+    Ok(window)
+}
+
 #[async_trait]
 impl RefusalLog for HeldRefusals {
     async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         let Some(last) = refusals.last() else { return Ok(()) };
-        self.count(commit, refusals).map_err(|limit| SinkError::TooManyRefused {
-            sink: self.sink.clone(),
-            cause: format!("{limit}; nothing is written; the last reason: {}", last.reason),
+        self.count(commit, refusals).map_err(|limit| {
+            self.too_many(&format!("{limit}; the last reason: {}", last.reason))
         })?;
         let Some(row) = commit.rows.first() else { return Ok(()) };
         let letter =
@@ -90,5 +106,16 @@ impl RefusalLog for HeldRefusals {
         self.letters.put(&row.batch.shard, letters, true).await.map_err(|error| {
             SinkError::Unavailable { sink: self.sink.clone(), cause: error.to_string() }
         })
+    }
+
+    fn check(&self, commit: &Commit, refused: &[usize]) -> Result<(), SinkError> {
+        let refused: Vec<usize> = refused.iter().map(|row| commit.number_of(*row)).collect();
+        let rows = refused.last().map_or(0, |last| last + 1);
+        let window = {
+            let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+            counted.window.clone()
+        };
+        // Rows that come after the last of these may all be taken.
+        played(window, rows, &refused).map(drop).map_err(|limit| self.too_many(&limit))
     }
 }

@@ -178,10 +178,10 @@ async fn postgres_queries_that_cannot_serve_are_refused_at_load() {
         ("SELECT id, v FROM t WHERE id = $1", "of type int4"),
         ("SELECT id, v FROM tt WHERE id = ANY($1)", "\"lookup_refused.tt\" does not exist"),
         ("SELECT id, v FROM t WHERE id = ANY($1); SELECT 1, 2", "multiple commands"),
-        ("DELETE FROM t WHERE id = ANY($1) RETURNING id, v", "no SELECT"),
+        ("DELETE FROM t WHERE id = ANY($1) RETURNING id, v", "not a SELECT"),
         (
             "WITH d AS (DELETE FROM t WHERE id = ANY($1) RETURNING id, v) SELECT * FROM d",
-            "no SELECT",
+            "not a SELECT",
         ),
         ("SELECT id, v FROM t WHERE id = ANY($1) FOR UPDATE", "read-only transaction"),
     ] {

@@ -13,7 +13,8 @@ use shardmill::sink::postgres::{CONNECTIONS_MAX, PostgresSink};
 use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
 use tokio_postgres::{Client, NoTls};
 
-fn url() -> String {
+/// The throw-away server.
+pub fn url() -> String {
     std::env::var("SHARDMILL_TEST_POSTGRES").expect(
         "SHARDMILL_TEST_POSTGRES is to name a PostgreSQL, postgres://user@host:port/database: \
          run `cargo xtask test`, which starts one",
@@ -21,12 +22,13 @@ fn url() -> String {
 }
 
 /// The server's `host:port`.
-fn address() -> String {
+pub fn address() -> String {
     let url = url::Url::parse(&url()).expect("a URL");
     format!("{}:{}", url.host_str().expect("a host"), url.port().unwrap_or(5432))
 }
 
-fn target(
+/// A target with these parts.
+pub fn target(
     url: &str,
     table: &str,
     create: bool,
@@ -38,13 +40,14 @@ fn target(
 }
 
 /// A schema of the test's own, and a connection to look at it with.
-struct Mart {
-    client: Client,
-    schema: String,
+pub struct Mart {
+    pub client: Client,
+    pub schema: String,
 }
 
 impl Mart {
-    async fn new(test: &str) -> Self {
+    /// A new one.
+    pub async fn new(test: &str) -> Self {
         let (client, connection) = tokio_postgres::connect(&url(), NoTls).await.expect("a server");
         tokio::spawn(connection);
         let schema = format!("sink_{test}");
@@ -56,18 +59,20 @@ impl Mart {
         Self { client, schema }
     }
 
-    async fn sql(&self, sql: &str) {
+    /// Runs statements.
+    pub async fn sql(&self, sql: &str) {
         self.client.batch_execute(sql).await.expect(sql);
     }
 
     /// The one value of a query, as text; `NULL` for null.
-    async fn one(&self, query: &str) -> String {
+    pub async fn one(&self, query: &str) -> String {
         let row =
             self.client.query_one(&format!("SELECT ({query})::text"), &[]).await.expect(query);
         row.get::<_, Option<String>>(0).unwrap_or_else(|| "NULL".into())
     }
 
-    fn sink(&self, table: &str) -> PostgresSink {
+    /// A sink that appends.
+    pub fn sink(&self, table: &str) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
         PostgresSink::new(
             "mart".into(),
@@ -77,7 +82,7 @@ impl Mart {
     }
 
     /// A writer for the only shard of a table that exists.
-    async fn writer(&self, table: &str) -> Box<dyn SinkWriter> {
+    pub async fn writer(&self, table: &str) -> Box<dyn SinkWriter> {
         let sink = self.sink(table);
         sink.prepare(&[route(&[])]).await.expect("prepared");
         acquire(&sink).await.writer
@@ -85,7 +90,8 @@ impl Mart {
 }
 
 impl Mart {
-    fn sink_through(&self, proxy: &Proxy, table: &str) -> PostgresSink {
+    /// The same through a proxy.
+    pub fn sink_through(&self, proxy: &Proxy, table: &str) -> PostgresSink {
         let url = url().replace(&address(), &format!("127.0.0.1:{}", proxy.port));
         let table = format!("{}.{table}", self.schema);
         PostgresSink::new(
@@ -95,14 +101,16 @@ impl Mart {
         .expect("a sink")
     }
 
-    fn keyed(&self, table: &str, mode: WriteMode, create: bool) -> PostgresSink {
+    /// A sink with a mode.
+    pub fn keyed(&self, table: &str, mode: WriteMode, create: bool) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
         PostgresSink::new("mart".into(), &target(&url(), &table, create, mode, CONNECTIONS_MAX))
             .expect("a sink")
     }
 }
 
-async fn acquire(sink: &PostgresSink) -> Acquired {
+/// Acquires the one shard.
+pub async fn acquire(sink: &PostgresSink) -> Acquired {
     sink.acquire(&shard("shardId-000000000000")).await.expect("acquired")
 }
 
@@ -414,7 +422,8 @@ async fn a_table_that_may_not_be_written_blocks() {
     let mart = Mart::new("rights").await;
     mart.sql("CREATE TABLE cars (id bigint)").await;
     mart.sql("CREATE VIEW seen AS SELECT id FROM cars GROUP BY id").await;
-    let mut writer = mart.writer("seen").await;
+    expect_unavailable(mart.sink("seen").prepare(&[route(&[])]).await, "is a view");
+    let mut writer = acquire(&mart.sink("seen")).await.writer;
     let log = Log::default();
     for _ in 0..3 {
         let outcome = writer.commit(&commit(0, &[r#"{"id":1}"#]), &log).await;

@@ -66,14 +66,37 @@ pub(super) const TYPE_COLUMNS: &str =
 /// How many columns these are.
 pub(super) const TYPE_COLUMN_COUNT: usize = 7;
 
+/// The type below all domains of a type: a domain may be over a domain.
+macro_rules! base_type {
+    ($of:literal) => {
+        concat!(
+            "CASE ",
+            $of,
+            ".typtype WHEN 'd' THEN (\
+             WITH RECURSIVE below (oid, typtype, typbasetype) AS ( \
+                 SELECT d.oid, d.typtype, d.typbasetype FROM pg_catalog.pg_type AS d \
+                 WHERE d.oid = ",
+            $of,
+            ".typbasetype \
+                 UNION ALL \
+                 SELECT d.oid, d.typtype, d.typbasetype FROM below \
+                 JOIN pg_catalog.pg_type AS d ON below.typtype = 'd' AND d.oid = below.typbasetype) \
+             SELECT below.oid FROM below WHERE below.typtype <> 'd') ELSE ",
+            $of,
+            ".oid END"
+        )
+    };
+}
+
 /// Joins to a type `t` what it is: a domain's base type in its place, and of an array the elements' type,
 /// likewise.
-pub(super) const FROM_TYPE: &str = "
-    LEFT JOIN pg_catalog.pg_type AS b
-        ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
-    LEFT JOIN pg_catalog.pg_type AS e ON e.oid = b.typelem AND e.typarray = b.oid
-    LEFT JOIN pg_catalog.pg_type AS eb
-        ON eb.oid = CASE e.typtype WHEN 'd' THEN e.typbasetype ELSE e.oid END";
+pub(super) const FROM_TYPE: &str = concat!(
+    " LEFT JOIN pg_catalog.pg_type AS b ON b.oid = ",
+    base_type!("t"),
+    " LEFT JOIN pg_catalog.pg_type AS e ON e.oid = b.typelem AND e.typarray = b.oid \
+     LEFT JOIN pg_catalog.pg_type AS eb ON eb.oid = ",
+    base_type!("e")
+);
 
 impl Kind {
     /// Reads the family of a type from [`TYPE_COLUMNS`], which begin at column `at`.

@@ -1,4 +1,4 @@
-//! Upsert and ignore: rows are copied into a table of the session, and merged from there by one
+//! Upsert and ignore: rows are copied into a table of the transaction, and merged from there by one
 //! statement.
 //!
 //! Where no row has its like, a plain COPY into the table does the same in a third of the time. So that
@@ -10,13 +10,14 @@
 //! of the key, lanes that meet on the same rows lock them in the same order.
 
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Error};
+use tokio_postgres::types::Type;
 
 use super::name::{TableName, quoted};
-use crate::postgres::describe;
+use crate::postgres::{Link, ServerError};
 use crate::sink::mode::WriteMode;
 
-/// The staging table, as SQL has it. Each connection has its own.
+/// The staging table, as SQL has it. Each transaction that merges has its own: behind a pooler, others
+/// would find it in their session otherwise.
 pub(super) const STAGING: &str = "pg_temp.\"shardmill_staging\"";
 
 /// Whether it is worth trying that no row of a part has its like in the table: as long as that was so
@@ -51,21 +52,20 @@ impl Hope {
 
 /// Whether a COPY failed because a row has its like: in the table, in the same part, or in a
 /// transaction under way that waits for ours.
-pub(super) fn found_like(error: &Error) -> bool {
+pub(super) fn found_like(error: &ServerError) -> bool {
     let code = error.code();
     code == Some(&SqlState::UNIQUE_VIOLATION) || code == Some(&SqlState::T_R_DEADLOCK_DETECTED)
 }
 
 /// Makes the staging table in the transaction under way, by the target as it is now.
-pub(super) async fn create_staging(client: &Client, table: &TableName) -> Result<(), Error> {
-    client
-        .batch_execute(&format!(
-            "DROP TABLE IF EXISTS {STAGING}; \
-             CREATE TEMPORARY TABLE \"shardmill_staging\" ON COMMIT DELETE ROWS \
+pub(super) async fn create_staging(link: &Link, table: &TableName) -> Result<(), ServerError> {
+    link.batch_execute(&format!(
+        "DROP TABLE IF EXISTS {STAGING}; \
+             CREATE TEMPORARY TABLE \"shardmill_staging\" ON COMMIT DROP \
                  AS SELECT * FROM {} WITH NO DATA",
-            table.quoted()
-        ))
-        .await
+        table.quoted()
+    ))
+    .await
 }
 
 /// The statement that merges the staged rows, which bring these columns.
@@ -88,29 +88,59 @@ pub(super) fn statement(mode: &WriteMode, table: &TableName, columns: &[&str]) -
     )
 }
 
-/// Proves that the table has a unique index on the key, which `ON CONFLICT` needs. The error is a
+/// The unique constraints or indexes on exactly these columns that are checked late.
+const DEFERRABLE_KEYS: &str = "
+    SELECT i.indexrelid::regclass::text
+    FROM pg_catalog.pg_index AS i
+    WHERE i.indrelid = to_regclass($1) AND i.indisunique AND i.indisvalid AND NOT i.indimmediate
+        AND i.indpred IS NULL
+        AND (SELECT array_agg(a.attname::text ORDER BY a.attname::text)
+             FROM pg_catalog.pg_attribute AS a
+             WHERE a.attrelid = i.indrelid
+                 AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
+            = (SELECT array_agg(k ORDER BY k) FROM unnest($2::text[]) AS k)
+    LIMIT 1";
+
+/// Validates that the table has a unique index on the key that `ON CONFLICT` can use. The error is a
 /// sentence.
 pub(super) async fn check_key(
-    client: &Client,
+    client: &Link,
     table: &TableName,
     mode: &WriteMode,
 ) -> Result<(), String> {
+    let names: Vec<&str> = mode.key().iter().map(|name| &**name).collect();
     let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
     let (target, key) = (table.quoted(), key.join(", "));
+    let misfit =
+        |error: ServerError| format!("the key ({key}) does not fit table {table}: {error}");
     // Planned, not run: the planner looks for the index.
     let plan = format!(
         "EXPLAIN INSERT INTO {target} ({key}) SELECT {key} FROM {target} WHERE false \
          ON CONFLICT ({key}) DO NOTHING"
     );
     match client.batch_execute(&plan).await {
-        Ok(()) => Ok(()),
-        Err(error) if error.code() == Some(&SqlState::INVALID_COLUMN_REFERENCE) => Err(format!(
-            "table {table} has no unique index on ({key}), by which rows would find their like: \
+        Ok(()) => {}
+        Err(error) if error.code() == Some(&SqlState::INVALID_COLUMN_REFERENCE) => {
+            return Err(format!(
+                "table {table} has no unique index on ({key}), by which rows are matched: \
                  CREATE UNIQUE INDEX ON {target} ({key})"
-        )),
-        Err(error) => {
-            Err(format!("the key ({key}) does not fit table {table}: {}", describe(&error)))
+            ));
         }
+        // Another check says which right is missing, and for what.
+        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {}
+        Err(error) => return Err(misfit(error)),
+    }
+    // The planner takes an index that is checked late; only the first row would show that it cannot be used.
+    let values: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
+        [(&target, Type::TEXT), (&names, Type::TEXT_ARRAY)];
+    let late = client.query_typed_opt(DEFERRABLE_KEYS, &values).await.map_err(misfit)?;
+    match late.map(|row| row.try_get::<_, String>(0)) {
+        None => Ok(()),
+        Some(index) => Err(format!(
+            "the unique constraint {} on ({key}) of table {table} is DEFERRABLE, which ON CONFLICT \
+             does not support: drop it, and add one that is not deferrable",
+            index.unwrap_or_default()
+        )),
     }
 }
 

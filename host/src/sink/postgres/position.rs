@@ -7,12 +7,13 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tokio_postgres::Row;
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, Error, Row};
 
 use super::name::{TableName, literal};
 use super::session;
 use crate::position::{OwnerName, Ownership, StateMark};
+use crate::postgres::{Link, ServerError as Error};
 use crate::record::{
     PipelineName, Position, PositionSpan, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardId,
     ShardKey, SinkName,
@@ -52,8 +53,13 @@ impl PositionTable {
         Self { name: table.sibling(TABLE), is_wide: AtomicBool::new(false) }
     }
 
+    /// The table's name.
+    pub(super) fn name(&self) -> &TableName {
+        &self.name
+    }
+
     /// Creates the table if it is missing. Only then is the right to create one needed.
-    pub(super) async fn create_if_missing(&self, client: &Client) -> Result<(), Error> {
+    pub(super) async fn create_if_missing(&self, client: &Link) -> Result<(), Error> {
         let name = self.name.quoted();
         let exists: bool = client
             .query_typed_one("SELECT to_regclass($1) IS NOT NULL", &[(&name, Type::TEXT)])
@@ -82,7 +88,7 @@ impl PositionTable {
 
     /// Adds the columns that a table of an earlier version has not. Only then is the right to alter it
     /// needed.
-    pub(super) async fn widen_if_narrow(&self, client: &Client) -> Result<(), Error> {
+    pub(super) async fn widen_if_narrow(&self, client: &Link) -> Result<(), Error> {
         if self.is_wide.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -124,7 +130,7 @@ impl PositionTable {
     /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
     pub(super) async fn take_over(
         &self,
-        client: &Client,
+        client: &Link,
         sink: &SinkName,
         shard: &ShardKey,
         ownership: Option<&Ownership>,
@@ -162,7 +168,7 @@ impl PositionTable {
     /// The shard's row; `None` when it or the table is missing.
     pub(super) async fn read(
         &self,
-        client: &Client,
+        client: &Link,
         sink: &SinkName,
         shard: &ShardKey,
     ) -> Result<Option<Stored>, Error> {
@@ -197,7 +203,7 @@ impl PositionTable {
     /// position makes room; one with a position is in the way, and an error.
     pub(super) async fn adopt(
         &self,
-        client: &Client,
+        client: &Link,
         (old, new): (&SinkName, &SinkName),
         shard: &ShardKey,
     ) -> Result<(), Error> {
@@ -230,7 +236,7 @@ impl PositionTable {
     /// All rows of a sink of a pipeline, which may be unreadable; none when the table is missing.
     pub(super) async fn read_all(
         &self,
-        client: &Client,
+        client: &Link,
         sink: &SinkName,
         pipeline: &PipelineName,
     ) -> Result<Result<Vec<KeptPosition>, String>, Error> {
@@ -273,14 +279,20 @@ impl PositionTable {
     /// Deletes a sink's positions of a pipeline.
     pub(super) async fn forget(
         &self,
-        client: &Client,
+        client: &Link,
         pipeline: &PipelineName,
         sink: &SinkName,
     ) -> Result<(), Error> {
         self.create_if_missing(client).await?;
         let forget =
             format!("DELETE FROM {} WHERE pipeline = $1 AND sink = $2", self.name.quoted());
-        client.execute(&forget, &[&pipeline.as_str(), &sink.as_str()]).await.map(drop)
+        client
+            .execute_typed(
+                &forget,
+                &[(&pipeline.as_str(), Type::TEXT), (&sink.as_str(), Type::TEXT)],
+            )
+            .await
+            .map(drop)
     }
 
     /// The statement that moves the position over a span; it concerns no row when the position is not

@@ -7,16 +7,17 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use serde::Serialize;
-use tokio_postgres::types::Type;
-use tokio_postgres::{Client, Error};
+use tokio_postgres::Row;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::lineage::{ARRIVED_AT, COLUMNS, OPTIONAL, PIPELINE, SINK};
 use super::name::{TableName, literal, quoted};
 use super::position::PositionTable;
+use super::session::BEGIN;
 use super::writers::{OtherSink, Writers};
-use crate::config::PostgresTarget;
+use crate::config::{PostgresTarget, Timing};
 use crate::position::ReplayId;
-use crate::postgres::{PostgresServer, describe};
+use crate::postgres::{Link, PostgresServer, ServerError};
 use crate::record::{PipelineName, SinkName, StreamIdentity};
 
 /// What the comment on a shadow begins with.
@@ -42,7 +43,8 @@ const COLUMNS_OF: &str = "
 
 /// A window of a live table, with its shadow.
 pub struct TableWindow {
-    client: Client,
+    server: PostgresServer,
+    link: Link,
     live: TableName,
     shadow: TableName,
     pipeline: PipelineName,
@@ -83,6 +85,12 @@ pub struct WindowDiff {
     pub samples_shadow: Vec<String>,
 }
 
+/// A connection of a command. The error is a sentence.
+pub(super) async fn connect(server: &PostgresServer) -> Result<Link, String> {
+    let connected = server.connect(Timing::default().postgres_silence_max).await;
+    connected.map_err(|error| format!("cannot connect to {}: {error}", server.place()))
+}
+
 impl TableWindow {
     /// Makes an empty shadow, `into` or the live table's name with `_replay`, in the place of the one of
     /// an earlier replay, and forgets the positions that the replay of `sink` had there, under the name
@@ -107,17 +115,15 @@ impl TableWindow {
         if shadow.table.len() > NAME_BYTES_MAX {
             return Err(format!("the name {shadow} is too long: name the shadow by --into"));
         }
-        let connected = server.connect().await;
-        let client = connected.map_err(|error| {
-            format!("cannot connect to {}: {}", server.place(), describe(&error))
-        })?;
+        let link = connect(&server).await?;
         let key: Vec<String> = target.mode.key().iter().map(|name| quoted(name)).collect();
         let on_conflict = match key.is_empty() {
             true => String::new(),
             false => format!("ON CONFLICT ({}) DO NOTHING", key.join(", ")),
         };
         let mut window = Self {
-            client,
+            server,
+            link,
             live,
             shadow,
             pipeline: pipeline.clone(),
@@ -146,19 +152,21 @@ impl TableWindow {
     }
 
     async fn read_columns(&mut self) -> Result<(), String> {
-        let failed =
-            |error: Error| format!("cannot read table {}: {}", self.live, describe(&error));
-        let rows = self.client.query(COLUMNS_OF, &[&self.live.quoted()]).await.map_err(failed)?;
+        let failed = |error: ServerError| format!("cannot read table {}: {error}", self.live);
+        let unreadable = |error: tokio_postgres::Error| failed(error.into());
+        let name = self.live.quoted();
+        let rows = self.link.query_typed(COLUMNS_OF, &[(&name, Type::TEXT)]).await;
+        let rows = rows.map_err(failed)?;
         let (mut names, mut copied, mut left_out) = (Vec::new(), Vec::new(), Vec::new());
         for row in &rows {
-            let name: String = row.try_get(0).map_err(failed)?;
-            if !row.try_get::<_, bool>(1).map_err(failed)? {
+            let name: String = row.try_get(0).map_err(unreadable)?;
+            if !row.try_get::<_, bool>(1).map_err(unreadable)? {
                 copied.push(name.clone());
             }
             // Today's plugins have other digests, and rows of before may not say their sink: that makes a
             // row no other.
             let is_optional = OPTIONAL.iter().any(|(own, _)| name == *own);
-            if row.try_get::<_, bool>(2).map_err(failed)? || is_optional {
+            if row.try_get::<_, bool>(2).map_err(unreadable)? || is_optional {
                 left_out.push(name.clone());
             }
             names.push(name);
@@ -182,21 +190,22 @@ impl TableWindow {
 
     async fn make_shadow(&self, sink: &SinkName) -> Result<(), String> {
         let (live, shadow) = (self.live.quoted(), self.shadow.quoted());
-        let failed =
-            |error: Error| format!("cannot make table {}: {}", self.shadow, describe(&error));
+        let failed = |error: ServerError| format!("cannot make table {}: {error}", self.shadow);
+        let unreadable = |error: tokio_postgres::Error| failed(error.into());
         let comment =
             "SELECT obj_description(to_regclass($1), 'pg_class'), to_regclass($1) IS NOT NULL";
-        let found = self.client.query_one(comment, &[&shadow]).await.map_err(failed)?;
-        let comment: Option<String> = found.try_get(0).map_err(failed)?;
+        let found = self.link.query_typed_one(comment, &[(&shadow, Type::TEXT)]).await;
+        let found = found.map_err(failed)?;
+        let comment: Option<String> = found.try_get(0).map_err(unreadable)?;
         let is_ours = comment.is_some_and(|comment| comment.starts_with(MARK));
-        if found.try_get(1).map_err(failed)? && !is_ours {
+        if found.try_get(1).map_err(unreadable)? && !is_ours {
             return Err(format!(
                 "table {} is there and was not made by a replay: name another by --into",
                 self.shadow
             ));
         }
         let of = format!("{MARK} of {}", self.live).replace('\'', "''");
-        self.client
+        self.link
             .batch_execute(&format!(
                 "BEGIN; SET LOCAL client_min_messages = warning; DROP TABLE IF EXISTS {shadow}; \
                  CREATE TABLE {shadow} (LIKE {live} INCLUDING ALL); \
@@ -205,7 +214,7 @@ impl TableWindow {
             .await
             .map_err(failed)?;
         let positions = PositionTable::beside(&self.shadow);
-        positions.forget(&self.client, &self.pipeline, sink).await.map_err(failed)
+        positions.forget(&self.link, &self.pipeline, sink).await.map_err(failed)
     }
 
     /// Compares the shadow with the window's live rows, but for columns that the table fills itself.
@@ -213,9 +222,10 @@ impl TableWindow {
     /// # Errors
     /// What the server says, as a sentence.
     pub async fn diff(&self) -> Result<WindowDiff, String> {
-        let failed = |error: Error| {
-            format!("cannot compare {} with {}: {}", self.shadow, self.live, describe(&error))
+        let failed = |error: ServerError| {
+            format!("cannot compare {} with {}: {error}", self.shadow, self.live)
         };
+        let unreadable = |error: tokio_postgres::Error| failed(error.into());
         let sides = format!(
             "WITH live AS (
                  SELECT (to_jsonb(t) - $1::text[])::text AS row, count(*) AS n
@@ -237,21 +247,24 @@ impl TableWindow {
             count("greatest(live - shadow, 0)"),
             count("greatest(shadow - live, 0)")
         );
-        self.unbounded().await.map_err(failed)?;
-        let counts = self.client.query_one(&counts, &[&self.left_out]).await.map_err(failed)?;
+        self.begin_unbounded().await.map_err(failed)?;
+        let counts = self.ask(&counts, &[(&self.left_out, Type::TEXT_ARRAY)]).await;
+        let counts = counts.map_err(failed)?;
+        let counts = counts.first().ok_or("the comparison gave no row")?;
         let number = |place: usize| -> Result<u64, String> {
-            let number: i64 = counts.try_get(place).map_err(failed)?;
+            let number: i64 = counts.try_get(place).map_err(unreadable)?;
             Ok(u64::try_from(number).unwrap_or(0))
         };
         let mut samples = [Vec::new(), Vec::new()];
         for (samples, more) in samples.iter_mut().zip(["live > shadow", "shadow > live"]) {
             let some = format!("{sides} SELECT row FROM sides WHERE {more} ORDER BY row LIMIT $2");
-            for row in
-                self.client.query(&some, &[&self.left_out, &SAMPLES]).await.map_err(failed)?
-            {
-                samples.push(row.try_get(0).map_err(failed)?);
+            let values: [(&(dyn ToSql + Sync), Type); 2] =
+                [(&self.left_out, Type::TEXT_ARRAY), (&SAMPLES, Type::INT8)];
+            for row in self.ask(&some, &values).await.map_err(failed)? {
+                samples.push(row.try_get(0).map_err(unreadable)?);
             }
         }
+        self.link.batch_execute("COMMIT").await.map_err(failed)?;
         let [samples_live, samples_shadow] = samples;
         Ok(WindowDiff {
             same: number(0)?,
@@ -270,8 +283,7 @@ impl TableWindow {
         &self,
         records: Vec<(String, String)>,
     ) -> Result<HashSet<(String, String)>, String> {
-        let failed =
-            |error: Error| format!("cannot read table {}: {}", self.shadow, describe(&error));
+        let failed = |error: ServerError| format!("cannot read table {}: {error}", self.shadow);
         let (shards, sequences): (Vec<String>, Vec<String>) = records.into_iter().unzip();
         let [_, (shard, _), (sequence, _), _] = COLUMNS;
         let found = format!(
@@ -282,9 +294,9 @@ impl TableWindow {
         );
         let wanted: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
             [(&shards, Type::TEXT_ARRAY), (&sequences, Type::TEXT_ARRAY)];
-        let found = self.client.query_typed(&found, &wanted).await.map_err(failed)?;
-        let record = |row: &tokio_postgres::Row| Ok((row.try_get(0)?, row.try_get(1)?));
-        found.iter().map(record).collect::<Result<_, Error>>().map_err(failed)
+        let found = self.ask(&found, &wanted).await.map_err(failed)?;
+        let record = |row: &Row| Ok((row.try_get(0)?, row.try_get(1)?));
+        found.iter().map(record).collect::<Result<_, ServerError>>().map_err(failed)
     }
 
     /// Refuses a window that others write rows to as well, unless the rows say whose they are: theirs would
@@ -298,8 +310,8 @@ impl TableWindow {
         others: &[(&SinkName, &PostgresTarget)],
         stream: &StreamIdentity,
     ) -> Result<Vec<OtherSink>, String> {
-        let others = OtherSink::all(&self.client, &self.live, others).await?;
-        self.writers(stream).check(&self.client, &others).await?;
+        let others = OtherSink::all(&self.link, &self.live, others).await?;
+        self.writers(stream).check(&self.link, &others).await?;
         Ok(others)
     }
 
@@ -332,26 +344,23 @@ impl TableWindow {
         let columns: Vec<String> = self.copied.iter().map(|name| quoted(name)).collect();
         let columns = columns.join(", ");
         let on_conflict = &self.on_conflict;
-        let failed = |error: Error| {
-            SwapFailed::Nothing(format!("nothing was replaced: {}", describe(&error)))
-        };
+        let failed =
+            |error: ServerError| SwapFailed::Nothing(format!("nothing was replaced: {error}"));
         let refused = |cause| SwapFailed::Nothing(format!("nothing was replaced: {cause}"));
-        self.unbounded().await.map_err(failed)?;
         let positions = PositionTable::beside(&self.live);
-        positions.create_if_missing(&self.client).await.map_err(failed)?;
-        let begin = format!(
-            "BEGIN; SET LOCAL statement_timeout = 0; LOCK TABLE {live} IN SHARE ROW EXCLUSIVE MODE"
-        );
+        positions.create_if_missing(&self.link).await.map_err(failed)?;
         // Readers see the old rows until all new ones are there; no other row comes in between.
-        self.client.batch_execute(&begin).await.map_err(failed)?;
-        self.writers(stream).check(&self.client, others).await.map_err(refused)?;
+        self.begin_unbounded().await.map_err(failed)?;
+        let lock = format!("LOCK TABLE {live} IN SHARE ROW EXCLUSIVE MODE");
+        self.run(&lock).await.map_err(failed)?;
+        self.writers(stream).check(&self.link, others).await.map_err(refused)?;
         let delete = format!("DELETE FROM {live} AS t WHERE {of_window}");
-        let deleted = self.client.execute(&delete, &[]).await.map_err(failed)?;
+        let deleted = self.run(&delete).await.map_err(failed)?;
         let insert = format!(
             "INSERT INTO {live} ({columns}) SELECT {columns} FROM {shadow} \
              ORDER BY shardmill_shard, shardmill_sequence {on_conflict}"
         );
-        let inserted = self.client.execute(&insert, &[]).await.map_err(failed)?;
+        let inserted = self.run(&insert).await.map_err(failed)?;
         let mark = self.mark(replay);
         let end = format!(
             "DROP TABLE {shadow}; DELETE FROM {positions} AS t WHERE {earlier}; \
@@ -363,13 +372,13 @@ impl TableWindow {
             sink = literal(&replayed(&self.sink)),
             mark = literal(&mark),
         );
-        match self.client.batch_execute(&end).await {
+        match self.link.batch_execute(&end).await {
             Ok(()) => Ok((deleted, inserted)),
             // The server has answered: it was rolled back.
-            Err(error) if error.as_db_error().is_some() && !self.client.is_closed() => {
+            Err(error) if error.as_db_error().is_some() && !self.link.is_closed() => {
                 Err(failed(error))
             }
-            Err(error) => Err(SwapFailed::Unknown(describe(&error))),
+            Err(error) => Err(SwapFailed::Unknown(error.to_string())),
         }
     }
 
@@ -395,10 +404,8 @@ impl TableWindow {
     ) -> Result<bool, String> {
         let server = PostgresServer::parse(&target.url)?;
         let live = TableName::parse(&target.table)?;
-        let client = server.connect().await.map_err(|error| {
-            format!("cannot connect to {}: {}", server.place(), describe(&error))
-        })?;
-        let failed = |error: Error| format!("cannot read what was replayed: {}", describe(&error));
+        let link = connect(&server).await?;
+        let failed = |error: ServerError| format!("cannot read what was replayed: {error}");
         let positions = PositionTable::beside(&live);
         // Behind the lock that such a transaction takes: it has ended then.
         let look = format!(
@@ -409,7 +416,7 @@ impl TableWindow {
             marks(pipeline, sink),
             literal(&mark(replay))
         );
-        let answers = match client.simple_query(&look).await {
+        let answers = match link.unbounded(&server, link.client().simple_query(&look)).await {
             // No table, no rows of a replay.
             Err(error)
                 if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) =>
@@ -422,9 +429,22 @@ impl TableWindow {
         Ok(answers.iter().any(is_row))
     }
 
-    /// Lets statements take as long as a large table takes.
-    async fn unbounded(&self) -> Result<(), Error> {
-        self.client.batch_execute("SET statement_timeout = 0").await
+    /// Begins a transaction whose statements may take as long as a large table takes.
+    async fn begin_unbounded(&self) -> Result<(), ServerError> {
+        let begin = format!("{BEGIN}; SET LOCAL statement_timeout = 0");
+        self.link.batch_execute(&begin).await
+    }
+
+    async fn ask(
+        &self,
+        sql: &str,
+        values: &[(&(dyn ToSql + Sync), Type)],
+    ) -> Result<Vec<Row>, ServerError> {
+        self.link.unbounded(&self.server, self.link.client().query_typed(sql, values)).await
+    }
+
+    async fn run(&self, sql: &str) -> Result<u64, ServerError> {
+        self.link.unbounded(&self.server, self.link.client().execute_typed(sql, &[])).await
     }
 
     /// The condition that finds the window's rows of a table `t`.

@@ -4,13 +4,12 @@
 //! them and not be made again. A row says its pipeline and, where the table has the column, its sink.
 
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, Error};
 
 use super::lineage::SINK;
 use super::name::TableName;
 use super::position::PositionTable;
 use crate::config::PostgresTarget;
-use crate::postgres::{PostgresServer, describe};
+use crate::postgres::{Link, PostgresServer, ServerError as Error};
 use crate::record::{PipelineName, SinkName, StreamIdentity};
 use crate::sink::WriteMode;
 
@@ -33,11 +32,11 @@ pub struct OtherSink {
 impl OtherSink {
     /// Finds out which of the pipeline's other sinks write the table that `client` sees as `table`.
     pub(super) async fn all(
-        client: &Client,
+        client: &Link,
         table: &TableName,
         others: &[(&SinkName, &PostgresTarget)],
     ) -> Result<Vec<Self>, String> {
-        let failed = |error: Error| format!("cannot read table {table}: {}", describe(&error));
+        let failed = |error: Error| format!("cannot read table {table}: {error}");
         let own = Identity::read(client, table).await.map_err(failed)?;
         let mut found = Vec::new();
         for (name, target) in others {
@@ -46,10 +45,9 @@ impl OtherSink {
             };
             let server = PostgresServer::parse(&target.url)?;
             let other = TableName::parse(&target.table)?;
-            let connected = server.connect().await;
-            let connected = connected.map_err(|error| cannot_tell(describe(&error)))?;
+            let connected = super::window::connect(&server).await.map_err(cannot_tell)?;
             let read = Identity::read(&connected, &other).await;
-            let read = read.map_err(|error| cannot_tell(describe(&error)))?;
+            let read = read.map_err(|error| cannot_tell(error.to_string()))?;
             found.push(Self {
                 name: (*name).clone(),
                 is_beside: own.may_be(&read),
@@ -71,7 +69,7 @@ struct Identity {
 }
 
 impl Identity {
-    async fn read(client: &Client, table: &TableName) -> Result<Self, Error> {
+    async fn read(client: &Link, table: &TableName) -> Result<Self, Error> {
         let system = "SELECT system_identifier::text FROM pg_control_system()";
         let system = match client.query_typed_one(system, &[]).await {
             Ok(row) => row.try_get(0)?,
@@ -115,10 +113,9 @@ struct Known {
 
 impl Writers<'_> {
     /// Refuses where rows of the window may be another's.
-    pub(super) async fn check(&self, client: &Client, others: &[OtherSink]) -> Result<(), String> {
-        let failed = |error: Error| {
-            format!("cannot find out who writes table {}: {}", self.table, describe(&error))
-        };
+    pub(super) async fn check(&self, client: &Link, others: &[OtherSink]) -> Result<(), String> {
+        let failed =
+            |error: Error| format!("cannot find out who writes table {}: {error}", self.table);
         let known = self.known(client).await.map_err(failed)?;
         let all_say_sink = self.says_sink && !self.has_silent_rows(client).await.map_err(failed)?;
         match self.other_writer(&known, others, all_say_sink) {
@@ -127,7 +124,7 @@ impl Writers<'_> {
         }
     }
 
-    async fn known(&self, client: &Client) -> Result<Vec<Known>, Error> {
+    async fn known(&self, client: &Link) -> Result<Vec<Known>, Error> {
         let known = format!(
             "SELECT DISTINCT sink, stream FROM {} WHERE pipeline = $1 ORDER BY sink, stream",
             self.positions.quoted()
@@ -149,14 +146,14 @@ impl Writers<'_> {
     }
 
     /// Whether rows of the window do not say their sink, though the table has a column for it.
-    async fn has_silent_rows(&self, client: &Client) -> Result<bool, Error> {
+    async fn has_silent_rows(&self, client: &Link) -> Result<bool, Error> {
         let silent = format!(
             "SELECT EXISTS (SELECT 1 FROM {} AS t WHERE {} AND t.{} IS NULL)",
             self.table.quoted(),
             self.of_window,
             SINK.0
         );
-        client.query_typed_one(&silent, &[]).await?.try_get(0)
+        Ok(client.query_typed_one(&silent, &[]).await?.try_get(0)?)
     }
 
     /// Somebody else whose rows could be taken for the sink's.

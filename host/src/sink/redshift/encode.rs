@@ -4,7 +4,7 @@
 //! merged on its own, one set after the other. A row is in no earlier set than those before it with its
 //! key: it must not be overtaken. Pure: no I/O.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
 
 use bytes::Bytes;
@@ -58,10 +58,11 @@ impl From<std::io::Error> for EncodeError {
     }
 }
 
-/// Encodes rows for a table. `was_column` says of a key that is no column whether it once was one or
+/// Encodes rows for a table, but for those at `skipped`. `was_column` says of a key that is no column whether it once was one or
 /// is declared.
 pub(super) fn encode(
     rows: &[Row],
+    skipped: &HashSet<usize>,
     table: &LiveTable,
     table_name: &str,
     mode: &WriteMode,
@@ -74,7 +75,7 @@ pub(super) fn encode(
     let (mut sets, mut form) = (Sets::default(), RowForm::default());
     let mut slots: Vec<Option<RawJson<'_>>> = vec![None; table.columns.len()];
     let (mut line, mut file) = (Vec::new(), OpenFile::default());
-    for (index, row) in rows.iter().enumerate() {
+    for (index, row) in rows.iter().enumerate().filter(|(index, _)| !skipped.contains(index)) {
         line.clear();
         let outcome = match rows::spread(&row.payload, &table.names, &mut form, &mut slots) {
             Ok(()) => check(&slots, table, &required)

@@ -42,6 +42,8 @@ pub(super) struct Upload {
     paths: Vec<Path>,
     /// Statement that loads them.
     pub(super) copy: String,
+    /// Part of their paths that no other load has.
+    pub(super) load: String,
 }
 
 /// Source: guide, "Using a manifest to specify data files".
@@ -96,20 +98,20 @@ impl StagingBucket {
         };
         let copy = self.copy(&manifest_path);
         paths.push(manifest_path);
-        let upload = Upload { paths, copy };
+        let upload = Upload { paths, copy, load: load.clone() };
         match written {
             Ok(()) => Ok(upload),
             Err(error) => {
-                self.remove(upload).await;
+                self.remove(&upload).await;
                 Err(error)
             }
         }
     }
 
     /// Removes a load's files, which nobody needs any more. What cannot be removed stays.
-    pub(super) async fn remove(&self, upload: Upload) {
-        for path in upload.paths {
-            match self.place.store.delete(&path).await {
+    pub(super) async fn remove(&self, upload: &Upload) {
+        for path in &upload.paths {
+            match self.place.store.delete(path).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
                 Err(error) => {
                     tracing::warn!(sink = %self.place.sink, %path, %error, "a file is left over");

@@ -9,10 +9,11 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tokio_postgres::{Client, Error, SimpleQueryRow};
+use tokio_postgres::SimpleQueryRow;
 
 use super::session::{self, literal};
 use crate::position::{OwnerName, Ownership, StateMark};
+use crate::postgres::{Link, ServerError as Error};
 use crate::record::{
     PipelineName, Position, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardId, ShardKey, SinkName,
 };
@@ -52,8 +53,13 @@ impl Ledger {
         Self { name: table.sibling(TABLE), is_wide: AtomicBool::new(false) }
     }
 
+    /// The table's name.
+    pub(super) fn name(&self) -> &TableName {
+        &self.name
+    }
+
     /// Creates the table if it is missing. Only then is the right to create one needed.
-    pub(super) async fn create_if_missing(&self, client: &Client) -> Result<(), Error> {
+    pub(super) async fn create_if_missing(&self, client: &Link) -> Result<(), Error> {
         let name = self.name.quoted();
         match session::rows(client, &format!("SELECT 1 FROM {name} LIMIT 0")).await {
             Err(error) if session::is_no_table(&error) => {}
@@ -88,7 +94,7 @@ impl Ledger {
 
     /// Adds the columns that a table of an earlier version has not. Only then is the right to alter it
     /// needed.
-    pub(super) async fn widen_if_narrow(&self, client: &Client) -> Result<(), Error> {
+    pub(super) async fn widen_if_narrow(&self, client: &Link) -> Result<(), Error> {
         if self.is_wide.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -128,7 +134,7 @@ impl Ledger {
     /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
     pub(super) async fn take_over(
         &self,
-        client: &Client,
+        client: &Link,
         sink: &SinkName,
         shard: &ShardKey,
         ownership: Option<&Ownership>,
@@ -172,7 +178,7 @@ impl Ledger {
     /// before.
     pub(super) async fn adopt(
         &self,
-        client: &Client,
+        client: &Link,
         (old, new): (&SinkName, &SinkName),
         shard: &ShardKey,
     ) -> Result<Readable<()>, Error> {
@@ -202,7 +208,7 @@ impl Ledger {
     }
 
     /// Begins a transaction that nobody else's changes to the ledger can cross.
-    pub(super) async fn lock(&self, client: &Client) -> Result<(), Error> {
+    pub(super) async fn lock(&self, client: &Link) -> Result<(), Error> {
         session::run(client, "BEGIN").await?;
         session::run(client, &format!("LOCK TABLE {}", self.name.quoted())).await.map(drop)
     }
@@ -210,7 +216,7 @@ impl Ledger {
     /// The shard's row; `None` when it or the table is missing.
     pub(super) async fn read(
         &self,
-        client: &Client,
+        client: &Link,
         sink: &SinkName,
         shard: &ShardKey,
     ) -> Result<Readable<Option<Entry>>, Error> {
@@ -234,7 +240,7 @@ impl Ledger {
     /// All rows of a sink of a pipeline; none when the table is missing.
     pub(super) async fn read_all(
         &self,
-        client: &Client,
+        client: &Link,
         sink: &SinkName,
         pipeline: &PipelineName,
     ) -> Result<Readable<Vec<KeptPosition>>, Error> {
@@ -275,7 +281,7 @@ impl Ledger {
     /// Moves the position of a row that is locked and known.
     pub(super) async fn move_to(
         &self,
-        client: &Client,
+        client: &Link,
         sink: &SinkName,
         shard: &ShardKey,
         position: &Position,

@@ -2,24 +2,29 @@
 //!
 //! Redshift's own wire forms of types differ from PostgreSQL's; texts do not.
 
-use tokio_postgres::{Client, Error, SimpleQueryMessage, SimpleQueryRow};
+use std::time::Duration;
 
-use crate::postgres::PostgresServer;
+use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
+
+use crate::postgres::{Link, PostgresServer, ServerError};
 
 /// A statement that takes longer ends as a visible error: a load of a large commit on a busy cluster
 /// takes minutes. Milliseconds.
 const SETTINGS: &str = "SET statement_timeout TO 900000";
 
 /// A new connection.
-pub(super) async fn connect(server: &PostgresServer) -> Result<Client, Error> {
-    let client = server.connect().await?;
-    client.batch_execute(SETTINGS).await?;
-    Ok(client)
+pub(super) async fn connect(
+    server: &PostgresServer,
+    silence_max: Duration,
+) -> Result<Link, ServerError> {
+    let link = server.connect(silence_max).await?;
+    link.batch_execute(SETTINGS).await?;
+    Ok(link)
 }
 
 /// Runs statements; how many rows the last one concerned.
-pub(super) async fn run(client: &Client, sql: &str) -> Result<u64, Error> {
-    let answers = client.simple_query(sql).await?;
+pub(super) async fn run(link: &Link, sql: &str) -> Result<u64, ServerError> {
+    let answers = link.simple_query(sql).await?;
     let counts = answers.iter().filter_map(|answer| match answer {
         SimpleQueryMessage::CommandComplete(rows) => Some(*rows),
         _ => None,
@@ -28,26 +33,12 @@ pub(super) async fn run(client: &Client, sql: &str) -> Result<u64, Error> {
 }
 
 /// Runs a query; its rows.
-pub(super) async fn rows(client: &Client, sql: &str) -> Result<Vec<SimpleQueryRow>, Error> {
-    let answers = client.simple_query(sql).await?;
-    let rows = answers.into_iter().filter_map(|answer| match answer {
-        SimpleQueryMessage::Row(row) => Some(row),
-        _ => None,
-    });
-    Ok(rows.collect())
-}
-
-/// Commits. Whatever is no plain confirmation is an error, and says nothing of what was done.
-pub(super) async fn commit(client: &Client) -> Result<(), String> {
-    match client.simple_query("COMMIT").await.as_deref() {
-        Ok([SimpleQueryMessage::CommandComplete(_)]) => Ok(()),
-        Ok(_) => Err("the server did not confirm the commit".into()),
-        Err(error) => Err(crate::postgres::describe(error)),
-    }
+pub(super) async fn rows(link: &Link, sql: &str) -> Result<Vec<SimpleQueryRow>, ServerError> {
+    link.simple_rows(sql).await
 }
 
 /// Whether a statement failed because its table is not there.
-pub(super) fn is_no_table(error: &Error) -> bool {
+pub(super) fn is_no_table(error: &ServerError) -> bool {
     error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE)
 }
 

@@ -1,11 +1,10 @@
 //! The live table: its columns as the cluster has them now, the check against what routes declare,
 //! and its creation.
 
-use tokio_postgres::{Client, Error};
-
 use super::kind::Kind;
+use super::rights;
 use super::session::{self, literal};
-use crate::postgres::describe;
+use crate::postgres::{Link, ServerError as Error};
 use crate::sink::WriteMode;
 use crate::sink::postgres::{TableName, quoted};
 use crate::sink::rows::ColumnNames;
@@ -36,7 +35,7 @@ pub(super) struct LiveTable {
 
 impl LiveTable {
     /// Reads the table; `None` when there is none of that name.
-    pub(super) async fn read(client: &Client, table: &TableName) -> Result<Option<Self>, Error> {
+    pub(super) async fn read(client: &Link, table: &TableName) -> Result<Option<Self>, Error> {
         // Redshift folds names to lower case, quoted ones too, unless a session asks otherwise.
         let read = format!(
             "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.atthasdef
@@ -72,7 +71,7 @@ impl LiveTable {
 
 /// Makes sure that the table is there and takes the declared columns. Errors are sentences.
 pub(super) async fn prepare(
-    client: &Client,
+    client: &Link,
     table: &TableName,
     declared: &[DeclaredColumn<'_>],
     create: bool,
@@ -81,10 +80,11 @@ pub(super) async fn prepare(
     for column in declared {
         check_type(column)?;
     }
-    let cannot_read = |error: Error| format!("cannot read table {table}: {}", describe(&error));
+    let cannot_read = |error: Error| format!("cannot read table {table}: {error}");
     let live = match LiveTable::read(client, table).await.map_err(cannot_read)? {
         Some(live) => live,
         None => {
+            rights::refuse_other_relation(client, table).await?;
             create_table(client, table, declared, create, mode).await?;
             LiveTable::read(client, table)
                 .await
@@ -140,7 +140,7 @@ fn check(table: &TableName, live: &LiveTable, declared: &DeclaredColumn<'_>) -> 
 
 /// Creates the table, if that is asked for.
 async fn create_table(
-    client: &Client,
+    client: &Link,
     table: &TableName,
     declared: &[DeclaredColumn<'_>],
     create: bool,
@@ -157,5 +157,5 @@ async fn create_table(
     session::run(client, &create)
         .await
         .map(drop)
-        .map_err(|error| format!("cannot create table {table}: {}", describe(&error)))
+        .map_err(|error| format!("cannot create table {table}: {error}"))
 }

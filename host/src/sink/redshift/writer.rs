@@ -3,23 +3,32 @@
 //! Until that transaction nothing is visible but to the session itself, so a load can be thrown away
 //! at any time. What a connection had in hand when something failed goes with it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use tokio_postgres::{Client, Error};
 
 use super::Shared;
 use super::encode::{EncodeError, Encoded, EncodedFile, encode};
+use super::files::Upload;
 use super::ledger::Entry;
 use super::table::LiveTable;
 use super::{merge, session};
+use crate::postgres::{Link, ServerError as Error};
 use crate::record::{Position, ShardKey};
 use crate::sink::{Commit, Committed, Refusal, RefusalLog, SinkError, SinkWriter};
 
-/// The rows that the session's last COPY left out.
-const LOAD_ERRORS: &str = "SELECT trim(filename), line_number, trim(colname), trim(err_reason) \
-     FROM stl_load_errors WHERE query = pg_last_copy_id() ORDER BY filename, line_number";
+/// Loads of one commit at most: each but the last finds rows that COPY does not take.
+const LOADS_MAX: usize = 20;
+
+/// Where a provisioned cluster names the rows that a COPY did not take: file, line, column, reason.
+const CLUSTER_ERRORS: &str = "SELECT trim(filename), line_number, trim(colname), trim(err_reason) \
+     FROM stl_load_errors WHERE query = pg_last_copy_id()";
+
+/// Where Redshift Serverless does, which has no `stl_` tables for users, and provisioned clusters too.
+/// The condition is that the file is of this load.
+const SERVERLESS_ERRORS: &str = "SELECT trim(file_name), line_number, trim(column_name), trim(error_message) \
+     FROM sys_load_error_detail WHERE file_name LIKE";
 
 /// Commits one shard's rows.
 pub(super) struct RedshiftWriter {
@@ -27,7 +36,7 @@ pub(super) struct RedshiftWriter {
     shard: ShardKey,
     epoch: i64,
     /// `None` after a failure.
-    client: Option<Client>,
+    client: Option<Link>,
     /// The counts of a commit whose reply was lost, by where it ends.
     unanswered: Option<(Position, Committed)>,
 }
@@ -48,14 +57,14 @@ enum Ended {
 }
 
 impl RedshiftWriter {
-    pub(super) fn new(shared: Arc<Shared>, shard: ShardKey, epoch: i64, client: Client) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, shard: ShardKey, epoch: i64, client: Link) -> Self {
         Self { shared, shard, epoch, client: Some(client), unanswered: None }
     }
 
     /// The commit on one screen.
     async fn load_and_commit(
         &mut self,
-        client: &Client,
+        client: &Link,
         commit: &Commit,
         refusals: &dyn RefusalLog,
     ) -> Result<(Ended, Committed), SinkError> {
@@ -63,8 +72,7 @@ impl RedshiftWriter {
             return Ok((Ended::Committed, self.answered(commit)));
         }
         let table = self.read_table(client).await?;
-        let mut encoded = self.encode(commit, &table).await?;
-        self.load(client, &mut encoded).await?;
+        let encoded = self.load(client, commit, &table, refusals).await?;
         if !encoded.refusals.is_empty() {
             refusals.hold(commit, &encoded.refusals).await?;
         }
@@ -74,7 +82,7 @@ impl RedshiftWriter {
     }
 
     /// Compares the ledger with the commit.
-    async fn standing(&self, client: &Client, commit: &Commit) -> Result<Standing, SinkError> {
+    async fn standing(&self, client: &Link, commit: &Commit) -> Result<Standing, SinkError> {
         let (shared, ledger) = (&self.shared, &self.shared.ledger);
         let entry = ledger
             .read(client, &shared.sink, &self.shard)
@@ -103,7 +111,7 @@ impl RedshiftWriter {
         Err(shared.fenced(&self.shard, detail, None))
     }
 
-    async fn read_table(&self, client: &Client) -> Result<Arc<LiveTable>, SinkError> {
+    async fn read_table(&self, client: &Link) -> Result<Arc<LiveTable>, SinkError> {
         let (shared, name) = (&self.shared, &self.shared.table);
         let table = LiveTable::read(client, name)
             .await
@@ -117,16 +125,22 @@ impl RedshiftWriter {
         Ok(Arc::new(table))
     }
 
-    /// Encodes off the async threads.
-    async fn encode(&self, commit: &Commit, table: &Arc<LiveTable>) -> Result<Encoded, SinkError> {
+    /// Encodes off the async threads, but for rows that were refused before.
+    async fn encode(
+        &self,
+        commit: &Commit,
+        skipped: &[Refusal],
+        table: &Arc<LiveTable>,
+    ) -> Result<Encoded, SinkError> {
         if commit.rows.is_empty() {
             return Ok(Encoded::default());
         }
         let (shared, rows, table) = (self.shared.clone(), commit.rows.clone(), table.clone());
+        let skipped: HashSet<usize> = skipped.iter().map(|refusal| refusal.row).collect();
         let encoding = tokio::task::spawn_blocking(move || {
             let name = shared.table.to_string();
             let was_column = |key: &str| shared.known_columns.contains(key);
-            encode(&rows, &table, &name, &shared.mode, was_column)
+            encode(&rows, &skipped, &table, &name, &shared.mode, was_column)
         });
         let (shared, name) = (&self.shared, &self.shared.table);
         match encoding.await {
@@ -142,71 +156,139 @@ impl RedshiftWriter {
         }
     }
 
-    /// Brings the encoded rows into the staging table; rows that COPY leaves out are refused.
-    async fn load(&self, client: &Client, encoded: &mut Encoded) -> Result<(), SinkError> {
-        if encoded.files.is_empty() {
-            return Ok(());
-        }
+    /// Brings the commit's rows into the staging table; rows that Redshift's error tables name are
+    /// refused. A COPY that fails as a whole for such rows is repeated without them.
+    async fn load(
+        &self,
+        client: &Link,
+        commit: &Commit,
+        table: &Arc<LiveTable>,
+        log: &dyn RefusalLog,
+    ) -> Result<Encoded, SinkError> {
         let (shared, bucket) = (&self.shared, &self.shared.bucket);
-        let failed = |error: Error| {
-            shared.failed(&format!("cannot load rows for table {}", shared.table), &error)
+        let failed = |error: &Error| {
+            shared.failed(&format!("cannot load rows for table {}", shared.table), error)
         };
-        session::run(client, &merge::create_staging(&shared.table)).await.map_err(failed)?;
-        let upload = bucket.upload(&self.shard, &encoded.files).await?;
-        let copied = session::run(client, &upload.copy).await;
-        bucket.remove(upload).await;
-        copied.map_err(failed)?;
-        let left_out = self.left_out(client, &encoded.files).await?;
-        encoded.refusals.extend(left_out);
-        encoded.refusals.sort_unstable_by_key(|refusal| refusal.row);
-        if let Some(losers) = merge::keep_winners(&shared.mode) {
-            session::run(client, &losers).await.map_err(failed)?;
+        let mut refused: Vec<Refusal> = Vec::new();
+        let mut loads_left = LOADS_MAX;
+        let mut has_staging = false;
+        loop {
+            let mut encoded = self.encode(commit, &refused, table).await?;
+            if encoded.files.is_empty() {
+                encoded.refusals.append(&mut refused);
+                encoded.refusals.sort_unstable_by_key(|refusal| refusal.row);
+                return Ok(encoded);
+            }
+            if !has_staging {
+                let create = merge::create_staging(&shared.table);
+                session::run(client, &create).await.map_err(|error| failed(&error))?;
+                has_staging = true;
+            }
+            let upload = bucket.upload(&self.shard, &encoded.files).await?;
+            let copied = session::run(client, &upload.copy).await;
+            loads_left -= 1;
+            bucket.remove(&upload).await;
+            let sent: usize = encoded.files.iter().map(|file| file.rows.len()).sum();
+            let loaded = match &copied {
+                Ok(_) => self.loaded(client).await?,
+                Err(error) if error.as_db_error().is_none() => return Err(failed(error)),
+                Err(_) => 0,
+            };
+            let named = match (loaded == sent, copied.is_ok()) {
+                (true, _) => Vec::new(),
+                (false, true) => self.named(client, &upload, &encoded.files).await?,
+                // It may have failed for another reason, which is the one to show.
+                (false, false) => {
+                    self.named(client, &upload, &encoded.files).await.unwrap_or_default()
+                }
+            };
+            match copied {
+                Ok(_) if loaded + named.len() != sent => {
+                    return Err(shared.unavailable(format!(
+                        "COPY loaded {loaded} of {sent} rows for table {} and named {} that it left \
+                         out; see stl_load_errors or sys_load_error_detail",
+                        shared.table,
+                        named.len()
+                    )));
+                }
+                Err(error) if named.is_empty() || loads_left == 0 => return Err(failed(&error)),
+                _ => {}
+            }
+            refused.extend(named);
+            refused.sort_unstable_by_key(|refusal| refusal.row);
+            let rows: Vec<usize> = refused.iter().map(|refusal| refusal.row).collect();
+            log.check(commit, &rows)?;
+            if copied.is_err() {
+                continue;
+            }
+            encoded.refusals.append(&mut refused);
+            encoded.refusals.sort_unstable_by_key(|refusal| refusal.row);
+            if let Some(losers) = merge::keep_winners(&shared.mode) {
+                session::run(client, &losers).await.map_err(|error| failed(&error))?;
+            }
+            return Ok(encoded);
         }
-        Ok(())
     }
 
-    /// The rows that the last COPY left out. Each row sent is loaded or named, or nothing is.
-    async fn left_out(
+    /// How many rows the last COPY loaded.
+    async fn loaded(&self, client: &Link) -> Result<usize, SinkError> {
+        let count = session::rows(client, "SELECT pg_last_copy_count()").await;
+        let count = count.map_err(|error| self.cannot_learn(&error))?;
+        let count = count.first().and_then(|row| row.get(0)).and_then(|text| text.parse().ok());
+        Ok(count.unwrap_or_default())
+    }
+
+    /// The rows that the error tables name for a load. Which of the two there is depends on the kind of
+    /// cluster, and on the role's rights.
+    async fn named(
         &self,
-        client: &Client,
+        client: &Link,
+        upload: &Upload,
         files: &[EncodedFile],
     ) -> Result<Vec<Refusal>, SinkError> {
-        let (shared, table) = (&self.shared, &self.shared.table);
-        let failed = |error: Error| {
-            shared.failed(&format!("cannot learn what was loaded for table {table}"), &error)
-        };
-        let sent: usize = files.iter().map(|file| file.rows.len()).sum();
-        let count = session::rows(client, "SELECT pg_last_copy_count()").await.map_err(failed)?;
-        let count = count.first().and_then(|row| row.get(0)).and_then(|text| text.parse().ok());
-        let loaded: usize = count.unwrap_or_default();
-        if loaded == sent {
-            return Ok(Vec::new());
-        }
-        let mut refused: HashMap<usize, String> = HashMap::new();
-        for row in session::rows(client, LOAD_ERRORS).await.map_err(failed)? {
-            let text = |place| row.get(place).unwrap_or_default();
-            let file = text(0).rsplit('/').next().and_then(|name| name.split('.').next());
-            let file = file.and_then(|number| files.get(number.parse::<usize>().ok()?));
-            let line = text(1).parse::<usize>().ok().and_then(|line| line.checked_sub(1));
-            if let Some(index) = file.zip(line).and_then(|(file, line)| file.rows.get(line)) {
-                let reason = format!("COPY does not take column {:?}: {}", text(2), text(3));
-                refused.entry(*index).or_insert(reason);
+        let of_load = session::literal(&format!("%/{}/%", upload.load));
+        let serverless = format!("{SERVERLESS_ERRORS} {of_load}");
+        let mut named: HashMap<usize, String> = HashMap::new();
+        let mut last_error = None;
+        for query in [CLUSTER_ERRORS, serverless.as_str()] {
+            let rows = match session::rows(client, query).await {
+                Ok(rows) => rows,
+                Err(error) if error.as_db_error().is_some() => {
+                    last_error = Some(error);
+                    continue;
+                }
+                Err(error) => return Err(self.cannot_learn(&error)),
+            };
+            for row in rows {
+                let text = |place| row.get(place).unwrap_or_default();
+                let mut path = text(0).rsplit('/');
+                let file = path.next().and_then(|name| name.split('.').next());
+                let file = file.and_then(|number| files.get(number.parse::<usize>().ok()?));
+                let line = text(1).parse::<usize>().ok().and_then(|line| line.checked_sub(1));
+                if let Some(index) = file.zip(line).and_then(|(file, line)| file.rows.get(line)) {
+                    let reason = format!("COPY does not take column {:?}: {}", text(2), text(3));
+                    named.entry(*index).or_insert(reason);
+                }
+            }
+            if !named.is_empty() {
+                break;
             }
         }
-        if loaded + refused.len() != sent {
-            return Err(shared.unavailable(format!(
-                "COPY loaded {loaded} of {sent} rows for table {table} and named {} that it left \
-                 out; see stl_load_errors",
-                refused.len()
-            )));
+        match (named.is_empty(), last_error) {
+            (true, Some(error)) => Err(self.cannot_learn(&error)),
+            _ => Ok(named.into_iter().map(|(row, reason)| Refusal { row, reason }).collect()),
         }
-        Ok(refused.into_iter().map(|(row, reason)| Refusal { row, reason }).collect())
+    }
+
+    fn cannot_learn(&self, error: &Error) -> SinkError {
+        let doing = format!("cannot learn what was loaded for table {}", self.shared.table);
+        self.shared.failed(&doing, error)
     }
 
     /// Moves the position and the staged rows, together.
     async fn transact(
         &self,
-        client: &Client,
+        client: &Link,
         commit: &Commit,
         table: &LiveTable,
         encoded: &Encoded,
@@ -243,7 +325,7 @@ impl RedshiftWriter {
             }
             session::run(client, merge::DROP_STAGING).await.map_err(failed)?;
         }
-        Ok(match session::commit(client).await {
+        Ok(match client.commit().await {
             Ok(()) => Ended::Committed,
             Err(cause) => Ended::Unknown(cause),
         })

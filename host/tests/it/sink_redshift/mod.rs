@@ -2,7 +2,7 @@
 //!
 //! What the stand-in is and is not, `standin.rs` says.
 
-mod standin;
+pub mod standin;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -16,19 +16,25 @@ use futures::TryStreamExt as _;
 use shardmill::config::{CopySource, RedshiftTarget};
 use shardmill::sink::redshift::RedshiftSink;
 use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
-use standin::{ROLE, Standin};
+use standin::{Kind, ROLE, Standin};
 use tokio_postgres::{Client, NoTls};
 
 /// A cluster with a schema of the test's own, and a bucket.
-struct Cluster {
-    client: Client,
+pub struct Cluster {
+    pub client: Client,
     schema: String,
     port: u16,
     s3: s3::Server,
 }
 
 impl Cluster {
-    async fn new(test: &str) -> Self {
+    /// A provisioned one.
+    pub async fn new(test: &str) -> Self {
+        Self::new_as(test, Kind::default()).await
+    }
+
+    /// One of another kind.
+    pub async fn new_as(test: &str, kind: Kind) -> Self {
         let url = url::Url::parse(&postgres_url()).expect("a URL");
         let (client, connection) =
             tokio_postgres::connect(url.as_str(), NoTls).await.expect("a server");
@@ -42,16 +48,18 @@ impl Cluster {
         client.batch_execute(&create).await.expect("a schema");
         let s3 = s3::start().await;
         let server = url.socket_addrs(|| Some(5432)).expect("an address")[0].to_string();
-        let port = Standin::start(server, s3.store.clone(), s3::BUCKET).await.port;
+        let standin = Standin::start_as(server, s3.store.clone(), s3::BUCKET, kind);
+        let port = standin.await.port;
         Self { client, schema, port, s3 }
     }
 
-    async fn sql(&self, sql: &str) {
+    /// Runs statements.
+    pub async fn sql(&self, sql: &str) {
         self.client.batch_execute(sql).await.expect(sql);
     }
 
     /// The one value of a query, as text; `NULL` for null.
-    async fn one(&self, query: &str) -> String {
+    pub async fn one(&self, query: &str) -> String {
         let row =
             self.client.query_one(&format!("SELECT ({query})::text"), &[]).await.expect(query);
         row.get::<_, Option<String>>(0).unwrap_or_else(|| "NULL".into())
@@ -65,7 +73,8 @@ impl Cluster {
         url.into()
     }
 
-    fn target(&self, table: &str, mode: WriteMode) -> RedshiftTarget {
+    /// A target in the test's schema.
+    pub fn target(&self, table: &str, mode: WriteMode) -> RedshiftTarget {
         RedshiftTarget {
             url: Self::url(self.port),
             table: format!("{}.{table}", self.schema),
@@ -80,7 +89,8 @@ impl Cluster {
         }
     }
 
-    fn sink(&self, table: &str) -> RedshiftSink {
+    /// A sink that appends.
+    pub fn sink(&self, table: &str) -> RedshiftSink {
         RedshiftSink::new("mart".into(), &self.target(table, WriteMode::Append)).expect("a sink")
     }
 
@@ -90,11 +100,13 @@ impl Cluster {
     }
 }
 
-async fn acquire(sink: &RedshiftSink) -> Acquired {
+/// Acquires the one shard.
+pub async fn acquire(sink: &RedshiftSink) -> Acquired {
     sink.acquire(&shard("shardId-000000000000")).await.expect("acquired")
 }
 
-async fn writer(sink: &RedshiftSink) -> Box<dyn SinkWriter> {
+/// Prepares a sink, and acquires its one shard.
+pub async fn writer(sink: &RedshiftSink) -> Box<dyn SinkWriter> {
     sink.prepare(&[route(&[])]).await.expect("prepared");
     acquire(sink).await.writer
 }

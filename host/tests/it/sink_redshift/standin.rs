@@ -41,6 +41,13 @@ const SESSION: &str = "\
         colname text, err_reason text); \
     SET standin.copies = '0'; SET standin.loaded = '0'";
 
+/// The same for Redshift Serverless, which shows load errors elsewhere.
+const SERVERLESS_SESSION: &str = "\
+    SET client_min_messages = warning; SET search_path = public; \
+    CREATE TEMP TABLE sys_load_error_detail (query_id bigint, file_name text, line_number bigint, \
+        column_name text, error_message text); \
+    SET standin.copies = '0'; SET standin.loaded = '0'";
+
 /// What the stand-in's database has once. `super` takes strings as long as Redshift's.
 pub const DATABASE: &str = "\
     SELECT pg_advisory_lock(5439); \
@@ -52,6 +59,15 @@ pub const DATABASE: &str = "\
         $$ SELECT current_setting('standin.loaded')::bigint $$; \
     SELECT pg_advisory_unlock(5439)";
 
+/// How a stand-in differs from a provisioned cluster.
+#[derive(Clone, Copy, Default)]
+pub struct Kind {
+    /// It is Redshift Serverless.
+    pub serverless: bool,
+    /// Rows that COPY leaves out at most, whatever the statement says.
+    pub errors_max: Option<usize>,
+}
+
 /// A running stand-in; it ends with the test's runtime.
 pub struct Standin {
     pub port: u16,
@@ -60,6 +76,16 @@ pub struct Standin {
 impl Standin {
     /// Listens on loopback before `server`, a `host:port` of PostgreSQL, and loads from a store.
     pub async fn start(server: String, store: Arc<dyn ObjectStore>, bucket: &'static str) -> Self {
+        Self::start_as(server, store, bucket, Kind::default()).await
+    }
+
+    /// The same, as another kind.
+    pub async fn start_as(
+        server: String,
+        store: Arc<dyn ObjectStore>,
+        bucket: &'static str,
+        kind: Kind,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         tokio::spawn(async move {
@@ -68,8 +94,8 @@ impl Standin {
                 for socket in [&client, &backend] {
                     socket.set_nodelay(true).expect("a socket");
                 }
-                let session =
-                    Session { client, backend: Backend(backend), store: store.clone(), bucket };
+                let (backend, store) = (Backend(backend), store.clone());
+                let session = Session { client, backend, store, bucket, kind };
                 // An error is what a client that goes away looks like from here.
                 tokio::spawn(async move { drop(session.serve().await) });
             }
@@ -132,6 +158,7 @@ struct Session {
     backend: Backend,
     store: Arc<dyn ObjectStore>,
     bucket: &'static str,
+    kind: Kind,
 }
 
 impl Session {
@@ -141,7 +168,8 @@ impl Session {
         self.client.read_exact(&mut startup).await?;
         self.backend.0.write_all(&[&length.to_be_bytes()[..], &startup].concat()).await?;
         let greeting = self.backend.answer().await?;
-        assert_eq!(self.backend.try_run(SESSION).await?, None, "the session begins");
+        let session = if self.kind.serverless { SERVERLESS_SESSION } else { SESSION };
+        assert_eq!(self.backend.try_run(session).await?, None, "the session begins");
         for message in &greeting {
             write_message(&mut self.client, message).await?;
         }
@@ -190,6 +218,7 @@ impl Session {
         }
         let errors_max =
             options.rsplit(' ').next().and_then(|n| n.parse().ok()).expect("MAXERROR n");
+        let errors_max: usize = self.kind.errors_max.unwrap_or(errors_max);
         let manifest: serde_json::Value = match self.get(manifest).await {
             Ok(bytes) => serde_json::from_slice(&bytes).expect("a manifest is JSON"),
             Err(why) => return Ok(Err(why)),
@@ -219,8 +248,12 @@ impl Session {
                     Some(why) => {
                         errors += 1;
                         let why = why.replace('\'', "''");
+                        let errors = match self.kind.serverless {
+                            true => "sys_load_error_detail",
+                            false => "stl_load_errors",
+                        };
                         let note = format!(
-                            "INSERT INTO stl_load_errors VALUES \
+                            "INSERT INTO {errors} VALUES \
                              (pg_last_copy_id(), '{url}  ', {number}, 'any', '{why}')"
                         );
                         assert_eq!(self.backend.try_run(&note).await?, None);
@@ -230,6 +263,10 @@ impl Session {
         }
         self.backend.ask(&format!("SET standin.loaded = '{loaded}'")).await?;
         let failed = errors > errors_max;
+        if failed {
+            // What a COPY that fails has loaded is gone.
+            self.backend.ask(&format!("DELETE FROM {table}")).await?;
+        }
         Ok(if failed { Err("Load failed. Check 'stl_load_errors'".into()) } else { Ok(()) })
     }
 

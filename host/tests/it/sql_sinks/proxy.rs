@@ -14,12 +14,18 @@ pub enum Cut {
     After(&'static str),
     /// Likewise, and new connections are closed until [`Proxy::accept`].
     AfterAndRefuse(&'static str),
+    /// Of a connection on which the client has said the first word: the server answers the message with
+    /// the second; the client never hears another word, and the connection stays open.
+    Mute(&'static str, &'static str),
 }
 
 impl Cut {
     fn word(self) -> &'static str {
         match self {
-            Self::Before(word) | Self::After(word) | Self::AfterAndRefuse(word) => word,
+            Self::Before(word)
+            | Self::After(word)
+            | Self::AfterAndRefuse(word)
+            | Self::Mute(_, word) => word,
         }
     }
 }
@@ -28,6 +34,10 @@ impl Cut {
 struct State {
     cut: Option<Cut>,
     refuses: bool,
+    /// Nothing is passed on, on any connection.
+    frozen: bool,
+    /// What is counted, and how often the clients have said it.
+    counted: Option<(&'static str, usize)>,
 }
 
 /// The proxy; it ends with the test's runtime.
@@ -64,6 +74,27 @@ impl Proxy {
         self.state.lock().expect("no panic").cut.is_none()
     }
 
+    /// Passes nothing on any more, as in front of a server that was stopped: its kernel still accepts
+    /// connections.
+    pub fn freeze(&self) {
+        self.state.lock().expect("no panic").frozen = true;
+    }
+
+    /// Passes on again.
+    pub fn thaw(&self) {
+        self.state.lock().expect("no panic").frozen = false;
+    }
+
+    /// Counts how often clients say a word from now on.
+    pub fn count(&self, word: &'static str) {
+        self.state.lock().expect("no panic").counted = Some((word, 0));
+    }
+
+    /// How often they have said it.
+    pub fn counted(&self) -> usize {
+        self.state.lock().expect("no panic").counted.expect("counted").1
+    }
+
     /// Takes new connections again.
     pub fn accept(&self) {
         self.state.lock().expect("no panic").refuses = false;
@@ -73,25 +104,33 @@ impl Proxy {
 /// Passes bytes both ways until one side ends, or until the cut.
 async fn pass(mut client: TcpStream, mut server: TcpStream, state: Arc<Mutex<State>>) {
     let (mut said, mut answer) = (vec![0; 65_536], vec![0; 65_536]);
+    let mut before = false;
+    let mut is_mute = false;
     loop {
         tokio::select! {
             read = client.read(&mut said) => {
                 let Ok(length @ 1..) = read else { return };
-                let cut = take_cut(&state, &said[..length]);
+                while_frozen(&state).await;
+                let cut = take_cut(&state, &said[..length], &mut before);
                 if let Some(Cut::Before(_)) = cut {
                     return;
                 }
                 if server.write_all(&said[..length]).await.is_err() {
                     return;
                 }
-                if cut.is_some() {
-                    let _ = server.read(&mut answer).await;
-                    return;
+                match cut {
+                    Some(Cut::Mute(..)) => is_mute = true,
+                    Some(_) => {
+                        let _ = server.read(&mut answer).await;
+                        return;
+                    }
+                    None => {}
                 }
             }
             read = server.read(&mut answer) => {
                 let Ok(length @ 1..) = read else { return };
-                if client.write_all(&answer[..length]).await.is_err() {
+                while_frozen(&state).await;
+                if !is_mute && client.write_all(&answer[..length]).await.is_err() {
                     return;
                 }
             }
@@ -99,11 +138,31 @@ async fn pass(mut client: TcpStream, mut server: TcpStream, state: Arc<Mutex<Sta
     }
 }
 
-/// The cut, if its word is in what the client says.
-fn take_cut(state: &Mutex<State>, said: &[u8]) -> Option<Cut> {
+async fn while_frozen(state: &Mutex<State>) {
+    while state.lock().expect("no panic").frozen {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+/// The cut, if its word is in what the client says. `before`: whether the word that must come before it
+/// was said.
+fn take_cut(state: &Mutex<State>, said: &[u8], before: &mut bool) -> Option<Cut> {
+    let has = |word: &str| said.windows(word.len()).any(|window| window == word.as_bytes());
     let mut state = state.lock().expect("no panic");
-    let word = state.cut?.word().as_bytes();
-    said.windows(word.len()).find(|window| *window == word)?;
-    state.refuses = matches!(state.cut, Some(Cut::AfterAndRefuse(_)));
+    if let Some((word, times)) = &mut state.counted {
+        let word = word.as_bytes();
+        *times += said.windows(word.len()).filter(|window| *window == word).count();
+    }
+    let cut = state.cut?;
+    if let Cut::Mute(first, _) = cut {
+        *before |= has(first);
+        if !*before {
+            return None;
+        }
+    }
+    if !has(cut.word()) {
+        return None;
+    }
+    state.refuses = matches!(cut, Cut::AfterAndRefuse(_));
     state.cut.take()
 }

@@ -1,9 +1,13 @@
-//! Rows from PostgreSQL: a few connections, on each the query prepared.
+//! Rows from PostgreSQL, by a few connections.
 //!
 //! The server itself writes the rows as JSON, `row_to_json` over the user's query as a subquery: it
 //! writes integers and numerics with all their digits and times in ISO 8601, and knows every type.
 //! `to_jsonb` would do the same by way of a tree that it builds first. Only `bytea` is asked for in
 //! base64, as the sinks take it.
+//!
+//! Nothing stays in the server's session: no statement and no setting outlives its transaction, because
+//! a pooler may lend the session to another application next. So what the query's parameter and columns
+//! are is learnt once ([`Description`]), and the query goes without a name.
 
 use std::collections::BTreeSet;
 use std::pin::pin;
@@ -13,13 +17,13 @@ use std::time::{Duration, Instant};
 use futures::TryStreamExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout_at;
+use tokio_postgres::Column;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Kind, ToSql, Type};
-use tokio_postgres::{Client, Column, Error, Statement};
 
 use super::LookupError;
 use super::found::{Asked, Found};
-use crate::postgres::{PostgresServer, describe};
+use crate::postgres::{Link, PostgresServer, ServerError};
 
 /// Lanes share these. More would not make a server faster, and fewer would let one slow query stop
 /// every lane.
@@ -29,6 +33,19 @@ const CONNECTIONS_MAX: usize = 4;
 const PAUSE: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
+/// A connection may take as long as this, even where queries may not.
+const SILENCE_MIN: Duration = Duration::from_secs(10);
+
+/// Columns that were added to the table are noticed after this; that one is gone, at once.
+const DESCRIPTION_AGE_MAX: Duration = Duration::from_secs(60);
+
+/// Statements that the client library has prepared in the session. It names them by a counter.
+const OWN_STATEMENTS: &str =
+    "SELECT name FROM pg_catalog.pg_prepared_statements WHERE name ~ '^s[0-9]+$'";
+
+/// The savepoint after which the query is described.
+const SAVEPOINT: &str = "describe";
+
 /// A table's query, and the connections that it runs on.
 pub(super) struct PostgresTable {
     server: PostgresServer,
@@ -36,15 +53,19 @@ pub(super) struct PostgresTable {
     query: String,
     timeout: Duration,
     connections: Semaphore,
-    idle: Mutex<Vec<Session>>,
+    idle: Mutex<Vec<Link>>,
+    description: Mutex<Option<Arc<Description>>>,
     refused: Mutex<Option<Refused>>,
 }
 
-/// A connection with the query prepared on it.
-struct Session {
-    client: Client,
-    statement: Statement,
+/// The query's parameter and columns.
+struct Description {
+    /// The query whose rows are a key and a JSON object.
+    json: String,
     key_type: KeyType,
+    /// The type by which keys are bound.
+    parameter: Type,
+    read_at: Instant,
 }
 
 /// That no connection could be made, and until when none is tried.
@@ -65,6 +86,7 @@ impl PostgresTable {
             timeout,
             connections: Semaphore::new(CONNECTIONS_MAX),
             idle: Mutex::default(),
+            description: Mutex::default(),
             refused: Mutex::default(),
         })
     }
@@ -92,36 +114,130 @@ impl PostgresTable {
 
     async fn fetch_in_time(&self, keys: &[Arc<str>], found: &mut Found) -> Result<(), LookupError> {
         let _permit = self.connections.acquire().await;
-        if let Some(session) = self.idle_session() {
-            match session.fetch(keys, found).await {
+        let known = self.known();
+        let is_known = known.is_some();
+        let description = match known {
+            Some(known) => known,
+            None => self.describe().await?,
+        };
+        if let Some(link) = self.idle_link() {
+            match self.query(&link, &description, keys, found).await {
                 Ok(()) => {
-                    self.idle().push(session);
+                    self.idle().push(link);
                     return Ok(());
                 }
-                // The server went away in between, or the table is another now: once more, anew.
-                Err(FetchError::Failed(error)) if session.is_stale(&error) => {}
+                // The server went away in between: once more, on another connection.
+                Err(FetchError::Failed(error)) if is_stale(&error) => self.idle().clear(),
+                Err(FetchError::Failed(error)) if is_known && is_altered(&error) => {}
                 Err(error) => return Err(self.failed(error)),
             }
         }
-        let session = self.connect().await?;
-        session.fetch(keys, found).await.map_err(|error| self.failed(error))?;
-        self.idle().push(session);
+        let link = self.connect().await?;
+        let fetched = match self.query(&link, &description, keys, found).await {
+            Err(FetchError::Failed(error)) if is_known && is_altered(&error) => {
+                // The table is another by now.
+                drop(link);
+                let description = self.describe().await?;
+                let link = self.connect().await?;
+                self.query(&link, &description, keys, found).await.map(|()| link)
+            }
+            other => other.map(|()| link),
+        };
+        let link = fetched.map_err(|error| self.failed(error))?;
+        self.idle().push(link);
         Ok(())
     }
 
-    fn idle_session(&self) -> Option<Session> {
+    fn idle_link(&self) -> Option<Link> {
         let mut idle = self.idle();
-        idle.retain(|session| !session.client.is_closed());
+        idle.retain(|link| !link.is_closed());
         idle.pop()
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Session>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<Link>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The description, unless it is old.
+    fn known(&self) -> Option<Arc<Description>> {
+        let known = self.description.lock().unwrap_or_else(PoisonError::into_inner);
+        known.clone().filter(|known| known.read_at.elapsed() < DESCRIPTION_AGE_MAX)
+    }
+
+    /// Learns what the query's parameter and columns are, on a connection of its own: the client may
+    /// have to prepare statements to learn of types, and keeps them for its connection's life.
+    async fn describe(&self) -> Result<Arc<Description>, LookupError> {
+        let link = self.connect().await?;
+        let described = self.describe_on(&link).await.map_err(|error| self.failed(error))?;
+        let described = Arc::new(described);
+        let mut known = self.description.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = Some(Arc::clone(&described));
+        Ok(described)
+    }
+
+    async fn describe_on(&self, link: &Link) -> Result<Description, FetchError> {
+        let misfit = |message| FetchError::Lookup(LookupError::retryable(message));
+        link.batch_execute(&format!("{}; SAVEPOINT {SAVEPOINT}", self.begin())).await?;
+        let before = own_statements(link).await?;
+        let plain = link.prepare(&self.query, SAVEPOINT).await?;
+        let (key_type, parameter) = key_type(plain.params()).map_err(misfit)?;
+        let json = json_query(&self.query, plain.columns()).map_err(misfit)?;
+        let planned = link.prepare(&json, SAVEPOINT).await.map_err(|error| {
+            misfit(format!("the query is not a SELECT that can stand in brackets: {error}"))
+        })?;
+        // Closes them, in the same transaction.
+        drop((plain, planned));
+        for name in own_statements(link).await?.difference(&before) {
+            link.batch_execute(&format!("DEALLOCATE {name}")).await?;
+        }
+        link.batch_execute("COMMIT").await?;
+        Ok(Description { json, key_type, parameter, read_at: Instant::now() })
+    }
+
+    /// Begins a transaction. It makes the server refuse writes, and its texts the same everywhere.
+    fn begin(&self) -> String {
+        format!(
+            "BEGIN READ ONLY; SET LOCAL statement_timeout = {}; \
+             SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; \
+             SET LOCAL IntervalStyle = 'iso_8601'; SET LOCAL extra_float_digits = 1",
+            self.timeout.as_millis().max(1)
+        )
+    }
+
+    /// Runs the query for some keys.
+    async fn query(
+        &self,
+        link: &Link,
+        description: &Description,
+        keys: &[Arc<str>],
+        found: &mut Found,
+    ) -> Result<(), FetchError> {
+        let Description { json, key_type, parameter, .. } = description;
+        let asked = Asked::new(keys, |key| key_type.meaning(key));
+        let array = key_type.array(asked.meanings().map(String::as_str));
+        link.batch_execute(&self.begin()).await?;
+        let values = [(&*array as &(dyn ToSql + Sync), parameter.clone())];
+        let rows = link.client().query_typed_raw(json, values).await;
+        let mut rows = pin!(rows.map_err(ServerError::Failed)?);
+        while let Some(row) = rows.try_next().await.map_err(ServerError::Failed)? {
+            let unreadable = |error: tokio_postgres::Error| ServerError::Failed(error);
+            let key = row.try_get::<_, Option<&str>>(0).map_err(unreadable)?;
+            let json = row.try_get::<_, Option<&str>>(1).map_err(unreadable)?;
+            let (Some(key), Some(json)) = (key, json) else {
+                continue; // NULL is nobody's key.
+            };
+            match asked.keys(key) {
+                Some(keys) => found.add(keys, json).map_err(FetchError::Lookup)?,
+                None => found.add_stranger(key),
+            }
+        }
+        link.batch_execute("COMMIT").await?;
+        Ok(())
     }
 
     /// Connects, unless it failed a moment ago: all lanes together ask a server that is down no more
     /// often than one would.
-    async fn connect(&self) -> Result<Session, LookupError> {
+    async fn connect(&self) -> Result<Link, LookupError> {
         let mut pause = PAUSE;
         if let Some(refused) = &*self.refused() {
             if Instant::now() < refused.until {
@@ -129,16 +245,12 @@ impl PostgresTable {
             }
             pause = (refused.pause * 2).min(PAUSE_MAX);
         }
-        let connected = Session::connect(&self.server, &self.query, self.timeout).await;
-        let error = match connected {
-            Ok(session) => {
+        let error = match self.server.connect(self.timeout.max(SILENCE_MIN)).await {
+            Ok(link) => {
                 *self.refused() = None;
-                return Ok(session);
+                return Ok(link);
             }
-            Err(ConnectError::Failed(error)) => {
-                LookupError::retryable(format!("{}: {}", self.place, describe(&error)))
-            }
-            Err(ConnectError::Query(fault)) => LookupError::retryable(fault),
+            Err(error) => LookupError::retryable(format!("{}: {error}", self.place)),
         };
         let until = Instant::now() + pause;
         *self.refused() = Some(Refused { error: error.clone(), until, pause });
@@ -159,92 +271,38 @@ impl PostgresTable {
         let blames_keys = error.code().is_some_and(|code| {
             code.code().starts_with("22") || *code == SqlState::RAISE_EXCEPTION
         });
-        let message = format!("{}: {}", self.place, describe(&error));
+        let message = format!("{}: {error}", self.place);
         LookupError { retryable: !blames_keys, message }
     }
 }
 
-enum ConnectError {
-    Failed(Error),
-    /// What is wrong with the query.
-    Query(String),
-}
-
-impl From<Error> for ConnectError {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
 enum FetchError {
-    Failed(Error),
+    Failed(ServerError),
     Lookup(LookupError),
 }
 
-impl From<Error> for FetchError {
-    fn from(error: Error) -> Self {
+impl From<ServerError> for FetchError {
+    fn from(error: ServerError) -> Self {
         Self::Failed(error)
     }
 }
 
-impl Session {
-    async fn connect(
-        server: &PostgresServer,
-        query: &str,
-        timeout: Duration,
-    ) -> Result<Self, ConnectError> {
-        let client = server.connect().await?;
-        // The first makes the server refuse writes; the last make its texts the same everywhere.
-        let settings = format!(
-            "SET default_transaction_read_only = on; SET statement_timeout = {}; \
-             SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'iso_8601'; \
-             SET extra_float_digits = 1",
-            timeout.as_millis().max(1)
-        );
-        client.batch_execute(&settings).await?;
-        let plain = client.prepare(query).await?;
-        let key_type = key_type(plain.params()).map_err(ConnectError::Query)?;
-        let json = json_query(query, plain.columns()).map_err(ConnectError::Query)?;
-        let statement = client.prepare_typed(&json, plain.params()).await.map_err(|error| {
-            ConnectError::Query(format!(
-                "the query is no SELECT that can stand in brackets: {}",
-                describe(&error)
-            ))
-        })?;
-        Ok(Self { client, statement, key_type })
-    }
+/// The names of the statements that the client library has prepared in the session.
+async fn own_statements(link: &Link) -> Result<BTreeSet<String>, ServerError> {
+    let rows = link.simple_rows(OWN_STATEMENTS).await?;
+    Ok(rows.iter().filter_map(|row| row.get(0)).map(ToOwned::to_owned).collect())
+}
 
-    async fn fetch(&self, keys: &[Arc<str>], found: &mut Found) -> Result<(), FetchError> {
-        let asked = Asked::new(keys, |key| self.key_type.meaning(key));
-        let array = self.key_type.array(asked.meanings().map(String::as_str));
-        let rows = self.client.query_raw(&self.statement, [&*array as &(dyn ToSql + Sync)]).await?;
-        let mut rows = pin!(rows);
-        while let Some(row) = rows.try_next().await? {
-            let (Some(key), Some(json)) =
-                (row.try_get::<_, Option<&str>>(0)?, row.try_get::<_, Option<&str>>(1)?)
-            else {
-                continue; // NULL is nobody's key.
-            };
-            match asked.keys(key) {
-                Some(keys) => found.add(keys, json).map_err(FetchError::Lookup)?,
-                None => found.add_stranger(key),
-            }
-        }
-        Ok(())
-    }
+/// Whether an error may be the connection's alone: it was lost, or the server is no longer the same.
+fn is_stale(error: &ServerError) -> bool {
+    error.condemns_server()
+}
 
-    /// Whether an error may be the connection's alone: it was lost, or what it has prepared does not
-    /// fit the table any longer.
-    fn is_stale(&self, error: &Error) -> bool {
-        let stale = [
-            SqlState::FEATURE_NOT_SUPPORTED, // "cached plan must not change result type"
-            SqlState::INVALID_SQL_STATEMENT_NAME,
-            SqlState::ADMIN_SHUTDOWN,
-            SqlState::CRASH_SHUTDOWN,
-        ];
-        let is_lost = self.client.is_closed() || error.is_closed() || error.as_db_error().is_none();
-        is_lost || error.code().is_some_and(|code| stale.contains(code))
-    }
+/// Whether an error says that the query no longer fits its description: class 42, "syntax error or
+/// access rule violation", has the columns and functions that are not there.
+fn is_altered(error: &ServerError) -> bool {
+    let code = error.code().map(SqlState::code);
+    code.is_some_and(|code| code.starts_with("42") || code == SqlState::DATATYPE_MISMATCH.code())
 }
 
 /// How keys are bound: by the type of the query's parameter.
@@ -259,14 +317,14 @@ enum KeyType {
     Uuid,
 }
 
-fn key_type(params: &[Type]) -> Result<KeyType, String> {
+fn key_type(params: &[Type]) -> Result<(KeyType, Type), String> {
     let [param] = params else {
         return Err(format!(
             "the query has {} parameters and is to have one, the keys: WHERE id = ANY($1)",
             params.len()
         ));
     };
-    Ok(match *param {
+    let key_type = match *param {
         Type::TEXT_ARRAY | Type::VARCHAR_ARRAY => KeyType::Text,
         Type::BPCHAR_ARRAY => KeyType::PaddedText,
         Type::INT2_ARRAY => KeyType::Int2,
@@ -280,7 +338,8 @@ fn key_type(params: &[Type]) -> Result<KeyType, String> {
                  WHERE id::text = ANY($1::text[])"
             ));
         }
-    })
+    };
+    Ok((key_type, param.clone()))
 }
 
 impl KeyType {
@@ -312,33 +371,50 @@ impl KeyType {
 }
 
 /// The user's query as one of two columns: the key as text, and the others as a JSON object.
+///
+/// Columns are asked for by name, not by place: a table that is altered must not show one column's
+/// values under another's name.
 fn json_query(query: &str, columns: &[Column]) -> Result<String, String> {
-    if columns.len() < 2 {
-        return Err(format!(
-            "the query has {} columns and is to have two at least, the key first",
-            columns.len()
-        ));
+    let [key, others @ ..] = columns else {
+        return Err("the query has no columns and is to have two at least, the key first".into());
+    };
+    if others.is_empty() {
+        return Err("the query has 1 columns and is to have two at least, the key first".into());
     }
     let (mut names, mut fields) = (BTreeSet::new(), Vec::new());
-    for (place, column) in columns.iter().enumerate().skip(1) {
+    for column in others {
         let name = column.name();
         if !names.insert(name) {
             return Err(format!("the query has two columns {name:?}: give one another name by AS"));
         }
+        let quoted = quoted(name);
         let value = match is_bytea(column.type_()) {
             // The server breaks base64 into lines.
-            true => format!("translate(encode(q.c{place}, 'base64'), E'\\n', '')"),
-            false => format!("q.c{place}"),
+            true => format!("translate(encode(q.{quoted}, 'base64'), E'\\n', '')"),
+            false => format!("q.{quoted}"),
         };
-        fields.push(format!("{value} AS \"{}\"", name.replace('"', "\"\"")));
+        fields.push(format!("{value} AS {quoted}"));
     }
-    let places: Vec<String> = (0..columns.len()).map(|place| format!("c{place}")).collect();
+    // A second column of the key's name would be taken for it: only places tell them apart.
+    let (key_name, places) = match names.contains(key.name()) {
+        false => (quoted(key.name()), String::new()),
+        true => {
+            let others = others.iter().map(|column| quoted(column.name()));
+            let places: Vec<String> =
+                std::iter::once("\"shardmill key\"".to_owned()).chain(others).collect();
+            ("\"shardmill key\"".to_owned(), format!("({})", places.join(", ")))
+        }
+    };
     // The line break ends a comment that the query may end with.
     Ok(format!(
-        "SELECT q.c0::text, (SELECT row_to_json(r.*) FROM (SELECT {}) r)::text FROM ({query}\n) q({})",
-        fields.join(", "),
-        places.join(", ")
+        "SELECT q.{key_name}::text, (SELECT row_to_json(r.*) FROM (SELECT {}) r)::text \
+         FROM ({query}\n) q{places}",
+        fields.join(", ")
     ))
+}
+
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 fn is_bytea(column: &Type) -> bool {

@@ -1,1 +1,0 @@
-//! PostgreSQL and Redshift: pooled sessions, odd rows, poolers, what `check` must see.
