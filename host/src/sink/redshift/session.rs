@@ -43,7 +43,7 @@ pub(super) fn is_no_table(error: &ServerError) -> bool {
 }
 
 /// Whether a statement failed because a column is not there.
-pub(super) fn is_no_column(error: &Error) -> bool {
+pub(super) fn is_no_column(error: &ServerError) -> bool {
     error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_COLUMN)
 }
 
