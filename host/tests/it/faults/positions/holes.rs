@@ -31,6 +31,14 @@ impl Place {
         let random = folder.file_name().and_then(|name| name.to_str()).expect("a name");
         let random: String = random.chars().filter(char::is_ascii_alphanumeric).collect();
         let table = format!("holes_{}_{name}", random.to_ascii_lowercase());
+        // A schema of its own: sinks of other tests keep their positions beside their tables.
+        let table = match kind {
+            Kind::Postgres => {
+                postgres(&format!("CREATE SCHEMA {table}"));
+                format!("{table}.rows")
+            }
+            Kind::Sqlite | Kind::Objects => table,
+        };
         let place = Self { kind, folder: folder.to_owned(), table };
         let columns = "id bigint NOT NULL, key text NOT NULL, n bigint NOT NULL";
         let create = format!("CREATE TABLE {} ({columns})", place.table);
