@@ -396,9 +396,11 @@ mod tests {
         }
     }
 
-    fn facts(
-        shards: &[(&str, Option<&[&str]>, Option<(u64, bool)>, &[(&str, Stands)])],
-    ) -> BTreeMap<ShardId, ShardFacts> {
+    /// A shard, its listed parents, its checkpoint and whether it has ended, and where its sinks stand.
+    type ShardCase<'c> =
+        (&'c str, Option<&'c [&'c str]>, Option<(u64, bool)>, &'c [(&'c str, Stands)]);
+
+    fn facts(shards: &[ShardCase<'_>]) -> BTreeMap<ShardId, ShardFacts> {
         let facts = shards.iter().map(|(shard, parents, state, sinks)| {
             let facts = ShardFacts {
                 listed_parents: parents

@@ -238,7 +238,7 @@ impl<'f> Failed<'f> {
     /// | failed otherwise, with a row | are there, but for what the replay was allowed to leave out |
     fn is_delivered(&self, item: &FailedAgain, with_rows: &HashSet<(String, String)>) -> bool {
         let Some(failed) = self.0.get(&item.record()) else { return true };
-        let is_same = failed.iter().any(|failed| *failed == item);
+        let is_same = failed.contains(&item);
         !is_same && with_rows.contains(&(item.shard.to_string(), item.sequence.clone()))
     }
 }

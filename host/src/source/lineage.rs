@@ -388,7 +388,8 @@ mod tests {
                 .map(|id| {
                     // Some parents are not listed.
                     let parents: Vec<String> = (0..random.usize(0..3))
-                        .filter_map(|_| (id > 0).then(|| (random.usize(0..id + 2)).to_string()))
+                        .filter(|_| id > 0)
+                        .map(|_| random.usize(0..id + 2).to_string())
                         .filter(|parent| *parent != id.to_string())
                         .filter(|parent| {
                             parent.parse::<usize>().is_ok_and(|it| it < id || it > count)
