@@ -109,7 +109,12 @@ impl Board {
         let mut shards = self.lock();
         let status = shards.entry(shard.clone()).or_default();
         let before = status.blocked.insert(part.to_owned(), cause.to_owned());
-        if before.as_deref() != Some(cause) {
+        // How far a search is changes all the time; that it goes on is said once.
+        let is_news = match part == super::SEARCH {
+            true => before.is_none(),
+            false => before.as_deref() != Some(cause),
+        };
+        if is_news {
             tracing::error!(shard = %shard, part, cause, "blocked");
         }
         gauge(shard, status);

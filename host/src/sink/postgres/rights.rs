@@ -98,6 +98,10 @@ pub(super) async fn check(
             link.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
         }
         if !rights.has_statement_triggers {
+            // Takes the lock that COPY takes. A COPY that fails before it asks for data leaves client and
+            // server out of step (see `Link::run_in_step`), and a locked table would then look broken.
+            let lock = format!("EXPLAIN INSERT INTO {} DEFAULT VALUES", table.quoted());
+            link.batch_execute(&lock).await?;
             copy_nothing(link, table, &columns).await?;
         }
         Ok(())
