@@ -31,8 +31,8 @@ fn fault_01_reloads_of_a_blocked_lane_answer_and_cure_it() {
             .write()
     };
     let path = file("mart.db", "1 MiB");
-    let trigger = "CREATE TRIGGER refuse BEFORE INSERT ON rows
-        BEGIN INSERT INTO no_such_table VALUES (1); END";
+    let trigger = "CREATE TRIGGER refuse BEFORE INSERT ON rows WHEN NEW.id >= 0
+        BEGIN SELECT abs(-9223372036854775807 - 1); END";
     sqlite(&folder.path().join("mart.db")).execute_batch(trigger).expect("a trigger");
     let mut run = Run::start(&path);
     run.wait_logged("blocked");

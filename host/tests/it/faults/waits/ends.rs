@@ -37,8 +37,8 @@ fn fault_01_sigterm_ends_a_lane_that_waits_for_a_sink_which_refuses() {
     let lines = format!("type = \"sqlite\"\npath = \"{}\"\ntable = \"rows\"", mart.display());
     let file = blocked_pipeline(folder.path(), &lines).write();
     // Every commit fails, and the sink is at fault.
-    let trigger = "CREATE TRIGGER refuse BEFORE INSERT ON rows
-        BEGIN INSERT INTO no_such_table VALUES (1); END";
+    let trigger = "CREATE TRIGGER refuse BEFORE INSERT ON rows WHEN NEW.id >= 0
+        BEGIN SELECT abs(-9223372036854775807 - 1); END";
     sqlite(&mart).execute_batch(trigger).expect("a trigger");
     let mut run = Run::start(&file);
     run.wait_logged("blocked");
@@ -158,8 +158,8 @@ fn fault_01_a_second_sigterm_ends_the_process_at_once() {
 #[test]
 fn fault_01_a_fatal_error_is_logged_when_it_happens_and_ends_blocked_lanes() {
     let world = World::new(2);
-    let trigger = "CREATE TRIGGER refuse BEFORE INSERT ON rows
-        BEGIN INSERT INTO no_such_table VALUES (1); END";
+    let trigger = "CREATE TRIGGER refuse BEFORE INSERT ON rows WHEN NEW.id >= 0
+        BEGIN SELECT abs(-9223372036854775807 - 1); END";
     world.mart().execute_batch(trigger).expect("a trigger");
     world.put(0..20_000, 50);
     let file = PipelineToml::new(world.folder.path(), "reading")
