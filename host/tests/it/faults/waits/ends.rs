@@ -278,6 +278,8 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
         .stage("route", &passing, "config = {}\nroutes = { out = [\"mart\"] }")
         .sink("mart", &format!("type = \"http\"\nprivate = true\nurl = \"{url}\""))
         .write();
+    // A redrive runs what the state says: the other sink is taken over first.
+    crate::support::run_ok(&["run", &second, "--until-caught-up"]);
     let log = folder.path().join("redrive.log");
     let mut command =
         crate::support::shardmill(&["dlq", "redrive", "--all", "--pipeline", &second, "-v"]);
