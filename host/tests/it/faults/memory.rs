@@ -198,7 +198,7 @@ fn fault_02_of_a_thousand_lanes_two_hundred_are_blocked() {
     const SHARDS: u32 = 1_000;
     const ROWS: u64 = 20;
     let world = World::new(SHARDS);
-    let is_blocked = |shard: u64| shard % 5 == 0;
+    let is_blocked = |shard: u64| shard.is_multiple_of(5);
     for shard in world.open_shards() {
         // The blocked ones have more than their part of the buffers.
         let blocked = is_blocked(number_of(shard.shard_id()));
