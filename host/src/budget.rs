@@ -260,7 +260,7 @@ impl Shared {
 }
 
 impl Permit {
-    /// What it holds, in bytes.
+    /// Bytes that it holds.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

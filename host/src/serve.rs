@@ -96,7 +96,7 @@ async fn connection(stream: TcpStream, routes: Router, stop: CancellationToken) 
     }
 }
 
-/// What goes on in one connection; its clones share it.
+/// Activity of one connection; its clones share it.
 #[derive(Clone, Default)]
 struct Activity(Arc<Mutex<ActivityState>>);
 

@@ -12,7 +12,7 @@ const PROCESS_BYTES: usize = 100 << 20;
 /// the rows.
 const BATCH_COPIES: usize = 4;
 
-/// What a pipeline may hold at most.
+/// Upper bound of the memory that a pipeline holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryBound {
     /// Lanes that run at once.

@@ -29,7 +29,7 @@ const GREED: usize = 4;
 /// blocked does not count longer, and others are asked.
 const ASKED_FOR: Duration = Duration::from_secs(2);
 
-/// What a budget is bounded by.
+/// Bound of a budget.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub(super) bytes_max: usize,
@@ -47,7 +47,7 @@ impl Limits {
     }
 }
 
-/// What all accounts together hold at most, large requests beyond the bound left out.
+/// Bound of all accounts together, large requests beyond it left out.
 pub(super) fn bytes_bound(bytes_max: usize, accounts: usize) -> usize {
     let reserved = (bytes_max / 2).max(accounts.saturating_mul(PART_BYTES_MIN));
     // An account below its part takes one more request.
@@ -380,7 +380,7 @@ impl Ledger {
         format!("{held} of {max} are held, {}{others}", most.join(", "))
     }
 
-    /// What an account could have now without waiting, its part always included.
+    /// Bytes that an account could have now without waiting, its part always included.
     fn free_to(&self, account: AccountId) -> usize {
         let held = self.accounts.get(&account).map_or(0, |state| state.held);
         let own = self.part().saturating_sub(held);
@@ -427,7 +427,7 @@ impl Ledger {
         self.force(Some(account), bytes);
     }
 
-    /// What each account has to itself.
+    /// Part that each account has to itself, in bytes.
     pub(super) fn part(&self) -> usize {
         self.limits.part(self.accounts.len())
     }

@@ -1,3 +1,5 @@
+//! Properties and cases of the budget's ledger.
+
 use std::collections::HashMap;
 
 use super::*;

@@ -121,7 +121,7 @@ pub(super) fn folder(config: &PipelineConfig, number: i64) -> PathBuf {
     config.state_dir.join(config.name.as_str()).join(format!("again-{number}"))
 }
 
-/// What an undone change had run, in the words of the ledger.
+/// Records that an undone change had run, as the ledger names them.
 struct Ran<'c> {
     state: StateStore,
     stage: StageName,

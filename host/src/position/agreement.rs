@@ -112,7 +112,7 @@ pub struct Lost {
     pub is_unlisted: bool,
 }
 
-/// What follows from a comparison of all shards.
+/// Consequences of a comparison of all shards.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Sinks that were restored, where nobody has said whom to believe.

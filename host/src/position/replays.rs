@@ -216,7 +216,7 @@ impl FailedAgain {
     }
 }
 
-/// What failed in a replay, by record.
+/// Failures of a replay, by record.
 struct Failed<'f>(HashMap<RecordKey, Vec<&'f FailedAgain>>);
 
 impl<'f> Failed<'f> {

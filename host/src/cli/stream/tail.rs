@@ -100,7 +100,7 @@ struct Readers {
     identity: Arc<StreamIdentity>,
     only: Option<ShardId>,
     from: StartPosition,
-    /// What LATEST is, in milliseconds since 1970 by the server's clock: when the command was given.
+    /// Time that LATEST stands for, in milliseconds since 1970 by the server's clock: when the command was given.
     latest_ms: Option<i64>,
     no_follow: bool,
     /// The shards that were begun.

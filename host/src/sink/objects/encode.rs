@@ -30,7 +30,7 @@ const LINES_BYTES: usize = 32 << 10;
 /// Lines that a body gathers before it opens a compressor, which holds as much by itself.
 const LINES_BYTES_GZIP: usize = 256 << 10;
 const LINES_BYTES_ZSTD: usize = 1 << 20;
-/// What a compressor holds.
+/// Bytes that a compressor holds.
 ///
 /// Source: zlib's manual, `deflateInit2` (268 KiB at level 6); zstd's `ZSTD_estimateCStreamSize(3)`.
 const GZIP_BYTES: usize = 320 << 10;

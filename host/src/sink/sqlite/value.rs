@@ -37,7 +37,7 @@ pub(super) enum Kind {
     Any,
 }
 
-/// What SQLite converts a column's values to, where it can.
+/// Storage class that SQLite converts a column's values to, where it can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Affinity {
     Integer,
