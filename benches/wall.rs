@@ -176,6 +176,7 @@ fn load_stage() -> Result<LoadedStage> {
         config_json: "{}".into(),
         upstream: context().upstream.into(),
         health: Arc::default(),
+        endless: Arc::default(),
         canary: None,
     })
 }
