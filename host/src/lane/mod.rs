@@ -664,7 +664,7 @@ impl Lane<'_> {
     pub async fn settle(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
         // Children, or somebody at a prompt, wait for a shard's end: there is no hurry, only completeness.
         let flushed = self.stop.until_over(flush(&self.deliveries)).await.unwrap_or(false);
-        self.checkpointer.abort();
+        self.end_checkpointer().await;
         let ended = end == LaneEnd::ShardEnd && flushed;
         if flushed && end != LaneEnd::Stopped {
             self.shared.board.lag(&self.shard.shard, |lag| lag.shard.end());
@@ -694,11 +694,20 @@ impl Lane<'_> {
 
     /// Ends the lane without another commit.
     pub async fn abandon(mut self) {
-        self.checkpointer.abort();
+        self.end_checkpointer().await;
         // It may not come behind what the shard's next lane writes.
         let _ = self.stop.until_over(self.change.until_written()).await;
         // Why the lane failed is known already.
         let _ = self.join_deliveries().await;
+    }
+
+    /// Waits until the checkpointer asks for no other write. One that is being made has the state database by
+    /// then: whoever reads the state next comes behind it. Otherwise the sinks of the next lanes would be
+    /// settled by a checkpoint that moves afterwards.
+    async fn end_checkpointer(&mut self) {
+        self.checkpointer.abort();
+        // It ends at its next wait, by being cancelled: that is no news.
+        let _ = (&mut self.checkpointer).await;
     }
 
     /// Waits until no delivery is at work. One that went on would write refused rows beside the
