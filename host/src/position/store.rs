@@ -471,7 +471,9 @@ impl StateStore {
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
     ) -> Result<T, Failure> {
         self.files.check()?;
-        let transaction = connection.transaction()?;
+        // One that began as a reader could not write once another process has written meanwhile: it would
+        // fail at once, without a wait for its turn.
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let before = transaction.total_changes();
         let value = work(&transaction)?;
         let counts = self.counts.load(Ordering::Acquire);
@@ -616,5 +618,27 @@ mod tests {
             let logged = letters.logged(0, 10, 1_000).await.expect("a log");
             assert_eq!(logged.iter().map(|logged| logged.number).collect::<Vec<_>>(), [1]);
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn two_processes_that_read_and_then_write_wait_for_each_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let stores = [(); 2].map(|()| StateStore::open(folder.path()).expect("opened"));
+        let count = async |store: &StateStore| {
+            for _ in 0..100 {
+                let counted = store.write("count", |state| {
+                    let number: i64 =
+                        state.query_row("SELECT number FROM state_mark", [], |row| row.get(0))?;
+                    // Another connection may write in this moment.
+                    std::thread::yield_now();
+                    state.execute("UPDATE state_mark SET number = ?1", [number + 1])
+                });
+                counted.await.expect("counted");
+            }
+        };
+        tokio::join!(count(&stores[0]), count(&stores[1]));
+        let read = "SELECT number FROM state_mark";
+        let number = stores[0].write("read", |state| state.query_row(read, [], |row| row.get(0)));
+        assert_eq!(number.await.expect("read"), 200_i64);
     }
 }
