@@ -14,8 +14,8 @@ use crate::config::OnPositionMismatch;
 use crate::config::SinkConfig;
 use crate::plugin::{Plugin, PluginHost};
 use crate::position::agreement::{Mismatch, Stands, agree};
-use crate::position::{Ledger, Segment, ShardState, StateStore, TakenOver};
-use crate::record::{Position, ShardKey, ShardStart};
+use crate::position::{Hole, Ledger, Segment, ShardState, StateStore, TakenOver, is_redrive};
+use crate::record::{Position, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
 use crate::sink::{Acquired, Sink};
 use crate::source::{NextBatch, ResumePoint, Waiting};
@@ -100,8 +100,9 @@ impl<'a> Lane<'a> {
         standings.sort_by_key(|(place, _)| *place);
         let standings: Vec<Standing> =
             standings.into_iter().map(|(_, standing)| standing).collect();
-        let needs = standings.iter().map(|standing| standing.skip_to.clone()).collect();
-        let start = start_of(shared, &shard, &state, needs, stop).await?;
+        let needs: Vec<Option<Position>> =
+            standings.iter().map(|standing| standing.skip_to.clone()).collect();
+        let start = start_of(shared, &shard, &state, &needs, stop).await?;
         // A promised object counts as had: it must be made by the generation that promised it.
         let highest = standings
             .iter()
@@ -115,6 +116,7 @@ impl<'a> Lane<'a> {
         let (change, wanted) = Change::begin(shared, &shard, stop);
         let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
         let segments = segments(shared, &wanted, &shard, place).await?;
+        record_unbound(shared, &shard, &segments, &needs).await?;
         let settled = shared.letters.settled_above(&shard, start.as_ref()).await?;
         let abandon = CancellationToken::new();
         let mut unbudgeted_to = Vec::new();
@@ -208,11 +210,11 @@ async fn start_of(
     shared: &Shared,
     shard: &ShardKey,
     state: &ShardState,
-    needs: Vec<Option<Position>>,
+    needs: &[Option<Position>],
     stop: &Stop,
 ) -> Result<Option<Position>, LaneError> {
     let is_mixed = needs.contains(&None);
-    let Some(lowest) = needs.into_iter().flatten().min() else { return Ok(None) };
+    let Some(lowest) = needs.iter().flatten().min().cloned() else { return Ok(None) };
     if !is_mixed {
         return Ok(Some(lowest));
     }
@@ -307,6 +309,67 @@ async fn segments(
         active.push(ActiveSegment { from_exclusive: own.from_exclusive.clone(), generation });
     }
     Ok(active)
+}
+
+/// Records a hole where a sink is given nothing of records that it needs: the generations that ran them
+/// first are not bound to it. So it is with a sink that comes back, or is new, while some other sinks are
+/// ahead of the checkpoint where it begins.
+async fn record_unbound(
+    shared: &Shared,
+    shard: &ShardKey,
+    segments: &[ActiveSegment],
+    needs: &[Option<Position>],
+) -> Result<(), LaneError> {
+    let Some(newest) = segments.last() else { return Ok(()) };
+    // Letters enter where they failed, for sinks that are there.
+    if is_redrive(&shard.stream) {
+        return Ok(());
+    }
+    for (sink, after) in shared.sinks.iter().map(|sink| sink.name()).zip(needs) {
+        if !newest.generation.spec.sinks().any(|bound| bound == sink) {
+            continue;
+        }
+        for (from_exclusive, to_inclusive) in unbound(segments, sink, after.as_ref()) {
+            let known = shared.holes.end_around(shard, sink, from_exclusive.as_ref()).await?;
+            let from_exclusive = from_exclusive.max(known);
+            if from_exclusive.as_ref() >= Some(&to_inclusive) {
+                continue;
+            }
+            let from = from_exclusive.as_ref().map(tracing::field::display);
+            tracing::warn!(%sink, shard = %shard.shard, from, to = %to_inclusive,
+                "recorded a hole: the sink was not in the pipeline when these records were run first");
+            let hole = Hole {
+                sink: Some(sink.clone()),
+                shard: shard.clone(),
+                from_exclusive,
+                to_inclusive: Some(to_inclusive),
+                why: "it was not in the pipeline when these records were run first".into(),
+            };
+            shared.holes.record(hole).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The stretches after a position that are run by generations without a sink.
+fn unbound(
+    segments: &[ActiveSegment],
+    sink: &SinkName,
+    after: Option<&Position>,
+) -> Vec<(Option<Position>, Position)> {
+    let mut stretches: Vec<(Option<Position>, Position)> = Vec::new();
+    for (own, next) in segments.iter().zip(segments.iter().skip(1)) {
+        let from = own.from_exclusive.as_ref().max(after);
+        let Some(to) = next.from_exclusive.clone().filter(|to| from < Some(to)) else { continue };
+        if own.generation.spec.sinks().any(|bound| bound == sink) {
+            continue;
+        }
+        match stretches.last_mut() {
+            Some((_, end)) if Some(&*end) == from => *end = to,
+            _ => stretches.push((from.cloned(), to)),
+        }
+    }
+    stretches
 }
 
 /// Generations that ran before, loaded from the state database when a replay needs them; its clones
