@@ -18,7 +18,8 @@ use anyhow::{Context as _, bail};
 use super::Shared;
 use crate::config::{PipelineConfig, SinkConfig};
 use crate::position::{
-    Checkpoints, Hole, KnownSinks, Roster, RosterChange, ShardState, StateStore, is_redrive,
+    Checkpoints, Hole, KnownSinks, Redrives, Roster, RosterChange, ShardState, StateStore,
+    is_redrive,
 };
 use crate::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
 use crate::sink::Sink;
@@ -283,6 +284,7 @@ pub(crate) async fn rename(
     }
     let (roster, key) = (Roster::new(state.clone()), keys(config, stream));
     let known = roster.known(stream).await?;
+    let config_name = &config.name;
     for (sink, config) in sinks.iter().zip(&config.sinks) {
         let Some(old) = config.renamed_from.as_ref().map(|old| &old.value) else { continue };
         let new = &config.name.value;
@@ -312,6 +314,11 @@ pub(crate) async fn rename(
         let shards: BTreeSet<ShardId> = begun.into_keys().chain(listed).collect();
         for shard in &shards {
             sink.adopt(old, &key(shard)).await?;
+        }
+        // A redrive that was broken off goes on where the sink is with it.
+        let redrives = Redrives::new(state.clone(), config_name.clone());
+        for redrive in redrives.unfinished().await? {
+            sink.adopt(old, &redrives.key(redrive.id)).await?;
         }
         roster.rename(old, new).await?;
         tracing::warn!(from = %old, to = %new, "a sink was renamed: it goes on where it was");
