@@ -290,7 +290,9 @@ pub(crate) async fn rename(
         let new = &config.name.value;
         if known.names().contains(new) {
             // It was moved before, and the key is still there; unless both have run.
-            if known.names().contains(old) && !is_removed(&known, old) {
+            if !known.names().contains(old) {
+                adopt_restored(&**sink, old, &known, &key).await?;
+            } else if !is_removed(&known, old) {
                 bail!(
                     "sink {new} cannot go on as sink {old} (renamed_from): both have run, and have \
                      positions of their own; leave `renamed_from` out, or put sink {old} back"
@@ -322,6 +324,24 @@ pub(crate) async fn rename(
         }
         roster.rename(old, new).await?;
         tracing::warn!(from = %old, to = %new, "a sink was renamed: it goes on where it was");
+    }
+    Ok(())
+}
+
+/// Moves what a destination keeps under the old name of a sink that was renamed before: it was restored from
+/// a backup of the time when the sink had that name. By its new name it would have no position, and rows that
+/// are there would be written again.
+async fn adopt_restored(
+    sink: &dyn Sink,
+    old: &SinkName,
+    known: &KnownSinks,
+    key: &impl Fn(&ShardId) -> ShardKey,
+) -> anyhow::Result<()> {
+    for shard in known.positions.get(sink.name()).into_iter().flat_map(BTreeMap::keys) {
+        let key = key(shard);
+        if sink.position(&key).await?.is_none() {
+            sink.adopt(old, &key).await?;
+        }
     }
     Ok(())
 }
