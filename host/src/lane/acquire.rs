@@ -1,7 +1,7 @@
 //! Taking a shard over: every sink says where it stands, the lane starts at the minimum, and the
 //! ledger says which generation runs from where.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::Context as _;
@@ -31,6 +31,8 @@ struct Standing {
     given_up_to: Option<Position>,
     /// The lane needs to hand over only what comes after this.
     skip_to: Option<Position>,
+    /// Rows after it that are letters of the sink already.
+    letters: HashSet<(Position, u32)>,
 }
 
 impl Standing {
@@ -95,7 +97,9 @@ impl<'a> Lane<'a> {
             }
             let skip_to = agree(&own, state.checkpoint.as_ref(), policy)
                 .map_err(|found| LaneError::Fatal(mismatch(&shard, config, &found)))?;
-            standings.push((place, Standing { acquired, epoch, given_up_to, skip_to }));
+            let letters = shared.letters.rows_above(&shard, sink.name(), skip_to.as_ref()).await?;
+            let standing = Standing { acquired, epoch, given_up_to, skip_to, letters };
+            standings.push((place, standing));
         }
         standings.sort_by_key(|(place, _)| *place);
         let standings: Vec<Standing> =
@@ -143,6 +147,7 @@ impl<'a> Lane<'a> {
                 epoch: standing.epoch,
                 skip_to: standing.skip_to,
                 from_start: is_from_start.then(|| state.start.clone()),
+                letters_of_own: standing.letters,
                 first_to,
             };
             deliveries.push(DeliveryHandle::start(standing.acquired, context));

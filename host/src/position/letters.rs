@@ -11,7 +11,7 @@ use rusqlite::{Row, Transaction};
 use super::replays::FailedAgain;
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
 use crate::record::{
-    LetterPlace, Position, RouteName, SequenceNumber, ShardId, ShardKey, StageName,
+    LetterPlace, Position, RouteName, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
 };
 
 /// What identifies a letter within its shard.
@@ -280,6 +280,36 @@ impl DeadLetters {
                     Some(row) => position_of(row.get(0)?, row.get(1)?).map(Some),
                     None => Ok(None),
                 }
+            })
+            .await
+    }
+
+    /// The rows after a position that are visible letters of a sink, by position and ordinal. There are some
+    /// where the sink was restored from a backup: such a row has its outcome, and is not for the sink.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn rows_above(
+        &self,
+        shard: &ShardKey,
+        sink: &SinkName,
+        above: Option<&Position>,
+    ) -> Result<HashSet<(Position, u32)>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let place = LetterPlace::Sink(sink.clone()).to_string();
+        let (sequence, sub) = above.map(columns).unwrap_or_default();
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT sequence, sub_sequence, output FROM dead_letter
+                     WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
+                         AND place = ?5 AND held = ?6",
+                )?;
+                let key = (stream, shard, sequence, sub, place, SHOWN);
+                let rows = query.query_map(key, |row| {
+                    Ok((position_of(row.get(0)?, row.get(1)?)?, row.get(2)?))
+                })?;
+                rows.collect()
             })
             .await
     }

@@ -6,6 +6,7 @@
 //! rolls hourly does not stop one that commits every second. Spans that the sink already has are
 //! skipped here.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -94,6 +95,9 @@ pub struct DeliveryContext {
     /// Rows of records before this start are skipped as well: other sinks need them, and this one
     /// takes records from its start on.
     pub from_start: Option<ShardStart>,
+    /// Rows that are dead letters of this sink: they were refused or given up before it was restored from a
+    /// backup. Written as well, they would be doubled by a redrive.
+    pub letters_of_own: HashSet<(Position, u32)>,
     /// What the sink is to commit first, without a row: what it skips is then its own position, and a
     /// later comparison with the state does not take it for a sink that was restored. With the
     /// revision that runs.
@@ -347,6 +351,10 @@ impl Gatherer {
                 start.is_after(&row.position().sequence, arrived_ms)
             };
             rows.retain(|row| !is_before(row));
+        }
+        let letters = &self.context.letters_of_own;
+        if !letters.is_empty() {
+            rows.retain(|row| !letters.contains(&(row.position().clone(), row.ordinal)));
         }
         buffer.count += rows.len();
         buffer.bytes += rows.iter().map(|row| row.payload.len() + row.key.len()).sum::<usize>();
