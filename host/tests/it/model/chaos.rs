@@ -1,64 +1,81 @@
 //! Faults by seed: every step of a run asks here what happens to it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use fastrand::Rng;
-use shardmill::record::{Position, ShardKey, SinkName};
+use shardmill::position::Ownership;
+use shardmill::record::{PipelineName, Position, ShardKey, SinkName};
 use shardmill::sink::{
-    Acquired, BoundRoute, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
+    Acquired, BoundRoute, Commit, Committed, EncodeRows, KeptPosition, LookAhead, RefusalLog, Sink,
+    SinkError, SinkWriter,
 };
 use tokio::sync::Notify;
 
 /// What goes wrong; shared by all parts of a run.
 pub struct Chaos {
     rng: Mutex<Rng>,
-    /// Steps until the process is killed.
+    /// Steps until the process ends; `None`: nothing happens.
     steps_left: Mutex<Option<u64>>,
-    killed: Notify,
-    /// Which process lives: earlier ones are dead, or are zombies on other machines.
-    life: AtomicU64,
+    is_over: AtomicBool,
+    over: Notify,
     /// The longest pause that a step makes, in milliseconds.
     pause_ms_max: u64,
 }
 
 /// What happens at a step.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     GoOn,
     Fail,
+    /// The call is without an answer for so many milliseconds, which is its deadline; `None`: until the
+    /// process ends.
+    NeverAnswered(Option<u64>),
 }
 
 impl Chaos {
     pub fn new(seed: u64, pause_ms_max: u64) -> Arc<Self> {
-        let rng = Mutex::new(Rng::with_seed(seed));
-        let (steps_left, killed, life) = (Mutex::default(), Notify::new(), AtomicU64::new(0));
-        Arc::new(Self { rng, steps_left, killed, life, pause_ms_max })
+        Arc::new(Self {
+            // Other faults than those of the script, which is drawn by the same seed.
+            rng: Mutex::new(Rng::with_seed(!seed)),
+            steps_left: Mutex::default(),
+            is_over: AtomicBool::new(false),
+            over: Notify::new(),
+            pause_ms_max,
+        })
     }
 
     pub fn rng(&self) -> MutexGuard<'_, Rng> {
         self.rng.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A process begins.
-    pub fn begin(&self) {
-        self.life.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn life(&self) -> u64 {
-        self.life.load(Ordering::Relaxed)
-    }
-
-    /// From here on the process lives for so many steps; `None`: nothing happens any more.
+    /// From here on a process lives for so many steps; `None`: nothing happens any more.
     pub fn live_for(&self, steps: Option<u64>) {
+        self.is_over.store(false, Ordering::Release);
         *self.steps_left.lock().unwrap_or_else(PoisonError::into_inner) = steps;
     }
 
-    /// Completes when the process is to die.
-    pub async fn killed(&self) {
-        self.killed.notified().await;
+    /// The process is to end, whatever its script says.
+    pub fn kill(&self) {
+        self.end();
+    }
+
+    fn end(&self) {
+        self.is_over.store(true, Ordering::Release);
+        self.over.notify_waiters();
+    }
+
+    /// Completes when the process is to end.
+    pub async fn over(&self) {
+        loop {
+            let told = self.over.notified();
+            if self.is_over.load(Ordering::Acquire) {
+                break;
+            }
+            told.await;
+        }
         // Some of what follows the last step still happens: a checkpoint, or a commit.
         let more = self.rng().u64(0..=self.pause_ms_max / 2);
         tokio::time::sleep(Duration::from_millis(more)).await;
@@ -75,33 +92,90 @@ impl Chaos {
             }
         };
         if is_last {
-            self.killed.notify_one();
+            self.end();
         }
-        let (pauses, pause_ms, fails) = {
+        let (pause_ms, fate) = {
             let mut rng = self.rng();
-            (rng.u8(0..100) < 20, rng.u64(0..=self.pause_ms_max), rng.u8(0..100) < 12)
+            let pause_ms = (rng.u8(..100) < 20).then(|| rng.u64(0..=self.pause_ms_max));
+            let fate = match rng.u8(..100) {
+                0..12 => Fate::Fail,
+                12 => Fate::NeverAnswered(None),
+                13 => Fate::NeverAnswered(Some(rng.u64(50..400))),
+                _ => Fate::GoOn,
+            };
+            (pause_ms, fate)
         };
-        if pauses {
+        if let Some(pause_ms) = pause_ms {
             tokio::time::sleep(Duration::from_millis(pause_ms)).await;
         }
-        if fails { Fate::Fail } else { Fate::GoOn }
+        fate
+    }
+
+    /// Makes a call whose answer never comes: what was asked for may be done all the same.
+    pub async fn unanswered<T>(&self, deadline_ms: Option<u64>, call: impl Future<Output = T>) {
+        let silent = async {
+            let _ = call.await;
+            std::future::pending::<()>().await;
+        };
+        match deadline_ms {
+            Some(ms) => {
+                // It runs out, and the call is dropped.
+                let _ = tokio::time::timeout(Duration::from_millis(ms), silent).await;
+            }
+            None => {
+                // A process that hangs does not come to its last step.
+                self.end();
+                silent.await;
+            }
+        }
     }
 }
 
-/// A sink whose every call may pause, fail before it does anything, or lose its reply.
+/// A sink whose every call may pause, fail before it does anything, lose its reply, or never be answered.
 pub struct Unreliable {
     pub inner: Arc<dyn Sink>,
     pub chaos: Arc<Chaos>,
 }
 
 impl Unreliable {
-    fn failed(&self, what: &str) -> SinkError {
-        failed(self.inner.name(), what)
+    /// Makes a call, or not.
+    async fn call<T>(
+        &self,
+        what: &str,
+        call: impl Future<Output = Result<T, SinkError>>,
+    ) -> Result<T, SinkError> {
+        faulty(&self.chaos, self.inner.name(), what, call).await
     }
 }
 
-fn failed(sink: &SinkName, what: &str) -> SinkError {
-    SinkError::Unavailable { sink: sink.clone(), cause: format!("chaos: {what}") }
+/// Makes a call with a fault before it, and one after.
+async fn faulty<T>(
+    chaos: &Chaos,
+    sink: &SinkName,
+    what: &str,
+    call: impl Future<Output = Result<T, SinkError>>,
+) -> Result<T, SinkError> {
+    let failed = |how: &str| {
+        let cause = format!("chaos: {what}: {how}");
+        Err(SinkError::Unavailable { sink: sink.clone(), cause })
+    };
+    match chaos.step().await {
+        Fate::GoOn => {}
+        Fate::Fail => return failed("not done"),
+        Fate::NeverAnswered(deadline_ms) => {
+            chaos.unanswered(deadline_ms, call).await;
+            return failed("no answer");
+        }
+    }
+    let done = call.await?;
+    match chaos.step().await {
+        Fate::GoOn => Ok(done),
+        Fate::Fail => failed("done, and the reply was lost"),
+        Fate::NeverAnswered(deadline_ms) => {
+            chaos.unanswered(deadline_ms, async {}).await;
+            failed("done, and no answer")
+        }
+    }
 }
 
 #[async_trait]
@@ -114,25 +188,43 @@ impl Sink for Unreliable {
         self.inner.prepare(routes).await
     }
 
+    async fn reach(&self, shard: &ShardKey) -> Result<(), SinkError> {
+        self.call("reach", self.inner.reach(shard)).await
+    }
+
+    fn acquires_last(&self) -> bool {
+        self.inner.acquires_last()
+    }
+
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
-        if self.chaos.step().await == Fate::Fail {
-            return Err(self.failed("not acquired"));
-        }
-        let mut acquired = self.inner.acquire(shard).await?;
-        if self.chaos.step().await == Fate::Fail {
-            return Err(self.failed("acquired, and the reply was lost"));
-        }
+        let mut acquired = self.call("acquire", self.inner.acquire(shard)).await?;
         acquired.writer = Box::new(UnreliableWriter {
             inner: acquired.writer,
             name: self.name().clone(),
             chaos: self.chaos.clone(),
-            life: self.chaos.life(),
         });
         Ok(acquired)
     }
 
+    // A start that cannot ask for it is refused, and whoever starts it hears why.
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
         self.inner.position(shard).await
+    }
+
+    async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
+        self.inner.adopt(old, shard).await
+    }
+
+    fn own(&self, ownership: Ownership) {
+        self.inner.own(ownership);
+    }
+
+    async fn kept(
+        &self,
+        pipeline: &PipelineName,
+        shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        self.call("kept", self.inner.kept(pipeline, shards)).await
     }
 }
 
@@ -140,35 +232,24 @@ struct UnreliableWriter {
     inner: Box<dyn SinkWriter>,
     name: SinkName,
     chaos: Arc<Chaos>,
-    life: u64,
-}
-
-/// The dead letters of a zombie: the state folder is another's by now.
-struct Gone;
-
-#[async_trait]
-impl RefusalLog for Gone {
-    async fn hold(&self, _: &Commit, _: &[Refusal]) -> Result<(), SinkError> {
-        Err(failed(&"any".into(), "the state folder is gone"))
-    }
 }
 
 #[async_trait]
 impl SinkWriter for UnreliableWriter {
+    fn encodes_rows(&self) -> Option<Arc<dyn EncodeRows>> {
+        self.inner.encodes_rows()
+    }
+
+    fn looks_ahead(&self) -> Option<Arc<dyn LookAhead>> {
+        self.inner.looks_ahead()
+    }
+
     async fn commit(
         &mut self,
         commit: &Commit,
         refusals: &dyn RefusalLog,
     ) -> Result<Committed, SinkError> {
-        if self.chaos.step().await == Fate::Fail {
-            return Err(failed(&self.name, "not committed"));
-        }
-        let is_zombie = self.chaos.life() != self.life;
-        let refusals = if is_zombie { &Gone } else { refusals };
-        let committed = self.inner.commit(commit, refusals).await?;
-        if self.chaos.step().await == Fate::Fail {
-            return Err(failed(&self.name, "committed, and the reply was lost"));
-        }
-        Ok(committed)
+        let call = self.inner.commit(commit, refusals);
+        faulty(&self.chaos, &self.name, "commit", call).await
     }
 }

@@ -59,7 +59,7 @@ impl Tables {
         found.iter().map(|id| id.parse().expect("a number")).collect()
     }
 
-    pub async fn drop(&self) {
+    pub async fn remove(&self) {
         sql(format!("DROP SCHEMA {} CASCADE", self.schema)).await;
     }
 }
@@ -106,7 +106,7 @@ impl Bucket {
         Self { _server: server, endpoint, store }
     }
 
-    pub fn sink(&self, seed: u64) -> Arc<dyn Sink> {
+    pub fn sink(&self, seed: u64, name: &str) -> Arc<dyn Sink> {
         let options = [
             ("aws_endpoint", self.endpoint.as_str()),
             ("aws_access_key_id", "model"),
@@ -116,7 +116,7 @@ impl Bucket {
         let options: BTreeMap<String, String> =
             options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
         let url = format!("s3://{BUCKET}/{seed}").parse().expect("a URL");
-        let sink = ObjectsSink::new("all".into(), &url, &options, Compression::Gzip);
+        let sink = ObjectsSink::new(name.into(), &url, &options, Compression::Gzip);
         Arc::new(sink.expect("a sink"))
     }
 

@@ -1,44 +1,88 @@
 //! The sink of the pure model: what the contract says, in memory.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use shardmill::record::{Position, ShardKey, SinkName};
+use shardmill::position::{OwnerName, Ownership, StateMark, is_redrive};
+use shardmill::record::{PipelineName, Position, ShardId, ShardKey, SinkName};
 use shardmill::sink::{
-    Acquired, BoundRoute, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
+    Acquired, BoundRoute, Commit, Committed, KeptPosition, Refusal, RefusalLog, Sink, SinkError,
+    SinkWriter,
 };
+use tokio::runtime::Handle;
 
 use super::chaos::Chaos;
 
 /// A table in memory that outlives processes.
 pub struct Table {
-    name: SinkName,
     state: Mutex<State>,
+    backups: Mutex<Vec<State>>,
+    accepts_all: AtomicBool,
     chaos: Arc<Chaos>,
-}
-
-#[derive(Default)]
-struct State {
-    shards: HashMap<String, ShardState>,
-    rows: Vec<String>,
+    /// Where the table lives: transactions end there, whatever becomes of their clients.
+    server: Handle,
 }
 
 #[derive(Clone, Default)]
-struct ShardState {
+struct State {
+    shards: HashMap<Key, Stored>,
+    rows: Vec<Row>,
+    /// Transactions of before a restore are gone with it.
+    restores: usize,
+}
+
+/// A row, and whether it came by a redrive: then it is out of order.
+#[derive(Clone)]
+pub struct Row {
+    pub payload: String,
+    pub is_redriven: bool,
+}
+
+/// What a position is kept under: sink, stream and shard.
+type Key = (SinkName, String, ShardId);
+
+#[derive(Clone, Default)]
+struct Stored {
     epoch: u64,
     position: Option<Position>,
+    mark: Option<StateMark>,
+    owner: Option<OwnerName>,
 }
 
 impl Table {
-    pub fn new(name: &str, chaos: Arc<Chaos>) -> Arc<Self> {
-        Arc::new(Self { name: name.into(), state: Mutex::default(), chaos })
+    pub fn new(chaos: Arc<Chaos>) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::default(),
+            backups: Mutex::default(),
+            accepts_all: AtomicBool::new(false),
+            chaos,
+            server: Handle::current(),
+        })
     }
 
-    /// The payloads in the order in which they came.
-    pub fn rows(&self) -> Vec<String> {
+    /// The rows in the order in which they came.
+    pub fn rows(&self) -> Vec<Row> {
         self.state().rows.clone()
+    }
+
+    pub fn back_up(&self) {
+        let backup = self.state().clone();
+        self.backups.lock().unwrap_or_else(PoisonError::into_inner).push(backup);
+    }
+
+    /// Puts the table back as it was at a backup.
+    pub fn restore(&self, backup: usize) {
+        let backup = self.backups.lock().unwrap_or_else(PoisonError::into_inner)[backup].clone();
+        let mut state = self.state();
+        *state = State { restores: state.restores + 1, ..backup };
+    }
+
+    /// From now on the table takes what it refused.
+    pub fn accept_all(&self) {
+        self.accepts_all.store(true, Ordering::Relaxed);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -46,18 +90,32 @@ impl Table {
     }
 
     /// Whether the table takes a row.
-    fn refuses(payload: &str) -> bool {
-        payload.contains("7,")
+    fn refuses(&self, payload: &str) -> bool {
+        payload.contains("7,") && !self.accepts_all.load(Ordering::Relaxed)
     }
 }
 
 /// The sink of one process over a table.
-pub struct TableSink(pub Arc<Table>);
+pub struct TableSink {
+    name: SinkName,
+    table: Arc<Table>,
+    ownership: OnceLock<Ownership>,
+}
+
+impl TableSink {
+    pub fn new(name: &str, table: Arc<Table>) -> Self {
+        Self { name: name.into(), table, ownership: OnceLock::new() }
+    }
+
+    fn key(&self, shard: &ShardKey) -> Key {
+        (self.name.clone(), shard.stream.key(), shard.shard.clone())
+    }
+}
 
 #[async_trait]
 impl Sink for TableSink {
     fn name(&self) -> &SinkName {
-        &self.0.name
+        &self.name
     }
 
     async fn prepare(&self, _routes: &[BoundRoute]) -> Result<(), SinkError> {
@@ -65,48 +123,104 @@ impl Sink for TableSink {
     }
 
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
-        let key = shard.shard.to_string();
-        let mut state = self.0.state();
+        let key = self.key(shard);
+        let ownership = self.ownership.get().cloned();
+        let mut state = self.table.state();
+        let restores = state.restores;
         let own = state.shards.entry(key.clone()).or_default();
         own.epoch += 1;
+        own.mark = ownership.as_ref().map(Ownership::mark);
+        own.owner = ownership.as_ref().map(|own| own.owner.clone());
         let (epoch, position) = (own.epoch, own.position.clone());
-        let writer = Box::new(Writer { table: self.0.clone(), shard: key, epoch });
+        let is_redriven = is_redrive(&shard.stream);
+        let table = self.table.clone();
+        let writer = Box::new(Writer { table, key, epoch, restores, ownership, is_redriven });
         Ok(Acquired { writer, position, keeps_position: true, must_cut_at: None })
     }
 
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
-        let state = self.0.state();
-        Ok(state.shards.get(shard.shard.as_str()).and_then(|own| own.position.clone()))
+        let state = self.table.state();
+        Ok(state.shards.get(&self.key(shard)).and_then(|own| own.position.clone()))
+    }
+
+    async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
+        let (_, stream, shard) = self.key(shard);
+        let mut state = self.table.state();
+        let Some(mut kept) = state.shards.remove(&(old.clone(), stream.clone(), shard.clone()))
+        else {
+            return Ok(());
+        };
+        kept.epoch += 1;
+        let replaced = state.shards.insert((self.name.clone(), stream, shard), kept);
+        match replaced.and_then(|own| own.position) {
+            None => Ok(()),
+            Some(_) => Err(SinkError::Unavailable {
+                sink: self.name.clone(),
+                cause: format!("both {old} and this sink have positions"),
+            }),
+        }
+    }
+
+    fn own(&self, ownership: Ownership) {
+        // The first stays: a sink has one owner as long as it lives.
+        let _ = self.ownership.set(ownership);
+    }
+
+    async fn kept(
+        &self,
+        _pipeline: &PipelineName,
+        _shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        let state = self.table.state();
+        let own = state.shards.iter().filter(|((sink, ..), _)| *sink == self.name);
+        let kept = own.map(|((_, stream, shard), own)| KeptPosition {
+            stream: stream.clone(),
+            shard: shard.clone(),
+            position: own.position.clone(),
+            mark: own.mark.clone(),
+            owner: own.owner.clone(),
+        });
+        Ok(Some(kept.collect()))
     }
 }
 
 struct Writer {
     table: Arc<Table>,
-    shard: String,
+    key: Key,
     epoch: u64,
+    restores: usize,
+    ownership: Option<Ownership>,
+    is_redriven: bool,
 }
 
 /// A transaction that the server has and whose client may be gone.
 struct Landing {
     table: Arc<Table>,
-    shard: String,
+    key: Key,
     epoch: u64,
+    restores: usize,
     from: Option<Position>,
     to: Position,
-    rows: Vec<String>,
+    mark: Option<StateMark>,
+    rows: Vec<Row>,
 }
 
 impl Landing {
     fn land(self) -> Result<(), SinkError> {
-        let sink = self.table.name.clone();
+        let (sink, _, shard) = self.key.clone();
         let fenced = |detail: &str| SinkError::Fenced {
             sink: sink.clone(),
-            shard: self.shard.clone(),
+            shard: shard.to_string(),
             detail: detail.into(),
             by: None,
         };
         let mut state = self.table.state();
-        let own = state.shards.entry(self.shard.clone()).or_default();
+        if state.restores != self.restores {
+            return Err(fenced("the table was restored"));
+        }
+        let Some(own) = state.shards.get_mut(&self.key) else {
+            return Err(fenced("another name"));
+        };
         if own.epoch != self.epoch {
             return Err(fenced("another epoch"));
         }
@@ -117,6 +231,7 @@ impl Landing {
             return Err(fenced("another position"));
         }
         own.position = Some(self.to);
+        own.mark = self.mark;
         state.rows.extend(self.rows);
         Ok(())
     }
@@ -132,9 +247,9 @@ impl SinkWriter for Writer {
         let (mut rows, mut refused) = (Vec::new(), Vec::new());
         for (index, row) in commit.rows.iter().enumerate() {
             let payload = String::from_utf8_lossy(&row.payload).into_owned();
-            match Table::refuses(&payload) {
+            match self.table.refuses(&payload) {
                 true => refused.push(Refusal { row: index, reason: "refused".into() }),
-                false => rows.push(payload),
+                false => rows.push(Row { payload, is_redriven: self.is_redriven }),
             }
         }
         if !refused.is_empty() {
@@ -147,15 +262,17 @@ impl SinkWriter for Writer {
         };
         let landing = Landing {
             table: self.table.clone(),
-            shard: self.shard.clone(),
+            key: self.key.clone(),
             epoch: self.epoch,
+            restores: self.restores,
             from: commit.span.from_exclusive.clone(),
             to: commit.span.to_inclusive.clone(),
+            mark: self.ownership.as_ref().map(Ownership::mark),
             rows,
         };
         // The server goes on when its client is gone, perhaps much later.
         let late_ms = self.table.chaos.rng().u64(0..100).saturating_sub(70) * 10;
-        let landed = tokio::spawn(async move {
+        let landed = self.table.server.spawn(async move {
             tokio::time::sleep(Duration::from_millis(late_ms)).await;
             landing.land()
         });

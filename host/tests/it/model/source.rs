@@ -52,6 +52,21 @@ pub fn name(shard: usize) -> String {
     format!("shardId-{shard:012}")
 }
 
+impl Chaos {
+    /// A call of the source: it may fail, or be without an answer until its deadline.
+    async fn ask(&self, call: &'static str, shard: &ShardKey) -> Result<(), SourceError> {
+        let cause = match self.step().await {
+            Fate::GoOn => return Ok(()),
+            Fate::Fail => "chaos",
+            Fate::NeverAnswered(deadline_ms) => {
+                self.unanswered(deadline_ms, async {}).await;
+                "chaos: no answer"
+            }
+        };
+        Err(SourceError::Call { call, place: shard.shard.to_string(), cause: cause.into() })
+    }
+}
+
 #[async_trait]
 impl ShardSource for Memory {
     async fn identity(&self) -> Result<StreamIdentity, SourceError> {
@@ -77,7 +92,7 @@ impl ShardSource for Memory {
         shard: &ShardKey,
         from: ResumePoint<'_>,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
-        self.chaos.step().await;
+        self.chaos.ask("GetShardIterator", shard).await?;
         let place = (0..self.shards.len()).find(|place| name(*place) == shard.shard.as_str());
         let records = self.shards[place.expect("a shard")].clone();
         let next = from
@@ -98,10 +113,7 @@ struct Reader {
 #[async_trait]
 impl BatchReader for Reader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
-        if self.chaos.step().await == Fate::Fail {
-            let place = self.shard.shard.to_string();
-            return Err(SourceError::Call { call: "GetRecords", place, cause: "chaos".into() });
-        }
+        self.chaos.ask("GetRecords", &self.shard).await?;
         if self.next == self.records.len() {
             // As a server would: an empty answer takes its time.
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;

@@ -1,0 +1,456 @@
+//! The processes of a run: the pipeline, and redrives of its dead letters. Each has a runtime of its own,
+//! so that nothing of it goes on when it is killed.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use shardmill::config::{PipelineConfig, RejectedMax, parse};
+use shardmill::lease::PipelineLock;
+use shardmill::position::{
+    DeadLetters, Holes, LetterFilter, RecordedHole, Redrives, StateStore, StoredLetter,
+};
+use shardmill::record::{LetterPlace, ShardKey, SinkName};
+use shardmill::sink::Sink;
+use shardmill::source::ShardSource as _;
+use shardmill::source::letters::LettersSource;
+use shardmill::supervisor::{RunOptions, RunRole, Supervisor};
+use shardmill::swap::{BuildSinks, Swapper};
+use tokio_util::sync::CancellationToken;
+
+use super::chaos::{Chaos, Unreliable};
+use super::script::{Between, End, File, Life, Redriving, Script};
+use super::source::{Memory, name};
+use super::{ALL, Rig, SINKS, Size};
+
+/// The sink of all rows after it was renamed.
+const RENAMED: &str = "every";
+/// Longer than a late transaction takes.
+const QUIET: Duration = Duration::from_millis(400);
+/// A process that was asked to stop has ended by then, even on a machine that is busy.
+const STOP_MAX: Duration = Duration::from_secs(60);
+/// Redrives until nothing is left: each without faults.
+const REDRIVES_MAX: usize = 3;
+
+/// Where rows go; outlives the processes.
+pub trait Destinations: Send + Sync {
+    /// The sink of a process.
+    fn sink(&self, place: usize, name: &str) -> Arc<dyn Sink>;
+    /// Keeps a copy of each destination.
+    fn back_up(&self) {}
+    /// Puts a destination back as it was at a copy.
+    fn restore(&self, _place: usize, _backup: usize) {}
+    /// From now on every row is taken.
+    fn accept_all(&self) {}
+}
+
+/// A run of one seed.
+#[derive(Clone)]
+pub struct World {
+    pub rig: Arc<Rig>,
+    pub size: Size,
+    /// The state folder.
+    pub state: PathBuf,
+    pub chaos: Arc<Chaos>,
+    pub destinations: Arc<dyn Destinations>,
+}
+
+/// What was in states that are gone.
+#[derive(Default)]
+pub struct Forgotten {
+    /// Ids in dead letters, by place.
+    pub letters: BTreeMap<String, HashSet<u64>>,
+    pub holes: Vec<RecordedHole>,
+}
+
+/// Runs a script to its end.
+pub async fn run(world: &World, script: &Script) -> anyhow::Result<Forgotten> {
+    let mut forgotten = Forgotten::default();
+    // The first backup that has all rows of the redrives that are finished.
+    let mut whole_since = 0;
+    for (number, life) in script.lives.iter().enumerate() {
+        before(world, life.before, whole_since, &mut forgotten)
+            .await
+            .with_context(|| format!("before life {number}"))?;
+        world.destinations.back_up();
+        if script.needs_copy(number) {
+            copy(&world.folder(), &world.copied(number))?;
+        }
+        if script.accepts_from == Some(number) {
+            world.destinations.accept_all();
+        }
+        if let Redriving::Before { steps } = life.redriving {
+            world.chaos.live_for(Some(steps));
+            let redriven = redrive_once(world, life.file).await;
+            let redriven = redriven.with_context(|| format!("the redrive before life {number}"))?;
+            if redriven == Redrive::Finished {
+                whole_since = number + 1;
+            }
+        }
+        if live_patiently(world, script, life).await.with_context(|| format!("life {number}"))? {
+            whole_since = number + 1;
+        }
+    }
+    if script.accepts_from.is_some() {
+        let file = script.lives[script.lives.len() - 1].file;
+        world.chaos.live_for(None);
+        for _ in 0..REDRIVES_MAX {
+            let redriven = redrive_once(world, file).await.context("the last redrive")?;
+            ensure!(redriven != Redrive::Unfinished, "the last redrive does not come to its end");
+        }
+    }
+    Ok(forgotten)
+}
+
+/// Runs one process: when this returns, nothing of it goes on.
+async fn process<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    let run = tokio::task::spawn_blocking(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        // Dropped with all its tasks; writes to the disk that are being made are waited for.
+        runtime.block_on(work)
+    });
+    run.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+}
+
+/// What happens between two lives.
+async fn before(
+    world: &World,
+    between: Between,
+    whole_since: usize,
+    forgotten: &mut Forgotten,
+) -> anyhow::Result<()> {
+    match between {
+        // The file says it.
+        Between::Nothing | Between::SinkRemoved | Between::SinkReturned | Between::SinkRenamed => {}
+        // Rows that were redriven since then are lost for good: the book says so.
+        Between::SinkRestored { backup, .. } if backup < whole_since => {}
+        Between::SinkRestored { place, backup } => world.destinations.restore(place, backup),
+        Between::StateRestored { copy: number } => {
+            // What is under way would be by a state that is newer than the copy.
+            tokio::time::sleep(QUIET).await;
+            forget(world, forgotten).await?;
+            copy(&world.copied(number), &world.folder())?;
+        }
+        Between::StateLost => forget(world, forgotten).await?,
+    }
+    Ok(())
+}
+
+/// Removes the state, and notes what was in it.
+async fn forget(world: &World, forgotten: &mut Forgotten) -> anyhow::Result<()> {
+    let folder = world.folder();
+    let state = StateStore::open(&folder)?;
+    forgotten.holes.extend(Holes::new(state.clone()).list(None).await?);
+    drop(state);
+    // Hidden ones as well.
+    let state = rusqlite::Connection::open(folder.join("state.db"))?;
+    let mut query = state.prepare("SELECT place, original FROM dead_letter")?;
+    let letters = query
+        .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, Vec<u8>>(1)?)))?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    for (place, original) in letters {
+        forgotten.letters.entry(place).or_default().insert(super::letter_id(&original));
+    }
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(to)?;
+    if !from.exists() {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
+}
+
+impl World {
+    /// The pipeline's own folder in the state folder.
+    pub fn folder(&self) -> PathBuf {
+        self.state.join("model")
+    }
+
+    /// A copy of it.
+    fn copied(&self, number: usize) -> PathBuf {
+        self.state.join(format!("copy-{number}"))
+    }
+
+    /// The pipeline that a file describes: one plugin whose configuration says which side goes where.
+    fn pipeline(&self, file: File) -> PipelineConfig {
+        let mut rng = fastrand::Rng::with_seed(file.rhythm);
+        let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
+        let (plugin, state) = (crate::support::plugin("route-json"), self.state.display());
+        let File { right, is_away, is_renamed, is_hasty, .. } = file;
+        let drain = if is_hasty { "300 ms" } else { "60 s" };
+        let all = match (is_away, name_of(ALL, is_renamed)) {
+            (true, _) => String::new(),
+            (false, all) => format!(", \"{all}\""),
+        };
+        let mut text = format!(
+            r#"
+[pipeline]
+name = "model"
+state_dir = "{state}"
+on_position_mismatch = "sink"
+[timing]
+drain = "{drain}"
+retry_pause = "1 s"
+checkpoint = "250 ms"
+[source]
+type = "kinesis"
+stream = "model"
+[[stage]]
+name = "route"
+plugin = "{plugin}"
+[stage.config]
+default = "left"
+rules = [{{ route = "right", field = "side", equals = {right} }}]
+[stage.routes]
+left = ["left"{all}]
+right = ["right"{all}]
+[reload.probation]
+window = "0 s"
+"#
+        );
+        for (place, sink) in SINKS.iter().enumerate() {
+            let size = place as u64 + 1;
+            let (rows, linger_ms) = (rows * size, linger_ms * size);
+            let on_failure = match rng.u8(..3) {
+                0 if self.size.given_up.contains(sink) => {
+                    "on_failure = \"dead-letter\"\ngive_up_after = \"1 ms\""
+                }
+                _ => "",
+            };
+            if place == ALL && is_away {
+                continue;
+            }
+            let name = name_of(place, is_renamed);
+            let renamed = match name == *sink {
+                true => String::new(),
+                false => format!("renamed_from = \"{sink}\"\n"),
+            };
+            text.push_str(&format!(
+                "[[sink]]\nname = \"{name}\"\ntype = \"discard\"\n{renamed}[sink.commit]\nrows = {rows}\n\
+                 linger = \"{linger_ms} ms\"\n{on_failure}\n"
+            ));
+        }
+        parse(Path::new("model.toml"), &text, &|_| None)
+            .unwrap_or_else(|error| panic!("{}\n{text}", error.render(false)))
+    }
+
+    /// Makes the sinks that a configuration names, for one process.
+    fn build(&self) -> BuildSinks {
+        let world = self.clone();
+        Arc::new(move |config: &PipelineConfig| {
+            let sinks = config.sinks.iter().map(|sink| {
+                let name = sink.name.value.as_str();
+                let place = SINKS.iter().position(|own| *own == name).unwrap_or(ALL);
+                let inner = world.destinations.sink(place, name);
+                Arc::new(Unreliable { inner, chaos: world.chaos.clone() }) as Arc<dyn Sink>
+            });
+            Ok(sinks.collect())
+        })
+    }
+
+    fn source(&self) -> Arc<Memory> {
+        let Size { shards, records_per_shard, .. } = self.size;
+        Arc::new(Memory::new(shards, records_per_shard, self.chaos.clone()))
+    }
+
+    fn options(&self) -> RunOptions {
+        let dropped_sinks = [SINKS[ALL].into(), RENAMED.into()].into();
+        RunOptions { build_sinks: self.build(), dropped_sinks, ..RunOptions::new(true) }
+    }
+
+    /// Whether a sink of the file has seen a newer state than the one in the folder, or another.
+    async fn is_state_older(&self, file: File) -> anyhow::Result<bool> {
+        let own = StateStore::open(&self.folder())?.ownership().mark();
+        let config = self.pipeline(file);
+        let stream = Arc::new(self.source().identity().await?);
+        let shards = (0..self.size.shards).map(|shard| ShardKey {
+            pipeline: config.name.clone(),
+            stream: stream.clone(),
+            shard: name(shard as usize).as_str().into(),
+        });
+        let shards: Vec<ShardKey> = shards.collect();
+        for sink in &config.sinks {
+            let name = sink.name.value.as_str();
+            let place = SINKS.iter().position(|own| *own == name).unwrap_or(ALL);
+            let kept = self.destinations.sink(place, name).kept(&config.name, &shards).await?;
+            for mark in kept.into_iter().flatten().filter_map(|kept| kept.mark) {
+                if mark.state == own.state && mark.number > own.number {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// A sink's name.
+fn name_of(place: usize, is_renamed: bool) -> &'static str {
+    if place == ALL && is_renamed { RENAMED } else { SINKS[place] }
+}
+
+/// Runs the pipeline through a life. An older copy of the state must be refused, and is gone on with
+/// then, as a person would say. Gives whether a redrive beside it was finished.
+async fn live_patiently(world: &World, script: &Script, life: &Life) -> anyhow::Result<bool> {
+    std::fs::create_dir_all(world.folder())?;
+    let is_older = {
+        let (own, file) = (world.clone(), life.file);
+        process(async move { own.is_state_older(file).await }).await?
+    };
+    if is_older {
+        ensure!(script.forgets(), "a sink has seen a newer state, and none was put back");
+        world.chaos.live_for(None);
+        let (own, life) = (world.clone(), life.clone());
+        let refused = process(async move {
+            let (config, source, options) = (own.pipeline(life.file), own.source(), own.options());
+            let sinks = own.build()(&config)?;
+            Supervisor::prepare(config, own.rig.host(), source, sinks, options)
+                .await?
+                .run(CancellationToken::new())
+                .await
+        });
+        match refused.await {
+            Err(why) if format!("{why:#}").contains("is older than sink") => {}
+            other => bail!("an older state was not refused: {other:?}"),
+        }
+    }
+    let (own, life) = (world.clone(), life.clone());
+    process(async move { live(&own, &life, is_older).await }).await
+}
+
+/// One life of the pipeline.
+async fn live(world: &World, life: &Life, trust_sinks: bool) -> anyhow::Result<bool> {
+    let chaos = &world.chaos;
+    chaos.live_for(match life.end {
+        End::CaughtUp => None,
+        End::Killed { steps } | End::Stopped { steps } => Some(steps),
+    });
+    let config = world.pipeline(life.file);
+    let options = RunOptions { trust_sinks, ..world.options() };
+    let sinks = world.build()(&config)?;
+    let supervisor =
+        Supervisor::prepare(config, world.rig.host(), world.source(), sinks, options).await?;
+    let swapper = supervisor.swapper();
+    let stop = CancellationToken::new();
+    let run = supervisor.run(stop.clone());
+    let mut is_redriven = false;
+    let redrive = async {
+        if let Redriving::Beside { after_ms } = life.redriving {
+            tokio::time::sleep(Duration::from_millis(after_ms)).await;
+            match redrive(world, life.file, true).await {
+                Ok(redriven) => is_redriven = redriven == Redrive::Finished,
+                Err(error) => return error.context("the redrive beside"),
+            }
+        }
+        std::future::pending().await
+    };
+    tokio::pin!(run);
+    tokio::select! {
+        () = reload(world, &swapper, &life.reloads) => unreachable!("it waits"),
+        error = redrive => return Err(error),
+        // It may end before its time: what follows finds nothing to do.
+        ended = &mut run => ended?,
+        () = chaos.over() => {
+            if let End::Stopped { .. } = life.end {
+                stop.cancel();
+                tokio::time::timeout(STOP_MAX, run).await.context("it does not stop")??;
+            }
+        }
+    }
+    Ok(is_redriven)
+}
+
+/// Changes the pipeline while it runs. Ends with the process, at any step of a change.
+async fn reload(world: &World, swapper: &Swapper, reloads: &[(u64, File)]) {
+    for (pause_ms, file) in reloads {
+        tokio::time::sleep(Duration::from_millis(*pause_ms)).await;
+        // Refused when the pipeline has stopped, or a sink would lose records: then all is as before.
+        let _ = swapper.reload(world.pipeline(*file), false).await;
+    }
+    std::future::pending().await
+}
+
+/// Redrives in a process of its own, until it ends or is killed.
+pub async fn redrive_once(world: &World, file: File) -> anyhow::Result<Redrive> {
+    let own = world.clone();
+    process(async move {
+        tokio::select! {
+            redriven = redrive(&own, file, false) => redriven,
+            () = own.chaos.over() => Ok(Redrive::Unfinished),
+        }
+    })
+    .await
+}
+
+/// How far a redrive came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redrive {
+    Finished,
+    Unfinished,
+    /// There is no letter, or a place of one is not in the pipeline.
+    Nothing,
+}
+
+/// Redrives all dead letters, as `shardmill dlq redrive --all` does; one that was broken off goes on.
+async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<Redrive> {
+    let mut config = world.pipeline(file);
+    config.rejected_max = RejectedMax::NONE;
+    let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)?;
+    let state = StateStore::open(lock.folder())?;
+    let redrives = Redrives::new(state, config.name.clone());
+    let id = match redrives.unfinished().await?.first() {
+        Some(unfinished) => unfinished.id,
+        None => match redrives.begin(LetterFilter::default()).await? {
+            Some(id) => id,
+            None => return Ok(Redrive::Nothing),
+        },
+    };
+    let names: Vec<SinkName> = config.sinks.iter().map(|sink| sink.name.value.clone()).collect();
+    let is_gone = |place: &String| match LetterPlace::parse(place) {
+        Some(LetterPlace::Sink(sink)) => !names.contains(&sink),
+        _ => false,
+    };
+    let behind = redrives.sinks_behind(id).await?;
+    if redrives.places(id).await?.iter().any(is_gone)
+        || behind.iter().any(|sink| !names.contains(sink))
+    {
+        if !redrives.has_run(id).await? {
+            redrives.cancel(id).await?;
+        }
+        return Ok(Redrive::Nothing);
+    }
+    redrives.note_sinks(id, names).await?;
+    let limits = config.source.batch;
+    let source = LettersSource::new(redrives.clone(), id, &config.name, limits, Vec::new());
+    let role = RunRole::Beside { is_running };
+    let options = RunOptions { role, build_sinks: world.build(), ..RunOptions::new(true) };
+    let sinks = world.build()(&config)?;
+    Supervisor::prepare_under(lock, config, world.rig.host(), Arc::new(source), sinks, options)
+        .await?
+        .run(CancellationToken::new())
+        .await?;
+    let finished = redrives.finish(id, &[]).await?;
+    Ok(if finished.is_some() { Redrive::Finished } else { Redrive::Unfinished })
+}
+
+/// The dead letters and the holes at the end.
+pub async fn left(world: &World) -> anyhow::Result<(Vec<StoredLetter>, Vec<RecordedHole>)> {
+    let state = StateStore::open(&world.folder())?;
+    let holes = Holes::new(state.clone()).list(None).await?;
+    let letters = DeadLetters::new(state).select(LetterFilter::default(), u32::MAX).await?;
+    Ok((letters, holes))
+}
