@@ -8,7 +8,8 @@ use std::process::Output;
 use std::time::Duration;
 
 use crate::support::{
-    Process, output, plugin, postgres, postgres_url, run_ok, serve_stream, shardmill,
+    Process, kill_until_it_ends, output, plugin, postgres, postgres_url, run_ok, serve_stream,
+    shardmill,
 };
 use serde_json::Value;
 
@@ -248,6 +249,46 @@ fn what_would_lose_or_double_rows_is_refused() {
     let text = std::fs::read_to_string(world.path()).expect("read");
     std::fs::write(world.path(), text.replace("lineage = true\n", "")).expect("written");
     assert!(world.refused(&from, &next_second(), &[]).contains("set lineage = true"));
+}
+
+/// Seeds of the moments at which replays are killed; `SHARDMILL_SEED` names another.
+const KILLED: std::ops::RangeInclusive<u64> = 1..=3;
+
+#[test]
+fn a_replay_that_is_killed_leaves_each_row_once() {
+    let own = std::env::var("SHARDMILL_SEED").ok().and_then(|seed| seed.parse().ok());
+    for seed in own.map_or(KILLED, |seed| seed..=seed) {
+        println!("SHARDMILL_SEED={seed}");
+        kill_replays(seed);
+    }
+}
+
+/// Kills `replay --swap` again and again until it comes to its end, and redrives what was refused before.
+fn kill_replays(seed: u64) {
+    let columns = "id bigint NOT NULL CONSTRAINT taken CHECK (id % 20 <> 7), make text";
+    let world = World::new(&format!("killed_{seed}"), columns, "");
+    let from = world.put(0..400, make);
+    let to = next_second();
+    world.run();
+    let before: Vec<u64> = (0..400).filter(|id| id % 20 != 7).collect();
+    // From now on the table takes what it refused, and there are no Fiats.
+    postgres(&format!("ALTER TABLE {} DROP CONSTRAINT taken", world.table));
+    world.drop_make("Fiat");
+    let after: Vec<u64> = (0..400).filter(|id| id % 10 != 0).collect();
+    let config = world.config();
+    let kills = kill_until_it_ends(seed, || {
+        let found = world.ids(&world.table);
+        assert!(found == before || found == after, "a part was replaced: {found:?}");
+        let window = ["replay", &config, "--sink", "mart", "--from", &from, "--to", &to, "--swap"];
+        shardmill(&window)
+    });
+    println!("{kills} kills");
+    assert_eq!(world.ids(&world.table), after);
+    // The replay has brought the rows of the dead letters: a redrive brings none of them.
+    run_ok(&["dlq", "redrive", "--all", "--pipeline", &config]);
+    assert_eq!(world.ids(&world.table), after);
+    let left = run_ok(&["dlq", "list", "--pipeline", &config]);
+    assert!(!left.contains("sink:mart"), "{left}");
 }
 
 /// A whole second that has just begun, more than one behind all that was before: times of arrival are
