@@ -637,8 +637,7 @@ mod tests {
             }
         };
         tokio::join!(count(&stores[0]), count(&stores[1]));
-        let read = "SELECT number FROM state_mark";
-        let number = stores[0].write("read", |state| state.query_row(read, [], |row| row.get(0)));
-        assert_eq!(number.await.expect("read"), 200_i64);
+        let number = stores[0].mark().await.expect("read").number;
+        assert_eq!(number, 200);
     }
 }
