@@ -64,7 +64,10 @@ pub(crate) async fn settle(
         refuse_doubled(next, &known, &shards, build, &key).await?;
         let returned = next.sinks.iter().filter(|sink| known.removed.contains_key(sink.name()));
         for sink in returned {
+            let keys: Vec<ShardKey> = shards.keys().map(&key).collect();
+            let keeps_position = sink.kept(&next.config.name, &keys).await?.is_some();
             let own = stands(&**sink, &shards, &key).await?;
+            let own = Own { stands: own, keeps_position };
             change.holes.extend(holes(sink.name(), &known, &shards, &own, &key));
             change.returned.push(sink.name().clone());
         }
@@ -235,12 +238,19 @@ fn lost(
     text
 }
 
+/// Where a sink that came back stands by its own account.
+struct Own {
+    stands: Stands,
+    /// Otherwise it cannot say.
+    keeps_position: bool,
+}
+
 /// What a sink that came back was not given while it was away, in each shard that was begun.
 fn holes(
     name: &SinkName,
     known: &KnownSinks,
     shards: &HashMap<ShardId, ShardState>,
-    own: &Stands,
+    own: &Own,
     key: &impl Fn(&ShardId) -> ShardKey,
 ) -> Vec<Hole> {
     let Some(removed) = known.removed.get(name) else { return Vec::new() };
@@ -250,7 +260,11 @@ fn holes(
     for (shard, state) in shards {
         // A shard that was begun meanwhile is missing from its beginning on.
         let was = removed.at.get(shard).cloned().flatten();
-        let from_exclusive = own.get(shard).cloned().flatten().or(was);
+        let from_exclusive = match own.stands.get(shard).cloned().flatten() {
+            // One that keeps a position and has none was restored to before its first commit.
+            None if !own.keeps_position => was,
+            stands => stands,
+        };
         let Some(to) = state.checkpoint.clone().filter(|to| from_exclusive.as_ref() < Some(to))
         else {
             continue;
@@ -337,7 +351,8 @@ async fn adopt_restored(
     known: &KnownSinks,
     key: &impl Fn(&ShardId) -> ShardKey,
 ) -> anyhow::Result<()> {
-    for shard in known.positions.get(sink.name()).into_iter().flat_map(BTreeMap::keys) {
+    // Also those of which no checkpoint was written: the sink may have committed all the same.
+    for shard in known.checkpoints.keys() {
         let key = key(shard);
         if sink.position(&key).await?.is_none() {
             sink.adopt(old, &key).await?;
@@ -466,6 +481,22 @@ mod tests {
     }
 
     #[test]
+    fn a_sink_that_was_restored_to_nothing_while_it_was_away_lacks_all() {
+        let (name, shard) = (SinkName::from("mart"), ShardId::from("shard"));
+        let mut known = KnownSinks::default();
+        let was = [(shard.clone(), at(5))].into();
+        known.removed.insert(name.clone(), Removed { removed_ms: 0, at: was });
+        let state = ShardState { checkpoint: at(5), ..ShardState::default() };
+        let own = Own { stands: [(shard.clone(), None)].into(), keeps_position: true };
+        let holes = holes(&name, &known, &[(shard, state)].into(), &own, &key);
+        let found: Vec<_> = holes
+            .iter()
+            .map(|hole| (hole.from_exclusive.clone(), hole.to_inclusive.clone()))
+            .collect();
+        assert_eq!(found, [(None, at(5))]);
+    }
+
+    #[test]
     fn fault_04_the_gap_of_a_sink_that_came_back_is_a_hole() {
         let name = SinkName::from("mart");
         let state =
@@ -489,7 +520,9 @@ mod tests {
             let at = was.clone().map(|at| (shard.clone(), at)).into_iter().collect();
             known.removed.insert(name.clone(), Removed { removed_ms: 1_000, at });
             let shards = [(shard.clone(), state(checkpoint.clone()))].into();
-            let own = [(shard, stands.clone())].into();
+            // One that keeps a position has one, in all of these but those without.
+            let keeps_position = stands.is_some();
+            let own = Own { stands: [(shard, stands.clone())].into(), keeps_position };
             let holes = holes(&name, &known, &shards, &own, &key);
             let found = holes.first().map(|hole| hole.from_exclusive.clone());
             assert_eq!(found, due, "{was:?} {stands:?} {checkpoint:?}");
