@@ -130,9 +130,7 @@ impl Case {
         let own = InMemory(tables.clone());
         let destinations = Arc::new(Stuck { tables: own, is_stuck: is_stuck.clone(), place });
         let (rig, state) = (Rig::new(), folder.path().to_owned());
-        // No sink is given up.
-        let size = super::Size { given_up: &[], ..PURE };
-        let world = World { rig, size, state, chaos, destinations };
+        let world = World { rig, size: PURE, state, chaos, destinations };
         Self { tables, is_stuck, world, _folder: folder }
     }
 
@@ -154,7 +152,14 @@ impl Case {
     }
 }
 
-const FILE: File = File { right: 1, rhythm: 1, is_away: false, is_renamed: false, is_hasty: false };
+const FILE: File = File {
+    right: 1,
+    rhythm: 1,
+    is_away: false,
+    is_renamed: false,
+    gives_up: false,
+    is_hasty: false,
+};
 
 fn life(before: Between, file: File) -> Life {
     Life { before, file, reloads: Vec::new(), redriving: Redriving::No, end: End::CaughtUp }

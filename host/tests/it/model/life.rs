@@ -227,7 +227,7 @@ window = "0 s"
             let size = place as u64 + 1;
             let (rows, linger_ms) = (rows * size, linger_ms * size);
             let on_failure = match rng.u8(..3) {
-                0 if self.size.given_up.contains(sink) => {
+                0 if file.gives_up && self.size.given_up.contains(sink) => {
                     "on_failure = \"dead-letter\"\ngive_up_after = \"1 ms\""
                 }
                 _ => "",
