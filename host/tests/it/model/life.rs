@@ -342,8 +342,15 @@ async fn live(world: &World, life: &Life, trust_sinks: bool) -> anyhow::Result<b
     let config = world.pipeline(life.file);
     let options = RunOptions { trust_sinks, ..world.options() };
     let sinks = world.build()(&config)?;
-    let supervisor =
-        Supervisor::prepare(config, world.rig.host(), world.source(), sinks, options).await?;
+    let prepared =
+        Supervisor::prepare(config, world.rig.host(), world.source(), sinks, options).await;
+    let supervisor = match prepared {
+        // A sink that comes back is asked once: whoever starts the pipeline starts it again.
+        Err(error) if life.end != End::CaughtUp && error.to_string().contains("chaos: kept") => {
+            return Ok(false);
+        }
+        prepared => prepared?,
+    };
     let swapper = supervisor.swapper();
     let stop = CancellationToken::new();
     let run = supervisor.run(stop.clone());
