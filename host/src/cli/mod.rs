@@ -197,7 +197,7 @@ pub fn main() -> ExitCode {
 
 /// The exit code of a command that has ended; an error is printed.
 fn told(done: anyhow::Result<()>) -> ExitCode {
-    match done {
+    match done.and_then(|()| output::failure()) {
         Ok(()) => EXIT_DONE.into(),
         Err(error) => tell(&error),
     }

@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 
 use tokio_util::sync::CancellationToken;
 
@@ -12,18 +12,42 @@ use crate::sink::stdout::SharedOutput;
 
 /// Cancelled once a reader has closed standard output. The process has one, so this has one.
 static CLOSED: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
+/// Why a report could not be printed, where it was not its reader that went away.
+static FAILURE: OnceLock<String> = OnceLock::new();
 /// Reports go to standard error, because rows go to standard output.
 static ROWS_HAVE_STDOUT: AtomicBool = AtomicBool::new(false);
 /// Rows go to standard error, because a JSON report goes to standard output.
 static ROWS_ON_STDERR: AtomicBool = AtomicBool::new(false);
 
 /// Prints a line of a report. A reader that went away breaks nothing: work that has begun goes on, and
-/// commands that do nothing but print watch [`closed`].
+/// commands that do nothing but print watch [`closed`]. Any other failure, such as a full disk, is told at
+/// the command's end ([`failure`]): whoever exports letters and then deletes them must not take a cut file
+/// for a whole one.
 pub(crate) fn print_line(line: impl std::fmt::Display) {
     if ROWS_HAVE_STDOUT.load(Ordering::Relaxed) {
         crate::terminal::note(format_args!("{line}"));
     } else {
-        let _ = writeln!(ClosingOutput(io::stdout()), "{line}");
+        let printed = writeln!(ClosingOutput(io::stdout()), "{line}");
+        if let Err(error) = printed.as_ref()
+            && error.kind() != io::ErrorKind::BrokenPipe
+        {
+            FAILURE.get_or_init(|| error.to_string());
+            CLOSED.cancel();
+        }
+    }
+}
+
+/// The error of a command whose report could not be printed, if it could not.
+///
+/// # Errors
+/// What the system said first.
+pub(crate) fn failure() -> anyhow::Result<()> {
+    match FAILURE.get() {
+        Some(cause) => anyhow::bail!(
+            "standard output could not be written: {cause}; what was printed is cut short: make room, or \
+             write elsewhere, and give the command again"
+        ),
+        None => Ok(()),
     }
 }
 

@@ -19,6 +19,7 @@ use super::{
 use crate::config::{
     PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, StartPosition,
 };
+use crate::lane::roster;
 use crate::lease::PipelineLock;
 use crate::position::{Checkpoints, FailedAgain, Holes, Redrives, ReplayId, Replays, StateStore};
 use crate::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
@@ -314,6 +315,7 @@ impl Swap {
         let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)
             .context("a redrive and a replay that replaces rows cannot run at the same time")?;
         let state = state_beside(config)?;
+        roster::refuse_unsettled(config, &state).await?;
         let redrives = Redrives::new(state.clone(), config.name.clone());
         ensure!(
             redrives.unfinished().await?.iter().all(|one| one.is_rest),

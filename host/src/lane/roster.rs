@@ -298,7 +298,7 @@ pub(crate) async fn rename(
     }
     let (roster, key) = (Roster::new(state.clone()), keys(config, stream));
     let known = roster.known(stream).await?;
-    let config_name = &config.name;
+    let redrives = Redrives::new(state.clone(), config.name.clone());
     for (sink, config) in sinks.iter().zip(&config.sinks) {
         let Some(old) = config.renamed_from.as_ref().map(|old| &old.value) else { continue };
         let new = &config.name.value;
@@ -328,13 +328,11 @@ pub(crate) async fn rename(
         let listed = listed.into_iter().map(|shard| shard.id);
         let begun = Checkpoints::new(state.clone()).shards(stream).await?;
         let shards: BTreeSet<ShardId> = begun.into_keys().chain(listed).collect();
-        for shard in &shards {
-            sink.adopt(old, &key(shard)).await?;
-        }
-        // A redrive that was broken off goes on where the sink is with it.
-        let redrives = Redrives::new(state.clone(), config_name.clone());
-        for redrive in redrives.unfinished().await? {
-            sink.adopt(old, &redrives.key(redrive.id)).await?;
+        let mut keys: Vec<ShardKey> = shards.iter().map(&key).collect();
+        // What sinks have of redrives that were broken off is kept under their names, too.
+        keys.extend(redrives.unfinished().await?.iter().map(|one| redrives.key(one.id)));
+        for key in &keys {
+            sink.adopt(old, key).await?;
         }
         roster.rename(old, new).await?;
         tracing::warn!(from = %old, to = %new, "a sink was renamed: it goes on where it was");
@@ -356,6 +354,46 @@ async fn adopt_restored(
         let key = key(shard);
         if sink.position(&key).await?.is_none() {
             sink.adopt(old, &key).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a command that writes to sinks beside a start, where the next start has to settle first who a sink
+/// is: by its new name, what it has would not be known, and written again.
+///
+/// # Errors
+/// The sink, and what to do first; or when the state cannot be read.
+pub(crate) async fn refuse_unsettled(
+    config: &PipelineConfig,
+    state: &StateStore,
+) -> anyhow::Result<()> {
+    let roster = Roster::new(state.clone());
+    for stream in roster.streams().await? {
+        let known = roster.known_in(stream).await?;
+        for sink in &config.sinks {
+            let name = &sink.name.value;
+            if known.names().contains(name) {
+                continue;
+            }
+            let renamed = sink.renamed_from.as_ref().map(|old| &old.value);
+            if let Some(old) = renamed.filter(|old| known.names().contains(old)) {
+                bail!(
+                    "sink {name} is to go on as sink {old} (renamed_from), and the pipeline has not been \
+                     started with that name yet: start it once (`shardmill run`), so that {name} has what \
+                     {old} has, then give the command again"
+                );
+            }
+            let destination = sink.kind.destination().filter(|there| !there.is_empty());
+            let Some(destination) = destination else { continue };
+            if let Some(old) = earlier(&known, name, &destination, &config.sinks).first() {
+                bail!(
+                    "sink {name} is new where sink {old} has written, which is not in the configuration any \
+                     more: its rows could be written once more. If it is the same sink, add renamed_from = \
+                     \"{old}\" to sink {name}; else put sink {old} back. Then start the pipeline once \
+                     (`shardmill run`), which says what else is to be decided, and give the command again"
+                );
+            }
         }
     }
     Ok(())

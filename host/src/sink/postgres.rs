@@ -179,7 +179,7 @@ impl Sink for PostgresSink {
         let (mode, lineage) = (&shared.mode, shared.lineage);
         let prepared = async {
             table::prepare(&session, &shared.table, &columns, self.create, mode, lineage).await?;
-            rights::check_position(&session, shared.position.name()).await
+            rights::check_position(&session, &shared.position).await
         };
         let prepared = prepared.await;
         match prepared {

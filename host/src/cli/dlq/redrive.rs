@@ -13,6 +13,7 @@ use super::super::{Console, dead_letters, load, plugin_host, sinks, state_beside
 use super::Letters;
 use crate::config::{PipelineConfig, RejectedMax, SinkKind};
 use crate::lane::agreement::refuse_older_state;
+use crate::lane::roster;
 use crate::lease::PipelineLock;
 use crate::position::{
     Changes, Checkpoints, RedriveId, Redriven, Redrives, Replays, StateStore, Unfinished,
@@ -43,6 +44,7 @@ pub(super) async fn redrive(
     let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)?;
     let state = state_beside(&config)?;
     let pipeline = Pipeline::of(&mut config, &state).await?;
+    roster::refuse_unsettled(&config, &state).await?;
     refuse_older_state(&state, &sinks::build(&config)?, &config.name).await?;
     resolve_replays(&config, &state, console).await?;
     let redrives = Redrives::new(state.clone(), config.name.clone());

@@ -99,11 +99,16 @@ impl PositionTable {
             .query_typed_one(columns, &[(&self.name.quoted(), Type::TEXT)])
             .await?
             .try_get(0)?;
-        if found < LATER_COLUMNS.len() as i64 {
+        if !Self::is_wide_with(found) {
             session::create_once(client, &self.widening()).await?;
         }
         self.is_wide.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether so many of the later columns are all of them.
+    pub(super) fn is_wide_with(later_columns: i64) -> bool {
+        later_columns >= LATER_COLUMNS.len() as i64
     }
 
     /// The statement that adds them.
@@ -111,6 +116,20 @@ impl PositionTable {
         let columns =
             LATER_COLUMNS.map(|(name, kind)| format!("ADD COLUMN IF NOT EXISTS {name} {kind}"));
         format!("ALTER TABLE {} {}", self.name.quoted(), columns.join(", "))
+    }
+
+    /// Statements that the server plans and does not run: they fail where the table has not the columns,
+    /// types or key that taking over and moving a position need.
+    pub(super) fn trial(&self) -> String {
+        let name = self.name.quoted();
+        format!(
+            "EXPLAIN INSERT INTO {name} AS held (pipeline, sink, stream, shard, epoch)
+                 SELECT '', '', '', '', 1::bigint WHERE false
+                 ON CONFLICT (pipeline, sink, stream, shard) DO UPDATE SET epoch = held.epoch + 1
+                 RETURNING epoch, sequence::text, sub_sequence;
+             EXPLAIN UPDATE {name} SET sequence = 1::numeric, sub_sequence = 1::bigint
+                 WHERE sequence IS NOT DISTINCT FROM 0::numeric AND sub_sequence = 0::bigint AND epoch = 0"
+        )
     }
 
     /// What to say when they cannot be added.

@@ -11,6 +11,7 @@ use super::copy::{EMPTY_COPY, SAVEPOINT};
 use super::lineage;
 use super::merge;
 use super::name::{TableName, quoted};
+use super::position::PositionTable;
 use super::session::{BEGIN, SETTINGS};
 use super::table::LiveTable;
 use crate::postgres::{Link, ServerError};
@@ -40,8 +41,37 @@ const POSITION_RIGHTS: &str = "
     SELECT c.relkind::text, current_user::text,
         has_any_column_privilege(c.oid, 'SELECT') AND has_any_column_privilege(c.oid, 'INSERT')
             AND has_any_column_privilege(c.oid, 'UPDATE'),
-        row_security_active(c.oid)
+        row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE'),
+        (SELECT count(*) FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = c.oid
+            AND NOT a.attisdropped AND a.attname IN ('state_id', 'state_number', 'owner'))
     FROM pg_catalog.pg_class AS c WHERE c.oid = to_regclass($1)";
+
+/// What the table's defaults, constraints and indexes call or count with, and the role may not: its name,
+/// whether it is a sequence, and the column whose default it is (null: every row needs it). Sequences of
+/// identity columns need no right, and depend the other way round.
+///
+/// Source: PostgreSQL, "pg_depend", and "Sequence Manipulation Functions": `nextval` needs USAGE or
+/// UPDATE.
+const FORBIDDEN: &str = "
+    SELECT DISTINCT coalesce(p.oid::regprocedure::text, s.oid::regclass::text), s.oid IS NOT NULL,
+        CASE WHEN a.attgenerated = '' THEN a.attname::text END
+    FROM pg_catalog.pg_depend AS d
+        LEFT JOIN pg_catalog.pg_proc AS p
+            ON d.refclassid = 'pg_catalog.pg_proc'::regclass AND p.oid = d.refobjid
+        LEFT JOIN pg_catalog.pg_class AS s ON d.refclassid = 'pg_catalog.pg_class'::regclass
+            AND s.oid = d.refobjid AND s.relkind = 'S'
+        LEFT JOIN pg_catalog.pg_constraint AS c
+            ON d.classid = 'pg_catalog.pg_constraint'::regclass AND c.oid = d.objid
+        LEFT JOIN pg_catalog.pg_index AS i
+            ON d.classid = 'pg_catalog.pg_class'::regclass AND i.indexrelid = d.objid
+        LEFT JOIN pg_catalog.pg_attrdef AS f
+            ON d.classid = 'pg_catalog.pg_attrdef'::regclass AND f.oid = d.objid
+        LEFT JOIN pg_catalog.pg_attribute AS a ON a.attrelid = f.adrelid AND a.attnum = f.adnum
+    WHERE coalesce(c.conrelid, i.indrelid, f.adrelid) = to_regclass($1)
+        AND CASE WHEN p.oid IS NOT NULL THEN NOT has_function_privilege(p.oid, 'EXECUTE')
+            WHEN s.oid IS NOT NULL THEN NOT has_sequence_privilege(s.oid, 'USAGE, UPDATE')
+            ELSE false END
+    ORDER BY 1, 3";
 
 /// Whether the role may create a table in a schema, by default the first of its search path.
 const SCHEMA_RIGHTS: &str = "
@@ -88,6 +118,7 @@ pub(super) async fn check(
             quoted(&rights.role)
         ));
     }
+    check_calls(link, table, brought, &columns, rights).await?;
     let begin = format!("{BEGIN}; {SETTINGS}; {LOCK_TIMEOUT}; SAVEPOINT {SAVEPOINT}");
     let tried = async {
         link.batch_execute(&begin).await?;
@@ -128,6 +159,48 @@ pub(super) async fn check(
         false => String::new(),
     };
     Err(format!("table {table} takes no rows: {error}{way_out}"))
+}
+
+/// Checks that the role may call what every row makes the server call: a COPY of no rows calls nothing.
+async fn check_calls(
+    link: &Link,
+    table: &TableName,
+    brought: &Brought<'_>,
+    columns: &[&str],
+    rights: &Rights,
+) -> Result<(), String> {
+    let forbidden = link.query_typed(FORBIDDEN, &[(&table.quoted(), Type::TEXT)]).await;
+    let unreadable = |error: tokio_postgres::Error| cannot_read(table, &error.into());
+    for row in &forbidden.map_err(|error| cannot_read(table, &error))? {
+        let name: String = row.try_get(0).map_err(unreadable)?;
+        let is_sequence: bool = row.try_get(1).map_err(unreadable)?;
+        let default_of: Option<String> = row.try_get(2).map_err(unreadable)?;
+        let role = quoted(&rights.role);
+        let grant = match is_sequence {
+            true => format!("GRANT USAGE ON SEQUENCE {name} TO {role}"),
+            false => format!("GRANT EXECUTE ON FUNCTION {name} TO {role}"),
+        };
+        let Some(column) = default_of else {
+            return Err(format!(
+                "role {0} may not call function {name}, which a constraint, an index or a generated \
+                 column of table {table} needs for each row: {grant}",
+                rights.role
+            ));
+        };
+        if !brought.declared.is_empty() && columns.contains(&column.as_str()) {
+            continue;
+        }
+        let problem = format!(
+            "role {0} may not use {name}, from which column {column:?} of table {table} has its default",
+            rights.role
+        );
+        if brought.declared.is_empty() {
+            tracing::warn!(%table, "{problem}: rows without that column block the sink; {grant}");
+        } else {
+            return Err(format!("{problem}, and rows do not bring the column: {grant}"));
+        }
+    }
+    Ok(())
 }
 
 /// Reads the catalogue, and refuses what it says plainly.
@@ -209,7 +282,8 @@ async fn copy_nothing(link: &Link, table: &TableName, columns: &[&str]) -> Resul
 }
 
 /// Checks that the role can keep positions. The error is a sentence with the way out.
-pub(super) async fn check_position(link: &Link, table: &TableName) -> Result<(), String> {
+pub(super) async fn check_position(link: &Link, position: &PositionTable) -> Result<(), String> {
+    let table = position.name();
     let name = table.quoted();
     let found = link.query_typed_opt(POSITION_RIGHTS, &[(&name, Type::TEXT)]).await;
     let found = found.map_err(|error| cannot_read(table, &error))?;
@@ -227,13 +301,24 @@ pub(super) async fn check_position(link: &Link, table: &TableName) -> Result<(),
             quoted(&role)
         ));
     }
-    match row.try_get::<_, bool>(3).map_err(unreadable)? {
-        false => Ok(()),
-        true => Err(format!(
+    if row.try_get::<_, bool>(3).map_err(unreadable)? {
+        return Err(format!(
             "row-level security of the position table {table} applies to role {role}: positions would \
              be hidden; ALTER TABLE {name} DISABLE ROW LEVEL SECURITY"
-        )),
+        ));
     }
+    let (is_owner, later): (bool, i64) =
+        (row.try_get(4).map_err(unreadable)?, row.try_get(5).map_err(unreadable)?);
+    if !is_owner && !PositionTable::is_wide_with(later) {
+        return Err(position.cannot_widen());
+    }
+    let tried = link.batch_execute(&position.trial()).await;
+    tried.map_err(|error| {
+        format!(
+            "positions cannot be kept in table {table}: {error}. It is not as shardmill makes it: put its \
+             columns and its primary key (pipeline, sink, stream, shard) back"
+        )
+    })
 }
 
 /// Checks that a table that is missing can be created.

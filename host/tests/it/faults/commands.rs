@@ -363,6 +363,22 @@ fn fault_34_a_closed_pipe_ends_what_only_prints_and_panics_nobody() {
 }
 
 #[test]
+fn fault_34_a_report_that_cannot_be_written_is_a_failure() {
+    let world = World::new(1);
+    let endpoint = format!("http://{}", world.address);
+    for command in [
+        "completions bash".to_owned(),
+        format!("stream describe --stream test --endpoint {endpoint}"),
+        format!("stream describe --stream test --endpoint {endpoint} --json"),
+    ] {
+        let done = in_shell(world.folder.path(), &format!("$SHARDMILL {command} > /dev/full"));
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{command}: {said}");
+        assert!(said.contains("standard output could not be written: No space left"), "{said}");
+    }
+}
+
+#[test]
 fn fault_34_rows_and_reports_do_not_mix() {
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("in.ndjson"), "{\"a\":1}\n{\"a\":2}\n").expect("written");

@@ -96,8 +96,10 @@ fn lines_are_tagged_and_escaped_and_go_by_their_level() {
 
 #[test]
 fn a_flood_of_lines_is_cut_to_its_limit_and_counted() {
-    let asked =
-        Asked::new(&["before", "log-flood", "after"], "log_lines = 5\nbatch_time = \"60 s\"");
+    let asked = Asked::new(
+        &["before", "log-flood", "after"],
+        "log_lines = 5\nbatch_time = \"60 s\"\nrecord_time = \"30 s\"",
+    );
     let (rows, log) = asked.run();
     assert_eq!(rows, ["before", "log-flood", "after"]);
     let shown = log.lines().filter(|line| line.contains("nosy floods")).count() as u64;

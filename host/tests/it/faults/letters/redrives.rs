@@ -148,6 +148,24 @@ fn fault_24_a_redrive_that_ran_half_is_finished_without_a_sink_that_is_gone() {
 }
 
 #[test]
+fn fault_25_a_redrive_that_ran_half_waits_for_a_renamed_sink_and_goes_on_as_it() {
+    let (cars, b) = half_redriven("fault-25-half", 60);
+    cars.replace("[\"a\", \"b\"]", "[\"c\", \"b\"]");
+    cars.replace("name = \"a\"", "name = \"c\"");
+    let refused = cars.refused(&["dlq", "redrive", "--all"]);
+    assert!(refused.contains("sink c is new where sink a has written"), "{refused}");
+    cars.replace("name = \"c\"", "name = \"c\"\nrenamed_from = \"a\"");
+    let refused = cars.refused(&["dlq", "redrive", "--all"]);
+    assert!(refused.contains("start it once"), "{refused}");
+    cars.ok(&["run"]);
+    cars.redriven(&["--all"]);
+    assert_each_once(&cars, 60);
+    let counts = format!("SELECT count(*) || ' ' || count(DISTINCT id) FROM {b}");
+    assert_eq!(postgres(&counts), ["60 60"]);
+    postgres(&format!("DROP TABLE {b}"));
+}
+
+#[test]
 fn fault_24_what_is_left_for_a_sink_can_be_purged() {
     const RECORDS: u64 = 60;
     let (cars, b) = half_redriven("fault-24-purge", RECORDS);
