@@ -737,6 +737,11 @@ impl Lanes {
         self.shared.board.update(&shard, |status| {
             status.running = false;
             status.ended = end != LaneEnd::Stopped;
+            if status.ended {
+                // All of it is settled: what was shown last is over, though its checkpointer, which would
+                // have said so, is gone.
+                status.blocked.clear();
+            }
         });
         Ok(end == LaneEnd::ShardEnd)
     }

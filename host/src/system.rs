@@ -53,6 +53,20 @@ pub enum LimitError {
     },
 }
 
+impl LimitError {
+    /// The limit of address space behind a failure to start a sandbox, if it is one and there is one.
+    pub fn of_refusal(cause: &str) -> Option<Self> {
+        let limit = address_limit().filter(|_| is_out_of_memory(cause))?;
+        let needed = Usage::now().address_bytes + SANDBOX_BYTES + SPARE_BYTES;
+        Some(Self::AddressSpace { what: "one more sandbox".into(), needed, limit })
+    }
+}
+
+/// Whether a text tells of the system's refusal of memory, by its number as `std::io::Error` has it.
+fn is_out_of_memory(cause: &str) -> bool {
+    cause.contains(&format!("(os error {})", libc::ENOMEM))
+}
+
 /// What lanes of a pipeline need of the system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Needs {
@@ -131,6 +145,24 @@ fn check_address(what: String, used: u64, more: u64, limit: Option<u64>) -> Resu
     }
 }
 
+/// Lets a write beyond the limit of a file's size (ulimit -f) fail as one on a full disk does, with an
+/// error that is told, and not end the process without a word.
+pub fn ignore_file_size_signal() {
+    // SAFETY: sets the disposition of one signal, before other threads are started.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
+/// The error of a process that could not begin, with the limit behind it if that is known.
+pub fn cannot_begin(error: std::io::Error) -> anyhow::Error {
+    match (error.raw_os_error(), files_limit()) {
+        (Some(libc::EMFILE), Some(limit)) => {
+            let what = "a start without a shard".into();
+            LimitError::OpenFiles { what, needed: START_FILES + SPARE_FILES, limit }.into()
+        }
+        _ => error.into(),
+    }
+}
+
 /// Raises the number of files that may be open as far as the system lets this process.
 pub fn raise_open_files() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -190,6 +222,13 @@ mod tests {
 
     const NEEDS: Needs = Needs { lanes: 8, stages: 3, sinks: 2 };
     const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn fault_45_a_refusal_of_memory_is_known() {
+        let error = std::io::Error::from_raw_os_error(libc::ENOMEM);
+        assert!(is_out_of_memory(&error.to_string()), "{error}");
+        assert!(!is_out_of_memory("unknown import"));
+    }
 
     #[test]
     fn fault_45_what_is_needed_is_what_is_used_and_what_the_lanes_add() {

@@ -57,6 +57,7 @@ export function plugin(definition) {
     const shared = { arena, inputs, upstream, text: undefined, isAscii: false };
     const count = inputs.length / INPUT_WORDS;
     out._begin(count);
+    promised = false;
     try {
       let records;
       if (batch !== undefined) {
@@ -64,16 +65,19 @@ export function plugin(definition) {
         for (let index = 0; index < count; index++) records[index] = new Record(shared, index);
         current = records[0];
         checkReturned("batch", batch(records, out), true);
+        if (promised) throw new Error(PROMISED("batch"));
       }
       if (record !== undefined) {
         for (let index = 0; index < count; index++) {
           current = records === undefined ? new Record(shared, index) : records[index];
           random = undefined;
+          promised = false;
           out._input(index);
           try {
             const returned = record(current, out);
             // Nearly always undefined: one comparison a record.
             if (returned !== undefined) checkReturned("record", returned, out._hasOutcome());
+            if (promised) throw new Error(PROMISED("record"));
           } catch (error) {
             if (error instanceof Retry) throw error;
             out.reject(reason(error));
@@ -100,6 +104,34 @@ const ASYNC = (name) =>
   "make it a plain function without async and await, and call out.emit before it returns";
 const GENERATOR = (name) =>
   `\`${name}\` is a generator, but what it yields goes nowhere: make it a plain function that calls out.emit`;
+
+const PROMISED = (name) =>
+  `\`${name}\` has begun something asynchronous (await, then, or an async function in forEach) that would go on ` +
+  "after the call, but there are no promises across calls: make it plain functions that call out.emit before " +
+  "`" + name + "` returns";
+
+// What waits for a promise never goes on: no job runs between calls. An async function that is called for
+// what it does, and not returned, would drop its outputs in silence. So whatever begins to wait is noted:
+// `then` and its like, and `await`, which asks a promise for its constructor.
+let promised = false;
+for (const name of ["then", "catch", "finally"]) {
+  const original = Promise.prototype[name];
+  Object.defineProperty(Promise.prototype, name, {
+    configurable: true,
+    writable: true,
+    value(...given) {
+      promised = true;
+      return original.apply(this, given);
+    },
+  });
+}
+Object.defineProperty(Promise.prototype, "constructor", {
+  configurable: true,
+  get() {
+    promised = true;
+    return Promise;
+  },
+});
 
 /** Refuses a definition whose functions can be seen not to be plain ones. */
 function checkFunctions(definition) {

@@ -87,7 +87,10 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let run_options = RunOptions { embedded_plugin: bundled_plugin, ..RunOptions::new(true) };
     let supervisor = run::prepare(config.clone(), source, run_options).await?;
     let (board, letters) = (supervisor.board(), supervisor.letters());
-    supervisor.run_until(run::stop_on_signals(config.timing.drain_max)?).await?;
+    let stop = run::stop_on_signals(config.timing.drain_max)?;
+    // Its rows go to standard output: a reader such as `head` may have enough of them.
+    run::ask_when_closed(&stop);
+    supervisor.run_until(stop).await?;
 
     stream::delete(&client, &kinesis.stream.value, std::time::Duration::from_secs(30)).await?;
     let report = report(&data, &board, &letters).await?;

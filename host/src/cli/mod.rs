@@ -225,8 +225,10 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     bound_malloc_arenas();
     crate::system::raise_open_files();
+    crate::system::ignore_file_size_signal();
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    Ok(builder.enable_all().max_blocking_threads(BLOCKING_THREADS_MAX).build()?)
+    let built = builder.enable_all().max_blocking_threads(BLOCKING_THREADS_MAX).build();
+    built.map_err(crate::system::cannot_begin)
 }
 
 /// Blocks from this size on are given back to the system when they are freed.

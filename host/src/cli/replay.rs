@@ -118,7 +118,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         options.into.as_deref(),
         (&sink, &replayed),
         &config.name,
-        window_ms.clone(),
+        (window_ms.clone(), config.timing.postgres_silence_max),
     );
     let mut table = prepared.await.map_err(anyhow::Error::msg)?;
 
@@ -167,7 +167,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         let target = PostgresSink::new(sink.clone(), live)?;
         // If it holds all of the window now, it did when it was read.
         check_held(&*held, &window_ms).await?;
-        check_passed(&target, &config, stream.clone(), last).await?;
+        check_passed(&target, &config, stream.clone(), (last, &swap.state)).await?;
         let beside = table.check_alone(&others, &stream).await.map_err(anyhow::Error::msg)?;
         let failed = failed_again(letters.failed().await?);
         let window = Window { sink: &sink, live, stream: &stream, window_ms };
@@ -352,7 +352,14 @@ impl Swap {
             }
             Err(SwapFailed::Unknown(cause)) => cause,
         };
-        match TableWindow::has_landed(live, &config.name, sink, id).await {
+        match TableWindow::has_landed(
+            live,
+            &config.name,
+            (sink, id),
+            config.timing.postgres_silence_max,
+        )
+        .await
+        {
             Ok(true) => {
                 confirm(&replays, id).await;
                 Ok(None)
@@ -496,12 +503,16 @@ async fn check_passed(
     live: &PostgresSink,
     config: &PipelineConfig,
     stream: Arc<crate::record::StreamIdentity>,
-    last: BTreeMap<ShardId, Position>,
+    (last, state): (BTreeMap<ShardId, Position>, &StateStore),
 ) -> anyhow::Result<()> {
+    let holes = Holes::new(state.clone());
     for (shard, last) in last {
         let pipeline = config.name.clone();
         let key = ShardKey { pipeline, stream: stream.clone(), shard };
         let stands = live.position(&key).await?;
+        // What lies in a hole is not given to the sink, however far the shard is read.
+        let stands =
+            stands.clone().max(holes.end_around(&key, live.name(), stands.as_ref()).await?);
         ensure!(
             stands.as_ref() >= Some(&last),
             "nothing was replaced: in shard {} the pipeline has not come to the window's end ({last}), \

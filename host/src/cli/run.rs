@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::ensure;
 use serde::Serialize;
 use tokio::signal::unix::Signal;
 use tokio_util::sync::CancellationToken;
@@ -69,14 +70,20 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     output::leave_to_rows(&config);
     let stop = stop_on_signals(config.timing.drain_max)?;
     stop_when_closed(&stop);
+    let until_caught_up = options.until_caught_up;
     // Servers that do not answer are not waited for: nothing has been read yet.
     match stop.unless_asked(start(options, config, &stop, console)).await {
-        Some(running) => running?.run(stop, console).await,
+        Some(running) => running?.run(stop.clone(), console).await?,
         None => {
             console.say("stopped before it ran");
-            Ok(())
         }
     }
+    // A job that is evicted is not done. A reader of rows that has gone has all that it wanted.
+    ensure!(
+        !until_caught_up || !stop.is_asked() || output::closed().is_cancelled(),
+        "stopped before it had caught up: give the command again to go on"
+    );
+    Ok(())
 }
 
 /// A pipeline and all that stands beside it, ready to run.
@@ -265,13 +272,18 @@ async fn prepare_under(
 
 /// Drains once the reader of a stdout sink's rows is gone: nobody will take the rows that come.
 fn stop_when_closed(stop: &Stop) {
+    if output::is_for_rows() {
+        ask_when_closed(stop);
+    }
+}
+
+/// Asks for the end once standard output was found closed.
+pub(crate) fn ask_when_closed(stop: &Stop) {
     let (closed, stop) = (output::closed(), stop.clone());
     tokio::spawn(async move {
         closed.cancelled().await;
-        if output::is_for_rows() {
-            note(format_args!("standard output was closed by its reader; draining"));
-            stop.ask();
-        }
+        note(format_args!("standard output was closed by its reader; draining"));
+        stop.ask();
     });
 }
 

@@ -101,7 +101,13 @@ impl ShardStatus {
 impl Board {
     /// Changes the state of a shard.
     pub fn update(&self, shard: &ShardId, change: impl FnOnce(&mut ShardStatus)) {
-        change(self.lock().entry(shard.clone()).or_default());
+        let mut shards = self.lock();
+        let status = shards.entry(shard.clone()).or_default();
+        let blocked = status.blocked.len();
+        change(status);
+        if status.blocked.len() != blocked {
+            gauge(shard, status);
+        }
     }
 
     /// Marks a part of a lane as blocked; says so once per cause.
@@ -171,20 +177,28 @@ impl Board {
         self.changed.notify_waiters();
     }
 
-    /// Waits until every lane that reads runs a generation, up to `end` at most. Gives those that do and
-    /// those that do not yet.
+    /// Waits until every lane that reads runs a generation, up to `end` at most, and every lane of `let_go`
+    /// reads again. Gives those that do and those that do not yet.
     ///
     /// # Errors
     /// Why a lane cannot run it.
     pub async fn changed_to(
         &self,
         generation: &str,
+        let_go: &[ShardId],
         end: tokio::time::Instant,
     ) -> Result<(Vec<LaneChange>, Vec<WaitingLane>), String> {
         loop {
             let told = self.changed.notified();
             let (mut changed, mut waiting) = (Vec::new(), Vec::new());
-            for (shard, status) in self.snapshot().into_iter().filter(|(_, it)| it.running) {
+            for (shard, status) in self.snapshot() {
+                if !status.running {
+                    if !status.ended && let_go.contains(&shard) {
+                        let why = "it was let go, and is not taken over yet".to_owned();
+                        waiting.push(WaitingLane { shard, why });
+                    }
+                    continue;
+                }
                 if let Some((_, cause)) =
                     status.does_not_start.as_ref().filter(|(id, _)| id == generation)
                 {

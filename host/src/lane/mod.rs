@@ -45,6 +45,8 @@ const STAGE_PAUSE_MAX: Duration = Duration::from_secs(5);
 const CAUGHT_UP_NOTE_MS: i64 = 600_000;
 /// The part of a lane that shows a search for records that run out of time.
 const SEARCH: &str = "search";
+/// The part of a lane that shows a batch that stays in the plugins for long.
+const CALL: &str = "plugin call";
 /// The part of a lane that shows retries which a plugin has asked for.
 const RETRIES: &str = "retries";
 /// The metric of what the sinks' buffers hold.
@@ -465,16 +467,24 @@ impl Lane<'_> {
         }
     }
 
-    /// Waits for a run of the stages. A search for culprits that takes long is shown meanwhile.
+    /// Waits for a run of the stages. A search for culprits that takes long is shown meanwhile, and a call of
+    /// a plugin that does: its limit may be far above what a person waits for in silence.
     async fn show_search<T>(
         &self,
         searching: &mut Searching,
         run: JoinHandle<T>,
     ) -> Result<T, JoinError> {
         tokio::pin!(run);
+        let shown_after = self.shared.config.timing.call_blocked_after;
+        let shown = tokio::time::sleep(shown_after);
+        tokio::pin!(shown);
         let ran = loop {
             tokio::select! {
                 ran = &mut run => break ran,
+                () = &mut shown, if !shown.is_elapsed() => {
+                    let seconds = shown_after.as_secs_f64();
+                    self.block(CALL, &format!("a batch has been in the plugins for {seconds} s"));
+                }
                 Ok(()) = searching.changed() => {
                     if let Some(text) = searching.borrow_and_update().clone() {
                         self.block(SEARCH, &text);
@@ -483,6 +493,7 @@ impl Lane<'_> {
             }
         };
         self.shared.board.unblock(&self.shard.shard, SEARCH);
+        self.shared.board.unblock(&self.shard.shard, CALL);
         ran
     }
 

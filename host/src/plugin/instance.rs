@@ -10,6 +10,7 @@ use super::{
     descriptor, excerpt,
 };
 use crate::config::StageLimits;
+use crate::system::LimitError;
 
 /// The time that `configure` may take, in milliseconds: it runs once per instance.
 const CONFIGURE_MS_MAX: u64 = 10_000;
@@ -36,6 +37,8 @@ pub enum CallFault {
     Memory,
     /// It handed back more than it may.
     Output,
+    /// The system did not give this process what a sandbox needs.
+    System,
 }
 
 impl CallError {
@@ -215,7 +218,10 @@ fn diagnose(
         (None, None) if root.contains("fuel") => {
             (CallFault::Output, format!("{call} handed back more than it may: {root}"))
         }
-        (None, None) => (CallFault::Trap, format!("{call} failed: {root}")),
+        (None, None) => match LimitError::of_refusal(&root) {
+            Some(limit) => (CallFault::System, format!("{call} failed: {root}: {limit}")),
+            None => (CallFault::Trap, format!("{call} failed: {root}")),
+        },
     };
     CallError { fault, message, backtrace }
 }

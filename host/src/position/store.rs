@@ -444,7 +444,7 @@ impl StateStore {
             path: self.path.display().to_string(),
             action,
             cause,
-            way_out: "nothing was changed; free the disk or mend the file, it is tried again",
+            way_out: "nothing was changed; free the disk or mend the file: a pipeline that runs tries it again, else give the command again",
             is_gone: false,
         }
     }

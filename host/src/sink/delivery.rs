@@ -30,6 +30,8 @@ const SPANS_IN_CHANNEL_ENCODED_MAX: usize = 2;
 /// done ahead, when this one is committed.
 const PARCELS_WAITING_MAX: usize = 1;
 
+/// How long a delivery that has nothing under way may take to hear that the lane has ended.
+const IDLE_END_MAX: Duration = Duration::from_millis(100);
 /// How long a delivery that is broken off is waited for.
 const ABORT_WAIT_MAX: Duration = Duration::from_secs(1);
 
@@ -174,6 +176,8 @@ impl DeliveryHandle {
         let Some(mut task) = task else { return Ok(()) };
         let ended = match stop.until_over(&mut task).await {
             Some(ended) => ended,
+            // Nothing of it is under way, and it ends at once: what did not come to its end is another part.
+            None if let Ok(ended) = tokio::time::timeout(IDLE_END_MAX, &mut task).await => ended,
             None => {
                 task.abort();
                 // It ends at its next wait. One that never comes to it is left behind.

@@ -9,7 +9,7 @@ use super::columns;
 use super::generation::{Canary, LoadedStage, Target, column, context};
 use super::spec::{CanarySpec, GenerationSpec, StageSpec};
 use crate::config::{ConfigError, PipelineConfig};
-use crate::plugin::{Descriptor, Instance, Plugin, PluginHost, Route};
+use crate::plugin::{CallFault, Descriptor, Instance, Plugin, PluginHost, Route};
 use crate::record::RouteName;
 
 /// What is wrong with one stage, and where in its table.
@@ -75,7 +75,10 @@ impl StagePlace<'_> {
         let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
             .map_err(|error| {
                 let message = format!("stage {} ({plugin:?}): {error}", stage.name);
-                let help = "see the plugin's documentation for [stage.config]";
+                let help = match error.fault {
+                    CallFault::System => "raise or remove the limit",
+                    _ => "see the plugin's documentation for [stage.config]",
+                };
                 self.misfit(Place::Stage, message, help)
             })?;
         self.check_upstream(stage, &plugin, &descriptor)?;

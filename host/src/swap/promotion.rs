@@ -183,7 +183,9 @@ impl Inner {
         begun_anew: Option<TakenOver>,
     ) -> Result<(Vec<LaneChange>, Vec<WaitingLane>), StepFailed> {
         let end = Instant::now() + LANES_CHANGE_MAX;
+        let mut let_go = Vec::new();
         if let Some(mut begun_anew) = begun_anew {
+            let_go = shared.board.running().into_iter().map(|lane| lane.shard).collect();
             let told = tokio::time::timeout_at(end, &mut begun_anew).await;
             match told.map(|told| told.unwrap_or_else(|_| Err(STOPPED.into()))) {
                 Ok(Ok(())) => {}
@@ -198,7 +200,7 @@ impl Inner {
                 }
             }
         }
-        match shared.board.changed_to(&next.id, end).await {
+        match shared.board.changed_to(&next.id, &let_go, end).await {
             Ok(changed) => Ok(changed),
             Err(cause) => {
                 self.take_back(under_way, &cause).await;
@@ -232,7 +234,7 @@ impl Inner {
         let board = setup.shared.board.clone();
         drop(setup);
         // Lanes that do not start the one before either say so themselves.
-        let _ = board.changed_to(&before.id, Instant::now() + LANES_CHANGE_MAX).await;
+        let _ = board.changed_to(&before.id, &[], Instant::now() + LANES_CHANGE_MAX).await;
     }
 }
 

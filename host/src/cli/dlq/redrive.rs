@@ -173,6 +173,7 @@ pub(in crate::cli) async fn resolve_replays(
     console: &Console,
 ) -> anyhow::Result<()> {
     let replays = Replays::new(state.clone());
+    let silence_max = config.timing.postgres_silence_max;
     for replay in replays.pending().await? {
         let own = config.sinks.iter().find(|sink| sink.name.value == replay.sink);
         let Some(SinkKind::Postgres(target)) = own.map(|sink| &sink.kind) else {
@@ -180,7 +181,9 @@ pub(in crate::cli) async fn resolve_replays(
             tracing::warn!(sink = %replay.sink, "a replay of a sink that is gone is not resolved");
             continue;
         };
-        match TableWindow::has_landed(target, &config.name, &replay.sink, replay.id).await {
+        match TableWindow::has_landed(target, &config.name, (&replay.sink, replay.id), silence_max)
+            .await
+        {
             Ok(true) => {
                 replays.confirm(replay.id).await?;
                 console.say(format!("a replay of sink {} had replaced its rows", replay.sink));

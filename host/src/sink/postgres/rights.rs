@@ -71,7 +71,7 @@ const FORBIDDEN: &str = "
         AND CASE WHEN p.oid IS NOT NULL THEN NOT has_function_privilege(p.oid, 'EXECUTE')
             WHEN s.oid IS NOT NULL THEN NOT has_sequence_privilege(s.oid, 'USAGE, UPDATE')
             ELSE false END
-    ORDER BY 1, 3";
+    ORDER BY 2, 1, 3";
 
 /// Whether the role may create a table in a schema, by default the first of its search path.
 const SCHEMA_RIGHTS: &str = "

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
+use std::time::Duration;
 
 use serde::Serialize;
 use tokio_postgres::Row;
@@ -15,7 +16,7 @@ use super::name::{TableName, literal, quoted};
 use super::position::PositionTable;
 use super::session::BEGIN;
 use super::writers::{OtherSink, Writers};
-use crate::config::{PostgresTarget, Timing};
+use crate::config::PostgresTarget;
 use crate::position::ReplayId;
 use crate::postgres::{Link, PostgresServer, ServerError};
 use crate::record::{PipelineName, SinkName, StreamIdentity};
@@ -44,6 +45,8 @@ const COLUMNS_OF: &str = "
 /// A window of a live table, with its shadow.
 pub struct TableWindow {
     server: PostgresServer,
+    /// A server that says nothing for so long is given up.
+    silence_max: Duration,
     link: Link,
     live: TableName,
     shadow: TableName,
@@ -85,9 +88,12 @@ pub struct WindowDiff {
     pub samples_shadow: Vec<String>,
 }
 
-/// A connection of a command. The error is a sentence.
-pub(super) async fn connect(server: &PostgresServer) -> Result<Link, String> {
-    let connected = server.connect(Timing::default().postgres_silence_max).await;
+/// A connection of a command, which gives a server up that says nothing for so long. The error is a sentence.
+pub(super) async fn connect(
+    server: &PostgresServer,
+    silence_max: Duration,
+) -> Result<Link, String> {
+    let connected = server.connect(silence_max).await;
     connected.map_err(|error| format!("cannot connect to {}: {error}", server.place()))
 }
 
@@ -104,7 +110,7 @@ impl TableWindow {
         into: Option<&str>,
         (sink, replayed): (&SinkName, &SinkName),
         pipeline: &PipelineName,
-        window_ms: Range<u64>,
+        (window_ms, silence_max): (Range<u64>, Duration),
     ) -> Result<Self, String> {
         let server = PostgresServer::parse(&target.url)?;
         let live = TableName::parse(&target.table)?;
@@ -115,7 +121,7 @@ impl TableWindow {
         if shadow.table.len() > NAME_BYTES_MAX {
             return Err(format!("the name {shadow} is too long: name the shadow by --into"));
         }
-        let link = connect(&server).await?;
+        let link = connect(&server, silence_max).await?;
         let key: Vec<String> = target.mode.key().iter().map(|name| quoted(name)).collect();
         let on_conflict = match key.is_empty() {
             true => String::new(),
@@ -123,6 +129,7 @@ impl TableWindow {
         };
         let mut window = Self {
             server,
+            silence_max,
             link,
             live,
             shadow,
@@ -310,7 +317,7 @@ impl TableWindow {
         others: &[(&SinkName, &PostgresTarget)],
         stream: &StreamIdentity,
     ) -> Result<Vec<OtherSink>, String> {
-        let others = OtherSink::all(&self.link, &self.live, others).await?;
+        let others = OtherSink::all(&self.link, &self.live, others, self.silence_max).await?;
         self.writers(stream).check(&self.link, &others).await?;
         Ok(others)
     }
@@ -399,12 +406,12 @@ impl TableWindow {
     pub async fn has_landed(
         target: &PostgresTarget,
         pipeline: &PipelineName,
-        sink: &SinkName,
-        replay: ReplayId,
+        (sink, replay): (&SinkName, ReplayId),
+        silence_max: Duration,
     ) -> Result<bool, String> {
         let server = PostgresServer::parse(&target.url)?;
         let live = TableName::parse(&target.table)?;
-        let link = connect(&server).await?;
+        let link = connect(&server, silence_max).await?;
         let failed = |error: ServerError| format!("cannot read what was replayed: {error}");
         let positions = PositionTable::beside(&live);
         // Behind the lock that such a transaction takes: it has ended then.

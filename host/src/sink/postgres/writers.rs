@@ -3,6 +3,8 @@
 //! A replay makes the rows of one sink again. Rows of others that look like the sink's would be deleted with
 //! them and not be made again. A row says its pipeline and, where the table has the column, its sink.
 
+use std::time::Duration;
+
 use tokio_postgres::types::Type;
 
 use super::lineage::SINK;
@@ -13,18 +15,23 @@ use crate::postgres::{Link, PostgresServer, ServerError as Error};
 use crate::record::{PipelineName, SinkName, StreamIdentity};
 use crate::sink::WriteMode;
 
-/// A relation: of a partition, its root. With its database, so that it is told from those of others.
+/// A relation: of a partition, its root; and whether it is a view. With its database, so that it is told from
+/// those of others.
 const IDENTITY: &str = "
     SELECT d.oid::text || '.' || d.datname,
-        coalesce(pg_partition_root(to_regclass($1))::oid, to_regclass($1)::oid)::text
+        coalesce(pg_partition_root(to_regclass($1))::oid, to_regclass($1)::oid)::text,
+        coalesce((SELECT c.relkind = 'v' FROM pg_catalog.pg_class AS c
+            WHERE c.oid = to_regclass($1)), false)
     FROM pg_catalog.pg_database AS d WHERE d.datname = current_database()";
 
 /// Another sink of the pipeline.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OtherSink {
     name: SinkName,
-    /// It writes the same table.
+    /// It writes the same table, or may.
     is_beside: bool,
+    /// It writes a view: what its trigger does, no catalogue says.
+    is_view: bool,
     says_lineage: bool,
     is_keyed: bool,
 }
@@ -35,6 +42,7 @@ impl OtherSink {
         client: &Link,
         table: &TableName,
         others: &[(&SinkName, &PostgresTarget)],
+        silence_max: Duration,
     ) -> Result<Vec<Self>, String> {
         let failed = |error: Error| format!("cannot read table {table}: {error}");
         let own = Identity::read(client, table).await.map_err(failed)?;
@@ -45,12 +53,14 @@ impl OtherSink {
             };
             let server = PostgresServer::parse(&target.url)?;
             let other = TableName::parse(&target.table)?;
-            let connected = super::window::connect(&server).await.map_err(cannot_tell)?;
+            let connected =
+                super::window::connect(&server, silence_max).await.map_err(cannot_tell)?;
             let read = Identity::read(&connected, &other).await;
             let read = read.map_err(|error| cannot_tell(error.to_string()))?;
             found.push(Self {
                 name: (*name).clone(),
                 is_beside: own.may_be(&read),
+                is_view: read.is_view,
                 says_lineage: target.lineage,
                 is_keyed: target.mode != WriteMode::Append,
             });
@@ -66,6 +76,7 @@ struct Identity {
     database: String,
     /// `None`: there is no such table.
     relation: Option<String>,
+    is_view: bool,
 }
 
 impl Identity {
@@ -77,7 +88,8 @@ impl Identity {
             Err(error) => return Err(error),
         };
         let row = client.query_typed_one(IDENTITY, &[(&table.quoted(), Type::TEXT)]).await?;
-        Ok(Self { system, database: row.try_get(0)?, relation: row.try_get(1)? })
+        let (database, relation, is_view) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        Ok(Self { system, database, relation, is_view })
     }
 
     fn may_be(&self, other: &Self) -> bool {
@@ -88,7 +100,7 @@ impl Identity {
         is_one_system
             && self.database == other.database
             && self.relation.is_some()
-            && self.relation == other.relation
+            && (self.relation == other.relation || other.is_view)
     }
 }
 
@@ -118,10 +130,43 @@ impl Writers<'_> {
             |error: Error| format!("cannot find out who writes table {}: {error}", self.table);
         let known = self.known(client).await.map_err(failed)?;
         let all_say_sink = self.says_sink && !self.has_silent_rows(client).await.map_err(failed)?;
-        match self.other_writer(&known, others, all_say_sink) {
-            None => Ok(()),
-            Some(writer) => Err(self.refusal(&writer)),
+        if let Some(writer) = self.other_writer(&known, others, all_say_sink) {
+            return Err(self.refusal(&writer));
         }
+        if self.says_sink {
+            let said = self.sinks_said(client).await.map_err(failed)?;
+            if let Some(name) = self.unknown(&said, &known, others) {
+                return Err(self.refusal(&Writer::Unknown(name.to_owned())));
+            }
+        }
+        Ok(())
+    }
+
+    /// The other sinks that rows of the window say they are of.
+    async fn sinks_said(&self, client: &Link) -> Result<Vec<String>, Error> {
+        let said = format!(
+            "SELECT DISTINCT t.{0} FROM {1} AS t WHERE {2} AND t.{0} <> $1 ORDER BY 1",
+            SINK.0,
+            self.table.quoted(),
+            self.of_window
+        );
+        let rows = client.query_typed(&said, &[(&self.sink.as_str(), Type::TEXT)]).await?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+    }
+
+    /// A name among those that rows say which is of no sink that the file or the positions have: the sink may
+    /// have had it once, and its rows would then stay beside those that are made again.
+    fn unknown<'s>(
+        &self,
+        said: &'s [String],
+        known: &[Known],
+        others: &[OtherSink],
+    ) -> Option<&'s str> {
+        let is_known = |name: &String| {
+            known.iter().any(|known| known.sink == *name)
+                || others.iter().any(|other| other.name.as_str() == name)
+        };
+        said.iter().find(|name| !is_known(name)).map(String::as_str)
     }
 
     async fn known(&self, client: &Link) -> Result<Vec<Known>, Error> {
@@ -170,7 +215,10 @@ impl Writers<'_> {
                 false => !other.is_keyed,
             };
             if !is_told_apart {
-                return Some(Writer::Sink(other.name.to_string(), other.says_lineage));
+                return Some(match other.is_view {
+                    true => Writer::View(other.name.to_string()),
+                    false => Writer::Sink(other.name.to_string(), other.says_lineage),
+                });
             }
         }
         for Known { sink, stream } in known {
@@ -210,6 +258,19 @@ impl Writers<'_> {
                 "sink {other} writes over rows of table {table} without saying so: set lineage = true there, \
                  or give it a table of its own"
             ),
+            Writer::View(other) => format!(
+                "sink {other} writes a view, and whether its trigger writes table {table} as well cannot be \
+                 told; if it does, {by_column}"
+            ),
+            Writer::Unknown(other) => format!(
+                "rows of the time in table {table} say that they are of sink {other}, which is not in the file \
+                 and keeps no position in {positions}: where sink {sink} had that name once, they would stay \
+                 beside the new ones. Let them say the sink's name of today: UPDATE {quoted} SET {column} = \
+                 '{sink}' WHERE {column} = '{other}'; if they are another's, give that sink a table of its own",
+                positions = self.positions.name(),
+                quoted = table.quoted(),
+                column = SINK.0,
+            ),
             Writer::Former(other) => format!(
                 "sink {other} of pipeline {}, which is not in the file, keeps its position in {} and may \
                  have written to table {table}: {by_column}; or, if it never wrote there, delete its rows \
@@ -233,6 +294,10 @@ impl Writers<'_> {
 enum Writer {
     /// A sink of the pipeline, and whether its rows say their pipeline.
     Sink(String, bool),
+    /// A sink of the pipeline that writes a view.
+    View(String),
+    /// A sink that nothing but the rows themselves know.
+    Unknown(String),
     /// A sink that the file does not have.
     Former(String),
     /// The same sink, from another stream.
@@ -242,6 +307,38 @@ enum Writer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn fault_17_a_name_that_nobody_has_may_be_the_sinks_former_one() {
+        let stream = StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 2 };
+        let (pipeline, sink) = (PipelineName::from("cars"), SinkName::from("mart"));
+        let table = TableName::parse("cars").expect("a name");
+        let writers = Writers {
+            table: &table,
+            positions: PositionTable::beside(&table),
+            pipeline: &pipeline,
+            sink: &sink,
+            stream: &stream,
+            of_window: String::new(),
+            says_sink: true,
+        };
+        let known = [Known { sink: "removed".into(), stream: "arn@2".into() }];
+        let others = [OtherSink {
+            name: "other".into(),
+            is_beside: true,
+            is_view: false,
+            says_lineage: true,
+            is_keyed: false,
+        }];
+        for (said, expected) in
+            [(&["other", "removed"][..], None), (&[], None), (&["other", "former"], Some("former"))]
+        {
+            let said: Vec<String> = said.iter().map(ToString::to_string).collect();
+            assert_eq!(writers.unknown(&said, &known, &others), expected, "{said:?}");
+        }
+        let refusal = writers.refusal(&Writer::Unknown("former".into()));
+        assert!(refusal.contains("SET shardmill_sink = 'mart' WHERE shardmill_sink = 'former'"));
+    }
 
     #[test]
     fn fault_17_rows_that_may_be_anothers_are_not_replaced() {
@@ -258,7 +355,8 @@ mod tests {
             says_sink: false,
         };
         let other = |is_beside, says_lineage, is_keyed| {
-            vec![OtherSink { name: "other".into(), is_beside, says_lineage, is_keyed }]
+            let (name, is_view) = ("other".into(), false);
+            vec![OtherSink { name, is_beside, is_view, says_lineage, is_keyed }]
         };
         let known =
             |sink: &str, stream: &str| vec![Known { sink: sink.into(), stream: stream.into() }];

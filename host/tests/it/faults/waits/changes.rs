@@ -43,10 +43,11 @@ fn fault_01_reloads_of_a_blocked_lane_answer_and_cure_it() {
     let first = answers_within(&["reload", &path, "--json"], ANSWER_MAX);
     file("cured.db", "2 MiB");
     let second = answers_within(&["reload", &path, "--json"], ANSWER_MAX);
-    for answer in [&first, &second] {
+    // By the time of the second answer, the lane may have been let go and be cured.
+    for (answer, says) in [(&first, "integer overflow"), (&second, "\"shard\":")] {
         let text = text_of(answer);
         assert!(answer.status.success(), "{text}\n{}", run.text());
-        assert!(text.contains("sink mart") && text.contains("integer overflow"), "{text}");
+        assert!(text.contains("sink mart") && text.contains(says), "{says} in {text}");
     }
     // Less than two drains: the lanes of the first reload have not even begun when the second one comes.
     let cured = sqlite(&folder.path().join("cured.db"));

@@ -266,7 +266,7 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
     std::fs::write(&rows, "no JSON\n").expect("written");
     let first = PipelineToml::new(folder.path(), "waits")
         .timing(SHORT_DRAIN)
-        .file(&rows, "")
+        .file(&rows, "format = \"application/json\"")
         .route_all_to(&["mart"])
         .sink("mart", "type = \"discard\"");
     crate::support::run_ok(&["run", &first.write(), "--until-caught-up"]);
@@ -274,8 +274,12 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
     let passing = crate::support::plugin("hostile");
     let second = PipelineToml::new(folder.path(), "waits")
         .timing(SHORT_DRAIN)
-        .file(&rows, "")
-        .stage("route", &passing, "config = {}\nroutes = { out = [\"mart\"] }")
+        .file(&rows, "format = \"application/json\"")
+        .stage(
+            "route",
+            &passing,
+            "config = { format = \"application/json\" }\nroutes = { out = [\"mart\"] }",
+        )
         .sink("mart", &format!("type = \"http\"\nprivate = true\nurl = \"{url}\""))
         .write();
     // A redrive runs what the state says: the other sink is taken over first.
