@@ -185,7 +185,8 @@ fn fault_24_a_redrive_that_nothing_of_has_run_is_cancelled() {
     let mart = sqlite(&cars.path().join("mart.db"));
     mart.execute_batch(
         "CREATE TABLE a (id integer NOT NULL CHECK (id < 0));
-         CREATE TABLE b (id integer NOT NULL CHECK (id < 0))",
+         CREATE TABLE b (id integer NOT NULL CHECK (id < 0));
+         CREATE TABLE c (id integer NOT NULL)",
     )
     .expect("tables");
     let rows = cars.path().join("rows.ndjson");
@@ -199,6 +200,7 @@ fn fault_24_a_redrive_that_nothing_of_has_run_is_cancelled() {
         .write();
     cars.ok(&["run"]);
     cars.replace("name = \"b\"", "name = \"c\"");
+    cars.replace("table = \"b\"", "table = \"c\"");
     cars.replace("[\"a\", \"b\"]", "[\"a\", \"c\"]");
     let said = cars.refused(&["dlq", "redrive", "--all"]);
     assert!(said.contains("sink:b is not in the pipeline any more"), "{said}");

@@ -263,15 +263,17 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
     let folder = tempfile::tempdir().expect("a folder");
     let server = SilentServer::start();
     let rows = folder.path().join("rows.ndjson");
-    std::fs::write(&rows, "no JSON\n").expect("written");
+    std::fs::write(&rows, "{\"id\":1}\n").expect("written");
+    let passing = crate::support::plugin("hostile");
+    let trap =
+        |word: &str| format!("config = {{ format = \"application/json\", trap_on = \"{word}\"");
     let first = PipelineToml::new(folder.path(), "waits")
         .timing(SHORT_DRAIN)
         .file(&rows, "format = \"application/json\"")
-        .route_all_to(&["mart"])
+        .stage("route", &passing, &format!("{} }}\nroutes = {{ out = [\"mart\"] }}", trap("id")))
         .sink("mart", "type = \"discard\"");
     crate::support::run_ok(&["run", &first.write(), "--until-caught-up"]);
     let url = format!("http://127.0.0.1:{}/rows", server.port);
-    let passing = crate::support::plugin("hostile");
     let second = PipelineToml::new(folder.path(), "waits")
         .timing(SHORT_DRAIN)
         .file(&rows, "format = \"application/json\"")
@@ -294,6 +296,7 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
         server.requests.load(std::sync::atomic::Ordering::SeqCst) > 0
             || run.process.0.try_wait().expect("a state").is_some()
     });
+    assert!(run.process.0.try_wait().expect("a state").is_none(), "{}", run.text());
     let status = run.terminated_within(END_MAX);
     assert_eq!(status.code(), Some(1), "{}", run.text());
     assert!(run.logged("goes on with it"), "{}", run.text());
