@@ -359,6 +359,13 @@ impl StreamIdentity {
     pub fn key(&self) -> String {
         format!("{}@{}", self.arn, self.created_ms)
     }
+
+    /// The identity of such a text; the name is the ARN's last part. `None`: it is none.
+    pub fn of_key(key: &str) -> Option<Self> {
+        let (arn, created_ms) = key.rsplit_once('@')?;
+        let name = arn.rsplit_once('/').map_or(arn, |(_, name)| name);
+        Some(Self { name: name.into(), arn: arn.into(), created_ms: created_ms.parse().ok()? })
+    }
 }
 
 /// One shard as one pipeline reads it: what positions, claims and dead letters are keyed by.

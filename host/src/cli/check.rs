@@ -10,8 +10,8 @@ use super::{Console, PipelineFile, holes, load, reload, sinks};
 use crate::admin::control::ReloadQuery;
 use crate::budget::{MemoryBound, memory_bytes_available};
 use crate::config::PipelineConfig;
-use crate::lane::roster;
-use crate::position::{StateStore, StoredLetter};
+use crate::lane::{agreement, roster};
+use crate::position::{Changes, StateStore, StoredLetter};
 use crate::record::SinkName;
 use crate::sink::Sink;
 use crate::stage::{Generation, Target};
@@ -81,6 +81,12 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     report.warnings.extend(sink_warnings);
     if let Some(state) = StateStore::open_as_it_is(&holes::folder(&config))? {
         report.warnings.extend(roster::foresee(&config, &state).await?);
+        // One that cannot be read stops the next start.
+        Changes::new(state.clone()).running().await?;
+        if !options.offline {
+            let own = &sinks[..config.sinks.len()];
+            report.warnings.extend(agreement::foresee(&config, &state, own).await?);
+        }
     }
     for stage in &report.stages {
         console.say(format!(

@@ -283,8 +283,12 @@ pub struct FileConfig {
 pub enum FileCut {
     /// At each line break.
     Lines,
-    /// At each line break outside quotes, as RFC 4180 says.
-    Csv,
+    /// At each line break outside quotes, as RFC 4180 says. A quote opens a field behind the delimiter;
+    /// `None`: behind any of those that are usual.
+    Csv {
+        /// What stands between fields.
+        delimiter: Option<u8>,
+    },
 }
 
 /// The HTTP port that takes events and puts them on the stream.

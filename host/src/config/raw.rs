@@ -73,6 +73,7 @@ pub(super) struct RawFile {
     pub _kind: IgnoredAny,
     pub path: Spanned<Text>,
     pub skip: Maybe<Count>,
+    pub delimiter: Maybe<Text>,
     pub format: Maybe<Text>,
     pub batch: Option<RawBatch>,
 }

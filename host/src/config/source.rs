@@ -58,6 +58,7 @@ pub(super) fn read(
             let path = if path == STANDARD_INPUT { path.into() } else { base.join(path) };
             let format = format?;
             let cut = cut(format.as_deref(), &path);
+            let cut = delimited(cut, &raw.delimiter, check)?;
             let file = FileConfig { path, cut, skip_lines: skip_lines? };
             let kind = SourceKind::File(file);
             let columns = Vec::new();
@@ -78,9 +79,36 @@ pub(super) fn read(
 fn cut(format: Option<&str>, path: &Path) -> FileCut {
     let is_named_csv = path.extension().is_some_and(|name| name.eq_ignore_ascii_case("csv"));
     match format {
-        Some("text/csv") => FileCut::Csv,
-        None if is_named_csv => FileCut::Csv,
+        Some("text/csv") => FileCut::Csv { delimiter: None },
+        None if is_named_csv => FileCut::Csv { delimiter: None },
         _ => FileCut::Lines,
+    }
+}
+
+/// With the delimiter that the file says, if it does.
+fn delimited(cut: FileCut, raw: &Maybe<Text>, check: &mut Check) -> Option<FileCut> {
+    let Some(raw) = raw else { return Some(cut) };
+    match (cut, raw.get_ref().0.as_bytes()) {
+        (FileCut::Lines, _) => {
+            check.problem(
+                raw.span(),
+                "`delimiter` is for CSV, and this file is read by lines",
+                "leave it out, or set format = \"text/csv\"",
+            );
+            None
+        }
+        (_, [delimiter]) if !matches!(delimiter, b'"' | b'\n' | b'\r') => {
+            Some(FileCut::Csv { delimiter: Some(*delimiter) })
+        }
+        (_, found) => {
+            let found = String::from_utf8_lossy(found).into_owned();
+            check.problem(
+                raw.span(),
+                format!("expected one ASCII character as delimiter, found {found:?}"),
+                "write the one that the plugin is told, such as \";\"",
+            );
+            None
+        }
     }
 }
 

@@ -9,10 +9,13 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBuilder};
 
 use super::{LaneError, Shared};
+use crate::config::PipelineConfig;
 use crate::position::agreement::{
     Age, Lost, MarkSeen, ShardFacts, Stands, age, all_marks, compare,
 };
-use crate::position::{Checkpoints, Hole, OwnerName, ShardState, StateStore};
+use crate::position::{
+    AllGivenUp, Checkpoints, Hole, OwnerName, Remembered, Roster, ShardState, StateStore,
+};
 use crate::record::{PipelineName, ShardId, ShardKey, StreamIdentity};
 use crate::sink::{KeptPosition, Sink};
 use crate::source::Shard;
@@ -75,18 +78,7 @@ pub(crate) async fn before_first_record(
         }
         facts.state = Some(own.clone());
     }
-    for (sink, kept) in &kept {
-        let mut positions: HashMap<&ShardId, _> = HashMap::new();
-        for own in kept.iter().filter(|own| own.stream == stream_key) {
-            positions.insert(&own.shard, own.position.clone());
-        }
-        for (shard, facts) in &mut facts {
-            let key = (shard.clone(), sink.name().clone());
-            let stands = positions.remove(shard).flatten().max(given_up.get(&key).cloned());
-            let remembered = remembered.get(&key).cloned();
-            facts.sinks.insert(sink.name().clone(), Stands { stands, remembered });
-        }
-    }
+    note_sinks(&mut facts, &kept, &stream_key, (&remembered, &given_up));
     let plan = compare(&facts, shared.config.on_position_mismatch);
     if let Some(refusal) = plan.refusal() {
         return Err(LaneError::Fatal(refusal));
@@ -133,6 +125,81 @@ pub(crate) async fn before_first_record(
         );
     }
     Ok(plan.adopted)
+}
+
+/// Notes how far each sink is with each shard, by its own account and by the state's.
+fn note_sinks(
+    facts: &mut BTreeMap<ShardId, ShardFacts>,
+    kept: &Kept,
+    stream_key: &str,
+    (remembered, given_up): (&Remembered, &AllGivenUp),
+) {
+    for (sink, kept) in kept {
+        let mut positions: HashMap<&ShardId, _> = HashMap::new();
+        for own in kept.iter().filter(|own| own.stream == stream_key) {
+            positions.insert(&own.shard, own.position.clone());
+        }
+        for (shard, facts) in facts.iter_mut() {
+            let key = (shard.clone(), sink.name().clone());
+            let own = positions.remove(shard).flatten();
+            // A sink that stands before where it stood then was restored, and needs what it had.
+            let given_up = given_up.get(&key).filter(|span| own >= span.from_exclusive);
+            let stands = own.clone().max(given_up.map(|span| span.to_inclusive.clone()));
+            let remembered = remembered.get(&key).cloned();
+            facts.sinks.insert(sink.name().clone(), Stands { stands, remembered });
+        }
+    }
+}
+
+/// What the next start would say of sinks and state, asked without changing anything: which sinks stand before
+/// what the state remembers, and whether the state is an older copy or another one than they have seen.
+///
+/// # Errors
+/// When the state or a sink cannot be read.
+pub(crate) async fn foresee(
+    config: &PipelineConfig,
+    state: &StateStore,
+    sinks: &[Arc<dyn Sink>],
+) -> anyhow::Result<Vec<String>> {
+    let checkpoints = Checkpoints::new(state.clone());
+    let mut said = Vec::new();
+    for key in Roster::new(state.clone()).streams().await? {
+        let Some(stream) = StreamIdentity::of_key(&key).map(Arc::new) else { continue };
+        let known = checkpoints.shards(&stream).await?;
+        let of_stream = |shard: &ShardId| ShardKey {
+            pipeline: config.name.clone(),
+            stream: stream.clone(),
+            shard: shard.clone(),
+        };
+        let keys: Vec<ShardKey> = known.keys().map(of_stream).collect();
+        // As a start does, and in its order: the pipeline may be running.
+        let (remembered, given_up) = checkpoints.remembered(&stream).await?;
+        let kept = ask(sinks, &config.name, &keys).await?;
+        let is_known = |own: &KeptPosition| own.stream == key && known.contains_key(&own.shard);
+        let noted = checkpoints.noted_marks().await?;
+        match age(&state.mark().await?, &noted, &marks(&kept, is_known)) {
+            Age::Newest(_) => {}
+            Age::Older(one) => said.push(older(&one)),
+            Age::Another(one) => said.push(another(&one)),
+        }
+        let fact = |(shard, own): (&ShardId, &ShardState)| {
+            let (listed_parents, state) = (Some(Vec::new()), Some(own.clone()));
+            (shard.clone(), ShardFacts { listed_parents, state, ..ShardFacts::default() })
+        };
+        let mut facts: BTreeMap<ShardId, ShardFacts> = known.iter().map(fact).collect();
+        note_sinks(&mut facts, &kept, &key, (&remembered, &given_up));
+        let plan = compare(&facts, config.on_position_mismatch);
+        said.extend(plan.refusal());
+        said.extend(plan.loss());
+        if !plan.reopened.is_empty() {
+            said.push(format!(
+                "a sink was restored: the next start reads {} shards of stream {} again for it",
+                plan.reopened.len(),
+                stream.name
+            ));
+        }
+    }
+    Ok(said)
 }
 
 /// Refuses to redrive by a state that is older than a sink has seen: the letters may have been

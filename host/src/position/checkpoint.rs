@@ -12,7 +12,9 @@ use super::holes::{Hole, insert as insert_hole};
 use super::mark::StateMark;
 use super::store::{StateError, StateStore, columns, position};
 use super::together::{Entry, Together};
-use crate::record::{Position, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity};
+use crate::record::{
+    Position, PositionSpan, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity,
+};
 
 /// What is known of a shard.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,6 +34,9 @@ pub struct ShardState {
 
 /// What is remembered of all sinks, by shard and sink.
 pub type Remembered = HashMap<(ShardId, SinkName), Position>;
+
+/// The rows of all sinks that were given up, by shard and sink: from where the sink stood then.
+pub type AllGivenUp = HashMap<(ShardId, SinkName), PositionSpan>;
 
 /// The state of a stream's shards, as the state database has it.
 #[derive(Clone, Debug, Default)]
@@ -342,34 +347,40 @@ impl Checkpoints {
             .await
     }
 
-    /// How far each sink was in each shard of a stream, and how far rows of each were given up.
+    /// How far each sink was in each shard of a stream, and which rows of each were given up last.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn remembered(
         &self,
         stream: &StreamIdentity,
-    ) -> Result<(Remembered, Remembered), StateError> {
+    ) -> Result<(Remembered, AllGivenUp), StateError> {
         let stream = stream.key();
         self.store
             .write("read the sinks' positions", move |state| {
-                let read = |sql: &str| -> rusqlite::Result<Remembered> {
-                    let mut query = state.prepare_cached(sql)?;
-                    let rows = query.query_map([&stream], |row| {
-                        let key = (row.get::<_, String>(0)?.into(), row.get::<_, String>(1)?.into());
-                        Ok((key, position(row.get(2)?, row.get(3)?)?))
-                    })?;
-                    // The last of several counts: they come in order.
-                    rows.collect()
-                };
-                let known = read(
+                let mut known = state.prepare_cached(
                     "SELECT shard, sink, sequence, sub_sequence FROM sink_position WHERE stream = ?1",
                 )?;
-                let given_up = read(
-                    "SELECT shard, sink, sequence, sub_sequence FROM given_up WHERE stream = ?1
-                     ORDER BY sequence, sub_sequence",
+                let known = known.query_map([&stream], |row| {
+                    let key = (row.get::<_, String>(0)?.into(), row.get::<_, String>(1)?.into());
+                    Ok((key, position(row.get(2)?, row.get(3)?)?))
+                })?;
+                let mut given_up = state.prepare_cached(
+                    "SELECT shard, sink, sequence, sub_sequence, from_sequence, from_sub FROM given_up
+                     WHERE stream = ?1 ORDER BY sequence, sub_sequence",
                 )?;
-                Ok((known, given_up))
+                let given_up = given_up.query_map([&stream], |row| {
+                    let key = (row.get::<_, String>(0)?.into(), row.get::<_, String>(1)?.into());
+                    let from: String = row.get(4)?;
+                    let from_exclusive = match from.is_empty() {
+                        true => None,
+                        false => Some(position(from, row.get(5)?)?),
+                    };
+                    let to_inclusive = position(row.get(2)?, row.get(3)?)?;
+                    Ok((key, PositionSpan { from_exclusive, to_inclusive }))
+                })?;
+                // The last of several counts: they come in order.
+                Ok((known.collect::<rusqlite::Result<_>>()?, given_up.collect::<rusqlite::Result<_>>()?))
             })
             .await
     }

@@ -12,7 +12,7 @@ use rusqlite::Transaction;
 
 use super::letters::{DeadLetter, DeadLetters, GIVEN_UP, SHOWN, insert};
 use super::store::{StateError, columns, position as position_of};
-use crate::record::{LetterPlace, Position, ShardKey, SinkName};
+use crate::record::{LetterPlace, Position, PositionSpan, ShardKey, SinkName};
 
 /// Who may give up a sink's rows, and how far that went.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +25,8 @@ pub struct TakenOver {
 
 impl DeadLetters {
     /// Gives rows up that a sink was not able to take: writes their letters and that the sink needs
-    /// nothing up to `to_inclusive`, durable on return. `sink_keeps_position`: the letters show once
+    /// nothing of the span, durable on return. The span begins where the sink stands: one that stands before
+    /// that later was restored from a backup, and needs more. `sink_keeps_position`: the letters show once
     /// the sink has answered, else at once. False: the shard has another owner, nothing was written.
     ///
     /// # Errors
@@ -34,14 +35,15 @@ impl DeadLetters {
         &self,
         (shard, sink): (&ShardKey, &SinkName),
         epoch: i64,
-        to_inclusive: &Position,
+        span: &PositionSpan,
         letters: Vec<DeadLetter>,
         sink_keeps_position: bool,
     ) -> Result<bool, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let place = LetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
-        let (sequence, sub) = columns(to_inclusive);
+        let (sequence, sub) = columns(&span.to_inclusive);
+        let (from, from_sub) = span.from_exclusive.as_ref().map(columns).unwrap_or_default();
         self.store
             .write("give rows up", move |state| {
                 let owner: i64 = state
@@ -58,8 +60,11 @@ impl DeadLetters {
                 let kept = if sink_keeps_position { GIVEN_UP } else { SHOWN };
                 insert(state, (&stream, &shard), &letters, kept, "DO NOTHING")?;
                 state
-                    .prepare_cached("INSERT OR IGNORE INTO given_up VALUES (?1, ?2, ?3, ?4, ?5)")?
-                    .execute((&sink, &stream, &shard, &sequence, sub))?;
+                    .prepare_cached(
+                        "INSERT OR IGNORE INTO given_up (sink, stream, shard, sequence, sub_sequence,
+                             from_sequence, from_sub) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                    )?
+                    .execute((&sink, &stream, &shard, &sequence, sub, &from, from_sub))?;
                 Ok(true)
             })
             .await
@@ -92,6 +97,13 @@ impl DeadLetters {
                     .execute((&stream, &shard, &place))?;
                 // A sink that stands where a try would have ended has the rows of that try: those
                 // behind the try before.
+                // Where it stands before that, it was restored: what was given up says nothing any more.
+                state
+                    .prepare_cached(
+                        "DELETE FROM given_up WHERE stream = ?1 AND shard = ?2 AND sink = ?3
+                         AND (from_sequence, from_sub) > (?4, ?5)",
+                    )?
+                    .execute((&stream, &shard, &sink, &sequence, sub))?;
                 let mut given_up = state.prepare_cached(
                     "SELECT sequence, sub_sequence FROM given_up
                      WHERE stream = ?1 AND shard = ?2 AND sink = ?3
@@ -189,4 +201,33 @@ fn reached(
         )?
         .execute((stream, shard, sink, &end.0, end.1))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::StateStore;
+    use crate::record::{SequenceNumber, StreamIdentity};
+
+    #[tokio::test]
+    async fn fault_13_what_was_given_up_says_nothing_of_a_sink_that_was_restored_since() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let (stream, shard) = (stream.into(), "shard".into());
+        let shard = ShardKey { pipeline: "cars".into(), stream, shard };
+        let sink = SinkName::from("mart");
+        let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
+        let own = letters.take_over(&shard, &sink, Some(&at(5))).await.expect("taken over");
+        assert_eq!(own.given_up_to, None);
+        let span = PositionSpan { from_exclusive: Some(at(5)), to_inclusive: at(9) };
+        let whose = (&shard, &sink);
+        let given_up = letters.give_up(whose, own.epoch, &span, Vec::new(), true).await;
+        assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
+        // It stands where it stood; then a backup of before is put back.
+        for (stands, due) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {
+            let own = letters.take_over(&shard, &sink, Some(&stands)).await.expect("taken over");
+            assert_eq!(own.given_up_to, due, "{stands}");
+        }
+    }
 }

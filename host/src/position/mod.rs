@@ -20,7 +20,9 @@ mod store;
 mod swaps;
 mod together;
 
-pub use checkpoint::{Checkpoints, KnownShards, Look, ShardState, SinkMark};
+pub use checkpoint::{
+    AllGivenUp, Checkpoints, KnownShards, Look, Remembered, ShardState, SinkMark,
+};
 pub use hidden::TakenOver;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Ledger, LedgerEntry, Ran, Segment};

@@ -135,6 +135,7 @@ const SCHEMA_6: &[&str] = &[
     super::checkpoint::STREAM_SCHEMA,
     super::checkpoint::GONE,
     SCHEMA_6_LAG,
+    SCHEMA_6_GIVEN_UP,
     LETTERS_6,
     SCHEMA_MARK,
 ];
@@ -150,6 +151,12 @@ const SCHEMA_MARK: &str = "
     CREATE TABLE doubtful_letters (up_to INTEGER NOT NULL);
     ALTER TABLE shard ADD COLUMN reread_to TEXT;
     ALTER TABLE shard ADD COLUMN reread_to_sub INTEGER;
+";
+
+/// Where a sink stood when rows of it were given up; empty: at the shard's beginning, or not known.
+const SCHEMA_6_GIVEN_UP: &str = "
+    ALTER TABLE given_up ADD COLUMN from_sequence TEXT NOT NULL DEFAULT '';
+    ALTER TABLE given_up ADD COLUMN from_sub INTEGER NOT NULL DEFAULT 0;
 ";
 
 /// When the last record that a sink has arrived, so that its lag is known before the first one is read.

@@ -180,10 +180,10 @@ impl Committer {
         let reason = format!("given up: {error}");
         let letter = |row: &Row| self.refusals.letter(row, reason.clone());
         let letters: Vec<_> = commit.rows.iter().map(letter).collect();
-        let (rows, to) = (letters.len() as u64, &commit.span.to_inclusive);
+        let (rows, span, to) = (letters.len() as u64, &commit.span, &commit.span.to_inclusive);
         let whose = (&context.shard, &context.sink);
         let given_up =
-            context.letters.give_up(whose, context.epoch, to, letters, self.keeps_position);
+            context.letters.give_up(whose, context.epoch, span, letters, self.keeps_position);
         let is_ours = given_up.await.map_err(|error| SinkError::Unavailable {
             sink: context.sink.clone(),
             cause: error.to_string(),

@@ -2,7 +2,30 @@
 
 use std::fs::OpenOptions;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+
+/// A file or folder, whatever its name. One that is open, or whose path is known, is written on when it was
+/// moved or deleted; so its path is compared with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// The file at a path; `None`: there is none.
+    ///
+    /// # Errors
+    /// A sentence, where it cannot be looked at.
+    pub(super) fn at(path: &Path) -> Result<Option<Self>, String> {
+        match std::fs::metadata(path) {
+            Ok(found) => Ok(Some(Self { device: found.dev(), inode: found.ino() })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(format!("cannot look at {}: {error}", path.display())),
+        }
+    }
+}
 
 /// Checks that files can be made in a folder, which may be missing itself: then its nearest ancestor must
 /// take folders.

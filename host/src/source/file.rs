@@ -258,7 +258,9 @@ impl Lines {
             let left = &self.chunk[self.taken..];
             let end = match self.config.cut {
                 FileCut::Lines => memchr::memchr(b'\n', left),
-                FileCut::Csv => super::csv::record_end(left).map(|end| end - 1),
+                FileCut::Csv { delimiter } => {
+                    super::csv::record_end(left, delimiter).map(|end| end - 1)
+                }
             };
             if end.is_none() && !self.has_ended {
                 // A quoted line break: the record goes on after what was read.
@@ -392,7 +394,7 @@ fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Resu
         let found = match cut {
             FileCut::Lines => begins.next().map(|begin| is(&bytes[begin..end])),
             // The first line of a record with line breaks has a quote.
-            FileCut::Csv => {
+            FileCut::Csv { .. } => {
                 let mut lines_after = bytes.len();
                 begins
                     .any(|begin| {

@@ -11,6 +11,7 @@ use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use object_store::PutPayload;
 use object_store::local::LocalFileSystem;
@@ -20,6 +21,7 @@ use uuid::Uuid;
 use super::claim::LOG_FOLDER;
 use super::store::Created;
 use crate::record::SinkName;
+use crate::sink::local::FileId;
 
 /// The folder below the claim logs that holds files which are being written.
 pub(super) const STAGING_FOLDER: &str = ".tmp";
@@ -28,6 +30,8 @@ pub(super) const STAGING_FOLDER: &str = ".tmp";
 #[derive(Clone, Debug)]
 pub(in crate::sink) struct Staged {
     prefix: Key,
+    /// The folder of the claim logs as it was first written to.
+    known: Arc<OnceLock<FileId>>,
 }
 
 /// Why a file was not written.
@@ -77,7 +81,7 @@ impl Drop for Staging {
 impl Staged {
     /// For files below a prefix.
     pub(super) fn below(prefix: &Key) -> Self {
-        Self { prefix: prefix.clone() }
+        Self { prefix: prefix.clone(), known: Arc::default() }
     }
 
     /// Writes a file unless one of that name is there. It appears whole, and is on the disk when this
@@ -88,7 +92,16 @@ impl Staged {
         payload: PutPayload,
     ) -> Result<Created, StagedError> {
         let (to, folder) = (file_path(key)?, self.folder()?);
-        on_thread(move || create(&to, &folder, &payload)).await
+        let (logs, known) = (file_path(&self.prefix.clone().join(LOG_FOLDER))?, self.known.clone());
+        on_thread(move || {
+            check_place(&logs, &known)?;
+            let created = create(&to, &folder, &payload)?;
+            if let Some(found) = FileId::at(&logs).map_err(StagedError::Path)? {
+                known.get_or_init(|| found);
+            }
+            Ok(created)
+        })
+        .await
     }
 
     /// The folder for files that are being written.
@@ -185,6 +198,20 @@ fn file_path(key: &Key) -> Result<PathBuf, StagedError> {
     LocalFileSystem::new()
         .path_to_filesystem(key)
         .map_err(|error| StagedError::Path(error.to_string()))
+}
+
+/// Refuses to go on in another folder than the one that this process began in: the folders on the way would be
+/// made anew, and the claims and objects of before would not be among the new ones.
+fn check_place(logs: &Path, known: &OnceLock<FileId>) -> Result<(), StagedError> {
+    let Some(known) = known.get() else { return Ok(()) };
+    if FileId::at(logs).map_err(StagedError::Path)?.as_ref() == Some(known) {
+        return Ok(());
+    }
+    Err(StagedError::Path(format!(
+        "the folder {} is gone: it was moved, deleted or replaced while the pipeline writes there; put it \
+         back, or restart the pipeline, which then says what is missing",
+        logs.display()
+    )))
 }
 
 fn create(to: &Path, folder: &Path, payload: &PutPayload) -> Result<Created, StagedError> {

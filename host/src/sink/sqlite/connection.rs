@@ -3,8 +3,6 @@
 //! Whoever lets it go ends its transaction: what a dropped or failed call left open is rolled back
 //! at once, so that no lock on the file outlives the call.
 
-use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +11,7 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::table::LiveTable;
-use crate::sink::local;
+use crate::sink::local::{self, FileId};
 
 /// How long another process may hold the file's write lock before a commit gives up and is retried
 /// by the delivery, visibly.
@@ -54,25 +52,6 @@ pub(super) struct Open {
 pub(super) struct Held {
     slot: OwnedMutexGuard<Slot>,
     path: Arc<Path>,
-}
-
-/// A file, whatever its name. SQLite goes on writing to an open file that was moved or deleted, so its
-/// path is compared with it around each commit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FileId {
-    device: u64,
-    inode: u64,
-}
-
-impl FileId {
-    /// The file at a path; `None`: there is none.
-    fn at(path: &Path) -> Result<Option<Self>, String> {
-        match std::fs::metadata(path) {
-            Ok(found) => Ok(Some(Self { device: found.dev(), inode: found.ino() })),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(format!("cannot look at {}: {error}", path.display())),
-        }
-    }
 }
 
 impl SharedConnection {

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use rusqlite::types::ToSqlOutput;
-use rusqlite::{Connection, ErrorCode, params_from_iter};
+use rusqlite::{Connection, ErrorCode, ffi, params_from_iter};
 
 use super::connection::{Held, quoted};
 use super::table::{self, LiveTable};
@@ -117,6 +117,8 @@ impl Work {
         }
         let open = &mut **held;
         let live = self.live_table(&open.connection, &mut open.table)?;
+        let failed = |error: rusqlite::Error| format!("cannot commit: {error}");
+        open.connection.execute_batch("SAVEPOINT all_rows").map_err(failed)?;
         let mut insert = Insert::new(&self.shared, &open.connection, live);
         let mut refusals = Vec::new();
         for (index, row) in self.rows.iter().enumerate() {
@@ -126,6 +128,12 @@ impl Work {
                 Err(RowFailure::Unavailable(cause)) => return Err(cause),
             }
         }
+        // SQLite would say so at COMMIT, and not by which row.
+        if has_open_foreign_key(&open.connection) {
+            open.connection.execute_batch("ROLLBACK TO all_rows").map_err(failed)?;
+            refusals = insert.without_orphans(&self.rows)?;
+        }
+        open.connection.execute_batch("RELEASE all_rows").map_err(failed)?;
         Ok(refusals)
     }
 
@@ -154,6 +162,24 @@ impl Work {
 /// Commits what refused rows had kept open.
 pub(super) fn finish(held: Held) -> Result<(), String> {
     commit(&held)
+}
+
+/// Whether rows of the transaction name parents that are not there yet.
+///
+/// Source: SQLite, "Status Parameters for database connections", `SQLITE_DBSTATUS_DEFERRED_FKS`.
+fn has_open_foreign_key(connection: &Connection) -> bool {
+    let (mut open, mut highest) = (0, 0);
+    // SAFETY: the handle is the connection's, which outlives the call; the call writes two numbers.
+    let asked = unsafe {
+        ffi::sqlite3_db_status(
+            connection.handle(),
+            ffi::SQLITE_DBSTATUS_DEFERRED_FKS,
+            &raw mut open,
+            &raw mut highest,
+            0,
+        )
+    };
+    asked == ffi::SQLITE_OK && open != 0
 }
 
 fn commit(held: &Held) -> Result<(), String> {
@@ -217,6 +243,46 @@ impl<'c, 'r> Insert<'c, 'r> {
             .map_err(|error| self.failed(&error))
     }
 
+    /// Inserts rows one by one, and refuses those that name a parent which neither the table nor another row
+    /// of the commit is: only a commit whose deferred foreign keys are violated pays for it. A row whose
+    /// parent comes later is tried again behind the others.
+    fn without_orphans(&mut self, rows: &'r [Row]) -> Result<Vec<Refusal>, String> {
+        let connection = self.connection;
+        let step = |sql: &str| {
+            let done = connection.execute_batch(sql);
+            done.map_err(|error| format!("cannot look for the row of a foreign key: {error}"))
+        };
+        let mut refusals = Vec::new();
+        let mut waiting: Vec<usize> = (0..rows.len()).collect();
+        loop {
+            let before = waiting.len();
+            let mut orphans = Vec::new();
+            for index in waiting {
+                step("SAVEPOINT one_row")?;
+                match self.row(&rows[index]) {
+                    Ok(()) if has_open_foreign_key(connection) => {
+                        step("ROLLBACK TO one_row")?;
+                        orphans.push(index);
+                    }
+                    Ok(()) => {}
+                    Err(RowFailure::Refused(reason)) => {
+                        refusals.push(Refusal { row: index, reason })
+                    }
+                    Err(RowFailure::Unavailable(cause)) => return Err(cause),
+                }
+                step("RELEASE one_row")?;
+            }
+            waiting = orphans;
+            if waiting.is_empty() || waiting.len() == before {
+                break;
+            }
+        }
+        let reason = "a deferred foreign key names a row that is not there";
+        refusals.extend(waiting.into_iter().map(|row| Refusal { row, reason: reason.into() }));
+        refusals.sort_by_key(|refusal| refusal.row);
+        Ok(refusals)
+    }
+
     /// The columns by which rows find their like are there.
     fn required(&self) -> Result<(), String> {
         for name in self.shared.mode.required() {
@@ -271,7 +337,8 @@ impl<'c, 'r> Insert<'c, 'r> {
         }
         let table = &self.shared.table;
         let hint = if blamed {
-            ": the table rolls whole transactions back (ON CONFLICT ROLLBACK)"
+            ": the table rolls whole transactions back (ON CONFLICT ROLLBACK, or RAISE(ROLLBACK) in a \
+             trigger), which keeps the neighbours of such a row from it: use ABORT in its place"
         } else {
             ""
         };

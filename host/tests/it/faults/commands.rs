@@ -78,6 +78,7 @@ fn fault_19_what_javascript_returns_is_a_dead_letter_that_names_the_cure() {
     let place = tempfile::tempdir().expect("a folder");
     let source = r#"
 import { plugin } from "shardmill";
+const other = async () => 1;
 const ways = {
   promise: (record, out) => Promise.resolve().then(() => out.emit("out", "late")),
   value: () => ({ a: 1 }),
@@ -88,6 +89,8 @@ const ways = {
   map: (record, out) => out.emit("out", new Map([["a", 1]])),
   key: (record, out) => out.emit("out", "x", 5),
   short: (record, out) => record.text() === "never" && out.emit("out", "x"),
+  helper: (record, out) => { (async () => { await other(); out.emit("out", "late"); })(); },
+  then: (record, out) => { Promise.resolve().then(() => out.emit("out", "late")); },
   nothing: () => null,
   fine: (record, out) => { out.emit("out", { a: [1] }); return 7; },
 };
@@ -95,7 +98,7 @@ export const stage = plugin({ name: "p", version: "0.1.0", routes: { out: "text/
   record: (record, out) => ways[record.text()](record, out) });
 "#;
     let component = built(place.path(), "js", "plugin.js", source);
-    let ways = "promise value text generated emitted nested map key short nothing fine";
+    let ways = "promise value text generated emitted nested map key helper then short nothing fine";
     let (succeeded, said, letters) = ran(place.path(), &component, &ways.replace(' ', "\n"));
     assert!(succeeded, "{said}");
     assert_reasons(
@@ -109,6 +112,8 @@ export const stage = plugin({ name: "p", version: "0.1.0", routes: { out: "text/
             ("nested", "member \"a\" is a promise"),
             ("map", "make an array or a plain object"),
             ("key", "a partition key must be a text or bytes"),
+            ("helper", "has begun something asynchronous"),
+            ("then", "has begun something asynchronous"),
         ],
     );
 }

@@ -69,8 +69,7 @@ pub struct File {
     pub rhythm: u64,
     pub is_away: bool,
     pub is_renamed: bool,
-    /// Sinks may be given up. Not where one is restored: how far its rows were given up hides that it stands
-    /// before what it had.
+    /// Sinks may be given up.
     pub gives_up: bool,
     /// The process has but a moment to end: less than a commit may take.
     pub is_hasty: bool,
@@ -114,7 +113,7 @@ impl Script {
             rhythm: rng.u64(..),
             is_away: false,
             is_renamed: false,
-            gives_up: !restores,
+            gives_up: true,
             is_hasty: false,
         };
         let forgets_before = if forgets { rng.usize(1..=kills) } else { 0 };

@@ -198,6 +198,34 @@ fn fault_12_a_log_is_not_fenced_again_while_another_sink_is_out_of_reach() {
 }
 
 #[test]
+fn fault_29_a_folder_that_is_moved_away_is_noticed_and_goes_on_when_it_is_back() {
+    let world = World::new(1);
+    let (logs, away) = (world.folder.path().join("logs"), world.folder.path().join("away"));
+    let file = crate::support::pipeline::PipelineToml::new(world.folder.path(), "reading")
+        .stream(crate::support::world::STREAM, "embedded", "")
+        .route_all_to(&["logs"])
+        .sink(
+            "logs",
+            &format!("type = \"objects\"\nurl = \"{}\"\ncompression = \"none\"", logs.display()),
+        );
+    let log = std::fs::File::create(world.log()).expect("a log");
+    let mut command = shardmill(&["run", &file.write(), "-v"]);
+    let run = command.stdout(std::process::Stdio::null()).stderr(log).spawn();
+    let run = crate::support::Process(run.expect("the binary starts"));
+    world.put(0..10, 3);
+    wait_for("the first rows", || rows(&logs).len() == 10);
+    std::fs::rename(&logs, &away).expect("moved");
+    world.put(10..20, 3);
+    wait_for("the move to be noticed", || world.logged("was moved, deleted or replaced"));
+    assert!(!logs.exists(), "no other folder is made in its place");
+    std::fs::rename(&away, &logs).expect("moved back");
+    wait_for("all rows", || rows(&logs).len() == 20);
+    assert_eq!(run.terminate(), Some(0));
+    let found = sorted(rows(&logs));
+    assert!(found.windows(2).all(|pair| pair[0] != pair[1]), "{found:?}");
+}
+
+#[test]
 fn fault_22_a_log_that_lost_its_last_object_goes_on_at_the_checkpoint() {
     let lines = lines(&ids(10), "");
     // Two claims, so that the log stands within the shard when the last object is gone.

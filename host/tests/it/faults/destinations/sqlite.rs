@@ -94,6 +94,29 @@ fn fault_29_a_file_that_is_replaced_is_noticed() {
     assert_eq!(world.rows(), 10);
 }
 
+#[test]
+fn fault_08_a_row_of_a_deferred_foreign_key_is_a_dead_letter_alone() {
+    let rows = [
+        r#"{"id":1,"parent":2}"#,
+        r#"{"id":2,"parent":null}"#,
+        r#"{"id":3,"parent":99}"#,
+        r#"{"id":4,"parent":1}"#,
+    ];
+    let lines = lines(
+        &rows,
+        "CREATE TABLE t (id INTEGER PRIMARY KEY,
+             parent INTEGER REFERENCES t DEFERRABLE INITIALLY DEFERRED)",
+    );
+    lines.run();
+    let mart = sqlite(&lines.at("mart.db"));
+    let ids = "SELECT group_concat(id) FROM (SELECT id FROM t ORDER BY id)";
+    let ids: String = mart.query_row(ids, (), |row| row.get(0)).expect("ids");
+    assert_eq!(ids, "1,2,4");
+    let reasons = lines.reasons();
+    assert_eq!(reasons.len(), 1, "{reasons:?}");
+    assert!(reasons[0].contains("deferred foreign key"), "{reasons:?}");
+}
+
 /// What `check` says of a table.
 fn checked(create: &str) -> (bool, String) {
     lines(&[r#"{"id":1}"#], create).check(&[])

@@ -129,6 +129,12 @@ fn refused(file: &PipelineToml, options: &[&str]) -> String {
     log
 }
 
+/// What `check` says of a pipeline whose start would be refused.
+fn foreseen(file: &PipelineToml) -> String {
+    let output = run(&["check", &file.write()]);
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
 fn run_once(file: &PipelineToml, options: &[&str]) -> Output {
     let path = file.write();
     run(&[&["run", &path, "--until-caught-up", "-v"], options].concat())
@@ -192,6 +198,8 @@ fn fault_13_a_restored_mart_gets_the_rows_of_ended_shards_again() {
     let first = "shardId-000000000000";
     assert_says(&said, &["sink mart is behind", first, "on_position_mismatch", "checkpoint"]);
     assert_eq!(rig.count("mart"), 100, "nothing was written");
+    assert_says(&foreseen(&file("stop")), &["warning: sink mart is behind", first]);
+    assert_says(&foreseen(&file("sink")), &["warning: a sink was restored", "again for it"]);
     let said = rig.catch_up(&file("sink"));
     assert_says(&said, &["read again"]);
     rig.assert_once("mart", 0..400);
@@ -228,6 +236,7 @@ fn fault_13_a_sink_without_a_position_where_one_is_remembered_is_no_new_sink() {
     rig.create("mart");
     let said = refused(&file(""), &[]);
     assert_says(&said, &["sink mart is behind", "it has no position and was at"]);
+    assert_says(&foreseen(&file("")), &["it has no position and was at"]);
     rig.catch_up(&file("on_position_mismatch = \"sink\""));
     rig.assert_once("mart", 0..100);
     rig.assert_once("logs", 0..100);
@@ -431,6 +440,7 @@ fn older_copy(sink: &str) {
     for _ in 0..4 {
         let said = refused(&file("others"), &[]);
         assert_says(&said, &["state folder is older than sink out", "--trust-sinks", "process "]);
+        assert_says(&foreseen(&file("others")), &["state folder is older than sink out"]);
     }
     put_back(&newest);
     rig.world.put(100..120, 10);

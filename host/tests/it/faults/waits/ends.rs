@@ -223,6 +223,29 @@ fn fault_01_sigterm_ends_a_start_whose_server_does_not_answer() {
     assert!(run.logged("draining"), "{}", run.text());
 }
 
+/// A job that is evicted is not done.
+#[test]
+fn fault_01_a_run_until_caught_up_that_is_stopped_before_that_says_so() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let server = SilentServer::start();
+    let url = format!("http://127.0.0.1:{}/rows", server.port);
+    let rows = rows_file(folder.path(), 10);
+    let file = PipelineToml::new(folder.path(), "waits")
+        .timing(SHORT_DRAIN)
+        .file(&rows, "format = \"application/json\"")
+        .route_all_to(&["mart"])
+        .sink("mart", &format!("type = \"http\"\nprivate = true\nurl = \"{url}\""))
+        .write();
+    let log = folder.path().join("run.log");
+    let mut command = crate::support::shardmill(&["run", &file, "-v", "--until-caught-up"]);
+    command.stdout(Stdio::null()).stderr(std::fs::File::create(&log).expect("a log"));
+    let process = crate::support::Process(command.spawn().expect("the binary starts"));
+    let mut run = Run { process, log };
+    server.wait_asked();
+    assert_eq!(run.terminated_within(END_MAX).code(), Some(1), "{}", run.text());
+    assert!(run.logged("stopped before it had caught up"), "{}", run.text());
+}
+
 /// The sinks of dead letters do not answer either, and neither does a client of the intake.
 #[test]
 fn fault_01_lanes_copies_and_the_intake_end_within_one_drain() {

@@ -137,3 +137,31 @@ fn fault_41_a_search_is_shown_hears_sigterm_and_goes_on_where_it_was() {
     let counts = mart.query_row(counts, (), |row| Ok((row.get(0)?, row.get(1)?)));
     assert_eq!(counts, Ok((960_u64, 960_u64)));
 }
+
+/// Its limits are far above what a person waits for in silence.
+#[test]
+fn fault_41_a_batch_that_stays_in_a_plugin_is_shown() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let port = crate::support::free_port();
+    let rows = folder.path().join("rows.ndjson");
+    std::fs::write(&rows, "{\"id\":1,\"text\":\"bad\"}\n").expect("written");
+    let lines = "config = { loop_on = \"bad\", format = \"application/json\" }
+routes = { out = [\"mart\"] }
+[stage.limits]
+batch_time = \"2 min\"
+record_time = \"1 min\"";
+    let file = PipelineToml::new(folder.path(), "search")
+        .timing("drain = \"1 s\"\ncall_blocked = \"200 ms\"")
+        .file(&rows, "format = \"application/json\"")
+        .stage("misbehave", &plugin("hostile"), lines)
+        .sink("mart", "type = \"discard\"")
+        .table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""))
+        .write();
+    let mut run = Run::start(&file);
+    wait_for("the call to be shown", || {
+        let shown = http_get(port, "/health/ready");
+        shown.contains("503") && shown.contains("plugin call: a batch has been in the plugins")
+    });
+    run.terminated_within(SLACK + Duration::from_secs(6));
+    assert!(!run.logged("sink mart: a commit did not end"), "{}", run.text());
+}
