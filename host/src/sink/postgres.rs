@@ -164,6 +164,52 @@ impl PostgresSink {
     }
 }
 
+/// What a look at the table is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// Rows are to come: a table that is missing is made where the configuration asks for that.
+    Write,
+    /// It is only asked whether rows could come: nothing is made.
+    Look,
+}
+
+impl PostgresSink {
+    /// Checks the table, its rights and those of the position table against what routes bring. Gives the
+    /// columns that these declare.
+    async fn look_at_table<'r>(
+        &self,
+        routes: &'r [BoundRoute],
+        purpose: Purpose,
+    ) -> Result<Vec<rows::declared::DeclaredColumn<'r>>, SinkError> {
+        let shared = &*self.shared;
+        rows::check_formats(&shared.sink, routes)?;
+        let columns =
+            rows::declared::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
+        let session = shared.session().await?;
+        let (mode, lineage) = (&shared.mode, shared.lineage);
+        let looked = async {
+            let is_missing = purpose == Purpose::Look
+                && self.create
+                && table::is_missing(&session, &shared.table).await?;
+            match is_missing {
+                true => rows::declared::may_create(&shared.table, &columns, true)?,
+                false => {
+                    table::prepare(&session, &shared.table, &columns, self.create, mode, lineage)
+                        .await?;
+                }
+            }
+            rights::check_position(&session, &shared.position).await
+        };
+        let looked = looked.await;
+        match looked {
+            Ok(()) => session.give_back(),
+            Err(_) => session.roll_back().await,
+        }
+        looked.map_err(|cause| shared.unavailable(cause))?;
+        Ok(columns)
+    }
+}
+
 #[async_trait]
 impl Sink for PostgresSink {
     fn name(&self) -> &SinkName {
@@ -171,24 +217,13 @@ impl Sink for PostgresSink {
     }
 
     async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
-        let shared = &*self.shared;
-        rows::check_formats(&shared.sink, routes)?;
-        let columns =
-            rows::declared::declared_columns(routes).map_err(|cause| shared.unavailable(cause))?;
-        let session = shared.session().await?;
-        let (mode, lineage) = (&shared.mode, shared.lineage);
-        let prepared = async {
-            table::prepare(&session, &shared.table, &columns, self.create, mode, lineage).await?;
-            rights::check_position(&session, &shared.position).await
-        };
-        let prepared = prepared.await;
-        match prepared {
-            Ok(()) => session.give_back(),
-            Err(_) => session.roll_back().await,
-        }
-        prepared.map_err(|cause| shared.unavailable(cause))?;
-        shared.known_columns.remember(columns.iter().map(|column| column.name));
+        let columns = self.look_at_table(routes, Purpose::Write).await?;
+        self.shared.known_columns.remember(columns.iter().map(|column| column.name));
         Ok(())
+    }
+
+    async fn check(&self, routes: &[BoundRoute]) -> Result<Vec<String>, SinkError> {
+        self.look_at_table(routes, Purpose::Look).await.map(|_| Vec::new())
     }
 
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {

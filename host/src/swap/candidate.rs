@@ -117,7 +117,7 @@ pub(super) fn replaced(
 }
 
 /// Checks what the sinks would get against their tables as they are now, also where nothing changes for a
-/// sink: a table may have changed since, and a restart would refuse it. A sink may make its table then, and
+/// sink: a table may have changed since, and a restart would refuse it. A sink that gets something else may make its table then, and
 /// remembers what it will get: so this is the last thing before a promotion.
 ///
 /// On the way back (`is_way_back`) to what ran before, a sink for which nothing changes is only warned of:
@@ -132,7 +132,14 @@ pub(super) async fn check_tables(
         let is_known = shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink));
         let routes = next.routes_to(sink.name());
         let is_unchanged = is_known && routes == before.routes_to(sink.name());
-        let refused = match tokio::time::timeout(ANSWER_MAX, sink.prepare(&routes)).await {
+        let look = async {
+            match is_unchanged {
+                // A table that was put aside for a while is not made anew.
+                true => sink.check(&routes).await.map(drop),
+                false => sink.prepare(&routes).await,
+            }
+        };
+        let refused = match tokio::time::timeout(ANSWER_MAX, look).await {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),
             Err(_) => {

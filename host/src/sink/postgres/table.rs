@@ -114,6 +114,12 @@ impl LiveTable {
     }
 }
 
+/// Whether there is no such table. The error is a sentence.
+pub(super) async fn is_missing(client: &Link, table: &TableName) -> Result<bool, String> {
+    let found = LiveTable::read(client, table).await;
+    found.map(|live| live.is_none()).map_err(|error| format!("cannot read table {table}: {error}"))
+}
+
 /// Makes sure that the table is there and takes the declared columns. Errors are sentences.
 pub(super) async fn prepare(
     client: &Link,
