@@ -400,8 +400,8 @@ impl Supervisor {
                 },
                 // It never ends.
                 () = &mut memory_waits => {}
-                // Between a parent's end and its children's beginning there are shards that nobody
-                // reads: not caught up.
+                // Until a parent's children have begun there are shards that nobody reads: not caught up,
+                // though a closed parent may give empty answers before its end.
                 _ = glance.tick(), if self.until_caught_up && !lanes.awaits_children => {
                     let shards = self.shared.board.snapshot();
                     if !shards.is_empty() && shards.values().all(|status| status.caught_up()) {
@@ -639,7 +639,7 @@ struct Lanes {
     tasks: JoinSet<(ShardId, Result<LaneEnd, LaneError>)>,
     /// The source has nothing more for now, and nobody waits for it.
     source_ended: bool,
-    /// A shard has ended, and its children were not looked for yet.
+    /// A shard has ended, and its children were not looked for yet; or listed shards wait for their parents.
     awaits_children: bool,
 }
 
@@ -656,7 +656,7 @@ impl Lanes {
                 self.start(beginning.shard);
             }
         }
-        self.awaits_children = false;
+        self.awaits_children = plan.some_wait;
         Ok(plan.all_ended)
     }
 

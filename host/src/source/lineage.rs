@@ -18,6 +18,8 @@ pub struct Plan {
     pub skipped: Vec<ShardId>,
     /// Shards that were never begun and are no longer listed: none of their records was read.
     pub lost: Vec<ShardId>,
+    /// Listed shards wait for parents that are not settled: not all records are being read.
+    pub some_wait: bool,
     /// Every shard is settled to its end.
     pub all_ended: bool,
 }
@@ -99,6 +101,7 @@ pub fn lineage(
         shards.iter().filter(|shard| !is_settled(&shard.id) && !is_skipped(shard)).collect();
     let ready = waiting.iter().filter(|shard| !shard.parents.iter().any(holds));
     let mut ready: Vec<Beginning> = ready.map(|shard| begins(shard)).collect();
+    let some_wait = ready.len() < waiting.len();
     // The server says whether they are really gone.
     let mut unlisted: Vec<_> = known
         .begun
@@ -119,7 +122,7 @@ pub fn lineage(
         // These depend on the configuration alone, which may change.
         _ => Vec::new(),
     };
-    Plan { ready, skipped, lost: lost(&family, known), all_ended }
+    Plan { ready, skipped, lost: lost(&family, known), some_wait, all_ended }
 }
 
 /// Finds shards that were never begun and are no longer listed.
@@ -275,6 +278,7 @@ mod tests {
         let shards = [shard("0", &[], true), shard("1", &["0"], true), shard("2", &["1"], false)];
         let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
+        assert!(!plan.some_wait);
     }
 
     /// The one between the two was listed at no look: what was read first says where LATEST was.
@@ -285,6 +289,7 @@ mod tests {
         known.latest_ms = Some(1_000);
         let plan = lineage(&shards, &known, &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("7", ShardStart::AtMs(1_000))]);
+        assert!(plan.some_wait, "shard 8 waits for shard 7");
         assert_eq!(plan.lost, ["5".into()]);
         known.latest_ms = None;
         let plan = lineage(&shards, &known, &StartPosition::Latest, Some(NOW_MS));
