@@ -40,7 +40,7 @@ pub(crate) fn print_line(line: impl std::fmt::Display) {
 /// The error of a command whose report could not be printed, if it could not.
 ///
 /// # Errors
-/// What the system said first.
+/// The system's first error.
 pub(crate) fn failure() -> anyhow::Result<()> {
     match FAILURE.get() {
         Some(cause) => anyhow::bail!(

@@ -286,7 +286,7 @@ pub enum FileCut {
     /// At each line break outside quotes, as RFC 4180 says. A quote opens a field behind the delimiter;
     /// `None`: behind any of those that are usual.
     Csv {
-        /// What stands between fields.
+        /// The byte between two fields.
         delimiter: Option<u8>,
     },
 }

@@ -30,7 +30,7 @@ type Kept = Vec<(Arc<dyn Sink>, Vec<KeptPosition>)>;
 pub(crate) struct Found<'f> {
     pub(crate) stream: &'f Arc<StreamIdentity>,
     pub(crate) listed: &'f [Shard],
-    /// What the state knows.
+    /// The shards that the state has begun.
     pub(crate) known: &'f HashMap<ShardId, ShardState>,
 }
 
@@ -151,7 +151,7 @@ fn note_sinks(
     }
 }
 
-/// What the next start would say of sinks and state, asked without changing anything: which sinks stand before
+/// Warnings of a start to come, found without changing anything: which sinks stand before
 /// what the state remembers, and whether the state is an older copy or another one than they have seen.
 ///
 /// # Errors

@@ -104,7 +104,7 @@ pub struct Lost {
     pub sink: SinkName,
     /// The shard.
     pub shard: ShardId,
-    /// What it has and what it had.
+    /// Where it stands, and where it stood.
     pub mismatch: Mismatch,
     /// It stays without records up to here; `None`: it is given all of them after all.
     pub without_to: Option<Position>,
@@ -267,7 +267,7 @@ impl Plan {
     }
 }
 
-/// What a sink keeps of a state: a row's mark.
+/// The mark of a state, as a row of a sink has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MarkSeen {
     /// The sink.

@@ -32,7 +32,7 @@ pub struct ShardState {
     pub reread_to: Option<Position>,
 }
 
-/// What is remembered of all sinks, by shard and sink.
+/// The last known position of each sink in each shard.
 pub type Remembered = HashMap<(ShardId, SinkName), Position>;
 
 /// The rows of all sinks that were given up, by shard and sink: from where the sink stood then.

@@ -69,7 +69,8 @@ pub struct StateMark {
     pub number: i64,
 }
 
-/// What sinks write beside positions: the process, and its state as of now. Clones follow the state.
+/// The owner's mark that sinks write beside positions: the process, and its state as of now. Clones follow the
+/// state.
 #[derive(Clone, Debug)]
 pub struct Ownership {
     /// The process.

@@ -36,7 +36,7 @@ pub enum ServerError {
 }
 
 impl ServerError {
-    /// What the server said, if it did.
+    /// The server's own error, if it sent one.
     pub fn as_db_error(&self) -> Option<&DbError> {
         match self {
             Self::Failed(error) => error.as_db_error(),

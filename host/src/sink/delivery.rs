@@ -100,7 +100,7 @@ pub struct DeliveryContext {
     /// Rows that are dead letters of this sink: they were refused or given up before it was restored from a
     /// backup. Written as well, they would be doubled by a redrive.
     pub letters_of_own: HashSet<(Position, u32)>,
-    /// What the sink is to commit first, without a row: what it skips is then its own position, and a
+    /// The position that the sink is to commit first, without a row: the end of the part that it skips is then its own, and a
     /// later comparison with the state does not take it for a sink that was restored. With the
     /// revision that runs.
     pub first_to: Option<(Position, Arc<str>)>,

@@ -244,7 +244,7 @@ pub trait Sink: Send + Sync {
     /// before the first shard is acquired.
     fn own(&self, _ownership: Ownership) {}
 
-    /// What the sink keeps of these shards and of all redrives of the pipeline, without taking anything
+    /// The positions that the sink keeps of these shards and of all redrives of the pipeline, without taking anything
     /// over; more may be given. `None`: it keeps no positions.
     ///
     /// # Errors

@@ -207,7 +207,7 @@ impl Unfinished {
     }
 }
 
-/// What says how far the pipeline's newest redrive came: its links carry the newest mark of those that
+/// The log of how far the pipeline's newest redrive came: its links carry the newest mark of those that
 /// redrives left. `None`: there was none.
 pub(super) async fn newest_redrive(
     place: &Place,

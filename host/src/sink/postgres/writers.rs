@@ -308,20 +308,41 @@ enum Writer {
 mod tests {
     use super::*;
 
+    /// A table, and the sink whose rows of it are to be replaced.
+    struct Setting {
+        stream: StreamIdentity,
+        pipeline: PipelineName,
+        sink: SinkName,
+        table: TableName,
+    }
+
+    impl Setting {
+        fn new() -> Self {
+            Self {
+                stream: StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 2 },
+                pipeline: "cars".into(),
+                sink: "mart".into(),
+                table: TableName::parse("cars").expect("a name"),
+            }
+        }
+
+        fn writers(&self, says_sink: bool) -> Writers<'_> {
+            Writers {
+                table: &self.table,
+                positions: PositionTable::beside(&self.table),
+                pipeline: &self.pipeline,
+                sink: &self.sink,
+                stream: &self.stream,
+                of_window: String::new(),
+                says_sink,
+            }
+        }
+    }
+
     #[test]
     fn fault_17_a_name_that_nobody_has_may_be_the_sinks_former_one() {
-        let stream = StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 2 };
-        let (pipeline, sink) = (PipelineName::from("cars"), SinkName::from("mart"));
-        let table = TableName::parse("cars").expect("a name");
-        let writers = Writers {
-            table: &table,
-            positions: PositionTable::beside(&table),
-            pipeline: &pipeline,
-            sink: &sink,
-            stream: &stream,
-            of_window: String::new(),
-            says_sink: true,
-        };
+        let setting = Setting::new();
+        let writers = setting.writers(true);
         let known = [Known { sink: "removed".into(), stream: "arn@2".into() }];
         let others = [OtherSink {
             name: "other".into(),
@@ -342,18 +363,8 @@ mod tests {
 
     #[test]
     fn fault_17_rows_that_may_be_anothers_are_not_replaced() {
-        let stream = StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 2 };
-        let (pipeline, sink) = (PipelineName::from("cars"), SinkName::from("mart"));
-        let table = TableName::parse("cars").expect("a name");
-        let writers = Writers {
-            table: &table,
-            positions: PositionTable::beside(&table),
-            pipeline: &pipeline,
-            sink: &sink,
-            stream: &stream,
-            of_window: String::new(),
-            says_sink: false,
-        };
+        let setting = Setting::new();
+        let writers = setting.writers(false);
         let other = |is_beside, says_lineage, is_keyed| {
             let (name, is_view) = ("other".into(), false);
             vec![OtherSink { name, is_beside, is_view, says_lineage, is_keyed }]
