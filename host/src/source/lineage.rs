@@ -278,7 +278,7 @@ mod tests {
         let shards = [shard("0", &[], true), shard("1", &["0"], true), shard("2", &["1"], false)];
         let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
-        assert!(!plan.some_wait);
+        assert!(plan.some_wait);
     }
 
     /// The one between the two was listed at no look: what was read first says where LATEST was.
@@ -304,6 +304,7 @@ mod tests {
         assert!(!plan.all_ended);
         let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
+        assert!(!plan.some_wait);
     }
 
     #[test]
