@@ -416,7 +416,7 @@ impl Supervisor {
 
 /// Removes compiled components that no pipeline with its state in this folder keeps.
 fn remove_unneeded(cache: &CompileCache) {
-    let Some(state_dir) = cache.folder().and_then(Path::parent) else { return };
+    let Some(state_dir) = cache.own_folder().and_then(Path::parent) else { return };
     let removed = needed_components(state_dir)
         .map_err(anyhow::Error::from)
         .and_then(|needed| Ok(cache.remove_unneeded(&needed, COMPILED_AGE_MIN)?));

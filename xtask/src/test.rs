@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that must hold, with real parts that are started and ended here.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
@@ -73,6 +73,8 @@ struct Parts {
     postgres: Cluster,
     kinesis_local: KinesisLocal,
     languages: Languages,
+    /// A folder in which all tests keep compiled plugins.
+    compiled: PathBuf,
     _scratch: tempfile::TempDir,
 }
 
@@ -84,6 +86,7 @@ impl Parts {
             postgres: Cluster::start(scratch.path())?,
             kinesis_local: KinesisLocal::start(&root.join("target/kinesis-local"))?,
             languages: Languages::install(root)?,
+            compiled: scratch.path().join("compiled"),
             _scratch: scratch,
         })
     }
@@ -94,7 +97,8 @@ impl Parts {
             .env("SHARDMILL_TEST_POSTGRES", &self.postgres.url)
             .env("SHARDMILL_TEST_POSTGRES_CERTIFICATE", &self.postgres.certificate)
             .env("SHARDMILL_TEST_POSTGRES_PROGRAMS", &self.postgres.programs)
-            .env("SHARDMILL_TEST_KINESIS_LOCAL", &self.kinesis_local.url);
+            .env("SHARDMILL_TEST_KINESIS_LOCAL", &self.kinesis_local.url)
+            .env("SHARDMILL_COMPILED_DIR", &self.compiled);
         self.languages.apply_to(command)
     }
 }

@@ -323,11 +323,22 @@ fn state_beside(config: &PipelineConfig) -> anyhow::Result<StateStore> {
     Ok(StateStore::open(&folder)?)
 }
 
+/// The environment variable that names a folder for compiled plugins, in place of `compiled` in the state
+/// folder. Pipelines and containers whose state folders are new can share it.
+const COMPILED_DIR: &str = "SHARDMILL_COMPILED_DIR";
+
+/// The folder of compiled plugins that [`COMPILED_DIR`] names; an empty value names none.
+fn shared_cache() -> Option<CompileCache> {
+    let folder = std::env::var_os(COMPILED_DIR).filter(|folder| !folder.is_empty())?;
+    Some(CompileCache::shared(folder))
+}
+
 /// What a pipeline's plugins are loaded with.
 fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
     crate::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-    let cache = CompileCache::in_folder(config.state_dir.join("compiled")).in_child_processes();
+    let own = || CompileCache::in_folder(config.state_dir.join("compiled"));
+    let cache = shared_cache().unwrap_or_else(own).in_child_processes();
     let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
     Ok(PluginHost { engine, cache, backends })
 }
@@ -336,7 +347,7 @@ fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
 fn load_plugin(file: &std::path::Path) -> anyhow::Result<Plugin> {
     crate::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-    let cache = CompileCache::none().in_child_processes();
+    let cache = shared_cache().unwrap_or_else(CompileCache::none).in_child_processes();
     Ok(Plugin::load_file(&engine, &cache, file)?.0)
 }
 

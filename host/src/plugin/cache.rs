@@ -24,6 +24,8 @@ const SEAL_BYTES: usize = 32;
 #[derive(Clone, Debug)]
 pub struct CompileCache {
     folder: Option<PathBuf>,
+    /// Others keep components in the folder too: what nothing here needs is theirs.
+    is_shared: bool,
     compiler: Compiler,
     limits: CompileLimits,
 }
@@ -34,10 +36,16 @@ impl CompileCache {
         Self { folder: Some(folder.into()), ..Self::none() }
     }
 
+    /// Keeps compiled components in a folder that others use as well, such as pipelines with their state
+    /// elsewhere. Nothing in it is ever removed.
+    pub fn shared(folder: impl Into<PathBuf>) -> Self {
+        Self { is_shared: true, ..Self::in_folder(folder) }
+    }
+
     /// Compiles every time.
     pub fn none() -> Self {
         let limits = CompileLimits::default();
-        Self { folder: None, compiler: Compiler::InProcess, limits }
+        Self { folder: None, is_shared: false, compiler: Compiler::InProcess, limits }
     }
 
     /// Compiles by this program, started again with limits. Only shardmill itself knows how to be a
@@ -53,13 +61,13 @@ impl CompileCache {
         Self { limits, ..self.clone() }
     }
 
-    /// Where compiled components are kept.
-    pub fn folder(&self) -> Option<&Path> {
-        self.folder.as_deref()
+    /// Where compiled components are kept for the pipelines of one state folder alone.
+    pub fn own_folder(&self) -> Option<&Path> {
+        self.folder.as_deref().filter(|_| !self.is_shared)
     }
 
     /// Removes compiled components that nobody needs and that are older than `age_min`; gives their number.
-    /// A file that is missed is compiled again.
+    /// A file that is missed is compiled again. Nothing is removed from a shared folder.
     ///
     /// # Errors
     /// The system's, when the folder cannot be read.
@@ -68,7 +76,7 @@ impl CompileCache {
         needed: &HashSet<String>,
         age_min: Duration,
     ) -> std::io::Result<u32> {
-        let Some(folder) = &self.folder else { return Ok(0) };
+        let Some(folder) = self.own_folder() else { return Ok(0) };
         let mut removed = 0;
         for entry in std::fs::read_dir(folder)? {
             let entry = entry?;

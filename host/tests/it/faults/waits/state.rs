@@ -1,25 +1,26 @@
 //! What is kept: many lanes write together, and what nothing needs is removed.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::rows_file;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{Pipeline, World};
-use crate::support::{plugin, run_ok, sqlite, wait_for};
+use crate::support::{output, plugin, run_ok, shardmill, sqlite, wait_for};
+
+/// Names a folder of compiled plugins for all pipelines.
+const COMPILED_DIR: &str = "SHARDMILL_COMPILED_DIR";
 
 /// Checkpoints of many shards that move at the same time need few commits of the state.
 #[test]
 fn fault_39_checkpoints_of_many_lanes_are_written_together() {
     const SHARDS: u32 = 48;
     let world = World::new(SHARDS);
-    let pipeline =
-        Pipeline { sink: "[timing]\ncheckpoint = \"1 s\"".into(), ..Pipeline::default() };
     // `[timing]` is there already: the file is changed by hand.
     let file = world.pipeline(&Pipeline::default());
     let text = std::fs::read_to_string(&file).expect("the file");
     std::fs::write(&file, text.replace("checkpoint = \"50 ms\"", "checkpoint = \"1 s\""))
         .expect("written");
-    drop(pipeline);
     let log = std::fs::File::create(world.log()).expect("a log");
     let mut command = crate::support::shardmill(&["run", &file, "-v"]);
     let run = command.stdout(std::process::Stdio::null()).stderr(log).spawn().expect("started");
@@ -71,7 +72,12 @@ fn fault_39_compiled_plugins_that_nothing_needs_are_removed() {
             )
             .sink("mart", "type = \"discard\"")
     };
-    run_ok(&["run", &pipeline("one", "route-json").write()]);
+    // The test's own environment may name a folder for all.
+    let run = |pipeline: &str| {
+        let output = output(shardmill(&["run", pipeline]).env_remove(COMPILED_DIR));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&pipeline("one", "route-json").write());
     let compiled = folder.path().join("state/compiled");
     let files = || {
         let files = std::fs::read_dir(&compiled).expect("a folder");
@@ -93,9 +99,43 @@ fn fault_39_compiled_plugins_that_nothing_needs_are_removed() {
     let own = std::fs::File::options().write(true).open(compiled.join(&needed[0])).expect("a file");
     own.set_modified(old).expect("set");
     // Another pipeline with its state in the same folder: it needs nothing of these.
-    run_ok(&["run", &pipeline("two", "route-json").write()]);
+    run(&pipeline("two", "route-json").write());
     wait_for("the file to be removed", || !files().iter().any(|name| name.starts_with("abab")));
     assert!(files().contains(&needed[0]) && files().contains(&"notes.txt".to_owned()));
+}
+
+#[test]
+fn compiled_plugins_in_a_shared_folder_are_made_once_and_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let shared = folder.path().join("shared");
+    let run = |name: &str| {
+        let own = folder.path().join(name);
+        std::fs::create_dir(&own).expect("a folder");
+        let rows = rows_file(&own, 10);
+        let pipeline = PipelineToml::new(&own, name)
+            .file(&rows, "format = \"application/json\"")
+            .route_all_to(&["mart"])
+            .sink("mart", "type = \"discard\"")
+            .write();
+        let mut command = shardmill(&["run", &pipeline]);
+        let output = output(command.env(COMPILED_DIR, &shared));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(!own.join("state/compiled").exists());
+    };
+    let modified =
+        |path: &Path| std::fs::metadata(path).expect("a file").modified().expect("a time");
+    run("one");
+    let entries = std::fs::read_dir(&shared).expect("a folder");
+    let files: Vec<PathBuf> = entries.map(|entry| entry.expect("a file").path()).collect();
+    let [file] = &files[..] else { panic!("one component: {files:?}") };
+    let strange = shared.join(format!("{}-0123456789abcdef.cwasm", "ab".repeat(32)));
+    let old = SystemTime::now() - Duration::from_secs(24 * 3_600);
+    for path in [file, &strange] {
+        let file = std::fs::File::options().append(true).create(true).open(path).expect("a file");
+        file.set_modified(old).expect("set");
+    }
+    run("two");
+    assert_eq!((modified(file), modified(&strange)), (old, old), "neither made anew nor removed");
 }
 
 /// A redrive's rows of the ledger went on naming its components for ever.
