@@ -31,6 +31,8 @@ const RENAMED: &str = "every";
 const QUIET: Duration = Duration::from_millis(400);
 /// A process that was asked to stop has ended by then, even on a machine that is busy.
 const STOP_MAX: Duration = Duration::from_secs(60);
+/// A process has come to its end by then, many times over.
+const PROCESS_MAX: Duration = Duration::from_secs(180);
 /// Redrives until nothing is left: each without faults.
 const REDRIVES_MAX: usize = 3;
 
@@ -104,8 +106,10 @@ pub async fn run(world: &World, script: &Script) -> anyhow::Result<Forgotten> {
     Ok(forgotten)
 }
 
-/// Runs one process: when this returns, nothing of it goes on.
-async fn process<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+/// Runs one process: when this returns, nothing of it goes on. One that hangs is an error.
+async fn process<T: Send + 'static>(
+    work: impl Future<Output = anyhow::Result<T>> + Send + 'static,
+) -> anyhow::Result<T> {
     let run = tokio::task::spawn_blocking(move || {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -113,7 +117,9 @@ async fn process<T: Send + 'static>(work: impl Future<Output = T> + Send + 'stat
             .build()
             .expect("a runtime");
         // Dropped with all its tasks; writes to the disk that are being made are waited for.
-        runtime.block_on(work)
+        runtime.block_on(async {
+            tokio::time::timeout(PROCESS_MAX, work).await.context("the process does not end")?
+        })
     });
     run.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
 }
@@ -342,8 +348,13 @@ async fn live(world: &World, life: &Life, trust_sinks: bool) -> anyhow::Result<b
     let config = world.pipeline(life.file);
     let options = RunOptions { trust_sinks, ..world.options() };
     let sinks = world.build()(&config)?;
-    let prepared =
-        Supervisor::prepare(config, world.rig.host(), world.source(), sinks, options).await;
+    let prepared = tokio::select! {
+        prepared = Supervisor::prepare(config, world.rig.host(), world.source(), sinks, options) => {
+            prepared
+        }
+        // Killed while it starts, or while it hangs there.
+        () = chaos.over() => return Ok(false),
+    };
     let supervisor = match prepared {
         // A sink that comes back is asked once: whoever starts the pipeline starts it again.
         Err(error) if life.end != End::CaughtUp && error.to_string().contains("chaos: kept") => {
