@@ -1,8 +1,10 @@
 //! `cargo xtask test`: everything that must hold, with real parts that are started and ended here.
 
 use std::ffi::OsString;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
@@ -13,6 +15,13 @@ use crate::languages::Languages;
 use crate::plugins;
 use crate::postgres::{self, Cluster};
 use crate::process::{cargo, project_root, run};
+
+/// The host's own crate is compiled twice for the tests, with and without them within. That takes less than
+/// half as long as with all optimisations; its dependencies are those of a release.
+const HOST_OPT_LEVEL: &str = "profile.release.package.shardmill.opt-level=1";
+
+/// Known to the tests' own harness.
+const TEST_THREADS: &str = "RUST_TEST_THREADS";
 
 /// Check format, lints, documentation, the book and bundled plugins, and run all tests.
 #[derive(clap::Args)]
@@ -26,18 +35,28 @@ impl Test {
     pub fn run(self) -> Result<()> {
         let root = project_root();
         if self.filter.is_none() {
-            check_format_and_lints(&root)?;
-            plugins::check(&root)?;
-            test_plugins(&root)?;
+            timed("format and lints", || check_format_and_lints(&root))?;
+            timed("bundled plugins", || plugins::check(&root))?;
+            timed("tests of the bundled plugins", || test_plugins(&root))?;
         }
         data::flights(&root)?;
-        test_host(&root, self.filter.as_deref())?;
+        let parts = timed("real parts", || Parts::start(&root))?;
+        timed("tests of the host", || test_host(&root, &parts, self.filter.as_deref()))?;
+        drop(parts);
         if self.filter.is_none() {
-            check_documentation(&root)?;
-            book::build(&root)?;
+            timed("documentation", || check_documentation(&root))?;
+            timed("book", || book::build(&root))?;
         }
         Ok(())
     }
+}
+
+/// Runs a part of the task, and says how long it took: the whole has a bound in CI.
+fn timed<T>(what: &str, part: impl FnOnce() -> Result<T>) -> Result<T> {
+    let begun = Instant::now();
+    let done = part()?;
+    eprintln!("{what}: {} s", begun.elapsed().as_secs());
+    Ok(done)
 }
 
 fn check_format_and_lints(root: &Path) -> Result<()> {
@@ -56,15 +75,28 @@ fn test_plugins(root: &Path) -> Result<()> {
     run(cargo().current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
 }
 
-fn test_host(root: &Path, filter: Option<&str>) -> Result<()> {
-    let parts = Parts::start(root)?;
-    let mut tests = cargo();
-    tests
-        .current_dir(root)
-        .args(["test", "--release", "--workspace", "--locked", "--no-fail-fast"])
-        .args(filter);
+fn test_host(root: &Path, parts: &Parts, filter: Option<&str>) -> Result<()> {
+    let test = |more: &[&str]| {
+        let mut tests = cargo();
+        tests
+            .current_dir(root)
+            .args(["--config", HOST_OPT_LEVEL, "test", "--release", "--workspace", "--locked"])
+            .args(more);
+        tests
+    };
+    timed("build of the tests", || run(&mut test(&["--no-run"])))?;
+    let mut tests = test(&["--no-fail-fast"]);
+    tests.args(filter);
+    if std::env::var_os(TEST_THREADS).is_none() {
+        tests.env(TEST_THREADS, test_threads().to_string());
+    }
     parts.apply_to(&mut tests)?;
     run(&mut tests)
+}
+
+/// How many tests run at a time: most wait more than they work.
+fn test_threads() -> usize {
+    2 * std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
 /// The real parts of the host's tests: a PostgreSQL and a second Kinesis server of their own, and the
