@@ -10,12 +10,13 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use crate::process::{cargo, forget_this_package, project_root, read, run};
+use crate::process::{cargo_for_tests, forget_this_package, project_root, read, run};
 use crate::wasm_toolchain::WasmToolchain;
 
 /// The plugins, by the names of their crates.
@@ -113,12 +114,16 @@ struct Builder {
 impl Builder {
     fn new(root: &Path) -> Result<Self> {
         let toolchain = WasmToolchain::find(root)?;
-        Ok(Self { toolchain, shardmill: build_shardmill(root)?, root: root.to_owned() })
+        Ok(Self {
+            toolchain,
+            shardmill: build_shardmill(cargo_for_tests(), root)?,
+            root: root.to_owned(),
+        })
     }
 
     fn build(&self, plugin: &str, folder: &Path) -> Result<PathBuf> {
         let component = folder.join(format!("{plugin}.wasm"));
-        let mut command = std::process::Command::new(&self.shardmill);
+        let mut command = Command::new(&self.shardmill);
         command.args(["plugin", "build"]).arg(self.root.join("plugins").join(plugin));
         command.arg("-o").arg(&component);
         forget_this_package(&mut command);
@@ -127,11 +132,11 @@ impl Builder {
     }
 }
 
-/// Builds the host and says where its binary is. The host gets the usual compiler, so it is
+/// Builds the host by `cargo`, and says where its binary is. The host gets the usual compiler, so it is
 /// built apart from the plugins.
-pub fn build_shardmill(root: &Path) -> Result<PathBuf> {
+pub fn build_shardmill(mut cargo: Command, root: &Path) -> Result<PathBuf> {
     let messages = read(
-        cargo()
+        cargo
             .args(["build", "--release", "--package", "shardmill", "--bin", "shardmill"])
             .args(["--message-format", "json-render-diagnostics"])
             .current_dir(root),

@@ -14,11 +14,7 @@ use crate::kinesis_local::KinesisLocal;
 use crate::languages::Languages;
 use crate::plugins;
 use crate::postgres::{self, Cluster};
-use crate::process::{cargo, project_root, run};
-
-/// The host's own crate is compiled twice for the tests, with and without them within. That takes less than
-/// half as long as with all optimisations; its dependencies are those of a release.
-const HOST_OPT_LEVEL: &str = "profile.release.package.shardmill.opt-level=1";
+use crate::process::{cargo, cargo_for_tests, project_root, run};
 
 /// Known to the tests' own harness.
 const TEST_THREADS: &str = "RUST_TEST_THREADS";
@@ -36,6 +32,10 @@ impl Test {
         let root = project_root();
         if self.filter.is_none() {
             timed("format and lints", || check_format_and_lints(&root))?;
+        }
+        // First: what checks the plugins is a part of it.
+        timed("build of the tests", || run(host_tests(&root).arg("--no-run")))?;
+        if self.filter.is_none() {
             timed("bundled plugins", || plugins::check(&root))?;
             timed("tests of the bundled plugins", || test_plugins(&root))?;
         }
@@ -75,18 +75,15 @@ fn test_plugins(root: &Path) -> Result<()> {
     run(cargo().current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
 }
 
+fn host_tests(root: &Path) -> Command {
+    let mut tests = cargo_for_tests();
+    tests.current_dir(root).args(["test", "--release", "--workspace", "--locked"]);
+    tests
+}
+
 fn test_host(root: &Path, parts: &Parts, filter: Option<&str>) -> Result<()> {
-    let test = |more: &[&str]| {
-        let mut tests = cargo();
-        tests
-            .current_dir(root)
-            .args(["--config", HOST_OPT_LEVEL, "test", "--release", "--workspace", "--locked"])
-            .args(more);
-        tests
-    };
-    timed("build of the tests", || run(&mut test(&["--no-run"])))?;
-    let mut tests = test(&["--no-fail-fast"]);
-    tests.args(filter);
+    let mut tests = host_tests(root);
+    tests.arg("--no-fail-fast").args(filter);
     if std::env::var_os(TEST_THREADS).is_none() {
         tests.env(TEST_THREADS, test_threads().to_string());
     }
