@@ -96,10 +96,12 @@ fn test_threads() -> usize {
     2 * std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
-/// The real parts of the host's tests: a PostgreSQL and a second Kinesis server of their own, and the
+/// The real parts of the host's tests: two servers of PostgreSQL and a second Kinesis server of their own, and the
 /// compilers of plugins' languages. All are ended when dropped.
 struct Parts {
     postgres: Cluster,
+    /// A server that a test restarts, under nobody else's feet.
+    restarted_postgres: Cluster,
     kinesis_local: KinesisLocal,
     languages: Languages,
     /// A folder in which all tests keep compiled plugins.
@@ -113,6 +115,7 @@ impl Parts {
         postgres::install_pooler()?;
         Ok(Self {
             postgres: Cluster::start(scratch.path())?,
+            restarted_postgres: Cluster::start(scratch.path())?,
             kinesis_local: KinesisLocal::start(&root.join("target/kinesis-local"))?,
             languages: Languages::install(root)?,
             compiled: scratch.path().join("compiled"),
@@ -124,6 +127,7 @@ impl Parts {
     fn apply_to(&self, command: &mut Command) -> Result<()> {
         command
             .env("SHARDMILL_TEST_POSTGRES", &self.postgres.url)
+            .env("SHARDMILL_TEST_RESTARTED_POSTGRES", &self.restarted_postgres.url)
             .env("SHARDMILL_TEST_POSTGRES_CERTIFICATE", &self.postgres.certificate)
             .env("SHARDMILL_TEST_POSTGRES_PROGRAMS", &self.postgres.programs)
             .env("SHARDMILL_TEST_KINESIS_LOCAL", &self.kinesis_local.url)

@@ -1,21 +1,29 @@
 //! PostgreSQL is restarted ten times while rows flow into it: each row is there once, and nobody had
 //! to do anything.
 //!
-//! The server is the throw-away one of all tests. Test programs run one after the other, so this one
-//! has it for itself.
+//! The server is a throw-away one of this test alone: others run beside it.
 
 use std::fmt::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::support::{
-    Process, plugin, postgres, postgres_url, run_ok, serve_stream, shardmill, wait_for,
-};
+use crate::support::{Process, plugin, postgres_at, run_ok, serve_stream, shardmill, wait_for};
 
 const RESTARTS: u64 = 10;
 /// Many commits' worth, so that a restart finds one under way.
 const ROWS_PER_RESTART: u64 = 40_000;
+
+/// The server that is restarted.
+fn url() -> String {
+    std::env::var("SHARDMILL_TEST_RESTARTED_POSTGRES").expect(
+        "SHARDMILL_TEST_RESTARTED_POSTGRES names a throw-away PostgreSQL of its own: run `cargo xtask test`",
+    )
+}
+
+fn postgres(sql: &str) -> Vec<String> {
+    postgres_at(&url(), sql)
+}
 
 /// Restarts the server. `fast` ends sessions and writes what it has; `immediate` is a crash.
 fn restart(mode: &str) {
@@ -39,7 +47,7 @@ fn restart(mode: &str) {
 }
 
 fn pipeline(folder: &Path, schema: &str) -> String {
-    let (data, plugin, url) = (folder.display(), plugin("route-json"), postgres_url());
+    let (data, plugin, url) = (folder.display(), plugin("route-json"), url());
     format!(
         r#"
 [pipeline]

@@ -116,9 +116,7 @@ rules = []
 all = ["mart"]
 [[sink]]
 name = "mart"
-type = "stdout"
-[sink.commit]
-linger = "50 ms"
+type = "discard"
 [intake]
 listen = "127.0.0.1:0"
 {intake}
@@ -146,13 +144,19 @@ fn intake(command: &str, pipeline: &str) -> (Process, SocketAddr) {
     let mut child = command.stdout(Stdio::piped()).spawn().expect("the binary starts");
     let output = child.stdout.take().expect("piped");
     let process = Process(child);
-    let mut lines = BufReader::new(output).lines().map_while(Result::ok);
-    let address = lines.find_map(|line| {
-        line.strip_prefix("intake http://")?.strip_suffix("/events")?.parse().ok()
-    });
+    let (found, address) = std::sync::mpsc::channel();
     // The pipe stays open: a process whose reader went away is another test.
-    std::thread::spawn(move || lines.for_each(drop));
-    (process, address.expect("the intake says where it is"))
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            let address =
+                line.strip_prefix("intake http://").and_then(|it| it.strip_suffix("/events"));
+            if let Some(address) = address.and_then(|address| address.parse().ok()) {
+                let _ = found.send(address);
+            }
+        }
+    });
+    let address = address.recv_timeout(Duration::from_secs(60));
+    (process, address.expect("the intake says within a minute where it is"))
 }
 
 /// Sends one request; gives the whole answer.

@@ -206,11 +206,15 @@ pub fn flights_csv() -> PathBuf {
 
 /// Runs statements on the throw-away PostgreSQL; gives the first column of what they return.
 pub fn postgres(sql: &str) -> Vec<String> {
+    postgres_at(&postgres_url(), sql)
+}
+
+/// The same on any server.
+pub fn postgres_at(url: &str, sql: &str) -> Vec<String> {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
-        let (client, connection) = tokio_postgres::connect(&postgres_url(), tokio_postgres::NoTls)
-            .await
-            .expect("a server");
+        let (client, connection) =
+            tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a server");
         tokio::spawn(connection);
         let messages = client.simple_query(sql).await.expect(sql);
         messages
