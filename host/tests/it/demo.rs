@@ -1,8 +1,10 @@
 //! `shardmill demo`, as a newcomer runs it: twice.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
 
-use crate::support::run_ok;
+use crate::support::{Process, run_ok, shardmill, wait_for};
 
 #[test]
 fn the_demo_runs_twice_and_writes_each_car_once() {
@@ -37,4 +39,18 @@ fn the_demo_empties_no_folder_that_it_did_not_make() {
     let output = crate::support::run(&["demo", "--data", &folder.path().display().to_string()]);
     assert_eq!(output.status.code(), Some(1));
     assert!(folder.path().join("mine.txt").exists());
+}
+
+/// As `shardmill demo | head` does.
+#[test]
+fn a_demo_that_nobody_reads_any_more_ends() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("demo").display().to_string();
+    let mut command = shardmill(&["demo", "--data", &data]);
+    let demo = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    let mut demo = Process(demo.expect("the binary starts"));
+    let mut line = String::new();
+    let output = demo.0.stdout.take().expect("piped");
+    BufReader::new(output).read_line(&mut line).expect("a line");
+    wait_for("the demo to end", || demo.0.try_wait().expect("a state").is_some());
 }

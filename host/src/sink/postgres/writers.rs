@@ -388,5 +388,13 @@ mod tests {
             let found = writers.other_writer(&known, &others, all_say_sink);
             assert_eq!(found, expected, "{known:?} {others:?} {all_say_sink}");
         }
+        // A view's trigger may write any table.
+        let mut view = other(true, true, false);
+        view[0].is_view = true;
+        let found = writers.other_writer(&[], &view, false);
+        assert_eq!(found, Some(Writer::View("other".into())));
+        assert!(
+            writers.refusal(&Writer::View("other".into())).contains("its trigger writes table")
+        );
     }
 }

@@ -192,6 +192,27 @@ fn fault_02_a_blocked_shard_does_not_stop_another() {
     wait_for("nothing to be blocked", || http_get(port, "/health/ready").contains("ready"));
 }
 
+/// Nothing follows on a shard that has ended: its last rows went in, and it is blocked no more.
+#[test]
+fn fault_35_a_shard_that_ended_is_not_blocked_any_more() {
+    let world = World::new(1);
+    let parent = &world.open_shards()[0];
+    fill(&world, parent, 10, 100);
+    let endpoint = Endpoint::new(|_| true);
+    let (path, port) = pipeline(&world, "", "", &[endpoint.sink()]);
+    let run = start(&world, &path);
+    wait_for("the shard to be blocked", || {
+        http_get(port, "/health/ready").contains("shardId-000000000000: ")
+    });
+    world.split(parent);
+    // The lane reads the parent's end meanwhile, which nothing tells: sooner, this test shows less.
+    std::thread::sleep(Duration::from_secs(2));
+    endpoint.blocks.store(false, Ordering::Relaxed);
+    wait_for("the rows", || endpoint.rows_of(0) == 10);
+    wait_for("nothing to be blocked", || http_get(port, "/health/ready").contains("200 OK"));
+    assert_eq!(run.terminate(), Some(0));
+}
+
 /// A thousand shards with a backlog, two hundred of them blocked.
 #[test]
 fn fault_02_of_a_thousand_lanes_two_hundred_are_blocked() {

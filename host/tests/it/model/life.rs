@@ -33,6 +33,8 @@ const QUIET: Duration = Duration::from_millis(400);
 const STOP_MAX: Duration = Duration::from_secs(60);
 /// A process has come to its end by then, many times over.
 const PROCESS_MAX: Duration = Duration::from_secs(180);
+/// What a start says of a sink that another state has written to.
+const ANOTHER_STATE: &str = "was written last by another state folder";
 /// Redrives until nothing is left: each without faults.
 const REDRIVES_MAX: usize = 3;
 
@@ -334,8 +336,18 @@ async fn live_patiently(world: &World, script: &Script, life: &Life) -> anyhow::
             other => bail!("an older state was not refused: {other:?}"),
         }
     }
-    let (own, life) = (world.clone(), life.clone());
-    process(async move { live(&own, &life, is_older).await }).await
+    let lived = async |trust_sinks: bool| {
+        let (own, life) = (world.clone(), life.clone());
+        process(async move { live(&own, &life, trust_sinks).await }).await
+    };
+    match lived(is_older).await {
+        // A sink that was away while the state was lost was written by that state, and by none since: the
+        // start cannot know whether somebody still does, and a person says so.
+        Err(why) if script.has_new_sink() && format!("{why:#}").contains(ANOTHER_STATE) => {
+            lived(true).await
+        }
+        lived => lived,
+    }
 }
 
 /// One life of the pipeline.

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | a sink was removed and put back | what it was not given is a recorded hole |
 //! | the state was lost, or put back | dead letters since then are lost; one of the copy may have its row |
-//! | the same, while a sink was removed | it is new to that state: it begins at the checkpoint |
+//! | the same, while a sink was removed | it is new to that state: it begins at the checkpoint (trusted, if need be) |
 //! | the same, with sides that changed | a record may be in both of `left` and `right`, or in none |
 //!
 //! The pipeline is the real one (lanes, deliveries, ledger, dead letters, state database); the stream

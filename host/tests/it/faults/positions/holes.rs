@@ -323,16 +323,34 @@ fn fault_04_shards_that_came_and_went_while_a_sink_was_away_are_holes_too() {
     assert_eq!((holes.count(), whole), (3, 3), "two children and their child: {said}");
 }
 
-#[test]
-fn fault_04_the_named_command_fills_the_hole() {
-    let world = World::new(2);
-    let a = Place::new(Kind::Postgres, world.folder.path(), "a");
-    let b = Place::new(Kind::Sqlite, world.folder.path(), "b");
+/// A table whose rows say where they are from, so that those of a window can be made again.
+fn with_lineage(world: &World) -> Place {
+    let place = Place::new(Kind::Postgres, world.folder.path(), "a");
     postgres(&format!(
         "ALTER TABLE {} ADD shardmill_pipeline text, ADD shardmill_shard text,
          ADD shardmill_sequence numeric, ADD shardmill_arrived_at timestamptz",
-        a.table
+        place.table
     ));
+    place
+}
+
+/// Gives the command that `check` names, for one hole after the other.
+fn fill_holes(pipeline: &str, count: usize) {
+    for _ in 0..count {
+        let said = run_ok(&["check", pipeline]);
+        let command = said.split('`').find(|part| part.starts_with("shardmill replay"));
+        let command: Vec<&str> = command.expect("a command").split(' ').skip(1).collect();
+        run_ok(&command);
+    }
+    let said = run_ok(&["check", pipeline]);
+    assert!(!said.contains("hole"), "{said}");
+}
+
+#[test]
+fn fault_04_the_named_command_fills_the_hole() {
+    let world = World::new(2);
+    let a = with_lineage(&world);
+    let b = Place::new(Kind::Sqlite, world.folder.path(), "b");
     let both = [("a", &a, "lineage = true"), ("b", &b, "")];
     world.put(0..40, 10);
     run_ok(&["run", &stream_pipeline(&world, &both, None), "--until-caught-up"]);
@@ -343,15 +361,30 @@ fn fault_04_the_named_command_fills_the_hole() {
     world.put(80..100, 10);
     run_ok(&["run", &with, "--until-caught-up"]);
     assert_eq!(a.ids(), [ids(0..40), ids(80..100)].concat());
-    for _ in 0..2 {
-        let said = run_ok(&["check", &with]);
-        let command = said.split('`').find(|part| part.starts_with("shardmill replay"));
-        let command: Vec<&str> = command.expect("a command").split(' ').skip(1).collect();
-        run_ok(&command);
-    }
+    fill_holes(&with, 2);
     assert_eq!(a.ids(), ids(0..100));
-    let said = run_ok(&["check", &with]);
-    assert!(!said.contains("hole"), "{said}");
+}
+
+#[test]
+fn fault_04_the_hole_of_a_shard_that_ended_is_filled_too() {
+    let world = World::new(1);
+    let a = with_lineage(&world);
+    let b = Place::new(Kind::Sqlite, world.folder.path(), "b");
+    let both = [("a", &a, "lineage = true"), ("b", &b, "")];
+    world.put(0..20, 10);
+    run_ok(&["run", &stream_pipeline(&world, &both, None), "--until-caught-up"]);
+    world.put(20..40, 10);
+    world.split(&world.open_shards()[0]);
+    world.put(40..60, 10);
+    let alone = stream_pipeline(&world, &[("b", &b, "")], None);
+    run_ok(&["run", &alone, "--until-caught-up"]);
+    world.put(60..80, 10);
+    let with = stream_pipeline(&world, &both, None);
+    run_ok(&["run", &with, "--until-caught-up"]);
+    assert_eq!(a.ids(), [ids(0..20), ids(60..80)].concat());
+    // The parent's, and one of each child.
+    fill_holes(&with, 3);
+    assert_eq!((a.ids(), b.ids()), (ids(0..80), ids(0..80)));
 }
 
 #[test]
