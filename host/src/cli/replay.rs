@@ -258,7 +258,8 @@ async fn hole_window(
     let own_now_ms = Utc::now().timestamp_millis();
     let now_ms = source.now_ms().await?.unwrap_or(own_now_ms);
     let recorded_ms = hole.recorded_ms.saturating_add(now_ms - own_now_ms);
-    let end_ms = now_ms.min(recorded_ms.saturating_add(CLOCKS_DIFFER_MS));
+    // The server tells whole seconds: what has arrived within the one that it names is in the window too.
+    let end_ms = (now_ms + SECOND_MS).min(recorded_ms.saturating_add(CLOCKS_DIFFER_MS));
     let window_ms = first.arrived_ms..u64::try_from(end_ms).unwrap_or(0);
     ensure!(
         !window_ms.is_empty(),
