@@ -16,7 +16,7 @@ use crate::support::{Process, free_port, http_get, output, plugin, shardmill, wa
 
 const MIB: u64 = 1 << 20;
 /// How long a thousand lanes may take to begin and to go on.
-const BEGIN_MAX: Duration = Duration::from_secs(240);
+const BEGIN_MAX: Duration = Duration::from_secs(600);
 
 /// An endpoint of an HTTP sink that does not take the rows of some shards.
 struct Endpoint {

@@ -14,8 +14,11 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// How long any run may take: many times what the longest one does.
-const RUN_MAX: Duration = Duration::from_secs(300);
+/// How long any run may take: many times what the longest one does, which compiles a plugin's dependencies
+/// from nothing beside other tests.
+const RUN_MAX: Duration = Duration::from_secs(900);
+/// How long a test waits for what must come: many times what it takes on a machine that is idle.
+const WAIT_MAX: Duration = Duration::from_secs(180);
 
 /// The repository's root.
 pub fn root() -> PathBuf {
@@ -162,11 +165,11 @@ pub fn sqlite(path: &Path) -> rusqlite::Connection {
     database
 }
 
-/// Waits until `done`, at most a minute.
+/// Waits until `done`, at most [`WAIT_MAX`].
 pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "waited a minute for {what}");
+        assert!(begun.elapsed() < WAIT_MAX, "waited {WAIT_MAX:?} for {what}");
         std::thread::sleep(Duration::from_millis(50));
     }
 }
