@@ -33,7 +33,7 @@ const QUIET: Duration = Duration::from_millis(400);
 const STOP_MAX: Duration = Duration::from_secs(60);
 /// A process has come to its end by then, many times over.
 const PROCESS_MAX: Duration = Duration::from_secs(180);
-/// What a start says of a sink that another state has written to.
+/// Part of the error of a start whose sink was last written with another state folder.
 const ANOTHER_STATE: &str = "was written last by another state folder";
 /// Redrives until nothing is left: each without faults.
 const REDRIVES_MAX: usize = 3;

@@ -71,7 +71,7 @@ fn fault_10_copies_go_on_beside_a_redrive_that_was_broken_off() {
     postgres(&format!("DROP TABLE {table}"));
 }
 
-/// Records of a redrive that is broken off: so many that the first rows show up long before the last ones.
+/// How many records a redrive has that is killed: enough that the first rows are seen before all are written.
 const HALF_OF: u64 = 600;
 
 /// Letters of two sinks, each for the same records; both take rows by now, but `b` waits for a lock.
