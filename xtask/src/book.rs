@@ -41,7 +41,7 @@ pub fn build(root: &Path) -> Result<()> {
 }
 
 /// The program, compiled once: it lies on crates.io alone.
-fn mdbook(root: &Path) -> Result<PathBuf> {
+pub fn mdbook(root: &Path) -> Result<PathBuf> {
     let folder = root.join("target/mdbook").join(MDBOOK);
     let program = folder.join("bin").join(format!("mdbook{}", std::env::consts::EXE_SUFFIX));
     if !program.exists() {

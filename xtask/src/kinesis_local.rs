@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -35,15 +35,21 @@ pub struct KinesisLocal {
 }
 
 impl KinesisLocal {
-    /// Installs it below `folder` if it is not there, and starts it on a free port.
-    pub fn start(folder: &Path) -> Result<Self> {
-        // It reads its certificate from the current folder.
+    /// Installs it below `folder` if it is not there; gives the package's own folder.
+    pub fn install(folder: &Path) -> Result<PathBuf> {
         let package = folder.join("node_modules/kinesis-local");
         if !package.join("main.js").exists() {
             npm_install(folder, PACKAGE).context(
                 "the second Kinesis server of the tests needs npm: install nodejs and npm",
             )?;
         }
+        Ok(package)
+    }
+
+    /// Installs it below `folder` if it is not there, and starts it on a free port.
+    pub fn start(folder: &Path) -> Result<Self> {
+        // It reads its certificate from the current folder.
+        let package = Self::install(folder)?;
         let patch = folder.join("loopback-only.js");
         fs::write(&patch, LOOPBACK_ONLY)?;
         let [plain, tls] = [free_port()?, free_port()?];

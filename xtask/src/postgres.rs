@@ -187,7 +187,7 @@ fn apt_get(arguments: &[&str]) -> Result<()> {
 
 /// The folder of `initdb` and `pg_ctl`: on the PATH, named by `pg_config`, Debian's newest, or
 /// Debian's after an installation.
-fn find_or_install() -> Result<PathBuf> {
+pub fn find_or_install() -> Result<PathBuf> {
     if let Some(found) = find() {
         return Ok(found);
     }

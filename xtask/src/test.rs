@@ -4,9 +4,10 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::book;
 use crate::data;
@@ -30,25 +31,39 @@ impl Test {
     /// Runs the task.
     pub fn run(self) -> Result<()> {
         let root = project_root();
-        if self.filter.is_none() {
-            timed("format and lints", || check_format_and_lints(&root))?;
-        }
-        // First: what checks the plugins is a part of it.
+        let Some(filter) = self.filter else { return check_all(&root) };
         timed("build of the tests", || run(host_tests(&root).arg("--no-run")))?;
-        if self.filter.is_none() {
-            timed("bundled plugins", || plugins::check(&root))?;
-            timed("tests of the bundled plugins", || test_plugins(&root))?;
-        }
-        data::flights(&root)?;
-        let parts = timed("real parts", || Parts::start(&root))?;
-        timed("tests of the host", || test_host(&root, &parts, self.filter.as_deref()))?;
-        drop(parts);
-        if self.filter.is_none() {
-            timed("documentation", || check_documentation(&root))?;
-            timed("book", || book::build(&root))?;
-        }
-        Ok(())
+        test_host(&root, &Parts::start(&root)?, Some(&filter))
     }
+}
+
+fn check_all(root: &Path) -> Result<()> {
+    // Beside the compiler: downloads wait for the network, and the end of a build for its last crate. All
+    // but mdBook comes by package managers; both are done when they are there already.
+    let installed = in_background(root, Parts::install);
+    let mdbook = in_background(root, |root| book::mdbook(root).map(drop));
+
+    timed("format and lints", || check_format_and_lints(root))?;
+    // First: what checks the plugins is a part of it.
+    timed("build of the tests", || run(host_tests(root).arg("--no-run")))?;
+    timed("what else is to be installed", || join(installed))?;
+    timed("bundled plugins", || plugins::check(root))?;
+    timed("tests of the bundled plugins", || test_plugins(root))?;
+    let parts = timed("real parts", || Parts::start(root))?;
+    timed("tests of the host", || test_host(root, &parts, None))?;
+    drop(parts);
+    timed("documentation", || check_documentation(root))?;
+    timed("book", || join(mdbook).and_then(|()| book::build(root)))
+}
+
+/// Begins what starts no servers: where the task fails meanwhile, its programs end by themselves.
+fn in_background(root: &Path, part: fn(&Path) -> Result<()>) -> JoinHandle<Result<()>> {
+    let root = root.to_owned();
+    thread::spawn(move || part(&root))
+}
+
+fn join(part: JoinHandle<Result<()>>) -> Result<()> {
+    part.join().unwrap_or_else(|_| bail!("it panicked, see above"))
 }
 
 /// Runs a part of the task, and says how long it took: the whole has a bound in CI.
@@ -110,13 +125,24 @@ struct Parts {
 }
 
 impl Parts {
+    /// Installs what is missing, so that a start finds all of it.
+    fn install(root: &Path) -> Result<()> {
+        data::flights(root)?;
+        postgres::install_pooler()?;
+        postgres::find_or_install()?;
+        KinesisLocal::install(&kinesis_local(root))?;
+        Languages::install(root)?;
+        Ok(())
+    }
+
     fn start(root: &Path) -> Result<Self> {
+        data::flights(root)?;
         let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
         postgres::install_pooler()?;
         Ok(Self {
             postgres: Cluster::start(scratch.path())?,
             restarted_postgres: Cluster::start(scratch.path())?,
-            kinesis_local: KinesisLocal::start(&root.join("target/kinesis-local"))?,
+            kinesis_local: KinesisLocal::start(&kinesis_local(root))?,
             languages: Languages::install(root)?,
             compiled: scratch.path().join("compiled"),
             _scratch: scratch,
@@ -134,6 +160,10 @@ impl Parts {
             .env("SHARDMILL_COMPILED_DIR", &self.compiled);
         self.languages.apply_to(command)
     }
+}
+
+fn kinesis_local(root: &Path) -> PathBuf {
+    root.join("target/kinesis-local")
 }
 
 /// Start the tests' real parts (PostgreSQL, a Kinesis server, compilers), run a command that finds them

@@ -14,7 +14,6 @@ use serde_json::{Value, json};
 use shardmill::plugin::{
     CompileCache, Context, Input, Instance, Plugin, PluginEngine, Route, Services, Span, WireBatch,
 };
-use wasmtime::component::Component;
 
 use crate::support::{output, root, run_ok, serve_stream, shardmill, with_tools};
 
@@ -313,12 +312,14 @@ fn flaky_server() -> u16 {
     port
 }
 
-/// The capabilities that a component imports.
+/// The capabilities that a component imports. Read, not compiled: a Python plugin takes half a minute.
 fn imports(component: &str) -> BTreeSet<String> {
-    let engine = wasmtime::Engine::default();
-    let component = Component::from_file(&engine, component).expect("a component");
-    let world = component.component_type();
-    let names = world.imports(&engine).map(|(name, _)| name.to_owned());
+    let bytes = std::fs::read(component).expect("a component");
+    let decoded = wit_component::decode(&bytes).expect("its types");
+    let wit_component::DecodedWasm::Component(resolve, world) = decoded else {
+        panic!("a package")
+    };
+    let names = resolve.worlds[world].imports.keys().map(|key| resolve.name_world_key(key));
     let ours = names.map(|name| {
         let name = name.strip_prefix("shardmill:plugin/").expect("nothing else is imported");
         name.strip_suffix("@0.1.0").expect("this version").to_owned()
@@ -368,8 +369,9 @@ fn dead_letters(state: &Path) -> u64 {
 fn memory_stays(component: &Path) {
     const CALLS: usize = 50;
     let engine = PluginEngine::new().expect("an engine");
-    let (plugin, _) =
-        Plugin::load_file(&engine, &CompileCache::none(), component).expect("a plugin");
+    let compiled = std::env::var_os("SHARDMILL_COMPILED_DIR").expect("`cargo xtask test` sets it");
+    let cache = CompileCache::shared(compiled);
+    let (plugin, _) = Plugin::load_file(&engine, &cache, component).expect("a plugin");
     let source = Route { name: "source".into(), format: String::new(), columns: Vec::new() };
     let context = Context {
         stream_name: "greetings".into(),
