@@ -4,6 +4,7 @@ mod bench;
 mod book;
 mod data;
 mod deny;
+mod documentation;
 mod kinesis_local;
 mod languages;
 mod plugins;
@@ -31,6 +32,9 @@ enum Task {
 }
 
 fn main() -> Result<()> {
+    if let Some(out_dir) = documentation::is_asked_as_rustdoc() {
+        return documentation::stand_in_for_rustdoc(&out_dir);
+    }
     match Task::parse() {
         Task::Plugins(task) => task.run(),
         Task::Data(task) => task.run(),

@@ -27,7 +27,7 @@ impl Soak {
         for seed in self.seed..self.seed + self.rounds {
             run(cargo()
                 .current_dir(&root)
-                .args(["test", "--release", "--package", "shardmill", "--test", "crash"])
+                .args(["test", "--release", "--package", "shardmill", "--test", "it", "crash::"])
                 .args(["--", "--nocapture"])
                 .env("SHARDMILL_TEST_POSTGRES", &postgres.url)
                 .env("SHARDMILL_SEED", seed.to_string()))

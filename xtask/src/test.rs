@@ -11,12 +11,15 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::book;
 use crate::data;
+use crate::documentation;
 use crate::kinesis_local::KinesisLocal;
 use crate::languages::Languages;
 use crate::plugins;
 use crate::postgres::{self, Cluster};
-use crate::process::{cargo, cargo_for_tests, project_root, run};
+use crate::process::{cargo, cargo_for_tests, lint, project_root, run};
 
+/// Compile, and so check, what no test runs as well: the benches.
+const EVERY_TARGET: [&str; 2] = ["--all-targets", "--no-run"];
 /// Known to the tests' own harness.
 const TEST_THREADS: &str = "RUST_TEST_THREADS";
 
@@ -43,16 +46,16 @@ fn check_all(root: &Path) -> Result<()> {
     let installed = in_background(root, Parts::install);
     let mdbook = in_background(root, |root| book::mdbook(root).map(drop));
 
-    timed("format and lints", || check_format_and_lints(root))?;
+    timed("format", || check_format(root))?;
     // First: what checks the plugins is a part of it.
-    timed("build of the tests", || run(host_tests(root).arg("--no-run")))?;
+    timed("build and lints of the tests", || run(host_tests(root).args(EVERY_TARGET)))?;
     timed("what else is to be installed", || join(installed))?;
     timed("bundled plugins", || plugins::check(root))?;
-    timed("tests of the bundled plugins", || test_plugins(root))?;
+    timed("tests and lints of the bundled plugins", || test_plugins(root))?;
     let parts = timed("real parts", || Parts::start(root))?;
     timed("tests of the host", || test_host(root, &parts, None))?;
     drop(parts);
-    timed("documentation", || check_documentation(root))?;
+    timed("documentation", || documentation::check(root))?;
     timed("book", || join(mdbook).and_then(|()| book::build(root)))
 }
 
@@ -74,23 +77,21 @@ fn timed<T>(what: &str, part: impl FnOnce() -> Result<T>) -> Result<T> {
     Ok(done)
 }
 
-fn check_format_and_lints(root: &Path) -> Result<()> {
+fn check_format(root: &Path) -> Result<()> {
     for workspace in [root.to_owned(), root.join("plugins")] {
         run(cargo().current_dir(&workspace).args(["fmt", "--all", "--check"]))?;
-        // The release profile: its dependencies are compiled for the tests anyway.
-        run(cargo()
-            .current_dir(&workspace)
-            .args(["clippy", "--release", "--workspace", "--all-targets", "--locked", "--"])
-            .args(["-D", "warnings"]))?;
     }
     Ok(())
 }
 
 fn test_plugins(root: &Path) -> Result<()> {
-    run(cargo().current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
+    let mut tests = cargo();
+    lint(&mut tests);
+    run(tests.current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
 }
 
-fn host_tests(root: &Path) -> Command {
+/// The tests of the workspace, with the packages and features that all parts of the task share.
+pub fn host_tests(root: &Path) -> Command {
     let mut tests = cargo_for_tests();
     tests.current_dir(root).args(["test", "--release", "--workspace", "--locked"]);
     tests
@@ -186,12 +187,4 @@ impl WithParts {
         parts.apply_to(&mut command)?;
         run(&mut command)
     }
-}
-
-/// Private items too: they are what the host's documentation is read for.
-fn check_documentation(root: &Path) -> Result<()> {
-    run(cargo()
-        .current_dir(root)
-        .args(["doc", "--release", "--no-deps", "--document-private-items", "--locked"])
-        .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links"))
 }
