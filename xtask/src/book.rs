@@ -48,6 +48,7 @@ pub fn mdbook(root: &Path) -> Result<PathBuf> {
         eprintln!("compiling mdbook {MDBOOK} into {}, once", folder.display());
         // Quickly compiled, rather than quick: it runs for a second.
         run(cargo()
+            .args(["--config", "profile.dev.debug=false"])
             .args(["install", "mdbook", "--version", MDBOOK])
             .args(["--no-default-features", "--locked", "--debug", "--quiet", "--root"])
             .arg(&folder))?;

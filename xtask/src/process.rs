@@ -11,6 +11,10 @@ pub fn project_root() -> PathBuf {
     xtask.parent().unwrap_or(xtask).to_owned()
 }
 
+/// Our own crates, and the S3 server of the tests. In `cargo xtask bench` it is optimised, so that a bench
+/// does not measure the server.
+const UNOPTIMISED_IN_TESTS: [&str; 4] = ["shardmill", "benches", "s3s", "s3s-fs"];
+
 /// The cargo that runs this task, for another run of it.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -24,10 +28,10 @@ pub fn cargo() -> Command {
 /// its compiler takes the place of rustc for our crates, in the way of `cargo clippy` itself (whose
 /// separator of arguments this is). It does not promise optimised code, which is not wanted here: the tests
 /// need the host's own crate with and without the tests within it, and it is compiled in a fifth of the time
-/// without optimisations. Its dependencies are those of a release, and shared with it.
+/// without optimisations. What a release depends on is compiled as for one, and shared with it.
 pub fn cargo_for_tests() -> Command {
     let mut command = cargo();
-    for package in ["shardmill", "benches"] {
+    for package in UNOPTIMISED_IN_TESTS {
         command.args(["--config", &format!("profile.release.package.{package}.opt-level=0")]);
     }
     lint(&mut command);
