@@ -28,6 +28,8 @@ const SHARED_SOURCES: [&str; 4] =
     ["wit", "plugins/sdk", "plugins/Cargo.toml", "plugins/Cargo.lock"];
 
 const PREBUILT: &str = "plugins/prebuilt";
+/// Where plugins are compiled to. The tests of the host use it too: one compilation of what plugins depend on.
+const TARGET_DIR: &str = "target/plugins-in-tests";
 const RECORD: &str = "plugins/prebuilt/SOURCES.sha256";
 const RECORD_HEAD: &str = "\
 # What the components here were built from. Written by `cargo xtask plugins`.
@@ -126,6 +128,7 @@ impl Builder {
         let mut command = Command::new(&self.shardmill);
         command.args(["plugin", "build"]).arg(self.root.join("plugins").join(plugin));
         command.arg("-o").arg(&component);
+        command.env("CARGO_TARGET_DIR", self.root.join(TARGET_DIR));
         forget_this_package(&mut command);
         run(self.toolchain.apply_to(&mut command))?;
         Ok(component)
