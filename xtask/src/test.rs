@@ -87,7 +87,10 @@ fn check_format(root: &Path) -> Result<()> {
 fn test_plugins(root: &Path) -> Result<()> {
     let mut tests = cargo();
     lint(&mut tests);
-    // Much of what they depend on has been compiled there for the benches.
+    // As the root's packages are, and there: much of what they depend on was compiled for the benches.
+    for setting in ["codegen-units=16", "lto=false", "panic='unwind'", "strip=false"] {
+        tests.args(["--config", &format!("profile.release.{setting}")]);
+    }
     tests.env("CARGO_TARGET_DIR", root.join("target"));
     run(tests.current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
 }
