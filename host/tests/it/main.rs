@@ -48,3 +48,4 @@ mod stream_commands;
 mod support;
 mod swap;
 mod tail;
+mod walls;

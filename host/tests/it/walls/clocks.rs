@@ -1,0 +1,1 @@
+//! Limits of time, memory and features of plugins.

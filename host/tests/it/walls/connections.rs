@@ -1,0 +1,1 @@
+//! Connections, hosts, origins and tokens of the ports.

@@ -1,0 +1,1 @@
+//! Calls of plugins to the host, and what plugins name themselves.

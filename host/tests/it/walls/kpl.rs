@@ -1,0 +1,1 @@
+//! Aggregates and the memory that records keep alive.

@@ -1,0 +1,1 @@
+//! Bounds of dead letters and of commits, and stored settings.

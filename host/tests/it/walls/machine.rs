@@ -1,0 +1,1 @@
+//! Files, compilers and connections beside other users of the machine.

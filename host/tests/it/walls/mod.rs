@@ -1,0 +1,10 @@
+//! Walls: hostile events, hostile plugins and other users of the machine hurt nobody else.
+//!
+//! A test is named after the case that it was made for: `wall_NN_what_is_right`.
+
+mod clocks;
+mod connections;
+mod guests;
+mod kpl;
+mod letters;
+mod machine;
