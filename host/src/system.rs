@@ -186,10 +186,12 @@ fn files_limit() -> Option<u64> {
     soft_limit(libc::RLIMIT_NOFILE)
 }
 
+/// The number of a limit.
 #[cfg(target_env = "gnu")]
-type Resource = libc::__rlimit_resource_t;
+pub(crate) type Resource = libc::__rlimit_resource_t;
+/// The number of a limit.
 #[cfg(not(target_env = "gnu"))]
-type Resource = libc::c_int;
+pub(crate) type Resource = libc::c_int;
 
 fn soft_limit(resource: Resource) -> Option<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };

@@ -128,11 +128,7 @@ enum Command {
     Plugin(plugin::Command),
     /// Compile a component: what this program starts itself for, in a process with limits.
     #[command(name = compile::COMMAND, hide = true)]
-    CompileComponent {
-        /// The most memory that this process may have, in bytes.
-        #[arg(long)]
-        memory_bytes: u64,
-    },
+    CompileComponent(compile::OwnLimits),
     /// Print a completion script for a shell.
     #[command(
         after_help = "Example:\n  shardmill completions bash > ~/.local/share/bash-completion/completions/shardmill"
@@ -172,9 +168,7 @@ pub fn main() -> ExitCode {
     init_logging(cli.verbose);
     let console = Console { json: cli.json };
     let done = match cli.command {
-        Command::CompileComponent { memory_bytes } => {
-            compile::serve(memory_bytes).map_err(anyhow::Error::from)
-        }
+        Command::CompileComponent(limits) => compile::serve(limits).map_err(anyhow::Error::from),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where a pipe is closed.
             let mut script = Vec::new();
@@ -218,7 +212,7 @@ async fn dispatch(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Test(options) => test::test(options, console).await,
         Command::Plugin(command) => plugin::plugin(command, console).await,
         Command::Reload(options) => reload::reload(options, console).await,
-        Command::CompileComponent { .. } | Command::Completions { .. } => Ok(()),
+        Command::CompileComponent(_) | Command::Completions { .. } => Ok(()),
     }
 }
 

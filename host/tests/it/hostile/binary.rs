@@ -47,7 +47,7 @@ fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
 }
 
 /// A component that takes its compiler long: one function of very many branches.
-fn heavy() -> tempfile::NamedTempFile {
+pub fn heavy() -> tempfile::NamedTempFile {
     const BRANCHES: usize = 200_000;
     let branch = "(if (i64.eqz (local.get 0))
         (then (local.set 1 (i64.add (local.get 1) (local.get 0))))

@@ -1,6 +1,6 @@
 //! Stages against plugins that misbehave on request: the fault is one record's.
 
-mod binary;
+pub mod binary;
 pub mod lane;
 mod misdeeds;
 mod nosy;

@@ -1,1 +1,0 @@
-//! Files, compilers and connections beside other users of the machine.
