@@ -17,6 +17,7 @@ pub mod pipeline;
 pub mod plugin;
 pub mod position;
 pub mod postgres;
+pub mod private;
 pub mod record;
 mod serve;
 pub mod sink;

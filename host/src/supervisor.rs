@@ -416,6 +416,9 @@ impl Supervisor {
 
 /// Removes compiled components that no pipeline with its state in this folder keeps.
 fn remove_unneeded(cache: &CompileCache) {
+    if let Err(error) = cache.remove_unused() {
+        tracing::debug!(%error, "compiled plugins of this user are not looked through");
+    }
     let Some(state_dir) = cache.own_folder().and_then(Path::parent) else { return };
     let removed = needed_components(state_dir)
         .map_err(anyhow::Error::from)

@@ -19,6 +19,7 @@ use super::{Console, plugin_host, sinks, stream};
 use crate::config::{OnLostRecords, PipelineConfig, ReaderKind, SinkKind, SourceKind};
 use crate::lease::PipelineLock;
 use crate::position::{Change, Changes, Checkpoints, Ledger, LedgerEntry, Running, StateStore};
+use crate::private::make_folders;
 use crate::record::{ShardId, SinkName, StageName, StreamIdentity};
 use crate::sink::WriteMode;
 use crate::source::ShardSource;
@@ -51,7 +52,7 @@ pub(super) struct AgainReport {
 /// gone on with by the next one.
 pub(super) fn begin(config: &PipelineConfig, undone: &Change) -> anyhow::Result<()> {
     let folder = folder(config, undone.number);
-    std::fs::create_dir_all(&folder).with_context(|| format!("failed to make {}", folder.display()))
+    make_folders(&folder).with_context(|| format!("failed to make {}", folder.display()))
 }
 
 /// Runs again what an undone change had run.
@@ -76,7 +77,8 @@ pub(super) async fn run_again(
         say(&report, undone, console);
         return Ok(report);
     }
-    let lock = PipelineLock::take(&folder(config, undone.number), &config.name)?;
+    let lock =
+        PipelineLock::take(&config.state_dir.at(folder(config, undone.number)), &config.name)?;
     let host = plugin_host(config)?;
     seed(&state, &own, &host, lock.folder()).await?;
     let source = Arc::new(SpansSource::new(source, spans));
@@ -291,7 +293,7 @@ fn again_config(
     }
     own.letter_sinks.clear();
     (own.admin, own.intake) = (None, None);
-    own.state_dir = folder(config, number);
+    own.state_dir = config.state_dir.at(folder(config, number));
     Ok((own, places))
 }
 

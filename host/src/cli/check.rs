@@ -57,7 +57,9 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let (generation, _) = Generation::from_config(&config, &host, &|_| None)?;
     let mut sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
     let mut routes: Vec<_> = sinks.iter().map(|sink| generation.routes_to(sink.name())).collect();
-    if let Some(copies) = config.for_letters(config.state_dir.clone(), StoredLetter::columns()) {
+    if let Some(copies) =
+        config.for_letters(config.state_dir.to_path_buf(), StoredLetter::columns())
+    {
         let (copied, _) = Generation::from_config(&copies, &host, &|_| None)?;
         let letter_sinks = sinks::build(&copies)?;
         routes.extend(letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));

@@ -111,7 +111,13 @@ fn start_afresh(data: &Path) -> anyhow::Result<()> {
         std::fs::remove_dir_all(data)
             .with_context(|| format!("failed to empty {}", data.display()))?;
     }
-    std::fs::create_dir_all(data).with_context(|| format!("failed to make {}", data.display()))?;
+    // The folder itself is made here, or this fails: in /tmp, another user may have made it meanwhile, with
+    // links in it.
+    let above = data.parent().filter(|above| !above.as_os_str().is_empty());
+    above
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::create_dir(data))
+        .with_context(|| format!("failed to make {}", data.display()))?;
     std::fs::write(&mark, "made by `shardmill demo`, which empties this folder when it starts\n")
         .with_context(|| format!("failed to write {}", mark.display()))
 }
@@ -125,6 +131,7 @@ fn pipeline(data: &Path) -> anyhow::Result<PipelineConfig> {
     };
     let mut config = crate::config::parse(Path::new("pipeline.toml"), PIPELINE, &lookup)?;
     config.admin = None;
+    config.state_dir = super::with_trust(config.state_dir);
     Ok(config)
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
-use super::{Console, load, load_plugin, run};
+use super::{Console, load_file, load_plugin, run, with_trust};
 use crate::config::{PipelineConfig, StageConfig, parse};
 use crate::plugin::build::build_plugin_in_haste;
 use crate::plugin::manifest::PluginManifest;
@@ -201,7 +201,7 @@ fn pipeline(
     state: &Path,
 ) -> anyhow::Result<PipelineConfig> {
     let own = folder.join("pipeline.toml");
-    let own = if own.exists() { Some(load(&own)?) } else { None };
+    let own = if own.exists() { Some(load_file(&own)?) } else { None };
     let lookups = own.as_ref().map(|own| own.lookups.clone()).unwrap_or_default();
     let own: Option<StageConfig> = own.and_then(|own| own.stages.into_iter().next());
     let config_json = own.as_ref().map(|own| own.config_json.clone()).or(config_json);
@@ -235,6 +235,7 @@ window = "0 s"
         routes.join(", ")
     );
     let mut config = parse("dev.toml", text, &|_| None)?;
+    config.state_dir = with_trust(config.state_dir);
     config.lookups = lookups;
     for stage in &mut config.stages {
         stage.config_json = config_json.clone();

@@ -168,7 +168,7 @@ fn open(pipeline: &Pipeline) -> anyhow::Result<DeadLetters> {
     if let Some(change) = pipeline.again {
         let folder = again::folder(&config, change);
         ensure!(folder.exists(), "nothing was run again after change {change} was undone");
-        config.state_dir = folder;
+        config.state_dir = config.state_dir.at(folder);
     }
     dead_letters(&config)
 }
@@ -265,7 +265,7 @@ async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> an
     let ids = store.ids(wanted.filter()).await?;
     let mut file = match &out {
         Some(path) => Some(std::io::BufWriter::new(
-            std::fs::File::create(path)
+            crate::private::create_export(path)
                 .with_context(|| format!("failed to write {}", path.display()))?,
         )),
         None => None,
@@ -281,7 +281,11 @@ async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> an
         }
     }
     if let (Some(file), Some(path)) = (file, out) {
-        file.into_inner()?.sync_all()?;
+        let file = file.into_inner()?;
+        // Pipes and devices cannot be.
+        if file.metadata()?.is_file() {
+            file.sync_all()?;
+        }
         console.say(format!("{} dead letters in {}", ids.len(), path.display()));
         console.report(&json!({ "letters": ids.len(), "file": path }))?;
     }

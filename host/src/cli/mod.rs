@@ -23,17 +23,20 @@ mod test;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 pub(crate) use self::output::print_line;
-use crate::config::{ConfigError, PipelineConfig};
+use crate::config::{ConfigError, Endpoint, PipelineConfig, SinkKind};
 use crate::lease::PipelineLock;
 use crate::plugin::{
     Backends, CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile,
 };
 use crate::position::{DeadLetters, StateStore};
+use crate::private::StateDir;
+use crate::source::embedded;
 use crate::terminal;
 
 /// The pipeline that is run when none is named.
@@ -74,6 +77,17 @@ struct Cli {
     /// Log more; twice: everything. Logs go to standard error.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
+    /// Use a state folder that other users of this machine can change: whoever does decides what runs.
+    #[arg(long, global = true)]
+    trust_state_dir: bool,
+}
+
+/// Whether the command line trusts state folders. Set once, before a command begins.
+static TRUSTS_STATE_DIR: OnceLock<bool> = OnceLock::new();
+
+/// A state folder as the command line has it.
+fn with_trust(state_dir: StateDir) -> StateDir {
+    state_dir.trusted(TRUSTS_STATE_DIR.get().copied().unwrap_or_default())
 }
 
 #[derive(Subcommand)]
@@ -166,6 +180,7 @@ impl Console {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     init_logging(cli.verbose);
+    TRUSTS_STATE_DIR.get_or_init(|| cli.trust_state_dir);
     let console = Console { json: cli.json };
     let done = match cli.command {
         Command::CompileComponent(limits) => compile::serve(limits).map_err(anyhow::Error::from),
@@ -285,9 +300,33 @@ fn tell(error: &anyhow::Error) -> ExitCode {
     EXIT_FAILED.into()
 }
 
-/// Reads a pipeline's file with the process's environment.
+/// Reads a pipeline's file with the process's environment, and checks that no other user can change its
+/// state.
 fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
-    Ok(crate::config::load(path, &|name| std::env::var(name).ok())?)
+    let config = load_file(path)?;
+    config.state_dir.check(config.name.as_str())?;
+    if uses_embedded(&config) {
+        config.state_dir.check(embedded::FOLDER)?;
+    }
+    Ok(config)
+}
+
+/// Reads a pipeline's file for what it says, and not for its state.
+fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
+    let mut config = crate::config::load(path, &|name| std::env::var(name).ok())?;
+    config.state_dir = with_trust(config.state_dir);
+    Ok(config)
+}
+
+/// Whether a pipeline finds an embedded stream by its state folder.
+fn uses_embedded(config: &PipelineConfig) -> bool {
+    let sinks = config.sinks.iter().chain(&config.letter_sinks);
+    let targets = sinks.filter_map(|sink| match &sink.kind {
+        SinkKind::Kinesis(target) => Some(&target.server),
+        _ => None,
+    });
+    let source = config.source.kinesis().map(|kinesis| &kinesis.server);
+    source.into_iter().chain(targets).any(|server| matches!(server.endpoint, Endpoint::Embedded))
 }
 
 /// The dead letters of a pipeline that ran. Another process may be running it.
@@ -321,18 +360,25 @@ fn state_beside(config: &PipelineConfig) -> anyhow::Result<StateStore> {
 /// folder. Pipelines and containers whose state folders are new can share it.
 const COMPILED_DIR: &str = "SHARDMILL_COMPILED_DIR";
 
-/// The folder of compiled plugins that [`COMPILED_DIR`] names; an empty value names none.
+/// The folder of compiled plugins that [`COMPILED_DIR`] names, else the one in the user's caches
+/// (`$XDG_CACHE_HOME/shardmill`); an empty value names none.
 fn shared_cache() -> Option<CompileCache> {
-    let folder = std::env::var_os(COMPILED_DIR).filter(|folder| !folder.is_empty())?;
-    Some(CompileCache::shared(folder))
+    let named = |variable| std::env::var_os(variable).filter(|folder| !folder.is_empty());
+    if let Some(folder) = named(COMPILED_DIR) {
+        return Some(CompileCache::shared(folder));
+    }
+    // The specification of base directories: a relative path is invalid, and is ignored.
+    let caches =
+        named("XDG_CACHE_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute())?;
+    Some(CompileCache::of_user(caches.join("shardmill")))
 }
 
 /// What a pipeline's plugins are loaded with.
 fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
     crate::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
-    let own = || CompileCache::in_folder(config.state_dir.join("compiled"));
-    let cache = shared_cache().unwrap_or_else(own).in_child_processes();
+    let cache = shared_cache().unwrap_or_else(CompileCache::none);
+    let cache = cache.or_in_folder(config.state_dir.join("compiled")).in_child_processes();
     let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
     Ok(PluginHost { engine, cache, backends })
 }

@@ -101,6 +101,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let replayed: SinkName = format!("{sink}{REPLAYED}").as_str().into();
 
     let folder = config.state_dir.join(config.name.as_str()).join("replay");
+    let folder = config.state_dir.at(folder);
     let lock = PipelineLock::take(&folder, &config.name)?;
     // Before the positions of an earlier replay are forgotten, which say whether it has landed.
     let swap = match options.swap {
@@ -467,7 +468,7 @@ fn replay_config(
     }
     own.letter_sinks.clear();
     (own.admin, own.intake) = (None, None);
-    own.state_dir = config.state_dir.join(config.name.as_str()).join("replay");
+    own.state_dir = config.state_dir.at(config.state_dir.join(config.name.as_str()).join("replay"));
     Ok(own)
 }
 

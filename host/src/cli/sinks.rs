@@ -43,7 +43,7 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
                     .with_silence_max(config.timing.redshift_silence_max),
             ),
             SinkKind::Kinesis(target) => {
-                let sink = KinesisSink::new(name, target.clone(), config.state_dir.clone());
+                let sink = KinesisSink::new(name, target.clone(), config.state_dir.to_path_buf());
                 Arc::new(sink.with_timing(config.timing))
             }
             SinkKind::Http(target) => Arc::new(HttpSink::new(name, target.clone())?),

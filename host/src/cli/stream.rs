@@ -265,6 +265,7 @@ pub(crate) async fn create_and_wait(
 
 async fn serve(port: u16, target: &Target, console: &Console) -> anyhow::Result<()> {
     let stop = run::stop_on_signals(Timing::default().drain_max)?;
+    target.state_dir.make(embedded::FOLDER)?;
     let served = EmbeddedStream::serve(&target.state_dir, port).await?;
     console.say(format!("serving the embedded stream at {}", served.url()));
     console.report(&serde_json::json!({ "url": served.url().as_str() }))?;

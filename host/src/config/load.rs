@@ -131,7 +131,7 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
     Some(PipelineConfig {
         file: Arc::clone(file),
         name: pipeline.name,
-        state_dir: base.join(pipeline.state_dir),
+        state_dir: base.join(pipeline.state_dir).into(),
         source: source?,
         stages,
         sinks,

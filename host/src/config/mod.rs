@@ -47,6 +47,7 @@ pub use self::target::{
 };
 pub use self::timing::Timing;
 use crate::plugin::Capability;
+use crate::private::StateDir;
 use crate::record::{
     LookupName, PipelineName, RouteName, SequenceNumber, ShardId, SinkName, StageName, StreamRef,
 };
@@ -61,7 +62,7 @@ pub struct PipelineConfig {
     /// The pipeline's name: part of every position's key.
     pub name: PipelineName,
     /// Where state lives: positions, dead letters, generations, compiled plugins.
-    pub state_dir: PathBuf,
+    pub state_dir: StateDir,
     /// Where records come from.
     pub source: SourceConfig,
     /// The stages, in the order in which records pass them; none: every record goes to every sink as
@@ -106,7 +107,7 @@ impl PipelineConfig {
         }
         let format = Some("application/json".into());
         Some(Self {
-            state_dir,
+            state_dir: self.state_dir.at(state_dir),
             source: SourceConfig { format, columns, ..self.source.clone() },
             stages: Vec::new(),
             sinks: self.letter_sinks.clone(),

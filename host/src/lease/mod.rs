@@ -3,11 +3,12 @@
 //! The lock keeps a second `run` of the same pipeline out; the fence against a process that is gone
 //! but not dead is the epoch in each sink. Leases that a fleet shares come in a later version.
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read as _, Seek as _, Write as _};
+use std::fs::{File, TryLockError};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::private::{self, PrivateError, StateDir};
 use crate::record::PipelineName;
 
 /// The pipeline's folder cannot be had.
@@ -34,6 +35,9 @@ pub enum LeaseError {
         /// What the system says.
         cause: std::io::Error,
     },
+    /// Others can reach the folder, or it cannot be made.
+    #[error(transparent)]
+    Folder(#[from] PrivateError),
 }
 
 /// The right to run a pipeline on this machine; given back when dropped or when the process dies.
@@ -44,11 +48,12 @@ pub struct PipelineLock {
 }
 
 impl PipelineLock {
-    /// Takes the lock of the pipeline's folder under the state folder, which is created.
+    /// Takes the lock of the pipeline's folder under the state folder, which is created. The folder must be
+    /// this user's alone.
     ///
     /// # Errors
     /// [`LeaseError`].
-    pub fn take(state_dir: &Path, pipeline: &PipelineName) -> Result<Self, LeaseError> {
+    pub fn take(state_dir: &StateDir, pipeline: &PipelineName) -> Result<Self, LeaseError> {
         Self::take_file(state_dir, pipeline, "lock")
     }
 
@@ -57,27 +62,22 @@ impl PipelineLock {
     ///
     /// # Errors
     /// [`LeaseError`].
-    pub fn take_for_redrive(state_dir: &Path, pipeline: &PipelineName) -> Result<Self, LeaseError> {
+    pub fn take_for_redrive(
+        state_dir: &StateDir,
+        pipeline: &PipelineName,
+    ) -> Result<Self, LeaseError> {
         Self::take_file(state_dir, pipeline, "redrive.lock")
     }
 
     fn take_file(
-        state_dir: &Path,
+        state_dir: &StateDir,
         pipeline: &PipelineName,
         name: &str,
     ) -> Result<Self, LeaseError> {
-        let folder = state_dir.join(pipeline.as_str());
+        let folder = state_dir.make(pipeline.as_str())?;
         let path = folder.join(name);
         let unusable = |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
-        std::fs::create_dir_all(&folder).map_err(unusable)?;
-        let mut options = OpenOptions::new();
-        let mut file = options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(unusable)?;
+        let mut file = private::open_lock(&path).map_err(unusable)?;
         if !locks_soon(&file) {
             let mut owner = String::new();
             // Only for the message.
@@ -88,11 +88,7 @@ impl PipelineLock {
                 path: path.display().to_string(),
             });
         }
-        let written = file
-            .set_len(0)
-            .and_then(|()| file.rewind())
-            .and_then(|()| writeln!(file, "{}", std::process::id()));
-        written.map_err(unusable)?;
+        private::sign_lock(&file).map_err(unusable)?;
         Ok(Self { _file: file, folder })
     }
 
@@ -103,7 +99,7 @@ impl PipelineLock {
     pub fn is_taken(state_dir: &Path, pipeline: &PipelineName) -> Result<bool, LeaseError> {
         let path = state_dir.join(pipeline.as_str()).join("lock");
         let unusable = |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
-        let file = match File::open(&path) {
+        let file = match private::open_lock_to_look(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(unusable(error)),

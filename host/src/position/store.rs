@@ -11,6 +11,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, Trans
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::mark::{Ownership, StateMark};
+use crate::private;
 use crate::record::{Position, SequenceNumber};
 
 /// How deep below the state folder a state database lies: `pipeline/again-1/pipeline/state.db`.
@@ -260,13 +261,15 @@ impl StateStore {
             way_out,
             is_gone: false,
         };
-        std::fs::create_dir_all(folder).map_err(|cause| {
+        private::make_folders(folder).map_err(|cause| {
             error(
                 "make its folder",
                 cause.to_string(),
                 "free the disk, or set `state_dir` elsewhere",
             )
         })?;
+        // The log and its index get the mode of the database.
+        private::make_database(&path);
         let connection = Connection::open(&path).and_then(prepare).map_err(|cause| {
             error("open it", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
         })?;

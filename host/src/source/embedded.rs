@@ -4,8 +4,8 @@
 //! (`shardmill stream serve`) that the other commands find by a lock and an address file in the
 //! state folder. The same SDK code path talks to it as to AWS.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read as _, Seek as _, Write as _};
+use std::fs::File;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 
 use axum::extract::DefaultBodyLimit;
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::SourceError;
+use crate::private;
 
 /// Shards that all embedded streams may have together.
 const SHARDS_MAX: u32 = 10_000;
@@ -110,6 +111,9 @@ impl Drop for EmbeddedStream {
     }
 }
 
+/// The folder below the state folder by which a served stream is found.
+pub const FOLDER: &str = "stream";
+
 /// The lock and the address file of a serving process.
 struct Published {
     file: File,
@@ -117,12 +121,12 @@ struct Published {
 
 impl Published {
     fn lock(state_dir: &Path) -> Result<Self, SourceError> {
-        let folder = state_dir.join("stream");
+        let folder = state_dir.join(FOLDER);
         let path = folder.join("lock");
         let error =
             |cause: String| SourceError::Embedded { address: path.display().to_string(), cause };
-        std::fs::create_dir_all(&folder).map_err(|cause| error(cause.to_string()))?;
-        let mut file = open_lock(&path).map_err(|cause| error(cause.to_string()))?;
+        private::make_folders(&folder).map_err(|cause| error(cause.to_string()))?;
+        let mut file = private::open_lock(&path).map_err(|cause| error(cause.to_string()))?;
         if file.try_lock().is_err() {
             let mut owner = String::new();
             // Only for the message.
@@ -133,18 +137,14 @@ impl Published {
                 owner.trim()
             )));
         }
-        let written = file
-            .set_len(0)
-            .and_then(|()| file.rewind())
-            .and_then(|()| writeln!(file, "{}", std::process::id()));
-        written.map_err(|cause| error(cause.to_string()))?;
+        private::sign_lock(&file).map_err(|cause| error(cause.to_string()))?;
         Ok(Self { file })
     }
 
     fn write(&mut self, state_dir: &Path, url: &Url) -> Result<(), SourceError> {
-        let path = state_dir.join("stream").join("address");
+        let path = state_dir.join(FOLDER).join("address");
         let written =
-            tempfile::NamedTempFile::new_in(state_dir.join("stream")).and_then(|mut draft| {
+            tempfile::NamedTempFile::new_in(state_dir.join(FOLDER)).and_then(|mut draft| {
                 writeln!(draft, "{url}")?;
                 draft.persist(&path).map_err(|error| error.error)
             });
@@ -162,14 +162,10 @@ impl Drop for Published {
     }
 }
 
-fn open_lock(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
-}
-
 /// The stream that another process serves from this state folder, if one does.
 pub fn find(state_dir: &Path) -> Option<Url> {
-    let folder = state_dir.join("stream");
-    let lock = File::open(folder.join("lock")).ok()?;
+    let folder = state_dir.join(FOLDER);
+    let lock = private::open_lock_to_look(&folder.join("lock")).ok()?;
     if lock.try_lock_shared().is_ok() {
         // Nobody holds it: the address is of a process that is gone.
         return None;

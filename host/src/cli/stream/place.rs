@@ -9,6 +9,7 @@ use url::Url;
 
 use super::super::{DEFAULT_PIPELINE, load};
 use crate::config::{Endpoint, StreamServer, Timing};
+use crate::private::StateDir;
 use crate::record::StreamRef;
 use crate::source::{client, embedded};
 
@@ -41,7 +42,7 @@ pub(super) struct Target {
     stream: Option<StreamRef>,
     server: StreamServer,
     timing: Timing,
-    pub state_dir: PathBuf,
+    pub state_dir: StateDir,
 }
 
 impl Place {
@@ -73,11 +74,11 @@ impl Place {
             stream,
             server: StreamServer { endpoint, region, assume_role },
             timing: pipeline.as_ref().map(|it| it.timing).unwrap_or_default(),
-            state_dir: self
-                .state_dir
-                .clone()
-                .or(pipeline.map(|it| it.state_dir))
-                .unwrap_or_else(|| "state".into()),
+            state_dir: match (&self.state_dir, pipeline) {
+                (Some(folder), _) => super::super::with_trust(folder.clone().into()),
+                (None, Some(pipeline)) => pipeline.state_dir,
+                (None, None) => super::super::with_trust(PathBuf::from("state").into()),
+            },
         })
     }
 
@@ -86,7 +87,11 @@ impl Place {
         let url = match &target.server.endpoint {
             Endpoint::Aws => None,
             Endpoint::Url(url) => Some(url.clone()),
-            Endpoint::Embedded => Some(embedded_url(&target.state_dir).await?),
+            Endpoint::Embedded => {
+                // Another user could send this one to a stream of their own.
+                target.state_dir.check(embedded::FOLDER)?;
+                Some(embedded_url(&target.state_dir).await?)
+            }
         };
         let server = client::Server::of(&target.server, target.stream.as_ref(), url.as_ref());
         let client = client::connect(server.with_timing(&target.timing)).await?;

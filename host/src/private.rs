@@ -1,0 +1,608 @@
+//! Folders and files of this user alone: the state of pipelines, locks, compiled code, exports.
+//!
+//! Other users of the machine may have rights in the folders that state lies in. Whoever can write there
+//! can replace the record of what runs, and whoever can read there sees payloads. So a state folder is
+//! made for its owner alone, and checked before it is used, together with the folders above it up to a
+//! mount. [`judge`] decides; here is what asks the file system.
+
+mod judge;
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, ErrorKind, Read as _, Seek as _, Write as _};
+use std::ops::Deref;
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
+use std::path::{Component, Path, PathBuf};
+
+pub use self::judge::Reach;
+use self::judge::{BEYOND_OWNER, FileSystem, Judge, Me, Own, Step, StepKind};
+
+/// Mode of folders that are made.
+const FOLDER_MODE: u32 = 0o700;
+/// Mode of files that are made.
+const FILE_MODE: u32 = 0o600;
+/// Links on the way to a folder, at most: as the kernel has it.
+const LINKS_MAX: u32 = 40;
+/// Bytes of a lock's text, at most: it holds the number of a process.
+const LOCK_BYTES_MAX: u64 = 32;
+
+/// The option that lifts the checks of state folders.
+pub const TRUST_OPTION: &str = "--trust-state-dir";
+
+/// A place that others can reach, or that cannot be made or looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum PrivateError {
+    /// Another user can change what lies there.
+    #[error(
+        "refused to use {folder}: expected a folder that only this user (uid {uid}) can change, but {reach}; \
+         {}, or accept it with {TRUST_OPTION}", .reach.way_out()
+    )]
+    Reached {
+        /// The folder.
+        folder: String,
+        /// The user of this process.
+        uid: u32,
+        /// How another one gets there.
+        reach: Reach,
+    },
+    /// The system does not let it be made or looked at.
+    #[error(
+        "failed to {action} {path}: {cause}; let this user have it, free the disk, or set `state_dir` elsewhere"
+    )]
+    Unusable {
+        /// `make`, `look at`.
+        action: &'static str,
+        /// The place.
+        path: String,
+        /// The system's words.
+        cause: io::Error,
+    },
+}
+
+fn unusable(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PrivateError {
+    let path = path.display().to_string();
+    move |cause| PrivateError::Unusable { action, path, cause }
+}
+
+/// The folder below which pipelines keep their states, and whether it is checked for other users' reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateDir {
+    path: PathBuf,
+    is_trusted: bool,
+}
+
+impl From<PathBuf> for StateDir {
+    fn from(path: PathBuf) -> Self {
+        Self { path, is_trusted: false }
+    }
+}
+
+impl Deref for StateDir {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl PartialEq<PathBuf> for StateDir {
+    fn eq(&self, other: &PathBuf) -> bool {
+        self.path == *other
+    }
+}
+
+impl PartialEq<Path> for StateDir {
+    fn eq(&self, other: &Path) -> bool {
+        self.path == other
+    }
+}
+
+impl PartialEq<&Path> for StateDir {
+    fn eq(&self, other: &&Path) -> bool {
+        self.path == *other
+    }
+}
+
+impl AsRef<Path> for StateDir {
+    fn as_ref(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl StateDir {
+    /// The same folder, taken as it is: others' reach is accepted.
+    #[must_use]
+    pub fn trusted(self, is_trusted: bool) -> Self {
+        Self { is_trusted, ..self }
+    }
+
+    /// Another folder, checked or not as this one.
+    #[must_use]
+    pub fn at(&self, path: PathBuf) -> Self {
+        Self { path, is_trusted: self.is_trusted }
+    }
+
+    /// Checks the folder of a pipeline, where it or some of the way to it exists. Nothing is changed.
+    ///
+    /// # Errors
+    /// [`PrivateError`].
+    pub fn check(&self, name: &str) -> Result<(), PrivateError> {
+        let folder = absolute(&self.join(name))?;
+        if self.is_trusted {
+            return Ok(());
+        }
+        let (steps, is_there) = steps(&folder)?;
+        checked(&folder, &steps, is_there).map(drop)
+    }
+
+    /// Makes the folder of a pipeline, and what is missing above it, for this user alone; checks it; and
+    /// takes rights of others in a folder of ours away.
+    ///
+    /// # Errors
+    /// [`PrivateError`].
+    pub fn make(&self, name: &str) -> Result<PathBuf, PrivateError> {
+        let folder = absolute(&self.join(name))?;
+        make_folders(&folder).map_err(unusable("make", &folder))?;
+        let (steps, is_there) = steps(&folder)?;
+        let own = match self.is_trusted {
+            false => checked(&folder, &steps, is_there)?,
+            // Others may rely on their rights there.
+            true => Own::Fits,
+        };
+        if own == Own::Wide {
+            tighten(&folder);
+        }
+        Ok(self.join(name))
+    }
+}
+
+/// Judges a folder by the steps to it.
+fn checked(folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, PrivateError> {
+    let mut judge = Judge { me: Me::now(), loose: None };
+    let mut verdict = judged(&judge, folder, steps, is_there);
+    if verdict.is_err()
+        && let Some(deepest) = steps.last()
+        && let Some(loose) = probe(&deepest.path, &judge.me)
+    {
+        judge.loose = Some(loose);
+        verdict = judged(&judge, folder, steps, is_there);
+        if verdict.is_ok() {
+            tracing::warn!(
+                folder = %folder.display(),
+                "the file system keeps no owners or modes of files: whoever else can reach it can change \
+                 what runs; prefer a state_dir on another one"
+            );
+        }
+    }
+    verdict.map_err(|reach| PrivateError::Reached {
+        folder: folder.display().to_string(),
+        uid: judge.me.uid,
+        reach,
+    })
+}
+
+fn judged(judge: &Judge, folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, Reach> {
+    let Some((last, above)) = steps.split_last().filter(|_| is_there) else {
+        return judge.reach_above(steps).map_or(Ok(Own::Fits), Err);
+    };
+    // A folder that is a mount itself is reached by no way from above.
+    if let (true, Some(reach)) = (last.kind != StepKind::Mount, judge.reach_above(above)) {
+        return Err(reach);
+    }
+    let own = judge.own(last);
+    if let Own::Refused(reach) = own {
+        return Err(reach);
+    }
+    // Where others could write once, they may have left something under a name of ours.
+    match foreign_entry(judge, folder, last.device) {
+        Some(reach) => Err(reach),
+        None => Ok(own),
+    }
+}
+
+/// An entry of a folder that belongs to another user.
+fn foreign_entry(judge: &Judge, folder: &Path, device: u64) -> Option<Reach> {
+    let entries = fs::read_dir(folder).ok()?.flatten();
+    entries.into_iter().find_map(|entry| {
+        // Gone meanwhile: it harms nobody.
+        let about = entry.metadata().ok()?;
+        let uid = about.uid();
+        (!judge.trusts(uid, device)).then(|| Reach::Owner { path: entry.path(), uid })
+    })
+}
+
+/// Takes the rights of others in a folder or file of ours away, and says so.
+pub(crate) fn tighten(path: &Path) {
+    let Ok(about) = fs::symlink_metadata(path) else { return };
+    let mode = about.mode() & 0o777;
+    if about.is_symlink() || about.uid() != Me::now().uid || mode & BEYOND_OWNER == 0 {
+        return;
+    }
+    let tight = mode & !BEYOND_OWNER;
+    let changed = fs::set_permissions(path, Permissions::from_mode(tight))
+        .and_then(|()| Ok(fs::symlink_metadata(path)?.mode() & BEYOND_OWNER == 0));
+    let path = path.display();
+    match changed {
+        Ok(true) => tracing::warn!(
+            "{path} was open to other users (mode {mode:04o}); it is this user's alone now (mode {tight:04o})"
+        ),
+        Ok(false) => tracing::warn!(
+            "the file system of {path} keeps no modes: other users may reach it (mode {mode:04o})"
+        ),
+        Err(error) => tracing::warn!(
+            "{path} is open to other users (mode {mode:04o}), and that cannot be changed: {error}"
+        ),
+    }
+}
+
+/// Makes a folder and what is missing above it, for this user alone.
+///
+/// # Errors
+/// The system's.
+pub fn make_folders(folder: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder)
+}
+
+/// Makes an empty file for this user alone, unless there is one; takes rights of others in one of ours, and
+/// in those beside it, away.
+///
+/// No file that may be a database is opened here: closing it would end the locks that this process has on it
+/// by other descriptors (POSIX).
+pub(crate) fn make_database(path: &Path) {
+    if !path.exists() {
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let made = tempfile::NamedTempFile::new_in(folder)
+            .and_then(|file| Ok(file.into_temp_path().persist_noclobber(path)?));
+        // The database says itself what is wrong with the place.
+        drop(made);
+    }
+    for suffix in ["", "-wal", "-shm", "-journal"] {
+        let mut file = path.as_os_str().to_owned();
+        file.push(suffix);
+        tighten(Path::new(&file));
+    }
+}
+
+/// Opens a file as a lock; it is made if needed, for this user alone. A link is not followed: it could lead
+/// to any file of this user, which the lock's text would replace.
+///
+/// # Errors
+/// The system's, or that it is not a file that can be a lock.
+pub fn open_lock(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(FILE_MODE);
+    let file = open_itself(path, &mut options)?;
+    if file.metadata()?.len() > LOCK_BYTES_MAX {
+        return Err(not_a_lock());
+    }
+    tighten(path);
+    Ok(file)
+}
+
+/// Opens a lock to look whether somebody has it.
+///
+/// # Errors
+/// The system's, or that it is a link.
+pub fn open_lock_to_look(path: &Path) -> io::Result<File> {
+    open_itself(path, OpenOptions::new().read(true))
+}
+
+/// Opens a regular file that is no link.
+fn open_itself(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    // Without O_NONBLOCK, a named pipe in its place would keep this thread for ever.
+    let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ELOOP) => io::Error::other(
+            "expected a file, found a symbolic link, which is not followed here; delete the link",
+        ),
+        _ => error,
+    })?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("expected a file, found something else; move it away")),
+    }
+}
+
+fn not_a_lock() -> io::Error {
+    io::Error::other(
+        "expected a lock, which holds the number of a process, found something else; move the file away",
+    )
+}
+
+/// Writes the number of this process into a lock that it has. What is no lock's text is left as it is: the
+/// file may be another one of this user under a second name.
+///
+/// # Errors
+/// The system's, or that it is not a lock's file.
+pub fn sign_lock(mut file: &File) -> io::Result<()> {
+    let mut text = String::new();
+    file.rewind()?;
+    let read = file.take(LOCK_BYTES_MAX + 1).read_to_string(&mut text);
+    if read.is_err() || !text.trim().bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(not_a_lock());
+    }
+    file.set_len(0)?;
+    file.rewind()?;
+    writeln!(file, "{}", std::process::id())
+}
+
+/// Opens a file for what is taken out of a state (dead letters): made for this user alone; one that is there
+/// is emptied, and rights of others in it are taken away. Pipes and devices are taken as they are.
+///
+/// # Errors
+/// The system's, or that others could read what is written.
+pub fn create_export(path: &Path) -> io::Result<File> {
+    let mut new = OpenOptions::new();
+    match new.write(true).create_new(true).mode(FILE_MODE).open(path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+        made => return made,
+    }
+    let me = Me::now();
+    let entry = fs::symlink_metadata(path)?;
+    if entry.is_symlink() && entry.uid() != me.uid && entry.uid() != 0 {
+        let message = format!("it is a symbolic link of user {}; delete it", entry.uid());
+        return Err(io::Error::other(message));
+    }
+    let file = OpenOptions::new().write(true).open(path)?;
+    let about = file.metadata()?;
+    if about.is_file() {
+        if about.uid() != me.uid {
+            let message =
+                format!("it belongs to user {}, who could read it; name another file", about.uid());
+            return Err(io::Error::other(message));
+        }
+        if about.mode() & BEYOND_OWNER != 0 {
+            file.set_permissions(Permissions::from_mode(about.mode() & 0o777 & !BEYOND_OWNER))?;
+        }
+        file.set_len(0)?;
+    }
+    Ok(file)
+}
+
+/// Options to make a file for this user alone. One that is there keeps its rights.
+pub fn new_file_options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.mode(FILE_MODE);
+    options
+}
+
+/// Opens a file of this user to read it, if nobody else could have written it: no link, and ours.
+///
+/// # Errors
+/// The system's, or whose it is.
+pub(crate) fn open_own(path: &Path) -> io::Result<File> {
+    let file = open_itself(path, OpenOptions::new().read(true))?;
+    let (owner, uid) = (file.metadata()?.uid(), Me::now().uid);
+    match owner == uid {
+        true => Ok(file),
+        false => {
+            Err(io::Error::other(format!("it belongs to user {owner}, not to this one ({uid})")))
+        }
+    }
+}
+
+/// Whether others have rights in an open file.
+pub(crate) fn is_wide(file: &File) -> io::Result<bool> {
+    Ok(file.metadata()?.mode() & BEYOND_OWNER != 0)
+}
+
+/// How another user could have put or changed a file, or what lies in a folder. Links are followed, folders
+/// above are not looked at. A group counts as others', unless it is this process's own or root's.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn reach_of(path: &Path) -> io::Result<Option<Reach>> {
+    let about = fs::metadata(path)?;
+    // Groups that this process is in beside its own are shared by several users.
+    let me = Me { gids: [effective_gid()].into(), ..Me::now() };
+    // In a sticky folder, everybody may put a file that was not there.
+    let step = Step { mode: about.mode() & 0o777, ..step(path, &about, StepKind::Folder) };
+    Ok(Judge { me, loose: None }.reach(&step))
+}
+
+/// The user of this process.
+pub(crate) fn uid() -> u32 {
+    // SAFETY: a question without arguments that cannot fail.
+    unsafe { libc::geteuid() }
+}
+
+fn effective_gid() -> u32 {
+    // SAFETY: as above.
+    unsafe { libc::getegid() }
+}
+
+impl Me {
+    fn now() -> Self {
+        let mut gids = vec![0; 1 << 16];
+        // SAFETY: the call writes at most as many numbers as it is told, into a vector that has them.
+        let count = unsafe { libc::getgroups(gids.len() as libc::c_int, gids.as_mut_ptr()) };
+        gids.truncate(usize::try_from(count).unwrap_or(0));
+        gids.push(effective_gid());
+        Self { uid: uid(), gids: gids.into_iter().collect(), unmapped: unmapped() }
+    }
+}
+
+/// The owner that the kernel shows for users whom this user namespace leaves out; `None`: it has all.
+fn unmapped() -> Option<u32> {
+    let map = fs::read_to_string("/proc/self/uid_map").ok()?;
+    let count = |line: &str| line.split_whitespace().nth(2)?.parse::<u64>().ok();
+    if map.lines().filter_map(count).sum::<u64>() >= u64::from(u32::MAX) {
+        return None;
+    }
+    fs::read_to_string("/proc/sys/kernel/overflowuid").ok()?.trim().parse().ok()
+}
+
+/// Makes a file where a folder is refused, without a name if possible, to see whether the file system keeps owners and
+/// modes at all; `None` where it does, or where nothing can be made.
+fn probe(folder: &Path, me: &Me) -> Option<FileSystem> {
+    let mut unnamed = OpenOptions::new();
+    #[cfg(target_os = "linux")]
+    unnamed.write(true).mode(FILE_MODE).custom_flags(libc::O_TMPFILE);
+    let about = match unnamed.open(folder) {
+        Ok(file) => file.metadata().ok()?,
+        // Not every file system has files without names.
+        Err(_) => tempfile::NamedTempFile::new_in(folder).ok()?.as_file().metadata().ok()?,
+    };
+    let keeps_modes = about.mode() & BEYOND_OWNER == 0;
+    let found = FileSystem { device: about.dev(), new_owner: about.uid(), keeps_modes };
+    (!keeps_modes || found.new_owner != me.uid).then_some(found)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, PrivateError> {
+    std::path::absolute(path).map_err(unusable("look at", path))
+}
+
+/// The steps from `/` to a folder, with all links on the way, as far as they exist; and whether they end at
+/// the folder.
+fn steps(folder: &Path) -> Result<(Vec<Step>, bool), PrivateError> {
+    let mounts = mounts();
+    let mut steps = Vec::new();
+    let mut at = PathBuf::from("/");
+    let mut ahead: Vec<PathBuf> = components(folder);
+    let mut links_left = LINKS_MAX;
+    let about = fs::symlink_metadata(&at).map_err(unusable("look at", &at))?;
+    steps.push(step(&at, &about, StepKind::Mount));
+    while let Some(next) = ahead.pop() {
+        if next.as_os_str() == ".." {
+            at.pop();
+            continue;
+        }
+        let path = at.join(&next);
+        let about = match fs::symlink_metadata(&path) {
+            Ok(about) => about,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok((steps, false)),
+            Err(error) => return Err(unusable("look at", &path)(error)),
+        };
+        if about.is_symlink() {
+            steps.push(step(&path, &about, StepKind::Link));
+            links_left = links_left.checked_sub(1).ok_or_else(|| {
+                unusable("look at", &path)(io::Error::from_raw_os_error(libc::ELOOP))
+            })?;
+            let target = fs::read_link(&path).map_err(unusable("look at", &path))?;
+            if target.is_absolute() {
+                at = PathBuf::from("/");
+            }
+            ahead.extend(components(&target));
+            continue;
+        }
+        let above = fs::symlink_metadata(&at).map_err(unusable("look at", &at))?;
+        let is_mount = about.dev() != above.dev() || mounts.contains(&path);
+        let kind = if is_mount { StepKind::Mount } else { StepKind::Folder };
+        steps.push(step(&path, &about, kind));
+        at = path;
+    }
+    Ok((steps, true))
+}
+
+/// The names in a path, the last one first.
+fn components(path: &Path) -> Vec<PathBuf> {
+    let names = path.components().rev().filter_map(|part| match part {
+        Component::Normal(name) => Some(PathBuf::from(name)),
+        Component::ParentDir => Some(PathBuf::from("..")),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    });
+    names.collect()
+}
+
+fn step(path: &Path, about: &fs::Metadata, kind: StepKind) -> Step {
+    let (uid, gid, mode) = (about.uid(), about.gid(), about.mode());
+    Step { path: path.to_owned(), kind, uid, gid, mode, device: about.dev() }
+}
+
+/// Where file systems are mounted. A bind mount may be of the same device as the folder above it.
+fn mounts() -> Vec<PathBuf> {
+    use std::os::unix::ffi::OsStringExt as _;
+    let listed = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let points = listed.split(|byte| *byte == b'\n').filter_map(|line| {
+        let point = line.split(|byte| *byte == b' ').nth(4)?;
+        Some(PathBuf::from(std::ffi::OsString::from_vec(unescaped(point))))
+    });
+    points.collect()
+}
+
+/// Replaces the octal escapes of spaces and the like in a mount's path.
+fn unescaped(text: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let [first, after @ ..] = rest {
+        let code = after.get(..3).filter(|_| *first == b'\\');
+        let code = code.and_then(|digits| std::str::from_utf8(digits).ok());
+        match code.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                plain.push(byte);
+                rest = &after[3..];
+            }
+            None => {
+                plain.push(*first);
+                rest = after;
+            }
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_14_a_lock_follows_no_link_and_keeps_what_is_no_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("target");
+        fs::write(&target, "precious\n").unwrap();
+        let (link, hard, pipe) =
+            (folder.path().join("link"), folder.path().join("hard"), folder.path().join("pipe"));
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        fs::hard_link(&target, &hard).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        for path in [&link, &hard, &pipe] {
+            let signed = open_lock(path).and_then(|file| sign_lock(&file));
+            assert!(signed.is_err(), "{}", path.display());
+        }
+        assert_eq!(fs::read_to_string(&target).unwrap(), "precious\n");
+
+        let lock = folder.path().join("lock");
+        for _ in 0..2 {
+            sign_lock(&open_lock(&lock).unwrap()).unwrap();
+            assert_eq!(fs::read_to_string(&lock).unwrap(), format!("{}\n", std::process::id()));
+            assert_eq!(fs::metadata(&lock).unwrap().mode() & 0o777, 0o600);
+        }
+    }
+
+    #[test]
+    fn wall_14_an_export_is_for_its_owner_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (new, old) = (folder.path().join("new"), folder.path().join("old"));
+        fs::write(&old, "longer than what comes").unwrap();
+        fs::set_permissions(&old, Permissions::from_mode(0o644)).unwrap();
+        for path in [&new, &old] {
+            create_export(path).unwrap().write_all(b"letters").unwrap();
+            assert_eq!(fs::read_to_string(path).unwrap(), "letters");
+            assert_eq!(fs::metadata(path).unwrap().mode() & 0o777, 0o600, "{}", path.display());
+        }
+        create_export(Path::new("/dev/null")).unwrap().write_all(b"letters").unwrap();
+    }
+
+    #[test]
+    fn the_way_to_a_folder_has_all_its_links() {
+        let folder = tempfile::tempdir().unwrap();
+        let real = folder.path().canonicalize().unwrap();
+        fs::create_dir_all(real.join("a/b")).unwrap();
+        std::os::unix::fs::symlink("../a", real.join("a/up")).unwrap();
+        let (found, is_there) = steps(&real.join("a/up/b/missing")).unwrap();
+        assert!(!is_there);
+        let tail: Vec<_> = found.iter().rev().take(3).map(|step| (&step.path, step.kind)).collect();
+        assert_eq!(tail[0], (&real.join("a/b"), StepKind::Folder));
+        assert_eq!(tail[1], (&real.join("a"), StepKind::Folder));
+        assert_eq!(tail[2], (&real.join("a/up"), StepKind::Link));
+        std::os::unix::fs::symlink("loop", real.join("loop")).unwrap();
+        assert!(steps(&real.join("loop")).is_err());
+    }
+
+    #[test]
+    fn a_mounts_path_is_read_with_its_spaces() {
+        assert_eq!(unescaped(br"/my\040disk\134x"), br"/my disk\x");
+        assert_eq!(unescaped(br"\9"), br"\9");
+    }
+}

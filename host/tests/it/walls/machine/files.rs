@@ -1,0 +1,253 @@
+//! The state, locks, exports and compiled code are this user's alone.
+
+use std::fs;
+use std::os::unix::fs::{chown, lchown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use super::{COMPILED_DIR, chmod, is_root, mode, said, tree};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{output, plugin, run, shardmill};
+
+/// The name of the pipelines.
+const NAME: &str = "alone";
+/// Another user.
+const STRANGER: u32 = 65_534;
+
+/// A pipeline of a few rows in a folder, one of which becomes a dead letter.
+fn pipeline(folder: &Path) -> String {
+    let rows = folder.join("rows.ndjson");
+    fs::write(&rows, "{\"id\":1}\nnot JSON\n{\"id\":2}\n").expect("written");
+    PipelineToml::new(folder, NAME)
+        .file(&rows, "")
+        .stage(
+            "first",
+            "hostile",
+            "config = { trap_on = \"not JSON\" }\nroutes = { out = [\"nowhere\"] }",
+        )
+        .sink("nowhere", "type = \"discard\"")
+        .write()
+}
+
+/// Runs a command with its compiled plugins in the state.
+fn in_state(arguments: &[&str]) -> Output {
+    output(shardmill(arguments).env_remove(COMPILED_DIR).env_remove("XDG_CACHE_HOME"))
+}
+
+#[test]
+fn wall_14_state_is_made_for_its_owner_alone_and_tightened_where_it_is_not() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pipeline = pipeline(folder.path());
+    said(&in_state(&["run", &pipeline]), true);
+    let state = folder.path().join("state");
+    let is_tight = || {
+        for path in tree(&state) {
+            let expected = if path.is_dir() { 0o700 } else { 0o600 };
+            assert_eq!(mode(&path), expected, "{}", path.display());
+        }
+    };
+    is_tight();
+    // As earlier versions made them.
+    let (own, database) = (state.join(NAME), state.join(NAME).join("state.db"));
+    chmod(&own, 0o755);
+    chmod(&database, 0o644);
+    let told = said(&in_state(&["run", &pipeline]), true);
+    for path in [&own, &database] {
+        let named = format!("{} was open to other users", path.display());
+        assert_eq!(told.matches(&named).count(), 1, "{told}");
+    }
+    is_tight();
+    let told = said(&in_state(&["run", &pipeline]), true);
+    assert!(!told.contains("open to other users"), "{told}");
+}
+
+#[test]
+fn wall_14_state_that_others_can_replace_is_refused_by_every_command() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let open = folder.path().join("open");
+    fs::create_dir(&open).expect("a folder");
+    let pipeline = pipeline(&open);
+    let commands: [&[&str]; 6] = [
+        &["run", &pipeline],
+        &["check", "--offline", &pipeline],
+        &["dlq", "list", "--pipeline", &pipeline],
+        &["dlq", "redrive", "--all", "--pipeline", &pipeline],
+        &["plugin", "history", "--pipeline", &pipeline],
+        &["reload", &pipeline],
+    ];
+    let all_refuse = |way: &str| {
+        for command in commands {
+            let told = said(&in_state(command), false);
+            assert!(told.contains(way), "{command:?} {way}: {told}");
+            assert!(told.contains("--trust-state-dir"), "{told}");
+        }
+    };
+    chmod(&open, 0o777);
+    let way = format!("every user may replace what lies in {}", open.display());
+    all_refuse(&way);
+    assert!(!open.join("state").exists(), "nothing is made");
+    // Each user's entries are safe from others there.
+    chmod(&open, 0o1777);
+    said(&in_state(&["run", &pipeline]), true);
+    // State that is there is refused as well.
+    chmod(&open, 0o777);
+    all_refuse(&way);
+    said(&in_state(&["run", "--trust-state-dir", &pipeline]), true);
+    said(&in_state(&["--trust-state-dir", "dlq", "list", "--pipeline", &pipeline]), true);
+    chmod(&open, 0o755);
+    said(&in_state(&["run", &pipeline]), true);
+    // To give files away takes root; without it the decision's own tests stand alone.
+    if !is_root() {
+        return;
+    }
+    let own = open.join("state").join(NAME);
+    for foreign in [&own, &own.join("state.db"), &open] {
+        chown(foreign, Some(STRANGER), None).expect("given away");
+        all_refuse(&format!("{} belongs to user {STRANGER}", foreign.display()));
+        said(&in_state(&["run", "--trust-state-dir", &pipeline]), true);
+        chown(foreign, Some(0), None).expect("taken back");
+    }
+    // A link to a place of this user, that another user has put and can put elsewhere.
+    let (real, link) = (folder.path().join("real"), open.join("state"));
+    fs::rename(&link, &real).expect("moved");
+    symlink(&real, &link).expect("a link");
+    said(&in_state(&["run", &pipeline]), true);
+    lchown(&link, Some(STRANGER), None).expect("given away");
+    all_refuse(&format!("{} belongs to user {STRANGER}", link.display()));
+}
+
+#[test]
+fn wall_14_a_lock_does_not_follow_a_link() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pipeline = pipeline(folder.path());
+    let precious = folder.path().join("precious");
+    fs::write(&precious, "precious\n").expect("written");
+    let state = folder.path().join("state");
+    let state_dir = state.display().to_string();
+    let serve = ["stream", "serve", "--state-dir", &state_dir];
+    for (lock, command) in
+        [(state.join(NAME), &["run", pipeline.as_str()][..]), (state.join("stream"), &serve[..])]
+    {
+        fs::create_dir_all(&lock).expect("a folder");
+        let lock = lock.join("lock");
+        symlink(&precious, &lock).expect("a link");
+        let told = said(&in_state(command), false);
+        assert!(told.contains("expected a file, found a symbolic link"), "{told}");
+        fs::remove_file(&lock).expect("removed");
+        // A second name of a file is no link.
+        fs::hard_link(&precious, &lock).expect("linked");
+        let told = said(&in_state(command), false);
+        assert!(told.contains("expected a lock"), "{told}");
+        assert_eq!(fs::read_to_string(&precious).expect("read"), "precious\n");
+    }
+}
+
+#[test]
+fn wall_14_exported_letters_are_their_owners_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pipeline = pipeline(folder.path());
+    said(&run(&["run", &pipeline]), true);
+    let (new, old, link) = (
+        folder.path().join("new.ndjson"),
+        folder.path().join("old.ndjson"),
+        folder.path().join("link.ndjson"),
+    );
+    fs::write(&old, "x".repeat(1 << 20)).expect("written");
+    chmod(&old, 0o644);
+    symlink(&old, &link).expect("a link");
+    let export = |to: &Path| {
+        let to = to.display().to_string();
+        run(&["dlq", "export", "--pipeline", &pipeline, "--out", &to])
+    };
+    for path in [&new, &old] {
+        said(&export(path), true);
+        assert_eq!(mode(path), 0o600, "{}", path.display());
+        let text = fs::read_to_string(path).expect("letters");
+        assert!(text.starts_with('{') && text.lines().count() == 1, "{text}");
+    }
+    said(&export(Path::new("/dev/null")), true);
+    if is_root() {
+        lchown(&link, Some(STRANGER), None).expect("given away");
+        let told = said(&export(&link), false);
+        assert!(told.contains("symbolic link of user"), "{told}");
+        chown(&old, Some(STRANGER), None).expect("given away");
+        let told = said(&export(&old), false);
+        assert!(told.contains("who could read it"), "{told}");
+    }
+}
+
+/// The files of compiled plugins in a folder.
+fn compiled(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    let paths = entries.map(|entry| entry.expect("an entry").path());
+    paths.filter(|path| path.extension().is_some_and(|end| end == "cwasm")).collect()
+}
+
+fn inspect(plugin_name: &str, with: impl Fn(&mut Command)) -> String {
+    let file = plugin(plugin_name);
+    let mut command = shardmill(&["plugin", "inspect", "--json", &file]);
+    with(command.env_remove(COMPILED_DIR).env_remove("XDG_CACHE_HOME"));
+    let inspected = output(&mut command);
+    said(&inspected, true);
+    String::from_utf8_lossy(&inspected.stdout).into_owned()
+}
+
+#[test]
+fn wall_14_compiled_code_of_one_plugin_does_not_run_as_another() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for variable in [COMPILED_DIR, "XDG_CACHE_HOME"] {
+        let place = folder.path().join(variable);
+        let inspect = |name: &str| inspect(name, |command| _ = command.env(variable, &place));
+        let cache = match variable {
+            COMPILED_DIR => place.clone(),
+            _ => place.join("shardmill"),
+        };
+        let honest = inspect("car-decode");
+        assert!(honest.contains("\"car-decode\""), "{honest}");
+        let [of_honest] = &compiled(&cache)[..] else { panic!("one file") };
+        inspect("stamp");
+        let all = compiled(&cache);
+        let forged = all.iter().find(|path| *path != of_honest).expect("two files");
+        fs::copy(forged, of_honest).expect("forged");
+        assert_eq!(inspect("car-decode"), honest, "{variable}");
+        // Nor do bytes that were changed.
+        let mut bytes = fs::read(of_honest).expect("read");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(of_honest, bytes).expect("changed");
+        assert_eq!(inspect("car-decode"), honest, "{variable}");
+    }
+}
+
+#[test]
+fn wall_14_all_commands_share_what_was_compiled() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pipeline = pipeline(folder.path());
+    let caches = folder.path().join("caches");
+    inspect("hostile", |command| _ = command.env("XDG_CACHE_HOME", &caches));
+    let cache = caches.join("shardmill");
+    let [file] = &compiled(&cache)[..] else { panic!("one file") };
+    for path in tree(&cache) {
+        let expected = if path.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(mode(&path), expected, "{}", path.display());
+    }
+    let made = fs::metadata(file).expect("there").modified().expect("a time");
+    let run = |caches: &Path| {
+        let mut command = shardmill(&["run", &pipeline]);
+        let ran = output(command.env_remove(COMPILED_DIR).env("XDG_CACHE_HOME", caches));
+        said(&ran, true)
+    };
+    run(&caches);
+    assert_eq!(compiled(&cache).len(), 1);
+    assert_eq!(fs::metadata(file).expect("there").modified().expect("a time"), made);
+    let in_state = folder.path().join("state/compiled");
+    assert!(!in_state.exists());
+    // Where there can be no such folder, the state has it; without that, each start compiles.
+    let no_folder = folder.path().join("rows.ndjson");
+    run(&no_folder);
+    assert_eq!(compiled(&in_state).len(), 1);
+    fs::remove_dir_all(&in_state).expect("removed");
+    fs::write(&in_state, "").expect("written");
+    run(&no_folder);
+    assert!(in_state.is_file());
+}
