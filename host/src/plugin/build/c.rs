@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::{env, fs, io};
 
 use super::world::componentize_for_world;
-use super::{BuildError, compile, file_error};
+use super::{BuildError, compile, file_error, tool};
 
 /// How to get the compiler.
 const REMEDY: &str = "install Zig with `pip install ziglang==0.17.1` (or from ziglang.org), or set \
@@ -63,25 +63,21 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>, BuildError> {
 
 /// The compiler that `ZIG` names, else the one on PATH, else the one in Python's packages.
 fn compiler() -> Result<Command, BuildError> {
-    let is_on_path = |name: &str| {
-        let path = env::var_os("PATH").unwrap_or_default();
-        env::split_paths(&path).any(|folder| folder.join(name).is_file())
-    };
     // `python-zig` is what the package calls its own program.
     let named = env::var_os("ZIG");
     let zig = named.or_else(|| {
-        ["zig", "python-zig"].into_iter().find(|name| is_on_path(name)).map(OsString::from)
+        ["zig", "python-zig"].into_iter().find(|name| tool::is_on_path(name)).map(OsString::from)
     });
     let mut command = match zig {
-        Some(zig) => Command::new(zig),
+        Some(zig) => tool::command(zig),
         None => {
-            let mut python = Command::new("python3");
+            let mut python = tool::command("python3");
             let has_zig = python.args(["-c", "import ziglang"]).stderr(Stdio::null()).status();
             if !has_zig.is_ok_and(|status| status.success()) {
                 let cause = io::Error::other("it is neither on PATH nor among Python's packages");
                 return Err(BuildError::Tool { tool: "zig".into(), cause, remedy: REMEDY });
             }
-            let mut command = Command::new("python3");
+            let mut command = tool::command("python3");
             command.args(["-m", "ziglang"]);
             command
         }

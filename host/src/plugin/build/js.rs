@@ -2,12 +2,12 @@
 //! into one component.
 //!
 //! The tool is found, never fetched: `SHARDMILL_COMPONENTIZE_QJS` names it, or npm has installed it in
-//! the plugin's folder or one above, or it is on PATH.
+//! the plugin's folder or one above up to the repository's, or it is on PATH.
 
 use std::path::Path;
-use std::process::Command;
 
-use super::staging::{Staging, WORLD, due, find_tool};
+use super::staging::{Staging, WORLD, due};
+use super::tool::{self, find_tool};
 use super::{BuildError, compile};
 use crate::plugin::manifest::PluginManifest;
 
@@ -42,14 +42,14 @@ pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, Bu
             staging.write(&format!("plugin/node_modules/shardmill/{name}"), text)?;
         }
     }
-    let tool = find_tool(
+    let program = find_tool(
         "SHARDMILL_COMPONENTIZE_QJS",
         dir,
         "node_modules/.bin/componentize-qjs",
         "componentize-qjs",
     );
     let plugin = staging.path().join("plugin");
-    let mut command = Command::new(tool);
+    let mut command = tool::command(program);
     command.arg("--js").arg(plugin.join(MAIN)).arg("--module-root").arg(&plugin);
     command.arg("--wit").arg(staging.path().join("wit")).args(["--world", WORLD]);
     // Without the asynchronous calling convention, which the host does not use; WASI as traps.

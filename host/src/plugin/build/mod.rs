@@ -1,7 +1,7 @@
 //! Builds a plugin's folder into a component, by its language's own tools.
 //!
-//! Tools are found, never fetched. Each language has a module here that knows its tool and says how
-//! to get it; what all share is below.
+//! Tools are found, never fetched, and get a cleaned environment ([`tool`]). Each language has a module
+//! here that knows its tool and says how to get it; what all share is below.
 
 mod c;
 mod componentize;
@@ -10,9 +10,12 @@ mod js;
 mod python;
 mod rust;
 mod staging;
+mod tool;
 mod wasi_stub;
 mod world;
 
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::{fs, io};
@@ -20,6 +23,7 @@ use std::{fs, io};
 use self::componentize::ComponentizeError;
 use self::rust::TARGET;
 use super::manifest::{Language, ManifestError, PluginManifest};
+use crate::private::Reach;
 
 /// A plugin that was built.
 #[derive(Debug)]
@@ -99,6 +103,17 @@ pub enum BuildError {
         /// Why.
         cause: ComponentizeError,
     },
+    /// Another user decides what the tool runs.
+    #[error(
+        "refused to build: cargo would follow {}, and {reach}; remove that file, or build in another folder",
+        .file.display()
+    )]
+    ForeignSettings {
+        /// The file with settings.
+        file: PathBuf,
+        /// How another user can change it.
+        reach: Reach,
+    },
     /// A file cannot be read or written.
     #[error("failed to {action} {path}: {cause}")]
     File {
@@ -155,6 +170,9 @@ fn build(dir: &Path, out: Option<&Path>, haste: Haste) -> Result<BuiltPlugin, Bu
     Ok(BuiltPlugin { component: out, component_bytes: component.len() as u64 })
 }
 
+/// Mode of a component that is written, but for what the umask takes away.
+const COMPONENT_MODE: u32 = 0o666;
+
 /// Runs a tool in `dir`, its output going to standard error; `remedy` says how to get it.
 fn compile(dir: &Path, command: &mut Command, remedy: &'static str) -> Result<(), BuildError> {
     let tool = command.get_program().to_string_lossy().into_owned();
@@ -178,13 +196,16 @@ fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), BuildError> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let mut partial = out.file_name().unwrap_or_default().to_owned();
-    partial.push(".partial");
-    let partial = folder.join(partial);
-    fs::create_dir_all(folder)
-        .and_then(|()| fs::write(&partial, bytes))
-        .and_then(|()| fs::rename(&partial, out))
-        .map_err(failed)
+    // With a name that nobody can foresee and put a link under. Others may read a component.
+    let mut partial = tempfile::Builder::new();
+    partial.permissions(fs::Permissions::from_mode(COMPONENT_MODE));
+    let write = || {
+        fs::create_dir_all(folder)?;
+        let mut partial = partial.tempfile_in(folder)?;
+        partial.write_all(bytes)?;
+        partial.persist(out).map(drop).map_err(|error| error.error)
+    };
+    write().map_err(failed)
 }
 
 fn file_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildError {
@@ -210,5 +231,22 @@ mod tests {
         write_whole(&out, b"component").unwrap();
         assert_eq!(fs::read(&out).unwrap(), b"component");
         assert_eq!(fs::read_dir(out.parent().unwrap()).unwrap().count(), 1);
+        let plain = folder.path().join("plain");
+        fs::write(&plain, "").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&out), mode(&plain), "others may read it, as the umask says");
+    }
+
+    #[test]
+    fn wall_16_no_link_that_somebody_foresaw_is_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (out, precious) = (folder.path().join("out.wasm"), folder.path().join("precious"));
+        fs::write(&precious, "precious").unwrap();
+        for link in ["out.wasm", "out.wasm.partial"] {
+            std::os::unix::fs::symlink(&precious, folder.path().join(link)).unwrap();
+        }
+        write_whole(&out, b"component").unwrap();
+        assert_eq!(fs::read(&precious).unwrap(), b"precious");
+        assert_eq!(fs::read(&out).unwrap(), b"component");
     }
 }

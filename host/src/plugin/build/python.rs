@@ -1,12 +1,12 @@
 //! Builds a Python plugin: componentize-py, which puts CPython and the loaded modules into one component.
 //!
 //! The tool is found, never fetched: `SHARDMILL_COMPONENTIZE_PY` names it, or a `.venv` in the plugin's
-//! folder or one above has it, or it is on PATH.
+//! folder or one above up to the repository's has it, or it is on PATH.
 
 use std::path::Path;
-use std::process::Command;
 
-use super::staging::{Staging, WORLD, due, find_tool};
+use super::staging::{Staging, WORLD, due};
+use super::tool::{self, find_tool};
 use super::{BuildError, compile};
 use crate::plugin::manifest::PluginManifest;
 
@@ -55,9 +55,9 @@ pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, Bu
         staging.write(&format!("library/{name}"), text)?;
     }
     staging.write("library/shardmill_entry.py", ENTRY)?;
-    let tool =
+    let program =
         find_tool("SHARDMILL_COMPONENTIZE_PY", dir, ".venv/bin/componentize-py", "componentize-py");
-    let mut command = Command::new(tool);
+    let mut command = tool::command(program);
     command.args(["--quiet", "--world", WORLD, "--wit-path"]).arg(staging.path().join("wit"));
     command.args(["componentize", "--stub-wasi", "shardmill_entry"]);
     for folder in ["plugin", "library"] {

@@ -6,13 +6,13 @@
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::{env, fs};
 
 use serde::Deserialize;
 
 use super::componentize::componentize;
-use super::{BuildError, Haste, file_error};
+use super::{BuildError, Haste, file_error, tool};
 
 /// How to get cargo and rustc.
 const REMEDY: &str = "install Rust from rustup.rs, or put it on PATH";
@@ -27,6 +27,10 @@ const HASTY: [(&str, &str); 5] = [
     ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16"),
     ("CARGO_BUILD_TARGET_DIR", "target/dev"),
 ];
+
+/// Files that cargo and rustup look for in all folders above a crate.
+const SETTINGS: [&str; 5] =
+    [".cargo/config.toml", ".cargo/config", "rust-toolchain.toml", "rust-toolchain", "Cargo.toml"];
 
 /// The target that plugins are compiled for: WebAssembly without a system interface.
 pub(super) const TARGET: &str = "wasm32-unknown-unknown";
@@ -44,6 +48,7 @@ pub(super) fn build(dir: &Path, haste: Haste) -> Result<Vec<u8>, BuildError> {
     let manifest = dir.join("Cargo.toml");
     let manifest =
         manifest.canonicalize().map_err(|_| BuildError::NoCrate { dir: dir.to_owned() })?;
+    tool::refuse_foreign_settings(dir, &SETTINGS)?;
     let compiler = Compiler::find(dir)?;
     let module = compile(dir, &manifest, &compiler, haste)?;
     let core = fs::read(&module).map_err(file_error("read", &module))?;
@@ -75,13 +80,14 @@ impl Compiler {
 }
 
 /// Runs a command that answers with one line. In `dir`, where rustup reads its override.
-fn ask(tool: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, BuildError> {
+fn ask(program: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, BuildError> {
     let failed = |cause| BuildError::Tool {
-        tool: tool.to_string_lossy().into_owned(),
+        tool: program.to_string_lossy().into_owned(),
         cause,
         remedy: REMEDY,
     };
-    let output = Command::new(tool).args(arguments).current_dir(dir).output().map_err(failed)?;
+    let output =
+        tool::command(program).args(arguments).current_dir(dir).output().map_err(failed)?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(failed(io::Error::other(said)));
@@ -137,8 +143,8 @@ fn run_cargo(
     settings: &[(&str, &str)],
 ) -> Result<Vec<u8>, BuildError> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let tool = cargo.to_string_lossy().into_owned();
-    let output = Command::new(&cargo)
+    let program = cargo.to_string_lossy().into_owned();
+    let output = tool::command(&cargo)
         .args(arguments)
         .arg("--manifest-path")
         .arg(manifest)
@@ -147,9 +153,13 @@ fn run_cargo(
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
-        .map_err(|cause| BuildError::Tool { tool: tool.clone(), cause, remedy: REMEDY })?;
+        .map_err(|cause| BuildError::Tool { tool: program.clone(), cause, remedy: REMEDY })?;
     if !output.status.success() {
-        return Err(BuildError::Compile { dir: dir.to_owned(), tool, status: output.status });
+        return Err(BuildError::Compile {
+            dir: dir.to_owned(),
+            tool: program,
+            status: output.status,
+        });
     }
     Ok(output.stdout)
 }

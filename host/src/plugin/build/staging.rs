@@ -2,7 +2,6 @@
 //! beside it, so a plugin is copied into a folder of the build's own, with its library and its world.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
 use std::path::Path;
 use std::{env, fs, io};
 
@@ -60,17 +59,6 @@ impl Staging {
         let path = self.path().join(name);
         fs::read(&path).map_err(file_error("read", &path))
     }
-}
-
-/// The program that a variable names, else the one at `local` in the plugin's folder or one above it,
-/// else the one on PATH.
-pub(super) fn find_tool(variable: &str, dir: &Path, local: &str, name: &str) -> OsString {
-    let near = || {
-        let dir = dir.canonicalize().ok()?;
-        let found = dir.ancestors().map(|folder| folder.join(local)).find(|path| path.is_file());
-        found.map(OsString::from)
-    };
-    env::var_os(variable).or_else(near).unwrap_or_else(|| name.into())
 }
 
 /// The components of these languages import all of their world: it names what is listed and no more.

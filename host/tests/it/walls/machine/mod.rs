@@ -2,6 +2,7 @@
 
 mod compiler;
 mod files;
+mod tools;
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};

@@ -1,0 +1,154 @@
+//! Builds run no tool that another user of the machine has put somewhere, and give tools no secrets.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use super::{chmod, is_root, said};
+use crate::support::{output, shardmill, with_tools};
+
+/// A plugin's folder, with what is looked for before a tool runs.
+fn plugin_in(folder: &Path, language: &str) -> PathBuf {
+    let sources: &[(&str, &str)] = match language {
+        "rust" => &[("Cargo.toml", "[package]\nname = \"one\"\n")],
+        "c" => &[("plugin.c", "")],
+        "go" => &[("go.mod", "module one\n")],
+        "js" => &[("plugin.js", "")],
+        _ => &[("plugin.py", "")],
+    };
+    fs::create_dir_all(folder).expect("a folder");
+    let manifest = format!("[plugin]\nname = \"one\"\nlanguage = \"{language}\"\n");
+    fs::write(folder.join("plugin.toml"), manifest).expect("written");
+    for (name, text) in sources {
+        fs::write(folder.join(name), text).expect("written");
+    }
+    folder.to_owned()
+}
+
+/// A tool that writes its environment to a file, and fails.
+fn spy(tool: &Path, environment: &Path) {
+    fs::create_dir_all(tool.parent().expect("a folder")).expect("made");
+    let script = format!("#!/bin/sh\nenv > '{}'\nexit 3\n", environment.display());
+    fs::write(tool, script).expect("written");
+    chmod(tool, 0o755);
+}
+
+fn build(plugin: &Path, with: impl Fn(&mut Command)) -> Output {
+    let mut command = shardmill(&["plugin", "build", &plugin.display().to_string()]);
+    with(&mut command);
+    output(&mut command)
+}
+
+#[test]
+fn wall_16_build_tools_of_every_language_get_no_secrets() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (language, variable) in [
+        ("rust", "RUSTC"),
+        ("c", "ZIG"),
+        ("go", "GO"),
+        ("js", "SHARDMILL_COMPONENTIZE_QJS"),
+        ("python", "SHARDMILL_COMPONENTIZE_PY"),
+    ] {
+        let plugin = plugin_in(&folder.path().join(language), language);
+        let (tool, seen) = (plugin.join("tool"), plugin.join("seen"));
+        spy(&tool, &seen);
+        let built = |passed_on: &str| {
+            let _ = fs::remove_file(&seen);
+            let built = build(&plugin, |command| {
+                command.env(variable, &tool).env("AWS_SECRET_ACCESS_KEY", "hunter2");
+                command.env("PGPASSWORD", "hunter2").env("CARGO_REGISTRY_TOKEN", "hunter2");
+                command.env("DATABASE_URL", "postgres://u:hunter2@h/d").env("LC_ALL", "C.UTF-8");
+                command.env("SHARDMILL_BUILD_ENV", passed_on);
+            });
+            said(&built, false);
+            fs::read_to_string(&seen).unwrap_or_else(|why| panic!("{language} ran no tool: {why}"))
+        };
+        let environment = built("");
+        assert!(!environment.contains("hunter2"), "{language}: {environment}");
+        for needed in ["PATH=/", "HOME=", "LC_ALL=C.UTF-8"] {
+            assert!(environment.contains(needed), "{language} {needed}: {environment}");
+        }
+        let environment = built("OTHER, PGPASSWORD");
+        assert_eq!(environment.matches("hunter2").count(), 1, "{language}: {environment}");
+        assert!(environment.contains("PGPASSWORD=hunter2"), "{language}: {environment}");
+    }
+}
+
+#[test]
+fn wall_16_a_tool_in_a_folder_above_is_taken_within_the_repository_and_from_this_user_alone() {
+    for (language, local, name) in [
+        ("js", "node_modules/.bin/componentize-qjs", "componentize-qjs"),
+        ("python", ".venv/bin/componentize-py", "componentize-py"),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = folder.path().join("root");
+        let repository = root.join("repository");
+        let plugin = plugin_in(&repository.join("plugins/one"), language);
+        let (on_path, seen) = (folder.path().join("bin"), folder.path().join("seen"));
+        // Who ran says so by the file that it writes.
+        let ran = || {
+            let _ = fs::remove_dir_all(&seen);
+            fs::create_dir(&seen).expect("a folder");
+            let path = std::env::var("PATH").unwrap_or_default();
+            let built = build(&plugin, |command| {
+                command.env("PATH", format!("{}:{path}", on_path.display()));
+                command.env_remove("SHARDMILL_COMPONENTIZE_QJS");
+                command.env_remove("SHARDMILL_COMPONENTIZE_PY");
+            });
+            let told = said(&built, false);
+            let mut who: Vec<String> = fs::read_dir(&seen)
+                .expect("a folder")
+                .map(|entry| entry.expect("an entry").file_name().into_string().expect("text"))
+                .collect();
+            assert_eq!(who.len(), 1, "{who:?}: {told}");
+            (who.remove(0), told)
+        };
+        spy(&on_path.join(name), &seen.join("path"));
+        spy(&root.join(local), &seen.join("above"));
+        assert_eq!(ran().0, "above");
+
+        let open = |path: &Path| {
+            chmod(path, 0o777);
+            let (who, told) = ran();
+            assert_eq!(who, "path", "{}: {told}", path.display());
+            chmod(path, 0o755);
+            told
+        };
+        let told = open(&root);
+        assert!(told.contains("is not used, because every user may replace"), "{told}");
+        // The search ends before it comes to the tool.
+        open(&repository);
+        open(&root.join(local));
+        if is_root() {
+            chown(&root, Some(65_534), None).expect("given away");
+            let (who, told) = ran();
+            assert_eq!(who, "path", "{told}");
+            assert!(told.contains("belongs to user 65534"), "{told}");
+            chown(&root, Some(0), None).expect("taken back");
+        }
+        assert_eq!(ran().0, "above");
+
+        fs::create_dir(repository.join(".git")).expect("a folder");
+        assert_eq!(ran().0, "path");
+        spy(&repository.join(local), &seen.join("repository"));
+        assert_eq!(ran().0, "repository");
+    }
+}
+
+#[test]
+fn wall_16_cargo_follows_no_settings_of_another_user() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plugin = plugin_in(&folder.path().join("one"), "rust");
+    let (tool, seen) = (folder.path().join("wrapper"), folder.path().join("seen"));
+    spy(&tool, &seen);
+    let settings = folder.path().join(".cargo/config.toml");
+    fs::create_dir(settings.parent().expect("a folder")).expect("made");
+    let text = format!("[build]\nrustc-wrapper = \"{}\"\n", tool.display());
+    fs::write(&settings, text).expect("written");
+    chmod(&settings, 0o666);
+    let told = said(&build(&plugin, |command| _ = with_tools(command)), false);
+    assert!(told.contains("refused to build: cargo would follow"), "{told}");
+    assert!(told.contains(&settings.display().to_string()), "{told}");
+    assert!(!seen.exists(), "the wrapper ran");
+}
