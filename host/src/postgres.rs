@@ -5,24 +5,25 @@
 
 mod link;
 mod pool;
+mod tls;
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::ops::Range;
-use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::{ClientConfig, RootCertStore};
 use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls};
-use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
 
 pub use self::link::{CopyIn, Link, ServerError};
 pub use self::pool::{Lent, PoolShare, PoolSpec, ServerPool};
+use self::tls::{Handshake, Tls};
 
 /// A server that does not answer the first packet in this time is tried again by the delivery.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -47,17 +48,33 @@ const FAREWELL_MAX: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub struct PostgresServer {
     config: Config,
-    /// `None`: without TLS.
-    tls: Option<MakeRustlsConnect>,
+    encryption: Encryption,
+}
+
+/// Whether a connection is encrypted.
+#[derive(Clone)]
+enum Encryption {
+    /// By TLS with a server that proves who it is, or there is no connection.
+    Required(Tls),
+    /// By TLS where the server has it, whoever the server is; else in plain text. `is_said`: that plain text
+    /// leaves this machine was said.
+    Preferred { tls: Tls, is_said: Arc<AtomicBool> },
+    /// Never.
+    Off,
 }
 
 impl PostgresServer {
     /// Reads a connection string, `postgres://…` or `host=… dbname=…`, and fills in the timeouts that
     /// it leaves open.
     ///
-    /// `sslmode=require`, `verify-ca` and `verify-full` all speak TLS and verify the server's
-    /// certificate and name: a mode that does not protects from nobody. `sslrootcert` names a PEM file
-    /// of the certificates to trust, in place of the system's. Any other mode speaks without TLS.
+    /// | `sslmode` | connection |
+    /// |---|---|
+    /// | `require`, `verify-ca`, `verify-full` | TLS, and the server's certificate and name are verified |
+    /// | none, `prefer`, `allow` | TLS if the server has it, else plain text, with a warning where that leaves this machine. Nothing is verified: it protects from those who listen only |
+    /// | `disable` | plain text |
+    ///
+    /// `sslrootcert` names a PEM file of the certificates to trust, in place of the system's. With `prefer`,
+    /// as in libpq, a server whose certificate is not of these is spoken to in plain text.
     ///
     /// Source: PostgreSQL, "Connection Strings" and "SSL Support".
     ///
@@ -71,24 +88,40 @@ impl PostgresServer {
             text.to_mut().replace_range(parameter.whole.clone(), "");
         }
         let mode = parameter(&text, "sslmode");
-        if let Some(Parameter { value, place, .. }) = &mode
-            && value.starts_with("verify-")
-        {
-            text.to_mut().replace_range(place.clone(), "require");
+        if let Some(Parameter { value, place, .. }) = &mode {
+            // What the parser does not know. `allow` begins in plain text in libpq; TLS first is no less.
+            let known = match value.as_str() {
+                value if value.starts_with("verify-") => Some("require"),
+                "allow" => Some("prefer"),
+                _ => None,
+            };
+            if let Some(known) = known {
+                text.to_mut().replace_range(place.clone(), known);
+            }
         }
         let mut config: Config = text.parse().map_err(|error: tokio_postgres::Error| {
             // The cause names the faulty part without its value, which may be the password.
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             format!("this is no PostgreSQL connection: {}", cause.unwrap_or(error.to_string()))
         })?;
-        let tls = match config.get_ssl_mode() {
-            SslMode::Require => Some(tls(roots.map(|roots| roots.value).as_deref())?),
+        let roots = roots.map(|roots| roots.value);
+        let encryption = match config.get_ssl_mode() {
+            SslMode::Require => Encryption::Required(Tls::verified(roots.as_deref())?),
+            SslMode::Disable => Encryption::Off,
             _ => {
-                // It would be tried, and be without TLS if the server liked that better.
-                config.ssl_mode(SslMode::Disable);
-                None
+                let tls = match &roots {
+                    Some(roots) => Tls::verified(Some(roots))?,
+                    None => Tls::unverified(),
+                };
+                Encryption::Preferred { tls, is_said: Arc::default() }
             }
         };
+        if config.get_hosts().is_empty() {
+            // TLS asks for a name to greet the server by, even where nothing is verified.
+            for address in config.get_hostaddrs().to_vec() {
+                config.host(address.to_string());
+            }
+        }
         if config.get_application_name().is_none() {
             config.application_name("shardmill");
         }
@@ -103,7 +136,7 @@ impl PostgresServer {
             config.keepalives_interval(KEEPALIVE_INTERVAL);
             config.keepalives_retries(KEEPALIVE_RETRIES);
         }
-        Ok(Self { config, tls })
+        Ok(Self { config, encryption })
     }
 
     /// Connects. Each call on the connection, and connecting itself, fails after `silence_max` without
@@ -125,17 +158,47 @@ impl PostgresServer {
         &self,
         ended: CancellationToken,
     ) -> Result<Client, tokio_postgres::Error> {
-        match &self.tls {
-            Some(tls) => {
-                let (client, connection) = self.config.connect(tls.clone()).await?;
-                tokio::spawn(drive(connection, ended));
-                Ok(client)
+        let (tls, is_said) = match &self.encryption {
+            Encryption::Off => return connect_plain(&self.config, ended).await,
+            Encryption::Required(tls) => {
+                return connect_tls(&self.config, tls, &Handshake::default(), ended).await;
             }
-            None => {
-                let (client, connection) = self.config.connect(NoTls).await?;
-                tokio::spawn(drive(connection, ended));
-                Ok(client)
+            Encryption::Preferred { tls, is_said } => (tls, is_said),
+        };
+        let handshake = Handshake::default();
+        let connected = match connect_tls(&self.config, tls, &handshake, ended.clone()).await {
+            Err(error) if plain_may_do(&error, &handshake) => {
+                let plain = connect_plain(&self.config, ended).await?;
+                let cause = format!("TLS failed ({})", describe(&error));
+                self.warn_of_plain_text(is_said, &cause);
+                return Ok(plain);
             }
+            connected => connected?,
+        };
+        if !handshake.is_done() {
+            self.warn_of_plain_text(is_said, "the server has no TLS");
+        }
+        Ok(connected)
+    }
+
+    /// Says once that what is sent and read can be seen on the network.
+    fn warn_of_plain_text(&self, is_said: &AtomicBool, cause: &str) {
+        let leaves = self.config.get_hosts().iter().any(|host| match host {
+            Host::Tcp(host) => !is_loopback(host),
+            #[cfg(unix)]
+            Host::Unix(_) => false,
+        });
+        let leaves = match self.config.get_hostaddrs() {
+            [] => leaves,
+            addresses => addresses.iter().any(|address| !address.is_loopback()),
+        };
+        if leaves && !is_said.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "{}: the connection is not encrypted, because {cause}: passwords and rows can be read on the \
+                 network; add sslmode=verify-full to the connection string, or sslmode=disable if that is \
+                 intended",
+                self.place()
+            );
         }
     }
 
@@ -162,6 +225,41 @@ impl PostgresServer {
         let database = self.config.get_dbname().or(self.config.get_user()).unwrap_or_default();
         format!("{} database {database}", hosts.join(","))
     }
+}
+
+async fn connect_plain(
+    config: &Config,
+    ended: CancellationToken,
+) -> Result<Client, tokio_postgres::Error> {
+    let mut config = config.clone();
+    config.ssl_mode(SslMode::Disable);
+    let (client, connection) = config.connect(NoTls).await?;
+    tokio::spawn(drive(connection, ended));
+    Ok(client)
+}
+
+async fn connect_tls(
+    config: &Config,
+    tls: &Tls,
+    handshake: &Handshake,
+    ended: CancellationToken,
+) -> Result<Client, tokio_postgres::Error> {
+    let (client, connection) = config.connect(tls.noting(handshake)).await?;
+    tokio::spawn(drive(connection, ended));
+    Ok(client)
+}
+
+/// Whether a connection that TLS was preferred for may succeed without: the handshake failed, or the server
+/// lets this user in without TLS alone (`hostnossl` in pg_hba.conf).
+fn plain_may_do(error: &tokio_postgres::Error, handshake: &Handshake) -> bool {
+    let is_refused = error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION);
+    handshake.has_failed() || (handshake.is_done() && is_refused)
+}
+
+/// Whether a host is this machine, as far as its name says.
+fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost")
+        || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// Refuses a URL with a second `@`. The parser ends the password at the first one, so that the rest of the
@@ -195,39 +293,6 @@ async fn drive(
     if let Err(error) = outcome {
         tracing::debug!(error = %describe(&error), "a connection to PostgreSQL ended");
     }
-}
-
-/// TLS that trusts the certificates of a PEM file, or those of the system.
-fn tls(roots_file: Option<&str>) -> Result<MakeRustlsConnect, String> {
-    let mut roots = RootCertStore::empty();
-    match roots_file {
-        Some(file) => {
-            let unreadable = |cause: &dyn std::fmt::Display| {
-                format!("the certificates of sslrootcert={file} cannot be read: {cause}")
-            };
-            let certificates = CertificateDer::pem_file_iter(Path::new(file))
-                .map_err(|cause| unreadable(&cause))?;
-            for certificate in certificates {
-                let certificate = certificate.map_err(|cause| unreadable(&cause))?;
-                roots.add(certificate).map_err(|cause| unreadable(&cause))?;
-            }
-            if roots.is_empty() {
-                return Err(unreadable(&"the file holds none"));
-            }
-        }
-        None => {
-            let found = rustls_native_certs::load_native_certs();
-            roots.add_parsable_certificates(found.certs);
-            if roots.is_empty() {
-                return Err("this system trusts no certificate: name those to trust by \
-                            sslrootcert=FILE in the connection string"
-                    .into());
-            }
-        }
-    }
-    crate::tls::install();
-    let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    Ok(MakeRustlsConnect::new(config))
 }
 
 /// A parameter of a connection string.
@@ -347,19 +412,39 @@ mod tests {
     }
 
     #[test]
-    fn only_what_asks_for_tls_speaks_it() {
-        for (url, tls) in [
-            ("postgres://h/d", false),
-            ("postgres://h/d?sslmode=prefer", false),
-            ("host=h sslmode=disable", false),
-            ("postgres://sslmode=require@h/d", false),
+    fn wall_18_the_mode_is_as_in_libpq() {
+        for (url, expected) in [
+            ("postgres://h/d", "preferred"),
+            ("postgres://h/d?sslmode=prefer", "preferred"),
+            ("postgres://h/d?sslmode=allow", "preferred"),
+            ("host=h sslmode=allow", "preferred"),
+            ("hostaddr=10.0.0.1 dbname=d", "preferred"),
+            ("postgres://sslmode=require@h/d", "preferred"),
+            ("host=h sslmode=disable", "off"),
         ] {
             let server = PostgresServer::parse(url).unwrap_or_else(|why| panic!("{url}: {why}"));
-            assert_eq!(server.tls.is_some(), tls, "{url}");
+            let found = match server.encryption {
+                Encryption::Required(_) => "required",
+                Encryption::Preferred { .. } => "preferred",
+                Encryption::Off => "off",
+            };
+            assert_eq!(found, expected, "{url}");
         }
-        let missing = "postgres://u:secret@h/d?sslmode=verify-full&sslrootcert=/missing.pem";
-        let why = PostgresServer::parse(missing).err().expect("no such file");
-        assert!(why.contains("sslrootcert=/missing.pem") && !why.contains("secret"), "{why}");
+        for mode in ["", "sslmode=verify-full&"] {
+            let missing = format!("postgres://u:secret@h/d?{mode}sslrootcert=/missing.pem");
+            let why = PostgresServer::parse(&missing).err().expect("no such file");
+            assert!(why.contains("/missing.pem") && !why.contains("secret"), "{why}");
+        }
+    }
+
+    #[test]
+    fn wall_18_loopback_is_known_by_its_names() {
+        for host in ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in ["db", "localhost.example.com", "10.0.0.1", "::2", "0.0.0.0"] {
+            assert!(!is_loopback(host), "{host}");
+        }
     }
 
     #[test]

@@ -90,7 +90,8 @@ impl Bench {
         let mut postgres = None;
         if matches!(self.bench, Name::Sinks | Name::Latency | Name::Swap) {
             let cluster = postgres.insert(Cluster::start(scratch.path())?);
-            command.env("SHARDMILL_TEST_POSTGRES", &cluster.url);
+            // The baselines speak without TLS; what the server does by itself is not compared.
+            command.env("SHARDMILL_TEST_POSTGRES", format!("{}?sslmode=disable", cluster.url));
         }
         run(command.args(self.cases).current_dir(root))
     }

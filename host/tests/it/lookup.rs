@@ -476,3 +476,13 @@ ttl = "0 s"
     let cache = LookupCacheLimits { entries_max: 10, bytes_max: 1024, ttl: Duration::ZERO };
     assert_eq!(two.cache, cache);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wall_18_a_lookup_speaks_tls_where_the_server_has_it() {
+    let mart = Mart::new("tls").await;
+    mart.sql("CREATE TABLE t (id bigint PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+    let ssl = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+    let lookup = mart.lookup(&format!("SELECT id, ({ssl}) AS ssl FROM t WHERE id = ANY($1)"));
+    lookup.prepare().await.expect("prepared");
+    assert_eq!(rows(&lookup, &["1"]).await, r#"{"ssl":true}"#);
+}

@@ -13,6 +13,8 @@ use object_store::{ObjectStore, ObjectStoreExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::sql_sinks::proxy::SSL_REQUEST;
+
 /// The only role that may read the bucket.
 pub const ROLE: &str = "arn:aws:iam::123456789012:role/Loader";
 
@@ -163,9 +165,15 @@ struct Session {
 
 impl Session {
     async fn serve(mut self) -> std::io::Result<()> {
-        let length = self.client.read_u32().await?;
-        let mut startup = vec![0; length as usize - 4];
-        self.client.read_exact(&mut startup).await?;
+        let (length, startup) = loop {
+            let length = self.client.read_u32().await?;
+            let mut startup = vec![0; length as usize - 4];
+            self.client.read_exact(&mut startup).await?;
+            if startup != SSL_REQUEST[4..] {
+                break (length, startup);
+            }
+            self.client.write_all(b"N").await?;
+        };
         self.backend.0.write_all(&[&length.to_be_bytes()[..], &startup].concat()).await?;
         let greeting = self.backend.answer().await?;
         let session = if self.kind.serverless { SERVERLESS_SESSION } else { SESSION };

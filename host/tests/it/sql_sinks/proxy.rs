@@ -5,6 +5,9 @@ use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
+/// The message by which a client asks for TLS, before its first one.
+pub const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+
 /// When to cut, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
@@ -111,6 +114,13 @@ async fn pass(mut client: TcpStream, mut server: TcpStream, state: Arc<Mutex<Sta
             read = client.read(&mut said) => {
                 let Ok(length @ 1..) = read else { return };
                 while_frozen(&state).await;
+                // What is said later must be readable here.
+                if said[..length] == SSL_REQUEST {
+                    if client.write_all(b"N").await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
                 let cut = take_cut(&state, &said[..length], &mut before);
                 if let Some(Cut::Before(_)) = cut {
                     return;

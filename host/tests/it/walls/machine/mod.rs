@@ -2,6 +2,7 @@
 
 mod compiler;
 mod files;
+mod postgres;
 mod tools;
 
 use std::fs::{self, Permissions};

@@ -1,0 +1,84 @@
+//! PostgreSQL is spoken to by TLS where it has it, whoever asks.
+
+use std::path::Path;
+
+use crate::sql_sinks::proxy::Proxy;
+use crate::support::pipeline::PipelineToml;
+use crate::support::{output, postgres, postgres_url, shardmill};
+
+/// What was said of a connection in plain text.
+const PLAIN: &str = "the connection is not encrypted";
+
+/// The server's address with parameters of its own, such as a name by which its connections are found.
+fn url(host: &str, port: u16, parameters: &str) -> String {
+    let mut url = url::Url::parse(&postgres_url()).expect("a URL");
+    url.set_host(Some(host)).expect("a host");
+    url.set_port(Some(port)).expect("a port");
+    url.set_query(Some(parameters).filter(|it| !it.is_empty()));
+    url.into()
+}
+
+fn server() -> (String, u16) {
+    let url = url::Url::parse(&postgres_url()).expect("a URL");
+    (url.host_str().expect("a host").to_owned(), url.port().unwrap_or(5432))
+}
+
+/// Runs a pipeline with a table at `url`, whose row notes whether the connection that brought it is encrypted;
+/// gives standard error.
+fn run(folder: &Path, table: &str, url: &str) -> String {
+    let rows = folder.join("rows.ndjson");
+    std::fs::write(&rows, "{\"id\":1}\n").expect("written");
+    let pipeline = PipelineToml::new(folder, "encrypted")
+        .file(&rows, "format = \"application/json\"")
+        .route_all_to(&["mart"])
+        .sink("mart", &format!("type = \"postgres\"\nurl = \"{url}\"\ntable = \"{table}\""))
+        .write();
+    let ran = output(&mut shardmill(&["run", &pipeline]));
+    let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+    assert!(ran.status.success(), "{url}: {said}");
+    said
+}
+
+#[test]
+fn wall_18_a_server_with_tls_is_spoken_to_by_tls() {
+    let (host, port) = server();
+    let certificate = std::env::var("SHARDMILL_TEST_POSTGRES_CERTIFICATE")
+        .expect("SHARDMILL_TEST_POSTGRES_CERTIFICATE names the server's certificate: run `cargo xtask test`");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    // A server that has no TLS.
+    let plain = runtime.block_on(Proxy::start(format!("{host}:{port}")));
+    // 0.0.0.0 leads to this machine, and does not look as if it did.
+    for (number, (host, port, parameters, encrypted, warned)) in [
+        (host.as_str(), port, String::new(), true, false),
+        (&host, port, "sslmode=prefer".into(), true, false),
+        (&host, port, "sslmode=allow".into(), true, false),
+        (&host, port, "sslmode=disable".into(), false, false),
+        ("0.0.0.0", port, String::new(), true, false),
+        ("0.0.0.0", port, "sslmode=disable".into(), false, false),
+        (&host, plain.port, String::new(), false, false),
+        ("0.0.0.0", plain.port, String::new(), false, true),
+        // The certificate is of another name: as libpq, plain text is better than nothing.
+        ("0.0.0.0", port, format!("sslrootcert={certificate}"), false, true),
+        (&host, port, format!("sslrootcert={certificate}"), true, false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folder = tempfile::tempdir().expect("a folder");
+        let table = format!("wall_18_{}_{number}", std::process::id());
+        postgres(&format!(
+            "CREATE TABLE {table} (id int, encrypted boolean); \
+             CREATE FUNCTION {table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+             NEW.encrypted := (SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()); \
+             RETURN NEW; END $$; \
+             CREATE TRIGGER notes BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION {table}()"
+        ));
+        let url = url(host, port, &parameters);
+        let said = run(folder.path(), &table, &url);
+        let found = postgres(&format!("SELECT encrypted::text FROM {table}"));
+        assert_eq!(found, [encrypted.to_string()], "{url}: {said}");
+        assert_eq!(said.contains(PLAIN), warned, "{url}: {said}");
+        assert!(said.matches(PLAIN).count() <= 1, "it is said once: {said}");
+        postgres(&format!("DROP TABLE {table}; DROP FUNCTION {table}"));
+    }
+}
