@@ -93,9 +93,14 @@ impl Budget {
         Account { shared: self.shared.clone(), id }
     }
 
+    /// A permit for nobody's account that holds nothing yet.
+    pub fn empty(&self) -> Permit {
+        Permit { shared: self.shared.clone(), account: None, bytes: 0 }
+    }
+
     /// Takes bytes for nobody's account; `None` when this many are not free now.
     pub fn try_take(&self, bytes: usize) -> Option<Permit> {
-        let mut permit = Permit { shared: self.shared.clone(), account: None, bytes: 0 };
+        let mut permit = self.empty();
         permit.try_grow(bytes).then_some(permit)
     }
 

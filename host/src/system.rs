@@ -2,6 +2,7 @@
 //! fails far from its cause.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Address space that a sandbox reserves for a memory. It is not memory in use: only what a plugin
 /// touches is.
@@ -17,6 +18,13 @@ const LANE_FILES: u64 = 2;
 const SINK_FILES: u64 = 2;
 /// Files that the rest of the process may still open.
 const SPARE_FILES: u64 = 16;
+/// The share of its open files that a process may have as connections of one port, as a divisor: all ports
+/// together leave most to the pipeline.
+const PORT_SHARE: u64 = 8;
+/// The same for the embedded stream, whose clients are lanes.
+const STREAM_SHARE: u64 = 2;
+/// Connections that a port keeps whatever the limit of open files is.
+const PORT_CONNECTIONS_MIN: usize = 4;
 /// Files that a start opens before the shards are known: state, sinks, ports, and the pipes of a compiler.
 const START_FILES: u64 = 32;
 
@@ -92,6 +100,7 @@ impl Needs {
     /// [`LimitError`], with what is needed.
     pub fn check(self) -> Result<(), LimitError> {
         let Usage { address_bytes, open_files } = Usage::now();
+        let open_files = open_files + PortFiles::not_open();
         self.check_beside(address_bytes, open_files, address_limit(), files_limit())
     }
 
@@ -177,6 +186,54 @@ pub fn raise_open_files() {
     }
 }
 
+/// The connections that a port may keep of `wanted`, so that most open files are left to the pipeline;
+/// `is_beside_lanes`: it is not the embedded stream's.
+pub fn port_connections_max(wanted: usize, is_beside_lanes: bool) -> usize {
+    share_of_files(wanted, files_limit(), if is_beside_lanes { PORT_SHARE } else { STREAM_SHARE })
+}
+
+fn share_of_files(wanted: usize, files_limit: Option<u64>, share: u64) -> usize {
+    let share = files_limit.map(|limit| usize::try_from(limit / share).unwrap_or(usize::MAX));
+    share.map_or(wanted, |share| wanted.min(share.max(PORT_CONNECTIONS_MIN)))
+}
+
+/// Files that the ports of this process may open as connections, and those that are open.
+static PORT_FILES: AtomicU64 = AtomicU64::new(0);
+static PORT_FILES_OPEN: AtomicU64 = AtomicU64::new(0);
+
+/// File descriptors that are kept for a port's connections: lanes begin only where they are left.
+pub struct PortFiles(u64);
+
+impl PortFiles {
+    /// Keeps this many.
+    pub fn keep(connections: usize) -> Self {
+        let kept = connections as u64;
+        PORT_FILES.fetch_add(kept, Ordering::Relaxed);
+        Self(kept)
+    }
+
+    /// Notes that one is used.
+    pub fn opened(&self) {
+        PORT_FILES_OPEN.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes that one is no longer used.
+    pub fn closed(&self) {
+        PORT_FILES_OPEN.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Those that are kept and not used.
+    fn not_open() -> u64 {
+        PORT_FILES.load(Ordering::Relaxed).saturating_sub(PORT_FILES_OPEN.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for PortFiles {
+    fn drop(&mut self) {
+        PORT_FILES.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
 /// The bytes of address space that this process may have; `None`: any number.
 pub fn address_limit() -> Option<u64> {
     soft_limit(libc::RLIMIT_AS)
@@ -221,6 +278,20 @@ impl Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn wall_03_ports_leave_most_open_files_to_the_pipeline() {
+        for (wanted, limit, kept) in [
+            (1_024, None, 1_024),
+            (1_024, Some(1 << 20), 1_024),
+            (1_024, Some(1_024), 128),
+            (32, Some(1_024), 32),
+            (1_024, Some(16), 4),
+            (2, Some(16), 2),
+        ] {
+            assert_eq!(share_of_files(wanted, limit, PORT_SHARE), kept, "{wanted} of {limit:?}");
+        }
+    }
 
     const NEEDS: Needs = Needs { lanes: 8, stages: 3, sinks: 2 };
     const GIB: u64 = 1 << 30;

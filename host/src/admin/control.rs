@@ -3,16 +3,14 @@
 //! Served at the admin port, and for this machine's own commands at a port of loopback that they find,
 //! with its token, by a file in the pipeline's folder which only its owner can read.
 
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
-use axum::middleware::{self, Next};
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -20,14 +18,23 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{PipelineConfig, Secret};
+use super::access::{Access, Right, guarded};
+use crate::config::{HttpDeadlines, PipelineConfig, Secret};
 use crate::lane::Board;
+use crate::own_file;
+use crate::serve::PortRules;
 use crate::swap::{ChangeRefused, Component, Gates, SHADOW_MAX, SwapOrder, Swapper};
 
 /// The largest component that is taken, in bytes: as `limits.component` can be at most.
 const BODY_BYTES_MAX: usize = 256 << 20;
 /// The file by which this machine's commands find a running pipeline.
 const ADDRESS_FILE: &str = "control.json";
+/// The file that has the token of the admin port while none is configured.
+const TOKEN_FILE: &str = "admin.token";
+/// Connections that the control port keeps at once: a few commands use it.
+const CONNECTIONS_MAX: usize = 32;
+/// Bytes that a connection may buffer while it reads: a request's head, and a piece of a body.
+pub(super) const BUFFER_BYTES_MAX: usize = 16 << 10;
 /// Changes that the history shows when nothing else is asked for.
 const CHANGES_SHOWN: u32 = 50;
 
@@ -45,16 +52,6 @@ pub struct Control {
     pub board: Board,
 }
 
-/// Who may ask for changes at a port.
-#[derive(Clone)]
-pub enum Door {
-    /// Who has the token.
-    Token(Secret),
-    /// Every process of this machine, but no page in a browser: those send where they come from, or
-    /// come by another name than this machine's.
-    Loopback,
-}
-
 /// Where the control port of a running pipeline is, and the token that it asks for.
 #[derive(Serialize, Deserialize)]
 pub struct ControlAddress {
@@ -67,15 +64,30 @@ pub struct ControlAddress {
 impl ControlAddress {
     /// The one of the pipeline whose folder this is, if it left one: it may be gone since.
     pub fn find(folder: &Path) -> Option<Self> {
-        serde_json::from_slice(&std::fs::read(folder.join(ADDRESS_FILE)).ok()?).ok()
+        serde_json::from_slice(&own_file::read(&folder.join(ADDRESS_FILE))?).ok()
+    }
+
+    /// Removes what a run that was killed has left: its port may be another user's by now.
+    ///
+    /// # Errors
+    /// When it is there and cannot be removed.
+    pub fn forget(folder: &Path) -> std::io::Result<()> {
+        for name in [ADDRESS_FILE, TOKEN_FILE] {
+            match std::fs::remove_file(folder.join(name)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }
 
 /// The control port; its file is deleted with it.
 pub struct ControlPort {
     listener: TcpListener,
-    file: PathBuf,
+    folder: PathBuf,
     token: Secret,
+    deadlines: HttpDeadlines,
 }
 
 impl ControlPort {
@@ -83,39 +95,59 @@ impl ControlPort {
     ///
     /// # Errors
     /// When no port can be opened or the file cannot be written.
-    pub async fn open(folder: &Path) -> anyhow::Result<Self> {
+    pub async fn open(folder: &Path, deadlines: HttpDeadlines) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let mut random = [0; 32];
         getrandom::fill(&mut random)?;
         let token = hex::encode(random);
         let at = ControlAddress { address: listener.local_addr()?, token: token.clone() };
-        let file = folder.join(ADDRESS_FILE);
-        // Made for its owner's eyes alone, then put in place whole.
-        let mut draft = tempfile::NamedTempFile::new_in(folder)?;
-        draft.write_all(&serde_json::to_vec(&at)?)?;
-        draft.persist(&file)?;
-        Ok(Self { listener, file, token: Secret::new(token) })
+        own_file::write(&folder.join(ADDRESS_FILE), &serde_json::to_vec(&at)?)?;
+        Ok(Self { listener, folder: folder.to_owned(), token: Secret::new(token), deadlines })
+    }
+
+    /// The token of this run.
+    pub fn token(&self) -> &Secret {
+        &self.token
+    }
+
+    /// Leaves the token in a file for scripts that use the admin port; gives its path.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_token(&self) -> anyhow::Result<PathBuf> {
+        let path = self.folder.join(TOKEN_FILE);
+        own_file::write(&path, format!("{}\n", self.token.reveal()).as_bytes())?;
+        Ok(path)
     }
 
     /// Serves until `stop`.
     pub fn serve(self, control: Control, stop: CancellationToken) {
-        let door = Door::Token(self.token.clone());
+        let access = Access::with_token_only(&self.token);
         let shown = |State(board): State<Board>| async move { Json(board.snapshot()) };
         let status = Router::new().route("/status", get(shown)).with_state(control.board.clone());
-        let routes = guarded(status, door.clone()).merge(routes(control, door));
+        let routes = guarded(status, access.clone(), Right::Read).merge(routes(control, access));
+        let rules = PortRules {
+            name: "control",
+            connections_max: CONNECTIONS_MAX,
+            per_peer_max: None,
+            deadlines: self.deadlines,
+            buffer_bytes_max: Some(BUFFER_BYTES_MAX),
+            is_for_own_user: false,
+            keeps_files: true,
+        };
+        let served = crate::serve::serve(self.listener, routes, rules, stop);
+        let folder = self.folder;
         tokio::spawn(async move {
-            let served = axum::serve(self.listener, routes)
-                .with_graceful_shutdown(async move { stop.cancelled().await });
-            if let Err(error) = served.await {
-                tracing::error!(%error, "the control port failed");
+            served.await;
+            if let Err(error) = ControlAddress::forget(&folder) {
+                tracing::warn!(%error, "failed to remove the address of the control port");
             }
-            let _ = std::fs::remove_file(&self.file);
         });
     }
 }
 
 /// The routes, for a router of the admin port or of their own.
-pub fn routes(control: Control, door: Door) -> Router {
+pub fn routes(control: Control, access: Access) -> Router {
     let routes = Router::new()
         .route("/stages/{stage}/swap", post(swap))
         .route("/stages/{stage}/rollback", post(roll_back))
@@ -123,54 +155,8 @@ pub fn routes(control: Control, door: Door) -> Router {
         .route("/changes", get(changes))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(control);
-    guarded(routes, door)
-}
-
-/// Routes that only those may use whom the door lets in.
-pub(super) fn guarded(routes: Router, door: Door) -> Router {
-    routes.layer(middleware::from_fn_with_state(door, admit))
-}
-
-async fn admit(State(door): State<Door>, request: Request, next: Next) -> Response {
-    let headers = request.headers();
-    let is_admitted = match &door {
-        Door::Token(token) => bears(headers, token),
-        Door::Loopback => is_local(headers),
-    };
-    match is_admitted {
-        true => next.run(request).await,
-        false => {
-            let cause = match door {
-                Door::Token(_) => {
-                    "the token is missing or wrong: send `Authorization: Bearer TOKEN`"
-                }
-                Door::Loopback => "requests from web pages are not taken",
-            };
-            let body = Json(serde_json::json!({ "error": cause }));
-            (StatusCode::UNAUTHORIZED, body).into_response()
-        }
-    }
-}
-
-/// Whether the request brings the token. Compared by digest: how long that takes tells nothing.
-fn bears(headers: &HeaderMap, token: &Secret) -> bool {
-    use crate::plugin::Digest;
-    let brought = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let brought = brought.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
-    Digest::of(brought.as_bytes()) == Digest::of(token.reveal().as_bytes())
-}
-
-/// Whether no browser sent it for a page: such a request names its origin, or a host that only its
-/// name server says is this machine.
-fn is_local(headers: &HeaderMap) -> bool {
-    let host = headers.get(header::HOST).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
-    let is_ours = name == "localhost"
-        || name
-            .trim_matches(['[', ']'])
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback());
-    is_ours && !headers.contains_key(header::ORIGIN)
+    // Also the history and the trials: they show what records hold.
+    guarded(routes, access, Right::Change)
 }
 
 /// What a swap's request says beside the component's bytes.

@@ -1,17 +1,18 @@
 //! The admin port: health, metrics, the state of the lanes, and changes.
 //!
 //! `/health/live` answers while the process does; `/health/ready` is 200 while every lane goes on
-//! and 503 with the causes when one is blocked; `/metrics` is Prometheus' text format; `/status` is
-//! the lanes as JSON. What changes the pipeline is in [`control`]. With a token in the configuration,
-//! everything but health asks for it.
+//! and 503 when one is blocked, with the causes for who has the token; `/metrics` is Prometheus' text format;
+//! `/status` is the lanes as JSON. What changes the pipeline is in [`control`], and who may ask for what in
+//! [`access`].
 
+pub mod access;
 pub mod control;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
@@ -19,10 +20,12 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use self::control::{Control, Door};
-use crate::config::{AdminConfig, ConfigError};
+use self::access::{Access, Caller, Right, guarded};
+use self::control::Control;
+use crate::config::{AdminConfig, ConfigError, HttpDeadlines};
 use crate::lane::{Board, ShardStatus};
 use crate::record::ShardId;
+use crate::serve::PortRules;
 
 /// The admin port cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +42,7 @@ pub struct AdminError {
 pub struct AdminPort {
     listener: TcpListener,
     address: SocketAddr,
-    door: Door,
+    rules: PortRules,
     metrics: PrometheusHandle,
 }
 
@@ -49,18 +52,23 @@ impl AdminPort {
     ///
     /// # Errors
     /// [`AdminError`] when the port is in use; another when metrics are gathered already.
-    pub async fn open(config: &AdminConfig) -> anyhow::Result<Self> {
+    pub async fn open(config: &AdminConfig, deadlines: HttpDeadlines) -> anyhow::Result<Self> {
         let address = config.listen;
-        let door = match &config.token {
-            Some(token) => Door::Token(token.clone()),
-            None => Door::Loopback,
-        };
         let error = |cause| AdminError { address, cause };
         let listener = TcpListener::bind(address).await.map_err(error)?;
         let address = listener.local_addr().map_err(error)?;
         let metrics = PrometheusBuilder::new().install_recorder()?;
         describe();
-        Ok(Self { listener, address, door, metrics })
+        let rules = PortRules {
+            name: "admin",
+            connections_max: config.connections_max,
+            per_peer_max: config.per_peer_max,
+            deadlines,
+            buffer_bytes_max: Some(control::BUFFER_BYTES_MAX),
+            is_for_own_user: false,
+            keeps_files: true,
+        };
+        Ok(Self { listener, address, rules, metrics })
     }
 
     /// The address, with the port that was chosen if it was 0.
@@ -68,10 +76,17 @@ impl AdminPort {
         self.address
     }
 
-    /// Serves what these boards show and takes orders for `control`, if there is one, until `stop`.
-    pub fn serve(self, boards: Vec<Board>, control: Option<Control>, stop: CancellationToken) {
-        let shown = Shown { boards, metrics: self.metrics };
-        let mut guarded = Router::new()
+    /// Serves what these boards show and takes orders for `control`, if there is one, until `stop`; `access`
+    /// says from whom.
+    pub fn serve(
+        self,
+        boards: Vec<Board>,
+        control: Option<Control>,
+        access: Access,
+        stop: CancellationToken,
+    ) {
+        let shown = Shown { boards, metrics: self.metrics, access: access.clone() };
+        let read = Router::new()
             .route("/status", get(|State(shown): State<Shown>| async move { Json(shown.shards()) }))
             .route(
                 "/metrics",
@@ -83,18 +98,15 @@ impl AdminPort {
                 }),
             )
             .with_state(shown.clone());
-        if let Door::Token(_) = &self.door {
-            guarded = control::guarded(guarded, self.door.clone());
-        }
-        if let Some(control) = control {
-            guarded = guarded.merge(control::routes(control, self.door));
-        }
-        let routes = Router::new()
+        let mut routes = Router::new()
             .route("/health/live", get(|| async { "live\n" }))
             .route("/health/ready", get(ready))
             .with_state(shown)
-            .merge(guarded);
-        tokio::spawn(crate::serve::serve(self.listener, routes, stop));
+            .merge(guarded(read, access.clone(), Right::Read));
+        if let Some(control) = control {
+            routes = routes.merge(control::routes(control, access));
+        }
+        tokio::spawn(crate::serve::serve(self.listener, routes, self.rules, stop));
     }
 }
 
@@ -118,6 +130,7 @@ pub fn told(error: &anyhow::Error) -> String {
 struct Shown {
     boards: Vec<Board>,
     metrics: PrometheusHandle,
+    access: Access,
 }
 
 impl Shown {
@@ -127,7 +140,9 @@ impl Shown {
     }
 }
 
-async fn ready(State(shown): State<Shown>) -> impl IntoResponse {
+/// Answers any host and anybody, as an orchestrator's probe needs it; so the causes, which name tables and
+/// servers and quote rows, are for who has the token.
+async fn ready(State(shown): State<Shown>, headers: HeaderMap) -> impl IntoResponse {
     let mut blocked = String::new();
     for (part, cause) in shown.boards.iter().flat_map(Board::blocked_run) {
         blocked.push_str(&format!("pipeline: {part}: {cause}\n"));
@@ -137,9 +152,10 @@ async fn ready(State(shown): State<Shown>) -> impl IntoResponse {
             blocked.push_str(&format!("{shard}: {part}: {cause}\n"));
         }
     }
-    match blocked.is_empty() {
-        true => (StatusCode::OK, "ready\n".to_owned()),
-        false => (StatusCode::SERVICE_UNAVAILABLE, blocked),
+    match (blocked.is_empty(), shown.access.caller(&headers)) {
+        (true, _) => (StatusCode::OK, "ready\n".to_owned()),
+        (false, Caller::Owner) => (StatusCode::SERVICE_UNAVAILABLE, blocked),
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "blocked\n".to_owned()),
     }
 }
 
@@ -184,6 +200,11 @@ fn describe() {
     describe_counter!("shardmill_intake_records_total", "records that the intake put");
     describe_counter!("shardmill_intake_bytes_total", "payload bytes that the intake put");
     describe_gauge!("shardmill_intake_in_flight_bytes", "bytes on their way to the stream");
+    describe_gauge!("shardmill_port_connections", "connections that a port has open");
+    describe_counter!(
+        "shardmill_port_connections_closed_total",
+        "connections closed to make room (room), or because their peer has too many (peer)"
+    );
     describe_gauge!("shardmill_blocked", "parts of a shard's lane that do not go on");
     describe_gauge!("shardmill_read_ahead_bytes", "bytes read that no lane has taken yet");
     describe_counter!("shardmill_source_losses_total", "times that a stream had dropped records");

@@ -1,11 +1,17 @@
 //! Commands to a pipeline that runs: found by its folder, asked by HTTP on loopback.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::admin::control::ControlAddress;
 use crate::config::PipelineConfig;
+use crate::lease::PipelineLock;
+
+/// Time for a running pipeline to answer that it is there.
+const FIND_MAX: Duration = Duration::from_secs(30);
 
 /// A pipeline that runs on this machine.
 pub(super) struct RunningPipeline {
@@ -23,8 +29,12 @@ pub(super) enum Answer {
 }
 
 impl RunningPipeline {
-    /// Finds the pipeline of a configuration; `None`: it does not run.
+    /// Finds the pipeline of a configuration; `None`: it does not run. Without a process that has the
+    /// pipeline's lock, an address is of one that was killed, and its port may be another user's by now.
     pub(super) async fn find(config: &PipelineConfig) -> anyhow::Result<Option<Self>> {
+        if !PipelineLock::is_taken(&config.state_dir, &config.name)? {
+            return Ok(None);
+        }
         let folder = config.state_dir.join(config.name.as_str());
         let Some(ControlAddress { address, token }) = ControlAddress::find(&folder) else {
             return Ok(None);
@@ -34,7 +44,8 @@ impl RunningPipeline {
         let running = Self { client, base: format!("http://{address}"), token };
         // Another process may have the port of one that was killed.
         let asked = running.client.get(format!("{}/changes?limit=1", running.base));
-        let answer = asked.bearer_auth(&running.token).send().await;
+        let asked = asked.timeout(FIND_MAX).bearer_auth(&running.token);
+        let answer = asked.send().await;
         Ok(answer.is_ok_and(|answer| answer.status().is_success()).then_some(running))
     }
 

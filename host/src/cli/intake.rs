@@ -4,6 +4,7 @@ use anyhow::Context as _;
 
 use super::{Console, PipelineFile, load, run, stream};
 use crate::admin::AdminPort;
+use crate::admin::access::Access;
 use crate::intake::IntakePort;
 use crate::source::producer::StreamWriter;
 
@@ -20,10 +21,10 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     let intake = config.intake.as_ref().with_context(missing)?;
     let kinesis = config.source.kinesis().with_context(missing)?;
     let admin = match &config.admin {
-        Some(admin) => Some(AdminPort::open(admin).await?),
+        Some(admin) => Some((AdminPort::open(admin, config.timing.http).await?, admin)),
         None => None,
     };
-    let port = IntakePort::open(intake).await?;
+    let port = IntakePort::open(intake, config.timing.http).await?;
     let stop = run::stop_on_signals(config.timing.drain_max)?;
     let reach = async {
         let client = stream::intake_client(&config, kinesis, None).await?;
@@ -32,10 +33,11 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     };
     let Some(client) = stop.unless_asked(reach).await else { return Ok(()) };
     let client = client?;
-    if let Some(admin) = admin {
+    if let Some((admin, admin_config)) = admin {
         console.say(format!("admin http://{}", admin.address()));
-        // There are no lanes here: it is for the metrics.
-        admin.serve(Vec::new(), None, stop.token().clone());
+        // There are no lanes here, and nothing to change: it is for the metrics.
+        let access = Access::of(admin_config, None);
+        admin.serve(Vec::new(), None, access, stop.token().clone());
     }
     let address = port.address();
     let writer = StreamWriter::new(client, kinesis.stream.value.clone());

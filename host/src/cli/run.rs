@@ -9,7 +9,8 @@ use tokio::signal::unix::Signal;
 use tokio_util::sync::CancellationToken;
 
 use super::{Console, PipelineFile, holes, load, output, sinks, stream};
-use crate::admin::control::{Control, ControlPort, ReadConfig};
+use crate::admin::access::Access;
+use crate::admin::control::{Control, ControlAddress, ControlPort, ReadConfig};
 use crate::admin::{AdminPort, told};
 use crate::config::PipelineConfig;
 use crate::intake::IntakePort;
@@ -108,12 +109,14 @@ async fn start(
 ) -> anyhow::Result<Ready> {
     // Before the ports: of two runs of one pipeline, the second is told who has the pipeline.
     let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+    // Of a run that was killed: commands find this one once its port is open.
+    ControlAddress::forget(lock.folder())?;
     let admin = match &config.admin {
-        Some(admin) => Some(AdminPort::open(admin).await?),
+        Some(admin) => Some((AdminPort::open(admin, config.timing.http).await?, admin.clone())),
         None => None,
     };
     let intake_port = match &config.intake {
-        Some(intake) => Some(IntakePort::open(intake).await?),
+        Some(intake) => Some(IntakePort::open(intake, config.timing.http).await?),
         None => None,
     };
     let run_options = RunOptions {
@@ -148,14 +151,19 @@ async fn start(
         read_config: read_config.clone(),
         board: pipeline.board(),
     };
-    let port = ControlPort::open(pipeline.folder()).await?;
+    let port = ControlPort::open(pipeline.folder(), watched.timing.http).await?;
     let control_stop = stop.token().child_token();
-    port.serve(control.clone(), control_stop.clone());
-    if let Some(admin) = admin {
+    if let Some((admin, admin_config)) = admin {
         console.say(format!("admin http://{}", admin.address()));
+        if admin_config.token.is_none() {
+            let path = port.write_token()?;
+            console.say(format!("admin token, for changes: in {}", path.display()));
+        }
+        let access = Access::of(&admin_config, Some(port.token()));
         let boards = [&pipeline].into_iter().chain(&copies).map(Supervisor::board).collect();
-        admin.serve(boards, Some(control.clone()), stop.token().clone());
+        admin.serve(boards, Some(control.clone()), access, stop.token().clone());
     }
+    port.serve(control.clone(), control_stop.clone());
     if watched.reload.watch {
         let read = move || read_config();
         tokio::spawn(watch_files(pipeline.swapper(), watched, read, control_stop.clone()));

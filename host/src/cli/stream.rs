@@ -22,7 +22,7 @@ use super::progress::Progress;
 use super::{Console, run};
 use crate::config::{CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind, Timing};
 use crate::record::StreamRef;
-use crate::source::embedded::{self, EmbeddedStream};
+use crate::source::embedded::{self, EmbeddedStream, Users};
 use crate::source::file::FileSource;
 use crate::source::kinesis::KinesisSource;
 use crate::source::{ShardSource, SourceError, client, stream};
@@ -38,6 +38,10 @@ pub enum Command {
         /// The port on 127.0.0.1; 0 takes a free one.
         #[arg(long, default_value_t = 0)]
         port: u16,
+        /// Let processes of other users of this machine in: there are no credentials, so they read and write
+        /// every record.
+        #[arg(long)]
+        any_user: bool,
         #[command(flatten)]
         place: Place,
     },
@@ -134,7 +138,10 @@ pub enum Command {
 
 pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
-        Command::Serve { port, place } => serve(port, &place.resolve()?, console).await,
+        Command::Serve { port, any_user, place } => {
+            let users = if any_user { Users::Any } else { Users::Own };
+            serve(port, users, &place.resolve()?, console).await
+        }
         Command::Create { shards, wait, place } => {
             let (target, client) = place.connect().await?;
             let create = CreateStream { shards, wait_max: wait };
@@ -263,10 +270,10 @@ pub(crate) async fn create_and_wait(
     Ok(description)
 }
 
-async fn serve(port: u16, target: &Target, console: &Console) -> anyhow::Result<()> {
+async fn serve(port: u16, users: Users, target: &Target, console: &Console) -> anyhow::Result<()> {
     let stop = run::stop_on_signals(Timing::default().drain_max)?;
     target.state_dir.make(embedded::FOLDER)?;
-    let served = EmbeddedStream::serve(&target.state_dir, port).await?;
+    let served = EmbeddedStream::serve_for(&target.state_dir, port, users).await?;
     console.say(format!("serving the embedded stream at {}", served.url()));
     console.report(&serde_json::json!({ "url": served.url().as_str() }))?;
     served.until(stop.token()).await;

@@ -19,6 +19,9 @@ use super::{ConfigError, ConfigFile, Located};
 /// Longer names do not fit into object keys and file names beside what else they hold.
 const NAME_CHARS_MAX: usize = 64;
 
+/// Connections that a port may keep at once: fewer are used up by one browser, more by no proxy.
+pub(super) const CONNECTIONS_ALLOWED: RangeInclusive<u64> = 4..=65_536;
+
 /// Collects the problems of one file.
 pub(super) struct Check<'a> {
     file: &'a Arc<ConfigFile>,

@@ -2,10 +2,11 @@
 
 use toml::Spanned;
 use toml::de::DeValue;
+use url::Url;
 
-use super::check::Check;
+use super::check::{CONNECTIONS_ALLOWED, Check};
 use super::load::shaped;
-use super::raw::RawIntake;
+use super::raw::{RawIntake, Text};
 use super::{IntakeConfig, SourceConfig, SourceKind};
 
 /// What one request may bring: as much as one PutRecords call of the producer.
@@ -15,6 +16,8 @@ const BODY_BYTES_MAX: usize = 1 << 30;
 const IN_FLIGHT_BYTES: usize = 64 << 20;
 const IN_FLIGHT_BYTES_MAX: usize = 64 << 30;
 const BYTES_MIN: usize = 1 << 10;
+/// Connections at once: as many as a proxy in front keeps open.
+const CONNECTIONS: usize = 1_024;
 
 /// Reads `[intake]`, which needs a stream to put on.
 pub(super) fn read(
@@ -32,6 +35,8 @@ pub(super) fn read(
     let listen = check.loopback(&raw.listen, "intake", "127.0.0.1:8080", why);
     let body = check.size(&raw.body, BODY_BYTES, BYTES_MIN..=BODY_BYTES_MAX);
     let in_flight = check.size(&raw.in_flight, IN_FLIGHT_BYTES, BYTES_MIN..=IN_FLIGHT_BYTES_MAX);
+    let connections = check.count(&raw.connections, CONNECTIONS, CONNECTIONS_ALLOWED);
+    let origins = origins(&raw.origins, check);
     let key = match &raw.key {
         Some(raw) => Some(check.filled(raw, "JSON member")?),
         None => None,
@@ -41,5 +46,31 @@ pub(super) fn read(
         body_bytes_max: body?,
         in_flight_bytes_max: in_flight?,
         key_member: key,
+        origins: origins?,
+        connections_max: connections?,
     })
+}
+
+/// Reads the origins of pages, each as a browser writes it into a request.
+fn origins(raw: &[Spanned<Text>], check: &mut Check) -> Option<Vec<String>> {
+    let mut origins = Vec::new();
+    for text in raw {
+        let written = &text.get_ref().0;
+        let origin =
+            Url::parse(written).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+        let origin = origin.map(|url| url.origin().ascii_serialization());
+        match origin {
+            // A path would never be sent.
+            Some(origin) if origin.eq_ignore_ascii_case(written.trim_end_matches('/')) => {
+                origins.push(origin);
+            }
+            _ => {
+                let message = format!("{written:?} is not an origin");
+                let help = "write scheme and host, and the port if it is not the scheme's own: \
+                            \"https://app.example.com\"";
+                check.problem(text.span(), message, help);
+            }
+        }
+    }
+    (origins.len() == raw.len()).then_some(origins)
 }

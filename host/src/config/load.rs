@@ -9,10 +9,10 @@ use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
-use super::check::Check;
+use super::check::{CONNECTIONS_ALLOWED, Check};
 use super::diagnostic::suggest;
 use super::env::{Lookup, substitute_table};
-use super::raw::{RawAdmin, RawDeadLetters, RawPipeline};
+use super::raw::{RawAdmin, RawDeadLetters, RawPipeline, Text};
 use super::{
     AdminConfig, ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax,
     ReloadConfig, Secret, SinkConfig, Timing, bindings, intake, lookup, reload, sink, source,
@@ -38,6 +38,11 @@ const TABLES: [&str; 10] = [
 const BUFFER_BYTES: usize = 64 << 20;
 const BUFFER_BYTES_MIN: usize = 1 << 20;
 const BUFFER_BYTES_MAX: usize = 64 << 30;
+/// Connections of the admin port, and those of one peer that is not on this machine.
+const ADMIN_CONNECTIONS: usize = 128;
+const CONNECTIONS_PER_PEER: usize = 32;
+/// 0: any number.
+const PER_PEER_ALLOWED: std::ops::RangeInclusive<u64> = 0..=65_536;
 
 /// Reads and proves a configuration file; `lookup` is where `${VAR}` comes from.
 ///
@@ -246,8 +251,8 @@ pub(super) fn shaped<T: DeserializeOwned>(
 }
 
 /// The keys of these tables that take a list: the columns of a sink's key, the sinks of dead letters, the
-/// statuses that refuse rows.
-const LISTS: [&str; 3] = ["key", "sinks", "refuse"];
+/// statuses that refuse rows, the names of the admin port, the origins of the intake.
+const LISTS: [&str; 5] = ["key", "sinks", "refuse", "hosts", "origins"];
 
 /// serde would take a list for a table, its values in the order of the fields. No table of ours
 /// is a list, and of their keys only [`LISTS`] take one.
@@ -365,18 +370,57 @@ fn pipeline(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Pipeline> 
 
 fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<AdminConfig> {
     let raw: RawAdmin = shaped(table, check)?;
-    let token = match &raw.token {
-        Some(token) => Some(Secret::new(check.filled(token, "token")?)),
-        None => None,
+    let mut token = |raw: &Option<Spanned<Text>>| match raw {
+        Some(raw) => check.filled(raw, "token").map(|text| Some(Secret::new(text))),
+        None => Some(None),
     };
-    let listen = match (raw.listen, &token) {
-        (None, _) => ([127, 0, 0, 1], 9901).into(),
-        (Some(listen), Some(_)) => check.address(&listen, "127.0.0.1:9901")?,
-        (Some(listen), None) => {
+    let (own, read) = (token(&raw.token), token(&raw.read_token));
+    let (own, read) = (own?, read?);
+    if let (Some(own), Some(read), Some(at)) = (&own, &read, &raw.read_token)
+        && own == read
+    {
+        let help = "choose another one, so that who may read the metrics cannot change what runs";
+        check.problem(at.span(), "`read_token` is the same as `token`", help);
+        return None;
+    }
+    let is_guarded = own.is_some() || read.is_some();
+    let listen = match raw.listen {
+        None => Some(([127, 0, 0, 1], 9901).into()),
+        Some(listen) if is_guarded => check.address(&listen, "127.0.0.1:9901"),
+        Some(listen) => {
             let why = "add `token = \"${ADMIN_TOKEN}\"`, which requests must bring then, or listen on \
                        loopback";
-            check.loopback(&listen, "admin", "127.0.0.1:9901", why)?
+            check.loopback(&listen, "admin", "127.0.0.1:9901", why)
         }
     };
-    Some(AdminConfig { listen, token })
+    let hosts = host_names(&raw.hosts, check);
+    let connections = check.count(&raw.connections, ADMIN_CONNECTIONS, CONNECTIONS_ALLOWED);
+    let per_peer = check.count(&raw.connections_per_peer, CONNECTIONS_PER_PEER, PER_PEER_ALLOWED);
+    Some(AdminConfig {
+        listen: listen?,
+        token: own,
+        read_token: read,
+        hosts: hosts?,
+        connections_max: connections?,
+        per_peer_max: per_peer.map(|max| (max > 0).then_some(max))?,
+    })
+}
+
+/// Reads names of hosts, without scheme and port.
+fn host_names(raw: &[Spanned<Text>], check: &mut Check) -> Option<Vec<String>> {
+    let mut names = Vec::new();
+    for text in raw {
+        let written = &text.get_ref().0;
+        let is_of_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let is_name = !written.is_empty() && written.chars().all(is_of_name);
+        match is_name && written.parse::<std::net::IpAddr>().is_err() {
+            true => names.push(written.trim_end_matches('.').to_ascii_lowercase()),
+            false => {
+                let help = "write a name alone, without scheme, port and wildcard: \
+                            \"mill.example.com\"; addresses and localhost need no entry";
+                check.problem(text.span(), format!("{written:?} is not the name of a host"), help);
+            }
+        }
+    }
+    (names.len() == raw.len()).then_some(names)
 }

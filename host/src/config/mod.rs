@@ -45,7 +45,7 @@ pub use self::target::{
     Compression, CopySource, HttpBody, HttpTarget, PostgresTarget, RedshiftTarget, Rhythm,
     SinkConfig, SinkKind, StreamTarget,
 };
-pub use self::timing::Timing;
+pub use self::timing::{HttpDeadlines, Timing};
 use crate::plugin::Capability;
 use crate::private::StateDir;
 use crate::record::{
@@ -138,8 +138,17 @@ pub struct ReloadConfig {
 pub struct AdminConfig {
     /// Where it listens.
     pub listen: std::net::SocketAddr,
-    /// What requests that change something must bring; there is one wherever the port is not loopback's.
+    /// What requests that change something must bring; `None`: one that is written for the owner of the
+    /// process at each start.
     pub token: Option<Secret>,
+    /// What opens `/metrics` and `/status`, and nothing else. With it or a `token`, these ask for one.
+    pub read_token: Option<Secret>,
+    /// Names under which requests without a token may come, beside addresses and `localhost`.
+    pub hosts: Vec<String>,
+    /// Connections at once.
+    pub connections_max: usize,
+    /// Of these, connections of one peer that is not on this machine; `None`: any number.
+    pub per_peer_max: Option<usize>,
 }
 
 /// A configuration file. `${VAR}` is replaced in string values only, after parsing, so spans hold.
@@ -303,6 +312,10 @@ pub struct IntakeConfig {
     pub in_flight_bytes_max: usize,
     /// The JSON member that is the partition key; `None`: the header, or at random.
     pub key_member: Option<String>,
+    /// Origins of the pages in browsers that may send events.
+    pub origins: Vec<String>,
+    /// Connections at once.
+    pub connections_max: usize,
 }
 
 /// The server that speaks the Kinesis API.

@@ -42,6 +42,9 @@ pub(super) struct RawTiming {
     pub give_back: Maybe<Span>,
     pub trial: Maybe<Span>,
     pub trial_incumbent: Maybe<Span>,
+    pub http_head: Maybe<Span>,
+    pub http_body: Maybe<Span>,
+    pub http_idle: Maybe<Span>,
 }
 
 /// `[source]` with `type = "kinesis"`
@@ -98,6 +101,9 @@ pub(super) struct RawIntake {
     pub body: Maybe<Size>,
     pub in_flight: Maybe<Size>,
     pub key: Maybe<Text>,
+    #[serde(default)]
+    pub origins: Vec<Spanned<Text>>,
+    pub connections: Maybe<Count>,
 }
 
 /// `source.create`
@@ -382,6 +388,11 @@ pub(super) struct RawProbation {
 pub(super) struct RawAdmin {
     pub listen: Maybe<Text>,
     pub token: Maybe<Text>,
+    pub read_token: Maybe<Text>,
+    #[serde(default)]
+    pub hosts: Vec<Spanned<Text>>,
+    pub connections: Maybe<Count>,
+    pub connections_per_peer: Maybe<Count>,
 }
 
 /// Declares a TOML string whose error says, in the user's words, what belongs there.

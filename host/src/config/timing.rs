@@ -45,6 +45,21 @@ pub struct Timing {
     pub trial_max: Duration,
     /// The same for the version at work: it is mostly a bad one that is to be replaced.
     pub trial_incumbent_max: Duration,
+    /// Deadlines of connections to the admin, control and intake ports.
+    pub http: HttpDeadlines,
+}
+
+/// Deadlines of a port's connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HttpDeadlines {
+    /// Time for a request's head to arrive, from its first byte on.
+    pub head_max: Duration,
+    /// Time for a request's body to arrive, beside what its bytes may take; and time for which a client may
+    /// take nothing of an answer.
+    pub body_max: Duration,
+    /// Time that a connection may stay without a request. Load balancers keep theirs for 60 s and answer
+    /// 502 when the server was quicker to close one.
+    pub idle_max: Duration,
 }
 
 impl Default for Timing {
@@ -64,6 +79,11 @@ impl Default for Timing {
             give_back_after: seconds(60),
             trial_max: seconds(30),
             trial_incumbent_max: seconds(10),
+            http: HttpDeadlines {
+                head_max: seconds(10),
+                body_max: seconds(30),
+                idle_max: seconds(75),
+            },
         }
     }
 }
@@ -85,6 +105,9 @@ pub(super) fn read(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Tim
     let give_back = check.duration(&raw.give_back, default.give_back_after, DEADLINES);
     let trial = check.duration(&raw.trial, default.trial_max, DEADLINES);
     let incumbent = check.duration(&raw.trial_incumbent, default.trial_incumbent_max, DEADLINES);
+    let head = check.duration(&raw.http_head, default.http.head_max, DEADLINES);
+    let body = check.duration(&raw.http_body, default.http.body_max, DEADLINES);
+    let idle = check.duration(&raw.http_idle, default.http.idle_max, DEADLINES);
     Some(Timing {
         drain_max: drain?,
         retry_pause_max: retry_pause?,
@@ -99,5 +122,6 @@ pub(super) fn read(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Tim
         give_back_after: give_back?,
         trial_max: trial?,
         trial_incumbent_max: incumbent?,
+        http: HttpDeadlines { head_max: head?, body_max: body?, idle_max: idle? },
     })
 }

@@ -4,21 +4,27 @@
 //! answer may leave some of them on the stream: who sends again delivers at least once. Within a
 //! request the order per partition key holds as far as PutRecords gives it: a record that was
 //! refused for a moment may be overtaken by a later one. `GET /health` is 200 while puts succeed.
+//!
+//! It asks nobody who they are. Bytes are reserved as they arrive, and a body of which nothing comes gives
+//! its bytes back when another one needs them ([`arrivals`]). A page in a browser may send where its origin
+//! is configured.
 
+mod arrivals;
 mod batcher;
 pub mod events;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::{
-    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER,
+    ACCEPT_ENCODING, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_MAX_AGE, CONTENT_ENCODING, CONTENT_LENGTH,
+    CONTENT_TYPE, ORIGIN, RETRY_AFTER, VARY,
 };
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
@@ -27,17 +33,21 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use self::arrivals::{Arrivals, NoRoom};
 use self::batcher::{Refusal, Submission};
 use self::events::{BadEvents, Shape};
 use crate::budget::{Budget, Permit};
-use crate::config::IntakeConfig;
+use crate::config::{HttpDeadlines, IntakeConfig};
+use crate::serve::{BodyLate, PortRules};
 use crate::source::producer::StreamWriter;
 use crate::stop::Stop;
 
 /// What a record costs beside its bytes, so that many small ones are bounded as well.
 const RECORD_OVERHEAD_BYTES: usize = 128;
-/// How long a body may take to arrive; it holds its bytes of the budget meanwhile.
-const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
+/// Bytes by which the memory of a body grows at first.
+const BODY_BYTES_MIN: usize = 4 << 10;
+/// Bytes that a connection may buffer while it reads: a request's head, and a piece of a body.
+const BUFFER_BYTES_MAX: usize = 16 << 10;
 /// Requests that wait for the batcher; the bytes in flight are the bound that counts.
 const SUBMISSIONS_MAX: usize = 1_024;
 /// What a client is told to wait when too much is in flight, in seconds.
@@ -61,6 +71,7 @@ pub struct IntakePort {
     listener: TcpListener,
     address: SocketAddr,
     config: IntakeConfig,
+    deadlines: HttpDeadlines,
 }
 
 /// A serving intake.
@@ -73,11 +84,14 @@ impl IntakePort {
     ///
     /// # Errors
     /// [`IntakeError`] when it is in use.
-    pub async fn open(config: &IntakeConfig) -> Result<Self, IntakeError> {
+    pub async fn open(
+        config: &IntakeConfig,
+        deadlines: HttpDeadlines,
+    ) -> Result<Self, IntakeError> {
         let error = |cause| IntakeError { address: config.listen, cause };
         let listener = TcpListener::bind(config.listen).await.map_err(error)?;
         let address = listener.local_addr().map_err(error)?;
-        Ok(Self { listener, address, config: config.clone() })
+        Ok(Self { listener, address, config: config.clone(), deadlines })
     }
 
     /// The address, with the port that was chosen if it was 0.
@@ -90,21 +104,30 @@ impl IntakePort {
         let (submissions, submitted) = mpsc::channel(SUBMISSIONS_MAX);
         let (failing_shown, failing) = watch::channel(None);
         tokio::spawn(batcher::run(writer, submitted, failing_shown));
+        let rules = PortRules {
+            name: "intake",
+            connections_max: self.config.connections_max,
+            // It listens on loopback alone, where peers are not told apart.
+            per_peer_max: None,
+            deadlines: self.deadlines,
+            buffer_bytes_max: Some(BUFFER_BYTES_MAX),
+            is_for_own_user: false,
+            keeps_files: true,
+        };
+        let budget =
+            Budget::new(self.config.in_flight_bytes_max, "shardmill_intake_in_flight_bytes");
         let door = Door {
-            budget: Budget::new(
-                self.config.in_flight_bytes_max,
-                "shardmill_intake_in_flight_bytes",
-            ),
+            arrivals: Arrivals::new(budget),
             config: Arc::new(self.config),
             submissions,
             failing,
             stop: stop.clone(),
         };
         let routes = Router::new()
-            .route("/events", post(take))
+            .route("/events", post(take).options(preflight))
             .route("/health", get(health))
             .with_state(door);
-        let served = tokio::spawn(crate::serve::serve(self.listener, routes, stop));
+        let served = tokio::spawn(crate::serve::serve(self.listener, routes, rules, stop));
         Intake { served }
     }
 }
@@ -123,7 +146,7 @@ impl Intake {
 #[derive(Clone)]
 struct Door {
     config: Arc<IntakeConfig>,
-    budget: Budget,
+    arrivals: Arrivals,
     submissions: mpsc::Sender<Submission>,
     failing: watch::Receiver<Option<String>>,
     stop: CancellationToken,
@@ -133,7 +156,8 @@ struct Door {
 enum Turned {
     Bad(BadEvents),
     Encoded { found: String },
-    Slow,
+    Page { origin: String },
+    Slow(String),
     Cut(String),
     Large { bytes_max: usize },
     Many { records_max: usize },
@@ -142,24 +166,38 @@ enum Turned {
     Stopping,
 }
 
+/// Answers anybody, so it says no more than whether puts succeed; the cause is in the log.
 async fn health(State(door): State<Door>) -> Response {
-    let failing = door.failing.borrow().clone();
-    match (door.stop.is_cancelled(), failing) {
-        (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "stopping\n".to_owned()).into_response(),
-        (false, Some(cause)) => {
-            (StatusCode::SERVICE_UNAVAILABLE, format!("{cause}\n")).into_response()
-        }
-        (false, None) => "ready\n".into_response(),
+    let is_failing = door.failing.borrow().is_some();
+    match door.stop.is_cancelled() || is_failing {
+        true => (StatusCode::SERVICE_UNAVAILABLE, "blocked\n").into_response(),
+        false => "ready\n".into_response(),
     }
 }
 
 async fn take(State(door): State<Door>, headers: HeaderMap, body: Body) -> Response {
-    let response = match door.take(&headers, body).await {
+    let mut response = match door.take(&headers, body).await {
         Ok(records) => json(StatusCode::OK, serde_json::json!({ "records": records })),
         Err(turned) => turned.into_response(),
     };
     let status = response.status().as_u16().to_string();
     metrics::counter!("shardmill_intake_requests_total", "status" => status).increment(1);
+    door.allow_origin(&headers, &mut response);
+    response
+}
+
+/// Answers a browser that asks whether its page may send events.
+async fn preflight(State(door): State<Door>, headers: HeaderMap) -> Response {
+    if let Err(turned) = door.refuse_pages(&headers) {
+        return turned.into_response();
+    }
+    let allowed = [
+        (ACCESS_CONTROL_ALLOW_METHODS, "POST"),
+        (ACCESS_CONTROL_ALLOW_HEADERS, "content-type, x-partition-key"),
+        (ACCESS_CONTROL_MAX_AGE, "600"),
+    ];
+    let mut response = (StatusCode::NO_CONTENT, allowed).into_response();
+    door.allow_origin(&headers, &mut response);
     response
 }
 
@@ -169,17 +207,19 @@ impl Door {
         if self.stop.is_cancelled() {
             return Err(Turned::Stopping);
         }
+        self.refuse_pages(headers)?;
         refuse_encodings(headers)?;
         let (body, mut reserved) = self.body(headers, body).await?;
         let shape = Shape::of(headers);
         let overhead = events::records_max(shape, &body).saturating_mul(RECORD_OVERHEAD_BYTES);
         // A single record is taken whatever it costs beside its bytes.
         if overhead > RECORD_OVERHEAD_BYTES {
-            if body.len().saturating_add(overhead) > self.budget.bytes_max() {
-                let records_max = (self.budget.bytes_max() - body.len()) / RECORD_OVERHEAD_BYTES;
+            let bytes_max = self.arrivals.bytes_max();
+            if body.len().saturating_add(overhead) > bytes_max {
+                let records_max = bytes_max.saturating_sub(body.len()) / RECORD_OVERHEAD_BYTES;
                 return Err(Turned::Many { records_max });
             }
-            if !reserved.try_grow(overhead) {
+            if !self.arrivals.try_grow(&mut reserved, overhead).await {
                 return Err(Turned::Busy);
             }
         }
@@ -196,27 +236,70 @@ impl Door {
         }
     }
 
-    /// Reads a body within its limit, its bytes reserved before they arrive.
-    async fn body(&self, headers: &HeaderMap, body: Body) -> Result<(Bytes, Permit), Turned> {
-        let bytes_max = self.config.body_bytes_max.min(self.budget.bytes_max());
+    /// Reads a body within its limit, its bytes reserved as they arrive: what is declared and not sent costs
+    /// nobody else anything.
+    async fn body(&self, headers: &HeaderMap, mut body: Body) -> Result<(Bytes, Permit), Turned> {
+        let bytes_max = self.config.body_bytes_max.min(self.arrivals.bytes_max());
         let declared = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
-        // Without a length, it may be the largest.
-        let bytes = declared.map_or(bytes_max, |text| text.parse().unwrap_or(usize::MAX));
-        if bytes > bytes_max {
+        let declared = declared.map(|text| text.parse().unwrap_or(usize::MAX));
+        if declared.is_some_and(|bytes| bytes > bytes_max) {
             return Err(Turned::Large { bytes_max });
         }
-        let mut reserved = self.budget.try_take(bytes).ok_or(Turned::Busy)?;
-        let read = tokio::time::timeout(BODY_WAIT_MAX, axum::body::to_bytes(body, bytes_max));
-        let body = match read.await {
-            Ok(Ok(body)) => body,
-            Ok(Err(error)) if declared.is_none() && is_over_limit(&error) => {
-                return Err(Turned::Large { bytes_max });
+        let expected_max = declared.unwrap_or(bytes_max);
+        let mut arrival = self.arrivals.begin();
+        loop {
+            let piece = tokio::select! {
+                piece = crate::serve::read_body(&mut body) => piece,
+                () = arrival.gave_way() => return Err(Turned::Busy),
+            };
+            match piece {
+                None => return Ok(arrival.finish()),
+                Some(Ok(piece)) if arrival.len() + piece.len() > bytes_max => {
+                    return Err(Turned::Large { bytes_max });
+                }
+                Some(Ok(piece)) => {
+                    match self.arrivals.add(&mut arrival, &piece, expected_max).await {
+                        Ok(()) => {}
+                        Err(NoRoom) => return Err(Turned::Busy),
+                    }
+                }
+                Some(Err(error)) => return Err(cut(error)),
             }
-            Ok(Err(error)) => return Err(Turned::Cut(error.to_string())),
-            Err(_) => return Err(Turned::Slow),
+        }
+    }
+
+    /// Refuses what a page in a browser sends whose origin is not configured. The `Host` says nothing here:
+    /// it is the proxy's.
+    fn refuse_pages(&self, headers: &HeaderMap) -> Result<(), Turned> {
+        let allowed = &self.config.origins;
+        let is_allowed = |origin: &HeaderValue| {
+            allowed.iter().any(|allowed| origin.as_bytes().eq_ignore_ascii_case(allowed.as_bytes()))
         };
-        reserved.resize(body.len());
-        Ok((body, reserved))
+        match headers.get_all(ORIGIN).iter().find(|&origin| !is_allowed(origin)) {
+            Some(origin) => {
+                Err(Turned::Page { origin: String::from_utf8_lossy(origin.as_bytes()).into() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Lets a page read the answer, which its browser would keep from it otherwise.
+    fn allow_origin(&self, headers: &HeaderMap, response: &mut Response) {
+        if let Some(origin) = headers.get(ORIGIN)
+            && self.refuse_pages(headers).is_ok()
+        {
+            response.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+            response.headers_mut().insert(VARY, http_value("origin"));
+        }
+    }
+}
+
+/// Why a body did not arrive.
+fn cut(error: axum::Error) -> Turned {
+    let error = error.into_inner();
+    match error.downcast_ref::<BodyLate>() {
+        Some(late) => Turned::Slow(late.to_string()),
+        None => Turned::Cut(error.to_string()),
     }
 }
 
@@ -233,11 +316,6 @@ fn refuse_encodings(headers: &HeaderMap) -> Result<(), Turned> {
         true => Ok(()),
         false => Err(Turned::Encoded { found: found.join(", ") }),
     }
-}
-
-/// Whether a body was longer than its limit, by what `http_body_util` calls that.
-fn is_over_limit(error: &axum::Error) -> bool {
-    error.to_string().contains("length limit exceeded")
 }
 
 impl IntoResponse for Turned {
@@ -260,11 +338,15 @@ impl IntoResponse for Turned {
             Self::Cut(cause) => {
                 (StatusCode::BAD_REQUEST, None, format!("the body did not arrive: {cause}"))
             }
-            Self::Slow => (
-                StatusCode::REQUEST_TIMEOUT,
+            Self::Page { origin } => (
+                StatusCode::FORBIDDEN,
                 None,
-                format!("the body did not arrive within {} s", BODY_WAIT_MAX.as_secs()),
+                format!(
+                    "unknown origin {origin:?}: expected one of `origins` under [intake], or a request that \
+                     comes from no page in a browser"
+                ),
             ),
+            Self::Slow(cause) => (StatusCode::REQUEST_TIMEOUT, None, cause),
             Self::Large { bytes_max } => (
                 StatusCode::PAYLOAD_TOO_LARGE,
                 None,
@@ -308,6 +390,6 @@ fn json(status: StatusCode, body: serde_json::Value) -> Response {
     (status, [(CONTENT_TYPE, "application/json")], format!("{body}\n")).into_response()
 }
 
-fn http_value(text: &'static str) -> axum::http::HeaderValue {
-    axum::http::HeaderValue::from_static(text)
+fn http_value(text: &'static str) -> HeaderValue {
+    HeaderValue::from_static(text)
 }

@@ -3,26 +3,49 @@
 //! Inside the process (`demo`, or `run` when no server is found), or as a process of its own
 //! (`shardmill stream serve`) that the other commands find by a lock and an address file in the
 //! state folder. The same SDK code path talks to it as to AWS.
+//!
+//! Credentials are not checked, so whoever could reach it would read and write every record: processes of
+//! other users of the machine are refused, and so are pages in browsers.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::path::Path;
+use std::time::Duration;
 
-use axum::extract::DefaultBodyLimit;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
 use ferrokinesis::store::StoreOptions;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::SourceError;
-use crate::private;
+use crate::config::{HttpDeadlines, Timing};
+use crate::serve::{PortRules, names};
+use crate::{own_file, private};
 
 /// Shards that all embedded streams may have together.
 const SHARDS_MAX: u32 = 10_000;
 /// The largest request: PutRecords takes 10 MiB, a third more as base64, and room for JSON.
 const REQUEST_BYTES_MAX: usize = 16 << 20;
+/// Connections at once: many times those of all clients on one machine.
+const CONNECTIONS_MAX: usize = 4_096;
+/// Time that a connection may stay without a request: longer than clients keep theirs, so that none is closed
+/// under a request.
+const IDLE_MAX: Duration = Duration::from_secs(600);
 /// Creating and deleting takes this long: enough to be seen, not to be waited for.
 const TRANSITION_MS: u64 = 100;
+
+/// Whose processes may use a served stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Users {
+    /// Those of the user who serves it, and root's.
+    Own,
+    /// All of this machine's.
+    Any,
+}
 
 /// A served stream; it ends when this is dropped.
 pub struct EmbeddedStream {
@@ -38,6 +61,10 @@ impl EmbeddedStream {
     /// # Errors
     /// [`SourceError::Embedded`] when the port is in use.
     pub async fn start(port: u16) -> Result<Self, SourceError> {
+        Self::start_for(port, Users::Own).await
+    }
+
+    async fn start_for(port: u16, users: Users) -> Result<Self, SourceError> {
         let options = StoreOptions {
             shard_limit: SHARDS_MAX,
             create_stream_ms: TRANSITION_MS,
@@ -45,7 +72,7 @@ impl EmbeddedStream {
             update_stream_ms: TRANSITION_MS,
             ..StoreOptions::default()
         };
-        Self::start_with(port, options).await
+        Self::start_as(port, options, users).await
     }
 
     /// Serves with options of the server's own, for tests: a short iterator life, throttled writes.
@@ -53,6 +80,10 @@ impl EmbeddedStream {
     /// # Errors
     /// [`SourceError::Embedded`] when the port is in use.
     pub async fn start_with(port: u16, options: StoreOptions) -> Result<Self, SourceError> {
+        Self::start_as(port, options, Users::Own).await
+    }
+
+    async fn start_as(port: u16, options: StoreOptions, users: Users) -> Result<Self, SourceError> {
         let address = format!("127.0.0.1:{port}");
         let error = |cause: String| SourceError::Embedded { address: address.clone(), cause };
         let listener = TcpListener::bind(&address).await.map_err(|cause| {
@@ -63,27 +94,44 @@ impl EmbeddedStream {
             Url::parse(&format!("http://{bound}")).map_err(|cause| error(cause.to_string()))?;
         let (app, _store) = ferrokinesis::create_app(options);
         let app = app.layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX));
+        let app = app.layer(middleware::from_fn(refuse_pages));
+        let rules = PortRules {
+            name: "stream",
+            connections_max: CONNECTIONS_MAX,
+            per_peer_max: None,
+            deadlines: HttpDeadlines { idle_max: IDLE_MAX, ..Timing::default().http },
+            buffer_bytes_max: None,
+            is_for_own_user: users == Users::Own,
+            keeps_files: false,
+        };
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            let serve = axum::serve(listener, app);
+            // Requests in hand are not waited for: a subscription goes on for minutes.
+            let serve = crate::serve::serve(listener, app, rules, CancellationToken::new());
             tokio::select! {
-                served = serve => if let Err(error) = served {
-                    tracing::error!(%error, "the embedded stream failed");
-                },
+                () = serve => {}
                 () = stopped.cancelled() => {}
             }
         });
         Ok(Self { url, stop, task: Some(task), _published: None })
     }
 
-    /// Serves, and lets other processes find it by the state folder.
+    /// Serves, and lets other processes of this user find it by the state folder.
     ///
     /// # Errors
     /// [`SourceError::Embedded`] when another process serves there, or the port is in use.
     pub async fn serve(state_dir: &Path, port: u16) -> Result<Self, SourceError> {
+        Self::serve_for(state_dir, port, Users::Own).await
+    }
+
+    /// The same for these users' processes.
+    ///
+    /// # Errors
+    /// As [`EmbeddedStream::serve`].
+    pub async fn serve_for(state_dir: &Path, port: u16, users: Users) -> Result<Self, SourceError> {
         let mut published = Published::lock(state_dir)?;
-        let mut served = Self::start(port).await?;
+        let mut served = Self::start_for(port, users).await?;
         published.write(state_dir, &served.url)?;
         served._published = Some(published);
         Ok(served)
@@ -103,6 +151,18 @@ impl EmbeddedStream {
             }
         }
     }
+}
+
+/// Refuses what a page in a browser sends, whatever name it came by.
+async fn refuse_pages(request: Request, next: Next) -> Response {
+    if names::is_of_page(request.headers()) || !names::is_direct(&request, &[]) {
+        let cause = "expected a request from a program, sent to an address or to localhost; requests from \
+                     pages in browsers are refused";
+        let body = serde_json::json!({ "__type": "AccessDeniedException", "message": cause });
+        let media = [(axum::http::header::CONTENT_TYPE, "application/x-amz-json-1.1")];
+        return (StatusCode::FORBIDDEN, media, body.to_string()).into_response();
+    }
+    next.run(request).await
 }
 
 impl Drop for EmbeddedStream {
@@ -143,12 +203,8 @@ impl Published {
 
     fn write(&mut self, state_dir: &Path, url: &Url) -> Result<(), SourceError> {
         let path = state_dir.join(FOLDER).join("address");
-        let written =
-            tempfile::NamedTempFile::new_in(state_dir.join(FOLDER)).and_then(|mut draft| {
-                writeln!(draft, "{url}")?;
-                draft.persist(&path).map_err(|error| error.error)
-            });
-        written.map(drop).map_err(|cause| SourceError::Embedded {
+        let written = own_file::write(&path, format!("{url}\n").as_bytes());
+        written.map_err(|cause| SourceError::Embedded {
             address: path.display().to_string(),
             cause: cause.to_string(),
         })
@@ -170,6 +226,6 @@ pub fn find(state_dir: &Path) -> Option<Url> {
         // Nobody holds it: the address is of a process that is gone.
         return None;
     }
-    let address = std::fs::read_to_string(folder.join("address")).ok()?;
+    let address = String::from_utf8(own_file::read(&folder.join("address"))?).ok()?;
     Url::parse(address.trim()).ok()
 }

@@ -319,6 +319,10 @@ fn refuse_immutable(old: &PipelineConfig, new: &PipelineConfig) -> Result<(), St
     if old.admin != new.admin || old.intake != new.intake {
         return refuse("[admin] and [intake]", "their ports are open; restart");
     }
+    if old.timing.http != new.timing.http {
+        let keys = "http_head, http_body and http_idle under [timing]";
+        return refuse(keys, "the ports are open; restart");
+    }
     let letters = |config: &PipelineConfig| {
         config.letter_sinks.iter().map(|sink| sink.fingerprint_json.clone()).collect::<Vec<_>>()
     };

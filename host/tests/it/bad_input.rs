@@ -195,7 +195,7 @@ fn a_dropped_column_blocks_the_lane_and_fills_no_dead_letters() {
     place.mart().execute_batch("CREATE TABLE rows (id INTEGER NOT NULL, name TEXT)").expect("made");
     let (runtime, served) = serve(&place, &[br#"{"id":1,"name":"a"}"#.to_vec()]);
     let port = free_port();
-    let pipeline = place.rows(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""));
+    let pipeline = place.rows(&crate::support::admin(port));
     let child = shardmill(&["run", &pipeline]).stdout(Stdio::null()).spawn().expect("it starts");
     let process = Process(child);
     let count = || {
@@ -334,7 +334,7 @@ fn a_port_in_use_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = taken.local_addr().expect("an address").port();
     let place = Place::new();
-    let pipeline = place.rows(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""));
+    let pipeline = place.rows(&crate::support::admin(port));
     let said = fails(&["run", &pipeline], 1);
     assert!(said.contains(&format!("127.0.0.1:{port}")) && said.contains("[admin]"), "{said}");
     let state = place.path("state").display().to_string();

@@ -450,7 +450,7 @@ fn fault_34_no_part_of_a_password_is_printed() {
 fn fault_34_a_second_run_names_the_owner_not_the_port() {
     let world = World::new(1);
     let port = free_port();
-    let sink = format!("[admin]\nlisten = \"127.0.0.1:{port}\"");
+    let sink = crate::support::admin(port);
     let pipeline = Pipeline { sink, ..Pipeline::default() };
     let first = world.start(&pipeline);
     let second = run(&["run", &world.pipeline(&pipeline)]);

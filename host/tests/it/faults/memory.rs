@@ -102,7 +102,7 @@ fn pipeline(world: &World, lines: &str, timing: &str, sinks: &[String]) -> (Stri
     let file = PipelineToml::new(world.folder.path(), "reading").pipeline(lines).timing(&timing);
     let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
     let file = sinks.iter().fold(file, |file, sink| file.table(sink));
-    let file = file.table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""));
+    let file = file.table(&crate::support::admin(port));
     (file.write(), port)
 }
 

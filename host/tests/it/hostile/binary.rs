@@ -20,7 +20,7 @@ fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
              format = \"application/json\" }}",
             crate::support::plugin("hostile")
         )),
-        sink: format!("[admin]\nlisten = \"127.0.0.1:{port}\""),
+        sink: crate::support::admin(port),
         ..Pipeline::default()
     };
     let run = world.start(&broken);

@@ -131,7 +131,7 @@ fn metrics_are_shown_by_stage_and_odd_ones_are_refused() {
     let port = free_port();
     // A file ends, and its run with it: this one is to be asked while it runs.
     let source = "type = \"kinesis\"\nstream = \"wishes\"\nendpoint = \"embedded\"";
-    asked.write(source, "", &format!("[admin]\nlisten = \"127.0.0.1:{port}\""));
+    asked.write(source, "", &crate::support::admin(port));
     let _stream = serve_stream(&asked.folder.path().join("state"));
     for command in [&["stream", "create", "--shards", "1"][..], &["stream", "put", "wishes.txt"]] {
         let ran = crate::support::output(shardmill(command).current_dir(asked.folder.path()));

@@ -180,12 +180,22 @@ pub fn free_port() -> u16 {
     free.local_addr().expect("an address").port()
 }
 
-/// A bare HTTP GET; empty while nobody answers.
+/// The token of the admin ports of the tests.
+pub const ADMIN_TOKEN: &str = "token-of-the-tests";
+
+/// `[admin]` on a port, with the token that [`http_get`] sends.
+pub fn admin(port: u16) -> String {
+    format!("[admin]\nlisten = \"127.0.0.1:{port}\"\ntoken = \"{ADMIN_TOKEN}\"")
+}
+
+/// A bare HTTP GET with the token of the tests; empty while nobody answers.
 pub fn http_get(port: u16, path: &str) -> String {
     let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
         return String::new();
     };
-    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let token = format!("Authorization: Bearer {ADMIN_TOKEN}");
+    let request =
+        format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{token}\r\nConnection: close\r\n\r\n");
     let mut answer = String::new();
     let asked = stream.write_all(request.as_bytes());
     if asked.is_err() || stream.read_to_string(&mut answer).is_err() {

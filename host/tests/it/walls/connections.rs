@@ -1,1 +1,480 @@
 //! Connections, hosts, origins and tokens of the ports.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::world::{Pipeline, World, row};
+use crate::support::{Process, free_port, run, serve_stream, shardmill, wait_for};
+
+/// Far below the deadlines by default, and far above what an answer takes.
+const SOON: Duration = Duration::from_secs(8);
+/// Deadlines that a test can wait for.
+const SHORT: &str = "http_head = \"300 ms\"\nhttp_body = \"400 ms\"\nhttp_idle = \"600 ms\"\n";
+
+/// A running pipeline with an admin port and an intake.
+struct Ports {
+    world: World,
+    run: Process,
+    admin: u16,
+    intake: u16,
+}
+
+impl Ports {
+    /// Starts it with further lines of `[admin]`, `[intake]` and `[timing]`.
+    fn start(admin_lines: &str, intake_lines: &str, timing: &str) -> Self {
+        Self::start_with(admin_lines, intake_lines, timing, None, "")
+    }
+
+    /// The same with a stage, below limits of the shell's `ulimit`.
+    fn start_with(
+        admin_lines: &str,
+        intake_lines: &str,
+        timing: &str,
+        stage: Option<String>,
+        ulimit: &str,
+    ) -> Self {
+        let world = World::new(1);
+        let (admin, intake) = (free_port(), free_port());
+        let sink = format!(
+            "[admin]\nlisten = \"127.0.0.1:{admin}\"\n{admin_lines}\n\
+             [intake]\nlisten = \"127.0.0.1:{intake}\"\n{intake_lines}"
+        );
+        let pipeline = Pipeline { sink, timing: timing.into(), stage, ..Pipeline::default() };
+        let file = world.pipeline(&pipeline);
+        let log = std::fs::File::create(world.log()).expect("a log");
+        let mut command = Command::new("bash");
+        let binary = env!("CARGO_BIN_EXE_shardmill");
+        let script = format!("{ulimit}\nexec '{binary}' run '{file}' -v");
+        let command = command.args(["-c", &script]).stdin(Stdio::null());
+        let run = Process(command.stdout(Stdio::null()).stderr(log).spawn().expect("it starts"));
+        wait_for("the run to read", || world.logged("reading"));
+        wait_for("the ports", || {
+            [(admin, "/health/live"), (intake, "/health")]
+                .iter()
+                .all(|(port, path)| ask(*port, "GET", path, "", b"").contains("200 OK"))
+        });
+        Self { world, run, admin, intake }
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.world.folder.path().join("state/reading")
+    }
+
+    fn file(&self) -> String {
+        self.world.folder.path().join("pipeline.toml").display().to_string()
+    }
+
+    /// The token that the run has written, as a header.
+    fn token(&self) -> String {
+        let token = std::fs::read_to_string(self.folder().join("admin.token")).expect("a token");
+        bearer(token.trim())
+    }
+}
+
+fn bearer(token: &str) -> String {
+    format!("Authorization: Bearer {token}\r\n")
+}
+
+fn open(port: u16) -> TcpStream {
+    let stream = TcpStream::connect(("127.0.0.1", port)).expect("connected");
+    stream.set_read_timeout(Some(SOON)).expect("set");
+    stream.set_write_timeout(Some(SOON)).expect("set");
+    stream
+}
+
+/// Sends one request, to `localhost` unless the headers have a `Host`; gives the whole answer, or nothing.
+fn ask(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> String {
+    let host = if headers.contains("Host:") { "" } else { "Host: localhost\r\n" };
+    let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return String::new() };
+    stream.set_read_timeout(Some(SOON)).expect("set");
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\n{host}Connection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+    );
+    let _ = stream.write_all(head.as_bytes());
+    let _ = stream.write_all(body);
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+fn status(answer: &str) -> &str {
+    answer.split(' ').nth(1).unwrap_or(answer)
+}
+
+fn body(answer: &str) -> &str {
+    answer.split_once("\r\n\r\n").map_or("", |(_, body)| body)
+}
+
+fn post(port: u16, body: &[u8]) -> String {
+    ask(port, "POST", "/events", "Content-Type: application/json\r\n", body)
+}
+
+/// Opens a connection that declares a body and sends the beginning of it.
+fn declare(port: u16, declared: usize, sent: usize) -> TcpStream {
+    let mut stream = open(port);
+    let head =
+        format!("POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Length: {declared}\r\n\r\n");
+    stream.write_all(head.as_bytes()).expect("sent");
+    stream.write_all(&vec![b'x'; sent]).expect("sent");
+    stream
+}
+
+/// Whether a connection is closed from the other end within a time.
+fn is_closed_within(stream: &mut TcpStream, time: Duration) -> bool {
+    stream.set_read_timeout(Some(time)).expect("set");
+    let mut bytes = [0; 4_096];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => return true,
+            Ok(_) => {}
+            Err(error) => {
+                return !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
+            }
+        }
+    }
+}
+
+#[test]
+fn wall_03_idle_connections_use_up_no_descriptors() {
+    let ports = Ports::start_with("", "", "", None, "ulimit -n 256");
+    let control = std::fs::read(ports.folder().join("control.json")).expect("an address");
+    let control: serde_json::Value = serde_json::from_slice(&control).expect("JSON");
+    let control: std::net::SocketAddr =
+        control["address"].as_str().expect("text").parse().expect("an address");
+    let mut idle = Vec::new();
+    for port in [ports.admin, ports.intake, control.port()] {
+        idle.extend((0..400).map(|_| open(port)));
+        // Half a head each, as well.
+        for stream in idle.iter_mut().rev().take(100) {
+            // Those that made room are closed.
+            let _ = stream.write_all(b"GET / HTTP/1.1\r\nHost: x");
+        }
+    }
+    let begun = Instant::now();
+    for (port, path) in [(ports.admin, "/health/live"), (ports.intake, "/health")] {
+        let answer = ask(port, "GET", path, "", b"");
+        assert_eq!(status(&answer), "200", "{path}: {answer}");
+    }
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    // The pipeline goes on, and the ports serve: what waits longest for its peer makes room.
+    wait_for("an event to be taken", || status(&post(ports.intake, &row(0, 1))) == "200");
+    ports.world.wait_rows(1);
+    wait_for("the metrics", || status(&ask(ports.admin, "GET", "/metrics", "", b"")) == "200");
+    let output = run(&["reload", &ports.file(), "--dry-run"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let log = std::fs::read_to_string(ports.world.log()).expect("a log");
+    assert!(!log.contains("Too many open files"), "{log}");
+    drop(idle);
+    assert_eq!(ports.run.terminate(), Some(0));
+}
+
+#[test]
+fn wall_03_a_full_port_answers_health() {
+    let ports = Ports::start("", "connections = 4", "");
+    let idle: Vec<_> = (0..40).map(|_| open(ports.intake)).collect();
+    let answer = ask(ports.intake, "GET", "/health", "", b"");
+    assert_eq!(status(&answer), "200", "{answer}");
+    wait_for("room", || status(&post(ports.intake, &row(0, 1))) == "200");
+    let metrics = ask(ports.admin, "GET", "/metrics", "", b"");
+    assert!(metrics.contains("shardmill_port_connections{port=\"intake\"}"), "{metrics}");
+    drop(idle);
+}
+
+#[test]
+fn wall_03_a_body_that_is_declared_and_not_sent_holds_nothing() {
+    let ports = Ports::start("", "body = \"32 KiB\"\nin_flight = \"64 KiB\"", "");
+    let _declared: Vec<_> = (0..20).map(|_| declare(ports.intake, 32 << 10, 0)).collect();
+    let answer = post(ports.intake, &row(0, 1));
+    assert_eq!(status(&answer), "200", "{answer}");
+    ports.world.wait_rows(1);
+}
+
+#[test]
+fn wall_03_a_body_that_stalls_gives_its_bytes_back() {
+    let ports = Ports::start("", "body = \"32 KiB\"\nin_flight = \"64 KiB\"", "");
+    let mut stalled: Vec<_> = (0..3).map(|_| declare(ports.intake, 20_001, 20_000)).collect();
+    let begun = Instant::now();
+    let large = vec![b'x'; 30_000];
+    wait_for("room for another body", || {
+        status(&ask(ports.intake, "POST", "/events", "", &large)) == "200"
+    });
+    // Their deadline is 30 s.
+    assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
+    // Those that gave way get an answer.
+    let mut answer = [0; 12];
+    stalled[0].read_exact(&mut answer).expect("an answer");
+    assert_eq!(&answer, b"HTTP/1.1 429");
+}
+
+#[test]
+fn wall_03_every_wait_for_a_client_ends() {
+    let ports = Ports::start("", "", SHORT);
+    for port in [ports.admin, ports.intake] {
+        let mut idle = open(port);
+        assert!(is_closed_within(&mut idle, SOON), "an idle connection to {port}");
+        let mut half = open(port);
+        half.write_all(b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Le").expect("sent");
+        assert!(is_closed_within(&mut half, SOON), "half a head to {port}");
+        // Answers that nobody reads.
+        let mut unread = open(port);
+        let request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n".repeat(100);
+        let begun = Instant::now();
+        while unread.write_all(&request).is_ok() {
+            assert!(begun.elapsed() < 2 * SOON, "{port} waits for a client that reads nothing");
+        }
+        assert!(begun.elapsed() < SOON, "{port}: {:?}", begun.elapsed());
+    }
+    // A byte now and then does not keep a body.
+    let mut slow = declare(ports.intake, 1_000, 1);
+    let begun = Instant::now();
+    let mut answer = [0; 12];
+    slow.set_read_timeout(Some(Duration::from_millis(50))).expect("set");
+    while slow.read_exact(&mut answer).is_err() {
+        assert!(begun.elapsed() < SOON, "a slow body is waited for");
+        let _ = slow.write_all(b"x");
+    }
+    assert_eq!(&answer, b"HTTP/1.1 408");
+}
+
+/// A stage that rejects everything, so that its lane blocks with a cause.
+fn rejecting() -> Option<String> {
+    let plugin = crate::support::plugin("hostile");
+    Some(format!(
+        "plugin = \"{plugin}\"\nconfig = {{ reject_on = '', routes = [\"all\"], \
+         format = \"application/json\" }}"
+    ))
+}
+
+#[test]
+fn wall_05_health_names_no_cause_without_the_token() {
+    let read = bearer("reads");
+    let lines = "read_token = \"reads\"\nhosts = [\"mill.example\"]";
+    let ports = Ports::start_with(lines, "", "", rejecting(), "");
+    ports.world.put(0..300, 10);
+    let ready = |headers: &str| ask(ports.admin, "GET", "/health/ready", headers, b"");
+    wait_for("the lane to block", || status(&ready("")) == "503");
+    for headers in ["", &read, &bearer("wrong"), "Host: evil.example\r\n"] {
+        assert_eq!(body(&ready(headers)), "blocked\n", "{headers}");
+        let live = ask(ports.admin, "GET", "/health/live", headers, b"");
+        assert_eq!((status(&live), body(&live)), ("200", "live\n"), "{headers}");
+    }
+    assert!(ready(&ports.token()).contains("rejected_in_a_row"), "{}", ready(&ports.token()));
+
+    // The read token opens two routes, by any name, and nothing that changes anything.
+    let named = format!("{read}Host: evil.example\r\n");
+    for path in ["/metrics", "/status"] {
+        for (headers, code) in [
+            (read.as_str(), "200"),
+            (named.as_str(), "200"),
+            (ports.token().as_str(), "200"),
+            ("", "401"),
+            (bearer("wrong").as_str(), "401"),
+        ] {
+            let answer = ask(ports.admin, "GET", path, headers, b"");
+            assert_eq!(status(&answer), code, "{path} {headers}: {answer}");
+        }
+    }
+    for (method, path) in CHANGES {
+        let answer = ask(ports.admin, method, path, &read, b"");
+        assert_eq!(status(&answer), "403", "{path}: {answer}");
+        assert!(answer.contains("/metrics and /status only"), "{answer}");
+    }
+}
+
+#[test]
+fn wall_05_without_a_token_the_host_is_known() {
+    let ports = Ports::start("hosts = [\"mill.example\"]", "", "");
+    for path in ["/metrics", "/status"] {
+        for (headers, code) in [
+            ("Host: 127.0.0.1\r\n", "200"),
+            ("Host: [::1]:80\r\n", "200"),
+            ("Host: localhost:9901\r\n", "200"),
+            ("Host: Mill.example\r\n", "200"),
+            ("Host: evil.example\r\n", "403"),
+            ("Host: 127.0.0.1.evil.example\r\n", "403"),
+            ("Host: localhost\r\nHost: evil.example\r\n", "403"),
+            ("Host: localhost\r\nOrigin: https://evil.example\r\n", "403"),
+        ] {
+            let answer = ask(ports.admin, "GET", path, headers, b"");
+            assert_eq!(status(&answer), code, "{path} {headers}: {answer}");
+        }
+        let named = format!("{}Host: evil.example\r\n", ports.token());
+        assert_eq!(status(&ask(ports.admin, "GET", path, &named, b"")), "200");
+    }
+}
+
+#[test]
+fn wall_05_the_intake_takes_events_of_configured_pages_only() {
+    let ports = Ports::start("", "origins = [\"https://app.example\"]", "");
+    let send = |headers: &str, id: u64| {
+        let headers = format!("Content-Type: application/json\r\n{headers}");
+        ask(ports.intake, "POST", "/events", &headers, &row(id, 1))
+    };
+    for origin in ["https://evil.example", "null", "http://app.example", "https://app.example:8443"]
+    {
+        let answer = send(&format!("Origin: {origin}\r\n"), 9);
+        assert_eq!(status(&answer), "403", "{origin}: {answer}");
+        assert!(answer.contains("[intake]"), "{answer}");
+    }
+    let answer = send("Origin: https://app.example\r\n", 0);
+    assert_eq!(status(&answer), "200", "{answer}");
+    assert!(answer.contains("access-control-allow-origin: https://app.example"), "{answer}");
+    // A program sends no origin; a proxy has any name.
+    assert_eq!(status(&send("Host: events.example\r\n", 1)), "200");
+    for (origin, code) in [("https://app.example", "204"), ("https://evil.example", "403")] {
+        let headers = format!("Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n");
+        let answer = ask(ports.intake, "OPTIONS", "/events", &headers, b"");
+        assert_eq!(status(&answer), code, "{answer}");
+        assert_eq!(answer.contains("access-control-allow-origin"), code == "204", "{answer}");
+    }
+    ports.world.wait_rows(2);
+    assert_eq!(ports.world.rows(), 2);
+    let health = ask(ports.intake, "GET", "/health", "Host: evil.example\r\n", b"");
+    assert_eq!(body(&health), "ready\n", "{health}");
+}
+
+/// Routes that change something, or show what records hold.
+const CHANGES: [(&str, &str); 5] = [
+    ("POST", "/reload"),
+    ("POST", "/reload?dry_run=true"),
+    ("POST", "/stages/route/swap"),
+    ("POST", "/stages/route/rollback"),
+    ("GET", "/changes"),
+];
+
+#[test]
+fn wall_15_changes_need_the_token_that_is_written_for_the_owner() {
+    let ports = Ports::start("", "", "");
+    for (method, path) in CHANGES {
+        for headers in ["", &bearer(""), &bearer("wrong"), "Host: 127.0.0.1\r\n"] {
+            let answer = ask(ports.admin, method, path, headers, b"");
+            assert_eq!(status(&answer), "401", "{path} {headers}: {answer}");
+            assert!(answer.contains("admin.token"), "{answer}");
+        }
+    }
+    for name in ["admin.token", "control.json"] {
+        let about = std::fs::symlink_metadata(ports.folder().join(name)).expect("a file");
+        assert_eq!(about.permissions().mode() & 0o777, 0o600, "{name}");
+    }
+    let answer = ask(ports.admin, "POST", "/reload?dry_run=true", &ports.token(), b"");
+    assert_eq!(status(&answer), "200", "{answer}");
+    // The commands find it themselves.
+    let (file, plugin) = (ports.file(), crate::support::plugin("route-json"));
+    for arguments in [
+        &["reload", &file, "--dry-run"][..],
+        &["plugin", "swap", "route", &plugin, "--pipeline", &file, "--dry-run"],
+    ] {
+        let output = run(arguments);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let folder = ports.folder();
+    assert_eq!(ports.run.terminate(), Some(0));
+    for name in ["admin.token", "control.json"] {
+        assert!(!folder.join(name).exists(), "{name} is left");
+    }
+}
+
+/// The file that a killed process has left names a port that another user may have by now.
+#[test]
+fn wall_15_commands_ask_no_port_of_a_pipeline_that_was_killed() {
+    let ports = Ports::start("", "", "");
+    let file = ports.file();
+    let control = std::fs::read(ports.folder().join("control.json")).expect("an address");
+    let control: serde_json::Value = serde_json::from_slice(&control).expect("JSON");
+    let Ports { world, mut run, .. } = ports;
+    run.0.kill().expect("killed");
+    run.wait();
+    let other = TcpListener::bind(control["address"].as_str().expect("text")).expect("the port");
+    other.set_nonblocking(true).expect("set");
+    let output = crate::support::run(&["reload", &file]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("does not run"), "{said}");
+    let asked = other.accept();
+    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it was asked");
+    drop(world);
+}
+
+/// A file of another user would send commands, and what they bring, to a port of that user.
+#[test]
+fn wall_15_an_address_that_others_could_have_written_is_not_used() {
+    let ports = Ports::start("", "", "");
+    let path = ports.folder().join("control.json");
+    let refused = || {
+        let output = run(&["reload", &ports.file(), "--dry-run"]);
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).expect("set");
+    assert!(refused().contains("the file is not used"), "{}", refused());
+    let elsewhere = ports.world.folder.path().join("elsewhere.json");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("set");
+    std::fs::rename(&path, &elsewhere).expect("moved");
+    std::os::unix::fs::symlink(&elsewhere, &path).expect("linked");
+    assert!(refused().contains("does not run"), "{}", refused());
+}
+
+/// Asks the embedded stream for its streams.
+fn list_streams(headers: &str) -> String {
+    format!(
+        "POST / HTTP/1.1\r\n{headers}Connection: close\r\nContent-Type: application/x-amz-json-1.1\r\n\
+         X-Amz-Target: Kinesis_20131202.ListStreams\r\nX-Amz-Date: 20260101T000000Z\r\n\
+         Authorization: AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/kinesis/aws4_request, \
+         SignedHeaders=host, Signature=0\r\nContent-Length: 2\r\n\r\n{{}}"
+    )
+}
+
+#[test]
+fn wall_15_the_embedded_stream_is_its_owners() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let port_of = |state: &str| {
+        let url = shardmill::source::embedded::find(&folder.path().join(state)).expect("served");
+        url.port().expect("a port")
+    };
+    let _own = serve_stream(&folder.path().join("own"));
+    let port = port_of("own");
+    let send = |headers: &str| {
+        let mut stream = open(port);
+        stream.write_all(list_streams(headers).as_bytes()).expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    };
+    let answer = send("Host: 127.0.0.1\r\n");
+    assert!(status(&answer) == "200" && answer.contains("StreamNames"), "{answer}");
+    for headers in ["Host: evil.example\r\n", "Host: 127.0.0.1\r\nOrigin: https://evil.example\r\n"]
+    {
+        let answer = send(headers);
+        assert!(status(&answer) == "403" && !answer.contains("StreamNames"), "{answer}");
+    }
+
+    // Only root can act for another user.
+    // SAFETY: a question that cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        return;
+    }
+    const NOBODY: u32 = 65_534;
+    let as_nobody = |port: u16| {
+        let request = list_streams("Host: 127.0.0.1\r\n");
+        let script =
+            format!("exec 3<>/dev/tcp/127.0.0.1/{port}; printf '%s' \"$REQUEST\" >&3; cat <&3");
+        let mut command = Command::new("bash");
+        command.args(["-c", &script]).env("REQUEST", request).current_dir("/").uid(NOBODY);
+        let output = crate::support::output(&mut command);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let answer = as_nobody(port);
+    assert!(status(&answer) == "403" && answer.contains("--any-user"), "{answer}");
+    let state = folder.path().join("any").display().to_string();
+    let mut command = shardmill(&["stream", "serve", "--any-user", "--state-dir", &state]);
+    let _any = Process(command.stdout(Stdio::null()).spawn().expect("it starts"));
+    let state = folder.path().join("any");
+    wait_for("the stream", || shardmill::source::embedded::find(&state).is_some());
+    let answer = as_nobody(port_of("any"));
+    assert!(status(&answer) == "200" && answer.contains("StreamNames"), "{answer}");
+}

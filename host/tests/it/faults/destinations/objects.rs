@@ -161,7 +161,7 @@ fn fault_12_a_log_is_not_fenced_again_while_another_sink_is_out_of_reach() {
         .route_all_to(&["logs", "mart"])
         .sink("logs", &format!("type = \"objects\"\nurl = \"{}\"", logs.display()))
         .sqlite("mart", "rows")
-        .table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""));
+        .table(&crate::support::admin(port));
     let log = std::fs::File::create(world.log()).expect("a log");
     let mut command = shardmill(&["run", &file.write(), "-v"]);
     let run = command.stdout(std::process::Stdio::null()).stderr(log).spawn();

@@ -564,7 +564,7 @@ fn state_is_gone(harm: impl FnOnce(&Path)) {
     let rig = Rig::new(1);
     let log = rig.world.log();
     let port = free_port();
-    let admin = format!("[admin]\nlisten = \"127.0.0.1:{port}\"");
+    let admin = crate::support::admin(port);
     let file = rig.pipeline("", "", &["mart"]).table(&admin);
     let mut run = start(&file, &log);
     rig.world.put(0..10, 10);

@@ -14,7 +14,7 @@ const FIRST: &str = "shardId-000000000000";
 /// `[admin]` on a free port, and the port.
 fn admin() -> (u16, String) {
     let port = free_port();
-    (port, format!("[admin]\nlisten = \"127.0.0.1:{port}\""))
+    (port, crate::support::admin(port))
 }
 
 /// Waits until health says that something is blocked, with these words.

@@ -103,7 +103,7 @@ fn endless_pipeline(folder: &std::path::Path, port: u16) -> String {
         .file(&rows, "format = \"application/json\"")
         .stage("misbehave", &plugin("hostile"), &lines)
         .sqlite("mart", "rows")
-        .table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""))
+        .table(&crate::support::admin(port))
         .write()
 }
 
@@ -155,7 +155,7 @@ record_time = \"1 min\"";
         .file(&rows, "format = \"application/json\"")
         .stage("misbehave", &plugin("hostile"), lines)
         .sink("mart", "type = \"discard\"")
-        .table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""))
+        .table(&crate::support::admin(port))
         .write();
     let mut run = Run::start(&file);
     wait_for("the call to be shown", || {

@@ -1,0 +1,105 @@
+//! Who a request was sent to, and for which page: what a browser cannot hide.
+//!
+//! A page in a browser may name a host that resolves to this machine (DNS rebinding), and then reads what
+//! this machine's ports answer as if it were its own. Its requests carry that name as their `Host`. An
+//! address or `localhost` cannot be rebound.
+
+use std::net::IpAddr;
+
+use axum::http::{HeaderMap, Request, Version, header};
+
+/// Whether a request was sent to an address, to `localhost`, or to one of these names. HTTP/1.0 needs no
+/// `Host`, and no browser speaks it.
+pub fn is_direct<B>(request: &Request<B>, names: &[String]) -> bool {
+    let is_without = request.version() <= Version::HTTP_10
+        && request.uri().authority().is_none()
+        && !request.headers().contains_key(header::HOST);
+    is_without || host_of(request).is_some_and(|host| is_known(&host, names))
+}
+
+/// The host that a request names, without its port, in lower case; `None`: none, or several.
+pub fn host_of<B>(request: &Request<B>) -> Option<String> {
+    // RFC 9112, section 3.2.2: the target's own host goes before the header.
+    let host = match request.uri().authority() {
+        Some(authority) => authority.as_str(),
+        None => {
+            let mut values = request.headers().get_all(header::HOST).iter();
+            match (values.next(), values.next()) {
+                (Some(value), None) => value.to_str().ok()?,
+                _ => return None,
+            }
+        }
+    };
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map(|(address, _)| address)?,
+        None => host.split_once(':').map_or(host, |(name, _)| name),
+    };
+    let name = name.strip_suffix('.').unwrap_or(name);
+    (!name.is_empty()).then(|| name.to_ascii_lowercase())
+}
+
+fn is_known(host: &str, names: &[String]) -> bool {
+    host == "localhost"
+        || host.parse::<IpAddr>().is_ok()
+        || names.iter().any(|name| name.eq_ignore_ascii_case(host))
+}
+
+/// Whether a page in a browser sent it: such a request says so by an `Origin`.
+pub fn is_of_page(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::ORIGIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_05_a_host_is_an_address_localhost_or_listed() {
+        let names = ["Mill.internal".to_owned()];
+        for (hosts, uri, is_known) in [
+            (&["127.0.0.1:9901"][..], "/status", true),
+            (&["10.0.0.7"], "/status", true),
+            (&["[::1]:9901"], "/status", true),
+            (&["[2001:db8::7]"], "/status", true),
+            (&["localhost:9901"], "/status", true),
+            (&["LOCALHOST."], "/status", true),
+            (&["mill.internal:9901"], "/status", true),
+            (&["evil.example"], "/status", false),
+            (&["evil.example:9901"], "/status", false),
+            (&["localhost.evil.example"], "/status", false),
+            (&["127.0.0.1.evil.example"], "/status", false),
+            (&["evil.example:127.0.0.1"], "/status", false),
+            (&["[::1"], "/status", false),
+            (&["x.mill.internal"], "/status", false),
+            (&[""], "/status", false),
+            (&[], "/status", false),
+            (&["localhost", "evil.example"], "/status", false),
+            // The target's host counts.
+            (&["localhost"], "http://evil.example/status", false),
+            (&["evil.example"], "http://localhost/status", true),
+        ] {
+            let mut request = Request::builder().uri(uri);
+            for host in hosts {
+                request = request.header(header::HOST, *host);
+            }
+            let request = request.body(()).expect("a request");
+            assert_eq!(is_direct(&request, &names), is_known, "{hosts:?} {uri}");
+        }
+    }
+
+    #[test]
+    fn wall_05_a_request_of_http_1_0_needs_no_host() {
+        for (version, host, is_known) in [
+            (Version::HTTP_10, None, true),
+            (Version::HTTP_10, Some("evil.example"), false),
+            (Version::HTTP_11, None, false),
+        ] {
+            let mut request = Request::builder().uri("/status").version(version);
+            if let Some(host) = host {
+                request = request.header(header::HOST, host);
+            }
+            let request = request.body(()).expect("a request");
+            assert_eq!(is_direct(&request, &[]), is_known, "{version:?} {host:?}");
+        }
+    }
+}
