@@ -110,8 +110,10 @@ pub async fn run(world: &World, script: &Script) -> anyhow::Result<Forgotten> {
 
 /// Runs one process: when this returns, nothing of it goes on. One that hangs is an error.
 async fn process<T: Send + 'static>(
+    world: &World,
     work: impl Future<Output = anyhow::Result<T>> + Send + 'static,
 ) -> anyhow::Result<T> {
+    unlocked(&world.folder()).await?;
     let run = tokio::task::spawn_blocking(move || {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -124,6 +126,20 @@ async fn process<T: Send + 'static>(
         })
     });
     run.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+}
+
+/// Waits until nobody has a lock of the pipeline. The process before is gone, but other tests of this
+/// program start programs: a child has all open files, locks too, until it is another program.
+async fn unlocked(folder: &Path) -> anyhow::Result<()> {
+    for name in ["lock", "redrive.lock"] {
+        let Ok(lock) = std::fs::File::open(folder.join(name)) else { continue };
+        let begun = std::time::Instant::now();
+        while lock.try_lock_shared().is_err() {
+            ensure!(begun.elapsed() < PROCESS_MAX, "{name} is not let go of");
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    }
+    Ok(())
 }
 
 /// What happens between two lives.
@@ -317,13 +333,13 @@ async fn live_patiently(world: &World, script: &Script, life: &Life) -> anyhow::
     std::fs::create_dir_all(world.folder())?;
     let is_older = {
         let (own, file) = (world.clone(), life.file);
-        process(async move { own.is_state_older(file).await }).await?
+        process(world, async move { own.is_state_older(file).await }).await?
     };
     if is_older {
         ensure!(script.forgets(), "a sink has seen a newer state, and none was put back");
         world.chaos.live_for(None);
         let (own, life) = (world.clone(), life.clone());
-        let refused = process(async move {
+        let refused = process(world, async move {
             let (config, source, options) = (own.pipeline(life.file), own.source(), own.options());
             let sinks = own.build()(&config)?;
             Supervisor::prepare(config, own.rig.host(), source, sinks, options)
@@ -338,7 +354,7 @@ async fn live_patiently(world: &World, script: &Script, life: &Life) -> anyhow::
     }
     let lived = async |trust_sinks: bool| {
         let (own, life) = (world.clone(), life.clone());
-        process(async move { live(&own, &life, trust_sinks).await }).await
+        process(world, async move { live(&own, &life, trust_sinks).await }).await
     };
     match lived(is_older).await {
         // A sink that was away while the state was lost was written by that state, and by none since: the
@@ -417,7 +433,7 @@ async fn reload(world: &World, swapper: &Swapper, reloads: &[(u64, File)]) {
 /// Redrives in a process of its own, until it ends or is killed.
 pub async fn redrive_once(world: &World, file: File) -> anyhow::Result<Redrive> {
     let own = world.clone();
-    process(async move {
+    process(world, async move {
         tokio::select! {
             redriven = redrive(&own, file, false) => redriven,
             () = own.chaos.over() => Ok(Redrive::Unfinished),
