@@ -67,6 +67,8 @@ pub struct Forgotten {
     /// Ids in dead letters, by place.
     pub letters: BTreeMap<String, HashSet<u64>>,
     pub holes: Vec<RecordedHole>,
+    /// Whether a sink came back that the state had not written since: a person said that it is trusted.
+    pub has_new_sink: bool,
 }
 
 /// Runs a script to its end.
@@ -93,7 +95,8 @@ pub async fn run(world: &World, script: &Script) -> anyhow::Result<Forgotten> {
                 whole_since = number + 1;
             }
         }
-        if live_patiently(world, script, life).await.with_context(|| format!("life {number}"))? {
+        let lived = live_patiently(world, script, life, &mut forgotten).await;
+        if lived.with_context(|| format!("life {number}"))? {
             whole_since = number + 1;
         }
     }
@@ -329,7 +332,12 @@ fn name_of(place: usize, is_renamed: bool) -> &'static str {
 
 /// Runs the pipeline through a life. An older copy of the state must be refused, and is gone on with
 /// then, as a person would say. Gives whether a redrive beside it was finished.
-async fn live_patiently(world: &World, script: &Script, life: &Life) -> anyhow::Result<bool> {
+async fn live_patiently(
+    world: &World,
+    script: &Script,
+    life: &Life,
+    forgotten: &mut Forgotten,
+) -> anyhow::Result<bool> {
     std::fs::create_dir_all(world.folder())?;
     let is_older = {
         let (own, file) = (world.clone(), life.file);
@@ -359,7 +367,8 @@ async fn live_patiently(world: &World, script: &Script, life: &Life) -> anyhow::
     match lived(is_older).await {
         // A sink that was away while the state was lost was written by that state, and by none since: the
         // start cannot know whether somebody still does, and a person says so.
-        Err(why) if script.has_new_sink() && format!("{why:#}").contains(ANOTHER_STATE) => {
+        Err(why) if script.may_have_new_sink() && format!("{why:#}").contains(ANOTHER_STATE) => {
+            forgotten.has_new_sink = true;
             lived(true).await
         }
         lived => lived,
