@@ -142,9 +142,8 @@ impl Parts {
     }
 
     fn start(root: &Path) -> Result<Self> {
-        data::flights(root)?;
+        Self::install(root)?;
         let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
-        postgres::install_pooler()?;
         Ok(Self {
             postgres: Cluster::start(scratch.path())?,
             restarted_postgres: Cluster::start(scratch.path())?,

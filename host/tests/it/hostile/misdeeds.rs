@@ -14,6 +14,11 @@ fn assert_culprits_alone(misdeed: &str, reason: &str) {
     Lane::hostile(misdeed).assert_culprits_alone(&[0, 499, 999], reason);
 }
 
+/// The same where a record makes many rows.
+fn after_work(misdeed: &str, reason: &str) {
+    Lane::patient(misdeed).assert_culprits_alone(&[0, 499, 999], reason);
+}
+
 #[test]
 fn a_trap_is_the_guilty_records_alone() {
     assert_culprits_alone(r#"trap_on = "bad""#, "trapped");
@@ -100,25 +105,22 @@ fn outputs_out_of_order_cost_a_search_and_no_record() {
 
 #[test]
 fn too_much_output_is_the_guilty_records_alone() {
-    assert_culprits_alone(
-        "flood_on = \"bad\"\nflood_bytes = 8388608",
-        "handed back more than it may",
-    );
+    after_work("flood_on = \"bad\"\nflood_bytes = 8388608", "handed back more than it may");
 }
 
 #[test]
 fn too_many_outputs_are_the_guilty_records_alone() {
     let due = "20000 outputs of 1 records, over the limit of 10 each";
-    assert_culprits_alone("many_on = \"bad\"\nmany = 20000", due);
+    after_work("many_on = \"bad\"\nmany = 20000", due);
     // A million do not even fit into the memory.
-    assert_culprits_alone(r#"many_on = "bad""#, "over its limit of 16777216");
+    after_work(r#"many_on = "bad""#, "over its limit of 16777216");
 }
 
 #[test]
 fn rows_that_share_their_bytes_count_in_full() {
     for misdeed in ["share_payload_on", "share_key_on"] {
         let due = "outputs of more than 4194304 bytes in all";
-        assert_culprits_alone(&format!("{misdeed} = \"bad\"\nmany = 8"), due);
+        after_work(&format!("{misdeed} = \"bad\"\nmany = 8"), due);
     }
 }
 

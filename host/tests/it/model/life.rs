@@ -67,6 +67,8 @@ pub struct Forgotten {
     /// Ids in dead letters, by place.
     pub letters: BTreeMap<String, HashSet<u64>>,
     pub holes: Vec<RecordedHole>,
+    /// Whether a sink came back that the state had not written since: a person said that it is trusted.
+    pub has_new_sink: bool,
 }
 
 /// Runs a script to its end.
@@ -93,7 +95,8 @@ pub async fn run(world: &World, script: &Script) -> anyhow::Result<Forgotten> {
                 whole_since = number + 1;
             }
         }
-        if live_patiently(world, script, life).await.with_context(|| format!("life {number}"))? {
+        let lived = live_patiently(world, script, life, &mut forgotten).await;
+        if lived.with_context(|| format!("life {number}"))? {
             whole_since = number + 1;
         }
     }
@@ -110,8 +113,10 @@ pub async fn run(world: &World, script: &Script) -> anyhow::Result<Forgotten> {
 
 /// Runs one process: when this returns, nothing of it goes on. One that hangs is an error.
 async fn process<T: Send + 'static>(
+    world: &World,
     work: impl Future<Output = anyhow::Result<T>> + Send + 'static,
 ) -> anyhow::Result<T> {
+    unlocked(&world.folder()).await?;
     let run = tokio::task::spawn_blocking(move || {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -124,6 +129,20 @@ async fn process<T: Send + 'static>(
         })
     });
     run.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+}
+
+/// Waits until nobody has a lock of the pipeline. The process before is gone, but other tests of this
+/// program start programs: a child has all open files, locks too, until it is another program.
+async fn unlocked(folder: &Path) -> anyhow::Result<()> {
+    for name in ["lock", "redrive.lock"] {
+        let Ok(lock) = std::fs::File::open(folder.join(name)) else { continue };
+        let begun = std::time::Instant::now();
+        while lock.try_lock_shared().is_err() {
+            ensure!(begun.elapsed() < PROCESS_MAX, "{name} is not let go of");
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    }
+    Ok(())
 }
 
 /// What happens between two lives.
@@ -313,17 +332,22 @@ fn name_of(place: usize, is_renamed: bool) -> &'static str {
 
 /// Runs the pipeline through a life. An older copy of the state must be refused, and is gone on with
 /// then, as a person would say. Gives whether a redrive beside it was finished.
-async fn live_patiently(world: &World, script: &Script, life: &Life) -> anyhow::Result<bool> {
+async fn live_patiently(
+    world: &World,
+    script: &Script,
+    life: &Life,
+    forgotten: &mut Forgotten,
+) -> anyhow::Result<bool> {
     std::fs::create_dir_all(world.folder())?;
     let is_older = {
         let (own, file) = (world.clone(), life.file);
-        process(async move { own.is_state_older(file).await }).await?
+        process(world, async move { own.is_state_older(file).await }).await?
     };
     if is_older {
         ensure!(script.forgets(), "a sink has seen a newer state, and none was put back");
         world.chaos.live_for(None);
         let (own, life) = (world.clone(), life.clone());
-        let refused = process(async move {
+        let refused = process(world, async move {
             let (config, source, options) = (own.pipeline(life.file), own.source(), own.options());
             let sinks = own.build()(&config)?;
             Supervisor::prepare(config, own.rig.host(), source, sinks, options)
@@ -338,12 +362,13 @@ async fn live_patiently(world: &World, script: &Script, life: &Life) -> anyhow::
     }
     let lived = async |trust_sinks: bool| {
         let (own, life) = (world.clone(), life.clone());
-        process(async move { live(&own, &life, trust_sinks).await }).await
+        process(world, async move { live(&own, &life, trust_sinks).await }).await
     };
     match lived(is_older).await {
         // A sink that was away while the state was lost was written by that state, and by none since: the
         // start cannot know whether somebody still does, and a person says so.
-        Err(why) if script.has_new_sink() && format!("{why:#}").contains(ANOTHER_STATE) => {
+        Err(why) if script.may_have_new_sink() && format!("{why:#}").contains(ANOTHER_STATE) => {
+            forgotten.has_new_sink = true;
             lived(true).await
         }
         lived => lived,
@@ -417,7 +442,7 @@ async fn reload(world: &World, swapper: &Swapper, reloads: &[(u64, File)]) {
 /// Redrives in a process of its own, until it ends or is killed.
 pub async fn redrive_once(world: &World, file: File) -> anyhow::Result<Redrive> {
     let own = world.clone();
-    process(async move {
+    process(world, async move {
         tokio::select! {
             redriven = redrive(&own, file, false) => redriven,
             () = own.chaos.over() => Ok(Redrive::Unfinished),

@@ -169,7 +169,7 @@ impl Outcome {
             let found: HashSet<u64> = found.into_iter().collect();
             let is_lost = |id: &u64| !found.contains(id) && !self.is_in_hole(*id, &sinks, size);
             let lost: Vec<u64> = (0..size.records()).filter(is_lost).collect();
-            if sinks == ["all"] && script.has_new_sink() {
+            if sinks == ["all"] && (script.has_new_sink() || self.forgotten.has_new_sink) {
                 continue;
             }
             ensure!(lost.is_empty(), "{sinks:?}: lost: {lost:?}; holes: {:?}", self.holes);

@@ -185,6 +185,15 @@ impl Script {
         self.lives.iter().any(|life| life.before.forgets() && life.file.is_away)
     }
 
+    /// Whether a sink is away at some time after the state was lost or put back. If it was not written in
+    /// between, which depends on when a process was killed, it is as new to the state when it comes back.
+    pub fn may_have_new_sink(&self) -> bool {
+        let lives = self.lives.iter().skip_while(|life| !life.before.forgets());
+        lives
+            .into_iter()
+            .any(|life| life.file.is_away || life.reloads.iter().any(|(_, file)| file.is_away))
+    }
+
     /// Whether a copy of the state before a life is needed later.
     pub fn needs_copy(&self, number: usize) -> bool {
         self.lives.iter().any(|life| life.before == Between::StateRestored { copy: number })
