@@ -13,6 +13,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::diagnostic::{Problem, suggest};
+use super::env::Values;
 use super::raw::{Count, Maybe, Size, Span, Text};
 use super::{ConfigError, ConfigFile, Located};
 
@@ -23,11 +24,18 @@ const NAME_CHARS_MAX: usize = 64;
 pub(super) struct Check<'a> {
     file: &'a Arc<ConfigFile>,
     problems: Vec<Problem>,
+    /// The values of variables that stand in the file.
+    values: Values,
 }
 
 impl<'a> Check<'a> {
     pub fn new(file: &'a Arc<ConfigFile>) -> Self {
-        Self { file, problems: Vec::new() }
+        Self { file, problems: Vec::new(), values: Values::default() }
+    }
+
+    /// Hides the value of a variable in all problems that follow.
+    pub fn hide(&mut self, name: &str, value: &str) {
+        self.values.add(name, value);
     }
 
     /// Notes a problem.
@@ -37,7 +45,8 @@ impl<'a> Check<'a> {
         message: impl Into<String>,
         help: impl Into<String>,
     ) {
-        self.problems.push(Problem::new(self.file, Some(span), message.into(), help.into()));
+        let (message, help) = (self.values.hide(message.into()), self.values.hide(help.into()));
+        self.problems.push(Problem::new(self.file, Some(span), message, help));
     }
 
     /// Adds to the way out of the problem noted last.

@@ -168,7 +168,7 @@ impl Side {
                 RunError::AllFailed(reason)
                 | RunError::TooManyFailed(reason)
                 | RunError::Later(reason, _),
-            ) => Err(reason),
+            ) => Err(self.stage.services.values.hide(reason)),
             Err(RunError::NoInstance(error)) => Err(error.to_string()),
             Err(RunError::Stopped(_)) => Err("it was stopped".into()),
         }
