@@ -121,7 +121,10 @@ impl Shared {
             roster: self.roster.clone(),
             holes: self.holes.clone(),
             ledger: self.ledger.clone(),
-            letters: self.letters.clone(),
+            letters: {
+                self.letters.set_bound(config.letter_bytes_max);
+                self.letters.clone()
+            },
             board: self.board.clone(),
             samples: match config.reload.samples == self.config.reload.samples {
                 true => self.samples.clone(),

@@ -65,6 +65,8 @@ pub struct Redrive {
     pub origins: Vec<Position>,
     /// Sinks that have the rows of all these records already, by a replay.
     pub delivered_to: Vec<SinkName>,
+    /// Dead letters of these records keep what entered a place whole: it could not be made again.
+    pub keeps_whole: bool,
 }
 
 /// Where a record failed.
@@ -225,6 +227,7 @@ impl Row {
                 route: redrive.route.clone(),
                 origins: vec![redrive.origins[self.record as usize].clone()],
                 delivered_to: redrive.delivered_to.clone(),
+                keeps_whole: redrive.keeps_whole,
             })),
         };
         let (shard, span) = (self.batch.shard.clone(), self.batch.span.clone());

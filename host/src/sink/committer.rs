@@ -178,7 +178,7 @@ impl Committer {
     async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
         let context = &self.context;
         let reason = format!("given up: {error}");
-        let letter = |row: &Row| self.refusals.letter(row, reason.clone());
+        let letter = |row: &Row| self.refusals.letter(row, reason.clone(), &commit.generation);
         let letters: Vec<_> = commit.rows.iter().map(letter).collect();
         let (rows, span, to) = (letters.len() as u64, &commit.span, &commit.span.to_inclusive);
         let whose = (&context.shard, &context.sink);

@@ -26,6 +26,7 @@ pub mod letters;
 pub mod lineage;
 pub mod polling;
 pub mod producer;
+pub mod remake;
 mod silence;
 pub mod spans;
 pub mod stream;

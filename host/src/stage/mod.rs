@@ -21,7 +21,7 @@ mod samples;
 mod spec;
 
 pub use answer::{Rejected, StageOutcome};
-pub use chain::{Blocked, Chain, ChainOutcome, Routed, Searching};
+pub use chain::{Blocked, Chain, ChainOutcome, Entered, Routed, Searching};
 pub use columns::needed as needed_columns;
 pub use endless::Endless;
 pub use flow::{Flow, Item, first_flow};
