@@ -111,9 +111,9 @@ pub(super) const SCHEMA: &str = "
             bytes - 256 - length(OLD.partition_key) - length(OLD.original); END;
 ";
 
-/// What of a record entered one place is kept up to this, in bytes with keys.
+/// Bound on the kept payloads and keys that entered one place, of each record.
 const ENTERED_BYTES_MAX: usize = 1 << 20;
-/// What a letter costs beside its texts and payloads.
+/// Overhead of a letter beside its texts and payloads, in bytes.
 pub(super) const LETTER_BYTES: usize = 512;
 /// The bound where none is configured: this, or half of the disk that is free of other data.
 const STORE_BYTES_MAX: u64 = 10 << 30;
@@ -132,7 +132,7 @@ pub struct MadeBy {
     pub revision: Arc<str>,
     /// Where a redriven record entered, and by which route; `None`: it came from the source.
     enters: Option<(LetterPlace, RouteName)>,
-    /// What entered a letter's place is kept whole: it could not be made again.
+    /// Keeps the payload that entered a letter's place whole: it could not be made again.
     keeps_whole: bool,
 }
 
@@ -208,11 +208,11 @@ struct Last {
     sub_sequence: u64,
     record: Option<i64>,
     place: LetterPlace,
-    /// What is kept of what entered there, of all letters of the record.
+    /// Bytes that are kept of the payloads that entered there, of all letters of the record.
     entered_bytes: usize,
 }
 
-/// What of a letter goes into its row.
+/// The parts of a letter that go into its row.
 pub(super) struct Kept<'l> {
     pub(super) record: Option<i64>,
     pub(super) kind: u8,
@@ -233,7 +233,7 @@ impl<'t> Keeper<'t> {
         Self { state, shard, redrive, last: None }
     }
 
-    /// Keeps the record of a letter, and decides what else is kept.
+    /// Keeps the record of a letter, and decides which other parts are kept.
     pub(super) fn keep<'l>(&mut self, letter: &'l DeadLetter) -> rusqlite::Result<Kept<'l>> {
         let (sequence, sub) = columns(&letter.key.position);
         let last =
@@ -351,7 +351,7 @@ pub(super) struct StoreFull {
 }
 
 impl StoreFull {
-    /// What to do about it.
+    /// The way out.
     pub(super) const WAY_OUT: &'static str = "nothing was written; redrive or purge dead letters \
                                               (`shardmill dlq redrive`, `shardmill dlq purge`), or raise \
                                               `bytes` under [dead_letters]";
@@ -459,7 +459,7 @@ fn free_bytes(folder: &Path) -> Option<u64> {
     (done == 0).then(|| found.f_bavail.saturating_mul(found.f_frsize))
 }
 
-/// What the store holds.
+/// Gives the bytes that the store holds.
 pub(super) fn kept_bytes(state: &Transaction<'_>) -> rusqlite::Result<u64> {
     let mut kept = state.prepare_cached("SELECT max(bytes, 0) FROM letter_store")?;
     kept.query_row([], |row| row.get(0))

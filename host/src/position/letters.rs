@@ -103,7 +103,7 @@ pub struct StoredLetter {
     pub entered_key: Vec<u8>,
     /// The payload that entered the failing place; empty where a digest is kept.
     pub entered: Vec<u8>,
-    /// What is kept in their place where they are too large.
+    /// The digest that is kept in their place where they are too large.
     pub entered_digest: Option<EnteredDigest>,
     /// When the stream took the record, in milliseconds since 1970.
     pub arrived_ms: u64,
@@ -252,7 +252,7 @@ impl DeadLetters {
         self.bound.leave_metrics();
     }
 
-    /// The bytes that all of them hold.
+    /// Gives the bytes that all of them hold.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -270,7 +270,7 @@ impl DeadLetters {
         Ok(())
     }
 
-    /// What became of a write of letters.
+    /// Shows the outcome of a write of letters, or gives its error.
     pub(super) fn written(
         &self,
         action: &'static str,
@@ -507,7 +507,7 @@ impl DeadLetters {
             .await
     }
 
-    /// What entered a stage and was not taken by it, oldest first, at most `limit`; without what is kept as
+    /// Gives the payloads that a stage did not take, oldest first, at most `limit`; without those kept as
     /// a digest.
     ///
     /// # Errors

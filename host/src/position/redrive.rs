@@ -95,7 +95,7 @@ pub struct RedrivenLetter {
     pub payload: Vec<u8>,
     /// Key and payload are not kept, and must be made again.
     pub lost: Option<Box<LostPayload>>,
-    /// What it becomes in other places cannot be made again: it is kept whole there.
+    /// Rows that it becomes cannot be made again: their letters are kept whole.
     pub keeps_whole: bool,
     /// When the stream took the record, in milliseconds since 1970.
     pub arrived_ms: u64,
@@ -114,7 +114,7 @@ pub struct LostPayload {
     pub partition_key: Vec<u8>,
     /// The record's data as it was put.
     pub original: Vec<u8>,
-    /// What it must become, by its digest.
+    /// The expected digest of what entered.
     pub sha256: String,
     /// The runs that made it, the first one first.
     pub steps: Vec<Step>,

@@ -404,7 +404,7 @@ impl StateStore {
         self.path.parent().unwrap_or(Path::new(""))
     }
 
-    /// Writes the database anew without its free pages, if it is not larger than `bytes_max`, and empties its
+    /// Rewrites the database without its free pages, if it is not larger than `bytes_max`, and empties its
     /// write-ahead log: what was deleted is gone from the disk.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ const KEY_FILE: &str = "variables.key";
 /// Hex digits of a hash that are kept, and of the key's own digest before them.
 const HASH_DIGITS: usize = 32;
 const KEY_DIGITS: usize = 8;
-/// A larger database is not written anew to remove what lies in its free pages.
+/// A larger database is not rewritten to remove what lies in its free pages.
 const VACUUM_BYTES_MAX: i64 = 256 << 20;
 
 /// Where today's values come from.
@@ -197,7 +197,7 @@ fn forget(spec: &mut GenerationSpec, stages: &[(StageName, StageText)]) -> bool 
     has_changed
 }
 
-/// What two hashes say.
+/// The outcome of comparing two hashes.
 #[derive(Debug, PartialEq, Eq)]
 enum Compared {
     First,

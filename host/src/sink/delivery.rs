@@ -248,7 +248,7 @@ struct Gatherer {
     is_due: bool,
     /// The rows of the last parcel.
     rows_expected: usize,
-    /// Rows behind an earlier owner's promise: they are encoded as those that arrive.
+    /// Rows after an earlier owner's promise: they are encoded as those that arrive.
     rest_of_promise: Option<Delivery>,
     pressure: Arc<Notify>,
 }

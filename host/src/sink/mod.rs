@@ -311,7 +311,7 @@ pub trait RowEncoder: Send {
 pub struct CutRows {
     /// The position of the last row that was taken now; `None`: none was.
     pub to_inclusive: Option<Position>,
-    /// The rows behind it.
+    /// The rows after it.
     pub rest: Vec<Row>,
 }
 

@@ -139,7 +139,7 @@ impl LettersReader {
     }
 }
 
-/// What the letters of one batch have in common.
+/// The properties that the letters of one batch share.
 #[derive(PartialEq, Eq)]
 struct Common {
     place: LetterPlace,

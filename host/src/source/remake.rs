@@ -96,7 +96,7 @@ impl Remaker {
                 keeps_whole: true,
             })),
         };
-        // As plugins were told then.
+        // As plugins saw it then.
         let (stream, shard) = match entry {
             Entry::Source => (self.stream_name.clone(), lost.shard.clone()),
             Entry::Redrive(_) => (LETTERS_STREAM.to_owned(), REDRIVE_SHARD.into()),
@@ -118,7 +118,7 @@ impl Remaker {
         }
     }
 
-    /// What a record becomes on its way to a place.
+    /// Gives the payloads that a record becomes on its way to a place.
     async fn entering(
         &mut self,
         revision: &str,

@@ -44,7 +44,7 @@ pub struct ChainOutcome {
     pub letters: Vec<DeadLetter>,
 }
 
-/// What enters a place of the path.
+/// A key and a payload that enter a place of the path.
 #[derive(Debug)]
 pub struct Entered {
     /// The partition key.
