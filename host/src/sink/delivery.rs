@@ -17,6 +17,7 @@ use super::committer::{Committer, Order, Parcel};
 use super::{Acquired, EncodeRows, LookAhead, RowEncoder, SinkError};
 use crate::budget::{Account, OpenBuffer, Permit};
 use crate::config::{Rhythm, Timing};
+use crate::off_thread::off_thread;
 use crate::position::DeadLetters;
 use crate::record::{Position, Row, ShardKey, ShardStart, SinkName};
 use crate::stop::Stop;
@@ -442,18 +443,6 @@ impl Gatherer {
         }
         room.send(Order::Commit(parcel));
         Ok(())
-    }
-}
-
-/// Does work that uses the processor where it holds up nobody.
-async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The process ends.
-            Err(_) => std::future::pending().await,
-        },
     }
 }
 
