@@ -415,6 +415,7 @@ impl Gatherer {
                 encoded: None,
                 to_inclusive: cut.clone(),
                 generation: buffer.generation.clone(),
+                bytes: 0,
                 permit: None,
             };
             orders.send(Order::Commit(parcel)).await.map_err(|_| CommitterEnded)?;
@@ -435,6 +436,7 @@ impl Gatherer {
             encoded,
             to_inclusive: buffer.to_inclusive,
             generation: buffer.generation,
+            bytes: buffer.bytes,
             permit: buffer.permit,
         };
         let room = orders.reserve().await.map_err(|_| CommitterEnded)?;

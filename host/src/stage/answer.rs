@@ -208,3 +208,41 @@ fn slice<'a>(arena: &'a [u8], span: Span, what: &str, index: usize) -> Result<&'
         ))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item(payload: &[u8]) -> Item {
+        let payload = Bytes::copy_from_slice(payload);
+        Item { record: 0, ordinal: 0, upstream_route: 0, key: Bytes::new(), payload }
+    }
+
+    /// An answer with so many outputs of nothing, for the first item.
+    fn empty_outputs(outputs: usize) -> Outcome {
+        let none = Some(Span { start: 0, length: 0 });
+        let output = Output { input: 0, route: 0, key: none, payload: none };
+        let words = std::iter::repeat_n(output.to_words(), outputs).flatten().collect();
+        Outcome { arena: Vec::new(), outputs: words, rejects: Vec::new() }
+    }
+
+    #[test]
+    fn wall_02_outputs_without_bytes_are_not_free() {
+        let limits = StageLimits { outputs_per_record_max: 1_000_000, ..StageLimits::default() };
+        let prove = |outputs| prove(&[item(b"one")], empty_outputs(outputs), 1, &limits, 0);
+        let most = limits.output_bytes_max / OUTPUT_OVERHEAD_BYTES;
+        assert_eq!(prove(most).expect("within the limit").output_count(), most);
+        let refused = prove(most + 1).expect_err("over the limit").message;
+        assert!(refused.contains("outputs of more than 67108864 bytes"), "{refused}");
+    }
+
+    #[test]
+    fn wall_02_what_came_in_may_pass_whatever_the_limit_is() {
+        let limits = StageLimits { output_bytes_max: 1, ..StageLimits::default() };
+        let items = vec![item(b"one"); 1_000];
+        let pass = |input| Output { input, route: 0, key: None, payload: None }.to_words();
+        let outputs: Vec<u32> = (0..1_000).flat_map(pass).collect();
+        let outcome = Outcome { arena: Vec::new(), outputs, rejects: Vec::new() };
+        assert_eq!(prove(&items, outcome, 1, &limits, 0).expect("passed").output_count(), 1_000);
+    }
+}
