@@ -183,10 +183,9 @@ impl Holding {
                 copies.into_iter().map(|copied| Bytes::from(copied.bytes)).collect();
             for row in rows.iter_mut() {
                 let source = &row.batch.records[row.record as usize];
-                for (bytes, came) in [
-                    (&mut row.payload, &source.payload),
-                    (&mut row.key, &source.partition_key),
-                ] {
+                for (bytes, came) in
+                    [(&mut row.payload, &source.payload), (&mut row.key, &source.partition_key)]
+                {
                     if !bytes.is_empty()
                         && !is_same(bytes, came)
                         && let Some(arena) = arenas.find(bytes, &mut likely)

@@ -72,7 +72,8 @@ fn wall_02_rows_keep_no_more_than_twice_their_own_bytes() {
         let mut rows = Vec::new();
         for (record, index) in batch.records.iter().zip(0..).step_by(every) {
             for _ in 0..random.usize(0..3) {
-                let part = |random: &mut fastrand::Rng, came: &Bytes| match random.choice(&handles) {
+                let part = |random: &mut fastrand::Rng, came: &Bytes| match random.choice(&handles)
+                {
                     Some(arena) if random.bool() => {
                         let start = random.usize(0..arena.len());
                         arena.slice(start..arena.len().min(start + random.usize(0..most + 1)))

@@ -160,11 +160,7 @@ fn wall_01_an_aggregate_that_waits_holds_its_bytes_and_its_keys_places() {
         partition_keys: vec![Bytes::new(); 100_000],
         explicit_hash_keys: Vec::new(),
         records: vec![
-            AggregatedUserRecord {
-                key: 0,
-                explicit_hash_key: None,
-                data: Bytes::new()
-            };
+            AggregatedUserRecord { key: 0, explicit_hash_key: None, data: Bytes::new() };
             100_000
         ],
     };

@@ -20,8 +20,8 @@ use super::input::without_mark;
 use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
 use crate::config::{BatchLimits, FileConfig, FileCut, StartPosition};
 use crate::record::{
-    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardId, ShardKey, StreamIdentity,
-    is_kept_whole,
+    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardId, ShardKey,
+    StreamIdentity, is_kept_whole,
 };
 
 /// The one shard of a file.

@@ -256,11 +256,7 @@ impl Inbox {
     ///
     /// # Errors
     /// [`SourceError::Call`] for an invalid sequence number.
-    pub fn accept(
-        &mut self,
-        records: Vec<Arrived>,
-        call: &'static str,
-    ) -> Result<(), SourceError> {
+    pub fn accept(&mut self, records: Vec<Arrived>, call: &'static str) -> Result<(), SourceError> {
         for record in records {
             self.accept_one(record, call)?;
         }

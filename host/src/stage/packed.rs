@@ -148,9 +148,7 @@ fn held(records: usize, bytes: usize) -> usize {
 fn entry_bytes(entry: &Entry) -> usize {
     match entry {
         Entry::Source => 0,
-        Entry::Redrive(redrive) => {
-            redrive.origins.len() * (size_of::<Position>() + SEQUENCE_BYTES)
-        }
+        Entry::Redrive(redrive) => redrive.origins.len() * (size_of::<Position>() + SEQUENCE_BYTES),
     }
 }
 

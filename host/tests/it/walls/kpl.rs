@@ -73,9 +73,9 @@ fn get(port: u16, path: &str, time_max: Duration) -> Option<String> {
 /// The sum of a metric's series.
 fn metric(port: u16, name: &str) -> f64 {
     let text = get(port, "/metrics", Duration::from_secs(10)).unwrap_or_default();
-    let lines = text.lines().filter(|line| {
-        line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
-    });
+    let lines = text
+        .lines()
+        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 

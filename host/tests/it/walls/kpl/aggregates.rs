@@ -84,9 +84,10 @@ fn wall_01_sub_sequences_do_not_depend_on_settings() {
         ids.map(|id| (format!("key-{}", id % 7), row(id, 7))).collect()
     };
     world.put_raw(
-        [0..EVENTS - 10, EVENTS - 10..EVENTS].map(events).iter().map(|events| {
-            ("any".to_owned(), aggregate(events))
-        }),
+        [0..EVENTS - 10, EVENTS - 10..EVENTS]
+            .map(events)
+            .iter()
+            .map(|events| ("any".to_owned(), aggregate(events))),
     );
     for records in [3, 1_000, 7] {
         let source = format!("batch = {{ records = {records} }}");

@@ -74,9 +74,7 @@ fn wall_02_a_row_of_one_byte_does_not_hold_the_answer_that_it_came_in() {
     let file = file.stream(STREAM, "embedded", lines);
     let file = file.stage("large", &plugin, &format!("{LIMITS}\nroutes = {{ out = [\"hook\"] }}"));
     let run = start(&world, &blocked(file, port).write());
-    wait_for("the records", || {
-        metric(port, "shardmill_source_records_total") as usize == RECORDS
-    });
+    wait_for("the records", || metric(port, "shardmill_source_records_total") as usize == RECORDS);
     assert_below(&run, bound(8, 8, 1, 1));
     let held = metric(port, "shardmill_buffer_bytes");
     assert!(held < 100_000.0, "{held} bytes are held for {RECORDS} rows of a byte");
