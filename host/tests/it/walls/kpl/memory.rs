@@ -1,6 +1,7 @@
 //! Memory is counted by what is held, and rows hold no more than twice their own.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
 
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
@@ -186,6 +187,37 @@ fn wall_02_objects_keep_their_size_by_default() {
     let largest = *sizes.last().expect("an object");
     let commit = 64 * MIB;
     assert!((commit..commit + MIB).contains(&largest), "{sizes:?}");
+}
+
+/// The key of a request's header is held by each of its records, and counts for each.
+#[test]
+fn wall_02_the_intake_counts_the_key_of_each_record() {
+    let world = World::new(1);
+    let port = free_port();
+    let file = PipelineToml::new(world.folder.path(), "reading");
+    let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
+    let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
+    let lines = format!("[intake]\nlisten = \"127.0.0.1:{port}\"\nin_flight = \"1 MiB\"");
+    let _run = start(&world, &file.table(&lines).write());
+    wait_for("the intake", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let post = |key: &str| {
+        let body = "1\n".repeat(5_000);
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connected");
+        let head = format!(
+            "POST /events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+             Content-Type: application/x-ndjson\r\nX-Partition-Key: {key}\r\n\
+             Content-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all((head + &body).as_bytes()).expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("answered");
+        answer
+    };
+    let taken = post("k");
+    assert!(taken.starts_with("HTTP/1.1 200"), "{taken}");
+    let refused = post(&"k".repeat(256));
+    assert!(refused.starts_with("HTTP/1.1 413") && refused.contains("lines"), "{refused}");
 }
 
 /// The sizes of the data below a folder.
