@@ -13,6 +13,7 @@ pub mod http;
 pub mod intake;
 pub mod lane;
 pub mod lease;
+mod off_thread;
 pub mod pipeline;
 pub mod plugin;
 pub mod position;

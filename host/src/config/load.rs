@@ -34,8 +34,10 @@ const TABLES: [&str; 10] = [
     "intake",
 ];
 
-/// The default and the range of `buffer`: below it, hardly one batch fits; above it, no machine.
-const BUFFER_BYTES: usize = 64 << 20;
+/// The default of `buffer`: the largest commit by default has 64 MiB of payload in up to 100,000 rows, each
+/// of which holds some 360 bytes beside it. With less, one shard's objects would be cut before they are full.
+const BUFFER_BYTES: usize = 100 << 20;
+/// The range of `buffer`: below it, hardly one batch fits; above it, no machine.
 const BUFFER_BYTES_MIN: usize = 1 << 20;
 const BUFFER_BYTES_MAX: usize = 64 << 30;
 /// The range of `dead_letters.bytes`: below it, hardly one dead letter fits.

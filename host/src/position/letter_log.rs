@@ -39,8 +39,7 @@ impl DeadLetters {
         Ok(StreamIdentity { name: STREAM.into(), arn, created_ms })
     }
 
-    /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes` of
-    /// originals.
+    /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes`.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -62,6 +61,7 @@ impl DeadLetters {
                 while let Some(row) = rows.next()? {
                     let letter = StoredLetter::read(row, 1)?;
                     held_bytes += letter.original.len() + letter.entered.len();
+                    held_bytes += letter.reason.len() + letter.backtrace.len();
                     logged.push(LoggedLetter { number: row.get(0)?, letter });
                     if held_bytes >= bytes {
                         break;

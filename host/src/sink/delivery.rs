@@ -17,6 +17,7 @@ use super::committer::{Committer, Order, Parcel};
 use super::{Acquired, CutRows, EncodeRows, LookAhead, RowEncoder, SinkError};
 use crate::budget::{Account, OpenBuffer, Permit};
 use crate::config::{Rhythm, Timing};
+use crate::off_thread::off_thread;
 use crate::position::DeadLetters;
 use crate::record::{Position, Row, ShardKey, ShardStart, SinkName};
 use crate::stop::Stop;
@@ -460,6 +461,7 @@ impl Gatherer {
                 encoded: None,
                 to_inclusive: cut.clone(),
                 generation: buffer.generation.clone(),
+                bytes: 0,
                 permit: None,
             };
             orders.send(Order::Commit(parcel)).await.map_err(|_| CommitterEnded)?;
@@ -486,6 +488,7 @@ impl Gatherer {
             encoded,
             to_inclusive: buffer.to_inclusive,
             generation: buffer.generation,
+            bytes: buffer.bytes,
             permit: buffer.permit,
         };
         let room = orders.reserve().await.map_err(|_| CommitterEnded)?;
@@ -494,18 +497,6 @@ impl Gatherer {
         }
         room.send(Order::Commit(parcel));
         Ok(())
-    }
-}
-
-/// Does work that uses the processor where it holds up nobody.
-async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The process ends.
-            Err(_) => std::future::pending().await,
-        },
     }
 }
 

@@ -335,6 +335,12 @@ pub trait SinkWriter: Send {
         None
     }
 
+    /// Whether a commit of rows that were not encoded as they arrived makes a copy of all of them, in the
+    /// destination's form: it is counted while the commit is under way.
+    fn copies_rows(&self) -> bool {
+        false
+    }
+
     /// The calls that a commit makes, for when they are without an answer.
     fn calls(&self) -> &'static str {
         "the commit"

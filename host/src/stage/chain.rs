@@ -20,7 +20,7 @@ use crate::config::RejectedMax;
 use crate::plugin::CallError;
 use crate::position::{DeadLetter, LetterKey, MadeBy};
 use crate::record::{
-    Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
+    Arenas, Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
 };
 
 /// A row and the sinks that it goes to.
@@ -42,6 +42,8 @@ pub struct ChainOutcome {
     pub routed: Vec<Routed>,
     /// Records that a stage did not take.
     pub letters: Vec<DeadLetter>,
+    /// What the rows share with others.
+    pub arenas: Arenas,
 }
 
 /// A key and a payload that enter a place of the path.
@@ -231,7 +233,7 @@ impl Chain {
         settled: &HashSet<LetterKey>,
     ) -> Result<ChainOutcome, Blocked> {
         if self.runners.is_empty() || redriven_to(batch).is_some() {
-            return Ok(ChainOutcome { routed: unchanged(batch), letters: Vec::new() });
+            return Ok(ChainOutcome { routed: unchanged(batch), ..ChainOutcome::default() });
         }
         let mut run = match self.in_hand.take() {
             Some(run) if Arc::ptr_eq(&run.batch, batch) => run,
@@ -354,6 +356,7 @@ impl Chain {
                 run.outcome.letters.push(letter(&batch, item, runner, &place, rejected, revision));
             }
             let Some(Part { flow, .. }) = run.parts.pop_front() else { break };
+            made.arenas().for_each(|arena| run.outcome.arenas.add(arena.clone()));
             let out = Out { routed: &mut run.outcome.routed, on: &mut run.on };
             route(&batch, flow, &made, index, runner, out, &mut run.rows_of_record);
         }
@@ -361,6 +364,8 @@ impl Chain {
             // Each part is in order; the next stage gets both as one flow.
             run.on.sort_by_key(|item| (item.record, item.ordinal));
         }
+        // An answer that no output goes on with is let go of before the next stage makes another.
+        run.outcome.arenas.forget_unused();
         run.entering = Some(mem::take(&mut run.on));
         run.stage += 1;
         Ok(())
@@ -438,8 +443,7 @@ fn route(
     let digest: Arc<str> = loaded.plugin.digest.as_str().into();
     let own_name = |name: &RouteName| RowRoute::new(name.as_str().into(), digest.clone());
     let route_names: Vec<RowRoute> = loaded.route_names.iter().map(own_name).collect();
-    // Mostly a record becomes one row.
-    routed.reserve(flow.len());
+    routed.reserve(made.output_count());
     let mut outputs = made.outputs().peekable();
     while let Some(output) = outputs.next() {
         let item = &mut flow[output.item];

@@ -424,6 +424,10 @@ impl ObjectsWriter {
 
 #[async_trait]
 impl SinkWriter for ObjectsWriter {
+    fn copies_rows(&self) -> bool {
+        true
+    }
+
     fn encodes_rows(&self) -> Option<Arc<dyn EncodeRows>> {
         Some(Arc::new(Arriving { shared: self.shared.clone(), shard: self.shard.clone() }))
     }
