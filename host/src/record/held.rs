@@ -250,6 +250,7 @@ fn with_own_records(rows: &mut [Row]) {
             route: redrive.route.clone(),
             origins: indexes.iter().map(|index| redrive.origins[*index as usize].clone()).collect(),
             delivered_to: redrive.delivered_to.clone(),
+            keeps_whole: redrive.keeps_whole,
         })),
     };
     let (shard, span) = (batch.shard.clone(), batch.span.clone());

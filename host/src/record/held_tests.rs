@@ -186,6 +186,7 @@ fn wall_02_copied_rows_of_a_redrive_keep_their_origins() {
         route: "cars".into(),
         origins: (1_000..1_100).map(origin).collect(),
         delivered_to: vec!["other".into()],
+        keeps_whole: true,
     }));
     let as_came = |record: u32| {
         let came = &own.records[record as usize];
@@ -197,6 +198,7 @@ fn wall_02_copied_rows_of_a_redrive_keep_their_origins() {
     let origins: Vec<_> = rows.iter().map(|row| row.batch.origin(row.record).clone()).collect();
     assert_eq!(origins, [1_003, 1_003, 1_070].map(origin));
     assert!(rows[0].batch.is_delivered_to(&"other".into()));
+    assert!(matches!(&rows[0].batch.entry, Entry::Redrive(redrive) if redrive.keeps_whole));
     assert_eq!(rows[2].batch.records.len(), 2);
     // A row that goes on as it came shares its record's bytes, once.
     assert_eq!(rows[1].payload.as_ptr(), rows[1].source().payload.as_ptr());

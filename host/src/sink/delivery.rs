@@ -400,6 +400,7 @@ impl Gatherer {
         };
         buffer.count += rows.len();
         buffer.bytes += bytes_of(&rows);
+        let came_bytes = permit.as_ref().map(Permit::bytes);
         match (&mut buffer.permit, permit) {
             (Some(held), Some(more)) => held.absorb(more),
             (held, more) => *held = more.or(held.take()),
@@ -421,12 +422,11 @@ impl Gatherer {
                     if let Some(to_inclusive) = to_inclusive {
                         buffer.to_inclusive = to_inclusive;
                     }
-                    let held: usize = rest.iter().map(Row::held_bytes).sum();
-                    let batch = rest.first().map_or(0, |row| row.batch.held_bytes());
-                    rest_permit = buffer.permit.as_mut().map(|permit| {
-                        let bytes = (held + batch).min(permit.bytes());
-                        permit.split(bytes)
-                    });
+                    // They share with the rows before them: all that came with them is still held.
+                    rest_permit = match (&mut buffer.permit, came_bytes) {
+                        (Some(permit), Some(bytes)) => Some(permit.split(bytes)),
+                        _ => None,
+                    };
                     cut = Some(rest);
                 }
                 // The rows are gone, and with them what they held.

@@ -122,7 +122,8 @@ impl LettersReader {
         };
         match made {
             Ok((key, payload)) => {
-                (letter.key, letter.payload) = (key.into(), payload.into());
+                // Copied: they may be a small part of a plugin's answer, which would be kept with them.
+                (letter.key, letter.payload) = (key.to_vec(), payload.to_vec());
                 Ok(Some(letter))
             }
             Err(why) => {
