@@ -12,6 +12,7 @@ mod postgres;
 mod process;
 mod soak;
 mod test;
+mod tools;
 mod wasm_toolchain;
 
 use anyhow::Result;
