@@ -3,6 +3,8 @@
 //! No secret leaves this file: errors name host and database, never the URL. [`link`] is a connection
 //! whose every call has a deadline; [`pool`] is what the sinks of one server share.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod link;
 mod pool;
 

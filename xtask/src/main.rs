@@ -5,6 +5,7 @@ mod book;
 mod data;
 mod deny;
 mod documentation;
+mod fuzz;
 mod kinesis_local;
 mod languages;
 mod plugins;

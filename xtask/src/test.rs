@@ -13,6 +13,7 @@ use crate::book;
 use crate::data;
 use crate::deny;
 use crate::documentation;
+use crate::fuzz::Fuzzing;
 use crate::kinesis_local::KinesisLocal;
 use crate::languages::Languages;
 use crate::plugins;
@@ -53,6 +54,7 @@ fn check_all(root: &Path) -> Result<()> {
     timed("build and lints of the tests", || run(host_tests(root).args(EVERY_TARGET)))?;
     timed("licences, bans and sources", || join(dependencies))?;
     timed("what else is to be installed", || join(installed))?;
+    timed("fuzz targets", || Fuzzing::of_test().run(root))?;
     timed("bundled plugins", || plugins::check(root))?;
     timed("tests and lints of the bundled plugins", || test_plugins(root))?;
     let parts = timed("real parts", || Parts::start(root))?;

@@ -17,6 +17,9 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::types::Type;
 
+#[cfg(any(test, fuzzing))]
+pub(in crate::sink) mod fuzz;
+
 use crate::config::Compression;
 use crate::sink::Column;
 use crate::sink::rows::form::RowForm;
