@@ -9,6 +9,8 @@ pub mod admin;
 pub mod budget;
 pub mod cli;
 pub mod config;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod http;
 pub mod intake;
 pub mod lane;

@@ -8,6 +8,8 @@
 mod committer;
 pub mod delivery;
 pub mod discard;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod http;
 pub mod kinesis;
 pub mod line;

@@ -12,6 +12,8 @@ mod cuts;
 mod endless;
 mod fit;
 mod flow;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod generation;
 mod health;
 mod packed;
