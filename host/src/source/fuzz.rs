@@ -6,8 +6,9 @@ use bytes::Bytes;
 use fastrand::Rng;
 use md5::{Digest as _, Md5};
 
-use super::aggregate;
+use super::aggregate::{self, Opened};
 use crate::fuzzing::{Choices, Target};
+use crate::record::HashRange;
 
 /// Checks that [`aggregate::open`] recognises exactly the records that the format calls aggregates, and that
 /// their user records come out complete and in order, wherever batches are cut.
@@ -35,17 +36,59 @@ fn run(data: &[u8]) {
     let record = Bytes::from(record);
     let expected = reference(&record);
 
-    let _cut = cut;
-    let found = aggregate::deaggregate(&record);
-    let found = found.as_ref().map(|users| {
-        let user =
-            users.iter().map(|user| (&user.partition_key[..], user.hash_key, &user.payload[..]));
+    let taken = match aggregate::open(&record, None) {
+        Opened::Ordinary => None,
+        Opened::Astray => panic!("there is no range to be astray of"),
+        Opened::Aggregate(mut aggregate) => {
+            let mut taken = Vec::new();
+            while !aggregate.is_empty() {
+                // So many fit into a batch; 0: all.
+                let (room, mut used) = (usize::from(cut % 4), 0);
+                let batch = aggregate.take(|_, _| {
+                    used += 1;
+                    room == 0 || used <= room
+                });
+                assert!(!batch.is_empty(), "at least one fits");
+                taken.extend(batch);
+            }
+            Some(taken)
+        }
+    };
+    let found = taken.as_ref().map(|taken| {
+        for (place, (number, _)) in taken.iter().enumerate() {
+            assert_eq!(*number, place as u64, "sub-sequence numbers have no gaps");
+        }
+        let user = taken.iter().map(|(_, user)| (&user.partition_key[..], &user.payload[..]));
         user.collect::<Vec<_>>()
     });
     let plain = expected.as_ref().map(|users| {
-        users.iter().map(|(key, hash, payload)| (&key[..], *hash, &payload[..])).collect::<Vec<_>>()
+        users.iter().map(|(key, _, payload)| (&key[..], &payload[..])).collect::<Vec<_>>()
     });
     assert_eq!(found, plain);
+
+    let Some(users) = expected else { return };
+    skips(&record, &users, cut.into());
+    let range = HashRange::parse("0", &(u128::MAX / 255 * u128::from(cut)).to_string());
+    let range = range.expect("a range");
+    let belongs = users.iter().all(|(_, hash, _)| range.contains(*hash));
+    match aggregate::open(&record, Some(&range)) {
+        Opened::Aggregate(_) => assert!(belongs, "it has a user record of another shard"),
+        Opened::Astray => assert!(!belongs, "all its user records are in the shard"),
+        Opened::Ordinary => panic!("the shard does not change what a record is"),
+    }
+}
+
+/// Checks that a reader which starts again continues after the records that it has.
+fn skips(record: &Bytes, users: &[User], from: u64) {
+    let Opened::Aggregate(mut aggregate) = aggregate::open(record, None) else { return };
+    let from = from % (users.len() as u64 + 2);
+    aggregate.skip_to(from);
+    let left = aggregate.take(|_, _| true);
+    let numbers: Vec<u64> = left.iter().map(|(number, _)| *number).collect();
+    assert_eq!(numbers, (from..users.len() as u64).collect::<Vec<_>>());
+    for (number, user) in left {
+        assert_eq!(user.payload, users[number as usize].2);
+    }
 }
 
 /// Reads the user records of a record. `None`: it is an ordinary record.
