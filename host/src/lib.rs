@@ -9,10 +9,13 @@ pub mod admin;
 pub mod budget;
 pub mod cli;
 pub mod config;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod http;
 pub mod intake;
 pub mod lane;
 pub mod lease;
+mod off_thread;
 mod own_file;
 pub mod pipeline;
 pub mod plugin;

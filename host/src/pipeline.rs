@@ -83,7 +83,7 @@ async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> 
         // Nothing behind a part without an outcome may go on.
         let outcome = lane.run_stages(&part).await?;
         lane.write_letters(&part, outcome.letters).await?;
-        lane.deliver(&part, outcome.routed).await?;
+        lane.deliver(&part, outcome.routed, outcome.arenas).await?;
         rest = behind;
     }
     Ok(())

@@ -3,11 +3,12 @@
 //! No secret leaves this file: errors name host and database, never the URL. [`link`] is a connection
 //! whose every call has a deadline; [`pool`] is what the sinks of one server share.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod link;
 mod pool;
 mod tls;
 
-use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::ops::Range;
@@ -81,30 +82,7 @@ impl PostgresServer {
     /// # Errors
     /// What cannot be read, without its values.
     pub fn parse(url: &str) -> Result<Self, String> {
-        refuse_bare_at(url)?;
-        let mut text = Cow::Borrowed(url);
-        let roots = parameter(&text, "sslrootcert");
-        if let Some(parameter) = &roots {
-            text.to_mut().replace_range(parameter.whole.clone(), "");
-        }
-        let mode = parameter(&text, "sslmode");
-        if let Some(Parameter { value, place, .. }) = &mode {
-            // What the parser does not know. `allow` begins in plain text in libpq; TLS first is no less.
-            let known = match value.as_str() {
-                value if value.starts_with("verify-") => Some("require"),
-                "allow" => Some("prefer"),
-                _ => None,
-            };
-            if let Some(known) = known {
-                text.to_mut().replace_range(place.clone(), known);
-            }
-        }
-        let mut config: Config = text.parse().map_err(|error: tokio_postgres::Error| {
-            // The cause names the faulty part without its value, which may be the password.
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            format!("this is no PostgreSQL connection: {}", cause.unwrap_or(error.to_string()))
-        })?;
-        let roots = roots.map(|roots| roots.value);
+        let (mut config, roots) = read(url)?;
         let encryption = match config.get_ssl_mode() {
             SslMode::Require => Encryption::Required(Tls::verified(roots.as_deref())?),
             SslMode::Disable => Encryption::Off,
@@ -262,18 +240,61 @@ fn is_loopback(host: &str) -> bool {
         || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Refuses a URL with a second `@`. The parser ends the password at the first one, so that the rest of the
-/// password would be taken for the host, and shown as such.
+/// Reads a connection string as the client library does, and besides the file of certificates to trust.
+fn read(url: &str) -> Result<(Config, Option<String>), String> {
+    refuse_bare_at(url)?;
+    let (mut text, mut roots) = (url.to_owned(), None);
+    // From the end, so that places before stay; of two values the last one counts.
+    for parameter in parameters(url).into_iter().rev() {
+        match parameter.name.as_str() {
+            "sslrootcert" => {
+                text.replace_range(parameter.whole, "");
+                roots.get_or_insert(parameter.value);
+            }
+            // What the library does not know.
+            "sslmode" if ["verify-ca", "verify-full"].contains(&parameter.value.as_str()) => {
+                text.replace_range(parameter.place, "require");
+            }
+            // `allow` begins in plain text in libpq; TLS first is no less.
+            "sslmode" if parameter.value == "allow" => {
+                text.replace_range(parameter.place, "prefer");
+            }
+            _ => {}
+        }
+    }
+    let config = text.parse().map_err(|error: tokio_postgres::Error| {
+        // The cause names the faulty part without its value, which may be the password.
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        format!("this is no PostgreSQL connection: {}", cause.unwrap_or(error.to_string()))
+    })?;
+    Ok((config, roots))
+}
+
+/// Refuses a URL with an `@` that is not the one before the host. The parser ends the password at the first one,
+/// wherever that is: the rest of the password, or what was a parameter, would be taken for the host, and
+/// shown as such.
 fn refuse_bare_at(url: &str) -> Result<(), String> {
-    let after = url.strip_prefix("postgres://").or_else(|| url.strip_prefix("postgresql://"));
-    let before_query = after.and_then(|after| after.split('?').next()).unwrap_or_default();
-    match before_query.matches('@').count() {
-        0 | 1 => Ok(()),
+    let Some(after) = without_scheme(url) else { return Ok(()) };
+    let before = after.find('@').map_or("", |at| &after[..at]);
+    let is_parameter = before.split_once('?').is_some_and(|(_, query)| query.contains('='));
+    match after.matches('@').count() {
+        0 => Ok(()),
+        1 if is_parameter => Err(
+            "expected the `@` of the connection URL between password and host, found it after a `?`; \
+             write an `@` of a parameter as %40, and a `?` of the user or password as %3F"
+                .into(),
+        ),
+        1 => Ok(()),
         found => Err(format!(
             "expected one `@` in the connection URL, between password and host, found {found}; write an \
-             `@` that belongs to the user, the password or the database as %40"
+             `@` that belongs to the user, the password, the database or a parameter as %40"
         )),
     }
+}
+
+/// The text after the scheme of a connection URL.
+fn without_scheme(url: &str) -> Option<&str> {
+    url.strip_prefix("postgres://").or_else(|| url.strip_prefix("postgresql://"))
 }
 
 /// Moves bytes for a client until the connection ends. Without a client it ends by itself, unless the
@@ -296,50 +317,87 @@ async fn drive(
 }
 
 /// A parameter of a connection string.
+#[derive(Debug)]
 struct Parameter {
+    name: String,
     value: String,
-    /// Where the value stands.
+    /// Where the value stands, with its quotes.
     place: Range<usize>,
     /// Where all of it stands, with what parts it from the next.
     whole: Range<usize>,
 }
 
-/// Finds a parameter of a connection string of either form.
-fn parameter(text: &str, name: &str) -> Option<Parameter> {
-    let is_url = text.starts_with("postgres://") || text.starts_with("postgresql://");
-    let begin = if is_url { text.find('?')? + 1 } else { 0 };
-    let begins = |at: usize| {
-        let before = text[begin..at].chars().next_back();
-        before.is_none_or(|c| if is_url { c == '&' } else { c.is_whitespace() })
+/// Finds the parameters of a connection string of either form, where the client library finds them: a value
+/// may contain what looks like another parameter.
+fn parameters(text: &str) -> Vec<Parameter> {
+    match without_scheme(text) {
+        Some(after) => url_parameters(text, text.len() - after.len()),
+        None => keyword_parameters(text),
+    }
+}
+
+/// The parameters of a URL whose scheme ends at `start`.
+fn url_parameters(text: &str, start: usize) -> Vec<Parameter> {
+    let host = text[start..].find('@').map_or(start, |at| start + at + 1);
+    let Some(query) = text[host..].find('?') else { return Vec::new() };
+    let (mut at, mut found) = (host + query + 1, Vec::new());
+    while let Some(equals) = text[at..].find('=').map(|equals| at + equals) {
+        let begin = equals + 1;
+        let end = text[begin..].find('&').map_or(text.len(), |end| begin + end);
+        let next = text.len().min(end + 1);
+        let (name, value) = (decoded(&text[at..equals]), decoded(&text[begin..end]));
+        found.push(Parameter { name, value, place: begin..end, whole: at..next });
+        at = next;
+    }
+    found
+}
+
+/// A part of a URL's query without percent-encoding. A plus is one, in contrast to a form.
+fn decoded(part: &str) -> String {
+    let pair = format!("v={}", part.replace('+', "%2B"));
+    let value = form_urlencoded::parse(pair.as_bytes()).next().map(|(_, value)| value);
+    value.unwrap_or_default().into_owned()
+}
+
+/// The parameters of the form `name = value`, up to the first thing that is none.
+fn keyword_parameters(text: &str) -> Vec<Parameter> {
+    let mut found = Vec::new();
+    let mut rest = text.trim_start();
+    let place = |rest: &str| text.len() - rest.len();
+    while let Some(end) = rest.find(|c: char| c == '=' || c.is_whitespace()) {
+        let (name, after) = rest.split_at(end);
+        if name.is_empty() {
+            break;
+        }
+        let Some(written) = after.trim_start().strip_prefix('=') else { break };
+        let written = written.trim_start();
+        let Some((value, after)) = keyword_value(written) else { break };
+        let (begin, end) = (place(written), place(after));
+        let (name, whole) = (name.to_owned(), place(rest)..end);
+        found.push(Parameter { name, value, place: begin..end, whole });
+        rest = after.trim_start();
+    }
+    found
+}
+
+/// A value, quoted or not, in which a backslash takes the next character as it is; and what follows it.
+fn keyword_value(written: &str) -> Option<(String, &str)> {
+    let (quoted, text) = match written.strip_prefix('\'') {
+        Some(text) => (true, text),
+        None => (false, written),
     };
-    let mut places = text[begin..].match_indices(name).map(|(at, _)| begin + at);
-    let start =
-        places.find(|at| begins(*at) && text[at + name.len()..].trim_start().starts_with('='))?;
-    let after = &text[start + name.len()..];
-    let after = after.trim_start().strip_prefix('=')?;
-    let after = if is_url { after } else { after.trim_start() };
-    let value_start = text.len() - after.len();
-    let (value, length) = match (is_url, after.strip_prefix('\'')) {
-        (false, Some(quoted)) => {
-            let end = quoted.find('\'')?;
-            (quoted[..end].to_owned(), end + 2)
+    let (mut value, mut characters) = (String::new(), text.chars());
+    loop {
+        let before = characters.as_str();
+        match characters.next() {
+            Some('\'') if quoted => return Some((value, characters.as_str())),
+            Some('\\') => value.extend(characters.next()),
+            Some(c) if !quoted && c.is_whitespace() => return Some((value, before)),
+            Some(c) => value.push(c),
+            // Without its second quote it is none.
+            None => return (!quoted).then_some((value, "")),
         }
-        (false, None) => {
-            let end = after.find(char::is_whitespace).unwrap_or(after.len());
-            (after[..end].to_owned(), end)
-        }
-        (true, _) => {
-            let end = after.find('&').unwrap_or(after.len());
-            // As in a form: %2F is a slash.
-            let pair = format!("v={}", &after[..end]);
-            let value = form_urlencoded::parse(pair.as_bytes()).next().map(|(_, value)| value);
-            (value.unwrap_or_default().into_owned(), end)
-        }
-    };
-    let end = value_start + length;
-    let rest = &text[end..];
-    let separator = rest.len() - rest.strip_prefix('&').unwrap_or(rest).len();
-    Some(Parameter { value, place: value_start..end, whole: start..end + separator })
+    }
 }
 
 /// Host and database, for errors.
@@ -392,23 +450,59 @@ mod tests {
                 "postgresql://h/d?a=b&",
             ),
             (
-                "postgres://h/d?sslrootcert=%2Fca+1.pem",
+                "postgres://h/d?sslrootcert=%2Fc%20a+1.pem",
                 "sslrootcert",
-                "/ca 1.pem",
+                "/c a+1.pem",
                 "postgres://h/d?",
             ),
+            ("postgres://u:a?b@h/d?sslmode=require", "sslmode", "require", "postgres://u:a?b@h/d?"),
             ("host=h sslmode = 'require' dbname=d", "sslmode", "require", "host=h  dbname=d"),
             ("sslrootcert='my ca.pem'", "sslrootcert", "my ca.pem", ""),
+            (r"sslrootcert='my \'ca\'.pem'", "sslrootcert", "my 'ca'.pem", ""),
+            (r"sslrootcert=my\ ca.pem a=b", "sslrootcert", "my ca.pem", " a=b"),
         ] {
-            let found = parameter(text, name).expect(text);
+            let found = parameters(text).into_iter().find(|parameter| parameter.name == name);
+            let found = found.expect(text);
             assert_eq!(found.value, value, "{text}");
             let mut without = text.to_owned();
             without.replace_range(found.whole, "");
             assert_eq!(without, rest, "{text}");
         }
-        for text in ["postgres://sslmode=require@h/d", "host=sslmode", "xsslmode=require host=h"] {
-            assert!(parameter(text, "sslmode").is_none(), "{text}");
+        for text in [
+            "postgres://sslmode=require@h/d",
+            "host=sslmode",
+            "xsslmode=require host=h",
+            "password='a sslmode=require' host=h",
+        ] {
+            let found = parameters(text);
+            assert!(found.iter().all(|parameter| parameter.name != "sslmode"), "{text}: {found:?}");
         }
+    }
+
+    #[test]
+    fn wall_20_a_value_that_looks_like_a_parameter_stays_a_value() {
+        let (config, roots) =
+            read("host=h password='a sslmode=verify-full sslrootcert=b'").expect("a connection");
+        assert_eq!(config.get_password(), Some(&b"a sslmode=verify-full sslrootcert=b"[..]));
+        assert_eq!((config.get_ssl_mode(), roots), (SslMode::Prefer, None));
+
+        let (config, roots) =
+            read("sslmode=disable sslrootcert=a sslmode=verify-ca sslrootcert=b host=h")
+                .expect("a connection");
+        assert_eq!((config.get_ssl_mode(), roots.as_deref()), (SslMode::Require, Some("b")));
+    }
+
+    #[test]
+    fn wall_20_an_at_of_a_parameter_makes_no_host() {
+        for url in [
+            "postgres://h/d?application_name=me@work",
+            "postgres://u:p@h/d?application_name=me@work",
+            "postgres://u:a@b@h/d",
+        ] {
+            let why = read(url).expect_err(url);
+            assert!(why.contains("%40"), "{url}: {why}");
+        }
+        assert!(read("postgres://u:a?b/c@h/d?application_name=me%40work").is_ok());
     }
 
     #[test]

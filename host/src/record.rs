@@ -4,6 +4,7 @@
 //! half-open spans `(from, to]`.
 
 mod batch;
+mod held;
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 pub use self::batch::{Batch, Entry, LetterPlace, Record, Redrive, Row, RowRoute};
+pub use self::held::{Arenas, Holding, is_kept_whole};
 
 /// Declares a newtype over text with the conversions that all domain names share.
 macro_rules! text_newtype {

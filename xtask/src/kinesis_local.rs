@@ -10,10 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::process::npm_install;
+use crate::tools;
 
-/// The version that the tests were written against.
-const PACKAGE: &str = "kinesis-local@0.6.2";
 /// How long it may take to answer.
 const START_MAX: Duration = Duration::from_secs(60);
 /// The server listens on every interface and has no option for it.
@@ -37,13 +35,9 @@ pub struct KinesisLocal {
 impl KinesisLocal {
     /// Installs it below `folder` if it is not there; gives the package's own folder.
     pub fn install(folder: &Path) -> Result<PathBuf> {
-        let package = folder.join("node_modules/kinesis-local");
-        if !package.join("main.js").exists() {
-            npm_install(folder, PACKAGE).context(
-                "the second Kinesis server of the tests needs npm: install nodejs and npm",
-            )?;
-        }
-        Ok(package)
+        tools::npm_install(folder, "kinesis-local")
+            .context("the second Kinesis server of the tests needs npm: install nodejs and npm")?;
+        Ok(folder.join("node_modules/kinesis-local"))
     }
 
     /// Installs it below `folder` if it is not there, and starts it on a free port.

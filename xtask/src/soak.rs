@@ -1,12 +1,15 @@
-//! `cargo xtask soak`: the crash test with many seeds, for as long as one likes.
+//! `cargo xtask soak`: fuzz targets and randomised tests, with many seeds.
 
 use anyhow::{Context as _, Result};
 
-use crate::data;
-use crate::postgres::Cluster;
-use crate::process::{cargo, project_root, run};
+use crate::fuzz::Fuzzing;
+use crate::process::{project_root, run};
+use crate::test::{Parts, host_tests};
 
-/// Run the crash test with one seed after the other.
+/// Tests of the host that take their choices from a seed.
+const SEEDED_TESTS: [&str; 3] = ["model::", "resharding::", "crash::"];
+
+/// Run the fuzz targets and the tests that take a seed, with one seed after the other.
 #[derive(clap::Args)]
 pub struct Soak {
     /// How many seeds.
@@ -15,23 +18,32 @@ pub struct Soak {
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// How long each fuzz target runs per seed, in seconds; all run side by side.
+    #[arg(long, default_value_t = 60)]
+    fuzz_seconds: u64,
+    /// Only fuzz targets.
+    #[arg(long)]
+    fuzz_only: bool,
+    /// Only this fuzz target.
+    #[arg(long)]
+    target: Option<String>,
 }
 
 impl Soak {
     /// Runs the task; stops at the first seed that fails, which is printed.
     pub fn run(self) -> Result<()> {
         let root = project_root();
-        data::flights(&root)?;
-        let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
-        let postgres = Cluster::start(scratch.path())?;
+        let fuzz_only = self.fuzz_only || self.target.is_some();
+        let parts = if fuzz_only { None } else { Some(Parts::start(&root)?) };
         for seed in self.seed..self.seed + self.rounds {
-            run(cargo()
-                .current_dir(&root)
-                .args(["test", "--release", "--package", "shardmill", "--test", "it", "crash::"])
-                .args(["--", "--nocapture"])
-                .env("SHARDMILL_TEST_POSTGRES", &postgres.url)
-                .env("SHARDMILL_SEED", seed.to_string()))
-            .with_context(|| format!("seed {seed} failed"))?;
+            let fuzzing = Fuzzing { seconds: self.fuzz_seconds, seed, target: self.target.clone() };
+            fuzzing.run(&root).with_context(|| format!("seed {seed} failed"))?;
+            let Some(parts) = &parts else { continue };
+            let mut tests = host_tests(&root);
+            tests.args(["--test", "it", "--", "--nocapture"]).args(SEEDED_TESTS);
+            parts.apply_to(&mut tests)?;
+            run(tests.env("SHARDMILL_SEED", seed.to_string()))
+                .with_context(|| format!("seed {seed} failed"))?;
         }
         Ok(())
     }

@@ -11,7 +11,9 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::book;
 use crate::data;
+use crate::deny;
 use crate::documentation;
+use crate::fuzz::Fuzzing;
 use crate::kinesis_local::KinesisLocal;
 use crate::languages::Languages;
 use crate::plugins;
@@ -23,7 +25,7 @@ const EVERY_TARGET: [&str; 2] = ["--all-targets", "--no-run"];
 /// Known to the tests' own harness.
 const TEST_THREADS: &str = "RUST_TEST_THREADS";
 
-/// Check format, lints, documentation, the book and bundled plugins, and run all tests.
+/// Check format, lints, dependencies, documentation, the book and bundled plugins, and run all tests.
 #[derive(clap::Args)]
 pub struct Test {
     /// Only tests whose name contains this; skips the other checks.
@@ -45,11 +47,14 @@ fn check_all(root: &Path) -> Result<()> {
     // but mdBook comes by package managers; both are done when they are there already.
     let installed = in_background(root, Parts::install);
     let mdbook = in_background(root, |root| book::mdbook(root).map(drop));
+    let dependencies = in_background(root, deny::check);
 
     timed("format", || check_format(root))?;
     // First: what checks the plugins is a part of it.
     timed("build and lints of the tests", || run(host_tests(root).args(EVERY_TARGET)))?;
+    timed("licences, bans and sources", || join(dependencies))?;
     timed("what else is to be installed", || join(installed))?;
+    timed("fuzz targets", || Fuzzing::of_test().run(root))?;
     timed("bundled plugins", || plugins::check(root))?;
     timed("tests and lints of the bundled plugins", || test_plugins(root))?;
     let parts = timed("real parts", || Parts::start(root))?;
@@ -119,7 +124,7 @@ fn test_threads() -> usize {
 
 /// The real parts of the host's tests: two servers of PostgreSQL and a second Kinesis server of their own, and the
 /// compilers of plugins' languages. All are ended when dropped.
-struct Parts {
+pub struct Parts {
     postgres: Cluster,
     /// A server that a test restarts, under nobody else's feet.
     restarted_postgres: Cluster,
@@ -141,7 +146,8 @@ impl Parts {
         Ok(())
     }
 
-    fn start(root: &Path) -> Result<Self> {
+    /// Starts all parts.
+    pub fn start(root: &Path) -> Result<Self> {
         Self::install(root)?;
         let scratch = tempfile::tempdir().context("failed to make a scratch folder")?;
         Ok(Self {
@@ -155,7 +161,7 @@ impl Parts {
     }
 
     /// Tells the tests of a command where the parts are.
-    fn apply_to(&self, command: &mut Command) -> Result<()> {
+    pub fn apply_to(&self, command: &mut Command) -> Result<()> {
         command
             .env("SHARDMILL_TEST_POSTGRES", &self.postgres.url)
             .env("SHARDMILL_TEST_RESTARTED_POSTGRES", &self.restarted_postgres.url)

@@ -190,6 +190,12 @@ fn describe() {
     describe_counter!("shardmill_sink_bytes_total", "bytes committed by a sink");
     describe_counter!("shardmill_sink_retries_total", "commits tried again");
     describe_counter!("shardmill_dead_letters_total", "records dead-lettered, by place");
+    describe_gauge!("shardmill_dead_letters_bytes", "bytes that the store of dead letters holds");
+    describe_gauge!(
+        "shardmill_dead_letters_bytes_max",
+        "the most that it may hold: then lanes with dead letters wait"
+    );
+    describe_gauge!("shardmill_dead_letters_nearly_full", "1 from 80 % of that on, else 0");
     describe_counter!("shardmill_changes_total", "changes of what runs, by outcome");
     describe_histogram!(
         "shardmill_change_pause_seconds",

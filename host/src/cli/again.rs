@@ -16,9 +16,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::run::stop_on_signals;
 use super::{Console, plugin_host, sinks, stream};
-use crate::config::{OnLostRecords, PipelineConfig, ReaderKind, SinkKind, SourceKind};
+use crate::config::{OnLostRecords, PipelineConfig, ReaderKind, SinkKind, SourceKind, environment};
 use crate::lease::PipelineLock;
-use crate::position::{Change, Changes, Checkpoints, Ledger, LedgerEntry, Running, StateStore};
+use crate::position::{
+    Change, Changes, Checkpoints, Ledger, LedgerEntry, Running, StateStore, Variables,
+};
 use crate::private::make_folders;
 use crate::record::{ShardId, SinkName, StageName, StreamIdentity};
 use crate::sink::WriteMode;
@@ -184,7 +186,7 @@ impl Ran<'_> {
         let ledger = Ledger::new(self.state.clone());
         let version = |spec: &GenerationSpec| {
             let own = spec.stage(&self.stage)?;
-            Some((own.digest.clone(), own.canary.clone(), own.config_json.clone()))
+            Some((own.digest.clone(), own.canary.clone(), own.text()))
         };
         let bad = version(&ledger.spec(&self.undone.after).await?);
         let entries = ledger.history().await?;
@@ -324,6 +326,7 @@ async fn seed(
     let (described, mut components) = Generation::from_config(own, host, &|_| None)?;
     let runs = Changes::new(state.clone()).running().await?;
     let runs = runs.context("the pipeline has not said yet what it runs")?.running;
+    Variables::new(state.clone()).set_otherwise(&runs, &environment).await?.say(&runs.id());
     let mut running = described.spec.clone();
     for stage in &mut running.stages {
         if let Some(runs) = runs.stage(&stage.name) {

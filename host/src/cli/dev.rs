@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::{Console, load_file, load_plugin, run, with_trust};
-use crate::config::{PipelineConfig, StageConfig, parse};
+use crate::config::{PipelineConfig, StageConfig, StageText, parse};
 use crate::plugin::build::build_plugin_in_haste;
 use crate::plugin::manifest::PluginManifest;
 use crate::source::client::{self, Server};
@@ -204,8 +204,10 @@ fn pipeline(
     let own = if own.exists() { Some(load_file(&own)?) } else { None };
     let lookups = own.as_ref().map(|own| own.lookups.clone()).unwrap_or_default();
     let own: Option<StageConfig> = own.and_then(|own| own.stages.into_iter().next());
+    let config_text = own.as_ref().map(|own| own.config_text.clone());
     let config_json = own.as_ref().map(|own| own.config_json.clone()).or(config_json);
     let config_json = config_json.unwrap_or_else(|| "{}".into());
+    let config_text = config_text.unwrap_or_else(|| StageText::plain(config_json.clone()));
     let described = LoadedStage::alone(load_plugin(component)?, &config_json, NAME)
         .map_err(|error| anyhow::anyhow!("{name} does not start: {error}"))?;
     let routes = described.route_names.iter();
@@ -238,7 +240,7 @@ window = "0 s"
     config.state_dir = with_trust(config.state_dir);
     config.lookups = lookups;
     for stage in &mut config.stages {
-        stage.config_json = config_json.clone();
+        (stage.config_json, stage.config_text) = (config_json.clone(), config_text.clone());
         if let Some(own) = &own {
             (stage.grants, stage.http_hosts) = (own.grants.clone(), own.http_hosts.clone());
             stage.limits = own.limits;

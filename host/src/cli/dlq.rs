@@ -14,7 +14,7 @@ use comfy_table::{Table, presets};
 use serde_json::json;
 
 use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, print_line};
-use crate::position::{DeadLetters, LetterFilter};
+use crate::position::{DeadLetters, EnteredDigest, LetterFilter};
 use crate::record::LetterPlace;
 use crate::terminal::escaped;
 
@@ -175,7 +175,7 @@ fn open(pipeline: &Pipeline) -> anyhow::Result<DeadLetters> {
 
 async fn list(wanted: &Letters, limit: u32, console: &Console) -> anyhow::Result<()> {
     let store = open(&wanted.pipeline)?;
-    let letters = store.select(wanted.filter(), limit).await?;
+    let letters = store.select_heads(wanted.filter(), limit).await?;
     let count = store.count_of(wanted.filter()).await?;
     for letter in &letters {
         console.report(&json!({
@@ -247,10 +247,14 @@ async fn show(id: i64, pipeline: &Pipeline, console: &Console) -> anyhow::Result
         }
     }
     print_line(format!("original   {} bytes\n{}", letter.original.len(), text(&letter.original)));
-    if letter.entered != letter.original {
+    if let Some(EnteredDigest { sha256, bytes }) = &letter.entered_digest {
+        print_line(format!(
+            "entered    {bytes} bytes, too large to be kept: a redrive makes them again\ndigest     {sha256}"
+        ));
+    } else if letter.entered != letter.original {
         print_line(format!("entered    {} bytes\n{}", letter.entered.len(), text(&letter.entered)));
     }
-    if entered_key != key {
+    if letter.entered_digest.is_none() && entered_key != key {
         print_line(format!("under key  {entered_key}"));
     }
     if !letter.backtrace.is_empty() {

@@ -17,11 +17,13 @@ use super::{
     Console, PipelineFile, dead_letters, holes, load, plugin_host, sinks, state_beside, stream,
 };
 use crate::config::{
-    PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, StartPosition,
+    PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, StartPosition, environment,
 };
 use crate::lane::roster;
 use crate::lease::PipelineLock;
-use crate::position::{Checkpoints, FailedAgain, Holes, Redrives, ReplayId, Replays, StateStore};
+use crate::position::{
+    Changes, Checkpoints, FailedAgain, Holes, Redrives, ReplayId, Replays, StateStore, Variables,
+};
 use crate::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
 use crate::sink::Sink;
 use crate::sink::postgres::{OtherSink, PostgresSink, SwapFailed, TableWindow, WindowDiff};
@@ -140,6 +142,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let source = WindowSource::new(source, window_ms.clone());
     let last = source.last();
     let (host, sinks) = (plugin_host(&config)?, sinks::build(&own)?);
+    say_set_otherwise(&config).await?;
     let run = RunOptions::new(false);
     let supervisor =
         Supervisor::prepare_under(lock, own, host, Arc::new(source), sinks, run).await?;
@@ -293,6 +296,19 @@ fn others<'c>(
         _ => None,
     });
     tables.collect()
+}
+
+/// Says which variables of the stages were set otherwise when the pipeline ran: a replay uses today's.
+async fn say_set_otherwise(config: &PipelineConfig) -> anyhow::Result<()> {
+    if config.state_dir.join(config.name.as_str()).join("state.db").exists() {
+        let state = state_beside(config)?;
+        if let Some(noted) = Changes::new(state.clone()).running().await? {
+            let variables = Variables::new(state);
+            let otherwise = variables.set_otherwise(&noted.running, &environment).await?;
+            otherwise.say(&noted.running.id());
+        }
+    }
+    Ok(())
 }
 
 /// The right to replace rows, and where it is noted: no redrive may run meanwhile, it would bring letters

@@ -223,7 +223,9 @@ async fn prepare_copies(
     };
     let (letters, name, limits) = (pipeline.letters(), config.name.clone(), config.source.batch);
     let source = LetterLogSource::new(letters, name, limits, last_letter);
-    prepare(config, Arc::new(source), options).await.map(Some)
+    let copies = prepare(config, Arc::new(source), options).await?;
+    copies.letters().leave_metrics();
+    Ok(Some(copies))
 }
 
 /// Runs a pipeline and what copies its letters, until both have ended. When one fails, the other is

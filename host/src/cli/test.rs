@@ -209,7 +209,7 @@ async fn capture(
         Some(range) => from_stream(&config, range).await?,
         None => dead_letters(&config, &stage.name.value, options.limit).await?,
     };
-    let captured = capture::to_cases(workbench, &stage.config_json, &records, &redaction)?;
+    let captured = capture::to_cases(workbench, &stage.config_text, &records, &redaction)?;
     let file = folder.join(CAPTURED);
     capture::append(&file, &captured.lines)
         .with_context(|| format!("failed to write {}", file.display()))?;

@@ -13,6 +13,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::diagnostic::{Problem, suggest};
+use super::env::Values;
 use super::raw::{Count, Maybe, Size, Span, Text};
 use super::{ConfigError, ConfigFile, Located};
 
@@ -26,11 +27,18 @@ pub(super) const CONNECTIONS_ALLOWED: RangeInclusive<u64> = 4..=65_536;
 pub(super) struct Check<'a> {
     file: &'a Arc<ConfigFile>,
     problems: Vec<Problem>,
+    /// The values of variables that stand in the file.
+    values: Values,
 }
 
 impl<'a> Check<'a> {
     pub fn new(file: &'a Arc<ConfigFile>) -> Self {
-        Self { file, problems: Vec::new() }
+        Self { file, problems: Vec::new(), values: Values::default() }
+    }
+
+    /// Hides the value of a variable in all problems that follow.
+    pub fn hide(&mut self, name: &str, value: &str) {
+        self.values.add(name, value);
     }
 
     /// Notes a problem.
@@ -40,7 +48,8 @@ impl<'a> Check<'a> {
         message: impl Into<String>,
         help: impl Into<String>,
     ) {
-        self.problems.push(Problem::new(self.file, Some(span), message.into(), help.into()));
+        let (message, help) = (self.values.hide(message.into()), self.values.hide(help.into()));
+        self.problems.push(Problem::new(self.file, Some(span), message, help));
     }
 
     /// Adds to the way out of the problem noted last.

@@ -35,7 +35,7 @@ impl SinkKind {
                 let mut server = options
                     .iter()
                     .filter(|(key, _)| ENDPOINTS.contains(&key.to_ascii_lowercase().as_str()))
-                    .map(|(_, value)| format!(" at {}", value.trim_end_matches('/')));
+                    .map(|(_, value)| format!(" at {}", without_user(value)));
                 let server = server.next().unwrap_or_default();
                 let mut url = url.clone();
                 // What a URL cannot carry, it does not.
@@ -48,7 +48,7 @@ impl SinkKind {
                 let place = match &server.endpoint {
                     Endpoint::Aws => format!("{:?}", server.region.as_deref().unwrap_or_default()),
                     Endpoint::Embedded => "embedded".to_owned(),
-                    Endpoint::Url(url) => url.as_str().trim_end_matches('/').to_owned(),
+                    Endpoint::Url(url) => without_user(url.as_str()),
                 };
                 Some(format!("kinesis {stream} at {place}"))
             }
@@ -60,6 +60,18 @@ impl SinkKind {
             }
         }
     }
+}
+
+/// An endpoint's URL without a user and a password.
+fn without_user(text: &str) -> String {
+    let Ok(mut url) = url::Url::parse(text) else { return text.trim_end_matches('/').to_owned() };
+    if url.username().is_empty() && url.password().is_none() {
+        return text.trim_end_matches('/').to_owned();
+    }
+    // What a URL cannot carry, it does not.
+    let _ = url.set_password(None);
+    let _ = url.set_username("");
+    url.as_str().trim_end_matches('/').to_owned()
 }
 
 /// A table of a server; the user does not matter, and `public` is where a table without a schema is.
@@ -107,6 +119,13 @@ mod tests {
             let text = destination(one).expect("a destination");
             assert_eq!(Some(&text), destination(two).as_ref());
             assert!(!text.contains("hunter2"), "{text}");
+        }
+        for sink in [
+            "type = \"kinesis\"\nstream = \"s\"\nendpoint = \"http://a:hunter2@h:1\"",
+            "type = \"objects\"\nurl = \"s3://b/p\"\noptions = { endpoint = \"http://a:hunter2@h:1\" }",
+        ] {
+            let text = destination(sink).expect("a destination");
+            assert!(text.ends_with("at http://h:1") && !text.contains("hunter2"), "{text}");
         }
         let other = [
             [

@@ -80,6 +80,11 @@ pub struct SampleLimits {
     pub age_max: Duration,
 }
 
+impl SampleLimits {
+    /// Nothing is kept.
+    pub const NONE: Self = Self { batches_max: 0, bytes_max: 0, age_max: Duration::ZERO };
+}
+
 impl Default for SampleLimits {
     fn default() -> Self {
         Self { batches_max: 32, bytes_max: 8 << 20, age_max: Duration::from_secs(600) }

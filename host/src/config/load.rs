@@ -34,8 +34,10 @@ const TABLES: [&str; 10] = [
     "intake",
 ];
 
-/// The default and the range of `buffer`: below it, hardly one batch fits; above it, no machine.
-const BUFFER_BYTES: usize = 64 << 20;
+/// The default of `buffer`: the largest commit by default has 64 MiB of payload in up to 100,000 rows, each
+/// of which holds some 360 bytes beside it. With less, one shard's objects would be cut before they are full.
+const BUFFER_BYTES: usize = 100 << 20;
+/// The range of `buffer`: below it, hardly one batch fits; above it, no machine.
 const BUFFER_BYTES_MIN: usize = 1 << 20;
 const BUFFER_BYTES_MAX: usize = 64 << 30;
 /// Connections of the admin port, and those of one peer that is not on this machine.
@@ -43,6 +45,9 @@ const ADMIN_CONNECTIONS: usize = 128;
 const CONNECTIONS_PER_PEER: usize = 32;
 /// 0: any number.
 const PER_PEER_ALLOWED: std::ops::RangeInclusive<u64> = 0..=65_536;
+/// The range of `dead_letters.bytes`: below it, hardly one dead letter fits.
+const LETTER_BYTES_MIN: usize = 1 << 20;
+const LETTER_BYTES_MAX: usize = 1 << 50;
 
 /// Reads and proves a configuration file; `lookup` is where `${VAR}` comes from.
 ///
@@ -86,6 +91,7 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
         }
     };
     let fingerprints = sink::fingerprints(&root, check);
+    let stage_texts = stage::written(&root, file);
     substitute_table(&mut root, variables, check);
     if check.failed() {
         return None; // What an unset variable would have said is anyone's guess.
@@ -98,9 +104,9 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
     let source = sections.source.and_then(|table| source::read(table, base, check));
     let names = bindings::Names::collect(&sections.stages, &sections.sinks, &sections.lookups);
     let (stages_written, sinks_written) = (sections.stages.len(), sections.sinks.len());
-    let stages = sections.stages.into_iter();
-    let stages: Vec<_> =
-        stages.filter_map(|table| stage::read(table, base, &names, check)).collect();
+    let stages = sections.stages.into_iter().zip(stage_texts);
+    let stages = stages.filter_map(|(table, text)| stage::read(table, &text, base, &names, check));
+    let stages: Vec<_> = stages.collect();
     let sinks = sections.sinks.into_iter().zip(fingerprints);
     let sinks: Vec<_> =
         sinks.filter_map(|(table, print)| sink::read(table, print, base, buffer, check)).collect();
@@ -119,7 +125,11 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
     let intake = sections.intake.map(|table| intake::read(table, source.as_ref(), check));
 
     let letter_sinks = sections.dead_letters.and_then(|table| shaped(table, check));
-    let RawDeadLetters { sinks: letter_sinks } = letter_sinks.unwrap_or_default();
+    let RawDeadLetters { sinks: letter_sinks, bytes } = letter_sinks.unwrap_or_default();
+    let letter_bytes_max = match &bytes {
+        Some(_) => Some(check.size(&bytes, 0, LETTER_BYTES_MIN..=LETTER_BYTES_MAX)),
+        None => None,
+    };
 
     names.check_unique(check);
     bindings::check_letter_sinks(&letter_sinks, &names, &stages, check);
@@ -141,6 +151,10 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
         stages,
         sinks,
         letter_sinks,
+        letter_bytes_max: match letter_bytes_max {
+            Some(bytes) => Some(bytes?),
+            None => None,
+        },
         lookups,
         buffer_bytes_max: pipeline.buffer_bytes_max,
         rejected_max: pipeline.rejected_max,

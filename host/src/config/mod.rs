@@ -33,7 +33,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
-pub use self::env::Lookup;
+pub(crate) use self::env::substitute_set;
+pub use self::env::{Lookup, StageText, StageValues, Values, environment};
 pub(crate) use self::grant_http::is_travel_header;
 pub use self::grant_http::{HttpHostConfig, HttpMethod};
 pub use self::limits::{CompileLimits, ProbationLimits, RejectedMax, SampleLimits, StageLimits};
@@ -72,6 +73,8 @@ pub struct PipelineConfig {
     pub sinks: Vec<SinkConfig>,
     /// Sinks that get copies of the dead letters, and nothing else.
     pub letter_sinks: Vec<SinkConfig>,
+    /// Bytes that the store of dead letters may hold; `None`: 10 GiB, or half of the free disk.
+    pub letter_bytes_max: Option<usize>,
     /// The tables that plugins may be granted to look rows up in.
     pub lookups: Vec<LookupConfig>,
     /// Bytes that all sinks' buffers may hold together.
@@ -370,8 +373,10 @@ pub struct StageConfig {
     pub plugin: Located<PathBuf>,
     /// The digest that the file must have, 64 lower-case hex digits.
     pub sha256: Option<Located<String>>,
-    /// `[stage.config]` as JSON text.
+    /// `[stage.config]` as JSON text, with today's values of its variables. It is never stored.
     pub config_json: String,
+    /// The same as the file has it, which is what is stored.
+    pub config_text: StageText,
     /// What its plugin may ask of the host.
     pub grants: Grants,
     /// The hosts that its plugin may send requests to, for `http`. No part of the generation: they

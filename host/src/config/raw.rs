@@ -349,7 +349,9 @@ pub(super) struct RawHttpHost {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub(super) struct RawDeadLetters {
+    #[serde(default)]
     pub sinks: Vec<Spanned<Text>>,
+    pub bytes: Maybe<Size>,
 }
 
 /// `[reload]`

@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
 use toml::Spanned;
-use toml::de::DeValue;
+use toml::de::{DeTable, DeValue};
 
 use super::bindings::Names;
 use super::check::Check;
@@ -14,7 +16,8 @@ use super::grant_http::http_hosts;
 use super::load::shaped;
 use super::raw::{Maybe, RawGrant, RawLimits, RawStage, Text};
 use super::{
-    BoundSinks, CompileLimits, Grants, HttpHostConfig, Located, StageConfig, StageLimits, json,
+    BoundSinks, CompileLimits, ConfigFile, Grants, HttpHostConfig, Located, StageConfig,
+    StageLimits, StageText, json,
 };
 use crate::plugin::Capability;
 use crate::record::{LookupName, RouteName, SinkName};
@@ -36,9 +39,22 @@ const COMPILE_MEMORY_BYTES: RangeInclusive<usize> = (64 << 20)..=(64 << 30);
 /// Python's components have 18 MiB.
 const COMPONENT_BYTES: RangeInclusive<usize> = (1 << 10)..=(256 << 20);
 
-/// Reads one `[[stage]]`.
+/// Gives the configuration of each `[[stage]]` before any variable is replaced, in the order of the file.
+pub(super) fn written(root: &DeTable<'_>, file: &Arc<ConfigFile>) -> Vec<Value> {
+    let stages = root.get("stage").and_then(|stages| stages.get_ref().as_array());
+    let config = |stage: &Spanned<DeValue>| -> Value {
+        let config = stage.get_ref().as_table().and_then(|stage| stage.get("config"));
+        let config = config.and_then(|config| config.get_ref().as_table());
+        // What is wrong with it is said when it is read.
+        config.map(|config| json::from_table(config, &mut Check::new(file))).unwrap_or_default()
+    };
+    stages.map(|stages| stages.iter().map(config).collect()).unwrap_or_default()
+}
+
+/// Reads one `[[stage]]`, whose configuration is `written` in the file.
 pub(super) fn read(
     table: Spanned<DeValue<'_>>,
+    written: &Value,
     base: &Path,
     names: &Names,
     check: &mut Check,
@@ -59,6 +75,7 @@ pub(super) fn read(
         name: name?,
         plugin: Located { value: base.join(plugin?), span: raw.plugin.span() },
         sha256: sha256?,
+        config_text: StageText::of_file(written, config_json.as_deref()?),
         config_json: config_json?,
         grants,
         http_hosts,

@@ -80,6 +80,11 @@ pub fn records_max(shape: Shape, body: &[u8]) -> usize {
     }
 }
 
+/// The bytes of the partition key that all records of a request are given, if it has one.
+pub fn header_key_bytes(headers: &HeaderMap) -> usize {
+    headers.get(KEY_HEADER).map_or(0, |value| value.len())
+}
+
 /// The records of a body, in its order. They share its bytes.
 ///
 /// The partition key is the header's; else the member's, for JSON; else at random, which spreads

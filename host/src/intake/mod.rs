@@ -211,12 +211,14 @@ impl Door {
         refuse_encodings(headers)?;
         let (body, mut reserved) = self.body(headers, body).await?;
         let shape = Shape::of(headers);
-        let overhead = events::records_max(shape, &body).saturating_mul(RECORD_OVERHEAD_BYTES);
+        // Each record has the header's key for itself.
+        let record_overhead = RECORD_OVERHEAD_BYTES + events::header_key_bytes(headers);
+        let overhead = events::records_max(shape, &body).saturating_mul(record_overhead);
         // A single record is taken whatever it costs beside its bytes.
-        if overhead > RECORD_OVERHEAD_BYTES {
+        if overhead > record_overhead {
             let bytes_max = self.arrivals.bytes_max();
             if body.len().saturating_add(overhead) > bytes_max {
-                let records_max = bytes_max.saturating_sub(body.len()) / RECORD_OVERHEAD_BYTES;
+                let records_max = bytes_max.saturating_sub(body.len()) / record_overhead;
                 return Err(Turned::Many { records_max });
             }
             if !self.arrivals.try_grow(&mut reserved, overhead).await {

@@ -10,11 +10,12 @@ use tokio_util::sync::CancellationToken;
 use super::change::{Change, Gap};
 use super::lag::{LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
-use crate::config::OnPositionMismatch;
-use crate::config::SinkConfig;
+use crate::config::{OnPositionMismatch, SinkConfig, environment};
 use crate::plugin::{Plugin, PluginHost};
 use crate::position::agreement::{Mismatch, Stands, agree};
-use crate::position::{Hole, Ledger, Segment, ShardState, StateStore, TakenOver, is_redrive};
+use crate::position::{
+    Hole, Ledger, Segment, ShardState, StateStore, TakenOver, Variables, is_redrive,
+};
 use crate::record::{Position, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{DeliveryContext, DeliveryHandle};
 use crate::sink::{Acquired, Sink};
@@ -432,6 +433,8 @@ impl GenerationStore {
                 .cloned()
                 .ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
         };
+        let variables = Variables::new(self.state.clone());
+        variables.set_otherwise(&spec, &environment).await?.say(&spec.id());
         let generation = Generation::from_store(spec, &self.host, stream_name, &component);
         generation.context("it does not load")
     }

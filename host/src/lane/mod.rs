@@ -28,10 +28,11 @@ pub(crate) use memory::show_waits;
 use self::change::{Change, Gap};
 use crate::budget::{Account, Budget};
 use crate::config::PipelineConfig;
+use crate::off_thread::off_thread;
 use crate::position::{
     Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, LetterKey, Roster, StateError,
 };
-use crate::record::{Batch, Position, Row, ShardKey, ShardStart, SinkName};
+use crate::record::{Arenas, Batch, Holding, Position, Row, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{Delivery, DeliveryHandle};
 use crate::sink::{Sink, SinkError};
 use crate::source::{LostRecords, ResumePoint, ShardSource, SourceError, WaitWatch, Waiting};
@@ -53,6 +54,8 @@ const RETRIES: &str = "retries";
 const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
 /// How long a stage asks for retries until that is shown.
 const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
+/// Bytes of rows up to which a copy of them is made on the lane's own thread: some 100 µs of work.
+const COPIED_IN_PLACE_BYTES: usize = 1 << 20;
 /// Longest pause before dead letters that could not be written are tried again.
 const LETTER_PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -121,7 +124,10 @@ impl Shared {
             roster: self.roster.clone(),
             holes: self.holes.clone(),
             ledger: self.ledger.clone(),
-            letters: self.letters.clone(),
+            letters: {
+                self.letters.set_bound(config.letter_bytes_max);
+                self.letters.clone()
+            },
             board: self.board.clone(),
             samples: match config.reload.samples == self.config.reload.samples {
                 true => self.samples.clone(),
@@ -581,6 +587,7 @@ impl Lane<'_> {
         &mut self,
         batch: &Arc<Batch>,
         routed: Vec<Routed>,
+        arenas: Arenas,
     ) -> Result<(), LaneError> {
         let Some(chain) = &self.chain else { return Ok(()) };
         let mut rows: Vec<Vec<Row>> = self.deliveries.iter().map(|_| Vec::new()).collect();
@@ -605,13 +612,12 @@ impl Lane<'_> {
         }
         let generation = chain.generation().id.clone();
         let to_inclusive = batch.span.to_inclusive.clone();
-        for (index, mut rows) in rows.into_iter().enumerate() {
-            // Stages that route to one sink come one after the other: order by record again.
-            rows.sort_by_key(|row| (row.record, row.ordinal));
+        // Before it waits for anything: what is not copied keeps all that it came with.
+        let settled = self.unless_stopped(keep_own(rows, batch.held_bytes(), arenas)).await?;
+        for (index, (rows, bytes)) in settled.into_iter().enumerate() {
             let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
             let (account, delivery) = (self.account.clone(), self.deliveries[index].sender());
             let (to_inclusive, generation) = (to_inclusive.clone(), generation.clone());
-            let bytes = held_bytes(batch, &rows);
             let sent = self.while_changing(async move {
                 let permit = match rows.is_empty() {
                     false if waits => Some(account.take(bytes).await),
@@ -748,7 +754,29 @@ async fn flush(deliveries: &[DeliveryHandle]) -> bool {
     futures::future::try_join_all(flushes).await.is_ok()
 }
 
-/// What rows keep in memory: themselves and the batch that they share.
-fn held_bytes(batch: &Batch, rows: &[Row]) -> usize {
-    batch.held_bytes() + rows.iter().map(Row::held_bytes).sum::<usize>()
+/// Lets each sink's rows keep what is their own of the batch and of the plugins' answers; gives them with
+/// the memory that they hold, in bytes.
+async fn keep_own(
+    mut rows: Vec<Vec<Row>>,
+    batch_bytes: usize,
+    arenas: Arenas,
+) -> Vec<(Vec<Row>, usize)> {
+    for rows in &mut rows {
+        // Stages that route to one sink come one after the other: order by record again.
+        rows.sort_by_key(|row| (row.record, row.ordinal));
+    }
+    let holding = |rows: &Vec<Row>| Holding::of(rows, batch_bytes, &arenas);
+    let holdings: Vec<Holding> = rows.iter().map(holding).collect();
+    let copied_bytes: usize = holdings.iter().map(Holding::copied_bytes).sum();
+    let settle = move || {
+        let settle = |(mut rows, holding): (Vec<Row>, Holding)| {
+            holding.settle(&mut rows, &arenas);
+            (rows, holding.held_bytes())
+        };
+        rows.into_iter().zip(holdings).map(settle).collect()
+    };
+    match copied_bytes > COPIED_IN_PLACE_BYTES {
+        true => off_thread(settle).await,
+        false => settle(),
+    }
 }

@@ -165,7 +165,10 @@ impl Instance {
             }
             Ok(Err(message)) => Err(CallError {
                 fault: CallFault::Trap,
-                message: format!("configure refused: {}", excerpt(message.as_bytes())),
+                // It may repeat a secret of its configuration.
+                message: services
+                    .values
+                    .hide(format!("configure refused: {}", excerpt(message.as_bytes()))),
                 backtrace: String::new(),
             }),
             Err(error) => Err(diagnose(&instance.store, &error, "configure", CONFIGURE_MS_MAX)),

@@ -488,7 +488,7 @@ impl Checkpoints {
             .write("note letters of an older copy", |state| {
                 state.execute("DELETE FROM doubtful_letters", [])?;
                 state.execute(
-                    "INSERT INTO doubtful_letters SELECT max(rowid) FROM dead_letter
+                    "INSERT INTO doubtful_letters SELECT max(rowid) FROM letters
                      HAVING max(rowid) IS NOT NULL",
                     [],
                 )

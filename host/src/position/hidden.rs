@@ -44,8 +44,10 @@ impl DeadLetters {
         let sink = sink.to_string();
         let (sequence, sub) = columns(&span.to_inclusive);
         let (from, from_sub) = span.from_exclusive.as_ref().map(columns).unwrap_or_default();
-        self.store
-            .write("give rows up", move |state| {
+        let (action, bound) = ("give rows up", self.bound.clone());
+        let given_up = self
+            .store
+            .write(action, move |state| {
                 let owner: i64 = state
                     .prepare_cached(
                         "SELECT epoch FROM sink_owner
@@ -53,21 +55,30 @@ impl DeadLetters {
                     )?
                     .query_row((&stream, &shard, &sink), |row| row.get(0))?;
                 if owner != epoch {
-                    return Ok(false);
+                    return Ok(None);
+                }
+                let kept = if sink_keeps_position { GIVEN_UP } else { SHOWN };
+                let written = bound.within(state, &stream, || {
+                    insert(state, (&stream, &shard), &letters, kept, "DO NOTHING")
+                })?;
+                if written.is_err() {
+                    return Ok(Some(written));
                 }
                 // What the table itself refused is no matter of where the sink stands.
                 show_refused(state, (&stream, &shard), &place, (&sequence, sub))?;
-                let kept = if sink_keeps_position { GIVEN_UP } else { SHOWN };
-                insert(state, (&stream, &shard), &letters, kept, "DO NOTHING")?;
                 state
                     .prepare_cached(
                         "INSERT OR IGNORE INTO given_up (sink, stream, shard, sequence, sub_sequence,
                              from_sequence, from_sub) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
                     )?
                     .execute((&sink, &stream, &shard, &sequence, sub, &from, from_sub))?;
-                Ok(true)
+                Ok(Some(written))
             })
-            .await
+            .await?;
+        match given_up {
+            Some(written) => self.written(action, written).map(|()| true),
+            None => Ok(false),
+        }
     }
 
     /// Settles what is hidden of a sink's letters, where its position is known and earlier owners of
@@ -91,7 +102,7 @@ impl DeadLetters {
                 show_refused(state, (&stream, &shard), &place, (&sequence, sub))?;
                 state
                     .prepare_cached(
-                        "DELETE FROM dead_letter WHERE stream = ?1 AND shard = ?2
+                        "DELETE FROM letters WHERE stream = ?1 AND shard = ?2
                          AND place = ?3 AND held = 1",
                     )?
                     .execute((&stream, &shard, &place))?;
@@ -118,7 +129,7 @@ impl DeadLetters {
                     let (from, from_sub) = before.unwrap_or_default();
                     state
                         .prepare_cached(
-                            "DELETE FROM dead_letter WHERE stream = ?1 AND shard = ?2
+                            "DELETE FROM letters WHERE stream = ?1 AND shard = ?2
                              AND place = ?3 AND held = 2 AND (sequence, sub_sequence) <= (?4, ?5)
                              AND (sequence, sub_sequence) > (?6, ?7)",
                         )?
@@ -173,7 +184,7 @@ fn show_refused(
 ) -> rusqlite::Result<()> {
     state
         .prepare_cached(
-            "UPDATE dead_letter SET held = 0 WHERE stream = ?1 AND shard = ?2
+            "UPDATE letters SET held = 0 WHERE stream = ?1 AND shard = ?2
              AND place = ?3 AND held = 1 AND (sequence, sub_sequence) <= (?4, ?5)",
         )?
         .execute((stream, shard, place, sequence, sub))?;
@@ -190,7 +201,7 @@ fn reached(
 ) -> rusqlite::Result<()> {
     state
         .prepare_cached(
-            "UPDATE dead_letter SET held = 0
+            "UPDATE letters SET held = 0
              WHERE stream = ?1 AND shard = ?2 AND place = ?3 AND held = 2",
         )?
         .execute((stream, shard, place))?;

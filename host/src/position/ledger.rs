@@ -255,7 +255,8 @@ impl Ledger {
     }
 
     /// Forgets the components that nothing needs any more: those of generations whose last segment the
-    /// checkpoints of all shards have passed, and which none of the last changes could be undone to. The
+    /// checkpoints of all shards have passed, which none of the last changes could be undone to, and which
+    /// no dead letter needs to make again what entered where it failed. The
     /// ledger's rows of shards stay: they are history. Those of redrives that are finished go: nothing is
     /// read by them again.
     ///
@@ -283,7 +284,10 @@ impl Ledger {
                              <= (coalesce(s.sequence, ''), coalesce(s.sub_sequence, 0)))
                      UNION SELECT g.id, g.spec FROM generation g WHERE g.id IN (
                          SELECT before FROM change WHERE outcome = 'promoted'
-                         ORDER BY number DESC LIMIT ?1)",
+                         ORDER BY number DESC LIMIT ?1)
+                     UNION SELECT g.id, g.spec FROM generation g WHERE g.id IN (
+                         SELECT json_extract(step.value, '$.revision')
+                         FROM letters, json_each(letters.made) step WHERE letters.entered_kind = 2)",
                 )?;
                 let mut digests = current_digests;
                 let needed = needed.query_map([CHANGES_UNDOABLE], |row| {

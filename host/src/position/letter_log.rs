@@ -6,7 +6,7 @@
 
 use serde_json::{Value, json};
 
-use super::letters::{DeadLetters, LETTER_COLUMNS, SHOWN, StoredLetter};
+use super::letters::{DeadLetters, EnteredDigest, LETTER_COLUMNS, SHOWN, StoredLetter};
 use super::store::StateError;
 use crate::record::{PipelineName, SequenceNumber, StreamIdentity};
 use crate::sink::Column;
@@ -39,8 +39,7 @@ impl DeadLetters {
         Ok(StreamIdentity { name: STREAM.into(), arn, created_ms })
     }
 
-    /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes` of
-    /// originals.
+    /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes`.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -54,7 +53,7 @@ impl DeadLetters {
             .write("read the log of dead letters", move |state| {
                 let mut query = state.prepare_cached(&format!(
                     "SELECT number, {LETTER_COLUMNS} FROM letter_log
-                     JOIN dead_letter ON dead_letter.rowid = letter
+                     JOIN letters ON letters.id = letter
                      WHERE number > ?1 AND held = {SHOWN} ORDER BY number LIMIT ?2"
                 ))?;
                 let mut rows = query.query((after, limit))?;
@@ -62,6 +61,7 @@ impl DeadLetters {
                 while let Some(row) = rows.next()? {
                     let letter = StoredLetter::read(row, 1)?;
                     held_bytes += letter.original.len() + letter.entered.len();
+                    held_bytes += letter.reason.len() + letter.backtrace.len();
                     logged.push(LoggedLetter { number: row.get(0)?, letter });
                     if held_bytes >= bytes {
                         break;
@@ -104,7 +104,10 @@ impl StoredLetter {
             "key": payload(&self.partition_key),
             "original": payload(&self.original),
             "entered_key": payload(&self.entered_key),
-            "entered": payload(&self.entered),
+            "entered": match &self.entered_digest {
+                Some(EnteredDigest { sha256, bytes }) => json!({ "sha256": sha256, "bytes": bytes }),
+                None => payload(&self.entered),
+            },
             "arrived_ms": self.arrived_ms,
             "plugin": self.plugin,
             "digest": self.digest,
@@ -157,7 +160,7 @@ fn payload(bytes: &[u8]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::{DeadLetter, LetterFilter, LetterKey, StateStore};
+    use crate::position::{DeadLetter, LetterFilter, LetterKey, MadeBy, StateStore};
     use crate::record::{LetterPlace, Position, ShardKey, SinkName};
 
     fn letter(sequence: u64) -> DeadLetter {
@@ -175,6 +178,7 @@ mod tests {
             digest: String::new(),
             reason: "no".into(),
             backtrace: String::new(),
+            made: MadeBy::at_source("revision"),
         }
     }
 
@@ -208,7 +212,7 @@ mod tests {
         assert_eq!(logged().await, before, "nothing waits for the redrive");
         assert_eq!(letters.count().await.expect("counted"), 2);
         // At its end the one that stays is numbered anew.
-        let moved = "UPDATE dead_letter SET stream = 'dead-letters', shard = 'shard'
+        let moved = "UPDATE letters SET stream = 'dead-letters', shard = 'shard'
                      WHERE stream GLOB 'letters:*'";
         letters.store.write("move", |state| state.execute(moved, [])).await.expect("moved");
         assert_eq!(logged().await, [before.to_vec(), vec![of(3, "1", "sink:other")]].concat());
@@ -235,7 +239,7 @@ mod tests {
         assert_eq!(numbers(0).await, [(1, "2".into()), (2, "1".into())]);
         assert_eq!(numbers(1).await, [(2, "1".into())]);
         // What a redrive has delivered is an empty mark.
-        let mark = "UPDATE dead_letter SET held = 3 WHERE rowid = 1";
+        let mark = "UPDATE letters SET held = 3 WHERE rowid = 1";
         let marked = letters.store.write("mark", |state| state.execute(mark, [])).await;
         assert_eq!((marked.ok(), numbers(0).await.len()), (Some(1), 1));
         letters.purge(LetterFilter::default()).await.expect("purged");

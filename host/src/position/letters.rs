@@ -1,13 +1,17 @@
 //! Dead letters: every record that a stage or a table did not take, with all that a redrive needs.
 //!
 //! Letters go first: they are durable before any sink commits the span that they belong to. Those of
-//! rows whose commit may not have happened are hidden at first (`hidden.rs`).
+//! rows whose commit may not have happened are hidden at first (`hidden.rs`). How much is kept of each, and
+//! of all of them, is decided in `letter_store.rs`.
 
 use std::collections::HashSet;
 
 use bytes::Bytes;
 use rusqlite::{Row, Transaction};
 
+use super::letter_store::{
+    AS_DIGEST, AS_ORIGINAL, Keeper, LETTER_BYTES, MadeBy, StoreBound, StoreFull, kept_bytes,
+};
 use super::replays::FailedAgain;
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
 use crate::record::{
@@ -50,6 +54,8 @@ pub struct DeadLetter {
     pub reason: String,
     /// The plugin's stack where it trapped.
     pub backtrace: String,
+    /// The run that brought it there.
+    pub made: MadeBy,
 }
 
 /// How a letter is kept: shown,
@@ -93,10 +99,12 @@ pub struct StoredLetter {
     pub partition_key: Vec<u8>,
     /// The record's data as it was put.
     pub original: Vec<u8>,
-    /// The partition key that entered the failing place.
+    /// The partition key that entered the failing place; empty where a digest is kept.
     pub entered_key: Vec<u8>,
-    /// The payload that entered the failing place.
+    /// The payload that entered the failing place; empty where a digest is kept.
     pub entered: Vec<u8>,
+    /// The digest that is kept in their place where they are too large.
+    pub entered_digest: Option<EnteredDigest>,
     /// When the stream took the record, in milliseconds since 1970.
     pub arrived_ms: u64,
     /// The plugin's name and version; empty for a sink.
@@ -111,14 +119,46 @@ pub struct StoredLetter {
     pub written_ms: i64,
 }
 
+/// A payload that is too large to be kept: a redrive makes it again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnteredDigest {
+    /// See [`entered_digest`](super::entered_digest).
+    pub sha256: String,
+    /// The length of the payload.
+    pub bytes: u64,
+}
+
 /// The columns that [`StoredLetter::read`] reads.
-pub(super) const LETTER_COLUMNS: &str = "dead_letter.rowid, stream, shard, ltrim(sequence, '0'),
-    sub_sequence, place, partition_key, original, entered_key, entered, arrived_ms, plugin, digest,
+pub(super) const LETTER_COLUMNS: &str = "letters.id, stream, shard, ltrim(sequence, '0'),
+    sub_sequence, place,
+    (SELECT partition_key FROM letter_record WHERE letter_record.id = record),
+    (SELECT original FROM letter_record WHERE letter_record.id = record),
+    entered_kind, entered_key, entered, entered_digest, entered_bytes, arrived_ms, plugin, digest,
     reason, backtrace, written_ms";
+
+/// The same without payloads: many of them may not fit into memory.
+const LETTER_HEADS: &str = "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
+    x'', x'', 0, x'', x'', entered_digest, entered_bytes, arrived_ms, plugin, digest, reason, '',
+    written_ms";
 
 impl StoredLetter {
     /// Reads a letter from [`LETTER_COLUMNS`], which begin at column `at`.
     pub(super) fn read(row: &Row<'_>, at: usize) -> rusqlite::Result<Self> {
+        let bytes = |column: usize| -> rusqlite::Result<Vec<u8>> {
+            row.get::<_, Option<Vec<u8>>>(at + column).map(Option::unwrap_or_default)
+        };
+        let (partition_key, original) = (bytes(6)?, bytes(7)?);
+        let kind: u8 = row.get(at + 8)?;
+        let (entered_key, entered) = match kind {
+            AS_ORIGINAL => (partition_key.clone(), original.clone()),
+            _ => (bytes(9)?, bytes(10)?),
+        };
+        let entered_digest = match kind {
+            AS_DIGEST => {
+                Some(EnteredDigest { sha256: row.get(at + 11)?, bytes: row.get(at + 12)? })
+            }
+            _ => None,
+        };
         Ok(Self {
             id: row.get(at)?,
             stream: row.get(at + 1)?,
@@ -126,16 +166,17 @@ impl StoredLetter {
             sequence: row.get(at + 3)?,
             sub_sequence: row.get(at + 4)?,
             place: row.get(at + 5)?,
-            partition_key: row.get(at + 6)?,
-            original: row.get(at + 7)?,
-            entered_key: row.get(at + 8)?,
-            entered: row.get(at + 9)?,
-            arrived_ms: row.get(at + 10)?,
-            plugin: row.get(at + 11)?,
-            digest: row.get(at + 12)?,
-            reason: row.get(at + 13)?,
-            backtrace: row.get(at + 14)?,
-            written_ms: row.get(at + 15)?,
+            partition_key,
+            original,
+            entered_key,
+            entered,
+            entered_digest,
+            arrived_ms: row.get(at + 13)?,
+            plugin: row.get(at + 14)?,
+            digest: row.get(at + 15)?,
+            reason: row.get(at + 16)?,
+            backtrace: row.get(at + 17)?,
+            written_ms: row.get(at + 18)?,
         })
     }
 }
@@ -181,12 +222,67 @@ pub(super) fn wanted(filter: LetterFilter) -> Wanted {
 #[derive(Clone)]
 pub struct DeadLetters {
     pub(super) store: StateStore,
+    pub(super) bound: StoreBound,
 }
 
 impl DeadLetters {
     /// Over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
-        Self { store }
+        Self { store, bound: StoreBound::default() }
+    }
+
+    /// The same with a bound on what all of them hold: `configured`, or by the free disk.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn bounded(self, configured: Option<usize>) -> Result<Self, StateError> {
+        let kept = self.kept_bytes().await?;
+        let bound = StoreBound::of(self.store.folder(), kept, configured);
+        bound.show(kept);
+        Ok(Self { store: self.store, bound })
+    }
+
+    /// Changes the configured bound, for all clones.
+    pub fn set_bound(&self, configured: Option<usize>) {
+        self.bound.set(configured);
+    }
+
+    /// Leaves the metrics of what they hold to other letters of this process.
+    pub fn leave_metrics(&self) {
+        self.bound.leave_metrics();
+    }
+
+    /// Gives the bytes that all of them hold.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn kept_bytes(&self) -> Result<u64, StateError> {
+        self.store.write("measure the dead letters", |state| kept_bytes(state)).await
+    }
+
+    /// Shows what they hold: another process may have changed it.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn show_kept(&self) -> Result<(), StateError> {
+        let kept = self.kept_bytes().await?;
+        self.bound.show(kept);
+        Ok(())
+    }
+
+    /// Shows the outcome of a write of letters, or gives its error.
+    pub(super) fn written(
+        &self,
+        action: &'static str,
+        written: Result<u64, StoreFull>,
+    ) -> Result<(), StateError> {
+        match written {
+            Ok(kept) => {
+                self.bound.show(kept);
+                Ok(())
+            }
+            Err(full) => Err(self.store.unreadable(action, full.cause(), StoreFull::WAY_OUT)),
+        }
     }
 
     /// Writes letters, durable on return. A letter that is there already is replaced. `held` hides
@@ -204,20 +300,21 @@ impl DeadLetters {
             return Ok(());
         }
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        self.store
-            .write("write dead letters", move |state| {
-                let kept = if held { HELD } else { SHOWN };
-                // In its place, so that its number stays.
-                let again = "DO UPDATE SET held = excluded.held,
-                    partition_key = excluded.partition_key, original = excluded.original,
-                    entered_key = excluded.entered_key, entered = excluded.entered,
-                    arrived_ms = excluded.arrived_ms, plugin = excluded.plugin,
-                    digest = excluded.digest, reason = excluded.reason,
-                    backtrace = excluded.backtrace, written_ms = excluded.written_ms,
-                    route = excluded.route";
-                insert(state, (&stream, &shard), &letters, kept, again)
-            })
-            .await
+        let (action, bound) = ("write dead letters", self.bound.clone());
+        let written = self.store.write(action, move |state| {
+            let kept = if held { HELD } else { SHOWN };
+            // In its place, so that its number stays.
+            let again = "DO UPDATE SET held = excluded.held, record = excluded.record,
+                entered_kind = excluded.entered_kind, entered_key = excluded.entered_key,
+                entered = excluded.entered, entered_bytes = excluded.entered_bytes,
+                entered_digest = excluded.entered_digest, made = excluded.made,
+                arrived_ms = excluded.arrived_ms, plugin = excluded.plugin,
+                digest = excluded.digest, reason = excluded.reason,
+                backtrace = excluded.backtrace, written_ms = excluded.written_ms,
+                route = excluded.route, kept_bytes = excluded.kept_bytes";
+            bound.within(state, &stream, || insert(state, (&stream, &shard), &letters, kept, again))
+        });
+        self.written(action, written.await?)
     }
 
     /// The stages' letters above a position: these items are not run again. A record that timed out
@@ -238,12 +335,12 @@ impl DeadLetters {
                 // Nothing up to here is ever replayed.
                 state
                     .prepare_cached(
-                        "DELETE FROM dead_letter WHERE stream = ?1 AND shard = ?2 AND held = ?5
+                        "DELETE FROM letters WHERE stream = ?1 AND shard = ?2 AND held = ?5
                          AND (sequence, sub_sequence) <= (?3, ?4)",
                     )?
                     .execute((&stream, &shard, &sequence, sub, REDRIVEN))?;
                 let mut query = state.prepare_cached(
-                    "SELECT sequence, sub_sequence, substr(place, 7), output FROM dead_letter
+                    "SELECT sequence, sub_sequence, substr(place, 7), output FROM letters
                      WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
                          AND place GLOB 'stage:*'",
                 )?;
@@ -271,7 +368,7 @@ impl DeadLetters {
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
-                    "SELECT sequence, sub_sequence FROM dead_letter
+                    "SELECT sequence, sub_sequence FROM letters
                      WHERE stream = ?1 AND shard = ?2 AND place GLOB 'stage:*'
                      ORDER BY sequence DESC, sub_sequence DESC LIMIT 1",
                 )?;
@@ -301,7 +398,7 @@ impl DeadLetters {
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
-                    "SELECT sequence, sub_sequence, output FROM dead_letter
+                    "SELECT sequence, sub_sequence, output FROM letters
                      WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
                          AND place = ?5 AND held = ?6",
                 )?;
@@ -323,11 +420,32 @@ impl DeadLetters {
         filter: LetterFilter,
         limit: u32,
     ) -> Result<Vec<StoredLetter>, StateError> {
+        self.select_columns(LETTER_COLUMNS, filter, limit).await
+    }
+
+    /// The same without payloads and backtraces.
+    ///
+    /// # Errors
+    /// As [`DeadLetters::select`].
+    pub async fn select_heads(
+        &self,
+        filter: LetterFilter,
+        limit: u32,
+    ) -> Result<Vec<StoredLetter>, StateError> {
+        self.select_columns(LETTER_HEADS, filter, limit).await
+    }
+
+    async fn select_columns(
+        &self,
+        columns: &'static str,
+        filter: LetterFilter,
+        limit: u32,
+    ) -> Result<Vec<StoredLetter>, StateError> {
         let (place, shard, reason, ids) = wanted(filter);
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare(&format!(
-                    "SELECT {LETTER_COLUMNS} FROM dead_letter WHERE {MATCHES}
+                    "SELECT {columns} FROM letters WHERE {MATCHES}
                      ORDER BY written_ms, rowid LIMIT ?5"
                 ))?;
                 let wanted = (place, shard, reason, ids, limit);
@@ -346,7 +464,7 @@ impl DeadLetters {
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare(&format!(
-                    "SELECT rowid FROM dead_letter WHERE {MATCHES} ORDER BY written_ms, rowid"
+                    "SELECT rowid FROM letters WHERE {MATCHES} ORDER BY written_ms, rowid"
                 ))?;
                 query.query_map(wanted, |row| row.get(0))?.collect()
             })
@@ -361,7 +479,7 @@ impl DeadLetters {
         let wanted = wanted(filter);
         self.store
             .write("count the dead letters", move |state| {
-                let count = format!("SELECT count(*) FROM dead_letter WHERE {MATCHES}");
+                let count = format!("SELECT count(*) FROM letters WHERE {MATCHES}");
                 state.query_row(&count, wanted, |row| row.get(0))
             })
             .await
@@ -378,7 +496,7 @@ impl DeadLetters {
             .write("delete dead letters", move |state| {
                 // What a redrive has left for a sink that is gone waits for nobody else.
                 let mut purged = state.prepare(&format!(
-                    "SELECT rowid FROM dead_letter WHERE {MATCHES} AND rowid NOT IN (
+                    "SELECT rowid FROM letters WHERE {MATCHES} AND rowid NOT IN (
                          SELECT letter FROM redrive WHERE id NOT IN (SELECT id FROM redrive_rest))"
                 ))?;
                 let purged: Vec<i64> =
@@ -389,7 +507,8 @@ impl DeadLetters {
             .await
     }
 
-    /// What entered a stage and was not taken by it, oldest first, at most `limit`.
+    /// Gives the payloads that a stage did not take, oldest first, at most `limit`; without those kept as
+    /// a digest.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -402,8 +521,11 @@ impl DeadLetters {
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
-                    "SELECT entered_key, entered, sequence, arrived_ms FROM dead_letter
-                     WHERE held = 0 AND stream NOT GLOB 'letters:*' AND place = ?1 ORDER BY written_ms, sequence LIMIT ?2",
+                    "SELECT d.entered_key, d.entered, d.sequence, d.arrived_ms
+                     FROM letters l JOIN dead_letter d ON d.id = l.id
+                     WHERE l.held = 0 AND l.stream NOT GLOB 'letters:*' AND l.place = ?1
+                         AND l.entered_kind <> 2
+                     ORDER BY l.written_ms, l.sequence LIMIT ?2",
                 )?;
                 let rows = query.query_map((place, limit), |row| {
                     Ok(EnteredRecord {
@@ -426,7 +548,7 @@ impl DeadLetters {
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare(
-                    "SELECT shard, sequence, sub_sequence, place, output FROM dead_letter
+                    "SELECT shard, sequence, sub_sequence, place, output FROM letters
                      WHERE held = 0",
                 )?;
                 let failed = query.query_map([], |row| {
@@ -457,15 +579,16 @@ impl DeadLetters {
 pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<()> {
     state
         .prepare_cached(
-            "UPDATE dead_letter AS d SET held = ?2, partition_key = x'', original = x'',
-                 entered_key = x'', entered = x'', backtrace = ''
+            "UPDATE letters AS d SET held = ?2, record = NULL, entered_kind = 0, entered_key = x'',
+                 entered = x'', entered_bytes = 0, entered_digest = '', made = '', backtrace = '',
+                 kept_bytes = ?3
              WHERE rowid = ?1 AND place GLOB 'stage:*' AND NOT EXISTS (
                  SELECT 1 FROM shard s WHERE s.stream = d.stream AND s.shard = d.shard
                  AND (s.ended <> 0 OR (s.sequence, s.sub_sequence) >= (d.sequence, d.sub_sequence)))",
         )?
-        .execute((letter, REDRIVEN))?;
+        .execute((letter, REDRIVEN, LETTER_BYTES))?;
     state
-        .prepare_cached("DELETE FROM dead_letter WHERE rowid = ?1 AND held <> ?2")?
+        .prepare_cached("DELETE FROM letters WHERE rowid = ?1 AND held <> ?2")?
         .execute((letter, REDRIVEN))?;
     // Its number may be given again.
     state.prepare_cached("DELETE FROM redrive WHERE letter = ?1")?.execute([letter])?;
@@ -481,11 +604,16 @@ pub(super) fn insert(
     again: &str,
 ) -> rusqlite::Result<()> {
     let mut insert = state.prepare_cached(&format!(
-        "INSERT INTO dead_letter VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14,
-             ?15, ?16, ?17, ?18)
-         ON CONFLICT {again}"
+        "INSERT INTO letters (stream, shard, sequence, sub_sequence, place, output, held, record,
+             entered_kind, entered_key, entered, entered_bytes, entered_digest, made, arrived_ms, plugin,
+             digest, reason, backtrace, written_ms, route, kept_bytes)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19,
+             ?20, ?21, ?22)
+         ON CONFLICT (stream, shard, sequence, sub_sequence, place, output) {again}"
     ))?;
+    let mut keeper = Keeper::new(state, (stream, shard));
     for letter in letters {
+        let own = keeper.keep(letter)?;
         let (sequence, sub) = columns(&letter.key.position);
         insert.execute(rusqlite::params![
             stream,
@@ -495,17 +623,21 @@ pub(super) fn insert(
             letter.key.place.to_string(),
             letter.key.output,
             kept,
-            &letter.partition_key[..],
-            &letter.original[..],
-            &letter.entered_key[..],
-            &letter.entered[..],
+            own.record,
+            own.kind,
+            own.key,
+            own.entered,
+            own.bytes,
+            own.digest,
+            own.made,
             letter.arrived_ms,
-            letter.plugin,
+            own.plugin,
             letter.digest,
-            letter.reason,
-            letter.backtrace,
+            own.reason,
+            own.backtrace,
             now_ms(),
             letter.route.as_str(),
+            own.kept_bytes,
         ])?;
     }
     Ok(())

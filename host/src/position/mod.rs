@@ -11,14 +11,17 @@ mod hidden;
 mod holes;
 mod ledger;
 mod letter_log;
+mod letter_store;
 mod letters;
 mod mark;
 mod redrive;
 mod replays;
+mod revisions;
 mod roster;
 mod store;
 mod swaps;
 mod together;
+mod variables;
 
 pub use checkpoint::{
     AllGivenUp, Checkpoints, KnownShards, Look, Remembered, ShardState, SinkMark,
@@ -27,15 +30,18 @@ pub use hidden::TakenOver;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Ledger, LedgerEntry, Ran, Segment};
 pub use letter_log::LoggedLetter;
-pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, StoredLetter};
+pub use letter_store::{MadeBy, Step, entered_digest};
+pub use letters::{DeadLetter, DeadLetters, EnteredDigest, LetterFilter, LetterKey, StoredLetter};
 pub use mark::{OwnerName, Ownership, StateMark};
 pub use redrive::{
-    REDRIVE_SHARD, RedriveId, Redriven, RedrivenLetter, Redrives, Unfinished, is_redrive,
+    LETTERS_STREAM, LostPayload, REDRIVE_SHARD, RedriveId, Redriven, RedrivenLetter, Redrives,
+    Unfinished, is_redrive,
 };
 pub use replays::{FailedAgain, PendingReplay, ReplayId, Replays};
 pub use roster::{KnownSinks, Removed, Roster, RosterChange};
 pub use store::{StateError, StateStore, needed_components};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};
+pub use variables::{SetOtherwise, Variables};
 
 /// A position in reports: as text.
 fn as_text<S: serde::Serializer>(

@@ -10,6 +10,7 @@ use std::collections::HashSet;
 use rusqlite::{OptionalExtension as _, Transaction};
 
 use super::LetterFilter;
+use super::letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, Step};
 use super::letters::{MATCHES, forget, wanted};
 use super::store::{StateError, StateStore, now_ms, position};
 use crate::record::{
@@ -20,7 +21,7 @@ use crate::record::{
 /// The one shard of a redrive.
 pub const REDRIVE_SHARD: &str = "redrive-000000000000";
 /// The name of the stream that letters are.
-const STREAM: &str = "letters";
+pub const LETTERS_STREAM: &str = "letters";
 /// The first number of letters that a redrive made among the items that their record has in a place.
 const OUTPUT_OF_REDRIVE: u32 = 1 << 31;
 /// What its ARN begins with.
@@ -36,7 +37,7 @@ impl RedriveId {
     /// The stream that its letters are.
     pub fn stream(self, pipeline: &PipelineName) -> StreamIdentity {
         let arn = format!("{ARN_PREFIX}{pipeline}").into();
-        StreamIdentity { name: STREAM.into(), arn, created_ms: self.0 }
+        StreamIdentity { name: LETTERS_STREAM.into(), arn, created_ms: self.0 }
     }
 
     /// Its shard.
@@ -63,6 +64,11 @@ pub(super) fn is_redrive_key(key: &str) -> bool {
     key.starts_with(ARN_PREFIX)
 }
 
+/// The number of the redrive that such a key is of.
+pub(super) fn redrive_of(key: &str) -> Option<i64> {
+    key.rsplit_once('@')?.1.parse().ok()
+}
+
 /// A redrive that has letters still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unfinished {
@@ -87,10 +93,31 @@ pub struct RedrivenLetter {
     pub key: Vec<u8>,
     /// The payload that entered there.
     pub payload: Vec<u8>,
+    /// Key and payload are not kept, and must be made again.
+    pub lost: Option<Box<LostPayload>>,
+    /// Rows that it becomes cannot be made again: their letters are kept whole.
+    pub keeps_whole: bool,
     /// When the stream took the record, in milliseconds since 1970.
     pub arrived_ms: u64,
     /// Sinks that have its rows already.
     pub delivered_to: Vec<SinkName>,
+}
+
+/// A payload that is kept as a digest.
+#[derive(Clone, Debug)]
+pub struct LostPayload {
+    /// The letter's number.
+    pub letter: i64,
+    /// The shard of its record.
+    pub shard: ShardId,
+    /// The partition key that the record was put with.
+    pub partition_key: Vec<u8>,
+    /// The record's data as it was put.
+    pub original: Vec<u8>,
+    /// The expected digest of what entered.
+    pub sha256: String,
+    /// The runs that made it, the first one first.
+    pub steps: Vec<Step>,
 }
 
 /// What became of a redrive's letters.
@@ -206,18 +233,15 @@ impl Redrives {
         positions: Vec<(SinkName, Option<Position>)>,
     ) -> Result<(), StateError> {
         let (stream, _) = self.redrive_key(id);
-        let ordinal = |at: &Option<Position>| -> u64 {
-            at.as_ref().and_then(|at| at.sequence.as_str().parse().ok()).unwrap_or(0)
-        };
         let reached: Vec<(SinkName, u64)> =
-            positions.iter().map(|(sink, at)| (sink.clone(), ordinal(at))).collect();
+            positions.iter().map(|(sink, at)| (sink.clone(), ordinal_of(at.as_ref()))).collect();
         self.store
             .write("leave letters out of a redrive", move |state| {
                 let all_have = reached.iter().map(|(_, reached)| *reached).min().unwrap_or(0);
                 let places = serde_json::Value::from(places).to_string();
                 let mut released = state.prepare(
-                    "SELECT letter, ordinal FROM redrive JOIN dead_letter d ON d.rowid = letter
-                     WHERE id = ?1 AND ordinal > ?2 AND place IN (SELECT value FROM json_each(?3))",
+                    "SELECT letter, ordinal FROM redrive JOIN letters d ON d.rowid = letter
+                     WHERE redrive.id = ?1 AND ordinal > ?2 AND place IN (SELECT value FROM json_each(?3))",
                 )?;
                 let released = released
                     .query_map((id.0, all_have, places), |row| Ok((row.get(0)?, row.get(1)?)))?;
@@ -231,7 +255,7 @@ impl Redrives {
                     }
                     // Run again, it fails again.
                     state.execute(
-                        "DELETE FROM dead_letter WHERE stream = ?1
+                        "DELETE FROM letters WHERE stream = ?1
                          AND CAST(ltrim(sequence, '0') AS INTEGER) = ?2",
                         (&stream, ordinal),
                     )?;
@@ -259,7 +283,7 @@ impl Redrives {
                     &format!(
                         "INSERT INTO redrive SELECT ?5, row_number() OVER
                              (ORDER BY stream, shard, sequence, sub_sequence, place, output), rowid
-                         FROM dead_letter WHERE {MATCHES}
+                         FROM letters WHERE {MATCHES}
                          AND rowid NOT IN (SELECT letter FROM redrive)"
                     ),
                     (place, shard, reason, ids, id),
@@ -279,7 +303,7 @@ impl Redrives {
         self.store
             .write("read the dead letters", move |state| {
                 let count = format!(
-                    "SELECT count(*) FROM dead_letter WHERE {MATCHES}
+                    "SELECT count(*) FROM letters WHERE {MATCHES}
                      AND rowid <= coalesce((SELECT max(up_to) FROM doubtful_letters), 0)"
                 );
                 state.query_row(&count, wanted, |row| row.get(0))
@@ -295,10 +319,24 @@ impl Redrives {
         self.store
             .write("read a redrive", move |state| {
                 let mut query = state.prepare(
-                    "SELECT DISTINCT place FROM redrive JOIN dead_letter d ON d.rowid = letter
-                     WHERE id = ?1 ORDER BY place",
+                    "SELECT DISTINCT place FROM redrive JOIN letters d ON d.rowid = letter
+                     WHERE redrive.id = ?1 ORDER BY place",
                 )?;
                 query.query_map([id.0], |row| row.get(0))?.collect()
+            })
+            .await
+    }
+
+    /// Whether some of its letters have what entered their place as a digest only.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn has_digests(&self, id: RedriveId) -> Result<bool, StateError> {
+        self.store
+            .write("read a redrive", move |state| {
+                let query = "SELECT EXISTS(SELECT 1 FROM redrive JOIN letters d ON d.id = letter
+                             WHERE redrive.id = ?1 AND d.entered_kind = 2)";
+                state.query_row(query, [id.0], |row| row.get(0))
             })
             .await
     }
@@ -322,18 +360,20 @@ impl Redrives {
                 let mut query = state.prepare_cached(
                     // By length first: together, payloads may not fit into memory.
                     "WITH next AS (
-                         SELECT ordinal, letter, length(entered) AS bytes
-                         FROM redrive JOIN dead_letter d ON d.rowid = letter
-                         WHERE id = ?1 AND ordinal > ?2
+                         SELECT ordinal, letter, entered_bytes AS bytes
+                         FROM redrive JOIN letters d ON d.rowid = letter
+                         WHERE redrive.id = ?1 AND ordinal > ?2
                              AND place NOT IN (SELECT value FROM json_each(?5))
                          ORDER BY ordinal LIMIT ?3),
                      sized AS (
                          SELECT ordinal, letter, sum(bytes) OVER (ORDER BY ordinal) - bytes AS before
                          FROM next)
-                     SELECT ordinal, place, route, sequence, sub_sequence, entered_key, entered,
+                     SELECT ordinal, place, route, d.sequence, d.sub_sequence, entered_key, entered,
                          arrived_ms, (SELECT json_group_array(sink) FROM letter_delivered own
-                             WHERE own.letter = d.rowid)
-                     FROM sized JOIN dead_letter d ON d.rowid = letter
+                             WHERE own.letter = d.id),
+                         entered_kind, entered_digest, made, d.shard, r.partition_key, r.original, d.id
+                     FROM sized JOIN letters d ON d.id = letter
+                     LEFT JOIN letter_record r ON r.id = d.record AND d.entered_kind <> 0
                      WHERE before <= ?4 ORDER BY ordinal",
                 )?;
                 let letters = query.query_map((id.0, after, limit, bytes, without), |row| {
@@ -356,18 +396,85 @@ impl Redrives {
                             )
                         })?;
                     delivered_to.sort_unstable();
+                    let kind: u8 = row.get(9)?;
+                    let record = |column: usize| -> rusqlite::Result<Vec<u8>> {
+                        row.get::<_, Option<Vec<u8>>>(column).map(Option::unwrap_or_default)
+                    };
+                    let (key, payload) = match kind {
+                        AS_ORIGINAL => (record(13)?, record(14)?),
+                        _ => (row.get(5)?, row.get(6)?),
+                    };
+                    let made: String = row.get(11)?;
+                    let lost = match kind {
+                        AS_DIGEST => Some(Box::new(LostPayload {
+                            letter: row.get(15)?,
+                            shard: ShardId::from(row.get::<_, String>(12)?),
+                            partition_key: record(13)?,
+                            original: record(14)?,
+                            sha256: row.get(10)?,
+                            steps: steps(&made)?,
+                        })),
+                        _ => None,
+                    };
                     Ok(RedrivenLetter {
+                        keeps_whole: kind == KEPT && made.is_empty(),
+                        lost,
                         delivered_to,
                         ordinal: row.get(0)?,
                         place,
                         route: row.get::<_, String>(2)?.into(),
                         origin: position(row.get(3)?, row.get(4)?)?,
-                        key: row.get(5)?,
-                        payload: row.get(6)?,
+                        key,
+                        payload,
                         arrived_ms: row.get(7)?,
                     })
                 })?;
                 letters.collect()
+            })
+            .await
+    }
+
+    /// Leaves a letter out of a redrive: it stays as it is, for the sinks alone that do not have it. `reached`
+    /// says how far each sink was before the redrive ran now, as the sinks themselves have it.
+    ///
+    /// # Errors
+    /// [`StateError`]; the redrive is as it was.
+    pub async fn leave_out(
+        &self,
+        id: RedriveId,
+        letter: i64,
+        reached: Vec<(SinkName, Option<Position>)>,
+    ) -> Result<(), StateError> {
+        let (stream, _) = self.redrive_key(id);
+        self.store
+            .write("leave a letter out of a redrive", move |state| {
+                let own = "SELECT ordinal FROM redrive WHERE id = ?1 AND letter = ?2";
+                let ordinal: Option<u64> =
+                    state.query_row(own, (id.0, letter), |row| row.get(0)).optional()?;
+                let Some(ordinal) = ordinal else { return Ok(()) };
+                for (sink, at) in &reached {
+                    if ordinal_of(at.as_ref()) >= ordinal {
+                        state.execute(
+                            "INSERT OR IGNORE INTO letter_delivered VALUES (?1, ?2)",
+                            (letter, sink.as_str()),
+                        )?;
+                    }
+                }
+                // As noted since.
+                state.execute(
+                    "INSERT OR IGNORE INTO letter_delivered
+                     SELECT ?2, sink FROM sink_position WHERE stream = ?1
+                         AND CAST(ltrim(sequence, '0') AS INTEGER) >= ?3",
+                    (&stream, letter, ordinal),
+                )?;
+                state.execute(
+                    "DELETE FROM letters WHERE stream = ?1
+                     AND CAST(ltrim(sequence, '0') AS INTEGER) = ?2",
+                    (&stream, ordinal),
+                )?;
+                state
+                    .execute("DELETE FROM redrive WHERE id = ?1 AND letter = ?2", (id.0, letter))
+                    .map(drop)
             })
             .await
     }
@@ -413,14 +520,45 @@ impl Redrives {
     }
 }
 
+/// The place of a letter in its redrive, by the position of it; 0 before the first.
+fn ordinal_of(at: Option<&Position>) -> u64 {
+    at.and_then(|at| at.sequence.as_str().parse().ok()).unwrap_or(0)
+}
+
+/// Reads the runs that made a payload.
+fn steps(json: &str) -> rusqlite::Result<Vec<Step>> {
+    serde_json::from_str(json).map_err(|error| {
+        let cause = format!("how a dead letter was made cannot be read: {error}");
+        let text = rusqlite::types::Type::Text;
+        rusqlite::Error::FromSqlConversionFailure(11, text, cause.into())
+    })
+}
+
+/// The runs that made what a redriven letter has become elsewhere: those of the letter, then the redrive's.
+/// Empty: they are not known, and it is kept whole.
+fn joined_steps(state: &Transaction<'_>, origin: i64, own: &str) -> rusqlite::Result<String> {
+    let query = "SELECT entered_kind, made FROM letters WHERE id = ?1";
+    let (kind, before): (u8, String) =
+        state.query_row(query, [origin], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    if own.is_empty() || kind == AS_ORIGINAL {
+        return Ok(own.to_owned());
+    }
+    if before.is_empty() {
+        return Ok(String::new());
+    }
+    let joined = [steps(&before)?, steps(own)?].concat();
+    // Texts alone: this cannot fail.
+    Ok(serde_json::to_string(&joined).unwrap_or_default())
+}
+
 fn finish(
     state: &Transaction<'_>,
     id: RedriveId,
     (stream, shard): &(String, String),
     without: &str,
 ) -> rusqlite::Result<Option<Redriven>> {
-    let whole = "SELECT count(*), max(ordinal) FROM redrive JOIN dead_letter d ON d.rowid = letter
-                 WHERE id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))";
+    let whole = "SELECT count(*), max(ordinal) FROM redrive JOIN letters d ON d.rowid = letter
+                 WHERE redrive.id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))";
     let (letters, last): (u64, Option<u64>) =
         state.query_row(whole, (id.0, without), |row| Ok((row.get(0)?, row.get(1)?)))?;
     let reached = "SELECT sequence, sub_sequence FROM shard
@@ -428,7 +566,7 @@ fn finish(
     let reached = state
         .query_row(reached, (stream, shard), |row| position(row.get(0)?, row.get(1)?))
         .optional()?;
-    let hidden = "SELECT count(*) FROM dead_letter WHERE stream = ?1 AND shard = ?2 AND held <> 0
+    let hidden = "SELECT count(*) FROM letters WHERE stream = ?1 AND shard = ?2 AND held <> 0
                   AND place NOT IN (SELECT value FROM json_each(?3))";
     let hidden: u64 = state.query_row(hidden, (stream, shard, without), |row| row.get(0))?;
     let end = last.map(|last| Position { sequence: SequenceNumber::from(last), sub_sequence: 0 });
@@ -436,20 +574,21 @@ fn finish(
         return Ok(None);
     }
     let mut failed = state.prepare(
-        "SELECT f.rowid, f.sequence, f.place, o.rowid, o.place
-         FROM dead_letter f
+        "SELECT f.rowid, f.sequence, f.place, o.rowid, o.place, f.made
+         FROM letters f
          JOIN redrive r ON r.id = ?3 AND r.ordinal = CAST(ltrim(f.sequence, '0') AS INTEGER)
-         JOIN dead_letter o ON o.rowid = r.letter
+         JOIN letters o ON o.rowid = r.letter
          WHERE f.stream = ?1 AND f.shard = ?2
              AND o.place NOT IN (SELECT value FROM json_each(?4)) ORDER BY f.sequence, f.output",
     )?;
     let failed = failed.query_map((stream, shard, id.0, without), |row| {
-        Ok((row.get(0)?, row.get::<_, String>(2)?, row.get(3)?, row.get::<_, String>(4)?))
+        Ok((row.get(0)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(5)?))
     })?;
-    let failed: Vec<(i64, String, i64, String)> = failed.collect::<rusqlite::Result<_>>()?;
+    let failed: Vec<(i64, String, i64, String, String)> =
+        failed.collect::<rusqlite::Result<_>>()?;
     let mut kept = HashSet::new();
     let failed_again = failed.len() as u64;
-    for (letter, place, origin, origin_place) in failed {
+    for (letter, place, origin, origin_place, made) in failed {
         // What a sink has of the one it has of the other.
         state.execute(
             "INSERT OR IGNORE INTO letter_delivered
@@ -458,40 +597,40 @@ fn finish(
         )?;
         // What the record was when it was put is the first letter's to say.
         state.execute(
-            "UPDATE dead_letter SET (partition_key, original, arrived_ms) =
-                 (SELECT partition_key, original, arrived_ms FROM dead_letter WHERE rowid = ?2)
+            "UPDATE letters SET made = ?3, (record, arrived_ms) =
+                 (SELECT record, arrived_ms FROM letters WHERE rowid = ?2)
              WHERE rowid = ?1",
-            (letter, origin),
+            (letter, origin, joined_steps(state, origin, &made)?),
         )?;
         if place == origin_place && kept.insert(origin) {
             // The same again: it keeps its number, and has the newest reason.
             state.execute(
-                "UPDATE dead_letter SET (plugin, digest, reason, backtrace, written_ms) =
-                     (SELECT plugin, digest, reason, backtrace, written_ms FROM dead_letter
+                "UPDATE letters SET (plugin, digest, reason, backtrace, written_ms) =
+                     (SELECT plugin, digest, reason, backtrace, written_ms FROM letters
                       WHERE rowid = ?1)
                  WHERE rowid = ?2",
                 (letter, origin),
             )?;
-            state.execute("DELETE FROM dead_letter WHERE rowid = ?1", [letter])?;
+            state.execute("DELETE FROM letters WHERE rowid = ?1", [letter])?;
             continue;
         }
         // After the letters that the same record has there, by a number that no item of a first run has: a
         // replay counts its items from 0, and would take one of them for this letter.
         state.execute(
-            "UPDATE dead_letter AS f SET (stream, shard, sequence, sub_sequence, output) =
+            "UPDATE letters AS f SET (stream, shard, sequence, sub_sequence, output) =
                  (SELECT o.stream, o.shard, o.sequence, o.sub_sequence, coalesce((
-                     SELECT max(n.output) + 1 FROM dead_letter n
+                     SELECT max(n.output) + 1 FROM letters n
                      WHERE (n.stream, n.shard, n.sequence, n.sub_sequence) =
                          (o.stream, o.shard, o.sequence, o.sub_sequence)
                          AND n.place = f.place AND n.output >= ?3), ?3)
-                  FROM dead_letter o WHERE o.rowid = ?2)
+                  FROM letters o WHERE o.rowid = ?2)
              WHERE f.rowid = ?1",
             (letter, origin, OUTPUT_OF_REDRIVE),
         )?;
     }
     let mut gone = state.prepare(
-        "SELECT letter FROM redrive JOIN dead_letter d ON d.rowid = letter
-         WHERE id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))",
+        "SELECT letter FROM redrive JOIN letters d ON d.rowid = letter
+         WHERE redrive.id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))",
     )?;
     let gone: Vec<i64> =
         gone.query_map((id.0, without), |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
@@ -526,7 +665,7 @@ fn finish(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::{Checkpoints, DeadLetter, DeadLetters, LetterKey};
+    use crate::position::{Checkpoints, DeadLetter, DeadLetters, LetterKey, MadeBy};
     use crate::record::ShardStart;
 
     #[tokio::test]
@@ -553,6 +692,7 @@ mod tests {
             digest: String::new(),
             reason: "no JSON".into(),
             backtrace: String::new(),
+            made: MadeBy::at_source("revision"),
         };
         letters.put(&shard, vec![letter], false).await.expect("written");
         let redrives = Redrives::new(store.clone(), pipeline.clone());

@@ -194,7 +194,7 @@ fn letters_of(
     window_ms: &Range<u64>,
 ) -> rusqlite::Result<Vec<Letter>> {
     let mut query = state.prepare(
-        "SELECT rowid, shard, sequence, sub_sequence, place, output FROM dead_letter
+        "SELECT rowid, shard, sequence, sub_sequence, place, output FROM letters
          WHERE stream = ?1 AND arrived_ms >= ?2 AND arrived_ms < ?3 AND held <> 3",
     )?;
     let letters = query.query_map((stream, window_ms.start, window_ms.end), |row| {

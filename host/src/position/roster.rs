@@ -6,13 +6,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use rusqlite::Transaction;
-
 use super::holes::{Hole, insert};
 use super::redrive::is_redrive_key;
+use super::revisions;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 use crate::record::{LetterPlace, Position, ShardId, SinkName, StreamIdentity};
-use crate::stage::GenerationSpec;
 
 /// What version 6 has for sinks. An empty destination: rows go to nowhere that lasts. `removed_ms`: since
 /// then the sink is not in the configuration. An empty sequence: the sink had nothing of the shard.
@@ -262,65 +260,11 @@ impl Roster {
                 let place = |sink: &SinkName| LetterPlace::Sink(sink.clone()).to_string();
                 // A letter of a sink that had the new name before keeps its place.
                 state.execute(
-                    "UPDATE OR IGNORE dead_letter SET place = ?2 WHERE place = ?1",
+                    "UPDATE OR IGNORE letters SET place = ?2 WHERE place = ?1",
                     (place(&old), place(&new)),
                 )?;
-                rename_in_revisions(state, &old, &new)
+                revisions::rewrite(state, |spec| spec.rename_sink(&old, &new)).map(drop)
             })
             .await
     }
-}
-
-/// Lets every stored revision, and what runs, name the sink as it is called now. A revision's id follows
-/// from what it says, so the ledger and the changes name the new ids.
-fn rename_in_revisions(
-    state: &Transaction<'_>,
-    old: &SinkName,
-    new: &SinkName,
-) -> rusqlite::Result<()> {
-    let unreadable = |what: &str, error: serde_json::Error| {
-        let cause = format!("{what} cannot be read: {error}");
-        let text = rusqlite::types::Type::Text;
-        rusqlite::Error::FromSqlConversionFailure(0, text, cause.into())
-    };
-    let mut query = state.prepare("SELECT id, spec FROM generation")?;
-    let stored =
-        query.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
-    for revision in stored.collect::<rusqlite::Result<Vec<_>>>()? {
-        let (id, json) = revision;
-        let mut spec: GenerationSpec = serde_json::from_str(&json)
-            .map_err(|error| unreadable(&format!("revision {id}"), error))?;
-        if !spec.rename_sink(old, new) {
-            continue;
-        }
-        let renamed = spec.id();
-        state.execute(
-            "INSERT INTO generation VALUES (?1, ?2) ON CONFLICT DO NOTHING",
-            (&*renamed, spec.to_json()),
-        )?;
-        for rename in [
-            "UPDATE ledger SET generation = ?2 WHERE generation = ?1",
-            "UPDATE change SET before = ?2 WHERE before = ?1",
-            "UPDATE change SET after = ?2 WHERE after = ?1",
-        ] {
-            state.execute(rename, (&id, &*renamed))?;
-        }
-        state.execute("DELETE FROM generation WHERE id = ?1", [&id])?;
-    }
-    let mut query = state.prepare("SELECT declared, running FROM running")?;
-    let running =
-        query.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
-    for (declared, running) in running.collect::<rusqlite::Result<Vec<_>>>()? {
-        let renamed = |json: &str| {
-            let mut spec: GenerationSpec = serde_json::from_str(json)
-                .map_err(|error| unreadable("the record of what runs", error))?;
-            spec.rename_sink(old, new);
-            Ok::<_, rusqlite::Error>(spec.to_json())
-        };
-        state.execute(
-            "UPDATE running SET declared = ?1, running = ?2",
-            (renamed(&declared)?, renamed(&running)?),
-        )?;
-    }
-    Ok(())
 }

@@ -139,6 +139,8 @@ const SCHEMA_6: &[&str] = &[
     SCHEMA_6_GIVEN_UP,
     LETTERS_6,
     SCHEMA_MARK,
+    super::letter_store::SCHEMA,
+    super::variables::SCHEMA,
 ];
 
 /// The state's id and the number of its durable writes, which sinks keep beside their positions, the
@@ -400,6 +402,29 @@ impl StateStore {
         self.connection.clone().lock_owned().await
     }
 
+    /// The folder of the database.
+    pub(super) fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(""))
+    }
+
+    /// Rewrites the database without its free pages, if it is not larger than `bytes_max`, and empties its
+    /// write-ahead log: what was deleted is gone from the disk.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing that is in use was changed.
+    pub(super) async fn drop_free_pages(&self, bytes_max: i64) -> Result<(), StateError> {
+        let action = "drop its free pages";
+        let connection = self.turn().await;
+        let done = tokio::task::spawn_blocking(move || {
+            let number = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, i64>(0));
+            if number("PRAGMA page_count")? * number("PRAGMA page_size")? <= bytes_max {
+                connection.execute_batch("VACUUM")?;
+            }
+            number("PRAGMA wal_checkpoint(TRUNCATE)").map(drop).map_err(Failure::Sql)
+        });
+        self.outcome(action, done.await)
+    }
+
     /// The component's bytes, stored with a generation.
     ///
     /// # Errors
@@ -628,6 +653,53 @@ mod tests {
             let logged = letters.logged(0, 10, 1_000).await.expect("a log");
             assert_eq!(logged.iter().map(|logged| logged.number).collect::<Vec<_>>(), [1]);
         }
+    }
+
+    #[tokio::test]
+    async fn wall_04_letters_of_an_earlier_version_share_their_record() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let old = Connection::open(folder.path().join("state.db")).expect("a database");
+        [SCHEMA, SCHEMA_3, SCHEMA_4, SCHEMA_5]
+            .iter()
+            .try_for_each(|part| old.execute_batch(part))
+            .expect("the schema of version 5");
+        let letter =
+            "INSERT INTO dead_letter VALUES (?1, 'shard', ?2, 0, ?3, ?4, 0, x'6b', ?5, x'6b', ?6,
+                          7, 'p', 'd', 'why', '', 9, 'all')";
+        let original = vec![b'o'; 1_000];
+        for (stream, sequence, place, output, was, entered) in [
+            ("s", "1", "stage:a", 0, &original[..], &original[..]),
+            ("s", "1", "stage:b", 0, &original[..], &b"e"[..]),
+            ("s", "1", "stage:b", 1, &original[..], &b"f"[..]),
+            // Of a redrive under way.
+            ("letters:p@5", "1", "stage:c", 0, &b"e"[..], &b"e"[..]),
+        ] {
+            let values = (stream, sequence, place, output, was, entered);
+            old.execute(letter, values).expect("a letter");
+        }
+        old.execute("INSERT INTO redrive VALUES (5, 1, 2)", []).expect("a redrive");
+        old.pragma_update(None, "user_version", 5).expect("set");
+        drop(old);
+        let store = StateStore::open(folder.path()).expect("opened");
+        let letters = crate::position::DeadLetters::new(store.clone());
+        let found = letters.select(Default::default(), 10).await.expect("letters");
+        let entered: Vec<&[u8]> = found.iter().map(|letter| &letter.entered[..]).collect();
+        assert_eq!(entered, [&original[..], &b"e"[..], &b"f"[..]]);
+        assert!(found.iter().all(|letter| letter.original == original));
+        let ids: Vec<i64> = found.iter().map(|letter| letter.id).collect();
+        assert_eq!(ids, [1, 2, 3], "numbers stay");
+        let look = |state: &Transaction<'_>| -> rusqlite::Result<(i64, i64, i64)> {
+            let number = |sql: &str| state.query_row(sql, [], |row| row.get(0));
+            Ok((
+                number("SELECT count(*) FROM letter_record")?,
+                number("SELECT count(*) FROM letters WHERE record = 1")?,
+                number("SELECT bytes FROM letter_store")?,
+            ))
+        };
+        let (records, of_record, bytes) = store.write("look", look).await.expect("read");
+        assert_eq!((records, of_record), (1, 4), "the redrive's letter is of that record");
+        assert!((1_000 + 4 * 512..1_000 + 5 * 600).contains(&bytes), "{bytes}");
+        letters.purge(Default::default()).await.expect("purged");
     }
 
     #[tokio::test(flavor = "multi_thread")]

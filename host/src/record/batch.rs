@@ -23,7 +23,7 @@ pub struct Record {
 impl Record {
     /// What it costs beside its bytes: itself, its sequence number, and what the allocator adds to each of
     /// its pieces.
-    const OVERHEAD_BYTES: usize = size_of::<Self>() + 160;
+    pub(super) const OVERHEAD_BYTES: usize = size_of::<Self>() + 160;
 
     /// The memory that it holds, in bytes.
     pub fn held_bytes(&self) -> usize {
@@ -65,6 +65,8 @@ pub struct Redrive {
     pub origins: Vec<Position>,
     /// Sinks that have the rows of all these records already, by a replay.
     pub delivered_to: Vec<SinkName>,
+    /// Dead letters of these records keep what entered a place whole: it could not be made again.
+    pub keeps_whole: bool,
 }
 
 /// Where a record failed.
@@ -98,6 +100,9 @@ impl LetterPlace {
 }
 
 impl Batch {
+    /// What it costs beside its records: itself, its span, the names of its rows' routes.
+    pub(super) const OVERHEAD_BYTES: usize = 512;
+
     /// The bytes of its payloads and keys.
     pub fn bytes(&self) -> usize {
         self.records.iter().map(|record| record.payload.len() + record.partition_key.len()).sum()
@@ -105,7 +110,7 @@ impl Batch {
 
     /// The memory that it holds, in bytes.
     pub fn held_bytes(&self) -> usize {
-        self.records.iter().map(Record::held_bytes).sum()
+        Self::OVERHEAD_BYTES + self.records.iter().map(Record::held_bytes).sum::<usize>()
     }
 
     /// Where a record is in its own shard, by its index.
@@ -196,16 +201,9 @@ pub struct Row {
 }
 
 impl Row {
-    /// The memory that it holds beside its batch, in bytes.
+    /// The memory that it holds beside its batch where it shares its bytes with nobody, in bytes.
     pub fn held_bytes(&self) -> usize {
-        let source = self.source();
-        // Where it goes on as it came, it shares the record's bytes.
-        let own = |bytes: &Bytes, came: &Bytes| match bytes.as_ptr() == came.as_ptr() {
-            true => 0,
-            false => bytes.len(),
-        };
-        let payload = own(&self.payload, &source.payload);
-        payload + own(&self.key, &source.partition_key) + size_of::<Self>()
+        self.payload.len() + self.key.len() + size_of::<Self>()
     }
 
     /// A copy that shares nothing: it keeps its own record alone, not the batch around it.
@@ -225,6 +223,7 @@ impl Row {
                 route: redrive.route.clone(),
                 origins: vec![redrive.origins[self.record as usize].clone()],
                 delivered_to: redrive.delivered_to.clone(),
+                keeps_whole: redrive.keeps_whole,
             })),
         };
         let (shard, span) = (self.batch.shard.clone(), self.batch.span.clone());

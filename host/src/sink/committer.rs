@@ -25,6 +25,8 @@ pub(super) struct Parcel {
     pub(super) to_inclusive: Position,
     /// The generation that made them.
     pub(super) generation: Arc<str>,
+    /// The bytes of their payloads and keys.
+    pub(super) bytes: usize,
     /// The bytes that they hold in memory.
     pub(super) permit: Option<Permit>,
 }
@@ -76,8 +78,8 @@ impl Committer {
     pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> Result<(), SinkError> {
         if let Some((to_inclusive, generation)) = self.context.first_to.clone() {
             let rows = Arc::default();
-            let (encoded, permit) = (None, None);
-            self.commit(Parcel { rows, encoded, to_inclusive, generation, permit }).await?;
+            let (encoded, bytes, permit) = (None, 0, None);
+            self.commit(Parcel { rows, encoded, to_inclusive, generation, bytes, permit }).await?;
         }
         loop {
             let order = tokio::select! {
@@ -97,7 +99,12 @@ impl Committer {
     /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
     /// configured patience stops it.
     async fn commit(&mut self, parcel: Parcel) -> Result<(), SinkError> {
-        let Parcel { rows, encoded, to_inclusive, generation, permit: _held } = parcel;
+        let Parcel { rows, encoded, to_inclusive, generation, bytes, mut permit } = parcel;
+        let is_copied = encoded.is_none() && self.writer.copies_rows();
+        if let Some(held) = permit.as_mut().filter(|_| is_copied) {
+            // Others wait the longer. It is given back with the rows.
+            held.resize(held.bytes() + bytes);
+        }
         let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
         let commit = Commit { span, rows, encoded, generation };
         let sink = self.context.sink.to_string();
@@ -178,7 +185,7 @@ impl Committer {
     async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
         let context = &self.context;
         let reason = format!("given up: {error}");
-        let letter = |row: &Row| self.refusals.letter(row, reason.clone());
+        let letter = |row: &Row| self.refusals.letter(row, reason.clone(), &commit.generation);
         let letters: Vec<_> = commit.rows.iter().map(letter).collect();
         let (rows, span, to) = (letters.len() as u64, &commit.span, &commit.span.to_inclusive);
         let whose = (&context.shard, &context.sink);

@@ -14,9 +14,10 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::committer::{Committer, Order, Parcel};
-use super::{Acquired, EncodeRows, LookAhead, RowEncoder, SinkError};
+use super::{Acquired, CutRows, EncodeRows, LookAhead, RowEncoder, SinkError};
 use crate::budget::{Account, OpenBuffer, Permit};
 use crate::config::{Rhythm, Timing};
+use crate::off_thread::off_thread;
 use crate::position::DeadLetters;
 use crate::record::{Position, Row, ShardKey, ShardStart, SinkName};
 use crate::stop::Stop;
@@ -248,6 +249,8 @@ struct Gatherer {
     is_due: bool,
     /// The rows of the last parcel.
     rows_expected: usize,
+    /// Rows after an earlier owner's promise: they are encoded as those that arrive.
+    rest_of_promise: Option<Delivery>,
     pressure: Arc<Notify>,
 }
 
@@ -263,6 +266,7 @@ impl Gatherer {
             buffer: None,
             is_due: false,
             rows_expected: 0,
+            rest_of_promise: None,
             pressure: Arc::new(Notify::new()),
             context,
         }
@@ -319,15 +323,59 @@ impl Gatherer {
         delivery: Delivery,
         orders: &mpsc::Sender<Order>,
     ) -> Result<(), CommitterEnded> {
+        let Delivery { to_inclusive, mut rows, generation, mut permit } = delivery;
         let skip_to = self.context.skip_to.as_ref();
-        if skip_to.is_some_and(|have| delivery.to_inclusive <= *have) {
+        if skip_to.is_some_and(|have| to_inclusive <= *have) {
             return Ok(());
         }
-        let known =
-            skip_to.map_or(0, |have| delivery.rows.partition_point(|row| row.position() <= have));
-        if self.buffer.as_ref().is_some_and(|held| held.generation != delivery.generation) {
+        let known = skip_to.map_or(0, |have| rows.partition_point(|row| row.position() <= have));
+        rows.drain(..known);
+        if let Some(start) = &self.context.from_start {
+            let is_before = |row: &Row| {
+                let arrived_ms = i64::try_from(row.source().arrived_ms).unwrap_or(i64::MAX);
+                start.is_after(&row.position().sequence, arrived_ms)
+            };
+            rows.retain(|row| !is_before(row));
+        }
+        let letters = &self.context.letters_of_own;
+        if !letters.is_empty() {
+            rows.retain(|row| !letters.contains(&(row.position().clone(), row.ordinal)));
+        }
+        if self.buffer.as_ref().is_some_and(|held| held.generation != generation) {
             self.hand_over(orders).await?;
         }
+        loop {
+            let (more, cut) = self.take(rows, (&to_inclusive, &generation), permit.take()).await;
+            permit = more;
+            match cut {
+                None => break,
+                Some(rest) => rows = rest,
+            }
+            self.hand_over(orders).await?;
+        }
+        let Some(buffer) = &mut self.buffer else { return Ok(()) };
+        buffer.to_inclusive = to_inclusive;
+        let full = buffer.count >= self.context.rhythm.rows_max
+            || buffer.bytes >= self.context.rhythm.bytes_max;
+        let at_cut = self.must_cut_at.as_ref().is_some_and(|cut| buffer.to_inclusive >= *cut);
+        if full || at_cut {
+            self.hand_over(orders).await?;
+        }
+        if let Some(rest) = self.rest_of_promise.take() {
+            // Nothing is promised any more: it comes back once.
+            Box::pin(self.push(rest, orders)).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes rows up to `to_inclusive` into the buffer. Gives those that belong to the next commit, if this
+    /// one is as large as it may be, with their part of the permit.
+    async fn take(
+        &mut self,
+        mut rows: Vec<Row>,
+        (to_inclusive, generation): (&Position, &Arc<str>),
+        permit: Option<Permit>,
+    ) -> (Option<Permit>, Option<Vec<Row>>) {
         // An earlier owner's promise is cut exactly at its end, and kept in its layout: of rows.
         let encode = self.encode.as_ref().filter(|_| self.must_cut_at.is_none());
         let buffer = self.buffer.get_or_insert_with(|| {
@@ -341,40 +389,46 @@ impl Gatherer {
                 count: 0,
                 bytes: 0,
                 permit: None,
-                to_inclusive: delivery.to_inclusive.clone(),
-                generation: delivery.generation.clone(),
+                to_inclusive: to_inclusive.clone(),
+                generation: generation.clone(),
                 opened: Instant::now(),
                 open: self.context.account.open_buffer(&self.pressure),
             }
         });
-        let mut rows = delivery.rows;
-        rows.drain(..known);
-        if let Some(start) = &self.context.from_start {
-            let is_before = |row: &Row| {
-                let arrived_ms = i64::try_from(row.source().arrived_ms).unwrap_or(i64::MAX);
-                start.is_after(&row.position().sequence, arrived_ms)
-            };
-            rows.retain(|row| !is_before(row));
-        }
-        let letters = &self.context.letters_of_own;
-        if !letters.is_empty() {
-            rows.retain(|row| !letters.contains(&(row.position().clone(), row.ordinal)));
-        }
+        let bytes_of = |rows: &[Row]| -> usize {
+            rows.iter().map(|row| row.payload.len() + row.key.len()).sum()
+        };
         buffer.count += rows.len();
-        buffer.bytes += rows.iter().map(|row| row.payload.len() + row.key.len()).sum::<usize>();
-        match (&mut buffer.permit, delivery.permit) {
+        buffer.bytes += bytes_of(&rows);
+        let came_bytes = permit.as_ref().map(Permit::bytes);
+        match (&mut buffer.permit, permit) {
             (Some(held), Some(more)) => held.absorb(more),
             (held, more) => *held = more.or(held.take()),
         }
+        let mut rest_permit = None;
+        let mut cut = None;
         match buffer.encoder.take() {
             None => buffer.rows.append(&mut rows),
             Some(encoder) if rows.is_empty() => buffer.encoder = Some(encoder),
             Some(mut encoder) => {
-                let encoder = off_thread(move || {
-                    encoder.push(rows);
-                    encoder
+                let encoded = off_thread(move || {
+                    let cut = encoder.push(rows);
+                    (encoder, cut)
                 });
-                let encoder = encoder.await;
+                let (encoder, cut_rows) = encoded.await;
+                if let Some(CutRows { to_inclusive, rest }) = cut_rows {
+                    buffer.count -= rest.len();
+                    buffer.bytes -= bytes_of(&rest);
+                    if let Some(to_inclusive) = to_inclusive {
+                        buffer.to_inclusive = to_inclusive;
+                    }
+                    // They share with the rows before them: all that came with them is still held.
+                    rest_permit = match (&mut buffer.permit, came_bytes) {
+                        (Some(permit), Some(bytes)) => Some(permit.split(bytes)),
+                        _ => None,
+                    };
+                    cut = Some(rest);
+                }
                 // The rows are gone, and with them what they held.
                 if let Some(permit) = &mut buffer.permit {
                     permit.resize(encoder.held_bytes());
@@ -383,14 +437,7 @@ impl Gatherer {
             }
         }
         buffer.open.resize(buffer.permit.as_ref().map_or(0, Permit::bytes));
-        buffer.to_inclusive = delivery.to_inclusive;
-        let full = buffer.count >= self.context.rhythm.rows_max
-            || buffer.bytes >= self.context.rhythm.bytes_max;
-        let at_cut = self.must_cut_at.as_ref().is_some_and(|cut| buffer.to_inclusive >= *cut);
-        if full || at_cut {
-            self.hand_over(orders).await?;
-        }
-        Ok(())
+        (rest_permit, cut)
     }
 
     /// Hands over what is in hand; where an earlier owner promised an end, exactly up to there.
@@ -414,10 +461,17 @@ impl Gatherer {
                 encoded: None,
                 to_inclusive: cut.clone(),
                 generation: buffer.generation.clone(),
+                bytes: 0,
                 permit: None,
             };
             orders.send(Order::Commit(parcel)).await.map_err(|_| CommitterEnded)?;
             if buffer.to_inclusive == cut {
+                return Ok(());
+            }
+            if self.encode.is_some() && !rest.is_empty() {
+                let Buffer { to_inclusive, generation, permit, .. } = buffer;
+                self.rest_of_promise =
+                    Some(Delivery { to_inclusive, rows: rest, generation, permit });
                 return Ok(());
             }
             buffer.rows = rest;
@@ -434,6 +488,7 @@ impl Gatherer {
             encoded,
             to_inclusive: buffer.to_inclusive,
             generation: buffer.generation,
+            bytes: buffer.bytes,
             permit: buffer.permit,
         };
         let room = orders.reserve().await.map_err(|_| CommitterEnded)?;
@@ -442,18 +497,6 @@ impl Gatherer {
         }
         room.send(Order::Commit(parcel));
         Ok(())
-    }
-}
-
-/// Does work that uses the processor where it holds up nobody.
-async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The process ends.
-            Err(_) => std::future::pending().await,
-        },
     }
 }
 

@@ -314,6 +314,10 @@ fn place(url: &url::Url) -> &str {
 
 #[async_trait]
 impl SinkWriter for HttpWriter {
+    fn copies_rows(&self) -> bool {
+        true
+    }
+
     fn asked_to_wait(&self) -> Option<Duration> {
         self.asked_to_wait
     }

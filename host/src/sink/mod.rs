@@ -8,6 +8,8 @@
 mod committer;
 pub mod delivery;
 pub mod discard;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod http;
 pub mod kinesis;
 pub mod line;
@@ -295,14 +297,24 @@ pub trait EncodeRows: Send + Sync {
 
 /// The rows of one commit, as they are encoded. Uses the processor: call it off the async threads.
 pub trait RowEncoder: Send {
-    /// Takes rows, by ascending (position, ordinal).
-    fn push(&mut self, rows: Vec<Row>);
+    /// Takes rows, by ascending (position, ordinal). `Some`: the commit has as many parts as one may have, and
+    /// is to be made without the rest. A record's rows stay together.
+    fn push(&mut self, rows: Vec<Row>) -> Option<CutRows>;
 
     /// The memory that it holds, in bytes.
     fn held_bytes(&self) -> usize;
 
     /// Ends: the rows that are refused, and what became of the others.
     fn finish(self: Box<Self>) -> (Vec<Row>, EncodedRows);
+}
+
+/// Where a commit is cut.
+#[derive(Debug)]
+pub struct CutRows {
+    /// The position of the last row that was taken now; `None`: none was.
+    pub to_inclusive: Option<Position>,
+    /// The rows after it.
+    pub rest: Vec<Row>,
 }
 
 /// Is shown the rows of the next commit.
@@ -323,6 +335,12 @@ pub trait SinkWriter: Send {
     /// nobody.
     fn looks_ahead(&self) -> Option<Arc<dyn LookAhead>> {
         None
+    }
+
+    /// Whether a commit of rows that were not encoded as they arrived makes a copy of all of them, in the
+    /// destination's form: it is counted while the commit is under way.
+    fn copies_rows(&self) -> bool {
+        false
     }
 
     /// The calls that a commit makes, for when they are without an answer.

@@ -16,6 +16,8 @@
 mod chunks;
 mod claim;
 mod encode;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod keys;
 mod layout;
 mod parquet;

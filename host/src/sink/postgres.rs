@@ -15,6 +15,8 @@ mod array;
 mod blame;
 mod copy;
 mod encode;
+#[cfg(any(test, fuzzing))]
+pub(in crate::sink) mod fuzz;
 mod kind;
 mod lineage;
 mod merge;

@@ -12,6 +12,8 @@
 
 mod encode;
 mod files;
+#[cfg(any(test, fuzzing))]
+pub(in crate::sink) mod fuzz;
 mod kind;
 mod ledger;
 mod merge;

@@ -1,12 +1,12 @@
 //! Refused rows on their way to the dead letters: held before the sink commits, shown after.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 
 use super::{Commit, Refusal, RefusalLog, SinkError};
 use crate::config::RejectedMax;
-use crate::position::{DeadLetter, DeadLetters, LetterKey};
+use crate::position::{DeadLetter, DeadLetters, LetterKey, MadeBy};
 use crate::record::{LetterPlace, Row, SinkName};
 use crate::stage::RejectionWindow;
 
@@ -56,8 +56,8 @@ impl HeldRefusals {
         }
     }
 
-    /// The letter of a row that the sink did not take.
-    pub fn letter(&self, row: &Row, reason: String) -> DeadLetter {
+    /// The letter of a row that the sink did not take, made by a revision.
+    pub fn letter(&self, row: &Row, reason: String, revision: &Arc<str>) -> DeadLetter {
         let record = row.source();
         DeadLetter {
             key: LetterKey {
@@ -75,6 +75,7 @@ impl HeldRefusals {
             digest: String::new(),
             reason,
             backtrace: String::new(),
+            made: MadeBy::of(&row.batch, revision),
         }
     }
 }
@@ -100,8 +101,9 @@ impl RefusalLog for HeldRefusals {
             self.too_many(&format!("{limit}; the last reason: {}", last.reason))
         })?;
         let Some(row) = commit.rows.first() else { return Ok(()) };
-        let letter =
-            |refusal: &Refusal| self.letter(&commit.rows[refusal.row], refusal.reason.clone());
+        let letter = |refusal: &Refusal| {
+            self.letter(&commit.rows[refusal.row], refusal.reason.clone(), &commit.generation)
+        };
         let letters = refusals.iter().map(letter).collect();
         self.letters.put(&row.batch.shard, letters, true).await.map_err(|error| {
             SinkError::Unavailable { sink: self.sink.clone(), cause: error.to_string() }

@@ -24,6 +24,8 @@ use crate::record::SinkName;
 pub(crate) mod decimal;
 pub(crate) mod declared;
 pub(crate) mod form;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub(crate) mod time;
 pub(crate) mod value;
 

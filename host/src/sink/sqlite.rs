@@ -6,6 +6,8 @@
 //! JSON by column type is `rows`' work; buffering and retries are the delivery's.
 
 mod connection;
+#[cfg(any(test, fuzzing))]
+pub(in crate::sink) mod fuzz;
 mod position;
 mod table;
 mod trigger;

@@ -145,6 +145,10 @@ impl StdoutWriter {
 
 #[async_trait]
 impl SinkWriter for StdoutWriter {
+    fn copies_rows(&self) -> bool {
+        true
+    }
+
     async fn commit(
         &mut self,
         commit: &Commit,

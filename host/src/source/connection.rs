@@ -6,12 +6,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::primitives::DateTime;
-use aws_sdk_kinesis::types::{Record, ShardIteratorType, StartingPosition};
+use aws_sdk_kinesis::types::{ShardIteratorType, StartingPosition};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::client::{Fault, call_error, fault};
-use super::inbox::{Gap, Inbox, ServerStart};
+use super::inbox::{Arrived, Gap, Inbox, ServerStart};
 use super::stream::Description;
 use super::waiting::Waiting;
 use super::{LostRecords, Shard, SourceError, stream};
@@ -171,7 +171,7 @@ impl StreamConnection {
     pub async fn take_in(
         &self,
         inbox: &mut Inbox,
-        records: Vec<Record>,
+        records: Vec<Arrived>,
         answer: Answer,
     ) -> Result<(), SourceError> {
         let Answer { call, behind_ms, as_of_ms, is_end } = answer;

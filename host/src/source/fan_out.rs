@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::client::{AnswerDate, Fault, call_error, fault};
 use super::connection::{Answer, Passing, StreamConnection};
+use super::inbox;
 use super::polling::{PollingReader, RETRY_PAUSE_MAX, count_retry, pauses};
 use super::{BatchReader, NextBatch, SourceError};
 
@@ -152,9 +153,14 @@ impl FanOutReader {
             let since_ms = i64::try_from(at.elapsed().saturating_sub(EVENT_TRAVEL).as_millis());
             Some(date_ms + since_ms.ok()?)
         });
+        let hash_range = self.polling.inbox().hash_range();
+        // Who drops this while it waits has not read the records: the next subscription brings them again.
+        let subscription = self.subscription.take();
+        let arrived = inbox::open(event.records, hash_range).await;
+        self.subscription = subscription;
         let inbox = self.polling.inbox();
         let about = Answer { call: SUBSCRIBE, behind_ms, as_of_ms, is_end: false };
-        self.connection.take_in(inbox, event.records, about).await?;
+        self.connection.take_in(inbox, arrived, about).await?;
         self.polling.count_held();
         // Some servers tell the children with every event of a closed shard, not with the last only:
         // its records are read from here while they come.

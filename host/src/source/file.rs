@@ -20,7 +20,8 @@ use super::input::without_mark;
 use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
 use crate::config::{BatchLimits, FileConfig, FileCut, StartPosition};
 use crate::record::{
-    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardId, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardId, ShardKey,
+    StreamIdentity, is_kept_whole,
 };
 
 /// The one shard of a file.
@@ -197,6 +198,7 @@ impl Lines {
 
     fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         let mut records = Vec::new();
+        let mut chunk = Bytes::new();
         while records.is_empty() {
             if self.taken == self.chunk.len() {
                 if self.has_ended {
@@ -204,8 +206,10 @@ impl Lines {
                 }
                 self.fill()?;
             }
+            chunk = self.chunk.clone();
             self.take_lines(&mut records)?;
         }
+        own_lines(&chunk, &mut records);
         let Some(to_inclusive) = records.last().map(|record| record.position.clone()) else {
             return Ok(NextBatch::SourceEnd);
         };
@@ -246,6 +250,10 @@ impl Lines {
         };
         self.rest = buffer[complete..].to_vec();
         buffer.truncate(complete);
+        if buffer.capacity() / 2 > complete {
+            // A pipe gives a line at a time: each would keep the room of a whole batch.
+            buffer.shrink_to_fit();
+        }
         self.chunk = buffer.into();
         self.taken = 0;
         Ok(())
@@ -319,6 +327,21 @@ impl Lines {
     fn line_too_long(&self) -> SourceError {
         let cause = format!("a line has more than {LINE_BYTES_MAX} bytes; is it a file of lines?");
         failed(&self.config, "read a line", self.at, &cause)
+    }
+}
+
+/// Copies the lines of a batch that are a small part of the chunk that they were read with: each batch would
+/// keep all of it.
+fn own_lines(chunk: &Bytes, records: &mut [Record]) {
+    let bytes = records.iter().map(|record| record.payload.len()).sum();
+    if is_kept_whole(chunk.len(), bytes, records.len()) {
+        return;
+    }
+    let mut copy = Vec::with_capacity(bytes);
+    records.iter().for_each(|record| copy.extend_from_slice(&record.payload));
+    let mut copy = Bytes::from(copy);
+    for record in records {
+        record.payload = copy.split_to(record.payload.len());
     }
 }
 

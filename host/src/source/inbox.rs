@@ -6,9 +6,10 @@ use std::collections::VecDeque;
 use aws_sdk_kinesis::types::Record as WireRecord;
 use bytes::Bytes;
 
-use super::aggregate::deaggregate;
+use super::aggregate::{self, Aggregate, Opened};
 use super::{LostRecords, SourceError};
 use crate::config::BatchLimits;
+use crate::off_thread::off_thread;
 use crate::record::{
     Batch, Entry, HashRange, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart,
 };
@@ -38,6 +39,62 @@ pub enum ServerStart {
     Horizon,
 }
 
+/// Bytes of aggregates in one answer up to which they are validated where they come in: some 100 µs of
+/// work. More are validated off the async threads, where everything else waits for nobody's bytes.
+const VALIDATED_IN_PLACE_BYTES: usize = 64 << 10;
+
+/// A record as the server gave it, with the meaning of its bytes.
+#[derive(Debug)]
+pub struct Arrived {
+    sequence: String,
+    arrived_ms: Option<i64>,
+    partition_key: Bytes,
+    payload: Bytes,
+    opened: Opened,
+}
+
+impl Arrived {
+    fn new(record: WireRecord, range: Option<&HashRange>) -> Self {
+        let payload = Bytes::from(record.data.into_inner());
+        Self {
+            sequence: record.sequence_number,
+            arrived_ms: record.approximate_arrival_timestamp.and_then(|at| at.to_millis().ok()),
+            partition_key: Bytes::from(record.partition_key.unwrap_or_default()),
+            opened: aggregate::open(&payload, range),
+            payload,
+        }
+    }
+}
+
+/// Finds out which records of an answer are aggregates; `range` is of the shard that they come from.
+/// Dropping the future drops the records: only then may the reader move behind them.
+pub async fn open(records: Vec<WireRecord>, range: Option<HashRange>) -> Vec<Arrived> {
+    let data = records.iter().map(|record| record.data.as_ref());
+    let aggregates = data.filter(|data| aggregate::begins_as_aggregate(data));
+    let bytes: usize = aggregates.map(<[u8]>::len).sum();
+    let open = move || records.into_iter().map(|one| Arrived::new(one, range.as_ref())).collect();
+    match bytes > VALIDATED_IN_PLACE_BYTES {
+        true => off_thread(open).await,
+        false => open(),
+    }
+}
+
+/// A record, or more than one, that waits for its lane.
+enum Queued {
+    Record(Record),
+    Aggregate { aggregate: Box<Aggregate>, sequence: SequenceNumber, arrived_ms: u64 },
+}
+
+impl Queued {
+    /// The memory that it holds, in bytes.
+    fn held_bytes(&self) -> usize {
+        match self {
+            Self::Record(record) => record.held_bytes(),
+            Self::Aggregate { aggregate, .. } => size_of::<Self>() + aggregate.held_bytes(),
+        }
+    }
+}
+
 /// Records on their way from the server to a lane.
 pub struct Inbox {
     shard: ShardKey,
@@ -45,7 +102,7 @@ pub struct Inbox {
     from: ReadFrom,
     /// The last record that a batch held.
     handed_over: Option<Position>,
-    queue: VecDeque<Record>,
+    queue: VecDeque<Queued>,
     /// What is not shown yet about the place at which the server was told to begin.
     unproven: Option<Unproven>,
     /// What the queue holds in memory.
@@ -190,27 +247,29 @@ impl Inbox {
         self.from.after.as_ref()
     }
 
+    /// The shard's part of the hash range, where known.
+    pub fn hash_range(&self) -> Option<HashRange> {
+        self.from.hash_range
+    }
+
     /// Takes in what the server gave, in its order.
     ///
     /// # Errors
-    /// [`SourceError::Call`] for a sequence number that is none.
-    pub fn accept(
-        &mut self,
-        records: Vec<WireRecord>,
-        call: &'static str,
-    ) -> Result<(), SourceError> {
+    /// [`SourceError::Call`] for an invalid sequence number.
+    pub fn accept(&mut self, records: Vec<Arrived>, call: &'static str) -> Result<(), SourceError> {
         for record in records {
             self.accept_one(record, call)?;
         }
         Ok(())
     }
 
-    fn accept_one(&mut self, record: WireRecord, call: &'static str) -> Result<(), SourceError> {
-        let sequence = SequenceNumber::parse(&record.sequence_number).map_err(|error| {
-            SourceError::Call { call, place: self.place(), cause: error.to_string() }
+    fn accept_one(&mut self, record: Arrived, call: &'static str) -> Result<(), SourceError> {
+        let Arrived { sequence, arrived_ms, partition_key, payload, opened } = record;
+        let sequence = SequenceNumber::parse(&sequence).map_err(|error| SourceError::Call {
+            call,
+            place: self.place(),
+            cause: error.to_string(),
         })?;
-        let arrived = record.approximate_arrival_timestamp;
-        let arrived_ms = arrived.and_then(|at| at.to_millis().ok());
         self.last_arrived_ms = self.last_arrived_ms.max(arrived_ms);
         let arrived_ms = arrived_ms.unwrap_or(0);
         let asked = match self.unproven.take() {
@@ -223,71 +282,86 @@ impl Inbox {
         {
             self.gap = Some(Gap { asked, came: Some((sequence.clone(), arrived_ms)) });
         }
-        if self.from.after.as_ref().is_some_and(|after| sequence < after.sequence) {
+        let after = self.from.after.as_ref();
+        if after.is_some_and(|after| sequence < after.sequence) {
             return Ok(());
         }
+        // Of this record, what was read before.
+        let read = after.filter(|after| sequence == after.sequence);
+        let unread_from = read.map_or(0, |after| after.sub_sequence.saturating_add(1));
         let is_older = self.drops_older && self.from.start.is_after(&sequence, arrived_ms);
         let arrived_ms = u64::try_from(arrived_ms).unwrap_or(0);
-        let payload = Bytes::from(record.data.into_inner());
-        let Some(sub_records) = deaggregate(&payload) else {
-            let partition_key = Bytes::from(record.partition_key.unwrap_or_default());
-            self.push(
-                Position { sequence, sub_sequence: 0 },
-                partition_key,
-                payload,
-                arrived_ms,
-                is_older,
-            );
-            return Ok(());
+        let (count, queued) = match opened {
+            Opened::Ordinary => {
+                let position = Position { sequence: sequence.clone(), sub_sequence: 0 };
+                let record = Record { position, partition_key, payload, arrived_ms };
+                (1, Queued::Record(record))
+            }
+            // Amazon's own library drops the whole aggregate too: its producer sees from the answer
+            // that it went astray and sends the records once more.
+            Opened::Astray => {
+                tracing::warn!(shard = %self.shard.shard, %sequence,
+                    "dropped an aggregate of another shard: its producer sends it again");
+                metrics::counter!("shardmill_source_astray_aggregates_total").increment(1);
+                return Ok(());
+            }
+            Opened::Aggregate(mut aggregate) => {
+                aggregate.skip_to(unread_from);
+                let (count, sequence) = (aggregate.count(), sequence.clone());
+                (count, Queued::Aggregate { aggregate, sequence, arrived_ms })
+            }
         };
-        // Amazon's own library drops the whole aggregate too: its producer sees from the answer
-        // that it went astray and sends the records once more.
-        if let Some(range) = &self.from.hash_range
-            && !sub_records.iter().all(|sub| sub.is_in(range))
-        {
-            tracing::warn!(shard = %self.shard.shard, %sequence,
-                "dropped an aggregate of another shard: its producer sends it again");
-            metrics::counter!("shardmill_source_astray_aggregates_total").increment(1);
+        if unread_from >= count {
             return Ok(());
         }
-        for (sub_record, sub_sequence) in sub_records.into_iter().zip(0..) {
-            let position = Position { sequence: sequence.clone(), sub_sequence };
-            self.push(position, sub_record.partition_key, sub_record.payload, arrived_ms, is_older);
+        self.from.after = Some(Position { sequence, sub_sequence: count - 1 });
+        if !is_older {
+            self.held_bytes += queued.held_bytes();
+            self.queue.push_back(queued);
         }
         Ok(())
     }
 
-    fn push(
-        &mut self,
-        position: Position,
-        partition_key: Bytes,
-        payload: Bytes,
-        arrived_ms: u64,
-        is_older: bool,
-    ) {
-        if self.from.after.as_ref().is_some_and(|after| position <= *after) {
-            return;
-        }
-        self.from.after = Some(position.clone());
-        if !is_older {
-            let record = Record { position, partition_key, payload, arrived_ms };
-            self.held_bytes += record.held_bytes();
-            self.queue.push_back(record);
-        }
-    }
-
-    /// Cuts the next batch off what waits.
+    /// Cuts the next batch off what waits. An aggregate is taken apart as far as the batch goes.
     pub fn cut(&mut self) -> Option<Batch> {
-        let (mut count, mut bytes) = (0, 0);
-        for record in &self.queue {
-            bytes += record.payload.len() + record.partition_key.len();
-            if count > 0 && (count >= self.limits.records_max || bytes > self.limits.bytes_max) {
+        let limits = self.limits;
+        let mut records: Vec<Record> = Vec::new();
+        let mut bytes = 0;
+        // The first record always fits.
+        let mut fits = |key: usize, payload: usize, count: usize| {
+            bytes += key + payload;
+            count == 0 || (count < limits.records_max && bytes <= limits.bytes_max)
+        };
+        while let Some(first) = self.queue.front_mut() {
+            let is_taken = match first {
+                Queued::Record(next) => {
+                    fits(next.partition_key.len(), next.payload.len(), records.len())
+                }
+                Queued::Aggregate { aggregate, sequence, arrived_ms } => {
+                    let mut count = records.len();
+                    let taken = aggregate.take(|key, payload| {
+                        let is_taken = fits(key, payload, count);
+                        count += 1;
+                        is_taken
+                    });
+                    records.extend(taken.into_iter().map(|(sub_sequence, record)| Record {
+                        position: Position { sequence: sequence.clone(), sub_sequence },
+                        partition_key: record.partition_key,
+                        payload: record.payload,
+                        arrived_ms: *arrived_ms,
+                    }));
+                    aggregate.is_empty()
+                }
+            };
+            if !is_taken {
                 break;
             }
-            count += 1;
+            let Some(taken) = self.queue.pop_front() else { break };
+            self.held_bytes -= taken.held_bytes();
+            if let Queued::Record(record) = taken {
+                records.push(record);
+            }
         }
-        let records: Vec<Record> = self.queue.drain(..count).collect();
-        self.held_bytes -= records.iter().map(Record::held_bytes).sum::<usize>();
         if self.queue.is_empty() {
             // A long queue would keep its length.
             self.queue = VecDeque::new();

@@ -3,16 +3,18 @@
 //! A record's position is its letter's place in the redrive. A batch holds letters that enter the path
 //! at one place by one route, and that the same sinks have already.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use async_trait::async_trait;
+use tokio::sync::Mutex;
 
+use super::remake::Remaker;
 use super::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
 use crate::config::{BatchLimits, StartPosition};
 use crate::position::{RedriveId, RedrivenLetter, Redrives};
 use crate::record::{
-    Batch, Entry, PipelineName, Position, PositionSpan, Record, Redrive, SequenceNumber, ShardKey,
-    StreamIdentity,
+    Batch, Entry, LetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, RouteName,
+    SequenceNumber, ShardKey, SinkName, StreamIdentity,
 };
 
 /// A redrive as a source.
@@ -22,10 +24,25 @@ pub struct LettersSource {
     identity: StreamIdentity,
     limits: BatchLimits,
     without: Arc<[String]>,
+    remade: Arc<Remade>,
 }
 
+/// Makes again what is not kept of letters.
+#[derive(Default)]
+struct Remade {
+    /// One letter at a time: what it makes is large. `None`: nothing can be made.
+    remaker: Option<Mutex<Remaker>>,
+    /// How far each sink was before the redrive ran now.
+    reached: Vec<(SinkName, Option<Position>)>,
+    left_out: LeftOut,
+}
+
+/// Letters that were left out because what entered their place could not be made again: number and reason.
+pub type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
+
 impl LettersSource {
-    /// The letters of a redrive, but for those that enter at the places of `without`.
+    /// The letters of a redrive, but for those that enter at the places of `without`. Letters that are kept as a
+    /// digest are left out.
     pub fn new(
         redrives: Redrives,
         id: RedriveId,
@@ -33,7 +50,20 @@ impl LettersSource {
         limits: BatchLimits,
         without: Vec<String>,
     ) -> Self {
-        Self { redrives, id, identity: id.stream(pipeline), limits, without: without.into() }
+        let (identity, without) = (id.stream(pipeline), without.into());
+        Self { redrives, id, identity, limits, without, remade: Arc::default() }
+    }
+
+    /// The same with what is kept as a digest: it is made again. `reached` says how far each sink is with the
+    /// redrive.
+    pub fn remade_by(self, remaker: Remaker, reached: Vec<(SinkName, Option<Position>)>) -> Self {
+        let (remaker, left_out) = (Some(Mutex::new(remaker)), LeftOut::default());
+        Self { remade: Arc::new(Remade { remaker, reached, left_out }), ..self }
+    }
+
+    /// The letters that were left out so far.
+    pub fn left_out(&self) -> LeftOut {
+        self.remade.left_out.clone()
     }
 }
 
@@ -63,6 +93,7 @@ impl ShardSource for LettersSource {
             shard: shard.clone(),
             limits: self.limits,
             without: self.without.clone(),
+            remade: self.remade.clone(),
             after,
         }))
     }
@@ -74,7 +105,59 @@ struct LettersReader {
     shard: ShardKey,
     limits: BatchLimits,
     without: Arc<[String]>,
+    remade: Arc<Remade>,
     after: Option<Position>,
+}
+
+impl LettersReader {
+    /// Gives a letter with its payload; `None`: it could not be made again, and is left out.
+    async fn whole(
+        &self,
+        mut letter: RedrivenLetter,
+    ) -> Result<Option<RedrivenLetter>, SourceError> {
+        let Some(lost) = letter.lost.take() else { return Ok(Some(letter)) };
+        let made = match &self.remade.remaker {
+            Some(remaker) => remaker.lock().await.make(&letter, &lost).await,
+            None => Err("only a digest is kept of what entered there".into()),
+        };
+        match made {
+            Ok((key, payload)) => {
+                // Copied: they may be a small part of a plugin's answer, which would be kept with them.
+                (letter.key, letter.payload) = (key.to_vec(), payload.to_vec());
+                Ok(Some(letter))
+            }
+            Err(why) => {
+                tracing::warn!(letter = lost.letter, cause = why, "a dead letter is not redriven");
+                let reached = self.remade.reached.clone();
+                let left = self.redrives.leave_out(self.id, lost.letter, reached).await;
+                left.map_err(|error| SourceError::Letters { cause: error.to_string() })?;
+                let mut left_out =
+                    self.remade.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+                left_out.push((lost.letter, why));
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// The properties that the letters of one batch share.
+#[derive(PartialEq, Eq)]
+struct Common {
+    place: LetterPlace,
+    route: RouteName,
+    delivered_to: Vec<SinkName>,
+    keeps_whole: bool,
+}
+
+impl Common {
+    fn of(letter: &RedrivenLetter) -> Self {
+        Self {
+            place: letter.place.clone(),
+            route: letter.route.clone(),
+            delivered_to: letter.delivered_to.clone(),
+            keeps_whole: letter.keeps_whole,
+        }
+    }
 }
 
 #[async_trait]
@@ -82,49 +165,52 @@ impl BatchReader for LettersReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         let after = letter_number(self.after.as_ref())?;
         let BatchLimits { records_max, bytes_max, .. } = self.limits;
-        let letters =
-            self.redrives.letters(self.id, after, (records_max, bytes_max), &self.without).await;
-        let mut letters = letters
-            .map_err(|error| SourceError::Letters { cause: error.to_string() })?
-            .into_iter()
-            .peekable();
-        let Some(first) = letters.next() else { return Ok(NextBatch::SourceEnd) };
-        let (place, route) = (first.place.clone(), first.route.clone());
-        let delivered_to = first.delivered_to.clone();
-        let mut bytes = first.payload.len();
-        let (mut records, mut origins) = (Vec::new(), Vec::new());
-        let mut push = |letter: RedrivenLetter| {
-            origins.push(letter.origin);
-            records.push(Record {
-                position: Position {
-                    sequence: SequenceNumber::from(letter.ordinal),
-                    sub_sequence: 0,
-                },
-                partition_key: letter.key.into(),
-                payload: letter.payload.into(),
-                arrived_ms: letter.arrived_ms,
-            });
-        };
-        push(first);
-        while let Some(letter) = letters.next_if(|next| {
-            bytes += next.payload.len();
-            next.place == place
-                && next.route == route
-                && next.delivered_to == delivered_to
-                && bytes <= self.limits.bytes_max
-        }) {
-            push(letter);
+        let (mut records, mut origins): (Vec<Record>, Vec<Position>) = (Vec::new(), Vec::new());
+        let (mut common, mut bytes) = (None, 0);
+        while common.is_none() {
+            let limits = (records_max, bytes_max);
+            let letters = self.redrives.letters(self.id, after, limits, &self.without).await;
+            let letters =
+                letters.map_err(|error| SourceError::Letters { cause: error.to_string() })?;
+            if letters.is_empty() {
+                return Ok(NextBatch::SourceEnd);
+            }
+            for letter in letters {
+                let own = Common::of(&letter);
+                if common.as_ref().is_some_and(|common| *common != own) {
+                    break;
+                }
+                // One that is left out is not read again.
+                let Some(letter) = self.whole(letter).await? else { continue };
+                bytes += letter.payload.len();
+                if common.is_some() && bytes > bytes_max {
+                    break;
+                }
+                common = Some(own);
+                origins.push(letter.origin);
+                records.push(Record {
+                    position: Position {
+                        sequence: SequenceNumber::from(letter.ordinal),
+                        sub_sequence: 0,
+                    },
+                    partition_key: letter.key.into(),
+                    payload: letter.payload.into(),
+                    arrived_ms: letter.arrived_ms,
+                });
+            }
         }
-        let Some(to_inclusive) = records.last().map(|record: &Record| record.position.clone())
-        else {
+        let (Some(common), Some(last)) = (common, records.last()) else {
             return Ok(NextBatch::SourceEnd);
         };
+        let to_inclusive = last.position.clone();
         let from_exclusive = self.after.replace(to_inclusive.clone());
+        let Common { place, route, delivered_to, keeps_whole } = common;
+        let redrive = Redrive { place, route, origins, delivered_to, keeps_whole };
         Ok(NextBatch::Batch(Batch {
             shard: self.shard.clone(),
             records,
             span: PositionSpan { from_exclusive, to_inclusive },
-            entry: Entry::Redrive(Box::new(Redrive { place, route, origins, delivered_to })),
+            entry: Entry::Redrive(Box::new(redrive)),
         }))
     }
 }

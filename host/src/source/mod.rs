@@ -18,6 +18,8 @@ mod csv;
 pub mod embedded;
 mod fan_out;
 pub mod file;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod inbox;
 pub mod input;
 pub mod kinesis;
@@ -26,6 +28,7 @@ pub mod letters;
 pub mod lineage;
 pub mod polling;
 pub mod producer;
+pub mod remake;
 mod silence;
 pub mod spans;
 pub mod stream;

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::answer_size::AnswerSize;
 use super::client::{AnswerDate, Fault, call_error, fault};
 use super::connection::{Answer, GET_RECORDS, Passing, StreamConnection};
-use super::inbox::Inbox;
+use super::inbox::{self, Inbox};
 use super::waiting::Waiting;
 use super::{BatchReader, NextBatch, SourceError};
 use crate::budget::{Account, Permit};
@@ -158,13 +158,15 @@ impl PollingReader {
         };
         self.waiting.answered();
         self.pauses = pauses();
+        let bytes = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
+        let records = answer.records.len();
+        // While this waits, the iterator stands before the records: who drops it asks for them again.
+        let arrived = inbox::open(answer.records, self.inbox.hash_range()).await;
         self.iterator = answer.next_shard_iterator;
         self.ended = self.iterator.is_none();
         self.behind_ms = answer.millis_behind_latest.unwrap_or(0).max(0) as u64;
-        self.is_flowing = !answer.records.is_empty();
-        let bytes = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
-        let (records, has_more) = (answer.records.len(), self.behind_ms > 0);
-        self.answer_size.learn(records, bytes, has_more, Instant::now());
+        self.is_flowing = records > 0;
+        self.answer_size.learn(records, bytes, self.behind_ms > 0, Instant::now());
         self.held = Some(held);
         // The date is of the answer's head, which follows the reading: at most a moment too late, and
         // mostly too early, as it is rounded down. Retention counts in hours.
@@ -175,7 +177,7 @@ impl PollingReader {
             is_end: self.ended,
         };
         self.caught_up_ms = about.as_of_ms.filter(|_| self.behind_ms == 0);
-        self.connection.take_in(&mut self.inbox, answer.records, about).await?;
+        self.connection.take_in(&mut self.inbox, arrived, about).await?;
         self.count_held();
         let pause = match self.is_flowing || self.behind_ms > 0 {
             true if self.polling.is_paced => CALL_INTERVAL,

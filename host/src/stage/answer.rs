@@ -6,6 +6,11 @@ use super::flow::{self, Item};
 use crate::config::StageLimits;
 use crate::plugin::{CallError, Outcome, Output, Reject, Span, excerpt};
 
+/// What an output costs the host beside its bytes: its words, and what it is on its way to a sink.
+const OUTPUT_OVERHEAD_BYTES: usize = 256;
+/// The words of an output.
+const OUTPUT_WORDS: usize = 6;
+
 /// One output of a stage.
 #[derive(Clone, Debug)]
 pub struct StageOutput {
@@ -71,6 +76,16 @@ impl StageOutcome {
     pub fn outputs(&self) -> impl Iterator<Item = StageOutput> {
         self.answers.iter().flat_map(Answer::outputs)
     }
+
+    /// How many outputs there are.
+    pub(super) fn output_count(&self) -> usize {
+        self.answers.iter().map(|answer| answer.outputs.len() / OUTPUT_WORDS).sum()
+    }
+
+    /// What the outputs share.
+    pub(super) fn arenas(&self) -> impl Iterator<Item = &Bytes> {
+        self.answers.iter().map(|answer| &answer.arena)
+    }
 }
 
 /// Proves an answer against the contract and the limits. `first_item` is added to its item indexes.
@@ -88,6 +103,7 @@ pub(super) fn prove(
     let mut output_bytes = 0;
     // What came in may always pass once.
     let entered_bytes: usize = flow.iter().map(|item| item.key.len() + item.payload.len()).sum();
+    let entered_bytes = entered_bytes + items * OUTPUT_OVERHEAD_BYTES;
     let output_bytes_max = limits.output_bytes_max.max(entered_bytes);
     let words = whole(&outputs, "outputs")?;
     if words.len() > items.saturating_mul(limits.outputs_per_record_max) {
@@ -121,10 +137,13 @@ pub(super) fn prove(
         let payload = output.payload.map(|payload| slice(&arena, payload, "output", index));
         let (key, payload) = (key.transpose()?, payload.transpose()?);
         output_bytes += key.unwrap_or(&item.key).len() + payload.unwrap_or(&item.payload).len();
+        // Millions of empty outputs are not free.
+        output_bytes += OUTPUT_OVERHEAD_BYTES;
         // Before a key is read: to read one key of many outputs again and again takes for ever.
         if output_bytes > output_bytes_max {
             return Err(CallError::output(format!(
-                "outputs of more than {output_bytes_max} bytes in all, keys included (limits.output)"
+                "outputs of more than {output_bytes_max} bytes in all, keys and \
+                 {OUTPUT_OVERHEAD_BYTES} bytes for each included (limits.output)"
             )));
         }
         if let Some(key) = key {
@@ -188,4 +207,42 @@ fn slice<'a>(arena: &'a [u8], span: Span, what: &str, index: usize) -> Result<&'
             span.length
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item(payload: &[u8]) -> Item {
+        let payload = Bytes::copy_from_slice(payload);
+        Item { record: 0, ordinal: 0, upstream_route: 0, key: Bytes::new(), payload }
+    }
+
+    /// An answer with so many outputs of nothing, for the first item.
+    fn empty_outputs(outputs: usize) -> Outcome {
+        let none = Some(Span { start: 0, length: 0 });
+        let output = Output { input: 0, route: 0, key: none, payload: none };
+        let words = std::iter::repeat_n(output.to_words(), outputs).flatten().collect();
+        Outcome { arena: Vec::new(), outputs: words, rejects: Vec::new() }
+    }
+
+    #[test]
+    fn wall_02_outputs_without_bytes_are_not_free() {
+        let limits = StageLimits { outputs_per_record_max: 1_000_000, ..StageLimits::default() };
+        let prove = |outputs| prove(&[item(b"one")], empty_outputs(outputs), 1, &limits, 0);
+        let most = limits.output_bytes_max / OUTPUT_OVERHEAD_BYTES;
+        assert_eq!(prove(most).expect("within the limit").output_count(), most);
+        let refused = prove(most + 1).expect_err("over the limit").message;
+        assert!(refused.contains("outputs of more than 67108864 bytes"), "{refused}");
+    }
+
+    #[test]
+    fn wall_02_what_came_in_may_pass_whatever_the_limit_is() {
+        let limits = StageLimits { output_bytes_max: 1, ..StageLimits::default() };
+        let items = vec![item(b"one"); 1_000];
+        let pass = |input| Output { input, route: 0, key: None, payload: None }.to_words();
+        let outputs: Vec<u32> = (0..1_000).flat_map(pass).collect();
+        let outcome = Outcome { arena: Vec::new(), outputs, rejects: Vec::new() };
+        assert_eq!(prove(&items, outcome, 1, &limits, 0).expect("passed").output_count(), 1_000);
+    }
 }

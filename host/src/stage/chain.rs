@@ -18,9 +18,9 @@ use super::samples::Samples;
 use super::spec::CanarySpec;
 use crate::config::RejectedMax;
 use crate::plugin::CallError;
-use crate::position::{DeadLetter, LetterKey};
+use crate::position::{DeadLetter, LetterKey, MadeBy};
 use crate::record::{
-    Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
+    Arenas, Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
 };
 
 /// A row and the sinks that it goes to.
@@ -42,6 +42,17 @@ pub struct ChainOutcome {
     pub routed: Vec<Routed>,
     /// Records that a stage did not take.
     pub letters: Vec<DeadLetter>,
+    /// What the rows share with others.
+    pub arenas: Arenas,
+}
+
+/// A key and a payload that enter a place of the path.
+#[derive(Debug)]
+pub struct Entered {
+    /// The partition key.
+    pub key: Bytes,
+    /// The payload.
+    pub payload: Bytes,
 }
 
 /// Why a batch could not be run. Nothing of it has an outcome.
@@ -222,7 +233,7 @@ impl Chain {
         settled: &HashSet<LetterKey>,
     ) -> Result<ChainOutcome, Blocked> {
         if self.runners.is_empty() || redriven_to(batch).is_some() {
-            return Ok(ChainOutcome { routed: unchanged(batch), letters: Vec::new() });
+            return Ok(ChainOutcome { routed: unchanged(batch), ..ChainOutcome::default() });
         }
         let mut run = match self.in_hand.take() {
             Some(run) if Arc::ptr_eq(&run.batch, batch) => run,
@@ -237,6 +248,47 @@ impl Chain {
             }
         }
         self.count(run.outcome, run.rejected_records)
+    }
+
+    /// Runs a batch up to a place, and gives what enters there. Nothing is delivered, and nothing is counted
+    /// as rejected. After [`Blocked::Later`] the same batch goes on where it was.
+    ///
+    /// # Errors
+    /// [`Blocked`].
+    pub fn entering(
+        &mut self,
+        batch: &Arc<Batch>,
+        place: &LetterPlace,
+    ) -> Result<Vec<Entered>, Blocked> {
+        let end = match place {
+            LetterPlace::Sink(_) => self.runners.len(),
+            LetterPlace::Stage(name) => {
+                let mut stages = self.generation.stages.iter();
+                stages.position(|stage| stage.name == *name).ok_or_else(|| {
+                    Blocked::Broken(format!("revision {} has no {place}", self.generation.id))
+                })?
+            }
+        };
+        let mut run = match self.in_hand.take() {
+            Some(run) if Arc::ptr_eq(&run.batch, batch) => run,
+            _ => self.begin(batch)?,
+        };
+        while run.stage < end {
+            if let Err(why) = self.run_stage(&mut run, &HashSet::new()) {
+                if matches!(why, Blocked::Later(..)) {
+                    self.in_hand = Some(run);
+                }
+                return Err(why);
+            }
+        }
+        let LetterPlace::Sink(sink) = place else {
+            let flow = run.entering.unwrap_or_default();
+            let entered = |item: Item| Entered { key: item.key, payload: item.payload };
+            return Ok(flow.into_iter().map(entered).collect());
+        };
+        let rows = run.outcome.routed.into_iter();
+        let rows = rows.filter(|routed| self.sinks_of(routed).contains(sink));
+        Ok(rows.map(|Routed { row, .. }| Entered { key: row.key, payload: row.payload }).collect())
     }
 
     /// A batch before its first stage.
@@ -257,6 +309,7 @@ impl Chain {
     /// Takes a batch through the stage that it is at. After [`Blocked::Later`] it goes on there.
     fn run_stage(&mut self, run: &mut InHand, settled: &HashSet<LetterKey>) -> Result<(), Blocked> {
         let (index, batch) = (run.stage, run.batch.clone());
+        let revision = &self.generation.id;
         let stage = &self.generation.stages[index];
         let place = LetterPlace::Stage(stage.name.clone());
         let runners = &mut self.runners[index];
@@ -283,7 +336,14 @@ impl Chain {
                 Err(RunError::Stopped(found)) => {
                     let mut letters = mem::take(&mut run.outcome.letters);
                     let of = |rejected: &Rejected| {
-                        letter(&batch, &part.flow[rejected.item], runner, &place, rejected)
+                        letter(
+                            &batch,
+                            &part.flow[rejected.item],
+                            runner,
+                            &place,
+                            rejected,
+                            revision,
+                        )
                     };
                     letters.extend(found.iter().map(of));
                     return Err(Blocked::Stopped(letters));
@@ -293,9 +353,10 @@ impl Chain {
             for rejected in &made.rejected {
                 let item = &part.flow[rejected.item];
                 run.rejected_records[item.record as usize] = true;
-                run.outcome.letters.push(letter(&batch, item, runner, &place, rejected));
+                run.outcome.letters.push(letter(&batch, item, runner, &place, rejected, revision));
             }
             let Some(Part { flow, .. }) = run.parts.pop_front() else { break };
+            made.arenas().for_each(|arena| run.outcome.arenas.add(arena.clone()));
             let out = Out { routed: &mut run.outcome.routed, on: &mut run.on };
             route(&batch, flow, &made, index, runner, out, &mut run.rows_of_record);
         }
@@ -303,6 +364,8 @@ impl Chain {
             // Each part is in order; the next stage gets both as one flow.
             run.on.sort_by_key(|item| (item.record, item.ordinal));
         }
+        // An answer that no output goes on with is let go of before the next stage makes another.
+        run.outcome.arenas.forget_unused();
         run.entering = Some(mem::take(&mut run.on));
         run.stage += 1;
         Ok(())
@@ -380,8 +443,7 @@ fn route(
     let digest: Arc<str> = loaded.plugin.digest.as_str().into();
     let own_name = |name: &RouteName| RowRoute::new(name.as_str().into(), digest.clone());
     let route_names: Vec<RowRoute> = loaded.route_names.iter().map(own_name).collect();
-    // Mostly a record becomes one row.
-    routed.reserve(flow.len());
+    routed.reserve(made.output_count());
     let mut outputs = made.outputs().peekable();
     while let Some(output) = outputs.next() {
         let item = &mut flow[output.item];
@@ -439,6 +501,7 @@ fn letter(
     runner: &StageRunner,
     place: &LetterPlace,
     rejected: &Rejected,
+    revision: &Arc<str>,
 ) -> DeadLetter {
     let stage = runner.stage();
     let record = &batch.records[item.record as usize];
@@ -452,8 +515,10 @@ fn letter(
         arrived_ms: record.arrived_ms,
         plugin: format!("{}@{}", stage.descriptor.name, stage.descriptor.version),
         digest: stage.plugin.digest.to_string(),
-        reason: rejected.reason.clone(),
+        // The plugin may repeat what it was given.
+        reason: stage.services.values.hide(rejected.reason.clone()),
         backtrace: rejected.backtrace.clone(),
+        made: MadeBy::of(batch, revision),
     }
 }
 
@@ -470,16 +535,19 @@ fn named(stage: &LoadedStage) -> String {
 
 fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
     let plugin = named(runner.stage());
+    // The plugin may repeat what it was given.
+    let hidden = |said: String| runner.stage().services.values.hide(said);
     match error {
         RunError::Stopped(_) => Blocked::Stopped(Vec::new()),
         RunError::Later(reason, pause) => {
-            Blocked::Later(format!("{plugin}: asks for another try: {reason}"), pause)
+            Blocked::Later(hidden(format!("{plugin}: asks for another try: {reason}")), pause)
         }
         RunError::AllFailed(reason) => {
-            Blocked::Retry(format!("{plugin}: every record fails: {reason}"))
+            Blocked::Retry(hidden(format!("{plugin}: every record fails: {reason}")))
         }
         RunError::TooManyFailed(reason) => {
-            Blocked::Broken(format!("{plugin}: too many records fail; the last reason: {reason}"))
+            let said = format!("{plugin}: too many records fail; the last reason: {reason}");
+            Blocked::Broken(hidden(said))
         }
         RunError::NoInstance(error) => Blocked::Broken(format!("{plugin} does not start: {error}")),
     }

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use super::columns;
 use super::generation::{Canary, LoadedStage, Target, column, context};
 use super::spec::{CanarySpec, GenerationSpec, StageSpec};
-use crate::config::{ConfigError, PipelineConfig};
-use crate::plugin::{CallFault, Descriptor, Instance, Plugin, PluginHost, Route};
+use crate::config::{ConfigError, PipelineConfig, environment};
+use crate::plugin::{CallFault, Descriptor, Instance, Plugin, PluginHost, Route, Services};
 use crate::record::RouteName;
 
 /// What is wrong with one stage, and where in its table.
@@ -70,11 +70,18 @@ impl StagePlace<'_> {
         let services = host.backends.services(&stage.name, &stage.grants).map_err(|missing| {
             self.misfit(Place::Stage, missing, "add the [[lookup]], or do not grant it")
         })?;
-        let services = Arc::new(services);
-        let context = context(self.stream_name, "", &stage.config_json, self.upstream);
+        let resolved = stage.text().resolve(&environment).map_err(|why| {
+            let message = format!("stage {}: {why}", stage.name);
+            let help = "a stage runs with today's values of its variables";
+            self.misfit(Place::Stage, message, help)
+        })?;
+        let services = Arc::new(Services { values: resolved.values, ..services });
+        let context = context(self.stream_name, "", &resolved.json, self.upstream);
         let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
             .map_err(|error| {
-                let message = format!("stage {} ({plugin:?}): {error}", stage.name);
+                // The plugin may repeat what it was given.
+                let said = services.values.hide(error.to_string());
+                let message = format!("stage {} ({plugin:?}): {said}", stage.name);
                 let help = match error.fault {
                     CallFault::System => "raise or remove the limit",
                     _ => "see the plugin's documentation for [stage.config]",
@@ -93,7 +100,7 @@ impl StagePlace<'_> {
             descriptor: descriptor.into(),
             limits: stage.limits,
             services,
-            config_json: stage.config_json.as_str().into(),
+            config_json: resolved.json.into(),
             upstream: self.upstream.clone(),
             targets: targets.into(),
             health: Arc::default(),

@@ -59,7 +59,7 @@ pub fn pack(batch: &Batch, items: &[Item], wire: &mut WireBatch) {
             key,
             payload,
             sequence,
-            // An aggregate has at most 1 MiB of records of at least a byte: it fits.
+            // An aggregate has at most 10 MiB of records of at least six bytes: it fits.
             sub_sequence: origin.sub_sequence as u32,
             route: item.upstream_route,
             arrived_ms: record.arrived_ms,

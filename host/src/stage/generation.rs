@@ -46,7 +46,7 @@ pub struct LoadedStage {
     pub limits: StageLimits,
     /// What its plugin may ask of the host.
     pub services: Arc<Services>,
-    /// Its configuration as JSON text.
+    /// Its configuration as JSON text, with today's values of its variables.
     pub config_json: Arc<str>,
     /// The routes that enter it.
     pub upstream: Arc<[Route]>,
@@ -169,7 +169,8 @@ impl Generation {
             stages.push(StageSpec {
                 name: stage.name.value.clone(),
                 digest: plugin.digest.to_string(),
-                config_json: stage.config_json.clone(),
+                config_json: stage.config_text.json.clone(),
+                has_variables: stage.config_text.has_variables,
                 limits: stage.limits,
                 grants: stage.grants.clone(),
                 routes: routes

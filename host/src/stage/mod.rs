@@ -12,6 +12,8 @@ mod cuts;
 mod endless;
 mod fit;
 mod flow;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod generation;
 mod health;
 mod packed;
@@ -21,7 +23,7 @@ mod samples;
 mod spec;
 
 pub use answer::{Rejected, StageOutcome};
-pub use chain::{Blocked, Chain, ChainOutcome, Routed, Searching};
+pub use chain::{Blocked, Chain, ChainOutcome, Entered, Routed, Searching};
 pub use columns::needed as needed_columns;
 pub use endless::Endless;
 pub use flow::{Flow, Item, first_flow};

@@ -54,7 +54,7 @@ impl PackedBatch {
                 bytes.sum::<usize>() + flow.len() * size_of::<PackedItem>()
             }
         };
-        held(batch.records.len(), batch.bytes() + items)
+        held(batch.records.len(), batch.bytes() + items + entry_bytes(&batch.entry))
     }
 
     /// The memory that it holds, in bytes.
@@ -63,7 +63,7 @@ impl PackedBatch {
             Items::Records { .. } => 0,
             Items::Own(items) => items.len() * size_of::<PackedItem>(),
         };
-        held(self.records.len(), self.arena.len() + items)
+        held(self.records.len(), self.arena.len() + items + entry_bytes(&self.entry))
     }
 
     /// Packs copies.
@@ -142,6 +142,14 @@ impl PackedBatch {
 
 fn held(records: usize, bytes: usize) -> usize {
     BATCH_BYTES + records * (size_of::<PackedRecord>() + SEQUENCE_BYTES) + bytes
+}
+
+/// What a redrive has of each record beside it.
+fn entry_bytes(entry: &Entry) -> usize {
+    match entry {
+        Entry::Source => 0,
+        Entry::Redrive(redrive) => redrive.origins.len() * (size_of::<Position>() + SEQUENCE_BYTES),
+    }
 }
 
 /// The route by which the items came, where they are the records as they are.

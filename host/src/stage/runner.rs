@@ -23,6 +23,8 @@ use crate::record::Batch;
 
 /// The longest pause between two tries that a plugin has asked for.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// What each buffer of a runner may keep for the next call, in bytes: more than a usual batch has.
+const WIRE_BYTES_KEPT: usize = 1 << 20;
 /// A search that takes longer is shown.
 const SEARCH_SHOWN_AFTER: Duration = Duration::from_secs(1);
 /// How many times the usual time of its records a piece of a search has.
@@ -310,6 +312,7 @@ impl StageRunner {
         let begun = Instant::now();
         let answer = instance.process(&self.wire, limit_ms);
         let took = begun.elapsed();
+        forget_large(&mut self.wire);
         metrics::gauge!("shardmill_stage_memory_bytes",
             "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
         .set(instance.memory_bytes() as f64);
@@ -391,6 +394,16 @@ impl Patience {
             .with_jitter()
             .build();
         Self { begun: Instant::now(), pauses }
+    }
+}
+
+/// Lets go of buffers that one large batch has made large: they would stay so for as long as the lane runs.
+fn forget_large(wire: &mut WireBatch) {
+    if wire.arena.capacity() > WIRE_BYTES_KEPT {
+        wire.arena = Vec::new();
+    }
+    if wire.inputs.capacity() * size_of::<u32>() > WIRE_BYTES_KEPT {
+        wire.inputs = Vec::new();
     }
 }
 

@@ -95,17 +95,21 @@ impl Samples {
         kept.forget(&self.shared.limits);
     }
 
-    /// What is kept of a stage behind a number, the oldest first.
-    pub fn after(&self, stage: &StageName, number: u64) -> Vec<Sample> {
+    /// The numbers of what is kept of a stage behind a number, the oldest first.
+    pub fn numbers_after(&self, stage: &StageName, number: u64) -> Vec<u64> {
         let mut stages = self.lock();
         let Some(kept) = stages.get_mut(stage) else { return Vec::new() };
         kept.forget(&self.shared.limits);
-        let later = kept.samples.iter().filter(|sample| sample.number > number);
-        let unpack = |sample: &KeptSample| {
-            let (batch, flow) = sample.packed.unpack();
-            Sample { number: sample.number, batch: Arc::new(batch), flow: Arc::new(flow) }
-        };
-        later.map(unpack).collect()
+        kept.samples.iter().map(|sample| sample.number).filter(|own| *own > number).collect()
+    }
+
+    /// A sample by its number; `None`: it is kept no longer. Unpacked it holds several times as much: take
+    /// one after the other.
+    pub fn get(&self, stage: &StageName, number: u64) -> Option<Sample> {
+        let stages = self.lock();
+        let mut samples = stages.get(stage)?.samples.iter();
+        let (batch, flow) = samples.find(|sample| sample.number == number)?.packed.unpack();
+        Some(Sample { number, batch: Arc::new(batch), flow: Arc::new(flow) })
     }
 
     /// Forgets what entered stages that are gone.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Grants, StageLimits};
+use crate::config::{Grants, StageLimits, StageText};
 use crate::plugin::Digest;
 use crate::record::{RouteName, SinkName, StageName};
 use crate::sink::Column;
@@ -20,8 +20,11 @@ pub struct StageSpec {
     pub name: StageName,
     /// The SHA-256 of the component's bytes, in hex.
     pub digest: String,
-    /// The stage's configuration as JSON text.
+    /// The stage's configuration as JSON text; see [`StageText`].
     pub config_json: String,
+    /// Whether `${NAME}` in it stands for an environment variable: values are never stored.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub has_variables: bool,
     /// Its limits.
     pub limits: StageLimits,
     /// What its plugin may ask of the host.
@@ -51,7 +54,16 @@ impl CanarySpec {
     }
 }
 
+fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
 impl StageSpec {
+    /// The stage's configuration, as the file had it.
+    pub fn text(&self) -> StageText {
+        StageText { json: self.config_json.clone(), has_variables: self.has_variables }
+    }
+
     /// What is other in a stage of the same name, in words.
     pub fn changes_to(&self, other: &Self) -> Vec<String> {
         let mut changes = Vec::new();
@@ -62,7 +74,7 @@ impl StageSpec {
         if self.canary != other.canary {
             changes.push("canary".into());
         }
-        if self.config_json != other.config_json {
+        if self.text() != other.text() {
             changes.push("config".into());
         }
         if self.limits != other.limits {

@@ -8,10 +8,10 @@ use tokio::sync::{MutexGuard, oneshot};
 use tokio::time::Instant;
 
 use super::{Inner, Setup, Step, StepFailed, candidate};
-use crate::config::PipelineConfig;
+use crate::config::{PipelineConfig, environment};
 use crate::lane::{LaneChange, Shared, WaitingLane};
 use crate::plugin::{Instance, PluginHost};
-use crate::position::{NewChange, Running, StateError};
+use crate::position::{NewChange, Running, StateError, Variables};
 use crate::record::ShardId;
 use crate::sink::Sink;
 use crate::stage::{Components, Generation, GenerationSpec, LoadedStage};
@@ -128,6 +128,9 @@ impl Inner {
             start_everywhere(&setup.shared, &next).await?;
         }
         setup.shared.ledger.keep(&next.spec, components).await.map_err(failed)?;
+        let variables = Variables::new(self.state.clone());
+        let otherwise = variables.note(&next.spec, &environment).await.map_err(failed)?;
+        otherwise.say(&next.id);
         tracing::debug!(generation = %next.id, "its components are kept");
         let running = Running { declared, running: next.spec.clone() };
         // The place is taken first: once the change is noted, nothing refuses it any more.

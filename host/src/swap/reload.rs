@@ -327,7 +327,10 @@ fn refuse_immutable(old: &PipelineConfig, new: &PipelineConfig) -> Result<(), St
         config.letter_sinks.iter().map(|sink| sink.fingerprint_json.clone()).collect::<Vec<_>>()
     };
     if letters(old) != letters(new) {
-        return refuse("[dead_letters]", "they are copied by a pipeline of their own; restart");
+        return refuse(
+            "[dead_letters] sinks",
+            "they are copied by a pipeline of their own; restart",
+        );
     }
     Ok(())
 }
@@ -426,6 +429,11 @@ fn setting_lines(old: &PipelineConfig, new: &PipelineConfig) -> Vec<String> {
     };
     note("buffer", old.buffer_bytes_max.to_string(), new.buffer_bytes_max.to_string());
     note("rejected", format!("{:?}", old.rejected_max), format!("{:?}", new.rejected_max));
+    let letters = |config: &PipelineConfig| match config.letter_bytes_max {
+        Some(bytes) => bytes.to_string(),
+        None => "the default".to_owned(),
+    };
+    note("dead_letters.bytes", letters(old), letters(new));
     let mismatch = |config: &PipelineConfig| format!("{:?}", config.on_position_mismatch);
     note("on_position_mismatch", mismatch(old), mismatch(new));
     let samples = |config: &PipelineConfig| format!("{:?}", config.reload.samples);

@@ -168,7 +168,7 @@ impl Side {
                 RunError::AllFailed(reason)
                 | RunError::TooManyFailed(reason)
                 | RunError::Later(reason, _),
-            ) => Err(reason),
+            ) => Err(self.stage.services.values.hide(reason)),
             Err(RunError::NoInstance(error)) => Err(error.to_string()),
             Err(RunError::Stopped(_)) => Err("it was stopped".into()),
         }
@@ -293,8 +293,9 @@ impl Trial {
 
     /// Runs what has entered the stage since the last pass. Blocking.
     pub(super) fn pass(&mut self, samples: &Samples) {
-        for sample in samples.after(&self.stage.name, self.last_number) {
-            self.last_number = sample.number;
+        for number in samples.numbers_after(&self.stage.name, self.last_number) {
+            self.last_number = number;
+            let Some(sample) = samples.get(&self.stage.name, number) else { continue };
             if let Err(cause) = self.compare(&sample) {
                 self.report.broken_off = Some(cause);
                 return;

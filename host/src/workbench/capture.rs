@@ -5,12 +5,11 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use serde_json::Value;
-
 use super::case::{Case, CaseInput, Expectation, written};
 use super::compare::Found;
 use super::redact::Redaction;
 use super::{TrialRecord, Workbench, update};
+use crate::config::{StageText, environment};
 use crate::record::{SequenceNumber, ShardId, ShardKey, ShardStart};
 use crate::source::{NextBatch, ResumePoint, ShardSource, Waiting};
 
@@ -102,10 +101,11 @@ pub struct Captured {
 /// When a case cannot be written as JSON.
 pub fn to_cases(
     workbench: &Workbench,
-    config_json: &str,
+    config: &StageText,
     records: &[TrialRecord],
     redaction: &Redaction,
 ) -> anyhow::Result<Captured> {
+    let resolved = config.resolve(&environment).map_err(anyhow::Error::msg)?;
     let mut captured = Captured { lines: String::new(), cases: 0, unredacted: 0 };
     for record in records {
         let Some(record) = redaction.apply(record) else {
@@ -113,13 +113,13 @@ pub fn to_cases(
             continue;
         };
         let found = workbench
-            .start(config_json)
+            .start(&resolved.json)
             .and_then(|mut trial| trial.run(std::slice::from_ref(&record)));
         let found = match found {
             Ok(fates) => Found::Fates(fates),
-            Err(error) => Found::Failed(error.to_string()),
+            Err(error) => Found::Failed(resolved.values.hide(error.to_string())),
         };
-        let config: Value = serde_json::from_str(config_json)?;
+        let config = config.to_case().map_err(anyhow::Error::msg)?;
         let case = Case {
             name: format!("captured {}", record.sequence.as_str()),
             config: config.as_object().is_some_and(|members| !members.is_empty()).then_some(config),

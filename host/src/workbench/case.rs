@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::TrialRecord;
+use crate::config::{environment, substitute_set};
 use crate::record::SequenceNumber;
 
 /// A file of cases.
@@ -274,9 +275,12 @@ fn ndjson_cases(path: &Path, text: &str) -> Result<Vec<Case>, CaseError> {
 }
 
 impl Case {
-    /// The configuration as JSON text.
+    /// The configuration as JSON text. `${NAME}` in it is replaced where the environment has that variable:
+    /// captured cases keep the variables of their pipeline, not the values.
     pub fn config_json(&self) -> String {
-        self.config.as_ref().map_or_else(|| "{}".to_owned(), Value::to_string)
+        let Some(mut config) = self.config.clone() else { return "{}".to_owned() };
+        substitute_set(&mut config, &environment);
+        config.to_string()
     }
 
     /// The records; `file` is where the cases are.

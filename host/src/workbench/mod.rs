@@ -213,7 +213,7 @@ pub(crate) fn fates(stage: &LoadedStage, items: usize, outcome: StageOutcome) ->
     }
     for rejected in outcome.rejected {
         let fate = &mut fates[rejected.item];
-        fate.rejected = Some(rejected.reason);
+        fate.rejected = Some(stage.services.values.hide(rejected.reason));
         fate.backtrace = rejected.backtrace;
         fate.trapped = rejected.trapped;
     }

@@ -8,7 +8,8 @@ fn paths(text: &str) -> Vec<&str> {
     quoted
         .filter(|word| {
             let first = word.split('/').next().unwrap_or_default();
-            ["wit", "host", "plugins", "examples", "xtask", "benches", "docs"].contains(&first)
+            ["wit", "host", "plugins", "examples", "xtask", "benches", "docs", "fuzz"]
+                .contains(&first)
                 && word.contains('/')
         })
         .collect()

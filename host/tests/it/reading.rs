@@ -10,7 +10,9 @@ use crate::support::world::{Pipeline, World};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use ferrokinesis::store::StoreOptions;
-use shardmill::source::aggregate::deaggregate;
+use md5::{Digest as _, Md5};
+use shardmill::record::HashRange;
+use shardmill::source::aggregate::{Opened, deaggregate, open};
 use shardmill::source::embedded::EmbeddedStream;
 
 fn fan_out() -> Pipeline {
@@ -434,9 +436,22 @@ fn aggregates_of_another_implementation_come_apart_identically() {
         for (record, due) in records.iter().zip(&case.records) {
             assert_eq!(record.partition_key, due.key.as_bytes());
             assert_eq!(record.payload, decode(&due.data));
-            if let Some(hash_key) = &due.hash_key {
-                assert_eq!(record.hash_key.to_string(), *hash_key);
-            }
+        }
+        // All of it belongs in the range that its hashes span, and in no smaller one.
+        let hashes = case.records.iter().map(|due| match &due.hash_key {
+            Some(decimal) => decimal.parse().expect("a hash"),
+            None => u128::from_be_bytes(Md5::digest(&due.key).into()),
+        });
+        let hashes: Vec<u128> = hashes.collect();
+        let (least, most) = (hashes.iter().min().expect("one"), hashes.iter().max().expect("one"));
+        let opened = |from: u128, to: u128| {
+            let range = HashRange::parse(&from.to_string(), &to.to_string()).expect("a range");
+            open(&decode(&case.aggregate).into(), Some(&range))
+        };
+        assert!(matches!(opened(*least, *most), Opened::Aggregate(_)));
+        if least < most {
+            assert!(matches!(opened(least + 1, *most), Opened::Astray));
+            assert!(matches!(opened(*least, most - 1), Opened::Astray));
         }
     }
 }

@@ -4,7 +4,7 @@
 //! redrive's own, keyed by a stream of its own, and what became of the letters.
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use anyhow::{bail, ensure};
 
@@ -12,16 +12,18 @@ use super::super::run::stop_on_signals;
 use super::super::{Console, dead_letters, load, plugin_host, sinks, state_beside};
 use super::Letters;
 use crate::config::{PipelineConfig, RejectedMax, SinkKind};
+use crate::lane::GenerationStore;
 use crate::lane::agreement::refuse_older_state;
 use crate::lane::roster;
 use crate::lease::PipelineLock;
 use crate::position::{
-    Changes, Checkpoints, RedriveId, Redriven, Redrives, Replays, StateStore, Unfinished,
+    Changes, Checkpoints, Ledger, RedriveId, Redriven, Redrives, Replays, StateStore, Unfinished,
 };
 use crate::record::{LetterPlace, Position, SinkName, StageName};
 use crate::sink::Sink;
 use crate::sink::postgres::TableWindow;
 use crate::source::letters::LettersSource;
+use crate::source::remake::Remaker;
 use crate::supervisor::{RunOptions, RunRole, Supervisor};
 
 pub(super) async fn redrive(
@@ -244,9 +246,12 @@ impl Run {
         let (at_sinks, at_stages): (Vec<String>, Vec<String>) =
             gone.into_iter().partition(|place| place.starts_with("sink:"));
         let built = sinks::build(&config)?;
+        let reached = match at_stages.is_empty() && !redrives.has_digests(id).await? {
+            true => Vec::new(),
+            false => positions(&redrives, id, &state, &built).await?,
+        };
         if !at_stages.is_empty() {
-            let positions = positions(&redrives, id, &state, &built).await?;
-            redrives.release(id, at_stages, positions).await?;
+            redrives.release(id, at_stages, reached.clone()).await?;
         }
         let sink = |place: &String| match LetterPlace::parse(place) {
             Some(LetterPlace::Sink(sink)) => Some(sink),
@@ -259,8 +264,13 @@ impl Run {
         };
         redrives.note_sinks(id, pipeline.sinks.clone()).await?;
         let (limits, without) = (config.source.batch, at_sinks.clone());
-        let source = LettersSource::new(redrives.clone(), id, &config.name, limits, without);
         let (host, drain_max) = (plugin_host(&config)?, config.timing.drain_max);
+        let generations = GenerationStore::new(host.clone(), state.clone());
+        let (ledger, stream_name) = (Ledger::new(state.clone()), config.source.stream_name());
+        let remaker = Remaker::new(generations, ledger, config.name.clone(), stream_name);
+        let source = LettersSource::new(redrives.clone(), id, &config.name, limits, without)
+            .remade_by(remaker, reached);
+        let left_out = source.left_out();
         let source = Arc::new(source);
         let supervisor =
             Supervisor::prepare_under(lock, config, host, source, built, options).await?;
@@ -268,6 +278,8 @@ impl Run {
         let Some(redriven) = redrives.finish(id, &at_sinks).await? else {
             bail!("the redrive was broken off: `shardmill dlq redrive` goes on with it");
         };
+        let left_out =
+            std::mem::take(&mut *left_out.lock().unwrap_or_else(PoisonError::into_inner));
         let Redriven { letters, failed_again, left } = redriven;
         console.say(format!("{letters} dead letters redriven, {failed_again} failed again"));
         if left > 0 {
@@ -276,7 +288,17 @@ impl Run {
                 at_sinks.join(", ")
             ));
         }
-        console.report(&redriven)
+        console.report(&Redriven { left: left + left_out.len() as u64, ..redriven })?;
+        for (letter, why) in &left_out {
+            console.say(format!("dead letter {letter} stays: {why}"));
+        }
+        ensure!(
+            left_out.is_empty(),
+            "{} dead letters were not redriven and stay: what entered where they failed could not be made \
+             again",
+            left_out.len()
+        );
+        Ok(())
     }
 
     /// Places of its letters, and sinks that have a part of it, that are gone.

@@ -69,6 +69,8 @@ impl Drop for Caller {
 impl wit::log::Host for Caller {
     fn write(&mut self, level: wit::log::Level, message: String) -> wasmtime::Result<()> {
         self.granted(Capability::Log)?;
+        // Before anything else is done with it: it may show a secret of the stage's configuration.
+        let message = self.services.values.hide(message);
         self.lines.write(&self.author, level, &message);
         Ok(())
     }

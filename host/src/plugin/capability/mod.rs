@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use self::lookup::Lookup;
-use crate::config::{Grants, PipelineConfig};
+use crate::config::{Grants, PipelineConfig, Values};
 use crate::http::HttpGrant;
 use crate::record::{LookupName, StageName};
 
@@ -99,13 +99,16 @@ pub struct Services {
     pub lookups: BTreeMap<LookupName, Arc<Lookup>>,
     /// The hosts that are granted.
     pub http: Option<Arc<HttpGrant>>,
+    /// Values of variables in its configuration: nothing that the plugin says may show them.
+    pub values: Values,
 }
 
 impl Services {
     /// For a plugin outside of any pipeline: what needs nothing but the host itself.
     pub fn alone(name: StageName) -> Self {
         let granted = [Capability::Log, Capability::Metrics, Capability::Clock, Capability::Random];
-        Self { stage: name, granted: granted.into(), lookups: BTreeMap::new(), http: None }
+        let (lookups, values) = (BTreeMap::new(), Values::default());
+        Self { stage: name, granted: granted.into(), lookups, http: None, values }
     }
 }
 
@@ -164,6 +167,7 @@ impl Backends {
             granted: grants.capabilities.clone(),
             lookups,
             http: self.http.get(stage).cloned(),
+            values: Values::default(),
         })
     }
 }

@@ -635,7 +635,28 @@ fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
     }
 }
 
-/// The number of the link at a path; `None`: it is no link's.
+/// The number of the link at a path; `None`: it is no link's, but some other file's.
 pub(super) fn link_number(path: &Path) -> Option<u64> {
-    path.filename()?.strip_suffix(".json")?.parse().ok()
+    let digits = path.filename()?.strip_suffix(".json")?;
+    let number: u64 = digits.parse().ok()?;
+    (format!("{number:012}") == digits).then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_20_only_links_have_the_names_of_links() {
+        for (name, number) in [
+            ("000000000007.json", Some(7)),
+            ("1000000000000.json", Some(1_000_000_000_000)),
+            ("7.json", None),
+            ("+00000000007.json", None),
+            ("000000000007.json.tmp", None),
+            ("99999999999999999999.json", None),
+        ] {
+            assert_eq!(link_number(&Path::from(format!("log/{name}"))), number, "{name}");
+        }
+    }
 }

@@ -4,7 +4,7 @@
 //! what lets a claim be produced again. It uses the processor only; the writer runs it off the
 //! async threads.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, Write};
 use std::sync::Arc;
 
@@ -98,6 +98,8 @@ pub(super) struct Encoder {
     room: KeyRoom,
     folders_differ: bool,
     open: BTreeMap<RouteName, OpenRoute>,
+    /// How many bodies are open.
+    objects: usize,
 }
 
 impl Encoder {
@@ -110,7 +112,41 @@ impl Encoder {
         room: KeyRoom,
     ) -> Self {
         let folders_differ = layout.folder.differs_by_row();
-        Self { forms, layout, shard, sink, room, folders_differ, open: BTreeMap::new() }
+        let (open, objects) = (BTreeMap::new(), 0);
+        Self { forms, layout, shard, sink, room, folders_differ, open, objects }
+    }
+
+    /// How many objects its rows become.
+    pub(super) fn objects(&self) -> usize {
+        self.objects
+    }
+
+    /// How many more objects some rows would make; counts no further than one above `most`.
+    pub(super) fn new_objects(&self, rows: &[Row], most: usize) -> usize {
+        let mut new: HashSet<(&RouteName, Option<Path>)> = HashSet::new();
+        for row in rows {
+            let name = row.route.name();
+            let open = self.open.get(name);
+            let folder = match self.folders_differ {
+                false => None,
+                // A row without a folder is refused.
+                true => match self.layout.folder.folder(row, &self.shard, &self.sink) {
+                    Ok(folder) => Some(folder),
+                    Err(_) => continue,
+                },
+            };
+            let is_open = open.is_some_and(|open| match &folder {
+                None => !open.bodies.is_empty(),
+                Some(folder) => open.places.contains_key(folder),
+            });
+            if !is_open {
+                new.insert((name, folder));
+            }
+            if new.len() > most {
+                break;
+            }
+        }
+        new.len()
     }
 
     /// Takes a row; `Some`: why it is refused.
@@ -131,7 +167,11 @@ impl Encoder {
                 ) {
                     Ok(folder) => {
                         let form = || self.forms.get(name).cloned().unwrap_or_default();
-                        route.body(folder, || OpenBody::new(name, form(), &self.layout))?
+                        let objects = &mut self.objects;
+                        route.body(folder, || {
+                            *objects += 1;
+                            OpenBody::new(name, form(), &self.layout)
+                        })?
                     }
                     Err(reason) => return Ok(Some(reason)),
                 },

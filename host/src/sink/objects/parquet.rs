@@ -17,6 +17,9 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::types::Type;
 
+#[cfg(any(test, fuzzing))]
+pub(in crate::sink) mod fuzz;
+
 use crate::config::Compression;
 use crate::sink::Column;
 use crate::sink::rows::form::RowForm;
@@ -28,6 +31,8 @@ use crate::sink::rows::{self, ColumnNames, RowFault};
 const DECIMAL_I64_DIGITS_MAX: u32 = 18;
 /// Digits of a decimal that readers take: those of 128 bits.
 const DECIMAL_DIGITS_MAX: u32 = 38;
+/// Microseconds of a day.
+const MICROS_PER_DAY: i64 = 86_400_000_000;
 /// The bytes of such a decimal.
 const DECIMAL_BYTES: usize = 16;
 
@@ -187,7 +192,13 @@ impl ParquetColumn {
             Kind::Text | Kind::Json => Cell::Bytes(bytes(value::text(json)?.as_bytes())),
             Kind::Uuid => Cell::Fixed(value::uuid(json)?.as_bytes().to_vec().into()),
             Kind::Date => Cell::Int32(time::date(value::time_text(json)?)?),
-            Kind::Time => Cell::Int64(time::time(value::time_text(json)?)?),
+            Kind::Time => match time::time(value::time_text(json)?)? {
+                // PostgreSQL's 24:00, which Arrow and its readers do not take.
+                MICROS_PER_DAY.. => {
+                    return Err("the last time in Parquet is 23:59:59.999999".into());
+                }
+                micros => Cell::Int64(micros),
+            },
             Kind::Timestamp(zone) => Cell::Int64(time::timestamp(value::time_text(json)?, zone)?),
             Kind::Bytes => Cell::Bytes(value::bytes(json)?.into()),
         })

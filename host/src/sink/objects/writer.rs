@@ -19,10 +19,13 @@ use super::store::Place;
 use crate::position::Ownership;
 use crate::record::{Position, RouteName, Row, ShardKey};
 use crate::sink::{
-    Commit, Committed, EncodeRows, EncodedRows, Refusal, RefusalLog, RowEncoder, SinkError,
-    SinkWriter,
+    Commit, Committed, CutRows, EncodeRows, EncodedRows, Refusal, RefusalLog, RowEncoder,
+    SinkError, SinkWriter,
 };
 
+/// Objects of one commit: with more, it is cut before the next record. Each is a request, and has a place in
+/// the claim, which is one object itself.
+const OBJECTS_MAX: usize = 256;
 /// Objects of one commit that are written at the same time.
 const UPLOADS_MAX: usize = 4;
 
@@ -83,13 +86,14 @@ struct ArrivingRows {
     kept_bytes: usize,
 }
 
-impl RowEncoder for ArrivingRows {
-    fn push(&mut self, rows: Vec<Row>) {
+impl ArrivingRows {
+    /// Takes the rows of one record.
+    fn push_record(&mut self, rows: &[Row]) {
         for row in rows {
             let number = self.rows;
             self.rows += 1;
             let Some(encoder) = &mut self.encoder else { continue };
-            match encoder.push(&row) {
+            match encoder.push(row) {
                 Ok(None) => {}
                 Ok(Some(reason)) => {
                     let row = row.detached();
@@ -104,6 +108,35 @@ impl RowEncoder for ArrivingRows {
                 }
             }
         }
+    }
+
+    /// Whether the rows of one more record are too many for one commit. Those of one record are never.
+    fn is_full_for(&self, rows: &[Row]) -> bool {
+        let Some(encoder) = &self.encoder else { return false };
+        let objects = encoder.objects();
+        objects > 0
+            && objects + rows.len() > OBJECTS_MAX
+            && objects + encoder.new_objects(rows, OBJECTS_MAX - objects.min(OBJECTS_MAX))
+                > OBJECTS_MAX
+    }
+}
+
+impl RowEncoder for ArrivingRows {
+    fn push(&mut self, mut rows: Vec<Row>) -> Option<CutRows> {
+        let mut begin = 0;
+        while let Some(first) = rows.get(begin) {
+            let is_same =
+                |row: &&Row| row.record == first.record && Arc::ptr_eq(&row.batch, &first.batch);
+            let end = begin + rows[begin..].iter().take_while(is_same).count();
+            if self.is_full_for(&rows[begin..end]) {
+                let rest = rows.split_off(begin);
+                let to_inclusive = rows.last().map(|last| last.position().clone());
+                return Some(CutRows { to_inclusive, rest });
+            }
+            self.push_record(&rows[begin..end]);
+            begin = end;
+        }
+        None
     }
 
     fn held_bytes(&self) -> usize {
@@ -391,6 +424,10 @@ impl ObjectsWriter {
 
 #[async_trait]
 impl SinkWriter for ObjectsWriter {
+    fn copies_rows(&self) -> bool {
+        true
+    }
+
     fn encodes_rows(&self) -> Option<Arc<dyn EncodeRows>> {
         Some(Arc::new(Arriving { shared: self.shared.clone(), shard: self.shard.clone() }))
     }

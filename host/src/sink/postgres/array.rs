@@ -23,6 +23,7 @@ pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: RawJson<'_>) -> Resu
         // An array in an array of documents is a document.
         nests: !matches!(kind, Kind::Json | Kind::Jsonb),
         lengths: Vec::new(),
+        element_depth: None,
         elements: Vec::new(),
     };
     array.take(raw, 0)?;
@@ -43,6 +44,8 @@ struct Array<'r> {
     nests: bool,
     /// The length of each dimension, the outermost first.
     lengths: Vec<usize>,
+    /// How deep the arrays lie that hold elements, or could.
+    element_depth: Option<usize>,
     elements: Vec<RawJson<'r>>,
 }
 
@@ -69,7 +72,8 @@ impl<'r> Array<'r> {
         if arrays > 0 {
             return items.into_iter().try_for_each(|item| self.take(item, depth + 1));
         }
-        if !items.is_empty() && self.lengths.len() != depth + 1 {
+        // One that is empty counts too: the server would read fewer elements than are written.
+        if *self.element_depth.get_or_insert(depth) != depth {
             return ragged();
         }
         self.elements.extend(items);

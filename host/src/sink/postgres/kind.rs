@@ -50,6 +50,12 @@ enum ElementForm {
 }
 
 impl Element {
+    /// An element of a type that each server has.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn known(oid: Oid) -> Self {
+        Self { oid, form: ElementForm::Known(oid) }
+    }
+
     /// How each element is written.
     pub(super) fn kind(self) -> Kind {
         match self.form {

@@ -418,6 +418,10 @@ impl PostgresWriter {
 
 #[async_trait]
 impl SinkWriter for PostgresWriter {
+    fn copies_rows(&self) -> bool {
+        true
+    }
+
     fn looks_ahead(&self) -> Option<Arc<dyn LookAhead>> {
         Some(self.next.clone())
     }

@@ -4,7 +4,7 @@
 
 use std::io::Write as _;
 
-use chrono::DateTime;
+use chrono::{DateTime, Datelike as _};
 
 use crate::sink::rows::decimal::Decimal;
 use crate::sink::rows::time::{self, Zone};
@@ -176,20 +176,19 @@ impl Kind {
             }
             Self::Date => {
                 let days = time::date(value::time_text(&json)?)?;
-                let micros = i64::from(days) * MICROS_PER_DAY;
-                put_text(out, &moment(micros, "%Y-%m-%d"));
+                put_text(out, &moment(i64::from(days) * MICROS_PER_DAY, "%Y-%m-%d")?);
             }
             Self::Time => {
                 let micros = time::time(value::time_text(&json)?)?;
-                put_text(out, &moment(micros, "%H:%M:%S%.6f"));
+                put_text(out, &clock(micros));
             }
             Self::Timestamp => {
                 let micros = time::timestamp(value::time_text(&json)?, Zone::WallClock)?;
-                put_text(out, &moment(micros, "%Y-%m-%d %H:%M:%S%.6f"));
+                put_text(out, &moment(micros, "%Y-%m-%d %H:%M:%S%.6f")?);
             }
             Self::Timestamptz => {
                 let micros = time::timestamp(value::time_text(&json)?, Zone::Instant)?;
-                put_text(out, &moment(micros, "%Y-%m-%d %H:%M:%S%.6f+00"));
+                put_text(out, &moment(micros, "%Y-%m-%d %H:%M:%S%.6f+00")?);
             }
             Self::Super => out.extend(value::document(raw)?.as_bytes()),
             Self::Varbyte(bytes_max) => {
@@ -254,9 +253,20 @@ fn plain(decimal: &Decimal<'_>, digits: u32, scale: u32) -> Result<String, Why> 
     })
 }
 
-/// A moment in microseconds since 1970, as text. Years are 1 to 9999, as they were read.
-fn moment(micros: i64, form: &str) -> String {
-    DateTime::from_timestamp_micros(micros).unwrap_or_default().format(form).to_string()
+/// A time of day as text; the day's end is 24:00, which no moment of the day is.
+fn clock(micros: i64) -> String {
+    let (seconds, fraction) = (micros / 1_000_000, micros % 1_000_000);
+    let (hours, minutes) = (seconds / 3_600, seconds / 60 % 60);
+    format!("{hours:02}:{minutes:02}:{:02}.{fraction:06}", seconds % 60)
+}
+
+/// A moment in microseconds since 1970, as text. Years were read as 1 to 9999, but an offset may have moved
+/// the moment out of them, where text has more digits than COPY reads.
+fn moment(micros: i64, form: &str) -> Result<String, Why> {
+    let moment = DateTime::from_timestamp_micros(micros);
+    let moment = moment.filter(|moment| (1..=9999).contains(&moment.year()));
+    let moment = moment.ok_or("the year in UTC is out of range: 0001 to 9999 are taken")?;
+    Ok(moment.format(form).to_string())
 }
 
 #[cfg(test)]
@@ -311,6 +321,8 @@ mod tests {
                 "\"2013-01-01T05:00:00.123456-05:00\"",
                 "\"2013-01-01 10:00:00.123456+00\"",
             ),
+            (Kind::Time, "\"24:00\"", "\"24:00:00.000000\""),
+            (Kind::Time, "\"23:59:60\"", "\"24:00:00.000000\""),
             (Kind::Super, "{\"a\": [1.10]}", "{\"a\": [1.10]}"),
             (Kind::Varbyte(3), "\"AQL/\"", "\"0102ff\""),
             (Kind::Bool, "null", "null"),
@@ -330,6 +342,9 @@ mod tests {
             (Kind::Varchar(3), "\"a\\u0000\"", "U+0000"),
             (Kind::Date, "\"2013-02-30\"", "date"),
             (Kind::Varbyte(1), "\"AQL/\"", "3 bytes"),
+            (Kind::Timestamptz, "\"9999-12-31T23:59:59-01:00\"", "out of range"),
+            (Kind::Timestamptz, "\"0001-01-01T00:00:00+01:00\"", "out of range"),
+            (Kind::Timestamp, "\"9999-12-31T24:00:00\"", "out of range"),
         ] {
             let why = put(kind, json).expect_err(json);
             assert!(why.contains(part), "{kind:?} {json}: {why}");

@@ -361,6 +361,10 @@ impl RedshiftWriter {
 
 #[async_trait]
 impl SinkWriter for RedshiftWriter {
+    fn copies_rows(&self) -> bool {
+        true
+    }
+
     async fn commit(
         &mut self,
         commit: &Commit,

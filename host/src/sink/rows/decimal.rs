@@ -49,6 +49,13 @@ impl<'a> Decimal<'a> {
         self.digits.iter().all(|digit| *digit == b'0')
     }
 
+    /// Whether the number is an integer, of any size.
+    pub(crate) fn is_integer(&self) -> bool {
+        let dropped = self.digits.len() - without_trailing_zeros(&self.digits).len();
+        let dropped = i64::try_from(dropped).unwrap_or(i64::MAX);
+        self.is_zero() || self.exponent.saturating_add(dropped) >= 0
+    }
+
     /// The number as an integer of 64 bits, if it is one, exactly.
     pub(crate) fn to_i64(&self) -> Option<i64> {
         i64::try_from(self.to_unscaled(0)?).ok()

@@ -79,7 +79,7 @@ impl<'a> Json<'a> {
     }
 
     /// The text of a number, which may come as a string.
-    fn number(&self) -> Result<&str, Why> {
+    pub(crate) fn number(&self) -> Result<&str, Why> {
         match self {
             Self::Number(text) => Ok(text),
             Self::Text(text) => Ok(text),

@@ -1,1 +1,99 @@
 //! Aggregates and the memory that records keep alive.
+
+mod aggregates;
+mod memory;
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use aws_sdk_kinesis::primitives::Blob;
+use aws_sdk_kinesis::types::{PutRecordsRequestEntry, Shard};
+use md5::{Digest as _, Md5};
+
+use crate::support::world::{STREAM, World, hashes};
+use crate::support::{Process, shardmill};
+
+const MIB: u64 = 1 << 20;
+
+/// An aggregate of so many user records that all name one key.
+fn one_key(key: &str, payloads: impl Iterator<Item = Vec<u8>>) -> Vec<u8> {
+    let mut body = Vec::new();
+    field(&mut body, 1, key.as_bytes());
+    for payload in payloads {
+        let mut record = vec![1 << 3, 0];
+        field(&mut record, 3, &payload);
+        field(&mut body, 3, &record);
+    }
+    [&[0xF3, 0x89, 0x9A, 0xC2][..], &body, &Md5::digest(&body)].concat()
+}
+
+fn field(message: &mut Vec<u8>, number: u8, bytes: &[u8]) {
+    message.push(number << 3 | 2);
+    let mut length = bytes.len();
+    while length >= 0x80 {
+        message.push(length as u8 | 0x80);
+        length >>= 7;
+    }
+    message.push(length as u8);
+    message.extend_from_slice(bytes);
+}
+
+/// Puts records on a shard, each in a call of its own.
+fn put_on(world: &World, shard: &Shard, records: impl Iterator<Item = Vec<u8>>) {
+    let hash = hashes(shard).0.to_string();
+    for record in records {
+        let entry = PutRecordsRequestEntry::builder().data(Blob::new(record)).partition_key("key");
+        let entry = entry.explicit_hash_key(&hash).build().expect("an entry");
+        let put = world.client.put_records().stream_name(STREAM).records(entry);
+        let answer = world.block_on(put.send()).expect("put");
+        assert_eq!(answer.failed_record_count(), Some(0));
+    }
+}
+
+/// Starts a pipeline of the world.
+fn start(world: &World, path: &str) -> Process {
+    let log = std::fs::File::create(world.log()).expect("a log");
+    let out = std::fs::File::create(world.folder.path().join("out")).expect("a file");
+    let run = shardmill(&["run", path, "-v"]).stdout(out).stderr(log).spawn();
+    Process(run.expect("the binary starts"))
+}
+
+/// A GET that must be answered in time; `None`: nobody listens yet, or no answer came.
+fn get(port: u16, path: &str, time_max: Duration) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(time_max)).expect("set");
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}
+
+/// The sum of a metric's series.
+fn metric(port: u16, name: &str) -> f64 {
+    let text = get(port, "/metrics", Duration::from_secs(10)).unwrap_or_default();
+    let lines = text
+        .lines()
+        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}
+
+/// The peak of a process's resident memory so far, in bytes.
+fn peak_of(run: &Process) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", run.0.id())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
+/// The bound on what a process may hold whose plugins have 16 MiB each, in bytes.
+fn bound(buffer_mib: u64, trial_mib: u64, stages: u64, instances: u64) -> u64 {
+    (2 * buffer_mib + trial_mib * stages + 16 * instances + 100) * MIB
+}
+
+/// Asserts that a process has stayed below the bound.
+fn assert_below(run: &Process, bound: u64) {
+    let peak = peak_of(run);
+    println!("{} MiB at the peak of {} MiB", peak / MIB, bound / MIB);
+    assert!(peak < bound, "{} MiB at the peak, {} MiB are the bound", peak / MIB, bound / MIB);
+}

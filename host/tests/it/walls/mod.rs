@@ -8,3 +8,4 @@ mod guests;
 mod kpl;
 mod letters;
 mod machine;
+mod threats;

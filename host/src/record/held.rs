@@ -1,0 +1,278 @@
+//! The memory that rows keep alive, and how much of it they may.
+//!
+//! A row names bytes of others: of its record, which lies in a batch, and of a plugin's answer. One row of
+//! one byte would keep a batch of 256 KiB, or an answer of 60 MiB, for as long as its sink holds it. So a
+//! sink's rows of a batch keep what they share only where they are most of it; else they are copied
+//! together, before they wait for anything.
+//!
+//! | shared | is kept if, beside what a copy would hold, it holds at most |
+//! |---|---|
+//! | the batch | once more the bytes of the rows' own records, and 128 bytes per row |
+//! | an answer's arena | once more the rows' own bytes, and 128 bytes per row |
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{Batch, Entry, Record, Redrive, Row};
+
+/// What a row may keep alive beside twice its own bytes.
+const EXTRA_BYTES: usize = 128;
+
+/// Whether bytes that are shared may be kept for so many of their users, who own `own_bytes` of them.
+pub fn is_kept_whole(shared_bytes: usize, own_bytes: usize, users: usize) -> bool {
+    let most = own_bytes.saturating_mul(2).saturating_add(users.saturating_mul(EXTRA_BYTES));
+    shared_bytes <= most
+}
+
+/// The arenas of the answers that a batch's rows came from.
+#[derive(Debug, Default)]
+pub struct Arenas {
+    /// By ascending address: they are alive, so none overlaps another.
+    arenas: Vec<Bytes>,
+}
+
+impl Arenas {
+    /// Adds an arena.
+    pub fn add(&mut self, arena: Bytes) {
+        if arena.is_empty() {
+            return;
+        }
+        let start = arena.as_ptr();
+        let place = self.arenas.partition_point(|other| other.as_ptr() < start);
+        self.arenas.insert(place, arena);
+    }
+
+    /// Lets go of the arenas that nobody else uses.
+    pub fn forget_unused(&mut self) {
+        self.arenas.retain(|arena| !arena.is_unique());
+    }
+
+    /// The arena that the bytes lie in; `likely` is tried first, and is then that one.
+    fn find(&self, bytes: &Bytes, likely: &mut usize) -> Option<usize> {
+        let at = bytes.as_ptr() as usize;
+        let holds = |arena: &Bytes| {
+            let start = arena.as_ptr() as usize;
+            start <= at && at < start + arena.len()
+        };
+        if self.arenas.get(*likely).is_some_and(holds) {
+            return Some(*likely);
+        }
+        let after = self.arenas.partition_point(|arena| arena.as_ptr() as usize <= at);
+        let found = after.checked_sub(1).filter(|place| holds(&self.arenas[*place]))?;
+        *likely = found;
+        Some(found)
+    }
+}
+
+/// Whether bytes go on as they came.
+#[inline]
+fn is_same(bytes: &Bytes, came: &Bytes) -> bool {
+    (bytes.as_ptr(), bytes.len()) == (came.as_ptr(), came.len())
+}
+
+/// The part that a sink's rows have in an arena.
+#[derive(Clone, Copy, Debug, Default)]
+struct Share {
+    own_bytes: usize,
+    rows: usize,
+    is_kept: bool,
+}
+
+/// What a sink's rows of one batch hold, once sparse ones are copied.
+#[derive(Debug, Default)]
+pub struct Holding {
+    held_bytes: usize,
+    copied_bytes: usize,
+    keeps_batch: bool,
+    /// Of each arena.
+    shares: Vec<Share>,
+}
+
+impl Holding {
+    /// Looks at rows of one batch, by ascending record. `batch_bytes` is what the batch holds.
+    pub fn of(rows: &[Row], batch_bytes: usize, arenas: &Arenas) -> Self {
+        let Some(first) = rows.first() else { return Self::default() };
+        let records = &first.batch.records;
+        let mut shares = vec![Share::default(); arenas.arenas.len()];
+        let mut likely = 0;
+        // Bytes that lie elsewhere: the row alone has them, as far as can be told.
+        let mut other_bytes = 0;
+        let (mut own_records, mut own_record_bytes, mut last) = (0, 0, None);
+        for row in rows {
+            let source = &records[row.record as usize];
+            if last != Some(row.record) {
+                last = Some(row.record);
+                own_records += 1;
+                own_record_bytes += source.payload.len() + source.partition_key.len();
+            }
+            let mut counted = None;
+            for (bytes, came) in
+                [(&row.payload, &source.payload), (&row.key, &source.partition_key)]
+            {
+                if bytes.is_empty() || is_same(bytes, came) {
+                    continue;
+                }
+                match arenas.find(bytes, &mut likely) {
+                    None => other_bytes += bytes.len(),
+                    Some(arena) => {
+                        shares[arena].own_bytes += bytes.len();
+                        shares[arena].rows += usize::from(counted.replace(arena) != Some(arena));
+                    }
+                }
+            }
+        }
+        let own_batch_bytes =
+            Batch::OVERHEAD_BYTES + own_record_bytes + own_records * Record::OVERHEAD_BYTES;
+        let spare_bytes = batch_bytes.saturating_sub(own_batch_bytes);
+        let shared_bytes = spare_bytes + own_record_bytes;
+        let keeps_batch = own_records == records.len()
+            || is_kept_whole(shared_bytes, own_record_bytes, rows.len());
+        let (mut held_bytes, mut copied_bytes) = match keeps_batch {
+            true => (batch_bytes, 0),
+            false => (own_batch_bytes, own_record_bytes),
+        };
+        for (share, arena) in shares.iter_mut().zip(&arenas.arenas) {
+            share.is_kept = is_kept_whole(arena.len(), share.own_bytes, share.rows);
+            match (share.is_kept, share.rows) {
+                (true, 0) => {}
+                (true, _) => held_bytes += arena.len(),
+                (false, _) => {
+                    held_bytes += share.own_bytes;
+                    copied_bytes += share.own_bytes;
+                }
+            }
+        }
+        held_bytes += other_bytes + size_of_val(rows);
+        Self { held_bytes, copied_bytes, keeps_batch, shares }
+    }
+
+    /// The memory that the rows hold after [`Holding::settle`], in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.held_bytes
+    }
+
+    /// The bytes that [`Holding::settle`] copies.
+    pub fn copied_bytes(&self) -> usize {
+        self.copied_bytes
+    }
+
+    /// Copies what the rows may not keep; they are the ones that were looked at.
+    pub fn settle(&self, rows: &mut [Row], arenas: &Arenas) {
+        if self.copied_bytes == 0 && self.keeps_batch {
+            return;
+        }
+        // Where each arena's part lies in the copy; one that is kept has none.
+        let mut copies: Vec<Copied> = self.shares.iter().map(Copied::of).collect();
+        let mut likely = 0;
+        if copies.iter().any(|copied| copied.is_copied) {
+            for row in rows.iter_mut() {
+                let source = &row.batch.records[row.record as usize];
+                for (bytes, came) in
+                    [(&row.payload, &source.payload), (&row.key, &source.partition_key)]
+                {
+                    if !bytes.is_empty()
+                        && !is_same(bytes, came)
+                        && let Some(arena) = arenas.find(bytes, &mut likely)
+                    {
+                        copies[arena].append(bytes);
+                    }
+                }
+            }
+            let mut made: Vec<Bytes> =
+                copies.into_iter().map(|copied| Bytes::from(copied.bytes)).collect();
+            for row in rows.iter_mut() {
+                let source = &row.batch.records[row.record as usize];
+                for (bytes, came) in
+                    [(&mut row.payload, &source.payload), (&mut row.key, &source.partition_key)]
+                {
+                    if !bytes.is_empty()
+                        && !is_same(bytes, came)
+                        && let Some(arena) = arenas.find(bytes, &mut likely)
+                        && !self.shares[arena].is_kept
+                    {
+                        *bytes = made[arena].split_to(bytes.len());
+                    }
+                }
+            }
+        }
+        if !self.keeps_batch {
+            with_own_records(rows);
+        }
+    }
+}
+
+/// A copy of an arena's part in the making.
+struct Copied {
+    is_copied: bool,
+    bytes: Vec<u8>,
+}
+
+impl Copied {
+    fn of(share: &Share) -> Self {
+        let is_copied = !share.is_kept && share.rows > 0;
+        let room = if is_copied { share.own_bytes } else { 0 };
+        Self { is_copied, bytes: Vec::with_capacity(room) }
+    }
+
+    fn append(&mut self, bytes: &Bytes) {
+        if self.is_copied {
+            self.bytes.extend_from_slice(bytes);
+        }
+    }
+}
+
+/// Gives rows of one batch, by ascending record, a batch of their own records alone.
+fn with_own_records(rows: &mut [Row]) {
+    let Some(first) = rows.first() else { return };
+    let batch = first.batch.clone();
+    let mut indexes: Vec<u32> = rows.iter().map(|row| row.record).collect();
+    indexes.dedup();
+    let own = || indexes.iter().map(|index| &batch.records[*index as usize]);
+    let bytes = own().map(|record| record.payload.len() + record.partition_key.len()).sum();
+    let mut arena = Vec::with_capacity(bytes);
+    for record in own() {
+        arena.extend_from_slice(&record.partition_key);
+        arena.extend_from_slice(&record.payload);
+    }
+    let mut arena = Bytes::from(arena);
+    let records = own().map(|record| Record {
+        position: record.position.clone(),
+        partition_key: arena.split_to(record.partition_key.len()),
+        payload: arena.split_to(record.payload.len()),
+        arrived_ms: record.arrived_ms,
+    });
+    let records = records.collect();
+    let entry = match &batch.entry {
+        Entry::Source => Entry::Source,
+        Entry::Redrive(redrive) => Entry::Redrive(Box::new(Redrive {
+            place: redrive.place.clone(),
+            route: redrive.route.clone(),
+            origins: indexes.iter().map(|index| redrive.origins[*index as usize].clone()).collect(),
+            delivered_to: redrive.delivered_to.clone(),
+            keeps_whole: redrive.keeps_whole,
+        })),
+    };
+    let (shard, span) = (batch.shard.clone(), batch.span.clone());
+    let own_batch = Arc::new(Batch { shard, records, span, entry });
+    let mut place = 0;
+    for row in rows {
+        while indexes[place] != row.record {
+            place += 1;
+        }
+        let came = &batch.records[row.record as usize];
+        let own = &own_batch.records[place];
+        if is_same(&row.payload, &came.payload) {
+            row.payload = own.payload.clone();
+        }
+        if is_same(&row.key, &came.partition_key) {
+            row.key = own.partition_key.clone();
+        }
+        row.batch = own_batch.clone();
+        row.record = place as u32;
+    }
+}
+
+#[cfg(test)]
+#[path = "held_tests.rs"]
+mod tests;

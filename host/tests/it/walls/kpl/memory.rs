@@ -1,0 +1,233 @@
+//! Memory is counted by what is held, and rows hold no more than twice their own.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+
+use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
+use wit_parser::Resolve;
+
+use super::{MIB, assert_below, bound, get, metric, one_key, put_on, start};
+use crate::support::pipeline::PipelineToml;
+use crate::support::world::{STREAM, World};
+use crate::support::{free_port, run_ok, wait_for};
+
+/// What a plugin may have.
+const LIMITS: &str = "limits = { memory = \"16 MiB\" }";
+
+/// A sink that nobody answers, so that what it is given stays; with `[admin]` at this port.
+fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
+    let nobody = free_port();
+    file.table(&format!(
+        "[[sink]]\nname = \"hook\"\ntype = \"http\"\nurl = \"http://127.0.0.1:{nobody}/\"\n\
+         private = true\nformat = \"ndjson\"\ncommit = {{ linger = \"20 ms\" }}\n\
+         [admin]\nlisten = \"127.0.0.1:{port}\""
+    ))
+}
+
+/// A plugin whose every answer has an arena of 12 MiB, of which each output is one byte: `1`.
+fn large_answers(folder: &Path) -> String {
+    let mut text = include_str!("../../hostile/skeleton.wat").to_owned();
+    for (from, to) in [
+        ("(memory (export \"memory\") 64)", "(memory (export \"memory\") 224)"),
+        (
+            "(i32.store (i32.const 4100) (i32.const 4352))",
+            "(i32.store (i32.const 4100) (i32.const 16))
+             (i32.store (i32.const 4104) (i32.const 12582912))",
+        ),
+        (
+            "(i32.store offset=16 (local.get $output) (i32.const -1))",
+            "(i32.store offset=16 (local.get $output) (i32.const 0))",
+        ),
+        (
+            "(i32.store offset=20 (local.get $output) (i32.const 0))",
+            "(i32.store offset=20 (local.get $output) (i32.const 1))",
+        ),
+        ("application/octet-stream", "application/json"),
+        ("\\30\\00\\00\\00\\18\\00\\00\\00", "\\30\\00\\00\\00\\10\\00\\00\\00"),
+    ] {
+        assert!(text.contains(from), "{from}");
+        text = text.replace(from, to);
+    }
+    let mut module = wat::parse_str(&text).expect("sound WAT");
+    let mut wit = Resolve::default();
+    let (package, _) = wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
+    let world = wit.select_world(&[package], Some("plugin")).expect("a world");
+    embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
+    let encoder = ComponentEncoder::default().validate(true).module(&module);
+    let component = encoder.and_then(|mut it| it.encode()).expect("a component");
+    let path = folder.join("large-answers.wasm");
+    let mut file = std::fs::File::create(&path).expect("a file");
+    file.write_all(&component).expect("written");
+    path.display().to_string()
+}
+
+/// Forty rows of one byte, each out of an answer of 12 MiB, wait for a sink.
+#[test]
+fn wall_02_a_row_of_one_byte_does_not_hold_the_answer_that_it_came_in() {
+    const RECORDS: usize = 40;
+    let world = World::new(1);
+    put_on(&world, &world.open_shards()[0], std::iter::repeat_n(b"{}".to_vec(), RECORDS));
+    let port = free_port();
+    let plugin = large_answers(world.folder.path());
+    let lines = "format = \"application/json\"\nbatch = { records = 1 }";
+    let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"8 MiB\"");
+    let file = file.stream(STREAM, "embedded", lines);
+    let file = file.stage("large", &plugin, &format!("{LIMITS}\nroutes = {{ out = [\"hook\"] }}"));
+    let run = start(&world, &blocked(file, port).write());
+    wait_for("the records", || metric(port, "shardmill_source_records_total") as usize == RECORDS);
+    assert_below(&run, bound(8, 8, 1, 1));
+    let held = metric(port, "shardmill_buffer_bytes");
+    assert!(held < 100_000.0, "{held} bytes are held for {RECORDS} rows of a byte");
+}
+
+/// A filter that lets one record of a batch through holds that record, not the batch.
+#[test]
+fn wall_02_rows_of_a_strict_filter_are_charged_for_themselves() {
+    const BATCHES: usize = 60;
+    const RECORDS: usize = 100;
+    let world = World::new(1);
+    // Each aggregate fills a batch, and one of its records passes.
+    let filler = "x".repeat(2_000);
+    let batch = || {
+        let event = |index: usize| {
+            let keep = if index == RECORDS / 2 { "yes" } else { "no" };
+            format!("{{\"id\":{index},\"keep\":\"{keep}\",\"filler\":\"{filler}\"}}").into_bytes()
+        };
+        one_key("key", (0..RECORDS).map(event))
+    };
+    put_on(&world, &world.open_shards()[0], std::iter::repeat_with(batch).take(BATCHES));
+    let port = free_port();
+    let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"4 MiB\"");
+    let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
+    let file = file.stage(
+        "route",
+        "route-json",
+        &format!(
+            "config = {{ default = \"filter\", rules = [{{ field = \"keep\", equals = \"yes\", route = \"all\" }}] }}\n\
+             {LIMITS}\nroutes = {{ all = [\"hook\"] }}"
+        ),
+    );
+    let run = start(&world, &blocked(file, port).write());
+    // Before, some sixteen batches were all that the budget had room for.
+    wait_for("the records", || {
+        metric(port, "shardmill_source_records_total") as usize == BATCHES * RECORDS
+    });
+    let held = metric(port, "shardmill_buffer_bytes");
+    let each = held / BATCHES as f64;
+    assert!((2_000.0..8_000.0).contains(&each), "{each} bytes are held for each row");
+    assert_below(&run, bound(4, 8, 1, 1));
+}
+
+/// Forty aggregates of a mebibyte, each of 131,000 events of two bytes, wait for a sink.
+#[test]
+fn wall_02_aggregates_that_wait_hold_their_bytes() {
+    let world = World::new(1);
+    let events = std::iter::repeat_n(b"{}".to_vec(), 131_000);
+    let large = one_key("key", events);
+    assert!(large.len() > 1_000_000);
+    put_on(&world, &world.open_shards()[0], std::iter::repeat_n(large, 40));
+    let port = free_port();
+    let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"32 MiB\"");
+    let file = file.timing("retry_pause = \"50 ms\"\nmemory_blocked = \"200 ms\"\n");
+    let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
+    let run = start(&world, &blocked(file, port).write());
+    wait_for("the lane to wait for memory", || {
+        let ready = get(port, "/health/ready", std::time::Duration::from_secs(10));
+        let is_shown = world.logged("memory: waits for");
+        is_shown || ready.is_some_and(|ready| ready.contains("memory: waits for"))
+    });
+    assert_below(&run, bound(32, 0, 0, 0));
+    let held = metric(port, "shardmill_buffer_bytes");
+    assert!(held > 8.0 * MIB as f64, "{held} bytes are held only");
+}
+
+/// Small events, of which samples are kept for trials, and answers in hand.
+#[test]
+fn wall_02_samples_for_trials_hold_what_is_counted() {
+    let world = World::new(1);
+    let events = std::iter::repeat_n(b"{}".to_vec(), 130_000);
+    let large = one_key("key", events);
+    put_on(&world, &world.open_shards()[0], std::iter::repeat_n(large, 2));
+    let port = free_port();
+    let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"8 MiB\"");
+    let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
+    let lines = "config = { default = \"all\", rules = [] }";
+    let file = file.stage("one", "route-json", &format!("{lines}\n{LIMITS}"));
+    let routes = "routes = { all = [\"out\"] }";
+    let file = file.stage("two", "route-json", &format!("{lines}\n{LIMITS}\n{routes}"));
+    let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
+    let path = file.table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\"")).write();
+    let run = start(&world, &path);
+    wait_for("the records", || metric(port, "shardmill_source_records_total") == 260_000.0);
+    assert_below(&run, bound(8, 8, 2, 2));
+}
+
+/// With the defaults, an object is as large as `commit.bytes` says: what rows cost beside their payload does
+/// not cut it short.
+#[test]
+fn wall_02_objects_keep_their_size_by_default() {
+    const LINE: usize = 900;
+    let folder = tempfile::tempdir().expect("a folder");
+    let (input, logs) = (folder.path().join("in"), folder.path().join("logs"));
+    let line = format!("{}\n", "x".repeat(LINE - 1));
+    std::fs::write(&input, line.repeat(72 * MIB as usize / LINE)).expect("written");
+    let file = PipelineToml::new(folder.path(), "sizes");
+    let file = file.file(&input, "format = \"text/plain\"");
+    let path = file
+        .table(&format!(
+            "[[sink]]\nname = \"logs\"\ntype = \"objects\"\nurl = \"{}\"\ncompression = \"none\"\n\
+             format = \"raw\"\ncommit = {{ linger = \"1 h\" }}",
+            logs.display()
+        ))
+        .write();
+    run_ok(&["run", &path, "--until-caught-up"]);
+    let mut sizes = sizes_below(&logs);
+    sizes.sort_unstable();
+    let largest = *sizes.last().expect("an object");
+    let commit = 64 * MIB;
+    assert!((commit..commit + MIB).contains(&largest), "{sizes:?}");
+}
+
+/// The key of a request's header is held by each of its records, and counts for each.
+#[test]
+fn wall_02_the_intake_counts_the_key_of_each_record() {
+    let world = World::new(1);
+    let port = free_port();
+    let file = PipelineToml::new(world.folder.path(), "reading");
+    let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
+    let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
+    let lines = format!("[intake]\nlisten = \"127.0.0.1:{port}\"\nin_flight = \"1 MiB\"");
+    let _run = start(&world, &file.table(&lines).write());
+    wait_for("the intake", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let post = |key: &str| {
+        let body = "1\n".repeat(5_000);
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connected");
+        let head = format!(
+            "POST /events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+             Content-Type: application/x-ndjson\r\nX-Partition-Key: {key}\r\n\
+             Content-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all((head + &body).as_bytes()).expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("answered");
+        answer
+    };
+    let taken = post("k");
+    assert!(taken.starts_with("HTTP/1.1 200"), "{taken}");
+    let refused = post(&"k".repeat(256));
+    assert!(refused.starts_with("HTTP/1.1 413") && refused.contains("lines"), "{refused}");
+}
+
+/// The sizes of the data below a folder.
+fn sizes_below(folder: &Path) -> Vec<u64> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.map(|entry| entry.expect("an entry").path());
+    let sizes = paths.flat_map(|path| match path.is_dir() {
+        true if path.ends_with("_shardmill") => Vec::new(),
+        true => sizes_below(&path),
+        false => vec![path.metadata().map_or(0, |about| about.len())],
+    });
+    sizes.collect()
+}

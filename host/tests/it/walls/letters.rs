@@ -1,1 +1,0 @@
-//! Bounds of dead letters and of commits, and stored settings.

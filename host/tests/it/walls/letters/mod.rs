@@ -1,0 +1,101 @@
+//! Bounds of dead letters and of commits, and stored settings.
+
+mod bounds;
+mod objects;
+mod remade;
+mod variables;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use crate::support::pipeline::PipelineToml;
+use crate::support::{Process, output, shardmill, sqlite};
+
+/// Lines of `[pipeline]` that let every record fail.
+const ALL_MAY_FAIL: &str = "rejected_of_last_1000 = 1000\nrejected_in_a_row = 100000";
+
+/// A pipeline's folder.
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    /// With the lines that it reads.
+    fn of_lines(lines: &[String]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("rows.txt"), lines.join("\n") + "\n").expect("written");
+        Self(folder)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// A pipeline called `cars` that reads the lines.
+    fn pipeline(&self) -> PipelineToml {
+        PipelineToml::new(self.path(), "cars")
+            .pipeline(ALL_MAY_FAIL)
+            .file(&self.path().join("rows.txt"), "")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = shardmill(arguments);
+        command.current_dir(self.path());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        output(&mut self.command(arguments))
+    }
+
+    /// Runs a command that must succeed; gives standard output and standard error.
+    fn ok(&self, arguments: &[&str]) -> (String, String) {
+        let done = self.run(arguments);
+        let (out, log) = texts(&done);
+        assert!(done.status.success(), "{arguments:?}: {log}");
+        (out, log)
+    }
+
+    /// Starts a command whose standard error goes to `log.txt`.
+    fn start(&self, arguments: &[&str]) -> Process {
+        let log = fs::File::create(self.path().join("log.txt")).expect("a log");
+        let mut command = self.command(arguments);
+        Process(command.stdout(Stdio::null()).stderr(log).spawn().expect("it starts"))
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.path().join("log.txt")).unwrap_or_default()
+    }
+
+    fn state(&self) -> rusqlite::Connection {
+        sqlite(&self.path().join("state/cars/state.db"))
+    }
+
+    fn number(&self, sql: &str) -> i64 {
+        self.state().query_row(sql, [], |row| row.get(0)).expect(sql)
+    }
+
+    fn letters(&self) -> i64 {
+        self.number("SELECT count(*) FROM dead_letter WHERE held = 0")
+    }
+
+    /// All files below a folder in it.
+    fn files(&self, folder: &str) -> Vec<std::path::PathBuf> {
+        let (mut files, mut folders) = (Vec::new(), vec![self.path().join(folder)]);
+        while let Some(folder) = folders.pop() {
+            let Ok(entries) = fs::read_dir(folder) else { continue };
+            for entry in entries {
+                let path = entry.expect("an entry").path();
+                match path.is_dir() {
+                    true => folders.push(path),
+                    false => files.push(path),
+                }
+            }
+        }
+        files
+    }
+}
+
+fn texts(done: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&done.stdout), text(&done.stderr))
+}

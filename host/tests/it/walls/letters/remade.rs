@@ -1,0 +1,151 @@
+//! What entered a stage and is too large to be kept: a redrive makes it again.
+
+use std::fs;
+
+use serde_json::Value;
+
+use super::{Folder, texts};
+
+const ROWS_OF_RECORD: usize = 5;
+
+/// A pipeline whose first stage makes five rows of a mebibyte of each record that contains a marker, and whose
+/// second rejects what `rejects` says.
+fn burst(folder: &Folder, marker: &str, rejects: &str) {
+    let many = format!(
+        "config = {{ share_payload_on = \"{marker}\", many = {ROWS_OF_RECORD} }}\n\
+         limits = {{ output = \"64 MiB\" }}"
+    );
+    let check = format!("config = {{ {rejects} }}");
+    let last = "routes = { out = [\"files\"] }";
+    folder
+        .pipeline()
+        .stage("burst", "hostile", &many)
+        .stage("check", "hostile", &check)
+        .stage("last", "hostile", last)
+        .sink(
+            "files",
+            "type = \"objects\"\nurl = \"files\"\nformat = \"raw\"\ncompression = \"none\"",
+        )
+        .write();
+}
+
+fn lines() -> Vec<String> {
+    (0..3).map(|n| format!("record {n}")).collect()
+}
+
+/// The bytes of all objects.
+fn written(folder: &Folder) -> usize {
+    let is_data = |path: &&std::path::PathBuf| !path.display().to_string().contains("_shardmill");
+    let files = folder.files("files");
+    files
+        .iter()
+        .filter(is_data)
+        .map(|path| fs::metadata(path).expect("a file").len() as usize)
+        .sum()
+}
+
+fn kept_beside_components(folder: &Folder) -> i64 {
+    let pages = "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()";
+    folder.number(pages) - folder.number("SELECT sum(length(bytes)) FROM component")
+}
+
+#[test]
+fn wall_04_large_payloads_are_kept_as_digests_and_made_again_by_the_revision_that_ran() {
+    let folder = Folder::of_lines(&lines());
+    burst(&folder, "record", "reject_on = \"\"");
+    folder.ok(&["run", "--until-caught-up"]);
+    let letters = 3 * ROWS_OF_RECORD;
+    assert_eq!(folder.letters() as usize, letters);
+    let kept = kept_beside_components(&folder);
+    assert!(kept < 1 << 20, "{kept} bytes are kept of 30 bytes of records");
+    let id = folder.number("SELECT min(id) FROM dead_letter");
+    let (shown, _) = folder.ok(&["dlq", "show", "--json", &id.to_string()]);
+    let shown: Value = serde_json::from_str(&shown).expect("JSON");
+    assert_eq!(shown["original"]["text"], "record 0");
+    assert_eq!(shown["entered"]["bytes"], 1 << 20);
+    let (shown, _) = folder.ok(&["dlq", "show", &id.to_string()]);
+    assert!(shown.contains("too large to be kept"), "{shown}");
+
+    // The files say otherwise by now: the stage before would make nothing of the kind.
+    burst(&folder, "nothing", "reject_on = \"nothing\"");
+    folder.ok(&["dlq", "redrive", "--all"]);
+    assert_eq!(folder.letters(), 0);
+    assert_eq!(written(&folder), letters << 20);
+}
+
+#[test]
+fn wall_04_a_payload_with_another_digest_is_refused_and_its_letter_stays() {
+    let folder = Folder::of_lines(&lines());
+    burst(&folder, "${MARKER}", "reject_on = \"\"");
+    let with_marker = |arguments: &[&str], marker: &str| {
+        let mut command = folder.command(arguments);
+        let done = crate::support::output(command.env("MARKER", marker));
+        (done.status.success(), texts(&done).1)
+    };
+    let (ran, log) = with_marker(&["run", "--until-caught-up"], "record");
+    assert!(ran, "{log}");
+    burst(&folder, "${MARKER}", "reject_on = \"nothing\"");
+    let (redriven, log) = with_marker(&["dlq", "redrive", "--all"], "another word");
+    assert!(!redriven, "{log}");
+    assert!(log.contains("expected a payload with the digest"), "{log}");
+    assert!(log.contains("15 dead letters were not redriven and stay"), "{log}");
+    assert_eq!((folder.letters() as usize, written(&folder)), (3 * ROWS_OF_RECORD, 0));
+    // As it was, they can be.
+    let (redriven, log) = with_marker(&["dlq", "redrive", "--all"], "record");
+    assert!(redriven, "{log}");
+    assert_eq!((folder.letters() as usize, written(&folder)), (0, 3 * ROWS_OF_RECORD << 20));
+}
+
+#[test]
+fn wall_04_a_letter_of_a_redrive_is_made_again_by_all_the_runs_that_it_came_through() {
+    let folder = Folder::of_lines(&lines());
+    burst(&folder, "record", "reject_on = \"\"");
+    folder.ok(&["run", "--until-caught-up"]);
+    let letters = 3 * ROWS_OF_RECORD;
+    // They fail again, at the stage after.
+    let pipeline = fs::read_to_string(folder.path().join("pipeline.toml")).expect("read");
+    let mended = pipeline.replace("reject_on = \"\"", "reject_on = \"nothing\"");
+    let broken = mended.replace(
+        "routes = { out = [\"files\"] }",
+        "config = { reject_on = \"\" }\nroutes = { out = [\"files\"] }",
+    );
+    assert_ne!(mended, broken);
+    fs::write(folder.path().join("pipeline.toml"), broken).expect("written");
+    folder.ok(&["dlq", "redrive", "--all"]);
+    let of_last = "SELECT count(*) FROM dead_letter WHERE place = 'stage:last' AND held = 0";
+    assert_eq!((folder.number(of_last) as usize, written(&folder)), (letters, 0));
+    let kept = kept_beside_components(&folder);
+    assert!(kept < 1 << 20, "{kept} bytes are kept");
+
+    fs::write(folder.path().join("pipeline.toml"), mended).expect("written");
+    folder.ok(&["dlq", "redrive", "--all"]);
+    assert_eq!((folder.letters() as usize, written(&folder)), (0, letters << 20));
+}
+
+#[test]
+fn wall_04_rows_that_a_sink_gave_up_are_made_again_too() {
+    let folder = Folder::of_lines(&lines());
+    burst(&folder, "record", "reject_on = \"nothing\"");
+    let pipeline = fs::read_to_string(folder.path().join("pipeline.toml")).expect("read");
+    let table = "type = \"sqlite\"\npath = \"mart.db\"\ntable = \"rows\"";
+    let refusing = pipeline
+        .replace(
+            "type = \"objects\"\nurl = \"files\"\nformat = \"raw\"\ncompression = \"none\"",
+            table,
+        )
+        .replace("routes = { out", "config = { format = \"application/json\" }\nroutes = { out");
+    fs::write(folder.path().join("pipeline.toml"), &refusing).expect("written");
+    crate::support::sqlite(&folder.path().join("mart.db"))
+        .execute_batch("CREATE TABLE rows (id integer)")
+        .expect("a table");
+    // A mebibyte of x is not a row.
+    folder.ok(&["run", "--until-caught-up"]);
+    let letters = 3 * ROWS_OF_RECORD;
+    let of_sink = "SELECT count(*) FROM dead_letter WHERE place = 'sink:files' AND held = 0";
+    assert_eq!(folder.number(of_sink) as usize, letters);
+    assert!(kept_beside_components(&folder) < 1 << 20);
+    // They are refused again, and are the same letters.
+    folder.ok(&["dlq", "redrive", "--all"]);
+    assert_eq!(folder.number(of_sink) as usize, letters);
+    assert!(kept_beside_components(&folder) < 1 << 20);
+}

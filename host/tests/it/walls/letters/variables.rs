@@ -1,0 +1,149 @@
+//! Values of variables: used, and kept nowhere.
+
+use std::fs;
+
+use super::{Folder, texts};
+use crate::support::output;
+
+const SECRET: &str = "hunter2-secret";
+const OTHER: &str = "hunter3-secret";
+
+/// A pipeline whose stage has a configuration with this marker.
+fn pipeline(folder: &Folder, marker: &str) {
+    let lines = format!(
+        "config = {{ trap_on = \"{marker}\", format = \"application/json\" }}\n\
+         routes = {{ out = [\"mart\"] }}"
+    );
+    folder.pipeline().stage("check", "hostile", &lines).sqlite("mart", "rows").write();
+    crate::support::sqlite(&folder.path().join("mart.db"))
+        .execute_batch("CREATE TABLE IF NOT EXISTS rows (id integer)")
+        .expect("a table");
+}
+
+/// Runs a command with a value of the variable; gives whether it went well, and standard error.
+fn run_with(folder: &Folder, arguments: &[&str], value: Option<&str>) -> (bool, String) {
+    let mut command = folder.command(arguments);
+    match value {
+        Some(value) => command.env("MARKER", value),
+        None => command.env_remove("MARKER"),
+    };
+    let done = output(&mut command);
+    let (out, log) = texts(&done);
+    (done.status.success(), format!("{out}{log}"))
+}
+
+fn run_ok_with(folder: &Folder, value: &str) -> String {
+    let (ran, log) = run_with(folder, &["run", "--until-caught-up", "-v"], Some(value));
+    assert!(ran, "{log}");
+    log
+}
+
+/// The files of the state that hold a text.
+fn files_with(folder: &Folder, text: &str) -> Vec<String> {
+    let holds = |path: &std::path::PathBuf| {
+        let bytes = fs::read(path).expect("read");
+        bytes.windows(text.len()).any(|part| part == text.as_bytes())
+    };
+    let files = folder.files("state").into_iter().filter(holds);
+    files.map(|path| path.display().to_string()).collect()
+}
+
+#[test]
+fn wall_17_the_text_of_a_configuration_is_stored_and_the_value_of_its_variable_is_not() {
+    let folder = Folder::of_lines(&["{\"id\":1}".into()]);
+    pipeline(&folder, "${MARKER}");
+    let log = run_ok_with(&folder, SECRET);
+    assert_eq!(files_with(&folder, SECRET), Vec::<String>::new());
+    assert!(!log.contains(SECRET), "{log}");
+    let stored = "SELECT spec FROM generation";
+    let stored: String = folder.state().query_row(stored, [], |row| row.get(0)).expect("stored");
+    assert!(stored.contains("${MARKER}"), "{stored}");
+    assert!(!log.contains("set otherwise"), "{log}");
+
+    // The same again: nothing is other, and no other revision runs.
+    let log = run_ok_with(&folder, SECRET);
+    assert!(!log.contains("set otherwise"), "{log}");
+    assert_eq!(folder.number("SELECT count(*) FROM generation"), 1);
+
+    // Another value is used, and named.
+    let log = run_ok_with(&folder, OTHER);
+    assert!(log.contains("set otherwise") && log.contains("MARKER"), "{log}");
+    assert!(!log.contains(SECRET) && !log.contains(OTHER), "{log}");
+    assert_eq!(folder.number("SELECT count(*) FROM generation"), 1);
+    assert_eq!(files_with(&folder, OTHER), Vec::<String>::new());
+}
+
+#[test]
+fn wall_17_a_redrive_uses_the_value_of_today_and_says_that_it_was_another() {
+    let folder = Folder::of_lines(&["{\"id\":1}".into(), "{\"id\":2}".into()]);
+    pipeline(&folder, "${MARKER}");
+    run_ok_with(&folder, "\"id\":2");
+    assert_eq!(folder.letters(), 1);
+    let (done, log) = run_with(&folder, &["dlq", "redrive", "--all"], Some("\"id\":3"));
+    assert!(done, "{log}");
+    assert!(log.contains("set otherwise") && log.contains("MARKER"), "{log}");
+    assert_eq!(folder.letters(), 0);
+    // What was noted is the pipeline's to change.
+    let log = run_ok_with(&folder, "\"id\":2");
+    assert!(!log.contains("set otherwise"), "{log}");
+}
+
+#[test]
+fn wall_17_values_that_an_earlier_version_stored_are_gone_after_a_start() {
+    let folder = Folder::of_lines(&["{\"id\":1}".into()]);
+    // As an earlier version stored it.
+    pipeline(&folder, SECRET);
+    folder.ok(&["run", "--until-caught-up"]);
+    assert_ne!(files_with(&folder, SECRET), Vec::<String>::new());
+    pipeline(&folder, "${MARKER}");
+    run_ok_with(&folder, SECRET);
+    assert_eq!(files_with(&folder, SECRET), Vec::<String>::new());
+    assert_eq!(folder.number("SELECT count(*) FROM generation"), 1);
+    let revisions = "SELECT count(*) FROM ledger WHERE generation IN (SELECT id FROM generation)";
+    let all = folder.number("SELECT count(*) FROM ledger");
+    assert_eq!(folder.number(revisions), all);
+}
+
+#[test]
+fn wall_17_errors_show_the_name_of_a_variable_where_they_would_show_its_value() {
+    let folder = Folder::of_lines(&["{\"id\":1}".into()]);
+    // The plugin repeats what it was given.
+    let refuse = "config = { refuse = \"no ${MARKER} here\" }\nroutes = { out = [\"mart\"] }";
+    folder.pipeline().stage("check", "hostile", refuse).sqlite("mart", "rows").write();
+    for command in ["check", "run"] {
+        let (done, log) = run_with(&folder, &[command], Some(SECRET));
+        assert!(!done && log.contains("no ${MARKER} here"), "{command}: {log}");
+        assert!(!log.contains(SECRET), "{command}: {log}");
+    }
+    assert_eq!(files_with(&folder, SECRET), Vec::<String>::new());
+    // Values that do not fit where they stand.
+    for table in [
+        "[admin]\nlisten = \"${MARKER}\"",
+        "[timing]\ndrain = \"${MARKER}\"",
+        "[[sink]]\nname = \"${MARKER}\"\ntype = \"${MARKER}\"",
+        "[[sink]]\nname = \"two\"\ntype = \"objects\"\nurl = \"${MARKER}://x\"",
+        "[[lookup]]\nname = \"l\"\nurl = \"${MARKER}\"\nquery = \"SELECT 1\"",
+        "[dead_letters]\nbytes = \"${MARKER}\"",
+    ] {
+        let text = folder.pipeline().timing("").text();
+        let text = match table.starts_with("[timing]") {
+            true => text.replace("[timing]\n", table),
+            false => format!("{text}\n{table}\n"),
+        };
+        fs::write(folder.path().join("pipeline.toml"), text).expect("written");
+        let (done, log) = run_with(&folder, &["check"], Some(&format!("{SECRET} ")));
+        assert!(!done, "{table}");
+        assert!(!log.contains(SECRET), "{table}: {log}");
+    }
+}
+
+#[test]
+fn wall_17_a_variable_that_is_not_set_any_more_is_named_with_the_way_out() {
+    let folder = Folder::of_lines(&["{\"id\":1}".into()]);
+    pipeline(&folder, "${MARKER}");
+    run_ok_with(&folder, SECRET);
+    let (done, log) = run_with(&folder, &["run", "--until-caught-up"], None);
+    assert!(!done && log.contains("MARKER is not set"), "{log}");
+    let (done, log) = run_with(&folder, &["dlq", "list"], Some(OTHER));
+    assert!(done, "{log}");
+}
