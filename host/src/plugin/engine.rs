@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use wasmtime::{Config, Engine};
 
+use super::features;
+
 /// How often the epoch advances: the resolution of every deadline. At 5 ms the ticker costs
 /// nothing measurable, and a deadline is late by at most one tick.
 pub const EPOCH_TICK: Duration = Duration::from_millis(5);
@@ -58,6 +60,7 @@ impl PluginEngine {
 
 pub(super) fn config() -> Config {
     let mut config = Config::new();
+    features::restrict(&mut config);
     config
         .wasm_component_model(true)
         .epoch_interruption(true)

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use wasmtime::{ResourceLimiter, Store, Trap};
 
 use super::capability::Caller;
+use super::features::{PARTS_MAX, Parts};
 use super::{
     Context, Descriptor, Failure, Outcome, Plugin, PluginEngine, Services, WireBatch, bindings,
     descriptor, excerpt,
@@ -37,6 +38,8 @@ pub enum CallFault {
     Memory,
     /// It handed back more than it may.
     Output,
+    /// Its component has more parts than one may have.
+    Parts,
     /// The system did not give this process what a sandbox needs.
     System,
 }
@@ -113,6 +116,18 @@ impl ResourceLimiter for Sandbox {
         }
         self.table_elements = total;
         Ok(true)
+    }
+
+    fn instances(&self) -> usize {
+        PARTS_MAX.instances
+    }
+
+    fn tables(&self) -> usize {
+        PARTS_MAX.tables
+    }
+
+    fn memories(&self) -> usize {
+        PARTS_MAX.memories
     }
 }
 
@@ -212,6 +227,15 @@ fn diagnose(
     let (fault, message) = match (error.downcast_ref::<Trap>(), &store.data().refused) {
         (Some(Trap::Interrupt), _) => {
             (CallFault::Timeout, format!("{call} took longer than its limit of {limit_ms} ms"))
+        }
+        // wasmtime's words; the limits are ours.
+        (None, _) if root.starts_with("resource limit exceeded:") => {
+            let Parts { memories, tables, instances } = PARTS_MAX;
+            let message = format!(
+                "{call} failed: {root}; the components of a plugin may have {memories} memories, {tables} \
+                 tables and {instances} instances of modules together"
+            );
+            (CallFault::Parts, message)
         }
         (_, Some(refused)) => (CallFault::Memory, format!("{call} {refused}, then: {root}")),
         (Some(trap), None) => (CallFault::Trap, format!("{call} trapped: {trap}")),

@@ -12,6 +12,7 @@ pub mod compile;
 mod descriptor;
 mod engine;
 mod excerpt;
+mod features;
 mod instance;
 pub mod manifest;
 pub mod scaffold;
@@ -36,6 +37,7 @@ pub use capability::{Backends, Capability, LOG_TARGET, Services};
 use compile::CompileError;
 pub use engine::PluginEngine;
 pub use excerpt::excerpt;
+pub use features::{PARTS_MAX, Parts};
 pub use instance::{CallError, CallFault, Instance};
 pub use words::{Input, Output, Reject, Span};
 
