@@ -170,6 +170,10 @@ fn describe() {
     describe_counter!("shardmill_stage_calls_total", "calls of a plugin, with those of searches");
     describe_counter!("shardmill_stage_traps_total", "calls of a plugin that trapped or timed out");
     describe_counter!("shardmill_stage_retries_total", "calls tried again as the plugin asked for");
+    describe_counter!(
+        "shardmill_stage_starved_total",
+        "calls that got too little CPU time to end: run again, no record is blamed"
+    );
     describe_counter!("shardmill_sink_rows_total", "rows committed by a sink");
     describe_counter!("shardmill_sink_bytes_total", "bytes committed by a sink");
     describe_counter!("shardmill_sink_retries_total", "commits tried again");

@@ -48,11 +48,16 @@ const EXIT_MISUSED: u8 = 2;
 
 /// How long threads that are at work when a command has ended are waited for.
 const THREADS_WAIT_MAX: Duration = Duration::from_secs(3);
-/// Threads for calls that block. Each lane has one call of a plugin at a time, and each of its sinks may
-/// encode or write beside it; none of them waits on such a thread for anything but its own work. So the
-/// number of lanes is the bound, and this is above it: with tokio's 512, lanes would wait for each other.
-/// Threads are started when they are needed and end when they are not.
-const BLOCKING_THREADS_MAX: usize = 16_384;
+/// Lanes that one process has at most, by far: each needs address space for its sandboxes, of which 128 TiB
+/// hold no more.
+const LANES_MAX: usize = 16_320;
+/// Threads for calls that block, beside those of the lanes: state, files, encoders of sinks.
+const OTHER_THREADS_MAX: usize = 64;
+/// Threads for calls that block: one for each lane, and these others. A lane has one call of a plugin at a
+/// time, and no lane waits for the thread of another: with tokio's 512, a few hundred plugins that loop would
+/// hold all the others up, and the state's writes with them. How cores are shared among threads is the
+/// kernel's affair, which is fair to each. Threads are started when they are needed and end when they are not.
+const BLOCKING_THREADS_MAX: usize = LANES_MAX + OTHER_THREADS_MAX;
 
 #[derive(Parser)]
 #[command(

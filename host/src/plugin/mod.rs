@@ -8,6 +8,7 @@ mod bindings;
 pub mod build;
 mod cache;
 pub mod capability;
+mod clock;
 pub mod compile;
 mod descriptor;
 mod engine;

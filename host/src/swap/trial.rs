@@ -167,6 +167,7 @@ impl Side {
             Err(
                 RunError::AllFailed(reason)
                 | RunError::TooManyFailed(reason)
+                | RunError::Starved(reason)
                 | RunError::Later(reason, _),
             ) => Err(reason),
             Err(RunError::NoInstance(error)) => Err(error.to_string()),

@@ -267,6 +267,7 @@ fn decode(
         Err(
             RunError::AllFailed(reason)
             | RunError::TooManyFailed(reason)
+            | RunError::Starved(reason)
             | RunError::Later(reason, _),
         ) => {
             bail!(

@@ -1,7 +1,7 @@
 //! The host's answers to a plugin's calls, for one instance.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use super::log::{Author, LineBudget};
 use super::lookup::words;
@@ -10,6 +10,7 @@ use super::{Capability, Services};
 use crate::config::StageLimits;
 use crate::http::Request;
 use crate::plugin::bindings::shardmill::plugin as wit;
+use crate::plugin::clock::CallClock;
 
 /// One instance, as far as it may ask the host for anything.
 pub(in crate::plugin) struct Caller {
@@ -17,8 +18,8 @@ pub(in crate::plugin) struct Caller {
     author: Author,
     /// Whether `configure` is under way: only then metrics are announced.
     configuring: bool,
-    /// When the call under way must have ended: no host call waits longer.
-    deadline: Instant,
+    /// The time of the call under way.
+    pub(in crate::plugin) clock: CallClock,
     lines: LineBudget,
     metrics: Metrics,
     /// What one answer of a lookup may hold, in bytes.
@@ -33,16 +34,11 @@ impl Caller {
             services,
             author: Author { stage, version: String::new(), shard: shard.to_owned() },
             configuring: true,
-            deadline: Instant::now(),
+            clock: CallClock::new(),
             lines: LineBudget::new(limits.log_lines_per_s_max),
             metrics: Metrics::default(),
             answer_bytes_max: limits.output_bytes_max,
         }
-    }
-
-    /// A call of the plugin begins, and may take so long.
-    pub fn call_begins(&mut self, limit_ms: u64) {
-        self.deadline = Instant::now() + Duration::from_millis(limit_ms);
     }
 
     /// `configure` is over; the plugin has said its version.
@@ -125,7 +121,10 @@ impl wit::lookup::Host for Caller {
         let Some(lookup) = self.services.lookups.get(&*name) else {
             return failed(false, format!("lookup {name:?} is not granted to this stage"));
         };
-        let rows = match lookup.get(&keys, self.deadline) {
+        let call = self.clock.host_begins("lookup.get");
+        let rows = lookup.get(&keys, call.deadline);
+        self.clock.host_ended(call);
+        let rows = match rows {
             Ok(rows) => rows,
             Err(error) => return failed(error.retryable, error.message),
         };
@@ -147,7 +146,10 @@ impl wit::http::Host for Caller {
         let Some(grant) = &self.services.http else {
             return failed(false, "no host is granted to this stage".to_owned());
         };
-        match grant.send(Request { method, url, headers, body }, self.deadline) {
+        let call = self.clock.host_begins("http.send");
+        let sent = grant.send(Request { method, url, headers, body }, call.deadline);
+        self.clock.host_ended(call);
+        match sent {
             Ok(response) => Ok(Ok(wit::http::Response {
                 status: response.status,
                 headers: response.headers,
