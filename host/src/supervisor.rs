@@ -18,7 +18,7 @@ use crate::budget::MemoryBound;
 use crate::config::{OnLostRecords, PipelineConfig, StartPosition};
 use crate::lane::agreement::{Found, before_first_record};
 use crate::lane::{
-    Board, GenerationStore, LaneEnd, LaneError, Shared, roster, show_waits, sinks_budget,
+    Board, GenerationStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
 };
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
@@ -194,6 +194,7 @@ impl Supervisor {
             ledger,
             letters: DeadLetters::new(state.clone()),
             board: Board::default(),
+            starts: Starts::default(),
             samples: Samples::new(config.reload.samples),
             config,
         });
