@@ -15,6 +15,9 @@ const SKELETON: &str = include_str!("skeleton.wat");
 pub struct Guest<'a> {
     /// Core imports.
     pub imports: &'a str,
+    /// In `configure`. Its parameters 2 and 3 are the place and the length of the shard's id, which is empty
+    /// while the pipeline is loaded.
+    pub configure: &'a str,
     /// In `cabi_realloc`, when the batch under way holds a culprit; `$at` is what it answers.
     pub realloc: &'a str,
     /// In `process`, for each culprit, before its output is written.
@@ -30,6 +33,7 @@ impl Guest<'_> {
     pub fn build(&self, world: &str) -> tempfile::NamedTempFile {
         let text = SKELETON
             .replace(";;@imports", self.imports)
+            .replace(";;@configure", self.configure)
             .replace(";;@realloc", self.realloc)
             .replace(";;@process", self.process)
             .replace(";;@post", self.post)

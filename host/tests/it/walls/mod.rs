@@ -8,3 +8,5 @@ mod guests;
 mod kpl;
 mod letters;
 mod machine;
+
+pub use clocks::assert_parts_fit;
