@@ -81,7 +81,8 @@ impl LimitError {
 
     /// The limit of mappings, where it is all but reached.
     fn of_mappings(limit: u64, used: u64) -> Option<Self> {
-        (used.saturating_mul(10) >= limit.saturating_mul(9)).then_some(Self::Mappings { used, limit })
+        (used.saturating_mul(10) >= limit.saturating_mul(9))
+            .then_some(Self::Mappings { used, limit })
     }
 }
 

@@ -91,7 +91,8 @@ pub(super) async fn start_patiently(
         };
         tries += 1;
         let is_over = next(tries) != Next::Again;
-        if is_over || stop.unless_asked(tokio::time::sleep(pause(tries, pause_max))).await.is_none() {
+        if is_over || stop.unless_asked(tokio::time::sleep(pause(tries, pause_max))).await.is_none()
+        {
             return Err(cause);
         }
     }

@@ -198,10 +198,7 @@ fn thread_cpu() -> Duration {
     // SAFETY: the call writes a structure that lives here.
     let read = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     debug_assert_eq!(read, 0, "a thread has a clock");
-    Duration::new(
-        u64::try_from(time.tv_sec).unwrap_or(0),
-        u32::try_from(time.tv_nsec).unwrap_or(0),
-    )
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -209,10 +206,8 @@ mod tests {
     use super::*;
 
     /// A plugin's call with 100 ms of CPU time, whose calls of the host have 300 ms each: 4 s at most.
-    const TIME: CallTime = CallTime {
-        cpu_max: Duration::from_millis(100),
-        host_max: Duration::from_millis(300),
-    };
+    const TIME: CallTime =
+        CallTime { cpu_max: Duration::from_millis(100), host_max: Duration::from_millis(300) };
 
     #[test]
     fn wall_10_a_call_is_ended_by_its_own_time_and_nobody_is_blamed_for_a_busy_machine() {

@@ -185,8 +185,8 @@ pub fn serve(memory_bytes_max: u64) -> wasmtime::Result<()> {
     let mut component = Vec::new();
     std::io::stdin().lock().read_to_end(&mut component)?;
     let compiled = Engine::new(&engine::config())?.precompile_component(&component);
-    let code = compiled
-        .map_err(|error| wasmtime::Error::msg(features::explain(&component, &error)))?;
+    let code =
+        compiled.map_err(|error| wasmtime::Error::msg(features::explain(&component, &error)))?;
     std::io::stdout().lock().write_all(&code)?;
     Ok(())
 }

@@ -180,7 +180,9 @@ mod tests {
 
     #[test]
     fn wall_11_a_component_that_is_instantiated_again_counts_as_often_as_it_may() {
-        use wasm_encoder::{ComponentInstanceSection, ComponentSection as _, NestedComponentSection};
+        use wasm_encoder::{
+            ComponentInstanceSection, ComponentSection as _, NestedComponentSection,
+        };
         let mut outer = wasm_encoder::Component::HEADER.to_vec();
         let inner = component(1_000_000, 1);
         // A nested component: its section's number, its length, its bytes.

@@ -10,7 +10,8 @@ use super::clock::{CallTime, Over, Spent};
 use super::engine::ticks_of;
 use super::features::{PARTS_MAX, Parts};
 use super::{
-    Context, Descriptor, Failure, Outcome, Plugin, Services, WireBatch, bindings, descriptor, excerpt,
+    Context, Descriptor, Failure, Outcome, Plugin, Services, WireBatch, bindings, descriptor,
+    excerpt,
 };
 use crate::config::StageLimits;
 use crate::system::LimitError;
@@ -280,7 +281,10 @@ fn out_of_time((over, spent, time): (Over, Spent, CallTime), call: &str) -> (Cal
     match over {
         Over::Cpu => {
             let limit_ms = time.cpu_max.as_millis();
-            (CallFault::Timeout, format!("{call} took longer than its limit of {limit_ms} ms of CPU time"))
+            (
+                CallFault::Timeout,
+                format!("{call} took longer than its limit of {limit_ms} ms of CPU time"),
+            )
         }
         Over::Host => {
             let (host, wall) = (seconds(spent.host), seconds(spent.wall));

@@ -56,7 +56,8 @@ fn wall_11_a_component_of_too_many_parts_is_refused_with_what_it_may_have() {
         assert!(why.contains(&format!("may have {memories} memories, {tables} tables")), "{why}");
         assert!(why.contains("fewer"), "{why}");
     }
-    let items = format!("{}{}", "(memory 0)".repeat(memories - 1), "(table 0 funcref)".repeat(tables - 1));
+    let items =
+        format!("{}{}", "(memory 0)".repeat(memories - 1), "(table 0 funcref)".repeat(tables - 1));
     let file = Guest { items: &items, ..Guest::default() }.build("plugin");
     let path = file.path().display().to_string();
     let mut lane = Lane::of(&path, LIMITS, "", RejectedMax::default()).expect("as many as it may");

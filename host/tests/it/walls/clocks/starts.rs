@@ -94,7 +94,8 @@ fn wall_08_a_start_that_fails_for_a_while_is_tried_again() {
     let from_ms = now.as_millis() as u64 + 4_000;
     let is_early = "(i64.lt_u (call $now) (i64.const FROM))".replace("FROM", &from_ms.to_string());
     // Only in one shard: where it fails in all of them, the run ends.
-    let configure = IN_SHARD_0.replace("unreachable", &format!("(if {is_early} (then unreachable))"));
+    let configure =
+        IN_SHARD_0.replace("unreachable", &format!("(if {is_early} (then unreachable))"));
     let guest = Guest {
         imports: r#"(import "shardmill:plugin/clock@0.1.0" "now-ms" (func $now (result i64)))"#,
         configure: &configure,
