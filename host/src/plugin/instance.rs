@@ -11,6 +11,10 @@ use super::{
 };
 use crate::config::StageLimits;
 use crate::system::LimitError;
+use crate::terminal::escaped;
+
+/// Bytes that `configure` may hand back, or to the host in one call: a descriptor of thousands of columns.
+const CONFIGURE_BYTES_MAX: usize = 1 << 20;
 
 /// The time that `configure` may take, in milliseconds: it runs once per instance.
 const CONFIGURE_MS_MAX: u64 = 10_000;
@@ -149,7 +153,7 @@ impl Instance {
         store.limiter(|sandbox| sandbox);
         store.epoch_deadline_trap();
         store.set_epoch_deadline(PluginEngine::ticks(CONFIGURE_MS_MAX));
-        store.set_hostcall_fuel(limits.output_bytes_max);
+        store.set_hostcall_fuel(limits.output_bytes_max.min(CONFIGURE_BYTES_MAX));
         let exports = match plugin.pre.instantiate(&mut store) {
             Ok(exports) => exports,
             Err(error) => return Err(diagnose(&store, &error, "instantiation", CONFIGURE_MS_MAX)),
@@ -165,7 +169,10 @@ impl Instance {
             }
             Ok(Err(message)) => Err(CallError {
                 fault: CallFault::Trap,
-                message: format!("configure refused: {}", excerpt(message.as_bytes())),
+                message: format!(
+                    "configure refused: {}",
+                    escaped(&excerpt(message.as_bytes()), &[])
+                ),
                 backtrace: String::new(),
             }),
             Err(error) => Err(diagnose(&instance.store, &error, "configure", CONFIGURE_MS_MAX)),
@@ -208,7 +215,7 @@ fn diagnose(
         .downcast_ref::<wasmtime::WasmBacktrace>()
         .map(ToString::to_string)
         .unwrap_or_default();
-    let root = error.root_cause().to_string();
+    let root = escaped(&error.root_cause().to_string(), &[]);
     let (fault, message) = match (error.downcast_ref::<Trap>(), &store.data().refused) {
         (Some(Trap::Interrupt), _) => {
             (CallFault::Timeout, format!("{call} took longer than its limit of {limit_ms} ms"))
