@@ -6,6 +6,7 @@
 //! everything but health asks for it.
 
 pub mod control;
+mod upkeep;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -59,6 +60,7 @@ impl AdminPort {
         let listener = TcpListener::bind(address).await.map_err(error)?;
         let address = listener.local_addr().map_err(error)?;
         let metrics = PrometheusBuilder::new().install_recorder()?;
+        upkeep::begin(&metrics);
         describe();
         Ok(Self { listener, address, door, metrics })
     }

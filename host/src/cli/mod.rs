@@ -27,14 +27,14 @@ use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-pub(crate) use self::output::print_line;
+pub(crate) use self::output::{print_json, print_line};
 use crate::config::{ConfigError, PipelineConfig};
 use crate::lease::PipelineLock;
 use crate::plugin::{
     Backends, CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile,
 };
 use crate::position::{DeadLetters, StateStore};
-use crate::terminal;
+use crate::terminal::{self, EscapingWriter, Kept};
 
 /// The pipeline that is run when none is named.
 const DEFAULT_PIPELINE: &str = "pipeline.toml";
@@ -149,6 +149,7 @@ enum Command {
 }
 
 /// What every command is given.
+#[derive(Clone)]
 pub(crate) struct Console {
     /// Reports are printed as JSON.
     pub json: bool,
@@ -162,10 +163,17 @@ impl Console {
         }
     }
 
+    /// Prints a line with colours of ours, whose other parts were escaped; nothing when JSON is asked for.
+    pub fn say_styled(&self, line: &str) {
+        if !self.json {
+            output::print_styled(line);
+        }
+    }
+
     /// Prints a report as one JSON line, when JSON is asked for.
     pub fn report(&self, report: &impl serde::Serialize) -> anyhow::Result<()> {
         if self.json {
-            print_line(serde_json::to_string(report)?);
+            print_json(&serde_json::to_string(report)?);
         }
         Ok(())
     }
@@ -184,7 +192,7 @@ pub fn main() -> ExitCode {
             // Into memory first: the generator panics where a pipe is closed.
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "shardmill", &mut script);
-            print_line(String::from_utf8_lossy(&script).trim_end());
+            output::print_styled(String::from_utf8_lossy(&script).trim_end());
             Ok(())
         }
         command => match runtime() {
@@ -271,9 +279,12 @@ fn init_logging(verbose: u8) {
         2 => (LevelFilter::DEBUG, LevelFilter::INFO),
         _ => (LevelFilter::TRACE, LevelFilter::DEBUG),
     };
+    let styles = terminal::is_styled(&std::io::stderr());
+    // An event is one line and steers nothing, whatever its fields hold.
+    let kept = Kept::OneLine { styles };
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(terminal::is_styled(&std::io::stderr()))
+        .with_writer(move || EscapingWriter::new(std::io::stderr(), kept))
+        .with_ansi(styles)
         // It would report its own failures by a macro that panics.
         .log_internal_errors(false)
         .with_target(false);
@@ -289,7 +300,7 @@ fn init_logging(verbose: u8) {
 fn tell(error: &anyhow::Error) -> ExitCode {
     if let Some(config) = error.downcast_ref::<ConfigError>() {
         let is_styled = terminal::is_styled(&std::io::stderr());
-        terminal::note(format_args!("{}", config.render(is_styled)));
+        terminal::note_styled(&config.render(is_styled));
         return EXIT_MISUSED.into();
     }
     terminal::note(format_args!("error: {}", crate::admin::told(error)));
@@ -343,7 +354,9 @@ fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
     crate::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let own = || CompileCache::in_folder(config.state_dir.join("compiled"));
+    // Of components that are stored, nobody knows any more which of the stages they are for.
     let cache = shared_cache().unwrap_or_else(own).in_child_processes();
+    let cache = cache.with_limits(config.compile_limits());
     let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
     Ok(PluginHost { engine, cache, backends })
 }

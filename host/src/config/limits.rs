@@ -15,6 +15,17 @@ pub struct CompileLimits {
     pub component_bytes_max: usize,
 }
 
+impl CompileLimits {
+    /// The larger of each limit.
+    pub(super) fn larger(self, other: Self) -> Self {
+        Self {
+            time_max: self.time_max.max(other.time_max),
+            memory_bytes_max: self.memory_bytes_max.max(other.memory_bytes_max),
+            component_bytes_max: self.component_bytes_max.max(other.component_bytes_max),
+        }
+    }
+}
+
 impl Default for CompileLimits {
     fn default() -> Self {
         Self {
@@ -53,7 +64,7 @@ pub struct StageLimits {
     pub retry_ms_max: u64,
     /// Outputs per record of a call, on average.
     pub outputs_per_record_max: usize,
-    /// Log lines that one instance may write in a second.
+    /// Log lines that all instances of the stage together may write in a second.
     pub log_lines_per_s_max: u32,
 }
 

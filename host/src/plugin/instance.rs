@@ -15,6 +15,10 @@ use super::{
 };
 use crate::config::StageLimits;
 use crate::system::LimitError;
+use crate::terminal::escaped;
+
+/// Bytes that `configure` may hand back, or to the host in one call: a descriptor of thousands of columns.
+const CONFIGURE_BYTES_MAX: usize = 1 << 20;
 
 /// A call that gave no answer. The instance is dead: drop it.
 #[derive(Clone, Debug)]
@@ -168,7 +172,7 @@ impl Instance {
         store.limiter(|sandbox| sandbox);
         store.epoch_deadline_callback(look);
         store.set_epoch_deadline(1);
-        store.set_hostcall_fuel(limits.output_bytes_max);
+        store.set_hostcall_fuel(limits.output_bytes_max.min(CONFIGURE_BYTES_MAX));
         let exports = match plugin.pre.instantiate(&mut store) {
             Ok(exports) => exports,
             Err(error) => return Err(diagnose(&store, &error, "instantiation")),
@@ -185,7 +189,10 @@ impl Instance {
             }
             Ok(Err(message)) => Err(CallError {
                 fault: CallFault::Trap,
-                message: format!("configure refused: {}", excerpt(message.as_bytes())),
+                message: format!(
+                    "configure refused: {}",
+                    escaped(&excerpt(message.as_bytes()), &[])
+                ),
                 backtrace: String::new(),
             }),
             Err(error) => Err(diagnose(&instance.store, &error, "configure")),
@@ -235,7 +242,7 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
         .downcast_ref::<wasmtime::WasmBacktrace>()
         .map(ToString::to_string)
         .unwrap_or_default();
-    let root = error.root_cause().to_string();
+    let root = escaped(&error.root_cause().to_string(), &[]);
     let sandbox = store.data();
     if let (Some(Trap::Interrupt), Some(over)) =
         (error.downcast_ref::<Trap>(), sandbox.caller.clock.over())

@@ -384,14 +384,7 @@ impl StageRunner {
     /// The live instance, or a fresh one.
     fn instance(&mut self) -> Result<(), CallError> {
         if self.instance.is_none() {
-            let LoadedStage { plugin, limits, services, .. } = &self.stage;
-            let (instance, descriptor) = Instance::start(plugin, limits, &self.context, services)?;
-            if !self.stage.same_routes(&descriptor) {
-                return Err(CallError::contract(
-                    "configure declares other routes than it did when the pipeline was loaded",
-                ));
-            }
-            self.instance = Some(instance);
+            self.instance = Some(self.stage.start(&self.context)?);
             self.settled_bytes = 0;
         }
         Ok(())

@@ -133,6 +133,11 @@ struct Side {
 /// What became of a sample's items, and how long it took.
 type Answer = Result<(Vec<Fate>, Duration), String>;
 
+/// A plugin's reason in one line: it is shown among the host's own words.
+fn one_line(reason: String) -> String {
+    escaped(&reason, &[])
+}
+
 impl Side {
     fn new(stage: &LoadedStage, stop: CancellationToken) -> Self {
         // A failure that may pass is not waited for: it is a rejection like another.
@@ -169,7 +174,7 @@ impl Side {
                 | RunError::TooManyFailed(reason)
                 | RunError::Starved(reason)
                 | RunError::Later(reason, _),
-            ) => Err(reason),
+            ) => Err(one_line(reason)),
             Err(RunError::NoInstance(error)) => Err(error.to_string()),
             Err(RunError::Stopped(_)) => Err("it was stopped".into()),
         }

@@ -38,17 +38,7 @@ impl Guest<'_> {
             .replace(";;@process", self.process)
             .replace(";;@post", self.post)
             .replace(";;@items", self.items);
-        let mut module = wat::parse_str(&text).expect("sound WAT");
-        let mut wit = Resolve::default();
-        let (package, _) =
-            wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
-        let world = wit.select_world(&[package], Some(world)).expect("a world");
-        embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
-        let encoder = ComponentEncoder::default().validate(true).module(&module);
-        let component = encoder.and_then(|mut it| it.encode()).expect("a component");
-        let mut file = tempfile::NamedTempFile::new().expect("a file");
-        file.write_all(&component).expect("written");
-        file
+        component(&text, world)
     }
 
     fn lane(&self, world: &str) -> Result<Lane, String> {
@@ -65,6 +55,20 @@ impl Guest<'_> {
         // The next batch finds an instance that is sound.
         lane.assert_culprits_alone(&[], reason);
     }
+}
+
+/// A component of our world, made of a module's text, in a file.
+pub fn component(text: &str, world: &str) -> tempfile::NamedTempFile {
+    let mut module = wat::parse_str(text).expect("sound WAT");
+    let mut wit = Resolve::default();
+    let (package, _) = wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
+    let world = wit.select_world(&[package], Some(world)).expect("a world");
+    embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
+    let encoder = ComponentEncoder::default().validate(true).module(&module);
+    let component = encoder.and_then(|mut it| it.encode()).expect("a component");
+    let mut file = tempfile::NamedTempFile::new().expect("a file");
+    file.write_all(&component).expect("written");
+    file
 }
 
 #[test]
