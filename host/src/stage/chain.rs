@@ -483,7 +483,7 @@ fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
         RunError::TooManyFailed(reason) => {
             Blocked::Broken(format!("{plugin}: too many records fail; the last reason: {reason}"))
         }
-        // What `configure` asks the host for may be there again later.
+        // What `configure` failed for may be over later: a busy machine, or the time of day.
         RunError::NoInstance(error) => Blocked::Retry(format!("{plugin} does not start: {error}")),
         RunError::Starved(reason) => Blocked::Retry(format!("{plugin}: {reason}")),
     }

@@ -87,7 +87,7 @@ fn wall_08_a_revision_that_starts_nowhere_is_refused_at_the_first_start() {
     assert_eq!(rig.world.rows(), 0);
 }
 
-/// As where `configure` asks a server that is away for a while. Here it asks the clock.
+/// `configure` fails for some seconds, by the clock: it may ask no server.
 #[test]
 fn wall_08_a_start_that_fails_for_a_while_is_tried_again() {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
