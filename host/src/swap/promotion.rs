@@ -279,7 +279,8 @@ pub(super) async fn rehearse(
 }
 
 /// Starts instances for each shard, as its lane does, and drops them: a lane that is acquired again with a
-/// generation that does not start would stop the pipeline. Shards whose lane waits for its next try are included.
+/// generation that does not start would be blocked, and a start in which no lane starts would end. Shards whose
+/// lane waits for its next try are included.
 async fn start_everywhere(shared: &Arc<Shared>, next: &Arc<Generation>) -> Result<(), StepFailed> {
     let shards = shared.board.snapshot().into_iter().filter(|(_, status)| !status.ended);
     let shards: Vec<ShardId> = shards.map(|(shard, _)| shard).collect();
