@@ -37,18 +37,21 @@ pub(in crate::plugin) fn offer(linker: &mut Linker<Sandbox>) -> wasmtime::Result
     offer_metrics(linker)?;
     let mut lookup = linker.instance(&Capability::Lookup.interface())?;
     type Get = (WasmStr, WasmList<u8>, WasmList<u32>);
-    lookup.func_wrap("get", |mut store: StoreContextMut<'_, Sandbox>, (name, arena, keys): Get| {
-        let caller = &store.data().caller;
-        caller.granted(Capability::Lookup)?;
-        let name = name.to_str(store.as_context())?;
-        let arena = arena.as_le_slice(store.as_context());
-        let keys = keys.as_le_slice(store.as_context());
-        let call = caller.clock.host_begins("lookup.get");
-        let found = caller.look_up(&name, (arena, keys), call.deadline);
-        drop(name);
-        store.data_mut().caller.clock.host_ended(call);
-        Ok((found?,))
-    })?;
+    lookup.func_wrap(
+        "get",
+        |mut store: StoreContextMut<'_, Sandbox>, (name, arena, keys): Get| {
+            let caller = &store.data().caller;
+            caller.granted(Capability::Lookup)?;
+            let name = name.to_str(store.as_context())?;
+            let arena = arena.as_le_slice(store.as_context());
+            let keys = keys.as_le_slice(store.as_context());
+            let call = caller.clock.host_begins("lookup.get");
+            let found = caller.look_up(&name, (arena, keys), call.deadline);
+            drop(name);
+            store.data_mut().caller.clock.host_ended(call);
+            Ok((found?,))
+        },
+    )?;
     let mut http = linker.instance(&Capability::Http.interface())?;
     http.func_wrap("send", |mut store: StoreContextMut<'_, Sandbox>, (view,): (RequestView,)| {
         store.data().caller.granted(Capability::Http)?;
