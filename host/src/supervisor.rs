@@ -18,11 +18,11 @@ use crate::budget::MemoryBound;
 use crate::config::{OnLostRecords, PipelineConfig, StartPosition, environment};
 use crate::lane::agreement::{Found, before_first_record};
 use crate::lane::{
-    Board, GenerationStore, LaneEnd, LaneError, Shared, roster, show_waits, sinks_budget,
+    Board, GenerationStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
 };
 use crate::lease::PipelineLock;
 use crate::pipeline::run_lane;
-use crate::plugin::{CompileCache, PluginHost};
+use crate::plugin::{CompileCache, PluginHost, off_async};
 use crate::position::agreement::Losses;
 use crate::position::{
     Changes, Checkpoints, DeadLetters, Hole, Holes, KnownShards, Ledger, Look, OwnerName, Roster,
@@ -162,7 +162,7 @@ impl Supervisor {
             Some((running, generation)) => (running, generation, Vec::new()),
             None => {
                 let (declared, components) =
-                    Generation::from_config(&config, &host, &options.embedded_plugin)?;
+                    Generation::load(&config, &host, options.embedded_plugin).await?;
                 let (running, generation) =
                     carry_over(&state, &generations, &host, &config, declared, &options).await?;
                 (running, generation, components)
@@ -206,6 +206,7 @@ impl Supervisor {
             ledger,
             letters: DeadLetters::new(state.clone()).bounded(config.letter_bytes_max).await?,
             board: Board::default(),
+            starts: Starts::default(),
             samples: Samples::new(config.reload.samples),
             config,
         });
@@ -783,6 +784,10 @@ async fn noted(
     Ok(Some((running, generation)))
 }
 
+/// The way out where what was swapped in cannot be started any more.
+const WAY_PAST_A_SWAP: &str = "what was swapped in does not load; start once with `run --files-count` to run \
+    what the files say, or change the stage's file: it counts more than an earlier swap";
+
 /// What is to run: as the files describe it, or as it was changed since they were read last.
 async fn carry_over(
     state: &StateStore,
@@ -816,15 +821,16 @@ async fn carry_over(
     }
     let mut plugins = declared.plugins();
     for digest in running.digests().filter(|digest| !declared.has(digest)) {
-        let plugin = generations.plugin(digest).await.context(
-            "what was swapped in does not load; start once with `run --files-count` to run what the files \
-             say, or change the stage's file: it counts more than an earlier swap",
-        )?;
+        let plugin = generations.plugin(digest).await.context(WAY_PAST_A_SWAP)?;
         plugins.insert(digest.to_owned(), plugin);
     }
-    let stream = config.source.stream_name();
-    let generation = Generation::rebuilt(running.clone(), &plugins, host, &stream, &declared)
-        .map_err(anyhow::Error::msg)?;
+    let (spec, host, stream) = (running.clone(), host.clone(), config.source.stream_name());
+    let (generation, declared) = off_async(move || {
+        let rebuilt = Generation::rebuilt(spec, &plugins, &host, &stream, &declared);
+        (rebuilt, declared)
+    })
+    .await;
+    let generation = generation.map_err(anyhow::Error::msg).context(WAY_PAST_A_SWAP)?;
     for stage in &running.stages {
         if declared.spec.stage(&stage.name) != Some(stage) {
             tracing::warn!(stage = %stage.name, changed = running_instead(&declared, stage),

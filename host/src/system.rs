@@ -59,15 +59,49 @@ pub enum LimitError {
         /// The number that may be had.
         limit: u64,
     },
+    /// Mappings of memory.
+    #[error(
+        "{used} of the {limit} mappings of memory that the system gives a process are in use, and each memory \
+         of a plugin takes some: raise it (sysctl vm.max_map_count), or read fewer shards in one process"
+    )]
+    Mappings {
+        /// The number in use.
+        used: u64,
+        /// The number that may be had.
+        limit: u64,
+    },
 }
 
 impl LimitError {
-    /// The limit of address space behind a failure to start a sandbox, if it is one and there is one.
+    /// The limit behind a failure to start a sandbox, of address space or of mappings, if it is one of these.
     pub fn of_refusal(cause: &str) -> Option<Self> {
-        let limit = address_limit().filter(|_| is_out_of_memory(cause))?;
-        let needed = Usage::now().address_bytes + SANDBOX_BYTES + SPARE_BYTES;
-        Some(Self::AddressSpace { what: "one more sandbox".into(), needed, limit })
+        if !is_out_of_memory(cause) {
+            return None;
+        }
+        match address_limit() {
+            Some(limit) => {
+                let needed = Usage::now().address_bytes + SANDBOX_BYTES + SPARE_BYTES;
+                Some(Self::AddressSpace { what: "one more sandbox".into(), needed, limit })
+            }
+            None => Self::of_mappings(mappings_limit()?, mappings_used()?),
+        }
     }
+
+    /// The limit of mappings, where it is all but reached.
+    fn of_mappings(limit: u64, used: u64) -> Option<Self> {
+        (used.saturating_mul(10) >= limit.saturating_mul(9))
+            .then_some(Self::Mappings { used, limit })
+    }
+}
+
+/// The mappings that a process may have, where the system says so.
+fn mappings_limit() -> Option<u64> {
+    std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?.trim().parse().ok()
+}
+
+/// The mappings that this process has.
+fn mappings_used() -> Option<u64> {
+    Some(std::fs::read_to_string("/proc/self/maps").ok()?.lines().count() as u64)
 }
 
 /// Whether a text tells of the system's refusal of memory, by its number as `std::io::Error` has it.
@@ -301,6 +335,16 @@ mod tests {
         let error = std::io::Error::from_raw_os_error(libc::ENOMEM);
         assert!(is_out_of_memory(&error.to_string()), "{error}");
         assert!(!is_out_of_memory("unknown import"));
+    }
+
+    #[test]
+    fn wall_11_mappings_that_are_used_up_are_named() {
+        for (used, is_named) in [(100, false), (58_000, false), (59_000, true), (65_530, true)] {
+            let found = LimitError::of_mappings(65_530, used);
+            assert_eq!(found.is_some(), is_named, "{used}");
+        }
+        let text = LimitError::of_mappings(65_530, 65_000).map(|error| error.to_string());
+        assert!(text.is_some_and(|text| text.contains("65000 of the 65530 mappings")));
     }
 
     #[test]

@@ -1,12 +1,29 @@
 //! What is written to a terminal: strangers' texts that must not steer it, styles where they are wanted,
 //! and notes on standard error.
+//!
+//! Texts of plugins, records and servers may hold characters that move the cursor, hide or reorder what
+//! stands around them, or forge a line. [`steers`] is the one list of such characters. Every output of the
+//! binary goes through one of the functions here: [`note`] and the commands' reports through [`printable`],
+//! JSON through [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
 
-use std::io::{IsTerminal, Write as _};
+use std::borrow::Cow;
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+
+use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
+
+/// Characters that stay in a report of several lines.
+const LAYOUT: [char; 2] = ['\n', '\t'];
 
 /// Writes a line to standard error. `eprintln!` would panic where its reader is gone; the work matters more
 /// than the note.
 pub fn note(line: std::fmt::Arguments<'_>) {
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+    note_styled(&printable(&line.to_string()));
+}
+
+/// Writes a text with styles of our own to standard error. Its other parts must have been escaped.
+pub fn note_styled(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 /// Whether colours and other styles are wanted on an output: it is a terminal, that terminal is not
@@ -21,11 +38,27 @@ pub fn moves_cursor() -> bool {
     std::env::var_os("TERM").is_none_or(|name| name != "dumb")
 }
 
-/// The text with its control characters escaped, but for those of `kept`.
+/// Whether a character does something to a terminal, or to a reader's view, in place of being shown:
+/// controls, format characters (those that reorder text among them), and separators of lines.
+pub fn steers(c: char) -> bool {
+    // Most characters: the general category takes a search.
+    if c.is_ascii() {
+        return c.is_ascii_control();
+    }
+    matches!(
+        c.general_category(),
+        GeneralCategory::Control
+            | GeneralCategory::Format
+            | GeneralCategory::LineSeparator
+            | GeneralCategory::ParagraphSeparator
+    )
+}
+
+/// The text with the characters that steer escaped, but for those of `kept`.
 pub fn escaped(text: &str, kept: &[char]) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        match c.is_control() && !kept.contains(&c) {
+        match steers(c) && !kept.contains(&c) {
             true => shown.extend(c.escape_default()),
             false => shown.push(c),
         }
@@ -33,13 +66,189 @@ pub fn escaped(text: &str, kept: &[char]) -> String {
     shown
 }
 
+/// A report as it may be printed: ends of lines and tabs stay, all else that steers is escaped.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    match text.contains(|c: char| steers(c) && !LAYOUT.contains(&c)) {
+        true => Cow::Owned(escaped(text, &LAYOUT)),
+        false => Cow::Borrowed(text),
+    }
+}
+
+/// [`printable`] for a text with colours of ours: sequences that only set colours stay too. Strangers' parts
+/// must have been escaped before they were put between them.
+pub fn printable_styled(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('\x1b') {
+        shown.push_str(&printable(&rest[..at]));
+        rest = &rest[at..];
+        let length = style_length(rest);
+        match length {
+            0 => {
+                shown.push_str("\\u{1b}");
+                rest = &rest[1..];
+            }
+            length => {
+                shown.push_str(&rest[..length]);
+                rest = &rest[length..];
+            }
+        }
+    }
+    shown.push_str(&printable(rest));
+    shown
+}
+
+/// The length of the colour sequence that a text begins with (`ESC [ … m`); 0: there is none.
+fn style_length(text: &str) -> usize {
+    let Some(parameters) = text.strip_prefix("\x1b[") else { return 0 };
+    match parameters.find(|c: char| !c.is_ascii_digit() && c != ';') {
+        Some(end) if parameters[end..].starts_with('m') => 2 + end + 1,
+        _ => 0,
+    }
+}
+
+/// JSON as it may be printed: the same value, with each character that steers as `\uXXXX`.
+pub fn printable_json(json: &str) -> Cow<'_, str> {
+    if !json.contains(steers) {
+        return Cow::Borrowed(json);
+    }
+    let mut shown = String::with_capacity(json.len());
+    for c in json.chars() {
+        // Between values JSON has ends of lines, too; there they are layout, in strings they are escaped.
+        match steers(c) && !LAYOUT.contains(&c) {
+            true => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| {
+                // Writing into a String cannot fail.
+                let _ = write!(shown, "\\u{unit:04x}");
+            }),
+            false => shown.push(c),
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// The characters that [`EscapingWriter`] leaves as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Ends of lines and tabs.
+    Layout,
+    /// Tabs, and the line end at the end of each write: an event of the log is one line. With styles, the
+    /// colours of whoever wrote it.
+    OneLine {
+        /// Whether colours stay.
+        styles: bool,
+    },
+}
+
+/// An output on which nothing that is written can steer a terminal. Each write must hold whole characters;
+/// bytes that are not UTF-8 are shown as `\xXX`.
+pub struct EscapingWriter<W> {
+    output: W,
+    kept: Kept,
+}
+
+impl<W: Write> EscapingWriter<W> {
+    /// Wraps an output.
+    pub fn new(output: W, kept: Kept) -> Self {
+        Self { output, kept }
+    }
+}
+
+impl<W: Write> Write for EscapingWriter<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.output.write_all(shown_bytes(bytes, self.kept).as_bytes())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.output.flush()
+    }
+}
+
+fn shown_bytes(bytes: &[u8], kept: Kept) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        for byte in chunk.invalid() {
+            // Writing into a String cannot fail.
+            let _ = write!(text, "\\x{byte:02x}");
+        }
+    }
+    match kept {
+        Kept::Layout => printable(&text).into_owned(),
+        Kept::OneLine { styles } => {
+            let (line, end) = match text.strip_suffix('\n') {
+                Some(line) => (line, "\n"),
+                None => (text.as_str(), ""),
+            };
+            let line = line.replace('\n', "\\n");
+            let line = if styles { printable_styled(&line) } else { escaped(&line, &['\t']) };
+            line + end
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A control, a C1 control, an override and an isolate of direction, a zero-width space, a separator of
+    /// lines, a soft hyphen, a tag.
+    const STEERING: &str =
+        "\x1b\u{9b}\u{202e}\u{2066}\u{200b}\u{2028}\u{ad}\u{e0041}\u{feff}\u{7f}\r";
 
     #[test]
     fn control_characters_are_shown_and_do_nothing() {
         assert_eq!(escaped("a\nb\x1b[2J", &[]), "a\\nb\\u{1b}[2J");
         assert_eq!(escaped("a\nb\x1b[2J", &['\n']), "a\nb\\u{1b}[2J");
+    }
+
+    #[test]
+    fn wall_12_all_that_steers_is_escaped_and_all_else_is_not() {
+        assert!(STEERING.chars().all(steers));
+        let plain = "plain äöü 漢字 🚗 \u{301} '\"\\{}";
+        assert!(!plain.chars().any(steers));
+        assert_eq!(printable(plain), plain);
+        for text in [
+            escaped(STEERING, &[]),
+            printable(STEERING).into_owned(),
+            printable_styled(STEERING),
+            printable_json(STEERING).into_owned(),
+        ] {
+            assert!(!text.chars().any(steers), "{text}");
+        }
+    }
+
+    #[test]
+    fn wall_12_json_keeps_its_value() {
+        let value = serde_json::json!({ "a": STEERING, STEERING: [1, "ä"] });
+        let shown = printable_json(&serde_json::to_string_pretty(&value).unwrap()).into_owned();
+        assert!(!shown.contains(|c: char| steers(c) && c != '\n'), "{shown}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).unwrap(), value);
+    }
+
+    #[test]
+    fn wall_12_of_sequences_only_colours_of_ours_stay() {
+        let text = "\x1b[31m- red\x1b[0m\n\x1b[2J\x1b]0;title\x07\x1b[1;4m\x1b";
+        let expected = "\x1b[31m- red\x1b[0m\n\\u{1b}[2J\\u{1b}]0;title\\u{7}\x1b[1;4m\\u{1b}";
+        assert_eq!(printable_styled(text), expected);
+    }
+
+    #[test]
+    fn wall_12_an_event_of_the_log_is_one_line() {
+        let written = |bytes: &[u8], kept| {
+            let mut output = Vec::new();
+            EscapingWriter::new(&mut output, kept).write_all(bytes).unwrap();
+            String::from_utf8(output).unwrap()
+        };
+        let line = b"WARN x\nERROR forged\x1b[2J\xe2\x80\xae\xff\n";
+        let plain = Kept::OneLine { styles: false };
+        assert_eq!(written(line, plain), "WARN x\\nERROR forged\\u{1b}[2J\\u{202e}\\xff\n");
+        let styled = Kept::OneLine { styles: true };
+        assert_eq!(written(b"\x1b[2mx\x1b[0m\x1b[2J\n", styled), "\x1b[2mx\x1b[0m\\u{1b}[2J\n");
+        assert_eq!(written(b"a\tb\nc\x1bd\n", Kept::Layout), "a\tb\nc\\u{1b}d\n");
     }
 }

@@ -48,6 +48,8 @@ enum Name {
     Latency,
     /// How long lanes wait for each of 200 swaps under load, against a restart.
     Swap,
+    /// The latency of an honest lane beside hostile ones, against that beside honest ones.
+    Fair,
 }
 
 /// The languages of [`Name::Languages`], as `shardmill new plugin` calls them.
@@ -69,6 +71,7 @@ impl Bench {
             Name::Sinks => "sinks",
             Name::Latency => "latency",
             Name::Swap => "swap",
+            Name::Fair => "fair",
         };
         let mut command = cargo();
         command.args(["bench", "--quiet", "--package", "benches", "--bench", name, "--"]);
@@ -80,7 +83,7 @@ impl Bench {
         }
         if self.bench == Name::Languages {
             command.env("SHARDMILL_LANGUAGES", build_languages(&root)?);
-        } else if self.bench != Name::Wall {
+        } else if !matches!(self.bench, Name::Wall | Name::Fair) {
             command.env("SHARDMILL_BIN", build_shardmill(cargo(), &root)?);
         }
         if self.picture {

@@ -7,6 +7,7 @@
 
 pub mod access;
 pub mod control;
+mod upkeep;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -58,6 +59,7 @@ impl AdminPort {
         let listener = TcpListener::bind(address).await.map_err(error)?;
         let address = listener.local_addr().map_err(error)?;
         let metrics = PrometheusBuilder::new().install_recorder()?;
+        upkeep::begin(&metrics);
         describe();
         let rules = PortRules {
             name: "admin",
@@ -186,6 +188,10 @@ fn describe() {
     describe_counter!("shardmill_stage_calls_total", "calls of a plugin, with those of searches");
     describe_counter!("shardmill_stage_traps_total", "calls of a plugin that trapped or timed out");
     describe_counter!("shardmill_stage_retries_total", "calls tried again as the plugin asked for");
+    describe_counter!(
+        "shardmill_stage_starved_total",
+        "calls that got too little CPU time to end: run again, no record is blamed"
+    );
     describe_counter!("shardmill_sink_rows_total", "rows committed by a sink");
     describe_counter!("shardmill_sink_bytes_total", "bytes committed by a sink");
     describe_counter!("shardmill_sink_retries_total", "commits tried again");

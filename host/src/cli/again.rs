@@ -323,7 +323,7 @@ async fn seed(
     host: &crate::plugin::PluginHost,
     folder: &std::path::Path,
 ) -> anyhow::Result<()> {
-    let (described, mut components) = Generation::from_config(own, host, &|_| None)?;
+    let (described, mut components) = Generation::load(own, host, |_| None).await?;
     let runs = Changes::new(state.clone()).running().await?;
     let runs = runs.context("the pipeline has not said yet what it runs")?.running;
     Variables::new(state.clone()).set_otherwise(&runs, &environment).await?.say(&runs.id());

@@ -54,13 +54,13 @@ struct StageReport<'a> {
 pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     let host = super::plugin_host(&config)?;
-    let (generation, _) = Generation::from_config(&config, &host, &|_| None)?;
+    let (generation, _) = Generation::load(&config, &host, |_| None).await?;
     let mut sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
     let mut routes: Vec<_> = sinks.iter().map(|sink| generation.routes_to(sink.name())).collect();
     if let Some(copies) =
         config.for_letters(config.state_dir.to_path_buf(), StoredLetter::columns())
     {
-        let (copied, _) = Generation::from_config(&copies, &host, &|_| None)?;
+        let (copied, _) = Generation::load(&copies, &host, |_| None).await?;
         let letter_sinks = sinks::build(&copies)?;
         routes.extend(letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));
         sinks.extend(letter_sinks);

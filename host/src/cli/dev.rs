@@ -13,6 +13,7 @@ use super::{Console, load_file, load_plugin, run, with_trust};
 use crate::config::{PipelineConfig, StageConfig, StageText, parse};
 use crate::plugin::build::build_plugin_in_haste;
 use crate::plugin::manifest::PluginManifest;
+use crate::plugin::off_async;
 use crate::source::client::{self, Server};
 use crate::source::embedded::EmbeddedStream;
 use crate::source::kinesis::KinesisSource;
@@ -58,7 +59,11 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
     let mut sources = Sources::of(&folder);
     console.say(format!("building {}", manifest.name));
     build(&folder, &component).await?;
-    let config = pipeline(&folder, &manifest.name, &component, config_json, scratch.path())?;
+    let config = {
+        let (folder, name, component) = (folder.clone(), manifest.name.clone(), component.clone());
+        let state = scratch.path().to_owned();
+        off_async(move || pipeline(&folder, &name, &component, config_json, &state)).await?
+    };
 
     let embedded = EmbeddedStream::start(0).await?;
     let client = client::connect(Server::at(embedded.url())).await?;
@@ -104,7 +109,7 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
 /// Builds on a thread of its own.
 async fn build(folder: &Path, component: &Path) -> anyhow::Result<()> {
     let (folder, component) = (folder.to_owned(), component.to_owned());
-    tokio::task::spawn_blocking(move || build_plugin_in_haste(&folder, &component)).await??;
+    off_async(move || build_plugin_in_haste(&folder, &component)).await?;
     Ok(())
 }
 
@@ -134,7 +139,7 @@ async fn show(
     };
     let took_s = saved.elapsed().unwrap_or_default().as_secs_f64();
     for line in trial.iter().flat_map(|trial| trial.lines()) {
-        console.say(coloured(&line));
+        console.say_styled(&coloured(&line));
     }
     match &why_not {
         None => console.say(format!("swapped in, {took_s:.1} s after the save")),
@@ -145,14 +150,15 @@ async fn show(
 
 /// A line of a difference in its colour, on a terminal.
 fn coloured(line: &str) -> String {
+    let line = crate::terminal::printable(line);
     let colour = match line.trim_start().as_bytes().first() {
         Some(b'-') if line.starts_with("  ") => "\x1b[31m",
         Some(b'+') if line.starts_with("  ") => "\x1b[32m",
-        _ => return line.into(),
+        _ => return line.into_owned(),
     };
     match crate::terminal::is_styled(&std::io::stdout()) {
         true => format!("{colour}{line}\x1b[0m"),
-        false => line.into(),
+        false => line.into_owned(),
     }
 }
 

@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use comfy_table::{Table, presets};
 use serde_json::json;
 
-use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, print_line};
+use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, print_json, print_line};
 use crate::position::{DeadLetters, EnteredDigest, LetterFilter};
 use crate::record::LetterPlace;
 use crate::terminal::escaped;
@@ -202,7 +202,7 @@ async fn list(wanted: &Letters, limit: u32, console: &Console) -> anyhow::Result
             table.add_row([
                 letter.id.to_string(),
                 letter.place.clone(),
-                letter.plugin.clone(),
+                escaped(&letter.plugin, &[]),
                 letter.shard.clone(),
                 letter.sequence.clone(),
                 format!("{reason}{cut}"),
@@ -243,7 +243,8 @@ async fn show(id: i64, pipeline: &Pipeline, console: &Console) -> anyhow::Result
         ("key", &key),
     ] {
         if !said.is_empty() {
-            print_line(format!("{what:<10} {said}"));
+            // Further lines are set in: none of them is taken for one of ours.
+            print_line(format!("{what:<10} {}", said.replace('\n', "\n           ")));
         }
     }
     print_line(format!("original   {} bytes\n{}", letter.original.len(), text(&letter.original)));
@@ -255,7 +256,7 @@ async fn show(id: i64, pipeline: &Pipeline, console: &Console) -> anyhow::Result
         print_line(format!("entered    {} bytes\n{}", letter.entered.len(), text(&letter.entered)));
     }
     if letter.entered_digest.is_none() && entered_key != key {
-        print_line(format!("under key  {entered_key}"));
+        print_line(format!("under key  {}", entered_key.replace('\n', "\n           ")));
     }
     if !letter.backtrace.is_empty() {
         print_line(format!("backtrace\n{}", escaped(&letter.backtrace, &LINES)));
@@ -280,7 +281,7 @@ async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> an
             let line = letter.to_json();
             match &mut file {
                 Some(file) => writeln!(file, "{line}")?,
-                None => print_line(line),
+                None => print_json(&line.to_string()),
             }
         }
     }

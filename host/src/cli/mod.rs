@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-pub(crate) use self::output::print_line;
+pub(crate) use self::output::{print_json, print_line};
 use crate::config::{ConfigError, Endpoint, PipelineConfig, SinkKind};
 use crate::lease::PipelineLock;
 use crate::plugin::{
@@ -37,7 +37,7 @@ use crate::plugin::{
 use crate::position::{DeadLetters, StateStore};
 use crate::private::StateDir;
 use crate::source::embedded;
-use crate::terminal;
+use crate::terminal::{self, EscapingWriter, Kept};
 
 /// The pipeline that is run when none is named.
 const DEFAULT_PIPELINE: &str = "pipeline.toml";
@@ -51,11 +51,16 @@ const EXIT_MISUSED: u8 = 2;
 
 /// How long threads that are at work when a command has ended are waited for.
 const THREADS_WAIT_MAX: Duration = Duration::from_secs(3);
-/// Threads for calls that block. Each lane has one call of a plugin at a time, and each of its sinks may
-/// encode or write beside it; none of them waits on such a thread for anything but its own work. So the
-/// number of lanes is the bound, and this is above it: with tokio's 512, lanes would wait for each other.
-/// Threads are started when they are needed and end when they are not.
-const BLOCKING_THREADS_MAX: usize = 16_384;
+/// Lanes that one process has at most, by far: each needs address space for its sandboxes, of which 128 TiB
+/// hold no more.
+const LANES_MAX: usize = 16_320;
+/// Threads for calls that block, beside those of the lanes: state, files, encoders of sinks.
+const OTHER_THREADS_MAX: usize = 64;
+/// Threads for calls that block: one for each lane, and these others. A lane has one call of a plugin at a
+/// time, and no lane waits for the thread of another: with tokio's 512, a few hundred plugins that loop would
+/// hold all the others up, and the state's writes with them. How cores are shared among threads is the
+/// kernel's affair, which is fair to each. Threads are started when they are needed and end when they are not.
+const BLOCKING_THREADS_MAX: usize = LANES_MAX + OTHER_THREADS_MAX;
 
 #[derive(Parser)]
 #[command(
@@ -154,6 +159,7 @@ enum Command {
 }
 
 /// What every command is given.
+#[derive(Clone)]
 pub(crate) struct Console {
     /// Reports are printed as JSON.
     pub json: bool,
@@ -167,10 +173,17 @@ impl Console {
         }
     }
 
+    /// Prints a line with colours of ours, whose other parts were escaped; nothing when JSON is asked for.
+    pub fn say_styled(&self, line: &str) {
+        if !self.json {
+            output::print_styled(line);
+        }
+    }
+
     /// Prints a report as one JSON line, when JSON is asked for.
     pub fn report(&self, report: &impl serde::Serialize) -> anyhow::Result<()> {
         if self.json {
-            print_line(serde_json::to_string(report)?);
+            print_json(&serde_json::to_string(report)?);
         }
         Ok(())
     }
@@ -188,7 +201,7 @@ pub fn main() -> ExitCode {
             // Into memory first: the generator panics where a pipe is closed.
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "shardmill", &mut script);
-            print_line(String::from_utf8_lossy(&script).trim_end());
+            output::print_styled(String::from_utf8_lossy(&script).trim_end());
             Ok(())
         }
         command => match runtime() {
@@ -275,9 +288,12 @@ fn init_logging(verbose: u8) {
         2 => (LevelFilter::DEBUG, LevelFilter::INFO),
         _ => (LevelFilter::TRACE, LevelFilter::DEBUG),
     };
+    let styles = terminal::is_styled(&std::io::stderr());
+    // An event is one line and steers nothing, whatever its fields hold.
+    let kept = Kept::OneLine { styles };
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(terminal::is_styled(&std::io::stderr()))
+        .with_writer(move || EscapingWriter::new(std::io::stderr(), kept))
+        .with_ansi(styles)
         // It would report its own failures by a macro that panics.
         .log_internal_errors(false)
         .with_target(false);
@@ -293,7 +309,7 @@ fn init_logging(verbose: u8) {
 fn tell(error: &anyhow::Error) -> ExitCode {
     if let Some(config) = error.downcast_ref::<ConfigError>() {
         let is_styled = terminal::is_styled(&std::io::stderr());
-        terminal::note(format_args!("{}", config.render(is_styled)));
+        terminal::note_styled(&config.render(is_styled));
         return EXIT_MISUSED.into();
     }
     terminal::note(format_args!("error: {}", crate::admin::told(error)));
@@ -379,6 +395,8 @@ fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let cache = shared_cache().unwrap_or_else(CompileCache::none);
     let cache = cache.or_in_folder(config.state_dir.join("compiled")).in_child_processes();
+    // Of components that are stored, nobody knows any more which of the stages they are for.
+    let cache = cache.with_limits(config.compile_limits());
     let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
     Ok(PluginHost { engine, cache, backends })
 }

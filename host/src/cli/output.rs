@@ -1,7 +1,7 @@
 //! Standard output: shared by a command's reports and by the rows of a stdout sink, and closed by a reader
 //! such as `head` whenever it likes.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 
@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{PipelineConfig, SinkKind};
 use crate::sink::stdout::SharedOutput;
+use crate::terminal::{EscapingWriter, Kept, note_styled, printable, printable_json};
 
 /// Cancelled once a reader has closed standard output. The process has one, so this has one.
 static CLOSED: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
@@ -19,13 +20,23 @@ static ROWS_HAVE_STDOUT: AtomicBool = AtomicBool::new(false);
 /// Rows go to standard error, because a JSON report goes to standard output.
 static ROWS_ON_STDERR: AtomicBool = AtomicBool::new(false);
 
-/// Prints a line of a report. A reader that went away breaks nothing: work that has begun goes on, and
-/// commands that do nothing but print watch [`closed`]. Any other failure, such as a full disk, is told at
-/// the command's end ([`failure`]): whoever exports letters and then deletes them must not take a cut file
-/// for a whole one.
+/// Prints a line of a report; what would steer a terminal is escaped.
 pub(crate) fn print_line(line: impl std::fmt::Display) {
+    print_styled(&printable(&line.to_string()));
+}
+
+/// Prints a line of JSON: the same value, with what would steer a terminal escaped.
+pub(crate) fn print_json(json: &str) {
+    print_styled(&printable_json(json));
+}
+
+/// Prints a line with colours of ours, whose other parts were escaped. A reader that went away breaks
+/// nothing: work that has begun goes on, and commands that do nothing but print watch [`closed`]. Any other
+/// failure, such as a full disk, is reported at the command's end ([`failure`]): whoever exports letters and then
+/// deletes them must not take a cut file for a whole one.
+pub(crate) fn print_styled(line: &str) {
     if ROWS_HAVE_STDOUT.load(Ordering::Relaxed) {
-        crate::terminal::note(format_args!("{line}"));
+        note_styled(line);
     } else {
         let printed = writeln!(ClosingOutput(io::stdout()), "{line}");
         if let Err(error) = printed.as_ref()
@@ -76,11 +87,19 @@ pub(crate) fn leave_to_report() {
     ROWS_ON_STDERR.store(true, Ordering::Relaxed);
 }
 
-/// The output that stdout sinks print to.
+/// The output that stdout sinks print to. On a terminal, rows are escaped like all else; a file or a program
+/// gets their bytes.
 pub(crate) fn for_rows() -> SharedOutput {
     match ROWS_ON_STDERR.load(Ordering::Relaxed) {
-        true => Arc::new(Mutex::new(io::stderr())),
-        false => Arc::new(Mutex::new(ClosingOutput(io::stdout()))),
+        true => rows_to(io::stderr(), io::stderr().is_terminal()),
+        false => rows_to(ClosingOutput(io::stdout()), io::stdout().is_terminal()),
+    }
+}
+
+fn rows_to(output: impl Write + Send + 'static, is_terminal: bool) -> SharedOutput {
+    match is_terminal {
+        true => Arc::new(Mutex::new(EscapingWriter::new(output, Kept::Layout))),
+        false => Arc::new(Mutex::new(output)),
     }
 }
 

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use bytes::Bytes;
 use serde::Serialize;
 
 use super::{Console, swap};
-use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION};
+use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION, off_async};
+use crate::terminal::escaped;
 use crate::workbench::bench;
 use crate::workbench::case::CaseFile;
 use crate::workbench::conformance::{self, Checked};
@@ -124,14 +125,25 @@ pub async fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Which(options) => swap::which(options, console).await,
         Command::Build { folder, out } => build(&folder, out, console),
         Command::Conformance { file, config, input, junit } => {
-            let subject = Subject::load(&file, config, &input)?;
-            conformance(&subject, junit.as_deref(), console)
+            let console = console.clone();
+            let prove = move || {
+                let subject = Subject::load(&file, config, &input)?;
+                conformance(&subject, junit.as_deref(), &console)
+            };
+            off_async(prove).await
         }
         Command::Bench { file, config, input, batch, seconds } => {
-            let subject = Subject::load(&file, config, &input)?;
-            bench(&subject, batch as usize, Duration::from_secs(seconds), console)
+            let console = console.clone();
+            let measure = move || {
+                let subject = Subject::load(&file, config, &input)?;
+                bench(&subject, batch as usize, Duration::from_secs(seconds), &console)
+            };
+            off_async(measure).await
         }
-        Command::Inspect { file, config } => inspect(&file, config, console),
+        Command::Inspect { file, config } => {
+            let console = console.clone();
+            off_async(move || inspect(&file, config, &console)).await
+        }
     }
 }
 
@@ -201,7 +213,11 @@ fn conformance(subject: &Subject, junit: Option<&Path>, console: &Console) -> an
         match (failure, note) {
             (None, None) => console.say(format!("ok      {check}")),
             (None, Some(note)) => console.say(format!("ok      {check}: {note}")),
-            (Some(failure), _) => console.say(format!("FAILED  {check}\n        {failure}")),
+            // Each line of a plugin's own words is set in.
+            (Some(failure), _) => {
+                let failure = failure.replace('\n', "\n        ");
+                console.say(format!("FAILED  {check}\n        {failure}"));
+            }
         }
     }
     for check in &checks {
@@ -230,7 +246,8 @@ fn bench(
     let records = subject.records.iter().cycle().take(batch).enumerate();
     let records: Vec<_> =
         records.map(|(index, record)| TrialRecord::new(index, record.payload.clone())).collect();
-    let measured = bench::run(&subject.workbench, &subject.config_json, &records, duration)?;
+    let measured = bench::run(&subject.workbench, &subject.config_json, &records, duration);
+    let measured = measured.map_err(|error| anyhow!(escaped(&error.to_string(), &[])))?;
     let ns = measured.ns_per_record;
     let (p10, p90) = (measured.ns_per_record_p10, measured.ns_per_record_p90);
     console.say(format!("calls        {} of {batch} records", measured.calls));

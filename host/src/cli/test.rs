@@ -9,6 +9,7 @@ use super::{Console, load, stream};
 use crate::config::PipelineConfig;
 use crate::plugin::build::build_plugin;
 use crate::plugin::manifest::PluginManifest;
+use crate::plugin::off_async;
 use crate::workbench::capture::{self, SequenceRange};
 use crate::workbench::case::CaseFile;
 use crate::workbench::compare::{self, Verdict};
@@ -77,13 +78,32 @@ struct Summary {
 }
 
 pub async fn test(options: Options, console: &Console) -> anyhow::Result<()> {
-    let (folder, component) = component(&options, console)?;
-    let workbench = Workbench::new(super::load_plugin(&component)?);
-    if options.from_stream.is_some() || options.from_dlq {
-        return capture(&options, &folder, &workbench, console).await;
+    let of_records = options.from_stream.is_some() || options.from_dlq;
+    let console = console.clone();
+    let (options, folder, workbench, console) = off_async(move || {
+        let (folder, component) = component(&options, &console)?;
+        let workbench = Workbench::new(super::load_plugin(&component)?);
+        if !of_records {
+            run_cases(&options, &folder, &workbench, &console)?;
+        }
+        anyhow::Ok((options, folder, workbench, console))
+    })
+    .await?;
+    match of_records {
+        true => capture(&options, &folder, workbench, &console).await,
+        false => Ok(()),
     }
+}
+
+/// Runs the cases of a plugin, all of which must pass.
+fn run_cases(
+    options: &Options,
+    folder: &Path,
+    workbench: &Workbench,
+    console: &Console,
+) -> anyhow::Result<()> {
     let files = match options.cases.is_empty() {
-        true => CaseFile::in_folder(&folder)?,
+        true => CaseFile::in_folder(folder)?,
         false => options.cases.clone(),
     };
     ensure!(
@@ -95,7 +115,7 @@ pub async fn test(options: Options, console: &Console) -> anyhow::Result<()> {
     let mut results = Vec::new();
     for path in files {
         let file = CaseFile::read(&path)?;
-        run_file(&file, &workbench, &options, console, &mut summary, &mut results)?;
+        run_file(&file, workbench, options, console, &mut summary, &mut results)?;
     }
     if let Some(path) = &options.junit {
         let name = &workbench.plugin().path;
@@ -162,7 +182,7 @@ fn run_file(
                     console.say(format!("FAILED  {} ({})", verdict.name, file.path.display()));
                     console.say("        - expected, + found");
                     for line in difference.render(coloured).lines() {
-                        console.say(format!("        {line}"));
+                        console.say_styled(&format!("        {line}"));
                     }
                 }
             }
@@ -189,7 +209,7 @@ fn run_file(
 async fn capture(
     options: &Options,
     folder: &Path,
-    workbench: &Workbench,
+    workbench: Workbench,
     console: &Console,
 ) -> anyhow::Result<()> {
     let Some(pipeline) = &options.pipeline else { bail!("name the pipeline with --pipeline FILE") };
@@ -209,7 +229,9 @@ async fn capture(
         Some(range) => from_stream(&config, range).await?,
         None => dead_letters(&config, &stage.name.value, options.limit).await?,
     };
-    let captured = capture::to_cases(workbench, &stage.config_text, &records, &redaction)?;
+    let config_text = stage.config_text.clone();
+    let run = move || capture::to_cases(&workbench, &config_text, &records, &redaction);
+    let captured = off_async(run).await?;
     let file = folder.join(CAPTURED);
     capture::append(&file, &captured.lines)
         .with_context(|| format!("failed to write {}", file.display()))?;

@@ -15,6 +15,7 @@ use miette::{
 };
 
 use super::ConfigFile;
+use crate::terminal::{printable, printable_styled};
 
 /// Everything that was found wrong with one configuration, in the order of the file.
 ///
@@ -88,7 +89,11 @@ impl ConfigError {
                 text.push_str(&format!("{problem}\n"));
             }
         }
-        text
+        // The file's own text is shown too.
+        match terminal {
+            true => printable_styled(&text),
+            false => printable(&text).into_owned(),
+        }
     }
 
     pub(super) fn from_problems(mut problems: Vec<Problem>) -> Option<ConfigError> {
@@ -114,6 +119,8 @@ impl Problem {
         help: String,
     ) -> Self {
         let span = span.map(|span| visible(&file.text, span));
+        // A plugin may have a say in both.
+        let (message, help) = (printable(&message).into_owned(), printable(&help).into_owned());
         Self { file: Arc::clone(file), span, message, help: (!help.is_empty()).then_some(help) }
     }
 

@@ -15,6 +15,17 @@ pub struct CompileLimits {
     pub component_bytes_max: usize,
 }
 
+impl CompileLimits {
+    /// The larger of each limit.
+    pub(super) fn larger(self, other: Self) -> Self {
+        Self {
+            time_max: self.time_max.max(other.time_max),
+            memory_bytes_max: self.memory_bytes_max.max(other.memory_bytes_max),
+            component_bytes_max: self.component_bytes_max.max(other.component_bytes_max),
+        }
+    }
+}
+
 impl Default for CompileLimits {
     fn default() -> Self {
         Self {
@@ -25,14 +36,24 @@ impl Default for CompileLimits {
     }
 }
 
+/// The CPU time that `configure` may take by itself, in milliseconds: it runs once per instance.
+pub const CONFIGURE_MS_MAX: u64 = 10_000;
+
 /// What one call of a plugin may use. Going over is the failure of the guilty record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StageLimits {
-    /// Wall time of one call with a whole batch, in milliseconds.
+    /// The plugin's CPU time in one call with a whole batch, in milliseconds.
     pub batch_ms_max: u64,
-    /// Wall time of one call with one record, in milliseconds.
+    /// The plugin's CPU time in one call with one record, in milliseconds.
     pub record_ms_max: u64,
+    /// Wall time of each call of the host, in milliseconds; `None`: as much as the CPU time of the plugin's
+    /// call that makes it. Left out of a stored revision where it is not set: its id stays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_ms_max: Option<u64>,
+    /// The plugin's CPU time in `configure`, in milliseconds; `None`: [`CONFIGURE_MS_MAX`]. Left out as above.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub configure_ms_max: Option<u64>,
     /// Linear memory of all the instance's memories, in bytes.
     pub memory_bytes_max: usize,
     /// Elements of all the instance's tables.
@@ -43,12 +64,17 @@ pub struct StageLimits {
     pub retry_ms_max: u64,
     /// Outputs per record of a call, on average.
     pub outputs_per_record_max: usize,
-    /// Log lines that one instance may write in a second.
+    /// Log lines that all instances of the stage together may write in a second.
     pub log_lines_per_s_max: u32,
 }
 
 impl StageLimits {
-    /// The deadline of one call with `records` records, in milliseconds.
+    /// The CPU time of `configure`, in milliseconds.
+    pub fn configure_ms(&self) -> u64 {
+        self.configure_ms_max.unwrap_or(CONFIGURE_MS_MAX)
+    }
+
+    /// The CPU time of one call with `records` records, in milliseconds.
     pub fn call_ms_max(&self, records: usize) -> u64 {
         self.batch_ms_max.min(self.record_ms_max.saturating_mul(records as u64)).max(1)
     }
@@ -59,6 +85,8 @@ impl Default for StageLimits {
         Self {
             batch_ms_max: 2_000,
             record_ms_max: 500,
+            host_ms_max: None,
+            configure_ms_max: None,
             memory_bytes_max: 256 << 20,
             table_elements_max: 100_000,
             output_bytes_max: 64 << 20,

@@ -102,6 +102,13 @@ impl PipelineConfig {
         self.sinks.iter().map(|sink| (sink.name.value.clone(), digest(sink))).collect()
     }
 
+    /// Limits within which each component compiles that one of the stages takes. A stored component is not known
+    /// to be of one stage: with less, a start could refuse what a swap took.
+    pub fn compile_limits(&self) -> CompileLimits {
+        let limits = self.stages.iter().map(|stage| stage.compile_limits);
+        limits.reduce(CompileLimits::larger).unwrap_or_default()
+    }
+
     /// The pipeline that copies dead letters, described by `columns`, to their sinks; `None` when there
     /// are none. Its state is kept under `state_dir`.
     pub fn for_letters(&self, state_dir: PathBuf, columns: Vec<Column>) -> Option<Self> {

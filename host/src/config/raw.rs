@@ -161,6 +161,8 @@ pub(super) struct RawGrant {
 pub(super) struct RawLimits {
     pub batch_time: Maybe<Span>,
     pub record_time: Maybe<Span>,
+    pub host_time: Maybe<Span>,
+    pub configure_time: Maybe<Span>,
     pub memory: Maybe<Size>,
     pub tables: Maybe<Count>,
     pub output: Maybe<Size>,

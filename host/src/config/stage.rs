@@ -13,8 +13,9 @@ use toml::de::{DeTable, DeValue};
 use super::bindings::Names;
 use super::check::Check;
 use super::grant_http::http_hosts;
+use super::limits::CONFIGURE_MS_MAX;
 use super::load::shaped;
-use super::raw::{Maybe, RawGrant, RawLimits, RawStage, Text};
+use super::raw::{Maybe, RawGrant, RawLimits, RawStage, Span, Text};
 use super::{
     BoundSinks, CompileLimits, ConfigFile, Grants, HttpHostConfig, Located, StageConfig,
     StageLimits, StageText, json,
@@ -150,6 +151,10 @@ fn limits(raw: &RawLimits, check: &mut Check) -> Option<StageLimits> {
     let record_default = Duration::from_millis(default.record_ms_max).min(record_most);
     let record_times = *BATCH_TIMES.start()..=record_most;
     let record_time = check.duration(&raw.record_time, record_default, record_times);
+    let host_time = optional_ms(&raw.host_time, BATCH_TIMES, check);
+    // Left out where it is the default, so that a revision does not get another id by that.
+    let configure_time = optional_ms(&raw.configure_time, BATCH_TIMES, check)
+        .map(|time| time.filter(|ms| *ms != CONFIGURE_MS_MAX));
     let memory = check.size(&raw.memory, default.memory_bytes_max, MEMORY_BYTES);
     let tables = check.count(&raw.tables, default.table_elements_max, TABLE_ELEMENTS);
     let retry =
@@ -160,6 +165,8 @@ fn limits(raw: &RawLimits, check: &mut Check) -> Option<StageLimits> {
     Some(StageLimits {
         batch_ms_max: batch_time?.as_millis().try_into().ok()?,
         record_ms_max: record_time?.as_millis().try_into().ok()?,
+        host_ms_max: host_time?,
+        configure_ms_max: configure_time?,
         memory_bytes_max: memory?,
         table_elements_max: tables?,
         output_bytes_max: output?,
@@ -167,6 +174,19 @@ fn limits(raw: &RawLimits, check: &mut Check) -> Option<StageLimits> {
         outputs_per_record_max: outputs?,
         log_lines_per_s_max: log_lines?,
     })
+}
+
+/// A time in milliseconds that need not be given.
+fn optional_ms(
+    raw: &Maybe<Span>,
+    allowed: RangeInclusive<Duration>,
+    check: &mut Check,
+) -> Option<Option<u64>> {
+    if raw.is_none() {
+        return Some(None);
+    }
+    let time = check.duration(raw, Duration::ZERO, allowed)?;
+    time.as_millis().try_into().ok().map(Some)
 }
 
 fn compile_limits(raw: &RawLimits, check: &mut Check) -> Option<CompileLimits> {

@@ -40,8 +40,11 @@ const ANSWER_HEADERS_MAX: usize = 1_000;
 const SAID_BYTES_MAX: usize = 64 << 10;
 const SAID_TIME_MAX: Duration = Duration::from_secs(1);
 
-/// Headers of one request: more than any API asks for.
-const HEADERS_MAX: usize = 100;
+/// Headers of one request, and the bytes of all of them: more than any API asks for.
+pub(crate) const HEADERS_MAX: usize = 100;
+pub(crate) const HEADER_BYTES_MAX: usize = 64 << 10;
+/// Bytes of the URL of a plugin's request, with its method: more than servers take.
+pub(crate) const URL_BYTES_MAX: usize = 16 << 10;
 
 /// What one stage's plugin, or one sink, may send, and to whom. Its lanes share it, with its
 /// connections.

@@ -11,7 +11,7 @@ use super::change::{Change, Gap};
 use super::lag::{LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig, environment};
-use crate::plugin::{Plugin, PluginHost};
+use crate::plugin::{Plugin, PluginHost, off_async};
 use crate::position::agreement::{Mismatch, Stands, agree};
 use crate::position::{
     Hole, Ledger, Segment, ShardState, StateStore, TakenOver, Variables, is_redrive,
@@ -411,7 +411,7 @@ impl GenerationStore {
         let bytes = self.component(digest).await?;
         let (host, name) = (self.host.clone(), format!("component {}", &digest[..12]));
         let load = move || Plugin::load(&host.engine, &host.cache, &name, &bytes);
-        Ok(tokio::task::spawn_blocking(load).await??)
+        Ok(off_async(load).await?)
     }
 
     /// A generation of components that were stored with it.
@@ -427,16 +427,18 @@ impl GenerationStore {
         for digest in spec.digests() {
             components.insert(digest.to_owned(), self.component(digest).await?);
         }
-        let component = |digest: &str| {
-            components
-                .get(digest)
-                .cloned()
-                .ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
+        // Before it loads: a variable that is set otherwise may be why it does not.
+        let otherwise = Variables::new(self.state.clone()).set_otherwise(&spec, &environment).await?;
+        otherwise.say(&spec.id());
+        let (host, stream_name) = (self.host.clone(), stream_name.to_owned());
+        let load = move || {
+            let component = |digest: &str| {
+                let kept = components.get(digest).cloned();
+                kept.ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
+            };
+            Generation::from_store(spec, &host, &stream_name, &component)
         };
-        let variables = Variables::new(self.state.clone());
-        variables.set_otherwise(&spec, &environment).await?.say(&spec.id());
-        let generation = Generation::from_store(spec, &self.host, stream_name, &component);
-        generation.context("it does not load")
+        off_async(load).await.context("it does not load")
     }
 
     /// A generation by its id; `wanted` is the newest.

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use super::lag::LiveLag;
 use crate::record::{Position, ShardId, SinkName};
+use crate::terminal::escaped;
 
 /// The state of every lane, for the admin port, the reports and the end of a run; cheap to clone.
 #[derive(Clone, Default)]
@@ -112,6 +113,8 @@ impl Board {
 
     /// Marks a part of a lane as blocked; says so once per cause.
     pub fn block(&self, shard: &ShardId, part: &str, cause: &str) {
+        // A plugin or a server may have worded it.
+        let cause = &escaped(cause, &[])[..];
         let mut shards = self.lock();
         let status = shards.entry(shard.clone()).or_default();
         let before = status.blocked.insert(part.to_owned(), cause.to_owned());
@@ -139,6 +142,7 @@ impl Board {
 
     /// Marks a part of the run that belongs to no shard as blocked; says so once per cause.
     pub fn block_run(&self, part: &'static str, cause: &str) {
+        let cause = &escaped(cause, &[])[..];
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         let before = run.insert(part, cause.to_owned());
         if before.as_deref() != Some(cause) {

@@ -12,15 +12,15 @@ use futures::future::{BoxFuture, Shared as SharedFuture};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 
+use super::starts::start_patiently;
 use super::{ActiveSegment, Board, Lane, LaneError, Shared};
 use crate::config::RejectedMax;
-use crate::plugin::CallError;
 use crate::position::{Segment, StateError};
 use crate::record::{Position, ShardKey};
 use crate::stage::{Chain, Generation, Samples};
 use crate::stop::Stop;
 
-type Starting = JoinHandle<Result<Chain, CallError>>;
+type Starting = JoinHandle<Result<Chain, String>>;
 
 /// The pause before the ledger is written again, should that fail.
 const LEDGER_PAUSE: Duration = Duration::from_millis(200);
@@ -32,6 +32,8 @@ pub(super) struct Change {
     rejected_max: RejectedMax,
     samples: Samples,
     stop: Stop,
+    /// The longest pause between two tries of a start.
+    pause_max: Duration,
     board: Board,
     /// The generation that the ledger names last.
     last: Arc<str>,
@@ -63,6 +65,7 @@ impl Change {
             rejected_max: shared.config.rejected_max,
             samples: shared.samples.clone(),
             stop: stop.clone(),
+            pause_max: shared.config.timing.retry_pause_max,
             board: shared.board.clone(),
             last: generation.id.clone(),
             starting: None,
@@ -145,18 +148,19 @@ impl Change {
         }
         let (wanted, shard, stop) = (generation.clone(), self.shard.clone(), self.stop.clone());
         let (limits, samples) = (self.rejected_max, self.samples.clone());
-        let start = move || Chain::start(&wanted, &shard, limits, samples, stop.token());
-        self.starting = Some((generation, tokio::task::spawn_blocking(start)));
+        let start = move || Chain::start(&wanted, &shard, limits, samples.clone(), stop.token());
+        let (stop, pause_max) = (self.stop.clone(), self.pause_max);
+        self.starting = Some((generation, tokio::spawn(start_patiently(start, stop, pause_max))));
     }
 
-    fn started(&mut self, started: Result<Result<Chain, CallError>, tokio::task::JoinError>) {
+    fn started(&mut self, started: Result<Result<Chain, String>, tokio::task::JoinError>) {
         let Some((generation, _)) = self.starting.take() else { return };
         let cause = match started {
             Ok(Ok(chain)) => {
                 self.ready = Some(chain);
                 return;
             }
-            Ok(Err(error)) => error.to_string(),
+            Ok(Err(cause)) => cause,
             Err(panic) => panic.to_string(),
         };
         tracing::error!(shard = %self.shard.shard, generation = %generation.id, cause,

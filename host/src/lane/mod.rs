@@ -12,6 +12,7 @@ mod checkpointer;
 mod lag;
 mod memory;
 pub(crate) mod roster;
+mod starts;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 pub use acquire::GenerationStore;
 pub use board::{Board, LaneChange, ShardStatus, WaitingLane};
 pub(crate) use memory::show_waits;
+pub use starts::Starts;
 
 use self::change::{Change, Gap};
 use crate::budget::{Account, Budget};
@@ -87,6 +89,8 @@ pub struct Shared {
     pub budget: Budget,
     /// What is shown of the lanes.
     pub board: Board,
+    /// Whether stages have started in any lane.
+    pub starts: Starts,
     /// What entered the stages of late.
     pub samples: Samples,
 }
@@ -129,6 +133,7 @@ impl Shared {
                 self.letters.clone()
             },
             board: self.board.clone(),
+            starts: self.starts.clone(),
             samples: match config.reload.samples == self.config.reload.samples {
                 true => self.samples.clone(),
                 false => Samples::new(config.reload.samples),
@@ -386,12 +391,19 @@ impl Lane<'_> {
     /// Runs a batch through the stages.
     ///
     /// # Errors
-    /// [`LaneError::Fatal`] when the stages do not start; [`LaneError::Stopped`]: the batch has no outcome.
+    /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::Stopped`]: the batch has no outcome.
     pub async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<ChainOutcome, LaneError> {
         // Since when the plugin asks for another try of this batch.
         let mut retried_since = None;
+        let mut starts_failed = 0;
+        let stage_pause = STAGE_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
         loop {
-            self.enter_generation(batch).await?;
+            if let Err(cause) = self.enter_generation(batch).await? {
+                starts_failed += 1;
+                self.after_failed_start(starts_failed, &cause).await?;
+                continue;
+            }
+            starts_failed = 0;
             let Some(mut chain) = self.chain.take() else { return Err(LaneError::Stopped) };
             let (own, settled, mut searching) =
                 (batch.clone(), self.settled.clone(), chain.searching());
@@ -402,33 +414,34 @@ impl Lane<'_> {
             self.announce_behind(&batch.span.to_inclusive).await;
             let ran = self.stop.until_over(self.show_search(&mut searching, run)).await;
             // A call that outlasts the time of the end goes on by itself: the batch is read again.
-            let (chain, outcome, ran_at) = ran
-                .ok_or(LaneError::Stopped)?
-                .map_err(|panic| LaneError::Fatal(format!("a stage failed: {panic}")))?;
-            self.gap.begin(ran_at);
-            self.chain = Some(chain);
-            let (cause, pause) = match outcome {
-                Ok(outcome) => {
-                    self.shared.board.unblock(&self.shard.shard, "stages");
-                    self.shared.board.unblock(&self.shard.shard, RETRIES);
-                    return Ok(outcome);
-                }
-                Err(Blocked::Stopped(letters)) => {
-                    self.keep_found(batch, letters).await;
-                    return Err(LaneError::Stopped);
-                }
-                Err(Blocked::Later(cause, pause)) => {
-                    let since = *retried_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() >= RETRIES_SHOWN_AFTER {
-                        self.block(RETRIES, &cause);
+            let (cause, pause) = match ran.ok_or(LaneError::Stopped)? {
+                Ok((chain, outcome, ran_at)) => {
+                    self.gap.begin(ran_at);
+                    self.chain = Some(chain);
+                    match outcome {
+                        Ok(outcome) => {
+                            self.shared.board.unblock(&self.shard.shard, "stages");
+                            self.shared.board.unblock(&self.shard.shard, RETRIES);
+                            return Ok(outcome);
+                        }
+                        Err(Blocked::Stopped(letters)) => {
+                            self.keep_found(batch, letters).await;
+                            return Err(LaneError::Stopped);
+                        }
+                        Err(Blocked::Later(cause, pause)) => {
+                            let since = *retried_since.get_or_insert_with(Instant::now);
+                            if since.elapsed() >= RETRIES_SHOWN_AFTER {
+                                self.block(RETRIES, &cause);
+                            }
+                            self.pause_for_retry(pause).await?;
+                            continue;
+                        }
+                        Err(Blocked::Retry(cause)) => (cause, Some(stage_pause)),
+                        Err(Blocked::Broken(cause)) => (cause, None),
                     }
-                    self.pause_for_retry(pause).await?;
-                    continue;
                 }
-                Err(Blocked::Retry(cause)) => {
-                    (cause, Some(STAGE_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max)))
-                }
-                Err(Blocked::Broken(cause)) => (cause, None),
+                // The host's own fault, in this lane. Its instances are gone: others are started.
+                Err(panic) => (format!("a stage failed: {panic}"), Some(stage_pause)),
             };
             retried_since = None;
             self.block("stages", &cause);
@@ -520,8 +533,9 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Sees to it that the generation of the batch's records is the one at work.
-    async fn enter_generation(&mut self, batch: &Batch) -> Result<(), LaneError> {
+    /// Sees to it that the generation of the batch's records is the one at work. `Ok(Err(_))`: its stages do
+    /// not start, for this reason.
+    async fn enter_generation(&mut self, batch: &Batch) -> Result<Result<(), String>, LaneError> {
         let last = batch.records.last().map_or(&batch.span.to_inclusive, |last| &last.position);
         while let Some(next) = self.segments.get(1)
             && next.from_exclusive.as_ref().is_none_or(|from| last > from)
@@ -537,15 +551,16 @@ impl Lane<'_> {
             // `configure` is the plugin's code: it may take long.
             let start = move || Chain::start(&wanted, &shard, limits, samples, stop.token());
             let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;
-            let fatal =
-                |cause: String| LaneError::Fatal(format!("shard {}: {cause}", self.shard.shard));
-            let chain = started
-                .map_err(|panic| fatal(panic.to_string()))?
-                .map_err(|error| fatal(error.to_string()))?;
+            let chain = match started {
+                Ok(Ok(chain)) => chain,
+                Ok(Err(error)) => return Ok(Err(error.to_string())),
+                Err(panic) => return Ok(Err(format!("the stages do not start: {panic}"))),
+            };
             self.shared.board.runs(&self.shard.shard, &generation.id, None);
             self.chain = Some(chain);
         }
-        Ok(())
+        self.shared.starts.note();
+        Ok(Ok(()))
     }
 
     /// Makes dead letters durable, before any sink commits the span that they belong to.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use wasmtime::Engine;
 
-use super::engine;
+use super::{engine, features};
 use crate::config::CompileLimits;
 
 /// The command that [`serve`] is behind.
@@ -108,10 +108,11 @@ impl Compiler {
         if bytes > bytes_max {
             return Err(CompileError::TooLarge { bytes, bytes_max });
         }
+        features::check_state(component).map_err(CompileError::Refused)?;
         match self {
             Self::InProcess => engine
                 .precompile_component(component)
-                .map_err(|error| CompileError::Refused(format!("{error:#}"))),
+                .map_err(|error| CompileError::Refused(features::explain(component, &error))),
             Self::Child(program) => compile_in_child(program, component, limits),
         }
     }
@@ -270,7 +271,9 @@ pub fn serve(limits: OwnLimits) -> wasmtime::Result<()> {
     bound_resources(limits.memory_bytes, limits.cpu_seconds);
     let mut component = Vec::new();
     std::io::stdin().lock().read_to_end(&mut component)?;
-    let code = Engine::new(&engine::config())?.precompile_component(&component)?;
+    let compiled = Engine::new(&engine::config())?.precompile_component(&component);
+    let code =
+        compiled.map_err(|error| wasmtime::Error::msg(features::explain(&component, &error)))?;
     std::io::stdout().lock().write_all(&code)?;
     Ok(())
 }

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use wasmtime::{Config, Engine};
 
+use super::features;
+
 /// How often the epoch advances: the resolution of every deadline. At 5 ms the ticker costs
 /// nothing measurable, and a deadline is late by at most one tick.
 pub const EPOCH_TICK: Duration = Duration::from_millis(5);
@@ -49,15 +51,11 @@ impl PluginEngine {
     pub fn wasmtime(&self) -> &Engine {
         &self.engine
     }
-
-    /// Epoch ticks that cover `milliseconds`, rounded up, and one more for the tick under way.
-    pub(super) fn ticks(milliseconds: u64) -> u64 {
-        milliseconds.div_ceil(EPOCH_TICK.as_millis() as u64) + 1
-    }
 }
 
 pub(super) fn config() -> Config {
     let mut config = Config::new();
+    features::restrict(&mut config);
     config
         .wasm_component_model(true)
         .epoch_interruption(true)
@@ -65,6 +63,11 @@ pub(super) fn config() -> Config {
         .concurrency_support(false)
         .max_wasm_stack(WASM_STACK_BYTES_MAX);
     config
+}
+
+/// Epoch ticks from a tick on that cover a time, rounded up.
+pub(super) fn ticks_of(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos().div_ceil(EPOCH_TICK.as_nanos())).unwrap_or(u64::MAX).max(1)
 }
 
 impl Drop for Ticker {

@@ -1,19 +1,24 @@
 //! One sandbox: a store with its limits and deadline, and the calls into it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use wasmtime::{ResourceLimiter, Store, Trap};
+use wasmtime::{ResourceLimiter, Store, StoreContextMut, Trap, UpdateDeadline};
 
 use super::capability::Caller;
+use super::clock::{CallTime, Over, Spent};
+use super::engine::ticks_of;
+use super::features::{PARTS_MAX, Parts};
 use super::{
-    Context, Descriptor, Failure, Outcome, Plugin, PluginEngine, Services, WireBatch, bindings,
-    descriptor, excerpt,
+    Context, Descriptor, Failure, Outcome, Plugin, Services, WireBatch, bindings, descriptor,
+    excerpt,
 };
 use crate::config::StageLimits;
 use crate::system::LimitError;
+use crate::terminal::escaped;
 
-/// The time that `configure` may take, in milliseconds: it runs once per instance.
-const CONFIGURE_MS_MAX: u64 = 10_000;
+/// Bytes that `configure` may hand back, or to the host in one call: a descriptor of thousands of columns.
+const CONFIGURE_BYTES_MAX: usize = 1 << 20;
 
 /// A call that gave no answer. The instance is dead: drop it.
 #[derive(Clone, Debug)]
@@ -31,12 +36,16 @@ pub struct CallError {
 pub enum CallFault {
     /// The plugin trapped.
     Trap,
-    /// The deadline passed.
+    /// Its time was used up: its own, or by waiting for the host.
     Timeout,
+    /// The machine did not give it the time to end. The plugin and its records are not to blame.
+    Starved,
     /// It asked for more memory or table elements than it may have.
     Memory,
     /// It handed back more than it may.
     Output,
+    /// Its component has more parts than one may have.
+    Parts,
     /// The system did not give this process what a sandbox needs.
     System,
 }
@@ -114,6 +123,18 @@ impl ResourceLimiter for Sandbox {
         self.table_elements = total;
         Ok(true)
     }
+
+    fn instances(&self) -> usize {
+        PARTS_MAX.instances
+    }
+
+    fn tables(&self) -> usize {
+        PARTS_MAX.tables
+    }
+
+    fn memories(&self) -> usize {
+        PARTS_MAX.memories
+    }
 }
 
 /// A plugin's sandbox, configured and ready to be called.
@@ -121,6 +142,7 @@ pub struct Instance {
     store: Store<Sandbox>,
     exports: bindings::PluginWithCapabilities,
     output_bytes_max: usize,
+    host_ms_max: Option<u64>,
 }
 
 impl Instance {
@@ -135,8 +157,9 @@ impl Instance {
         context: &Context,
         services: &Arc<Services>,
     ) -> Result<(Self, Descriptor), CallError> {
+        let time = CallTime::of_ms(limits.configure_ms(), limits.host_ms_max);
         let mut caller = Caller::new(services.clone(), &context.shard_id, limits);
-        caller.call_begins(CONFIGURE_MS_MAX);
+        caller.clock.begin(time);
         let sandbox = Sandbox {
             caller,
             memory_bytes: 0,
@@ -147,14 +170,15 @@ impl Instance {
         };
         let mut store = Store::new(plugin.engine.wasmtime(), sandbox);
         store.limiter(|sandbox| sandbox);
-        store.epoch_deadline_trap();
-        store.set_epoch_deadline(PluginEngine::ticks(CONFIGURE_MS_MAX));
-        store.set_hostcall_fuel(limits.output_bytes_max);
+        store.epoch_deadline_callback(look);
+        store.set_epoch_deadline(1);
+        store.set_hostcall_fuel(limits.output_bytes_max.min(CONFIGURE_BYTES_MAX));
         let exports = match plugin.pre.instantiate(&mut store) {
             Ok(exports) => exports,
-            Err(error) => return Err(diagnose(&store, &error, "instantiation", CONFIGURE_MS_MAX)),
+            Err(error) => return Err(diagnose(&store, &error, "instantiation")),
         };
-        let mut instance = Self { store, exports, output_bytes_max: limits.output_bytes_max };
+        let (output_bytes_max, host_ms_max) = (limits.output_bytes_max, limits.host_ms_max);
+        let mut instance = Self { store, exports, output_bytes_max, host_ms_max };
         let answer =
             instance.exports.shardmill_plugin_stage().call_configure(&mut instance.store, context);
         match answer {
@@ -165,17 +189,18 @@ impl Instance {
             }
             Ok(Err(message)) => Err(CallError {
                 fault: CallFault::Trap,
-                // It may repeat a secret of its configuration.
-                message: services
-                    .values
-                    .hide(format!("configure refused: {}", excerpt(message.as_bytes()))),
+                // It may repeat a secret of its configuration, half of which would not be found.
+                message: format!(
+                    "configure refused: {}",
+                    escaped(&excerpt(services.values.hide(message).as_bytes()), &[])
+                ),
                 backtrace: String::new(),
             }),
-            Err(error) => Err(diagnose(&instance.store, &error, "configure", CONFIGURE_MS_MAX)),
+            Err(error) => Err(diagnose(&instance.store, &error, "configure")),
         }
     }
 
-    /// Runs one batch.
+    /// Runs one batch, within this CPU time of the plugin's own.
     ///
     /// # Errors
     /// [`CallError`]: the instance is dead and must be dropped.
@@ -184,14 +209,20 @@ impl Instance {
         batch: &WireBatch,
         limit_ms: u64,
     ) -> Result<Result<Outcome, Failure>, CallError> {
-        self.store.set_epoch_deadline(PluginEngine::ticks(limit_ms));
+        // The first look at the clocks is at the next tick: before that, a call is over no limit.
+        self.store.set_epoch_deadline(1);
         self.store.set_hostcall_fuel(self.output_bytes_max);
         let sandbox = self.store.data_mut();
-        sandbox.caller.call_begins(limit_ms);
+        sandbox.caller.clock.begin(CallTime::of_ms(limit_ms, self.host_ms_max));
         // What an earlier call was refused, and got by without, is not this one's fault.
         sandbox.refused = None;
         let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);
-        answer.map_err(|error| diagnose(&self.store, &error, "process", limit_ms))
+        answer.map_err(|error| diagnose(&self.store, &error, "process"))
+    }
+
+    /// The time of the last call, which has lasted `took`, without what it waited for a core.
+    pub fn busy(&self, took: Duration) -> Duration {
+        self.store.data().caller.clock.busy(took)
     }
 
     /// Bytes of linear memory that the instance holds.
@@ -200,21 +231,35 @@ impl Instance {
     }
 }
 
+/// Looks at the clocks of the call under way: when the epoch has advanced so far that it may be over.
+fn look(mut store: StoreContextMut<'_, Sandbox>) -> wasmtime::Result<UpdateDeadline> {
+    let left = store.data_mut().caller.clock.look();
+    Ok(left.map_or(UpdateDeadline::Interrupt, |left| UpdateDeadline::Continue(ticks_of(left))))
+}
+
 /// Turns wasmtime's error into the kind, one line, and the backtrace.
-fn diagnose(
-    store: &Store<Sandbox>,
-    error: &wasmtime::Error,
-    call: &str,
-    limit_ms: u64,
-) -> CallError {
+fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> CallError {
     let backtrace = error
         .downcast_ref::<wasmtime::WasmBacktrace>()
         .map(ToString::to_string)
         .unwrap_or_default();
-    let root = error.root_cause().to_string();
-    let (fault, message) = match (error.downcast_ref::<Trap>(), &store.data().refused) {
-        (Some(Trap::Interrupt), _) => {
-            (CallFault::Timeout, format!("{call} took longer than its limit of {limit_ms} ms"))
+    let root = escaped(&error.root_cause().to_string(), &[]);
+    let sandbox = store.data();
+    if let (Some(Trap::Interrupt), Some(over)) =
+        (error.downcast_ref::<Trap>(), sandbox.caller.clock.over())
+    {
+        let (fault, message) = out_of_time(over, call);
+        return CallError { fault, message, backtrace };
+    }
+    let (fault, message) = match (error.downcast_ref::<Trap>(), &sandbox.refused) {
+        // wasmtime's words; the limits are ours.
+        (None, _) if root.starts_with("resource limit exceeded:") => {
+            let Parts { memories, tables, instances } = PARTS_MAX;
+            let message = format!(
+                "{call} failed: {root}; the components of a plugin may have {memories} memories, {tables} \
+                 tables and {instances} instances of modules together"
+            );
+            (CallFault::Parts, message)
         }
         (_, Some(refused)) => (CallFault::Memory, format!("{call} {refused}, then: {root}")),
         (Some(trap), None) => (CallFault::Trap, format!("{call} trapped: {trap}")),
@@ -226,5 +271,45 @@ fn diagnose(
             None => (CallFault::Trap, format!("{call} failed: {root}")),
         },
     };
+    // Many plugins do not get by without the answer: why there was none is what helps.
+    let (fault, message) = match sandbox.caller.clock.late() {
+        Some((host_call, budget)) if fault == CallFault::Trap => {
+            let budget_ms = budget.as_millis();
+            let late = format!("its call of {host_call} had used up its {budget_ms} ms");
+            (CallFault::Timeout, format!("{message}; {late} (limits.host_time)"))
+        }
+        _ => (fault, message),
+    };
     CallError { fault, message, backtrace }
+}
+
+/// The kind and the words of a call that was ended for its time.
+fn out_of_time((over, spent, time): (Over, Spent, CallTime), call: &str) -> (CallFault, String) {
+    let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
+    match over {
+        Over::Cpu => {
+            let limit_ms = time.cpu_max.as_millis();
+            (
+                CallFault::Timeout,
+                format!("{call} took longer than its limit of {limit_ms} ms of CPU time"),
+            )
+        }
+        Over::Host => {
+            let (host, wall) = (seconds(spent.host), seconds(spent.wall));
+            let budget_ms = time.host_max.as_millis();
+            let message = format!(
+                "{call} waited for the host for {host} of {wall}, though each call of the host ended within \
+                 its {budget_ms} ms (limits.host_time)"
+            );
+            (CallFault::Timeout, message)
+        }
+        Over::Starved => {
+            let (wall, cpu_ms) = (seconds(spent.wall), spent.cpu.as_millis());
+            let message = format!(
+                "{call} got {cpu_ms} ms of CPU time within {wall}: the machine is too busy; it is run again, \
+                 and no record is blamed"
+            );
+            (CallFault::Starved, message)
+        }
+    }
 }

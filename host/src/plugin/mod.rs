@@ -8,12 +8,15 @@ mod bindings;
 pub mod build;
 mod cache;
 pub mod capability;
+mod clock;
 pub mod compile;
 mod descriptor;
 mod engine;
 mod excerpt;
+mod features;
 mod instance;
 pub mod manifest;
+mod off_async;
 pub mod scaffold;
 #[path = "../../../wit/0.1.0/words.rs"]
 mod words;
@@ -32,11 +35,14 @@ pub use bindings::exports::shardmill::plugin::stage::{
 };
 pub use bindings::shardmill::plugin::types::{Column, Route};
 pub use cache::CompileCache;
-pub use capability::{Backends, Capability, LOG_TARGET, Services};
+pub use capability::{Backends, Capability, LOG_TARGET, Services, count_values_by};
 use compile::CompileError;
+pub(crate) use descriptor::check_column;
 pub use engine::PluginEngine;
 pub use excerpt::excerpt;
+pub use features::{PARTS_MAX, Parts};
 pub use instance::{CallError, CallFault, Instance};
+pub(crate) use off_async::off_async;
 pub use words::{Input, Output, Reject, Span};
 
 /// The interface that a plugin exports, without its version.
@@ -251,18 +257,8 @@ fn check_layer(path: &str, bytes: &[u8]) -> Result<(), PluginError> {
 
 /// Offers every capability; what a component imports is checked against its stage's grants.
 fn linker(engine: &PluginEngine) -> wasmtime::Result<Linker<instance::Sandbox>> {
-    type Calls = wasmtime::component::HasSelf<capability::Caller>;
-    use bindings::shardmill::plugin as wit;
-    fn caller(sandbox: &mut instance::Sandbox) -> &mut capability::Caller {
-        &mut sandbox.caller
-    }
     let mut linker = Linker::new(engine.wasmtime());
-    wit::log::add_to_linker::<_, Calls>(&mut linker, caller)?;
-    wit::metrics::add_to_linker::<_, Calls>(&mut linker, caller)?;
-    wit::clock::add_to_linker::<_, Calls>(&mut linker, caller)?;
-    wit::random::add_to_linker::<_, Calls>(&mut linker, caller)?;
-    wit::lookup::add_to_linker::<_, Calls>(&mut linker, caller)?;
-    wit::http::add_to_linker::<_, Calls>(&mut linker, caller)?;
+    capability::offer(&mut linker)?;
     Ok(linker)
 }
 

@@ -148,10 +148,12 @@ impl Chain {
         let start = |stage: &LoadedStage| {
             let context = stage.context(&shard.stream.name, shard.shard.as_str());
             let runner = StageRunner::start(stage.clone(), context, rejected_max, stop.clone());
-            runner.map(|mut runner| {
-                runner.show_searches(&searching);
-                runner
-            })
+            let mut runner = runner.map_err(|error| {
+                let message = format!("{} does not start: {error}", named(stage));
+                CallError { message, ..error }
+            })?;
+            runner.show_searches(&searching);
+            Ok(runner)
         };
         let runners = generation.stages.iter().map(|stage| {
             let canary = stage
@@ -549,6 +551,8 @@ fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
             let said = format!("{plugin}: too many records fail; the last reason: {reason}");
             Blocked::Broken(hidden(said))
         }
-        RunError::NoInstance(error) => Blocked::Broken(format!("{plugin} does not start: {error}")),
+        // What `configure` failed for may be over later: a busy machine, or the time of day.
+        RunError::NoInstance(error) => Blocked::Retry(format!("{plugin} does not start: {error}")),
+        RunError::Starved(reason) => Blocked::Retry(format!("{plugin}: {reason}")),
     }
 }

@@ -5,7 +5,8 @@
 
 use serde::Deserialize;
 
-use crate::plugin::{Column, Descriptor, Route};
+use crate::plugin::{Column, Descriptor, Route, check_column};
+use crate::terminal::escaped;
 
 /// The name in `descriptor.extra`.
 pub const NEEDS: &str = "needs-columns";
@@ -27,14 +28,16 @@ pub fn needed(descriptor: &Descriptor) -> Result<Vec<Column>, String> {
     let Some((_, json)) = descriptor.extra.iter().find(|(name, _)| name == NEEDS) else {
         return Ok(Vec::new());
     };
-    let columns: Vec<NeededColumn> = serde_json::from_str(json)
-        .map_err(|error| format!("`{NEEDS}` in its descriptor is no list of columns: {error}"))?;
-    let columns = columns.into_iter().map(|NeededColumn { name, data_type, nullable }| Column {
-        name,
-        data_type,
-        nullable,
+    let columns: Vec<NeededColumn> = serde_json::from_str(json).map_err(|error| {
+        let error = escaped(&error.to_string(), &[]);
+        format!("`{NEEDS}` in its descriptor is no list of columns: {error}")
+    })?;
+    let columns = columns.into_iter().map(|NeededColumn { name, data_type, nullable }| {
+        let column = Column { name, data_type, nullable };
+        // JSON may have had escapes of characters that the descriptor itself must not hold.
+        check_column(&column).map(|()| column)
     });
-    Ok(columns.collect())
+    columns.collect()
 }
 
 /// Checks a route's columns against the needed ones.

@@ -84,6 +84,9 @@ impl StagePlace<'_> {
                 let message = format!("stage {} ({plugin:?}): {said}", stage.name);
                 let help = match error.fault {
                     CallFault::System => "raise or remove the limit",
+                    CallFault::Parts => {
+                        "build it of fewer parts: one component, or fewer composed ones"
+                    }
                     _ => "see the plugin's documentation for [stage.config]",
                 };
                 self.misfit(Place::Stage, message, help)

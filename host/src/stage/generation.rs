@@ -16,7 +16,7 @@ use super::health::HealthCounts;
 use super::spec::{CanarySpec, GenerationSpec, StageSpec};
 use crate::config::{ConfigError, PipelineConfig, StageLimits};
 use crate::plugin::{
-    CallError, Context, Descriptor, Instance, Plugin, PluginHost, Route, Services,
+    CallError, Context, Descriptor, Instance, Plugin, PluginHost, Route, Services, off_async,
 };
 use crate::record::{RouteName, SinkName, StageName};
 use crate::sink::{BoundRoute, Column};
@@ -72,7 +72,7 @@ pub struct Canary {
 
 impl LoadedStage {
     /// A stage outside of any pipeline, with the default limits: it takes records of any format,
-    /// and its routes go nowhere. A failure that may pass is not tried again.
+    /// and its routes go nowhere. A failure that may pass is not tried again. Blocks.
     ///
     /// # Errors
     /// What the plugin says to its configuration.
@@ -104,6 +104,21 @@ impl LoadedStage {
         context(stream_name, shard_id, &self.config_json, &self.upstream)
     }
 
+    /// Starts an instance, as each lane does.
+    ///
+    /// # Errors
+    /// [`CallError`] where the plugin does not start, or declares other routes than when it was loaded.
+    pub(crate) fn start(&self, context: &Context) -> Result<Instance, CallError> {
+        let (instance, descriptor) =
+            Instance::start(&self.plugin, &self.limits, context, &self.services)?;
+        if !self.same_routes(&descriptor) {
+            return Err(CallError::contract(
+                "configure declares other routes than it did when the pipeline was loaded",
+            ));
+        }
+        Ok(instance)
+    }
+
     /// Whether another instance declares the same routes.
     pub(super) fn same_routes(&self, other: &Descriptor) -> bool {
         self.descriptor.routes.len() == other.routes.len()
@@ -130,8 +145,21 @@ pub struct Generation {
 pub type Components = Vec<(String, Bytes)>;
 
 impl Generation {
+    /// [`Generation::from_config`], off the async threads: plugins are compiled and configured.
+    ///
+    /// # Errors
+    /// As [`Generation::from_config`].
+    pub async fn load(
+        config: &PipelineConfig,
+        host: &PluginHost,
+        embedded: fn(&Path) -> Option<&'static [u8]>,
+    ) -> Result<(Self, Components), ConfigError> {
+        let (config, host) = (config.clone(), host.clone());
+        off_async(move || Self::from_config(&config, &host, &embedded)).await
+    }
+
     /// Loads the generation that a configuration describes; the components' bytes come with it,
-    /// to be stored.
+    /// to be stored. Blocks: from async code, call [`Generation::load`].
     ///
     /// # Errors
     /// What does not fit, at its line and column in the configuration.
@@ -195,7 +223,7 @@ impl Generation {
         Ok((generation, components))
     }
 
-    /// Loads a stored generation from the components that were stored with it.
+    /// Loads a stored generation from the components that were stored with it. Blocks.
     ///
     /// # Errors
     /// A component that is missing or no longer loads, in words.
@@ -218,7 +246,7 @@ impl Generation {
     }
 
     /// A generation of plugins that are loaded, in place of another: stages that are the same go on to
-    /// be judged by what they did there.
+    /// be judged by what they did there. Blocks.
     ///
     /// # Errors
     /// What does not fit, in words, with the way out.

@@ -4,7 +4,8 @@
 //! record is rejected alone, and the rest goes on. Three culprits in 1,000 records cost at most 34
 //! calls. A trap or a timeout kills the instance; the next call gets a fresh one. Every call of a
 //! search does: what one record did to the plugin's memory must not be another's fault. A search ends when
-//! the lane is to stop, and what it has found by then is kept.
+//! the lane is to stop, and what it has found by then is kept. A call that a busy machine did not let end
+//! says nothing about its records: no search comes of it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,6 +47,8 @@ pub struct StageRunner {
     patience: Option<Patience>,
     /// What a record takes as a rule, in nanoseconds; 0: not known.
     usual_ns: f64,
+    /// The calls' own time of the run under way: how busy the machine is says nothing about the plugin.
+    busy: Duration,
     /// Where a search is shown.
     searching: Option<Arc<watch::Sender<Option<String>>>>,
 }
@@ -69,6 +72,8 @@ pub enum RunError {
     TooManyFailed(String),
     /// No instance can be had: the plugin fails to start.
     NoInstance(CallError),
+    /// The machine did not give a call the time to end: nobody is to blame, and the flow is to be run again.
+    Starved(String),
 }
 
 /// A call that did not work.
@@ -101,6 +106,7 @@ impl StageRunner {
             stop,
             patience: None,
             usual_ns: 0.0,
+            busy: Duration::ZERO,
             searching: None,
         };
         runner.instance()?;
@@ -132,6 +138,7 @@ impl StageRunner {
             Ok(Ok(outcome)) => Ok(outcome),
             Ok(Err(failure)) => Err(describe(failure).0),
             Err(RunError::NoInstance(error)) => Err(error.message),
+            Err(RunError::Starved(reason)) => Err(reason),
             Err(error) => Err(format!("{error:?}")),
         }
     }
@@ -146,6 +153,7 @@ impl StageRunner {
             return Ok(StageOutcome::default());
         }
         let begun = Instant::now();
+        self.busy = Duration::ZERO;
         // A record that ran out of time before does not take the time of its whole batch again.
         let known = self.stage.endless.among(batch, items);
         let outcome = if known.is_empty() {
@@ -156,7 +164,7 @@ impl StageRunner {
         } else {
             self.search(batch, items, None, &known, begun)?
         };
-        self.stage.health.ran(items.len(), outcome.rejected.len(), begun.elapsed());
+        self.stage.health.ran(items.len(), outcome.rejected.len(), self.busy);
         Ok(outcome)
     }
 
@@ -311,7 +319,8 @@ impl StageRunner {
             .increment(1);
         let begun = Instant::now();
         let answer = instance.process(&self.wire, limit_ms);
-        let took = begun.elapsed();
+        let took = instance.busy(begun.elapsed());
+        self.busy += took;
         forget_large(&mut self.wire);
         metrics::gauge!("shardmill_stage_memory_bytes",
             "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
@@ -333,6 +342,13 @@ impl StageRunner {
                 }
             },
             Ok(Err(failure)) => Err(CallFailure::Answered(failure)),
+            Err(error) if error.fault == CallFault::Starved => {
+                self.instance = None;
+                metrics::counter!("shardmill_stage_starved_total",
+                    "stage" => self.stage.name.to_string())
+                .increment(1);
+                return Err(RunError::Starved(error.message));
+            }
             Err(error) => {
                 self.instance = None;
                 self.stage.health.trapped();
@@ -371,14 +387,7 @@ impl StageRunner {
     /// The live instance, or a fresh one.
     fn instance(&mut self) -> Result<(), CallError> {
         if self.instance.is_none() {
-            let LoadedStage { plugin, limits, services, .. } = &self.stage;
-            let (instance, descriptor) = Instance::start(plugin, limits, &self.context, services)?;
-            if !self.stage.same_routes(&descriptor) {
-                return Err(CallError::contract(
-                    "configure declares other routes than it did when the pipeline was loaded",
-                ));
-            }
-            self.instance = Some(instance);
+            self.instance = Some(self.stage.start(&self.context)?);
             self.settled_bytes = 0;
         }
         Ok(())

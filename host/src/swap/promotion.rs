@@ -10,11 +10,11 @@ use tokio::time::Instant;
 use super::{Inner, Setup, Step, StepFailed, candidate};
 use crate::config::{PipelineConfig, environment};
 use crate::lane::{LaneChange, Shared, WaitingLane};
-use crate::plugin::{Instance, PluginHost};
+use crate::plugin::PluginHost;
 use crate::position::{NewChange, Running, StateError, Variables};
 use crate::record::ShardId;
 use crate::sink::Sink;
-use crate::stage::{Components, Generation, GenerationSpec, LoadedStage};
+use crate::stage::{Components, Generation, GenerationSpec};
 
 /// How long a change waits for lanes that do not come to a batch's boundary. They change when they do.
 const LANES_CHANGE_MAX: Duration = Duration::from_secs(8);
@@ -281,10 +281,11 @@ pub(super) async fn rehearse(
     start_everywhere(&setup.shared, next).await
 }
 
-/// Starts instances for each shard that is read, and lets them go: a lane that is taken over anew with a
-/// generation that does not start would stop the pipeline.
+/// Starts instances for each shard, as its lane does, and drops them: a lane that is acquired again with a
+/// generation that does not start would be blocked, and a start in which no lane starts would end. Shards whose
+/// lane waits for its next try are included.
 async fn start_everywhere(shared: &Arc<Shared>, next: &Arc<Generation>) -> Result<(), StepFailed> {
-    let shards = shared.board.snapshot().into_iter().filter(|(_, status)| status.running);
+    let shards = shared.board.snapshot().into_iter().filter(|(_, status)| !status.ended);
     let shards: Vec<ShardId> = shards.map(|(shard, _)| shard).collect();
     let (shared, next) = (shared.clone(), next.clone());
     candidate::blocking(Step::Promote, move || {
@@ -294,8 +295,8 @@ async fn start_everywhere(shared: &Arc<Shared>, next: &Arc<Generation>) -> Resul
                 let canary = stage.canary.as_ref().map(|canary| &canary.stage);
                 for version in [stage].into_iter().chain(canary) {
                     let context = version.context(&stream, shard.as_str());
-                    let LoadedStage { plugin, limits, services, .. } = version;
-                    Instance::start(plugin, limits, &context, services)
+                    version
+                        .start(&context)
                         .map_err(|error| format!("it does not start in shard {shard}: {error}"))?;
                 }
             }

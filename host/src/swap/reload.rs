@@ -238,7 +238,8 @@ impl Inner {
             Step::Check.failed(format!("a lookup's server did not answer within {seconds} s"))
         });
         prepared?.map_err(|error| Step::Check.failed(error))?;
-        let host = PluginHost { backends, ..setup.host.clone() };
+        let cache = setup.host.cache.with_limits(config.compile_limits());
+        let host = PluginHost { backends, cache, ..setup.host.clone() };
         let (own, with, embedded) = (config.clone(), host.clone(), self.embedded_plugin);
         let (described, components) = candidate::blocking(Step::Compile, move || {
             Generation::from_config(&own, &with, &embedded).map_err(|error| error.render(false))

@@ -133,6 +133,11 @@ struct Side {
 /// What became of a sample's items, and how long it took.
 type Answer = Result<(Vec<Fate>, Duration), String>;
 
+/// A plugin's reason in one line: it is shown among the host's own words.
+fn one_line(reason: String) -> String {
+    escaped(&reason, &[])
+}
+
 impl Side {
     fn new(stage: &LoadedStage, stop: CancellationToken) -> Self {
         // A failure that may pass is not waited for: it is a rejection like another.
@@ -167,8 +172,9 @@ impl Side {
             Err(
                 RunError::AllFailed(reason)
                 | RunError::TooManyFailed(reason)
+                | RunError::Starved(reason)
                 | RunError::Later(reason, _),
-            ) => Err(self.stage.services.values.hide(reason)),
+            ) => Err(one_line(self.stage.services.values.hide(reason))),
             Err(RunError::NoInstance(error)) => Err(error.to_string()),
             Err(RunError::Stopped(_)) => Err("it was stopped".into()),
         }

@@ -8,6 +8,7 @@ use similar::{ChangeTag, TextDiff};
 
 use super::case::{Case, CaseOutput, DuePayload, Expectation};
 use super::{Fate, TrialError, TrialRecord, Workbench, case};
+use crate::terminal::printable;
 
 /// How one case, or one variant of it, went.
 #[derive(Debug)]
@@ -296,20 +297,21 @@ impl Difference {
         Self { expected: shown_fate(before), found: shown_fate(after), backtraces }
     }
 
-    /// The lines: `-` is expected, `+` is found; coloured for a terminal.
+    /// The lines: `-` is expected, `+` is found; coloured for a terminal. What the texts themselves would do
+    /// to a terminal is escaped.
     pub fn render(&self, coloured: bool) -> String {
         let mut text = String::new();
         let (red, green, end) =
             if coloured { ("\x1b[31m", "\x1b[32m", "\x1b[0m") } else { ("", "", "") };
         for change in TextDiff::from_lines(&self.expected, &self.found).iter_all_changes() {
-            let line = change.value().trim_end_matches('\n');
+            let line = printable(change.value().trim_end_matches('\n'));
             let _ = match change.tag() {
                 ChangeTag::Delete => writeln!(text, "{red}- {line}{end}"),
                 ChangeTag::Insert => writeln!(text, "{green}+ {line}{end}"),
                 ChangeTag::Equal => writeln!(text, "  {line}"),
             };
         }
-        text.push_str(&self.backtraces);
+        text.push_str(&printable(&self.backtraces));
         text
     }
 }

@@ -160,11 +160,11 @@ impl Trial {
         let Some(batch) = batch(records) else { return Ok(Vec::new()) };
         let outcome =
             self.runner.run(&batch, &first_flow(&batch)).map_err(|error| match error {
-                RunError::AllFailed(reason) | RunError::TooManyFailed(reason) => {
-                    TrialError::Batch(reason)
-                }
+                RunError::AllFailed(reason)
+                | RunError::TooManyFailed(reason)
+                | RunError::Starved(reason)
+                | RunError::Later(reason, _) => TrialError::Batch(reason),
                 RunError::NoInstance(error) => TrialError::Configure(error),
-                RunError::Later(reason, _) => TrialError::Batch(reason),
                 RunError::Stopped(_) => TrialError::Batch("it was stopped".into()),
             })?;
         Ok(fates(self.runner.stage(), records.len(), outcome))

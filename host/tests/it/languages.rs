@@ -144,7 +144,7 @@ fn example(name: &str, letters: u64) {
 }
 
 /// A plugin that asks the host, built in a place of its own.
-fn asking(distance: &str, language: &str) -> (tempfile::TempDir, String) {
+pub fn asking(distance: &str, language: &str) -> (tempfile::TempDir, String) {
     let place = tempfile::tempdir().expect("a folder");
     let folder = root().join("host/tests/asking").join(format!("{distance}-{language}"));
     let component = place.path().join("plugin.wasm");
@@ -153,7 +153,7 @@ fn asking(distance: &str, language: &str) -> (tempfile::TempDir, String) {
 }
 
 /// Runs a pipeline of a plugin in its place, which must end well; gives what it printed and its log.
-fn run_asking(place: &Path, stage: &str, input: &str) -> (Vec<u8>, String) {
+pub fn run_asking(place: &Path, stage: &str, input: &str) -> (Vec<u8>, String) {
     let pipeline = format!(
         r#"
 [pipeline]
@@ -262,14 +262,14 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
 }
 
 /// How many dead letters a pipeline in this place has, and the reason of one.
-fn letters(place: &Path) -> (u64, String) {
+pub fn letters(place: &Path) -> (u64, String) {
     let state = crate::support::sqlite(&place.join("state/asking/state.db"));
     let letters = "SELECT count(*), coalesce(max(reason), '') FROM dead_letter";
     state.query_row(letters, (), |row| Ok((row.get(0)?, row.get(1)?))).expect("letters")
 }
 
 /// A server on a port of loopback that tells what it was asked, as JSON. One path it never answers.
-async fn car_server() -> u16 {
+pub async fn car_server() -> u16 {
     let tell = |asked: axum::extract::Request| async move {
         let (head, body) = asked.into_parts();
         let body = axum::body::to_bytes(body, 1 << 20).await.expect("a body");
@@ -347,6 +347,7 @@ fn build(folder: &Path, component: &Path) {
     let mut command: Command = shardmill(&["plugin", "build", &folder, "-o", &component]);
     let built = output(with_tools(&mut command));
     assert!(built.status.success(), "{folder}: {}", String::from_utf8_lossy(&built.stderr));
+    crate::walls::assert_parts_fit(Path::new(&component));
 }
 
 /// The rows among the lines that a run prints.

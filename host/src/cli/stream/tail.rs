@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::super::{Console, output, print_line, run};
 use crate::cli::load_plugin;
 use crate::config::{BatchLimits, OnLostRecords, RejectedMax, StartPosition, Timing};
+use crate::plugin::off_async;
 use crate::position::{KnownShards, ShardState};
 use crate::record::{Batch, Record, ShardId, ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::connection::StreamConnection;
@@ -22,7 +23,7 @@ use crate::source::inbox::{Inbox, ReadFrom};
 use crate::source::polling::{Polling, PollingReader};
 use crate::source::{BatchReader as _, Beginning, NextBatch, Shard, SourceError, lineage, stream};
 use crate::stage::{Flow, LoadedStage, RunError, StageRunner, first_flow};
-use crate::terminal::note;
+use crate::terminal::{escaped, note};
 
 /// What the readers hold together, in bytes.
 const READ_AHEAD_BYTES_MAX: usize = 64 << 20;
@@ -74,7 +75,11 @@ pub(super) async fn tail(
     let stop = run::stop_on_signals(Timing::default().drain_max)?.token().clone();
     let closed = output::closed();
     let decoder = match &options.decode {
-        Some(file) => Some(Decoder::load(file, &options.config, name, &stop)?),
+        Some(file) => {
+            let (file, config_json) = (file.clone(), options.config.clone());
+            let (name, stop) = (name.clone(), stop.clone());
+            Some(off_async(move || Decoder::load(&file, &config_json, &name, &stop)).await?)
+        }
         None => None,
     };
     let left = options.limit.unwrap_or(u64::MAX);
@@ -267,12 +272,14 @@ fn decode(
         Err(
             RunError::AllFailed(reason)
             | RunError::TooManyFailed(reason)
+            | RunError::Starved(reason)
             | RunError::Later(reason, _),
         ) => {
             bail!(
-                "{:?} took no record of shard {}: {reason}",
+                "{:?} took no record of shard {}: {}",
                 runner.stage().plugin,
-                batch.shard.shard
+                batch.shard.shard,
+                escaped(&reason, &[])
             )
         }
         Err(RunError::NoInstance(error)) => {
@@ -289,7 +296,8 @@ fn decode(
     }
     for rejected in &outcome.rejected {
         let position = &record_of(rejected.item).position;
-        note(format_args!("rejected: {} {position}: {}", batch.shard.shard, rejected.reason));
+        let reason = escaped(&rejected.reason, &[]);
+        note(format_args!("rejected: {} {position}: {reason}", batch.shard.shard));
     }
     Ok(())
 }
@@ -311,7 +319,8 @@ fn print(
     if console.json {
         return console.report(&line);
     }
-    let Line { shard, sequence, key, payload, .. } = &line;
+    let Line { shard, sequence, payload, .. } = &line;
+    let key = escaped(&line.key, &[]);
     let route = route.map(|route| format!("{route} ")).unwrap_or_default();
     print_line(format!("{shard} {sequence} {route}{key} {}", payload.escape_debug()));
     Ok(())

@@ -1,26 +1,27 @@
 //! The host's answers to a plugin's calls, for one instance.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
-use super::log::{Author, LineBudget};
+use super::log::{self, Author};
 use super::lookup::words;
 use super::metric::Metrics;
 use super::{Capability, Services};
 use crate::config::StageLimits;
 use crate::http::Request;
 use crate::plugin::bindings::shardmill::plugin as wit;
+use crate::plugin::clock::CallClock;
 
 /// One instance, as far as it may ask the host for anything.
 pub(in crate::plugin) struct Caller {
     services: Arc<Services>,
     author: Author,
-    /// Whether `configure` is under way: only then metrics are announced.
+    /// Whether `configure` is under way: only then metrics are announced, and no server is asked.
     configuring: bool,
-    /// When the call under way must have ended: no host call waits longer.
-    deadline: Instant,
-    lines: LineBudget,
+    /// The time of the call under way.
+    pub(in crate::plugin) clock: CallClock,
     metrics: Metrics,
+    log_lines_per_s_max: u32,
     /// What one answer of a lookup may hold, in bytes.
     answer_bytes_max: usize,
 }
@@ -33,16 +34,12 @@ impl Caller {
             services,
             author: Author { stage, version: String::new(), shard: shard.to_owned() },
             configuring: true,
-            deadline: Instant::now(),
-            lines: LineBudget::new(limits.log_lines_per_s_max),
+            clock: CallClock::new(),
             metrics: Metrics::default(),
-            answer_bytes_max: limits.output_bytes_max,
+            log_lines_per_s_max: limits.log_lines_per_s_max,
+            // A plugin cannot take an answer that does not fit into its memory.
+            answer_bytes_max: limits.output_bytes_max.min(limits.memory_bytes_max),
         }
-    }
-
-    /// A call of the plugin begins, and may take so long.
-    pub fn call_begins(&mut self, limit_ms: u64) {
-        self.deadline = Instant::now() + Duration::from_millis(limit_ms);
     }
 
     /// `configure` is over; the plugin has said its version.
@@ -52,49 +49,112 @@ impl Caller {
     }
 
     /// A component that imports what is not granted is refused at load. This is the second lock.
-    fn granted(&self, capability: Capability) -> wasmtime::Result<()> {
+    pub(super) fn granted(&self, capability: Capability) -> wasmtime::Result<()> {
         match self.services.granted.contains(&capability) {
             true => Ok(()),
             false => Err(wasmtime::format_err!("capability `{capability}` is not granted")),
         }
     }
-}
 
-impl Drop for Caller {
-    fn drop(&mut self) {
-        self.lines.tell_dropped(&self.author);
+    /// Why a capability is not answered now, if it is not. `configure` runs at each check, swap, trial and
+    /// renewal, once per shard: a server that it asks would be asked as often, and one that is down would
+    /// keep a pipeline from starting that it is not needed for yet.
+    pub(super) fn unavailable(&self, capability: Capability) -> Option<String> {
+        let is_refused = self.configuring && !capability.is_for_configure();
+        is_refused.then(|| {
+            format!(
+                "{capability} is not available in configure: ask in process, and keep the answer there"
+            )
+        })
     }
-}
 
-impl wit::log::Host for Caller {
-    fn write(&mut self, level: wit::log::Level, message: String) -> wasmtime::Result<()> {
-        self.granted(Capability::Log)?;
-        // Before anything else is done with it: it may show a secret of the stage's configuration.
-        let message = self.services.values.hide(message);
-        self.lines.write(&self.author, level, &message);
-        Ok(())
+    /// Whether a line of the log may be written now; if not, it is counted.
+    pub(super) fn takes_line(&self) -> bool {
+        self.services.used.lines.take(&self.author, self.log_lines_per_s_max)
     }
-}
 
-impl wit::metrics::Host for Caller {
-    fn register(
+    /// Writes a line.
+    pub(super) fn write(&self, level: wit::log::Level, message: &str) {
+        // Before it is cut: half of a secret would not be found.
+        let message = self.services.values.hide(message.to_owned());
+        log::emit(&self.author, level, &log::shown(&message));
+    }
+
+    /// Announces a metric.
+    pub(super) fn register(
         &mut self,
         kind: wit::metrics::Kind,
-        name: String,
-        help: String,
-    ) -> wasmtime::Result<Result<u32, String>> {
-        self.granted(Capability::Metrics)?;
+        name: &str,
+        help: &str,
+    ) -> Result<u32, String> {
         if !self.configuring {
-            return Ok(Err(format!("metric {name} is announced outside of configure")));
+            let name: String = name.chars().take(64).collect();
+            return Err(format!("metric {name:?} is announced outside of configure"));
         }
-        Ok(self.metrics.register(&self.services.stage, kind, &name, &help))
+        let Services { stage, used, values, .. } = &*self.services;
+        let help = values.hide(help.to_owned());
+        self.metrics.register(&used.metrics, stage, kind, name, &help)
     }
 
-    fn observe(&mut self, metric: u32, value: f64) -> wasmtime::Result<()> {
-        self.granted(Capability::Metrics)?;
+    /// Gives a metric a value.
+    pub(super) fn observe(&mut self, metric: u32, value: f64) -> wasmtime::Result<()> {
         self.metrics
             .observe(metric, value)
             .ok_or_else(|| wasmtime::format_err!("metric {metric} was not registered"))
+    }
+
+    /// Looks up rows until `deadline`; `arena` and `keys` lie in the plugin's memory.
+    pub(super) fn look_up(
+        &self,
+        name: &str,
+        (arena, keys): (&[u8], &[u32]),
+        deadline: Instant,
+    ) -> wasmtime::Result<Result<wit::lookup::Found, wit::lookup::Failure>> {
+        let failed = |retryable, message| Ok(Err(wit::lookup::Failure { retryable, message }));
+        if let Some(why) = self.unavailable(Capability::Lookup) {
+            return failed(false, why);
+        }
+        let Some(lookup) = self.services.lookups.get(name) else {
+            let name: String = name.chars().take(64).collect();
+            return failed(false, format!("lookup {name:?} is not granted to this stage"));
+        };
+        let keys = match words::keys(arena, keys) {
+            Ok(keys) => keys,
+            Err(error) if error.is_excess() => {
+                return failed(false, format!("lookup {name}: {error}"));
+            }
+            Err(error) => return Err(wasmtime::format_err!("lookup.get: {error}")),
+        };
+        let rows = match lookup.get_within(&keys, deadline, self.answer_bytes_max) {
+            Ok(rows) => rows,
+            Err(error) => return failed(error.retryable, error.message),
+        };
+        match words::found(&rows, self.answer_bytes_max) {
+            Ok((arena, rows)) => Ok(Ok(wit::lookup::Found { arena, rows })),
+            Err(error) => failed(false, format!("lookup {name}: {error}")),
+        }
+    }
+
+    /// Sends a request and waits for the answer.
+    pub(super) fn send(
+        &mut self,
+        request: Request,
+    ) -> Result<wit::http::Response, wit::http::Failure> {
+        let failed = |retryable, message| Err(wit::http::Failure { retryable, message });
+        let Some(grant) = &self.services.http else {
+            return failed(false, "no host is granted to this stage".to_owned());
+        };
+        let call = self.clock.host_begins("http.send");
+        let sent = grant.send(request, call.deadline);
+        self.clock.host_ended(call);
+        match sent {
+            Ok(response) => Ok(wit::http::Response {
+                status: response.status,
+                headers: response.headers,
+                body: response.body,
+            }),
+            Err(failure) => failed(failure.retryable, failure.message),
+        }
     }
 }
 
@@ -110,52 +170,5 @@ impl wit::random::Host for Caller {
     fn next_u64(&mut self) -> wasmtime::Result<u64> {
         self.granted(Capability::Random)?;
         getrandom::u64().map_err(|error| wasmtime::format_err!("no random numbers: {error}"))
-    }
-}
-
-impl wit::lookup::Host for Caller {
-    fn get(
-        &mut self,
-        name: String,
-        arena: Vec<u8>,
-        keys: Vec<u32>,
-    ) -> wasmtime::Result<Result<wit::lookup::Found, wit::lookup::Failure>> {
-        self.granted(Capability::Lookup)?;
-        let keys = words::keys(&arena, &keys)
-            .map_err(|error| wasmtime::format_err!("lookup.get: {error}"))?;
-        let failed = |retryable, message| Ok(Err(wit::lookup::Failure { retryable, message }));
-        let Some(lookup) = self.services.lookups.get(&*name) else {
-            return failed(false, format!("lookup {name:?} is not granted to this stage"));
-        };
-        let rows = match lookup.get(&keys, self.deadline) {
-            Ok(rows) => rows,
-            Err(error) => return failed(error.retryable, error.message),
-        };
-        match words::found(&rows, self.answer_bytes_max) {
-            Ok((arena, rows)) => Ok(Ok(wit::lookup::Found { arena, rows })),
-            Err(error) => failed(false, format!("lookup {name}: {error}")),
-        }
-    }
-}
-
-impl wit::http::Host for Caller {
-    fn send(
-        &mut self,
-        request: wit::http::Request,
-    ) -> wasmtime::Result<Result<wit::http::Response, wit::http::Failure>> {
-        self.granted(Capability::Http)?;
-        let wit::http::Request { method, url, headers, body } = request;
-        let failed = |retryable, message| Ok(Err(wit::http::Failure { retryable, message }));
-        let Some(grant) = &self.services.http else {
-            return failed(false, "no host is granted to this stage".to_owned());
-        };
-        match grant.send(Request { method, url, headers, body }, self.deadline) {
-            Ok(response) => Ok(Ok(wit::http::Response {
-                status: response.status,
-                headers: response.headers,
-                body: response.body,
-            })),
-            Err(failure) => failed(failure.retryable, failure.message),
-        }
     }
 }

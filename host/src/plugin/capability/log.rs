@@ -1,14 +1,19 @@
-//! `log`: a plugin's lines in the host's log, so many a second, each cut to a bound.
+//! `log`: a stage's lines in the host's log: a limited number a second, each cut to a bound.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::plugin::bindings::shardmill::plugin::log::Level;
-use crate::plugin::excerpt;
 use crate::record::StageName;
-use crate::terminal::escaped;
+use crate::terminal::steers;
 
 /// The target of plugins' lines, for filters.
 pub const LOG_TARGET: &str = "plugin";
+
+/// Bytes of a line as it is shown.
+const LINE_BYTES_MAX: usize = 8 << 10;
+/// The time for which lines are counted.
+const SECOND: Duration = Duration::from_secs(1);
 
 /// Whose lines they are.
 pub(super) struct Author {
@@ -20,63 +25,102 @@ pub(super) struct Author {
     pub shard: String,
 }
 
-/// How many lines an instance may still write in this second.
+/// How many lines a stage may still write in this second. All instances of the stage's revision share it,
+/// those that are renewed after a trap among them: a budget per instance would begin again with each.
+#[derive(Debug, Default)]
 pub(super) struct LineBudget {
-    lines_per_s_max: u32,
-    second_began: Instant,
-    lines: u32,
+    lines: Mutex<Lines>,
+}
+
+#[derive(Debug, Default)]
+struct Lines {
+    second_began: Option<Instant>,
+    written: u32,
     dropped: u64,
+    /// The limit that was asked with last.
+    lines_per_s_max: u32,
+}
+
+/// The fate of a line, and the count to be logged before it.
+#[derive(Debug, PartialEq, Eq)]
+struct Taken {
+    is_written: bool,
+    /// Lines that were dropped in the second that is over.
+    dropped_before: u64,
 }
 
 impl LineBudget {
-    /// A fresh budget; with 0 lines a second, none is shown.
-    pub fn new(lines_per_s_max: u32) -> Self {
-        Self { lines_per_s_max, second_began: Instant::now(), lines: 0, dropped: 0 }
+    /// Takes a line of the budget; `false`: there is none left, and the line is counted. Logs how many were
+    /// dropped in a second once that is over.
+    pub fn take(&self, author: &Author, lines_per_s_max: u32) -> bool {
+        let taken = self.taken(Instant::now(), lines_per_s_max);
+        log_dropped(author, taken.dropped_before, lines_per_s_max);
+        taken.is_written
     }
 
-    /// Writes a line, or counts it as dropped.
-    pub fn write(&mut self, author: &Author, level: Level, message: &str) {
-        if self.second_began.elapsed() >= Duration::from_secs(1) {
-            self.tell_dropped(author);
-            self.second_began = Instant::now();
-            self.lines = 0;
+    fn taken(&self, now: Instant, lines_per_s_max: u32) -> Taken {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut dropped_before = 0;
+        if lines.second_began.is_none_or(|began| now.saturating_duration_since(began) >= SECOND) {
+            dropped_before = lines.dropped;
+            *lines = Lines { second_began: Some(now), written: 0, dropped: 0, lines_per_s_max };
         }
-        if self.lines >= self.lines_per_s_max {
-            self.dropped += 1;
-            return;
+        let is_written = lines.written < lines_per_s_max;
+        match is_written {
+            true => lines.written += 1,
+            false => lines.dropped += 1,
         }
-        self.lines += 1;
-        emit(author, level, &shown(message));
+        Taken { is_written, dropped_before }
     }
 
-    /// Says how many lines were dropped since the last time, if any were.
-    pub fn tell_dropped(&mut self, author: &Author) {
-        let dropped = std::mem::take(&mut self.dropped);
-        if dropped > 0 {
-            let limit = self.lines_per_s_max;
-            metrics::counter!("shardmill_stage_log_lines_dropped_total",
-                "stage" => author.stage.to_string())
-            .increment(dropped);
-            let message = format!("{dropped} lines dropped: more than {limit} a second");
-            emit(author, Level::Warn, &message);
-        }
+    /// Logs how many lines were dropped, as far as that was not logged yet.
+    pub fn end(&mut self, stage: &StageName) {
+        let lines = self.lines.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let (version, shard) = (String::new(), String::new());
+        let author = Author { stage: stage.clone(), version, shard };
+        log_dropped(&author, std::mem::take(&mut lines.dropped), lines.lines_per_s_max);
     }
 }
 
-fn emit(author: &Author, level: Level, message: &str) {
+fn log_dropped(author: &Author, dropped: u64, lines_per_s_max: u32) {
+    if dropped > 0 {
+        let stage = author.stage.to_string();
+        metrics::counter!("shardmill_stage_log_lines_dropped_total", "stage" => stage)
+            .increment(dropped);
+        let message = format!("{dropped} lines dropped: more than {lines_per_s_max} a second");
+        emit(author, Level::Warn, &message);
+    }
+}
+
+/// Writes a line that [`shown`] made.
+pub(super) fn emit(author: &Author, level: Level, line: &str) {
     let Author { stage, version, shard } = author;
     match level {
-        Level::Trace => tracing::trace!(target: LOG_TARGET, %stage, version, shard, "{message}"),
-        Level::Debug => tracing::debug!(target: LOG_TARGET, %stage, version, shard, "{message}"),
-        Level::Info => tracing::info!(target: LOG_TARGET, %stage, version, shard, "{message}"),
-        Level::Warn => tracing::warn!(target: LOG_TARGET, %stage, version, shard, "{message}"),
-        Level::Error => tracing::error!(target: LOG_TARGET, %stage, version, shard, "{message}"),
+        Level::Trace => tracing::trace!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+        Level::Debug => tracing::debug!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+        Level::Info => tracing::info!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+        Level::Warn => tracing::warn!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+        Level::Error => tracing::error!(target: LOG_TARGET, %stage, version, shard, "{line}"),
     }
 }
 
-/// One line on the terminal of bounded length, whatever the plugin wrote.
-fn shown(message: &str) -> String {
-    escaped(&excerpt(message.as_bytes()), &[])
+/// One line of bounded length, whatever the plugin wrote: a character that is escaped takes up to ten times
+/// its bytes.
+pub(super) fn shown(message: &str) -> String {
+    let mut line = String::new();
+    for c in message.chars() {
+        let whole = line.len();
+        match steers(c) {
+            true => line.extend(c.escape_default()),
+            false => line.push(c),
+        }
+        if line.len() > LINE_BYTES_MAX {
+            line.truncate(whole);
+            line.push_str(&format!("… ({} bytes in all)", message.len()));
+            break;
+        }
+    }
+    line
 }
 
 #[cfg(test)]
@@ -92,12 +136,25 @@ mod tests {
     }
 
     #[test]
-    fn lines_over_the_budget_are_counted() {
-        let author = Author { stage: "s".into(), version: "1".into(), shard: String::new() };
-        let mut budget = LineBudget::new(2);
-        (0..5).for_each(|_| budget.write(&author, Level::Debug, "x"));
-        assert_eq!((budget.lines, budget.dropped), (2, 3));
-        budget.tell_dropped(&author);
-        assert_eq!(budget.dropped, 0);
+    fn wall_09_a_line_of_escapes_is_not_longer_than_another() {
+        let cut = shown(&"\u{202e}".repeat(8 << 10));
+        assert!(cut.len() < (8 << 10) + 64, "{} bytes", cut.len());
+    }
+
+    #[test]
+    fn wall_09_lines_over_the_budget_of_a_stage_are_counted() {
+        let budget = LineBudget::default();
+        let begun = Instant::now();
+        let take = |ms| {
+            let taken = budget.taken(begun + Duration::from_millis(ms), 2);
+            (taken.is_written, taken.dropped_before)
+        };
+        assert_eq!(
+            [0, 1, 2, 3, 999].map(take),
+            [(true, 0), (true, 0), (false, 0), (false, 0), (false, 0)]
+        );
+        assert_eq!([1_000, 1_001, 1_002].map(take), [(true, 3), (true, 0), (false, 0)]);
+        assert_eq!(take(60_000), (true, 1));
+        assert_eq!(budget.taken(begun, 0), Taken { is_written: false, dropped_before: 0 });
     }
 }

@@ -1,10 +1,10 @@
 //! What a plugin may ask of the host, if its stage grants it: `wit/0.1.0/capabilities.wit`.
 //!
-//! [`Services`] is what one stage grants, shared by the stage's instances. What an instance asks is
-//! answered in [`calls`], with what that instance keeps between its questions.
+//! [`Services`] is what one stage grants, shared by the stage's instances, with what they have used of it
+//! together. What an instance asks is answered in [`calls`]; [`imports`] bounds its arguments first.
 
 mod calls;
-
+mod imports;
 mod log;
 pub mod lookup;
 mod metric;
@@ -16,13 +16,17 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
+use self::log::LineBudget;
 use self::lookup::Lookup;
+use self::metric::StageMetrics;
 use crate::config::{Grants, PipelineConfig, Values};
 use crate::http::HttpGrant;
 use crate::record::{LookupName, StageName};
 
 pub(super) use calls::Caller;
+pub(super) use imports::offer;
 pub use log::LOG_TARGET;
+pub use metric::count_values_by;
 
 /// A capability, by the name of its interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -76,6 +80,11 @@ impl Capability {
         }
     }
 
+    /// Whether `configure` may ask for it: the host itself answers, and waits for nobody.
+    pub fn is_for_configure(self) -> bool {
+        !matches!(self, Self::Lookup | Self::Http)
+    }
+
     /// Whether what it answers may differ at a replay and so change what a record becomes.
     pub fn is_deterministic(self) -> bool {
         matches!(self, Self::Log | Self::Metrics)
@@ -101,14 +110,38 @@ pub struct Services {
     pub http: Option<Arc<HttpGrant>>,
     /// Values of variables in its configuration: nothing that the plugin says may show them.
     pub values: Values,
+    /// The use that the stage's instances have made of their shared limits.
+    used: Arc<StageUse>,
+}
+
+/// Limits that the instances of one stage, in one revision, share. An instance is renewed after each trap:
+/// limits of its own would begin again with each.
+#[derive(Debug)]
+struct StageUse {
+    stage: StageName,
+    lines: LineBudget,
+    metrics: StageMetrics,
+}
+
+impl StageUse {
+    fn new(stage: StageName) -> Arc<Self> {
+        Arc::new(Self { stage, lines: LineBudget::default(), metrics: StageMetrics::default() })
+    }
+}
+
+impl Drop for StageUse {
+    fn drop(&mut self) {
+        self.lines.end(&self.stage);
+    }
 }
 
 impl Services {
     /// For a plugin outside of any pipeline: what needs nothing but the host itself.
     pub fn alone(name: StageName) -> Self {
         let granted = [Capability::Log, Capability::Metrics, Capability::Clock, Capability::Random];
+        let used = StageUse::new(name.clone());
         let (lookups, values) = (BTreeMap::new(), Values::default());
-        Self { stage: name, granted: granted.into(), lookups, http: None, values }
+        Self { stage: name, granted: granted.into(), lookups, http: None, values, used }
     }
 }
 
@@ -168,6 +201,7 @@ impl Backends {
             lookups,
             http: self.http.get(stage).cloned(),
             values: Values::default(),
+            used: StageUse::new(stage.clone()),
         })
     }
 }

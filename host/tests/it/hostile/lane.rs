@@ -93,6 +93,14 @@ type = "stdout"
         Ok(Self { chain: chain.map_err(|error| error.to_string())?, stop })
     }
 
+    /// Another lane of the same stage, with no bound on rejected records.
+    pub fn another(&self) -> Self {
+        let (stop, samples) = (CancellationToken::new(), Samples::new(Default::default()));
+        let generation = self.chain.generation();
+        let chain = Chain::start(generation, &shard(), RejectedMax::NONE, samples, &stop);
+        Self { chain: chain.expect("it has started before"), stop }
+    }
+
     /// Runs a batch; waits where the plugin asks for another try.
     pub fn run(&mut self, payloads: &[String]) -> Result<ChainOutcome, Blocked> {
         let batch = Arc::new(batch(payloads));

@@ -5,4 +5,4 @@ pub mod lane;
 mod misdeeds;
 mod nosy;
 mod search;
-mod wat;
+pub mod wat;

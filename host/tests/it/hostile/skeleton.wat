@@ -50,7 +50,9 @@
 
   (func (export "shardmill:plugin/stage@0.1.0#configure")
     (param i32 i32 i32 i32 i32 i32 i32 i32 i32 i32) (result i32)
+    (local $turns i64)
     (global.set $last_length (i32.const 0))
+    ;;@configure
     (i32.const 128))
 
   (func (export "shardmill:plugin/stage@0.1.0#process")
@@ -96,7 +98,7 @@
   ;; Whether the misdeed was done in this instance.
   (global $guilty (mut i32) (i32.const 0))
 
-  (func $misdeed
+  (func $misdeed (local $turns i64)
     (global.set $guilty (i32.const 1))
     ;;@process
   )

@@ -15,6 +15,9 @@ const SKELETON: &str = include_str!("skeleton.wat");
 pub struct Guest<'a> {
     /// Core imports.
     pub imports: &'a str,
+    /// In `configure`. Its parameters 2 and 3 are the place and the length of the shard's id, which is empty
+    /// while the pipeline is loaded.
+    pub configure: &'a str,
     /// In `cabi_realloc`, when the batch under way holds a culprit; `$at` is what it answers.
     pub realloc: &'a str,
     /// In `process`, for each culprit, before its output is written.
@@ -30,21 +33,12 @@ impl Guest<'_> {
     pub fn build(&self, world: &str) -> tempfile::NamedTempFile {
         let text = SKELETON
             .replace(";;@imports", self.imports)
+            .replace(";;@configure", self.configure)
             .replace(";;@realloc", self.realloc)
             .replace(";;@process", self.process)
             .replace(";;@post", self.post)
             .replace(";;@items", self.items);
-        let mut module = wat::parse_str(&text).expect("sound WAT");
-        let mut wit = Resolve::default();
-        let (package, _) =
-            wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
-        let world = wit.select_world(&[package], Some(world)).expect("a world");
-        embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
-        let encoder = ComponentEncoder::default().validate(true).module(&module);
-        let component = encoder.and_then(|mut it| it.encode()).expect("a component");
-        let mut file = tempfile::NamedTempFile::new().expect("a file");
-        file.write_all(&component).expect("written");
-        file
+        component(&text, world)
     }
 
     fn lane(&self, world: &str) -> Result<Lane, String> {
@@ -61,6 +55,20 @@ impl Guest<'_> {
         // The next batch finds an instance that is sound.
         lane.assert_culprits_alone(&[], reason);
     }
+}
+
+/// A component of our world, made of a module's text, in a file.
+pub fn component(text: &str, world: &str) -> tempfile::NamedTempFile {
+    let mut module = wat::parse_str(text).expect("sound WAT");
+    let mut wit = Resolve::default();
+    let (package, _) = wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
+    let world = wit.select_world(&[package], Some(world)).expect("a world");
+    embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
+    let encoder = ComponentEncoder::default().validate(true).module(&module);
+    let component = encoder.and_then(|mut it| it.encode()).expect("a component");
+    let mut file = tempfile::NamedTempFile::new().expect("a file");
+    file.write_all(&component).expect("written");
+    file
 }
 
 #[test]

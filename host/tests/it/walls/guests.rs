@@ -1,1 +1,7 @@
 //! Calls of plugins to the host, and what plugins name themselves.
+
+mod arguments;
+mod asking;
+mod budgets;
+mod configure;
+mod terminal;

@@ -9,3 +9,5 @@ mod kpl;
 mod letters;
 mod machine;
 mod threats;
+
+pub use clocks::assert_parts_fit;

@@ -1,7 +1,8 @@
 //! What was found is kept for a while, bounded by keys and bytes; who asks first, fetches.
 //!
-//! A batch takes the lock once for all of its keys. A key that another lane is fetching is waited
-//! for instead of fetched again.
+//! All lanes share one lock, so it is held for a few hundred keys at a time, and only to look and to link:
+//! keys are copied before, and rows are shared. A key that another lane is fetching is waited for instead
+//! of fetched again.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,6 +19,10 @@ pub(super) type Row = Option<Arc<str>>;
 /// What keeping an entry costs beside its key and row: two reference-counted texts, the entry, and
 /// its place in the table.
 const ENTRY_BYTES: u64 = 96;
+
+/// Keys that are looked at while the lock is held. A call may have a hundred thousand, and the other lanes
+/// are not to wait for all of them.
+const KEYS_PER_LOCK: usize = 512;
 
 /// The answers of one lookup, shared by its lanes.
 pub(super) struct Cache {
@@ -58,7 +63,7 @@ pub(super) struct Standing<'c> {
     pub(super) known: Vec<Option<Row>>,
     /// The keys that this call is to fetch, each once.
     pub(super) claim: Claim<'c>,
-    /// How many keys others are fetching.
+    /// How many keys others are fetching, or have fetched meanwhile.
     pub(super) awaited: usize,
 }
 
@@ -89,44 +94,59 @@ impl Cache {
     /// is filled already are left alone.
     pub(super) fn stand(&self, keys: &[&str], mut known: Vec<Option<Row>>) -> Standing<'_> {
         let now = Instant::now();
-        let (mut mine, mut own) = (Vec::new(), HashSet::new());
-        let mut awaited = 0;
-        let mut state = self.lock();
-        for (key, known) in keys.iter().zip(&mut known).filter(|(_, known)| known.is_none()) {
-            let fresh = state.kept.get(*key).filter(|kept| now - kept.since < self.ttl);
-            if let Some(kept) = fresh {
-                *known = Some(kept.row.clone());
-            } else if own.contains(*key) {
-                // A key that this call has claimed already.
-            } else if state.in_flight.contains(*key) {
-                awaited += 1;
-            } else {
-                let key: Arc<str> = Arc::from(*key);
-                state.in_flight.insert(Arc::clone(&key));
-                own.insert(Arc::clone(&key));
-                mine.push(key);
+        let asked: Vec<usize> = (0..keys.len()).filter(|place| known[*place].is_none()).collect();
+        let mut unknown = Vec::new();
+        for places in asked.chunks(KEYS_PER_LOCK) {
+            let state = self.lock();
+            for place in places {
+                match state.fresh(keys[*place], now, self.ttl) {
+                    Some(row) => known[*place] = Some(row),
+                    None => unknown.push(keys[*place]),
+                }
             }
         }
-        Standing { known, claim: Claim { cache: self, keys: mine }, awaited }
+        // Each key once, copied without the lock.
+        let mut once = HashSet::with_capacity(unknown.len());
+        unknown.retain(|key| once.insert(*key));
+        let copied: Vec<Arc<str>> = unknown.into_iter().map(Arc::from).collect();
+        let mut claim = Claim { cache: self, keys: Vec::with_capacity(copied.len()) };
+        let mut awaited = 0;
+        for keys in copied.chunks(KEYS_PER_LOCK) {
+            let mut state = self.lock();
+            for key in keys {
+                let is_fetched = state.fresh(key, now, self.ttl).is_some();
+                if is_fetched || state.in_flight.contains(key) {
+                    awaited += 1;
+                } else {
+                    state.in_flight.insert(Arc::clone(key));
+                    claim.keys.push(Arc::clone(key));
+                }
+            }
+        }
+        Standing { known, claim, awaited }
     }
 
-    /// Waits until none of the places that are not known is being fetched; false: it is `deadline`.
+    /// Waits until each of the places that are not known was not being fetched for a moment; false: it is
+    /// `deadline`.
     pub(super) fn wait(&self, keys: &[&str], known: &[Option<Row>], deadline: Instant) -> bool {
         let mut state = self.lock();
-        loop {
-            let is_awaited = |(key, known): (&&str, &Option<Row>)| {
-                known.is_none() && state.in_flight.contains(*key)
-            };
-            if !keys.iter().zip(known).any(is_awaited) {
-                return true;
+        let mut looked_at = 0;
+        for (key, _) in keys.iter().zip(known).filter(|(_, known)| known.is_none()) {
+            while state.in_flight.contains(*key) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return false;
+                }
+                let waited = self.fetched.wait_timeout(state, left);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
+            looked_at += 1;
+            if looked_at % KEYS_PER_LOCK == 0 {
+                drop(state);
+                state = self.lock();
             }
-            let waited = self.fetched.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        true
     }
 
     /// A panic elsewhere leaves the state whole: every change of it is a single call.
@@ -140,6 +160,17 @@ impl Cache {
     }
 }
 
+impl State {
+    /// Finds the row that is kept for a key, unless it is too old.
+    fn fresh(&self, key: &str, now: Instant, ttl: Duration) -> Option<Row> {
+        let kept = self.kept.get(key).filter(|kept| {
+            // Another lane may have kept it after `now` was read.
+            now.saturating_duration_since(kept.since) < ttl
+        });
+        kept.map(|kept| kept.row.clone())
+    }
+}
+
 impl Claim<'_> {
     /// Keeps what was found; a key without a row in `found` has none.
     pub(super) fn keep(&self, found: &HashMap<Arc<str>, Arc<str>>) {
@@ -147,25 +178,26 @@ impl Claim<'_> {
             return;
         }
         let since = Instant::now();
-        let mut state = self.cache.lock();
-        for key in &self.keys {
-            let row = found.get(key).cloned();
-            state.kept.insert(Arc::clone(key), Kept { row, since });
+        for keys in self.keys.chunks(KEYS_PER_LOCK) {
+            let mut state = self.cache.lock();
+            for key in keys {
+                let row = found.get(key).cloned();
+                state.kept.insert(Arc::clone(key), Kept { row, since });
+            }
         }
     }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        if self.keys.is_empty() {
-            return;
+        for keys in self.keys.chunks(KEYS_PER_LOCK) {
+            let mut state = self.cache.lock();
+            for key in keys {
+                state.in_flight.remove(key);
+            }
+            drop(state);
+            self.cache.fetched.notify_all();
         }
-        let mut state = self.cache.lock();
-        for key in &self.keys {
-            state.in_flight.remove(key);
-        }
-        drop(state);
-        self.cache.fetched.notify_all();
     }
 }
 
@@ -241,5 +273,39 @@ mod tests {
         drop(first);
         assert!(cache.wait(&["b"], &[None], Instant::now()), "it was given up");
         assert_eq!(cache.stand(&["b", "c"], vec![None; 2]).claim.keys.len(), 1);
+    }
+
+    /// A call of very many keys beside others, each of which finds out about each key once.
+    #[test]
+    fn wall_06_lanes_that_ask_for_the_same_keys_at_once_fetch_each_once() {
+        let cache = cache(1_000_000, 1 << 30, HOUR);
+        let names: Vec<String> = (0..10_000).map(|n| format!("key-{n}")).collect();
+        let keys: Vec<&str> = names.iter().chain(&names).map(String::as_str).collect();
+        let fetched = std::sync::atomic::AtomicUsize::new(0);
+        let ask = || {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            let mut known = vec![None; keys.len()];
+            loop {
+                let standing = cache.stand(&keys, known);
+                known = standing.known;
+                let claim = standing.claim;
+                let rows = claim.keys.iter().map(|key| (key.clone(), Arc::from("{}")));
+                let found: HashMap<Arc<str>, Arc<str>> = rows.collect();
+                fetched.fetch_add(found.len(), std::sync::atomic::Ordering::Relaxed);
+                claim.keep(&found);
+                for (key, known) in keys.iter().zip(&mut known).filter(|(_, known)| known.is_none())
+                {
+                    *known = found.get(*key).map(|row| Some(row.clone()));
+                }
+                drop(claim);
+                if standing.awaited == 0 {
+                    assert!(known.iter().all(|row| *row == Some(Some("{}".into()))));
+                    return;
+                }
+                assert!(cache.wait(&keys, &known, deadline));
+            }
+        };
+        std::thread::scope(|scope| (0..4).for_each(|_| _ = scope.spawn(ask)));
+        assert_eq!(fetched.into_inner(), names.len());
     }
 }

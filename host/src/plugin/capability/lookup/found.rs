@@ -6,17 +6,28 @@ use std::sync::Arc;
 use super::LookupError;
 
 /// What the rows of one call may take in memory: as much as a stage may hand back by default.
-const ANSWER_BYTES_MAX: usize = 64 << 20;
+pub(super) const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// The rows found.
-#[derive(Default)]
 pub(super) struct Found {
     rows: HashMap<Arc<str>, Arc<str>>,
     bytes: usize,
+    bytes_max: usize,
     stranger: Option<String>,
 }
 
+impl Default for Found {
+    fn default() -> Self {
+        Self::within(ANSWER_BYTES_MAX)
+    }
+}
+
 impl Found {
+    /// Makes an empty set of rows that may have at most `bytes_max` bytes together.
+    pub(super) fn within(bytes_max: usize) -> Self {
+        Self { rows: HashMap::new(), bytes: 0, bytes_max, stranger: None }
+    }
+
     /// Adds a row for all keys that mean it. Of several rows of one key the first counts.
     pub(super) fn add(&mut self, keys: &[Arc<str>], row: &str) -> Result<(), LookupError> {
         let is_new = keys.iter().any(|key| !self.rows.contains_key(key));
@@ -24,10 +35,11 @@ impl Found {
             return Ok(());
         }
         self.bytes += row.len();
-        if self.bytes > ANSWER_BYTES_MAX {
+        if self.bytes > self.bytes_max {
             return Err(LookupError::lasting(format!(
-                "the rows of one call take more than {ANSWER_BYTES_MAX} bytes: name fewer columns \
-                 in the query, or ask for fewer keys"
+                "the rows of one call take more than {} bytes: name fewer columns \
+                 in the query, or ask for fewer keys",
+                self.bytes_max
             )));
         }
         let row: Arc<str> = row.into();

@@ -15,29 +15,36 @@ pub mod words;
 
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
 use self::cache::{Cache, Row};
-use self::found::Found;
+use self::found::{ANSWER_BYTES_MAX, Found};
 use self::postgres::PostgresTable;
 use self::sqlite::SqliteTable;
 use crate::config::{LookupConfig, LookupSource};
 use crate::record::LookupName;
 
-/// More keys than this are asked for by several queries: one array of all would be a message that
-/// servers and their logs choke on.
+/// More keys than this, or more bytes of them, are asked for by several queries: one array of all would be a
+/// message that servers and their logs choke on, and takes several times the keys' bytes.
 const KEYS_PER_QUERY_MAX: usize = 10_000;
+const KEY_BYTES_PER_QUERY_MAX: usize = 1 << 20;
+
+/// How often a lookup says that its query gives rows which nobody asked for: a plugin may ask as often as
+/// it likes.
+const STRANGER_SAID_AFTER: Duration = Duration::from_secs(60);
 
 /// A reference table, shared by the lanes of a pipeline.
 pub struct Lookup {
     name: LookupName,
-    timeout: std::time::Duration,
+    timeout: Duration,
     cache: Cache,
     table: Table,
     runtime: Handle,
+    /// When it was last said that the query gives rows which nobody asked for.
+    stranger_said: Mutex<Option<Instant>>,
 }
 
 /// Where rows come from.
@@ -83,7 +90,8 @@ impl Lookup {
         };
         let name = config.name.value.clone();
         let table = table.map_err(|error| named(&name, error))?;
-        Ok(Self { name, timeout, cache: Cache::new(config.cache), table, runtime })
+        let (cache, stranger_said) = (Cache::new(config.cache), Mutex::default());
+        Ok(Self { name, timeout, cache, table, runtime, stranger_said })
     }
 
     /// The name that plugins ask for.
@@ -97,7 +105,7 @@ impl Lookup {
     /// When it cannot, with what to do about it.
     pub async fn prepare(&self) -> Result<(), LookupError> {
         // A person waits here, and no batch: connecting alone may take longer than one query.
-        let deadline = Instant::now() + self.timeout.max(std::time::Duration::from_secs(10));
+        let deadline = Instant::now() + self.timeout.max(Duration::from_secs(10));
         let prepared = match &self.table {
             Table::Postgres(table) => table.prepare(deadline).await,
             Table::Sqlite(table) => {
@@ -119,11 +127,29 @@ impl Lookup {
         keys: &[&str],
         deadline: Instant,
     ) -> Result<Vec<Option<Arc<str>>>, LookupError> {
-        let rows = self.find(keys, deadline);
+        self.get_within(keys, deadline, ANSWER_BYTES_MAX)
+    }
+
+    /// Does as [`Lookup::get`], and bounds the bytes of the rows that are fetched.
+    ///
+    /// # Errors
+    /// As [`Lookup::get`].
+    pub(super) fn get_within(
+        &self,
+        keys: &[&str],
+        deadline: Instant,
+        bytes_max: usize,
+    ) -> Result<Vec<Option<Arc<str>>>, LookupError> {
+        let rows = self.find(keys, deadline, bytes_max);
         rows.map_err(|error| named(&self.name, error))
     }
 
-    fn find(&self, keys: &[&str], deadline: Instant) -> Result<Vec<Row>, LookupError> {
+    fn find(
+        &self,
+        keys: &[&str],
+        deadline: Instant,
+        bytes_max: usize,
+    ) -> Result<Vec<Row>, LookupError> {
         let mut known: Vec<Option<Row>> = vec![None; keys.len()];
         let (mut missed, mut absent) = (0, 0);
         loop {
@@ -131,7 +157,7 @@ impl Lookup {
             known = standing.known;
             let claim = standing.claim;
             if !claim.keys.is_empty() {
-                let found = self.fetch(&claim.keys, deadline)?.into_rows();
+                let found = self.fetch(&claim.keys, deadline, bytes_max)?.into_rows();
                 claim.keep(&found);
                 missed += found.len();
                 absent += claim.keys.len() - found.len();
@@ -146,7 +172,8 @@ impl Lookup {
             if standing.awaited == 0 {
                 break;
             }
-            if !self.cache.wait(keys, &known, deadline) {
+            // Where a cache holds next to nothing, lanes may fetch each other's keys again and again.
+            if Instant::now() >= deadline || !self.cache.wait(keys, &known, deadline) {
                 return Err(LookupError::retryable("another lane's query took too long"));
             }
         }
@@ -157,9 +184,14 @@ impl Lookup {
     }
 
     /// Asks the table for keys that are all different.
-    fn fetch(&self, keys: &[Arc<str>], deadline: Instant) -> Result<Found, LookupError> {
-        let mut found = Found::default();
-        for keys in keys.chunks(KEYS_PER_QUERY_MAX) {
+    fn fetch(
+        &self,
+        keys: &[Arc<str>],
+        deadline: Instant,
+        bytes_max: usize,
+    ) -> Result<Found, LookupError> {
+        let mut found = Found::within(bytes_max);
+        for keys in queries(keys) {
             let started = Instant::now();
             let deadline = deadline.min(started + self.timeout);
             match &self.table {
@@ -172,7 +204,7 @@ impl Lookup {
             metrics::histogram!("shardmill_lookup_seconds", "lookup" => self.name.to_string())
                 .record(seconds);
         }
-        if let Some(key) = found.first_stranger() {
+        if let Some(key) = found.first_stranger().filter(|_| self.may_say_stranger()) {
             tracing::warn!(
                 lookup = %self.name,
                 "the query gave a row of the key {key:?}, which nobody asked for: its first column \
@@ -180,6 +212,16 @@ impl Lookup {
             );
         }
         Ok(found)
+    }
+
+    fn may_say_stranger(&self) -> bool {
+        let now = Instant::now();
+        let mut said = self.stranger_said.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = said.is_none_or(|said| now.duration_since(said) >= STRANGER_SAID_AFTER);
+        if may {
+            *said = Some(now);
+        }
+        may
     }
 
     fn count(&self, result: &'static str, keys: usize) {
@@ -197,6 +239,21 @@ impl fmt::Debug for Lookup {
     }
 }
 
+/// Cuts keys into those of one query each.
+fn queries(mut keys: &[Arc<str>]) -> impl Iterator<Item = &[Arc<str>]> {
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fits = |(index, key): (usize, &Arc<str>)| {
+            bytes += key.len();
+            index == 0 || (index < KEYS_PER_QUERY_MAX && bytes <= KEY_BYTES_PER_QUERY_MAX)
+        };
+        let count = keys.iter().enumerate().map(fits).take_while(|fits| *fits).count();
+        let (query, rest) = keys.split_at(count);
+        keys = rest;
+        (!query.is_empty()).then_some(query)
+    })
+}
+
 fn named(name: &LookupName, error: LookupError) -> LookupError {
     LookupError { message: format!("lookup `{name}`: {}", error.message), ..error }
 }
@@ -204,6 +261,18 @@ fn named(name: &LookupName, error: LookupError) -> LookupError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn wall_06_keys_go_by_queries_of_bounded_size() {
+        let sizes = |keys: &[usize]| {
+            let keys: Vec<Arc<str>> = keys.iter().map(|bytes| "x".repeat(*bytes).into()).collect();
+            queries(&keys).map(<[_]>::len).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(&[]), Vec::<usize>::new());
+        assert_eq!(sizes(&[1; 25_000]), [10_000, 10_000, 5_000]);
+        assert_eq!(sizes(&[8 << 10; 300]), [128, 128, 44]);
+        assert_eq!(sizes(&[2 << 20, 2 << 20, 1]), [1, 1, 1]);
+    }
 
     #[test]
     fn an_error_names_its_lookup() {

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::fs::Metadata;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use base64::Engine as _;
@@ -20,11 +20,30 @@ use super::found::{Asked, Found};
 /// Steps of SQLite's machine between two looks at the clock: well below a millisecond.
 const STEPS: i32 = 10_000;
 
-/// A file's query, and the connection that lanes take turns on.
+/// Lanes share these, as with PostgreSQL: one slow query stops nobody else, and each connection keeps up to
+/// 2 MiB of the file.
+const CONNECTIONS_MAX: usize = 4;
+
+/// A file's query, and the connections that lanes take turns on.
 pub(super) struct SqliteTable {
     path: PathBuf,
     query: String,
-    open: Mutex<Option<Open>>,
+    connections: Mutex<Connections>,
+    /// Notified when a connection is given back.
+    given_back: Condvar,
+}
+
+#[derive(Default)]
+struct Connections {
+    idle: Vec<Open>,
+    in_use: usize,
+}
+
+/// A turn on a connection. The query runs on it without a lock that lanes share.
+struct Turn<'t> {
+    table: &'t SqliteTable,
+    /// A connection to be given back, if it is sound.
+    open: Option<Open>,
 }
 
 struct Open {
@@ -35,7 +54,8 @@ struct Open {
 
 impl SqliteTable {
     pub(super) fn new(path: PathBuf, query: &str) -> Self {
-        Self { path, query: query.to_owned(), open: Mutex::default() }
+        let (connections, given_back) = (Mutex::default(), Condvar::new());
+        Self { path, query: query.to_owned(), connections, given_back }
     }
 
     /// Opens the file, and runs the query without a key.
@@ -51,9 +71,9 @@ impl SqliteTable {
         found: &mut Found,
     ) -> Result<(), LookupError> {
         let file = std::fs::metadata(&self.path).map_err(|error| self.failed(error))?;
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turn = self.turn(deadline)?;
         // A table is often renewed by renaming a new file over it.
-        let mut opened = match open.take() {
+        let mut opened = match turn.open.take() {
             Some(opened) if opened.file == identity(&file) => opened,
             _ => Open {
                 connection: self.open_file().map_err(|error| self.failed(error))?,
@@ -63,9 +83,29 @@ impl SqliteTable {
         let fetched = self.fetch_on(&mut opened.connection, keys, deadline, found);
         // A connection that failed is opened anew by the next call.
         if fetched.is_ok() {
-            *open = Some(opened);
+            turn.open = Some(opened);
         }
         fetched
+    }
+
+    /// Waits for a turn until `deadline` at most.
+    fn turn(&self, deadline: Instant) -> Result<Turn<'_>, LookupError> {
+        let mut connections = self.connections();
+        while connections.in_use == CONNECTIONS_MAX {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.failed("the queries of other lanes took too long"));
+            }
+            let waited = self.given_back.wait_timeout(connections, left);
+            connections = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        connections.in_use += 1;
+        Ok(Turn { table: self, open: connections.idle.pop() })
+    }
+
+    /// A panic elsewhere leaves them whole: every change is a single call.
+    fn connections(&self) -> MutexGuard<'_, Connections> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fetch_on(
@@ -169,6 +209,16 @@ impl SqliteTable {
 
     fn failed(&self, cause: impl std::fmt::Display) -> LookupError {
         LookupError::retryable(format!("{}: {cause}", self.place()))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut connections = self.table.connections();
+        connections.in_use -= 1;
+        connections.idle.extend(self.open.take());
+        drop(connections);
+        self.table.given_back.notify_one();
     }
 }
 

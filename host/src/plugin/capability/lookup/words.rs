@@ -4,22 +4,42 @@ use std::sync::Arc;
 
 /// Keys that one call may ask for: more than any batch has, and few enough to hold.
 pub const KEYS_PER_CALL_MAX: usize = 100_000;
+/// Bytes of one key: longer than what an index of a database takes.
+pub const KEY_BYTES_MAX: usize = 8 << 10;
+/// Bytes of all keys of a call. Spans may overlap, so that this is not the arena's length.
+pub const KEYS_BYTES_MAX: usize = 8 << 20;
 
 /// The words that stand for no row.
 const NONE: [u32; 2] = [u32::MAX, 0];
 
-/// Words that break the contract of `lookup.get`: a trap.
+/// Keys that are not looked up.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum BadKeys {
     #[error("the keys are {0} words, and each key has two")]
     Odd(usize),
-    #[error("a call asked for {0} keys, over the limit of {KEYS_PER_CALL_MAX}")]
+    #[error(
+        "a call asked for {0} keys, over the limit of {KEYS_PER_CALL_MAX}: ask in several calls"
+    )]
     TooMany(usize),
+    #[error("key {key} has {bytes} bytes, over the limit of {KEY_BYTES_MAX}")]
+    TooLong { key: usize, bytes: u32 },
+    #[error(
+        "the keys of a call have more than {KEYS_BYTES_MAX} bytes together: ask in several calls"
+    )]
+    TooLarge,
     #[error("key {key} ends at byte {end} of an arena of {arena} bytes")]
     OutOfArena { key: usize, end: u64, arena: usize },
     #[error("key {0} is no UTF-8")]
     NotText(usize),
+}
+
+impl BadKeys {
+    /// Whether they are only too many or too long, which is answered in words. All else breaks the contract
+    /// of `lookup.get`: a trap.
+    pub fn is_excess(&self) -> bool {
+        matches!(self, Self::TooMany(_) | Self::TooLong { .. } | Self::TooLarge)
+    }
 }
 
 /// Rows that do not fit into an answer.
@@ -29,18 +49,35 @@ pub struct TooLarge {
     bytes_max: usize,
 }
 
-/// The keys that a plugin asks for: two words per key, the span of its text in `arena`.
+/// The keys that a plugin asks for: two words per key, the span of its text in `arena`. The words may lie in
+/// the plugin's memory, in its order of bytes.
+///
+/// Number and lengths are bounded before a byte of a key is read: spans that overlap could name the whole
+/// arena a hundred thousand times, and to read that alone would take minutes.
 ///
 /// # Errors
-/// [`BadKeys`] where the words are no such thing.
+/// [`BadKeys`] where the words are no keys, or too many.
 pub fn keys<'a>(arena: &'a [u8], words: &[u32]) -> Result<Vec<&'a str>, BadKeys> {
     let (spans, []) = words.as_chunks::<2>() else { return Err(BadKeys::Odd(words.len())) };
     if spans.len() > KEYS_PER_CALL_MAX {
         return Err(BadKeys::TooMany(spans.len()));
     }
-    let text = |(key, [start, length]): (usize, &[u32; 2])| {
-        let end = u64::from(*start) + u64::from(*length);
-        let range = usize::try_from(*start).ok().zip(usize::try_from(end).ok());
+    let words = |[start, length]: &[u32; 2]| (u32::from_le(*start), u32::from_le(*length));
+    let mut bytes_in_all = 0;
+    for (key, span) in spans.iter().enumerate() {
+        let (_, bytes) = words(span);
+        if bytes as usize > KEY_BYTES_MAX {
+            return Err(BadKeys::TooLong { key, bytes });
+        }
+        bytes_in_all += bytes as usize;
+        if bytes_in_all > KEYS_BYTES_MAX {
+            return Err(BadKeys::TooLarge);
+        }
+    }
+    let text = |(key, span): (usize, &[u32; 2])| {
+        let (start, length) = words(span);
+        let end = u64::from(start) + u64::from(length);
+        let range = usize::try_from(start).ok().zip(usize::try_from(end).ok());
         let bytes = range.and_then(|(start, end)| arena.get(start..end));
         let bytes = bytes.ok_or(BadKeys::OutOfArena { key, end, arena: arena.len() })?;
         std::str::from_utf8(bytes).map_err(|_| BadKeys::NotText(key))
@@ -80,12 +117,38 @@ mod tests {
         assert_eq!(keys(arena, &[]), Ok(vec![]));
         assert_eq!(keys(arena, &[0]), Err(BadKeys::Odd(1)));
         assert_eq!(keys(arena, &[0, 1, 1, 1]), Err(BadKeys::NotText(1)));
-        for span in [[0, 5], [4, 1], [5, 0], [u32::MAX, 0], [u32::MAX, u32::MAX]] {
+        for span in [[0, 5], [4, 1], [5, 0], [u32::MAX, 0], [u32::MAX, 8192]] {
             let end = u64::from(span[0]) + u64::from(span[1]);
             assert_eq!(keys(arena, &span), Err(BadKeys::OutOfArena { key: 0, end, arena: 4 }));
         }
         let many = vec![0; 2 * KEYS_PER_CALL_MAX + 2];
         assert_eq!(keys(arena, &many), Err(BadKeys::TooMany(KEYS_PER_CALL_MAX + 1)));
+    }
+
+    #[test]
+    fn wall_06_keys_are_bounded_before_they_are_read() {
+        // Not text: an error would say so if any of it were read.
+        let arena = vec![0xff; 64 << 20];
+        let span = |bytes: usize| [0, bytes as u32];
+        let many = |bytes: usize, count: usize| vec![span(bytes); count].concat();
+        let too_long = BadKeys::TooLong { key: 0, bytes: 8193 };
+        assert_eq!(keys(&arena, &span(KEY_BYTES_MAX + 1)), Err(too_long));
+        assert_eq!(keys(&arena, &many(KEY_BYTES_MAX, 1_025)), Err(BadKeys::TooLarge));
+        assert_eq!(keys(&arena, &many(84, KEYS_PER_CALL_MAX)), Err(BadKeys::TooLarge));
+        assert_eq!(keys(&arena, &many(KEY_BYTES_MAX, 1_024)), Err(BadKeys::NotText(0)));
+        let text = vec![b'x'; KEY_BYTES_MAX];
+        let found = keys(&text, &many(KEY_BYTES_MAX, 1_024)).expect("as many as may be");
+        assert_eq!(found.len(), 1_024);
+        for (bad, is_excess) in [
+            (BadKeys::TooLarge, true),
+            (BadKeys::TooMany(1), true),
+            (BadKeys::TooLong { key: 0, bytes: 1 }, true),
+            (BadKeys::Odd(1), false),
+            (BadKeys::NotText(0), false),
+            (BadKeys::OutOfArena { key: 0, end: 1, arena: 0 }, false),
+        ] {
+            assert_eq!(bad.is_excess(), is_excess, "{bad}");
+        }
     }
 
     #[test]

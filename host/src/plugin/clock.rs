@@ -1,0 +1,278 @@
+//! The time of one call of a plugin: CPU time for what the plugin does, wall time for what it waits for.
+//!
+//! Wall time alone would blame records for what others do: on a machine whose cores are busy, a plugin
+//! that works for 35 ms may need half a second for it. So a call is ended
+//!
+//! - when the plugin itself has used up its CPU time, without that of the host's calls;
+//! - when it has lasted [`WALL_TIMES`] as long as both of its budgets together. If it has spent that with
+//!   waiting for the host, it is to blame; if it has got no CPU time, nobody is, and it is run again.
+//!
+//! A call of the host has wall time of its own, each one: what one record waits for is not taken from the
+//! records that come after it in the same batch.
+//!
+//! The clocks are read when the epoch has advanced, never per call: most calls end before that.
+
+use std::time::{Duration, Instant};
+
+use super::engine::EPOCH_TICK;
+
+/// How many times the sum of its two budgets a call may last. A thread that gets less than a tenth of a
+/// core for so long says nothing about the plugin.
+const WALL_TIMES: u32 = 10;
+
+/// The most of a call that lies before its first look and after its last: a tick each.
+const UNSEEN_MAX: Duration = EPOCH_TICK.saturating_mul(2);
+
+/// The time that one call has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct CallTime {
+    /// CPU time of the plugin.
+    pub cpu_max: Duration,
+    /// Wall time of each call of the host that the plugin makes meanwhile.
+    pub host_max: Duration,
+}
+
+impl CallTime {
+    /// With these, in milliseconds; without a `host_ms` a call of the host has as much as the plugin.
+    pub fn of_ms(cpu_ms: u64, host_ms: Option<u64>) -> Self {
+        Self {
+            cpu_max: Duration::from_millis(cpu_ms),
+            host_max: Duration::from_millis(host_ms.unwrap_or(cpu_ms)),
+        }
+    }
+
+    /// Wall time of the whole call.
+    pub fn wall_max(self) -> Duration {
+        self.cpu_max.saturating_add(self.host_max).saturating_mul(WALL_TIMES)
+    }
+}
+
+/// What a call has taken so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Spent {
+    /// CPU time of the plugin itself.
+    pub cpu: Duration,
+    /// Wall time.
+    pub wall: Duration,
+    /// Of that, within calls of the host.
+    pub host: Duration,
+}
+
+/// Why a call is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Over {
+    /// The plugin has used up its CPU time.
+    Cpu,
+    /// It has waited for the host again and again.
+    Host,
+    /// It has got next to no CPU time: nobody's fault.
+    Starved,
+}
+
+/// Whether a call is over. `Ok`: it goes on, and cannot be over before so much more time has passed.
+fn judge(spent: Spent, time: CallTime) -> Result<Duration, Over> {
+    let wall_max = time.wall_max();
+    if spent.cpu >= time.cpu_max {
+        return Err(Over::Cpu);
+    }
+    if spent.wall >= wall_max {
+        return Err(if spent.host >= wall_max / 2 { Over::Host } else { Over::Starved });
+    }
+    Ok((time.cpu_max - spent.cpu).min(wall_max - spent.wall))
+}
+
+/// The clocks of a sandbox's call.
+#[derive(Debug)]
+pub(super) struct CallClock {
+    time: CallTime,
+    /// The clocks when the epoch advanced first during the call. What was before is a tick at most, which
+    /// no limit counts: to read the clocks at the beginning of each call costs more than most calls.
+    first: Option<Reading>,
+    spent: Spent,
+    /// CPU time within calls of the host.
+    host_cpu: Duration,
+    /// Wall time within calls of the host.
+    host_wall: Duration,
+    /// The first call of the host that has used up its budget.
+    late: Option<&'static str>,
+    over: Option<Over>,
+}
+
+/// The clocks at one time.
+#[derive(Clone, Copy, Debug)]
+struct Reading {
+    at: Instant,
+    /// Of this thread.
+    cpu: Duration,
+    /// Of the call's time, that within calls of the host.
+    host_cpu: Duration,
+    host_wall: Duration,
+}
+
+/// A call of the host that is under way.
+#[must_use]
+pub(super) struct HostCall {
+    name: &'static str,
+    begun: Instant,
+    cpu_begun: Duration,
+    /// When it must have ended.
+    pub deadline: Instant,
+}
+
+impl CallClock {
+    pub fn new() -> Self {
+        Self {
+            time: CallTime::of_ms(0, None),
+            first: None,
+            spent: Spent::default(),
+            host_cpu: Duration::ZERO,
+            host_wall: Duration::ZERO,
+            late: None,
+            over: None,
+        }
+    }
+
+    /// A call of the plugin begins.
+    pub fn begin(&mut self, time: CallTime) {
+        *self = Self { time, ..Self::new() };
+    }
+
+    /// Looks at the clocks, on the thread of the call. `None`: the call is over; else what time may pass
+    /// until the next look.
+    pub fn look(&mut self) -> Option<Duration> {
+        let now = Reading {
+            at: Instant::now(),
+            cpu: thread_cpu(),
+            host_cpu: self.host_cpu,
+            host_wall: self.host_wall,
+        };
+        let first = *self.first.get_or_insert(now);
+        let cpu = now.cpu.saturating_sub(first.cpu);
+        self.spent = Spent {
+            cpu: cpu.saturating_sub(now.host_cpu.saturating_sub(first.host_cpu)),
+            wall: now.at.saturating_duration_since(first.at),
+            host: now.host_wall.saturating_sub(first.host_wall),
+        };
+        judge(self.spent, self.time).map_err(|over| self.over = Some(over)).ok()
+    }
+
+    /// The plugin calls the host for something that may take long.
+    pub fn host_begins(&self, name: &'static str) -> HostCall {
+        let begun = Instant::now();
+        HostCall { name, begun, cpu_begun: thread_cpu(), deadline: begun + self.time.host_max }
+    }
+
+    /// The host has answered.
+    pub fn host_ended(&mut self, call: HostCall) {
+        let now = Instant::now();
+        self.host_cpu += thread_cpu().saturating_sub(call.cpu_begun);
+        self.host_wall += now.saturating_duration_since(call.begun);
+        if now >= call.deadline {
+            self.late.get_or_insert(call.name);
+        }
+    }
+
+    /// The time of a call that has lasted `took` which was its own: at work, or waiting for the host. What it
+    /// waited for a core is not in it, as far as the looks show.
+    pub fn busy(&self, took: Duration) -> Duration {
+        // Calls of the host outside of what the looks have seen.
+        let host_unseen = self.host_wall.saturating_sub(self.spent.host);
+        let unseen = took.saturating_sub(self.spent.wall + host_unseen).min(UNSEEN_MAX);
+        self.spent.cpu + self.host_wall + unseen
+    }
+
+    /// What the call had and took, where it was ended for its time.
+    pub fn over(&self) -> Option<(Over, Spent, CallTime)> {
+        self.over.map(|over| (over, self.spent, self.time))
+    }
+
+    /// The first call of the host that has used up its budget, and that budget.
+    pub fn late(&self) -> Option<(&'static str, Duration)> {
+        self.late.map(|name| (name, self.time.host_max))
+    }
+}
+
+/// CPU time of this thread.
+fn thread_cpu() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes a structure that lives here.
+    let read = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    debug_assert_eq!(read, 0, "a thread has a clock");
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A plugin's call with 100 ms of CPU time, whose calls of the host have 300 ms each: 4 s at most.
+    const TIME: CallTime =
+        CallTime { cpu_max: Duration::from_millis(100), host_max: Duration::from_millis(300) };
+
+    #[test]
+    fn wall_10_a_call_is_ended_by_its_own_time_and_nobody_is_blamed_for_a_busy_machine() {
+        for (cpu_ms, wall_ms, host_ms, expected) in [
+            (0, 0, 0, Ok(100)),
+            (40, 500, 0, Ok(60)),
+            (40, 3_990, 0, Ok(10)),
+            (99, 1_000, 900, Ok(1)),
+            (100, 100, 0, Err(Over::Cpu)),
+            (100, 4_000, 4_000, Err(Over::Cpu)),
+            (40, 4_000, 0, Err(Over::Starved)),
+            (40, 4_000, 1_000, Err(Over::Starved)),
+            (40, 4_000, 3_900, Err(Over::Host)),
+        ] {
+            let ms = Duration::from_millis;
+            let spent = Spent { cpu: ms(cpu_ms), wall: ms(wall_ms), host: ms(host_ms) };
+            assert_eq!(judge(spent, TIME), expected.map(ms), "{spent:?}");
+        }
+    }
+
+    #[test]
+    fn wall_10_time_in_a_call_of_the_host_is_not_the_plugins() {
+        let mut clock = CallClock::new();
+        clock.begin(TIME);
+        assert!(clock.look().is_some());
+        let call = clock.host_begins("lookup.get");
+        burn(Duration::from_millis(320));
+        clock.host_ended(call);
+        assert!(clock.look().is_some(), "{clock:?}");
+        assert_eq!(clock.late(), Some(("lookup.get", TIME.host_max)));
+        burn(Duration::from_millis(110));
+        assert_eq!(clock.look(), None);
+        assert!(matches!(clock.over(), Some((Over::Cpu, ..))), "{clock:?}");
+        clock.begin(TIME);
+        assert!(clock.look().is_some() && clock.late().is_none(), "{clock:?}");
+    }
+
+    #[test]
+    fn wall_10_what_a_call_waits_for_a_core_is_not_its_own_time() {
+        let ms = Duration::from_millis;
+        let mut clock = CallClock::new();
+        clock.begin(TIME);
+        assert_eq!(clock.busy(ms(3)), ms(3), "it ended before the first look");
+        clock.spent = Spent { cpu: ms(40), wall: ms(900), host: ms(200) };
+        clock.host_wall = ms(200);
+        assert_eq!(clock.busy(ms(904)), ms(244));
+        assert_eq!(clock.busy(ms(990)), ms(250), "it waited after the last look too");
+        clock.host_wall = ms(500);
+        assert_eq!(clock.busy(ms(1_204)), ms(544), "a call of the host came before the first look");
+    }
+
+    #[test]
+    fn wall_10_a_thread_that_sleeps_has_used_no_time() {
+        let mut clock = CallClock::new();
+        clock.begin(TIME);
+        clock.look();
+        std::thread::sleep(Duration::from_millis(150));
+        assert!(clock.look().is_some(), "{clock:?}");
+    }
+
+    /// Uses CPU time of this thread.
+    fn burn(time: Duration) {
+        let end = thread_cpu() + time;
+        while thread_cpu() < end {
+            std::hint::spin_loop();
+        }
+    }
+}

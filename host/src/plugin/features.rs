@@ -1,0 +1,210 @@
+//! What of WebAssembly plugins may use: what the compilers of the five languages make use of, and no more.
+//!
+//! The list says what is on. A feature that a later wasmtime turns on by itself stays off here. Each feature
+//! is code of the runtime that a component could attack; some take memory that no limit counts (shared
+//! memories), some give other results on other processors (relaxed SIMD).
+
+use wasmparser::{ComponentInstance, Instance, Parser, Payload, Validator, WasmFeatures};
+use wasmtime::Config;
+
+/// The features that are on. Several memories in one module are what wasmtime itself makes where two
+/// components of one plugin call each other, as in JavaScript's.
+const NEEDED: WasmFeatures = WasmFeatures::MUTABLE_GLOBAL
+    .union(WasmFeatures::SATURATING_FLOAT_TO_INT)
+    .union(WasmFeatures::SIGN_EXTENSION)
+    .union(WasmFeatures::REFERENCE_TYPES)
+    .union(WasmFeatures::MULTI_VALUE)
+    .union(WasmFeatures::BULK_MEMORY)
+    .union(WasmFeatures::SIMD)
+    .union(WasmFeatures::FLOATS)
+    .union(WasmFeatures::EXTENDED_CONST)
+    .union(WasmFeatures::MULTI_MEMORY)
+    .union(WasmFeatures::COMPONENT_MODEL);
+
+/// How many memories, tables and instances of modules the components of one plugin may have. Elements of
+/// tables and bytes of memories have limits of their own; this bounds what each of them costs beside, such
+/// as mappings, of which a process has 65,530.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// Linear memories. JavaScript's engine and the component that answers its WASI have 3, others 1.
+    pub memories: usize,
+    /// Tables. JavaScript has 4, the others 2 or fewer.
+    pub tables: usize,
+    /// Instances of core modules. Python has 38, and one more for each native extension.
+    pub instances: usize,
+}
+
+/// What a plugin may have: more than twice what any of the five languages needs.
+pub const PARTS_MAX: Parts = Parts { memories: 8, tables: 16, instances: 128 };
+
+/// What the globals, imports and references to functions of all instances of modules may take together, in
+/// bytes: four times what Python's take. It lies outside of the memories, so no other limit counts it.
+const STATE_BYTES_MAX: usize = 64 << 20;
+/// What one of each takes, as wasmtime 48 lays an instance out (`VMOffsets`).
+const GLOBAL_BYTES: usize = 16;
+const IMPORT_BYTES: usize = 40;
+const FUNCTION_BYTES: usize = 32;
+
+/// Checks that instances of a component's modules do not take more beside their memories than they may.
+///
+/// # Errors
+/// What it may have and would have, in words.
+pub(super) fn check_state(component: &[u8]) -> Result<(), String> {
+    let bytes = state_bytes(component);
+    if bytes <= STATE_BYTES_MAX {
+        return Ok(());
+    }
+    Err(format!(
+        "the globals, imports and references to functions of its modules would take up to {} MiB, and may \
+         take {} MiB: build it of smaller modules, or of fewer instances of them",
+        bytes >> 20,
+        STATE_BYTES_MAX >> 20
+    ))
+}
+
+/// The most that its instances may take: the largest of its modules, as often as modules are instantiated.
+/// What cannot be read counts as nothing: the compiler refuses it.
+fn state_bytes(component: &[u8]) -> usize {
+    let (mut largest, mut own) = (0, 0_usize);
+    let (mut instances, mut components, mut nested) = (0, 0, 0);
+    for payload in Parser::new(0).parse_all(component) {
+        let Ok(payload) = payload else { return 0 };
+        let more = match &payload {
+            Payload::Version { .. } => {
+                own = 0;
+                0
+            }
+            Payload::ImportSection(section) => section.count() as usize * IMPORT_BYTES,
+            Payload::GlobalSection(section) => section.count() as usize * GLOBAL_BYTES,
+            Payload::ExportSection(section) => section.count() as usize * FUNCTION_BYTES,
+            // A byte at least names each function.
+            Payload::ElementSection(section) => {
+                section.range().len().saturating_mul(FUNCTION_BYTES)
+            }
+            Payload::InstanceSection(section) => {
+                let is_one = |one: &Instance<'_>| matches!(one, Instance::Instantiate { .. });
+                instances += section.clone().into_iter().flatten().filter(is_one).count();
+                0
+            }
+            Payload::ComponentInstanceSection(section) => {
+                let is_one = |one: &ComponentInstance<'_>| {
+                    matches!(one, ComponentInstance::Instantiate { .. })
+                };
+                components += section.clone().into_iter().flatten().filter(is_one).count();
+                0
+            }
+            Payload::ComponentSection { .. } => {
+                nested += 1;
+                0
+            }
+            _ => 0,
+        };
+        own = own.saturating_add(more);
+        largest = largest.max(own);
+    }
+    // Where a component is instantiated again, its modules are too.
+    let instances = if components > nested { PARTS_MAX.instances } else { instances };
+    largest.saturating_mul(instances.min(PARTS_MAX.instances))
+}
+
+/// Turns off in an engine what plugins do not need.
+pub(super) fn restrict(config: &mut Config) {
+    config.wasm_features(NEEDED.complement(), false);
+}
+
+/// Why a component was refused, in words. If it is sound and uses a feature that is off, its author has to
+/// hear which one, and how to do without.
+pub(super) fn explain(component: &[u8], refusal: &wasmtime::Error) -> String {
+    let refusal = format!("{refusal:#}");
+    let Some(feature) = missing(component) else { return refusal };
+    format!(
+        "it uses {feature} of WebAssembly, which plugins may not use ({refusal}); build it again without: \
+         `shardmill plugin build` turns no such feature on; in Rust look at `target-feature` in RUSTFLAGS \
+         and in .cargo/config.toml, in C and Go at the compiler's options"
+    )
+}
+
+/// The feature that is off and without which a component is not valid; `None`: it is not valid at all.
+fn missing(component: &[u8]) -> Option<String> {
+    let error = Validator::new_with_features(NEEDED).validate_all(component).err()?;
+    Validator::new_with_features(WasmFeatures::all()).validate_all(component).ok()?;
+    let named = error.missing_wasm_feature().map(|missing| {
+        let names = missing.iter_names().map(|(name, _)| name.to_lowercase().replace('_', " "));
+        names.collect::<Vec<_>>().join(" and ")
+    });
+    Some(match named {
+        Some(name) if !name.is_empty() => format!("the feature \"{name}\""),
+        _ => "a feature".into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A component that instantiates a module with some globals.
+    fn component(globals: usize, instances: usize) -> Vec<u8> {
+        use wasm_encoder::{
+            ComponentSection as _, ConstExpr, GlobalSection, GlobalType, InstanceSection, Module,
+            ModuleArg, ModuleSection, ValType,
+        };
+        let ty = GlobalType { val_type: ValType::I32, mutable: true, shared: false };
+        let mut section = GlobalSection::new();
+        for _ in 0..globals {
+            section.global(ty, &ConstExpr::i32_const(7));
+        }
+        let mut module = Module::new();
+        module.section(&section);
+        let mut of_module = InstanceSection::new();
+        for _ in 0..instances {
+            of_module.instantiate(0, std::iter::empty::<(&str, ModuleArg)>());
+        }
+        let mut component = wasm_encoder::Component::HEADER.to_vec();
+        ModuleSection(&module).append_to_component(&mut component);
+        of_module.append_to_component(&mut component);
+        component
+    }
+
+    #[test]
+    fn wall_11_what_instances_hold_beside_their_memories_is_bounded() {
+        // Python's largest module takes 0.4 MiB, of 39 instances.
+        for (globals, instances, is_fine) in
+            [(10, 1, true), (25_000, 39, true), (1_000_000, 4, true), (1_000_000, 5, false)]
+        {
+            let checked = check_state(&component(globals, instances));
+            assert_eq!(checked.is_ok(), is_fine, "{globals} in {instances}: {checked:?}");
+        }
+        let why = check_state(&component(200_000, 128)).expect_err("too much");
+        assert!(why.contains("would take up to 390 MiB, and may take 64 MiB"), "{why}");
+    }
+
+    #[test]
+    fn wall_11_a_component_that_is_instantiated_again_counts_as_often_as_it_may() {
+        use wasm_encoder::{
+            ComponentInstanceSection, ComponentSection as _, NestedComponentSection,
+        };
+        let mut outer = wasm_encoder::Component::HEADER.to_vec();
+        let inner = component(1_000_000, 1);
+        // A nested component: its section's number, its length, its bytes.
+        outer.push(NestedComponentSection(&wasm_encoder::Component::new()).id());
+        leb128(inner.len(), &mut outer);
+        outer.extend(inner);
+        let mut instances = ComponentInstanceSection::new();
+        let none = std::iter::empty::<(&str, wasm_encoder::ComponentExportKind, u32)>;
+        instances.instantiate(0, none());
+        let mut once = outer.clone();
+        instances.append_to_component(&mut once);
+        assert_eq!(check_state(&once), Ok(()));
+        instances.instantiate(0, none());
+        instances.append_to_component(&mut outer);
+        assert!(check_state(&outer).is_err());
+    }
+
+    fn leb128(mut number: usize, bytes: &mut Vec<u8>) {
+        while number >= 0x80 {
+            bytes.push(0x80 | (number & 0x7f) as u8);
+            number >>= 7;
+        }
+        bytes.push(number as u8);
+    }
+}

@@ -1,1 +1,0 @@
-//! Limits of time, memory and features of plugins.

@@ -1,0 +1,148 @@
+//! What of WebAssembly plugins may use, and how much a component may be made of.
+
+use std::path::Path;
+
+use shardmill::config::RejectedMax;
+use shardmill::plugin::{PARTS_MAX, Parts};
+use wasm_encoder::{ComponentSection as _, InstanceSection, Module, ModuleArg, ModuleSection};
+use wasmparser::{Parser, Payload};
+
+use crate::hostile::lane::{LIMITS, Lane};
+use crate::hostile::wat::Guest;
+use crate::support::pipeline::PipelineToml;
+use crate::support::{output, plugin, shardmill};
+
+/// Why a guest with these items is refused when it is loaded.
+fn refusal(items: &str) -> String {
+    let file = Guest { items, ..Guest::default() }.build("plugin");
+    let path = file.path().display().to_string();
+    match Lane::of(&path, LIMITS, "", RejectedMax::default()) {
+        Ok(_) => panic!("it is not refused: {items}"),
+        Err(why) => why,
+    }
+}
+
+#[test]
+fn wall_11_features_that_plugins_do_not_need_are_refused_by_their_names() {
+    for (items, name) in [
+        ("(memory i64 1)", "memory64"),
+        ("(memory 1 1 shared)", "threads"),
+        (
+            "(func (param v128 v128 v128) (result v128)
+               (f32x4.relaxed_madd (local.get 0) (local.get 1) (local.get 2)))",
+            "relaxed simd",
+        ),
+        ("(type (struct (field i32)))", "gc"),
+        ("(type $f (func)) (func (param (ref $f)))", "function references"),
+        ("(tag)", "exceptions"),
+        ("(func $again (return_call $again))", "tail call"),
+        ("(table i64 1 funcref)", "memory64"),
+    ] {
+        let why = refusal(items);
+        let expected = format!("it uses the feature \"{name}\" of WebAssembly");
+        assert!(why.contains(&expected) && why.contains("build it again"), "{name}: {why}");
+    }
+}
+
+#[test]
+fn wall_11_a_component_of_too_many_parts_is_refused_with_what_it_may_have() {
+    let Parts { memories, tables, .. } = PARTS_MAX;
+    for (items, count) in [
+        ("(memory 0)".repeat(memories), format!("memory count too high at {}", memories + 1)),
+        ("(table 0 funcref)".repeat(tables), format!("table count too high at {}", tables + 1)),
+    ] {
+        let why = refusal(&items);
+        assert!(why.contains(&count), "{why}");
+        assert!(why.contains(&format!("may have {memories} memories, {tables} tables")), "{why}");
+        assert!(why.contains("fewer"), "{why}");
+    }
+    let items =
+        format!("{}{}", "(memory 0)".repeat(memories - 1), "(table 0 funcref)".repeat(tables - 1));
+    let file = Guest { items: &items, ..Guest::default() }.build("plugin");
+    let path = file.path().display().to_string();
+    let mut lane = Lane::of(&path, LIMITS, "", RejectedMax::default()).expect("as many as it may");
+    lane.assert_culprits_alone(&[], "");
+}
+
+/// Instances of modules cost no memory that a limit counts, and hold what their module says they do.
+#[test]
+fn wall_11_a_component_of_too_many_instances_is_refused() {
+    let file = Guest::default().build("plugin");
+    let sound = std::fs::read(file.path()).expect("a component");
+    let load = |component: &[u8]| {
+        std::fs::write(file.path(), component).expect("written");
+        let path = file.path().display().to_string();
+        Lane::of(&path, LIMITS, "", RejectedMax::default()).map(|_| ())
+    };
+    load(&with_instances(&sound, 10)).unwrap_or_else(|why| panic!("{why}"));
+    let why = load(&with_instances(&sound, PARTS_MAX.instances)).expect_err("one too many");
+    assert!(why.contains("instance count too high"), "{why}");
+}
+
+/// The component with so many more instances of an empty module.
+fn with_instances(component: &[u8], count: usize) -> Vec<u8> {
+    let payloads = Parser::new(0).parse_all(component).map(|payload| payload.expect("sound"));
+    let is_module = |payload: &Payload<'_>| matches!(payload, Payload::ModuleSection { .. });
+    let module = payloads.filter(is_module).count() as u32;
+    let mut instances = InstanceSection::new();
+    for _ in 0..count {
+        instances.instantiate(module, std::iter::empty::<(&str, ModuleArg)>());
+    }
+    let mut longer = component.to_vec();
+    ModuleSection(&Module::new()).append_to_component(&mut longer);
+    instances.append_to_component(&mut longer);
+    longer
+}
+
+/// The real binary compiles in a process of its own: what it says there arrives, with the plugin's name.
+#[test]
+fn wall_11_a_component_that_ran_before_is_named_at_the_start_with_the_way_out() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let rows = folder.path().join("rows.txt");
+    std::fs::write(&rows, "fine\n").expect("written");
+    for (items, expected) in [
+        ("(func $again (return_call $again))".to_owned(), "the feature \"tail call\""),
+        ("(memory 0)".repeat(PARTS_MAX.memories), "memory count too high"),
+    ] {
+        let plugin = Guest { items: &items, ..Guest::default() }.build("plugin");
+        let path = plugin.path().display().to_string();
+        let file = PipelineToml::new(folder.path(), "older")
+            .file(&rows, "")
+            .stage("old", &path, "routes = { out = [\"nowhere\"] }")
+            .sink("nowhere", "type = \"discard\"")
+            .write();
+        let ran = output(&mut shardmill(&["run", &file, "--until-caught-up"]));
+        // Long lines are broken where they are shown.
+        let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+        let words = said.replace('│', " ").split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(ran.status.code(), Some(1), "{said}");
+        assert!(words.contains(expected), "{said}");
+        assert!(words.contains("build it"), "{said}");
+    }
+}
+
+#[test]
+fn wall_11_the_bundled_plugins_are_made_of_few_parts() {
+    for name in ["car-decode", "car-transform", "csv-decode", "hostile", "nosy", "route-json"] {
+        super::assert_parts_fit(Path::new(&plugin(name)));
+    }
+}
+
+/// The parts of a component as they are written in it, those of its nested components too.
+pub fn parts(component: &[u8]) -> Parts {
+    let mut parts = Parts { memories: 0, tables: 0, instances: 0 };
+    for payload in Parser::new(0).parse_all(component) {
+        match payload.expect("a sound component") {
+            Payload::MemorySection(section) => parts.memories += section.count() as usize,
+            Payload::TableSection(section) => parts.tables += section.count() as usize,
+            Payload::InstanceSection(section) => {
+                let instances = section.into_iter().flatten();
+                parts.instances += instances
+                    .filter(|one| matches!(one, wasmparser::Instance::Instantiate { .. }))
+                    .count();
+            }
+            _ => {}
+        }
+    }
+    parts
+}

@@ -1,0 +1,28 @@
+//! Limits of time, memory and features of plugins.
+
+mod features;
+mod starts;
+mod time;
+
+/// A core loop of a guest that takes CPU time: about as many nanoseconds as it has turns.
+fn work(turns: u64) -> String {
+    format!(
+        "(local.set $turns (i64.const {turns}))
+         (loop $work
+           (local.set $turns (i64.sub (local.get $turns) (i64.const 1)))
+           (br_if $work (i64.ne (local.get $turns) (i64.const 0))))"
+    )
+}
+
+/// What a compiler makes is at most half of what a plugin may be made of. Called for all that the tests
+/// build, in each of the five languages.
+pub fn assert_parts_fit(component: &std::path::Path) {
+    let bytes = std::fs::read(component).expect("a component");
+    let (found, most) = (features::parts(&bytes), shardmill::plugin::PARTS_MAX);
+    let fits = [
+        found.memories * 2 <= most.memories,
+        found.tables * 2 <= most.tables,
+        found.instances * 2 <= most.instances,
+    ];
+    assert_eq!(fits, [true; 3], "{}: {found:?} of {most:?}", component.display());
+}

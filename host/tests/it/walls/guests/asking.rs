@@ -1,0 +1,190 @@
+//! Plugins by hand that call the host, with any bytes in any place.
+
+use std::fmt::Write as _;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use crate::hostile::wat::component;
+use crate::support::pipeline::PipelineToml;
+use crate::support::{Process, shardmill, sqlite};
+
+const SKELETON: &str = include_str!("asking.wat");
+
+/// Where a test's own bytes begin.
+pub const DATA: usize = 1024;
+
+/// `lookup.get`: name, arena and keys, each a place and a length; the answer goes to the last place.
+pub const GET: &str = r#"(import "shardmill:plugin/lookup@0.1.0" "get"
+    (func $get (param i32 i32 i32 i32 i32 i32 i32)))"#;
+/// `http.send`: method, URL, headers and body, each a place and a length; the answer goes to the last place.
+pub const SEND: &str = r#"(import "shardmill:plugin/http@0.1.0" "send"
+    (func $send (param i32 i32 i32 i32 i32 i32 i32 i32 i32)))"#;
+/// `log.write`: level, and the line's place and length.
+pub const LOG: &str =
+    r#"(import "shardmill:plugin/log@0.1.0" "write" (func $log (param i32 i32 i32)))"#;
+/// `metrics.register`: kind, name and help; the answer goes to the last place.
+pub const REGISTER: &str = r#"(import "shardmill:plugin/metrics@0.1.0" "register"
+    (func $register (param i32 i32 i32 i32 i32 i32)))"#;
+/// `metrics.observe`.
+pub const OBSERVE: &str =
+    r#"(import "shardmill:plugin/metrics@0.1.0" "observe" (func $observe (param i32 f64)))"#;
+/// `clock.now-ms`.
+pub const NOW: &str =
+    r#"(import "shardmill:plugin/clock@0.1.0" "now-ms" (func $now (result i64)))"#;
+/// `random.next-u64`.
+pub const RANDOM: &str =
+    r#"(import "shardmill:plugin/random@0.1.0" "next-u64" (func $random (result i64)))"#;
+
+/// Refuses the configuration in the host's words, where the call before it failed.
+pub const REFUSE_IF_FAILED: &str = "(if (i32.load8_u (i32.const 8192)) (then
+    (return (call $refusal (i32.load (i32.const 8200)) (i32.load (i32.const 8204))))))";
+/// Fails the batch for good in the host's words, where the call before it failed.
+pub const FAIL_IF_FAILED: &str = "(if (i32.load8_u (i32.const 8192)) (then
+    (return (call $failure (i32.load (i32.const 8200)) (i32.load (i32.const 8204))))))";
+
+/// The parts that fill the marks of the skeleton.
+pub struct Asking<'a> {
+    /// The plugin's name.
+    pub name: &'a str,
+    /// Its one route, and what that carries.
+    pub route: &'a str,
+    pub format: &'a str,
+    /// The imports.
+    pub imports: &'a [&'a str],
+    /// Bytes that lie at [`DATA`].
+    pub data: &'a [u8],
+    /// In `configure`, before its answer.
+    pub configure: &'a str,
+    /// In `process`, before its answer.
+    pub process: &'a str,
+}
+
+impl Default for Asking<'_> {
+    fn default() -> Self {
+        Self {
+            name: "asking",
+            route: "out",
+            format: "text/plain",
+            imports: &[],
+            data: b"",
+            configure: "",
+            process: "",
+        }
+    }
+}
+
+impl Asking<'_> {
+    /// The component, in a file.
+    pub fn build(&self) -> tempfile::NamedTempFile {
+        assert!(self.data.len() <= 3072, "the constants would not fit");
+        let place = |at: usize, bytes: &[u8]| format!("(data (i32.const {at}) \"{}\")", hex(bytes));
+        let (name, route, format) = (256, 512, 768);
+        let words = |words: &[usize]| {
+            let bytes = words.iter().flat_map(|word| (*word as u32).to_le_bytes());
+            bytes.collect::<Vec<u8>>()
+        };
+        // The route: name, format, columns. The answer: ok, name, version, accepts, routes, extra.
+        let route_words = words(&[route, self.route.len(), format, self.format.len(), 4, 0]);
+        let answer = words(&[0, name, self.name.len(), 16, 1, 4, 0, 96, 1, 4, 0]);
+        let constants = [
+            place(name, self.name.as_bytes()),
+            place(route, self.route.as_bytes()),
+            place(format, self.format.as_bytes()),
+            place(96, &route_words),
+            place(128, &answer),
+        ];
+        let text = SKELETON
+            .replace(";;@imports", &self.imports.join("\n"))
+            .replace(";;@constants", &constants.join("\n"))
+            .replace(";;@data", &place(DATA, self.data))
+            .replace(";;@configure", self.configure)
+            .replace(";;@process", self.process);
+        component(&text, "plugin-with-capabilities")
+    }
+}
+
+/// Bytes as WAT writes them in a string.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "\\{byte:02x}");
+        text
+    })
+}
+
+/// A pipeline of one such plugin over the lines of a file.
+pub struct Place {
+    pub folder: tempfile::TempDir,
+    component: tempfile::NamedTempFile,
+}
+
+/// How a run went.
+pub struct Ran {
+    pub code: Option<i32>,
+    pub log: String,
+    /// The most memory that the process had, in bytes.
+    pub peak_bytes: usize,
+    pub took: Duration,
+}
+
+impl Place {
+    /// The file has `records` lines, and each is a batch. `stage` has further lines of the stage, `tables`
+    /// follow after the sink's.
+    pub fn new(asking: &Asking<'_>, records: usize, stage: &str, tables: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let place = Self { folder, component: asking.build() };
+        let lines = place.folder.path().join("lines.txt");
+        std::fs::write(&lines, "record\n".repeat(records)).expect("written");
+        let routes = format!("routes = {{ {} = [\"console\"] }}", asking.route);
+        PipelineToml::new(place.folder.path(), "guests")
+            .file(&lines, "[source.batch]\nrecords = 1")
+            .stage("ask", &place.component(), &format!("{routes}\n{stage}"))
+            .table("[[sink]]\nname = \"console\"\ntype = \"stdout\"")
+            .table(tables)
+            .write();
+        place
+    }
+
+    /// The component's path.
+    pub fn component(&self) -> String {
+        self.component.path().display().to_string()
+    }
+
+    /// The pipeline's path.
+    pub fn pipeline(&self) -> String {
+        self.folder.path().join("pipeline.toml").display().to_string()
+    }
+
+    /// Runs to the end, whatever end that is.
+    pub fn run(&self) -> Ran {
+        let log = self.folder.path().join("run.log");
+        let to = std::fs::File::create(&log).expect("a log");
+        let mut command = shardmill(&["run", &self.pipeline(), "--until-caught-up"]);
+        let begun = Instant::now();
+        let child = command.stdout(Stdio::null()).stderr(to).spawn();
+        let mut run = Process(child.expect("the binary starts"));
+        let status = format!("/proc/{}/status", run.0.id());
+        let mut peak_bytes = 0;
+        let code = loop {
+            let text = std::fs::read_to_string(&status).unwrap_or_default();
+            let peak = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let peak = peak.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<usize>().ok());
+            peak_bytes = peak_bytes.max(peak.unwrap_or_default() << 10);
+            if let Some(ended) = run.0.try_wait().expect("a state") {
+                break ended.code();
+            }
+            assert!(begun.elapsed() < Duration::from_secs(120), "it runs for too long");
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let log = std::fs::read_to_string(log).expect("a log");
+        Ran { code, log, peak_bytes, took: begun.elapsed() }
+    }
+
+    /// The reasons of the dead letters, in order.
+    pub fn letters(&self) -> Vec<String> {
+        let state = sqlite(&self.folder.path().join("state/guests/state.db"));
+        let sql = "SELECT reason FROM dead_letter ORDER BY sequence";
+        let mut query = state.prepare(sql).expect("the dead letters");
+        let reasons = query.query_map((), |row| row.get(0)).expect("rows");
+        reasons.map(|reason| reason.expect("a reason")).collect()
+    }
+}
