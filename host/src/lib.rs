@@ -16,7 +16,6 @@ pub mod intake;
 pub mod lane;
 pub mod lease;
 mod off_thread;
-mod own_file;
 pub mod pipeline;
 pub mod plugin;
 pub mod position;

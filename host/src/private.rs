@@ -27,6 +27,9 @@ const LINKS_MAX: u32 = 40;
 /// Bytes of a lock's text, at most: it holds the number of a process.
 const LOCK_BYTES_MAX: u64 = 32;
 
+/// Bytes of a file by which processes find each other, at most: it holds an address and a token.
+const OWN_BYTES_MAX: u64 = 64 << 10;
+
 /// The option that lifts the checks of state folders.
 pub const TRUST_OPTION: &str = "--trust-state-dir";
 
@@ -382,6 +385,56 @@ pub(crate) fn open_own(path: &Path) -> io::Result<File> {
     }
 }
 
+/// Reads a file that nobody else can have written: by it, processes of one user find each other. Another
+/// user's would send commands, and what they bring, to a port of that user.
+///
+/// # Errors
+/// The system's, or that another user may have written it.
+pub(crate) fn read_own(path: &Path) -> io::Result<Vec<u8>> {
+    let file = open_itself(path, OpenOptions::new().read(true))?;
+    let about = file.metadata()?;
+    let (owner, mode, device) = (about.uid(), about.mode() & 0o777, about.dev());
+    let mut judge = Judge { me: Me::now(), loose: None };
+    let is_ours = judge.is_ours(owner, mode, device) || {
+        judge.loose = path.parent().and_then(|folder| probe(folder, &judge.me));
+        judge.is_ours(owner, mode, device)
+    };
+    if !is_ours {
+        return Err(io::Error::other(format!(
+            "expected a file that user {} owns and nobody else can write, found one of user {owner}, mode \
+             {mode:04o}; remove it, and start again what wrote it",
+            judge.me.uid
+        )));
+    }
+    let mut bytes = Vec::new();
+    file.take(OWN_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// As [`read_own`], for a file that may be missing; `None`, said in the log, where it cannot be used.
+pub(crate) fn find_own(path: &Path) -> Option<Vec<u8>> {
+    match read_own(path) {
+        Ok(bytes) => Some(bytes),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "the file is not used");
+            None
+        }
+    }
+}
+
+/// Writes a file for this user alone (0600), and puts it in place whole.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn write_own(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut draft = tempfile::NamedTempFile::new_in(folder)?;
+    draft.write_all(bytes)?;
+    draft.as_file().sync_all()?;
+    draft.persist(path).map(drop).map_err(|error| error.error)
+}
+
 /// Whether others have rights in an open file.
 pub(crate) fn is_wide(file: &File) -> io::Result<bool> {
     Ok(file.metadata()?.mode() & BEYOND_OWNER != 0)
@@ -582,6 +635,20 @@ mod tests {
             assert_eq!(fs::metadata(path).unwrap().mode() & 0o777, 0o600, "{}", path.display());
         }
         create_export(Path::new("/dev/null")).unwrap().write_all(b"letters").unwrap();
+    }
+
+    #[test]
+    fn wall_15_a_file_is_its_owners_and_a_link_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("file"), folder.path().join("link"));
+        write_own(&path, b"one").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(find_own(&path).as_deref(), Some(&b"one"[..]));
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert_eq!(find_own(&link), None);
+        assert_eq!(find_own(&folder.path().join("none")), None);
+        fs::set_permissions(&path, Permissions::from_mode(0o622)).unwrap();
+        assert!(read_own(&path).unwrap_err().to_string().contains("mode 0622"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::access::{Access, Right, guarded};
 use crate::config::{HttpDeadlines, PipelineConfig, Secret};
 use crate::lane::Board;
-use crate::own_file;
+use crate::private;
 use crate::serve::PortRules;
 use crate::swap::{ChangeRefused, Component, Gates, SHADOW_MAX, SwapOrder, Swapper};
 
@@ -64,7 +64,7 @@ pub struct ControlAddress {
 impl ControlAddress {
     /// The one of the pipeline whose folder this is, if it left one: it may be gone since.
     pub fn find(folder: &Path) -> Option<Self> {
-        serde_json::from_slice(&own_file::read(&folder.join(ADDRESS_FILE))?).ok()
+        serde_json::from_slice(&private::find_own(&folder.join(ADDRESS_FILE))?).ok()
     }
 
     /// Removes what a run that was killed has left: its port may be another user's by now.
@@ -101,7 +101,7 @@ impl ControlPort {
         getrandom::fill(&mut random)?;
         let token = hex::encode(random);
         let at = ControlAddress { address: listener.local_addr()?, token: token.clone() };
-        own_file::write(&folder.join(ADDRESS_FILE), &serde_json::to_vec(&at)?)?;
+        private::write_own(&folder.join(ADDRESS_FILE), &serde_json::to_vec(&at)?)?;
         Ok(Self { listener, folder: folder.to_owned(), token: Secret::new(token), deadlines })
     }
 
@@ -116,7 +116,7 @@ impl ControlPort {
     /// When the file cannot be written.
     pub fn write_token(&self) -> anyhow::Result<PathBuf> {
         let path = self.folder.join(TOKEN_FILE);
-        own_file::write(&path, format!("{}\n", self.token.reveal()).as_bytes())?;
+        private::write_own(&path, format!("{}\n", self.token.reveal()).as_bytes())?;
         Ok(path)
     }
 

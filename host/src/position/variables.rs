@@ -5,8 +5,6 @@
 //! The key lies in a file beside the database: whoever has a copy of the database alone cannot try values.
 
 use std::collections::BTreeSet;
-use std::io::{Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
@@ -16,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 use super::revisions;
 use super::store::{StateError, StateStore};
 use crate::config::StageText;
+use crate::private;
 use crate::record::StageName;
 use crate::stage::GenerationSpec;
 
@@ -224,13 +223,10 @@ impl Key {
     /// Reads the key's file; `make` makes one where there is none that can be used.
     fn open(folder: &Path, make: bool) -> std::io::Result<Option<Self>> {
         let path = folder.join(KEY_FILE);
-        let opened = std::fs::File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
-        match opened {
-            Ok(file) => {
-                let mut text = String::new();
-                file.take(128).read_to_string(&mut text)?;
+        match private::read_own(&path) {
+            Ok(text) => {
                 let mut key = [0; 32];
-                if hex::decode_to_slice(text.trim(), &mut key).is_ok() {
+                if hex::decode_to_slice(text.trim_ascii(), &mut key).is_ok() {
                     return Ok(Some(Self(key)));
                 }
             }
@@ -242,11 +238,7 @@ impl Key {
         }
         let mut key = [0; 32];
         getrandom::fill(&mut key).map_err(std::io::Error::other)?;
-        // Whole or not at all, and readable by the owner alone.
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(hex::encode(key).as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&path).map_err(|error| error.error)?;
+        private::write_own(&path, hex::encode(key).as_bytes())?;
         Ok(Some(Self(key)))
     }
 

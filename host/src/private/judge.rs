@@ -135,15 +135,26 @@ impl Judge {
         uid == self.me.uid || uid == ROOT || self.me.unmapped == Some(uid) || shown_as == Some(uid)
     }
 
+    /// Whether nobody else can have written a file of this owner and mode. Root looks after everybody's
+    /// pipelines, and reads what their owners wrote.
+    pub fn is_ours(&self, uid: u32, mode: u32, device: u64) -> bool {
+        let is_trusted = self.trusts(uid, device) || self.me.uid == ROOT;
+        is_trusted && (!self.keeps_modes(device) || mode & (OTHERS_WRITE | GROUP_WRITES) == 0)
+    }
+
+    fn keeps_modes(&self, device: u64) -> bool {
+        self.loose.is_none_or(|it| it.device != device || it.keeps_modes)
+    }
+
     /// How another user can change what lies at a step.
     pub fn reach(&self, step: &Step) -> Option<Reach> {
         let path = step.path.clone();
         if !self.trusts(step.uid, step.device) {
             return Some(Reach::Owner { path, uid: step.uid });
         }
-        let keeps_modes = self.loose.is_none_or(|it| it.device != step.device || it.keeps_modes);
         // A link's mode means nothing, and in a sticky folder each user reaches own entries alone.
-        if step.kind == StepKind::Link || step.mode & STICKY != 0 || !keeps_modes {
+        if step.kind == StepKind::Link || step.mode & STICKY != 0 || !self.keeps_modes(step.device)
+        {
             return None;
         }
         let mode = step.mode & 0o7777;
@@ -322,5 +333,34 @@ mod tests {
         let me = Me { unmapped: Some(nobody), ..judge().me };
         let namespaced = Judge { me, loose: None };
         assert_eq!(namespaced.reach(&folder("/", nobody, 0o755)), None);
+    }
+
+    #[test]
+    fn wall_15_a_file_counts_if_nobody_else_can_have_written_it() {
+        let nobody = 65_534;
+        let squashed = FileSystem { device: VOLUME, new_owner: nobody, keeps_modes: true };
+        let fat = FileSystem { device: VOLUME, new_owner: ME, keeps_modes: false };
+        for (user, loose, (owner, mode), expected) in [
+            (ME, None, (ME, 0o600), true),
+            (ME, None, (ME, 0o644), true),
+            (ME, None, (ME, 0o660), false),
+            (ME, None, (ME, 0o602), false),
+            (ME, None, (ROOT, 0o600), true),
+            (ME, None, (1001, 0o600), false),
+            (ROOT, None, (1001, 0o600), true),
+            (ROOT, None, (1001, 0o606), false),
+            // Where a pipeline runs with a warning, its commands reach it.
+            (ME, Some(fat), (ME, 0o777), true),
+            (ME, Some(fat), (1001, 0o777), false),
+            (ME, Some(squashed), (nobody, 0o600), true),
+            (ME, Some(squashed), (nobody, 0o666), false),
+        ] {
+            let judge = Judge { me: Me { uid: user, ..judge().me }, loose };
+            assert_eq!(
+                judge.is_ours(owner, mode, VOLUME),
+                expected,
+                "{user} {loose:?} {owner} {mode:o}"
+            );
+        }
     }
 }

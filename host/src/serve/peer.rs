@@ -7,6 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use tokio::sync::Semaphore;
 
+use crate::private::uid;
+
 /// The tables of the system's sockets.
 const TABLES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
 /// The user who may do everything.
@@ -29,9 +31,9 @@ static READERS: Semaphore = Semaphore::const_new(2);
 pub(super) async fn refusal(peer: SocketAddr, local: SocketAddr) -> Option<String> {
     let _reader = READERS.acquire().await;
     match tokio::task::spawn_blocking(move || find(peer, local)).await {
-        Ok(owner) => decide(owner, own_user()),
+        Ok(owner) => decide(owner, uid()),
         // Nothing is known of it.
-        Err(_) => decide(Some(Owner::Gone), own_user()),
+        Err(_) => decide(Some(Owner::Gone), uid()),
     }
 }
 
@@ -46,11 +48,6 @@ fn decide(owner: Option<Owner>, own: u32) -> Option<String> {
         // No such table: this system does not say. Its users are let in, as the book says.
         None => None,
     }
-}
-
-fn own_user() -> u32 {
-    // SAFETY: a question that cannot fail.
-    unsafe { libc::geteuid() }
 }
 
 /// The owner of the socket whose own address is `peer` and whose other end is `local`; `None` where the
@@ -137,7 +134,7 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().expect("an address")).expect("open");
         let (peer, local) =
             (client.local_addr().expect("an address"), client.peer_addr().expect("an address"));
-        let expected = cfg!(target_os = "linux").then_some(Owner::User(own_user()));
+        let expected = cfg!(target_os = "linux").then_some(Owner::User(uid()));
         assert_eq!(find(peer, local), expected);
     }
 }

@@ -24,7 +24,7 @@ use url::Url;
 use super::SourceError;
 use crate::config::{HttpDeadlines, Timing};
 use crate::serve::{PortRules, names};
-use crate::{own_file, private};
+use crate::private;
 
 /// Shards that all embedded streams may have together.
 const SHARDS_MAX: u32 = 10_000;
@@ -203,7 +203,7 @@ impl Published {
 
     fn write(&mut self, state_dir: &Path, url: &Url) -> Result<(), SourceError> {
         let path = state_dir.join(FOLDER).join("address");
-        let written = own_file::write(&path, format!("{url}\n").as_bytes());
+        let written = private::write_own(&path, format!("{url}\n").as_bytes());
         written.map_err(|cause| SourceError::Embedded {
             address: path.display().to_string(),
             cause: cause.to_string(),
@@ -226,6 +226,6 @@ pub fn find(state_dir: &Path) -> Option<Url> {
         // Nobody holds it: the address is of a process that is gone.
         return None;
     }
-    let address = String::from_utf8(own_file::read(&folder.join("address"))?).ok()?;
+    let address = String::from_utf8(private::find_own(&folder.join("address"))?).ok()?;
     Url::parse(address.trim()).ok()
 }
