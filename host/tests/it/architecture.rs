@@ -1,4 +1,5 @@
-//! ARCHITECTURE.md and README.md are true: every path that they name exists.
+//! ARCHITECTURE.md and README.md are true: every path that they name exists, and every module of the host is
+//! named.
 
 use std::path::Path;
 
@@ -25,5 +26,22 @@ fn every_path_named_exists() {
         for path in paths {
             assert!(root.join(path).exists(), "{document} names {path}, which is not there");
         }
+    }
+}
+
+/// A module is named by its file, its folder, or a file in that.
+#[test]
+fn every_module_of_the_host_is_named() {
+    let host = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let map = std::fs::read_to_string(host.join("../ARCHITECTURE.md")).expect("the map");
+    let library = std::fs::read_to_string(host.join("src/lib.rs")).expect("the library");
+    let modules = library.lines().filter_map(|line| {
+        line.strip_prefix("pub ").unwrap_or(line).strip_prefix("mod ")?.strip_suffix(';')
+    });
+    let modules: Vec<&str> = modules.collect();
+    assert!(modules.len() > 20, "{} modules", modules.len());
+    for module in modules {
+        let names = [format!("`host/src/{module}.rs`"), format!("`host/src/{module}/")];
+        assert!(names.iter().any(|name| map.contains(name)), "ARCHITECTURE.md: no {module}");
     }
 }

@@ -4,6 +4,7 @@
 //! `SHARDMILL_UPDATE_GOLDEN=1 cargo test -p shardmill --test config` writes the expected texts anew;
 //! read the difference before you commit it.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -132,6 +133,24 @@ fn what_the_root_shows_as_default_is_the_default() {
     let alone = parse(&format!("{text}\n[intake]\nlisten = \"127.0.0.1:8080\"\n"));
     let alone = alone.unwrap_or_else(|error| panic!("{}", error.render(false)));
     assert_eq!((plain.intake.is_none(), &full.intake), (true, &alone.intake));
+    let alone = parse(&format!("{text}\n[admin]\n"));
+    let alone = alone.unwrap_or_else(|error| panic!("{}", error.render(false)));
+    assert!(full.admin == alone.admin, "[admin]: expected the defaults");
+}
+
+/// The root promises to show every key. A key counts as shown where its name is a word of the file.
+#[test]
+fn every_key_is_shown_at_the_root() {
+    let host = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = std::fs::read_to_string(host.join("../pipeline.toml")).expect("the root pipeline");
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let words: BTreeSet<&str> = root.split(|c| !is_part(c)).collect();
+    let raw = std::fs::read_to_string(host.join("src/config/raw.rs")).expect("the raw types");
+    let fields = raw.lines().filter_map(|line| line.strip_prefix("    pub ")?.split_once(':'));
+    let keys: Vec<&str> = fields.map(|(key, _)| key).filter(|key| !key.starts_with('_')).collect();
+    assert!(keys.len() > 100, "{} keys", keys.len());
+    let missing: Vec<&&str> = keys.iter().filter(|key| !words.contains(**key)).collect();
+    assert!(missing.is_empty(), "expected all keys in pipeline.toml, missing: {missing:?}");
 }
 
 fn kinesis(config: &PipelineConfig) -> &KinesisConfig {
