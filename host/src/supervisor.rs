@@ -21,8 +21,9 @@ use crate::lane::{
     Board, GenerationStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
 };
 use crate::lease::PipelineLock;
+use crate::off_thread::off_thread;
 use crate::pipeline::run_lane;
-use crate::plugin::{CompileCache, PluginHost, off_async};
+use crate::plugin::{CompileCache, PluginHost};
 use crate::position::agreement::Losses;
 use crate::position::{
     Changes, Checkpoints, DeadLetters, Hole, Holes, KnownShards, Ledger, Look, OwnerName, Roster,
@@ -825,7 +826,7 @@ async fn carry_over(
         plugins.insert(digest.to_owned(), plugin);
     }
     let (spec, host, stream) = (running.clone(), host.clone(), config.source.stream_name());
-    let (generation, declared) = off_async(move || {
+    let (generation, declared) = off_thread(move || {
         let rebuilt = Generation::rebuilt(spec, &plugins, &host, &stream, &declared);
         (rebuilt, declared)
     })

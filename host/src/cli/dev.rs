@@ -11,9 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Console, load_file, load_plugin, run, with_trust};
 use crate::config::{PipelineConfig, StageConfig, StageText, parse};
+use crate::off_thread::off_thread;
 use crate::plugin::build::build_plugin_in_haste;
 use crate::plugin::manifest::PluginManifest;
-use crate::plugin::off_async;
 use crate::source::client::{self, Server};
 use crate::source::embedded::EmbeddedStream;
 use crate::source::kinesis::KinesisSource;
@@ -62,7 +62,7 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = {
         let (folder, name, component) = (folder.clone(), manifest.name.clone(), component.clone());
         let state = scratch.path().to_owned();
-        off_async(move || pipeline(&folder, &name, &component, config_json, &state)).await?
+        off_thread(move || pipeline(&folder, &name, &component, config_json, &state)).await?
     };
 
     let embedded = EmbeddedStream::start(0).await?;
@@ -109,7 +109,7 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
 /// Builds on a thread of its own.
 async fn build(folder: &Path, component: &Path) -> anyhow::Result<()> {
     let (folder, component) = (folder.to_owned(), component.to_owned());
-    off_async(move || build_plugin_in_haste(&folder, &component)).await?;
+    off_thread(move || build_plugin_in_haste(&folder, &component)).await?;
     Ok(())
 }
 

@@ -9,7 +9,8 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use super::{Console, swap};
-use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION, off_async};
+use crate::off_thread::off_thread;
+use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION};
 use crate::terminal::escaped;
 use crate::workbench::bench;
 use crate::workbench::case::CaseFile;
@@ -130,7 +131,7 @@ pub async fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
                 let subject = Subject::load(&file, config, &input)?;
                 conformance(&subject, junit.as_deref(), &console)
             };
-            off_async(prove).await
+            off_thread(prove).await
         }
         Command::Bench { file, config, input, batch, seconds } => {
             let console = console.clone();
@@ -138,11 +139,11 @@ pub async fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
                 let subject = Subject::load(&file, config, &input)?;
                 bench(&subject, batch as usize, Duration::from_secs(seconds), &console)
             };
-            off_async(measure).await
+            off_thread(measure).await
         }
         Command::Inspect { file, config } => {
             let console = console.clone();
-            off_async(move || inspect(&file, config, &console)).await
+            off_thread(move || inspect(&file, config, &console)).await
         }
     }
 }

@@ -7,9 +7,9 @@ use serde::Serialize;
 
 use super::{Console, load, stream};
 use crate::config::PipelineConfig;
+use crate::off_thread::off_thread;
 use crate::plugin::build::build_plugin;
 use crate::plugin::manifest::PluginManifest;
-use crate::plugin::off_async;
 use crate::workbench::capture::{self, SequenceRange};
 use crate::workbench::case::CaseFile;
 use crate::workbench::compare::{self, Verdict};
@@ -80,7 +80,7 @@ struct Summary {
 pub async fn test(options: Options, console: &Console) -> anyhow::Result<()> {
     let of_records = options.from_stream.is_some() || options.from_dlq;
     let console = console.clone();
-    let (options, folder, workbench, console) = off_async(move || {
+    let (options, folder, workbench, console) = off_thread(move || {
         let (folder, component) = component(&options, &console)?;
         let workbench = Workbench::new(super::load_plugin(&component)?);
         if !of_records {
@@ -231,7 +231,7 @@ async fn capture(
     };
     let config_text = stage.config_text.clone();
     let run = move || capture::to_cases(&workbench, &config_text, &records, &redaction);
-    let captured = off_async(run).await?;
+    let captured = off_thread(run).await?;
     let file = folder.join(CAPTURED);
     capture::append(&file, &captured.lines)
         .with_context(|| format!("failed to write {}", file.display()))?;

@@ -11,7 +11,8 @@ use super::change::{Change, Gap};
 use super::lag::{LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig, environment};
-use crate::plugin::{Plugin, PluginHost, off_async};
+use crate::off_thread::off_thread;
+use crate::plugin::{Plugin, PluginHost};
 use crate::position::agreement::{Mismatch, Stands, agree};
 use crate::position::{
     Hole, Ledger, Segment, ShardState, StateStore, TakenOver, Variables, is_redrive,
@@ -411,7 +412,7 @@ impl GenerationStore {
         let bytes = self.component(digest).await?;
         let (host, name) = (self.host.clone(), format!("component {}", &digest[..12]));
         let load = move || Plugin::load(&host.engine, &host.cache, &name, &bytes);
-        Ok(off_async(load).await?)
+        Ok(off_thread(load).await?)
     }
 
     /// A generation of components that were stored with it.
@@ -428,7 +429,8 @@ impl GenerationStore {
             components.insert(digest.to_owned(), self.component(digest).await?);
         }
         // Before it loads: a variable that is set otherwise may be why it does not.
-        let otherwise = Variables::new(self.state.clone()).set_otherwise(&spec, &environment).await?;
+        let otherwise =
+            Variables::new(self.state.clone()).set_otherwise(&spec, &environment).await?;
         otherwise.say(&spec.id());
         let (host, stream_name) = (self.host.clone(), stream_name.to_owned());
         let load = move || {
@@ -438,7 +440,7 @@ impl GenerationStore {
             };
             Generation::from_store(spec, &host, &stream_name, &component)
         };
-        off_async(load).await.context("it does not load")
+        off_thread(load).await.context("it does not load")
     }
 
     /// A generation by its id; `wanted` is the newest.

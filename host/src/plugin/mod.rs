@@ -16,7 +16,6 @@ mod excerpt;
 mod features;
 mod instance;
 pub mod manifest;
-mod off_async;
 pub mod scaffold;
 #[path = "../../../wit/0.1.0/words.rs"]
 mod words;
@@ -42,7 +41,6 @@ pub use engine::PluginEngine;
 pub use excerpt::excerpt;
 pub use features::{PARTS_MAX, Parts};
 pub use instance::{CallError, CallFault, Instance};
-pub(crate) use off_async::off_async;
 pub use words::{Input, Output, Reject, Span};
 
 /// The interface that a plugin exports, without its version.

@@ -15,8 +15,9 @@ use super::fit::{Misfit, StagePlace};
 use super::health::HealthCounts;
 use super::spec::{CanarySpec, GenerationSpec, StageSpec};
 use crate::config::{ConfigError, PipelineConfig, StageLimits};
+use crate::off_thread::off_thread;
 use crate::plugin::{
-    CallError, Context, Descriptor, Instance, Plugin, PluginHost, Route, Services, off_async,
+    CallError, Context, Descriptor, Instance, Plugin, PluginHost, Route, Services,
 };
 use crate::record::{RouteName, SinkName, StageName};
 use crate::sink::{BoundRoute, Column};
@@ -155,7 +156,7 @@ impl Generation {
         embedded: fn(&Path) -> Option<&'static [u8]>,
     ) -> Result<(Self, Components), ConfigError> {
         let (config, host) = (config.clone(), host.clone());
-        off_async(move || Self::from_config(&config, &host, &embedded)).await
+        off_thread(move || Self::from_config(&config, &host, &embedded)).await
     }
 
     /// Loads the generation that a configuration describes; the components' bytes come with it,

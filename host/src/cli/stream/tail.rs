@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::super::{Console, output, print_line, run};
 use crate::cli::load_plugin;
 use crate::config::{BatchLimits, OnLostRecords, RejectedMax, StartPosition, Timing};
-use crate::plugin::off_async;
+use crate::off_thread::off_thread;
 use crate::position::{KnownShards, ShardState};
 use crate::record::{Batch, Record, ShardId, ShardKey, ShardStart, StreamIdentity, StreamRef};
 use crate::source::connection::StreamConnection;
@@ -78,7 +78,7 @@ pub(super) async fn tail(
         Some(file) => {
             let (file, config_json) = (file.clone(), options.config.clone());
             let (name, stop) = (name.clone(), stop.clone());
-            Some(off_async(move || Decoder::load(&file, &config_json, &name, &stop)).await?)
+            Some(off_thread(move || Decoder::load(&file, &config_json, &name, &stop)).await?)
         }
         None => None,
     };
