@@ -54,7 +54,9 @@ fn is_test_in(source: &str, name: &str) -> bool {
         let attributes =
             lines[..place].iter().rev().take_while(|before| before.starts_with(['#', '/']));
         begins.iter().any(|begin| line.starts_with(begin.as_str()))
-            && attributes.into_iter().any(|line| line.starts_with("#[") && line.contains("test"))
+            && attributes.into_iter().any(|line| {
+                line.starts_with("#[test]") || (line.starts_with("#[") && line.contains("::test"))
+            })
     })
 }
 
@@ -94,7 +96,9 @@ fn a_row_without_a_test_is_found() {
     let expected = [("a".to_owned(), vec!["t1".into(), "t2".into()]), ("b".to_owned(), vec![])];
     assert_eq!(rows(page), expected);
     assert!(is_test_in("#[test]\n    fn t1() {", "t1"));
-    assert!(!is_test_in("fn t1() {", "t1"), "a helper is no test");
+    assert!(is_test_in("#[tokio::test]\n// Why.\nasync fn t1() {", "t1"));
+    assert!(!is_test_in("fn t1() {", "t1"), "a helper is not a test");
+    assert!(!is_test_in("#[cfg(test)]\nfn t1() {", "t1"), "neither is one for tests alone");
 }
 
 /// Every file of a corpus is small, or nobody would read what it shows.
