@@ -23,8 +23,8 @@ use url::Url;
 
 use super::SourceError;
 use crate::config::{HttpDeadlines, Timing};
-use crate::serve::{PortRules, names};
 use crate::private;
+use crate::serve::{PortRules, names};
 
 /// Shards that all embedded streams may have together.
 const SHARDS_MAX: u32 = 10_000;
