@@ -25,7 +25,7 @@ struct State {
     idle_since: Instant,
     /// When the first byte came of a head that is not complete yet.
     head_since: Option<Instant>,
-    /// Since when a body is waited for of which nothing comes.
+    /// Since when a body is waited for of which nothing comes, or less than the slowest pace.
     body_since: Option<Instant>,
     /// Since when the peer takes nothing of an answer.
     unread_since: Option<Instant>,
@@ -76,13 +76,9 @@ impl Activity {
         }
     }
 
-    /// Notes that a body is waited for, or that more of it came, or that nothing more is wanted.
-    pub fn body_waits(&self, is_waiting: bool) {
-        let mut state = self.lock();
-        match is_waiting {
-            true => _ = state.body_since.get_or_insert_with(Instant::now),
-            false => state.body_since = None,
-        }
+    /// Notes since when a body is waited for; `None`: more of it came, or nothing more is wanted.
+    pub fn body_waits(&self, since: Option<Instant>) {
+        self.lock().body_since = since;
     }
 
     /// Notes whether the peer takes what is written.

@@ -212,6 +212,56 @@ fn wall_03_a_body_that_stalls_gives_its_bytes_back() {
     assert_eq!(&answer, b"HTTP/1.1 429");
 }
 
+/// Writes a byte to each connection now and then: far less than the slowest pace, and more often than a wait
+/// counts as one.
+struct Drip {
+    connections: Vec<TcpStream>,
+    last: Instant,
+}
+
+impl Drip {
+    fn to(connections: Vec<TcpStream>) -> Self {
+        Self { connections, last: Instant::now() }
+    }
+
+    fn a_byte(&mut self) {
+        if self.last.elapsed() > Duration::from_millis(200) {
+            self.last = Instant::now();
+            for connection in &mut self.connections {
+                // Those that gave way are closed.
+                let _ = connection.write_all(b"x");
+            }
+        }
+    }
+}
+
+#[test]
+fn wall_03_a_body_of_which_a_byte_comes_now_and_then_gives_its_bytes_back() {
+    let ports = Ports::start("", "body = \"32 KiB\"\nin_flight = \"64 KiB\"", "");
+    let declared = (0..3).map(|_| declare(ports.intake, 20_400, 20_000));
+    let mut drip = Drip::to(declared.collect());
+    let begun = Instant::now();
+    let large = vec![b'x'; 30_000];
+    wait_for("room for another body", || {
+        drip.a_byte();
+        status(&ask(ports.intake, "POST", "/events", "", &large)) == "200"
+    });
+    // Their deadline is 30 s.
+    assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn wall_03_bodies_of_which_a_byte_comes_now_and_then_make_room_at_a_full_port() {
+    let ports = Ports::start("", "connections = 4", "");
+    let mut drip = Drip::to((0..4).map(|_| declare(ports.intake, 1_000, 1)).collect());
+    let begun = Instant::now();
+    wait_for("room for another connection", || {
+        drip.a_byte();
+        status(&post(ports.intake, &row(0, 1))) == "200"
+    });
+    assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
+}
+
 #[test]
 fn wall_03_every_wait_for_a_client_ends() {
     let ports = Ports::start("", "", SHORT);
