@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wall_03_a_byte_now_and_then_is_no_pace() {
+    fn wall_03_a_byte_now_and_then_does_not_keep_the_pace() {
         let second = BYTES_PER_SECOND_MIN as usize;
         let begun = Instant::now();
         // What came in each of ten seconds, and how many of them the peer is behind then.
