@@ -330,6 +330,12 @@ fn wall_05_health_names_no_cause_without_the_token() {
             assert_eq!(status(&answer), code, "{path} {headers}: {answer}");
         }
     }
+    // Causes may quote records, which the read token does not open.
+    for (headers, is_cause_shown) in [(&read, false), (&ports.token(), true)] {
+        let answer = ask(ports.admin, "GET", "/status", headers, b"");
+        assert!(answer.contains("\"blocked\":{\""), "{answer}");
+        assert_eq!(answer.contains("rejected_in_a_row"), is_cause_shown, "{answer}");
+    }
     for (method, path) in CHANGES {
         let answer = ask(ports.admin, method, path, &read, b"");
         assert_eq!(status(&answer), "403", "{path}: {answer}");
