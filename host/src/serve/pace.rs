@@ -1,4 +1,4 @@
-//! The slowest pace at which a peer counts as sending.
+//! The slowest pace at which a peer counts as sending, or as taking an answer.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ impl Pace {
         Self { behind_since: now }
     }
 
-    /// Notes bytes that came.
+    /// Notes bytes that came, or that the peer took.
     pub fn came(&mut self, bytes: usize, now: Instant) {
         let worth_us = (bytes as u64).saturating_mul(1_000_000) / BYTES_PER_SECOND_MIN;
         let caught_up_to = self.behind_since.checked_add(Duration::from_micros(worth_us));
