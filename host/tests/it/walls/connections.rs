@@ -187,6 +187,22 @@ fn wall_03_a_full_port_answers_health() {
 }
 
 #[test]
+fn wall_03_clients_that_ask_all_the_time_leave_room_for_others() {
+    let ports = Ports::start("connections = 4", "", "");
+    let mut asking: Vec<_> = (0..4).map(|_| open(ports.admin)).collect();
+    let mut answered = 0;
+    wait_for("room for another client", || {
+        for connection in &mut asking {
+            // One that made room is closed.
+            let _ = connection.write_all(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n");
+            answered += connection.read(&mut [0; 1_024]).unwrap_or(0);
+        }
+        status(&ask(ports.admin, "GET", "/metrics", "", b"")) == "200"
+    });
+    assert!(answered > 0, "they were not asking");
+}
+
+#[test]
 fn wall_03_a_body_that_is_declared_and_not_sent_holds_nothing() {
     let ports = Ports::start("", "body = \"32 KiB\"\nin_flight = \"64 KiB\"", "");
     let _declared: Vec<_> = (0..20).map(|_| declare(ports.intake, 32 << 10, 0)).collect();
