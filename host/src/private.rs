@@ -435,9 +435,10 @@ pub(crate) fn write_own(path: &Path, bytes: &[u8]) -> io::Result<()> {
     draft.persist(path).map(drop).map_err(|error| error.error)
 }
 
-/// Whether others have rights in an open file.
+/// Whether others have rights in an open file: everybody, or a group that this process is not in.
 pub(crate) fn is_wide(file: &File) -> io::Result<bool> {
-    Ok(file.metadata()?.mode() & BEYOND_OWNER != 0)
+    let about = file.metadata()?;
+    Ok(Judge { me: Me::now(), loose: None }.is_wide(about.gid(), about.mode()))
 }
 
 /// How another user could have put or changed a file, or what lies in a folder. Links are followed, folders

@@ -10,6 +10,7 @@ mod activity;
 mod body;
 mod gate;
 pub mod names;
+mod pace;
 mod peer;
 
 use std::convert::Infallible;
@@ -32,6 +33,7 @@ use self::activity::Watched;
 use self::body::{AnswerBody, RequestBody};
 pub use self::body::{BodyLate, read as read_body};
 use self::gate::{Gate, Pass};
+pub use self::pace::Pace;
 use crate::config::HttpDeadlines;
 
 /// Longest pause between two looks at a connection's deadlines, and the pause after a failure to accept

@@ -3,7 +3,7 @@
 //! | request | no token | `read_token` | `token` |
 //! |---|---|---|---|
 //! | `/health/…` | live, ready or blocked | the same | with causes |
-//! | `/metrics`, `/status` | where none is configured, and the host is known | yes | yes |
+//! | `/metrics`, `/status` | where none is configured, and the host is known | yes | with causes |
 //! | changes, their history, what they show of records | no | no | yes |
 
 use std::sync::Arc;

@@ -39,7 +39,7 @@ pub enum Command {
         #[arg(long, default_value_t = 0)]
         port: u16,
         /// Let processes of other users of this machine in: there are no credentials, so they read and write
-        /// every record.
+        /// every record. They need `--endpoint http://127.0.0.1:PORT`: the state folder is this user's alone.
         #[arg(long)]
         any_user: bool,
         #[command(flatten)]

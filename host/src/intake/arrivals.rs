@@ -1,5 +1,5 @@
-//! Bodies that arrive: their bytes are reserved as they come, and one of which nothing comes gives its bytes
-//! back when another needs them.
+//! Bodies that arrive: their bytes are reserved as they come, and one of which nothing comes, or a byte now and
+//! then, gives its bytes back when another needs them.
 //!
 //! Without that, a few clients that send all but the last byte would hold the whole budget, and everybody else
 //! would be turned away until their deadline.
@@ -13,8 +13,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::BODY_BYTES_MIN;
 use crate::budget::{Budget, Permit};
+use crate::serve::Pace;
 
-/// Time for which nothing of a body comes before it gives way: longer than a packet takes that is sent again.
+/// Time by which a body is behind the slowest pace before it gives way: longer than a packet takes that is
+/// sent again.
 const STALL_MIN: Duration = Duration::from_secs(1);
 /// Time for which bytes are waited for that a body gives back.
 const GIVE_BACK_MAX: Duration = Duration::from_millis(200);
@@ -44,8 +46,7 @@ struct State {
 #[derive(Clone)]
 struct Arriving {
     bytes: usize,
-    /// When the last bytes came.
-    since: Instant,
+    pace: Pace,
     give_way: CancellationToken,
 }
 
@@ -74,7 +75,8 @@ impl Arrivals {
         let mut state = lock(&self.state);
         let id = state.next_id;
         state.next_id += 1;
-        let arriving = Arriving { bytes: 0, since: Instant::now(), give_way: give_way.clone() };
+        let pace = Pace::begin(Instant::now());
+        let arriving = Arriving { bytes: 0, pace, give_way: give_way.clone() };
         state.arriving.insert(id, arriving);
         drop(state);
         let reserved = self.budget.empty();
@@ -91,15 +93,16 @@ impl Arrivals {
         piece: &[u8],
         bytes_max: usize,
     ) -> Result<(), NoRoom> {
-        // Before room is made: this one does not stall.
-        self.note(arrival);
+        // Before room is made: this one may not stall any more.
+        self.note(arrival, piece.len());
         let needed = arrival.bytes.len() + piece.len();
         let held = arrival.reserved.bytes();
         if needed > held {
             // What is held counts, so memory grows by what is reserved.
             let wanted = needed.max(held * 2).max(BODY_BYTES_MIN).min(bytes_max).max(needed);
-            let is_there = self.try_grow(&mut arrival.reserved, wanted - held).await
-                || self.try_grow(&mut arrival.reserved, needed - held).await;
+            let own = Some(arrival.id);
+            let is_there = self.grow(&mut arrival.reserved, wanted - held, own).await
+                || self.grow(&mut arrival.reserved, needed - held, own).await;
             if !is_there {
                 return Err(NoRoom);
             }
@@ -107,24 +110,29 @@ impl Arrivals {
             arrival.bytes.reserve_exact(more);
         }
         arrival.bytes.extend_from_slice(piece);
-        self.note(arrival);
+        self.note(arrival, 0);
         Ok(())
     }
 
-    /// Notes what a body holds, and that something of it came.
-    fn note(&self, arrival: &Arrival) {
+    /// Notes what a body holds, and that bytes of it came.
+    fn note(&self, arrival: &Arrival, came: usize) {
         if let Some(arriving) = lock(&self.state).arriving.get_mut(&arrival.id) {
             arriving.bytes = arrival.reserved.bytes();
-            arriving.since = Instant::now();
+            arriving.pace.came(came, Instant::now());
         }
     }
 
     /// Takes more bytes. Where there are not as many, bodies of which nothing comes give theirs back.
     pub async fn try_grow(&self, reserved: &mut Permit, bytes: usize) -> bool {
+        self.grow(reserved, bytes, None).await
+    }
+
+    /// The same for a body that arrives, which does not give way to itself.
+    async fn grow(&self, reserved: &mut Permit, bytes: usize, own: Option<ArrivalId>) -> bool {
         if reserved.try_grow(bytes) {
             return true;
         }
-        if bytes > self.budget.bytes_max() || !self.ask(bytes, Instant::now()) {
+        if bytes > self.budget.bytes_max() || !self.ask(bytes, own, Instant::now()) {
             return false;
         }
         let begun = Instant::now();
@@ -139,9 +147,9 @@ impl Arrivals {
 
     /// Asks bodies of which nothing comes to give way, the longest wait first, until `bytes` are on their way
     /// back; whether any was asked.
-    fn ask(&self, bytes: usize, now: Instant) -> bool {
+    fn ask(&self, bytes: usize, own: Option<ArrivalId>, now: Instant) -> bool {
         let mut state = lock(&self.state);
-        let asked = stalled(&state.arriving, bytes, now);
+        let asked = stalled(&state.arriving, bytes, own, now);
         for id in &asked {
             if let Some(arriving) = state.arriving.remove(id) {
                 arriving.give_way.cancel();
@@ -151,13 +159,21 @@ impl Arrivals {
     }
 }
 
-/// Which bodies give way for `bytes`: of those that hold some and of which nothing came for [`STALL_MIN`],
-/// those that have waited longest.
-fn stalled(arriving: &HashMap<ArrivalId, Arriving>, bytes: usize, now: Instant) -> Vec<ArrivalId> {
-    let is_stalled =
-        |one: &Arriving| one.bytes > 0 && now.saturating_duration_since(one.since) >= STALL_MIN;
-    let mut stalled: Vec<_> = arriving.iter().filter(|(_, one)| is_stalled(one)).collect();
-    stalled.sort_by_key(|(id, one)| (one.since, **id));
+/// Chooses the bodies that give way for `bytes` of the body `own`: of the others that hold some and are behind by
+/// [`STALL_MIN`], those that are furthest behind.
+fn stalled(
+    arriving: &HashMap<ArrivalId, Arriving>,
+    bytes: usize,
+    own: Option<ArrivalId>,
+    now: Instant,
+) -> Vec<ArrivalId> {
+    let is_stalled = |one: &Arriving| {
+        let behind = now.saturating_duration_since(one.pace.behind_since());
+        one.bytes > 0 && behind >= STALL_MIN
+    };
+    let others = arriving.iter().filter(|(id, _)| Some(**id) != own);
+    let mut stalled: Vec<_> = others.filter(|(_, one)| is_stalled(one)).collect();
+    stalled.sort_by_key(|(id, one)| (one.pace.behind_since(), **id));
     let mut given = 0;
     let enough = stalled.into_iter().take_while(|(_, one)| {
         let is_needed = given < bytes;
@@ -209,12 +225,14 @@ mod tests {
         let arriving: HashMap<_, _> = [(0, 10, 5_000), (1, 10, 9_000), (2, 10, 500), (3, 0, 9_999)]
             .into_iter()
             .map(|(id, bytes, ms)| {
-                (id, Arriving { bytes, since: ago(ms), give_way: CancellationToken::new() })
+                let pace = Pace::begin(ago(ms));
+                (id, Arriving { bytes, pace, give_way: CancellationToken::new() })
             })
             .collect();
         for (bytes, asked) in [(0, &[][..]), (1, &[1]), (10, &[1]), (11, &[1, 0]), (99, &[1, 0])] {
-            assert_eq!(stalled(&arriving, bytes, now), asked, "{bytes}");
+            assert_eq!(stalled(&arriving, bytes, None, now), asked, "{bytes}");
         }
+        assert_eq!(stalled(&arriving, 1, Some(1), now), [0], "a body does not give way to itself");
     }
 
     #[tokio::test]

@@ -75,7 +75,18 @@ pub struct ShardStatus {
     pub does_not_start: Option<(String, String)>,
 }
 
+/// Text in the place of a cause, for who may not see records.
+const CAUSE_HIDDEN: &str = "send the token to see the cause";
+
 impl ShardStatus {
+    /// Hides why something does not go on or start: plugins and databases quote records in what they say.
+    pub fn hide_causes(&mut self) {
+        let does_not_start = self.does_not_start.as_mut().map(|(_, cause)| cause);
+        for cause in self.blocked.values_mut().chain(does_not_start) {
+            CAUSE_HIDDEN.clone_into(cause);
+        }
+    }
+
     /// The lane begins.
     pub fn acquired(&mut self, from: Option<&Position>) {
         self.running = true;

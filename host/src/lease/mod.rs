@@ -35,6 +35,19 @@ pub enum LeaseError {
         /// What the system says.
         cause: std::io::Error,
     },
+    /// It cannot be seen whether a process runs the pipeline.
+    #[error(
+        "failed to look whether pipeline {pipeline} runs, at {path}: {cause}; give the command as the user \
+         who runs it"
+    )]
+    Hidden {
+        /// The pipeline.
+        pipeline: PipelineName,
+        /// The lock's file.
+        path: String,
+        /// The system's words.
+        cause: std::io::Error,
+    },
     /// Others can reach the folder, or it cannot be made.
     #[error(transparent)]
     Folder(#[from] PrivateError),
@@ -95,13 +108,17 @@ impl PipelineLock {
     /// Whether some process runs the pipeline: has the lock of its folder under the state folder.
     ///
     /// # Errors
-    /// [`LeaseError::Unusable`].
+    /// [`LeaseError::Hidden`] where the lock is another user's, [`LeaseError::Unusable`].
     pub fn is_taken(state_dir: &Path, pipeline: &PipelineName) -> Result<bool, LeaseError> {
         let path = state_dir.join(pipeline.as_str()).join("lock");
         let unusable = |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
         let file = match private::open_lock_to_look(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => {
+                let path = path.display().to_string();
+                return Err(LeaseError::Hidden { pipeline: pipeline.clone(), path, cause });
+            }
             Err(error) => return Err(unusable(error)),
         };
         match file.try_lock_shared() {

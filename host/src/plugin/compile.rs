@@ -69,7 +69,7 @@ pub enum CompileError {
     },
     /// Others took too long.
     #[error(
-        "no compilation could begin for {} s: {COMPILATIONS_MAX} run at a time, and others were first;          try again",
+        "no compilation could begin for {} s: {COMPILATIONS_MAX} run at a time, and others were first; try again",
         .waited.as_secs()
     )]
     NoTurn {

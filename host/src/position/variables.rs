@@ -223,6 +223,8 @@ impl Key {
     /// Reads the key's file; `make` makes one where there is none that can be used.
     fn open(folder: &Path, make: bool) -> std::io::Result<Option<Self>> {
         let path = folder.join(KEY_FILE);
+        // Kubernetes gives a volume's files to a group at each start (fsGroup), which may write them then.
+        private::tighten(&path);
         match private::read_own(&path) {
             Ok(text) => {
                 let mut key = [0; 32];
@@ -305,6 +307,22 @@ mod tests {
         assert_eq!(asked("hunter2-two").await.unknown, unknown);
         assert_eq!(noted("hunter2-two").await.unknown, unknown);
         assert_eq!(noted("hunter2-two").await, same);
+    }
+
+    #[tokio::test]
+    async fn wall_14_a_key_that_a_volume_gives_to_a_group_is_used_and_tightened() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().expect("a folder");
+        let variables = Variables::new(StateStore::open(folder.path()).expect("opened"));
+        let spec = spec(r#"{"a":"${TOKEN}"}"#, true);
+        let lookup = |_: &str| Some("hunter2".to_owned());
+        variables.note(&spec, &lookup).await.expect("noted");
+        let key = folder.path().join(KEY_FILE);
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o660)).expect("set");
+        let found = variables.set_otherwise(&spec, &lookup).await.expect("asked");
+        assert_eq!(found, SetOtherwise::default());
+        let mode = std::fs::metadata(&key).expect("a key").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[tokio::test]

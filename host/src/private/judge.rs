@@ -13,6 +13,8 @@ const OTHERS_WRITE: u32 = 0o002;
 const GROUP_WRITES: u32 = 0o020;
 /// Entries may be renamed and removed by their owners alone.
 const STICKY: u32 = 0o1000;
+/// All rights of everybody who is neither the owner nor in the group.
+const EVERYBODY: u32 = 0o007;
 /// All rights of everybody but the owner.
 pub(super) const BEYOND_OWNER: u32 = 0o077;
 
@@ -142,6 +144,18 @@ impl Judge {
         is_trusted && (!self.keeps_modes(device) || mode & (OTHERS_WRITE | GROUP_WRITES) == 0)
     }
 
+    /// Whether others than the groups of this process, or root's, have rights in a file.
+    pub fn is_wide(&self, gid: u32, mode: u32) -> bool {
+        let beyond = if self.is_own_group(gid) { EVERYBODY } else { BEYOND_OWNER };
+        mode & beyond != 0
+    }
+
+    /// Kubernetes gives volumes to a group that the process is in (fsGroup), OpenShift gives images to root's
+    /// group, and many systems give each user a group and let it write.
+    fn is_own_group(&self, gid: u32) -> bool {
+        gid == 0 || self.me.gids.contains(&gid)
+    }
+
     fn keeps_modes(&self, device: u64) -> bool {
         self.loose.is_none_or(|it| it.device != device || it.keeps_modes)
     }
@@ -161,14 +175,8 @@ impl Judge {
         if step.mode & OTHERS_WRITE != 0 {
             return Some(Reach::Everybody { path, mode });
         }
-        // Kubernetes gives volumes to a group that the process is in (fsGroup), OpenShift gives images to
-        // root's group, and many systems give each user a group and let it write.
-        let is_ours = step.gid == 0 || self.me.gids.contains(&step.gid);
-        (step.mode & GROUP_WRITES != 0 && !is_ours).then_some(Reach::Group {
-            path,
-            gid: step.gid,
-            mode,
-        })
+        let is_reached = step.mode & GROUP_WRITES != 0 && !self.is_own_group(step.gid);
+        is_reached.then_some(Reach::Group { path, gid: step.gid, mode })
     }
 
     /// How another user can replace what lies below these steps, from `/` on.
@@ -333,6 +341,21 @@ mod tests {
         let me = Me { unmapped: Some(nobody), ..judge().me };
         let namespaced = Judge { me, loose: None };
         assert_eq!(namespaced.reach(&folder("/", nobody, 0o755)), None);
+    }
+
+    #[test]
+    fn wall_14_a_secret_is_known_beyond_this_process_and_its_groups_or_not() {
+        for (gid, mode, is_wide) in [
+            (1000, 0o600, false),
+            (2000, 0o660, false),
+            (0, 0o640, false),
+            (50, 0o600, false),
+            (50, 0o640, true),
+            (2000, 0o604, true),
+            (1000, 0o661, true),
+        ] {
+            assert_eq!(judge().is_wide(gid, mode), is_wide, "{gid} {mode:o}");
+        }
     }
 
     #[test]

@@ -9,7 +9,12 @@ use std::time::Instant;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::pace::Pace;
 use crate::config::HttpDeadlines;
+
+/// How many times slower than a request an answer may be taken: lanes take those of the embedded stream as fast
+/// as their sinks go.
+const ANSWER_SHARE: usize = 8;
 
 /// Activity of one connection; its clones share it.
 #[derive(Clone)]
@@ -25,10 +30,10 @@ struct State {
     idle_since: Instant,
     /// When the first byte came of a head that is not complete yet.
     head_since: Option<Instant>,
-    /// Since when a body is waited for of which nothing comes.
+    /// Since when a body is waited for of which nothing comes, or less than the slowest pace.
     body_since: Option<Instant>,
-    /// Since when the peer takes nothing of an answer.
-    unread_since: Option<Instant>,
+    /// The pace at which the peer takes an answer of which it did not take all at once.
+    unread: Option<Pace>,
 }
 
 /// Thing that a connection waits for. The order is that in which connections make room for others: who has
@@ -56,7 +61,7 @@ impl Activity {
             idle_since: now,
             head_since: None,
             body_since: None,
-            unread_since: None,
+            unread: None,
         })))
     }
 
@@ -76,28 +81,28 @@ impl Activity {
         }
     }
 
-    /// Notes that a body is waited for, or that more of it came, or that nothing more is wanted.
-    pub fn body_waits(&self, is_waiting: bool) {
-        let mut state = self.lock();
-        match is_waiting {
-            true => _ = state.body_since.get_or_insert_with(Instant::now),
-            false => state.body_since = None,
-        }
+    /// Notes since when a body is waited for; `None`: more of it came, or nothing more is wanted.
+    pub fn body_waits(&self, since: Option<Instant>) {
+        self.lock().body_since = since;
     }
 
-    /// Notes whether the peer takes what is written.
-    fn written(&self, is_taken: bool) {
+    /// Notes that the peer took some of what is written, or nothing.
+    fn took(&self, bytes: usize) {
+        let now = Instant::now();
         let mut state = self.lock();
-        match is_taken {
-            true => state.unread_since = None,
-            false => _ = state.unread_since.get_or_insert_with(Instant::now),
-        }
+        let pace = state.unread.get_or_insert_with(|| Pace::begin(now));
+        pace.came(bytes.saturating_mul(ANSWER_SHARE), now);
+    }
+
+    /// Notes that the peer took all that is written.
+    fn took_all(&self) {
+        self.lock().unread = None;
     }
 
     /// Whether a request is in hand, or an answer not written yet.
     pub fn is_at_work(&self) -> bool {
         let state = self.lock();
-        state.requests > 0 || state.unread_since.is_some()
+        state.requests > 0 || state.unread.is_some()
     }
 
     /// Gives the thing that the peer has to send or take next, and since when; `None`: the peer waits for us.
@@ -116,8 +121,13 @@ impl Activity {
 }
 
 impl State {
+    /// Since when the peer takes nothing of an answer, or less than the slowest pace.
+    fn unread_since(&self) -> Option<Instant> {
+        self.unread.map(|pace| pace.behind_since())
+    }
+
     fn wait(&self) -> Option<(Wait, Instant)> {
-        if let Some(since) = self.unread_since.or(self.body_since) {
+        if let Some(since) = self.unread_since().or(self.body_since) {
             return Some((Wait::Body, since));
         }
         match (self.requests, self.head_since, self.has_asked) {
@@ -130,7 +140,7 @@ impl State {
 
     fn is_late(&self, deadlines: &HttpDeadlines, now: Instant) -> bool {
         let passed = |since: Instant, max| now.saturating_duration_since(since) > max;
-        if let Some(since) = self.unread_since {
+        if let Some(since) = self.unread_since() {
             return passed(since, deadlines.body_max);
         }
         match self.wait() {
@@ -161,12 +171,22 @@ impl Watched {
         Self { stream, activity, is_unread: false }
     }
 
-    fn wrote(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        let is_unread = written.is_pending();
-        // Each write would take the lock otherwise.
-        if is_unread || self.is_unread {
-            self.activity.written(!is_unread);
-            self.is_unread = is_unread;
+    /// Notes the outcome of a write of `bytes`.
+    fn wrote(&mut self, bytes: usize, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &written {
+            Poll::Pending => {
+                self.is_unread = true;
+                self.activity.took(0);
+            }
+            // Each write would take the lock otherwise.
+            Poll::Ready(Ok(taken)) if self.is_unread => match *taken < bytes {
+                true => self.activity.took(*taken),
+                false => {
+                    self.is_unread = false;
+                    self.activity.took_all();
+                }
+            },
+            Poll::Ready(_) => {}
         }
         written
     }
@@ -194,7 +214,7 @@ impl AsyncWrite for Watched {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.wrote(written)
+        self.wrote(bytes.len(), written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -215,7 +235,7 @@ impl AsyncWrite for Watched {
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, parts);
-        self.wrote(written)
+        self.wrote(parts.iter().map(|part| part.len()).sum(), written)
     }
 }
 
@@ -237,13 +257,16 @@ mod tests {
             idle_since: begun,
             head_since: None,
             body_since: None,
-            unread_since: None,
+            unread: None,
         };
         let asked = State { has_asked: true, ..idle.clone() };
         let head = State { head_since: Some(begun), ..idle.clone() };
         let at_work = State { requests: 1, has_asked: true, ..idle.clone() };
         let body = State { body_since: Some(begun), ..at_work.clone() };
-        let unread = State { unread_since: Some(begun), ..at_work.clone() };
+        let mut pace = Pace::begin(begun);
+        let unread = State { unread: Some(pace), ..at_work.clone() };
+        pace.came(1, begun + second);
+        let dripped = State { unread: Some(pace), ..at_work.clone() };
         // The connection, what it waits for, and the second after which it is closed for that.
         for (state, wait, late_after) in [
             (&idle, Some(Wait::FirstByte), Some(4)),
@@ -253,6 +276,7 @@ mod tests {
             // Answered 408 by its own deadline.
             (&body, Some(Wait::Body), None),
             (&unread, Some(Wait::Body), Some(3)),
+            (&dripped, Some(Wait::Body), Some(3)),
         ] {
             assert_eq!(state.wait().map(|(wait, _)| wait), wait, "{state:?}");
             let first = (0..10).find(|second| {

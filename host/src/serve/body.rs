@@ -11,12 +11,9 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 
 use super::activity::{Activity, InHand};
+use super::pace::{BYTES_PER_SECOND_MIN, Pace};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-/// Bytes of a body that lengthen its deadline by a second: a slow line may take its time, a byte now and then
-/// may not.
-const BYTES_PER_SECOND_MIN: u64 = 64 << 10;
 
 /// A body that did not arrive in time.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +25,7 @@ pub(super) struct RequestBody {
     body: Incoming,
     activity: Activity,
     wait_max: Duration,
+    pace: Pace,
     received: u64,
     begun: Option<Instant>,
     deadline: Option<Pin<Box<Sleep>>>,
@@ -35,7 +33,8 @@ pub(super) struct RequestBody {
 
 impl RequestBody {
     pub fn new(body: Incoming, activity: Activity, wait_max: Duration) -> Self {
-        Self { body, activity, wait_max, received: 0, begun: None, deadline: None }
+        let pace = Pace::begin(std::time::Instant::now());
+        Self { body, activity, wait_max, pace, received: 0, begun: None, deadline: None }
     }
 
     /// When the rest has to have come.
@@ -56,14 +55,16 @@ impl HttpBody for RequestBody {
         let end = self.end();
         match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Ready(frame) => {
-                self.activity.body_waits(false);
+                self.activity.body_waits(None);
                 if let Some(Ok(frame)) = &frame {
-                    self.received += frame.data_ref().map_or(0, |data| data.len() as u64);
+                    let bytes = frame.data_ref().map_or(0, Bytes::len);
+                    self.received += bytes as u64;
+                    self.pace.came(bytes, std::time::Instant::now());
                 }
                 Poll::Ready(frame.map(|frame| frame.map_err(BoxError::from)))
             }
             Poll::Pending => {
-                self.activity.body_waits(true);
+                self.activity.body_waits(Some(self.pace.behind_since()));
                 let deadline =
                     self.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(end)));
                 if deadline.deadline() != end {
@@ -72,7 +73,7 @@ impl HttpBody for RequestBody {
                 match deadline.as_mut().poll(context) {
                     Poll::Pending => Poll::Pending,
                     Poll::Ready(()) => {
-                        self.activity.body_waits(false);
+                        self.activity.body_waits(None);
                         Poll::Ready(Some(Err(BodyLate(self.wait_max).into())))
                     }
                 }
@@ -92,7 +93,7 @@ impl HttpBody for RequestBody {
 impl Drop for RequestBody {
     fn drop(&mut self) {
         // Whoever has it no longer wants the rest.
-        self.activity.body_waits(false);
+        self.activity.body_waits(None);
     }
 }
 

@@ -11,8 +11,9 @@ use super::PortRules;
 use super::activity::{Activity, Wait};
 use crate::system::{self, PortFiles};
 
-/// Time for which a connection may wait for its peer before it makes room for another: a request needs a
-/// moment to arrive.
+/// Time for which a connection may wait for a request or an answer before it makes room for another: these need
+/// a moment to arrive. Between two requests there is no such time: who asks again and again would keep everybody
+/// else out.
 const WAIT_MIN: Duration = Duration::from_secs(1);
 
 /// Time for which a connection that makes room is waited for.
@@ -220,7 +221,7 @@ impl Drop for Pass {
 }
 
 /// Decides about a connection that comes. While the port is full, the connection that has waited longest for
-/// its peer makes room; where none has waited long enough, the new one may ask for health alone, and of those
+/// its peer makes room, or one between two requests; where there is none, the new one may ask for health alone, and of those
 /// the one that has waited longest makes room at once: a health check has sent its request when it is
 /// accepted, an idle connection never sends one.
 fn admission(
@@ -265,7 +266,8 @@ fn longest_wait(
 ) -> Option<ConnectionId> {
     let waits = kept.iter().filter(|(_, one)| may_go(one)).filter_map(|(id, one)| {
         let (wait, since): (Wait, Instant) = one.activity.wait()?;
-        let has_waited = now.saturating_duration_since(since) >= wait_min;
+        let has_waited =
+            wait == Wait::NextRequest || now.saturating_duration_since(since) >= wait_min;
         has_waited.then_some((wait, since, *id))
     });
     waits.min().map(|(_, _, id)| id)
@@ -323,6 +325,13 @@ mod tests {
         assert_eq!(admit("127.0.0.1", idle), Admission::Kept { instead_of: Some(1) });
         assert_eq!(
             admit("127.0.0.1", vec![busy(), local(false, ago(2))]),
+            Admission::Kept { instead_of: Some(1) }
+        );
+        // One that asks all the time is between two requests.
+        let asked = local(false, ago(9));
+        drop(asked.activity.begin_request());
+        assert_eq!(
+            admit("127.0.0.1", vec![busy(), asked]),
             Admission::Kept { instead_of: Some(1) }
         );
         // All are at work, or have just come.

@@ -72,7 +72,10 @@ fn compiler() -> Result<Command, BuildError> {
         Some(zig) => tool::command(zig),
         None => {
             let mut python = tool::command("python3");
-            let has_zig = python.args(["-c", "import ziglang"]).stderr(Stdio::null()).status();
+            // Python before 3.11 does not know PYTHONSAFEPATH, and would take a module of the folder that it
+            // runs in, which may be anybody's.
+            python.args(["-c", "import ziglang"]).current_dir("/");
+            let has_zig = python.stderr(Stdio::null()).status();
             if !has_zig.is_ok_and(|status| status.success()) {
                 let cause = io::Error::other("it is neither on PATH nor among Python's packages");
                 return Err(BuildError::Tool { tool: "zig".into(), cause, remedy: REMEDY });

@@ -218,7 +218,15 @@ pub(super) fn refuse_foreign_settings(dir: &Path, names: &[&str]) -> Result<(), 
             // The folder that holds it alone, such as `.cargo`, and then the file.
             let holder = file.parent().filter(|holder| *holder != folder);
             for path in holder.into_iter().chain([&*file]) {
-                let reach = private::reach_of(path).map_err(file_error("read", path))?;
+                // A link of another user may lead to a file of this one that was never meant to be followed.
+                let about = fs::symlink_metadata(path).map_err(file_error("read", path))?;
+                let uid = about.uid();
+                let is_foreign_link =
+                    about.is_symlink() && ![private::uid(), owner, 0].contains(&uid);
+                let reach = match is_foreign_link {
+                    true => Some(Reach::Owner { path: path.to_owned(), uid }),
+                    false => private::reach_of(path).map_err(file_error("read", path))?,
+                };
                 match reach {
                     None => {}
                     Some(Reach::Owner { uid, .. }) if uid == owner => {}

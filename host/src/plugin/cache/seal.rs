@@ -41,7 +41,11 @@ impl Seal {
         }
         let path = folder.join(KEY_FILE);
         match read(&path)? {
-            Found::Key(key) => return Ok(Self(key)),
+            Found::Key(key) => {
+                // A volume's group may have been given rights in it (fsGroup).
+                private::tighten(&path);
+                return Ok(Self(key));
+            }
             Found::Missing => {}
             Found::Exposed => {
                 // What others may know seals nothing. Files under the old key are compiled again.
@@ -155,6 +159,9 @@ mod tests {
         let key = folder.join(KEY_FILE);
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&folder), mode(&key)), (0o700, 0o600));
+        // One that a group of this process was given is kept: else each start of a pod would compile again.
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o660)).unwrap();
+        assert_eq!((first, 0o600), (of(), mode(&key)));
         // One that others could read is replaced.
         fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
         assert_ne!(first, of());

@@ -187,6 +187,22 @@ fn wall_03_a_full_port_answers_health() {
 }
 
 #[test]
+fn wall_03_clients_that_ask_all_the_time_leave_room_for_others() {
+    let ports = Ports::start("connections = 4", "", "");
+    let mut asking: Vec<_> = (0..4).map(|_| open(ports.admin)).collect();
+    let mut answered = 0;
+    wait_for("room for another client", || {
+        for connection in &mut asking {
+            // One that made room is closed.
+            let _ = connection.write_all(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n");
+            answered += connection.read(&mut [0; 1_024]).unwrap_or(0);
+        }
+        status(&ask(ports.admin, "GET", "/metrics", "", b"")) == "200"
+    });
+    assert!(answered > 0, "they were not asking");
+}
+
+#[test]
 fn wall_03_a_body_that_is_declared_and_not_sent_holds_nothing() {
     let ports = Ports::start("", "body = \"32 KiB\"\nin_flight = \"64 KiB\"", "");
     let _declared: Vec<_> = (0..20).map(|_| declare(ports.intake, 32 << 10, 0)).collect();
@@ -210,6 +226,56 @@ fn wall_03_a_body_that_stalls_gives_its_bytes_back() {
     let mut answer = [0; 12];
     stalled[0].read_exact(&mut answer).expect("an answer");
     assert_eq!(&answer, b"HTTP/1.1 429");
+}
+
+/// Writes a byte to each connection now and then: far less than the slowest pace, and more often than a wait
+/// counts as one.
+struct Drip {
+    connections: Vec<TcpStream>,
+    last: Instant,
+}
+
+impl Drip {
+    fn to(connections: Vec<TcpStream>) -> Self {
+        Self { connections, last: Instant::now() }
+    }
+
+    fn a_byte(&mut self) {
+        if self.last.elapsed() > Duration::from_millis(200) {
+            self.last = Instant::now();
+            for connection in &mut self.connections {
+                // Those that gave way are closed.
+                let _ = connection.write_all(b"x");
+            }
+        }
+    }
+}
+
+#[test]
+fn wall_03_a_body_of_which_a_byte_comes_now_and_then_gives_its_bytes_back() {
+    let ports = Ports::start("", "body = \"32 KiB\"\nin_flight = \"64 KiB\"", "");
+    let declared = (0..3).map(|_| declare(ports.intake, 20_400, 20_000));
+    let mut drip = Drip::to(declared.collect());
+    let begun = Instant::now();
+    let large = vec![b'x'; 30_000];
+    wait_for("room for another body", || {
+        drip.a_byte();
+        status(&ask(ports.intake, "POST", "/events", "", &large)) == "200"
+    });
+    // Their deadline is 30 s.
+    assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn wall_03_bodies_of_which_a_byte_comes_now_and_then_make_room_at_a_full_port() {
+    let ports = Ports::start("", "connections = 4", "");
+    let mut drip = Drip::to((0..4).map(|_| declare(ports.intake, 1_000, 1)).collect());
+    let begun = Instant::now();
+    wait_for("room for another connection", || {
+        drip.a_byte();
+        status(&post(ports.intake, &row(0, 1))) == "200"
+    });
+    assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
 }
 
 #[test]
@@ -279,6 +345,12 @@ fn wall_05_health_names_no_cause_without_the_token() {
             let answer = ask(ports.admin, "GET", path, headers, b"");
             assert_eq!(status(&answer), code, "{path} {headers}: {answer}");
         }
+    }
+    // Causes may quote records, which the read token does not open.
+    for (headers, is_cause_shown) in [(&read, false), (&ports.token(), true)] {
+        let answer = ask(ports.admin, "GET", "/status", headers, b"");
+        assert!(answer.contains("\"blocked\":{\""), "{answer}");
+        assert_eq!(answer.contains("rejected_in_a_row"), is_cause_shown, "{answer}");
     }
     for (method, path) in CHANGES {
         let answer = ask(ports.admin, method, path, &read, b"");

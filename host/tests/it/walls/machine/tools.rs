@@ -1,7 +1,7 @@
 //! Builds run no tool that another user of the machine has put somewhere, and give tools no secrets.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -146,9 +146,21 @@ fn wall_16_cargo_follows_no_settings_of_another_user() {
     fs::create_dir(settings.parent().expect("a folder")).expect("made");
     let text = format!("[build]\nrustc-wrapper = \"{}\"\n", tool.display());
     fs::write(&settings, text).expect("written");
+    let is_refused = || {
+        let told = said(&build(&plugin, |command| _ = with_tools(command)), false);
+        assert!(told.contains("refused to build: cargo would follow"), "{told}");
+        assert!(told.contains(&settings.display().to_string()), "{told}");
+        assert!(!seen.exists(), "the wrapper ran");
+    };
     chmod(&settings, 0o666);
-    let told = said(&build(&plugin, |command| _ = with_tools(command)), false);
-    assert!(told.contains("refused to build: cargo would follow"), "{told}");
-    assert!(told.contains(&settings.display().to_string()), "{told}");
-    assert!(!seen.exists(), "the wrapper ran");
+    is_refused();
+    // A link of another user to a file of this one.
+    if is_root() {
+        chmod(&settings, 0o600);
+        let real = folder.path().join("real.toml");
+        fs::rename(&settings, &real).expect("moved");
+        symlink(&real, &settings).expect("a link");
+        lchown(&settings, Some(65_534), None).expect("given away");
+        is_refused();
+    }
 }
