@@ -143,6 +143,7 @@ pub struct Instance {
     exports: bindings::PluginWithCapabilities,
     output_bytes_max: usize,
     host_ms_max: Option<u64>,
+    starved: u32,
 }
 
 impl Instance {
@@ -178,7 +179,7 @@ impl Instance {
             Err(error) => return Err(diagnose(&store, &error, "instantiation")),
         };
         let (output_bytes_max, host_ms_max) = (limits.output_bytes_max, limits.host_ms_max);
-        let mut instance = Self { store, exports, output_bytes_max, host_ms_max };
+        let mut instance = Self { store, exports, output_bytes_max, host_ms_max, starved: 0 };
         let answer =
             instance.exports.shardmill_plugin_stage().call_configure(&mut instance.store, context);
         match answer {
@@ -200,6 +201,11 @@ impl Instance {
         }
     }
 
+    /// Gives calls more time to get their CPU time: so many before them, in a row, were starved.
+    pub fn starved_before(&mut self, times: u32) {
+        self.starved = times;
+    }
+
     /// Runs one batch, within this CPU time of the plugin's own.
     ///
     /// # Errors
@@ -213,7 +219,8 @@ impl Instance {
         self.store.set_epoch_deadline(1);
         self.store.set_hostcall_fuel(self.output_bytes_max);
         let sandbox = self.store.data_mut();
-        sandbox.caller.clock.begin(CallTime::of_ms(limit_ms, self.host_ms_max));
+        let time = CallTime::of_ms(limit_ms, self.host_ms_max).after_starved(self.starved);
+        sandbox.caller.clock.begin(time);
         // What an earlier call was refused, and got by without, is not this one's fault.
         sandbox.refused = None;
         let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);
