@@ -141,8 +141,7 @@ impl ResourceLimiter for Sandbox {
 pub struct Instance {
     store: Store<Sandbox>,
     exports: bindings::PluginWithCapabilities,
-    output_bytes_max: usize,
-    host_ms_max: Option<u64>,
+    limits: StageLimits,
     starved: u32,
 }
 
@@ -178,8 +177,7 @@ impl Instance {
             Ok(exports) => exports,
             Err(error) => return Err(diagnose(&store, &error, "instantiation")),
         };
-        let (output_bytes_max, host_ms_max) = (limits.output_bytes_max, limits.host_ms_max);
-        let mut instance = Self { store, exports, output_bytes_max, host_ms_max, starved: 0 };
+        let mut instance = Self { store, exports, limits: *limits, starved: 0 };
         let answer =
             instance.exports.shardmill_plugin_stage().call_configure(&mut instance.store, context);
         match answer {
@@ -217,10 +215,10 @@ impl Instance {
     ) -> Result<Result<Outcome, Failure>, CallError> {
         // The first look at the clocks is at the next tick: before that, a call is over no limit.
         self.store.set_epoch_deadline(1);
-        self.store.set_hostcall_fuel(self.output_bytes_max);
+        self.store.set_hostcall_fuel(self.limits.output_bytes_max);
         let sandbox = self.store.data_mut();
-        let time = CallTime::of_ms(limit_ms, self.host_ms_max).after_starved(self.starved);
-        sandbox.caller.clock.begin(time);
+        let time = CallTime::of_ms(limit_ms, Some(self.limits.host_ms(limit_ms)));
+        sandbox.caller.clock.begin(time.after_starved(self.starved));
         // What an earlier call was refused, and got by without, is not this one's fault.
         sandbox.refused = None;
         let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);
