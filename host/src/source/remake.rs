@@ -24,7 +24,7 @@ use crate::stage::{Blocked, Chain, Entered, Generation, Samples};
 
 /// The largest number of revisions that are kept loaded.
 const REVISIONS_MAX: usize = 4;
-/// How often a record is run where it may go through the next time, as on a busy machine.
+/// How often a record is run where a busy machine does not let it end.
 const TRIES: u32 = 3;
 /// The pause between two tries.
 const TRY_PAUSE: Duration = Duration::from_secs(1);
@@ -150,12 +150,12 @@ impl Remaker {
                     tokio::time::sleep(pause).await;
                     chain = back;
                 }
-                Err(Blocked::Retry(_)) if tries + 1 < TRIES => {
+                Err(Blocked::Starved(_)) if tries + 1 < TRIES => {
                     tries += 1;
                     tokio::time::sleep(TRY_PAUSE).await;
                     chain = back;
                 }
-                Err(Blocked::Retry(why) | Blocked::Broken(why)) => {
+                Err(Blocked::Retry(why) | Blocked::Starved(why) | Blocked::Broken(why)) => {
                     return Err(format!("revision {revision} does not run it: {why}"));
                 }
                 Err(Blocked::Stopped(_)) => {

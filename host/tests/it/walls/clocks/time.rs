@@ -43,7 +43,7 @@ fn beside_hostile_lanes<T>(what: impl FnOnce() -> T) -> T {
                 while !ended.load(Ordering::Relaxed) {
                     match lane.run(&["bad".to_owned()]) {
                         Ok(outcome) => assert_eq!(outcome.letters.len(), 1),
-                        Err(Blocked::Retry(_)) => {}
+                        Err(Blocked::Starved(_)) => {}
                         Err(other) => panic!("{other:?}"),
                     }
                 }
@@ -81,7 +81,7 @@ fn wall_10_an_endless_record_is_blamed_beside_hostile_lanes_too() {
     let outcome = beside_hostile_lanes(|| {
         loop {
             match lane.run(&payloads) {
-                Err(Blocked::Retry(_)) => {}
+                Err(Blocked::Starved(_)) => {}
                 ended => break ended,
             }
         }
@@ -129,7 +129,7 @@ fn wall_10_a_call_that_the_machine_did_not_let_end_is_run_again() {
         })
     });
     match starved {
-        Err(Blocked::Retry(why)) => assert!(why.contains("the machine is too busy"), "{why}"),
+        Err(Blocked::Starved(why)) => assert!(why.contains("the machine is too busy"), "{why}"),
         other => panic!("expected a call that is run again, found {other:?}"),
     }
     let outcome = lane.run(&payloads).expect("it is run again");
