@@ -199,7 +199,7 @@ impl Instance {
         }
     }
 
-    /// Gives calls more time to get their CPU time: so many before them, in a row, were starved.
+    /// Gives calls more time to get their CPU time, after `times` calls in a row that were starved.
     pub fn starved_before(&mut self, times: u32) {
         self.starved = times;
     }

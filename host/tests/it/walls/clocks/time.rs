@@ -14,7 +14,7 @@ use crate::languages::{asking, car_server, letters, run_asking};
 
 /// Lanes that never give their core up by themselves: as many on two cores, more on a larger machine.
 const HOSTILE_LANES: usize = 16;
-/// At least so many for each core.
+/// The least number of them for each core.
 const HOSTILE_LANES_PER_CORE: usize = 2;
 
 /// Ends the hostile lanes, also where a test panics beside them.
