@@ -74,6 +74,13 @@ impl StageLimits {
         self.configure_ms_max.unwrap_or(CONFIGURE_MS_MAX)
     }
 
+    /// The wall time of a call of the host that the plugin makes within a call of `call_ms`, in milliseconds.
+    /// Without a limit of its own, at least as much as one record has alone: the plugin may reject a record
+    /// for a call of the host that failed, in a hasty piece of a search too.
+    pub fn host_ms(&self, call_ms: u64) -> u64 {
+        self.host_ms_max.unwrap_or_else(|| call_ms.max(self.call_ms_max(1)))
+    }
+
     /// The CPU time of one call with `records` records, in milliseconds.
     pub fn call_ms_max(&self, records: usize) -> u64 {
         self.batch_ms_max.min(self.record_ms_max.saturating_mul(records as u64)).max(1)
@@ -156,5 +163,23 @@ impl RejectedMax {
 impl Default for RejectedMax {
     fn default() -> Self {
         Self { of_last_1000: 100, in_a_row: 100 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_10_a_call_of_the_host_has_no_less_time_in_a_piece_of_a_search() {
+        let limits = StageLimits::default();
+        let (batch_ms, record_ms) = (limits.batch_ms_max, limits.record_ms_max);
+        for (call_ms, expected_ms) in
+            [(batch_ms, batch_ms), (record_ms, record_ms), (record_ms / 4, record_ms)]
+        {
+            assert_eq!(limits.host_ms(call_ms), expected_ms, "{call_ms}");
+        }
+        let own = StageLimits { host_ms_max: Some(7), ..limits };
+        assert_eq!([batch_ms, 1].map(|call_ms| own.host_ms(call_ms)), [7, 7]);
     }
 }

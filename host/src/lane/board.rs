@@ -236,11 +236,11 @@ impl Board {
         running.map(|(shard, status)| WaitingLane { why: status.waits_for(), shard }).collect()
     }
 
-    /// The lanes whose stages do not go on, and why.
+    /// The lanes whose stages do not go on, and why. Not those that a busy machine holds up.
     pub fn blocked_stages(&self) -> Vec<(ShardId, String)> {
         let shards = self.lock();
         let blocked = shards.iter().filter_map(|(shard, status)| {
-            status.blocked.get("stages").map(|cause| (shard.clone(), cause.clone()))
+            status.blocked.get(super::STAGES).map(|cause| (shard.clone(), cause.clone()))
         });
         blocked.collect()
     }
@@ -293,4 +293,19 @@ impl Board {
 fn gauge(shard: &ShardId, status: &ShardStatus) {
     metrics::gauge!("shardmill_blocked", "shard" => shard.to_string())
         .set(status.blocked.len() as f64);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lane::{STAGES, STARVED};
+
+    #[test]
+    fn wall_10_no_version_is_judged_by_a_lane_that_a_busy_machine_holds_up() {
+        let (board, shard) = (Board::default(), ShardId::from("a"));
+        board.block(&shard, STARVED, "stage s: the machine is too busy");
+        assert!(board.blocked_stages().is_empty());
+        board.block(&shard, STAGES, "stage s: every record fails");
+        assert_eq!(board.blocked_stages(), [(shard, "stage s: every record fails".to_owned())]);
+    }
 }

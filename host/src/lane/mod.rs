@@ -52,6 +52,10 @@ const SEARCH: &str = "search";
 const CALL: &str = "plugin call";
 /// The part of a lane that shows retries which a plugin has asked for.
 const RETRIES: &str = "retries";
+/// The part of a lane that its stages block.
+const STAGES: &str = "stages";
+/// The part of a lane that a busy machine blocks: no version of a plugin is judged by it.
+const STARVED: &str = "cores";
 /// The metric of what the sinks' buffers hold.
 const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
 /// How long a stage asks for retries until that is shown.
@@ -414,14 +418,15 @@ impl Lane<'_> {
             self.announce_behind(&batch.span.to_inclusive).await;
             let ran = self.stop.until_over(self.show_search(&mut searching, run)).await;
             // A call that outlasts the time of the end goes on by itself: the batch is read again.
-            let (cause, pause) = match ran.ok_or(LaneError::Stopped)? {
+            let (part, cause, pause) = match ran.ok_or(LaneError::Stopped)? {
                 Ok((chain, outcome, ran_at)) => {
                     self.gap.begin(ran_at);
                     self.chain = Some(chain);
                     match outcome {
                         Ok(outcome) => {
-                            self.shared.board.unblock(&self.shard.shard, "stages");
+                            self.shared.board.unblock(&self.shard.shard, STAGES);
                             self.shared.board.unblock(&self.shard.shard, RETRIES);
+                            self.shared.board.unblock(&self.shard.shard, STARVED);
                             return Ok(outcome);
                         }
                         Err(Blocked::Stopped(letters)) => {
@@ -436,15 +441,16 @@ impl Lane<'_> {
                             self.pause_for_retry(pause).await?;
                             continue;
                         }
-                        Err(Blocked::Retry(cause)) => (cause, Some(stage_pause)),
-                        Err(Blocked::Broken(cause)) => (cause, None),
+                        Err(Blocked::Retry(cause)) => (STAGES, cause, Some(stage_pause)),
+                        Err(Blocked::Starved(cause)) => (STARVED, cause, Some(stage_pause)),
+                        Err(Blocked::Broken(cause)) => (STAGES, cause, None),
                     }
                 }
                 // The host's own fault, in this lane. Its instances are gone: others are started.
-                Err(panic) => (format!("a stage failed: {panic}"), Some(stage_pause)),
+                Err(panic) => (STAGES, format!("a stage failed: {panic}"), Some(stage_pause)),
             };
             retried_since = None;
-            self.block("stages", &cause);
+            self.block(part, &cause);
             if self.change_before_blocked().await? {
                 continue;
             }

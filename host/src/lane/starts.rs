@@ -117,7 +117,7 @@ impl Lane<'_> {
             Next::Again => tracing::warn!(shard = %self.shard.shard, cause, tries,
                 "the stages do not start; they are tried again"),
             Next::Decide | Next::Blocked => {
-                self.block("stages", cause);
+                self.block(super::STAGES, cause);
                 if self.change_before_blocked().await? {
                     return Ok(());
                 }

@@ -5,7 +5,8 @@
 //!
 //! - when the plugin itself has used up its CPU time, without that of the host's calls;
 //! - when it has lasted [`WALL_TIMES`] as long as both of its budgets together. If it has spent that with
-//!   waiting for the host, it is to blame; if it has got no CPU time, nobody is, and it is run again.
+//!   waiting for the host, it is to blame; if it has got no CPU time, nobody is, and it is run again, with
+//!   twice the time: else a record without end would never be found where a core has too many threads.
 //!
 //! A call of the host has wall time of its own, each one: what one record waits for is not taken from the
 //! records that come after it in the same batch.
@@ -20,6 +21,9 @@ use super::engine::EPOCH_TICK;
 /// core for so long says nothing about the plugin.
 const WALL_TIMES: u32 = 10;
 
+/// How often the wall time of a call that was starved is doubled: a 1,280th of a core is enough then.
+const DOUBLINGS_MAX: u32 = 6;
+
 /// The most of a call that lies before its first look and after its last: a tick each.
 const UNSEEN_MAX: Duration = EPOCH_TICK.saturating_mul(2);
 
@@ -30,6 +34,8 @@ pub(super) struct CallTime {
     pub cpu_max: Duration,
     /// Wall time of each call of the host that the plugin makes meanwhile.
     pub host_max: Duration,
+    /// How often in a row it was starved before.
+    pub starved: u32,
 }
 
 impl CallTime {
@@ -38,12 +44,23 @@ impl CallTime {
         Self {
             cpu_max: Duration::from_millis(cpu_ms),
             host_max: Duration::from_millis(host_ms.unwrap_or(cpu_ms)),
+            starved: 0,
         }
     }
 
-    /// Wall time of the whole call.
-    pub fn wall_max(self) -> Duration {
+    /// Returns the same, of a call that was starved so often in a row.
+    pub fn after_starved(self, starved: u32) -> Self {
+        Self { starved, ..self }
+    }
+
+    /// Wall time of all calls of the host together.
+    fn host_wall_max(self) -> Duration {
         self.cpu_max.saturating_add(self.host_max).saturating_mul(WALL_TIMES)
+    }
+
+    /// Wall time of the whole call.
+    fn wall_max(self) -> Duration {
+        self.host_wall_max().saturating_mul(1 << self.starved.min(DOUBLINGS_MAX))
     }
 }
 
@@ -71,14 +88,18 @@ pub(super) enum Over {
 
 /// Whether a call is over. `Ok`: it goes on, and cannot be over before so much more time has passed.
 fn judge(spent: Spent, time: CallTime) -> Result<Duration, Over> {
-    let wall_max = time.wall_max();
+    let (wall_max, host_wall_max) = (time.wall_max(), time.host_wall_max());
     if spent.cpu >= time.cpu_max {
         return Err(Over::Cpu);
+    }
+    if spent.host >= host_wall_max {
+        return Err(Over::Host);
     }
     if spent.wall >= wall_max {
         return Err(if spent.host >= wall_max / 2 { Over::Host } else { Over::Starved });
     }
-    Ok((time.cpu_max - spent.cpu).min(wall_max - spent.wall))
+    let left = (time.cpu_max - spent.cpu).min(wall_max - spent.wall);
+    Ok(left.min(host_wall_max - spent.host))
 }
 
 /// The clocks of a sandbox's call.
@@ -206,8 +227,11 @@ mod tests {
     use super::*;
 
     /// A plugin's call with 100 ms of CPU time, whose calls of the host have 300 ms each: 4 s at most.
-    const TIME: CallTime =
-        CallTime { cpu_max: Duration::from_millis(100), host_max: Duration::from_millis(300) };
+    const TIME: CallTime = CallTime {
+        cpu_max: Duration::from_millis(100),
+        host_max: Duration::from_millis(300),
+        starved: 0,
+    };
 
     #[test]
     fn wall_10_a_call_is_ended_by_its_own_time_and_nobody_is_blamed_for_a_busy_machine() {
@@ -225,6 +249,26 @@ mod tests {
             let ms = Duration::from_millis;
             let spent = Spent { cpu: ms(cpu_ms), wall: ms(wall_ms), host: ms(host_ms) };
             assert_eq!(judge(spent, TIME), expected.map(ms), "{spent:?}");
+        }
+    }
+
+    #[test]
+    fn wall_10_a_call_that_was_starved_has_more_time_until_it_says_who_is_to_blame() {
+        let ms = Duration::from_millis;
+        for (starved, cpu_ms, wall_ms, host_ms, expected) in [
+            (1, 40, 4_000, 0, Ok(60)),
+            (1, 40, 8_000, 0, Err(Over::Starved)),
+            (1, 100, 7_000, 0, Err(Over::Cpu)),
+            // Calls of the host have no more than before.
+            (1, 40, 7_000, 3_990, Ok(10)),
+            (1, 40, 7_000, 4_000, Err(Over::Host)),
+            (6, 99, 255_000, 0, Ok(1)),
+            (6, 99, 256_000, 0, Err(Over::Starved)),
+            (1_000, 99, 256_000, 0, Err(Over::Starved)),
+        ] {
+            let spent = Spent { cpu: ms(cpu_ms), wall: ms(wall_ms), host: ms(host_ms) };
+            let judged = judge(spent, TIME.after_starved(starved));
+            assert_eq!(judged, expected.map(ms), "{starved}: {spent:?}");
         }
     }
 

@@ -4,7 +4,12 @@
 //! is code of the runtime that a component could attack; some take memory that no limit counts (shared
 //! memories), some give other results on other processors (relaxed SIMD).
 
-use wasmparser::{ComponentInstance, Instance, Parser, Payload, Validator, WasmFeatures};
+use std::collections::HashSet;
+
+use wasmparser::{
+    ComponentAlias, ComponentExternalKind, ComponentInstance, ComponentOuterAliasKind,
+    ComponentTypeRef, Instance, Parser, Payload, Validator, WasmFeatures,
+};
 use wasmtime::Config;
 
 /// The features that are on. Several memories in one module are what wasmtime itself makes where two
@@ -66,12 +71,21 @@ pub(super) fn check_state(component: &[u8]) -> Result<(), String> {
 /// What cannot be read counts as nothing: the compiler refuses it.
 fn state_bytes(component: &[u8]) -> usize {
     let (mut largest, mut own) = (0, 0_usize);
-    let (mut instances, mut components, mut nested) = (0, 0, 0);
+    let mut instances = 0;
+    // Components that each open component instantiates, by their index there.
+    let mut instantiated: Vec<HashSet<u32>> = Vec::new();
+    // Whether a component may be instantiated more than once: by its index, or by another name of it.
+    let mut is_repeated = false;
     for payload in Parser::new(0).parse_all(component) {
         let Ok(payload) = payload else { return 0 };
         let more = match &payload {
             Payload::Version { .. } => {
                 own = 0;
+                instantiated.push(HashSet::new());
+                0
+            }
+            Payload::End(_) => {
+                instantiated.pop();
                 0
             }
             Payload::ImportSection(section) => section.count() as usize * IMPORT_BYTES,
@@ -87,14 +101,35 @@ fn state_bytes(component: &[u8]) -> usize {
                 0
             }
             Payload::ComponentInstanceSection(section) => {
-                let is_one = |one: &ComponentInstance<'_>| {
-                    matches!(one, ComponentInstance::Instantiate { .. })
-                };
-                components += section.clone().into_iter().flatten().filter(is_one).count();
+                for one in section.clone().into_iter().flatten() {
+                    let ComponentInstance::Instantiate { component_index, .. } = one else {
+                        continue;
+                    };
+                    is_repeated |=
+                        instantiated.last_mut().is_none_or(|own| !own.insert(component_index));
+                }
                 0
             }
-            Payload::ComponentSection { .. } => {
-                nested += 1;
+            Payload::ComponentAliasSection(section) => {
+                is_repeated |= section.clone().into_iter().flatten().any(|alias| match alias {
+                    ComponentAlias::InstanceExport { kind, .. } => {
+                        kind == ComponentExternalKind::Component
+                    }
+                    ComponentAlias::Outer { kind, .. } => {
+                        kind == ComponentOuterAliasKind::Component
+                    }
+                    ComponentAlias::CoreInstanceExport { .. } => false,
+                });
+                0
+            }
+            Payload::ComponentImportSection(section) => {
+                let mut imports = section.clone().into_iter().flatten();
+                is_repeated |= imports.any(|one| matches!(one.ty, ComponentTypeRef::Component(_)));
+                0
+            }
+            Payload::ComponentExportSection(section) => {
+                let mut exports = section.clone().into_iter().flatten();
+                is_repeated |= exports.any(|one| one.kind == ComponentExternalKind::Component);
                 0
             }
             _ => 0,
@@ -103,7 +138,7 @@ fn state_bytes(component: &[u8]) -> usize {
         largest = largest.max(own);
     }
     // Where a component is instantiated again, its modules are too.
-    let instances = if components > nested { PARTS_MAX.instances } else { instances };
+    let instances = if is_repeated { PARTS_MAX.instances } else { instances };
     largest.saturating_mul(instances.min(PARTS_MAX.instances))
 }
 
@@ -180,24 +215,39 @@ mod tests {
 
     #[test]
     fn wall_11_a_component_that_is_instantiated_again_counts_as_often_as_it_may() {
+        let (large, small) = (component(1_000_000, 1), component(1, 1));
+        for (nested, instantiated, is_fine) in [
+            (vec![&large], vec![0], true),
+            (vec![&large, &small], vec![0, 1], true),
+            (vec![&small], vec![0, 0], true),
+            (vec![&large], vec![0, 0], false),
+            // Others that are never instantiated are no excuse.
+            (vec![&large, &small, &small], vec![0, 0], false),
+        ] {
+            let checked = check_state(&composed(&nested, &instantiated));
+            assert_eq!(checked.is_ok(), is_fine, "{} of {instantiated:?}", nested.len());
+        }
+    }
+
+    /// A component of nested ones, that instantiates those with these indexes.
+    fn composed(nested: &[&Vec<u8>], instantiated: &[u32]) -> Vec<u8> {
         use wasm_encoder::{
             ComponentInstanceSection, ComponentSection as _, NestedComponentSection,
         };
         let mut outer = wasm_encoder::Component::HEADER.to_vec();
-        let inner = component(1_000_000, 1);
-        // A nested component: its section's number, its length, its bytes.
-        outer.push(NestedComponentSection(&wasm_encoder::Component::new()).id());
-        leb128(inner.len(), &mut outer);
-        outer.extend(inner);
+        for inner in nested {
+            // A nested component: its section's number, its length, its bytes.
+            outer.push(NestedComponentSection(&wasm_encoder::Component::new()).id());
+            leb128(inner.len(), &mut outer);
+            outer.extend(*inner);
+        }
         let mut instances = ComponentInstanceSection::new();
-        let none = std::iter::empty::<(&str, wasm_encoder::ComponentExportKind, u32)>;
-        instances.instantiate(0, none());
-        let mut once = outer.clone();
-        instances.append_to_component(&mut once);
-        assert_eq!(check_state(&once), Ok(()));
-        instances.instantiate(0, none());
+        for index in instantiated {
+            let none = std::iter::empty::<(&str, wasm_encoder::ComponentExportKind, u32)>();
+            instances.instantiate(*index, none);
+        }
         instances.append_to_component(&mut outer);
-        assert!(check_state(&outer).is_err());
+        outer
     }
 
     fn leb128(mut number: usize, bytes: &mut Vec<u8>) {

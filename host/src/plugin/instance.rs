@@ -141,8 +141,8 @@ impl ResourceLimiter for Sandbox {
 pub struct Instance {
     store: Store<Sandbox>,
     exports: bindings::PluginWithCapabilities,
-    output_bytes_max: usize,
-    host_ms_max: Option<u64>,
+    limits: StageLimits,
+    starved: u32,
 }
 
 impl Instance {
@@ -177,8 +177,7 @@ impl Instance {
             Ok(exports) => exports,
             Err(error) => return Err(diagnose(&store, &error, "instantiation")),
         };
-        let (output_bytes_max, host_ms_max) = (limits.output_bytes_max, limits.host_ms_max);
-        let mut instance = Self { store, exports, output_bytes_max, host_ms_max };
+        let mut instance = Self { store, exports, limits: *limits, starved: 0 };
         let answer =
             instance.exports.shardmill_plugin_stage().call_configure(&mut instance.store, context);
         match answer {
@@ -200,6 +199,11 @@ impl Instance {
         }
     }
 
+    /// Gives calls more time to get their CPU time, after `times` calls in a row that were starved.
+    pub fn starved_before(&mut self, times: u32) {
+        self.starved = times;
+    }
+
     /// Runs one batch, within this CPU time of the plugin's own.
     ///
     /// # Errors
@@ -211,9 +215,10 @@ impl Instance {
     ) -> Result<Result<Outcome, Failure>, CallError> {
         // The first look at the clocks is at the next tick: before that, a call is over no limit.
         self.store.set_epoch_deadline(1);
-        self.store.set_hostcall_fuel(self.output_bytes_max);
+        self.store.set_hostcall_fuel(self.limits.output_bytes_max);
         let sandbox = self.store.data_mut();
-        sandbox.caller.clock.begin(CallTime::of_ms(limit_ms, self.host_ms_max));
+        let time = CallTime::of_ms(limit_ms, Some(self.limits.host_ms(limit_ms)));
+        sandbox.caller.clock.begin(time.after_starved(self.starved));
         // What an earlier call was refused, and got by without, is not this one's fault.
         sandbox.refused = None;
         let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);

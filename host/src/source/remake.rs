@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -23,6 +24,10 @@ use crate::stage::{Blocked, Chain, Entered, Generation, Samples};
 
 /// The largest number of revisions that are kept loaded.
 const REVISIONS_MAX: usize = 4;
+/// How often a record is run where a busy machine does not let it end.
+const TRIES: u32 = 3;
+/// The pause between two tries.
+const TRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs revisions of then on single records.
 pub struct Remaker {
@@ -128,6 +133,7 @@ impl Remaker {
     ) -> Result<Vec<Entered>, String> {
         let batch = Arc::new(batch);
         let mut chain = self.chain(revision, shard).await?;
+        let mut tries = 0;
         loop {
             let (own, place) = (batch.clone(), target.clone());
             let run = tokio::task::spawn_blocking(move || {
@@ -144,7 +150,12 @@ impl Remaker {
                     tokio::time::sleep(pause).await;
                     chain = back;
                 }
-                Err(Blocked::Retry(why) | Blocked::Broken(why)) => {
+                Err(Blocked::Starved(_)) if tries + 1 < TRIES => {
+                    tries += 1;
+                    tokio::time::sleep(TRY_PAUSE).await;
+                    chain = back;
+                }
+                Err(Blocked::Retry(why) | Blocked::Starved(why) | Blocked::Broken(why)) => {
                     return Err(format!("revision {revision} does not run it: {why}"));
                 }
                 Err(Blocked::Stopped(_)) => {

@@ -17,7 +17,7 @@ use super::runner::{RunError, StageRunner};
 use super::samples::Samples;
 use super::spec::CanarySpec;
 use crate::config::RejectedMax;
-use crate::plugin::CallError;
+use crate::plugin::{CallError, CallFault};
 use crate::position::{DeadLetter, LetterKey, MadeBy};
 use crate::record::{
     Arenas, Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
@@ -64,6 +64,9 @@ pub enum Blocked {
     Later(String, Duration),
     /// It may pass by itself: try the same batch again.
     Retry(String),
+    /// The machine did not give a call the time to end: try the same batch again. It says nothing about the
+    /// plugin.
+    Starved(String),
     /// A person must act: the plugin or the limits.
     Broken(String),
 }
@@ -551,8 +554,11 @@ fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
             let said = format!("{plugin}: too many records fail; the last reason: {reason}");
             Blocked::Broken(hidden(said))
         }
-        // What `configure` failed for may be over later: a busy machine, or the time of day.
+        RunError::NoInstance(error) if error.fault == CallFault::Starved => {
+            Blocked::Starved(format!("{plugin} does not start: {error}"))
+        }
+        // What `configure` failed for may be over later, such as the time of day.
         RunError::NoInstance(error) => Blocked::Retry(format!("{plugin} does not start: {error}")),
-        RunError::Starved(reason) => Blocked::Retry(format!("{plugin}: {reason}")),
+        RunError::Starved(reason) => Blocked::Starved(format!("{plugin}: {reason}")),
     }
 }

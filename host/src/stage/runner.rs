@@ -49,6 +49,9 @@ pub struct StageRunner {
     usual_ns: f64,
     /// The calls' own time of the run under way: how busy the machine is says nothing about the plugin.
     busy: Duration,
+    /// Calls in a row that the machine did not let end. Counted over whole runs: a search begins again after
+    /// each.
+    starved: u32,
     /// Where a search is shown.
     searching: Option<Arc<watch::Sender<Option<String>>>>,
 }
@@ -107,6 +110,7 @@ impl StageRunner {
             patience: None,
             usual_ns: 0.0,
             busy: Duration::ZERO,
+            starved: 0,
             searching: None,
         };
         runner.instance()?;
@@ -164,6 +168,7 @@ impl StageRunner {
         } else {
             self.search(batch, items, None, &known, begun)?
         };
+        self.starved = 0;
         self.stage.health.ran(items.len(), outcome.rejected.len(), self.busy);
         Ok(outcome)
     }
@@ -317,6 +322,7 @@ impl StageRunner {
         let Some(instance) = self.instance.as_mut() else { unreachable!("started above") };
         metrics::counter!("shardmill_stage_calls_total", "stage" => self.stage.name.to_string())
             .increment(1);
+        instance.starved_before(self.starved);
         let begun = Instant::now();
         let answer = instance.process(&self.wire, limit_ms);
         let took = instance.busy(begun.elapsed());
@@ -344,6 +350,7 @@ impl StageRunner {
             Ok(Err(failure)) => Err(CallFailure::Answered(failure)),
             Err(error) if error.fault == CallFault::Starved => {
                 self.instance = None;
+                self.starved = self.starved.saturating_add(1);
                 metrics::counter!("shardmill_stage_starved_total",
                     "stage" => self.stage.name.to_string())
                 .increment(1);

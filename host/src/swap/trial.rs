@@ -127,8 +127,13 @@ struct Failures {
 struct Side {
     stage: LoadedStage,
     runner: Option<StageRunner>,
+    /// How often a sample is run where the machine does not let its calls end.
+    tries_max: u32,
     stop: CancellationToken,
 }
+
+/// How often a sample is run by the candidate, at most, where the machine does not let its calls end.
+const CANDIDATE_TRIES_MAX: u32 = 3;
 
 /// What became of a sample's items, and how long it took.
 type Answer = Result<(Vec<Fate>, Duration), String>;
@@ -139,13 +144,13 @@ fn one_line(reason: String) -> String {
 }
 
 impl Side {
-    fn new(stage: &LoadedStage, stop: CancellationToken) -> Self {
+    fn new(stage: &LoadedStage, tries_max: u32, stop: CancellationToken) -> Self {
         // A failure that may pass is not waited for: it is a rejection like another.
         let limits = StageLimits { retry_ms_max: 0, ..stage.limits };
         // What it does here says nothing of how it serves.
         let health = Arc::default();
         let stage = LoadedStage { limits, health, ..stage.clone() };
-        Self { stage, runner: None, stop }
+        Self { stage, runner: None, tries_max, stop }
     }
 
     /// Calls that gave no answer so far.
@@ -164,9 +169,17 @@ impl Side {
                 none.insert(start(self.stage.clone(), sample, &self.stop)?)
             }
         };
-        let begun = Instant::now();
-        let outcome = runner.run(&sample.batch, &sample.flow);
-        let took = begun.elapsed();
+        let mut tries = 1;
+        let (outcome, took) = loop {
+            let begun = Instant::now();
+            let outcome = runner.run(&sample.batch, &sample.flow);
+            // A busy machine says nothing about the version.
+            let is_starved = matches!(outcome, Err(RunError::Starved(_)));
+            if !is_starved || tries >= self.tries_max || self.stop.is_cancelled() {
+                break (outcome, begun.elapsed());
+            }
+            tries += 1;
+        };
         match outcome {
             Ok(outcome) => Ok((fates(&self.stage, sample.flow.len(), outcome), took)),
             Err(
@@ -210,7 +223,8 @@ struct Incumbent {
 impl Incumbent {
     fn start(stage: &LoadedStage, allowed: Duration, stop: &CancellationToken) -> Self {
         let stop = stop.child_token();
-        let mut side = Side::new(stage, stop.clone());
+        // As often as its part of the trial allows: its failure would excuse those of the candidate.
+        let mut side = Side::new(stage, u32::MAX, stop.clone());
         let health = side.stage.health.clone();
         let (samples, inbox) = mpsc::channel::<Sample>();
         let (outbox, answers) = mpsc::channel();
@@ -286,7 +300,7 @@ impl Trial {
         Self {
             stage: incumbent.clone(),
             incumbent: Incumbent::start(incumbent, timing.trial_incumbent_max, stop),
-            candidate: Side::new(candidate, stop.clone()),
+            candidate: Side::new(candidate, CANDIDATE_TRIES_MAX, stop.clone()),
             report: TrialReport::default(),
             candidate_max: timing.trial_max,
             candidate_left: timing.trial_max.saturating_add(shadow),

@@ -75,9 +75,8 @@ impl Caller {
 
     /// Writes a line.
     pub(super) fn write(&self, level: wit::log::Level, message: &str) {
-        // Before it is cut: half of a secret would not be found.
-        let message = self.services.values.hide(message.to_owned());
-        log::emit(&self.author, level, &log::shown(&message));
+        let line = log::line(message, |copied| self.services.values.hide(copied));
+        log::emit(&self.author, level, &line);
     }
 
     /// Announces a metric.

@@ -12,6 +12,8 @@ pub const LOG_TARGET: &str = "plugin";
 
 /// Bytes of a line as it is shown.
 const LINE_BYTES_MAX: usize = 8 << 10;
+/// Bytes of a line that are copied: a secret that begins in what is shown must be found whole.
+const COPIED_BYTES_MAX: usize = LINE_BYTES_MAX + (64 << 10);
 /// The time for which lines are counted.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -92,7 +94,7 @@ fn log_dropped(author: &Author, dropped: u64, lines_per_s_max: u32) {
     }
 }
 
-/// Writes a line that [`shown`] made.
+/// Writes a line that [`line`] made.
 pub(super) fn emit(author: &Author, level: Level, line: &str) {
     let Author { stage, version, shard } = author;
     match level {
@@ -104,11 +106,13 @@ pub(super) fn emit(author: &Author, level: Level, line: &str) {
     }
 }
 
-/// One line of bounded length, whatever the plugin wrote: a character that is escaped takes up to ten times
-/// its bytes.
-pub(super) fn shown(message: &str) -> String {
+/// Makes one line of bounded length, whatever the plugin wrote: a character that is escaped takes up to ten
+/// times its bytes. `hide` replaces secrets in what is copied of it.
+pub(super) fn line(message: &str, hide: impl FnOnce(String) -> String) -> String {
+    let copied = &message[..message.floor_char_boundary(COPIED_BYTES_MAX)];
+    let mut is_cut = copied.len() < message.len();
     let mut line = String::new();
-    for c in message.chars() {
+    for c in hide(copied.to_owned()).chars() {
         let whole = line.len();
         match steers(c) {
             true => line.extend(c.escape_default()),
@@ -116,9 +120,12 @@ pub(super) fn shown(message: &str) -> String {
         }
         if line.len() > LINE_BYTES_MAX {
             line.truncate(whole);
-            line.push_str(&format!("… ({} bytes in all)", message.len()));
+            is_cut = true;
             break;
         }
+    }
+    if is_cut {
+        line.push_str(&format!("… ({} bytes in all)", message.len()));
     }
     line
 }
@@ -126,6 +133,23 @@ pub(super) fn shown(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn shown(message: &str) -> String {
+        line(message, |copied| copied)
+    }
+
+    #[test]
+    fn wall_06_a_line_is_cut_before_it_is_copied() {
+        let message = "x".repeat(64 << 20);
+        let mut copied_bytes = 0;
+        let cut = line(&message, |copied| {
+            copied_bytes = copied.len();
+            "all hidden".into()
+        });
+        assert_eq!(copied_bytes, COPIED_BYTES_MAX);
+        assert_eq!(cut, "all hidden… (67108864 bytes in all)");
+        assert_eq!(line("a secret", |copied| copied.replace("secret", "${S}")), "a ${S}");
+    }
 
     #[test]
     fn a_line_is_one_line_of_bounded_length() {

@@ -3,6 +3,7 @@
 //! The keys are bound as one JSON array, which `json_each(?1)` unfolds: SQLite has no arrays, and a
 //! statement with a parameter per key would be prepared anew for each number of keys.
 
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::fs::Metadata;
 use std::path::PathBuf;
@@ -29,7 +30,7 @@ pub(super) struct SqliteTable {
     path: PathBuf,
     query: String,
     connections: Mutex<Connections>,
-    /// Notified when a connection is given back.
+    /// Notified when a connection is given back, or another call is the first to wait.
     given_back: Condvar,
 }
 
@@ -37,6 +38,10 @@ pub(super) struct SqliteTable {
 struct Connections {
     idle: Vec<Open>,
     in_use: usize,
+    /// The tickets of calls that wait for a turn, in the order in which they came: a lane that asks again and
+    /// again is not served before one that waits.
+    waiting: VecDeque<u64>,
+    tickets: u64,
 }
 
 /// A turn on a connection. The query runs on it without a lock that lanes share.
@@ -91,16 +96,29 @@ impl SqliteTable {
     /// Waits for a turn until `deadline` at most.
     fn turn(&self, deadline: Instant) -> Result<Turn<'_>, LookupError> {
         let mut connections = self.connections();
-        while connections.in_use == CONNECTIONS_MAX {
+        let ticket = connections.tickets;
+        connections.tickets += 1;
+        connections.waiting.push_back(ticket);
+        while connections.in_use == CONNECTIONS_MAX || connections.waiting.front() != Some(&ticket)
+        {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                connections.waiting.retain(|other| *other != ticket);
+                drop(connections);
+                // Another is the first now.
+                self.given_back.notify_all();
                 return Err(self.failed("the queries of other lanes took too long"));
             }
             let waited = self.given_back.wait_timeout(connections, left);
             connections = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        connections.waiting.pop_front();
         connections.in_use += 1;
-        Ok(Turn { table: self, open: connections.idle.pop() })
+        let open = connections.idle.pop();
+        drop(connections);
+        // There may be a connection for the next one too.
+        self.given_back.notify_all();
+        Ok(Turn { table: self, open })
     }
 
     /// A panic elsewhere leaves them whole: every change is a single call.
@@ -218,7 +236,7 @@ impl Drop for Turn<'_> {
         connections.in_use -= 1;
         connections.idle.extend(self.open.take());
         drop(connections);
-        self.table.given_back.notify_one();
+        self.table.given_back.notify_all();
     }
 }
 
@@ -269,4 +287,44 @@ fn identity(file: &Metadata) -> (u64, u64) {
 #[cfg(not(unix))]
 fn identity(_file: &Metadata) -> (u64, u64) {
     (0, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn wall_06_turns_on_connections_are_taken_in_the_order_of_the_calls() {
+        let table = SqliteTable::new(PathBuf::new(), "");
+        let soon = || Instant::now() + Duration::from_millis(50);
+        let mut turns: Vec<_> =
+            (0..CONNECTIONS_MAX).map(|_| table.turn(soon()).expect("a connection")).collect();
+        assert!(table.turn(soon()).is_err(), "all are in use");
+        let (first, first_has_it) = mpsc::channel();
+        let (end, ended) = mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let table = &table;
+            scope.spawn(move || {
+                let _turn = table.turn(Instant::now() + LONG).expect("the first turn");
+                first.send(()).expect("a test");
+                let _ = ended.recv_timeout(LONG);
+            });
+            let begun = Instant::now();
+            while table.connections().waiting.is_empty() {
+                assert!(begun.elapsed() < LONG, "nobody waits");
+                std::thread::yield_now();
+            }
+            turns.pop();
+            assert!(table.turn(soon()).is_err(), "who came later was served first");
+            assert_eq!(first_has_it.recv_timeout(LONG), Ok(()));
+            drop(end);
+        });
+        assert!(table.connections().waiting.is_empty());
+        assert_eq!(table.connections().in_use, CONNECTIONS_MAX - 1);
+    }
 }
