@@ -580,8 +580,8 @@ pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<(
     state
         .prepare_cached(
             "UPDATE letters AS d SET held = ?2, record = NULL, entered_kind = 0, entered_key = x'',
-                 entered = x'', entered_bytes = 0, entered_digest = '', made = '', backtrace = '',
-                 kept_bytes = ?3
+                 entered = x'', entered_bytes = 0, entered_digest = '', made = '', plugin = '',
+                 reason = '', backtrace = '', kept_bytes = ?3
              WHERE rowid = ?1 AND place GLOB 'stage:*' AND NOT EXISTS (
                  SELECT 1 FROM shard s WHERE s.stream = d.stream AND s.shard = d.shard
                  AND (s.ended <> 0 OR (s.sequence, s.sub_sequence) >= (d.sequence, d.sub_sequence)))",
