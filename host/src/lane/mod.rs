@@ -573,6 +573,7 @@ impl Lane<'_> {
         letters: Vec<DeadLetter>,
     ) -> Result<(), LaneError> {
         let written = letters.len() as u64;
+        let letters = Arc::new(letters);
         let pause = LETTER_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
         while let Err(error) = self
             .unless_stopped(self.shared.letters.put(&batch.shard, letters.clone(), false))

@@ -5,6 +5,7 @@
 //! of all of them, is decided in `letter_store.rs`.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rusqlite::{Row, Transaction};
@@ -293,9 +294,11 @@ impl DeadLetters {
     pub async fn put(
         &self,
         shard: &ShardKey,
-        letters: Vec<DeadLetter>,
+        letters: impl Into<Arc<Vec<DeadLetter>>>,
         held: bool,
     ) -> Result<(), StateError> {
+        // Shared with a caller that tries again: a copy of many would be larger than what they are of.
+        let letters: Arc<Vec<DeadLetter>> = letters.into();
         if letters.is_empty() {
             return Ok(());
         }

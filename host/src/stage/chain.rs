@@ -333,26 +333,20 @@ impl Chain {
         }
         while let Some(part) = run.parts.front() {
             let runner = runners.of(part);
-            let made = match runner.run(&batch, &part.flow) {
+            let mut made = match runner.run(&batch, &part.flow) {
                 Ok(made) => made,
                 Err(RunError::Stopped(found)) => {
                     let mut letters = mem::take(&mut run.outcome.letters);
-                    let of = |rejected: &Rejected| {
-                        letter(
-                            &batch,
-                            &part.flow[rejected.item],
-                            runner,
-                            &place,
-                            rejected,
-                            revision,
-                        )
+                    let of = |rejected: Rejected| {
+                        let item = &part.flow[rejected.item];
+                        letter(&batch, item, runner, &place, rejected, revision)
                     };
-                    letters.extend(found.iter().map(of));
+                    letters.extend(found.into_iter().map(of));
                     return Err(Blocked::Stopped(letters));
                 }
                 Err(error) => return Err(blocked(runner, error)),
             };
-            for rejected in &made.rejected {
+            for rejected in mem::take(&mut made.rejected) {
                 let item = &part.flow[rejected.item];
                 run.rejected_records[item.record as usize] = true;
                 run.outcome.letters.push(letter(&batch, item, runner, &place, rejected, revision));
@@ -502,7 +496,7 @@ fn letter(
     item: &Item,
     runner: &StageRunner,
     place: &LetterPlace,
-    rejected: &Rejected,
+    rejected: Rejected,
     revision: &Arc<str>,
 ) -> DeadLetter {
     let stage = runner.stage();
@@ -518,8 +512,8 @@ fn letter(
         plugin: format!("{}@{}", stage.descriptor.name, stage.descriptor.version),
         digest: stage.plugin.digest.to_string(),
         // The plugin may repeat what it was given.
-        reason: stage.services.values.hide(rejected.reason.clone()),
-        backtrace: rejected.backtrace.clone(),
+        reason: stage.services.values.hide(rejected.reason),
+        backtrace: rejected.backtrace,
         made: MadeBy::of(batch, revision),
     }
 }
