@@ -347,14 +347,23 @@ impl DeadLetters {
                      WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
                          AND place GLOB 'stage:*'",
                 )?;
-                let keys = query.query_map((stream, shard, sequence, sub), |row| {
-                    Ok(LetterKey {
-                        position: position_of(row.get(0)?, row.get(1)?)?,
-                        place: LetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
-                        output: row.get(3)?,
-                    })
-                })?;
-                keys.collect()
+                let mut rows = query.query((stream, shard, sequence, sub))?;
+                let mut keys = HashSet::new();
+                let mut last: Option<(Position, LetterPlace)> = None;
+                while let Some(row) = rows.next()? {
+                    let own = (
+                        position_of(row.get(0)?, row.get(1)?)?,
+                        LetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
+                    );
+                    // A record may have thousands of letters: they share its number and the stage's name.
+                    let (position, place) = match last.take() {
+                        Some(last) if last == own => last,
+                        _ => own,
+                    };
+                    last = Some((position.clone(), place.clone()));
+                    keys.insert(LetterKey { position, place, output: row.get(3)? });
+                }
+                Ok(keys)
             })
             .await
     }
