@@ -4,10 +4,10 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
 
-use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
-use wit_parser::Resolve;
+use tempfile::NamedTempFile;
 
 use super::{MIB, assert_below, bound, get, metric, one_key, put_on, start};
+use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
 use crate::support::{free_port, run_ok, wait_for};
@@ -26,7 +26,7 @@ fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
 }
 
 /// A plugin whose every answer has an arena of 12 MiB, of which each output is one byte: `1`.
-fn large_answers(folder: &Path) -> String {
+fn large_answers() -> NamedTempFile {
     let edits = [
         ("(memory (export \"memory\") 64)", "(memory (export \"memory\") 224)"),
         (
@@ -45,11 +45,11 @@ fn large_answers(folder: &Path) -> String {
         ("application/octet-stream", "application/json"),
         ("\\30\\00\\00\\00\\18\\00\\00\\00", "\\30\\00\\00\\00\\10\\00\\00\\00"),
     ];
-    by_hand(folder, "large-answers", &edits)
+    by_hand(&edits)
 }
 
 /// A plugin that rejects all that it gets, each time with the same 8 KiB.
-fn long_reasons(folder: &Path) -> String {
+fn long_reasons() -> NamedTempFile {
     let edits = [
         ("(memory (export \"memory\") 64)", "(memory (export \"memory\") 224)"),
         (
@@ -77,27 +77,17 @@ fn long_reasons(folder: &Path) -> String {
             "(local.set $output (i32.add (local.get $output) (i32.const 12)))",
         ),
     ];
-    by_hand(folder, "long-reasons", &edits)
+    by_hand(&edits)
 }
 
 /// The skeleton of plugins by hand with edits, as a component in a file.
-fn by_hand(folder: &Path, name: &str, edits: &[(&str, &str)]) -> String {
+fn by_hand(edits: &[(&str, &str)]) -> NamedTempFile {
     let mut text = include_str!("../../hostile/skeleton.wat").to_owned();
     for (from, to) in edits {
         assert!(text.contains(from), "{from}");
         text = text.replace(from, to);
     }
-    let mut module = wat::parse_str(&text).expect("sound WAT");
-    let mut wit = Resolve::default();
-    let (package, _) = wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
-    let world = wit.select_world(&[package], Some("plugin")).expect("a world");
-    embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
-    let encoder = ComponentEncoder::default().validate(true).module(&module);
-    let component = encoder.and_then(|mut it| it.encode()).expect("a component");
-    let path = folder.join(format!("{name}.wasm"));
-    let mut file = std::fs::File::create(&path).expect("a file");
-    file.write_all(&component).expect("written");
-    path.display().to_string()
+    component(&text, "plugin")
 }
 
 /// Forty rows of one byte, each out of an answer of 12 MiB, wait for a sink.
@@ -107,11 +97,12 @@ fn wall_02_a_row_of_one_byte_does_not_hold_the_answer_that_it_came_in() {
     let world = World::new(1);
     put_on(&world, &world.open_shards()[0], std::iter::repeat_n(b"{}".to_vec(), RECORDS));
     let port = free_port();
-    let plugin = large_answers(world.folder.path());
+    let plugin = large_answers();
     let lines = "format = \"application/json\"\nbatch = { records = 1 }";
     let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"8 MiB\"");
     let file = file.stream(STREAM, "embedded", lines);
-    let file = file.stage("large", &plugin, &format!("{LIMITS}\nroutes = {{ out = [\"hook\"] }}"));
+    let path = plugin.path().display().to_string();
+    let file = file.stage("large", &path, &format!("{LIMITS}\nroutes = {{ out = [\"hook\"] }}"));
     let run = start(&world, &blocked(file, port).write());
     wait_for("the records", || metric(port, "shardmill_source_records_total") as usize == RECORDS);
     assert_below(&run, bound(8, 8, 1, 1));
@@ -209,13 +200,13 @@ fn wall_04_letters_of_many_items_hold_what_they_are_bounded_by() {
     let world = World::new(1);
     put_on(&world, &world.open_shards()[0], std::iter::repeat_n(b"{}".to_vec(), RECORDS));
     let port = free_port();
-    let plugin = long_reasons(world.folder.path());
+    let plugin = long_reasons();
     let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"8 MiB\"");
     let file = file.stream(STREAM, "embedded", "format = \"application/octet-stream\"");
     let many = format!("config = {{ many_on = \"\", many = {ITEMS} }}\n{LIMITS}");
     let file = file.stage("burst", "hostile", &many);
     let routes = format!("{LIMITS}\nroutes = {{ out = [\"out\"] }}");
-    let file = file.stage("reject", &plugin, &routes);
+    let file = file.stage("reject", &plugin.path().display().to_string(), &routes);
     let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
     let path = file.table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\"")).write();
     let run = start(&world, &path);
