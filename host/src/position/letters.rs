@@ -47,10 +47,10 @@ pub struct DeadLetter {
     pub route: RouteName,
     /// When the stream accepted the record, milliseconds since 1970.
     pub arrived_ms: u64,
-    /// The plugin's name and version; empty for a sink.
-    pub plugin: String,
+    /// The plugin's name and version; empty for a sink. Letters share it: one record may have thousands.
+    pub plugin: Arc<str>,
     /// The plugin's digest; empty for a sink.
-    pub digest: String,
+    pub digest: Arc<str>,
     /// Why.
     pub reason: String,
     /// The plugin's stack where it trapped.
@@ -644,7 +644,7 @@ pub(super) fn insert(
             own.made,
             letter.arrived_ms,
             own.plugin,
-            letter.digest,
+            &*letter.digest,
             own.reason,
             own.backtrace,
             now_ms(),

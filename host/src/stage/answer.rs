@@ -13,8 +13,9 @@ const OUTPUT_OVERHEAD_BYTES: usize = 256;
 const REASONS_BYTES_MAX: usize = 8 << 20;
 /// The bytes that are kept of each reason after them.
 const REASON_BYTES_AFTER: usize = 128;
-/// The words of an output.
+/// The words of an output, and of a reject.
 const OUTPUT_WORDS: usize = 6;
+const REJECT_WORDS: usize = 3;
 
 /// One output of a stage.
 #[derive(Clone, Debug)]
@@ -173,7 +174,7 @@ pub(super) fn prove(
             })?;
         }
     }
-    let (mut rejected, mut reason_bytes) = (Vec::new(), 0);
+    let (mut rejected, mut reason_bytes) = (Vec::with_capacity(rejects.len() / REJECT_WORDS), 0);
     let mut rejected_before = None;
     for (index, reject) in whole(&rejects, "rejects")?.iter().map(Reject::from_words).enumerate() {
         let input = reject.input as usize;
