@@ -12,7 +12,7 @@ use aws_sdk_kinesis::types::{PutRecordsRequestEntry, Shard};
 use md5::{Digest as _, Md5};
 
 use crate::support::world::{STREAM, World, hashes};
-use crate::support::{Process, shardmill};
+use crate::support::{ADMIN_TOKEN, Process, shardmill};
 
 const MIB: u64 = 1 << 20;
 
@@ -59,11 +59,15 @@ fn start(world: &World, path: &str) -> Process {
     Process(run.expect("the binary starts"))
 }
 
-/// A GET that must be answered in time; `None`: nobody listens yet, or no answer came.
+/// A GET with the token of the tests that must be answered in time; `None`: nobody listens yet, or no answer
+/// came.
 fn get(port: u16, path: &str, time_max: Duration) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(time_max)).expect("set");
-    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\nConnection: \
+         close\r\n\r\n"
+    );
     stream.write_all(request.as_bytes()).ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::hostile::wat::Guest;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
-use crate::support::{Process, free_port, http_get, shardmill, wait_for};
+use crate::support::{Process, admin, free_port, http_get, shardmill, wait_for};
 
 /// Traps for the shard whose id ends with `0`.
 const IN_SHARD_0: &str = "(if (local.get 3) (then
@@ -39,7 +39,7 @@ impl Rig {
             .stream(STREAM, "embedded", "format = \"application/json\"")
             .stage("start", &plugin.path().display().to_string(), &lines)
             .sqlite("mart", "rows")
-            .table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""))
+            .table(&admin(port))
             .write();
         Self { world, _plugin: plugin, file, port }
     }

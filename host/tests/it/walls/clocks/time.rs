@@ -10,7 +10,7 @@ use crate::hostile::lane::Lane;
 use crate::hostile::wat::Guest;
 use crate::languages::{asking, car_server, letters, run_asking};
 use crate::support::pipeline::PipelineToml;
-use crate::support::{Process, free_port, http_get, shardmill, sqlite, wait_for};
+use crate::support::{Process, admin, free_port, http_get, shardmill, sqlite, wait_for};
 
 /// Lanes that never give their core up by themselves.
 const HOSTILE_LANES: usize = 16;
@@ -103,7 +103,7 @@ host_time = \"1 ms\"";
         .file(&rows, "[source.batch]\nrecords = 1")
         .stage("busy", &plugin.path().display().to_string(), lines)
         .sink("nowhere", "type = \"discard\"")
-        .table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\""))
+        .table(&admin(port))
         .write();
     let log = std::fs::File::create(folder.path().join("run.log")).expect("a log");
     let mut command = shardmill(&["run", &file, "--until-caught-up", "-v"]);

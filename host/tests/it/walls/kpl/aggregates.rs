@@ -7,7 +7,7 @@ use crate::support::aggregate::aggregate;
 use crate::support::pipeline::PipelineToml;
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::world::{Pipeline, STREAM, World, row};
-use crate::support::{free_port, wait_for};
+use crate::support::{admin, free_port, wait_for};
 
 /// How long one answer of the admin port may take, on a busy machine. Before, it was minutes.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -31,7 +31,7 @@ fn wall_01_a_key_that_all_records_of_an_aggregate_name_is_hashed_once() {
         "format = \"application/octet-stream\"",
     );
     let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
-    let path = file.table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\"")).write();
+    let path = file.table(&admin(port)).write();
     let _run = start(&world, &path);
     wait_for("the admin port", || get(port, "/health/live", ANSWER_MAX).is_some());
     let begun = Instant::now();

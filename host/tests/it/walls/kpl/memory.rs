@@ -10,7 +10,7 @@ use super::{MIB, assert_below, bound, get, metric, one_key, put_on, start};
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
-use crate::support::{free_port, run_ok, wait_for};
+use crate::support::{admin, free_port, run_ok, wait_for};
 
 /// What a plugin may have.
 const LIMITS: &str = "limits = { memory = \"16 MiB\" }";
@@ -20,8 +20,8 @@ fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
     let nobody = free_port();
     file.table(&format!(
         "[[sink]]\nname = \"hook\"\ntype = \"http\"\nurl = \"http://127.0.0.1:{nobody}/\"\n\
-         private = true\nformat = \"ndjson\"\ncommit = {{ linger = \"20 ms\" }}\n\
-         [admin]\nlisten = \"127.0.0.1:{port}\""
+         private = true\nformat = \"ndjson\"\ncommit = {{ linger = \"20 ms\" }}\n{}",
+        admin(port)
     ))
 }
 
@@ -186,7 +186,7 @@ fn wall_02_samples_for_trials_hold_what_is_counted() {
     let routes = "routes = { all = [\"out\"] }";
     let file = file.stage("two", "route-json", &format!("{lines}\n{LIMITS}\n{routes}"));
     let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
-    let path = file.table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\"")).write();
+    let path = file.table(&admin(port)).write();
     let run = start(&world, &path);
     wait_for("the records", || metric(port, "shardmill_source_records_total") == 260_000.0);
     assert_below(&run, bound(8, 8, 2, 2));

@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::Value;
 
 use super::Folder;
-use crate::support::{free_port, http_get, wait_for};
+use crate::support::{self, free_port, http_get, wait_for};
 
 /// A stage that rejects what contains a marker.
 fn reject_on(marker: &str) -> String {
@@ -72,7 +72,7 @@ fn blocks_and_goes_on(folder: &Folder, port: u16, rows: i64, is_blocked_by: &str
 }
 
 fn admin(port: u16) -> String {
-    format!("[dead_letters]\nbytes = \"1 MiB\"\n[admin]\nlisten = \"127.0.0.1:{port}\"")
+    format!("[dead_letters]\nbytes = \"1 MiB\"\n{}", support::admin(port))
 }
 
 #[test]
