@@ -208,7 +208,7 @@ fn wall_04_letters_of_many_items_hold_what_they_are_bounded_by() {
     let routes = format!("{LIMITS}\nroutes = {{ out = [\"out\"] }}");
     let file = file.stage("reject", &plugin.path().display().to_string(), &routes);
     let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
-    let path = file.table(&format!("[admin]\nlisten = \"127.0.0.1:{port}\"")).write();
+    let path = file.table(&admin(port)).write();
     let run = start(&world, &path);
     wait_for("the letters", || {
         metric(port, "shardmill_dead_letters_total") as usize == RECORDS * ITEMS
