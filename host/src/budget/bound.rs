@@ -12,6 +12,17 @@ const PROCESS_BYTES: usize = 100 << 20;
 /// the rows.
 const BATCH_COPIES: usize = 4;
 
+/// Copies of an answer while a payload is made again: as between two stages, and what is kept for the next
+/// letter of the record.
+const ANSWER_COPIES_MADE_AGAIN: usize = 4;
+/// The largest record.
+///
+/// Source: API reference, PutRecord.
+const RECORD_BYTES_MAX: usize = 10 << 20;
+/// Copies of the record meanwhile: as it is stored, as it enters the stages, as it is packed, and as it is kept
+/// for the next letter.
+const RECORD_COPIES_MADE_AGAIN: usize = 4;
+
 /// Upper bound of the memory that a pipeline holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryBound {
@@ -34,7 +45,7 @@ impl MemoryBound {
     /// | the sinks' buffers | half of `buffer`, the larger of the other half and 256 KiB per lane, and 1 MiB per lane |
     /// | what the readers of a stream read ahead | the same |
     /// | batches in hand | 4 × `batch.bytes` per lane |
-    /// | answers in hand | the largest `limits.output` (or `limits.memory`, if that is less) per lane; with several stages, three times |
+    /// | answers in hand | the largest `limits.output` per lane; with several stages, three times |
     /// | one large request | the same, once |
     /// | trials | `bytes` of `[reload.trial]` per stage |
     /// | the intake, lookups' caches, copies of dead letters | `in_flight`, `bytes` of each, as the sinks' buffers of one lane |
@@ -45,9 +56,9 @@ impl MemoryBound {
         let read_ahead = if config.source.kinesis().is_some() { buffers } else { 0 };
         let in_hand = lanes * BATCH_COPIES * config.source.batch.bytes_max;
         let limits = || config.stages.iter().map(|stage| &stage.limits);
-        // An answer comes out of the plugin's memory.
-        let answers = limits().map(|limits| limits.output_bytes_max.min(limits.memory_bytes_max));
-        let large = answers.max().unwrap_or_default();
+        // An answer comes out of the plugin's memory, but may be more than that here: outputs may share bytes,
+        // and each of them costs the host as much as `limits.output` counts for it.
+        let large = limits().map(|limits| limits.output_bytes_max).max().unwrap_or_default();
         // Between two stages: what the first answered, the same packed for the second, and its answer.
         let copies_of_answer = if config.stages.len() > 1 { 3 } else { 1 };
         let answers = large.saturating_mul(copies_of_answer).saturating_mul(lanes);
@@ -65,6 +76,29 @@ impl MemoryBound {
             host_bytes: parts.into_iter().fold(PROCESS_BYTES, usize::saturating_add),
             instances: lanes * config.stages.len(),
             plugin_bytes: plugin_bytes.saturating_mul(lanes),
+        }
+    }
+
+    /// The bound of a redrive of letters whose payloads are made again, one letter at a time.
+    ///
+    /// | part | bytes |
+    /// |---|---|
+    /// | the stages before, started once more | `limits.memory` per stage |
+    /// | their answers, and what they made of the letter's record | four times as an answer in hand |
+    /// | the batch that a payload is in | 4 × the same |
+    /// | the record | 4 × 10 MiB |
+    pub fn with_payloads_made_again(self, config: &PipelineConfig) -> Self {
+        let limits = || config.stages.iter().map(|stage| &stage.limits);
+        let memory_bytes = limits().map(|limits| limits.memory_bytes_max).sum::<usize>();
+        // A payload is a part of an answer.
+        let large = limits().map(|limits| limits.output_bytes_max).max().unwrap_or_default();
+        let made = large.saturating_mul(ANSWER_COPIES_MADE_AGAIN + BATCH_COPIES);
+        let record = RECORD_BYTES_MAX * RECORD_COPIES_MADE_AGAIN;
+        Self {
+            lanes: self.lanes,
+            host_bytes: self.host_bytes.saturating_add(made).saturating_add(record),
+            instances: self.instances + config.stages.len(),
+            plugin_bytes: self.plugin_bytes.saturating_add(memory_bytes),
         }
     }
 
@@ -186,6 +220,22 @@ mod tests {
         let old = [("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "536870912\n")];
         assert_eq!(bytes(system(MEMINFO, "4:cpu:/a\n3:memory,x:/a\n", &old)), limited);
         assert_eq!(system("", "", &[]), None);
+    }
+
+    #[test]
+    fn wall_04_payloads_that_are_made_again_count() {
+        let bound = MemoryBound { lanes: 1, host_bytes: 300 << 20, instances: 0, plugin_bytes: 0 };
+        let text = include_str!("../../../pipeline.toml");
+        let config = crate::config::parse("pipeline.toml", text, &|_| None);
+        let config = config.expect("the pipeline of the root");
+        let limits = config.stages.iter().map(|stage| stage.limits);
+        let large = limits.map(|limits| limits.output_bytes_max).max().expect("a stage");
+        let again = bound.with_payloads_made_again(&config);
+        // The payload in its batch, the record, and the answer that it is made of.
+        let least = bound.host_bytes + BATCH_COPIES * large + RECORD_BYTES_MAX + large;
+        assert!(again.host_bytes >= least, "{again}");
+        assert_eq!(again.instances, config.stages.len());
+        assert!(again.plugin_bytes > 0, "{again}");
     }
 
     #[test]

@@ -62,8 +62,10 @@ const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
 const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
 /// Bytes of rows up to which a copy of them is made on the lane's own thread: some 100 µs of work.
 const COPIED_IN_PLACE_BYTES: usize = 1 << 20;
-/// Longest pause before dead letters that could not be written are tried again.
-const LETTER_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// First and longest pause before dead letters that could not be written are tried again. Many of them take the
+/// state database for long before it is known that the store is too full: other lanes need it meanwhile.
+const LETTER_PAUSE: Duration = Duration::from_secs(1);
+const LETTER_PAUSE_MAX: Duration = Duration::from_secs(8);
 
 /// What all lanes of a pipeline share.
 pub struct Shared {
@@ -579,7 +581,9 @@ impl Lane<'_> {
         letters: Vec<DeadLetter>,
     ) -> Result<(), LaneError> {
         let written = letters.len() as u64;
-        let pause = LETTER_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
+        let letters = Arc::new(letters);
+        let pause_max = LETTER_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
+        let mut pause = LETTER_PAUSE.min(pause_max);
         while let Err(error) = self
             .unless_stopped(self.shared.letters.put(&batch.shard, letters.clone(), false))
             .await?
@@ -589,6 +593,7 @@ impl Lane<'_> {
             }
             self.block("dead letters", &error.to_string());
             self.unless_stopped(tokio::time::sleep(pause)).await?;
+            pause = (2 * pause).min(pause_max);
         }
         if written > 0 {
             self.shared.board.unblock(&self.shard.shard, "dead letters");

@@ -5,8 +5,13 @@ const BYTES_MAX: usize = 8 << 10;
 
 /// The text's first 8 KiB; what is no UTF-8 is replaced. A cut text ends with its whole length.
 pub fn excerpt(text: &[u8]) -> String {
-    let mut kept = String::from_utf8_lossy(&text[..text.len().min(BYTES_MAX)]).into_owned();
-    if text.len() > BYTES_MAX {
+    shortened(text, BYTES_MAX)
+}
+
+/// The same with the text's first `bytes_max` bytes.
+pub fn shortened(text: &[u8], bytes_max: usize) -> String {
+    let mut kept = String::from_utf8_lossy(&text[..text.len().min(bytes_max)]).into_owned();
+    if text.len() > bytes_max {
         // The cut may have gone through a character.
         kept.truncate(kept.trim_end_matches(char::REPLACEMENT_CHARACTER).len());
         kept.push_str(&format!("… ({} bytes in all)", text.len()));

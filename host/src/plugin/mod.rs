@@ -38,7 +38,7 @@ pub use capability::{Backends, Capability, LOG_TARGET, Services, count_values_by
 use compile::CompileError;
 pub(crate) use descriptor::check_column;
 pub use engine::PluginEngine;
-pub use excerpt::excerpt;
+pub use excerpt::{excerpt, shortened};
 pub use features::{PARTS_MAX, Parts};
 pub use instance::{CallError, CallFault, Instance};
 pub use words::{Input, Output, Reject, Span};

@@ -60,7 +60,9 @@ impl DeadLetters {
                 let (mut logged, mut held_bytes) = (Vec::new(), 0);
                 while let Some(row) = rows.next()? {
                     let letter = StoredLetter::read(row, 1)?;
-                    held_bytes += letter.original.len() + letter.entered.len();
+                    held_bytes += letter.original.len() + letter.partition_key.len();
+                    // A plugin's key is as long as it likes.
+                    held_bytes += letter.entered.len() + letter.entered_key.len();
                     held_bytes += letter.reason.len() + letter.backtrace.len();
                     logged.push(LoggedLetter { number: row.get(0)?, letter });
                     if held_bytes >= bytes {
@@ -174,8 +176,8 @@ mod tests {
             entered: "e".into(),
             route: "cars".into(),
             arrived_ms: 1,
-            plugin: String::new(),
-            digest: String::new(),
+            plugin: "".into(),
+            digest: "".into(),
             reason: "no".into(),
             backtrace: String::new(),
             made: MadeBy::at_source("revision"),
@@ -216,6 +218,21 @@ mod tests {
                      WHERE stream GLOB 'letters:*'";
         letters.store.write("move", |state| state.execute(moved, [])).await.expect("moved");
         assert_eq!(logged().await, [before.to_vec(), vec![of(3, "1", "sink:other")]].concat());
+    }
+
+    #[tokio::test]
+    async fn wall_04_copies_read_no_more_keys_at_once_than_they_may() {
+        const MIB: usize = 1 << 20;
+        let folder = tempfile::tempdir().expect("a folder");
+        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let pipeline = PipelineName::from("cars");
+        let stream = letters.log_stream(&pipeline).await.expect("a stream");
+        let shard = ShardKey { pipeline, stream: stream.into(), shard: "shard".into() };
+        let with_key =
+            |sequence| DeadLetter { entered_key: vec![b'k'; MIB - 1].into(), ..letter(sequence) };
+        letters.put(&shard, (1..9).map(with_key).collect::<Vec<_>>(), false).await.expect("put");
+        let logged = letters.logged(0, 100, 2 * MIB).await.expect("a log");
+        assert_eq!(logged.len(), 2, "of eight letters");
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@
 //! | the record as it was put | whole, once for all letters of the record |
 //! | what entered the place where it failed | not once more, where that is the record itself |
 //! | the same, of each record and place | the first 1 MiB; beyond that a digest alone |
-//! | reason and backtrace | up to 8 KiB each |
+//! | reason and backtrace | up to 8 KiB each; of a run that rejects thousands of items, 128 bytes after 8 MiB |
 //!
 //! What is kept as a digest is made again when a redrive needs it: by the stages before, of the revision that
 //! ran ([`Step`]). The store as a whole has a bound, at which nothing more is written: whoever has letters to

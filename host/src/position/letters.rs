@@ -5,6 +5,7 @@
 //! of all of them, is decided in `letter_store.rs`.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rusqlite::{Row, Transaction};
@@ -46,10 +47,10 @@ pub struct DeadLetter {
     pub route: RouteName,
     /// When the stream accepted the record, milliseconds since 1970.
     pub arrived_ms: u64,
-    /// The plugin's name and version; empty for a sink.
-    pub plugin: String,
+    /// The plugin's name and version; empty for a sink. Letters share it: one record may have thousands.
+    pub plugin: Arc<str>,
     /// The plugin's digest; empty for a sink.
-    pub digest: String,
+    pub digest: Arc<str>,
     /// Why.
     pub reason: String,
     /// The plugin's stack where it trapped.
@@ -293,9 +294,11 @@ impl DeadLetters {
     pub async fn put(
         &self,
         shard: &ShardKey,
-        letters: Vec<DeadLetter>,
+        letters: impl Into<Arc<Vec<DeadLetter>>>,
         held: bool,
     ) -> Result<(), StateError> {
+        // Shared with a caller that tries again: a copy of many would be larger than what they are of.
+        let letters: Arc<Vec<DeadLetter>> = letters.into();
         if letters.is_empty() {
             return Ok(());
         }
@@ -344,14 +347,23 @@ impl DeadLetters {
                      WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
                          AND place GLOB 'stage:*'",
                 )?;
-                let keys = query.query_map((stream, shard, sequence, sub), |row| {
-                    Ok(LetterKey {
-                        position: position_of(row.get(0)?, row.get(1)?)?,
-                        place: LetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
-                        output: row.get(3)?,
-                    })
-                })?;
-                keys.collect()
+                let mut rows = query.query((stream, shard, sequence, sub))?;
+                let mut keys = HashSet::new();
+                let mut last: Option<(Position, LetterPlace)> = None;
+                while let Some(row) = rows.next()? {
+                    let own = (
+                        position_of(row.get(0)?, row.get(1)?)?,
+                        LetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
+                    );
+                    // A record may have thousands of letters: they share its number and the stage's name.
+                    let (position, place) = match last.take() {
+                        Some(last) if last == own => last,
+                        _ => own,
+                    };
+                    last = Some((position.clone(), place.clone()));
+                    keys.insert(LetterKey { position, place, output: row.get(3)? });
+                }
+                Ok(keys)
             })
             .await
     }
@@ -580,8 +592,8 @@ pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<(
     state
         .prepare_cached(
             "UPDATE letters AS d SET held = ?2, record = NULL, entered_kind = 0, entered_key = x'',
-                 entered = x'', entered_bytes = 0, entered_digest = '', made = '', backtrace = '',
-                 kept_bytes = ?3
+                 entered = x'', entered_bytes = 0, entered_digest = '', made = '', plugin = '',
+                 reason = '', backtrace = '', kept_bytes = ?3
              WHERE rowid = ?1 AND place GLOB 'stage:*' AND NOT EXISTS (
                  SELECT 1 FROM shard s WHERE s.stream = d.stream AND s.shard = d.shard
                  AND (s.ended <> 0 OR (s.sequence, s.sub_sequence) >= (d.sequence, d.sub_sequence)))",
@@ -632,7 +644,7 @@ pub(super) fn insert(
             own.made,
             letter.arrived_ms,
             own.plugin,
-            letter.digest,
+            &*letter.digest,
             own.reason,
             own.backtrace,
             now_ms(),

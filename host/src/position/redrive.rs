@@ -342,8 +342,8 @@ impl Redrives {
     }
 
     /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes` of
-    /// payloads. Letters that were purged meanwhile are left out, and those that enter at the places of
-    /// `without`.
+    /// what is read: payloads, keys, and the records that payloads are made again of. Letters that were purged
+    /// meanwhile are left out, and those that enter at the places of `without`.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -358,10 +358,14 @@ impl Redrives {
         self.store
             .write("read a redrive's letters", move |state| {
                 let mut query = state.prepare_cached(
-                    // By length first: together, payloads may not fit into memory.
+                    // By length first: together, payloads may not fit into memory. A record of 10 MiB is
+                    // read for each of its letters that is kept as a digest, however little entered.
                     "WITH next AS (
-                         SELECT ordinal, letter, entered_bytes AS bytes
-                         FROM redrive JOIN letters d ON d.rowid = letter
+                         SELECT ordinal, letter, length(d.entered) + length(d.entered_key)
+                             + coalesce(length(r.original) + length(r.partition_key), 0)
+                             + CASE d.entered_kind WHEN 2 THEN d.entered_bytes ELSE 0 END AS bytes
+                         FROM redrive JOIN letters d ON d.id = letter
+                         LEFT JOIN letter_record r ON r.id = d.record AND d.entered_kind <> 0
                          WHERE redrive.id = ?1 AND ordinal > ?2
                              AND place NOT IN (SELECT value FROM json_each(?5))
                          ORDER BY ordinal LIMIT ?3),
@@ -688,8 +692,8 @@ mod tests {
             entered: "e".into(),
             route: "records".into(),
             arrived_ms: 1,
-            plugin: String::new(),
-            digest: String::new(),
+            plugin: "".into(),
+            digest: "".into(),
             reason: "no JSON".into(),
             backtrace: String::new(),
             made: MadeBy::at_source("revision"),
@@ -711,5 +715,56 @@ mod tests {
             let settled = letters.settled_above(&shard, Some(&above)).await.expect("read");
             assert_eq!(settled.contains(&key), due, "above {above}");
         }
+    }
+
+    /// Small payloads, each of which is made again of a record of a mebibyte; and keys of one.
+    #[tokio::test]
+    async fn wall_04_a_redrive_reads_no_more_bytes_at_once_than_it_may() {
+        const MIB: usize = 1 << 20;
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = StateStore::open(folder.path()).expect("opened");
+        let letters = DeadLetters::new(store.clone());
+        let pipeline = PipelineName::from("cars");
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let shard =
+            ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
+        let letter = |number: u64, output: u32, entered_key: Vec<u8>, entered: Vec<u8>| {
+            let position = Position { sequence: SequenceNumber::from(number), sub_sequence: 0 };
+            DeadLetter {
+                key: LetterKey { position, place: LetterPlace::Stage("decode".into()), output },
+                partition_key: "k".into(),
+                original: vec![b'o'; MIB].into(),
+                entered_key: entered_key.into(),
+                entered: entered.into(),
+                route: "records".into(),
+                arrived_ms: 1,
+                plugin: "".into(),
+                digest: "".into(),
+                reason: "no JSON".into(),
+                backtrace: String::new(),
+                made: MadeBy::at_source("revision"),
+            }
+        };
+        let mut all = vec![letter(1, 0, b"k".to_vec(), vec![b'x'; MIB - 1])];
+        all.extend((1..9).map(|output| letter(1, output, b"k".to_vec(), vec![b'x'; 9])));
+        all.extend((2..9).map(|number| letter(number, 0, vec![b'k'; MIB - 9], b"x".to_vec())));
+        let count = all.len() as u64;
+        letters.put(&shard, all, false).await.expect("written");
+        let redrives = Redrives::new(store, pipeline);
+        let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("letters");
+        let (mut after, mut as_digest) = (0, 0);
+        while after < count {
+            let read = redrives.letters(id, after, (1_000, 2 * MIB), &[]).await.expect("read");
+            let bytes = |one: &RedrivenLetter| {
+                one.payload.len()
+                    + one.key.len()
+                    + one.lost.as_ref().map_or(0, |lost| lost.original.len())
+            };
+            let sum: usize = read.iter().map(bytes).sum();
+            assert!(sum <= 4 * MIB, "{sum} bytes in {} letters after {after}", read.len());
+            as_digest += read.iter().filter(|one| one.lost.is_some()).count();
+            after = read.last().expect("a letter").ordinal;
+        }
+        assert_eq!(as_digest, 8, "letters that are kept as a digest");
     }
 }

@@ -71,8 +71,8 @@ impl HeldRefusals {
             entered: row.payload.clone(),
             route: row.route.name().clone(),
             arrived_ms: record.arrived_ms,
-            plugin: String::new(),
-            digest: String::new(),
+            plugin: "".into(),
+            digest: "".into(),
             reason,
             backtrace: String::new(),
             made: MadeBy::of(&row.batch, revision),
@@ -104,7 +104,7 @@ impl RefusalLog for HeldRefusals {
         let letter = |refusal: &Refusal| {
             self.letter(&commit.rows[refusal.row], refusal.reason.clone(), &commit.generation)
         };
-        let letters = refusals.iter().map(letter).collect();
+        let letters: Vec<DeadLetter> = refusals.iter().map(letter).collect();
         self.letters.put(&row.batch.shard, letters, true).await.map_err(|error| {
             SinkError::Unavailable { sink: self.sink.clone(), cause: error.to_string() }
         })

@@ -182,7 +182,7 @@ impl BatchReader for LettersReader {
                 }
                 // One that is left out is not read again.
                 let Some(letter) = self.whole(letter).await? else { continue };
-                bytes += letter.payload.len();
+                bytes += letter.key.len() + letter.payload.len();
                 if common.is_some() && bytes > bytes_max {
                     break;
                 }

@@ -13,11 +13,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::config::{RejectedMax, SampleLimits};
 use crate::lane::GenerationStore;
+use crate::off_thread::off_thread;
 use crate::position::{
     LETTERS_STREAM, Ledger, LostPayload, REDRIVE_SHARD, RedrivenLetter, Step, entered_digest,
 };
 use crate::record::{
-    Batch, Entry, LetterPlace, PipelineName, PositionSpan, Record, Redrive, ShardKey,
+    Batch, Entry, LetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, ShardKey,
     StreamIdentity,
 };
 use crate::stage::{Blocked, Chain, Entered, Generation, Samples};
@@ -38,12 +39,34 @@ pub struct Remaker {
     loaded: HashMap<String, Arc<Generation>>,
     /// The stages that ran last: mostly the next letter needs the same.
     chain: Option<(String, ShardKey, Chain)>,
+    /// The run that was made last: mostly the next letter is of the same record.
+    last: Option<LastRun>,
     stop: CancellationToken,
     _stops: DropGuard,
 }
 
 /// A key and a payload.
 type Made = (Bytes, Bytes);
+
+/// A run and all that came out of it. A record may have become thousands of letters, and each would run it as a
+/// whole again.
+struct LastRun {
+    of: RunKey,
+    made: HashMap<String, Made>,
+}
+
+/// The properties that decide what comes out of a run.
+#[derive(PartialEq, Eq)]
+struct RunKey {
+    revision: String,
+    place: Option<String>,
+    route: Option<String>,
+    shard: ShardKey,
+    origin: Position,
+    arrived_ms: u64,
+    entered: Made,
+    target: LetterPlace,
+}
 
 impl Remaker {
     /// Over the pipeline's state; `stream_name` is what its plugins are told.
@@ -55,8 +78,8 @@ impl Remaker {
     ) -> Self {
         let stop = CancellationToken::new();
         let _stops = stop.clone().drop_guard();
-        let (loaded, chain) = (HashMap::new(), None);
-        Self { generations, ledger, pipeline, stream_name, loaded, chain, stop, _stops }
+        let (loaded, chain, last) = (HashMap::new(), None, None);
+        Self { generations, ledger, pipeline, stream_name, loaded, chain, last, stop, _stops }
     }
 
     /// Makes what entered the place of a letter.
@@ -109,18 +132,36 @@ impl Remaker {
         let arn = format!("remake:{}", self.pipeline).into();
         let stream = StreamIdentity { name: stream.as_str().into(), arn, created_ms: 0 };
         let shard = ShardKey { pipeline: self.pipeline.clone(), stream: stream.into(), shard };
+        let of = RunKey {
+            revision: step.revision.clone(),
+            place: step.place.clone(),
+            route: step.route.clone(),
+            shard: shard.clone(),
+            origin: letter.origin.clone(),
+            arrived_ms: letter.arrived_ms,
+            entered: (key.clone(), payload.clone()),
+            target: target.clone(),
+        };
+        if let Some(last) = self.last.as_ref().filter(|last| last.of == of) {
+            return last.made(&step.sha256);
+        }
+        // Two of them are not held at once.
+        self.last = None;
         let position = letter.origin.clone();
         let span = PositionSpan { from_exclusive: None, to_inclusive: position.clone() };
         let arrived_ms = letter.arrived_ms;
         let record = Record { position, partition_key: key, payload, arrived_ms };
         let batch = Batch { shard: shard.clone(), records: vec![record], span, entry };
         let entered = self.entering(&step.revision, &shard, batch, target).await?;
-        let is_meant =
-            |entered: &Entered| entered_digest(&entered.key, &entered.payload) == step.sha256;
-        match entered.into_iter().find(is_meant) {
-            Some(entered) => Ok((entered.key, entered.payload)),
-            None => Err(other_digest(&step.sha256)),
-        }
+        let made = off_thread(move || {
+            let made = |entered: Entered| {
+                let digest = entered_digest(&entered.key, &entered.payload);
+                (digest, (entered.key, entered.payload))
+            };
+            entered.into_iter().map(made).collect::<HashMap<String, Made>>()
+        });
+        let made = made.await;
+        self.last.insert(LastRun { of, made }).made(&step.sha256)
     }
 
     /// Gives the payloads that a record becomes on its way to a place.
@@ -198,6 +239,13 @@ impl Remaker {
         }
         self.loaded.insert(revision.to_owned(), loaded.clone());
         Ok(loaded)
+    }
+}
+
+impl LastRun {
+    /// Gives what has a digest.
+    fn made(&self, sha256: &str) -> Result<Made, String> {
+        self.made.get(sha256).cloned().ok_or_else(|| other_digest(sha256))
     }
 }
 

@@ -4,12 +4,18 @@ use bytes::Bytes;
 
 use super::flow::{self, Item};
 use crate::config::StageLimits;
-use crate::plugin::{CallError, Outcome, Output, Reject, Span, excerpt};
+use crate::plugin::{CallError, Outcome, Output, Reject, Span, excerpt, shortened};
 
 /// What an output costs the host beside its bytes: its words, and what it is on its way to a sink.
 const OUTPUT_OVERHEAD_BYTES: usize = 256;
-/// The words of an output.
+/// Reasons of one run of a stage that are kept whole, in bytes: as many as the records of a batch may have. One
+/// record may become 10,000 items, which may all be rejected.
+const REASONS_BYTES_MAX: usize = 8 << 20;
+/// The bytes that are kept of each reason after them.
+const REASON_BYTES_AFTER: usize = 128;
+/// The words of an output, and of a reject.
 const OUTPUT_WORDS: usize = 6;
+const REJECT_WORDS: usize = 3;
 
 /// One output of a stage.
 #[derive(Clone, Debug)]
@@ -69,6 +75,8 @@ pub struct StageOutcome {
     pub(super) answers: Vec<Answer>,
     /// What was rejected, by ascending item.
     pub rejected: Vec<Rejected>,
+    /// The bytes of the reasons in it.
+    reason_bytes: usize,
 }
 
 impl StageOutcome {
@@ -80,6 +88,19 @@ impl StageOutcome {
     /// How many outputs there are.
     pub(super) fn output_count(&self) -> usize {
         self.answers.iter().map(|answer| answer.outputs.len() / OUTPUT_WORDS).sum()
+    }
+
+    /// Adds what another call made of later items.
+    pub(super) fn add(&mut self, made: Self) {
+        self.answers.extend(made.answers);
+        for mut rejected in made.rejected {
+            if self.reason_bytes >= REASONS_BYTES_MAX && rejected.reason.len() > REASON_BYTES_AFTER
+            {
+                rejected.reason = shortened(rejected.reason.as_bytes(), REASON_BYTES_AFTER);
+            }
+            self.reason_bytes += rejected.reason.len();
+            self.rejected.push(rejected);
+        }
     }
 
     /// What the outputs share.
@@ -153,7 +174,7 @@ pub(super) fn prove(
             })?;
         }
     }
-    let mut rejected = Vec::new();
+    let (mut rejected, mut reason_bytes) = (Vec::with_capacity(rejects.len() / REJECT_WORDS), 0);
     let mut rejected_before = None;
     for (index, reject) in whole(&rejects, "rejects")?.iter().map(Reject::from_words).enumerate() {
         let input = reject.input as usize;
@@ -172,16 +193,17 @@ pub(super) fn prove(
         }
         rejected_before = Some(input);
         let reason = slice(&arena, reject.reason, "the reason of reject", index)?;
-        rejected.push(Rejected {
-            item: input + first_item,
-            // Many rejects may share one long reason.
-            reason: excerpt(reason),
-            backtrace: String::new(),
-            trapped: false,
-        });
+        // Many rejects may share one long reason.
+        let reason = match reason_bytes < REASONS_BYTES_MAX {
+            true => excerpt(reason),
+            false => shortened(reason, REASON_BYTES_AFTER),
+        };
+        reason_bytes += reason.len();
+        let (item, backtrace) = (input + first_item, String::new());
+        rejected.push(Rejected { item, reason, backtrace, trapped: false });
     }
     let answer = Answer { arena: arena.into(), outputs, first_item };
-    Ok(StageOutcome { answers: vec![answer], rejected })
+    Ok(StageOutcome { answers: vec![answer], rejected, reason_bytes })
 }
 
 /// The words, cut into records of `N`.
@@ -234,6 +256,31 @@ mod tests {
         assert_eq!(prove(most).expect("within the limit").output_count(), most);
         let refused = prove(most + 1).expect_err("over the limit").message;
         assert!(refused.contains("outputs of more than 67108864 bytes"), "{refused}");
+    }
+
+    /// Items that one record may become, each rejected with the same 8 KiB: by one call, and by two.
+    #[test]
+    fn wall_04_reasons_of_many_rejects_are_bounded_together() {
+        const ITEMS: u32 = 10_000;
+        let items = vec![item(b"one"); ITEMS as usize];
+        let reject =
+            |input| Reject { input, reason: Span { start: 0, length: 8 << 10 } }.to_words();
+        let prove = || {
+            let rejects: Vec<u32> = (0..ITEMS).flat_map(reject).collect();
+            let outcome = Outcome { arena: vec![b'x'; 8 << 10], outputs: Vec::new(), rejects };
+            prove(&items, outcome, 1, &StageLimits::default(), 0).expect("kept")
+        };
+        let bytes = |outcome: &StageOutcome| -> usize {
+            outcome.rejected.iter().map(|one| one.reason.len()).sum()
+        };
+        let most = |items: usize| REASONS_BYTES_MAX + (8 << 10) + items * (REASON_BYTES_AFTER + 64);
+        let mut outcome = prove();
+        assert_eq!(outcome.rejected.len(), ITEMS as usize);
+        assert_eq!(outcome.rejected[1_000].reason.len(), 8 << 10, "a batch's own are whole");
+        assert!(bytes(&outcome) <= most(ITEMS as usize), "{} bytes", bytes(&outcome));
+        outcome.add(prove());
+        assert_eq!(outcome.rejected.len(), 2 * ITEMS as usize);
+        assert!(bytes(&outcome) <= most(2 * ITEMS as usize), "{} bytes", bytes(&outcome));
     }
 
     #[test]

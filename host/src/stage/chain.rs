@@ -336,29 +336,29 @@ impl Chain {
         }
         while let Some(part) = run.parts.front() {
             let runner = runners.of(part);
-            let made = match runner.run(&batch, &part.flow) {
+            let mut made = match runner.run(&batch, &part.flow) {
                 Ok(made) => made,
                 Err(RunError::Stopped(found)) => {
                     let mut letters = mem::take(&mut run.outcome.letters);
-                    let of = |rejected: &Rejected| {
-                        letter(
-                            &batch,
-                            &part.flow[rejected.item],
-                            runner,
-                            &place,
-                            rejected,
-                            revision,
-                        )
+                    let author = Author::of(runner.stage());
+                    let of = |rejected: Rejected| {
+                        let item = &part.flow[rejected.item];
+                        letter(&batch, item, &author, &place, rejected, revision)
                     };
-                    letters.extend(found.iter().map(of));
+                    letters.extend(found.into_iter().map(of));
                     return Err(Blocked::Stopped(letters));
                 }
                 Err(error) => return Err(blocked(runner, error)),
             };
-            for rejected in &made.rejected {
-                let item = &part.flow[rejected.item];
-                run.rejected_records[item.record as usize] = true;
-                run.outcome.letters.push(letter(&batch, item, runner, &place, rejected, revision));
+            if !made.rejected.is_empty() {
+                let author = Author::of(runner.stage());
+                run.outcome.letters.reserve_exact(made.rejected.len());
+                for rejected in mem::take(&mut made.rejected) {
+                    let item = &part.flow[rejected.item];
+                    run.rejected_records[item.record as usize] = true;
+                    let letter = letter(&batch, item, &author, &place, rejected, revision);
+                    run.outcome.letters.push(letter);
+                }
             }
             let Some(Part { flow, .. }) = run.parts.pop_front() else { break };
             made.arenas().for_each(|arena| run.outcome.arenas.add(arena.clone()));
@@ -500,15 +500,36 @@ fn letter_key(batch: &Batch, item: &Item, place: &LetterPlace) -> LetterKey {
     }
 }
 
+/// What the letters of a stage have in common: one record may have thousands.
+struct Author<'s> {
+    stage: &'s LoadedStage,
+    plugin: Arc<str>,
+    digest: Arc<str>,
+    /// The routes by which items came, in the order of the stage's upstream.
+    routes: Vec<RouteName>,
+}
+
+impl<'s> Author<'s> {
+    fn of(stage: &'s LoadedStage) -> Self {
+        let name = format!("{}@{}", stage.descriptor.name, stage.descriptor.version);
+        let routes = stage.upstream.iter().map(|route| route.name.as_str().into());
+        Self {
+            stage,
+            plugin: name.into(),
+            digest: stage.plugin.digest.as_str().into(),
+            routes: routes.collect(),
+        }
+    }
+}
+
 fn letter(
     batch: &Batch,
     item: &Item,
-    runner: &StageRunner,
+    author: &Author<'_>,
     place: &LetterPlace,
-    rejected: &Rejected,
+    rejected: Rejected,
     revision: &Arc<str>,
 ) -> DeadLetter {
-    let stage = runner.stage();
     let record = &batch.records[item.record as usize];
     DeadLetter {
         key: letter_key(batch, item, place),
@@ -516,13 +537,13 @@ fn letter(
         original: record.payload.clone(),
         entered_key: item.key.clone(),
         entered: item.payload.clone(),
-        route: stage.upstream[item.upstream_route as usize].name.as_str().into(),
+        route: author.routes[item.upstream_route as usize].clone(),
         arrived_ms: record.arrived_ms,
-        plugin: format!("{}@{}", stage.descriptor.name, stage.descriptor.version),
-        digest: stage.plugin.digest.to_string(),
+        plugin: author.plugin.clone(),
+        digest: author.digest.clone(),
         // The plugin may repeat what it was given.
-        reason: stage.services.values.hide(rejected.reason.clone()),
-        backtrace: rejected.backtrace.clone(),
+        reason: author.stage.services.values.hide(rejected.reason),
+        backtrace: rejected.backtrace,
         made: MadeBy::of(batch, revision),
     }
 }

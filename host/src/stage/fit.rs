@@ -9,7 +9,7 @@ use super::columns;
 use super::generation::{Canary, LoadedStage, Target, column, context};
 use super::spec::{CanarySpec, GenerationSpec, StageSpec};
 use crate::config::{ConfigError, PipelineConfig, environment};
-use crate::plugin::{CallFault, Descriptor, Instance, Plugin, PluginHost, Route, Services};
+use crate::plugin::{CallFault, Descriptor, Instance, Plugin, PluginHost, Route};
 use crate::record::RouteName;
 
 /// What is wrong with one stage, and where in its table.
@@ -67,15 +67,17 @@ impl StagePlace<'_> {
             self.misfit(Place::Plugin, message, "load it")
         })?;
         self.check_grants(stage, &plugin)?;
-        let services = host.backends.services(&stage.name, &stage.grants).map_err(|missing| {
-            self.misfit(Place::Stage, missing, "add the [[lookup]], or do not grant it")
-        })?;
+        let mut services =
+            host.backends.services(&stage.name, &stage.grants).map_err(|missing| {
+                self.misfit(Place::Stage, missing, "add the [[lookup]], or do not grant it")
+            })?;
         let resolved = stage.text().resolve(&environment).map_err(|why| {
             let message = format!("stage {}: {why}", stage.name);
             let help = "a stage runs with today's values of its variables";
             self.misfit(Place::Stage, message, help)
         })?;
-        let services = Arc::new(Services { values: resolved.values, ..services });
+        services.values = resolved.values;
+        let services = Arc::new(services);
         let context = context(self.stream_name, "", &resolved.json, self.upstream);
         let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
             .map_err(|error| {

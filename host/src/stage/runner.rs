@@ -262,8 +262,7 @@ impl StageRunner {
                     if is_alone && suspect_end == end {
                         haste.was_wrong();
                     }
-                    kept.answers.extend(outcome.answers);
-                    kept.rejected.extend(outcome.rejected);
+                    kept.add(outcome);
                     settled = end;
                     failed_in_a_row = 0;
                 }

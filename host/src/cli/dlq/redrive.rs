@@ -11,6 +11,7 @@ use anyhow::{bail, ensure};
 use super::super::run::stop_on_signals;
 use super::super::{Console, dead_letters, load, plugin_host, sinks, state_beside};
 use super::Letters;
+use crate::budget::{MemoryBound, memory_bytes_available};
 use crate::config::{PipelineConfig, RejectedMax, SinkKind};
 use crate::lane::GenerationStore;
 use crate::lane::agreement::refuse_older_state;
@@ -246,7 +247,8 @@ impl Run {
         let (at_sinks, at_stages): (Vec<String>, Vec<String>) =
             gone.into_iter().partition(|place| place.starts_with("sink:"));
         let built = sinks::build(&config)?;
-        let reached = match at_stages.is_empty() && !redrives.has_digests(id).await? {
+        let has_digests = redrives.has_digests(id).await?;
+        let reached = match at_stages.is_empty() && !has_digests {
             true => Vec::new(),
             false => positions(&redrives, id, &state, &built).await?,
         };
@@ -263,6 +265,15 @@ impl Run {
             ..RunOptions::new(true)
         };
         redrives.note_sinks(id, pipeline.sinks.clone()).await?;
+        let bound = MemoryBound::of(&config, 1);
+        let bound = match has_digests {
+            true => bound.with_payloads_made_again(&config),
+            false => bound,
+        };
+        tracing::info!("memory: {bound}");
+        if let Some(warning) = bound.warning(memory_bytes_available().as_ref()) {
+            tracing::warn!("{warning}");
+        }
         let (limits, without) = (config.source.batch, at_sinks.clone());
         let (host, drain_max) = (plugin_host(&config)?, config.timing.drain_max);
         let generations = GenerationStore::new(host.clone(), state.clone());

@@ -4,10 +4,10 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
 
-use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
-use wit_parser::Resolve;
+use tempfile::NamedTempFile;
 
 use super::{MIB, assert_below, bound, get, metric, one_key, put_on, start};
+use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
 use crate::support::{admin, free_port, run_ok, wait_for};
@@ -26,9 +26,8 @@ fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
 }
 
 /// A plugin whose every answer has an arena of 12 MiB, of which each output is one byte: `1`.
-fn large_answers(folder: &Path) -> String {
-    let mut text = include_str!("../../hostile/skeleton.wat").to_owned();
-    for (from, to) in [
+fn large_answers() -> NamedTempFile {
+    let edits = [
         ("(memory (export \"memory\") 64)", "(memory (export \"memory\") 224)"),
         (
             "(i32.store (i32.const 4100) (i32.const 4352))",
@@ -45,21 +44,50 @@ fn large_answers(folder: &Path) -> String {
         ),
         ("application/octet-stream", "application/json"),
         ("\\30\\00\\00\\00\\18\\00\\00\\00", "\\30\\00\\00\\00\\10\\00\\00\\00"),
-    ] {
+    ];
+    by_hand(&edits)
+}
+
+/// A plugin that rejects all that it gets, each time with the same 8 KiB.
+fn long_reasons() -> NamedTempFile {
+    let edits = [
+        ("(memory (export \"memory\") 64)", "(memory (export \"memory\") 224)"),
+        (
+            "(i32.store (i32.const 4100) (i32.const 4352))",
+            "(i32.store (i32.const 4100) (i32.const 10485760))
+             (i32.store (i32.const 4104) (i32.const 8192))
+             (memory.fill (i32.const 10485760) (i32.const 120) (i32.const 8192))",
+        ),
+        // Rejects lie at 8 MiB: there are more than fit below what the host asks room for.
+        (
+            "(i32.store (i32.const 4116) (i32.const 4352))",
+            "(i32.store (i32.const 4116) (i32.const 8388608))",
+        ),
+        (
+            "(i32.store (i32.const 4112) (i32.mul (i32.div_u (local.get $words) (i32.const 10)) (i32.const 6)))",
+            "(i32.store (i32.const 4120) (i32.mul (i32.div_u (local.get $words) (i32.const 10)) (i32.const 3)))",
+        ),
+        ("(local.set $output (i32.const 4352))", "(local.set $output (i32.const 8388608))"),
+        (
+            "(i32.store offset=8 (local.get $output) (i32.const -1))",
+            "(i32.store offset=8 (local.get $output) (i32.const 8192))",
+        ),
+        (
+            "(local.set $output (i32.add (local.get $output) (i32.const 24)))",
+            "(local.set $output (i32.add (local.get $output) (i32.const 12)))",
+        ),
+    ];
+    by_hand(&edits)
+}
+
+/// The skeleton of plugins by hand with edits, as a component in a file.
+fn by_hand(edits: &[(&str, &str)]) -> NamedTempFile {
+    let mut text = include_str!("../../hostile/skeleton.wat").to_owned();
+    for (from, to) in edits {
         assert!(text.contains(from), "{from}");
         text = text.replace(from, to);
     }
-    let mut module = wat::parse_str(&text).expect("sound WAT");
-    let mut wit = Resolve::default();
-    let (package, _) = wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
-    let world = wit.select_world(&[package], Some("plugin")).expect("a world");
-    embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
-    let encoder = ComponentEncoder::default().validate(true).module(&module);
-    let component = encoder.and_then(|mut it| it.encode()).expect("a component");
-    let path = folder.join("large-answers.wasm");
-    let mut file = std::fs::File::create(&path).expect("a file");
-    file.write_all(&component).expect("written");
-    path.display().to_string()
+    component(&text, "plugin")
 }
 
 /// Forty rows of one byte, each out of an answer of 12 MiB, wait for a sink.
@@ -69,11 +97,12 @@ fn wall_02_a_row_of_one_byte_does_not_hold_the_answer_that_it_came_in() {
     let world = World::new(1);
     put_on(&world, &world.open_shards()[0], std::iter::repeat_n(b"{}".to_vec(), RECORDS));
     let port = free_port();
-    let plugin = large_answers(world.folder.path());
+    let plugin = large_answers();
     let lines = "format = \"application/json\"\nbatch = { records = 1 }";
     let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"8 MiB\"");
     let file = file.stream(STREAM, "embedded", lines);
-    let file = file.stage("large", &plugin, &format!("{LIMITS}\nroutes = {{ out = [\"hook\"] }}"));
+    let path = plugin.path().display().to_string();
+    let file = file.stage("large", &path, &format!("{LIMITS}\nroutes = {{ out = [\"hook\"] }}"));
     let run = start(&world, &blocked(file, port).write());
     wait_for("the records", || metric(port, "shardmill_source_records_total") as usize == RECORDS);
     assert_below(&run, bound(8, 8, 1, 1));
@@ -160,6 +189,30 @@ fn wall_02_samples_for_trials_hold_what_is_counted() {
     let path = file.table(&admin(port)).write();
     let run = start(&world, &path);
     wait_for("the records", || metric(port, "shardmill_source_records_total") == 260_000.0);
+    assert_below(&run, bound(8, 8, 2, 2));
+}
+
+/// Five records of two bytes become 50,000 items, and each of them a dead letter with the same long reason.
+#[test]
+fn wall_04_letters_of_many_items_hold_what_they_are_bounded_by() {
+    const RECORDS: usize = 5;
+    const ITEMS: usize = 10_000;
+    let world = World::new(1);
+    put_on(&world, &world.open_shards()[0], std::iter::repeat_n(b"{}".to_vec(), RECORDS));
+    let port = free_port();
+    let plugin = long_reasons();
+    let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"8 MiB\"");
+    let file = file.stream(STREAM, "embedded", "format = \"application/octet-stream\"");
+    let many = format!("config = {{ many_on = \"\", many = {ITEMS} }}\n{LIMITS}");
+    let file = file.stage("burst", "hostile", &many);
+    let routes = format!("{LIMITS}\nroutes = {{ out = [\"out\"] }}");
+    let file = file.stage("reject", &plugin.path().display().to_string(), &routes);
+    let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
+    let path = file.table(&admin(port)).write();
+    let run = start(&world, &path);
+    wait_for("the letters", || {
+        metric(port, "shardmill_dead_letters_total") as usize == RECORDS * ITEMS
+    });
     assert_below(&run, bound(8, 8, 2, 2));
 }
 
