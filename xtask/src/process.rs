@@ -34,6 +34,8 @@ pub fn cargo_for_tests() -> Command {
     for package in UNOPTIMISED_IN_TESTS {
         command.args(["--config", &format!("profile.release.package.{package}.opt-level=0")]);
     }
+    // A number that is too large is an error in tests, not another number.
+    command.args(["--config", "profile.release.package.shardmill.overflow-checks=true"]);
     lint(&mut command);
     command
 }
