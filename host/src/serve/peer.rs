@@ -3,9 +3,11 @@
 //! The system shows each socket with its owner in `/proc/net/tcp`. It is asked before the first byte of a
 //! request is read.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Instant;
 
-use tokio::sync::Semaphore;
+use tokio::sync::Mutex;
 
 use crate::private::uid;
 
@@ -23,18 +25,30 @@ enum Owner {
     Gone,
 }
 
-/// Reading a table takes a while where there are many sockets: who opens many connections waits, and takes
-/// no more threads than this.
-static READERS: Semaphore = Semaphore::const_new(2);
+/// Both ends of a connection.
+type Ends = ((IpAddr, u16), (IpAddr, u16));
+/// All sockets of this system by their own end and the other one; `None` where the system does not show them.
+type Sockets = Option<HashMap<Ends, Owner>>;
+
+/// The newest look at the tables, and when it began.
+static LOOK: Mutex<Option<(Instant, Sockets)>> = Mutex::const_new(None);
 
 /// Why a peer is refused; `None`: it is a process of this process's user, or of root.
+///
+/// Reading the tables takes time in proportion to the sockets of the system. So one look serves all who came before
+/// it began: a thousand lanes that connect at once, or who opens many connections to keep others out, cost a few
+/// looks, one at a time.
 pub(super) async fn refusal(peer: SocketAddr, local: SocketAddr) -> Option<String> {
-    let _reader = READERS.acquire().await;
-    match tokio::task::spawn_blocking(move || find(peer, local)).await {
-        Ok(owner) => decide(owner, uid()),
-        // Nothing is known of it.
-        Err(_) => decide(Some(Owner::Gone), uid()),
+    let came = Instant::now();
+    let mut look = LOOK.lock().await;
+    if look.as_ref().is_none_or(|(begun, _)| *begun < came) {
+        let begun = Instant::now();
+        // A thread that fails shows nothing: nobody is let in by it.
+        let sockets = tokio::task::spawn_blocking(sockets).await.unwrap_or(Some(HashMap::new()));
+        *look = Some((begun, sockets));
     }
+    let owner = look.as_ref().and_then(|(_, sockets)| find(sockets, peer, local));
+    decide(owner, uid())
 }
 
 fn decide(owner: Option<Owner>, own: u32) -> Option<String> {
@@ -52,27 +66,29 @@ fn decide(owner: Option<Owner>, own: u32) -> Option<String> {
 
 /// The owner of the socket whose own address is `peer` and whose other end is `local`; `None` where the
 /// system has no table to read.
-fn find(peer: SocketAddr, local: SocketAddr) -> Option<Owner> {
+fn find(sockets: &Sockets, peer: SocketAddr, local: SocketAddr) -> Option<Owner> {
+    let found = sockets.as_ref()?.get(&(plain(peer), plain(local)));
+    Some(found.copied().unwrap_or(Owner::Gone))
+}
+
+/// Reads the tables of this system.
+fn sockets() -> Sockets {
     let tables = TABLES.map(|path| std::fs::read_to_string(path).ok());
     if tables.iter().all(Option::is_none) {
         return None;
     }
-    let found = tables.iter().flatten().find_map(|table| owner_in(table, peer, local));
-    Some(found.unwrap_or(Owner::Gone))
+    Some(tables.iter().flatten().flat_map(|table| sockets_in(table)).collect())
 }
 
-fn owner_in(table: &str, peer: SocketAddr, local: SocketAddr) -> Option<Owner> {
-    table.lines().skip(1).find_map(|line| {
+fn sockets_in(table: &str) -> impl Iterator<Item = (Ends, Owner)> {
+    table.lines().skip(1).filter_map(|line| {
         let mut fields = line.split_ascii_whitespace().skip(1);
-        let (own, other) = (address(fields.next()?)?, address(fields.next()?)?);
-        if (own, other) != (plain(peer), plain(local)) {
-            return None;
-        }
+        let ends = (address(fields.next()?)?, address(fields.next()?)?);
         // State, queues, timer and retransmissions come between.
         let user = fields.nth(4)?.parse().ok()?;
         let inode: u64 = fields.nth(1)?.parse().ok()?;
         // A socket without a process shows as root's.
-        Some(if inode == 0 { Owner::Gone } else { Owner::User(user) })
+        Some((ends, if inode == 0 { Owner::Gone } else { Owner::User(user) }))
     })
 }
 
@@ -116,12 +132,13 @@ mod tests {
    3: 0000000000000000FFFF00000100007F:9C42 0000000000000000FFFF00000100007F:1F90 01 00000000:00000000 00:00000000 00000000  1002        0 78 1 0 20 4 30 10 -1
 ";
         let server: SocketAddr = "127.0.0.1:8080".parse().expect("an address");
-        let owner = |port: u16| owner_in(table, ([127, 0, 0, 1], port).into(), server);
+        let sockets = Some(sockets_in(table).collect());
+        let owner = |port: u16| find(&sockets, ([127, 0, 0, 1], port).into(), server);
         assert_eq!(owner(0x9C40), Some(Owner::User(1001)));
         // A socket without a process looks like root's.
         assert_eq!(owner(0x9C41), Some(Owner::Gone));
         assert_eq!(owner(0x9C42), Some(Owner::User(1002)));
-        assert_eq!(owner(0x9C43), None);
+        assert_eq!(owner(0x9C43), Some(Owner::Gone));
         let refused = |owner| decide(owner, 1001).is_some();
         assert!(!refused(Some(Owner::User(1001))) && !refused(Some(Owner::User(ROOT))));
         assert!(refused(Some(Owner::User(1002))) && refused(Some(Owner::Gone)));
@@ -135,6 +152,6 @@ mod tests {
         let (peer, local) =
             (client.local_addr().expect("an address"), client.peer_addr().expect("an address"));
         let expected = cfg!(target_os = "linux").then_some(Owner::User(uid()));
-        assert_eq!(find(peer, local), expected);
+        assert_eq!(find(&sockets(), peer, local), expected);
     }
 }
