@@ -126,10 +126,9 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
 
     let letter_sinks = sections.dead_letters.and_then(|table| shaped(table, check));
     let RawDeadLetters { sinks: letter_sinks, bytes } = letter_sinks.unwrap_or_default();
-    let letter_bytes_max = match &bytes {
-        Some(_) => Some(check.size(&bytes, 0, LETTER_BYTES_MIN..=LETTER_BYTES_MAX)),
-        None => None,
-    };
+    let is_set = bytes.is_some();
+    let letter_bytes_max =
+        is_set.then(|| check.size(&bytes, 0, LETTER_BYTES_MIN..=LETTER_BYTES_MAX));
 
     names.check_unique(check);
     bindings::check_letter_sinks(&letter_sinks, &names, &stages, check);

@@ -258,7 +258,7 @@ impl DeadLetters {
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn kept_bytes(&self) -> Result<u64, StateError> {
-        self.store.write("measure the dead letters", |state| kept_bytes(state)).await
+        self.store.write("measure the dead letters", kept_bytes).await
     }
 
     /// Shows what they hold: another process may have changed it.

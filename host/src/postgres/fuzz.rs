@@ -8,6 +8,11 @@ use tokio_postgres::config::{Host, SslMode};
 use super::{place, read};
 use crate::fuzzing::{Choices, Target};
 
+/// Hosts that a string may name.
+const HOSTS: [&str; 3] = ["localhost", "127.0.0.1", "db-1.example"];
+/// What may lie between two parameters.
+const GAPS: [&str; 3] = [" ", "  ", "\n"];
+
 /// Checks that [`read`] returns the values that were written, whatever they contain, and that no error and no
 /// name of a place contains the password.
 pub(crate) const CONNECTION: Target = Target {
@@ -89,7 +94,7 @@ fn run(data: &[u8]) {
     let wanted = Wanted {
         user: value(&mut choices),
         password: value(&mut choices) + SECRET + &value(&mut choices),
-        host: *choices.one_of(&["localhost", "127.0.0.1", "db-1.example"]),
+        host: choices.one_of::<&str>(&HOSTS),
         port: *choices.one_of(&[5432, 1, 65535]),
         database: value(&mut choices),
         application: value(&mut choices),
@@ -184,7 +189,7 @@ impl Wanted {
         let mut text = String::new();
         for (name, value) in parameters {
             let equals = choices.one_of(&["=", " = ", "= ", "\t="]);
-            let quote = if choices.byte() % 2 == 0 { "'" } else { "" };
+            let quote = if choices.byte().is_multiple_of(2) { "'" } else { "" };
             let _infallible = write!(text, "{name}{equals}{quote}");
             for c in value.chars() {
                 let needs_escape =
@@ -195,7 +200,7 @@ impl Wanted {
                 text.push(c);
             }
             text.push_str(quote);
-            text.push_str(*choices.one_of(&[" ", "  ", "\n"]));
+            text.push_str(choices.one_of::<&str>(&GAPS));
         }
         text
     }

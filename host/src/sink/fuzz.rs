@@ -206,7 +206,7 @@ fn reference(values: Type, json: &str) -> Option<Value> {
         Type::Integer(bits) => {
             let integer = number()?.to_integer()?;
             let half = 1_i128 << (bits - 1);
-            (-half..half).contains(&integer).then(|| Value::Integer(integer as i64))
+            (-half..half).contains(&integer).then_some(Value::Integer(integer as i64))
         }
         Type::Float64 => match text.and_then(not_finite) {
             Some(value) => Some(Value::float64(value)),

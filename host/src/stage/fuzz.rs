@@ -129,7 +129,7 @@ fn reference(
         (u32::MAX, 0) => Some(None),
         _ => within(start, length).map(Some),
     };
-    if outputs.len() % 6 != 0 || rejects.len() % 3 != 0 {
+    if !outputs.len().is_multiple_of(6) || !rejects.len().is_multiple_of(3) {
         return None;
     }
     if outputs.len() / 6 > items.len() * limits.outputs_per_record_max {

@@ -183,8 +183,8 @@ fn find_near(dir: &Path, local: &str) -> Result<Option<PathBuf>, PassedOver> {
 
 /// Checks the folders between `folder` and a tool, and the file that its link leads to.
 fn tool_is_ours(folder: &Path, tool: &Path) -> Result<(), String> {
-    let between = tool.ancestors().skip(1).take_while(|above| *above != folder);
-    between.map(only_ours).collect::<Result<(), _>>()?;
+    let mut between = tool.ancestors().skip(1).take_while(|above| *above != folder);
+    between.try_for_each(only_ours)?;
     let real = tool.canonicalize().map_err(|cause| cause.to_string())?;
     only_ours(&real)?;
     real.parent().map_or(Ok(()), only_ours)

@@ -68,6 +68,10 @@ struct World {
     sequence: u64,
 }
 
+/// Names of files that somebody may put among the links.
+const STRAYS: [&str; 5] =
+    ["notes.txt", "7.json", "000000000001.json.tmp", "99999999999999999999.json", "-1.json"];
+
 fn run(data: &[u8]) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     runtime.block_on(async {
@@ -96,13 +100,7 @@ impl Step {
                 Self::Damage(choices.bytes(length).to_vec())
             }
             14 => Self::Expire(choices.byte().into()),
-            _ => Self::Stray(*choices.one_of(&[
-                "notes.txt",
-                "7.json",
-                "000000000001.json.tmp",
-                "99999999999999999999.json",
-                "-1.json",
-            ])),
+            _ => Self::Stray(choices.one_of::<&str>(&STRAYS)),
         }
     }
 }

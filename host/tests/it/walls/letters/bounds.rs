@@ -15,7 +15,7 @@ fn reject_on(marker: &str) -> String {
 #[test]
 fn wall_04_a_record_is_kept_once_for_all_its_letters() {
     let payload = format!("{{\"a\":\"{}\"}}", "x".repeat(300_000));
-    let folder = Folder::of_lines(&[payload.clone()]);
+    let folder = Folder::of_lines(std::slice::from_ref(&payload));
     let many = "config = { many_on = \"\", many = 20, format = \"application/json\" }";
     folder
         .pipeline()

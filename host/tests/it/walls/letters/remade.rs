@@ -93,7 +93,7 @@ fn wall_04_a_payload_with_another_digest_is_refused_and_its_letter_stays() {
     // As it was, they can be.
     let (redriven, log) = with_marker(&["dlq", "redrive", "--all"], "record");
     assert!(redriven, "{log}");
-    assert_eq!((folder.letters() as usize, written(&folder)), (0, 3 * ROWS_OF_RECORD << 20));
+    assert_eq!((folder.letters() as usize, written(&folder)), (0, (3 * ROWS_OF_RECORD) << 20));
 }
 
 #[test]
