@@ -39,6 +39,14 @@ fn field(message: &mut Vec<u8>, number: u8, bytes: &[u8]) {
     message.extend_from_slice(bytes);
 }
 
+/// A partition key that belongs to a shard: one whose hash is in its range.
+fn key_of(shard: &Shard) -> String {
+    let (first, last) = hashes(shard);
+    let keys = (0..).map(|number| format!("key-{number}"));
+    let hash = |key: &String| u128::from_be_bytes(Md5::digest(key).into());
+    keys.into_iter().find(|key| (first..=last).contains(&hash(key))).expect("there is always one")
+}
+
 /// Puts records on a shard, each in a call of its own.
 fn put_on(world: &World, shard: &Shard, records: impl Iterator<Item = Vec<u8>>) {
     let hash = hashes(shard).0.to_string();

@@ -68,7 +68,7 @@ impl Lines {
         // What `check` itself needs: to read the file, and to keep compiled plugins.
         let state = self.at("state");
         std::fs::create_dir_all(&state).expect("a folder");
-        for (place, mode) in [(self.folder.path(), 0o755), (&*state, 0o777)] {
+        for (place, mode) in [(self.folder.path(), 0o755), (&*state, 0o1777)] {
             std::fs::set_permissions(place, std::fs::Permissions::from_mode(mode)).expect("set");
         }
         said(&output(&mut as_nobody(shardmill(&["check", &path]))))

@@ -56,8 +56,8 @@ fn said(output: &Output) -> String {
 /// The capabilities that the host itself answers work in `configure`.
 #[test]
 fn wall_07_configure_may_log_announce_metrics_and_ask_for_time_and_chance() {
-    let configure = "(call $log (i32.const 3) (i32.const 1024) (i32.const 10))
-        (call $register (i32.const 1) (i32.const 1034) (i32.const 5) (i32.const 0) (i32.const 0)
+    let configure = "(call $log (i32.const 3) (i32.const 1024) (i32.const 9))
+        (call $register (i32.const 1) (i32.const 1033) (i32.const 5) (i32.const 0) (i32.const 0)
           (i32.const 8192))
         (if (i32.load8_u (i32.const 8192)) (then unreachable))
         (call $observe (i32.load (i32.const 8196)) (f64.const 3))

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use tempfile::NamedTempFile;
 
-use super::{MIB, assert_below, bound, get, metric, one_key, put_on, start};
+use super::{MIB, assert_below, bound, key_of, metric, one_key, put_on, start};
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
@@ -148,27 +148,26 @@ fn wall_02_rows_of_a_strict_filter_are_charged_for_themselves() {
     assert_below(&run, bound(4, 8, 1, 1));
 }
 
-/// Forty aggregates of a mebibyte, each of 131,000 events of two bytes, wait for a sink.
+/// Aggregates of a mebibyte, each of 131,000 events of two bytes, wait for a sink: ten on each of four shards.
 #[test]
 fn wall_02_aggregates_that_wait_hold_their_bytes() {
-    let world = World::new(1);
-    let events = std::iter::repeat_n(b"{}".to_vec(), 131_000);
-    let large = one_key("key", events);
-    assert!(large.len() > 1_000_000);
-    put_on(&world, &world.open_shards()[0], std::iter::repeat_n(large, 40));
+    let world = World::new(4);
+    for shard in world.open_shards() {
+        let large = one_key(&key_of(&shard), std::iter::repeat_n(b"{}".to_vec(), 131_000));
+        assert!(large.len() > 1_000_000);
+        put_on(&world, &shard, std::iter::repeat_n(large, 10));
+    }
     let port = free_port();
     let file = PipelineToml::new(world.folder.path(), "reading").pipeline("buffer = \"32 MiB\"");
     let file = file.timing("retry_pause = \"50 ms\"\nmemory_blocked = \"200 ms\"\n");
     let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
     let run = start(&world, &blocked(file, port).write());
-    wait_for("the lane to wait for memory", || {
-        let ready = get(port, "/health/ready", std::time::Duration::from_secs(10));
-        let is_shown = world.logged("memory: waits for");
-        is_shown || ready.is_some_and(|ready| ready.contains("memory: waits for"))
+    // Taken apart, the aggregates that wait would be fifteen times as much.
+    wait_for("all lanes to be blocked, with aggregates that were read ahead", || {
+        metric(port, "shardmill_blocked") == 4.0
+            && metric(port, "shardmill_read_ahead_bytes") > 12.0 * MIB as f64
     });
     assert_below(&run, bound(32, 0, 0, 0));
-    let held = metric(port, "shardmill_buffer_bytes");
-    assert!(held > 8.0 * MIB as f64, "{held} bytes are held only");
 }
 
 /// Small events, of which samples are kept for trials, and answers in hand.
@@ -238,8 +237,9 @@ fn wall_02_objects_keep_their_size_by_default() {
     let mut sizes = sizes_below(&logs);
     sizes.sort_unstable();
     let largest = *sizes.last().expect("an object");
+    // Give or take the last row, and what a line's end counts.
     let commit = 64 * MIB;
-    assert!((commit..commit + MIB).contains(&largest), "{sizes:?}");
+    assert!((commit - MIB..commit + MIB).contains(&largest), "{sizes:?}");
 }
 
 /// The key of a request's header is held by each of its records, and counts for each.
