@@ -54,9 +54,11 @@ fn check_all(root: &Path) -> Result<()> {
     timed("build and lints of the tests", || run(host_tests(root).args(EVERY_TARGET)))?;
     timed("licences, bans and sources", || join(dependencies))?;
     timed("what else is to be installed", || join(installed))?;
+    // They are compiled to another folder, and linked one after the other: that leaves a core for what follows.
+    let bundled = in_background(root, plugins::check);
     timed("fuzz targets", || Fuzzing::of_test().run(root))?;
-    timed("bundled plugins", || plugins::check(root))?;
     timed("tests and lints of the bundled plugins", || test_plugins(root))?;
+    timed("bundled plugins", || join(bundled))?;
     let parts = timed("real parts", || Parts::start(root))?;
     timed("tests of the host", || test_host(root, &parts, None))?;
     drop(parts);
@@ -117,9 +119,10 @@ fn test_host(root: &Path, parts: &Parts, filter: Option<&str>) -> Result<()> {
     run(&mut tests)
 }
 
-/// How many tests run at a time: most wait more than they work.
+/// How many tests run at a time: most wait more than they work. With two for each core, a third of the
+/// processor's time is idle.
 fn test_threads() -> usize {
-    2 * std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+    3 * std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
 /// The real parts of the host's tests: two servers of PostgreSQL and a second Kinesis server of their own, and the
