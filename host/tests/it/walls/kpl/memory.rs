@@ -165,7 +165,7 @@ fn wall_02_aggregates_that_wait_hold_their_bytes() {
     // Taken apart, the aggregates that wait would be fifteen times as much.
     wait_for("all lanes to be blocked, with aggregates that were read ahead", || {
         metric(port, "shardmill_blocked") == 4.0
-            && metric(port, "shardmill_read_ahead_bytes") > 12.0 * MIB as f64
+            && metric(port, "shardmill_read_ahead_bytes") > 6.0 * MIB as f64
     });
     assert_below(&run, bound(32, 0, 0, 0));
 }
