@@ -37,7 +37,7 @@ impl Deny {
 pub fn check(root: &Path) -> Result<()> {
     check_all(root, &["check", "bans", "licenses", "sources"])?;
     let databases = advisory_databases();
-    if databases.read_dir().is_ok_and(|mut found| found.next().is_some()) {
+    if has_database(&databases) {
         return check_all(root, &["--offline", "check", "advisories"]);
     }
     eprintln!(
@@ -77,10 +77,29 @@ fn advisory_databases() -> PathBuf {
     cargo_home.unwrap_or_default().join("advisory-dbs")
 }
 
+/// Whether a folder holds a whole database: a clone of its repository. A download that was broken off leaves a lock
+/// or a part of it.
+fn has_database(databases: &Path) -> bool {
+    let clones = databases.read_dir().into_iter().flatten().flatten();
+    clones.map(|clone| clone.path().join(".git")).any(|git| git.join("FETCH_HEAD").exists())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::process::read;
+
+    #[test]
+    fn wall_19_a_broken_download_of_advisories_is_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let databases = folder.path().join("advisory-dbs");
+        assert!(!has_database(&databases));
+        std::fs::create_dir_all(databases.join("advisory-db-1/.git")).expect("made");
+        std::fs::write(databases.join("db.lock"), "").expect("written");
+        assert!(!has_database(&databases));
+        std::fs::write(databases.join("advisory-db-1/.git/FETCH_HEAD"), "").expect("written");
+        assert!(has_database(&databases));
+    }
 
     #[test]
     fn wall_19_each_lock_file_is_checked() {
