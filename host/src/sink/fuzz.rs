@@ -346,7 +346,10 @@ fn depth(json: &str) -> usize {
 /// Reads a UUID in one of its usual forms.
 fn uuid(text: &str) -> Option<Vec<u8>> {
     let braced = text.strip_prefix('{').and_then(|rest| rest.strip_suffix('}'));
-    let inner = text.strip_prefix("urn:uuid:").or(braced).unwrap_or(text);
+    // RFC 9562, section 4: the letters of the name may be large or small.
+    let is_name = text.get(..9).is_some_and(|name| name.eq_ignore_ascii_case("urn:uuid:"));
+    let named = is_name.then(|| &text[9..]);
+    let inner = named.or(braced).unwrap_or(text);
     let is_bare = inner.len() == text.len();
     let parts: Vec<&str> = inner.split('-').collect();
     let lengths: Vec<usize> = parts.iter().map(|part| part.len()).collect();
