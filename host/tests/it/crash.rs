@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::flights::{from_csv, in_objects, in_postgres, in_sqlite, same_multiset};
-use crate::support::{Process, flights_csv, plugin, postgres_url, run_ok, serve_stream, shardmill};
+use crate::support::{
+    Process, plugin, postgres_url, run_ok, serve_stream, shardmill, some_flights_csv,
+};
 
 /// How often the run is killed.
 const KILLS: usize = 10;
@@ -145,7 +147,8 @@ fn a_killed_run_loses_nothing_and_doubles_nothing() {
     crate::support::postgres(&format!("CREATE SCHEMA {schema}"));
     let pipeline = configs[0].display().to_string();
     run_ok(&["stream", "create", "--shards", "5", "--pipeline", &pipeline]);
-    let csv = flights_csv().display().to_string();
+    let flights = some_flights_csv(folder.path());
+    let csv = flights.display().to_string();
     run_ok(&["stream", "put", "--pipeline", &pipeline, "--skip", "1", &csv]);
 
     for kill in 0..KILLS {
@@ -176,7 +179,7 @@ fn a_killed_run_loses_nothing_and_doubles_nothing() {
     println!("last start: {} records replayed", run.replayed.load(Ordering::Relaxed));
     assert!(run.replayed.load(Ordering::Relaxed) > 0);
 
-    let due = from_csv(&flights_csv());
+    let due = from_csv(&flights);
     same_multiset("SQLite", &due, &in_sqlite(&folder.path().join("flights.db")));
     same_multiset("PostgreSQL", &due, &in_postgres(&schema));
     same_multiset("objects", &due, &in_objects(&folder.path().join("logs")));

@@ -207,6 +207,15 @@ pub fn flights_csv() -> PathBuf {
     path
 }
 
+/// Every fourth of the flights, with the header, in a folder: for tests whose subject is not their number.
+pub fn some_flights_csv(folder: &Path) -> PathBuf {
+    let text = std::fs::read_to_string(flights_csv()).expect("the flights");
+    let some: String = text.split_inclusive('\n').step_by(4).collect();
+    let path = folder.join("some_flights.csv");
+    std::fs::write(&path, some).expect("written");
+    path
+}
+
 /// Runs statements on the throw-away PostgreSQL; gives the first column of what they return.
 pub fn postgres(sql: &str) -> Vec<String> {
     postgres_at(&postgres_url(), sql)
