@@ -107,10 +107,14 @@ impl World {
         self.active();
     }
 
-    /// Deletes the stream and waits until it is gone.
+    /// Deletes the stream and waits until it is gone, and until the second is over: the server keeps whole
+    /// seconds, so two streams of one second would be one to whoever reads them.
     pub fn delete(&self) {
         let wait = Duration::from_secs(20);
         self.runtime.block_on(stream::delete(&self.client, &stream_ref(), wait)).expect("deleted");
+        let second = || chrono::Utc::now().timestamp();
+        let deleted = second();
+        super::wait_for("the next second", || second() > deleted);
     }
 
     /// Waits until the stream is ACTIVE.
