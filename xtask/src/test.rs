@@ -54,7 +54,7 @@ fn check_all(root: &Path) -> Result<()> {
     timed("build and lints of the tests", || run(host_tests(root).args(EVERY_TARGET)))?;
     timed("licences, bans and sources", || join(dependencies))?;
     timed("what else is to be installed", || join(installed))?;
-    // They are compiled to another folder, and linked one after the other: that leaves a core for what follows.
+    // They are compiled to another folder, and linked one after the other: that leaves a core for their tests.
     let bundled = in_background(root, plugins::check);
     timed("fuzz targets", || Fuzzing::of_test().run(root))?;
     timed("tests and lints of the bundled plugins", || test_plugins(root))?;

@@ -92,6 +92,7 @@ fn newcomers_path(language: &str, source: &str) {
     let (code, passed) = test(&["--no-build"]);
     assert!(code == Some(0) && passed.contains("2 passed, 0 failed"), "{passed}");
 
+    // The one that was tested.
     let component = folder.join("my-first.wasm");
     crate::walls::assert_parts_fit(&component);
 
