@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
 use axum::http::StatusCode;
@@ -63,8 +64,17 @@ pub struct ControlAddress {
 
 impl ControlAddress {
     /// The one of the pipeline whose folder this is, if it left one: it may be gone since.
-    pub fn find(folder: &Path) -> Option<Self> {
-        serde_json::from_slice(&private::find_own(&folder.join(ADDRESS_FILE))?).ok()
+    ///
+    /// # Errors
+    /// When the file cannot be used: others could have written it, or it holds something else.
+    pub fn find(folder: &Path) -> anyhow::Result<Option<Self>> {
+        let path = folder.join(ADDRESS_FILE);
+        let unusable = || format!("{} is not used", path.display());
+        match private::read_own(&path) {
+            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes).with_context(unusable)?)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(unusable),
+        }
     }
 
     /// Removes what a run that was killed has left: its port may be another user's by now.

@@ -114,7 +114,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
         .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.generation));
     console.report(&report)?;
     if options.diff {
-        let running = RunningPipeline::due(&config).await?;
+        let running = RunningPipeline::find(&config).await?;
         let query = ReloadQuery { dry_run: true };
         reload::tell(running.post("/reload", &query, Vec::new()).await?, true, console)?;
     }

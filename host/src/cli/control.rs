@@ -1,8 +1,9 @@
 //! Commands to a pipeline that runs: found by its folder, asked by HTTP on loopback.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail, ensure};
+use backon::{BackoffBuilder as _, ExponentialBuilder};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -12,6 +13,10 @@ use crate::lease::PipelineLock;
 
 /// Time for a running pipeline to answer that it is there.
 const FIND_MAX: Duration = Duration::from_secs(30);
+/// Of that, time for one answer: a connection that was pushed out is tried again.
+const ASK_MAX: Duration = Duration::from_secs(10);
+/// The longest pause between two tries.
+const PAUSE_MAX: Duration = Duration::from_secs(3);
 
 /// A pipeline that runs on this machine.
 pub(super) struct RunningPipeline {
@@ -29,37 +34,69 @@ pub(super) enum Answer {
 }
 
 impl RunningPipeline {
-    /// Finds the pipeline of a configuration; `None`: it does not run. Without a process that has the
-    /// pipeline's lock, an address is of one that was killed, and its port may be another user's by now.
-    pub(super) async fn find(config: &PipelineConfig) -> anyhow::Result<Option<Self>> {
-        if !PipelineLock::is_taken(&config.state_dir, &config.name)? {
-            return Ok(None);
-        }
-        let folder = config.state_dir.join(config.name.as_str());
-        let Some(ControlAddress { address, token }) = ControlAddress::find(&folder) else {
-            return Ok(None);
-        };
+    /// Finds the pipeline of a configuration. As long as a process has the pipeline's lock, it is asked again
+    /// for [`FIND_MAX`]: it may be starting, or busy with other clients. Without such a process, an address is
+    /// of one that was killed, and its port may be another user's by now.
+    ///
+    /// # Errors
+    /// When it does not run, or does not answer in time.
+    pub(super) async fn find(config: &PipelineConfig) -> anyhow::Result<Self> {
         crate::tls::install();
         let client = reqwest::Client::builder().no_proxy().build()?;
-        let running = Self { client, base: format!("http://{address}"), token };
-        // Another process may have the port of one that was killed.
-        let asked = running.client.get(format!("{}/changes?limit=1", running.base));
-        let asked = asked.timeout(FIND_MAX).bearer_auth(&running.token);
-        let answer = asked.send().await;
-        Ok(answer.is_ok_and(|answer| answer.status().is_success()).then_some(running))
+        let deadline = Instant::now() + FIND_MAX;
+        let mut pauses = ExponentialBuilder::default()
+            .with_max_delay(PAUSE_MAX)
+            .without_max_times()
+            .with_jitter()
+            .build();
+        loop {
+            if !PipelineLock::is_taken(&config.state_dir, &config.name)? {
+                bail!(
+                    "pipeline {} does not run with its state in {}: start it with `shardmill run {}`",
+                    config.name,
+                    config.state_dir.display(),
+                    config.file.path.display()
+                );
+            }
+            let folder = config.state_dir.join(config.name.as_str());
+            let asked = match ControlAddress::find(&folder)? {
+                Some(at) => Self::ask(&client, at, deadline).await,
+                None => Err(anyhow!(
+                    "it has left no address for commands: it may be starting or ending"
+                )),
+            };
+            let cause = match asked {
+                Ok(running) => return Ok(running),
+                Err(cause) => cause,
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(cause.context(format!(
+                    "pipeline {} runs with its state in {} and did not answer within {} s; nothing was \
+                     changed; see its log for what keeps it, and try again",
+                    config.name,
+                    config.state_dir.display(),
+                    FIND_MAX.as_secs()
+                )));
+            }
+            tokio::time::sleep(pauses.next().unwrap_or(PAUSE_MAX).min(left)).await;
+        }
     }
 
-    /// As [`RunningPipeline::find`], where nothing can be done without it.
-    pub(super) async fn due(config: &PipelineConfig) -> anyhow::Result<Self> {
-        let found = Self::find(config).await?;
-        found.with_context(|| {
-            format!(
-                "pipeline {} does not run with its state in {}: start it with `shardmill run {}`",
-                config.name,
-                config.state_dir.display(),
-                config.file.path.display()
-            )
-        })
+    /// Asks once, at the address that the process has left.
+    async fn ask(
+        client: &reqwest::Client,
+        at: ControlAddress,
+        deadline: Instant,
+    ) -> anyhow::Result<Self> {
+        let ControlAddress { address, token } = at;
+        let running = Self { client: client.clone(), base: format!("http://{address}"), token };
+        let time = ASK_MAX.min(deadline.saturating_duration_since(Instant::now()));
+        let asked = running.client.get(format!("{}/changes?limit=1", running.base));
+        let answer = asked.timeout(time).bearer_auth(&running.token).send().await?;
+        // Another process may have the port of one that was killed.
+        ensure!(answer.status().is_success(), "{address} answered {}", answer.status());
+        Ok(running)
     }
 
     /// Asks for a change.
@@ -78,7 +115,10 @@ impl RunningPipeline {
             }
         }
         let asked = self.client.post(url).bearer_auth(&self.token).body(body);
-        let answer = asked.send().await.context("the pipeline has stopped meanwhile")?;
+        let answer = asked.send().await.context(
+            "the pipeline stopped meanwhile, or closed the connection; whether the change was made, \
+             `shardmill plugin history` says",
+        )?;
         let status = answer.status();
         let report: Value = serde_json::from_slice(&answer.bytes().await?)
             .with_context(|| format!("the pipeline answered {status}"))?;

@@ -17,7 +17,7 @@ pub struct Options {
 
 pub async fn reload(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
-    let running = RunningPipeline::due(&config).await?;
+    let running = RunningPipeline::find(&config).await?;
     let query = ReloadQuery { dry_run: options.dry_run };
     tell(running.post("/reload", &query, Vec::new()).await?, options.dry_run, console)
 }

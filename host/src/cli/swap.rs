@@ -63,7 +63,7 @@ fn parse_shadow(text: &str) -> Result<Duration, String> {
 /// Puts another plugin in a stage's place.
 pub async fn swap(options: SwapOptions, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.pipeline)?;
-    let running = RunningPipeline::due(&config).await?;
+    let running = RunningPipeline::find(&config).await?;
     let file = Path::new(&options.component);
     let (component, body) = match std::fs::read(file) {
         Ok(bytes) => {
@@ -111,7 +111,7 @@ pub struct RollbackOptions {
 /// Undoes the last swap of a stage.
 pub async fn roll_back(options: RollbackOptions, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.pipeline)?;
-    let running = RunningPipeline::due(&config).await?;
+    let running = RunningPipeline::find(&config).await?;
     let changes = Changes::new(state(&config)?);
     let undone = changes.last_in_force(&options.stage).await?;
     // Undone before: by itself, or by this command, whose replay was broken off.

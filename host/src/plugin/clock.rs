@@ -11,7 +11,10 @@
 //! A call of the host has wall time of its own, each one: what one record waits for is not taken from the
 //! records that come after it in the same batch.
 //!
-//! The clocks are read when the epoch has advanced, never per call: most calls end before that.
+//! The clocks are read when the epoch has advanced, not per call: most calls end before that, and a thread's
+//! clock takes up to a microsecond to read. A call that is expected to last much longer than that is measured
+//! from its beginning to its end ([`CallClock::begin_measured`]), so that how fast a version is can be told on
+//! a machine whose cores are busy.
 
 use std::time::{Duration, Instant};
 
@@ -106,9 +109,11 @@ fn judge(spent: Spent, time: CallTime) -> Result<Duration, Over> {
 #[derive(Debug)]
 pub(super) struct CallClock {
     time: CallTime,
-    /// The clocks when the epoch advanced first during the call. What was before is a tick at most, which
-    /// no limit counts: to read the clocks at the beginning of each call costs more than most calls.
+    /// The clocks when the epoch advanced first during the call, or at its beginning where it is measured.
+    /// What was before is a tick at most, which no limit counts.
     first: Option<Reading>,
+    /// Whether the clocks were read at the beginning.
+    is_measured: bool,
     spent: Spent,
     /// CPU time within calls of the host.
     host_cpu: Duration,
@@ -130,6 +135,18 @@ struct Reading {
     host_wall: Duration,
 }
 
+impl Reading {
+    /// What was spent from an earlier reading to this one.
+    fn since(&self, first: &Self) -> Spent {
+        let cpu = self.cpu.saturating_sub(first.cpu);
+        Spent {
+            cpu: cpu.saturating_sub(self.host_cpu.saturating_sub(first.host_cpu)),
+            wall: self.at.saturating_duration_since(first.at),
+            host: self.host_wall.saturating_sub(first.host_wall),
+        }
+    }
+}
+
 /// A call of the host that is under way.
 #[must_use]
 pub(super) struct HostCall {
@@ -145,6 +162,7 @@ impl CallClock {
         Self {
             time: CallTime::of_ms(0, None),
             first: None,
+            is_measured: false,
             spent: Spent::default(),
             host_cpu: Duration::ZERO,
             host_wall: Duration::ZERO,
@@ -158,22 +176,29 @@ impl CallClock {
         *self = Self { time, ..Self::new() };
     }
 
-    /// Looks at the clocks, on the thread of the call. `None`: the call is over; else what time may pass
-    /// until the next look.
-    pub fn look(&mut self) -> Option<Duration> {
-        let now = Reading {
+    /// The same, of one that is expected to last long enough to read the thread's clock twice for it.
+    pub fn begin_measured(&mut self, time: CallTime) {
+        self.begin(time);
+        self.is_measured = true;
+        self.first = Some(self.read());
+    }
+
+    /// Reads the clocks, on the thread of the call.
+    fn read(&self) -> Reading {
+        Reading {
             at: Instant::now(),
             cpu: thread_cpu(),
             host_cpu: self.host_cpu,
             host_wall: self.host_wall,
-        };
+        }
+    }
+
+    /// Looks at the clocks, on the thread of the call. `None`: the call is over; else what time may pass
+    /// until the next look.
+    pub fn look(&mut self) -> Option<Duration> {
+        let now = self.read();
         let first = *self.first.get_or_insert(now);
-        let cpu = now.cpu.saturating_sub(first.cpu);
-        self.spent = Spent {
-            cpu: cpu.saturating_sub(now.host_cpu.saturating_sub(first.host_cpu)),
-            wall: now.at.saturating_duration_since(first.at),
-            host: now.host_wall.saturating_sub(first.host_wall),
-        };
+        self.spent = now.since(&first);
         judge(self.spent, self.time).map_err(|over| self.over = Some(over)).ok()
     }
 
@@ -194,8 +219,12 @@ impl CallClock {
     }
 
     /// The time of a call that has lasted `took` which was its own: at work, or waiting for the host. What it
-    /// waited for a core is not in it, as far as the looks show.
+    /// waited for a core is not in it; where it was not measured, as far as the looks show. On the thread of
+    /// the call, before the next one begins.
     pub fn busy(&self, took: Duration) -> Duration {
+        if let (Some(first), true) = (&self.first, self.is_measured) {
+            return self.read().since(first).cpu + self.host_wall;
+        }
         // Calls of the host outside of what the looks have seen.
         let host_unseen = self.host_wall.saturating_sub(self.spent.host);
         let unseen = took.saturating_sub(self.spent.wall + host_unseen).min(UNSEEN_MAX);
@@ -301,6 +330,26 @@ mod tests {
         assert_eq!(clock.busy(ms(990)), ms(250), "it waited after the last look too");
         clock.host_wall = ms(500);
         assert_eq!(clock.busy(ms(1_204)), ms(544), "a call of the host came before the first look");
+    }
+
+    #[test]
+    fn wall_10_a_measured_call_has_taken_what_it_worked_and_waited_for_the_host() {
+        let ms = Duration::from_millis;
+        let mut clock = CallClock::new();
+        clock.begin_measured(TIME);
+        let begun = Instant::now();
+        burn(ms(3));
+        // As one that waits for a core: no look sees it.
+        std::thread::sleep(ms(15));
+        let call = clock.host_begins("http.send");
+        std::thread::sleep(ms(4));
+        clock.host_ended(call);
+        let busy = clock.busy(begun.elapsed());
+        assert!(
+            busy >= ms(7) && busy + ms(14) < begun.elapsed(),
+            "{busy:?}, {:?}",
+            begun.elapsed()
+        );
     }
 
     #[test]

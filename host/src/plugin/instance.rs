@@ -204,7 +204,8 @@ impl Instance {
         self.starved = times;
     }
 
-    /// Runs one batch, within this CPU time of the plugin's own.
+    /// Runs one batch, within this CPU time of the plugin's own. `is_long`: it is expected to last so long that
+    /// its time is worth measuring.
     ///
     /// # Errors
     /// [`CallError`]: the instance is dead and must be dropped.
@@ -212,13 +213,18 @@ impl Instance {
         &mut self,
         batch: &WireBatch,
         limit_ms: u64,
+        is_long: bool,
     ) -> Result<Result<Outcome, Failure>, CallError> {
         // The first look at the clocks is at the next tick: before that, a call is over no limit.
         self.store.set_epoch_deadline(1);
         self.store.set_hostcall_fuel(self.limits.output_bytes_max);
         let sandbox = self.store.data_mut();
         let time = CallTime::of_ms(limit_ms, Some(self.limits.host_ms(limit_ms)));
-        sandbox.caller.clock.begin(time.after_starved(self.starved));
+        let time = time.after_starved(self.starved);
+        match is_long {
+            true => sandbox.caller.clock.begin_measured(time),
+            false => sandbox.caller.clock.begin(time),
+        }
         // What an earlier call was refused, and got by without, is not this one's fault.
         sandbox.refused = None;
         let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);

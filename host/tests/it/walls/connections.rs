@@ -222,10 +222,15 @@ fn wall_03_a_body_that_stalls_gives_its_bytes_back() {
     });
     // Their deadline is 30 s.
     assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
-    // Those that gave way get an answer.
-    let mut answer = [0; 12];
-    stalled[0].read_exact(&mut answer).expect("an answer");
-    assert_eq!(&answer, b"HTTP/1.1 429");
+    // Whichever gave way gets an answer.
+    let gave_way = stalled.iter_mut().filter_map(|stream| {
+        stream.set_read_timeout(Some(Duration::from_millis(100))).expect("set");
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).ok().map(|()| answer)
+    });
+    let answers: Vec<_> = gave_way.collect();
+    assert!(!answers.is_empty(), "none was told");
+    assert!(answers.iter().all(|answer| answer == b"HTTP/1.1 429"), "{answers:?}");
 }
 
 /// Writes a byte to each connection now and then: far less than the slowest pace, and more often than a wait
@@ -483,12 +488,12 @@ fn wall_15_an_address_that_others_could_have_written_is_not_used() {
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).expect("set");
-    assert!(refused().contains("the file is not used"), "{}", refused());
+    assert!(refused().contains("control.json is not used"), "{}", refused());
     let elsewhere = ports.world.folder.path().join("elsewhere.json");
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("set");
     std::fs::rename(&path, &elsewhere).expect("moved");
     std::os::unix::fs::symlink(&elsewhere, &path).expect("linked");
-    assert!(refused().contains("does not run"), "{}", refused());
+    assert!(refused().contains("control.json is not used"), "{}", refused());
 }
 
 /// Asks the embedded stream for its streams.
