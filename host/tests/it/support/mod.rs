@@ -48,6 +48,11 @@ pub fn run(arguments: &[&str]) -> Output {
 /// Runs a command to its end; one that hangs is killed and fails its test, not all of them.
 pub fn output(command: &mut Command) -> Output {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    output_of(child, command)
+}
+
+/// Waits for the end of a command that was started with pipes; one that hangs is killed.
+pub fn output_of(child: Child, command: &Command) -> Output {
     let pid = child.id().to_string();
     let (ended, end) = mpsc::channel();
     std::thread::spawn(move || ended.send(child.wait_with_output()));

@@ -14,8 +14,6 @@ use md5::{Digest as _, Md5};
 use crate::support::world::{STREAM, World, hashes};
 use crate::support::{ADMIN_TOKEN, Process, shardmill};
 
-const MIB: u64 = 1 << 20;
-
 /// An aggregate of so many user records that all name one key.
 fn one_key(key: &str, payloads: impl Iterator<Item = Vec<u8>>) -> Vec<u8> {
     let mut body = Vec::new();
@@ -89,23 +87,4 @@ fn metric(port: u16, name: &str) -> f64 {
         .lines()
         .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
-}
-
-/// The peak of a process's resident memory so far, in bytes.
-fn peak_of(run: &Process) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", run.0.id())).expect("it runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
-}
-
-/// The bound on what a process may hold whose plugins have 16 MiB each, in bytes.
-fn bound(buffer_mib: u64, trial_mib: u64, stages: u64, instances: u64) -> u64 {
-    (2 * buffer_mib + trial_mib * stages + 16 * instances + 100) * MIB
-}
-
-/// Asserts that a process has stayed below the bound.
-fn assert_below(run: &Process, bound: u64) {
-    let peak = peak_of(run);
-    println!("{} MiB at the peak of {} MiB", peak / MIB, bound / MIB);
-    assert!(peak < bound, "{} MiB at the peak, {} MiB are the bound", peak / MIB, bound / MIB);
 }

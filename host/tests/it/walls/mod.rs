@@ -8,6 +8,7 @@ mod guests;
 mod kpl;
 mod letters;
 mod machine;
+mod memory;
 mod threats;
 
 pub use clocks::assert_parts_fit;

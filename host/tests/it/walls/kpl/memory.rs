@@ -6,14 +6,12 @@ use std::path::Path;
 
 use tempfile::NamedTempFile;
 
-use super::{MIB, assert_below, bound, key_of, metric, one_key, put_on, start};
+use super::{key_of, metric, one_key, put_on, start};
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
 use crate::support::{admin, free_port, run_ok, wait_for};
-
-/// What a plugin may have.
-const LIMITS: &str = "limits = { memory = \"16 MiB\" }";
+use crate::walls::memory::{LIMITS, MIB, assert_below, bound};
 
 /// A sink that nobody answers, so that what it is given stays; with `[admin]` at this port.
 fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
