@@ -36,6 +36,8 @@ pub struct World {
 pub struct Pipeline {
     /// `embedded`, or a proxy's URL.
     pub endpoint: String,
+    /// Further lines of `[pipeline]`.
+    pub settings: String,
     /// Further lines of `[source]`.
     pub source: String,
     /// The lines of the one stage, whose route is `all`; `None`: it routes rows as they are.
@@ -52,6 +54,7 @@ impl Default for Pipeline {
     fn default() -> Self {
         Self {
             endpoint: "embedded".into(),
+            settings: String::new(),
             source: String::new(),
             stage: None,
             postgres_table: None,
@@ -178,8 +181,9 @@ impl World {
     /// Writes the pipeline's file; gives its path.
     pub fn pipeline(&self, pipeline: &Pipeline) -> String {
         let data = self.folder.path();
-        let Pipeline { endpoint, source, stage, postgres_table, sink, timing } = pipeline;
+        let Pipeline { endpoint, settings, source, stage, postgres_table, sink, timing } = pipeline;
         let file = PipelineToml::new(data, "reading")
+            .pipeline(settings)
             .timing(&format!("{SHORT_PAUSES}{timing}"))
             .stream(STREAM, endpoint, source);
         let file = match stage {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::world::{Pipeline, World, row};
 use crate::support::{Process, free_port, run, serve_stream, shardmill, wait_for};
+use crate::walls::memory::{LIMITS, assert_below, bound};
 
 /// Far below the deadlines by default, and far above what an answer takes.
 const SOON: Duration = Duration::from_secs(8);
@@ -30,7 +31,7 @@ impl Ports {
         Self::start_with(admin_lines, intake_lines, timing, None, "")
     }
 
-    /// The same with a stage, below limits of the shell's `ulimit`.
+    /// The same with another stage than the one that lets rows through, below limits of the shell's `ulimit`.
     fn start_with(
         admin_lines: &str,
         intake_lines: &str,
@@ -44,7 +45,13 @@ impl Ports {
             "[admin]\nlisten = \"127.0.0.1:{admin}\"\n{admin_lines}\n\
              [intake]\nlisten = \"127.0.0.1:{intake}\"\n{intake_lines}"
         );
-        let pipeline = Pipeline { sink, timing: timing.into(), stage, ..Pipeline::default() };
+        let pipeline = Pipeline {
+            settings: "buffer = \"8 MiB\"".into(),
+            sink,
+            timing: timing.into(),
+            stage: stage.or_else(|| Some(through())),
+            ..Pipeline::default()
+        };
         let file = world.pipeline(&pipeline);
         let log = std::fs::File::create(world.log()).expect("a log");
         let mut command = Command::new("bash");
@@ -61,6 +68,12 @@ impl Ports {
         Self { world, run, admin, intake }
     }
 
+    /// Asserts that the run has stayed below the bound on its memory: what may be in flight and what
+    /// connections have is not in the formula, so these must fit into what the process has.
+    fn assert_memory(&self) {
+        assert_below(&self.run, bound(8, 8, 1, 1));
+    }
+
     fn folder(&self) -> PathBuf {
         self.world.folder.path().join("state/reading")
     }
@@ -74,6 +87,12 @@ impl Ports {
         let token = std::fs::read_to_string(self.folder().join("admin.token")).expect("a token");
         bearer(token.trim())
     }
+}
+
+/// A stage that lets rows through.
+fn through() -> String {
+    let plugin = crate::support::plugin("route-json");
+    format!("plugin = \"{plugin}\"\nconfig = {{ default = \"all\", rules = [] }}\n{LIMITS}")
 }
 
 fn bearer(token: &str) -> String {
@@ -170,6 +189,7 @@ fn wall_03_idle_connections_use_up_no_descriptors() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let log = std::fs::read_to_string(ports.world.log()).expect("a log");
     assert!(!log.contains("Too many open files"), "{log}");
+    ports.assert_memory();
     drop(idle);
     assert_eq!(ports.run.terminate(), Some(0));
 }
@@ -209,6 +229,28 @@ fn wall_03_a_body_that_is_declared_and_not_sent_holds_nothing() {
     let answer = post(ports.intake, &row(0, 1));
     assert_eq!(status(&answer), "200", "{answer}");
     ports.world.wait_rows(1);
+    ports.assert_memory();
+}
+
+/// Two hundred bodies of a mebibyte of which the last byte is missing, and 4 MiB may be in flight.
+#[test]
+fn wall_03_bodies_that_stall_hold_no_more_than_may_be_in_flight() {
+    const BODY: usize = 1 << 20;
+    let ports = Ports::start("", "body = \"1 MiB\"\nin_flight = \"4 MiB\"", "");
+    let stall = |_: usize| {
+        let mut stream = open(ports.intake);
+        let head =
+            format!("POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Length: {BODY}\r\n\r\n");
+        // Those that do not fit are answered and closed before all is sent.
+        let _ = stream.write_all(head.as_bytes());
+        let _ = stream.write_all(&vec![b'x'; BODY - 1]);
+        stream
+    };
+    let stalled: Vec<_> = (0..200).map(stall).collect();
+    wait_for("room for another body", || status(&post(ports.intake, &row(0, 1))) == "200");
+    ports.world.wait_rows(1);
+    ports.assert_memory();
+    drop(stalled);
 }
 
 #[test]
@@ -231,6 +273,7 @@ fn wall_03_a_body_that_stalls_gives_its_bytes_back() {
     let answers: Vec<_> = gave_way.collect();
     assert!(!answers.is_empty(), "none was told");
     assert!(answers.iter().all(|answer| answer == b"HTTP/1.1 429"), "{answers:?}");
+    ports.assert_memory();
 }
 
 /// Writes a byte to each connection now and then: far less than the slowest pace, and more often than a wait
@@ -269,6 +312,7 @@ fn wall_03_a_body_of_which_a_byte_comes_now_and_then_gives_its_bytes_back() {
     });
     // Their deadline is 30 s.
     assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
+    ports.assert_memory();
 }
 
 #[test]
