@@ -93,6 +93,11 @@ impl PipelineToml {
         self.sink(name, &format!("type = \"postgres\"\nurl = \"{url}\"\ntable = \"{table}\""))
     }
 
+    /// Further lines of the table that was added last, unless that ends with a sub-table.
+    pub fn lines(self, lines: &str) -> Self {
+        self.table(lines)
+    }
+
     /// A table as it stands.
     pub fn table(mut self, text: &str) -> Self {
         self.tables += &format!("{text}\n");

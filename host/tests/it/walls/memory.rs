@@ -18,7 +18,7 @@ pub const LIMITS: &str = "limits = { memory = \"16 MiB\" }";
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 
 /// The bound on what a process may hold whose plugins have 16 MiB each, in bytes.
-pub fn bound(buffer_mib: u64, trial_mib: u64, stages: u64, instances: u64) -> u64 {
+pub const fn bound(buffer_mib: u64, trial_mib: u64, stages: u64, instances: u64) -> u64 {
     (2 * buffer_mib + trial_mib * stages + 16 * instances + 100) * MIB
 }
 

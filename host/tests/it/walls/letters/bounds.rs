@@ -4,12 +4,13 @@ use std::fs;
 
 use serde_json::Value;
 
-use super::Folder;
+use super::{BUFFER, Folder};
 use crate::support::{self, free_port, http_get, wait_for};
+use crate::walls::memory::{LIMITS, assert_peak_below, bound, follow};
 
 /// A stage that rejects what contains a marker.
 fn reject_on(marker: &str) -> String {
-    format!("config = {{ reject_on = \"{marker}\", format = \"application/json\" }}")
+    format!("config = {{ reject_on = \"{marker}\", format = \"application/json\" }}\n{LIMITS}")
 }
 
 #[test]
@@ -19,15 +20,18 @@ fn wall_04_a_record_is_kept_once_for_all_its_letters() {
     let many = "config = { many_on = \"\", many = 20, format = \"application/json\" }";
     folder
         .pipeline()
+        .pipeline(BUFFER)
         .stage("burst", "hostile", many)
+        .lines(LIMITS)
         .stage("check", "hostile", &reject_on(""))
         .route_all_to(&["mart"])
+        .lines(LIMITS)
         .sqlite("mart", "rows")
         .write();
     crate::support::sqlite(&folder.path().join("mart.db"))
         .execute_batch("CREATE TABLE rows (a text)")
         .expect("a table");
-    folder.ok(&["run", "--until-caught-up"]);
+    folder.ok_below(&["run", "--until-caught-up"], bound(8, 8, 3, 3));
     assert_eq!(folder.letters(), 20);
     // What came through as it was is not kept once more.
     let components = "SELECT sum(length(bytes)) FROM component";
@@ -51,9 +55,10 @@ fn wall_04_a_record_is_kept_once_for_all_its_letters() {
     assert_eq!(left, marks * 512, "{marks} marks");
 }
 
-/// Waits for a lane that blocks because the store is full, frees it, and expects the lane to go on.
-fn blocks_and_goes_on(folder: &Folder, port: u16, rows: i64, is_blocked_by: &str) {
+/// Waits for a lane of `stages` that blocks because the store is full, frees it, and expects the lane to go on.
+fn blocks_and_goes_on(folder: &Folder, port: u16, rows: i64, is_blocked_by: &str, stages: u64) {
     let mut run = folder.start(&["run"]);
+    let peak = follow(run.0.id());
     let status = || http_get(port, "/status");
     wait_for("a full store", || status().contains("the store of dead letters is full"));
     assert!(status().contains(is_blocked_by), "{}", status());
@@ -69,6 +74,7 @@ fn blocks_and_goes_on(folder: &Folder, port: u16, rows: i64, is_blocked_by: &str
     // At the file's end it ends by itself.
     assert!(run.wait().success(), "{}", folder.log());
     assert_eq!(first + folder.letters(), rows);
+    assert_peak_below(peak.join().expect("a peak"), bound(8, 8, stages, stages), "the run");
 }
 
 fn admin(port: u16) -> String {
@@ -82,15 +88,17 @@ fn wall_04_a_full_store_blocks_the_lane_of_a_stage_which_says_so_and_goes_on() {
     let port = free_port();
     folder
         .pipeline()
+        .pipeline(BUFFER)
         .stage("check", "hostile", &reject_on(""))
         .route_all_to(&["mart"])
+        .lines(LIMITS)
         .sqlite("mart", "rows")
         .table(&admin(port))
         .write();
     crate::support::sqlite(&folder.path().join("mart.db"))
         .execute_batch("CREATE TABLE rows (id integer)")
         .expect("a table");
-    blocks_and_goes_on(&folder, port, 15, "dead letters");
+    blocks_and_goes_on(&folder, port, 15, "dead letters", 2);
 }
 
 #[test]
@@ -102,12 +110,14 @@ fn wall_04_a_full_store_blocks_a_sink_that_refuses_rows_which_says_so_and_goes_o
     let commit = "[sink.commit]\nrows = 2\nlinger = \"50 ms\"";
     folder
         .pipeline()
+        .pipeline(BUFFER)
         .route_all_to(&["mart"])
+        .lines(LIMITS)
         .table(&format!("[[sink]]\nname = \"mart\"\n{sink}\n{commit}"))
         .table(&admin(port))
         .write();
     crate::support::sqlite(&folder.path().join("mart.db"))
         .execute_batch("CREATE TABLE rows (id integer NOT NULL, a text)")
         .expect("a table");
-    blocks_and_goes_on(&folder, port, 15, "mart");
+    blocks_and_goes_on(&folder, port, 15, "mart", 1);
 }

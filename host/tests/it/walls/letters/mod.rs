@@ -11,9 +11,13 @@ use std::process::{Command, Output, Stdio};
 
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, output, shardmill, sqlite};
+use crate::walls::memory::{assert_peak_below, output_and_peak};
 
 /// Lines of `[pipeline]` that let every record fail.
 const ALL_MAY_FAIL: &str = "rejected_of_last_1000 = 1000\nrejected_in_a_row = 100000";
+
+/// A line of `[pipeline]`: what sinks may hold, where a test bounds the memory of the process.
+const BUFFER: &str = "buffer = \"8 MiB\"";
 
 /// A pipeline's folder.
 struct Folder(tempfile::TempDir);
@@ -53,6 +57,14 @@ impl Folder {
         let (out, log) = texts(&done);
         assert!(done.status.success(), "{arguments:?}: {log}");
         (out, log)
+    }
+
+    /// Runs a command that must succeed, below a bound of its memory in bytes.
+    fn ok_below(&self, arguments: &[&str], bound: u64) {
+        let (done, peak) = output_and_peak(&mut self.command(arguments));
+        let (_, log) = texts(&done);
+        assert!(done.status.success(), "{arguments:?}: {log}");
+        assert_peak_below(peak, bound, &format!("{arguments:?}"));
     }
 
     /// Starts a command whose standard error goes to `log.txt`.

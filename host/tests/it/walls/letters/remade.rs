@@ -4,24 +4,34 @@ use std::fs;
 
 use serde_json::Value;
 
-use super::{Folder, texts};
+use super::{BUFFER, Folder, texts};
+use crate::walls::memory::{LIMITS, bound};
 
 const ROWS_OF_RECORD: usize = 5;
+/// The bound on a run: each of its three stages has one instance.
+const BOUND_OF_RUN: u64 = bound(8, 8, 3, 3);
+/// The bound on a redrive: payloads are made again by further instances.
+const BOUND_OF_REDRIVE: u64 = bound(8, 8, 3, 6);
 
 /// A pipeline whose first stage makes five rows of a mebibyte of each record that contains a marker, and whose
-/// second rejects what `rejects` says.
+/// second rejects what `rejects` says. A batch has one record: five rows fit into a plugin's memory, and fifteen
+/// do not.
 fn burst(folder: &Folder, marker: &str, rejects: &str) {
     let many = format!(
         "config = {{ share_payload_on = \"{marker}\", many = {ROWS_OF_RECORD} }}\n\
-         limits = {{ output = \"64 MiB\" }}"
+         limits = {{ memory = \"16 MiB\", output = \"64 MiB\" }}"
     );
     let check = format!("config = {{ {rejects} }}");
     let last = "routes = { out = [\"files\"] }";
     folder
         .pipeline()
+        .lines("batch = { records = 1 }")
+        .pipeline(BUFFER)
         .stage("burst", "hostile", &many)
         .stage("check", "hostile", &check)
+        .lines(LIMITS)
         .stage("last", "hostile", last)
+        .lines(LIMITS)
         .sink(
             "files",
             "type = \"objects\"\nurl = \"files\"\nformat = \"raw\"\ncompression = \"none\"",
@@ -53,7 +63,7 @@ fn kept_beside_components(folder: &Folder) -> i64 {
 fn wall_04_large_payloads_are_kept_as_digests_and_made_again_by_the_revision_that_ran() {
     let folder = Folder::of_lines(&lines());
     burst(&folder, "record", "reject_on = \"\"");
-    folder.ok(&["run", "--until-caught-up"]);
+    folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
     let letters = 3 * ROWS_OF_RECORD;
     assert_eq!(folder.letters() as usize, letters);
     let kept = kept_beside_components(&folder);
@@ -68,7 +78,7 @@ fn wall_04_large_payloads_are_kept_as_digests_and_made_again_by_the_revision_tha
 
     // The files say otherwise by now: the stage before would make nothing of the kind.
     burst(&folder, "nothing", "reject_on = \"nothing\"");
-    folder.ok(&["dlq", "redrive", "--all"]);
+    folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
     assert_eq!(folder.letters(), 0);
     assert_eq!(written(&folder), letters << 20);
 }
@@ -100,7 +110,7 @@ fn wall_04_a_payload_with_another_digest_is_refused_and_its_letter_stays() {
 fn wall_04_a_letter_of_a_redrive_is_made_again_by_all_the_runs_that_it_came_through() {
     let folder = Folder::of_lines(&lines());
     burst(&folder, "record", "reject_on = \"\"");
-    folder.ok(&["run", "--until-caught-up"]);
+    folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
     let letters = 3 * ROWS_OF_RECORD;
     // They fail again, at the stage after.
     let pipeline = fs::read_to_string(folder.path().join("pipeline.toml")).expect("read");
@@ -111,14 +121,14 @@ fn wall_04_a_letter_of_a_redrive_is_made_again_by_all_the_runs_that_it_came_thro
     );
     assert_ne!(mended, broken);
     fs::write(folder.path().join("pipeline.toml"), broken).expect("written");
-    folder.ok(&["dlq", "redrive", "--all"]);
+    folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
     let of_last = "SELECT count(*) FROM dead_letter WHERE place = 'stage:last' AND held = 0";
     assert_eq!((folder.number(of_last) as usize, written(&folder)), (letters, 0));
     let kept = kept_beside_components(&folder);
     assert!(kept < 1 << 20, "{kept} bytes are kept");
 
     fs::write(folder.path().join("pipeline.toml"), mended).expect("written");
-    folder.ok(&["dlq", "redrive", "--all"]);
+    folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
     assert_eq!((folder.letters() as usize, written(&folder)), (0, letters << 20));
 }
 
@@ -139,13 +149,13 @@ fn wall_04_rows_that_a_sink_gave_up_are_made_again_too() {
         .execute_batch("CREATE TABLE rows (id integer)")
         .expect("a table");
     // A mebibyte of x is not a row.
-    folder.ok(&["run", "--until-caught-up"]);
+    folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
     let letters = 3 * ROWS_OF_RECORD;
     let of_sink = "SELECT count(*) FROM dead_letter WHERE place = 'sink:files' AND held = 0";
     assert_eq!(folder.number(of_sink) as usize, letters);
     assert!(kept_beside_components(&folder) < 1 << 20);
     // They are refused again, and are the same letters.
-    folder.ok(&["dlq", "redrive", "--all"]);
+    folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
     assert_eq!(folder.number(of_sink) as usize, letters);
     assert!(kept_beside_components(&folder) < 1 << 20);
 }
