@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, shardmill, sqlite};
+use crate::walls::memory::{assert_peak_below, bound, follow};
 
 const SKELETON: &str = include_str!("asking.wat");
 
@@ -111,6 +112,9 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// `buffer` of the pipelines.
+const BUFFER_MIB: u64 = 16;
+
 /// A pipeline of one such plugin over the lines of a file.
 pub struct Place {
     pub folder: tempfile::TempDir,
@@ -121,9 +125,18 @@ pub struct Place {
 pub struct Ran {
     pub code: Option<i32>,
     pub log: String,
-    /// The most memory that the process had, in bytes.
-    pub peak_bytes: usize,
+    /// The peak of the process's resident memory, in bytes.
+    pub peak_bytes: u64,
     pub took: Duration,
+}
+
+impl Ran {
+    /// Asserts that the process has stayed below the bound of its one stage, whose limit of memory must be
+    /// 16 MiB; `what` it was asked to do.
+    #[track_caller]
+    pub fn assert_memory(&self, what: &str) {
+        assert_peak_below(self.peak_bytes, bound(BUFFER_MIB, 8, 1, 1), what);
+    }
 }
 
 impl Place {
@@ -136,6 +149,7 @@ impl Place {
         std::fs::write(&lines, "record\n".repeat(records)).expect("written");
         let routes = format!("routes = {{ {} = [\"console\"] }}", asking.route);
         PipelineToml::new(place.folder.path(), "guests")
+            .pipeline(&format!("buffer = \"{BUFFER_MIB} MiB\""))
             .file(&lines, "[source.batch]\nrecords = 1")
             .stage("ask", &place.component(), &format!("{routes}\n{stage}"))
             .table("[[sink]]\nname = \"console\"\ntype = \"stdout\"")
@@ -162,21 +176,17 @@ impl Place {
         let begun = Instant::now();
         let child = command.stdout(Stdio::null()).stderr(to).spawn();
         let mut run = Process(child.expect("the binary starts"));
-        let status = format!("/proc/{}/status", run.0.id());
-        let mut peak_bytes = 0;
+        let peak = follow(run.0.id());
         let code = loop {
-            let text = std::fs::read_to_string(&status).unwrap_or_default();
-            let peak = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-            let peak = peak.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<usize>().ok());
-            peak_bytes = peak_bytes.max(peak.unwrap_or_default() << 10);
             if let Some(ended) = run.0.try_wait().expect("a state") {
                 break ended.code();
             }
             assert!(begun.elapsed() < Duration::from_secs(120), "it runs for too long");
             std::thread::sleep(Duration::from_millis(2));
         };
+        let took = begun.elapsed();
         let log = std::fs::read_to_string(log).expect("a log");
-        Ran { code, log, peak_bytes, took: begun.elapsed() }
+        Ran { code, log, peak_bytes: peak.join().expect("a peak"), took }
     }
 
     /// The reasons of the dead letters, in order.

@@ -6,6 +6,7 @@ use shardmill::config::RejectedMax;
 use super::asking::{Asking, LOG, OBSERVE, Place, RANDOM, REGISTER};
 use crate::hostile::lane::{LIMITS, Lane};
 use crate::support::free_port;
+use crate::walls::memory;
 
 /// Lines that each call writes.
 const LINES: u64 = 20;
@@ -22,7 +23,7 @@ fn wall_09_log_lines_are_counted_for_the_stage_and_not_for_each_instance() {
         unreachable"
     );
     let asking = Asking { imports: &[LOG], process: &process, ..Asking::default() };
-    let stage = "grant = { log = true }\n[stage.limits]\nlog_lines = 5";
+    let stage = "grant = { log = true }\n[stage.limits]\nmemory = \"16 MiB\"\nlog_lines = 5";
     let place = Place::new(&asking, RECORDS, stage, "");
     let ran = place.run();
     assert_eq!(ran.code, Some(0), "{}", ran.log);
@@ -38,6 +39,7 @@ fn wall_09_log_lines_are_counted_for_the_stage_and_not_for_each_instance() {
     assert!(all >= LINES * RECORDS as u64, "{all} lines are accounted for");
     // Each line would be 64 KiB, and five times that where it is escaped.
     assert!(ran.log.len() < 10_000 * (shown as usize + RECORDS), "{} bytes", ran.log.len());
+    ran.assert_memory("log lines");
 }
 
 /// Each instance announces 40 metrics under names of its own.
@@ -74,6 +76,14 @@ fn wall_09_metrics_are_counted_for_the_stage_and_not_for_each_instance() {
     });
     let series = shown.lines().filter(|line| line.starts_with("shardmill_plugin_m")).count();
     assert_eq!(series, 32, "{shown}");
+
+    // The same in a process of its own, as a pipeline runs it.
+    let stage = format!("grant = {{ metrics = true, random = true }}\n{}", memory::LIMITS);
+    let admin = format!("[admin]\nlisten = \"127.0.0.1:{}\"", free_port());
+    let place = Place::new(&asking, RECORDS, &stage, &admin);
+    let ran = place.run();
+    assert_eq!((ran.code, place.letters().len()), (Some(0), RECORDS), "{}", ran.log);
+    ran.assert_memory("metrics");
 }
 
 /// A histogram keeps its values one by one until they are counted.
@@ -91,11 +101,11 @@ fn wall_09_values_of_a_histogram_do_not_pile_up() {
     let imports = [REGISTER, OBSERVE];
     let asking =
         Asking { imports: &imports, data: b"h", configure, process: &process, ..Asking::default() };
-    let stage = "grant = { metrics = true }\n[stage.limits]\nbatch_time = \"100 s\"\n\
-        record_time = \"100 s\"";
+    let stage = "grant = { metrics = true }\n[stage.limits]\nmemory = \"16 MiB\"\n\
+        batch_time = \"100 s\"\nrecord_time = \"100 s\"";
     let admin = format!("[admin]\nlisten = \"127.0.0.1:{}\"", free_port());
     let place = Place::new(&asking, 1, stage, &admin);
     let ran = place.run();
     assert_eq!((ran.code, place.letters()), (Some(0), Vec::new()), "{}", ran.log);
-    assert!(ran.peak_bytes < 160 << 20, "{} bytes for {VALUES} values", ran.peak_bytes);
+    ran.assert_memory(&format!("{VALUES} values"));
 }
