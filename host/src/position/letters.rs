@@ -315,7 +315,9 @@ impl DeadLetters {
                 digest = excluded.digest, reason = excluded.reason,
                 backtrace = excluded.backtrace, written_ms = excluded.written_ms,
                 route = excluded.route, kept_bytes = excluded.kept_bytes";
-            bound.within(state, &stream, || insert(state, (&stream, &shard), &letters, kept, again))
+            let are_there = || are_there(state, (&stream, &shard), &letters);
+            let write = || insert(state, (&stream, &shard), &letters, kept, again);
+            bound.within(state, &stream, are_there, write)
         });
         self.written(action, written.await?)
     }
@@ -557,6 +559,26 @@ pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<(
     // Its number may be given again.
     state.prepare_cached("DELETE FROM redrive WHERE letter = ?1")?.execute([letter])?;
     Ok(())
+}
+
+/// Whether all of the letters are there already.
+pub(super) fn are_there(
+    state: &Transaction<'_>,
+    (stream, shard): (&str, &str),
+    letters: &[DeadLetter],
+) -> rusqlite::Result<bool> {
+    let mut known = state.prepare_cached(
+        "SELECT 1 FROM letters WHERE stream = ?1 AND shard = ?2 AND sequence = ?3
+         AND sub_sequence = ?4 AND place = ?5 AND output = ?6",
+    )?;
+    for letter in letters {
+        let (sequence, sub) = columns(&letter.key.position);
+        let place = letter.key.place.to_string();
+        if !known.exists((stream, shard, sequence, sub, place, letter.key.output))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Inserts letters, `kept` shown or hidden; `again` says what becomes of one that is there.
