@@ -6,14 +6,13 @@
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod link;
+mod plain;
 mod pool;
 mod tls;
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio_postgres::config::{Host, SslMode};
@@ -57,9 +56,8 @@ pub struct PostgresServer {
 enum Encryption {
     /// By TLS with a server that proves who it is, or there is no connection.
     Required(Tls),
-    /// By TLS where the server has it, whoever the server is; else in plain text. `is_said`: that plain text
-    /// leaves this machine was said.
-    Preferred { tls: Tls, is_said: Arc<AtomicBool> },
+    /// By TLS where the server has it, whoever the server is; else in plain text.
+    Preferred(Tls),
     /// Never.
     Off,
 }
@@ -91,7 +89,7 @@ impl PostgresServer {
                     Some(roots) => Tls::verified(Some(roots))?,
                     None => Tls::unverified(),
                 };
-                Encryption::Preferred { tls, is_said: Arc::default() }
+                Encryption::Preferred(tls)
             }
         };
         if config.get_hosts().is_empty() {
@@ -136,31 +134,31 @@ impl PostgresServer {
         &self,
         ended: CancellationToken,
     ) -> Result<Client, tokio_postgres::Error> {
-        let (tls, is_said) = match &self.encryption {
+        let tls = match &self.encryption {
             Encryption::Off => return connect_plain(&self.config, ended).await,
             Encryption::Required(tls) => {
                 return connect_tls(&self.config, tls, &Handshake::default(), ended).await;
             }
-            Encryption::Preferred { tls, is_said } => (tls, is_said),
+            Encryption::Preferred(tls) => tls,
         };
         let handshake = Handshake::default();
         let connected = match connect_tls(&self.config, tls, &handshake, ended.clone()).await {
             Err(error) if plain_may_do(&error, &handshake) => {
                 let plain = connect_plain(&self.config, ended).await?;
                 let cause = format!("TLS failed ({})", describe(&error));
-                self.warn_of_plain_text(is_said, &cause);
+                self.warn_of_plain_text(&cause);
                 return Ok(plain);
             }
             connected => connected?,
         };
         if !handshake.is_done() {
-            self.warn_of_plain_text(is_said, "the server has no TLS");
+            self.warn_of_plain_text("the server has no TLS");
         }
         Ok(connected)
     }
 
-    /// Says once that what is sent and read can be seen on the network.
-    fn warn_of_plain_text(&self, is_said: &AtomicBool, cause: &str) {
+    /// Says once for each server that what is sent and read can be seen on the network.
+    fn warn_of_plain_text(&self, cause: &str) {
         let leaves = self.config.get_hosts().iter().any(|host| match host {
             Host::Tcp(host) => !is_loopback(host),
             #[cfg(unix)]
@@ -170,7 +168,7 @@ impl PostgresServer {
             [] => leaves,
             addresses => addresses.iter().any(|address| !address.is_loopback()),
         };
-        if leaves && !is_said.swap(true, Ordering::Relaxed) {
+        if leaves && plain::is_first(self.servers()) {
             tracing::warn!(
                 "{}: the connection is not encrypted, because {cause}: passwords and rows can be read on the \
                  network; add sslmode=verify-full to the connection string, or sslmode=disable if that is \
@@ -187,6 +185,12 @@ impl PostgresServer {
 
     /// Hosts, ports and database, as a text that is the same for everybody who reaches them.
     pub fn destination(&self) -> String {
+        let database = self.config.get_dbname().or(self.config.get_user()).unwrap_or_default();
+        format!("{} database {database}", self.servers())
+    }
+
+    /// Hosts and ports.
+    fn servers(&self) -> String {
         let ports = self.config.get_ports();
         let port = |at: usize| ports.get(at).or(ports.first()).copied().unwrap_or(5432);
         let mut hosts: Vec<String> = (self.config.get_hosts().iter().enumerate())
@@ -200,8 +204,7 @@ impl PostgresServer {
             let addresses = self.config.get_hostaddrs().iter().enumerate();
             hosts = addresses.map(|(at, address)| format!("{address}:{}", port(at))).collect();
         }
-        let database = self.config.get_dbname().or(self.config.get_user()).unwrap_or_default();
-        format!("{} database {database}", hosts.join(","))
+        hosts.join(",")
     }
 }
 
@@ -519,7 +522,7 @@ mod tests {
             let server = PostgresServer::parse(url).unwrap_or_else(|why| panic!("{url}: {why}"));
             let found = match server.encryption {
                 Encryption::Required(_) => "required",
-                Encryption::Preferred { .. } => "preferred",
+                Encryption::Preferred(_) => "preferred",
                 Encryption::Off => "off",
             };
             assert_eq!(found, expected, "{url}");

@@ -123,7 +123,7 @@ impl<'a> Lane<'a> {
         let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
         let segments = segments(shared, &wanted, &shard, place).await?;
         record_unbound(shared, &shard, &segments, &needs).await?;
-        let settled = shared.letters.settled_above(&shard, start.as_ref()).await?;
+        let settled_to = shared.letters.settled_to(&shard, start.as_ref()).await?;
         let abandon = CancellationToken::new();
         let mut unbudgeted_to = Vec::new();
         let account = shared.budget.account(shard.shard.as_str());
@@ -179,7 +179,7 @@ impl<'a> Lane<'a> {
             change,
             chain: None,
             gap: Gap::default(),
-            settled: Arc::new(settled),
+            settled_to,
             start: state.start,
             caught_up_ms: state.caught_up_ms,
             caught_up_at_end_ms: None,

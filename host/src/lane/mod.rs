@@ -32,7 +32,7 @@ use crate::budget::{Account, Budget};
 use crate::config::PipelineConfig;
 use crate::off_thread::off_thread;
 use crate::position::{
-    Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, LetterKey, Roster, StateError,
+    Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, Roster, SettledItems, StateError,
 };
 use crate::record::{Arenas, Batch, Holding, Position, Row, ShardKey, ShardStart, SinkName};
 use crate::sink::delivery::{Delivery, DeliveryHandle};
@@ -56,6 +56,8 @@ const RETRIES: &str = "retries";
 const STAGES: &str = "stages";
 /// The part of a lane that a busy machine blocks: no version of a plugin is judged by it.
 const STARVED: &str = "cores";
+/// The part of a lane that waits for the store of dead letters.
+const LETTERS: &str = "dead letters";
 /// The metric of what the sinks' buffers hold.
 const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
 /// How long a stage asks for retries until that is shown.
@@ -236,7 +238,8 @@ pub struct Lane<'a> {
     change: Change,
     chain: Option<Chain>,
     gap: Gap,
-    settled: Arc<HashSet<LetterKey>>,
+    /// Up to here some items have a stage's letter already.
+    settled_to: Option<Position>,
     start: ShardStart,
     /// Everything that had arrived by then is settled, in milliseconds since 1970 by the server's clock,
     /// as last noted.
@@ -397,8 +400,10 @@ impl Lane<'_> {
     /// Runs a batch through the stages.
     ///
     /// # Errors
-    /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::Stopped`]: the batch has no outcome.
+    /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::State`] when the dead letters are
+    /// gone; [`LaneError::Stopped`]: the batch has no outcome.
     pub async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<ChainOutcome, LaneError> {
+        let settled = Arc::new(self.settled_of(batch).await?);
         // Since when the plugin asks for another try of this batch.
         let mut retried_since = None;
         let mut starts_failed = 0;
@@ -411,8 +416,7 @@ impl Lane<'_> {
             }
             starts_failed = 0;
             let Some(mut chain) = self.chain.take() else { return Err(LaneError::Stopped) };
-            let (own, settled, mut searching) =
-                (batch.clone(), self.settled.clone(), chain.searching());
+            let (own, settled, mut searching) = (batch.clone(), settled.clone(), chain.searching());
             let run = tokio::task::spawn_blocking(move || {
                 let outcome = chain.run(&own, &settled);
                 (chain, outcome, Instant::now())
@@ -469,6 +473,31 @@ impl Lane<'_> {
                 // Another plugin may get it done.
                 () = self.change.until_due() => { self.change_before_blocked().await?; }
             }
+        }
+    }
+
+    /// Reads which items of a batch have a stage's letter already. Once the lane is past the letters that
+    /// were there when it started, nothing is read.
+    async fn settled_of(&self, batch: &Batch) -> Result<SettledItems, LaneError> {
+        let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) else {
+            return Ok(SettledItems::default());
+        };
+        if self.settled_to.as_ref().is_none_or(|to| first.position > *to) {
+            return Ok(SettledItems::default());
+        }
+        let range = (&first.position, &last.position);
+        let pause = LETTER_PAUSE.min(self.shared.config.timing.retry_pause_max);
+        loop {
+            let read = self.shared.letters.settled_within(&self.shard, range);
+            match self.unless_stopped(read).await? {
+                Ok(settled) => {
+                    self.shared.board.unblock(&self.shard.shard, LETTERS);
+                    return Ok(settled);
+                }
+                Err(error) if error.is_gone() => return Err(error.into()),
+                Err(error) => self.block(LETTERS, &error.to_string()),
+            }
+            self.unless_stopped(tokio::time::sleep(pause)).await?;
         }
     }
 
@@ -591,12 +620,12 @@ impl Lane<'_> {
             if error.is_gone() {
                 return Err(error.into());
             }
-            self.block("dead letters", &error.to_string());
+            self.block(LETTERS, &error.to_string());
             self.unless_stopped(tokio::time::sleep(pause)).await?;
             pause = (2 * pause).min(pause_max);
         }
         if written > 0 {
-            self.shared.board.unblock(&self.shard.shard, "dead letters");
+            self.shared.board.unblock(&self.shard.shard, LETTERS);
             self.shared.board.update(&self.shard.shard, |status| status.dead_letters += written);
             metrics::counter!("shardmill_dead_letters_total", "place" => "stages")
                 .increment(written);

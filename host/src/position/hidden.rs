@@ -10,7 +10,7 @@
 
 use rusqlite::Transaction;
 
-use super::letters::{DeadLetter, DeadLetters, GIVEN_UP, SHOWN, insert};
+use super::letters::{DeadLetter, DeadLetters, GIVEN_UP, SHOWN, are_there, insert};
 use super::store::{StateError, columns, position as position_of};
 use crate::record::{LetterPlace, Position, PositionSpan, ShardKey, SinkName};
 
@@ -58,9 +58,9 @@ impl DeadLetters {
                     return Ok(None);
                 }
                 let kept = if sink_keeps_position { GIVEN_UP } else { SHOWN };
-                let written = bound.within(state, &stream, || {
-                    insert(state, (&stream, &shard), &letters, kept, "DO NOTHING")
-                })?;
+                let are_there = || are_there(state, (&stream, &shard), &letters);
+                let write = || insert(state, (&stream, &shard), &letters, kept, "DO NOTHING");
+                let written = bound.within(state, &stream, are_there, write)?;
                 if written.is_err() {
                     return Ok(Some(written));
                 }

@@ -392,11 +392,16 @@ impl StoreBound {
     }
 
     /// Writes letters of a stream, unless the store would hold more than it may then: nothing is changed in
-    /// that case. Gives what it holds.
+    /// that case. A write that makes the store no larger passes: the bound may be lower than it was when these
+    /// letters were written first. Gives what the store holds.
+    ///
+    /// `are_there`: whether all of the letters are there already. It is asked where the store is full, before
+    /// anything is written: a write that is rolled back costs as much as one that is kept.
     pub(super) fn within(
         &self,
         state: &Transaction<'_>,
         stream: &str,
+        are_there: impl FnOnce() -> rusqlite::Result<bool>,
         write: impl FnOnce() -> rusqlite::Result<()>,
     ) -> rusqlite::Result<Result<u64, StoreFull>> {
         // Letters of a redrive take the place of those that it came from when it ends.
@@ -405,7 +410,7 @@ impl StoreBound {
             false => self.bytes_max(),
         };
         let kept = kept_bytes(state)?;
-        if kept >= bytes_max {
+        if kept >= bytes_max && !are_there()? {
             return Ok(Err(StoreFull { kept, more: LETTER_BYTES as u64, bytes_max }));
         }
         state.execute_batch("SAVEPOINT letters_written")?;
@@ -468,6 +473,10 @@ pub(super) fn kept_bytes(state: &Transaction<'_>) -> rusqlite::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::position::{DeadLetters, LetterKey, StateStore};
+    use crate::record::{
+        Position, PositionSpan, SequenceNumber, ShardKey, SinkName, StreamIdentity,
+    };
 
     #[test]
     fn wall_04_what_entered_is_kept_up_to_a_mebibyte_of_a_record_and_place() {
@@ -483,6 +492,58 @@ mod tests {
             let found = kind(is_original, keeps_whole, before, bytes);
             assert_eq!(found, expected, "{is_original} {keeps_whole} {before} {bytes}");
         }
+    }
+
+    #[tokio::test]
+    async fn wall_04_a_full_store_takes_what_makes_it_no_larger() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let (stream, pipeline) = (stream.into(), "cars".into());
+        let shard = ShardKey { pipeline, stream, shard: "shard".into() };
+        let letter = |number: u64, reason: &str| DeadLetter {
+            key: LetterKey {
+                position: Position { sequence: SequenceNumber::from(number), sub_sequence: 0 },
+                place: LetterPlace::Stage("decode".into()),
+                output: 0,
+            },
+            partition_key: "k".into(),
+            original: "o".into(),
+            entered_key: "k".into(),
+            entered: "o".into(),
+            route: "records".into(),
+            arrived_ms: 1,
+            plugin: "".into(),
+            digest: "".into(),
+            reason: reason.into(),
+            backtrace: String::new(),
+            made: MadeBy::at_source("revision"),
+        };
+        let first = || vec![letter(1, "no JSON"), letter(2, "no JSON")];
+        letters.put(&shard, first(), false).await.expect("there is room");
+        let kept = letters.kept_bytes().await.expect("read");
+        letters.set_bound(Some(1));
+        let longer = vec![letter(1, "no JSON at all")];
+        for (name, written, passes) in [
+            ("a replay", first(), true),
+            ("a shorter reason", vec![letter(2, "no")], true),
+            ("as it was", vec![letter(2, "no JSON")], false),
+            ("a longer reason", longer, false),
+            ("one more", vec![letter(1, "no JSON"), letter(3, "no JSON")], false),
+        ] {
+            let done = letters.put(&shard, written, false).await;
+            let refused = done.map_err(|error| error.to_string()).err();
+            assert_eq!(refused.is_none(), passes, "{name}: {refused:?}");
+            assert!(refused.is_none_or(|why| why.contains("is full")), "{name}");
+        }
+        // Rows that are given up, none of which is there to be written.
+        let (sink, at) = (SinkName::from("mart"), letter(9, "").key.position);
+        let own = letters.take_over(&shard, &sink, None).await.expect("taken over");
+        let span = PositionSpan { from_exclusive: None, to_inclusive: at };
+        let given_up = letters.give_up((&shard, &sink), own.epoch, &span, Vec::new(), true).await;
+        assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
+        let (count, held) = (letters.count().await, letters.kept_bytes().await);
+        assert_eq!((count.expect("counted"), held.expect("read")), (2, kept - 5));
     }
 
     #[test]

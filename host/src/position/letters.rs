@@ -315,57 +315,11 @@ impl DeadLetters {
                 digest = excluded.digest, reason = excluded.reason,
                 backtrace = excluded.backtrace, written_ms = excluded.written_ms,
                 route = excluded.route, kept_bytes = excluded.kept_bytes";
-            bound.within(state, &stream, || insert(state, (&stream, &shard), &letters, kept, again))
+            let are_there = || are_there(state, (&stream, &shard), &letters);
+            let write = || insert(state, (&stream, &shard), &letters, kept, again);
+            bound.within(state, &stream, are_there, write)
         });
         self.written(action, written.await?)
-    }
-
-    /// The stages' letters above a position: these items are not run again. A record that timed out
-    /// once may succeed on replay; it would be lost between a sink that is past it and a letter
-    /// that is gone.
-    ///
-    /// # Errors
-    /// [`StateError`] when the database cannot be read.
-    pub async fn settled_above(
-        &self,
-        shard: &ShardKey,
-        above: Option<&Position>,
-    ) -> Result<HashSet<LetterKey>, StateError> {
-        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        let (sequence, sub) = above.map(columns).unwrap_or_default();
-        self.store
-            .write("read the dead letters", move |state| {
-                // Nothing up to here is ever replayed.
-                state
-                    .prepare_cached(
-                        "DELETE FROM letters WHERE stream = ?1 AND shard = ?2 AND held = ?5
-                         AND (sequence, sub_sequence) <= (?3, ?4)",
-                    )?
-                    .execute((&stream, &shard, &sequence, sub, REDRIVEN))?;
-                let mut query = state.prepare_cached(
-                    "SELECT sequence, sub_sequence, substr(place, 7), output FROM letters
-                     WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
-                         AND place GLOB 'stage:*'",
-                )?;
-                let mut rows = query.query((stream, shard, sequence, sub))?;
-                let mut keys = HashSet::new();
-                let mut last: Option<(Position, LetterPlace)> = None;
-                while let Some(row) = rows.next()? {
-                    let own = (
-                        position_of(row.get(0)?, row.get(1)?)?,
-                        LetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
-                    );
-                    // A record may have thousands of letters: they share its number and the stage's name.
-                    let (position, place) = match last.take() {
-                        Some(last) if last == own => last,
-                        _ => own,
-                    };
-                    last = Some((position.clone(), place.clone()));
-                    keys.insert(LetterKey { position, place, output: row.get(3)? });
-                }
-                Ok(keys)
-            })
-            .await
     }
 
     /// The last record of which a stage has made a letter: it was run, and by the revision of that time.
@@ -605,6 +559,26 @@ pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<(
     // Its number may be given again.
     state.prepare_cached("DELETE FROM redrive WHERE letter = ?1")?.execute([letter])?;
     Ok(())
+}
+
+/// Whether all of the letters are there already.
+pub(super) fn are_there(
+    state: &Transaction<'_>,
+    (stream, shard): (&str, &str),
+    letters: &[DeadLetter],
+) -> rusqlite::Result<bool> {
+    let mut known = state.prepare_cached(
+        "SELECT 1 FROM letters WHERE stream = ?1 AND shard = ?2 AND sequence = ?3
+         AND sub_sequence = ?4 AND place = ?5 AND output = ?6",
+    )?;
+    for letter in letters {
+        let (sequence, sub) = columns(&letter.key.position);
+        let place = letter.key.place.to_string();
+        if !known.exists((stream, shard, sequence, sub, place, letter.key.output))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Inserts letters, `kept` shown or hidden; `again` says what becomes of one that is there.

@@ -18,6 +18,7 @@ mod redrive;
 mod replays;
 mod revisions;
 mod roster;
+mod settled;
 mod store;
 mod swaps;
 mod together;
@@ -39,6 +40,7 @@ pub use redrive::{
 };
 pub use replays::{FailedAgain, PendingReplay, ReplayId, Replays};
 pub use roster::{KnownSinks, Removed, Roster, RosterChange};
+pub use settled::SettledItems;
 pub use store::{StateError, StateStore, needed_components};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};
 pub use variables::{SetOtherwise, Variables};

@@ -712,8 +712,9 @@ mod tests {
         assert_eq!(letters.count().await.expect("counted"), 0);
         // While a sink stands before the record, and no longer.
         for (above, due) in [(at(6), true), (at(7), false), (at(6), false)] {
-            let settled = letters.settled_above(&shard, Some(&above)).await.expect("read");
-            assert_eq!(settled.contains(&key), due, "above {above}");
+            let to = letters.settled_to(&shard, Some(&above)).await.expect("read");
+            let settled = letters.settled_within(&shard, (&at(1), &at(9))).await.expect("read");
+            assert_eq!((to, settled.contains(&key)), (due.then(|| at(7)), due), "above {above}");
         }
     }
 

@@ -5,6 +5,7 @@
 //! The key lies in a file beside the database: whoever has a copy of the database alone cannot try values.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
@@ -221,27 +222,39 @@ struct Key([u8; 32]);
 
 impl Key {
     /// Reads the key's file; `make` makes one where there is none that can be used.
+    ///
+    /// With `--trust-state-dir`, a start goes on with files of the uid that it had before. A key of another
+    /// user is not used even so: who knows it could try values. It is replaced, as one that is missing.
     fn open(folder: &Path, make: bool) -> std::io::Result<Option<Self>> {
         let path = folder.join(KEY_FILE);
         // Kubernetes gives a volume's files to a group at each start (fsGroup), which may write them then.
         private::tighten(&path);
-        match private::read_own(&path) {
-            Ok(text) => {
-                let mut key = [0; 32];
-                if hex::decode_to_slice(text.trim_ascii(), &mut key).is_ok() {
-                    return Ok(Some(Self(key)));
-                }
+        let is_foreign = match found(private::read_own(&path))? {
+            Found::Own(key) => return Ok(Some(Self(key))),
+            Found::None => false,
+            Found::Foreign(cause) => {
+                tracing::warn!(
+                    "{} is not used: {cause}; it is not known whether environment variables were set \
+                     otherwise when revisions ran before",
+                    path.display()
+                );
+                true
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+        };
         if !make {
             return Ok(None);
         }
         let mut key = [0; 32];
         getrandom::fill(&mut key).map_err(std::io::Error::other)?;
-        private::write_own(&path, hex::encode(key).as_bytes())?;
-        Ok(Some(Self(key)))
+        match private::write_own(&path, hex::encode(key).as_bytes()) {
+            Ok(()) => Ok(Some(Self(key))),
+            // Nothing is noted, as before: that must not keep records from flowing.
+            Err(error) if is_foreign => {
+                tracing::warn!("{} cannot be replaced: {error}; remove it", path.display());
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The hash of a value; a variable that is not set has one too.
@@ -255,6 +268,36 @@ impl Key {
         let hash = hex::encode(mac.finalize().into_bytes());
         let key = hex::encode(Sha256::digest(self.0));
         format!("{}{}", &key[..KEY_DIGITS], &hash[..HASH_DIGITS])
+    }
+}
+
+/// What there is in the place of the key.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    Own([u8; 32]),
+    /// Nothing, or no key.
+    None,
+    /// What another user may have written, or has kept from this one, and why.
+    Foreign(String),
+}
+
+/// Judges what was read in the place of the key.
+///
+/// # Errors
+/// The system's, where trying again may help.
+fn found(read: std::io::Result<Vec<u8>>) -> std::io::Result<Found> {
+    match read {
+        Ok(text) => {
+            let mut key = [0; 32];
+            let is_key = hex::decode_to_slice(text.trim_ascii(), &mut key).is_ok();
+            Ok(if is_key { Found::Own(key) } else { Found::None })
+        }
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound => Ok(Found::None),
+            // `Other`: of `read_own` itself, never the system's.
+            ErrorKind::PermissionDenied | ErrorKind::Other => Ok(Found::Foreign(error.to_string())),
+            _ => Err(error),
+        },
     }
 }
 
@@ -323,6 +366,54 @@ mod tests {
         assert_eq!(found, SetOtherwise::default());
         let mode = std::fs::metadata(&key).expect("a key").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn wall_14_a_key_of_another_user_counts_as_missing() {
+        use std::io::Error;
+        let foreign = |cause: &str| Found::Foreign(cause.into());
+        for (name, read, expected) in [
+            ("ours", Ok(b"ab".repeat(32)), Some(Found::Own([0xab; 32]))),
+            (
+                "with a line end",
+                Ok([&b"ab".repeat(32)[..], b"\n"].concat()),
+                Some(Found::Own([0xab; 32])),
+            ),
+            ("cut", Ok(b"abab".to_vec()), Some(Found::None)),
+            ("missing", Err(Error::from(ErrorKind::NotFound)), Some(Found::None)),
+            ("another user's", Err(Error::other("user 7")), Some(foreign("user 7"))),
+            (
+                "unreadable",
+                Err(Error::new(ErrorKind::PermissionDenied, "denied")),
+                Some(foreign("denied")),
+            ),
+            ("a fault of the disk", Err(Error::from_raw_os_error(libc::EIO)), None),
+        ] {
+            assert_eq!(found(read).ok(), expected, "{name}");
+        }
+    }
+
+    #[tokio::test]
+    async fn wall_14_what_is_no_file_of_ours_is_replaced_by_a_new_key() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let variables = Variables::new(StateStore::open(folder.path()).expect("opened"));
+        let spec = spec(r#"{"a":"${TOKEN}"}"#, true);
+        let lookup = |_: &str| Some("hunter2".to_owned());
+        variables.note(&spec, &lookup).await.expect("noted");
+        // In place of a file of another user: to give one away takes root.
+        let (key, other) = (folder.path().join(KEY_FILE), folder.path().join("other"));
+        std::fs::rename(&key, &other).expect("moved");
+        std::os::unix::fs::symlink(&other, &key).expect("a link");
+        let before = std::fs::read(&other).expect("read");
+        let unknown = vec!["TOKEN".to_owned()];
+        let asked = variables.set_otherwise(&spec, &lookup).await.expect("asked");
+        assert_eq!(asked.unknown, unknown);
+        assert!(key.is_symlink(), "a question changes nothing");
+        assert_eq!(variables.note(&spec, &lookup).await.expect("noted").unknown, unknown);
+        assert!(!key.is_symlink());
+        assert_eq!(std::fs::read(&other).expect("read"), before);
+        let now = variables.note(&spec, &lookup).await.expect("noted");
+        assert_eq!(now, SetOtherwise::default());
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! One lane's instances of a generation: a batch in, rows for the sinks and dead letters out.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use super::samples::Samples;
 use super::spec::CanarySpec;
 use crate::config::RejectedMax;
 use crate::plugin::{CallError, CallFault};
-use crate::position::{DeadLetter, LetterKey, MadeBy};
+use crate::position::{DeadLetter, LetterKey, MadeBy, SettledItems};
 use crate::record::{
     Arenas, Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
 };
@@ -235,7 +235,7 @@ impl Chain {
     pub fn run(
         &mut self,
         batch: &Arc<Batch>,
-        settled: &HashSet<LetterKey>,
+        settled: &SettledItems,
     ) -> Result<ChainOutcome, Blocked> {
         if self.runners.is_empty() || redriven_to(batch).is_some() {
             return Ok(ChainOutcome { routed: unchanged(batch), ..ChainOutcome::default() });
@@ -279,7 +279,7 @@ impl Chain {
             _ => self.begin(batch)?,
         };
         while run.stage < end {
-            if let Err(why) = self.run_stage(&mut run, &HashSet::new()) {
+            if let Err(why) = self.run_stage(&mut run, &SettledItems::default()) {
                 if matches!(why, Blocked::Later(..)) {
                     self.in_hand = Some(run);
                 }
@@ -312,7 +312,7 @@ impl Chain {
     }
 
     /// Takes a batch through the stage that it is at. After [`Blocked::Later`] it goes on there.
-    fn run_stage(&mut self, run: &mut InHand, settled: &HashSet<LetterKey>) -> Result<(), Blocked> {
+    fn run_stage(&mut self, run: &mut InHand, settled: &SettledItems) -> Result<(), Blocked> {
         let (index, batch) = (run.stage, run.batch.clone());
         let revision = &self.generation.id;
         let stage = &self.generation.stages[index];

@@ -324,6 +324,12 @@ fn refuse_immutable(old: &PipelineConfig, new: &PipelineConfig) -> Result<(), St
         let keys = "http_head, http_body and http_idle under [timing]";
         return refuse(keys, "the ports are open; restart");
     }
+    if old.timing != new.timing {
+        return refuse(
+            "[timing]",
+            "the source, the sinks and the lanes work by it already; restart",
+        );
+    }
     let letters = |config: &PipelineConfig| {
         config.letter_sinks.iter().map(|sink| sink.fingerprint_json.clone()).collect::<Vec<_>>()
     };

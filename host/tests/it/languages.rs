@@ -232,7 +232,7 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     assert!(letters == 1 && reason.contains("127.0.0.1:9"), "{letters}: {reason}");
 }
 
-/// The time that a plugin waits for the host counts towards its limits, and its neighbours go on.
+/// A call of the host has a limit of its own; the record that made it is the culprit, and its neighbours go on.
 #[test]
 fn a_record_that_sleeps_through_a_call_of_the_host_is_found_alone() {
     let (place, _) = asking("far", "rust");

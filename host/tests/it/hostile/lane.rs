@@ -1,6 +1,5 @@
 //! One lane whose only stage misbehaves, and what must have become of its records.
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,6 +7,7 @@ use bytes::Bytes;
 use metrics_exporter_prometheus::PrometheusRecorder;
 use shardmill::config::{RejectedMax, parse};
 use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
+use shardmill::position::SettledItems;
 use shardmill::record::{
     Batch, Entry, LetterPlace, Position, PositionSpan, Record, SequenceNumber, ShardKey,
     StreamIdentity,
@@ -105,7 +105,7 @@ type = "stdout"
     pub fn run(&mut self, payloads: &[String]) -> Result<ChainOutcome, Blocked> {
         let batch = Arc::new(batch(payloads));
         loop {
-            match self.chain.run(&batch, &HashSet::new()) {
+            match self.chain.run(&batch, &SettledItems::default()) {
                 Err(Blocked::Later(_, pause)) => std::thread::sleep(pause),
                 outcome => return outcome,
             }

@@ -1,10 +1,10 @@
 //! `plugins/hostile`: each misdeed is the guilty records' alone.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use metrics_exporter_prometheus::PrometheusBuilder;
 use shardmill::config::RejectedMax;
+use shardmill::position::SettledItems;
 use shardmill::stage::Blocked;
 
 use super::lane::{LIMITS, Lane, RECORDS, batch, fine, of_kind, payloads, position, sum};
@@ -230,7 +230,7 @@ fn a_settled_record_is_not_run_again() {
     let payloads = payloads(&[7]);
     let first = lane.run(&payloads).expect("one culprit");
     assert_eq!(first.letters[0].key.position, position(7));
-    let settled: HashSet<_> = first.letters.iter().map(|letter| letter.key.clone()).collect();
+    let settled: SettledItems = first.letters.iter().map(|letter| letter.key.clone()).collect();
     let again = lane.chain().run(&Arc::new(batch(&payloads)), &settled).expect("none left");
     assert!(again.letters.is_empty());
     assert_eq!(again.routed.len(), RECORDS - 1);

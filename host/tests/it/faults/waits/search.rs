@@ -1,10 +1,10 @@
 //! Records that run out of time, and plugins that ask for another try.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shardmill::config::RejectedMax;
+use shardmill::position::SettledItems;
 use shardmill::stage::Blocked;
 
 use super::{Run, SLACK};
@@ -81,7 +81,7 @@ fn fault_09_a_plugin_that_asks_for_another_try_holds_no_thread() {
     let mut tries = 0;
     let outcome = loop {
         let begun = Instant::now();
-        let outcome = lane.chain().run(&batch, &HashSet::new());
+        let outcome = lane.chain().run(&batch, &SettledItems::default());
         assert!(begun.elapsed() < Duration::from_millis(80), "{:?}", begun.elapsed());
         match outcome {
             Err(Blocked::Later(cause, pause)) => {
