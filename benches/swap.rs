@@ -199,7 +199,7 @@ impl Control {
     async fn find(folder: &Path) -> Result<Self> {
         let begun = Instant::now();
         loop {
-            if let Some(ControlAddress { address, token }) = ControlAddress::find(folder) {
+            if let Some(ControlAddress { address, token }) = ControlAddress::find(folder)? {
                 let found = Self { address, token };
                 if found.ask("GET", "/status", &[]).await.is_ok() {
                     return Ok(found);

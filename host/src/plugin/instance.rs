@@ -143,6 +143,7 @@ pub struct Instance {
     exports: bindings::PluginWithCapabilities,
     limits: StageLimits,
     starved: u32,
+    are_long: bool,
 }
 
 impl Instance {
@@ -177,7 +178,7 @@ impl Instance {
             Ok(exports) => exports,
             Err(error) => return Err(diagnose(&store, &error, "instantiation")),
         };
-        let mut instance = Self { store, exports, limits: *limits, starved: 0 };
+        let mut instance = Self { store, exports, limits: *limits, starved: 0, are_long: false };
         let answer =
             instance.exports.shardmill_plugin_stage().call_configure(&mut instance.store, context);
         match answer {
@@ -204,8 +205,12 @@ impl Instance {
         self.starved = times;
     }
 
-    /// Runs one batch, within this CPU time of the plugin's own. `is_long`: it is expected to last so long that
-    /// its time is worth measuring.
+    /// Whether the next calls are expected to last so long that their time is worth measuring.
+    pub fn measured(&mut self, are_long: bool) {
+        self.are_long = are_long;
+    }
+
+    /// Runs one batch, within this CPU time of the plugin's own.
     ///
     /// # Errors
     /// [`CallError`]: the instance is dead and must be dropped.
@@ -213,7 +218,6 @@ impl Instance {
         &mut self,
         batch: &WireBatch,
         limit_ms: u64,
-        is_long: bool,
     ) -> Result<Result<Outcome, Failure>, CallError> {
         // The first look at the clocks is at the next tick: before that, a call is over no limit.
         self.store.set_epoch_deadline(1);
@@ -221,7 +225,7 @@ impl Instance {
         let sandbox = self.store.data_mut();
         let time = CallTime::of_ms(limit_ms, Some(self.limits.host_ms(limit_ms)));
         let time = time.after_starved(self.starved);
-        match is_long {
+        match self.are_long {
             true => sandbox.caller.clock.begin_measured(time),
             false => sandbox.caller.clock.begin(time),
         }

@@ -324,10 +324,10 @@ impl StageRunner {
         metrics::counter!("shardmill_stage_calls_total", "stage" => self.stage.name.to_string())
             .increment(1);
         instance.starved_before(self.starved);
-        let begun = Instant::now();
         let usual = Duration::from_nanos((self.usual_ns * items.len() as f64) as u64);
-        let is_long = self.usual_ns == 0.0 || usual >= MEASURED_FROM;
-        let answer = instance.process(&self.wire, limit_ms, is_long);
+        instance.measured(self.usual_ns == 0.0 || usual >= MEASURED_FROM);
+        let begun = Instant::now();
+        let answer = instance.process(&self.wire, limit_ms);
         let took = instance.busy(begun.elapsed());
         self.busy += took;
         forget_large(&mut self.wire);
