@@ -173,7 +173,9 @@ impl Inner {
             return Ok(None);
         }
         if dry_run {
-            rehearse(&setup, &reloaded.sinks_to_look_at(&setup), &reloaded.next).await?;
+            let sinks = reloaded.sinks_to_look_at(&setup);
+            let time_max = reloaded.config.timing.trial_max;
+            rehearse(&setup, &sinks, &reloaded.next, time_max, &self.ends).await?;
             return Ok(Some((report, None)));
         }
         if report.diff.is_empty() && reloaded.declared == setup.running.declared {
