@@ -6,9 +6,10 @@ use shardmill::config::RejectedMax;
 use shardmill::plugin::{PARTS_MAX, Parts};
 use wasm_encoder::{ComponentSection as _, InstanceSection, Module, ModuleArg, ModuleSection};
 use wasmparser::{Parser, Payload};
+use wit_component::StringEncoding;
 
 use crate::hostile::lane::{LIMITS, Lane};
-use crate::hostile::wat::Guest;
+use crate::hostile::wat::{Guest, encoded};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, plugin, shardmill};
 
@@ -41,6 +42,22 @@ fn wall_11_features_that_plugins_do_not_need_are_refused_by_their_names() {
         let why = refusal(items);
         let expected = format!("it uses the feature \"{name}\" of WebAssembly");
         assert!(why.contains(&expected) && why.contains("build it again"), "{name}: {why}");
+    }
+}
+
+/// The host would transcode a text whole before it can bound it.
+#[test]
+fn wall_06_a_component_whose_texts_are_not_utf8_is_refused_with_the_way_out() {
+    for (encoding, name) in
+        [(StringEncoding::UTF16, "utf16"), (StringEncoding::CompactUTF16, "latin1+utf16")]
+    {
+        let file = encoded(&Guest::default().text(), "plugin", encoding);
+        let path = file.path().display().to_string();
+        let Err(why) = Lane::of(&path, LIMITS, "", RejectedMax::default()) else {
+            panic!("it is not refused: {name}")
+        };
+        let expected = format!("expected texts in the encoding utf8, found {name}: build it again");
+        assert!(why.contains(&expected) && why.contains("--string-encoding"), "{why}");
     }
 }
 
