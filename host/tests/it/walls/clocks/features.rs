@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use shardmill::config::RejectedMax;
-use shardmill::plugin::{PARTS_MAX, Parts};
+use shardmill::plugin::{CompileCache, PARTS_MAX, Parts, Plugin, PluginEngine};
 use wasm_encoder::{ComponentSection as _, InstanceSection, Module, ModuleArg, ModuleSection};
 use wasmparser::{Parser, Payload};
 use wit_component::StringEncoding;
@@ -79,6 +79,19 @@ fn wall_11_a_component_of_too_many_parts_is_refused_with_what_it_may_have() {
     let path = file.path().display().to_string();
     let mut lane = Lane::of(&path, LIMITS, "", RejectedMax::default()).expect("as many as it may");
     lane.assert_culprits_alone(&[], "");
+}
+
+/// Each memory reserves address space, which is checked before lanes begin.
+#[test]
+fn wall_11_all_memories_of_a_plugin_are_counted() {
+    let engine = PluginEngine::new().expect("an engine");
+    for more in [0, 1, PARTS_MAX.memories - 1] {
+        let items = "(memory 0)".repeat(more);
+        let file = Guest { items: &items, ..Guest::default() }.build("plugin");
+        let loaded = Plugin::load_file(&engine, &CompileCache::none(), file.path());
+        let (plugin, _) = loaded.unwrap_or_else(|why| panic!("{why}"));
+        assert_eq!(plugin.memories, 1 + more);
+    }
 }
 
 /// Instances of modules cost no memory that a limit counts, and hold what their module says they do.
