@@ -9,6 +9,8 @@
 
 mod cache;
 mod found;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod postgres;
 mod sqlite;
 pub mod words;
