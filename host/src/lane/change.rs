@@ -154,7 +154,7 @@ impl Change {
         let (wanted, shard, stop) = (generation.clone(), self.shard.clone(), self.stop.clone());
         let (limits, samples) = (self.rejected_max, self.samples.clone());
         let start = move || Chain::start(&wanted, &shard, limits, samples.clone(), stop.token());
-        // The instances know the lane's end alone: they live on where this one is asked for.
+        // The instances have the lane's own stop: they go on after this one is asked for.
         let patience = self.stop.child();
         let ends = patience.token().clone().drop_guard();
         let task = tokio::spawn(start_patiently(start, patience, self.pause_max));

@@ -155,8 +155,8 @@ pub(super) async fn start_patiently<T: Send + 'static>(
 }
 
 impl Lane<'_> {
-    /// After a start of the stages that has failed, and `tries` before it for the batch in hand: waits until
-    /// it is time for the next, or until another revision may run the batch.
+    /// Counts a failed start of the stages among the `tries` for the batch in hand, and waits until it is time
+    /// for the next, or until another revision may run the batch.
     ///
     /// # Errors
     /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::Stopped`].

@@ -50,8 +50,8 @@ const GLOBAL_BYTES: usize = 16;
 const IMPORT_BYTES: usize = 40;
 const FUNCTION_BYTES: usize = 32;
 
-/// The number of the checks below. Compiled code that was kept before they were others is not used: it may be of
-/// a component that they refuse.
+/// Version of the checks below. It is a part of the names of compiled code, so that code from before a new check
+/// is not used. Increase it with each check that refuses more.
 pub(super) const CHECKS_VERSION: u32 = 2;
 
 /// Checks of a component what the compiler does not.
@@ -63,9 +63,8 @@ pub(super) fn check(component: &[u8]) -> Result<(), String> {
     check_texts(component)
 }
 
-/// Checks that texts cross the wall as UTF-8. Of others, the host would make UTF-8 before it can see how long they
-/// are, for each name and line anew, up to all that may cross in one call. The tools of the five languages use no
-/// other encoding.
+/// Checks that texts cross the wall as UTF-8. The host transcodes other encodings whole, before it can bound them:
+/// a name or a line would cost as much as `limits.output` allows. The tools of the five languages use UTF-8.
 fn check_texts(component: &[u8]) -> Result<(), String> {
     for payload in Parser::new(0).parse_all(component) {
         // What cannot be read is refused by the compiler.
