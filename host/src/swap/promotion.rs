@@ -117,8 +117,7 @@ impl Inner {
         // Sinks remember for a moment what the candidate would bring: no other change may come between.
         let setup = self.setup.lock().await;
         let next = in_turn(&setup, before, next, &mut change).await?;
-        let time_max = setup.config.timing.trial_max;
-        rehearse(&setup, &setup.shared.sinks, &next, time_max, &self.ends).await
+        rehearse(&setup, &setup.shared.sinks, &next, &self.ends).await
     }
 
     /// Makes a change durable and lets the lanes take it over. While they do, others may make changes.
@@ -144,9 +143,7 @@ impl Inner {
             taken_over = Some(Arc::new(setup.shared.with_generation(next.clone())));
         }
         if taken_over.is_some() || !is_way_back {
-            let config = files.as_ref().map_or(&setup.config, |(config, _)| config);
-            let time_max = config.timing.trial_max;
-            match start_everywhere(&setup.shared, &next, time_max, &self.ends).await {
+            match start_everywhere(&setup, &next, &self.ends).await {
                 // It has run in these shards. A slow start must not keep the bad version at work.
                 Err(NotStarted::TooSlow(cause)) if is_way_back => {
                     tracing::warn!(cause, "the version before takes over nevertheless");
@@ -296,19 +293,17 @@ async fn in_turn(
     Ok(next)
 }
 
-/// Checks a change as its promotion does, and leaves everything as it was. `time_max` and `ends`: as for
-/// [`start_everywhere`].
+/// Checks a change as its promotion does, and leaves everything as it was. The wait ends with `ends` too.
 pub(super) async fn rehearse(
     setup: &Setup,
     sinks: &[Arc<dyn Sink>],
     next: &Arc<Generation>,
-    time_max: Duration,
     ends: &CancellationToken,
 ) -> Result<(), StepFailed> {
     let before = setup.shared.generation();
     candidate::check_tables(&setup.shared, sinks, (&before, next), false).await?;
     candidate::remember_again(&setup.shared, &before).await;
-    start_everywhere(&setup.shared, next, time_max, ends).await?;
+    start_everywhere(setup, next, ends).await?;
     Ok(())
 }
 
@@ -317,13 +312,13 @@ pub(super) async fn rehearse(
 /// lane waits for its next try are included.
 ///
 /// The lock of the setup is held meanwhile, and each `configure` may take its whole time: so all shards together
-/// have `time_max`. The wait ends with `ends` too.
+/// have `timing.trial`. The wait ends with `ends` too.
 async fn start_everywhere(
-    shared: &Shared,
+    setup: &Setup,
     next: &Arc<Generation>,
-    time_max: Duration,
     ends: &CancellationToken,
 ) -> Result<(), NotStarted> {
+    let (shared, time_max) = (&setup.shared, setup.config.timing.trial_max);
     let shards = shared.board.snapshot().into_iter().filter(|(_, status)| !status.ended);
     let shards: Vec<ShardId> = shards.map(|(shard, _)| shard).collect();
     let (stream, next) = (shared.config.source.stream_name(), next.clone());
@@ -371,7 +366,7 @@ async fn start_each(
         worked = work => worked.map_err(|failed| NotStarted::Refused(failed.cause)),
         () = tokio::time::sleep(time_max) => Err(NotStarted::TooSlow(format!(
             "expected the stages to start in all {count} shards within {} (timing.trial), found {} started; let \
-             `configure` do less, or raise timing.trial",
+             `configure` do less, or raise timing.trial and restart",
             humantime::format_duration(time_max),
             started.load(Ordering::Relaxed)
         ))),

@@ -174,8 +174,7 @@ impl Inner {
         }
         if dry_run {
             let sinks = reloaded.sinks_to_look_at(&setup);
-            let time_max = reloaded.config.timing.trial_max;
-            rehearse(&setup, &sinks, &reloaded.next, time_max, &self.ends).await?;
+            rehearse(&setup, &sinks, &reloaded.next, &self.ends).await?;
             return Ok(Some((report, None)));
         }
         if report.diff.is_empty() && reloaded.declared == setup.running.declared {
