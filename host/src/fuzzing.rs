@@ -25,8 +25,9 @@ pub struct Target {
 }
 
 /// All targets.
-pub static TARGETS: [Target; 6] = [
+pub static TARGETS: [Target; 7] = [
     crate::stage::fuzz::OUTCOME,
+    crate::plugin::capability::lookup::fuzz::ARGUMENTS,
     crate::source::fuzz::AGGREGATE,
     crate::sink::objects::fuzz::CLAIMS,
     crate::sink::fuzz::ROWS,

@@ -697,9 +697,14 @@ impl Lanes {
             return Ok(());
         }
         let generation = self.shared.generation();
-        let stages = generation.stages.iter();
-        let stages = stages.map(|stage| 1 + usize::from(stage.canary.is_some())).sum();
-        let needs = Needs { lanes, stages, sinks: self.shared.sinks.len() };
+        let mut needs = Needs { lanes, stages: 0, memories: 0, sinks: self.shared.sinks.len() };
+        for stage in &generation.stages {
+            let canary = stage.canary.as_ref().map(|canary| &canary.stage);
+            for version in [stage].into_iter().chain(canary) {
+                needs.stages += 1;
+                needs.memories += version.plugin.memories;
+            }
+        }
         needs.check().map_err(|error| LaneError::Fatal(error.to_string()))
     }
 

@@ -4,9 +4,9 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Address space that a sandbox reserves for a memory. It is not memory in use: only what a plugin
+/// Address space that a linear memory of a sandbox reserves. It is not memory in use: only what a plugin
 /// touches is.
-const SANDBOX_BYTES: u64 = (4 << 30) + (64 << 20);
+const MEMORY_BYTES: u64 = (4 << 30) + (64 << 20);
 /// Address space that a lane needs beside: the stacks of its threads.
 const LANE_BYTES: u64 = 8 << 20;
 /// Address space that the rest of the process may still take.
@@ -34,9 +34,9 @@ pub enum LimitError {
     /// Address space.
     #[error(
         "expected an address space of at least {} MiB for {what}, found a limit of {} MiB (ulimit -v): each \
-         sandbox of a plugin reserves {} MiB, of which only what it touches is memory; raise or remove \
+         memory of a plugin reserves {} MiB, of which only what it touches is memory; raise or remove \
          the limit, and bound memory by `ulimit -m`, a cgroup or `limits.memory` instead",
-        .needed >> 20, .limit >> 20, SANDBOX_BYTES >> 20
+        .needed >> 20, .limit >> 20, MEMORY_BYTES >> 20
     )]
     AddressSpace {
         /// What it is for.
@@ -73,14 +73,17 @@ pub enum LimitError {
 }
 
 impl LimitError {
-    /// The limit behind a failure to start a sandbox, of address space or of mappings, if it is one of these.
-    pub fn of_refusal(cause: &str) -> Option<Self> {
+    /// The limit behind a failure to start a sandbox of so many memories, of address space or of mappings, if it
+    /// is one of these.
+    pub fn of_refusal(cause: &str, memories: usize) -> Option<Self> {
         if !is_out_of_memory(cause) {
             return None;
         }
         match address_limit() {
             Some(limit) => {
-                let needed = Usage::now().address_bytes + SANDBOX_BYTES + SPARE_BYTES;
+                let more =
+                    (memories as u64).saturating_mul(MEMORY_BYTES).saturating_add(SPARE_BYTES);
+                let needed = Usage::now().address_bytes.saturating_add(more);
                 Some(Self::AddressSpace { what: "one more sandbox".into(), needed, limit })
             }
             None => Self::of_mappings(mappings_limit()?, mappings_used()?),
@@ -116,14 +119,19 @@ pub struct Needs {
     pub lanes: usize,
     /// Stages, canaries included: a sandbox for each in each lane.
     pub stages: usize,
+    /// Linear memories of these sandboxes, in each lane. A component of JavaScript has three.
+    pub memories: usize,
     /// Sinks of each lane.
     pub sinks: usize,
 }
 
 impl fmt::Display for Needs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { lanes, stages, sinks } = self;
-        write!(f, "{lanes} shards with {stages} stages and {sinks} sinks each")
+        let Self { lanes, stages, memories, sinks } = self;
+        write!(
+            f,
+            "{lanes} shards with {stages} stages, {memories} memories of plugins and {sinks} sinks each"
+        )
     }
 }
 
@@ -145,8 +153,8 @@ impl Needs {
         address_limit: Option<u64>,
         files_limit: Option<u64>,
     ) -> Result<(), LimitError> {
-        let (lanes, stages, sinks) = (self.lanes as u64, self.stages as u64, self.sinks as u64);
-        let lane_bytes = LANE_BYTES + stages.saturating_mul(SANDBOX_BYTES);
+        let (lanes, memories, sinks) = (self.lanes as u64, self.memories as u64, self.sinks as u64);
+        let lane_bytes = LANE_BYTES.saturating_add(memories.saturating_mul(MEMORY_BYTES));
         check_address(
             self.to_string(),
             address_bytes,
@@ -170,7 +178,7 @@ impl Needs {
 /// [`LimitError`], with what is needed.
 pub fn check_start() -> Result<(), LimitError> {
     let Usage { address_bytes, open_files } = Usage::now();
-    check_address("one plugin".into(), address_bytes, SANDBOX_BYTES, address_limit())?;
+    check_address("one plugin".into(), address_bytes, MEMORY_BYTES, address_limit())?;
     let needed = open_files + START_FILES;
     match files_limit() {
         Some(limit) if limit < needed => {
@@ -327,7 +335,7 @@ mod tests {
         }
     }
 
-    const NEEDS: Needs = Needs { lanes: 8, stages: 3, sinks: 2 };
+    const NEEDS: Needs = Needs { lanes: 8, stages: 3, memories: 5, sinks: 2 };
     const GIB: u64 = 1 << 30;
 
     #[test]
@@ -349,7 +357,7 @@ mod tests {
 
     #[test]
     fn fault_45_what_is_needed_is_what_is_used_and_what_the_lanes_add() {
-        let needed_bytes = GIB + 8 * (3 * SANDBOX_BYTES + LANE_BYTES) + SPARE_BYTES;
+        let needed_bytes = GIB + 8 * (5 * MEMORY_BYTES + LANE_BYTES) + SPARE_BYTES;
         let needed_files = 20 + 8 * (2 + 2 * 2) + 16;
         for (address, files, is_enough) in [
             (None, None, true),
@@ -362,6 +370,9 @@ mod tests {
         }
         let error = NEEDS.check_beside(GIB, 20, Some(4 * GIB), None).expect_err("too little");
         let text = error.to_string();
-        assert!(text.contains("8 shards with 3 stages") && text.contains("4096 MiB"), "{text}");
+        assert!(
+            text.contains("8 shards with 3 stages, 5 memories") && text.contains("4096 MiB"),
+            "{text}"
+        );
     }
 }

@@ -11,6 +11,7 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared as SharedFuture};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
+use tokio_util::sync::DropGuard;
 
 use super::starts::start_patiently;
 use super::{ActiveSegment, Board, Lane, LaneError, Shared};
@@ -20,7 +21,14 @@ use crate::record::{Position, ShardKey};
 use crate::stage::{Chain, Generation, Samples};
 use crate::stop::Stop;
 
-type Starting = JoinHandle<Result<Chain, String>>;
+/// Instances of the next revision that are being started.
+struct Starting {
+    generation: Arc<Generation>,
+    task: JoinHandle<Result<Chain, String>>,
+    /// Ends the task where the revision is not wanted any more: a start on a busy machine is tried again
+    /// without end.
+    _ends: DropGuard,
+}
 
 /// The pause before the ledger is written again, should that fail.
 const LEDGER_PAUSE: Duration = Duration::from_millis(200);
@@ -37,8 +45,7 @@ pub(super) struct Change {
     board: Board,
     /// The generation that the ledger names last.
     last: Arc<str>,
-    /// Instances that are being started.
-    starting: Option<(Arc<Generation>, Starting)>,
+    starting: Option<Starting>,
     /// Instances that wait for a batch's boundary.
     ready: Option<Chain>,
     /// Instances that the ledger is being told of.
@@ -90,9 +97,9 @@ impl Change {
                 }
                 self.start_wanted();
             }
-            let Some((_, starting)) = &mut self.starting else { continue };
+            let Some(starting) = &mut self.starting else { continue };
             tokio::select! {
-                started = starting => self.started(started),
+                started = &mut starting.task => self.started(started),
                 Ok(()) = self.wanted.changed() => self.start_wanted(),
             }
         }
@@ -102,7 +109,7 @@ impl Change {
     /// future loses nothing.
     pub(super) async fn keep_up(&mut self) {
         loop {
-            let Some((_, starting)) = &mut self.starting else {
+            let Some(starting) = &mut self.starting else {
                 if self.wanted.changed().await.is_err() {
                     return std::future::pending().await;
                 }
@@ -110,7 +117,7 @@ impl Change {
                 continue;
             };
             tokio::select! {
-                started = starting => self.started(started),
+                started = &mut starting.task => self.started(started),
                 Ok(()) = self.wanted.changed() => self.start_wanted(),
             }
         }
@@ -129,10 +136,8 @@ impl Change {
         if self.wanted.has_changed().unwrap_or(false) {
             self.start_wanted();
         }
-        if self.starting.as_ref().is_some_and(|(_, starting)| starting.is_finished())
-            && let Some((_, starting)) = &mut self.starting
-        {
-            let started = starting.await;
+        if let Some(starting) = self.starting.as_mut().filter(|one| one.task.is_finished()) {
+            let started = (&mut starting.task).await;
             self.started(started);
         }
         self.ready.take()
@@ -149,12 +154,15 @@ impl Change {
         let (wanted, shard, stop) = (generation.clone(), self.shard.clone(), self.stop.clone());
         let (limits, samples) = (self.rejected_max, self.samples.clone());
         let start = move || Chain::start(&wanted, &shard, limits, samples.clone(), stop.token());
-        let (stop, pause_max) = (self.stop.clone(), self.pause_max);
-        self.starting = Some((generation, tokio::spawn(start_patiently(start, stop, pause_max))));
+        // The instances have the lane's own stop: they go on after this one is asked for.
+        let patience = self.stop.child();
+        let ends = patience.token().clone().drop_guard();
+        let task = tokio::spawn(start_patiently(start, patience, self.pause_max));
+        self.starting = Some(Starting { generation, task, _ends: ends });
     }
 
     fn started(&mut self, started: Result<Result<Chain, String>, tokio::task::JoinError>) {
-        let Some((generation, _)) = self.starting.take() else { return };
+        let Some(Starting { generation, .. }) = self.starting.take() else { return };
         let cause = match started {
             Ok(Ok(chain)) => {
                 self.ready = Some(chain);

@@ -28,6 +28,7 @@ pub(crate) use memory::show_waits;
 pub use starts::Starts;
 
 use self::change::{Change, Gap};
+use self::starts::{FailedStart, Tries};
 use crate::budget::{Account, Budget};
 use crate::config::PipelineConfig;
 use crate::off_thread::off_thread;
@@ -406,15 +407,14 @@ impl Lane<'_> {
         let settled = Arc::new(self.settled_of(batch).await?);
         // Since when the plugin asks for another try of this batch.
         let mut retried_since = None;
-        let mut starts_failed = 0;
+        let mut failed_starts = Tries::default();
         let stage_pause = STAGE_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
         loop {
-            if let Err(cause) = self.enter_generation(batch).await? {
-                starts_failed += 1;
-                self.after_failed_start(starts_failed, &cause).await?;
+            if let Err(failed) = self.enter_generation(batch).await? {
+                self.after_failed_start(&mut failed_starts, &failed).await?;
                 continue;
             }
-            starts_failed = 0;
+            failed_starts = Tries::default();
             let Some(mut chain) = self.chain.take() else { return Err(LaneError::Stopped) };
             let (own, settled, mut searching) = (batch.clone(), settled.clone(), chain.searching());
             let run = tokio::task::spawn_blocking(move || {
@@ -572,7 +572,10 @@ impl Lane<'_> {
 
     /// Sees to it that the generation of the batch's records is the one at work. `Ok(Err(_))`: its stages do
     /// not start, for this reason.
-    async fn enter_generation(&mut self, batch: &Batch) -> Result<Result<(), String>, LaneError> {
+    async fn enter_generation(
+        &mut self,
+        batch: &Batch,
+    ) -> Result<Result<(), FailedStart>, LaneError> {
         let last = batch.records.last().map_or(&batch.span.to_inclusive, |last| &last.position);
         while let Some(next) = self.segments.get(1)
             && next.from_exclusive.as_ref().is_none_or(|from| last > from)
@@ -590,8 +593,11 @@ impl Lane<'_> {
             let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;
             let chain = match started {
                 Ok(Ok(chain)) => chain,
-                Ok(Err(error)) => return Ok(Err(error.to_string())),
-                Err(panic) => return Ok(Err(format!("the stages do not start: {panic}"))),
+                Ok(Err(error)) => return Ok(Err(error.into())),
+                Err(panic) => {
+                    let cause = format!("the stages do not start: {panic}");
+                    return Ok(Err(FailedStart::of_host(cause)));
+                }
             };
             self.shared.board.runs(&self.shard.shard, &generation.id, None);
             self.chain = Some(chain);

@@ -4,6 +4,9 @@
 //! One lane's failure is tried again, then shown as blocked and tried again with longer pauses; the other
 //! lanes go on. Only a revision that starts in no lane is refused as a whole, and only while no lane has
 //! ever started: then nothing is lost by that, and whoever starts the process hears at once.
+//!
+//! A start that the machine did not let end ([`CallFault::Starved`]) says nothing about the revision. It counts
+//! as no failure, and is tried again for as long as it takes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +15,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 
 use super::{Lane, LaneError};
-use crate::plugin::CallError;
+use crate::plugin::{CallError, CallFault};
 use crate::record::{ShardId, ShardKey};
 use crate::stage::{Chain, Generation};
 use crate::stop::Stop;
@@ -47,11 +50,59 @@ impl Starts {
     }
 }
 
+/// A start of the stages that has failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct FailedStart {
+    cause: String,
+    /// The machine did not let it end.
+    is_starved: bool,
+}
+
+impl FailedStart {
+    /// The host's own fault, in words.
+    pub(super) fn of_host(cause: impl std::fmt::Display) -> Self {
+        Self { cause: cause.to_string(), is_starved: false }
+    }
+}
+
+impl From<CallError> for FailedStart {
+    fn from(error: CallError) -> Self {
+        Self { is_starved: error.fault == CallFault::Starved, cause: error.message }
+    }
+}
+
+/// Starts in a row that have failed.
+#[derive(Debug, Default)]
+pub(super) struct Tries {
+    failed: u32,
+    /// Starts that were starved since the last one that failed otherwise.
+    starved: u32,
+}
+
+impl Tries {
+    /// Counts a failed start, and decides what follows from it.
+    fn next(&mut self, failed: &FailedStart) -> Next {
+        if failed.is_starved {
+            self.starved = self.starved.saturating_add(1);
+            return Next::Starved;
+        }
+        (self.failed, self.starved) = (self.failed.saturating_add(1), 0);
+        next(self.failed)
+    }
+
+    /// The pause before the next try.
+    fn pause(&self, longest: Duration) -> Duration {
+        pause(if self.starved > 0 { self.starved } else { self.failed }, longest)
+    }
+}
+
 /// What follows from the number of tries that have failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     /// Another try.
     Again,
+    /// Another try of a lane that is shown as blocked by the machine. It says nothing about the revision.
+    Starved,
     /// The first time that it is time to give up the whole revision, if it starts nowhere.
     Decide,
     /// Another try of a lane that is shown as blocked.
@@ -72,58 +123,68 @@ fn pause(tries: u32, longest: Duration) -> Duration {
 }
 
 /// Starts the stages of the next revision of a lane, with as many tries as a lane has before it counts as
-/// blocked. The revision at work goes on meanwhile.
+/// blocked, and with any number where the machine is too busy. The revision at work goes on meanwhile.
 ///
 /// # Errors
 /// Why they do not start, in words.
-pub(super) async fn start_patiently(
-    start: impl Fn() -> Result<Chain, CallError> + Clone + Send + 'static,
+pub(super) async fn start_patiently<T: Send + 'static>(
+    start: impl Fn() -> Result<T, CallError> + Clone + Send + 'static,
     stop: Stop,
     pause_max: Duration,
-) -> Result<Chain, String> {
-    let mut tries = 0;
+) -> Result<T, String> {
+    let mut tries = Tries::default();
     loop {
-        let started = tokio::task::spawn_blocking(start.clone()).await;
-        let cause = match started {
-            Ok(Ok(chain)) => return Ok(chain),
-            Ok(Err(error)) => error.to_string(),
-            Err(panic) => panic.to_string(),
+        let failed = match tokio::task::spawn_blocking(start.clone()).await {
+            Ok(Ok(started)) => return Ok(started),
+            Ok(Err(error)) => FailedStart::from(error),
+            Err(panic) => FailedStart::of_host(panic),
         };
-        tries += 1;
-        let is_over = next(tries) != Next::Again;
-        if is_over || stop.unless_asked(tokio::time::sleep(pause(tries, pause_max))).await.is_none()
-        {
-            return Err(cause);
+        match tries.next(&failed) {
+            Next::Again => {}
+            Next::Starved => tracing::warn!(
+                cause = failed.cause,
+                "the stages of the next revision have not started; they are tried again"
+            ),
+            Next::Decide | Next::Blocked => return Err(failed.cause),
+        }
+        let pause = tokio::time::sleep(tries.pause(pause_max));
+        if stop.unless_asked(pause).await.is_none() {
+            return Err(failed.cause);
         }
     }
 }
 
 impl Lane<'_> {
-    /// After a start of the stages that has failed, the `tries`th in a row for the batch in hand: waits
-    /// until it is time for the next, or until another revision may run the batch.
+    /// Counts a failed start of the stages among the `tries` for the batch in hand, and waits until it is time
+    /// for the next, or until another revision may run the batch.
     ///
     /// # Errors
     /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::Stopped`].
     pub(super) async fn after_failed_start(
         &mut self,
-        tries: u32,
-        cause: &str,
+        tries: &mut Tries,
+        failed: &FailedStart,
     ) -> Result<(), LaneError> {
-        let next = next(tries);
+        let (next, cause) = (tries.next(failed), failed.cause.as_str());
         if next == Next::Decide && self.starts_nowhere().await? {
             return Err(LaneError::Fatal(format!("shard {}: {cause}", self.shard.shard)));
         }
-        match next {
-            Next::Again => tracing::warn!(shard = %self.shard.shard, cause, tries,
-                "the stages do not start; they are tried again"),
-            Next::Decide | Next::Blocked => {
-                self.block(super::STAGES, cause);
-                if self.change_before_blocked().await? {
-                    return Ok(());
-                }
+        let blocked = match next {
+            Next::Again => {
+                tracing::warn!(shard = %self.shard.shard, cause, tries = tries.failed,
+                    "the stages do not start; they are tried again");
+                None
+            }
+            Next::Starved => Some(super::STARVED),
+            Next::Decide | Next::Blocked => Some(super::STAGES),
+        };
+        if let Some(part) = blocked {
+            self.block(part, cause);
+            if self.change_before_blocked().await? {
+                return Ok(());
             }
         }
-        let pause = pause(tries, self.shared.config.timing.retry_pause_max);
+        let pause = tries.pause(self.shared.config.timing.retry_pause_max);
         let stop = self.stop.clone();
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
@@ -135,7 +196,7 @@ impl Lane<'_> {
     }
 
     /// Whether the stages start for no other shard that is read either. Never once any lane has started:
-    /// a process that works is not ended for what fails later.
+    /// a process that works is not ended for what fails later. Nor where the machine is too busy to tell.
     async fn starts_nowhere(&self) -> Result<bool, LaneError> {
         let starts = &self.shared.starts;
         let _asking = self.unless_stopped(starts.0.asking.lock()).await?;
@@ -145,23 +206,27 @@ impl Lane<'_> {
             if starts.has_started() {
                 return Ok(false);
             }
-            if self.starts_for(shard).await? {
-                starts.note();
+            match self.starts_for(shard).await? {
+                Ok(()) => starts.note(),
+                Err(failed) if failed.is_starved => return Ok(false),
+                Err(_) => {}
             }
         }
         Ok(!starts.has_started())
     }
 
     /// Whether the stages of the revision at work start for another shard. Their instances are dropped.
-    async fn starts_for(&self, shard: ShardId) -> Result<bool, LaneError> {
+    async fn starts_for(&self, shard: ShardId) -> Result<Result<(), FailedStart>, LaneError> {
         let generation: Arc<Generation> = self.segments[0].generation.clone();
         let shard = ShardKey { shard, ..self.shard.clone() };
         let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
         let stop = self.stop.clone();
-        let start =
-            move || Chain::start(&generation, &shard, limits, samples, stop.token()).is_ok();
+        let start = move || {
+            let started = Chain::start(&generation, &shard, limits, samples, stop.token());
+            started.map(drop).map_err(FailedStart::from)
+        };
         let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;
-        Ok(started.unwrap_or(false))
+        Ok(started.unwrap_or_else(|panic| Err(FailedStart::of_host(panic))))
     }
 }
 
@@ -182,5 +247,52 @@ mod tests {
             let found = pause(tries, Duration::from_secs(10));
             assert_eq!(found, Duration::from_millis(pause_ms), "{tries}");
         }
+    }
+
+    fn call_error(fault: CallFault) -> CallError {
+        CallError { fault, message: format!("{fault:?}"), backtrace: String::new() }
+    }
+
+    #[test]
+    fn wall_10_a_start_that_was_starved_does_not_count_as_one_that_failed() {
+        let (trap, starved) = (call_error(CallFault::Trap), call_error(CallFault::Starved));
+        let mut tries = Tries::default();
+        for (error, expected, pause_ms) in [
+            (&starved, Next::Starved, 200),
+            (&starved, Next::Starved, 400),
+            (&trap, Next::Again, 200),
+            (&starved, Next::Starved, 200),
+            (&starved, Next::Starved, 400),
+            (&starved, Next::Starved, 800),
+            (&trap, Next::Again, 400),
+            (&trap, Next::Decide, 800),
+            (&starved, Next::Starved, 200),
+            (&trap, Next::Blocked, 1_600),
+        ] {
+            let found = tries.next(&FailedStart::from(error.clone()));
+            assert_eq!(found, expected, "{tries:?}");
+            let pause = tries.pause(Duration::from_secs(10));
+            assert_eq!(pause, Duration::from_millis(pause_ms), "{tries:?}");
+        }
+        let panicked = FailedStart::of_host("it panicked");
+        assert_eq!(Tries::default().next(&panicked), Next::Again);
+    }
+
+    /// Starts that fail in this way so often, and then succeed with their number.
+    async fn started_after(fault: CallFault, failures: u32) -> Result<u32, String> {
+        let tries = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let start = move || match tries.fetch_add(1, Ordering::Relaxed) {
+            tried if tried < failures => Err(call_error(fault)),
+            tried => Ok(tried + 1),
+        };
+        let stop = Stop::new(Duration::from_secs(1));
+        start_patiently(start, stop, Duration::from_millis(1)).await
+    }
+
+    #[tokio::test]
+    async fn wall_10_the_next_revision_is_started_for_as_long_as_the_machine_is_too_busy() {
+        assert_eq!(started_after(CallFault::Starved, 20).await, Ok(21));
+        assert_eq!(started_after(CallFault::Trap, 2).await, Ok(3));
+        assert_eq!(started_after(CallFault::Trap, 3).await, Err("Trap".into()));
     }
 }

@@ -1,7 +1,7 @@
 //! Compiled plugins on disk, so that a start does not compile again.
 //!
 //! The key is the component's digest with everything that compiled code depends on: wasmtime's
-//! version, its flags, the processor's features. Compiled code runs outside of every sandbox, so each file
+//! version, its flags, the processor's features, and our checks of components. Compiled code runs outside of every sandbox, so each file
 //! is sealed ([`seal`]) by a secret that only this user can read: the host loads only what it wrote.
 
 mod seal;
@@ -18,7 +18,7 @@ use wasmtime::component::Component;
 
 use self::seal::Seal;
 use super::compile::{CompileError, Compiler};
-use super::{Digest, PluginEngine};
+use super::{Digest, PluginEngine, features};
 use crate::config::CompileLimits;
 use crate::private;
 
@@ -213,6 +213,7 @@ fn remove(folder: &Path, unwanted: impl Fn(&str, Duration) -> bool) -> std::io::
 fn file_name(engine: &PluginEngine, digest: &Digest) -> String {
     let mut flags = DefaultHasher::new();
     engine.wasmtime().precompile_compatibility_hash().hash(&mut flags);
+    features::CHECKS_VERSION.hash(&mut flags);
     format!("{digest}-{:016x}{SUFFIX}", flags.finish())
 }
 

@@ -108,7 +108,7 @@ impl Compiler {
         if bytes > bytes_max {
             return Err(CompileError::TooLarge { bytes, bytes_max });
         }
-        features::check_state(component).map_err(CompileError::Refused)?;
+        features::check(component).map_err(CompileError::Refused)?;
         match self {
             Self::InProcess => engine
                 .precompile_component(component)

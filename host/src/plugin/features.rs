@@ -7,8 +7,8 @@
 use std::collections::HashSet;
 
 use wasmparser::{
-    ComponentAlias, ComponentExternalKind, ComponentInstance, ComponentOuterAliasKind,
-    ComponentTypeRef, Instance, Parser, Payload, Validator, WasmFeatures,
+    CanonicalFunction, CanonicalOption, ComponentAlias, ComponentExternalKind, ComponentInstance,
+    ComponentOuterAliasKind, ComponentTypeRef, Instance, Parser, Payload, Validator, WasmFeatures,
 };
 use wasmtime::Config;
 
@@ -50,11 +50,51 @@ const GLOBAL_BYTES: usize = 16;
 const IMPORT_BYTES: usize = 40;
 const FUNCTION_BYTES: usize = 32;
 
-/// Checks that instances of a component's modules do not take more beside their memories than they may.
+/// Version of the checks below. It is a part of the names of compiled code, so that code from before a new check
+/// is not used. Increase it with each check that refuses more.
+pub(super) const CHECKS_VERSION: u32 = 2;
+
+/// Checks of a component what the compiler does not.
 ///
 /// # Errors
-/// What it may have and would have, in words.
-pub(super) fn check_state(component: &[u8]) -> Result<(), String> {
+/// What is expected and what was found, in words.
+pub(super) fn check(component: &[u8]) -> Result<(), String> {
+    check_state(component)?;
+    check_texts(component)
+}
+
+/// Checks that texts cross the wall as UTF-8. The host transcodes other encodings whole, before it can bound them:
+/// a name or a line would cost as much as `limits.output` allows. The tools of the five languages use UTF-8.
+fn check_texts(component: &[u8]) -> Result<(), String> {
+    for payload in Parser::new(0).parse_all(component) {
+        // What cannot be read is refused by the compiler.
+        let Ok(payload) = payload else { return Ok(()) };
+        let Payload::ComponentCanonicalSection(section) = payload else { continue };
+        for function in section.into_iter().flatten() {
+            let (CanonicalFunction::Lift { options, .. }
+            | CanonicalFunction::Lower { options, .. }) = function
+            else {
+                continue;
+            };
+            let other = options.iter().find_map(|option| match option {
+                CanonicalOption::UTF16 => Some("utf16"),
+                CanonicalOption::CompactUTF16 => Some("latin1+utf16"),
+                _ => None,
+            });
+            if let Some(encoding) = other {
+                return Err(format!(
+                    "expected texts in the encoding utf8, found {encoding}: build it again with utf8, as \
+                     `shardmill plugin build` does; look for the option `--string-encoding` of wit-bindgen and \
+                     `--encoding` of `wasm-tools component embed`"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Checks that instances of a component's modules do not take more beside their memories than they may.
+fn check_state(component: &[u8]) -> Result<(), String> {
     let bytes = state_bytes(component);
     if bytes <= STATE_BYTES_MAX {
         return Ok(());
@@ -198,6 +238,36 @@ mod tests {
         ModuleSection(&module).append_to_component(&mut component);
         of_module.append_to_component(&mut component);
         component
+    }
+
+    #[test]
+    fn wall_06_texts_in_other_encodings_than_utf8_are_refused() {
+        use wasm_encoder::{
+            CanonicalFunctionSection, CanonicalOption as Canonical, ComponentSection as _,
+        };
+        for (options, refused) in [
+            (vec![], None),
+            (vec![Canonical::Memory(0), Canonical::UTF8], None),
+            (vec![Canonical::Memory(0), Canonical::UTF16], Some("found utf16:")),
+            (vec![Canonical::CompactUTF16, Canonical::Realloc(0)], Some("found latin1+utf16:")),
+        ] {
+            for is_lift in [true, false] {
+                let mut functions = CanonicalFunctionSection::new();
+                functions.lower(0, [Canonical::UTF8]);
+                match is_lift {
+                    true => functions.lift(0, 0, options.clone()),
+                    false => functions.lower(0, options.clone()),
+                };
+                let mut component = wasm_encoder::Component::HEADER.to_vec();
+                functions.append_to_component(&mut component);
+                for component in [composed(&[&component], &[]), component] {
+                    let found = check(&component).err();
+                    assert_eq!(found.is_some(), refused.is_some(), "{options:?}: {found:?}");
+                    let words = refused.unwrap_or_default();
+                    assert!(found.unwrap_or_default().contains(words), "{options:?}");
+                }
+            }
+        }
     }
 
     #[test]

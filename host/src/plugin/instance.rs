@@ -79,6 +79,8 @@ impl std::fmt::Display for CallError {
 /// What the store keeps: for the limiter, and for what the plugin asks of the host.
 pub struct Sandbox {
     pub(super) caller: Caller,
+    /// Linear memories that its component has.
+    memories: usize,
     memory_bytes: usize,
     memory_bytes_max: usize,
     table_elements: usize,
@@ -163,6 +165,7 @@ impl Instance {
         caller.clock.begin(time);
         let sandbox = Sandbox {
             caller,
+            memories: plugin.memories,
             memory_bytes: 0,
             memory_bytes_max: limits.memory_bytes_max,
             table_elements: 0,
@@ -281,7 +284,7 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
         (None, None) if root.contains("fuel") => {
             (CallFault::Output, format!("{call} handed back more than it may: {root}"))
         }
-        (None, None) => match LimitError::of_refusal(&root) {
+        (None, None) => match LimitError::of_refusal(&root, sandbox.memories) {
             Some(limit) => (CallFault::System, format!("{call} failed: {root}: {limit}")),
             None => (CallFault::Trap, format!("{call} failed: {root}")),
         },

@@ -172,6 +172,8 @@ pub struct Plugin {
     pub capabilities: Arc<BTreeSet<Capability>>,
     /// The size of its component, in bytes.
     pub component_bytes: usize,
+    /// Linear memories that an instance has.
+    pub memories: usize,
     pre: bindings::PluginWithCapabilitiesPre<instance::Sandbox>,
     engine: PluginEngine,
 }
@@ -218,6 +220,10 @@ impl Plugin {
             .component(engine, &digest, bytes)
             .map_err(|cause| PluginError::Uncompiled { path: path.into(), cause })?;
         let capabilities = check_world(engine, path, &component)?;
+        // Not known of a component that imports modules, which is refused just above.
+        let memories = component
+            .resources_required()
+            .map_or(PARTS_MAX.memories, |it| it.num_memories as usize);
         let pre = linker(engine)
             .and_then(|linker| linker.instantiate_pre(&component))
             .and_then(bindings::PluginWithCapabilitiesPre::new)
@@ -227,6 +233,7 @@ impl Plugin {
             path: path.into(),
             capabilities: capabilities.into(),
             component_bytes: bytes.len(),
+            memories,
             pre,
             engine: engine.clone(),
         })

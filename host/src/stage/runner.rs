@@ -354,9 +354,7 @@ impl StageRunner {
             Err(error) if error.fault == CallFault::Starved => {
                 self.instance = None;
                 self.starved = self.starved.saturating_add(1);
-                metrics::counter!("shardmill_stage_starved_total",
-                    "stage" => self.stage.name.to_string())
-                .increment(1);
+                self.count_starved();
                 return Err(RunError::Starved(error.message));
             }
             Err(error) => {
@@ -397,10 +395,20 @@ impl StageRunner {
     /// The live instance, or a fresh one.
     fn instance(&mut self) -> Result<(), CallError> {
         if self.instance.is_none() {
-            self.instance = Some(self.stage.start(&self.context)?);
+            let started = self.stage.start(&self.context);
+            if started.as_ref().is_err_and(|error| error.fault == CallFault::Starved) {
+                self.count_starved();
+            }
+            self.instance = Some(started?);
             self.settled_bytes = 0;
         }
         Ok(())
+    }
+
+    /// Counts a call that the machine did not let end.
+    fn count_starved(&self) {
+        metrics::counter!("shardmill_stage_starved_total", "stage" => self.stage.name.to_string())
+            .increment(1);
     }
 }
 

@@ -1,11 +1,13 @@
 //! The change itself: durable first, then every lane at its next batch's boundary.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{MutexGuard, oneshot};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::{Inner, Setup, Step, StepFailed, candidate};
 use crate::config::{PipelineConfig, environment};
@@ -69,6 +71,22 @@ struct UnderWay {
     before: Arc<Generation>,
 }
 
+/// Why instances were not started for every shard.
+#[derive(Debug, PartialEq, Eq)]
+enum NotStarted {
+    /// The time for all shards was over.
+    TooSlow(String),
+    /// They do not start in a shard, or the pipeline has stopped.
+    Refused(String),
+}
+
+impl From<NotStarted> for StepFailed {
+    fn from(not_started: NotStarted) -> Self {
+        let (NotStarted::TooSlow(cause) | NotStarted::Refused(cause)) = not_started;
+        Step::Promote.failed(cause)
+    }
+}
+
 /// Told when the lanes begin anew, or why they go on as before.
 type TakenOver = oneshot::Receiver<Result<(), String>>;
 
@@ -99,7 +117,7 @@ impl Inner {
         // Sinks remember for a moment what the candidate would bring: no other change may come between.
         let setup = self.setup.lock().await;
         let next = in_turn(&setup, before, next, &mut change).await?;
-        rehearse(&setup, &setup.shared.sinks, &next).await
+        rehearse(&setup, &setup.shared.sinks, &next, &self.ends).await
     }
 
     /// Makes a change durable and lets the lanes take it over. While they do, others may make changes.
@@ -125,7 +143,13 @@ impl Inner {
             taken_over = Some(Arc::new(setup.shared.with_generation(next.clone())));
         }
         if taken_over.is_some() || !is_way_back {
-            start_everywhere(&setup.shared, &next).await?;
+            match start_everywhere(&setup, &next, &self.ends).await {
+                // It has run in these shards. A slow start must not keep the bad version at work.
+                Err(NotStarted::TooSlow(cause)) if is_way_back => {
+                    tracing::warn!(cause, "the version before takes over nevertheless");
+                }
+                started => started?,
+            }
         }
         setup.shared.ledger.keep(&next.spec, components).await.map_err(failed)?;
         let variables = Variables::new(self.state.clone());
@@ -269,39 +293,156 @@ async fn in_turn(
     Ok(next)
 }
 
-/// Checks a change as its promotion does, and leaves everything as it was.
+/// Checks a change as its promotion does, and leaves everything as it was. The wait ends with `ends` too.
 pub(super) async fn rehearse(
     setup: &Setup,
     sinks: &[Arc<dyn Sink>],
     next: &Arc<Generation>,
+    ends: &CancellationToken,
 ) -> Result<(), StepFailed> {
     let before = setup.shared.generation();
     candidate::check_tables(&setup.shared, sinks, (&before, next), false).await?;
     candidate::remember_again(&setup.shared, &before).await;
-    start_everywhere(&setup.shared, next).await
+    start_everywhere(setup, next, ends).await?;
+    Ok(())
 }
 
 /// Starts instances for each shard, as its lane does, and drops them: a lane that is acquired again with a
 /// generation that does not start would be blocked, and a start in which no lane starts would end. Shards whose
 /// lane waits for its next try are included.
-async fn start_everywhere(shared: &Arc<Shared>, next: &Arc<Generation>) -> Result<(), StepFailed> {
+///
+/// The lock of the setup is held meanwhile, and each `configure` may take its whole time: so all shards together
+/// have `timing.trial`. The wait ends with `ends` too.
+async fn start_everywhere(
+    setup: &Setup,
+    next: &Arc<Generation>,
+    ends: &CancellationToken,
+) -> Result<(), NotStarted> {
+    let (shared, time_max) = (&setup.shared, setup.config.timing.trial_max);
     let shards = shared.board.snapshot().into_iter().filter(|(_, status)| !status.ended);
     let shards: Vec<ShardId> = shards.map(|(shard, _)| shard).collect();
-    let (shared, next) = (shared.clone(), next.clone());
-    candidate::blocking(Step::Promote, move || {
-        let stream = shared.config.source.stream_name();
-        for shard in shards {
-            for stage in &next.stages {
-                let canary = stage.canary.as_ref().map(|canary| &canary.stage);
-                for version in [stage].into_iter().chain(canary) {
-                    let context = version.context(&stream, shard.as_str());
-                    version
-                        .start(&context)
-                        .map_err(|error| format!("it does not start in shard {shard}: {error}"))?;
+    let (stream, next) = (shared.config.source.stream_name(), next.clone());
+    let start = move |shard: &ShardId, is_over: &CancellationToken| -> Result<(), String> {
+        for stage in &next.stages {
+            let canary = stage.canary.as_ref().map(|canary| &canary.stage);
+            for version in [stage].into_iter().chain(canary) {
+                if is_over.is_cancelled() {
+                    return Err(STOPPED.to_owned());
                 }
+                let context = version.context(&stream, shard.as_str());
+                version
+                    .start(&context)
+                    .map_err(|error| format!("it does not start in shard {shard}: {error}"))?;
             }
         }
+        Ok(())
+    };
+    start_each(shards, start, time_max, ends).await
+}
+
+/// Calls `start` for one shard after the other, off the async threads. At the end of the time nobody waits for
+/// the call under way, and no other follows it.
+async fn start_each(
+    shards: Vec<ShardId>,
+    start: impl Fn(&ShardId, &CancellationToken) -> Result<(), String> + Send + 'static,
+    time_max: Duration,
+    ends: &CancellationToken,
+) -> Result<(), NotStarted> {
+    let is_over = ends.child_token();
+    // Whatever ends this wait ends the work.
+    let _ends_work = is_over.clone().drop_guard();
+    let (count, started) = (shards.len(), Arc::new(AtomicUsize::new(0)));
+    let counted = started.clone();
+    let work = candidate::blocking(Step::Promote, move || {
+        for shard in &shards {
+            start(shard, &is_over)?;
+            counted.fetch_add(1, Ordering::Relaxed);
+        }
         Ok::<(), String>(())
-    })
-    .await
+    });
+    tokio::select! {
+        biased;
+        () = ends.cancelled() => Err(NotStarted::Refused(STOPPED.into())),
+        worked = work => worked.map_err(|failed| NotStarted::Refused(failed.cause)),
+        () = tokio::time::sleep(time_max) => Err(NotStarted::TooSlow(format!(
+            "expected the stages to start in all {count} shards within {} (timing.trial), found {} started; let \
+             `configure` do less, or raise timing.trial and restart",
+            humantime::format_duration(time_max),
+            started.load(Ordering::Relaxed)
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shards(count: usize) -> Vec<ShardId> {
+        (0..count).map(|index| ShardId::new(format!("shard-{index}"))).collect()
+    }
+
+    /// A start that takes some time, and is noted.
+    fn slow(
+        tried: &Arc<AtomicUsize>,
+        time: Duration,
+    ) -> impl Fn(&ShardId, &CancellationToken) -> Result<(), String> + Send + 'static {
+        let tried = tried.clone();
+        move |_: &ShardId, is_over: &CancellationToken| {
+            if is_over.is_cancelled() {
+                return Err(STOPPED.into());
+            }
+            tried.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(time);
+            Ok(())
+        }
+    }
+
+    const NO_LIMIT: Duration = Duration::from_secs(600);
+
+    #[tokio::test]
+    async fn wall_08_starts_in_all_shards_have_one_deadline_together() {
+        let (tried, time) = (Arc::default(), Duration::from_millis(200));
+        let ends = CancellationToken::new();
+        let start = slow(&tried, time);
+        let begun = std::time::Instant::now();
+        let started = start_each(shards(3_000), start, Duration::from_millis(700), &ends).await;
+        let Err(NotStarted::TooSlow(cause)) = started else { panic!("{started:?}") };
+        assert!(begun.elapsed() < Duration::from_secs(300), "it waited for all of them");
+        assert!(cause.contains("in all 3000 shards within 700ms (timing.trial)"), "{cause}");
+        assert!(cause.contains(" started; let `configure` do less"), "{cause}");
+        // The start under way is the last one.
+        tokio::time::sleep(time * 3).await;
+        let last = tried.load(Ordering::Relaxed);
+        tokio::time::sleep(time * 3).await;
+        assert_eq!(tried.load(Ordering::Relaxed), last);
+    }
+
+    #[tokio::test]
+    async fn wall_08_starts_in_all_shards_end_when_the_pipeline_does() {
+        let (tried, ends) = (Arc::default(), CancellationToken::new());
+        let start = slow(&tried, Duration::from_millis(200));
+        let asked = ends.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            asked.cancel();
+        });
+        let started = start_each(shards(3_000), start, NO_LIMIT, &ends).await;
+        assert_eq!(started, Err(NotStarted::Refused(STOPPED.into())));
+    }
+
+    #[tokio::test]
+    async fn wall_08_a_shard_in_which_it_does_not_start_is_the_last_that_is_tried() {
+        let ends = CancellationToken::new();
+        let tried: Arc<AtomicUsize> = Arc::default();
+        let start = slow(&tried, Duration::ZERO);
+        assert_eq!(start_each(shards(5), start, NO_LIMIT, &ends).await, Ok(()));
+        assert_eq!(tried.load(Ordering::Relaxed), 5);
+        let fails = |shard: &ShardId, _: &CancellationToken| match shard.as_str() {
+            "shard-2" => Err("it traps".to_owned()),
+            "shard-3" => panic!("it was tried"),
+            _ => Ok(()),
+        };
+        let started = start_each(shards(5), fails, NO_LIMIT, &ends).await;
+        assert_eq!(started, Err(NotStarted::Refused("it traps".into())));
+    }
 }

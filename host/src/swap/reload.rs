@@ -173,7 +173,8 @@ impl Inner {
             return Ok(None);
         }
         if dry_run {
-            rehearse(&setup, &reloaded.sinks_to_look_at(&setup), &reloaded.next).await?;
+            let sinks = reloaded.sinks_to_look_at(&setup);
+            rehearse(&setup, &sinks, &reloaded.next, &self.ends).await?;
             return Ok(Some((report, None)));
         }
         if report.diff.is_empty() && reloaded.declared == setup.running.declared {

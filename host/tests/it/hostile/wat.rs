@@ -31,14 +31,18 @@ pub struct Guest<'a> {
 impl Guest<'_> {
     /// The component, in a file.
     pub fn build(&self, world: &str) -> tempfile::NamedTempFile {
-        let text = SKELETON
+        component(&self.text(), world)
+    }
+
+    /// The text of its module.
+    pub fn text(&self) -> String {
+        SKELETON
             .replace(";;@imports", self.imports)
             .replace(";;@configure", self.configure)
             .replace(";;@realloc", self.realloc)
             .replace(";;@process", self.process)
             .replace(";;@post", self.post)
-            .replace(";;@items", self.items);
-        component(&text, world)
+            .replace(";;@items", self.items)
     }
 
     fn lane(&self, world: &str) -> Result<Lane, String> {
@@ -59,11 +63,16 @@ impl Guest<'_> {
 
 /// A component of our world, made of a module's text, in a file.
 pub fn component(text: &str, world: &str) -> tempfile::NamedTempFile {
+    encoded(text, world, StringEncoding::UTF8)
+}
+
+/// The same, whose texts cross the wall in this encoding.
+pub fn encoded(text: &str, world: &str, encoding: StringEncoding) -> tempfile::NamedTempFile {
     let mut module = wat::parse_str(text).expect("sound WAT");
     let mut wit = Resolve::default();
     let (package, _) = wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
     let world = wit.select_world(&[package], Some(world)).expect("a world");
-    embed_component_metadata(&mut module, &wit, world, StringEncoding::UTF8).expect("embedded");
+    embed_component_metadata(&mut module, &wit, world, encoding).expect("embedded");
     let encoder = ComponentEncoder::default().validate(true).module(&module);
     let component = encoder.and_then(|mut it| it.encode()).expect("a component");
     let mut file = tempfile::NamedTempFile::new().expect("a file");

@@ -2,7 +2,8 @@
 //!
 //! All lanes share one lock, so it is held for a few hundred keys at a time, and only to look and to link:
 //! keys are copied before, and rows are shared. A key that another lane is fetching is waited for instead
-//! of fetched again.
+//! of fetched again. So a call has the keys of one query at a time: a call of very many keys would hold the
+//! popular ones among them over all of its queries, and other lanes would wait for those.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,6 +24,31 @@ const ENTRY_BYTES: u64 = 96;
 /// Keys that are looked at while the lock is held. A call may have a hundred thousand, and the other lanes
 /// are not to wait for all of them.
 const KEYS_PER_LOCK: usize = 512;
+
+/// More keys than this, or more bytes of them, are asked for by several queries: one array of all would be a
+/// message that servers and their logs choke on, and takes several times the keys' bytes.
+const KEYS_PER_QUERY_MAX: usize = 10_000;
+const KEY_BYTES_PER_QUERY_MAX: usize = 1 << 20;
+
+/// The keys of one query, counted.
+#[derive(Default)]
+struct Query {
+    keys: usize,
+    bytes: usize,
+}
+
+impl Query {
+    /// Takes a key, if it is the first or the query has room for it.
+    fn takes(&mut self, key: &str) -> bool {
+        let bytes = self.bytes + key.len();
+        let has_room = self.keys < KEYS_PER_QUERY_MAX && bytes <= KEY_BYTES_PER_QUERY_MAX;
+        let takes = self.keys == 0 || has_room;
+        if takes {
+            (self.keys, self.bytes) = (self.keys + 1, bytes);
+        }
+        takes
+    }
+}
 
 /// The answers of one lookup, shared by its lanes.
 pub(super) struct Cache {
@@ -61,8 +87,10 @@ impl Weighter<Arc<str>, Kept> for Weight {
 pub(super) struct Standing<'c> {
     /// For each key of the call its row, if that is known.
     pub(super) known: Vec<Option<Row>>,
-    /// The keys that this call is to fetch, each once.
+    /// The keys that this call is to fetch by one query, each once.
     pub(super) claim: Claim<'c>,
+    /// Whether there are more of them. They were not looked at, and others may fetch them first.
+    pub(super) is_partial: bool,
     /// How many keys others are fetching, or have fetched meanwhile.
     pub(super) awaited: usize,
 }
@@ -90,8 +118,8 @@ impl Cache {
         Self { state: Mutex::new(state), fetched: Condvar::new(), ttl: limits.ttl }
     }
 
-    /// Says what is known of `keys`, and claims those that nobody is fetching. Places whose `known`
-    /// is filled already are left alone.
+    /// Says what is known of `keys`, and claims those that nobody is fetching, as many as one query may ask
+    /// for. Places whose `known` is filled already are left alone.
     pub(super) fn stand(&self, keys: &[&str], mut known: Vec<Option<Row>>) -> Standing<'_> {
         let now = Instant::now();
         let asked: Vec<usize> = (0..keys.len()).filter(|place| known[*place].is_none()).collect();
@@ -105,25 +133,31 @@ impl Cache {
                 }
             }
         }
-        // Each key once, copied without the lock.
         let mut once = HashSet::with_capacity(unknown.len());
         unknown.retain(|key| once.insert(*key));
-        let copied: Vec<Arc<str>> = unknown.into_iter().map(Arc::from).collect();
-        let mut claim = Claim { cache: self, keys: Vec::with_capacity(copied.len()) };
-        let mut awaited = 0;
-        for keys in copied.chunks(KEYS_PER_LOCK) {
+        let keys_max = unknown.len().min(KEYS_PER_QUERY_MAX);
+        let mut claim = Claim { cache: self, keys: Vec::with_capacity(keys_max) };
+        let (mut query, mut awaited) = (Query::default(), 0);
+        for keys in unknown.chunks(KEYS_PER_LOCK) {
+            // Copied without the lock.
+            let copied: Vec<Arc<str>> = keys.iter().map(|key| Arc::from(*key)).collect();
             let mut state = self.lock();
-            for key in keys {
+            for key in &copied {
                 let is_fetched = state.fresh(key, now, self.ttl).is_some();
                 if is_fetched || state.in_flight.contains(key) {
                     awaited += 1;
-                } else {
-                    state.in_flight.insert(Arc::clone(key));
+                } else if query.takes(key) {
+                    // Where nothing is kept, whoever waited would have to ask as well.
+                    if !self.ttl.is_zero() {
+                        state.in_flight.insert(Arc::clone(key));
+                    }
                     claim.keys.push(Arc::clone(key));
+                } else {
+                    return Standing { known, claim, is_partial: true, awaited };
                 }
             }
         }
-        Standing { known, claim, awaited }
+        Standing { known, claim, is_partial: false, awaited }
     }
 
     /// Waits until each of the places that are not known was not being fetched for a moment; false: it is
@@ -275,11 +309,74 @@ mod tests {
         assert_eq!(cache.stand(&["b", "c"], vec![None; 2]).claim.keys.len(), 1);
     }
 
-    /// A call of very many keys beside others, each of which finds out about each key once.
+    /// The sizes of the queries by which a call asks for keys of these lengths.
+    fn sizes(lengths: &[usize]) -> Vec<usize> {
+        let cache = cache(1_000_000, 1 << 30, HOUR);
+        let key = |(place, length): (usize, &usize)| {
+            let number = place.to_string();
+            "x".repeat(length - number.len()) + &number
+        };
+        let names: Vec<String> = lengths.iter().enumerate().map(key).collect();
+        let keys: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (mut sizes, mut known) = (Vec::new(), vec![None; keys.len()]);
+        loop {
+            let standing = cache.stand(&keys, known);
+            known = standing.known;
+            sizes.push(standing.claim.keys.len());
+            standing.claim.keep(&HashMap::new());
+            if !standing.is_partial {
+                return sizes;
+            }
+        }
+    }
+
+    #[test]
+    fn wall_06_keys_go_by_queries_of_bounded_size() {
+        assert_eq!(sizes(&[]), [0]);
+        assert_eq!(sizes(&[5; 10_000]), [10_000]);
+        assert_eq!(sizes(&[5; 25_000]), [10_000, 10_000, 5_000]);
+        assert_eq!(sizes(&[8 << 10; 300]), [128, 128, 44]);
+        assert_eq!(sizes(&[2 << 20, 2 << 20, 1]), [1, 1, 1]);
+    }
+
+    #[test]
+    fn wall_06_a_call_of_very_many_keys_holds_those_of_one_query_alone() {
+        let cache = cache(1_000_000, 1 << 30, HOUR);
+        let names: Vec<String> = (0..25_000).map(|n| format!("key-{n}")).collect();
+        let keys: Vec<&str> = names.iter().map(String::as_str).collect();
+        let first = cache.stand(&keys, vec![None; keys.len()]);
+        assert_eq!((first.claim.keys.len(), first.is_partial), (KEYS_PER_QUERY_MAX, true));
+        // Those of its further queries are anybody's.
+        let other = cache.stand(&["key-5", "key-20000"], vec![None; 2]);
+        assert_eq!((other.claim.keys.len(), other.awaited), (1, 1));
+        assert_eq!(&*other.claim.keys[0], "key-20000");
+        first.claim.keep(&HashMap::new());
+        drop(first.claim);
+        // What the first query has found is there before the second one.
+        assert!(cache.wait(&["key-5"], &[None], Instant::now()));
+        assert_eq!(known(&cache, "key-5"), Some(None));
+        let second = cache.stand(&keys, first.known);
+        assert_eq!((second.claim.keys.len(), second.is_partial), (KEYS_PER_QUERY_MAX, true));
+        let third = cache.stand(&keys[20_000..], vec![None; 5_000]);
+        assert_eq!((third.claim.keys.len(), third.is_partial), (4_999, false));
+        assert_eq!(third.awaited, 1, "the other call has it");
+    }
+
+    #[test]
+    fn wall_06_where_nothing_is_kept_no_lane_waits_for_another() {
+        let cache = cache(10, 1 << 20, Duration::ZERO);
+        let first = cache.stand(&["a"], vec![None]);
+        let second = cache.stand(&["a"], vec![None]);
+        assert_eq!((second.claim.keys.len(), second.awaited), (1, 0));
+        drop(first);
+        assert!(cache.wait(&["a"], &[None], Instant::now()));
+    }
+
+    /// Calls of very many keys at once, that find out about each key once together.
     #[test]
     fn wall_06_lanes_that_ask_for_the_same_keys_at_once_fetch_each_once() {
         let cache = cache(1_000_000, 1 << 30, HOUR);
-        let names: Vec<String> = (0..10_000).map(|n| format!("key-{n}")).collect();
+        let names: Vec<String> = (0..25_000).map(|n| format!("key-{n}")).collect();
         let keys: Vec<&str> = names.iter().chain(&names).map(String::as_str).collect();
         let fetched = std::sync::atomic::AtomicUsize::new(0);
         let ask = || {
@@ -298,6 +395,9 @@ mod tests {
                     *known = found.get(*key).map(|row| Some(row.clone()));
                 }
                 drop(claim);
+                if standing.is_partial {
+                    continue;
+                }
                 if standing.awaited == 0 {
                     assert!(known.iter().all(|row| *row == Some(Some("{}".into()))));
                     return;

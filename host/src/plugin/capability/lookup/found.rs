@@ -28,6 +28,16 @@ impl Found {
         Self { rows: HashMap::new(), bytes: 0, bytes_max, stranger: None }
     }
 
+    /// Counts bytes of rows that earlier queries of the same call have found.
+    pub(super) fn after(self, bytes: usize) -> Self {
+        Self { bytes, ..self }
+    }
+
+    /// Bytes of all rows that the call has found so far.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Adds a row for all keys that mean it. Of several rows of one key the first counts.
     pub(super) fn add(&mut self, keys: &[Arc<str>], row: &str) -> Result<(), LookupError> {
         let is_new = keys.iter().any(|key| !self.rows.contains_key(key));

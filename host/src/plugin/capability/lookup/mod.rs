@@ -1,7 +1,7 @@
 //! The capability `lookup`: rows of reference tables, by key.
 //!
 //! [`Lookup::get`] is the whole way: what [`cache`] knows is answered from it, what it does not is
-//! fetched by one query from [`postgres`] or [`sqlite`] and kept. [`words`] is the form in which a
+//! fetched from [`postgres`] or [`sqlite`] and kept, a query at a time. [`words`] is the form in which a
 //! plugin asks and is answered.
 //!
 //! A row is a JSON object of the columns behind the key, in their order, with the values as the
@@ -9,6 +9,8 @@
 
 mod cache;
 mod found;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod postgres;
 mod sqlite;
 pub mod words;
@@ -26,11 +28,6 @@ use self::postgres::PostgresTable;
 use self::sqlite::SqliteTable;
 use crate::config::{LookupConfig, LookupSource};
 use crate::record::LookupName;
-
-/// More keys than this, or more bytes of them, are asked for by several queries: one array of all would be a
-/// message that servers and their logs choke on, and takes several times the keys' bytes.
-const KEYS_PER_QUERY_MAX: usize = 10_000;
-const KEY_BYTES_PER_QUERY_MAX: usize = 1 << 20;
 
 /// How often a lookup says that its query gives rows which nobody asked for: a plugin may ask as often as
 /// it likes.
@@ -151,13 +148,17 @@ impl Lookup {
         bytes_max: usize,
     ) -> Result<Vec<Row>, LookupError> {
         let mut known: Vec<Option<Row>> = vec![None; keys.len()];
-        let (mut missed, mut absent) = (0, 0);
+        let (mut missed, mut absent, mut bytes) = (0, 0, 0);
         loop {
+            // One query's keys at a time. What it finds is kept at once: other lanes wait for these keys.
             let standing = self.cache.stand(keys, known);
             known = standing.known;
             let claim = standing.claim;
             if !claim.keys.is_empty() {
-                let found = self.fetch(&claim.keys, deadline, bytes_max)?.into_rows();
+                let mut found = Found::within(bytes_max).after(bytes);
+                self.fetch(&claim.keys, deadline, &mut found)?;
+                bytes = found.bytes();
+                let found = found.into_rows();
                 claim.keep(&found);
                 missed += found.len();
                 absent += claim.keys.len() - found.len();
@@ -169,6 +170,9 @@ impl Lookup {
                 }
             }
             drop(claim);
+            if standing.is_partial {
+                continue;
+            }
             if standing.awaited == 0 {
                 break;
             }
@@ -183,27 +187,24 @@ impl Lookup {
         Ok(known.into_iter().map(Option::flatten).collect())
     }
 
-    /// Asks the table for keys that are all different.
+    /// Asks the table for keys that are all different, by one query.
     fn fetch(
         &self,
         keys: &[Arc<str>],
         deadline: Instant,
-        bytes_max: usize,
-    ) -> Result<Found, LookupError> {
-        let mut found = Found::within(bytes_max);
-        for keys in queries(keys) {
-            let started = Instant::now();
-            let deadline = deadline.min(started + self.timeout);
-            match &self.table {
-                Table::Postgres(table) => {
-                    self.runtime.block_on(table.fetch(keys, deadline, &mut found))?;
-                }
-                Table::Sqlite(table) => table.fetch(keys, deadline, &mut found)?,
+        found: &mut Found,
+    ) -> Result<(), LookupError> {
+        let started = Instant::now();
+        let deadline = deadline.min(started + self.timeout);
+        match &self.table {
+            Table::Postgres(table) => {
+                self.runtime.block_on(table.fetch(keys, deadline, found))?;
             }
-            let seconds = started.elapsed().as_secs_f64();
-            metrics::histogram!("shardmill_lookup_seconds", "lookup" => self.name.to_string())
-                .record(seconds);
+            Table::Sqlite(table) => table.fetch(keys, deadline, found)?,
         }
+        let seconds = started.elapsed().as_secs_f64();
+        metrics::histogram!("shardmill_lookup_seconds", "lookup" => self.name.to_string())
+            .record(seconds);
         if let Some(key) = found.first_stranger().filter(|_| self.may_say_stranger()) {
             tracing::warn!(
                 lookup = %self.name,
@@ -211,7 +212,7 @@ impl Lookup {
                  is to be the key as it is asked for"
             );
         }
-        Ok(found)
+        Ok(())
     }
 
     fn may_say_stranger(&self) -> bool {
@@ -239,21 +240,6 @@ impl fmt::Debug for Lookup {
     }
 }
 
-/// Cuts keys into those of one query each.
-fn queries(mut keys: &[Arc<str>]) -> impl Iterator<Item = &[Arc<str>]> {
-    std::iter::from_fn(move || {
-        let mut bytes = 0;
-        let fits = |(index, key): (usize, &Arc<str>)| {
-            bytes += key.len();
-            index == 0 || (index < KEYS_PER_QUERY_MAX && bytes <= KEY_BYTES_PER_QUERY_MAX)
-        };
-        let count = keys.iter().enumerate().map(fits).take_while(|fits| *fits).count();
-        let (query, rest) = keys.split_at(count);
-        keys = rest;
-        (!query.is_empty()).then_some(query)
-    })
-}
-
 fn named(name: &LookupName, error: LookupError) -> LookupError {
     LookupError { message: format!("lookup `{name}`: {}", error.message), ..error }
 }
@@ -261,18 +247,6 @@ fn named(name: &LookupName, error: LookupError) -> LookupError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn wall_06_keys_go_by_queries_of_bounded_size() {
-        let sizes = |keys: &[usize]| {
-            let keys: Vec<Arc<str>> = keys.iter().map(|bytes| "x".repeat(*bytes).into()).collect();
-            queries(&keys).map(<[_]>::len).collect::<Vec<_>>()
-        };
-        assert_eq!(sizes(&[]), Vec::<usize>::new());
-        assert_eq!(sizes(&[1; 25_000]), [10_000, 10_000, 5_000]);
-        assert_eq!(sizes(&[8 << 10; 300]), [128, 128, 44]);
-        assert_eq!(sizes(&[2 << 20, 2 << 20, 1]), [1, 1, 1]);
-    }
 
     #[test]
     fn an_error_names_its_lookup() {

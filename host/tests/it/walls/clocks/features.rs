@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use shardmill::config::RejectedMax;
-use shardmill::plugin::{PARTS_MAX, Parts};
+use shardmill::plugin::{CompileCache, PARTS_MAX, Parts, Plugin, PluginEngine};
 use wasm_encoder::{ComponentSection as _, InstanceSection, Module, ModuleArg, ModuleSection};
 use wasmparser::{Parser, Payload};
+use wit_component::StringEncoding;
 
 use crate::hostile::lane::{LIMITS, Lane};
-use crate::hostile::wat::Guest;
+use crate::hostile::wat::{Guest, encoded};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, plugin, shardmill};
 
@@ -44,6 +45,22 @@ fn wall_11_features_that_plugins_do_not_need_are_refused_by_their_names() {
     }
 }
 
+/// The host would transcode a text whole before it can bound it.
+#[test]
+fn wall_06_a_component_whose_texts_are_not_utf8_is_refused_with_the_way_out() {
+    for (encoding, name) in
+        [(StringEncoding::UTF16, "utf16"), (StringEncoding::CompactUTF16, "latin1+utf16")]
+    {
+        let file = encoded(&Guest::default().text(), "plugin", encoding);
+        let path = file.path().display().to_string();
+        let Err(why) = Lane::of(&path, LIMITS, "", RejectedMax::default()) else {
+            panic!("it is not refused: {name}")
+        };
+        let expected = format!("expected texts in the encoding utf8, found {name}: build it again");
+        assert!(why.contains(&expected) && why.contains("--string-encoding"), "{why}");
+    }
+}
+
 #[test]
 fn wall_11_a_component_of_too_many_parts_is_refused_with_what_it_may_have() {
     let Parts { memories, tables, .. } = PARTS_MAX;
@@ -62,6 +79,19 @@ fn wall_11_a_component_of_too_many_parts_is_refused_with_what_it_may_have() {
     let path = file.path().display().to_string();
     let mut lane = Lane::of(&path, LIMITS, "", RejectedMax::default()).expect("as many as it may");
     lane.assert_culprits_alone(&[], "");
+}
+
+/// Each memory reserves address space, which is checked before lanes begin.
+#[test]
+fn wall_11_all_memories_of_a_plugin_are_counted() {
+    let engine = PluginEngine::new().expect("an engine");
+    for more in [0, 1, PARTS_MAX.memories - 1] {
+        let items = "(memory 0)".repeat(more);
+        let file = Guest { items: &items, ..Guest::default() }.build("plugin");
+        let loaded = Plugin::load_file(&engine, &CompileCache::none(), file.path());
+        let (plugin, _) = loaded.unwrap_or_else(|why| panic!("{why}"));
+        assert_eq!(plugin.memories, 1 + more);
+    }
 }
 
 /// Instances of modules cost no memory that a limit counts, and hold what their module says they do.

@@ -240,3 +240,29 @@ fn wall_07_a_swap_is_refused_that_does_not_start_in_a_shard() {
     world.catch_up(&pipeline);
     world.assert_each_once_in_order(10);
 }
+
+/// A candidate that is slow to start in each shard would hold the swap for all of them in turn.
+#[test]
+fn wall_08_a_swap_is_refused_whose_starts_in_all_shards_take_too_long() {
+    let component = Asking {
+        route: "all",
+        format: "application/json",
+        configure: "(if (local.get 3) (then (loop $long
+            (local.set $i (i32.add (local.get $i) (i32.const 1)))
+            (br_if $long (i32.lt_u (local.get $i) (i32.const 600000000))))))",
+        ..Asking::default()
+    }
+    .build();
+    let world = World::new(2);
+    let pipeline = Pipeline { timing: "trial = \"50 ms\"".into(), ..Pipeline::default() };
+    let started = world.start(&pipeline);
+    wait_for("the lane", || world.logged("reading"));
+    let path = world.folder.path().join("pipeline.toml").display().to_string();
+    let file = component.path().display().to_string();
+    let swapped = run(&["plugin", "swap", "route", &file, "--pipeline", &path]);
+    let said = said(&swapped);
+    assert_eq!(swapped.status.code(), Some(1), "{said}");
+    assert!(said.contains("refused at step promote"), "{said}");
+    assert!(said.contains("expected the stages to start in all"), "{said}");
+    assert_eq!(started.terminate(), Some(0));
+}

@@ -1,0 +1,5 @@
+//! libFuzzer on the target `arguments`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| shardmill::fuzzing::run("arguments", data));
