@@ -3,9 +3,10 @@
 //! One lane per shard: read a batch, run it through the stages, write its dead letters, hand its
 //! rows to the sinks. Sinks commit in their own rhythm; the checkpoint follows the slowest.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, Shared};
+use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, Ran, Shared};
 use crate::record::{Batch, ShardKey};
 use crate::source::{BatchReader, NextBatch};
 use crate::stop::Stop;
@@ -76,15 +77,26 @@ async fn read_to_end(
 
 /// Takes a batch along the path.
 async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> {
-    // A batch that straddles a change of generation is run in parts.
-    let mut rest = Some(batch);
-    while let Some(batch) = rest.take() {
+    // A batch is run in parts where it straddles a change of generation, and where what it becomes would hold
+    // too much. Those that wait, the next one last.
+    let mut waiting = vec![batch];
+    let mut records_max = usize::MAX;
+    while let Some(batch) = waiting.pop() {
+        let (batch, behind) = batch.cut_at(records_max);
+        waiting.extend(behind);
         let (part, behind) = lane.cut_at_swap(batch).await?;
-        // Nothing behind a part without an outcome may go on.
-        let outcome = lane.run_stages(&part).await?;
-        lane.write_letters(&part, outcome.letters).await?;
-        lane.deliver(&part, outcome.routed, outcome.arenas).await?;
-        rest = behind;
+        waiting.extend(behind);
+        match lane.run_stages(&part).await? {
+            // Nothing behind a part without an outcome may go on.
+            Ran::All(outcome) => {
+                lane.write_letters(&part, outcome.letters).await?;
+                lane.deliver(&part, outcome.routed, outcome.arenas).await?;
+            }
+            Ran::First(records) => {
+                records_max = records;
+                waiting.push(Arc::unwrap_or_clone(part));
+            }
+        }
     }
     Ok(())
 }

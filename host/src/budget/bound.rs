@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::ledger::{bytes_bound, text};
-use crate::config::PipelineConfig;
+use crate::config::{PipelineConfig, StageLimits};
 
 /// The process itself: its code, the runtime's threads, compiled plugins, the state database.
 const PROCESS_BYTES: usize = 100 << 20;
@@ -45,7 +45,7 @@ impl MemoryBound {
     /// | the sinks' buffers | half of `buffer`, the larger of the other half and 256 KiB per lane, and 1 MiB per lane |
     /// | what the readers of a stream read ahead | the same |
     /// | batches in hand | 4 × `batch.bytes` per lane |
-    /// | answers in hand | the largest `limits.output` per lane; with several stages, three times |
+    /// | answers in hand | the largest `limits.output`, or `limits.memory` if that is less, per lane; with several stages, three times |
     /// | one large request | the same, once |
     /// | trials | `bytes` of `[reload.trial]` per stage |
     /// | the intake, lookups' caches, copies of dead letters | `in_flight`, `bytes` of each, as the sinks' buffers of one lane |
@@ -56,9 +56,7 @@ impl MemoryBound {
         let read_ahead = if config.source.kinesis().is_some() { buffers } else { 0 };
         let in_hand = lanes * BATCH_COPIES * config.source.batch.bytes_max;
         let limits = || config.stages.iter().map(|stage| &stage.limits);
-        // An answer comes out of the plugin's memory, but may be more than that here: outputs may share bytes,
-        // and each of them costs the host as much as `limits.output` counts for it.
-        let large = limits().map(|limits| limits.output_bytes_max).max().unwrap_or_default();
+        let large = limits().map(StageLimits::answer_bytes_max).max().unwrap_or_default();
         // Between two stages: what the first answered, the same packed for the second, and its answer.
         let copies_of_answer = if config.stages.len() > 1 { 3 } else { 1 };
         let answers = large.saturating_mul(copies_of_answer).saturating_mul(lanes);
@@ -91,7 +89,7 @@ impl MemoryBound {
         let limits = || config.stages.iter().map(|stage| &stage.limits);
         let memory_bytes = limits().map(|limits| limits.memory_bytes_max).sum::<usize>();
         // A payload is a part of an answer.
-        let large = limits().map(|limits| limits.output_bytes_max).max().unwrap_or_default();
+        let large = limits().map(StageLimits::answer_bytes_max).max().unwrap_or_default();
         let made = large.saturating_mul(ANSWER_COPIES_MADE_AGAIN + BATCH_COPIES);
         let record = RECORD_BYTES_MAX * RECORD_COPIES_MADE_AGAIN;
         Self {
@@ -229,7 +227,7 @@ mod tests {
         let config = crate::config::parse("pipeline.toml", text, &|_| None);
         let config = config.expect("the pipeline of the root");
         let limits = config.stages.iter().map(|stage| stage.limits);
-        let large = limits.map(|limits| limits.output_bytes_max).max().expect("a stage");
+        let large = limits.map(|limits| limits.answer_bytes_max()).max().expect("a stage");
         let again = bound.with_payloads_made_again(&config);
         // The payload in its batch, the record, and the answer that it is made of.
         let least = bound.host_bytes + BATCH_COPIES * large + RECORD_BYTES_MAX + large;

@@ -74,6 +74,21 @@ impl StageLimits {
         self.configure_ms_max.unwrap_or(CONFIGURE_MS_MAX)
     }
 
+    /// Bytes that the outcome of a call may hold, and that of all calls of a search together. Outputs cost the
+    /// host more than their bytes, so that an answer may be larger here than it was in the plugin's memory: it
+    /// may not be more than that memory could be.
+    pub fn answer_bytes_max(&self) -> usize {
+        self.output_bytes_max.min(self.memory_bytes_max)
+    }
+
+    /// The key that sets it.
+    pub fn answer_bound(&self) -> &'static str {
+        match self.output_bytes_max <= self.memory_bytes_max {
+            true => "limits.output",
+            false => "limits.memory",
+        }
+    }
+
     /// The wall time of a call of the host that the plugin makes within a call of `call_ms`, in milliseconds.
     /// Without a limit of its own, at least as much as one record has alone: the plugin may reject a record
     /// for a call of the host that failed, in a hasty piece of a search too.

@@ -215,6 +215,15 @@ struct ActiveSegment {
     generation: Arc<Generation>,
 }
 
+/// What running a batch through the stages gave.
+#[derive(Debug)]
+pub enum Ran {
+    /// What it became.
+    All(ChainOutcome),
+    /// Nothing yet: together it would hold too much. So many of its first records have room.
+    First(usize),
+}
+
 /// One shard, taken over.
 pub struct Lane<'a> {
     shared: &'a Shared,
@@ -398,12 +407,12 @@ impl Lane<'_> {
         })
     }
 
-    /// Runs a batch through the stages.
+    /// Runs a batch through the stages, or tells how many of its first records are to be run by themselves.
     ///
     /// # Errors
     /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::State`] when the dead letters are
     /// gone; [`LaneError::Stopped`]: the batch has no outcome.
-    pub async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<ChainOutcome, LaneError> {
+    pub async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<Ran, LaneError> {
         let settled = Arc::new(self.settled_of(batch).await?);
         // Since when the plugin asks for another try of this batch.
         let mut retried_since = None;
@@ -433,7 +442,7 @@ impl Lane<'_> {
                             self.shared.board.unblock(&self.shard.shard, STAGES);
                             self.shared.board.unblock(&self.shard.shard, RETRIES);
                             self.shared.board.unblock(&self.shard.shard, STARVED);
-                            return Ok(outcome);
+                            return Ok(Ran::All(outcome));
                         }
                         Err(Blocked::Stopped(letters)) => {
                             self.keep_found(batch, letters).await;
@@ -450,6 +459,7 @@ impl Lane<'_> {
                         Err(Blocked::Retry(cause)) => (STAGES, cause, Some(stage_pause)),
                         Err(Blocked::Starved(cause)) => (STARVED, cause, Some(stage_pause)),
                         Err(Blocked::Broken(cause)) => (STAGES, cause, None),
+                        Err(Blocked::TooMuch(records)) => return Ok(Ran::First(records)),
                     }
                 }
                 // The host's own fault, in this lane. Its instances are gone: others are started.

@@ -32,7 +32,7 @@ impl Record {
 }
 
 /// Consecutive records of one shard, in order, with the span that they cover.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Batch {
     /// The shard that they come from.
     pub shard: ShardKey,
@@ -127,6 +127,15 @@ impl Batch {
         match &self.entry {
             Entry::Redrive(redrive) => redrive.delivered_to.contains(sink),
             Entry::Source => false,
+        }
+    }
+
+    /// Parts it after so many records.
+    pub fn cut_at(self, records: usize) -> (Self, Option<Self>) {
+        let last = records.checked_sub(1).and_then(|last| self.records.get(last));
+        match last.map(|record| record.position.clone()) {
+            Some(last) => self.cut_after(&last),
+            None => (self, None),
         }
     }
 

@@ -202,6 +202,10 @@ impl Remaker {
                 Err(Blocked::Stopped(_)) => {
                     return Err(format!("revision {revision} was stopped"));
                 }
+                // One record is never parted.
+                Err(Blocked::TooMuch(_)) => {
+                    return Err(format!("revision {revision} makes too much of it"));
+                }
             }
         }
     }

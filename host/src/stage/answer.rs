@@ -13,6 +13,8 @@ const OUTPUT_OVERHEAD_BYTES: usize = 256;
 const REASONS_BYTES_MAX: usize = 8 << 20;
 /// The bytes that are kept of each reason after them.
 const REASON_BYTES_AFTER: usize = 128;
+/// What a reject costs the host beside its reason: it becomes a dead letter.
+const REJECT_OVERHEAD_BYTES: usize = 512;
 /// The words of an output, and of a reject.
 const OUTPUT_WORDS: usize = 6;
 const REJECT_WORDS: usize = 3;
@@ -77,6 +79,14 @@ pub struct StageOutcome {
     pub rejected: Vec<Rejected>,
     /// The bytes of the reasons in it.
     reason_bytes: usize,
+    /// The bytes of the answers' arenas.
+    arena_bytes: usize,
+}
+
+/// What an outcome may hold, in bytes. What came in may always pass once.
+pub(super) fn held_bytes_max(flow: &[Item], limits: &StageLimits) -> usize {
+    let entered: usize = flow.iter().map(|item| item.key.len() + item.payload.len()).sum();
+    limits.answer_bytes_max().max(entered + flow.len() * OUTPUT_OVERHEAD_BYTES)
 }
 
 impl StageOutcome {
@@ -90,8 +100,16 @@ impl StageOutcome {
         self.answers.iter().map(|answer| answer.outputs.len() / OUTPUT_WORDS).sum()
     }
 
+    /// What it holds as long as it is in hand, in bytes.
+    pub(super) fn held_bytes(&self) -> usize {
+        let outputs = self.output_count() * OUTPUT_OVERHEAD_BYTES;
+        let rejected = self.rejected.len() * REJECT_OVERHEAD_BYTES + self.reason_bytes;
+        self.arena_bytes + outputs + rejected
+    }
+
     /// Adds what another call made of later items.
     pub(super) fn add(&mut self, made: Self) {
+        self.arena_bytes += made.arena_bytes;
         self.answers.extend(made.answers);
         for mut rejected in made.rejected {
             if self.reason_bytes >= REASONS_BYTES_MAX && rejected.reason.len() > REASON_BYTES_AFTER
@@ -122,10 +140,8 @@ pub(super) fn prove(
     let mut last = 0;
     // Spans may share bytes, so that what goes on can be far more than what was handed back.
     let mut output_bytes = 0;
-    // What came in may always pass once.
-    let entered_bytes: usize = flow.iter().map(|item| item.key.len() + item.payload.len()).sum();
-    let entered_bytes = entered_bytes + items * OUTPUT_OVERHEAD_BYTES;
-    let output_bytes_max = limits.output_bytes_max.max(entered_bytes);
+    let mut is_arena_used = false;
+    let output_bytes_max = held_bytes_max(flow, limits);
     let words = whole(&outputs, "outputs")?;
     if words.len() > items.saturating_mul(limits.outputs_per_record_max) {
         return Err(CallError::output(format!(
@@ -157,6 +173,7 @@ pub(super) fn prove(
         let key = output.key.map(|key| slice(&arena, key, "the key of output", index));
         let payload = output.payload.map(|payload| slice(&arena, payload, "output", index));
         let (key, payload) = (key.transpose()?, payload.transpose()?);
+        is_arena_used |= key.is_some() || payload.is_some();
         output_bytes += key.unwrap_or(&item.key).len() + payload.unwrap_or(&item.payload).len();
         // Millions of empty outputs are not free.
         output_bytes += OUTPUT_OVERHEAD_BYTES;
@@ -164,7 +181,8 @@ pub(super) fn prove(
         if output_bytes > output_bytes_max {
             return Err(CallError::output(format!(
                 "outputs of more than {output_bytes_max} bytes in all, keys and \
-                 {OUTPUT_OVERHEAD_BYTES} bytes for each included (limits.output)"
+                 {OUTPUT_OVERHEAD_BYTES} bytes for each included ({})",
+                limits.answer_bound()
             )));
         }
         if let Some(key) = key {
@@ -202,8 +220,14 @@ pub(super) fn prove(
         let (item, backtrace) = (input + first_item, String::new());
         rejected.push(Rejected { item, reason, backtrace, trapped: false });
     }
-    let answer = Answer { arena: arena.into(), outputs, first_item };
-    Ok(StageOutcome { answers: vec![answer], rejected, reason_bytes })
+    // Reasons are copies: of an arena that no output lies in, nothing is needed.
+    let arena = if is_arena_used { Bytes::from(arena) } else { Bytes::new() };
+    let arena_bytes = arena.len();
+    let answers = match outputs.is_empty() {
+        true => Vec::new(),
+        false => vec![Answer { arena, outputs, first_item }],
+    };
+    Ok(StageOutcome { answers, rejected, reason_bytes, arena_bytes })
 }
 
 /// The words, cut into records of `N`.

@@ -69,6 +69,9 @@ pub enum Blocked {
     Starved(String),
     /// A person must act: the plugin or the limits.
     Broken(String),
+    /// What the batch becomes holds more than a lane may have in hand. So many of its first records have room,
+    /// at least one and not all: they are to be run by themselves, and the others after them.
+    TooMuch(usize),
 }
 
 /// One lane's stages.
@@ -581,5 +584,6 @@ fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
         // What `configure` failed for may be over later, such as the time of day.
         RunError::NoInstance(error) => Blocked::Retry(format!("{plugin} does not start: {error}")),
         RunError::Starved(reason) => Blocked::Starved(format!("{plugin}: {reason}")),
+        RunError::TooMuch(record) => Blocked::TooMuch(record as usize),
     }
 }

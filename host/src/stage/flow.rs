@@ -44,6 +44,11 @@ pub fn entering_flow(batch: &Batch, upstream_route: u32) -> Flow {
         .collect()
 }
 
+/// The items of the records before one.
+pub fn before(items: &[Item], record: u32) -> &[Item] {
+    &items[..items.partition_point(|item| item.record < record)]
+}
+
 /// Packs items into `wire`, whose buffers are reused: keys, sequence numbers and payloads end to
 /// end in one arena.
 pub fn pack(batch: &Batch, items: &[Item], wire: &mut WireBatch) {

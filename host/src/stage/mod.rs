@@ -26,7 +26,7 @@ pub use answer::{Rejected, StageOutcome};
 pub use chain::{Blocked, Chain, ChainOutcome, Entered, Routed, Searching};
 pub use columns::needed as needed_columns;
 pub use endless::Endless;
-pub use flow::{Flow, Item, first_flow};
+pub use flow::{Flow, Item, before, first_flow};
 pub use generation::{Canary, Components, Generation, LoadedStage, Target, source_route};
 pub use health::{Health, HealthCounts};
 pub use rejections::RejectionWindow;

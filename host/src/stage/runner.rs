@@ -79,6 +79,9 @@ pub enum RunError {
     NoInstance(CallError),
     /// The machine did not give a call the time to end: nobody is to blame, and the flow is to be run again.
     Starved(String),
+    /// The outcomes of a search hold more together than one may. Those of the records before this one, of which
+    /// there are some, have room: they are to be run first, and the others after them.
+    TooMuch(u32),
 }
 
 /// A call that did not work.
@@ -146,6 +149,24 @@ impl StageRunner {
             Err(RunError::NoInstance(error)) => Err(error.message),
             Err(RunError::Starved(reason)) => Err(reason),
             Err(error) => Err(format!("{error:?}")),
+        }
+    }
+
+    /// Runs the first items whose outcomes have room together: mostly that is all of them. Gives them too.
+    ///
+    /// # Errors
+    /// [`RunError`]; nothing of the flow has an outcome then.
+    pub fn run_first<'i>(
+        &mut self,
+        batch: &Batch,
+        items: &'i [Item],
+    ) -> Result<(&'i [Item], StageOutcome), RunError> {
+        let mut first = items;
+        loop {
+            match self.run(batch, first) {
+                Err(RunError::TooMuch(record)) => first = flow::before(first, record),
+                ran => return ran.map(|outcome| (first, outcome)),
+            }
         }
     }
 
@@ -233,6 +254,7 @@ impl StageRunner {
         let mut culprits = 0;
         let mut failed_in_a_row = 0;
         let mut kept = StageOutcome::default();
+        let held_bytes_max = answer::held_bytes_max(items, &self.stage.limits);
         // Items before `settled` have their outcome; `suspect_end` bounds a range known to fail.
         let mut settled = 0;
         let mut suspect_end = first.as_ref().map_or(0, |first| culprit_end(first, items.len()));
@@ -259,7 +281,27 @@ impl StageRunner {
             let is_alone = end == settled + 1;
             let limit_ms = haste.limit_ms(end - settled, self.usual_ns, &self.stage.limits);
             self.instance = None;
-            match self.call(batch, &items[settled..end], settled, limit_ms)? {
+            let answer = self.call(batch, &items[settled..end], settled, limit_ms)?;
+            // Each call has room for itself. Without this, a search would hold as many answers as it has calls.
+            let has_room = |outcome: &StageOutcome| {
+                settled == 0 || kept.held_bytes() + outcome.held_bytes() <= held_bytes_max
+            };
+            let answer = match answer {
+                Ok(outcome) if !has_room(&outcome) => {
+                    let record = items[settled].record;
+                    if record > items[0].record {
+                        return Err(RunError::TooMuch(record));
+                    }
+                    // Items of one record: they cannot be parted.
+                    Err(CallFailure::Dead(CallError::output(format!(
+                        "what the items of one record become at this stage holds more than \
+                         {held_bytes_max} bytes ({})",
+                        self.stage.limits.answer_bound()
+                    ))))
+                }
+                answer => answer,
+            };
+            match answer {
                 Ok(outcome) => {
                     if is_alone && suspect_end == end {
                         haste.was_wrong();

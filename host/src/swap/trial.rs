@@ -8,7 +8,9 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{RejectedMax, StageLimits, Timing};
-use crate::stage::{HealthCounts, Item, LoadedStage, RunError, Sample, Samples, StageRunner};
+use crate::stage::{
+    HealthCounts, Item, LoadedStage, RunError, Sample, Samples, StageRunner, before,
+};
 use crate::terminal::escaped;
 use crate::workbench::compare::Difference;
 use crate::workbench::{Fate, fates};
@@ -136,7 +138,15 @@ struct Side {
 const CANDIDATE_TRIES_MAX: u32 = 3;
 
 /// What became of a sample's items, and how long it took.
-type Answer = Result<(Vec<Fate>, Duration), String>;
+type Answer = Result<(Vec<Fate>, Duration), NoAnswer>;
+
+/// Why nothing became of a sample's items.
+enum NoAnswer {
+    /// The version failed, or was stopped.
+    Failed(String),
+    /// What they become holds too much together: those of the records before this one have room.
+    TooMuch(u32),
+}
 
 /// A plugin's reason in one line: it is shown among the host's own words.
 fn one_line(reason: String) -> String {
@@ -165,8 +175,12 @@ impl Side {
                 // A version's first call pays for code and memory that later ones find at hand, which would
                 // count against whoever goes first: an instance that is let go pays.
                 let unseen = LoadedStage { health: Arc::default(), ..self.stage.clone() };
-                let _ = start(unseen, sample, &self.stop)?.run(&sample.batch, &sample.flow);
-                none.insert(start(self.stage.clone(), sample, &self.stop)?)
+                let _ = start(unseen, sample, &self.stop)
+                    .map_err(NoAnswer::Failed)?
+                    .run(&sample.batch, &sample.flow);
+                none.insert(
+                    start(self.stage.clone(), sample, &self.stop).map_err(NoAnswer::Failed)?,
+                )
             }
         };
         let mut tries = 1;
@@ -187,9 +201,10 @@ impl Side {
                 | RunError::TooManyFailed(reason)
                 | RunError::Starved(reason)
                 | RunError::Later(reason, _),
-            ) => Err(one_line(self.stage.services.values.hide(reason))),
-            Err(RunError::NoInstance(error)) => Err(error.to_string()),
-            Err(RunError::Stopped(_)) => Err("it was stopped".into()),
+            ) => Err(NoAnswer::Failed(one_line(self.stage.services.values.hide(reason)))),
+            Err(RunError::NoInstance(error)) => Err(NoAnswer::Failed(error.to_string())),
+            Err(RunError::Stopped(_)) => Err(NoAnswer::Failed("it was stopped".into())),
+            Err(RunError::TooMuch(record)) => Err(NoAnswer::TooMuch(record)),
         }
     }
 }
@@ -245,8 +260,11 @@ impl Incumbent {
     }
 
     /// What becomes of a sample's items; `None`: it gives no answer for them.
-    fn run(&mut self, sample: &Sample) -> Option<(Vec<Fate>, Duration)> {
-        let (samples, answers) = self.line.as_ref()?;
+    ///
+    /// # Errors
+    /// The record before which the items have room together.
+    fn run(&mut self, sample: &Sample) -> Result<Option<(Vec<Fate>, Duration)>, u32> {
+        let Some((samples, answers)) = self.line.as_ref() else { return Ok(None) };
         let begun = Instant::now();
         let answer = match samples.send(sample.clone()) {
             Ok(()) => answers.recv_timeout(self.left),
@@ -254,11 +272,12 @@ impl Incumbent {
         };
         self.left = self.left.saturating_sub(begun.elapsed());
         match answer {
-            Ok(Ok(answer)) => Some(answer),
-            Ok(Err(cause)) => {
+            Ok(Ok(answer)) => Ok(Some(answer)),
+            Ok(Err(NoAnswer::TooMuch(record))) => Err(record),
+            Ok(Err(NoAnswer::Failed(cause))) => {
                 self.is_unsound = true;
                 self.failed.get_or_insert(cause);
-                None
+                Ok(None)
             }
             Err(error) => {
                 self.is_unsound |= self.calls_died() > 0;
@@ -272,7 +291,7 @@ impl Incumbent {
                 // The thread ends when its call does.
                 self.stop.cancel();
                 self.line = None;
-                None
+                Ok(None)
             }
         }
     }
@@ -331,38 +350,59 @@ impl Trial {
         self.report.broken_off.is_some()
     }
 
+    /// Compares what becomes of a sample, as many of its items at a time as have room.
     fn compare(&mut self, sample: &Sample) -> Result<(), String> {
+        let mut waiting = vec![sample.clone()];
+        while let Some(part) = waiting.pop() {
+            match self.compare_at_once(&part) {
+                Ok(()) => {}
+                Err(NoAnswer::Failed(cause)) => return Err(cause),
+                Err(NoAnswer::TooMuch(record)) => {
+                    let first = before(&part.flow, record).to_vec();
+                    let rest = part.flow[first.len()..].to_vec();
+                    let of = |flow| Sample { flow: Arc::new(flow), ..part.clone() };
+                    waiting.extend([of(rest), of(first)]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn compare_at_once(&mut self, sample: &Sample) -> Result<(), NoAnswer> {
         if self.stop.is_cancelled() {
-            return Err(STOPS.into());
+            return Err(NoAnswer::Failed(STOPS.into()));
         }
         let died_before = (self.incumbent.calls_died(), self.candidate.calls_died());
-        let incumbent = self.incumbent.run(sample);
+        let incumbent = self.incumbent.run(sample).map_err(NoAnswer::TooMuch)?;
         let begun = Instant::now();
         let candidate = self.candidate.run(sample);
         let took = begun.elapsed();
         if self.stop.is_cancelled() {
-            return Err(STOPS.into());
+            return Err(NoAnswer::Failed(STOPS.into()));
         }
         self.candidate_left = match self.candidate_left.checked_sub(took) {
             Some(left) => left,
             None => {
-                return Err(format!(
+                return Err(NoAnswer::Failed(format!(
                     "it took longer than {} with the records (timing.trial)",
                     humantime::format_duration(self.candidate_max)
-                ));
+                )));
             }
         };
         let died = self.candidate.calls_died() - died_before.1;
         let Some((expected, incumbent_took)) = incumbent else {
-            self.report.candidate_only += sample.flow.len() as u64;
-            self.failed_only.calls_died += died;
             match candidate {
                 Ok((found, _)) => {
                     let trapped = found.iter().filter(|fate| fate.trapped).count();
                     self.failed_only.trapped += trapped as u64;
                 }
-                Err(cause) => _ = self.failed_only.reason.get_or_insert(cause),
+                Err(NoAnswer::Failed(cause)) => {
+                    self.failed_only.reason.get_or_insert(cause);
+                }
+                Err(no_room @ NoAnswer::TooMuch(_)) => return Err(no_room),
             }
+            self.report.candidate_only += sample.flow.len() as u64;
+            self.failed_only.calls_died += died;
             return Ok(());
         };
         let (found, candidate_took) = candidate?;

@@ -158,16 +158,22 @@ impl Trial {
     /// [`TrialError`] when nothing of the batch has an outcome.
     pub fn run(&mut self, records: &[TrialRecord]) -> Result<Vec<Fate>, TrialError> {
         let Some(batch) = batch(records) else { return Ok(Vec::new()) };
-        let outcome =
-            self.runner.run(&batch, &first_flow(&batch)).map_err(|error| match error {
-                RunError::AllFailed(reason)
-                | RunError::TooManyFailed(reason)
-                | RunError::Starved(reason)
-                | RunError::Later(reason, _) => TrialError::Batch(reason),
-                RunError::NoInstance(error) => TrialError::Configure(error),
-                RunError::Stopped(_) => TrialError::Batch("it was stopped".into()),
-            })?;
-        Ok(fates(self.runner.stage(), records.len(), outcome))
+        let flow = first_flow(&batch);
+        let mut fates_of_all = Vec::with_capacity(flow.len());
+        while let rest @ [_, ..] = &flow[fates_of_all.len()..] {
+            let (first, outcome) =
+                self.runner.run_first(&batch, rest).map_err(|error| match error {
+                    RunError::AllFailed(reason)
+                    | RunError::TooManyFailed(reason)
+                    | RunError::Starved(reason)
+                    | RunError::Later(reason, _) => TrialError::Batch(reason),
+                    RunError::NoInstance(error) => TrialError::Configure(error),
+                    RunError::Stopped(_) => TrialError::Batch("it was stopped".into()),
+                    RunError::TooMuch(_) => TrialError::Batch("it becomes too much".into()),
+                })?;
+            fates_of_all.extend(fates(self.runner.stage(), first.len(), outcome));
+        }
+        Ok(fates_of_all)
     }
 
     /// Runs records as one call: should it fail, no culprit is searched for.

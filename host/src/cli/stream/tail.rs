@@ -22,7 +22,7 @@ use crate::source::connection::StreamConnection;
 use crate::source::inbox::{Inbox, ReadFrom};
 use crate::source::polling::{Polling, PollingReader};
 use crate::source::{BatchReader as _, Beginning, NextBatch, Shard, SourceError, lineage, stream};
-use crate::stage::{Flow, LoadedStage, RunError, StageRunner, first_flow};
+use crate::stage::{Item, LoadedStage, RunError, StageRunner, first_flow};
 use crate::terminal::{escaped, note};
 
 /// What the readers hold together, in bytes.
@@ -255,20 +255,28 @@ impl Printer<'_> {
             return Ok(());
         };
         let runner = decoder.runner(&batch.shard)?;
-        decode(runner, batch, &items, self.console)
+        let mut rest = &items[..];
+        while !rest.is_empty() {
+            match decode(runner, batch, rest, self.console)? {
+                Some(done) => rest = &rest[done..],
+                None => return Ok(()),
+            }
+        }
+        Ok(())
     }
 }
 
-/// Prints what a plugin makes of items, and tells what it does not take.
+/// Prints what a plugin makes of the first items, and tells what it does not take. Gives how many they were;
+/// `None`: it was stopped.
 fn decode(
     runner: &mut StageRunner,
     batch: &Batch,
-    items: &Flow,
+    items: &[Item],
     console: &Console,
-) -> anyhow::Result<()> {
-    let outcome = match runner.run(batch, items) {
-        Ok(outcome) => outcome,
-        Err(RunError::Stopped(_)) => return Ok(()),
+) -> anyhow::Result<Option<usize>> {
+    let (items, outcome) = match runner.run_first(batch, items) {
+        Ok(ran) => ran,
+        Err(RunError::Stopped(_)) => return Ok(None),
         Err(
             RunError::AllFailed(reason)
             | RunError::TooManyFailed(reason)
@@ -285,6 +293,7 @@ fn decode(
         Err(RunError::NoInstance(error)) => {
             bail!("{:?} does not start: {error}", runner.stage().plugin)
         }
+        Err(RunError::TooMuch(_)) => bail!("{:?} makes too much", runner.stage().plugin),
     };
     let record_of = |item: usize| &batch.records[items[item].record as usize];
     for output in outcome.outputs() {
@@ -299,7 +308,7 @@ fn decode(
         let reason = escaped(&rejected.reason, &[]);
         note(format_args!("rejected: {} {position}: {reason}", batch.shard.shard));
     }
-    Ok(())
+    Ok(Some(items.len()))
 }
 
 fn print(

@@ -38,7 +38,7 @@ impl Caller {
             metrics: Metrics::default(),
             log_lines_per_s_max: limits.log_lines_per_s_max,
             // A plugin cannot take an answer that does not fit into its memory.
-            answer_bytes_max: limits.output_bytes_max.min(limits.memory_bytes_max),
+            answer_bytes_max: limits.answer_bytes_max(),
         }
     }
 

@@ -10,8 +10,8 @@ use super::{key_of, metric, one_key, put_on, start};
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
-use crate::support::{admin, free_port, run_ok, wait_for};
-use crate::walls::memory::{LIMITS, MIB, assert_below, bound};
+use crate::support::{admin, free_port, run_ok, shardmill, wait_for};
+use crate::walls::memory::{LIMITS, MIB, assert_below, assert_peak_below, bound, output_and_peak};
 
 /// A sink that nobody answers, so that what it is given stays; with `[admin]` at this port.
 fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
@@ -211,6 +211,67 @@ fn wall_04_letters_of_many_items_hold_what_they_are_bounded_by() {
         metric(port, "shardmill_dead_letters_total") as usize == RECORDS * ITEMS
     });
     assert_below(&run, bound(8, 8, 2, 2));
+}
+
+/// Records that pass alone and are too much together: a search must not hold what all of them become.
+#[test]
+fn wall_02_a_search_holds_no_more_than_one_answer_may() {
+    const RECORDS: usize = 240;
+    for (misdeed, lines) in [
+        ("a row of a mebibyte each", "share_payload_on = \"a\", many = 1"),
+        ("an answer of 2 MB each", "flood_on = \"a\", flood_bytes = 2000000"),
+        ("10,000 rows each", "many_on = \"a\", many = 10000"),
+        ("a reason of a mebibyte each", "long_reason_on = \"a\""),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let input = folder.path().join("in");
+        std::fs::write(&input, "a\n".repeat(RECORDS)).expect("written");
+        let file = PipelineToml::new(folder.path(), "parts").pipeline(
+            "buffer = \"8 MiB\"\nrejected_in_a_row = 1000000\nrejected_of_last_1000 = 1000",
+        );
+        let file = file.file(&input, "format = \"text/plain\"");
+        let config = format!("config = {{ {lines} }}\n{LIMITS}\nroutes = {{ out = [\"out\"] }}");
+        let file = file.stage("stage", "hostile", &config);
+        let path = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"").write();
+        let mut command = shardmill(&["run", &path, "--until-caught-up"]);
+        let (output, peak) = output_and_peak(&mut command);
+        assert!(output.status.success(), "{misdeed}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_peak_below(peak, bound(8, 8, 1, 1), misdeed);
+    }
+}
+
+/// What has room only in parts is there once, in its order.
+#[test]
+fn wall_02_what_is_run_in_parts_is_there_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (input, logs) = (folder.path().join("in"), folder.path().join("logs"));
+    let lines: Vec<String> = (0..60)
+        .map(|number| match number % 3 {
+            0 => format!("large {number}"),
+            1 => format!("bad {number}"),
+            _ => format!("plain {number}"),
+        })
+        .collect();
+    std::fs::write(&input, lines.join("\n")).expect("written");
+    let file = PipelineToml::new(folder.path(), "parts")
+        .pipeline("rejected_in_a_row = 1000000\nrejected_of_last_1000 = 1000");
+    let file = file.file(&input, "format = \"text/plain\"");
+    let config = "config = { share_payload_on = \"large\", many = 1, trap_on = \"bad\" }\n\
+                  limits = { output = \"4 MiB\" }\nroutes = { out = [\"logs\"] }";
+    let file = file.stage("stage", "hostile", config);
+    let path = file
+        .table(&format!(
+            "[[sink]]\nname = \"logs\"\ntype = \"objects\"\nurl = \"{}\"\ncompression = \"none\"\n\
+             format = \"raw\"",
+            logs.display()
+        ))
+        .write();
+    let said = run_ok(&["run", &path, "--until-caught-up", "--json"]);
+    assert!(said.contains("\"dead_letters\":20"), "{said}");
+    let written: u64 = sizes_below(&logs).into_iter().sum();
+    let plain: usize = lines.iter().filter(|line| line.starts_with("plain")).map(String::len).sum();
+    // A line end for each row.
+    assert_eq!(written, 20 * (MIB + 1) + (plain + 20) as u64, "{said}");
 }
 
 /// With the defaults, an object is as large as `commit.bytes` says: what rows cost beside their payload does
