@@ -16,6 +16,7 @@ use std::os::unix::fs::{
 use std::path::{Component, Path, PathBuf};
 
 pub use self::judge::Reach;
+pub(crate) use self::judge::Trusted;
 use self::judge::{BEYOND_OWNER, FileSystem, Judge, Me, Own, Step, StepKind};
 
 /// Mode of folders that are made.
@@ -446,13 +447,39 @@ pub(crate) fn is_wide(file: &File) -> io::Result<bool> {
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn reach_of(path: &Path) -> io::Result<Option<Reach>> {
+pub(crate) fn reach_of(path: &Path, trusted: Trusted) -> io::Result<Option<Reach>> {
     let about = fs::metadata(path)?;
-    // Groups that this process is in beside its own are shared by several users.
-    let me = Me { gids: [effective_gid()].into(), ..Me::now() };
     // In a sticky folder, everybody may put a file that was not there.
     let step = Step { mode: about.mode() & 0o777, ..step(path, &about, StepKind::Folder) };
-    Ok(Judge { me, loose: None }.reach(&step))
+    Ok(judge_of_programs(trusted).reach(&step))
+}
+
+/// A path without links, and how another user can exchange what lies there.
+pub(crate) struct Way {
+    pub real: PathBuf,
+    pub reach: Option<Reach>,
+}
+
+/// Follows a path from `/` to what it leads to, and judges each folder and each link on the way, and the
+/// file or folder itself.
+///
+/// # Errors
+/// The system's, also where nothing is there.
+pub(crate) fn way_to(path: &Path, trusted: Trusted) -> io::Result<Way> {
+    let looked_at = |error| match error {
+        PrivateError::Unusable { cause, .. } => cause,
+        reached @ PrivateError::Reached { .. } => io::Error::other(reached.to_string()),
+    };
+    let (steps, is_there) = steps(&std::path::absolute(path)?).map_err(looked_at)?;
+    let last = steps.last().filter(|_| is_there).ok_or(ErrorKind::NotFound)?;
+    let reach = judge_of_programs(trusted).reach_above(&steps);
+    Ok(Way { real: last.path.clone(), reach })
+}
+
+/// The judge of what this process runs, or what its tools follow. Groups that this process is in beside its
+/// own are shared by several users.
+fn judge_of_programs(trusted: Trusted) -> Judge {
+    Judge { me: Me { gids: [effective_gid()].into(), trusted, ..Me::now() }, loose: None }
 }
 
 /// The user of this process.
@@ -473,7 +500,8 @@ impl Me {
         let count = unsafe { libc::getgroups(gids.len() as libc::c_int, gids.as_mut_ptr()) };
         gids.truncate(usize::try_from(count).unwrap_or(0));
         gids.push(effective_gid());
-        Self { uid: uid(), gids: gids.into_iter().collect(), unmapped: unmapped() }
+        let trusted = Trusted::Nobody;
+        Self { uid: uid(), gids: gids.into_iter().collect(), unmapped: unmapped(), trusted }
     }
 }
 
