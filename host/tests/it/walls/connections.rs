@@ -419,6 +419,8 @@ fn wall_05_without_a_token_the_host_is_known() {
             ("Host: Mill.example\r\n", "200"),
             ("Host: evil.example\r\n", "403"),
             ("Host: 127.0.0.1.evil.example\r\n", "403"),
+            ("Host: [::1].evil.example\r\n", "403"),
+            ("Host: localhost:abc\r\n", "403"),
             ("Host: localhost\r\nHost: evil.example\r\n", "403"),
             ("Host: localhost\r\nOrigin: https://evil.example\r\n", "403"),
         ] {
