@@ -98,7 +98,7 @@ async fn accept(
         };
         match accepted {
             Ok((stream, peer)) => {
-                if let Some(pass) = gate.admit(peer.ip(), Instant::now()) {
+                if let Some(pass) = gate.admit(peer.ip()).await {
                     pass.room().await;
                     let served = Connection {
                         stream,
