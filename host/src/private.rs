@@ -320,15 +320,29 @@ fn not_a_lock() -> io::Error {
 /// # Errors
 /// The system's, or that it is not a lock's file.
 pub fn sign_lock(mut file: &File) -> io::Result<()> {
-    let mut text = String::new();
-    file.rewind()?;
-    let read = file.take(LOCK_BYTES_MAX + 1).read_to_string(&mut text);
-    if read.is_err() || !text.trim().bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(not_a_lock());
-    }
+    check_lock_text(file)?;
     file.set_len(0)?;
     file.rewind()?;
     writeln!(file, "{}", std::process::id())
+}
+
+/// Checks that a file can be opened as a lock and signed. It is neither made nor changed nor locked.
+///
+/// # Errors
+/// The system's, also where it is missing, or that it is not a lock's file.
+pub fn check_lock(path: &Path) -> io::Result<()> {
+    check_lock_text(&open_itself(path, OpenOptions::new().read(true).write(true))?)
+}
+
+fn check_lock_text(mut file: &File) -> io::Result<()> {
+    let mut text = String::new();
+    file.rewind()?;
+    let read = file.take(LOCK_BYTES_MAX + 1).read_to_string(&mut text);
+    let is_number = text.trim().bytes().all(|byte| byte.is_ascii_digit());
+    match read.is_ok() && is_number && text.len() as u64 <= LOCK_BYTES_MAX {
+        true => Ok(()),
+        false => Err(not_a_lock()),
+    }
 }
 
 /// Opens a file for what is taken out of a state (dead letters): made for this user alone; one that is there
@@ -639,16 +653,19 @@ mod tests {
         fs::hard_link(&target, &hard).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         for path in [&link, &hard, &pipe] {
+            assert!(check_lock(path).is_err(), "{}", path.display());
             let signed = open_lock(path).and_then(|file| sign_lock(&file));
             assert!(signed.is_err(), "{}", path.display());
         }
         assert_eq!(fs::read_to_string(&target).unwrap(), "precious\n");
 
         let lock = folder.path().join("lock");
+        assert_eq!(check_lock(&lock).unwrap_err().kind(), ErrorKind::NotFound);
         for _ in 0..2 {
             sign_lock(&open_lock(&lock).unwrap()).unwrap();
             assert_eq!(fs::read_to_string(&lock).unwrap(), format!("{}\n", std::process::id()));
             assert_eq!(fs::metadata(&lock).unwrap().mode() & 0o777, 0o600);
+            check_lock(&lock).unwrap();
         }
     }
 
