@@ -21,6 +21,7 @@ pub mod plugin;
 pub mod position;
 pub mod postgres;
 pub mod private;
+mod rarely;
 pub mod record;
 mod serve;
 pub mod sink;

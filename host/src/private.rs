@@ -16,6 +16,7 @@ use std::os::unix::fs::{
 use std::path::{Component, Path, PathBuf};
 
 pub use self::judge::Reach;
+pub(crate) use self::judge::Trusted;
 use self::judge::{BEYOND_OWNER, FileSystem, Judge, Me, Own, Step, StepKind};
 
 /// Mode of folders that are made.
@@ -319,15 +320,29 @@ fn not_a_lock() -> io::Error {
 /// # Errors
 /// The system's, or that it is not a lock's file.
 pub fn sign_lock(mut file: &File) -> io::Result<()> {
-    let mut text = String::new();
-    file.rewind()?;
-    let read = file.take(LOCK_BYTES_MAX + 1).read_to_string(&mut text);
-    if read.is_err() || !text.trim().bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(not_a_lock());
-    }
+    check_lock_text(file)?;
     file.set_len(0)?;
     file.rewind()?;
     writeln!(file, "{}", std::process::id())
+}
+
+/// Checks that a file can be opened as a lock and signed. It is neither made nor changed nor locked.
+///
+/// # Errors
+/// The system's, also where it is missing, or that it is not a lock's file.
+pub fn check_lock(path: &Path) -> io::Result<()> {
+    check_lock_text(&open_itself(path, OpenOptions::new().read(true).write(true))?)
+}
+
+fn check_lock_text(mut file: &File) -> io::Result<()> {
+    let mut text = String::new();
+    file.rewind()?;
+    let read = file.take(LOCK_BYTES_MAX + 1).read_to_string(&mut text);
+    let is_number = text.trim().bytes().all(|byte| byte.is_ascii_digit());
+    match read.is_ok() && is_number && text.len() as u64 <= LOCK_BYTES_MAX {
+        true => Ok(()),
+        false => Err(not_a_lock()),
+    }
 }
 
 /// Opens a file for what is taken out of a state (dead letters): made for this user alone; one that is there
@@ -446,13 +461,39 @@ pub(crate) fn is_wide(file: &File) -> io::Result<bool> {
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn reach_of(path: &Path) -> io::Result<Option<Reach>> {
+pub(crate) fn reach_of(path: &Path, trusted: Trusted) -> io::Result<Option<Reach>> {
     let about = fs::metadata(path)?;
-    // Groups that this process is in beside its own are shared by several users.
-    let me = Me { gids: [effective_gid()].into(), ..Me::now() };
     // In a sticky folder, everybody may put a file that was not there.
     let step = Step { mode: about.mode() & 0o777, ..step(path, &about, StepKind::Folder) };
-    Ok(Judge { me, loose: None }.reach(&step))
+    Ok(judge_of_programs(trusted).reach(&step))
+}
+
+/// A path without links, and how another user can exchange what lies there.
+pub(crate) struct Way {
+    pub real: PathBuf,
+    pub reach: Option<Reach>,
+}
+
+/// Follows a path from `/` to what it leads to, and judges each folder and each link on the way, and the
+/// file or folder itself.
+///
+/// # Errors
+/// The system's, also where nothing is there.
+pub(crate) fn way_to(path: &Path, trusted: Trusted) -> io::Result<Way> {
+    let looked_at = |error| match error {
+        PrivateError::Unusable { cause, .. } => cause,
+        reached @ PrivateError::Reached { .. } => io::Error::other(reached.to_string()),
+    };
+    let (steps, is_there) = steps(&std::path::absolute(path)?).map_err(looked_at)?;
+    let last = steps.last().filter(|_| is_there).ok_or(ErrorKind::NotFound)?;
+    let reach = judge_of_programs(trusted).reach_above(&steps);
+    Ok(Way { real: last.path.clone(), reach })
+}
+
+/// The judge of what this process runs, or what its tools follow. Groups that this process is in beside its
+/// own are shared by several users.
+fn judge_of_programs(trusted: Trusted) -> Judge {
+    Judge { me: Me { gids: [effective_gid()].into(), trusted, ..Me::now() }, loose: None }
 }
 
 /// The user of this process.
@@ -473,7 +514,8 @@ impl Me {
         let count = unsafe { libc::getgroups(gids.len() as libc::c_int, gids.as_mut_ptr()) };
         gids.truncate(usize::try_from(count).unwrap_or(0));
         gids.push(effective_gid());
-        Self { uid: uid(), gids: gids.into_iter().collect(), unmapped: unmapped() }
+        let trusted = Trusted::Nobody;
+        Self { uid: uid(), gids: gids.into_iter().collect(), unmapped: unmapped(), trusted }
     }
 }
 
@@ -611,16 +653,19 @@ mod tests {
         fs::hard_link(&target, &hard).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         for path in [&link, &hard, &pipe] {
+            assert!(check_lock(path).is_err(), "{}", path.display());
             let signed = open_lock(path).and_then(|file| sign_lock(&file));
             assert!(signed.is_err(), "{}", path.display());
         }
         assert_eq!(fs::read_to_string(&target).unwrap(), "precious\n");
 
         let lock = folder.path().join("lock");
+        assert_eq!(check_lock(&lock).unwrap_err().kind(), ErrorKind::NotFound);
         for _ in 0..2 {
             sign_lock(&open_lock(&lock).unwrap()).unwrap();
             assert_eq!(fs::read_to_string(&lock).unwrap(), format!("{}\n", std::process::id()));
             assert_eq!(fs::metadata(&lock).unwrap().mode() & 0o777, 0o600);
+            check_lock(&lock).unwrap();
         }
     }
 

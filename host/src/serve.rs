@@ -35,6 +35,7 @@ pub use self::body::{BodyLate, read as read_body};
 use self::gate::{Gate, Pass};
 pub use self::pace::Pace;
 use crate::config::HttpDeadlines;
+use crate::rarely::Rarely;
 
 /// Longest pause between two looks at a connection's deadlines, and the pause after a failure to accept
 /// one.
@@ -89,6 +90,7 @@ async fn accept(
     stop: CancellationToken,
 ) {
     let connections = TaskTracker::new();
+    let mut failures = Rarely::default();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
@@ -96,7 +98,7 @@ async fn accept(
         };
         match accepted {
             Ok((stream, peer)) => {
-                if let Some(pass) = gate.admit(peer.ip(), Instant::now()) {
+                if let Some(pass) = gate.admit(peer.ip()).await {
                     pass.room().await;
                     let served = Connection {
                         stream,
@@ -112,7 +114,10 @@ async fn accept(
             Err(error) if is_of_one_connection(&error) => {}
             // No descriptors are free, say: others may close theirs, and one of ours makes room.
             Err(error) => {
-                tracing::warn!(%error, port = rules.name, "failed to accept a connection; trying again");
+                if let Some(left_out) = failures.line(Instant::now()) {
+                    tracing::warn!(%error, port = rules.name, left_out,
+                        "failed to accept a connection; trying again");
+                }
                 let pause = match gate.make_room(Instant::now()) {
                     true => LOOK_INTERVAL_MIN,
                     false => LOOK_INTERVAL,

@@ -11,6 +11,7 @@ use crate::admin::control::ReloadQuery;
 use crate::budget::{MemoryBound, memory_bytes_available};
 use crate::config::PipelineConfig;
 use crate::lane::{agreement, roster};
+use crate::lease::PipelineLock;
 use crate::position::{Changes, StateStore, StoredLetter};
 use crate::record::SinkName;
 use crate::sink::Sink;
@@ -67,6 +68,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     }
     let mut sink_warnings = Vec::new();
     if !options.offline {
+        PipelineLock::check(&config.state_dir, &config.name)?;
         host.backends.prepare().await?;
         for (sink, routes) in sinks.iter().zip(&routes) {
             let found = sink.check(routes).await?;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::budget::Permit;
+use crate::rarely::Rarely;
 use crate::source::producer::{
     BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
 };
@@ -49,6 +50,7 @@ pub(super) async fn run(
 ) {
     let mut queue = Queue::default();
     let mut failing_since: Option<Instant> = None;
+    let mut lines = Rarely::default();
     while queue.fill(&mut submissions).await {
         let call = queue.cut();
         let begun = Instant::now();
@@ -58,7 +60,9 @@ pub(super) async fn run(
         };
         match &answer {
             Err(Failure::Later(cause) | Failure::Stream(cause)) => {
-                tracing::warn!(%cause, "the intake cannot put");
+                if let Some(left_out) = lines.line(Instant::now()) {
+                    tracing::warn!(%cause, left_out, "the intake cannot put");
+                }
                 failing_since.get_or_insert(begun);
                 failing.send_replace(Some(cause.clone()));
             }

@@ -105,6 +105,20 @@ impl PipelineLock {
         Ok(Self { _file: file, folder })
     }
 
+    /// Checks that a start could use the lock's file, if there is one. It is neither made nor taken.
+    ///
+    /// # Errors
+    /// [`LeaseError::Unusable`].
+    pub fn check(state_dir: &Path, pipeline: &PipelineName) -> Result<(), LeaseError> {
+        let path = state_dir.join(pipeline.as_str()).join("lock");
+        match private::check_lock(&path) {
+            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+                Err(LeaseError::Unusable { path: path.display().to_string(), cause })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether some process runs the pipeline: has the lock of its folder under the state folder.
     ///
     /// # Errors

@@ -25,6 +25,19 @@ pub(super) struct Me {
     pub gids: BTreeSet<u32>,
     /// Owner that the kernel shows for users whom this user namespace does not map, if it leaves some out.
     pub unmapped: Option<u32>,
+    /// Who else may change what lies there.
+    pub trusted: Trusted,
+}
+
+/// Other users whose rights are no reach, beside root's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Trusted {
+    #[default]
+    Nobody,
+    /// The owner of what this process was told to work on.
+    User(u32),
+    /// Whoever owns a place, and its group: this user has named the place.
+    Owners,
 }
 
 /// One file system's way with rights, as a file that was made there shows it.
@@ -134,7 +147,16 @@ impl Judge {
     /// Whether an owner can do no more than this process could anyway.
     pub fn trusts(&self, uid: u32, device: u64) -> bool {
         let shown_as = self.loose.filter(|it| it.device == device).map(|it| it.new_owner);
-        uid == self.me.uid || uid == ROOT || self.me.unmapped == Some(uid) || shown_as == Some(uid)
+        let is_trusted = match self.me.trusted {
+            Trusted::Nobody => false,
+            Trusted::User(trusted) => uid == trusted,
+            Trusted::Owners => true,
+        };
+        is_trusted
+            || uid == self.me.uid
+            || uid == ROOT
+            || self.me.unmapped == Some(uid)
+            || shown_as == Some(uid)
     }
 
     /// Whether nobody else can have written a file of this owner and mode. Root looks after everybody's
@@ -175,7 +197,8 @@ impl Judge {
         if step.mode & OTHERS_WRITE != 0 {
             return Some(Reach::Everybody { path, mode });
         }
-        let is_reached = step.mode & GROUP_WRITES != 0 && !self.is_own_group(step.gid);
+        let is_trusted = self.me.trusted == Trusted::Owners || self.is_own_group(step.gid);
+        let is_reached = step.mode & GROUP_WRITES != 0 && !is_trusted;
         is_reached.then_some(Reach::Group { path, gid: step.gid, mode })
     }
 
@@ -230,7 +253,7 @@ mod tests {
     const VOLUME: u64 = 2;
 
     fn judge() -> Judge {
-        Judge { me: Me { uid: ME, gids: [1000, 2000].into(), unmapped: None }, loose: None }
+        Judge { me: Me { uid: ME, gids: [1000, 2000].into(), ..Me::default() }, loose: None }
     }
 
     fn step(path: &str, kind: StepKind, uid: u32, gid: u32, mode: u32) -> Step {
@@ -303,6 +326,80 @@ mod tests {
         ] {
             let steps: Vec<Step> = [root.clone()].into_iter().chain(steps).collect();
             assert_eq!(judge().reach_above(&steps), found, "{name}");
+        }
+    }
+
+    #[test]
+    fn wall_16_the_way_to_a_tool_is_judged_with_its_links_and_the_folders_above_its_target() {
+        use StepKind::{Link, Mount};
+        let root = || step("/", Mount, 0, 0, 0o755);
+        let ours =
+            || vec![root(), folder("/ours", ME, 0o755), step("/ours/t", Link, ME, ME, 0o777)];
+        let to = |steps: Vec<Step>| [ours(), steps].concat();
+        let open = |path: &str| Some(Reach::Everybody { path: path.into(), mode: 0o777 });
+        let of_another = |path: &str| Some(Reach::Owner { path: path.into(), uid: 1001 });
+        let (srv, q, file) = (
+            || folder("/srv", 0, 0o755),
+            || folder("/srv/q", 0, 0o755),
+            || folder("/srv/q/t.js", 0, 0o755),
+        );
+        for (name, steps, found) in [
+            ("closed", to(vec![srv(), q(), file()]), None),
+            (
+                "a folder above the target's is open",
+                to(vec![folder("/srv", 0, 0o777), q(), file()]),
+                open("/srv"),
+            ),
+            (
+                "the target's folder is open",
+                to(vec![srv(), folder("/srv/q", 0, 0o777), file()]),
+                open("/srv/q"),
+            ),
+            (
+                "the target is open",
+                to(vec![srv(), q(), folder("/srv/q/t.js", 0, 0o777)]),
+                open("/srv/q/t.js"),
+            ),
+            ("the sticky bit", to(vec![folder("/srv", 0, 0o1777), q(), file()]), None),
+            (
+                "another user's folder",
+                to(vec![srv(), folder("/srv/q", 1001, 0o755), file()]),
+                of_another("/srv/q"),
+            ),
+            (
+                "another user's link on the way",
+                to(vec![srv(), step("/srv/q", Link, 1001, 1001, 0o777), folder("/usr", 0, 0o755)]),
+                of_another("/srv/q"),
+            ),
+            (
+                "a second link, in an open folder",
+                to(vec![
+                    folder("/srv", 0, 0o777),
+                    step("/srv/q", Link, 0, 0, 0o777),
+                    folder("/usr", 0, 0o755),
+                ]),
+                open("/srv"),
+            ),
+        ] {
+            assert_eq!(judge().reach_above(&steps), found, "{name}");
+        }
+    }
+
+    #[test]
+    fn wall_16_a_trusted_owner_is_no_reach_but_everybody_is() {
+        let by = |trusted| Judge { me: Me { trusted, ..judge().me }, loose: None };
+        let group = |mode| step("/x", StepKind::Folder, 0, 50, mode);
+        for (trusted, place, is_reached) in [
+            (Trusted::Nobody, folder("/x", 1001, 0o755), true),
+            (Trusted::User(1001), folder("/x", 1001, 0o755), false),
+            (Trusted::User(1001), folder("/x", 1002, 0o755), true),
+            (Trusted::User(1001), folder("/x", 1001, 0o757), true),
+            (Trusted::User(1001), group(0o775), true),
+            (Trusted::Owners, folder("/x", 1002, 0o755), false),
+            (Trusted::Owners, group(0o775), false),
+            (Trusted::Owners, group(0o777), true),
+        ] {
+            assert_eq!(by(trusted).reach(&place).is_some(), is_reached, "{trusted:?} {place:?}");
         }
     }
 

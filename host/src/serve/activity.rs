@@ -22,6 +22,8 @@ pub(super) struct Activity(Arc<Mutex<State>>);
 
 #[derive(Clone, Debug)]
 struct State {
+    /// Whether it was looked at what the peer has sent. Before, a whole request may be there.
+    is_looked_at: bool,
     /// Requests whose answers are not handed to the system in full.
     requests: usize,
     /// Whether a whole request head has come.
@@ -56,6 +58,7 @@ pub(super) struct InHand(Activity);
 impl Activity {
     pub fn new(now: Instant) -> Self {
         Self(Arc::new(Mutex::new(State {
+            is_looked_at: false,
             requests: 0,
             has_asked: false,
             idle_since: now,
@@ -73,9 +76,15 @@ impl Activity {
         InHand(self.clone())
     }
 
+    /// Notes that the peer has sent nothing yet.
+    pub fn nothing_came(&self) {
+        self.lock().is_looked_at = true;
+    }
+
     /// Notes that bytes came.
-    fn came(&self) {
+    pub fn came(&self) {
         let mut state = self.lock();
+        state.is_looked_at = true;
         if state.requests == 0 {
             state.head_since.get_or_insert_with(Instant::now);
         }
@@ -127,6 +136,9 @@ impl State {
     }
 
     fn wait(&self) -> Option<(Wait, Instant)> {
+        if !self.is_looked_at {
+            return None;
+        }
         if let Some(since) = self.unread_since().or(self.body_since) {
             return Some((Wait::Body, since));
         }
@@ -163,12 +175,13 @@ impl Drop for InHand {
 pub(super) struct Watched {
     stream: TcpStream,
     activity: Activity,
+    is_looked_at: bool,
     is_unread: bool,
 }
 
 impl Watched {
     pub fn new(stream: TcpStream, activity: Activity) -> Self {
-        Self { stream, activity, is_unread: false }
+        Self { stream, activity, is_looked_at: false, is_unread: false }
     }
 
     /// Notes the outcome of a write of `bytes`.
@@ -199,7 +212,13 @@ impl AsyncRead for Watched {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        // Each read would take the lock otherwise.
+        if read.is_pending() && !self.is_looked_at {
+            self.is_looked_at = true;
+            self.activity.nothing_came();
+        }
+        ready!(read)?;
         if buffer.filled().len() > before {
             self.activity.came();
         }
@@ -252,6 +271,7 @@ mod tests {
             HttpDeadlines { head_max: 2 * second, body_max: 3 * second, idle_max: 4 * second };
         let begun = Instant::now();
         let idle = State {
+            is_looked_at: true,
             requests: 0,
             has_asked: false,
             idle_since: begun,
@@ -259,6 +279,7 @@ mod tests {
             body_since: None,
             unread: None,
         };
+        let new = State { is_looked_at: false, ..idle.clone() };
         let asked = State { has_asked: true, ..idle.clone() };
         let head = State { head_since: Some(begun), ..idle.clone() };
         let at_work = State { requests: 1, has_asked: true, ..idle.clone() };
@@ -269,6 +290,7 @@ mod tests {
         let dripped = State { unread: Some(pace), ..at_work.clone() };
         // The connection, what it waits for, and the second after which it is closed for that.
         for (state, wait, late_after) in [
+            (&new, None, None),
             (&idle, Some(Wait::FirstByte), Some(4)),
             (&asked, Some(Wait::NextRequest), Some(4)),
             (&head, Some(Wait::Head), Some(2)),

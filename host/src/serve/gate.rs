@@ -19,6 +19,9 @@ const WAIT_MIN: Duration = Duration::from_secs(1);
 /// Time for which a connection that makes room is waited for.
 const ROOM_MAX: Duration = Duration::from_millis(100);
 
+/// Pause before it is looked again whether there is room for a health check.
+const LATER_PAUSE: Duration = Duration::from_millis(1);
+
 type ConnectionId = u64;
 
 /// Whose connections are counted together.
@@ -60,7 +63,16 @@ enum Admission {
     Kept { instead_of: Option<ConnectionId> },
     /// It is kept for a request of `/health` alone.
     ForHealth { instead_of: Option<ConnectionId> },
+    /// All that are kept for health are answered, or were not looked at yet: it waits for one of them.
+    Later,
     /// It is closed.
+    Refused,
+}
+
+/// Answer to a connection that comes.
+enum Entry {
+    Pass(Pass),
+    Later,
     Refused,
 }
 
@@ -119,18 +131,38 @@ impl Gate {
         Self { name: rules.name, bounds, state: Arc::default(), files }
     }
 
-    /// Lets a connection in, or not; one that makes room for it is asked to end.
-    pub fn admit(&self, address: IpAddr, now: Instant) -> Option<Pass> {
+    /// Lets a connection in, or not; one that makes room for it is asked to end. Others wait in the queue of the
+    /// system meanwhile.
+    pub async fn admit(&self, address: IpAddr) -> Option<Pass> {
+        let begun = Instant::now();
+        loop {
+            let now = Instant::now();
+            match self.try_admit(address, now) {
+                Entry::Pass(pass) => return Some(pass),
+                Entry::Later if now.saturating_duration_since(begun) < ROOM_MAX => {
+                    tokio::time::sleep(LATER_PAUSE).await;
+                }
+                Entry::Later => {
+                    self.closed("room");
+                    return None;
+                }
+                Entry::Refused => {
+                    self.closed("peer");
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn try_admit(&self, address: IpAddr, now: Instant) -> Entry {
         let peer = Peer::of(address);
         let mut state = self.lock();
         let admission = admission(&self.bounds, peer, &state.kept, now);
         let (is_for_health, instead_of) = match admission {
             Admission::Kept { instead_of } => (false, instead_of),
             Admission::ForHealth { instead_of } => (true, instead_of),
-            Admission::Refused => {
-                self.closed("peer");
-                return None;
-            }
+            Admission::Later => return Entry::Later,
+            Admission::Refused => return Entry::Refused,
         };
         let room = instead_of.and_then(|id| self.end(&mut state, id));
         let id = state.next_id;
@@ -148,7 +180,7 @@ impl Gate {
         self.files.iter().for_each(PortFiles::opened);
         self.show(&state);
         drop(state);
-        Some(Pass { gate: self.clone(), id, is_for_health, activity, end, gone, room })
+        Entry::Pass(Pass { gate: self.clone(), id, is_for_health, activity, end, gone, room })
     }
 
     /// Ends the connection that has waited longest for its peer; whether one waits.
@@ -222,8 +254,8 @@ impl Drop for Pass {
 
 /// Decides about a connection that comes. While the port is full, the connection that has waited longest for
 /// its peer makes room, or one between two requests; where there is none, the new one may ask for health alone, and of those
-/// the one that has waited longest makes room at once: a health check has sent its request when it is
-/// accepted, an idle connection never sends one.
+/// one that was looked at makes room at once: a health check has sent its request when it is accepted, an idle
+/// connection never sends one.
 fn admission(
     bounds: &Bounds,
     peer: Option<Peer>,
@@ -251,10 +283,21 @@ fn admission(
     if for_health < bounds.health_max {
         return Admission::ForHealth { instead_of: None };
     }
-    match longest_wait(kept, |one| one.is_for_health, Duration::ZERO, now) {
+    match first_for_health(kept) {
         Some(id) => Admission::ForHealth { instead_of: Some(id) },
-        None => Admission::Refused,
+        None => Admission::Later,
     }
+}
+
+/// The connection for health that makes room. One that has sent a part of a head goes first: a health check sends
+/// its head in one piece. One that was not looked at yet stays: it may be a health check, which would be gone
+/// before it is read while a flood of others comes.
+fn first_for_health(kept: &HashMap<ConnectionId, Kept>) -> Option<ConnectionId> {
+    let waits = kept.iter().filter(|(_, one)| one.is_for_health).filter_map(|(id, one)| {
+        let (wait, since): (Wait, Instant) = one.activity.wait()?;
+        Some((wait != Wait::Head, wait, since, *id))
+    });
+    waits.min().map(|(_, _, _, id)| id)
 }
 
 /// The connection that makes room: by what it waits for, then by how long.
@@ -280,10 +323,12 @@ mod tests {
     const BOUNDS: Bounds = Bounds { connections_max: 2, per_peer_max: Some(1), health_max: 1 };
 
     fn kept(peer: &str, is_for_health: bool, since: Instant) -> Kept {
+        let activity = Activity::new(since);
+        activity.nothing_came();
         Kept {
             peer: Peer::of(peer.parse().expect("an address")),
             is_for_health,
-            activity: Activity::new(since),
+            activity,
             end: CancellationToken::new(),
             gone: CancellationToken::new(),
         }
@@ -350,5 +395,40 @@ mod tests {
             Admission::Kept { instead_of: Some(0) }
         );
         assert_eq!(admit("192.0.2.8", vec![kept("192.0.2.7", false, ago(9))]), free);
+    }
+
+    #[test]
+    fn wall_03_a_health_check_is_not_pushed_out_before_it_is_read() {
+        let bounds = Bounds { connections_max: 0, per_peer_max: None, health_max: 3 };
+        let now = Instant::now();
+        let ago = |seconds| now.checked_sub(Duration::from_secs(seconds)).expect("uptime");
+        let unread = || Kept { activity: Activity::new(ago(9)), ..kept("127.0.0.1", true, now) };
+        let nothing = |seconds| kept("127.0.0.1", true, ago(seconds));
+        let part = || {
+            let one = kept("127.0.0.1", true, now);
+            one.activity.came();
+            one
+        };
+        let answered = || {
+            let one = kept("127.0.0.1", true, ago(9));
+            // Its answer is never written.
+            std::mem::forget(one.activity.begin_request());
+            one
+        };
+        for (name, connections, makes_room) in [
+            ("none was looked at", [unread(), unread(), unread()], None),
+            ("two are answered", [answered(), unread(), answered()], None),
+            ("one has sent nothing", [unread(), nothing(1), answered()], Some(1)),
+            ("two have sent nothing", [nothing(1), nothing(2), unread()], Some(1)),
+            ("one has sent half a head", [nothing(9), nothing(8), part()], Some(2)),
+        ] {
+            let kept = connections.into_iter().enumerate();
+            let kept = kept.map(|(id, one)| (id as ConnectionId, one)).collect();
+            let expected = match makes_room {
+                Some(id) => Admission::ForHealth { instead_of: Some(id) },
+                None => Admission::Later,
+            };
+            assert_eq!(admission(&bounds, None, &kept, now), expected, "{name}");
+        }
     }
 }

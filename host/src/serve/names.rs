@@ -4,7 +4,7 @@
 //! this machine's ports answer as if it were its own. Its requests carry that name as their `Host`. An
 //! address or `localhost` cannot be rebound.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use axum::http::{HeaderMap, Request, Version, header};
 
@@ -17,7 +17,8 @@ pub fn is_direct<B>(request: &Request<B>, names: &[String]) -> bool {
     is_without || host_of(request).is_some_and(|host| is_known(&host, names))
 }
 
-/// The host that a request names, without its port, in lower case; `None`: none, or several.
+/// The host that a request names, without its port, in lower case; `None`: none, several, or one with anything
+/// but a port after it.
 pub fn host_of<B>(request: &Request<B>) -> Option<String> {
     // RFC 9112, section 3.2.2: the target's own host goes before the header.
     let host = match request.uri().authority() {
@@ -30,12 +31,25 @@ pub fn host_of<B>(request: &Request<B>) -> Option<String> {
             }
         }
     };
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').map(|(address, _)| address)?,
-        None => host.split_once(':').map_or(host, |(name, _)| name),
+    let (name, port) = match host.strip_prefix('[') {
+        Some(rest) => {
+            let (address, after) = rest.split_once(']')?;
+            address.parse::<Ipv6Addr>().ok()?;
+            (address, after)
+        }
+        None => {
+            let (name, port) = host.split_at(host.find(':').unwrap_or(host.len()));
+            (name.strip_suffix('.').unwrap_or(name), port)
+        }
     };
-    let name = name.strip_suffix('.').unwrap_or(name);
-    (!name.is_empty()).then(|| name.to_ascii_lowercase())
+    (!name.is_empty() && is_port_or_none(port)).then(|| name.to_ascii_lowercase())
+}
+
+/// Whether this is nothing, or a colon and the number of a port.
+fn is_port_or_none(text: &str) -> bool {
+    let is_number =
+        |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
+    text.is_empty() || text.strip_prefix(':').is_some_and(is_number)
 }
 
 fn is_known(host: &str, names: &[String]) -> bool {
@@ -70,6 +84,27 @@ mod tests {
             (&["127.0.0.1.evil.example"], "/status", false),
             (&["evil.example:127.0.0.1"], "/status", false),
             (&["[::1"], "/status", false),
+            (&["[::1].evil.example"], "/status", false),
+            (&["[::1]evil.example"], "/status", false),
+            (&["[::1]:9901.evil.example"], "/status", false),
+            (&["[::1]."], "/status", false),
+            (&["[::1]:"], "/status", false),
+            (&["[127.0.0.1]"], "/status", false),
+            (&["[localhost]"], "/status", false),
+            (&["[evil.example]"], "/status", false),
+            (&["::1"], "/status", false),
+            (&["localhost:abc"], "/status", false),
+            (&["localhost:"], "/status", false),
+            (&["localhost:80:80"], "/status", false),
+            (&["localhost:+80"], "/status", false),
+            (&["localhost:65536"], "/status", false),
+            (&["localhost:80.evil.example"], "/status", false),
+            (&["localhost.."], "/status", false),
+            (&["127.0.0.1:x"], "/status", false),
+            (&["127.0.0.1:65535"], "/status", true),
+            (&["evil.example@localhost"], "/status", false),
+            (&["localhost@evil.example"], "/status", false),
+            (&["mill.internal:abc"], "/status", false),
             (&["x.mill.internal"], "/status", false),
             (&[""], "/status", false),
             (&[], "/status", false),

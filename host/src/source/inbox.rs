@@ -2,6 +2,7 @@
 //! batches.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use aws_sdk_kinesis::types::Record as WireRecord;
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use super::aggregate::{self, Aggregate, Opened};
 use super::{LostRecords, SourceError};
 use crate::config::BatchLimits;
 use crate::off_thread::off_thread;
+use crate::rarely::Rarely;
 use crate::record::{
     Batch, Entry, HashRange, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart,
 };
@@ -114,6 +116,8 @@ pub struct Inbox {
     drops_older: bool,
     /// When the last record arrived that the server gave, in milliseconds since 1970.
     last_arrived_ms: Option<i64>,
+    /// Lines about aggregates of other shards: who may put records may put any number of them.
+    astray: Rarely,
 }
 
 /// A place at which the server was told to begin, until its answer shows that nothing is missing there.
@@ -153,6 +157,7 @@ impl Inbox {
             lost: None,
             drops_older,
             last_arrived_ms,
+            astray: Rarely::default(),
         }
     }
 
@@ -300,8 +305,10 @@ impl Inbox {
             // Amazon's own library drops the whole aggregate too: its producer sees from the answer
             // that it went astray and sends the records once more.
             Opened::Astray => {
-                tracing::warn!(shard = %self.shard.shard, %sequence,
-                    "dropped an aggregate of another shard: its producer sends it again");
+                if let Some(left_out) = self.astray.line(Instant::now()) {
+                    tracing::warn!(shard = %self.shard.shard, %sequence, left_out,
+                        "dropped an aggregate of another shard: its producer sends it again");
+                }
                 metrics::counter!("shardmill_source_astray_aggregates_total").increment(1);
                 return Ok(());
             }

@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use super::staging::{Staging, WORLD, due};
-use super::tool::{self, find_tool};
+use super::tool::find_tool;
 use super::{BuildError, compile};
 use crate::plugin::manifest::PluginManifest;
 
@@ -42,14 +42,13 @@ pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, Bu
             staging.write(&format!("plugin/node_modules/shardmill/{name}"), text)?;
         }
     }
-    let program = find_tool(
+    let mut command = find_tool(
         "SHARDMILL_COMPONENTIZE_QJS",
         dir,
         "node_modules/.bin/componentize-qjs",
         "componentize-qjs",
     );
     let plugin = staging.path().join("plugin");
-    let mut command = tool::command(program);
     command.arg("--js").arg(plugin.join(MAIN)).arg("--module-root").arg(&plugin);
     command.arg("--wit").arg(staging.path().join("wit")).args(["--world", WORLD]);
     // Without the asynchronous calling convention, which the host does not use; WASI as traps.

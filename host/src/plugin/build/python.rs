@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use super::staging::{Staging, WORLD, due};
-use super::tool::{self, find_tool};
+use super::tool::find_tool;
 use super::{BuildError, compile};
 use crate::plugin::manifest::PluginManifest;
 
@@ -55,9 +55,8 @@ pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, Bu
         staging.write(&format!("library/{name}"), text)?;
     }
     staging.write("library/shardmill_entry.py", ENTRY)?;
-    let program =
+    let mut command =
         find_tool("SHARDMILL_COMPONENTIZE_PY", dir, ".venv/bin/componentize-py", "componentize-py");
-    let mut command = tool::command(program);
     command.args(["--quiet", "--world", WORLD, "--wit-path"]).arg(staging.path().join("wit"));
     command.args(["componentize", "--stub-wasi", "shardmill_entry"]);
     for folder in ["plugin", "library"] {

@@ -3,15 +3,17 @@
 //! A build runs programs of others with this user's rights. It must not run one that another user of the
 //! machine has put into a folder above the plugin, and it has no use for the secrets in the environment.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::fs;
 use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, io};
+use std::sync::{Mutex, PoisonError};
+use std::{env, fs, io};
 
 use super::{BuildError, file_error};
-use crate::private::{self, Reach};
+use crate::private::{self, Reach, Trusted};
 
 /// The variable that lists further variables for build tools, by commas.
 const PASSED_ON: &str = "SHARDMILL_BUILD_ENV";
@@ -89,8 +91,9 @@ const NEEDED_PREFIXES: &[&str] = &[
     "LC_", "XDG_", "CARGO_", "RUSTC", "RUSTUP_", "RUST_", "ZIG_", "PYTHON", "NIX_", "CC_",
     "CFLAGS_",
 ];
-/// Parts of names of variables that hold secrets, whatever they begin with.
-const SECRET: &[&str] = &["TOKEN", "SECRET", "PASSW", "CREDENTIAL", "APIKEY", "_KEY"];
+/// Parts of names of variables that hold secrets, whatever they begin with. Nix's settings hold the tokens of its
+/// hosts.
+const SECRET: &[&str] = &["TOKEN", "SECRET", "PASSW", "CREDENTIAL", "APIKEY", "_KEY", "NIX_CONFIG"];
 
 /// A build tool's command, with what it needs of the environment and nothing else.
 pub(super) fn command(program: impl AsRef<OsStr>) -> Command {
@@ -101,14 +104,95 @@ pub(super) fn command(program: impl AsRef<OsStr>) -> Command {
     for (name, value) in env::vars_os() {
         let Some(text) = name.to_str() else { continue };
         if text == "PATH" {
-            command.env(name, absolute_folders(&value));
-        } else if passed_on.contains(&text) || is_needed(text) {
+            let path = absolute_folders(&value);
+            warn_of_open_folders(&path);
+            command.env(name, path);
+        } else if passed_on.contains(&text) {
             command.env(name, value);
+        } else if is_needed(text) {
+            match without_credentials(text, &value.to_string_lossy()) {
+                Some(bare) => {
+                    warn_once(format!(
+                        "{text} is given to build tools without the user and the password in it; list it in \
+                         {PASSED_ON} to give it whole"
+                    ));
+                    command.env(name, bare);
+                }
+                None => _ = command.env(name, &value),
+            }
         }
     }
     // Else `python3 -m` takes modules of the folder that it runs in before its own.
     command.env("PYTHONSAFEPATH", "1");
     command
+}
+
+/// Warns once in this process: a build runs several tools, and `shardmill dev` builds at each save.
+fn warn_once(text: String) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if !said.contains(&text) {
+        tracing::warn!("{text}");
+        said.insert(text);
+    }
+}
+
+/// Warns of folders in PATH that every user can change. They are used: this user has named them, and common
+/// images of containers open the folder of cargo to everybody.
+fn warn_of_open_folders(path: &OsStr) {
+    for folder in env::split_paths(path) {
+        // One that is missing, or that cannot be looked at, has no tools.
+        let Ok(way) = private::way_to(&folder, Trusted::Owners) else { continue };
+        let itself = private::reach_of(&folder, Trusted::Owners).ok().flatten();
+        if let Some(reach) = way.reach.or(itself) {
+            warn_once(format!(
+                "build tools may be taken from {} in PATH, and {reach}",
+                folder.display()
+            ));
+        }
+    }
+}
+
+/// The value of a variable without the user and password of the URLs in it; `None`: there are none.
+fn without_credentials(name: &str, value: &str) -> Option<String> {
+    let upper = name.to_ascii_uppercase();
+    let bare = match upper.ends_with("_PROXY") && upper != "NO_PROXY" {
+        // Also without a scheme, and with a password that is not encoded: a proxy has one `@`, if any.
+        true => {
+            let is_scheme = |text: &str| {
+                text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
+            };
+            let scheme = value.find("://").filter(|at| is_scheme(&value[..*at]));
+            let scheme_len = scheme.map_or(0, |at| at + "://".len());
+            let (scheme, rest) = value.split_at(scheme_len);
+            let host = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
+            format!("{scheme}{host}")
+        }
+        false => urls_without_credentials(value),
+    };
+    (bare != value).then_some(bare)
+}
+
+/// The same for a text with any number of URLs.
+fn urls_without_credentials(value: &str) -> String {
+    let mut bare = String::with_capacity(value.len());
+    let mut rest = value;
+    while let Some(at) = rest.find("://") {
+        let (before, after) = rest.split_at(at + "://".len());
+        bare.push_str(before);
+        let ends = |c: char| matches!(c, '/' | '?' | '#' | '"' | '\'' | ',') || c.is_whitespace();
+        let (authority, after) = after.split_at(after.find(ends).unwrap_or(after.len()));
+        match authority.rsplit_once('@') {
+            // SSH needs the user's name, which is no secret.
+            Some((user, _)) if before.ends_with("ssh://") && !user.contains(':') => {
+                bare.push_str(authority);
+            }
+            Some((_, host)) => bare.push_str(host),
+            None => bare.push_str(authority),
+        }
+        rest = after;
+    }
+    bare + rest
 }
 
 fn is_needed(name: &str) -> bool {
@@ -137,21 +221,34 @@ pub(super) fn is_on_path(name: &str) -> bool {
 ///
 /// The search ends at a folder that is not this user's, or where others may write: a tool there may be
 /// anybody's.
-pub(super) fn find_tool(variable: &str, dir: &Path, local: &str, name: &str) -> OsString {
+pub(super) fn find_tool(variable: &str, dir: &Path, local: &str, name: &str) -> Command {
     if let Some(named) = env::var_os(variable) {
-        return named;
+        return command(named);
     }
     match find_near(dir, local) {
-        Ok(Some(tool)) => tool.into(),
-        Ok(None) => name.into(),
+        Ok(Some(Found { tool, real })) => {
+            let mut command = command(real);
+            // A program of several tools goes by the name that it was called by.
+            command.arg0(tool);
+            command
+        }
+        Ok(None) => command(name),
         Err(PassedOver { tool, why }) => {
             tracing::warn!(
                 "{} is not used, because {why}; `{name}` is taken from PATH. Set {variable} to use it anyway",
                 tool.display()
             );
-            name.into()
+            command(name)
         }
     }
+}
+
+/// A tool that was found, and the path without links that was checked: this one is run, so that no link on the
+/// way is followed a second time.
+#[derive(Debug, PartialEq, Eq)]
+struct Found {
+    tool: PathBuf,
+    real: PathBuf,
 }
 
 /// A tool that is there and not used.
@@ -160,7 +257,7 @@ struct PassedOver {
     why: String,
 }
 
-fn find_near(dir: &Path, local: &str) -> Result<Option<PathBuf>, PassedOver> {
+fn find_near(dir: &Path, local: &str) -> Result<Option<Found>, PassedOver> {
     let Ok(dir) = dir.canonicalize() else { return Ok(None) };
     for folder in dir.ancestors() {
         let tool = folder.join(local);
@@ -169,8 +266,8 @@ fn find_near(dir: &Path, local: &str) -> Result<Option<PathBuf>, PassedOver> {
             return if is_there { Err(PassedOver { tool, why }) } else { Ok(None) };
         }
         if is_there {
-            return match tool_is_ours(folder, &tool) {
-                Ok(()) => Ok(Some(tool)),
+            return match checked(folder, &tool) {
+                Ok(real) => Ok(Some(Found { tool, real })),
                 Err(why) => Err(PassedOver { tool, why }),
             };
         }
@@ -181,26 +278,42 @@ fn find_near(dir: &Path, local: &str) -> Result<Option<PathBuf>, PassedOver> {
     Ok(None)
 }
 
-/// Checks the folders between `folder` and a tool, and the file that its link leads to.
-fn tool_is_ours(folder: &Path, tool: &Path) -> Result<(), String> {
+/// Checks a tool: the folders between `folder` and it, every folder and link on the way from `/` to the file
+/// that it leads to, and that file. Gives the path of the file.
+///
+/// A folder further up counts as well: who may write there puts another folder in the place of one on the way,
+/// between this check and the tool's start.
+fn checked(folder: &Path, tool: &Path) -> Result<PathBuf, String> {
     let mut between = tool.ancestors().skip(1).take_while(|above| *above != folder);
     between.try_for_each(only_ours)?;
-    let real = tool.canonicalize().map_err(|cause| cause.to_string())?;
-    only_ours(&real)?;
-    real.parent().map_or(Ok(()), only_ours)
+    let way = private::way_to(tool, Trusted::Nobody).map_err(|cause| cause.to_string())?;
+    if let Some(reach) = way.reach {
+        return Err(reach.to_string());
+    }
+    // In a sticky folder, another user may have put what was not there.
+    [Some(&*way.real), way.real.parent()].into_iter().flatten().try_for_each(nobody_elses)?;
+    Ok(way.real)
 }
 
 /// Checks that a file or folder is this user's, and that nobody else may write there.
 fn only_ours(path: &Path) -> Result<(), String> {
-    let looked_at = |cause: io::Error| format!("failed to look at {}: {cause}", path.display());
-    let uid = fs::metadata(path).map_err(looked_at)?.uid();
+    let uid = fs::metadata(path).map_err(|cause| not_seen(path, &cause))?.uid();
     if uid != private::uid() {
         return Err(Reach::Owner { path: path.to_owned(), uid }.to_string());
     }
-    match private::reach_of(path).map_err(looked_at)? {
+    nobody_elses(path)
+}
+
+/// Checks that a file or folder is this user's or root's, and that nobody else may write there.
+fn nobody_elses(path: &Path) -> Result<(), String> {
+    match private::reach_of(path, Trusted::Nobody).map_err(|cause| not_seen(path, &cause))? {
         Some(reach) => Err(reach.to_string()),
         None => Ok(()),
     }
+}
+
+fn not_seen(path: &Path, cause: &io::Error) -> String {
+    format!("failed to look at {}: {cause}", path.display())
 }
 
 /// Refuses to build where a tool would take settings from a folder above the plugin that another user wrote:
@@ -215,29 +328,27 @@ pub(super) fn refuse_foreign_settings(dir: &Path, names: &[&str]) -> Result<(), 
     let owner = fs::metadata(&dir).map_err(file_error("read", &dir))?.uid();
     for folder in dir.ancestors().skip(1) {
         for file in names.iter().map(|name| folder.join(name)).filter(|file| file.exists()) {
-            // The folder that holds it alone, such as `.cargo`, and then the file.
-            let holder = file.parent().filter(|holder| *holder != folder);
-            for path in holder.into_iter().chain([&*file]) {
-                // A link of another user may lead to a file of this one that was never meant to be followed.
-                let about = fs::symlink_metadata(path).map_err(file_error("read", path))?;
-                let uid = about.uid();
-                let is_foreign_link =
-                    about.is_symlink() && ![private::uid(), owner, 0].contains(&uid);
-                let reach = match is_foreign_link {
-                    true => Some(Reach::Owner { path: path.to_owned(), uid }),
-                    false => private::reach_of(path).map_err(file_error("read", path))?,
-                };
-                match reach {
-                    None => {}
-                    Some(Reach::Owner { uid, .. }) if uid == owner => {}
-                    Some(reach) => {
-                        return Err(BuildError::ForeignSettings { file: file.clone(), reach });
-                    }
-                }
+            let found = reach_of_settings(folder, &file, Trusted::User(owner));
+            if let Some(reach) = found.map_err(file_error("read", &file))? {
+                return Err(BuildError::ForeignSettings { file, reach });
             }
         }
     }
     Ok(())
+}
+
+/// How another user can have written a file with settings in `folder`, or can exchange it.
+fn reach_of_settings(folder: &Path, file: &Path, trusted: Trusted) -> io::Result<Option<Reach>> {
+    // A link of another user may lead to a file of this one that was never meant to be followed.
+    if let Some(reach) = private::way_to(file, trusted)?.reach {
+        return Ok(Some(reach));
+    }
+    // The folder that holds it alone, such as `.cargo`: where it is sticky, everybody may have put the file.
+    let holder = file.parent().filter(|holder| *holder != folder);
+    match holder {
+        Some(holder) => private::reach_of(holder, trusted),
+        None => Ok(None),
+    }
 }
 
 #[cfg(test)]
@@ -264,6 +375,10 @@ mod tests {
             "SSH_AUTH_SOCK",
             "DATABASE_URL",
             "LD_PRELOAD",
+            "NIX_CONFIG",
+            "PIP_INDEX_URL",
+            "npm_config_registry",
+            "GOPROXY",
         ] {
             assert!(!is_needed(name), "{name}");
         }
@@ -280,7 +395,7 @@ mod tests {
     }
 
     fn found(plugin: &Path) -> Option<PathBuf> {
-        find_near(plugin, "node_modules/.bin/tool").unwrap_or(None)
+        find_near(plugin, "node_modules/.bin/tool").unwrap_or(None).map(|found| found.tool)
     }
 
     #[test]
@@ -316,6 +431,68 @@ mod tests {
     }
 
     #[test]
+    fn wall_16_what_is_run_is_the_path_that_was_checked() {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().canonicalize().unwrap();
+        let (plugin, above) = (root.join("plugin"), root.join("other"));
+        let target = above.join("q/t.js");
+        fs::create_dir_all(plugin.join("node_modules/.bin")).unwrap();
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::write(&target, "").unwrap();
+        let tool = plugin.join("node_modules/.bin/tool");
+        std::os::unix::fs::symlink("../../../other/q/t.js", &tool).unwrap();
+        let near = || find_near(&plugin, "node_modules/.bin/tool");
+        let expected = Found { tool, real: target.clone() };
+        assert_eq!(near().unwrap_or(None).as_ref(), Some(&expected));
+        for (path, mode, is_used) in [
+            (&above, 0o777, false),
+            // Who may write there cannot exchange the folder of another user.
+            (&above, 0o1777, true),
+            (&above, 0o755, true),
+            (&target, 0o666, false),
+            (&target, 0o755, true),
+        ] {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            let found = near();
+            assert_eq!(matches!(found, Ok(Some(_))), is_used, "{} {mode:o}", path.display());
+            assert_eq!(found.is_err(), !is_used, "{} {mode:o}", path.display());
+        }
+    }
+
+    #[test]
+    fn wall_16_users_and_passwords_in_urls_are_left_out() {
+        for (name, value, bare) in [
+            ("HTTPS_PROXY", "http://user:pw@host:3128", "http://host:3128"),
+            ("https_proxy", "http://user:pw@host:3128/", "http://host:3128/"),
+            ("ALL_PROXY", "socks5h://user@host:1080", "socks5h://host:1080"),
+            ("HTTP_PROXY", "user:pw@host:3128", "host:3128"),
+            ("HTTP_PROXY", "user:p://w@host:3128", "host:3128"),
+            ("CARGO_HTTP_PROXY", "http://user:p/w@x@host", "http://host"),
+            (
+                "CARGO_REGISTRIES_OURS_INDEX",
+                "sparse+https://u:pw@h/index/",
+                "sparse+https://h/index/",
+            ),
+            ("CARGO_REGISTRIES_OURS_INDEX", "ssh://git:pw@h/index", "ssh://h/index"),
+            ("RUSTUP_DIST_SERVER", "https://key@h:8443/a@b", "https://h:8443/a@b"),
+            ("CARGO_X", "http://a:b@c, https://d:e@f/ https://g", "http://c, https://f/ https://g"),
+        ] {
+            assert_eq!(without_credentials(name, value).as_deref(), Some(bare), "{name}={value}");
+        }
+        for (name, value) in [
+            ("HTTPS_PROXY", "http://host:3128"),
+            ("HTTPS_PROXY", ""),
+            ("NO_PROXY", "localhost,.example.com"),
+            ("CARGO_REGISTRIES_OURS_INDEX", "ssh://git@h/index"),
+            ("CARGO_REGISTRIES_OURS_INDEX", "https://h/@scope/index"),
+            ("LC_ALL", "de_DE.UTF-8@euro"),
+            ("CARGO_HOME", "/home/me@work/.cargo"),
+        ] {
+            assert_eq!(without_credentials(name, value), None, "{name}={value}");
+        }
+    }
+
+    #[test]
     fn wall_16_settings_that_anybody_can_write_end_the_build() {
         let place = tempfile::tempdir().unwrap();
         let plugin = place.path().join("plugin");
@@ -328,8 +505,19 @@ mod tests {
         fs::set_permissions(&settings, fs::Permissions::from_mode(0o666)).unwrap();
         assert!(refused());
         fs::set_permissions(&settings, fs::Permissions::from_mode(0o644)).unwrap();
+        let chmod = |folder: &Path, mode: u32| {
+            fs::set_permissions(folder, fs::Permissions::from_mode(mode)).unwrap();
+        };
         let folder = settings.parent().unwrap();
-        fs::set_permissions(folder, fs::Permissions::from_mode(0o777)).unwrap();
+        for mode in [0o777, 0o1777] {
+            chmod(folder, mode);
+            assert!(refused(), "{mode:o}");
+        }
+        chmod(folder, 0o755);
+        // Another `.cargo` may be put in its place.
+        chmod(place.path(), 0o777);
         assert!(refused());
+        chmod(place.path(), 0o1777);
+        assert!(!refused());
     }
 }

@@ -207,6 +207,32 @@ fn wall_03_a_full_port_answers_health() {
 }
 
 #[test]
+fn wall_03_a_flood_of_halves_of_heads_pushes_out_no_health_check() {
+    let ports = Ports::start("connections = 4", "", "");
+    let admin = ports.admin;
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut halves = std::collections::VecDeque::new();
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                if let Ok(mut half) = TcpStream::connect(("127.0.0.1", admin)) {
+                    let _ = half.write_all(b"GET /health/live HTTP/1.1\r\nHost: x");
+                    halves.push_back(half);
+                }
+                if halves.len() > 100 {
+                    halves.pop_front();
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        let checks = (0..200).map(|_| ask(admin, "GET", "/health/live", "", b""));
+        let failed: Vec<String> = checks.filter(|answer| status(answer) != "200").collect();
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(failed.is_empty(), "{} of 200: {failed:?}", failed.len());
+    });
+}
+
+#[test]
 fn wall_03_clients_that_ask_all_the_time_leave_room_for_others() {
     let ports = Ports::start("connections = 4", "", "");
     let mut asking: Vec<_> = (0..4).map(|_| open(ports.admin)).collect();
@@ -419,6 +445,8 @@ fn wall_05_without_a_token_the_host_is_known() {
             ("Host: Mill.example\r\n", "200"),
             ("Host: evil.example\r\n", "403"),
             ("Host: 127.0.0.1.evil.example\r\n", "403"),
+            ("Host: [::1].evil.example\r\n", "403"),
+            ("Host: localhost:abc\r\n", "403"),
             ("Host: localhost\r\nHost: evil.example\r\n", "403"),
             ("Host: localhost\r\nOrigin: https://evil.example\r\n", "403"),
         ] {

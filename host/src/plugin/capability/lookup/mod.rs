@@ -27,6 +27,7 @@ use self::found::{ANSWER_BYTES_MAX, Found};
 use self::postgres::PostgresTable;
 use self::sqlite::SqliteTable;
 use crate::config::{LookupConfig, LookupSource};
+use crate::rarely::Rarely;
 use crate::record::LookupName;
 
 /// How often a lookup says that its query gives rows which nobody asked for: a plugin may ask as often as
@@ -40,8 +41,8 @@ pub struct Lookup {
     cache: Cache,
     table: Table,
     runtime: Handle,
-    /// When it was last said that the query gives rows which nobody asked for.
-    stranger_said: Mutex<Option<Instant>>,
+    /// Lines about rows which nobody asked for.
+    stranger_lines: Mutex<Rarely>,
 }
 
 /// Where rows come from.
@@ -87,8 +88,9 @@ impl Lookup {
         };
         let name = config.name.value.clone();
         let table = table.map_err(|error| named(&name, error))?;
-        let (cache, stranger_said) = (Cache::new(config.cache), Mutex::default());
-        Ok(Self { name, timeout, cache, table, runtime, stranger_said })
+        let cache = Cache::new(config.cache);
+        let stranger_lines = Mutex::new(Rarely::new(STRANGER_SAID_AFTER));
+        Ok(Self { name, timeout, cache, table, runtime, stranger_lines })
     }
 
     /// The name that plugins ask for.
@@ -216,13 +218,8 @@ impl Lookup {
     }
 
     fn may_say_stranger(&self) -> bool {
-        let now = Instant::now();
-        let mut said = self.stranger_said.lock().unwrap_or_else(PoisonError::into_inner);
-        let may = said.is_none_or(|said| now.duration_since(said) >= STRANGER_SAID_AFTER);
-        if may {
-            *said = Some(now);
-        }
-        may
+        let mut lines = self.stranger_lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.line(Instant::now()).is_some()
     }
 
     fn count(&self, result: &'static str, keys: usize) {

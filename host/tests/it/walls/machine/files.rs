@@ -143,6 +143,35 @@ fn wall_14_a_lock_does_not_follow_a_link() {
 }
 
 #[test]
+fn wall_14_check_refuses_a_lock_that_a_start_refuses() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pipeline = pipeline(folder.path());
+    let own = folder.path().join("state").join(NAME);
+    fs::create_dir_all(&own).expect("a folder");
+    let (lock, precious) = (own.join("lock"), folder.path().join("precious"));
+    fs::write(&precious, "precious\n").expect("written");
+    let is_refused = |expected: &str| {
+        for command in ["check", "run"] {
+            let told = said(&in_state(&[command, &pipeline]), false);
+            assert!(told.contains(expected), "{command}: {told}");
+        }
+        said(&in_state(&["check", &pipeline, "--offline"]), true);
+        fs::remove_file(&lock).expect("removed");
+    };
+    symlink(&precious, &lock).expect("a link");
+    is_refused("expected a file, found a symbolic link");
+    fs::hard_link(&precious, &lock).expect("linked");
+    is_refused("expected a lock");
+    assert!(Command::new("mkfifo").arg(&lock).status().expect("it runs").success());
+    is_refused("expected a file, found something else");
+    assert_eq!(fs::read_to_string(&precious).expect("read"), "precious\n");
+    said(&in_state(&["check", &pipeline]), true);
+    assert!(!lock.exists(), "check made the lock");
+    said(&in_state(&["run", &pipeline]), true);
+    said(&in_state(&["check", &pipeline]), true);
+}
+
+#[test]
 fn wall_14_exported_letters_are_their_owners_alone() {
     let folder = tempfile::tempdir().expect("a folder");
     let pipeline = pipeline(folder.path());

@@ -76,6 +76,92 @@ fn wall_16_build_tools_of_every_language_get_no_secrets() {
 }
 
 #[test]
+fn wall_16_build_tools_get_proxies_without_users_and_passwords() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plugin = plugin_in(&folder.path().join("one"), "js");
+    let (tool, seen) = (plugin.join("tool"), plugin.join("seen"));
+    spy(&tool, &seen);
+    let built = |passed_on: &str| {
+        let told = build(&plugin, |command| {
+            command.env("SHARDMILL_COMPONENTIZE_QJS", &tool);
+            command.env("SHARDMILL_BUILD_ENV", passed_on);
+            command.env("HTTPS_PROXY", "http://me:hunter2@proxy.example:3128");
+            command.env("all_proxy", "me:hunter2@proxy.example:1080");
+            command.env("CARGO_REGISTRIES_OURS_INDEX", "sparse+https://me:hunter2@crates.example/");
+        });
+        (fs::read_to_string(&seen).expect("the tool ran"), said(&told, false))
+    };
+    let (environment, told) = built("");
+    assert!(!environment.contains("hunter2"), "{environment}");
+    for bare in [
+        "HTTPS_PROXY=http://proxy.example:3128",
+        "all_proxy=proxy.example:1080",
+        "CARGO_REGISTRIES_OURS_INDEX=sparse+https://crates.example/",
+    ] {
+        assert!(environment.contains(bare), "{bare}: {environment}");
+        let (name, _) = bare.split_once('=').expect("a variable");
+        let warning = format!("{name} is given to build tools without the user and the password");
+        assert_eq!(told.matches(&warning).count(), 1, "{told}");
+    }
+    assert!(!told.contains("hunter2"), "{told}");
+    let (environment, told) = built("HTTPS_PROXY");
+    assert!(environment.contains("HTTPS_PROXY=http://me:hunter2@proxy"), "{environment}");
+    assert!(!told.contains("HTTPS_PROXY is given"), "{told}");
+}
+
+#[test]
+fn wall_16_a_tool_behind_a_folder_that_others_may_exchange_does_not_run() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plugin = plugin_in(&folder.path().join("one"), "js");
+    let (on_path, seen) = (folder.path().join("bin"), folder.path().join("seen"));
+    let (above, local) = (folder.path().join("other"), "node_modules/.bin/componentize-qjs");
+    spy(&on_path.join("componentize-qjs"), &seen.join("path"));
+    spy(&above.join("q/t.js"), &seen.join("near"));
+    let link = plugin.join(local);
+    fs::create_dir_all(link.parent().expect("a folder")).expect("made");
+    symlink("../../../other/q/t.js", &link).expect("a link");
+    let ran = || {
+        let _ = fs::remove_dir_all(&seen);
+        fs::create_dir(&seen).expect("a folder");
+        let path = std::env::var("PATH").unwrap_or_default();
+        let built = build(&plugin, |command| {
+            command.env("PATH", format!("{}:{path}", on_path.display()));
+            command.env_remove("SHARDMILL_COMPONENTIZE_QJS");
+        });
+        let told = said(&built, false);
+        (seen.join("near").exists(), seen.join("path").exists(), told)
+    };
+    let is_near = |is_near: bool| {
+        let (near, path, told) = ran();
+        assert_eq!((near, path), (is_near, !is_near), "{told}");
+        told
+    };
+    is_near(true);
+    // Only the folder above that of the link's target is open: there, `q` is exchanged for another folder.
+    chmod(&above, 0o777);
+    let told = is_near(false);
+    assert!(told.contains("is not used, because every user may replace what lies in"), "{told}");
+    chmod(&above, 0o1777);
+    is_near(true);
+    if is_root() {
+        // A link of another user on the way, to a folder of this one. In an open folder, Linux may not follow it.
+        chmod(&above, 0o755);
+        fs::rename(above.join("q"), folder.path().join("q")).expect("moved");
+        symlink("../q", above.join("q")).expect("a link");
+        is_near(true);
+        lchown(above.join("q"), Some(65_534), None).expect("given away");
+        let told = is_near(false);
+        assert!(told.contains("belongs to user 65534"), "{told}");
+    }
+    // PATH is this user's own: its tools run, with a warning.
+    chmod(&on_path, 0o777);
+    chmod(&above, 0o777);
+    let told = is_near(false);
+    let warning = format!("build tools may be taken from {} in PATH", on_path.display());
+    assert_eq!(told.matches(&warning).count(), 1, "{told}");
+}
+
+#[test]
 fn wall_16_a_tool_in_a_folder_above_is_taken_within_the_repository_and_from_this_user_alone() {
     for (language, local, name) in [
         ("js", "node_modules/.bin/componentize-qjs", "componentize-qjs"),
