@@ -7,7 +7,7 @@
 
 mod judge;
 
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, ErrorKind, Read as _, Seek as _, Write as _};
 use std::ops::Deref;
 use std::os::unix::fs::{
@@ -406,7 +406,11 @@ pub(crate) fn open_own(path: &Path) -> io::Result<File> {
 /// # Errors
 /// The system's, or that another user may have written it.
 pub(crate) fn read_own(path: &Path) -> io::Result<Vec<u8>> {
-    let file = open_itself(path, OpenOptions::new().read(true))?;
+    read_opened(&open_itself(path, OpenOptions::new().read(true))?, path)
+}
+
+/// As [`read_own`], for a file that is open.
+pub(crate) fn read_opened(file: &File, path: &Path) -> io::Result<Vec<u8>> {
     let about = file.metadata()?;
     let (owner, mode, device) = (about.uid(), about.mode() & 0o777, about.dev());
     let mut judge = Judge { me: Me::now(), loose: None };
@@ -426,28 +430,58 @@ pub(crate) fn read_own(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// As [`read_own`], for a file that may be missing; `None`, said in the log, where it cannot be used.
-pub(crate) fn find_own(path: &Path) -> Option<Vec<u8>> {
-    match read_own(path) {
-        Ok(bytes) => Some(bytes),
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "the file is not used");
-            None
-        }
-    }
-}
-
 /// Writes a file for this user alone (0600), and puts it in place whole.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn write_own(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    put_own(path, bytes, |_| Ok(())).map(drop)
+}
+
+/// As [`write_own`], and locks the file for as long as what is given back stays open: by [`open_published`], others
+/// know whether this process still runs.
+pub(crate) fn publish_own(path: &Path, bytes: &[u8]) -> io::Result<File> {
+    // Before it is in place: nobody finds it without its lock.
+    put_own(path, bytes, File::lock)
+}
+
+fn put_own(
+    path: &Path,
+    bytes: &[u8],
+    before: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<File> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut draft = tempfile::NamedTempFile::new_in(folder)?;
     draft.write_all(bytes)?;
     draft.as_file().sync_all()?;
-    draft.persist(path).map(drop).map_err(|error| error.error)
+    before(draft.as_file())?;
+    draft.persist(path).map_err(|error| error.error)
+}
+
+/// Tells a published file from the one that took its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileMark {
+    device: u64,
+    inode: u64,
+    /// An inode is used again.
+    written: (i64, i64),
+}
+
+/// Opens a file of [`publish_own`]; `None`: the process that wrote it has ended.
+///
+/// The lock is on this very file. One on a file beside it could be held by the next process already, while the
+/// address is still that of the one before.
+///
+/// # Errors
+/// The system's, or that it is a link.
+pub(crate) fn open_published(path: &Path) -> io::Result<Option<(File, FileMark)>> {
+    let file = open_itself(path, OpenOptions::new().read(true))?;
+    if !matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+        return Ok(None);
+    }
+    let about = file.metadata()?;
+    let written = (about.mtime(), about.mtime_nsec());
+    Ok(Some((file, FileMark { device: about.dev(), inode: about.ino(), written })))
 }
 
 /// Whether others have rights in an open file: everybody, or a group that this process is not in.
@@ -689,12 +723,32 @@ mod tests {
         let (path, link) = (folder.path().join("file"), folder.path().join("link"));
         write_own(&path, b"one").unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert_eq!(find_own(&path).as_deref(), Some(&b"one"[..]));
+        assert_eq!(read_own(&path).unwrap(), b"one");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert_eq!(find_own(&link), None);
-        assert_eq!(find_own(&folder.path().join("none")), None);
+        assert!(read_own(&link).unwrap_err().to_string().contains("link"));
+        let missing = read_own(&folder.path().join("none")).unwrap_err();
+        assert_eq!(missing.kind(), ErrorKind::NotFound);
         fs::set_permissions(&path, Permissions::from_mode(0o622)).unwrap();
         assert!(read_own(&path).unwrap_err().to_string().contains("mode 0622"));
+    }
+
+    #[test]
+    fn wall_15_a_published_file_is_found_while_its_process_has_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("address");
+        assert_eq!(open_published(&path).unwrap_err().kind(), ErrorKind::NotFound);
+        let first = publish_own(&path, b"one").unwrap();
+        let (file, first_mark) = open_published(&path).unwrap().expect("found");
+        assert_eq!(read_opened(&file, &path).unwrap(), b"one");
+        assert_eq!(open_published(&path).unwrap().expect("found").1, first_mark);
+        // The next one has begun, and the one before is not gone yet.
+        let second = publish_own(&path, b"two").unwrap();
+        drop(first);
+        let (file, second_mark) = open_published(&path).unwrap().expect("found");
+        assert_eq!(read_opened(&file, &path).unwrap(), b"two");
+        assert_ne!(first_mark, second_mark);
+        drop(second);
+        assert!(open_published(&path).unwrap().is_none());
     }
 
     #[test]

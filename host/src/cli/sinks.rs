@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 
-use crate::config::{PipelineConfig, PostgresTarget, SinkKind};
+use crate::config::{PipelineConfig, PostgresTarget, SinkConfig, SinkKind};
 use crate::postgres::{PoolSpec, PostgresServer, ServerPool};
 use crate::sink::Sink;
 use crate::sink::discard::DiscardSink;
 use crate::sink::http::HttpSink;
 use crate::sink::kinesis::KinesisSink;
+use crate::sink::masked::masked;
 use crate::sink::objects::ObjectsSink;
 use crate::sink::postgres::PostgresSink;
 use crate::sink::redshift::RedshiftSink;
@@ -19,37 +20,48 @@ use crate::sink::stdout::StdoutSink;
 
 /// The sinks, in the configuration's order. Talks to none of them.
 pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>>> {
-    let mut sinks: Vec<Arc<dyn Sink>> = Vec::new();
     let pools = pools(config)?;
-    for sink in &config.sinks {
-        let name = sink.name.value.clone();
-        sinks.push(match &sink.kind {
-            SinkKind::Discard => Arc::new(DiscardSink::new(name)),
-            SinkKind::Stdout { template } => {
-                Arc::new(StdoutSink::to(name, template.as_deref(), super::output::for_rows())?)
-            }
-            SinkKind::Sqlite { path, table, create, mode } => {
-                Arc::new(SqliteSink::new(name, path, table, *create, mode.clone())?)
-            }
-            SinkKind::Postgres(target) => {
-                let pool = pools.get(target.url.as_str()).context("each server has a pool")?;
-                Arc::new(PostgresSink::with_share(name, target, pool.share())?)
-            }
-            SinkKind::Objects { url, options, layout } => {
-                Arc::new(ObjectsSink::new(name, url, options, layout.clone())?)
-            }
-            SinkKind::Redshift(target) => Arc::new(
-                RedshiftSink::new(name, target)?
-                    .with_silence_max(config.timing.redshift_silence_max),
-            ),
-            SinkKind::Kinesis(target) => {
-                let sink = KinesisSink::new(name, target.clone(), config.state_dir.to_path_buf());
-                Arc::new(sink.with_timing(config.timing))
-            }
-            SinkKind::Http(target) => Arc::new(HttpSink::new(name, target.clone())?),
-        });
-    }
-    Ok(sinks)
+    let sinks = config.sinks.iter().map(|sink| match make(config, sink, &pools) {
+        Ok(sink) => Ok(masked(sink, &config.values)),
+        Err(error) => Err(anyhow::Error::msg(config.values.hide(format!("{error:#}")))),
+    });
+    sinks.collect()
+}
+
+/// One sink. Errors may show values of variables.
+fn make(
+    config: &PipelineConfig,
+    sink: &SinkConfig,
+    pools: &HashMap<&str, Arc<ServerPool>>,
+) -> anyhow::Result<Arc<dyn Sink>> {
+    let name = sink.name.value.clone();
+    let made: Arc<dyn Sink> = match &sink.kind {
+        SinkKind::Discard => Arc::new(DiscardSink::new(name)),
+        SinkKind::Stdout { template } => {
+            Arc::new(StdoutSink::to(name, template.as_deref(), super::output::for_rows())?)
+        }
+        SinkKind::Sqlite { path, table, create, mode } => {
+            Arc::new(SqliteSink::new(name, path, table, *create, mode.clone())?)
+        }
+        SinkKind::Postgres(target) => {
+            let pool = pools.get(target.url.as_str()).context("each server has a pool")?;
+            Arc::new(PostgresSink::with_share(name, target, pool.share())?)
+        }
+        SinkKind::Objects { url, options, layout } => {
+            Arc::new(ObjectsSink::new(name, url, options, layout.clone())?)
+        }
+        SinkKind::Redshift(target) => Arc::new(
+            RedshiftSink::new(name, target)?.with_silence_max(config.timing.redshift_silence_max),
+        ),
+        SinkKind::Kinesis(target) => {
+            let sink = KinesisSink::new(name, target.clone(), config.state_dir.to_path_buf());
+            Arc::new(sink.with_timing(config.timing))
+        }
+        SinkKind::Http(target) => {
+            Arc::new(HttpSink::new(name, target.clone(), config.values.clone())?)
+        }
+    };
+    Ok(made)
 }
 
 /// A pool for each PostgreSQL server that sinks name, by its URL. It has as many connections as the sink

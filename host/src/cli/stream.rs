@@ -14,7 +14,7 @@ use aws_sdk_kinesis::Client;
 
 use self::describe::report;
 pub use self::place::Place;
-use self::place::{Target, embedded_url};
+use self::place::{Target, embedded_address};
 use self::put::{PutOptions, put};
 use self::reshard::{Reshard, reshard};
 use self::tail::{TailOptions, tail};
@@ -22,6 +22,7 @@ use super::progress::Progress;
 use super::{Console, run};
 use crate::config::{CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind, Timing};
 use crate::record::StreamRef;
+use crate::source::client::Address;
 use crate::source::embedded::{self, EmbeddedStream, Users};
 use crate::source::file::FileSource;
 use crate::source::kinesis::KinesisSource;
@@ -204,18 +205,19 @@ pub(crate) async fn source(
             return Ok((Arc::new(FileSource::new(file, config.source.batch)?), None));
         }
     };
-    let (url, started) = match &kinesis.server.endpoint {
+    let (address, started) = match &kinesis.server.endpoint {
         Endpoint::Aws => (None, None),
-        Endpoint::Url(url) => (Some(url.clone()), None),
+        Endpoint::Url(url) => (Some(Address::Url(url.clone())), None),
         Endpoint::Embedded => match embedded::find(&config.state_dir) {
-            Some(url) => (Some(url), None),
+            Some(served) => (Some(Address::Served(served)), None),
             None => {
                 let started = EmbeddedStream::start(0).await?;
-                (Some(started.url().clone()), Some(started))
+                (Some(Address::Url(started.url().clone())), Some(started))
             }
         },
     };
-    let server = client::Server::of(&kinesis.server, Some(&kinesis.stream.value), url.as_ref());
+    let stream = Some(&kinesis.stream.value);
+    let server = client::Server::of(&kinesis.server, stream, address.as_ref());
     let client = client::connect(server.with_timing(&config.timing)).await?;
     ensure(&client, kinesis).await?;
     let source = KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
@@ -229,13 +231,14 @@ pub(crate) async fn intake_client(
     kinesis: &KinesisConfig,
     started: Option<&EmbeddedStream>,
 ) -> anyhow::Result<Client> {
-    let url = match (&kinesis.server.endpoint, started) {
+    let address = match (&kinesis.server.endpoint, started) {
         (Endpoint::Aws, _) => None,
-        (Endpoint::Url(url), _) => Some(url.clone()),
-        (Endpoint::Embedded, Some(started)) => Some(started.url().clone()),
-        (Endpoint::Embedded, None) => Some(embedded_url(&config.state_dir).await?),
+        (Endpoint::Url(url), _) => Some(Address::Url(url.clone())),
+        (Endpoint::Embedded, Some(started)) => Some(Address::Url(started.url().clone())),
+        (Endpoint::Embedded, None) => Some(embedded_address(&config.state_dir).await?),
     };
-    let server = client::Server::of(&kinesis.server, Some(&kinesis.stream.value), url.as_ref());
+    let stream = Some(&kinesis.stream.value);
+    let server = client::Server::of(&kinesis.server, stream, address.as_ref());
     Ok(client::connect(server.with_timing(&config.timing)).await?)
 }
 

@@ -41,6 +41,11 @@ impl<'a> Check<'a> {
         self.values.add(name, value);
     }
 
+    /// The values of variables that stand in the file.
+    pub fn values(&self) -> &Values {
+        &self.values
+    }
+
     /// Notes a problem.
     pub fn problem(
         &mut self,

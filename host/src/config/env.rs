@@ -24,7 +24,8 @@ pub fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// Values of variables, which no message and no log may show.
+/// Values of variables, which no message and no log may show. Servers and plugins may repeat what they were
+/// given.
 #[derive(Clone, Debug, Default)]
 pub struct Values(Vec<(String, Secret)>);
 
@@ -42,6 +43,18 @@ impl Values {
         }
     }
 
+    /// Adds all of these.
+    pub(crate) fn extend(&mut self, other: &Self) {
+        for (name, value) in &other.0 {
+            self.add(name, value.reveal());
+        }
+    }
+
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Puts `${NAME}` in the place of each value in a text.
     pub fn hide(&self, text: String) -> String {
         let mut hidden = text;
@@ -55,6 +68,10 @@ impl Values {
                         hidden = hidden.replace(shown, &written);
                     }
                 }
+                // As a URL or a form has it.
+                if value.trim().len() >= HIDDEN_BYTES_MIN && hidden.contains(['%', '+']) {
+                    hidden = hide_encoded(&hidden, value.trim(), &written);
+                }
                 continue;
             }
             for quote in ['"', '`', '\''] {
@@ -66,6 +83,62 @@ impl Values {
         }
         hidden
     }
+
+    /// Does as [`Values::hide`] for the beginning of a text: a value may have been cut at its end.
+    pub(crate) fn hide_beginning(&self, text: String) -> String {
+        let mut hidden = self.hide(text);
+        for (name, value) in &self.0 {
+            let value = value.reveal();
+            let mut lengths = (HIDDEN_BYTES_MIN..value.len()).rev();
+            let is_end = |length: &usize| {
+                value.get(..*length).is_some_and(|beginning| hidden.ends_with(beginning))
+            };
+            if let Some(length) = lengths.find(is_end) {
+                hidden.truncate(hidden.len() - length);
+                hidden.push_str(&format!("${{{name}}}"));
+            }
+        }
+        hidden
+    }
+}
+
+/// Puts `written` in the place of a value of which any bytes may be percent-encoded.
+fn hide_encoded(text: &str, value: &str, written: &str) -> String {
+    let mut hidden = String::with_capacity(text.len());
+    let (mut kept, mut at) = (0, 0);
+    while at < text.len() {
+        match encoded_length(&text.as_bytes()[at..], value.as_bytes()) {
+            // Both ends are those of characters: a value is whole ones.
+            Some(length) => {
+                hidden.push_str(&text[kept..at]);
+                hidden.push_str(written);
+                at += length;
+                kept = at;
+            }
+            None => at += 1,
+        }
+    }
+    hidden.push_str(&text[kept..]);
+    hidden
+}
+
+/// The bytes at the beginning of a text that are this value; `None`: it begins otherwise.
+fn encoded_length(text: &[u8], value: &[u8]) -> Option<usize> {
+    let mut length = 0;
+    for byte in value {
+        length += match text.get(length..)? {
+            [b'%', high, low, ..] if decoded(*high, *low) == Some(*byte) => 3,
+            [b'+', ..] if *byte == b' ' => 1,
+            [first, ..] if first == byte => 1,
+            _ => return None,
+        };
+    }
+    Some(length)
+}
+
+fn decoded(high: u8, low: u8) -> Option<u8> {
+    let digit = |digit: u8| char::from(digit).to_digit(16);
+    u8::try_from(digit(high)? * 16 + digit(low)?).ok()
 }
 
 /// A stage's configuration as JSON text. Where it has variables, its strings are as the file has them:
@@ -482,6 +555,28 @@ mod tests {
             ("one \"on\" on", "one \"${SHORT}\" on"),
         ] {
             assert_eq!(values.hide(message.into()), expected);
+        }
+    }
+
+    #[test]
+    fn wall_17_values_are_hidden_as_a_url_has_them_and_where_a_text_was_cut() {
+        let mut values = Values::default();
+        values.add("KEY", "a b/c+ü%41");
+        for (message, expected) in [
+            ("/x?k=a%20b%2fc%2B%C3%BC%2541&d", "/x?k=${KEY}&d"),
+            ("/x?k=a+b%2Fc%2b%c3%bc%2541", "/x?k=${KEY}"),
+            ("ü a b/c+ü%41 ü", "ü ${KEY} ü"),
+            ("50 % of a b + c %", "50 % of a b + c %"),
+            ("a%20b%2", "a%20b%2"),
+        ] {
+            assert_eq!(values.hide(message.into()), expected);
+        }
+        for (message, expected) in [
+            ("said a b/c+ü", "said ${KEY}"),
+            ("said a b/", "said a b/"),
+            ("a b/c+ü%41, a b/c+", "${KEY}, ${KEY}"),
+        ] {
+            assert_eq!(values.hide_beginning(message.into()), expected);
         }
     }
 }

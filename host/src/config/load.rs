@@ -168,6 +168,7 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
             Some(intake) => Some(intake?),
             None => None,
         },
+        values: check.values().clone(),
     })
 }
 

@@ -91,6 +91,8 @@ pub struct PipelineConfig {
     pub admin: Option<AdminConfig>,
     /// The intake; `None`: none is opened.
     pub intake: Option<IntakeConfig>,
+    /// Values of variables in the file: no text of a server or a plugin may show them.
+    pub values: Values,
 }
 
 impl PipelineConfig {

@@ -30,7 +30,7 @@ use sha2::{Digest as _, Sha256};
 use super::line::{LineFormat, without_newlines};
 use super::progress::Progress;
 use super::{Acquired, BoundRoute, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};
-use crate::config::{HttpBody, HttpTarget};
+use crate::config::{HttpBody, HttpTarget, Values};
 use crate::http::{Answer, HttpGrant, Request};
 use crate::record::{Position, Row, ShardKey, SinkName};
 
@@ -49,17 +49,21 @@ struct Shared {
     sink: SinkName,
     target: HttpTarget,
     grant: HttpGrant,
+    values: Values,
 }
 
 impl HttpSink {
-    /// A sink at an endpoint. Connects to nothing yet; connections live on the current runtime.
+    /// A sink at an endpoint. Connects to nothing yet; connections live on the current runtime. Of its `values`, answers
+    /// show nothing.
     ///
     /// # Errors
     /// When the machine's certificates cannot be read, or a header is none.
-    pub fn new(name: SinkName, target: HttpTarget) -> Result<Self, SinkError> {
+    pub fn new(name: SinkName, target: HttpTarget, values: Values) -> Result<Self, SinkError> {
         let runtime = tokio::runtime::Handle::current();
         match HttpGrant::new(std::slice::from_ref(&target.host), runtime) {
-            Ok(grant) => Ok(Self { shared: Arc::new(Shared { sink: name, target, grant }) }),
+            Ok(grant) => {
+                Ok(Self { shared: Arc::new(Shared { sink: name, target, grant, values }) })
+            }
             Err(error) => Err(SinkError::Unavailable { sink: name, cause: error.message }),
         }
     }
@@ -190,15 +194,19 @@ impl HttpWriter {
         let answer = answer.map_err(|failure| self.shared.unavailable(failure.message))?;
         let target = &self.shared.target;
         self.asked_to_wait = answer.retry_after;
-        Ok(outcome(place(&target.url), &answer, &target.refuse))
+        let answer = Answer {
+            location: answer.location.map(|location| self.shared.values.hide_beginning(location)),
+            ..answer
+        };
+        let said = said(&answer.said, &self.shared.values);
+        Ok(outcome(place(&target.url), &answer, &said, &target.refuse))
     }
 }
 
 /// What an answer means for the rows of its request. `refuse`: further statuses by which the endpoint
-/// says that rows are at fault.
-fn outcome(place: &str, answer: &Answer, refuse: &[u16]) -> Outcome {
+/// says that rows are at fault; `said`: what it says of the body.
+fn outcome(place: &str, answer: &Answer, said: &str, refuse: &[u16]) -> Outcome {
     let status = answer.status;
-    let said = said(&answer.said);
     if refuse.contains(&status) {
         return Outcome::Rejected(format!("answered {status}{said}"));
     }
@@ -226,9 +234,10 @@ fn outcome(place: &str, answer: &Answer, refuse: &[u16]) -> Outcome {
     Outcome::Held(format!("{place} answered {status}{location}{said}{hint}{wait}"))
 }
 
-/// The beginning of a body, for a message.
-fn said(body: &[u8]) -> String {
-    let text: String = String::from_utf8_lossy(body).chars().take(ANSWER_CHARS).collect();
+/// The beginning of a body, for a message. It may repeat the request, half a value of which would not be found.
+fn said(body: &[u8], values: &Values) -> String {
+    let text = values.hide_beginning(String::from_utf8_lossy(body).into_owned());
+    let text: String = text.chars().take(ANSWER_CHARS).collect();
     let text = one_line(&text);
     if text.is_empty() { text } else { format!(": {text}") }
 }
@@ -350,7 +359,8 @@ mod tests {
 
     #[test]
     fn fault_27_the_status_decides() {
-        let at = |status| outcome("api.example", &answer(status), &[409, 500]);
+        let said = said(&answer(0).said, &Values::default());
+        let at = |status| outcome("api.example", &answer(status), &said, &[409, 500]);
         for status in [200, 201, 202, 203, 204, 205, 206, 208, 226, 299] {
             assert_eq!(at(status), Outcome::Taken, "{status}");
         }
@@ -371,13 +381,22 @@ mod tests {
     }
 
     #[test]
+    fn wall_17_an_answer_that_repeats_a_value_is_hidden_before_it_is_cut() {
+        let mut values = Values::default();
+        values.add("KEY", "hunter2-secret");
+        let text = format!("{}hunter2-secret", "x".repeat(ANSWER_CHARS - 8));
+        let said = said(text.as_bytes(), &values);
+        assert!(said.ends_with("x${KEY}") && !said.contains("hunter2"), "{said}");
+    }
+
+    #[test]
     fn fault_27_a_held_answer_says_where_it_points_to() {
         let moved = Answer {
             location: Some("https://elsewhere.example/events".into()),
             retry_after: Some(Duration::from_secs(5)),
             ..answer(308)
         };
-        let Outcome::Held(cause) = outcome("api.example", &moved, &[]) else { panic!("held") };
+        let Outcome::Held(cause) = outcome("api.example", &moved, "", &[]) else { panic!("held") };
         for part in
             ["308", "Location: https://elsewhere.example/events", "`url`", "5 s (Retry-After)"]
         {

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::config::{Endpoint, StreamTarget, Timing};
 use crate::record::{Position, Row, ShardKey, SinkName};
-use crate::source::client::{self, Server};
+use crate::source::client::{self, Address, Server};
 use crate::source::producer::{
     BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
 };
@@ -57,16 +57,19 @@ impl KinesisSink {
     }
 
     async fn connect(&self) -> Result<Client, SinkError> {
-        let url = match &self.target.server.endpoint {
+        let address = match &self.target.server.endpoint {
             Endpoint::Aws => None,
-            Endpoint::Url(url) => Some(url.clone()),
-            Endpoint::Embedded => Some(embedded::find(&self.state_dir).ok_or_else(|| {
-                self.unavailable(
-                    "no process serves the embedded stream: start `shardmill stream serve`",
-                )
-            })?),
+            Endpoint::Url(url) => Some(Address::Url(url.clone())),
+            Endpoint::Embedded => {
+                let served = embedded::find(&self.state_dir).ok_or_else(|| {
+                    self.unavailable(
+                        "no process serves the embedded stream: start `shardmill stream serve`",
+                    )
+                })?;
+                Some(Address::Served(served))
+            }
         };
-        let server = Server::of(&self.target.server, Some(&self.target.stream), url.as_ref());
+        let server = Server::of(&self.target.server, Some(&self.target.stream), address.as_ref());
         let server = server.with_timing(&self.timing);
         client::connect(server).await.map_err(|error| self.unavailable(error))
     }

@@ -14,6 +14,7 @@ pub mod http;
 pub mod kinesis;
 pub mod line;
 mod local;
+pub mod masked;
 pub mod mode;
 pub mod objects;
 pub mod postgres;

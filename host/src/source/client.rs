@@ -15,6 +15,7 @@ use aws_sdk_kinesis::config::{
 use aws_sdk_kinesis::error::{BoxError, ProvideErrorMetadata, SdkError};
 use aws_sdk_kinesis::primitives::{DateTime, DateTimeFormat};
 
+use super::embedded::Served;
 use super::{SourceError, silence};
 use crate::config::{AssumeRole, Endpoint, StreamServer, Timing};
 use crate::record::StreamRef;
@@ -24,11 +25,22 @@ const OTHER_REGION: &str = "us-east-1";
 /// The standard chain asks several places for credentials and a region, some of them programs.
 const LOGIN_WAIT_MAX: Duration = Duration::from_secs(60);
 
+/// Where a server is that is not AWS.
+#[derive(Clone, Debug)]
+pub enum Address {
+    /// At a URL of the configuration, or in this process.
+    Url(url::Url),
+    /// Where another process of this user serves the embedded stream.
+    Served(Served),
+}
+
 /// Which server, and as whom.
 #[derive(Clone, Copy, Debug)]
 pub struct Server<'a> {
     /// Its address; `None` is AWS.
     pub url: Option<&'a url::Url>,
+    /// The embedded stream that is at the address: once its process has ended, nothing is sent there.
+    pub served: Option<&'a Served>,
     /// The AWS region; `None`: that of the standard chain.
     pub region: Option<&'a str>,
     /// The role to assume; `None`: whoever the standard chain of credentials says.
@@ -40,21 +52,27 @@ pub struct Server<'a> {
 impl Default for Server<'_> {
     fn default() -> Self {
         let silence_max = Timing::default().kinesis_silence_max;
-        Self { url: None, region: None, assume_role: None, silence_max }
+        Self { url: None, served: None, region: None, assume_role: None, silence_max }
     }
 }
 
 impl<'a> Server<'a> {
-    /// The server of a stream, which is at `url`. The embedded stream asks nobody who he is, so no
+    /// The server of a stream, which is at `address`. The embedded stream asks nobody who he is, so no
     /// role is assumed for it.
     pub fn of(
         server: &'a StreamServer,
         stream: Option<&'a StreamRef>,
-        url: Option<&'a url::Url>,
+        address: Option<&'a Address>,
     ) -> Self {
         let is_embedded = server.endpoint == Endpoint::Embedded;
+        let (url, served) = match address {
+            None => (None, None),
+            Some(Address::Url(url)) => (Some(url), None),
+            Some(Address::Served(served)) => (Some(&**served), Some(served)),
+        };
         Self {
             url,
+            served,
             region: server.region.as_deref().or(stream.and_then(StreamRef::region)),
             assume_role: server.assume_role.as_ref().filter(|_| !is_embedded),
             ..Self::default()
@@ -79,7 +97,7 @@ impl<'a> Server<'a> {
 /// [`SourceError::NoRegion`], [`SourceError::NoCredentials`] and [`SourceError::NoRole`], which say
 /// what to set.
 pub async fn connect(server: Server<'_>) -> Result<Client, SourceError> {
-    let http = silence::http_client(server.silence_max);
+    let http = silence::http_client(server.silence_max, None);
     // Our deadlines alone count: they can be set.
     let mut loader = aws_config::defaults(BehaviorVersion::latest())
         .http_client(http)
@@ -126,6 +144,12 @@ pub async fn connect(server: Server<'_>) -> Result<Client, SourceError> {
     let kinesis = aws_sdk_kinesis::config::Builder::from(&config);
     let kinesis = match server.url {
         Some(url) => kinesis.endpoint_url(url.as_str()),
+        None => kinesis,
+    };
+    let kinesis = match server.served {
+        Some(served) => {
+            kinesis.http_client(silence::http_client(server.silence_max, Some(served.clone())))
+        }
         None => kinesis,
     };
     Ok(Client::from_conf(kinesis.build()))

@@ -6,10 +6,14 @@
 //!
 //! Credentials are not checked, so whoever could reach it would read and write every record: processes of
 //! other users of the machine are refused, and so are pages in browsers.
+//!
+//! Its port may be another user's once it has ended. So who has found it looks at each call whether it still
+//! serves: [`Served`].
 
 use std::fs::File;
-use std::io::Read as _;
-use std::path::Path;
+use std::io::{self, ErrorKind, Read as _};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request};
@@ -23,7 +27,7 @@ use url::Url;
 
 use super::SourceError;
 use crate::config::{HttpDeadlines, Timing};
-use crate::private;
+use crate::private::{self, FileMark};
 use crate::serve::{PortRules, names};
 
 /// Shards that all embedded streams may have together.
@@ -176,7 +180,10 @@ pub const FOLDER: &str = "stream";
 
 /// The lock and the address file of a serving process.
 struct Published {
-    file: File,
+    /// Keeps a second server out.
+    lock: File,
+    /// Locked, too: by that the others know that this process still serves there.
+    address: Option<File>,
 }
 
 impl Published {
@@ -198,34 +205,82 @@ impl Published {
             )));
         }
         private::sign_lock(&file).map_err(|cause| error(cause.to_string()))?;
-        Ok(Self { file })
+        Ok(Self { lock: file, address: None })
     }
 
     fn write(&mut self, state_dir: &Path, url: &Url) -> Result<(), SourceError> {
-        let path = state_dir.join(FOLDER).join("address");
-        let written = private::write_own(&path, format!("{url}\n").as_bytes());
-        written.map_err(|cause| SourceError::Embedded {
+        let path = address_path(state_dir);
+        let written = private::publish_own(&path, format!("{url}\n").as_bytes());
+        let written = written.map_err(|cause| SourceError::Embedded {
             address: path.display().to_string(),
             cause: cause.to_string(),
-        })
+        })?;
+        self.address = Some(written);
+        Ok(())
     }
 }
 
 impl Drop for Published {
     fn drop(&mut self) {
-        // The lock is what counts; without it the address is stale.
-        let _ = self.file.unlock();
+        // The locks are what counts; without its own the address is stale.
+        if let Some(address) = &self.address {
+            let _ = address.unlock();
+        }
+        let _ = self.lock.unlock();
+    }
+}
+
+fn address_path(state_dir: &Path) -> PathBuf {
+    state_dir.join(FOLDER).join("address")
+}
+
+/// A stream that another process of this user serves, as it was found by the state folder.
+#[derive(Clone, Debug)]
+pub struct Served {
+    url: Url,
+    /// The address file.
+    path: PathBuf,
+}
+
+impl Deref for Served {
+    type Target = Url;
+
+    fn deref(&self) -> &Url {
+        &self.url
+    }
+}
+
+impl Served {
+    /// Which process serves at the address now; `None`: none of this user. `known` is what this gave before.
+    ///
+    /// Costs a few system calls, so that it can be asked around each call.
+    pub(super) fn look(&self, known: Option<FileMark>) -> Option<FileMark> {
+        let (file, mark) = private::open_published(&self.path).ok()??;
+        // A known file was read before.
+        let is_here = known == Some(mark)
+            || read_address(&file, &self.path).is_ok_and(|url| url.as_ref() == Some(&self.url));
+        is_here.then_some(mark)
     }
 }
 
 /// The stream that another process serves from this state folder, if one does.
-pub fn find(state_dir: &Path) -> Option<Url> {
-    let folder = state_dir.join(FOLDER);
-    let lock = private::open_lock_to_look(&folder.join("lock")).ok()?;
-    if lock.try_lock_shared().is_ok() {
-        // Nobody holds it: the address is of a process that is gone.
-        return None;
+pub fn find(state_dir: &Path) -> Option<Served> {
+    let path = address_path(state_dir);
+    let found = private::open_published(&path).and_then(|found| match found {
+        Some((file, _)) => read_address(&file, &path),
+        None => Ok(None),
+    });
+    match found {
+        Ok(url) => Some(Served { url: url?, path }),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "the file is not used");
+            None
+        }
     }
-    let address = String::from_utf8(private::find_own(&folder.join("address"))?).ok()?;
-    Url::parse(address.trim()).ok()
+}
+
+fn read_address(file: &File, path: &Path) -> io::Result<Option<Url>> {
+    let bytes = private::read_opened(file, path)?;
+    Ok(String::from_utf8(bytes).ok().and_then(|text| Url::parse(text.trim()).ok()))
 }

@@ -76,7 +76,7 @@ impl StagePlace<'_> {
             let help = "a stage runs with today's values of its variables";
             self.misfit(Place::Stage, message, help)
         })?;
-        services.values = resolved.values;
+        services.values.extend(&resolved.values);
         let services = Arc::new(services);
         let context = context(self.stream_name, "", &resolved.json, self.upstream);
         let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)

@@ -15,6 +15,7 @@ use aws_sdk_kinesis::types::ShardIteratorType;
 use ferrokinesis::store::StoreOptions;
 use shardmill::config::{
     Endpoint, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, Secret, StreamServer, StreamTarget,
+    Values,
 };
 use shardmill::record::{Row, StreamRef};
 use shardmill::sink::http::HttpSink;
@@ -272,7 +273,7 @@ impl Server {
         let url = format!("http://127.0.0.1:{}/events?x=1", self.port).parse().expect("a URL");
         let timeout = Duration::from_millis(500);
         let target = HttpTarget { url, host, body, timeout, refuse: Vec::new() };
-        HttpSink::new("hook".into(), target).expect("a sink")
+        HttpSink::new("hook".into(), target, Values::default()).expect("a sink")
     }
 }
 

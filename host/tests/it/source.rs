@@ -1,12 +1,13 @@
 //! The source against the embedded stream, by the same SDK code path as against AWS.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
 
 use aws_sdk_kinesis::Client;
 use bytes::Bytes;
 use ferrokinesis::store::StoreOptions;
-use shardmill::config::{BatchLimits, OnLostRecords, StartPosition};
+use shardmill::config::{BatchLimits, Endpoint, OnLostRecords, StartPosition, StreamServer};
 use shardmill::position::{KnownShards, ShardState};
 use shardmill::record::{Position, ShardId, ShardKey, ShardStart, StreamRef};
 use shardmill::source::connection::StreamConnection;
@@ -265,10 +266,49 @@ async fn a_served_stream_is_found_and_held_by_one_process_only() {
     let folder = tempfile::tempdir().expect("a folder");
     assert!(embedded::find(folder.path()).is_none());
     let first = EmbeddedStream::serve(folder.path(), 0).await.expect("served");
-    assert_eq!(embedded::find(folder.path()).as_ref(), Some(first.url()));
+    assert_eq!(embedded::find(folder.path()).as_deref(), Some(first.url()));
     let second = EmbeddedStream::serve(folder.path(), 0).await;
     let said = second.err().map(|error| error.to_string()).unwrap_or_default();
     assert!(said.contains(&std::process::id().to_string()), "{said}");
     drop(first);
     assert!(embedded::find(folder.path()).is_none());
+}
+
+/// Its port may be another user's once it has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn wall_15_a_client_goes_on_with_the_next_server_and_speaks_to_no_other() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let first = EmbeddedStream::serve(folder.path(), 0).await.expect("served");
+    let port = first.url().port().expect("a port");
+    let served = embedded::find(folder.path()).expect("found");
+    let address = client::Address::Served(served);
+    let own = StreamServer { endpoint: Endpoint::Embedded, region: None, assume_role: None };
+    let server = client::Server::of(&own, None, Some(&address));
+    let client = client::connect(server).await.expect("connected");
+    client.list_streams().send().await.expect("an answer");
+    drop(first);
+
+    let begun = Instant::now();
+    let other = loop {
+        match std::net::TcpListener::bind(("127.0.0.1", port)) {
+            Ok(other) => break other,
+            // It is closed a moment later.
+            Err(error) => assert!(begun.elapsed() < Duration::from_secs(10), "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    other.set_nonblocking(true).expect("set");
+    let error = client.list_streams().send().await.expect_err("nobody serves");
+    let error = client::call_error("ListStreams", "the test", &error).to_string();
+    assert!(error.contains("has ended") && error.contains(&format!("--port {port}")), "{error}");
+    // Another stream of this user, at another port, gives it no right to this one.
+    let elsewhere = EmbeddedStream::serve(folder.path(), 0).await.expect("served");
+    client.list_streams().send().await.expect_err("it serves elsewhere");
+    drop(elsewhere);
+    let asked = other.accept();
+    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it was asked");
+    drop(other);
+
+    let _second = EmbeddedStream::serve(folder.path(), port).await.expect("served");
+    client.list_streams().send().await.expect("an answer");
 }

@@ -11,6 +11,7 @@ use super::super::{DEFAULT_PIPELINE, load};
 use crate::config::{Endpoint, StreamServer, Timing};
 use crate::private::StateDir;
 use crate::record::StreamRef;
+use crate::source::client::Address;
 use crate::source::{client, embedded};
 
 /// Time for which a command waits for the embedded stream to be served.
@@ -84,16 +85,16 @@ impl Place {
 
     pub(super) async fn connect(&self) -> anyhow::Result<(Target, Client)> {
         let target = self.resolve()?;
-        let url = match &target.server.endpoint {
+        let address = match &target.server.endpoint {
             Endpoint::Aws => None,
-            Endpoint::Url(url) => Some(url.clone()),
+            Endpoint::Url(url) => Some(Address::Url(url.clone())),
             Endpoint::Embedded => {
                 // Another user could send this one to a stream of their own.
                 target.state_dir.check(embedded::FOLDER)?;
-                Some(embedded_url(&target.state_dir).await?)
+                Some(embedded_address(&target.state_dir).await?)
             }
         };
-        let server = client::Server::of(&target.server, target.stream.as_ref(), url.as_ref());
+        let server = client::Server::of(&target.server, target.stream.as_ref(), address.as_ref());
         let client = client::connect(server.with_timing(&target.timing)).await?;
         Ok((target, client))
     }
@@ -112,11 +113,11 @@ impl Target {
 ///
 /// # Errors
 /// When none is served within [`SERVED_WAIT_MAX`].
-pub(super) async fn embedded_url(state_dir: &Path) -> anyhow::Result<Url> {
+pub(super) async fn embedded_address(state_dir: &Path) -> anyhow::Result<Address> {
     let begun = Instant::now();
     loop {
-        if let Some(url) = embedded::find(state_dir) {
-            return Ok(url);
+        if let Some(served) = embedded::find(state_dir) {
+            return Ok(Address::Served(served));
         }
         anyhow::ensure!(
             begun.elapsed() < SERVED_WAIT_MAX,

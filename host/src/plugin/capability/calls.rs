@@ -126,7 +126,9 @@ impl Caller {
         };
         let rows = match lookup.get_within(&keys, deadline, self.answer_bytes_max) {
             Ok(rows) => rows,
-            Err(error) => return failed(error.retryable, error.message),
+            Err(error) => {
+                return failed(error.retryable, self.services.values.hide(error.message));
+            }
         };
         match words::found(&rows, self.answer_bytes_max) {
             Ok((arena, rows)) => Ok(Ok(wit::lookup::Found { arena, rows })),
@@ -152,7 +154,7 @@ impl Caller {
                 headers: response.headers,
                 body: response.body,
             }),
-            Err(failure) => failed(failure.retryable, failure.message),
+            Err(failure) => failed(failure.retryable, self.services.values.hide(failure.message)),
         }
     }
 }

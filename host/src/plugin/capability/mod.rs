@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use self::log::LineBudget;
-use self::lookup::Lookup;
+use self::lookup::{Lookup, LookupError};
 use self::metric::StageMetrics;
 use crate::config::{Grants, PipelineConfig, Values};
 use crate::http::HttpGrant;
@@ -108,7 +108,8 @@ pub struct Services {
     pub lookups: BTreeMap<LookupName, Arc<Lookup>>,
     /// The hosts that are granted.
     pub http: Option<Arc<HttpGrant>>,
-    /// Values of variables in its configuration: nothing that the plugin says may show them.
+    /// Values of variables in its configuration and in the pipeline's file: nothing that the plugin says may show
+    /// them. It may have them from a server that repeats what it was sent.
     pub values: Values,
     /// The use that the stage's instances have made of their shared limits.
     used: Arc<StageUse>,
@@ -150,6 +151,7 @@ impl Services {
 pub struct Backends {
     lookups: BTreeMap<LookupName, Arc<Lookup>>,
     http: BTreeMap<StageName, Arc<HttpGrant>>,
+    values: Values,
 }
 
 impl Backends {
@@ -158,7 +160,7 @@ impl Backends {
     /// # Errors
     /// A lookup's or a grant's that cannot be.
     pub fn from_config(config: &PipelineConfig, runtime: &Handle) -> anyhow::Result<Self> {
-        let mut backends = Self::default();
+        let mut backends = Self { values: config.values.clone(), ..Self::default() };
         for lookup in &config.lookups {
             let table = Lookup::new(lookup, runtime.clone())?;
             backends.lookups.insert(lookup.name.value.clone(), Arc::new(table));
@@ -176,7 +178,11 @@ impl Backends {
     /// The first that cannot, with what to do about it.
     pub async fn prepare(&self) -> anyhow::Result<()> {
         for lookup in self.lookups.values() {
-            lookup.prepare().await?;
+            let prepared = lookup.prepare().await;
+            prepared.map_err(|error| LookupError {
+                message: self.values.hide(error.message),
+                ..error
+            })?;
         }
         Ok(())
     }
@@ -200,7 +206,7 @@ impl Backends {
             granted: grants.capabilities.clone(),
             lookups,
             http: self.http.get(stage).cloned(),
-            values: Values::default(),
+            values: self.values.clone(),
             used: StageUse::new(stage.clone()),
         })
     }

@@ -28,7 +28,7 @@ pub struct World {
     /// A client of the server.
     pub client: Client,
     runtime: tokio::runtime::Runtime,
-    _server: Option<Process>,
+    server: Option<Process>,
 }
 
 /// What a pipeline does otherwise than the plain one.
@@ -81,7 +81,7 @@ impl World {
         let address = url.as_str().trim_start_matches("http://").trim_end_matches('/').to_owned();
         let client =
             runtime.block_on(client::connect(client::Server::at(&url))).expect("connected");
-        let world = Self { folder, address, client, runtime, _server: server };
+        let world = Self { folder, address, client, runtime, server };
         world.create(shards);
         let sql = "CREATE TABLE rows (id INTEGER NOT NULL, key TEXT NOT NULL, n INTEGER NOT NULL)";
         world.mart().execute(sql, ()).expect("created");
@@ -100,6 +100,11 @@ impl World {
         world.delete();
         world.create(shards);
         (alone, world)
+    }
+
+    /// Kills the process that serves the stream.
+    pub fn kill_server(&mut self) {
+        drop(self.server.take());
     }
 
     /// Creates the stream and waits for it.

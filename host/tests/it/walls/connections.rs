@@ -578,6 +578,25 @@ fn list_streams(headers: &str) -> String {
     )
 }
 
+/// The port of a stream whose process was killed may be another user's.
+#[test]
+fn wall_15_a_run_sends_nothing_to_who_takes_the_port_of_its_stream() {
+    let mut ports = Ports::start("", "", "");
+    assert_eq!(status(&post(ports.intake, &row(0, 1))), "200");
+    ports.world.wait_rows(1);
+    ports.world.kill_server();
+    let other = TcpListener::bind(&ports.world.address).expect("the port");
+    other.set_nonblocking(true).expect("set");
+    // No answer may come within the deadline of this client: the intake waits for the stream.
+    let answer = post(ports.intake, &row(1, 1));
+    assert_ne!(status(&answer), "200", "{answer}");
+    wait_for("lanes and the intake to say so", || {
+        ports.world.logged("the intake cannot put") && ports.world.logged("has ended")
+    });
+    let asked = other.accept();
+    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it was asked");
+}
+
 #[test]
 fn wall_15_the_embedded_stream_is_its_owners() {
     let folder = tempfile::tempdir().expect("a folder");

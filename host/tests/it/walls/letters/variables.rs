@@ -1,9 +1,12 @@
 //! Values of variables: used, and kept nowhere.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpListener;
+use std::process::Stdio;
 
 use super::{Folder, texts};
-use crate::support::output;
+use crate::support::{Process, output, wait_for};
 
 const SECRET: &str = "hunter2-secret";
 const OTHER: &str = "hunter3-secret";
@@ -146,4 +149,78 @@ fn wall_17_a_variable_that_is_not_set_any_more_is_named_with_the_way_out() {
     assert!(!done && log.contains("MARKER is not set"), "{log}");
     let (done, log) = run_with(&folder, &["dlq", "list"], Some(OTHER));
     assert!(done, "{log}");
+}
+
+/// A server that answers each request with this status, and repeats its first line and its authorization.
+fn repeating_server(status: u16) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    std::thread::spawn(move || {
+        for mut connection in listener.incoming().map_while(Result::ok) {
+            let mut reader = BufReader::new(connection.try_clone().expect("cloned"));
+            let (mut said, mut length) = (String::new(), 0);
+            loop {
+                let mut line = String::new();
+                if reader.read_line(&mut line).unwrap_or(0) == 0 || line.trim().is_empty() {
+                    break;
+                }
+                let lower = line.to_ascii_lowercase();
+                if let Some(value) = lower.strip_prefix("content-length:") {
+                    length = value.trim().parse().expect("a length");
+                }
+                if lower.starts_with("post ") || lower.starts_with("authorization:") {
+                    said += &line;
+                }
+            }
+            let _ = reader.read_exact(&mut vec![0; length]);
+            let bytes = said.len();
+            let answer = format!(
+                "HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {bytes}\r\n\r\n{said}"
+            );
+            let _ = connection.write_all(answer.as_bytes());
+        }
+    });
+    port
+}
+
+#[test]
+fn wall_17_a_server_that_repeats_its_request_shows_no_value() {
+    for status in [422, 500] {
+        let folder = Folder::of_lines(&["{\"id\":1}".into()]);
+        let port = repeating_server(status);
+        let lines = format!(
+            "type = \"http\"\nprivate = true\nurl = \"http://127.0.0.1:{port}/x?k=${{IN_URL}}\"\n\
+             headers = {{ authorization = \"Bearer ${{IN_HEADER}}\" }}"
+        );
+        folder.pipeline().route_all_to(&["hook"]).sink("hook", &lines).write();
+        let command = |arguments: &[&str]| {
+            let mut command = folder.command(arguments);
+            // The first is percent-encoded in the URL.
+            command.env("IN_URL", format!("{SECRET} ü")).env("IN_HEADER", OTHER);
+            command
+        };
+        let log = fs::File::create(folder.path().join("log.txt")).expect("a log");
+        // A sink that is held never catches up.
+        let mut run = command(&["run", "--until-caught-up"]);
+        let run = run.stdout(Stdio::null()).stderr(log).spawn();
+        let mut run = Process(run.expect("it starts"));
+        wait_for("the answer", || match status {
+            422 => run.0.try_wait().expect("asked").is_some(),
+            _ => folder.log().contains("answered 500"),
+        });
+        drop(run);
+
+        let exported = output(&mut command(&["dlq", "export"]));
+        let (exported, error) = texts(&exported);
+        let shown = format!("{}{exported}{error}", folder.log());
+        assert!(shown.contains(&format!("answered {status}")), "{shown}");
+        assert!(
+            shown.contains("/x?k=${IN_URL}") && shown.contains("Bearer ${IN_HEADER}"),
+            "{shown}"
+        );
+        for secret in [SECRET, OTHER] {
+            assert!(!shown.contains(secret), "{shown}");
+            assert_eq!(files_with(&folder, secret), Vec::<String>::new());
+        }
+    }
 }
