@@ -15,6 +15,7 @@ mod engine;
 mod excerpt;
 mod features;
 mod instance;
+mod links;
 pub mod manifest;
 pub mod scaffold;
 #[path = "../../../wit/0.1.0/words.rs"]
