@@ -5,3 +5,4 @@ mod asking;
 mod budgets;
 mod configure;
 mod terminal;
+mod trials;
