@@ -15,15 +15,15 @@ use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 /// Characters that stay in a report of several lines.
 const LAYOUT: [char; 2] = ['\n', '\t'];
 
-/// Writes a line to standard error. `eprintln!` would panic where its reader is gone; the work matters more
-/// than the note.
+/// Writes a line to standard error. `eprintln!` would panic where its reader is gone, and wait where its reader
+/// has stopped; the work matters more than the note.
 pub fn note(line: std::fmt::Arguments<'_>) {
     note_styled(&printable(&line.to_string()));
 }
 
 /// Writes a text with styles of our own to standard error. Its other parts must have been escaped.
 pub fn note_styled(text: &str) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    crate::stderr::say(format!("{text}\n"));
 }
 
 /// Whether colours and other styles are wanted on an output: it is a terminal, that terminal is not
@@ -124,6 +124,20 @@ pub fn printable_json(json: &str) -> Cow<'_, str> {
         }
     }
     Cow::Owned(shown)
+}
+
+/// Standard error as the log writes it: it never waits for its reader. Each write must hold whole lines.
+pub struct LogOutput;
+
+impl Write for LogOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        crate::stderr::queue(String::from_utf8_lossy(bytes).into_owned());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The characters that [`EscapingWriter`] leaves as they are.

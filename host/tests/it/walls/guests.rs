@@ -4,5 +4,6 @@ mod arguments;
 mod asking;
 mod budgets;
 mod configure;
+mod stderr;
 mod terminal;
 mod trials;
