@@ -209,6 +209,7 @@ pub fn main() -> ExitCode {
         command => match runtime() {
             Ok(runtime) => {
                 let code = told(runtime.block_on(dispatch(command, &console)));
+                crate::off_thread::end_waits();
                 // A thread that is stuck does not keep the process.
                 runtime.shutdown_timeout(THREADS_WAIT_MAX);
                 crate::stderr::flush(LOG_WAIT_MAX);
