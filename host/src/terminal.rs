@@ -66,6 +66,17 @@ pub fn escaped(text: &str, kept: &[char]) -> String {
     shown
 }
 
+/// A path as messages name it, in one line.
+pub fn path(path: &std::path::Path) -> String {
+    escaped(&path.display().to_string(), &[])
+}
+
+/// A text in quotation marks, for a field of the log. As a plain text field it would be escaped: a second time,
+/// where that was done before.
+pub fn quoted(text: &str) -> String {
+    format!("\"{text}\"")
+}
+
 /// A report as it may be printed: ends of lines and tabs stay, all else that steers is escaped.
 pub fn printable(text: &str) -> Cow<'_, str> {
     match text.contains(|c: char| steers(c) && !LAYOUT.contains(&c)) {
@@ -234,6 +245,12 @@ mod tests {
         ] {
             assert!(!text.chars().any(steers), "{text}");
         }
+    }
+
+    #[test]
+    fn wall_12_a_path_is_one_line() {
+        let path = path(std::path::Path::new("a/b\nerror: forged\u{202e}.wasm"));
+        assert_eq!(path, "a/b\\nerror: forged\\u{202e}.wasm");
     }
 
     #[test]

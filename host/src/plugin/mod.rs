@@ -195,7 +195,7 @@ impl Plugin {
         cache: &CompileCache,
         path: &Path,
     ) -> Result<(Self, Bytes), PluginError> {
-        let shown = path.display().to_string();
+        let shown = crate::terminal::path(path);
         let bytes = std::fs::read(path)
             .map_err(|cause| PluginError::Unreadable { path: shown.clone(), cause })?;
         Ok((Self::load(engine, cache, &shown, &bytes)?, bytes.into()))
