@@ -27,6 +27,7 @@ mod serve;
 pub mod sink;
 pub mod source;
 pub mod stage;
+mod stderr;
 pub mod stop;
 pub mod supervisor;
 pub mod swap;

@@ -15,15 +15,15 @@ use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 /// Characters that stay in a report of several lines.
 const LAYOUT: [char; 2] = ['\n', '\t'];
 
-/// Writes a line to standard error. `eprintln!` would panic where its reader is gone; the work matters more
-/// than the note.
+/// Writes a line to standard error. `eprintln!` would panic where its reader is gone, and wait where its reader
+/// has stopped; the work matters more than the note.
 pub fn note(line: std::fmt::Arguments<'_>) {
     note_styled(&printable(&line.to_string()));
 }
 
 /// Writes a text with styles of our own to standard error. Its other parts must have been escaped.
 pub fn note_styled(text: &str) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    crate::stderr::say(format!("{text}\n"));
 }
 
 /// Whether colours and other styles are wanted on an output: it is a terminal, that terminal is not
@@ -64,6 +64,17 @@ pub fn escaped(text: &str, kept: &[char]) -> String {
         }
     }
     shown
+}
+
+/// A path as messages name it, in one line.
+pub fn path(path: &std::path::Path) -> String {
+    escaped(&path.display().to_string(), &[])
+}
+
+/// A text in quotation marks, for a field of the log. As a plain text field it would be escaped: a second time,
+/// where that was done before.
+pub fn quoted(text: &str) -> String {
+    format!("\"{text}\"")
 }
 
 /// A report as it may be printed: ends of lines and tabs stay, all else that steers is escaped.
@@ -124,6 +135,20 @@ pub fn printable_json(json: &str) -> Cow<'_, str> {
         }
     }
     Cow::Owned(shown)
+}
+
+/// Standard error as the log writes it: it never waits for its reader. Each write must hold whole lines.
+pub struct LogOutput;
+
+impl Write for LogOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        crate::stderr::queue(String::from_utf8_lossy(bytes).into_owned());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The characters that [`EscapingWriter`] leaves as they are.
@@ -220,6 +245,12 @@ mod tests {
         ] {
             assert!(!text.chars().any(steers), "{text}");
         }
+    }
+
+    #[test]
+    fn wall_12_a_path_is_one_line() {
+        let path = path(std::path::Path::new("a/b\nerror: forged\u{202e}.wasm"));
+        assert_eq!(path, "a/b\\nerror: forged\\u{202e}.wasm");
     }
 
     #[test]

@@ -8,12 +8,13 @@
 
 use std::sync::Arc;
 
+use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::{Json, Router};
 
+use super::PlainJson;
 use crate::config::{AdminConfig, Secret};
 use crate::plugin::Digest;
 use crate::serve::names;
@@ -149,7 +150,8 @@ impl Access {
                 "requests from pages in browsers are refused: send the token".to_owned(),
             ),
         };
-        let mut response = (status, Json(serde_json::json!({ "error": cause }))).into_response();
+        let mut response =
+            (status, PlainJson(serde_json::json!({ "error": cause }))).into_response();
         if status == StatusCode::UNAUTHORIZED {
             let scheme = header::HeaderValue::from_static("Bearer");
             response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);

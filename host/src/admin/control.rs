@@ -9,22 +9,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use super::PlainJson;
 use super::access::{Access, Right, guarded};
 use crate::config::{HttpDeadlines, PipelineConfig, Secret};
 use crate::lane::Board;
 use crate::private;
 use crate::serve::PortRules;
 use crate::swap::{ChangeRefused, Component, Gates, SHADOW_MAX, SwapOrder, Swapper};
+use crate::terminal::escaped;
 
 /// The largest component that is taken, in bytes: as `limits.component` can be at most.
 const BODY_BYTES_MAX: usize = 256 << 20;
@@ -133,7 +135,7 @@ impl ControlPort {
     /// Serves until `stop`.
     pub fn serve(self, control: Control, stop: CancellationToken) {
         let access = Access::with_token_only(&self.token);
-        let shown = |State(board): State<Board>| async move { Json(board.snapshot()) };
+        let shown = |State(board): State<Board>| async move { PlainJson(board.snapshot()) };
         let status = Router::new().route("/status", get(shown)).with_state(control.board.clone());
         let routes = guarded(status, access.clone(), Right::Read).merge(routes(control, access));
         let rules = PortRules {
@@ -212,7 +214,9 @@ async fn swap(
             return misused("send the component's bytes as the body, or `component=DIGEST`");
         }
         None => {
-            let name = query.name.unwrap_or_else(|| "the component".into());
+            // Messages name it, among lines of the host's own.
+            let name = query.name.as_deref().unwrap_or("the component");
+            let name = escaped(name, &[]);
             Component::Bytes { name, bytes: body }
         }
     };
@@ -263,9 +267,9 @@ struct ChangesQuery {
 async fn changes(State(control): State<Control>, Query(query): Query<ChangesQuery>) -> Response {
     let limit = query.limit.unwrap_or(CHANGES_SHOWN);
     match control.swapper.changes().list(query.stage, limit).await {
-        Ok(changes) => Json(changes).into_response(),
+        Ok(changes) => PlainJson(changes).into_response(),
         Err(error) => {
-            let body = Json(serde_json::json!({ "error": error.to_string() }));
+            let body = PlainJson(serde_json::json!({ "error": error.to_string() }));
             (StatusCode::INTERNAL_SERVER_ERROR, body).into_response()
         }
     }
@@ -281,7 +285,7 @@ async fn finished<T: Send + 'static>(change: impl Future<Output = T> + Send + 's
 
 fn answered<T: Serialize>(done: Result<T, ChangeRefused>) -> Response {
     match done {
-        Ok(report) => Json(report).into_response(),
+        Ok(report) => PlainJson(report).into_response(),
         Err(refused) => {
             let body = serde_json::json!({
                 "error": refused.to_string(),
@@ -289,11 +293,11 @@ fn answered<T: Serialize>(done: Result<T, ChangeRefused>) -> Response {
                 "cause": refused.cause,
                 "trial": refused.trial,
             });
-            (StatusCode::CONFLICT, Json(body)).into_response()
+            (StatusCode::CONFLICT, PlainJson(body)).into_response()
         }
     }
 }
 
 fn misused(cause: &str) -> Response {
-    (StatusCode::BAD_REQUEST, Json(serde_json::json!({ "error": cause }))).into_response()
+    (StatusCode::BAD_REQUEST, PlainJson(serde_json::json!({ "error": cause }))).into_response()
 }

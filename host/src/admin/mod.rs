@@ -12,11 +12,11 @@ mod upkeep;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use axum::Router;
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::IntoResponse;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +27,7 @@ use crate::config::{AdminConfig, ConfigError, HttpDeadlines};
 use crate::lane::{Board, ShardStatus};
 use crate::record::ShardId;
 use crate::serve::PortRules;
+use crate::terminal::printable_json;
 
 /// The admin port cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +129,21 @@ pub fn told(error: &anyhow::Error) -> String {
     told
 }
 
+/// An answer in JSON with nothing in it that steers a terminal: people ask by `curl`.
+struct PlainJson<T>(T);
+
+impl<T: serde::Serialize> IntoResponse for PlainJson<T> {
+    fn into_response(self) -> Response {
+        match serde_json::to_string(&self.0) {
+            Ok(json) => {
+                let kind = [(header::CONTENT_TYPE, "application/json")];
+                (kind, printable_json(&json).into_owned()).into_response()
+            }
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Shown {
     boards: Vec<Board>,
@@ -146,12 +162,12 @@ impl Shown {
 async fn status(
     State(shown): State<Shown>,
     headers: HeaderMap,
-) -> Json<BTreeMap<ShardId, ShardStatus>> {
+) -> PlainJson<BTreeMap<ShardId, ShardStatus>> {
     let mut shards = shown.shards();
     if shown.access.caller(&headers) != Caller::Owner {
         shards.values_mut().for_each(ShardStatus::hide_causes);
     }
-    Json(shards)
+    PlainJson(shards)
 }
 
 /// Answers any host and anybody, as an orchestrator's probe needs it; so the causes, which name tables and
@@ -240,4 +256,20 @@ fn describe() {
     );
     describe_histogram!("shardmill_lookup_seconds", "how long a lookup's query took");
     describe_gauge!("shardmill_buffer_bytes", "bytes that the sinks' buffers hold");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn wall_12_nothing_in_an_answer_in_json_steers_a_terminal() {
+        let value = serde_json::json!({ "error": "failed on \u{202e}\u{9b}2J.wasm" });
+        let answer = (StatusCode::CONFLICT, PlainJson(&value)).into_response();
+        assert_eq!(answer.status(), StatusCode::CONFLICT);
+        assert_eq!(answer.headers()[header::CONTENT_TYPE], "application/json");
+        let body = axum::body::to_bytes(answer.into_body(), 1024).await.unwrap();
+        assert_eq!(body, r#"{"error":"failed on \u202e\u009b2J.wasm"}"#);
+        assert_eq!(serde_json::from_slice::<serde_json::Value>(&body).unwrap(), value);
+    }
 }

@@ -37,7 +37,7 @@ use crate::plugin::{
 use crate::position::{DeadLetters, StateStore};
 use crate::private::StateDir;
 use crate::source::embedded;
-use crate::terminal::{self, EscapingWriter, Kept};
+use crate::terminal::{self, EscapingWriter, Kept, LogOutput};
 
 /// The pipeline that is run when none is named.
 const DEFAULT_PIPELINE: &str = "pipeline.toml";
@@ -51,6 +51,8 @@ const EXIT_MISUSED: u8 = 2;
 
 /// How long threads that are at work when a command has ended are waited for.
 const THREADS_WAIT_MAX: Duration = Duration::from_secs(3);
+/// How long the rest of the log is waited for at the end, where its reader does not read.
+const LOG_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Lanes that one process has at most, by far: each needs address space for its sandboxes, of which 128 TiB
 /// hold no more.
 const LANES_MAX: usize = 16_320;
@@ -207,14 +209,18 @@ pub fn main() -> ExitCode {
         command => match runtime() {
             Ok(runtime) => {
                 let code = told(runtime.block_on(dispatch(command, &console)));
+                crate::off_thread::end_waits();
                 // A thread that is stuck does not keep the process.
                 runtime.shutdown_timeout(THREADS_WAIT_MAX);
+                crate::stderr::flush(LOG_WAIT_MAX);
                 return code;
             }
             Err(error) => Err(error),
         },
     };
-    told(done)
+    let code = told(done);
+    crate::stderr::flush(LOG_WAIT_MAX);
+    code
 }
 
 /// The exit code of a command that has ended; an error is printed.
@@ -292,7 +298,7 @@ fn init_logging(verbose: u8) {
     // An event is one line and steers nothing, whatever its fields hold.
     let kept = Kept::OneLine { styles };
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(move || EscapingWriter::new(std::io::stderr(), kept))
+        .with_writer(move || EscapingWriter::new(LogOutput, kept))
         .with_ansi(styles)
         // It would report its own failures by a macro that panics.
         .log_internal_errors(false)
@@ -303,6 +309,20 @@ fn init_logging(verbose: u8) {
         .with_target("shardmill", ours)
         .with_target(LOG_TARGET, plugins);
     tracing_subscriber::registry().with(lines).with(levels).init();
+    std::panic::set_hook(Box::new(log_panic));
+}
+
+/// Writes what the standard library does at a panic. Its own way waits for the reader, and what a panic holds at
+/// that time is held for as long.
+fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let backtrace = std::backtrace::Backtrace::capture();
+    let backtrace = match backtrace.status() {
+        std::backtrace::BacktraceStatus::Captured => format!("\n{backtrace}"),
+        _ => String::new(),
+    };
+    let name = thread.name().unwrap_or("<unnamed>");
+    terminal::note(format_args!("thread '{name}' {panic}{backtrace}"));
 }
 
 /// Tells a person why the command failed, each cause once, and gives the exit code.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{Console, swap};
 use crate::off_thread::off_thread;
 use crate::plugin::{Capability, Column, Context, Instance, Services, WIT_VERSION};
-use crate::terminal::escaped;
+use crate::terminal::{escaped, path};
 use crate::workbench::bench;
 use crate::workbench::case::CaseFile;
 use crate::workbench::conformance::{self, Checked};
@@ -173,8 +173,8 @@ impl Subject {
         let compile = begun.elapsed();
         let mut payloads: Vec<Bytes> = Vec::new();
         for input in inputs {
-            let text = std::fs::read(input)
-                .with_context(|| format!("failed to read {}", input.display()))?;
+            let text =
+                std::fs::read(input).with_context(|| format!("failed to read {}", path(input)))?;
             let lines = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
             payloads.extend(lines.map(Bytes::copy_from_slice));
         }

@@ -42,6 +42,10 @@ pub(super) fn tell(answer: Answer, dry_run: bool, console: &Console) -> anyhow::
         console.say(format!("stage {}:", trial[0].as_str().unwrap_or_default()));
         swap::say_trial(&trial[1], console);
     }
+    for stage in report["no_trials"].as_array().into_iter().flatten() {
+        let text = |part: usize| stage[part].as_str().unwrap_or_default();
+        console.say(format!("stage {}: no trial: {}", text(0), text(1)));
+    }
     let generation = report["generation"].as_str().unwrap_or_default();
     let how = match report["takes_over"].as_bool() {
         Some(true) => "every lane is let go and taken over anew",

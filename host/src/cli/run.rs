@@ -365,7 +365,7 @@ async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
     }
     if !stop.is_asked() {
         stop.ask();
-        say_at_once("draining; once more to stop at once".into());
+        note(format_args!("draining; once more to stop at once"));
     }
     let late = async {
         stop.over().await;
@@ -376,7 +376,7 @@ async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
         _ = terminate.recv() => end_now(EXIT_AT_ONCE),
         _ = interrupt.recv() => end_now(EXIT_AT_ONCE),
         () = late => {
-            say_at_once(format!(
+            note(format_args!(
                 "error: the process had not ended {} s after its drain of {} s (timing.drain): something \
                  does not answer; ended by force, what is not committed is read again",
                 END_WAIT_MAX.as_secs(),
@@ -387,20 +387,9 @@ async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
     }
 }
 
-/// Prints a line on standard error. Whoever reads it may not, and then is waited for 1 s at most.
-fn say_at_once(line: String) {
-    let (said, wait) = std::sync::mpsc::channel();
-    let print = move || {
-        note(format_args!("{line}"));
-        let _ = said.send(());
-    };
-    if std::thread::Builder::new().spawn(print).is_ok() {
-        let _ = wait.recv_timeout(Duration::from_secs(1));
-    }
-}
-
 /// Ends the process without what usually comes before: that may wait for a thread that is stuck.
 fn end_now(code: i32) -> ! {
+    crate::stderr::flush(super::LOG_WAIT_MAX);
     // SAFETY: ends the process, and touches nothing of it.
     unsafe { libc::_exit(code) }
 }

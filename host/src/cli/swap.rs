@@ -76,7 +76,8 @@ pub async fn swap(options: SwapOptions, console: &Console) -> anyhow::Result<()>
             (Some(options.component.clone()), Vec::new())
         }
         Err(error) => {
-            return Err(error).with_context(|| format!("failed to read {}", file.display()));
+            return Err(error)
+                .with_context(|| format!("failed to read {}", crate::terminal::path(file)));
         }
     };
     let query = SwapQuery {

@@ -26,6 +26,7 @@ use self::address::is_allowed;
 use self::resolver::{GuardedResolver, RefusedAddress};
 use self::watched::{Sent, WatchedBody};
 use crate::config::{HttpHostConfig, HttpMethod, is_travel_header};
+use crate::off_thread;
 
 /// Who asks, unless the plugin or the grant says otherwise.
 const USER_AGENT: &str = concat!("shardmill/", env!("CARGO_PKG_VERSION"));
@@ -146,10 +147,13 @@ impl HttpGrant {
         let limit = granted.config.response_bytes_max;
         let answer =
             async { tokio::time::timeout_at(deadline.into(), read(prepared, limit)).await };
-        let answer = self.runtime.block_on(answer);
-        let answer = answer.unwrap_or_else(|_| {
-            Err(HttpFailure::retryable("no complete answer within the time of the call"))
-        });
+        let answer = match off_thread::wait_on(&self.runtime, answer) {
+            Some(Ok(answer)) => answer,
+            Some(Err(_)) => {
+                Err(HttpFailure::retryable("no complete answer within the time of the call"))
+            }
+            None => Err(HttpFailure::retryable("no answer before the pipeline stopped")),
+        };
         answer.map_err(|failure| granted.named(failure))
     }
 

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::lag::LiveLag;
 use crate::record::{Position, ShardId, SinkName};
-use crate::terminal::escaped;
+use crate::terminal::{escaped, quoted};
 
 /// The state of every lane, for the admin port, the reports and the end of a run; cheap to clone.
 #[derive(Clone, Default)]
@@ -135,7 +135,7 @@ impl Board {
             false => before.as_deref() != Some(cause),
         };
         if is_news {
-            tracing::error!(shard = %shard, part, cause, "blocked");
+            tracing::error!(shard = %shard, part, cause = %quoted(cause), "blocked");
         }
         gauge(shard, status);
     }
@@ -157,7 +157,7 @@ impl Board {
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         let before = run.insert(part, cause.to_owned());
         if before.as_deref() != Some(cause) {
-            tracing::error!(part, cause, "blocked");
+            tracing::error!(part, cause = %quoted(cause), "blocked");
         }
     }
 

@@ -20,6 +20,7 @@ use crate::position::{Segment, StateError};
 use crate::record::{Position, ShardKey};
 use crate::stage::{Chain, Generation, Samples};
 use crate::stop::Stop;
+use crate::terminal::quoted;
 
 /// Instances of the next revision that are being started.
 struct Starting {
@@ -171,7 +172,8 @@ impl Change {
             Ok(Err(cause)) => cause,
             Err(panic) => panic.to_string(),
         };
-        tracing::error!(shard = %self.shard.shard, generation = %generation.id, cause,
+        let said = quoted(&cause);
+        tracing::error!(shard = %self.shard.shard, generation = %generation.id, cause = %said,
             "the next generation does not start; the one before goes on");
         self.board.does_not_start(&self.shard.shard, &generation.id, &cause);
     }

@@ -19,6 +19,7 @@ use crate::plugin::{CallError, CallFault};
 use crate::record::{ShardId, ShardKey};
 use crate::stage::{Chain, Generation};
 use crate::stop::Stop;
+use crate::terminal::quoted;
 
 /// Tries until a lane counts as blocked.
 const TRIES: u32 = 3;
@@ -142,7 +143,7 @@ pub(super) async fn start_patiently<T: Send + 'static>(
         match tries.next(&failed) {
             Next::Again => {}
             Next::Starved => tracing::warn!(
-                cause = failed.cause,
+                cause = %quoted(&failed.cause),
                 "the stages of the next revision have not started; they are tried again"
             ),
             Next::Decide | Next::Blocked => return Err(failed.cause),
@@ -171,7 +172,8 @@ impl Lane<'_> {
         }
         let blocked = match next {
             Next::Again => {
-                tracing::warn!(shard = %self.shard.shard, cause, tries = tries.failed,
+                let said = quoted(cause);
+                tracing::warn!(shard = %self.shard.shard, cause = %said, tries = tries.failed,
                     "the stages do not start; they are tried again");
                 None
             }

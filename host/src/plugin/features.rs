@@ -12,6 +12,8 @@ use wasmparser::{
 };
 use wasmtime::Config;
 
+use super::links;
+
 /// The features that are on. Several memories in one module are what wasmtime itself makes where two
 /// components of one plugin call each other, as in JavaScript's.
 const NEEDED: WasmFeatures = WasmFeatures::MUTABLE_GLOBAL
@@ -26,7 +28,7 @@ const NEEDED: WasmFeatures = WasmFeatures::MUTABLE_GLOBAL
     .union(WasmFeatures::MULTI_MEMORY)
     .union(WasmFeatures::COMPONENT_MODEL);
 
-/// How many memories, tables and instances of modules the components of one plugin may have. Elements of
+/// How many memories, tables and instances the components of one plugin may have. Elements of
 /// tables and bytes of memories have limits of their own; this bounds what each of them costs beside, such
 /// as mappings, of which a process has 65,530.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,10 +39,13 @@ pub struct Parts {
     pub tables: usize,
     /// Instances of core modules. Python has 38, and one more for each native extension.
     pub instances: usize,
+    /// Instances of components and modules, functions that cross between them, and resource types. JavaScript
+    /// has about 200: its engine is linked to the component that answers its WASI.
+    pub links: usize,
 }
 
 /// What a plugin may have: more than twice what any of the five languages needs.
-pub const PARTS_MAX: Parts = Parts { memories: 8, tables: 16, instances: 128 };
+pub const PARTS_MAX: Parts = Parts { memories: 8, tables: 16, instances: 128, links: 512 };
 
 /// What the globals, imports and references to functions of all instances of modules may take together, in
 /// bytes: four times what Python's take. It lies outside of the memories, so no other limit counts it.
@@ -52,13 +57,14 @@ const FUNCTION_BYTES: usize = 32;
 
 /// Version of the checks below. It is a part of the names of compiled code, so that code from before a new check
 /// is not used. Increase it with each check that refuses more.
-pub(super) const CHECKS_VERSION: u32 = 2;
+pub(super) const CHECKS_VERSION: u32 = 3;
 
 /// Checks of a component what the compiler does not.
 ///
 /// # Errors
 /// What is expected and what was found, in words.
 pub(super) fn check(component: &[u8]) -> Result<(), String> {
+    links::check(component)?;
     check_state(component)?;
     check_texts(component)
 }

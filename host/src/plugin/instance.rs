@@ -272,7 +272,7 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
     let (fault, message) = match (error.downcast_ref::<Trap>(), &sandbox.refused) {
         // wasmtime's words; the limits are ours.
         (None, _) if root.starts_with("resource limit exceeded:") => {
-            let Parts { memories, tables, instances } = PARTS_MAX;
+            let Parts { memories, tables, instances, .. } = PARTS_MAX;
             let message = format!(
                 "{call} failed: {root}; the components of a plugin may have {memories} memories, {tables} \
                  tables and {instances} instances of modules together"

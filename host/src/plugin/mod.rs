@@ -15,6 +15,7 @@ mod engine;
 mod excerpt;
 mod features;
 mod instance;
+mod links;
 pub mod manifest;
 pub mod scaffold;
 #[path = "../../../wit/0.1.0/words.rs"]
@@ -194,7 +195,7 @@ impl Plugin {
         cache: &CompileCache,
         path: &Path,
     ) -> Result<(Self, Bytes), PluginError> {
-        let shown = path.display().to_string();
+        let shown = crate::terminal::path(path);
         let bytes = std::fs::read(path)
             .map_err(|cause| PluginError::Unreadable { path: shown.clone(), cause })?;
         Ok((Self::load(engine, cache, &shown, &bytes)?, bytes.into()))

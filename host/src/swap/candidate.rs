@@ -196,11 +196,12 @@ pub(super) async fn try_out(
     gates: &Gates,
     stop: &CancellationToken,
 ) -> Result<(Option<TrialReport>, Option<String>), StepFailed> {
-    if candidate.services.http.is_some()
-        && candidate.plugin.capabilities.contains(&Capability::Http)
-    {
-        let why = "it imports http: its requests would be sent once more for the trial";
-        return Ok((None, Some(why.into())));
+    for (side, who) in [(candidate, "it"), (incumbent, "the version before")] {
+        if side.services.http.is_some() && side.plugin.capabilities.contains(&Capability::Http) {
+            let why =
+                format!("{who} imports http: its requests would be sent once more for the trial");
+            return Ok((None, Some(why)));
+        }
     }
     let mut trial = Trial::new((incumbent, candidate), shadow, &shared.config.timing, stop);
     let shadow_end = Instant::now() + shadow;

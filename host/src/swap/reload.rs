@@ -56,6 +56,9 @@ pub struct ReloadReport {
     pub takes_over: bool,
     /// How the changed stages did on records that came of late.
     pub trials: Vec<(String, TrialReport)>,
+    /// Changed stages without a trial, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub no_trials: Vec<(String, String)>,
     /// The lanes that have changed.
     pub lanes: Vec<LaneChange>,
     /// Those that have not yet, and why.
@@ -152,6 +155,7 @@ impl Inner {
             takes_over: !reloaded.diff.sinks.is_empty() || !reloaded.diff.settings.is_empty(),
             diff: reloaded.diff.clone(),
             trials: Vec::new(),
+            no_trials: Vec::new(),
             lanes: Vec::new(),
             waiting: Vec::new(),
         };
@@ -163,10 +167,11 @@ impl Inner {
             };
             let gates = &reloaded.config.reload.gates;
             let sides = (&incumbent, &fresh);
-            let (trial, _) =
+            let (trial, no_trial) =
                 candidate::try_out(&beside.shared, sides, Duration::ZERO, gates, &self.ends)
                     .await?;
             report.trials.extend(trial.map(|trial| (stage.to_string(), trial)));
+            report.no_trials.extend(no_trial.map(|why| (stage.to_string(), why)));
         }
         let mut setup = self.setup.lock().await;
         if setup.changes != beside.changes {

@@ -204,7 +204,7 @@ impl CaseFile {
     /// # Errors
     /// [`CaseError`] naming the place.
     pub fn read(path: &Path) -> Result<Self, CaseError> {
-        let shown = path.display();
+        let shown = crate::terminal::path(path);
         let text = fs::read_to_string(path)
             .map_err(|error| CaseError(format!("failed to read {shown}: {error}")))?;
         let cases = match path.extension().and_then(|extension| extension.to_str()) {

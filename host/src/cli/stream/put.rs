@@ -133,7 +133,8 @@ fn open_input(file: Option<&Path>) -> anyhow::Result<(Box<dyn BufRead + Send>, S
         return Ok((Box::new(BufReader::new(std::io::stdin())), "standard input".into()));
     };
     let opened = std::fs::File::open(path);
-    let opened = opened.with_context(|| format!("failed to read {}", path.display()))?;
+    let opened =
+        opened.with_context(|| format!("failed to read {}", crate::terminal::path(path)))?;
     Ok((Box::new(BufReader::new(opened)), path.display().to_string()))
 }
 

@@ -9,6 +9,7 @@ use super::metric::Metrics;
 use super::{Capability, Services};
 use crate::config::StageLimits;
 use crate::http::Request;
+use crate::off_thread;
 use crate::plugin::bindings::shardmill::plugin as wit;
 use crate::plugin::clock::CallClock;
 
@@ -124,7 +125,9 @@ impl Caller {
             }
             Err(error) => return Err(wasmtime::format_err!("lookup.get: {error}")),
         };
-        let rows = match lookup.get_within(&keys, deadline, self.answer_bytes_max) {
+        let rows = lookup.get_within(&keys, deadline, self.answer_bytes_max);
+        going_on()?;
+        let rows = match rows {
             Ok(rows) => rows,
             Err(error) => {
                 return failed(error.retryable, self.services.values.hide(error.message));
@@ -140,22 +143,32 @@ impl Caller {
     pub(super) fn send(
         &mut self,
         request: Request,
-    ) -> Result<wit::http::Response, wit::http::Failure> {
-        let failed = |retryable, message| Err(wit::http::Failure { retryable, message });
+    ) -> wasmtime::Result<Result<wit::http::Response, wit::http::Failure>> {
+        let failed = |retryable, message| Ok(Err(wit::http::Failure { retryable, message }));
         let Some(grant) = &self.services.http else {
             return failed(false, "no host is granted to this stage".to_owned());
         };
         let call = self.clock.host_begins("http.send");
         let sent = grant.send(request, call.deadline);
         self.clock.host_ended(call);
+        going_on()?;
         match sent {
-            Ok(response) => Ok(wit::http::Response {
+            Ok(response) => Ok(Ok(wit::http::Response {
                 status: response.status,
                 headers: response.headers,
                 body: response.body,
-            }),
+            })),
             Err(failure) => failed(failure.retryable, self.services.values.hide(failure.message)),
         }
+    }
+}
+
+/// Ends the plugin's call where the process ends: it would answer for its records without what it asked for, or
+/// ask again. The lane has stopped, so no record is to blame.
+fn going_on() -> wasmtime::Result<()> {
+    match off_thread::waits_ended() {
+        true => Err(wasmtime::format_err!("the pipeline stops")),
+        false => Ok(()),
     }
 }
 

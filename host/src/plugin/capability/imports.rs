@@ -60,7 +60,7 @@ pub(in crate::plugin) fn offer(linker: &mut Linker<Sandbox>) -> wasmtime::Result
             None => copied(&mut store, &view)?,
         };
         let sent = match request {
-            Ok(request) => store.data_mut().caller.send(request),
+            Ok(request) => store.data_mut().caller.send(request)?,
             Err(message) => Err(wit::http::Failure { retryable: false, message }),
         };
         Ok((sent,))

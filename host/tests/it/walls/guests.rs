@@ -4,4 +4,7 @@ mod arguments;
 mod asking;
 mod budgets;
 mod configure;
+mod ends;
+mod stderr;
 mod terminal;
+mod trials;

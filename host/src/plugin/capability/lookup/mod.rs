@@ -27,6 +27,7 @@ use self::found::{ANSWER_BYTES_MAX, Found};
 use self::postgres::PostgresTable;
 use self::sqlite::SqliteTable;
 use crate::config::{LookupConfig, LookupSource};
+use crate::off_thread;
 use crate::rarely::Rarely;
 use crate::record::LookupName;
 
@@ -200,7 +201,11 @@ impl Lookup {
         let deadline = deadline.min(started + self.timeout);
         match &self.table {
             Table::Postgres(table) => {
-                self.runtime.block_on(table.fetch(keys, deadline, found))?;
+                let fetched =
+                    off_thread::wait_on(&self.runtime, table.fetch(keys, deadline, found));
+                fetched.unwrap_or_else(|| {
+                    Err(LookupError::retryable("no answer before the pipeline stopped"))
+                })?;
             }
             Table::Sqlite(table) => table.fetch(keys, deadline, found)?,
         }

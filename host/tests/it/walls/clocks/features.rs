@@ -4,7 +4,10 @@ use std::path::Path;
 
 use shardmill::config::RejectedMax;
 use shardmill::plugin::{CompileCache, PARTS_MAX, Parts, Plugin, PluginEngine};
-use wasm_encoder::{ComponentSection as _, InstanceSection, Module, ModuleArg, ModuleSection};
+use wasm_encoder::{
+    ComponentExportKind, ComponentInstanceSection, ComponentSection as _, InstanceSection, Module,
+    ModuleArg, ModuleSection, RawSection,
+};
 use wasmparser::{Parser, Payload};
 use wit_component::StringEncoding;
 
@@ -107,6 +110,39 @@ fn wall_11_a_component_of_too_many_instances_is_refused() {
     load(&with_instances(&sound, 10)).unwrap_or_else(|why| panic!("{why}"));
     let why = load(&with_instances(&sound, PARTS_MAX.instances)).expect_err("one too many");
     assert!(why.contains("instance count too high"), "{why}");
+    // Instances of components hold state of the host, too, without any module.
+    let resource = "(type $r (resource (rep i32))) (core func (canon resource.new $r))";
+    for item in ["", resource] {
+        load(&with_component(&sound, &doubled(item, 3))).unwrap_or_else(|why| panic!("{why}"));
+        for depth in [10, 22, 80] {
+            let why = load(&with_component(&sound, &doubled(item, depth))).expect_err("too many");
+            let expected = format!("at most {} instances of components", PARTS_MAX.links);
+            assert!(why.contains(&expected) && why.contains("build it of fewer"), "{why}");
+        }
+    }
+}
+
+/// A component in which each instantiates the one inside of it twice.
+fn doubled(innermost: &str, depth: usize) -> Vec<u8> {
+    let text = (1..=depth).fold(format!("(component $c0 {innermost})"), |inner, level| {
+        let one = format!("(instance (instantiate $c{}))", level - 1);
+        format!("(component $c{level} {inner} {one} {one})")
+    });
+    wat::parse_str(text).expect("sound WAT")
+}
+
+/// The component with one more inside, of which it has an instance.
+fn with_component(component: &[u8], inner: &[u8]) -> Vec<u8> {
+    const NESTED_SECTION: u8 = 4;
+    let payloads = Parser::new(0).parse_all(component).map(|payload| payload.expect("sound"));
+    let is_nested = |payload: &Payload<'_>| matches!(payload, Payload::ComponentSection { .. });
+    let index = payloads.filter(is_nested).count() as u32;
+    let mut instances = ComponentInstanceSection::new();
+    instances.instantiate(index, std::iter::empty::<(&str, ComponentExportKind, u32)>());
+    let mut longer = component.to_vec();
+    RawSection { id: NESTED_SECTION, data: inner }.append_to_component(&mut longer);
+    instances.append_to_component(&mut longer);
+    longer
 }
 
 /// The component with so many more instances of an empty module.
@@ -160,15 +196,26 @@ fn wall_11_the_bundled_plugins_are_made_of_few_parts() {
 
 /// The parts of a component as they are written in it, those of its nested components too.
 pub fn parts(component: &[u8]) -> Parts {
-    let mut parts = Parts { memories: 0, tables: 0, instances: 0 };
+    let mut parts = Parts { memories: 0, tables: 0, instances: 0, links: 0 };
     for payload in Parser::new(0).parse_all(component) {
         match payload.expect("a sound component") {
             Payload::MemorySection(section) => parts.memories += section.count() as usize,
             Payload::TableSection(section) => parts.tables += section.count() as usize,
             Payload::InstanceSection(section) => {
                 let instances = section.into_iter().flatten();
-                parts.instances += instances
+                let count = instances
                     .filter(|one| matches!(one, wasmparser::Instance::Instantiate { .. }))
+                    .count();
+                parts.instances += count;
+                parts.links += count;
+            }
+            // No tool instantiates a component twice.
+            Payload::ComponentInstanceSection(section) => parts.links += section.count() as usize,
+            Payload::ComponentCanonicalSection(section) => parts.links += section.count() as usize,
+            Payload::ComponentTypeSection(section) => {
+                let types = section.into_iter().flatten();
+                parts.links += types
+                    .filter(|one| matches!(one, wasmparser::ComponentType::Resource { .. }))
                     .count();
             }
             _ => {}

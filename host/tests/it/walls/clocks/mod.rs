@@ -23,6 +23,7 @@ pub fn assert_parts_fit(component: &std::path::Path) {
         found.memories * 2 <= most.memories,
         found.tables * 2 <= most.tables,
         found.instances * 2 <= most.instances,
+        found.links * 2 <= most.links,
     ];
-    assert_eq!(fits, [true; 3], "{}: {found:?} of {most:?}", component.display());
+    assert_eq!(fits, [true; 4], "{}: {found:?} of {most:?}", component.display());
 }

@@ -1,0 +1,255 @@
+//! Counts the instances that a component links together, before it is compiled.
+//!
+//! Components nest, and each may instantiate the one inside of it twice: a file of 4 KB describes millions of
+//! instances. wasmtime keeps state for each of them in every instance of the plugin, on the host's heap, where
+//! no limit of memories counts it; the compiler unrolls them all.
+
+use wasmparser::{
+    ComponentAlias, ComponentExternalKind, ComponentInstance, ComponentOuterAliasKind,
+    ComponentType, ComponentTypeRef, Encoding, Instance, Parser, Payload,
+};
+
+use super::features::PARTS_MAX;
+
+/// Links of a component that is not known before it is linked: one that is imported, or an export of an
+/// instance. No tool of the five languages makes use of one.
+const UNKNOWN: usize = usize::MAX;
+
+/// A component or module whose end has not been read yet.
+struct Open {
+    is_component: bool,
+    /// Links of one instance of it.
+    links: usize,
+    /// The same of each component that it can name, by its index.
+    components: Vec<usize>,
+}
+
+/// Checks that a component does not link more than it may.
+///
+/// # Errors
+/// What is expected and what was found, in words.
+pub(super) fn check(component: &[u8]) -> Result<(), String> {
+    let found = match count(component) {
+        links if links <= PARTS_MAX.links => return Ok(()),
+        UNKNOWN => {
+            "more than can be counted (a component that is imported, or that is an export of an \
+                    instance, counts as that)"
+                .into()
+        }
+        links => links.to_string(),
+    };
+    Err(format!(
+        "expected at most {} instances of components and modules, functions between them and resource types, \
+         found {found}: what a component holds counts as often as it is instantiated; build it of fewer \
+         components, or instantiate each of them once, as `shardmill plugin build` does",
+        PARTS_MAX.links
+    ))
+}
+
+/// Instances of components and modules, functions that cross between them, and resource types, all
+/// repetitions included. A component that cannot be read counts as nothing: the compiler refuses it.
+fn count(component: &[u8]) -> usize {
+    let mut open: Vec<Open> = Vec::new();
+    for payload in Parser::new(0).parse_all(component) {
+        match payload {
+            Err(_) => return 0,
+            Ok(Payload::Version { encoding, .. }) => open.push(Open {
+                is_component: encoding == Encoding::Component,
+                // The instance itself.
+                links: 1,
+                components: Vec::new(),
+            }),
+            Ok(Payload::End(_)) => {
+                let Some(ended) = open.pop() else { return 0 };
+                match open.last_mut() {
+                    None => return ended.links,
+                    Some(outer) if ended.is_component => outer.components.push(ended.links),
+                    Some(_) => {}
+                }
+            }
+            Ok(section) => {
+                let Some((own, outer)) = open.split_last_mut() else { return 0 };
+                read(section, own, outer);
+            }
+        }
+    }
+    0
+}
+
+/// Adds a section to the component that it is of; `outer`: those around that one, outermost first.
+fn read(section: Payload<'_>, own: &mut Open, outer: &[Open]) {
+    let more = match section {
+        Payload::InstanceSection(section) => {
+            let is_one = |one: &Instance<'_>| matches!(one, Instance::Instantiate { .. });
+            section.into_iter().flatten().filter(is_one).count()
+        }
+        Payload::ComponentCanonicalSection(section) => section.count() as usize,
+        Payload::ComponentTypeSection(section) => {
+            let is_resource =
+                |one: &ComponentType<'_>| matches!(one, ComponentType::Resource { .. });
+            section.into_iter().flatten().filter(is_resource).count()
+        }
+        Payload::ComponentInstanceSection(section) => {
+            let instantiated = section.into_iter().flatten().filter_map(|one| match one {
+                ComponentInstance::Instantiate { component_index, .. } => Some(component_index),
+                ComponentInstance::FromExports(_) => None,
+            });
+            instantiated.fold(0, |sum: usize, index| sum.saturating_add(own.component(index)))
+        }
+        Payload::ComponentAliasSection(section) => {
+            for alias in section.into_iter().flatten() {
+                own.name(match alias {
+                    ComponentAlias::InstanceExport {
+                        kind: ComponentExternalKind::Component,
+                        ..
+                    } => UNKNOWN,
+                    ComponentAlias::Outer {
+                        kind: ComponentOuterAliasKind::Component,
+                        count,
+                        index,
+                    } => match count.checked_sub(1) {
+                        None => own.component(index),
+                        Some(further) => {
+                            let around = outer.iter().rev().nth(further as usize);
+                            around.map_or(UNKNOWN, |around| around.component(index))
+                        }
+                    },
+                    _ => continue,
+                });
+            }
+            0
+        }
+        Payload::ComponentImportSection(section) => {
+            let imports = section.into_iter().flatten();
+            imports
+                .filter(|one| matches!(one.ty, ComponentTypeRef::Component(_)))
+                .for_each(|_| own.name(UNKNOWN));
+            0
+        }
+        Payload::ComponentExportSection(section) => {
+            // What is exported has a second index.
+            let exports = section.into_iter().flatten();
+            for one in exports.filter(|one| one.kind == ComponentExternalKind::Component) {
+                own.name(own.component(one.index));
+            }
+            0
+        }
+        _ => 0,
+    };
+    own.links = own.links.saturating_add(more);
+}
+
+impl Open {
+    /// Links of an instance of a component that it can name.
+    fn component(&self, index: u32) -> usize {
+        self.components.get(index as usize).copied().unwrap_or(UNKNOWN)
+    }
+
+    /// Gives the next index to a component with so many links.
+    fn name(&mut self, links: usize) {
+        self.components.push(links);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wasm_encoder::{
+        Alias, ComponentAliasSection, ComponentExportKind, ComponentExportSection,
+        ComponentImportSection, ComponentInstanceSection, ComponentOuterAliasKind as OuterKind,
+        ComponentSection as _, ComponentTypeRef as TypeRef, ComponentTypeSection, RawSection,
+    };
+
+    use super::*;
+
+    const NESTED_SECTION: u8 = 4;
+
+    fn empty() -> Vec<u8> {
+        wasm_encoder::Component::HEADER.to_vec()
+    }
+
+    fn nest(inner: &[u8], outer: &mut Vec<u8>) {
+        RawSection { id: NESTED_SECTION, data: inner }.append_to_component(outer);
+    }
+
+    fn instantiate(indexes: &[u32], outer: &mut Vec<u8>) {
+        let mut instances = ComponentInstanceSection::new();
+        for index in indexes {
+            instances.instantiate(*index, std::iter::empty::<(&str, ComponentExportKind, u32)>());
+        }
+        instances.append_to_component(outer);
+    }
+
+    /// Components of which each instantiates the one inside of it twice.
+    fn doubled(innermost: &[u8], depth: usize) -> Vec<u8> {
+        (0..depth).fold(innermost.to_vec(), |inner, _| {
+            let mut outer = empty();
+            nest(&inner, &mut outer);
+            instantiate(&[0, 0], &mut outer);
+            outer
+        })
+    }
+
+    #[test]
+    fn wall_11_a_component_counts_as_often_as_it_is_instantiated() {
+        assert_eq!(count(&empty()), 1);
+        assert_eq!(count(&doubled(&empty(), 3)), 1 + 2 + 4 + 8);
+        assert_eq!(count(&doubled(&empty(), 22)), (1 << 23) - 1);
+        assert_eq!(count(&doubled(&empty(), 80)), usize::MAX);
+        let mut typed = empty();
+        let mut types = ComponentTypeSection::new();
+        types.resource(wasm_encoder::ValType::I32, None);
+        types.append_to_component(&mut typed);
+        assert_eq!(count(&doubled(&typed, 3)), 1 + 2 + 4 + 8 * 2);
+        check(&doubled(&empty(), 7)).unwrap_or_else(|why| panic!("{why}"));
+        let why = check(&doubled(&empty(), 22)).expect_err("too many");
+        assert!(why.contains("expected at most 512 instances of components"), "{why}");
+        assert!(why.contains("found 8388607: ") && why.contains("fewer components"), "{why}");
+    }
+
+    #[test]
+    fn wall_11_a_component_is_found_by_each_of_its_names() {
+        let large = doubled(&empty(), 10);
+        // By an alias from inside of another component.
+        let mut alias = ComponentAliasSection::new();
+        alias.alias(Alias::Outer { kind: OuterKind::Component, count: 1, index: 0 });
+        let mut user = empty();
+        alias.append_to_component(&mut user);
+        instantiate(&[0], &mut user);
+        let mut component = empty();
+        nest(&large, &mut component);
+        nest(&user, &mut component);
+        instantiate(&[1], &mut component);
+        assert_eq!(count(&component), 1 + 1 + 2047);
+        // By its export.
+        let mut exports = ComponentExportSection::new();
+        exports.export("again", ComponentExportKind::Component, 0, None);
+        let mut component = empty();
+        nest(&large, &mut component);
+        exports.append_to_component(&mut component);
+        instantiate(&[1], &mut component);
+        assert_eq!(count(&component), 1 + 2047);
+    }
+
+    #[test]
+    fn wall_11_a_component_that_is_not_known_is_not_instantiated() {
+        let mut imports = ComponentImportSection::new();
+        imports.import("any", TypeRef::Component(0));
+        let mut component = empty();
+        imports.append_to_component(&mut component);
+        // It costs nothing before it is instantiated.
+        assert_eq!(count(&component), 1);
+        instantiate(&[0], &mut component);
+        let why = check(&component).expect_err("not known");
+        assert!(why.contains("found more than can be counted"), "{why}");
+        let mut alias = ComponentAliasSection::new();
+        alias.alias(Alias::InstanceExport {
+            instance: 0,
+            kind: ComponentExportKind::Component,
+            name: "any",
+        });
+        let mut component = empty();
+        alias.append_to_component(&mut component);
+        instantiate(&[0], &mut component);
+        check(&component).expect_err("not known");
+    }
+}
