@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use super::Folder;
+use super::{BUFFER, Folder};
 use crate::support::kill_until_it_ends;
 use crate::walls::memory::bound;
 
@@ -82,13 +82,13 @@ fn claimed(folder: &Folder) -> Vec<Vec<u64>> {
 
 #[test]
 fn wall_02_parquet_files_of_many_columns_and_folders_are_written_a_few_at_a_time() {
-    const FILES: usize = 200;
-    const COLUMNS: usize = 1_900;
+    const FILES: usize = 240;
+    const COLUMNS: usize = 1_500;
     let line = |n| format!("k{n}{}", ",1".repeat(COLUMNS));
     let folder = Folder::of_lines(&(0..FILES).map(line).collect::<Vec<_>>());
     let mut columns = "{ name = \"k\", type = \"text\" }".to_owned();
     for n in 0..COLUMNS {
-        columns += &format!(", {{ name = \"c{n}\", type = \"bigint\" }}");
+        columns += &format!(", {{ name = \"c{n}\", type = \"text\" }}");
     }
     let decode = format!(
         "routes = {{ rows = [\"files\"] }}\nconfig = {{ columns = [{columns}] }}\n\
@@ -98,18 +98,18 @@ fn wall_02_parquet_files_of_many_columns_and_folders_are_written_a_few_at_a_time
     let batch = "[source.batch]\nrecords = 1000\nbytes = \"1 MiB\"";
     let sink = "[[sink]]\nname = \"files\"\ntype = \"objects\"\nurl = \"files\"\nformat = \"parquet\"\n\
                 compression = \"none\"\nfolder = \"{row.k}\"\n\
-                [sink.commit]\nbytes = \"16 MiB\"\nlinger = \"1 h\"";
+                [sink.commit]\nbytes = \"8 MiB\"\nlinger = \"1 h\"";
     folder
         .pipeline()
-        .pipeline("buffer = \"16 MiB\"")
+        .pipeline(BUFFER)
         .table(batch)
         .stage("decode", "csv-decode", &decode)
         .table(sink)
         .write();
-    folder.ok_below(&["run", "--until-caught-up"], bound(16, 8, 1, 1));
+    folder.ok_below(&["run", "--until-caught-up"], bound(8, 8, 1, 1));
     let claims = claimed(&folder);
     assert_eq!(claims.iter().flatten().sum::<u64>(), FILES as u64);
-    // Some 1.4 MB for each file that is open.
-    assert!(claims.iter().all(|files| files.len() <= 32), "{claims:?}");
+    // Some 1.1 MB for each file that is open.
+    assert!(claims.iter().all(|files| files.len() <= 16), "{claims:?}");
     assert_eq!(folder.letters(), 0);
 }
