@@ -159,6 +159,12 @@ impl Account {
         self.shared.lock().ledger.part()
     }
 
+    /// The bytes that a sink may hold of what it makes of rows in hand, before it commits; `held` are counted for
+    /// them. Rows in another form may be many times as large.
+    pub fn encoded_bytes_max(&self, held: usize) -> usize {
+        self.shared.lock().ledger.encoded_bytes_max(self.id, held)
+    }
+
     /// Counts bytes that are there already; others wait the longer.
     pub fn force(&self, bytes: usize) -> Permit {
         let mut permit = self.permit(0);

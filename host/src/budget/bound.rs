@@ -3,8 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::ledger::{bytes_bound, text};
-use crate::config::{PipelineConfig, StageLimits};
+use super::ledger::{bytes_bound, encoded_bound, text};
+use crate::config::{PipelineConfig, SinkConfig, SinkKind, StageLimits};
 
 /// The process itself: its code, the runtime's threads, compiled plugins, the state database.
 const PROCESS_BYTES: usize = 100 << 20;
@@ -43,7 +43,8 @@ impl MemoryBound {
     /// |---|---|
     /// | the process | 100 MiB |
     /// | the sinks' buffers | half of `buffer`, the larger of the other half and 256 KiB per lane, and 1 MiB per lane |
-    /// | what the readers of a stream read ahead | the same |
+    /// | what rows become in a sink that encodes them as they arrive | the larger of half of `buffer` and 256 KiB per lane, and 4 MiB per lane, for each such sink |
+    /// | what the readers of a stream read ahead | as the sinks' buffers |
     /// | batches in hand | 4 × `batch.bytes` per lane |
     /// | answers in hand | the largest `limits.output`, or `limits.memory` if that is less, per lane; with several stages, three times |
     /// | one large request | the same, once |
@@ -63,11 +64,19 @@ impl MemoryBound {
         let trials = config.reload.samples.bytes_max * config.stages.len();
         let intake = config.intake.as_ref().map_or(0, |intake| intake.in_flight_bytes_max);
         let lookups = config.lookups.iter().map(|lookup| lookup.cache.bytes_max).sum::<usize>();
+        let encoded = |sinks: &[SinkConfig], lanes: usize| {
+            let is_encoding = |sink: &&SinkConfig| matches!(sink.kind, SinkKind::Objects { .. });
+            let bound = encoded_bound(config.buffer_bytes_max, lanes);
+            bound.saturating_mul(sinks.iter().filter(is_encoding).count())
+        };
         let copies = match config.letter_sinks.is_empty() {
             true => 0,
-            false => bytes_bound(config.buffer_bytes_max, 1),
+            false => bytes_bound(config.buffer_bytes_max, 1) + encoded(&config.letter_sinks, 1),
         };
-        let parts = [buffers, read_ahead, in_hand, answers, large, trials, intake, lookups, copies];
+        let encoded = encoded(&config.sinks, lanes);
+        let parts = [
+            buffers, encoded, read_ahead, in_hand, answers, large, trials, intake, lookups, copies,
+        ];
         let plugin_bytes = limits().map(|limits| limits.memory_bytes_max).sum::<usize>();
         Self {
             lanes,
@@ -218,6 +227,28 @@ mod tests {
         let old = [("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "536870912\n")];
         assert_eq!(bytes(system(MEMINFO, "4:cpu:/a\n3:memory,x:/a\n", &old)), limited);
         assert_eq!(system("", "", &[]), None);
+    }
+
+    #[test]
+    fn wall_02_what_rows_become_counts_for_each_sink_that_encodes_them() {
+        const MIB: usize = 1 << 20;
+        let sink = |name: &str, rest: &str| format!("[[sink]]\nname = \"{name}\"\n{rest}\n");
+        let bound = |sink: &str, lanes| {
+            let text = format!(
+                "[pipeline]\nname = \"cars\"\nbuffer = \"64 MiB\"\n\
+                 [source]\ntype = \"file\"\npath = \"rows.txt\"\n\
+                 [[stage]]\nname = \"route\"\nplugin = \"route.wasm\"\n\
+                 routes = {{ all = [\"out\"] }}\n{sink}"
+            );
+            let config = crate::config::parse("pipeline.toml", &text, &|_| None);
+            MemoryBound::of(&config.expect("a pipeline"), lanes).host_bytes
+        };
+        let plain = sink("out", "type = \"discard\"");
+        let objects = sink("out", "type = \"objects\"\nurl = \"file:///out\"");
+        let more = |lanes| bound(&objects, lanes) - bound(&plain, lanes);
+        assert_eq!(more(1), 36 * MIB);
+        assert_eq!(more(4), 48 * MIB);
+        assert_eq!(more(1_000), 4_250 * MIB, "256 KiB and 4 MiB for each");
     }
 
     #[test]

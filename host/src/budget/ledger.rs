@@ -25,6 +25,12 @@ pub(super) const PART_BYTES_MIN: usize = 256 << 10;
 pub(super) const LARGE_BYTES: usize = 1 << 20;
 /// How much of the common half one request that takes what there is may take.
 const GREED: usize = 4;
+/// Commits that a lane may have of one sink at once: one that grows, one that waits for its place, one in it,
+/// and one under way.
+const COMMITS_AT_ONCE: usize = 4;
+/// What an account may hold beyond its part by what its rows become: so that a compressor (3.5 MiB) or a usual
+/// batch ends no commit early.
+const ENCODED_BEYOND_BYTES: usize = 4 << 20;
 /// For how long a buffer that was asked to commit counts as bytes that come back soon. One that is
 /// blocked does not count longer, and others are asked.
 const ASKED_FOR: Duration = Duration::from_secs(2);
@@ -53,6 +59,13 @@ pub(super) fn bytes_bound(bytes_max: usize, accounts: usize) -> usize {
     // An account below its part takes one more request.
     let crossing = accounts.saturating_mul(LARGE_BYTES);
     (bytes_max / 2).saturating_add(reserved).saturating_add(crossing)
+}
+
+/// Bound of what the rows of one sink may become beyond [`bytes_bound`], in all accounts together.
+pub(super) fn encoded_bound(bytes_max: usize, accounts: usize) -> usize {
+    // One commit has all that is free, and the others have their share of the account's part.
+    let reserved = (bytes_max / 2).max(accounts.saturating_mul(PART_BYTES_MIN));
+    accounts.saturating_mul(ENCODED_BEYOND_BYTES).saturating_add(reserved)
 }
 
 /// Names an account.
@@ -386,6 +399,19 @@ impl Ledger {
         let own = self.part().saturating_sub(held);
         let common = self.limits.common_max().saturating_sub(self.common);
         own + if self.waiters.is_empty() { common / GREED } else { 0 }
+    }
+
+    /// What rows in hand, for which `held` bytes are counted, may become before they are committed: what is
+    /// counted, the rest of the account's part ([`ENCODED_BEYOND_BYTES`] more), and an equal share of what the
+    /// common half has, since others may be at the same point. At least what fits into the part as often as
+    /// there may be commits: those before it may have all the rest.
+    pub(super) fn encoded_bytes_max(&self, account: AccountId, held: usize) -> usize {
+        let part = self.part();
+        let of_account = self.accounts.get(&account).map_or(0, |state| state.held);
+        let own = (part + ENCODED_BEYOND_BYTES).saturating_sub(of_account);
+        let common = self.limits.common_max().saturating_sub(self.common);
+        let free = own + common / self.accounts.len().max(1);
+        held.saturating_add(free).max(part / COMMITS_AT_ONCE)
     }
 
     /// Whether a request can be granted now, and by what right. `has_earlier`: another of its size waits

@@ -39,6 +39,33 @@ fn fault_02_a_request_is_granted_by_part_then_by_the_common_half_then_by_turn() 
     }
 }
 
+/// What rows in hand may become, by what the account holds, what the others hold of the common half, and what
+/// is counted for the rows.
+#[test]
+fn wall_02_what_rows_become_is_bounded_by_what_is_free() {
+    // Two accounts: 16 MiB each, 32 MiB in common.
+    for (own, common_by_other, held, expected) in [
+        // Its part with 4 MiB beyond, and half of the common half.
+        (0, 0, 0, 36),
+        (2, 0, 2, 36),
+        (20, 0, 20, 34),
+        // Nothing is left in common.
+        (16, 32, 16, 20),
+        (40, 8, 40, 40),
+        // Commits before it hold everything: a quarter of its part.
+        (40, 8, 0, 4),
+        (40, 8, 2, 4),
+    ] {
+        let now = Instant::now();
+        let mut ledger = ledger(64 * MIB);
+        let accounts = open(&mut ledger, 2, now);
+        ledger.force(Some(accounts[0]), own * MIB);
+        ledger.force(Some(accounts[1]), (16 + common_by_other) * MIB);
+        let bytes_max = ledger.encoded_bytes_max(accounts[0], held * MIB);
+        assert_eq!(bytes_max, expected * MIB, "{own} {common_by_other} {held}");
+    }
+}
+
 #[test]
 fn fault_02_the_turn_passes_on_once_its_lane_stands_still() {
     let begun = Instant::now();

@@ -14,7 +14,7 @@ use comfy_table::{Table, presets};
 use serde_json::json;
 
 use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, print_json, print_line};
-use crate::position::{DeadLetters, EnteredDigest, LetterFilter};
+use crate::position::{DeadLetters, LetterFilter, PayloadDigest};
 use crate::record::LetterPlace;
 use crate::terminal::escaped;
 
@@ -248,7 +248,7 @@ async fn show(id: i64, pipeline: &Pipeline, console: &Console) -> anyhow::Result
         }
     }
     print_line(format!("original   {} bytes\n{}", letter.original.len(), text(&letter.original)));
-    if let Some(EnteredDigest { sha256, bytes }) = &letter.entered_digest {
+    if let Some(PayloadDigest { sha256, bytes }) = &letter.entered_digest {
         print_line(format!(
             "entered    {bytes} bytes, too large to be kept: a redrive makes them again\ndigest     {sha256}"
         ));

@@ -98,14 +98,16 @@ pub struct StoredLetter {
     pub place: String,
     /// The partition key that the record was put with.
     pub partition_key: Vec<u8>,
-    /// The record's data as it was put.
+    /// The record's data as it was put; empty where a copy has its digest.
     pub original: Vec<u8>,
+    /// The digest that a copy has in its place, because the copy of another letter has it whole.
+    pub original_digest: Option<PayloadDigest>,
     /// The partition key that entered the failing place; empty where a digest is kept.
     pub entered_key: Vec<u8>,
     /// The payload that entered the failing place; empty where a digest is kept.
     pub entered: Vec<u8>,
     /// The digest that is kept in their place where they are too large.
-    pub entered_digest: Option<EnteredDigest>,
+    pub entered_digest: Option<PayloadDigest>,
     /// When the stream took the record, in milliseconds since 1970.
     pub arrived_ms: u64,
     /// The plugin's name and version; empty for a sink.
@@ -120,22 +122,37 @@ pub struct StoredLetter {
     pub written_ms: i64,
 }
 
-/// A payload that is too large to be kept: a redrive makes it again.
+/// A digest in place of a payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EnteredDigest {
-    /// See [`entered_digest`](super::entered_digest).
+pub struct PayloadDigest {
+    /// SHA-256 in hex: of a record's data, or of what entered a place with its key
+    /// ([`entered_digest`](super::entered_digest)).
     pub sha256: String,
     /// The length of the payload.
     pub bytes: u64,
 }
 
+/// The columns that [`StoredLetter::read`] reads, with the record where a condition holds.
+macro_rules! letter_columns {
+    ($original_if:literal) => {
+        concat!(
+            "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
+            (SELECT partition_key FROM letter_record WHERE letter_record.id = record),
+            (SELECT original FROM letter_record WHERE letter_record.id = record",
+            $original_if,
+            "), entered_kind, entered_key, entered, entered_digest, entered_bytes, arrived_ms, plugin,
+            digest, reason, backtrace, written_ms"
+        )
+    };
+}
+
 /// The columns that [`StoredLetter::read`] reads.
-pub(super) const LETTER_COLUMNS: &str = "letters.id, stream, shard, ltrim(sequence, '0'),
-    sub_sequence, place,
-    (SELECT partition_key FROM letter_record WHERE letter_record.id = record),
-    (SELECT original FROM letter_record WHERE letter_record.id = record),
-    entered_kind, entered_key, entered, entered_digest, entered_bytes, arrived_ms, plugin, digest,
-    reason, backtrace, written_ms";
+pub(super) const LETTER_COLUMNS: &str = letter_columns!("");
+
+/// The same of a letter with its `carrier`, for a copy: without a record longer than `?3` that the copy of
+/// another letter has.
+pub(super) const COPIED_COLUMNS: &str =
+    letter_columns!(" AND (coalesce(carrier, letters.id) = letters.id OR length(original) <= ?3)");
 
 /// The same without payloads: many of them may not fit into memory.
 const LETTER_HEADS: &str = "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
@@ -156,7 +173,7 @@ impl StoredLetter {
         };
         let entered_digest = match kind {
             AS_DIGEST => {
-                Some(EnteredDigest { sha256: row.get(at + 11)?, bytes: row.get(at + 12)? })
+                Some(PayloadDigest { sha256: row.get(at + 11)?, bytes: row.get(at + 12)? })
             }
             _ => None,
         };
@@ -169,6 +186,7 @@ impl StoredLetter {
             place: row.get(at + 5)?,
             partition_key,
             original,
+            original_digest: None,
             entered_key,
             entered,
             entered_digest,

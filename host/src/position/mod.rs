@@ -32,7 +32,7 @@ pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Ledger, LedgerEntry, Ran, Segment};
 pub use letter_log::LoggedLetter;
 pub use letter_store::{MadeBy, Step, entered_digest};
-pub use letters::{DeadLetter, DeadLetters, EnteredDigest, LetterFilter, LetterKey, StoredLetter};
+pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, PayloadDigest, StoredLetter};
 pub use mark::{OwnerName, Ownership, StateMark};
 pub use redrive::{
     LETTERS_STREAM, LostPayload, REDRIVE_SHARD, RedriveId, Redriven, RedrivenLetter, Redrives,

@@ -140,6 +140,7 @@ const SCHEMA_6: &[&str] = &[
     LETTERS_6,
     SCHEMA_MARK,
     super::letter_store::SCHEMA,
+    super::letter_log::SCHEMA,
     super::variables::SCHEMA,
 ];
 

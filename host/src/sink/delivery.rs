@@ -411,8 +411,11 @@ impl Gatherer {
             None => buffer.rows.append(&mut rows),
             Some(encoder) if rows.is_empty() => buffer.encoder = Some(encoder),
             Some(mut encoder) => {
+                let counted = buffer.permit.as_ref().map(Permit::bytes);
+                let held_bytes_max = counted
+                    .map_or(usize::MAX, |bytes| self.context.account.encoded_bytes_max(bytes));
                 let encoded = off_thread(move || {
-                    let cut = encoder.push(rows);
+                    let cut = encoder.push(rows, held_bytes_max);
                     (encoder, cut)
                 });
                 let (encoder, cut_rows) = encoded.await;
@@ -480,6 +483,9 @@ impl Gatherer {
             None => (buffer.rows, None),
             Some(encoder) => {
                 let (refused, encoded) = off_thread(move || encoder.finish()).await;
+                if let Some(permit) = &mut buffer.permit {
+                    permit.resize(encoded.held_bytes);
+                }
                 (refused, Some(Arc::new(encoded)))
             }
         };

@@ -97,6 +97,8 @@ pub struct EncodedRows {
     pub kept: Vec<usize>,
     /// What they are now; or why nothing, as a sentence's end.
     pub objects: Result<objects::Encoded, String>,
+    /// The memory that this and the rows that were kept hold, in bytes.
+    pub held_bytes: usize,
 }
 
 /// A row that the sink's table refused: it goes to the dead letters alone.
@@ -298,9 +300,10 @@ pub trait EncodeRows: Send + Sync {
 
 /// The rows of one commit, as they are encoded. Uses the processor: call it off the async threads.
 pub trait RowEncoder: Send {
-    /// Takes rows, by ascending (position, ordinal). `Some`: the commit has as many parts as one may have, and
-    /// is to be made without the rest. A record's rows stay together.
-    fn push(&mut self, rows: Vec<Row>) -> Option<CutRows>;
+    /// Takes rows, by ascending (position, ordinal). `Some`: the commit has as many parts as one may have, or
+    /// would hold more than `held_bytes_max`, and is to be made without the rest. A record's rows stay
+    /// together, and the first record is always taken.
+    fn push(&mut self, rows: Vec<Row>, held_bytes_max: usize) -> Option<CutRows>;
 
     /// The memory that it holds, in bytes.
     fn held_bytes(&self) -> usize;

@@ -39,6 +39,15 @@ const ZSTD_BYTES: usize = 3_500 << 10;
 const BODY_BYTES: usize = 512;
 /// What a cell of a Parquet column holds beside its bytes.
 const CELL_BYTES: usize = 64;
+/// What a Parquet column of an open body holds, however few values it has: the place of its values, and room
+/// for the first four (32 bytes each, where they are texts) and their levels.
+const COLUMN_BYTES_OPEN: usize = 256;
+/// What a Parquet column adds to a file, however few values it has: headers of a dictionary page and a data
+/// page, the column's metadata with its statistics, its entries in both page indexes and in the schema: some
+/// 230 bytes. Its name is there twice.
+///
+/// Source: Parquet format specification, "parquet.thrift".
+const COLUMN_BYTES_IN_FILE: usize = 384;
 
 /// What the rows of a commit became.
 #[derive(Debug, Default)]
@@ -65,6 +74,13 @@ pub(super) struct Body {
     pub(super) sha256: String,
     /// The object's bytes.
     pub(super) bytes: PutPayload,
+}
+
+impl Body {
+    /// The memory that it holds, in bytes.
+    pub(super) fn held_bytes(&self) -> usize {
+        BODY_BYTES + self.bytes.content_length()
+    }
 }
 
 /// What is known of a route's rows.
@@ -100,6 +116,15 @@ pub(super) struct Encoder {
     open: BTreeMap<RouteName, OpenRoute>,
     /// How many bodies are open.
     objects: usize,
+    /// The memory that they hold, in bytes.
+    held_bytes: usize,
+}
+
+/// Bodies that rows would open.
+struct NewBodies {
+    count: usize,
+    /// The memory that they would hold without a row, in bytes.
+    held_bytes: usize,
 }
 
 impl Encoder {
@@ -112,8 +137,8 @@ impl Encoder {
         room: KeyRoom,
     ) -> Self {
         let folders_differ = layout.folder.differs_by_row();
-        let (open, objects) = (BTreeMap::new(), 0);
-        Self { forms, layout, shard, sink, room, folders_differ, open, objects }
+        let (open, objects, held_bytes) = (BTreeMap::new(), 0, 0);
+        Self { forms, layout, shard, sink, room, folders_differ, open, objects, held_bytes }
     }
 
     /// How many objects its rows become.
@@ -121,9 +146,29 @@ impl Encoder {
         self.objects
     }
 
-    /// How many more objects some rows would make; counts no further than one above `most`.
-    pub(super) fn new_objects(&self, rows: &[Row], most: usize) -> usize {
+    /// Whether some rows can be taken without more than `objects_max` objects, and without holding more than
+    /// `held_bytes_max`.
+    pub(super) fn has_room_for(
+        &self,
+        rows: &[Row],
+        objects_max: usize,
+        held_bytes_max: usize,
+    ) -> bool {
+        let rows_bytes: usize = rows.iter().map(|row| self.row_bytes(row)).sum();
+        let (objects, held_bytes) = (self.objects, self.held_bytes + rows_bytes);
+        // As if each row made an object of its own: this costs less to know.
+        let most_bytes: usize = rows.iter().map(|row| self.body_bytes(row.route.name())).sum();
+        if objects + rows.len() <= objects_max && held_bytes + most_bytes <= held_bytes_max {
+            return true;
+        }
+        let new = self.new_bodies(rows, objects_max.saturating_sub(objects));
+        objects + new.count <= objects_max && held_bytes + new.held_bytes <= held_bytes_max
+    }
+
+    /// The bodies that some rows would open; counts no further than one above `most`.
+    fn new_bodies(&self, rows: &[Row], most: usize) -> NewBodies {
         let mut new: HashSet<(&RouteName, Option<Path>)> = HashSet::new();
+        let mut held_bytes = 0;
         for row in rows {
             let name = row.route.name();
             let open = self.open.get(name);
@@ -139,14 +184,33 @@ impl Encoder {
                 None => !open.bodies.is_empty(),
                 Some(folder) => open.places.contains_key(folder),
             });
-            if !is_open {
-                new.insert((name, folder));
+            if !is_open && new.insert((name, folder)) {
+                held_bytes += self.body_bytes(name);
             }
             if new.len() > most {
                 break;
             }
         }
-        new.len()
+        NewBodies { count: new.len(), held_bytes }
+    }
+
+    /// The columns of a route's Parquet files; `None`: its rows become lines.
+    fn columns(&self, route: &RouteName) -> Option<&ParquetSchema> {
+        match self.layout.format {
+            ObjectFormat::Parquet => self.forms.get(route)?.schema.as_deref(),
+            ObjectFormat::Ndjson | ObjectFormat::Raw => None,
+        }
+    }
+
+    /// The memory that a body of a route holds before it has a row, in bytes.
+    fn body_bytes(&self, route: &RouteName) -> usize {
+        BODY_BYTES + self.columns(route).map_or(0, columns_bytes)
+    }
+
+    /// The memory that a row holds in a body, in bytes.
+    fn row_bytes(&self, row: &Row) -> usize {
+        let columns = self.columns(row.route.name()).map_or(0, ParquetSchema::width);
+        row.payload.len() + 1 + columns * CELL_BYTES
     }
 
     /// Takes a row; `Some`: why it is refused.
@@ -167,22 +231,27 @@ impl Encoder {
                 ) {
                     Ok(folder) => {
                         let form = || self.forms.get(name).cloned().unwrap_or_default();
-                        let objects = &mut self.objects;
+                        let (objects, held_bytes) = (&mut self.objects, &mut self.held_bytes);
                         route.body(folder, || {
+                            let body = OpenBody::new(name, form(), &self.layout)?;
                             *objects += 1;
-                            OpenBody::new(name, form(), &self.layout)
+                            *held_bytes += body.held_bytes();
+                            Ok(body)
                         })?
                     }
                     Err(reason) => return Ok(Some(reason)),
                 },
             };
-        Ok(body.push(&row.payload)?.err())
+        let held_before = body.held_bytes();
+        let refused = body.push(&row.payload)?.err();
+        self.held_bytes += body.held_bytes();
+        self.held_bytes -= held_before;
+        Ok(refused)
     }
 
-    /// The memory that it holds, in bytes.
+    /// The memory that it holds, in bytes, with what its columns will add to their files.
     pub(super) fn held_bytes(&self) -> usize {
-        let bodies = self.open.values().flat_map(|route| &route.bodies);
-        bodies.map(|(_, body)| body.held_bytes()).sum()
+        self.held_bytes
     }
 
     /// The bodies of all that have a row.
@@ -311,7 +380,8 @@ impl OpenBody {
         let format = match &self.format {
             BodyFormat::Lines(_) | BodyFormat::Raw => 0,
             BodyFormat::Parquet(rows) => {
-                self.line_bytes as usize + self.rows as usize * rows.columns() * CELL_BYTES
+                let cells = self.rows as usize * rows.schema().width();
+                self.line_bytes as usize + cells * CELL_BYTES + columns_bytes(rows.schema())
             }
         };
         let compressor = self.compressor.as_ref().map_or(0, Compressor::held_bytes);
@@ -361,6 +431,12 @@ impl OpenBody {
             bytes,
         })
     }
+}
+
+/// The memory that the columns of a body hold without a row, and that they add to its file, in bytes.
+fn columns_bytes(schema: &ParquetSchema) -> usize {
+    let columns = schema.width() * (COLUMN_BYTES_OPEN + COLUMN_BYTES_IN_FILE);
+    columns + 2 * schema.names_bytes()
 }
 
 fn cannot_compress(error: io::Error) -> String {

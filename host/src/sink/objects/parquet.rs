@@ -64,6 +64,7 @@ enum Kind {
 #[derive(Debug)]
 pub(super) struct ParquetSchema {
     names: ColumnNames,
+    names_bytes: usize,
     columns: Vec<ParquetColumn>,
     root: Arc<Type>,
 }
@@ -116,7 +117,18 @@ impl ParquetSchema {
         let root = Type::group_type_builder("row").with_fields(fields).build();
         let root = Arc::new(root.map_err(|error| error.to_string())?);
         let names = ColumnNames::new(columns.iter().map(|column| column.name.clone()));
-        Ok(Self { names, columns, root })
+        let names_bytes = columns.iter().map(|column| column.name.len()).sum();
+        Ok(Self { names, names_bytes, columns, root })
+    }
+
+    /// How many columns it has.
+    pub(super) fn width(&self) -> usize {
+        self.columns.len()
+    }
+
+    /// The length of their names together, in bytes.
+    pub(super) fn names_bytes(&self) -> usize {
+        self.names_bytes
     }
 
     /// Reads a payload as one value per column.
@@ -336,9 +348,9 @@ impl ParquetRows {
         Self { schema, form: RowForm::default(), columns }
     }
 
-    /// How many columns it has.
-    pub(super) fn columns(&self) -> usize {
-        self.columns.len()
+    /// Its columns.
+    pub(super) fn schema(&self) -> &ParquetSchema {
+        &self.schema
     }
 
     /// Takes a row.
@@ -369,7 +381,10 @@ impl ParquetRows {
     /// # Errors
     /// What the crate says; it has no cause in the rows.
     pub(super) fn finish(self, compression: Compression) -> io::Result<Vec<u8>> {
-        self.write(compression).map_err(io::Error::other)
+        let mut file = self.write(compression).map_err(io::Error::other)?;
+        // It grew by doubling, and waits for its commit beside many others.
+        file.shrink_to_fit();
+        Ok(file)
     }
 
     fn write(self, compression: Compression) -> Result<Vec<u8>, ParquetError> {

@@ -111,24 +111,21 @@ impl ArrivingRows {
     }
 
     /// Whether the rows of one more record are too many for one commit. Those of one record are never.
-    fn is_full_for(&self, rows: &[Row]) -> bool {
+    fn is_full_for(&self, rows: &[Row], held_bytes_max: usize) -> bool {
         let Some(encoder) = &self.encoder else { return false };
-        let objects = encoder.objects();
-        objects > 0
-            && objects + rows.len() > OBJECTS_MAX
-            && objects + encoder.new_objects(rows, OBJECTS_MAX - objects.min(OBJECTS_MAX))
-                > OBJECTS_MAX
+        let bytes_max = held_bytes_max.saturating_sub(self.kept_bytes);
+        encoder.objects() > 0 && !encoder.has_room_for(rows, OBJECTS_MAX, bytes_max)
     }
 }
 
 impl RowEncoder for ArrivingRows {
-    fn push(&mut self, mut rows: Vec<Row>) -> Option<CutRows> {
+    fn push(&mut self, mut rows: Vec<Row>, held_bytes_max: usize) -> Option<CutRows> {
         let mut begin = 0;
         while let Some(first) = rows.get(begin) {
             let is_same =
                 |row: &&Row| row.record == first.record && Arc::ptr_eq(&row.batch, &first.batch);
             let end = begin + rows[begin..].iter().take_while(is_same).count();
-            if self.is_full_for(&rows[begin..end]) {
+            if self.is_full_for(&rows[begin..end], held_bytes_max) {
                 let rest = rows.split_off(begin);
                 let to_inclusive = rows.last().map(|last| last.position().clone());
                 return Some(CutRows { to_inclusive, rest });
@@ -149,8 +146,10 @@ impl RowEncoder for ArrivingRows {
             (None, failed) => Err(failed.unwrap_or_default()),
         };
         let refusals = self.refusals;
+        let held = |bodies: &Vec<Body>| bodies.iter().map(Body::held_bytes).sum::<usize>();
+        let held_bytes = self.kept_bytes + bodies.as_ref().map_or(0, held);
         let objects = bodies.map(|bodies| Encoded { bodies, refusals });
-        (self.kept, EncodedRows { rows: self.rows, kept: self.numbers, objects })
+        (self.kept, EncodedRows { rows: self.rows, kept: self.numbers, objects, held_bytes })
     }
 }
 
@@ -301,6 +300,8 @@ impl ObjectsWriter {
             rows: rows.len(),
             kept: Vec::new(),
             objects: encode(&rows, encoder),
+            // Counted by the committer, as a copy of the rows.
+            held_bytes: 0,
         };
         tokio::task::spawn_blocking(encode).await.map(Arc::new).map_err(|error| {
             self.shared.place.unavailable(format!("encoding rows was broken off: {error}"))
@@ -464,4 +465,123 @@ impl SinkWriter for ObjectsWriter {
 
 fn shown(position: Option<&Position>) -> String {
     position.map_or_else(|| "nothing".into(), Position::to_string)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Compression;
+    use crate::record::{
+        Batch, Entry, PositionSpan, Record, RowRoute, SequenceNumber, StreamIdentity,
+    };
+    use crate::sink::Column;
+    use crate::sink::line::LineFormat;
+    use crate::sink::objects::layout::{FolderTemplate, ObjectFormat};
+    use crate::sink::objects::parquet::ParquetSchema;
+
+    const MIB: usize = 1 << 20;
+
+    fn shard() -> ShardKey {
+        let stream = StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 0 };
+        ShardKey { pipeline: "mart".into(), stream: Arc::new(stream), shard: "shard".into() }
+    }
+
+    /// Records of one row each, every one for a folder of its own.
+    fn rows(count: u32) -> Vec<Row> {
+        let position = |number: u32| Position {
+            sequence: SequenceNumber::from(u64::from(number) + 1),
+            sub_sequence: 0,
+        };
+        let record = |number| Record {
+            position: position(number),
+            partition_key: "key".into(),
+            payload: "".into(),
+            arrived_ms: 0,
+        };
+        let span = PositionSpan { from_exclusive: None, to_inclusive: position(count) };
+        let records = (0..count).map(record).collect();
+        let batch = Arc::new(Batch { shard: shard(), records, span, entry: Entry::Source });
+        let route = RowRoute::from("sold");
+        let row = |record: u32| Row {
+            batch: batch.clone(),
+            record,
+            ordinal: 0,
+            route: route.clone(),
+            key: "key".into(),
+            payload: format!("{{\"k\":\"{record}\"}}").into(),
+        };
+        (0..count).map(row).collect()
+    }
+
+    /// Rows as they arrive, on their way into Parquet files of `k` and further columns.
+    fn arriving(columns: usize) -> ArrivingRows {
+        let column = |name: String, data_type: &str| Column {
+            name,
+            data_type: data_type.into(),
+            nullable: true,
+        };
+        let mut all = vec![column("k".into(), "text")];
+        all.extend((0..columns).map(|number| column(format!("c{number}"), "bigint")));
+        let schema = Some(Arc::new(ParquetSchema::of(&all).expect("a schema")));
+        let form = RouteForm { line: Some(LineFormat::Json), schema };
+        let layout = ObjectLayout {
+            format: ObjectFormat::Parquet,
+            compression: Compression::None,
+            folder: FolderTemplate::try_from("k={row.k}".to_owned()).expect("a template"),
+        };
+        let forms = Arc::new(HashMap::from([(RouteName::from("sold"), form)]));
+        let room = KeyRoom { prefix: Path::default(), limits: None };
+        ArrivingRows {
+            encoder: Some(Encoder::new(forms, layout, shard(), "logs".into(), room)),
+            failed: None,
+            rows: 0,
+            kept: Vec::new(),
+            numbers: Vec::new(),
+            refusals: Vec::new(),
+            kept_bytes: 0,
+        }
+    }
+
+    /// How many objects each commit of some rows has, cut at `held_bytes_max`.
+    fn commits(columns: usize, mut rows: Vec<Row>, held_bytes_max: usize) -> Vec<usize> {
+        let mut commits = Vec::new();
+        loop {
+            let mut commit = Box::new(arriving(columns));
+            let first = rows[0].position().clone();
+            let cut = commit.push(rows, held_bytes_max);
+            let held = commit.held_bytes();
+            let (refused, encoded) = commit.finish();
+            assert!(refused.is_empty());
+            let objects = encoded.objects.expect("encoded").bodies.len();
+            assert!(held <= held_bytes_max || objects == 1, "{held} of {held_bytes_max}");
+            assert!(encoded.held_bytes <= held, "{} came of {held}", encoded.held_bytes);
+            commits.push(objects);
+            let Some(cut) = cut else { return commits };
+            assert!(cut.to_inclusive.is_some_and(|to| to >= first && to < *cut.rest[0].position()));
+            rows = cut.rest;
+        }
+    }
+
+    #[test]
+    fn wall_02_a_commit_ends_before_the_record_whose_files_are_too_large_together() {
+        // Some 640 bytes and one cell for each column of each file.
+        assert_eq!(commits(1_000, rows(20), 4 * MIB), [5, 5, 5, 5]);
+        assert_eq!(commits(1_000, rows(6), usize::MAX), [6]);
+        assert_eq!(commits(10, rows(300), 4 * MIB), [256, 44], "few columns");
+        assert_eq!(commits(1_000, rows(3), 0), [1, 1, 1], "a record always fits");
+    }
+
+    #[test]
+    fn wall_02_rows_of_many_columns_count_in_a_file_that_is_there() {
+        let same: Vec<Row> = rows(50)
+            .into_iter()
+            .map(|row| Row { payload: "{\"k\":\"a\"}".into(), ..row })
+            .collect();
+        let mut commit = arriving(1_000);
+        let cut = commit.push(same, 2 * MIB).expect("50 rows of 64,000 bytes and more");
+        assert!(commit.held_bytes() <= 2 * MIB);
+        assert!((15..30).contains(&cut.rest.len()), "{} are left", cut.rest.len());
+        // The next commit begins with them.
+        assert!(arriving(1_000).push(cut.rest, 4 * MIB).is_none());
+    }
 }

@@ -1,6 +1,7 @@
 //! Bounds of dead letters and of commits, and stored settings.
 
 mod bounds;
+mod copies;
 mod objects;
 mod remade;
 mod variables;
