@@ -122,4 +122,13 @@ fn wall_04_copies_have_a_large_record_once_whatever_is_killed() {
     }
     seen.sort();
     assert_eq!(seen, records);
+
+    // As the book joins them.
+    let joined = format!(
+        "SELECT count(*), count(DISTINCT original) FROM ({})",
+        include_str!("../../../../../docs/sql/letters.sql")
+    );
+    let letters = sqlite(&folder.path().join("letters.db"));
+    let counts = letters.query_row(&joined, [], |row| Ok((row.get(0)?, row.get(1)?)));
+    assert_eq!(counts.expect("counts"), (3 * ITEMS as i64, records.len() as i64));
 }
