@@ -176,7 +176,7 @@ impl Instance {
         store.limiter(|sandbox| sandbox);
         store.epoch_deadline_callback(look);
         store.set_epoch_deadline(1);
-        store.set_hostcall_fuel(limits.answer_bytes_max().min(CONFIGURE_BYTES_MAX));
+        store.set_hostcall_fuel(limits.output_bytes_max.min(CONFIGURE_BYTES_MAX));
         let exports = match plugin.pre.instantiate(&mut store) {
             Ok(exports) => exports,
             Err(error) => return Err(diagnose(&store, &error, "instantiation")),
@@ -224,7 +224,8 @@ impl Instance {
     ) -> Result<Result<Outcome, Failure>, CallError> {
         // The first look at the clocks is at the next tick: before that, a call is over no limit.
         self.store.set_epoch_deadline(1);
-        self.store.set_hostcall_fuel(self.limits.answer_bytes_max());
+        // What the host copies out of the plugin's memory for one answer or argument, before it looks at it.
+        self.store.set_hostcall_fuel(self.limits.output_bytes_max);
         let sandbox = self.store.data_mut();
         let time = CallTime::of_ms(limit_ms, Some(self.limits.host_ms(limit_ms)));
         let time = time.after_starved(self.starved);
