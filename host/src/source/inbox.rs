@@ -121,12 +121,17 @@ impl Inbox {
         self.from.after = self.handed_over.clone();
     }
 
-    /// Where the server must begin, so that no record is missed.
-    pub fn server_start(&mut self) -> ServerStart {
+    /// The server has taken on to begin at [`Inbox::server_start`]: what comes first tells whether something is
+    /// missing. Not before it has: until then, what comes is of an earlier start, behind what was read.
+    pub fn begins_anew(&mut self) {
         self.unproven = match self.from.after.clone() {
             Some(after) => Some(Unproven::Record(after)),
             None => self.from.caught_up_ms.map(|_| Unproven::Beginning),
         };
+    }
+
+    /// Where the server must begin, so that no record is missed.
+    pub fn server_start(&self) -> ServerStart {
         match (&self.from.after, &self.from.start) {
             (Some(after), _) => ServerStart::AtSequence(after.sequence.clone()),
             (None, ShardStart::AtSequence(at)) => ServerStart::AtSequence(at.clone()),
