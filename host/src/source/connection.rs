@@ -115,11 +115,11 @@ impl StreamConnection {
                 cause: "the answer holds no iterator".into(),
             })
         })?;
-        inbox.begins_anew();
+        inbox.start_accepted();
         Ok(iterator)
     }
 
-    /// The same place for a subscription. Where it is accepted, the inbox begins anew.
+    /// The same position for a subscription. The caller calls [`Inbox::start_accepted`] once it is accepted.
     pub fn starting_position(&self, inbox: &Inbox) -> Result<StartingPosition, SourceError> {
         let start = WireStart::of(inbox);
         let position = StartingPosition::builder()

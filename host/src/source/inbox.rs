@@ -121,9 +121,11 @@ impl Inbox {
         self.from.after = self.handed_over.clone();
     }
 
-    /// The server has taken on to begin at [`Inbox::server_start`]: what comes first tells whether something is
-    /// missing. Not before it has: until then, what comes is of an earlier start, behind what was read.
-    pub fn begins_anew(&mut self) {
+    /// Notes that the server accepted a start at [`Inbox::server_start`]. From now on the first record that
+    /// arrives shows whether records are missing. Call it only after the server accepted: while a subscription
+    /// is refused, records still arrive from the earlier iterator, and they follow the last record that was
+    /// read. To expect the start's first record then would report lost records where none are lost.
+    pub fn start_accepted(&mut self) {
         self.unproven = match self.from.after.clone() {
             Some(after) => Some(Unproven::Record(after)),
             None => self.from.caught_up_ms.map(|_| Unproven::Beginning),

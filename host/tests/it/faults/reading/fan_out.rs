@@ -34,8 +34,8 @@ fn fault_46_a_process_whose_subscription_is_kept_out_reads_meanwhile() {
     world.assert_each_once_in_order(300);
 }
 
-/// A backlog that takes longer than several tries to subscribe is polled on from where the polling was: that the
-/// next try would begin anew says nothing about the records that the polling brings.
+/// A backlog takes longer to poll than several attempts to subscribe. Each attempt is refused. A refused attempt
+/// must not change which record the polling expects next.
 #[test]
 fn fault_46_a_backlog_is_polled_while_the_subscription_is_kept_out() {
     let world = World::new(1);
