@@ -108,17 +108,19 @@ impl StreamConnection {
             Fault::NotFound if self.is_unlisted(&inbox.shard().shard) => Passing::Gone,
             _ => Passing::Never(call_error("GetShardIterator", inbox.place(), &error)),
         })?;
-        answer.shard_iterator.ok_or_else(|| {
+        let iterator = answer.shard_iterator.ok_or_else(|| {
             Passing::Never(SourceError::Call {
                 call: "GetShardIterator",
                 place: inbox.place(),
                 cause: "the answer holds no iterator".into(),
             })
-        })
+        })?;
+        inbox.start_accepted();
+        Ok(iterator)
     }
 
-    /// The same place for a subscription.
-    pub fn starting_position(&self, inbox: &mut Inbox) -> Result<StartingPosition, SourceError> {
+    /// The same position for a subscription. The caller calls [`Inbox::start_accepted`] once it is accepted.
+    pub fn starting_position(&self, inbox: &Inbox) -> Result<StartingPosition, SourceError> {
         let start = WireStart::of(inbox);
         let position = StartingPosition::builder()
             .r#type(start.kind)
@@ -329,7 +331,7 @@ struct WireStart {
 }
 
 impl WireStart {
-    fn of(inbox: &mut Inbox) -> Self {
+    fn of(inbox: &Inbox) -> Self {
         let (kind, sequence, timestamp) = match inbox.server_start() {
             ServerStart::AtSequence(sequence) => {
                 (ShardIteratorType::AtSequenceNumber, Some(sequence.to_string()), None)

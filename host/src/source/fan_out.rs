@@ -113,6 +113,7 @@ impl FanOutReader {
                 self.subscription = Some(answer.event_stream);
                 self.subscribed = date.ms().map(|date_ms| (date_ms, Instant::now()));
                 self.polling.rest();
+                self.polling.inbox().start_accepted();
                 waiting.answered();
                 Ok(())
             }

@@ -183,12 +183,19 @@ impl Inbox {
         self.from.after = self.handed_over.clone();
     }
 
-    /// Where the server must begin, so that no record is missed.
-    pub fn server_start(&mut self) -> ServerStart {
+    /// Notes that the server accepted a start at [`Inbox::server_start`]. From now on the first record that
+    /// arrives shows whether records are missing. Call it only after the server accepted: while a subscription
+    /// is refused, records still arrive from the earlier iterator, and they follow the last record that was
+    /// read. To expect the start's first record then would report lost records where none are lost.
+    pub fn start_accepted(&mut self) {
         self.unproven = match self.from.after.clone() {
             Some(after) => Some(Unproven::Record(after)),
             None => self.from.caught_up_ms.map(|_| Unproven::Beginning),
         };
+    }
+
+    /// Where the server must begin, so that no record is missed.
+    pub fn server_start(&self) -> ServerStart {
         match (&self.from.after, &self.from.start) {
             (Some(after), _) => ServerStart::AtSequence(after.sequence.clone()),
             (None, ShardStart::AtSequence(at)) => ServerStart::AtSequence(at.clone()),

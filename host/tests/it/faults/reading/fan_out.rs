@@ -34,6 +34,30 @@ fn fault_46_a_process_whose_subscription_is_kept_out_reads_meanwhile() {
     world.assert_each_once_in_order(300);
 }
 
+/// A backlog takes longer to poll than several attempts to subscribe. Each attempt is refused. A refused attempt
+/// must not change which record the polling expects next.
+#[test]
+fn fault_46_a_backlog_is_polled_while_the_subscription_is_kept_out() {
+    let world = World::new(1);
+    world.put(0..100, 7);
+    let proxy = Proxy::start(&world.address, 46, |operation, _| match operation {
+        "SubscribeToShard" => Fault::InUse,
+        // Ten calls, which take far longer than the pause between two tries to subscribe.
+        "GetRecords" => Fault::Slow(Duration::from_millis(400)),
+        _ => Fault::None,
+    });
+    let source = "reader = \"fan-out\"\nrecords_per_call = 10".into();
+    let endpoint = proxy.url.clone();
+    let run = start(&world, &Pipeline { source, endpoint, ..Pipeline::default() });
+    wait_for("the backlog", || {
+        assert!(!world.logged("are lost"), "nothing is lost");
+        world.rows() >= 100
+    });
+    assert!(proxy.count("SubscribeToShard", |fault| matches!(fault, Fault::InUse)) > 2);
+    assert_eq!(run.terminate(), Some(0));
+    world.assert_each_once_in_order(100);
+}
+
 /// On a server that keeps the rule of five seconds: a process that is killed five seconds after its
 /// start makes progress each time.
 #[test]
