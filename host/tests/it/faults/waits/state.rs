@@ -53,8 +53,10 @@ fn fault_39_checkpoints_of_many_lanes_are_written_together() {
         assert!(begun.elapsed() < Duration::from_secs(60), "{} shards moved", moved());
         std::thread::sleep(Duration::from_millis(1));
     }
-    // One by one, each lane would commit for itself, and more than once where the machine is busy.
-    assert!(commits.get() < u64::from(SHARDS) * 3 / 4, "{} commits", commits.get());
+    // One by one, each lane would commit for itself once a second.
+    let seconds = begun.elapsed().as_secs() + 1;
+    let most = u64::from(SHARDS) / 2 * seconds;
+    assert!(commits.get() < most, "{} commits, expected < {most}", commits.get());
     assert_eq!(run.terminate(), Some(0));
 }
 
