@@ -147,6 +147,8 @@ impl StateDir {
     /// [`PrivateError`].
     pub fn make(&self, name: &str) -> Result<PathBuf, PrivateError> {
         let folder = absolute(&self.join(name))?;
+        // A link to a missing folder is reported as such; making the folder would fail with "File exists".
+        steps(&folder)?;
         make_folders(&folder).map_err(unusable("make", &folder))?;
         let (steps, is_there) = steps(&folder)?;
         let own = match self.is_trusted {
@@ -154,8 +156,11 @@ impl StateDir {
             // Others may rely on their rights there.
             true => Own::Fits,
         };
-        if own == Own::Wide {
-            tighten(&folder);
+        // The folder itself: a link's mode means nothing.
+        if own == Own::Wide
+            && let Some(real) = steps.last()
+        {
+            tighten(&real.path);
         }
         Ok(self.join(name))
     }
@@ -187,14 +192,10 @@ fn checked(folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, Private
 }
 
 fn judged(judge: &Judge, folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, Reach> {
-    let Some((last, above)) = steps.split_last().filter(|_| is_there) else {
+    let Some(last) = steps.last().filter(|_| is_there) else {
         return judge.reach_above(steps).map_or(Ok(Own::Fits), Err);
     };
-    // A folder that is a mount itself is reached by no way from above.
-    if let (true, Some(reach)) = (last.kind != StepKind::Mount, judge.reach_above(above)) {
-        return Err(reach);
-    }
-    let own = judge.own(last);
+    let own = judge.own_at(steps);
     if let Own::Refused(reach) = own {
         return Err(reach);
     }
@@ -237,6 +238,22 @@ pub(crate) fn tighten(path: &Path) {
         Err(error) => tracing::warn!(
             "{path} is open to other users (mode {mode:04o}), and that cannot be changed: {error}"
         ),
+    }
+}
+
+/// Takes the rights of others in a folder of ours away, also where links of ours lead to it.
+pub(crate) fn tighten_folder(folder: &Path) {
+    let Ok(folder) = absolute(folder) else { return };
+    let Ok((steps, true)) = steps(&folder) else { return };
+    let judge = Judge { me: Me::now(), loose: None };
+    // Another user's link could lead to any folder of this user.
+    let is_led_by_others = steps
+        .iter()
+        .any(|step| step.kind == StepKind::Link && !judge.trusts(step.uid, step.device));
+    let Some(real) = steps.last().filter(|_| !is_led_by_others) else { return };
+    // Not `/`, nor another mount that is used for more than this.
+    if real.path == folder || real.kind != StepKind::Mount {
+        tighten(&real.path);
     }
 }
 
@@ -584,43 +601,58 @@ fn absolute(path: &Path) -> Result<PathBuf, PrivateError> {
 }
 
 /// The steps from `/` to a folder, with all links on the way, as far as they exist; and whether they end at
-/// the folder.
+/// the folder. If they do, the last step is the folder itself, without links.
+///
+/// After a link or a `..`, the way starts again at `/`: the folders above the new place count in full, also
+/// those that a mount hid before.
 fn steps(folder: &Path) -> Result<(Vec<Step>, bool), PrivateError> {
     let mounts = mounts();
-    let mut steps = Vec::new();
     let mut at = PathBuf::from("/");
     let mut ahead: Vec<PathBuf> = components(folder);
     let mut links_left = LINKS_MAX;
+    // Names ahead when the first link was found: while there are as many, the next one is of a link's target.
+    let mut after_link = usize::MAX;
     let about = fs::symlink_metadata(&at).map_err(unusable("look at", &at))?;
-    steps.push(step(&at, &about, StepKind::Mount));
+    let root = step(&at, &about, StepKind::Mount);
+    let mut steps = vec![root.clone()];
     while let Some(next) = ahead.pop() {
-        if next.as_os_str() == ".." {
-            at.pop();
-            continue;
-        }
-        let path = at.join(&next);
+        let is_up = next.as_os_str() == "..";
+        let path = if is_up { at.clone() } else { at.join(&next) };
         let about = match fs::symlink_metadata(&path) {
             Ok(about) => about,
+            Err(error) if error.kind() == ErrorKind::NotFound && ahead.len() >= after_link => {
+                let cause =
+                    "it is missing, and a symbolic link leads to it (make it, or delete the link)";
+                return Err(unusable("look at", &path)(io::Error::new(error.kind(), cause)));
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok((steps, false)),
             Err(error) => return Err(unusable("look at", &path)(error)),
         };
-        if about.is_symlink() {
+        if is_up {
+            steps.push(step(&path, &about, StepKind::Up));
+            at.pop();
+            ahead.extend(components(&at));
+        } else if about.is_symlink() {
             steps.push(step(&path, &about, StepKind::Link));
             links_left = links_left.checked_sub(1).ok_or_else(|| {
                 unusable("look at", &path)(io::Error::from_raw_os_error(libc::ELOOP))
             })?;
             let target = fs::read_link(&path).map_err(unusable("look at", &path))?;
-            if target.is_absolute() {
-                at = PathBuf::from("/");
-            }
+            after_link = after_link.min(ahead.len());
             ahead.extend(components(&target));
+            if target.is_relative() {
+                ahead.extend(components(&at));
+            }
+        } else {
+            let above = fs::symlink_metadata(&at).map_err(unusable("look at", &at))?;
+            let is_mount = about.dev() != above.dev() || mounts.contains(&path);
+            let kind = if is_mount { StepKind::Mount } else { StepKind::Folder };
+            steps.push(step(&path, &about, kind));
+            at = path;
             continue;
         }
-        let above = fs::symlink_metadata(&at).map_err(unusable("look at", &at))?;
-        let is_mount = about.dev() != above.dev() || mounts.contains(&path);
-        let kind = if is_mount { StepKind::Mount } else { StepKind::Folder };
-        steps.push(step(&path, &about, kind));
-        at = path;
+        at = PathBuf::from("/");
+        steps.push(root.clone());
     }
     Ok((steps, true))
 }
@@ -756,13 +788,30 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let real = folder.path().canonicalize().unwrap();
         fs::create_dir_all(real.join("a/b")).unwrap();
-        std::os::unix::fs::symlink("../a", real.join("a/up")).unwrap();
+        for (target, link) in [("../a", "up"), (".", "same"), ("b/..", "back"), ("up/b", "far")] {
+            std::os::unix::fs::symlink(target, real.join("a").join(link)).unwrap();
+        }
         let (found, is_there) = steps(&real.join("a/up/b/missing")).unwrap();
         assert!(!is_there);
-        let tail: Vec<_> = found.iter().rev().take(3).map(|step| (&step.path, step.kind)).collect();
+        let tail: Vec<_> = found.iter().rev().take(2).map(|step| (&step.path, step.kind)).collect();
         assert_eq!(tail[0], (&real.join("a/b"), StepKind::Folder));
         assert_eq!(tail[1], (&real.join("a"), StepKind::Folder));
-        assert_eq!(tail[2], (&real.join("a/up"), StepKind::Link));
+        let is_found = |path: &str, kind: StepKind| {
+            found.iter().any(|step| step.path == real.join(path) && step.kind == kind)
+        };
+        assert!(is_found("a/up", StepKind::Link) && is_found("a", StepKind::Up));
+        // The last step is the folder that is used, whatever the links to it look like.
+        for (link, target) in [("up", "a"), ("same", "a"), ("back", "a"), ("far", "a/b")] {
+            let (found, is_there) = steps(&real.join("a").join(link)).unwrap();
+            let last = found.last().map(|step| (step.path.clone(), step.kind));
+            assert!(is_there, "{link}");
+            assert_eq!(last, Some((real.join(target), StepKind::Folder)), "{link}");
+        }
+        std::os::unix::fs::symlink("nowhere", real.join("dangling")).unwrap();
+        for path in ["dangling", "dangling/b"] {
+            let error = steps(&real.join(path)).unwrap_err().to_string();
+            assert!(error.contains("nowhere: it is missing"), "{error}");
+        }
         std::os::unix::fs::symlink("loop", real.join("loop")).unwrap();
         assert!(steps(&real.join("loop")).is_err());
     }

@@ -3,12 +3,13 @@
 //! Served at the admin port, and for this machine's own commands at a port of loopback that they find,
 //! with its token, by a file in the pipeline's folder which only its owner can read.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow, bail};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
@@ -73,25 +74,52 @@ impl ControlAddress {
         let path = folder.join(ADDRESS_FILE);
         let unusable = || format!("{} is not used", path.display());
         match private::read_own(&path) {
-            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes).with_context(unusable)?)),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).with_context(unusable),
+            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|cause| {
+                anyhow!(
+                    "expected the address of a running pipeline, found something else ({cause}); delete the \
+                     file, and start the pipeline again"
+                )
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.raw_os_error().is_some() => Err(anyhow!(
+                "{error}; give the command as the user who runs the pipeline, or delete what is there and \
+                 start the pipeline again"
+            )),
+            // What is not the system's says itself what to do.
+            Err(error) => Err(error.into()),
         }
+        .with_context(unusable)
     }
 
     /// Removes what a run that was killed has left: its port may be another user's by now.
     ///
     /// # Errors
     /// When it is there and cannot be removed.
-    pub fn forget(folder: &Path) -> std::io::Result<()> {
+    pub fn forget(folder: &Path) -> anyhow::Result<()> {
         for name in [ADDRESS_FILE, TOKEN_FILE] {
-            match std::fs::remove_file(folder.join(name)) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            let path = folder.join(name);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => bail!(
+                    "failed to remove {}: {error}; move away what is there, or let this user write to its \
+                     folder",
+                    path.display()
+                ),
                 _ => {}
             }
         }
         Ok(())
     }
+}
+
+/// Writes a file of the pipeline's folder. Errors name it.
+fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    private::write_own(path, bytes).map_err(|cause| {
+        anyhow!(
+            "failed to write {}: {cause}; free the disk, move away what is there, or let this user write to \
+             its folder",
+            path.display()
+        )
+    })
 }
 
 /// The control port; its file is deleted with it.
@@ -108,12 +136,14 @@ impl ControlPort {
     /// # Errors
     /// When no port can be opened or the file cannot be written.
     pub async fn open(folder: &Path, deadlines: HttpDeadlines) -> anyhow::Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let listener = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .context("failed to open the control port on 127.0.0.1")?;
         let mut random = [0; 32];
         getrandom::fill(&mut random)?;
         let token = hex::encode(random);
         let at = ControlAddress { address: listener.local_addr()?, token: token.clone() };
-        private::write_own(&folder.join(ADDRESS_FILE), &serde_json::to_vec(&at)?)?;
+        write(&folder.join(ADDRESS_FILE), &serde_json::to_vec(&at)?)?;
         Ok(Self { listener, folder: folder.to_owned(), token: Secret::new(token), deadlines })
     }
 
@@ -128,7 +158,7 @@ impl ControlPort {
     /// When the file cannot be written.
     pub fn write_token(&self) -> anyhow::Result<PathBuf> {
         let path = self.folder.join(TOKEN_FILE);
-        private::write_own(&path, format!("{}\n", self.token.reveal()).as_bytes())?;
+        write(&path, format!("{}\n", self.token.reveal()).as_bytes())?;
         Ok(path)
     }
 
@@ -300,4 +330,50 @@ fn answered<T: Serialize>(done: Result<T, ChangeRefused>) -> Response {
 
 fn misused(cause: &str) -> Response {
     (StatusCode::BAD_REQUEST, PlainJson(serde_json::json!({ "error": cause }))).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::config::Timing;
+
+    fn refused<T>(done: anyhow::Result<T>, path: &Path) -> String {
+        let error = crate::admin::told(&done.err().expect("an error"));
+        assert!(error.contains(&path.display().to_string()), "{error}");
+        error
+    }
+
+    #[tokio::test]
+    async fn errors_at_the_files_of_the_control_port_name_the_file_and_the_way_out() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path();
+        let (address, token) = (folder.join(ADDRESS_FILE), folder.join(TOKEN_FILE));
+        let deadlines = Timing::default().http;
+        let port = ControlPort::open(folder, deadlines).await.unwrap();
+        assert!(ControlAddress::find(folder).unwrap().is_some());
+        ControlAddress::forget(folder).unwrap();
+        assert!(ControlAddress::find(folder).unwrap().is_none());
+
+        fs::create_dir(&token).unwrap();
+        for error in
+            [refused(ControlAddress::forget(folder), &token), refused(port.write_token(), &token)]
+        {
+            assert!(error.contains("move away what is there"), "{error}");
+        }
+        fs::create_dir(&address).unwrap();
+        for error in [
+            refused(ControlAddress::forget(folder), &address),
+            refused(ControlPort::open(folder, deadlines).await, &address),
+        ] {
+            assert!(error.contains("move away what is there"), "{error}");
+        }
+        let error = refused(ControlAddress::find(folder), &address);
+        assert!(error.contains("move it away"), "{error}");
+        fs::remove_dir(&address).unwrap();
+        private::write_own(&address, b"{}").unwrap();
+        let error = refused(ControlAddress::find(folder), &address);
+        assert!(error.contains("delete the file"), "{error}");
+    }
 }

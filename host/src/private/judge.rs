@@ -66,8 +66,10 @@ pub(super) enum StepKind {
     Folder,
     /// A folder at which a file system is mounted: whoever mounted it decided who may use it.
     Mount,
-    /// A symbolic link, followed by the steps to its target.
+    /// A symbolic link, followed by the steps from `/` to its target.
     Link,
+    /// The folder that a `..` leaves, followed by the steps from `/` to the folder above it.
+    Up,
 }
 
 /// How another user can reach what lies at a path.
@@ -205,20 +207,30 @@ impl Judge {
     /// How another user can replace what lies below these steps, from `/` on.
     ///
     /// A mount, and what is above it, is the business of whoever mounted it: volumes of containers are
-    /// commonly open to everybody. A link leads away from there, so what was found before it stays found.
+    /// commonly open to everybody. A link or a `..` leads away from there, so what was found before it stays
+    /// found.
     pub fn reach_above(&self, steps: &[Step]) -> Option<Reach> {
-        let (mut before_link, mut found) = (None, None);
+        let (mut before, mut found) = (None, None);
         for step in steps {
             match step.kind {
                 StepKind::Mount => found = None,
                 StepKind::Folder => found = found.or_else(|| self.reach(step)),
                 StepKind::Link => {
-                    before_link = before_link.or_else(|| found.take()).or_else(|| self.reach(step));
+                    before = before.or_else(|| found.take()).or_else(|| self.reach(step));
                     found = None;
                 }
+                StepKind::Up => before = before.or_else(|| found.take()),
             }
         }
-        before_link.or(found)
+        before.or(found)
+    }
+
+    /// What becomes of the folder at the end of these steps, from `/` on.
+    pub fn own_at(&self, steps: &[Step]) -> Own {
+        let Some((last, above)) = steps.split_last() else { return Own::Fits };
+        // A folder that is a mount itself is reached by no folder above it, but by the links that lead to it.
+        let way = if last.kind == StepKind::Mount { steps } else { above };
+        self.reach_above(way).map_or_else(|| self.own(last), Own::Refused)
     }
 
     /// What becomes of the folder itself.
@@ -414,6 +426,75 @@ mod tests {
         assert_eq!(own(Mount, 0, 0o777), Own::Fits);
         assert!(matches!(own(Folder, 0, 0o777), Own::Refused(Reach::Everybody { .. })));
         assert!(matches!(own(Folder, 1001, 0o700), Own::Refused(Reach::Owner { uid: 1001, .. })));
+    }
+
+    #[test]
+    fn wall_14_a_folder_that_links_lead_to_is_judged_as_one_without_links() {
+        use StepKind::{Link, Mount, Up};
+        let root = || step("/", Mount, 0, 0, 0o755);
+        let link = |path: &str, uid| step(path, Link, uid, uid, 0o777);
+        let ours = || vec![root(), folder("/s", ME, 0o755), link("/s/g", ME), root()];
+        let to = |steps: Vec<Step>| [ours(), steps].concat();
+        let srv = |mode| folder("/srv", 0, mode);
+        let open = |path: &str, mode| Own::Refused(Reach::Everybody { path: path.into(), mode });
+        let of_another = |path: &str| Own::Refused(Reach::Owner { path: path.into(), uid: 1001 });
+        for (name, steps, expected) in [
+            ("tight", to(vec![srv(0o755), folder("/srv/x", ME, 0o700)]), Own::Fits),
+            ("wide", to(vec![srv(0o755), folder("/srv/x", ME, 0o777)]), Own::Wide),
+            ("wide, sticky above", to(vec![srv(0o1777), folder("/srv/x", ME, 0o755)]), Own::Wide),
+            ("open above", to(vec![srv(0o777), folder("/srv/x", ME, 0o700)]), open("/srv", 0o777)),
+            (
+                "another user's",
+                to(vec![srv(0o755), folder("/srv/x", 1001, 0o700)]),
+                of_another("/srv/x"),
+            ),
+            (
+                "a link to a link",
+                to(vec![srv(0o755), link("/srv/l", ME), root(), folder("/x", ME, 0o777)]),
+                Own::Wide,
+            ),
+            (
+                "a link to a link in an open folder",
+                to(vec![srv(0o777), link("/srv/l", ME), root(), folder("/x", ME, 0o700)]),
+                open("/srv", 0o777),
+            ),
+            (
+                "a link to another user's link",
+                to(vec![srv(0o1777), link("/srv/l", 1001), root(), folder("/x", ME, 0o700)]),
+                of_another("/srv/l"),
+            ),
+            ("a mount", to(vec![step("/volume", Mount, 0, 0, 0o777)]), Own::Fits),
+            (
+                "a mount, by another user's link",
+                vec![root(), link("/l", 1001), root(), step("/volume", Mount, 0, 0, 0o777)],
+                of_another("/l"),
+            ),
+            (
+                "up from a mount below an open folder",
+                to(vec![
+                    srv(0o777),
+                    step("/srv/m", Mount, 0, 0, 0o755),
+                    step("/srv/m", Up, 0, 0, 0o755),
+                    root(),
+                    srv(0o777),
+                    folder("/srv/x", ME, 0o700),
+                ]),
+                open("/srv", 0o777),
+            ),
+            (
+                "up from below an open folder",
+                to(vec![
+                    srv(0o777),
+                    folder("/srv/y", ME, 0o755),
+                    step("/srv/y", Up, ME, ME, 0o755),
+                    root(),
+                    step("/volume", Mount, 0, 0, 0o755),
+                ]),
+                open("/srv", 0o777),
+            ),
+        ] {
+            assert_eq!(judge().own_at(&steps), expected, "{name}");
+        }
     }
 
     #[test]

@@ -61,27 +61,30 @@ fn wall_14_state_is_made_for_its_owner_alone_and_tightened_where_it_is_not() {
     assert!(!told.contains("open to other users"), "{told}");
 }
 
+/// Asserts that every command refuses the state of a pipeline, because of `way`.
+fn refused_by_all(pipeline: &str, way: &str) {
+    let commands: [&[&str]; 6] = [
+        &["run", pipeline],
+        &["check", "--offline", pipeline],
+        &["dlq", "list", "--pipeline", pipeline],
+        &["dlq", "redrive", "--all", "--pipeline", pipeline],
+        &["plugin", "history", "--pipeline", pipeline],
+        &["reload", pipeline],
+    ];
+    for command in commands {
+        let told = said(&in_state(command), false);
+        assert!(told.contains(way), "{command:?} {way}: {told}");
+        assert!(told.contains("--trust-state-dir"), "{told}");
+    }
+}
+
 #[test]
 fn wall_14_state_that_others_can_replace_is_refused_by_every_command() {
     let folder = tempfile::tempdir().expect("a folder");
     let open = folder.path().join("open");
     fs::create_dir(&open).expect("a folder");
     let pipeline = pipeline(&open);
-    let commands: [&[&str]; 6] = [
-        &["run", &pipeline],
-        &["check", "--offline", &pipeline],
-        &["dlq", "list", "--pipeline", &pipeline],
-        &["dlq", "redrive", "--all", "--pipeline", &pipeline],
-        &["plugin", "history", "--pipeline", &pipeline],
-        &["reload", &pipeline],
-    ];
-    let all_refuse = |way: &str| {
-        for command in commands {
-            let told = said(&in_state(command), false);
-            assert!(told.contains(way), "{command:?} {way}: {told}");
-            assert!(told.contains("--trust-state-dir"), "{told}");
-        }
-    };
+    let all_refuse = |way: &str| refused_by_all(&pipeline, way);
     chmod(&open, 0o777);
     let way = format!("every user may replace what lies in {}", open.display());
     all_refuse(&way);
@@ -114,6 +117,77 @@ fn wall_14_state_that_others_can_replace_is_refused_by_every_command() {
     said(&in_state(&["run", &pipeline]), true);
     lchown(&link, Some(STRANGER), None).expect("given away");
     all_refuse(&format!("{} belongs to user {STRANGER}", link.display()));
+}
+
+#[test]
+fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_links() {
+    let place = tempfile::tempdir().expect("a folder");
+    let folder = place.path().canonicalize().expect("a path");
+    let pipeline = pipeline(&folder);
+    let (elsewhere, own, hop) =
+        (folder.join("elsewhere"), folder.join("state").join(NAME), folder.join("hop"));
+    let real = elsewhere.join("deep/real");
+    for made in [&folder.join("state"), &real.join("inner")] {
+        fs::create_dir_all(made).expect("a folder");
+    }
+    symlink("elsewhere/deep/real", &hop).expect("a link");
+    let targets = [
+        real.clone(),
+        "../elsewhere/deep/real".into(),
+        "../elsewhere/deep/real/inner/..".into(),
+        "../hop".into(),
+        hop.clone(),
+    ];
+    for target in &targets {
+        symlink(target, &own).expect("a link");
+        chmod(&real, 0o777);
+        let named = format!("{} was open to other users", real.display());
+        let told = said(&in_state(&["run", &pipeline]), true);
+        assert_eq!(told.matches(&named).count(), 1, "{}: {told}", target.display());
+        assert_eq!(mode(&real), 0o700, "{}", target.display());
+        let told = said(&in_state(&["run", &pipeline]), true);
+        assert!(!told.contains("open to other users"), "{told}");
+        for above in [&elsewhere, &elsewhere.join("deep")] {
+            chmod(above, 0o777);
+            let way = format!("every user may replace what lies in {}", above.display());
+            let told = said(&in_state(&["check", "--offline", &pipeline]), false);
+            assert!(told.contains(&way), "{}: {told}", target.display());
+            chmod(above, 0o755);
+        }
+        fs::remove_file(&own).expect("removed");
+    }
+    symlink(&hop, &own).expect("a link");
+    chmod(&elsewhere, 0o777);
+    refused_by_all(
+        &pipeline,
+        &format!("every user may replace what lies in {}", elsewhere.display()),
+    );
+    chmod(&elsewhere, 0o1777);
+    said(&in_state(&["run", &pipeline]), true);
+    for open in [&elsewhere, &real] {
+        chmod(open, 0o777);
+    }
+    said(&in_state(&["run", "--trust-state-dir", &pipeline]), true);
+    assert_eq!(mode(&real), 0o777, "others may rely on it");
+    chmod(&elsewhere, 0o755);
+    if is_root() {
+        for foreign in [&real, &hop] {
+            lchown(foreign, Some(STRANGER), None).expect("given away");
+            let way = format!("{} belongs to user {STRANGER}", foreign.display());
+            refused_by_all(&pipeline, &way);
+            lchown(foreign, Some(0), None).expect("taken back");
+        }
+    }
+    // A link to a folder that is missing: no command makes it, and all say so.
+    fs::remove_file(&hop).expect("removed");
+    symlink("nowhere", &hop).expect("a link");
+    let missing = folder.join("nowhere");
+    let way = format!("{}: it is missing, and a symbolic link leads to it", missing.display());
+    for command in [&["run", pipeline.as_str()][..], &["check", "--offline", pipeline.as_str()]] {
+        let told = said(&in_state(command), false);
+        assert!(told.contains(&way), "{command:?}: {told}");
+    }
+    assert!(!missing.exists());
 }
 
 #[test]
@@ -279,4 +353,18 @@ fn wall_14_all_commands_share_what_was_compiled() {
     fs::write(&in_state, "").expect("written");
     run(&no_folder);
     assert!(in_state.is_file());
+}
+
+#[test]
+fn wall_14_a_folder_of_compiled_code_that_a_link_leads_to_is_tightened() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (caches, real) = (folder.path().join("caches"), folder.path().join("real"));
+    for made in [&caches, &real] {
+        fs::create_dir(made).expect("a folder");
+    }
+    chmod(&real, 0o777);
+    symlink("../real", caches.join("shardmill")).expect("a link");
+    inspect("stamp", |command| _ = command.env("XDG_CACHE_HOME", &caches));
+    assert_eq!(mode(&real), 0o700);
+    assert_eq!(compiled(&real).len(), 1);
 }
