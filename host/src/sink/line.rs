@@ -3,6 +3,7 @@
 //! Pure functions of the payload, so that a replayed row becomes the same bytes again.
 
 use std::borrow::Cow;
+use std::io::{self, Write};
 
 use serde::de::IgnoredAny;
 
@@ -37,30 +38,56 @@ impl LineFormat {
     /// # Errors
     /// Why it cannot be one, as a fragment for a dead letter.
     pub fn line(self, payload: &[u8]) -> Result<Cow<'_, [u8]>, String> {
+        self.check(payload)?;
+        Ok(match self.kept(payload) {
+            (line, true) => without_newlines(line),
+            (line, false) => Cow::Borrowed(line),
+        })
+    }
+
+    /// Checks that the payload is a line (or lines).
+    ///
+    /// # Errors
+    /// As [`LineFormat::line`].
+    pub(super) fn check(self, payload: &[u8]) -> Result<(), String> {
+        let (line, drops_newlines) = self.kept(payload);
         match self {
-            Self::Json => {
-                check_json(payload).map_err(|error| format!("payload is no JSON: {error}"))?;
-                Ok(without_newlines(payload))
+            Self::Json => check_json(line).map_err(|error| format!("payload is no JSON: {error}")),
+            Self::Text if drops_newlines => check_json(line).map_err(|_| {
+                "payload has a newline and is no JSON: a row must be one line; \
+                 escape it in the plugin, or declare the route application/x-ndjson"
+                    .into()
+            }),
+            Self::Lines if line.is_empty() => {
+                Err("payload is empty: at least one line is due".into())
             }
-            Self::Text => text_line(payload),
-            Self::Lines => match without_line_end(payload) {
-                [] => Err("payload is empty: at least one line is due".into()),
-                lines => Ok(Cow::Borrowed(lines)),
-            },
+            Self::Text | Self::Lines => Ok(()),
         }
     }
-}
 
-fn text_line(payload: &[u8]) -> Result<Cow<'_, [u8]>, String> {
-    let line = without_line_end(payload);
-    if !line.contains(&b'\n') {
-        return Ok(Cow::Borrowed(line));
+    /// Writes the line of a payload that was checked: the same bytes as [`LineFormat::line`], without a copy.
+    ///
+    /// # Errors
+    /// Those of the output.
+    pub(super) fn write(self, payload: &[u8], output: &mut dyn Write) -> io::Result<()> {
+        let (mut rest, drops_newlines) = self.kept(payload);
+        while drops_newlines && let Some(at) = memchr::memchr2(b'\n', b'\r', rest) {
+            output.write_all(&rest[..at])?;
+            rest = &rest[at + 1..];
+        }
+        output.write_all(rest)
     }
-    match check_json(line) {
-        Ok(()) => Ok(without_newlines(line)),
-        Err(_) => Err("payload has a newline and is no JSON: a row must be one line; \
-             escape it in the plugin, or declare the route application/x-ndjson"
-            .into()),
+
+    /// The bytes of the payload that its line is made of; true: without their newlines.
+    fn kept(self, payload: &[u8]) -> (&[u8], bool) {
+        match self {
+            Self::Json => (payload, true),
+            Self::Text => {
+                let line = without_line_end(payload);
+                (line, line.contains(&b'\n'))
+            }
+            Self::Lines => (without_line_end(payload), false),
+        }
     }
 }
 
@@ -90,6 +117,9 @@ mod tests {
 
     fn line(format: LineFormat, payload: &str) -> Option<String> {
         let line = format.line(payload.as_bytes()).ok()?;
+        let mut written = Vec::new();
+        format.write(payload.as_bytes(), &mut written).expect("a Vec takes all");
+        assert_eq!(written, &*line);
         Some(String::from_utf8_lossy(&line).into_owned())
     }
 

@@ -2,7 +2,12 @@
 //!
 //! The sink keeps no position: a line that is printed cannot be taken back, and after a crash the
 //! lines since the host's last checkpoint come again. It prints to whatever writer it is given.
+//!
+//! Rows are checked first, so that nothing is written of one that is refused. The lines are then written in pieces:
+//! what they are together, or one alone, has no bound but the template's (it may repeat a field).
 
+mod json;
+mod pieces;
 mod template;
 
 use std::collections::HashMap;
@@ -11,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use async_trait::async_trait;
 
+use self::pieces::Pieces;
 pub use self::template::TemplateError;
 use self::template::{RowContext, Template};
 use super::line::{LINE_MEDIA_TYPES, LineFormat};
@@ -145,10 +151,6 @@ impl StdoutWriter {
 
 #[async_trait]
 impl SinkWriter for StdoutWriter {
-    fn copies_rows(&self) -> bool {
-        true
-    }
-
     async fn commit(
         &mut self,
         commit: &Commit,
@@ -158,19 +160,19 @@ impl SinkWriter for StdoutWriter {
             return Ok(Committed::default());
         }
         let (printer, rows) = (Arc::clone(&self.printer), commit.rows.clone());
-        let printed = self.off_thread(move || Ok(printer.lines(&rows))).await?;
-        if !printed.refusals.is_empty() {
-            refusals.hold(commit, &printed.refusals).await?;
+        let refused = self.off_thread(move || Ok(printer.refusals(&rows))).await?;
+        if !refused.is_empty() {
+            refusals.hold(commit, &refused).await?;
         }
-        let rows_refused = printed.refusals.len() as u64;
-        let bytes_written = printed.text.len() as u64;
+        let rows_refused = refused.len() as u64;
+        let (printer, rows) = (Arc::clone(&self.printer), commit.rows.clone());
         let output = Arc::clone(&self.output);
-        self.off_thread(move || {
-            let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
-            output.write_all(&printed.text)?;
-            output.flush()
-        })
-        .await?;
+        let printing = self.off_thread(move || {
+            let mut pieces = Pieces::new(&output);
+            printer.print(&rows, &refused, &mut pieces)?;
+            pieces.finish()
+        });
+        let bytes_written = printing.await?;
         let rows_written = commit.rows.len() as u64 - rows_refused;
         Ok(Committed { rows_written, rows_refused, bytes_written })
     }
@@ -183,33 +185,40 @@ struct Printer {
     formats: HashMap<RouteName, LineFormat>,
 }
 
-struct Printed {
-    text: Vec<u8>,
-    refusals: Vec<Refusal>,
-}
-
 impl Printer {
-    fn lines(&self, rows: &[Row]) -> Printed {
-        let mut printed = Printed { text: Vec::new(), refusals: Vec::new() };
-        for (index, row) in rows.iter().enumerate() {
-            let begun = printed.text.len();
-            match self.line(row, &mut printed.text) {
-                Ok(()) => printed.text.push(b'\n'),
-                Err(reason) => {
-                    printed.text.truncate(begun);
-                    printed.refusals.push(Refusal { row: index, reason });
-                }
-            }
-        }
-        printed
+    /// The rows that have no line, ascending.
+    fn refusals(&self, rows: &[Row]) -> Vec<Refusal> {
+        let refusal = |(index, row)| {
+            let reason = self.check(row).err()?;
+            Some(Refusal { row: index, reason })
+        };
+        rows.iter().enumerate().filter_map(refusal).collect()
     }
 
-    fn line(&self, row: &Row, text: &mut Vec<u8>) -> Result<(), String> {
-        if let Some(template) = &self.template {
-            return template.render(&RowContext { shard: &self.shard, row }, text);
+    /// Writes the lines of all other rows.
+    fn print(&self, rows: &[Row], refused: &[Refusal], lines: &mut dyn Write) -> io::Result<()> {
+        let mut refused = refused.iter().peekable();
+        for (index, row) in rows.iter().enumerate() {
+            if refused.next_if(|refusal| refusal.row == index).is_some() {
+                continue;
+            }
+            match &self.template {
+                Some(template) => template.write(&RowContext { shard: &self.shard, row }, lines)?,
+                None => self.format(row).write(&row.payload, lines)?,
+            }
+            lines.write_all(b"\n")?;
         }
-        let format = self.formats.get(row.route.name()).copied().unwrap_or(LineFormat::Text);
-        text.extend_from_slice(&format.line(&row.payload)?);
         Ok(())
+    }
+
+    fn check(&self, row: &Row) -> Result<(), String> {
+        match &self.template {
+            Some(template) => template.check(row),
+            None => self.format(row).check(&row.payload),
+        }
+    }
+
+    fn format(&self, row: &Row) -> LineFormat {
+        self.formats.get(row.route.name()).copied().unwrap_or(LineFormat::Text)
     }
 }

@@ -113,6 +113,36 @@ async fn rows_that_the_template_does_not_fit_are_refused_alone() {
     assert!(reasons[0].contains("no JSON") && reasons[1].contains("no field id"), "{reasons:?}");
 }
 
+/// Of a row whose last field is missing nothing is written, however large the fields before it are.
+#[tokio::test]
+async fn nothing_is_written_of_a_row_that_lacks_a_field() {
+    let payload: &'static str = format!(r#"{{"a":"{}"}}"#, "x".repeat(200_000)).leak();
+    let template = format!("{}{{b}}", "{a}".repeat(10));
+    let (text, reasons) = printed(Some(&template), &[payload, r#"{"a":1,"b":2}"#]).await;
+    assert_eq!(text, format!("{}2\n", "1".repeat(10)));
+    assert_eq!(reasons, ["payload has no field b"]);
+}
+
+/// A line that is longer than a piece stays whole, while others write.
+#[tokio::test]
+async fn lines_of_two_writers_are_not_mixed() {
+    let output = Arc::new(Mutex::new(Vec::new()));
+    let template = "{a}".repeat(10);
+    let sink = StdoutSink::to("lines".into(), Some(&template), output.clone()).expect("a template");
+    let print = async |c: &str| {
+        let payload: &'static str = format!(r#"{{"a":"{}"}}"#, c.repeat(50_000)).leak();
+        let mut owner = sink.acquire(&shard()).await.expect("acquired");
+        owner.writer.commit(&commit(&[payload; 5]), &Letters::default()).await.expect("printed");
+    };
+    tokio::join!(print("x"), print("y"));
+    let text = String::from_utf8(output.lock().expect("whole").clone()).expect("UTF-8");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 10);
+    for line in lines {
+        assert_eq!(line, line[..1].repeat(500_000));
+    }
+}
+
 #[tokio::test]
 async fn formats_are_checked_against_the_template() {
     let bound = |format: &str| {

@@ -5,11 +5,12 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use chrono::{DateTime, Datelike as _, Timelike as _, Utc};
 use object_store::path::{Path, PathPart};
-use serde::{Deserialize, Serialize};
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer as _, Serialize};
 use serde_json::value::RawValue;
 
 use super::claim::LOG_FOLDER;
@@ -193,6 +194,26 @@ impl FolderTemplate {
         self.levels.iter().flatten().any(|part| *part == Part::Route)
     }
 
+    fn names_field(&self, field: &str) -> bool {
+        let is_named = |part: &Part| matches!(part, Part::Row(name) if name == field);
+        self.levels.iter().flatten().any(is_named)
+    }
+
+    /// The fields of a payload that the template names.
+    fn fields_of<'p>(
+        &self,
+        payload: &'p [u8],
+    ) -> Result<BTreeMap<Cow<'p, str>, &'p RawValue>, String> {
+        let mut json = serde_json::Deserializer::from_slice(payload);
+        json.deserialize_map(NamedFields(self))
+            .and_then(|fields| json.end().map(|()| fields))
+            .map_err(|error| {
+                format!(
+                    "the sink's folders are named by fields, and the payload is no JSON object: {error}"
+                )
+            })
+    }
+
     /// The folder of a row, as a path below the sink's URL.
     ///
     /// # Errors
@@ -228,7 +249,7 @@ impl FolderTemplate {
                     Part::Row(name) => {
                         let fields = match &mut fields {
                             Some(fields) => fields,
-                            none => none.insert(fields_of(&row.payload)?),
+                            none => none.insert(self.fields_of(&row.payload)?),
                         };
                         write!(level, "{}", field(fields, name)?)
                     }
@@ -245,12 +266,25 @@ impl FolderTemplate {
     }
 }
 
-fn fields_of(payload: &[u8]) -> Result<BTreeMap<Cow<'_, str>, &RawValue>, String> {
-    serde_json::from_slice(payload).map_err(|error| {
-        format!(
-            "the sink's folders are named by fields, and the payload is no JSON object: {error}"
-        )
-    })
+/// Keeps the fields that a template names: all fields of a payload could take many times its bytes.
+struct NamedFields<'t>(&'t FolderTemplate);
+
+impl<'p> Visitor<'p> for NamedFields<'_> {
+    type Value = BTreeMap<Cow<'p, str>, &'p RawValue>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map")
+    }
+
+    fn visit_map<A: MapAccess<'p>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut fields = BTreeMap::new();
+        while let Some((name, value)) = map.next_entry::<Cow<'p, str>, &'p RawValue>()? {
+            if self.0.names_field(&name) {
+                fields.insert(name, value);
+            }
+        }
+        Ok(fields)
+    }
 }
 
 /// The text of a field, for a folder's name.
@@ -322,6 +356,8 @@ mod tests {
         let by_row = "by/make={row.make}";
         assert_eq!(folder(by_row, r#"{"make":"Honda"}"#).as_deref(), Ok("by/make=Honda"));
         assert_eq!(folder(by_row, r#"{"make":7}"#).as_deref(), Ok("by/make=7"));
+        let repeated = r#"{"make":7,"other":[1],"m\u0061ke":8}"#;
+        assert_eq!(folder(by_row, repeated).as_deref(), Ok("by/make=8"));
         let none = "by/make=__HIVE_DEFAULT_PARTITION__";
         for payload in ["{}", r#"{"make":null}"#, r#"{"make":""}"#] {
             assert_eq!(folder(by_row, payload).as_deref(), Ok(none), "{payload}");

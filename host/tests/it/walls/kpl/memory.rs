@@ -3,6 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
+use std::process::Stdio;
 
 use tempfile::NamedTempFile;
 
@@ -10,8 +11,10 @@ use super::{key_of, metric, one_key, put_on, start};
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
-use crate::support::{admin, free_port, run_ok, shardmill, wait_for};
-use crate::walls::memory::{LIMITS, MIB, assert_below, assert_peak_below, bound, output_and_peak};
+use crate::support::{Process, admin, free_port, run_ok, shardmill, wait_for};
+use crate::walls::memory::{
+    LIMITS, MIB, assert_below, assert_peak_below, bound, follow, output_and_peak,
+};
 
 /// A sink that nobody answers, so that what it is given stays; with `[admin]` at this port.
 fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
@@ -237,6 +240,38 @@ fn wall_02_a_search_holds_no_more_than_one_answer_may() {
         let (output, peak) = output_and_peak(&mut command);
         assert!(output.status.success(), "{misdeed}: {}", String::from_utf8_lossy(&output.stderr));
         assert_peak_below(peak, bound(8, 8, 1, 1), misdeed);
+    }
+}
+
+/// A template names a field of 9.9 MB sixty times: neither the line nor a tree of its payload is in memory.
+#[test]
+fn wall_02_a_template_that_repeats_a_field_holds_no_more_than_a_piece_of_its_line() {
+    const LINES: usize = 3;
+    let text = format!("\"{}\"", "x".repeat(9_900_000));
+    let numbers = format!("[{}1]", "1,".repeat(4_900_000));
+    for (what, value, template) in [
+        ("a text, ten times", &text, "{a}".repeat(10)),
+        ("a text, sixty times", &text, "{a}".repeat(60)),
+        ("an item of many", &numbers, "{a.7} {id}".to_owned()),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let input = folder.path().join("in");
+        let line = format!("{{\"id\":1,\"a\":{value}}}\n");
+        std::fs::write(&input, line.repeat(LINES)).expect("written");
+        let file = PipelineToml::new(folder.path(), "lines").pipeline("buffer = \"8 MiB\"");
+        let file = file.file(&input, "format = \"application/json\"");
+        let sink =
+            format!("[[sink]]\nname = \"out\"\ntype = \"stdout\"\ntemplate = \"{template}\"");
+        let path = file.table(&sink).write();
+        let mut command = shardmill(&["run", &path, "--until-caught-up"]);
+        let errors = std::fs::File::create(folder.path().join("errors")).expect("a file");
+        let run = command.stdout(Stdio::null()).stderr(errors).spawn().expect("it starts");
+        let peak = follow(run.id());
+        let mut run = Process(run);
+        let status = run.0.wait().expect("it ends");
+        let errors = std::fs::read_to_string(folder.path().join("errors")).expect("text");
+        assert!(status.success(), "{what}: {errors}");
+        assert_peak_below(peak.join().expect("a peak"), bound(8, 0, 0, 0), what);
     }
 }
 
