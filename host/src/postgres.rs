@@ -54,8 +54,12 @@ pub struct PostgresServer {
 /// Whether a connection is encrypted.
 #[derive(Clone)]
 enum Encryption {
-    /// By TLS with a server that proves who it is, or there is no connection.
-    Required(Tls),
+    /// By TLS with a server whose certificate is valid, or there is no connection.
+    Required {
+        tls: Tls,
+        /// The file of `sslrootcert`, for errors.
+        roots: Option<String>,
+    },
     /// By TLS where the server has it, whoever the server is; else in plain text.
     Preferred(Tls),
     /// Never.
@@ -69,11 +73,13 @@ impl PostgresServer {
     /// | `sslmode` | connection |
     /// |---|---|
     /// | `require`, `verify-ca`, `verify-full` | TLS, and the server's certificate and name are verified |
-    /// | none, `prefer`, `allow` | TLS if the server has it, else plain text, with a warning where that leaves this machine. Nothing is verified: it protects from those who listen only |
+    /// | none, `prefer`, `allow`, with `sslrootcert` | the same |
+    /// | none, `prefer`, `allow`, without it | TLS if the server has it, else plain text, with a warning where that leaves this machine. Nothing is verified: it protects from those who listen only |
     /// | `disable` | plain text |
     ///
-    /// `sslrootcert` names a PEM file of the certificates to trust, in place of the system's. With `prefer`,
-    /// as in libpq, a server whose certificate is not of these is spoken to in plain text.
+    /// `sslrootcert` names a PEM file of the certificates to trust, in place of the system's. Whoever names it expects
+    /// that the server is verified: a connection in plain text, as libpq makes with `prefer`, would be weaker than
+    /// one without the file.
     ///
     /// Source: PostgreSQL, "Connection Strings" and "SSL Support".
     ///
@@ -81,16 +87,18 @@ impl PostgresServer {
     /// What cannot be read, without its values.
     pub fn parse(url: &str) -> Result<Self, String> {
         let (mut config, roots) = read(url)?;
-        let encryption = match config.get_ssl_mode() {
-            SslMode::Require => Encryption::Required(Tls::verified(roots.as_deref())?),
-            SslMode::Disable => Encryption::Off,
-            _ => {
-                let tls = match &roots {
-                    Some(roots) => Tls::verified(Some(roots))?,
-                    None => Tls::unverified(),
-                };
-                Encryption::Preferred(tls)
+        let encryption = match (config.get_ssl_mode(), roots) {
+            (SslMode::Disable, _) => Encryption::Off,
+            (SslMode::Require, None) => {
+                Encryption::Required { tls: Tls::verified(None)?, roots: None }
             }
+            (_, Some(roots)) => {
+                let tls = Tls::verified(Some(&roots))?;
+                // Otherwise the client goes on in plain text where the server has no TLS.
+                config.ssl_mode(SslMode::Require);
+                Encryption::Required { tls, roots: Some(roots) }
+            }
+            (_, None) => Encryption::Preferred(Tls::unverified()),
         };
         if config.get_hosts().is_empty() {
             // TLS asks for a name to greet the server by, even where nothing is verified.
@@ -130,14 +138,20 @@ impl PostgresServer {
         Ok(Link::new(client, silence_max, ended.drop_guard()))
     }
 
-    async fn connect_client(
-        &self,
-        ended: CancellationToken,
-    ) -> Result<Client, tokio_postgres::Error> {
+    async fn connect_client(&self, ended: CancellationToken) -> Result<Client, ServerError> {
         let tls = match &self.encryption {
-            Encryption::Off => return connect_plain(&self.config, ended).await,
-            Encryption::Required(tls) => {
-                return connect_tls(&self.config, tls, &Handshake::default(), ended).await;
+            Encryption::Off => {
+                return connect_plain(&self.config, ended).await.map_err(ServerError::Failed);
+            }
+            Encryption::Required { tls, roots } => {
+                let handshake = Handshake::default();
+                let connected = connect_tls(&self.config, tls, &handshake, ended).await;
+                return connected.map_err(|error| match roots {
+                    Some(roots) if handshake.has_failed() || is_without_tls(&error) => {
+                        ServerError::Unverified { error, roots: roots.clone() }
+                    }
+                    _ => ServerError::Failed(error),
+                });
             }
             Encryption::Preferred(tls) => tls,
         };
@@ -235,6 +249,12 @@ async fn connect_tls(
 fn plain_may_do(error: &tokio_postgres::Error, handshake: &Handshake) -> bool {
     let is_refused = error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION);
     handshake.has_failed() || (handshake.is_done() && is_refused)
+}
+
+/// Whether a server was left because it has no TLS. The client library gives that a text alone.
+fn is_without_tls(error: &tokio_postgres::Error) -> bool {
+    let cause = std::error::Error::source(error);
+    cause.is_some_and(|cause| cause.to_string() == "server does not support TLS")
 }
 
 /// Whether a host is this machine, as far as its name says.
@@ -518,10 +538,11 @@ mod tests {
             ("hostaddr=10.0.0.1 dbname=d", "preferred"),
             ("postgres://sslmode=require@h/d", "preferred"),
             ("host=h sslmode=disable", "off"),
+            ("host=h sslmode=disable sslrootcert=/missing.pem", "off"),
         ] {
             let server = PostgresServer::parse(url).unwrap_or_else(|why| panic!("{url}: {why}"));
             let found = match server.encryption {
-                Encryption::Required(_) => "required",
+                Encryption::Required { .. } => "required",
                 Encryption::Preferred(_) => "preferred",
                 Encryption::Off => "off",
             };
@@ -531,6 +552,26 @@ mod tests {
             let missing = format!("postgres://u:secret@h/d?{mode}sslrootcert=/missing.pem");
             let why = PostgresServer::parse(&missing).err().expect("no such file");
             assert!(why.contains("/missing.pem") && !why.contains("secret"), "{why}");
+        }
+    }
+
+    #[test]
+    fn wall_18_with_a_root_certificate_the_server_is_always_verified() {
+        let Ok(certificate) = std::env::var("SHARDMILL_TEST_POSTGRES_CERTIFICATE") else { return };
+        for mode in ["", "prefer", "allow", "require", "verify-ca", "verify-full"] {
+            let mode = if mode.is_empty() { String::new() } else { format!("sslmode={mode}") };
+            for text in [
+                format!("host=h {mode} sslrootcert='{certificate}'"),
+                format!("host=h sslrootcert='{certificate}' {mode}"),
+            ] {
+                let server = PostgresServer::parse(&text);
+                let server = server.unwrap_or_else(|why| panic!("{text}: {why}"));
+                let Encryption::Required { roots, .. } = &server.encryption else {
+                    panic!("{text}")
+                };
+                assert_eq!(roots.as_deref(), Some(certificate.as_str()), "{text}");
+                assert_eq!(server.config.get_ssl_mode(), SslMode::Require, "{text}");
+            }
         }
     }
 

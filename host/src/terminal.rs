@@ -3,8 +3,8 @@
 //!
 //! Texts of plugins, records and servers may hold characters that move the cursor, hide or reorder what
 //! stands around them, or forge a line. [`steers`] is the one list of such characters. Every output of the
-//! binary goes through one of the functions here: [`note`] and the commands' reports through [`printable`],
-//! JSON through [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
+//! binary goes through one of the functions here: [`note`], the commands' reports and the errors of the argument
+//! parser through [`printable`], JSON through [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
 
 use std::borrow::Cow;
 use std::fmt::Write as _;

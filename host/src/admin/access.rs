@@ -35,7 +35,7 @@ pub enum Caller {
     Owner,
     /// Somebody with the read token.
     Reader,
-    /// Somebody with another token.
+    /// Somebody with another token, or with several `Authorization` headers.
     Stranger,
     /// Somebody without a token.
     Nobody,
@@ -99,7 +99,13 @@ impl Access {
 
     /// Who asks.
     pub fn caller(&self, headers: &HeaderMap) -> Caller {
-        let Some(value) = headers.get(header::AUTHORIZATION) else { return Caller::Nobody };
+        let mut values = headers.get_all(header::AUTHORIZATION).iter();
+        let value = match (values.next(), values.next()) {
+            (None, _) => return Caller::Nobody,
+            (Some(value), None) => value,
+            // A proxy may have checked one of them and passed both on.
+            (Some(_), Some(_)) => return Caller::Stranger,
+        };
         let brought = value.to_str().ok().and_then(bearer).unwrap_or_default();
         // Compared by digest: how long that takes says nothing about the token.
         let brought = Digest::of(brought.as_bytes());
@@ -131,7 +137,9 @@ impl Access {
             ),
             Refusal::WrongToken => (
                 StatusCode::UNAUTHORIZED,
-                format!("the token is wrong: expected {place}, as `Authorization: Bearer TOKEN`"),
+                format!(
+                    "the token is wrong: expected {place}, in one header `Authorization: Bearer TOKEN`"
+                ),
             ),
             Refusal::ReadOnly => (
                 StatusCode::FORBIDDEN,
@@ -254,6 +262,19 @@ mod tests {
         assert_eq!(caller("Bearer reads"), Caller::Reader);
         for other in ["Bearer ", "Bearer", "", "own", "Basic own", "Bearer own own"] {
             assert_eq!(caller(other), Caller::Stranger, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn wall_05_of_two_tokens_none_counts() {
+        let access = Access::with_token_only(&Secret::new("own"));
+        for (first, second) in [("own", "own"), ("own", "other"), ("other", "own")] {
+            let mut headers = HeaderMap::new();
+            for token in [first, second] {
+                let value = format!("Bearer {token}").parse().expect("a header");
+                headers.append(header::AUTHORIZATION, value);
+            }
+            assert_eq!(access.caller(&headers), Caller::Stranger, "{first} {second}");
         }
     }
 }

@@ -26,6 +26,8 @@ use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use clap::builder::StyledStr;
+use clap::error::ContextValue;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 pub(crate) use self::output::{print_json, print_line};
@@ -193,7 +195,10 @@ impl Console {
 
 /// Reads the command line, does what it says, and gives the exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(error),
+    };
     init_logging(cli.verbose);
     TRUSTS_STATE_DIR.get_or_init(|| cli.trust_state_dir);
     let console = Console { json: cli.json };
@@ -221,6 +226,50 @@ pub fn main() -> ExitCode {
     let code = told(done);
     crate::stderr::flush(LOG_WAIT_MAX);
     code
+}
+
+/// Prints what the parser of the command line found, and gives the exit code. Its errors repeat arguments, which
+/// scripts take from names and texts of strangers.
+fn misused(mut error: clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // The help or the version that was asked for: our own text, on standard output.
+        error.exit();
+    }
+    // In an argument the ends of lines are escaped, too: after this they cannot be told from those of the parser.
+    let arguments: Vec<_> = (error.context())
+        .filter_map(|(kind, value)| Some((kind, escaped_argument(value)?)))
+        .collect();
+    for (kind, value) in arguments {
+        error.insert(kind, value);
+    }
+    let rendered = error.render();
+    let text = match terminal::is_styled(&std::io::stderr()) {
+        true => terminal::printable_styled(&rendered.ansi().to_string()),
+        false => terminal::printable(&rendered.to_string()).into_owned(),
+    };
+    terminal::note_styled(text.trim_end_matches('\n'));
+    crate::stderr::flush(LOG_WAIT_MAX);
+    EXIT_MISUSED.into()
+}
+
+/// The part of a parser's error with the characters that steer a terminal escaped; `None`: it repeats no argument.
+fn escaped_argument(value: &ContextValue) -> Option<ContextValue> {
+    let escaped = |text: &String| terminal::escaped(text, &[]);
+    match value {
+        ContextValue::String(text) => Some(ContextValue::String(escaped(text))),
+        ContextValue::Strings(texts) => {
+            Some(ContextValue::Strings(texts.iter().map(escaped).collect()))
+        }
+        // Tips, of one line each.
+        ContextValue::StyledStrs(tips) => {
+            let escaped = |tip: &StyledStr| {
+                let tip = terminal::printable_styled(&tip.ansi().to_string());
+                StyledStr::from(tip.replace('\n', "\\n"))
+            };
+            Some(ContextValue::StyledStrs(tips.iter().map(escaped).collect()))
+        }
+        _ => None,
+    }
 }
 
 /// The exit code of a command that has ended; an error is printed.

@@ -22,9 +22,9 @@ use axum::extract::State;
 use axum::http::header::{
     ACCEPT_ENCODING, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
     ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_MAX_AGE, CONTENT_ENCODING, CONTENT_LENGTH,
-    CONTENT_TYPE, ORIGIN, RETRY_AFTER, VARY,
+    CONTENT_TYPE, ORIGIN, RETRY_AFTER, TRANSFER_ENCODING, VARY,
 };
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
@@ -156,6 +156,7 @@ struct Door {
 enum Turned {
     Bad(BadEvents),
     Encoded { found: String },
+    Coded { found: String },
     Page { origin: String },
     Slow(String),
     Cut(String),
@@ -209,6 +210,7 @@ impl Door {
         }
         self.refuse_pages(headers)?;
         refuse_encodings(headers)?;
+        refuse_codings(headers)?;
         let (body, mut reserved) = self.body(headers, body).await?;
         let shape = Shape::of(headers);
         // Each record has the header's key for itself.
@@ -308,16 +310,32 @@ fn cut(error: axum::Error) -> Turned {
 /// Refuses a body that is compressed: stored as it is, it would reach the stream as bytes that no plugin
 /// expects. `identity` says that nothing was done to it (RFC 9110, section 8.4).
 fn refuse_encodings(headers: &HeaderMap) -> Result<(), Turned> {
-    let encodings = headers.get_all(CONTENT_ENCODING).iter().flat_map(|value| {
-        let listed = String::from_utf8_lossy(value.as_bytes()).into_owned();
-        listed.split(',').map(|one| one.trim().to_owned()).collect::<Vec<_>>()
-    });
-    let found: Vec<_> =
-        encodings.filter(|one| !one.is_empty() && !one.eq_ignore_ascii_case("identity")).collect();
+    let mut found = listed(headers, CONTENT_ENCODING);
+    found.retain(|one| !one.eq_ignore_ascii_case("identity"));
     match found.is_empty() {
         true => Ok(()),
         false => Err(Turned::Encoded { found: found.join(", ") }),
     }
+}
+
+/// Refuses a transfer coding other than `chunked` alone. The server undoes that one; any other would be stored as
+/// it is, as a compressed body would (RFC 9112, section 6.1).
+fn refuse_codings(headers: &HeaderMap) -> Result<(), Turned> {
+    let found = listed(headers, TRANSFER_ENCODING);
+    match &found[..] {
+        [] => Ok(()),
+        [only] if only.eq_ignore_ascii_case("chunked") => Ok(()),
+        _ => Err(Turned::Coded { found: found.join(", ") }),
+    }
+}
+
+/// The members of a header that is a list. Several such headers are one list.
+fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
+    let members = headers.get_all(name).iter().flat_map(|value| {
+        let listed = String::from_utf8_lossy(value.as_bytes()).into_owned();
+        listed.split(',').map(|one| one.trim().to_owned()).collect::<Vec<_>>()
+    });
+    members.filter(|one| !one.is_empty()).collect()
 }
 
 impl IntoResponse for Turned {
@@ -334,6 +352,14 @@ impl IntoResponse for Turned {
                 None,
                 format!(
                     "unsupported Content-Encoding {found:?}: expected none; send the body uncompressed"
+                ),
+            ),
+            Self::Coded { found } => (
+                StatusCode::NOT_IMPLEMENTED,
+                None,
+                format!(
+                    "unsupported Transfer-Encoding {found:?}: expected none or \"chunked\"; send the body \
+                     uncompressed"
                 ),
             ),
             Self::Bad(bad) => (StatusCode::BAD_REQUEST, None, bad.to_string()),

@@ -29,6 +29,13 @@ const NAMES_MAX: u32 = 50;
 pub enum ServerError {
     /// The server or the network said so.
     Failed(tokio_postgres::Error),
+    /// The server has no TLS, or no valid certificate, and a file of certificates was given to verify it.
+    Unverified {
+        /// Why.
+        error: tokio_postgres::Error,
+        /// The file.
+        roots: String,
+    },
     /// Nothing was heard for this long.
     Silent(Duration),
     /// The answer belongs to another command: the connection is of no use any more.
@@ -40,7 +47,7 @@ impl ServerError {
     pub fn as_db_error(&self) -> Option<&DbError> {
         match self {
             Self::Failed(error) => error.as_db_error(),
-            Self::Silent(_) | Self::OutOfStep => None,
+            Self::Unverified { .. } | Self::Silent(_) | Self::OutOfStep => None,
         }
     }
 
@@ -63,6 +70,13 @@ impl fmt::Display for ServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Failed(error) => f.write_str(&describe(error)),
+            Self::Unverified { error, roots } => write!(
+                f,
+                "{}: with sslrootcert={roots} the server must have TLS, and a certificate for this host that is \
+                 valid by that file: correct the file or the host; or remove sslrootcert, for TLS without \
+                 verification (sslmode=prefer); or set sslmode=disable, for plain text",
+                describe(error)
+            ),
             Self::Silent(after) => write!(f, "no answer for {after:?}"),
             Self::OutOfStep => f.write_str("the connection's answers were out of step"),
         }

@@ -159,3 +159,40 @@ impl RefusalLog for MaskedLog<'_> {
         self.inner.check(commit, refused)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_17_an_error_that_repeats_a_url_shows_no_value() {
+        for (value, written, shown) in [
+            ("back\\slash9secret", "/p/back\\slash9secret/x", "/p/back/slash9secret/x"),
+            ("quo\"te\\back9", "/p/quo\"te\\back9/x", "/p/quo%22te/back9/x"),
+            ("quo\"te\\sec", "/x?k=quo\"te\\sec", "/x?k=quo%22te\\sec"),
+            ("a/../sec ret<ü>", "/p/a/../sec ret<ü>/x", "/p/sec%20ret%3C%C3%BC%3E/x"),
+            ("sec\nret'x", "/x#sec\nret'x", "/x#secret'x"),
+        ] {
+            let mut values = Values::default();
+            values.add("S", value);
+            let url = url::Url::parse(&format!("http://127.0.0.1:1{written}")).expect("a URL");
+            assert!(url.as_str().ends_with(shown), "{url}");
+            let json = serde_json::to_string(url.as_str()).expect("JSON");
+            let twice = serde_json::to_string(&json).expect("JSON");
+            let html = json.replace('&', "&amp;").replace('"', "&quot;").replace('\'', "&#39;");
+            let lower = url.as_str().to_ascii_lowercase();
+            let upper = url.as_str().to_ascii_uppercase();
+            for cause in [url.as_str(), &json, &twice, &html, &lower, &upper] {
+                let error = SinkError::Unavailable { sink: "mart".into(), cause: cause.to_owned() };
+                let SinkError::Unavailable { cause: found, .. } = hidden(&values, error) else {
+                    panic!("another error: {cause}")
+                };
+                let begins = found.find("${S}").unwrap_or_else(|| panic!("{cause}: {found}"));
+                let rest = found[begins..].to_ascii_lowercase();
+                let parts = ["sec", "back", "ret", "quo"];
+                assert!(!parts.iter().any(|part| rest.contains(part)), "{cause}: {found}");
+                assert!(!found.contains("te\\"), "{cause}: {found}");
+            }
+        }
+    }
+}

@@ -231,6 +231,45 @@ fn fault_32_compressed_bodies_are_refused_and_never_stored() {
     intake.world.wait_rows(1);
 }
 
+/// Puts an event in one chunk, with these `Transfer-Encoding` headers.
+fn post_in_chunks(port: u16, codings: &[&str]) -> String {
+    let body = "{\"id\":0,\"key\":\"key-0\",\"n\":0}";
+    let codings: String =
+        codings.iter().map(|coding| format!("Transfer-Encoding: {coding}\r\n")).collect();
+    let request = format!(
+        "POST /events HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         {codings}\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+        body.len()
+    );
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connected");
+    stream.write_all(request.as_bytes()).expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
+#[test]
+fn fault_32_transfer_codings_but_chunked_are_refused_and_never_stored() {
+    let intake = intake();
+    for codings in [
+        &["gzip, chunked"][..],
+        &["GZIP,Chunked"],
+        &["gzip", "chunked"],
+        &["deflate, gzip, chunked"],
+        &["identity, chunked"],
+        &["x-unknown, chunked"],
+    ] {
+        let answer = post_in_chunks(intake.port, codings);
+        assert!(answer.starts_with("HTTP/1.1 501"), "{codings:?}: {answer}");
+        assert!(answer.contains("unsupported Transfer-Encoding"), "{answer}");
+    }
+    for codings in [&["chunked"][..], &["Chunked"]] {
+        let answer = post_in_chunks(intake.port, codings);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{codings:?}: {answer}");
+    }
+    intake.world.wait_rows(1);
+}
+
 #[test]
 fn fault_32_half_a_request_head_is_closed_and_holds_no_end() {
     let intake = intake();

@@ -1,4 +1,4 @@
-//! Names and texts of plugins cannot steer a terminal, in any command.
+//! Names and texts of plugins, and arguments, cannot steer a terminal, in any command.
 
 use std::process::Output;
 
@@ -183,4 +183,30 @@ fn wall_12_tail_swap_and_health_show_what_a_plugin_says_escaped() {
     assert_eq!(started.terminate(), Some(0));
     let log = std::fs::read_to_string(world.log()).expect("a log");
     assert!(!log.contains(steers), "{log:?}");
+}
+
+#[test]
+fn wall_12_errors_of_the_argument_parser_show_arguments_escaped() {
+    let number = format!("1{BAD}");
+    let option = format!("--{BAD}");
+    for command in [
+        &["dlq", "show", BAD][..],
+        &["dlq", "show", &number],
+        &["dlq", "list", &option],
+        &["run", "pipeline.toml", BAD],
+        &["completions", BAD],
+        &["plugin", BAD],
+        &[BAD],
+    ] {
+        let output = run(command);
+        assert_eq!(output.status.code(), Some(2), "{command:?}");
+        assert!(output.stdout.is_empty(), "{command:?}");
+        let said = said(command, &output);
+        assert!(said.contains("\\u{202e}"), "{command:?}: {said}");
+        assert!(said.contains("\n\nFor more information, try '--help'."), "{command:?}: {said}");
+    }
+    // Help is as it was.
+    let help = run(&["dlq", "show", "--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    assert!(help.stderr.is_empty() && said(&["--help"], &help).contains("Usage: "));
 }

@@ -23,17 +23,21 @@ fn server() -> (String, u16) {
     (url.host_str().expect("a host").to_owned(), url.port().unwrap_or(5432))
 }
 
-/// Runs a pipeline with a table at `url`, whose row notes whether the connection that brought it is encrypted;
-/// gives standard error.
-fn run(folder: &Path, table: &str, url: &str) -> String {
+/// Writes a pipeline with a table at `url`, and a row for it.
+fn pipeline(folder: &Path, table: &str, url: &str) -> String {
     let rows = folder.join("rows.ndjson");
     std::fs::write(&rows, "{\"id\":1}\n").expect("written");
-    let pipeline = PipelineToml::new(folder, "encrypted")
+    PipelineToml::new(folder, "encrypted")
         .file(&rows, "format = \"application/json\"")
         .route_all_to(&["mart"])
         .sink("mart", &format!("type = \"postgres\"\nurl = \"{url}\"\ntable = \"{table}\""))
-        .write();
-    let ran = output(&mut shardmill(&["run", &pipeline]));
+        .write()
+}
+
+/// Runs a pipeline with a table at `url`, whose row notes whether the connection that brought it is encrypted;
+/// gives standard error.
+fn run(folder: &Path, table: &str, url: &str) -> String {
+    let ran = output(&mut shardmill(&["run", &pipeline(folder, table, url)]));
     let said = String::from_utf8_lossy(&ran.stderr).into_owned();
     assert!(ran.status.success(), "{url}: {said}");
     said
@@ -57,9 +61,10 @@ fn wall_18_a_server_with_tls_is_spoken_to_by_tls() {
         ("0.0.0.0", port, "sslmode=disable".into(), false, false),
         (&host, plain.port, String::new(), false, false),
         ("0.0.0.0", plain.port, String::new(), false, true),
-        // The certificate is of another name: as libpq, plain text is better than nothing.
-        ("0.0.0.0", port, format!("sslrootcert={certificate}"), false, true),
         (&host, port, format!("sslrootcert={certificate}"), true, false),
+        (&host, port, format!("sslmode=prefer&sslrootcert={certificate}"), true, false),
+        (&host, port, format!("sslrootcert={certificate}&sslmode=allow"), true, false),
+        (&host, port, format!("sslmode=disable&sslrootcert={certificate}"), false, false),
     ]
     .into_iter()
     .enumerate()
@@ -81,4 +86,35 @@ fn wall_18_a_server_with_tls_is_spoken_to_by_tls() {
         assert!(said.matches(PLAIN).count() <= 1, "it is said once: {said}");
         postgres(&format!("DROP TABLE {table}; DROP FUNCTION {table}"));
     }
+}
+
+#[test]
+fn wall_18_with_a_root_certificate_nothing_goes_in_plain_text() {
+    let (host, port) = server();
+    let certificate = std::env::var("SHARDMILL_TEST_POSTGRES_CERTIFICATE")
+        .expect("SHARDMILL_TEST_POSTGRES_CERTIFICATE names the server's certificate: run `cargo xtask test`");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    // A server that has no TLS.
+    let plain = runtime.block_on(Proxy::start(format!("{host}:{port}")));
+    let table = format!("wall_18_roots_{}", std::process::id());
+    postgres(&format!("CREATE TABLE {table} (id int)"));
+    for mode in ["", "sslmode=prefer&", "sslmode=allow&", "sslmode=require&"] {
+        for (host, port, cause) in [
+            // The certificate is of another name.
+            ("0.0.0.0", port, "not valid for name"),
+            (&host, plain.port, "server does not support TLS"),
+        ] {
+            let url = url(host, port, &format!("{mode}sslrootcert={certificate}"));
+            let folder = tempfile::tempdir().expect("a folder");
+            let pipeline = pipeline(folder.path(), &table, &url);
+            let checked = output(&mut shardmill(&["check", &pipeline]));
+            let said = [&checked.stdout[..], &checked.stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert!(!checked.status.success(), "{url}: {said}");
+            assert!(said.contains(cause), "{url}: {said}");
+            assert!(said.contains("sslmode=disable"), "{url}: {said}");
+            assert!(!said.contains(PLAIN), "{url}: {said}");
+        }
+    }
+    postgres(&format!("DROP TABLE {table}"));
 }
