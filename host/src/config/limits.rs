@@ -137,7 +137,7 @@ impl SampleLimits {
 
 impl Default for SampleLimits {
     fn default() -> Self {
-        Self { batches_max: 32, bytes_max: 8 << 20, age_max: Duration::from_secs(600) }
+        Self { batches_max: 32, bytes_max: 4 << 20, age_max: Duration::from_secs(600) }
     }
 }
 
