@@ -94,7 +94,7 @@ fn log_dropped(author: &Author, dropped: u64, lines_per_s_max: u32) {
     }
 }
 
-/// Writes a line that [`line`] made.
+/// Writes a line that [`line()`] made.
 pub(super) fn emit(author: &Author, level: Level, line: &str) {
     let Author { stage, version, shard } = author;
     match level {
