@@ -1,4 +1,4 @@
-//! What hostile lanes take from an honest one: 16 lanes per core, all but one of them hostile, against the
+//! How much slower an honest lane is beside hostile ones: 16 lanes per core, all but one of them hostile, against the
 //! same number of lanes that are honest and use as much CPU.
 //!
 //! The honest lane gets a batch every few milliseconds, as from a stream. The value is the 99th percentile

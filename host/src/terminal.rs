@@ -118,7 +118,7 @@ fn style_length(text: &str) -> usize {
     }
 }
 
-/// JSON as it may be printed: the same value, with each character that steers as `\uXXXX`.
+/// JSON as it may be printed: the same value, with each control or format character as a JSON escape, such as `\u001b`.
 pub fn printable_json(json: &str) -> Cow<'_, str> {
     if !json.contains(steers) {
         return Cow::Borrowed(json);

@@ -28,8 +28,8 @@ const GREED: usize = 4;
 /// Commits that a lane may have of one sink at once: one that grows, one that waits for its place, one in it,
 /// and one under way.
 const COMMITS_AT_ONCE: usize = 4;
-/// What an account may hold beyond its part by what its rows become: so that a compressor (3.5 MiB) or a usual
-/// batch ends no commit early.
+/// Bytes that an account may hold beyond its part while its rows are encoded: room for a compressor (3.5 MiB) or
+/// a usual batch, so that neither ends a commit early.
 const ENCODED_BEYOND_BYTES: usize = 4 << 20;
 /// For how long a buffer that was asked to commit counts as bytes that come back soon. One that is
 /// blocked does not count longer, and others are asked.
@@ -401,7 +401,7 @@ impl Ledger {
         own + if self.waiters.is_empty() { common / GREED } else { 0 }
     }
 
-    /// What rows in hand, for which `held` bytes are counted, may become before they are committed: what is
+    /// Most bytes that rows may have once they are encoded, where `held` bytes are counted for them: what is
     /// counted, the rest of the account's part ([`ENCODED_BEYOND_BYTES`] more), and an equal share of what the
     /// common half has, since others may be at the same point. At least what fits into the part as often as
     /// there may be commits: those before it may have all the rest.

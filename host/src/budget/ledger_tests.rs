@@ -39,8 +39,8 @@ fn fault_02_a_request_is_granted_by_part_then_by_the_common_half_then_by_turn() 
     }
 }
 
-/// What rows in hand may become, by what the account holds, what the others hold of the common half, and what
-/// is counted for the rows.
+/// Most bytes that encoded rows may have, by the bytes that the account holds, that the others hold of the common
+/// half, and that are counted for the rows.
 #[test]
 fn wall_02_what_rows_become_is_bounded_by_what_is_free() {
     // Two accounts: 16 MiB each, 32 MiB in common.

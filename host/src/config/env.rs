@@ -270,7 +270,8 @@ fn each_shown_length(text: &[u8], c: char, mut found: impl FnMut(usize)) {
     }
 }
 
-/// The length of the `\uXXXX`, or two of them, that show a character, with so many backslashes.
+/// The length of a character's JSON escape: one `\u0041`, or two for a surrogate pair, each with this many
+/// backslashes.
 fn code_units_length(text: &[u8], backslashes: usize, c: char) -> Option<usize> {
     let mut buffer = [0; 2];
     let mut at = 0;

@@ -150,10 +150,10 @@ pub struct ReloadConfig {
 pub struct AdminConfig {
     /// Where it listens.
     pub listen: std::net::SocketAddr,
-    /// What requests that change something must bring; `None`: one that is written for the owner of the
-    /// process at each start.
+    /// The token of requests that change something; `None`: a new one is written for the owner of the process
+    /// at each start.
     pub token: Option<Secret>,
-    /// What opens `/metrics` and `/status`, and nothing else. With it or a `token`, these ask for one.
+    /// The token that opens `/metrics` and `/status` and nothing else. Once it or `token` is set, both ask for one.
     pub read_token: Option<Secret>,
     /// Names under which requests without a token may come, beside addresses and `localhost`.
     pub hosts: Vec<String>,

@@ -215,10 +215,10 @@ struct ActiveSegment {
     generation: Arc<Generation>,
 }
 
-/// What running a batch through the stages gave.
+/// The result of running a batch through the stages.
 #[derive(Debug)]
 pub enum Ran {
-    /// What it became.
+    /// The outcome of all its records.
     All(ChainOutcome),
     /// Nothing yet: together it would hold too much. So many of its first records have room.
     First(usize),

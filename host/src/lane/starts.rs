@@ -97,7 +97,7 @@ impl Tries {
     }
 }
 
-/// What follows from the number of tries that have failed.
+/// The next step, by the number of tries that have failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     /// Another try.

@@ -67,7 +67,7 @@ impl CallTime {
     }
 }
 
-/// What a call has taken so far.
+/// The time that a call has used so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Spent {
     /// CPU time of the plugin itself.

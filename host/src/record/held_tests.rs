@@ -1,3 +1,5 @@
+//! Tests of what rows keep in memory.
+
 use super::*;
 use crate::record::{
     PipelineName, Position, PositionSpan, RowRoute, SequenceNumber, ShardId, ShardKey,

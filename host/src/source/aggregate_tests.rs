@@ -1,3 +1,5 @@
+//! Tests of KPL aggregates: what is valid, what it becomes, and how long it takes.
+
 use std::time::{Duration, Instant};
 
 use prost::Message as _;
