@@ -200,20 +200,28 @@ fn judged(judge: &Judge, folder: &Path, steps: &[Step], is_there: bool) -> Resul
         return Err(reach);
     }
     // Where others could write once, they may have left something under a name of ours.
-    match foreign_entry(judge, folder, last.device) {
+    match reached_entry(judge, folder, last) {
         Some(reach) => Err(reach),
         None => Ok(own),
     }
 }
 
-/// An entry of a folder that belongs to another user.
-fn foreign_entry(judge: &Judge, folder: &Path, device: u64) -> Option<Reach> {
+/// How another user reaches an entry of a folder: by owning the entry, or by what lies on the way that a link
+/// leads. `real` is the folder without links.
+fn reached_entry(judge: &Judge, folder: &Path, real: &Step) -> Option<Reach> {
     let entries = fs::read_dir(folder).ok()?.flatten();
     entries.into_iter().find_map(|entry| {
         // Gone meanwhile: it harms nobody.
         let about = entry.metadata().ok()?;
         let uid = about.uid();
-        (!judge.trusts(uid, device)).then(|| Reach::Owner { path: entry.path(), uid })
+        if !judge.trusts(uid, real.device) {
+            return Some(Reach::Owner { path: entry.path(), uid });
+        }
+        // A link to nothing is reported by whoever opens it.
+        let (mut steps, _) = about.is_symlink().then(|| steps(&entry.path()).ok())??;
+        // The folder itself was judged, and may be about to be tightened.
+        steps.retain(|step| step.path != real.path);
+        judge.reach_above(&steps)
     })
 }
 
@@ -241,10 +249,10 @@ pub(crate) fn tighten(path: &Path) {
     }
 }
 
-/// Takes the rights of others in a folder of ours away, also where links of ours lead to it.
-pub(crate) fn tighten_folder(folder: &Path) {
-    let Ok(folder) = absolute(folder) else { return };
-    let Ok((steps, true)) = steps(&folder) else { return };
+/// Takes the rights of others in a folder or file of ours away, also where links of ours lead to it.
+pub(crate) fn tighten_linked(path: &Path) {
+    let Ok(path) = absolute(path) else { return };
+    let Ok((steps, true)) = steps(&path) else { return };
     let judge = Judge { me: Me::now(), loose: None };
     // Another user's link could lead to any folder of this user.
     let is_led_by_others = steps
@@ -252,7 +260,7 @@ pub(crate) fn tighten_folder(folder: &Path) {
         .any(|step| step.kind == StepKind::Link && !judge.trusts(step.uid, step.device));
     let Some(real) = steps.last().filter(|_| !is_led_by_others) else { return };
     // Not `/`, nor another mount that is used for more than this.
-    if real.path == folder || real.kind != StepKind::Mount {
+    if real.path == path || real.kind != StepKind::Mount {
         tighten(&real.path);
     }
 }
@@ -281,7 +289,7 @@ pub(crate) fn make_database(path: &Path) {
     for suffix in ["", "-wal", "-shm", "-journal"] {
         let mut file = path.as_os_str().to_owned();
         file.push(suffix);
-        tighten(Path::new(&file));
+        tighten_linked(Path::new(&file));
     }
 }
 

@@ -37,7 +37,7 @@ impl Seal {
     pub fn of_folder(folder: &Path, users: Users) -> io::Result<Self> {
         private::make_folders(folder)?;
         if users != Users::Named {
-            private::tighten_folder(folder);
+            private::tighten_linked(folder);
         }
         let path = folder.join(KEY_FILE);
         match read(&path)? {

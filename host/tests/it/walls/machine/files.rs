@@ -185,6 +185,32 @@ fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_li
 }
 
 #[test]
+fn wall_14_a_database_that_a_link_leads_to_is_tightened_or_refused() {
+    let place = tempfile::tempdir().expect("a folder");
+    let folder = place.path().canonicalize().expect("a path");
+    let pipeline = pipeline(&folder);
+    let (own, elsewhere) = (folder.join("state").join(NAME), folder.join("elsewhere"));
+    fs::create_dir_all(&elsewhere).expect("a folder");
+    said(&in_state(&["run", &pipeline]), true);
+    let (database, moved) = (own.join("state.db"), elsewhere.join("moved.db"));
+    fs::rename(&database, &moved).expect("moved");
+    symlink("../../elsewhere/moved.db", &database).expect("a link");
+    chmod(&moved, 0o644);
+    // The folder of the link is tightened as it is without one.
+    chmod(&own, 0o777);
+    let told = said(&in_state(&["run", &pipeline]), true);
+    assert!(told.contains(&format!("{} was open to other users", moved.display())), "{told}");
+    assert_eq!((mode(&moved), mode(&own)), (0o600, 0o700));
+    for (open, tight) in [(&elsewhere, 0o755), (&moved, 0o600)] {
+        chmod(open, 0o777);
+        let way = format!("every user may replace what lies in {}", open.display());
+        refused_by_all(&pipeline, &way);
+        chmod(open, tight);
+    }
+    said(&in_state(&["run", &pipeline]), true);
+}
+
+#[test]
 fn wall_14_a_lock_does_not_follow_a_link() {
     let folder = tempfile::tempdir().expect("a folder");
     let pipeline = pipeline(folder.path());
