@@ -4,7 +4,11 @@
 //! whether there are nulls, the elements' type, each dimension's length and first index, the elements
 //! behind their lengths.
 
+use std::fmt;
+
 use bytes::BufMut as _;
+use serde::Deserializer as _;
+use serde::de::{self, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::encode::put_field;
@@ -17,66 +21,140 @@ const DIMENSIONS_MAX: usize = 6;
 const FIRST_INDEX: i32 = 1;
 
 /// Writes an array without its length.
+///
+/// Its elements are written as they are read: a list of them would hold eight times the text of an array of
+/// digits.
 pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: RawJson<'_>) -> Result<(), Why> {
     let kind = element.kind();
-    let mut array = Array {
-        // An array in an array of documents is a document.
-        nests: !matches!(kind, Kind::Json | Kind::Jsonb),
-        lengths: Vec::new(),
-        element_depth: None,
-        elements: Vec::new(),
-    };
+    // An array in an array of documents is a document.
+    let nests = !matches!(kind, Kind::Json | Kind::Jsonb);
+    let dimensions = if nests { brackets(raw.get()).clamp(1, DIMENSIONS_MAX) } else { 1 };
+    let start = out.len();
+    put_header(out, element, false, &[0; DIMENSIONS_MAX][..dimensions]);
+    let behind_header = out.len();
+    let mut array =
+        Array { out, kind, nests, lengths: [None; DIMENSIONS_MAX], depth: None, has_null: false };
     array.take(raw, 0)?;
-    // An array without elements has no dimensions, however deep it was written.
-    let lengths = if array.elements.is_empty() { &[][..] } else { &array.lengths };
-    let count = |count: usize| i32::try_from(count).map_err(|_| "the array is too long");
-    out.put_i32(count(lengths.len())?);
-    out.put_i32(array.elements.iter().any(|element| element.get() == "null").into());
+    let Array { lengths, depth, has_null, .. } = array;
+    if out.len() == behind_header {
+        // An array without elements has no dimensions, however deep it was written.
+        out.truncate(start);
+        put_header(out, element, false, &[]);
+        return Ok(());
+    }
+    if depth.map(|depth| depth + 1) != Some(dimensions) {
+        return Err(RAGGED.into());
+    }
+    let mut header = Vec::with_capacity(behind_header - start);
+    let lengths = lengths.map(Option::unwrap_or_default).map(i32::try_from);
+    let lengths = lengths.into_iter().take(dimensions).collect::<Result<Vec<_>, _>>();
+    put_header(&mut header, element, has_null, &lengths.map_err(|_| "the array is too long")?);
+    out[start..behind_header].copy_from_slice(&header);
+    Ok(())
+}
+
+/// Why arrays cannot be the dimensions of one.
+const RAGGED: &str = "all its arrays of one depth must have one length";
+
+fn put_header(out: &mut Vec<u8>, element: Element, has_null: bool, lengths: &[i32]) {
+    // There are at most six.
+    out.put_i32(lengths.len() as i32);
+    out.put_i32(has_null.into());
     out.put_u32(element.oid);
     for length in lengths {
-        out.put_i32(count(*length)?);
+        out.put_i32(*length);
         out.put_i32(FIRST_INDEX);
     }
-    array.elements.iter().try_for_each(|element| put_field(out, kind, *element))
 }
 
-struct Array<'r> {
+/// How many arrays a text begins with, each the first item of the one before.
+fn brackets(text: &str) -> usize {
+    text.bytes().filter(|byte| !byte.is_ascii_whitespace()).take_while(|byte| *byte == b'[').count()
+}
+
+struct Array<'o> {
+    out: &'o mut Vec<u8>,
+    kind: Kind,
     nests: bool,
-    /// The length of each dimension, the outermost first.
-    lengths: Vec<usize>,
+    /// The length of each dimension, the outermost first, as far as they are known.
+    lengths: [Option<usize>; DIMENSIONS_MAX],
     /// How deep the arrays lie that hold elements, or could.
-    element_depth: Option<usize>,
-    elements: Vec<RawJson<'r>>,
+    depth: Option<usize>,
+    has_null: bool,
 }
 
-impl<'r> Array<'r> {
+impl Array<'_> {
     /// Takes a JSON array that lies `depth` arrays deep.
-    fn take(&mut self, raw: RawJson<'r>, depth: usize) -> Result<(), Why> {
+    fn take(&mut self, raw: RawJson<'_>, depth: usize) -> Result<(), Why> {
         if depth == DIMENSIONS_MAX {
             return Err(format!("an array has at most {DIMENSIONS_MAX} dimensions").into());
         }
-        let items: Vec<&RawValue> =
-            serde_json::from_str(raw.get()).map_err(|_| "a JSON array is due")?;
-        let items: Vec<RawJson<'_>> = items.into_iter().map(RawJson::from).collect();
-        let ragged = || Err("all its arrays of one depth must have one length".into());
-        match self.lengths.get(depth) {
-            None => self.lengths.push(items.len()),
-            Some(length) if *length != items.len() => return ragged(),
-            Some(_) => {}
+        let mut fault = None;
+        let items = Items { array: self, depth, fault: &mut fault };
+        let read = serde_json::Deserializer::from_str(raw.get()).deserialize_seq(items);
+        match (fault, read) {
+            (Some(fault), _) => Err(fault),
+            (None, read) => read.map_err(|_| "a JSON array is due".into()),
         }
-        let is_array = |item: &RawJson<'_>| self.nests && item.get().starts_with('[');
-        let arrays = items.iter().filter(|item| is_array(item)).count();
-        if arrays > 0 && arrays < items.len() {
-            return ragged();
+    }
+
+    /// Takes an item of an array that lies `depth` arrays deep; `in_arrays` says whether the first one was an
+    /// array.
+    fn take_item(&mut self, item: RawJson<'_>, depth: usize, in_arrays: bool) -> Result<(), Why> {
+        if self.is_array(item) != in_arrays {
+            return Err(RAGGED.into());
         }
-        if arrays > 0 {
-            return items.into_iter().try_for_each(|item| self.take(item, depth + 1));
+        if in_arrays {
+            return self.take(item, depth + 1);
         }
+        self.has_null |= item.get() == "null";
+        put_field(self.out, self.kind, item)
+    }
+
+    fn is_array(&self, item: RawJson<'_>) -> bool {
+        self.nests && item.get().starts_with('[')
+    }
+
+    /// Notes that an array that lies `depth` arrays deep has so many items.
+    fn has(&mut self, count: usize, depth: usize, in_arrays: bool) -> Result<(), Why> {
+        let is_as_others = *self.lengths[depth].get_or_insert(count) == count;
         // One that is empty counts too: the server would read fewer elements than are written.
-        if *self.element_depth.get_or_insert(depth) != depth {
-            return ragged();
+        match is_as_others && (in_arrays || *self.depth.get_or_insert(depth) == depth) {
+            true => Ok(()),
+            false => Err(RAGGED.into()),
         }
-        self.elements.extend(items);
-        Ok(())
+    }
+}
+
+/// Takes the items of a JSON array one by one.
+struct Items<'i, 'o> {
+    array: &'i mut Array<'o>,
+    depth: usize,
+    fault: &'i mut Option<Why>,
+}
+
+impl<'de> Visitor<'de> for Items<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        let Self { array, depth, fault } = self;
+        let mut failed = |why| {
+            *fault = Some(why);
+            de::Error::custom("an item")
+        };
+        let (mut count, mut in_arrays) = (0, false);
+        while let Some(item) = items.next_element::<&RawValue>()? {
+            let item = RawJson::from(item);
+            if count == 0 {
+                in_arrays = array.is_array(item);
+            }
+            count += 1;
+            array.take_item(item, depth, in_arrays).map_err(&mut failed)?;
+        }
+        array.has(count, depth, in_arrays).map_err(failed)
     }
 }

@@ -11,7 +11,7 @@ use super::{key_of, metric, one_key, put_on, start};
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
-use crate::support::{Process, admin, free_port, run_ok, shardmill, wait_for};
+use crate::support::{Process, admin, free_port, postgres, run_ok, shardmill, wait_for};
 use crate::walls::memory::{
     LIMITS, MIB, assert_below, assert_peak_below, bound, follow, output_and_peak,
 };
@@ -273,6 +273,27 @@ fn wall_02_a_template_that_repeats_a_field_holds_no_more_than_a_piece_of_its_lin
         assert!(status.success(), "{what}: {errors}");
         assert_peak_below(peak.join().expect("a peak"), bound(8, 0, 0, 0), what);
     }
+}
+
+/// An array of 4.9 million digits in one row: its elements are written as they are read, not listed before.
+#[test]
+fn wall_02_a_long_array_of_one_row_holds_what_is_sent_of_it() {
+    const ITEMS: usize = 4_900_000;
+    let table = format!("wall_02_array_{}", std::process::id());
+    postgres(&format!("CREATE TABLE {table} (id int, a int[])"));
+    let folder = tempfile::tempdir().expect("a folder");
+    let input = folder.path().join("in");
+    let line = format!("{{\"id\":1,\"a\":[{}1]}}\n", "1,".repeat(ITEMS - 1));
+    std::fs::write(&input, line).expect("written");
+    let path = PipelineToml::new(folder.path(), "arrays")
+        .pipeline("buffer = \"24 MiB\"")
+        .file(&input, "format = \"application/json\"")
+        .postgres("mart", &table)
+        .write();
+    let (output, peak) = output_and_peak(&mut shardmill(&["run", &path]));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_peak_below(peak, bound(24, 0, 0, 0), "an array");
+    assert_eq!(postgres(&format!("SELECT cardinality(a) FROM {table}")), [ITEMS.to_string()]);
 }
 
 /// What has room only in parts is there once, in its order.
