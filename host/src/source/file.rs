@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::time::UNIX_EPOCH;
 
@@ -163,6 +164,16 @@ struct Lines {
     has_ended: bool,
     handed_over: Option<Position>,
     arrived_ms: u64,
+    /// How many the last batch had.
+    lines_expected: usize,
+}
+
+/// A line that was read.
+struct Line {
+    /// Where it is in its chunk, without its end.
+    place: Range<usize>,
+    /// Where it ends in the file, its line end included.
+    end_at: u64,
 }
 
 impl Lines {
@@ -193,13 +204,14 @@ impl Lines {
             has_ended: false,
             handed_over: after.cloned(),
             arrived_ms: u64::try_from(shard.stream.created_ms).unwrap_or(0),
+            lines_expected: 0,
         })
     }
 
     fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
-        let mut records = Vec::new();
+        let mut lines = Vec::with_capacity(self.lines_expected);
         let mut chunk = Bytes::new();
-        while records.is_empty() {
+        while lines.is_empty() {
             if self.taken == self.chunk.len() {
                 if self.has_ended {
                     return Ok(NextBatch::SourceEnd);
@@ -207,9 +219,10 @@ impl Lines {
                 self.fill()?;
             }
             chunk = self.chunk.clone();
-            self.take_lines(&mut records)?;
+            self.take_lines(&mut lines)?;
         }
-        own_lines(&chunk, &mut records);
+        self.lines_expected = lines.len();
+        let records = self.records(&chunk, &lines);
         let Some(to_inclusive) = records.last().map(|record| record.position.clone()) else {
             return Ok(NextBatch::SourceEnd);
         };
@@ -221,6 +234,31 @@ impl Lines {
             span,
             entry: Entry::Source,
         }))
+    }
+
+    /// Makes records of lines of a chunk. Lines that are a small part of it are copied: each batch would keep all
+    /// of the chunk.
+    fn records(&self, chunk: &Bytes, lines: &[Line]) -> Vec<Record> {
+        let (Some(first), Some(last)) = (lines.first(), lines.last()) else { return Vec::new() };
+        let begin = first.place.start;
+        let bytes = lines.iter().map(|line| line.place.len()).sum();
+        let own = match is_kept_whole(chunk.len(), bytes, lines.len()) {
+            true => chunk.slice(begin..last.place.end),
+            false => Bytes::copy_from_slice(&chunk[begin..last.place.end]),
+        };
+        let record = |line: &Line| {
+            let payload = own.slice(line.place.start - begin..line.place.end - begin);
+            Record {
+                position: Position {
+                    sequence: SequenceNumber::from(line.end_at),
+                    sub_sequence: crc32fast::hash(&payload).into(),
+                },
+                partition_key: PARTITION_KEY,
+                payload,
+                arrived_ms: self.arrived_ms,
+            }
+        };
+        lines.iter().map(record).collect()
     }
 
     /// Reads on, up to the end of a line or of the file.
@@ -260,9 +298,9 @@ impl Lines {
     }
 
     /// Takes lines of the chunk, as many as a batch holds.
-    fn take_lines(&mut self, records: &mut Vec<Record>) -> Result<(), SourceError> {
+    fn take_lines(&mut self, lines: &mut Vec<Line>) -> Result<(), SourceError> {
         let mut bytes = 0;
-        while self.taken < self.chunk.len() && records.len() < self.limits.records_max {
+        while self.taken < self.chunk.len() && lines.len() < self.limits.records_max {
             let left = &self.chunk[self.taken..];
             let end = match self.config.cut {
                 FileCut::Lines => memchr::memchr(b'\n', left),
@@ -288,14 +326,14 @@ impl Lines {
             if line > LINE_BYTES_MAX {
                 return Err(self.line_too_long());
             }
-            if !records.is_empty() && bytes + line > self.limits.bytes_max {
+            if !lines.is_empty() && bytes + line > self.limits.bytes_max {
                 break;
             }
-            let line_bytes = self.chunk.slice(self.taken..self.taken + line);
-            let payload = match self.at {
-                0 => line_bytes.slice_ref(without_mark(&line_bytes)),
-                _ => line_bytes,
+            let mark = match self.at {
+                0 => line - without_mark(&left[..line]).len(),
+                _ => 0,
             };
+            let place = self.taken + mark..self.taken + line;
             self.taken += whole;
             self.at += whole as u64;
             if self.skip_lines > 0 {
@@ -303,15 +341,7 @@ impl Lines {
                 continue;
             }
             bytes += line;
-            records.push(Record {
-                position: Position {
-                    sequence: SequenceNumber::from(self.at),
-                    sub_sequence: crc32fast::hash(&payload).into(),
-                },
-                partition_key: PARTITION_KEY,
-                payload,
-                arrived_ms: self.arrived_ms,
-            });
+            lines.push(Line { place, end_at: self.at });
         }
         Ok(())
     }
@@ -327,21 +357,6 @@ impl Lines {
     fn line_too_long(&self) -> SourceError {
         let cause = format!("a line has more than {LINE_BYTES_MAX} bytes; is it a file of lines?");
         failed(&self.config, "read a line", self.at, &cause)
-    }
-}
-
-/// Copies the lines of a batch that are a small part of the chunk that they were read with: each batch would
-/// keep all of it.
-fn own_lines(chunk: &Bytes, records: &mut [Record]) {
-    let bytes = records.iter().map(|record| record.payload.len()).sum();
-    if is_kept_whole(chunk.len(), bytes, records.len()) {
-        return;
-    }
-    let mut copy = Vec::with_capacity(bytes);
-    records.iter().for_each(|record| copy.extend_from_slice(&record.payload));
-    let mut copy = Bytes::from(copy);
-    for record in records {
-        record.payload = copy.split_to(record.payload.len());
     }
 }
 
