@@ -213,6 +213,20 @@ type = "stdout"
     assert!(turns > 0, "nothing else ran meanwhile");
 }
 
+/// Swaps a pipeline's plugin for one that is refused, while no record comes: there is no trial that could find
+/// out what is wrong with it. Gives what is said.
+fn refused_swap(world: &World, pipeline: &Pipeline, component: &Path) -> String {
+    let started = world.start(pipeline);
+    wait_for("the lane", || world.logged("reading"));
+    let path = world.folder.path().join("pipeline.toml").display().to_string();
+    let file = component.display().to_string();
+    let swapped = run(&["plugin", "swap", "route", &file, "--pipeline", &path]);
+    let said = said(&swapped);
+    assert_eq!(swapped.status.code(), Some(1), "{said}");
+    assert_eq!(started.terminate(), Some(0));
+    said
+}
+
 /// A lane's own instance must declare what the stage was loaded with: otherwise each start would fail in it.
 #[test]
 fn wall_07_a_swap_is_refused_that_does_not_start_in_a_shard() {
@@ -226,16 +240,8 @@ fn wall_07_a_swap_is_refused_that_does_not_start_in_a_shard() {
     .build();
     let world = World::new(1);
     let pipeline = Pipeline::default();
-    let started = world.start(&pipeline);
-    wait_for("the lane", || world.logged("reading"));
-    let path = world.folder.path().join("pipeline.toml").display().to_string();
-    let file = component.path().display().to_string();
-    // No record came: there is no trial that could find it out.
-    let swapped = run(&["plugin", "swap", "route", &file, "--pipeline", &path]);
-    let said = said(&swapped);
-    assert_eq!(swapped.status.code(), Some(1), "{said}");
+    let said = refused_swap(&world, &pipeline, component.path());
     assert!(said.contains("declares other routes than it did"), "{said}");
-    assert_eq!(started.terminate(), Some(0));
     world.put(0..10, 3);
     world.catch_up(&pipeline);
     world.assert_each_once_in_order(10);
@@ -255,14 +261,7 @@ fn wall_08_a_swap_is_refused_whose_starts_in_all_shards_take_too_long() {
     .build();
     let world = World::new(2);
     let pipeline = Pipeline { timing: "trial = \"50 ms\"".into(), ..Pipeline::default() };
-    let started = world.start(&pipeline);
-    wait_for("the lane", || world.logged("reading"));
-    let path = world.folder.path().join("pipeline.toml").display().to_string();
-    let file = component.path().display().to_string();
-    let swapped = run(&["plugin", "swap", "route", &file, "--pipeline", &path]);
-    let said = said(&swapped);
-    assert_eq!(swapped.status.code(), Some(1), "{said}");
+    let said = refused_swap(&world, &pipeline, component.path());
     assert!(said.contains("refused at step promote"), "{said}");
     assert!(said.contains("expected the stages to start in all"), "{said}");
-    assert_eq!(started.terminate(), Some(0));
 }
