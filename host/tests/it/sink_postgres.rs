@@ -950,7 +950,7 @@ async fn arrays_of_any_depth_are_written() {
         (4, "of one depth"),
         (5, "of one depth"),
         (6, "at most 6 dimensions"),
-        (7, "a JSON array is due"),
+        (7, "expected a JSON array"),
         (8, "an integer is due"),
         (9, "texts"),
         (10, "of one depth"),

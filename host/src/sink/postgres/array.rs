@@ -94,7 +94,7 @@ impl Array<'_> {
         let read = serde_json::Deserializer::from_str(raw.get()).deserialize_seq(items);
         match (fault, read) {
             (Some(fault), _) => Err(fault),
-            (None, read) => read.map_err(|_| "a JSON array is due".into()),
+            (None, read) => read.map_err(|_| "expected a JSON array".into()),
         }
     }
 
@@ -115,7 +115,7 @@ impl Array<'_> {
         self.nests && item.get().starts_with('[')
     }
 
-    /// Notes that an array that lies `depth` arrays deep has so many items.
+    /// Checks the length of an array that lies `depth` arrays deep against others of that depth.
     fn has(&mut self, count: usize, depth: usize, in_arrays: bool) -> Result<(), Why> {
         let is_as_others = *self.lengths[depth].get_or_insert(count) == count;
         // One that is empty counts too: the server would read fewer elements than are written.
