@@ -17,7 +17,7 @@ use super::lineage::{self, Lineage};
 use super::numeric;
 use super::table::LiveTable;
 use crate::record::Row;
-use crate::sink::rows::form::RowForm;
+use crate::sink::rows::form::{RowForm, leading_ascii, leading_integer, leading_value};
 use crate::sink::rows::time::{self, Zone};
 use crate::sink::rows::value::{self, Json, RawJson, Why};
 use crate::sink::rows::{self, RowFault, Slots};
@@ -124,6 +124,9 @@ impl<'t, 'r> Encoder<'t, 'r> {
         row: &'r Row,
         was_column: impl Fn(&str) -> bool,
     ) -> Result<(), GoneColumn> {
+        if self.add_by_form(index, &row.payload) {
+            return Ok(());
+        }
         let outcome =
             match rows::spread(&row.payload, &self.table.names, &mut self.form, &mut self.slots) {
                 Ok(()) => self.encode(index, row),
@@ -137,6 +140,26 @@ impl<'t, 'r> Encoder<'t, 'r> {
             self.refusals.push(Refusal { row: index, reason });
         }
         Ok(())
+    }
+
+    /// Encodes a row that has the form and brings the columns of the one before, straight from its payload. False: it
+    /// is another one, or has a fault; nothing was done then.
+    fn add_by_form(&mut self, index: usize, payload: &[u8]) -> bool {
+        let Some(group) = self.open.get_mut(self.last) else { return false };
+        let places = group.columns.iter().map(|place| usize::from(*place));
+        if !self.lineage.places.is_empty() || !places.eq(self.form.fields().map(|(_, place)| place))
+        {
+            return false;
+        }
+        let start = group.tuples.len();
+        let tuples = &mut group.tuples;
+        if put_by_form(tuples, self.table, &self.required, &self.form, payload).is_none() {
+            tuples.truncate(start);
+            return false;
+        }
+        group.rows.push(index);
+        group.ends.push(group.tuples.len());
+        true
     }
 
     /// The columns of the group that goes first, and what it has so far.
@@ -242,6 +265,72 @@ fn put_tuple(
     Ok(())
 }
 
+/// Writes the tuple of a row of this form, whose columns are in the table's order; those in `required` are not null.
+/// `None`: the row is of another form or has a fault, and something may be written.
+fn put_by_form(
+    out: &mut Vec<u8>,
+    table: &LiveTable,
+    required: &[usize],
+    form: &RowForm,
+    payload: &[u8],
+) -> Option<()> {
+    const NO_VALUE: &[u8] = b"null";
+    let start = out.len();
+    out.put_u16(0);
+    let (mut rest, mut count) = (payload, 0_u16);
+    for (before, place) in form.fields() {
+        rest = rest.strip_prefix(before.as_bytes())?;
+        let column = &table.columns[place];
+        let length = match column.kind {
+            _ if column.is_generated => return None,
+            _ if rest.starts_with(NO_VALUE) => {
+                if required.contains(&place) {
+                    return None;
+                }
+                out.put_i32(NULL);
+                NO_VALUE.len()
+            }
+            Kind::Int8 => {
+                let (value, length) = leading_integer(rest)?;
+                put_int8(out, value);
+                length
+            }
+            Kind::Int4 => {
+                let (value, length) = leading_integer(rest)?;
+                put_int4(out, i32::try_from(value).ok()?);
+                length
+            }
+            Kind::Text => {
+                let text = leading_ascii(rest)?;
+                out.put_i32(i32::try_from(text.len()).ok()?);
+                out.put_slice(text);
+                text.len() + "\"\"".len()
+            }
+            kind => {
+                let value = leading_value(rest)?;
+                put_field(out, kind, value).ok()?;
+                value.get().len()
+            }
+        };
+        rest = &rest[length..];
+        count = count.checked_add(1)?;
+    }
+    out[start..start + size_of::<u16>()].copy_from_slice(&count.to_be_bytes());
+    (rest == b"}").then_some(())
+}
+
+fn put_int8(out: &mut Vec<u8>, value: i64) {
+    let mut field = [0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+    field[4..].copy_from_slice(&value.to_be_bytes());
+    out.extend_from_slice(&field);
+}
+
+fn put_int4(out: &mut Vec<u8>, value: i32) {
+    let mut field = [0, 0, 0, 4, 0, 0, 0, 0];
+    field[4..].copy_from_slice(&value.to_be_bytes());
+    out.extend_from_slice(&field);
+}
+
 /// Writes a value behind its length.
 pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Result<(), Why> {
     if put_plain(out, kind, raw).is_some() {
@@ -266,17 +355,8 @@ pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Resu
 #[inline]
 fn put_plain(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Option<()> {
     match kind {
-        Kind::Int8 => {
-            let mut field = [0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0];
-            field[4..].copy_from_slice(&value::plain_integer(raw)?.to_be_bytes());
-            out.extend_from_slice(&field);
-        }
-        Kind::Int4 => {
-            let value = i32::try_from(value::plain_integer(raw)?).ok()?;
-            let mut field = [0, 0, 0, 4, 0, 0, 0, 0];
-            field[4..].copy_from_slice(&value.to_be_bytes());
-            out.extend_from_slice(&field);
-        }
+        Kind::Int8 => put_int8(out, value::plain_integer(raw)?),
+        Kind::Int4 => put_int4(out, i32::try_from(value::plain_integer(raw)?).ok()?),
         Kind::Text => {
             let text = value::plain_text(raw)?;
             out.put_i32(i32::try_from(text.len()).ok()?);
@@ -326,3 +406,7 @@ fn put_timestamp(out: &mut Vec<u8>, json: &Json<'_>, zone: Zone) -> Result<(), W
     out.put_i64(time::timestamp(value::time_text(json)?, zone)? - EPOCH_MICROS);
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "encode_tests.rs"]
+mod tests;

@@ -30,6 +30,11 @@ impl RowForm {
         !self.fields.is_empty() && rest == "}"
     }
 
+    /// Gives the fields of the form: what stands before each value, and the place of its column.
+    pub(crate) fn fields(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.fields.iter().map(|(before, place)| (before.as_str(), *place))
+    }
+
     /// Notes in which order a row has brought its columns. Twice in a row, that is the form: where rows
     /// differ from each other, to learn each would cost more than it saves.
     pub(super) fn saw(&mut self, order: Vec<usize>, columns: &ColumnNames) {
@@ -45,6 +50,38 @@ impl RowForm {
         };
         self.fields = order.iter().enumerate().map(before).collect();
     }
+}
+
+/// An integer as it is mostly written, at the beginning of a text: perhaps a sign, then 1 to 18 digits without
+/// leading zeros; with its length. It is the value only if a comma or brace follows. `None`: another value.
+#[inline]
+pub(crate) fn leading_integer(text: &[u8]) -> Option<(i64, usize)> {
+    let sign = usize::from(*text.first()? == b'-');
+    let (mut value, mut at) = (0_i64, sign);
+    while let Some(digit) = text.get(at).map(|byte| byte.wrapping_sub(b'0')).filter(|it| *it < 10) {
+        if at - sign == 18 {
+            return None;
+        }
+        value = value * 10 + i64::from(digit);
+        at += 1;
+    }
+    let digits = at - sign;
+    let is_whole = digits == 1 || (digits > 1 && text[sign] != b'0');
+    is_whole.then_some((if sign == 1 { -value } else { value }, at))
+}
+
+/// A string of ASCII without escapes at the beginning of a text, without its quotation marks. `None`: another value.
+#[inline]
+pub(crate) fn leading_ascii(text: &[u8]) -> Option<&[u8]> {
+    let inside = text.strip_prefix(b"\"")?;
+    let end = inside.iter().position(|byte| matches!(byte, b'"' | b'\\' | ..b' ' | 0x80..))?;
+    (inside[end] == b'"').then(|| &inside[..end])
+}
+
+/// Any plain value at the beginning of a text. `None`: it is not plain, or is none.
+pub(crate) fn leading_value(text: &[u8]) -> Option<RawJson<'_>> {
+    let value = &text[..plain_value(text)?];
+    std::str::from_utf8(value).ok().map(RawJson::known)
 }
 
 /// The length of the value at the beginning, if it is plain: a number without exponent, a string without
