@@ -95,12 +95,23 @@ fn fill(world: &World, shard: &Shard, rows: u64, bytes: usize) {
     }
 }
 
-/// A pipeline of the world's stream without a stage, to these tables of sinks.
+/// A pipeline of the world's stream without a stage, to these tables of sinks, with short pauses.
 fn pipeline(world: &World, lines: &str, timing: &str, sinks: &[String]) -> (String, u16) {
-    let port = free_port();
     let timing = format!("retry_pause = \"50 ms\"\nshard_sync = \"200 ms\"\n{timing}");
-    let file = PipelineToml::new(world.folder.path(), "reading").pipeline(lines).timing(&timing);
-    let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
+    paced_pipeline(world, lines, &timing, "", sinks)
+}
+
+/// The same, with these lines of `[timing]` and `[source]`.
+fn paced_pipeline(
+    world: &World,
+    lines: &str,
+    timing: &str,
+    source: &str,
+    sinks: &[String],
+) -> (String, u16) {
+    let port = free_port();
+    let file = PipelineToml::new(world.folder.path(), "reading").pipeline(lines).timing(timing);
+    let file = file.stream(STREAM, "embedded", &format!("format = \"application/json\"\n{source}"));
     let file = sinks.iter().fold(file, |file, sink| file.table(sink));
     let file = file.table(&crate::support::admin(port));
     (file.write(), port)
@@ -226,9 +237,11 @@ fn fault_02_of_a_thousand_lanes_two_hundred_are_blocked() {
         fill(&world, &shard, ROWS, if blocked { 20_000 } else { 1_000 });
     }
     let endpoint = Endpoint::new(is_blocked);
-    // Each checkpoint costs a write that is waited for.
-    let timing = "checkpoint = \"10 s\"\n";
-    let (path, port) = pipeline(&world, "buffer = \"8 MiB\"", timing, &[endpoint.sink()]);
+    // What each lane does again and again leaves no time to begin the others: a write that is waited for, a request of a
+    // blocked one, a poll of one that has all its records.
+    let timing = "checkpoint = \"10 s\"\nretry_pause = \"5 s\"\nshard_sync = \"5 s\"\n";
+    let (buffer, polls) = ("buffer = \"8 MiB\"", "poll_interval = \"5 s\"");
+    let (path, port) = paced_pipeline(&world, buffer, timing, polls, &[endpoint.sink()]);
     let run = start(&world, &path);
 
     let free: Vec<u64> = (0..u64::from(SHARDS)).filter(|shard| !is_blocked(*shard)).collect();
