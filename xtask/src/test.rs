@@ -94,8 +94,9 @@ fn check_format(root: &Path) -> Result<()> {
 fn test_plugins(root: &Path) -> Result<()> {
     let mut tests = cargo();
     lint(&mut tests);
-    // As the root's packages are: nothing is measured here.
-    for setting in ["codegen-units=16", "lto=false", "panic='unwind'", "strip=false"] {
+    // Nothing is measured here, and each test runs for a moment: most of the time is the compiler's.
+    for setting in ["opt-level=0", "codegen-units=16", "lto=false", "panic='unwind'", "strip=false"]
+    {
         tests.args(["--config", &format!("profile.release.{setting}")]);
     }
     // Not where the root's packages are. A package that is a library and a module of WebAssembly has an output without
