@@ -182,7 +182,7 @@ impl<'a> Lane<'a> {
             settled_to,
             start: state.start,
             caught_up_ms: state.caught_up_ms,
-            caught_up_at_end_ms: None,
+            read_up_to_ms: None,
             waits: waiting.watch(shared.config.timing.call_blocked_after),
             waiting,
             shard,

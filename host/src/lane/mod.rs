@@ -254,8 +254,8 @@ pub struct Lane<'a> {
     /// Everything that had arrived by then is settled, in milliseconds since 1970 by the server's clock,
     /// as last noted.
     caught_up_ms: Option<i64>,
-    /// The same at the shard's end.
-    caught_up_at_end_ms: Option<i64>,
+    /// Everything that had arrived by then is in the sinks' hands, by the same clock.
+    read_up_to_ms: Option<i64>,
     /// What the reader waits for.
     waiting: Waiting,
     waits: WaitWatch,
@@ -320,8 +320,8 @@ impl Lane<'_> {
             self.shared.board.lag(&self.shard.shard, |lag| lag.shard.quiet(now_ms));
         }
         let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return Ok(()) };
-        let is_due = self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS);
-        if is_due && self.is_settled() {
+        self.read_up_to_ms = Some(now_ms);
+        if self.is_note_old(now_ms) && self.is_settled() {
             let stop = self.stop.clone();
             stop.unless_asked(self.note_caught_up(now_ms)).await.ok_or(LaneError::Stopped)?;
         }
@@ -342,7 +342,12 @@ impl Lane<'_> {
 
     /// The shard was read to its end; `caught_up_ms` is a time at which it was still open.
     pub fn reached_end(&mut self, caught_up_ms: Option<i64>) {
-        self.caught_up_at_end_ms = caught_up_ms;
+        self.read_up_to_ms = self.read_up_to_ms.max(caught_up_ms);
+    }
+
+    /// Whether it is long ago that the lane noted that everything is settled.
+    fn is_note_old(&self, now_ms: i64) -> bool {
+        self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS)
     }
 
     /// Whether every sink has everything that was handed over.
@@ -759,10 +764,11 @@ impl Lane<'_> {
         }
         let stop = self.stop.clone();
         let written = stop.until_over(async {
-            // Its children were made later: from then on, none of their records may be missing.
-            if ended
-                && self.caught_up_at_end_ms > self.caught_up_ms
-                && let Some(at_ms) = self.caught_up_at_end_ms
+            // A sink may have committed only now what was read long before. And an ended shard's children were made
+            // later: from then on, none of their records may be missing.
+            if let Some(at_ms) = self.read_up_to_ms
+                && flushed
+                && (self.is_note_old(at_ms) || ended && Some(at_ms) > self.caught_up_ms)
             {
                 self.note_caught_up(at_ms).await;
             }

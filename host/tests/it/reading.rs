@@ -333,9 +333,24 @@ fn case_17_a_checkpoint_older_than_the_retention() {
 /// has lost nothing.
 #[test]
 fn an_idle_shard_older_than_the_retention_lost_nothing() {
+    idle_for_longer_than_the_retention("linger = \"50 ms\"");
+}
+
+/// The same, where the sink commits at the end of a run, after the last answer that brought nothing.
+#[test]
+fn an_idle_shard_whose_sink_commits_late_lost_nothing() {
+    idle_for_longer_than_the_retention("linger = \"1 h\"");
+}
+
+/// The first run has these lines in `[sink.commit]`.
+fn idle_for_longer_than_the_retention(commit: &str) {
     let world = World::new(1);
     world.put(0..100, 7);
-    world.catch_up(&Pipeline::default());
+    let path = world.pipeline(&Pipeline::default());
+    let text = std::fs::read_to_string(&path).expect("a pipeline");
+    assert!(text.contains("linger = \"50 ms\""), "{text}");
+    std::fs::write(&path, text.replace("linger = \"50 ms\"", commit)).expect("written");
+    crate::support::run_ok(&["run", &path, "--until-caught-up"]);
     world.put(100..200, 7);
     let first = sequences(&world)[100].clone();
     let proxy = Proxy::start(&world.address, 17, move |operation, _| match operation {
