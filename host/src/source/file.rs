@@ -302,10 +302,15 @@ impl Lines {
         let mut bytes = 0;
         while self.taken < self.chunk.len() && lines.len() < self.limits.records_max {
             let left = &self.chunk[self.taken..];
+            // A quote behind a byte order mark begins a field.
+            let mark = match self.at {
+                0 => left.len() - without_mark(left).len(),
+                _ => 0,
+            };
             let end = match self.config.cut {
                 FileCut::Lines => memchr::memchr(b'\n', left),
                 FileCut::Csv { delimiter } => {
-                    super::csv::record_end(left, delimiter).map(|end| end - 1)
+                    super::csv::record_end(&left[mark..], delimiter).map(|end| mark + end - 1)
                 }
             };
             if end.is_none() && !self.has_ended {
@@ -329,10 +334,6 @@ impl Lines {
             if !lines.is_empty() && bytes + line > self.limits.bytes_max {
                 break;
             }
-            let mark = match self.at {
-                0 => line - without_mark(&left[..line]).len(),
-                _ => 0,
-            };
             let place = self.taken + mark..self.taken + line;
             self.taken += whole;
             self.at += whole as u64;

@@ -193,12 +193,16 @@ impl<R: BufRead> Input<R> {
         Self { reader, name, format, key, number: first_number, lines: 0, offset: 0 }
     }
 
-    /// Passes over lines, of any length.
+    /// Passes over lines, of any length; of CSV over records, which may have line breaks within quotes.
     ///
     /// # Errors
     /// [`InputError::Read`].
     pub fn skip_lines(&mut self, lines: u64) -> Result<(), InputError> {
         for _ in 0..lines {
+            if self.format == Format::Csv {
+                self.csv_record()?;
+                continue;
+            }
             let skipped = self.reader.skip_until(b'\n');
             self.offset += skipped.map_err(|cause| self.unread(cause))? as u64;
             self.lines += 1;
@@ -374,6 +378,15 @@ mod tests {
         assert_eq!(read(Format::Csv, KeyRule::Number, b"1,\"x\ny"), pairs(&[("5", "1,\"x\ny")]));
         assert_eq!(read(Format::Lines, KeyRule::Number, b"\xEF\xBB\xBFa\n"), pairs(&[("5", "a")]));
         assert_eq!(read(Format::Ndjson, KeyRule::Number, b"\xEF\xBB\xBF{}"), pairs(&[("5", "{}")]));
+    }
+
+    #[test]
+    fn fault_33_a_header_of_csv_is_left_out_with_its_line_breaks() {
+        let text = b"\xEF\xBB\xBF\"a\nb\",c\n1,2\n";
+        let mut input = Input::new(&text[..], "in".into(), Format::Csv, KeyRule::Number, 0);
+        input.skip_lines(1).unwrap();
+        assert_eq!(input.next_record().unwrap().unwrap().payload, "1,2");
+        assert!(input.next_record().unwrap().is_none());
     }
 
     #[test]

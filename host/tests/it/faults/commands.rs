@@ -333,6 +333,31 @@ fn fault_33_a_byte_order_mark_and_quoted_line_breaks_of_files() {
     }
 }
 
+/// A quote behind a byte order mark begins a field, in the first record as in one that is left out.
+#[test]
+fn fault_33_a_quote_behind_a_byte_order_mark_begins_a_field() {
+    let text = "\u{feff}\"two\nlines\",1\n\"three\nmore\",2\n";
+    let columns = "config = { columns = [{ name = \"note\", type = \"text\" }, { name = \"id\", type = \
+                   \"bigint\" }] }\nroutes = { rows = [\"mart\"] }";
+    for (skip, expected) in [(0, &["two\nlines", "three\nmore"][..]), (1, &["three\nmore"])] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("in.csv");
+        std::fs::write(&path, text).expect("written");
+        let mart = sqlite(&folder.path().join("mart.db"));
+        mart.execute("CREATE TABLE rows (note TEXT, id INTEGER)", ()).expect("created");
+        let file = PipelineToml::new(folder.path(), "csv")
+            .file(&path, &format!("skip = {skip}"))
+            .stage("decode", "csv-decode", columns)
+            .sqlite("mart", "rows")
+            .write();
+        run_ok(&["run", &file, "--until-caught-up"]);
+        let mut query = mart.prepare("SELECT note FROM rows ORDER BY id").expect("sql");
+        let notes = query.query_map((), |row| row.get::<_, String>(0)).expect("rows");
+        let notes: Vec<_> = notes.map(|note| note.expect("a note")).collect();
+        assert_eq!(notes, expected, "{skip} left out");
+    }
+}
+
 #[test]
 fn fault_33_a_file_is_read_on_after_a_record_with_line_breaks() {
     let folder = tempfile::tempdir().expect("a folder");
