@@ -149,7 +149,9 @@ fn make(id: u64) -> &'static str {
 
 #[test]
 fn a_window_is_compared_and_then_replaced() {
-    let world = World::new("append", "id bigint NOT NULL, make text, n serial", "");
+    // A column may have any name.
+    let columns = "id bigint NOT NULL, make text, n serial, t text, live text, row text";
+    let world = World::new("append", columns, "");
     world.put(0..100, make);
     let from = world.put(100..200, make);
     let to = world.put(200..300, make);

@@ -233,12 +233,13 @@ impl TableWindow {
             format!("cannot compare {} with {}: {error}", self.shadow, self.live)
         };
         let unreadable = |error: tokio_postgres::Error| failed(error.into());
+        // `t` alone would be a column of that name, where the table has one.
         let sides = format!(
             "WITH live AS (
-                 SELECT (to_jsonb(t) - $1::text[])::text AS row, count(*) AS n
+                 SELECT (to_jsonb(t.*) - $1::text[])::text AS row, count(*) AS n
                  FROM {} AS t WHERE {} GROUP BY 1),
              shadow AS (
-                 SELECT (to_jsonb(t) - $1::text[])::text AS row, count(*) AS n
+                 SELECT (to_jsonb(t.*) - $1::text[])::text AS row, count(*) AS n
                  FROM {} AS t GROUP BY 1),
              sides AS (
                  SELECT row, coalesce(live.n, 0) AS live, coalesce(shadow.n, 0) AS shadow
