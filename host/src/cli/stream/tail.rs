@@ -84,14 +84,31 @@ pub(super) async fn tail(
     };
     let left = options.limit.unwrap_or(u64::MAX);
     let mut printer = Printer { console, decoder, left };
-    let (mut readers, mut batches) = Readers::new(client, name, options).await?;
-    readers.discover().await?;
+    let begin = async {
+        let (mut readers, batches) = Readers::new(client, name, options).await?;
+        readers.discover().await?;
+        anyhow::Ok((readers, batches))
+    };
+    // The server may not answer.
+    let (mut readers, mut batches) = tokio::select! {
+        begun = begin => begun?,
+        () = stop.cancelled() => return Ok(()),
+        () = closed.cancelled() => return Ok(()),
+    };
     let mut discovery = tokio::time::interval(DISCOVERY_INTERVAL);
     while printer.left > 0 && !(readers.tasks.is_empty() && batches.is_empty()) {
         tokio::select! {
             Some(batch) = batches.recv() => tokio::task::block_in_place(|| printer.print(&batch))?,
-            Some(done) = readers.tasks.join_next() => readers.ended(done??).await?,
-            _ = discovery.tick(), if !readers.no_follow => readers.discover().await?,
+            Some(done) = readers.tasks.join_next() => tokio::select! {
+                begun = readers.ended(done??) => begun?,
+                () = stop.cancelled() => break,
+                () = closed.cancelled() => break,
+            },
+            _ = discovery.tick(), if !readers.no_follow => tokio::select! {
+                found = readers.discover() => found?,
+                () = stop.cancelled() => break,
+                () = closed.cancelled() => break,
+            },
             () = stop.cancelled() => break,
             () = closed.cancelled() => break,
         }

@@ -2,7 +2,7 @@
 
 use std::io::Read as _;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Run, SHORT_DRAIN, SLACK, SilentServer, answers_within, rows_file, text_of};
 use crate::support::pipeline::PipelineToml;
@@ -221,6 +221,24 @@ fn fault_01_sigterm_ends_a_start_whose_server_does_not_answer() {
     server.wait_asked();
     run.terminated_within(END_MAX);
     assert!(run.logged("draining"), "{}", run.text());
+}
+
+/// The same for `stream tail`, which has nothing to drain.
+#[test]
+fn fault_01_sigterm_ends_a_tail_whose_server_does_not_answer() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let server = SilentServer::start();
+    let file = PipelineToml::new(folder.path(), "waits")
+        .stream("test", &format!("http://127.0.0.1:{}", server.port), "")
+        .route_all_to(&["mart"])
+        .sink("mart", "type = \"discard\"")
+        .write();
+    let tail = crate::support::shardmill(&["stream", "tail", "--pipeline", &file]).spawn();
+    let tail = crate::support::Process(tail.expect("the binary starts"));
+    server.wait_asked();
+    let begun = Instant::now();
+    tail.terminate();
+    assert!(begun.elapsed() < END_MAX, "{:?}", begun.elapsed());
 }
 
 /// A job that is evicted is not done.
