@@ -7,15 +7,84 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Endpoint, HttpTarget, PostgresTarget, RedshiftTarget, SinkKind, StreamTarget};
 use crate::postgres::PostgresServer;
+use crate::sink::postgres;
 
 /// Options of `object_store` that name another server.
 const ENDPOINTS: [&str; 4] = ["aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url"];
 /// Hex digits that stand for a path.
 const PATH_DIGITS: usize = 16;
 
+/// The names under which a machine knows itself.
+const OWN_HOSTS: [&str; 2] = ["127.0.0.1", "[::1]"];
+
+/// The one spelling of a destination, of today's as of those that a state has kept: two that are one place are one text.
+/// A second time it changes nothing.
+pub fn one_spelling(destination: &str) -> String {
+    let at_server = |place: &str| match url::Url::parse(place) {
+        // The path of an endpoint may be a secret.
+        Ok(url) if url.path() != "/" || url.query().is_some() => {
+            format!("{} path {}", url.origin().ascii_serialization(), path_digits(&url))
+        }
+        _ => place.to_owned(),
+    };
+    match destination.split_once(' ') {
+        Some(("postgres" | "redshift", rest)) => {
+            let (server, table) = rest.split_once(" table ").unwrap_or((rest, ""));
+            let (hosts, database) = server.split_once(' ').unwrap_or((server, ""));
+            let hosts: Vec<String> = hosts.split(',').map(own_host).collect();
+            let kind = destination.split(' ').next().unwrap_or_default();
+            format!("{kind} {} {database} table {}", hosts.join(","), postgres::one_spelling(table))
+        }
+        Some(("kinesis" | "objects", _)) => {
+            let (what, server) = match destination.rsplit_once(" at ") {
+                Some((what, server)) => (what, format!(" at {}", at_server(server))),
+                None => (destination, String::new()),
+            };
+            match what.strip_prefix("objects file://") {
+                Some(folder) => format!("objects file://{}{server}", real_folder(folder)),
+                None => format!("{what}{server}"),
+            }
+        }
+        _ => destination.to_owned(),
+    }
+}
+
+/// A host and its port; this machine has one name.
+fn own_host(server: &str) -> String {
+    let (host, port) = server.rsplit_once(':').unwrap_or((server, ""));
+    match OWN_HOSTS.contains(&host) || host == "::1" {
+        true => format!("localhost:{port}"),
+        false => server.to_owned(),
+    }
+}
+
+/// A folder, by a path as a URL has it, without links: that part of it which is there.
+fn real_folder(encoded: &str) -> String {
+    let Some(path) =
+        url::Url::parse(&format!("file://{encoded}")).ok().and_then(|url| url.to_file_path().ok())
+    else {
+        return encoded.to_owned();
+    };
+    let real = path.ancestors().find_map(|there| {
+        let rest = path.strip_prefix(there).ok()?;
+        Some(there.canonicalize().ok()?.join(rest))
+    });
+    let real = real.and_then(|real| url::Url::from_file_path(real).ok());
+    real.map_or_else(|| encoded.to_owned(), |url| url.path().trim_end_matches('/').to_owned())
+}
+
+fn path_digits(url: &url::Url) -> String {
+    let path = format!("{}?{}", url.path(), url.query().unwrap_or_default());
+    hex::encode(Sha256::digest(path))[..PATH_DIGITS].to_owned()
+}
+
 impl SinkKind {
-    /// Where the rows end up; `None`: nowhere that lasts.
+    /// Where the rows end up, in [`one_spelling`]; `None`: nowhere that lasts.
     pub fn destination(&self) -> Option<String> {
+        self.written_destination().map(|destination| one_spelling(&destination))
+    }
+
+    fn written_destination(&self) -> Option<String> {
         match self {
             Self::Discard | Self::Stdout { .. } => None,
             Self::Sqlite { path, table, .. } => {
@@ -53,10 +122,8 @@ impl SinkKind {
                 Some(format!("kinesis {stream} at {place}"))
             }
             Self::Http(HttpTarget { url, .. }) => {
-                let path = format!("{}?{}", url.path(), url.query().unwrap_or_default());
-                let digest = hex::encode(Sha256::digest(path));
                 let origin = url.origin().ascii_serialization();
-                Some(format!("http {origin} path {}", &digest[..PATH_DIGITS]))
+                Some(format!("http {origin} path {}", path_digits(url)))
             }
         }
     }
@@ -74,10 +141,9 @@ fn without_user(text: &str) -> String {
     url.as_str().trim_end_matches('/').to_owned()
 }
 
-/// A table of a server; the user does not matter, and `public` is where a table without a schema is.
+/// A table of a server; the user does not matter.
 fn database(kind: &str, url: &str, table: &str) -> Option<String> {
     let server = PostgresServer::parse(url).ok()?.destination();
-    let table = table.strip_prefix("public.").unwrap_or(table);
     Some(format!("{kind} {server} table {table}"))
 }
 
@@ -115,6 +181,20 @@ mod tests {
                 "type = \"http\"\nurl = \"https://h:443/hook/hunter2\"",
             ],
         ];
+        let same = same.into_iter().chain([
+            [
+                "type = \"postgres\"\nurl = \"postgres://a@127.0.0.1/d\"\ntable = \"t\"",
+                "type = \"postgres\"\nurl = \"postgres://a@localhost/d\"\ntable = '\"t\"'",
+            ],
+            [
+                "type = \"postgres\"\nurl = \"postgres://a@db/d\"\ntable = \"public.t\"",
+                "type = \"postgres\"\nurl = \"postgres://a@db/d\"\ntable = '\"public\".\"t\"'",
+            ],
+            [
+                "type = \"redshift\"\nurl = \"postgres://a@db/d\"\ntable = \"s.t\"\nstaging = \"s3://b/p\"\niam_role = \"arn:aws:iam::1:role/r\"",
+                "type = \"redshift\"\nurl = \"postgres://a@db/d\"\ntable = 's.\"t\"'\nstaging = \"s3://b/p\"\niam_role = \"arn:aws:iam::1:role/r\"",
+            ],
+        ]);
         for [one, two] in same {
             let text = destination(one).expect("a destination");
             assert_eq!(Some(&text), destination(two).as_ref());
@@ -127,6 +207,15 @@ mod tests {
             let text = destination(sink).expect("a destination");
             assert!(text.ends_with("at http://h:1") && !text.contains("hunter2"), "{text}");
         }
+        for sink in [
+            "type = \"kinesis\"\nstream = \"s\"\nendpoint = \"http://h:1/hunter2\"",
+            "type = \"kinesis\"\nstream = \"s\"\nendpoint = \"http://h:1/?key=hunter2\"",
+            "type = \"objects\"\nurl = \"s3://b/p\"\noptions = { endpoint = \"http://h:1/hunter2\" }",
+        ] {
+            let text = destination(sink).expect("a destination");
+            assert!(text.contains("at http://h:1 path ") && !text.contains("hunter2"), "{text}");
+            assert_eq!(super::one_spelling(&text), text);
+        }
         let other = [
             [
                 "type = \"postgres\"\nurl = \"postgres://a@db/d\"\ntable = \"t\"",
@@ -137,6 +226,10 @@ mod tests {
                 "type = \"postgres\"\nurl = \"postgres://a@db:6432/d\"\ntable = \"t\"",
             ],
             [
+                "type = \"postgres\"\nurl = \"postgres://a@db/d\"\ntable = \"a.t\"",
+                "type = \"postgres\"\nurl = \"postgres://a@db/d\"\ntable = '\"a.t\"'",
+            ],
+            [
                 "type = \"http\"\nurl = \"https://h/one\"",
                 "type = \"http\"\nurl = \"https://h/two\"",
             ],
@@ -145,5 +238,35 @@ mod tests {
             assert_ne!(destination(one), destination(two));
         }
         assert_eq!(destination("type = \"stdout\""), None);
+    }
+
+    /// What a state has kept from before a spelling was chosen is the same place still.
+    #[test]
+    fn fault_25_a_kept_destination_has_todays_spelling() {
+        for (kept, today) in [
+            (
+                "postgres 127.0.0.1:5432 database d table t",
+                "postgres localhost:5432 database d table t",
+            ),
+            (
+                "postgres ::1:5432,db:1 database d table \"t\"",
+                "postgres localhost:5432,db:1 database d table t",
+            ),
+            (
+                "postgres db:5432 database d table \"a.b\"",
+                "postgres db:5432 database d table \"a.b\"",
+            ),
+            ("sqlite /m.db table t", "sqlite /m.db table t"),
+            ("", ""),
+        ] {
+            assert_eq!(super::one_spelling(kept), today);
+            assert_eq!(super::one_spelling(today), today, "a second time");
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        let real = folder.path().canonicalize().expect("a folder");
+        std::os::unix::fs::symlink(&real, real.join("link")).expect("a link");
+        let (real, link) = (real.join("new"), real.join("link/new"));
+        let text = |path: &std::path::Path| format!("objects file://{}", path.display());
+        assert_eq!(super::one_spelling(&text(&link)), text(&real));
     }
 }

@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::destination::one_spelling;
 pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest};
 pub(crate) use self::env::substitute_set;
 pub use self::env::{Lookup, StageText, StageValues, Values, environment};

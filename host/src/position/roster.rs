@@ -10,6 +10,7 @@ use super::holes::{Hole, insert};
 use super::redrive::is_redrive_key;
 use super::revisions;
 use super::store::{StateError, StateStore, columns, now_ms, position};
+use crate::config::one_spelling;
 use crate::record::{LetterPlace, Position, ShardId, SinkName, StreamIdentity};
 
 /// What version 6 has for sinks. An empty destination: rows go to nowhere that lasts. `removed_ms`: since
@@ -134,7 +135,8 @@ impl Roster {
                 let mut rows = query.query([])?;
                 while let Some(row) = rows.next()? {
                     let sink = SinkName::from(row.get::<_, String>(0)?);
-                    known.destinations.insert(sink.clone(), row.get(1)?);
+                    let destination = one_spelling(&row.get::<_, String>(1)?);
+                    known.destinations.insert(sink.clone(), destination);
                     if let Some(removed_ms) = row.get(2)? {
                         let removed = Removed { removed_ms, ..Removed::default() };
                         known.removed.insert(sink, removed);

@@ -34,6 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 
+pub(crate) use self::name::one_spelling;
 pub(super) use self::name::{TableName, quoted};
 use self::position::PositionTable;
 use self::table::LiveTable;

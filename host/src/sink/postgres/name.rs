@@ -58,6 +58,20 @@ impl fmt::Display for TableName {
     }
 }
 
+/// The one spelling of a table's name: without quotes that it does not need, and without `public`, where a table
+/// without a schema is. A text that is no name stays as it is.
+pub(crate) fn one_spelling(text: &str) -> String {
+    let Ok(name) = TableName::parse(text) else { return text.to_owned() };
+    let part = |part: &str| match part.contains(['.', '"']) {
+        true => quoted(part),
+        false => part.to_owned(),
+    };
+    match &name.schema {
+        Some(schema) if schema != "public" => format!("{}.{}", part(schema), part(&name.table)),
+        _ => part(&name.table),
+    }
+}
+
 fn not_a_name(text: &str) -> String {
     format!(
         "{text:?} is no table's name: \"table\" or \"schema.table\" is due, \
