@@ -15,6 +15,7 @@ pub mod http;
 pub mod intake;
 pub mod lane;
 pub mod lease;
+mod masking;
 mod off_thread;
 pub mod pipeline;
 pub mod plugin;

@@ -25,6 +25,7 @@ static HAS_WRITER: LazyLock<bool> = LazyLock::new(|| {
 
 /// Writes a text of whole lines soon. Never waits for the reader.
 pub(crate) fn queue(text: String) {
+    let text = crate::masking::hide(text);
     if *HAS_WRITER {
         QUEUE.push(text);
     } else {

@@ -399,6 +399,7 @@ fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
 /// Reads a pipeline's file for what it says, and not for its state.
 fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     let mut config = crate::config::load(path, &|name| std::env::var(name).ok())?;
+    crate::masking::learn(&config.values);
     config.state_dir = with_trust(config.state_dir);
     Ok(config)
 }

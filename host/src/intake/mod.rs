@@ -393,9 +393,13 @@ impl IntoResponse for Turned {
             Self::Refused(Refusal::Records(cause)) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, None, cause)
             }
-            Self::Refused(Refusal::Stream(cause)) => {
-                (StatusCode::SERVICE_UNAVAILABLE, Some(STREAM_RETRY_S), cause)
-            }
+            // Why is for the log: a server's words may name accounts, and this port answers everybody.
+            Self::Refused(Refusal::Stream(_)) => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                Some(STREAM_RETRY_S),
+                "the stream does not take events now, the intake's log says why; send them again later"
+                    .to_owned(),
+            ),
             Self::Stopping => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 Some(STREAM_RETRY_S),

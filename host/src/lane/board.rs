@@ -125,7 +125,7 @@ impl Board {
     /// Marks a part of a lane as blocked; says so once per cause.
     pub fn block(&self, shard: &ShardId, part: &str, cause: &str) {
         // A plugin or a server may have worded it.
-        let cause = &escaped(cause, &[])[..];
+        let cause = &escaped(&crate::masking::hide(cause.to_owned()), &[])[..];
         let mut shards = self.lock();
         let status = shards.entry(shard.clone()).or_default();
         let before = status.blocked.insert(part.to_owned(), cause.to_owned());
@@ -153,7 +153,7 @@ impl Board {
 
     /// Marks a part of the run that belongs to no shard as blocked; says so once per cause.
     pub fn block_run(&self, part: &'static str, cause: &str) {
-        let cause = &escaped(cause, &[])[..];
+        let cause = &escaped(&crate::masking::hide(cause.to_owned()), &[])[..];
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         let before = run.insert(part, cause.to_owned());
         if before.as_deref() != Some(cause) {

@@ -6,6 +6,7 @@ use std::net::TcpListener;
 use std::process::Stdio;
 
 use super::{Folder, texts};
+use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, output, wait_for};
 
 const SECRET: &str = "hunter2-secret";
@@ -222,5 +223,29 @@ fn wall_17_a_server_that_repeats_its_request_shows_no_value() {
             assert!(!shown.contains(secret), "{shown}");
             assert_eq!(files_with(&folder, secret), Vec::<String>::new());
         }
+    }
+}
+
+/// Also where nobody hid it as the text was made: the last door of standard error.
+#[test]
+fn wall_17_sources_and_commands_show_the_name_of_a_variable() {
+    let port = repeating_server(400);
+    let file = "type = \"file\"\npath = \"/nonexistent/${MARKER}\"".to_owned();
+    let stream = format!(
+        "type = \"kinesis\"\nstream = \"${{MARKER}}\"\nendpoint = \"http://127.0.0.1:{port}/${{MARKER}}\""
+    );
+    for (source, arguments) in [
+        (file, &["run", "--until-caught-up"][..]),
+        (stream, &["stream", "describe", "--pipeline", "pipeline.toml", "-vvv"]),
+    ] {
+        let folder = Folder::of_lines(&["{}".into()]);
+        PipelineToml::new(folder.path(), "cars")
+            .table(&format!("[source]\n{source}"))
+            .route_all_to(&["mart"])
+            .sqlite("mart", "rows")
+            .write();
+        let (done, log) = run_with(&folder, arguments, Some(SECRET));
+        assert!(!done && log.contains("${MARKER}"), "{arguments:?}: {log}");
+        assert!(!log.contains(SECRET), "{arguments:?}: {log}");
     }
 }
