@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(destination("type = \"stdout\""), None);
     }
 
-    /// What a state has kept from before a spelling was chosen is the same place still.
+    /// A destination that an older version wrote to the state equals the same destination of today.
     #[test]
     fn fault_25_a_kept_destination_has_todays_spelling() {
         for (kept, today) in [

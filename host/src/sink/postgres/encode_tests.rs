@@ -121,7 +121,7 @@ fn rows(payloads: Vec<Vec<u8>>) -> Vec<Row> {
     payloads.into_iter().map(row).collect()
 }
 
-/// What became of a row: its columns and its tuple, or why it is refused.
+/// A row as encoded: its columns and its tuple; or the reason for its refusal.
 type Outcome = Result<(Box<[u16]>, Vec<u8>), String>;
 
 fn outcomes(encoder: Encoder<'_, '_>, count: usize) -> Vec<Option<Outcome>> {
