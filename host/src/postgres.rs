@@ -3,6 +3,7 @@
 //! No secret leaves this file: errors name host and database, never the URL. [`link`] is a connection
 //! whose every call has a deadline; [`pool`] is what the sinks of one server share.
 
+mod answer;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod link;
@@ -21,9 +22,10 @@ use tokio_postgres::{Client, Config, NoTls};
 use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
 
+use self::link::EndCause;
 pub use self::link::{CopyIn, Link, ServerError};
 pub use self::pool::{Lent, PoolShare, PoolSpec, ServerPool};
-use self::tls::{Handshake, Tls};
+use self::tls::{Connector, Handshake, Mode, Tls};
 
 /// A server that does not answer the first packet in this time is tried again by the delivery.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -100,6 +102,13 @@ impl PostgresServer {
             }
             (_, None) => Encryption::Preferred(Tls::unverified()),
         };
+        let sockets =
+            config.get_hosts().iter().filter(|host| matches!(host, Host::Unix(_))).count();
+        if sockets != 0 && sockets != config.get_hosts().len() {
+            return Err(
+                "expected hosts that are all names, or all folders of sockets, found both".into()
+            );
+        }
         if config.get_hosts().is_empty() {
             // TLS asks for a name to greet the server by, even where nothing is verified.
             for address in config.get_hostaddrs().to_vec() {
@@ -138,37 +147,43 @@ impl PostgresServer {
         Ok(Link::new(client, silence_max, ended.drop_guard()))
     }
 
-    async fn connect_client(&self, ended: CancellationToken) -> Result<Client, ServerError> {
-        let tls = match &self.encryption {
+    async fn connect_client(
+        &self,
+        ended: CancellationToken,
+    ) -> Result<(Client, EndCause), ServerError> {
+        let handshake = Handshake::default();
+        match &self.encryption {
             Encryption::Off => {
-                return connect_plain(&self.config, ended).await.map_err(ServerError::Failed);
+                let connected = connect(&self.config, Mode::Off, &handshake, ended).await;
+                connected.map_err(ServerError::Failed)
             }
             Encryption::Required { tls, roots } => {
-                let handshake = Handshake::default();
-                let connected = connect_tls(&self.config, tls, &handshake, ended).await;
-                return connected.map_err(|error| match roots {
-                    Some(roots) if handshake.has_failed() || is_without_tls(&error) => {
+                let mode = Mode::Required(tls.clone());
+                let connected = connect(&self.config, mode, &handshake, ended).await;
+                connected.map_err(|error| match roots {
+                    Some(roots) if handshake.has_failed() || handshake.was_refused() => {
                         ServerError::Unverified { error, roots: roots.clone() }
                     }
                     _ => ServerError::Failed(error),
-                });
+                })
             }
-            Encryption::Preferred(tls) => tls,
-        };
-        let handshake = Handshake::default();
-        let connected = match connect_tls(&self.config, tls, &handshake, ended.clone()).await {
-            Err(error) if plain_may_do(&error, &handshake) => {
-                let plain = connect_plain(&self.config, ended).await?;
-                let cause = format!("TLS failed ({})", describe(&error));
-                self.warn_of_plain_text(&cause);
-                return Ok(plain);
+            Encryption::Preferred(tls) => {
+                let mode = Mode::Preferred(tls.clone());
+                let connected = match connect(&self.config, mode, &handshake, ended.clone()).await {
+                    Err(error) if plain_may_do(&error, &handshake) => {
+                        let plain =
+                            connect(&self.config, Mode::Off, &Handshake::default(), ended).await?;
+                        self.warn_of_plain_text(&format!("TLS failed ({})", describe(&error)));
+                        return Ok(plain);
+                    }
+                    connected => connected?,
+                };
+                if !handshake.is_done() {
+                    self.warn_of_plain_text("the server has no TLS");
+                }
+                Ok(connected)
             }
-            connected => connected?,
-        };
-        if !handshake.is_done() {
-            self.warn_of_plain_text("the server has no TLS");
         }
-        Ok(connected)
     }
 
     /// Says once for each server that what is sent and read can be seen on the network.
@@ -203,6 +218,12 @@ impl PostgresServer {
         format!("{} database {database}", self.servers())
     }
 
+    /// The schema of a table that names none, where the connection string says so (`options`). A role's or a
+    /// database's own search path is not known here.
+    pub fn first_schema(&self) -> Option<String> {
+        first_schema(self.config.get_options()?)
+    }
+
     /// Hosts and ports.
     fn servers(&self) -> String {
         let ports = self.config.get_ports();
@@ -222,26 +243,29 @@ impl PostgresServer {
     }
 }
 
-async fn connect_plain(
+/// Connects, and lets the connection's bytes move. Sockets of this machine know no TLS, and their server is run
+/// here: its answers have no bound.
+async fn connect(
     config: &Config,
-    ended: CancellationToken,
-) -> Result<Client, tokio_postgres::Error> {
-    let mut config = config.clone();
-    config.ssl_mode(SslMode::Disable);
-    let (client, connection) = config.connect(NoTls).await?;
-    tokio::spawn(drive(connection, ended));
-    Ok(client)
-}
-
-async fn connect_tls(
-    config: &Config,
-    tls: &Tls,
+    mode: Mode,
     handshake: &Handshake,
     ended: CancellationToken,
-) -> Result<Client, tokio_postgres::Error> {
-    let (client, connection) = config.connect(tls.noting(handshake)).await?;
-    tokio::spawn(drive(connection, ended));
-    Ok(client)
+) -> Result<(Client, EndCause), tokio_postgres::Error> {
+    let end_cause = EndCause::default();
+    #[cfg(unix)]
+    if !matches!(mode, Mode::Required(_))
+        && config.get_hosts().iter().all(|host| matches!(host, Host::Unix(_)))
+    {
+        let mut config = config.clone();
+        config.ssl_mode(SslMode::Disable);
+        let (client, connection) = config.connect(NoTls).await?;
+        tokio::spawn(drive(connection, end_cause.clone(), ended));
+        return Ok((client, end_cause));
+    }
+    let (config, connector) = Connector::new(config, mode, handshake);
+    let (client, connection) = config.connect(connector).await?;
+    tokio::spawn(drive(connection, end_cause.clone(), ended));
+    Ok((client, end_cause))
 }
 
 /// Whether a connection that TLS was preferred for may succeed without: the handshake failed, or the server
@@ -251,10 +275,45 @@ fn plain_may_do(error: &tokio_postgres::Error, handshake: &Handshake) -> bool {
     handshake.has_failed() || (handshake.is_done() && is_refused)
 }
 
-/// Whether a server was left because it has no TLS. The client library gives that a text alone.
-fn is_without_tls(error: &tokio_postgres::Error) -> bool {
-    let cause = std::error::Error::source(error);
-    cause.is_some_and(|cause| cause.to_string() == "server does not support TLS")
+/// The first schema of the search path that options of a server set, the last setting of it counting. `$user` stands for a
+/// schema that may not exist, so what follows it counts. Source: PostgreSQL, "postgres", `-c`, and "search_path".
+fn first_schema(options: &str) -> Option<String> {
+    let mut words = option_words(options).into_iter().peekable();
+    let mut path = None;
+    while let Some(word) = words.next() {
+        let setting = match word.strip_prefix("-c").or_else(|| word.strip_prefix("--")) {
+            Some("") if word == "-c" => words.next().unwrap_or_default(),
+            Some(setting) => setting.to_owned(),
+            None => continue,
+        };
+        if let Some((name, value)) = setting.split_once('=')
+            && name.trim().replace('-', "_").eq_ignore_ascii_case("search_path")
+        {
+            path = Some(value.to_owned());
+        }
+    }
+    let path = path?;
+    path.split(',').map(str::trim).filter(|schema| !schema.trim_matches('"').eq("$user")).find_map(
+        |schema| match schema.strip_prefix('"').and_then(|schema| schema.strip_suffix('"')) {
+            Some(quoted) => Some(quoted.replace("\"\"", "\"")),
+            None => (!schema.is_empty()).then(|| schema.to_lowercase()),
+        },
+    )
+}
+
+/// The words of options: a backslash takes the next character as it is.
+fn option_words(options: &str) -> Vec<String> {
+    let (mut words, mut word, mut characters) = (Vec::new(), String::new(), options.chars());
+    while let Some(c) = characters.next() {
+        match c {
+            '\\' => word.extend(characters.next()),
+            c if c.is_whitespace() => words.extend(Some(std::mem::take(&mut word))),
+            c => word.push(c),
+        }
+    }
+    words.push(word);
+    words.retain(|word| !word.is_empty());
+    words
 }
 
 /// Whether a host is this machine, as far as its name says.
@@ -324,6 +383,7 @@ fn without_scheme(url: &str) -> Option<&str> {
 /// server owes it an answer: then it is closed after [`FAREWELL_MAX`].
 async fn drive(
     connection: impl Future<Output = Result<(), tokio_postgres::Error>>,
+    end_cause: EndCause,
     ended: CancellationToken,
 ) {
     let mut connection = std::pin::pin!(connection);
@@ -335,6 +395,7 @@ async fn drive(
         }
     };
     if let Err(error) = outcome {
+        end_cause.note(&error);
         tracing::debug!(error = %describe(&error), "a connection to PostgreSQL ended");
     }
 }
@@ -572,6 +633,24 @@ mod tests {
                 assert_eq!(roots.as_deref(), Some(certificate.as_str()), "{text}");
                 assert_eq!(server.config.get_ssl_mode(), SslMode::Require, "{text}");
             }
+        }
+    }
+
+    #[test]
+    fn fault_25_the_schema_of_a_table_without_one_is_what_the_options_say() {
+        for (options, schema) in [
+            ("", None),
+            ("-c statement_timeout=5", None),
+            ("-csearch_path=x", Some("x")),
+            ("-c search_path=X,public", Some("x")),
+            ("--search_path=x", Some("x")),
+            ("--search-path=x", Some("x")),
+            (r#"-c search_path="$user",\ y"#, Some("y")),
+            (r#"-c search_path="X""#, Some("X")),
+            ("-c search_path=x -c search_path=y", Some("y")),
+            ("-c work_mem=1 -c", None),
+        ] {
+            assert_eq!(first_schema(options).as_deref(), schema, "{options}");
         }
     }
 

@@ -10,6 +10,7 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -36,6 +37,8 @@ pub enum ServerError {
         /// The file.
         roots: String,
     },
+    /// The connection ended before the call, for this reason.
+    Broken(String),
     /// Nothing was heard for this long.
     Silent(Duration),
     /// The answer belongs to another command: the connection is of no use any more.
@@ -47,7 +50,7 @@ impl ServerError {
     pub fn as_db_error(&self) -> Option<&DbError> {
         match self {
             Self::Failed(error) => error.as_db_error(),
-            Self::Unverified { .. } | Self::Silent(_) | Self::OutOfStep => None,
+            Self::Unverified { .. } | Self::Broken(_) | Self::Silent(_) | Self::OutOfStep => None,
         }
     }
 
@@ -77,6 +80,7 @@ impl fmt::Display for ServerError {
                  verification (sslmode=prefer); or set sslmode=disable, for plain text",
                 describe(error)
             ),
+            Self::Broken(cause) => write!(f, "the connection ended: {cause}"),
             Self::Silent(after) => write!(f, "no answer for {after:?}"),
             Self::OutOfStep => f.write_str("the connection's answers were out of step"),
         }
@@ -91,9 +95,29 @@ impl From<tokio_postgres::Error> for ServerError {
     }
 }
 
+/// Why a connection ended, once it has; its clones share it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct EndCause(Arc<OnceLock<String>>);
+
+impl EndCause {
+    /// Notes why. To be called before calls that wait are told that the connection is closed.
+    pub(super) fn note(&self, error: &tokio_postgres::Error) {
+        self.0.get_or_init(|| describe(error));
+    }
+
+    /// The error of a call; the client says of one on an ended connection that it is closed, and no more.
+    fn of(&self, error: tokio_postgres::Error) -> ServerError {
+        match self.0.get().filter(|_| error.is_closed()) {
+            Some(cause) => ServerError::Broken(cause.clone()),
+            None => ServerError::Failed(error),
+        }
+    }
+}
+
 /// A connection. Dropped, it is closed, and with it what it had in hand.
 pub struct Link {
     client: Client,
+    end_cause: EndCause,
     silence_max: Duration,
     /// Counts what [`Link::run_in_step`] ran.
     steps: AtomicU64,
@@ -101,8 +125,17 @@ pub struct Link {
 }
 
 impl Link {
-    pub(super) fn new(client: Client, silence_max: Duration, ended: DropGuard) -> Self {
-        Self { client, silence_max, steps: AtomicU64::new(0), _ended: ended }
+    pub(super) fn new(
+        (client, end_cause): (Client, EndCause),
+        silence_max: Duration,
+        ended: DropGuard,
+    ) -> Self {
+        Self { client, end_cause, silence_max, steps: AtomicU64::new(0), _ended: ended }
+    }
+
+    /// The error of a call on [`Link::client`].
+    pub fn failed(&self, error: tokio_postgres::Error) -> ServerError {
+        self.end_cause.of(error)
     }
 
     /// Whether it can be used no more.
@@ -121,7 +154,7 @@ impl Link {
         call: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, ServerError> {
         match tokio::time::timeout(self.silence_max, call).await {
-            Ok(outcome) => outcome.map_err(ServerError::Failed),
+            Ok(outcome) => outcome.map_err(|error| self.failed(error)),
             Err(_) => Err(ServerError::Silent(self.silence_max)),
         }
     }
@@ -235,7 +268,8 @@ impl Link {
     /// [`ServerError`].
     pub async fn copy_in(&self, statement: &Statement) -> Result<CopyIn, ServerError> {
         let sink = self.heard(self.client.copy_in(statement)).await?;
-        Ok(CopyIn { sink: Box::pin(sink), silence_max: self.silence_max })
+        let end_cause = self.end_cause.clone();
+        Ok(CopyIn { sink: Box::pin(sink), end_cause, silence_max: self.silence_max })
     }
 
     /// Runs a command after an error, and makes sure that the answer is the answer to it.
@@ -294,7 +328,7 @@ impl Link {
         let mut call = std::pin::pin!(call);
         loop {
             if let Ok(outcome) = tokio::time::timeout(self.silence_max, &mut call).await {
-                return outcome.map_err(ServerError::Failed);
+                return outcome.map_err(|error| self.failed(error));
             }
             let other = server.connect(self.silence_max).await;
             let answers = match &other {
@@ -316,6 +350,7 @@ impl Link {
 /// A COPY under way. Dropped before its end, it fails on the server.
 pub struct CopyIn {
     sink: Pin<Box<CopyInSink<Bytes>>>,
+    end_cause: EndCause,
     silence_max: Duration,
 }
 
@@ -326,7 +361,7 @@ impl CopyIn {
     /// [`ServerError`].
     pub async fn feed(&mut self, bytes: Bytes) -> Result<(), ServerError> {
         match tokio::time::timeout(self.silence_max, self.sink.feed(bytes)).await {
-            Ok(outcome) => outcome.map_err(ServerError::Failed),
+            Ok(outcome) => outcome.map_err(|error| self.end_cause.of(error)),
             Err(_) => Err(ServerError::Silent(self.silence_max)),
         }
     }
@@ -337,7 +372,7 @@ impl CopyIn {
     /// [`ServerError`].
     pub async fn finish(&mut self) -> Result<u64, ServerError> {
         match tokio::time::timeout(self.silence_max, self.sink.as_mut().finish()).await {
-            Ok(outcome) => outcome.map_err(ServerError::Failed),
+            Ok(outcome) => outcome.map_err(|error| self.end_cause.of(error)),
             Err(_) => Err(ServerError::Silent(self.silence_max)),
         }
     }

@@ -13,6 +13,7 @@
 //! for a bucket's lifecycle rules: on a quiet shard they remove the last link or object in the end.
 //! `recovery` is the way on from there.
 
+mod answers;
 mod chunks;
 mod claim;
 mod encode;

@@ -1,9 +1,13 @@
-//! Deadlines of calls: a server that says nothing for too long is given up on, and what is tried again
-//! goes over new connections.
+//! Deadlines of calls, and bounds of their answers: a server that says nothing for too long, or too little, is given
+//! up on, and what is tried again goes over new connections.
 //!
-//! Only silence counts: an answer that takes minutes and moves is an answer. The SDK's own read timeout
-//! ends with the first byte of an answer, its timeout of an attempt would also end long answers that
-//! move, and neither leaves a connection that is dead: over HTTP/2 the next call would share it.
+//! An answer that takes minutes and moves is an answer. So waiting uses up a patience that each byte gives some of
+//! back: a silence ends it, and so does a byte now and then. The SDK's own read timeout ends with the first byte of
+//! an answer, its timeout of an attempt would also end long answers that move, and neither leaves a connection that
+//! is dead: over HTTP/2 the next call would share it.
+//!
+//! The SDK keeps an answer until it is whole, or a message of one that is a stream of events, so their lengths
+//! are bounded.
 //!
 //! The port of an embedded stream may be another user's once the process that served it has ended. So before each
 //! attempt, and when its answer has begun, the process must be there ([`Served::look`]); connections to one that
@@ -27,6 +31,7 @@ use aws_smithy_runtime_api::client::http::{
 use aws_smithy_runtime_api::client::result::ConnectorError;
 use aws_smithy_types::body::SdkBody;
 use bytes::Bytes;
+use bytesize::ByteSize;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 
@@ -35,6 +40,16 @@ use crate::private::FileMark;
 
 /// A request may take this long per byte beside the silence: the server says nothing while it is sent.
 const UPLOAD_BYTES_PER_S: u64 = 256 << 10;
+
+/// An answer that comes this fast never ends a patience: one of the largest, of 10 MiB, takes 14 minutes then.
+const DOWNLOAD_BYTES_PER_S: u32 = 16 << 10;
+/// Bytes of an answer: GetRecords has the largest, 10 MiB of data as base64 in JSON, and servers that are not AWS may
+/// take that for a thousand of their records.
+const ANSWER_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of one message of a stream of events. An event of SubscribeToShard holds what GetRecords does.
+const MESSAGE_BYTES_MAX: u64 = 32 << 20;
+/// What a stream of events says that it is. Source: Smithy, "Amazon Event Stream Specification".
+const EVENT_STREAM: &str = "application/vnd.amazon.eventstream";
 
 /// Makes the HTTP client of a server: its calls end when the server says nothing for `silence_max`, or when it is
 /// `served` and no longer there.
@@ -157,11 +172,18 @@ impl HttpConnector for DeadlineConnector {
                     return Err(ConnectorError::io(Ended(served.clone()).into()));
                 }
             }
+            let is_stream = answer.headers().get("content-type") == Some(EVENT_STREAM);
             let body = std::mem::replace(answer.body_mut(), SdkBody::taken());
             *answer.body_mut() = SdkBody::from_body_1_x(DeadlineBody {
                 body,
+                length: if is_stream {
+                    Length::Events(Events::default())
+                } else {
+                    Length::Whole(0)
+                },
+                patience: silence_max,
                 deadline: Box::pin(tokio::time::sleep(silence_max)),
-                is_waiting: false,
+                waits_since: None,
                 deadlines,
                 renewed,
                 process,
@@ -171,15 +193,36 @@ impl HttpConnector for DeadlineConnector {
     }
 }
 
-/// The body of an answer, each part of which must come in time.
+/// The body of an answer, each part of which must come in time, and which has an end.
 struct DeadlineBody {
     body: SdkBody,
+    length: Length,
+    /// How much longer the next part may be waited for.
+    patience: Duration,
     deadline: Pin<Box<Sleep>>,
-    /// Whether the deadline is of the part that is waited for.
-    is_waiting: bool,
+    /// Since when a part is waited for.
+    waits_since: Option<Instant>,
     deadlines: Deadlines,
     renewed: u64,
     process: Option<FileMark>,
+}
+
+impl DeadlineBody {
+    /// Notes a part that came. Only waiting counts: who reads may have been busy for long, while the server was not
+    /// silent.
+    fn note(&mut self, part: &[u8]) -> Result<(), TooLong> {
+        let silence_max = self.deadlines.silence_max;
+        let waited = self.waits_since.take().map(|since| since.elapsed()).unwrap_or_default();
+        let is_whole = self.length.add(part)?;
+        let earned = Duration::from_secs(part.len() as u64).checked_div(DOWNLOAD_BYTES_PER_S);
+        self.patience = match is_whole {
+            true => silence_max,
+            false => {
+                (self.patience.saturating_sub(waited) + earned.unwrap_or_default()).min(silence_max)
+            }
+        };
+        Ok(())
+    }
 }
 
 impl Body for DeadlineBody {
@@ -191,20 +234,23 @@ impl Body for DeadlineBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.get_mut();
-        // First: who reads may have been busy for long, while the server was not silent.
         if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
-            this.is_waiting = false;
+            let part = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
+            if let Err(error) = this.note(part.map_or(&[], |part| part)) {
+                this.deadlines.give_up(this.renewed, this.process);
+                return Poll::Ready(Some(Err(error.into())));
+            }
             return Poll::Ready(frame);
         }
-        let silence_max = this.deadlines.silence_max;
-        if !this.is_waiting {
-            this.is_waiting = true;
-            this.deadline.as_mut().reset(Instant::now() + silence_max);
+        if this.waits_since.is_none() {
+            let now = Instant::now();
+            this.waits_since = Some(now);
+            this.deadline.as_mut().reset(now + this.patience);
         }
         match this.deadline.as_mut().poll(cx) {
             Poll::Ready(()) => {
                 this.deadlines.give_up(this.renewed, this.process);
-                Poll::Ready(Some(Err(Silence(silence_max).into())))
+                Poll::Ready(Some(Err(Silence(this.deadlines.silence_max).into())))
             }
             Poll::Pending => Poll::Pending,
         }
@@ -219,6 +265,87 @@ impl Body for DeadlineBody {
     }
 }
 
+/// How much of an answer has come.
+#[derive(Debug)]
+enum Length {
+    /// Bytes of one that is kept until it is whole.
+    Whole(u64),
+    /// Of a stream of events, which has no end.
+    Events(Events),
+}
+
+impl Length {
+    /// Adds a part; whether a message of a stream ended in it, which is progress however long it took.
+    fn add(&mut self, part: &[u8]) -> Result<bool, TooLong> {
+        match self {
+            Self::Whole(bytes) => {
+                *bytes += part.len() as u64;
+                match *bytes > ANSWER_BYTES_MAX {
+                    true => Err(TooLong { bytes: *bytes, bytes_max: ANSWER_BYTES_MAX }),
+                    false => Ok(false),
+                }
+            }
+            Self::Events(events) => events.add(part),
+        }
+    }
+}
+
+/// Where a stream of events is in its messages, each of which begins with its length. Source: Smithy, "Amazon Event
+/// Stream Specification".
+#[derive(Debug, Default)]
+struct Events {
+    /// What was read of a message's length.
+    head: [u8; 4],
+    head_bytes: usize,
+    /// What is still to come of the message.
+    rest: u64,
+}
+
+impl Events {
+    fn add(&mut self, mut part: &[u8]) -> Result<bool, TooLong> {
+        let mut has_ended = false;
+        while !part.is_empty() {
+            if self.rest == 0 {
+                let taken = part.len().min(self.head.len() - self.head_bytes);
+                self.head[self.head_bytes..][..taken].copy_from_slice(&part[..taken]);
+                self.head_bytes += taken;
+                part = &part[taken..];
+                if self.head_bytes < self.head.len() {
+                    break;
+                }
+                self.head_bytes = 0;
+                let bytes = u64::from(u32::from_be_bytes(self.head));
+                if bytes > MESSAGE_BYTES_MAX {
+                    return Err(TooLong { bytes, bytes_max: MESSAGE_BYTES_MAX });
+                }
+                // A length that does not count itself is the SDK's to refuse.
+                self.rest = bytes.saturating_sub(self.head.len() as u64);
+            }
+            let taken = part.len().min(usize::try_from(self.rest).unwrap_or(usize::MAX));
+            self.rest -= taken as u64;
+            part = &part[taken..];
+            has_ended |= self.rest == 0;
+        }
+        Ok(has_ended)
+    }
+}
+
+/// The server answers with more than an answer may have.
+#[derive(Debug, PartialEq, Eq)]
+struct TooLong {
+    bytes: u64,
+    bytes_max: u64,
+}
+
+impl fmt::Display for TooLong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (bytes, bytes_max) = (ByteSize(self.bytes), ByteSize(self.bytes_max));
+        write!(f, "expected an answer of at most {bytes_max}, found one of {bytes} or more")
+    }
+}
+
+impl std::error::Error for TooLong {}
+
 /// The server said nothing for this time.
 #[derive(Debug)]
 struct Silence(Duration);
@@ -226,7 +353,11 @@ struct Silence(Duration);
 impl fmt::Display for Silence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(silence) = self;
-        write!(f, "the server said nothing for {}", humantime::format_duration(*silence))
+        write!(
+            f,
+            "the server said nothing, or too little, for {}",
+            humantime::format_duration(*silence)
+        )
     }
 }
 
@@ -248,3 +379,40 @@ impl fmt::Display for Ended {
 }
 
 impl std::error::Error for Ended {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(bytes: u32) -> Vec<u8> {
+        let mut message = bytes.to_be_bytes().to_vec();
+        message.resize(bytes as usize, 7);
+        message
+    }
+
+    #[test]
+    fn wall_02_an_answer_of_kinesis_is_bounded_and_a_stream_of_events_by_its_messages() {
+        let mut whole = Length::Whole(0);
+        let part = vec![0; 1 << 20];
+        for _ in 0..ANSWER_BYTES_MAX >> 20 {
+            assert_eq!(whole.add(&part), Ok(false));
+        }
+        assert!(whole.add(&[0]).is_err());
+
+        let stream: Vec<u8> = (0..300).flat_map(|at| message(4 + at % 90)).collect();
+        for piece in 1..200 {
+            let mut events = Length::Events(Events::default());
+            let ended =
+                stream.chunks(piece).filter(|part| events.add(part).expect("short")).count();
+            assert!(ended > 0, "in pieces of {piece}");
+            let Length::Events(events) = events else { panic!("events") };
+            assert_eq!((events.rest, events.head_bytes), (0, 0), "in pieces of {piece}");
+        }
+        let mut events = Length::Events(Events::default());
+        for _ in 0..100 {
+            assert_eq!(events.add(&message(1 << 20)), Ok(true), "in all it has no bound");
+        }
+        let head = (MESSAGE_BYTES_MAX as u32 + 1).to_be_bytes();
+        assert!(events.add(&head).is_err(), "none of it needs to have come");
+    }
+}

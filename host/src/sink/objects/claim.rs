@@ -15,11 +15,11 @@
 use std::fmt;
 
 use futures::TryStreamExt;
-use object_store::ObjectStoreExt;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::answers;
 use super::keys::KeyLimits;
 use super::layout::ObjectLayout;
 use super::store::{Created, Place};
@@ -34,6 +34,10 @@ pub(super) const LOG_FOLDER: &str = "_shardmill";
 const LINK_VERSION: u32 = 3;
 /// How often an acquisition tries again because an earlier owner keeps appending.
 const FENCE_ATTEMPTS_MAX: u32 = 100;
+/// Bytes of a link: a claim of as many objects as a commit may have, with the longest keys, has a tenth.
+pub(super) const LINK_BYTES_MAX: u64 = 16 << 20;
+/// Links of a log: their numbers have 12 digits.
+const LINKS_MAX: u64 = 1_000_000_000_000;
 
 /// Who owns a shard: one id per acquisition, 32 hex digits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -446,12 +450,11 @@ impl ClaimLog {
 
     async fn read(&self, number: u64) -> Result<Option<Link>, SinkError> {
         let path = self.path(number);
-        let bytes = match self.place.store.get(&path).await {
-            Ok(found) => found.bytes().await,
+        let bytes = match answers::read(&*self.place.store, &path, LINK_BYTES_MAX).await {
+            Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Ok(None),
-            Err(error) => Err(error),
+            Err(error) => return Err(self.place.failed("read", &path, &error)),
         };
-        let bytes = bytes.map_err(|error| self.place.failed("read", &path, &error))?;
         let link: Link = serde_json::from_slice(&bytes)
             .map_err(|error| self.damaged(number, &error.to_string()))?;
         if link.version > LINK_VERSION {
@@ -473,6 +476,13 @@ impl ClaimLog {
         while self.has(low + step).await? {
             low += step;
             step *= 2;
+            if step > LINKS_MAX {
+                return Err(self.place.unavailable(format!(
+                    "expected a log of links in {} that ends, found that the store has every link that it is \
+                     asked for; check its `url` and its server",
+                    self.place.url
+                )));
+            }
         }
         let mut high = low + step;
         while high - low > 1 {

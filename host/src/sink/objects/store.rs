@@ -21,6 +21,7 @@ use object_store::{
 };
 use url::Url;
 
+use super::answers::Bounded;
 use super::chunks;
 use super::keys::KeyLimits;
 use super::staged::{Staged, StagedError};
@@ -241,6 +242,11 @@ fn open_store(
             let builder = AmazonS3Builder::from_env().with_url(url.as_str()).with_retry(retry());
             let set = AmazonS3Builder::with_config;
             let builder = configure(builder, set, AmazonS3ConfigKey::Client, options)?;
+            check_endpoints(
+                [AmazonS3ConfigKey::Endpoint, AmazonS3ConfigKey::S3Endpoint]
+                    .map(|key| builder.get_config_value(&key)),
+            )?;
+            let builder = builder.with_http_connector(Bounded);
             Arc::new(builder.build().map_err(|error| error.to_string())?)
         }
         ObjectStoreScheme::GoogleCloudStorage => {
@@ -248,6 +254,8 @@ fn open_store(
                 GoogleCloudStorageBuilder::from_env().with_url(url.as_str()).with_retry(retry());
             let set = GoogleCloudStorageBuilder::with_config;
             let builder = configure(builder, set, GoogleConfigKey::Client, options)?;
+            check_endpoints([GoogleConfigKey::BaseUrl].map(|key| builder.get_config_value(&key)))?;
+            let builder = builder.with_http_connector(Bounded);
             Arc::new(builder.build().map_err(|error| error.to_string())?)
         }
         ObjectStoreScheme::MicrosoftAzure => {
@@ -255,6 +263,8 @@ fn open_store(
                 MicrosoftAzureBuilder::from_env().with_url(url.as_str()).with_retry(retry());
             let set = MicrosoftAzureBuilder::with_config;
             let builder = configure(builder, set, AzureConfigKey::Client, options)?;
+            check_endpoints([AzureConfigKey::Endpoint].map(|key| builder.get_config_value(&key)))?;
+            let builder = builder.with_http_connector(Bounded);
             Arc::new(builder.build().map_err(|error| error.to_string())?)
         }
         _ => return Err("the scheme must be file, s3, gs or az".into()),
@@ -297,6 +307,23 @@ fn configure<Builder, Key: FromStr>(
         builder = set(builder, key, value.clone());
     }
     Ok(builder)
+}
+
+/// Checks addresses of servers, which a store's errors repeat.
+fn check_endpoints(endpoints: impl IntoIterator<Item = Option<String>>) -> Result<(), String> {
+    for endpoint in endpoints.into_iter().flatten() {
+        let url: Url = endpoint.parse().map_err(|error| {
+            format!(
+                "expected an endpoint such as https://host:9000, found one that is no URL: {error}"
+            )
+        })?;
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err("expected an endpoint without a user and a password, found one that has them; give \
+                        credentials by the options or variables that the store has for them"
+                .into());
+        }
+    }
+    Ok(())
 }
 
 fn retry() -> RetryConfig {

@@ -10,13 +10,13 @@ use std::io::Read;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
-use object_store::ObjectStoreExt as _;
 use object_store::path::Path;
 use parquet::file::reader::{FileReader as _, SerializedFileReader};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-use super::claim::{Claim, Data, LOG_FOLDER, Link, link_number};
+use super::answers;
+use super::claim::{Claim, Data, LINK_BYTES_MAX, LOG_FOLDER, Link, link_number};
 use super::layout::ObjectFormat;
 use super::staged::STAGING_FOLDER;
 use super::{ObjectsSink, PROBE};
@@ -152,9 +152,10 @@ impl ObjectsSink {
                         audit.problem(ProblemKind::Overlap, &key, detail);
                     }
                     // One of another length is named already.
-                    let has_length = data.bytes.is_none_or(|due| listing.data[&key] == due);
+                    let bytes = listing.data[&key];
+                    let has_length = data.bytes.is_none_or(|due| bytes == due);
                     if content && has_length {
-                        self.check_content(&key, claim, data, &mut audit).await?;
+                        self.check_content(&key, claim, (data, bytes), &mut audit).await?;
                     }
                 }
             }
@@ -214,7 +215,7 @@ impl ObjectsSink {
         audit: &mut Audit,
     ) -> Result<Vec<Link>, SinkError> {
         let reads = links.iter().map(|(number, path)| async move {
-            Ok::<_, SinkError>((*number, self.read(path).await?))
+            Ok::<_, SinkError>((*number, self.read(path, LINK_BYTES_MAX).await?))
         });
         let read: Vec<(u64, Bytes)> =
             futures::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
@@ -235,9 +236,9 @@ impl ObjectsSink {
         Ok(found)
     }
 
-    async fn read(&self, path: &Path) -> Result<Bytes, SinkError> {
-        let failed = |error| self.place.failed("read", path, &error);
-        self.place.store.get(path).await.map_err(failed)?.bytes().await.map_err(failed)
+    async fn read(&self, path: &Path, bytes_max: u64) -> Result<Bytes, SinkError> {
+        let read = answers::read(&*self.place.store, path, bytes_max).await;
+        read.map_err(|error| self.place.failed("read", path, &error))
     }
 
     /// Looks for a claim's objects; gives those that are there.
@@ -287,10 +288,10 @@ impl ObjectsSink {
         &self,
         key: &Path,
         claim: &Claim,
-        data: &Data,
+        (data, bytes_max): (&Data, u64),
         audit: &mut Audit,
     ) -> Result<(), SinkError> {
-        let bytes = self.read(key).await?;
+        let bytes = self.read(key, bytes_max).await?;
         let layout = claim.layout.clone();
         let (due_hash, due_rows) = (data.sha256.clone(), data.rows);
         let compared = tokio::task::spawn_blocking(move || match layout.format {

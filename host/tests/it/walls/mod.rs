@@ -2,6 +2,7 @@
 //!
 //! A test is named after the case that it was made for: `wall_NN_what_is_right`.
 
+mod answers;
 mod clocks;
 mod connections;
 mod guests;

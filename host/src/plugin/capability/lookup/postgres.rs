@@ -218,11 +218,11 @@ impl PostgresTable {
         link.batch_execute(&self.begin()).await?;
         let values = [(&*array as &(dyn ToSql + Sync), parameter.clone())];
         let rows = link.client().query_typed_raw(json, values).await;
-        let mut rows = pin!(rows.map_err(ServerError::Failed)?);
-        while let Some(row) = rows.try_next().await.map_err(ServerError::Failed)? {
-            let unreadable = |error: tokio_postgres::Error| ServerError::Failed(error);
-            let key = row.try_get::<_, Option<&str>>(0).map_err(unreadable)?;
-            let json = row.try_get::<_, Option<&str>>(1).map_err(unreadable)?;
+        let failed = |error: tokio_postgres::Error| link.failed(error);
+        let mut rows = pin!(rows.map_err(failed)?);
+        while let Some(row) = rows.try_next().await.map_err(failed)? {
+            let key = row.try_get::<_, Option<&str>>(0).map_err(failed)?;
+            let json = row.try_get::<_, Option<&str>>(1).map_err(failed)?;
             let (Some(key), Some(json)) = (key, json) else {
                 continue; // NULL is nobody's key.
             };

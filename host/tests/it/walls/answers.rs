@@ -1,0 +1,177 @@
+//! Servers that answer without end, or a byte now and then: what they say is bounded, and so is the time for it.
+
+use std::io::{BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use super::memory::{MIB, assert_peak_below, output_and_peak};
+use crate::support::pipeline::PipelineToml;
+use crate::support::shardmill;
+
+/// What a process may hold while a server floods it: an answer of 128 MiB, once more as what is made of it, and itself.
+const PEAK_MAX: u64 = 400 * MIB;
+/// What a flood brings, so that it ends where nobody ends it.
+const FLOOD_BYTES: usize = 2 << 30;
+
+/// A server on loopback that does this with each connection.
+fn server(serve: impl Fn(TcpStream) + Clone + Send + 'static) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    std::thread::spawn(move || {
+        for connection in listener.incoming().map_while(Result::ok) {
+            let serve = serve.clone();
+            std::thread::spawn(move || serve(connection));
+        }
+    });
+    port
+}
+
+/// Reads the head of an HTTP request; gives what its body has.
+fn read_head(reader: &mut impl std::io::BufRead) -> usize {
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 || line.trim().is_empty() {
+            return length;
+        }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().expect("a length");
+        }
+    }
+}
+
+/// A server that answers each request with a body of `bytes`, `piece` by `piece`.
+fn http(piece: Vec<u8>, bytes: usize, pause: Duration) -> u16 {
+    server(move |mut connection| {
+        let mut reader = BufReader::new(connection.try_clone().expect("cloned"));
+        let length = read_head(&mut reader);
+        let _ = reader.read_exact(&mut vec![0; length]);
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: application/x-amz-json-1.1\r\n\
+                    connection: close\r\n\r\n";
+        let _ = connection.write_all(head.as_bytes());
+        for _ in 0..bytes / piece.len() {
+            if connection.write_all(&piece).is_err() {
+                return;
+            }
+            std::thread::sleep(pause);
+        }
+    })
+}
+
+/// A server that speaks as PostgreSQL does up to the first query, with `flood` in the place of an answer.
+fn postgres(flood: impl Fn(&mut TcpStream) + Clone + Send + 'static) -> u16 {
+    server(move |mut connection| {
+        let read = |connection: &mut TcpStream| {
+            let mut length = [0; 4];
+            connection.read_exact(&mut length).ok()?;
+            let mut rest = vec![0; u32::from_be_bytes(length) as usize - 4];
+            connection.read_exact(&mut rest).ok()
+        };
+        // The question for TLS, then the names of user and database.
+        if read(&mut connection).is_none() {
+            return;
+        }
+        let _ = connection.write_all(b"N");
+        if read(&mut connection).is_none() {
+            return;
+        }
+        let welcome = [&b"R\0\0\0\x08\0\0\0\0"[..], b"Z\0\0\0\x05I"].concat();
+        let _ = connection.write_all(&welcome);
+        let _ = connection.read(&mut [0; 1_024]);
+        flood(&mut connection);
+        // It goes on to listen, so that who is bounded by nothing waits.
+        let _ = connection.read(&mut [0; 1]);
+    })
+}
+
+/// A pipeline with one row for a sink of these lines; the command that checks or runs it.
+fn command(folder: &Path, arguments: &[&str], sink: &str) -> Command {
+    let rows = folder.join("rows.ndjson");
+    std::fs::write(&rows, "{\"id\":1}\n").expect("written");
+    let pipeline = PipelineToml::new(folder, "flooded")
+        .timing("retry_pause = \"50 ms\"\nkinesis_silence = \"2 s\"\npostgres_silence = \"20 s\"")
+        .file(&rows, "format = \"application/json\"")
+        .route_all_to(&["out"])
+        .sink("out", sink)
+        .write();
+    let mut command = shardmill(&[arguments, &[pipeline.as_str()]].concat());
+    command.env("AWS_ACCESS_KEY_ID", "local").env("AWS_SECRET_ACCESS_KEY", "local");
+    command.env("AWS_REGION", "us-east-1");
+    command
+}
+
+/// Runs a command against a flood; asserts that it fails for this reason and holds little.
+#[track_caller]
+fn assert_given_up(arguments: &[&str], sink: &str, cause: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (output, peak) = output_and_peak(&mut command(folder.path(), arguments, sink));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains(cause), "expected {cause:?}, found {said}");
+    assert_peak_below(peak, PEAK_MAX, cause);
+}
+
+fn kinesis_sink(port: u16) -> String {
+    format!("type = \"kinesis\"\nstream = \"s\"\nendpoint = \"http://127.0.0.1:{port}\"")
+}
+
+fn objects_sink(port: u16) -> String {
+    format!(
+        "type = \"objects\"\nurl = \"s3://b/p\"\n\
+         options = {{ aws_endpoint = \"http://127.0.0.1:{port}\", aws_region = \"us-east-1\" }}"
+    )
+}
+
+fn postgres_sink(port: u16) -> String {
+    format!("type = \"postgres\"\nurl = \"postgres://u@127.0.0.1:{port}/d\"\ntable = \"t\"")
+}
+
+#[test]
+fn wall_02_an_answer_of_kinesis_without_end_is_given_up() {
+    let port = http(vec![b' '; 1 << 20], FLOOD_BYTES, Duration::ZERO);
+    assert_given_up(&["check"], &kinesis_sink(port), "expected an answer of at most 64.0 MiB");
+}
+
+#[test]
+fn wall_02_a_list_of_a_store_without_end_is_given_up() {
+    let port = http(vec![b'<'; 1 << 20], FLOOD_BYTES, Duration::ZERO);
+    let verify = ["objects", "verify", "--sink", "out"];
+    assert_given_up(&verify, &objects_sink(port), "length limit exceeded");
+}
+
+#[test]
+fn wall_02_an_answer_of_postgresql_without_end_is_given_up() {
+    // One message says that it has 2 GiB, and is sent.
+    let one = postgres(|connection| {
+        let _ = connection.write_all(b"D\x7f\xff\xff\xff");
+        for _ in 0..FLOOD_BYTES >> 20 {
+            if connection.write_all(&[0; 1 << 20]).is_err() {
+                return;
+            }
+        }
+    });
+    // Parameters without end, each of which the client keeps.
+    let many = postgres(|connection| {
+        let value = "v".repeat(1 << 16);
+        for at in 0..FLOOD_BYTES >> 16 {
+            let parameter = format!("{at}\0{value}\0");
+            let length = (parameter.len() as u32 + 4).to_be_bytes();
+            let message = [&b"S"[..], &length, parameter.as_bytes()].concat();
+            if connection.write_all(&message).is_err() {
+                return;
+            }
+        }
+    });
+    for port in [one, many] {
+        let cause = "expected an answer of at most 128.0 MiB";
+        assert_given_up(&["check"], &postgres_sink(port), cause);
+    }
+}
+
+#[test]
+fn wall_02_an_answer_of_which_a_byte_comes_now_and_then_is_given_up() {
+    let port = http(vec![b' '], 10_000, Duration::from_millis(100));
+    assert_given_up(&["check"], &kinesis_sink(port), "said nothing, or too little, for 2s");
+}
