@@ -147,8 +147,12 @@ impl StateDir {
     /// [`PrivateError`].
     pub fn make(&self, name: &str) -> Result<PathBuf, PrivateError> {
         let folder = absolute(&self.join(name))?;
-        // A link to a missing folder is reported as such; making the folder would fail with "File exists".
-        steps(&folder)?;
+        // A link to a missing folder is reported as such; making the folder would fail with "File exists". And
+        // nothing is made where another user's link leads.
+        let (way, is_there) = steps(&folder)?;
+        if !self.is_trusted && !is_there {
+            verdict(&folder, &way, is_there).0?;
+        }
         make_folders(&folder).map_err(unusable("make", &folder))?;
         let (steps, is_there) = steps(&folder)?;
         let own = match self.is_trusted {
@@ -166,8 +170,21 @@ impl StateDir {
     }
 }
 
-/// Judges a folder by the steps to it.
+/// Judges a folder by the steps to it, and warns where the file system tells nothing.
 fn checked(folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, PrivateError> {
+    let (verdict, is_loose) = verdict(folder, steps, is_there);
+    if verdict.is_ok() && is_loose {
+        tracing::warn!(
+            folder = %folder.display(),
+            "the file system keeps no owners or modes of files: whoever else can reach it can change what runs; \
+             prefer a state_dir on another one"
+        );
+    }
+    verdict
+}
+
+/// Judges a folder by the steps to it; and whether that took a look at how its file system keeps owners and modes.
+fn verdict(folder: &Path, steps: &[Step], is_there: bool) -> (Result<Own, PrivateError>, bool) {
     let mut judge = Judge { me: Me::now(), loose: None };
     let mut verdict = judged(&judge, folder, steps, is_there);
     if verdict.is_err()
@@ -176,19 +193,13 @@ fn checked(folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, Private
     {
         judge.loose = Some(loose);
         verdict = judged(&judge, folder, steps, is_there);
-        if verdict.is_ok() {
-            tracing::warn!(
-                folder = %folder.display(),
-                "the file system keeps no owners or modes of files: whoever else can reach it can change \
-                 what runs; prefer a state_dir on another one"
-            );
-        }
     }
-    verdict.map_err(|reach| PrivateError::Reached {
+    let verdict = verdict.map_err(|reach| PrivateError::Reached {
         folder: folder.display().to_string(),
         uid: judge.me.uid,
         reach,
-    })
+    });
+    (verdict, judge.loose.is_some())
 }
 
 fn judged(judge: &Judge, folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, Reach> {

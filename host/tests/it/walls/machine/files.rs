@@ -172,6 +172,20 @@ fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_li
             lchown(foreign, Some(0), None).expect("taken back");
         }
     }
+    if is_root() {
+        // Nothing is made where another user's link leads.
+        let away = folder.join("away");
+        fs::create_dir(&away).expect("a folder");
+        fs::rename(folder.join("state"), folder.join("state.own")).expect("moved");
+        let state = folder.join("state");
+        symlink(&away, &state).expect("a link");
+        lchown(&state, Some(STRANGER), None).expect("given away");
+        let way = format!("{} belongs to user {STRANGER}", state.display());
+        refused_by_all(&pipeline, &way);
+        assert_eq!(fs::read_dir(&away).expect("a folder").count(), 0);
+        fs::remove_file(&state).expect("removed");
+        fs::rename(folder.join("state.own"), &state).expect("moved");
+    }
     // A link to a folder that is missing: no command makes it, and all say so.
     fs::remove_file(&hop).expect("removed");
     symlink("nowhere", &hop).expect("a link");
