@@ -9,12 +9,13 @@ use super::control::RunningPipeline;
 use super::{Console, PipelineFile, holes, load, reload, sinks};
 use crate::admin::control::ReloadQuery;
 use crate::budget::{MemoryBound, memory_bytes_available};
-use crate::config::PipelineConfig;
+use crate::config::{PipelineConfig, SourceKind};
 use crate::lane::{agreement, roster};
 use crate::lease::PipelineLock;
 use crate::position::{Changes, StateStore, StoredLetter};
 use crate::record::SinkName;
 use crate::sink::Sink;
+use crate::source::file::FileSource;
 use crate::stage::{Generation, Target};
 
 #[derive(clap::Args)]
@@ -69,6 +70,9 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let mut sink_warnings = Vec::new();
     if !options.offline {
         PipelineLock::check(&config.state_dir, &config.name)?;
+        if let SourceKind::File(file) = &config.source.kind {
+            FileSource::new(file, config.source.batch)?.check()?;
+        }
         host.backends.prepare().await?;
         for (sink, routes) in sinks.iter().zip(&routes) {
             let found = sink.check(routes).await?;

@@ -79,6 +79,9 @@ fn filled_by(config: &PipelineConfig, hole: &RecordedHole) -> String {
              sink alone that starts at this position, then say `shardmill replay {file} --sink {name} \
              --hole {number} --filled`"
         ),
-        None => "its sink is not in the configuration".into(),
+        None => format!(
+            "its sink is not in the configuration: put it back to fill the hole, or say `shardmill replay {file} \
+             --sink {name} --hole {number} --filled` if nobody wants these rows any more"
+        ),
     }
 }

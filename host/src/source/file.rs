@@ -60,6 +60,17 @@ impl FileSource {
         };
         Ok(Self { config: config.clone(), batch, identity })
     }
+
+    /// Checks that the file can be opened; nothing is read.
+    ///
+    /// # Errors
+    /// [`SourceError::File`] when it cannot.
+    pub fn check(&self) -> Result<(), SourceError> {
+        match is_standard_input(&self.config) {
+            true => Ok(()),
+            false => open_at(&self.config, 0).map(drop),
+        }
+    }
 }
 
 fn is_standard_input(config: &FileConfig) -> bool {

@@ -4,7 +4,8 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
 
-use crate::support::{Process, plugin, shardmill, wait_for};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{Process, plugin, run, shardmill, wait_for};
 
 /// A folder with a file, a pipeline that reads it, and the table that its rows go to.
 struct Place {
@@ -271,4 +272,32 @@ fn a_missing_file_and_a_line_without_end_are_named() {
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("failed to read a line at byte 90"), "{error}");
     assert!(place.ids().into_iter().eq(0..10), "what precedes it is delivered");
+}
+
+/// `check` is as strict as a start.
+#[test]
+fn fault_31_check_refuses_a_file_that_cannot_be_read() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pipe = folder.path().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo");
+    assert!(made.success());
+    let there = folder.path().join("there.ndjson");
+    std::fs::write(&there, "{\"id\":1}\n").expect("written");
+    for (path, cause) in [
+        (folder.path().join("missing"), "No such file"),
+        (folder.path().to_owned(), "no regular file"),
+        (pipe, "no regular file"),
+        (there, ""),
+    ] {
+        let pipeline = PipelineToml::new(folder.path(), "checked")
+            .file(&path, "")
+            .route_all_to(&["nowhere"])
+            .sink("nowhere", "type = \"discard\"")
+            .write();
+        let checked = run(&["check", &pipeline]);
+        let said = String::from_utf8_lossy(&checked.stderr);
+        assert_eq!(checked.status.success(), cause.is_empty(), "{said}");
+        assert!(said.contains(cause), "{said}");
+        assert!(run(&["check", "--offline", &pipeline]).status.success());
+    }
 }
