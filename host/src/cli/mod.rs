@@ -33,6 +33,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 pub(crate) use self::output::{print_json, print_line};
 use crate::config::{ConfigError, Endpoint, PipelineConfig, SinkKind};
 use crate::lease::PipelineLock;
+use crate::masking;
 use crate::plugin::{
     Backends, CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile,
 };
@@ -170,10 +171,10 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// Prints a line of a report for people; nothing when JSON is asked for.
+    /// Prints a line of a report for people, without values of variables; nothing when JSON is asked for.
     pub fn say(&self, line: impl std::fmt::Display) {
         if !self.json {
-            print_line(line);
+            print_line(masking::hide(line.to_string()));
         }
     }
 
@@ -184,10 +185,10 @@ impl Console {
         }
     }
 
-    /// Prints a report as one JSON line, when JSON is asked for.
+    /// Prints a report as one JSON line, without values of variables, when JSON is asked for.
     pub fn report(&self, report: &impl serde::Serialize) -> anyhow::Result<()> {
         if self.json {
-            print_json(&serde_json::to_string(report)?);
+            print_json(&masking::hide_json(serde_json::to_string(report)?));
         }
         Ok(())
     }
@@ -399,7 +400,7 @@ fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
 /// Reads a pipeline's file for what it says, and not for its state.
 fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     let mut config = crate::config::load(path, &|name| std::env::var(name).ok())?;
-    crate::masking::learn(&config.values);
+    masking::learn(&config.values);
     config.state_dir = with_trust(config.state_dir);
     Ok(config)
 }

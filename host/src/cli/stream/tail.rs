@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::super::{Console, output, print_line, run};
+use super::super::{Console, output, print_json, print_line, run};
 use crate::cli::load_plugin;
 use crate::config::{BatchLimits, OnLostRecords, RejectedMax, StartPosition, Timing};
 use crate::off_thread::off_thread;
@@ -84,36 +84,25 @@ pub(super) async fn tail(
     };
     let left = options.limit.unwrap_or(u64::MAX);
     let mut printer = Printer { console, decoder, left };
-    let begin = async {
-        let (mut readers, batches) = Readers::new(client, name, options).await?;
+    let print = async {
+        let (mut readers, mut batches) = Readers::new(client, name, options).await?;
         readers.discover().await?;
-        anyhow::Ok((readers, batches))
-    };
-    // The server may not answer.
-    let (mut readers, mut batches) = tokio::select! {
-        begun = begin => begun?,
-        () = stop.cancelled() => return Ok(()),
-        () = closed.cancelled() => return Ok(()),
-    };
-    let mut discovery = tokio::time::interval(DISCOVERY_INTERVAL);
-    while printer.left > 0 && !(readers.tasks.is_empty() && batches.is_empty()) {
-        tokio::select! {
-            Some(batch) = batches.recv() => tokio::task::block_in_place(|| printer.print(&batch))?,
-            Some(done) = readers.tasks.join_next() => tokio::select! {
-                begun = readers.ended(done??) => begun?,
-                () = stop.cancelled() => break,
-                () = closed.cancelled() => break,
-            },
-            _ = discovery.tick(), if !readers.no_follow => tokio::select! {
-                found = readers.discover() => found?,
-                () = stop.cancelled() => break,
-                () = closed.cancelled() => break,
-            },
-            () = stop.cancelled() => break,
-            () = closed.cancelled() => break,
+        let mut discovery = tokio::time::interval(DISCOVERY_INTERVAL);
+        while printer.left > 0 && !(readers.tasks.is_empty() && batches.is_empty()) {
+            tokio::select! {
+                Some(batch) = batches.recv() => tokio::task::block_in_place(|| printer.print(&batch))?,
+                Some(done) = readers.tasks.join_next() => readers.ended(done??).await?,
+                _ = discovery.tick(), if !readers.no_follow => readers.discover().await?,
+            }
         }
+        Ok(())
+    };
+    // Around all of it: the server may answer at no step.
+    tokio::select! {
+        printed = print => printed,
+        () = stop.cancelled() => Ok(()),
+        () = closed.cancelled() => Ok(()),
     }
-    Ok(())
 }
 
 /// The readers of a stream's shards: each in a task of its own, parents before children.
@@ -343,7 +332,9 @@ fn print(
         payload: String::from_utf8_lossy(payload).into_owned(),
     };
     if console.json {
-        return console.report(&line);
+        // Records are shown as they are: not a report, in which values of variables are hidden.
+        print_json(&serde_json::to_string(&line)?);
+        return Ok(());
     }
     let Line { shard, sequence, payload, .. } = &line;
     let key = escaped(&line.key, &[]);
