@@ -10,12 +10,22 @@ use crate::postgres::PostgresServer;
 use crate::sink::postgres;
 
 /// Options of `object_store` that name another server.
-const ENDPOINTS: [&str; 4] = ["aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url"];
+const ENDPOINTS: [&str; 9] = [
+    "aws_endpoint_url_s3",
+    "aws_endpoint_url",
+    "aws_endpoint",
+    "azure_storage_endpoint",
+    "azure_endpoint",
+    "endpoint_url",
+    "endpoint",
+    "google_base_url",
+    "base_url",
+];
 /// Hex digits that stand for a path.
 const PATH_DIGITS: usize = 16;
 
 /// The names under which a machine knows itself.
-const OWN_HOSTS: [&str; 2] = ["127.0.0.1", "[::1]"];
+const OWN_HOSTS: [&str; 3] = ["127.0.0.1", "[::1]", "::1"];
 
 /// The one spelling of a destination, of today's as of those that a state has kept: two that are one place are one text.
 /// A second time it changes nothing.
@@ -52,7 +62,7 @@ pub fn one_spelling(destination: &str) -> String {
 /// A host and its port; this machine has one name.
 fn own_host(server: &str) -> String {
     let (host, port) = server.rsplit_once(':').unwrap_or((server, ""));
-    match OWN_HOSTS.contains(&host) || host == "::1" {
+    match OWN_HOSTS.contains(&host) {
         true => format!("localhost:{port}"),
         false => server.to_owned(),
     }
@@ -143,8 +153,12 @@ fn without_user(text: &str) -> String {
 
 /// A table of a server; the user does not matter.
 fn database(kind: &str, url: &str, table: &str) -> Option<String> {
-    let server = PostgresServer::parse(url).ok()?.destination();
-    Some(format!("{kind} {server} table {table}"))
+    let server = PostgresServer::parse(url).ok()?;
+    let table = match server.first_schema() {
+        Some(schema) => postgres::in_schema(&schema, table),
+        None => table.to_owned(),
+    };
+    Some(format!("{kind} {} table {table}", server.destination()))
 }
 
 #[cfg(test)]
@@ -185,6 +199,14 @@ mod tests {
             [
                 "type = \"postgres\"\nurl = \"postgres://a@127.0.0.1/d\"\ntable = \"t\"",
                 "type = \"postgres\"\nurl = \"postgres://a@localhost/d\"\ntable = '\"t\"'",
+            ],
+            [
+                "type = \"postgres\"\nurl = \"postgres://a@db/d?options=-c%20search_path%3Dx,public\"\ntable = \"t\"",
+                "type = \"postgres\"\nurl = \"postgres://a@db/d\"\ntable = \"x.t\"",
+            ],
+            [
+                "type = \"postgres\"\nurl = \"postgres://a@db/d?options=-csearch_path=x\"\ntable = \"y.t\"",
+                "type = \"postgres\"\nurl = \"postgres://a@db/d\"\ntable = \"y.t\"",
             ],
             [
                 "type = \"postgres\"\nurl = \"postgres://a@db/d\"\ntable = \"public.t\"",

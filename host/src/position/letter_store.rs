@@ -351,10 +351,19 @@ pub(super) struct StoreFull {
 }
 
 impl StoreFull {
-    /// The way out.
-    pub(super) const WAY_OUT: &'static str = "nothing was written; redrive or purge dead letters \
-                                              (`shardmill dlq redrive`, `shardmill dlq purge`), or raise \
-                                              `bytes` under [dead_letters]";
+    /// The way out. Room that others make does not help what is more than the store may hold by itself.
+    pub(super) fn way_out(&self) -> String {
+        match self.more > self.bytes_max {
+            true => format!(
+                "nothing was written; what one batch brings is more than the store may hold: raise `bytes` under \
+                 [dead_letters] to {} or more",
+                ByteSize(self.kept.saturating_add(self.more))
+            ),
+            false => "nothing was written; redrive or purge dead letters (`shardmill dlq redrive`, `shardmill dlq \
+                      purge`), or raise `bytes` under [dead_letters]"
+                .into(),
+        }
+    }
 
     pub(super) fn cause(&self) -> String {
         let Self { kept, more, bytes_max } = self;
@@ -559,6 +568,14 @@ mod tests {
             assert_eq!(default_max(free, kept), expected, "{free:?} {kept}");
         }
         assert!(free_bytes(Path::new("/")).is_some());
+    }
+
+    #[test]
+    fn wall_04_the_way_out_of_a_full_store_is_one_that_helps() {
+        for (kept, more, helps) in [(90, 20, "redrive or purge"), (0, 101, "to 101 B or more")] {
+            let way_out = StoreFull { kept, more, bytes_max: 100 }.way_out();
+            assert!(way_out.contains(helps), "{way_out}");
+        }
     }
 
     #[test]

@@ -300,7 +300,7 @@ impl DeadLetters {
                 self.bound.show(kept);
                 Ok(())
             }
-            Err(full) => Err(self.store.unreadable(action, full.cause(), StoreFull::WAY_OUT)),
+            Err(full) => Err(self.store.unreadable(action, full.cause(), full.way_out())),
         }
     }
 

@@ -1,5 +1,6 @@
 //! The state database: one SQLite file per pipeline, every commit fsynced.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -238,7 +239,7 @@ pub struct StateError {
     path: String,
     action: &'static str,
     cause: String,
-    way_out: &'static str,
+    way_out: Cow<'static, str>,
     is_gone: bool,
 }
 
@@ -257,11 +258,11 @@ impl StateStore {
     /// [`StateError`]: the folder cannot be written (full, read-only), or the file is not ours.
     pub fn open(folder: &Path) -> Result<Self, StateError> {
         let path: PathBuf = folder.join("state.db");
-        let error = |action, cause: String, way_out| StateError {
+        let error = |action, cause: String, way_out: &'static str| StateError {
             path: path.display().to_string(),
             action,
             cause,
-            way_out,
+            way_out: way_out.into(),
             is_gone: false,
         };
         private::make_folders(folder).map_err(|cause| {
@@ -377,7 +378,7 @@ impl StateStore {
             path: path.display().to_string(),
             action: "read its version",
             cause: cause.to_string(),
-            way_out: "nothing was changed",
+            way_out: "nothing was changed".into(),
             is_gone: false,
         })
     }
@@ -458,9 +459,10 @@ impl StateStore {
         &self,
         action: &'static str,
         cause: String,
-        way_out: &'static str,
+        way_out: impl Into<Cow<'static, str>>,
     ) -> StateError {
-        StateError { path: self.path.display().to_string(), action, cause, way_out, is_gone: false }
+        let (path, way_out) = (self.path.display().to_string(), way_out.into());
+        StateError { path, action, cause, way_out, is_gone: false }
     }
 
     fn outcome<T>(
@@ -480,7 +482,7 @@ impl StateStore {
             path: self.path.display().to_string(),
             action,
             cause,
-            way_out: "nothing was changed; free the disk or mend the file: a pipeline that runs tries it again, else give the command again",
+            way_out: "nothing was changed; free the disk or mend the file: a pipeline that runs tries it again, else give the command again".into(),
             is_gone: false,
         }
     }
@@ -493,8 +495,10 @@ impl StateStore {
                 path: self.path.display().to_string(),
                 action,
                 cause: format!("{what} while this process used it"),
-                way_out: "put the state folder back as it was and start again; without it, a start goes \
-                          on from the sinks' positions, and the dead letters are lost",
+                way_out:
+                    "put the state folder back as it was and start again; without it, a start goes \
+                          on from the sinks' positions, and the dead letters are lost"
+                        .into(),
                 is_gone: true,
             },
         }
@@ -552,7 +556,7 @@ pub fn needed_components(state_dir: &Path) -> Result<HashSet<String>, StateError
             path: folder.display().to_string(),
             action: "read which components are kept",
             cause,
-            way_out: "compiled plugins that are not needed any more stay",
+            way_out: "compiled plugins that are not needed any more stay".into(),
             is_gone: false,
         };
         let state = folder.join("state.db");

@@ -34,8 +34,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 
-pub(crate) use self::name::one_spelling;
 pub(super) use self::name::{TableName, quoted};
+pub(crate) use self::name::{in_schema, one_spelling};
 use self::position::PositionTable;
 use self::table::LiveTable;
 pub use self::window::{SwapFailed, TableWindow, WindowDiff};

@@ -72,6 +72,14 @@ pub(crate) fn one_spelling(text: &str) -> String {
     }
 }
 
+/// The table's name in a schema, where it names none.
+pub(crate) fn in_schema(schema: &str, text: &str) -> String {
+    match TableName::parse(text) {
+        Ok(TableName { schema: None, table }) => format!("{}.{}", quoted(schema), quoted(&table)),
+        _ => text.to_owned(),
+    }
+}
+
 fn not_a_name(text: &str) -> String {
     format!(
         "{text:?} is no table's name: \"table\" or \"schema.table\" is due, \
