@@ -59,11 +59,10 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let (generation, _) = Generation::load(&config, &host, |_| None).await?;
     let mut sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
     let mut routes: Vec<_> = sinks.iter().map(|sink| generation.routes_to(sink.name())).collect();
-    if let Some(copies) =
-        config.for_letters(config.state_dir.to_path_buf(), StoredLetter::columns())
-    {
-        let (copied, _) = Generation::load(&copies, &host, |_| None).await?;
-        let letter_sinks = sinks::build(&copies)?;
+    let copies = config.for_letters(config.state_dir.to_path_buf(), StoredLetter::columns());
+    if let Some(copies) = &copies {
+        let (copied, _) = Generation::load(copies, &host, |_| None).await?;
+        let letter_sinks = sinks::build(copies)?;
         routes.extend(letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));
         sinks.extend(letter_sinks);
     }
@@ -95,6 +94,12 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             let own = &sinks[..config.sinks.len()];
             report.warnings.extend(agreement::foresee(&config, &state, own).await?);
         }
+    }
+    if let Some(copies) = copies.as_ref().filter(|_| !options.offline)
+        && let Some(state) = StateStore::open_as_it_is(&holes::folder_of_copies(&config))?
+    {
+        let letter_sinks = &sinks[config.sinks.len()..];
+        report.warnings.extend(agreement::foresee(copies, &state, letter_sinks).await?);
     }
     for stage in &report.stages {
         console.say(format!(

@@ -299,9 +299,15 @@ async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> an
 
 async fn purge(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result<()> {
     let filter = wanted.chosen(all, "delete")?;
-    let purged = open(&wanted.pipeline)?.purge(filter).await?;
+    let (purged, left) = open(&wanted.pipeline)?.purge(filter).await?;
     console.say(format!("{purged} dead letters deleted"));
-    console.report(&json!({ "deleted": purged }))
+    if left > 0 {
+        console.say(format!(
+            "{left} dead letters are left: a redrive that was broken off has them; finish it by `shardmill dlq \
+             redrive`, then give the command again for those that are dead letters still"
+        ));
+    }
+    console.report(&json!({ "deleted": purged, "left": left }))
 }
 
 /// Bytes for people; what is no text in base64.

@@ -13,7 +13,7 @@ pub(crate) fn folder(config: &PipelineConfig) -> PathBuf {
 }
 
 /// Where the state of the pipeline lies that copies dead letters.
-fn folder_of_copies(config: &PipelineConfig) -> PathBuf {
+pub(crate) fn folder_of_copies(config: &PipelineConfig) -> PathBuf {
     folder(config).join("letters").join(config.name.as_str())
 }
 

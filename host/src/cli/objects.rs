@@ -8,8 +8,9 @@ use serde_json::json;
 
 use super::{Console, DEFAULT_PIPELINE, holes, load, stream};
 use crate::config::{PipelineConfig, SinkConfig, SinkKind};
+use crate::lane::roster;
 use crate::lease::PipelineLock;
-use crate::position::{Checkpoints, Hole, Holes, StateStore};
+use crate::position::{Checkpoints, Hole, Holes, Roster, StateStore};
 use crate::record::{Position, ShardId, ShardKey, SinkName};
 use crate::sink::Sink as _;
 use crate::sink::objects::{Audit, ObjectsSink, Recovered};
@@ -131,6 +132,32 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
     }
 }
 
+/// Refuses to write into a log under a name or at a place that no start has settled: the sink may have another log,
+/// and two with claims would stop the next start.
+async fn refuse_unstarted(
+    config: &PipelineConfig,
+    name: &SinkName,
+    folder: &Path,
+) -> anyhow::Result<()> {
+    let state = StateStore::open(folder)?;
+    roster::refuse_unsettled(config, &state).await?;
+    let place = config.sinks.iter().find(|sink| sink.name.value == *name);
+    let place = place.and_then(|sink| sink.kind.destination()).unwrap_or_default();
+    let roster = Roster::new(state);
+    for stream in roster.streams().await? {
+        let known = roster.known_in(stream).await?;
+        let was = known.destinations.get(name).filter(|was| !was.is_empty() && **was != place);
+        if let Some(was) = was {
+            bail!(
+                "expected sink {name} where it has written, at {was}, found it at {place}: put its `url` back, or \
+                 start the pipeline once (`shardmill run`), which says what is to be decided, and give the \
+                 command again"
+            );
+        }
+    }
+    Ok(())
+}
+
 impl Log {
     /// The sink and the shard, and the lock that keeps the pipeline from running meanwhile.
     async fn open(&self) -> anyhow::Result<(ObjectsSink, ShardKey, PipelineLock)> {
@@ -141,8 +168,9 @@ impl Log {
             bail!("the pipeline has no objects sink {:?}", self.sink);
         };
         let name = SinkName::from(self.sink.as_str());
-        let sink = ObjectsSink::new(name, url, options, layout.clone())?;
+        let sink = ObjectsSink::new(name.clone(), url, options, layout.clone())?;
         let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+        refuse_unstarted(&config, &name, lock.folder()).await?;
         let (source, _embedded) = stream::source(&config).await?;
         let stream = Arc::new(source.identity().await?);
         let shard = ShardKey {

@@ -110,7 +110,9 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         true => Some(Swap::begin(&config, console).await?),
         false => {
             if config.state_dir.join(config.name.as_str()).join("state.db").exists() {
-                resolve_replays(&config, &state_beside(&config)?, console).await?;
+                let state = state_beside(&config)?;
+                roster::refuse_unsettled(&config, &state).await?;
+                resolve_replays(&config, &state, console).await?;
             }
             None
         }
@@ -469,6 +471,8 @@ fn replay_config(
     own.sinks.retain(|own| own.name.value == *sink);
     for own in &mut own.sinks {
         own.name.value = replayed.clone();
+        // It goes on as nobody: the positions of the live sink are not its own.
+        own.renamed_from = None;
         own.rhythm.give_up_after = None;
         if let SinkKind::Postgres(target) = &mut own.kind {
             target.table = shadow.to_owned();

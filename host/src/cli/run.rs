@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use serde::Serialize;
-use tokio::signal::unix::Signal;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::{Console, PipelineFile, holes, load, output, sinks, stream};
@@ -89,6 +89,8 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
 
 /// A pipeline and all that stands beside it, ready to run.
 struct Ready {
+    /// SIGHUP, since before anything was begun.
+    hangup: Signal,
     pipeline: Supervisor,
     copies: Option<Supervisor>,
     /// Once the pipeline has ended, no more letters are written.
@@ -107,6 +109,8 @@ async fn start(
     stop: &Stop,
     console: &Console,
 ) -> anyhow::Result<Ready> {
+    // Before anything that takes time: until it is heard, a SIGHUP ends the process.
+    let hangup = signal(SignalKind::hangup())?;
     // Before the ports: of two runs of one pipeline, the second is told who has the pipeline.
     let lock = PipelineLock::take(&config.state_dir, &config.name)?;
     // Of a run that was killed: commands find this one once its port is open.
@@ -169,14 +173,23 @@ async fn start(
         tokio::spawn(watch_files(pipeline.swapper(), watched, read, control_stop.clone()));
     }
     let _embedded = embedded;
-    Ok(Ready { pipeline, copies, last_letter, control, control_stop, intake, _embedded })
+    Ok(Ready { hangup, pipeline, copies, last_letter, control, control_stop, intake, _embedded })
 }
 
 impl Ready {
     /// Runs until the end is asked for, or the pipeline ends by itself.
     async fn run(self, stop: Stop, console: &Console) -> anyhow::Result<()> {
-        let Self { pipeline, copies, last_letter, control, control_stop, intake, _embedded } = self;
-        reload_on_hangup(control, control_stop.clone())?;
+        let Self {
+            hangup,
+            pipeline,
+            copies,
+            last_letter,
+            control,
+            control_stop,
+            intake,
+            _embedded,
+        } = self;
+        reload_on_hangup(hangup, control, control_stop.clone());
         let (board, letters) = (pipeline.board(), pipeline.letters());
         // Of its own, so that it ends as well when the pipeline ends by itself.
         let intake_stop = stop.child();
@@ -298,9 +311,7 @@ pub(crate) fn ask_when_closed(stop: &Stop) {
 }
 
 /// Reads the files again at each SIGHUP.
-fn reload_on_hangup(control: Control, stop: CancellationToken) -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut hangup = signal(SignalKind::hangup())?;
+fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToken) {
     tokio::spawn(async move {
         loop {
             tokio::select! {
@@ -323,7 +334,6 @@ fn reload_on_hangup(control: Control, stop: CancellationToken) -> anyhow::Result
             }
         }
     });
-    Ok(())
 }
 
 pub(crate) async fn summarize(board: &Board, letters: &DeadLetters) -> anyhow::Result<Summary> {
@@ -344,7 +354,6 @@ pub(crate) fn stop_on_signals(drain_max: Duration) -> anyhow::Result<Stop> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Here, so that no signal comes before it is waited for.
     let (terminate, interrupt) = {
-        use tokio::signal::unix::{SignalKind, signal};
         let _entered = runtime.enter();
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
     };

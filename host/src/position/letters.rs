@@ -471,22 +471,26 @@ impl DeadLetters {
 
     /// Deletes the visible letters that a filter means, but for those on their way in a redrive; gives
     /// how many there were.
+    /// Gives how many were deleted, and how many were left because a redrive that was broken off has them.
     ///
     /// # Errors
     /// [`StateError`]; nothing is deleted then.
-    pub async fn purge(&self, filter: LetterFilter) -> Result<usize, StateError> {
+    pub async fn purge(&self, filter: LetterFilter) -> Result<(usize, usize), StateError> {
         let wanted = wanted(filter);
         self.store
             .write("delete dead letters", move |state| {
                 // What a redrive has left for a sink that is gone waits for nobody else.
-                let mut purged = state.prepare(&format!(
-                    "SELECT rowid FROM letters WHERE {MATCHES} AND rowid NOT IN (
-                         SELECT letter FROM redrive WHERE id NOT IN (SELECT id FROM redrive_rest))"
+                let mut found = state.prepare(&format!(
+                    "SELECT rowid, rowid IN (
+                         SELECT letter FROM redrive WHERE id NOT IN (SELECT id FROM redrive_rest))
+                     FROM letters WHERE {MATCHES}"
                 ))?;
-                let purged: Vec<i64> =
-                    purged.query_map(wanted, |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
-                purged.iter().try_for_each(|letter| forget(state, *letter))?;
-                Ok(purged.len())
+                let found = found.query_map(wanted, |row| Ok((row.get(0)?, row.get(1)?)))?;
+                let found = found.collect::<rusqlite::Result<Vec<(i64, bool)>>>()?;
+                let (left, purged): (Vec<_>, Vec<_>) =
+                    found.into_iter().partition(|(_, is_redriven)| *is_redriven);
+                purged.iter().try_for_each(|(letter, _)| forget(state, *letter))?;
+                Ok((purged.len(), left.len()))
             })
             .await
     }

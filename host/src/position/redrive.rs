@@ -701,7 +701,7 @@ mod tests {
         letters.put(&shard, vec![letter], false).await.expect("written");
         let redrives = Redrives::new(store.clone(), pipeline.clone());
         let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("a letter");
-        assert_eq!(letters.purge(LetterFilter::default()).await.expect("purged"), 0);
+        assert_eq!(letters.purge(LetterFilter::default()).await.expect("purged"), (0, 1));
         assert_eq!(redrives.finish(id, &[]).await.expect("asked"), None, "nothing has run");
         let own = id.key(&pipeline);
         let checkpoints = Checkpoints::new(store);

@@ -1,6 +1,6 @@
 //! A candidate on its way to be proven: nothing of what runs is touched here.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use super::{Component, Inner, Setup, Step, StepFailed};
 use crate::config::PipelineConfig;
 use crate::lane::Shared;
 use crate::plugin::{Capability, Digest, Plugin};
-use crate::record::StageName;
+use crate::record::{SinkName, StageName};
 use crate::sink::Sink;
 use crate::stage::{CanarySpec, Generation, GenerationSpec, LoadedStage};
 
@@ -114,6 +114,32 @@ pub(super) fn replaced(
         }
     }
     spec
+}
+
+/// Checks that a revision sends rows to the sinks that there are, and to each of them. One of before may name a sink
+/// that a reload has taken away since, or not know one that it has brought: rows would go nowhere, without a word.
+pub(super) fn check_bindings(
+    config: &PipelineConfig,
+    spec: &GenerationSpec,
+) -> Result<(), StepFailed> {
+    let routes = spec.stages.iter().flat_map(|stage| stage.routes.values().flatten());
+    let bound: BTreeSet<&SinkName> = routes.chain(&spec.source_sinks).collect();
+    let configured: BTreeSet<&SinkName> =
+        config.sinks.iter().map(|sink| &sink.name.value).collect();
+    let cause = match (bound.difference(&configured).next(), configured.difference(&bound).next()) {
+        (None, None) => return Ok(()),
+        (Some(gone), _) => format!(
+            "expected what ran before to send rows to sinks of the configuration, found that it sent some to \
+             sink {gone}, which is not there any more"
+        ),
+        (None, Some(new)) => format!(
+            "expected what ran before to send rows to each sink of the configuration, found that it knows no \
+             sink {new}"
+        ),
+    };
+    Err(Step::Check.failed(format!(
+        "{cause}; undo the change in the file, sinks included, and say `shardmill reload`"
+    )))
 }
 
 /// Checks what the sinks would get against their tables as they are now, also where nothing changes for a

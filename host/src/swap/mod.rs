@@ -432,6 +432,7 @@ impl Inner {
             return Err(Step::Fetch.failed(cause));
         };
         let spec = self.spec_before(beside, before, stage, &undone).await?;
+        candidate::check_bindings(&beside.config, &spec)?;
         let next = candidate::load(beside, before, spec, HashMap::new()).await?;
         let next = Arc::new(next);
         let change = NewChange {

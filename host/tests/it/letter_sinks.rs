@@ -192,3 +192,29 @@ linger = "10 ms"
     assert_eq!(due.len() as u64, ROWS / 3 * 2, "after {kills} kills");
     assert_eq!((count("count(*)"), count("count(DISTINCT id)")), (ROWS / 3 * 2, ROWS / 3 * 2));
 }
+
+#[test]
+fn fault_13_check_foresees_what_a_start_says_of_a_sink_of_letters_that_was_restored() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    pipeline(
+        folder,
+        "[dead_letters]\nsinks = [\"table\"]\n[[sink]]\nname = \"table\"\ntype = \"sqlite\"\n\
+         path = \"letters.db\"\ntable = \"letters\"\ncreate = true\n",
+    );
+    let copies = folder.join("letters.db");
+    std::fs::write(folder.join("rows.ndjson"), "no JSON\n").expect("written");
+    run(folder);
+    std::fs::copy(&copies, folder.join("backup.db")).expect("copied");
+    std::fs::write(folder.join("rows.ndjson"), "no JSON\nneither\n").expect("written");
+    run(folder);
+    let check = || {
+        let checked = output(shardmill(&["check", "pipeline.toml"]).current_dir(folder));
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+        String::from_utf8_lossy(&checked.stdout).into_owned()
+    };
+    assert!(!check().contains("warning: sink table is behind"), "{}", check());
+    std::fs::copy(folder.join("backup.db"), &copies).expect("restored");
+    let said = check();
+    assert!(said.contains("warning") && said.contains("sink table is behind"), "{said}");
+}

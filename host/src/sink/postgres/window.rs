@@ -331,6 +331,7 @@ impl TableWindow {
             sink: &self.sink,
             stream,
             of_window: self.of_window(),
+            of_time: self.of_time(),
             says_sink: self.says_sink,
         }
     }
@@ -457,7 +458,6 @@ impl TableWindow {
 
     /// The condition that finds the window's rows of a table `t`.
     fn of_window(&self) -> String {
-        let time = |ms: u64| format!("'epoch'::timestamptz + {ms} * interval '1 millisecond'");
         let of_sink = match self.says_sink {
             true => {
                 let (column, _) = SINK;
@@ -467,8 +467,14 @@ impl TableWindow {
             }
             false => String::new(),
         };
+        format!("{}{of_sink}", self.of_time())
+    }
+
+    /// The condition that finds the rows of the window's time of a table `t`, whichever sink wrote them.
+    fn of_time(&self) -> String {
+        let time = |ms: u64| format!("'epoch'::timestamptz + {ms} * interval '1 millisecond'");
         format!(
-            "t.{PIPELINE} = {} AND t.{ARRIVED_AT} >= {} AND t.{ARRIVED_AT} < {}{of_sink}",
+            "t.{PIPELINE} = {} AND t.{ARRIVED_AT} >= {} AND t.{ARRIVED_AT} < {}",
             literal(self.pipeline.as_str()),
             time(self.window_ms.start),
             time(self.window_ms.end)

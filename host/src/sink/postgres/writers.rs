@@ -113,6 +113,8 @@ pub(super) struct Writers<'w> {
     pub(super) stream: &'w StreamIdentity,
     /// The condition for the window's rows of a table `t`.
     pub(super) of_window: String,
+    /// The condition for all rows of the window's time, other sinks' too.
+    pub(super) of_time: String,
     pub(super) says_sink: bool,
 }
 
@@ -148,7 +150,7 @@ impl Writers<'_> {
             "SELECT DISTINCT t.{0} FROM {1} AS t WHERE {2} AND t.{0} <> $1 ORDER BY 1",
             SINK.0,
             self.table.quoted(),
-            self.of_window
+            self.of_time
         );
         let rows = client.query_typed(&said, &[(&self.sink.as_str(), Type::TEXT)]).await?;
         rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
@@ -334,6 +336,7 @@ mod tests {
                 sink: &self.sink,
                 stream: &self.stream,
                 of_window: String::new(),
+                of_time: String::new(),
                 says_sink,
             }
         }

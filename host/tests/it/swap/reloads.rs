@@ -129,3 +129,47 @@ fn watched_files_are_loaded_when_they_are_whole() {
     assert!(rows.iter().filter(|row| row.id >= 600).all(|row| row.version == "v2"));
     assert!(rows.iter().filter(|row| row.id < 600).all(|row| row.version == "v1"));
 }
+
+/// What ran before sends rows to sinks that are gone, or to fewer than there are: they would go nowhere.
+#[test]
+fn fault_13_a_rollback_past_a_change_of_sinks_is_refused() {
+    let mut rig = Rig::new(1);
+    rig.start();
+    rig.world.put(0..100, 20);
+    rig.wait_rows(100);
+    let folder = rig.world.folder.path().display().to_string();
+    let path = rig.world.folder.path().join("pipeline.toml");
+    let plain = std::fs::read_to_string(&path).expect("the file");
+    let copy = format!(
+        "[[sink]]\nname = \"copy\"\ntype = \"sqlite\"\npath = \"{folder}/copy.db\"\ntable = \"rows\"\n\
+         create = true\n[sink.commit]\nlinger = \"50 ms\"\n"
+    );
+    let rolled_back = |cause: &str| {
+        let output = rig.command(&["plugin", "rollback", "stamp"]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(cause) && said.contains("shardmill reload"), "{said}");
+    };
+    // A sink more: before, it had no rows.
+    std::fs::write(&path, plain.replace("[\"mart\"]", "[\"mart\", \"copy\"]") + &copy)
+        .expect("written");
+    let (done, told) = reload(&rig);
+    assert!(done, "{told}");
+    rolled_back("knows no sink copy");
+    // Another sink in its place: the one of before is gone.
+    let (before, mart) = plain.split_once("[[sink]]").expect("the sink");
+    assert!(mart.contains("mart"));
+    std::fs::write(&path, before.replace("[\"mart\"]", "[\"copy\"]") + &copy).expect("written");
+    let (done, told) = reload(&rig);
+    assert!(done, "{told}");
+    rolled_back("some to sink mart");
+    rig.world.put(100..200, 20);
+    let copied = || {
+        let copy = crate::support::sqlite(&rig.world.folder.path().join("copy.db"));
+        let count =
+            copy.query_row("SELECT count(*) FROM rows WHERE id >= 100", (), |row| row.get(0));
+        count.unwrap_or(0_u64)
+    };
+    wait_for("the rows", || copied() == 100);
+    rig.stop();
+}

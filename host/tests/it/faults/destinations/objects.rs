@@ -362,3 +362,35 @@ fn fault_42_nothing_is_left_where_readers_look_by_writers_that_are_killed() {
     let (sound, text) = objects(&lines, "verify", &["--content"]);
     assert!(sound, "{text}");
 }
+
+/// By a name or at a place that no start has seen there is no log, and the command would begin one beside the true one.
+#[test]
+fn fault_22_no_log_is_begun_for_a_sink_that_a_start_has_not_settled() {
+    let all: Vec<String> = (0..20).map(|id| format!("{{\"id\":{id}}}")).collect();
+    let lines = lines(&all, "");
+    lines.run();
+    let before = files(&lines.at("logs")).len();
+    let path = lines.path();
+    let text = std::fs::read_to_string(&path).expect("read");
+    let named = text.replace("name = \"out\"", "name = \"new\"\nrenamed_from = \"out\"");
+    let named = named.replace("[\"out\"]", "[\"new\"]");
+    let url = lines.at("logs").display().to_string();
+    let moved = text.replace(&url, &lines.at("moved").display().to_string());
+    assert!(named != text && moved != text, "{text}");
+    for (changed, sink, cause) in
+        [(&named, "new", "start it once"), (&moved, "out", "start the pipeline once")]
+    {
+        std::fs::write(&path, changed).expect("written");
+        for command in ["skip", "give-up"] {
+            let log = ["--sink", sink, "--shard", "file-000000000000"];
+            let (done, told) = said(&run(&[&["objects", command, &path], &log[..]].concat()));
+            assert!(!done && told.contains(cause), "{command} {sink}: {told}");
+        }
+    }
+    assert_eq!(files(&lines.at("logs")).len(), before);
+    assert!(!lines.at("moved").exists());
+    std::fs::write(&path, &named).expect("written");
+    let (done, told) = said(&run(&["run", &path]));
+    assert!(done, "{told}");
+    assert_eq!(rows(&lines.at("logs")), sorted(all));
+}

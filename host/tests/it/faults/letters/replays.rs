@@ -163,6 +163,43 @@ fn fault_17_a_sink_that_was_there_once_may_have_written_the_table() {
     assert_eq!(ran.rows(), "18 9");
 }
 
+/// Gives the sink another name, which a start has not seen.
+fn renamed(ran: &Ran) -> Vec<&str> {
+    ran.cars.replace("name = \"mart\"", "name = \"shop\"\nrenamed_from = \"mart\"");
+    ran.cars.replace("[\"mart\"]", "[\"shop\"]");
+    vec!["replay", "--sink", "shop", "--from", &ran.from, "--to", &ran.to]
+}
+
+#[test]
+fn fault_25_a_replay_takes_no_position_away_from_a_sink_that_is_to_be_renamed() {
+    let ran = Ran::new("fault-25-replay", "", &[], 10);
+    let replay = renamed(&ran);
+    let said = ran.cars.refused(&replay);
+    assert!(said.contains("start it once"), "{said}");
+    ran.cars.ok(&["run", "--until-caught-up"]);
+    assert_eq!(ran.rows(), "9 9", "it went on where it was");
+    ran.cars.ok(&replay);
+    ran.cars.ok(&["run", "--until-caught-up"]);
+    assert_eq!(ran.rows(), "9 9");
+}
+
+#[test]
+fn fault_17_rows_that_say_a_former_name_of_the_sink_are_not_made_twice() {
+    let ran = Ran::new("fault-17-name", ", shardmill_sink text", &[], 10);
+    let replay = [renamed(&ran), vec!["--swap", "--with-dead-letters"]].concat();
+    ran.cars.ok(&["run", "--until-caught-up"]);
+    let said = ran.cars.refused(&replay);
+    assert!(said.contains("SET shardmill_sink = 'shop' WHERE shardmill_sink = 'mart'"), "{said}");
+    assert_eq!(ran.rows(), "9 9");
+    postgres(&format!(
+        "UPDATE {} SET shardmill_sink = 'shop' WHERE shardmill_sink = 'mart'",
+        ran.table
+    ));
+    let report = ran.cars.report(&replay);
+    assert_eq!(report["swapped"], serde_json::json!([9, 9]), "{report}");
+    assert_eq!(ran.rows(), "9 9");
+}
+
 #[test]
 fn fault_23_letters_of_a_replayed_window_are_redriven_to_the_other_sinks_only() {
     let ran = Ran::new("fault-23", "", &[copy()], 40);

@@ -380,3 +380,26 @@ fn fault_01_a_lane_that_waits_does_not_keep_the_world_from_ending() {
     assert!(begun.elapsed() < SLACK);
     world.assert_each_once_in_order(200);
 }
+
+/// Until a signal is waited for, it ends the process.
+#[test]
+fn fault_01_a_sighup_during_the_start_is_no_end() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let rows = rows_file(folder.path(), 10);
+    let state = folder.path().join("state/waits");
+    let file = PipelineToml::new(folder.path(), "waits")
+        .file(&rows, "format = \"application/json\"")
+        .route_all_to(&["nowhere"])
+        .sink("nowhere", "type = \"discard\"")
+        .write();
+    let mut command = crate::support::shardmill(&["run", &file]);
+    // Compiled anew: that takes a while.
+    command.env("XDG_CACHE_HOME", folder.path()).env_remove("SHARDMILL_COMPILED_DIR");
+    let mut run = crate::support::Process(command.spawn().expect("it starts"));
+    let signed = || std::fs::read_to_string(state.join("lock")).is_ok_and(|text| !text.is_empty());
+    wait_for("the lock", signed);
+    let pid = run.0.id().to_string();
+    let sent = std::process::Command::new("kill").args(["-HUP", &pid]).status().expect("kill");
+    assert!(sent.success());
+    assert!(run.wait().success(), "the file ends, and with it the run");
+}
