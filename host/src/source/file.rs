@@ -336,6 +336,11 @@ impl Lines {
                 self.taken = 0;
                 break;
             }
+            if end.is_none() && mark > 0 && mark == left.len() {
+                // Nothing but a byte order mark: no line yet.
+                self.taken = self.chunk.len();
+                break;
+            }
             let whole = end.map_or(left.len(), |end| end + 1);
             let line = end.unwrap_or(left.len());
             let line = line - usize::from(line > 0 && left[line - 1] == b'\r' && end.is_some());

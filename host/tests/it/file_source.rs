@@ -301,3 +301,13 @@ fn fault_31_check_refuses_a_file_that_cannot_be_read() {
         assert!(run(&["check", "--offline", &pipeline]).status.success());
     }
 }
+
+#[test]
+fn fault_33_a_file_of_a_byte_order_mark_alone_has_no_line_yet() {
+    let place = Place::new(b"\xef\xbb\xbf");
+    place.run_ok("");
+    assert_eq!(place.ids(), Vec::<u64>::new());
+    place.append(b"{\"id\":1}\n");
+    place.run_ok("");
+    assert_eq!(place.ids(), vec![1]);
+}

@@ -27,6 +27,10 @@ const IS_STRICT: &str =
 const TRIGGERS: &str = "SELECT name, sql FROM sqlite_schema \
     WHERE type = 'trigger' AND lower(tbl_name) = lower(?1) ORDER BY name";
 
+/// Whether any table or trigger of the file may say FAIL; which of them a row reaches is not looked for.
+const SAYS_FAIL: &str = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE sql LIKE '%fail%' \
+    UNION ALL SELECT 1 FROM sqlite_temp_schema WHERE sql LIKE '%fail%')";
+
 /// Words of a declared type. Each is letters alone, so that nothing in one is read as SQL, and none
 /// begins a constraint.
 const CONSTRAINT_WORDS: [&str; 12] = [
@@ -62,6 +66,11 @@ pub(super) struct LiveColumn {
 pub(super) struct LiveTable {
     pub(super) columns: Vec<LiveColumn>,
     pub(super) names: ColumnNames,
+    /// A statement that fails may leave a part of what it did: a trigger says RAISE(FAIL), or a table that
+    /// triggers write to has ON CONFLICT FAIL. ABORT, the default, undoes the statement.
+    ///
+    /// Source: SQLite, "The ON CONFLICT Clause".
+    pub(super) fails_halfway: bool,
 }
 
 impl LiveTable {
@@ -86,7 +95,9 @@ impl LiveTable {
             return Ok(None);
         }
         let names = ColumnNames::new(columns.iter().map(|column| column.name.clone()));
-        Ok(Some(Self { columns, names }))
+        let fails_halfway =
+            connection.prepare_cached(SAYS_FAIL)?.query_row([], |row| row.get(0))?;
+        Ok(Some(Self { columns, names, fails_halfway }))
     }
 }
 

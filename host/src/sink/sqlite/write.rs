@@ -1,7 +1,8 @@
 //! The commit: rows and position in one transaction, on a blocking thread.
 //!
 //! The position moves first: a commit that had landed already is recognised before its rows could
-//! collide with themselves. A row that fails undoes its own statement alone; its neighbours stand.
+//! collide with themselves. A row that fails undoes its own statement alone; its neighbours stand. Where statements
+//! may fail halfway (FAIL in place of ABORT), a savepoint around each row undoes it.
 
 use std::sync::Arc;
 
@@ -122,7 +123,7 @@ impl Work {
         let mut insert = Insert::new(&self.shared, &open.connection, live);
         let mut refusals = Vec::new();
         for (index, row) in self.rows.iter().enumerate() {
-            match insert.row(row) {
+            match insert.row_alone(row) {
                 Ok(()) => {}
                 Err(RowFailure::Refused(reason)) => refusals.push(Refusal { row: index, reason }),
                 Err(RowFailure::Unavailable(cause)) => return Err(cause),
@@ -243,6 +244,29 @@ impl<'c, 'r> Insert<'c, 'r> {
             .map_err(|error| self.failed(&error))
     }
 
+    /// Inserts a row; of one that is refused nothing is left, whatever the table does at a failure.
+    fn row_alone(&mut self, row: &'r Row) -> Result<(), RowFailure> {
+        if !self.live.fails_halfway {
+            return self.row(row);
+        }
+        let connection = self.connection;
+        let step = |sql: &str| {
+            connection.execute_batch(sql).map_err(|error| {
+                RowFailure::Unavailable(format!("cannot undo the row that was refused: {error}"))
+            })
+        };
+        step("SAVEPOINT row_alone")?;
+        let inserted = self.row(row);
+        if matches!(inserted, Err(RowFailure::Refused(_))) {
+            step("ROLLBACK TO row_alone")?;
+        }
+        // After a failure of the file there may be no transaction any more.
+        if !matches!(inserted, Err(RowFailure::Unavailable(_))) {
+            step("RELEASE row_alone")?;
+        }
+        inserted
+    }
+
     /// Inserts rows one by one, and refuses those that name a parent which neither the table nor another row
     /// of the commit is: only a commit whose deferred foreign keys are violated pays for it. A row whose
     /// parent comes later is tried again behind the others.
@@ -266,6 +290,7 @@ impl<'c, 'r> Insert<'c, 'r> {
                     }
                     Ok(()) => {}
                     Err(RowFailure::Refused(reason)) => {
+                        step("ROLLBACK TO one_row")?;
                         refusals.push(Refusal { row: index, reason })
                     }
                     Err(RowFailure::Unavailable(cause)) => return Err(cause),

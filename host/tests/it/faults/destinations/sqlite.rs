@@ -174,3 +174,36 @@ fn fault_31_check_makes_no_file_and_no_table() {
     let (_, said) = lines.check(&[]);
     assert!(!lines.at("new").exists(), "{said}");
 }
+
+/// FAIL keeps what the statement did before: the row was there, and a dead letter as well.
+#[test]
+fn fault_29_of_a_row_that_fails_halfway_nothing_is_left() {
+    let triggers = [
+        "CREATE TRIGGER one AFTER INSERT ON t WHEN NEW.id % 3 = 0
+         BEGIN INSERT INTO audit VALUES (NEW.id); SELECT RAISE(FAIL, 'no'); END",
+        "CREATE TRIGGER one AFTER INSERT ON t BEGIN INSERT INTO audit VALUES (NEW.id % 3); END",
+    ];
+    for (trigger, kept) in triggers.into_iter().zip([vec![1, 2, 4, 5, 7], vec![1, 2, 3]]) {
+        let rows: Vec<String> = (1..=7).map(|id| format!("{{\"id\":{id}}}")).collect();
+        let rows: Vec<&str> = rows.iter().map(String::as_str).collect();
+        let lines = lines(
+            &rows,
+            &format!(
+                "CREATE TABLE t (id INTEGER); CREATE TABLE audit (n UNIQUE ON CONFLICT FAIL); {trigger}"
+            ),
+        );
+        lines.run();
+        let mart = sqlite(&lines.at("mart.db"));
+        let mut query = mart.prepare("SELECT id FROM t ORDER BY id").expect("sql");
+        let found = query.query_map((), |row| row.get::<_, i64>(0)).expect("rows");
+        let found: Vec<i64> = found.map(|row| row.expect("a row")).collect();
+        assert_eq!(found, kept, "{trigger}");
+        assert_eq!(lines.reasons().len(), 7 - kept.len(), "{trigger}");
+        if kept.len() == 5 {
+            let audit: i64 = mart
+                .query_row("SELECT count(*) FROM audit", (), |row| row.get(0))
+                .expect("a count");
+            assert_eq!(audit, 0, "{trigger}");
+        }
+    }
+}
