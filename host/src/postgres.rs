@@ -18,11 +18,12 @@ use std::time::Duration;
 
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::{Config, NoTls};
 use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
 
-use self::link::EndCause;
+use self::answer::Prepared;
+use self::link::{Connected, EndCause};
 pub use self::link::{CopyIn, Link, ServerError};
 pub use self::pool::{Lent, PoolShare, PoolSpec, ServerPool};
 use self::tls::{Connector, Handshake, Mode, Tls};
@@ -147,10 +148,7 @@ impl PostgresServer {
         Ok(Link::new(client, silence_max, ended.drop_guard()))
     }
 
-    async fn connect_client(
-        &self,
-        ended: CancellationToken,
-    ) -> Result<(Client, EndCause), ServerError> {
+    async fn connect_client(&self, ended: CancellationToken) -> Result<Connected, ServerError> {
         let handshake = Handshake::default();
         match &self.encryption {
             Encryption::Off => {
@@ -250,8 +248,8 @@ async fn connect(
     mode: Mode,
     handshake: &Handshake,
     ended: CancellationToken,
-) -> Result<(Client, EndCause), tokio_postgres::Error> {
-    let end_cause = EndCause::default();
+) -> Result<Connected, tokio_postgres::Error> {
+    let (end_cause, prepared) = (EndCause::default(), Prepared::default());
     #[cfg(unix)]
     if !matches!(mode, Mode::Required(_))
         && config.get_hosts().iter().all(|host| matches!(host, Host::Unix(_)))
@@ -260,12 +258,12 @@ async fn connect(
         config.ssl_mode(SslMode::Disable);
         let (client, connection) = config.connect(NoTls).await?;
         tokio::spawn(drive(connection, end_cause.clone(), ended));
-        return Ok((client, end_cause));
+        return Ok(Connected { client, end_cause, prepared });
     }
-    let (config, connector) = Connector::new(config, mode, handshake);
+    let (config, connector) = Connector::new(config, mode, handshake, &prepared);
     let (client, connection) = config.connect(connector).await?;
     tokio::spawn(drive(connection, end_cause.clone(), ended));
-    Ok((client, end_cause))
+    Ok(Connected { client, end_cause, prepared })
 }
 
 /// Whether a connection that TLS was preferred for may succeed without: the handshake failed, or the server

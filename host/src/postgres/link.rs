@@ -20,6 +20,7 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, CopyInSink, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 use tokio_util::sync::DropGuard;
 
+use super::answer::Prepared;
 use super::{PostgresServer, describe};
 
 /// Tries to find a name for a prepared statement that the server session does not have.
@@ -114,10 +115,18 @@ impl EndCause {
     }
 }
 
+/// A client, and what is known of its connection.
+pub(super) struct Connected {
+    pub(super) client: Client,
+    pub(super) end_cause: EndCause,
+    pub(super) prepared: Prepared,
+}
+
 /// A connection. Dropped, it is closed, and with it what it had in hand.
 pub struct Link {
     client: Client,
     end_cause: EndCause,
+    prepared: Prepared,
     silence_max: Duration,
     /// Counts what [`Link::run_in_step`] ran.
     steps: AtomicU64,
@@ -126,11 +135,11 @@ pub struct Link {
 
 impl Link {
     pub(super) fn new(
-        (client, end_cause): (Client, EndCause),
+        Connected { client, end_cause, prepared }: Connected,
         silence_max: Duration,
         ended: DropGuard,
     ) -> Self {
-        Self { client, end_cause, silence_max, steps: AtomicU64::new(0), _ended: ended }
+        Self { client, end_cause, prepared, silence_max, steps: AtomicU64::new(0), _ended: ended }
     }
 
     /// The error of a call on [`Link::client`].
@@ -153,6 +162,7 @@ impl Link {
         &self,
         call: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, ServerError> {
+        self.prepared.begin();
         match tokio::time::timeout(self.silence_max, call).await {
             Ok(outcome) => outcome.map_err(|error| self.failed(error)),
             Err(_) => Err(ServerError::Silent(self.silence_max)),
@@ -343,6 +353,7 @@ impl Link {
 
     /// The connection below, for what this type does not offer. Such calls have no deadline of their own.
     pub fn client(&self) -> &Client {
+        self.prepared.begin();
         &self.client
     }
 }

@@ -19,7 +19,7 @@ use tokio_postgres::{Config, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::either::Either;
 
-use super::answer::AnswerLength;
+use super::answer::{AnswerLength, Prepared};
 
 /// The message by which a client asks for TLS: its length, and a code in the place of a version. Source:
 /// PostgreSQL, "Message Formats", SSLRequest.
@@ -128,15 +128,22 @@ pub(super) struct Connector {
     /// Whether TLS begins without a question (`sslnegotiation=direct`).
     is_direct: bool,
     handshake: Handshake,
+    prepared: Prepared,
 }
 
 impl Connector {
     /// A connector in a mode, and the configuration with which the client lets it do its work.
-    pub fn new(config: &Config, mode: Mode, handshake: &Handshake) -> (Config, Self) {
+    pub fn new(
+        config: &Config,
+        mode: Mode,
+        handshake: &Handshake,
+        prepared: &Prepared,
+    ) -> (Config, Self) {
         let is_direct = config.get_ssl_negotiation() == SslNegotiation::Direct;
         let mut config = config.clone();
         config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
-        (config, Self { mode, is_direct, handshake: handshake.clone() })
+        let (handshake, prepared) = (handshake.clone(), prepared.clone());
+        (config, Self { mode, is_direct, handshake, prepared })
     }
 }
 
@@ -154,8 +161,13 @@ impl MakeTlsConnect<Socket> for Connector {
             Mode::Required(tls) => (Some(tls), true),
         };
         let tls = tls.map(|Tls(tls)| MakeTlsConnect::<Socket>::make_tls_connect(tls, domain));
-        let (is_direct, handshake) = (self.is_direct, self.handshake.clone());
-        Ok(Connecting { tls: tls.transpose()?, is_required, is_direct, handshake })
+        Ok(Connecting {
+            tls: tls.transpose()?,
+            is_required,
+            is_direct: self.is_direct,
+            handshake: self.handshake.clone(),
+            prepared: self.prepared.clone(),
+        })
     }
 }
 
@@ -165,6 +177,7 @@ pub(super) struct Connecting {
     is_required: bool,
     is_direct: bool,
     handshake: Handshake,
+    prepared: Prepared,
 }
 
 impl TlsConnect<Socket> for Connecting {
@@ -174,18 +187,19 @@ impl TlsConnect<Socket> for Connecting {
 
     fn connect(self, mut socket: Socket) -> Self::Future {
         Box::pin(async move {
-            let Some(tls) = self.tls else { return Ok(Transport::new(Either::Left(socket))) };
+            let over = |stream| Transport { stream, answer: AnswerLength::new(self.prepared) };
+            let Some(tls) = self.tls else { return Ok(over(Either::Left(socket))) };
             if !self.is_direct && !has_tls(&mut socket).await? {
                 self.handshake.note(REFUSED);
                 return match self.is_required {
                     true => Err(io::Error::other("server does not support TLS")),
-                    false => Ok(Transport::new(Either::Left(socket))),
+                    false => Ok(over(Either::Left(socket))),
                 };
             }
             self.handshake.note(BEGUN);
             let stream = tls.connect(socket).await?;
             self.handshake.note(DONE);
-            Ok(Transport::new(Either::Right(Box::new(stream))))
+            Ok(over(Either::Right(Box::new(stream))))
         })
     }
 }
@@ -201,12 +215,6 @@ async fn has_tls(socket: &mut Socket) -> io::Result<bool> {
 pub(super) struct Transport {
     stream: Either<Socket, Box<RustlsStream>>,
     answer: AnswerLength,
-}
-
-impl Transport {
-    fn new(stream: Either<Socket, Box<RustlsStream>>) -> Self {
-        Self { stream, answer: AnswerLength::default() }
-    }
 }
 
 impl TlsStream for Transport {

@@ -8,6 +8,7 @@ use aws_sdk_kinesis::types::ConsumerStatus;
 
 use super::SourceError;
 use super::client::{Fault, call_error, fault};
+use super::stream::Pages;
 use crate::record::StreamIdentity;
 
 /// How long a consumer may take to become ACTIVE, or to be gone.
@@ -36,6 +37,7 @@ pub struct Consumer {
 pub async fn list(client: &Client, stream: &StreamIdentity) -> Result<Vec<Consumer>, SourceError> {
     let mut consumers = Vec::new();
     let mut next_token: Option<String> = None;
+    let mut pages = Pages::of("ListStreamConsumers", stream.name.to_string());
     loop {
         let call = client.list_stream_consumers().stream_arn(&*stream.arn);
         let page = call.set_next_token(next_token.take()).send().await.map_err(|error| {
@@ -47,6 +49,7 @@ pub async fn list(client: &Client, stream: &StreamIdentity) -> Result<Vec<Consum
             status: consumer.consumer_status().as_str().to_owned(),
             created_ms: consumer.consumer_creation_timestamp().to_millis().unwrap_or_default(),
         }));
+        pages.turn(consumers.len())?;
         match page.next_token() {
             Some(token) => next_token = Some(token.to_owned()),
             None => return Ok(consumers),

@@ -7,7 +7,8 @@
 //! is dead: over HTTP/2 the next call would share it.
 //!
 //! The SDK keeps an answer until it is whole, or a message of one that is a stream of events, so their lengths
-//! are bounded.
+//! are bounded. What it makes of them may take fifty times their bytes (`{},{},…`), so the values in their JSON are
+//! counted too.
 //!
 //! The port of an embedded stream may be another user's once the process that served it has ended. So before each
 //! attempt, and when its answer has begun, the process must be there ([`Served::look`]); connections to one that
@@ -48,6 +49,11 @@ const DOWNLOAD_BYTES_PER_S: u32 = 16 << 10;
 const ANSWER_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of one message of a stream of events. An event of SubscribeToShard holds what GetRecords does.
 const MESSAGE_BYTES_MAX: u64 = 32 << 20;
+/// Values of the JSON of an answer, or of a message: ten thousand records have six each, and ten thousand shards ten.
+const VALUES_MAX: u64 = 1_000_000;
+/// The bytes at which a message of a stream of events says how long its headers are, and where they begin; behind
+/// its payload is a checksum of four bytes.
+const HEAD_BYTES: usize = 12;
 /// What a stream of events says that it is. Source: Smithy, "Amazon Event Stream Specification".
 const EVENT_STREAM: &str = "application/vnd.amazon.eventstream";
 
@@ -176,10 +182,9 @@ impl HttpConnector for DeadlineConnector {
             let body = std::mem::replace(answer.body_mut(), SdkBody::taken());
             *answer.body_mut() = SdkBody::from_body_1_x(DeadlineBody {
                 body,
-                length: if is_stream {
-                    Length::Events(Events::default())
-                } else {
-                    Length::Whole(0)
+                length: match is_stream {
+                    true => Length::Events(Events::default()),
+                    false => Length::Whole(0, JsonValues::default()),
                 },
                 patience: silence_max,
                 deadline: Box::pin(tokio::time::sleep(silence_max)),
@@ -268,8 +273,8 @@ impl Body for DeadlineBody {
 /// How much of an answer has come.
 #[derive(Debug)]
 enum Length {
-    /// Bytes of one that is kept until it is whole.
-    Whole(u64),
+    /// Bytes of one that is kept until it is whole, and its values.
+    Whole(u64, JsonValues),
     /// Of a stream of events, which has no end.
     Events(Events),
 }
@@ -278,27 +283,70 @@ impl Length {
     /// Adds a part; whether a message of a stream ended in it, which is progress however long it took.
     fn add(&mut self, part: &[u8]) -> Result<bool, TooLong> {
         match self {
-            Self::Whole(bytes) => {
+            Self::Whole(bytes, values) => {
                 *bytes += part.len() as u64;
-                match *bytes > ANSWER_BYTES_MAX {
-                    true => Err(TooLong { bytes: *bytes, bytes_max: ANSWER_BYTES_MAX }),
-                    false => Ok(false),
+                if *bytes > ANSWER_BYTES_MAX {
+                    return Err(TooLong::Bytes { bytes: *bytes, bytes_max: ANSWER_BYTES_MAX });
                 }
+                values.add(part).map(|()| false)
             }
             Self::Events(events) => events.add(part),
         }
     }
 }
 
-/// Where a stream of events is in its messages, each of which begins with its length. Source: Smithy, "Amazon Event
-/// Stream Specification".
+/// Values of a JSON text that comes in parts: members and elements, by the commas and brackets outside of its strings.
+#[derive(Debug, Default)]
+struct JsonValues {
+    count: u64,
+    is_in_string: bool,
+    /// The next character of a string is taken as it is.
+    is_escaped: bool,
+}
+
+impl JsonValues {
+    fn add(&mut self, mut part: &[u8]) -> Result<(), TooLong> {
+        if self.is_escaped && !part.is_empty() {
+            (self.is_escaped, part) = (false, &part[1..]);
+        }
+        while !part.is_empty() {
+            if self.is_in_string {
+                let Some(at) = memchr::memchr2(b'"', b'\\', part) else { break };
+                let is_escape = part[at] == b'\\';
+                self.is_in_string = is_escape;
+                // The backslash with the character behind it, which may be the next part's.
+                let taken = at + 1 + usize::from(is_escape);
+                self.is_escaped = taken > part.len();
+                part = part.get(taken..).unwrap_or_default();
+            } else {
+                let (text, rest) = match memchr::memchr(b'"', part) {
+                    Some(at) => (&part[..at], &part[at + 1..]),
+                    None => (part, &[][..]),
+                };
+                self.is_in_string = text.len() < part.len();
+                let begins = |byte: &&u8| matches!(byte, b',' | b'{' | b'[');
+                self.count += text.iter().filter(begins).count() as u64;
+                if self.count > VALUES_MAX {
+                    return Err(TooLong::Values);
+                }
+                part = rest;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a stream of events is in its messages, each of which begins with its length and that of its headers.
+/// Source: Smithy, "Amazon Event Stream Specification".
 #[derive(Debug, Default)]
 struct Events {
-    /// What was read of a message's length.
-    head: [u8; 4],
+    /// What was read of a message's head.
+    head: [u8; HEAD_BYTES],
     head_bytes: usize,
-    /// What is still to come of the message.
+    /// What is still to come of the message's headers, and of the rest.
+    headers: u64,
     rest: u64,
+    values: JsonValues,
 }
 
 impl Events {
@@ -306,41 +354,62 @@ impl Events {
         let mut has_ended = false;
         while !part.is_empty() {
             if self.rest == 0 {
-                let taken = part.len().min(self.head.len() - self.head_bytes);
+                let taken = part.len().min(HEAD_BYTES - self.head_bytes);
                 self.head[self.head_bytes..][..taken].copy_from_slice(&part[..taken]);
                 self.head_bytes += taken;
                 part = &part[taken..];
-                if self.head_bytes < self.head.len() {
+                if self.head_bytes < HEAD_BYTES {
                     break;
                 }
-                self.head_bytes = 0;
-                let bytes = u64::from(u32::from_be_bytes(self.head));
-                if bytes > MESSAGE_BYTES_MAX {
-                    return Err(TooLong { bytes, bytes_max: MESSAGE_BYTES_MAX });
-                }
-                // A length that does not count itself is the SDK's to refuse.
-                self.rest = bytes.saturating_sub(self.head.len() as u64);
+                self.begin()?;
             }
             let taken = part.len().min(usize::try_from(self.rest).unwrap_or(usize::MAX));
+            let headers = taken.min(usize::try_from(self.headers).unwrap_or(usize::MAX));
+            self.values.add(&part[headers..taken])?;
+            self.headers -= headers as u64;
             self.rest -= taken as u64;
             part = &part[taken..];
             has_ended |= self.rest == 0;
         }
         Ok(has_ended)
     }
+
+    /// Begins a message whose head is there.
+    fn begin(&mut self) -> Result<(), TooLong> {
+        let number = |at: usize| {
+            let bytes = [self.head[at], self.head[at + 1], self.head[at + 2], self.head[at + 3]];
+            u64::from(u32::from_be_bytes(bytes))
+        };
+        let (bytes, headers) = (number(0), number(4));
+        if bytes > MESSAGE_BYTES_MAX {
+            return Err(TooLong::Bytes { bytes, bytes_max: MESSAGE_BYTES_MAX });
+        }
+        // Lengths that do not fit are the SDK's to refuse.
+        (self.head_bytes, self.headers) = (0, headers);
+        self.rest = bytes.saturating_sub(HEAD_BYTES as u64);
+        self.values = JsonValues::default();
+        Ok(())
+    }
 }
 
 /// The server answers with more than an answer may have.
 #[derive(Debug, PartialEq, Eq)]
-struct TooLong {
-    bytes: u64,
-    bytes_max: u64,
+enum TooLong {
+    Bytes { bytes: u64, bytes_max: u64 },
+    Values,
 }
 
 impl fmt::Display for TooLong {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (bytes, bytes_max) = (ByteSize(self.bytes), ByteSize(self.bytes_max));
-        write!(f, "expected an answer of at most {bytes_max}, found one of {bytes} or more")
+        match self {
+            Self::Bytes { bytes, bytes_max } => {
+                let (bytes, bytes_max) = (ByteSize(*bytes), ByteSize(*bytes_max));
+                write!(f, "expected an answer of at most {bytes_max}, found one of {bytes} or more")
+            }
+            Self::Values => {
+                write!(f, "expected an answer of at most {VALUES_MAX} values, found more")
+            }
+        }
     }
 }
 
@@ -384,22 +453,23 @@ impl std::error::Error for Ended {}
 mod tests {
     use super::*;
 
-    fn message(bytes: u32) -> Vec<u8> {
-        let mut message = bytes.to_be_bytes().to_vec();
-        message.resize(bytes as usize, 7);
+    /// A message of `bytes`, `headers` of them headers, all of them `filler`.
+    fn message(bytes: u32, headers: u32, filler: u8) -> Vec<u8> {
+        let mut message = [bytes.to_be_bytes(), headers.to_be_bytes(), [0; 4]].concat();
+        message.resize(bytes as usize, filler);
         message
     }
 
     #[test]
     fn wall_02_an_answer_of_kinesis_is_bounded_and_a_stream_of_events_by_its_messages() {
-        let mut whole = Length::Whole(0);
+        let mut whole = Length::Whole(0, JsonValues::default());
         let part = vec![0; 1 << 20];
         for _ in 0..ANSWER_BYTES_MAX >> 20 {
             assert_eq!(whole.add(&part), Ok(false));
         }
         assert!(whole.add(&[0]).is_err());
 
-        let stream: Vec<u8> = (0..300).flat_map(|at| message(4 + at % 90)).collect();
+        let stream: Vec<u8> = (0..300).flat_map(|at| message(12 + at % 90, at % 7, b'{')).collect();
         for piece in 1..200 {
             let mut events = Length::Events(Events::default());
             let ended =
@@ -410,9 +480,30 @@ mod tests {
         }
         let mut events = Length::Events(Events::default());
         for _ in 0..100 {
-            assert_eq!(events.add(&message(1 << 20)), Ok(true), "in all it has no bound");
+            assert_eq!(events.add(&message(1 << 20, 9, 7)), Ok(true), "in all it has no bound");
         }
         let head = (MESSAGE_BYTES_MAX as u32 + 1).to_be_bytes();
-        assert!(events.add(&head).is_err(), "none of it needs to have come");
+        assert!(
+            events.add(&[head, [0; 4], [0; 4]].concat()).is_err(),
+            "none of it needs to have come"
+        );
+    }
+
+    #[test]
+    fn wall_02_values_are_counted_outside_of_strings_however_the_text_is_cut() {
+        let text = br#"{"Records":[{"Data":"a,{[\\","Key":"\"},{"},{},[1,2]],"Next":"x"}"#;
+        for piece in 1..text.len() {
+            let mut values = JsonValues::default();
+            text.chunks(piece).for_each(|part| values.add(part).expect("few"));
+            assert_eq!((values.count, values.is_in_string), (10, false), "in pieces of {piece}");
+        }
+        let mut whole = Length::Whole(0, JsonValues::default());
+        let many = b"{},".repeat(VALUES_MAX as usize / 2);
+        assert_eq!(whole.add(&many), Ok(false));
+        assert_eq!(whole.add(b"{}"), Err(TooLong::Values));
+        let mut events = Length::Events(Events::default());
+        let bytes = VALUES_MAX as u32 + 1_000;
+        assert_eq!(events.add(&message(bytes, bytes, b',')), Ok(true), "headers are no values");
+        assert_eq!(events.add(&message(bytes, 0, b',')), Err(TooLong::Values));
     }
 }

@@ -11,6 +11,10 @@ use crate::record::{HashRange, ShardId, StreamIdentity, StreamRef};
 
 /// How often a stream that is being made or deleted is looked at.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
+/// The most that is read of a list: ten times the shards that an account has by default, with those that have ended,
+/// on pages of a thousand.
+const ENTRIES_MAX: usize = 200_000;
+const PAGES_MAX: usize = 1_000;
 
 /// A shard, as the stream lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,6 +150,38 @@ pub async fn now_ms(client: &Client, stream: &StreamRef) -> Result<i64, SourceEr
     answered_ms.ok_or_else(|| SourceError::NoDate { stream: stream.to_string() })
 }
 
+/// The pages of a list, whose server may always have one more.
+pub(super) struct Pages {
+    call: &'static str,
+    stream: String,
+    pages: usize,
+}
+
+impl Pages {
+    pub(super) fn of(call: &'static str, stream: String) -> Self {
+        Self { call, stream, pages: 0 }
+    }
+
+    /// A page came, and with it so many entries are there.
+    ///
+    /// # Errors
+    /// [`SourceError::Call`] when there are more pages or entries than any list of Kinesis has.
+    pub(super) fn turn(&mut self, entries: usize) -> Result<(), SourceError> {
+        self.pages += 1;
+        if self.pages <= PAGES_MAX && entries <= ENTRIES_MAX {
+            return Ok(());
+        }
+        Err(SourceError::Call {
+            call: self.call,
+            place: format!("stream {}", self.stream),
+            cause: format!(
+                "expected a list of at most {ENTRIES_MAX} entries on {PAGES_MAX} pages, found more: what answers \
+                 there is not Kinesis"
+            ),
+        })
+    }
+}
+
 /// All shards of a stream, page by page.
 ///
 /// Source: API reference, ListShards: `NextToken` goes alone, without the stream's name.
@@ -155,6 +191,7 @@ pub async fn now_ms(client: &Client, stream: &StreamRef) -> Result<i64, SourceEr
 pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, SourceError> {
     let mut shards = Vec::new();
     let mut next_token: Option<String> = None;
+    let mut pages = Pages::of("ListShards", stream.to_string());
     loop {
         let call = match next_token.take() {
             None => {
@@ -183,6 +220,7 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
                 }),
             }
         }));
+        pages.turn(shards.len())?;
         match page.next_token() {
             Some(token) => next_token = Some(token.to_owned()),
             None => return Ok(shards),

@@ -62,6 +62,11 @@ fn http(piece: Vec<u8>, bytes: usize, pause: Duration) -> u16 {
 
 /// A server that speaks as PostgreSQL does up to the first query, with `flood` in the place of an answer.
 fn postgres(flood: impl Fn(&mut TcpStream) + Clone + Send + 'static) -> u16 {
+    login(Vec::new(), flood)
+}
+
+/// The same with `greeting` before the server is ready.
+fn login(greeting: Vec<u8>, flood: impl Fn(&mut TcpStream) + Clone + Send + 'static) -> u16 {
     server(move |mut connection| {
         let read = |connection: &mut TcpStream| {
             let mut length = [0; 4];
@@ -77,9 +82,15 @@ fn postgres(flood: impl Fn(&mut TcpStream) + Clone + Send + 'static) -> u16 {
         if read(&mut connection).is_none() {
             return;
         }
-        let welcome = [&b"R\0\0\0\x08\0\0\0\0"[..], b"Z\0\0\0\x05I"].concat();
-        let _ = connection.write_all(&welcome);
-        let _ = connection.read(&mut [0; 1_024]);
+        let _ = connection.write_all(b"R\0\0\0\x08\0\0\0\0");
+        if !greeting.is_empty() {
+            for _ in 0..FLOOD_BYTES / greeting.len() {
+                if connection.write_all(&greeting).is_err() {
+                    return;
+                }
+            }
+        }
+        let _ = connection.write_all(b"Z\0\0\0\x05I");
         flood(&mut connection);
         // It goes on to listen, so that who is bounded by nothing waits.
         let _ = connection.read(&mut [0; 1]);
@@ -145,6 +156,7 @@ fn wall_02_a_list_of_a_store_without_end_is_given_up() {
 fn wall_02_an_answer_of_postgresql_without_end_is_given_up() {
     // One message says that it has 2 GiB, and is sent.
     let one = postgres(|connection| {
+        let _ = connection.read(&mut [0; 1_024]);
         let _ = connection.write_all(b"D\x7f\xff\xff\xff");
         for _ in 0..FLOOD_BYTES >> 20 {
             if connection.write_all(&[0; 1 << 20]).is_err() {
@@ -154,6 +166,7 @@ fn wall_02_an_answer_of_postgresql_without_end_is_given_up() {
     });
     // Parameters without end, each of which the client keeps.
     let many = postgres(|connection| {
+        let _ = connection.read(&mut [0; 1_024]);
         let value = "v".repeat(1 << 16);
         for at in 0..FLOOD_BYTES >> 16 {
             let parameter = format!("{at}\0{value}\0");
@@ -164,7 +177,9 @@ fn wall_02_an_answer_of_postgresql_without_end_is_given_up() {
             }
         }
     });
-    for port in [one, many] {
+    // Notices without end before the server is ready.
+    let notices = login(b"N\0\0\0\x08M\0\0\0".repeat(100_000), |_| {});
+    for port in [one, many, notices] {
         let cause = "expected an answer of at most 128.0 MiB";
         assert_given_up(&["check"], &postgres_sink(port), cause);
     }
@@ -174,4 +189,37 @@ fn wall_02_an_answer_of_postgresql_without_end_is_given_up() {
 fn wall_02_an_answer_of_which_a_byte_comes_now_and_then_is_given_up() {
     let port = http(vec![b' '], 10_000, Duration::from_millis(100));
     assert_given_up(&["check"], &kinesis_sink(port), "said nothing, or too little, for 2s");
+}
+
+/// To learn of a type the client asks for it; and the answer has a column of one that it does not know either.
+#[test]
+fn wall_02_a_server_that_names_unknown_types_without_end_is_given_up() {
+    let port = postgres(|connection| {
+        let mut asked = [0; 4_096];
+        let column = |kind: u32| {
+            let mut column = b"T\0\0\0\x1a\0\x01a\0\0\0\0\0\0\0".to_vec();
+            column.extend(kind.to_be_bytes());
+            column.extend(b"\xff\xff\xff\xff\xff\xff\0\0");
+            column
+        };
+        let mut kind = 99_999_999;
+        // Each question ends with a Sync.
+        while connection.read(&mut asked).is_ok_and(|bytes| bytes > 0) {
+            kind += 1;
+            let answer =
+                [&b"1\0\0\0\x04"[..], b"t\0\0\0\x06\0\0", &column(kind), b"Z\0\0\0\x05T"].concat();
+            if connection.write_all(&answer).is_err() {
+                return;
+            }
+        }
+    });
+    let cause = "one unknown type after the other";
+    assert_given_up(&["check"], &postgres_sink(port), cause);
+}
+
+#[test]
+fn wall_02_an_answer_of_kinesis_with_values_without_end_is_given_up() {
+    let port = http(b"[{},{},{},{},{},{},{},{},".repeat(10_000), 60 << 20, Duration::ZERO);
+    let cause = "expected an answer of at most 1000000 values";
+    assert_given_up(&["check"], &kinesis_sink(port), cause);
 }
