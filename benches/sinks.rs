@@ -49,8 +49,6 @@ async fn main() -> Result<()> {
     let report = Report::start("sinks", UNIT);
     let url = std::env::var("SHARDMILL_TEST_POSTGRES")
         .context("SHARDMILL_TEST_POSTGRES names no server: run `cargo xtask bench sinks`")?;
-    // The tests' server has TLS, which a sink takes by itself and the bare loop does not: both go without.
-    let url = format!("{url}?sslmode=disable");
     let (client, connection) = tokio_postgres::connect(&url, NoTls).await?;
     let connection = tokio::spawn(connection);
     let folder = tempfile::tempdir()?;
