@@ -12,7 +12,8 @@ use bytesize::ByteSize;
 /// Bytes of one answer, up to the server's ReadyForQuery. A lookup takes 64 MiB of rows, which has the widest
 /// answers; this is room for what surrounds them.
 const ANSWER_BYTES_MAX: u64 = 128 << 20;
-/// What the client holds of a message beside its bytes, at least: many small ones take many times their bytes.
+/// Memory that the client needs for each message beside its bytes, at least: many small messages need many times
+/// their bytes.
 const MESSAGE_BYTES: u64 = 64;
 /// The same of a setting that the server reports, which is kept by its name. A server reports some fifteen.
 const SETTING_BYTES: u64 = 256;
@@ -48,10 +49,10 @@ impl Prepared {
 /// Adds up the messages of a server.
 #[derive(Debug, Default)]
 pub(super) struct AnswerLength {
-    /// What was read of a message's head.
+    /// The bytes of the current message's head that were read.
     head: [u8; HEAD_BYTES],
     head_bytes: usize,
-    /// What is still to come of the message.
+    /// Bytes of the message that have not been read.
     rest: u64,
     answer_bytes: u64,
     /// The client has connected: notices are not kept any more.

@@ -78,7 +78,7 @@ impl Tls {
     }
 }
 
-/// What became of the encryption of a connection; its clones share it.
+/// The state of the TLS handshake of a connection; its clones share it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Handshake(Arc<AtomicU8>);
 

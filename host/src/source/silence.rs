@@ -54,7 +54,7 @@ const VALUES_MAX: u64 = 1_000_000;
 /// The bytes at which a message of a stream of events says how long its headers are, and where they begin; behind
 /// its payload is a checksum of four bytes.
 const HEAD_BYTES: usize = 12;
-/// What a stream of events says that it is. Source: Smithy, "Amazon Event Stream Specification".
+/// The media type of a stream of events. Source: Smithy, "Amazon Event Stream Specification".
 const EVENT_STREAM: &str = "application/vnd.amazon.eventstream";
 
 /// Makes the HTTP client of a server: its calls end when the server says nothing for `silence_max`, or when it is
@@ -340,10 +340,10 @@ impl JsonValues {
 /// Source: Smithy, "Amazon Event Stream Specification".
 #[derive(Debug, Default)]
 struct Events {
-    /// What was read of a message's head.
+    /// The bytes of the current message's head that were read.
     head: [u8; HEAD_BYTES],
     head_bytes: usize,
-    /// What is still to come of the message's headers, and of the rest.
+    /// Bytes that have not been read: of the message's headers, and of the whole message.
     headers: u64,
     rest: u64,
     values: JsonValues,

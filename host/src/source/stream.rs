@@ -162,7 +162,7 @@ impl Pages {
         Self { call, stream, pages: 0 }
     }
 
-    /// A page came, and with it so many entries are there.
+    /// Counts a page that was read; `entries` is the length of the list so far.
     ///
     /// # Errors
     /// [`SourceError::Call`] when there are more pages or entries than any list of Kinesis has.

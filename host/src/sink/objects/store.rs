@@ -313,9 +313,7 @@ fn configure<Builder, Key: FromStr>(
 fn check_endpoints(endpoints: impl IntoIterator<Item = Option<String>>) -> Result<(), String> {
     for endpoint in endpoints.into_iter().flatten() {
         let url: Url = endpoint.parse().map_err(|error| {
-            format!(
-                "expected an endpoint such as https://host:9000, found one that is no URL: {error}"
-            )
+            format!("expected an endpoint such as https://host:9000, found an invalid URL: {error}")
         })?;
         if !url.username().is_empty() || url.password().is_some() {
             return Err("expected an endpoint without a user and a password, found one that has them; give \

@@ -130,7 +130,7 @@ fn watched_files_are_loaded_when_they_are_whole() {
     assert!(rows.iter().filter(|row| row.id < 600).all(|row| row.version == "v1"));
 }
 
-/// What ran before sends rows to sinks that are gone, or to fewer than there are: they would go nowhere.
+/// The earlier revision sends rows to a sink that was removed, or none to a sink that was added: rows would be lost.
 #[test]
 fn fault_13_a_rollback_past_a_change_of_sinks_is_refused() {
     let mut rig = Rig::new(1);

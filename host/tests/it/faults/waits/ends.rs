@@ -393,7 +393,7 @@ fn fault_01_a_sighup_during_the_start_is_no_end() {
         .sink("nowhere", "type = \"discard\"")
         .write();
     let mut command = crate::support::shardmill(&["run", &file]);
-    // Compiled anew: that takes a while.
+    // Without a cache the plugin is compiled first, which takes long enough for a signal.
     command.env("XDG_CACHE_HOME", folder.path()).env_remove("SHARDMILL_COMPILED_DIR");
     let mut run = crate::support::Process(command.spawn().expect("it starts"));
     let signed = || std::fs::read_to_string(state.join("lock")).is_ok_and(|text| !text.is_empty());
