@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::chaos::{Chaos, Unreliable};
 use super::script::{Between, End, File, Life, Redriving, Script};
 use super::source::{Memory, name};
-use super::{ALL, Rig, SINKS, Size};
+use super::{ALL, PLUGIN, Rig, SINKS, Size};
 
 /// The sink of all rows after it was renamed.
 const RENAMED: &str = "every";
@@ -217,7 +217,7 @@ impl World {
     fn pipeline(&self, file: File) -> PipelineConfig {
         let mut rng = fastrand::Rng::with_seed(file.rhythm);
         let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
-        let (plugin, state) = (crate::support::plugin("route-json"), self.state.display());
+        let (plugin, state) = (crate::support::plugin(PLUGIN), self.state.display());
         let File { right, is_away, is_renamed, is_hasty, .. } = file;
         let drain = if is_hasty { "300 ms" } else { "60 s" };
         let all = match (is_away, name_of(ALL, is_renamed)) {

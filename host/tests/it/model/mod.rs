@@ -36,7 +36,7 @@ use futures::{FutureExt as _, StreamExt as _};
 use life::{Destinations, Forgotten, World};
 use real::{Bucket, Tables};
 use script::Script;
-use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
+use shardmill::plugin::{Backends, CompileCache, Plugin, PluginEngine, PluginHost};
 use shardmill::position::RecordedHole;
 use shardmill::sink::Sink;
 use sink::{Table, TableSink};
@@ -68,6 +68,8 @@ const REAL: Size = Size {
 const SINKS: [&str; 3] = ["left", "right", "all"];
 /// The place of the sink of all rows, which may be removed and renamed.
 const ALL: usize = 2;
+/// The plugin of the one stage.
+const PLUGIN: &str = "route-json";
 /// Where records are rejected.
 const STAGE: &str = "stage:route";
 
@@ -80,7 +82,12 @@ struct Rig {
 impl Rig {
     fn new() -> Arc<Self> {
         let cache = tempfile::tempdir().expect("a folder");
-        Arc::new(Self { engine: PluginEngine::new().expect("an engine"), cache })
+        let engine = PluginEngine::new().expect("an engine");
+        // Once, and not by each of the runs that begin together and find no other's yet.
+        let plugin = crate::support::plugin(PLUGIN);
+        let compiled = CompileCache::shared(cache.path());
+        Plugin::load_file(&engine, &compiled, Path::new(&plugin)).expect("a plugin");
+        Arc::new(Self { engine, cache })
     }
 
     fn host(&self) -> PluginHost {
