@@ -120,19 +120,51 @@ export const stage = plugin({ name: "p", version: "0.1.0", routes: { out: "text/
 
 #[test]
 fn fault_19_asynchronous_python_is_refused_at_configure() {
-    for (function, cure) in [
-        ("async def p(record, out):\n    out.emit(\"out\", \"x\")", "without async and await"),
-        ("def p(record, out):\n    yield record.text()", "a plain function that calls out.emit"),
-    ] {
-        let place = tempfile::tempdir().expect("a folder");
-        let source = format!(
-            "from shardmill import plugin\n\n@plugin(name=\"p\", version=\"0.1.0\", routes={{\"out\": \
-             \"text/plain\"}})\n{function}\n"
-        );
-        let component = built(place.path(), "python", "plugin.py", &source);
-        let (succeeded, said, _) = ran(place.path(), &component, "a\n");
-        assert!(!succeeded && said.contains(cure), "{function}: {said}");
-    }
+    let place = tempfile::tempdir().expect("a folder");
+    let source = r#"
+from shardmill import plugin
+
+@plugin(name="p", version="0.1.0", routes={"out": "text/plain"})
+async def p(record, out):
+    out.emit("out", "x")
+"#;
+    let component = built(place.path(), "python", "plugin.py", source);
+    let (succeeded, said, _) = ran(place.path(), &component, "a\n");
+    assert!(!succeeded && said.contains("without async and await"), "{said}");
+}
+
+/// What `configure` looks at, in the library alone: a component of Python takes a minute to make.
+#[test]
+fn fault_19_each_kind_of_function_in_python_is_told_apart() {
+    let table = r#"
+import functools
+from shardmill import _check_function
+
+async def coroutine(record, out): pass
+def generator(record, out): yield record
+async def stream(record, out): yield record
+def plain(record, out): pass
+class Called:
+    async def __call__(self, record, out): pass
+class Method:
+    def record(self, record, out): yield record
+
+for kind in (coroutine, generator, stream, Called(), Method().record, functools.partial(coroutine, 1),
+             lambda record, out: (yield), plain, Method().record.__class__, len, None):
+    try:
+        _check_function("record", kind)
+        print("plain")
+    except TypeError as error:
+        print("asynchronous" if "asynchronous" in str(error) else "generator" if "generator" in str(error) else error)
+"#;
+    let mut python = Command::new("python3");
+    python.arg("-c").arg(table).env("PYTHONPATH", root().join("plugins/sdk-python"));
+    let told = output(with_tools(python.env("PYTHONDONTWRITEBYTECODE", "1")));
+    let said = String::from_utf8_lossy(&told.stderr);
+    assert!(told.status.success(), "{said}");
+    let kinds = "asynchronous generator asynchronous asynchronous generator asynchronous generator";
+    let due: Vec<_> = kinds.split(' ').chain(["plain"; 4]).collect();
+    assert_eq!(String::from_utf8_lossy(&told.stdout).lines().collect::<Vec<_>>(), due, "{said}");
 }
 
 #[test]
