@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask TASK`. One module per task.
 
 mod bench;
+mod bindings;
 mod book;
 mod data;
 mod deny;
@@ -24,6 +25,7 @@ use clap::Parser;
 #[command(name = "cargo xtask")]
 enum Task {
     Plugins(plugins::Plugins),
+    Bindings(bindings::Bindings),
     Data(data::Data),
     Test(test::Test),
     WithParts(test::WithParts),
@@ -39,6 +41,7 @@ fn main() -> Result<()> {
     }
     match Task::parse() {
         Task::Plugins(task) => task.run(),
+        Task::Bindings(task) => task.run(),
         Task::Data(task) => task.run(),
         Task::Test(task) => task.run(),
         Task::WithParts(task) => task.run(),
