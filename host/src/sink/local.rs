@@ -1,7 +1,8 @@
 //! Folders and files of this machine: whether a sink could write there, without leaving a trace.
 
-use std::fs::OpenOptions;
+use std::ffi::CString;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
@@ -58,15 +59,35 @@ pub(super) fn check_writable(folder: &Path) -> Result<(), String> {
     })
 }
 
-/// Checks that an existing file can be written.
+/// Checks that an existing file can be written, by the rights that this process has.
+///
+/// The file is not opened: a pipeline that runs may have it open as a database, and closing any descriptor of a
+/// file ends all locks that the process has on it (POSIX). The next program that opens and closes the database
+/// would take itself for the last one and delete the log, with the rows that are in it alone.
 ///
 /// # Errors
 /// A sentence that names the file, the cause and the way out.
 pub(super) fn check_writable_file(path: &Path) -> Result<(), String> {
-    OpenOptions::new().read(true).write(true).open(path).map(drop).map_err(|error| {
+    let may_write = match std::fs::metadata(path) {
+        Ok(found) if found.is_file() => may_read_and_write(path),
+        Ok(_) => Err(io::Error::other("expected a file, found something else")),
+        Err(error) => Err(error),
+    };
+    may_write.map_err(|error| {
         format!(
             "cannot write to {}: {error}: let this user write to it, or name another file",
             path.display()
         )
     })
+}
+
+fn may_read_and_write(path: &Path) -> io::Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // By the effective user, as `open` would; `access` alone asks for the real one.
+    let (rights, by) = (libc::R_OK | libc::W_OK, libc::AT_EACCESS);
+    // SAFETY: the call reads a text that ends with a zero and lives here.
+    match unsafe { libc::faccessat(libc::AT_FDCWD, name.as_ptr(), rights, by) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

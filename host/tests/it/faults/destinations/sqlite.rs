@@ -4,9 +4,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use super::Lines;
-use crate::support::sqlite;
-use crate::support::wait_for;
 use crate::support::world::{Pipeline, World};
+use crate::support::{run, sqlite, wait_for};
 
 fn lines(rows: &[&str], create: &str) -> Lines {
     let rows: Vec<String> = rows.iter().map(|row| (*row).to_owned()).collect();
@@ -49,6 +48,38 @@ fn fault_29_texts_that_sqlite_would_make_numbers_of_are_dead_letters() {
     let reasons = lines.reasons();
     assert_eq!(reasons.len(), 3, "{reasons:?}");
     assert!(reasons.iter().all(|reason| reason.contains("TEXT keeps it")), "{reasons:?}");
+}
+
+/// A look at the database from within the process that writes to it. A descriptor of the file that is opened and
+/// closed beside SQLite's own ends all its locks; whoever opens the file next then takes itself for the last one,
+/// and deletes the log with rows that are in it alone.
+#[test]
+fn fault_29_a_look_at_an_open_database_leaves_its_locks() {
+    let world = World::new(1);
+    let pipeline = Pipeline::default();
+    let file = world.pipeline(&pipeline);
+    let mut process = world.start(&pipeline);
+    world.put(0..10, 3);
+    world.wait_rows(10);
+    let plugin = crate::support::plugin("route-json");
+    let mut rows = 10;
+    for look in [
+        &["check", "--diff", &file][..],
+        &["reload", &file, "--dry-run"],
+        &["plugin", "swap", "route", &plugin, "--pipeline", &file, "--dry-run"],
+        &["reload", &file],
+    ] {
+        let looked = run(look);
+        assert!(!String::from_utf8_lossy(&looked.stderr).contains("cannot"), "{look:?}");
+        // Opens and closes the file, as any other program does that reads it.
+        assert_eq!(world.rows(), rows, "{look:?}");
+        world.put(rows..rows + 10, 3);
+        rows += 10;
+        world.wait_rows(rows);
+    }
+    process.0.kill().expect("killed");
+    process.0.wait().expect("ended");
+    world.assert_each_once_in_order(rows);
 }
 
 #[test]
