@@ -17,7 +17,7 @@ use crate::process::{cargo, project_root, run};
 const WIT_BINDGEN: &str = "0.61.1";
 /// Capabilities that a plugin does not use are not imported by its component.
 const WORLD: &str = "plugin-with-capabilities";
-/// What the generated code may do that ours may not.
+/// Generated code is not held to our lints.
 const ALLOWED: &str = "#![allow(clippy::all, clippy::restriction, reason = \"generated\")]";
 const WIT: &str = "wit/0.1.0";
 const BINDINGS: &str = "plugins/sdk/src/bindings.rs";

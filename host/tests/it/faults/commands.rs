@@ -133,7 +133,7 @@ async def p(record, out):
     assert!(!succeeded && said.contains("without async and await"), "{said}");
 }
 
-/// What `configure` looks at, in the library alone: a component of Python takes a minute to make.
+/// The check that `configure` makes of functions, in the library alone: a component of Python takes a minute to make.
 #[test]
 fn fault_19_each_kind_of_function_in_python_is_told_apart() {
     let table = r#"
