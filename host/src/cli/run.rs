@@ -373,8 +373,10 @@ async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
         () = stop.asked() => {}
     }
     if !stop.is_asked() {
-        stop.ask();
+        // First: whoever has nothing to drain ends the process as soon as the end is asked for, and this thread
+        // with it.
         note(format_args!("draining; once more to stop at once"));
+        stop.ask();
     }
     let late = async {
         stop.over().await;

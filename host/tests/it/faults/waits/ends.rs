@@ -223,6 +223,26 @@ fn fault_01_sigterm_ends_a_start_whose_server_does_not_answer() {
     assert!(run.logged("draining"), "{}", run.text());
 }
 
+/// The thread that hears signals may be slower than the rest of the process, which has nothing to drain and ends.
+#[test]
+fn fault_01_an_end_is_announced_before_it_comes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for _ in 0..8 {
+        let server = SilentServer::start();
+        let file = PipelineToml::new(folder.path(), "waits")
+            .timing(SHORT_DRAIN)
+            .stream("test", &format!("http://127.0.0.1:{}", server.port), "")
+            .route_all_to(&["mart"])
+            .sink("mart", "type = \"discard\"")
+            .write();
+        let mut run = Run::start(&file);
+        server.wait_asked();
+        run.run_last("signals");
+        run.terminated_within(END_MAX);
+        assert!(run.logged("draining"), "{}", run.text());
+    }
+}
+
 /// The same for `stream tail`, which has nothing to drain.
 #[test]
 fn fault_01_sigterm_ends_a_tail_whose_server_does_not_answer() {

@@ -68,6 +68,27 @@ impl Run {
         }
     }
 
+    /// Lets a thread of the process run only while all others of it wait: the slowest that a machine could make it.
+    fn run_last(&self, thread: &str) {
+        let process = self.process.0.id();
+        let own = std::fs::read_to_string("/proc/self/status").expect("a status");
+        let allowed = own.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        let core = allowed.and_then(|list| list.trim().split([',', '-']).next()).expect("a core");
+        let set = |command: &mut std::process::Command| {
+            let status = command.stdout(Stdio::null()).status();
+            assert!(status.expect("util-linux is there").success(), "{command:?}");
+        };
+        set(std::process::Command::new("taskset").args(["-acp", core, &process.to_string()]));
+        let is_it = |task: &PathBuf| {
+            let name = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
+            name.trim_end() == thread
+        };
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("threads");
+        let task = tasks.flatten().map(|task| task.path()).find(is_it).expect("the thread runs");
+        let id = task.file_name().and_then(std::ffi::OsStr::to_str).expect("a number");
+        set(std::process::Command::new("chrt").args(["--idle", "--pid", "0", id]));
+    }
+
     /// SIGTERM, then the end, which must come within a time.
     fn terminated_within(&mut self, time: Duration) -> ExitStatus {
         self.process.ask_to_end();
