@@ -16,7 +16,7 @@ use crate::config::{
 use crate::lane::{GenerationStore, LaneChange, WaitingLane};
 use crate::plugin::{Backends, PluginHost};
 use crate::position::{ChangeKind, NewChange};
-use crate::record::StageName;
+use crate::record::{SinkName, StageName};
 use crate::sink::Sink;
 use crate::stage::{Generation, GenerationSpec};
 
@@ -70,6 +70,8 @@ struct Reloaded {
     config: PipelineConfig,
     host: PluginHost,
     declared: GenerationSpec,
+    /// What runs, with the names that its sinks get.
+    known: GenerationSpec,
     next: Arc<Generation>,
     components: Vec<(String, bytes::Bytes)>,
     sinks: Vec<Arc<dyn Sink>>,
@@ -148,7 +150,7 @@ impl Inner {
     ) -> Result<Option<(ReloadReport, Option<String>)>, StepFailed> {
         refuse_immutable(&beside.config, &config)?;
         let reloaded = self.prove(beside, before, config).await?;
-        let changed = changed_stages(&before.spec, &reloaded.next.spec);
+        let changed = changed_stages(&reloaded.known, &reloaded.next.spec);
         let mut report = ReloadReport {
             number: None,
             generation: reloaded.next.id.to_string(),
@@ -253,11 +255,11 @@ impl Inner {
         .await?;
         let declared = described.spec.clone();
         // A sink that is called otherwise is no reason to take back what was swapped in.
-        let renamed = config
-            .sinks
-            .iter()
-            .filter_map(|sink| Some((&sink.renamed_from.as_ref()?.value, &sink.name.value)));
-        let running = setup.running.with_renamed(renamed).carried_over(&declared);
+        let running = setup.running.with_renamed(renamed(&config)).carried_over(&declared);
+        let mut known = before.spec.clone();
+        for (old, new) in renamed(&config) {
+            known.rename_sink(old, new);
+        }
         let next = match running == declared {
             true => described,
             false => {
@@ -267,11 +269,12 @@ impl Inner {
         };
         let sinks = self.sinks(setup, &config)?;
         let diff = ReloadDiff {
-            stages: stage_lines(&before.spec, &next.spec),
+            stages: stage_lines(&known, &next.spec),
             sinks: sink_lines(&setup.config.sinks, &config.sinks),
             settings: setting_lines(&setup.config, &config),
         };
-        Ok(Reloaded { config, host, declared, next: Arc::new(next), components, sinks, diff })
+        let next = Arc::new(next);
+        Ok(Reloaded { config, host, declared, known, next, components, sinks, diff })
     }
 
     /// The sinks of a configuration: those that stay as they are keep their connections.
@@ -288,6 +291,12 @@ impl Inner {
         };
         Ok(built.into_iter().zip(&config.sinks).map(|(fresh, own)| kept(fresh, own)).collect())
     }
+}
+
+/// The sinks that have another name than before: by their old and new names.
+fn renamed(config: &PipelineConfig) -> impl Iterator<Item = (&SinkName, &SinkName)> {
+    let sinks = config.sinks.iter();
+    sinks.filter_map(|sink| Some((&sink.renamed_from.as_ref()?.value, &sink.name.value)))
 }
 
 /// Whether two tables describe one sink in the same way.
@@ -416,18 +425,26 @@ fn stage_lines(old: &GenerationSpec, new: &GenerationSpec) -> Vec<String> {
 }
 
 fn sink_lines(old: &[SinkConfig], new: &[SinkConfig]) -> Vec<String> {
-    let find = |sinks: &[SinkConfig], name: &SinkConfig| {
-        sinks.iter().position(|sink| sink.name.value == name.name.value)
+    let find = |sinks: &[SinkConfig], name: &SinkName| {
+        sinks.iter().position(|sink| sink.name.value == *name)
     };
-    let gone = old.iter().filter(|sink| find(new, sink).is_none());
-    let mut lines: Vec<_> = gone.map(|sink| format!("- sink {}", sink.name.value)).collect();
+    // The key stays in the file when the sink has its new name.
+    let was_called = |sink: &SinkConfig| {
+        let was = &sink.renamed_from.as_ref()?.value;
+        find(old, was).filter(|_| find(old, &sink.name.value).is_none())
+    };
+    let renamed: Vec<usize> = new.iter().filter_map(was_called).collect();
+    let gone = old.iter().enumerate().filter(|(at, sink)| {
+        find(new, &sink.name.value).is_none() && !renamed.contains(at)
+    });
+    let mut lines: Vec<_> = gone.map(|(_, sink)| format!("- sink {}", sink.name.value)).collect();
     for sink in new {
-        match find(old, sink) {
-            None => lines.push(format!("+ sink {}", sink.name.value)),
-            Some(at) if !same_sink(&old[at], sink) => {
-                lines.push(format!("~ sink {}", sink.name.value));
-            }
-            Some(_) => {}
+        let name = &sink.name.value;
+        match (find(old, name), was_called(sink)) {
+            (None, None) => lines.push(format!("+ sink {name}")),
+            (None, Some(at)) => lines.push(format!("~ sink {}: renamed to {name}", old[at].name.value)),
+            (Some(at), _) if !same_sink(&old[at], sink) => lines.push(format!("~ sink {name}")),
+            (Some(_), _) => {}
         }
     }
     lines

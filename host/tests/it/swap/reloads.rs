@@ -130,6 +130,39 @@ fn watched_files_are_loaded_when_they_are_whole() {
     assert!(rows.iter().filter(|row| row.id < 600).all(|row| row.version == "v1"));
 }
 
+/// A sink's other name changes no stage: the swap before it stays the last change, which a rollback undoes.
+#[test]
+fn fault_13_a_rollback_after_a_rename_undoes_the_swap_before_it() {
+    let mut rig = Rig::new(1);
+    rig.start();
+    rig.world.put(0..100, 20);
+    rig.wait_rows(100);
+    rig.swap(&rig.version("v2 none"), &[]);
+    let path = rig.world.folder.path().join("pipeline.toml");
+    let plain = std::fs::read_to_string(&path).expect("the file");
+    let renamed = plain
+        .replace("[\"mart\"]", "[\"shop\"]")
+        .replace("name = \"mart\"", "name = \"shop\"\nrenamed_from = \"mart\"");
+    std::fs::write(&path, renamed).expect("written");
+    let (done, told) = reload(&rig);
+    assert!(done && told.contains("~ sink mart: renamed to shop"), "{told}");
+    assert!(!told.contains("stage stamp") && !told.contains("- sink"), "{told}");
+    rig.world.put(100..200, 20);
+    rig.wait_rows(200);
+    let back = rig.command(&["plugin", "rollback", "stamp"]);
+    assert!(back.status.success(), "{}", String::from_utf8_lossy(&back.stderr));
+    rig.world.put(200..300, 20);
+    rig.wait_rows(300);
+    let nothing = rig.command(&["plugin", "rollback", "stamp"]);
+    let error = String::from_utf8_lossy(&nothing.stderr).into_owned();
+    assert!(error.contains("stage stamp has no swap that is in force"), "{error}");
+    rig.stop();
+    let rows = rig.rows();
+    for (ids, version) in [(100..200, "v2"), (200..300, "v1")] {
+        assert!(rows.iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == version));
+    }
+}
+
 /// The earlier revision sends rows to a sink that was removed, or none to a sink that was added: rows would be lost.
 #[test]
 fn fault_13_a_rollback_past_a_change_of_sinks_is_refused() {
