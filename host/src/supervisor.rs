@@ -51,7 +51,7 @@ const TAKE_OVERS_MAX: usize = 16;
 
 /// What a run is told beside its configuration.
 pub struct RunOptions {
-    /// Stop when every shard is read to its end.
+    /// Stop when every shard is read to its end and every sink has committed it.
     pub until_caught_up: bool,
     /// Sinks that were taken out of the configuration and may be given up while behind.
     pub dropped_sinks: HashSet<SinkName>,
@@ -209,6 +209,7 @@ impl Supervisor {
             board: Board::default(),
             starts: Starts::default(),
             samples: Samples::new(config.reload.samples),
+            until_caught_up: options.until_caught_up,
             config,
         });
         roster::settle(&shared, &stream, None, &options.build_sinks).await?;

@@ -38,7 +38,7 @@ const EXIT_FORCED: i32 = 1;
 pub struct Options {
     #[command(flatten)]
     pipeline: PipelineFile,
-    /// Stop when every shard is read to its end, as a backfill or a test does.
+    /// Stop when every shard is read to its end and every sink has committed it, as a backfill or a test does.
     #[arg(long)]
     until_caught_up: bool,
     /// A sink that was taken out of the file and may be given up although it is behind the others. Once is

@@ -54,6 +54,9 @@ pub struct ShardStatus {
     pub dead_letters: u64,
     /// Reads in a row that brought nothing.
     pub idle_reads: u64,
+    /// Whether every sink had committed all that was read, as of the last of these.
+    #[serde(skip)]
+    pub is_committed: bool,
     /// The age of the oldest record that a sink has not committed, in seconds, by sink.
     pub committed_lag_seconds: BTreeMap<String, f64>,
     /// Milliseconds between what was read last and the end of the shard, as the server says. Deprecated:
@@ -104,9 +107,11 @@ impl ShardStatus {
         parts.collect::<Vec<_>>().join("; ")
     }
 
-    /// Two reads in a row brought nothing and the server says that nothing is left.
+    /// Two reads in a row brought nothing, the server says that nothing is left, and every sink has committed
+    /// all that was read: the drain would give up what a sink does not take in its time.
     pub fn caught_up(&self) -> bool {
-        self.ended || (self.running && self.idle_reads >= 2 && self.behind_ms == 0)
+        let has_read_all = self.running && self.idle_reads >= 2 && self.behind_ms == 0;
+        self.ended || (has_read_all && self.is_committed)
     }
 }
 

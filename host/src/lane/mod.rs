@@ -102,6 +102,8 @@ pub struct Shared {
     pub starts: Starts,
     /// What entered the stages of late.
     pub samples: Samples,
+    /// The run ends once all is read and committed: what sinks gather is committed as soon as nothing more comes.
+    pub until_caught_up: bool,
 }
 
 impl Shared {
@@ -137,6 +139,7 @@ impl Shared {
             roster: self.roster.clone(),
             holes: self.holes.clone(),
             ledger: self.ledger.clone(),
+            until_caught_up: self.until_caught_up,
             letters: {
                 self.letters.set_bound(config.letter_bytes_max);
                 self.letters.clone()
@@ -311,10 +314,15 @@ impl Lane<'_> {
         behind_ms: u64,
         caught_up_ms: Option<i64>,
     ) -> Result<(), LaneError> {
+        let is_committed = self.is_settled();
         self.shared.board.update(&self.shard.shard, |status| {
             status.idle_reads += 1;
             status.behind_ms = behind_ms;
+            status.is_committed = is_committed;
         });
+        if self.shared.until_caught_up && behind_ms == 0 && !is_committed {
+            self.deliveries.iter().for_each(DeliveryHandle::flush_soon);
+        }
         if behind_ms == 0 {
             let now_ms = chrono::Utc::now().timestamp_millis();
             self.shared.board.lag(&self.shard.shard, |lag| lag.shard.quiet(now_ms));

@@ -149,6 +149,14 @@ impl DeliveryHandle {
         flushed.await.map_err(|_| DeliveryEnded)
     }
 
+    /// Asks for a commit of everything that was handed over, without a wait. A delivery whose channel is full
+    /// has enough to commit.
+    pub fn flush_soon(&self) {
+        let (done, _) = oneshot::channel();
+        // Who has ended says so elsewhere.
+        let _ = self.sender.try_send(Message::Flush(done));
+    }
+
     /// Completes when the delivery ends by itself, with the reason; once.
     pub async fn ended(&mut self) -> SinkError {
         let Some(task) = &mut self.task else { return std::future::pending().await };

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::{Lines, ids};
-use crate::support::{Process, shardmill, wait_for};
+use crate::support::pipeline::PipelineToml;
+use crate::support::world::{STREAM, World};
+use crate::support::{Process, run_ok, shardmill, wait_for};
 
 /// What a server does with a request that it has read: it writes to the connection. False: it closes.
 type Answer = dyn Fn(usize, &str, &mut TcpStream) -> bool + Send + Sync;
@@ -233,7 +235,7 @@ fn fault_27_success_before_the_request_was_sent_is_none() {
         "[[sink]]\nname = \"out\"\ntype = \"http\"\nurl = \"http://127.0.0.1:{port}/\"\n\
          private = true\n[sink.commit]\nrows = 1000\nbytes = \"40 MiB\"\nlinger = \"20 s\""
     );
-    let pipeline = crate::support::pipeline::PipelineToml::new(folder.path(), "early")
+    let pipeline = PipelineToml::new(folder.path(), "early")
         .file(&file, "")
         .route_all_to(&["out"])
         .table(&sink);
@@ -269,6 +271,33 @@ fn fault_27_retry_after_is_obeyed_in_both_forms() {
             assert!(log.contains("2 s (Retry-After)"), "{log}");
         }
     }
+}
+
+/// The drain is for the end that somebody asks for. A run that ends by itself ends once all is committed.
+#[test]
+fn fault_01_a_run_until_caught_up_waits_for_its_sinks() {
+    const REFUSED: usize = 60;
+    let world = World::new(2);
+    world.put(0..10, 4);
+    let endpoint = Endpoint::start(|number, _, to| {
+        let status = if number < REFUSED { "503 X" } else { "200 OK" };
+        say(to, &format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n"));
+        true
+    });
+    let sink =
+        format!("type = \"http\"\nprivate = true\nurl = \"http://127.0.0.1:{}/x\"", endpoint.port);
+    let file = PipelineToml::new(world.folder.path(), "patient")
+        // Of the requests before the first that is taken, the drain has time for a third.
+        .timing("drain = \"1 s\"\nretry_pause = \"50 ms\"\ncheckpoint = \"50 ms\"\n")
+        .stream(STREAM, "embedded", "poll_interval = \"200 ms\"")
+        .route_all_to(&["mart"])
+        .sink("mart", &sink)
+        .write();
+    run_ok(&["run", &file, "--until-caught-up"]);
+    let requests = endpoint.requests.lock().expect("whole");
+    let taken: usize =
+        requests.iter().skip(REFUSED).map(|(_, body)| body.matches("\"id\":").count()).sum();
+    assert_eq!(taken, 10);
 }
 
 #[test]
