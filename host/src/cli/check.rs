@@ -17,6 +17,7 @@ use crate::record::SinkName;
 use crate::sink::Sink;
 use crate::source::file::FileSource;
 use crate::stage::{Generation, Target};
+use crate::swap::BuildSinks;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -92,6 +93,8 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
         Changes::new(state.clone()).running().await?;
         if !options.offline {
             let own = &sinks[..config.sinks.len()];
+            let build: BuildSinks = Arc::new(sinks::build);
+            report.warnings.extend(roster::foresee_doubled(&config, &state, own, &build).await?);
             report.warnings.extend(agreement::foresee(&config, &state, own).await?);
         }
     }

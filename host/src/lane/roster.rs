@@ -7,16 +7,16 @@
 //! | gone, behind the others | its positions | stop, unless the removal is allowed (`--drop-sink`) |
 //! | there again | where it was when it was removed | it starts at the checkpoint; the gap is a hole |
 //! | new, with `renamed_from` | the old name | all that is kept moves to the new name |
-//! | new, where a sink's rows go that is gone and ahead | its destination | stop: rows would be doubled |
+//! | new where another sink wrote that is ahead, and is gone or writes elsewhere | destinations | stop: rows would be doubled |
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 
 use super::Shared;
-use crate::config::{PipelineConfig, SinkConfig};
+use crate::config::{OnPositionMismatch, PipelineConfig, SinkConfig};
 use crate::position::{
     Checkpoints, Hole, KnownSinks, Redrives, Roster, RosterChange, ShardState, StateStore,
     is_redrive,
@@ -61,7 +61,18 @@ pub(crate) async fn settle(
 
     let mut change = RosterChange::default();
     if is_pipeline {
-        refuse_doubled(next, &known, &shards, build, &key).await?;
+        let arrival = Arrival {
+            config: &next.config,
+            sinks: &next.sinks,
+            dropped: &next.dropped_sinks,
+            known: &known,
+            shards: &shards,
+            build,
+            key: &key,
+        };
+        if let Some(refusal) = arrival.doubled().await? {
+            bail!(refusal);
+        }
         let returned = next.sinks.iter().filter(|sink| known.removed.contains_key(sink.name()));
         for sink in returned {
             let keys: Vec<ShardKey> = shards.keys().map(&key).collect();
@@ -409,52 +420,135 @@ fn keys(config: &PipelineConfig, stream: &StreamIdentity) -> impl Fn(&ShardId) -
     }
 }
 
-/// Refuses a new name on the destination of another sink that has more there than the new one would begin
-/// with: these rows would come twice.
-async fn refuse_doubled(
-    next: &Shared,
-    known: &KnownSinks,
-    shards: &HashMap<ShardId, ShardState>,
-    build: &BuildSinks,
-    key: &impl Fn(&ShardId) -> ShardKey,
-) -> anyhow::Result<()> {
-    for (sink, config) in next.sinks.iter().zip(&next.config.sinks) {
-        let name = sink.name();
-        let Some(destination) = config.kind.destination() else { continue };
-        if known.destinations.get(name) == Some(&destination) {
-            continue;
-        }
-        for old in earlier(known, name, &destination, &next.config.sinks) {
-            if next.dropped_sinks.contains(old) {
+/// A start to come, or the one that is under way: its sinks, and what is known of those before.
+struct Arrival<'a, K> {
+    config: &'a PipelineConfig,
+    sinks: &'a [Arc<dyn Sink>],
+    dropped: &'a HashSet<SinkName>,
+    known: &'a KnownSinks,
+    shards: &'a HashMap<ShardId, ShardState>,
+    build: &'a BuildSinks,
+    key: K,
+}
+
+impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
+    /// Looks for a sink on the destination of another one that has more there than this one would begin with:
+    /// these rows would come twice. Gives the error.
+    async fn doubled(&self) -> anyhow::Result<Option<String>> {
+        for (sink, config) in self.sinks.iter().zip(&self.config.sinks) {
+            let name = sink.name();
+            let Some(destination) = config.kind.destination() else { continue };
+            let was = self.known.destinations.get(name);
+            if was == Some(&destination) {
                 continue;
             }
-            let alias = as_named(next, config, old, build)?;
-            let (theirs, own) =
-                (stands(&*alias, shards, key).await?, stands(&**sink, shards, key).await?);
-            for (shard, state) in shards {
-                let stored = known.stands(old, shard).cloned();
-                let ahead = theirs.get(shard).cloned().flatten().max(stored);
-                let own = own.get(shard).cloned().flatten();
-                let own = own.or_else(|| known.stands(name, shard).cloned());
-                let begins = own.max(state.checkpoint.clone());
-                if ahead <= begins {
+            for old in earlier(self.known, name, &destination, &self.config.sinks) {
+                // One that goes on elsewhere is not given up.
+                let goes_on = self.config.sinks.iter().any(|sink| sink.name.value == *old);
+                if self.dropped.contains(old) && !goes_on {
                     continue;
                 }
-                let at = ahead.map(|at| at.to_string()).unwrap_or_default();
-                let begins = match begins {
-                    Some(begins) => format!("after {begins}"),
-                    None => "at its beginning".to_owned(),
+                let Some(again) = self.again(sink, config, old).await? else { continue };
+                let way_out = match (was, goes_on) {
+                    (Some(was), true) => format!(
+                        "Give both sinks the destinations back that they had ({name}: {was}; {old}: \
+                         {destination}), or give {name} a destination to which no other sink has written"
+                    ),
+                    (None, true) => {
+                        format!("Give {name} a destination to which no other sink has written")
+                    }
+                    (Some(was), false) => format!(
+                        "Give sink {name} the destination back that it had ({was}) and put sink {old} back, \
+                         or start once with `--drop-sink {old}` to have these records twice"
+                    ),
+                    (None, false) => format!(
+                        "If it is the same sink, add renamed_from = \"{old}\" to sink {name}; else put sink \
+                         {old} back, or start once with `--drop-sink {old}` to have these records twice"
+                    ),
                 };
-                bail!(
-                    "sink {name} is new where sink {old} has written, which does not write there any more: in shard \
-                     {shard}, {old} has records up to {at}, and {name} would begin {begins} and write them \
-                     again. If it is the same sink, add renamed_from = \"{old}\" to sink {name}; else put \
-                     sink {old} back, or start once with `--drop-sink {old}` to have these records twice"
-                );
+                return Ok(Some(format!(
+                    "sink {name} is new where sink {old} has written, which does not write there any more: \
+                     {again}. {way_out}"
+                )));
             }
         }
+        Ok(None)
     }
-    Ok(())
+
+    /// The records of a shard that a sink would write again where another one has written them; `None`: there are
+    /// none.
+    async fn again(
+        &self,
+        sink: &Arc<dyn Sink>,
+        config: &SinkConfig,
+        old: &SinkName,
+    ) -> anyhow::Result<Option<String>> {
+        let (name, key) = (sink.name(), &self.key);
+        let alias = as_named(self.config, config, old, self.build)?;
+        let theirs = stands(&*alias, self.shards, key).await?;
+        let own = stands(&**sink, self.shards, key).await?;
+        let keys: Vec<ShardKey> = self.shards.keys().map(key).collect();
+        let keeps_position = sink.kept(&self.config.name, &keys).await?.is_some();
+        // The state remembers how far it was at its former destination.
+        let has_moved = self.known.destinations.contains_key(name) && keeps_position;
+        for (shard, state) in self.shards {
+            let stored = self.known.stands(old, shard).cloned();
+            let ahead = theirs.get(shard).cloned().flatten().max(stored);
+            let own = own.get(shard).cloned().flatten();
+            let begins = match (has_moved, self.config.on_position_mismatch) {
+                (true, OnPositionMismatch::Sink | OnPositionMismatch::Stop) => own,
+                (true, OnPositionMismatch::Checkpoint) => own.max(state.checkpoint.clone()),
+                (false, _) => {
+                    let own = own.or_else(|| self.known.stands(name, shard).cloned());
+                    own.max(state.checkpoint.clone())
+                }
+            };
+            if ahead <= begins {
+                continue;
+            }
+            let at = ahead.map(|at| at.to_string()).unwrap_or_default();
+            let begins = match begins {
+                Some(begins) => format!("after {begins}"),
+                None => "at its beginning".to_owned(),
+            };
+            return Ok(Some(format!(
+                "in shard {shard}, {old} has records up to {at}, and {name} would begin {begins} and write them \
+                 again"
+            )));
+        }
+        Ok(None)
+    }
+}
+
+/// Says what the next start would refuse of sinks that write where others have written, as far as the sinks
+/// themselves stand now.
+///
+/// # Errors
+/// When the state or a sink cannot be read.
+pub(crate) async fn foresee_doubled(
+    config: &PipelineConfig,
+    state: &StateStore,
+    sinks: &[Arc<dyn Sink>],
+    build: &BuildSinks,
+) -> anyhow::Result<Vec<String>> {
+    let roster = Roster::new(state.clone());
+    let checkpoints = Checkpoints::new(state.clone());
+    let mut said = Vec::new();
+    for stream in roster.streams().await? {
+        let known = roster.known_in(stream.clone()).await?;
+        let Some(stream) = StreamIdentity::of_key(&stream) else { continue };
+        let arrival = Arrival {
+            config,
+            sinks,
+            dropped: &HashSet::new(),
+            known: &known,
+            shards: &checkpoints.shards(&stream).await?,
+            build,
+            key: keys(config, &stream),
+        };
+        said.extend(arrival.doubled().await?);
+    }
+    Ok(said)
 }
 
 /// Sinks of other names whose rows went to a destination, and do not go there any more.
@@ -474,12 +568,12 @@ fn earlier<'k>(
 
 /// A sink under another name, to ask how far that is.
 fn as_named(
-    next: &Shared,
+    config: &PipelineConfig,
     sink: &SinkConfig,
     name: &SinkName,
     build: &BuildSinks,
 ) -> anyhow::Result<Arc<dyn Sink>> {
-    let mut config = next.config.clone();
+    let mut config = config.clone();
     let mut own = sink.clone();
     own.name.value = name.clone();
     config.sinks = vec![own];

@@ -224,7 +224,7 @@ impl Plan {
         };
         Some(format!(
             "{who} behind what the pipeline's state remembers: {}{more}. Was the destination restored \
-             from a backup, or did another application move the checkpoint? Set `on_position_mismatch = \
+             from a backup, is it another one than before, or did another application move the checkpoint? Set `on_position_mismatch = \
              \"sink\"` under [pipeline] to read the missing records again (shards that have ended are \
              opened again; other sinks skip what they have), or \"checkpoint\" to go on without them",
             named.join("; ")

@@ -434,15 +434,18 @@ fn sink_lines(old: &[SinkConfig], new: &[SinkConfig]) -> Vec<String> {
         find(old, was).filter(|_| find(old, &sink.name.value).is_none())
     };
     let renamed: Vec<usize> = new.iter().filter_map(was_called).collect();
-    let gone = old.iter().enumerate().filter(|(at, sink)| {
-        find(new, &sink.name.value).is_none() && !renamed.contains(at)
-    });
+    let gone = old
+        .iter()
+        .enumerate()
+        .filter(|(at, sink)| find(new, &sink.name.value).is_none() && !renamed.contains(at));
     let mut lines: Vec<_> = gone.map(|(_, sink)| format!("- sink {}", sink.name.value)).collect();
     for sink in new {
         let name = &sink.name.value;
         match (find(old, name), was_called(sink)) {
             (None, None) => lines.push(format!("+ sink {name}")),
-            (None, Some(at)) => lines.push(format!("~ sink {}: renamed to {name}", old[at].name.value)),
+            (None, Some(at)) => {
+                lines.push(format!("~ sink {}: renamed to {name}", old[at].name.value))
+            }
             (Some(at), _) if !same_sink(&old[at], sink) => lines.push(format!("~ sink {name}")),
             (Some(_), _) => {}
         }

@@ -452,6 +452,40 @@ fn fault_25_a_sink_is_renamed_by_a_reload_and_refused_where_it_would_double() {
     assert_eq!((a.ids(), c.ids()), (ids(0..60), ids(0..60)));
 }
 
+/// Its own position is at its former destination. From the new one's it would write all rows once more.
+#[test]
+fn fault_25_a_sink_that_moves_to_where_another_wrote_is_refused_whatever_is_configured() {
+    for kind in [Kind::Postgres, Kind::Objects] {
+        let world = World::new(1);
+        let a = Place::new(kind, world.folder.path(), "a");
+        let b = Place::new(kind, world.folder.path(), "b");
+        let both = [("a", &a, ""), ("b", &b, "")];
+        world.put(0..20, 10);
+        run_ok(&["run", &stream_pipeline(&world, &both, None), "--until-caught-up"]);
+        for (sinks, way_out) in [
+            (vec![("a", &b, "")], "Give sink a the destination back that it had"),
+            (vec![("a", &b, ""), ("b", &a, "")], "Give both sinks the destinations back"),
+        ] {
+            for setting in ["", "on_position_mismatch = \"sink\"\n"] {
+                let moved = stream_pipeline(&world, &sinks, None);
+                let text = std::fs::read_to_string(&moved).expect("the file");
+                let text = text.replacen("[pipeline]\n", &format!("[pipeline]\n{setting}"), 1);
+                std::fs::write(&moved, text).expect("written");
+                let checked = run(&["check", &moved]);
+                let refused = run(&["run", &moved, "--until-caught-up"]);
+                assert_eq!(refused.status.code(), Some(1), "{kind:?}: {}", error(&refused));
+                let checked = String::from_utf8_lossy(&checked.stdout).into_owned();
+                for said in [checked, error(&refused)] {
+                    let cause = "sink a is new where sink b has written";
+                    assert!(said.contains(cause) && said.contains(way_out), "{kind:?}: {said}");
+                }
+            }
+        }
+        run_ok(&["run", &stream_pipeline(&world, &both, None), "--until-caught-up"]);
+        assert_eq!((a.ids(), b.ids()), (ids(0..20), ids(0..20)), "{kind:?}");
+    }
+}
+
 #[test]
 fn fault_04_a_sink_that_is_killed_before_its_first_commit_still_starts_after_its_hole() {
     for kind in KINDS {
