@@ -1,7 +1,7 @@
 //! The live table: its columns as the file has them now, the check against what routes declare, and
 //! its creation.
 
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::{Connection, ErrorCode, OptionalExtension as _};
 
 use super::connection::quoted;
 use super::position;
@@ -26,6 +26,10 @@ const IS_STRICT: &str =
 /// The triggers of a table that may refuse rows.
 const TRIGGERS: &str = "SELECT name, sql FROM sqlite_schema \
     WHERE type = 'trigger' AND lower(tbl_name) = lower(?1) ORDER BY name";
+
+/// How a table was made.
+const CREATED: &str = "SELECT sql FROM sqlite_schema \
+    WHERE type = 'table' AND lower(name) = lower(?1) AND sql IS NOT NULL";
 
 /// Whether any table or trigger of the file may say FAIL; which of them a row reaches is not looked for.
 const SAYS_FAIL: &str = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE sql LIKE '%fail%' \
@@ -206,6 +210,14 @@ fn warnings(
                  it: rows that do not bring it become dead letters"
             ));
         }
+    }
+    let created = connection.prepare(CREATED).map_err(failed)?.query_row([table], |row| row.get(0));
+    let created: Option<String> = created.optional().map_err(failed)?;
+    if created.is_some_and(|sql| trigger::rolls_back_conflicts(&sql)) {
+        warnings.push(format!(
+            "table {table} rolls whole transactions back (ON CONFLICT ROLLBACK): a row that violates such a \
+             constraint blocks its shard; make the table with ON CONFLICT ABORT, or without the clause"
+        ));
     }
     let mut query = connection.prepare(TRIGGERS).map_err(failed)?;
     let triggers = query

@@ -45,6 +45,18 @@ pub(super) fn reading(sql: &str) -> Verdict {
     }
 }
 
+/// Whether a row that violates a constraint of the table makes SQLite roll the whole transaction back: so says the
+/// `CREATE TABLE` statement with ON CONFLICT ROLLBACK.
+///
+/// Source: SQLite, "The ON CONFLICT Clause".
+pub(super) fn rolls_back_conflicts(sql: &str) -> bool {
+    let tokens = tokens(sql);
+    let says = |at: &[String], words: [&str; 3]| {
+        at.iter().zip(words).all(|(token, word)| token.eq_ignore_ascii_case(word))
+    };
+    tokens.windows(3).any(|three| says(three, ["on", "conflict", "rollback"]))
+}
+
 /// The place of the parenthesis that closes the one at `open`.
 fn closed_at(tokens: &[String], open: usize) -> Option<usize> {
     let mut depth = 0_usize;
@@ -115,6 +127,25 @@ mod tests {
             "BEFORE INSERT ON a BEGIN SELECT RAISE(ROLLBACK, 'no') WHERE new.id < 0; END",
         ] {
             assert!(matches!(kind(sql), MayRefuse(_)), "{sql}");
+        }
+    }
+
+    #[test]
+    fn fault_31_a_table_says_which_conflicts_end_the_transaction() {
+        for sql in [
+            "CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ROLLBACK)",
+            "create table t (id integer, unique (id) on /* all */ conflict\n rollback)",
+            "CREATE TABLE t (id INTEGER PRIMARY KEY, n TEXT NOT NULL ON CONFLICT ROLLBACK)",
+        ] {
+            assert!(rolls_back_conflicts(sql), "{sql}");
+        }
+        for sql in [
+            "CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ABORT)",
+            "CREATE TABLE t (id INTEGER UNIQUE) -- ON CONFLICT ROLLBACK",
+            "CREATE TABLE t (id TEXT UNIQUE DEFAULT 'ON CONFLICT ROLLBACK')",
+            "CREATE TABLE t (\"on conflict rollback\" INTEGER)",
+        ] {
+            assert!(!rolls_back_conflicts(sql), "{sql}");
         }
     }
 }

@@ -185,6 +185,10 @@ fn fault_31_check_finds_tables_that_take_no_row() {
             SELECT RAISE(ROLLBACK, 'odd'); END",
     );
     assert!(sound && said.contains("warning") && said.contains("RAISE(ABORT)"), "{said}");
+    let (sound, said) = checked("CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ROLLBACK)");
+    assert!(sound && said.contains("warning") && said.contains("ON CONFLICT ABORT"), "{said}");
+    let (sound, said) = checked("CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ABORT)");
+    assert!(sound && !said.contains("rolls whole"), "{said}");
     let (sound, said) = checked("CREATE VIRTUAL TABLE t USING dbstat");
     assert!(!sound, "{said}");
 }
