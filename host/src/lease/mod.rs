@@ -98,6 +98,16 @@ impl PipelineLock {
         Self::take_file(state_dir, pipeline, "redrive.lock", taken)
     }
 
+    /// Takes the right to run records again with positions in a folder of their own under the pipeline's: one command
+    /// at a time, beside the pipeline.
+    ///
+    /// # Errors
+    /// [`LeaseError`].
+    pub fn take_for_replay(folder: &StateDir, pipeline: &PipelineName) -> Result<Self, LeaseError> {
+        let taken = |pipeline, owner, path| LeaseError::Redriving { pipeline, owner, path };
+        Self::take_file(folder, pipeline, "lock", taken)
+    }
+
     fn take_file(
         state_dir: &StateDir,
         pipeline: &PipelineName,
