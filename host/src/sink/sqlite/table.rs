@@ -1,7 +1,7 @@
 //! The live table: its columns as the file has them now, the check against what routes declare, and
 //! its creation.
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension as _};
+use rusqlite::{Connection, ErrorCode};
 
 use super::connection::quoted;
 use super::position;
@@ -27,9 +27,9 @@ const IS_STRICT: &str =
 const TRIGGERS: &str = "SELECT name, sql FROM sqlite_schema \
     WHERE type = 'trigger' AND lower(tbl_name) = lower(?1) ORDER BY name";
 
-/// How a table was made.
-const CREATED: &str = "SELECT sql FROM sqlite_schema \
-    WHERE type = 'table' AND lower(name) = lower(?1) AND sql IS NOT NULL";
+/// The tables that may roll whole transactions back.
+const MAY_ROLL_BACK: &str = "SELECT name, sql FROM sqlite_schema \
+    WHERE type = 'table' AND sql LIKE '%rollback%' ORDER BY name";
 
 /// Whether any table or trigger of the file may say FAIL; which of them a row reaches is not looked for.
 const SAYS_FAIL: &str = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE sql LIKE '%fail%' \
@@ -211,19 +211,17 @@ fn warnings(
             ));
         }
     }
-    let created = connection.prepare(CREATED).map_err(failed)?.query_row([table], |row| row.get(0));
-    let created: Option<String> = created.optional().map_err(failed)?;
-    if created.is_some_and(|sql| trigger::rolls_back_conflicts(&sql)) {
-        warnings.push(format!(
-            "table {table} rolls whole transactions back (ON CONFLICT ROLLBACK): a row that violates such a \
-             constraint blocks its shard; make the table with ON CONFLICT ABORT, or without the clause"
-        ));
+    let triggers = named_sql(connection, TRIGGERS, [table]).map_err(failed)?;
+    for (name, sql) in named_sql(connection, MAY_ROLL_BACK, []).map_err(failed)? {
+        let is_own = name.eq_ignore_ascii_case(table);
+        let is_written = || triggers.iter().any(|(_, sql)| trigger::names_on_insert(sql, &name));
+        if trigger::rolls_back_conflicts(&sql) && (is_own || is_written()) {
+            warnings.push(format!(
+                "table {name} rolls whole transactions back (ON CONFLICT ROLLBACK): a row that violates such a \
+                 constraint blocks its shard; make the table with ON CONFLICT ABORT, or without the clause"
+            ));
+        }
     }
-    let mut query = connection.prepare(TRIGGERS).map_err(failed)?;
-    let triggers = query
-        .query_map([table], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
-        .and_then(|rows| rows.collect::<rusqlite::Result<Vec<_>>>())
-        .map_err(failed)?;
     for (name, sql) in triggers {
         match trigger::reading(&sql) {
             Verdict::TakesAll => {}
@@ -239,6 +237,17 @@ fn warnings(
         }
     }
     Ok(warnings)
+}
+
+/// Names of the schema's entries with their statements.
+fn named_sql(
+    connection: &Connection,
+    query: &str,
+    parameters: impl rusqlite::Params,
+) -> rusqlite::Result<Vec<(String, String)>> {
+    let mut query = connection.prepare(query)?;
+    let rows = query.query_map(parameters, |row| Ok((row.get(0)?, row.get(1)?)))?;
+    rows.collect()
 }
 
 /// Proves that the table has a unique index on the mode's key, which `ON CONFLICT` needs.
