@@ -411,6 +411,10 @@ fn fault_31_check_finds_the_claims_of_a_file() {
     wait_for("the copied letter", || files(&letters).len() > 1);
     let (sound, said) = lines.check(&[]);
     assert!(sound && !said.contains("is behind"), "{said}");
+    // So do the commands that write into the log of copies, whose positions are in a state of their own.
+    let log = ["--sink", "copies", "--shard", "letters-000000000000"];
+    let (_, said) = objects(&lines, "skip", &log);
+    assert!(!said.contains("has no checkpoint"), "{said}");
     // It is asked at the right place: what is gone there is said.
     for (folder, sink) in [(lines.at("logs"), "out"), (letters, "copies")] {
         let claims = folder.join("_shardmill");
