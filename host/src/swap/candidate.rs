@@ -21,8 +21,8 @@ const DIGEST_DIGITS_MIN: usize = 6;
 
 /// How long a change waits for the answer of a sink or a lookup: somebody waits for the change.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(8);
-/// How long it waits then for sinks to take back what they were told of the candidate.
-const REMEMBER_MAX: Duration = Duration::from_secs(1);
+/// How long it waits at least for sinks to take back what they were told of the candidate.
+const REMEMBER_MIN: Duration = Duration::from_secs(1);
 
 impl Inner {
     /// The candidate's bytes, and what to call it.
@@ -200,7 +200,7 @@ pub(super) async fn check_tables(
             tracing::warn!(cause = refused, "the version before takes over nevertheless");
             continue;
         }
-        remember_again(shared, &changed, (before, next)).await;
+        remember_again(shared, &changed, (before, next), answer_by).await;
         return Err(Step::Check.failed(refused));
     }
     Ok(())
@@ -211,12 +211,13 @@ fn is_known(shared: &Shared, sink: &Arc<dyn Sink>) -> bool {
     shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink))
 }
 
-/// Lets those of `sinks` that were told of `next` expect again what they get from what runs. The others expect it still,
-/// and one of them may have a table that is locked: it would be waited for in vain.
+/// Lets those of `sinks` that were told of `next` expect again what they get from what runs. The others expect it
+/// still, and one of them may have a table that is locked: it would be waited for in vain.
 pub(super) async fn remember_again(
     shared: &Shared,
     sinks: &[Arc<dyn Sink>],
     (before, next): (&Generation, &Generation),
+    answer_by: tokio::time::Instant,
 ) {
     // It worked before; if not, the sink itself will say so.
     let restored = sinks.iter().filter(|sink| is_known(shared, sink)).map(|known| async {
@@ -225,7 +226,8 @@ pub(super) async fn remember_again(
             let _ = known.prepare(&routes).await;
         }
     });
-    let _ = tokio::time::timeout(REMEMBER_MAX, futures::future::join_all(restored)).await;
+    let end = answer_by.max(tokio::time::Instant::now() + REMEMBER_MIN);
+    let _ = tokio::time::timeout_at(end, futures::future::join_all(restored)).await;
 }
 
 /// Loads a generation, with plugins that are at hand and with those that ran before: configures each and

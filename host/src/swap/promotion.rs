@@ -181,7 +181,7 @@ impl Inner {
         Step::Promote.begin(&change.stage);
         let failed = |error: StateError| Step::Promote.failed(error);
         let before = setup.shared.generation();
-        let sinks = taken_over.as_ref().map_or(&setup.shared.sinks, |shared| &shared.sinks);
+        let sinks = &taken_over.as_ref().unwrap_or(&setup.shared).sinks.clone();
         let is_way_back = undoes.is_some();
         let answer_by = answer_time.sinks_answer_by();
         let sides = (&*before, &*next);
@@ -201,7 +201,12 @@ impl Inner {
                 Err(NotStarted::TooSlow(cause)) if is_way_back => {
                     tracing::warn!(cause, "the version before takes over nevertheless");
                 }
-                started => started?,
+                Err(not_started) => {
+                    // Nothing is changed: the sinks must not expect what never comes.
+                    candidate::remember_again(&setup.shared, sinks, sides, answer_by).await;
+                    return Err(not_started.into());
+                }
+                Ok(()) => {}
             }
             answer_time.starts = begun.elapsed();
         }
@@ -295,9 +300,17 @@ impl Inner {
 
     /// Goes on waiting for lanes that are let go, when nobody else waits any more.
     async fn until_begun_anew(self: Arc<Self>, under_way: UnderWay, begun_anew: TakenOver) {
-        if let Ok(Err(cause)) = begun_anew.await {
-            tracing::error!(number = under_way.number, cause, "a change was undone");
-            self.take_back(under_way, &cause, Instant::now() + LANES_CHANGE_MAX).await;
+        match begun_anew.await {
+            Ok(Err(cause)) => {
+                tracing::error!(number = under_way.number, cause, "a change was undone");
+                self.take_back(under_way, &cause, Instant::now() + LANES_CHANGE_MAX).await;
+            }
+            // Its answer left that open.
+            Ok(Ok(())) => {
+                tracing::info!(number = under_way.number, "a change that waited is in force");
+            }
+            // The pipeline has stopped: the next start runs it, or says why not.
+            Err(_) => {}
         }
     }
 
@@ -362,8 +375,9 @@ pub(super) async fn rehearse(
 ) -> Result<(), StepFailed> {
     let before = setup.shared.generation();
     let (shared, sides) = (&setup.shared, (&*before, &**next));
-    candidate::check_tables(shared, sinks, sides, false, answer_time.sinks_answer_by()).await?;
-    candidate::remember_again(shared, sinks, sides).await;
+    let answer_by = answer_time.sinks_answer_by();
+    candidate::check_tables(shared, sinks, sides, false, answer_by).await?;
+    candidate::remember_again(shared, sinks, sides, answer_by).await;
     start_everywhere(setup, next, ends).await?;
     Ok(())
 }
