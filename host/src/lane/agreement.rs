@@ -382,8 +382,8 @@ mod tests {
         assert_eq!(all(Some(&file), "in.ndjson"), [file.clone()]);
         assert_eq!(all(Some(&letters), "dead-letters"), [letters.clone()]);
         // Another file in its place is another stream, of which a start compares nothing.
-        assert_eq!(all(Some(&replaced), "in.ndjson"), []);
+        assert!(all(Some(&replaced), "in.ndjson").is_empty());
         assert_eq!(all(None, "cars"), [kinesis]);
-        assert_eq!(all(None, "trucks"), []);
+        assert!(all(None, "trucks").is_empty());
     }
 }

@@ -152,8 +152,8 @@ fn fault_13_a_reload_that_takes_away_a_sink_which_is_behind_is_refused_at_once()
         }
         assert!(!text.contains("reloaded: generation"), "{command:?}: {text}");
     }
-    let hangup = ["-HUP", &rig.process_id().to_string()];
-    let asked = std::process::Command::new("kill").args(hangup).status();
+    let process = rig.process_id().to_string();
+    let asked = std::process::Command::new("kill").args(["-HUP", &process]).status();
     assert!(asked.expect("kill runs").success());
     wait_for("the signal's reload to be refused", || rig.log().contains("not reloaded:"));
     // Nothing of it was ever in force.
