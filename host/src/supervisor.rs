@@ -215,9 +215,11 @@ impl Supervisor {
         roster::settle(&shared, &stream, None, &options.build_sinks).await?;
         let (sender, take_overs) = mpsc::channel(TAKE_OVERS_MAX);
         let ends = CancellationToken::new();
+        let stream = Arc::new(stream);
         let swapper = Swapper::new(SwapperParts {
             state: state.clone(),
             shared: shared.clone(),
+            stream: stream.clone(),
             host,
             running,
             embedded_plugin: options.embedded_plugin,
@@ -226,7 +228,6 @@ impl Supervisor {
             ends: ends.clone(),
         });
         let (until_caught_up, trust_sinks) = (options.until_caught_up, options.trust_sinks);
-        let stream = Arc::new(stream);
         let build_sinks = options.build_sinks;
         Ok(Self {
             shared,
@@ -920,8 +921,8 @@ fn lost_to(other: &OwnerName, own: &OwnerName, shard: &ShardKey, sink: &SinkName
     format!(
         "shard {} was taken over three times within a minute by another process that runs pipeline {} \
          with a state of its own, and writes to sink {sink}: {other}. This one ({own}) started later and \
-         stops. Run one of them; or let both use one `state_dir`, where the second waits for the first \
-         to end; or give this one another `name` under [pipeline]",
+         stops. Run one of them; or let both use one `state_dir`, where the second is refused while the \
+         first runs; or give this one another `name` under [pipeline]",
         shard.shard, shard.pipeline
     )
 }

@@ -79,8 +79,8 @@ pub(super) async fn run_again(
         say(&report, undone, console);
         return Ok(report);
     }
-    let lock =
-        PipelineLock::take(&config.state_dir.at(folder(config, undone.number)), &config.name)?;
+    let again = config.state_dir.at(folder(config, undone.number));
+    let lock = PipelineLock::take_for_replay(&again, &config.name)?;
     let host = plugin_host(config)?;
     seed(&state, &own, &host, lock.folder()).await?;
     let source = Arc::new(SpansSource::new(source, spans));

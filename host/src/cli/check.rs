@@ -12,9 +12,10 @@ use crate::budget::{MemoryBound, memory_bytes_available};
 use crate::config::{PipelineConfig, SourceKind};
 use crate::lane::{agreement, roster};
 use crate::lease::PipelineLock;
-use crate::position::{Changes, StateStore, StoredLetter};
-use crate::record::SinkName;
+use crate::position::{Changes, Checkpoints, DeadLetters, StateStore, StoredLetter};
+use crate::record::{SinkName, StreamIdentity};
 use crate::sink::Sink;
+use crate::source::ShardSource as _;
 use crate::source::file::FileSource;
 use crate::stage::{Generation, Target};
 use crate::swap::BuildSinks;
@@ -68,10 +69,13 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
         sinks.extend(letter_sinks);
     }
     let mut sink_warnings = Vec::new();
+    let mut file_source = None;
     if !options.offline {
         PipelineLock::check(&config.state_dir, &config.name)?;
         if let SourceKind::File(file) = &config.source.kind {
-            FileSource::new(file, config.source.batch)?.check()?;
+            let source = FileSource::new(file, config.source.batch)?;
+            source.check()?;
+            file_source = Some(source);
         }
         host.backends.prepare().await?;
         for (sink, routes) in sinks.iter().zip(&routes) {
@@ -92,17 +96,29 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
         // One that cannot be read stops the next start.
         Changes::new(state.clone()).running().await?;
         if !options.offline {
+            let stream = match &file_source {
+                Some(source) => Some(source.identity().await?),
+                None => None,
+            };
+            if let (Some(source), Some(stream)) = (&file_source, &stream) {
+                check_going_on(source, stream, &state).await?;
+            }
             let own = &sinks[..config.sinks.len()];
-            let build: BuildSinks = Arc::new(sinks::build);
-            report.warnings.extend(roster::foresee_doubled(&config, &state, own, &build).await?);
-            report.warnings.extend(agreement::foresee(&config, &state, own).await?);
+            let (build, stream): (BuildSinks, _) = (Arc::new(sinks::build), stream.as_ref());
+            let doubled = roster::foresee_doubled(&config, &state, own, (stream, &build)).await?;
+            report.warnings.extend(doubled);
+            let foreseen = agreement::foresee(&config, &state, own, stream).await?;
+            report.warnings.extend(foreseen);
         }
-    }
-    if let Some(copies) = copies.as_ref().filter(|_| !options.offline)
-        && let Some(state) = StateStore::open_as_it_is(&holes::folder_of_copies(&config))?
-    {
-        let letter_sinks = &sinks[config.sinks.len()..];
-        report.warnings.extend(agreement::foresee(copies, &state, letter_sinks).await?);
+        if let Some(copies) = copies.as_ref().filter(|_| !options.offline)
+            && let Some(copied) = StateStore::open_as_it_is(&holes::folder_of_copies(&config))?
+        {
+            let letter_sinks = &sinks[config.sinks.len()..];
+            // What is copied is the log of the letters in the pipeline's own state.
+            let log = DeadLetters::new(state).log_stream(&config.name).await?;
+            let foreseen = agreement::foresee(copies, &copied, letter_sinks, Some(&log)).await?;
+            report.warnings.extend(foreseen);
+        }
     }
     for stage in &report.stages {
         console.say(format!(
@@ -131,6 +147,19 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
         let running = RunningPipeline::find(&config).await?;
         let query = ReloadQuery { dry_run: true };
         reload::tell(running.post("/reload", &query, Vec::new()).await?, true, console)?;
+    }
+    Ok(())
+}
+
+/// Checks that a start could go on in the file where the last one ended.
+async fn check_going_on(
+    source: &FileSource,
+    stream: &StreamIdentity,
+    state: &StateStore,
+) -> anyhow::Result<()> {
+    let shards = Checkpoints::new(state.clone()).shards(stream).await?;
+    for after in shards.values().filter_map(|shard| shard.checkpoint.as_ref()) {
+        source.check_behind(after)?;
     }
     Ok(())
 }

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use serde_json::json;
 
 use super::{Console, DEFAULT_PIPELINE, holes, load, stream};
 use crate::config::{PipelineConfig, SinkConfig, SinkKind};
 use crate::lane::roster;
 use crate::lease::PipelineLock;
-use crate::position::{Checkpoints, Hole, Holes, Roster, StateStore};
+use crate::position::{Checkpoints, DeadLetters, Hole, Holes, Roster, StateStore, StoredLetter};
 use crate::record::{Position, ShardId, ShardKey, SinkName};
 use crate::sink::Sink as _;
 use crate::sink::objects::{Audit, ObjectsSink, Recovered};
@@ -86,9 +86,8 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
             verify(&pipeline, sink.as_deref(), content, console).await
         }
         Command::GiveUp { log } => {
-            let (sink, shard, lock) = log.open().await?;
-            let checkpoints = Checkpoints::new(StateStore::open(lock.folder())?);
-            let checkpoint = checkpoints.checkpoint(&shard).await?;
+            let Opened { sink, shard, state, _lock } = log.open().await?;
+            let checkpoint = Checkpoints::new(state).checkpoint(&shard).await?;
             let done = sink.give_up(&shard, checkpoint.as_ref()).await?;
             let objects = done.objects_removed.len();
             report(&log, &done, console)?;
@@ -100,8 +99,7 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
             Ok(())
         }
         Command::Skip { log, why } => {
-            let (sink, shard, lock) = log.open().await?;
-            let state = StateStore::open(lock.folder())?;
+            let Opened { sink, shard, state, _lock } = log.open().await?;
             let checkpoint = Checkpoints::new(state.clone()).checkpoint(&shard).await?;
             let Some(checkpoint) = checkpoint else {
                 bail!(
@@ -137,13 +135,12 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
 async fn refuse_unstarted(
     config: &PipelineConfig,
     name: &SinkName,
-    folder: &Path,
+    state: &StateStore,
 ) -> anyhow::Result<()> {
-    let state = StateStore::open(folder)?;
-    roster::refuse_unsettled(config, &state).await?;
+    roster::refuse_unsettled(config, state).await?;
     let place = config.sinks.iter().find(|sink| sink.name.value == *name);
     let place = place.and_then(|sink| sink.kind.destination()).unwrap_or_default();
-    let roster = Roster::new(state);
+    let roster = Roster::new(state.clone());
     for stream in roster.streams().await? {
         let known = roster.known_in(stream).await?;
         let was = known.destinations.get(name).filter(|was| !was.is_empty() && **was != place);
@@ -158,9 +155,18 @@ async fn refuse_unstarted(
     Ok(())
 }
 
+/// What a command for a claim log works with.
+struct Opened {
+    sink: ObjectsSink,
+    shard: ShardKey,
+    /// The state that has the sink's positions.
+    state: StateStore,
+    /// Keeps the pipeline from running meanwhile.
+    _lock: PipelineLock,
+}
+
 impl Log {
-    /// The sink and the shard, and the lock that keeps the pipeline from running meanwhile.
-    async fn open(&self) -> anyhow::Result<(ObjectsSink, ShardKey, PipelineLock)> {
+    async fn open(&self) -> anyhow::Result<Opened> {
         let config = load(&self.pipeline)?;
         let found = chosen(&config, Some(&self.sink))?;
         let Some(SinkKind::Objects { url, options, layout }) = found.first().map(|sink| &sink.kind)
@@ -170,15 +176,35 @@ impl Log {
         let name = SinkName::from(self.sink.as_str());
         let sink = ObjectsSink::new(name.clone(), url, options, layout.clone())?;
         let lock = PipelineLock::take(&config.state_dir, &config.name)?;
-        refuse_unstarted(&config, &name, lock.folder()).await?;
-        let (source, _embedded) = stream::source(&config).await?;
-        let stream = Arc::new(source.identity().await?);
+        let own = StateStore::open(lock.folder())?;
+        let copies = holes::folder_of_copies(&config);
+        let is_copied = config.letter_sinks.iter().any(|sink| sink.name.value == name);
+        let letters = config.for_letters(copies.clone(), StoredLetter::columns());
+        // Dead letters are copied from the log of the pipeline's own state, with positions in another one.
+        let (state, stream) = match letters.filter(|_| is_copied) {
+            Some(letters) => {
+                ensure!(
+                    copies.join("state.db").exists(),
+                    "expected positions of sink {name} in {}, found none: no dead letter was copied yet; start \
+                     the pipeline first",
+                    copies.display()
+                );
+                let state = StateStore::open(&copies)?;
+                refuse_unstarted(&letters, &name, &state).await?;
+                (state, DeadLetters::new(own).log_stream(&config.name).await?)
+            }
+            None => {
+                refuse_unstarted(&config, &name, &own).await?;
+                let (source, _embedded) = stream::source(&config).await?;
+                (own, source.identity().await?)
+            }
+        };
         let shard = ShardKey {
             pipeline: config.name.clone(),
-            stream,
+            stream: Arc::new(stream),
             shard: ShardId::new(self.shard.clone()),
         };
-        Ok((sink, shard, lock))
+        Ok(Opened { sink, shard, state, _lock: lock })
     }
 }
 

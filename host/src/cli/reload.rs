@@ -51,7 +51,9 @@ pub(super) fn tell(answer: Answer, dry_run: bool, console: &Console) -> anyhow::
         Some(true) => "every lane is let go and taken over anew",
         _ => "every lane changes at its next batch's boundary",
     };
+    let may_be_undone = report["may_be_undone"].as_bool().unwrap_or_default();
     console.say(match (lines.is_empty(), dry_run) {
+        _ if may_be_undone => format!("noted, not in force yet: generation {generation}"),
         (true, _) => format!("the files say what runs (generation {generation})"),
         (false, true) => format!("a reload would run generation {generation}: {how}"),
         (false, false) => format!("reloaded: generation {generation}"),

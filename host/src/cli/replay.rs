@@ -104,7 +104,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
 
     let folder = config.state_dir.join(config.name.as_str()).join("replay");
     let folder = config.state_dir.at(folder);
-    let lock = PipelineLock::take(&folder, &config.name)?;
+    let lock = PipelineLock::take_for_replay(&folder, &config.name)?;
     // Before the positions of an earlier replay are forgotten, which say whether it has landed.
     let swap = match options.swap {
         true => Some(Swap::begin(&config, console).await?),

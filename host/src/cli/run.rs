@@ -328,7 +328,13 @@ fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToke
                 Ok(report) => {
                     let changed: Vec<&str> = report.diff.lines().collect();
                     let (id, changed) = (&report.generation, changed.join("; "));
-                    note(format_args!("reloaded, generation {id}: {changed}"));
+                    match report.may_be_undone {
+                        false => note(format_args!("reloaded, generation {id}: {changed}")),
+                        true => note(format_args!(
+                            "not in force yet, generation {id}: {changed}; until the lanes have let go of what \
+                             they have, it may be undone"
+                        )),
+                    }
                 }
                 Err(cause) => note(format_args!("not reloaded: {cause}")),
             }

@@ -185,6 +185,12 @@ pub(super) fn say_lanes(report: &Value, console: &Console) {
         console
             .say(format!("{} lanes have changed; the longest pause was {longest} µs", lanes.len()));
     }
+    if report["may_be_undone"].as_bool().unwrap_or_default() {
+        console.say(
+            "it begins once the lanes have let go of what they have; until then it is not in force and may be \
+             undone (see `shardmill plugin history`)",
+        );
+    }
     for shard in report["waiting"].as_array().into_iter().flatten() {
         let text = |name: &str| shard[name].as_str().unwrap_or_default();
         console.say(format!("shard {} changes when it can: {}", text("shard"), text("why")));

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use tokio_util::sync::CancellationToken;
 
 use super::change::{Change, Gap};
-use super::lag::{LiveLag, ShardLag};
+use super::lag::{LiveDelivery, LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::config::{OnPositionMismatch, SinkConfig, environment};
 use crate::off_thread::off_thread;
@@ -158,9 +158,13 @@ impl<'a> Lane<'a> {
         tracing::info!(shard = %shard.shard, from = start.as_ref().map(tracing::field::display),
             "reading");
         shared.board.update(&shard.shard, |status| status.acquired(start.as_ref()));
-        let progress = deliveries.iter().map(|own| (own.sink.clone(), own.progress.clone()));
-        let progress = progress.collect();
-        shared.board.lag(&shard.shard, |lag| lag.progress = progress);
+        let live = deliveries.iter().map(|own| LiveDelivery {
+            sink: own.sink.clone(),
+            progress: own.progress.clone(),
+            hurry: own.hurry.clone(),
+        });
+        let live = live.collect();
+        shared.board.lag(&shard.shard, |lag| lag.deliveries = live);
         if let Some(first) = segments.first() {
             shared.board.runs(&shard.shard, &first.generation.id, None);
         }

@@ -153,6 +153,7 @@ fn note_sinks(
 
 /// Warnings of a start to come, found without changing anything: which sinks stand before
 /// what the state remembers, and whether the state is an older copy or another one than they have seen.
+/// `stream` is the stream that a start would read; `None`: a Kinesis stream, whose server is not asked.
 ///
 /// # Errors
 /// When the state or a sink cannot be read.
@@ -160,11 +161,13 @@ pub(crate) async fn foresee(
     config: &PipelineConfig,
     state: &StateStore,
     sinks: &[Arc<dyn Sink>],
+    stream: Option<&StreamIdentity>,
 ) -> anyhow::Result<Vec<String>> {
     let checkpoints = Checkpoints::new(state.clone());
     let mut said = Vec::new();
-    for key in Roster::new(state.clone()).streams().await? {
-        let Some(stream) = StreamIdentity::of_key(&key).map(Arc::new) else { continue };
+    let keys = Roster::new(state.clone()).streams().await?;
+    for stream in compared(keys, stream, &config.source.stream_name()) {
+        let (key, stream) = (stream.key(), Arc::new(stream));
         let known = checkpoints.shards(&stream).await?;
         let of_stream = |shard: &ShardId| ShardKey {
             pipeline: config.name.clone(),
@@ -200,6 +203,25 @@ pub(crate) async fn foresee(
         }
     }
     Ok(said)
+}
+
+/// The streams of the state that a start compares with the sinks: the one that it reads. Sinks keep their
+/// positions of it under its name as well as under its key, and a key has the name of a Kinesis stream alone: asked
+/// by a made-up name of a file, an objects sink would look for another log and find no position.
+pub(super) fn compared(
+    keys: Vec<String>,
+    stream: Option<&StreamIdentity>,
+    name: &str,
+) -> Vec<StreamIdentity> {
+    match stream {
+        Some(stream) if keys.contains(&stream.key()) => vec![stream.clone()],
+        // Nothing was read of it yet.
+        Some(_) => Vec::new(),
+        None => {
+            let streams = keys.iter().filter_map(|key| StreamIdentity::of_key(key));
+            streams.filter(|stream| *stream.name == *name).collect()
+        }
+    }
 }
 
 /// Refuses to redrive by a state that is older than a sink has seen: the letters may have been
@@ -340,5 +362,32 @@ async fn ask_patiently(shared: &Shared, pipeline: &PipelineName, keys: &[ShardKe
             }
         }
         tokio::time::sleep(pauses.next().unwrap_or(pause_max)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fault_31_a_stream_is_compared_under_the_name_that_a_start_has_for_it() {
+        let stream = |name: &str, arn: &str| StreamIdentity {
+            name: name.into(),
+            arn: arn.into(),
+            created_ms: 7,
+        };
+        let file = stream("in.ndjson", "file:/data/in.ndjson#12");
+        let replaced = stream("in.ndjson", "file:/data/in.ndjson#13");
+        let letters = stream("dead-letters", "dead-letters:cars");
+        let kinesis = stream("cars", "arn:aws:kinesis:eu-west-1:000000000000:stream/cars");
+        let other = stream("bikes", "arn:aws:kinesis:eu-west-1:000000000000:stream/bikes");
+        let keys: Vec<String> = [&file, &letters, &kinesis, &other].map(StreamIdentity::key).into();
+        let all = |own, name| compared(keys.clone(), own, name);
+        assert_eq!(all(Some(&file), "in.ndjson"), [file.clone()]);
+        assert_eq!(all(Some(&letters), "dead-letters"), [letters.clone()]);
+        // Another file in its place is another stream, of which a start compares nothing.
+        assert!(all(Some(&replaced), "in.ndjson").is_empty());
+        assert_eq!(all(None, "cars"), [kinesis]);
+        assert!(all(None, "trucks").is_empty());
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::Notify;
 
-use super::lag::LiveLag;
+use super::lag::{LiveDelivery, LiveLag};
 use crate::record::{Position, ShardId, SinkName};
 use crate::terminal::{escaped, quoted};
 
@@ -264,6 +264,16 @@ impl Board {
     /// Notes something of a shard's lag; gives what that gives.
     pub fn lag<T>(&self, shard: &ShardId, note: impl FnOnce(&mut LiveLag) -> T) -> T {
         note(self.lags().entry(shard.clone()).or_default())
+    }
+
+    /// The deliveries of every shard whose lane has begun.
+    pub(super) fn deliveries(&self) -> Vec<(ShardId, LiveDelivery)> {
+        let lags = self.lags();
+        let of = |(shard, lag): (&ShardId, &LiveLag)| {
+            let own = lag.deliveries.iter().cloned();
+            own.map(|own| (shard.clone(), own)).collect::<Vec<_>>()
+        };
+        lags.iter().flat_map(of).collect()
     }
 
     /// The age of the oldest record that a sink has not committed, by shard and sink.

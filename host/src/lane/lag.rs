@@ -4,9 +4,10 @@
 //! nobody reads. After a restart it is known by the arrival of the record that the sink committed last.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::record::{Position, SinkName};
 use crate::sink::delivery::Progress;
@@ -136,15 +137,26 @@ impl ShardLag {
 pub struct LiveLag {
     /// What is known.
     pub shard: ShardLag,
-    /// How far each sink is, once the lane has begun.
-    pub progress: Vec<(SinkName, watch::Receiver<Progress>)>,
+    /// The sinks' deliveries, once the lane has begun.
+    pub deliveries: Vec<LiveDelivery>,
+}
+
+/// A delivery, as others than its lane see it.
+#[derive(Clone)]
+pub struct LiveDelivery {
+    /// The sink.
+    pub sink: SinkName,
+    /// How far it is.
+    pub progress: watch::Receiver<Progress>,
+    /// Told when what is in hand is to be committed, though more would fit.
+    pub hurry: Arc<Notify>,
 }
 
 impl LiveLag {
     /// The age of the oldest record that each sink has not committed.
     pub fn ages(&mut self, now_ms: i64) -> Vec<(SinkName, Duration)> {
-        for (sink, progress) in &self.progress {
-            self.shard.committed(sink, progress.borrow().position.as_ref());
+        for own in &self.deliveries {
+            self.shard.committed(&own.sink, own.progress.borrow().position.as_ref());
         }
         self.shard.ages(now_ms)
     }

@@ -12,10 +12,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use tokio::time::Instant;
 
 use super::Shared;
+use super::agreement::compared;
+use super::lag::LiveDelivery;
 use crate::config::{OnPositionMismatch, PipelineConfig, SinkConfig};
 use crate::position::{
     Checkpoints, Hole, KnownSinks, Redrives, Roster, RosterChange, ShardState, StateStore,
@@ -28,6 +32,9 @@ use crate::swap::BuildSinks;
 
 /// Shards that an error names.
 const SHARDS_SHOWN: usize = 3;
+
+/// How often it is looked whether a sink that is to leave has caught up.
+const GLANCE: Duration = Duration::from_millis(50);
 
 /// Positions by shard.
 type Stands = BTreeMap<ShardId, Option<Position>>;
@@ -166,6 +173,117 @@ pub(crate) async fn foresee(
         }
     }
     Ok(refusals)
+}
+
+/// Refuses a change of a running pipeline that takes a sink away while it is behind those that stay: lanes that are
+/// let go would find that out when the change is in force already.
+///
+/// Where records flow, sinks are hardly ever at one place, and one that gathers large commits may have its rows in
+/// hand for an hour. So the sink is asked to commit what it has, and has until `end` to come to where the others are
+/// now. One that does not go on is refused at once.
+///
+/// # Errors
+/// As of the start with these sinks; or when the state cannot be read.
+pub(crate) async fn refuse_behind(
+    running: &Shared,
+    config: &PipelineConfig,
+    stream: &StreamIdentity,
+    end: Instant,
+) -> anyhow::Result<()> {
+    let known = running.roster.known(stream).await?;
+    let leaves = |name: &SinkName| {
+        !stays(config, name) && !is_removed(&known, name) && !running.dropped_sinks.contains(name)
+    };
+    // What a change brought that no lane has begun with yet is not known, and has nothing to lose.
+    let leaving: Vec<&SinkName> = known.names().into_iter().filter(|name| leaves(name)).collect();
+    if leaving.is_empty() {
+        return Ok(());
+    }
+    let highest = Live::of(running).highest(&known, |name| stays(config, name));
+    loop {
+        let live = Live::of(running);
+        let late = leaving.iter().find_map(|name| {
+            let behind = behind(&live.own(&known, name), &highest);
+            (!behind.is_empty()).then_some((*name, behind))
+        });
+        let Some((name, behind)) = late else { return Ok(()) };
+        let is_blocked = behind.iter().any(|(shard, _, _)| live.is_blocked(name, shard));
+        if is_blocked || Instant::now() >= end {
+            bail!(lost(name, &behind, renamed_to(name, &known, &config.sinks)));
+        }
+        leaving.iter().for_each(|name| live.hurry(name));
+        tokio::time::sleep(GLANCE).await;
+    }
+}
+
+/// The deliveries of the lanes at one moment.
+struct Live(Vec<(ShardId, LiveDelivery)>);
+
+impl Live {
+    fn of(running: &Shared) -> Self {
+        Self(running.board.deliveries())
+    }
+
+    fn of_sink<'l>(
+        &'l self,
+        name: &'l SinkName,
+    ) -> impl Iterator<Item = &'l (ShardId, LiveDelivery)> {
+        self.0.iter().filter(move |(_, own)| own.sink == *name)
+    }
+
+    /// How far a sink is in each shard that was begun: as its deliveries say, or the state, which may lag.
+    fn own(&self, known: &KnownSinks, name: &SinkName) -> Stands {
+        let mut stands: Stands = known
+            .checkpoints
+            .iter()
+            .map(|(shard, checkpoint)| {
+                // A sink without a position of a shard would have begun it at the checkpoint.
+                let at = known.stands(name, shard).cloned().or_else(|| checkpoint.clone());
+                (shard.clone(), at)
+            })
+            .collect();
+        for (shard, own) in self.of_sink(name) {
+            let at = own.progress.borrow().position.clone();
+            let best = stands.entry(shard.clone()).or_default();
+            *best = best.take().max(at);
+        }
+        stands
+    }
+
+    /// How far the sinks that stay are, the first of them in each shard.
+    fn highest(&self, known: &KnownSinks, stays: impl Fn(&SinkName) -> bool) -> Stands {
+        let mut highest = Stands::new();
+        let mut note = |shard: &ShardId, at: Option<Position>| {
+            let best = highest.entry(shard.clone()).or_default();
+            *best = best.take().max(at);
+        };
+        for (_, shards) in known.positions.iter().filter(|(name, _)| stays(name)) {
+            shards.iter().for_each(|(shard, at)| note(shard, Some(at.clone())));
+        }
+        for (shard, own) in self.0.iter().filter(|(_, own)| stays(&own.sink)) {
+            note(shard, own.progress.borrow().position.clone());
+        }
+        highest
+    }
+
+    /// Whether a sink says of a shard that it does not go on.
+    fn is_blocked(&self, name: &SinkName, shard: &ShardId) -> bool {
+        let mut own = self.of_sink(name).filter(|(of, _)| of == shard);
+        own.any(|(_, own)| own.progress.borrow().blocked.is_some())
+    }
+
+    /// Asks a sink to commit what it has in hand. Rows may reach it after that: it is asked again.
+    fn hurry(&self, name: &SinkName) {
+        self.of_sink(name).for_each(|(_, own)| own.hurry.notify_one());
+    }
+}
+
+/// Whether a sink is in the configuration, by its name or by its former one.
+fn stays(config: &PipelineConfig, name: &SinkName) -> bool {
+    config.sinks.iter().any(|sink| {
+        let renamed = sink.renamed_from.as_ref().is_some_and(|old| old.value == *name);
+        sink.name.value == *name || renamed
+    })
 }
 
 /// A sink with where its rows go, to be noted.
@@ -521,7 +639,8 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
 }
 
 /// Says what the next start would refuse of sinks that write where others have written, as far as the sinks
-/// themselves stand now.
+/// themselves stand now. `stream` is the stream that a start would read; `None`: a Kinesis stream, whose server is not
+/// asked.
 ///
 /// # Errors
 /// When the state or a sink cannot be read.
@@ -529,19 +648,17 @@ pub(crate) async fn foresee_doubled(
     config: &PipelineConfig,
     state: &StateStore,
     sinks: &[Arc<dyn Sink>],
-    build: &BuildSinks,
+    (stream, build): (Option<&StreamIdentity>, &BuildSinks),
 ) -> anyhow::Result<Vec<String>> {
     let roster = Roster::new(state.clone());
     let checkpoints = Checkpoints::new(state.clone());
     let mut said = Vec::new();
-    for stream in roster.streams().await? {
-        let known = roster.known_in(stream.clone()).await?;
-        let Some(stream) = StreamIdentity::of_key(&stream) else { continue };
+    for stream in compared(roster.streams().await?, stream, &config.source.stream_name()) {
         let arrival = Arrival {
             config,
             sinks,
             dropped: &HashSet::new(),
-            known: &known,
+            known: &roster.known(&stream).await?,
             shards: &checkpoints.shards(&stream).await?,
             build,
             key: keys(config, &stream),
@@ -582,9 +699,13 @@ fn as_named(
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+    use tokio::sync::{Notify, watch};
+
     use super::*;
     use crate::position::Removed;
     use crate::record::SequenceNumber;
+    use crate::sink::delivery::Progress;
 
     fn at(sequence: u64) -> Option<Position> {
         Some(Position { sequence: SequenceNumber::from(sequence), sub_sequence: 0 })
@@ -610,6 +731,69 @@ mod tests {
             let found: Vec<&str> = behind.iter().map(|(shard, _, _)| shard.as_str()).collect();
             assert_eq!(found, due);
         }
+    }
+
+    /// A delivery that is at a place, with what it is told to hurry by.
+    fn delivery(sink: &str, progress: Progress) -> (ShardId, LiveDelivery) {
+        // The last state stays when the sender is gone, as when the lane has ended.
+        let (_, progress) = watch::channel(progress);
+        let own = LiveDelivery { sink: sink.into(), progress, hurry: Arc::new(Notify::new()) };
+        ("s".into(), own)
+    }
+
+    #[test]
+    fn fault_13_a_sink_that_leaves_is_compared_with_what_the_others_have_now() {
+        let shard = ShardId::from("s");
+        let progress = |position, blocked: Option<&str>| Progress {
+            position,
+            blocked: blocked.map(str::to_owned),
+        };
+        // The state's checkpoint and positions, as of a moment ago.
+        let mut known = KnownSinks::default();
+        known.checkpoints.insert(shard.clone(), at(3));
+        for (sink, position) in [("a", 3), ("b", 4), ("gone", 3)] {
+            let position = at(position).expect("a position");
+            known.positions.insert(sink.into(), [(shard.clone(), position)].into());
+        }
+        let stays = |name: &SinkName| ["b", "c"].contains(&name.as_str());
+        for (a, b, due) in [
+            (at(3), at(9), Some((at(3), 9))),
+            (at(9), at(9), None),
+            (at(10), at(9), None),
+            // The state is ahead of a delivery that has not begun.
+            (None, None, Some((at(3), 4))),
+        ] {
+            let live = Live(vec![
+                delivery("a", progress(a, None)),
+                delivery("b", progress(b, None)),
+                delivery("gone", progress(at(99), None)),
+            ]);
+            let behind = behind(&live.own(&known, &"a".into()), &live.highest(&known, stays));
+            let found: Vec<_> =
+                behind.into_iter().map(|(_, own, highest)| (own, Some(highest))).collect();
+            let due: Vec<_> = due.into_iter().map(|(own, highest)| (own, at(highest))).collect();
+            assert_eq!(found, due);
+        }
+        // One that has no position would have begun at the checkpoint.
+        let live = Live(Vec::new());
+        assert_eq!(live.own(&known, &"new".into()), Stands::from([(shard.clone(), at(3))]));
+        let blocked = Live(vec![delivery("a", progress(at(3), Some("locked")))]);
+        assert!(blocked.is_blocked(&"a".into(), &shard));
+        assert!(!blocked.is_blocked(&"b".into(), &shard));
+        assert!(!blocked.is_blocked(&"a".into(), &"other".into()));
+    }
+
+    #[tokio::test]
+    async fn fault_13_a_sink_that_leaves_is_asked_to_commit_what_it_has() {
+        let nothing = Progress::default;
+        let live = Live(vec![delivery("a", nothing()), delivery("b", nothing())]);
+        live.hurry(&"a".into());
+        let told = |place: usize| {
+            let hurry = live.0[place].1.hurry.clone();
+            async move { hurry.notified().now_or_never().is_some() }
+        };
+        assert!(told(0).await, "it is told though it does not listen yet");
+        assert!(!told(1).await);
     }
 
     #[test]

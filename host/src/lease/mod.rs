@@ -27,6 +27,19 @@ pub enum LeaseError {
         /// The lock's file.
         path: String,
     },
+    /// Another command works with the pipeline's dead letters or replays.
+    #[error(
+        "another redrive or replay of pipeline {pipeline} is running, as process {owner} (lock {path}); wait \
+         for it to end, then give the command again"
+    )]
+    Redriving {
+        /// The pipeline.
+        pipeline: PipelineName,
+        /// The process id that the owner wrote.
+        owner: String,
+        /// The lock's file.
+        path: String,
+    },
     /// The lock's file cannot be made.
     #[error("failed to lock {path}: {cause}; free the disk, or set `state_dir` elsewhere")]
     Unusable {
@@ -67,7 +80,8 @@ impl PipelineLock {
     /// # Errors
     /// [`LeaseError`].
     pub fn take(state_dir: &StateDir, pipeline: &PipelineName) -> Result<Self, LeaseError> {
-        Self::take_file(state_dir, pipeline, "lock")
+        let taken = |pipeline, owner, path| LeaseError::Taken { pipeline, owner, path };
+        Self::take_file(state_dir, pipeline, "lock", taken)
     }
 
     /// Takes the right to redrive the pipeline's dead letters: positions of its own, so that the
@@ -79,13 +93,26 @@ impl PipelineLock {
         state_dir: &StateDir,
         pipeline: &PipelineName,
     ) -> Result<Self, LeaseError> {
-        Self::take_file(state_dir, pipeline, "redrive.lock")
+        // Another name or state folder is no way out: it has other dead letters, or none.
+        let taken = |pipeline, owner, path| LeaseError::Redriving { pipeline, owner, path };
+        Self::take_file(state_dir, pipeline, "redrive.lock", taken)
+    }
+
+    /// Takes the right to run records again with positions in a folder of their own under the pipeline's: one command
+    /// at a time, beside the pipeline.
+    ///
+    /// # Errors
+    /// [`LeaseError`].
+    pub fn take_for_replay(folder: &StateDir, pipeline: &PipelineName) -> Result<Self, LeaseError> {
+        let taken = |pipeline, owner, path| LeaseError::Redriving { pipeline, owner, path };
+        Self::take_file(folder, pipeline, "lock", taken)
     }
 
     fn take_file(
         state_dir: &StateDir,
         pipeline: &PipelineName,
         name: &str,
+        taken: impl Fn(PipelineName, String, String) -> LeaseError,
     ) -> Result<Self, LeaseError> {
         let folder = state_dir.make(pipeline.as_str())?;
         let path = folder.join(name);
@@ -95,11 +122,8 @@ impl PipelineLock {
             let mut owner = String::new();
             // Only for the message.
             let _ = file.read_to_string(&mut owner);
-            return Err(LeaseError::Taken {
-                pipeline: pipeline.clone(),
-                owner: owner.trim().into(),
-                path: path.display().to_string(),
-            });
+            let path = path.display().to_string();
+            return Err(taken(pipeline.clone(), owner.trim().into(), path));
         }
         private::sign_lock(&file).map_err(unusable)?;
         Ok(Self { _file: file, folder })

@@ -71,6 +71,17 @@ impl FileSource {
             false => open_at(&self.config, 0).map(drop),
         }
     }
+
+    /// Checks that a start could go on behind a line that was read.
+    ///
+    /// # Errors
+    /// [`SourceError::File`] as of the start.
+    pub fn check_behind(&self, after: &Position) -> Result<(), SourceError> {
+        match is_standard_input(&self.config) {
+            true => Ok(()),
+            false => open_behind(&self.config, after).map(drop),
+        }
+    }
 }
 
 fn is_standard_input(config: &FileConfig) -> bool {
@@ -389,17 +400,27 @@ fn open_at(config: &FileConfig, at: u64) -> Result<File, SourceError> {
 fn open_behind(config: &FileConfig, after: &Position) -> Result<(File, u64), SourceError> {
     let at = after.sequence.as_str().parse().unwrap_or(u64::MAX);
     let file = open_at(config, 0)?;
-    let is_there = record_ends_at(&file, at, config.cut, after.sub_sequence)
+    let found = record_ends_at(&file, at, config.cut, after.sub_sequence)
         .map_err(|cause| failed(config, "read", at, &cause))?;
-    if !is_there {
-        return Err(SourceError::File {
-            path: config.path.clone(),
-            what: format!("cannot go on at byte {at}"),
-            cause: "the line that was read last does not end there any more: the file was cut or \
-                    written over, or that line was read before it was complete. Put the old file \
-                    back, or read this one under another path"
-                .into(),
-        });
+    let cause = match found {
+        LastRead::Ends => None,
+        LastRead::GoesOn => Some(format!(
+            "expected the line that was read last to end there, found that it goes on: it had no line end \
+             when it was read, and that part of it was delivered as a record. End it where it was read, in \
+             this same file: keep its first {at} bytes, then a line break, then the lines after that line \
+             (another file in its place would be read from its beginning). Nothing comes twice then; what was \
+             delivered of that line is to be corrected by other means"
+        )),
+        LastRead::Gone => Some(
+            "expected the line that was read last to end there, found other bytes: the file was cut or \
+             written over. Put the old file back, or read this one under another path, which delivers all \
+             of its lines"
+                .to_owned(),
+        ),
+    };
+    if let Some(cause) = cause {
+        let what = format!("cannot go on at byte {at}");
+        return Err(SourceError::File { path: config.path.clone(), what, cause });
     }
     // The last line had no end when it was read; it has one now.
     let mut around = [0; 2];
@@ -418,12 +439,23 @@ fn open_behind(config: &FileConfig, after: &Position) -> Result<(File, u64), Sou
     Ok((open_at(config, at)?, at))
 }
 
+/// The record that was read last, in the file as it is now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LastRead {
+    /// It ends where it ended.
+    Ends,
+    /// It is there, and more of its line follows.
+    GoesOn,
+    /// Something else is there.
+    Gone,
+}
+
 /// Whether a record with this CRC-32 ends at `at`. A CSV record may have line breaks of its own: its
 /// beginning is searched for line by line.
-fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Result<bool> {
+fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Result<LastRead> {
     let length = file.metadata()?.len();
     if at == 0 || length < at {
-        return Ok(false);
+        return Ok(LastRead::Gone);
     }
     let is = |payload: &[u8]| u64::from(crc32fast::hash(payload)) == checksum;
     // Most lines are short: look back in growing steps.
@@ -438,9 +470,11 @@ fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Resu
         let is_whole = is_ended
             || length == at
             || (file.read_exact_at(&mut next, at).is_ok() && matches!(next, [b'\n' | b'\r']));
-        if !is_whole {
-            return Ok(false);
-        }
+        let found_as = |is_it: bool| match (is_it, is_whole) {
+            (true, true) => LastRead::Ends,
+            (true, false) => LastRead::GoesOn,
+            (false, _) => LastRead::Gone,
+        };
         let mut end = bytes.len() - usize::from(is_ended);
         if is_ended && bytes[..end].ends_with(b"\r") {
             end -= 1;
@@ -462,11 +496,13 @@ fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Resu
             }
         };
         match found {
-            Some(found) => return Ok(found),
+            Some(found) => return Ok(found_as(found)),
             None if from > 0 && back < LINE_BYTES_MAX as u64 * 2 => back *= 4,
-            None if from > 0 => return Ok(false),
+            None if from > 0 => return Ok(LastRead::Gone),
             // The file's first record, with a byte order mark or without: older versions kept it.
-            None => return Ok(is(&bytes[..end]) || is(without_mark(&bytes[..end]))),
+            None => {
+                return Ok(found_as(is(&bytes[..end]) || is(without_mark(&bytes[..end]))));
+            }
         }
     }
 }

@@ -21,6 +21,8 @@ const DIGEST_DIGITS_MIN: usize = 6;
 
 /// How long a change waits for the answer of a sink or a lookup: somebody waits for the change.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(8);
+/// How long it waits at least for sinks to take back what they were told of the candidate.
+const REMEMBER_MIN: Duration = Duration::from_secs(1);
 
 impl Inner {
     /// The candidate's bytes, and what to call it.
@@ -148,16 +150,24 @@ pub(super) fn check_bindings(
 ///
 /// On the way back (`is_way_back`) to what ran before, a sink for which nothing changes is only warned of:
 /// a rollback must not depend on a server that is out of reach.
+///
+/// All sinks together have until `answer_by`: somebody waits, and a locked table keeps each look at it waiting.
 pub(super) async fn check_tables(
     shared: &Shared,
     sinks: &[Arc<dyn Sink>],
     (before, next): (&Generation, &Generation),
     is_way_back: bool,
+    answer_by: tokio::time::Instant,
 ) -> Result<(), StepFailed> {
-    for sink in sinks {
-        let is_known = shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink));
+    let is_unchanged = |sink: &Arc<dyn Sink>| {
+        is_known(shared, sink) && next.routes_to(sink.name()) == before.routes_to(sink.name())
+    };
+    // Those that must answer come first: on the way back, one that is only warned of may take all of the time.
+    let (unchanged, changed): (Vec<_>, Vec<_>) = sinks.iter().cloned().partition(is_unchanged);
+    let begun = Instant::now();
+    for (place, sink) in changed.iter().chain(&unchanged).enumerate() {
+        let is_unchanged = is_unchanged(sink);
         let routes = next.routes_to(sink.name());
-        let is_unchanged = is_known && routes == before.routes_to(sink.name());
         let look = async {
             match is_unchanged {
                 // A table that was put aside for a while is not made anew.
@@ -165,31 +175,59 @@ pub(super) async fn check_tables(
                 false => sink.prepare(&routes).await,
             }
         };
-        let refused = match tokio::time::timeout(ANSWER_MAX, look).await {
+        let asked = Instant::now();
+        let refused = match tokio::time::timeout_at(answer_by, look).await {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),
             Err(_) => {
-                let (sink, seconds) = (sink.name(), ANSWER_MAX.as_secs());
-                format!("sink {sink} did not answer within {seconds} s; nothing was changed")
+                // The one before may have taken nearly all of the time.
+                let before = match place {
+                    0 => String::new(),
+                    _ => format!(
+                        " (of {:.1} s for all sinks together)",
+                        begun.elapsed().as_secs_f64()
+                    ),
+                };
+                format!(
+                    "sink {} did not answer within {:.1} s{before}: expected a look at its table, found that it \
+                     waits, for a lock or for its server; nothing was changed: free it, and try it again",
+                    sink.name(),
+                    asked.elapsed().as_secs_f64(),
+                )
             }
         };
         if is_unchanged && is_way_back {
             tracing::warn!(cause = refused, "the version before takes over nevertheless");
             continue;
         }
-        remember_again(shared, before).await;
+        remember_again(shared, &changed, (before, next), answer_by).await;
         return Err(Step::Check.failed(refused));
     }
     Ok(())
 }
 
-/// Lets the sinks expect again what they get from what runs.
-pub(super) async fn remember_again(shared: &Shared, before: &Generation) {
+/// Whether a sink is one of those that run.
+fn is_known(shared: &Shared, sink: &Arc<dyn Sink>) -> bool {
+    shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink))
+}
+
+/// Lets those of `sinks` that were told of `next` expect again what they get from what runs. The others expect it
+/// still, and one of them may have a table that is locked: it would be waited for in vain.
+pub(super) async fn remember_again(
+    shared: &Shared,
+    sinks: &[Arc<dyn Sink>],
+    (before, next): (&Generation, &Generation),
+    answer_by: tokio::time::Instant,
+) {
     // It worked before; if not, the sink itself will say so.
-    let restored = shared.sinks.iter().map(|known| async {
-        let _ = known.prepare(&before.routes_to(known.name())).await;
+    let restored = sinks.iter().filter(|sink| is_known(shared, sink)).map(|known| async {
+        let routes = before.routes_to(known.name());
+        if routes != next.routes_to(known.name()) {
+            let _ = known.prepare(&routes).await;
+        }
     });
-    let _ = tokio::time::timeout(ANSWER_MAX, futures::future::join_all(restored)).await;
+    let end = answer_by.max(tokio::time::Instant::now() + REMEMBER_MIN);
+    let _ = tokio::time::timeout_at(end, futures::future::join_all(restored)).await;
 }
 
 /// Loads a generation, with plugins that are at hand and with those that ran before: configures each and

@@ -22,8 +22,8 @@ use serde::Serialize;
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use promotion::Promotion;
 pub use promotion::TakeOver;
+use promotion::{AnswerTime, Promotion};
 pub use reload::{ReloadDiff, ReloadReport};
 pub use trial::{Gates, ShownDifference, TrialReport};
 pub use watch::watch_files;
@@ -32,7 +32,7 @@ use crate::config::PipelineConfig;
 use crate::lane::{LaneChange, Shared, WaitingLane};
 use crate::plugin::{Digest, PluginHost};
 use crate::position::{Change, ChangeKind, Changes, NewChange, Running, StateStore};
-use crate::record::StageName;
+use crate::record::{StageName, StreamIdentity};
 use crate::sink::Sink;
 use crate::stage::{Generation, LoadedStage};
 
@@ -188,6 +188,8 @@ pub struct SwapReport {
     pub lanes: Vec<LaneChange>,
     /// Those that have not yet, and why: they replay what the old version ran first, or wait for a sink.
     pub waiting: Vec<WaitingLane>,
+    /// As in [`ReloadReport::may_be_undone`].
+    pub may_be_undone: bool,
     /// How long it is watched, in seconds.
     pub probation_s: u64,
 }
@@ -201,6 +203,8 @@ pub struct Swapper {
 struct Inner {
     state: StateStore,
     changes: Changes,
+    /// The stream that is read.
+    stream: Arc<StreamIdentity>,
     /// Of plugins that the binary carries.
     embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
     /// What runs. Locked while a change is made durable, and not while lanes take it over.
@@ -234,6 +238,8 @@ pub(crate) struct SwapperParts {
     pub(crate) state: StateStore,
     /// What the lanes share.
     pub(crate) shared: Arc<Shared>,
+    /// The stream that is read.
+    pub(crate) stream: Arc<StreamIdentity>,
     /// What plugins are loaded with.
     pub(crate) host: PluginHost,
     /// What runs in place of what the files describe.
@@ -254,6 +260,7 @@ impl Swapper {
         let SwapperParts {
             state,
             shared,
+            stream,
             host,
             running,
             embedded_plugin,
@@ -264,7 +271,8 @@ impl Swapper {
         let changes = Changes::new(state.clone());
         let config = Arc::new(shared.config.clone());
         let setup = Mutex::new(Setup { shared, config, host, running, changes: 0 });
-        let inner = Inner { state, changes, embedded_plugin, setup, build_sinks, take_overs, ends };
+        let inner =
+            Inner { state, changes, stream, embedded_plugin, setup, build_sinks, take_overs, ends };
         Self { inner: Arc::new(inner) }
     }
 
@@ -365,6 +373,7 @@ impl Inner {
             no_trial,
             lanes: Vec::new(),
             waiting: Vec::new(),
+            may_be_undone: false,
             probation_s: 0,
         };
         let change = NewChange {
@@ -391,6 +400,7 @@ impl Inner {
         })?;
         (report.number, report.generation) = (promoted.number, promoted.generation);
         (report.lanes, report.waiting) = (promoted.lanes, promoted.waiting);
+        report.may_be_undone = promoted.may_be_undone;
         report.probation_s = setup.config.reload.probation.window.as_secs();
         Ok(report)
     }
@@ -454,7 +464,7 @@ impl Inner {
         if setup.changes != beside.changes {
             return Ok(None);
         }
-        let promoted = self.promote(setup, promotion).await?;
+        let promoted = self.promote(setup, promotion, AnswerTime::begin()).await?;
         Ok(Some(SwapReport {
             number: promoted.number,
             stage: stage.to_string(),
@@ -466,6 +476,7 @@ impl Inner {
             no_trial: None,
             lanes: promoted.lanes,
             waiting: promoted.waiting,
+            may_be_undone: promoted.may_be_undone,
             probation_s: 0,
         }))
     }

@@ -20,9 +20,49 @@ use crate::stage::{Components, Generation, GenerationSpec};
 
 /// How long a change waits for lanes that do not come to a batch's boundary. They change when they do.
 const LANES_CHANGE_MAX: Duration = Duration::from_secs(8);
+/// The part of [`AnswerTime::MAX`] that a sink which is to leave may take to commit what it has in hand.
+const SINKS_CATCH_UP_MAX: Duration = Duration::from_secs(3);
+/// The part that lanes have at least, where the looks before took long.
+const LANES_CHANGE_MIN: Duration = Duration::from_secs(1);
 
 /// Why nothing is changed any more.
 const STOPPED: &str = "the pipeline has stopped";
+
+/// By when somebody who has asked for a change is answered, from the end of its trial on. Sinks, their tables and lanes
+/// may each take long: all of them together have one time, or their times would add up. The starts in every shard
+/// have `timing.trial`, which does not count here.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AnswerTime {
+    begun: Instant,
+    /// Longer by this.
+    starts: Duration,
+}
+
+impl AnswerTime {
+    /// What is left of the promised 10 s is for the state's writes.
+    const MAX: Duration = Duration::from_secs(9);
+
+    /// From now on.
+    pub(super) fn begin() -> Self {
+        Self { begun: Instant::now(), starts: Duration::ZERO }
+    }
+
+    /// By then, sinks that are to leave must have what the others have.
+    pub(super) fn sinks_catch_up_by(&self) -> Instant {
+        self.begun + SINKS_CATCH_UP_MAX
+    }
+
+    /// By then, the sinks must have answered what they are asked of their tables.
+    pub(super) fn sinks_answer_by(&self) -> Instant {
+        self.begun + candidate::ANSWER_MAX
+    }
+
+    /// By then, the lanes should have changed, which have had no time yet at `now`.
+    fn lanes_change_by(&self, now: Instant) -> Instant {
+        let end = self.begun + self.starts + Self::MAX;
+        end.clamp(now + LANES_CHANGE_MIN, now + LANES_CHANGE_MAX)
+    }
+}
 
 /// Lanes are to be let go and taken over anew, by what is described here.
 pub struct TakeOver {
@@ -60,6 +100,15 @@ pub(super) struct Promoted {
     pub(super) lanes: Vec<LaneChange>,
     /// Lanes that have not yet, and why.
     pub(super) waiting: Vec<WaitingLane>,
+    /// The lanes are not let go yet: until they are, it may be undone.
+    pub(super) may_be_undone: bool,
+}
+
+/// How far the lanes came with a change in the time that somebody waits for it.
+struct LanesChanged {
+    lanes: Vec<LaneChange>,
+    waiting: Vec<WaitingLane>,
+    may_be_undone: bool,
 }
 
 /// A promotion that lanes are about to take over, and what to go back to should they not.
@@ -104,7 +153,7 @@ impl Inner {
         let declared = setup.running.declared.clone();
         let (undoes, taken_over, files) = (None, None, None);
         let promotion = Promotion { next, components, declared, change, undoes, taken_over, files };
-        self.promote(setup, promotion).await
+        self.promote(setup, promotion, AnswerTime::begin()).await
     }
 
     /// Takes the steps of [`Inner::promote_in_turn`] up to the one that changes something.
@@ -117,7 +166,7 @@ impl Inner {
         // Sinks remember for a moment what the candidate would bring: no other change may come between.
         let setup = self.setup.lock().await;
         let next = in_turn(&setup, before, next, &mut change).await?;
-        rehearse(&setup, &setup.shared.sinks, &next, &self.ends).await
+        rehearse(&setup, &setup.shared.sinks, &next, &AnswerTime::begin(), &self.ends).await
     }
 
     /// Makes a change durable and lets the lanes take it over. While they do, others may make changes.
@@ -125,15 +174,18 @@ impl Inner {
         self: &Arc<Self>,
         mut setup: MutexGuard<'_, Setup>,
         promotion: Promotion,
+        mut answer_time: AnswerTime,
     ) -> Result<Promoted, StepFailed> {
         let Promotion { next, components, declared, change, undoes, mut taken_over, files } =
             promotion;
         Step::Promote.begin(&change.stage);
         let failed = |error: StateError| Step::Promote.failed(error);
         let before = setup.shared.generation();
-        let sinks = taken_over.as_ref().map_or(&setup.shared.sinks, |shared| &shared.sinks);
+        let sinks = &taken_over.as_ref().unwrap_or(&setup.shared).sinks.clone();
         let is_way_back = undoes.is_some();
-        candidate::check_tables(&setup.shared, sinks, (&before, &next), is_way_back).await?;
+        let answer_by = answer_time.sinks_answer_by();
+        let sides = (&*before, &*next);
+        candidate::check_tables(&setup.shared, sinks, sides, is_way_back, answer_by).await?;
         let routes = |generation: &Generation| {
             let sinks = setup.shared.sinks.iter();
             sinks.map(|sink| generation.routes_to(sink.name())).collect::<Vec<_>>()
@@ -143,13 +195,20 @@ impl Inner {
             taken_over = Some(Arc::new(setup.shared.with_generation(next.clone())));
         }
         if taken_over.is_some() || !is_way_back {
+            let begun = Instant::now();
             match start_everywhere(&setup, &next, &self.ends).await {
                 // It has run in these shards. A slow start must not keep the bad version at work.
                 Err(NotStarted::TooSlow(cause)) if is_way_back => {
                     tracing::warn!(cause, "the version before takes over nevertheless");
                 }
-                started => started?,
+                Err(not_started) => {
+                    // Nothing is changed: the sinks must not expect what never comes.
+                    candidate::remember_again(&setup.shared, sinks, sides, answer_by).await;
+                    return Err(not_started.into());
+                }
+                Ok(()) => {}
             }
+            answer_time.starts = begun.elapsed();
         }
         setup.shared.ledger.keep(&next.spec, components).await.map_err(failed)?;
         let variables = Variables::new(self.state.clone());
@@ -192,13 +251,15 @@ impl Inner {
         let shared = setup.shared.clone();
         let under_way = UnderWay { change: setup.changes, number, was, before };
         drop(setup);
-        let (lanes, waiting) = self.lanes_change(&shared, &next, under_way, begun_anew).await?;
+        let end = answer_time.lanes_change_by(Instant::now());
+        let changed = self.lanes_change(&shared, &next, under_way, begun_anew, end).await?;
+        let LanesChanged { lanes, waiting, may_be_undone } = changed;
         tracing::debug!(generation = %next.id, lanes = lanes.len(), "the lanes have changed");
         metrics::counter!("shardmill_changes_total", "outcome" => "promoted").increment(1);
         if let Err(error) = shared.ledger.prune(&next.spec).await {
             tracing::warn!(%error, "components that are not needed any more stay");
         }
-        Ok(Promoted { number, generation: next.id.to_string(), lanes, waiting })
+        Ok(Promoted { number, generation: next.id.to_string(), lanes, waiting, may_be_undone })
     }
 
     /// Waits for the lanes, but not for long: those that do not come to it are named.
@@ -208,8 +269,8 @@ impl Inner {
         next: &Generation,
         under_way: UnderWay,
         begun_anew: Option<TakenOver>,
-    ) -> Result<(Vec<LaneChange>, Vec<WaitingLane>), StepFailed> {
-        let end = Instant::now() + LANES_CHANGE_MAX;
+        end: Instant,
+    ) -> Result<LanesChanged, StepFailed> {
         let mut let_go = Vec::new();
         if let Some(mut begun_anew) = begun_anew {
             let_go = shared.board.running().into_iter().map(|lane| lane.shard).collect();
@@ -217,20 +278,21 @@ impl Inner {
             match told.map(|told| told.unwrap_or_else(|_| Err(STOPPED.into()))) {
                 Ok(Ok(())) => {}
                 Ok(Err(cause)) => {
-                    self.take_back(under_way, &cause).await;
+                    self.take_back(under_way, &cause, end).await;
                     return Err(Step::Promote.failed(cause));
                 }
                 Err(_) => {
                     tokio::spawn(self.clone().until_begun_anew(under_way, begun_anew));
                     // None of them has begun anew, even where it runs the same generation then.
-                    return Ok((Vec::new(), shared.board.running()));
+                    let (lanes, waiting) = (Vec::new(), shared.board.running());
+                    return Ok(LanesChanged { lanes, waiting, may_be_undone: true });
                 }
             }
         }
         match shared.board.changed_to(&next.id, &let_go, end).await {
-            Ok(changed) => Ok(changed),
+            Ok((lanes, waiting)) => Ok(LanesChanged { lanes, waiting, may_be_undone: false }),
             Err(cause) => {
-                self.take_back(under_way, &cause).await;
+                self.take_back(under_way, &cause, end).await;
                 Err(Step::Promote.failed(cause))
             }
         }
@@ -238,14 +300,23 @@ impl Inner {
 
     /// Goes on waiting for lanes that are let go, when nobody else waits any more.
     async fn until_begun_anew(self: Arc<Self>, under_way: UnderWay, begun_anew: TakenOver) {
-        if let Ok(Err(cause)) = begun_anew.await {
-            tracing::error!(number = under_way.number, cause, "a change was undone");
-            self.take_back(under_way, &cause).await;
+        match begun_anew.await {
+            Ok(Err(cause)) => {
+                tracing::error!(number = under_way.number, cause, "a change was undone");
+                self.take_back(under_way, &cause, Instant::now() + LANES_CHANGE_MAX).await;
+            }
+            // Its answer left that open.
+            Ok(Ok(())) => {
+                tracing::info!(number = under_way.number, "a change that waited is in force");
+            }
+            // The pipeline has stopped: the next start runs it, or says why not.
+            Err(_) => {}
         }
     }
 
-    /// Every lane back to what ran before: one of them could not change.
-    async fn take_back(&self, under_way: UnderWay, cause: &str) {
+    /// Every lane back to what ran before: one of them could not change. They are waited for up to `end`, or for a
+    /// moment.
+    async fn take_back(&self, under_way: UnderWay, cause: &str, end: Instant) {
         let UnderWay { change, number, was, before } = under_way;
         let mut setup = self.setup.lock().await;
         if setup.changes != change {
@@ -261,7 +332,8 @@ impl Inner {
         let board = setup.shared.board.clone();
         drop(setup);
         // Lanes that do not start the one before either say so themselves.
-        let _ = board.changed_to(&before.id, &[], Instant::now() + LANES_CHANGE_MAX).await;
+        let end = end.max(Instant::now() + LANES_CHANGE_MIN);
+        let _ = board.changed_to(&before.id, &[], end).await;
     }
 }
 
@@ -298,11 +370,14 @@ pub(super) async fn rehearse(
     setup: &Setup,
     sinks: &[Arc<dyn Sink>],
     next: &Arc<Generation>,
+    answer_time: &AnswerTime,
     ends: &CancellationToken,
 ) -> Result<(), StepFailed> {
     let before = setup.shared.generation();
-    candidate::check_tables(&setup.shared, sinks, (&before, next), false).await?;
-    candidate::remember_again(&setup.shared, &before).await;
+    let (shared, sides) = (&setup.shared, (&*before, &**next));
+    let answer_by = answer_time.sinks_answer_by();
+    candidate::check_tables(shared, sinks, sides, false, answer_by).await?;
+    candidate::remember_again(shared, sinks, sides, answer_by).await;
     start_everywhere(setup, next, ends).await?;
     Ok(())
 }
@@ -395,6 +470,25 @@ mod tests {
             std::thread::sleep(time);
             Ok(())
         }
+    }
+
+    #[test]
+    fn fault_13_all_parts_of_a_change_have_one_time_together() {
+        let seconds = Duration::from_secs;
+        let time = AnswerTime::begin();
+        assert_eq!(time.sinks_catch_up_by(), time.begun + SINKS_CATCH_UP_MAX);
+        assert_eq!(time.sinks_answer_by(), time.begun + candidate::ANSWER_MAX);
+        let left = |time: AnswerTime, after: Duration| {
+            let now = time.begun + after;
+            time.lanes_change_by(now) - now
+        };
+        assert_eq!(left(time, Duration::ZERO), LANES_CHANGE_MAX);
+        assert_eq!(left(time, seconds(5)), seconds(4));
+        // Lanes are looked at all the same.
+        assert_eq!(left(time, seconds(60)), LANES_CHANGE_MIN);
+        // The starts in every shard have a time of their own.
+        let slow = AnswerTime { starts: seconds(60), ..time };
+        assert_eq!(left(slow, seconds(65)), seconds(4));
     }
 
     const NO_LIMIT: Duration = Duration::from_secs(600);

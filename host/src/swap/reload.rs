@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::promotion::{Promotion, rehearse};
+use super::promotion::{AnswerTime, Promotion, rehearse};
 use super::trial::TrialReport;
 use super::{
     ChangeRefused, Inner, OTHERS_FIRST, Setup, Step, StepFailed, Swapper, TURNS_MAX, candidate,
@@ -13,7 +13,7 @@ use super::{
 use crate::config::{
     KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SinkKind, SourceKind,
 };
-use crate::lane::{GenerationStore, LaneChange, WaitingLane};
+use crate::lane::{GenerationStore, LaneChange, WaitingLane, roster};
 use crate::plugin::{Backends, PluginHost};
 use crate::position::{ChangeKind, NewChange};
 use crate::record::{SinkName, StageName};
@@ -63,6 +63,9 @@ pub struct ReloadReport {
     pub lanes: Vec<LaneChange>,
     /// Those that have not yet, and why.
     pub waiting: Vec<WaitingLane>,
+    /// It is noted and not in force yet: the lanes are let go only when they have come to a batch's boundary, or their
+    /// time is over. What is found then may undo it.
+    pub may_be_undone: bool,
 }
 
 /// What the files make, proven.
@@ -160,6 +163,7 @@ impl Inner {
             no_trials: Vec::new(),
             lanes: Vec::new(),
             waiting: Vec::new(),
+            may_be_undone: false,
         };
         for stage in &changed {
             let (Ok(incumbent), Ok(fresh)) =
@@ -179,9 +183,18 @@ impl Inner {
         if setup.changes != beside.changes {
             return Ok(None);
         }
+        let answer_time = AnswerTime::begin();
+        // Before anything is durable: the lanes would find it out when they are let go, after the answer.
+        let behind = roster::refuse_behind(
+            &setup.shared,
+            &reloaded.config,
+            &self.stream,
+            answer_time.sinks_catch_up_by(),
+        );
+        behind.await.map_err(|error| Step::Check.failed(format!("{error:#}")))?;
         if dry_run {
             let sinks = reloaded.sinks_to_look_at(&setup);
-            rehearse(&setup, &sinks, &reloaded.next, &self.ends).await?;
+            rehearse(&setup, &sinks, &reloaded.next, &answer_time, &self.ends).await?;
             return Ok(Some((report, None)));
         }
         if report.diff.is_empty() && reloaded.declared == setup.running.declared {
@@ -216,7 +229,7 @@ impl Inner {
             Promotion { next, components, declared, change, undoes: None, taken_over, files };
         // What the files say now counts more than what was swapped in before.
         let stages = changed.iter().map(ToString::to_string).collect();
-        let promoted = self.promote(setup, promotion).await?;
+        let promoted = self.promote(setup, promotion, answer_time).await?;
         if single.is_none()
             && let Err(error) = self.changes.supersede(stages).await
         {
@@ -228,6 +241,7 @@ impl Inner {
         samples.keep_only(&stages_now.iter().collect::<Vec<_>>());
         report.number = promoted.number;
         (report.lanes, report.waiting) = (promoted.lanes, promoted.waiting);
+        report.may_be_undone = promoted.may_be_undone;
         Ok(Some((report, single)))
     }
 

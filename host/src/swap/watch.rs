@@ -71,10 +71,17 @@ pub async fn watch_files(
                 match swapper.reload(fresh, false).await {
                     Ok(report) if report.number.is_some() => {
                         let changed: Vec<&str> = report.diff.lines().collect();
-                        tracing::warn!(
-                            changed = changed.join("; "),
-                            "the files have changed: reloaded"
-                        );
+                        let changed = changed.join("; ");
+                        match report.may_be_undone {
+                            false => {
+                                tracing::warn!(changed, "the files have changed: reloaded");
+                            }
+                            true => tracing::warn!(
+                                changed,
+                                "the files have changed: not in force yet; until the lanes have let go of what \
+                                 they have, it may be undone"
+                            ),
+                        }
                     }
                     Ok(_) => {}
                     Err(refused) => tracing::error!(%refused, "the files have changed"),

@@ -182,6 +182,34 @@ fn a_last_line_that_gets_its_end_later_is_read_once() {
     assert_eq!(place.run("").status.code(), Some(1));
 }
 
+/// Its first half was delivered. The old file cannot be put back, and another path would give all lines once more.
+#[test]
+fn fault_31_a_line_that_was_read_too_early_is_ended_where_it_was_read() {
+    let first = b"{\"id\":1}\n{\"id\":2}";
+    let place = Place::new(first);
+    place.run_ok("");
+    place.append(b"0}\n{\"id\":3}\n");
+    let pipeline = place.pipeline("rows.ndjson", "");
+    for command in ["check", "run"] {
+        let output = crate::support::run(&[command, &pipeline]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{command}: {said}");
+        let bytes = first.len();
+        for part in [
+            format!("rows.ndjson: cannot go on at byte {bytes}"),
+            format!("keep its first {bytes} bytes, then a line break, then the lines after"),
+        ] {
+            assert!(said.contains(&part), "{command}: {part:?} is missing in {said}");
+        }
+    }
+    // As it says, in the same file.
+    place.write(&[&first[..], b"\n{\"id\":3}\n"].concat());
+    let checked = crate::support::run(&["check", &pipeline]);
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    place.run_ok("");
+    assert_eq!(place.ids(), [1, 2, 3]);
+}
+
 #[test]
 fn a_run_that_waits_for_input_ends_when_told() {
     let place = Place::new(b"");

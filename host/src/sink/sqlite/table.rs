@@ -27,6 +27,10 @@ const IS_STRICT: &str =
 const TRIGGERS: &str = "SELECT name, sql FROM sqlite_schema \
     WHERE type = 'trigger' AND lower(tbl_name) = lower(?1) ORDER BY name";
 
+/// The tables that may roll whole transactions back.
+const MAY_ROLL_BACK: &str = "SELECT name, sql FROM sqlite_schema \
+    WHERE type = 'table' AND sql LIKE '%rollback%' ORDER BY name";
+
 /// Whether any table or trigger of the file may say FAIL; which of them a row reaches is not looked for.
 const SAYS_FAIL: &str = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE sql LIKE '%fail%' \
     UNION ALL SELECT 1 FROM sqlite_temp_schema WHERE sql LIKE '%fail%')";
@@ -207,11 +211,17 @@ fn warnings(
             ));
         }
     }
-    let mut query = connection.prepare(TRIGGERS).map_err(failed)?;
-    let triggers = query
-        .query_map([table], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
-        .and_then(|rows| rows.collect::<rusqlite::Result<Vec<_>>>())
-        .map_err(failed)?;
+    let triggers = named_sql(connection, TRIGGERS, [table]).map_err(failed)?;
+    for (name, sql) in named_sql(connection, MAY_ROLL_BACK, []).map_err(failed)? {
+        let is_own = name.eq_ignore_ascii_case(table);
+        let is_written = || triggers.iter().any(|(_, sql)| trigger::names_on_insert(sql, &name));
+        if trigger::rolls_back_conflicts(&sql) && (is_own || is_written()) {
+            warnings.push(format!(
+                "table {name} rolls whole transactions back (ON CONFLICT ROLLBACK): a row that violates such a \
+                 constraint blocks its shard; make the table with ON CONFLICT ABORT, or without the clause"
+            ));
+        }
+    }
     for (name, sql) in triggers {
         match trigger::reading(&sql) {
             Verdict::TakesAll => {}
@@ -227,6 +237,17 @@ fn warnings(
         }
     }
     Ok(warnings)
+}
+
+/// Names of the schema's entries with their statements.
+fn named_sql(
+    connection: &Connection,
+    query: &str,
+    parameters: impl rusqlite::Params,
+) -> rusqlite::Result<Vec<(String, String)>> {
+    let mut query = connection.prepare(query)?;
+    let rows = query.query_map(parameters, |row| Ok((row.get(0)?, row.get(1)?)))?;
+    rows.collect()
 }
 
 /// Proves that the table has a unique index on the mode's key, which `ON CONFLICT` needs.

@@ -15,9 +15,13 @@ pub(super) enum Verdict {
 pub(super) fn reading(sql: &str) -> Verdict {
     let tokens = tokens(sql);
     let is = |token: &str, word: &str| token.eq_ignore_ascii_case(word);
-    let body = tokens.iter().position(|token| is(token, "begin")).unwrap_or(tokens.len());
-    let (head, body) = tokens.split_at(body);
+    let (head, body) = parts(&tokens);
     let on_insert = head.iter().any(|token| is(token, "insert"));
+    if on_insert && says(body, &["or", "rollback"]) {
+        return Verdict::MayRefuse(
+            "rolls whole transactions back (OR ROLLBACK): a row that it refuses blocks its shard; use OR ABORT",
+        );
+    }
     let raises: Vec<usize> = (0..body.len())
         .filter(|at| is(&body[*at], "raise") && body.get(at + 1).is_some_and(|next| next == "("))
         .collect();
@@ -43,6 +47,34 @@ pub(super) fn reading(sql: &str) -> Verdict {
     } else {
         Verdict::MayRefuse("may refuse rows (RAISE): those become dead letters")
     }
+}
+
+/// Whether a row that violates a constraint of the table makes SQLite roll the whole transaction back: so says the
+/// `CREATE TABLE` statement with ON CONFLICT ROLLBACK.
+///
+/// Source: SQLite, "The ON CONFLICT Clause".
+pub(super) fn rolls_back_conflicts(sql: &str) -> bool {
+    says(&tokens(sql), &["on", "conflict", "rollback"])
+}
+
+/// Whether a trigger has to do with a table when a row is inserted. What it does there is not looked for.
+pub(super) fn names_on_insert(sql: &str, table: &str) -> bool {
+    let tokens = tokens(sql);
+    let (head, body) = parts(&tokens);
+    let name = |token: &String| token.trim_matches(['"', '`', '[', ']']).to_owned();
+    says(head, &["insert"]) && body.iter().any(|token| name(token).eq_ignore_ascii_case(table))
+}
+
+/// What comes before a trigger's BEGIN, and what comes from there on.
+fn parts(tokens: &[String]) -> (&[String], &[String]) {
+    let begin = tokens.iter().position(|token| token.eq_ignore_ascii_case("begin"));
+    tokens.split_at(begin.unwrap_or(tokens.len()))
+}
+
+/// Whether these words come one after the other.
+fn says(tokens: &[String], words: &[&str]) -> bool {
+    let is = |(token, word): (&String, &&str)| token.eq_ignore_ascii_case(word);
+    tokens.windows(words.len()).any(|some| some.iter().zip(words).all(is))
 }
 
 /// The place of the parenthesis that closes the one at `open`.
@@ -116,5 +148,39 @@ mod tests {
         ] {
             assert!(matches!(kind(sql), MayRefuse(_)), "{sql}");
         }
+    }
+
+    #[test]
+    fn fault_31_a_table_says_which_conflicts_end_the_transaction() {
+        for sql in [
+            "CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ROLLBACK)",
+            "create table t (id integer, unique (id) on /* all */ conflict\n rollback)",
+            "CREATE TABLE t (id INTEGER PRIMARY KEY, n TEXT NOT NULL ON CONFLICT ROLLBACK)",
+        ] {
+            assert!(rolls_back_conflicts(sql), "{sql}");
+        }
+        for sql in [
+            "CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ABORT)",
+            "CREATE TABLE t (id INTEGER UNIQUE) -- ON CONFLICT ROLLBACK",
+            "CREATE TABLE t (id TEXT UNIQUE DEFAULT 'ON CONFLICT ROLLBACK')",
+            "CREATE TABLE t (\"on conflict rollback\" INTEGER)",
+        ] {
+            assert!(!rolls_back_conflicts(sql), "{sql}");
+        }
+    }
+
+    #[test]
+    fn fault_31_a_trigger_says_which_tables_it_has_to_do_with() {
+        let audit =
+            "CREATE TRIGGER t AFTER INSERT ON a BEGIN INSERT INTO \"Audit\" VALUES (new.id); END";
+        assert!(names_on_insert(audit, "audit"));
+        assert!(!names_on_insert(audit, "a"), "a row is in it already");
+        assert!(!names_on_insert(&audit.replace("AFTER INSERT", "AFTER DELETE"), "audit"));
+        let text = "CREATE TRIGGER t AFTER INSERT ON a BEGIN INSERT INTO b VALUES ('audit'); END";
+        assert!(!names_on_insert(text, "audit"));
+        let rolls = "CREATE TRIGGER t AFTER INSERT ON a BEGIN INSERT OR ROLLBACK INTO b VALUES (new.id); END";
+        assert!(
+            matches!(reading(rolls), Verdict::MayRefuse(effect) if effect.contains("OR ABORT"))
+        );
     }
 }

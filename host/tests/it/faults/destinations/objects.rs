@@ -394,3 +394,32 @@ fn fault_22_no_log_is_begun_for_a_sink_that_a_start_has_not_settled() {
     assert!(done, "{told}");
     assert_eq!(rows(&lines.at("logs")), sorted(all));
 }
+
+/// The claims of a file's lines lie in a folder that is called by the file's path: by the key of its positions alone,
+/// `check` looked for them in another one.
+#[test]
+fn fault_31_check_finds_the_claims_of_a_file() {
+    let mut some = ids(10);
+    some.push("no object".into());
+    let Lines { folder, file } = lines(&some, "");
+    let letters = folder.path().join("letters");
+    let copies = format!("type = \"objects\"\nurl = \"{}\"", letters.display());
+    let file = file.table("[dead_letters]\nsinks = [\"copies\"]").sink("copies", &copies);
+    let lines = Lines { folder, file };
+    lines.run();
+    assert_eq!(lines.reasons().len(), 1);
+    wait_for("the copied letter", || files(&letters).len() > 1);
+    let (sound, said) = lines.check(&[]);
+    assert!(sound && !said.contains("is behind"), "{said}");
+    // So do the commands that write into the log of copies, whose positions are in a state of their own.
+    let log = ["--sink", "copies", "--shard", "letters-000000000000"];
+    let (_, said) = objects(&lines, "skip", &log);
+    assert!(!said.contains("has no checkpoint"), "{said}");
+    // It is asked at the right place: what is gone there is said.
+    for (folder, sink) in [(lines.at("logs"), "out"), (letters, "copies")] {
+        let claims = folder.join("_shardmill");
+        std::fs::remove_dir_all(&claims).expect("removed");
+        let (_, said) = lines.check(&[]);
+        assert!(said.contains(&format!("sink {sink} is behind")), "{said}");
+    }
+}

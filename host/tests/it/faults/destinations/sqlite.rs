@@ -185,6 +185,15 @@ fn fault_31_check_finds_tables_that_take_no_row() {
             SELECT RAISE(ROLLBACK, 'odd'); END",
     );
     assert!(sound && said.contains("warning") && said.contains("RAISE(ABORT)"), "{said}");
+    let (sound, said) = checked("CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ROLLBACK)");
+    assert!(sound && said.contains("warning") && said.contains("ON CONFLICT ABORT"), "{said}");
+    let (sound, said) = checked(
+        "CREATE TABLE t (id INTEGER); CREATE TABLE audit (n UNIQUE ON CONFLICT ROLLBACK);
+         CREATE TRIGGER note AFTER INSERT ON t BEGIN INSERT INTO audit VALUES (new.id); END",
+    );
+    assert!(sound && said.contains("table audit rolls whole transactions back"), "{said}");
+    let (sound, said) = checked("CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ABORT)");
+    assert!(sound && !said.contains("rolls whole"), "{said}");
     let (sound, said) = checked("CREATE VIRTUAL TABLE t USING dbstat");
     assert!(!sound, "{said}");
 }

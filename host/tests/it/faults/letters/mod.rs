@@ -106,13 +106,13 @@ impl Folder {
 }
 
 /// A table that nobody else can use until this is dropped.
-struct Locked {
+pub(super) struct Locked {
     runtime: tokio::runtime::Runtime,
     client: Option<tokio_postgres::Client>,
 }
 
 impl Locked {
-    fn table(table: &str) -> Self {
+    pub(super) fn table(table: &str) -> Self {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         let client = runtime.block_on(async {
             let (client, connection) =

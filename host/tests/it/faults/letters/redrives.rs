@@ -237,6 +237,12 @@ fn fault_24_letters_of_a_stage_that_is_gone_stay_letters() {
     wait_for("the redrive to run", || {
         cars.count_in_state("SELECT count(*) FROM shard WHERE stream GLOB 'letters:*'") > 0
     });
+    // It is a redrive that runs, not the pipeline: under another name or state folder there are no such letters.
+    let said = cars.refused(&["dlq", "redrive", "--all"]);
+    let running =
+        format!("another redrive or replay of pipeline {} is running, as process", cars.name);
+    assert!(said.contains(&format!("{running} {}", redrive.0.id())), "{said}");
+    assert!(said.contains("wait for it to end") && !said.contains("state_dir"), "{said}");
     drop(redrive);
     drop(lock);
     cars.replace("name = \"check\"", "name = \"verify\"");

@@ -547,7 +547,7 @@ fn fault_36_of_two_processes_with_separate_state_the_later_one_stops() {
     let owner = format!("process {} on ", first.0.id());
     assert_says(
         &text(&other_log),
-        &["taken over three times within a minute", &owner, "state_dir"],
+        &["taken over three times within a minute", &owner, "refused while the first runs"],
     );
     rig.world.put(put..put + 5, 10);
     put += 5;

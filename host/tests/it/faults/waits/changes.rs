@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Run, answers_within, rows_file, text_of};
+use crate::faults::letters::Locked;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{postgres, sqlite, wait_for};
 use crate::swap::rig::Rig;
@@ -49,6 +50,9 @@ fn fault_01_reloads_of_a_blocked_lane_answer_and_cure_it() {
         assert!(answer.status.success(), "{text}\n{}", run.text());
         assert!(text.contains("sink mart") && text.contains(says), "{says} in {text}");
     }
+    // Neither is said to be in force: the lane is let go only when its drain is over.
+    let first = text_of(&first);
+    assert!(first.contains("\"may_be_undone\":true"), "{first}");
     // Less than two drains: the lanes of the first reload have not even begun when the second one comes.
     let cured = sqlite(&folder.path().join("cured.db"));
     let count = || -> u64 {
@@ -95,4 +99,124 @@ fn fault_01_a_swap_does_not_break_off_a_delivery_and_names_the_lane_that_waits()
     rig.stop();
     rig.assert_each_once_as_the_ledger_says(0..60_100);
     assert!(rig.rows().iter().any(|row| row.version == "v2"));
+}
+
+/// A pipeline into `mart`, of PostgreSQL, and into `copy`, of SQLite, which commits after `linger`.
+fn into_two(linger: &str) -> Rig {
+    let mut rig = Rig::new(1);
+    let folder = rig.world.folder.path().display().to_string();
+    rig.routes = "[\"mart\", \"copy\"]".into();
+    rig.more = format!(
+        "[[sink]]\nname = \"copy\"\ntype = \"sqlite\"\npath = \"{folder}/copy.db\"\ntable = \"rows\"\n\
+         create = true\n[sink.commit]\nlinger = \"{linger}\"\n"
+    );
+    rig
+}
+
+fn copied(rig: &Rig) -> u64 {
+    let copy = sqlite(&rig.world.folder.path().join("copy.db"));
+    copy.query_row("SELECT count(*) FROM rows", (), |row| row.get(0)).unwrap_or_default()
+}
+
+/// The pipeline's file with one of the two sinks alone.
+fn only(rig: &Rig, stays: &str) {
+    let plain = std::fs::read_to_string(rig.pipeline_file()).expect("the file");
+    let parts: Vec<&str> = plain.split("[[sink]]").collect();
+    let [head, mart, copy] = parts[..] else { panic!("{plain}") };
+    let sink = if stays == "mart" { mart } else { copy };
+    let head = head.replace("[\"mart\", \"copy\"]", &format!("[\"{stays}\"]"));
+    std::fs::write(rig.pipeline_file(), format!("{head}[[sink]]{sink}")).expect("written");
+}
+
+/// The sink hangs in a commit behind a locked table: nothing shows it as blocked for long. A reload said that it was
+/// made, and was undone when the lanes were let go.
+#[test]
+fn fault_13_a_reload_that_takes_away_a_sink_which_is_behind_is_refused_at_once() {
+    let mut rig = into_two("50 ms");
+    rig.start();
+    rig.world.put(0..100, 10);
+    rig.wait_rows(100);
+    let lock = Locked::table(&rig.table);
+    rig.world.put(100..200, 10);
+    wait_for("the other sink to have all", || copied(&rig) == 200);
+    only(&rig, "copy");
+    let file = rig.pipeline_file();
+    for command in
+        [&["reload", &file, "--dry-run"][..], &["check", &file, "--diff"], &["reload", &file]]
+    {
+        let answer = answers_within(command, ANSWER_MAX);
+        let text = text_of(&answer);
+        assert_eq!(answer.status.code(), Some(1), "{command:?}: {text}");
+        for part in ["sink mart is gone from the configuration", "behind", "--drop-sink mart"] {
+            assert!(text.contains(part), "{command:?}: {part:?} is missing in {text}");
+        }
+        assert!(!text.contains("reloaded: generation"), "{command:?}: {text}");
+    }
+    let process = rig.process_id().to_string();
+    let asked = std::process::Command::new("kill").args(["-HUP", &process]).status();
+    assert!(asked.expect("kill runs").success());
+    wait_for("the signal's reload to be refused", || rig.log().contains("not reloaded:"));
+    // Nothing of it was ever in force.
+    let outcomes: Vec<_> = rig.history().iter().map(|one| one["outcome"].clone()).collect();
+    assert_eq!(outcomes, ["refused", "refused"], "{}", rig.log());
+    assert!(!rig.log().contains("a change was undone"), "{}", rig.log());
+
+    drop(lock);
+    rig.wait_rows(200);
+    let answer = answers_within(&["reload", &file], ANSWER_MAX);
+    let text = text_of(&answer);
+    assert!(answer.status.success() && text.contains("reloaded: generation"), "{text}");
+    rig.world.put(200..300, 10);
+    wait_for("more rows of the sink that stays", || copied(&rig) == 300);
+    rig.stop();
+    assert_eq!(rig.rows().len(), 200);
+}
+
+/// It has what the others have in hand, for a larger commit: that is no reason to refuse it.
+#[test]
+fn fault_13_a_sink_that_gathers_rows_for_long_can_be_taken_away() {
+    let mut rig = into_two("30 min");
+    rig.start();
+    rig.world.put(0..100, 10);
+    rig.wait_rows(100);
+    only(&rig, "mart");
+    let file = rig.pipeline_file();
+    let answer = answers_within(&["reload", &file], ANSWER_MAX);
+    let text = text_of(&answer);
+    assert!(answer.status.success() && text.contains("- sink copy"), "{text}");
+    assert_eq!(copied(&rig), 100, "{}", rig.log());
+    rig.world.put(100..200, 10);
+    rig.wait_rows(200);
+    rig.stop();
+    assert_eq!(copied(&rig), 100);
+    rig.assert_each_once_as_the_ledger_says(0..200);
+}
+
+/// Looks at the tables, what sinks take back and the lanes each had 8 s: together more than is promised.
+#[test]
+fn fault_01_a_reload_beside_a_locked_table_answers_in_time() {
+    let mut rig = into_two("50 ms");
+    rig.start();
+    rig.world.put(0..100, 10);
+    rig.wait_rows(100);
+    wait_for("the copy", || copied(&rig) == 100);
+    let lock = Locked::table(&rig.table);
+    rig.world.put(100..200, 10);
+    wait_for("the other sink to have all", || copied(&rig) == 200);
+    let file = rig.pipeline_file();
+    let plain = std::fs::read_to_string(&file).expect("the file");
+    let larger = plain.replacen("[pipeline]", "[pipeline]\nbuffer = \"64 MiB\"", 1);
+    std::fs::write(&file, larger).expect("written");
+    for command in [&["reload", &file, "--dry-run"][..], &["reload", &file]] {
+        let answer = answers_within(command, ANSWER_MAX);
+        let text = text_of(&answer);
+        let is_said = ["did not answer", "not in force yet", "would run", "reloaded"]
+            .iter()
+            .any(|part| text.contains(part));
+        assert!(is_said, "{command:?}: {text}");
+    }
+    drop(lock);
+    rig.wait_rows(200);
+    rig.stop();
+    rig.assert_each_once_as_the_ledger_says(0..200);
 }
