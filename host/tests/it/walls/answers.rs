@@ -255,7 +255,7 @@ fn wall_02_a_text_of_kinesis_is_cut_and_one_line() {
 #[test]
 fn wall_02_a_text_of_postgresql_is_cut_and_one_line() {
     let text = format!("{FORGED}{}", "x".repeat(20 << 20));
-    let fields = format!("SERROR\0VERROR\0CP0001\0M{text}\0D{text}\0H{text}\0\0");
+    let fields = format!("SERROR\0VERROR\0CP0001\0M{text}\0D{FORGED}\0H{FORGED}\0\0");
     let answer = [message(b'E', fields.as_bytes()), message(b'Z', b"I")].concat();
     let port = postgres(move |connection| {
         while connection.read(&mut [0; 4_096]).is_ok_and(|bytes| bytes > 0) {
