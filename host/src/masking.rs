@@ -5,11 +5,18 @@
 //! the state. Here is the last door: standard error, the reports of commands, and the causes of what is blocked.
 //! Records pass it as they are: those that `stream tail` and `dlq` show, and the rows of a stdout sink.
 
+use std::fmt::Display;
 use std::sync::{LazyLock, PoisonError, RwLock};
 
 use serde_json::Value;
 
 use crate::config::Values;
+use crate::terminal::{WORDS_BYTES_MAX, beginning, steers};
+
+/// Bytes of a message of ours that quotes others: what they worded, and as much again for names and ways out.
+const MESSAGE_BYTES_MAX: usize = 2 * WORDS_BYTES_MAX;
+/// Bytes of a report of several lines: more than any has that a person reads to its end.
+const REPORT_BYTES_MAX: usize = 64 << 10;
 
 static VALUES: LazyLock<RwLock<Values>> = LazyLock::new(RwLock::default);
 
@@ -27,7 +34,31 @@ pub(crate) fn hide(text: String) -> String {
     }
 }
 
-/// The same in the texts of a JSON document: numbers and what parts them stay what they are.
+/// A text that a server, a database or a library worded, as a part of a message of ours: its beginning, of at most
+/// [`WORDS_BYTES_MAX`] bytes, in one line without values. To be used where an error of theirs becomes a text, so that
+/// no copy of a long one goes any further, and none of its ends of lines is taken for one of ours.
+pub(crate) fn worded(text: impl Display) -> String {
+    worded_within(text, WORDS_BYTES_MAX)
+}
+
+/// The same with at most `bytes_max` bytes.
+pub(crate) fn worded_within(text: impl Display, bytes_max: usize) -> String {
+    beginning(text, bytes_max, steers, hide)
+}
+
+/// A message of ours in one line of bounded length, without values, whatever it quotes.
+pub(crate) fn message(text: impl Display) -> String {
+    worded_within(text, MESSAGE_BYTES_MAX)
+}
+
+/// A report of ours of bounded length, without values. Its lines stay, and what steers a terminal: that is
+/// escaped where the report is written.
+pub(crate) fn report(text: impl Display) -> String {
+    beginning(text, REPORT_BYTES_MAX, |_| false, hide)
+}
+
+/// Puts `${NAME}` in the place of each value in the texts of a JSON document: numbers and what parts them stay what
+/// they are.
 pub(crate) fn hide_json(json: String) -> String {
     let hidden = hide(json.clone());
     if hidden == json {
@@ -74,6 +105,22 @@ fn hide_texts(value: &mut Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn wall_17_what_a_server_words_is_one_short_line_without_values() {
+        let mut values = Values::default();
+        values.add("WALL_17_PASSWORD", "tr0ub4dor&3");
+        learn(&values);
+        let said = worded("wrong: tr0ub4dor&3\nerror: forged");
+        assert_eq!(said, "wrong: ${WALL_17_PASSWORD}\\nerror: forged");
+        // Half of a value would not be found later.
+        let long = format!("{}tr0ub4dor&3{}", "x".repeat(WORDS_BYTES_MAX - 5), "y".repeat(1 << 20));
+        let said = worded(&long);
+        assert!(!said.contains("tr0ub") && said.len() < WORDS_BYTES_MAX + 64, "{said}");
+        assert!(said.ends_with(&format!("… ({} bytes in all)", long.len())), "{said}");
+        let told = report(format!("first\nsecond {long}"));
+        assert!(told.starts_with("first\nsecond xxx") && told.len() < REPORT_BYTES_MAX + 64);
+    }
 
     #[test]
     fn wall_17_a_report_in_json_stays_json_without_values() {

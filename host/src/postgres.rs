@@ -27,6 +27,8 @@ use self::link::{Connected, EndCause};
 pub use self::link::{CopyIn, Link, ServerError};
 pub use self::pool::{Lent, PoolShare, PoolSpec, ServerPool};
 use self::tls::{Connector, Handshake, Mode, Tls};
+use crate::masking::{worded, worded_within};
+use crate::terminal::WORDS_BYTES_MAX;
 
 /// A server that does not answer the first packet in this time is tried again by the delivery.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -46,6 +48,9 @@ const GREETING_MAX: Duration = Duration::from_secs(30);
 
 /// Time in which a connection that nobody needs any more may say goodbye.
 const FAREWELL_MAX: Duration = Duration::from_secs(1);
+
+/// Bytes of an SQLSTATE that are shown: it has five, unless the server is none.
+const CODE_BYTES_MAX: usize = 16;
 
 /// Where a server is and how it is spoken to; nothing is connected.
 #[derive(Clone)]
@@ -498,7 +503,7 @@ fn place(config: &Config) -> String {
     format!("PostgreSQL at {host}:{port}, database {database}")
 }
 
-/// An error with all that the server said, or with its causes.
+/// An error with the beginning of all that the server said, or with its causes; in one line.
 pub fn describe(error: &tokio_postgres::Error) -> String {
     let Some(said) = error.as_db_error() else {
         let mut text = error.to_string();
@@ -508,11 +513,18 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
             let _ = write!(text, ": {deeper}");
             cause = deeper.source();
         }
-        return text;
+        return worded(text);
     };
-    let mut text = format!("{} (SQLSTATE {})", said.message(), said.code().code());
-    for more in [said.detail(), said.hint()].into_iter().flatten() {
-        let _ = write!(text, ": {more}");
+    all_said(said.message(), said.code().code(), [said.detail(), said.hint()])
+}
+
+/// The parts of a server's error in one line, together hardly longer than [`WORDS_BYTES_MAX`].
+fn all_said(message: &str, code: &str, more: [Option<&str>; 2]) -> String {
+    let message = worded_within(message, WORDS_BYTES_MAX / 2);
+    let mut text = format!("{message} (SQLSTATE {})", worded_within(code, CODE_BYTES_MAX));
+    for more in more.into_iter().flatten() {
+        // Writing into a String cannot fail.
+        let _ = write!(text, ": {}", worded_within(more, WORDS_BYTES_MAX / 4));
     }
     text
 }
@@ -660,6 +672,27 @@ mod tests {
         for host in ["db", "localhost.example.com", "10.0.0.1", "::2", "0.0.0.0"] {
             assert!(!is_loopback(host), "{host}");
         }
+    }
+
+    #[test]
+    fn wall_02_what_a_server_says_is_one_line_of_bounded_length() {
+        let long = "\nx".repeat(10 << 20);
+        for (message, code, more, expected) in [
+            ("no", "23505", [None, None], "no (SQLSTATE 23505)"),
+            ("no", "23505", [Some("why"), Some("so")], "no (SQLSTATE 23505): why: so"),
+            (
+                "no\nerror: forged\r",
+                "P0001",
+                [None, None],
+                "no\\nerror: forged\\r (SQLSTATE P0001)",
+            ),
+            ("no", "P0001", [Some("a\nb"), None], "no (SQLSTATE P0001): a\\nb"),
+        ] {
+            assert_eq!(all_said(message, code, more), expected);
+        }
+        let said = all_said(&long, &long, [Some(&long), Some(&long)]);
+        assert!(said.len() < WORDS_BYTES_MAX + 256 && !said.contains('\n'), "{} bytes", said.len());
+        assert_eq!(said.matches("… (20971520 bytes in all)").count(), 4, "{said}");
     }
 
     #[test]

@@ -7,13 +7,20 @@
 //! parser through [`printable`], JSON through [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
 
 use std::borrow::Cow;
-use std::fmt::Write as _;
+use std::fmt::{self, Display, Write as _};
 use std::io::{self, IsTerminal, Write};
 
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
 /// Characters that stay in a report of several lines.
 const LAYOUT: [char; 2] = ['\n', '\t'];
+
+/// Bytes that are shown of a text of a plugin or a server, and of a library that quotes one: it may be as long as
+/// their memory.
+pub const WORDS_BYTES_MAX: usize = 8 << 10;
+/// Bytes that are copied of a text beyond those that are shown: a secret that begins in what is shown must be found
+/// whole.
+pub(crate) const AHEAD_BYTES: usize = 64 << 10;
 
 /// Writes a line to standard error. `eprintln!` would panic where its reader is gone, and wait where its reader
 /// has stopped; the work matters more than the note.
@@ -64,6 +71,59 @@ pub fn escaped(text: &str, kept: &[char]) -> String {
         }
     }
     shown
+}
+
+/// The beginning of a text, of at most `bytes_max` bytes as it is shown: an escaped character takes up to ten times
+/// its bytes. `escapes` says which characters are escaped; `hide` replaces secrets in what is copied of the text,
+/// which is never all of a long one. A text that was cut ends with its whole length.
+pub fn beginning(
+    text: impl Display,
+    bytes_max: usize,
+    escapes: fn(char) -> bool,
+    hide: impl FnOnce(String) -> String,
+) -> String {
+    let mut copy = Copied { text: String::new(), bytes_max: bytes_max + AHEAD_BYTES, bytes: 0 };
+    // A text that fails to be written ends there.
+    let _ = write!(copy, "{text}");
+    let Copied { text: copied, bytes, .. } = copy;
+    let mut is_cut = copied.len() < bytes;
+    let mut shown = String::new();
+    for c in hide(copied).chars() {
+        let whole = shown.len();
+        match escapes(c) {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+        if shown.len() > bytes_max {
+            shown.truncate(whole);
+            is_cut = true;
+            break;
+        }
+    }
+    if is_cut {
+        // Writing into a String cannot fail.
+        let _ = write!(shown, "… ({bytes} bytes in all)");
+    }
+    shown
+}
+
+/// Keeps the first bytes of what is written, and counts all of them.
+struct Copied {
+    text: String,
+    bytes_max: usize,
+    bytes: usize,
+}
+
+impl fmt::Write for Copied {
+    fn write_str(&mut self, part: &str) -> fmt::Result {
+        // Behind a part that was cut, nothing may follow.
+        if self.bytes == self.text.len() {
+            let room = self.bytes_max - self.text.len();
+            self.text.push_str(&part[..part.floor_char_boundary(room)]);
+        }
+        self.bytes += part.len();
+        Ok(())
+    }
 }
 
 /// A path as messages name it, in one line.
@@ -245,6 +305,49 @@ mod tests {
         ] {
             assert!(!text.chars().any(steers), "{text}");
         }
+    }
+
+    #[test]
+    fn wall_12_the_beginning_of_a_text_is_one_line_of_bounded_length() {
+        let plain = |text: &str| beginning(text, 16, steers, |copied| copied);
+        for (text, expected) in [
+            ("", ""),
+            ("why", "why"),
+            ("exactly 16 bytes", "exactly 16 bytes"),
+            ("a\nerror: forged", "a\\nerror: forged"),
+            ("a\r\n\x1b[2J", "a\\r\\n\\u{1b}[2J"),
+            ("17 bytes are cut.", "17 bytes are cut… (17 bytes in all)"),
+            ("ääääääääää", "ääääääää… (20 bytes in all)"),
+            ("\u{202e}\u{202e}\u{202e}", "\\u{202e}\\u{202e}… (9 bytes in all)"),
+        ] {
+            assert_eq!(plain(text), expected, "{text:?}");
+        }
+        let kept = |text: &str| beginning(text, 16, |_| false, |copied| copied);
+        assert_eq!(kept("a\nb\t\x1b"), "a\nb\t\x1b");
+    }
+
+    #[test]
+    fn wall_02_no_more_than_the_beginning_of_a_text_is_copied() {
+        /// A text of many parts, the last ones of which would fit again.
+        struct Parts;
+        impl Display for Parts {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let part = "ä".repeat(32 << 10);
+                (0..100).try_for_each(|_| f.write_str(&part))?;
+                f.write_str("x")
+            }
+        }
+        let mut copied_bytes = 0;
+        let shown = beginning(Parts, 100, steers, |copied| {
+            copied_bytes = copied.len();
+            copied
+        });
+        assert_eq!(copied_bytes, 100 + AHEAD_BYTES);
+        assert_eq!(shown, format!("{}… (6553601 bytes in all)", "ä".repeat(50)));
+        // A secret is found although the text is cut within it.
+        let text = format!("{}secret", "x".repeat(97));
+        let hide = |copied: String| copied.replace("secret", "$S");
+        assert_eq!(beginning(&text, 100, steers, hide), format!("{}$S", "x".repeat(97)));
     }
 
     #[test]

@@ -25,6 +25,7 @@ use self::access::{Access, Caller, Right, guarded};
 use self::control::Control;
 use crate::config::{AdminConfig, ConfigError, HttpDeadlines};
 use crate::lane::{Board, ShardStatus};
+use crate::masking::report;
 use crate::record::ShardId;
 use crate::serve::PortRules;
 use crate::terminal::printable_json;
@@ -113,7 +114,7 @@ impl AdminPort {
     }
 }
 
-/// An error in words, each cause once; of a configuration with its places.
+/// An error in words of bounded length, each cause once; of a configuration with its places.
 pub fn told(error: &anyhow::Error) -> String {
     if let Some(config) = error.downcast_ref::<ConfigError>() {
         return config.render(false);
@@ -126,7 +127,7 @@ pub fn told(error: &anyhow::Error) -> String {
             told = format!("{told}: {cause}");
         }
     }
-    told
+    report(told)
 }
 
 /// An answer in JSON with nothing in it that steers a terminal: people ask by `curl`.

@@ -26,6 +26,7 @@ use self::address::is_allowed;
 use self::resolver::{GuardedResolver, RefusedAddress};
 use self::watched::{Sent, WatchedBody};
 use crate::config::{HttpHostConfig, HttpMethod, is_travel_header};
+use crate::masking::worded;
 use crate::off_thread;
 
 /// Who asks, unless the plugin or the grant says otherwise.
@@ -429,7 +430,7 @@ fn described(error: reqwest::Error) -> String {
         let _ = write!(text, ": {deeper}");
         cause = deeper.source();
     }
-    text
+    worded(text)
 }
 
 /// A plugin's text for an error: its first characters.

@@ -8,8 +8,9 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use super::lag::{LiveDelivery, LiveLag};
+use crate::masking::{message, report};
 use crate::record::{Position, ShardId, SinkName};
-use crate::terminal::{escaped, quoted};
+use crate::terminal::quoted;
 
 /// The state of every lane, for the admin port, the reports and the end of a run; cheap to clone.
 #[derive(Clone, Default)]
@@ -130,7 +131,7 @@ impl Board {
     /// Marks a part of a lane as blocked; says so once per cause.
     pub fn block(&self, shard: &ShardId, part: &str, cause: &str) {
         // A plugin or a server may have worded it.
-        let cause = &escaped(&crate::masking::hide(cause.to_owned()), &[])[..];
+        let cause = &message(cause)[..];
         let mut shards = self.lock();
         let status = shards.entry(shard.clone()).or_default();
         let before = status.blocked.insert(part.to_owned(), cause.to_owned());
@@ -158,7 +159,7 @@ impl Board {
 
     /// Marks a part of the run that belongs to no shard as blocked; says so once per cause.
     pub fn block_run(&self, part: &'static str, cause: &str) {
-        let cause = &escaped(&crate::masking::hide(cause.to_owned()), &[])[..];
+        let cause = &message(cause)[..];
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         let before = run.insert(part, cause.to_owned());
         if before.as_deref() != Some(cause) {
@@ -192,7 +193,8 @@ impl Board {
     /// The lane cannot run this generation, and goes on with the one before.
     pub fn does_not_start(&self, shard: &ShardId, generation: &str, cause: &str) {
         self.update(shard, |status| {
-            status.does_not_start = Some((generation.to_owned(), cause.to_owned()));
+            let cause = report(cause);
+            status.does_not_start = Some((generation.to_owned(), cause));
         });
         self.changed.notify_waiters();
     }
@@ -322,5 +324,21 @@ mod tests {
         assert!(board.blocked_stages().is_empty());
         board.block(&shard, STAGES, "stage s: every record fails");
         assert_eq!(board.blocked_stages(), [(shard, "stage s: every record fails".to_owned())]);
+    }
+
+    #[test]
+    fn wall_02_a_cause_is_one_line_of_bounded_length() {
+        let (board, shard) = (Board::default(), ShardId::from("a"));
+        let cause = format!("the server says:\n{}", "x".repeat(20 << 20));
+        board.block(&shard, "sink s", &cause);
+        board.block_run("shards", &cause);
+        board.does_not_start(&shard, "2", &cause);
+        let status = board.lock().get(&shard).cloned().expect("a status");
+        let (run, start) = (board.blocked_run(), status.does_not_start.expect("a cause").1);
+        for cause in [&status.blocked["sink s"], &run["shards"]] {
+            assert!(cause.starts_with("the server says:\\nxxx"), "{cause:.64}");
+            assert!(cause.len() < 17 << 10, "{} bytes", cause.len());
+        }
+        assert!(start.len() < 65 << 10, "{} bytes", start.len());
     }
 }

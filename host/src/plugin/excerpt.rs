@@ -1,11 +1,10 @@
 //! What a plugin says for a human, bounded: it may be as long as the plugin's memory.
 
-/// The bytes of a reason or message that are kept.
-const BYTES_MAX: usize = 8 << 10;
+use crate::terminal::WORDS_BYTES_MAX;
 
 /// The text's first 8 KiB; what is no UTF-8 is replaced. A cut text ends with its whole length.
 pub fn excerpt(text: &[u8]) -> String {
-    shortened(text, BYTES_MAX)
+    shortened(text, WORDS_BYTES_MAX)
 }
 
 /// The same with the text's first `bytes_max` bytes.
@@ -27,8 +26,8 @@ mod tests {
     fn a_short_text_is_whole_and_a_long_one_is_cut() {
         assert_eq!(excerpt(b"why"), "why");
         assert_eq!(excerpt(b"\xff"), "\u{fffd}");
-        let long = excerpt("xä".repeat(BYTES_MAX).as_bytes());
-        assert!(long.len() < BYTES_MAX + 64 && !long.contains('\u{fffd}'), "{long}");
+        let long = excerpt("xä".repeat(WORDS_BYTES_MAX).as_bytes());
+        assert!(long.len() < WORDS_BYTES_MAX + 64 && !long.contains('\u{fffd}'), "{long}");
         assert!(long.ends_with("… (24576 bytes in all)"), "{long}");
     }
 }

@@ -3,6 +3,7 @@
 //! client prepares for one call: to learn of a type that it does not know it prepares one more, and for a type in
 //! the answer to that one the next, each of which lies deeper on the stack.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,6 +18,9 @@ const ANSWER_BYTES_MAX: u64 = 128 << 20;
 const MESSAGE_BYTES: u64 = 64;
 /// The same of a setting that the server reports, which is kept by its name. A server reports some fifteen.
 const SETTING_BYTES: u64 = 256;
+/// What the client may hold of all settings that the server has reported: it does so for as long as the connection
+/// lives. Theirs are hundreds of bytes.
+const SETTINGS_BYTES_MAX: u64 = 1 << 20;
 /// Statements that the client may prepare in one call: its own, one for each kind of type, and for each type that it
 /// does not know, with those that a type is made of.
 const PREPARED_MAX: u32 = 64;
@@ -58,6 +62,7 @@ pub(super) struct AnswerLength {
     /// The client has connected: notices are not kept any more.
     is_ready: bool,
     prepared: Prepared,
+    settings: Settings,
 }
 
 impl AnswerLength {
@@ -75,6 +80,10 @@ impl AnswerLength {
         while !bytes.is_empty() {
             let skipped = bytes.len().min(usize::try_from(self.rest).unwrap_or(usize::MAX));
             self.rest -= skipped as u64;
+            self.settings.read(&bytes[..skipped]);
+            if self.rest == 0 {
+                self.settings.end_message()?;
+            }
             bytes = &bytes[skipped..];
             let taken = bytes.len().min(HEAD_BYTES - self.head_bytes);
             self.head[self.head_bytes..][..taken].copy_from_slice(&bytes[..taken]);
@@ -109,6 +118,7 @@ impl AnswerLength {
             self.answer_bytes = answer_bytes;
         }
         match kind {
+            SETTING => self.settings.begin_message(self.rest)?,
             READY => (self.answer_bytes, self.is_ready) = (0, true),
             PREPARED if self.prepared.add() > PREPARED_MAX => {
                 return Err(io::Error::other(format!(
@@ -119,6 +129,68 @@ impl AnswerLength {
             _ => {}
         }
         Ok(())
+    }
+}
+
+/// What the client holds of the settings that a server has reported since the connection began. A setting may be
+/// reported again and again, each time that a transaction changes it: the last report counts.
+#[derive(Debug, Default)]
+struct Settings {
+    /// What is held of each, by its name.
+    held: HashMap<Vec<u8>, u64>,
+    held_bytes: u64,
+    /// The report that is being read.
+    current: Option<Report>,
+}
+
+/// The report of a setting: its name, a zero, its value, a zero.
+#[derive(Debug)]
+struct Report {
+    /// As much of the name as was read.
+    name: Vec<u8>,
+    is_name_whole: bool,
+    /// Of name and value.
+    bytes: u64,
+}
+
+impl Settings {
+    /// Begins a report of so many bytes.
+    fn begin_message(&mut self, bytes: u64) -> io::Result<()> {
+        Self::check(SETTING_BYTES + bytes)?;
+        self.current = Some(Report { name: Vec::new(), is_name_whole: false, bytes });
+        // One without a name is the client's to refuse.
+        if bytes == 0 { self.end_message() } else { Ok(()) }
+    }
+
+    /// Reads a part of the current message, which is a report or none.
+    fn read(&mut self, part: &[u8]) {
+        let Some(report) = self.current.as_mut().filter(|report| !report.is_name_whole) else {
+            return;
+        };
+        let end = memchr::memchr(0, part);
+        report.is_name_whole = end.is_some();
+        report.name.extend_from_slice(&part[..end.unwrap_or(part.len())]);
+    }
+
+    /// Ends the current message.
+    fn end_message(&mut self) -> io::Result<()> {
+        let Some(Report { name, bytes, .. }) = self.current.take() else { return Ok(()) };
+        let held = SETTING_BYTES + bytes;
+        let before = self.held.insert(name, held).unwrap_or_default();
+        self.held_bytes = self.held_bytes - before + held;
+        Self::check(self.held_bytes)
+    }
+
+    fn check(bytes: u64) -> io::Result<()> {
+        if bytes <= SETTINGS_BYTES_MAX {
+            return Ok(());
+        }
+        Err(io::Error::other(format!(
+            "expected a server whose settings (ParameterStatus) have at most {} in all, found {} or more: check \
+             which server answers at this address",
+            ByteSize(SETTINGS_BYTES_MAX),
+            ByteSize(bytes)
+        )))
     }
 }
 
@@ -179,6 +251,49 @@ mod tests {
             (0..PREPARED_MAX).for_each(|_| answer.add(&one).expect("few"));
         }
         assert!(answer.add(&one).is_err());
+    }
+
+    fn report(name: &str, value: &str) -> Vec<u8> {
+        let body = format!("{name}\0{value}\0");
+        message(SETTING, body.len() as u32 + 4, body.as_bytes())
+    }
+
+    #[test]
+    fn wall_02_the_settings_that_a_server_reports_are_bounded_for_the_life_of_a_connection() {
+        let ready = whole(READY, 6);
+        let long = "v".repeat(100 << 10);
+        let numbered = |count: usize, value: &str| -> Vec<u8> {
+            (0..count).flat_map(|at| report(&format!("name{at}"), value)).collect()
+        };
+        let over_calls: Vec<u8> = (0..11)
+            .flat_map(|at| [report(&at.to_string(), &long), ready.clone()].concat())
+            .collect();
+        let cases: [(&str, Vec<u8>, bool); 8] = [
+            ("what a server reports", numbered(20, "UTF8"), true),
+            ("ten long ones", numbered(10, &long), true),
+            ("eleven", numbered(11, &long), false),
+            ("eleven, each in an answer of its own", over_calls, false),
+            ("many short ones", numbered(5_000, ""), false),
+            ("one again and again", report("TimeZone", &long).repeat(100), true),
+            ("a head alone says too much", message(SETTING, 2 << 20, &[]), false),
+            ("no name", message(SETTING, 4, &[]).repeat(10_000), true),
+        ];
+        for (name, bytes, is_taken) in cases {
+            for piece in [1, 7, 1 << 16, bytes.len()] {
+                let mut answer = AnswerLength::default();
+                let taken = bytes.chunks(piece).try_for_each(|piece| answer.add(piece));
+                assert_eq!(taken.is_ok(), is_taken, "{name}, in pieces of {piece}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_held_of_settings_is_counted_by_name() {
+        let mut answer = AnswerLength::default();
+        let reports = [report("a", "12"), report("bc", ""), report("a", "1234"), whole(b'D', 99)];
+        reports.iter().for_each(|report| answer.add(report).expect("few"));
+        assert_eq!(answer.settings.held_bytes, 2 * SETTING_BYTES + 7 + 4);
+        assert_eq!(answer.settings.held.len(), 2);
     }
 
     #[test]

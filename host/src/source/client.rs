@@ -18,12 +18,16 @@ use aws_sdk_kinesis::primitives::{DateTime, DateTimeFormat};
 use super::embedded::Served;
 use super::{SourceError, silence};
 use crate::config::{AssumeRole, Endpoint, StreamServer, Timing};
+use crate::masking::{worded, worded_within};
 use crate::record::StreamRef;
 
 /// The region that servers other than AWS are told.
 const OTHER_REGION: &str = "us-east-1";
 /// The standard chain asks several places for credentials and a region, some of them programs.
 const LOGIN_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// Bytes of an error's code that are shown: those of AWS have up to 50.
+pub(super) const CODE_BYTES_MAX: usize = 256;
 
 /// Where a server is that is not AWS.
 #[derive(Clone, Debug)]
@@ -276,7 +280,7 @@ pub fn fault<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> Fault {
     }
 }
 
-/// The error of a call, with its place.
+/// The error of a call, with its place, and the beginning of what the server says.
 pub fn call_error<E, R>(
     call: &'static str,
     place: impl Into<String>,
@@ -291,21 +295,63 @@ where
             let error = service.err();
             let (code, message) =
                 (error.code().unwrap_or("no code"), error.message().unwrap_or("no message"));
-            format!("{code}: {message}")
+            format!("{}: {}", worded_within(code, CODE_BYTES_MAX), worded(message))
         }
         other => causes(other),
     };
     SourceError::Call { call, place: place.into(), cause }
 }
 
-/// An error with its causes, each once, the outermost first.
+/// An error with its causes, each once, the outermost first; in one line of bounded length.
 fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     let chain = std::iter::successors(Some(error), |error| error.source());
     let mut texts: Vec<String> = Vec::new();
-    for text in chain.map(ToString::to_string) {
+    for text in chain.map(worded) {
         if !texts.iter().any(|told| told.contains(&text)) {
             texts.push(text);
         }
     }
-    texts.join(": ")
+    worded(texts.join(": "))
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_sdk_kinesis::error::ErrorMetadata;
+    use aws_sdk_kinesis::operation::get_records::GetRecordsError;
+
+    use super::*;
+    use crate::terminal::WORDS_BYTES_MAX;
+
+    /// What the error of a call says whose server answered with this code and message.
+    fn said(code: &str, message: &str) -> String {
+        let meta = ErrorMetadata::builder().code(code).message(message).build();
+        let error = SdkError::service_error(GetRecordsError::generic(meta), ());
+        call_error("GetRecords", "stream s", &error).to_string()
+    }
+
+    #[test]
+    fn wall_02_what_a_server_says_is_one_line_of_bounded_length() {
+        let short = said("ValidationException", "no\nerror: forged\r\u{202e}");
+        assert!(short.ends_with("ValidationException: no\\nerror: forged\\r\\u{202e}"), "{short}");
+        let long = "x".repeat(20 << 20);
+        let cut = said(&long, &long);
+        assert!(cut.len() < WORDS_BYTES_MAX + 1_024, "{} bytes", cut.len());
+        assert_eq!(cut.matches("… (20971520 bytes in all)").count(), 2, "{cut}");
+    }
+
+    #[test]
+    fn wall_02_the_causes_of_an_error_are_one_line_of_bounded_length() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("{text}")]
+        struct Cause {
+            text: String,
+            source: Option<Box<Cause>>,
+        }
+        let inner = Cause { text: "b\nc".into(), source: None };
+        let outer = Cause { text: "a".into(), source: Some(Box::new(inner)) };
+        assert_eq!(causes(&outer), "a: b\\nc");
+        let cause = |letter: &str, source| Cause { text: letter.repeat(20 << 20), source };
+        let told = causes(&cause("a", Some(Box::new(cause("b", None)))));
+        assert!(told.len() < WORDS_BYTES_MAX + 64, "{} bytes", told.len());
+    }
 }

@@ -9,6 +9,7 @@ use aws_sdk_kinesis::types::ConsumerStatus;
 use super::SourceError;
 use super::client::{Fault, call_error, fault};
 use super::stream::Pages;
+use crate::masking::worded;
 use crate::record::StreamIdentity;
 
 /// How long a consumer may take to become ACTIVE, or to be gone.
@@ -86,7 +87,7 @@ pub async fn register(
                 return Ok(found.consumer_arn.into());
             }
             found if begun.elapsed() >= WAIT_MAX => {
-                let status = found.map(|found| found.consumer_status.as_str().to_owned());
+                let status = found.map(|found| worded(found.consumer_status.as_str()));
                 let status = status.unwrap_or_else(|| "missing".into());
                 let cause = format!(
                     "it is {status} after {} s, not ACTIVE; look at it with `shardmill stream \

@@ -21,6 +21,7 @@ pub mod file;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub mod inbox;
+mod informational;
 pub mod input;
 pub mod kinesis;
 pub mod letter_log;

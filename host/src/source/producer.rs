@@ -15,7 +15,8 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use bytes::Bytes;
 
 use super::SourceError;
-use super::client::{Fault, call_error, fault};
+use super::client::{CODE_BYTES_MAX, Fault, call_error, fault};
+use crate::masking::{worded, worded_within};
 use crate::record::StreamRef;
 
 /// Records of one request.
@@ -179,7 +180,8 @@ impl StreamWriter {
 
 fn outcome(code: Option<&str>, message: Option<&str>) -> Put {
     let Some(code) = code else { return Put::Taken };
-    let cause = format!("{code}: {}", message.unwrap_or("no message"));
+    let message = worded(message.unwrap_or("no message"));
+    let cause = format!("{}: {message}", worded_within(code, CODE_BYTES_MAX));
     match code {
         "ProvisionedThroughputExceededException" | "InternalFailure" => Put::Later(cause),
         _ => Put::Never(cause),

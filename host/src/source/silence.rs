@@ -35,8 +35,10 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
+use tokio_util::sync::CancellationToken;
 
 use super::embedded::Served;
+use super::informational::{self, TooManyHeads};
 use crate::private::FileMark;
 
 /// A request may take this long per byte beside the silence: the server says nothing while it is sent.
@@ -163,8 +165,18 @@ impl HttpConnector for DeadlineConnector {
         let upload_ms =
             request.body().content_length().unwrap_or_default() * 1_000 / UPLOAD_BYTES_PER_S;
         let wait_max = silence_max + Duration::from_millis(upload_ms);
+        let (request, too_many) = match counted(request) {
+            Ok(counted) => counted,
+            Err(error) => return HttpConnectorFuture::ready(Err(error)),
+        };
         let answer = self.connector.call(request);
         HttpConnectorFuture::new(async move {
+            let answer = async {
+                tokio::select! {
+                    answer = answer => answer,
+                    () = too_many.cancelled() => Err(ConnectorError::io(TooManyHeads.into())),
+                }
+            };
             let Ok(answer) = tokio::time::timeout(wait_max, answer).await else {
                 deadlines.give_up(renewed, process);
                 return Err(ConnectorError::timeout(Silence(wait_max).into()));
@@ -196,6 +208,16 @@ impl HttpConnector for DeadlineConnector {
             Ok(answer)
         })
     }
+}
+
+/// The request, and what is cancelled when too many informational heads come before its answer.
+fn counted(request: HttpRequest) -> Result<(HttpRequest, CancellationToken), ConnectorError> {
+    let mut request =
+        request.try_into_http1x().map_err(|error| ConnectorError::user(error.into()))?;
+    let too_many = informational::count(&mut request);
+    let request =
+        HttpRequest::try_from(request).map_err(|error| ConnectorError::user(error.into()))?;
+    Ok((request, too_many))
 }
 
 /// The body of an answer, each part of which must come in time, and which has an end.

@@ -7,6 +7,7 @@ use aws_sdk_kinesis::types::{ScalingType, StreamStatus};
 
 use super::SourceError;
 use super::client::{AnswerDate, Fault, call_error, fault};
+use crate::masking::worded;
 use crate::record::{HashRange, ShardId, StreamIdentity, StreamRef};
 
 /// How often a stream that is being made or deleted is looked at.
@@ -134,7 +135,7 @@ pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description
             arn: summary.stream_arn().into(),
             created_ms: summary.stream_creation_timestamp().to_millis().unwrap_or_default(),
         },
-        status: summary.stream_status().as_str().to_owned(),
+        status: worded(summary.stream_status().as_str()),
         open_shards: u32::try_from(summary.open_shard_count()).unwrap_or_default(),
         retention_hours: u32::try_from(summary.retention_period_hours()).unwrap_or_default(),
         answered_ms: date.ms(),

@@ -5,15 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::plugin::bindings::shardmill::plugin::log::Level;
 use crate::record::StageName;
-use crate::terminal::steers;
+use crate::terminal::{WORDS_BYTES_MAX, beginning, steers};
 
 /// The target of plugins' lines, for filters.
 pub const LOG_TARGET: &str = "plugin";
 
-/// Bytes of a line as it is shown.
-const LINE_BYTES_MAX: usize = 8 << 10;
-/// Bytes of a line that are copied: a secret that begins in what is shown must be found whole.
-const COPIED_BYTES_MAX: usize = LINE_BYTES_MAX + (64 << 10);
 /// The time for which lines are counted.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -109,30 +105,13 @@ pub(super) fn emit(author: &Author, level: Level, line: &str) {
 /// Makes one line of bounded length, whatever the plugin wrote: a character that is escaped takes up to ten
 /// times its bytes. `hide` replaces secrets in what is copied of it.
 pub(super) fn line(message: &str, hide: impl FnOnce(String) -> String) -> String {
-    let copied = &message[..message.floor_char_boundary(COPIED_BYTES_MAX)];
-    let mut is_cut = copied.len() < message.len();
-    let mut line = String::new();
-    for c in hide(copied.to_owned()).chars() {
-        let whole = line.len();
-        match steers(c) {
-            true => line.extend(c.escape_default()),
-            false => line.push(c),
-        }
-        if line.len() > LINE_BYTES_MAX {
-            line.truncate(whole);
-            is_cut = true;
-            break;
-        }
-    }
-    if is_cut {
-        line.push_str(&format!("… ({} bytes in all)", message.len()));
-    }
-    line
+    beginning(message, WORDS_BYTES_MAX, steers, hide)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::terminal::AHEAD_BYTES;
 
     fn shown(message: &str) -> String {
         line(message, |copied| copied)
@@ -146,7 +125,7 @@ mod tests {
             copied_bytes = copied.len();
             "all hidden".into()
         });
-        assert_eq!(copied_bytes, COPIED_BYTES_MAX);
+        assert_eq!(copied_bytes, WORDS_BYTES_MAX + AHEAD_BYTES);
         assert_eq!(cut, "all hidden… (67108864 bytes in all)");
         assert_eq!(line("a secret", |copied| copied.replace("secret", "${S}")), "a ${S}");
     }

@@ -25,8 +25,10 @@ use super::answers::Bounded;
 use super::chunks;
 use super::keys::KeyLimits;
 use super::staged::{Staged, StagedError};
+use crate::masking::worded;
 use crate::record::SinkName;
 use crate::sink::SinkError;
+use crate::terminal::quoted;
 
 /// One request may take this long: a large object on a slow line. Override with `timeout`.
 const REQUEST_TIMEOUT: &str = "120 seconds";
@@ -142,7 +144,8 @@ impl Place {
         if let Err(error) = ended {
             // What is not given up costs money until a rule of the bucket does it.
             if let Err(left) = upload.abort().await {
-                tracing::warn!(sink = %self.sink, %path, error = %left, "an upload is left over");
+                let error = quoted(&worded(left));
+                tracing::warn!(sink = %self.sink, %path, %error, "an upload is left over");
             }
             return Err(failed(error));
         }
@@ -208,7 +211,9 @@ impl Place {
             NotImplemented { .. } => "; the claim log needs conditional creation",
             _ => "",
         };
-        self.unavailable(format!("cannot {action} {path} in {}: {error}{way_out}", self.url))
+        // The error holds the body of the answer.
+        let said = worded(error);
+        self.unavailable(format!("cannot {action} {path} in {}: {said}{way_out}", self.url))
     }
 
     /// The error of a file that was not written.
@@ -337,4 +342,25 @@ fn shown(url: &Url) -> String {
         let _ = url.set_password(None);
     }
     url.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::memory::InMemory;
+
+    use super::*;
+
+    #[test]
+    fn wall_02_what_a_store_says_is_one_line_of_bounded_length() {
+        let store = Arc::new(InMemory::new());
+        let place = Place::over(SinkName::new("s"), store, Path::default(), "s3://b".into());
+        let said = |body: String| {
+            let error = object_store::Error::Generic { store: "S3", source: body.into() };
+            place.failed("write", &Path::from("a"), &error).to_string()
+        };
+        let short = said("<Error>\nerror: forged\r</Error>".into());
+        assert!(short.contains("<Error>\\nerror: forged\\r</Error>"), "{short}");
+        let long = said("x".repeat(3 << 20));
+        assert!(long.len() < 9 << 10 && long.contains("bytes in all)"), "{} bytes", long.len());
+    }
 }

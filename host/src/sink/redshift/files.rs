@@ -14,9 +14,11 @@ use super::encode::EncodedFile;
 use super::merge::STAGING;
 use super::session::literal;
 use crate::config::CopySource;
+use crate::masking::worded;
 use crate::record::ShardKey;
 use crate::sink::SinkError;
 use crate::sink::objects::Place;
+use crate::terminal::quoted;
 
 /// Files that go up at the same time.
 const UPLOADS_MAX: usize = 4;
@@ -114,6 +116,7 @@ impl StagingBucket {
             match self.place.store.delete(path).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
                 Err(error) => {
+                    let error = quoted(&worded(error));
                     tracing::warn!(sink = %self.place.sink, %path, %error, "a file is left over");
                 }
             }

@@ -14,6 +14,7 @@ use super::files::Upload;
 use super::ledger::Entry;
 use super::table::LiveTable;
 use super::{merge, session};
+use crate::masking::worded;
 use crate::postgres::{Link, ServerError as Error};
 use crate::record::{Position, ShardKey};
 use crate::sink::{Commit, Committed, Refusal, RefusalLog, SinkError, SinkWriter};
@@ -266,7 +267,8 @@ impl RedshiftWriter {
                 let file = file.and_then(|number| files.get(number.parse::<usize>().ok()?));
                 let line = text(1).parse::<usize>().ok().and_then(|line| line.checked_sub(1));
                 if let Some(index) = file.zip(line).and_then(|(file, line)| file.rows.get(line)) {
-                    let reason = format!("COPY does not take column {:?}: {}", text(2), text(3));
+                    let (column, why) = (worded(text(2)), worded(text(3)));
+                    let reason = format!("COPY does not take column {column:?}: {why}");
                     named.entry(*index).or_insert(reason);
                 }
             }

@@ -11,6 +11,7 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::table::LiveTable;
+use crate::masking::worded;
 use crate::sink::local::{self, FileId};
 
 /// How long another process may hold the file's write lock before a commit gives up and is retried
@@ -117,7 +118,8 @@ fn may_reopen(path: &Path) -> Result<(), String> {
 }
 
 fn open(path: &Path) -> Result<Connection, String> {
-    let failed = |error: rusqlite::Error| format!("cannot open {}: {error}", path.display());
+    let failed =
+        |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), worded(error));
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         std::fs::create_dir_all(folder)
             .map_err(|error| format!("cannot create folder {}: {error}", folder.display()))?;
@@ -135,7 +137,8 @@ fn open(path: &Path) -> Result<Connection, String> {
 /// Opens the file for a check that leaves it as it is; a missing one is stood in for by an empty database
 /// in memory.
 pub(super) fn open_to_check(path: &Path) -> Result<Connection, String> {
-    let failed = |error: rusqlite::Error| format!("cannot open {}: {error}", path.display());
+    let failed =
+        |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), worded(error));
     // The log and its index lie beside the file, so the folder must take files even where the database is
     // there already.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());

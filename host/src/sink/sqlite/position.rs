@@ -6,6 +6,7 @@
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::connection::Held;
+use crate::masking::worded;
 use crate::position::{OwnerName, Ownership, StateMark};
 use crate::record::{
     PipelineName, Position, PositionSpan, SequenceNumber, ShardId, ShardKey, SinkName,
@@ -78,7 +79,7 @@ pub(super) fn take_over(
     ownership: Option<&Ownership>,
 ) -> Result<Stored, String> {
     let failed = |error: rusqlite::Error| {
-        format!("cannot take {} over in shardmill_position: {error}", shard.shard)
+        format!("cannot take {} over in shardmill_position: {}", shard.shard, worded(error))
     };
     let connection = &held.connection;
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
@@ -108,7 +109,8 @@ pub(super) fn check(connection: &Connection) -> Result<(), String> {
         .and_then(|()| connection.prepare(TAKE_OVER).map(drop))
         .and_then(|()| connection.prepare(MOVE_ON).map(drop))
         .map_err(|error| {
-            format!("positions cannot be kept in table shardmill_position: {error}: rename what has its name")
+            let said = worded(error);
+            format!("positions cannot be kept in table shardmill_position: {said}: rename what has its name")
         })
 }
 
@@ -161,7 +163,7 @@ pub(super) fn read_all(
         })?;
         kept.collect()
     };
-    read().map_err(|error| format!("cannot read shardmill_position: {error}"))
+    read().map_err(|error| format!("cannot read shardmill_position: {}", worded(error)))
 }
 
 /// The shard's row; `None` when it or the table is missing.
@@ -174,7 +176,7 @@ pub(super) fn read_if_any(
     connection
         .query_row(EXISTS, [], |row| row.get::<_, i64>(0))
         .and_then(|tables| if tables == 0 { Ok(None) } else { read(connection, sink, shard) })
-        .map_err(|error| format!("cannot read shardmill_position: {error}"))
+        .map_err(|error| format!("cannot read shardmill_position: {}", worded(error)))
 }
 
 /// The shard's row.
@@ -199,7 +201,11 @@ pub(super) fn adopt(
         return Ok(());
     }
     let failed = |error: rusqlite::Error| {
-        format!("cannot move {} of sink {old} in shardmill_position: {error}", shard.shard)
+        format!(
+            "cannot move {} of sink {old} in shardmill_position: {}",
+            shard.shard,
+            worded(error)
+        )
     };
     let connection = &held.connection;
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;

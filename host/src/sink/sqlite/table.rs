@@ -7,6 +7,7 @@ use super::connection::quoted;
 use super::position;
 use super::trigger::{self, Verdict};
 use super::value::{ColumnType, Kind};
+use crate::masking::worded;
 use crate::sink::WriteMode;
 use crate::sink::rows::ColumnNames;
 use crate::sink::rows::declared::{
@@ -121,7 +122,8 @@ pub(super) fn prepare(
     for column in declared {
         check_type(column)?;
     }
-    let cannot_read = |error| format!("cannot read table {table}: {error}");
+    let cannot_read =
+        |error: rusqlite::Error| format!("cannot read table {table}: {}", worded(error));
     let live = match LiveTable::read(connection, table).map_err(cannot_read)? {
         Some(live) => live,
         None => {
@@ -144,7 +146,8 @@ pub(super) fn try_out(
     create: bool,
     mode: &WriteMode,
 ) -> Result<Vec<String>, String> {
-    let failed = |error: rusqlite::Error| format!("table {table} cannot be written to: {error}");
+    let failed =
+        |error: rusqlite::Error| format!("table {table} cannot be written to: {}", worded(error));
     match connection.execute_batch("BEGIN IMMEDIATE") {
         Ok(()) => {}
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
@@ -179,8 +182,9 @@ fn check_insert(
     let insert = format!("INSERT INTO {} {values}", quoted(table));
     connection.prepare(&insert).map(drop).map_err(|error| {
         format!(
-            "no row can be written to {table}: {error}: name a table, or a view with an INSTEAD OF \
-             INSERT trigger"
+            "no row can be written to {table}: {}: name a table, or a view with an INSTEAD OF \
+             INSERT trigger",
+            worded(error)
         )
     })
 }
@@ -191,7 +195,7 @@ fn warnings(
     table: &str,
     declared: &[DeclaredColumn<'_>],
 ) -> Result<Vec<String>, String> {
-    let failed = |error: rusqlite::Error| format!("cannot read table {table}: {error}");
+    let failed = |error: rusqlite::Error| format!("cannot read table {table}: {}", worded(error));
     let live = LiveTable::read(connection, table).map_err(failed)?;
     let mut warnings = Vec::new();
     for column in live.iter().flat_map(|live| &live.columns) {
@@ -265,8 +269,9 @@ fn check_key(connection: &Connection, table: &str, mode: &WriteMode) -> Result<(
     connection.prepare(&insert).map(drop).map_err(|error| {
         let key = mode.key().join(", ");
         format!(
-            "rows cannot find their like in table {table} by the key ({key}): {error}: \
-             the table needs these columns and a unique index on the key"
+            "rows cannot find their like in table {table} by the key ({key}): {}: \
+             the table needs these columns and a unique index on the key",
+            worded(error)
         )
     })
 }
@@ -325,5 +330,5 @@ fn create_table(
     let create = create_table_sql(&quoted(table), columns, mode, quoted);
     connection
         .execute_batch(&create)
-        .map_err(|error| format!("cannot create table {table}: {error}"))
+        .map_err(|error| format!("cannot create table {table}: {}", worded(error)))
 }

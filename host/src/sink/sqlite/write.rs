@@ -12,6 +12,7 @@ use rusqlite::{Connection, ErrorCode, ffi, params_from_iter};
 use super::connection::{Held, quoted};
 use super::table::{self, LiveTable};
 use super::{Shared, position, value};
+use crate::masking::worded;
 use crate::position::OwnerName;
 use crate::record::{PositionSpan, Row, ShardKey};
 use crate::sink::Refusal;
@@ -59,7 +60,8 @@ impl Work {
 
     fn write(&self, held: &mut Held) -> Result<Written, Failure> {
         let failed = |error: rusqlite::Error| {
-            Failure::Unavailable(format!("cannot commit to table {}: {error}", self.shared.table))
+            let said = worded(error);
+            Failure::Unavailable(format!("cannot commit to table {}: {said}", self.shared.table))
         };
         held.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
         let sink = &self.shared.sink;
@@ -86,7 +88,7 @@ impl Work {
     fn look_where_it_stands(&self, connection: &Connection) -> Result<Written, Failure> {
         let stored =
             position::read(connection, &self.shared.sink, &self.shard).map_err(|error| {
-                Failure::Unavailable(format!("cannot read shardmill_position: {error}"))
+                Failure::Unavailable(format!("cannot read shardmill_position: {}", worded(error)))
             })?;
         match stored {
             None => Err(Failure::Fenced("its row is gone from shardmill_position".into(), None)),
@@ -118,7 +120,7 @@ impl Work {
         }
         let open = &mut **held;
         let live = self.live_table(&open.connection, &mut open.table)?;
-        let failed = |error: rusqlite::Error| format!("cannot commit: {error}");
+        let failed = |error: rusqlite::Error| format!("cannot commit: {}", worded(error));
         open.connection.execute_batch("SAVEPOINT all_rows").map_err(failed)?;
         let mut insert = Insert::new(&self.shared, &open.connection, live);
         let mut refusals = Vec::new();
@@ -145,7 +147,8 @@ impl Work {
         known: &'h mut Option<(i64, LiveTable)>,
     ) -> Result<&'h LiveTable, String> {
         let name = &self.shared.table;
-        let failed = |error: rusqlite::Error| format!("cannot read table {name}: {error}");
+        let failed =
+            |error: rusqlite::Error| format!("cannot read table {name}: {}", worded(error));
         let version = table::schema_version(connection).map_err(failed)?;
         let live = match known.take() {
             Some((at, live)) if at == version => live,
@@ -192,7 +195,7 @@ fn commit(held: &Held) -> Result<(), String> {
             }
             _ => "",
         };
-        format!("cannot commit: {error}{hint}")
+        format!("cannot commit: {}{hint}", worded(error))
     })?;
     // A file that went away meanwhile took the commit along. It counts once the file is back, where the
     // position then says so.
@@ -252,7 +255,8 @@ impl<'c, 'r> Insert<'c, 'r> {
         let connection = self.connection;
         let step = |sql: &str| {
             connection.execute_batch(sql).map_err(|error| {
-                RowFailure::Unavailable(format!("cannot undo the row that was refused: {error}"))
+                let said = worded(error);
+                RowFailure::Unavailable(format!("cannot undo the row that was refused: {said}"))
             })
         };
         step("SAVEPOINT row_alone")?;
@@ -274,7 +278,9 @@ impl<'c, 'r> Insert<'c, 'r> {
         let connection = self.connection;
         let step = |sql: &str| {
             let done = connection.execute_batch(sql);
-            done.map_err(|error| format!("cannot look for the row of a foreign key: {error}"))
+            done.map_err(|error| {
+                format!("cannot look for the row of a foreign key: {}", worded(error))
+            })
         };
         let mut refusals = Vec::new();
         let mut waiting: Vec<usize> = (0..rows.len()).collect();
@@ -358,7 +364,7 @@ impl<'c, 'r> Insert<'c, 'r> {
             Some(ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch | ErrorCode::TooBig)
         );
         if blamed && !self.connection.is_autocommit() {
-            return RowFailure::Refused(error.to_string());
+            return RowFailure::Refused(worded(error));
         }
         let table = &self.shared.table;
         let hint = if blamed {
@@ -367,7 +373,7 @@ impl<'c, 'r> Insert<'c, 'r> {
         } else {
             ""
         };
-        RowFailure::Unavailable(format!("cannot write to table {table}: {error}{hint}"))
+        RowFailure::Unavailable(format!("cannot write to table {table}: {}{hint}", worded(error)))
     }
 }
 

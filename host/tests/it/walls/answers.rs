@@ -60,6 +60,34 @@ fn http(piece: Vec<u8>, bytes: usize, pause: Duration) -> u16 {
     })
 }
 
+/// A server that answers each request with this status and body.
+fn refusing(status: &'static str, body: Vec<u8>) -> u16 {
+    server(move |mut connection| {
+        let mut reader = BufReader::new(connection.try_clone().expect("cloned"));
+        let length = read_head(&mut reader);
+        let _ = reader.read_exact(&mut vec![0; length]);
+        let head = format!(
+            "HTTP/1.1 {status}\r\ncontent-type: application/x-amz-json-1.1\r\n\
+             content-length: {}\r\nconnection: close\r\n\r\n",
+            body.len()
+        );
+        // Fails where the client has read enough.
+        let _ = connection.write_all(head.as_bytes());
+        let _ = connection.write_all(&body);
+    })
+}
+
+/// A message of PostgreSQL.
+fn message(kind: u8, body: &[u8]) -> Vec<u8> {
+    let length = (body.len() as u32 + 4).to_be_bytes();
+    [&[kind][..], &length, body].concat()
+}
+
+/// A setting that PostgreSQL reports.
+fn setting(name: &str, value: &str) -> Vec<u8> {
+    message(b'S', format!("{name}\0{value}\0").as_bytes())
+}
+
 /// A server that speaks as PostgreSQL does up to the first query, with `flood` in the place of an answer.
 fn postgres(flood: impl Fn(&mut TcpStream) + Clone + Send + 'static) -> u16 {
     login(Vec::new(), flood)
@@ -169,20 +197,99 @@ fn wall_02_an_answer_of_postgresql_without_end_is_given_up() {
         let _ = connection.read(&mut [0; 1_024]);
         let value = "v".repeat(1 << 16);
         for at in 0..FLOOD_BYTES >> 16 {
-            let parameter = format!("{at}\0{value}\0");
-            let length = (parameter.len() as u32 + 4).to_be_bytes();
-            let message = [&b"S"[..], &length, parameter.as_bytes()].concat();
-            if connection.write_all(&message).is_err() {
+            if connection.write_all(&setting(&at.to_string(), &value)).is_err() {
                 return;
             }
         }
     });
+    let settings = "expected a server whose settings (ParameterStatus) have at most 1.0 MiB";
+    assert_given_up(&["check"], &postgres_sink(many), settings);
     // Notices without end before the server is ready.
     let notices = login(b"N\0\0\0\x08M\0\0\0".repeat(100_000), |_| {});
-    for port in [one, many, notices] {
+    for port in [one, notices] {
         let cause = "expected an answer of at most 128.0 MiB";
         assert_given_up(&["check"], &postgres_sink(port), cause);
     }
+}
+
+#[test]
+fn wall_02_settings_of_postgresql_at_the_start_of_a_connection_are_bounded() {
+    let value = "v".repeat(1 << 20);
+    let long = (0..3).flat_map(|at| setting(&format!("long{at}"), &value)).collect();
+    let many = (0..10_000).flat_map(|at| setting(&format!("short{at}"), "on")).collect();
+    let cause = "expected a server whose settings (ParameterStatus) have at most 1.0 MiB";
+    for greeting in [long, many] {
+        let port = login(greeting, |_| {});
+        assert_given_up(&["check"], &postgres_sink(port), cause);
+    }
+}
+
+/// What servers word here: an end of a line with what looks like a line of ours, and much more.
+const FORGED: &str = "no\nerror: forged";
+
+/// Runs a command against a server that words [`FORGED`] and megabytes; asserts that it fails, and that it says the
+/// beginning of them, in one line.
+#[track_caller]
+fn assert_cut(arguments: &[&str], sink: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (output, peak) = output_and_peak(&mut command(folder.path(), arguments, sink));
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(!output.status.success(), "{said:.2000}");
+    assert!(said.contains(r"no\nerror: forged"), "{said:.2000}");
+    assert!(said.contains("bytes in all)"), "{said:.2000}");
+    assert!(!said.lines().any(|line| line.starts_with("error: forged")), "{said:.2000}");
+    assert!(said.len() < 128 << 10, "{} bytes are said", said.len());
+    assert_peak_below(peak, PEAK_MAX, "a long text");
+}
+
+#[test]
+fn wall_02_a_text_of_kinesis_is_cut_and_one_line() {
+    let text = format!("{FORGED}{}", "x".repeat(20 << 20)).replace('\n', "\\n");
+    let body = format!(r#"{{"__type":"ValidationException","message":"{text}"}}"#);
+    let port = refusing("400 Bad Request", body.into_bytes());
+    assert_cut(&["check"], &kinesis_sink(port));
+    assert_cut(&["run"], &kinesis_sink(port));
+}
+
+#[test]
+fn wall_02_a_text_of_postgresql_is_cut_and_one_line() {
+    let text = format!("{FORGED}{}", "x".repeat(20 << 20));
+    let fields = format!("SERROR\0VERROR\0CP0001\0M{text}\0D{FORGED}\0H{FORGED}\0\0");
+    let answer = [message(b'E', fields.as_bytes()), message(b'Z', b"I")].concat();
+    let port = postgres(move |connection| {
+        while connection.read(&mut [0; 4_096]).is_ok_and(|bytes| bytes > 0) {
+            if connection.write_all(&answer).is_err() {
+                return;
+            }
+        }
+    });
+    assert_cut(&["check"], &postgres_sink(port));
+    assert_cut(&["run"], &postgres_sink(port));
+}
+
+#[test]
+fn wall_02_a_text_of_a_store_is_cut_and_one_line() {
+    let text = format!("{FORGED}{}", "x".repeat(3 << 20));
+    let port = refusing("400 Bad Request", text.into_bytes());
+    assert_cut(&["objects", "verify", "--sink", "out"], &objects_sink(port));
+}
+
+#[test]
+fn wall_02_informational_heads_of_kinesis_without_end_are_given_up() {
+    let port = server(|mut connection| {
+        let mut reader = BufReader::new(connection.try_clone().expect("cloned"));
+        let length = read_head(&mut reader);
+        let _ = reader.read_exact(&mut vec![0; length]);
+        let heads = b"HTTP/1.1 100 Continue\r\n\r\n".repeat(10_000);
+        for _ in 0..FLOOD_BYTES / heads.len() {
+            if connection.write_all(&heads).is_err() {
+                return;
+            }
+        }
+    });
+    let cause = "expected an answer after at most 16 informational heads";
+    assert_given_up(&["check"], &kinesis_sink(port), cause);
 }
 
 #[test]

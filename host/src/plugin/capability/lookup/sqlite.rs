@@ -17,6 +17,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, Row, Statement};
 
 use super::LookupError;
 use super::found::{Asked, Found};
+use crate::masking::worded;
 
 /// Steps of SQLite's machine between two looks at the clock: well below a millisecond.
 const STEPS: i32 = 10_000;
@@ -226,7 +227,7 @@ impl SqliteTable {
     }
 
     fn failed(&self, cause: impl std::fmt::Display) -> LookupError {
-        LookupError::retryable(format!("{}: {cause}", self.place()))
+        LookupError::retryable(format!("{}: {}", self.place(), worded(cause)))
     }
 }
 

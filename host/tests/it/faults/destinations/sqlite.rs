@@ -259,3 +259,23 @@ fn fault_29_of_a_row_that_fails_halfway_nothing_is_left() {
         }
     }
 }
+
+#[test]
+fn wall_02_a_text_of_a_sqlite_trigger_is_cut_and_one_line() {
+    let text = format!("no\nerror: forged{}", "x".repeat(500 << 10));
+    let rows: Vec<String> = (1..=7).map(|id| format!("{{\"id\":{id}}}")).collect();
+    let rows: Vec<&str> = rows.iter().map(String::as_str).collect();
+    let lines = lines(
+        &rows,
+        &format!(
+            "CREATE TABLE t (id INTEGER);
+             CREATE TRIGGER odd BEFORE INSERT ON t WHEN NEW.id = 3
+             BEGIN SELECT RAISE(ABORT, '{text}'); END"
+        ),
+    );
+    lines.run();
+    let reasons = lines.reasons();
+    let [reason] = &reasons[..] else { panic!("{} letters", reasons.len()) };
+    assert!(reason.contains(r"no\nerror: forgedxxx"), "{reason:.200}");
+    assert!(reason.ends_with("bytes in all)") && reason.len() < 9 << 10, "{} bytes", reason.len());
+}
