@@ -259,6 +259,25 @@ mod tests {
     }
 
     #[test]
+    fn wall_02_one_large_answer_of_a_stream_counts_however_many_lanes_read() {
+        let bound = |source: &str, lanes| {
+            let text = format!(
+                "[pipeline]\nname = \"cars\"\nbuffer = \"16 MiB\"\n[source]\n{source}\n\
+                 [[sink]]\nname = \"out\"\ntype = \"discard\"\n"
+            );
+            let config = crate::config::parse("pipeline.toml", &text, &|_| None);
+            MemoryBound::of(&config.expect("a pipeline"), lanes).host_bytes
+        };
+        let stream = "type = \"kinesis\"\nstream = \"s\"\nformat = \"application/json\"";
+        let file = "type = \"file\"\npath = \"rows.txt\"\nformat = \"application/json\"";
+        for (lanes, read_ahead_mib) in [(1, 17), (32, 48), (100, 133)] {
+            let more = bound(stream, lanes) - bound(file, lanes);
+            assert_eq!(more, (read_ahead_mib << 20) + READ_BYTES_MAX, "{lanes} lanes");
+        }
+        assert!(bound(stream, 32) < 270 << 20, "{} bytes with 32 lanes", bound(stream, 32));
+    }
+
+    #[test]
     fn wall_04_payloads_that_are_made_again_count() {
         let bound = MemoryBound { lanes: 1, host_bytes: 300 << 20, instances: 0, plugin_bytes: 0 };
         let text = include_str!("../../../pipeline.toml");
