@@ -101,12 +101,22 @@ impl PollingReader {
         &mut self.inbox
     }
 
+    /// Counts so much until what waits is counted: it came, and is looked at.
+    pub(super) fn hold(&mut self, held: Permit) {
+        self.held = Some(held);
+    }
+
     /// Counts what waits in the inbox, and a large batch that the lane has, as it is now.
     pub(super) fn count_held(&mut self) {
         match self.inbox.held_bytes() {
             0 => self.held = None,
             bytes => self.held.get_or_insert_with(|| self.account.force(0)).resize(bytes),
         }
+    }
+
+    /// The account of what is read ahead, for a reader that reads in another way.
+    pub(super) fn account(&self) -> &Arc<Account> {
+        &self.account
     }
 
     /// Asks the server once. `Ok(true)`: it answered.

@@ -47,13 +47,11 @@ const UPLOAD_BYTES_PER_S: u64 = 256 << 10;
 
 /// An answer that comes this fast never ends a patience: one of the largest, of 10 MiB, takes 14 minutes then.
 const DOWNLOAD_BYTES_PER_S: u32 = 16 << 10;
-/// Bytes of an answer for which nothing is booked: all lanes may have one at the same time. The largest is of
-/// PutRecords, with a line for each of 500 records.
-const UNBOOKED_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of an answer that says that a call failed, or that has neither records nor shards: nothing is booked for it,
+/// and all lanes may have one at the same time. The largest is of PutRecords, with a line for each of 500 records.
+const OTHER_BYTES_MAX: u64 = 1 << 20;
 /// Bytes of a list of shards, of which one is read at a time: some 400 for each of ten thousand.
 const LIST_BYTES_MAX: u64 = 8 << 20;
-/// What the header `x-amz-target` of a request for a list of shards ends with.
-const LIST_TARGET: &str = ".ListShards";
 /// Bytes of one message of a stream of events. An event of SubscribeToShard holds what GetRecords does.
 const MESSAGE_BYTES_MAX: u64 = ANSWER_BYTES_MAX;
 /// The bytes at which a message of a stream of events says how long its headers are, and where they begin; behind
@@ -68,6 +66,15 @@ pub(super) fn http_client(silence_max: Duration, served: Option<Served>) -> Shar
     let process = served.as_ref().and_then(|served| served.look(None));
     let connections = RwLock::new(Connections { renewed: 0, process, client: connections() });
     SharedHttpClient::new(Deadlines { silence_max, served, connections: Arc::new(connections) })
+}
+
+/// The most bytes of the answer to a call that went well; `target` is the header `x-amz-target`, which names it.
+fn bytes_max(target: &str) -> u64 {
+    match target.rsplit('.').next() {
+        Some("GetRecords") => ANSWER_BYTES_MAX,
+        Some("ListShards") => LIST_BYTES_MAX,
+        _ => OTHER_BYTES_MAX,
+    }
 }
 
 /// A client with no connection yet.
@@ -168,8 +175,7 @@ impl HttpConnector for DeadlineConnector {
         let upload_ms =
             request.body().content_length().unwrap_or_default() * 1_000 / UPLOAD_BYTES_PER_S;
         let wait_max = silence_max + Duration::from_millis(upload_ms);
-        let is_list =
-            request.headers().get("x-amz-target").is_some_and(|it| it.ends_with(LIST_TARGET));
+        let most = bytes_max(request.headers().get("x-amz-target").unwrap_or_default());
         let answer = self.connector.call(request);
         HttpConnectorFuture::new(async move {
             let Ok(answer) = tokio::time::timeout(wait_max, answer).await else {
@@ -187,12 +193,9 @@ impl HttpConnector for DeadlineConnector {
             }
             let is_stream = answer.headers().get("content-type") == Some(EVENT_STREAM);
             // What says that a call failed is short, and its error keeps it while other calls are made.
-            let booking = Booking::of_call().filter(|_| answer.status().is_success() && !is_stream);
-            let bytes_max = match (&booking, is_list) {
-                (Some(_), _) => ANSWER_BYTES_MAX,
-                (None, true) => LIST_BYTES_MAX,
-                (None, false) => UNBOOKED_BYTES_MAX,
-            };
+            let is_well = answer.status().is_success();
+            let booking = Booking::of_call().filter(|_| is_well && !is_stream);
+            let bytes_max = if is_well { most } else { OTHER_BYTES_MAX };
             let length = answer.headers().get("content-length");
             let length = length.and_then(|length| length.parse().ok());
             let body = std::mem::replace(answer.body_mut(), SdkBody::taken());
@@ -268,6 +271,12 @@ impl Body for DeadlineBody {
                 return Poll::Ready(Some(Err(error.into())));
             }
             let (Some(booked), Length::Whole(whole)) = (&mut this.booked, &this.length) else {
+                // Each message of a stream has the booking of the call that waits for it.
+                if let Length::Events(events) = &this.length
+                    && Booking::of_call().is_some_and(|booking| !booking.covers(events.need()))
+                {
+                    return Poll::Pending;
+                }
                 return Poll::Ready(frame);
             };
             match frame {
@@ -446,6 +455,8 @@ struct Events {
     /// Bytes that have not been read: of the message's headers, and of the whole message.
     headers: u64,
     rest: u64,
+    /// The bytes of the message.
+    message: u64,
     values: JsonValues,
 }
 
@@ -474,6 +485,12 @@ impl Events {
         Ok(has_ended)
     }
 
+    /// What the message needs that came last.
+    fn need(&self) -> Need {
+        let bytes = held_while_read(self.message, self.values.count);
+        Need { by_now: bytes, known: bytes, likely: bytes }
+    }
+
     /// Begins a message whose head is there.
     fn begin(&mut self) -> Result<(), TooLong> {
         let number = |at: usize| {
@@ -487,6 +504,7 @@ impl Events {
         // Lengths that do not fit are the SDK's to refuse.
         (self.head_bytes, self.headers) = (0, headers);
         self.rest = bytes.saturating_sub(HEAD_BYTES as u64);
+        self.message = bytes;
         self.values = JsonValues::default();
         Ok(())
     }
@@ -562,7 +580,14 @@ mod tests {
 
     #[test]
     fn wall_02_an_answer_of_kinesis_is_bounded_and_a_stream_of_events_by_its_messages() {
-        for bytes_max in [UNBOOKED_BYTES_MAX, LIST_BYTES_MAX, ANSWER_BYTES_MAX] {
+        for (target, expected) in [
+            ("Kinesis_20131202.GetRecords", ANSWER_BYTES_MAX),
+            ("Kinesis_20131202.ListShards", LIST_BYTES_MAX),
+            ("Kinesis_20131202.GetShardIterator", OTHER_BYTES_MAX),
+            ("", OTHER_BYTES_MAX),
+        ] {
+            let bytes_max = bytes_max(target);
+            assert_eq!(bytes_max, expected, "{target}");
             let mut whole = Length::Whole(Whole::new(bytes_max));
             let part = vec![0; 1 << 20];
             for _ in 0..bytes_max >> 20 {
@@ -580,6 +605,7 @@ mod tests {
             assert!(ended > 0, "in pieces of {piece}");
             let Length::Events(events) = events else { panic!("events") };
             assert_eq!((events.rest, events.head_bytes), (0, 0), "in pieces of {piece}");
+            assert_eq!(events.need().known, held_while_read(12 + 299 % 90, events.values.count));
         }
         let mut events = Length::Events(Events::default());
         for _ in 0..100 {
@@ -628,7 +654,7 @@ mod tests {
             text.chunks(piece).for_each(|part| values.add(part).expect("few"));
             assert_eq!((values.count, values.is_in_string), (10, false), "in pieces of {piece}");
         }
-        let mut whole = Length::Whole(Whole::new(UNBOOKED_BYTES_MAX));
+        let mut whole = Length::Whole(Whole::new(OTHER_BYTES_MAX));
         let many = b"{},".repeat(ANSWER_VALUES_MAX as usize / 2);
         assert_eq!(whole.add(&many), Ok(false));
         assert_eq!(whole.add(b"{}"), Err(TooLong::Values));

@@ -263,7 +263,7 @@ fn read_call(reader: &mut impl std::io::BufRead) -> Option<(String, Value)> {
 /// `says_length`: before each answer.
 fn large_stream(records: Arc<str>, says_length: bool, taken: Taken) -> u16 {
     let shard = |index: usize| {
-        let hash = |index: usize| format!("{}", index as u128 * 10_u128.pow(36));
+        let hash = |index: usize| (index as u128 * 10_u128.pow(36)).to_string();
         json!({
             "ShardId": format!("shardId-{index:012}"),
             "HashKeyRange": { "StartingHashKey": hash(index), "EndingHashKey": hash(index + 1) },
