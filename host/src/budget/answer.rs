@@ -35,7 +35,7 @@ mod tests {
         ] {
             assert_eq!(held_while_read(bytes, values), held, "{bytes} bytes, {values} values");
         }
-        assert!(READ_BYTES_MAX < 40 << 20, "the printed bound stays small: {READ_BYTES_MAX}");
+        const { assert!(READ_BYTES_MAX < 40 << 20, "the printed bound stays small") };
     }
 
     #[test]
