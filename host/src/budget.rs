@@ -6,6 +6,7 @@
 //! the sinks' budget, the largest buffers are asked to commit, so that a sink that rolls hourly gives way
 //! to the shards that read.
 
+mod answer;
 mod bound;
 mod ledger;
 
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+pub use self::answer::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, held_while_read};
 pub use self::bound::{AvailableMemory, MemoryBound, memory_bytes_available};
 pub use self::ledger::LongWait;
 use self::ledger::{AccountId, BufferId, Ledger, Limits, Ticket};
@@ -152,6 +154,23 @@ impl Account {
         }
         drop(waiting);
         self.permit(bytes_min)
+    }
+
+    /// Takes bytes if it can have them without waiting: nobody is asked to commit for them. `None`: it would have to
+    /// wait.
+    pub fn take_at_once(&self, bytes: usize) -> Option<Permit> {
+        let mut state = self.shared.lock();
+        let now = Instant::now();
+        match state.ledger.request(self.id, bytes, bytes, now) {
+            Ok(bytes) => {
+                self.shared.show(&state);
+                Some(self.permit(bytes))
+            }
+            Err(ticket) => {
+                state.ledger.withdraw(ticket, now);
+                None
+            }
+        }
     }
 
     /// The bytes that it can have without waiting, whatever others hold.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use super::answer::READ_BYTES_MAX;
 use super::ledger::{bytes_bound, encoded_bound, text};
 use crate::config::{PipelineConfig, SinkConfig, SinkKind, StageLimits};
 
@@ -44,7 +45,8 @@ impl MemoryBound {
     /// | the process | 100 MiB |
     /// | the sinks' buffers | half of `buffer`, the larger of the other half and 256 KiB per lane, and 1 MiB per lane |
     /// | what rows become in a sink that encodes them as they arrive | the larger of half of `buffer` and 256 KiB per lane, and 4 MiB per lane, for each such sink |
-    /// | what the readers of a stream read ahead | as the sinks' buffers |
+    /// | what the readers of a stream read ahead, with the answers that they read | as the sinks' buffers |
+    /// | one large answer of a stream | what 20 MiB of text hold while they are read: 37 MiB |
     /// | batches in hand | 4 × `batch.bytes` per lane |
     /// | answers in hand | the largest `limits.output`, or `limits.memory` if that is less, per lane; with several stages, three times |
     /// | one large request | the same, once |
@@ -54,7 +56,11 @@ impl MemoryBound {
     pub fn of(config: &PipelineConfig, lanes: usize) -> Self {
         let lanes = lanes.max(1);
         let buffers = bytes_bound(config.buffer_bytes_max, lanes);
-        let read_ahead = if config.source.kinesis().is_some() { buffers } else { 0 };
+        // An answer is booked as what is read ahead before it is read, and one at a time may go beyond that.
+        let (read_ahead, large_read) = match config.source.kinesis() {
+            Some(_) => (buffers, READ_BYTES_MAX),
+            None => (0, 0),
+        };
         let in_hand = lanes * BATCH_COPIES * config.source.batch.bytes_max;
         let limits = || config.stages.iter().map(|stage| &stage.limits);
         let large = limits().map(StageLimits::answer_bytes_max).max().unwrap_or_default();
@@ -75,7 +81,8 @@ impl MemoryBound {
         };
         let encoded = encoded(&config.sinks, lanes);
         let parts = [
-            buffers, encoded, read_ahead, in_hand, answers, large, trials, intake, lookups, copies,
+            buffers, encoded, read_ahead, large_read, in_hand, answers, large, trials, intake,
+            lookups, copies,
         ];
         let plugin_bytes = limits().map(|limits| limits.memory_bytes_max).sum::<usize>();
         Self {
@@ -249,6 +256,25 @@ mod tests {
         assert_eq!(more(1), 36 * MIB);
         assert_eq!(more(4), 48 * MIB);
         assert_eq!(more(1_000), 4_250 * MIB, "256 KiB and 4 MiB for each");
+    }
+
+    #[test]
+    fn wall_02_one_large_answer_of_a_stream_counts_however_many_lanes_read() {
+        let bound = |source: &str, lanes| {
+            let text = format!(
+                "[pipeline]\nname = \"cars\"\nbuffer = \"16 MiB\"\n[source]\n{source}\n\
+                 [[sink]]\nname = \"out\"\ntype = \"discard\"\n"
+            );
+            let config = crate::config::parse("pipeline.toml", &text, &|_| None);
+            MemoryBound::of(&config.expect("a pipeline"), lanes).host_bytes
+        };
+        let stream = "type = \"kinesis\"\nstream = \"s\"\nformat = \"application/json\"";
+        let file = "type = \"file\"\npath = \"rows.txt\"\nformat = \"application/json\"";
+        for (lanes, read_ahead_mib) in [(1, 17), (32, 48), (100, 133)] {
+            let more = bound(stream, lanes) - bound(file, lanes);
+            assert_eq!(more, (read_ahead_mib << 20) + READ_BYTES_MAX, "{lanes} lanes");
+        }
+        assert!(bound(stream, 32) < 270 << 20, "{} bytes with 32 lanes", bound(stream, 32));
     }
 
     #[test]

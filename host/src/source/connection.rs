@@ -115,6 +115,7 @@ impl StreamConnection {
                 cause: "the answer holds no iterator".into(),
             })
         })?;
+        check_iterator("GetShardIterator", &iterator, inbox).map_err(Passing::Never)?;
         inbox.start_accepted();
         Ok(iterator)
     }
@@ -308,6 +309,32 @@ pub struct Answer {
 
 /// The call that polls.
 pub const GET_RECORDS: &str = "GetRecords";
+
+/// Bytes of an iterator: far more than any has. Each lane keeps one while it waits, so they count for the memory
+/// that a lane needs.
+///
+/// Source: API reference, GetRecords: 512.
+const ITERATOR_BYTES_MAX: usize = 16 << 10;
+
+/// Refuses an iterator that would fill memory; `call` gave it.
+///
+/// # Errors
+/// [`SourceError::Call`].
+pub fn check_iterator(
+    call: &'static str,
+    iterator: &str,
+    inbox: &Inbox,
+) -> Result<(), SourceError> {
+    let bytes = iterator.len();
+    if bytes <= ITERATOR_BYTES_MAX {
+        return Ok(());
+    }
+    let cause = format!(
+        "expected an iterator of at most {ITERATOR_BYTES_MAX} bytes, found one of {bytes}; look at the server at \
+         `endpoint` under [source]"
+    );
+    Err(SourceError::Call { call, place: inbox.place(), cause })
+}
 
 /// Records that may be lost.
 struct Loss {

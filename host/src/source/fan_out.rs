@@ -10,6 +10,7 @@ use aws_sdk_kinesis::types::{SubscribeToShardEvent, SubscribeToShardEventStream}
 use backon::ExponentialBackoff;
 use tokio::time::Instant;
 
+use super::booking::{self, Read};
 use super::client::{AnswerDate, Fault, call_error, fault};
 use super::connection::{Answer, Passing, StreamConnection};
 use super::inbox;
@@ -40,6 +41,9 @@ pub struct FanOutReader {
     /// What was read, and the way to the end of a closed shard.
     polling: PollingReader,
     subscription: Option<Subscription>,
+    /// The bytes of memory that an event is likely to need. They are booked before it is waited for: to end the
+    /// subscription because there is no room costs seconds.
+    expected: usize,
     /// The shard is closed: the rest of it is read by GetRecords, whose answer alone says for sure
     /// where the end is.
     is_closed: bool,
@@ -68,6 +72,7 @@ impl FanOutReader {
             consumer_arn,
             polling,
             subscription: None,
+            expected: 0,
             is_closed: false,
             next_call: Instant::now(),
             pauses: pauses(),
@@ -183,10 +188,28 @@ impl FanOutReader {
             self.subscribe().await?;
             return Ok(NextEvent::GoOn);
         };
+        let held = self.polling.account().take(self.expected).await;
         self.polling.waiting().begins(SUBSCRIBE);
         // The connection's own deadline ends the silence: events without records come every few
         // seconds.
-        match subscription.recv().await {
+        let event = match booking::read(self.polling.account(), held, subscription.recv()).await {
+            Read::Ended { answer, held, bytes, .. } => {
+                self.polling.hold(held);
+                // Events without records come between the others: what was larger is forgotten slowly.
+                self.expected = bytes.max(self.expected - self.expected.div_ceil(4));
+                answer
+            }
+            // The next subscription brings it again, and is read once there is room for it.
+            Read::Outgrown { needed } => {
+                self.polling.waiting().answered();
+                tracing::debug!(shard = %self.polling.inbox().shard().shard, needed,
+                    "subscribing once there is memory");
+                self.expected = needed;
+                self.subscription = None;
+                return Ok(NextEvent::GoOn);
+            }
+        };
+        match event {
             Ok(Some(SubscribeToShardEventStream::SubscribeToShardEvent(event))) => {
                 self.polling.waiting().answered();
                 return self.accept(event).await;

@@ -109,6 +109,9 @@ pub struct Inbox {
     unproven: Option<Unproven>,
     /// What the queue holds in memory.
     held_bytes: usize,
+    /// What the last batch holds, where it is larger than a batch may be because its one record is. The lane has it
+    /// until it asks for the next.
+    large_in_hand: usize,
     gap: Option<Gap>,
     /// What is lost, until the lane has heard of it.
     lost: Option<LostRecords>,
@@ -152,6 +155,7 @@ impl Inbox {
             handed_over,
             queue,
             held_bytes: 0,
+            large_in_hand: 0,
             unproven,
             gap,
             lost: None,
@@ -171,9 +175,10 @@ impl Inbox {
         self.queue.is_empty()
     }
 
-    /// What waits holds so many bytes of memory: payloads, keys, and what each record costs beside them.
+    /// What waits, and the last batch if it is larger than a batch may be, hold so many bytes of memory: payloads,
+    /// keys, and what each record costs beside them. Usual batches that lanes have in hand are counted for each lane.
     pub fn held_bytes(&self) -> usize {
-        self.held_bytes
+        self.held_bytes + self.large_in_hand
     }
 
     /// Forgets what waits: the server is asked for it again.
@@ -339,6 +344,8 @@ impl Inbox {
     /// Cuts the next batch off what waits. An aggregate is taken apart as far as the batch goes.
     pub fn cut(&mut self) -> Option<Batch> {
         let limits = self.limits;
+        // Who asks for a batch has settled the one before.
+        self.large_in_hand = 0;
         let mut records: Vec<Record> = Vec::new();
         let mut bytes = 0;
         // The first record always fits.
@@ -383,7 +390,11 @@ impl Inbox {
         let to_inclusive = records.last()?.position.clone();
         let from_exclusive = self.handed_over.replace(to_inclusive.clone());
         let span = PositionSpan { from_exclusive, to_inclusive };
-        Some(Batch { shard: self.shard.clone(), records, span, entry: Entry::Source })
+        let batch = Batch { shard: self.shard.clone(), records, span, entry: Entry::Source };
+        if batch.bytes() > limits.bytes_max {
+            self.large_in_hand = batch.held_bytes();
+        }
+        Some(batch)
     }
 
     /// The place, for errors.

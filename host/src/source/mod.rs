@@ -3,14 +3,16 @@
 //! [`kinesis::KinesisSource`] reads a stream: `client` reaches the server, `connection` is what its
 //! readers share, `polling` and `fan_out` read one shard each in their way and pass what comes
 //! through an `inbox`, which takes apart what is an `aggregate`. Calls end when the server is silent
-//! (`silence`), and are shown while they are not answered (`waiting`). `lineage` says which shards may be
-//! read, `embedded` serves a stream of our own. [`file::FileSource`] reads a file instead, and
+//! (`silence`), hold no more memory than is booked for their answers (`answer_size`, `booking`), and are shown
+//! while they are not answered (`waiting`). `lineage` says which shards may be read, `embedded` serves a stream
+//! of our own. [`file::FileSource`] reads a file instead, and
 //! [`letters::LettersSource`] the dead letters of a redrive, [`letter_log::LetterLogSource`] all that are
 //! written; [`window::WindowSource`] is a part of another, by time, [`spans::SpansSource`] by positions; `stream`,
 //! `consumers`, `input` and `producer` are for those who make streams and fill them.
 
 pub mod aggregate;
 mod answer_size;
+mod booking;
 pub mod client;
 pub mod connection;
 pub mod consumers;

@@ -7,9 +7,10 @@ use async_trait::async_trait;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::Instant;
 
-use super::answer_size::AnswerSize;
+use super::answer_size::{AnswerSize, payload_of};
+use super::booking::{self, Read};
 use super::client::{AnswerDate, Fault, call_error, fault};
-use super::connection::{Answer, GET_RECORDS, Passing, StreamConnection};
+use super::connection::{self, Answer, GET_RECORDS, Passing, StreamConnection};
 use super::inbox::{self, Inbox};
 use super::waiting::Waiting;
 use super::{BatchReader, NextBatch, SourceError};
@@ -39,8 +40,9 @@ pub struct PollingReader {
     connection: Arc<StreamConnection>,
     polling: Polling,
     inbox: Inbox,
-    account: Account,
-    /// What waits in the inbox counts in the readers' budget until lanes have taken it.
+    account: Arc<Account>,
+    /// What waits in the inbox counts in the readers' budget until lanes have taken it, and a batch of one large
+    /// record until they ask for the next.
     held: Option<Permit>,
     answer_size: AnswerSize,
     iterator: Option<String>,
@@ -58,7 +60,7 @@ pub struct PollingReader {
 impl PollingReader {
     /// A reader from where the inbox stands.
     pub fn new(connection: Arc<StreamConnection>, polling: Polling, inbox: Inbox) -> Self {
-        let account = connection.read_ahead.account(inbox.shard().shard.as_str());
+        let account = Arc::new(connection.read_ahead.account(inbox.shard().shard.as_str()));
         Self {
             connection,
             polling,
@@ -99,12 +101,22 @@ impl PollingReader {
         &mut self.inbox
     }
 
-    /// Counts what waits in the inbox, as it is now.
+    /// Counts so much until what waits is counted: it came, and is looked at.
+    pub(super) fn hold(&mut self, held: Permit) {
+        self.held = Some(held);
+    }
+
+    /// Counts what waits in the inbox, and a large batch that the lane has, as it is now.
     pub(super) fn count_held(&mut self) {
         match self.inbox.held_bytes() {
             0 => self.held = None,
             bytes => self.held.get_or_insert_with(|| self.account.force(0)).resize(bytes),
         }
+    }
+
+    /// The account of what is read ahead, for a reader that reads in another way.
+    pub(super) fn account(&self) -> &Arc<Account> {
+        &self.account
     }
 
     /// Asks the server once. `Ok(true)`: it answered.
@@ -128,12 +140,31 @@ impl PollingReader {
         let (least, most) = self.answer_size.booking(self.account.part_bytes(), Instant::now());
         let held = self.account.take_between(least, most).await;
         let limit = self.answer_size.records(held.bytes(), self.polling.records_per_call_max);
-        let limit = i32::try_from(limit).unwrap_or(i32::MAX);
         let called = Instant::now();
-        let call = self.connection.client.get_records().shard_iterator(iterator).limit(limit);
+        let call = self.connection.client.get_records().shard_iterator(iterator);
+        let call = call.limit(i32::try_from(limit).unwrap_or(i32::MAX));
         let date = AnswerDate::default();
         self.waiting.begins(GET_RECORDS);
-        let answer = match call.customize().interceptor(date.clone()).send().await {
+        let call = call.customize().interceptor(date.clone());
+        let (answer, held, held_bytes) = match booking::read(&self.account, held, call.send()).await
+        {
+            Read::Ended { answer, held, bytes, is_too_long } => {
+                if is_too_long {
+                    self.answer_size.was_too_long(limit);
+                }
+                (answer, held, bytes)
+            }
+            // The iterator stands before the records: they come again once there is room for them.
+            Read::Outgrown { needed } => {
+                self.waiting.answered();
+                tracing::debug!(shard = %self.inbox.shard().shard, needed, "reading once there is memory");
+                self.answer_size.outgrew(needed, limit);
+                self.answer_size.forget_quiet();
+                self.next_call = called + self.call_interval();
+                return Ok(false);
+            }
+        };
+        let answer = match answer {
             Ok(answer) => answer,
             Err(error) => {
                 self.waiting.failed(call_error(GET_RECORDS, self.inbox.place(), &error));
@@ -158,8 +189,12 @@ impl PollingReader {
         };
         self.waiting.answered();
         self.pauses = pauses();
-        let bytes = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
+        let bytes: usize = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
         let records = answer.records.len();
+        let bytes = payload_of(held_bytes, records).max(bytes);
+        if let Some(iterator) = &answer.next_shard_iterator {
+            connection::check_iterator(GET_RECORDS, iterator, &self.inbox)?;
+        }
         // While this waits, the iterator stands before the records: who drops it asks for them again.
         let arrived = inbox::open(answer.records, self.inbox.hash_range()).await;
         self.iterator = answer.next_shard_iterator;
@@ -180,12 +215,16 @@ impl PollingReader {
         self.connection.take_in(&mut self.inbox, arrived, about).await?;
         self.count_held();
         let pause = match self.is_flowing || self.behind_ms > 0 {
-            true if self.polling.is_paced => CALL_INTERVAL,
-            true => Duration::ZERO,
+            true => self.call_interval(),
             false => self.polling.poll_interval,
         };
         self.next_call = called + pause;
         Ok(true)
+    }
+
+    /// The shortest time between two calls that bring something.
+    fn call_interval(&self) -> Duration {
+        if self.polling.is_paced { CALL_INTERVAL } else { Duration::ZERO }
     }
 
     async fn prove_identity(&self, asked: Instant) -> Result<(), SourceError> {
@@ -232,7 +271,7 @@ impl BatchReader for PollingReader {
     fn give_back(&mut self) {
         if !self.inbox.is_empty() {
             self.inbox.give_back();
-            self.held = None;
+            self.count_held();
             (self.iterator, self.ended) = (None, false);
         }
     }

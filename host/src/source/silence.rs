@@ -8,7 +8,8 @@
 //!
 //! The SDK keeps an answer until it is whole, or a message of one that is a stream of events, so their lengths
 //! are bounded. What it makes of them may take fifty times their bytes (`{},{},…`), so the values in their JSON are
-//! counted too.
+//! counted too. Of an answer for which memory is booked, no more is read than the booking covers (`booking`): its
+//! parts are kept here and given to the SDK at once, since the SDK would hold them twice while it joins them.
 //!
 //! The port of an embedded stream may be another user's once the process that served it has ended. So before each
 //! attempt, and when its answer has begun, the process must be there ([`Served::look`]); connections to one that
@@ -37,8 +38,10 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
+use super::booking::{Booking, Need};
 use super::embedded::Served;
 use super::informational::{self, TooManyHeads};
+use crate::budget::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, held_while_read};
 use crate::private::FileMark;
 
 /// A request may take this long per byte beside the silence: the server says nothing while it is sent.
@@ -46,13 +49,13 @@ const UPLOAD_BYTES_PER_S: u64 = 256 << 10;
 
 /// An answer that comes this fast never ends a patience: one of the largest, of 10 MiB, takes 14 minutes then.
 const DOWNLOAD_BYTES_PER_S: u32 = 16 << 10;
-/// Bytes of an answer: GetRecords has the largest, 10 MiB of data as base64 in JSON, and servers that are not AWS may
-/// take that for a thousand of their records.
-const ANSWER_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of an answer that says that a call failed, or that has neither records nor shards: nothing is booked for it,
+/// and all lanes may have one at the same time. The largest is of PutRecords, with a line for each of 500 records.
+const OTHER_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of a list of shards, of which one is read at a time: some 400 for each of ten thousand.
+const LIST_BYTES_MAX: u64 = 8 << 20;
 /// Bytes of one message of a stream of events. An event of SubscribeToShard holds what GetRecords does.
-const MESSAGE_BYTES_MAX: u64 = 32 << 20;
-/// Values of the JSON of an answer, or of a message: ten thousand records have six each, and ten thousand shards ten.
-const VALUES_MAX: u64 = 1_000_000;
+const MESSAGE_BYTES_MAX: u64 = ANSWER_BYTES_MAX;
 /// The bytes at which a message of a stream of events says how long its headers are, and where they begin; behind
 /// its payload is a checksum of four bytes.
 const HEAD_BYTES: usize = 12;
@@ -65,6 +68,15 @@ pub(super) fn http_client(silence_max: Duration, served: Option<Served>) -> Shar
     let process = served.as_ref().and_then(|served| served.look(None));
     let connections = RwLock::new(Connections { renewed: 0, process, client: connections() });
     SharedHttpClient::new(Deadlines { silence_max, served, connections: Arc::new(connections) })
+}
+
+/// The most bytes of the answer to a call that went well; `target` is the header `x-amz-target`, which names it.
+fn bytes_max(target: &str) -> u64 {
+    match target.rsplit('.').next() {
+        Some("GetRecords") => ANSWER_BYTES_MAX,
+        Some("ListShards") => LIST_BYTES_MAX,
+        _ => OTHER_BYTES_MAX,
+    }
 }
 
 /// A client with no connection yet.
@@ -165,6 +177,7 @@ impl HttpConnector for DeadlineConnector {
         let upload_ms =
             request.body().content_length().unwrap_or_default() * 1_000 / UPLOAD_BYTES_PER_S;
         let wait_max = silence_max + Duration::from_millis(upload_ms);
+        let most = bytes_max(request.headers().get("x-amz-target").unwrap_or_default());
         let (request, too_many) = match counted(request) {
             Ok(counted) => counted,
             Err(error) => return HttpConnectorFuture::ready(Err(error)),
@@ -191,13 +204,20 @@ impl HttpConnector for DeadlineConnector {
                 }
             }
             let is_stream = answer.headers().get("content-type") == Some(EVENT_STREAM);
+            // What says that a call failed is short, and its error keeps it while other calls are made.
+            let is_well = answer.status().is_success();
+            let booking = Booking::of_call().filter(|_| is_well && !is_stream);
+            let bytes_max = if is_well { most } else { OTHER_BYTES_MAX };
+            let length = answer.headers().get("content-length");
+            let length = length.and_then(|length| length.parse().ok());
             let body = std::mem::replace(answer.body_mut(), SdkBody::taken());
             *answer.body_mut() = SdkBody::from_body_1_x(DeadlineBody {
                 body,
                 length: match is_stream {
                     true => Length::Events(Events::default()),
-                    false => Length::Whole(0, JsonValues::default()),
+                    false => Length::Whole(Whole::new(bytes_max)),
                 },
+                booked: booking.map(|booking| Booked { booking, length, parts: Vec::new() }),
                 patience: silence_max,
                 deadline: Box::pin(tokio::time::sleep(silence_max)),
                 waits_since: None,
@@ -224,6 +244,8 @@ fn counted(request: HttpRequest) -> Result<(HttpRequest, CancellationToken), Con
 struct DeadlineBody {
     body: SdkBody,
     length: Length,
+    /// Where memory is booked for it: its parts are kept until all are there.
+    booked: Option<Booked>,
     /// How much longer the next part may be waited for.
     patience: Duration,
     deadline: Pin<Box<Sleep>>,
@@ -261,13 +283,41 @@ impl Body for DeadlineBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.get_mut();
-        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
+        while let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
             let part = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
             if let Err(error) = this.note(part.map_or(&[], |part| part)) {
                 this.deadlines.give_up(this.renewed, this.process);
+                if let Some(booked) = &this.booked {
+                    booked.booking.is_too_long();
+                }
                 return Poll::Ready(Some(Err(error.into())));
             }
-            return Poll::Ready(frame);
+            let (Some(booked), Length::Whole(whole)) = (&mut this.booked, &this.length) else {
+                // Each message of a stream has the booking of the call that waits for it.
+                if let Length::Events(events) = &this.length
+                    && Booking::of_call().is_some_and(|booking| !booking.covers(events.need()))
+                {
+                    return Poll::Pending;
+                }
+                return Poll::Ready(frame);
+            };
+            match frame {
+                Some(Ok(frame)) => {
+                    // Trailers say nothing that is read.
+                    let Ok(part) = frame.into_data() else { continue };
+                    if !booked.add(&part, whole) {
+                        // Who waits for the call is told, and drops it.
+                        return Poll::Pending;
+                    }
+                }
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => {
+                    let all = std::mem::take(&mut booked.parts);
+                    this.booked = None;
+                    let all = (!all.is_empty()).then(|| Ok(Frame::data(Bytes::from(all))));
+                    return Poll::Ready(all);
+                }
+            }
         }
         if this.waits_since.is_none() {
             let now = Instant::now();
@@ -284,19 +334,62 @@ impl Body for DeadlineBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        Body::is_end_stream(&self.body)
+        self.booked.is_none() && Body::is_end_stream(&self.body)
     }
 
     fn size_hint(&self) -> SizeHint {
-        Body::size_hint(&self.body)
+        match &self.booked {
+            // The body no longer knows what is kept here.
+            Some(_) => SizeHint::default(),
+            None => Body::size_hint(&self.body),
+        }
+    }
+}
+
+/// An answer for which memory is booked, as far as it came.
+struct Booked {
+    booking: Booking,
+    /// Its bytes, where the server says so at the beginning.
+    length: Option<u64>,
+    parts: Vec<u8>,
+}
+
+impl Booked {
+    /// Adds a part, with which the answer is `whole` so far; false: the booking does not cover it.
+    fn add(&mut self, part: &[u8], whole: &Whole) -> bool {
+        if !self.booking.covers(need(whole, self.length)) {
+            return false;
+        }
+        if let (true, Some(length)) = (self.parts.is_empty(), self.length) {
+            // At once: to grow would copy it several times. It is within what is covered.
+            let length = length.min(whole.bytes_max);
+            self.parts.reserve_exact(usize::try_from(length).unwrap_or_default());
+        }
+        self.parts.extend_from_slice(part);
+        true
+    }
+}
+
+/// What an answer needs that is `whole` so far, and has `length` bytes where the server says so.
+fn need(whole: &Whole, length: Option<u64>) -> Need {
+    let (bytes, values) = (whole.bytes, whole.values.count);
+    let by_now = held_while_read(bytes, values);
+    let known = length.unwrap_or(bytes).clamp(bytes, whole.bytes_max);
+    // Of an answer of unknown length, half may have come.
+    let likely = length.unwrap_or(bytes * 2).clamp(bytes, whole.bytes_max);
+    let likely_values = (values * likely / bytes.max(1)).min(ANSWER_VALUES_MAX);
+    Need {
+        by_now,
+        known: held_while_read(known, values),
+        likely: held_while_read(likely, likely_values),
     }
 }
 
 /// How much of an answer has come.
 #[derive(Debug)]
 enum Length {
-    /// Bytes of one that is kept until it is whole, and its values.
-    Whole(u64, JsonValues),
+    /// Of one that is kept until it is whole.
+    Whole(Whole),
     /// Of a stream of events, which has no end.
     Events(Events),
 }
@@ -305,15 +398,31 @@ impl Length {
     /// Adds a part; whether a message of a stream ended in it, which is progress however long it took.
     fn add(&mut self, part: &[u8]) -> Result<bool, TooLong> {
         match self {
-            Self::Whole(bytes, values) => {
-                *bytes += part.len() as u64;
-                if *bytes > ANSWER_BYTES_MAX {
-                    return Err(TooLong::Bytes { bytes: *bytes, bytes_max: ANSWER_BYTES_MAX });
-                }
-                values.add(part).map(|()| false)
-            }
+            Self::Whole(whole) => whole.add(part).map(|()| false),
             Self::Events(events) => events.add(part),
         }
+    }
+}
+
+/// The bytes and values of an answer that is kept until it is whole.
+#[derive(Debug)]
+struct Whole {
+    bytes: u64,
+    bytes_max: u64,
+    values: JsonValues,
+}
+
+impl Whole {
+    fn new(bytes_max: u64) -> Self {
+        Self { bytes: 0, bytes_max, values: JsonValues::default() }
+    }
+
+    fn add(&mut self, part: &[u8]) -> Result<(), TooLong> {
+        self.bytes += part.len() as u64;
+        if self.bytes > self.bytes_max {
+            return Err(TooLong::Bytes { bytes: self.bytes, bytes_max: self.bytes_max });
+        }
+        self.values.add(part)
     }
 }
 
@@ -348,7 +457,7 @@ impl JsonValues {
                 self.is_in_string = text.len() < part.len();
                 let begins = |byte: &&u8| matches!(byte, b',' | b'{' | b'[');
                 self.count += text.iter().filter(begins).count() as u64;
-                if self.count > VALUES_MAX {
+                if self.count > ANSWER_VALUES_MAX {
                     return Err(TooLong::Values);
                 }
                 part = rest;
@@ -368,6 +477,8 @@ struct Events {
     /// Bytes that have not been read: of the message's headers, and of the whole message.
     headers: u64,
     rest: u64,
+    /// The bytes of the message.
+    message: u64,
     values: JsonValues,
 }
 
@@ -396,6 +507,12 @@ impl Events {
         Ok(has_ended)
     }
 
+    /// What the message needs that came last.
+    fn need(&self) -> Need {
+        let bytes = held_while_read(self.message, self.values.count);
+        Need { by_now: bytes, known: bytes, likely: bytes }
+    }
+
     /// Begins a message whose head is there.
     fn begin(&mut self) -> Result<(), TooLong> {
         let number = |at: usize| {
@@ -409,6 +526,7 @@ impl Events {
         // Lengths that do not fit are the SDK's to refuse.
         (self.head_bytes, self.headers) = (0, headers);
         self.rest = bytes.saturating_sub(HEAD_BYTES as u64);
+        self.message = bytes;
         self.values = JsonValues::default();
         Ok(())
     }
@@ -429,7 +547,7 @@ impl fmt::Display for TooLong {
                 write!(f, "expected an answer of at most {bytes_max}, found one of {bytes} or more")
             }
             Self::Values => {
-                write!(f, "expected an answer of at most {VALUES_MAX} values, found more")
+                write!(f, "expected an answer of at most {ANSWER_VALUES_MAX} values, found more")
             }
         }
     }
@@ -484,12 +602,22 @@ mod tests {
 
     #[test]
     fn wall_02_an_answer_of_kinesis_is_bounded_and_a_stream_of_events_by_its_messages() {
-        let mut whole = Length::Whole(0, JsonValues::default());
-        let part = vec![0; 1 << 20];
-        for _ in 0..ANSWER_BYTES_MAX >> 20 {
-            assert_eq!(whole.add(&part), Ok(false));
+        for (target, expected) in [
+            ("Kinesis_20131202.GetRecords", ANSWER_BYTES_MAX),
+            ("Kinesis_20131202.ListShards", LIST_BYTES_MAX),
+            ("Kinesis_20131202.GetShardIterator", OTHER_BYTES_MAX),
+            ("", OTHER_BYTES_MAX),
+        ] {
+            let bytes_max = bytes_max(target);
+            assert_eq!(bytes_max, expected, "{target}");
+            let mut whole = Length::Whole(Whole::new(bytes_max));
+            let part = vec![0; 1 << 20];
+            for _ in 0..bytes_max >> 20 {
+                assert_eq!(whole.add(&part), Ok(false));
+            }
+            let bytes = bytes_max + 1;
+            assert_eq!(whole.add(&[0]), Err(TooLong::Bytes { bytes, bytes_max }));
         }
-        assert!(whole.add(&[0]).is_err());
 
         let stream: Vec<u8> = (0..300).flat_map(|at| message(12 + at % 90, at % 7, b'{')).collect();
         for piece in 1..200 {
@@ -499,6 +627,7 @@ mod tests {
             assert!(ended > 0, "in pieces of {piece}");
             let Length::Events(events) = events else { panic!("events") };
             assert_eq!((events.rest, events.head_bytes), (0, 0), "in pieces of {piece}");
+            assert_eq!(events.need().known, held_while_read(12 + 299 % 90, events.values.count));
         }
         let mut events = Length::Events(Events::default());
         for _ in 0..100 {
@@ -512,6 +641,34 @@ mod tests {
     }
 
     #[test]
+    fn wall_02_what_an_answer_needs_is_known_by_its_length_or_guessed() {
+        const KIB: u64 = 1 << 10;
+        for (bytes, values, length, expected) in [
+            (100 * KIB, 10, Some(KIB << 10), [(100 * KIB, 10), (KIB << 10, 10), (KIB << 10, 102)]),
+            (100 * KIB, 10, None, [(100 * KIB, 10), (100 * KIB, 10), (200 * KIB, 20)]),
+            // A server may say anything.
+            (100 * KIB, 10, Some(1), [(100 * KIB, 10); 3]),
+            (0, 0, Some(0), [(0, 0); 3]),
+            (
+                100 * KIB,
+                60_000,
+                Some(u64::MAX),
+                [
+                    (100 * KIB, 60_000),
+                    (ANSWER_BYTES_MAX, 60_000),
+                    (ANSWER_BYTES_MAX, ANSWER_VALUES_MAX),
+                ],
+            ),
+        ] {
+            let mut whole = Whole::new(ANSWER_BYTES_MAX);
+            (whole.bytes, whole.values.count) = (bytes, values);
+            let Need { by_now, known, likely } = need(&whole, length);
+            let expected = expected.map(|(bytes, values)| held_while_read(bytes, values));
+            assert_eq!([by_now, known, likely], expected, "{bytes} of {length:?}");
+        }
+    }
+
+    #[test]
     fn wall_02_values_are_counted_outside_of_strings_however_the_text_is_cut() {
         let text = br#"{"Records":[{"Data":"a,{[\\","Key":"\"},{"},{},[1,2]],"Next":"x"}"#;
         for piece in 1..text.len() {
@@ -519,12 +676,12 @@ mod tests {
             text.chunks(piece).for_each(|part| values.add(part).expect("few"));
             assert_eq!((values.count, values.is_in_string), (10, false), "in pieces of {piece}");
         }
-        let mut whole = Length::Whole(0, JsonValues::default());
-        let many = b"{},".repeat(VALUES_MAX as usize / 2);
+        let mut whole = Length::Whole(Whole::new(OTHER_BYTES_MAX));
+        let many = b"{},".repeat(ANSWER_VALUES_MAX as usize / 2);
         assert_eq!(whole.add(&many), Ok(false));
         assert_eq!(whole.add(b"{}"), Err(TooLong::Values));
         let mut events = Length::Events(Events::default());
-        let bytes = VALUES_MAX as u32 + 1_000;
+        let bytes = ANSWER_VALUES_MAX as u32 + 1_000;
         assert_eq!(events.add(&message(bytes, bytes, b',')), Ok(true), "headers are no values");
         assert_eq!(events.add(&message(bytes, 0, b',')), Err(TooLong::Values));
     }

@@ -1,14 +1,18 @@
 //! Servers that answer without end, or a byte now and then: what they say is bounded, and so is the time for it.
 
+use std::collections::HashMap;
 use std::io::{BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::memory::{MIB, assert_peak_below, output_and_peak};
+use serde_json::{Value, json};
+
+use super::memory::{MIB, assert_below, assert_peak_below, output_and_peak};
 use crate::support::pipeline::PipelineToml;
-use crate::support::shardmill;
+use crate::support::{Process, shardmill, wait_for};
 
 /// What a process may hold while a server floods it: an answer of 128 MiB, once more as what is made of it, and itself.
 const PEAK_MAX: u64 = 400 * MIB;
@@ -170,7 +174,7 @@ fn postgres_sink(port: u16) -> String {
 #[test]
 fn wall_02_an_answer_of_kinesis_without_end_is_given_up() {
     let port = http(vec![b' '; 1 << 20], FLOOD_BYTES, Duration::ZERO);
-    assert_given_up(&["check"], &kinesis_sink(port), "expected an answer of at most 64.0 MiB");
+    assert_given_up(&["check"], &kinesis_sink(port), "expected an answer of at most 1.0 MiB");
 }
 
 #[test]
@@ -327,6 +331,155 @@ fn wall_02_a_server_that_names_unknown_types_without_end_is_given_up() {
 #[test]
 fn wall_02_an_answer_of_kinesis_with_values_without_end_is_given_up() {
     let port = http(b"[{},{},{},{},{},{},{},{},".repeat(10_000), 60 << 20, Duration::ZERO);
-    let cause = "expected an answer of at most 1000000 values";
+    let cause = "expected an answer of at most 120000 values";
     assert_given_up(&["check"], &kinesis_sink(port), cause);
+}
+
+/// Shards that are read at the same time.
+const LANES: usize = 16;
+
+/// The answers that were taken whole, of each shard.
+type Taken = Arc<Mutex<HashMap<String, usize>>>;
+
+/// A call of the Kinesis API and what it says; `None`: the connection has ended.
+fn read_call(reader: &mut impl std::io::BufRead) -> Option<(String, Value)> {
+    let (mut call, mut length) = (String::new(), 0);
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 {
+            return None;
+        }
+        let Some((name, value)) = line.trim().split_once(':') else {
+            if line.trim().is_empty() {
+                break;
+            }
+            continue;
+        };
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => length = value.trim().parse().expect("a length"),
+            "x-amz-target" => call = value.rsplit('.').next().unwrap_or_default().to_owned(),
+            _ => {}
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    Some((call, serde_json::from_slice(&body).unwrap_or_default()))
+}
+
+/// A server of a stream that answers each GetRecords with all of these records, however few it is asked for.
+/// `says_length`: before each answer.
+fn large_stream(records: Arc<str>, says_length: bool, taken: Taken) -> u16 {
+    let shard = |index: usize| {
+        let hash = |index: usize| (index as u128 * 10_u128.pow(36)).to_string();
+        json!({
+            "ShardId": format!("shardId-{index:012}"),
+            "HashKeyRange": { "StartingHashKey": hash(index), "EndingHashKey": hash(index + 1) },
+            "SequenceNumberRange": { "StartingSequenceNumber": "1" },
+        })
+    };
+    let summary = json!({
+        "StreamName": "s", "StreamARN": "arn:aws:kinesis:us-east-1:1:stream/s", "StreamStatus": "ACTIVE",
+        "RetentionPeriodHours": 24, "StreamCreationTimestamp": 1.7e9, "EnhancedMonitoring": [],
+        "OpenShardCount": LANES,
+    });
+    let summary = json!({ "StreamDescriptionSummary": summary }).to_string();
+    let shards = json!({ "Shards": (0..LANES).map(shard).collect::<Vec<_>>() }).to_string();
+    server(move |mut connection| {
+        let mut reader = BufReader::new(connection.try_clone().expect("cloned"));
+        while let Some((call, asked)) = read_call(&mut reader) {
+            // The iterator of a shard is its name.
+            let name = |key: &str| asked[key].as_str().unwrap_or_default().to_owned();
+            let is_read = call == "GetRecords";
+            let (status, answer) = match call.as_str() {
+                "DescribeStreamSummary" => ("200 OK", summary.clone()),
+                "ListShards" => ("200 OK", shards.clone()),
+                "GetShardIterator" => {
+                    ("200 OK", json!({ "ShardIterator": name("ShardId") }).to_string())
+                }
+                "GetRecords" => {
+                    let iterator = name("ShardIterator");
+                    let rest =
+                        format!("\"NextShardIterator\":\"{iterator}\",\"MillisBehindLatest\":0");
+                    ("200 OK", format!("{{{rest},\"Records\":{records}}}"))
+                }
+                _ => (
+                    "400 Bad Request",
+                    json!({ "__type": "UnknownOperationException" }).to_string(),
+                ),
+            };
+            let length = match is_read && !says_length {
+                true => "connection: close".to_owned(),
+                false => format!("content-length: {}", answer.len()),
+            };
+            let date = chrono::Utc::now().format("%a, %d %b %Y %H:%M:%S GMT");
+            let head = format!(
+                "HTTP/1.1 {status}\r\ncontent-type: application/x-amz-json-1.1\r\ndate: {date}\r\n{length}\r\n\r\n"
+            );
+            let sent = connection.write_all(head.as_bytes());
+            if sent.and_then(|()| connection.write_all(answer.as_bytes())).is_err() {
+                return;
+            }
+            if is_read {
+                *taken.lock().expect("ok").entry(name("ShardIterator")).or_default() += 1;
+            }
+            if is_read && !says_length {
+                return;
+            }
+        }
+    })
+}
+
+/// So many records of so many bytes, as they are in an answer.
+fn records(count: usize, bytes: usize) -> Arc<str> {
+    use base64::Engine as _;
+    let data = base64::prelude::BASE64_STANDARD.encode(vec![b'x'; bytes]);
+    let record = |index: usize| {
+        json!({
+            "SequenceNumber": (index + 1).to_string(), "PartitionKey": "k", "Data": data,
+            "ApproximateArrivalTimestamp": 1.7e9,
+        })
+    };
+    Value::from((0..count).map(record).collect::<Vec<_>>()).to_string().into()
+}
+
+/// A server that gives each of many lanes more than it was asked for: the most that a call of AWS may give, the most
+/// that is taken at all, and many records without bytes.
+#[test]
+fn wall_02_answers_of_many_lanes_stay_within_the_printed_bound() {
+    for (what, count, bytes, says_length) in [
+        ("ten records of a megabyte", 10, 1_000_000, true),
+        ("ten records of a megabyte, of unknown length", 10, 1_000_000, false),
+        ("three records of five megabytes", 3, 5_000_000, true),
+        ("20,000 records of a byte", 20_000, 1, true),
+    ] {
+        let taken = Taken::default();
+        let port = large_stream(records(count, bytes), says_length, taken.clone());
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = PipelineToml::new(folder.path(), "lanes")
+            .pipeline("buffer = \"16 MiB\"")
+            .stream(
+                "s",
+                &format!("http://127.0.0.1:{port}"),
+                "region = \"us-east-1\"\nformat = \"application/octet-stream\"\nstart = \"trim-horizon\"",
+            )
+            .table("[[sink]]\nname = \"out\"\ntype = \"discard\"")
+            .write();
+        let file = |name: &str| std::fs::File::create(folder.path().join(name)).expect("a file");
+        let mut command = shardmill(&["run", &path]);
+        let command = command.stdout(file("out")).stderr(file("log"));
+        let run = Process(command.spawn().expect("it starts"));
+        let said = |name: &str| std::fs::read_to_string(folder.path().join(name)).expect("text");
+        // More than once, so that those that were read first are read together with others.
+        wait_for(&format!("{what}, of all lanes"), || {
+            let taken = taken.lock().expect("ok");
+            taken.len() == LANES && taken.values().all(|answers| *answers >= 3)
+        });
+        let printed = said("out");
+        let bound = printed.lines().find(|line| line.starts_with("memory: at most "));
+        let bound = bound.unwrap_or_else(|| panic!("{printed}{}", said("log")));
+        assert!(bound.contains(&format!("with {LANES} lanes")), "{bound}");
+        let mib = bound.split(' ').nth(3).and_then(|mib| mib.parse::<u64>().ok());
+        println!("{what}: {bound}");
+        assert_below(&run, mib.expect("a number") * MIB);
+    }
 }

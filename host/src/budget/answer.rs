@@ -1,0 +1,51 @@
+//! What an answer with records of a stream holds while it is read, and the largest that is taken.
+
+/// Bytes of an answer with records, as it is sent.
+///
+/// Source: API reference, GetRecords: 10 MiB of data, which are 13.4 MiB of base64. Ten thousand records with their
+/// sequence numbers, times and usual keys bring some 4.5 MiB more. Fewer records are asked for where this is too
+/// little, since keys may be much longer.
+pub const ANSWER_BYTES_MAX: u64 = 20 << 20;
+/// Values of the JSON of an answer: ten thousand records have six each, and ten thousand shards ten.
+pub const ANSWER_VALUES_MAX: u64 = 120_000;
+/// What a value becomes, beside its text: a sixth of a record without its bytes.
+const VALUE_BYTES: u64 = 24;
+
+/// The most bytes of memory that an answer with records holds while it is read.
+pub const READ_BYTES_MAX: usize = held_while_read(ANSWER_BYTES_MAX, ANSWER_VALUES_MAX);
+
+/// The bytes of memory that an answer of so many bytes and values holds while it is read: its text, which the SDK
+/// keeps until all of it is decoded, and what its base64 becomes.
+pub const fn held_while_read(bytes: u64, values: u64) -> usize {
+    // Three bytes of four are left by base64.
+    (bytes + bytes.div_ceil(4) * 3 + values * VALUE_BYTES) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_02_an_answer_holds_its_text_and_what_it_becomes() {
+        for (bytes, values, held) in [
+            (0, 0, 0),
+            (1_000, 0, 1_750),
+            (1_000, 6, 1_894),
+            (ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX),
+        ] {
+            assert_eq!(held_while_read(bytes, values), held, "{bytes} bytes, {values} values");
+        }
+        const { assert!(READ_BYTES_MAX < 40 << 20, "the printed bound stays small") };
+    }
+
+    #[test]
+    fn wall_02_what_one_call_of_aws_may_give_is_taken() {
+        // A record beside its data: names, a sequence number of 56 digits, a time, a kind of encryption, a usual key.
+        const RECORD_BYTES: u64 = 450;
+        for records in [1, 10, 1_000, 10_000] {
+            let bytes = (10_u64 << 20).div_ceil(3) * 4 + records * RECORD_BYTES;
+            assert!(bytes <= ANSWER_BYTES_MAX, "{bytes} bytes with {records} records");
+            assert!(records * 6 + 10 <= ANSWER_VALUES_MAX, "{records} records");
+        }
+    }
+}
