@@ -383,8 +383,8 @@ mod tests {
         let other = stream("bikes", "arn:aws:kinesis:eu-west-1:000000000000:stream/bikes");
         let keys: Vec<String> = [&file, &letters, &kinesis, &other].map(StreamIdentity::key).into();
         let all = |own, name| compared(keys.clone(), own, name);
-        assert_eq!(all(Some(&file), "in.ndjson"), [file.clone()]);
-        assert_eq!(all(Some(&letters), "dead-letters"), [letters.clone()]);
+        assert_eq!(all(Some(&file), "in.ndjson"), std::slice::from_ref(&file));
+        assert_eq!(all(Some(&letters), "dead-letters"), std::slice::from_ref(&letters));
         // Another file in its place is another stream, of which a start compares nothing.
         assert!(all(Some(&replaced), "in.ndjson").is_empty());
         assert_eq!(all(None, "cars"), [kinesis]);
