@@ -8,13 +8,13 @@
 pub const ANSWER_BYTES_MAX: u64 = 20 << 20;
 /// Values of the JSON of an answer: ten thousand records have six each, and ten thousand shards ten.
 pub const ANSWER_VALUES_MAX: u64 = 120_000;
-/// What a value becomes, beside its text: a sixth of a record without its bytes.
+/// Bytes that a value becomes, beside its text: a sixth of a record without its bytes.
 const VALUE_BYTES: u64 = 24;
 
 /// The most bytes of memory that an answer with records holds while it is read.
 pub const READ_BYTES_MAX: usize = held_while_read(ANSWER_BYTES_MAX, ANSWER_VALUES_MAX);
 
-/// The bytes of memory that an answer of so many bytes and values holds while it is read: its text, which the SDK
+/// Returns the bytes of memory that an answer of `bytes` and `values` holds while it is read: its text, which the SDK
 /// keeps until all of it is decoded, and what its base64 becomes.
 pub const fn held_while_read(bytes: u64, values: u64) -> usize {
     // Three bytes of four are left by base64.

@@ -114,7 +114,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             && let Some(copied) = StateStore::open_as_it_is(&holes::folder_of_copies(&config))?
         {
             let letter_sinks = &sinks[config.sinks.len()..];
-            // What is copied is the log of the letters in the pipeline's own state.
+            // The copies read the log of the letters in the pipeline's own state.
             let log = DeadLetters::new(state).log_stream(&config.name).await?;
             let foreseen = agreement::foresee(copies, &copied, letter_sinks, Some(&log)).await?;
             report.warnings.extend(foreseen);

@@ -155,7 +155,7 @@ async fn refuse_unstarted(
     Ok(())
 }
 
-/// What a command for a claim log works with.
+/// Parts that a command for a claim log works with.
 struct Opened {
     sink: ObjectsSink,
     shard: ShardKey,

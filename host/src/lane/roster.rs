@@ -7,7 +7,7 @@
 //! | gone, behind the others | its positions | stop, unless the removal is allowed (`--drop-sink`) |
 //! | there again | where it was when it was removed | it starts at the checkpoint; the gap is a hole |
 //! | new, with `renamed_from` | the old name | all that is kept moves to the new name |
-//! | new where another sink wrote that is ahead, and is gone or writes elsewhere | destinations | stop: rows would be doubled |
+//! | new where one wrote that is ahead and does not write there now | destinations | stop: rows would be doubled |
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
@@ -194,7 +194,7 @@ pub(crate) async fn refuse_behind(
     let leaves = |name: &SinkName| {
         !stays(config, name) && !is_removed(&known, name) && !running.dropped_sinks.contains(name)
     };
-    // What a change brought that no lane has begun with yet is not known, and has nothing to lose.
+    // A sink that a change brought, and with which no lane has begun yet, is unknown and has nothing to lose.
     let leaving: Vec<&SinkName> = known.names().into_iter().filter(|name| leaves(name)).collect();
     if leaving.is_empty() {
         return Ok(());

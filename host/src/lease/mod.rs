@@ -93,7 +93,7 @@ impl PipelineLock {
         state_dir: &StateDir,
         pipeline: &PipelineName,
     ) -> Result<Self, LeaseError> {
-        // Another name or state folder is no way out: it has other dead letters, or none.
+        // Another name or state folder would not help: it has other dead letters, or none.
         let taken = |pipeline, owner, path| LeaseError::Redriving { pipeline, owner, path };
         Self::take_file(state_dir, pipeline, "redrive.lock", taken)
     }

@@ -18,8 +18,8 @@ const ANSWER_BYTES_MAX: u64 = 128 << 20;
 const MESSAGE_BYTES: u64 = 64;
 /// The same of a setting that the server reports, which is kept by its name. A server reports some fifteen.
 const SETTING_BYTES: u64 = 256;
-/// What the client may hold of all settings that the server has reported: it does so for as long as the connection
-/// lives. Theirs are hundreds of bytes.
+/// Most bytes that the client may hold of all settings that the server has reported: it does so for as long as the
+/// connection lives. Theirs are hundreds of bytes.
 const SETTINGS_BYTES_MAX: u64 = 1 << 20;
 /// Statements that the client may prepare in one call: its own, one for each kind of type, and for each type that it
 /// does not know, with those that a type is made of.
@@ -132,11 +132,11 @@ impl AnswerLength {
     }
 }
 
-/// What the client holds of the settings that a server has reported since the connection began. A setting may be
+/// Bytes that the client holds of the settings that a server has reported since the connection began. A setting may be
 /// reported again and again, each time that a transaction changes it: the last report counts.
 #[derive(Debug, Default)]
 struct Settings {
-    /// What is held of each, by its name.
+    /// Bytes held of each, by its name.
     held: HashMap<Vec<u8>, u64>,
     held_bytes: u64,
     /// The report that is being read.
@@ -154,7 +154,7 @@ struct Report {
 }
 
 impl Settings {
-    /// Begins a report of so many bytes.
+    /// Begins a report of this length.
     fn begin_message(&mut self, bytes: u64) -> io::Result<()> {
         Self::check(SETTING_BYTES + bytes)?;
         self.current = Some(Report { name: Vec::new(), is_name_whole: false, bytes });

@@ -43,7 +43,7 @@ pub(super) struct AnswerSize {
     last_bytes: usize,
     /// The shard had nothing more then.
     quiet_at: Option<Instant>,
-    /// What an answer needs that was not read because there was no room for it, and the records that were asked for.
+    /// Bytes that an answer needs which was not read for lack of room, and the records that were asked for.
     outgrown: Option<(usize, u32)>,
     /// The most records to ask for, after an answer that was longer than any may be.
     few: Option<u32>,
@@ -98,12 +98,12 @@ impl AnswerSize {
         self.record_bytes = Some((mean + mean / 4).max(before - before / 4));
     }
 
-    /// An answer to a call for so many records needs so many bytes of memory, and was not read.
+    /// Notes that an answer to a call for `records` needs `needed` bytes of memory, and was not read.
     pub(super) fn outgrew(&mut self, needed: usize, records: u32) {
         self.outgrown = Some((needed, records));
     }
 
-    /// An answer to a call for so many records was longer than any may be: fewer are asked for.
+    /// Notes that an answer to a call for `records` was longer than any may be: fewer are asked for.
     pub(super) fn was_too_long(&mut self, records: u32) {
         self.few = Some((records / GROWTH as u32).max(1));
     }
@@ -114,7 +114,7 @@ impl AnswerSize {
     }
 }
 
-/// The bytes of payload with which an answer of so many records is booked as `held_bytes`. Long keys are booked so,
+/// Returns the bytes of payload with which an answer of `records` is booked as `held_bytes`. Long keys are booked so,
 /// too.
 pub(super) fn payload_of(held_bytes: usize, records: usize) -> usize {
     held_bytes.saturating_sub(records.saturating_mul(RECORD_OVERHEAD_BYTES)).div_ceil(5) * 2

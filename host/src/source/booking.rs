@@ -37,9 +37,9 @@ struct Shared {
 struct State {
     /// `None`: the call has ended.
     held: Option<Permit>,
-    /// What the answer of the last try held while it was read, as far as it came.
+    /// Bytes that the answer of the last try held while it was read, as far as it came.
     bytes: usize,
-    /// What the answer needs, where that was more than could be had.
+    /// Bytes that the answer needs, where that was more than could be had.
     needed: Option<usize>,
     is_too_long: bool,
 }
@@ -47,22 +47,22 @@ struct State {
 /// The bytes of memory that an answer needs while it is read.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Need {
-    /// What it holds by now.
+    /// Bytes that it holds by now.
     pub(super) by_now: usize,
-    /// What it will hold at least, as far as is known.
+    /// Bytes that it will hold at least, as far as is known.
     pub(super) known: usize,
-    /// What it is likely to hold once it is whole. It is booked before the answer is asked for again. With no more than
-    /// is known, an answer of unknown length would be asked for again and again, each time for one more part.
+    /// Bytes that it is likely to hold once it is whole. It is booked before the answer is asked for again. With no
+    /// more than is known, an answer of unknown length would be asked for again and again, each time for one more part.
     pub(super) likely: usize,
 }
 
-/// What became of a call.
+/// Outcome of a call.
 pub(super) enum Read<T> {
     /// It ended.
     Ended {
         /// Its result.
         answer: T,
-        /// What is booked, with what was taken meanwhile.
+        /// The booking, with the bytes that were taken meanwhile.
         held: Permit,
         /// The bytes of memory that the answer held while it was read.
         bytes: usize,

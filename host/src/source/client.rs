@@ -322,7 +322,7 @@ mod tests {
     use super::*;
     use crate::terminal::WORDS_BYTES_MAX;
 
-    /// What the error of a call says whose server answered with this code and message.
+    /// Text of the error of a call whose server answered with this code and message.
     fn said(code: &str, message: &str) -> String {
         let meta = ErrorMetadata::builder().code(code).message(message).build();
         let error = SdkError::service_error(GetRecordsError::generic(meta), ());

@@ -109,8 +109,8 @@ pub struct Inbox {
     unproven: Option<Unproven>,
     /// What the queue holds in memory.
     held_bytes: usize,
-    /// What the last batch holds, where it is larger than a batch may be because its one record is. The lane has it
-    /// until it asks for the next.
+    /// Bytes that the last batch holds, where it is larger than a batch may be because its one record is. The lane has
+    /// it until it asks for the next.
     large_in_hand: usize,
     gap: Option<Gap>,
     /// What is lost, until the lane has heard of it.
@@ -175,7 +175,7 @@ impl Inbox {
         self.queue.is_empty()
     }
 
-    /// What waits, and the last batch if it is larger than a batch may be, hold so many bytes of memory: payloads,
+    /// Returns the bytes of memory that waiting records hold, and the last batch if it is larger than usual: payloads,
     /// keys, and what each record costs beside them. Usual batches that lanes have in hand are counted for each lane.
     pub fn held_bytes(&self) -> usize {
         self.held_bytes + self.large_in_hand

@@ -78,7 +78,8 @@ mod tests {
     const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
     const DEADLINE: Duration = Duration::from_secs(60);
 
-    /// The status that a server answers after so many heads; `None`: it was given up, and its connection has ended.
+    /// The status that a server answers after this number of heads; `None`: it was given up, and its connection has
+    /// ended.
     async fn answered(heads: usize) -> Option<u16> {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");

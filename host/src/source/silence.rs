@@ -204,7 +204,7 @@ impl HttpConnector for DeadlineConnector {
                 }
             }
             let is_stream = answer.headers().get("content-type") == Some(EVENT_STREAM);
-            // What says that a call failed is short, and its error keeps it while other calls are made.
+            // An answer that says that a call failed is short, and its error keeps it while other calls are made.
             let is_well = answer.status().is_success();
             let booking = Booking::of_call().filter(|_| is_well && !is_stream);
             let bytes_max = if is_well { most } else { OTHER_BYTES_MAX };
@@ -370,7 +370,7 @@ impl Booked {
     }
 }
 
-/// What an answer needs that is `whole` so far, and has `length` bytes where the server says so.
+/// Returns the memory for an answer that is `whole` so far, and has `length` bytes where the server says so.
 fn need(whole: &Whole, length: Option<u64>) -> Need {
     let (bytes, values) = (whole.bytes, whole.values.count);
     let by_now = held_while_read(bytes, values);
@@ -507,7 +507,7 @@ impl Events {
         Ok(has_ended)
     }
 
-    /// What the message needs that came last.
+    /// Returns the memory for the message that came last.
     fn need(&self) -> Need {
         let bytes = held_while_read(self.message, self.values.count);
         Need { by_now: bytes, known: bytes, likely: bytes }

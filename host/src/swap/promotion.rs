@@ -39,7 +39,7 @@ pub(super) struct AnswerTime {
 }
 
 impl AnswerTime {
-    /// What is left of the promised 10 s is for the state's writes.
+    /// The rest of the promised 10 s is for the state's writes.
     const MAX: Duration = Duration::from_secs(9);
 
     /// From now on.

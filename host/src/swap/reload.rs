@@ -73,7 +73,7 @@ struct Reloaded {
     config: PipelineConfig,
     host: PluginHost,
     declared: GenerationSpec,
-    /// What runs, with the names that its sinks get.
+    /// The running revision, with the new names of its sinks.
     known: GenerationSpec,
     next: Arc<Generation>,
     components: Vec<(String, bytes::Bytes)>,

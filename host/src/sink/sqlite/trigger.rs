@@ -65,7 +65,7 @@ pub(super) fn names_on_insert(sql: &str, table: &str) -> bool {
     says(head, &["insert"]) && body.iter().any(|token| name(token).eq_ignore_ascii_case(table))
 }
 
-/// What comes before a trigger's BEGIN, and what comes from there on.
+/// Splits a trigger's text before its BEGIN.
 fn parts(tokens: &[String]) -> (&[String], &[String]) {
     let begin = tokens.iter().position(|token| token.eq_ignore_ascii_case("begin"));
     tokens.split_at(begin.unwrap_or(tokens.len()))

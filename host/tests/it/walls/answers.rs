@@ -228,7 +228,7 @@ fn wall_02_settings_of_postgresql_at_the_start_of_a_connection_are_bounded() {
     }
 }
 
-/// What servers word here: an end of a line with what looks like a line of ours, and much more.
+/// Words of servers here: an end of a line with what looks like a line of ours, and much more.
 const FORGED: &str = "no\nerror: forged";
 
 /// Runs a command against a server that words [`FORGED`] and much more; asserts that it fails, and that it says the
@@ -430,7 +430,7 @@ fn large_stream(records: Arc<str>, says_length: bool, taken: Taken) -> u16 {
     })
 }
 
-/// So many records of so many bytes, as they are in an answer.
+/// Records of this number and size, as they are in an answer.
 fn records(count: usize, bytes: usize) -> Arc<str> {
     use base64::Engine as _;
     let data = base64::prelude::BASE64_STANDARD.encode(vec![b'x'; bytes]);

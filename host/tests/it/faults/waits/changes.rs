@@ -172,7 +172,7 @@ fn fault_13_a_reload_that_takes_away_a_sink_which_is_behind_is_refused_at_once()
     assert_eq!(rig.rows().len(), 200);
 }
 
-/// It has what the others have in hand, for a larger commit: that is no reason to refuse it.
+/// It has what the others have in hand, for a larger commit: it must not be refused for that.
 #[test]
 fn fault_13_a_sink_that_gathers_rows_for_long_can_be_taken_away() {
     let mut rig = into_two("30 min");
