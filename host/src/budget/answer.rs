@@ -1,4 +1,4 @@
-//! What an answer with records of a stream holds while it is read, and the largest that is taken.
+//! The memory that an answer with records of a stream holds while it is read, and the largest answer that is taken.
 
 /// Bytes of an answer with records, as it is sent.
 ///

@@ -1,4 +1,4 @@
-//! What an answer may hold in memory while it is read: what is booked for it, and no more.
+//! The bound on the memory of an answer while it is read: the bytes that are booked for it.
 //!
 //! A reader books memory before it asks, by the size of the records that came before. A server may answer with more:
 //! records have grown, or it does not keep to the number that it was asked for. So the HTTP client counts the answer

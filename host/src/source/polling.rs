@@ -41,8 +41,8 @@ pub struct PollingReader {
     polling: Polling,
     inbox: Inbox,
     account: Arc<Account>,
-    /// What waits in the inbox counts in the readers' budget until lanes have taken it, and a batch of one large
-    /// record until they ask for the next.
+    /// The inbox's bytes in the readers' budget, until lanes have taken them; those of a batch of one large record,
+    /// until they ask for the next.
     held: Option<Permit>,
     answer_size: AnswerSize,
     iterator: Option<String>,

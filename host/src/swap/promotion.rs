@@ -236,13 +236,13 @@ impl Inner {
         if let Some((config, host)) = files {
             (setup.config, setup.host) = (config, host);
         }
-        let mut begun_anew = None;
+        let mut restarted = None;
         match (taken_over, place) {
             (Some(shared), Some(place)) => {
                 let (done, told) = oneshot::channel();
                 place.send(TakeOver { shared: shared.clone(), done });
                 setup.shared = shared;
-                begun_anew = Some(told);
+                restarted = Some(told);
             }
             _ => {
                 setup.shared.current.send_replace(next.clone());
@@ -252,7 +252,7 @@ impl Inner {
         let under_way = UnderWay { change: setup.changes, number, was, before };
         drop(setup);
         let end = answer_time.lanes_change_by(Instant::now());
-        let changed = self.lanes_change(&shared, &next, under_way, begun_anew, end).await?;
+        let changed = self.lanes_change(&shared, &next, under_way, restarted, end).await?;
         let LanesChanged { lanes, waiting, may_be_undone } = changed;
         tracing::debug!(generation = %next.id, lanes = lanes.len(), "the lanes have changed");
         metrics::counter!("shardmill_changes_total", "outcome" => "promoted").increment(1);
@@ -268,13 +268,13 @@ impl Inner {
         shared: &Shared,
         next: &Generation,
         under_way: UnderWay,
-        begun_anew: Option<TakenOver>,
+        restarted: Option<TakenOver>,
         end: Instant,
     ) -> Result<LanesChanged, StepFailed> {
         let mut let_go = Vec::new();
-        if let Some(mut begun_anew) = begun_anew {
+        if let Some(mut restarted) = restarted {
             let_go = shared.board.running().into_iter().map(|lane| lane.shard).collect();
-            let told = tokio::time::timeout_at(end, &mut begun_anew).await;
+            let told = tokio::time::timeout_at(end, &mut restarted).await;
             match told.map(|told| told.unwrap_or_else(|_| Err(STOPPED.into()))) {
                 Ok(Ok(())) => {}
                 Ok(Err(cause)) => {
@@ -282,7 +282,7 @@ impl Inner {
                     return Err(Step::Promote.failed(cause));
                 }
                 Err(_) => {
-                    tokio::spawn(self.clone().until_begun_anew(under_way, begun_anew));
+                    tokio::spawn(self.clone().until_restarted(under_way, restarted));
                     // None of them has begun anew, even where it runs the same generation then.
                     let (lanes, waiting) = (Vec::new(), shared.board.running());
                     return Ok(LanesChanged { lanes, waiting, may_be_undone: true });
@@ -299,8 +299,8 @@ impl Inner {
     }
 
     /// Goes on waiting for lanes that are let go, when nobody else waits any more.
-    async fn until_begun_anew(self: Arc<Self>, under_way: UnderWay, begun_anew: TakenOver) {
-        match begun_anew.await {
+    async fn until_restarted(self: Arc<Self>, under_way: UnderWay, restarted: TakenOver) {
+        match restarted.await {
             Ok(Err(cause)) => {
                 tracing::error!(number = under_way.number, cause, "a change was undone");
                 self.take_back(under_way, &cause, Instant::now() + LANES_CHANGE_MAX).await;

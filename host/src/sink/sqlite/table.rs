@@ -269,7 +269,7 @@ fn check_key(connection: &Connection, table: &str, mode: &WriteMode) -> Result<(
     connection.prepare(&insert).map(drop).map_err(|error| {
         let key = mode.key().join(", ");
         format!(
-            "rows cannot find their like in table {table} by the key ({key}): {}: \
+            "rows cannot be matched by key ({key}) in table {table}: {}: \
              the table needs these columns and a unique index on the key",
             worded(error)
         )

@@ -206,17 +206,22 @@ fn fault_01_sigterm_ends_a_look_for_shards_that_is_never_answered() {
     assert_eq!(run.terminated_within(END_MAX).code(), Some(0), "{}", run.text());
 }
 
+/// A pipeline over a stream of a server that does not answer.
+fn reading_from(folder: &std::path::Path, server: &SilentServer) -> String {
+    PipelineToml::new(folder, "waits")
+        .timing(SHORT_DRAIN)
+        .stream("test", &format!("http://127.0.0.1:{}", server.port), "")
+        .route_all_to(&["mart"])
+        .sink("mart", "type = \"discard\"")
+        .write()
+}
+
 /// A server that is reached and never answers, before anything runs.
 #[test]
 fn fault_01_sigterm_ends_a_start_whose_server_does_not_answer() {
     let folder = tempfile::tempdir().expect("a folder");
     let server = SilentServer::start();
-    let file = PipelineToml::new(folder.path(), "waits")
-        .timing(SHORT_DRAIN)
-        .stream("test", &format!("http://127.0.0.1:{}", server.port), "")
-        .route_all_to(&["mart"])
-        .sink("mart", "type = \"discard\"")
-        .write();
+    let file = reading_from(folder.path(), &server);
     let mut run = Run::start(&file);
     server.wait_asked();
     run.terminated_within(END_MAX);
@@ -229,12 +234,7 @@ fn fault_01_an_end_is_announced_before_it_comes() {
     let folder = tempfile::tempdir().expect("a folder");
     for _ in 0..8 {
         let server = SilentServer::start();
-        let file = PipelineToml::new(folder.path(), "waits")
-            .timing(SHORT_DRAIN)
-            .stream("test", &format!("http://127.0.0.1:{}", server.port), "")
-            .route_all_to(&["mart"])
-            .sink("mart", "type = \"discard\"")
-            .write();
+        let file = reading_from(folder.path(), &server);
         let mut run = Run::start(&file);
         server.wait_asked();
         run.run_last("signals");
@@ -248,11 +248,7 @@ fn fault_01_an_end_is_announced_before_it_comes() {
 fn fault_01_sigterm_ends_a_tail_whose_server_does_not_answer() {
     let folder = tempfile::tempdir().expect("a folder");
     let server = SilentServer::start();
-    let file = PipelineToml::new(folder.path(), "waits")
-        .stream("test", &format!("http://127.0.0.1:{}", server.port), "")
-        .route_all_to(&["mart"])
-        .sink("mart", "type = \"discard\"")
-        .write();
+    let file = reading_from(folder.path(), &server);
     let tail = crate::support::shardmill(&["stream", "tail", "--pipeline", &file]).spawn();
     let tail = crate::support::Process(tail.expect("the binary starts"));
     server.wait_asked();
