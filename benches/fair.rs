@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use report::{Report, median_round};
-use shardmill::config::{RejectedMax, parse};
-use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
-use shardmill::record::{
+use shardmill_config::{RejectedMax, parse};
+use shardmill_core::record::{
     Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
-use shardmill::stage::{Chain, Generation, Samples};
+use shardmill_engine::stage::{Chain, Generation, Samples};
+use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use tokio_util::sync::CancellationToken;
 
 const UNIT: &str = "ms (p99 of a batch), lower is better";

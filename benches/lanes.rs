@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result, ensure};
 use aws_sdk_kinesis::types::ShardIteratorType;
 use child::Running;
 use report::Report;
-use shardmill::record::StreamRef;
-use shardmill::source::{client, stream};
+use shardmill_core::record::StreamRef;
+use shardmill_kinesis::{client, stream};
 
 const CPU: &str = "CPU seconds per minute, lower is better";
 const MEMORY: &str = "KiB per lane, lower is better";

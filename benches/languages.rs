@@ -15,8 +15,8 @@ use anyhow::{Context as _, Result, ensure};
 use plotters::prelude::*;
 use report::Report;
 use serde::{Deserialize, Serialize};
-use shardmill::plugin::{CompileCache, Plugin, PluginEngine};
-use shardmill::workbench::{TrialRecord, Workbench};
+use shardmill_plugin::{CompileCache, Plugin, PluginEngine};
+use shardmill_workbench::{TrialRecord, Workbench};
 
 const UNIT: &str = "ns per record of 200 bytes in batches of 1,000, lower is better";
 const START: &str = "µs to start an instance, lower is better";

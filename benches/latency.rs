@@ -17,7 +17,7 @@ use aws_sdk_kinesis::primitives::Blob;
 use aws_sdk_kinesis::types::{PutRecordsRequestEntry, ShardIteratorType};
 use child::Running;
 use report::Report;
-use shardmill::source::client;
+use shardmill_kinesis::client;
 use tokio_postgres::NoTls;
 
 const UNIT: &str = "ms, lower is better";

@@ -54,7 +54,7 @@ impl Server {
                 });
             }
         });
-        shardmill::tls::install();
+        shardmill_tls::install();
         let store = AmazonS3Builder::new()
             .with_bucket_name(BUCKET)
             .with_endpoint(&endpoint)

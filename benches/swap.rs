@@ -18,10 +18,10 @@ use bytes::Bytes;
 use child::Running;
 use report::Report;
 use serde_json::Value;
-use shardmill::admin::control::ControlAddress;
-use shardmill::record::StreamRef;
-use shardmill::source::producer::{NewRecord, Producer};
-use shardmill::source::{client, stream};
+use shardmill_core::record::StreamRef;
+use shardmill_kinesis::producer::{NewRecord, Producer};
+use shardmill_kinesis::{client, stream};
+use shardmill_serve::admin::control::ControlAddress;
 use tokio_postgres::{Client, NoTls};
 
 const UNIT: &str = "ms, lower is better";
@@ -294,7 +294,8 @@ async fn check(sql: &Client, versions: &[Bytes; 2], state: &Path) -> Result<()> 
 
 /// Per shard, behind which sequence which version ran.
 fn ledger(state: &Path, versions: &[Bytes; 2]) -> Result<BTreeMap<String, Vec<(String, String)>>> {
-    let digests = versions.each_ref().map(|bytes| shardmill::plugin::Digest::of(bytes).to_string());
+    let digests =
+        versions.each_ref().map(|bytes| shardmill_core::record::Digest::of(bytes).to_string());
     let state = rusqlite::Connection::open(state)?;
     let mut query = state.prepare(
         "SELECT l.shard, l.sequence, g.spec FROM ledger l JOIN generation g ON g.id = l.generation

@@ -26,12 +26,12 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, anyhow, ensure};
 use car_decode::Car;
 use report::Report;
-use shardmill::config::{RejectedMax, StageLimits};
-use shardmill::plugin::{CompileCache, Context, Instance, Plugin, PluginEngine, Route, Services};
-use shardmill::record::{
+use shardmill_config::{RejectedMax, StageLimits};
+use shardmill_core::record::{
     Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
-use shardmill::stage::{Flow, Item, LoadedStage, StageRunner, Target};
+use shardmill_engine::stage::{Flow, Item, LoadedStage, StageRunner, Target};
+use shardmill_plugin::{CompileCache, Context, Instance, Plugin, PluginEngine, Route, Services};
 use shardmill_sdk::Writer;
 use shardmill_sdk::words::{Output, Span};
 

@@ -2,4 +2,4 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| shardmill::fuzzing::run("aggregate", data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| shardmill_fuzz::run("aggregate", data));

@@ -2,4 +2,4 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| shardmill::fuzzing::run("claims", data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| shardmill_fuzz::run("claims", data));

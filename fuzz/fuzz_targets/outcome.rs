@@ -2,4 +2,4 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| shardmill::fuzzing::run("outcome", data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| shardmill_fuzz::run("outcome", data));

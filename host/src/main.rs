@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    shardmill::cli::main()
+    shardmill_cli::main()
 }

@@ -84,7 +84,7 @@ impl Bench {
         if self.bench == Name::Languages {
             command.env("SHARDMILL_LANGUAGES", build_languages(&root)?);
         } else if !matches!(self.bench, Name::Wall | Name::Fair) {
-            command.env("SHARDMILL_BIN", build_shardmill(cargo(), &root)?);
+            command.env("SHARDMILL_BIN", build_shardmill(cargo(), "--package=shardmill", &root)?);
         }
         if self.picture {
             command.env("SHARDMILL_PICTURE", root.join(LANGUAGES_PICTURE));
@@ -102,7 +102,7 @@ impl Bench {
 
 /// Makes a new plugin in each language and builds it; gives the folder of the components.
 fn build_languages(root: &Path) -> Result<PathBuf> {
-    let shardmill = build_shardmill(cargo(), root)?;
+    let shardmill = build_shardmill(cargo(), "--package=shardmill", root)?;
     let languages = Languages::install(root)?;
     let folder = root.join("target/bench-languages");
     if folder.exists() {

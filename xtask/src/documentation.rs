@@ -19,7 +19,7 @@ const OUT_DIR: &str = "XTASK_DOCUMENTATION";
 /// Writes the host's documentation into `target/doc`; a warning is an error.
 pub fn check(root: &Path) -> Result<()> {
     let itself = std::env::current_exe().context("failed to find this program")?;
-    run(host_tests(root)
+    run(host_tests(root)?
         .args(["--doc", "--quiet"])
         .env("RUSTDOC", itself)
         .env(OUT_DIR, root.join("target/doc")))

@@ -32,9 +32,9 @@ impl Fuzzing {
     /// Runs the corpora, then inputs of the seed. They are unit tests of the host: nothing is linked for them
     /// alone.
     pub fn run(&self, root: &Path) -> Result<()> {
-        let mut tests = host_tests(root);
+        let mut tests = host_tests(root)?;
         tests
-            .args(["--lib", "fuzzing::"])
+            .args(["--lib", "driver::"])
             .env("SHARDMILL_FUZZ_SECONDS", self.seconds.to_string())
             .env("SHARDMILL_FUZZ_SEED", self.seed.to_string());
         if let Some(target) = &self.target {

@@ -118,7 +118,7 @@ impl Builder {
         let toolchain = WasmToolchain::find(root)?;
         Ok(Self {
             toolchain,
-            shardmill: build_shardmill(cargo_for_tests(), root)?,
+            shardmill: build_shardmill(cargo_for_tests()?, "--workspace", root)?,
             root: root.to_owned(),
         })
     }
@@ -136,11 +136,12 @@ impl Builder {
 }
 
 /// Builds the host by `cargo`, and says where its binary is. The host gets the usual compiler, so it is
-/// built apart from the plugins.
-pub fn build_shardmill(mut cargo: Command, root: &Path) -> Result<PathBuf> {
+/// built apart from the plugins. `packages` are those whose features count: the workspace's, as in the tests, or the
+/// host's alone, as for people who use it.
+pub fn build_shardmill(mut cargo: Command, packages: &str, root: &Path) -> Result<PathBuf> {
     let messages = read(
         cargo
-            .args(["build", "--release", "--package", "shardmill", "--bin", "shardmill"])
+            .args(["build", "--release", packages, "--bin", "shardmill"])
             .args(["--message-format", "json-render-diagnostics"])
             .current_dir(root),
     )?;

@@ -11,9 +11,8 @@ pub fn project_root() -> PathBuf {
     xtask.parent().unwrap_or(xtask).to_owned()
 }
 
-/// Our own crates, and the S3 server of the tests. In `cargo xtask bench` it is optimised, so that a bench
-/// does not measure the server.
-const UNOPTIMISED_IN_TESTS: [&str; 4] = ["shardmill", "benches", "s3s", "s3s-fs"];
+/// The S3 server of the tests. In `cargo xtask bench` it is optimised, so that a bench does not measure the server.
+const S3_SERVER: [&str; 2] = ["s3s", "s3s-fs"];
 
 /// The cargo that runs this task, for another run of it.
 pub fn cargo() -> Command {
@@ -29,15 +28,39 @@ pub fn cargo() -> Command {
 /// separator of arguments this is). It does not promise optimised code, which is not wanted here: the tests
 /// need the host's own crate with and without the tests within it, and it is compiled in a fifth of the time
 /// without optimisations. What a release depends on is compiled as for one, and shared with it.
-pub fn cargo_for_tests() -> Command {
+pub fn cargo_for_tests() -> Result<Command> {
     let mut command = cargo();
-    for package in UNOPTIMISED_IN_TESTS {
+    let own = own_packages()?;
+    for package in own.iter().map(String::as_str).chain(S3_SERVER) {
         command.args(["--config", &format!("profile.release.package.{package}.opt-level=0")]);
     }
     // A number that is too large is an error in tests, not another number.
-    command.args(["--config", "profile.release.package.shardmill.overflow-checks=true"]);
+    for package in own {
+        let setting = format!("profile.release.package.{package}.overflow-checks=true");
+        command.args(["--config", &setting]);
+    }
     lint(&mut command);
-    command
+    Ok(command)
+}
+
+/// What cargo says of the packages of the workspace.
+pub fn packages(root: &Path) -> Result<Vec<serde_json::Value>> {
+    let mut metadata = cargo();
+    metadata.current_dir(root).args(["metadata", "--format-version", "1", "--no-deps"]);
+    let output = metadata.output().context("failed to start `cargo metadata`")?;
+    if !output.status.success() {
+        bail!("`cargo metadata` failed: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&output.stdout).context("what `cargo metadata` says")?;
+    metadata["packages"].as_array().cloned().context("`cargo metadata` names no packages")
+}
+
+/// The names of our own packages, without this one: it is compiled before it can say how.
+fn own_packages() -> Result<Vec<String>> {
+    let packages = packages(&project_root())?;
+    let names = packages.iter().filter_map(|package| package["name"].as_str());
+    Ok(names.filter(|name| *name != env!("CARGO_PKG_NAME")).map(str::to_owned).collect())
 }
 
 /// Makes a cargo command compile the packages of its workspace by Clippy's compiler.

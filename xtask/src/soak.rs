@@ -39,7 +39,7 @@ impl Soak {
             let fuzzing = Fuzzing { seconds: self.fuzz_seconds, seed, target: self.target.clone() };
             fuzzing.run(&root).with_context(|| format!("seed {seed} failed"))?;
             let Some(parts) = &parts else { continue };
-            let mut tests = host_tests(&root);
+            let mut tests = host_tests(&root)?;
             tests.args(["--test", "it", "--", "--nocapture"]).args(SEEDED_TESTS);
             parts.apply_to(&mut tests)?;
             run(tests.env("SHARDMILL_SEED", seed.to_string()))

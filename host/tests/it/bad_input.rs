@@ -6,9 +6,9 @@ use std::process::Stdio;
 use crate::support::world::stream_ref;
 use crate::support::{Process, free_port, http_get, plugin, run, shardmill, wait_for};
 use bytes::Bytes;
-use shardmill::source::client;
-use shardmill::source::embedded::EmbeddedStream;
-use shardmill::source::producer::{NewRecord, Producer};
+use shardmill_embedded::EmbeddedStream;
+use shardmill_kinesis::client;
+use shardmill_kinesis::producer::{NewRecord, Producer};
 
 /// A folder with a pipeline in it.
 struct Place {
@@ -88,9 +88,9 @@ fn serve(place: &Place, records: &[Vec<u8>]) -> (tokio::runtime::Runtime, Embedd
         let served = EmbeddedStream::serve(&place.path("state"), 0).await.expect("served");
         let client = client::connect(client::Server::at(served.url())).await.expect("connected");
         let stream = stream_ref();
-        shardmill::source::stream::create(&client, &stream, 1).await.expect("created");
+        shardmill_kinesis::stream::create(&client, &stream, 1).await.expect("created");
         let wait = std::time::Duration::from_secs(10);
-        shardmill::source::stream::wait_active(&client, &stream, wait, &mut |_, _| {})
+        shardmill_kinesis::stream::wait_active(&client, &stream, wait, &mut |_, _| {})
             .await
             .expect("active");
         put(&client, records).await;

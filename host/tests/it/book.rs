@@ -73,7 +73,7 @@ fn every_pipeline_is_sound() {
     let mut read = 0;
     for pipeline in pipelines {
         let text = std::fs::read_to_string(pipeline.path()).expect("a pipeline");
-        let parsed = shardmill::config::parse(pipeline.path(), &text, &|_| None);
+        let parsed = shardmill_config::parse(pipeline.path(), &text, &|_| None);
         parsed.unwrap_or_else(|error| panic!("{}", error.render(false)));
         read += 1;
     }

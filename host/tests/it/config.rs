@@ -8,10 +8,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use shardmill::config::{
-    self, BatchLimits, Compression, ConfigError, Endpoint, KinesisConfig, OnPositionMismatch,
-    PipelineConfig, SinkKind, StageLimits, StartPosition,
+use shardmill_config::{
+    BatchLimits, Compression, ConfigError, Endpoint, KinesisConfig, OnPositionMismatch,
+    PipelineConfig, SinkKind, StageLimits,
 };
+
+use shardmill_core::source::StartPosition;
 
 /// The environment of every test here.
 fn lookup(name: &str) -> Option<String> {
@@ -23,7 +25,7 @@ fn lookup(name: &str) -> Option<String> {
 }
 
 fn parse(text: &str) -> Result<PipelineConfig, ConfigError> {
-    config::parse("conf/pipeline.toml", text, &lookup)
+    shardmill_config::parse("conf/pipeline.toml", text, &lookup)
 }
 
 #[test]
@@ -40,7 +42,8 @@ fn each_bad_configuration_is_refused_as_its_golden_file_says() {
     let mut failures = String::new();
     for case in cases {
         let text = std::fs::read_to_string(&case).expect("a case");
-        let error = config::parse("pipeline.toml", text, &lookup).expect_err("a bad configuration");
+        let error = shardmill_config::parse("pipeline.toml", text, &lookup)
+            .expect_err("a bad configuration");
         let found = error.render(false);
         let plain = !found.contains(['\x1b', '│', '×']);
         assert!(plain && !found.contains("hunter2"), "{}:\n{found}", case.display());
@@ -60,7 +63,7 @@ fn each_bad_configuration_is_refused_as_its_golden_file_says() {
 #[test]
 fn the_pipeline_at_the_root_loads() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let config = config::load(&root.join("pipeline.toml"), &|_| None);
+    let config = shardmill_config::load(&root.join("pipeline.toml"), &|_| None);
     let config = config.unwrap_or_else(|error| panic!("{}", error.render(false)));
     assert_eq!(config.name.as_str(), "cars");
     assert_eq!(config.state_dir, root.join("state"));
@@ -277,7 +280,8 @@ fn a_later_finding_points_into_the_file() {
 
 #[test]
 fn a_file_that_cannot_be_read_is_named() {
-    let error = config::load(Path::new("no/such.toml"), &lookup).expect_err("no such file");
+    let error =
+        shardmill_config::load(Path::new("no/such.toml"), &lookup).expect_err("no such file");
     let report = error.render(false);
     assert!(report.contains("no/such.toml: failed to read the configuration: "), "{report}");
 }

@@ -9,8 +9,8 @@ use axum::extract::Request as Asked;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Redirect};
 use axum::routing::{any, get};
-use shardmill::config::{HttpHostConfig, HttpMethod, Secret};
-use shardmill::http::{HttpFailure, HttpGrant, Request, Response};
+use shardmill_config::{HttpHostConfig, HttpMethod, Secret};
+use shardmill_net::{HttpFailure, HttpGrant, Request, Response};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::thread;
 
 use serde_json::{Value, json};
-use shardmill::plugin::{
+use shardmill_plugin::{
     CompileCache, Context, Input, Instance, Plugin, PluginEngine, Route, Services, Span, WireBatch,
 };
 

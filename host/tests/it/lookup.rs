@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusBuilder;
-use shardmill::config::{
+use shardmill_config::{
     Located, LookupCacheLimits, LookupConfig, LookupSource, PipelineConfig, Secret,
 };
-use shardmill::plugin::capability::lookup::{Lookup, LookupError};
+use shardmill_plugin::capability::lookup::{Lookup, LookupError};
 use tokio::runtime::Handle;
 use tokio_postgres::{Client, NoTls};
 
@@ -464,7 +464,7 @@ ttl = "0 s"
 "#;
     let variables = |name: &str| (name == "SECRET").then(|| "hunter2".to_owned());
     let config: PipelineConfig =
-        shardmill::config::parse("conf/p.toml", text, &variables).expect("a configuration");
+        shardmill_config::parse("conf/p.toml", text, &variables).expect("a configuration");
     assert!(!format!("{config:?}").contains("hunter2"));
     let [one, two] = &config.lookups[..] else { panic!("two lookups") };
     let LookupSource::Postgres(url) = &one.source else { panic!("PostgreSQL") };

@@ -12,10 +12,10 @@ use std::time::Duration;
 use crate::support::{Process, run, run_ok, shardmill};
 use bytes::Bytes;
 use ferrokinesis::store::StoreOptions;
-use shardmill::record::StreamRef;
-use shardmill::source::client;
-use shardmill::source::embedded::EmbeddedStream;
-use shardmill::source::producer::{NewRecord, Producer};
+use shardmill_core::record::StreamRef;
+use shardmill_embedded::EmbeddedStream;
+use shardmill_kinesis::client;
+use shardmill_kinesis::producer::{NewRecord, Producer};
 
 /// A stream `test` in this process.
 struct Served {
@@ -36,7 +36,7 @@ impl Served {
             let create = client.create_stream().stream_name("test").shard_count(shards);
             create.send().await.expect("created");
             let wait = Duration::from_secs(10);
-            shardmill::source::stream::wait_active(&client, &name(), wait, &mut |_, _| {})
+            shardmill_kinesis::stream::wait_active(&client, &name(), wait, &mut |_, _| {})
                 .await
                 .expect("active");
             (server, client)

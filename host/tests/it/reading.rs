@@ -11,9 +11,9 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use ferrokinesis::store::StoreOptions;
 use md5::{Digest as _, Md5};
-use shardmill::record::HashRange;
-use shardmill::source::aggregate::{Opened, deaggregate, open};
-use shardmill::source::embedded::EmbeddedStream;
+use shardmill_core::record::HashRange;
+use shardmill_embedded::EmbeddedStream;
+use shardmill_kinesis::aggregate::{Opened, deaggregate, open};
 
 fn fan_out() -> Pipeline {
     Pipeline { source: "reader = \"fan-out\"".into(), ..Pipeline::default() }

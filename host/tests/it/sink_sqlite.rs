@@ -2,8 +2,9 @@
 
 use crate::sql_sinks::keyed;
 use crate::sql_sinks::{Log, assert_fences, commit, expect_unavailable, position, route, shard};
-use shardmill::sink::sqlite::SqliteSink;
-use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
+use shardmill_config::WriteMode;
+use shardmill_core::sink::{Acquired, Sink, SinkWriter};
+use shardmill_sink_sqlite::SqliteSink;
 
 /// A file of the test's own, and a connection to look at it with.
 struct Mart {

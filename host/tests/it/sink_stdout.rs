@@ -4,11 +4,12 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use shardmill::record::{
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::{
     Batch, Entry, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
 };
-use shardmill::sink::stdout::StdoutSink;
-use shardmill::sink::{BoundRoute, Commit, Refusal, RefusalLog, Sink, SinkError};
+use shardmill_core::sink::{Commit, Refusal, RefusalLog, Sink, SinkError};
+use shardmill_sink_stdout::StdoutSink;
 
 fn shard() -> ShardKey {
     let stream = StreamIdentity { name: "test".into(), arn: "arn".into(), created_ms: 0 };

@@ -13,16 +13,16 @@ use crate::sql_sinks::{Log, commit, expect_unavailable, position, route, shard};
 use crate::support::{plugin, run_ok, serve_stream};
 use aws_sdk_kinesis::types::ShardIteratorType;
 use ferrokinesis::store::StoreOptions;
-use shardmill::config::{
+use shardmill_config::{
     Endpoint, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, Secret, StreamServer, StreamTarget,
     Values,
 };
-use shardmill::record::{Row, StreamRef};
-use shardmill::sink::http::HttpSink;
-use shardmill::sink::kinesis::KinesisSink;
-use shardmill::sink::{Commit, Sink, SinkWriter};
-use shardmill::source::client;
-use shardmill::source::embedded::EmbeddedStream;
+use shardmill_core::record::{Row, StreamRef};
+use shardmill_core::sink::{Commit, Sink, SinkWriter};
+use shardmill_embedded::EmbeddedStream;
+use shardmill_kinesis::client;
+use shardmill_kinesis::sink::KinesisSink;
+use shardmill_sink_http::HttpSink;
 
 async fn writer(sink: &impl Sink) -> Box<dyn SinkWriter> {
     sink.prepare(&[route(&[])]).await.expect("prepared");
@@ -46,7 +46,7 @@ async fn stream(shards: i32, options: StoreOptions) -> (EmbeddedStream, aws_sdk_
     let create = client.create_stream().stream_name("out").shard_count(shards);
     create.send().await.expect("created");
     let name = StreamRef::parse("out").expect("a name");
-    shardmill::source::stream::wait_active(&client, &name, Duration::from_secs(10), &mut |_, _| {})
+    shardmill_kinesis::stream::wait_active(&client, &name, Duration::from_secs(10), &mut |_, _| {})
         .await
         .expect("active");
     (server, client)

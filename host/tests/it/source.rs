@@ -7,17 +7,18 @@ use std::time::{Duration, Instant};
 use aws_sdk_kinesis::Client;
 use bytes::Bytes;
 use ferrokinesis::store::StoreOptions;
-use shardmill::config::{BatchLimits, Endpoint, OnLostRecords, StartPosition, StreamServer};
-use shardmill::position::{KnownShards, ShardState};
-use shardmill::record::{Position, ShardId, ShardKey, ShardStart, StreamRef};
-use shardmill::source::connection::StreamConnection;
-use shardmill::source::embedded::{self, EmbeddedStream};
-use shardmill::source::inbox::{Inbox, ReadFrom};
-use shardmill::source::polling::{Polling, PollingReader};
-use shardmill::source::producer::{NewRecord, Producer};
-use shardmill::source::{
-    BatchReader as _, Beginning, NextBatch, SourceError, client, lineage, stream,
-};
+use shardmill_config::{BatchLimits, Endpoint, OnLostRecords, StreamServer};
+use shardmill_core::record::{Position, ShardId, ShardKey, ShardStart, StreamRef};
+use shardmill_core::source::StartPosition;
+use shardmill_core::source::{BatchReader as _, NextBatch, SourceError};
+use shardmill_embedded::EmbeddedStream;
+use shardmill_engine::lineage::{Beginning, lineage};
+use shardmill_kinesis::connection::StreamConnection;
+use shardmill_kinesis::inbox::{Inbox, ReadFrom};
+use shardmill_kinesis::polling::{Polling, PollingReader};
+use shardmill_kinesis::producer::{NewRecord, Producer};
+use shardmill_kinesis::{client, served, stream};
+use shardmill_state::{KnownShards, ShardState};
 
 const STREAM: &str = "test";
 
@@ -65,7 +66,7 @@ impl Served {
         producer
     }
 
-    async fn shards(&self) -> Vec<stream::Shard> {
+    pub async fn shards(&self) -> Vec<stream::Shard> {
         stream::shards(&self.client, &stream_ref()).await.expect("listed")
     }
 
@@ -264,14 +265,14 @@ async fn a_stream_is_described_and_deleted() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_served_stream_is_found_and_held_by_one_process_only() {
     let folder = tempfile::tempdir().expect("a folder");
-    assert!(embedded::find(folder.path()).is_none());
+    assert!(served::find(folder.path()).is_none());
     let first = EmbeddedStream::serve(folder.path(), 0).await.expect("served");
-    assert_eq!(embedded::find(folder.path()).as_deref(), Some(first.url()));
+    assert_eq!(served::find(folder.path()).as_deref(), Some(first.url()));
     let second = EmbeddedStream::serve(folder.path(), 0).await;
     let said = second.err().map(|error| error.to_string()).unwrap_or_default();
     assert!(said.contains(&std::process::id().to_string()), "{said}");
     drop(first);
-    assert!(embedded::find(folder.path()).is_none());
+    assert!(served::find(folder.path()).is_none());
 }
 
 /// Its port may be another user's once it has ended.
@@ -280,7 +281,7 @@ async fn wall_15_a_client_goes_on_with_the_next_server_and_speaks_to_no_other() 
     let folder = tempfile::tempdir().expect("a folder");
     let first = EmbeddedStream::serve(folder.path(), 0).await.expect("served");
     let port = first.url().port().expect("a port");
-    let served = embedded::find(folder.path()).expect("found");
+    let served = served::find(folder.path()).expect("found");
     let address = client::Address::Served(served);
     let own = StreamServer { endpoint: Endpoint::Embedded, region: None, assume_role: None };
     let server = client::Server::of(&own, None, Some(&address));

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use metrics_exporter_prometheus::PrometheusRecorder;
-use shardmill::config::{RejectedMax, parse};
-use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
-use shardmill::position::SettledItems;
-use shardmill::record::{
+use shardmill_config::{RejectedMax, parse};
+use shardmill_core::record::{
     Batch, Entry, LetterPlace, Position, PositionSpan, Record, SequenceNumber, ShardKey,
     StreamIdentity,
 };
-use shardmill::stage::{Blocked, Chain, ChainOutcome, Generation, Samples};
+use shardmill_engine::stage::{Blocked, Chain, ChainOutcome, Generation, Samples};
+use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
+use shardmill_state::SettledItems;
 use tokio_util::sync::CancellationToken;
 
 /// Records of a batch.

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use metrics_exporter_prometheus::PrometheusBuilder;
-use shardmill::config::RejectedMax;
-use shardmill::position::SettledItems;
-use shardmill::stage::Blocked;
+use shardmill_config::RejectedMax;
+use shardmill_engine::stage::Blocked;
+use shardmill_state::SettledItems;
 
 use super::lane::{LIMITS, Lane, RECORDS, batch, fine, of_kind, payloads, position, sum};
 

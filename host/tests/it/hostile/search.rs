@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use metrics_exporter_prometheus::PrometheusBuilder;
-use shardmill::config::RejectedMax;
+use shardmill_config::RejectedMax;
 
 use super::lane::{Lane, RECORDS, payloads, sum};
 

@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use shardmill::config::RejectedMax;
+use shardmill_config::RejectedMax;
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 use wit_parser::Resolve;
 

@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use shardmill::position::Ownership;
-use shardmill::record::{PipelineName, Position, ShardKey, SinkName};
-use shardmill::sink::{
-    Acquired, BoundRoute, Commit, Committed, KeptPosition, RefusalLog, Sink, SinkError, SinkWriter,
+use shardmill_core::owner::Ownership;
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::{PipelineName, Position, ShardKey, SinkName};
+use shardmill_core::sink::{
+    Acquired, Commit, Committed, KeptPosition, RefusalLog, Sink, SinkError, SinkWriter,
 };
 
 use super::chaos::Chaos;

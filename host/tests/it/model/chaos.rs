@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use fastrand::Rng;
-use shardmill::position::Ownership;
-use shardmill::record::{PipelineName, Position, ShardKey, SinkName};
-use shardmill::sink::{
-    Acquired, BoundRoute, Commit, Committed, EncodeRows, KeptPosition, LookAhead, RefusalLog, Sink,
-    SinkError, SinkWriter,
+use shardmill_core::owner::Ownership;
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::{PipelineName, Position, ShardKey, SinkName};
+use shardmill_core::sink::{
+    Acquired, Commit, Committed, EncodeRows, KeptPosition, LookAhead, RefusalLog, Sink, SinkError,
+    SinkWriter,
 };
 use tokio::sync::Notify;
 

@@ -7,17 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use shardmill::config::{PipelineConfig, RejectedMax, parse};
-use shardmill::lease::PipelineLock;
-use shardmill::position::{
+use shardmill_config::{PipelineConfig, RejectedMax, parse};
+use shardmill_core::record::{LetterPlace, ShardKey, SinkName};
+use shardmill_core::sink::Sink;
+use shardmill_core::source::ShardSource as _;
+use shardmill_engine::lane::BuildSinks;
+use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::letters::LettersSource;
+use shardmill_engine::supervisor::{RunOptions, RunRole, Supervisor};
+use shardmill_engine::swap::Swapper;
+use shardmill_state::{
     DeadLetters, Holes, LetterFilter, RecordedHole, Redrives, StateStore, StoredLetter,
 };
-use shardmill::record::{LetterPlace, ShardKey, SinkName};
-use shardmill::sink::Sink;
-use shardmill::source::ShardSource as _;
-use shardmill::source::letters::LettersSource;
-use shardmill::supervisor::{RunOptions, RunRole, Supervisor};
-use shardmill::swap::{BuildSinks, Swapper};
 use tokio_util::sync::CancellationToken;
 
 use super::chaos::{Chaos, Unreliable};

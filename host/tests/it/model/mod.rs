@@ -36,9 +36,9 @@ use futures::{FutureExt as _, StreamExt as _};
 use life::{Destinations, Forgotten, World};
 use real::{Bucket, Tables};
 use script::Script;
-use shardmill::plugin::{Backends, CompileCache, Plugin, PluginEngine, PluginHost};
-use shardmill::position::RecordedHole;
-use shardmill::sink::Sink;
+use shardmill_core::sink::Sink;
+use shardmill_plugin::{Backends, CompileCache, Plugin, PluginEngine, PluginHost};
+use shardmill_state::RecordedHole;
 use sink::{Table, TableSink};
 
 /// How much a run has to do.

@@ -9,11 +9,13 @@ use futures::TryStreamExt as _;
 use object_store::aws::AmazonS3Builder;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt as _};
-use shardmill::config::Compression;
-use shardmill::config::PostgresTarget;
-use shardmill::sink::objects::ObjectsSink;
-use shardmill::sink::postgres::{CONNECTIONS_MAX, PostgresSink};
-use shardmill::sink::{Sink, WriteMode};
+use shardmill_config::CONNECTIONS_MAX;
+use shardmill_config::Compression;
+use shardmill_config::PostgresTarget;
+use shardmill_config::WriteMode;
+use shardmill_core::sink::Sink;
+use shardmill_sink_objects::ObjectsSink;
+use shardmill_sink_postgres::PostgresSink;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::support::Process;
@@ -94,7 +96,7 @@ impl Bucket {
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         }
         let endpoint = format!("http://127.0.0.1:{port}");
-        shardmill::tls::install();
+        shardmill_tls::install();
         let store = AmazonS3Builder::new()
             .with_bucket_name(BUCKET)
             .with_endpoint(&endpoint)

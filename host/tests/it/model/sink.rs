@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use shardmill::position::{OwnerName, Ownership, StateMark, is_redrive};
-use shardmill::record::{PipelineName, Position, ShardId, ShardKey, SinkName};
-use shardmill::sink::{
-    Acquired, BoundRoute, Commit, Committed, KeptPosition, Refusal, RefusalLog, Sink, SinkError,
-    SinkWriter,
+use shardmill_core::owner::{OwnerName, Ownership, StateMark};
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::{PipelineName, Position, ShardId, ShardKey, SinkName};
+use shardmill_core::sink::{
+    Acquired, Commit, Committed, KeptPosition, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
 };
+use shardmill_state::is_redrive;
 use tokio::runtime::Handle;
 
 use super::chaos::Chaos;

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use shardmill::config::StartPosition;
-use shardmill::record::{
+use shardmill_core::record::{
     Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
-use shardmill::source::{BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError};
+use shardmill_core::source::StartPosition;
+use shardmill_core::source::{
+    BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
+};
 
 use super::chaos::{Chaos, Fate};
 

@@ -9,10 +9,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use faults::{Faulty, Plan};
-use shardmill::config::Compression;
-use shardmill::record::{RouteName, SinkName};
-use shardmill::sink::objects::ObjectsSink;
-use shardmill::sink::{BoundRoute, Sink};
+use shardmill_config::Compression;
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::{RouteName, SinkName};
+use shardmill_core::sink::Sink;
+use shardmill_sink_objects::ObjectsSink;
 use support::{Letters, Place, commit, commit_of, expected, line_of, shard};
 
 /// Each of the suite's tests on both stores.

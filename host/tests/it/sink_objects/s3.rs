@@ -65,7 +65,7 @@ pub async fn start() -> Server {
         }
     });
     let endpoint = format!("http://{address}");
-    shardmill::tls::install();
+    shardmill_tls::install();
     let store = AmazonS3Builder::new()
         .with_bucket_name(BUCKET)
         .with_endpoint(&endpoint)

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::StreamExt;
 use object_store::ObjectStoreExt;
-use shardmill::config::Compression;
-use shardmill::record::SinkName;
-use shardmill::sink::objects::{FolderTemplate, ObjectFormat, ObjectLayout, ObjectsSink};
-use shardmill::sink::{Acquired, Sink, SinkError};
+use shardmill_config::Compression;
+use shardmill_config::{FolderTemplate, ObjectFormat, ObjectLayout};
+use shardmill_core::record::SinkName;
+use shardmill_core::sink::{Acquired, Sink, SinkError};
+use shardmill_sink_objects::ObjectsSink;
 
 use super::faults::{Faulty, Plan, Random};
 use super::support::{

@@ -9,13 +9,13 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
-use shardmill::config::Compression;
-use shardmill::record::{
+use shardmill_config::Compression;
+use shardmill_core::record::{
     Batch, Entry, Position, PositionSpan, Record, Row, RowRoute, SequenceNumber, ShardKey,
     SinkName, StreamIdentity,
 };
-use shardmill::sink::objects::ObjectsSink;
-use shardmill::sink::{Commit, Refusal, RefusalLog, SinkError};
+use shardmill_core::sink::{Commit, Refusal, RefusalLog, SinkError};
+use shardmill_sink_objects::ObjectsSink;
 
 use super::s3;
 

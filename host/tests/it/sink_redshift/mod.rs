@@ -13,9 +13,10 @@ use crate::sql_sinks::proxy::{Cut, Proxy};
 use crate::sql_sinks::{Log, assert_fences, commit, expect_unavailable, position, route, shard};
 use crate::support::{kill_until_it_ends, plugin, postgres_url, shardmill};
 use futures::TryStreamExt as _;
-use shardmill::config::{CopySource, RedshiftTarget};
-use shardmill::sink::redshift::RedshiftSink;
-use shardmill::sink::{Acquired, Sink, SinkWriter, WriteMode};
+use shardmill_config::WriteMode;
+use shardmill_config::{CopySource, RedshiftTarget};
+use shardmill_core::sink::{Acquired, Sink, SinkWriter};
+use shardmill_sink_redshift::RedshiftSink;
 use standin::{Kind, ROLE, Standin};
 use tokio_postgres::{Client, NoTls};
 

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use fastrand::Rng;
 use serde_json::{Map, Value, json};
-use shardmill::sink::{SinkWriter, WriteMode};
+use shardmill_config::WriteMode;
+use shardmill_core::sink::SinkWriter;
 
 use super::{Log, commit};
 

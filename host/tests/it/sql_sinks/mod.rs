@@ -6,10 +6,11 @@ pub mod proxy;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use shardmill::record::{
+use shardmill_core::record::{
     Batch, Entry, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
 };
-use shardmill::sink::{BoundRoute, Column, Commit, Refusal, RefusalLog, Sink, SinkError};
+use shardmill_core::record::{BoundRoute, Column};
+use shardmill_core::sink::{Commit, Refusal, RefusalLog, Sink, SinkError};
 
 /// A shard; tests tell their shards apart by name.
 pub fn shard(name: &str) -> ShardKey {

@@ -9,9 +9,9 @@ use std::time::Duration;
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::types::Shard;
 use bytes::Bytes;
-use shardmill::record::StreamRef;
-use shardmill::source::producer::{NewRecord, Producer};
-use shardmill::source::{client, embedded, stream};
+use shardmill_core::record::StreamRef;
+use shardmill_kinesis::producer::{NewRecord, Producer};
+use shardmill_kinesis::{client, served, stream};
 
 use super::pipeline::{PipelineToml, SHORT_PAUSES};
 use super::{Process, serve_stream, shardmill, wait_for};
@@ -70,7 +70,7 @@ impl World {
         let folder = tempfile::tempdir().expect("a folder");
         let state = folder.path().join("state");
         let server = serve_stream(&state);
-        let url = embedded::find(&state).expect("served");
+        let url = served::find(&state).expect("served");
         Self::at(folder, url.as_str(), Some(server), shards)
     }
 

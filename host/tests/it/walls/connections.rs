@@ -601,7 +601,7 @@ fn wall_15_a_run_sends_nothing_to_who_takes_the_port_of_its_stream() {
 fn wall_15_the_embedded_stream_is_its_owners() {
     let folder = tempfile::tempdir().expect("a folder");
     let port_of = |state: &str| {
-        let url = shardmill::source::embedded::find(&folder.path().join(state)).expect("served");
+        let url = shardmill_kinesis::served::find(&folder.path().join(state)).expect("served");
         url.port().expect("a port")
     };
     let _own = serve_stream(&folder.path().join("own"));
@@ -642,7 +642,7 @@ fn wall_15_the_embedded_stream_is_its_owners() {
     let mut command = shardmill(&["stream", "serve", "--any-user", "--state-dir", &state]);
     let _any = Process(command.stdout(Stdio::null()).spawn().expect("it starts"));
     let state = folder.path().join("any");
-    wait_for("the stream", || shardmill::source::embedded::find(&state).is_some());
+    wait_for("the stream", || shardmill_kinesis::served::find(&state).is_some());
     let answer = as_nobody(port_of("any"));
     assert!(status(&answer) == "200" && answer.contains("StreamNames"), "{answer}");
 }

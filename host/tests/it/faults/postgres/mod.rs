@@ -7,10 +7,10 @@ mod rows;
 mod sessions;
 mod silence;
 
-use shardmill::config::PostgresTarget;
-use shardmill::postgres::{PoolShare, PostgresServer};
-use shardmill::sink::WriteMode;
-use shardmill::sink::postgres::PostgresSink;
+use shardmill_config::PostgresTarget;
+use shardmill_config::WriteMode;
+use shardmill_pg::{PoolShare, PostgresServer};
+use shardmill_sink_postgres::PostgresSink;
 
 use crate::sink_postgres::{address, target, url};
 use crate::sql_sinks::proxy::Proxy;

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use shardmill::sink::redshift::RedshiftSink;
-use shardmill::sink::{Sink, WriteMode};
+use shardmill_config::WriteMode;
+use shardmill_core::sink::Sink;
+use shardmill_sink_redshift::RedshiftSink;
 
 use super::role;
 use crate::sink_redshift::standin::Kind;

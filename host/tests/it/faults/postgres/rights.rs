@@ -1,6 +1,7 @@
 //! What `check` and the start must see: a table that can never take a row.
 
-use shardmill::sink::{Sink, WriteMode};
+use shardmill_config::WriteMode;
+use shardmill_core::sink::Sink;
 
 use super::{role, sink_at};
 use crate::sink_postgres::{Mart, url};

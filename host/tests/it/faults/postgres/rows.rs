@@ -1,8 +1,9 @@
 //! Whether a row or the table is at fault.
 
 use async_trait::async_trait;
-use shardmill::config::RejectedMax;
-use shardmill::sink::{Commit, Refusal, RefusalLog, Sink, SinkError, SinkWriter, WriteMode};
+use shardmill_config::RejectedMax;
+use shardmill_config::WriteMode;
+use shardmill_core::sink::{Commit, Refusal, RefusalLog, Sink, SinkError, SinkWriter};
 
 use super::sink_at;
 use crate::sink_postgres::{Mart, address, url};

@@ -1,6 +1,7 @@
 //! Sessions of the pool: which come back, and which are closed.
 
-use shardmill::sink::{Acquired, Sink, WriteMode};
+use shardmill_config::WriteMode;
+use shardmill_core::sink::{Acquired, Sink};
 
 use super::{role, sink_at};
 use crate::sink_postgres::Mart;

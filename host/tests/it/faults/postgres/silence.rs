@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use shardmill::sink::{Acquired, Sink, WriteMode};
+use shardmill_config::WriteMode;
+use shardmill_core::sink::{Acquired, Sink};
 
 use super::{proxy, sink_at, url_through};
 use crate::sink_postgres::{Mart, address};

@@ -39,7 +39,7 @@ fn fault_15_latest_is_resolved_for_all_shards_in_one_step() {
     let world = World::new(4);
     let pipeline = Pipeline { source: LATEST.into(), ..Pipeline::default() };
     let folder = world.folder.path().join("state/reading");
-    drop(shardmill::position::StateStore::open(&folder).expect("a state"));
+    drop(shardmill_state::StateStore::open(&folder).expect("a state"));
     super::refuse_to_begin(&world, "'shardId-000000000002'");
     let (code, said) = run(&world, &pipeline);
     assert_eq!(code, Some(1), "{said}");

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardmill::config::RejectedMax;
-use shardmill::position::SettledItems;
-use shardmill::stage::Blocked;
+use shardmill_config::RejectedMax;
+use shardmill_engine::stage::Blocked;
+use shardmill_state::SettledItems;
 
 use super::{Run, SLACK};
 use crate::hostile::lane::{Lane, batch, payloads};

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use shardmill::config::RejectedMax;
-use shardmill::plugin::{CompileCache, PARTS_MAX, Parts, Plugin, PluginEngine};
+use shardmill_config::RejectedMax;
+use shardmill_plugin::{CompileCache, PARTS_MAX, Parts, Plugin, PluginEngine};
 use wasm_encoder::{
     ComponentExportKind, ComponentInstanceSection, ComponentSection as _, InstanceSection, Module,
     ModuleArg, ModuleSection, RawSection,

@@ -18,7 +18,7 @@ fn work(turns: u64) -> String {
 /// build, in each of the five languages.
 pub fn assert_parts_fit(component: &std::path::Path) {
     let bytes = std::fs::read(component).expect("a component");
-    let (found, most) = (features::parts(&bytes), shardmill::plugin::PARTS_MAX);
+    let (found, most) = (features::parts(&bytes), shardmill_plugin::PARTS_MAX);
     let fits = [
         found.memories * 2 <= most.memories,
         found.tables * 2 <= most.tables,

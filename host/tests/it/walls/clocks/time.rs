@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use shardmill::config::RejectedMax;
-use shardmill::stage::Blocked;
+use shardmill_config::RejectedMax;
+use shardmill_engine::stage::Blocked;
 
 use super::work;
 use crate::hostile::lane::Lane;

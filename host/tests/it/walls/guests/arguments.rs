@@ -4,8 +4,8 @@ use std::net::TcpListener;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use shardmill::config::{Located, LookupCacheLimits, LookupConfig, LookupSource};
-use shardmill::plugin::capability::lookup::Lookup;
+use shardmill_config::{Located, LookupCacheLimits, LookupConfig, LookupSource};
+use shardmill_plugin::capability::lookup::Lookup;
 use tokio::runtime::Handle;
 
 use super::asking::{Asking, FAIL_IF_FAILED, GET, Place, SEND};

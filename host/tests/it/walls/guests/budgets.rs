@@ -1,7 +1,7 @@
 //! Limits that belong to a stage and its revision: they do not begin again with an instance that is renewed.
 
 use metrics_exporter_prometheus::PrometheusBuilder;
-use shardmill::config::RejectedMax;
+use shardmill_config::RejectedMax;
 
 use super::asking::{Asking, LOG, OBSERVE, Place, RANDOM, REGISTER};
 use crate::hostile::lane::{LIMITS, Lane};

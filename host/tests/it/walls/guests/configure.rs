@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
 
-use shardmill::config::parse;
-use shardmill::plugin::{Backends, CompileCache, PluginEngine, PluginHost};
-use shardmill::stage::Generation;
+use shardmill_config::parse;
+use shardmill_engine::stage::Generation;
+use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 
 use super::asking::{
     Asking, GET, LOG, NOW, OBSERVE, Place, RANDOM, REFUSE_IF_FAILED, REGISTER, SEND,

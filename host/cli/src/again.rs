@@ -1,0 +1,388 @@
+//! `shardmill plugin rollback --replay-from-swap`: what the undone version had run, once more by the one
+//! that is back, into the sinks that can take it.
+//!
+//! Under position names of its own, beside the pipeline. A table that keeps the newest row of each key
+//! takes the rows in place; other tables get a new one beside them. What is in objects, streams and
+//! behind endpoints cannot be taken back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use super::run::stop_on_signals;
+use super::{Console, plugin_host, sinks, stream};
+use shardmill_config::WriteMode;
+use shardmill_config::{
+    OnLostRecords, PipelineConfig, ReaderKind, SinkKind, SourceKind, environment,
+};
+use shardmill_core::private::make_folders;
+use shardmill_core::record::{ShardId, SinkName, StageName, StreamIdentity};
+use shardmill_core::source::ShardSource;
+use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::spans::{ShardSpan, SpansSource};
+use shardmill_engine::stage::Generation;
+use shardmill_engine::supervisor::{RunOptions, Supervisor};
+use shardmill_state::GenerationSpec;
+use shardmill_state::{
+    Change, Changes, Checkpoints, Ledger, LedgerEntry, Running, StateStore, Variables,
+};
+
+/// The file that says that everything was run again.
+const DONE: &str = "done";
+
+/// How long lanes are waited for that run the undone version still, and how often they are looked at.
+const LANES_CHANGE_MAX: Duration = Duration::from_secs(60);
+const LANES_LOOK: Duration = Duration::from_millis(200);
+
+/// What was run again.
+#[derive(Debug, Serialize)]
+pub(super) struct AgainReport {
+    /// Records that were run again.
+    pub records: u64,
+    /// Of these, what the version that is back did not take.
+    pub dead_letters: u64,
+    /// Where each sink's rows went.
+    pub sinks: BTreeMap<String, String>,
+    /// What the undone version had run and cannot be run again, a line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gone: Vec<String>,
+}
+
+/// Notes that everything an undone change had run is to be run again: a command that is broken off is
+/// gone on with by the next one.
+pub(super) fn begin(config: &PipelineConfig, undone: &Change) -> anyhow::Result<()> {
+    let folder = folder(config, undone.number);
+    make_folders(&folder).with_context(|| format!("failed to make {}", folder.display()))
+}
+
+/// Runs again what an undone change had run.
+pub(super) async fn run_again(
+    config: &PipelineConfig,
+    stage: &str,
+    undone: &Change,
+    console: &Console,
+) -> anyhow::Result<AgainReport> {
+    begin(config, undone)?;
+    let state = super::state_beside(config)?;
+    let (own, sinks_shown) = again_config(config, undone.number)?;
+    let stop = stop_on_signals(config.timing.drain_max)?;
+    // The embedded stream is found by the pipeline's own folder.
+    let found = PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() };
+    let (source, _embedded) = stream::source(&found).await?;
+    let ran = Ran { state: state.clone(), stage: stage.into(), undone };
+    let RanSpans { spans, gone } = ran.spans_when_changed(&*source, stop.token(), console).await?;
+    if own.sinks.is_empty() || spans.is_empty() {
+        std::fs::write(folder(config, undone.number).join(DONE), "")?;
+        let report = AgainReport { records: 0, dead_letters: 0, sinks: sinks_shown, gone };
+        say(&report, undone, console);
+        return Ok(report);
+    }
+    let again = config.state_dir.at(folder(config, undone.number));
+    let lock = PipelineLock::take_for_replay(&again, &config.name)?;
+    let host = plugin_host(config)?;
+    seed(&state, &own, &host, lock.folder()).await?;
+    let source = Arc::new(SpansSource::new(source, spans));
+    let built = sinks::build(&own)?;
+    let options = RunOptions::new(true);
+    let supervisor = Supervisor::prepare_under(lock, own, host, source, built, options).await?;
+    let (board, letters) = (supervisor.board(), supervisor.letters());
+    supervisor.run_until(stop.clone()).await?;
+    ensure!(!stop.is_asked(), "stopped: the same command goes on where it was");
+    std::fs::write(folder(config, undone.number).join(DONE), "")?;
+    let records = board.snapshot().values().map(|status| status.records_read).sum();
+    let report =
+        AgainReport { records, dead_letters: letters.count().await?, sinks: sinks_shown, gone };
+    say(&report, undone, console);
+    Ok(report)
+}
+
+fn say(report: &AgainReport, undone: &Change, console: &Console) {
+    console.say(format!(
+        "{} records were run again, {} of them became dead letters",
+        report.records, report.dead_letters
+    ));
+    if report.dead_letters > 0 {
+        console.say(format!("`shardmill dlq list --again {}` shows these", undone.number));
+    }
+    for gone in &report.gone {
+        console.say(format!("not run again: {gone}"));
+    }
+    for (sink, place) in &report.sinks {
+        console.say(format!("sink {sink}: {place}"));
+    }
+}
+
+/// Whether such a run was begun and did not come to its end.
+pub(super) fn is_broken_off(config: &PipelineConfig, undone: &Change) -> bool {
+    let folder = folder(config, undone.number);
+    folder.exists() && !folder.join(DONE).exists()
+}
+
+/// Where the state of what is run again after a change is kept.
+pub(super) fn folder(config: &PipelineConfig, number: i64) -> PathBuf {
+    config.state_dir.join(config.name.as_str()).join(format!("again-{number}"))
+}
+
+/// Records that an undone change had run, as the ledger names them.
+struct Ran<'c> {
+    state: StateStore,
+    stage: StageName,
+    undone: &'c Change,
+}
+
+/// What of it can be run again, and what not.
+struct RanSpans {
+    spans: BTreeMap<ShardId, ShardSpan>,
+    gone: Vec<String>,
+}
+
+impl Ran<'_> {
+    /// Per shard that the stream lists, what the undone version ran, from its first record to the last
+    /// before the rollback; waits for lanes that run it still.
+    async fn spans_when_changed(
+        &self,
+        source: &dyn ShardSource,
+        stop: &CancellationToken,
+        console: &Console,
+    ) -> anyhow::Result<RanSpans> {
+        let stream = source.identity().await?;
+        let listed: BTreeSet<ShardId> =
+            source.shards().await?.into_iter().map(|shard| shard.id).collect();
+        let end = tokio::time::Instant::now() + LANES_CHANGE_MAX;
+        let mut is_told = false;
+        loop {
+            let found = self.spans(&stream).await?;
+            let ended = Checkpoints::new(self.state.clone()).shards(&stream).await?;
+            let is_open = |shard: &ShardId, span: &ShardSpan| {
+                let has_ended = ended.get(shard).is_some_and(|state| state.ended);
+                span.to_inclusive.is_none() && !has_ended && listed.contains(shard)
+            };
+            let open = found.of_stream.iter().filter(|(shard, span)| is_open(shard, span));
+            let open: Vec<&str> = open.map(|(shard, _)| shard.as_str()).collect();
+            if open.is_empty() {
+                return Ok(found.listed(&listed));
+            }
+            let open = open.join(", ");
+            ensure!(
+                tokio::time::Instant::now() < end,
+                "what was undone runs still in {open}: let the pipeline run until its lanes have changed \
+                 (`shardmill plugin history --shards`), then give the same command again"
+            );
+            if !std::mem::replace(&mut is_told, true) {
+                console.say(format!("waiting for {open}: what was undone runs there still"));
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LANES_LOOK) => {}
+                () = stop.cancelled() => {
+                    anyhow::bail!("stopped: the same command goes on where it was")
+                }
+            }
+        }
+    }
+
+    async fn spans(&self, stream: &StreamIdentity) -> anyhow::Result<FoundSpans> {
+        let ledger = Ledger::new(self.state.clone());
+        let version = |spec: &GenerationSpec| {
+            let own = spec.stage(&self.stage)?;
+            Some((own.digest.clone(), own.canary.clone(), own.text()))
+        };
+        let bad = version(&ledger.spec(&self.undone.after).await?);
+        let entries = ledger.history().await?;
+        let mut versions = BTreeMap::new();
+        for entry in &entries {
+            if !versions.contains_key(&entry.generation) {
+                let is_bad = version(&ledger.spec(&entry.generation).await?) == bad;
+                versions.insert(entry.generation.clone(), is_bad);
+            }
+        }
+        let is_undone = |entry: &LedgerEntry| {
+            // Recorded before the change: an earlier time that the same version ran.
+            entry.recorded_ms >= self.undone.at_ms && versions[&entry.generation]
+        };
+        Ok(FoundSpans::of(&entries, &stream.key(), is_undone))
+    }
+}
+
+/// What a version ran, as far as the ledger says.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct FoundSpans {
+    of_stream: BTreeMap<ShardId, ShardSpan>,
+    /// Shards of streams of that time, which are not this one.
+    of_others: BTreeSet<String>,
+}
+
+impl FoundSpans {
+    /// The spans of a stream's shards, from the entries of all shards that are or were read.
+    fn of(entries: &[LedgerEntry], stream: &str, is_meant: impl Fn(&LedgerEntry) -> bool) -> Self {
+        let mut found = Self::default();
+        for (at, entry) in entries.iter().enumerate().filter(|(_, entry)| is_meant(entry)) {
+            if entry.stream != stream {
+                found.of_others.insert(format!("{} of stream {}", entry.shard, entry.stream));
+                continue;
+            }
+            let next = entries.get(at + 1);
+            let next =
+                next.filter(|next| (&next.stream, &next.shard) == (&entry.stream, &entry.shard));
+            let to_inclusive = next.and_then(|next| next.from_exclusive.clone());
+            let span = found.of_stream.entry(entry.shard.clone()).or_insert_with(|| ShardSpan {
+                from_exclusive: entry.from_exclusive.clone(),
+                to_inclusive: None,
+            });
+            span.to_inclusive = to_inclusive;
+        }
+        found.of_stream.retain(|_, span| {
+            span.to_inclusive.is_none() || span.from_exclusive < span.to_inclusive
+        });
+        found
+    }
+
+    /// The spans of shards that the stream lists still; the others are named.
+    fn listed(self, listed: &BTreeSet<ShardId>) -> RanSpans {
+        let (spans, unlisted): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            self.of_stream.into_iter().partition(|(shard, _)| listed.contains(shard));
+        let end = |position: &Option<shardmill_core::record::Position>, none: &str| {
+            position.as_ref().map_or_else(|| none.to_owned(), ToString::to_string)
+        };
+        let unlisted = unlisted.iter().map(|(shard, span)| {
+            format!(
+                "shard {shard} is not listed any more: its records after {} up to {} are gone",
+                end(&span.from_exclusive, "its beginning"),
+                end(&span.to_inclusive, "its end")
+            )
+        });
+        let others = self.of_others.iter().map(|shard| {
+            format!("shard {shard}: the pipeline reads another stream now, or it was created again")
+        });
+        let gone = unlisted.chain(others).collect();
+        RanSpans { spans, gone }
+    }
+}
+
+/// The pipeline with the sinks that can take rows again, and what becomes of each.
+fn again_config(
+    config: &PipelineConfig,
+    number: i64,
+) -> anyhow::Result<(PipelineConfig, BTreeMap<String, String>)> {
+    let mut own = config.clone();
+    if let SourceKind::Kinesis(kinesis) = &mut own.source.kind {
+        // The consumer of the pipeline is its own: it has one reader at a time.
+        kinesis.reader = ReaderKind::Polling;
+        kinesis.create = None;
+        // What is past the retention cannot be run again: it is named, and the rest is run.
+        kinesis.on_lost_records = OnLostRecords::Continue;
+    }
+    let name = |sink: &SinkName| SinkName::from(format!("{sink}.again-{number}").as_str());
+    let mut places = BTreeMap::new();
+    own.sinks.retain_mut(|sink| {
+        let place = divert(&mut sink.kind, number);
+        if let SinkKind::Postgres(target) = &mut sink.kind {
+            target.written_for = Some(sink.name.value.clone());
+        }
+        let shown = place.clone().unwrap_or_else(|| "cannot take rows again: left as it is".into());
+        places.insert(sink.name.value.to_string(), shown);
+        sink.name.value = name(&sink.name.value);
+        sink.rhythm.give_up_after = None;
+        place.is_some()
+    });
+    let kept: Vec<SinkName> = own.sinks.iter().map(|sink| sink.name.value.clone()).collect();
+    for bound in own.stages.iter_mut().flat_map(|stage| stage.routes.values_mut()) {
+        for own in &mut bound.sinks {
+            own.value = name(&own.value);
+        }
+        bound.sinks.retain(|own| kept.contains(&own.value));
+    }
+    own.letter_sinks.clear();
+    (own.admin, own.intake) = (None, None);
+    own.state_dir = config.state_dir.at(folder(config, number));
+    Ok((own, places))
+}
+
+/// Where a sink's rows go: in place, or to a table beside; `None`: it cannot take rows again.
+fn divert(kind: &mut SinkKind, number: i64) -> Option<String> {
+    let is_newest = |mode: &WriteMode| matches!(mode, WriteMode::Upsert { newest_by: Some(_), .. });
+    let (table, create, mode) = match kind {
+        SinkKind::Postgres(target) => (&mut target.table, &mut target.create, &target.mode),
+        SinkKind::Sqlite { table, create, mode, .. } => (table, create, &*mode),
+        _ => return None,
+    };
+    if is_newest(mode) {
+        return Some(format!("in place, in table {table}"));
+    }
+    *table = format!("{table}_again_{number}");
+    *create = true;
+    Some(format!("beside, in the new table {table}"))
+}
+
+/// Lets the state of the run know what the pipeline itself runs: not what its files say, where something
+/// else was swapped in.
+async fn seed(
+    state: &StateStore,
+    own: &PipelineConfig,
+    host: &shardmill_plugin::PluginHost,
+    folder: &std::path::Path,
+) -> anyhow::Result<()> {
+    let (described, mut components) = Generation::load(own, host, |_| None).await?;
+    let runs = Changes::new(state.clone()).running().await?;
+    let runs = runs.context("the pipeline has not said yet what it runs")?.running;
+    Variables::new(state.clone()).set_otherwise(&runs, &environment).await?.say(&runs.id());
+    let mut running = described.spec.clone();
+    for stage in &mut running.stages {
+        if let Some(runs) = runs.stage(&stage.name) {
+            (stage.digest, stage.canary) = (runs.digest.clone(), runs.canary.clone());
+        }
+    }
+    for digest in running.digests().filter(|digest| !described.has(digest)) {
+        let bytes = state.component(digest.to_owned()).await?;
+        let bytes = bytes.with_context(|| format!("component {digest} is not kept any more"))?;
+        components.push((digest.to_owned(), bytes.into()));
+    }
+    let seeded = StateStore::open(folder)?;
+    Ledger::new(seeded.clone()).keep(&running, components).await?;
+    let running = Running { declared: described.spec, running };
+    Changes::new(seeded).promote(&running, None, None).await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shardmill_core::record::{Position, SequenceNumber};
+
+    fn entry(stream: &str, shard: &str, from: u64, generation: &str) -> LedgerEntry {
+        let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
+        LedgerEntry {
+            stream: stream.into(),
+            shard: shard.into(),
+            from_exclusive: (from > 0).then(|| at(from)),
+            generation: generation.into(),
+            recorded_ms: 1,
+        }
+    }
+
+    #[test]
+    fn fault_11_only_listed_shards_of_this_stream_are_run_again() {
+        let entries = [
+            entry("cars@1", "a", 0, "bad"),
+            entry("cars@2", "a", 0, "good"),
+            entry("cars@2", "a", 5, "bad"),
+            entry("cars@2", "a", 9, "good"),
+            entry("cars@2", "b", 0, "bad"),
+            entry("cars@2", "c", 3, "bad"),
+            entry("cars@2", "c", 3, "good"),
+            entry("letters", "d", 0, "bad"),
+        ];
+        let found = FoundSpans::of(&entries, "cars@2", |entry| entry.generation == "bad");
+        let RanSpans { spans, gone } = found.listed(&[ShardId::from("a")].into());
+        let [(shard, span)] = &spans.into_iter().collect::<Vec<_>>()[..] else { panic!("one") };
+        let ends = [&span.from_exclusive, &span.to_inclusive]
+            .map(|end| end.as_ref().map(ToString::to_string));
+        assert_eq!((shard.as_str(), ends), ("a", [Some("5".into()), Some("9".into())]));
+        assert_eq!(gone.len(), 3, "{gone:?}");
+        assert!(gone[0].contains("shard b is not listed any more"), "{gone:?}");
+    }
+}

@@ -1,0 +1,237 @@
+//! `shardmill check`: everything that `run` proves before its first record, and nothing else.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::control::RunningPipeline;
+use super::{Console, PipelineFile, holes, load, reload, sinks};
+use shardmill_config::{PipelineConfig, SourceKind};
+use shardmill_core::record::{SinkName, StreamIdentity};
+use shardmill_core::sink::Sink;
+use shardmill_core::source::ShardSource as _;
+use shardmill_engine::bound::{MemoryBound, memory_bytes_available};
+use shardmill_engine::lane::{BuildSinks, agreement, roster};
+use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::stage::{Generation, Target};
+use shardmill_file::FileSource;
+use shardmill_serve::admin::control::ReloadQuery;
+use shardmill_state::{Changes, Checkpoints, DeadLetters, StateStore, StoredLetter};
+
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    pipeline: PipelineFile,
+    /// Check the file and the plugins only; talk to no sink.
+    #[arg(long)]
+    offline: bool,
+    /// Also write what only writing can find out: probes of object stores, and tables that are missing.
+    #[arg(long, conflicts_with = "offline")]
+    write: bool,
+    /// Say what the running pipeline would change if it read its files now.
+    #[arg(long, conflicts_with = "offline")]
+    diff: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    pipeline: &'a str,
+    generation: &'a str,
+    stages: Vec<StageReport<'a>>,
+    sinks: Vec<String>,
+    warnings: Vec<String>,
+    /// What sinks were not given, and what fills it.
+    holes: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct StageReport<'a> {
+    stage: &'a str,
+    plugin: &'a str,
+    version: &'a str,
+    digest: &'a str,
+    routes: Vec<String>,
+}
+
+pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
+    let config = load(&options.pipeline.file)?;
+    let host = super::plugin_host(&config)?;
+    let (generation, _) = Generation::load(&config, &host, |_| None).await?;
+    let mut sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
+    let mut routes: Vec<_> = sinks.iter().map(|sink| generation.routes_to(sink.name())).collect();
+    let copies = config.for_letters(config.state_dir.to_path_buf(), StoredLetter::columns());
+    if let Some(copies) = &copies {
+        let (copied, _) = Generation::load(copies, &host, |_| None).await?;
+        let letter_sinks = sinks::build(copies)?;
+        routes.extend(letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));
+        sinks.extend(letter_sinks);
+    }
+    let mut sink_warnings = Vec::new();
+    let mut file_source = None;
+    if !options.offline {
+        PipelineLock::check(&config.state_dir, &config.name)?;
+        if let SourceKind::File(file) = &config.source.kind {
+            let source = FileSource::new(file, config.source.batch)?;
+            source.check()?;
+            file_source = Some(source);
+        }
+        host.backends.prepare().await?;
+        for (sink, routes) in sinks.iter().zip(&routes) {
+            let found = sink.check(routes).await?;
+            sink_warnings
+                .extend(found.into_iter().map(|text| format!("sink {}: {text}", sink.name())));
+            if options.write {
+                sink.prepare(routes).await?;
+            }
+        }
+    }
+    let mut report = report(&config, &generation, &sinks);
+    let recorded = holes::of(&config, None).await?;
+    report.holes = recorded.iter().map(|hole| holes::line(&config, hole)).collect();
+    report.warnings.extend(sink_warnings);
+    if let Some(state) = StateStore::open_as_it_is(&holes::folder(&config))? {
+        report.warnings.extend(roster::foresee(&config, &state).await?);
+        // One that cannot be read stops the next start.
+        Changes::new(state.clone()).running().await?;
+        if !options.offline {
+            let stream = match &file_source {
+                Some(source) => Some(source.identity().await?),
+                None => None,
+            };
+            if let (Some(source), Some(stream)) = (&file_source, &stream) {
+                check_going_on(source, stream, &state).await?;
+            }
+            let own = &sinks[..config.sinks.len()];
+            let (build, stream): (BuildSinks, _) = (Arc::new(sinks::build), stream.as_ref());
+            let doubled = roster::foresee_doubled(&config, &state, own, (stream, &build)).await?;
+            report.warnings.extend(doubled);
+            let foreseen = agreement::foresee(&config, &state, own, stream).await?;
+            report.warnings.extend(foreseen);
+        }
+        if let Some(copies) = copies.as_ref().filter(|_| !options.offline)
+            && let Some(copied) = StateStore::open_as_it_is(&holes::folder_of_copies(&config))?
+        {
+            let letter_sinks = &sinks[config.sinks.len()..];
+            // The copies read the log of the letters in the pipeline's own state.
+            let log = DeadLetters::new(state).log_stream(&config.name).await?;
+            let foreseen = agreement::foresee(copies, &copied, letter_sinks, Some(&log)).await?;
+            report.warnings.extend(foreseen);
+        }
+    }
+    for stage in &report.stages {
+        console.say(format!(
+            "stage {}: {} {} ({}) -> {}",
+            stage.stage,
+            stage.plugin,
+            stage.version,
+            &stage.digest[..12],
+            stage.routes.join(", ")
+        ));
+    }
+    let state = if options.offline { "not asked" } else { "ready" };
+    for sink in &report.sinks {
+        console.say(format!("sink {sink}: {state}"));
+    }
+    for warning in &report.warnings {
+        console.say(format!("warning: {warning}"));
+    }
+    for hole in &report.holes {
+        console.say(hole);
+    }
+    console
+        .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.generation));
+    console.report(&report)?;
+    if options.diff {
+        let running = RunningPipeline::find(&config).await?;
+        let query = ReloadQuery { dry_run: true };
+        reload::tell(running.post("/reload", &query, Vec::new()).await?, true, console)?;
+    }
+    Ok(())
+}
+
+/// Checks that a start could go on in the file where the last one ended.
+async fn check_going_on(
+    source: &FileSource,
+    stream: &StreamIdentity,
+    state: &StateStore,
+) -> anyhow::Result<()> {
+    let shards = Checkpoints::new(state.clone()).shards(stream).await?;
+    for after in shards.values().filter_map(|shard| shard.checkpoint.as_ref()) {
+        source.check_behind(after)?;
+    }
+    Ok(())
+}
+
+/// Stages whose outputs may differ at a replay and go to more than one exact sink: with the sinks at
+/// different positions, a replayed record may go by another route and miss one of them.
+fn replay_warnings(config: &PipelineConfig, generation: &Generation) -> Vec<String> {
+    let is_exact = |sink: &&SinkName| {
+        let known = config.sinks.iter().find(|known| known.name.value == **sink);
+        known.is_some_and(|known| known.kind.is_exact())
+    };
+    let mut warnings = Vec::new();
+    for (index, stage) in generation.stages.iter().enumerate() {
+        let fickle: Vec<&str> = stage
+            .plugin
+            .capabilities
+            .iter()
+            .filter(|capability| !capability.is_deterministic())
+            .map(|capability| capability.name())
+            .collect();
+        let after = generation.spec.stages[index..].iter();
+        let fed: BTreeSet<&SinkName> =
+            after.flat_map(|stage| stage.routes.values().flatten()).filter(is_exact).collect();
+        if !fickle.is_empty() && fed.len() > 1 {
+            let fed: Vec<&str> = fed.into_iter().map(SinkName::as_str).collect();
+            warnings.push(format!(
+                "stage {} uses {}, so a replay may give other outputs, and feeds {}: after a crash, \
+                 one of them may have a row that the others have not; give each sink a pipeline of \
+                 its own where that matters",
+                stage.name,
+                fickle.join(", "),
+                fed.join(" and ")
+            ));
+        }
+    }
+    warnings
+}
+
+fn report<'a>(
+    config: &'a PipelineConfig,
+    generation: &'a Generation,
+    sinks: &[Arc<dyn Sink>],
+) -> Report<'a> {
+    let stages = generation.stages.iter().map(|stage| StageReport {
+        stage: stage.name.as_str(),
+        plugin: &stage.descriptor.name,
+        version: &stage.descriptor.version,
+        digest: stage.plugin.digest.as_str(),
+        routes: stage
+            .route_names
+            .iter()
+            .zip(stage.targets.iter())
+            .map(|(route, target)| match target {
+                Target::Next(_) => format!("{route} → next stage"),
+                Target::Sinks(sinks) if sinks.is_empty() => format!("{route} → dropped"),
+                Target::Sinks(sinks) => {
+                    let names: Vec<&str> = sinks.iter().map(SinkName::as_str).collect();
+                    format!("{route} → {}", names.join(" + "))
+                }
+            })
+            .collect(),
+    });
+    let mut warnings = replay_warnings(config, generation);
+    // Without asking the stream: as many lanes as shards are known from the file.
+    let shards = config.source.kinesis().and_then(|it| it.create).map_or(1, |it| it.shards);
+    let bound = MemoryBound::of(config, shards as usize);
+    warnings.extend(bound.warning(memory_bytes_available().as_ref()));
+    Report {
+        pipeline: config.name.as_str(),
+        warnings,
+        generation: &generation.id,
+        stages: stages.collect(),
+        sinks: sinks.iter().map(|sink| sink.name().to_string()).collect(),
+        holes: Vec::new(),
+    }
+}

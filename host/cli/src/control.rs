@@ -1,0 +1,131 @@
+//! Commands to a pipeline that runs: found by its folder, asked by HTTP on loopback.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow, bail, ensure};
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use serde::Serialize;
+use serde_json::Value;
+
+use shardmill_config::PipelineConfig;
+use shardmill_engine::lease::PipelineLock;
+use shardmill_serve::admin::control::ControlAddress;
+
+/// Time for a running pipeline to answer that it is there.
+const FIND_MAX: Duration = Duration::from_secs(30);
+/// Of that, time for one answer: a connection that was pushed out is tried again.
+const ASK_MAX: Duration = Duration::from_secs(10);
+/// The longest pause between two tries.
+const PAUSE_MAX: Duration = Duration::from_secs(3);
+
+/// A pipeline that runs on this machine.
+pub(super) struct RunningPipeline {
+    client: reqwest::Client,
+    base: String,
+    token: String,
+}
+
+/// What it answered: the report, or why nothing was changed.
+pub(super) enum Answer {
+    /// The report.
+    Done(Value),
+    /// Nothing was changed; the report says why.
+    Refused(Value),
+}
+
+impl RunningPipeline {
+    /// Finds the pipeline of a configuration. As long as a process has the pipeline's lock, it is asked again
+    /// for [`FIND_MAX`]: it may be starting, or busy with other clients. Without such a process, an address is
+    /// of one that was killed, and its port may be another user's by now.
+    ///
+    /// # Errors
+    /// When it does not run, or does not answer in time.
+    pub(super) async fn find(config: &PipelineConfig) -> anyhow::Result<Self> {
+        shardmill_tls::install();
+        let client = reqwest::Client::builder().no_proxy().build()?;
+        let deadline = Instant::now() + FIND_MAX;
+        let mut pauses = ExponentialBuilder::default()
+            .with_max_delay(PAUSE_MAX)
+            .without_max_times()
+            .with_jitter()
+            .build();
+        loop {
+            if !PipelineLock::is_taken(&config.state_dir, &config.name)? {
+                bail!(
+                    "pipeline {} does not run with its state in {}: start it with `shardmill run {}`",
+                    config.name,
+                    config.state_dir.display(),
+                    config.file.path.display()
+                );
+            }
+            let folder = config.state_dir.join(config.name.as_str());
+            let asked = match ControlAddress::find(&folder)? {
+                Some(at) => Self::ask(&client, at, deadline).await,
+                None => Err(anyhow!(
+                    "it has left no address for commands: it may be starting or ending"
+                )),
+            };
+            let cause = match asked {
+                Ok(running) => return Ok(running),
+                Err(cause) => cause,
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(cause.context(format!(
+                    "pipeline {} runs with its state in {} and did not answer within {} s; nothing was \
+                     changed; see its log for what keeps it, and try again",
+                    config.name,
+                    config.state_dir.display(),
+                    FIND_MAX.as_secs()
+                )));
+            }
+            tokio::time::sleep(pauses.next().unwrap_or(PAUSE_MAX).min(left)).await;
+        }
+    }
+
+    /// Asks once, at the address that the process has left.
+    async fn ask(
+        client: &reqwest::Client,
+        at: ControlAddress,
+        deadline: Instant,
+    ) -> anyhow::Result<Self> {
+        let ControlAddress { address, token } = at;
+        let running = Self { client: client.clone(), base: format!("http://{address}"), token };
+        let time = ASK_MAX.min(deadline.saturating_duration_since(Instant::now()));
+        let asked = running.client.get(format!("{}/changes?limit=1", running.base));
+        let answer = asked.timeout(time).bearer_auth(&running.token).send().await?;
+        // Another process may have the port of one that was killed.
+        ensure!(answer.status().is_success(), "{address} answered {}", answer.status());
+        Ok(running)
+    }
+
+    /// Asks for a change.
+    pub(super) async fn post(
+        &self,
+        path: &str,
+        query: &impl Serialize,
+        body: Vec<u8>,
+    ) -> anyhow::Result<Answer> {
+        let mut url = url::Url::parse(&format!("{}{path}", self.base))?;
+        if let Value::Object(query) = serde_json::to_value(query)? {
+            let mut pairs = url.query_pairs_mut();
+            for (name, value) in query {
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                pairs.append_pair(&name, &value);
+            }
+        }
+        let asked = self.client.post(url).bearer_auth(&self.token).body(body);
+        let answer = asked.send().await.context(
+            "the pipeline stopped meanwhile, or closed the connection; whether the change was made, \
+             `shardmill plugin history` says",
+        )?;
+        let status = answer.status();
+        let report: Value = serde_json::from_slice(&answer.bytes().await?)
+            .with_context(|| format!("the pipeline answered {status}"))?;
+        match status.as_u16() {
+            200 => Ok(Answer::Done(report)),
+            409 => Ok(Answer::Refused(report)),
+            _ => bail!("{}", report["error"].as_str().unwrap_or("the pipeline gave no reason")),
+        }
+    }
+}

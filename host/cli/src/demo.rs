@@ -1,0 +1,233 @@
+//! `shardmill demo`: the whole path once, from nothing, in one process.
+//!
+//! Creates the stream `test` with 5 shards, publishes 100 cars in bincode, reads them through
+//! decode, transform and route into a data mart and log files, prints what became of them, and
+//! deletes the stream. It is the pipeline of `pipeline.toml`, which the binary carries.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use comfy_table::{Table, presets};
+use serde::Serialize;
+
+use super::{Console, print_line, run, stream as stream_command};
+use shardmill_config::PipelineConfig;
+use shardmill_core::record::StreamRef;
+use shardmill_embedded::EmbeddedStream;
+use shardmill_engine::lane::Board;
+use shardmill_engine::supervisor::RunOptions;
+use shardmill_kinesis::producer::{NewRecord, Producer};
+use shardmill_kinesis::source::KinesisSource;
+use shardmill_kinesis::{client, stream};
+use shardmill_state::DeadLetters;
+
+/// The pipeline that the demo runs.
+const PIPELINE: &str = include_str!("../../../pipeline.toml");
+/// Makes that the cars bear, in turn.
+const MAKES: [&str; 5] = ["Toyota", "BMW", "Honda", "Volvo", "Ford"];
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Where the data mart, the log files and the state go. Emptied at the start.
+    #[arg(long, value_name = "FOLDER", default_value = "demo-data")]
+    data: PathBuf,
+    /// How many cars are published.
+    #[arg(long, default_value_t = 100)]
+    cars: u64,
+}
+
+/// A car as the web application has it.
+#[derive(Serialize)]
+struct Car {
+    id: u64,
+    make: String,
+}
+
+#[derive(Serialize)]
+struct Report {
+    shards: Vec<ShardReport>,
+    sinks: Vec<SinkReport>,
+    dead_letters: u64,
+}
+
+#[derive(Serialize)]
+struct ShardReport {
+    shard: String,
+    records: u64,
+}
+
+#[derive(Serialize)]
+struct SinkReport {
+    sink: String,
+    rows: u64,
+    place: String,
+}
+
+pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
+    if console.json {
+        super::output::leave_to_report();
+    }
+    start_afresh(&options.data)?;
+    let data = std::path::absolute(&options.data)?;
+    let config = pipeline(&data)?;
+    let embedded = EmbeddedStream::start(0).await?;
+    let client = client::connect(client::Server::at(embedded.url())).await?;
+    let kinesis = config.source.kinesis().context("the demo's pipeline reads no stream")?;
+    stream_command::ensure(&client, kinesis).await?;
+    publish(&client, &kinesis.stream.value, options.cars, console).await?;
+
+    let source = Arc::new(KinesisSource::new(
+        client.clone(),
+        kinesis,
+        config.source.batch,
+        config.buffer_bytes_max,
+    ));
+    let run_options = RunOptions { embedded_plugin: bundled_plugin, ..RunOptions::new(true) };
+    let supervisor = run::prepare(config.clone(), source, run_options).await?;
+    let (board, letters) = (supervisor.board(), supervisor.letters());
+    let stop = run::stop_on_signals(config.timing.drain_max)?;
+    // Its rows go to standard output: a reader such as `head` may have enough of them.
+    run::ask_when_closed(&stop);
+    supervisor.run_until(stop).await?;
+
+    stream::delete(&client, &kinesis.stream.value, std::time::Duration::from_secs(30)).await?;
+    let report = report(&data, &board, &letters).await?;
+    say(&report, console);
+    console.report(&report)
+}
+
+/// Empties the demo's folder, if it is one that a demo made.
+fn start_afresh(data: &Path) -> anyhow::Result<()> {
+    let mark = data.join(".shardmill-demo");
+    if data.exists() {
+        let is_empty = data.read_dir()?.next().is_none();
+        anyhow::ensure!(
+            mark.exists() || is_empty,
+            "{} was not made by a demo; choose another folder with --data",
+            data.display()
+        );
+        std::fs::remove_dir_all(data)
+            .with_context(|| format!("failed to empty {}", data.display()))?;
+    }
+    // The folder itself is made here, or this fails: in /tmp, another user may have made it meanwhile, with
+    // links in it.
+    let above = data.parent().filter(|above| !above.as_os_str().is_empty());
+    above
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::create_dir(data))
+        .with_context(|| format!("failed to make {}", data.display()))?;
+    std::fs::write(&mark, "made by `shardmill demo`, which empties this folder when it starts\n")
+        .with_context(|| format!("failed to write {}", mark.display()))
+}
+
+/// The pipeline that the binary carries, with its data and state in the demo's folder.
+fn pipeline(data: &Path) -> anyhow::Result<PipelineConfig> {
+    let lookup = |name: &str| match name {
+        "SHARDMILL_DATA" => Some(data.display().to_string()),
+        "SHARDMILL_STATE" => Some(data.join("state").display().to_string()),
+        _ => None,
+    };
+    let mut config = shardmill_config::parse(Path::new("pipeline.toml"), PIPELINE, &lookup)?;
+    config.admin = None;
+    config.state_dir = super::with_trust(config.state_dir);
+    Ok(config)
+}
+
+/// The plugins that the binary carries, by the file that the pipeline names.
+fn bundled_plugin(path: &Path) -> Option<&'static [u8]> {
+    match path.file_name()?.to_str()? {
+        "car-decode.wasm" => Some(include_bytes!("../../../plugins/prebuilt/car-decode.wasm")),
+        "car-transform.wasm" => {
+            Some(include_bytes!("../../../plugins/prebuilt/car-transform.wasm"))
+        }
+        "route-json.wasm" => Some(include_bytes!("../../../plugins/prebuilt/route-json.wasm")),
+        _ => None,
+    }
+}
+
+async fn publish(
+    client: &aws_sdk_kinesis::Client,
+    stream: &StreamRef,
+    cars: u64,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let mut producer = Producer::new(client.clone(), stream.clone());
+    for id in 0..cars {
+        let make = MAKES[id as usize % MAKES.len()];
+        let car = Car { id, make: format!("{make} {id}") };
+        let payload = bincode::serde::encode_to_vec(&car, bincode::config::standard())
+            .context("failed to encode a car")?;
+        let partition_key = format!("partitionKey-{id}");
+        producer.put(NewRecord { partition_key, payload: Bytes::from(payload) }).await?;
+        console.say(format!("publish: {} [# {id}]", car.make));
+    }
+    Ok(producer.flush().await?)
+}
+
+async fn report(data: &Path, board: &Board, letters: &DeadLetters) -> anyhow::Result<Report> {
+    let mart = data.join("cars.db");
+    let rows = rusqlite::Connection::open(&mart)
+        .and_then(|mart| mart.query_row("SELECT count(*) FROM cars", [], |row| row.get(0)))
+        .with_context(|| format!("failed to read {}", mart.display()))?;
+    let logs = data.join("logs");
+    let shards = board.snapshot();
+    Ok(Report {
+        shards: shards
+            .iter()
+            .map(|(shard, status)| ShardReport {
+                shard: shard.to_string(),
+                records: status.records_read,
+            })
+            .collect(),
+        sinks: vec![
+            SinkReport { sink: "mart".into(), rows, place: mart.display().to_string() },
+            SinkReport {
+                sink: "logs".into(),
+                rows: count_lines(&logs)?,
+                place: logs.display().to_string(),
+            },
+        ],
+        dead_letters: letters.count().await?,
+    })
+}
+
+/// Lines over all log files.
+fn count_lines(folder: &Path) -> anyhow::Result<u64> {
+    use std::io::Read as _;
+    let mut lines = 0;
+    for entry in
+        folder.read_dir().with_context(|| format!("failed to read {}", folder.display()))?
+    {
+        let path = entry?.path();
+        if path.is_dir() {
+            lines += count_lines(&path)?;
+        } else if path.extension().is_some_and(|extension| extension == "gz") {
+            let mut text = Vec::new();
+            flate2::read::MultiGzDecoder::new(std::fs::File::open(&path)?)
+                .read_to_end(&mut text)?;
+            lines += text.iter().filter(|byte| **byte == b'\n').count() as u64;
+        }
+    }
+    Ok(lines)
+}
+
+fn say(report: &Report, console: &Console) {
+    if console.json {
+        return;
+    }
+    let mut shards = Table::new();
+    shards.load_style(presets::UTF8_FULL).set_header(["shard", "records read"]);
+    for shard in &report.shards {
+        shards.add_row([shard.shard.clone(), shard.records.to_string()]);
+    }
+    let mut sinks = Table::new();
+    sinks.load_style(presets::UTF8_FULL).set_header(["written by", "rows", "where"]);
+    for sink in &report.sinks {
+        sinks.add_row([sink.sink.clone(), sink.rows.to_string(), sink.place.clone()]);
+    }
+    sinks.add_row(["dead letters".to_owned(), report.dead_letters.to_string(), String::new()]);
+    print_line(shards);
+    print_line(sinks);
+}

@@ -1,0 +1,305 @@
+//! `shardmill objects`: is all that an objects sink claimed there, once?
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::json;
+
+use super::{Console, DEFAULT_PIPELINE, holes, load, stream};
+use shardmill_config::{PipelineConfig, SinkConfig, SinkKind};
+use shardmill_core::escape::escaped;
+use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
+use shardmill_core::sink::Sink as _;
+use shardmill_engine::lane::roster;
+use shardmill_engine::lease::PipelineLock;
+use shardmill_sink_objects::{Audit, ObjectsSink, Recovered};
+use shardmill_state::{Checkpoints, DeadLetters, Hole, Holes, Roster, StateStore, StoredLetter};
+
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Walk the claim logs of objects sinks: gaps, overlaps, and objects that nobody claims.
+    #[command(
+        after_help = "Examples:\n  shardmill objects verify\n  shardmill objects verify pipeline.toml \
+                      --sink logs --content"
+    )]
+    Verify {
+        /// The pipeline's file.
+        #[arg(default_value = DEFAULT_PIPELINE)]
+        pipeline: PathBuf,
+        /// Only this sink; default: every objects sink.
+        #[arg(long, value_name = "NAME")]
+        sink: Option<String>,
+        /// Read every object too, and compare it with its claim.
+        #[arg(long)]
+        content: bool,
+    },
+    /// Give up a shard's last claim, which can never be kept: its rows are run and claimed again.
+    ///
+    /// A claim promises objects. Where one of them can never be written (its name is too long for the
+    /// store, the revision that promised it is gone), the shard is blocked. This command writes into the
+    /// log that the claim is not kept, and removes those of its objects that are there. The pipeline must
+    /// not run.
+    #[command(
+        after_help = "Example:\n  shardmill objects give-up --sink logs --shard shardId-000000000000"
+    )]
+    GiveUp {
+        #[command(flatten)]
+        log: Log,
+    },
+    /// Go on at the checkpoint, where a shard's log has lost a link or its last object.
+    ///
+    /// A lifecycle rule that removes objects by age removes the last ones of a quiet shard too. The log
+    /// then cannot say where it stood. This command writes into it that it goes on at the checkpoint; what
+    /// lies between is recorded as a hole, which `objects verify` names. Rows after the checkpoint that were
+    /// written may come twice. The pipeline must not run.
+    #[command(
+        after_help = "Example:\n  shardmill objects skip --sink logs --shard shardId-000000000000 \
+                      --why \"the bucket keeps 90 days\""
+    )]
+    Skip {
+        #[command(flatten)]
+        log: Log,
+        /// Why; it is kept in the log.
+        #[arg(long, default_value = "a link or the last object was gone")]
+        why: String,
+    },
+}
+
+/// The claim log of a shard.
+#[derive(clap::Args)]
+pub struct Log {
+    /// The pipeline's file.
+    #[arg(default_value = DEFAULT_PIPELINE)]
+    pipeline: PathBuf,
+    /// The objects sink.
+    #[arg(long, value_name = "NAME")]
+    sink: String,
+    /// The shard, such as `shardId-000000000000`.
+    #[arg(long, value_name = "ID")]
+    shard: String,
+}
+
+pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> {
+    match command {
+        Command::Verify { pipeline, sink, content } => {
+            verify(&pipeline, sink.as_deref(), content, console).await
+        }
+        Command::GiveUp { log } => {
+            let Opened { sink, shard, state, _lock } = log.open().await?;
+            let checkpoint = Checkpoints::new(state).checkpoint(&shard).await?;
+            let done = sink.give_up(&shard, checkpoint.as_ref()).await?;
+            let objects = done.objects_removed.len();
+            report(&log, &done, console)?;
+            console.say(format_args!(
+                "sink {}: link {} of {} gives up the claim; {objects} of its objects were there and are \
+                 removed; the next run claims its rows again",
+                log.sink, done.link, log.shard
+            ));
+            Ok(())
+        }
+        Command::Skip { log, why } => {
+            let Opened { sink, shard, state, _lock } = log.open().await?;
+            let checkpoint = Checkpoints::new(state.clone()).checkpoint(&shard).await?;
+            let Some(checkpoint) = checkpoint else {
+                bail!(
+                    "the state has no checkpoint of {}: there is nothing to go on from",
+                    log.shard
+                );
+            };
+            let done = sink.skip(&shard, &checkpoint, &why).await?;
+            if done.from.as_ref() < Some(&checkpoint) {
+                let hole = Hole {
+                    sink: Some(sink.name().clone()),
+                    shard,
+                    from_exclusive: done.from.clone(),
+                    to_inclusive: Some(checkpoint.clone()),
+                    why,
+                };
+                Holes::new(state).record(hole).await?;
+            }
+            report(&log, &done, console)?;
+            let from = done.from.as_ref().map_or("the beginning".to_owned(), Position::to_string);
+            console.say(format_args!(
+                "sink {}: link {} of {} passes over the positions after {from} up to {checkpoint}; the \
+                 next run goes on there",
+                log.sink, done.link, log.shard
+            ));
+            Ok(())
+        }
+    }
+}
+
+/// Refuses to write into a log under a name or at a place that no start has settled: the sink may have another log,
+/// and two with claims would stop the next start.
+async fn refuse_unstarted(
+    config: &PipelineConfig,
+    name: &SinkName,
+    state: &StateStore,
+) -> anyhow::Result<()> {
+    roster::refuse_unsettled(config, state).await?;
+    let place = config.sinks.iter().find(|sink| sink.name.value == *name);
+    let place = place.and_then(|sink| sink.kind.destination()).unwrap_or_default();
+    let roster = Roster::new(state.clone());
+    for stream in roster.streams().await? {
+        let known = roster.known_in(stream).await?;
+        let was = known.destinations.get(name).filter(|was| !was.is_empty() && **was != place);
+        if let Some(was) = was {
+            bail!(
+                "expected sink {name} where it has written, at {was}, found it at {place}: put its `url` back, or \
+                 start the pipeline once (`shardmill run`), which says what is to be decided, and give the \
+                 command again"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Parts that a command for a claim log works with.
+struct Opened {
+    sink: ObjectsSink,
+    shard: ShardKey,
+    /// The state that has the sink's positions.
+    state: StateStore,
+    /// Keeps the pipeline from running meanwhile.
+    _lock: PipelineLock,
+}
+
+impl Log {
+    async fn open(&self) -> anyhow::Result<Opened> {
+        let config = load(&self.pipeline)?;
+        let found = chosen(&config, Some(&self.sink))?;
+        let Some(SinkKind::Objects { url, options, layout }) = found.first().map(|sink| &sink.kind)
+        else {
+            bail!("the pipeline has no objects sink {:?}", self.sink);
+        };
+        let name = SinkName::from(self.sink.as_str());
+        let sink = ObjectsSink::new(name.clone(), url, options, layout.clone())?;
+        let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+        let own = StateStore::open(lock.folder())?;
+        let copies = holes::folder_of_copies(&config);
+        let is_copied = config.letter_sinks.iter().any(|sink| sink.name.value == name);
+        let letters = config.for_letters(copies.clone(), StoredLetter::columns());
+        // Dead letters are copied from the log of the pipeline's own state, with positions in another one.
+        let (state, stream) = match letters.filter(|_| is_copied) {
+            Some(letters) => {
+                ensure!(
+                    copies.join("state.db").exists(),
+                    "expected positions of sink {name} in {}, found none: no dead letter was copied yet; start \
+                     the pipeline first",
+                    copies.display()
+                );
+                let state = StateStore::open(&copies)?;
+                refuse_unstarted(&letters, &name, &state).await?;
+                (state, DeadLetters::new(own).log_stream(&config.name).await?)
+            }
+            None => {
+                refuse_unstarted(&config, &name, &own).await?;
+                let (source, _embedded) = stream::source(&config).await?;
+                (own, source.identity().await?)
+            }
+        };
+        let shard = ShardKey {
+            pipeline: config.name.clone(),
+            stream: Arc::new(stream),
+            shard: ShardId::new(self.shard.clone()),
+        };
+        Ok(Opened { sink, shard, state, _lock: lock })
+    }
+}
+
+fn report(log: &Log, done: &Recovered, console: &Console) -> anyhow::Result<()> {
+    console.report(&json!({
+        "sink": log.sink,
+        "shard": log.shard,
+        "link": done.link,
+        "from": done.from.as_ref().map(Position::to_string),
+        "to": done.to.as_ref().map(Position::to_string),
+        "objects_removed": done.objects_removed,
+    }))
+}
+
+async fn verify(
+    pipeline: &Path,
+    sink: Option<&str>,
+    content: bool,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let config = load(pipeline)?;
+    let mut problems = 0;
+    for own in chosen(&config, sink)? {
+        let SinkKind::Objects { url, options, layout } = &own.kind else { continue };
+        let name = &own.name.value;
+        let sink = ObjectsSink::new(name.clone(), url, options, layout.clone())?;
+        let audit = sink.verify(content).await.context("cannot verify")?;
+        problems += audit.problems.len();
+        // The logs say nothing of what was never given to the sink.
+        let recorded = holes::of(&config, Some(name)).await?;
+        console.report(&json!({ "sink": name.as_str(), "audit": audit, "holes": recorded }))?;
+        say(name.as_str(), &audit, console);
+        holes::say(&config, &recorded, console);
+    }
+    match problems {
+        0 => Ok(()),
+        1 => bail!("1 problem"),
+        _ => bail!("{problems} problems"),
+    }
+}
+
+/// The objects sinks that are meant.
+fn chosen<'c>(
+    config: &'c PipelineConfig,
+    name: Option<&str>,
+) -> anyhow::Result<Vec<&'c SinkConfig>> {
+    let objects = config
+        .sinks
+        .iter()
+        .chain(&config.letter_sinks)
+        .filter(|sink| matches!(sink.kind, SinkKind::Objects { .. }));
+    let objects: Vec<&SinkConfig> =
+        objects.filter(|sink| name.is_none_or(|name| sink.name.value.as_str() == name)).collect();
+    match (objects.is_empty(), name) {
+        (false, _) => Ok(objects),
+        (true, Some(name)) => bail!("the pipeline has no objects sink {name:?}"),
+        (true, None) => bail!("the pipeline has no objects sink"),
+    }
+}
+
+fn say(sink: &str, audit: &Audit, console: &Console) {
+    console.say(format_args!(
+        "sink {sink}: {} objects with {} rows and {} bytes, by {} links of {} logs",
+        audit.objects, audit.rows, audit.bytes, audit.links, audit.logs
+    ));
+    if audit.unfinished > 0 {
+        console.say(format_args!(
+            "{} logs end with a claim whose objects are not all there yet: a run makes them again",
+            audit.unfinished
+        ));
+    }
+    if audit.temporary > 0 {
+        console.say(format_args!(
+            "{} files are being written, or were when their writer was killed: a run removes them",
+            audit.temporary
+        ));
+    }
+    for hole in &audit.holes {
+        let shown = |position: &Option<String>| {
+            position.clone().unwrap_or_else(|| "the beginning".to_owned())
+        };
+        console.say(format_args!(
+            "hole: {}: after {} up to {}: {}",
+            escaped(&hole.log, &[]),
+            shown(&hole.from),
+            shown(&hole.to),
+            escaped(&hole.why, &[])
+        ));
+    }
+    for problem in &audit.problems {
+        console.say(format_args!(
+            "{}: {}: {}",
+            problem.kind,
+            escaped(&problem.place, &[]),
+            escaped(&problem.detail, &[])
+        ));
+    }
+}

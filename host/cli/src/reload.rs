@@ -1,0 +1,63 @@
+//! `shardmill reload`: a running pipeline takes its files over.
+
+use serde_json::Value;
+
+use super::control::{Answer, RunningPipeline};
+use super::{Console, PipelineFile, load, swap};
+use shardmill_serve::admin::control::ReloadQuery;
+
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    pipeline: PipelineFile,
+    /// Say what would change, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub async fn reload(options: Options, console: &Console) -> anyhow::Result<()> {
+    let config = load(&options.pipeline.file)?;
+    let running = RunningPipeline::find(&config).await?;
+    let query = ReloadQuery { dry_run: options.dry_run };
+    tell(running.post("/reload", &query, Vec::new()).await?, options.dry_run, console)
+}
+
+/// Says what a reload has changed, or would.
+pub(super) fn tell(answer: Answer, dry_run: bool, console: &Console) -> anyhow::Result<()> {
+    let report = match answer {
+        Answer::Done(report) => report,
+        Answer::Refused(report) => {
+            swap::say_trial(&report["trial"], console);
+            console.report(&report)?;
+            anyhow::bail!(report["error"].as_str().unwrap_or_default().to_owned());
+        }
+    };
+    let lines = ["stages", "sinks", "settings"].map(|part| report["diff"][part].as_array());
+    let lines: Vec<&str> =
+        lines.into_iter().flatten().flatten().filter_map(Value::as_str).collect();
+    for line in &lines {
+        console.say(line);
+    }
+    for trial in report["trials"].as_array().into_iter().flatten() {
+        console.say(format!("stage {}:", trial[0].as_str().unwrap_or_default()));
+        swap::say_trial(&trial[1], console);
+    }
+    for stage in report["no_trials"].as_array().into_iter().flatten() {
+        let text = |part: usize| stage[part].as_str().unwrap_or_default();
+        console.say(format!("stage {}: no trial: {}", text(0), text(1)));
+    }
+    let generation = report["generation"].as_str().unwrap_or_default();
+    let how = match report["takes_over"].as_bool() {
+        Some(true) => "every lane is let go and taken over anew",
+        _ => "every lane changes at its next batch's boundary",
+    };
+    let may_be_undone = report["may_be_undone"].as_bool().unwrap_or_default();
+    console.say(match (lines.is_empty(), dry_run) {
+        _ if may_be_undone => format!("noted, not in force yet: generation {generation}"),
+        (true, _) => format!("the files say what runs (generation {generation})"),
+        (false, true) => format!("a reload would run generation {generation}: {how}"),
+        (false, false) => format!("reloaded: generation {generation}"),
+    });
+    swap::say_lanes(&report, console);
+    console.report(&report)
+}

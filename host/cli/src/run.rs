@@ -1,0 +1,413 @@
+//! `shardmill run`: a pipeline, until it is told to stop.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::ensure;
+use serde::Serialize;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::{Console, PipelineFile, holes, load, output, sinks, stream};
+use crate::terminal::note;
+use shardmill_config::PipelineConfig;
+use shardmill_config::told;
+use shardmill_core::record::SinkName;
+use shardmill_core::source::ShardSource;
+use shardmill_core::stop::Stop;
+use shardmill_embedded::EmbeddedStream;
+use shardmill_engine::lane::Board;
+use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::letter_log::LetterLogSource;
+use shardmill_engine::supervisor::{RunOptions, Supervisor};
+use shardmill_engine::swap::watch_files;
+use shardmill_kinesis::producer::StreamWriter;
+use shardmill_serve::admin::AdminPort;
+use shardmill_serve::admin::access::Access;
+use shardmill_serve::admin::control::{Control, ControlAddress, ControlPort, ReadConfig};
+use shardmill_serve::intake::IntakePort;
+use shardmill_state::{DeadLetters, StoredLetter};
+
+/// How long after its drain the process has ended.
+const END_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Exit code after a second signal.
+const EXIT_AT_ONCE: i32 = 130;
+/// Exit code when the process had to be ended by force.
+const EXIT_FORCED: i32 = 1;
+
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    pipeline: PipelineFile,
+    /// Stop when every shard is read to its end and every sink has committed it, as a backfill or a test does.
+    #[arg(long)]
+    until_caught_up: bool,
+    /// A sink that was taken out of the file and may be given up although it is behind the others. Once is
+    /// enough: the removal is recorded.
+    #[arg(long, value_name = "NAME")]
+    drop_sink: Vec<String>,
+    /// Run what the files say, and give up what was swapped in: the way out where the record of it
+    /// cannot be read.
+    #[arg(long)]
+    files_count: bool,
+    /// Go on from the sinks' positions although the state folder is older than they are, or another
+    /// state has written to them.
+    #[arg(long)]
+    trust_sinks: bool,
+}
+
+/// What a run did, for its last line.
+#[derive(Serialize)]
+pub(crate) struct Summary {
+    /// Records handed to the sinks.
+    pub records: u64,
+    /// Of these, read again because only some sinks had them.
+    pub replayed: u64,
+    /// Dead letters in the store.
+    pub dead_letters: u64,
+}
+
+pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
+    let config = load(&options.pipeline.file)?;
+    output::leave_to_rows(&config);
+    let stop = stop_on_signals(config.timing.drain_max)?;
+    stop_when_closed(&stop);
+    let until_caught_up = options.until_caught_up;
+    // Servers that do not answer are not waited for: nothing has been read yet.
+    match stop.unless_asked(start(options, config, &stop, console)).await {
+        Some(running) => running?.run(stop.clone(), console).await?,
+        None => {
+            console.say("stopped before it ran");
+        }
+    }
+    // A job that is evicted is not done. A reader of rows that has gone has all that it wanted.
+    ensure!(
+        !until_caught_up || !stop.is_asked() || output::closed().is_cancelled(),
+        "stopped before it had caught up: give the command again to go on"
+    );
+    Ok(())
+}
+
+/// A pipeline and all that stands beside it, ready to run.
+struct Ready {
+    /// SIGHUP, since before anything was begun.
+    hangup: Signal,
+    pipeline: Supervisor,
+    copies: Option<Supervisor>,
+    /// Once the pipeline has ended, no more letters are written.
+    last_letter: CancellationToken,
+    control: Control,
+    control_stop: CancellationToken,
+    intake: Option<(IntakePort, StreamWriter)>,
+    /// The served stream, where this process serves it.
+    _embedded: Option<EmbeddedStream>,
+}
+
+/// Opens the ports, takes the state and validates everything.
+async fn start(
+    options: Options,
+    config: PipelineConfig,
+    stop: &Stop,
+    console: &Console,
+) -> anyhow::Result<Ready> {
+    // Before anything that takes time: until it is heard, a SIGHUP ends the process.
+    let hangup = signal(SignalKind::hangup())?;
+    // Before the ports: of two runs of one pipeline, the second is told who has the pipeline.
+    let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+    // Of a run that was killed: commands find this one once its port is open.
+    ControlAddress::forget(lock.folder())?;
+    let admin = match &config.admin {
+        Some(admin) => Some((AdminPort::open(admin, config.timing.http).await?, admin.clone())),
+        None => None,
+    };
+    let intake_port = match &config.intake {
+        Some(intake) => Some(IntakePort::open(intake, config.timing.http).await?),
+        None => None,
+    };
+    let run_options = RunOptions {
+        dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
+        files_count: options.files_count,
+        trust_sinks: options.trust_sinks,
+        ..RunOptions::new(options.until_caught_up)
+    };
+    let file = options.pipeline.file.clone();
+    let (source, embedded) = stream::source(&config).await?;
+    let intake = match (intake_port, config.source.kinesis()) {
+        (Some(port), Some(kinesis)) => {
+            let client = stream::intake_client(&config, kinesis, embedded.as_ref()).await?;
+            Some((port, StreamWriter::new(client, kinesis.stream.value.clone())))
+        }
+        _ => None,
+    };
+    let (letters_config, watched) = (config.clone(), config.clone());
+    let copied = RunOptions {
+        dropped_sinks: run_options.dropped_sinks.clone(),
+        files_count: run_options.files_count,
+        trust_sinks: run_options.trust_sinks,
+        ..RunOptions::new(false)
+    };
+    let pipeline = prepare_under(lock, config, source, run_options).await?;
+    let last_letter = CancellationToken::new();
+    let copies = prepare_copies(letters_config, &pipeline, last_letter.clone(), copied).await?;
+    holes::say(&watched, &holes::of(&watched, None).await?, console);
+    let read_config: ReadConfig = Arc::new(move || load(&file));
+    let control = Control {
+        swapper: pipeline.swapper(),
+        read_config: read_config.clone(),
+        board: pipeline.board(),
+    };
+    let port = ControlPort::open(pipeline.folder(), watched.timing.http).await?;
+    let control_stop = stop.token().child_token();
+    if let Some((admin, admin_config)) = admin {
+        console.say(format!("admin http://{}", admin.address()));
+        if admin_config.token.is_none() {
+            let path = port.write_token()?;
+            console.say(format!("admin token, for changes: in {}", path.display()));
+        }
+        let access = Access::of(&admin_config, Some(port.token()));
+        let boards = [&pipeline].into_iter().chain(&copies).map(Supervisor::board).collect();
+        admin.serve(boards, Some(control.clone()), access, stop.token().clone());
+    }
+    port.serve(control.clone(), control_stop.clone());
+    if watched.reload.watch {
+        let read = move || read_config();
+        tokio::spawn(watch_files(pipeline.swapper(), watched, read, control_stop.clone()));
+    }
+    let _embedded = embedded;
+    Ok(Ready { hangup, pipeline, copies, last_letter, control, control_stop, intake, _embedded })
+}
+
+impl Ready {
+    /// Runs until the end is asked for, or the pipeline ends by itself.
+    async fn run(self, stop: Stop, console: &Console) -> anyhow::Result<()> {
+        let Self {
+            hangup,
+            pipeline,
+            copies,
+            last_letter,
+            control,
+            control_stop,
+            intake,
+            _embedded,
+        } = self;
+        reload_on_hangup(hangup, control, control_stop.clone());
+        let (board, letters) = (pipeline.board(), pipeline.letters());
+        // Of its own, so that it ends as well when the pipeline ends by itself.
+        let intake_stop = stop.child();
+        let intake = intake.map(|(port, writer)| {
+            console.say(format!("intake http://{}/events", port.address()));
+            port.serve(writer, intake_stop.token().clone())
+        });
+        match stop.unless_asked(pipeline.memory_bound()).await {
+            Some(Ok(bound)) => console.say(format!("memory: {bound}")),
+            // The lanes meet the same error, and say so in their way.
+            Some(Err(error)) => tracing::warn!(%error, "the bound on memory is not known"),
+            None => {}
+        }
+        console.say("running; stop with Ctrl-C or SIGTERM");
+        let ran = run_with_copies(pipeline, copies, last_letter, &stop).await;
+        intake_stop.ask();
+        control_stop.cancel();
+        if let Some(intake) = intake {
+            intake.finished(&intake_stop).await;
+        }
+        ran?;
+        let Some(summary) = stop.until_over(summarize(&board, &letters)).await else {
+            return Ok(());
+        };
+        let summary = summary?;
+        console.say(format!(
+            "stopped: {} records, {} of them replayed, {} dead letters in the store",
+            summary.records, summary.replayed, summary.dead_letters
+        ));
+        console.report(&summary)
+    }
+}
+
+/// The pipeline that copies dead letters to the sinks under `[dead_letters]`, if there are any.
+async fn prepare_copies(
+    config: PipelineConfig,
+    pipeline: &Supervisor,
+    last_letter: CancellationToken,
+    options: RunOptions,
+) -> anyhow::Result<Option<Supervisor>> {
+    let folder = pipeline.folder().join("letters");
+    let Some(config) = config.for_letters(folder, StoredLetter::columns()) else {
+        return Ok(None);
+    };
+    let (letters, name, limits) = (pipeline.letters(), config.name.clone(), config.source.batch);
+    let source = LetterLogSource::new(letters, name, limits, last_letter);
+    let copies = prepare(config, Arc::new(source), options).await?;
+    copies.letters().leave_metrics();
+    Ok(Some(copies))
+}
+
+/// Runs a pipeline and what copies its letters, until both have ended. When one fails, the other is
+/// drained within the same time.
+async fn run_with_copies(
+    pipeline: Supervisor,
+    copies: Option<Supervisor>,
+    last_letter: CancellationToken,
+    stop: &Stop,
+) -> anyhow::Result<()> {
+    let run = async |supervisor: Supervisor| {
+        let ran = supervisor.run_until(stop.clone()).await;
+        if ran.is_err() {
+            stop.ask();
+        }
+        ran
+    };
+    let pipeline = async {
+        let ran = run(pipeline).await;
+        last_letter.cancel();
+        ran
+    };
+    let copies = async {
+        match copies {
+            Some(copies) => run(copies).await,
+            None => Ok(()),
+        }
+    };
+    let (ran, copied) = tokio::join!(pipeline, copies);
+    ran.and(copied)
+}
+
+/// Proves the pipeline with the sinks that its configuration names.
+pub(crate) async fn prepare(
+    config: PipelineConfig,
+    source: Arc<dyn ShardSource>,
+    options: RunOptions,
+) -> anyhow::Result<Supervisor> {
+    let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+    prepare_under(lock, config, source, options).await
+}
+
+async fn prepare_under(
+    lock: PipelineLock,
+    config: PipelineConfig,
+    source: Arc<dyn ShardSource>,
+    options: RunOptions,
+) -> anyhow::Result<Supervisor> {
+    let sinks = sinks::build(&config)?;
+    let host = super::plugin_host(&config)?;
+    let options = RunOptions { build_sinks: Arc::new(sinks::build), ..options };
+    Supervisor::prepare_under(lock, config, host, source, sinks, options).await
+}
+
+/// Drains once the reader of a stdout sink's rows is gone: nobody will take the rows that come.
+fn stop_when_closed(stop: &Stop) {
+    if output::is_for_rows() {
+        ask_when_closed(stop);
+    }
+}
+
+/// Asks for the end once standard output was found closed.
+pub(crate) fn ask_when_closed(stop: &Stop) {
+    let (closed, stop) = (output::closed(), stop.clone());
+    tokio::spawn(async move {
+        closed.cancelled().await;
+        note(format_args!("standard output was closed by its reader; draining"));
+        stop.ask();
+    });
+}
+
+/// Reads the files again at each SIGHUP.
+fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToken) {
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = hangup.recv() => {}
+            }
+            let reloaded = match (control.read_config)() {
+                Ok(config) => {
+                    control.swapper.reload(config, false).await.map_err(|error| error.to_string())
+                }
+                Err(error) => Err(told(&error)),
+            };
+            match reloaded {
+                Ok(report) => {
+                    let changed: Vec<&str> = report.diff.lines().collect();
+                    let (id, changed) = (&report.generation, changed.join("; "));
+                    match report.may_be_undone {
+                        false => note(format_args!("reloaded, generation {id}: {changed}")),
+                        true => note(format_args!(
+                            "not in force yet, generation {id}: {changed}; until the lanes have let go of what \
+                             they have, it may be undone"
+                        )),
+                    }
+                }
+                Err(cause) => note(format_args!("not reloaded: {cause}")),
+            }
+        }
+    });
+}
+
+pub(crate) async fn summarize(board: &Board, letters: &DeadLetters) -> anyhow::Result<Summary> {
+    let shards = board.snapshot();
+    Ok(Summary {
+        records: shards.values().map(|status| status.records_read).sum(),
+        replayed: shards.values().map(|status| status.records_replayed).sum(),
+        dead_letters: letters.count().await?,
+    })
+}
+
+/// The end that the first SIGTERM or SIGINT asks for; a second one ends the process at once.
+///
+/// A thread of its own waits for signals and watches the end: 5 s after its time is over the process has
+/// ended, whatever its other threads do.
+pub(crate) fn stop_on_signals(drain_max: Duration) -> anyhow::Result<Stop> {
+    let stop = Stop::new(drain_max);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Here, so that no signal comes before it is waited for.
+    let (terminate, interrupt) = {
+        let _entered = runtime.enter();
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+    };
+    let watched = stop.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || runtime.block_on(watch_end(watched, terminate, interrupt)))?;
+    Ok(stop)
+}
+
+/// Asks for the end at the first signal, and makes sure that it comes.
+async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        // Something else asks for it, such as a fatal error.
+        () = stop.asked() => {}
+    }
+    if !stop.is_asked() {
+        // First: whoever has nothing to drain ends the process as soon as the end is asked for, and this thread
+        // with it.
+        note(format_args!("draining; once more to stop at once"));
+        stop.ask();
+    }
+    let late = async {
+        stop.over().await;
+        tokio::time::sleep(END_WAIT_MAX).await;
+    };
+    tokio::select! {
+        // Nothing is lost: what is not committed is read again.
+        _ = terminate.recv() => end_now(EXIT_AT_ONCE),
+        _ = interrupt.recv() => end_now(EXIT_AT_ONCE),
+        () = late => {
+            note(format_args!(
+                "error: the process had not ended {} s after its drain of {} s (timing.drain): something \
+                 does not answer; ended by force, what is not committed is read again",
+                END_WAIT_MAX.as_secs(),
+                stop.drain_max().as_secs_f64()
+            ));
+            end_now(EXIT_FORCED)
+        }
+    }
+}
+
+/// Ends the process without what usually comes before: that may wait for a thread that is stuck.
+fn end_now(code: i32) -> ! {
+    crate::stderr::flush(super::LOG_WAIT_MAX);
+    // SAFETY: ends the process, and touches nothing of it.
+    unsafe { libc::_exit(code) }
+}

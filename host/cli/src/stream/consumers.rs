@@ -1,0 +1,92 @@
+//! `shardmill stream consumers`: who reads a stream by enhanced fan-out.
+
+use aws_sdk_kinesis::Client;
+use serde::Serialize;
+
+use super::super::Console;
+use super::Place;
+use shardmill_core::record::StreamRef;
+use shardmill_kinesis::consumers;
+use shardmill_kinesis::consumers::Consumer;
+use shardmill_kinesis::stream;
+
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Show the registered consumers: status, name, ARN.
+    List {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Register a consumer and wait until it is ACTIVE; one that is there already is left as it is.
+    #[command(after_help = "Example:\n  shardmill stream consumers register shardmill")]
+    Register {
+        /// The consumer's name.
+        name: String,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Deregister a consumer and wait until it is gone: what it reads by ends.
+    #[command(after_help = "Example:\n  shardmill stream consumers deregister shardmill")]
+    Deregister {
+        /// The consumer's name.
+        name: String,
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+#[derive(Serialize)]
+struct Report {
+    stream: String,
+    consumers: Vec<ConsumerReport>,
+}
+
+#[derive(Serialize)]
+struct ConsumerReport {
+    consumer: String,
+    arn: String,
+    status: String,
+    created_ms: i64,
+}
+
+/// Does what the command says and reports it.
+pub(super) async fn consumers(command: Command, console: &Console) -> anyhow::Result<()> {
+    match command {
+        Command::List { place } => {
+            let (target, client) = place.connect().await?;
+            list(&client, target.name()?, console).await
+        }
+        Command::Register { name, place } => {
+            let (target, client) = place.connect().await?;
+            let identity = stream::describe(&client, target.name()?).await?.identity;
+            let arn = consumers::register(&client, &identity, &name).await?;
+            console.say(format!("registered consumer {name}"));
+            console.say(format!("  {arn}"));
+            console.report(&serde_json::json!({ "registered": name, "arn": &*arn }))
+        }
+        Command::Deregister { name, place } => {
+            let (target, client) = place.connect().await?;
+            let identity = stream::describe(&client, target.name()?).await?.identity;
+            consumers::deregister(&client, &identity, &name).await?;
+            console.say(format!("deregistered consumer {name}"));
+            console.report(&serde_json::json!({ "deregistered": name }))
+        }
+    }
+}
+
+async fn list(client: &Client, name: &StreamRef, console: &Console) -> anyhow::Result<()> {
+    let identity = stream::describe(client, name).await?.identity;
+    let found = consumers::list(client, &identity).await?;
+    let report =
+        Report { stream: name.to_string(), consumers: found.into_iter().map(reported).collect() };
+    console.say(format!("stream {name}: {} registered consumers", report.consumers.len()));
+    for consumer in &report.consumers {
+        console.say(format!("  {} {} {}", consumer.status, consumer.consumer, consumer.arn));
+    }
+    console.report(&report)
+}
+
+fn reported(consumer: Consumer) -> ConsumerReport {
+    let Consumer { name, arn, status, created_ms } = consumer;
+    ConsumerReport { consumer: name, arn, status, created_ms }
+}

@@ -1,0 +1,145 @@
+//! `shardmill stream put`: the records of files, or of standard input.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+use aws_sdk_kinesis::Client;
+use serde::Serialize;
+
+use super::super::Console;
+use super::super::progress::Progress;
+use shardmill_core::record::StreamRef;
+use shardmill_kinesis::input::{Format, Input, KeyRule};
+use shardmill_kinesis::producer::{Producer, PutReport};
+use shardmill_kinesis::stream;
+
+/// Records between two looks at the progress bar.
+const PROGRESS_RECORDS: u64 = 1_000;
+
+/// What is put, and how.
+#[derive(clap::Args)]
+pub struct PutOptions {
+    /// The files; none, or `-`: standard input.
+    files: Vec<PathBuf>,
+    /// How records lie in the files; default: csv for files whose names end in .csv, else lines.
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+    /// The partition key of all records; default: the record's number, which spreads them.
+    #[arg(long, conflicts_with = "key_field")]
+    key: Option<String>,
+    /// The top-level member of each JSON record that is its partition key.
+    #[arg(long, value_name = "NAME")]
+    key_field: Option<String>,
+    /// Lines to leave out at the beginning of each file.
+    #[arg(long, default_value_t = 0)]
+    skip: u64,
+    /// Put at most one record of a partition key in a request, so that a refused record is never
+    /// overtaken by a later one of its key.
+    #[arg(long)]
+    strict_order: bool,
+}
+
+impl PutOptions {
+    /// Options that say nothing together.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        if self.key_field.is_some() && self.format != Some(Format::Ndjson) {
+            bail!("--key-field takes the key from JSON: add --format ndjson");
+        }
+        if self.skip > 0 && self.format == Some(Format::Binary) {
+            bail!("--skip leaves out lines, and --format binary has none: take one of them away");
+        }
+        Ok(())
+    }
+}
+
+/// What a put did, for its last line.
+#[derive(Serialize)]
+struct PutSummary {
+    records: u64,
+    bytes: u64,
+    retried: u64,
+    seconds: f64,
+    records_per_second: f64,
+}
+
+/// Puts until the stream has all of it, and says how fast.
+pub(super) async fn put(
+    client: Client,
+    name: &StreamRef,
+    options: PutOptions,
+    console: &Console,
+) -> anyhow::Result<()> {
+    stream::describe(&client, name).await?;
+    let begun = Instant::now();
+    let mut producer = Producer::new(client, name.clone()).strict_order(options.strict_order);
+    let mut progress = Progress::start(&format!("putting records on {name}"), None);
+    let key = match (options.key, options.key_field) {
+        (Some(key), _) => KeyRule::Fixed(key),
+        (None, Some(member)) => KeyRule::Member(member),
+        (None, None) => KeyRule::Number,
+    };
+    let mut number = 0u64;
+    for file in input_files(options.files) {
+        let (reader, place) = open_input(file.as_deref())?;
+        let format = options.format.unwrap_or_else(|| format_of(file.as_deref()));
+        let mut input = Input::new(reader, place, format, key.clone(), number);
+        input.skip_lines(options.skip)?;
+        while let Some(record) = input.next_record()? {
+            producer.put(record).await?;
+            number += 1;
+            if number.is_multiple_of(PROGRESS_RECORDS) {
+                progress.at(number, &rate(producer.report(), begun));
+            }
+        }
+    }
+    producer.flush().await?;
+    progress.done();
+    let (report, seconds) = (producer.report(), begun.elapsed().as_secs_f64());
+    let summary = PutSummary {
+        records: report.records,
+        bytes: report.bytes,
+        retried: report.retried,
+        seconds,
+        records_per_second: report.records as f64 / seconds.max(f64::EPSILON),
+    };
+    console.say(format!(
+        "put {} records, {} bytes, {} retried, in {seconds:.1} s ({:.0} records/s)",
+        summary.records, summary.bytes, summary.retried, summary.records_per_second
+    ));
+    console.report(&summary)
+}
+
+/// The files that were named; none, or `-`: standard input, as `None`.
+fn input_files(files: Vec<PathBuf>) -> Vec<Option<PathBuf>> {
+    match files.is_empty() {
+        true => vec![None],
+        false => files.into_iter().map(|file| (file != Path::new("-")).then_some(file)).collect(),
+    }
+}
+
+/// By the name of the file.
+fn format_of(file: Option<&Path>) -> Format {
+    let extension = file.and_then(Path::extension);
+    match extension.is_some_and(|name| name.eq_ignore_ascii_case("csv")) {
+        true => Format::Csv,
+        false => Format::Lines,
+    }
+}
+
+fn open_input(file: Option<&Path>) -> anyhow::Result<(Box<dyn BufRead + Send>, String)> {
+    let Some(path) = file else {
+        return Ok((Box::new(BufReader::new(std::io::stdin())), "standard input".into()));
+    };
+    let opened = std::fs::File::open(path);
+    let opened =
+        opened.with_context(|| format!("failed to read {}", shardmill_core::escape::path(path)))?;
+    Ok((Box::new(BufReader::new(opened)), path.display().to_string()))
+}
+
+/// How much the stream has, and how quickly it came.
+fn rate(report: PutReport, begun: Instant) -> String {
+    let per_second = report.records as f64 / begun.elapsed().as_secs_f64().max(f64::EPSILON);
+    format!("{}, {per_second:.0} records/s", bytesize::ByteSize(report.bytes))
+}

@@ -1,0 +1,289 @@
+//! The readers of single values: each proves one value or notes a problem at its place.
+//!
+//! A reader that returns `None` has noted a problem; the caller goes on, so that one run of the
+//! program shows all that is wrong.
+
+use std::net::SocketAddr;
+use std::ops::{Range, RangeInclusive};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::diagnostic::{Problem, suggest};
+use super::raw::{Count, Maybe, Size, Span, Text};
+use super::{ConfigError, ConfigFile, Located};
+use shardmill_core::values::Values;
+
+/// Longer names do not fit into object keys and file names beside what else they hold.
+const NAME_CHARS_MAX: usize = 64;
+
+/// Connections that a port may keep at once: fewer are used up by one browser, more by no proxy.
+pub(super) const CONNECTIONS_ALLOWED: RangeInclusive<u64> = 4..=65_536;
+
+/// Collects the problems of one file.
+pub(super) struct Check<'a> {
+    file: &'a Arc<ConfigFile>,
+    problems: Vec<Problem>,
+    /// The values of variables that stand in the file.
+    values: Values,
+}
+
+impl<'a> Check<'a> {
+    pub fn new(file: &'a Arc<ConfigFile>) -> Self {
+        Self { file, problems: Vec::new(), values: Values::default() }
+    }
+
+    /// Hides the value of a variable in all problems that follow.
+    pub fn hide(&mut self, name: &str, value: &str) {
+        self.values.add(name, value);
+    }
+
+    /// The values of variables that stand in the file.
+    pub fn values(&self) -> &Values {
+        &self.values
+    }
+
+    /// Notes a problem.
+    pub fn problem(
+        &mut self,
+        span: Range<usize>,
+        message: impl Into<String>,
+        help: impl Into<String>,
+    ) {
+        let (message, help) = (self.values.hide(message.into()), self.values.hide(help.into()));
+        self.problems.push(Problem::new(self.file, Some(span), message, help));
+    }
+
+    /// Adds to the way out of the problem noted last.
+    pub fn more_help(&mut self, help: &str) {
+        if let Some(problem) = self.problems.last_mut() {
+            problem.more_help(help);
+        }
+    }
+
+    /// Whether anything is wrong so far.
+    pub fn failed(&self) -> bool {
+        !self.problems.is_empty()
+    }
+
+    /// The text as written at a place.
+    pub fn text(&self, span: &Range<usize>) -> &'a str {
+        self.file.text.get(span.clone()).unwrap_or_default()
+    }
+
+    /// A place as `FILE:LINE:COLUMN`.
+    pub fn place(&self, span: &Range<usize>) -> String {
+        self.file.place(span)
+    }
+
+    /// The value if nothing was wrong, else all that was.
+    pub fn finish<T>(mut self, value: Option<T>) -> Result<T, ConfigError> {
+        if value.is_none() && self.problems.is_empty() {
+            self.problem(0..0, "the configuration is incomplete", "");
+        }
+        match (value, ConfigError::from_problems(self.problems)) {
+            (_, Some(error)) => Err(error),
+            (Some(value), None) => Ok(value),
+            (None, None) => unreachable!("a missing value has just been noted as a problem"),
+        }
+    }
+
+    /// A length of time within a range.
+    pub fn duration(
+        &mut self,
+        raw: &Maybe<Span>,
+        default: Duration,
+        allowed: RangeInclusive<Duration>,
+    ) -> Option<Duration> {
+        let Some(raw) = raw else { return Some(default) };
+        let text = &raw.get_ref().0;
+        let value = match humantime::parse_duration(text) {
+            Ok(value) => value,
+            Err(cause) => {
+                let message = format!("{text:?} is no duration: {}", duration_fault(&cause));
+                self.problem(raw.span(), message, "write for example \"200 ms\" or \"5 min\"");
+                return None;
+            }
+        };
+        self.within(raw.span(), value, allowed, |value| {
+            humantime::format_duration(*value).to_string()
+        })
+    }
+
+    /// A number of bytes within a range.
+    pub fn size(
+        &mut self,
+        raw: &Maybe<Size>,
+        default: usize,
+        allowed: RangeInclusive<usize>,
+    ) -> Option<usize> {
+        let Some(raw) = raw else { return Some(default) };
+        let text = &raw.get_ref().0;
+        let Some(value) = text.parse::<ByteSize>().ok().and_then(|size| size.0.try_into().ok())
+        else {
+            let message = format!("{text:?} is no size");
+            let help = "write for example \"256 KiB\", \"64 MiB\" or \"1 GiB\"";
+            self.problem(raw.span(), message, help);
+            return None;
+        };
+        self.within(raw.span(), value, allowed, |value| bytes_text(*value))
+    }
+
+    /// A whole number within a range.
+    pub fn count<T: TryFrom<u64>>(
+        &mut self,
+        raw: &Maybe<Count>,
+        default: T,
+        allowed: RangeInclusive<u64>,
+    ) -> Option<T> {
+        let Some(raw) = raw else { return Some(default) };
+        let value = self.within(raw.span(), raw.get_ref().0, allowed, u64::to_string)?;
+        T::try_from(value).ok()
+    }
+
+    fn within<T: PartialOrd>(
+        &mut self,
+        span: Range<usize>,
+        value: T,
+        allowed: RangeInclusive<T>,
+        show: impl Fn(&T) -> String,
+    ) -> Option<T> {
+        if allowed.contains(&value) {
+            return Some(value);
+        }
+        let (least, most) = (show(allowed.start()), show(allowed.end()));
+        let message = format!("{} is out of range", show(&value));
+        self.problem(span, message, format!("allowed: {least} to {most}"));
+        None
+    }
+
+    /// One of several words.
+    pub fn choice<T: Copy>(
+        &mut self,
+        raw: &Maybe<Text>,
+        noun: &str,
+        default: T,
+        words: &[(&str, T)],
+    ) -> Option<T> {
+        let Some(raw) = raw else { return Some(default) };
+        let text = raw.get_ref().0.as_str();
+        if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
+            return Some(*value);
+        }
+        let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+        let help = suggest(text, "allowed", &words);
+        self.problem(raw.span(), format!("{text:?} is no {noun}"), help);
+        None
+    }
+
+    /// The `type` of a table, which decides the keys that it may have.
+    pub fn table_type(
+        &mut self,
+        table: &Spanned<DeValue<'_>>,
+        noun: &str,
+        types: &'static [&'static str],
+    ) -> Option<&'static str> {
+        let example = format!("add type = ...; {}", suggest("", "allowed", types));
+        let Some(table_value) = table.get_ref().as_table() else {
+            return types.first().copied(); // What it is instead is told by whoever reads it.
+        };
+        let Some(kind) = table_value.get("type") else {
+            self.problem(table.span(), "the key `type` is missing", example);
+            return None;
+        };
+        let Some(text) = kind.get_ref().as_str() else {
+            self.problem(kind.span(), format!("a {noun}'s type is text in quotes"), example);
+            return None;
+        };
+        let known = types.iter().copied().find(|known| *known == text);
+        if known.is_none() {
+            let help = suggest(text, "allowed", types);
+            self.problem(kind.span(), format!("{text:?} is no {noun} type"), help);
+        }
+        known
+    }
+
+    /// An address with a port, on loopback only; `why` says what forbids another.
+    pub fn loopback(
+        &mut self,
+        raw: &Spanned<Text>,
+        noun: &str,
+        example: &str,
+        why: &str,
+    ) -> Option<SocketAddr> {
+        let address = self.address(raw, example)?;
+        if !address.ip().is_loopback() {
+            let message = format!("the {noun} port cannot listen on {}", address.ip());
+            let help = format!("{why}: \"127.0.0.1:{}\"", address.port());
+            self.problem(raw.span(), message, help);
+            return None;
+        }
+        Some(address)
+    }
+
+    /// An address with a port.
+    pub fn address(&mut self, raw: &Spanned<Text>, example: &str) -> Option<SocketAddr> {
+        let text = &raw.get_ref().0;
+        let address = text.parse::<SocketAddr>();
+        if address.is_err() {
+            let message = format!("{text:?} is no address with a port");
+            self.problem(raw.span(), message, format!("write for example \"{example}\""));
+        }
+        address.ok()
+    }
+
+    /// A name that is safe in object keys, file names, metrics and log lines.
+    pub fn name<N: for<'n> From<&'n str>>(
+        &mut self,
+        raw: &Spanned<Text>,
+        noun: &str,
+    ) -> Option<Located<N>> {
+        let text = raw.get_ref().0.as_str();
+        let fits = text.len() <= NAME_CHARS_MAX
+            && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+        if fits {
+            return Some(Located { value: N::from(text), span: raw.span() });
+        }
+        let help = format!(
+            "letters, digits, `-` and `_`, starting with a letter or digit, at most \
+             {NAME_CHARS_MAX} characters"
+        );
+        self.problem(raw.span(), format!("{text:?} cannot name a {noun}"), help);
+        None
+    }
+
+    /// Text that is not empty.
+    pub fn filled(&mut self, raw: &Spanned<Text>, noun: &str) -> Option<String> {
+        let text = &raw.get_ref().0;
+        if text.trim().is_empty() {
+            self.problem(raw.span(), format!("the {noun} is empty"), format!("name a {noun}"));
+            return None;
+        }
+        Some(text.clone())
+    }
+}
+
+/// What is wrong with a duration, shortly.
+fn duration_fault(cause: &humantime::DurationError) -> String {
+    match cause {
+        humantime::DurationError::UnknownUnit { unit, .. } if unit.is_empty() => {
+            "its unit is missing".to_owned()
+        }
+        humantime::DurationError::UnknownUnit { unit, .. } => format!("unknown unit {unit:?}"),
+        humantime::DurationError::Empty => "it is empty".to_owned(),
+        cause => cause.to_string(),
+    }
+}
+
+/// Bytes as people write them: exactly, with the largest unit that divides them.
+pub(super) fn bytes_text(bytes: usize) -> String {
+    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    match units.iter().find(|(shift, _)| bytes > 0 && bytes.trailing_zeros() >= *shift) {
+        Some((shift, unit)) => format!("{} {unit}", bytes >> shift),
+        None => format!("{bytes} B"),
+    }
+}

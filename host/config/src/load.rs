@@ -1,0 +1,440 @@
+//! From a file to a [`PipelineConfig`]: parse, replace variables, read each table, check that
+//! the tables fit together.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue, ValueDeserializer};
+
+use super::check::{CONNECTIONS_ALLOWED, Check};
+use super::diagnostic::suggest;
+use super::env::{Lookup, substitute_table};
+use super::raw::{RawAdmin, RawDeadLetters, RawPipeline, Text};
+use super::{
+    AdminConfig, ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax,
+    ReloadConfig, Secret, SinkConfig, Timing, bindings, intake, lookup, reload, sink, source,
+    stage, timing,
+};
+use shardmill_core::record::PipelineName;
+
+/// The tables of a file.
+const TABLES: [&str; 10] = [
+    "pipeline",
+    "source",
+    "stage",
+    "sink",
+    "dead_letters",
+    "lookup",
+    "reload",
+    "timing",
+    "admin",
+    "intake",
+];
+
+/// The default of `buffer`: the largest commit by default has 64 MiB of payload in up to 100,000 rows, each
+/// of which holds some 360 bytes beside it. With less, one shard's objects would be cut before they are full.
+const BUFFER_BYTES: usize = 100 << 20;
+/// The range of `buffer`: below it, hardly one batch fits; above it, no machine.
+const BUFFER_BYTES_MIN: usize = 1 << 20;
+const BUFFER_BYTES_MAX: usize = 64 << 30;
+/// Connections of the admin port, and those of one peer that is not on this machine.
+const ADMIN_CONNECTIONS: usize = 128;
+const CONNECTIONS_PER_PEER: usize = 32;
+/// 0: any number.
+const PER_PEER_ALLOWED: std::ops::RangeInclusive<u64> = 0..=65_536;
+/// The range of `dead_letters.bytes`: below it, hardly one dead letter fits.
+const LETTER_BYTES_MIN: usize = 1 << 20;
+const LETTER_BYTES_MAX: usize = 1 << 50;
+
+/// Reads and proves a configuration file; `lookup` is where `${VAR}` comes from.
+///
+/// Relative paths in it are relative to its folder.
+///
+/// # Errors
+/// Everything that the file alone shows to be wrong, each with its place and a way out.
+pub fn load(path: &Path, lookup: Lookup) -> Result<PipelineConfig, ConfigError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|cause| ConfigError::unreadable(path, &cause))?;
+    parse(path, text, lookup)
+}
+
+/// Proves a configuration that is at hand as text; `path` is what errors name, and its folder is
+/// what relative paths start from.
+///
+/// # Errors
+/// As [`load`].
+pub fn parse(
+    path: impl Into<PathBuf>,
+    text: impl Into<String>,
+    lookup: Lookup,
+) -> Result<PipelineConfig, ConfigError> {
+    let file = Arc::new(ConfigFile { path: path.into(), text: text.into() });
+    let mut check = Check::new(&file);
+    let config = read(&file, lookup, &mut check);
+    check.finish(config)
+}
+
+fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<PipelineConfig> {
+    let mut root = match DeTable::parse(&file.text) {
+        Ok(root) => root.into_inner(),
+        Err(error) => {
+            let span = error.span().unwrap_or_default();
+            let help = match error.message() {
+                "duplicate key" => "keep one of the two",
+                _ => "check the quotes, brackets and commas here and on the line before",
+            };
+            check.problem(span, format!("this is no TOML: {}", error.message()), help);
+            return None;
+        }
+    };
+    let fingerprints = sink::fingerprints(&root, check);
+    let stage_texts = stage::written(&root, file);
+    substitute_table(&mut root, variables, check);
+    if check.failed() {
+        return None; // What an unset variable would have said is anyone's guess.
+    }
+    let base = file.path.parent().unwrap_or(Path::new(""));
+    let sections = Sections::split(root, check);
+
+    let pipeline = sections.pipeline.and_then(|table| pipeline(table, check));
+    let buffer = pipeline.as_ref().map_or(BUFFER_BYTES, |pipeline| pipeline.buffer_bytes_max);
+    let source = sections.source.and_then(|table| source::read(table, base, check));
+    let names = bindings::Names::collect(&sections.stages, &sections.sinks, &sections.lookups);
+    let (stages_written, sinks_written) = (sections.stages.len(), sections.sinks.len());
+    let stages = sections.stages.into_iter().zip(stage_texts);
+    let stages = stages.filter_map(|(table, text)| stage::read(table, &text, base, &names, check));
+    let stages: Vec<_> = stages.collect();
+    let sinks = sections.sinks.into_iter().zip(fingerprints);
+    let sinks: Vec<_> =
+        sinks.filter_map(|(table, print)| sink::read(table, print, base, buffer, check)).collect();
+    let lookups = sections.lookups.into_iter();
+    let lookups: Vec<_> = lookups.filter_map(|table| lookup::read(table, base, check)).collect();
+    lookup::check_unique(&lookups, check);
+    let reload = match sections.reload {
+        Some(table) => reload::read(table, check),
+        None => Some(ReloadConfig::default()),
+    };
+    let timing = match sections.timing {
+        Some(table) => timing::read(table, check),
+        None => Some(Timing::default()),
+    };
+    let admin = sections.admin.map(|table| admin(table, check));
+    let intake = sections.intake.map(|table| intake::read(table, source.as_ref(), check));
+
+    let letter_sinks = sections.dead_letters.and_then(|table| shaped(table, check));
+    let RawDeadLetters { sinks: letter_sinks, bytes } = letter_sinks.unwrap_or_default();
+    let is_set = bytes.is_some();
+    let letter_bytes_max =
+        is_set.then(|| check.size(&bytes, 0, LETTER_BYTES_MIN..=LETTER_BYTES_MAX));
+
+    names.check_unique(check);
+    bindings::check_letter_sinks(&letter_sinks, &names, &stages, check);
+    bindings::check_renamed(&sinks, &names, check);
+    let is_for_letters = |sink: &SinkConfig| {
+        letter_sinks.iter().any(|name| name.get_ref().0 == sink.name.value.as_str())
+    };
+    let all_sinks = sinks.len();
+    let (letter_sinks, sinks): (Vec<_>, Vec<_>) = sinks.into_iter().partition(is_for_letters);
+    if stages.len() == stages_written && all_sinks == sinks_written {
+        bindings::check_bound(&stages, &sinks, check);
+    }
+    let pipeline = pipeline?;
+    Some(PipelineConfig {
+        file: Arc::clone(file),
+        name: pipeline.name,
+        state_dir: base.join(pipeline.state_dir).into(),
+        source: source?,
+        stages,
+        sinks,
+        letter_sinks,
+        letter_bytes_max: match letter_bytes_max {
+            Some(bytes) => Some(bytes?),
+            None => None,
+        },
+        lookups,
+        buffer_bytes_max: pipeline.buffer_bytes_max,
+        rejected_max: pipeline.rejected_max,
+        on_position_mismatch: pipeline.on_position_mismatch,
+        timing: timing?,
+        reload: reload?,
+        admin: match admin {
+            Some(admin) => Some(admin?),
+            None => None,
+        },
+        intake: match intake {
+            Some(intake) => Some(intake?),
+            None => None,
+        },
+        values: check.values().clone(),
+    })
+}
+
+/// The file's tables, each to be read on its own: one with an error does not hide the next.
+struct Sections<'i> {
+    pipeline: Option<Spanned<DeValue<'i>>>,
+    source: Option<Spanned<DeValue<'i>>>,
+    stages: Vec<Spanned<DeValue<'i>>>,
+    sinks: Vec<Spanned<DeValue<'i>>>,
+    lookups: Vec<Spanned<DeValue<'i>>>,
+    dead_letters: Option<Spanned<DeValue<'i>>>,
+    reload: Option<Spanned<DeValue<'i>>>,
+    timing: Option<Spanned<DeValue<'i>>>,
+    admin: Option<Spanned<DeValue<'i>>>,
+    intake: Option<Spanned<DeValue<'i>>>,
+}
+
+impl<'i> Sections<'i> {
+    fn split(mut root: DeTable<'i>, check: &mut Check) -> Self {
+        let sections = Self {
+            pipeline: required(&mut root, "[pipeline]", "name = \"cars\"", check),
+            source: required(&mut root, "[source]", "type = \"kinesis\"", check),
+            // Without a stage, records go to the sinks as they came.
+            stages: match root.contains_key("stage") {
+                true => tables(&mut root, "[[stage]]", "plugin = \"decode.wasm\"", check),
+                false => Vec::new(),
+            },
+            sinks: tables(&mut root, "[[sink]]", "type = \"stdout\"", check),
+            lookups: match root.contains_key("lookup") {
+                true => tables(&mut root, "[[lookup]]", "name = \"customers\"", check),
+                false => Vec::new(),
+            },
+            dead_letters: root.remove("dead_letters"),
+            reload: root.remove("reload"),
+            timing: root.remove("timing"),
+            admin: root.remove("admin"),
+            intake: root.remove("intake"),
+        };
+        for key in root.keys() {
+            let name = key.get_ref();
+            let message = format!("there is no table or top-level key `{name}`");
+            check.problem(key.span(), message, suggest(name, "allowed", &TABLES));
+        }
+        sections
+    }
+}
+
+fn required<'i>(
+    root: &mut DeTable<'i>,
+    header: &str,
+    example: &str,
+    check: &mut Check,
+) -> Option<Spanned<DeValue<'i>>> {
+    let table = root.remove(header.trim_matches(['[', ']']));
+    if table.is_none() {
+        let help = format!("add {header} with {example} and what else belongs to it");
+        check.problem(0..0, format!("the table {header} is missing"), help);
+    }
+    table
+}
+
+/// The elements of `[[header]]`, at least one.
+fn tables<'i>(
+    root: &mut DeTable<'i>,
+    header: &str,
+    example: &str,
+    check: &mut Check,
+) -> Vec<Spanned<DeValue<'i>>> {
+    let Some(value) = required(root, header, example, check) else { return Vec::new() };
+    let span = value.span();
+    match value.into_inner() {
+        DeValue::Array(values) if !values.is_empty() => values.into_iter().collect(),
+        DeValue::Array(_) => {
+            check.problem(span, format!("there is no {header}"), "add at least one");
+            Vec::new()
+        }
+        _ => {
+            let help = format!("write {header}, with two brackets: there may be several");
+            check.problem(span, format!("{header} is a list of tables"), help);
+            Vec::new()
+        }
+    }
+}
+
+/// Reads one table by its shape.
+pub(super) fn shaped<T: DeserializeOwned>(
+    table: Spanned<DeValue<'_>>,
+    check: &mut Check,
+) -> Option<T> {
+    let span = table.span();
+    refuse_lists(&table, check)?;
+    let shaped = T::deserialize(ValueDeserializer::from(table));
+    shaped.map_err(|error| misshapen(&error, span, check)).ok()
+}
+
+/// The keys of these tables that take a list: the columns of a sink's key, the sinks of dead letters, the
+/// statuses that refuse rows, the names of the admin port, the origins of the intake.
+const LISTS: [&str; 5] = ["key", "sinks", "refuse", "hosts", "origins"];
+
+/// serde would take a list for a table, its values in the order of the fields. No table of ours
+/// is a list, and of their keys only [`LISTS`] take one.
+fn refuse_lists(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<()> {
+    let within = table.get_ref().as_table().into_iter().flat_map(|table| table.iter());
+    let within =
+        within.filter(|(key, _)| !LISTS.contains(&&**key.get_ref())).map(|(_, value)| value);
+    let values = std::iter::once(table).chain(within);
+    let lists: Vec<_> = values.filter(|value| value.get_ref().is_array()).collect();
+    for list in &lists {
+        check.problem(list.span(), "a list does not fit here", "write a single value or a table");
+    }
+    lists.is_empty().then_some(())
+}
+
+/// Says in the user's words what serde found. Its own words would show values, and a value may
+/// have come from a variable that is a secret.
+fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
+    let message = error.message();
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let span = error.span().unwrap_or(table);
+    if message.starts_with("unknown field") {
+        let (key, known) = quoted.split_first().map_or(("", &[][..]), |(key, known)| (*key, known));
+        check.problem(span, format!("unknown key `{key}`"), suggest(key, "allowed", known));
+    } else if message.starts_with("missing field") {
+        let key = quoted.first().copied().unwrap_or_default();
+        check.problem(span, format!("the key `{key}` is missing"), format!("add {}", example(key)));
+    } else if let Some((found, due)) = mismatch(message) {
+        let help = match due {
+            "a sequence" => "a list in brackets, such as [\"mart\", \"logs\"]",
+            "a boolean" => "true or false, without quotes",
+            "a map" => "a table",
+            due => due,
+        };
+        check.problem(span, format!("{found} does not fit here"), format!("write {help}"));
+    } else {
+        check.problem(span, message, "change this value");
+    }
+}
+
+/// Kind of value found, and what was due, of serde's "invalid type: string "x", expected y".
+fn mismatch(message: &str) -> Option<(&'static str, &str)> {
+    let (prefix, rest) = message.split_once(": ")?;
+    let due = rest.split_once(", expected ").map(|(_, due)| due)?;
+    let found = match rest.split([' ', ',']).next()? {
+        _ if prefix == "invalid value" => "this number",
+        "string" => "text",
+        "integer" => "a whole number",
+        "floating" => "a number with a decimal point",
+        "boolean" => "true or false",
+        "sequence" => "a list",
+        "map" => "a table",
+        _ => "this value",
+    };
+    prefix.starts_with("invalid").then_some((found, due))
+}
+
+fn example(key: &str) -> String {
+    match key {
+        "name" => "a name of your choice, such as name = \"cars\"".into(),
+        "type" => "the type, such as type = \"kinesis\" for the source".into(),
+        "query" => {
+            "the query, such as query = \"SELECT id, name FROM customers WHERE id = ANY($1)\""
+                .into()
+        }
+        "host" => "the host, such as host = \"api.example.com\"".into(),
+        "stream" => "the stream's name, such as stream = \"test\"".into(),
+        "plugin" => "the component's file, such as plugin = \"decode.wasm\"".into(),
+        "path" => "the database file, such as path = \"data/cars.db\"".into(),
+        "table" => "the table's name, such as table = \"cars\"".into(),
+        "url" => "the destination, such as url = \"data/logs\" or \"s3://bucket/logs\"".into(),
+        "shards" => "the number of shards, such as shards = 5".into(),
+        key => format!("{key} = ..."),
+    }
+}
+
+/// What `[pipeline]` says.
+struct Pipeline {
+    name: PipelineName,
+    state_dir: PathBuf,
+    buffer_bytes_max: usize,
+    rejected_max: RejectedMax,
+    on_position_mismatch: OnPositionMismatch,
+}
+
+fn pipeline(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Pipeline> {
+    let raw: RawPipeline = shaped(table, check)?;
+    let name = check.name::<PipelineName>(&raw.name, "pipeline");
+    let state_dir = match &raw.state_dir {
+        Some(path) => check.filled(path, "state folder"),
+        None => Some("state".to_owned()),
+    };
+    let buffer = check.size(&raw.buffer, BUFFER_BYTES, BUFFER_BYTES_MIN..=BUFFER_BYTES_MAX);
+    let default = RejectedMax::default();
+    let of_last_1000 = check.count(&raw.rejected_of_last_1000, default.of_last_1000, 0..=1_000);
+    let in_a_row = check.count(&raw.rejected_in_a_row, default.in_a_row, 0..=1_000_000);
+    let on_position_mismatch = check.choice(
+        &raw.on_position_mismatch,
+        "answer to a position mismatch",
+        OnPositionMismatch::Stop,
+        &[
+            ("stop", OnPositionMismatch::Stop),
+            ("sink", OnPositionMismatch::Sink),
+            ("checkpoint", OnPositionMismatch::Checkpoint),
+        ],
+    );
+    Some(Pipeline {
+        name: name?.value,
+        state_dir: state_dir?.into(),
+        buffer_bytes_max: buffer?,
+        rejected_max: RejectedMax { of_last_1000: of_last_1000?, in_a_row: in_a_row? },
+        on_position_mismatch: on_position_mismatch?,
+    })
+}
+
+fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<AdminConfig> {
+    let raw: RawAdmin = shaped(table, check)?;
+    let mut token = |raw: &Option<Spanned<Text>>| match raw {
+        Some(raw) => check.filled(raw, "token").map(|text| Some(Secret::new(text))),
+        None => Some(None),
+    };
+    let (own, read) = (token(&raw.token), token(&raw.read_token));
+    let (own, read) = (own?, read?);
+    if let (Some(own), Some(read), Some(at)) = (&own, &read, &raw.read_token)
+        && own == read
+    {
+        let help = "choose another one, so that who may read the metrics cannot change what runs";
+        check.problem(at.span(), "`read_token` is the same as `token`", help);
+        return None;
+    }
+    let is_guarded = own.is_some() || read.is_some();
+    let listen = match raw.listen {
+        None => Some(([127, 0, 0, 1], 9901).into()),
+        Some(listen) if is_guarded => check.address(&listen, "127.0.0.1:9901"),
+        Some(listen) => {
+            let why = "add `token = \"${ADMIN_TOKEN}\"`, which requests must bring then, or listen on \
+                       loopback";
+            check.loopback(&listen, "admin", "127.0.0.1:9901", why)
+        }
+    };
+    let hosts = host_names(&raw.hosts, check);
+    let connections = check.count(&raw.connections, ADMIN_CONNECTIONS, CONNECTIONS_ALLOWED);
+    let per_peer = check.count(&raw.connections_per_peer, CONNECTIONS_PER_PEER, PER_PEER_ALLOWED);
+    Some(AdminConfig {
+        listen: listen?,
+        token: own,
+        read_token: read,
+        hosts: hosts?,
+        connections_max: connections?,
+        per_peer_max: per_peer.map(|max| (max > 0).then_some(max))?,
+    })
+}
+
+/// Reads names of hosts, without scheme and port.
+fn host_names(raw: &[Spanned<Text>], check: &mut Check) -> Option<Vec<String>> {
+    let mut names = Vec::new();
+    for text in raw {
+        let written = &text.get_ref().0;
+        let is_of_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let is_name = !written.is_empty() && written.chars().all(is_of_name);
+        match is_name && written.parse::<std::net::IpAddr>().is_err() {
+            true => names.push(written.trim_end_matches('.').to_ascii_lowercase()),
+            false => {
+                let help = "write a name alone, without scheme, port and wildcard: \
+                            \"mill.example.com\"; addresses and localhost need no entry";
+                check.problem(text.span(), format!("{written:?} is not the name of a host"), help);
+            }
+        }
+    }
+    (names.len() == raw.len()).then_some(names)
+}

@@ -1,0 +1,408 @@
+//! A bound on bytes that several hold together: the sinks' buffers, what readers read ahead, the
+//! intake's requests. Memory is bounded by configuration, never by luck.
+//!
+//! Each lane has an [`Account`]: half of the bytes is reserved in equal parts for the accounts, half is
+//! common, so that a lane that is blocked never stops another (`ledger.rs` says who gets what when). Over
+//! the sinks' budget, the largest buffers are asked to commit, so that a sink that rolls hourly gives way
+//! to the shards that read.
+
+mod answer;
+pub mod ledger;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+pub use self::answer::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX, held_while_read};
+pub use self::ledger::LongWait;
+use self::ledger::{AccountId, BufferId, Ledger, Limits, Ticket};
+
+/// How long who went beyond the bound may stand still until another may, unless it is configured.
+const TURN_MAX: Duration = Duration::from_secs(10);
+/// How often those who wait look again: time passes the turn on.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A budget; its clones share it.
+#[derive(Clone)]
+pub struct Budget {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    bytes_max: usize,
+    /// The metric that shows what is held.
+    gauge: &'static str,
+    state: Mutex<State>,
+}
+
+struct State {
+    ledger: Ledger,
+    /// Whom to wake when a ticket has its bytes.
+    wakers: HashMap<Ticket, Arc<Notify>>,
+    /// Whom to wake when a buffer is to be committed.
+    committers: HashMap<BufferId, Arc<Notify>>,
+    looked_at: Instant,
+}
+
+/// A lane's account in a budget; it is closed when dropped, and what it took is counted on.
+pub struct Account {
+    shared: Arc<Shared>,
+    id: AccountId,
+}
+
+/// Bytes taken from the budget; given back when dropped.
+pub struct Permit {
+    shared: Arc<Shared>,
+    account: Option<AccountId>,
+    bytes: usize,
+}
+
+/// A buffer that could commit when others need its bytes; no longer when dropped.
+pub struct OpenBuffer {
+    shared: Arc<Shared>,
+    id: BufferId,
+}
+
+impl Budget {
+    /// A budget of `bytes_max` bytes; what is held shows as the metric `gauge`.
+    pub fn new(bytes_max: usize, gauge: &'static str) -> Self {
+        Self::with_turn(bytes_max, gauge, TURN_MAX)
+    }
+
+    /// A budget in which who went beyond the bound and is blocked for `turn_max` lets another do so.
+    pub fn with_turn(bytes_max: usize, gauge: &'static str, turn_max: Duration) -> Self {
+        let state = State {
+            ledger: Ledger::new(Limits { bytes_max, turn_max }),
+            wakers: HashMap::new(),
+            committers: HashMap::new(),
+            looked_at: Instant::now(),
+        };
+        Self { shared: Arc::new(Shared { bytes_max, gauge, state: Mutex::new(state) }) }
+    }
+
+    /// The bound that is configured, in bytes.
+    pub fn bytes_max(&self) -> usize {
+        self.shared.bytes_max
+    }
+
+    /// Opens an account, which has a part of its own. Waits are shown under its name.
+    pub fn account(&self, name: impl Into<Arc<str>>) -> Account {
+        let id = self.shared.lock().ledger.open(name.into(), Instant::now());
+        Account { shared: self.shared.clone(), id }
+    }
+
+    /// A permit for nobody's account that holds nothing yet.
+    pub fn empty(&self) -> Permit {
+        Permit { shared: self.shared.clone(), account: None, bytes: 0 }
+    }
+
+    /// Takes bytes for nobody's account; `None` when this many are not free now.
+    pub fn try_take(&self, bytes: usize) -> Option<Permit> {
+        let mut permit = self.empty();
+        permit.try_grow(bytes).then_some(permit)
+    }
+
+    /// The accounts that have waited for `after` or longer, and who holds what they wait for.
+    pub fn long_waits(&self, after: Duration) -> Vec<LongWait> {
+        self.shared.lock().ledger.long_waits(after, Instant::now())
+    }
+}
+
+impl Account {
+    /// Takes bytes, waiting while there are not enough; buffers are asked to commit meanwhile. Dropping
+    /// the future takes nothing.
+    pub async fn take(&self, bytes: usize) -> Permit {
+        self.take_between(bytes, bytes).await
+    }
+
+    /// Takes as much as is free now, between `bytes_min` and `bytes_max`; waits for `bytes_min` where there
+    /// is less. Up to the account's part it never waits. Dropping the future takes nothing.
+    pub async fn take_between(&self, bytes_min: usize, bytes_max: usize) -> Permit {
+        let woken = Arc::new(Notify::new());
+        let ticket = {
+            let mut state = self.shared.lock();
+            match state.ledger.request(self.id, bytes_min, bytes_max, Instant::now()) {
+                Ok(bytes) => {
+                    self.shared.show(&state);
+                    return self.permit(bytes);
+                }
+                Err(ticket) => {
+                    state.wakers.insert(ticket, woken.clone());
+                    state.look(Instant::now());
+                    ticket
+                }
+            }
+        };
+        let waiting = Waiting { shared: &self.shared, ticket };
+        loop {
+            {
+                let mut state = self.shared.lock();
+                if state.ledger.collect(ticket) {
+                    self.shared.show(&state);
+                    break;
+                }
+                let now = Instant::now();
+                if now.duration_since(state.looked_at) >= LOOK_INTERVAL {
+                    state.look(now);
+                }
+            }
+            let _ = tokio::time::timeout(LOOK_INTERVAL, woken.notified()).await;
+        }
+        drop(waiting);
+        self.permit(bytes_min)
+    }
+
+    /// Takes bytes if it can have them without waiting: nobody is asked to commit for them. `None`: it would have to
+    /// wait.
+    pub fn take_at_once(&self, bytes: usize) -> Option<Permit> {
+        let mut state = self.shared.lock();
+        let now = Instant::now();
+        match state.ledger.request(self.id, bytes, bytes, now) {
+            Ok(bytes) => {
+                self.shared.show(&state);
+                Some(self.permit(bytes))
+            }
+            Err(ticket) => {
+                state.ledger.withdraw(ticket, now);
+                None
+            }
+        }
+    }
+
+    /// The bytes that it can have without waiting, whatever others hold.
+    pub fn part_bytes(&self) -> usize {
+        self.shared.lock().ledger.part()
+    }
+
+    /// The bytes that a sink may hold of what it makes of rows in hand, before it commits; `held` are counted for
+    /// them. Rows in another form may be many times as large.
+    pub fn encoded_bytes_max(&self, held: usize) -> usize {
+        self.shared.lock().ledger.encoded_bytes_max(self.id, held)
+    }
+
+    /// Counts bytes that are there already; others wait the longer.
+    pub fn force(&self, bytes: usize) -> Permit {
+        let mut permit = self.permit(0);
+        permit.resize(bytes);
+        permit
+    }
+
+    /// Says that a buffer begins to hold bytes of the account and commits when `commit` is notified.
+    pub fn open_buffer(&self, commit: &Arc<Notify>) -> OpenBuffer {
+        let mut state = self.shared.lock();
+        let id = state.ledger.open_buffer(self.id);
+        state.committers.insert(id, commit.clone());
+        OpenBuffer { shared: self.shared.clone(), id }
+    }
+
+    fn permit(&self, bytes: usize) -> Permit {
+        Permit { shared: self.shared.clone(), account: Some(self.id), bytes }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.ledger.close(self.id);
+        // The others' parts have grown.
+        state.look(Instant::now());
+    }
+}
+
+/// A request that waits; withdrawn when dropped.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    ticket: Ticket,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.wakers.remove(&self.ticket);
+        let now = Instant::now();
+        state.ledger.withdraw(self.ticket, now);
+        state.look(now);
+        self.shared.show(&state);
+    }
+}
+
+impl OpenBuffer {
+    /// Says how many bytes the buffer holds.
+    pub fn resize(&self, bytes: usize) {
+        self.shared.lock().ledger.resize_buffer(self.id, bytes);
+    }
+}
+
+impl Drop for OpenBuffer {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.ledger.close_buffer(self.id);
+        state.committers.remove(&self.id);
+    }
+}
+
+impl State {
+    /// Grants what can be granted, and asks for commits where that is not enough.
+    fn look(&mut self, now: Instant) {
+        if !self.ledger.has_waiters() {
+            return;
+        }
+        self.looked_at = now;
+        for ticket in self.ledger.admit(now) {
+            if let Some(waker) = self.wakers.remove(&ticket) {
+                waker.notify_one();
+            }
+        }
+        for buffer in self.ledger.ask(now) {
+            if let Some(commit) = self.committers.get(&buffer) {
+                commit.notify_one();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn change(&self, account: Option<AccountId>, held: usize, bytes: usize) {
+        let mut state = self.lock();
+        let now = Instant::now();
+        match (bytes < held, account) {
+            (true, Some(account)) => state.ledger.release(account, held - bytes, now),
+            (true, None) => state.ledger.release_free(held - bytes),
+            (false, account) => state.ledger.force(account, bytes - held),
+        }
+        if bytes < held {
+            state.look(now);
+        }
+        self.show(&state);
+    }
+
+    fn show(&self, state: &State) {
+        metrics::gauge!(self.gauge).set(state.ledger.held() as f64);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Permit {
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Takes more for nobody's account; false, and nothing is taken, when this many are not free now.
+    pub fn try_grow(&mut self, bytes: usize) -> bool {
+        let mut state = self.shared.lock();
+        let is_taken = state.ledger.take_free(bytes);
+        if is_taken {
+            self.bytes += bytes;
+            self.shared.show(&state);
+        }
+        is_taken
+    }
+
+    /// Holds `bytes` from now on. More than before is taken without waiting: it is there already,
+    /// and others wait the longer.
+    pub fn resize(&mut self, bytes: usize) {
+        if bytes != self.bytes {
+            self.shared.change(self.account, self.bytes, bytes);
+            self.bytes = bytes;
+        }
+    }
+
+    /// Parts it: the new one holds `bytes`, or all that there is.
+    pub fn split(&mut self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self { shared: self.shared.clone(), account: self.account, bytes }
+    }
+
+    /// Takes over what another one of the same account holds.
+    pub fn absorb(&mut self, mut other: Self) {
+        self.bytes += std::mem::take(&mut other.bytes);
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.shared.change(self.account, self.bytes, 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    #[tokio::test]
+    async fn over_the_budget_the_largest_buffer_commits() {
+        let budget = Budget::new(2 * MIB, "test");
+        let lane = budget.account("lane");
+        let (large, small) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let mut held = lane.take(2 * MIB).await;
+        let own = held.split(MIB / 2);
+        let (one, other) = (lane.open_buffer(&large), lane.open_buffer(&small));
+        one.resize(held.bytes());
+        other.resize(own.bytes());
+        let waiter = tokio::spawn(async move { lane.take(MIB).await.bytes });
+        large.notified().await;
+        drop(held);
+        assert_eq!(waiter.await.expect("taken"), MIB);
+    }
+
+    #[tokio::test]
+    async fn a_wait_that_is_given_up_takes_nothing() {
+        let budget = Budget::new(2 * MIB, "test");
+        let lane = budget.account("lane");
+        let held = lane.take(2 * MIB).await;
+        let waits = tokio::time::timeout(Duration::from_millis(20), lane.take(1_000)).await;
+        assert!(waits.is_err(), "there is nothing left");
+        drop(held);
+        assert_eq!(budget.shared.lock().ledger.held(), 0);
+        assert_eq!(lane.take(2 * MIB).await.bytes, 2 * MIB);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_long_is_shown_with_who_holds_it() {
+        let budget = Budget::new(2 * MIB, "test");
+        let (one, other) = (budget.account("shard-1"), budget.account("shard-2"));
+        let _held = one.take(3 * MIB / 2).await;
+        let waiter = async {
+            let _own = other.take(MIB / 2).await;
+            other.take(MIB / 2).await
+        };
+        assert!(tokio::time::timeout(Duration::from_millis(20), waiter).await.is_err());
+        // Given up: nobody waits.
+        assert_eq!(budget.long_waits(Duration::ZERO), []);
+        let _own = other.take(MIB / 2).await;
+        let waiter = other.take(MIB / 2);
+        tokio::pin!(waiter);
+        let waited = tokio::time::timeout(Duration::from_millis(20), waiter.as_mut()).await;
+        assert!(waited.is_err());
+        let waits = budget.long_waits(Duration::from_millis(10));
+        let [LongWait { account, cause }] = &waits[..] else { panic!("{waits:?}") };
+        assert_eq!(&**account, "shard-2");
+        assert!(cause.contains("1536 KiB by shard-1"), "{cause}");
+    }
+
+    #[test]
+    fn what_is_not_free_is_not_taken() {
+        let budget = Budget::new(10, "test");
+        let mut held = budget.try_take(8).expect("free");
+        assert!(budget.try_take(3).is_none());
+        held.resize(7);
+        assert!(budget.try_take(3).is_some());
+    }
+
+    #[tokio::test]
+    async fn what_is_larger_than_the_budget_passes() {
+        let budget = Budget::new(10, "test");
+        assert_eq!(budget.account("lane").take(2 * MIB).await.bytes, 2 * MIB);
+    }
+}

@@ -1,0 +1,25 @@
+//! What all parts of shardmill share: records, and the contracts of those who bring and take them.
+//!
+//! [`record`] has the data that takes the path: shards, positions, batches, rows. [`source`] and [`sink`] are the two
+//! contracts at its ends; [`owner`] says who writes to a sink. [`budget`] bounds the bytes that are under way, [`stop`]
+//! ends every wait. The rest is what all parts need of the machine: files of this user alone ([`private`]), limits
+//! ([`system`]), threads that may block ([`off_thread`]), texts of strangers ([`escape`], [`masking`]).
+//!
+//! Nothing here talks to a server, runs a plugin or knows a type of source or sink.
+
+pub mod budget;
+pub mod escape;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+pub mod masking;
+pub mod off_thread;
+pub mod owner;
+pub mod private;
+pub mod rarely;
+pub mod record;
+pub mod secret;
+pub mod sink;
+pub mod source;
+pub mod stop;
+pub mod system;
+pub mod values;

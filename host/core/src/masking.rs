@@ -1,0 +1,140 @@
+//! Values of variables that this process has read. What it says shows their names, whoever worded it: a library's
+//! line of the log, a server that repeats its request, the system about a path.
+//!
+//! Sinks, stages and the configuration hide values where their texts are made, as those also go into dead letters and
+//! the state. Here is the last door: standard error, the reports of commands, and the causes of what is blocked.
+//! Records pass it as they are: those that `stream tail` and `dlq` show, and the rows of a stdout sink.
+
+use std::fmt::Display;
+use std::sync::{LazyLock, PoisonError, RwLock};
+
+use serde_json::Value;
+
+use crate::escape::{WORDS_BYTES_MAX, beginning, steers};
+use crate::values::Values;
+
+/// Bytes of a message of ours that quotes others: what they worded, and as much again for names and ways out.
+const MESSAGE_BYTES_MAX: usize = 2 * WORDS_BYTES_MAX;
+/// Bytes of a report of several lines: more than any has that a person reads to its end.
+const REPORT_BYTES_MAX: usize = 64 << 10;
+
+static VALUES: LazyLock<RwLock<Values>> = LazyLock::new(RwLock::default);
+
+/// Hides these from now on.
+pub fn learn(values: &Values) {
+    VALUES.write().unwrap_or_else(PoisonError::into_inner).extend(values);
+}
+
+/// Puts `${NAME}` in the place of each value in a text.
+pub fn hide(text: String) -> String {
+    let values = VALUES.read().unwrap_or_else(PoisonError::into_inner);
+    match values.is_empty() {
+        true => text,
+        false => values.hide(text),
+    }
+}
+
+/// A text that a server, a database or a library worded, as a part of a message of ours: its beginning, of at most
+/// [`WORDS_BYTES_MAX`] bytes, in one line without values. To be used where an error of theirs becomes a text, so that
+/// no copy of a long one goes any further, and none of its ends of lines is taken for one of ours.
+pub fn worded(text: impl Display) -> String {
+    worded_within(text, WORDS_BYTES_MAX)
+}
+
+/// The same with at most `bytes_max` bytes.
+pub fn worded_within(text: impl Display, bytes_max: usize) -> String {
+    beginning(text, bytes_max, steers, hide)
+}
+
+/// A message of ours in one line of bounded length, without values, whatever it quotes.
+pub fn message(text: impl Display) -> String {
+    worded_within(text, MESSAGE_BYTES_MAX)
+}
+
+/// A report of ours of bounded length, without values. Its lines stay, and what steers a terminal: that is
+/// escaped where the report is written.
+pub fn report(text: impl Display) -> String {
+    beginning(text, REPORT_BYTES_MAX, |_| false, hide)
+}
+
+/// Puts `${NAME}` in the place of each value in the texts of a JSON document: numbers and what parts them stay what
+/// they are.
+pub fn hide_json(json: String) -> String {
+    let hidden = hide(json.clone());
+    if hidden == json {
+        return json;
+    }
+    match serde_json::from_str::<Value>(&json) {
+        Ok(mut value) => match hide_texts(&mut value) {
+            true => value.to_string(),
+            // As it was written, with its members in their order.
+            false => json,
+        },
+        // Nobody reads it as JSON.
+        Err(_) => hidden,
+    }
+}
+
+/// Hides values in the texts of a document; whether there were any.
+fn hide_texts(value: &mut Value) -> bool {
+    match value {
+        Value::String(text) => {
+            let hidden = hide(text.clone());
+            let is_changed = hidden != *text;
+            *text = hidden;
+            is_changed
+        }
+        Value::Array(values) => {
+            // Each of them: `any` would end at the first.
+            values.iter_mut().filter_map(|value| hide_texts(value).then_some(())).count() > 0
+        }
+        Value::Object(members) => {
+            let mut is_changed = false;
+            let hidden = std::mem::take(members).into_iter().map(|(name, mut value)| {
+                let shown = hide(name.clone());
+                is_changed |= hide_texts(&mut value) || shown != name;
+                (shown, value)
+            });
+            *members = hidden.collect();
+            is_changed
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_17_what_a_server_words_is_one_short_line_without_values() {
+        let mut values = Values::default();
+        values.add("WALL_17_PASSWORD", "tr0ub4dor&3");
+        learn(&values);
+        let said = worded("wrong: tr0ub4dor&3\nerror: forged");
+        assert_eq!(said, "wrong: ${WALL_17_PASSWORD}\\nerror: forged");
+        // Half of a value would not be found later.
+        let long = format!("{}tr0ub4dor&3{}", "x".repeat(WORDS_BYTES_MAX - 5), "y".repeat(1 << 20));
+        let said = worded(&long);
+        assert!(!said.contains("tr0ub") && said.len() < WORDS_BYTES_MAX + 64, "{said}");
+        assert!(said.ends_with(&format!("… ({} bytes in all)", long.len())), "{said}");
+        let told = report(format!("first\nsecond {long}"));
+        assert!(told.starts_with("first\nsecond xxx") && told.len() < REPORT_BYTES_MAX + 64);
+    }
+
+    #[test]
+    fn wall_17_a_report_in_json_stays_json_without_values() {
+        let mut values = Values::default();
+        values.add("WALL_17_PORT", "4432100");
+        values.add("WALL_17_SINK", "mart");
+        learn(&values);
+        let shown =
+            hide_json(r#"{"bytes":14432100,"said":"at 4432100","4432100":[4432100,null]}"#.into());
+        let value: Value = serde_json::from_str(&shown).expect("JSON");
+        assert_eq!(value["bytes"], 14_432_100);
+        assert_eq!(value["said"], "at ${WALL_17_PORT}");
+        assert_eq!(value["${WALL_17_PORT}"][0], 4_432_100);
+        let ordered = r#"{"sink":"mart","bytes":4432100,"a":2}"#;
+        assert_eq!(hide_json(ordered.into()), ordered, "no text has a value");
+    }
+}

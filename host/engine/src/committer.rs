@@ -1,0 +1,278 @@
+//! Commits: one span after the other into a sink, with patience.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::delivery::{DeliveryContext, Progress};
+use super::refusals::HeldRefusals;
+use shardmill_core::budget::Permit;
+use shardmill_core::record::{Position, PositionSpan, Row};
+use shardmill_core::sink::{Acquired, Commit, EncodedRows, SinkError, SinkWriter};
+
+/// Time for the commit under way when its delivery is abandoned.
+const LAST_COMMIT_MAX: Duration = Duration::from_secs(2);
+
+/// The rows of one commit.
+pub(super) struct Parcel {
+    /// By ascending position.
+    pub(super) rows: Arc<Vec<Row>>,
+    /// What became of them as they arrived.
+    pub(super) encoded: Option<Arc<EncodedRows>>,
+    /// Everything up to here is settled with it.
+    pub(super) to_inclusive: Position,
+    /// The generation that made them.
+    pub(super) generation: Arc<str>,
+    /// The bytes of their payloads and keys.
+    pub(super) bytes: usize,
+    /// The bytes that they hold in memory.
+    pub(super) permit: Option<Permit>,
+}
+
+/// What a committer is asked to do, in this order.
+pub(super) enum Order {
+    Commit(Parcel),
+    /// Say that everything before is committed.
+    Flush(oneshot::Sender<()>),
+}
+
+/// Commits one shard's rows to one sink.
+pub(super) struct Committer {
+    context: Arc<DeliveryContext>,
+    writer: Box<dyn SinkWriter>,
+    publish: watch::Sender<Progress>,
+    refusals: HeldRefusals,
+    /// Where the sink's own position stands: each commit starts there.
+    stored: Option<Position>,
+    /// Letters of rows that were refused or given up are not shown yet.
+    letters_hidden: bool,
+    /// Whether the sink itself says how far it is.
+    keeps_position: bool,
+    /// Since when no commit went well, if the last one did not.
+    failing_since: Option<Instant>,
+}
+
+impl Committer {
+    pub(super) fn new(
+        acquired: Acquired,
+        context: Arc<DeliveryContext>,
+        publish: watch::Sender<Progress>,
+    ) -> Self {
+        let refusals =
+            HeldRefusals::new(context.letters.clone(), context.sink.clone(), context.rejected_max);
+        Self {
+            writer: acquired.writer,
+            publish,
+            refusals,
+            stored: acquired.position,
+            letters_hidden: false,
+            keeps_position: acquired.keeps_position,
+            failing_since: None,
+            context,
+        }
+    }
+
+    /// Commits until there is nothing more, the lane ends, or the shard is lost.
+    pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> Result<(), SinkError> {
+        if let Some((to_inclusive, generation)) = self.context.first_to.clone() {
+            let rows = Arc::default();
+            let (encoded, bytes, permit) = (None, 0, None);
+            self.commit(Parcel { rows, encoded, to_inclusive, generation, bytes, permit }).await?;
+        }
+        loop {
+            let order = tokio::select! {
+                biased;
+                () = self.context.abandon.cancelled() => return Ok(()),
+                order = orders.recv() => order,
+            };
+            match order {
+                Some(Order::Commit(parcel)) => self.commit(parcel).await?,
+                // The lane may have gone: then nobody waits.
+                Some(Order::Flush(done)) => drop(done.send(())),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
+    /// configured patience stops it.
+    async fn commit(&mut self, parcel: Parcel) -> Result<(), SinkError> {
+        let Parcel { rows, encoded, to_inclusive, generation, bytes, mut permit } = parcel;
+        let is_copied = encoded.is_none() && self.writer.copies_rows();
+        if let Some(held) = permit.as_mut().filter(|_| is_copied) {
+            // Others wait the longer. It is given back with the rows.
+            held.resize(held.bytes() + bytes);
+        }
+        let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
+        let commit = Commit { span, rows, encoded, generation };
+        let sink = self.context.sink.to_string();
+        let pause_max = self.context.timing.retry_pause_max;
+        let mut pauses = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(100).min(pause_max))
+            .with_max_delay(pause_max)
+            .without_max_times()
+            .with_jitter()
+            .build();
+        let committed = loop {
+            let calls = self.writer.calls();
+            let attempt = self.writer.commit(&commit, &self.refusals);
+            let attempt = unless_abandoned(attempt, &self.context);
+            let error = match shown(attempt, calls, &self.context, &self.publish).await {
+                Ok(committed) => break committed,
+                Err(error @ (SinkError::Fenced { .. } | SinkError::Closed { .. })) => {
+                    return Err(error);
+                }
+                Err(error) => error,
+            };
+            metrics::counter!("shardmill_sink_retries_total", "sink" => sink.clone()).increment(1);
+            block(&self.context, &self.publish, &error);
+            if self.patience_is_over(&error) {
+                match self.give_up(&commit, &error).await {
+                    Ok(()) => return Ok(()),
+                    Err(fenced @ SinkError::Fenced { .. }) => return Err(fenced),
+                    Err(error) => block(&self.context, &self.publish, &error),
+                }
+            }
+            let pause = pauses.next().unwrap_or(pause_max);
+            // A destination that says how long it is to be left alone is obeyed, but no longer than the
+            // patience lasts: then the rows are given up.
+            let asked = self.writer.asked_to_wait().unwrap_or_default();
+            let pause = pause.max(asked.min(self.patience_left()));
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.context.abandon.cancelled() => return Err(error),
+            }
+        };
+        metrics::counter!("shardmill_sink_rows_total", "sink" => sink.clone())
+            .increment(committed.rows_written);
+        metrics::counter!("shardmill_sink_bytes_total", "sink" => sink.clone())
+            .increment(committed.bytes_written);
+        if committed.rows_refused > 0 {
+            metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{sink}"))
+                .increment(committed.rows_refused);
+            self.letters_hidden = true;
+        }
+        self.failing_since = None;
+        if self.letters_hidden {
+            self.letters_hidden = !settle(&self.context, &commit.span.to_inclusive).await;
+        }
+        self.refusals.committed(&commit);
+        self.stored = Some(commit.span.to_inclusive.clone());
+        self.publish.send_replace(Progress { position: self.stored.clone(), blocked: None });
+        Ok(())
+    }
+
+    /// Whether the sink has been out of reach for as long as the configuration waits. Rows that it
+    /// refuses are another matter: a broken plugin must not drain a stream into the dead letters.
+    fn patience_is_over(&mut self, error: &SinkError) -> bool {
+        let since = *self.failing_since.get_or_insert_with(Instant::now);
+        let is_out_of_reach = matches!(error, SinkError::Unavailable { .. });
+        let limit = self.context.rhythm.give_up_after;
+        is_out_of_reach && limit.is_some_and(|limit| since.elapsed() >= limit)
+    }
+
+    /// The rest of that time; without a limit, it lasts.
+    fn patience_left(&self) -> Duration {
+        let Some(limit) = self.context.rhythm.give_up_after else { return Duration::MAX };
+        let failing_for = self.failing_since.map(|since| since.elapsed()).unwrap_or_default();
+        limit.saturating_sub(failing_for)
+    }
+
+    /// Writes the commit's rows to the dead letters, so that the lane goes on without the sink. The
+    /// next commit begins where the sink stands, and passes over these rows.
+    async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
+        let context = &self.context;
+        let reason = format!("given up: {error}");
+        let letter = |row: &Row| self.refusals.letter(row, reason.clone(), &commit.generation);
+        let letters: Vec<_> = commit.rows.iter().map(letter).collect();
+        let (rows, span, to) = (letters.len() as u64, &commit.span, &commit.span.to_inclusive);
+        let whose = (&context.shard, &context.sink);
+        let given_up =
+            context.letters.give_up(whose, context.epoch, span, letters, self.keeps_position);
+        let is_ours = given_up.await.map_err(|error| SinkError::Unavailable {
+            sink: context.sink.clone(),
+            cause: error.to_string(),
+        })?;
+        if !is_ours {
+            return Err(SinkError::Fenced {
+                sink: context.sink.clone(),
+                shard: context.shard.shard.to_string(),
+                detail: "its dead letters have another owner".into(),
+                by: None,
+            });
+        }
+        metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{}", context.sink))
+            .increment(rows);
+        tracing::warn!(shard = %context.shard.shard, sink = %context.sink, rows, up_to = %to,
+            "given up: the rows are in the dead letters");
+        if self.keeps_position {
+            self.letters_hidden = true;
+        } else {
+            self.stored = Some(to.clone());
+        }
+        // It stays blocked in everybody's eyes until a commit goes well.
+        self.publish.send_modify(|progress| progress.position = Some(to.clone()));
+        Ok(())
+    }
+}
+
+/// Waits for an attempt, and shows it as blocked while it is without an answer for long. Every call has
+/// a deadline of its own, but what is tried again behind it may have many.
+async fn shown<T>(
+    attempt: impl Future<Output = T>,
+    calls: &'static str,
+    context: &DeliveryContext,
+    publish: &watch::Sender<Progress>,
+) -> T {
+    let after = context.timing.call_blocked_after;
+    tokio::pin!(attempt);
+    tokio::select! {
+        done = &mut attempt => return done,
+        () = tokio::time::sleep(after) => {}
+    }
+    let cause = format!("no answer to {calls} for more than {}", humantime::format_duration(after));
+    block(context, publish, &SinkError::Unavailable { sink: context.sink.clone(), cause });
+    attempt.await
+}
+
+fn block(context: &DeliveryContext, publish: &watch::Sender<Progress>, error: &SinkError) {
+    publish.send_if_modified(|progress| {
+        let cause = Some(error.to_string());
+        let changed = progress.blocked != cause;
+        if changed {
+            tracing::warn!(shard = %context.shard.shard, %error, "blocked; trying again");
+            progress.blocked = cause;
+        }
+        changed
+    });
+}
+
+/// Waits for an attempt. When the delivery is abandoned meanwhile, the attempt has [`LAST_COMMIT_MAX`] to
+/// end, and is dropped then: its server may be silent. The next owner of the shard finds out by the
+/// sink's position whether it landed.
+async fn unless_abandoned<T>(
+    attempt: impl Future<Output = Result<T, SinkError>>,
+    context: &DeliveryContext,
+) -> Result<T, SinkError> {
+    let given_up = async {
+        context.abandon.cancelled().await;
+        tokio::time::sleep(LAST_COMMIT_MAX).await;
+    };
+    tokio::select! {
+        biased;
+        done = attempt => done,
+        () = given_up => Err(SinkError::Unavailable {
+            sink: context.sink.clone(),
+            cause: "the lane ended while a commit was under way".into(),
+        }),
+    }
+}
+
+/// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or
+/// until the shard is acquired again.
+async fn settle(context: &DeliveryContext, up_to: &Position) -> bool {
+    let settled = context.letters.settle(&context.shard, &context.sink, up_to);
+    settled.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
+}

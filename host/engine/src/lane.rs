@@ -1,0 +1,876 @@
+//! A lane: one shard on its way from the source through the stages to the sinks.
+//!
+//! `pipeline.rs` shows the order of things; here are the things: [`Lane::acquire`] takes the
+//! shard over (in `acquire.rs`), the steps of the loop, how it changes to another generation
+//! (`change.rs`), and how it is settled at the end.
+
+mod acquire;
+pub mod agreement;
+mod board;
+mod change;
+mod checkpointer;
+mod lag;
+mod memory;
+pub mod remake;
+pub mod roster;
+mod starts;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+pub use acquire::GenerationStore;
+pub use board::{Board, LaneChange, ShardStatus, WaitingLane};
+pub(crate) use memory::show_waits;
+pub use starts::Starts;
+
+use self::change::{Change, Gap};
+use self::starts::{FailedStart, Tries};
+use crate::delivery::{Delivery, DeliveryHandle};
+use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed, Samples, Searching};
+use shardmill_config::PipelineConfig;
+use shardmill_core::budget::{Account, Budget};
+use shardmill_core::off_thread::off_thread;
+use shardmill_core::record::{
+    Arenas, Batch, Holding, Position, Row, ShardKey, ShardStart, SinkName,
+};
+use shardmill_core::sink::{Sink, SinkError};
+use shardmill_core::source::{
+    LostRecords, ResumePoint, ShardSource, SourceError, WaitWatch, Waiting,
+};
+use shardmill_core::stop::Stop;
+use shardmill_state::{
+    Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, Roster, SettledItems, StateError,
+};
+
+/// Longest pause before a batch that failed as a whole is run again.
+const STAGE_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// How often an idle lane notes that it has everything, in milliseconds: far below the 24 hours that
+/// a stream keeps records at least.
+const CAUGHT_UP_NOTE_MS: i64 = 600_000;
+/// The part of a lane that shows a search for records that run out of time.
+const SEARCH: &str = "search";
+/// The part of a lane that shows a batch that stays in the plugins for long.
+const CALL: &str = "plugin call";
+/// The part of a lane that shows retries which a plugin has asked for.
+const RETRIES: &str = "retries";
+/// The part of a lane that its stages block.
+const STAGES: &str = "stages";
+/// The part of a lane that a busy machine blocks: no version of a plugin is judged by it.
+const STARVED: &str = "cores";
+/// The part of a lane that waits for the store of dead letters.
+const LETTERS: &str = "dead letters";
+/// The metric of what the sinks' buffers hold.
+const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
+/// How long a stage asks for retries until that is shown.
+const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
+/// Bytes of rows up to which a copy of them is made on the lane's own thread: some 100 µs of work.
+const COPIED_IN_PLACE_BYTES: usize = 1 << 20;
+/// First and longest pause before dead letters that could not be written are tried again. Many of them take the
+/// state database for long before it is known that the store is too full: other lanes need it meanwhile.
+const LETTER_PAUSE: Duration = Duration::from_secs(1);
+const LETTER_PAUSE_MAX: Duration = Duration::from_secs(8);
+
+/// Makes the sinks that a configuration names, in its order; talks to none of them.
+pub type BuildSinks =
+    Arc<dyn Fn(&PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>>> + Send + Sync>;
+
+/// What all lanes of a pipeline share.
+pub struct Shared {
+    /// The pipeline, as configured.
+    pub config: PipelineConfig,
+    /// Where records come from.
+    pub source: Arc<dyn ShardSource>,
+    /// The generation that is to run; lanes take another one over at their next batch's boundary.
+    pub current: watch::Sender<Arc<Generation>>,
+    /// Generations that ran before.
+    pub generations: GenerationStore,
+    /// The sinks, in the configuration's order.
+    pub sinks: Vec<Arc<dyn Sink>>,
+    /// Sinks that were taken out of the configuration and may be given up while behind.
+    pub dropped_sinks: HashSet<SinkName>,
+    /// Checkpoints.
+    pub checkpoints: Checkpoints,
+    /// Which sinks there were.
+    pub roster: Roster,
+    /// What sinks were not given.
+    pub holes: Holes,
+    /// Which generation ran from where.
+    pub ledger: Ledger,
+    /// Dead letters.
+    pub letters: DeadLetters,
+    /// What sinks' buffers may hold.
+    pub budget: Budget,
+    /// What is shown of the lanes.
+    pub board: Board,
+    /// Whether stages have started in any lane.
+    pub starts: Starts,
+    /// What entered the stages of late.
+    pub samples: Samples,
+    /// The run ends once all is read and committed: what sinks gather is committed as soon as nothing more comes.
+    pub until_caught_up: bool,
+}
+
+impl Shared {
+    /// The generation that is to run.
+    pub fn generation(&self) -> Arc<Generation> {
+        self.current.borrow().clone()
+    }
+
+    /// The same for lanes that are taken over anew with another generation.
+    pub(crate) fn with_generation(&self, generation: Arc<Generation>) -> Self {
+        self.reshaped(self.config.clone(), generation, self.sinks.clone(), self.generations.clone())
+    }
+
+    /// The same for lanes that are taken over anew with another configuration.
+    pub(crate) fn reshaped(
+        &self,
+        config: PipelineConfig,
+        generation: Arc<Generation>,
+        sinks: Vec<Arc<dyn Sink>>,
+        generations: GenerationStore,
+    ) -> Self {
+        Self {
+            budget: match config.buffer_bytes_max == self.budget.bytes_max() {
+                true => self.budget.clone(),
+                false => sinks_budget(&config),
+            },
+            source: self.source.clone(),
+            current: watch::Sender::new(generation),
+            generations,
+            sinks,
+            dropped_sinks: self.dropped_sinks.clone(),
+            checkpoints: self.checkpoints.clone(),
+            roster: self.roster.clone(),
+            holes: self.holes.clone(),
+            ledger: self.ledger.clone(),
+            until_caught_up: self.until_caught_up,
+            letters: {
+                self.letters.set_bound(config.letter_bytes_max);
+                self.letters.clone()
+            },
+            board: self.board.clone(),
+            starts: self.starts.clone(),
+            samples: match config.reload.samples == self.config.reload.samples {
+                true => self.samples.clone(),
+                false => Samples::new(config.reload.samples),
+            },
+            config,
+        }
+    }
+}
+
+/// The budget of what the sinks' buffers hold.
+pub(crate) fn sinks_budget(config: &PipelineConfig) -> Budget {
+    Budget::with_turn(config.buffer_bytes_max, SINK_BUFFERS, config.timing.memory_turn_max)
+}
+
+/// How a lane ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaneEnd {
+    /// It was asked to stop.
+    Stopped,
+    /// The shard was closed, and everything in it is settled.
+    ShardEnd,
+    /// The source has nothing more for now, and everything that it had is settled.
+    SourceEnd,
+}
+
+/// Why a lane ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The source failed in a way that trying again within the lane does not mend.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A sink lost the shard, or cannot take it over.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The state database failed.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Going on would lose or double records: a person must decide.
+    #[error("{0}")]
+    Fatal(String),
+    /// The end was asked for while the lane waited. It does not leave the lane.
+    #[error("the lane was stopped")]
+    Stopped,
+}
+
+impl LaneError {
+    /// Whether trying again does not mend it.
+    pub fn needs_a_person(&self) -> bool {
+        match self {
+            Self::Fatal(_) => true,
+            Self::Source(error) => error.needs_a_person(),
+            // What is written there is lost: to try again would lose more.
+            Self::State(error) => error.is_gone(),
+            Self::Sink(_) | Self::Stopped => false,
+        }
+    }
+}
+
+/// What happens to a lane beside records.
+pub enum LaneEvent {
+    /// A sink has ended by itself: it lost the shard.
+    SinkEnded(LaneError),
+    /// There is something to do for another generation, which is to take over.
+    NextGeneration,
+}
+
+/// A generation and the position after which it runs.
+struct ActiveSegment {
+    from_exclusive: Option<Position>,
+    generation: Arc<Generation>,
+}
+
+/// The result of running a batch through the stages.
+#[derive(Debug)]
+pub enum Ran {
+    /// The outcome of all its records.
+    All(ChainOutcome),
+    /// Nothing yet: together it would hold too much. So many of its first records have room.
+    First(usize),
+}
+
+/// One shard, taken over.
+pub struct Lane<'a> {
+    shared: &'a Shared,
+    shard: ShardKey,
+    /// Each wait of the lane ends with it.
+    stop: Stop,
+    /// Ends the deliveries and the checkpointer without another commit.
+    abandon: CancellationToken,
+    deliveries: Vec<DeliveryHandle>,
+    /// Its part of the sinks' budget.
+    account: Arc<Account>,
+    /// Per delivery: up to here it must not wait for the budget (see `acquire.rs`).
+    unbudgeted_to: Vec<Option<Position>>,
+    checkpointer: JoinHandle<()>,
+    /// The lane's position: the last record handed to all sinks.
+    at: Option<Position>,
+    /// Some sink has records up to here.
+    highest: Option<Position>,
+    replayed: u64,
+    /// The generation at work first, then those that follow.
+    segments: Vec<ActiveSegment>,
+    change: Change,
+    chain: Option<Chain>,
+    gap: Gap,
+    /// Up to here some items have a stage's letter already.
+    settled_to: Option<Position>,
+    start: ShardStart,
+    /// Everything that had arrived by then is settled, in milliseconds since 1970 by the server's clock,
+    /// as last noted.
+    caught_up_ms: Option<i64>,
+    /// Everything that had arrived by then is in the sinks' hands, by the same clock.
+    read_up_to_ms: Option<i64>,
+    /// What the reader waits for.
+    waiting: Waiting,
+    waits: WaitWatch,
+}
+
+impl Lane<'_> {
+    /// The reader of the shard, from the lane's position on.
+    ///
+    /// # Errors
+    /// [`LaneError::Source`].
+    pub async fn reader(&self) -> Result<Box<dyn shardmill_core::source::BatchReader>, LaneError> {
+        let from = ResumePoint {
+            after: self.at.as_ref(),
+            start: &self.start,
+            caught_up_ms: self.caught_up_ms,
+            waiting: &self.waiting,
+        };
+        let mut waits = self.waiting.watch(self.shared.config.timing.call_blocked_after);
+        let opened = self.shared.source.open(&self.shard, from);
+        tokio::pin!(opened);
+        loop {
+            tokio::select! {
+                () = self.stop.asked() => return Err(LaneError::Stopped),
+                reader = &mut opened => {
+                    self.show_wait(None);
+                    return Ok(reader?);
+                }
+                cause = waits.changed() => self.show_wait(cause),
+            }
+        }
+    }
+
+    /// Waits for something, unless the lane is to stop.
+    async fn unless_stopped<T>(&self, wait: impl Future<Output = T>) -> Result<T, LaneError> {
+        self.stop.unless_asked(wait).await.ok_or(LaneError::Stopped)
+    }
+
+    /// Shows that the reader gets no answer from the source, or that it does again.
+    fn show_wait(&self, cause: Option<String>) {
+        match cause {
+            Some(cause) => self.block("source", &cause),
+            None => self.shared.board.unblock(&self.shard.shard, "source"),
+        }
+    }
+
+    /// Nothing new in the shard. Now and then it is noted that everything is settled: when the
+    /// stream drops records that were read long ago, nothing is lost.
+    ///
+    /// # Errors
+    /// [`LaneError::Stopped`].
+    pub async fn idle(
+        &mut self,
+        behind_ms: u64,
+        caught_up_ms: Option<i64>,
+    ) -> Result<(), LaneError> {
+        let is_committed = self.is_settled();
+        self.shared.board.update(&self.shard.shard, |status| {
+            status.idle_reads += 1;
+            status.behind_ms = behind_ms;
+            status.is_committed = is_committed;
+        });
+        if self.shared.until_caught_up && behind_ms == 0 && !is_committed {
+            self.deliveries.iter().for_each(DeliveryHandle::flush_soon);
+        }
+        if behind_ms == 0 {
+            let now_ms = chrono::Utc::now().timestamp_millis();
+            self.shared.board.lag(&self.shard.shard, |lag| lag.shard.quiet(now_ms));
+        }
+        let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return Ok(()) };
+        self.read_up_to_ms = Some(now_ms);
+        if self.is_note_old(now_ms) && self.is_settled() {
+            let stop = self.stop.clone();
+            stop.unless_asked(self.note_caught_up(now_ms)).await.ok_or(LaneError::Stopped)?;
+        }
+        Ok(())
+    }
+
+    /// Puts on record that every sink lacks the records that the stream dropped.
+    ///
+    /// # Errors
+    /// [`LaneError::State`] and [`LaneError::Stopped`]; nothing after them may be delivered then.
+    pub async fn record_hole(&self, lost: LostRecords) -> Result<(), LaneError> {
+        let LostRecords { from_exclusive, to_inclusive, why } = lost;
+        let (sink, shard) = (None, self.shard.clone());
+        let hole = Hole { sink, shard, from_exclusive, to_inclusive, why };
+        self.unless_stopped(self.shared.holes.record(hole)).await??;
+        Ok(())
+    }
+
+    /// The shard was read to its end; `caught_up_ms` is a time at which it was still open.
+    pub fn reached_end(&mut self, caught_up_ms: Option<i64>) {
+        self.read_up_to_ms = self.read_up_to_ms.max(caught_up_ms);
+    }
+
+    /// Whether it is long ago that the lane noted that everything is settled.
+    fn is_note_old(&self, now_ms: i64) -> bool {
+        self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS)
+    }
+
+    /// Whether every sink has everything that was handed over.
+    fn is_settled(&self) -> bool {
+        self.deliveries.iter().all(|own| own.progress.borrow().position >= self.at)
+    }
+
+    /// Notes that everything that had arrived by then is settled.
+    async fn note_caught_up(&mut self, at_ms: i64) {
+        match self.shared.checkpoints.caught_up(&self.shard, at_ms).await {
+            Ok(()) => self.caught_up_ms = Some(at_ms),
+            Err(error) => tracing::warn!(shard = %self.shard.shard, %error, "not noted"),
+        }
+    }
+
+    /// Completes when a lane that waits for records has something else to do. Dropping the future loses
+    /// nothing.
+    pub async fn event(&mut self) -> LaneEvent {
+        loop {
+            let ended = self.deliveries.iter_mut().map(|delivery| Box::pin(delivery.ended()));
+            let cause = tokio::select! {
+                (error, _, _) = futures::future::select_all(ended) => {
+                    return LaneEvent::SinkEnded(error.into());
+                }
+                () = self.change.until_due() => return LaneEvent::NextGeneration,
+                cause = self.waits.changed() => cause,
+            };
+            self.show_wait(cause);
+        }
+    }
+
+    /// Parts a batch where another generation takes over: a generation that did not get far before the
+    /// next one came has only a part of the batch. The rest is parted in its turn: meanwhile more
+    /// generations may have come.
+    ///
+    /// # Errors
+    /// [`LaneError::Stopped`].
+    pub async fn cut_at_swap(
+        &mut self,
+        batch: Batch,
+    ) -> Result<(Arc<Batch>, Option<Batch>), LaneError> {
+        self.gap.go_on();
+        if let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) {
+            self.shared.board.lag(&self.shard.shard, |lag| {
+                lag.shard.read(&batch.span.to_inclusive, first.arrived_ms, last.arrived_ms);
+            });
+        }
+        self.hear_ledger().await?;
+        let straddles = |swap: &&Position| {
+            let records = (batch.records.first(), batch.records.last());
+            let (Some(first), Some(last)) = records else { return false };
+            first.position <= **swap && **swap < last.position
+        };
+        let mut swaps =
+            self.segments.iter().skip(1).filter_map(|next| next.from_exclusive.as_ref());
+        Ok(match swaps.find(straddles) {
+            Some(swap) => {
+                let (first, rest) = batch.cut_after(swap);
+                (Arc::new(first), rest)
+            }
+            None => (Arc::new(batch), None),
+        })
+    }
+
+    /// Runs a batch through the stages, or tells how many of its first records are to be run by themselves.
+    ///
+    /// # Errors
+    /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::State`] when the dead letters are
+    /// gone; [`LaneError::Stopped`]: the batch has no outcome.
+    pub async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<Ran, LaneError> {
+        let settled = Arc::new(self.settled_of(batch).await?);
+        // Since when the plugin asks for another try of this batch.
+        let mut retried_since = None;
+        let mut failed_starts = Tries::default();
+        let stage_pause = STAGE_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
+        loop {
+            if let Err(failed) = self.enter_generation(batch).await? {
+                self.after_failed_start(&mut failed_starts, &failed).await?;
+                continue;
+            }
+            failed_starts = Tries::default();
+            let Some(mut chain) = self.chain.take() else { return Err(LaneError::Stopped) };
+            let (own, settled, mut searching) = (batch.clone(), settled.clone(), chain.searching());
+            let run = tokio::task::spawn_blocking(move || {
+                let outcome = chain.run(&own, &settled);
+                (chain, outcome, Instant::now())
+            });
+            self.announce_behind(&batch.span.to_inclusive).await;
+            let ran = self.stop.until_over(self.show_search(&mut searching, run)).await;
+            // A call that outlasts the time of the end goes on by itself: the batch is read again.
+            let (part, cause, pause) = match ran.ok_or(LaneError::Stopped)? {
+                Ok((chain, outcome, ran_at)) => {
+                    self.gap.begin(ran_at);
+                    self.chain = Some(chain);
+                    match outcome {
+                        Ok(outcome) => {
+                            self.shared.board.unblock(&self.shard.shard, STAGES);
+                            self.shared.board.unblock(&self.shard.shard, RETRIES);
+                            self.shared.board.unblock(&self.shard.shard, STARVED);
+                            return Ok(Ran::All(outcome));
+                        }
+                        Err(Blocked::Stopped(letters)) => {
+                            self.keep_found(batch, letters).await;
+                            return Err(LaneError::Stopped);
+                        }
+                        Err(Blocked::Later(cause, pause)) => {
+                            let since = *retried_since.get_or_insert_with(Instant::now);
+                            if since.elapsed() >= RETRIES_SHOWN_AFTER {
+                                self.block(RETRIES, &cause);
+                            }
+                            self.pause_for_retry(pause).await?;
+                            continue;
+                        }
+                        Err(Blocked::Retry(cause)) => (STAGES, cause, Some(stage_pause)),
+                        Err(Blocked::Starved(cause)) => (STARVED, cause, Some(stage_pause)),
+                        Err(Blocked::Broken(cause)) => (STAGES, cause, None),
+                        Err(Blocked::TooMuch(records)) => return Ok(Ran::First(records)),
+                    }
+                }
+                // The host's own fault, in this lane. Its instances are gone: others are started.
+                Err(panic) => (STAGES, format!("a stage failed: {panic}"), Some(stage_pause)),
+            };
+            retried_since = None;
+            self.block(part, &cause);
+            if self.change_before_blocked().await? {
+                continue;
+            }
+            let pause = async {
+                match pause {
+                    Some(pause) => tokio::time::sleep(pause).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let stop = self.stop.clone();
+            tokio::select! {
+                () = pause => {}
+                () = stop.asked() => return Err(LaneError::Stopped),
+                // Another plugin may get it done.
+                () = self.change.until_due() => { self.change_before_blocked().await?; }
+            }
+        }
+    }
+
+    /// Reads which items of a batch have a stage's letter already. Once the lane is past the letters that
+    /// were there when it started, nothing is read.
+    async fn settled_of(&self, batch: &Batch) -> Result<SettledItems, LaneError> {
+        let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) else {
+            return Ok(SettledItems::default());
+        };
+        if self.settled_to.as_ref().is_none_or(|to| first.position > *to) {
+            return Ok(SettledItems::default());
+        }
+        let range = (&first.position, &last.position);
+        let pause = LETTER_PAUSE.min(self.shared.config.timing.retry_pause_max);
+        loop {
+            let read = self.shared.letters.settled_within(&self.shard, range);
+            match self.unless_stopped(read).await? {
+                Ok(settled) => {
+                    self.shared.board.unblock(&self.shard.shard, LETTERS);
+                    return Ok(settled);
+                }
+                Err(error) if error.is_gone() => return Err(error.into()),
+                Err(error) => self.block(LETTERS, &error.to_string()),
+            }
+            self.unless_stopped(tokio::time::sleep(pause)).await?;
+        }
+    }
+
+    /// Keeps the letters that a search has found before it was stopped: the next start does not search
+    /// for these records again.
+    async fn keep_found(&self, batch: &Batch, letters: Vec<DeadLetter>) {
+        if letters.is_empty() {
+            return;
+        }
+        let found = letters.len() as u64;
+        let kept = self.shared.letters.put(&batch.shard, letters, false);
+        match self.stop.until_over(kept).await {
+            Some(Ok(_)) => {
+                self.shared.board.update(&self.shard.shard, |status| status.dead_letters += found);
+                metrics::counter!("shardmill_dead_letters_total", "place" => "stages")
+                    .increment(found);
+            }
+            Some(Err(error)) => {
+                tracing::warn!(shard = %self.shard.shard, %error, found,
+                    "the records that a search has found are searched for again");
+            }
+            None => {}
+        }
+    }
+
+    /// Waits for a run of the stages. A search for culprits that takes long is shown meanwhile, and a call of
+    /// a plugin that does: its limit may be far above what a person waits for in silence.
+    async fn show_search<T>(
+        &self,
+        searching: &mut Searching,
+        run: JoinHandle<T>,
+    ) -> Result<T, JoinError> {
+        tokio::pin!(run);
+        let shown_after = self.shared.config.timing.call_blocked_after;
+        let shown = tokio::time::sleep(shown_after);
+        tokio::pin!(shown);
+        let ran = loop {
+            tokio::select! {
+                ran = &mut run => break ran,
+                () = &mut shown, if !shown.is_elapsed() => {
+                    let seconds = shown_after.as_secs_f64();
+                    self.block(CALL, &format!("a batch has been in the plugins for {seconds} s"));
+                }
+                Ok(()) = searching.changed() => {
+                    if let Some(text) = searching.borrow_and_update().clone() {
+                        self.block(SEARCH, &text);
+                    }
+                }
+            }
+        };
+        self.shared.board.unblock(&self.shard.shard, SEARCH);
+        self.shared.board.unblock(&self.shard.shard, CALL);
+        ran
+    }
+
+    /// Waits until a call is to be tried again as its plugin asked. Meanwhile the instances of a wanted
+    /// generation are started; it takes the batch over where it may.
+    async fn pause_for_retry(&mut self, pause: Duration) -> Result<(), LaneError> {
+        let stop = self.stop.clone();
+        let end = tokio::time::Instant::now() + pause;
+        tokio::select! {
+            biased;
+            () = stop.asked() => return Err(LaneError::Stopped),
+            () = self.change.until_due() => {}
+            () = tokio::time::sleep_until(end) => return Ok(()),
+        }
+        if !self.change_before_blocked().await? {
+            self.unless_stopped(tokio::time::sleep_until(end)).await?;
+        }
+        Ok(())
+    }
+
+    /// Sees to it that the generation of the batch's records is the one at work. `Ok(Err(_))`: its stages do
+    /// not start, for this reason.
+    async fn enter_generation(
+        &mut self,
+        batch: &Batch,
+    ) -> Result<Result<(), FailedStart>, LaneError> {
+        let last = batch.records.last().map_or(&batch.span.to_inclusive, |last| &last.position);
+        while let Some(next) = self.segments.get(1)
+            && next.from_exclusive.as_ref().is_none_or(|from| last > from)
+        {
+            self.segments.remove(0);
+            self.chain = None;
+        }
+        self.adopt_announced();
+        if self.chain.is_none() {
+            let generation = self.segments[0].generation.clone();
+            let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
+            let (wanted, shard, stop) = (generation.clone(), self.shard.clone(), self.stop.clone());
+            // `configure` is the plugin's code: it may take long.
+            let start = move || Chain::start(&wanted, &shard, limits, samples, stop.token());
+            let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;
+            let chain = match started {
+                Ok(Ok(chain)) => chain,
+                Ok(Err(error)) => return Ok(Err(error.into())),
+                Err(panic) => {
+                    let cause = format!("the stages do not start: {panic}");
+                    return Ok(Err(FailedStart::of_host(cause)));
+                }
+            };
+            self.shared.board.runs(&self.shard.shard, &generation.id, None);
+            self.chain = Some(chain);
+        }
+        self.shared.starts.note();
+        Ok(Ok(()))
+    }
+
+    /// Makes dead letters durable, before any sink commits the span that they belong to.
+    ///
+    /// # Errors
+    /// [`LaneError::Stopped`]: what is not written belongs to a batch that is read again.
+    pub async fn write_letters(
+        &self,
+        batch: &Batch,
+        letters: Vec<DeadLetter>,
+    ) -> Result<(), LaneError> {
+        let written = letters.len() as u64;
+        let letters = Arc::new(letters);
+        let pause_max = LETTER_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
+        let mut pause = LETTER_PAUSE.min(pause_max);
+        while let Err(error) = self
+            .unless_stopped(self.shared.letters.put(&batch.shard, letters.clone(), false))
+            .await?
+        {
+            if error.is_gone() {
+                return Err(error.into());
+            }
+            self.block(LETTERS, &error.to_string());
+            self.unless_stopped(tokio::time::sleep(pause)).await?;
+            pause = (2 * pause).min(pause_max);
+        }
+        if written > 0 {
+            self.shared.board.unblock(&self.shard.shard, LETTERS);
+            self.shared.board.update(&self.shard.shard, |status| status.dead_letters += written);
+            metrics::counter!("shardmill_dead_letters_total", "place" => "stages")
+                .increment(written);
+        }
+        Ok(())
+    }
+
+    /// Hands a batch's rows to their sinks, and its span to all of them.
+    ///
+    /// # Errors
+    /// [`LaneError::Sink`] when a sink has lost the shard; [`LaneError::Stopped`] when some sinks may have
+    /// the batch and others not: those get it again.
+    pub async fn deliver(
+        &mut self,
+        batch: &Arc<Batch>,
+        routed: Vec<Routed>,
+        arenas: Arenas,
+    ) -> Result<(), LaneError> {
+        let Some(chain) = &self.chain else { return Ok(()) };
+        let mut rows: Vec<Vec<Row>> = self.deliveries.iter().map(|_| Vec::new()).collect();
+        // Neighbours mostly come by one route: its sinks are looked up once.
+        let mut route = None;
+        let mut bound = Vec::new();
+        for one in routed {
+            if route.replace((one.stage, one.route)) != Some((one.stage, one.route)) {
+                let sinks = chain.sinks_of(&one);
+                let is_bound = |index: &usize| {
+                    let sink = &self.deliveries[*index].sink;
+                    sinks.contains(sink) && !batch.is_delivered_to(sink)
+                };
+                bound = (0..rows.len()).filter(is_bound).collect();
+            }
+            // The last takes the row itself, which saves counting references.
+            let Some((last, others)) = bound.split_last() else { continue };
+            for index in others {
+                rows[*index].push(one.row.clone());
+            }
+            rows[*last].push(one.row);
+        }
+        let generation = chain.generation().id.clone();
+        let to_inclusive = batch.span.to_inclusive.clone();
+        // Before it waits for anything: what is not copied keeps all that it came with.
+        let settled = self.unless_stopped(keep_own(rows, batch.held_bytes(), arenas)).await?;
+        for (index, (rows, bytes)) in settled.into_iter().enumerate() {
+            let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
+            let (account, delivery) = (self.account.clone(), self.deliveries[index].sender());
+            let (to_inclusive, generation) = (to_inclusive.clone(), generation.clone());
+            let sent = self.while_changing(async move {
+                let permit = match rows.is_empty() {
+                    false if waits => Some(account.take(bytes).await),
+                    // It is there already, and others wait the longer.
+                    false => Some(account.force(bytes)),
+                    true => None,
+                };
+                delivery.send(Delivery { to_inclusive, rows, generation, permit }).await
+            });
+            if sent.await?.is_err() {
+                return Err(self.deliveries[index].ended().await.into());
+            }
+        }
+        self.advance(batch);
+        self.take_over();
+        self.gap.pause();
+        Ok(())
+    }
+
+    /// Waits for something that another generation does not break off: its instances are started
+    /// meanwhile, so that it takes over once the wait ends.
+    async fn while_changing<T>(&mut self, wait: impl Future<Output = T>) -> Result<T, LaneError> {
+        let stop = self.stop.clone();
+        tokio::select! {
+            biased;
+            () = stop.asked() => Err(LaneError::Stopped),
+            done = wait => Ok(done),
+            () = self.change.keep_up() => Err(LaneError::Stopped),
+        }
+    }
+
+    /// Notes what has been handed over.
+    fn advance(&mut self, batch: &Batch) {
+        let records = batch.records.len() as u64;
+        let replayed = self.highest.as_ref().map_or(0, |highest| {
+            batch.records.partition_point(|record| record.position <= *highest) as u64
+        });
+        self.replayed += replayed;
+        if replayed > 0 {
+            metrics::counter!("shardmill_replayed_records_total").increment(replayed);
+            if self.highest.as_ref().is_some_and(|highest| batch.span.to_inclusive >= *highest) {
+                tracing::info!(shard = %self.shard.shard, records = self.replayed,
+                    "replayed what only some sinks had");
+            }
+        }
+        self.at = Some(batch.span.to_inclusive.clone());
+        self.shared.board.update(&self.shard.shard, |status| {
+            status.records_read += records;
+            status.records_replayed += replayed;
+            status.idle_reads = 0;
+        });
+        metrics::counter!("shardmill_source_records_total").increment(records);
+        metrics::counter!("shardmill_source_bytes_total").increment(batch.bytes() as u64);
+    }
+
+    /// Lets the sinks commit what is in hand, writes the checkpoint, and ends the lane. Once the lane is
+    /// to stop, all of it has the time of the end.
+    ///
+    /// # Errors
+    /// [`LaneError`] when the sinks or the state database fail.
+    pub async fn settle(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
+        // Children, or somebody at a prompt, wait for a shard's end: there is no hurry, only completeness.
+        let flushed = self.stop.until_over(flush(&self.deliveries)).await.unwrap_or(false);
+        self.end_checkpointer().await;
+        let ended = end == LaneEnd::ShardEnd && flushed;
+        if flushed && end != LaneEnd::Stopped {
+            self.shared.board.lag(&self.shard.shard, |lag| lag.shard.end());
+        }
+        let stop = self.stop.clone();
+        let written = stop.until_over(async {
+            // A sink may have committed only now what was read long before. And an ended shard's children were made
+            // later: from then on, none of their records may be missing.
+            if let Some(at_ms) = self.read_up_to_ms
+                && flushed
+                && (self.is_note_old(at_ms) || ended && Some(at_ms) > self.caught_up_ms)
+            {
+                self.note_caught_up(at_ms).await;
+            }
+            self.change.until_written().await;
+            checkpointer::write(self.shared, &self.shard, &self.deliveries, ended).await
+        });
+        let written = written.await;
+        let joined = self.join_deliveries().await;
+        match written {
+            Some(written) => written?,
+            None => tracing::warn!(shard = %self.shard.shard,
+                "the last checkpoint was not written in time; what it would cover is read again"),
+        }
+        joined?;
+        Ok(if flushed { end } else { LaneEnd::Stopped })
+    }
+
+    /// Ends the lane without another commit.
+    pub async fn abandon(mut self) {
+        self.end_checkpointer().await;
+        // It may not come behind what the shard's next lane writes.
+        let _ = self.stop.until_over(self.change.until_written()).await;
+        // Why the lane failed is known already.
+        let _ = self.join_deliveries().await;
+    }
+
+    /// Waits until the checkpointer asks for no other write. One that is being made has the state database by
+    /// then: whoever reads the state next comes behind it. Otherwise the sinks of the next lanes would be
+    /// settled by a checkpoint that moves afterwards.
+    async fn end_checkpointer(&mut self) {
+        self.checkpointer.abort();
+        // It ends at its next wait, by being cancelled: that is no news.
+        let _ = (&mut self.checkpointer).await;
+    }
+
+    /// Waits until no delivery is at work. One that went on would write refused rows beside the
+    /// next lane of the shard, which holds the same letters.
+    async fn join_deliveries(&mut self) -> Result<(), SinkError> {
+        self.abandon.cancel();
+        let deliveries = std::mem::take(&mut self.deliveries);
+        let joins = deliveries.into_iter().map(|delivery| delivery.join(&self.stop));
+        futures::future::join_all(joins).await.into_iter().collect()
+    }
+
+    fn block(&self, part: &str, cause: &str) {
+        self.shared.board.block(&self.shard.shard, part, cause);
+    }
+}
+
+impl Drop for Lane<'_> {
+    fn drop(&mut self) {
+        self.abandon.cancel();
+        self.checkpointer.abort();
+    }
+}
+
+/// Commits everything in hand; false: a sink has ended by itself.
+async fn flush(deliveries: &[DeliveryHandle]) -> bool {
+    let flushes = deliveries.iter().map(DeliveryHandle::flush);
+    futures::future::try_join_all(flushes).await.is_ok()
+}
+
+/// Lets each sink's rows keep what is their own of the batch and of the plugins' answers; gives them with
+/// the memory that they hold, in bytes.
+async fn keep_own(
+    mut rows: Vec<Vec<Row>>,
+    batch_bytes: usize,
+    arenas: Arenas,
+) -> Vec<(Vec<Row>, usize)> {
+    for rows in &mut rows {
+        // Stages that route to one sink come one after the other: order by record again.
+        rows.sort_by_key(|row| (row.record, row.ordinal));
+    }
+    let holding = |rows: &Vec<Row>| Holding::of(rows, batch_bytes, &arenas);
+    let holdings: Vec<Holding> = rows.iter().map(holding).collect();
+    let copied_bytes: usize = holdings.iter().map(Holding::copied_bytes).sum();
+    let settle = move || {
+        let settle = |(mut rows, holding): (Vec<Row>, Holding)| {
+            holding.settle(&mut rows, &arenas);
+            (rows, holding.held_bytes())
+        };
+        rows.into_iter().zip(holdings).map(settle).collect()
+    };
+    match copied_bytes > COPIED_IN_PLACE_BYTES {
+        true => off_thread(settle).await,
+        false => settle(),
+    }
+}

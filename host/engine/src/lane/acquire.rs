@@ -1,0 +1,485 @@
+//! Taking a shard over: every sink says where it stands, the lane starts at the minimum, and the
+//! ledger says which generation runs from where.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use anyhow::Context as _;
+use tokio_util::sync::CancellationToken;
+
+use super::change::{Change, Gap};
+use super::lag::{LiveDelivery, LiveLag, ShardLag};
+use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
+use crate::delivery::{DeliveryContext, DeliveryHandle};
+use crate::stage::Generation;
+use shardmill_config::{OnPositionMismatch, SinkConfig, environment};
+use shardmill_core::off_thread::off_thread;
+use shardmill_core::record::{Position, ShardKey, ShardStart, SinkName};
+use shardmill_core::sink::{Acquired, Sink};
+use shardmill_core::source::{NextBatch, ResumePoint, Waiting};
+use shardmill_core::stop::Stop;
+use shardmill_plugin::{Plugin, PluginHost};
+use shardmill_state::GenerationSpec;
+use shardmill_state::agreement::{Mismatch, Stands, agree};
+use shardmill_state::{
+    Hole, Ledger, Segment, ShardState, StateStore, TakenOver, Variables, is_redrive,
+};
+
+/// One sink, taken over.
+struct Standing {
+    acquired: Acquired,
+    /// Its owner's epoch in the dead letters.
+    epoch: i64,
+    /// Rows up to here were given up: the sink needs none of them.
+    given_up_to: Option<Position>,
+    /// The lane needs to hand over only what comes after this.
+    skip_to: Option<Position>,
+    /// Rows after it that are letters of the sink already.
+    letters: HashSet<(Position, u32)>,
+}
+
+impl Standing {
+    /// Where the sink is to commit first, without a row: it skips what it has not committed itself.
+    fn first_to(&self) -> Option<Position> {
+        let own = self.acquired.position.as_ref().max(self.given_up_to.as_ref());
+        let is_moved = self.skip_to.as_ref() > own;
+        // A promised object comes first; and where rows were given up, the sink's position says which
+        // try has landed.
+        let is_free = self.acquired.must_cut_at.is_none() && self.given_up_to.is_none();
+        self.skip_to.clone().filter(|_| self.acquired.keeps_position && is_moved && is_free)
+    }
+}
+
+impl<'a> Lane<'a> {
+    /// Takes the shard over.
+    ///
+    /// # Errors
+    /// [`LaneError::Fatal`] when positions contradict each other or a generation is missing;
+    /// otherwise what can be tried again.
+    pub async fn acquire(
+        shared: &'a Shared,
+        shard: ShardKey,
+        stop: &Stop,
+    ) -> Result<Self, LaneError> {
+        let state = shared.checkpoints.shards(&shard.stream).await?;
+        let state = state.get(&shard.shard).cloned().unwrap_or_default();
+        let known = shared.checkpoints.sinks(&shard).await?;
+        // Known before the sinks are reached: one that is not is behind all the same.
+        let mut arrivals = shared.checkpoints.arrivals(&shard).await?;
+        let names = shared.sinks.iter().map(|sink| sink.name().clone());
+        let arrivals = names.map(|name| (name.clone(), arrivals.remove(&name)));
+        let lag =
+            LiveLag { shard: ShardLag::new(arrivals, state.caught_up_ms), ..LiveLag::default() };
+        shared.board.lag(&shard.shard, |known| *known = lag);
+        for sink in &shared.sinks {
+            sink.reach(&shard).await?;
+        }
+        let mut standings = Vec::new();
+        for place in acquisition_order(&shared.sinks) {
+            let (sink, config) = (&shared.sinks[place], &shared.config.sinks[place]);
+            let mut acquired = sink.acquire(&shard).await?;
+            if !acquired.keeps_position {
+                acquired.position = known.get(sink.name()).cloned();
+            }
+            let at = acquired.position.as_ref();
+            let TakenOver { epoch, given_up_to } =
+                shared.letters.take_over(&shard, sink.name(), at).await?;
+            let mut own = Stands {
+                stands: acquired.position.clone().max(given_up_to.clone()),
+                remembered: known.get(sink.name()).cloned(),
+            };
+            let mut policy = shared.config.on_position_mismatch;
+            if own.stands < state.checkpoint {
+                // What it was not given while it was away, it is not given now: the hole is on record.
+                // But what it has promised to write must be read again: its log goes on in no other way.
+                let end = shared.holes.end_around(&shard, sink.name(), own.stands.as_ref()).await?;
+                match (end, &acquired.must_cut_at) {
+                    (Some(_), Some(_)) => policy = OnPositionMismatch::Sink,
+                    (end, _) => own.stands = own.stands.max(end),
+                }
+            }
+            let skip_to = agree(&own, state.checkpoint.as_ref(), policy)
+                .map_err(|found| LaneError::Fatal(mismatch(&shard, config, &found)))?;
+            let letters = shared.letters.rows_above(&shard, sink.name(), skip_to.as_ref()).await?;
+            let standing = Standing { acquired, epoch, given_up_to, skip_to, letters };
+            standings.push((place, standing));
+        }
+        standings.sort_by_key(|(place, _)| *place);
+        let standings: Vec<Standing> =
+            standings.into_iter().map(|(_, standing)| standing).collect();
+        let needs: Vec<Option<Position>> =
+            standings.iter().map(|standing| standing.skip_to.clone()).collect();
+        let start = start_of(shared, &shard, &state, &needs, stop).await?;
+        // A promised object counts as had: it must be made by the generation that promised it.
+        let highest = standings
+            .iter()
+            .flat_map(|standing| [standing.skip_to.clone(), standing.acquired.must_cut_at.clone()])
+            .max()
+            .flatten();
+        // A dead letter of a stage is an outcome: its record was run, and other items of it may be on
+        // their way to a sink. Run by another revision, the letter would hide another item, or the
+        // record would be both a letter and rows.
+        let ran = highest.clone().max(shared.letters.highest_of_stages(&shard).await?);
+        let (change, wanted) = Change::begin(shared, &shard, stop);
+        let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
+        let segments = segments(shared, &wanted, &shard, place).await?;
+        record_unbound(shared, &shard, &segments, &needs).await?;
+        let settled_to = shared.letters.settled_to(&shard, start.as_ref()).await?;
+        let abandon = CancellationToken::new();
+        let mut unbudgeted_to = Vec::new();
+        let account = shared.budget.account(shard.shard.as_str());
+        let account = Arc::new(account);
+        let mut deliveries = Vec::new();
+        for (standing, config) in standings.into_iter().zip(&shared.config.sinks) {
+            // Such a sink cannot commit before the promised end: were it to wait for the budget
+            // that its own buffer holds, the lane would wait forever. What it holds is what the
+            // earlier owner had in hand, so it is bounded.
+            unbudgeted_to.push(standing.acquired.must_cut_at.clone());
+            let first_to = standing.first_to().map(|to| (to, wanted.id.clone()));
+            // Other sinks need records from before the start of the shard; this one never had any.
+            let is_from_start = start.is_some() && standing.skip_to.is_none();
+            let context = DeliveryContext {
+                shard: shard.clone(),
+                sink: config.name.value.clone(),
+                rhythm: config.rhythm,
+                timing: shared.config.timing,
+                account: account.clone(),
+                letters: shared.letters.clone(),
+                rejected_max: shared.config.rejected_max,
+                abandon: abandon.clone(),
+                epoch: standing.epoch,
+                skip_to: standing.skip_to,
+                from_start: is_from_start.then(|| state.start.clone()),
+                letters_of_own: standing.letters,
+                first_to,
+            };
+            deliveries.push(DeliveryHandle::start(standing.acquired, context));
+        }
+        let waiting = Waiting::default();
+        tracing::info!(shard = %shard.shard, from = start.as_ref().map(tracing::field::display),
+            "reading");
+        shared.board.update(&shard.shard, |status| status.acquired(start.as_ref()));
+        let live = deliveries.iter().map(|own| LiveDelivery {
+            sink: own.sink.clone(),
+            progress: own.progress.clone(),
+            hurry: own.hurry.clone(),
+        });
+        let live = live.collect();
+        shared.board.lag(&shard.shard, |lag| lag.deliveries = live);
+        if let Some(first) = segments.first() {
+            shared.board.runs(&shard.shard, &first.generation.id, None);
+        }
+        Ok(Self {
+            shared,
+            stop: stop.clone(),
+            checkpointer: checkpointer::start(shared, &shard, &deliveries),
+            abandon,
+            deliveries,
+            account,
+            unbudgeted_to,
+            at: start,
+            highest,
+            replayed: 0,
+            segments,
+            change,
+            chain: None,
+            gap: Gap::default(),
+            settled_to,
+            start: state.start,
+            caught_up_ms: state.caught_up_ms,
+            read_up_to_ms: None,
+            waits: waiting.watch(shared.config.timing.call_blocked_after),
+            waiting,
+            shard,
+        })
+    }
+}
+
+/// The places of the sinks in the order in which they are acquired: those whose acquisition leaves a
+/// trace that only grows come last.
+fn acquisition_order(sinks: &[Arc<dyn Sink>]) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..sinks.len()).collect();
+    places.sort_by_key(|place| sinks[*place].acquires_last());
+    places
+}
+
+fn mismatch(shard: &ShardKey, sink: &SinkConfig, found: &Mismatch) -> String {
+    format!(
+        "sink {} is behind what the pipeline's state remembers of shard {}: {found}. Was its \
+         destination restored, or did another application move the checkpoint? Set \
+         `on_position_mismatch = \"sink\"` under [pipeline] to read again from the sink's position, \
+         or \"checkpoint\" to go on from the checkpoint",
+        sink.name.value, shard.shard
+    )
+}
+
+/// After which record the lane begins: the lowest of what the sinks need. `None`: at the start of the
+/// shard.
+///
+/// Where one sink has no position and another has one, as after the loss of the state, each goes on by
+/// itself: the lane begins at what comes first, the record after the one or the start of the shard.
+async fn start_of(
+    shared: &Shared,
+    shard: &ShardKey,
+    state: &ShardState,
+    needs: &[Option<Position>],
+    stop: &Stop,
+) -> Result<Option<Position>, LaneError> {
+    let is_mixed = needs.contains(&None);
+    let Some(lowest) = needs.iter().flatten().min().cloned() else { return Ok(None) };
+    if !is_mixed {
+        return Ok(Some(lowest));
+    }
+    let starts_later = match &state.start {
+        ShardStart::Horizon => false,
+        ShardStart::AtSequence(start) => lowest.sequence < *start,
+        // Only the stream can say whether a record or a time comes first.
+        ShardStart::AtMs(_) => {
+            let first = first_from_start(shared, shard, &state.start, stop).await?;
+            first.is_none_or(|first| first > lowest)
+        }
+    };
+    Ok(starts_later.then_some(lowest))
+}
+
+/// The first record that the stream has at or after a start; `None`: none so far.
+async fn first_from_start(
+    shared: &Shared,
+    shard: &ShardKey,
+    start: &ShardStart,
+    stop: &Stop,
+) -> Result<Option<Position>, LaneError> {
+    let waiting = Waiting::default();
+    let from = ResumePoint { after: None, start, caught_up_ms: None, waiting: &waiting };
+    let look = async {
+        let mut reader = shared.source.open(shard, from).await?;
+        match reader.next_batch().await? {
+            NextBatch::Batch(batch) => Ok(batch.records.first().map(|it| it.position.clone())),
+            NextBatch::Idle { .. }
+            | NextBatch::Lost(_)
+            | NextBatch::ShardEnd { .. }
+            | NextBatch::SourceEnd => Ok(None),
+        }
+    };
+    stop.unless_asked(look).await.unwrap_or(Err(LaneError::Stopped))
+}
+
+/// Where a lane stands as it begins.
+#[derive(Clone, Copy)]
+struct Place<'p> {
+    /// It reads what comes after this.
+    start: Option<&'p Position>,
+    /// Records up to here have an outcome: in a sink, or as a dead letter.
+    ran: Option<&'p Position>,
+    state: &'p ShardState,
+}
+
+/// The generations to run after the start, the first at work first. A generation that is new for the
+/// shard is recorded after the last record that has an outcome: in a sink, or as a dead letter.
+async fn segments(
+    shared: &Shared,
+    wanted: &Arc<Generation>,
+    shard: &ShardKey,
+    place: Place<'_>,
+) -> Result<Vec<ActiveSegment>, LaneError> {
+    let Place { start, ran, state } = place;
+    let mut segments = shared.ledger.segments(shard).await?;
+    if segments.last().is_none_or(|last| *last.generation != *wanted.id) {
+        let last_from = segments.last().map(|last| last.from_exclusive.clone());
+        let from_exclusive = match last_from {
+            Some(last_from) => last_from.max(ran.cloned()),
+            None => None,
+        };
+        segments.retain(|segment| segment.from_exclusive < from_exclusive);
+        let generation = wanted.id.to_string();
+        let segment = Segment { from_exclusive, generation };
+        shared.ledger.record(shard, &segment).await?;
+        segments.push(segment);
+    }
+    // Of the segments that begin at or before the start, only the last is still needed.
+    let first = segments.iter().rposition(|segment| segment.from_exclusive.as_ref() <= start);
+    segments.drain(..first.unwrap_or(0));
+    let mut active = Vec::new();
+    for index in 0..segments.len() {
+        let (own, next) = (&segments[index], segments.get(index + 1));
+        let ends_at = next.and_then(|next| next.from_exclusive.as_ref());
+        let found = shared.generations.get(shared, wanted, &own.generation).await;
+        let generation = match found {
+            // All sinks but those that were restored had these records when the revision was pruned:
+            // today's makes rows for the restored ones alone.
+            Err(LaneError::Fatal(cause))
+                if ends_at.is_some() && ends_at <= state.reread_to.as_ref() =>
+            {
+                tracing::warn!(shard = %shard.shard, up_to = ends_at.map(tracing::field::display),
+                    revision = %own.generation, instead = %wanted.id, %cause,
+                    "today's revision runs these records again, for sinks that were restored alone: the \
+                     one that ran first is not kept any more");
+                wanted.clone()
+            }
+            found => found?,
+        };
+        active.push(ActiveSegment { from_exclusive: own.from_exclusive.clone(), generation });
+    }
+    Ok(active)
+}
+
+/// Records a hole where a sink is given nothing of records that it needs: the generations that ran them
+/// first are not bound to it. So it is with a sink that comes back, or is new, while some other sinks are
+/// ahead of the checkpoint where it begins.
+async fn record_unbound(
+    shared: &Shared,
+    shard: &ShardKey,
+    segments: &[ActiveSegment],
+    needs: &[Option<Position>],
+) -> Result<(), LaneError> {
+    let Some(newest) = segments.last() else { return Ok(()) };
+    // Letters enter where they failed, for sinks that are there.
+    if is_redrive(&shard.stream) {
+        return Ok(());
+    }
+    for (sink, after) in shared.sinks.iter().map(|sink| sink.name()).zip(needs) {
+        if !newest.generation.spec.sinks().any(|bound| bound == sink) {
+            continue;
+        }
+        for (from_exclusive, to_inclusive) in unbound(segments, sink, after.as_ref()) {
+            let known = shared.holes.end_around(shard, sink, from_exclusive.as_ref()).await?;
+            let from_exclusive = from_exclusive.max(known);
+            if from_exclusive.as_ref() >= Some(&to_inclusive) {
+                continue;
+            }
+            let from = from_exclusive.as_ref().map(tracing::field::display);
+            tracing::warn!(%sink, shard = %shard.shard, from, to = %to_inclusive,
+                "recorded a hole: the sink was not in the pipeline when these records were run first");
+            let hole = Hole {
+                sink: Some(sink.clone()),
+                shard: shard.clone(),
+                from_exclusive,
+                to_inclusive: Some(to_inclusive),
+                why: "it was not in the pipeline when these records were run first".into(),
+            };
+            shared.holes.record(hole).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The stretches after a position that are run by generations without a sink.
+fn unbound(
+    segments: &[ActiveSegment],
+    sink: &SinkName,
+    after: Option<&Position>,
+) -> Vec<(Option<Position>, Position)> {
+    let mut stretches: Vec<(Option<Position>, Position)> = Vec::new();
+    for (own, next) in segments.iter().zip(segments.iter().skip(1)) {
+        let from = own.from_exclusive.as_ref().max(after);
+        let Some(to) = next.from_exclusive.clone().filter(|to| from < Some(to)) else { continue };
+        if own.generation.spec.sinks().any(|bound| bound == sink) {
+            continue;
+        }
+        match stretches.last_mut() {
+            Some((_, end)) if Some(&*end) == from => *end = to,
+            _ => stretches.push((from.cloned(), to)),
+        }
+    }
+    stretches
+}
+
+/// Generations that ran before, loaded from the state database when a replay needs them; its clones
+/// share them.
+#[derive(Clone)]
+pub struct GenerationStore {
+    host: PluginHost,
+    state: StateStore,
+    /// Those that some lane runs: who runs them keeps them.
+    loaded: Arc<Mutex<HashMap<String, Weak<Generation>>>>,
+}
+
+impl GenerationStore {
+    /// Over the pipeline's state database.
+    pub fn new(host: PluginHost, state: StateStore) -> Self {
+        Self { host, state, loaded: Arc::default() }
+    }
+
+    /// The bytes of a component that was stored with a generation.
+    ///
+    /// # Errors
+    /// When it is gone, or the state database cannot be read.
+    pub async fn component(&self, digest: &str) -> anyhow::Result<Vec<u8>> {
+        let bytes = self.state.component(digest.to_owned()).await?;
+        bytes.ok_or_else(|| anyhow::anyhow!("component {digest} is not kept any more"))
+    }
+
+    /// A plugin whose component was stored with a generation.
+    ///
+    /// # Errors
+    /// As [`GenerationStore::component`], and when it no longer loads.
+    pub async fn plugin(&self, digest: &str) -> anyhow::Result<Plugin> {
+        let bytes = self.component(digest).await?;
+        let (host, name) = (self.host.clone(), format!("component {}", &digest[..12]));
+        let load = move || Plugin::load(&host.engine, &host.cache, &name, &bytes);
+        Ok(off_thread(load).await?)
+    }
+
+    /// A generation of components that were stored with it.
+    ///
+    /// # Errors
+    /// One of them is gone, or it does not load.
+    pub(crate) async fn load(
+        &self,
+        spec: GenerationSpec,
+        stream_name: &str,
+    ) -> anyhow::Result<Generation> {
+        let mut components = HashMap::new();
+        for digest in spec.digests() {
+            components.insert(digest.to_owned(), self.component(digest).await?);
+        }
+        // Before it loads: a variable that is set otherwise may be why it does not.
+        let otherwise =
+            Variables::new(self.state.clone()).set_otherwise(&spec, &environment).await?;
+        otherwise.say(&spec.id());
+        let (host, stream_name) = (self.host.clone(), stream_name.to_owned());
+        let load = move || {
+            let component = |digest: &str| {
+                let kept = components.get(digest).cloned();
+                kept.ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
+            };
+            Generation::from_store(spec, &host, &stream_name, &component)
+        };
+        off_thread(load).await.context("it does not load")
+    }
+
+    /// A generation by its id; `wanted` is the newest.
+    async fn get(
+        &self,
+        shared: &Shared,
+        wanted: &Arc<Generation>,
+        id: &str,
+    ) -> Result<Arc<Generation>, LaneError> {
+        if id == &*wanted.id {
+            return Ok(wanted.clone());
+        }
+        let known = self.loaded.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+        if let Some(generation) = known.and_then(|known| known.upgrade()) {
+            return Ok(generation);
+        }
+        let missing = |cause: String| {
+            LaneError::Fatal(format!(
+                "records must be replayed by generation {id}, which ran first, but {cause}; restore \
+                 the state directory, or let all sinks finish with the configuration of then"
+            ))
+        };
+        let spec = Ledger::new(self.state.clone())
+            .spec(id)
+            .await
+            .map_err(|error| missing(error.to_string()))?;
+        let generation = self
+            .load(spec, &shared.config.source.stream_name())
+            .await
+            .map_err(|error| missing(format!("{error:#}")))?;
+        let generation = Arc::new(generation);
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        loaded.retain(|_, known| known.strong_count() > 0);
+        loaded.insert(id.to_owned(), Arc::downgrade(&generation));
+        Ok(generation)
+    }
+}

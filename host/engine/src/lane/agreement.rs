@@ -1,0 +1,392 @@
+//! Asks all sinks where they stand, before the first record, and does what follows from it.
+//!
+//! The decisions are pure and in [`shardmill_state::agreement`].
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+
+use super::{LaneError, Shared};
+use shardmill_config::PipelineConfig;
+use shardmill_core::owner::OwnerName;
+use shardmill_core::record::{PipelineName, ShardId, ShardKey, StreamIdentity};
+use shardmill_core::sink::{KeptPosition, Sink};
+use shardmill_core::source::Shard;
+use shardmill_state::agreement::{
+    Age, Lost, MarkSeen, ShardFacts, Stands, age, all_marks, compare,
+};
+use shardmill_state::{AllGivenUp, Checkpoints, Hole, Remembered, Roster, ShardState, StateStore};
+
+/// The part of a lane that is shown as blocked while sinks do not say where they stand.
+const PART: &str = "positions";
+
+/// A sink that keeps positions, with what it keeps.
+type Kept = Vec<(Arc<dyn Sink>, Vec<KeptPosition>)>;
+
+/// The shards of a stream, as a start finds them.
+pub(crate) struct Found<'f> {
+    pub(crate) stream: &'f Arc<StreamIdentity>,
+    pub(crate) listed: &'f [Shard],
+    /// The shards that the state has begun.
+    pub(crate) known: &'f HashMap<ShardId, ShardState>,
+}
+
+/// Compares the state with the sinks, and opens shards again where a sink was restored and the
+/// configuration says so. Gives shards that the state does not know and in which a sink has a position.
+/// After this, and never before, the state counts its writes and sinks may be written to.
+///
+/// # Errors
+/// [`LaneError::Fatal`] when a person must decide.
+pub(crate) async fn before_first_record(
+    shared: &Shared,
+    state: &StateStore,
+    found: Found<'_>,
+    trust_sinks: bool,
+) -> Result<Vec<ShardId>, LaneError> {
+    let Found { stream, listed, known } = found;
+    let pipeline = &shared.config.name;
+    let of_stream = |shard: &ShardId| ShardKey {
+        pipeline: pipeline.clone(),
+        stream: stream.clone(),
+        shard: shard.clone(),
+    };
+    let unlisted = known.keys().filter(|shard| !listed.iter().any(|other| other.id == **shard));
+    let keys: Vec<ShardKey> =
+        listed.iter().map(|shard| &shard.id).chain(unlisted).map(of_stream).collect();
+    // Before the sinks are asked: a position that moves meanwhile is then ahead, never behind.
+    let (remembered, given_up) = shared.checkpoints.remembered(stream).await?;
+    let kept = ask_patiently(shared, pipeline, &keys).await;
+    let stream_key = stream.key();
+    let is_known = |own: &KeptPosition| own.stream == stream_key && known.contains_key(&own.shard);
+    accept_state(state, &kept, is_known, trust_sinks).await?;
+    for sink in &shared.sinks {
+        sink.own(state.ownership());
+    }
+
+    let mut facts: BTreeMap<ShardId, ShardFacts> = BTreeMap::new();
+    for shard in listed {
+        facts.entry(shard.id.clone()).or_default().listed_parents = Some(shard.parents.clone());
+    }
+    for (shard, own) in known {
+        let facts = facts.entry(shard.clone()).or_default();
+        if !own.ended {
+            // It is read on, listed or not: the server says whether it is really gone.
+            facts.listed_parents.get_or_insert_default();
+        }
+        facts.state = Some(own.clone());
+    }
+    note_sinks(&mut facts, &kept, &stream_key, (&remembered, &given_up));
+    let plan = compare(&facts, shared.config.on_position_mismatch);
+    if let Some(refusal) = plan.refusal() {
+        return Err(LaneError::Fatal(refusal));
+    }
+    if let Some(loss) = plan.loss() {
+        tracing::warn!("{loss}");
+    }
+    if !plan.lost.is_empty() {
+        let hole = |lost: &Lost| {
+            let why = match lost.is_unlisted {
+                true => {
+                    "its destination was restored, and the stream does not list the shard any more"
+                }
+                false => {
+                    "its destination was restored, and `on_position_mismatch` went on from the checkpoint"
+                }
+            };
+            Some(Hole {
+                sink: Some(lost.sink.clone()),
+                shard: of_stream(&lost.shard),
+                from_exclusive: lost.mismatch.stands.clone(),
+                to_inclusive: Some(lost.without_to.clone()?),
+                why: why.into(),
+            })
+        };
+        let holes = plan.lost.iter().filter_map(hole).collect();
+        shared.checkpoints.forgive(stream, plan.lost, holes).await?;
+    }
+    for reopened in &plan.reopened {
+        let sinks: Vec<&str> = reopened.sinks.iter().map(|(sink, _)| sink.as_str()).collect();
+        tracing::warn!(shard = %reopened.shard, sinks = sinks.join(", "),
+            from = reopened.checkpoint.as_ref().map(tracing::field::display),
+            "read again: a sink, or one of the shard's ancestors' sinks, was restored");
+    }
+    if !plan.reopened.is_empty() {
+        shared.checkpoints.reopen(stream, plan.reopened).await?;
+    }
+    if known.is_empty() && !plan.adopted.is_empty() {
+        tracing::warn!(
+            shards = plan.adopted.len(),
+            "the pipeline's state is new, and sinks have positions: each sink with a position goes on \
+             behind it. What the earlier state knew beside is not known: dead letters, which revision \
+             ran where"
+        );
+    }
+    Ok(plan.adopted)
+}
+
+/// Notes how far each sink is with each shard, by its own account and by the state's.
+fn note_sinks(
+    facts: &mut BTreeMap<ShardId, ShardFacts>,
+    kept: &Kept,
+    stream_key: &str,
+    (remembered, given_up): (&Remembered, &AllGivenUp),
+) {
+    for (sink, kept) in kept {
+        let mut positions: HashMap<&ShardId, _> = HashMap::new();
+        for own in kept.iter().filter(|own| own.stream == stream_key) {
+            positions.insert(&own.shard, own.position.clone());
+        }
+        for (shard, facts) in facts.iter_mut() {
+            let key = (shard.clone(), sink.name().clone());
+            let own = positions.remove(shard).flatten();
+            // A sink that stands before where it stood then was restored, and needs what it had.
+            let given_up = given_up.get(&key).filter(|span| own >= span.from_exclusive);
+            let stands = own.clone().max(given_up.map(|span| span.to_inclusive.clone()));
+            let remembered = remembered.get(&key).cloned();
+            facts.sinks.insert(sink.name().clone(), Stands { stands, remembered });
+        }
+    }
+}
+
+/// Warnings of a start to come, found without changing anything: which sinks stand before
+/// what the state remembers, and whether the state is an older copy or another one than they have seen.
+/// `stream` is the stream that a start would read; `None`: a Kinesis stream, whose server is not asked.
+///
+/// # Errors
+/// When the state or a sink cannot be read.
+pub async fn foresee(
+    config: &PipelineConfig,
+    state: &StateStore,
+    sinks: &[Arc<dyn Sink>],
+    stream: Option<&StreamIdentity>,
+) -> anyhow::Result<Vec<String>> {
+    let checkpoints = Checkpoints::new(state.clone());
+    let mut said = Vec::new();
+    let keys = Roster::new(state.clone()).streams().await?;
+    for stream in compared(keys, stream, &config.source.stream_name()) {
+        let (key, stream) = (stream.key(), Arc::new(stream));
+        let known = checkpoints.shards(&stream).await?;
+        let of_stream = |shard: &ShardId| ShardKey {
+            pipeline: config.name.clone(),
+            stream: stream.clone(),
+            shard: shard.clone(),
+        };
+        let keys: Vec<ShardKey> = known.keys().map(of_stream).collect();
+        // As a start does, and in its order: the pipeline may be running.
+        let (remembered, given_up) = checkpoints.remembered(&stream).await?;
+        let kept = ask(sinks, &config.name, &keys).await?;
+        let is_known = |own: &KeptPosition| own.stream == key && known.contains_key(&own.shard);
+        let noted = checkpoints.noted_marks().await?;
+        match age(&state.mark().await?, &noted, &marks(&kept, is_known)) {
+            Age::Newest(_) => {}
+            Age::Older(one) => said.push(older(&one)),
+            Age::Another(one) => said.push(another(&one)),
+        }
+        let fact = |(shard, own): (&ShardId, &ShardState)| {
+            let (listed_parents, state) = (Some(Vec::new()), Some(own.clone()));
+            (shard.clone(), ShardFacts { listed_parents, state, ..ShardFacts::default() })
+        };
+        let mut facts: BTreeMap<ShardId, ShardFacts> = known.iter().map(fact).collect();
+        note_sinks(&mut facts, &kept, &key, (&remembered, &given_up));
+        let plan = compare(&facts, config.on_position_mismatch);
+        said.extend(plan.refusal());
+        said.extend(plan.loss());
+        if !plan.reopened.is_empty() {
+            said.push(format!(
+                "a sink was restored: the next start reads {} shards of stream {} again for it",
+                plan.reopened.len(),
+                stream.name
+            ));
+        }
+    }
+    Ok(said)
+}
+
+/// The streams of the state that a start compares with the sinks: the one that it reads. Sinks keep their
+/// positions of it under its name as well as under its key, and a key has the name of a Kinesis stream alone: asked
+/// by a made-up name of a file, an objects sink would look for another log and find no position.
+pub(super) fn compared(
+    keys: Vec<String>,
+    stream: Option<&StreamIdentity>,
+    name: &str,
+) -> Vec<StreamIdentity> {
+    match stream {
+        Some(stream) if keys.contains(&stream.key()) => vec![stream.clone()],
+        // Nothing was read of it yet.
+        Some(_) => Vec::new(),
+        None => {
+            let streams = keys.iter().filter_map(|key| StreamIdentity::of_key(key));
+            streams.filter(|stream| *stream.name == *name).collect()
+        }
+    }
+}
+
+/// Refuses to redrive by a state that is older than a sink has seen: the letters may have been
+/// redriven already.
+///
+/// # Errors
+/// [`LaneError::Fatal`] when it is, [`LaneError::Sink`] when a sink is out of reach.
+pub async fn refuse_older_state(
+    state: &StateStore,
+    sinks: &[Arc<dyn Sink>],
+    pipeline: &PipelineName,
+) -> Result<(), LaneError> {
+    let kept = ask(sinks, pipeline, &[]).await?;
+    let own = state.mark().await?;
+    match age(&own, &HashMap::new(), &marks(&kept, |_| false)) {
+        Age::Older(seen) => Err(LaneError::Fatal(format!(
+            "{}. A redrive by it could deliver letters that were redriven since once more: put the newest \
+             copy of the state folder back",
+            older(&seen)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Accepts the state as the one to go on with, or says why not.
+async fn accept_state(
+    state: &StateStore,
+    kept: &Kept,
+    is_known: impl Fn(&KeptPosition) -> bool,
+    trust_sinks: bool,
+) -> Result<(), LaneError> {
+    let checkpoints = Checkpoints::new(state.clone());
+    let noted = checkpoints.noted_marks().await?;
+    // After the sinks were asked: other processes count on in the same database.
+    let own = state.mark().await?;
+    let seen = marks(kept, is_known);
+    let age = age(&own, &noted, &seen);
+    let is_older = matches!(age, Age::Older(_));
+    let (marks, problem) = match age {
+        Age::Newest(marks) => (marks, None),
+        Age::Older(one) => (all_marks(&seen), Some(older(&one))),
+        Age::Another(one) => (all_marks(&seen), Some(another(&one))),
+    };
+    match problem {
+        Some(problem) if !trust_sinks => {
+            return Err(LaneError::Fatal(format!(
+                "{problem}. By this state, records that only some sinks have would be run by another \
+                 revision than the one that ran first, and dead letters since then are missing in it. \
+                 Put the newest copy of the state folder back; or start once with `--trust-sinks`: each \
+                 sink then goes on behind its own position, today's revision runs what only some sinks \
+                 have, and dead letters since then stay lost"
+            )));
+        }
+        Some(problem) => {
+            tracing::warn!("{problem}; going on from the sinks' positions, as was said");
+            if is_older {
+                checkpoints.doubt_letters().await?;
+            }
+        }
+        None => {}
+    }
+    let others = marks.iter().filter(|mark| mark.state != own.state).cloned().collect();
+    checkpoints.note_marks(others).await?;
+    let above = marks.iter().filter(|mark| mark.state == own.state).map(|mark| mark.number).max();
+    state.begin_counting(above.unwrap_or_default()).await?;
+    Ok(())
+}
+
+fn older(seen: &MarkSeen) -> String {
+    format!(
+        "the pipeline's state folder is older than sink {}: {} wrote to it by a newer state than this \
+         copy",
+        seen.sink,
+        by(seen.owner.as_ref())
+    )
+}
+
+fn another(seen: &MarkSeen) -> String {
+    format!(
+        "sink {} was written last by another state folder than this one: by {}. If that process runs \
+         still, stop one of the two, or give one another `name` under [pipeline]",
+        seen.sink,
+        by(seen.owner.as_ref())
+    )
+}
+
+fn by(owner: Option<&OwnerName>) -> String {
+    owner.map_or_else(|| "an unknown process".to_owned(), OwnerName::to_string)
+}
+
+fn marks(kept: &Kept, is_known: impl Fn(&KeptPosition) -> bool) -> Vec<MarkSeen> {
+    let mut marks = Vec::new();
+    for (sink, kept) in kept {
+        marks.extend(kept.iter().filter_map(|own| {
+            Some(MarkSeen {
+                sink: sink.name().clone(),
+                mark: own.mark.clone()?,
+                owner: own.owner.clone(),
+                is_of_known_shard: is_known(own),
+            })
+        }));
+    }
+    marks
+}
+
+/// Asks every sink once; those that keep no positions are left out.
+async fn ask(
+    sinks: &[Arc<dyn Sink>],
+    pipeline: &PipelineName,
+    keys: &[ShardKey],
+) -> Result<Kept, LaneError> {
+    let each = sinks.iter().map(async |sink| {
+        let kept = sink.kept(pipeline, keys).await?;
+        Ok(kept.map(|kept| (sink.clone(), kept)))
+    });
+    let answers: Result<Vec<_>, LaneError> = futures::future::try_join_all(each).await;
+    Ok(answers?.into_iter().flatten().collect())
+}
+
+/// Asks until all have answered. Whoever waits drops it at the end of the run.
+async fn ask_patiently(shared: &Shared, pipeline: &PipelineName, keys: &[ShardKey]) -> Kept {
+    let pause_max = shared.config.timing.retry_pause_max;
+    let mut pauses = ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(100).min(pause_max))
+        .with_max_delay(pause_max)
+        .without_max_times()
+        .with_jitter()
+        .build();
+    loop {
+        match ask(&shared.sinks, pipeline, keys).await {
+            Ok(kept) => {
+                keys.iter().for_each(|key| shared.board.unblock(&key.shard, PART));
+                return kept;
+            }
+            Err(error) => {
+                let cause = error.to_string();
+                keys.iter().for_each(|key| shared.board.block(&key.shard, PART, &cause));
+            }
+        }
+        tokio::time::sleep(pauses.next().unwrap_or(pause_max)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fault_31_a_stream_is_compared_under_the_name_that_a_start_has_for_it() {
+        let stream = |name: &str, arn: &str| StreamIdentity {
+            name: name.into(),
+            arn: arn.into(),
+            created_ms: 7,
+        };
+        let file = stream("in.ndjson", "file:/data/in.ndjson#12");
+        let replaced = stream("in.ndjson", "file:/data/in.ndjson#13");
+        let letters = stream("dead-letters", "dead-letters:cars");
+        let kinesis = stream("cars", "arn:aws:kinesis:eu-west-1:000000000000:stream/cars");
+        let other = stream("bikes", "arn:aws:kinesis:eu-west-1:000000000000:stream/bikes");
+        let keys: Vec<String> = [&file, &letters, &kinesis, &other].map(StreamIdentity::key).into();
+        let all = |own, name| compared(keys.clone(), own, name);
+        assert_eq!(all(Some(&file), "in.ndjson"), std::slice::from_ref(&file));
+        assert_eq!(all(Some(&letters), "dead-letters"), std::slice::from_ref(&letters));
+        // Another file in its place is another stream, of which a start compares nothing.
+        assert!(all(Some(&replaced), "in.ndjson").is_empty());
+        assert_eq!(all(None, "cars"), [kinesis]);
+        assert!(all(None, "trucks").is_empty());
+    }
+}

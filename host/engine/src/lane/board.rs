@@ -1,0 +1,344 @@
+//! What is shown of the lanes: nothing waits forever in silence.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::sync::Notify;
+
+use super::lag::{LiveDelivery, LiveLag};
+use shardmill_core::escape::quoted;
+use shardmill_core::masking::{message, report};
+use shardmill_core::record::{Position, ShardId, SinkName};
+
+/// The state of every lane, for the admin port, the reports and the end of a run; cheap to clone.
+#[derive(Clone, Default)]
+pub struct Board {
+    shards: Arc<Mutex<BTreeMap<ShardId, ShardStatus>>>,
+    /// What of the run as a whole does not go on, and why.
+    run: Arc<Mutex<BTreeMap<&'static str, String>>>,
+    /// How far the sinks are behind.
+    lags: Arc<Mutex<BTreeMap<ShardId, LiveLag>>>,
+    /// Told when a lane runs another generation, or cannot.
+    changed: Arc<Notify>,
+}
+
+/// A lane that has changed to another generation.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LaneChange {
+    /// Its shard.
+    pub shard: ShardId,
+    /// The lane's pause in microseconds: from the last batch out of the old generation until the new one
+    /// is ready for the next, the hand-over to the sinks and the ledger's write included, less what it
+    /// waited for records. `None`: it was taken over anew, or begun with it.
+    pub pause_us: Option<u64>,
+}
+
+/// A lane that has not changed to another generation yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct WaitingLane {
+    /// Its shard.
+    pub shard: ShardId,
+    /// What it waits for.
+    pub why: String,
+}
+
+/// One shard, as shown.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ShardStatus {
+    /// Records handed to the sinks since the process started.
+    pub records_read: u64,
+    /// Of these, records that some sink had before.
+    pub records_replayed: u64,
+    /// Records that a stage did not take.
+    pub dead_letters: u64,
+    /// Reads in a row that brought nothing.
+    pub idle_reads: u64,
+    /// Whether every sink had committed all that was read, as of the last of these.
+    #[serde(skip)]
+    pub is_committed: bool,
+    /// The age of the oldest record that a sink has not committed, in seconds, by sink.
+    pub committed_lag_seconds: BTreeMap<String, f64>,
+    /// Milliseconds between what was read last and the end of the shard, as the server says. Deprecated:
+    /// it stays 0 while records wait behind a blocked sink.
+    pub behind_ms: u64,
+    /// The lane reads.
+    pub running: bool,
+    /// The shard was closed and is settled.
+    pub ended: bool,
+    /// The position that the lane started at.
+    pub started_from: Option<String>,
+    /// What does not go on, and why.
+    pub blocked: BTreeMap<String, String>,
+    /// The generation at work.
+    pub generation: Option<String>,
+    /// The lane's pause at its last change of generation, in microseconds; see [`LaneChange::pause_us`].
+    pub change_pause_us: Option<u64>,
+    /// A generation that did not start here, and why.
+    pub does_not_start: Option<(String, String)>,
+}
+
+/// Text in the place of a cause, for who may not see records.
+const CAUSE_HIDDEN: &str = "send the token to see the cause";
+
+impl ShardStatus {
+    /// Hides why something does not go on or start: plugins and databases quote records in what they say.
+    pub fn hide_causes(&mut self) {
+        let does_not_start = self.does_not_start.as_mut().map(|(_, cause)| cause);
+        for cause in self.blocked.values_mut().chain(does_not_start) {
+            CAUSE_HIDDEN.clone_into(cause);
+        }
+    }
+
+    /// The lane begins.
+    pub fn acquired(&mut self, from: Option<&Position>) {
+        self.running = true;
+        self.started_from = from.map(ToString::to_string);
+        self.blocked.clear();
+    }
+
+    /// What a lane waits for that does not come to its next batch.
+    fn waits_for(&self) -> String {
+        if self.blocked.is_empty() {
+            return "it has not finished its batch, or runs again what the version before ran first"
+                .into();
+        }
+        let parts = self.blocked.iter().map(|(part, cause)| format!("{part}: {cause}"));
+        parts.collect::<Vec<_>>().join("; ")
+    }
+
+    /// Two reads in a row brought nothing, the server says that nothing is left, and every sink has committed
+    /// all that was read: the drain would give up what a sink does not take in its time.
+    pub fn caught_up(&self) -> bool {
+        let has_read_all = self.running && self.idle_reads >= 2 && self.behind_ms == 0;
+        self.ended || (has_read_all && self.is_committed)
+    }
+}
+
+impl Board {
+    /// Changes the state of a shard.
+    pub fn update(&self, shard: &ShardId, change: impl FnOnce(&mut ShardStatus)) {
+        let mut shards = self.lock();
+        let status = shards.entry(shard.clone()).or_default();
+        let blocked = status.blocked.len();
+        change(status);
+        if status.blocked.len() != blocked {
+            gauge(shard, status);
+        }
+    }
+
+    /// Marks a part of a lane as blocked; says so once per cause.
+    pub fn block(&self, shard: &ShardId, part: &str, cause: &str) {
+        // A plugin or a server may have worded it.
+        let cause = &message(cause)[..];
+        let mut shards = self.lock();
+        let status = shards.entry(shard.clone()).or_default();
+        let before = status.blocked.insert(part.to_owned(), cause.to_owned());
+        // How far a search is changes all the time; that it goes on is said once.
+        let is_news = match part == super::SEARCH {
+            true => before.is_none(),
+            false => before.as_deref() != Some(cause),
+        };
+        if is_news {
+            tracing::error!(shard = %shard, part, cause = %quoted(cause), "blocked");
+        }
+        gauge(shard, status);
+    }
+
+    /// The part goes on.
+    pub fn unblock(&self, shard: &ShardId, part: &str) {
+        let mut shards = self.lock();
+        if let Some(status) = shards.get_mut(shard)
+            && status.blocked.remove(part).is_some()
+        {
+            tracing::info!(shard = %shard, part, "goes on");
+            gauge(shard, status);
+        }
+    }
+
+    /// Marks a part of the run that belongs to no shard as blocked; says so once per cause.
+    pub fn block_run(&self, part: &'static str, cause: &str) {
+        let cause = &message(cause)[..];
+        let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = run.insert(part, cause.to_owned());
+        if before.as_deref() != Some(cause) {
+            tracing::error!(part, cause = %quoted(cause), "blocked");
+        }
+    }
+
+    /// The part goes on.
+    pub fn unblock_run(&self, part: &'static str) {
+        let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        if run.remove(part).is_some() {
+            tracing::info!(part, "goes on");
+        }
+    }
+
+    /// What of the run as a whole does not go on, and why.
+    pub fn blocked_run(&self) -> BTreeMap<&'static str, String> {
+        self.run.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The lane runs this generation now; `pause` is as in [`LaneChange::pause_us`].
+    pub fn runs(&self, shard: &ShardId, generation: &str, pause: Option<Duration>) {
+        self.update(shard, |status| {
+            status.generation = Some(generation.to_owned());
+            status.change_pause_us = pause.map(|pause| pause.as_micros() as u64);
+            status.does_not_start = None;
+        });
+        self.changed.notify_waiters();
+    }
+
+    /// The lane cannot run this generation, and goes on with the one before.
+    pub fn does_not_start(&self, shard: &ShardId, generation: &str, cause: &str) {
+        self.update(shard, |status| {
+            let cause = report(cause);
+            status.does_not_start = Some((generation.to_owned(), cause));
+        });
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until every lane that reads runs a generation, up to `end` at most, and every lane of `let_go`
+    /// reads again. Gives those that do and those that do not yet.
+    ///
+    /// # Errors
+    /// Why a lane cannot run it.
+    pub async fn changed_to(
+        &self,
+        generation: &str,
+        let_go: &[ShardId],
+        end: tokio::time::Instant,
+    ) -> Result<(Vec<LaneChange>, Vec<WaitingLane>), String> {
+        loop {
+            let told = self.changed.notified();
+            let (mut changed, mut waiting) = (Vec::new(), Vec::new());
+            for (shard, status) in self.snapshot() {
+                if !status.running {
+                    if !status.ended && let_go.contains(&shard) {
+                        let why = "it was let go, and is not taken over yet".to_owned();
+                        waiting.push(WaitingLane { shard, why });
+                    }
+                    continue;
+                }
+                if let Some((_, cause)) =
+                    status.does_not_start.as_ref().filter(|(id, _)| id == generation)
+                {
+                    return Err(format!("it does not start in shard {shard}: {cause}"));
+                }
+                match status.generation.as_deref() == Some(generation) {
+                    true => changed.push(LaneChange { shard, pause_us: status.change_pause_us }),
+                    false => waiting.push(WaitingLane { why: status.waits_for(), shard }),
+                }
+            }
+            if waiting.is_empty() || tokio::time::timeout_at(end, told).await.is_err() {
+                return Ok((changed, waiting));
+            }
+        }
+    }
+
+    /// The lanes that read, and what each waits for should it not come to its next batch.
+    pub fn running(&self) -> Vec<WaitingLane> {
+        let running = self.snapshot().into_iter().filter(|(_, status)| status.running);
+        running.map(|(shard, status)| WaitingLane { why: status.waits_for(), shard }).collect()
+    }
+
+    /// The lanes whose stages do not go on, and why. Not those that a busy machine holds up.
+    pub fn blocked_stages(&self) -> Vec<(ShardId, String)> {
+        let shards = self.lock();
+        let blocked = shards.iter().filter_map(|(shard, status)| {
+            status.blocked.get(super::STAGES).map(|cause| (shard.clone(), cause.clone()))
+        });
+        blocked.collect()
+    }
+
+    /// A copy of all.
+    pub fn snapshot(&self) -> BTreeMap<ShardId, ShardStatus> {
+        let mut shards = self.lock().clone();
+        for (shard, sink, age) in self.committed_lags() {
+            if let Some(status) = shards.get_mut(&shard) {
+                status.committed_lag_seconds.insert(sink.to_string(), age.as_secs_f64());
+            }
+        }
+        shards
+    }
+
+    /// Notes something of a shard's lag; gives what that gives.
+    pub fn lag<T>(&self, shard: &ShardId, note: impl FnOnce(&mut LiveLag) -> T) -> T {
+        note(self.lags().entry(shard.clone()).or_default())
+    }
+
+    /// The deliveries of every shard whose lane has begun.
+    pub(super) fn deliveries(&self) -> Vec<(ShardId, LiveDelivery)> {
+        let lags = self.lags();
+        let of = |(shard, lag): (&ShardId, &LiveLag)| {
+            let own = lag.deliveries.iter().cloned();
+            own.map(|own| (shard.clone(), own)).collect::<Vec<_>>()
+        };
+        lags.iter().flat_map(of).collect()
+    }
+
+    /// The age of the oldest record that a sink has not committed, by shard and sink.
+    pub fn committed_lags(&self) -> Vec<(ShardId, SinkName, Duration)> {
+        let now_ms = chrono::Utc::now().timestamp_millis();
+        let mut lags = self.lags();
+        let of = |(shard, lag): (&ShardId, &mut LiveLag)| {
+            let ages = lag.ages(now_ms).into_iter();
+            ages.map(|(sink, age)| (shard.clone(), sink, age)).collect::<Vec<_>>()
+        };
+        lags.iter_mut().flat_map(of).collect()
+    }
+
+    /// Sets the metric of the lags to what they are now.
+    pub fn show_lags(&self) {
+        for (shard, sink, age) in self.committed_lags() {
+            metrics::gauge!("shardmill_committed_lag_seconds",
+                "shard" => shard.to_string(), "sink" => sink.to_string())
+            .set(age.as_secs_f64());
+        }
+    }
+
+    fn lags(&self) -> MutexGuard<'_, BTreeMap<ShardId, LiveLag>> {
+        self.lags.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ShardId, ShardStatus>> {
+        self.shards.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn gauge(shard: &ShardId, status: &ShardStatus) {
+    metrics::gauge!("shardmill_blocked", "shard" => shard.to_string())
+        .set(status.blocked.len() as f64);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lane::{STAGES, STARVED};
+
+    #[test]
+    fn wall_10_no_version_is_judged_by_a_lane_that_a_busy_machine_holds_up() {
+        let (board, shard) = (Board::default(), ShardId::from("a"));
+        board.block(&shard, STARVED, "stage s: the machine is too busy");
+        assert!(board.blocked_stages().is_empty());
+        board.block(&shard, STAGES, "stage s: every record fails");
+        assert_eq!(board.blocked_stages(), [(shard, "stage s: every record fails".to_owned())]);
+    }
+
+    #[test]
+    fn wall_02_a_cause_is_one_line_of_bounded_length() {
+        let (board, shard) = (Board::default(), ShardId::from("a"));
+        let cause = format!("the server says:\n{}", "x".repeat(20 << 20));
+        board.block(&shard, "sink s", &cause);
+        board.block_run("shards", &cause);
+        board.does_not_start(&shard, "2", &cause);
+        let status = board.lock().get(&shard).cloned().expect("a status");
+        let (run, start) = (board.blocked_run(), status.does_not_start.expect("a cause").1);
+        for cause in [&status.blocked["sink s"], &run["shards"]] {
+            assert!(cause.starts_with("the server says:\\nxxx"), "{cause:.64}");
+            assert!(cause.len() < 17 << 10, "{} bytes", cause.len());
+        }
+        assert!(start.len() < 65 << 10, "{} bytes", start.len());
+    }
+}

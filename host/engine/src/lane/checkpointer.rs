@@ -1,0 +1,89 @@
+//! Writes a lane's checkpoint: the minimum over its sinks, once a second while it moves. All lanes do so at
+//! the same moments, so that their checkpoints go to the disk together.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::{Board, Shared};
+use crate::delivery::{DeliveryHandle, Progress};
+use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
+use shardmill_state::{SinkMark, StateError};
+
+type Watched = Vec<(SinkName, watch::Receiver<Progress>)>;
+
+/// Starts writing; the handle is aborted when the lane ends.
+pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -> JoinHandle<()> {
+    let mut watched = watch(deliveries);
+    let (checkpoints, board, shard) =
+        (shared.checkpoints.clone(), shared.board.clone(), shard.clone());
+    // What a sink that keeps no position may repeat after a crash, in time.
+    let interval = shared.config.timing.checkpoint_interval;
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval_at(next_common(interval), interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        loop {
+            ticks.tick().await;
+            let mut moved = false;
+            for (sink, progress) in &mut watched {
+                moved |= progress.has_changed().unwrap_or(false);
+                let part = format!("sink {sink}");
+                match progress.borrow_and_update().blocked.as_deref() {
+                    Some(cause) => board.block(&shard.shard, &part, cause),
+                    None => board.unblock(&shard.shard, &part),
+                }
+            }
+            if moved {
+                let (sinks, checkpoint) = positions(&watched, &board, &shard.shard);
+                if let Err(error) = checkpoints.advance(&shard, sinks, checkpoint, false).await {
+                    tracing::warn!(shard = %shard.shard, %error, "the checkpoint lags");
+                }
+            }
+        }
+    })
+}
+
+/// Writes the last checkpoint of a lane; `ended`: the shard was closed and all of it is settled.
+pub async fn write(
+    shared: &Shared,
+    shard: &ShardKey,
+    deliveries: &[DeliveryHandle],
+    ended: bool,
+) -> Result<(), StateError> {
+    let (sinks, checkpoint) = positions(&watch(deliveries), &shared.board, &shard.shard);
+    shared.checkpoints.advance(shard, sinks, checkpoint, ended).await
+}
+
+/// The next moment at which every lane of the process writes.
+fn next_common(interval: Duration) -> Instant {
+    static BEGUN: OnceLock<Instant> = OnceLock::new();
+    let begun = *BEGUN.get_or_init(Instant::now);
+    let passed = begun.elapsed().as_nanos() / interval.as_nanos().max(1);
+    begun + interval.saturating_mul(u32::try_from(passed + 1).unwrap_or(u32::MAX))
+}
+
+fn watch(deliveries: &[DeliveryHandle]) -> Watched {
+    deliveries.iter().map(|own| (own.sink.clone(), own.progress.clone())).collect()
+}
+
+/// The position of each sink that has one, and the minimum over all.
+fn positions(
+    watched: &Watched,
+    board: &Board,
+    shard: &ShardId,
+) -> (Vec<SinkMark>, Option<Position>) {
+    let each: Vec<_> = watched
+        .iter()
+        .map(|(sink, progress)| (sink.clone(), progress.borrow().position.clone()))
+        .collect();
+    let checkpoint = each.iter().map(|(_, position)| position.clone()).min().flatten();
+    let known = each.into_iter().filter_map(|(sink, position)| {
+        let position = position?;
+        let arrived_ms = board.lag(shard, |lag| lag.shard.committed(&sink, Some(&position)));
+        Some(SinkMark { sink, position, arrived_ms })
+    });
+    (known.collect(), checkpoint)
+}

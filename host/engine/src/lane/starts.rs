@@ -1,0 +1,300 @@
+//! Starts of the stages in a lane that fail: `configure` is the plugin's code, and may fail in one shard and
+//! not in others, or now and not later.
+//!
+//! One lane's failure is tried again, then shown as blocked and tried again with longer pauses; the other
+//! lanes go on. Only a revision that starts in no lane is refused as a whole, and only while no lane has
+//! ever started: then nothing is lost by that, and whoever starts the process hears at once.
+//!
+//! A start that the machine did not let end ([`CallFault::Starved`]) says nothing about the revision. It counts
+//! as no failure, and is tried again for as long as it takes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+
+use super::{Lane, LaneError};
+use crate::stage::{Chain, Generation};
+use shardmill_core::escape::quoted;
+use shardmill_core::record::{ShardId, ShardKey};
+use shardmill_core::stop::Stop;
+use shardmill_plugin::{CallError, CallFault};
+
+/// Tries until a lane counts as blocked.
+const TRIES: u32 = 3;
+/// The pause after the first try; each further one is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// Other shards for which a revision must fail as well to count as one that starts nowhere. With each
+/// of them `configure` may take its whole time.
+const OTHERS_MAX: usize = 16;
+
+/// Whether stages have started in any lane of this process; its clones are one.
+#[derive(Clone, Default)]
+pub struct Starts(Arc<Known>);
+
+#[derive(Default)]
+struct Known {
+    has_started: AtomicBool,
+    /// One lane at a time finds out: the others would ask the same.
+    asking: Mutex<()>,
+}
+
+impl Starts {
+    /// The stages have started in a lane.
+    pub(super) fn note(&self) {
+        self.0.has_started.store(true, Ordering::Relaxed);
+    }
+
+    fn has_started(&self) -> bool {
+        self.0.has_started.load(Ordering::Relaxed)
+    }
+}
+
+/// A start of the stages that has failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct FailedStart {
+    cause: String,
+    /// The machine did not let it end.
+    is_starved: bool,
+}
+
+impl FailedStart {
+    /// The host's own fault, in words.
+    pub(super) fn of_host(cause: impl std::fmt::Display) -> Self {
+        Self { cause: cause.to_string(), is_starved: false }
+    }
+}
+
+impl From<CallError> for FailedStart {
+    fn from(error: CallError) -> Self {
+        Self { is_starved: error.fault == CallFault::Starved, cause: error.message }
+    }
+}
+
+/// Starts in a row that have failed.
+#[derive(Debug, Default)]
+pub(super) struct Tries {
+    failed: u32,
+    /// Starts that were starved since the last one that failed otherwise.
+    starved: u32,
+}
+
+impl Tries {
+    /// Counts a failed start, and decides what follows from it.
+    fn next(&mut self, failed: &FailedStart) -> Next {
+        if failed.is_starved {
+            self.starved = self.starved.saturating_add(1);
+            return Next::Starved;
+        }
+        (self.failed, self.starved) = (self.failed.saturating_add(1), 0);
+        next(self.failed)
+    }
+
+    /// The pause before the next try.
+    fn pause(&self, longest: Duration) -> Duration {
+        pause(if self.starved > 0 { self.starved } else { self.failed }, longest)
+    }
+}
+
+/// The next step, by the number of tries that have failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Another try.
+    Again,
+    /// Another try of a lane that is shown as blocked by the machine. It says nothing about the revision.
+    Starved,
+    /// The first time that it is time to give up the whole revision, if it starts nowhere.
+    Decide,
+    /// Another try of a lane that is shown as blocked.
+    Blocked,
+}
+
+fn next(tries: u32) -> Next {
+    match tries {
+        ..TRIES => Next::Again,
+        TRIES => Next::Decide,
+        _ => Next::Blocked,
+    }
+}
+
+fn pause(tries: u32, longest: Duration) -> Duration {
+    let doublings = tries.saturating_sub(1).min(16);
+    FIRST_PAUSE.saturating_mul(1 << doublings).min(longest)
+}
+
+/// Starts the stages of the next revision of a lane, with as many tries as a lane has before it counts as
+/// blocked, and with any number where the machine is too busy. The revision at work goes on meanwhile.
+///
+/// # Errors
+/// Why they do not start, in words.
+pub(super) async fn start_patiently<T: Send + 'static>(
+    start: impl Fn() -> Result<T, CallError> + Clone + Send + 'static,
+    stop: Stop,
+    pause_max: Duration,
+) -> Result<T, String> {
+    let mut tries = Tries::default();
+    loop {
+        let failed = match tokio::task::spawn_blocking(start.clone()).await {
+            Ok(Ok(started)) => return Ok(started),
+            Ok(Err(error)) => FailedStart::from(error),
+            Err(panic) => FailedStart::of_host(panic),
+        };
+        match tries.next(&failed) {
+            Next::Again => {}
+            Next::Starved => tracing::warn!(
+                cause = %quoted(&failed.cause),
+                "the stages of the next revision have not started; they are tried again"
+            ),
+            Next::Decide | Next::Blocked => return Err(failed.cause),
+        }
+        let pause = tokio::time::sleep(tries.pause(pause_max));
+        if stop.unless_asked(pause).await.is_none() {
+            return Err(failed.cause);
+        }
+    }
+}
+
+impl Lane<'_> {
+    /// Counts a failed start of the stages among the `tries` for the batch in hand, and waits until it is time
+    /// for the next, or until another revision may run the batch.
+    ///
+    /// # Errors
+    /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::Stopped`].
+    pub(super) async fn after_failed_start(
+        &mut self,
+        tries: &mut Tries,
+        failed: &FailedStart,
+    ) -> Result<(), LaneError> {
+        let (next, cause) = (tries.next(failed), failed.cause.as_str());
+        if next == Next::Decide && self.starts_nowhere().await? {
+            return Err(LaneError::Fatal(format!("shard {}: {cause}", self.shard.shard)));
+        }
+        let blocked = match next {
+            Next::Again => {
+                let said = quoted(cause);
+                tracing::warn!(shard = %self.shard.shard, cause = %said, tries = tries.failed,
+                    "the stages do not start; they are tried again");
+                None
+            }
+            Next::Starved => Some(super::STARVED),
+            Next::Decide | Next::Blocked => Some(super::STAGES),
+        };
+        if let Some(part) = blocked {
+            self.block(part, cause);
+            if self.change_before_blocked().await? {
+                return Ok(());
+            }
+        }
+        let pause = tries.pause(self.shared.config.timing.retry_pause_max);
+        let stop = self.stop.clone();
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = stop.asked() => return Err(LaneError::Stopped),
+            // Another revision may start.
+            () = self.change.until_due() => { self.change_before_blocked().await?; }
+        }
+        Ok(())
+    }
+
+    /// Whether the stages start for no other shard that is read either. Never once any lane has started:
+    /// a process that works is not ended for what fails later. Nor where the machine is too busy to tell.
+    async fn starts_nowhere(&self) -> Result<bool, LaneError> {
+        let starts = &self.shared.starts;
+        let _asking = self.unless_stopped(starts.0.asking.lock()).await?;
+        let running = self.shared.board.running().into_iter().map(|lane| lane.shard);
+        let others = running.filter(|shard| *shard != self.shard.shard).take(OTHERS_MAX);
+        for shard in others.collect::<Vec<_>>() {
+            if starts.has_started() {
+                return Ok(false);
+            }
+            match self.starts_for(shard).await? {
+                Ok(()) => starts.note(),
+                Err(failed) if failed.is_starved => return Ok(false),
+                Err(_) => {}
+            }
+        }
+        Ok(!starts.has_started())
+    }
+
+    /// Whether the stages of the revision at work start for another shard. Their instances are dropped.
+    async fn starts_for(&self, shard: ShardId) -> Result<Result<(), FailedStart>, LaneError> {
+        let generation: Arc<Generation> = self.segments[0].generation.clone();
+        let shard = ShardKey { shard, ..self.shard.clone() };
+        let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
+        let stop = self.stop.clone();
+        let start = move || {
+            let started = Chain::start(&generation, &shard, limits, samples, stop.token());
+            started.map(drop).map_err(FailedStart::from)
+        };
+        let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;
+        Ok(started.unwrap_or_else(|panic| Err(FailedStart::of_host(panic))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_08_a_start_that_fails_is_tried_again_then_decided_then_blocked() {
+        for (tries, expected, pause_ms) in [
+            (1, Next::Again, 200),
+            (2, Next::Again, 400),
+            (3, Next::Decide, 800),
+            (4, Next::Blocked, 1_600),
+            (1_000, Next::Blocked, 10_000),
+        ] {
+            assert_eq!(next(tries), expected, "{tries}");
+            let found = pause(tries, Duration::from_secs(10));
+            assert_eq!(found, Duration::from_millis(pause_ms), "{tries}");
+        }
+    }
+
+    fn call_error(fault: CallFault) -> CallError {
+        CallError { fault, message: format!("{fault:?}"), backtrace: String::new() }
+    }
+
+    #[test]
+    fn wall_10_a_start_that_was_starved_does_not_count_as_one_that_failed() {
+        let (trap, starved) = (call_error(CallFault::Trap), call_error(CallFault::Starved));
+        let mut tries = Tries::default();
+        for (error, expected, pause_ms) in [
+            (&starved, Next::Starved, 200),
+            (&starved, Next::Starved, 400),
+            (&trap, Next::Again, 200),
+            (&starved, Next::Starved, 200),
+            (&starved, Next::Starved, 400),
+            (&starved, Next::Starved, 800),
+            (&trap, Next::Again, 400),
+            (&trap, Next::Decide, 800),
+            (&starved, Next::Starved, 200),
+            (&trap, Next::Blocked, 1_600),
+        ] {
+            let found = tries.next(&FailedStart::from(error.clone()));
+            assert_eq!(found, expected, "{tries:?}");
+            let pause = tries.pause(Duration::from_secs(10));
+            assert_eq!(pause, Duration::from_millis(pause_ms), "{tries:?}");
+        }
+        let panicked = FailedStart::of_host("it panicked");
+        assert_eq!(Tries::default().next(&panicked), Next::Again);
+    }
+
+    /// Starts that fail in this way so often, and then succeed with their number.
+    async fn started_after(fault: CallFault, failures: u32) -> Result<u32, String> {
+        let tries = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let start = move || match tries.fetch_add(1, Ordering::Relaxed) {
+            tried if tried < failures => Err(call_error(fault)),
+            tried => Ok(tried + 1),
+        };
+        let stop = Stop::new(Duration::from_secs(1));
+        start_patiently(start, stop, Duration::from_millis(1)).await
+    }
+
+    #[tokio::test]
+    async fn wall_10_the_next_revision_is_started_for_as_long_as_the_machine_is_too_busy() {
+        assert_eq!(started_after(CallFault::Starved, 20).await, Ok(21));
+        assert_eq!(started_after(CallFault::Trap, 2).await, Ok(3));
+        assert_eq!(started_after(CallFault::Trap, 3).await, Err("Trap".into()));
+    }
+}

@@ -1,0 +1,137 @@
+//! Dead letters as one shard that goes on: what is copied to the sinks under `[dead_letters]`.
+//!
+//! A record is a letter as JSON; its position is its place in the log of letters.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+
+use shardmill_config::BatchLimits;
+use shardmill_core::record::{
+    Batch, Entry, PipelineName, Position, PositionSpan, Record, SequenceNumber, ShardKey,
+    StreamIdentity,
+};
+use shardmill_core::source::StartPosition;
+use shardmill_core::source::{
+    BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
+};
+use shardmill_state::{DeadLetters, LoggedLetter, StateError};
+
+/// The one shard of the log.
+const SHARD: &str = "letters-000000000000";
+/// How often new letters are looked for.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The log of letters as a source.
+pub struct LetterLogSource {
+    letters: DeadLetters,
+    pipeline: PipelineName,
+    limits: BatchLimits,
+    last: CancellationToken,
+}
+
+impl LetterLogSource {
+    /// The letters of a pipeline. Once `last` is cancelled no more are written: what there is then is
+    /// the rest.
+    pub fn new(
+        letters: DeadLetters,
+        pipeline: PipelineName,
+        limits: BatchLimits,
+        last: CancellationToken,
+    ) -> Self {
+        Self { letters, pipeline, limits, last }
+    }
+}
+
+fn unreadable(error: StateError) -> SourceError {
+    SourceError::Letters { cause: error.to_string() }
+}
+
+#[async_trait]
+impl ShardSource for LetterLogSource {
+    async fn identity(&self) -> Result<StreamIdentity, SourceError> {
+        self.letters.log_stream(&self.pipeline).await.map_err(unreadable)
+    }
+
+    async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
+        Ok(vec![Shard::only(SHARD.into())])
+    }
+
+    fn start(&self) -> &StartPosition {
+        &StartPosition::TrimHorizon
+    }
+
+    async fn open(
+        &self,
+        shard: &ShardKey,
+        from: ResumePoint<'_>,
+    ) -> Result<Box<dyn BatchReader>, SourceError> {
+        let after = from.after.cloned();
+        if let Some(after) = &after {
+            // A lane begins where its slowest sink stands.
+            self.letters.forget_log(&after.sequence).await.map_err(unreadable)?;
+        }
+        Ok(Box::new(LetterLogReader {
+            letters: self.letters.clone(),
+            shard: shard.clone(),
+            limits: self.limits,
+            last: self.last.clone(),
+            after,
+            is_idle: false,
+        }))
+    }
+}
+
+struct LetterLogReader {
+    letters: DeadLetters,
+    shard: ShardKey,
+    limits: BatchLimits,
+    last: CancellationToken,
+    after: Option<Position>,
+    /// The last look found nothing.
+    is_idle: bool,
+}
+
+#[async_trait]
+impl BatchReader for LetterLogReader {
+    async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
+        if self.is_idle {
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+                () = self.last.cancelled() => {}
+            }
+        }
+        // Asked before the look: what was written until then is found by it.
+        let is_last = self.last.is_cancelled();
+        let after = super::letters::letter_number(self.after.as_ref())?;
+        let BatchLimits { records_max, bytes_max, .. } = self.limits;
+        let logged = self.letters.logged(after, records_max, bytes_max).await;
+        let records: Vec<Record> = logged.map_err(unreadable)?.into_iter().map(record).collect();
+        let Some(last) = records.last() else {
+            self.is_idle = true;
+            return Ok(match is_last {
+                true => NextBatch::SourceEnd,
+                false => NextBatch::Idle { behind_ms: 0, caught_up_ms: None },
+            });
+        };
+        self.is_idle = false;
+        let to_inclusive = last.position.clone();
+        let from_exclusive = self.after.replace(to_inclusive.clone());
+        Ok(NextBatch::Batch(Batch {
+            shard: self.shard.clone(),
+            records,
+            span: PositionSpan { from_exclusive, to_inclusive },
+            entry: Entry::Source,
+        }))
+    }
+}
+
+fn record(LoggedLetter { number, letter }: LoggedLetter) -> Record {
+    Record {
+        position: Position { sequence: SequenceNumber::from(number), sub_sequence: 0 },
+        payload: letter.to_json().to_string().into(),
+        partition_key: letter.partition_key.into(),
+        arrived_ms: u64::try_from(letter.written_ms).unwrap_or(0),
+    }
+}

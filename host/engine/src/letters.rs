@@ -1,0 +1,248 @@
+//! Dead letters as one shard that ends by itself: what a redrive reads.
+//!
+//! A record's position is its letter's place in the redrive. A batch holds letters that enter the path
+//! at one place by one route, and that the same sinks have already.
+
+use std::sync::{Arc, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::Mutex;
+
+use shardmill_config::BatchLimits;
+use shardmill_core::record::{
+    Batch, Entry, LetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, RouteName,
+    SequenceNumber, ShardKey, SinkName, StreamIdentity,
+};
+use shardmill_core::source::StartPosition;
+use shardmill_core::source::{
+    BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
+};
+use shardmill_state::{LostPayload, RedriveId, RedrivenLetter, Redrives};
+
+/// A key and a payload.
+pub type Made = (Bytes, Bytes);
+
+/// Makes again what entered the place of a dead letter, where only its digest is kept.
+#[async_trait]
+pub trait Remake: Send {
+    /// Makes what entered the place of a letter.
+    ///
+    /// # Errors
+    /// Why it cannot be made, as a sentence.
+    async fn make(&mut self, letter: &RedrivenLetter, lost: &LostPayload) -> Result<Made, String>;
+}
+
+/// A redrive as a source.
+pub struct LettersSource {
+    redrives: Redrives,
+    id: RedriveId,
+    identity: StreamIdentity,
+    limits: BatchLimits,
+    without: Arc<[String]>,
+    remade: Arc<Remade>,
+}
+
+/// Makes again what is not kept of letters.
+#[derive(Default)]
+struct Remade {
+    /// One letter at a time: what it makes is large. `None`: nothing can be made.
+    remaker: Option<Mutex<Box<dyn Remake>>>,
+    /// How far each sink was before the redrive ran now.
+    reached: Vec<(SinkName, Option<Position>)>,
+    left_out: LeftOut,
+}
+
+/// Letters that were left out because what entered their place could not be made again: number and reason.
+pub type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
+
+impl LettersSource {
+    /// The letters of a redrive, but for those that enter at the places of `without`. Letters that are kept as a
+    /// digest are left out.
+    pub fn new(
+        redrives: Redrives,
+        id: RedriveId,
+        pipeline: &PipelineName,
+        limits: BatchLimits,
+        without: Vec<String>,
+    ) -> Self {
+        let (identity, without) = (id.stream(pipeline), without.into());
+        Self { redrives, id, identity, limits, without, remade: Arc::default() }
+    }
+
+    /// The same with what is kept as a digest: it is made again. `reached` says how far each sink is with the
+    /// redrive.
+    pub fn remade_by(
+        self,
+        remaker: Box<dyn Remake>,
+        reached: Vec<(SinkName, Option<Position>)>,
+    ) -> Self {
+        let (remaker, left_out) = (Some(Mutex::new(remaker)), LeftOut::default());
+        Self { remade: Arc::new(Remade { remaker, reached, left_out }), ..self }
+    }
+
+    /// The letters that were left out so far.
+    pub fn left_out(&self) -> LeftOut {
+        self.remade.left_out.clone()
+    }
+}
+
+#[async_trait]
+impl ShardSource for LettersSource {
+    async fn identity(&self) -> Result<StreamIdentity, SourceError> {
+        Ok(self.identity.clone())
+    }
+
+    async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
+        Ok(vec![Shard::only(self.id.shard())])
+    }
+
+    fn start(&self) -> &StartPosition {
+        &StartPosition::TrimHorizon
+    }
+
+    async fn open(
+        &self,
+        shard: &ShardKey,
+        from: ResumePoint<'_>,
+    ) -> Result<Box<dyn BatchReader>, SourceError> {
+        let after = from.after.cloned();
+        Ok(Box::new(LettersReader {
+            redrives: self.redrives.clone(),
+            id: self.id,
+            shard: shard.clone(),
+            limits: self.limits,
+            without: self.without.clone(),
+            remade: self.remade.clone(),
+            after,
+        }))
+    }
+}
+
+struct LettersReader {
+    redrives: Redrives,
+    id: RedriveId,
+    shard: ShardKey,
+    limits: BatchLimits,
+    without: Arc<[String]>,
+    remade: Arc<Remade>,
+    after: Option<Position>,
+}
+
+impl LettersReader {
+    /// Gives a letter with its payload; `None`: it could not be made again, and is left out.
+    async fn whole(
+        &self,
+        mut letter: RedrivenLetter,
+    ) -> Result<Option<RedrivenLetter>, SourceError> {
+        let Some(lost) = letter.lost.take() else { return Ok(Some(letter)) };
+        let made = match &self.remade.remaker {
+            Some(remaker) => remaker.lock().await.make(&letter, &lost).await,
+            None => Err("only a digest is kept of what entered there".into()),
+        };
+        match made {
+            Ok((key, payload)) => {
+                // Copied: they may be a small part of a plugin's answer, which would be kept with them.
+                (letter.key, letter.payload) = (key.to_vec(), payload.to_vec());
+                Ok(Some(letter))
+            }
+            Err(why) => {
+                tracing::warn!(letter = lost.letter, cause = why, "a dead letter is not redriven");
+                let reached = self.remade.reached.clone();
+                let left = self.redrives.leave_out(self.id, lost.letter, reached).await;
+                left.map_err(|error| SourceError::Letters { cause: error.to_string() })?;
+                let mut left_out =
+                    self.remade.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+                left_out.push((lost.letter, why));
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// The properties that the letters of one batch share.
+#[derive(PartialEq, Eq)]
+struct Common {
+    place: LetterPlace,
+    route: RouteName,
+    delivered_to: Vec<SinkName>,
+    keeps_whole: bool,
+}
+
+impl Common {
+    fn of(letter: &RedrivenLetter) -> Self {
+        Self {
+            place: letter.place.clone(),
+            route: letter.route.clone(),
+            delivered_to: letter.delivered_to.clone(),
+            keeps_whole: letter.keeps_whole,
+        }
+    }
+}
+
+#[async_trait]
+impl BatchReader for LettersReader {
+    async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
+        let after = letter_number(self.after.as_ref())?;
+        let BatchLimits { records_max, bytes_max, .. } = self.limits;
+        let (mut records, mut origins): (Vec<Record>, Vec<Position>) = (Vec::new(), Vec::new());
+        let (mut common, mut bytes) = (None, 0);
+        while common.is_none() {
+            let limits = (records_max, bytes_max);
+            let letters = self.redrives.letters(self.id, after, limits, &self.without).await;
+            let letters =
+                letters.map_err(|error| SourceError::Letters { cause: error.to_string() })?;
+            if letters.is_empty() {
+                return Ok(NextBatch::SourceEnd);
+            }
+            for letter in letters {
+                let own = Common::of(&letter);
+                if common.as_ref().is_some_and(|common| *common != own) {
+                    break;
+                }
+                // One that is left out is not read again.
+                let Some(letter) = self.whole(letter).await? else { continue };
+                bytes += letter.key.len() + letter.payload.len();
+                if common.is_some() && bytes > bytes_max {
+                    break;
+                }
+                common = Some(own);
+                origins.push(letter.origin);
+                records.push(Record {
+                    position: Position {
+                        sequence: SequenceNumber::from(letter.ordinal),
+                        sub_sequence: 0,
+                    },
+                    partition_key: letter.key.into(),
+                    payload: letter.payload.into(),
+                    arrived_ms: letter.arrived_ms,
+                });
+            }
+        }
+        let (Some(common), Some(last)) = (common, records.last()) else {
+            return Ok(NextBatch::SourceEnd);
+        };
+        let to_inclusive = last.position.clone();
+        let from_exclusive = self.after.replace(to_inclusive.clone());
+        let Common { place, route, delivered_to, keeps_whole } = common;
+        let redrive = Redrive { place, route, origins, delivered_to, keeps_whole };
+        Ok(NextBatch::Batch(Batch {
+            shard: self.shard.clone(),
+            records,
+            span: PositionSpan { from_exclusive, to_inclusive },
+            entry: Entry::Redrive(Box::new(redrive)),
+        }))
+    }
+}
+
+/// The number of the letter that was read last; 0 before the first.
+///
+/// # Errors
+/// [`SourceError::Letters`]: a position that is not of letters. Read as any number, it would pass letters
+/// over or run them twice.
+pub(super) fn letter_number(after: Option<&Position>) -> Result<u64, SourceError> {
+    let Some(after) = after else { return Ok(0) };
+    after.sequence.as_str().parse().map_err(|error| SourceError::Letters {
+        cause: format!("position {after} is not of a dead letter: {error}; restore the state"),
+    })
+}

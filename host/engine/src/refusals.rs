@@ -1,0 +1,123 @@
+//! Refused rows on their way to the dead letters: held before the sink commits, shown after.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+
+use shardmill_config::RejectedMax;
+use shardmill_core::record::{LetterPlace, Row, SinkName};
+use shardmill_core::sink::{Commit, Refusal, RefusalLog, SinkError};
+use shardmill_state::RejectionWindow;
+use shardmill_state::{DeadLetter, DeadLetters, LetterKey, MadeBy};
+
+/// The refusals of one sink and shard.
+pub struct HeldRefusals {
+    letters: DeadLetters,
+    sink: SinkName,
+    counted: Mutex<Counted>,
+}
+
+struct Counted {
+    window: RejectionWindow,
+    /// The window as it will be once the commit in hand has landed.
+    pending: Option<RejectionWindow>,
+}
+
+impl HeldRefusals {
+    /// Writes into `letters`; past the limits a commit is not to be made.
+    pub fn new(letters: DeadLetters, sink: SinkName, rejected_max: RejectedMax) -> Self {
+        let window = RejectionWindow::new(rejected_max);
+        Self { letters, sink, counted: Mutex::new(Counted { window, pending: None }) }
+    }
+
+    /// Counts a commit that has landed.
+    pub fn committed(&self, commit: &Commit) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        match counted.pending.take() {
+            Some(pending) => counted.window = pending,
+            None => counted.window.accept(commit.rows_gathered()),
+        }
+    }
+
+    /// Plays the commit's rows through the window.
+    fn count(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), String> {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = refusals.iter().map(|refusal| commit.number_of(refusal.row));
+        let refused: Vec<usize> = refused.collect();
+        let window = played(counted.window.clone(), commit.rows_gathered(), &refused)?;
+        counted.pending = Some(window);
+        Ok(())
+    }
+
+    fn too_many(&self, limit: &str) -> SinkError {
+        SinkError::TooManyRefused {
+            sink: self.sink.clone(),
+            cause: format!("{limit}; nothing is written"),
+        }
+    }
+
+    /// The letter of a row that the sink did not take, made by a revision.
+    pub fn letter(&self, row: &Row, reason: String, revision: &Arc<str>) -> DeadLetter {
+        let record = row.source();
+        DeadLetter {
+            key: LetterKey {
+                position: record.position.clone(),
+                place: LetterPlace::Sink(self.sink.clone()),
+                output: row.ordinal,
+            },
+            partition_key: record.partition_key.clone(),
+            original: record.payload.clone(),
+            entered_key: row.key.clone(),
+            entered: row.payload.clone(),
+            route: row.route.name().clone(),
+            arrived_ms: record.arrived_ms,
+            plugin: "".into(),
+            digest: "".into(),
+            reason,
+            backtrace: String::new(),
+            made: MadeBy::of(&row.batch, revision),
+        }
+    }
+}
+
+/// A window after some rows, of which these were refused.
+fn played(
+    mut window: RejectionWindow,
+    rows: usize,
+    refused: &[usize],
+) -> Result<RejectionWindow, String> {
+    let mut refused = refused.iter().peekable();
+    for row in 0..rows {
+        window.count(refused.next_if_eq(&&row).is_some())?;
+    }
+    Ok(window)
+}
+
+#[async_trait]
+impl RefusalLog for HeldRefusals {
+    async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+        let Some(last) = refusals.last() else { return Ok(()) };
+        self.count(commit, refusals).map_err(|limit| {
+            self.too_many(&format!("{limit}; the last reason: {}", last.reason))
+        })?;
+        let Some(row) = commit.rows.first() else { return Ok(()) };
+        let letter = |refusal: &Refusal| {
+            self.letter(&commit.rows[refusal.row], refusal.reason.clone(), &commit.generation)
+        };
+        let letters: Vec<DeadLetter> = refusals.iter().map(letter).collect();
+        self.letters.put(&row.batch.shard, letters, true).await.map_err(|error| {
+            SinkError::Unavailable { sink: self.sink.clone(), cause: error.to_string() }
+        })
+    }
+
+    fn check(&self, commit: &Commit, refused: &[usize]) -> Result<(), SinkError> {
+        let refused: Vec<usize> = refused.iter().map(|row| commit.number_of(*row)).collect();
+        let rows = refused.last().map_or(0, |last| last + 1);
+        let window = {
+            let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+            counted.window.clone()
+        };
+        // Rows that come after the last of these may all be taken.
+        played(window, rows, &refused).map(drop).map_err(|limit| self.too_many(&limit))
+    }
+}

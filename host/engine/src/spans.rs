@@ -1,0 +1,113 @@
+//! Spans of a source's shards, each on its own: what is run again after a rollback.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use shardmill_core::budget::LongWait;
+use shardmill_core::record::{Position, ShardId, ShardKey, StreamIdentity};
+use shardmill_core::source::StartPosition;
+use shardmill_core::source::{
+    BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
+};
+
+/// A stretch of a shard, `(from, to]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardSpan {
+    /// Exclusive; `None`: from the shard's beginning.
+    pub from_exclusive: Option<Position>,
+    /// Inclusive; `None`: to the shard's end.
+    pub to_inclusive: Option<Position>,
+}
+
+/// The records of a source that lie in spans.
+pub struct SpansSource {
+    source: Arc<dyn ShardSource>,
+    spans: BTreeMap<ShardId, ShardSpan>,
+}
+
+impl SpansSource {
+    /// These spans of a source, one per shard.
+    pub fn new(source: Arc<dyn ShardSource>, spans: BTreeMap<ShardId, ShardSpan>) -> Self {
+        Self { source, spans }
+    }
+}
+
+#[async_trait]
+impl ShardSource for SpansSource {
+    async fn identity(&self) -> Result<StreamIdentity, SourceError> {
+        self.source.identity().await
+    }
+
+    async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
+        // Without their parents: each is read for itself.
+        Ok(self.spans.keys().cloned().map(Shard::only).collect())
+    }
+
+    fn start(&self) -> &StartPosition {
+        &StartPosition::TrimHorizon
+    }
+
+    fn long_waits(&self, after: std::time::Duration) -> Vec<LongWait> {
+        self.source.long_waits(after)
+    }
+
+    async fn open(
+        &self,
+        shard: &ShardKey,
+        from: ResumePoint<'_>,
+    ) -> Result<Box<dyn BatchReader>, SourceError> {
+        let Some(span) = self.spans.get(&shard.shard) else { return Ok(Box::new(Nothing)) };
+        let after = from.after.max(span.from_exclusive.as_ref());
+        if after.is_some() && after >= span.to_inclusive.as_ref() && span.to_inclusive.is_some() {
+            return Ok(Box::new(Nothing));
+        }
+        let reader = self.source.open(shard, ResumePoint { after, ..from }).await?;
+        Ok(Box::new(SpanReader {
+            reader,
+            to_inclusive: span.to_inclusive.clone(),
+            has_ended: false,
+        }))
+    }
+}
+
+struct Nothing;
+
+#[async_trait]
+impl BatchReader for Nothing {
+    async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
+        Ok(NextBatch::SourceEnd)
+    }
+}
+
+struct SpanReader {
+    reader: Box<dyn BatchReader>,
+    to_inclusive: Option<Position>,
+    has_ended: bool,
+}
+
+#[async_trait]
+impl BatchReader for SpanReader {
+    async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
+        if self.has_ended {
+            return Ok(NextBatch::SourceEnd);
+        }
+        let batch = match self.reader.next_batch().await? {
+            NextBatch::Batch(batch) => batch,
+            NextBatch::ShardEnd { .. } => return Ok(NextBatch::SourceEnd),
+            other => return Ok(other),
+        };
+        let Some(to) = &self.to_inclusive else { return Ok(NextBatch::Batch(batch)) };
+        self.has_ended = batch.span.to_inclusive >= *to;
+        let first = batch.records.first().map(|record| &record.position);
+        if first.is_some_and(|first| first > to) {
+            return Ok(NextBatch::SourceEnd);
+        }
+        Ok(NextBatch::Batch(batch.cut_after(to).0))
+    }
+
+    fn give_back(&mut self) {
+        self.reader.give_back();
+    }
+}

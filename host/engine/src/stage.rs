@@ -1,0 +1,34 @@
+//! Stages: what a batch's records pass, one plugin after the other.
+//!
+//! [`Generation`] is everything that decides what a record becomes (plugins, configurations,
+//! bindings), loaded and proven. [`Chain`] is one lane's instances of it and runs batches. The
+//! faults of a plugin end here: they become dead letters of single records, or a blocked lane. [`Samples`]
+//! are what a candidate for a stage is tried on, [`Health`] is what it is judged by.
+
+mod answer;
+mod chain;
+mod columns;
+mod cuts;
+mod endless;
+mod fate;
+mod fit;
+mod flow;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+mod generation;
+mod health;
+mod packed;
+mod runner;
+mod samples;
+
+pub use answer::{Rejected, StageOutcome};
+pub use chain::{Blocked, Chain, ChainOutcome, Entered, Routed, Searching};
+pub use columns::needed as needed_columns;
+pub use endless::Endless;
+pub use fate::{Difference, Fate, TrialOutput};
+pub use fate::{fates, show_json, show_payload, written};
+pub use flow::{Flow, Item, before, first_flow};
+pub use generation::{Canary, Generation, LoadedStage, Target, source_route};
+pub use health::{Health, HealthCounts};
+pub use runner::{RunError, StageRunner};
+pub use samples::{Sample, Samples};

@@ -1,0 +1,589 @@
+//! One lane's instances of a generation: a batch in, rows for the sinks and dead letters out.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::answer::{Rejected, StageOutcome};
+use super::flow::{self, Flow, Item};
+use super::generation::{Generation, LoadedStage, SOURCE_ROUTE, Target};
+use super::runner::{RunError, StageRunner};
+use super::samples::Samples;
+use shardmill_config::RejectedMax;
+use shardmill_core::record::{
+    Arenas, Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
+};
+use shardmill_plugin::{CallError, CallFault};
+use shardmill_state::CanarySpec;
+use shardmill_state::RejectionWindow;
+use shardmill_state::{DeadLetter, LetterKey, MadeBy, SettledItems};
+
+/// A row and the sinks that it goes to.
+#[derive(Debug)]
+pub struct Routed {
+    /// The row.
+    pub row: Row,
+    /// Index of the stage in the generation, and of the route in its descriptor: the sinks are
+    /// `targets[route]` of that stage.
+    pub stage: usize,
+    /// See `stage`.
+    pub route: usize,
+}
+
+/// What a batch became.
+#[derive(Debug, Default)]
+pub struct ChainOutcome {
+    /// Rows for sinks, by ascending (position, ordinal) per stage.
+    pub routed: Vec<Routed>,
+    /// Records that a stage did not take.
+    pub letters: Vec<DeadLetter>,
+    /// What the rows share with others.
+    pub arenas: Arenas,
+}
+
+/// A key and a payload that enter a place of the path.
+#[derive(Debug)]
+pub struct Entered {
+    /// The partition key.
+    pub key: Bytes,
+    /// The payload.
+    pub payload: Bytes,
+}
+
+/// Why a batch could not be run. Nothing of it has an outcome.
+#[derive(Debug)]
+pub enum Blocked {
+    /// The end was asked for first. These records were found to be guilty by then.
+    Stopped(Vec<DeadLetter>),
+    /// The plugin asks for another try after a pause. The same batch goes on where it was.
+    Later(String, Duration),
+    /// It may pass by itself: try the same batch again.
+    Retry(String),
+    /// The machine did not give a call the time to end: try the same batch again. It says nothing about the
+    /// plugin.
+    Starved(String),
+    /// A person must act: the plugin or the limits.
+    Broken(String),
+    /// What the batch becomes holds more than a lane may have in hand. So many of its first records have room,
+    /// at least one and not all: they are to be run by themselves, and the others after them.
+    TooMuch(usize),
+}
+
+/// One lane's stages.
+pub struct Chain {
+    generation: Arc<Generation>,
+    runners: Vec<Runners>,
+    window: RejectionWindow,
+    samples: Samples,
+    /// The batch whose stages wait for another try.
+    in_hand: Option<InHand>,
+    searching: Arc<watch::Sender<Option<String>>>,
+}
+
+/// What a search for guilty records has done so far, in words; `None`: there is none, or it is a short one.
+pub type Searching = watch::Receiver<Option<String>>;
+
+/// A batch on its way through the stages.
+struct InHand {
+    batch: Arc<Batch>,
+    outcome: ChainOutcome,
+    rejected_records: Vec<bool>,
+    /// Rows are numbered per record over all stages: with the position, a row's identity.
+    rows_of_record: Vec<u32>,
+    /// The stage that it is at.
+    stage: usize,
+    /// What is about to enter that stage; `None`: it has, in parts.
+    entering: Option<Flow>,
+    /// The parts that have not been run there yet.
+    parts: VecDeque<Part>,
+    /// What goes on to the next stage.
+    on: Flow,
+}
+
+/// A part of a flow, and whether the canary runs it.
+struct Part {
+    is_canary: bool,
+    flow: Flow,
+}
+
+/// The instances of one stage.
+struct Runners {
+    own: StageRunner,
+    /// The version that has some of the keys, and which.
+    canary: Option<(CanarySpec, StageRunner)>,
+}
+
+impl Runners {
+    /// Parts a flow by the instances that run it.
+    fn parts(&self, batch: &Batch, flow: Flow) -> VecDeque<Part> {
+        let Some((spec, _)) = &self.canary else {
+            return [Part { is_canary: false, flow }].into();
+        };
+        let takes = |item: &Item| spec.takes(&batch.records[item.record as usize].partition_key);
+        let (with_canary, own) = flow.into_iter().partition(takes);
+        [Part { is_canary: false, flow: own }, Part { is_canary: true, flow: with_canary }].into()
+    }
+
+    /// The instance that runs a part.
+    fn of(&mut self, part: &Part) -> &mut StageRunner {
+        match &mut self.canary {
+            Some((_, canary)) if part.is_canary => canary,
+            _ => &mut self.own,
+        }
+    }
+}
+
+impl Chain {
+    /// Starts an instance of each stage for a shard.
+    ///
+    /// # Errors
+    /// The stage whose plugin does not start, and why.
+    pub fn start(
+        generation: &Arc<Generation>,
+        shard: &ShardKey,
+        rejected_max: RejectedMax,
+        samples: Samples,
+        stop: &CancellationToken,
+    ) -> Result<Self, CallError> {
+        let searching = Arc::new(watch::Sender::new(None));
+        let start = |stage: &LoadedStage| {
+            let context = stage.context(&shard.stream.name, shard.shard.as_str());
+            let runner = StageRunner::start(stage.clone(), context, rejected_max, stop.clone());
+            let mut runner = runner.map_err(|error| {
+                let message = format!("{} does not start: {error}", named(stage));
+                CallError { message, ..error }
+            })?;
+            runner.show_searches(&searching);
+            Ok(runner)
+        };
+        let runners = generation.stages.iter().map(|stage| {
+            let canary = stage
+                .canary
+                .as_ref()
+                .map(|canary| start(&canary.stage).map(|runner| (canary.spec.clone(), runner)));
+            Ok(Runners { own: start(stage)?, canary: canary.transpose()? })
+        });
+        Ok(Self {
+            generation: generation.clone(),
+            runners: runners.collect::<Result<_, CallError>>()?,
+            window: RejectionWindow::new(rejected_max),
+            samples,
+            in_hand: None,
+            searching,
+        })
+    }
+
+    /// Where a search for guilty records is shown while a batch runs.
+    pub fn searching(&self) -> Searching {
+        self.searching.subscribe()
+    }
+
+    /// The generation that runs here.
+    pub fn generation(&self) -> &Arc<Generation> {
+        &self.generation
+    }
+
+    /// The stage that a letter names.
+    fn stage_at(&self, place: &LetterPlace) -> Option<&LoadedStage> {
+        let LetterPlace::Stage(name) = place else { return None };
+        self.generation.stages.iter().find(|stage| stage.name == *name)
+    }
+
+    /// The sinks of a routed row.
+    pub fn sinks_of<'s>(&'s self, routed: &'s Routed) -> &'s [SinkName] {
+        if let Some(sink) = redriven_to(&routed.row.batch) {
+            return std::slice::from_ref(sink);
+        }
+        match self.generation.stages.get(routed.stage).map(|stage| &stage.targets[routed.route]) {
+            Some(Target::Sinks(sinks)) => sinks,
+            Some(Target::Next(_)) => &[],
+            None => &self.generation.spec.source_sinks,
+        }
+    }
+
+    /// The stage that a batch enters, by its index, and what it gets there.
+    fn enter(&self, batch: &Batch) -> Result<(usize, Flow), Blocked> {
+        let Entry::Redrive(redrive) = &batch.entry else { return Ok((0, flow::first_flow(batch))) };
+        let stages = &self.generation.stages;
+        let is_there =
+            |stage: &LoadedStage| LetterPlace::Stage(stage.name.clone()) == redrive.place;
+        let index = stages.iter().position(is_there).ok_or_else(|| {
+            Blocked::Broken(format!("{} is gone from the pipeline", redrive.place))
+        })?;
+        let upstream = &stages[index].upstream;
+        let by_name = upstream.iter().position(|route| route.name == redrive.route.as_str());
+        // Letters of older versions do not say how the record came; mostly there is one way.
+        let only = || (redrive.route.as_str().is_empty() && upstream.len() == 1).then_some(0);
+        let route = by_name.or_else(only).and_then(|route| u32::try_from(route).ok());
+        let route = route.ok_or_else(|| {
+            let due: Vec<&str> = upstream.iter().map(|route| route.name.as_str()).collect();
+            Blocked::Broken(format!(
+                "records came to {} by route {:?}, which enters it no more: due is one of {due:?}",
+                redrive.place,
+                redrive.route.as_str()
+            ))
+        })?;
+        Ok((index, flow::entering_flow(batch, route)))
+    }
+
+    /// Runs a batch through all stages. Items with a dead letter in `settled` are not run again.
+    ///
+    /// # Errors
+    /// [`Blocked`]; the batch has no outcome then and may be run again.
+    pub fn run(
+        &mut self,
+        batch: &Arc<Batch>,
+        settled: &SettledItems,
+    ) -> Result<ChainOutcome, Blocked> {
+        if self.runners.is_empty() || redriven_to(batch).is_some() {
+            return Ok(ChainOutcome { routed: unchanged(batch), ..ChainOutcome::default() });
+        }
+        let mut run = match self.in_hand.take() {
+            Some(run) if Arc::ptr_eq(&run.batch, batch) => run,
+            _ => self.begin(batch)?,
+        };
+        while run.stage < self.runners.len() {
+            if let Err(why) = self.run_stage(&mut run, settled) {
+                if matches!(why, Blocked::Later(..)) {
+                    self.in_hand = Some(run);
+                }
+                return Err(why);
+            }
+        }
+        self.count(run.outcome, run.rejected_records)
+    }
+
+    /// Runs a batch up to a place, and gives what enters there. Nothing is delivered, and nothing is counted
+    /// as rejected. After [`Blocked::Later`] the same batch goes on where it was.
+    ///
+    /// # Errors
+    /// [`Blocked`].
+    pub fn entering(
+        &mut self,
+        batch: &Arc<Batch>,
+        place: &LetterPlace,
+    ) -> Result<Vec<Entered>, Blocked> {
+        let end = match place {
+            LetterPlace::Sink(_) => self.runners.len(),
+            LetterPlace::Stage(name) => {
+                let mut stages = self.generation.stages.iter();
+                stages.position(|stage| stage.name == *name).ok_or_else(|| {
+                    Blocked::Broken(format!("revision {} has no {place}", self.generation.id))
+                })?
+            }
+        };
+        let mut run = match self.in_hand.take() {
+            Some(run) if Arc::ptr_eq(&run.batch, batch) => run,
+            _ => self.begin(batch)?,
+        };
+        while run.stage < end {
+            if let Err(why) = self.run_stage(&mut run, &SettledItems::default()) {
+                if matches!(why, Blocked::Later(..)) {
+                    self.in_hand = Some(run);
+                }
+                return Err(why);
+            }
+        }
+        let LetterPlace::Sink(sink) = place else {
+            let flow = run.entering.unwrap_or_default();
+            let entered = |item: Item| Entered { key: item.key, payload: item.payload };
+            return Ok(flow.into_iter().map(entered).collect());
+        };
+        let rows = run.outcome.routed.into_iter();
+        let rows = rows.filter(|routed| self.sinks_of(routed).contains(sink));
+        Ok(rows.map(|Routed { row, .. }| Entered { key: row.key, payload: row.payload }).collect())
+    }
+
+    /// A batch before its first stage.
+    fn begin(&self, batch: &Arc<Batch>) -> Result<InHand, Blocked> {
+        let (stage, flow) = self.enter(batch)?;
+        Ok(InHand {
+            batch: batch.clone(),
+            outcome: ChainOutcome::default(),
+            rejected_records: vec![false; batch.records.len()],
+            rows_of_record: vec![0; batch.records.len()],
+            stage,
+            entering: Some(flow),
+            parts: VecDeque::new(),
+            on: Flow::new(),
+        })
+    }
+
+    /// Takes a batch through the stage that it is at. After [`Blocked::Later`] it goes on there.
+    fn run_stage(&mut self, run: &mut InHand, settled: &SettledItems) -> Result<(), Blocked> {
+        let (index, batch) = (run.stage, run.batch.clone());
+        let revision = &self.generation.id;
+        let stage = &self.generation.stages[index];
+        let place = LetterPlace::Stage(stage.name.clone());
+        let runners = &mut self.runners[index];
+        if let Some(mut flow) = run.entering.take() {
+            if !settled.is_empty() {
+                flow.retain(|item| {
+                    let known = settled.contains(&letter_key(&batch, item, &place));
+                    run.rejected_records[item.record as usize] |= known;
+                    !known
+                });
+            }
+            metrics::counter!("shardmill_stage_records_total", "stage" => stage.name.to_string())
+                .increment(flow.len() as u64);
+            let bytes: usize = flow.iter().map(|item| item.payload.len()).sum();
+            metrics::counter!("shardmill_stage_bytes_total", "stage" => stage.name.to_string())
+                .increment(bytes as u64);
+            self.samples.offer(&stage.name, &batch, &flow);
+            run.parts = runners.parts(&batch, flow);
+        }
+        while let Some(part) = run.parts.front() {
+            let runner = runners.of(part);
+            let mut made = match runner.run(&batch, &part.flow) {
+                Ok(made) => made,
+                Err(RunError::Stopped(found)) => {
+                    let mut letters = mem::take(&mut run.outcome.letters);
+                    let author = Author::of(runner.stage());
+                    let of = |rejected: Rejected| {
+                        let item = &part.flow[rejected.item];
+                        letter(&batch, item, &author, &place, rejected, revision)
+                    };
+                    letters.extend(found.into_iter().map(of));
+                    return Err(Blocked::Stopped(letters));
+                }
+                Err(error) => return Err(blocked(runner, error)),
+            };
+            if !made.rejected.is_empty() {
+                let author = Author::of(runner.stage());
+                run.outcome.letters.reserve_exact(made.rejected.len());
+                for rejected in mem::take(&mut made.rejected) {
+                    let item = &part.flow[rejected.item];
+                    run.rejected_records[item.record as usize] = true;
+                    let letter = letter(&batch, item, &author, &place, rejected, revision);
+                    run.outcome.letters.push(letter);
+                }
+            }
+            let Some(Part { flow, .. }) = run.parts.pop_front() else { break };
+            made.arenas().for_each(|arena| run.outcome.arenas.add(arena.clone()));
+            let out = Out { routed: &mut run.outcome.routed, on: &mut run.on };
+            route(&batch, flow, &made, index, runner, out, &mut run.rows_of_record);
+        }
+        if runners.canary.is_some() {
+            // Each part is in order; the next stage gets both as one flow.
+            run.on.sort_by_key(|item| (item.record, item.ordinal));
+        }
+        // An answer that no output goes on with is let go of before the next stage makes another.
+        run.outcome.arenas.forget_unused();
+        run.entering = Some(mem::take(&mut run.on));
+        run.stage += 1;
+        Ok(())
+    }
+
+    /// Counts what was rejected of a batch that has passed all stages.
+    fn count(
+        &mut self,
+        outcome: ChainOutcome,
+        rejected_records: Vec<bool>,
+    ) -> Result<ChainOutcome, Blocked> {
+        let mut window = self.window.clone();
+        for rejected in rejected_records {
+            window.count(rejected).map_err(|limit| {
+                let last = outcome.letters.last();
+                let stage = last.and_then(|letter| self.stage_at(&letter.key.place));
+                let stage = stage.map(named).unwrap_or_default();
+                let reason = last.map_or("", |letter| letter.reason.as_str());
+                Blocked::Broken(format!("{stage}: {limit}; the last reason: {reason}"))
+            })?;
+        }
+        self.window = window;
+        Ok(outcome)
+    }
+}
+
+/// The sink that the records enter at once, if they do.
+fn redriven_to(batch: &Batch) -> Option<&SinkName> {
+    match &batch.entry {
+        Entry::Redrive(redrive) => match &redrive.place {
+            LetterPlace::Sink(sink) => Some(sink),
+            LetterPlace::Stage(_) => None,
+        },
+        Entry::Source => None,
+    }
+}
+
+/// The records of a batch that passes no stage, as rows.
+fn unchanged(batch: &Arc<Batch>) -> Vec<Routed> {
+    let route = match &batch.entry {
+        Entry::Redrive(redrive) => RowRoute::from(redrive.route.as_str()),
+        Entry::Source => RowRoute::from(SOURCE_ROUTE),
+    };
+    let row = |(record, index): (&Record, u32)| Row {
+        batch: batch.clone(),
+        record: index,
+        ordinal: 0,
+        route: route.clone(),
+        key: record.partition_key.clone(),
+        payload: record.payload.clone(),
+    };
+    let rows = batch.records.iter().zip(0..).map(row);
+    rows.map(|row| Routed { row, stage: 0, route: 0 }).collect()
+}
+
+/// Where a stage's outputs go.
+struct Out<'o> {
+    routed: &'o mut Vec<Routed>,
+    on: &'o mut Flow,
+}
+
+/// Parts a stage's outputs: rows for sinks, and what goes on to the next stage.
+fn route(
+    batch: &Arc<Batch>,
+    mut flow: Flow,
+    made: &StageOutcome,
+    stage: usize,
+    runner: &StageRunner,
+    Out { routed, on }: Out<'_>,
+    rows_of_record: &mut [u32],
+) {
+    let loaded = runner.stage();
+    // Names of the batch's own: sinks let go of their rows on other threads, and would contend with
+    // those who take the next ones for a count that all share.
+    let digest: Arc<str> = loaded.plugin.digest.as_str().into();
+    let own_name = |name: &RouteName| RowRoute::new(name.as_str().into(), digest.clone());
+    let route_names: Vec<RowRoute> = loaded.route_names.iter().map(own_name).collect();
+    routed.reserve(made.output_count());
+    let mut outputs = made.outputs().peekable();
+    while let Some(output) = outputs.next() {
+        let item = &mut flow[output.item];
+        let record = item.record;
+        // The item's last output takes what it shares over, which saves counting references.
+        let is_last = outputs.peek().is_none_or(|next| next.item != output.item);
+        let own = |bytes: &mut Bytes| if is_last { mem::take(bytes) } else { bytes.clone() };
+        let key = output.key.unwrap_or_else(|| own(&mut item.key));
+        let payload = output.payload.unwrap_or_else(|| own(&mut item.payload));
+        match &loaded.targets[output.route] {
+            Target::Next(upstream_route) => on.push(Item {
+                record,
+                ordinal: match on.last() {
+                    Some(before) if before.record == record => before.ordinal + 1,
+                    _ => 0,
+                },
+                upstream_route: *upstream_route,
+                key,
+                payload,
+            }),
+            Target::Sinks(sinks) if sinks.is_empty() => {}
+            Target::Sinks(_) => routed.push(Routed {
+                row: Row {
+                    batch: batch.clone(),
+                    record,
+                    ordinal: next_ordinal(&mut rows_of_record[record as usize]),
+                    route: route_names[output.route].clone(),
+                    key,
+                    payload,
+                },
+                stage,
+                route: output.route,
+            }),
+        }
+    }
+}
+
+fn next_ordinal(rows: &mut u32) -> u32 {
+    let ordinal = *rows;
+    *rows += 1;
+    ordinal
+}
+
+fn letter_key(batch: &Batch, item: &Item, place: &LetterPlace) -> LetterKey {
+    LetterKey {
+        position: batch.records[item.record as usize].position.clone(),
+        place: place.clone(),
+        output: item.ordinal,
+    }
+}
+
+/// What the letters of a stage have in common: one record may have thousands.
+struct Author<'s> {
+    stage: &'s LoadedStage,
+    plugin: Arc<str>,
+    digest: Arc<str>,
+    /// The routes by which items came, in the order of the stage's upstream.
+    routes: Vec<RouteName>,
+}
+
+impl<'s> Author<'s> {
+    fn of(stage: &'s LoadedStage) -> Self {
+        let name = format!("{}@{}", stage.descriptor.name, stage.descriptor.version);
+        let routes = stage.upstream.iter().map(|route| route.name.as_str().into());
+        Self {
+            stage,
+            plugin: name.into(),
+            digest: stage.plugin.digest.as_str().into(),
+            routes: routes.collect(),
+        }
+    }
+}
+
+fn letter(
+    batch: &Batch,
+    item: &Item,
+    author: &Author<'_>,
+    place: &LetterPlace,
+    rejected: Rejected,
+    revision: &Arc<str>,
+) -> DeadLetter {
+    let record = &batch.records[item.record as usize];
+    DeadLetter {
+        key: letter_key(batch, item, place),
+        partition_key: record.partition_key.clone(),
+        original: record.payload.clone(),
+        entered_key: item.key.clone(),
+        entered: item.payload.clone(),
+        route: author.routes[item.upstream_route as usize].clone(),
+        arrived_ms: record.arrived_ms,
+        plugin: author.plugin.clone(),
+        digest: author.digest.clone(),
+        // The plugin may repeat what it was given.
+        reason: author.stage.services.values.hide(rejected.reason),
+        backtrace: rejected.backtrace,
+        made: MadeBy::of(batch, revision),
+    }
+}
+
+/// A stage and its plugin, as a person who must act looks for them.
+fn named(stage: &LoadedStage) -> String {
+    format!(
+        "stage {} (plugin {} {}, {})",
+        stage.name,
+        stage.descriptor.name,
+        stage.descriptor.version,
+        stage.plugin.digest.short()
+    )
+}
+
+fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
+    let plugin = named(runner.stage());
+    // The plugin may repeat what it was given.
+    let hidden = |said: String| runner.stage().services.values.hide(said);
+    match error {
+        RunError::Stopped(_) => Blocked::Stopped(Vec::new()),
+        RunError::Later(reason, pause) => {
+            Blocked::Later(hidden(format!("{plugin}: asks for another try: {reason}")), pause)
+        }
+        RunError::AllFailed(reason) => {
+            Blocked::Retry(hidden(format!("{plugin}: every record fails: {reason}")))
+        }
+        RunError::TooManyFailed(reason) => {
+            let said = format!("{plugin}: too many records fail; the last reason: {reason}");
+            Blocked::Broken(hidden(said))
+        }
+        RunError::NoInstance(error) if error.fault == CallFault::Starved => {
+            Blocked::Starved(format!("{plugin} does not start: {error}"))
+        }
+        // What `configure` failed for may be over later, such as the time of day.
+        RunError::NoInstance(error) => Blocked::Retry(format!("{plugin} does not start: {error}")),
+        RunError::Starved(reason) => Blocked::Starved(format!("{plugin}: {reason}")),
+        RunError::TooMuch(record) => Blocked::TooMuch(record as usize),
+    }
+}

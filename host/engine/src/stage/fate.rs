@@ -1,0 +1,160 @@
+//! What became of records, and how that differs from what became of them before, for people.
+
+use std::fmt::Write as _;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use bytes::Bytes;
+use serde_json::Value;
+use similar::{ChangeTag, TextDiff};
+
+use super::{LoadedStage, StageOutcome};
+use shardmill_core::escape::printable;
+
+/// One output of a record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrialOutput {
+    /// The route's name.
+    pub route: String,
+    /// The partition key; `None`: as it came in.
+    pub key: Option<Bytes>,
+    /// The payload; `None`: as it came in.
+    pub payload: Option<Bytes>,
+}
+
+/// What became of one record: neither outputs nor a rejection means filtered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fate {
+    /// Its outputs, in order.
+    pub outputs: Vec<TrialOutput>,
+    /// Why it was rejected.
+    pub rejected: Option<String>,
+    /// The plugin's stack, when it trapped.
+    pub backtrace: String,
+    /// It was rejected because the call trapped or went over a limit.
+    pub trapped: bool,
+}
+
+/// What became of each of a stage's items.
+pub fn fates(stage: &LoadedStage, items: usize, outcome: StageOutcome) -> Vec<Fate> {
+    let mut fates = vec![Fate::default(); items];
+    let routes = &stage.route_names;
+    for output in outcome.outputs() {
+        fates[output.item].outputs.push(TrialOutput {
+            route: routes[output.route].to_string(),
+            key: output.key,
+            payload: output.payload,
+        });
+    }
+    for rejected in outcome.rejected {
+        let fate = &mut fates[rejected.item];
+        fate.rejected = Some(stage.services.values.hide(rejected.reason));
+        fate.backtrace = rejected.backtrace;
+        fate.trapped = rejected.trapped;
+    }
+    fates
+}
+
+/// Two texts that should be equal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    expected: String,
+    found: String,
+    /// Stacks of traps.
+    backtraces: String,
+}
+
+impl Difference {
+    /// Of two texts; `None`: they are equal. `backtraces` are shown below them.
+    pub fn of(expected: String, found: String, backtraces: String) -> Option<Self> {
+        (expected != found).then_some(Self { expected, found, backtraces })
+    }
+
+    /// Of what became of one record before and after a change.
+    pub(crate) fn between(before: &Fate, after: &Fate) -> Self {
+        let backtraces = after.backtrace.trim_end();
+        let backtraces = match backtraces {
+            "" => String::new(),
+            lines => format!("{lines}\n"),
+        };
+        Self { expected: shown_fate(before), found: shown_fate(after), backtraces }
+    }
+
+    /// The lines: `-` is expected, `+` is found; coloured for a terminal. What the texts themselves would do
+    /// to a terminal is escaped.
+    pub fn render(&self, coloured: bool) -> String {
+        let mut text = String::new();
+        let (red, green, end) =
+            if coloured { ("\x1b[31m", "\x1b[32m", "\x1b[0m") } else { ("", "", "") };
+        for change in TextDiff::from_lines(&self.expected, &self.found).iter_all_changes() {
+            let line = printable(change.value().trim_end_matches('\n'));
+            let _ = match change.tag() {
+                ChangeTag::Delete => writeln!(text, "{red}- {line}{end}"),
+                ChangeTag::Insert => writeln!(text, "{green}+ {line}{end}"),
+                ChangeTag::Equal => writeln!(text, "  {line}"),
+            };
+        }
+        text.push_str(&printable(&self.backtraces));
+        text
+    }
+}
+
+fn shown_fate(fate: &Fate) -> String {
+    let mut text = String::new();
+    for output in &fate.outputs {
+        let _ = write!(text, "output → {}", output.route);
+        if let Some(key) = &output.key {
+            let _ = write!(text, " key {:?}", String::from_utf8_lossy(key));
+        }
+        text.push('\n');
+        match output.payload.as_ref().map(|payload| (written(payload), payload)) {
+            None => text.push_str("    as it came\n"),
+            Some((("json", value), _)) => show_json(&mut text, &value),
+            Some((_, payload)) => show_payload(&mut text, payload, false),
+        }
+    }
+    match &fate.rejected {
+        Some(reason) => {
+            let _ = writeln!(text, "rejected: {reason}");
+        }
+        None if fate.outputs.is_empty() => text.push_str("filtered\n"),
+        None => {}
+    }
+    text
+}
+
+/// Adds a JSON value in several indented lines.
+pub fn show_json(text: &mut String, value: &Value) {
+    // `Value`'s own order of members; both sides have it.
+    let pretty = serde_json::to_string_pretty(value).unwrap_or_default();
+    for line in pretty.lines() {
+        let _ = writeln!(text, "    {line}");
+    }
+}
+
+/// Adds a payload in indented lines: as text where it is some and that is wanted, otherwise as base64.
+pub fn show_payload(text: &mut String, bytes: &[u8], as_base64: bool) {
+    match std::str::from_utf8(bytes) {
+        Ok(plain) if !as_base64 => {
+            for line in plain.split('\n') {
+                let _ = writeln!(text, "    {}", line.escape_debug());
+            }
+        }
+        _ => {
+            let _ = writeln!(text, "    {} ({} bytes)", hex::encode(bytes), bytes.len());
+        }
+    }
+}
+
+/// Bytes as a case's author would write them: the members `json`, `text` or `base64`.
+pub fn written(bytes: &[u8]) -> (&'static str, Value) {
+    if let Ok(value @ (Value::Object(_) | Value::Array(_))) = serde_json::from_slice(bytes) {
+        return ("json", value);
+    }
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.chars().any(|c| c.is_control() && !matches!(c, '\n' | '\t')) => {
+            ("text", text.into())
+        }
+        _ => ("base64", BASE64.encode(bytes).into()),
+    }
+}

@@ -1,0 +1,562 @@
+//! Runs one stage over a flow, and finds the guilty record when a call fails.
+//!
+//! A failed call is searched piece by piece: what precedes the first guilty record is kept, the guilty
+//! record is rejected alone, and the rest goes on. Three culprits in 1,000 records cost at most 34
+//! calls. A trap or a timeout kills the instance; the next call gets a fresh one. Every call of a
+//! search does: what one record did to the plugin's memory must not be another's fault. A search ends when
+//! the lane is to stop, and what it has found by then is kept. A call that a busy machine did not let end
+//! says nothing about its records: no search comes of it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::answer::{self, Rejected, StageOutcome};
+use super::cuts;
+use super::flow::{self, Item};
+use super::generation::LoadedStage;
+use shardmill_config::{RejectedMax, StageLimits};
+use shardmill_core::record::Batch;
+use shardmill_core::record::excerpt;
+use shardmill_plugin::{CallError, CallFault, Context, Failure, Instance, WireBatch};
+
+/// The longest pause between two tries that a plugin has asked for.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// What each buffer of a runner may keep for the next call, in bytes: more than a usual batch has.
+const WIRE_BYTES_KEPT: usize = 1 << 20;
+/// A search that takes longer is shown.
+const SEARCH_SHOWN_AFTER: Duration = Duration::from_secs(1);
+/// How many times the usual time of its records a piece of a search has.
+const USUAL_TIMES: f64 = 10.0;
+/// A call that usually takes as long is measured by the thread's clock: reading it twice takes up to 2 µs.
+const MEASURED_FROM: Duration = Duration::from_micros(200);
+/// The share that a call has in what is usual.
+const USUAL_SHARE: f64 = 0.2;
+
+/// One stage of one lane: the plugin's instance and the buffers that its calls reuse.
+pub struct StageRunner {
+    stage: LoadedStage,
+    context: Context,
+    instance: Option<Instance>,
+    /// Linear memory of the instance after its first call, in bytes.
+    settled_bytes: usize,
+    wire: WireBatch,
+    rejected_max: RejectedMax,
+    stop: CancellationToken,
+    /// Tries of the flow in hand that the plugin has asked for.
+    patience: Option<Patience>,
+    /// What a record takes as a rule, in nanoseconds; 0: not known.
+    usual_ns: f64,
+    /// The calls' own time of the run under way: how busy the machine is says nothing about the plugin.
+    busy: Duration,
+    /// Calls in a row that the machine did not let end. Counted over whole runs: a search begins again after
+    /// each.
+    starved: u32,
+    /// Where a search is shown.
+    searching: Option<Arc<watch::Sender<Option<String>>>>,
+}
+
+/// How long a plugin has asked for other tries, and how long the next pause is.
+struct Patience {
+    begun: Instant,
+    pauses: ExponentialBackoff,
+}
+
+/// Why a run gave no outcome.
+#[derive(Debug)]
+pub enum RunError {
+    /// The end was asked for while culprits were searched for: those that were found.
+    Stopped(Vec<Rejected>),
+    /// The plugin asks for another try of the same flow after a pause: the reason.
+    Later(String, Duration),
+    /// Every record failed, for a reason that the plugin calls retryable.
+    AllFailed(String),
+    /// More records failed than a lane may reject: the last reason.
+    TooManyFailed(String),
+    /// No instance can be had: the plugin fails to start.
+    NoInstance(CallError),
+    /// The machine did not give a call the time to end: nobody is to blame, and the flow is to be run again.
+    Starved(String),
+    /// The outcomes of a search hold more together than one may. Those of the records before this one, of which
+    /// there are some, have room: they are to be run first, and the others after them.
+    TooMuch(u32),
+}
+
+/// A call that did not work.
+enum CallFailure {
+    /// The instance is dead, or its answer broke the contract.
+    Dead(CallError),
+    /// The plugin answered with a failure.
+    Answered(Failure),
+}
+
+impl StageRunner {
+    /// A runner whose instance is started at once, so that a bad configuration shows early.
+    ///
+    /// # Errors
+    /// What the plugin says to its configuration.
+    pub fn start(
+        stage: LoadedStage,
+        context: Context,
+        rejected_max: RejectedMax,
+        stop: CancellationToken,
+    ) -> Result<Self, CallError> {
+        let wire = WireBatch { arena: Vec::new(), inputs: Vec::new() };
+        let mut runner = Self {
+            stage,
+            context,
+            instance: None,
+            settled_bytes: 0,
+            wire,
+            rejected_max,
+            stop,
+            patience: None,
+            usual_ns: 0.0,
+            busy: Duration::ZERO,
+            starved: 0,
+            searching: None,
+        };
+        runner.instance()?;
+        Ok(runner)
+    }
+
+    /// The stage that runs here.
+    pub fn stage(&self) -> &LoadedStage {
+        &self.stage
+    }
+
+    /// Shows searches that take long here.
+    pub(super) fn show_searches(&mut self, searching: &Arc<watch::Sender<Option<String>>>) {
+        self.searching = Some(searching.clone());
+    }
+
+    /// Linear memory of the instance, in bytes; 0 while there is none.
+    pub fn memory_bytes(&self) -> usize {
+        self.instance.as_ref().map_or(0, Instance::memory_bytes)
+    }
+
+    /// Calls once with the items, without a search for the culprit should that fail. Of no items as
+    /// well, which a lane never does.
+    ///
+    /// # Errors
+    /// Why the call failed, in words.
+    pub fn run_once(&mut self, batch: &Batch, items: &[Item]) -> Result<StageOutcome, String> {
+        match self.call(batch, items, 0, self.stage.limits.call_ms_max(items.len())) {
+            Ok(Ok(outcome)) => Ok(outcome),
+            Ok(Err(failure)) => Err(describe(failure).0),
+            Err(RunError::NoInstance(error)) => Err(error.message),
+            Err(RunError::Starved(reason)) => Err(reason),
+            Err(error) => Err(format!("{error:?}")),
+        }
+    }
+
+    /// Runs the first items whose outcomes have room together: mostly that is all of them. Gives them too.
+    ///
+    /// # Errors
+    /// [`RunError`]; nothing of the flow has an outcome then.
+    pub fn run_first<'i>(
+        &mut self,
+        batch: &Batch,
+        items: &'i [Item],
+    ) -> Result<(&'i [Item], StageOutcome), RunError> {
+        let mut first = items;
+        loop {
+            match self.run(batch, first) {
+                Err(RunError::TooMuch(record)) => first = flow::before(first, record),
+                ran => return ran.map(|outcome| (first, outcome)),
+            }
+        }
+    }
+
+    /// Runs the items; every one of them has an outcome afterwards: outputs, a rejection, or, by
+    /// neither, filtered.
+    ///
+    /// # Errors
+    /// [`RunError`]; nothing of the flow has an outcome then.
+    pub fn run(&mut self, batch: &Batch, items: &[Item]) -> Result<StageOutcome, RunError> {
+        if items.is_empty() {
+            return Ok(StageOutcome::default());
+        }
+        let begun = Instant::now();
+        self.busy = Duration::ZERO;
+        // A record that ran out of time before does not take the time of its whole batch again.
+        let known = self.stage.endless.among(batch, items);
+        let outcome = if known.is_empty() {
+            match self.call_patiently(batch, items)? {
+                Ok(outcome) => outcome,
+                Err(failure) => self.search(batch, items, Some(failure), &known, begun)?,
+            }
+        } else {
+            self.search(batch, items, None, &known, begun)?
+        };
+        self.starved = 0;
+        self.stage.health.ran(items.len(), outcome.rejected.len(), self.busy);
+        Ok(outcome)
+    }
+
+    /// Calls with all items. Where the plugin answers that the failure may pass, the caller waits and comes
+    /// again: to wait here would hold a thread.
+    fn call_patiently(
+        &mut self,
+        batch: &Batch,
+        items: &[Item],
+    ) -> Result<Result<StageOutcome, CallFailure>, RunError> {
+        let answer = self.call(batch, items, 0, self.stage.limits.call_ms_max(items.len()))?;
+        let patience = self.patience.take();
+        match answer {
+            Err(CallFailure::Answered(failure)) if failure.retryable => {
+                let mut patience = patience.unwrap_or_else(Patience::begin);
+                let pause = patience.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+                let retry_for = Duration::from_millis(self.stage.limits.retry_ms_max);
+                if patience.begun.elapsed() + pause > retry_for {
+                    return Ok(Err(CallFailure::Answered(failure)));
+                }
+                metrics::counter!("shardmill_stage_retries_total",
+                    "stage" => self.stage.name.to_string())
+                .increment(1);
+                self.patience = Some(patience);
+                Err(RunError::Later(excerpt(failure.message.as_bytes()), pause))
+            }
+            answer => Ok(answer),
+        }
+    }
+
+    /// Finds the guilty items, rejects them alone and keeps the outcomes of all others. `known` are items
+    /// that ran out of time before; without a `first` failure there is nothing else to be found yet.
+    fn search(
+        &mut self,
+        batch: &Batch,
+        items: &[Item],
+        first: Option<CallFailure>,
+        known: &[usize],
+        begun: Instant,
+    ) -> Result<StageOutcome, RunError> {
+        let found = self.search_pieces(batch, items, first, known, begun);
+        if let Some(searching) = &self.searching {
+            searching.send_if_modified(|shown| shown.take().is_some());
+        }
+        found
+    }
+
+    fn search_pieces(
+        &mut self,
+        batch: &Batch,
+        items: &[Item],
+        first: Option<CallFailure>,
+        known: &[usize],
+        begun: Instant,
+    ) -> Result<StageOutcome, RunError> {
+        let retryable = matches!(&first, Some(CallFailure::Answered(failure)) if failure.retryable);
+        let mut haste = Haste::new(&self.stage.limits);
+        haste.is_used = !known.is_empty() || first.as_ref().is_some_and(ran_out_of_time);
+        let mut culprits = 0;
+        let mut failed_in_a_row = 0;
+        let mut kept = StageOutcome::default();
+        let held_bytes_max = answer::held_bytes_max(items, &self.stage.limits);
+        // Items before `settled` have their outcome; `suspect_end` bounds a range known to fail.
+        let mut settled = 0;
+        let mut suspect_end = first.as_ref().map_or(0, |first| culprit_end(first, items.len()));
+        let mut accused = first.as_ref().and_then(|first| named_culprit(first, items.len()));
+        while settled < items.len() {
+            if self.stop.is_cancelled() {
+                return Err(RunError::Stopped(kept.rejected));
+            }
+            self.show_search(begun, settled, items.len(), culprits);
+            let mut end = match accused.take() {
+                // The plugin named the record: what precedes it runs first, without it.
+                Some(culprit) if culprit > settled => culprit,
+                _ => {
+                    let suspects = suspect_end.saturating_sub(settled);
+                    settled + cuts::next_call(items.len() - settled, suspects, culprits)
+                }
+            };
+            match known.iter().find(|known| **known >= settled) {
+                // It is run alone, and the pieces before it end there.
+                Some(known) if *known == settled => end = settled + 1,
+                Some(known) => end = end.min(*known),
+                None => {}
+            }
+            let is_alone = end == settled + 1;
+            let limit_ms = haste.limit_ms(end - settled, self.usual_ns, &self.stage.limits);
+            self.instance = None;
+            let answer = self.call(batch, &items[settled..end], settled, limit_ms)?;
+            // Each call has room for itself. Without this, a search would hold as many answers as it has calls.
+            let has_room = |outcome: &StageOutcome| {
+                settled == 0 || kept.held_bytes() + outcome.held_bytes() <= held_bytes_max
+            };
+            let answer = match answer {
+                Ok(outcome) if !has_room(&outcome) => {
+                    let record = items[settled].record;
+                    if record > items[0].record {
+                        return Err(RunError::TooMuch(record));
+                    }
+                    // Items of one record: they cannot be parted.
+                    Err(CallFailure::Dead(CallError::output(format!(
+                        "what the items of one record become at this stage holds more than \
+                         {held_bytes_max} bytes ({})",
+                        self.stage.limits.answer_bound()
+                    ))))
+                }
+                answer => answer,
+            };
+            match answer {
+                Ok(outcome) => {
+                    if is_alone && suspect_end == end {
+                        haste.was_wrong();
+                    }
+                    kept.add(outcome);
+                    settled = end;
+                    failed_in_a_row = 0;
+                }
+                Err(failure) if is_alone => {
+                    if ran_out_of_time(&failure) {
+                        haste.is_used = true;
+                        self.stage.endless.note(batch, &items[settled]);
+                    }
+                    let trapped = matches!(failure, CallFailure::Dead(_));
+                    let (reason, backtrace) = describe(failure);
+                    culprits += 1;
+                    failed_in_a_row += 1;
+                    kept.rejected.push(Rejected { item: settled, reason, backtrace, trapped });
+                    settled += 1;
+                    suspect_end = settled;
+                    // A search of records that all fail would take minutes to find what is known.
+                    if failed_in_a_row > self.rejected_max.in_a_row
+                        || kept.rejected.len() > self.rejected_max.of_last_1000 as usize
+                    {
+                        return Err(RunError::TooManyFailed(last_reason(&kept)));
+                    }
+                }
+                Err(failure) => {
+                    haste.is_used |= ran_out_of_time(&failure);
+                    accused = named_culprit(&failure, end - settled).map(|item| item + settled);
+                    suspect_end = settled + culprit_end(&failure, end - settled);
+                }
+            }
+        }
+        if retryable && kept.rejected.len() == items.len() {
+            return Err(RunError::AllFailed(last_reason(&kept)));
+        }
+        Ok(kept)
+    }
+
+    fn show_search(&self, begun: Instant, settled: usize, items: usize, culprits: usize) {
+        if let (Some(searching), true) = (&self.searching, begun.elapsed() >= SEARCH_SHOWN_AFTER) {
+            searching.send_replace(Some(format!(
+                "stage {}: searching for the records that fail: {settled} of {items} records done, \
+                 {culprits} found",
+                self.stage.name
+            )));
+        }
+    }
+
+    /// One call with the items from `first_item` on.
+    fn call(
+        &mut self,
+        batch: &Batch,
+        items: &[Item],
+        first_item: usize,
+        limit_ms: u64,
+    ) -> Result<Result<StageOutcome, CallFailure>, RunError> {
+        flow::pack(batch, items, &mut self.wire);
+        self.instance().map_err(RunError::NoInstance)?;
+        let Some(instance) = self.instance.as_mut() else { unreachable!("started above") };
+        metrics::counter!("shardmill_stage_calls_total", "stage" => self.stage.name.to_string())
+            .increment(1);
+        instance.starved_before(self.starved);
+        let usual = Duration::from_nanos((self.usual_ns * items.len() as f64) as u64);
+        instance.measured(self.usual_ns == 0.0 || usual >= MEASURED_FROM);
+        let begun = Instant::now();
+        let answer = instance.process(&self.wire, limit_ms);
+        let took = instance.busy(begun.elapsed());
+        self.busy += took;
+        forget_large(&mut self.wire);
+        metrics::gauge!("shardmill_stage_memory_bytes",
+            "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
+        .set(instance.memory_bytes() as f64);
+        let memory_bytes = instance.memory_bytes();
+        let routes = self.stage.descriptor.routes.len();
+        let limits = &self.stage.limits;
+        Ok(match answer {
+            Ok(Ok(outcome)) => match answer::prove(items, outcome, routes, limits, first_item) {
+                Ok(outcome) => {
+                    self.learn_usual(took, items.len());
+                    self.renew_if_leaking(memory_bytes);
+                    Ok(outcome)
+                }
+                Err(violation) => {
+                    self.instance = None;
+                    self.stage.health.trapped();
+                    Err(CallFailure::Dead(violation))
+                }
+            },
+            Ok(Err(failure)) => Err(CallFailure::Answered(failure)),
+            Err(error) if error.fault == CallFault::Starved => {
+                self.instance = None;
+                self.starved = self.starved.saturating_add(1);
+                self.count_starved();
+                return Err(RunError::Starved(error.message));
+            }
+            Err(error) => {
+                self.instance = None;
+                self.stage.health.trapped();
+                metrics::counter!("shardmill_stage_traps_total",
+                    "stage" => self.stage.name.to_string())
+                .increment(1);
+                Err(CallFailure::Dead(error))
+            }
+        })
+    }
+
+    /// Learns what a record takes as a rule.
+    fn learn_usual(&mut self, took: Duration, items: usize) {
+        let own_ns = took.as_nanos() as f64 / items.max(1) as f64;
+        self.usual_ns = match self.usual_ns == 0.0 {
+            true => own_ns,
+            false => self.usual_ns + (own_ns - self.usual_ns) * USUAL_SHARE,
+        };
+    }
+
+    /// Gives up an instance that has leaked half of its memory: a fresh one costs less than the failed
+    /// call and the search that would come of it. What an instance remembers is a cache.
+    fn renew_if_leaking(&mut self, memory_bytes: usize) {
+        if self.settled_bytes == 0 {
+            self.settled_bytes = memory_bytes;
+        }
+        let leaked_bytes = memory_bytes - self.settled_bytes.min(memory_bytes);
+        if leaked_bytes > self.stage.limits.memory_bytes_max / 2 {
+            self.instance = None;
+            metrics::counter!("shardmill_stage_renewals_total",
+                "stage" => self.stage.name.to_string())
+            .increment(1);
+        }
+    }
+
+    /// The live instance, or a fresh one.
+    fn instance(&mut self) -> Result<(), CallError> {
+        if self.instance.is_none() {
+            let started = self.stage.start(&self.context);
+            if started.as_ref().is_err_and(|error| error.fault == CallFault::Starved) {
+                self.count_starved();
+            }
+            self.instance = Some(started?);
+            self.settled_bytes = 0;
+        }
+        Ok(())
+    }
+
+    /// Counts a call that the machine did not let end.
+    fn count_starved(&self) {
+        metrics::counter!("shardmill_stage_starved_total", "stage" => self.stage.name.to_string())
+            .increment(1);
+    }
+}
+
+impl Patience {
+    fn begin() -> Self {
+        let pauses = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(100))
+            .with_max_delay(RETRY_PAUSE_MAX)
+            .without_max_times()
+            .with_jitter()
+            .build();
+        Self { begun: Instant::now(), pauses }
+    }
+}
+
+/// Lets go of buffers that one large batch has made large: they would stay so for as long as the lane runs.
+fn forget_large(wire: &mut WireBatch) {
+    if wire.arena.capacity() > WIRE_BYTES_KEPT {
+        wire.arena = Vec::new();
+    }
+    if wire.inputs.capacity() * size_of::<u32>() > WIRE_BYTES_KEPT {
+        wire.inputs = Vec::new();
+    }
+}
+
+/// How long the pieces of a search may take once a call has run out of time. With the limit of their
+/// size, each piece that holds an endless record would take a batch's limit. A piece that runs out of a
+/// shorter time is only suspected: what is rejected has had a record's whole limit, alone.
+struct Haste {
+    is_used: bool,
+    piece_ms: u64,
+}
+
+impl Haste {
+    fn new(limits: &StageLimits) -> Self {
+        Self { is_used: false, piece_ms: (limits.record_ms_max / 4).max(1) }
+    }
+
+    /// The limit of a call with so many records, of which each takes `usual_ns` as a rule.
+    fn limit_ms(&self, records: usize, usual_ns: f64, limits: &StageLimits) -> u64 {
+        let limit_ms = limits.call_ms_max(records);
+        if !self.is_used || records == 1 {
+            return limit_ms;
+        }
+        let usual_ms = usual_ns * records as f64 * USUAL_TIMES / 1e6;
+        limit_ms.min(self.piece_ms.max(usual_ms as u64))
+    }
+
+    /// No record of a suspected piece ran out of time alone: the piece had too little.
+    fn was_wrong(&mut self) {
+        self.piece_ms = self.piece_ms.saturating_mul(4);
+    }
+}
+
+fn ran_out_of_time(failure: &CallFailure) -> bool {
+    matches!(failure, CallFailure::Dead(error) if error.fault == CallFault::Timeout)
+}
+
+/// The end of the range that is known to hold a culprit.
+fn culprit_end(failure: &CallFailure, items: usize) -> usize {
+    named_culprit(failure, items).map_or(items, |culprit| culprit + 1)
+}
+
+/// The item that the plugin itself names, if it is one of the call's.
+fn named_culprit(failure: &CallFailure, items: usize) -> Option<usize> {
+    match failure {
+        CallFailure::Answered(Failure { input: Some(input), .. }) => {
+            Some(*input as usize).filter(|input| *input < items)
+        }
+        _ => None,
+    }
+}
+
+fn last_reason(outcome: &StageOutcome) -> String {
+    outcome.rejected.last().map(|rejected| rejected.reason.clone()).unwrap_or_default()
+}
+
+fn describe(failure: CallFailure) -> (String, String) {
+    match failure {
+        CallFailure::Dead(error) => (error.message, error.backtrace),
+        CallFailure::Answered(failure) => (excerpt(failure.message.as_bytes()), String::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fault_41_a_piece_of_a_search_has_less_time_than_its_size_would_give() {
+        let limits = StageLimits::default();
+        let mut haste = Haste::new(&limits);
+        assert_eq!(haste.limit_ms(256, 0.0, &limits), 2_000, "nothing has run out of time");
+        haste.is_used = true;
+        for (records, usual_ns, expected_ms) in [
+            (256, 0.0, 125),
+            (256, 100_000.0, 256),
+            (256, 1e9, 2_000),
+            (2, 0.0, 125),
+            (1, 0.0, 500),
+        ] {
+            let found_ms = haste.limit_ms(records, usual_ns, &limits);
+            assert_eq!(found_ms, expected_ms, "{records} records of {usual_ns} ns");
+        }
+        haste.was_wrong();
+        assert_eq!(haste.limit_ms(256, 0.0, &limits), 500);
+    }
+}

@@ -1,0 +1,943 @@
+//! Runs a pipeline: everything is proven and taken before the first record, then one lane per
+//! shard, children after their parents, each lane started anew when it fails.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::bound::MemoryBound;
+use crate::lane::BuildSinks;
+use crate::lane::agreement::{Found, before_first_record};
+use crate::lane::{
+    Board, GenerationStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
+};
+use crate::lease::PipelineLock;
+use crate::lineage::Plan;
+use crate::lineage::lineage;
+use crate::pipeline::run_lane;
+use crate::stage::{Generation, Samples};
+use crate::swap::{Swapper, SwapperParts, TakeOver};
+use shardmill_config::{OnLostRecords, PipelineConfig, environment};
+use shardmill_core::off_thread::off_thread;
+use shardmill_core::owner::OwnerName;
+use shardmill_core::record::{ShardId, ShardKey, SinkName, StreamIdentity};
+use shardmill_core::sink::{Sink, SinkError};
+use shardmill_core::source::StartPosition;
+use shardmill_core::source::count_loss;
+use shardmill_core::source::{Shard, ShardSource, SourceError, Waiting};
+use shardmill_core::stop::Stop;
+use shardmill_core::system::Needs;
+use shardmill_plugin::{CompileCache, PluginHost};
+use shardmill_state::agreement::Losses;
+use shardmill_state::{
+    Changes, Checkpoints, DeadLetters, Hole, Holes, KnownShards, Ledger, Look, Roster, Running,
+    StateError, StateStore, Variables, needed_components,
+};
+use shardmill_state::{GenerationSpec, StageSpec};
+
+/// The part of a run that looks for shards to read.
+const SHARDS: &str = "shards";
+
+/// How long a shard that was read to its end is known after the stream has dropped it, in milliseconds: a
+/// sink that is restored from a backup of then is named with what it has lost.
+const GONE_KEPT_MS: i64 = 7 * 24 * 3_600 * 1_000;
+/// A compiled component that is younger may be of a pipeline that is about to start.
+const COMPILED_AGE_MIN: Duration = Duration::from_secs(3_600);
+/// Changes that may wait for the lanes of the one before to end.
+const TAKE_OVERS_MAX: usize = 16;
+
+/// What a run is told beside its configuration.
+pub struct RunOptions {
+    /// Stop when every shard is read to its end and every sink has committed it.
+    pub until_caught_up: bool,
+    /// Sinks that were taken out of the configuration and may be given up while behind.
+    pub dropped_sinks: HashSet<SinkName>,
+    /// Run what the files say, whatever was swapped in, or cannot be read of it.
+    pub files_count: bool,
+    /// Go on from the sinks' positions although the state is older than they are.
+    pub trust_sinks: bool,
+    /// Plugins that the binary carries, by path.
+    pub embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
+    /// Makes sinks, when a reload names others.
+    pub build_sinks: BuildSinks,
+    /// Whether it is the pipeline itself that runs.
+    pub role: RunRole,
+}
+
+/// Who runs with a pipeline's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunRole {
+    /// The pipeline itself: what it runs is noted, and lasts.
+    Pipeline,
+    /// A command beside the pipeline, such as a redrive. It runs what the pipeline runs, or would run if
+    /// it were started now, and notes nothing of that: the files may say something else that nobody has
+    /// loaded yet.
+    Beside {
+        /// The pipeline is running.
+        is_running: bool,
+    },
+}
+
+impl RunOptions {
+    /// A run with all that the configuration names, and plugins from files.
+    pub fn new(until_caught_up: bool) -> Self {
+        let dropped_sinks = HashSet::new();
+        let build_sinks: BuildSinks =
+            Arc::new(|_| Err(anyhow::anyhow!("whoever runs this pipeline makes no other sinks")));
+        let role = RunRole::Pipeline;
+        Self {
+            until_caught_up,
+            dropped_sinks,
+            files_count: false,
+            trust_sinks: false,
+            embedded_plugin: |_| None,
+            build_sinks,
+            role,
+        }
+    }
+}
+
+/// A pipeline that is proven and owns its state.
+pub struct Supervisor {
+    shared: Arc<Shared>,
+    stream: Arc<StreamIdentity>,
+    state: StateStore,
+    build_sinks: BuildSinks,
+    until_caught_up: bool,
+    trust_sinks: bool,
+    lock: PipelineLock,
+    swapper: Swapper,
+    take_overs: mpsc::Receiver<TakeOver>,
+    /// Ends what the swapper does by itself, with the run.
+    ends: CancellationToken,
+}
+
+impl Supervisor {
+    /// Takes the state folder, loads the plugins, and checks them against each other and against
+    /// the sinks. Reads no record.
+    ///
+    /// # Errors
+    /// What does not fit, with its place in the configuration where it has one.
+    pub async fn prepare(
+        config: PipelineConfig,
+        host: PluginHost,
+        source: Arc<dyn ShardSource>,
+        sinks: Vec<Arc<dyn Sink>>,
+        options: RunOptions,
+    ) -> anyhow::Result<Self> {
+        let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+        Self::prepare_under(lock, config, host, source, sinks, options).await
+    }
+
+    /// As [`Supervisor::prepare`], under a lock that was taken.
+    ///
+    /// # Errors
+    /// As [`Supervisor::prepare`].
+    pub async fn prepare_under(
+        lock: PipelineLock,
+        config: PipelineConfig,
+        host: PluginHost,
+        source: Arc<dyn ShardSource>,
+        sinks: Vec<Arc<dyn Sink>>,
+        options: RunOptions,
+    ) -> anyhow::Result<Self> {
+        let state = StateStore::open(lock.folder())?;
+        host.backends.prepare().await?;
+        let generations = GenerationStore::new(host.clone(), state.clone());
+        let stream = source.identity().await?;
+        roster::rename(&config, &sinks, &state, &*source, &stream).await?;
+        let to_run = match options.role {
+            RunRole::Beside { is_running: true } => noted(&state, &generations, &config).await?,
+            _ => None,
+        };
+        let is_pipeline = options.role == RunRole::Pipeline;
+        if is_pipeline {
+            let texts = config.stages.iter();
+            let texts = texts.map(|own| (own.name.value.clone(), own.config_text.clone()));
+            Variables::new(state.clone()).forget_values(texts.collect()).await?;
+        }
+        let (running, generation, components) = match to_run {
+            Some((running, generation)) => (running, generation, Vec::new()),
+            None => {
+                let (declared, components) =
+                    Generation::load(&config, &host, options.embedded_plugin).await?;
+                let (running, generation) =
+                    carry_over(&state, &generations, &host, &config, declared, &options).await?;
+                (running, generation, components)
+            }
+        };
+        for sink in &sinks {
+            sink.prepare(&generation.routes_to(sink.name())).await?;
+        }
+        let ledger = Ledger::new(state.clone());
+        ledger.keep(&generation.spec, components).await?;
+        let variables = Variables::new(state.clone());
+        let otherwise = match is_pipeline {
+            true => variables.note(&generation.spec, &environment).await?,
+            // What runs is noted by who runs it.
+            false => variables.set_otherwise(&generation.spec, &environment).await?,
+        };
+        otherwise.say(&generation.id);
+        if is_pipeline {
+            let changes = Changes::new(state.clone());
+            changes.promote(&running, None, None).await?;
+            changes.note_sinks(config.sink_fingerprints()).await?;
+            if let Err(error) = ledger.prune(&generation.spec).await {
+                // Nothing is lost, only space. A replay that needs what cannot be read says so itself.
+                tracing::warn!(%error, "components that are not needed any more stay");
+            }
+        }
+        tokio::task::spawn_blocking({
+            let cache = host.cache.clone();
+            move || remove_unneeded(&cache)
+        });
+        let shared = Arc::new(Shared {
+            budget: sinks_budget(&config),
+            source,
+            current: watch::Sender::new(Arc::new(generation)),
+            generations,
+            sinks,
+            dropped_sinks: options.dropped_sinks,
+            checkpoints: Checkpoints::new(state.clone()),
+            roster: Roster::new(state.clone()),
+            holes: Holes::new(state.clone()),
+            ledger,
+            letters: DeadLetters::new(state.clone()).bounded(config.letter_bytes_max).await?,
+            board: Board::default(),
+            starts: Starts::default(),
+            samples: Samples::new(config.reload.samples),
+            until_caught_up: options.until_caught_up,
+            config,
+        });
+        roster::settle(&shared, &stream, None, &options.build_sinks).await?;
+        let (sender, take_overs) = mpsc::channel(TAKE_OVERS_MAX);
+        let ends = CancellationToken::new();
+        let stream = Arc::new(stream);
+        let swapper = Swapper::new(SwapperParts {
+            state: state.clone(),
+            shared: shared.clone(),
+            stream: stream.clone(),
+            host,
+            running,
+            embedded_plugin: options.embedded_plugin,
+            build_sinks: options.build_sinks.clone(),
+            take_overs: sender,
+            ends: ends.clone(),
+        });
+        let (until_caught_up, trust_sinks) = (options.until_caught_up, options.trust_sinks);
+        let build_sinks = options.build_sinks;
+        Ok(Self {
+            shared,
+            stream,
+            state,
+            build_sinks,
+            until_caught_up,
+            trust_sinks,
+            lock,
+            swapper,
+            take_overs,
+            ends,
+        })
+    }
+
+    /// What changes it while it runs.
+    pub fn swapper(&self) -> Swapper {
+        self.swapper.clone()
+    }
+
+    /// What is shown of the lanes.
+    pub fn board(&self) -> Board {
+        self.shared.board.clone()
+    }
+
+    /// The folder of its state.
+    pub fn folder(&self) -> &Path {
+        self.lock.folder()
+    }
+
+    /// What sinks were not given.
+    pub fn holes(&self) -> Holes {
+        self.shared.holes.clone()
+    }
+
+    /// What it may hold in memory, with the shards that the stream has now.
+    ///
+    /// # Errors
+    /// When the stream cannot be listed.
+    pub async fn memory_bound(&self) -> anyhow::Result<MemoryBound> {
+        let known = self.shared.checkpoints.shards(&self.stream).await?;
+        let is_read = |shard: &&Shard| known.get(&shard.id).is_none_or(|known| !known.ended);
+        let shards = self.shared.source.shards().await?;
+        Ok(MemoryBound::of(&self.shared.config, shards.iter().filter(is_read).count()))
+    }
+
+    /// The dead letters.
+    pub fn letters(&self) -> DeadLetters {
+        self.shared.letters.clone()
+    }
+
+    /// Runs until `stop`, or until caught up if asked for, or until every shard has ended.
+    ///
+    /// # Errors
+    /// What a person must decide; the other lanes are drained first.
+    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let drain_max = self.shared.config.timing.drain_max;
+        self.run_until(Stop::at(stop.child_token(), drain_max)).await
+    }
+
+    /// As [`Supervisor::run`], within the time of an end that others share: a fatal error asks for it.
+    ///
+    /// # Errors
+    /// As [`Supervisor::run`].
+    pub async fn run_until(mut self, stop: Stop) -> anyhow::Result<()> {
+        let lanes_stop = stop.child();
+        let mut lanes = Lanes {
+            shared: self.shared.clone(),
+            state: self.state.clone(),
+            build_sinks: self.build_sinks.clone(),
+            stream: self.stream.clone(),
+            stop: lanes_stop.child(),
+            running: HashSet::new(),
+            tasks: JoinSet::new(),
+            source_ended: false,
+            awaits_children: false,
+        };
+        let mut ended = false;
+        let mut discovery = tokio::time::interval(self.shared.config.timing.shard_sync_interval);
+        let mut glance = tokio::time::interval(Duration::from_millis(100));
+        // A look for new shards: the stream may take long to answer, and the lanes go on meanwhile.
+        let mut look: Option<BoxFuture<'static, Result<Plan, LaneError>>> = None;
+        let mut has_looked = false;
+        let retry_pause_max = self.shared.config.timing.retry_pause_max;
+        let mut look_pauses = pauses(retry_pause_max);
+        let waiting = Waiting::default();
+        let mut waits = waiting.watch(self.shared.config.timing.call_blocked_after);
+        let (show, shown) = watch::channel(self.shared.clone());
+        let mut memory_waits = std::pin::pin!(show_waits(shown));
+        // The files may be deleted or replaced while no lane writes.
+        let interval = self.shared.config.timing.checkpoint_interval;
+        let mut gone = watch_state(&self.state, self.shared.letters.clone(), interval);
+        let mut comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
+        let mut fatal = None;
+        // A change for which the lanes are let go.
+        let mut take_over: Option<TakeOver> = None;
+        while !(lanes.tasks.is_empty()
+            && (lanes_stop.is_asked()
+                || (take_over.is_none() && (ended || lanes.has_source_ended()))))
+        {
+            tokio::select! {
+                Some(done) = lanes.tasks.join_next() => {
+                    // It may not know yet of the shard that has just ended.
+                    if look.take().is_some() {
+                        discovery.reset_immediately();
+                    }
+                    match lanes.ended(done?) {
+                        Ok(true) => discovery.reset_immediately(),
+                        Ok(false) => {}
+                        Err(error) => {
+                            fatal.get_or_insert(error);
+                            stop.ask();
+                        }
+                    }
+                }
+                () = lanes_stop.asked(), if !self.ends.is_cancelled() => self.ends.cancel(),
+                // The next one waits: whether its lanes can begin depends on where these end.
+                Some(order) = self.take_overs.recv(), if take_over.is_none() => {
+                    lanes.stop.ask();
+                    take_over = Some(order);
+                }
+                // The lanes are let go: what they had is committed, as far as their sinks answer.
+                () = std::future::ready(()), if take_over.is_some() && lanes.tasks.is_empty() => {
+                    if let Some(order) = take_over.take() {
+                        look = None;
+                        // The sinks may be others.
+                        comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
+                        let begun = lanes.begin_anew(order, &lanes_stop);
+                        if stop.unless_asked(begun).await.is_some() {
+                            show.send_replace(lanes.shared.clone());
+                            discovery.reset_immediately();
+                        }
+                    }
+                }
+                () = lanes_stop.asked(), if lanes.tasks.is_empty() => {}
+                _ = discovery.tick(), if look.is_none() && !lanes.stop.is_asked() => {
+                    let (shared, stream) = (lanes.shared.clone(), lanes.stream.clone());
+                    let waiting = waiting.clone();
+                    let comparison = comparison.clone();
+                    let found =
+                        async move { find(&shared, &stream, &waiting, &comparison).await };
+                    look = Some(found.boxed());
+                }
+                Some(found) = some(&mut look) => {
+                    look = None;
+                    match found {
+                        Ok(plan) => {
+                            has_looked = true;
+                            look_pauses = pauses(retry_pause_max);
+                            waiting.answered();
+                            self.shared.board.unblock_run(SHARDS);
+                            match lanes.begin(plan) {
+                                Ok(all_ended) => ended = all_ended,
+                                Err(error) => {
+                                    tracing::error!(%error, "the pipeline stops");
+                                    fatal.get_or_insert(error);
+                                    stop.ask();
+                                }
+                            }
+                        }
+                        Err(error) if error.needs_a_person() => {
+                            tracing::error!(%error, "the pipeline stops");
+                            fatal.get_or_insert(error);
+                            stop.ask();
+                        }
+                        // Nothing runs yet: who starts the process hears at once.
+                        Err(error) if !has_looked => {
+                            fatal.get_or_insert(error);
+                            stop.ask();
+                        }
+                        // Shards wait to be read, and nobody reads them: as bad as a blocked lane.
+                        Err(error) => {
+                            waiting.answered();
+                            self.shared.board.block_run(SHARDS, &error.to_string());
+                            discovery.reset_after(look_pauses.next().unwrap_or(retry_pause_max));
+                        }
+                    }
+                }
+                Some(error) = gone.recv() => {
+                    lanes.block("state", &error.to_string());
+                    tracing::error!(%error, "the pipeline stops");
+                    fatal.get_or_insert(error.into());
+                    stop.ask();
+                }
+                cause = waits.changed() => if let Some(cause) = cause {
+                    self.shared.board.block_run(SHARDS, &cause);
+                },
+                // It never ends.
+                () = &mut memory_waits => {}
+                // Until a parent's children have begun there are shards that nobody reads: not caught up,
+                // though a closed parent may give empty answers before its end.
+                _ = glance.tick(), if self.until_caught_up && !lanes.awaits_children => {
+                    let shards = self.shared.board.snapshot();
+                    if !shards.is_empty() && shards.values().all(|status| status.caught_up()) {
+                        lanes_stop.ask();
+                    }
+                }
+            }
+        }
+        fatal.map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
+/// Removes compiled components that no pipeline with its state in this folder keeps.
+fn remove_unneeded(cache: &CompileCache) {
+    if let Err(error) = cache.remove_unused() {
+        tracing::debug!(%error, "compiled plugins of this user are not looked through");
+    }
+    let Some(state_dir) = cache.own_folder().and_then(Path::parent) else { return };
+    let removed = needed_components(state_dir)
+        .map_err(anyhow::Error::from)
+        .and_then(|needed| Ok(cache.remove_unneeded(&needed, COMPILED_AGE_MIN)?));
+    match removed {
+        Ok(0) => {}
+        Ok(files) => tracing::info!(files, "compiled plugins that nothing needs are removed"),
+        Err(error) => tracing::debug!(%error, "compiled plugins are not looked through"),
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.ends.cancel();
+    }
+}
+
+/// The outcome of a future, where there is one.
+async fn some<T>(future: &mut Option<BoxFuture<'static, T>>) -> Option<T> {
+    match future {
+        Some(future) => Some(future.await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Looks which shards may be read now. What is new is durable when this returns: where each shard
+/// begins, all in one step.
+async fn find(
+    shared: &Shared,
+    stream: &Arc<StreamIdentity>,
+    waiting: &Waiting,
+    comparison: &Comparison,
+) -> Result<Plan, LaneError> {
+    let (source, checkpoints) = (&shared.source, &shared.checkpoints);
+    waiting.begins("DescribeStreamSummary");
+    let identity = source.identity().await?;
+    if identity != **stream {
+        return Err(SourceError::replaced(stream, &identity).into());
+    }
+    waiting.begins("the state database");
+    let mut known = checkpoints.known(stream).await?;
+    waiting.begins("ListShards");
+    let shards = source.shards().await?;
+    if !source.lists_all() {
+        known.begun.retain(|begun, _| shards.iter().any(|shard| shard.id == *begun));
+        known.seen.clear();
+    }
+    let start = source.start();
+    if let StartPosition::AtSequence(places) = start
+        && known.is_first_start()
+        && let Some(shard) = places.keys().find(|id| !shards.iter().any(|it| it.id == **id))
+    {
+        let (stream, shard) = (stream.name.to_string(), shard.to_string());
+        return Err(SourceError::NoSuchShard { stream, shard }.into());
+    }
+    // By the clock that the records' times of arrival are of, and after the shards were listed: those
+    // that were closed by then hold only older records.
+    let resolves_latest = *start == StartPosition::Latest && known.is_first_start();
+    let now_ms = match resolves_latest {
+        true => {
+            waiting.begins("DescribeStreamSummary");
+            source.now_ms().await?
+        }
+        false => None,
+    };
+    let adopted = comparison.adopted(shared, stream, &shards, &mut known).await?;
+    // A shard in which a sink has a position counts as begun, though this state has not begun it.
+    let mut with_adopted = known.clone();
+    with_adopted.latest_ms = known.latest_ms.or(now_ms);
+    for shard in &adopted {
+        with_adopted.begun.entry(shard.clone()).or_default();
+    }
+    let mut plan = lineage(&shards, &with_adopted, start, now_ms);
+    for beginning in plan.ready.iter_mut().filter(|own| adopted.contains(&own.shard)) {
+        // Records since the sinks' positions are needed: that none of them is missing is not known.
+        if !known.begun.contains_key(&beginning.shard) {
+            beginning.caught_up_ms = None;
+        }
+    }
+    if let Some(first) = plan.lost.first() {
+        let error = lost(stream, first, plan.lost.len());
+        let lost_records = shared.config.source.kinesis().map(|kinesis| kinesis.on_lost_records);
+        if lost_records != Some(OnLostRecords::Continue) {
+            return Err(error.into());
+        }
+        tracing::error!(%error, "going on, as configured");
+        for shard in &plan.lost {
+            count_loss(shard, 0);
+            let shard = ShardKey {
+                pipeline: shared.config.name.clone(),
+                stream: stream.clone(),
+                shard: shard.clone(),
+            };
+            let why = "it was never begun before its retention ended".into();
+            let hole = Hole { sink: None, shard, from_exclusive: None, to_inclusive: None, why };
+            shared.holes.record(hole).await?;
+        }
+    }
+    let is_new = |shard: &ShardId| !known.begun.contains_key(shard);
+    let begun = plan.ready.iter().filter(|beginning| is_new(&beginning.shard)).cloned();
+    let unseen = shards.iter().map(|shard| &shard.id).filter(|id| !known.seen.contains(*id));
+    let passed_over = plan.skipped.iter().chain(&plan.lost).cloned();
+    let look = Look {
+        begun: begun.map(|it| (it.shard, it.start, it.caught_up_ms)).collect(),
+        passed_over: passed_over.collect(),
+        seen: unseen.filter(|_| source.lists_all()).cloned().collect(),
+        latest_ms: now_ms,
+    };
+    if !look.is_empty() {
+        waiting.begins("the state database");
+        checkpoints.note(stream, look).await?;
+    }
+    if source.lists_all() {
+        forget_gone(checkpoints, stream, &shards, &known).await;
+    }
+    Ok(plan)
+}
+
+/// The comparison of the state with the sinks, which comes before the first record.
+struct Comparison {
+    state: StateStore,
+    trust_sinks: bool,
+    /// Shards that the state did not know and in which a sink has a position; `None`: not compared yet.
+    adopted: Mutex<Option<Vec<ShardId>>>,
+}
+
+impl Comparison {
+    fn new(state: StateStore, trust_sinks: bool) -> Self {
+        Self { state, trust_sinks, adopted: Mutex::default() }
+    }
+
+    /// Compares, the first time; what is known may change by that.
+    async fn adopted(
+        &self,
+        shared: &Shared,
+        stream: &Arc<StreamIdentity>,
+        listed: &[Shard],
+        known: &mut KnownShards,
+    ) -> Result<Vec<ShardId>, LaneError> {
+        let mut compared = self.adopted.lock().await;
+        if let Some(adopted) = &*compared {
+            return Ok(adopted.clone());
+        }
+        let found = Found { stream, listed, known: &known.begun };
+        let adopted = before_first_record(shared, &self.state, found, self.trust_sinks).await?;
+        let mut reread = shared.checkpoints.known(stream).await?.begun;
+        reread.retain(|shard, _| known.begun.contains_key(shard));
+        known.begun = reread;
+        Ok(compared.insert(adopted).clone())
+    }
+}
+
+/// Looks now and then whether the state's files are still those that are open: they may be deleted or
+/// replaced while no lane writes. Shows what the dead letters hold, too. Ends when nobody listens.
+fn watch_state(
+    state: &StateStore,
+    letters: DeadLetters,
+    interval: Duration,
+) -> mpsc::Receiver<StateError> {
+    let (found, gone) = mpsc::channel(1);
+    let state = state.clone();
+    tokio::spawn(async move {
+        let mut looks = tokio::time::interval(interval);
+        loop {
+            tokio::select! {
+                _ = looks.tick() => {}
+                () = found.closed() => return,
+            }
+            match state.verify().await {
+                Err(error) if error.is_gone() => {
+                    // Nobody may listen any more.
+                    let _ = found.send(error).await;
+                    return;
+                }
+                _ => {}
+            }
+            // Another process may have purged some. What cannot be read now is shown the next time.
+            let _ = letters.show_kept().await;
+        }
+    });
+    gone
+}
+
+/// Forgets shards that nothing needs any more: read to their end, and no longer listed, not even as a
+/// parent.
+async fn forget_gone(
+    checkpoints: &Checkpoints,
+    stream: &StreamIdentity,
+    shards: &[Shard],
+    known: &KnownShards,
+) {
+    let parents = shards.iter().flat_map(|shard| &shard.parents);
+    let listed: HashSet<&ShardId> = shards.iter().map(|shard| &shard.id).chain(parents).collect();
+    if known.begun.iter().all(|(shard, state)| !state.ended || listed.contains(shard)) {
+        return;
+    }
+    let listed: Vec<ShardId> = listed.into_iter().cloned().collect();
+    let now_ms = chrono::Utc::now().timestamp_millis();
+    if let Err(error) = checkpoints.forget_gone(stream, &listed, now_ms, GONE_KEPT_MS).await {
+        tracing::warn!(%error, "shards that are gone are not forgotten yet");
+    }
+}
+
+/// The error of shards none of whose records was read.
+fn lost(stream: &StreamIdentity, first: &ShardId, count: usize) -> SourceError {
+    let others = match count {
+        1 => String::new(),
+        _ => format!(", nor was any of {} others", count - 1),
+    };
+    SourceError::LostRecords {
+        place: format!("stream {}, shard {first}", stream.name),
+        extent: format!(
+            "it was never begun, and is no longer listed: its retention ended before it was read{others}"
+        ),
+    }
+}
+
+/// The lanes that run.
+struct Lanes {
+    shared: Arc<Shared>,
+    state: StateStore,
+    build_sinks: BuildSinks,
+    stream: Arc<StreamIdentity>,
+    /// Ends these lanes: with the run, or because others take their shards over.
+    stop: Stop,
+    running: HashSet<ShardId>,
+    tasks: JoinSet<(ShardId, Result<LaneEnd, LaneError>)>,
+    /// The source has nothing more for now, and nobody waits for it.
+    source_ended: bool,
+    /// A shard has ended, and its children were not looked for yet; or listed shards wait for their parents.
+    awaits_children: bool,
+}
+
+impl Lanes {
+    /// Starts a lane for each shard that may be read now. True when every shard has ended.
+    ///
+    /// # Errors
+    /// [`LaneError::Fatal`] when the system does not let the process have what they need.
+    fn begin(&mut self, plan: Plan) -> Result<bool, LaneError> {
+        let is_fresh = |shard: &ShardId| !self.running.contains(shard);
+        self.check_limits(plan.ready.iter().filter(|it| is_fresh(&it.shard)).count())?;
+        for beginning in plan.ready {
+            if !self.stop.is_asked() && self.running.insert(beginning.shard.clone()) {
+                self.start(beginning.shard);
+            }
+        }
+        self.awaits_children = plan.some_wait;
+        Ok(plan.all_ended)
+    }
+
+    /// Shows every lane as blocked.
+    fn block(&self, part: &str, cause: &str) {
+        for shard in &self.running {
+            self.shared.board.block(shard, part, cause);
+        }
+    }
+
+    /// Checks that the system lets the process have what more lanes need. Those that run have theirs.
+    fn check_limits(&self, lanes: usize) -> Result<(), LaneError> {
+        if lanes == 0 {
+            return Ok(());
+        }
+        let generation = self.shared.generation();
+        let mut needs = Needs { lanes, stages: 0, memories: 0, sinks: self.shared.sinks.len() };
+        for stage in &generation.stages {
+            let canary = stage.canary.as_ref().map(|canary| &canary.stage);
+            for version in [stage].into_iter().chain(canary) {
+                needs.stages += 1;
+                needs.memories += version.plugin.memories;
+            }
+        }
+        needs.check().map_err(|error| LaneError::Fatal(error.to_string()))
+    }
+
+    /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
+    async fn begin_anew(&mut self, order: TakeOver, stop: &Stop) {
+        let outcome = self.settle(&order.shared).await;
+        let outcome = outcome.map_err(|error| shardmill_config::told(&error));
+        if outcome.is_ok() {
+            self.shared = order.shared;
+        }
+        self.stop = stop.child();
+        // Whoever asked may have gone.
+        let _ = order.done.send(outcome);
+    }
+
+    /// Settles which sinks there are from here on.
+    async fn settle(&self, next: &Shared) -> anyhow::Result<()> {
+        let Shared { config, sinks, source, .. } = next;
+        roster::rename(config, sinks, &self.state, &**source, &self.stream).await?;
+        roster::settle(next, &self.stream, Some(&self.shared), &self.build_sinks).await
+    }
+
+    fn key(&self, shard: &ShardId) -> ShardKey {
+        ShardKey {
+            pipeline: self.shared.config.name.clone(),
+            stream: self.stream.clone(),
+            shard: shard.clone(),
+        }
+    }
+
+    /// Starts the lane of a shard whose start is durable.
+    fn start(&mut self, shard: ShardId) {
+        let key = self.key(&shard);
+        self.shared.board.update(&shard, |status| status.running = true);
+        let (shared, stop) = (self.shared.clone(), self.stop.clone());
+        let owner = self.state.ownership().owner;
+        self.tasks.spawn(async move {
+            let end = run_patiently(&shared, key, &owner, &stop).await;
+            (shard, end)
+        });
+    }
+
+    /// Whether the source has nothing more. A shard whose parent has just ended may have.
+    fn has_source_ended(&self) -> bool {
+        self.source_ended && !self.awaits_children
+    }
+
+    /// True when a shard has ended, and its children may begin.
+    fn ended(
+        &mut self,
+        (shard, end): (ShardId, Result<LaneEnd, LaneError>),
+    ) -> Result<bool, LaneError> {
+        let end = end?;
+        self.source_ended |= end == LaneEnd::SourceEnd;
+        self.awaits_children |= end == LaneEnd::ShardEnd;
+        if end != LaneEnd::SourceEnd {
+            self.running.remove(&shard);
+        }
+        self.shared.board.update(&shard, |status| {
+            status.running = false;
+            status.ended = end != LaneEnd::Stopped;
+            if status.ended {
+                // All of it is settled: what was shown last is over, though its checkpointer, which would
+                // have said so, is gone.
+                status.blocked.clear();
+            }
+        });
+        Ok(end == LaneEnd::ShardEnd)
+    }
+}
+
+/// What the pipeline runs, as it has noted it; `None`: it has not.
+async fn noted(
+    state: &StateStore,
+    generations: &GenerationStore,
+    config: &PipelineConfig,
+) -> anyhow::Result<Option<(Running, Generation)>> {
+    let Some(running) = Changes::new(state.clone()).running().await? else { return Ok(None) };
+    let generation = generations
+        .load(running.running.clone(), &config.source.stream_name())
+        .await
+        .context("what the pipeline runs cannot be run beside it")?;
+    Ok(Some((running, generation)))
+}
+
+/// The way out where what was swapped in cannot be started any more.
+const WAY_PAST_A_SWAP: &str = "what was swapped in does not load; start once with `run --files-count` to run \
+    what the files say, or change the stage's file: it counts more than an earlier swap";
+
+/// What is to run: as the files describe it, or as it was changed since they were read last.
+async fn carry_over(
+    state: &StateStore,
+    generations: &GenerationStore,
+    host: &PluginHost,
+    config: &PipelineConfig,
+    declared: Generation,
+    options: &RunOptions,
+) -> anyhow::Result<(Running, Generation)> {
+    let as_described = |declared: Generation| {
+        let (declared_spec, running) = (declared.spec.clone(), declared.spec.clone());
+        (Running { declared: declared_spec, running }, declared)
+    };
+    let changes = Changes::new(state.clone());
+    let is_pipeline = options.role == RunRole::Pipeline;
+    if options.files_count {
+        let stages = declared.spec.stages.iter().map(|stage| stage.name.to_string());
+        changes.supersede(stages.collect()).await?;
+        return Ok(as_described(declared));
+    }
+    let Some(before) = changes.running().await? else {
+        return Ok(as_described(declared));
+    };
+    let running = before.carried_over(&declared.spec);
+    if is_pipeline {
+        let dropped = dropped_swaps(&before, &running);
+        changes.supersede(dropped).await?;
+    }
+    if running == declared.spec {
+        return Ok(as_described(declared));
+    }
+    let mut plugins = declared.plugins();
+    for digest in running.digests().filter(|digest| !declared.has(digest)) {
+        let plugin = generations.plugin(digest).await.context(WAY_PAST_A_SWAP)?;
+        plugins.insert(digest.to_owned(), plugin);
+    }
+    let (spec, host, stream) = (running.clone(), host.clone(), config.source.stream_name());
+    let (generation, declared) = off_thread(move || {
+        let rebuilt = Generation::rebuilt(spec, &plugins, &host, &stream, &declared);
+        (rebuilt, declared)
+    })
+    .await;
+    let generation = generation.map_err(anyhow::Error::msg).context(WAY_PAST_A_SWAP)?;
+    for stage in &running.stages {
+        if declared.spec.stage(&stage.name) != Some(stage) {
+            tracing::warn!(stage = %stage.name, changed = running_instead(&declared, stage),
+                "runs what was swapped in, not what the files say; change the files, or roll back");
+        }
+    }
+    Ok((Running { declared: declared.spec, running }, generation))
+}
+
+/// What runs in place of what the files say, in words.
+fn running_instead(declared: &Generation, stage: &StageSpec) -> String {
+    let described = declared.spec.stage(&stage.name);
+    described.map(|described| described.changes_to(stage).join(", ")).unwrap_or_default()
+}
+
+/// The stages whose swaps do not count any more because the files have changed.
+fn dropped_swaps(before: &Running, now: &GenerationSpec) -> Vec<String> {
+    let mut dropped = Vec::new();
+    for stage in &before.running.stages {
+        let was_swapped = before.declared.stage(&stage.name) != Some(stage);
+        let goes_on = now.stage(&stage.name).is_none_or(|now| now == stage);
+        if was_swapped && !goes_on {
+            tracing::warn!(stage = %stage.name, digest = %&stage.digest[..12],
+                "the files have changed since this was swapped in: they count now");
+        }
+        if !goes_on {
+            dropped.push(stage.name.to_string());
+        }
+    }
+    dropped
+}
+
+/// Runs a lane, and starts it anew when it fails for a reason that may pass.
+async fn run_patiently(
+    shared: &Shared,
+    shard: ShardKey,
+    owner: &OwnerName,
+    stop: &Stop,
+) -> Result<LaneEnd, LaneError> {
+    let mut losses = Losses::default();
+    let pause_max = shared.config.timing.retry_pause_max;
+    let mut pauses = pauses(pause_max);
+    loop {
+        let began = std::time::Instant::now();
+        let error = match run_lane(shared, shard.clone(), stop).await {
+            Err(error) if error.needs_a_person() => {
+                // The others are drained first, which may take a while: said now.
+                tracing::error!(shard = %shard.shard, %error, "the pipeline stops");
+                shared.board.block(&shard.shard, "lane", &error.to_string());
+                return Err(error);
+            }
+            Err(error) => error,
+            end => return end,
+        };
+        if stop.is_asked() {
+            tracing::warn!(shard = %shard.shard, %error, "stopped with records in hand; they are read again");
+            return Ok(LaneEnd::Stopped);
+        }
+        if let LaneError::Sink(SinkError::Fenced { sink, by: Some(other), .. }) = &error
+            && losses.note(owner, other.clone(), std::time::Instant::now())
+        {
+            let error = LaneError::Fatal(lost_to(other, owner, &shard, sink));
+            tracing::error!(shard = %shard.shard, %error, "the pipeline stops");
+            return Err(error);
+        }
+        if began.elapsed() > pause_max {
+            pauses = self::pauses(pause_max);
+        }
+        metrics::counter!("shardmill_lane_restarts_total").increment(1);
+        shared.board.block(&shard.shard, "lane", &error.to_string());
+        tokio::select! {
+            () = tokio::time::sleep(pauses.next().unwrap_or(pause_max)) => {}
+            () = stop.asked() => return Ok(LaneEnd::Stopped),
+        }
+    }
+}
+
+/// Why the later of two processes stops.
+fn lost_to(other: &OwnerName, own: &OwnerName, shard: &ShardKey, sink: &SinkName) -> String {
+    format!(
+        "shard {} was taken over three times within a minute by another process that runs pipeline {} \
+         with a state of its own, and writes to sink {sink}: {other}. This one ({own}) started later and \
+         stops. Run one of them; or let both use one `state_dir`, where the second is refused while the \
+         first runs; or give this one another `name` under [pipeline]",
+        shard.shard, shard.pipeline
+    )
+}
+
+fn pauses(pause_max: Duration) -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(200).min(pause_max))
+        .with_max_delay(pause_max)
+        .without_max_times()
+        .with_jitter()
+        .build()
+}

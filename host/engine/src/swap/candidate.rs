@@ -1,0 +1,305 @@
+//! A candidate on its way to be proven: nothing of what runs is touched here.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+
+use super::trial::{SHADOW_PAUSE, Trial, TrialReport};
+use super::{Component, Inner, Setup, Step, StepFailed};
+use crate::lane::Shared;
+use crate::stage::{Generation, LoadedStage};
+use shardmill_config::{Capability, Gates, PipelineConfig};
+use shardmill_core::record::{Digest, SinkName, StageName};
+use shardmill_core::sink::Sink;
+use shardmill_plugin::Plugin;
+use shardmill_state::{CanarySpec, GenerationSpec};
+
+/// Digits of a digest that name a component: fewer might name several by chance.
+const DIGEST_DIGITS_MIN: usize = 6;
+
+/// How long a change waits for the answer of a sink or a lookup: somebody waits for the change.
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(8);
+/// How long it waits at least for sinks to take back what they were told of the candidate.
+const REMEMBER_MIN: Duration = Duration::from_secs(1);
+
+impl Inner {
+    /// The candidate's bytes, and what to call it.
+    pub(super) async fn fetch(&self, component: &Component) -> Result<(String, Bytes), StepFailed> {
+        let digits = match component {
+            Component::Bytes { name, bytes } => return Ok((name.clone(), bytes.clone())),
+            Component::Kept(digits) => digits.to_ascii_lowercase(),
+        };
+        let digits = digits.strip_prefix("sha256:").unwrap_or(&digits).to_owned();
+        let is_digest = digits.len() >= DIGEST_DIGITS_MIN
+            && digits.chars().all(|digit| digit.is_ascii_hexdigit());
+        if !is_digest {
+            let cause = format!(
+                "{digits:?} is neither a file nor the first {DIGEST_DIGITS_MIN} digits or more of a digest"
+            );
+            return Err(Step::Fetch.failed(cause));
+        }
+        let kept = self.state.components(digits.clone()).await;
+        match kept.map_err(|error| Step::Fetch.failed(error))?.as_slice() {
+            [(digest, bytes)] => {
+                Ok((format!("component {}", &digest[..12]), Bytes::from(bytes.clone())))
+            }
+            [] => Err(Step::Fetch.failed(format!(
+                "no component {digits}… is kept any more: name the file (see `shardmill plugin history`)"
+            ))),
+            several => Err(Step::Fetch.failed(format!(
+                "{digits}… begins {} digests: give more digits",
+                several.len()
+            ))),
+        }
+    }
+}
+
+/// A stage of what runs.
+pub(super) fn stage(generation: &Generation, name: &StageName) -> Result<LoadedStage, StepFailed> {
+    let found = generation.stages.iter().find(|stage| stage.name == *name);
+    found.cloned().ok_or_else(|| {
+        let names: Vec<&str> = generation.stages.iter().map(|stage| stage.name.as_str()).collect();
+        let help = shardmill_config::suggest(name.as_str(), "there are", &names);
+        Step::Fetch.failed(format!("the pipeline has no stage {name}; {help}"))
+    })
+}
+
+/// Refuses a component that is not the one which the configuration pins.
+pub(super) fn check_pin(
+    config: &PipelineConfig,
+    stage: &StageName,
+    digest: &Digest,
+) -> Result<(), StepFailed> {
+    let own = config.stages.iter().find(|own| own.name.value == *stage);
+    match own.and_then(|own| own.sha256.as_ref()) {
+        Some(due) if due.value != digest.as_str() => Err(Step::Pin.failed(format!(
+            "{}: stage {stage} is pinned to {}, the component has {digest}; change the pin and reload",
+            config.file.place(&due.span),
+            due.value
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Compiles the candidate within its stage's limits.
+pub(super) async fn compile(
+    setup: &Setup,
+    stage: &StageName,
+    name: &str,
+    bytes: &Bytes,
+) -> Result<Plugin, StepFailed> {
+    let own = setup.config.stages.iter().find(|own| own.name.value == *stage);
+    let limits = own.map(|own| own.compile_limits).unwrap_or_default();
+    let (host, name, bytes) = (setup.host.clone(), name.to_owned(), bytes.clone());
+    blocking(Step::Compile, move || {
+        Plugin::load(&host.engine, &host.cache.with_limits(limits), &name, &bytes)
+    })
+    .await
+}
+
+/// The specification with another component for a stage, or with a canary beside it.
+pub(super) fn replaced(
+    spec: &GenerationSpec,
+    stage: &StageName,
+    digest: &Digest,
+    canary_percent: Option<u8>,
+) -> GenerationSpec {
+    let mut spec = spec.clone();
+    for own in spec.stages.iter_mut().filter(|own| own.name == *stage) {
+        own.canary = canary_percent
+            .map(|percent| CanarySpec { digest: digest.to_string(), percent })
+            .filter(|canary| canary.digest != own.digest);
+        if canary_percent.is_none() {
+            own.digest = digest.to_string();
+        }
+    }
+    spec
+}
+
+/// Checks that a revision sends rows to the sinks that there are, and to each of them. One of before may name a sink
+/// that a reload has taken away since, or not know one that it has brought: rows would go nowhere, without a word.
+pub(super) fn check_bindings(
+    config: &PipelineConfig,
+    spec: &GenerationSpec,
+) -> Result<(), StepFailed> {
+    let routes = spec.stages.iter().flat_map(|stage| stage.routes.values().flatten());
+    let bound: BTreeSet<&SinkName> = routes.chain(&spec.source_sinks).collect();
+    let configured: BTreeSet<&SinkName> =
+        config.sinks.iter().map(|sink| &sink.name.value).collect();
+    let cause = match (bound.difference(&configured).next(), configured.difference(&bound).next()) {
+        (None, None) => return Ok(()),
+        (Some(gone), _) => format!(
+            "expected what ran before to send rows to sinks of the configuration, found that it sent some to \
+             sink {gone}, which is not there any more"
+        ),
+        (None, Some(new)) => format!(
+            "expected what ran before to send rows to each sink of the configuration, found that it knows no \
+             sink {new}"
+        ),
+    };
+    Err(Step::Check.failed(format!(
+        "{cause}; undo the change in the file, sinks included, and say `shardmill reload`"
+    )))
+}
+
+/// Checks what the sinks would get against their tables as they are now, also where nothing changes for a
+/// sink: a table may have changed since, and a restart would refuse it. A sink that gets something else may make its table then, and
+/// remembers what it will get: so this is the last thing before a promotion.
+///
+/// On the way back (`is_way_back`) to what ran before, a sink for which nothing changes is only warned of:
+/// a rollback must not depend on a server that is out of reach.
+///
+/// All sinks together have until `answer_by`: somebody waits, and a locked table keeps each look at it waiting.
+pub(super) async fn check_tables(
+    shared: &Shared,
+    sinks: &[Arc<dyn Sink>],
+    (before, next): (&Generation, &Generation),
+    is_way_back: bool,
+    answer_by: tokio::time::Instant,
+) -> Result<(), StepFailed> {
+    let is_unchanged = |sink: &Arc<dyn Sink>| {
+        is_known(shared, sink) && next.routes_to(sink.name()) == before.routes_to(sink.name())
+    };
+    // Those that must answer come first: on the way back, one that is only warned of may take all of the time.
+    let (unchanged, changed): (Vec<_>, Vec<_>) = sinks.iter().cloned().partition(is_unchanged);
+    let begun = Instant::now();
+    for (place, sink) in changed.iter().chain(&unchanged).enumerate() {
+        let is_unchanged = is_unchanged(sink);
+        let routes = next.routes_to(sink.name());
+        let look = async {
+            match is_unchanged {
+                // A table that was put aside for a while is not made anew.
+                true => sink.check(&routes).await.map(drop),
+                false => sink.prepare(&routes).await,
+            }
+        };
+        let asked = Instant::now();
+        let refused = match tokio::time::timeout_at(answer_by, look).await {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => {
+                // The one before may have taken nearly all of the time.
+                let before = match place {
+                    0 => String::new(),
+                    _ => format!(
+                        " (of {:.1} s for all sinks together)",
+                        begun.elapsed().as_secs_f64()
+                    ),
+                };
+                format!(
+                    "sink {} did not answer within {:.1} s{before}: expected a look at its table, found that it \
+                     waits, for a lock or for its server; nothing was changed: free it, and try it again",
+                    sink.name(),
+                    asked.elapsed().as_secs_f64(),
+                )
+            }
+        };
+        if is_unchanged && is_way_back {
+            tracing::warn!(cause = refused, "the version before takes over nevertheless");
+            continue;
+        }
+        remember_again(shared, &changed, (before, next), answer_by).await;
+        return Err(Step::Check.failed(refused));
+    }
+    Ok(())
+}
+
+/// Whether a sink is one of those that run.
+fn is_known(shared: &Shared, sink: &Arc<dyn Sink>) -> bool {
+    shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink))
+}
+
+/// Lets those of `sinks` that were told of `next` expect again what they get from what runs. The others expect it
+/// still, and one of them may have a table that is locked: it would be waited for in vain.
+pub(super) async fn remember_again(
+    shared: &Shared,
+    sinks: &[Arc<dyn Sink>],
+    (before, next): (&Generation, &Generation),
+    answer_by: tokio::time::Instant,
+) {
+    // It worked before; if not, the sink itself will say so.
+    let restored = sinks.iter().filter(|sink| is_known(shared, sink)).map(|known| async {
+        let routes = before.routes_to(known.name());
+        if routes != next.routes_to(known.name()) {
+            let _ = known.prepare(&routes).await;
+        }
+    });
+    let end = answer_by.max(tokio::time::Instant::now() + REMEMBER_MIN);
+    let _ = tokio::time::timeout_at(end, futures::future::join_all(restored)).await;
+}
+
+/// Loads a generation, with plugins that are at hand and with those that ran before: configures each and
+/// checks imports against grants, formats and columns against its neighbours.
+pub(super) async fn load(
+    setup: &Setup,
+    before: &Arc<Generation>,
+    spec: GenerationSpec,
+    fresh: HashMap<String, Plugin>,
+) -> Result<Generation, StepFailed> {
+    let mut plugins = before.plugins();
+    plugins.extend(fresh);
+    let missing = spec.digests().filter(|digest| !plugins.contains_key(*digest));
+    for digest in missing.map(str::to_owned).collect::<Vec<_>>() {
+        let plugin = setup.shared.generations.plugin(&digest).await;
+        let plugin = plugin.map_err(|error| Step::Fetch.failed(format!("{error:#}")))?;
+        plugins.insert(digest, plugin);
+    }
+    let (host, stream) = (setup.host.clone(), setup.config.source.stream_name());
+    let before = before.clone();
+    blocking(Step::Check, move || Generation::rebuilt(spec, &plugins, &host, &stream, &before))
+        .await
+}
+
+/// Runs the candidate on what entered the stage of late; or says why it cannot be tried.
+pub(super) async fn try_out(
+    shared: &Shared,
+    (incumbent, candidate): (&LoadedStage, &LoadedStage),
+    shadow: Duration,
+    gates: &Gates,
+    stop: &CancellationToken,
+) -> Result<(Option<TrialReport>, Option<String>), StepFailed> {
+    for (side, who) in [(candidate, "it"), (incumbent, "the version before")] {
+        if side.services.http.is_some() && side.plugin.capabilities.contains(&Capability::Http) {
+            let why =
+                format!("{who} imports http: its requests would be sent once more for the trial");
+            return Ok((None, Some(why)));
+        }
+    }
+    let mut trial = Trial::new((incumbent, candidate), shadow, &shared.config.timing, stop);
+    let shadow_end = Instant::now() + shadow;
+    loop {
+        let samples = shared.samples.clone();
+        let pass = move || {
+            trial.pass(&samples);
+            Ok::<_, std::convert::Infallible>(trial)
+        };
+        trial = blocking(Step::Trial, pass).await?;
+        if trial.is_over() || Instant::now() >= shadow_end {
+            break;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(SHADOW_PAUSE.min(shadow)) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+    let report = trial.finish();
+    match report.refusal(gates) {
+        None => Ok((Some(report), None)),
+        Some(cause) => Err(StepFailed { step: Step::Trial, cause, trial: Some(Box::new(report)) }),
+    }
+}
+
+/// Runs what takes long on a thread of its own.
+pub(super) async fn blocking<T: Send + 'static, E: std::fmt::Display + Send + 'static>(
+    step: Step,
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, StepFailed> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(step.failed(error)),
+        Err(panic) => Err(step.failed(panic)),
+    }
+}

@@ -1,0 +1,150 @@
+//! Probation: a new version is watched for a while, and undone by itself when it does worse than the
+//! one before by more than the configuration allows.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Swapper, candidate};
+use crate::stage::{Generation, Health};
+use shardmill_config::ProbationLimits;
+use shardmill_core::record::StageName;
+
+/// How often it is looked at.
+const GLANCE: Duration = Duration::from_millis(100);
+/// Records by which the shares of rejections can be told apart.
+const RECORDS_MIN: u64 = 100;
+/// Time in calls by which speeds can be told apart.
+const BUSY_MIN: Duration = Duration::from_millis(50);
+
+impl Swapper {
+    /// Watches a stage that was changed, beside whatever else happens.
+    pub(super) fn begin_probation(
+        &self,
+        before: &Arc<Generation>,
+        stage: &str,
+        number: Option<i64>,
+        limits: ProbationLimits,
+    ) {
+        let (Some(number), false) = (number, limits.window.is_zero()) else { return };
+        let stage = StageName::from(stage);
+        let Ok(incumbent) = candidate::stage(before, &stage) else { return };
+        let (swapper, before) = (self.clone(), incumbent.health.seen());
+        tokio::spawn(async move {
+            let watched = async {
+                if let Some(reason) = swapper.watch_stage(&stage, number, &before, limits).await {
+                    swapper.undo(&stage, number, &reason).await;
+                }
+            };
+            tokio::select! {
+                () = watched => {}
+                () = swapper.inner.ends.cancelled() => {}
+            }
+        });
+    }
+
+    /// Why the change is to be undone; `None`: it has stood the test, or is in force no more.
+    async fn watch_stage(
+        &self,
+        stage: &StageName,
+        number: i64,
+        before: &Health,
+        limits: ProbationLimits,
+    ) -> Option<String> {
+        let end = Instant::now() + limits.window;
+        // Lanes that were blocked before may be so for another reason, or not have tried again yet.
+        let blocked_before = self.inner.setup.lock().await.shared.board.blocked_stages();
+        while Instant::now() < end {
+            tokio::time::sleep(GLANCE.min(limits.window)).await;
+            // While another change is under way, this one's turn to be judged comes after it.
+            let setup = self.inner.setup.lock().await;
+            let (shared, running) = (setup.shared.clone(), setup.shared.generation());
+            drop(setup);
+            let own = candidate::stage(&running, stage).ok()?;
+            match self.inner.changes.last_in_force(stage.as_str()).await {
+                Ok(last) if last.as_ref().is_none_or(|last| last.number != number) => return None,
+                Ok(_) => {}
+                // The version is watched on: a state that cannot be read says nothing for it.
+                Err(error) => {
+                    tracing::warn!(%error, "cannot read whether the new version is in force");
+                }
+            }
+            let health = own.canary.as_ref().map_or(&own.health, |canary| &canary.stage.health);
+            if let Some(reason) = worse(&health.seen(), before, &limits) {
+                return Some(reason);
+            }
+            let blocked = shared.board.blocked_stages().into_iter().find(|one| {
+                one.1.starts_with(&format!("stage {stage} ")) && !blocked_before.contains(one)
+            });
+            if let Some((shard, cause)) = blocked {
+                return Some(format!("shard {shard} is blocked: {cause}"));
+            }
+        }
+        None
+    }
+
+    /// Undoes a change, unless it is undone already.
+    async fn undo(&self, stage: &StageName, number: i64, reason: &str) {
+        tracing::error!(stage = %stage, reason, "the new version is rolled back");
+        match self.inner.roll_back(stage, Some(number), reason).await {
+            Ok(_) => metrics::counter!("shardmill_changes_total", "outcome" => "rolled-back")
+                .increment(1),
+            Err((_, failed)) => {
+                tracing::error!(stage = %stage, cause = failed.cause, "the rollback failed");
+            }
+        }
+    }
+}
+
+/// In what a version does worse than the one before, by more than is allowed.
+fn worse(seen: &Health, before: &Health, limits: &ProbationLimits) -> Option<String> {
+    if seen.traps > limits.traps_max {
+        return Some(format!(
+            "{} calls trapped or went over a limit, {} may (reload.probation.traps)",
+            seen.traps, limits.traps_max
+        ));
+    }
+    let (share, share_before) = (seen.rejected_percent(), before.rejected_percent());
+    if seen.records >= RECORDS_MIN && share > share_before + f64::from(limits.rejected_percent_max)
+    {
+        return Some(format!(
+            "it rejects {share:.1} % of the records, the version before {share_before:.1} %; {} % more may \
+             be (reload.probation.rejected_percent)",
+            limits.rejected_percent_max
+        ));
+    }
+    let (ns, ns_before) = (seen.ns_per_record(), before.ns_per_record());
+    let can_tell = seen.busy >= BUSY_MIN && before.busy >= BUSY_MIN;
+    if can_tell && ns > ns_before * f64::from(limits.slower_max) {
+        return Some(format!(
+            "it takes {ns:.0} ns per record, the version before took {ns_before:.0}; {} times as long is \
+             too long (reload.probation.slower)",
+            limits.slower_max
+        ));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn health(records: u64, rejected: u64, traps: u64, busy_ms: u64) -> Health {
+        Health { records, rejected, traps, busy: Duration::from_millis(busy_ms) }
+    }
+
+    #[test]
+    fn a_version_is_judged_by_the_one_before() {
+        let limits = ProbationLimits::default();
+        let before = health(1_000_000, 50_000, 3, 1_000);
+        assert_eq!(worse(&health(1_000, 55, 0, 1), &before, &limits), None);
+        assert_eq!(worse(&health(50, 50, 0, 1), &before, &limits), None, "too few to tell");
+        let rejecting = worse(&health(1_000, 100, 0, 1), &before, &limits);
+        assert!(rejecting.is_some_and(|why| why.contains("10.0 %")));
+        assert!(
+            worse(&health(10, 1, 1, 1), &before, &limits).is_some_and(|why| why.contains("trap"))
+        );
+        let slow = worse(&health(10_000, 0, 0, 100), &before, &limits);
+        assert!(slow.is_some_and(|why| why.contains("10000 ns")));
+        assert_eq!(worse(&health(10_000, 0, 0, 20), &before, &limits), None);
+    }
+}

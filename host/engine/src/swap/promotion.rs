@@ -1,0 +1,544 @@
+//! The change itself: durable first, then every lane at its next batch's boundary.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{MutexGuard, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{Inner, Setup, Step, StepFailed, candidate};
+use crate::lane::{LaneChange, Shared, WaitingLane};
+use crate::stage::Generation;
+use shardmill_config::{PipelineConfig, environment};
+use shardmill_core::record::ShardId;
+use shardmill_core::sink::Sink;
+use shardmill_plugin::PluginHost;
+use shardmill_state::Components;
+use shardmill_state::GenerationSpec;
+use shardmill_state::{NewChange, Running, StateError, Variables};
+
+/// How long a change waits for lanes that do not come to a batch's boundary. They change when they do.
+const LANES_CHANGE_MAX: Duration = Duration::from_secs(8);
+/// The part of [`AnswerTime::MAX`] that a sink which is to leave may take to commit what it has in hand.
+const SINKS_CATCH_UP_MAX: Duration = Duration::from_secs(3);
+/// The part that lanes have at least, where the looks before took long.
+const LANES_CHANGE_MIN: Duration = Duration::from_secs(1);
+
+/// Why nothing is changed any more.
+const STOPPED: &str = "the pipeline has stopped";
+
+/// By when somebody who has asked for a change is answered, from the end of its trial on. Sinks, their tables and lanes
+/// may each take long: all of them together have one time, or their times would add up. The starts in every shard
+/// have `timing.trial`, which does not count here.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AnswerTime {
+    begun: Instant,
+    /// Longer by this.
+    starts: Duration,
+}
+
+impl AnswerTime {
+    /// The rest of the promised 10 s is for the state's writes.
+    const MAX: Duration = Duration::from_secs(9);
+
+    /// From now on.
+    pub(super) fn begin() -> Self {
+        Self { begun: Instant::now(), starts: Duration::ZERO }
+    }
+
+    /// By then, sinks that are to leave must have what the others have.
+    pub(super) fn sinks_catch_up_by(&self) -> Instant {
+        self.begun + SINKS_CATCH_UP_MAX
+    }
+
+    /// By then, the sinks must have answered what they are asked of their tables.
+    pub(super) fn sinks_answer_by(&self) -> Instant {
+        self.begun + candidate::ANSWER_MAX
+    }
+
+    /// By then, the lanes should have changed, which have had no time yet at `now`.
+    fn lanes_change_by(&self, now: Instant) -> Instant {
+        let end = self.begun + self.starts + Self::MAX;
+        end.clamp(now + LANES_CHANGE_MIN, now + LANES_CHANGE_MAX)
+    }
+}
+
+/// Lanes are to be let go and taken over anew, by what is described here.
+pub struct TakeOver {
+    /// What they share from then on.
+    pub shared: Arc<Shared>,
+    /// Told when the lanes begin anew, or why they go on as before.
+    pub done: oneshot::Sender<Result<(), String>>,
+}
+
+/// A change that is proven.
+pub(super) struct Promotion {
+    /// What is to run.
+    pub(super) next: Arc<Generation>,
+    /// Bytes of its components, those that may not be stored yet.
+    pub(super) components: Components,
+    /// What the files describe.
+    pub(super) declared: GenerationSpec,
+    /// For the history.
+    pub(super) change: NewChange,
+    /// A change that is undone by it, and why.
+    pub(super) undoes: Option<(i64, String)>,
+    /// What lanes share from then on, if they must be taken over anew.
+    pub(super) taken_over: Option<Arc<Shared>>,
+    /// The files that it is made of, if they are others, and what their plugins are loaded with.
+    pub(super) files: Option<(Arc<PipelineConfig>, PluginHost)>,
+}
+
+/// What became of a promotion.
+pub(super) struct Promoted {
+    /// Its number in the history.
+    pub(super) number: Option<i64>,
+    /// The generation that runs now.
+    pub(super) generation: String,
+    /// Lanes that have changed.
+    pub(super) lanes: Vec<LaneChange>,
+    /// Lanes that have not yet, and why.
+    pub(super) waiting: Vec<WaitingLane>,
+    /// The lanes are not let go yet: until they are, it may be undone.
+    pub(super) may_be_undone: bool,
+}
+
+/// How far the lanes came with a change in the time that somebody waits for it.
+struct LanesChanged {
+    lanes: Vec<LaneChange>,
+    waiting: Vec<WaitingLane>,
+    may_be_undone: bool,
+}
+
+/// A promotion that lanes are about to take over, and what to go back to should they not.
+struct UnderWay {
+    /// As it is in [`Setup::changes`] while no other change has come.
+    change: u64,
+    number: Option<i64>,
+    was: Setup,
+    before: Arc<Generation>,
+}
+
+/// Why instances were not started for every shard.
+#[derive(Debug, PartialEq, Eq)]
+enum NotStarted {
+    /// The time for all shards was over.
+    TooSlow(String),
+    /// They do not start in a shard, or the pipeline has stopped.
+    Refused(String),
+}
+
+impl From<NotStarted> for StepFailed {
+    fn from(not_started: NotStarted) -> Self {
+        let (NotStarted::TooSlow(cause) | NotStarted::Refused(cause)) = not_started;
+        Step::Promote.failed(cause)
+    }
+}
+
+/// Told when the lanes begin anew, or why they go on as before.
+type TakenOver = oneshot::Receiver<Result<(), String>>;
+
+impl Inner {
+    /// Promotes what was proven beside `before`. Other stages may have been changed since; this one not.
+    pub(super) async fn promote_in_turn(
+        self: &Arc<Self>,
+        before: &Generation,
+        next: &Arc<Generation>,
+        components: Components,
+        mut change: NewChange,
+    ) -> Result<Promoted, StepFailed> {
+        let setup = self.setup.lock().await;
+        let next = in_turn(&setup, before, next, &mut change).await?;
+        let declared = setup.running.declared.clone();
+        let (undoes, taken_over, files) = (None, None, None);
+        let promotion = Promotion { next, components, declared, change, undoes, taken_over, files };
+        self.promote(setup, promotion, AnswerTime::begin()).await
+    }
+
+    /// Takes the steps of [`Inner::promote_in_turn`] up to the one that changes something.
+    pub(super) async fn rehearse_in_turn(
+        &self,
+        before: &Generation,
+        next: &Arc<Generation>,
+        mut change: NewChange,
+    ) -> Result<(), StepFailed> {
+        // Sinks remember for a moment what the candidate would bring: no other change may come between.
+        let setup = self.setup.lock().await;
+        let next = in_turn(&setup, before, next, &mut change).await?;
+        rehearse(&setup, &setup.shared.sinks, &next, &AnswerTime::begin(), &self.ends).await
+    }
+
+    /// Makes a change durable and lets the lanes take it over. While they do, others may make changes.
+    pub(super) async fn promote(
+        self: &Arc<Self>,
+        mut setup: MutexGuard<'_, Setup>,
+        promotion: Promotion,
+        mut answer_time: AnswerTime,
+    ) -> Result<Promoted, StepFailed> {
+        let Promotion { next, components, declared, change, undoes, mut taken_over, files } =
+            promotion;
+        Step::Promote.begin(&change.stage);
+        let failed = |error: StateError| Step::Promote.failed(error);
+        let before = setup.shared.generation();
+        let sinks = &taken_over.as_ref().unwrap_or(&setup.shared).sinks.clone();
+        let is_way_back = undoes.is_some();
+        let answer_by = answer_time.sinks_answer_by();
+        let sides = (&*before, &*next);
+        candidate::check_tables(&setup.shared, sinks, sides, is_way_back, answer_by).await?;
+        let routes = |generation: &Generation| {
+            let sinks = setup.shared.sinks.iter();
+            sinks.map(|sink| generation.routes_to(sink.name())).collect::<Vec<_>>()
+        };
+        // Sinks hold what they know of the rows that come: where others come, they are taken over anew.
+        if taken_over.is_none() && routes(&before) != routes(&next) {
+            taken_over = Some(Arc::new(setup.shared.with_generation(next.clone())));
+        }
+        if taken_over.is_some() || !is_way_back {
+            let begun = Instant::now();
+            match start_everywhere(&setup, &next, &self.ends).await {
+                // It has run in these shards. A slow start must not keep the bad version at work.
+                Err(NotStarted::TooSlow(cause)) if is_way_back => {
+                    tracing::warn!(cause, "the version before takes over nevertheless");
+                }
+                Err(not_started) => {
+                    // Nothing is changed: the sinks must not expect what never comes.
+                    candidate::remember_again(&setup.shared, sinks, sides, answer_by).await;
+                    return Err(not_started.into());
+                }
+                Ok(()) => {}
+            }
+            answer_time.starts = begun.elapsed();
+        }
+        setup.shared.ledger.keep(&next.spec, components).await.map_err(failed)?;
+        let variables = Variables::new(self.state.clone());
+        let otherwise = variables.note(&next.spec, &environment).await.map_err(failed)?;
+        otherwise.say(&next.id);
+        tracing::debug!(generation = %next.id, "its components are kept");
+        let running = Running { declared, running: next.spec.clone() };
+        // The place is taken first: once the change is noted, nothing refuses it any more.
+        let place = match &taken_over {
+            Some(_) => Some(self.take_overs.try_reserve().map_err(|error| {
+                Step::Promote.failed(match error {
+                    TrySendError::Full(()) => {
+                        "too many changes wait for the lanes; try it again when they have gone on"
+                    }
+                    TrySendError::Closed(()) => STOPPED,
+                })
+            })?),
+            None => None,
+        };
+        let number = self.changes.promote(&running, Some(change), undoes).await.map_err(failed)?;
+        tracing::debug!(generation = %next.id, number, "it is noted; the lanes change");
+        let was = setup.clone();
+        setup.running = running;
+        setup.changes += 1;
+        if let Some((config, host)) = files {
+            (setup.config, setup.host) = (config, host);
+        }
+        let mut restarted = None;
+        match (taken_over, place) {
+            (Some(shared), Some(place)) => {
+                let (done, told) = oneshot::channel();
+                place.send(TakeOver { shared: shared.clone(), done });
+                setup.shared = shared;
+                restarted = Some(told);
+            }
+            _ => {
+                setup.shared.current.send_replace(next.clone());
+            }
+        }
+        let shared = setup.shared.clone();
+        let under_way = UnderWay { change: setup.changes, number, was, before };
+        drop(setup);
+        let end = answer_time.lanes_change_by(Instant::now());
+        let changed = self.lanes_change(&shared, &next, under_way, restarted, end).await?;
+        let LanesChanged { lanes, waiting, may_be_undone } = changed;
+        tracing::debug!(generation = %next.id, lanes = lanes.len(), "the lanes have changed");
+        metrics::counter!("shardmill_changes_total", "outcome" => "promoted").increment(1);
+        if let Err(error) = shared.ledger.prune(&next.spec).await {
+            tracing::warn!(%error, "components that are not needed any more stay");
+        }
+        Ok(Promoted { number, generation: next.id.to_string(), lanes, waiting, may_be_undone })
+    }
+
+    /// Waits for the lanes, but not for long: those that do not come to it are named.
+    async fn lanes_change(
+        self: &Arc<Self>,
+        shared: &Shared,
+        next: &Generation,
+        under_way: UnderWay,
+        restarted: Option<TakenOver>,
+        end: Instant,
+    ) -> Result<LanesChanged, StepFailed> {
+        let mut let_go = Vec::new();
+        if let Some(mut restarted) = restarted {
+            let_go = shared.board.running().into_iter().map(|lane| lane.shard).collect();
+            let told = tokio::time::timeout_at(end, &mut restarted).await;
+            match told.map(|told| told.unwrap_or_else(|_| Err(STOPPED.into()))) {
+                Ok(Ok(())) => {}
+                Ok(Err(cause)) => {
+                    self.take_back(under_way, &cause, end).await;
+                    return Err(Step::Promote.failed(cause));
+                }
+                Err(_) => {
+                    tokio::spawn(self.clone().until_restarted(under_way, restarted));
+                    // None of them has begun anew, even where it runs the same generation then.
+                    let (lanes, waiting) = (Vec::new(), shared.board.running());
+                    return Ok(LanesChanged { lanes, waiting, may_be_undone: true });
+                }
+            }
+        }
+        match shared.board.changed_to(&next.id, &let_go, end).await {
+            Ok((lanes, waiting)) => Ok(LanesChanged { lanes, waiting, may_be_undone: false }),
+            Err(cause) => {
+                self.take_back(under_way, &cause, end).await;
+                Err(Step::Promote.failed(cause))
+            }
+        }
+    }
+
+    /// Goes on waiting for lanes that are let go, when nobody else waits any more.
+    async fn until_restarted(self: Arc<Self>, under_way: UnderWay, restarted: TakenOver) {
+        match restarted.await {
+            Ok(Err(cause)) => {
+                tracing::error!(number = under_way.number, cause, "a change was undone");
+                self.take_back(under_way, &cause, Instant::now() + LANES_CHANGE_MAX).await;
+            }
+            // Its answer left that open.
+            Ok(Ok(())) => {
+                tracing::info!(number = under_way.number, "a change that waited is in force");
+            }
+            // The pipeline has stopped: the next start runs it, or says why not.
+            Err(_) => {}
+        }
+    }
+
+    /// Every lane back to what ran before: one of them could not change. They are waited for up to `end`, or for a
+    /// moment.
+    async fn take_back(&self, under_way: UnderWay, cause: &str, end: Instant) {
+        let UnderWay { change, number, was, before } = under_way;
+        let mut setup = self.setup.lock().await;
+        if setup.changes != change {
+            tracing::warn!(number, cause, "a change could not be made; another one is in force");
+            return;
+        }
+        let undoes = number.map(|number| (number, cause.to_owned()));
+        if let Err(error) = self.changes.promote(&was.running, None, undoes).await {
+            tracing::error!(%error, "the next start runs what was refused just now");
+        }
+        *setup = Setup { changes: change + 1, ..was };
+        setup.shared.current.send_replace(before.clone());
+        let board = setup.shared.board.clone();
+        drop(setup);
+        // Lanes that do not start the one before either say so themselves.
+        let end = end.max(Instant::now() + LANES_CHANGE_MIN);
+        let _ = board.changed_to(&before.id, &[], end).await;
+    }
+}
+
+/// Puts a change that was proven beside `before` on top of what runs by now: other stages may have been
+/// changed since.
+async fn in_turn(
+    setup: &Setup,
+    before: &Generation,
+    next: &Arc<Generation>,
+    change: &mut NewChange,
+) -> Result<Arc<Generation>, StepFailed> {
+    let current = setup.shared.generation();
+    if current.id == before.id {
+        return Ok(next.clone());
+    }
+    let stage = change.stage.as_str().into();
+    let own = |generation: &Generation| generation.spec.stage(&stage).cloned();
+    let (Some(proven), true) = (own(next), own(&current) == own(before)) else {
+        let cause = format!("another change of stage {stage} came first; try it again");
+        return Err(Step::Promote.failed(cause));
+    };
+    let mut spec = current.spec.clone();
+    let mut stages = spec.stages.iter_mut();
+    if let Some(own) = stages.find(|own| own.name == stage) {
+        *own = proven;
+    }
+    let next = Arc::new(candidate::load(setup, &current, spec, next.plugins()).await?);
+    (change.before, change.after) = (current.id.to_string(), next.id.to_string());
+    Ok(next)
+}
+
+/// Checks a change as its promotion does, and leaves everything as it was. The wait ends with `ends` too.
+pub(super) async fn rehearse(
+    setup: &Setup,
+    sinks: &[Arc<dyn Sink>],
+    next: &Arc<Generation>,
+    answer_time: &AnswerTime,
+    ends: &CancellationToken,
+) -> Result<(), StepFailed> {
+    let before = setup.shared.generation();
+    let (shared, sides) = (&setup.shared, (&*before, &**next));
+    let answer_by = answer_time.sinks_answer_by();
+    candidate::check_tables(shared, sinks, sides, false, answer_by).await?;
+    candidate::remember_again(shared, sinks, sides, answer_by).await;
+    start_everywhere(setup, next, ends).await?;
+    Ok(())
+}
+
+/// Starts instances for each shard, as its lane does, and drops them: a lane that is acquired again with a
+/// generation that does not start would be blocked, and a start in which no lane starts would end. Shards whose
+/// lane waits for its next try are included.
+///
+/// The lock of the setup is held meanwhile, and each `configure` may take its whole time: so all shards together
+/// have `timing.trial`. The wait ends with `ends` too.
+async fn start_everywhere(
+    setup: &Setup,
+    next: &Arc<Generation>,
+    ends: &CancellationToken,
+) -> Result<(), NotStarted> {
+    let (shared, time_max) = (&setup.shared, setup.config.timing.trial_max);
+    let shards = shared.board.snapshot().into_iter().filter(|(_, status)| !status.ended);
+    let shards: Vec<ShardId> = shards.map(|(shard, _)| shard).collect();
+    let (stream, next) = (shared.config.source.stream_name(), next.clone());
+    let start = move |shard: &ShardId, is_over: &CancellationToken| -> Result<(), String> {
+        for stage in &next.stages {
+            let canary = stage.canary.as_ref().map(|canary| &canary.stage);
+            for version in [stage].into_iter().chain(canary) {
+                if is_over.is_cancelled() {
+                    return Err(STOPPED.to_owned());
+                }
+                let context = version.context(&stream, shard.as_str());
+                version
+                    .start(&context)
+                    .map_err(|error| format!("it does not start in shard {shard}: {error}"))?;
+            }
+        }
+        Ok(())
+    };
+    start_each(shards, start, time_max, ends).await
+}
+
+/// Calls `start` for one shard after the other, off the async threads. At the end of the time nobody waits for
+/// the call under way, and no other follows it.
+async fn start_each(
+    shards: Vec<ShardId>,
+    start: impl Fn(&ShardId, &CancellationToken) -> Result<(), String> + Send + 'static,
+    time_max: Duration,
+    ends: &CancellationToken,
+) -> Result<(), NotStarted> {
+    let is_over = ends.child_token();
+    // Whatever ends this wait ends the work.
+    let _ends_work = is_over.clone().drop_guard();
+    let (count, started) = (shards.len(), Arc::new(AtomicUsize::new(0)));
+    let counted = started.clone();
+    let work = candidate::blocking(Step::Promote, move || {
+        for shard in &shards {
+            start(shard, &is_over)?;
+            counted.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok::<(), String>(())
+    });
+    tokio::select! {
+        biased;
+        () = ends.cancelled() => Err(NotStarted::Refused(STOPPED.into())),
+        worked = work => worked.map_err(|failed| NotStarted::Refused(failed.cause)),
+        () = tokio::time::sleep(time_max) => Err(NotStarted::TooSlow(format!(
+            "expected the stages to start in all {count} shards within {} (timing.trial), found {} started; let \
+             `configure` do less, or raise timing.trial and restart",
+            humantime::format_duration(time_max),
+            started.load(Ordering::Relaxed)
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shards(count: usize) -> Vec<ShardId> {
+        (0..count).map(|index| ShardId::new(format!("shard-{index}"))).collect()
+    }
+
+    /// A start that takes some time, and is noted.
+    fn slow(
+        tried: &Arc<AtomicUsize>,
+        time: Duration,
+    ) -> impl Fn(&ShardId, &CancellationToken) -> Result<(), String> + Send + 'static {
+        let tried = tried.clone();
+        move |_: &ShardId, is_over: &CancellationToken| {
+            if is_over.is_cancelled() {
+                return Err(STOPPED.into());
+            }
+            tried.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(time);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn fault_13_all_parts_of_a_change_have_one_time_together() {
+        let seconds = Duration::from_secs;
+        let time = AnswerTime::begin();
+        assert_eq!(time.sinks_catch_up_by(), time.begun + SINKS_CATCH_UP_MAX);
+        assert_eq!(time.sinks_answer_by(), time.begun + candidate::ANSWER_MAX);
+        let left = |time: AnswerTime, after: Duration| {
+            let now = time.begun + after;
+            time.lanes_change_by(now) - now
+        };
+        assert_eq!(left(time, Duration::ZERO), LANES_CHANGE_MAX);
+        assert_eq!(left(time, seconds(5)), seconds(4));
+        // Lanes are looked at all the same.
+        assert_eq!(left(time, seconds(60)), LANES_CHANGE_MIN);
+        // The starts in every shard have a time of their own.
+        let slow = AnswerTime { starts: seconds(60), ..time };
+        assert_eq!(left(slow, seconds(65)), seconds(4));
+    }
+
+    const NO_LIMIT: Duration = Duration::from_secs(600);
+
+    #[tokio::test]
+    async fn wall_08_starts_in_all_shards_have_one_deadline_together() {
+        let (tried, time) = (Arc::default(), Duration::from_millis(200));
+        let ends = CancellationToken::new();
+        let start = slow(&tried, time);
+        let begun = std::time::Instant::now();
+        let started = start_each(shards(3_000), start, Duration::from_millis(700), &ends).await;
+        let Err(NotStarted::TooSlow(cause)) = started else { panic!("{started:?}") };
+        assert!(begun.elapsed() < Duration::from_secs(300), "it waited for all of them");
+        assert!(cause.contains("in all 3000 shards within 700ms (timing.trial)"), "{cause}");
+        assert!(cause.contains(" started; let `configure` do less"), "{cause}");
+        // The start under way is the last one.
+        tokio::time::sleep(time * 3).await;
+        let last = tried.load(Ordering::Relaxed);
+        tokio::time::sleep(time * 3).await;
+        assert_eq!(tried.load(Ordering::Relaxed), last);
+    }
+
+    #[tokio::test]
+    async fn wall_08_starts_in_all_shards_end_when_the_pipeline_does() {
+        let (tried, ends) = (Arc::default(), CancellationToken::new());
+        let start = slow(&tried, Duration::from_millis(200));
+        let asked = ends.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            asked.cancel();
+        });
+        let started = start_each(shards(3_000), start, NO_LIMIT, &ends).await;
+        assert_eq!(started, Err(NotStarted::Refused(STOPPED.into())));
+    }
+
+    #[tokio::test]
+    async fn wall_08_a_shard_in_which_it_does_not_start_is_the_last_that_is_tried() {
+        let ends = CancellationToken::new();
+        let tried: Arc<AtomicUsize> = Arc::default();
+        let start = slow(&tried, Duration::ZERO);
+        assert_eq!(start_each(shards(5), start, NO_LIMIT, &ends).await, Ok(()));
+        assert_eq!(tried.load(Ordering::Relaxed), 5);
+        let fails = |shard: &ShardId, _: &CancellationToken| match shard.as_str() {
+            "shard-2" => Err("it traps".to_owned()),
+            "shard-3" => panic!("it was tried"),
+            _ => Ok(()),
+        };
+        let started = start_each(shards(5), fails, NO_LIMIT, &ends).await;
+        assert_eq!(started, Err(NotStarted::Refused("it traps".into())));
+    }
+}

@@ -1,0 +1,96 @@
+//! Watches the pipeline's file and its plugins' files, and reloads what has changed.
+//!
+//! Files are looked at, not listened to: a file that is put in another's place by a rename, or a folder
+//! whose link is turned (as Kubernetes does), gives no event on what was there before. A file counts
+//! once it has stopped changing, so that one which is being written is not loaded half.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::Swapper;
+use shardmill_config::PipelineConfig;
+
+/// How often files are looked at.
+const GLANCE: Duration = Duration::from_millis(200);
+/// Looks that must find the files alike before they are loaded.
+const STILL_GLANCES: u32 = 3;
+
+/// What tells one state of a file from another.
+#[derive(Clone, PartialEq, Eq)]
+struct Stamp {
+    path: PathBuf,
+    /// Device, inode, bytes, seconds and nanoseconds of the last change; `None`: it is not there.
+    about: Option<(u64, u64, u64, i64, i64)>,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Self {
+        let about = std::fs::metadata(path).ok();
+        let about = about.map(|it| (it.dev(), it.ino(), it.len(), it.mtime(), it.mtime_nsec()));
+        Self { path: path.to_owned(), about }
+    }
+}
+
+/// The files of a pipeline.
+fn stamps(config: &PipelineConfig) -> Vec<Stamp> {
+    let plugins = config.stages.iter().map(|stage| stage.plugin.value.as_path());
+    plugins.chain([config.file.path.as_path()]).map(Stamp::of).collect()
+}
+
+/// Reloads whenever the files have changed and are still, until `stop`. What is refused is told, and
+/// tried again when the files change again.
+pub async fn watch_files(
+    swapper: Swapper,
+    mut config: PipelineConfig,
+    read_config: impl Fn() -> anyhow::Result<PipelineConfig> + Send,
+    stop: CancellationToken,
+) {
+    let mut loaded = stamps(&config);
+    let mut last = loaded.clone();
+    let mut still = 0;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(GLANCE) => {}
+        }
+        let now = stamps(&config);
+        still = if now == last { still + 1 } else { 0 };
+        last = now;
+        if still < STILL_GLANCES || last == loaded {
+            continue;
+        }
+        loaded = last.clone();
+        match read_config() {
+            Ok(fresh) => {
+                // Other files may be named now.
+                config = fresh.clone();
+                (loaded, last) = (stamps(&config), stamps(&config));
+                match swapper.reload(fresh, false).await {
+                    Ok(report) if report.number.is_some() => {
+                        let changed: Vec<&str> = report.diff.lines().collect();
+                        let changed = changed.join("; ");
+                        match report.may_be_undone {
+                            false => {
+                                tracing::warn!(changed, "the files have changed: reloaded");
+                            }
+                            true => tracing::warn!(
+                                changed,
+                                "the files have changed: not in force yet; until the lanes have let go of what \
+                                 they have, it may be undone"
+                            ),
+                        }
+                    }
+                    Ok(_) => {}
+                    Err(refused) => tracing::error!(%refused, "the files have changed"),
+                }
+            }
+            Err(error) => {
+                let told = shardmill_config::told(&error);
+                tracing::error!(error = told, "the pipeline's file has changed and is wrong");
+            }
+        }
+    }
+}

@@ -1,0 +1,456 @@
+//! From files to records that can be put: lines, JSON lines, or length-prefixed bytes.
+//!
+//! Reads only; what it gives is within the limits that hold for every stream, and each error names
+//! the file and the place in it.
+
+use std::collections::HashMap;
+use std::io::{BufRead, Read as _};
+
+use bytes::Bytes;
+use serde_json::value::RawValue;
+
+use shardmill_file::BYTE_ORDER_MARK;
+
+use super::producer::{NewRecord, NotPuttable, RECORD_BYTES_MAX};
+
+/// Bytes of the length in front of a binary record.
+const LENGTH_BYTES: usize = 4;
+
+/// How records lie in an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// A record per line, without its end (`\n` or `\r\n`).
+    Lines,
+    /// A CSV record per line, line breaks within quotes included.
+    Csv,
+    /// A JSON value per line; blank lines are passed over.
+    Ndjson,
+    /// A 4-byte big-endian length, then so many bytes; again and again.
+    Binary,
+}
+
+/// Where a record's partition key comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyRule {
+    /// The same for all.
+    Fixed(String),
+    /// The record's number over all inputs, from 0: it spreads them.
+    Number,
+    /// A top-level member of the record, which is a JSON object.
+    Member(String),
+}
+
+/// Why an input gives no record.
+#[derive(Debug, thiserror::Error)]
+pub enum InputError {
+    /// The file cannot be read.
+    #[error("failed to read {place}: {cause}")]
+    Read {
+        /// The file and the line or byte.
+        place: String,
+        /// What the system says.
+        cause: std::io::Error,
+    },
+    /// A line is no JSON.
+    #[error("{place}: {cause}; each line must be one JSON value (or use --format lines)")]
+    NotJson {
+        /// The file and line.
+        place: String,
+        /// What is wrong, and the column.
+        cause: JsonError,
+    },
+    /// The member that is the key cannot be one.
+    #[error("{place}: {cause}; choose a member that every record has with --key-field, or a --key")]
+    Member {
+        /// The file and line.
+        place: String,
+        /// What is there instead.
+        cause: MemberError,
+    },
+    /// A binary record ends before its length says so.
+    #[error(
+        "{place}: the record at this byte is cut: {due} bytes are due behind its start, {found} are \
+         there; the file is truncated, or not length-prefixed"
+    )]
+    Truncated {
+        /// The file and the byte where the record starts, its length included.
+        place: String,
+        /// Bytes that are due, the length included as far as it is known.
+        due: usize,
+        /// Bytes that are there.
+        found: usize,
+    },
+    /// A record that no stream takes.
+    #[error("{place}: {cause}")]
+    NotPuttable {
+        /// The file and the line or byte.
+        place: String,
+        /// Which limit.
+        cause: NotPuttable,
+    },
+}
+
+/// Text that is no JSON value.
+#[derive(Debug, thiserror::Error)]
+#[error("not JSON: {what} at column {column}")]
+pub struct JsonError {
+    what: String,
+    column: usize,
+}
+
+impl From<serde_json::Error> for JsonError {
+    fn from(error: serde_json::Error) -> Self {
+        let column = error.column();
+        let told = error.to_string();
+        // The line is always 1 here: who asks knows the right one.
+        let what = told.split(" at line ").next().unwrap_or(&told).to_owned();
+        Self { what, column }
+    }
+}
+
+/// A member that is no partition key.
+#[derive(Debug, thiserror::Error)]
+pub enum MemberError {
+    /// Not an object.
+    #[error("the record is no JSON object, so it has no member {member:?} to be its partition key")]
+    NoObject {
+        /// The member's name.
+        member: String,
+    },
+    /// Not there, or null.
+    #[error("the record has no member {member:?} to be its partition key")]
+    Missing {
+        /// The member's name.
+        member: String,
+    },
+    /// An object or a list.
+    #[error(
+        "the member {member:?} is {found}, which is no partition key: a text, a number, true or false \
+         is due"
+    )]
+    Unfit {
+        /// The member's name.
+        member: String,
+        /// What it is.
+        found: &'static str,
+    },
+}
+
+/// Proves that bytes are one JSON value.
+///
+/// # Errors
+/// [`JsonError`], with the column.
+pub fn check_json(json: &[u8]) -> Result<(), JsonError> {
+    serde_json::from_slice::<&RawValue>(json).map(drop).map_err(JsonError::from)
+}
+
+/// The partition key that a top-level member of an object is: a text as it is, a number, `true` or
+/// `false` as written. `json` has passed [`check_json`].
+///
+/// # Errors
+/// [`MemberError`] when the member is not there or is something else.
+pub fn key_of_member(json: &[u8], member: &str) -> Result<String, MemberError> {
+    let name = || member.to_owned();
+    let members: HashMap<std::borrow::Cow<'_, str>, &RawValue> =
+        serde_json::from_slice(json).map_err(|_| MemberError::NoObject { member: name() })?;
+    let value = members.get(member).map(|value| value.get()).unwrap_or("null");
+    match value.as_bytes().first() {
+        Some(b'"') => serde_json::from_str(value).map_err(|_| MemberError::Unfit {
+            member: name(),
+            found: "a text with half a surrogate pair",
+        }),
+        Some(b'{') => Err(MemberError::Unfit { member: name(), found: "an object" }),
+        Some(b'[') => Err(MemberError::Unfit { member: name(), found: "a list" }),
+        Some(b'n') | None => Err(MemberError::Missing { member: name() }),
+        Some(_) => Ok(value.to_owned()),
+    }
+}
+
+/// The records of one file. It ends at the first error.
+pub struct Input<R> {
+    reader: R,
+    name: String,
+    format: Format,
+    key: KeyRule,
+    /// The number of the next record, over all inputs.
+    number: u64,
+    /// Lines read.
+    lines: u64,
+    /// Bytes read.
+    offset: u64,
+}
+
+impl<R: BufRead> Input<R> {
+    /// Reads `reader`, which errors call `name`; its first record has this number.
+    pub fn new(reader: R, name: String, format: Format, key: KeyRule, first_number: u64) -> Self {
+        Self { reader, name, format, key, number: first_number, lines: 0, offset: 0 }
+    }
+
+    /// Passes over lines, of any length; of CSV over records, which may have line breaks within quotes.
+    ///
+    /// # Errors
+    /// [`InputError::Read`].
+    pub fn skip_lines(&mut self, lines: u64) -> Result<(), InputError> {
+        for _ in 0..lines {
+            if self.format == Format::Csv {
+                self.csv_record()?;
+                continue;
+            }
+            let skipped = self.reader.skip_until(b'\n');
+            self.offset += skipped.map_err(|cause| self.unread(cause))? as u64;
+            self.lines += 1;
+        }
+        Ok(())
+    }
+
+    /// The next record; `None` at the end.
+    ///
+    /// # Errors
+    /// [`InputError`], with the file and the place.
+    pub fn next_record(&mut self) -> Result<Option<NewRecord>, InputError> {
+        let started_at = self.offset;
+        let payload = match self.format {
+            Format::Lines => self.line()?,
+            Format::Csv => self.csv_record()?,
+            Format::Ndjson => self.json_line()?,
+            Format::Binary => self.binary()?,
+        };
+        let Some(payload) = payload else { return Ok(None) };
+        let place = match self.format {
+            Format::Lines | Format::Csv | Format::Ndjson => self.line_place(),
+            Format::Binary => self.byte_place(started_at),
+        };
+        let partition_key = match &self.key {
+            KeyRule::Fixed(key) => key.clone(),
+            KeyRule::Number => self.number.to_string(),
+            KeyRule::Member(member) => key_of_member(&payload, member)
+                .map_err(|cause| InputError::Member { place: place.clone(), cause })?,
+        };
+        let record = NewRecord { partition_key, payload: Bytes::from(payload) };
+        record.check().map_err(|cause| InputError::NotPuttable { place, cause })?;
+        self.number += 1;
+        Ok(Some(record))
+    }
+
+    fn line(&mut self) -> Result<Option<Vec<u8>>, InputError> {
+        Ok(self.line_with_end()?.map(without_end))
+    }
+
+    fn line_with_end(&mut self) -> Result<Option<Vec<u8>>, InputError> {
+        // The longest record and its end; what is longer is refused without being read.
+        let bytes_max = RECORD_BYTES_MAX as u64 + 2;
+        let mut line = Vec::new();
+        let read = self.reader.by_ref().take(bytes_max).read_until(b'\n', &mut line);
+        self.lines += 1;
+        let read = read.map_err(|cause| self.unread(cause))?;
+        self.offset += read as u64;
+        if read == 0 {
+            return Ok(None);
+        }
+        if self.lines == 1 && line.starts_with(BYTE_ORDER_MARK) {
+            line.drain(..BYTE_ORDER_MARK.len());
+        }
+        Ok(Some(line))
+    }
+
+    /// A line and those that its quoted line breaks join to it.
+    fn csv_record(&mut self) -> Result<Option<Vec<u8>>, InputError> {
+        let Some(mut record) = self.line_with_end()? else { return Ok(None) };
+        let mut scan = shardmill_file::csv::RecordScan::default();
+        let mut is_whole = scan.end(&record).is_some();
+        // One that is too long is refused as it stands.
+        while !is_whole && record.len() <= RECORD_BYTES_MAX {
+            let Some(line) = self.line_with_end()? else { break };
+            is_whole = scan.end(&line).is_some();
+            record.extend_from_slice(&line);
+        }
+        Ok(Some(without_end(record)))
+    }
+
+    fn json_line(&mut self) -> Result<Option<Vec<u8>>, InputError> {
+        while let Some(line) = self.line()? {
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            // A line that is too long was not read to its end: its size is what is wrong with it.
+            if line.len() <= RECORD_BYTES_MAX {
+                let place = || self.line_place();
+                check_json(&line).map_err(|cause| InputError::NotJson { place: place(), cause })?;
+            }
+            return Ok(Some(line));
+        }
+        Ok(None)
+    }
+
+    fn binary(&mut self) -> Result<Option<Vec<u8>>, InputError> {
+        let started_at = self.offset;
+        let length = self.up_to(LENGTH_BYTES)?;
+        let Ok(prefix) = <[u8; LENGTH_BYTES]>::try_from(length.as_slice()) else {
+            return match length.len() {
+                0 => Ok(None),
+                found => {
+                    let place = self.byte_place(started_at);
+                    Err(InputError::Truncated { place, due: LENGTH_BYTES, found })
+                }
+            };
+        };
+        let bytes = u32::from_be_bytes(prefix) as usize;
+        if bytes > RECORD_BYTES_MAX {
+            let (place, cause) = (self.byte_place(started_at), NotPuttable::Size { bytes });
+            return Err(InputError::NotPuttable { place, cause });
+        }
+        let payload = self.up_to(bytes)?;
+        if payload.len() < bytes {
+            let (due, found) = (LENGTH_BYTES + bytes, LENGTH_BYTES + payload.len());
+            return Err(InputError::Truncated { place: self.byte_place(started_at), due, found });
+        }
+        Ok(Some(payload))
+    }
+
+    /// So many bytes, or fewer at the end.
+    fn up_to(&mut self, bytes: usize) -> Result<Vec<u8>, InputError> {
+        let mut read = Vec::new();
+        let result = self.reader.by_ref().take(bytes as u64).read_to_end(&mut read);
+        result.map_err(|cause| self.unread(cause))?;
+        self.offset += read.len() as u64;
+        Ok(read)
+    }
+
+    fn unread(&self, cause: std::io::Error) -> InputError {
+        InputError::Read { place: self.byte_place(self.offset), cause }
+    }
+
+    fn line_place(&self) -> String {
+        format!("{}:{}", self.name, self.lines)
+    }
+
+    fn byte_place(&self, offset: u64) -> String {
+        format!("{} at byte {offset}", self.name)
+    }
+}
+
+/// A line without its end, `\n` or `\r\n`.
+fn without_end(mut line: Vec<u8>) -> Vec<u8> {
+    if line.pop_if(|last| *last == b'\n').is_some() {
+        line.pop_if(|last| *last == b'\r');
+    }
+    line
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    fn read(format: Format, key: KeyRule, bytes: &[u8]) -> Result<Vec<(String, String)>, String> {
+        let mut input = Input::new(bytes, "in".into(), format, key, 5);
+        let mut records = Vec::new();
+        while let Some(record) = input.next_record().map_err(|error| error.to_string())? {
+            let payload = String::from_utf8(record.payload.to_vec()).unwrap();
+            records.push((record.partition_key, payload));
+        }
+        Ok(records)
+    }
+
+    fn pairs(due: &[(&str, &str)]) -> Result<Vec<(String, String)>, String> {
+        Ok(due.iter().map(|(key, text)| ((*key).to_owned(), (*text).to_owned())).collect())
+    }
+
+    #[test]
+    fn lines_lose_their_ends_and_nothing_else() {
+        let found = read(Format::Lines, KeyRule::Number, b"a\r\n\n b \nlast\r");
+        assert_eq!(found, pairs(&[("5", "a"), ("6", ""), ("7", " b "), ("8", "last\r")]));
+        assert_eq!(read(Format::Lines, KeyRule::Number, b""), pairs(&[]));
+    }
+
+    #[test]
+    fn fault_33_quoted_line_breaks_and_a_byte_order_mark() {
+        let text = b"\xEF\xBB\xBFa,b\r\n1,\"x\r\ny\"\r\n2,z\n";
+        let due = [("5", "a,b"), ("6", "1,\"x\r\ny\""), ("7", "2,z")];
+        assert_eq!(read(Format::Csv, KeyRule::Number, text), pairs(&due));
+        assert_eq!(read(Format::Csv, KeyRule::Number, b"1,\"x\ny"), pairs(&[("5", "1,\"x\ny")]));
+        assert_eq!(read(Format::Lines, KeyRule::Number, b"\xEF\xBB\xBFa\n"), pairs(&[("5", "a")]));
+        assert_eq!(read(Format::Ndjson, KeyRule::Number, b"\xEF\xBB\xBF{}"), pairs(&[("5", "{}")]));
+    }
+
+    #[test]
+    fn fault_33_a_header_of_csv_is_left_out_with_its_line_breaks() {
+        let text = b"\xEF\xBB\xBF\"a\nb\",c\n1,2\n";
+        let mut input = Input::new(&text[..], "in".into(), Format::Csv, KeyRule::Number, 0);
+        input.skip_lines(1).unwrap();
+        assert_eq!(input.next_record().unwrap().unwrap().payload, "1,2");
+        assert!(input.next_record().unwrap().is_none());
+    }
+
+    #[test]
+    fn skipped_lines_count_in_places() {
+        let mut input =
+            Input::new(&b"head\n{}\n{"[..], "in".into(), Format::Ndjson, KeyRule::Number, 0);
+        input.skip_lines(1).unwrap();
+        assert_eq!(input.next_record().unwrap().unwrap().payload, "{}");
+        let said = input.next_record().unwrap_err().to_string();
+        assert!(
+            said.starts_with("in:3: not JSON: EOF while parsing an object at column 1;"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_member_is_the_key() {
+        let member = || KeyRule::Member("id".into());
+        let text = b"{\"id\":\"caf\\u00e9\"}\n\n{\"id\":1.50}\n {\"id\":true,\"x\":{\"id\":2}}";
+        let due = [
+            ("caf\u{e9}", "{\"id\":\"caf\\u00e9\"}"),
+            ("1.50", "{\"id\":1.50}"),
+            ("true", " {\"id\":true,\"x\":{\"id\":2}}"),
+        ];
+        assert_eq!(read(Format::Ndjson, member(), text), pairs(&due));
+        for (bad, due) in [
+            ("{}", "has no member \"id\""),
+            ("{\"id\":null}", "has no member \"id\""),
+            ("[1]", "is no JSON object"),
+            ("{\"id\":{}}", "is an object"),
+            ("{\"id\":[]}", "is a list"),
+            ("{\"id\":\"\"}", "has 0 characters"),
+            ("{\"id\":\"\\ud800\"}", "half a surrogate pair"),
+        ] {
+            let text = format!("{{\"id\":1}}\n{bad}\n");
+            let said = read(Format::Ndjson, member(), text.as_bytes()).unwrap_err();
+            assert!(said.starts_with("in:2: ") && said.contains(due), "{bad}: {said}");
+        }
+    }
+
+    #[test]
+    fn binary_records_are_cut_by_their_lengths() {
+        let whole = b"\0\0\0\x02ab\0\0\0\0\0\0\0\x01\n";
+        let fixed = || KeyRule::Fixed("k".into());
+        assert_eq!(
+            read(Format::Binary, fixed(), whole),
+            pairs(&[("k", "ab"), ("k", ""), ("k", "\n")])
+        );
+        for (end, at) in [(2, 0), (5, 0), (8, 6), (14, 10)] {
+            let said = read(Format::Binary, fixed(), &whole[..end]).unwrap_err();
+            assert!(said.starts_with(&format!("in at byte {at}: ")), "cut at {end}: {said}");
+        }
+        let said = read(Format::Binary, fixed(), b"text, not lengths").unwrap_err();
+        assert!(said.starts_with("in at byte 0: the record has 1952807028 bytes"), "{said}");
+    }
+
+    #[test]
+    fn what_no_stream_takes_is_refused_at_its_place() {
+        let mut text = b"ok\n".to_vec();
+        text.resize(3 + RECORD_BYTES_MAX + 1, b'x');
+        for format in [Format::Lines, Format::Ndjson] {
+            let text = match format {
+                Format::Lines => &text[..],
+                _ => &text[3..],
+            };
+            let said = read(format, KeyRule::Number, text).unwrap_err();
+            assert!(said.contains("Kinesis takes at most 10485760"), "{said}");
+        }
+        let long = KeyRule::Fixed("é".repeat(257));
+        let said = read(Format::Lines, long, b"a").unwrap_err();
+        assert!(said.starts_with("in:1: the partition key has 257 characters"), "{said}");
+        assert!(read(Format::Lines, KeyRule::Fixed("é".repeat(256)), b"a").is_ok());
+    }
+}

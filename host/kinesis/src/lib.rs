@@ -1,0 +1,27 @@
+//! Amazon Kinesis: reading a stream, putting records on one, and the sink.
+//!
+//! [`source::KinesisSource`] reads a stream: [`client`] reaches the server, [`connection`] is what its readers share,
+//! [`polling`] and [`fan_out`] read one shard each in their way and pass what comes through an [`inbox`], which takes
+//! apart what is an [`aggregate`]. Calls end when the server is silent ([`silence`]), and hold no more memory than is
+//! booked. [`stream`], [`consumers`], [`input`] and [`producer`] are for those who make streams and fill them.
+//! [`served`] finds a stream that another process of this user serves.
+
+pub mod aggregate;
+pub mod answer_size;
+mod booking;
+pub mod client;
+pub mod connection;
+pub mod consumers;
+pub mod fan_out;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+pub mod inbox;
+mod informational;
+pub mod input;
+pub mod polling;
+pub mod producer;
+pub mod served;
+pub mod silence;
+pub mod sink;
+pub mod source;
+pub mod stream;

@@ -1,0 +1,295 @@
+//! Reads one shard by polling, in order, without a gap and without a record twice.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::time::Instant;
+
+use super::answer_size::{AnswerSize, payload_of};
+use super::booking::{self, Read};
+use super::client::{AnswerDate, Fault, call_error, fault};
+use super::connection::{self, Answer, GET_RECORDS, Passing, StreamConnection};
+use super::inbox::{self, Inbox};
+use shardmill_core::budget::{Account, Permit};
+use shardmill_core::record::ShardKey;
+use shardmill_core::source::waiting::Waiting;
+use shardmill_core::source::{BatchReader, NextBatch, SourceError};
+
+/// The longest pause after a call that failed.
+pub(super) const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// The shortest time between two calls of one shard.
+///
+/// Source: API reference, GetRecords: five calls per second and shard.
+const CALL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How a shard is polled.
+#[derive(Clone, Debug)]
+pub struct Polling {
+    /// The most records that a call asks for.
+    pub records_per_call_max: u32,
+    /// The pause after an answer that says that nothing is left.
+    pub poll_interval: Duration,
+    /// Whether the server limits the calls per second, as AWS does.
+    pub is_paced: bool,
+}
+
+/// Polls one shard.
+pub struct PollingReader {
+    connection: Arc<StreamConnection>,
+    polling: Polling,
+    inbox: Inbox,
+    account: Arc<Account>,
+    /// The inbox's bytes in the readers' budget, until lanes have taken them; those of a batch of one large record,
+    /// until they ask for the next.
+    held: Option<Permit>,
+    answer_size: AnswerSize,
+    iterator: Option<String>,
+    ended: bool,
+    next_call: Instant,
+    pauses: ExponentialBackoff,
+    behind_ms: u64,
+    /// Everything that had arrived by then was read with the last answer.
+    caught_up_ms: Option<i64>,
+    /// The last answer brought records.
+    is_flowing: bool,
+    waiting: Waiting,
+}
+
+impl PollingReader {
+    /// A reader from where the inbox stands.
+    pub fn new(connection: Arc<StreamConnection>, polling: Polling, inbox: Inbox) -> Self {
+        let account = Arc::new(connection.read_ahead.account(inbox.shard().shard.as_str()));
+        Self {
+            connection,
+            polling,
+            inbox,
+            account,
+            held: None,
+            answer_size: AnswerSize::default(),
+            iterator: None,
+            ended: false,
+            next_call: Instant::now(),
+            pauses: pauses(),
+            behind_ms: 0,
+            caught_up_ms: None,
+            is_flowing: false,
+            waiting: Waiting::default(),
+        }
+    }
+
+    /// Shows there what it waits for.
+    pub fn shown_by(mut self, waiting: Waiting) -> Self {
+        self.waiting = waiting;
+        self
+    }
+
+    /// Another reader goes on from the inbox, which is empty.
+    pub(super) fn rest(&mut self) {
+        self.iterator = None;
+        self.held = None;
+    }
+
+    /// Where it shows what it waits for.
+    pub(super) fn waiting(&self) -> &Waiting {
+        &self.waiting
+    }
+
+    /// The inbox, for a reader that goes on in another way.
+    pub fn inbox(&mut self) -> &mut Inbox {
+        &mut self.inbox
+    }
+
+    /// Counts so much until what waits is counted: it came, and is looked at.
+    pub(super) fn hold(&mut self, held: Permit) {
+        self.held = Some(held);
+    }
+
+    /// Counts what waits in the inbox, and a large batch that the lane has, as it is now.
+    pub(super) fn count_held(&mut self) {
+        match self.inbox.held_bytes() {
+            0 => self.held = None,
+            bytes => self.held.get_or_insert_with(|| self.account.force(0)).resize(bytes),
+        }
+    }
+
+    /// The account of what is read ahead, for a reader that reads in another way.
+    pub(super) fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
+    /// Asks the server once. `Ok(true)`: it answered.
+    async fn poll(&mut self) -> Result<bool, SourceError> {
+        tokio::time::sleep_until(self.next_call).await;
+        let Some(iterator) = self.iterator.clone() else {
+            match self.connection.iterator(&mut self.inbox, &self.waiting).await {
+                Ok(iterator) => self.iterator = Some(iterator),
+                Err(Passing::Later(cause)) => self.back_off(cause),
+                Err(Passing::Gone) => {
+                    self.connection.judge_gone(&mut self.inbox).await?;
+                    self.waiting.answered();
+                    self.ended = true;
+                }
+                Err(Passing::Never(error)) => return Err(error),
+            }
+            return Ok(false);
+        };
+        // An answer is booked before it comes, and no more is asked for than is booked.
+        self.held = None;
+        let (least, most) = self.answer_size.booking(self.account.part_bytes(), Instant::now());
+        let held = self.account.take_between(least, most).await;
+        let limit = self.answer_size.records(held.bytes(), self.polling.records_per_call_max);
+        let called = Instant::now();
+        let call = self.connection.client.get_records().shard_iterator(iterator);
+        let call = call.limit(i32::try_from(limit).unwrap_or(i32::MAX));
+        let date = AnswerDate::default();
+        self.waiting.begins(GET_RECORDS);
+        let call = call.customize().interceptor(date.clone());
+        let (answer, held, held_bytes) = match booking::read(&self.account, held, call.send()).await
+        {
+            Read::Ended { answer, held, bytes, is_too_long } => {
+                if is_too_long {
+                    self.answer_size.was_too_long(limit);
+                }
+                (answer, held, bytes)
+            }
+            // The iterator stands before the records: they come again once there is room for them.
+            Read::Outgrown { needed } => {
+                self.waiting.answered();
+                tracing::debug!(shard = %self.inbox.shard().shard, needed, "reading once there is memory");
+                self.answer_size.outgrew(needed, limit);
+                self.answer_size.forget_quiet();
+                self.next_call = called + self.call_interval();
+                return Ok(false);
+            }
+        };
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                self.waiting.failed(call_error(GET_RECORDS, self.inbox.place(), &error));
+                return match fault(&error) {
+                    Fault::ExpiredIterator => {
+                        self.iterator = None;
+                        count_retry(self.inbox.shard(), Fault::ExpiredIterator);
+                        Ok(false)
+                    }
+                    cause @ (Fault::Throttled | Fault::Passing) => {
+                        self.back_off(cause);
+                        Ok(false)
+                    }
+                    Fault::NotFound | Fault::Lasting => {
+                        // The stream may have been replaced: that says more than this error.
+                        self.iterator = None;
+                        self.prove_identity(called).await?;
+                        Err(call_error(GET_RECORDS, self.inbox.place(), &error))
+                    }
+                };
+            }
+        };
+        self.waiting.answered();
+        self.pauses = pauses();
+        let bytes: usize = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
+        let records = answer.records.len();
+        let bytes = payload_of(held_bytes, records).max(bytes);
+        if let Some(iterator) = &answer.next_shard_iterator {
+            connection::check_iterator(GET_RECORDS, iterator, &self.inbox)?;
+        }
+        // While this waits, the iterator stands before the records: who drops it asks for them again.
+        let arrived = inbox::open(answer.records, self.inbox.hash_range()).await;
+        self.iterator = answer.next_shard_iterator;
+        self.ended = self.iterator.is_none();
+        self.behind_ms = answer.millis_behind_latest.unwrap_or(0).max(0) as u64;
+        self.is_flowing = records > 0;
+        self.answer_size.learn(records, bytes, self.behind_ms > 0, Instant::now());
+        self.held = Some(held);
+        // The date is of the answer's head, which follows the reading: at most a moment too late, and
+        // mostly too early, as it is rounded down. Retention counts in hours.
+        let about = Answer {
+            call: GET_RECORDS,
+            behind_ms: self.behind_ms,
+            as_of_ms: date.ms(),
+            is_end: self.ended,
+        };
+        self.caught_up_ms = about.as_of_ms.filter(|_| self.behind_ms == 0);
+        self.connection.take_in(&mut self.inbox, arrived, about).await?;
+        self.count_held();
+        let pause = match self.is_flowing || self.behind_ms > 0 {
+            true => self.call_interval(),
+            false => self.polling.poll_interval,
+        };
+        self.next_call = called + pause;
+        Ok(true)
+    }
+
+    /// The shortest time between two calls that bring something.
+    fn call_interval(&self) -> Duration {
+        if self.polling.is_paced { CALL_INTERVAL } else { Duration::ZERO }
+    }
+
+    async fn prove_identity(&self, asked: Instant) -> Result<(), SourceError> {
+        let shard = self.inbox.shard();
+        match self.connection.prove_identity(shard, asked, &self.waiting).await {
+            Err(Passing::Never(error)) => Err(error),
+            Ok(()) | Err(Passing::Later(_) | Passing::Gone) => Ok(()),
+        }
+    }
+
+    fn back_off(&mut self, cause: Fault) {
+        self.answer_size.forget_quiet();
+        let shard = self.inbox.shard();
+        count_retry(shard, cause);
+        let pause = self.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+        tracing::debug!(shard = %shard.shard, cause = cause.label(), ?pause, "reading later");
+        self.next_call = Instant::now() + pause;
+    }
+}
+
+#[async_trait]
+impl BatchReader for PollingReader {
+    async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
+        loop {
+            if let Some(lost) = self.inbox.take_lost() {
+                return Ok(NextBatch::Lost(lost));
+            }
+            let batch = self.inbox.cut();
+            self.count_held();
+            if let Some(batch) = batch {
+                return Ok(NextBatch::Batch(batch));
+            }
+            if self.ended {
+                let caught_up_ms = self.inbox.caught_up_ms().max(self.inbox.last_arrived_ms());
+                return Ok(NextBatch::ShardEnd { caught_up_ms });
+            }
+            if self.poll().await? && self.inbox.is_empty() && !self.ended {
+                let Self { behind_ms, caught_up_ms, .. } = *self;
+                return Ok(NextBatch::Idle { behind_ms, caught_up_ms });
+            }
+        }
+    }
+
+    fn give_back(&mut self) {
+        if !self.inbox.is_empty() {
+            self.inbox.give_back();
+            self.count_held();
+            (self.iterator, self.ended) = (None, false);
+        }
+    }
+}
+
+/// Counts a call that is tried again.
+pub(super) fn count_retry(shard: &ShardKey, cause: Fault) {
+    metrics::counter!("shardmill_source_retries_total",
+        "shard" => shard.shard.to_string(), "reason" => cause.label())
+    .increment(1);
+}
+
+/// The pauses before calls that are tried again: jittered, each shard for itself.
+pub(super) fn pauses() -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(CALL_INTERVAL)
+        .with_max_delay(RETRY_PAUSE_MAX)
+        .without_max_times()
+        .with_jitter()
+        .build()
+}

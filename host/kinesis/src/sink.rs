@@ -1,0 +1,240 @@
+//! Rows to records of another Kinesis stream; at least once.
+//!
+//! A stream cannot take a position along with its records, so after a crash the rows since the
+//! host's last checkpoint come again. Within a run no row is put twice but where the network fails
+//! behind a request: what a request has taken is remembered while the rest is tried again.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aws_sdk_kinesis::Client;
+use tokio::sync::OnceCell;
+
+use crate::client;
+use crate::client::{Address, Server};
+use crate::producer::{
+    BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
+};
+use crate::served;
+use crate::stream;
+use shardmill_config::{Endpoint, StreamTarget, Timing};
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::{Position, Row, ShardKey, SinkName};
+use shardmill_core::sink::{
+    Acquired, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
+};
+use shardmill_sinks_common::progress::Progress;
+
+/// How often what a stream refuses for now is put again before the lane shows as blocked: each
+/// shard takes 1 MiB and 1,000 records a second, so being throttled is usual.
+const ATTEMPTS_MAX: u32 = 8;
+/// The first pause between two attempts; it doubles up to a second.
+const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// A stream that rows are put on.
+pub struct KinesisSink {
+    name: SinkName,
+    target: StreamTarget,
+    state_dir: PathBuf,
+    timing: Timing,
+    client: OnceCell<Client>,
+}
+
+impl KinesisSink {
+    /// A sink on a stream. Connects to nothing yet. `state_dir` is where an embedded stream is found.
+    pub fn new(name: SinkName, target: StreamTarget, state_dir: PathBuf) -> Self {
+        Self { name, target, state_dir, timing: Timing::default(), client: OnceCell::new() }
+    }
+
+    /// The same with the deadlines of a pipeline.
+    pub fn with_timing(self, timing: Timing) -> Self {
+        Self { timing, ..self }
+    }
+
+    async fn client(&self) -> Result<&Client, SinkError> {
+        self.client.get_or_try_init(|| self.connect()).await
+    }
+
+    async fn connect(&self) -> Result<Client, SinkError> {
+        let address = match &self.target.server.endpoint {
+            Endpoint::Aws => None,
+            Endpoint::Url(url) => Some(Address::Url(url.clone())),
+            Endpoint::Embedded => {
+                let served = served::find(&self.state_dir).ok_or_else(|| {
+                    self.unavailable(
+                        "no process serves the embedded stream: start `shardmill stream serve`",
+                    )
+                })?;
+                Some(Address::Served(served))
+            }
+        };
+        let server = Server::of(&self.target.server, Some(&self.target.stream), address.as_ref());
+        let server = server.with_timing(&self.timing);
+        client::connect(server).await.map_err(|error| self.unavailable(error))
+    }
+
+    fn unavailable(&self, cause: impl std::fmt::Display) -> SinkError {
+        SinkError::Unavailable { sink: self.name.clone(), cause: cause.to_string() }
+    }
+}
+
+#[async_trait]
+impl Sink for KinesisSink {
+    fn name(&self) -> &SinkName {
+        &self.name
+    }
+
+    async fn prepare(&self, _routes: &[BoundRoute]) -> Result<(), SinkError> {
+        let found = stream::describe(self.client().await?, &self.target.stream).await;
+        let status = found.map_err(|error| self.unavailable(error))?.status;
+        match &*status {
+            // A stream takes records while its shards change.
+            "ACTIVE" | "UPDATING" => Ok(()),
+            _ => Err(self.unavailable(format!(
+                "stream {} is {status}: it takes records when it is ACTIVE",
+                self.target.stream
+            ))),
+        }
+    }
+
+    async fn acquire(&self, _shard: &ShardKey) -> Result<Acquired, SinkError> {
+        let stream = StreamWriter::new(self.client().await?.clone(), self.target.stream.clone());
+        let writer = KinesisWriter {
+            sink: self.name.clone(),
+            stream,
+            strict_order: self.target.strict_order,
+            progress: Progress::default(),
+        };
+        let writer = Box::new(writer);
+        Ok(Acquired { writer, position: None, keeps_position: false, must_cut_at: None })
+    }
+
+    async fn position(&self, _shard: &ShardKey) -> Result<Option<Position>, SinkError> {
+        Ok(None)
+    }
+}
+
+struct KinesisWriter {
+    sink: SinkName,
+    stream: StreamWriter,
+    strict_order: bool,
+    progress: Progress,
+}
+
+impl KinesisWriter {
+    /// Puts what waits until nothing does.
+    async fn put_all(&mut self, rows: &Arc<Vec<Row>>) -> Result<(), SinkError> {
+        let (mut attempts, mut pause) = (0, PAUSE);
+        let mut records_max = RECORDS_PER_REQUEST_MAX;
+        loop {
+            let (places, records) = self.request(rows, records_max);
+            if records.is_empty() {
+                return Ok(());
+            }
+            let cause = match self.stream.put(&records).await {
+                Ok(outcomes) => {
+                    records_max = RECORDS_PER_REQUEST_MAX;
+                    self.note(&places, outcomes)
+                }
+                Err(PutError::Later(error)) => Some(error.to_string()),
+                // One of them is at fault: the request is halved until it is alone.
+                Err(PutError::Records(error)) => {
+                    match places[..] {
+                        [alone] => self.progress.refuse(alone, error.to_string()),
+                        _ => records_max = places.len() / 2,
+                    }
+                    None
+                }
+                Err(PutError::Stream(error)) => return Err(self.unavailable(error)),
+            };
+            let Some(cause) = cause else {
+                (attempts, pause) = (0, PAUSE);
+                continue;
+            };
+            attempts += 1;
+            if attempts == ATTEMPTS_MAX {
+                return Err(self.unavailable(cause));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// The next request: the oldest rows that wait, with strict order at most one per key. Rows that
+    /// no stream takes are refused on the way.
+    fn request(&mut self, rows: &[Row], records_max: usize) -> (Vec<usize>, Vec<NewRecord>) {
+        let (mut places, mut records, mut bytes) = (Vec::new(), Vec::new(), 0);
+        let mut keys = HashSet::new();
+        for place in self.progress.waiting() {
+            let record = match record(&rows[place]) {
+                Ok(record) => record,
+                Err(reason) => {
+                    self.progress.refuse(place, reason);
+                    continue;
+                }
+            };
+            if self.strict_order && !keys.insert(record.partition_key.clone()) {
+                continue;
+            }
+            let is_full = records.len() == records_max
+                || (!records.is_empty() && bytes + record.bytes() > BYTES_PER_REQUEST_MAX);
+            if is_full {
+                break;
+            }
+            bytes += record.bytes();
+            places.push(place);
+            records.push(record);
+        }
+        (places, records)
+    }
+
+    /// Notes what became of a request's rows; gives the cause why some must wait.
+    fn note(&mut self, places: &[usize], outcomes: Vec<Put>) -> Option<String> {
+        let mut later = None;
+        for (place, outcome) in places.iter().zip(outcomes) {
+            match outcome {
+                Put::Taken => self.progress.done(*place),
+                Put::Later(cause) => later = Some(cause),
+                Put::Never(reason) => self.progress.refuse(*place, reason),
+            }
+        }
+        later
+    }
+
+    fn unavailable(&self, cause: impl std::fmt::Display) -> SinkError {
+        SinkError::Unavailable { sink: self.sink.clone(), cause: cause.to_string() }
+    }
+}
+
+#[async_trait]
+impl SinkWriter for KinesisWriter {
+    fn calls(&self) -> &'static str {
+        "PutRecords"
+    }
+
+    async fn commit(
+        &mut self,
+        commit: &Commit,
+        refusals: &dyn RefusalLog,
+    ) -> Result<Committed, SinkError> {
+        self.progress.enter(commit);
+        self.put_all(&commit.rows).await?;
+        let refused: Vec<Refusal> = self.progress.refusals();
+        if !refused.is_empty() {
+            refusals.hold(commit, &refused).await?;
+        }
+        Ok(self.progress.committed(commit))
+    }
+}
+
+fn record(row: &Row) -> Result<NewRecord, String> {
+    let key = std::str::from_utf8(&row.key)
+        .map_err(|_| "the partition key is no UTF-8 text, which Kinesis asks for".to_owned())?;
+    let record = NewRecord { partition_key: key.to_owned(), payload: row.payload.clone() };
+    record.check().map_err(|error| error.to_string())?;
+    Ok(record)
+}

@@ -1,0 +1,440 @@
+//! Requests to the hosts that a grant lists, and to no other: the capability `http` of plugins, and
+//! what the HTTP sink sends by.
+//!
+//! [`HttpGrant::send`] is the whole way: the request is checked against the grant, the grant's
+//! headers are added, the address is checked by [`resolver`] and [`address`], and the answer is read
+//! up to its limit. Redirects are not followed, for they would lead past the grant; proxies of the
+//! environment are not asked, for they would connect where nothing was checked.
+
+mod address;
+mod resolver;
+mod retry_after;
+mod watched;
+
+use std::error::Error as _;
+use std::fmt::{self, Write as _};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use reqwest::redirect::Policy;
+use reqwest::{Client, Method};
+use tokio::runtime::Handle;
+use url::{Host, Url};
+
+use self::address::is_allowed;
+use self::resolver::{GuardedResolver, RefusedAddress};
+use self::watched::{Sent, WatchedBody};
+use shardmill_config::{HttpHostConfig, HttpMethod, is_travel_header};
+use shardmill_core::masking::worded;
+use shardmill_core::off_thread;
+
+/// Who asks, unless the plugin or the grant says otherwise.
+const USER_AGENT: &str = concat!("shardmill/", env!("CARGO_PKG_VERSION"));
+
+/// Characters of a `Location` that are shown.
+const LOCATION_CHARS: usize = 300;
+
+/// Headers of one answer that are read: many times what servers send.
+const ANSWER_HEADERS_MAX: usize = 1_000;
+
+/// What is read of the body of an answer whose status is all that matters: bytes and time.
+const SAID_BYTES_MAX: usize = 64 << 10;
+const SAID_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Headers of one request: more than any API asks for.
+pub const HEADERS_MAX: usize = 100;
+/// Bytes of all of them.
+pub const HEADER_BYTES_MAX: usize = 64 << 10;
+/// Bytes of the URL of a plugin's request, with its method: more than servers take.
+pub const URL_BYTES_MAX: usize = 16 << 10;
+
+/// What one stage's plugin, or one sink, may send, and to whom. Its lanes share it, with its
+/// connections.
+pub struct HttpGrant {
+    hosts: Vec<GrantedHost>,
+    public: Client,
+    private: Client,
+    runtime: Handle,
+}
+
+/// A host with its headers, ready to be sent.
+struct GrantedHost {
+    config: HttpHostConfig,
+    headers: HeaderMap,
+}
+
+/// A request as a plugin makes it.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// Such as `GET`.
+    pub method: String,
+    /// With scheme and host.
+    pub url: String,
+    /// Names and values.
+    pub headers: Vec<(String, String)>,
+    /// Empty: none.
+    pub body: Vec<u8>,
+}
+
+/// What was answered, whatever its status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// Such as 200.
+    pub status: u16,
+    /// Names in lower case, and values; bytes that are no UTF-8 are replaced by U+FFFD.
+    pub headers: Vec<(String, String)>,
+    /// At most the grant's limit.
+    pub body: Vec<u8>,
+}
+
+/// An answer of which the head alone counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Such as 200.
+    pub status: u16,
+    /// Where the answer points to, without what could be a secret.
+    pub location: Option<String>,
+    /// How long the server asks to be left alone.
+    pub retry_after: Option<Duration>,
+    /// The beginning of the body, as far as it came in time: for messages only.
+    pub said: Vec<u8>,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct HttpFailure {
+    /// Whether the same request may be answered later. False: it is not allowed, or wrong.
+    pub retryable: bool,
+    /// Why, in one line without secrets.
+    pub message: String,
+}
+
+impl HttpFailure {
+    fn retryable(message: impl Into<String>) -> Self {
+        Self { retryable: true, message: message.into() }
+    }
+
+    fn refused(message: impl Into<String>) -> Self {
+        Self { retryable: false, message: message.into() }
+    }
+}
+
+impl HttpGrant {
+    /// A grant of these hosts. Nothing is connected yet. Connections live on `runtime`, which must
+    /// drive time and the network.
+    ///
+    /// # Errors
+    /// When the client cannot be made: the machine's certificates cannot be read, or a header of the
+    /// grant is none.
+    pub fn new(hosts: &[HttpHostConfig], runtime: Handle) -> Result<Self, HttpFailure> {
+        shardmill_tls::install();
+        let hosts: Result<Vec<_>, _> = hosts.iter().cloned().map(GrantedHost::new).collect();
+        Ok(Self { hosts: hosts?, public: client(false)?, private: client(true)?, runtime })
+    }
+
+    /// Sends a request and reads the answer. Blocks until `deadline` at most: call it from a
+    /// blocking thread, never from async code.
+    ///
+    /// # Errors
+    /// [`HttpFailure`] when the request is not granted, when nobody answers, and when the answer is
+    /// too long. An answer with any status is no error.
+    pub fn send(&self, mut request: Request, deadline: Instant) -> Result<Response, HttpFailure> {
+        let body = std::mem::take(&mut request.body);
+        let (granted, mut prepared) = self.prepared(request)?;
+        if !body.is_empty() {
+            prepared = prepared.body(body);
+        }
+        let limit = granted.config.response_bytes_max;
+        let answer =
+            async { tokio::time::timeout_at(deadline.into(), read(prepared, limit)).await };
+        let answer = match off_thread::wait_on(&self.runtime, answer) {
+            Some(Ok(answer)) => answer,
+            Some(Err(_)) => {
+                Err(HttpFailure::retryable("no complete answer within the time of the call"))
+            }
+            None => Err(HttpFailure::retryable("no answer before the pipeline stopped")),
+        };
+        answer.map_err(|failure| granted.named(failure))
+    }
+
+    /// Sends a request all of whose meaning lies in the status of its answer. A head that came after the
+    /// whole request was sent is the answer, whatever becomes of the body: one that is long, slow, cut
+    /// or badly encoded says nothing about the request.
+    ///
+    /// # Errors
+    /// [`HttpFailure`] when the request is not granted, when no head comes until `deadline`, and when
+    /// the request was not sent to its end although its success was answered.
+    pub async fn deliver(
+        &self,
+        mut request: Request,
+        deadline: Instant,
+    ) -> Result<Answer, HttpFailure> {
+        let body = std::mem::take(&mut request.body);
+        let (granted, prepared) = self.prepared(request)?;
+        let (body, sent) = WatchedBody::new(body.into());
+        let prepared = prepared.body(reqwest::Body::wrap(body));
+        deliver(prepared, sent, deadline.into()).await.map_err(|failure| granted.named(failure))
+    }
+
+    /// The request as the client sends it, without its body.
+    fn prepared(
+        &self,
+        request: Request,
+    ) -> Result<(&GrantedHost, reqwest::RequestBuilder), HttpFailure> {
+        let url = Url::parse(&request.url)
+            .map_err(|error| HttpFailure::refused(format!("the URL cannot be read: {error}")))?;
+        let granted = self.granted(&url)?;
+        let method = granted.method(&request.method)?;
+        let headers = granted.headers(&request.headers)?;
+        let client = if granted.config.private { &self.private } else { &self.public };
+        Ok((granted, client.request(method, url).headers(headers)))
+    }
+
+    /// The grant for a URL: host and port must be listed, and the way there allowed.
+    fn granted(&self, url: &Url) -> Result<&GrantedHost, HttpFailure> {
+        let refused = |message: String| Err(HttpFailure::refused(message));
+        if !matches!(url.scheme(), "https" | "http") {
+            return refused(format!("`{}://` is not granted: use https://", url.scheme()));
+        }
+        let (Some(host), Some(port)) = (url.host_str(), url.port_or_known_default()) else {
+            return refused("the URL has no host".to_owned());
+        };
+        // The grant's headers are the way to say who asks.
+        if !url.username().is_empty() || url.password().is_some() {
+            return refused("the URL has a user or a password: they are not sent".to_owned());
+        }
+        let is_port = |granted: &HttpHostConfig| match granted.port {
+            Some(granted) => granted == port,
+            None => url.port().is_none(),
+        };
+        let granted = self
+            .hosts
+            .iter()
+            .find(|granted| granted.config.host == host && is_port(&granted.config));
+        let Some(granted) = granted else {
+            return refused(format!(
+                "{host}:{port} is not granted: add it to `http` in [stage.grant]"
+            ));
+        };
+        let private = granted.config.private;
+        if url.scheme() == "http" && !private {
+            return refused(format!("{host} is granted by https:// only"));
+        }
+        // A literal address is not resolved, so it is checked here.
+        let literal = match url.host() {
+            Some(Host::Ipv4(address)) => Some(IpAddr::V4(address)),
+            Some(Host::Ipv6(address)) => Some(IpAddr::V6(address)),
+            _ => None,
+        };
+        if let Some(address) = literal.filter(|address| !is_allowed(*address, private)) {
+            let name = "the URL".to_owned();
+            return refused(RefusedAddress { name, address, private }.to_string());
+        }
+        Ok(granted)
+    }
+}
+
+impl GrantedHost {
+    fn new(config: HttpHostConfig) -> Result<Self, HttpFailure> {
+        let mut headers = HeaderMap::new();
+        for (name, value) in &config.headers {
+            let parsed = HeaderName::from_bytes(name.as_bytes())
+                .ok()
+                .zip(HeaderValue::from_str(value.reveal()).ok());
+            let Some((parsed, mut value)) = parsed else {
+                let message = format!("the grant of {}: {name:?} is no header", config.host);
+                return Err(HttpFailure::refused(message));
+            };
+            value.set_sensitive(true);
+            headers.insert(parsed, value);
+        }
+        Ok(Self { config, headers })
+    }
+
+    /// A failure with the host's name.
+    fn named(&self, failure: HttpFailure) -> HttpFailure {
+        let place = &self.config.host;
+        HttpFailure { message: format!("{place}: {}", failure.message), ..failure }
+    }
+
+    fn method(&self, name: &str) -> Result<Method, HttpFailure> {
+        let granted = self.config.methods.iter().find(|method| method.name() == name);
+        let Some(granted) = granted else {
+            let methods: Vec<&str> = self.config.methods.iter().map(|m| m.name()).collect();
+            return Err(HttpFailure::refused(format!(
+                "the method {:?} is not granted for {}: {} are",
+                shortened(name),
+                self.config.host,
+                methods.join(", ")
+            )));
+        };
+        Ok(match granted {
+            HttpMethod::Get => Method::GET,
+            HttpMethod::Head => Method::HEAD,
+            HttpMethod::Post => Method::POST,
+            HttpMethod::Put => Method::PUT,
+            HttpMethod::Patch => Method::PATCH,
+            HttpMethod::Delete => Method::DELETE,
+            HttpMethod::Options => Method::OPTIONS,
+        })
+    }
+
+    /// The plugin's headers and the grant's, which no plugin's may replace.
+    fn headers(&self, asked: &[(String, String)]) -> Result<HeaderMap, HttpFailure> {
+        let refused = |message: String| Err(HttpFailure::refused(message));
+        if asked.len() > HEADERS_MAX {
+            return refused(format!("the request has more than {HEADERS_MAX} headers"));
+        }
+        let mut headers = HeaderMap::new();
+        for (name, value) in asked {
+            let Ok(parsed) = HeaderName::from_bytes(name.as_bytes()) else {
+                return refused(format!("{:?} is no name of a header", shortened(name)));
+            };
+            if is_travel_header(parsed.as_str()) {
+                return refused(format!("the header `{parsed}` is the host's to set"));
+            }
+            if self.headers.contains_key(&parsed) {
+                return refused(format!("the header `{parsed}` is set by the grant"));
+            }
+            let Ok(value) = HeaderValue::from_str(value) else {
+                return refused(format!("the value of header `{parsed}` is not one line of text"));
+            };
+            headers.append(parsed, value);
+        }
+        headers.extend(self.headers.clone());
+        Ok(headers)
+    }
+}
+
+impl fmt::Debug for HttpGrant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hosts = self.hosts.iter().map(|granted| &granted.config);
+        f.debug_list().entries(hosts).finish()
+    }
+}
+
+fn client(private: bool) -> Result<Client, HttpFailure> {
+    Client::builder()
+        .tls_backend_rustls()
+        .redirect(Policy::none())
+        .no_proxy()
+        .referer(false)
+        // A request that is tried again is the plugin's decision: it may not bear being sent twice.
+        .retry(reqwest::retry::never())
+        .https_only(!private)
+        // A head with an odd header is an answer still: to drop it would mean to send again.
+        .http1_max_headers(ANSWER_HEADERS_MAX)
+        .http1_ignore_invalid_headers_in_responses(true)
+        .http1_allow_obsolete_multiline_headers_in_responses(true)
+        .http1_allow_spaces_after_header_name_in_responses(true)
+        .user_agent(USER_AGENT)
+        .dns_resolver(GuardedResolver { private })
+        .build()
+        .map_err(|error| HttpFailure::refused(described(error)))
+}
+
+/// Sends, and reads the head; of the body, what comes soon.
+async fn deliver(
+    prepared: reqwest::RequestBuilder,
+    sent: Sent,
+    deadline: tokio::time::Instant,
+) -> Result<Answer, HttpFailure> {
+    let head = tokio::time::timeout_at(deadline, prepared.send()).await;
+    let mut head = head
+        .map_err(|_| HttpFailure::retryable("no answer within the `timeout` of a request"))?
+        .map_err(failure)?;
+    let status = head.status().as_u16();
+    let text = |name: reqwest::header::HeaderName| head.headers().get(name)?.to_str().ok();
+    let location = text(reqwest::header::LOCATION).map(shown_location);
+    let retry_after = text(reqwest::header::RETRY_AFTER)
+        .and_then(|value| retry_after::pause(value, text(reqwest::header::DATE)));
+    let mut said = Vec::new();
+    let reading = async {
+        while let Ok(Some(chunk)) = head.chunk().await {
+            let room = SAID_BYTES_MAX - said.len();
+            said.extend_from_slice(&chunk[..chunk.len().min(room)]);
+            if said.len() == SAID_BYTES_MAX {
+                break;
+            }
+        }
+    };
+    // Success may be answered before the request has been read: then the rest must have gone out too. The
+    // body is read meanwhile, since a server may write it first.
+    let complete = async {
+        match status {
+            200..=299 => tokio::time::timeout_at(deadline, sent.all()).await.unwrap_or(false),
+            _ => true,
+        }
+    };
+    let (_, complete) = tokio::join!(tokio::time::timeout(SAID_TIME_MAX, reading), complete);
+    if !complete {
+        return Err(HttpFailure::retryable(format!(
+            "answered {status} before the whole request was sent, and took no more of it"
+        )));
+    }
+    Ok(Answer { status, location, retry_after, said })
+}
+
+/// A `Location` for messages: without user, password, query and fragment, which may be secrets.
+fn shown_location(text: &str) -> String {
+    let end = text.find(['?', '#']).unwrap_or(text.len());
+    let plain = &text[..end];
+    let plain = match (plain.find("://"), plain.find('@')) {
+        (Some(scheme), Some(at)) if !plain[scheme + 3..at].contains('/') => {
+            format!("{}{}", &plain[..scheme + 3], &plain[at + 1..])
+        }
+        _ => plain.to_owned(),
+    };
+    plain.chars().take(LOCATION_CHARS).collect()
+}
+
+/// Sends, and reads up to `limit` bytes of body.
+async fn read(prepared: reqwest::RequestBuilder, limit: usize) -> Result<Response, HttpFailure> {
+    let mut answer = prepared.send().await.map_err(failure)?;
+    let status = answer.status().as_u16();
+    let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+    let headers =
+        answer.headers().iter().map(|(name, value)| (name.to_string(), text(value))).collect();
+    let mut body = Vec::new();
+    while let Some(chunk) = answer.chunk().await.map_err(failure)? {
+        if body.len() + chunk.len() > limit {
+            return Err(HttpFailure::refused(format!(
+                "the answer has more than {limit} bytes, the limit `response` of the grant"
+            )));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(Response { status, headers, body })
+}
+
+/// What the client says, without the URL: the plugin knows it, and logs need not.
+fn failure(error: reqwest::Error) -> HttpFailure {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = error.source();
+    while let Some(deeper) = cause {
+        if let Some(refused) = deeper.downcast_ref::<RefusedAddress>() {
+            return HttpFailure::refused(refused.to_string());
+        }
+        cause = deeper.source();
+    }
+    let retryable = !error.is_builder();
+    HttpFailure { retryable, message: described(error) }
+}
+
+fn described(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(deeper) = cause {
+        // Writing into a String cannot fail.
+        let _ = write!(text, ": {deeper}");
+        cause = deeper.source();
+    }
+    worded(text)
+}
+
+/// A plugin's text for an error: its first characters.
+fn shortened(text: &str) -> String {
+    text.chars().take(64).collect()
+}

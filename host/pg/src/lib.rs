@@ -1,0 +1,704 @@
+//! A PostgreSQL server, as sinks and lookups reach it: the connection string, TLS, and what errors say.
+//!
+//! No secret leaves this file: errors name host and database, never the URL. [`link`] is a connection
+//! whose every call has a deadline; [`pool`] is what the sinks of one server share.
+
+mod answer;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+mod link;
+pub mod name;
+mod plain;
+mod pool;
+mod tls;
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::ops::Range;
+use std::time::Duration;
+
+use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Config, NoTls};
+use tokio_util::sync::CancellationToken;
+use url::form_urlencoded;
+
+use self::answer::Prepared;
+use self::link::{Connected, EndCause};
+pub use self::link::{CopyIn, Link, ServerError};
+pub use self::pool::{Lent, PoolShare, PoolSpec, ServerPool};
+use self::tls::{Connector, Handshake, Mode, Tls};
+use shardmill_core::escape::WORDS_BYTES_MAX;
+use shardmill_core::masking::{worded, worded_within};
+
+/// A server that does not answer the first packet in this time is tried again by the delivery.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the network may keep sent bytes unacknowledged: a dead peer must not hold a shard for
+/// the quarter of an hour that a kernel waits by default.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// After this silence the kernel asks whether the peer still lives.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 3;
+
+/// Longest time for names, the network and the server's greeting together. A server that is stopped
+/// still accepts connections: its kernel does.
+const GREETING_MAX: Duration = Duration::from_secs(30);
+
+/// Time in which a connection that nobody needs any more may say goodbye.
+const FAREWELL_MAX: Duration = Duration::from_secs(1);
+
+/// Bytes of an SQLSTATE that are shown: it has five, unless the server is none.
+const CODE_BYTES_MAX: usize = 16;
+
+/// Where a server is and how it is spoken to; nothing is connected.
+#[derive(Clone)]
+pub struct PostgresServer {
+    config: Config,
+    encryption: Encryption,
+}
+
+/// Whether a connection is encrypted.
+#[derive(Clone)]
+enum Encryption {
+    /// By TLS with a server whose certificate is valid, or there is no connection.
+    Required {
+        tls: Tls,
+        /// The file of `sslrootcert`, for errors.
+        roots: Option<String>,
+    },
+    /// By TLS where the server has it, whoever the server is; else in plain text.
+    Preferred(Tls),
+    /// Never.
+    Off,
+}
+
+impl PostgresServer {
+    /// Reads a connection string, `postgres://…` or `host=… dbname=…`, and fills in the timeouts that
+    /// it leaves open.
+    ///
+    /// | `sslmode` | connection |
+    /// |---|---|
+    /// | `require`, `verify-ca`, `verify-full` | TLS, and the server's certificate and name are verified |
+    /// | none, `prefer`, `allow`, with `sslrootcert` | the same |
+    /// | none, `prefer`, `allow`, without it | TLS if the server has it, else plain text, with a warning where that leaves this machine. Nothing is verified: it protects from those who listen only |
+    /// | `disable` | plain text |
+    ///
+    /// `sslrootcert` names a PEM file of the certificates to trust, in place of the system's. Whoever names it expects
+    /// that the server is verified: a connection in plain text, as libpq makes with `prefer`, would be weaker than
+    /// one without the file.
+    ///
+    /// Source: PostgreSQL, "Connection Strings" and "SSL Support".
+    ///
+    /// # Errors
+    /// What cannot be read, without its values.
+    pub fn parse(url: &str) -> Result<Self, String> {
+        let (mut config, roots) = read(url)?;
+        let encryption = match (config.get_ssl_mode(), roots) {
+            (SslMode::Disable, _) => Encryption::Off,
+            (SslMode::Require, None) => {
+                Encryption::Required { tls: Tls::verified(None)?, roots: None }
+            }
+            (_, Some(roots)) => {
+                let tls = Tls::verified(Some(&roots))?;
+                // Otherwise the client goes on in plain text where the server has no TLS.
+                config.ssl_mode(SslMode::Require);
+                Encryption::Required { tls, roots: Some(roots) }
+            }
+            (_, None) => Encryption::Preferred(Tls::unverified()),
+        };
+        let sockets =
+            config.get_hosts().iter().filter(|host| matches!(host, Host::Unix(_))).count();
+        if sockets != 0 && sockets != config.get_hosts().len() {
+            return Err(
+                "expected hosts that are all names, or all folders of sockets, found both".into()
+            );
+        }
+        if config.get_hosts().is_empty() {
+            // TLS asks for a name to greet the server by, even where nothing is verified.
+            for address in config.get_hostaddrs().to_vec() {
+                config.host(address.to_string());
+            }
+        }
+        if config.get_application_name().is_none() {
+            config.application_name("shardmill");
+        }
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(CONNECT_TIMEOUT);
+        }
+        if config.get_tcp_user_timeout().is_none() {
+            config.tcp_user_timeout(TCP_USER_TIMEOUT);
+        }
+        if config.get_keepalives_interval().is_none() {
+            config.keepalives_idle(KEEPALIVE_IDLE.min(config.get_keepalives_idle()));
+            config.keepalives_interval(KEEPALIVE_INTERVAL);
+            config.keepalives_retries(KEEPALIVE_RETRIES);
+        }
+        Ok(Self { config, encryption })
+    }
+
+    /// Connects. Each call on the connection, and connecting itself, fails after `silence_max` without
+    /// an answer.
+    ///
+    /// # Errors
+    /// The server's or the network's, or its silence.
+    pub async fn connect(&self, silence_max: Duration) -> Result<Link, ServerError> {
+        let greeting_max = silence_max.min(GREETING_MAX);
+        let ended = CancellationToken::new();
+        let connecting = self.connect_client(ended.clone());
+        let client = tokio::time::timeout(greeting_max, connecting)
+            .await
+            .map_err(|_| ServerError::Silent(greeting_max))??;
+        Ok(Link::new(client, silence_max, ended.drop_guard()))
+    }
+
+    async fn connect_client(&self, ended: CancellationToken) -> Result<Connected, ServerError> {
+        let handshake = Handshake::default();
+        match &self.encryption {
+            Encryption::Off => {
+                let connected = connect(&self.config, Mode::Off, &handshake, ended).await;
+                connected.map_err(ServerError::Failed)
+            }
+            Encryption::Required { tls, roots } => {
+                let mode = Mode::Required(tls.clone());
+                let connected = connect(&self.config, mode, &handshake, ended).await;
+                connected.map_err(|error| match roots {
+                    Some(roots) if handshake.has_failed() || handshake.was_refused() => {
+                        ServerError::Unverified { error, roots: roots.clone() }
+                    }
+                    _ => ServerError::Failed(error),
+                })
+            }
+            Encryption::Preferred(tls) => {
+                let mode = Mode::Preferred(tls.clone());
+                let connected = match connect(&self.config, mode, &handshake, ended.clone()).await {
+                    Err(error) if plain_may_do(&error, &handshake) => {
+                        let plain =
+                            connect(&self.config, Mode::Off, &Handshake::default(), ended).await?;
+                        self.warn_of_plain_text(&format!("TLS failed ({})", describe(&error)));
+                        return Ok(plain);
+                    }
+                    connected => connected?,
+                };
+                if !handshake.is_done() {
+                    self.warn_of_plain_text("the server has no TLS");
+                }
+                Ok(connected)
+            }
+        }
+    }
+
+    /// Says once for each server that what is sent and read can be seen on the network.
+    fn warn_of_plain_text(&self, cause: &str) {
+        let leaves = self.config.get_hosts().iter().any(|host| match host {
+            Host::Tcp(host) => !is_loopback(host),
+            #[cfg(unix)]
+            Host::Unix(_) => false,
+        });
+        let leaves = match self.config.get_hostaddrs() {
+            [] => leaves,
+            addresses => addresses.iter().any(|address| !address.is_loopback()),
+        };
+        if leaves && plain::is_first(self.servers()) {
+            tracing::warn!(
+                "{}: the connection is not encrypted, because {cause}: passwords and rows can be read on the \
+                 network; add sslmode=verify-full to the connection string, or sslmode=disable if that is \
+                 intended",
+                self.place()
+            );
+        }
+    }
+
+    /// Host and database, for errors.
+    pub fn place(&self) -> String {
+        place(&self.config)
+    }
+
+    /// Hosts, ports and database, as a text that is the same for everybody who reaches them.
+    pub fn destination(&self) -> String {
+        let database = self.config.get_dbname().or(self.config.get_user()).unwrap_or_default();
+        format!("{} database {database}", self.servers())
+    }
+
+    /// The schema of a table that names none, where the connection string says so (`options`). A role's or a
+    /// database's own search path is not known here.
+    pub fn first_schema(&self) -> Option<String> {
+        first_schema(self.config.get_options()?)
+    }
+
+    /// Hosts and ports.
+    fn servers(&self) -> String {
+        let ports = self.config.get_ports();
+        let port = |at: usize| ports.get(at).or(ports.first()).copied().unwrap_or(5432);
+        let mut hosts: Vec<String> = (self.config.get_hosts().iter().enumerate())
+            .map(|(at, host)| match host {
+                Host::Tcp(host) => format!("{}:{}", host.to_ascii_lowercase(), port(at)),
+                #[cfg(unix)]
+                Host::Unix(path) => format!("{}:{}", path.display(), port(at)),
+            })
+            .collect();
+        if hosts.is_empty() {
+            let addresses = self.config.get_hostaddrs().iter().enumerate();
+            hosts = addresses.map(|(at, address)| format!("{address}:{}", port(at))).collect();
+        }
+        hosts.join(",")
+    }
+}
+
+/// Connects, and lets the connection's bytes move. Sockets of this machine know no TLS, and their server is run
+/// here: its answers have no bound.
+async fn connect(
+    config: &Config,
+    mode: Mode,
+    handshake: &Handshake,
+    ended: CancellationToken,
+) -> Result<Connected, tokio_postgres::Error> {
+    let (end_cause, prepared) = (EndCause::default(), Prepared::default());
+    #[cfg(unix)]
+    if !matches!(mode, Mode::Required(_))
+        && config.get_hosts().iter().all(|host| matches!(host, Host::Unix(_)))
+    {
+        let mut config = config.clone();
+        config.ssl_mode(SslMode::Disable);
+        let (client, connection) = config.connect(NoTls).await?;
+        tokio::spawn(drive(connection, end_cause.clone(), ended));
+        return Ok(Connected { client, end_cause, prepared });
+    }
+    let (config, connector) = Connector::new(config, mode, handshake, &prepared);
+    let (client, connection) = config.connect(connector).await?;
+    tokio::spawn(drive(connection, end_cause.clone(), ended));
+    Ok(Connected { client, end_cause, prepared })
+}
+
+/// Whether a connection that TLS was preferred for may succeed without: the handshake failed, or the server
+/// lets this user in without TLS alone (`hostnossl` in pg_hba.conf).
+fn plain_may_do(error: &tokio_postgres::Error, handshake: &Handshake) -> bool {
+    let is_refused = error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION);
+    handshake.has_failed() || (handshake.is_done() && is_refused)
+}
+
+/// The first schema of the search path that options of a server set, the last setting of it counting. `$user` stands for a
+/// schema that may not exist, so what follows it counts. Source: PostgreSQL, "postgres", `-c`, and "search_path".
+fn first_schema(options: &str) -> Option<String> {
+    let mut words = option_words(options).into_iter().peekable();
+    let mut path = None;
+    while let Some(word) = words.next() {
+        let setting = match word.strip_prefix("-c").or_else(|| word.strip_prefix("--")) {
+            Some("") if word == "-c" => words.next().unwrap_or_default(),
+            Some(setting) => setting.to_owned(),
+            None => continue,
+        };
+        if let Some((name, value)) = setting.split_once('=')
+            && name.trim().replace('-', "_").eq_ignore_ascii_case("search_path")
+        {
+            path = Some(value.to_owned());
+        }
+    }
+    let path = path?;
+    path.split(',').map(str::trim).filter(|schema| !schema.trim_matches('"').eq("$user")).find_map(
+        |schema| match schema.strip_prefix('"').and_then(|schema| schema.strip_suffix('"')) {
+            Some(quoted) => Some(quoted.replace("\"\"", "\"")),
+            None => (!schema.is_empty()).then(|| schema.to_lowercase()),
+        },
+    )
+}
+
+/// The words of options: a backslash takes the next character as it is.
+fn option_words(options: &str) -> Vec<String> {
+    let (mut words, mut word, mut characters) = (Vec::new(), String::new(), options.chars());
+    while let Some(c) = characters.next() {
+        match c {
+            '\\' => word.extend(characters.next()),
+            c if c.is_whitespace() => words.extend(Some(std::mem::take(&mut word))),
+            c => word.push(c),
+        }
+    }
+    words.push(word);
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+/// Whether a host is this machine, as far as its name says.
+fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost")
+        || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// Reads a connection string as the client library does, and besides the file of certificates to trust.
+fn read(url: &str) -> Result<(Config, Option<String>), String> {
+    refuse_bare_at(url)?;
+    let (mut text, mut roots) = (url.to_owned(), None);
+    // From the end, so that places before stay; of two values the last one counts.
+    for parameter in parameters(url).into_iter().rev() {
+        match parameter.name.as_str() {
+            "sslrootcert" => {
+                text.replace_range(parameter.whole, "");
+                roots.get_or_insert(parameter.value);
+            }
+            // What the library does not know.
+            "sslmode" if ["verify-ca", "verify-full"].contains(&parameter.value.as_str()) => {
+                text.replace_range(parameter.place, "require");
+            }
+            // `allow` begins in plain text in libpq; TLS first is no less.
+            "sslmode" if parameter.value == "allow" => {
+                text.replace_range(parameter.place, "prefer");
+            }
+            _ => {}
+        }
+    }
+    let config = text.parse().map_err(|error: tokio_postgres::Error| {
+        // The cause names the faulty part without its value, which may be the password.
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        format!("this is no PostgreSQL connection: {}", cause.unwrap_or(error.to_string()))
+    })?;
+    Ok((config, roots))
+}
+
+/// Refuses a URL with an `@` that is not the one before the host. The parser ends the password at the first one,
+/// wherever that is: the rest of the password, or what was a parameter, would be taken for the host, and
+/// shown as such.
+fn refuse_bare_at(url: &str) -> Result<(), String> {
+    let Some(after) = without_scheme(url) else { return Ok(()) };
+    let before = after.find('@').map_or("", |at| &after[..at]);
+    let is_parameter = before.split_once('?').is_some_and(|(_, query)| query.contains('='));
+    match after.matches('@').count() {
+        0 => Ok(()),
+        1 if is_parameter => Err(
+            "expected the `@` of the connection URL between password and host, found it after a `?`; \
+             write an `@` of a parameter as %40, and a `?` of the user or password as %3F"
+                .into(),
+        ),
+        1 => Ok(()),
+        found => Err(format!(
+            "expected one `@` in the connection URL, between password and host, found {found}; write an \
+             `@` that belongs to the user, the password, the database or a parameter as %40"
+        )),
+    }
+}
+
+/// The text after the scheme of a connection URL.
+fn without_scheme(url: &str) -> Option<&str> {
+    url.strip_prefix("postgres://").or_else(|| url.strip_prefix("postgresql://"))
+}
+
+/// Moves bytes for a client until the connection ends. Without a client it ends by itself, unless the
+/// server owes it an answer: then it is closed after [`FAREWELL_MAX`].
+async fn drive(
+    connection: impl Future<Output = Result<(), tokio_postgres::Error>>,
+    end_cause: EndCause,
+    ended: CancellationToken,
+) {
+    let mut connection = std::pin::pin!(connection);
+    let outcome = tokio::select! {
+        outcome = &mut connection => outcome,
+        () = ended.cancelled() => {
+            let farewell = tokio::time::timeout(FAREWELL_MAX, &mut connection).await;
+            farewell.unwrap_or(Ok(()))
+        }
+    };
+    if let Err(error) = outcome {
+        end_cause.note(&error);
+        tracing::debug!(error = %describe(&error), "a connection to PostgreSQL ended");
+    }
+}
+
+/// A parameter of a connection string.
+#[derive(Debug)]
+struct Parameter {
+    name: String,
+    value: String,
+    /// Where the value stands, with its quotes.
+    place: Range<usize>,
+    /// Where all of it stands, with what parts it from the next.
+    whole: Range<usize>,
+}
+
+/// Finds the parameters of a connection string of either form, where the client library finds them: a value
+/// may contain what looks like another parameter.
+fn parameters(text: &str) -> Vec<Parameter> {
+    match without_scheme(text) {
+        Some(after) => url_parameters(text, text.len() - after.len()),
+        None => keyword_parameters(text),
+    }
+}
+
+/// The parameters of a URL whose scheme ends at `start`.
+fn url_parameters(text: &str, start: usize) -> Vec<Parameter> {
+    let host = text[start..].find('@').map_or(start, |at| start + at + 1);
+    let Some(query) = text[host..].find('?') else { return Vec::new() };
+    let (mut at, mut found) = (host + query + 1, Vec::new());
+    while let Some(equals) = text[at..].find('=').map(|equals| at + equals) {
+        let begin = equals + 1;
+        let end = text[begin..].find('&').map_or(text.len(), |end| begin + end);
+        let next = text.len().min(end + 1);
+        let (name, value) = (decoded(&text[at..equals]), decoded(&text[begin..end]));
+        found.push(Parameter { name, value, place: begin..end, whole: at..next });
+        at = next;
+    }
+    found
+}
+
+/// A part of a URL's query without percent-encoding. A plus is one, in contrast to a form.
+fn decoded(part: &str) -> String {
+    let pair = format!("v={}", part.replace('+', "%2B"));
+    let value = form_urlencoded::parse(pair.as_bytes()).next().map(|(_, value)| value);
+    value.unwrap_or_default().into_owned()
+}
+
+/// The parameters of the form `name = value`, up to the first thing that is none.
+fn keyword_parameters(text: &str) -> Vec<Parameter> {
+    let mut found = Vec::new();
+    let mut rest = text.trim_start();
+    let place = |rest: &str| text.len() - rest.len();
+    while let Some(end) = rest.find(|c: char| c == '=' || c.is_whitespace()) {
+        let (name, after) = rest.split_at(end);
+        if name.is_empty() {
+            break;
+        }
+        let Some(written) = after.trim_start().strip_prefix('=') else { break };
+        let written = written.trim_start();
+        let Some((value, after)) = keyword_value(written) else { break };
+        let (begin, end) = (place(written), place(after));
+        let (name, whole) = (name.to_owned(), place(rest)..end);
+        found.push(Parameter { name, value, place: begin..end, whole });
+        rest = after.trim_start();
+    }
+    found
+}
+
+/// A value, quoted or not, in which a backslash takes the next character as it is; and what follows it.
+fn keyword_value(written: &str) -> Option<(String, &str)> {
+    let (quoted, text) = match written.strip_prefix('\'') {
+        Some(text) => (true, text),
+        None => (false, written),
+    };
+    let (mut value, mut characters) = (String::new(), text.chars());
+    loop {
+        let before = characters.as_str();
+        match characters.next() {
+            Some('\'') if quoted => return Some((value, characters.as_str())),
+            Some('\\') => value.extend(characters.next()),
+            Some(c) if !quoted && c.is_whitespace() => return Some((value, before)),
+            Some(c) => value.push(c),
+            // Without its second quote it is none.
+            None => return (!quoted).then_some((value, "")),
+        }
+    }
+}
+
+/// Host and database, for errors.
+fn place(config: &Config) -> String {
+    let host = match config.get_hosts().first() {
+        Some(Host::Tcp(host)) => host.clone(),
+        #[cfg(unix)]
+        Some(Host::Unix(path)) => path.display().to_string(),
+        None => match config.get_hostaddrs().first() {
+            Some(address) => address.to_string(),
+            None => "(no host)".into(),
+        },
+    };
+    let port = config.get_ports().first().copied().unwrap_or(5432);
+    let database = config.get_dbname().or(config.get_user()).unwrap_or("(default)");
+    format!("PostgreSQL at {host}:{port}, database {database}")
+}
+
+/// An error with the beginning of all that the server said, or with its causes; in one line.
+pub fn describe(error: &tokio_postgres::Error) -> String {
+    let Some(said) = error.as_db_error() else {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(deeper) = cause {
+            // Writing into a String cannot fail.
+            let _ = write!(text, ": {deeper}");
+            cause = deeper.source();
+        }
+        return worded(text);
+    };
+    all_said(said.message(), said.code().code(), [said.detail(), said.hint()])
+}
+
+/// The parts of a server's error in one line, together hardly longer than [`WORDS_BYTES_MAX`].
+fn all_said(message: &str, code: &str, more: [Option<&str>; 2]) -> String {
+    let message = worded_within(message, WORDS_BYTES_MAX / 2);
+    let mut text = format!("{message} (SQLSTATE {})", worded_within(code, CODE_BYTES_MAX));
+    for more in more.into_iter().flatten() {
+        // Writing into a String cannot fail.
+        let _ = write!(text, ": {}", worded_within(more, WORDS_BYTES_MAX / 4));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_found_in_either_form() {
+        for (text, name, value, rest) in [
+            ("postgres://h/d?sslmode=require&a=b", "sslmode", "require", "postgres://h/d?a=b"),
+            (
+                "postgresql://h/d?a=b&sslmode=verify-full",
+                "sslmode",
+                "verify-full",
+                "postgresql://h/d?a=b&",
+            ),
+            (
+                "postgres://h/d?sslrootcert=%2Fc%20a+1.pem",
+                "sslrootcert",
+                "/c a+1.pem",
+                "postgres://h/d?",
+            ),
+            ("postgres://u:a?b@h/d?sslmode=require", "sslmode", "require", "postgres://u:a?b@h/d?"),
+            ("host=h sslmode = 'require' dbname=d", "sslmode", "require", "host=h  dbname=d"),
+            ("sslrootcert='my ca.pem'", "sslrootcert", "my ca.pem", ""),
+            (r"sslrootcert='my \'ca\'.pem'", "sslrootcert", "my 'ca'.pem", ""),
+            (r"sslrootcert=my\ ca.pem a=b", "sslrootcert", "my ca.pem", " a=b"),
+        ] {
+            let found = parameters(text).into_iter().find(|parameter| parameter.name == name);
+            let found = found.expect(text);
+            assert_eq!(found.value, value, "{text}");
+            let mut without = text.to_owned();
+            without.replace_range(found.whole, "");
+            assert_eq!(without, rest, "{text}");
+        }
+        for text in [
+            "postgres://sslmode=require@h/d",
+            "host=sslmode",
+            "xsslmode=require host=h",
+            "password='a sslmode=require' host=h",
+        ] {
+            let found = parameters(text);
+            assert!(found.iter().all(|parameter| parameter.name != "sslmode"), "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn wall_20_a_value_that_looks_like_a_parameter_stays_a_value() {
+        let (config, roots) =
+            read("host=h password='a sslmode=verify-full sslrootcert=b'").expect("a connection");
+        assert_eq!(config.get_password(), Some(&b"a sslmode=verify-full sslrootcert=b"[..]));
+        assert_eq!((config.get_ssl_mode(), roots), (SslMode::Prefer, None));
+
+        let (config, roots) =
+            read("sslmode=disable sslrootcert=a sslmode=verify-ca sslrootcert=b host=h")
+                .expect("a connection");
+        assert_eq!((config.get_ssl_mode(), roots.as_deref()), (SslMode::Require, Some("b")));
+    }
+
+    #[test]
+    fn wall_20_an_at_of_a_parameter_makes_no_host() {
+        for url in [
+            "postgres://h/d?application_name=me@work",
+            "postgres://u:p@h/d?application_name=me@work",
+            "postgres://u:a@b@h/d",
+        ] {
+            let why = read(url).expect_err(url);
+            assert!(why.contains("%40"), "{url}: {why}");
+        }
+        assert!(read("postgres://u:a?b/c@h/d?application_name=me%40work").is_ok());
+    }
+
+    #[test]
+    fn wall_18_the_mode_is_as_in_libpq() {
+        for (url, expected) in [
+            ("postgres://h/d", "preferred"),
+            ("postgres://h/d?sslmode=prefer", "preferred"),
+            ("postgres://h/d?sslmode=allow", "preferred"),
+            ("host=h sslmode=allow", "preferred"),
+            ("hostaddr=10.0.0.1 dbname=d", "preferred"),
+            ("postgres://sslmode=require@h/d", "preferred"),
+            ("host=h sslmode=disable", "off"),
+            ("host=h sslmode=disable sslrootcert=/missing.pem", "off"),
+        ] {
+            let server = PostgresServer::parse(url).unwrap_or_else(|why| panic!("{url}: {why}"));
+            let found = match server.encryption {
+                Encryption::Required { .. } => "required",
+                Encryption::Preferred(_) => "preferred",
+                Encryption::Off => "off",
+            };
+            assert_eq!(found, expected, "{url}");
+        }
+        for mode in ["", "sslmode=verify-full&"] {
+            let missing = format!("postgres://u:secret@h/d?{mode}sslrootcert=/missing.pem");
+            let why = PostgresServer::parse(&missing).err().expect("no such file");
+            assert!(why.contains("/missing.pem") && !why.contains("secret"), "{why}");
+        }
+    }
+
+    #[test]
+    fn wall_18_with_a_root_certificate_the_server_is_always_verified() {
+        let Ok(certificate) = std::env::var("SHARDMILL_TEST_POSTGRES_CERTIFICATE") else { return };
+        for mode in ["", "prefer", "allow", "require", "verify-ca", "verify-full"] {
+            let mode = if mode.is_empty() { String::new() } else { format!("sslmode={mode}") };
+            for text in [
+                format!("host=h {mode} sslrootcert='{certificate}'"),
+                format!("host=h sslrootcert='{certificate}' {mode}"),
+            ] {
+                let server = PostgresServer::parse(&text);
+                let server = server.unwrap_or_else(|why| panic!("{text}: {why}"));
+                let Encryption::Required { roots, .. } = &server.encryption else {
+                    panic!("{text}")
+                };
+                assert_eq!(roots.as_deref(), Some(certificate.as_str()), "{text}");
+                assert_eq!(server.config.get_ssl_mode(), SslMode::Require, "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn fault_25_the_schema_of_a_table_without_one_is_what_the_options_say() {
+        for (options, schema) in [
+            ("", None),
+            ("-c statement_timeout=5", None),
+            ("-csearch_path=x", Some("x")),
+            ("-c search_path=X,public", Some("x")),
+            ("--search_path=x", Some("x")),
+            ("--search-path=x", Some("x")),
+            (r#"-c search_path="$user",\ y"#, Some("y")),
+            (r#"-c search_path="X""#, Some("X")),
+            ("-c search_path=x -c search_path=y", Some("y")),
+            ("-c work_mem=1 -c", None),
+        ] {
+            assert_eq!(first_schema(options).as_deref(), schema, "{options}");
+        }
+    }
+
+    #[test]
+    fn wall_18_loopback_is_known_by_its_names() {
+        for host in ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in ["db", "localhost.example.com", "10.0.0.1", "::2", "0.0.0.0"] {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn wall_02_what_a_server_says_is_one_line_of_bounded_length() {
+        let long = "\nx".repeat(10 << 20);
+        for (message, code, more, expected) in [
+            ("no", "23505", [None, None], "no (SQLSTATE 23505)"),
+            ("no", "23505", [Some("why"), Some("so")], "no (SQLSTATE 23505): why: so"),
+            (
+                "no\nerror: forged\r",
+                "P0001",
+                [None, None],
+                "no\\nerror: forged\\r (SQLSTATE P0001)",
+            ),
+            ("no", "P0001", [Some("a\nb"), None], "no (SQLSTATE P0001): a\\nb"),
+        ] {
+            assert_eq!(all_said(message, code, more), expected);
+        }
+        let said = all_said(&long, &long, [Some(&long), Some(&long)]);
+        assert!(said.len() < WORDS_BYTES_MAX + 256 && !said.contains('\n'), "{} bytes", said.len());
+        assert_eq!(said.matches("… (20971520 bytes in all)").count(), 4, "{said}");
+    }
+
+    #[test]
+    fn an_unreadable_string_shows_no_secret() {
+        let error = PostgresServer::parse("postgres://u:secret@h:port/d").err().expect("no port");
+        assert!(error.contains("no PostgreSQL connection") && !error.contains("secret"), "{error}");
+    }
+}

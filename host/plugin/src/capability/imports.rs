@@ -1,0 +1,141 @@
+//! The functions that a plugin imports, as far as their arguments are texts or lists.
+//!
+//! The generated code would copy an argument whole before it asks anybody. Here an argument is a view of the
+//! plugin's memory until its size was checked: what a call may cost the host is bounded before anything is
+//! copied, by the limits below, and by `limits.output` for all that crosses in one call.
+
+use wasmtime::component::{ComponentType, HasSelf, Lift, Linker, WasmList, WasmStr};
+use wasmtime::{AsContext as _, StoreContextMut};
+
+use super::Caller;
+use crate::bindings::shardmill::plugin as wit;
+use crate::instance::Sandbox;
+use shardmill_config::Capability;
+use shardmill_net::{HEADER_BYTES_MAX, HEADERS_MAX, Request, URL_BYTES_MAX};
+
+/// A request in the plugin's memory.
+#[derive(ComponentType, Lift)]
+#[component(record)]
+struct RequestView {
+    #[component(name = "method")]
+    method: WasmStr,
+    #[component(name = "url")]
+    url: WasmStr,
+    #[component(name = "headers")]
+    headers: WasmList<(WasmStr, WasmStr)>,
+    #[component(name = "body")]
+    body: WasmList<u8>,
+}
+
+/// Offers every capability; what a component imports is checked against its stage's grants.
+pub(crate) fn offer(linker: &mut Linker<Sandbox>) -> wasmtime::Result<()> {
+    fn caller(sandbox: &mut Sandbox) -> &mut Caller {
+        &mut sandbox.caller
+    }
+    wit::clock::add_to_linker::<_, HasSelf<Caller>>(linker, caller)?;
+    wit::random::add_to_linker::<_, HasSelf<Caller>>(linker, caller)?;
+    offer_log(linker)?;
+    offer_metrics(linker)?;
+    let mut lookup = linker.instance(&Capability::Lookup.interface())?;
+    type Get = (WasmStr, WasmList<u8>, WasmList<u32>);
+    lookup.func_wrap(
+        "get",
+        |mut store: StoreContextMut<'_, Sandbox>, (name, arena, keys): Get| {
+            let caller = &store.data().caller;
+            caller.granted(Capability::Lookup)?;
+            let name = name.to_str(store.as_context())?;
+            let arena = arena.as_le_slice(store.as_context());
+            let keys = keys.as_le_slice(store.as_context());
+            let call = caller.clock.host_begins("lookup.get");
+            let found = caller.look_up(&name, (arena, keys), call.deadline);
+            drop(name);
+            store.data_mut().caller.clock.host_ended(call);
+            Ok((found?,))
+        },
+    )?;
+    let mut http = linker.instance(&Capability::Http.interface())?;
+    http.func_wrap("send", |mut store: StoreContextMut<'_, Sandbox>, (view,): (RequestView,)| {
+        store.data().caller.granted(Capability::Http)?;
+        let request = match store.data().caller.unavailable(Capability::Http) {
+            Some(why) => Err(why),
+            None => copied(&mut store, &view)?,
+        };
+        let sent = match request {
+            Ok(request) => store.data_mut().caller.send(request)?,
+            Err(message) => Err(wit::http::Failure { retryable: false, message }),
+        };
+        Ok((sent,))
+    })
+}
+
+fn offer_log(linker: &mut Linker<Sandbox>) -> wasmtime::Result<()> {
+    let mut log = linker.instance(&Capability::Log.interface())?;
+    type Write = (wit::log::Level, WasmStr);
+    log.func_wrap("write", |store: StoreContextMut<'_, Sandbox>, (level, message): Write| {
+        let caller = &store.data().caller;
+        caller.granted(Capability::Log)?;
+        // A line that is dropped is not read.
+        if caller.takes_line() {
+            caller.write(level, &message.to_str(store.as_context())?);
+        }
+        Ok(())
+    })
+}
+
+fn offer_metrics(linker: &mut Linker<Sandbox>) -> wasmtime::Result<()> {
+    let mut metrics = linker.instance(&Capability::Metrics.interface())?;
+    type Register = (wit::metrics::Kind, WasmStr, WasmStr);
+    metrics.func_wrap(
+        "register",
+        |mut store: StoreContextMut<'_, Sandbox>, (kind, name, help): Register| {
+            store.data().caller.granted(Capability::Metrics)?;
+            let name = beginning(&name.to_str(store.as_context())?);
+            let help = beginning(&help.to_str(store.as_context())?);
+            Ok((store.data_mut().caller.register(kind, &name, &help),))
+        },
+    )?;
+    type Observe = (u32, f64);
+    metrics.func_wrap(
+        "observe",
+        |mut store: StoreContextMut<'_, Sandbox>, (metric, value): Observe| {
+            store.data().caller.granted(Capability::Metrics)?;
+            store.data_mut().caller.observe(metric, value)
+        },
+    )
+}
+
+/// A text's first kibibyte: names and help texts have far less, and are checked after.
+fn beginning(text: &str) -> String {
+    text[..text.floor_char_boundary(1 << 10)].to_owned()
+}
+
+/// Copies a request out of the plugin's memory; or says what of it is too large.
+fn copied(
+    store: &mut StoreContextMut<'_, Sandbox>,
+    view: &RequestView,
+) -> wasmtime::Result<Result<Request, String>> {
+    if view.headers.len() > HEADERS_MAX {
+        return Ok(Err(format!("the request has more than {HEADERS_MAX} headers")));
+    }
+    let mut header_bytes = 0;
+    let mut headers = Vec::with_capacity(view.headers.len());
+    for index in 0..view.headers.len() {
+        let Some(header) = view.headers.get(&mut *store, index) else { break };
+        let (name, value) = header?;
+        let (name, value) = (name.to_str(store.as_context())?, value.to_str(store.as_context())?);
+        header_bytes += name.len() + value.len();
+        if header_bytes > HEADER_BYTES_MAX {
+            return Ok(Err(format!(
+                "the request has more than {HEADER_BYTES_MAX} bytes of headers"
+            )));
+        }
+        headers.push((name.into_owned(), value.into_owned()));
+    }
+    let method = view.method.to_str(store.as_context())?;
+    let url = view.url.to_str(store.as_context())?;
+    if method.len() + url.len() > URL_BYTES_MAX {
+        return Ok(Err(format!("the URL has more than {URL_BYTES_MAX} bytes")));
+    }
+    let body = view.body.as_le_slice(store.as_context()).to_vec();
+    Ok(Ok(Request { method: method.into_owned(), url: url.into_owned(), headers, body }))
+}

@@ -1,0 +1,163 @@
+//! `log`: a stage's lines in the host's log: a limited number a second, each cut to a bound.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::bindings::shardmill::plugin::log::Level;
+use shardmill_core::escape::{WORDS_BYTES_MAX, beginning, steers};
+use shardmill_core::record::StageName;
+
+/// The target of plugins' lines, for filters.
+pub const LOG_TARGET: &str = "plugin";
+
+/// The time for which lines are counted.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Whose lines they are.
+pub(super) struct Author {
+    /// The stage.
+    pub stage: StageName,
+    /// The plugin's version; empty in `configure`.
+    pub version: String,
+    /// The shard; empty outside of a lane.
+    pub shard: String,
+}
+
+/// How many lines a stage may still write in this second. All instances of the stage's revision share it,
+/// those that are renewed after a trap among them: a budget per instance would begin again with each.
+#[derive(Debug, Default)]
+pub(super) struct LineBudget {
+    lines: Mutex<Lines>,
+}
+
+#[derive(Debug, Default)]
+struct Lines {
+    second_began: Option<Instant>,
+    written: u32,
+    dropped: u64,
+    /// The limit that was asked with last.
+    lines_per_s_max: u32,
+}
+
+/// The fate of a line, and the count to be logged before it.
+#[derive(Debug, PartialEq, Eq)]
+struct Taken {
+    is_written: bool,
+    /// Lines that were dropped in the second that is over.
+    dropped_before: u64,
+}
+
+impl LineBudget {
+    /// Takes a line of the budget; `false`: there is none left, and the line is counted. Logs how many were
+    /// dropped in a second once that is over.
+    pub fn take(&self, author: &Author, lines_per_s_max: u32) -> bool {
+        let taken = self.taken(Instant::now(), lines_per_s_max);
+        log_dropped(author, taken.dropped_before, lines_per_s_max);
+        taken.is_written
+    }
+
+    fn taken(&self, now: Instant, lines_per_s_max: u32) -> Taken {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut dropped_before = 0;
+        if lines.second_began.is_none_or(|began| now.saturating_duration_since(began) >= SECOND) {
+            dropped_before = lines.dropped;
+            *lines = Lines { second_began: Some(now), written: 0, dropped: 0, lines_per_s_max };
+        }
+        let is_written = lines.written < lines_per_s_max;
+        match is_written {
+            true => lines.written += 1,
+            false => lines.dropped += 1,
+        }
+        Taken { is_written, dropped_before }
+    }
+
+    /// Logs how many lines were dropped, as far as that was not logged yet.
+    pub fn end(&mut self, stage: &StageName) {
+        let lines = self.lines.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let (version, shard) = (String::new(), String::new());
+        let author = Author { stage: stage.clone(), version, shard };
+        log_dropped(&author, std::mem::take(&mut lines.dropped), lines.lines_per_s_max);
+    }
+}
+
+fn log_dropped(author: &Author, dropped: u64, lines_per_s_max: u32) {
+    if dropped > 0 {
+        let stage = author.stage.to_string();
+        metrics::counter!("shardmill_stage_log_lines_dropped_total", "stage" => stage)
+            .increment(dropped);
+        let message = format!("{dropped} lines dropped: more than {lines_per_s_max} a second");
+        emit(author, Level::Warn, &message);
+    }
+}
+
+/// Writes a line that [`line()`] made.
+pub(super) fn emit(author: &Author, level: Level, line: &str) {
+    let Author { stage, version, shard } = author;
+    match level {
+        Level::Trace => tracing::trace!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+        Level::Debug => tracing::debug!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+        Level::Info => tracing::info!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+        Level::Warn => tracing::warn!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+        Level::Error => tracing::error!(target: LOG_TARGET, %stage, version, shard, "{line}"),
+    }
+}
+
+/// Makes one line of bounded length, whatever the plugin wrote: a character that is escaped takes up to ten
+/// times its bytes. `hide` replaces secrets in what is copied of it.
+pub(super) fn line(message: &str, hide: impl FnOnce(String) -> String) -> String {
+    beginning(message, WORDS_BYTES_MAX, steers, hide)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shardmill_core::escape::AHEAD_BYTES;
+
+    fn shown(message: &str) -> String {
+        line(message, |copied| copied)
+    }
+
+    #[test]
+    fn wall_06_a_line_is_cut_before_it_is_copied() {
+        let message = "x".repeat(64 << 20);
+        let mut copied_bytes = 0;
+        let cut = line(&message, |copied| {
+            copied_bytes = copied.len();
+            "all hidden".into()
+        });
+        assert_eq!(copied_bytes, WORDS_BYTES_MAX + AHEAD_BYTES);
+        assert_eq!(cut, "all hidden… (67108864 bytes in all)");
+        assert_eq!(line("a secret", |copied| copied.replace("secret", "${S}")), "a ${S}");
+    }
+
+    #[test]
+    fn a_line_is_one_line_of_bounded_length() {
+        assert_eq!(shown("a\nb\x1b[2J"), "a\\nb\\u{1b}[2J");
+        let long = "ä".repeat(8 << 10);
+        let cut = shown(&long);
+        assert!(cut.len() < (8 << 10) + 64 && cut.ends_with("(16384 bytes in all)"), "{cut}");
+    }
+
+    #[test]
+    fn wall_09_a_line_of_escapes_is_not_longer_than_another() {
+        let cut = shown(&"\u{202e}".repeat(8 << 10));
+        assert!(cut.len() < (8 << 10) + 64, "{} bytes", cut.len());
+    }
+
+    #[test]
+    fn wall_09_lines_over_the_budget_of_a_stage_are_counted() {
+        let budget = LineBudget::default();
+        let begun = Instant::now();
+        let take = |ms| {
+            let taken = budget.taken(begun + Duration::from_millis(ms), 2);
+            (taken.is_written, taken.dropped_before)
+        };
+        assert_eq!(
+            [0, 1, 2, 3, 999].map(take),
+            [(true, 0), (true, 0), (false, 0), (false, 0), (false, 0)]
+        );
+        assert_eq!([1_000, 1_001, 1_002].map(take), [(true, 3), (true, 0), (false, 0)]);
+        assert_eq!(take(60_000), (true, 1));
+        assert_eq!(budget.taken(begun, 0), Taken { is_written: false, dropped_before: 0 });
+    }
+}

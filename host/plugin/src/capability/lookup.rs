@@ -1,0 +1,259 @@
+//! The capability `lookup`: rows of reference tables, by key.
+//!
+//! [`Lookup::get`] is the whole way: what [`cache`] knows is answered from it, what it does not is
+//! fetched from [`postgres`] or [`sqlite`] and kept, a query at a time. [`words`] is the form in which a
+//! plugin asks and is answered.
+//!
+//! A row is a JSON object of the columns behind the key, in their order, with the values as the
+//! sinks take them: numbers exact, times in ISO 8601, bytes in base64, SQL's NULL as null.
+
+mod cache;
+mod found;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+mod postgres;
+mod sqlite;
+pub mod words;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+
+use self::cache::{Cache, Row};
+use self::found::{ANSWER_BYTES_MAX, Found};
+use self::postgres::PostgresTable;
+use self::sqlite::SqliteTable;
+use shardmill_config::{LookupConfig, LookupSource};
+use shardmill_core::off_thread;
+use shardmill_core::rarely::Rarely;
+use shardmill_core::record::LookupName;
+
+/// How often a lookup says that its query gives rows which nobody asked for: a plugin may ask as often as
+/// it likes.
+const STRANGER_SAID_AFTER: Duration = Duration::from_secs(60);
+
+/// A reference table, shared by the lanes of a pipeline.
+pub struct Lookup {
+    name: LookupName,
+    timeout: Duration,
+    cache: Cache,
+    table: Table,
+    runtime: Handle,
+    /// Lines about rows which nobody asked for.
+    stranger_lines: Mutex<Rarely>,
+}
+
+/// Where rows come from.
+enum Table {
+    Postgres(Box<PostgresTable>),
+    Sqlite(Arc<SqliteTable>),
+}
+
+/// Why nothing was found out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct LookupError {
+    /// Whether the same question may be answered later.
+    pub retryable: bool,
+    /// Why, naming the lookup, in one line without secrets.
+    pub message: String,
+}
+
+impl LookupError {
+    fn retryable(message: impl Into<String>) -> Self {
+        Self { retryable: true, message: message.into() }
+    }
+
+    fn lasting(message: impl Into<String>) -> Self {
+        Self { retryable: false, message: message.into() }
+    }
+}
+
+impl Lookup {
+    /// A lookup as configured. Nothing is connected or opened yet. Its connections live on
+    /// `runtime`, which must drive time and the network.
+    ///
+    /// # Errors
+    /// When the connection string asks for what there is not.
+    pub fn new(config: &LookupConfig, runtime: Handle) -> Result<Self, LookupError> {
+        let (query, timeout) = (config.query.value.as_str(), config.timeout);
+        let table = match &config.source {
+            LookupSource::Postgres(url) => PostgresTable::new(url.reveal(), query, timeout)
+                .map(|table| Table::Postgres(Box::new(table))),
+            LookupSource::Sqlite(path) => {
+                Ok(Table::Sqlite(Arc::new(SqliteTable::new(path.clone(), query))))
+            }
+        };
+        let name = config.name.value.clone();
+        let table = table.map_err(|error| named(&name, error))?;
+        let cache = Cache::new(config.cache);
+        let stranger_lines = Mutex::new(Rarely::new(STRANGER_SAID_AFTER));
+        Ok(Self { name, timeout, cache, table, runtime, stranger_lines })
+    }
+
+    /// The name that plugins ask for.
+    pub fn name(&self) -> &LookupName {
+        &self.name
+    }
+
+    /// Proves that the table can be reached and that its query can run.
+    ///
+    /// # Errors
+    /// When it cannot, with what to do about it.
+    pub async fn prepare(&self) -> Result<(), LookupError> {
+        // A person waits here, and no batch: connecting alone may take longer than one query.
+        let deadline = Instant::now() + self.timeout.max(Duration::from_secs(10));
+        let prepared = match &self.table {
+            Table::Postgres(table) => table.prepare(deadline).await,
+            Table::Sqlite(table) => {
+                let table = Arc::clone(table);
+                let prepared = tokio::task::spawn_blocking(move || table.prepare(deadline)).await;
+                prepared.unwrap_or_else(|error| Err(LookupError::retryable(error.to_string())))
+            }
+        };
+        prepared.map_err(|error| named(&self.name, error))
+    }
+
+    /// The rows of `keys`, in their order; `None` where the query has no row. Blocks until
+    /// `deadline` at most: call it from a blocking thread, never from async code.
+    ///
+    /// # Errors
+    /// [`LookupError`]; then nothing is answered at all.
+    pub fn get(
+        &self,
+        keys: &[&str],
+        deadline: Instant,
+    ) -> Result<Vec<Option<Arc<str>>>, LookupError> {
+        self.get_within(keys, deadline, ANSWER_BYTES_MAX)
+    }
+
+    /// Does as [`Lookup::get`], and bounds the bytes of the rows that are fetched.
+    ///
+    /// # Errors
+    /// As [`Lookup::get`].
+    pub(super) fn get_within(
+        &self,
+        keys: &[&str],
+        deadline: Instant,
+        bytes_max: usize,
+    ) -> Result<Vec<Option<Arc<str>>>, LookupError> {
+        let rows = self.find(keys, deadline, bytes_max);
+        rows.map_err(|error| named(&self.name, error))
+    }
+
+    fn find(
+        &self,
+        keys: &[&str],
+        deadline: Instant,
+        bytes_max: usize,
+    ) -> Result<Vec<Row>, LookupError> {
+        let mut known: Vec<Option<Row>> = vec![None; keys.len()];
+        let (mut missed, mut absent, mut bytes) = (0, 0, 0);
+        loop {
+            // One query's keys at a time. What it finds is kept at once: other lanes wait for these keys.
+            let standing = self.cache.stand(keys, known);
+            known = standing.known;
+            let claim = standing.claim;
+            if !claim.keys.is_empty() {
+                let mut found = Found::within(bytes_max).after(bytes);
+                self.fetch(&claim.keys, deadline, &mut found)?;
+                bytes = found.bytes();
+                let found = found.into_rows();
+                claim.keep(&found);
+                missed += found.len();
+                absent += claim.keys.len() - found.len();
+                let claimed: HashSet<&str> = claim.keys.iter().map(|key| &**key).collect();
+                for (key, known) in keys.iter().zip(&mut known) {
+                    if known.is_none() && claimed.contains(key) {
+                        *known = Some(found.get(*key).cloned());
+                    }
+                }
+            }
+            drop(claim);
+            if standing.is_partial {
+                continue;
+            }
+            if standing.awaited == 0 {
+                break;
+            }
+            // Where a cache holds next to nothing, lanes may fetch each other's keys again and again.
+            if Instant::now() >= deadline || !self.cache.wait(keys, &known, deadline) {
+                return Err(LookupError::retryable("another lane's query took too long"));
+            }
+        }
+        self.count("hit", keys.len() - missed - absent);
+        self.count("miss", missed);
+        self.count("absent", absent);
+        Ok(known.into_iter().map(Option::flatten).collect())
+    }
+
+    /// Asks the table for keys that are all different, by one query.
+    fn fetch(
+        &self,
+        keys: &[Arc<str>],
+        deadline: Instant,
+        found: &mut Found,
+    ) -> Result<(), LookupError> {
+        let started = Instant::now();
+        let deadline = deadline.min(started + self.timeout);
+        match &self.table {
+            Table::Postgres(table) => {
+                let fetched =
+                    off_thread::wait_on(&self.runtime, table.fetch(keys, deadline, found));
+                fetched.unwrap_or_else(|| {
+                    Err(LookupError::retryable("no answer before the pipeline stopped"))
+                })?;
+            }
+            Table::Sqlite(table) => table.fetch(keys, deadline, found)?,
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        metrics::histogram!("shardmill_lookup_seconds", "lookup" => self.name.to_string())
+            .record(seconds);
+        if let Some(key) = found.first_stranger().filter(|_| self.may_say_stranger()) {
+            tracing::warn!(
+                lookup = %self.name,
+                "the query gave a row of the key {key:?}, which nobody asked for: its first column \
+                 is to be the key as it is asked for"
+            );
+        }
+        Ok(())
+    }
+
+    fn may_say_stranger(&self) -> bool {
+        let mut lines = self.stranger_lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.line(Instant::now()).is_some()
+    }
+
+    fn count(&self, result: &'static str, keys: usize) {
+        if keys > 0 {
+            let name = self.name.to_string();
+            metrics::counter!("shardmill_lookup_keys_total", "lookup" => name, "result" => result)
+                .increment(keys as u64);
+        }
+    }
+}
+
+impl fmt::Debug for Lookup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lookup").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+fn named(name: &LookupName, error: LookupError) -> LookupError {
+    LookupError { message: format!("lookup `{name}`: {}", error.message), ..error }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_its_lookup() {
+        let error = named(&"cars".into(), LookupError::lasting("gone"));
+        assert_eq!(error.to_string(), "lookup `cars`: gone");
+        assert!(!error.retryable);
+    }
+}

@@ -1,0 +1,334 @@
+//! One sandbox: a store with its limits and deadline, and the calls into it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use wasmtime::{ResourceLimiter, Store, StoreContextMut, Trap, UpdateDeadline};
+
+use super::capability::Caller;
+use super::clock::{CallTime, Over, Spent};
+use super::engine::ticks_of;
+use super::features::{PARTS_MAX, Parts};
+use super::{
+    Context, Descriptor, Failure, Outcome, Plugin, Services, WireBatch, bindings, descriptor,
+};
+use shardmill_config::StageLimits;
+use shardmill_core::escape::escaped;
+use shardmill_core::record::excerpt;
+use shardmill_core::system::LimitError;
+
+/// Bytes that `configure` may hand back, or to the host in one call: a descriptor of thousands of columns.
+const CONFIGURE_BYTES_MAX: usize = 1 << 20;
+
+/// A call that gave no answer. The instance is dead: drop it.
+#[derive(Clone, Debug)]
+pub struct CallError {
+    /// What kind of failure it was.
+    pub fault: CallFault,
+    /// What happened, in one line.
+    pub message: String,
+    /// The plugin's stack at the trap; empty when there is none.
+    pub backtrace: String,
+}
+
+/// How a call failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CallFault {
+    /// The plugin trapped.
+    Trap,
+    /// Its time was used up: its own, or by waiting for the host.
+    Timeout,
+    /// The machine did not give it the time to end. The plugin and its records are not to blame.
+    Starved,
+    /// It asked for more memory or table elements than it may have.
+    Memory,
+    /// It handed back more than it may.
+    Output,
+    /// Its component has more parts than one may have.
+    Parts,
+    /// The system did not give this process what a sandbox needs.
+    System,
+}
+
+impl CallError {
+    /// An answer that is more than the plugin may hand back.
+    pub fn output(excess: impl std::fmt::Display) -> Self {
+        Self {
+            fault: CallFault::Output,
+            message: format!("process handed back more than it may: {excess}"),
+            backtrace: String::new(),
+        }
+    }
+
+    /// An answer that breaks the plugin contract counts as a trap.
+    pub fn contract(violation: impl std::fmt::Display) -> Self {
+        Self {
+            fault: CallFault::Trap,
+            message: format!("the plugin broke its contract: {violation}"),
+            backtrace: String::new(),
+        }
+    }
+}
+
+impl std::fmt::Display for CallError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// What the store keeps: for the limiter, and for what the plugin asks of the host.
+pub struct Sandbox {
+    pub(super) caller: Caller,
+    /// Linear memories that its component has.
+    memories: usize,
+    memory_bytes: usize,
+    memory_bytes_max: usize,
+    table_elements: usize,
+    table_elements_max: usize,
+    refused: Option<String>,
+}
+
+impl ResourceLimiter for Sandbox {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        // wasmtime asks per memory; the limit holds for all of them together.
+        let total = self.memory_bytes + (desired - current);
+        if total > self.memory_bytes_max {
+            self.refused = Some(format!(
+                "asked for {total} bytes of memory, over its limit of {}",
+                self.memory_bytes_max
+            ));
+            return Ok(false);
+        }
+        self.memory_bytes = total;
+        Ok(true)
+    }
+
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        let total = self.table_elements + (desired - current);
+        if total > self.table_elements_max {
+            self.refused = Some(format!(
+                "asked for {total} table elements, over its limit of {}",
+                self.table_elements_max
+            ));
+            return Ok(false);
+        }
+        self.table_elements = total;
+        Ok(true)
+    }
+
+    fn instances(&self) -> usize {
+        PARTS_MAX.instances
+    }
+
+    fn tables(&self) -> usize {
+        PARTS_MAX.tables
+    }
+
+    fn memories(&self) -> usize {
+        PARTS_MAX.memories
+    }
+}
+
+/// A plugin's sandbox, configured and ready to be called.
+pub struct Instance {
+    store: Store<Sandbox>,
+    exports: bindings::PluginWithCapabilities,
+    limits: StageLimits,
+    starved: u32,
+    are_long: bool,
+}
+
+impl Instance {
+    /// Makes a sandbox and configures the plugin in it.
+    ///
+    /// # Errors
+    /// [`CallError`] when the plugin traps, takes too long, or refuses its configuration (then the
+    /// message is the plugin's own).
+    pub fn start(
+        plugin: &Plugin,
+        limits: &StageLimits,
+        context: &Context,
+        services: &Arc<Services>,
+    ) -> Result<(Self, Descriptor), CallError> {
+        let time = CallTime::of_ms(limits.configure_ms(), limits.host_ms_max);
+        let mut caller = Caller::new(services.clone(), &context.shard_id, limits);
+        caller.clock.begin(time);
+        let sandbox = Sandbox {
+            caller,
+            memories: plugin.memories,
+            memory_bytes: 0,
+            memory_bytes_max: limits.memory_bytes_max,
+            table_elements: 0,
+            table_elements_max: limits.table_elements_max,
+            refused: None,
+        };
+        let mut store = Store::new(plugin.engine.wasmtime(), sandbox);
+        store.limiter(|sandbox| sandbox);
+        store.epoch_deadline_callback(look);
+        store.set_epoch_deadline(1);
+        store.set_hostcall_fuel(limits.output_bytes_max.min(CONFIGURE_BYTES_MAX));
+        let exports = match plugin.pre.instantiate(&mut store) {
+            Ok(exports) => exports,
+            Err(error) => return Err(diagnose(&store, &error, "instantiation")),
+        };
+        let mut instance = Self { store, exports, limits: *limits, starved: 0, are_long: false };
+        let answer =
+            instance.exports.shardmill_plugin_stage().call_configure(&mut instance.store, context);
+        match answer {
+            Ok(Ok(descriptor)) => {
+                descriptor::check(&descriptor).map_err(CallError::contract)?;
+                instance.store.data_mut().caller.configured(&descriptor.version);
+                Ok((instance, descriptor))
+            }
+            Ok(Err(message)) => Err(CallError {
+                fault: CallFault::Trap,
+                // It may repeat a secret of its configuration, half of which would not be found.
+                message: format!(
+                    "configure refused: {}",
+                    escaped(&excerpt(services.values.hide(message).as_bytes()), &[])
+                ),
+                backtrace: String::new(),
+            }),
+            Err(error) => Err(diagnose(&instance.store, &error, "configure")),
+        }
+    }
+
+    /// Gives calls more time to get their CPU time, after `times` calls in a row that were starved.
+    pub fn starved_before(&mut self, times: u32) {
+        self.starved = times;
+    }
+
+    /// Whether the next calls are expected to last so long that their time is worth measuring.
+    pub fn measured(&mut self, are_long: bool) {
+        self.are_long = are_long;
+    }
+
+    /// Runs one batch, within this CPU time of the plugin's own.
+    ///
+    /// # Errors
+    /// [`CallError`]: the instance is dead and must be dropped.
+    pub fn process(
+        &mut self,
+        batch: &WireBatch,
+        limit_ms: u64,
+    ) -> Result<Result<Outcome, Failure>, CallError> {
+        // The first look at the clocks is at the next tick: before that, a call is over no limit.
+        self.store.set_epoch_deadline(1);
+        // What the host copies out of the plugin's memory for one answer or argument, before it looks at it.
+        self.store.set_hostcall_fuel(self.limits.output_bytes_max);
+        let sandbox = self.store.data_mut();
+        let time = CallTime::of_ms(limit_ms, Some(self.limits.host_ms(limit_ms)));
+        let time = time.after_starved(self.starved);
+        match self.are_long {
+            true => sandbox.caller.clock.begin_measured(time),
+            false => sandbox.caller.clock.begin(time),
+        }
+        // What an earlier call was refused, and got by without, is not this one's fault.
+        sandbox.refused = None;
+        let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);
+        answer.map_err(|error| diagnose(&self.store, &error, "process"))
+    }
+
+    /// The time of the last call, which has lasted `took`, without what it waited for a core.
+    pub fn busy(&self, took: Duration) -> Duration {
+        self.store.data().caller.clock.busy(took)
+    }
+
+    /// Bytes of linear memory that the instance holds.
+    pub fn memory_bytes(&self) -> usize {
+        self.store.data().memory_bytes
+    }
+}
+
+/// Looks at the clocks of the call under way: when the epoch has advanced so far that it may be over.
+fn look(mut store: StoreContextMut<'_, Sandbox>) -> wasmtime::Result<UpdateDeadline> {
+    let left = store.data_mut().caller.clock.look();
+    Ok(left.map_or(UpdateDeadline::Interrupt, |left| UpdateDeadline::Continue(ticks_of(left))))
+}
+
+/// Turns wasmtime's error into the kind, one line, and the backtrace.
+fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> CallError {
+    let backtrace = error
+        .downcast_ref::<wasmtime::WasmBacktrace>()
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    let root = escaped(&error.root_cause().to_string(), &[]);
+    let sandbox = store.data();
+    if let (Some(Trap::Interrupt), Some(over)) =
+        (error.downcast_ref::<Trap>(), sandbox.caller.clock.over())
+    {
+        let (fault, message) = out_of_time(over, call);
+        return CallError { fault, message, backtrace };
+    }
+    let (fault, message) = match (error.downcast_ref::<Trap>(), &sandbox.refused) {
+        // wasmtime's words; the limits are ours.
+        (None, _) if root.starts_with("resource limit exceeded:") => {
+            let Parts { memories, tables, instances, .. } = PARTS_MAX;
+            let message = format!(
+                "{call} failed: {root}; the components of a plugin may have {memories} memories, {tables} \
+                 tables and {instances} instances of modules together"
+            );
+            (CallFault::Parts, message)
+        }
+        (_, Some(refused)) => (CallFault::Memory, format!("{call} {refused}, then: {root}")),
+        (Some(trap), None) => (CallFault::Trap, format!("{call} trapped: {trap}")),
+        (None, None) if root.contains("fuel") => {
+            (CallFault::Output, format!("{call} handed back more than it may: {root}"))
+        }
+        (None, None) => match LimitError::of_refusal(&root, sandbox.memories) {
+            Some(limit) => (CallFault::System, format!("{call} failed: {root}: {limit}")),
+            None => (CallFault::Trap, format!("{call} failed: {root}")),
+        },
+    };
+    // Many plugins do not get by without the answer: why there was none is what helps.
+    let (fault, message) = match sandbox.caller.clock.late() {
+        Some((host_call, budget)) if fault == CallFault::Trap => {
+            let budget_ms = budget.as_millis();
+            let late = format!("its call of {host_call} had used up its {budget_ms} ms");
+            (CallFault::Timeout, format!("{message}; {late} (limits.host_time)"))
+        }
+        _ => (fault, message),
+    };
+    CallError { fault, message, backtrace }
+}
+
+/// The kind and the words of a call that was ended for its time.
+fn out_of_time((over, spent, time): (Over, Spent, CallTime), call: &str) -> (CallFault, String) {
+    let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
+    match over {
+        Over::Cpu => {
+            let limit_ms = time.cpu_max.as_millis();
+            (
+                CallFault::Timeout,
+                format!("{call} took longer than its limit of {limit_ms} ms of CPU time"),
+            )
+        }
+        Over::Host => {
+            let (host, wall) = (seconds(spent.host), seconds(spent.wall));
+            let budget_ms = time.host_max.as_millis();
+            let message = format!(
+                "{call} waited for the host for {host} of {wall}, though each call of the host ended within \
+                 its {budget_ms} ms (limits.host_time)"
+            );
+            (CallFault::Timeout, message)
+        }
+        Over::Starved => {
+            let (wall, cpu_ms) = (seconds(spent.wall), spent.cpu.as_millis());
+            let message = format!(
+                "{call} got {cpu_ms} ms of CPU time within {wall}: the machine is too busy; it is run again, \
+                 and no record is blamed"
+            );
+            (CallFault::Starved, message)
+        }
+    }
+}

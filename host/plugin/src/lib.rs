@@ -1,0 +1,278 @@
+//! Plugins: from a file's bytes to a sandboxed instance that can be called.
+//!
+//! [`Plugin::load`] proves that the bytes are a component of our world and compiles them (or takes
+//! the compiled form from [`cache`]); [`Instance`] is one sandbox: a store with its limits, its
+//! deadline and the typed calls. What a stage does with the answers is not known here.
+
+mod bindings;
+mod cache;
+pub mod capability;
+mod clock;
+pub mod compile;
+mod descriptor;
+mod engine;
+mod features;
+mod instance;
+mod links;
+#[path = "../../../wit/0.1.0/words.rs"]
+mod words;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use wasmtime::component::{Component, Linker};
+
+pub use bindings::exports::shardmill::plugin::stage::{
+    Batch as WireBatch, Context, Descriptor, Failure, Outcome,
+};
+pub use bindings::shardmill::plugin::types::{Column, Route};
+pub use cache::CompileCache;
+pub use capability::{Backends, LOG_TARGET, Services, count_values_by};
+use compile::CompileError;
+pub use descriptor::check_column;
+pub use engine::PluginEngine;
+pub use features::{PARTS_MAX, Parts};
+pub use instance::{CallError, CallFault, Instance};
+pub use words::{Input, Output, Reject, Span};
+
+use shardmill_config::{Capability, WIT_VERSION};
+use shardmill_core::record::Digest;
+
+/// The interface that a plugin exports, without its version.
+const STAGE_INTERFACE: &str = "shardmill:plugin/stage";
+
+/// Why bytes are not a plugin that this host can run.
+#[derive(Debug, thiserror::Error)]
+pub enum PluginError {
+    /// The file cannot be read.
+    #[error("failed to read plugin {path}: {cause}")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// What the system says.
+        cause: std::io::Error,
+    },
+    /// The bytes do not begin as WebAssembly does.
+    #[error(
+        "{path} is no WebAssembly: it begins with {begins}; build a component with `shardmill plugin build`"
+    )]
+    NoWasm {
+        /// The file.
+        path: String,
+        /// Its first bytes in hex.
+        begins: String,
+    },
+    /// A core module: what compilers write before it is wrapped.
+    #[error(
+        "{path} is a core WebAssembly module, not a component; wrap it with `shardmill plugin build`"
+    )]
+    CoreModule {
+        /// The file.
+        path: String,
+    },
+    /// A component that exports something else.
+    #[error("{path} does not export {STAGE_INTERFACE}@{WIT_VERSION}: {found}")]
+    OtherWorld {
+        /// The file.
+        path: String,
+        /// What it exports instead, and the way out.
+        found: String,
+    },
+    /// A component that asks for what no host gives.
+    #[error(
+        "{path} imports {imports}, which shardmill does not have: a plugin may import capabilities \
+         ({capabilities}) and nothing else; WASI is answered inside of the component, by \
+         `shardmill plugin build`"
+    )]
+    Imports {
+        /// The file.
+        path: String,
+        /// The interfaces or functions, by name.
+        imports: String,
+        /// What it may import.
+        capabilities: String,
+    },
+    /// It does not compile within its limits, or not at all.
+    #[error("{path} does not compile: {cause}")]
+    Uncompiled {
+        /// The file.
+        path: String,
+        /// Why.
+        cause: CompileError,
+    },
+    /// wasmtime refuses it.
+    #[error("{path} is not a valid component: {cause}")]
+    Invalid {
+        /// The file.
+        path: String,
+        /// What wasmtime says.
+        cause: String,
+    },
+}
+
+/// What plugins are loaded with.
+#[derive(Clone)]
+pub struct PluginHost {
+    /// The engine that runs them.
+    pub engine: PluginEngine,
+    /// Who compiles them, and where compiled code is kept.
+    pub cache: CompileCache,
+    /// What their capabilities answer from.
+    pub backends: Backends,
+}
+
+/// A compiled component of our world; cheap to clone.
+#[derive(Clone)]
+pub struct Plugin {
+    /// The digest of its bytes.
+    pub digest: Digest,
+    /// Where it came from, for messages.
+    pub path: Arc<str>,
+    /// What it asks of the host. Its stage must grant all of it.
+    pub capabilities: Arc<BTreeSet<Capability>>,
+    /// The size of its component, in bytes.
+    pub component_bytes: usize,
+    /// Linear memories that an instance has.
+    pub memories: usize,
+    pre: bindings::PluginWithCapabilitiesPre<instance::Sandbox>,
+    engine: PluginEngine,
+}
+
+impl fmt::Debug for Plugin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Plugin({}@{})", self.path, self.digest.short())
+    }
+}
+
+impl Plugin {
+    /// Reads, checks and compiles a plugin's file.
+    ///
+    /// # Errors
+    /// [`PluginError`], naming the file.
+    pub fn load_file(
+        engine: &PluginEngine,
+        cache: &CompileCache,
+        path: &Path,
+    ) -> Result<(Self, Bytes), PluginError> {
+        let shown = shardmill_core::escape::path(path);
+        let bytes = std::fs::read(path)
+            .map_err(|cause| PluginError::Unreadable { path: shown.clone(), cause })?;
+        Ok((Self::load(engine, cache, &shown, &bytes)?, bytes.into()))
+    }
+
+    /// Checks and compiles a plugin's bytes; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`PluginError`], naming the path.
+    pub fn load(
+        engine: &PluginEngine,
+        cache: &CompileCache,
+        path: &str,
+        bytes: &[u8],
+    ) -> Result<Self, PluginError> {
+        check_layer(path, bytes)?;
+        let digest = Digest::of(bytes);
+        let invalid = |cause: wasmtime::Error| PluginError::Invalid {
+            path: path.into(),
+            cause: format!("{cause:#}"),
+        };
+        let component = cache
+            .component(engine, &digest, bytes)
+            .map_err(|cause| PluginError::Uncompiled { path: path.into(), cause })?;
+        let capabilities = check_world(engine, path, &component)?;
+        // Not known of a component that imports modules, which is refused just above.
+        let memories = component
+            .resources_required()
+            .map_or(PARTS_MAX.memories, |it| it.num_memories as usize);
+        let pre = linker(engine)
+            .and_then(|linker| linker.instantiate_pre(&component))
+            .and_then(bindings::PluginWithCapabilitiesPre::new)
+            .map_err(invalid)?;
+        Ok(Self {
+            digest,
+            path: path.into(),
+            capabilities: capabilities.into(),
+            component_bytes: bytes.len(),
+            memories,
+            pre,
+            engine: engine.clone(),
+        })
+    }
+}
+
+/// Tells a component from a core module and from what is no WebAssembly at all.
+///
+/// Source: the component model's `Binary.md`: magic, then a version and a layer of 16 bits each;
+/// layer 0 is a core module, layer 1 a component.
+fn check_layer(path: &str, bytes: &[u8]) -> Result<(), PluginError> {
+    match bytes {
+        [b'\0', b'a', b's', b'm', _, _, 1, 0, ..] => Ok(()),
+        [b'\0', b'a', b's', b'm', _, _, 0, 0, ..] => {
+            Err(PluginError::CoreModule { path: path.into() })
+        }
+        _ => Err(PluginError::NoWasm {
+            path: path.into(),
+            begins: match bytes {
+                [] => "nothing (the file is empty)".into(),
+                _ => hex::encode(&bytes[..bytes.len().min(4)]),
+            },
+        }),
+    }
+}
+
+/// Offers every capability; what a component imports is checked against its stage's grants.
+fn linker(engine: &PluginEngine) -> wasmtime::Result<Linker<instance::Sandbox>> {
+    let mut linker = Linker::new(engine.wasmtime());
+    capability::offer(&mut linker)?;
+    Ok(linker)
+}
+
+/// Checks the exports against our world, and gives the capabilities among the imports.
+fn check_world(
+    engine: &PluginEngine,
+    path: &str,
+    component: &Component,
+) -> Result<BTreeSet<Capability>, PluginError> {
+    let world = component.component_type();
+    let ours = format!("{STAGE_INTERFACE}@{WIT_VERSION}");
+    let exports: Vec<&str> = world.exports(engine.wasmtime()).map(|(name, _)| name).collect();
+    if !exports.contains(&ours.as_str()) {
+        let other_version = exports.iter().find(|name| name.starts_with(STAGE_INTERFACE));
+        let found = match (other_version, exports.as_slice()) {
+            (Some(other), _) => {
+                format!("it was built for {other}; rebuild it with the SDK of this host's version")
+            }
+            (None, []) => {
+                "it exports nothing; build it for the world `shardmill:plugin/plugin`".into()
+            }
+            (None, some) => format!(
+                "it exports {}; build it for the world `shardmill:plugin/plugin`",
+                some.join(", ")
+            ),
+        };
+        return Err(PluginError::OtherWorld { path: path.into(), found });
+    }
+    let mut capabilities = BTreeSet::new();
+    let mut unknown = Vec::new();
+    for (name, _) in world.imports(engine.wasmtime()) {
+        // Our own `types` holds no function: every component of the world imports it.
+        if name.starts_with("shardmill:plugin/types@") {
+            continue;
+        }
+        match Capability::ALL.into_iter().find(|one| one.interface() == name) {
+            Some(capability) => _ = capabilities.insert(capability),
+            None => unknown.push(name),
+        }
+    }
+    if unknown.is_empty() {
+        return Ok(capabilities);
+    }
+    Err(PluginError::Imports {
+        path: path.into(),
+        imports: unknown.join(", "),
+        capabilities: Capability::ALL.map(Capability::name).join(", "),
+    })
+}

@@ -1,0 +1,280 @@
+//! Who may ask for what at the admin port and the control port.
+//!
+//! | request | no token | `read_token` | `token` |
+//! |---|---|---|---|
+//! | `/health/…` | live, ready or blocked | the same | with causes |
+//! | `/metrics`, `/status` | where none is configured, and the host is known | yes | with causes |
+//! | changes, their history, what they show of records | no | no | yes |
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+
+use super::PlainJson;
+use shardmill_config::{AdminConfig, Secret};
+use shardmill_core::record::Digest;
+use shardmill_ports::names;
+
+/// Right that a route asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Right {
+    /// Metrics and the state of the lanes.
+    Read,
+    /// Changes, and what records hold.
+    Change,
+}
+
+/// Who asks, by what a request brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// Somebody with the token.
+    Owner,
+    /// Somebody with the read token.
+    Reader,
+    /// Somebody with another token, or with several `Authorization` headers.
+    Stranger,
+    /// Somebody without a token.
+    Nobody,
+}
+
+/// Why a request is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    NoToken,
+    WrongToken,
+    ReadOnly,
+    UnknownHost,
+    Page,
+}
+
+/// The tokens of a port, and the names that it is known by; clones share them.
+#[derive(Clone)]
+pub struct Access(Arc<Rules>);
+
+struct Rules {
+    /// `None`: none is configured, and nothing can be changed here.
+    token: Option<Digest>,
+    read_token: Option<Digest>,
+    /// Whether `/metrics` and `/status` ask for a token.
+    is_reading_guarded: bool,
+    hosts: Vec<String>,
+    /// Where the token is found, for messages.
+    token_place: &'static str,
+}
+
+impl Access {
+    /// The rules of an admin port. `own` is the token of this run, which counts where none is configured.
+    /// Without it nothing can be changed at the port.
+    pub fn of(config: &AdminConfig, own: Option<&Secret>) -> Self {
+        let (token, token_place) = match (&config.token, own) {
+            (Some(token), _) => (Some(token), "the `token` of [admin]"),
+            (None, Some(own)) => {
+                (Some(own), "the token in admin.token of the pipeline's state folder")
+            }
+            (None, None) => (None, "the `read_token` of [admin]"),
+        };
+        Self(Arc::new(Rules {
+            token: token.map(digest),
+            read_token: config.read_token.as_ref().map(digest),
+            is_reading_guarded: config.token.is_some() || config.read_token.is_some(),
+            hosts: config.hosts.clone(),
+            token_place,
+        }))
+    }
+
+    /// The rules of a control port: all asks for its token.
+    pub fn with_token_only(token: &Secret) -> Self {
+        Self(Arc::new(Rules {
+            token: Some(digest(token)),
+            read_token: None,
+            is_reading_guarded: true,
+            hosts: Vec::new(),
+            token_place: "the token in control.json of the pipeline's state folder",
+        }))
+    }
+
+    /// Who asks.
+    pub fn caller(&self, headers: &HeaderMap) -> Caller {
+        let mut values = headers.get_all(header::AUTHORIZATION).iter();
+        let value = match (values.next(), values.next()) {
+            (None, _) => return Caller::Nobody,
+            (Some(value), None) => value,
+            // A proxy may have checked one of them and passed both on.
+            (Some(_), Some(_)) => return Caller::Stranger,
+        };
+        let brought = value.to_str().ok().and_then(bearer).unwrap_or_default();
+        // Compared by digest: how long that takes says nothing about the token.
+        let brought = Digest::of(brought.as_bytes());
+        if self.0.token.as_ref() == Some(&brought) {
+            Caller::Owner
+        } else if self.0.read_token.as_ref() == Some(&brought) {
+            Caller::Reader
+        } else {
+            Caller::Stranger
+        }
+    }
+
+    fn admit(&self, right: Right, request: &Request) -> Result<(), Refusal> {
+        let is_known = names::is_direct(request, &self.0.hosts);
+        let is_of_page = names::is_of_page(request.headers());
+        let caller = self.caller(request.headers());
+        decide(right, caller, self.0.is_reading_guarded, is_known, is_of_page)
+    }
+
+    fn refused(&self, refusal: Refusal, request: &Request) -> Response {
+        let place = self.0.token_place;
+        let (status, cause) = match refusal {
+            Refusal::NoToken => (
+                StatusCode::UNAUTHORIZED,
+                format!(
+                    "the token is missing: expected {place}, as `Authorization: Bearer TOKEN`; the commands of \
+                     shardmill find it themselves"
+                ),
+            ),
+            Refusal::WrongToken => (
+                StatusCode::UNAUTHORIZED,
+                format!(
+                    "the token is wrong: expected {place}, in one header `Authorization: Bearer TOKEN`"
+                ),
+            ),
+            Refusal::ReadOnly => (
+                StatusCode::FORBIDDEN,
+                format!("`read_token` opens /metrics and /status only: send {place}"),
+            ),
+            Refusal::UnknownHost => {
+                let host = names::host_of(request).unwrap_or_default();
+                let cause = format!(
+                    "unknown host {host:?}: expected an address, localhost or a name in `hosts` of [admin]; \
+                     add it there, or send the token"
+                );
+                (StatusCode::FORBIDDEN, cause)
+            }
+            Refusal::Page => (
+                StatusCode::FORBIDDEN,
+                "requests from pages in browsers are refused: send the token".to_owned(),
+            ),
+        };
+        let mut response =
+            (status, PlainJson(serde_json::json!({ "error": cause }))).into_response();
+        if status == StatusCode::UNAUTHORIZED {
+            let scheme = header::HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
+        }
+        response
+    }
+}
+
+/// Lets only those use routes who have the right to.
+pub fn guarded(routes: Router, access: Access, right: Right) -> Router {
+    let admit = move |State(access): State<Access>, request: Request, next: Next| async move {
+        match access.admit(right, &request) {
+            Ok(()) => next.run(request).await,
+            Err(refusal) => access.refused(refusal, &request),
+        }
+    };
+    routes.layer(middleware::from_fn_with_state(access, admit))
+}
+
+fn decide(
+    right: Right,
+    caller: Caller,
+    is_reading_guarded: bool,
+    is_host_known: bool,
+    is_of_page: bool,
+) -> Result<(), Refusal> {
+    match (right, caller) {
+        // A page cannot have it, whatever name it came by.
+        (_, Caller::Owner) | (Right::Read, Caller::Reader) => Ok(()),
+        (Right::Change, Caller::Reader) => Err(Refusal::ReadOnly),
+        (_, Caller::Stranger) => Err(Refusal::WrongToken),
+        (Right::Change, Caller::Nobody) => Err(Refusal::NoToken),
+        (Right::Read, Caller::Nobody) if is_reading_guarded => Err(Refusal::NoToken),
+        (Right::Read, Caller::Nobody) if !is_host_known => Err(Refusal::UnknownHost),
+        (Right::Read, Caller::Nobody) if is_of_page => Err(Refusal::Page),
+        (Right::Read, Caller::Nobody) => Ok(()),
+    }
+}
+
+/// Reads the token of `Bearer TOKEN`; the scheme's case is free (RFC 9110, section 11.1).
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+fn digest(secret: &Secret) -> Digest {
+    Digest::of(secret.reveal().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_05_each_right_asks_for_its_token() {
+        use Caller::{Nobody, Owner, Reader, Stranger};
+        use Right::{Change, Read};
+        let (no, wrong, less) = (Refusal::NoToken, Refusal::WrongToken, Refusal::ReadOnly);
+        let (host, page) = (Refusal::UnknownHost, Refusal::Page);
+        // The right, who asks, whether reading asks for a token, whether the host is known, whether it comes
+        // from a page.
+        for (right, caller, guarded, known, of_page, decided) in [
+            (Read, Nobody, false, true, false, Ok(())),
+            (Read, Nobody, false, false, false, Err(host)),
+            (Read, Nobody, false, true, true, Err(page)),
+            (Read, Nobody, true, true, false, Err(no)),
+            (Read, Reader, true, false, true, Ok(())),
+            (Read, Owner, true, false, true, Ok(())),
+            (Read, Stranger, false, true, false, Err(wrong)),
+            (Change, Nobody, false, true, false, Err(no)),
+            (Change, Nobody, true, true, false, Err(no)),
+            (Change, Reader, true, true, false, Err(less)),
+            (Change, Stranger, false, true, false, Err(wrong)),
+            (Change, Owner, false, false, true, Ok(())),
+        ] {
+            let found = decide(right, caller, guarded, known, of_page);
+            assert_eq!(found, decided, "{right:?} {caller:?} {guarded} {known} {of_page}");
+        }
+    }
+
+    #[test]
+    fn wall_15_without_a_configured_token_the_one_of_the_run_counts() {
+        let config = AdminConfig {
+            listen: ([127, 0, 0, 1], 9901).into(),
+            token: None,
+            read_token: Some(Secret::new("reads")),
+            hosts: Vec::new(),
+            connections_max: 8,
+            per_peer_max: None,
+        };
+        let access = Access::of(&config, Some(&Secret::new("own")));
+        let caller = |value: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::AUTHORIZATION, header::HeaderValue::from_static(value));
+            access.caller(&headers)
+        };
+        assert_eq!(access.caller(&HeaderMap::new()), Caller::Nobody);
+        assert_eq!(caller("Bearer own"), Caller::Owner);
+        assert_eq!(caller("bearer  own"), Caller::Owner);
+        assert_eq!(caller("Bearer reads"), Caller::Reader);
+        for other in ["Bearer ", "Bearer", "", "own", "Basic own", "Bearer own own"] {
+            assert_eq!(caller(other), Caller::Stranger, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn wall_05_of_two_tokens_none_counts() {
+        let access = Access::with_token_only(&Secret::new("own"));
+        for (first, second) in [("own", "own"), ("own", "other"), ("other", "own")] {
+            let mut headers = HeaderMap::new();
+            for token in [first, second] {
+                let value = format!("Bearer {token}").parse().expect("a header");
+                headers.append(header::AUTHORIZATION, value);
+            }
+            assert_eq!(access.caller(&headers), Caller::Stranger, "{first} {second}");
+        }
+    }
+}

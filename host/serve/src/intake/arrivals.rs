@@ -1,0 +1,251 @@
+//! Bodies that arrive: their bytes are reserved as they come, and one of which nothing comes, or a byte now and
+//! then, gives its bytes back when another needs them.
+//!
+//! Without that, a few clients that send all but the last byte would hold the whole budget, and everybody else
+//! would be turned away until their deadline.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+
+use super::BODY_BYTES_MIN;
+use shardmill_core::budget::{Budget, Permit};
+use shardmill_ports::Pace;
+
+/// Time by which a body is behind the slowest pace before it gives way: longer than a packet takes that is
+/// sent again.
+const STALL_MIN: Duration = Duration::from_secs(1);
+/// Time for which bytes are waited for that a body gives back.
+const GIVE_BACK_MAX: Duration = Duration::from_millis(200);
+/// Pause between two looks whether they are there.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+
+type ArrivalId = u64;
+
+/// Refusal of bytes that do not fit now.
+#[derive(Debug)]
+pub(super) struct NoRoom;
+
+/// All bodies that arrive, and the budget that they share with what is on its way; its clones share it.
+#[derive(Clone)]
+pub(super) struct Arrivals {
+    budget: Budget,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    arriving: HashMap<ArrivalId, Arriving>,
+    next_id: ArrivalId,
+}
+
+/// A body that is not complete.
+#[derive(Clone)]
+struct Arriving {
+    bytes: usize,
+    pace: Pace,
+    give_way: CancellationToken,
+}
+
+/// A body that arrives; its bytes are given back when it is dropped.
+pub(super) struct Arrival {
+    id: ArrivalId,
+    state: Arc<Mutex<State>>,
+    give_way: CancellationToken,
+    bytes: Vec<u8>,
+    reserved: Permit,
+}
+
+impl Arrivals {
+    pub fn new(budget: Budget) -> Self {
+        Self { budget, state: Arc::default() }
+    }
+
+    /// The bound of the budget, in bytes.
+    pub fn bytes_max(&self) -> usize {
+        self.budget.bytes_max()
+    }
+
+    /// Begins a body. It holds nothing yet.
+    pub fn begin(&self) -> Arrival {
+        let give_way = CancellationToken::new();
+        let mut state = lock(&self.state);
+        let id = state.next_id;
+        state.next_id += 1;
+        let pace = Pace::begin(Instant::now());
+        let arriving = Arriving { bytes: 0, pace, give_way: give_way.clone() };
+        state.arriving.insert(id, arriving);
+        drop(state);
+        let reserved = self.budget.empty();
+        Arrival { id, state: self.state.clone(), give_way, bytes: Vec::new(), reserved }
+    }
+
+    /// Adds bytes that came to a body of `bytes_max` at most.
+    ///
+    /// # Errors
+    /// [`NoRoom`].
+    pub async fn add(
+        &self,
+        arrival: &mut Arrival,
+        piece: &[u8],
+        bytes_max: usize,
+    ) -> Result<(), NoRoom> {
+        // Before room is made: this one may not stall any more.
+        self.note(arrival, piece.len());
+        let needed = arrival.bytes.len() + piece.len();
+        let held = arrival.reserved.bytes();
+        if needed > held {
+            // What is held counts, so memory grows by what is reserved.
+            let wanted = needed.max(held * 2).max(BODY_BYTES_MIN).min(bytes_max).max(needed);
+            let own = Some(arrival.id);
+            let is_there = self.grow(&mut arrival.reserved, wanted - held, own).await
+                || self.grow(&mut arrival.reserved, needed - held, own).await;
+            if !is_there {
+                return Err(NoRoom);
+            }
+            let more = arrival.reserved.bytes() - arrival.bytes.len();
+            arrival.bytes.reserve_exact(more);
+        }
+        arrival.bytes.extend_from_slice(piece);
+        self.note(arrival, 0);
+        Ok(())
+    }
+
+    /// Notes what a body holds, and that bytes of it came.
+    fn note(&self, arrival: &Arrival, came: usize) {
+        if let Some(arriving) = lock(&self.state).arriving.get_mut(&arrival.id) {
+            arriving.bytes = arrival.reserved.bytes();
+            arriving.pace.came(came, Instant::now());
+        }
+    }
+
+    /// Takes more bytes. Where there are not as many, bodies of which nothing comes give theirs back.
+    pub async fn try_grow(&self, reserved: &mut Permit, bytes: usize) -> bool {
+        self.grow(reserved, bytes, None).await
+    }
+
+    /// The same for a body that arrives, which does not give way to itself.
+    async fn grow(&self, reserved: &mut Permit, bytes: usize, own: Option<ArrivalId>) -> bool {
+        if reserved.try_grow(bytes) {
+            return true;
+        }
+        if bytes > self.budget.bytes_max() || !self.ask(bytes, own, Instant::now()) {
+            return false;
+        }
+        let begun = Instant::now();
+        while begun.elapsed() < GIVE_BACK_MAX {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            if reserved.try_grow(bytes) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Asks bodies of which nothing comes to give way, the longest wait first, until `bytes` are on their way
+    /// back; whether any was asked.
+    fn ask(&self, bytes: usize, own: Option<ArrivalId>, now: Instant) -> bool {
+        let mut state = lock(&self.state);
+        let asked = stalled(&state.arriving, bytes, own, now);
+        for id in &asked {
+            if let Some(arriving) = state.arriving.remove(id) {
+                arriving.give_way.cancel();
+            }
+        }
+        !asked.is_empty()
+    }
+}
+
+/// Chooses the bodies that give way for `bytes` of the body `own`: of the others that hold some and are behind by
+/// [`STALL_MIN`], those that are furthest behind.
+fn stalled(
+    arriving: &HashMap<ArrivalId, Arriving>,
+    bytes: usize,
+    own: Option<ArrivalId>,
+    now: Instant,
+) -> Vec<ArrivalId> {
+    let is_stalled = |one: &Arriving| {
+        let behind = now.saturating_duration_since(one.pace.behind_since());
+        one.bytes > 0 && behind >= STALL_MIN
+    };
+    let others = arriving.iter().filter(|(id, _)| Some(**id) != own);
+    let mut stalled: Vec<_> = others.filter(|(_, one)| is_stalled(one)).collect();
+    stalled.sort_by_key(|(id, one)| (one.pace.behind_since(), **id));
+    let mut given = 0;
+    let enough = stalled.into_iter().take_while(|(_, one)| {
+        let is_needed = given < bytes;
+        given += one.bytes;
+        is_needed
+    });
+    enough.map(|(id, _)| *id).collect()
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Arrival {
+    /// Bytes that have come.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Ends when the body has to give way to another.
+    pub async fn gave_way(&self) {
+        self.give_way.cancelled().await;
+    }
+
+    /// The whole body, with what it holds.
+    pub fn finish(mut self) -> (Bytes, Permit) {
+        let bytes = std::mem::take(&mut self.bytes);
+        // A `Vec` may have more room than it was asked for, and keeps what it has.
+        let mut reserved = self.reserved.split(usize::MAX);
+        reserved.resize(bytes.capacity());
+        (bytes.into(), reserved)
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        lock(&self.state).arriving.remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_03_bodies_of_which_nothing_comes_give_way_the_longest_wait_first() {
+        let now = Instant::now();
+        let ago = |ms| now.checked_sub(Duration::from_millis(ms)).expect("uptime");
+        let arriving: HashMap<_, _> = [(0, 10, 5_000), (1, 10, 9_000), (2, 10, 500), (3, 0, 9_999)]
+            .into_iter()
+            .map(|(id, bytes, ms)| {
+                let pace = Pace::begin(ago(ms));
+                (id, Arriving { bytes, pace, give_way: CancellationToken::new() })
+            })
+            .collect();
+        for (bytes, asked) in [(0, &[][..]), (1, &[1]), (10, &[1]), (11, &[1, 0]), (99, &[1, 0])] {
+            assert_eq!(stalled(&arriving, bytes, None, now), asked, "{bytes}");
+        }
+        assert_eq!(stalled(&arriving, 1, Some(1), now), [0], "a body does not give way to itself");
+    }
+
+    #[tokio::test]
+    async fn wall_03_a_body_holds_what_has_come_of_it() {
+        let arrivals = Arrivals::new(Budget::new(100, "test"));
+        let mut arrival = arrivals.begin();
+        arrivals.add(&mut arrival, &[1; 10], 90).await.expect("room");
+        // A second one has room for what the first has not sent.
+        let mut other = arrivals.begin();
+        assert!(arrivals.add(&mut other, &[2; 10], 10).await.is_ok());
+        assert!(arrivals.add(&mut other, &[2; 90], 100).await.is_err());
+        drop(other);
+        let (bytes, reserved) = arrival.finish();
+        assert_eq!((&bytes[..], reserved.bytes()), (&[1; 10][..], 90));
+    }
+}

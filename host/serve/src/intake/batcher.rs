@@ -1,0 +1,264 @@
+//! Merges the records of many requests into shared PutRecords calls, and answers each request when
+//! the stream has all of its records.
+//!
+//! One call is under way at a time. What it refuses for now goes back to the front of the queue, in
+//! its order; a request that is refused for longer than [`REFUSED_MAX`] is given up.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use shardmill_core::budget::Permit;
+use shardmill_core::rarely::Rarely;
+use shardmill_kinesis::producer::{
+    BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
+};
+
+/// How long the first record of a call waits for others: little beside a call's own time.
+const LINGER: Duration = Duration::from_millis(5);
+/// How long a request may be refused, or the stream be silent, before the client is told.
+pub(super) const REFUSED_MAX: Duration = Duration::from_secs(10);
+/// The pause before what was refused is put again: a shard's limits are by the second.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// The records of one HTTP request.
+pub(super) struct Submission {
+    /// At least one.
+    pub records: Vec<NewRecord>,
+    /// Their bytes, given back when the request is answered.
+    pub reserved: Permit,
+    /// Told once, when nothing of the request is under way any more.
+    pub answer: oneshot::Sender<Result<(), Refusal>>,
+}
+
+/// Why the stream does not have all records of a request. It may have some of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// For good: the same request would be refused again.
+    Records(String),
+    /// The stream is out of reach, throttled, or gone.
+    Stream(String),
+}
+
+/// Puts submissions until all senders are gone and all are answered. `failing` shows since when no
+/// call succeeds, by its cause; `None` while calls do.
+pub(super) async fn run(
+    writer: StreamWriter,
+    mut submissions: mpsc::Receiver<Submission>,
+    failing: watch::Sender<Option<String>>,
+) {
+    let mut queue = Queue::default();
+    let mut failing_since: Option<Instant> = None;
+    let mut lines = Rarely::default();
+    while queue.fill(&mut submissions).await {
+        let call = queue.cut();
+        let begun = Instant::now();
+        let answer = match tokio::time::timeout(REFUSED_MAX, writer.put(&call.records)).await {
+            Ok(answer) => answer.map_err(Failure::from),
+            Err(_) => Err(Failure::Later(format!("no answer within {} s", REFUSED_MAX.as_secs()))),
+        };
+        match &answer {
+            Err(Failure::Later(cause) | Failure::Stream(cause)) => {
+                if let Some(left_out) = lines.line(Instant::now()) {
+                    tracing::warn!(%cause, left_out, "the intake cannot put");
+                }
+                failing_since.get_or_insert(begun);
+                failing.send_replace(Some(cause.clone()));
+            }
+            Ok(_) | Err(Failure::Records(_)) => {
+                failing_since = None;
+                failing.send_replace(None);
+            }
+        }
+        let is_refused = queue.settle(call, answer, begun);
+        if let Some(since) = failing_since
+            && since.elapsed() >= REFUSED_MAX
+        {
+            let cause = failing.borrow().clone().unwrap_or_default();
+            queue.give_up(&cause);
+        } else if is_refused {
+            tokio::time::sleep(RETRY_PAUSE).await;
+        }
+    }
+}
+
+/// Why a call failed as a whole.
+enum Failure {
+    Later(String),
+    Records(String),
+    Stream(String),
+}
+
+impl From<PutError> for Failure {
+    fn from(error: PutError) -> Self {
+        match error {
+            PutError::Later(error) => Self::Later(error.to_string()),
+            PutError::Records(error) => Self::Records(error.to_string()),
+            PutError::Stream(error) => Self::Stream(error.to_string()),
+        }
+    }
+}
+
+type RequestId = u64;
+
+/// A request that is not answered yet.
+struct Open {
+    answer: oneshot::Sender<Result<(), Refusal>>,
+    _reserved: Permit,
+    /// Records that the stream does not have yet.
+    left: usize,
+    refused_since: Option<Instant>,
+    /// A call that held its records was refused for good: it shares no other.
+    is_alone: bool,
+}
+
+/// One PutRecords call: records, and whose they are.
+struct Call {
+    ids: Vec<RequestId>,
+    records: Vec<NewRecord>,
+}
+
+#[derive(Default)]
+struct Queue {
+    records: VecDeque<(RequestId, NewRecord)>,
+    open: HashMap<RequestId, Open>,
+    next_id: RequestId,
+}
+
+impl Queue {
+    /// Waits for something to put, and a moment more for what can go with it; `false` at the end.
+    async fn fill(&mut self, submissions: &mut mpsc::Receiver<Submission>) -> bool {
+        if self.records.is_empty() {
+            let Some(first) = submissions.recv().await else { return false };
+            self.add(first);
+            let linger = tokio::time::sleep(LINGER);
+            tokio::pin!(linger);
+            while self.records.len() < RECORDS_PER_REQUEST_MAX {
+                tokio::select! {
+                    more = submissions.recv() => match more {
+                        Some(more) => self.add(more),
+                        None => break,
+                    },
+                    () = &mut linger => break,
+                }
+            }
+        }
+        while let Ok(more) = submissions.try_recv() {
+            self.add(more);
+        }
+        true
+    }
+
+    fn add(&mut self, submission: Submission) {
+        let Submission { records, reserved, answer } = submission;
+        let id = self.next_id;
+        self.next_id += 1;
+        let left = records.len();
+        let open = Open { answer, _reserved: reserved, left, refused_since: None, is_alone: false };
+        self.open.insert(id, open);
+        self.records.extend(records.into_iter().map(|record| (id, record)));
+    }
+
+    /// Takes the next call from the front, within the limits of PutRecords.
+    fn cut(&mut self) -> Call {
+        let mut call = Call { ids: Vec::new(), records: Vec::new() };
+        let mut bytes = 0;
+        while let Some((id, record)) = self.records.front() {
+            bytes += record.bytes();
+            let is_full = call.records.len() >= RECORDS_PER_REQUEST_MAX
+                || (!call.records.is_empty() && bytes > BYTES_PER_REQUEST_MAX);
+            let is_alone = |id: &RequestId| self.open.get(id).is_some_and(|open| open.is_alone);
+            let is_other =
+                call.ids.last().is_some_and(|last| last != id && (is_alone(last) || is_alone(id)));
+            if is_full || is_other {
+                break;
+            }
+            let Some((id, record)) = self.records.pop_front() else { break };
+            call.ids.push(id);
+            call.records.push(record);
+        }
+        call
+    }
+
+    /// Answers the requests whose records are all in or one of which is refused for good; puts what
+    /// was refused for now back. Whether there was something to put back for that reason.
+    fn settle(&mut self, call: Call, answer: Result<Vec<Put>, Failure>, begun: Instant) -> bool {
+        let Call { ids, records } = call;
+        let outcomes = match answer {
+            Ok(outcomes) => outcomes,
+            Err(Failure::Later(cause) | Failure::Stream(cause)) => {
+                vec![Put::Later(cause); records.len()]
+            }
+            Err(Failure::Records(cause)) if ids.first() == ids.last() => {
+                vec![Put::Never(cause); records.len()]
+            }
+            Err(Failure::Records(_)) => {
+                // One request of several is bad: each goes on alone, so that only that one fails.
+                for id in &ids {
+                    if let Some(open) = self.open.get_mut(id) {
+                        open.is_alone = true;
+                    }
+                }
+                self.put_back(ids.into_iter().zip(records).collect());
+                return false;
+            }
+        };
+        let mut refused = Vec::new();
+        for ((id, record), outcome) in ids.into_iter().zip(records).zip(outcomes) {
+            match outcome {
+                Put::Taken => {
+                    metrics::counter!("shardmill_intake_records_total").increment(1);
+                    metrics::counter!("shardmill_intake_bytes_total")
+                        .increment(record.payload.len() as u64);
+                    self.taken(id);
+                }
+                Put::Never(cause) => self.answer(id, Err(Refusal::Records(cause))),
+                Put::Later(cause) => {
+                    let Some(open) = self.open.get_mut(&id) else { continue };
+                    if open.refused_since.get_or_insert(begun).elapsed() >= REFUSED_MAX {
+                        self.answer(id, Err(Refusal::Stream(cause)));
+                    } else {
+                        refused.push((id, record));
+                    }
+                }
+            }
+        }
+        let is_refused = !refused.is_empty();
+        self.put_back(refused);
+        // What belongs to a request that is answered is put no more.
+        self.records.retain(|(id, _)| self.open.contains_key(id));
+        is_refused
+    }
+
+    /// Puts records back to the front, in their order.
+    fn put_back(&mut self, records: Vec<(RequestId, NewRecord)>) {
+        for record in records.into_iter().rev() {
+            self.records.push_front(record);
+        }
+    }
+
+    fn taken(&mut self, id: RequestId) {
+        let Some(open) = self.open.get_mut(&id) else { return };
+        open.left -= 1;
+        if open.left == 0 {
+            self.answer(id, Ok(()));
+        }
+    }
+
+    fn answer(&mut self, id: RequestId, answer: Result<(), Refusal>) {
+        if let Some(open) = self.open.remove(&id) {
+            // A client that went away wants no answer.
+            let _ = open.answer.send(answer);
+        }
+    }
+
+    /// Answers all that wait: the stream is out of reach.
+    fn give_up(&mut self, cause: &str) {
+        self.records.clear();
+        let ids: Vec<RequestId> = self.open.keys().copied().collect();
+        for id in ids {
+            self.answer(id, Err(Refusal::Stream(cause.to_owned())));
+        }
+    }
+}

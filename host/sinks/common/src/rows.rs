@@ -1,0 +1,279 @@
+//! Rows for SQL sinks: a payload, which is one JSON object, spread over a table's columns.
+//!
+//! Pure: no I/O and no SQL. Nothing is copied here that can be borrowed: a value stays the JSON text
+//! that came, so that 64-bit integers and decimals of any precision keep their exact value until
+//! [`value`] reads them by the column's type. What cannot be a row is a fault of that row alone.
+//!
+//! A key that comes twice is refused: to keep one of two values in silence would lose the other.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+
+use serde::Deserializer as _;
+use serde::de::{self, DeserializeSeed, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use self::form::RowForm;
+use self::value::RawJson;
+
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::SinkName;
+use shardmill_core::sink::SinkError;
+
+pub mod decimal;
+pub mod declared;
+pub mod form;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+pub mod time;
+pub mod value;
+
+/// The characters of a refused value that its reason shows.
+const SHOWN_CHARS_MAX: usize = 60;
+
+/// The names of a table's columns, found by name.
+#[derive(Debug, Default)]
+pub struct ColumnNames {
+    names: Vec<String>,
+    places: HashMap<String, usize>,
+}
+
+impl ColumnNames {
+    /// Takes the names in the table's order.
+    pub fn new(names: impl IntoIterator<Item = String>) -> Self {
+        let names: Vec<String> = names.into_iter().collect();
+        let places = names.iter().cloned().enumerate().map(|(place, name)| (name, place)).collect();
+        Self { names, places }
+    }
+
+    /// The name of a column, by its place.
+    pub(super) fn name(&self, place: usize) -> &str {
+        &self.names[place]
+    }
+
+    /// How many columns there are.
+    pub(crate) fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// The place of a column; `likely` is tried first, since rows tend to keep the table's order.
+    fn find(&self, key: &str, likely: usize) -> Option<usize> {
+        match self.names.get(likely) {
+            Some(name) if name == key => Some(likely),
+            _ => self.places.get(key).copied(),
+        }
+    }
+}
+
+/// Why a payload is no row of the table.
+#[derive(Debug, PartialEq, Eq)]
+pub enum RowFault {
+    /// The payload itself is at fault.
+    Refused(String),
+    /// The object has a key that is no column. Whether that is the row's fault or the table's is
+    /// the sink's to say.
+    UnknownKey(String),
+}
+
+/// One row, as JSON values by column place; `None` where the object lacks the key.
+pub type Slots<'a> = [Option<RawJson<'a>>];
+
+/// Spreads a payload over `slots`, one per column; what they held before is cleared. `form` is what was
+/// learned from the rows before it.
+pub fn spread<'a>(
+    payload: &'a [u8],
+    columns: &ColumnNames,
+    form: &mut RowForm,
+    slots: &mut Slots<'a>,
+) -> Result<(), RowFault> {
+    debug_assert_eq!(columns.len(), slots.len());
+    slots.fill(None);
+    let text = std::str::from_utf8(payload).map_err(|error| {
+        RowFault::Refused(format!(
+            "the row is no UTF-8 from byte {}: a JSON object is due",
+            error.valid_up_to()
+        ))
+    })?;
+    if form.read(text, slots) {
+        return Ok(());
+    }
+    slots.fill(None);
+    if text.trim_ascii().is_empty() {
+        return Err(RowFault::Refused("the row is empty: a JSON object is due".into()));
+    }
+    let (mut fault, mut order) = (None, Vec::with_capacity(columns.len()));
+    let mut json = serde_json::Deserializer::from_str(text);
+    let read = json
+        .deserialize_map(Spread { columns, slots, order: &mut order, fault: &mut fault })
+        .and_then(|()| json.end());
+    match (fault, read) {
+        (Some(fault), _) => Err(fault),
+        (None, Err(error)) => Err(RowFault::Refused(format!("the row is no JSON object: {error}"))),
+        (None, Ok(())) => {
+            form.saw(order, columns);
+            Ok(())
+        }
+    }
+}
+
+/// Fills slots from a JSON object.
+struct Spread<'s, 'a> {
+    columns: &'s ColumnNames,
+    slots: &'s mut Slots<'a>,
+    /// The places of the columns as they come.
+    order: &'s mut Vec<usize>,
+    fault: &'s mut Option<RowFault>,
+}
+
+impl<'a> Visitor<'a> for Spread<'_, 'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut likely = 0;
+        while let Some(key) = map.next_key_seed(Key { columns: self.columns, likely })? {
+            let place = match key {
+                Ok(place) => place,
+                Err(unknown) => {
+                    *self.fault = Some(RowFault::UnknownKey(unknown));
+                    return Err(de::Error::custom("unknown key"));
+                }
+            };
+            let raw: &RawValue = map.next_value()?;
+            self.order.push(place);
+            if self.slots[place].replace(raw.into()).is_some() {
+                let name = &self.columns.names[place];
+                *self.fault =
+                    Some(RowFault::Refused(format!("the row has the key {name:?} twice")));
+                return Err(de::Error::custom("repeated key"));
+            }
+            likely = place + 1;
+        }
+        Ok(())
+    }
+}
+
+/// Reads one key as a column's place, or as the text that names no column.
+struct Key<'s> {
+    columns: &'s ColumnNames,
+    likely: usize,
+}
+
+impl<'a> DeserializeSeed<'a> for Key<'_> {
+    type Value = Result<usize, String>;
+
+    fn deserialize<D: de::Deserializer<'a>>(self, json: D) -> Result<Self::Value, D::Error> {
+        json.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = Result<usize, String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a column's name")
+    }
+
+    fn visit_str<E: de::Error>(self, key: &str) -> Result<Self::Value, E> {
+        Ok(self.columns.find(key, self.likely).ok_or_else(|| shortened(key).into_owned()))
+    }
+}
+
+/// The reason for a value that does not fit its column.
+pub fn misfit(column: &str, data_type: &str, raw: RawJson<'_>, why: &str) -> String {
+    format!("column {column:?} of type {data_type} does not take {}: {why}", shortened(raw.get()))
+}
+
+/// The text's beginning, marked as such where it was cut.
+pub(crate) fn shortened(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(SHOWN_CHARS_MAX) {
+        None => Cow::Borrowed(text),
+        Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", &text[..end], text.len())),
+    }
+}
+
+/// Each column that a route declared or that the table once had, by all shards of a sink: when one
+/// of them is gone, that is the table's doing and no fault of the rows.
+#[derive(Debug, Default)]
+pub struct KnownColumns(Mutex<HashSet<String>>);
+
+impl KnownColumns {
+    /// Notes columns.
+    pub fn remember<'n>(&self, names: impl IntoIterator<Item = &'n str>) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in names {
+            if !known.contains(name) {
+                known.insert(name.to_owned());
+            }
+        }
+    }
+
+    /// Whether the column was ever there or declared.
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
+    }
+}
+
+/// Checks that every route carries JSON.
+pub fn check_formats(sink: &SinkName, routes: &[BoundRoute]) -> Result<(), SinkError> {
+    let is_json = |format: &str| {
+        let essence = format.split(';').next().unwrap_or_default().trim();
+        essence.eq_ignore_ascii_case("application/json") || essence.ends_with("+json")
+    };
+    match routes.iter().find(|route| !is_json(&route.format)) {
+        None => Ok(()),
+        Some(route) => Err(SinkError::Unavailable {
+            sink: sink.clone(),
+            cause: format!(
+                "route {:?} carries {:?}, a SQL table takes application/json objects: \
+                 add a stage that makes them, or bind the route to another sink",
+                route.name.as_str(),
+                route.format
+            ),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(payload: &[u8]) -> Result<Vec<Option<String>>, RowFault> {
+        let columns = ColumnNames::new(["id".to_owned(), "make".to_owned()]);
+        let mut slots = vec![None; columns.len()];
+        spread(payload, &columns, &mut RowForm::default(), &mut slots)?;
+        Ok(slots.iter().map(|slot| slot.map(|raw| raw.get().to_owned())).collect())
+    }
+
+    #[test]
+    fn values_stay_as_they_were_written() {
+        let row = read(br#" {"make": "B\u00fcssing", "id":1.50e2 } "#);
+        assert_eq!(row, Ok(vec![Some("1.50e2".into()), Some(r#""B\u00fcssing""#.into())]));
+        assert_eq!(read(br#"{"\u0069d":7}"#), Ok(vec![Some("7".into()), None]));
+        assert_eq!(read(b"{}"), Ok(vec![None, None]));
+    }
+
+    #[test]
+    fn what_is_no_row_says_why() {
+        for (payload, part) in [
+            (&b""[..], "empty"),
+            (b"\xff\xfe", "UTF-8 from byte 0"),
+            (b"[1]", "a JSON object"),
+            (b"12", "a JSON object"),
+            (b"{\"id\":1", "EOF"),
+            (b"{\"id\":1}{}", "trailing"),
+            (b"{\"id\":1,\"id\":2}", "twice"),
+        ] {
+            match read(payload) {
+                Err(RowFault::Refused(reason)) => assert!(reason.contains(part), "{reason}"),
+                other => panic!("{payload:?}: {other:?}"),
+            }
+        }
+        assert_eq!(read(b"{\"colour\":1}"), Err(RowFault::UnknownKey("colour".into())));
+    }
+}

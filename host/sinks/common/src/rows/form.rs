@@ -1,0 +1,225 @@
+//! The form of rows: mostly all rows of a plugin bring the same columns in the same order, as plain
+//! values. Then nothing need be looked for: what stands before each value is known.
+//!
+//! A row of another form is read by serde_json, whose answer is the rule: what is read here, it would
+//! read the same.
+
+use super::value::RawJson;
+use super::{ColumnNames, Slots};
+
+/// What was learned from rows.
+#[derive(Debug, Default)]
+pub struct RowForm {
+    /// What stands before each value, such as `,"make":`, and the place of its column.
+    fields: Vec<(String, usize)>,
+    /// The order of the last row that was read by serde_json.
+    seen: Vec<usize>,
+}
+
+impl RowForm {
+    /// Reads a row that has the form. False: it has another, and some slots may be filled.
+    pub(super) fn read<'a>(&self, row: &'a str, slots: &mut Slots<'a>) -> bool {
+        let mut rest = row;
+        for (before, place) in &self.fields {
+            let Some(behind) = rest.strip_prefix(before.as_str()) else { return false };
+            let Some(length) = plain_value(behind.as_bytes()) else { return false };
+            let (value, behind) = behind.split_at(length);
+            slots[*place] = Some(RawJson::known(value));
+            rest = behind;
+        }
+        !self.fields.is_empty() && rest == "}"
+    }
+
+    /// Gives the fields of the form: what stands before each value, and the place of its column.
+    pub fn fields(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.fields.iter().map(|(before, place)| (before.as_str(), *place))
+    }
+
+    /// Notes in which order a row has brought its columns. Twice in a row, that is the form: where rows
+    /// differ from each other, to learn each would cost more than it saves.
+    pub(super) fn saw(&mut self, order: Vec<usize>, columns: &ColumnNames) {
+        if order != self.seen {
+            self.seen = order;
+            return;
+        }
+        let before = |(index, place): (usize, &usize)| {
+            let opens = if index == 0 { '{' } else { ',' };
+            // Text has a JSON form.
+            let name = serde_json::to_string(columns.name(*place)).unwrap_or_default();
+            (format!("{opens}{name}:"), *place)
+        };
+        self.fields = order.iter().enumerate().map(before).collect();
+    }
+}
+
+/// An integer as it is mostly written, at the beginning of a text: perhaps a sign, then 1 to 18 digits without
+/// leading zeros; with its length. It is the value only if a comma or brace follows. `None`: another value.
+#[inline]
+pub fn leading_integer(text: &[u8]) -> Option<(i64, usize)> {
+    let sign = usize::from(*text.first()? == b'-');
+    let (mut value, mut at) = (0_i64, sign);
+    while let Some(digit) = text.get(at).map(|byte| byte.wrapping_sub(b'0')).filter(|it| *it < 10) {
+        if at - sign == 18 {
+            return None;
+        }
+        value = value * 10 + i64::from(digit);
+        at += 1;
+    }
+    let digits = at - sign;
+    let is_whole = digits == 1 || (digits > 1 && text[sign] != b'0');
+    is_whole.then_some((if sign == 1 { -value } else { value }, at))
+}
+
+/// A string of ASCII without escapes at the beginning of a text, without its quotation marks. `None`: another value.
+#[inline]
+pub fn leading_ascii(text: &[u8]) -> Option<&[u8]> {
+    let inside = text.strip_prefix(b"\"")?;
+    let end = inside.iter().position(|byte| matches!(byte, b'"' | b'\\' | ..b' ' | 0x80..))?;
+    (inside[end] == b'"').then(|| &inside[..end])
+}
+
+/// Any plain value at the beginning of a text. `None`: it is not plain, or is none.
+pub fn leading_value(text: &[u8]) -> Option<RawJson<'_>> {
+    let value = &text[..plain_value(text)?];
+    std::str::from_utf8(value).ok().map(RawJson::known)
+}
+
+/// The length of the value at the beginning, if it is plain: a number without exponent, a string without
+/// escapes, `true`, `false` or `null`. `None`: it is not, or is none.
+fn plain_value(text: &[u8]) -> Option<usize> {
+    match text.first()? {
+        b'"' => {
+            let end = text[1..].iter().position(|byte| matches!(byte, b'"' | b'\\' | ..b' '))?;
+            (text[1 + end] == b'"').then_some(end + 2)
+        }
+        b't' => text.starts_with(b"true").then_some(4),
+        b'f' => text.starts_with(b"false").then_some(5),
+        b'n' => text.starts_with(b"null").then_some(4),
+        b'-' => number(&text[1..]).map(|length| length + 1),
+        _ => number(text),
+    }
+}
+
+/// The length of a number without sign and exponent.
+fn number(text: &[u8]) -> Option<usize> {
+    let whole = digits(text);
+    if whole == 0 || (whole > 1 && text[0] == b'0') {
+        return None;
+    }
+    match text.get(whole)? {
+        b'.' => match digits(&text[whole + 1..]) {
+            0 => None,
+            fraction if matches!(text.get(whole + 1 + fraction), Some(b'e' | b'E')) => None,
+            fraction => Some(whole + 1 + fraction),
+        },
+        b'e' | b'E' => None,
+        _ => Some(whole),
+    }
+}
+
+fn digits(text: &[u8]) -> usize {
+    text.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(text.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::spread;
+    use super::*;
+
+    fn columns() -> ColumnNames {
+        ColumnNames::new(["id", "make \"x\"", "cents", "at"].map(String::from))
+    }
+
+    /// Values that are read here, values that serde_json reads, and what is none.
+    const VALUES: [&str; 33] = [
+        "0",
+        "7",
+        "-1",
+        "10",
+        "01",
+        "-",
+        "-0",
+        "1.5",
+        "0.50",
+        "1.",
+        ".5",
+        "1e3",
+        "1.5E-3",
+        "1.5e",
+        "9223372036854775808",
+        "true",
+        "false",
+        "null",
+        "tru",
+        "nulls",
+        "\"\"",
+        "\"Honda\"",
+        "\"a b\"",
+        "\"Škoda 🚗\"",
+        "\"\\u00e9\"",
+        "\"a\\\"b\"",
+        "\"a\nb\"",
+        "\"open",
+        "[1,2]",
+        "{\"a\":\"}\"}",
+        " 1",
+        "1 ",
+        "",
+    ];
+
+    fn row(random: &mut fastrand::Rng) -> String {
+        let names =
+            ["\"id\"", "\"make \\\"x\\\"\"", "\"cents\"", "\"at\"", "\"\\u0069d\"", "\"none\""];
+        let mut fields = Vec::new();
+        let mut order: Vec<usize> = (0..4).collect();
+        if random.u8(..10) == 0 {
+            random.shuffle(&mut order);
+            order.truncate(random.usize(..5));
+        }
+        for place in order {
+            let name = if random.u8(..60) == 0 {
+                *random.choice(&names).expect("some")
+            } else {
+                names[place]
+            };
+            let common = random.u8(..20) > 0;
+            let value = if common {
+                ["12", "\"Honda\"", "-3.25", "null"][place]
+            } else {
+                random.choice(VALUES).expect("some")
+            };
+            fields.push(format!("{name}:{value}"));
+        }
+        let end = if random.u8(..40) == 0 {
+            *random.choice(&["", "} ", "}}", ",}"]).expect("some")
+        } else {
+            "}"
+        };
+        format!("{{{}{end}", fields.join(","))
+    }
+
+    #[test]
+    fn rows_of_the_form_are_read_as_serde_json_reads_them() {
+        let columns = columns();
+        let (mut by_form, mut total) = (0, 0);
+        for seed in 0..200 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut form = RowForm::default();
+            for _ in 0..200 {
+                let row = row(&mut random);
+                let (mut slots, mut due) = (vec![None; 4], vec![None; 4]);
+                if form.read(&row, &mut slots) {
+                    by_form += 1;
+                }
+                total += 1;
+                let read = spread(row.as_bytes(), &columns, &mut form, &mut slots);
+                let rule = spread(row.as_bytes(), &columns, &mut RowForm::default(), &mut due);
+                assert_eq!(read, rule, "seed {seed}: {row}");
+                if rule.is_ok() {
+                    assert_eq!(slots, due, "seed {seed}: {row}");
+                }
+            }
+        }
+        assert!(by_form * 2 > total, "{by_form} of {total} rows");
+    }
+}

@@ -1,0 +1,671 @@
+//! The claim log of one shard: links that are written once, in order, and never altered.
+//!
+//! A link says who owns the shard from here on and, when it is a claim, which data its owner is
+//! about to write. This module knows how links are stored, found and appended; what they mean for
+//! a commit is the writer's part.
+//!
+//! | the last claim | its data | the sink's position |
+//! |---|---|---|
+//! | none | | none, or what the fences carry |
+//! | `(from, to]` | complete (or none promised) | `to` |
+//! | `(from, to]` | an object is missing | `from`; `(from, to]` is to be produced again |
+//!
+//! A claim that is not the last one is complete: its successor was written after its data.
+
+use std::fmt;
+
+use futures::TryStreamExt;
+use object_store::path::Path;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::answers;
+use super::keys::KeyLimits;
+use super::store::{Created, Place};
+use shardmill_config::{LOG_FOLDER, ObjectLayout};
+use shardmill_core::owner::{OwnerName, Ownership, StateMark};
+use shardmill_core::record::REDRIVE_SHARD;
+use shardmill_core::record::{PipelineName, Position, RouteName, ShardKey};
+use shardmill_core::sink::SinkError;
+
+/// The version of the link format that this code writes, and the newest that it reads. Version 1 had
+/// no `format`, `folder` and `bytes`; version 2 had no `limits`, `gives_up` and `hole`.
+const LINK_VERSION: u32 = 3;
+/// How often an acquisition tries again because an earlier owner keeps appending.
+const FENCE_ATTEMPTS_MAX: u32 = 100;
+/// Bytes of a link: a claim of as many objects as a commit may have, with the longest keys, has a tenth.
+pub(super) const LINK_BYTES_MAX: u64 = 16 << 20;
+/// Links of a log: their numbers have 12 digits.
+const LINKS_MAX: u64 = 1_000_000_000_000;
+
+/// Who owns a shard: one id per acquisition, 32 hex digits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(super) struct OwnerId(String);
+
+impl OwnerId {
+    /// An id that no one else has.
+    pub(super) fn random() -> Self {
+        Self(Uuid::new_v4().simple().to_string())
+    }
+
+    /// The id's digits.
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for OwnerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One link of a log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Link {
+    /// The format's version.
+    pub(super) version: u32,
+    /// The link's number, from 1, without gaps.
+    pub(super) link: u64,
+    /// Who wrote it: one id per acquisition.
+    pub(super) owner: OwnerId,
+    /// Where the log stood before, exclusive; null: before everything.
+    pub(super) from: Option<Position>,
+    /// Where it stands from here on, inclusive; a fence repeats `from`.
+    pub(super) to: Option<Position>,
+    /// On a fence: the number of the last claim before it.
+    pub(super) last_claim: Option<u64>,
+    /// What the owner is about to write; null: a fence, written on acquiring the shard.
+    pub(super) claim: Option<Claim>,
+    /// The sink whose log goes on with this link: it was renamed. A claim is that log's own last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) renamed_from: Option<String>,
+    /// On a link that a person had written: the claim before it that is not kept any more. The log
+    /// stands at the claim's beginning again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) gives_up: Option<u64>,
+    /// On a link that a person had written: why the positions from `from` to `to` are passed over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) hole: Option<String>,
+    /// The process that wrote it and the state by which it did; earlier versions do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) by: Option<WrittenBy>,
+}
+
+/// A process, as links name it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct WrittenBy {
+    /// The process, in the form of [`OwnerName::to_text`].
+    owner: String,
+    /// The id of its state database.
+    state_id: String,
+    /// The number of the state's last durable write before the link.
+    state_number: i64,
+}
+
+impl WrittenBy {
+    /// The owner and its state as of now.
+    pub(super) fn now(ownership: &Ownership) -> Self {
+        let mark = ownership.mark();
+        Self {
+            owner: ownership.owner.to_text(),
+            state_id: mark.state.to_string(),
+            state_number: mark.number,
+        }
+    }
+
+    /// The process.
+    pub(super) fn owner(&self) -> Option<OwnerName> {
+        OwnerName::parse(&self.owner)
+    }
+
+    /// The state.
+    pub(super) fn mark(&self) -> StateMark {
+        StateMark { state: self.state_id.as_str().into(), number: self.state_number }
+    }
+}
+
+/// A promise to write data under keys that nobody else writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Claim {
+    /// The generation (stages, digests, configuration) that makes the rows.
+    pub(super) generation: String,
+    /// How the data is laid out.
+    #[serde(flatten)]
+    pub(super) layout: ObjectLayout,
+    /// The lengths that its keys are bounded by: a row beyond them was refused. Claims of versions
+    /// before 3 refused none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) limits: Option<KeyLimits>,
+    /// The objects, by route name and folder; empty: the span has no rows.
+    pub(super) data: Vec<Data>,
+}
+
+/// One promised object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Data {
+    /// The route whose rows it holds.
+    pub(super) route: RouteName,
+    /// Its key under the sink's URL.
+    pub(super) key: String,
+    /// How many rows it holds.
+    pub(super) rows: u64,
+    /// The length of its rows before they are compressed, or become columns.
+    pub(super) line_bytes: u64,
+    /// The SHA-256 of the same, in hex.
+    pub(super) sha256: String,
+    /// The object's length; claims of version 1 do not say it.
+    #[serde(default)]
+    pub(super) bytes: Option<u64>,
+}
+
+impl Data {
+    /// The object's folder below the sink's URL.
+    pub(super) fn folder(&self) -> &str {
+        self.key.rsplit_once('/').map_or("", |(folder, _)| folder)
+    }
+}
+
+/// What became of an append.
+#[derive(Debug)]
+pub(super) enum Appended {
+    /// The link is in the log, by this call or by an earlier one whose reply was lost.
+    Ours,
+    /// Its number belongs to another link.
+    Taken(Box<Link>),
+}
+
+/// Where a log stands.
+#[derive(Debug)]
+pub(super) struct Standing {
+    /// The last position up to which all data exists.
+    pub(super) position: Option<Position>,
+    /// The claim after that position whose data is not complete.
+    pub(super) unfinished: Option<Unfinished>,
+}
+
+/// A claim whose data is not complete.
+#[derive(Clone, Debug)]
+pub(super) struct Unfinished {
+    /// The claim's link number.
+    pub(super) link: u64,
+    /// The start of its span, exclusive.
+    pub(super) from: Option<Position>,
+    /// The end of its span, inclusive.
+    pub(super) to: Position,
+    /// What it promised.
+    pub(super) claim: Claim,
+}
+
+impl Unfinished {
+    /// The ways out of a claim that can never be kept, for the end of an error.
+    pub(super) fn way_out(&self, place: &Place, shard: &str) -> String {
+        let log = format!("--sink {} --shard {shard}", place.sink);
+        format!(
+            "; if that can never be done, stop the pipeline and give the claim up, so that its rows are \
+             claimed again: `shardmill objects give-up {log}`; if its objects were removed after they \
+             were written, go on at the checkpoint: `shardmill objects skip {log}`"
+        )
+    }
+}
+
+/// The log of how far the pipeline's newest redrive came: its links carry the newest mark of those that
+/// redrives left. `None`: there was none.
+pub(super) async fn newest_redrive(
+    place: &Place,
+    pipeline: &PipelineName,
+) -> Result<Option<(String, Link)>, SinkError> {
+    let folder = place.path([LOG_FOLDER, pipeline.as_str(), place.sink.as_str()]);
+    let listed = place.store.list_with_delimiter(Some(&folder)).await;
+    let listed = listed.map_err(|error| place.failed("list", &folder, &error))?;
+    let begun_ms = |folder: &Path| -> Option<i64> {
+        folder.filename()?.strip_prefix("letters@")?.parse().ok()
+    };
+    let redrives = listed.common_prefixes.iter();
+    let newest = redrives.filter_map(|folder| Some((begun_ms(folder)?, folder))).max();
+    let Some((begun_ms, _)) = newest else { return Ok(None) };
+    let log = ClaimLog {
+        place: place.clone(),
+        folder: vec![
+            LOG_FOLDER.into(),
+            pipeline.as_str().into(),
+            place.sink.as_str().into(),
+            format!("letters@{begun_ms}"),
+            REDRIVE_SHARD.into(),
+        ],
+    };
+    Ok(log.last().await?.map(|link| (REDRIVE_SHARD.to_owned(), link)))
+}
+
+/// The claim log of one shard.
+#[derive(Clone, Debug)]
+pub(super) struct ClaimLog {
+    place: Place,
+    folder: Vec<String>,
+}
+
+impl ClaimLog {
+    /// The log of a shard; touches nothing.
+    pub(super) fn new(place: Place, shard: &ShardKey) -> Self {
+        let folder = vec![
+            LOG_FOLDER.into(),
+            shard.pipeline.as_str().into(),
+            place.sink.as_str().into(),
+            format!("{}@{}", shard.stream.name, shard.stream.created_ms),
+            shard.shard.as_str().into(),
+        ];
+        Self { place, folder }
+    }
+
+    /// The last link; `None`: the log is empty. Another owner may append while we look: the
+    /// answer was the last link at some moment since the call.
+    pub(super) async fn last(&self) -> Result<Option<Link>, SinkError> {
+        let mut number = self.gallop(0).await?;
+        // Links are never deleted by us, but a bucket may have a rule that expires old objects: a
+        // search that trusts every number to be there would then end too early.
+        while let Some(later) = self.newest_after(number).await? {
+            number = self.gallop(later).await?;
+        }
+        if number == 0 {
+            return Ok(None);
+        }
+        self.read(number).await?.map(Some).ok_or_else(|| self.gone(number, "it was there just now"))
+    }
+
+    /// Appends a fence after the last link: from here on no earlier owner can claim.
+    pub(super) async fn fence(
+        &self,
+        owner: &OwnerId,
+        by: Option<WrittenBy>,
+    ) -> Result<Link, SinkError> {
+        let mut last = self.last().await?;
+        for _ in 0..FENCE_ATTEMPTS_MAX {
+            let fence = Link { by: by.clone(), ..fence_after(last.as_ref(), owner) };
+            match self.append(&fence).await? {
+                Appended::Ours => return Ok(fence),
+                Appended::Taken(_) => last = self.last().await?,
+            }
+        }
+        Err(self.place.unavailable(format!(
+            "cannot take over {} in {}: another owner has appended {FENCE_ATTEMPTS_MAX} times \
+             meanwhile; stop the other process",
+            self.folder_path(),
+            self.place.url
+        )))
+    }
+
+    /// Goes on where the log of the sink's old name ended, which nobody can append to from here on. Does
+    /// nothing where that log is empty, or was gone on with before.
+    ///
+    /// The first link is the old log's last claim where its data is not complete, and else a fence at the
+    /// position: a promise is kept under the keys that were promised.
+    pub(super) async fn adopt(&self, old: &Self, owner: &OwnerId) -> Result<(), SinkError> {
+        let name = old.place.sink.to_string();
+        if let Some(last) = self.last().await? {
+            let first = self.read(1).await?.and_then(|first| first.renamed_from);
+            let went_on = [&first, &last.renamed_from].contains(&&Some(name.clone()));
+            if went_on || old.last().await?.is_none() {
+                return Ok(());
+            }
+            if last.to.is_some() {
+                return Err(self.place.unavailable(format!(
+                    "{} and {} in {} are both claim logs with claims: remove the one that does not count",
+                    self.folder_path(),
+                    old.folder_path(),
+                    self.place.url
+                )));
+            }
+        }
+        if old.last().await?.is_none() {
+            return Ok(());
+        }
+        let fence = old.fence(owner, None).await?;
+        let Standing { position, unfinished } = old.standing(&fence).await?;
+        let number = self.last().await?.map_or(0, |last| last.link) + 1;
+        let mut link = match unfinished {
+            Some(Unfinished { from, to, claim, .. }) => {
+                Link::claim(number, owner.clone(), from, to, claim)
+            }
+            None => Link {
+                link: number,
+                from: position.clone(),
+                to: position,
+                last_claim: None,
+                ..fence_after(None, owner)
+            },
+        };
+        link.renamed_from = Some(name);
+        match self.append(&link).await? {
+            Appended::Ours => Ok(()),
+            Appended::Taken(_) => Err(self.place.unavailable(format!(
+                "cannot go on with {} in {}: another process appends to it; stop that one",
+                old.folder_path(),
+                self.folder_path()
+            ))),
+        }
+    }
+
+    /// Writes a link under its number, unless the number is taken.
+    pub(super) async fn append(&self, link: &Link) -> Result<Appended, SinkError> {
+        let json = serde_json::to_vec_pretty(link)
+            .map_err(|error| self.place.unavailable(format!("cannot write a link: {error}")))?;
+        if self.place.create(&self.path(link.link), json).await? == Created::New {
+            return Ok(Appended::Ours);
+        }
+        match self.read(link.link).await? {
+            // The same commit, tried again: the state may have moved on between the tries.
+            Some(found) if Link { by: link.by.clone(), ..found.clone() } == *link => {
+                Ok(Appended::Ours)
+            }
+            Some(found) => Ok(Appended::Taken(Box::new(found))),
+            None => Err(self.gone(link.link, "it was there just now")),
+        }
+    }
+
+    /// Where the log stands after a link.
+    pub(super) async fn standing(&self, last: &Link) -> Result<Standing, SinkError> {
+        let Some(unfinished) = self.last_claim(last).await? else {
+            return Ok(Standing { position: last.to.clone(), unfinished: None });
+        };
+        match self.is_kept(&unfinished).await? {
+            true => Ok(Standing { position: Some(unfinished.to), unfinished: None }),
+            false => {
+                let position = unfinished.from.clone();
+                Ok(Standing { position, unfinished: Some(unfinished) })
+            }
+        }
+    }
+
+    /// Whether all that a claim promised is there.
+    async fn is_kept(&self, claim: &Unfinished) -> Result<bool, SinkError> {
+        for data in &claim.claim.data {
+            let found = self.place.exists(&self.data_path(&data.key)?).await;
+            let way_out = || claim.way_out(&self.place, self.shard());
+            if !found.map_err(|error| self.place.with_way_out(error, &way_out()))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The last claim if its data is not complete, or cannot even be looked for.
+    pub(super) async fn unkept(&self, last: &Link) -> Result<Option<Unfinished>, SinkError> {
+        let Some(claim) = self.last_claim(last).await? else { return Ok(None) };
+        let is_kept = self.is_kept(&claim).await.unwrap_or(false);
+        Ok(Some(claim).filter(|_| !is_kept))
+    }
+
+    /// Whether the last claim's own link, which a fence points at, is gone.
+    pub(super) async fn is_claim_gone(&self, last: &Link) -> Result<bool, SinkError> {
+        match (&last.claim, last.last_claim) {
+            (None, Some(number)) => Ok(self.read(number).await?.is_none()),
+            _ => Ok(false),
+        }
+    }
+
+    /// A claim by its link.
+    pub(super) async fn claim(&self, number: u64) -> Result<Option<Unfinished>, SinkError> {
+        match self.read(number).await? {
+            Some(link) => self.as_claim(link).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn shard(&self) -> &str {
+        self.folder.last().map_or("", String::as_str)
+    }
+
+    /// The path of a data key.
+    pub(super) fn data_path(&self, key: &str) -> Result<Path, SinkError> {
+        self.place.below(key).ok_or_else(|| {
+            self.place.unavailable(format!(
+                "a link in {} names {key:?}, which is no path",
+                self.folder_path()
+            ))
+        })
+    }
+
+    /// The last claim up to a link: its own, or the one that a fence points at.
+    async fn last_claim(&self, last: &Link) -> Result<Option<Unfinished>, SinkError> {
+        if last.claim.is_some() {
+            return self.as_claim(last.clone()).map(Some);
+        }
+        let Some(number) = last.last_claim else { return Ok(None) };
+        let Some(link) = self.read(number).await? else {
+            return Err(self.gone(number, &format!("link {} points at it", last.link)));
+        };
+        self.as_claim(link).map(Some)
+    }
+
+    fn as_claim(&self, link: Link) -> Result<Unfinished, SinkError> {
+        match (link.to, link.claim) {
+            (Some(to), Some(claim)) => {
+                Ok(Unfinished { link: link.link, from: link.from, to, claim })
+            }
+            _ => Err(self.damaged(link.link, "it is no claim with an end")),
+        }
+    }
+
+    async fn read(&self, number: u64) -> Result<Option<Link>, SinkError> {
+        let path = self.path(number);
+        let bytes = match answers::read(&*self.place.store, &path, LINK_BYTES_MAX).await {
+            Ok(bytes) => bytes,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(self.place.failed("read", &path, &error)),
+        };
+        let link: Link = serde_json::from_slice(&bytes)
+            .map_err(|error| self.damaged(number, &error.to_string()))?;
+        if link.version > LINK_VERSION {
+            return Err(self.place.unavailable(format!(
+                "{path} in {} has format {}, this shardmill reads up to {LINK_VERSION}: run the \
+                 newer one",
+                self.place.url, link.version
+            )));
+        }
+        if link.link != number {
+            return Err(self.damaged(number, &format!("it says that it is link {}", link.link)));
+        }
+        Ok(Some(link))
+    }
+
+    /// The last number of the unbroken run that starts after `present`, in O(log n) look-ups.
+    async fn gallop(&self, present: u64) -> Result<u64, SinkError> {
+        let (mut low, mut step) = (present, 1);
+        while self.has(low + step).await? {
+            low += step;
+            step *= 2;
+            if step > LINKS_MAX {
+                return Err(self.place.unavailable(format!(
+                    "expected a log of links in {} that ends, found that the store has every link that it is \
+                     asked for; check its `url` and its server",
+                    self.place.url
+                )));
+            }
+        }
+        let mut high = low + step;
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if self.has(middle).await? {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        Ok(low)
+    }
+
+    async fn has(&self, number: u64) -> Result<bool, SinkError> {
+        self.place.exists(&self.path(number)).await
+    }
+
+    /// The highest link number above `number`, by listing.
+    async fn newest_after(&self, number: u64) -> Result<Option<u64>, SinkError> {
+        let folder = self.folder_path();
+        let mut listing = self.place.store.list_with_offset(Some(&folder), &self.path(number));
+        let mut newest = None;
+        loop {
+            match listing.try_next().await {
+                Ok(Some(object)) => newest = newest.max(link_number(&object.location)),
+                Ok(None) => return Ok(newest.filter(|newest| *newest > number)),
+                Err(error) => return Err(self.place.failed("list", &folder, &error)),
+            }
+        }
+    }
+
+    /// Checks that links can be written.
+    pub(super) fn check_path(&self) -> Result<(), SinkError> {
+        self.place.limits.check(&self.path(1)).map_err(|why| {
+            self.place.unavailable(format!(
+                "the claim log {} in {} cannot be written: {why}: set `url` to a place with a shorter \
+                 path",
+                self.folder_path(),
+                self.place.url
+            ))
+        })
+    }
+
+    /// Asks the store for something small.
+    pub(super) async fn reach(&self) -> Result<(), SinkError> {
+        self.has(1).await.map(drop)
+    }
+
+    fn path(&self, number: u64) -> Path {
+        self.folder_path().join(format!("{number:012}.json"))
+    }
+
+    /// The log's folder.
+    pub(super) fn folder_path(&self) -> Path {
+        self.place.path(self.folder.iter().map(String::as_str))
+    }
+
+    fn gone(&self, number: u64, why: &str) -> SinkError {
+        self.place.unavailable(format!(
+            "{} in {} is gone ({why}): restore it, or stop the pipeline and go on from the checkpoint: \
+             `shardmill objects skip --sink {} --shard {}`",
+            self.path(number),
+            self.place.url,
+            self.place.sink,
+            self.shard()
+        ))
+    }
+
+    fn damaged(&self, number: u64, why: &str) -> SinkError {
+        self.place.unavailable(format!(
+            "{} in {} is damaged: {why}; restore it",
+            self.path(number),
+            self.place.url
+        ))
+    }
+}
+
+impl Link {
+    /// The link that claims `(from, to]`.
+    pub(super) fn claim(
+        number: u64,
+        owner: OwnerId,
+        from: Option<Position>,
+        to: Position,
+        claim: Claim,
+    ) -> Self {
+        Self {
+            version: LINK_VERSION,
+            link: number,
+            owner,
+            from,
+            to: Some(to),
+            last_claim: None,
+            claim: Some(claim),
+            renamed_from: None,
+            gives_up: None,
+            hole: None,
+            by: None,
+        }
+    }
+
+    /// The link that gives an unfinished claim up: the log stands where it began.
+    pub(super) fn giving_up(number: u64, owner: OwnerId, claim: &Unfinished) -> Self {
+        Self {
+            version: LINK_VERSION,
+            link: number,
+            owner,
+            from: claim.from.clone(),
+            to: claim.from.clone(),
+            last_claim: None,
+            claim: None,
+            renamed_from: None,
+            gives_up: Some(claim.link),
+            hole: None,
+            by: None,
+        }
+    }
+
+    /// The link that passes over `(from, to]`.
+    pub(super) fn passing_over(
+        number: u64,
+        owner: OwnerId,
+        from: Option<Position>,
+        to: Position,
+        why: String,
+    ) -> Self {
+        Self {
+            version: LINK_VERSION,
+            link: number,
+            owner,
+            from,
+            to: Some(to),
+            last_claim: None,
+            claim: None,
+            renamed_from: None,
+            gives_up: None,
+            hole: Some(why),
+            by: None,
+        }
+    }
+}
+
+fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
+    let to = last.and_then(|last| last.to.clone());
+    Link {
+        version: LINK_VERSION,
+        link: last.map_or(0, |last| last.link) + 1,
+        owner: owner.clone(),
+        from: to.clone(),
+        to,
+        last_claim: last.and_then(|last| match last.claim {
+            Some(_) => Some(last.link),
+            None => last.last_claim,
+        }),
+        claim: None,
+        renamed_from: None,
+        gives_up: None,
+        hole: None,
+        by: None,
+    }
+}
+
+/// The number of the link at a path; `None`: it is no link's, but some other file's.
+pub(super) fn link_number(path: &Path) -> Option<u64> {
+    let digits = path.filename()?.strip_suffix(".json")?;
+    let number: u64 = digits.parse().ok()?;
+    (format!("{number:012}") == digits).then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wall_20_only_links_have_the_names_of_links() {
+        for (name, number) in [
+            ("000000000007.json", Some(7)),
+            ("1000000000000.json", Some(1_000_000_000_000)),
+            ("7.json", None),
+            ("+00000000007.json", None),
+            ("000000000007.json.tmp", None),
+            ("99999999999999999999.json", None),
+        ] {
+            assert_eq!(link_number(&Path::from(format!("log/{name}"))), number, "{name}");
+        }
+    }
+}

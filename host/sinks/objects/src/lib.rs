@@ -1,0 +1,334 @@
+//! Objects in a bucket or a folder, exactly once by a claim log: one object per route, folder and
+//! commit.
+//!
+//! ```text
+//! <url>/<folder>/<link>-<owner>.ndjson[.gz|.zst]                                 the data
+//! <url>/_shardmill/<pipeline>/<sink>/<stream>@<created ms>/<shard>/<link>.json   the claim log
+//! <url>/_shardmill/.tmp/…                        in a folder: files that are being written
+//! ```
+//!
+//! Readers of the data need not know the log: an object appears whole or not at all, and each row
+//! is in one object. They must leave the newest object of a shard where it is until a newer one
+//! follows; without it the sink takes its last claim for unfinished and writes it again. The same holds
+//! for a bucket's lifecycle rules: on a quiet shard they remove the last link or object in the end.
+//! `recovery` is the way on from there.
+
+mod answers;
+mod chunks;
+mod claim;
+mod encode;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+mod keys;
+mod layout;
+mod parquet;
+mod recovery;
+mod staged;
+mod store;
+mod verify;
+mod writer;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+use async_trait::async_trait;
+use futures::{StreamExt as _, TryStreamExt as _};
+use object_store::ObjectStore;
+use object_store::path::Path;
+use url::Url;
+
+use self::claim::{ClaimLog, Link, OwnerId, WrittenBy};
+pub use self::encode::Encoded;
+use self::encode::RouteForm;
+use self::parquet::ParquetSchema;
+pub use self::recovery::Recovered;
+use self::store::Created;
+pub use self::store::Place;
+pub use self::verify::{Audit, Problem, ProblemKind};
+use self::writer::{ObjectsWriter, Shared};
+use shardmill_config::{LOG_FOLDER, ObjectFormat, ObjectLayout};
+use shardmill_core::owner::Ownership;
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::{PipelineName, Position, RouteName, ShardId, ShardKey, SinkName};
+use shardmill_core::sink::{Acquired, KeptPosition, Sink, SinkError};
+use shardmill_sinks_common::line::{LINE_MEDIA_TYPES, LineFormat};
+use shardmill_sinks_common::local;
+
+/// The object by which `prepare` proves that the store can create without overwriting.
+const PROBE: &str = "conditional-create-probe.txt";
+const PROBE_TEXT: &str =
+    "shardmill wrote this to learn whether the store refuses to overwrite it.\n";
+
+/// Claim logs that are read at the same time.
+const LOGS_AT_ONCE: usize = 16;
+
+/// A sink of objects.
+pub struct ObjectsSink {
+    place: Place,
+    layout: ObjectLayout,
+    forms: RwLock<HashMap<RouteName, RouteForm>>,
+    /// Whether leftovers of earlier versions were looked for.
+    swept: AtomicBool,
+    /// Who writes; unset in a sink that only answers questions.
+    ownership: OnceLock<Ownership>,
+}
+
+impl ObjectsSink {
+    /// A sink at a URL: `file:///…`, `s3://bucket/prefix`, `gs://…`, `az://…`. Connects to nothing
+    /// yet. Options are `object_store`'s, and win over the environment.
+    ///
+    /// # Errors
+    /// A URL or an option that no store knows.
+    pub fn new(
+        name: SinkName,
+        url: &Url,
+        options: &BTreeMap<String, String>,
+        layout: impl Into<ObjectLayout>,
+    ) -> Result<Self, SinkError> {
+        Ok(Self::at(Place::open(name, url, options)?, layout.into()))
+    }
+
+    /// A sink on a store that is open already.
+    pub fn with_store(
+        name: SinkName,
+        store: Arc<dyn ObjectStore>,
+        prefix: Path,
+        layout: impl Into<ObjectLayout>,
+    ) -> Self {
+        let url = format!("{store}/{prefix}").into();
+        Self::at(Place::over(name, store, prefix, url), layout.into())
+    }
+
+    fn at(place: Place, layout: ObjectLayout) -> Self {
+        Self {
+            place,
+            layout,
+            forms: RwLock::default(),
+            swept: AtomicBool::new(false),
+            ownership: OnceLock::new(),
+        }
+    }
+
+    /// Removes what writers that were killed left in a folder. That it fails stops nobody.
+    async fn sweep(&self, log: &ClaimLog, unfinished: &[Path]) {
+        let Some(staged) = &self.place.staged else { return };
+        let (staging, beside) =
+            (staged.sweep().await, staged.sweep_beside(unfinished.to_vec()).await);
+        let removed = [staging, beside, staged.sweep_log(&log.folder_path()).await];
+        let mut count = 0;
+        for swept in removed {
+            match swept {
+                Ok(removed) => count += removed,
+                Err(error) => {
+                    tracing::warn!(sink = %self.place.sink, %error, "leftover files stay");
+                }
+            }
+        }
+        if count > 0 {
+            tracing::info!(sink = %self.place.sink, files = count, "removed leftover files");
+        }
+        if !self.swept.swap(true, Ordering::Relaxed) {
+            staged.clone().sweep_all_aside(self.place.sink.clone());
+        }
+    }
+
+    /// Makes sure that claim logs can be written: their keys are as long as those of any shard.
+    fn check_log_path(&self) -> Result<(), SinkError> {
+        const SHARD: &str = "x@1700000000000/shardId-000000000000/000000000001.json";
+        let folder = self.place.path([LOG_FOLDER, "x", self.place.sink.as_str()]);
+        let key = SHARD.split('/').fold(folder, |path, part| path.join(part));
+        self.place.limits.check(&key).map_err(|why| {
+            self.place.unavailable(format!(
+                "claim logs in {} cannot be written: {why}: set `url` to a place with a shorter path",
+                self.place.url
+            ))
+        })
+    }
+
+    /// Creates one object twice: the second time must be refused, or no claim would hold. (There
+    /// are servers that ignore the condition and overwrite.)
+    async fn probe(&self) -> Result<(), SinkError> {
+        let path = self.place.path([LOG_FOLDER, PROBE]);
+        if self.place.create(&path, PROBE_TEXT).await? == Created::Exists {
+            return Ok(());
+        }
+        match self.place.create(&path, PROBE_TEXT).await? {
+            Created::Exists => Ok(()),
+            Created::New => Err(self.place.unavailable(format!(
+                "{} overwrites objects that must only be created (If-None-Match is ignored): \
+                 exactly-once is impossible there; use another store",
+                self.place.url
+            ))),
+        }
+    }
+
+    fn shared(&self) -> Arc<Shared> {
+        let forms = self.forms.read().unwrap_or_else(PoisonError::into_inner);
+        let (place, layout) = (self.place.clone(), self.layout.clone());
+        let ownership = self.ownership.get().cloned();
+        Arc::new(Shared { place, layout, forms: Arc::new(forms.clone()), ownership })
+    }
+
+    fn check_routes(
+        &self,
+        routes: &[BoundRoute],
+    ) -> Result<HashMap<RouteName, RouteForm>, SinkError> {
+        let check = |route: &BoundRoute| {
+            let form = self.form(route).map_err(|cause| self.place.unavailable(cause))?;
+            Ok((route.name.clone(), form))
+        };
+        routes.iter().map(check).collect()
+    }
+
+    /// What the route's rows can become, which is to include what is configured.
+    fn form(&self, route: &BoundRoute) -> Result<RouteForm, String> {
+        let name = &route.name;
+        if self.layout.folder.names_route() && matches!(name.as_str(), "" | LOG_FOLDER) {
+            return Err(format!(
+                "route {name:?} cannot be a folder: the name is empty or the claim log's own"
+            ));
+        }
+        let line = LineFormat::of_media_type(&route.format);
+        let schema = ParquetSchema::of(&route.columns);
+        match (self.layout.format, line, &schema) {
+            (ObjectFormat::Ndjson, None, _) => Err(format!(
+                "route {name} carries {}, an objects sink takes {LINE_MEDIA_TYPES}: add a stage \
+                 that makes JSON of it, or set format = \"raw\"",
+                route.format
+            )),
+            (ObjectFormat::Parquet, line, _) if line != Some(LineFormat::Json) => Err(format!(
+                "route {name} carries {}, a Parquet file takes application/json objects: add a \
+                 stage that makes them",
+                route.format
+            )),
+            (ObjectFormat::Parquet, _, Err(cause)) => {
+                Err(format!("route {name} cannot become Parquet: {cause}"))
+            }
+            _ => Ok(RouteForm { line, schema: schema.ok().map(Arc::new) }),
+        }
+    }
+}
+
+#[async_trait]
+impl Sink for ObjectsSink {
+    fn name(&self) -> &SinkName {
+        &self.place.sink
+    }
+
+    async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
+        let forms = self.check_routes(routes)?;
+        self.check_log_path()?;
+        self.forms.write().unwrap_or_else(PoisonError::into_inner).extend(forms);
+        self.probe().await
+    }
+
+    async fn check(&self, routes: &[BoundRoute]) -> Result<Vec<String>, SinkError> {
+        self.check_routes(routes)?;
+        self.check_log_path()?;
+        if let Some(staged) = &self.place.staged {
+            let folder = staged.folder().map_err(|error| self.place.unavailable(error))?;
+            local::check_writable(&folder).map_err(|cause| self.place.unavailable(cause))?;
+            return Ok(Vec::new());
+        }
+        // That the bucket is there and can be read. Nothing is written.
+        let probe = self.place.path([LOG_FOLDER, PROBE]);
+        let known = self.place.exists(&probe).await?;
+        Ok(match known {
+            true => Vec::new(),
+            false => vec![format!(
+                "whether {} takes objects was not tried, since that would write one: `shardmill check \
+                 --write` does",
+                self.place.url
+            )],
+        })
+    }
+
+    async fn reach(&self, shard: &ShardKey) -> Result<(), SinkError> {
+        let log = ClaimLog::new(self.place.clone(), shard);
+        log.check_path()?;
+        log.reach().await
+    }
+
+    fn acquires_last(&self) -> bool {
+        true
+    }
+
+    async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
+        let log = ClaimLog::new(self.place.clone(), shard);
+        log.check_path()?;
+        let by = self.ownership.get().map(WrittenBy::now);
+        let fence = log.fence(&OwnerId::random(), by).await?;
+        let standing = log.standing(&fence).await?;
+        let promised = standing.unfinished.iter().flat_map(|claim| &claim.claim.data);
+        let promised: Vec<Path> = promised.filter_map(|data| self.place.below(&data.key)).collect();
+        self.sweep(&log, &promised).await;
+        let position = standing.position;
+        let must_cut_at = standing.unfinished.as_ref().map(|claim| claim.to.clone());
+        let writer = ObjectsWriter::new(
+            self.shared(),
+            shard.clone(),
+            log,
+            &fence,
+            position.clone(),
+            standing.unfinished,
+        );
+        Ok(Acquired { writer: Box::new(writer), position, keeps_position: true, must_cut_at })
+    }
+
+    async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
+        let log = ClaimLog::new(self.place.clone(), shard);
+        match log.last().await? {
+            Some(last) => Ok(log.standing(&last).await?.position),
+            None => Ok(None),
+        }
+    }
+
+    async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
+        let place = Place { sink: old.clone(), ..self.place.clone() };
+        let log = ClaimLog::new(self.place.clone(), shard);
+        log.adopt(&ClaimLog::new(place, shard), &OwnerId::random()).await
+    }
+
+    fn own(&self, ownership: Ownership) {
+        // The first stays: a sink has one owner as long as it lives.
+        let _ = self.ownership.set(ownership);
+    }
+
+    async fn kept(
+        &self,
+        pipeline: &PipelineName,
+        shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        let mut looks = Vec::with_capacity(shards.len());
+        for shard in shards {
+            looks.push(self.kept_of(shard));
+        }
+        let looks: Vec<Option<KeptPosition>> =
+            futures::stream::iter(looks).buffer_unordered(LOGS_AT_ONCE).try_collect().await?;
+        let mut kept: Vec<KeptPosition> = looks.into_iter().flatten().collect();
+        if let Some((shard, link)) = claim::newest_redrive(&self.place, pipeline).await? {
+            kept.push(as_kept(String::new(), shard.as_str().into(), link.to.clone(), &link));
+        }
+        Ok(Some(kept))
+    }
+}
+
+impl ObjectsSink {
+    async fn kept_of(&self, shard: &ShardKey) -> Result<Option<KeptPosition>, SinkError> {
+        let log = ClaimLog::new(self.place.clone(), shard);
+        let Some(last) = log.last().await? else { return Ok(None) };
+        let position = log.standing(&last).await?.position;
+        Ok(Some(as_kept(shard.stream.key(), shard.shard.clone(), position, &last)))
+    }
+}
+
+fn as_kept(
+    stream: String,
+    shard: ShardId,
+    position: Option<Position>,
+    last: &Link,
+) -> KeptPosition {
+    let (mark, owner) = (last.by.as_ref().map(WrittenBy::mark), last.by.as_ref());
+    KeptPosition { stream, shard, position, mark, owner: owner.and_then(WrittenBy::owner) }
+}

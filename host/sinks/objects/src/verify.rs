@@ -1,0 +1,386 @@
+//! Walks the claim logs below a sink's URL and the objects beside them: what is missing, doubled, or
+//! nobody's.
+//!
+//! Reads only. A run that goes on meanwhile may show as an object that nobody claims or a claim that
+//! has no object yet.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::io::Read;
+
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _};
+use object_store::path::Path;
+use parquet::file::reader::{FileReader as _, SerializedFileReader};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+use super::answers;
+use super::claim::{Claim, Data, LINK_BYTES_MAX, Link, link_number};
+use super::staged::STAGING_FOLDER;
+use super::{ObjectsSink, PROBE};
+use shardmill_config::Compression;
+use shardmill_config::{LOG_FOLDER, ObjectFormat};
+use shardmill_core::record::Position;
+use shardmill_core::sink::SinkError;
+
+/// Links, or objects, that are read at the same time.
+const READS_MAX: usize = 16;
+
+/// What a walk found.
+#[derive(Debug, Default, Serialize)]
+pub struct Audit {
+    /// Claim logs: one per pipeline, sink and shard.
+    pub logs: u64,
+    /// Links in them: claims, and the fences of owners.
+    pub links: u64,
+    /// Objects that are claimed and there.
+    pub objects: u64,
+    /// Rows in these objects, as claimed.
+    pub rows: u64,
+    /// Their length, in bytes.
+    pub bytes: u64,
+    /// Logs whose last claim has no object yet: a run will make it again.
+    pub unfinished: u64,
+    /// Files that are being written, or were when their writer was killed: no data, and seen by no
+    /// reader.
+    pub temporary: u64,
+    /// Positions that were passed over, by the word of a person.
+    pub holes: Vec<Hole>,
+    /// What is wrong.
+    pub problems: Vec<Problem>,
+}
+
+/// Positions of a shard of which no rows are in the objects.
+#[derive(Debug, Serialize)]
+pub struct Hole {
+    /// The log, as a key in the store.
+    pub log: String,
+    /// The end of what is there before it, exclusive.
+    pub from: Option<String>,
+    /// Its end, inclusive.
+    pub to: Option<String>,
+    /// Why it was left.
+    pub why: String,
+}
+
+/// Something that is wrong.
+#[derive(Debug, Serialize)]
+pub struct Problem {
+    /// Which kind of wrong.
+    pub kind: ProblemKind,
+    /// The log or the object, as a key in the store.
+    pub place: String,
+    /// What was found there.
+    pub detail: String,
+}
+
+impl Hole {
+    fn of(log: &str, link: &Link) -> Self {
+        let shown = |position: &Option<Position>| position.as_ref().map(Position::to_string);
+        let why = link.hole.clone().unwrap_or_default();
+        Self { log: log.to_owned(), from: shown(&link.from), to: shown(&link.to), why }
+    }
+}
+
+/// The kinds of problems.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProblemKind {
+    /// Positions, a link or an object are missing.
+    Gap,
+    /// Two claims have the same positions or the same key.
+    Overlap,
+    /// An object that no claim names.
+    Orphan,
+    /// A link or an object has another content than it should have.
+    Damaged,
+    /// A file of a write that was broken off, beside the data: readers of the folder may take it for
+    /// data.
+    Leftover,
+}
+
+impl fmt::Display for ProblemKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gap => "gap",
+            Self::Overlap => "overlap",
+            Self::Orphan => "orphan",
+            Self::Damaged => "damaged",
+            Self::Leftover => "leftover",
+        })
+    }
+}
+
+/// What lies below the URL.
+#[derive(Default)]
+struct Listing {
+    /// The links' numbers and keys, by log.
+    logs: BTreeMap<String, BTreeMap<u64, Path>>,
+    /// The lengths of the data objects, by key.
+    data: BTreeMap<Path, u64>,
+    /// Files that are being written.
+    temporary: u64,
+}
+
+impl ObjectsSink {
+    /// Walks all claim logs below the sink's URL; with `content`, reads every object too.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when the store cannot be read.
+    pub async fn verify(&self, content: bool) -> Result<Audit, SinkError> {
+        let listing = self.list().await?;
+        let logs = listing.logs.len() as u64;
+        let mut audit = Audit { logs, temporary: listing.temporary, ..Audit::default() };
+        let mut claimed: HashMap<Path, String> = HashMap::new();
+        for (log, links) in &listing.logs {
+            let links = self.read_links(log, links, &mut audit).await?;
+            check_chain(log, &links, &mut audit);
+            let last = links.iter().rev().find(|link| link.claim.is_some()).map(|link| link.link);
+            let given_up: Vec<u64> = links.iter().filter_map(|link| link.gives_up).collect();
+            for link in links.iter().filter(|link| !given_up.contains(&link.link)) {
+                let Some(claim) = &link.claim else { continue };
+                if link.renamed_from.is_some() {
+                    // It is the last claim of the log that this one goes on with.
+                    continue;
+                }
+                let is_last = last == Some(link.link);
+                let found = self.check_claim(log, link, claim, is_last, &listing, &mut audit);
+                for (key, data) in found {
+                    if let Some(other) = claimed.insert(key.clone(), log.clone()) {
+                        let detail = format!("{log} and {other} both claim it");
+                        audit.problem(ProblemKind::Overlap, &key, detail);
+                    }
+                    // One of another length is named already.
+                    let bytes = listing.data[&key];
+                    let has_length = data.bytes.is_none_or(|due| bytes == due);
+                    if content && has_length {
+                        self.check_content(&key, claim, (data, bytes), &mut audit).await?;
+                    }
+                }
+            }
+        }
+        for key in listing.data.keys().filter(|key| !claimed.contains_key(*key)) {
+            audit.problem(ProblemKind::Orphan, key, "no claim names it".into());
+        }
+        if let Some(staged) = &self.place.staged {
+            let leftovers = staged.leftovers().await;
+            for file in leftovers.map_err(|error| self.place.unavailable(error))? {
+                let detail = "a write that was broken off left it: it is no data, remove it; a run \
+                              removes those that it knows to be its own";
+                audit.problem(ProblemKind::Leftover, file.display(), detail.into());
+            }
+        }
+        Ok(audit)
+    }
+
+    async fn list(&self) -> Result<Listing, SinkError> {
+        let place = &self.place;
+        let mut found = Listing::default();
+        let mut objects = place.store.list(Some(&place.prefix));
+        let own = place.path([LOG_FOLDER]);
+        let temporary = place.path([LOG_FOLDER, STAGING_FOLDER]);
+        loop {
+            let object = match objects.try_next().await {
+                Ok(Some(object)) => object,
+                Ok(None) => return Ok(found),
+                Err(error) => return Err(place.failed("list", &place.prefix, &error)),
+            };
+            let key = object.location;
+            if place.staged.is_some() && key.prefix_matches(&temporary) {
+                found.temporary += 1;
+                continue;
+            }
+            match (key.prefix_matches(&own), link_number(&key)) {
+                (false, _) => {
+                    found.data.insert(key, object.size);
+                }
+                (true, Some(number)) => {
+                    let log = key.as_ref().rsplit_once('/').map_or("", |(log, _)| log).to_owned();
+                    found.logs.entry(log).or_default().insert(number, key);
+                }
+                (true, None) if key.filename() == Some(PROBE) => {}
+                (true, None) => {
+                    found.data.insert(key, object.size);
+                }
+            }
+        }
+    }
+
+    /// The links that can be read, by number.
+    async fn read_links(
+        &self,
+        log: &str,
+        links: &BTreeMap<u64, Path>,
+        audit: &mut Audit,
+    ) -> Result<Vec<Link>, SinkError> {
+        let reads = links.iter().map(|(number, path)| async move {
+            Ok::<_, SinkError>((*number, self.read(path, LINK_BYTES_MAX).await?))
+        });
+        let read: Vec<(u64, Bytes)> =
+            futures::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+        audit.links += read.len() as u64;
+        let mut found = Vec::new();
+        for (number, bytes) in read {
+            match serde_json::from_slice::<Link>(&bytes) {
+                Ok(link) if link.link == number => found.push(link),
+                Ok(link) => {
+                    let detail = format!("link {number} says that it is link {}", link.link);
+                    audit.problem(ProblemKind::Damaged, log, detail);
+                }
+                Err(error) => {
+                    audit.problem(ProblemKind::Damaged, log, format!("link {number}: {error}"));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    async fn read(&self, path: &Path, bytes_max: u64) -> Result<Bytes, SinkError> {
+        let read = answers::read(&*self.place.store, path, bytes_max).await;
+        read.map_err(|error| self.place.failed("read", path, &error))
+    }
+
+    /// Looks for a claim's objects; gives those that are there.
+    fn check_claim<'c>(
+        &self,
+        log: &str,
+        link: &Link,
+        claim: &'c Claim,
+        is_last: bool,
+        listing: &Listing,
+        audit: &mut Audit,
+    ) -> Vec<(Path, &'c Data)> {
+        let mut found = Vec::new();
+        let mut missing = Vec::new();
+        for data in &claim.data {
+            let Some(key) = self.place.below(&data.key) else {
+                let detail = format!("link {} names {:?}, which is no path", link.link, data.key);
+                audit.problem(ProblemKind::Damaged, log, detail);
+                continue;
+            };
+            let Some(bytes) = listing.data.get(&key) else {
+                missing.push(data.key.as_str());
+                continue;
+            };
+            if let Some(due) = data.bytes.filter(|due| due != bytes) {
+                let detail = format!("it has {bytes} bytes, {due} are claimed");
+                audit.problem(ProblemKind::Damaged, &key, detail);
+            }
+            audit.objects += 1;
+            audit.rows += data.rows;
+            audit.bytes += bytes;
+            found.push((key, data));
+        }
+        match missing.is_empty() {
+            true => {}
+            false if is_last => audit.unfinished += 1,
+            false => {
+                let detail = format!("link {} claims {missing:?}, which is not there", link.link);
+                audit.problem(ProblemKind::Gap, log, detail);
+            }
+        }
+        found
+    }
+
+    /// Reads an object and compares it with its claim.
+    async fn check_content(
+        &self,
+        key: &Path,
+        claim: &Claim,
+        (data, bytes_max): (&Data, u64),
+        audit: &mut Audit,
+    ) -> Result<(), SinkError> {
+        let bytes = self.read(key, bytes_max).await?;
+        let layout = claim.layout.clone();
+        let (due_hash, due_rows) = (data.sha256.clone(), data.rows);
+        let compared = tokio::task::spawn_blocking(move || match layout.format {
+            ObjectFormat::Parquet => {
+                let file = SerializedFileReader::new(bytes).map_err(|error| error.to_string())?;
+                let rows = file.metadata().file_metadata().num_rows();
+                match u64::try_from(rows) == Ok(due_rows) {
+                    true => Ok(()),
+                    false => Err(format!("it has {rows} rows, {due_rows} are claimed")),
+                }
+            }
+            ObjectFormat::Ndjson | ObjectFormat::Raw => {
+                let found = hash(&bytes, layout.compression).map_err(|error| error.to_string())?;
+                match found == due_hash {
+                    true => Ok(()),
+                    false => Err(format!("its content hashes to {found}, {due_hash} is claimed")),
+                }
+            }
+        });
+        let broken_off = |error| self.place.unavailable(format!("reading {key}: {error}"));
+        if let Err(detail) = compared.await.map_err(broken_off)? {
+            audit.problem(ProblemKind::Damaged, key, detail);
+        }
+        Ok(())
+    }
+}
+
+/// The SHA-256 of what an object holds once it is decompressed, in hex.
+fn hash(bytes: &[u8], compression: Compression) -> std::io::Result<String> {
+    let mut content: Box<dyn Read + '_> = match compression {
+        Compression::None => Box::new(bytes),
+        Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(bytes)),
+        Compression::Zstd => Box::new(zstd::Decoder::new(bytes)?),
+    };
+    let mut hash = Sha256::new();
+    let mut piece = vec![0; 64 << 10];
+    loop {
+        match content.read(&mut piece)? {
+            0 => return Ok(hex::encode(hash.finalize())),
+            read => hash.update(&piece[..read]),
+        }
+    }
+}
+
+/// Each link begins where the one before it ended.
+fn check_chain(log: &str, links: &[Link], audit: &mut Audit) {
+    let shown = |at: &Option<Position>| {
+        at.as_ref().map_or_else(|| "the beginning".to_owned(), Position::to_string)
+    };
+    if let Some(first) = links.first().filter(|link| link.hole.is_some()) {
+        audit.holes.push(Hole::of(log, first));
+    }
+    for pair in links.windows(2) {
+        let [before, link] = pair else { continue };
+        if link.link != before.link + 1 {
+            let detail = format!("the links between {} and {} are gone", before.link, link.link);
+            audit.problem(ProblemKind::Gap, log, detail);
+        }
+        if link.hole.is_some() {
+            audit.holes.push(Hole::of(log, link));
+            continue;
+        }
+        // The log goes on where the claim began that was given up.
+        if link.gives_up.is_some() {
+            continue;
+        }
+        // A log begins wherever its pipeline stood.
+        let kind = match link.from.cmp(&before.to) {
+            std::cmp::Ordering::Equal => continue,
+            std::cmp::Ordering::Greater if before.to.is_none() => continue,
+            std::cmp::Ordering::Greater => ProblemKind::Gap,
+            std::cmp::Ordering::Less => ProblemKind::Overlap,
+        };
+        let detail = format!(
+            "link {} begins behind {}, the one before it ended at {}",
+            link.link,
+            shown(&link.from),
+            shown(&before.to)
+        );
+        audit.problem(kind, log, detail);
+    }
+    for link in links.iter().filter(|link| link.claim.is_some() && link.to <= link.from) {
+        let detail = format!("link {} ends at or before its beginning", link.link);
+        audit.problem(ProblemKind::Damaged, log, detail);
+    }
+}
+
+impl Audit {
+    fn problem(&mut self, kind: ProblemKind, place: impl fmt::Display, detail: String) {
+        self.problems.push(Problem { kind, place: place.to_string(), detail });
+    }
+}

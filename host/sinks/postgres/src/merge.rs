@@ -1,0 +1,165 @@
+//! Upsert and ignore: rows are copied into a table of the transaction, and merged from there by one
+//! statement.
+//!
+//! Where no row has its like, a plain COPY into the table does the same in a third of the time. So that
+//! is tried first, as long as it goes well ([`Hope`]).
+//!
+//! The staging table has the target's columns and none of its constraints, so what the target does
+//! not take is found at the merge. It keeps the order in which rows were copied (by `ctid`, for it is
+//! never updated), which decides between rows of one commit with the same key. Merging in the order
+//! of the key, lanes that meet on the same rows lock them in the same order.
+
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::Type;
+
+use shardmill_config::WriteMode;
+use shardmill_pg::name::{TableName, quoted};
+use shardmill_pg::{Link, ServerError};
+
+/// The staging table, as SQL has it. Each transaction that merges has its own: behind a pooler, others
+/// would find it in their session otherwise.
+pub(super) const STAGING: &str = "pg_temp.\"shardmill_staging\"";
+
+/// Whether it is worth trying that no row of a part has its like in the table: as long as that was so
+/// the last time, and else again after some parts, after ever more if it was in vain.
+#[derive(Debug, Default)]
+pub(super) struct Hope {
+    parts_to_wait: u32,
+    last_wait: u32,
+}
+
+/// The parts that are merged after hope was in vain: at first, and at most.
+const WAIT: u32 = 8;
+const WAIT_MAX: u32 = 1024;
+
+impl Hope {
+    /// Whether to try now; counts the parts.
+    pub(super) fn is_due(&mut self) -> bool {
+        let due = self.parts_to_wait == 0;
+        self.parts_to_wait = self.parts_to_wait.saturating_sub(1);
+        due
+    }
+
+    pub(super) fn was_right(&mut self) {
+        self.last_wait = 0;
+    }
+
+    pub(super) fn was_wrong(&mut self) {
+        self.last_wait = (self.last_wait * 2).clamp(WAIT, WAIT_MAX);
+        self.parts_to_wait = self.last_wait;
+    }
+}
+
+/// Whether a COPY failed because a row has its like: in the table, in the same part, or in a
+/// transaction under way that waits for ours.
+pub(super) fn found_like(error: &ServerError) -> bool {
+    let code = error.code();
+    code == Some(&SqlState::UNIQUE_VIOLATION) || code == Some(&SqlState::T_R_DEADLOCK_DETECTED)
+}
+
+/// Makes the staging table in the transaction under way, by the target as it is now.
+pub(super) async fn create_staging(link: &Link, table: &TableName) -> Result<(), ServerError> {
+    link.batch_execute(&format!(
+        "DROP TABLE IF EXISTS {STAGING}; \
+             CREATE TEMPORARY TABLE \"shardmill_staging\" ON COMMIT DROP \
+                 AS SELECT * FROM {} WITH NO DATA",
+        table.quoted()
+    ))
+    .await
+}
+
+/// The statement that merges the staged rows, which bring these columns.
+pub(super) fn statement(mode: &WriteMode, table: &TableName, columns: &[&str]) -> String {
+    let target = table.quoted();
+    let names: Vec<String> = columns.iter().map(|name| quoted(name)).collect();
+    let names = names.join(", ");
+    let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
+    let key = key.join(", ");
+    // Of rows with one key, the first in this order is taken.
+    let order = match mode {
+        WriteMode::Upsert { newest_by: Some(by), .. } => format!("{} DESC, ctid DESC", quoted(by)),
+        WriteMode::Upsert { newest_by: None, .. } => "ctid DESC".into(),
+        WriteMode::Append | WriteMode::Ignore { .. } => "ctid".into(),
+    };
+    let on_conflict = mode.on_conflict("target", columns, quoted);
+    format!(
+        "INSERT INTO {target} AS target ({names}) \
+         SELECT DISTINCT ON ({key}) {names} FROM {STAGING} ORDER BY {key}, {order} {on_conflict}"
+    )
+}
+
+/// The unique constraints or indexes on exactly these columns that are checked late.
+const DEFERRABLE_KEYS: &str = "
+    SELECT i.indexrelid::regclass::text
+    FROM pg_catalog.pg_index AS i
+    WHERE i.indrelid = to_regclass($1) AND i.indisunique AND i.indisvalid AND NOT i.indimmediate
+        AND i.indpred IS NULL
+        AND (SELECT array_agg(a.attname::text ORDER BY a.attname::text)
+             FROM pg_catalog.pg_attribute AS a
+             WHERE a.attrelid = i.indrelid
+                 AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
+            = (SELECT array_agg(k ORDER BY k) FROM unnest($2::text[]) AS k)
+    LIMIT 1";
+
+/// Validates that the table has a unique index on the key that `ON CONFLICT` can use. The error is a
+/// sentence.
+pub(super) async fn check_key(
+    client: &Link,
+    table: &TableName,
+    mode: &WriteMode,
+) -> Result<(), String> {
+    let names: Vec<&str> = mode.key().iter().map(|name| &**name).collect();
+    let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
+    let (target, key) = (table.quoted(), key.join(", "));
+    let misfit =
+        |error: ServerError| format!("the key ({key}) does not fit table {table}: {error}");
+    // Planned, not run: the planner looks for the index.
+    let plan = format!(
+        "EXPLAIN INSERT INTO {target} ({key}) SELECT {key} FROM {target} WHERE false \
+         ON CONFLICT ({key}) DO NOTHING"
+    );
+    match client.batch_execute(&plan).await {
+        Ok(()) => {}
+        Err(error) if error.code() == Some(&SqlState::INVALID_COLUMN_REFERENCE) => {
+            return Err(format!(
+                "table {table} has no unique index on ({key}), by which rows are matched: \
+                 CREATE UNIQUE INDEX ON {target} ({key})"
+            ));
+        }
+        // Another check says which right is missing, and for what.
+        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {}
+        Err(error) => return Err(misfit(error)),
+    }
+    // The planner takes an index that is checked late; only the first row would show that it cannot be used.
+    let values: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
+        [(&target, Type::TEXT), (&names, Type::TEXT_ARRAY)];
+    let late = client.query_typed_opt(DEFERRABLE_KEYS, &values).await.map_err(misfit)?;
+    match late.map(|row| row.try_get::<_, String>(0)) {
+        None => Ok(()),
+        Some(index) => Err(format!(
+            "the unique constraint {} on ({key}) of table {table} is DEFERRABLE, which ON CONFLICT \
+             does not support: drop it, and add one that is not deferrable",
+            index.unwrap_or_default()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hope_in_vain_waits_longer() {
+        let mut hope = Hope::default();
+        let waited = |hope: &mut Hope| (0..).take_while(|_| !hope.is_due()).count();
+        assert_eq!(waited(&mut hope), 0);
+        for due in [8, 16, 32] {
+            hope.was_wrong();
+            assert_eq!(waited(&mut hope), due);
+        }
+        hope.was_right();
+        assert_eq!(waited(&mut hope), 0);
+        hope.was_wrong();
+        assert_eq!(waited(&mut hope), 8);
+    }
+}

@@ -1,0 +1,478 @@
+//! The commit: rows and position in one transaction.
+//!
+//! The position moves first: that locks out any other owner, and a commit that had landed already is
+//! recognised before its rows could collide with themselves.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use tokio_postgres::SimpleQueryMessage;
+
+use super::copy::{self, RunningCopy, Search, Target, Transaction};
+use super::encode::{Encoded, Encoder, GoneColumn};
+use super::lineage::Lineage;
+use super::merge::Hope;
+use super::session::{BEGIN, SETTINGS};
+use super::table::{Fingerprint, LiveTable};
+use super::{Failure, Shared};
+use shardmill_core::record::{Position, Row, ShardKey};
+use shardmill_core::sink::{
+    Commit, Committed, LookAhead, Refusal, RefusalLog, SinkError, SinkWriter,
+};
+use shardmill_pg::{Lent, Link, ServerError};
+
+/// Rows that are encoded before other tasks of the thread get their turn.
+const ROWS_PER_TURN: usize = 512;
+
+/// Rows of the next commit that are tried, where it is not clear whether rows or the table are at fault.
+const PROBED_ROWS_MAX: usize = 1_000;
+
+/// After the position: `rows` for all rows, `copy` for those that are copied next.
+const SAVEPOINTS: &str = "SAVEPOINT rows; SAVEPOINT copy";
+
+/// Deferred constraints must blame their rows before the end.
+const IMMEDIATE: &str = "SET CONSTRAINTS ALL IMMEDIATE";
+
+/// Which answer to the first message is that of the statement that moves the position.
+const MOVE_AT: usize = 3;
+
+/// Commits one shard's rows.
+pub(super) struct PostgresWriter {
+    shared: Arc<Shared>,
+    shard: ShardKey,
+    epoch: i64,
+    /// The counts of a commit whose reply was lost, by where it ends.
+    unanswered: Option<(Position, Committed)>,
+    /// Whether rows are likely to have keys that are new.
+    hope: Hope,
+    /// Rows of the commit that comes next, if there are any.
+    next: Arc<NextRows>,
+}
+
+/// Rows that wait for their commit.
+#[derive(Default)]
+struct NextRows(Mutex<Option<Arc<Vec<Row>>>>);
+
+impl NextRows {
+    /// Those that come after `rows`.
+    fn after(&self, rows: &Arc<Vec<Row>>) -> Option<Arc<Vec<Row>>> {
+        let next = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        next.clone().filter(|next| !Arc::ptr_eq(next, rows) && !next.is_empty())
+    }
+
+    /// Lets go of rows that were committed.
+    fn forget(&self, rows: &Arc<Vec<Row>>) {
+        let mut next = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if next.as_ref().is_some_and(|next| Arc::ptr_eq(next, rows)) {
+            *next = None;
+        }
+    }
+}
+
+impl LookAhead for NextRows {
+    fn see(&self, rows: &Arc<Vec<Row>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(rows));
+    }
+}
+
+/// How the transaction ended.
+enum Ended {
+    Committed(Committed),
+    /// The server was asked to commit and did not say that it has.
+    Unknown(Committed, String),
+}
+
+impl PostgresWriter {
+    pub(super) fn new(shared: Arc<Shared>, shard: ShardKey, epoch: i64) -> Self {
+        Self { shared, shard, epoch, unanswered: None, hope: Hope::default(), next: Arc::default() }
+    }
+
+    /// The commit on one screen; leaves its transaction open when it fails.
+    async fn transact(
+        &mut self,
+        link: &Link,
+        commit: &Commit,
+        refusals: &dyn RefusalLog,
+    ) -> Result<Ended, Failure> {
+        let sink = Arc::clone(&self.shared);
+        let failed = |error| Failure::server(format!("cannot commit to {}", sink.table), error);
+
+        if !self.begin(link, commit).await.map_err(failed)? {
+            return self.look_where_it_stands(link, commit).await;
+        }
+        let refused = match &commit.rows[..] {
+            [] => Vec::new(),
+            _ => {
+                // Its statements are closed when it is dropped, before the end of the transaction.
+                let mut transaction = Transaction::new(link, std::mem::take(&mut self.hope));
+                let refused = self.write_rows(&mut transaction, commit, refusals).await?;
+                self.hope = transaction.hope;
+                refused
+            }
+        };
+        if !refused.is_empty() {
+            refusals.hold(commit, &refused).await?;
+        }
+        let committed = Committed {
+            rows_written: (commit.rows.len() - refused.len()) as u64,
+            rows_refused: refused.len() as u64,
+            bytes_written: bytes_written(commit, &refused),
+        };
+        Ok(match link.commit().await {
+            Ok(()) => Ended::Committed(committed),
+            Err(cause) => Ended::Unknown(committed, cause),
+        })
+    }
+
+    /// Begins the transaction, moves the position under our epoch and sets the savepoints; false when
+    /// it is not ours to move or not where the commit begins.
+    ///
+    /// One message: the server runs none of its statements behind one that failed.
+    async fn begin(&self, link: &Link, commit: &Commit) -> Result<bool, ServerError> {
+        let sink = &self.shared;
+        let ownership = sink.ownership.get();
+        let move_on =
+            sink.position.move_on(&sink.sink, &self.shard, self.epoch, &commit.span, ownership);
+        let begin = format!("{BEGIN}; {SETTINGS}; {IMMEDIATE}; {move_on}; {SAVEPOINTS}");
+        let answers = link.simple_query(&begin).await?;
+        let mut counts = answers.iter().filter_map(|answer| match answer {
+            SimpleQueryMessage::CommandComplete(rows) => Some(*rows),
+            _ => None,
+        });
+        Ok(counts.nth(MOVE_AT) == Some(1))
+    }
+
+    /// After the position did not move: the commit has landed before, or the shard has another owner.
+    async fn look_where_it_stands(
+        &mut self,
+        link: &Link,
+        commit: &Commit,
+    ) -> Result<Ended, Failure> {
+        let sink = Arc::clone(&self.shared);
+        let found =
+            sink.position.read(link, &sink.sink, &self.shard).await.map_err(|error| {
+                Failure::server(format!("cannot read {}", sink.position), error)
+            })?;
+        let Some(found) = found else {
+            let detail = format!("its row is gone from {}", sink.position);
+            return Err(sink.fenced(&self.shard, detail, None).into());
+        };
+        if found.epoch != self.epoch {
+            let detail = format!("epoch {} in place of {}", found.epoch, self.epoch);
+            return Err(sink.fenced(&self.shard, detail, found.owner).into());
+        }
+        let position = found.position().map_err(|cause| sink.unavailable(cause))?;
+        if position.as_ref() == Some(&commit.span.to_inclusive) {
+            link.run_in_step("ROLLBACK")
+                .await
+                .map_err(|error| Failure::server("cannot end a transaction", error))?;
+            return Ok(Ended::Committed(self.answered(commit)));
+        }
+        let shown = |position: Option<&Position>| {
+            position.map_or_else(|| "the beginning".to_owned(), Position::to_string)
+        };
+        let detail = format!(
+            "the position is {}, the commit begins at {}",
+            shown(position.as_ref()),
+            shown(commit.span.from_exclusive.as_ref())
+        );
+        Err(sink.fenced(&self.shard, detail, None).into())
+    }
+
+    /// The counts of a commit that had landed before: as remembered, else as if nothing was refused.
+    fn answered(&mut self, commit: &Commit) -> Committed {
+        match self.unanswered.take() {
+            Some((to, committed)) if to == commit.span.to_inclusive => committed,
+            _ => Committed {
+                rows_written: commit.rows.len() as u64,
+                rows_refused: 0,
+                bytes_written: bytes_written(commit, &[]),
+            },
+        }
+    }
+
+    /// Writes the rows by the table as known; if it turns out to be another by now, once more by that
+    /// one. Returns all refusals by ascending row.
+    ///
+    /// COPY holds a lock on the table since its first row: what is read behind it, the table was all
+    /// along. A binary value of one type may be a wrong value of another.
+    async fn write_rows(
+        &self,
+        transaction: &mut Transaction<'_>,
+        commit: &Commit,
+        refusals: &dyn RefusalLog,
+    ) -> Result<Vec<Refusal>, Failure> {
+        let (sink, name) = (&self.shared, &self.shared.table);
+        let known = sink.live().clone();
+        let mut is_fresh = known.is_none();
+        let mut table = match known {
+            Some(table) => table,
+            None => self.read_table(transaction.link).await?,
+        };
+        loop {
+            let written = self.write_rows_for(transaction, &table, commit, refusals).await;
+            if written.is_err() {
+                sink.live().take();
+            }
+            let gone = match written? {
+                Ok((refusals, read_behind)) => {
+                    let behind =
+                        match read_behind {
+                            Some(behind) => behind,
+                            None => Fingerprint::read(transaction.link, name).await.map_err(
+                                |error| Failure::server(format!("cannot read table {name}"), error),
+                            )?,
+                        };
+                    // A fingerprint may differ where no column does that matters.
+                    if behind == table.fingerprint
+                        || self.read_table(transaction.link).await?.columns == table.columns
+                    {
+                        return Ok(refusals);
+                    }
+                    None
+                }
+                Err(GoneColumn(column)) => Some(column),
+            };
+            match gone {
+                Some(column) if is_fresh => {
+                    return Err(sink
+                        .unavailable(format!(
+                            "column {column:?} is gone from table {name}: add it again, or run \
+                             plugins whose rows do not bring it"
+                        ))
+                        .into());
+                }
+                None if is_fresh => {
+                    return Err(sink
+                        .unavailable(format!(
+                            "table {name} was altered while rows went in; nothing was written, the \
+                             rows come again"
+                        ))
+                        .into());
+                }
+                _ => {}
+            }
+            transaction.start_again().await.map_err(|error| {
+                Failure::server(format!("cannot write to table {name} again"), error)
+            })?;
+            table = self.read_table(transaction.link).await?;
+            is_fresh = true;
+        }
+    }
+
+    /// Encodes the rows for `table` and copies them; gives the table as it was behind them, where it
+    /// could be asked on the way.
+    async fn write_rows_for(
+        &self,
+        transaction: &mut Transaction<'_>,
+        table: &LiveTable,
+        commit: &Commit,
+        log: &dyn RefusalLog,
+    ) -> Result<Result<(Vec<Refusal>, Option<Fingerprint>), GoneColumn>, Failure> {
+        let (sink, name, rows) = (&self.shared, &self.shared.table, &commit.rows[..]);
+        let failed = |error| Failure::server(format!("cannot write to table {name}"), error);
+        let target = Target { name, live: table, mode: &sink.mode };
+        let shown = name.to_string();
+        let bytes_expected = rows.iter().map(|row| row.payload.len()).sum();
+        let lineage = match self.lineage(table) {
+            Ok(lineage) => lineage,
+            Err(gone) => return Ok(Err(gone)),
+        };
+        let mut encoder = Encoder::new(table, &shown, &sink.mode, lineage, bytes_expected);
+        let mut running: Option<RunningCopy> = None;
+        for (turn, some) in rows.chunks(ROWS_PER_TURN).enumerate() {
+            for (row, index) in some.iter().zip(turn * ROWS_PER_TURN..) {
+                if let Err(gone) = encoder.add(index, row, |key| sink.known_columns.contains(key)) {
+                    return Ok(Err(gone));
+                }
+            }
+            if let Some((columns, tuples)) = encoder.first_group() {
+                let copy = match &mut running {
+                    Some(copy) => copy,
+                    none => none.insert(
+                        RunningCopy::begin(transaction, target, columns).await.map_err(failed)?,
+                    ),
+                };
+                copy.send(tuples).await.map_err(failed)?;
+            }
+            tokio::task::yield_now().await;
+        }
+        let Encoded { groups, refusals } = encoder.finish();
+        let search = Search { refusals, ..Search::default() };
+        let within = |refused: &[usize]| log.check(commit, refused);
+        let running = running.take();
+        let search =
+            copy::copy_groups(transaction, target, &groups, running, search, &within).await?;
+        let found = self.judge(transaction, target, commit, search).await?;
+        Ok(Ok(found))
+    }
+
+    /// Decides whether rows or the table are at fault where that is not clear from their errors: the
+    /// rows, if another went in; else the table, unless a row of the next commit would go in.
+    async fn judge(
+        &self,
+        transaction: &mut Transaction<'_>,
+        target: Target<'_>,
+        commit: &Commit,
+        search: Search,
+    ) -> Result<(Vec<Refusal>, Option<Fingerprint>), Failure> {
+        let failed =
+            |error| Failure::server(format!("cannot write to table {}", target.name), error);
+        let Search { mut refusals, suspects, first_suspected, went_in, read_behind, .. } = search;
+        if let Some(error) = first_suspected
+            && !went_in
+            && (search.is_hopeless
+                || !self.next_goes_in(transaction, target, commit).await.map_err(failed)?)
+        {
+            return Err(failed(error));
+        }
+        if let Some(limit) = search.limit {
+            return Err(limit.into());
+        }
+        refusals.extend(suspects);
+        refusals.sort_unstable_by_key(|refusal| refusal.row);
+        Ok((refusals, read_behind))
+    }
+
+    /// Whether a row of the next commit would go in.
+    async fn next_goes_in(
+        &self,
+        transaction: &mut Transaction<'_>,
+        target: Target<'_>,
+        commit: &Commit,
+    ) -> Result<bool, ServerError> {
+        let Some(next) = self.next.after(&commit.rows) else { return Ok(false) };
+        let shown = target.name.to_string();
+        let Ok(lineage) = self.lineage(target.live) else { return Ok(false) };
+        let mut encoder = Encoder::new(target.live, &shown, target.mode, lineage, 0);
+        for (index, row) in next.iter().take(PROBED_ROWS_MAX).enumerate() {
+            if encoder.add(index, row, |_| false).is_err() {
+                return Ok(false);
+            }
+        }
+        copy::any_goes_in(transaction, target, &encoder.finish().groups).await
+    }
+
+    /// The columns that say where a row came from, if rows are to say so.
+    fn lineage(&self, table: &LiveTable) -> Result<Lineage, GoneColumn> {
+        match self.shared.lineage {
+            true => Lineage::of(table, &self.shared.lineage_name)
+                .map_err(|gone| GoneColumn(gone.into())),
+            false => Ok(Lineage::default()),
+        }
+    }
+
+    async fn read_table(&self, link: &Link) -> Result<Arc<LiveTable>, Failure> {
+        let (sink, name) = (&self.shared, &self.shared.table);
+        let table = LiveTable::read(link, name)
+            .await
+            .map_err(|error| Failure::server(format!("cannot read table {name}"), error))?
+            .ok_or_else(|| {
+                sink.unavailable(format!(
+                    "table {name} is gone: create it again, or name another in the sink's `table`"
+                ))
+            })?;
+        Ok(self.know(table))
+    }
+
+    /// Remembers the table, and the columns that it has.
+    fn know(&self, table: LiveTable) -> Arc<LiveTable> {
+        let names = table.columns.iter().map(|column| column.name.as_str());
+        self.shared.known_columns.remember(names);
+        let table = Arc::new(table);
+        *self.shared.live() = Some(Arc::clone(&table));
+        table
+    }
+
+    /// After a COMMIT without an answer: asks a new connection whether it landed.
+    async fn settle(
+        &mut self,
+        commit: &Commit,
+        committed: Committed,
+        cause: &str,
+    ) -> Result<Committed, SinkError> {
+        self.unanswered = Some((commit.span.to_inclusive.clone(), committed));
+        let sink = Arc::clone(&self.shared);
+        let session = sink.session().await?;
+        let found = sink.position.read(&session, &sink.sink, &self.shard).await;
+        if let Err(error) = &found {
+            let cause = sink.failed(&format!("cannot read {}", sink.position), error);
+            session.fail(error).await;
+            return Err(cause);
+        }
+        let is_at_start = found.is_ok_and(|found| {
+            found.is_some_and(|found| {
+                found.epoch == self.epoch
+                    && found.position().ok().as_ref() == Some(&commit.span.from_exclusive)
+            })
+        });
+        if is_at_start {
+            session.give_back();
+            // Should it land yet, the next try finds the position moved, and the counts here.
+            return Err(sink.unavailable(format!("the commit did not land: {cause}")));
+        }
+        let stands = self.look_where_it_stands(&session, commit).await;
+        conclude(&sink, session, stands).await.map(|ended| match ended {
+            Ended::Committed(committed) | Ended::Unknown(committed, _) => committed,
+        })
+    }
+}
+
+#[async_trait]
+impl SinkWriter for PostgresWriter {
+    fn copies_rows(&self) -> bool {
+        true
+    }
+
+    fn looks_ahead(&self) -> Option<Arc<dyn LookAhead>> {
+        Some(self.next.clone())
+    }
+
+    async fn commit(
+        &mut self,
+        commit: &Commit,
+        refusals: &dyn RefusalLog,
+    ) -> Result<Committed, SinkError> {
+        let shared = Arc::clone(&self.shared);
+        let session = shared.session().await?;
+        let ended = self.transact(&session, commit, refusals).await;
+        let committed = match conclude(&shared, session, ended).await? {
+            Ended::Committed(committed) => committed,
+            Ended::Unknown(committed, cause) => self.settle(commit, committed, &cause).await?,
+        };
+        self.unanswered = None;
+        self.next.forget(&commit.rows);
+        Ok(committed)
+    }
+}
+
+/// Gives a connection back after a transaction that has ended, rolls back one that failed, and closes
+/// the connection where it is not known what the server did.
+async fn conclude(
+    sink: &Shared,
+    session: Lent<'_>,
+    ended: Result<Ended, Failure>,
+) -> Result<Ended, SinkError> {
+    match ended {
+        Ok(ended @ Ended::Committed(_)) => {
+            session.give_back();
+            Ok(ended)
+        }
+        Ok(ended @ Ended::Unknown(..)) => Ok(ended),
+        Err(Failure::Server { doing, error }) => {
+            session.fail(&error).await;
+            Err(sink.failed(&doing, &error))
+        }
+        Err(Failure::Sink(error)) => {
+            session.roll_back().await;
+            Err(error)
+        }
+    }
+}
+
+/// The payload bytes of the rows that were written.
+fn bytes_written(commit: &Commit, refused: &[Refusal]) -> u64 {
+    let all: usize = commit.rows.iter().map(|row| row.payload.len()).sum();
+    let lost: usize = refused.iter().map(|refusal| commit.rows[refusal.row].payload.len()).sum();
+    (all - lost) as u64
+}

@@ -1,0 +1,346 @@
+//! The ledger: how far each shard's loads have landed, and who may add to it.
+//!
+//! One row per (pipeline, sink, stream, shard); `epoch` grows with each owner. Redshift enforces no
+//! key and has no `numeric` of 129 digits: the table is locked while its rows change, which also keeps
+//! loads out of each other's way (error 1023, "Serializable isolation violation", else ends one of
+//! two), and sequence numbers are text. A lock comes before a transaction's first look at data, so that
+//! it sees what others have committed while it waited.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio_postgres::SimpleQueryRow;
+
+use super::session::{self, literal};
+use shardmill_core::owner::{OwnerName, Ownership, StateMark};
+use shardmill_core::record::{
+    PipelineName, Position, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardId, ShardKey, SinkName,
+};
+use shardmill_core::sink::KeptPosition;
+use shardmill_pg::name::TableName;
+use shardmill_pg::{Link, ServerError as Error};
+
+/// The table's name; it stands in the schema of the data table.
+const TABLE: &str = "shardmill_position";
+
+/// Columns that tables of earlier versions have not: who wrote a position, and by which state.
+const LATER_COLUMNS: [(&str, &str); 3] =
+    [("state_id", "varchar(64)"), ("state_number", "bigint"), ("owner", "varchar(512)")];
+
+/// Where positions are kept.
+pub(super) struct Ledger {
+    name: TableName,
+    /// It is known to have all columns.
+    is_wide: AtomicBool,
+}
+
+/// A shard's row.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) epoch: i64,
+    /// `None` before the first commit.
+    pub(super) position: Option<Position>,
+    /// Who wrote it, if that is known.
+    pub(super) owner: Option<OwnerName>,
+}
+
+/// What could be read and what its texts mean are two questions.
+type Readable<T> = Result<T, String>;
+
+impl Ledger {
+    /// The ledger for rows in `table`.
+    pub(super) fn beside(table: &TableName) -> Self {
+        Self { name: table.sibling(TABLE), is_wide: AtomicBool::new(false) }
+    }
+
+    /// The table's name.
+    pub(super) fn name(&self) -> &TableName {
+        &self.name
+    }
+
+    /// Creates the table if it is missing. Only then is the right to create one needed.
+    pub(super) async fn create_if_missing(&self, client: &Link) -> Result<(), Error> {
+        let name = self.name.quoted();
+        match session::rows(client, &format!("SELECT 1 FROM {name} LIMIT 0")).await {
+            Err(error) if session::is_no_table(&error) => {}
+            other => return other.map(drop),
+        }
+        let create = format!(
+            "CREATE TABLE IF NOT EXISTS {name} (
+                 pipeline varchar(256) NOT NULL,
+                 sink varchar(256) NOT NULL,
+                 stream varchar(4096) NOT NULL,
+                 shard varchar(4096) NOT NULL,
+                 epoch bigint NOT NULL,
+                 sequence varchar({SEQUENCE_NUMBER_DIGITS_MAX}),
+                 sub_sequence bigint,
+                 state_id varchar(64),
+                 state_number bigint,
+                 owner varchar(512)
+             )"
+        );
+        match session::run(client, &create).await {
+            // Of two that create it at once, one may fail on the catalogue.
+            Err(_)
+                if session::rows(client, &format!("SELECT 1 FROM {name} LIMIT 0"))
+                    .await
+                    .is_ok() =>
+            {
+                Ok(())
+            }
+            other => other.map(drop),
+        }
+    }
+
+    /// Adds the columns that a table of an earlier version has not. Only then is the right to alter it
+    /// needed.
+    pub(super) async fn widen_if_narrow(&self, client: &Link) -> Result<(), Error> {
+        if self.is_wide.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let name = self.name.quoted();
+        for (column, kind) in LATER_COLUMNS {
+            let look = format!("SELECT {column} FROM {name} LIMIT 0");
+            match session::rows(client, &look).await {
+                Err(error) if session::is_no_column(&error) => {}
+                other => {
+                    other?;
+                    continue;
+                }
+            }
+            let add = format!("ALTER TABLE {name} ADD COLUMN {column} {kind}");
+            match session::run(client, &add).await {
+                // Of two that add it at once, one fails.
+                Err(_) if session::rows(client, &look).await.is_ok() => {}
+                other => other.map(drop)?,
+            }
+        }
+        self.is_wide.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// What to say when they cannot be added.
+    pub(super) fn cannot_widen(&self) -> String {
+        let name = self.name.quoted();
+        let add = LATER_COLUMNS
+            .map(|(column, kind)| format!("ALTER TABLE {name} ADD COLUMN {column} {kind};"));
+        format!(
+            "cannot add the columns of this version to the position table {}; have its owner run once: {}",
+            self.name,
+            add.join(" ")
+        )
+    }
+
+    /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
+    pub(super) async fn take_over(
+        &self,
+        client: &Link,
+        sink: &SinkName,
+        shard: &ShardKey,
+        ownership: Option<&Ownership>,
+    ) -> Result<Readable<Entry>, Error> {
+        self.lock(client).await?;
+        let entry = match self.read(client, sink, shard).await? {
+            Ok(entry) => entry,
+            Err(unreadable) => {
+                session::run(client, "ROLLBACK").await?;
+                return Ok(Err(unreadable));
+            }
+        };
+        let name = self.name.quoted();
+        let [state, number, owner] = owned_by(ownership);
+        let owned = match entry {
+            Some(Entry { epoch, position, owner: before }) => {
+                let epoch = epoch + 1;
+                let key = key(sink, shard);
+                let update = format!(
+                    "UPDATE {name} SET epoch = {epoch}, state_id = {state}, state_number = {number}, \
+                     owner = {owner} WHERE {key}"
+                );
+                session::run(client, &update).await?;
+                Entry { epoch, position, owner: before }
+            }
+            None => {
+                let values = columns(sink, shard).map(|(_, text)| literal(&text)).join(", ");
+                let insert = format!(
+                    "INSERT INTO {name} (pipeline, sink, stream, shard, epoch, state_id, \
+                     state_number, owner) VALUES ({values}, 1, {state}, {number}, {owner})"
+                );
+                session::run(client, &insert).await?;
+                Entry { epoch: 1, position: None, owner: None }
+            }
+        };
+        session::run(client, "COMMIT").await?;
+        Ok(Ok(owned))
+    }
+
+    /// Moves a shard's row from the sink's old name to its new one; there may be none, or it was moved
+    /// before.
+    pub(super) async fn adopt(
+        &self,
+        client: &Link,
+        (old, new): (&SinkName, &SinkName),
+        shard: &ShardKey,
+    ) -> Result<Readable<()>, Error> {
+        if matches!(self.read(client, old, shard).await?, Ok(None)) {
+            return Ok(Ok(()));
+        }
+        self.lock(client).await?;
+        if let Ok(Some(Entry { position: Some(_), .. })) = self.read(client, new, shard).await? {
+            session::run(client, "ROLLBACK").await?;
+            return Ok(Err(format!(
+                "{self} has rows of both sink {old} and sink {new} for shard {}: delete the one that does \
+                 not count",
+                shard.shard
+            )));
+        }
+        let name = self.name.quoted();
+        let delete = format!("DELETE FROM {name} WHERE {}", key(new, shard));
+        session::run(client, &delete).await?;
+        let rename = format!(
+            "UPDATE {name} SET sink = {}, epoch = epoch + 1 WHERE {}",
+            literal(new.as_str()),
+            key(old, shard)
+        );
+        session::run(client, &rename).await?;
+        session::run(client, "COMMIT").await?;
+        Ok(Ok(()))
+    }
+
+    /// Begins a transaction that nobody else's changes to the ledger can cross.
+    pub(super) async fn lock(&self, client: &Link) -> Result<(), Error> {
+        session::run(client, "BEGIN").await?;
+        session::run(client, &format!("LOCK TABLE {}", self.name.quoted())).await.map(drop)
+    }
+
+    /// The shard's row; `None` when it or the table is missing.
+    pub(super) async fn read(
+        &self,
+        client: &Link,
+        sink: &SinkName,
+        shard: &ShardKey,
+    ) -> Result<Readable<Option<Entry>>, Error> {
+        let of_shard = format!("FROM {} WHERE {}", self.name.quoted(), key(sink, shard));
+        let read = format!("SELECT epoch, sequence, sub_sequence, owner {of_shard}");
+        let found = match session::rows(client, &read).await {
+            // A table of an earlier version.
+            Err(error) if session::is_no_column(&error) => {
+                let narrow = format!("SELECT epoch, sequence, sub_sequence, NULL {of_shard}");
+                session::rows(client, &narrow).await
+            }
+            found => found,
+        };
+        match found {
+            Ok(rows) => Ok(rows.first().map(Entry::of).transpose()),
+            Err(error) if session::is_no_table(&error) => Ok(Ok(None)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All rows of a sink of a pipeline; none when the table is missing.
+    pub(super) async fn read_all(
+        &self,
+        client: &Link,
+        sink: &SinkName,
+        pipeline: &PipelineName,
+    ) -> Result<Readable<Vec<KeptPosition>>, Error> {
+        let of_sink = format!(
+            "FROM {} WHERE pipeline = {} AND sink = {}",
+            self.name.quoted(),
+            literal(pipeline.as_str()),
+            literal(sink.as_str())
+        );
+        let own = "SELECT epoch, sequence, sub_sequence";
+        let read = format!("{own}, owner, stream, shard, state_id, state_number {of_sink}");
+        let found = match session::rows(client, &read).await {
+            Err(error) if session::is_no_column(&error) => {
+                let narrow = format!("{own}, NULL, stream, shard, NULL, NULL {of_sink}");
+                session::rows(client, &narrow).await
+            }
+            found => found,
+        };
+        let rows = match found {
+            Err(error) if session::is_no_table(&error) => return Ok(Ok(Vec::new())),
+            found => found?,
+        };
+        let kept = |row: &SimpleQueryRow| {
+            let entry = Entry::of(row)?;
+            let number = row.get(7).and_then(|text| text.parse().ok());
+            let mark = row.get(6).zip(number);
+            Ok(KeptPosition {
+                stream: row.get(4).unwrap_or_default().to_owned(),
+                shard: ShardId::new(row.get(5).unwrap_or_default()),
+                position: entry.position,
+                mark: mark.map(|(state, number)| StateMark { state: state.into(), number }),
+                owner: entry.owner,
+            })
+        };
+        Ok(rows.iter().map(kept).collect())
+    }
+
+    /// Moves the position of a row that is locked and known.
+    pub(super) async fn move_to(
+        &self,
+        client: &Link,
+        sink: &SinkName,
+        shard: &ShardKey,
+        position: &Position,
+        ownership: Option<&Ownership>,
+    ) -> Result<u64, Error> {
+        let number = match ownership {
+            Some(ownership) => format!(", state_number = {}", ownership.mark().number),
+            None => String::new(),
+        };
+        let update = format!(
+            "UPDATE {} SET sequence = {}, sub_sequence = {}{number} WHERE {}",
+            self.name.quoted(),
+            literal(position.sequence.as_str()),
+            position.sub_sequence,
+            key(sink, shard)
+        );
+        session::run(client, &update).await
+    }
+}
+
+impl fmt::Display for Ledger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.name.fmt(f)
+    }
+}
+
+impl Entry {
+    fn of(row: &SimpleQueryRow) -> Readable<Self> {
+        let unreadable = |what: &str| format!("the stored {what} cannot be read");
+        let number = |place| row.get(place).and_then(|text| text.parse().ok());
+        let epoch = number(0).ok_or_else(|| unreadable("epoch"))?;
+        let owner = row.get(3).and_then(OwnerName::parse);
+        let Some(sequence) = row.get(1) else { return Ok(Self { epoch, position: None, owner }) };
+        let sequence = SequenceNumber::parse(sequence)
+            .map_err(|error| format!("{}: {error}", unreadable("position")))?;
+        let sub_sequence = number(2).and_then(|number| u64::try_from(number).ok());
+        let sub_sequence = sub_sequence.ok_or_else(|| unreadable("sub-sequence"))?;
+        Ok(Self { epoch, position: Some(Position { sequence, sub_sequence }), owner })
+    }
+}
+
+/// The values of the later columns, as SQL has them.
+fn owned_by(ownership: Option<&Ownership>) -> [String; 3] {
+    let Some(ownership) = ownership else { return ["NULL", "NULL", "NULL"].map(str::to_owned) };
+    let mark = ownership.mark();
+    [literal(&mark.state), mark.number.to_string(), literal(&ownership.owner.to_text())]
+}
+
+/// The columns that find a shard's row, with their values.
+fn columns(sink: &SinkName, shard: &ShardKey) -> [(&'static str, String); 4] {
+    [
+        ("pipeline", shard.pipeline.to_string()),
+        ("sink", sink.to_string()),
+        ("stream", shard.stream.key()),
+        ("shard", shard.shard.to_string()),
+    ]
+}
+
+/// The condition that finds a shard's row.
+fn key(sink: &SinkName, shard: &ShardKey) -> String {
+    columns(sink, shard).map(|(name, text)| format!("{name} = {}", literal(&text))).join(" AND ")
+}

@@ -1,0 +1,206 @@
+//! The one connection to a SQLite file that a sink's shards take turns on.
+//!
+//! Whoever lets it go ends its transaction: what a dropped or failed call left open is rolled back
+//! at once, so that no lock on the file outlives the call.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+
+use super::table::LiveTable;
+use shardmill_core::masking::worded;
+use shardmill_sinks_common::local;
+use shardmill_sinks_common::local::FileId;
+
+/// How long another process may hold the file's write lock before a commit gives up and is retried
+/// by the delivery, visibly.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The same for a check, which a person waits for.
+const CHECK_BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Prepared statements that are kept: one per set of columns, and a few of our own.
+const STATEMENTS_MAX: usize = 64;
+
+/// WAL: readers do not stop the writer. FULL: a commit is on the disk when it returns, because the
+/// checkpoint follows it.
+const SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;";
+
+/// A connection that is opened when it is first needed.
+pub(super) struct SharedConnection {
+    path: Arc<Path>,
+    slot: Arc<Mutex<Slot>>,
+}
+
+/// Where the connection is kept.
+#[derive(Default)]
+struct Slot {
+    open: Option<Open>,
+    /// The file that was opened first.
+    file: Option<FileId>,
+}
+
+/// An open connection and what was learned on it.
+pub(super) struct Open {
+    pub(super) connection: Connection,
+    /// The table as it was at a version of the schema.
+    pub(super) table: Option<(i64, LiveTable)>,
+}
+
+/// The connection, held until dropped.
+pub(super) struct Held {
+    slot: OwnedMutexGuard<Slot>,
+    path: Arc<Path>,
+}
+
+impl SharedConnection {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self { path: path.into(), slot: Arc::default() }
+    }
+
+    /// The database file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Waits for the connection, and opens it if need be.
+    pub(super) async fn hold(&self) -> Result<Held, String> {
+        let slot = Arc::clone(&self.slot).lock_owned().await;
+        let path = Arc::clone(&self.path);
+        blocking(move || hold(slot, path)).await?
+    }
+}
+
+fn hold(mut slot: OwnedMutexGuard<Slot>, path: Arc<Path>) -> Result<Held, String> {
+    if let Some(known) = slot.file {
+        match FileId::at(&path)? {
+            Some(now) if now == known => {}
+            None => return Err(moved(&path)),
+            Some(_) => {
+                may_reopen(&path)?;
+                tracing::warn!(file = %path.display(), "the database file was replaced: its positions are read again");
+                *slot = Slot::default();
+            }
+        }
+    }
+    if slot.open.is_none() {
+        let connection = open(&path)?;
+        slot.file = FileId::at(&path)?;
+        slot.open = Some(Open { connection, table: None });
+    }
+    Ok(Held { slot, path })
+}
+
+fn moved(path: &Path) -> String {
+    format!(
+        "{} is gone: it was moved or deleted while it was open, and what is committed now would be \
+         lost with it; put it back, with the files that end in -wal and -shm",
+        path.display()
+    )
+}
+
+/// Whether another file at the path of the open one can be opened: a log that the old one left there would
+/// be played into the new one, and damage it.
+fn may_reopen(path: &Path) -> Result<(), String> {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    match Path::new(&log).exists() {
+        false => Ok(()),
+        true => Err(format!(
+            "{} was replaced by another file while it was open, and {} may belong to the old one: stop \
+             this process, delete that log unless it came with the new file, and start again",
+            path.display(),
+            log.display()
+        )),
+    }
+}
+
+fn open(path: &Path) -> Result<Connection, String> {
+    let failed =
+        |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), worded(error));
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        std::fs::create_dir_all(folder)
+            .map_err(|error| format!("cannot create folder {}: {error}", folder.display()))?;
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+        | OpenFlags::SQLITE_OPEN_CREATE
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags).map_err(failed)?;
+    connection.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
+    connection.execute_batch(SETTINGS).map_err(failed)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
+    Ok(connection)
+}
+
+/// Opens the file for a check that leaves it as it is; a missing one is stood in for by an empty database
+/// in memory.
+pub(super) fn open_to_check(path: &Path) -> Result<Connection, String> {
+    let failed =
+        |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), worded(error));
+    // The log and its index lie beside the file, so the folder must take files even where the database is
+    // there already.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    local::check_writable(folder.unwrap_or(Path::new(".")))?;
+    if FileId::at(path)?.is_none() {
+        return Connection::open_in_memory().map_err(failed);
+    }
+    local::check_writable_file(path)?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags).map_err(failed)?;
+    connection.busy_timeout(CHECK_BUSY_TIMEOUT).map_err(failed)?;
+    Ok(connection)
+}
+
+impl Held {
+    /// Makes sure that the open file is the one at its path.
+    pub(super) fn check_file(&self) -> Result<(), String> {
+        match FileId::at(&self.path)? {
+            now if now == self.slot.file => Ok(()),
+            _ => Err(moved(&self.path)),
+        }
+    }
+}
+
+impl std::ops::Deref for Held {
+    type Target = Open;
+
+    fn deref(&self) -> &Open {
+        #[expect(clippy::expect_used, reason = "`hold` is the only maker and has filled it")]
+        self.slot.open.as_ref().expect("an open connection")
+    }
+}
+
+impl std::ops::DerefMut for Held {
+    fn deref_mut(&mut self) -> &mut Open {
+        #[expect(clippy::expect_used, reason = "`hold` is the only maker and has filled it")]
+        self.slot.open.as_mut().expect("an open connection")
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let Some(open) = &self.slot.open else { return };
+        let is_clean =
+            open.connection.is_autocommit() || open.connection.execute_batch("ROLLBACK").is_ok();
+        if !is_clean {
+            self.slot.open = None;
+        }
+    }
+}
+
+/// Runs a call on a blocking thread.
+pub(super) async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(call)
+        .await
+        .map_err(|error| format!("a call to SQLite did not end properly: {error}"))
+}
+
+/// A name as SQL has it: in double quotes.
+pub(super) fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}

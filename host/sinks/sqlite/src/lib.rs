@@ -1,0 +1,253 @@
+//! The SQLite sink: a table in a file, exactly once.
+//!
+//! Rows and position move in one transaction. The shards of a sink share one connection, which calls
+//! on blocking threads take turns on; other processes may read the file meanwhile (WAL mode).
+//! [`connection`] opens the file, [`table`] is the live table, [`mod@write`] the commit itself. Reading
+//! JSON by column type is `rows`' work; buffering and retries are the delivery's.
+
+mod connection;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+mod position;
+mod table;
+mod trigger;
+mod value;
+mod write;
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use async_trait::async_trait;
+
+use self::connection::{Held, SharedConnection};
+use self::write::{Failure, Written};
+use shardmill_config::WriteMode;
+use shardmill_core::owner::Ownership;
+use shardmill_core::record::BoundRoute;
+use shardmill_core::record::{PipelineName, Position, ShardKey, SinkName};
+use shardmill_core::sink::{
+    Acquired, Commit, Committed, KeptPosition, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
+};
+use shardmill_sinks_common::rows;
+
+/// A table in a SQLite file.
+pub struct SqliteSink {
+    shared: Arc<Shared>,
+    create: bool,
+}
+
+/// What the writers of all shards have in common.
+struct Shared {
+    sink: SinkName,
+    table: String,
+    mode: WriteMode,
+    connection: SharedConnection,
+    /// Who writes; unset in a sink that only answers questions.
+    ownership: OnceLock<Ownership>,
+    known_columns: rows::KnownColumns,
+}
+
+impl Shared {
+    fn unavailable(&self, cause: impl Into<String>) -> SinkError {
+        SinkError::Unavailable { sink: self.sink.clone(), cause: cause.into() }
+    }
+
+    fn failure(&self, shard: &ShardKey, failure: Failure) -> SinkError {
+        match failure {
+            Failure::Fenced(detail, by) => SinkError::Fenced {
+                sink: self.sink.clone(),
+                shard: shard.shard.to_string(),
+                detail,
+                by,
+            },
+            Failure::Unavailable(cause) => self.unavailable(cause),
+        }
+    }
+}
+
+impl SqliteSink {
+    /// Names a table in the database file at `path`, which is created if it is missing, and how rows
+    /// go into it. With `create`, [`Sink::prepare`] makes the table from the columns that the routes
+    /// declare, with the mode's key as its primary key.
+    ///
+    /// Opens nothing yet.
+    ///
+    /// # Errors
+    /// [`SinkError::Unavailable`] when `table` is no name.
+    pub fn new(
+        name: SinkName,
+        path: impl Into<PathBuf>,
+        table: &str,
+        create: bool,
+        mode: WriteMode,
+    ) -> Result<Self, SinkError> {
+        if table.is_empty() || table.contains('\0') || table.starts_with("sqlite_") {
+            let cause = format!("{table:?} is no table's name in SQLite");
+            return Err(SinkError::Unavailable { sink: name, cause });
+        }
+        let connection = SharedConnection::new(path.into());
+        let shared = Shared {
+            sink: name,
+            table: table.into(),
+            mode,
+            connection,
+            ownership: OnceLock::new(),
+            known_columns: rows::KnownColumns::default(),
+        };
+        Ok(Self { shared: Arc::new(shared), create })
+    }
+
+    /// Runs a call on the connection, on a blocking thread.
+    async fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut Held) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, SinkError> {
+        let unavailable = |cause: String| self.shared.unavailable(cause);
+        let mut held = self.shared.connection.hold().await.map_err(unavailable)?;
+        connection::blocking(move || call(&mut held))
+            .await
+            .and_then(|done| done)
+            .map_err(unavailable)
+    }
+}
+
+#[async_trait]
+impl Sink for SqliteSink {
+    fn name(&self) -> &SinkName {
+        &self.shared.sink
+    }
+
+    async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError> {
+        rows::check_formats(&self.shared.sink, routes)?;
+        let declared = rows::declared::declared_columns(routes)
+            .map_err(|cause| self.shared.unavailable(cause))?;
+        self.shared.known_columns.remember(declared.iter().map(|column| column.name));
+        let (routes, shared, create) = (routes.to_vec(), Arc::clone(&self.shared), self.create);
+        self.call(move |held| {
+            let declared = rows::declared::declared_columns(&routes)?;
+            table::prepare(&mut held.connection, &shared.table, &declared, create, &shared.mode)
+        })
+        .await
+    }
+
+    async fn check(&self, routes: &[BoundRoute]) -> Result<Vec<String>, SinkError> {
+        rows::check_formats(&self.shared.sink, routes)?;
+        let (routes, shared, create) = (routes.to_vec(), Arc::clone(&self.shared), self.create);
+        let checked = connection::blocking(move || {
+            let declared = rows::declared::declared_columns(&routes)?;
+            let mut connection = connection::open_to_check(shared.connection.path())?;
+            table::try_out(&mut connection, &shared.table, &declared, create, &shared.mode)
+        });
+        checked.await.and_then(|found| found).map_err(|cause| self.shared.unavailable(cause))
+    }
+
+    async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
+        let (sink, key) = (self.shared.sink.clone(), shard.clone());
+        let ownership = self.shared.ownership.get().cloned();
+        let take =
+            move |held: &mut Held| position::take_over(held, &sink, &key, ownership.as_ref());
+        let taken = self.call(take).await?;
+        let writer = SqliteWriter {
+            shared: Arc::clone(&self.shared),
+            shard: shard.clone(),
+            epoch: taken.epoch,
+        };
+        Ok(Acquired {
+            writer: Box::new(writer),
+            position: taken.position,
+            keeps_position: true,
+            must_cut_at: None,
+        })
+    }
+
+    async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
+        let (sink, key) = (self.shared.sink.clone(), shard.clone());
+        let stored = self.call(move |held| position::read_if_any(held, &sink, &key)).await?;
+        Ok(stored.and_then(|stored| stored.position))
+    }
+
+    async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
+        let (old, new, key) = (old.clone(), self.shared.sink.clone(), shard.clone());
+        self.call(move |held| position::adopt(held, (&old, &new), &key)).await
+    }
+
+    fn own(&self, ownership: Ownership) {
+        // The first stays: a sink has one owner as long as it lives.
+        let _ = self.shared.ownership.set(ownership);
+    }
+
+    async fn kept(
+        &self,
+        pipeline: &PipelineName,
+        _shards: &[ShardKey],
+    ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
+        let (sink, pipeline) = (self.shared.sink.clone(), pipeline.clone());
+        self.call(move |held| position::read_all(held, &sink, &pipeline)).await.map(Some)
+    }
+}
+
+/// Commits one shard's rows.
+struct SqliteWriter {
+    shared: Arc<Shared>,
+    shard: ShardKey,
+    epoch: i64,
+}
+
+impl SqliteWriter {
+    /// Writes rows and position, and commits them unless a row was refused: then the transaction
+    /// stays open in the connection that comes back.
+    async fn write(&self, commit: &Commit) -> Result<(Held, Written), SinkError> {
+        let held =
+            self.shared.connection.hold().await.map_err(|cause| self.shared.unavailable(cause))?;
+        let work = write::Work {
+            shared: Arc::clone(&self.shared),
+            shard: self.shard.clone(),
+            epoch: self.epoch,
+            span: commit.span.clone(),
+            rows: commit.rows.clone(),
+        };
+        let (held, outcome) = connection::blocking(move || work.run(held))
+            .await
+            .map_err(|cause| self.shared.unavailable(cause))?;
+        let written = outcome.map_err(|failure| self.shared.failure(&self.shard, failure))?;
+        Ok((held, written))
+    }
+
+    async fn finish(&self, held: Held) -> Result<(), SinkError> {
+        connection::blocking(move || write::finish(held))
+            .await
+            .and_then(|done| done)
+            .map_err(|cause| self.shared.unavailable(cause))
+    }
+}
+
+#[async_trait]
+impl SinkWriter for SqliteWriter {
+    async fn commit(
+        &mut self,
+        commit: &Commit,
+        refusals: &dyn RefusalLog,
+    ) -> Result<Committed, SinkError> {
+        let (held, written) = self.write(commit).await?;
+        let refused = match written {
+            Written::Committed => Vec::new(),
+            Written::Open(refused) => {
+                // On an error `held` is dropped, which rolls the transaction back.
+                refusals.hold(commit, &refused).await?;
+                self.finish(held).await?;
+                refused
+            }
+        };
+        Ok(counts(commit, &refused))
+    }
+}
+
+fn counts(commit: &Commit, refused: &[Refusal]) -> Committed {
+    let all: usize = commit.rows.iter().map(|row| row.payload.len()).sum();
+    let lost: usize = refused.iter().map(|refusal| commit.rows[refusal.row].payload.len()).sum();
+    Committed {
+        rows_written: (commit.rows.len() - refused.len()) as u64,
+        rows_refused: refused.len() as u64,
+        bytes_written: (all - lost) as u64,
+    }
+}

@@ -1,0 +1,389 @@
+//! The commit: rows and position in one transaction, on a blocking thread.
+//!
+//! The position moves first: a commit that had landed already is recognised before its rows could
+//! collide with themselves. A row that fails undoes its own statement alone; its neighbours stand. Where statements
+//! may fail halfway (FAIL in place of ABORT), a savepoint around each row undoes it.
+
+use std::sync::Arc;
+
+use rusqlite::types::ToSqlOutput;
+use rusqlite::{Connection, ErrorCode, ffi, params_from_iter};
+
+use super::connection::{Held, quoted};
+use super::table::{self, LiveTable};
+use super::{Shared, position, value};
+use shardmill_core::masking::worded;
+use shardmill_core::owner::OwnerName;
+use shardmill_core::record::{PositionSpan, Row, ShardKey};
+use shardmill_core::sink::Refusal;
+use shardmill_sinks_common::rows;
+use shardmill_sinks_common::rows::RowFault;
+use shardmill_sinks_common::rows::form::RowForm;
+use shardmill_sinks_common::rows::value::RawJson;
+
+/// A commit as a blocking thread takes it along.
+pub(super) struct Work {
+    pub(super) shared: Arc<Shared>,
+    pub(super) shard: ShardKey,
+    pub(super) epoch: i64,
+    pub(super) span: PositionSpan,
+    pub(super) rows: Arc<Vec<Row>>,
+}
+
+/// What was done.
+pub(super) enum Written {
+    /// All of it, durably.
+    Committed,
+    /// All but the refused rows; the transaction is open until the refusals are kept.
+    Open(Vec<Refusal>),
+}
+
+/// Why nothing was done.
+pub(super) enum Failure {
+    /// The shard has another owner, who may be known.
+    Fenced(String, Option<OwnerName>),
+    /// The file does not take it now.
+    Unavailable(String),
+}
+
+/// A row that the table does not take, or the end of the commit.
+enum RowFailure {
+    Refused(String),
+    Unavailable(String),
+}
+
+impl Work {
+    /// Does the work. After a failure the transaction may be open: dropping the connection ends it.
+    pub(super) fn run(self, mut held: Held) -> (Held, Result<Written, Failure>) {
+        let outcome = self.write(&mut held);
+        (held, outcome)
+    }
+
+    fn write(&self, held: &mut Held) -> Result<Written, Failure> {
+        let failed = |error: rusqlite::Error| {
+            let said = worded(error);
+            Failure::Unavailable(format!("cannot commit to table {}: {said}", self.shared.table))
+        };
+        held.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
+        let sink = &self.shared.sink;
+        let ownership = self.shared.ownership.get();
+        let moved = position::move_on(
+            &held.connection,
+            (sink, &self.shard),
+            self.epoch,
+            &self.span,
+            ownership,
+        );
+        if !moved.map_err(failed)? {
+            return self.look_where_it_stands(&held.connection);
+        }
+        let refused = self.insert_rows(held).map_err(Failure::Unavailable)?;
+        if !refused.is_empty() {
+            return Ok(Written::Open(refused));
+        }
+        commit(held).map_err(Failure::Unavailable)?;
+        Ok(Written::Committed)
+    }
+
+    /// After the position did not move: the commit has landed before, or the shard has another owner.
+    fn look_where_it_stands(&self, connection: &Connection) -> Result<Written, Failure> {
+        let stored =
+            position::read(connection, &self.shared.sink, &self.shard).map_err(|error| {
+                Failure::Unavailable(format!("cannot read shardmill_position: {}", worded(error)))
+            })?;
+        match stored {
+            None => Err(Failure::Fenced("its row is gone from shardmill_position".into(), None)),
+            Some(stored) if stored.epoch != self.epoch => {
+                let detail = format!("epoch {} in place of {}", stored.epoch, self.epoch);
+                Err(Failure::Fenced(detail, stored.owner))
+            }
+            Some(stored) if stored.position.as_ref() == Some(&self.span.to_inclusive) => {
+                Ok(Written::Committed)
+            }
+            Some(stored) => {
+                let shown = |position: Option<String>| {
+                    position.unwrap_or_else(|| "the beginning".to_owned())
+                };
+                let detail = format!(
+                    "the position is {}, the commit begins at {}",
+                    shown(stored.position.map(|position| position.to_string())),
+                    shown(self.span.from_exclusive.as_ref().map(ToString::to_string))
+                );
+                Err(Failure::Fenced(detail, None))
+            }
+        }
+    }
+
+    /// Inserts all rows that the table takes; returns the others by ascending row.
+    fn insert_rows(&self, held: &mut Held) -> Result<Vec<Refusal>, String> {
+        if self.rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let open = &mut **held;
+        let live = self.live_table(&open.connection, &mut open.table)?;
+        let failed = |error: rusqlite::Error| format!("cannot commit: {}", worded(error));
+        open.connection.execute_batch("SAVEPOINT all_rows").map_err(failed)?;
+        let mut insert = Insert::new(&self.shared, &open.connection, live);
+        let mut refusals = Vec::new();
+        for (index, row) in self.rows.iter().enumerate() {
+            match insert.row_alone(row) {
+                Ok(()) => {}
+                Err(RowFailure::Refused(reason)) => refusals.push(Refusal { row: index, reason }),
+                Err(RowFailure::Unavailable(cause)) => return Err(cause),
+            }
+        }
+        // SQLite would say so at COMMIT, and not by which row.
+        if has_open_foreign_key(&open.connection) {
+            open.connection.execute_batch("ROLLBACK TO all_rows").map_err(failed)?;
+            refusals = insert.without_orphans(&self.rows)?;
+        }
+        open.connection.execute_batch("RELEASE all_rows").map_err(failed)?;
+        Ok(refusals)
+    }
+
+    /// The table as it is now; read anew when the file's schema has changed.
+    fn live_table<'h>(
+        &self,
+        connection: &Connection,
+        known: &'h mut Option<(i64, LiveTable)>,
+    ) -> Result<&'h LiveTable, String> {
+        let name = &self.shared.table;
+        let failed =
+            |error: rusqlite::Error| format!("cannot read table {name}: {}", worded(error));
+        let version = table::schema_version(connection).map_err(failed)?;
+        let live = match known.take() {
+            Some((at, live)) if at == version => live,
+            _ => LiveTable::read(connection, name).map_err(failed)?.ok_or_else(|| {
+                format!(
+                    "table {name} is gone: create it again, or name another in the sink's `table`"
+                )
+            })?,
+        };
+        self.shared.known_columns.remember(live.columns.iter().map(|column| column.name.as_str()));
+        Ok(&known.insert((version, live)).1)
+    }
+}
+
+/// Commits what refused rows had kept open.
+pub(super) fn finish(held: Held) -> Result<(), String> {
+    commit(&held)
+}
+
+/// Whether rows of the transaction name parents that are not there yet.
+///
+/// Source: SQLite, "Status Parameters for database connections", `SQLITE_DBSTATUS_DEFERRED_FKS`.
+fn has_open_foreign_key(connection: &Connection) -> bool {
+    let (mut open, mut highest) = (0, 0);
+    // SAFETY: the handle is the connection's, which outlives the call; the call writes two numbers.
+    let asked = unsafe {
+        ffi::sqlite3_db_status(
+            connection.handle(),
+            ffi::SQLITE_DBSTATUS_DEFERRED_FKS,
+            &raw mut open,
+            &raw mut highest,
+            0,
+        )
+    };
+    asked == ffi::SQLITE_OK && open != 0
+}
+
+fn commit(held: &Held) -> Result<(), String> {
+    held.connection.execute_batch("COMMIT").map_err(|error| {
+        let hint = match error.sqlite_error_code() {
+            Some(ErrorCode::ConstraintViolation) => {
+                ": a deferred foreign key is violated, and SQLite does not say by which row: \
+                 declare it without DEFERRABLE INITIALLY DEFERRED"
+            }
+            _ => "",
+        };
+        format!("cannot commit: {}{hint}", worded(error))
+    })?;
+    // A file that went away meanwhile took the commit along. It counts once the file is back, where the
+    // position then says so.
+    held.check_file()
+}
+
+/// Inserts rows into a table, by one prepared statement per set of columns.
+struct Insert<'c, 'r> {
+    shared: &'c Shared,
+    connection: &'c Connection,
+    live: &'c LiveTable,
+    slots: Vec<Option<RawJson<'r>>>,
+    form: RowForm,
+    present: Vec<usize>,
+    sql: String,
+}
+
+impl<'c, 'r> Insert<'c, 'r> {
+    fn new(shared: &'c Shared, connection: &'c Connection, live: &'c LiveTable) -> Self {
+        let slots = vec![None; live.columns.len()];
+        let (form, present, sql) = (RowForm::default(), Vec::new(), String::new());
+        Self { shared, connection, live, slots, form, present, sql }
+    }
+
+    fn row(&mut self, row: &'r Row) -> Result<(), RowFailure> {
+        match rows::spread(&row.payload, &self.live.names, &mut self.form, &mut self.slots) {
+            Ok(()) => {}
+            Err(RowFault::Refused(reason)) => return Err(RowFailure::Refused(reason)),
+            Err(RowFault::UnknownKey(key)) => return Err(self.unknown(&key)),
+        }
+        let present: Vec<usize> =
+            (0..self.slots.len()).filter(|place| self.slots[*place].is_some()).collect();
+        if present.is_empty() {
+            return Err(RowFailure::Refused(format!(
+                "the row names no column of table {}",
+                self.shared.table
+            )));
+        }
+        if present != self.present {
+            self.present = present;
+            self.sql = insert_sql(self.shared, self.live, &self.present);
+        }
+        self.required().map_err(RowFailure::Refused)?;
+        let values = self.values().map_err(RowFailure::Refused)?;
+        self.connection
+            .prepare_cached(&self.sql)
+            .and_then(|mut statement| statement.execute(params_from_iter(values)))
+            .map(drop)
+            .map_err(|error| self.failed(&error))
+    }
+
+    /// Inserts a row; of one that is refused nothing is left, whatever the table does at a failure.
+    fn row_alone(&mut self, row: &'r Row) -> Result<(), RowFailure> {
+        if !self.live.fails_halfway {
+            return self.row(row);
+        }
+        let connection = self.connection;
+        let step = |sql: &str| {
+            connection.execute_batch(sql).map_err(|error| {
+                let said = worded(error);
+                RowFailure::Unavailable(format!("cannot undo the row that was refused: {said}"))
+            })
+        };
+        step("SAVEPOINT row_alone")?;
+        let inserted = self.row(row);
+        if matches!(inserted, Err(RowFailure::Refused(_))) {
+            step("ROLLBACK TO row_alone")?;
+        }
+        // After a failure of the file there may be no transaction any more.
+        if !matches!(inserted, Err(RowFailure::Unavailable(_))) {
+            step("RELEASE row_alone")?;
+        }
+        inserted
+    }
+
+    /// Inserts rows one by one, and refuses those that name a parent which neither the table nor another row
+    /// of the commit is: only a commit whose deferred foreign keys are violated pays for it. A row whose
+    /// parent comes later is tried again behind the others.
+    fn without_orphans(&mut self, rows: &'r [Row]) -> Result<Vec<Refusal>, String> {
+        let connection = self.connection;
+        let step = |sql: &str| {
+            let done = connection.execute_batch(sql);
+            done.map_err(|error| {
+                format!("cannot look for the row of a foreign key: {}", worded(error))
+            })
+        };
+        let mut refusals = Vec::new();
+        let mut waiting: Vec<usize> = (0..rows.len()).collect();
+        loop {
+            let before = waiting.len();
+            let mut orphans = Vec::new();
+            for index in waiting {
+                step("SAVEPOINT one_row")?;
+                match self.row(&rows[index]) {
+                    Ok(()) if has_open_foreign_key(connection) => {
+                        step("ROLLBACK TO one_row")?;
+                        orphans.push(index);
+                    }
+                    Ok(()) => {}
+                    Err(RowFailure::Refused(reason)) => {
+                        step("ROLLBACK TO one_row")?;
+                        refusals.push(Refusal { row: index, reason })
+                    }
+                    Err(RowFailure::Unavailable(cause)) => return Err(cause),
+                }
+                step("RELEASE one_row")?;
+            }
+            waiting = orphans;
+            if waiting.is_empty() || waiting.len() == before {
+                break;
+            }
+        }
+        let reason = "a deferred foreign key names a row that is not there";
+        refusals.extend(waiting.into_iter().map(|row| Refusal { row, reason: reason.into() }));
+        refusals.sort_by_key(|refusal| refusal.row);
+        Ok(refusals)
+    }
+
+    /// The columns by which rows find their like are there.
+    fn required(&self) -> Result<(), String> {
+        for name in self.shared.mode.required() {
+            let place = self.live.columns.iter().position(|column| column.name == name);
+            let raw = place.and_then(|place| self.slots[place]);
+            if raw.is_none_or(|raw| raw.get() == "null") {
+                return Err(format!(
+                    "column {name:?} is missing or null, by which rows find their like"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The present columns' values.
+    fn values(&self) -> Result<Vec<ToSqlOutput<'r>>, String> {
+        let mut values = Vec::with_capacity(self.present.len());
+        for place in &self.present {
+            let (Some(raw), column) = (self.slots[*place], &self.live.columns[*place]) else {
+                continue;
+            };
+            let value = match column.is_generated {
+                true => Err("the table generates the column itself".into()),
+                false => value::bound(column.column_type, raw),
+            };
+            values.push(
+                value.map_err(|why| rows::misfit(&column.name, &column.data_type, raw, &why))?,
+            );
+        }
+        Ok(values)
+    }
+
+    fn unknown(&self, key: &str) -> RowFailure {
+        let table = &self.shared.table;
+        if self.shared.known_columns.contains(key) {
+            return RowFailure::Unavailable(format!(
+                "column {key:?} is gone from table {table}: add it again, or run plugins whose \
+                 rows do not bring it"
+            ));
+        }
+        RowFailure::Refused(format!("no column {key:?} in table {table}"))
+    }
+
+    /// Constraints, types and sizes blame the row; the rest is the file's failure.
+    fn failed(&self, error: &rusqlite::Error) -> RowFailure {
+        let blamed = matches!(
+            error.sqlite_error_code(),
+            Some(ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch | ErrorCode::TooBig)
+        );
+        if blamed && !self.connection.is_autocommit() {
+            return RowFailure::Refused(worded(error));
+        }
+        let table = &self.shared.table;
+        let hint = if blamed {
+            ": the table rolls whole transactions back (ON CONFLICT ROLLBACK, or RAISE(ROLLBACK) in a \
+             trigger), which keeps the neighbours of such a row from it: use ABORT in its place"
+        } else {
+            ""
+        };
+        RowFailure::Unavailable(format!("cannot write to table {table}: {}{hint}", worded(error)))
+    }
+}
+
+fn insert_sql(shared: &Shared, live: &LiveTable, present: &[usize]) -> String {
+    let columns: Vec<&str> =
+        present.iter().map(|place| live.columns[*place].name.as_str()).collect();
+    let names: Vec<String> = columns.iter().map(|name| quoted(name)).collect();
+    let marks = vec!["?"; present.len()].join(", ");
+    let (table, names) = (quoted(&shared.table), names.join(", "));
+    let clause = shared.mode.on_conflict(&table, &columns, quoted);
+    format!("INSERT INTO {table} ({names}) VALUES ({marks}) {clause}")
+}

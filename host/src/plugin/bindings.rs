@@ -1,8 +1,0 @@
-//! The typed calls, generated from `wit/`. A component need not import what this world does.
-#![allow(missing_docs, clippy::all, reason = "generated code")]
-
-wasmtime::component::bindgen!({
-    path: "../wit/0.1.0",
-    world: "plugin-with-capabilities",
-    imports: { default: trappable },
-});

@@ -1,0 +1,281 @@
+//! Holes: stretches of a shard that a sink was never given, on record.
+//!
+//! Every record has an outcome in every sink that it is routed to, except where a hole says that it
+//! has not: the sink was not there at that time, the records were gone, or a person chose to go on
+//! without them. A hole is written in the same step as what makes it, and is named by `check`, the
+//! start of `run`, `objects verify` and `replay` until it is filled.
+
+use std::fmt;
+
+use rusqlite::{OptionalExtension as _, Row, Transaction};
+use serde::Serialize;
+
+use super::store::{StateError, StateStore, columns, now_ms, position};
+use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
+
+/// What version 6 has for holes. An empty sequence is the shard's beginning as `from`, and its end as
+/// `to`; an empty sink means every sink.
+pub(super) const SCHEMA: &str = "
+    CREATE TABLE hole (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, sink TEXT NOT NULL,
+        stream TEXT NOT NULL, shard TEXT NOT NULL,
+        from_sequence TEXT NOT NULL, from_sub INTEGER NOT NULL,
+        to_sequence TEXT NOT NULL, to_sub INTEGER NOT NULL,
+        why TEXT NOT NULL, recorded_ms INTEGER NOT NULL, filled_ms INTEGER,
+        UNIQUE (stream, shard, sink, from_sequence, from_sub, to_sequence, to_sub));
+";
+
+/// Records of a shard that a sink was not given: `(from, to]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hole {
+    /// The sink; `None`: every sink.
+    pub sink: Option<SinkName>,
+    /// The shard, with its stream and pipeline.
+    pub shard: ShardKey,
+    /// Exclusive; `None`: from the shard's beginning.
+    pub from_exclusive: Option<Position>,
+    /// Inclusive; `None`: not known, or to the shard's end.
+    pub to_inclusive: Option<Position>,
+    /// Why, as a clause that follows a colon.
+    pub why: String,
+}
+
+/// A hole as it is on record.
+#[derive(Clone, Debug, Serialize)]
+pub struct RecordedHole {
+    /// Its number: later ones have greater numbers.
+    pub number: i64,
+    /// The sink; `None`: every sink.
+    pub sink: Option<SinkName>,
+    /// The stream, by its key.
+    pub stream: String,
+    /// The shard.
+    pub shard: ShardId,
+    /// Exclusive; `None`: from the shard's beginning.
+    #[serde(serialize_with = "super::as_text")]
+    pub from_exclusive: Option<Position>,
+    /// Inclusive; `None`: not known, or to the shard's end.
+    #[serde(serialize_with = "super::as_text")]
+    pub to_inclusive: Option<Position>,
+    /// Why.
+    pub why: String,
+    /// When it was recorded, in milliseconds since 1970.
+    pub recorded_ms: i64,
+}
+
+impl RecordedHole {
+    /// Whether a sink lacks these records.
+    pub fn concerns(&self, sink: &SinkName) -> bool {
+        self.sink.as_ref().is_none_or(|own| own == sink)
+    }
+}
+
+impl fmt::Display for RecordedHole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { number, sink, shard, from_exclusive, to_inclusive, why, .. } = self;
+        write!(f, "hole {number}: ")?;
+        match sink {
+            Some(sink) => write!(f, "sink {sink} lacks the records of shard {shard} ")?,
+            None => write!(f, "every sink lacks the records of shard {shard} ")?,
+        }
+        match from_exclusive {
+            Some(from) => write!(f, "after {from} ")?,
+            None => f.write_str("from its beginning ")?,
+        }
+        match to_inclusive {
+            Some(to) => write!(f, "up to {to}")?,
+            None => f.write_str("on")?,
+        }
+        write!(f, ": {why}")
+    }
+}
+
+/// The holes of a pipeline.
+#[derive(Clone)]
+pub struct Holes {
+    store: StateStore,
+}
+
+impl Holes {
+    /// Over the pipeline's state database.
+    pub fn new(store: StateStore) -> Self {
+        Self { store }
+    }
+
+    /// Records a hole; one that is on record already stays as it is. Gives its number.
+    ///
+    /// # Errors
+    /// [`StateError`]; the records must not be passed over then.
+    pub async fn record(&self, hole: Hole) -> Result<i64, StateError> {
+        self.store.write("record a hole", move |state| insert(state, &hole)).await
+    }
+
+    /// The holes that are not filled, oldest first: those of one sink, with those of every sink, or
+    /// all.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn list(&self, sink: Option<SinkName>) -> Result<Vec<RecordedHole>, StateError> {
+        self.store
+            .write("read the holes", move |state| {
+                let mut query = state.prepare(
+                    "SELECT number, sink, stream, shard, from_sequence, from_sub, to_sequence,
+                         to_sub, why, recorded_ms
+                     FROM hole WHERE filled_ms IS NULL AND (?1 IS NULL OR sink IN ('', ?1))
+                     ORDER BY number",
+                )?;
+                let sink = sink.as_ref().map(SinkName::as_str);
+                query.query_map([sink], recorded)?.collect()
+            })
+            .await
+    }
+
+    /// Notes that a hole is filled: it is not named any more. False: there is no such hole.
+    ///
+    /// # Errors
+    /// [`StateError`]; it is named still.
+    pub async fn fill(&self, number: i64) -> Result<bool, StateError> {
+        self.store
+            .write("note that a hole is filled", move |state| {
+                let fill = "UPDATE hole SET filled_ms = ?2 WHERE number = ?1 AND filled_ms IS NULL";
+                Ok(state.execute(fill, (number, now_ms()))? > 0)
+            })
+            .await
+    }
+
+    /// Where a sink that stands at a position goes on: past the hole that begins at or before it, or
+    /// `None` where it stands in no hole of its own.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn end_around(
+        &self,
+        shard: &ShardKey,
+        sink: &SinkName,
+        at: Option<&Position>,
+    ) -> Result<Option<Position>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let (sink, (sequence, sub)) = (sink.to_string(), at.map(columns).unwrap_or_default());
+        self.store
+            .write("read the holes", move |state| {
+                // A hole that is filled lies beside the sink's position still.
+                let mut query = state.prepare_cached(
+                    "SELECT to_sequence, to_sub FROM hole
+                     WHERE stream = ?1 AND shard = ?2 AND sink = ?3
+                         AND (from_sequence, from_sub) <= (?4, ?5)
+                         AND (to_sequence, to_sub) > (?4, ?5)
+                     ORDER BY to_sequence DESC, to_sub DESC LIMIT 1",
+                )?;
+                let end = query.query_row((stream, shard, sink, sequence, sub), |row| {
+                    position(row.get(0)?, row.get(1)?)
+                });
+                end.optional()
+            })
+            .await
+    }
+}
+
+/// Records a hole within a transaction; one that is on record already stays as it is.
+pub(super) fn insert(state: &Transaction<'_>, hole: &Hole) -> rusqlite::Result<i64> {
+    let sink = hole.sink.as_ref().map_or("", SinkName::as_str);
+    let (from, from_sub) = hole.from_exclusive.as_ref().map(columns).unwrap_or_default();
+    let (to, to_sub) = hole.to_inclusive.as_ref().map(columns).unwrap_or_default();
+    let (stream, shard) = (hole.shard.stream.key(), hole.shard.shard.as_str());
+    let key = (sink, stream, shard, from, from_sub, to, to_sub);
+    // A number that was tried is never given again: looked for first, so that numbers have no gaps.
+    let known = state.query_row(
+        "SELECT number FROM hole WHERE sink = ?1 AND stream = ?2 AND shard = ?3
+         AND from_sequence = ?4 AND from_sub = ?5 AND to_sequence = ?6 AND to_sub = ?7",
+        (&key.0, &key.1, &key.2, &key.3, key.4, &key.5, key.6),
+        |row| row.get(0),
+    );
+    if let Some(number) = known.optional()? {
+        return Ok(number);
+    }
+    state.execute(
+        "INSERT INTO hole (sink, stream, shard, from_sequence, from_sub, to_sequence, to_sub, why,
+             recorded_ms)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+        (&key.0, &key.1, &key.2, &key.3, key.4, &key.5, key.6, &hole.why, now_ms()),
+    )?;
+    Ok(state.last_insert_rowid())
+}
+
+fn recorded(row: &Row<'_>) -> rusqlite::Result<RecordedHole> {
+    let sink: String = row.get(1)?;
+    let end = |at: usize| -> rusqlite::Result<Option<Position>> {
+        let sequence: String = row.get(at)?;
+        match sequence.is_empty() {
+            true => Ok(None),
+            false => position(sequence, row.get(at + 1)?).map(Some),
+        }
+    };
+    Ok(RecordedHole {
+        number: row.get(0)?,
+        sink: (!sink.is_empty()).then(|| SinkName::from(sink)),
+        stream: row.get(2)?,
+        shard: ShardId::from(row.get::<_, String>(3)?),
+        from_exclusive: end(4)?,
+        to_inclusive: end(6)?,
+        why: row.get(8)?,
+        recorded_ms: row.get(9)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shardmill_core::record::{SequenceNumber, StreamIdentity};
+
+    fn at(sequence: u64, sub_sequence: u64) -> Option<Position> {
+        Some(Position { sequence: SequenceNumber::from(sequence), sub_sequence })
+    }
+
+    #[tokio::test]
+    async fn fault_04_a_hole_is_recorded_once_listed_and_passed_over() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let holes = Holes::new(StateStore::open(folder.path()).expect("opened"));
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let shard =
+            ShardKey { pipeline: "cars".into(), stream: stream.into(), shard: "shard".into() };
+        let mart = SinkName::from("mart");
+        let hole = |sink: Option<&str>, from: Option<Position>, to: Option<Position>| Hole {
+            sink: sink.map(SinkName::from),
+            shard: shard.clone(),
+            from_exclusive: from,
+            to_inclusive: to,
+            why: "it was removed".into(),
+        };
+        let first = holes.record(hole(Some("mart"), at(9, 2), at(10, 1))).await.expect("recorded");
+        let again = holes.record(hole(Some("mart"), at(9, 2), at(10, 1))).await.expect("recorded");
+        assert_eq!(first, again);
+        holes.record(hole(None, None, at(3, 0))).await.expect("recorded");
+        holes.record(hole(Some("other"), None, None)).await.expect("recorded");
+        let own = holes.list(Some(mart.clone())).await.expect("listed");
+        let shown: Vec<String> = own.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "hole 1: sink mart lacks the records of shard shard after 9/2 up to 10/1: it was \
+                 removed",
+                "hole 2: every sink lacks the records of shard shard from its beginning up to 3: it \
+                 was removed"
+            ]
+        );
+        for (stands, due) in [
+            (None, None),
+            (at(9, 1), None),
+            (at(9, 2), at(10, 1)),
+            (at(10, 0), at(10, 1)),
+            (at(10, 1), None),
+        ] {
+            let end = holes.end_around(&shard, &mart, stands.as_ref()).await.expect("read");
+            assert_eq!(end, due, "{stands:?}");
+        }
+        assert!(holes.fill(first).await.expect("filled"));
+        assert_eq!(holes.list(Some(mart.clone())).await.expect("listed").len(), 1);
+        assert!(!holes.fill(first).await.expect("filled"));
+        let end = holes.end_around(&shard, &mart, at(9, 2).as_ref()).await.expect("read");
+        assert_eq!(end, at(10, 1), "the sink's own position did not move");
+    }
+}

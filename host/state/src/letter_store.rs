@@ -1,0 +1,586 @@
+//! How much the store of dead letters keeps.
+//!
+//! | of a letter | is kept |
+//! |---|---|
+//! | the record as it was put | whole, once for all letters of the record |
+//! | what entered the place where it failed | not once more, where that is the record itself |
+//! | the same, of each record and place | the first 1 MiB; beyond that a digest alone |
+//! | reason and backtrace | up to 8 KiB each; of a run that rejects thousands of items, 128 bytes after 8 MiB |
+//!
+//! What is kept as a digest is made again when a redrive needs it: by the stages before, of the revision that
+//! ran ([`Step`]). The store as a whole has a bound, at which nothing more is written: whoever has letters to
+//! write waits, and says so.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use bytesize::ByteSize;
+use rusqlite::{OptionalExtension as _, Transaction};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::letters::DeadLetter;
+use super::redrive::{is_redrive_key, redrive_of};
+use super::store::columns;
+use shardmill_core::record::excerpt;
+use shardmill_core::record::{Batch, Entry, LetterPlace, RouteName};
+
+/// Letters with their records beside them. The view has the columns of earlier versions, for people.
+pub(super) const SCHEMA: &str = "
+    CREATE TABLE letter_record (
+        id INTEGER PRIMARY KEY, stream TEXT NOT NULL, shard TEXT NOT NULL, sequence TEXT NOT NULL,
+        sub_sequence INTEGER NOT NULL, partition_key BLOB NOT NULL, original BLOB NOT NULL,
+        UNIQUE (stream, shard, sequence, sub_sequence));
+    CREATE TABLE letters (
+        id INTEGER PRIMARY KEY, stream TEXT NOT NULL, shard TEXT NOT NULL, sequence TEXT NOT NULL,
+        sub_sequence INTEGER NOT NULL, place TEXT NOT NULL, output INTEGER NOT NULL,
+        held INTEGER NOT NULL, record INTEGER, entered_kind INTEGER NOT NULL,
+        entered_key BLOB NOT NULL, entered BLOB NOT NULL, entered_bytes INTEGER NOT NULL,
+        entered_digest TEXT NOT NULL, made TEXT NOT NULL, arrived_ms INTEGER NOT NULL,
+        plugin TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL, backtrace TEXT NOT NULL,
+        written_ms INTEGER NOT NULL, route TEXT NOT NULL, kept_bytes INTEGER NOT NULL,
+        UNIQUE (stream, shard, sequence, sub_sequence, place, output));
+    INSERT OR IGNORE INTO letter_record
+        (stream, shard, sequence, sub_sequence, partition_key, original)
+        SELECT stream, shard, sequence, sub_sequence, partition_key, original FROM dead_letter
+        WHERE held <> 3 AND stream NOT GLOB 'letters:*' ORDER BY rowid;
+    INSERT INTO letters SELECT d.rowid, d.stream, d.shard, d.sequence, d.sub_sequence, d.place, d.output,
+        d.held, (SELECT r.id FROM letter_record r WHERE (r.stream, r.shard, r.sequence, r.sub_sequence)
+            = (d.stream, d.shard, d.sequence, d.sub_sequence) AND d.held <> 3),
+        d.held <> 3 AND d.stream NOT GLOB 'letters:*' AND d.entered = d.original
+            AND d.entered_key = d.partition_key,
+        d.entered_key, d.entered, length(d.entered), '', '', d.arrived_ms, d.plugin, d.digest, d.reason,
+        d.backtrace, d.written_ms, d.route,
+        512 + length(d.entered) + length(d.entered_key) + length(d.reason) + length(d.backtrace)
+        FROM dead_letter d;
+    UPDATE letters SET entered = x'', entered_key = x'', kept_bytes = kept_bytes - entered_bytes
+        WHERE entered_kind = 1;
+    UPDATE letters SET record = (
+        SELECT o.record FROM redrive r JOIN letters o ON o.id = r.letter
+        WHERE letters.stream GLOB '*@' || r.id
+            AND r.ordinal = CAST(ltrim(letters.sequence, '0') AS INTEGER))
+        WHERE stream GLOB 'letters:*';
+    DROP TABLE dead_letter;
+    CREATE INDEX letters_record ON letters (record);
+    CREATE INDEX letters_as_digest ON letters (entered_kind) WHERE entered_kind = 2;
+    CREATE VIEW dead_letter AS
+        SELECT l.id, l.stream, l.shard, l.sequence, l.sub_sequence, l.place, l.output, l.held,
+            coalesce(r.partition_key, x'') AS partition_key, coalesce(r.original, x'') AS original,
+            CASE l.entered_kind WHEN 1 THEN r.partition_key ELSE l.entered_key END AS entered_key,
+            CASE l.entered_kind WHEN 1 THEN r.original ELSE l.entered END AS entered,
+            l.entered_digest, l.arrived_ms, l.plugin, l.digest, l.reason, l.backtrace, l.written_ms,
+            l.route
+        FROM letters l LEFT JOIN letter_record r ON r.id = l.record;
+    CREATE TRIGGER letter_written AFTER INSERT ON letters
+        WHEN NEW.held = 0 AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.id); END;
+    CREATE TRIGGER letter_shown AFTER UPDATE OF held ON letters
+        WHEN NEW.held = 0 AND OLD.held <> 0 AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.id); END;
+    CREATE TRIGGER letter_stays AFTER UPDATE OF stream ON letters
+        WHEN NEW.held = 0 AND OLD.stream GLOB 'letters:*' AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.id); END;
+    CREATE TABLE letter_store (bytes INTEGER NOT NULL);
+    INSERT INTO letter_store SELECT
+        (SELECT coalesce(sum(kept_bytes), 0) FROM letters) + (SELECT
+            coalesce(sum(256 + length(partition_key) + length(original)), 0) FROM letter_record);
+    CREATE TRIGGER letter_deleted AFTER DELETE ON letters
+        BEGIN
+            DELETE FROM letter_log WHERE letter = OLD.id;
+            DELETE FROM redrive WHERE letter = OLD.id;
+            DELETE FROM letter_delivered WHERE letter = OLD.id;
+            DELETE FROM replay_letter WHERE letter = OLD.id;
+            DELETE FROM letter_record WHERE id = OLD.record
+                AND NOT EXISTS (SELECT 1 FROM letters WHERE record = OLD.record);
+            UPDATE letter_store SET bytes = bytes - OLD.kept_bytes;
+        END;
+    CREATE TRIGGER letter_record_left AFTER UPDATE OF record ON letters
+        WHEN OLD.record IS NOT NULL AND OLD.record IS NOT NEW.record
+        BEGIN DELETE FROM letter_record WHERE id = OLD.record
+            AND NOT EXISTS (SELECT 1 FROM letters WHERE record = OLD.record); END;
+    CREATE TRIGGER letter_counted AFTER INSERT ON letters
+        BEGIN UPDATE letter_store SET bytes = bytes + NEW.kept_bytes; END;
+    CREATE TRIGGER letter_resized AFTER UPDATE OF kept_bytes ON letters
+        BEGIN UPDATE letter_store SET bytes = bytes + NEW.kept_bytes - OLD.kept_bytes; END;
+    CREATE TRIGGER letter_record_counted AFTER INSERT ON letter_record
+        BEGIN UPDATE letter_store SET bytes =
+            bytes + 256 + length(NEW.partition_key) + length(NEW.original); END;
+    CREATE TRIGGER letter_record_deleted AFTER DELETE ON letter_record
+        BEGIN UPDATE letter_store SET bytes =
+            bytes - 256 - length(OLD.partition_key) - length(OLD.original); END;
+";
+
+/// Bound on the kept payloads and keys that entered one place, of each record.
+const ENTERED_BYTES_MAX: usize = 1 << 20;
+/// Overhead of a letter beside its texts and payloads, in bytes.
+pub(super) const LETTER_BYTES: usize = 512;
+/// The bound where none is configured: this, or half of the disk that is free of other data.
+const STORE_BYTES_MAX: u64 = 10 << 30;
+
+/// How what entered a letter's place is kept: itself,
+pub(super) const KEPT: u8 = 0;
+/// not, because it is the record as it was put,
+pub(super) const AS_ORIGINAL: u8 = 1;
+/// or as a digest.
+pub(super) const AS_DIGEST: u8 = 2;
+
+/// The run that brought a record to the place where it failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MadeBy {
+    /// The revision.
+    pub revision: Arc<str>,
+    /// Where a redriven record entered, and by which route; `None`: it came from the source.
+    enters: Option<(LetterPlace, RouteName)>,
+    /// Keeps the payload that entered a letter's place whole: it could not be made again.
+    keeps_whole: bool,
+}
+
+impl MadeBy {
+    /// A run from the source on.
+    #[cfg(test)]
+    pub(super) fn at_source(revision: &str) -> Self {
+        Self { revision: revision.into(), enters: None, keeps_whole: false }
+    }
+
+    /// A run of a batch by a revision.
+    pub fn of(batch: &Batch, revision: &Arc<str>) -> Self {
+        let revision = revision.clone();
+        match &batch.entry {
+            Entry::Source => Self { revision, enters: None, keeps_whole: false },
+            Entry::Redrive(redrive) => Self {
+                revision,
+                enters: Some((redrive.place.clone(), redrive.route.clone())),
+                keeps_whole: redrive.keeps_whole,
+            },
+        }
+    }
+}
+
+/// A run of stages that what entered a letter's place came out of. Each begins with what the one before
+/// made; the first one with the record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// The revision that ran.
+    pub revision: String,
+    /// The stage that it was redriven to; `None`: it came from the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<String>,
+    /// The route by which it entered that stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<String>,
+    /// The digest of what the run made.
+    pub sha256: String,
+}
+
+impl Step {
+    fn of(made: &MadeBy, sha256: String) -> Self {
+        let (place, route) = match &made.enters {
+            Some((place, route)) => (Some(place.to_string()), Some(route.to_string())),
+            None => (None, None),
+        };
+        Self { revision: made.revision.to_string(), place, route, sha256 }
+    }
+}
+
+/// The digest of a key and a payload: the SHA-256 of the key's length, the key and the payload, in hex.
+pub fn entered_digest(key: &[u8], payload: &[u8]) -> String {
+    let mut hash = Sha256::new();
+    hash.update((key.len() as u64).to_le_bytes());
+    hash.update(key);
+    hash.update(payload);
+    hex::encode(hash.finalize())
+}
+
+/// Keeps letters of one shard: each record once, and of what entered as much as is kept.
+pub(super) struct Keeper<'t> {
+    state: &'t Transaction<'t>,
+    shard: (&'t str, &'t str),
+    /// The redrive whose records the letters are of.
+    redrive: Option<i64>,
+    /// The letter before: most letters of a record come one after the other.
+    last: Option<Last>,
+}
+
+/// A letter that was kept.
+struct Last {
+    sequence: String,
+    sub_sequence: u64,
+    record: Option<i64>,
+    place: LetterPlace,
+    /// Bytes that are kept of the payloads that entered there, of all letters of the record.
+    entered_bytes: usize,
+}
+
+/// The parts of a letter that go into its row.
+pub(super) struct Kept<'l> {
+    pub(super) record: Option<i64>,
+    pub(super) kind: u8,
+    pub(super) key: &'l [u8],
+    pub(super) entered: &'l [u8],
+    pub(super) bytes: usize,
+    pub(super) digest: String,
+    pub(super) made: String,
+    pub(super) plugin: String,
+    pub(super) reason: String,
+    pub(super) backtrace: String,
+    pub(super) kept_bytes: usize,
+}
+
+impl<'t> Keeper<'t> {
+    pub(super) fn new(state: &'t Transaction<'t>, shard: (&'t str, &'t str)) -> Self {
+        let redrive = is_redrive_key(shard.0).then(|| redrive_of(shard.0)).flatten();
+        Self { state, shard, redrive, last: None }
+    }
+
+    /// Keeps the record of a letter, and decides which other parts are kept.
+    pub(super) fn keep<'l>(&mut self, letter: &'l DeadLetter) -> rusqlite::Result<Kept<'l>> {
+        let (sequence, sub) = columns(&letter.key.position);
+        let last =
+            self.last.take().filter(|last| (&last.sequence, last.sub_sequence) == (&sequence, sub));
+        let record = match (&last, self.redrive) {
+            (Some(last), _) => last.record,
+            (None, Some(redrive)) => self.record_of_redriven(redrive, &sequence)?,
+            (None, None) => Some(self.record(letter, &sequence, sub)?),
+        };
+        let is_original = self.redrive.is_none()
+            && letter.entered == letter.original
+            && letter.entered_key == letter.partition_key;
+        let bytes = letter.entered.len() + letter.entered_key.len();
+        let before = match &last {
+            Some(last) if last.place == letter.key.place => last.entered_bytes,
+            _ => 0,
+        };
+        let kind = kind(is_original, letter.made.keeps_whole, before, bytes);
+        let kept = if kind == KEPT { bytes } else { 0 };
+        let (place, entered_bytes) = (letter.key.place.clone(), before + kept);
+        self.last = Some(Last { sequence, sub_sequence: sub, record, place, entered_bytes });
+        let (digest, made) = match (is_original, letter.made.keeps_whole) {
+            (true, _) | (_, true) => (String::new(), String::new()),
+            _ => {
+                let digest = entered_digest(&letter.entered_key, &letter.entered);
+                let step = [Step::of(&letter.made, digest.clone())];
+                // Texts alone: this cannot fail.
+                (digest, serde_json::to_string(&step).unwrap_or_default())
+            }
+        };
+        let reason = excerpt(letter.reason.as_bytes());
+        let backtrace = excerpt(letter.backtrace.as_bytes());
+        let plugin = excerpt(letter.plugin.as_bytes());
+        let texts = reason.len() + backtrace.len() + made.len() + plugin.len();
+        let (key, entered): (&[u8], &[u8]) = match kind {
+            KEPT => (&letter.entered_key, &letter.entered),
+            _ => (&[], &[]),
+        };
+        Ok(Kept {
+            record,
+            kind,
+            key,
+            entered,
+            bytes: letter.entered.len(),
+            digest,
+            made,
+            plugin,
+            reason,
+            backtrace,
+            kept_bytes: LETTER_BYTES + texts + kept,
+        })
+    }
+
+    /// The number of a letter's record, which is written if it is the first letter of it.
+    fn record(&self, letter: &DeadLetter, sequence: &str, sub: u64) -> rusqlite::Result<i64> {
+        let (stream, shard) = self.shard;
+        let known = "SELECT id FROM letter_record
+                     WHERE stream = ?1 AND shard = ?2 AND sequence = ?3 AND sub_sequence = ?4";
+        let mut known = self.state.prepare_cached(known)?;
+        let known = known.query_row((stream, shard, sequence, sub), |row| row.get(0)).optional()?;
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let insert = "INSERT INTO letter_record
+                          (stream, shard, sequence, sub_sequence, partition_key, original)
+                      VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+        let (key, original) = (&letter.partition_key[..], &letter.original[..]);
+        self.state.prepare_cached(insert)?.insert((stream, shard, sequence, sub, key, original))
+    }
+
+    /// The number of the record that a redriven letter is of.
+    fn record_of_redriven(&self, redrive: i64, sequence: &str) -> rusqlite::Result<Option<i64>> {
+        let origin = "SELECT o.record FROM redrive r JOIN letters o ON o.id = r.letter
+                      WHERE r.id = ?1 AND r.ordinal = CAST(ltrim(?2, '0') AS INTEGER)";
+        let mut origin = self.state.prepare_cached(origin)?;
+        Ok(origin.query_row((redrive, sequence), |row| row.get(0)).optional()?.flatten())
+    }
+}
+
+/// How what entered is kept: `before` bytes of the same record and place are kept already.
+fn kind(is_original: bool, keeps_whole: bool, before: usize, bytes: usize) -> u8 {
+    match (is_original, keeps_whole) {
+        (true, _) => AS_ORIGINAL,
+        (_, true) => KEPT,
+        _ if before + bytes <= ENTERED_BYTES_MAX => KEPT,
+        _ => AS_DIGEST,
+    }
+}
+
+/// The bound on the store as a whole.
+#[derive(Clone)]
+pub(super) struct StoreBound {
+    bytes_max: Arc<AtomicU64>,
+    /// The bound where none is configured.
+    default_max: u64,
+    is_nearly_full: Arc<AtomicBool>,
+    /// Its metrics are another store's of the process.
+    is_unmeasured: Arc<AtomicBool>,
+}
+
+impl Default for StoreBound {
+    fn default() -> Self {
+        let (is_nearly_full, is_unmeasured) = (Arc::default(), Arc::default());
+        let (bytes_max, default_max) = (Arc::new(STORE_BYTES_MAX.into()), STORE_BYTES_MAX);
+        Self { bytes_max, default_max, is_nearly_full, is_unmeasured }
+    }
+}
+
+/// The store would hold more than it may.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct StoreFull {
+    kept: u64,
+    more: u64,
+    bytes_max: u64,
+}
+
+impl StoreFull {
+    /// The way out. Room that others make does not help what is more than the store may hold by itself.
+    pub(super) fn way_out(&self) -> String {
+        match self.more > self.bytes_max {
+            true => format!(
+                "nothing was written; what one batch brings is more than the store may hold: raise `bytes` under \
+                 [dead_letters] to {} or more",
+                ByteSize(self.kept.saturating_add(self.more))
+            ),
+            false => "nothing was written; redrive or purge dead letters (`shardmill dlq redrive`, `shardmill dlq \
+                      purge`), or raise `bytes` under [dead_letters]"
+                .into(),
+        }
+    }
+
+    pub(super) fn cause(&self) -> String {
+        let Self { kept, more, bytes_max } = self;
+        format!(
+            "the store of dead letters is full: it holds {} of at most {}, and {} more are to be written",
+            ByteSize(*kept),
+            ByteSize(*bytes_max),
+            ByteSize(*more)
+        )
+    }
+}
+
+impl StoreBound {
+    /// The bound of a store in `folder` that holds `kept` bytes, if none is configured.
+    pub(super) fn of(folder: &Path, kept: u64, configured: Option<usize>) -> Self {
+        let default_max = default_max(free_bytes(folder), kept);
+        let bound = Self { default_max, ..Self::default() };
+        bound.set(configured);
+        bound
+    }
+
+    /// Changes what is configured.
+    pub(super) fn set(&self, configured: Option<usize>) {
+        let bytes_max = configured.map_or(self.default_max, |bytes| bytes as u64);
+        self.bytes_max.store(bytes_max, Ordering::Release);
+    }
+
+    /// Leaves the metrics to another store of the process.
+    pub(super) fn leave_metrics(&self) {
+        self.is_unmeasured.store(true, Ordering::Release);
+    }
+
+    fn bytes_max(&self) -> u64 {
+        self.bytes_max.load(Ordering::Acquire)
+    }
+
+    /// Writes letters of a stream, unless the store would hold more than it may then: nothing is changed in
+    /// that case. A write that makes the store no larger passes: the bound may be lower than it was when these
+    /// letters were written first. Gives what the store holds.
+    ///
+    /// `are_there`: whether all of the letters are there already. It is asked where the store is full, before
+    /// anything is written: a write that is rolled back costs as much as one that is kept.
+    pub(super) fn within(
+        &self,
+        state: &Transaction<'_>,
+        stream: &str,
+        are_there: impl FnOnce() -> rusqlite::Result<bool>,
+        write: impl FnOnce() -> rusqlite::Result<()>,
+    ) -> rusqlite::Result<Result<u64, StoreFull>> {
+        // Letters of a redrive take the place of those that it came from when it ends.
+        let bytes_max = match is_redrive_key(stream) {
+            true => self.bytes_max().saturating_mul(2),
+            false => self.bytes_max(),
+        };
+        let kept = kept_bytes(state)?;
+        if kept >= bytes_max && !are_there()? {
+            return Ok(Err(StoreFull { kept, more: LETTER_BYTES as u64, bytes_max }));
+        }
+        state.execute_batch("SAVEPOINT letters_written")?;
+        write()?;
+        let now = kept_bytes(state)?;
+        if now > kept && now > bytes_max {
+            state.execute_batch("ROLLBACK TO letters_written; RELEASE letters_written")?;
+            return Ok(Err(StoreFull { kept, more: now - kept, bytes_max }));
+        }
+        state.execute_batch("RELEASE letters_written")?;
+        Ok(Ok(now))
+    }
+
+    /// Shows what the store holds, and warns from 80 % on.
+    pub(super) fn show(&self, kept: u64) {
+        let bytes_max = self.bytes_max();
+        let is_nearly_full = is_nearly_full(kept, bytes_max);
+        if !self.is_unmeasured.load(Ordering::Acquire) {
+            metrics::gauge!("shardmill_dead_letters_bytes").set(kept as f64);
+            metrics::gauge!("shardmill_dead_letters_bytes_max").set(bytes_max as f64);
+            metrics::gauge!("shardmill_dead_letters_nearly_full").set(f64::from(is_nearly_full));
+        }
+        if is_nearly_full && !self.is_nearly_full.swap(is_nearly_full, Ordering::AcqRel) {
+            tracing::warn!(kept = %ByteSize(kept), most = %ByteSize(bytes_max),
+                "the store of dead letters is nearly full; when it is full, lanes with dead letters wait: \
+                 redrive or purge some, or raise `bytes` under [dead_letters]");
+        }
+        self.is_nearly_full.store(is_nearly_full, Ordering::Release);
+    }
+}
+
+/// From 80 % on.
+fn is_nearly_full(kept: u64, bytes_max: u64) -> bool {
+    kept >= bytes_max / 5 * 4
+}
+
+/// 10 GiB, or half of what is free for letters. What they hold already counts as free: the bound does not
+/// shrink with each start.
+fn default_max(free: Option<u64>, kept: u64) -> u64 {
+    free.map_or(STORE_BYTES_MAX, |free| (free.saturating_add(kept) / 2).min(STORE_BYTES_MAX))
+}
+
+/// The bytes that are free on the disk of a folder, for processes without privileges.
+fn free_bytes(folder: &Path) -> Option<u64> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let folder = std::ffi::CString::new(folder.as_os_str().as_bytes()).ok()?;
+    // SAFETY: statvfs is plain data, for which zero is a value.
+    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the path ends with NUL, and `found` is written by the call alone.
+    let done = unsafe { libc::statvfs(folder.as_ptr(), &raw mut found) };
+    (done == 0).then(|| found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Gives the bytes that the store holds.
+pub(super) fn kept_bytes(state: &Transaction<'_>) -> rusqlite::Result<u64> {
+    let mut kept = state.prepare_cached("SELECT max(bytes, 0) FROM letter_store")?;
+    kept.query_row([], |row| row.get(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DeadLetters, LetterKey, StateStore};
+    use shardmill_core::record::{
+        Position, PositionSpan, SequenceNumber, ShardKey, SinkName, StreamIdentity,
+    };
+
+    #[test]
+    fn wall_04_what_entered_is_kept_up_to_a_mebibyte_of_a_record_and_place() {
+        const MIB: usize = 1 << 20;
+        for (is_original, keeps_whole, before, bytes, expected) in [
+            (true, false, 0, 10 * MIB, AS_ORIGINAL),
+            (false, false, 0, MIB, KEPT),
+            (false, false, 0, MIB + 1, AS_DIGEST),
+            (false, false, MIB - 1, 1, KEPT),
+            (false, false, MIB - 1, 2, AS_DIGEST),
+            (false, true, MIB, 10 * MIB, KEPT),
+        ] {
+            let found = kind(is_original, keeps_whole, before, bytes);
+            assert_eq!(found, expected, "{is_original} {keeps_whole} {before} {bytes}");
+        }
+    }
+
+    #[tokio::test]
+    async fn wall_04_a_full_store_takes_what_makes_it_no_larger() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let (stream, pipeline) = (stream.into(), "cars".into());
+        let shard = ShardKey { pipeline, stream, shard: "shard".into() };
+        let letter = |number: u64, reason: &str| DeadLetter {
+            key: LetterKey {
+                position: Position { sequence: SequenceNumber::from(number), sub_sequence: 0 },
+                place: LetterPlace::Stage("decode".into()),
+                output: 0,
+            },
+            partition_key: "k".into(),
+            original: "o".into(),
+            entered_key: "k".into(),
+            entered: "o".into(),
+            route: "records".into(),
+            arrived_ms: 1,
+            plugin: "".into(),
+            digest: "".into(),
+            reason: reason.into(),
+            backtrace: String::new(),
+            made: MadeBy::at_source("revision"),
+        };
+        let first = || vec![letter(1, "no JSON"), letter(2, "no JSON")];
+        letters.put(&shard, first(), false).await.expect("there is room");
+        let kept = letters.kept_bytes().await.expect("read");
+        letters.set_bound(Some(1));
+        let longer = vec![letter(1, "no JSON at all")];
+        for (name, written, passes) in [
+            ("a replay", first(), true),
+            ("a shorter reason", vec![letter(2, "no")], true),
+            ("as it was", vec![letter(2, "no JSON")], false),
+            ("a longer reason", longer, false),
+            ("one more", vec![letter(1, "no JSON"), letter(3, "no JSON")], false),
+        ] {
+            let done = letters.put(&shard, written, false).await;
+            let refused = done.map_err(|error| error.to_string()).err();
+            assert_eq!(refused.is_none(), passes, "{name}: {refused:?}");
+            assert!(refused.is_none_or(|why| why.contains("is full")), "{name}");
+        }
+        // Rows that are given up, none of which is there to be written.
+        let (sink, at) = (SinkName::from("mart"), letter(9, "").key.position);
+        let own = letters.take_over(&shard, &sink, None).await.expect("taken over");
+        let span = PositionSpan { from_exclusive: None, to_inclusive: at };
+        let given_up = letters.give_up((&shard, &sink), own.epoch, &span, Vec::new(), true).await;
+        assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
+        let (count, held) = (letters.count().await, letters.kept_bytes().await);
+        assert_eq!((count.expect("counted"), held.expect("read")), (2, kept - 5));
+    }
+
+    #[test]
+    fn wall_04_without_a_configured_bound_half_of_the_free_disk_is_left() {
+        const GIB: u64 = 1 << 30;
+        for (free, kept, expected) in [
+            (None, 0, 10 * GIB),
+            (Some(100 * GIB), 0, 10 * GIB),
+            (Some(8 * GIB), 0, 4 * GIB),
+            // Started again with 4 GiB of letters.
+            (Some(4 * GIB), 4 * GIB, 4 * GIB),
+        ] {
+            assert_eq!(default_max(free, kept), expected, "{free:?} {kept}");
+        }
+        assert!(free_bytes(Path::new("/")).is_some());
+    }
+
+    #[test]
+    fn wall_04_the_way_out_of_a_full_store_is_one_that_helps() {
+        for (kept, more, helps) in [(90, 20, "redrive or purge"), (0, 101, "to 101 B or more")] {
+            let way_out = StoreFull { kept, more, bytes_max: 100 }.way_out();
+            assert!(way_out.contains(helps), "{way_out}");
+        }
+    }
+
+    #[test]
+    fn wall_04_a_warning_comes_at_four_fifths() {
+        assert!(!is_nearly_full(79, 100));
+        assert!(is_nearly_full(80, 100));
+    }
+}

@@ -1,0 +1,652 @@
+//! Dead letters: every record that a stage or a table did not take, with all that a redrive needs.
+//!
+//! Letters go first: they are durable before any sink commits the span that they belong to. Those of
+//! rows whose commit may not have happened are hidden at first (`hidden.rs`). How much is kept of each, and
+//! of all of them, is decided in `letter_store.rs`.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use rusqlite::{Row, Transaction};
+
+use super::letter_store::{
+    AS_DIGEST, AS_ORIGINAL, Keeper, LETTER_BYTES, MadeBy, StoreBound, StoreFull, kept_bytes,
+};
+use super::replays::FailedAgain;
+use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
+use shardmill_core::record::{
+    LetterPlace, Position, RouteName, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
+};
+
+/// What identifies a letter within its shard.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LetterKey {
+    /// The record's position.
+    pub position: Position,
+    /// Where it failed.
+    pub place: LetterPlace,
+    /// Its place among the record's items there, from 0.
+    pub output: u32,
+}
+
+/// A dead letter.
+#[derive(Clone, Debug)]
+pub struct DeadLetter {
+    /// What identifies it.
+    pub key: LetterKey,
+    /// The partition key that the record was put with.
+    pub partition_key: Bytes,
+    /// The record's data as it was put.
+    pub original: Bytes,
+    /// The partition key that entered the failing place.
+    pub entered_key: Bytes,
+    /// The payload that entered the failing place: what a redrive starts with.
+    pub entered: Bytes,
+    /// The route by which it came there.
+    pub route: RouteName,
+    /// When the stream accepted the record, milliseconds since 1970.
+    pub arrived_ms: u64,
+    /// The plugin's name and version; empty for a sink. Letters share it: one record may have thousands.
+    pub plugin: Arc<str>,
+    /// The plugin's digest; empty for a sink.
+    pub digest: Arc<str>,
+    /// Why.
+    pub reason: String,
+    /// The plugin's stack where it trapped.
+    pub backtrace: String,
+    /// The run that brought it there.
+    pub made: MadeBy,
+}
+
+/// How a letter is kept: shown,
+pub(super) const SHOWN: u8 = 0;
+/// hidden until the sink's commit covers it,
+const HELD: u8 = 1;
+/// or hidden until it is known that the sink did not get the row after all,
+pub(super) const GIVEN_UP: u8 = 2;
+/// or hidden, because its record has gone through a redrive: a replay must not run it again.
+pub(super) const REDRIVEN: u8 = 3;
+
+/// A record as it entered the stage that did not take it.
+#[derive(Clone, Debug)]
+pub struct EnteredRecord {
+    /// Its partition key.
+    pub key: Vec<u8>,
+    /// Its payload.
+    pub payload: Vec<u8>,
+    /// Its sequence number in its shard.
+    pub sequence: SequenceNumber,
+    /// When the stream took it, in milliseconds since 1970.
+    pub arrived_ms: u64,
+}
+
+/// A letter as it is kept.
+#[derive(Clone, Debug)]
+pub struct StoredLetter {
+    /// Its number in the store: stays while it is there.
+    pub id: i64,
+    /// The stream, by its key.
+    pub stream: String,
+    /// The shard.
+    pub shard: String,
+    /// The sequence number.
+    pub sequence: String,
+    /// The position within an aggregated record.
+    pub sub_sequence: u64,
+    /// `stage:NAME` or `sink:NAME`.
+    pub place: String,
+    /// The partition key that the record was put with.
+    pub partition_key: Vec<u8>,
+    /// The record's data as it was put; empty where a copy has its digest.
+    pub original: Vec<u8>,
+    /// The digest that a copy has in its place, because the copy of another letter has it whole.
+    pub original_digest: Option<PayloadDigest>,
+    /// The partition key that entered the failing place; empty where a digest is kept.
+    pub entered_key: Vec<u8>,
+    /// The payload that entered the failing place; empty where a digest is kept.
+    pub entered: Vec<u8>,
+    /// The digest that is kept in their place where they are too large.
+    pub entered_digest: Option<PayloadDigest>,
+    /// When the stream took the record, in milliseconds since 1970.
+    pub arrived_ms: u64,
+    /// The plugin's name and version; empty for a sink.
+    pub plugin: String,
+    /// The plugin's digest; empty for a sink.
+    pub digest: String,
+    /// Why.
+    pub reason: String,
+    /// The plugin's stack where it trapped.
+    pub backtrace: String,
+    /// When the letter was written, in milliseconds since 1970.
+    pub written_ms: i64,
+}
+
+/// A digest in place of a payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PayloadDigest {
+    /// SHA-256 in hex: of a record's data, or of what entered a place with its key
+    /// ([`entered_digest`](super::entered_digest)).
+    pub sha256: String,
+    /// The length of the payload.
+    pub bytes: u64,
+}
+
+/// The columns that [`StoredLetter::read`] reads, with the record where a condition holds.
+macro_rules! letter_columns {
+    ($original_if:literal) => {
+        concat!(
+            "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
+            (SELECT partition_key FROM letter_record WHERE letter_record.id = record),
+            (SELECT original FROM letter_record WHERE letter_record.id = record",
+            $original_if,
+            "), entered_kind, entered_key, entered, entered_digest, entered_bytes, arrived_ms, plugin,
+            digest, reason, backtrace, written_ms"
+        )
+    };
+}
+
+/// The columns that [`StoredLetter::read`] reads.
+pub(super) const LETTER_COLUMNS: &str = letter_columns!("");
+
+/// The same of a letter with its `carrier`, for a copy: without a record longer than `?3` that the copy of
+/// another letter has.
+pub(super) const COPIED_COLUMNS: &str =
+    letter_columns!(" AND (coalesce(carrier, letters.id) = letters.id OR length(original) <= ?3)");
+
+/// The same without payloads: many of them may not fit into memory.
+const LETTER_HEADS: &str = "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
+    x'', x'', 0, x'', x'', entered_digest, entered_bytes, arrived_ms, plugin, digest, reason, '',
+    written_ms";
+
+impl StoredLetter {
+    /// Reads a letter from [`LETTER_COLUMNS`], which begin at column `at`.
+    pub(super) fn read(row: &Row<'_>, at: usize) -> rusqlite::Result<Self> {
+        let bytes = |column: usize| -> rusqlite::Result<Vec<u8>> {
+            row.get::<_, Option<Vec<u8>>>(at + column).map(Option::unwrap_or_default)
+        };
+        let (partition_key, original) = (bytes(6)?, bytes(7)?);
+        let kind: u8 = row.get(at + 8)?;
+        let (entered_key, entered) = match kind {
+            AS_ORIGINAL => (partition_key.clone(), original.clone()),
+            _ => (bytes(9)?, bytes(10)?),
+        };
+        let entered_digest = match kind {
+            AS_DIGEST => {
+                Some(PayloadDigest { sha256: row.get(at + 11)?, bytes: row.get(at + 12)? })
+            }
+            _ => None,
+        };
+        Ok(Self {
+            id: row.get(at)?,
+            stream: row.get(at + 1)?,
+            shard: row.get(at + 2)?,
+            sequence: row.get(at + 3)?,
+            sub_sequence: row.get(at + 4)?,
+            place: row.get(at + 5)?,
+            partition_key,
+            original,
+            original_digest: None,
+            entered_key,
+            entered,
+            entered_digest,
+            arrived_ms: row.get(at + 13)?,
+            plugin: row.get(at + 14)?,
+            digest: row.get(at + 15)?,
+            reason: row.get(at + 16)?,
+            backtrace: row.get(at + 17)?,
+            written_ms: row.get(at + 18)?,
+        })
+    }
+}
+
+/// Which letters are meant: those for which all of it holds. Empty: all.
+#[derive(Clone, Debug, Default)]
+pub struct LetterFilter {
+    /// Letters by their numbers; empty: any.
+    pub ids: Vec<i64>,
+    /// Where they failed.
+    pub place: Option<LetterPlace>,
+    /// The shard.
+    pub shard: Option<String>,
+    /// A part of the reason.
+    pub reason: Option<String>,
+}
+
+impl LetterFilter {
+    /// Whether it names no letter in particular.
+    pub fn is_empty(&self) -> bool {
+        let Self { ids, place, shard, reason } = self;
+        ids.is_empty() && place.is_none() && shard.is_none() && reason.is_none()
+    }
+}
+
+/// The condition of a [`LetterFilter`] in SQL, with its four values. Letters of an unfinished redrive do not
+/// count: they stay or go when it is finished, and until then the letters that they came from are there.
+pub(super) const MATCHES: &str =
+    "held = 0 AND stream NOT GLOB 'letters:*' AND (?1 IS NULL OR place = ?1) AND (?2 IS NULL OR shard = ?2)
+    AND (?3 IS NULL OR instr(reason, ?3) > 0)
+    AND (?4 = '[]' OR rowid IN (SELECT value FROM json_each(?4)))";
+
+/// The values of [`MATCHES`].
+pub(super) type Wanted = (Option<String>, Option<String>, Option<String>, String);
+
+pub(super) fn wanted(filter: LetterFilter) -> Wanted {
+    let ids: Vec<String> = filter.ids.iter().map(i64::to_string).collect();
+    let place = filter.place.map(|place| place.to_string());
+    (place, filter.shard, filter.reason, format!("[{}]", ids.join(",")))
+}
+
+/// The dead letters of a pipeline.
+#[derive(Clone)]
+pub struct DeadLetters {
+    pub(super) store: StateStore,
+    pub(super) bound: StoreBound,
+}
+
+impl DeadLetters {
+    /// Over the pipeline's state database.
+    pub fn new(store: StateStore) -> Self {
+        Self { store, bound: StoreBound::default() }
+    }
+
+    /// The same with a bound on what all of them hold: `configured`, or by the free disk.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn bounded(self, configured: Option<usize>) -> Result<Self, StateError> {
+        let kept = self.kept_bytes().await?;
+        let bound = StoreBound::of(self.store.folder(), kept, configured);
+        bound.show(kept);
+        Ok(Self { store: self.store, bound })
+    }
+
+    /// Changes the configured bound, for all clones.
+    pub fn set_bound(&self, configured: Option<usize>) {
+        self.bound.set(configured);
+    }
+
+    /// Leaves the metrics of what they hold to other letters of this process.
+    pub fn leave_metrics(&self) {
+        self.bound.leave_metrics();
+    }
+
+    /// Gives the bytes that all of them hold.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn kept_bytes(&self) -> Result<u64, StateError> {
+        self.store.write("measure the dead letters", kept_bytes).await
+    }
+
+    /// Shows what they hold: another process may have changed it.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn show_kept(&self) -> Result<(), StateError> {
+        let kept = self.kept_bytes().await?;
+        self.bound.show(kept);
+        Ok(())
+    }
+
+    /// Shows the outcome of a write of letters, or gives its error.
+    pub(super) fn written(
+        &self,
+        action: &'static str,
+        written: Result<u64, StoreFull>,
+    ) -> Result<(), StateError> {
+        match written {
+            Ok(kept) => {
+                self.bound.show(kept);
+                Ok(())
+            }
+            Err(full) => Err(self.store.unreadable(action, full.cause(), full.way_out())),
+        }
+    }
+
+    /// Writes letters, durable on return. A letter that is there already is replaced. `held` hides
+    /// them until [`DeadLetters::settle`].
+    ///
+    /// # Errors
+    /// [`StateError`]; the span must not be committed then.
+    pub async fn put(
+        &self,
+        shard: &ShardKey,
+        letters: impl Into<Arc<Vec<DeadLetter>>>,
+        held: bool,
+    ) -> Result<(), StateError> {
+        // Shared with a caller that tries again: a copy of many would be larger than what they are of.
+        let letters: Arc<Vec<DeadLetter>> = letters.into();
+        if letters.is_empty() {
+            return Ok(());
+        }
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let (action, bound) = ("write dead letters", self.bound.clone());
+        let written = self.store.write(action, move |state| {
+            let kept = if held { HELD } else { SHOWN };
+            // In its place, so that its number stays.
+            let again = "DO UPDATE SET held = excluded.held, record = excluded.record,
+                entered_kind = excluded.entered_kind, entered_key = excluded.entered_key,
+                entered = excluded.entered, entered_bytes = excluded.entered_bytes,
+                entered_digest = excluded.entered_digest, made = excluded.made,
+                arrived_ms = excluded.arrived_ms, plugin = excluded.plugin,
+                digest = excluded.digest, reason = excluded.reason,
+                backtrace = excluded.backtrace, written_ms = excluded.written_ms,
+                route = excluded.route, kept_bytes = excluded.kept_bytes";
+            let are_there = || are_there(state, (&stream, &shard), &letters);
+            let write = || insert(state, (&stream, &shard), &letters, kept, again);
+            bound.within(state, &stream, are_there, write)
+        });
+        self.written(action, written.await?)
+    }
+
+    /// The last record of which a stage has made a letter: it was run, and by the revision of that time.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn highest_of_stages(
+        &self,
+        shard: &ShardKey,
+    ) -> Result<Option<Position>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT sequence, sub_sequence FROM letters
+                     WHERE stream = ?1 AND shard = ?2 AND place GLOB 'stage:*'
+                     ORDER BY sequence DESC, sub_sequence DESC LIMIT 1",
+                )?;
+                let mut rows = query.query((stream, shard))?;
+                match rows.next()? {
+                    Some(row) => position_of(row.get(0)?, row.get(1)?).map(Some),
+                    None => Ok(None),
+                }
+            })
+            .await
+    }
+
+    /// The rows after a position that are visible letters of a sink, by position and ordinal. There are some
+    /// where the sink was restored from a backup: such a row has its outcome, and is not for the sink.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn rows_above(
+        &self,
+        shard: &ShardKey,
+        sink: &SinkName,
+        above: Option<&Position>,
+    ) -> Result<HashSet<(Position, u32)>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let place = LetterPlace::Sink(sink.clone()).to_string();
+        let (sequence, sub) = above.map(columns).unwrap_or_default();
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT sequence, sub_sequence, output FROM letters
+                     WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
+                         AND place = ?5 AND held = ?6",
+                )?;
+                let key = (stream, shard, sequence, sub, place, SHOWN);
+                let rows = query.query_map(key, |row| {
+                    Ok((position_of(row.get(0)?, row.get(1)?)?, row.get(2)?))
+                })?;
+                rows.collect()
+            })
+            .await
+    }
+
+    /// The visible letters that a filter means, oldest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn select(
+        &self,
+        filter: LetterFilter,
+        limit: u32,
+    ) -> Result<Vec<StoredLetter>, StateError> {
+        self.select_columns(LETTER_COLUMNS, filter, limit).await
+    }
+
+    /// The same without payloads and backtraces.
+    ///
+    /// # Errors
+    /// As [`DeadLetters::select`].
+    pub async fn select_heads(
+        &self,
+        filter: LetterFilter,
+        limit: u32,
+    ) -> Result<Vec<StoredLetter>, StateError> {
+        self.select_columns(LETTER_HEADS, filter, limit).await
+    }
+
+    async fn select_columns(
+        &self,
+        columns: &'static str,
+        filter: LetterFilter,
+        limit: u32,
+    ) -> Result<Vec<StoredLetter>, StateError> {
+        let (place, shard, reason, ids) = wanted(filter);
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare(&format!(
+                    "SELECT {columns} FROM letters WHERE {MATCHES}
+                     ORDER BY written_ms, rowid LIMIT ?5"
+                ))?;
+                let wanted = (place, shard, reason, ids, limit);
+                let rows = query.query_map(wanted, |row| StoredLetter::read(row, 0))?;
+                rows.collect()
+            })
+            .await
+    }
+
+    /// The numbers of the visible letters that a filter means, oldest first.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn ids(&self, filter: LetterFilter) -> Result<Vec<i64>, StateError> {
+        let wanted = wanted(filter);
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare(&format!(
+                    "SELECT rowid FROM letters WHERE {MATCHES} ORDER BY written_ms, rowid"
+                ))?;
+                query.query_map(wanted, |row| row.get(0))?.collect()
+            })
+            .await
+    }
+
+    /// How many visible letters a filter means.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn count_of(&self, filter: LetterFilter) -> Result<u64, StateError> {
+        let wanted = wanted(filter);
+        self.store
+            .write("count the dead letters", move |state| {
+                let count = format!("SELECT count(*) FROM letters WHERE {MATCHES}");
+                state.query_row(&count, wanted, |row| row.get(0))
+            })
+            .await
+    }
+
+    /// Deletes the visible letters that a filter means, but for those on their way in a redrive; gives
+    /// how many there were.
+    /// Gives how many were deleted, and how many were left because a redrive that was broken off has them.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing is deleted then.
+    pub async fn purge(&self, filter: LetterFilter) -> Result<(usize, usize), StateError> {
+        let wanted = wanted(filter);
+        self.store
+            .write("delete dead letters", move |state| {
+                // What a redrive has left for a sink that is gone waits for nobody else.
+                let mut found = state.prepare(&format!(
+                    "SELECT rowid, rowid IN (
+                         SELECT letter FROM redrive WHERE id NOT IN (SELECT id FROM redrive_rest))
+                     FROM letters WHERE {MATCHES}"
+                ))?;
+                let found = found.query_map(wanted, |row| Ok((row.get(0)?, row.get(1)?)))?;
+                let found = found.collect::<rusqlite::Result<Vec<(i64, bool)>>>()?;
+                let (left, purged): (Vec<_>, Vec<_>) =
+                    found.into_iter().partition(|(_, is_redriven)| *is_redriven);
+                purged.iter().try_for_each(|(letter, _)| forget(state, *letter))?;
+                Ok((purged.len(), left.len()))
+            })
+            .await
+    }
+
+    /// Gives the payloads that a stage did not take, oldest first, at most `limit`; without those kept as
+    /// a digest.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn entered(
+        &self,
+        stage: &StageName,
+        limit: u32,
+    ) -> Result<Vec<EnteredRecord>, StateError> {
+        let place = LetterPlace::Stage(stage.clone()).to_string();
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT d.entered_key, d.entered, d.sequence, d.arrived_ms
+                     FROM letters l JOIN dead_letter d ON d.id = l.id
+                     WHERE l.held = 0 AND l.stream NOT GLOB 'letters:*' AND l.place = ?1
+                         AND l.entered_kind <> 2
+                     ORDER BY l.written_ms, l.sequence LIMIT ?2",
+                )?;
+                let rows = query.query_map((place, limit), |row| {
+                    Ok(EnteredRecord {
+                        key: row.get(0)?,
+                        payload: row.get(1)?,
+                        sequence: position_of(row.get(2)?, 0)?.sequence,
+                        arrived_ms: row.get(3)?,
+                    })
+                })?;
+                rows.collect()
+            })
+            .await
+    }
+
+    /// What failed, of every visible letter.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn failed(&self) -> Result<Vec<FailedAgain>, StateError> {
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare(
+                    "SELECT shard, sequence, sub_sequence, place, output FROM letters
+                     WHERE held = 0",
+                )?;
+                let failed = query.query_map([], |row| {
+                    Ok(FailedAgain {
+                        shard: ShardId::from(row.get::<_, String>(0)?),
+                        sequence: row.get(1)?,
+                        sub_sequence: row.get(2)?,
+                        place: row.get(3)?,
+                        output: row.get(4)?,
+                    })
+                })?;
+                failed.collect()
+            })
+            .await
+    }
+
+    /// How many letters are visible.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn count(&self) -> Result<u64, StateError> {
+        self.count_of(LetterFilter::default()).await
+    }
+}
+
+/// Deletes a letter. Of one of a stage a mark stays while a lane may read its record again: sinks that are
+/// behind must not get what the others will never have.
+pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<()> {
+    state
+        .prepare_cached(
+            "UPDATE letters AS d SET held = ?2, record = NULL, entered_kind = 0, entered_key = x'',
+                 entered = x'', entered_bytes = 0, entered_digest = '', made = '', plugin = '',
+                 reason = '', backtrace = '', kept_bytes = ?3
+             WHERE rowid = ?1 AND place GLOB 'stage:*' AND NOT EXISTS (
+                 SELECT 1 FROM shard s WHERE s.stream = d.stream AND s.shard = d.shard
+                 AND (s.ended <> 0 OR (s.sequence, s.sub_sequence) >= (d.sequence, d.sub_sequence)))",
+        )?
+        .execute((letter, REDRIVEN, LETTER_BYTES))?;
+    state
+        .prepare_cached("DELETE FROM letters WHERE rowid = ?1 AND held <> ?2")?
+        .execute((letter, REDRIVEN))?;
+    // Its number may be given again.
+    state.prepare_cached("DELETE FROM redrive WHERE letter = ?1")?.execute([letter])?;
+    Ok(())
+}
+
+/// Whether all of the letters are there already.
+pub(super) fn are_there(
+    state: &Transaction<'_>,
+    (stream, shard): (&str, &str),
+    letters: &[DeadLetter],
+) -> rusqlite::Result<bool> {
+    let mut known = state.prepare_cached(
+        "SELECT 1 FROM letters WHERE stream = ?1 AND shard = ?2 AND sequence = ?3
+         AND sub_sequence = ?4 AND place = ?5 AND output = ?6",
+    )?;
+    for letter in letters {
+        let (sequence, sub) = columns(&letter.key.position);
+        let place = letter.key.place.to_string();
+        if !known.exists((stream, shard, sequence, sub, place, letter.key.output))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Inserts letters, `kept` shown or hidden; `again` says what becomes of one that is there.
+pub(super) fn insert(
+    state: &Transaction<'_>,
+    (stream, shard): (&str, &str),
+    letters: &[DeadLetter],
+    kept: u8,
+    again: &str,
+) -> rusqlite::Result<()> {
+    let mut insert = state.prepare_cached(&format!(
+        "INSERT INTO letters (stream, shard, sequence, sub_sequence, place, output, held, record,
+             entered_kind, entered_key, entered, entered_bytes, entered_digest, made, arrived_ms, plugin,
+             digest, reason, backtrace, written_ms, route, kept_bytes)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19,
+             ?20, ?21, ?22)
+         ON CONFLICT (stream, shard, sequence, sub_sequence, place, output) {again}"
+    ))?;
+    let mut keeper = Keeper::new(state, (stream, shard));
+    for letter in letters {
+        let own = keeper.keep(letter)?;
+        let (sequence, sub) = columns(&letter.key.position);
+        insert.execute(rusqlite::params![
+            stream,
+            shard,
+            sequence,
+            sub,
+            letter.key.place.to_string(),
+            letter.key.output,
+            kept,
+            own.record,
+            own.kind,
+            own.key,
+            own.entered,
+            own.bytes,
+            own.digest,
+            own.made,
+            letter.arrived_ms,
+            own.plugin,
+            &*letter.digest,
+            own.reason,
+            own.backtrace,
+            now_ms(),
+            letter.route.as_str(),
+            own.kept_bytes,
+        ])?;
+    }
+    Ok(())
+}

@@ -1,0 +1,769 @@
+//! Redrives: dead letters that are on their way again.
+//!
+//! A redrive is a shard of its own, whose records are the letters, numbered in the order of their keys'
+//! records; so the sinks keep positions of it, and one that was broken off goes on where it was. What
+//! fails again is a letter of that shard first. At the end, in one transaction, it takes the place of
+//! the letter that it came from, and the letters that went through are gone.
+
+use std::collections::HashSet;
+
+use rusqlite::{OptionalExtension as _, Transaction};
+
+use super::LetterFilter;
+use super::letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, Step};
+use super::letters::{MATCHES, forget, wanted};
+use super::store::{StateError, StateStore, now_ms, position};
+use shardmill_core::record::{
+    LetterPlace, PipelineName, Position, REDRIVE_SHARD, RouteName, SequenceNumber, ShardId,
+    ShardKey, SinkName, StreamIdentity,
+};
+
+/// The name of the stream that letters are.
+pub const LETTERS_STREAM: &str = "letters";
+/// The first number of letters that a redrive made among the items that their record has in a place.
+const OUTPUT_OF_REDRIVE: u32 = 1 << 31;
+/// What its ARN begins with.
+const ARN_PREFIX: &str = "letters:";
+/// What the keys of such streams look like, as SQLite's GLOB has it.
+pub(super) const REDRIVES: &str = "letters:*";
+
+/// A redrive: when it was begun, in milliseconds since 1970, and what its positions are keyed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RedriveId(i64);
+
+impl RedriveId {
+    /// The stream that its letters are.
+    pub fn stream(self, pipeline: &PipelineName) -> StreamIdentity {
+        let arn = format!("{ARN_PREFIX}{pipeline}").into();
+        StreamIdentity { name: LETTERS_STREAM.into(), arn, created_ms: self.0 }
+    }
+
+    /// Its shard.
+    pub fn shard(self) -> ShardId {
+        ShardId::from(REDRIVE_SHARD)
+    }
+
+    fn key(self, pipeline: &PipelineName) -> ShardKey {
+        ShardKey {
+            pipeline: pipeline.clone(),
+            stream: self.stream(pipeline).into(),
+            shard: self.shard(),
+        }
+    }
+}
+
+/// Whether a stream is the letters of a redrive.
+pub fn is_redrive(stream: &StreamIdentity) -> bool {
+    is_redrive_key(&stream.arn)
+}
+
+/// The same of its key.
+pub(super) fn is_redrive_key(key: &str) -> bool {
+    key.starts_with(ARN_PREFIX)
+}
+
+/// The number of the redrive that such a key is of.
+pub(super) fn redrive_of(key: &str) -> Option<i64> {
+    key.rsplit_once('@')?.1.parse().ok()
+}
+
+/// A redrive that has letters still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Which.
+    pub id: RedriveId,
+    /// It was finished without some places: what it has is left for these, and waits for nobody else.
+    pub is_rest: bool,
+}
+
+/// A letter on its way.
+#[derive(Clone, Debug)]
+pub struct RedrivenLetter {
+    /// Its place in the redrive.
+    pub ordinal: u64,
+    /// Where it failed, and enters again.
+    pub place: LetterPlace,
+    /// The route by which it came there; empty: not known.
+    pub route: RouteName,
+    /// Where its record is in its own shard.
+    pub origin: Position,
+    /// The partition key that entered there.
+    pub key: Vec<u8>,
+    /// The payload that entered there.
+    pub payload: Vec<u8>,
+    /// Key and payload are not kept, and must be made again.
+    pub lost: Option<Box<LostPayload>>,
+    /// Rows that it becomes cannot be made again: their letters are kept whole.
+    pub keeps_whole: bool,
+    /// When the stream took the record, in milliseconds since 1970.
+    pub arrived_ms: u64,
+    /// Sinks that have its rows already.
+    pub delivered_to: Vec<SinkName>,
+}
+
+/// A payload that is kept as a digest.
+#[derive(Clone, Debug)]
+pub struct LostPayload {
+    /// The letter's number.
+    pub letter: i64,
+    /// The shard of its record.
+    pub shard: ShardId,
+    /// The partition key that the record was put with.
+    pub partition_key: Vec<u8>,
+    /// The record's data as it was put.
+    pub original: Vec<u8>,
+    /// The expected digest of what entered.
+    pub sha256: String,
+    /// The runs that made it, the first one first.
+    pub steps: Vec<Step>,
+}
+
+/// What became of a redrive's letters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Redriven {
+    /// Letters that were on their way.
+    pub letters: u64,
+    /// Letters that are there in their place: a letter may fail again, or have become rows that do.
+    pub failed_again: u64,
+    /// Letters that were left out, because what they enter is gone. They stay.
+    pub left: u64,
+}
+
+/// The redrives of a pipeline.
+#[derive(Clone)]
+pub struct Redrives {
+    store: StateStore,
+    pipeline: PipelineName,
+}
+
+impl Redrives {
+    /// Over the pipeline's state database.
+    pub fn new(store: StateStore, pipeline: PipelineName) -> Self {
+        Self { store, pipeline }
+    }
+
+    /// The redrives that have letters still, the oldest first: at most one was broken off, the others are
+    /// rests.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn unfinished(&self) -> Result<Vec<Unfinished>, StateError> {
+        self.store
+            .write("look for redrives", |state| {
+                // A rest whose letters were all purged is none.
+                state.execute(
+                    "DELETE FROM redrive_rest WHERE id NOT IN (SELECT id FROM redrive)",
+                    [],
+                )?;
+                let mut query = state.prepare(
+                    "SELECT DISTINCT id, EXISTS(SELECT 1 FROM redrive_rest own WHERE own.id = r.id)
+                     FROM redrive r ORDER BY id",
+                )?;
+                let found = query.query_map([], |row| {
+                    Ok(Unfinished { id: RedriveId(row.get(0)?), is_rest: row.get(1)? })
+                })?;
+                found.collect()
+            })
+            .await
+    }
+
+    /// Whether a lane of the redrive was begun: some of it may be in the sinks.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn has_run(&self, id: RedriveId) -> Result<bool, StateError> {
+        let (stream, _) = self.redrive_key(id);
+        self.store
+            .write("look whether a redrive has run", move |state| {
+                let begun = "SELECT EXISTS(SELECT 1 FROM shard WHERE stream = ?1)
+                             OR EXISTS(SELECT 1 FROM sink_position WHERE stream = ?1)";
+                state.query_row(begun, [stream], |row| row.get(0))
+            })
+            .await
+    }
+
+    /// Notes the sinks that a redrive is about to run with.
+    ///
+    /// # Errors
+    /// [`StateError`]; it must not run then.
+    pub async fn note_sinks(&self, id: RedriveId, sinks: Vec<SinkName>) -> Result<(), StateError> {
+        self.store
+            .write("note the sinks of a redrive", move |state| {
+                let mut insert =
+                    state.prepare_cached("INSERT OR IGNORE INTO redrive_sink VALUES (?1, ?2)")?;
+                sinks.iter().try_for_each(|sink| insert.execute((id.0, sink.as_str())).map(drop))
+            })
+            .await
+    }
+
+    /// The sinks that a redrive has run with and that may not have all of its rows, as far as is known.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn sinks_behind(&self, id: RedriveId) -> Result<Vec<SinkName>, StateError> {
+        let (stream, _) = self.redrive_key(id);
+        self.store
+            .write("read the sinks of a redrive", move |state| {
+                let mut query = state.prepare(
+                    "SELECT sink FROM redrive_sink WHERE id = ?1 AND NOT EXISTS (
+                         SELECT 1 FROM sink_position p
+                         WHERE p.stream = ?2 AND p.sink = redrive_sink.sink
+                         AND CAST(ltrim(p.sequence, '0') AS INTEGER) >=
+                             (SELECT max(ordinal) FROM redrive WHERE id = ?1))
+                     ORDER BY sink",
+                )?;
+                let sinks = query.query_map((id.0, stream), |row| row.get::<_, String>(0))?;
+                sinks.map(|sink| sink.map(SinkName::from)).collect()
+            })
+            .await
+    }
+
+    /// Lets letters go that entered at places that are gone, where they were not run by every sink of
+    /// `positions` (how far each is with the redrive): they are letters as before, for those sinks alone
+    /// that did not have them.
+    ///
+    /// # Errors
+    /// [`StateError`]; the redrive is as it was.
+    pub async fn release(
+        &self,
+        id: RedriveId,
+        places: Vec<String>,
+        positions: Vec<(SinkName, Option<Position>)>,
+    ) -> Result<(), StateError> {
+        let (stream, _) = self.redrive_key(id);
+        let reached: Vec<(SinkName, u64)> =
+            positions.iter().map(|(sink, at)| (sink.clone(), ordinal_of(at.as_ref()))).collect();
+        self.store
+            .write("leave letters out of a redrive", move |state| {
+                let all_have = reached.iter().map(|(_, reached)| *reached).min().unwrap_or(0);
+                let places = serde_json::Value::from(places).to_string();
+                let mut released = state.prepare(
+                    "SELECT letter, ordinal FROM redrive JOIN letters d ON d.rowid = letter
+                     WHERE redrive.id = ?1 AND ordinal > ?2 AND place IN (SELECT value FROM json_each(?3))",
+                )?;
+                let released = released
+                    .query_map((id.0, all_have, places), |row| Ok((row.get(0)?, row.get(1)?)))?;
+                let released: Vec<(i64, u64)> = released.collect::<rusqlite::Result<_>>()?;
+                for (letter, ordinal) in released {
+                    for (sink, _) in reached.iter().filter(|(_, reached)| *reached >= ordinal) {
+                        state.execute(
+                            "INSERT OR IGNORE INTO letter_delivered VALUES (?1, ?2)",
+                            (letter, sink.as_str()),
+                        )?;
+                    }
+                    // Run again, it fails again.
+                    state.execute(
+                        "DELETE FROM letters WHERE stream = ?1
+                         AND CAST(ltrim(sequence, '0') AS INTEGER) = ?2",
+                        (&stream, ordinal),
+                    )?;
+                    state.execute("DELETE FROM redrive WHERE letter = ?1", [letter])?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    /// Begins a redrive of the visible letters that a filter means; `None` where there are none. The
+    /// letters stay where they are until it is finished.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing was begun.
+    pub async fn begin(&self, filter: LetterFilter) -> Result<Option<RedriveId>, StateError> {
+        let (place, shard, reason, ids) = wanted(filter);
+        self.store
+            .write("begin a redrive", move |state| {
+                // Two may be begun within one millisecond, or the clock may have been set back.
+                let last: Option<i64> =
+                    state.query_row("SELECT max(id) FROM redrive", [], |row| row.get(0))?;
+                let id = now_ms().max(last.map_or(0, |last| last + 1));
+                let begun = state.execute(
+                    &format!(
+                        "INSERT INTO redrive SELECT ?5, row_number() OVER
+                             (ORDER BY stream, shard, sequence, sub_sequence, place, output), rowid
+                         FROM letters WHERE {MATCHES}
+                         AND rowid NOT IN (SELECT letter FROM redrive)"
+                    ),
+                    (place, shard, reason, ids, id),
+                )?;
+                Ok((begun > 0).then_some(RedriveId(id)))
+            })
+            .await
+    }
+
+    /// How many of the letters that a filter means were in an older copy of the state with which the
+    /// pipeline goes on: they may have been redriven since that copy was made.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn doubtful(&self, filter: LetterFilter) -> Result<u64, StateError> {
+        let wanted = wanted(filter);
+        self.store
+            .write("read the dead letters", move |state| {
+                let count = format!(
+                    "SELECT count(*) FROM letters WHERE {MATCHES}
+                     AND rowid <= coalesce((SELECT max(up_to) FROM doubtful_letters), 0)"
+                );
+                state.query_row(&count, wanted, |row| row.get(0))
+            })
+            .await
+    }
+
+    /// The places that a redrive's letters enter, each once, as text.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn places(&self, id: RedriveId) -> Result<Vec<String>, StateError> {
+        self.store
+            .write("read a redrive", move |state| {
+                let mut query = state.prepare(
+                    "SELECT DISTINCT place FROM redrive JOIN letters d ON d.rowid = letter
+                     WHERE redrive.id = ?1 ORDER BY place",
+                )?;
+                query.query_map([id.0], |row| row.get(0))?.collect()
+            })
+            .await
+    }
+
+    /// Whether some of its letters have what entered their place as a digest only.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn has_digests(&self, id: RedriveId) -> Result<bool, StateError> {
+        self.store
+            .write("read a redrive", move |state| {
+                let query = "SELECT EXISTS(SELECT 1 FROM redrive JOIN letters d ON d.id = letter
+                             WHERE redrive.id = ?1 AND d.entered_kind = 2)";
+                state.query_row(query, [id.0], |row| row.get(0))
+            })
+            .await
+    }
+
+    /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes` of
+    /// what is read: payloads, keys, and the records that payloads are made again of. Letters that were purged
+    /// meanwhile are left out, and those that enter at the places of `without`.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn letters(
+        &self,
+        id: RedriveId,
+        after: u64,
+        (limit, bytes): (usize, usize),
+        without: &[String],
+    ) -> Result<Vec<RedrivenLetter>, StateError> {
+        let without = serde_json::Value::from(without).to_string();
+        self.store
+            .write("read a redrive's letters", move |state| {
+                let mut query = state.prepare_cached(
+                    // By length first: together, payloads may not fit into memory. A record of 10 MiB is
+                    // read for each of its letters that is kept as a digest, however little entered.
+                    "WITH next AS (
+                         SELECT ordinal, letter, length(d.entered) + length(d.entered_key)
+                             + coalesce(length(r.original) + length(r.partition_key), 0)
+                             + CASE d.entered_kind WHEN 2 THEN d.entered_bytes ELSE 0 END AS bytes
+                         FROM redrive JOIN letters d ON d.id = letter
+                         LEFT JOIN letter_record r ON r.id = d.record AND d.entered_kind <> 0
+                         WHERE redrive.id = ?1 AND ordinal > ?2
+                             AND place NOT IN (SELECT value FROM json_each(?5))
+                         ORDER BY ordinal LIMIT ?3),
+                     sized AS (
+                         SELECT ordinal, letter, sum(bytes) OVER (ORDER BY ordinal) - bytes AS before
+                         FROM next)
+                     SELECT ordinal, place, route, d.sequence, d.sub_sequence, entered_key, entered,
+                         arrived_ms, (SELECT json_group_array(sink) FROM letter_delivered own
+                             WHERE own.letter = d.id),
+                         entered_kind, entered_digest, made, d.shard, r.partition_key, r.original, d.id
+                     FROM sized JOIN letters d ON d.id = letter
+                     LEFT JOIN letter_record r ON r.id = d.record AND d.entered_kind <> 0
+                     WHERE before <= ?4 ORDER BY ordinal",
+                )?;
+                let letters = query.query_map((id.0, after, limit, bytes, without), |row| {
+                    let place: String = row.get(1)?;
+                    let place = LetterPlace::parse(&place).ok_or_else(|| {
+                        let cause = format!("{place:?} is no place of a letter");
+                        rusqlite::Error::FromSqlConversionFailure(
+                            1,
+                            rusqlite::types::Type::Text,
+                            cause.into(),
+                        )
+                    })?;
+                    let delivered_to: String = row.get(8)?;
+                    let mut delivered_to: Vec<SinkName> = serde_json::from_str(&delivered_to)
+                        .map_err(|error| {
+                            rusqlite::Error::FromSqlConversionFailure(
+                                8,
+                                rusqlite::types::Type::Text,
+                                error.into(),
+                            )
+                        })?;
+                    delivered_to.sort_unstable();
+                    let kind: u8 = row.get(9)?;
+                    let record = |column: usize| -> rusqlite::Result<Vec<u8>> {
+                        row.get::<_, Option<Vec<u8>>>(column).map(Option::unwrap_or_default)
+                    };
+                    let (key, payload) = match kind {
+                        AS_ORIGINAL => (record(13)?, record(14)?),
+                        _ => (row.get(5)?, row.get(6)?),
+                    };
+                    let made: String = row.get(11)?;
+                    let lost = match kind {
+                        AS_DIGEST => Some(Box::new(LostPayload {
+                            letter: row.get(15)?,
+                            shard: ShardId::from(row.get::<_, String>(12)?),
+                            partition_key: record(13)?,
+                            original: record(14)?,
+                            sha256: row.get(10)?,
+                            steps: steps(&made)?,
+                        })),
+                        _ => None,
+                    };
+                    Ok(RedrivenLetter {
+                        keeps_whole: kind == KEPT && made.is_empty(),
+                        lost,
+                        delivered_to,
+                        ordinal: row.get(0)?,
+                        place,
+                        route: row.get::<_, String>(2)?.into(),
+                        origin: position(row.get(3)?, row.get(4)?)?,
+                        key,
+                        payload,
+                        arrived_ms: row.get(7)?,
+                    })
+                })?;
+                letters.collect()
+            })
+            .await
+    }
+
+    /// Leaves a letter out of a redrive: it stays as it is, for the sinks alone that do not have it. `reached`
+    /// says how far each sink was before the redrive ran now, as the sinks themselves have it.
+    ///
+    /// # Errors
+    /// [`StateError`]; the redrive is as it was.
+    pub async fn leave_out(
+        &self,
+        id: RedriveId,
+        letter: i64,
+        reached: Vec<(SinkName, Option<Position>)>,
+    ) -> Result<(), StateError> {
+        let (stream, _) = self.redrive_key(id);
+        self.store
+            .write("leave a letter out of a redrive", move |state| {
+                let own = "SELECT ordinal FROM redrive WHERE id = ?1 AND letter = ?2";
+                let ordinal: Option<u64> =
+                    state.query_row(own, (id.0, letter), |row| row.get(0)).optional()?;
+                let Some(ordinal) = ordinal else { return Ok(()) };
+                for (sink, at) in &reached {
+                    if ordinal_of(at.as_ref()) >= ordinal {
+                        state.execute(
+                            "INSERT OR IGNORE INTO letter_delivered VALUES (?1, ?2)",
+                            (letter, sink.as_str()),
+                        )?;
+                    }
+                }
+                // As noted since.
+                state.execute(
+                    "INSERT OR IGNORE INTO letter_delivered
+                     SELECT ?2, sink FROM sink_position WHERE stream = ?1
+                         AND CAST(ltrim(sequence, '0') AS INTEGER) >= ?3",
+                    (&stream, letter, ordinal),
+                )?;
+                state.execute(
+                    "DELETE FROM letters WHERE stream = ?1
+                     AND CAST(ltrim(sequence, '0') AS INTEGER) = ?2",
+                    (&stream, ordinal),
+                )?;
+                state
+                    .execute("DELETE FROM redrive WHERE id = ?1 AND letter = ?2", (id.0, letter))
+                    .map(drop)
+            })
+            .await
+    }
+
+    /// Gives a redrive up that nothing of has run: its letters are as if it had not been begun.
+    ///
+    /// # Errors
+    /// [`StateError`]; it is there still.
+    pub async fn cancel(&self, id: RedriveId) -> Result<(), StateError> {
+        self.store
+            .write("cancel a redrive", move |state| {
+                state.execute("DELETE FROM redrive_sink WHERE id = ?1", [id.0])?;
+                state.execute("DELETE FROM redrive WHERE id = ?1", [id.0])
+            })
+            .await
+            .map(drop)
+    }
+
+    /// Ends a redrive whose every letter has its outcome in the sinks or among the letters, but for those
+    /// that enter at the places of `without`, which stay as its rest. `None`: it has not come to its end
+    /// yet, and must be run again.
+    ///
+    /// # Errors
+    /// [`StateError`]; it is unfinished still, and nothing of it is lost or run twice.
+    pub async fn finish(
+        &self,
+        id: RedriveId,
+        without: &[String],
+    ) -> Result<Option<Redriven>, StateError> {
+        let key = self.redrive_key(id);
+        let without = serde_json::Value::from(without).to_string();
+        self.store.write("finish a redrive", move |state| finish(state, id, &key, &without)).await
+    }
+
+    /// What positions of a redrive are keyed by.
+    pub fn key(&self, id: RedriveId) -> ShardKey {
+        id.key(&self.pipeline)
+    }
+
+    fn redrive_key(&self, id: RedriveId) -> (String, String) {
+        let key = self.key(id);
+        (key.stream.key(), key.shard.to_string())
+    }
+}
+
+/// The place of a letter in its redrive, by the position of it; 0 before the first.
+fn ordinal_of(at: Option<&Position>) -> u64 {
+    at.and_then(|at| at.sequence.as_str().parse().ok()).unwrap_or(0)
+}
+
+/// Reads the runs that made a payload.
+fn steps(json: &str) -> rusqlite::Result<Vec<Step>> {
+    serde_json::from_str(json).map_err(|error| {
+        let cause = format!("how a dead letter was made cannot be read: {error}");
+        let text = rusqlite::types::Type::Text;
+        rusqlite::Error::FromSqlConversionFailure(11, text, cause.into())
+    })
+}
+
+/// The runs that made what a redriven letter has become elsewhere: those of the letter, then the redrive's.
+/// Empty: they are not known, and it is kept whole.
+fn joined_steps(state: &Transaction<'_>, origin: i64, own: &str) -> rusqlite::Result<String> {
+    let query = "SELECT entered_kind, made FROM letters WHERE id = ?1";
+    let (kind, before): (u8, String) =
+        state.query_row(query, [origin], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    if own.is_empty() || kind == AS_ORIGINAL {
+        return Ok(own.to_owned());
+    }
+    if before.is_empty() {
+        return Ok(String::new());
+    }
+    let joined = [steps(&before)?, steps(own)?].concat();
+    // Texts alone: this cannot fail.
+    Ok(serde_json::to_string(&joined).unwrap_or_default())
+}
+
+fn finish(
+    state: &Transaction<'_>,
+    id: RedriveId,
+    (stream, shard): &(String, String),
+    without: &str,
+) -> rusqlite::Result<Option<Redriven>> {
+    let whole = "SELECT count(*), max(ordinal) FROM redrive JOIN letters d ON d.rowid = letter
+                 WHERE redrive.id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))";
+    let (letters, last): (u64, Option<u64>) =
+        state.query_row(whole, (id.0, without), |row| Ok((row.get(0)?, row.get(1)?)))?;
+    let reached = "SELECT sequence, sub_sequence FROM shard
+                   WHERE stream = ?1 AND shard = ?2 AND sequence IS NOT NULL";
+    let reached = state
+        .query_row(reached, (stream, shard), |row| position(row.get(0)?, row.get(1)?))
+        .optional()?;
+    let hidden = "SELECT count(*) FROM letters WHERE stream = ?1 AND shard = ?2 AND held <> 0
+                  AND place NOT IN (SELECT value FROM json_each(?3))";
+    let hidden: u64 = state.query_row(hidden, (stream, shard, without), |row| row.get(0))?;
+    let end = last.map(|last| Position { sequence: SequenceNumber::from(last), sub_sequence: 0 });
+    if reached < end || hidden > 0 {
+        return Ok(None);
+    }
+    let mut failed = state.prepare(
+        "SELECT f.rowid, f.sequence, f.place, o.rowid, o.place, f.made
+         FROM letters f
+         JOIN redrive r ON r.id = ?3 AND r.ordinal = CAST(ltrim(f.sequence, '0') AS INTEGER)
+         JOIN letters o ON o.rowid = r.letter
+         WHERE f.stream = ?1 AND f.shard = ?2
+             AND o.place NOT IN (SELECT value FROM json_each(?4)) ORDER BY f.sequence, f.output",
+    )?;
+    let failed = failed.query_map((stream, shard, id.0, without), |row| {
+        Ok((row.get(0)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(5)?))
+    })?;
+    let failed: Vec<(i64, String, i64, String, String)> =
+        failed.collect::<rusqlite::Result<_>>()?;
+    let mut kept = HashSet::new();
+    let failed_again = failed.len() as u64;
+    for (letter, place, origin, origin_place, made) in failed {
+        // What a sink has of the one it has of the other.
+        state.execute(
+            "INSERT OR IGNORE INTO letter_delivered
+             SELECT ?1, sink FROM letter_delivered WHERE letter = ?2",
+            (letter, origin),
+        )?;
+        // What the record was when it was put is the first letter's to say.
+        state.execute(
+            "UPDATE letters SET made = ?3, (record, arrived_ms) =
+                 (SELECT record, arrived_ms FROM letters WHERE rowid = ?2)
+             WHERE rowid = ?1",
+            (letter, origin, joined_steps(state, origin, &made)?),
+        )?;
+        if place == origin_place && kept.insert(origin) {
+            // The same again: it keeps its number, and has the newest reason.
+            state.execute(
+                "UPDATE letters SET (plugin, digest, reason, backtrace, written_ms) =
+                     (SELECT plugin, digest, reason, backtrace, written_ms FROM letters
+                      WHERE rowid = ?1)
+                 WHERE rowid = ?2",
+                (letter, origin),
+            )?;
+            state.execute("DELETE FROM letters WHERE rowid = ?1", [letter])?;
+            continue;
+        }
+        // After the letters that the same record has there, by a number that no item of a first run has: a
+        // replay counts its items from 0, and would take one of them for this letter.
+        state.execute(
+            "UPDATE letters AS f SET (stream, shard, sequence, sub_sequence, output) =
+                 (SELECT o.stream, o.shard, o.sequence, o.sub_sequence, coalesce((
+                     SELECT max(n.output) + 1 FROM letters n
+                     WHERE (n.stream, n.shard, n.sequence, n.sub_sequence) =
+                         (o.stream, o.shard, o.sequence, o.sub_sequence)
+                         AND n.place = f.place AND n.output >= ?3), ?3)
+                  FROM letters o WHERE o.rowid = ?2)
+             WHERE f.rowid = ?1",
+            (letter, origin, OUTPUT_OF_REDRIVE),
+        )?;
+    }
+    let mut gone = state.prepare(
+        "SELECT letter FROM redrive JOIN letters d ON d.rowid = letter
+         WHERE redrive.id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))",
+    )?;
+    let gone: Vec<i64> =
+        gone.query_map((id.0, without), |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
+    for letter in gone {
+        if kept.contains(&letter) {
+            state.execute("DELETE FROM redrive WHERE letter = ?1", [letter])?;
+        } else {
+            // Deletes it from the redrive as well.
+            forget(state, letter)?;
+        }
+    }
+    let left: u64 =
+        state.query_row("SELECT count(*) FROM redrive WHERE id = ?1", [id.0], |row| row.get(0))?;
+    if left > 0 {
+        // What the sinks have of it stays known, so that a row that is there is not written again when the
+        // rest is run. The checkpoint does not: what is left may lie before it.
+        state.execute("INSERT OR IGNORE INTO redrive_rest VALUES (?1)", [id.0])?;
+        state.execute("DELETE FROM shard WHERE stream = ?1", [stream])?;
+        state.execute("DELETE FROM ledger WHERE stream = ?1", [stream])?;
+        state.execute("DELETE FROM sink_removed WHERE stream = ?1", [stream])?;
+        return Ok(Some(Redriven { letters, failed_again, left }));
+    }
+    state.execute("DELETE FROM redrive_rest WHERE id = ?1", [id.0])?;
+    state.execute("DELETE FROM redrive_sink WHERE id = ?1", [id.0])?;
+    // Its positions are of no use to anybody, and what ran it need not be kept.
+    for table in ["shard", "sink_position", "sink_owner", "given_up", "sink_removed", "ledger"] {
+        state.execute(&format!("DELETE FROM {table} WHERE stream = ?1"), [stream])?;
+    }
+    Ok(Some(Redriven { letters, failed_again, left: 0 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Checkpoints, DeadLetter, DeadLetters, LetterKey, MadeBy};
+    use shardmill_core::record::ShardStart;
+
+    #[tokio::test]
+    async fn a_record_that_went_through_is_not_run_again_by_a_replay() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = StateStore::open(folder.path()).expect("opened");
+        let letters = DeadLetters::new(store.clone());
+        let pipeline = PipelineName::from("cars");
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let shard =
+            ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
+        let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
+        let key =
+            LetterKey { position: at(7), place: LetterPlace::Stage("decode".into()), output: 0 };
+        let letter = DeadLetter {
+            key: key.clone(),
+            partition_key: "k".into(),
+            original: "o".into(),
+            entered_key: "k".into(),
+            entered: "e".into(),
+            route: "records".into(),
+            arrived_ms: 1,
+            plugin: "".into(),
+            digest: "".into(),
+            reason: "no JSON".into(),
+            backtrace: String::new(),
+            made: MadeBy::at_source("revision"),
+        };
+        letters.put(&shard, vec![letter], false).await.expect("written");
+        let redrives = Redrives::new(store.clone(), pipeline.clone());
+        let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("a letter");
+        assert_eq!(letters.purge(LetterFilter::default()).await.expect("purged"), (0, 1));
+        assert_eq!(redrives.finish(id, &[]).await.expect("asked"), None, "nothing has run");
+        let own = id.key(&pipeline);
+        let checkpoints = Checkpoints::new(store);
+        checkpoints.begin(&own, &ShardStart::Horizon).await.expect("begun");
+        checkpoints.advance(&own, Vec::new(), Some(at(1)), false).await.expect("advanced");
+        let redriven = redrives.finish(id, &[]).await.expect("finished");
+        assert_eq!(redriven, Some(Redriven { letters: 1, failed_again: 0, left: 0 }));
+        assert_eq!(letters.count().await.expect("counted"), 0);
+        // While a sink stands before the record, and no longer.
+        for (above, due) in [(at(6), true), (at(7), false), (at(6), false)] {
+            let to = letters.settled_to(&shard, Some(&above)).await.expect("read");
+            let settled = letters.settled_within(&shard, (&at(1), &at(9))).await.expect("read");
+            assert_eq!((to, settled.contains(&key)), (due.then(|| at(7)), due), "above {above}");
+        }
+    }
+
+    /// Small payloads, each of which is made again of a record of a mebibyte; and keys of one.
+    #[tokio::test]
+    async fn wall_04_a_redrive_reads_no_more_bytes_at_once_than_it_may() {
+        const MIB: usize = 1 << 20;
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = StateStore::open(folder.path()).expect("opened");
+        let letters = DeadLetters::new(store.clone());
+        let pipeline = PipelineName::from("cars");
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let shard =
+            ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
+        let letter = |number: u64, output: u32, entered_key: Vec<u8>, entered: Vec<u8>| {
+            let position = Position { sequence: SequenceNumber::from(number), sub_sequence: 0 };
+            DeadLetter {
+                key: LetterKey { position, place: LetterPlace::Stage("decode".into()), output },
+                partition_key: "k".into(),
+                original: vec![b'o'; MIB].into(),
+                entered_key: entered_key.into(),
+                entered: entered.into(),
+                route: "records".into(),
+                arrived_ms: 1,
+                plugin: "".into(),
+                digest: "".into(),
+                reason: "no JSON".into(),
+                backtrace: String::new(),
+                made: MadeBy::at_source("revision"),
+            }
+        };
+        let mut all = vec![letter(1, 0, b"k".to_vec(), vec![b'x'; MIB - 1])];
+        all.extend((1..9).map(|output| letter(1, output, b"k".to_vec(), vec![b'x'; 9])));
+        all.extend((2..9).map(|number| letter(number, 0, vec![b'k'; MIB - 9], b"x".to_vec())));
+        let count = all.len() as u64;
+        letters.put(&shard, all, false).await.expect("written");
+        let redrives = Redrives::new(store, pipeline);
+        let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("letters");
+        let (mut after, mut as_digest) = (0, 0);
+        while after < count {
+            let read = redrives.letters(id, after, (1_000, 2 * MIB), &[]).await.expect("read");
+            let bytes = |one: &RedrivenLetter| {
+                one.payload.len()
+                    + one.key.len()
+                    + one.lost.as_ref().map_or(0, |lost| lost.original.len())
+            };
+            let sum: usize = read.iter().map(bytes).sum();
+            assert!(sum <= 4 * MIB, "{sum} bytes in {} letters after {after}", read.len());
+            as_digest += read.iter().filter(|one| one.lost.is_some()).count();
+            after = read.last().expect("a letter").ordinal;
+        }
+        assert_eq!(as_digest, 8, "letters that are kept as a digest");
+    }
+}

@@ -1,0 +1,83 @@
+//! How many records were rejected lately: a broken plugin must not drain a stream into the dead
+//! letters.
+
+use std::collections::VecDeque;
+
+use shardmill_config::RejectedMax;
+
+/// Records that the share is counted over.
+const WINDOW_RECORDS: usize = 1_000;
+
+/// The outcomes of a lane's last 1,000 records.
+#[derive(Clone, Debug)]
+pub struct RejectionWindow {
+    limits: RejectedMax,
+    outcomes: VecDeque<bool>,
+    rejected: u32,
+    in_a_row: u32,
+}
+
+impl RejectionWindow {
+    /// An empty window.
+    pub fn new(limits: RejectedMax) -> Self {
+        let outcomes = VecDeque::with_capacity(WINDOW_RECORDS);
+        Self { limits, outcomes, rejected: 0, in_a_row: 0 }
+    }
+
+    /// Counts records that went through.
+    pub fn accept(&mut self, records: usize) {
+        for _ in 0..records.min(WINDOW_RECORDS) {
+            // Only a rejection can pass a limit.
+            let _ = self.count(false);
+        }
+    }
+
+    /// Counts one record.
+    ///
+    /// # Errors
+    /// Which limit is passed, in words.
+    pub fn count(&mut self, rejected: bool) -> Result<(), String> {
+        if self.outcomes.len() == WINDOW_RECORDS && self.outcomes.pop_front() == Some(true) {
+            self.rejected -= 1;
+        }
+        self.outcomes.push_back(rejected);
+        self.rejected += u32::from(rejected);
+        self.in_a_row = if rejected { self.in_a_row + 1 } else { 0 };
+        if self.in_a_row > self.limits.in_a_row {
+            return Err(format!(
+                "more than {} records in a row were rejected (rejected_in_a_row)",
+                self.limits.in_a_row
+            ));
+        }
+        if self.rejected > self.limits.of_last_1000 {
+            return Err(format!(
+                "more than {} of the last {WINDOW_RECORDS} records were rejected (rejected_of_last_1000)",
+                self.limits.of_last_1000
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_of_rejects_trips() {
+        let mut window = RejectionWindow::new(RejectedMax { of_last_1000: 1000, in_a_row: 3 });
+        assert!((0..3).all(|_| window.count(true).is_ok()));
+        assert!(window.count(true).is_err());
+    }
+
+    #[test]
+    fn a_share_trips_and_old_ones_are_forgotten() {
+        let mut window = RejectionWindow::new(RejectedMax { of_last_1000: 2, in_a_row: 1000 });
+        assert!(window.count(true).is_ok());
+        assert!(window.count(true).is_ok());
+        assert!((0..999).all(|_| window.count(false).is_ok()));
+        // By now both are out of the last 1,000.
+        assert!((0..2).all(|_| window.count(true).is_ok()));
+        assert!(window.count(true).is_err());
+    }
+}

@@ -1,0 +1,66 @@
+//! Stored revisions that are rewritten, and all that names them.
+
+use rusqlite::Transaction;
+
+use crate::GenerationSpec;
+
+/// Rewrites every stored revision that `edit` changes (it gives true then), and the record of what runs. A
+/// revision's id follows from what it says, so whatever names it gets the new id. Gives how many were
+/// changed.
+///
+/// # Errors
+/// The database's, and when a revision cannot be read.
+pub(super) fn rewrite(
+    state: &Transaction<'_>,
+    mut edit: impl FnMut(&mut GenerationSpec) -> bool,
+) -> rusqlite::Result<usize> {
+    let mut rewritten = 0;
+    let mut query = state.prepare("SELECT id, spec FROM generation")?;
+    let stored =
+        query.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
+    for (id, json) in stored.collect::<rusqlite::Result<Vec<_>>>()? {
+        let mut spec = read(&format!("revision {id}"), &json)?;
+        if !edit(&mut spec) {
+            continue;
+        }
+        rewritten += 1;
+        let new_id = spec.id();
+        state.execute(
+            "INSERT INTO generation VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+            (&*new_id, spec.to_json()),
+        )?;
+        for rename in [
+            "UPDATE ledger SET generation = ?2 WHERE generation = ?1",
+            "UPDATE change SET before = ?2 WHERE before = ?1",
+            "UPDATE change SET after = ?2 WHERE after = ?1",
+            "UPDATE OR REPLACE variable SET generation = ?2 WHERE generation = ?1",
+            "UPDATE letters SET made = replace(made, ?1, ?2) WHERE instr(made, ?1) > 0",
+        ] {
+            state.execute(rename, (&id, &*new_id))?;
+        }
+        if id != *new_id {
+            state.execute("DELETE FROM generation WHERE id = ?1", [&id])?;
+        }
+    }
+    let mut query = state.prepare("SELECT declared, running FROM running")?;
+    let running =
+        query.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
+    for (declared, running) in running.collect::<rusqlite::Result<Vec<_>>>()? {
+        let mut edited = |json: &str| {
+            let mut spec = read("the record of what runs", json)?;
+            rewritten += usize::from(edit(&mut spec));
+            Ok::<_, rusqlite::Error>(spec.to_json())
+        };
+        let edited = (edited(&declared)?, edited(&running)?);
+        state.execute("UPDATE running SET declared = ?1, running = ?2", edited)?;
+    }
+    Ok(rewritten)
+}
+
+fn read(what: &str, json: &str) -> rusqlite::Result<GenerationSpec> {
+    serde_json::from_str(json).map_err(|error| {
+        let cause = format!("{what} cannot be read: {error}");
+        let text = rusqlite::types::Type::Text;
+        rusqlite::Error::FromSqlConversionFailure(0, text, cause.into())
+    })
+}

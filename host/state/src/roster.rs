@@ -1,0 +1,272 @@
+//! Which sinks a pipeline has had: where their rows went, how far they were, and which were removed.
+//!
+//! A sink's name is what its positions, letters and claims are kept under. So a name that goes, comes
+//! back, or turns up on another's destination is a decision, and each is recorded in one step with what
+//! follows from it (`lane/roster.rs` decides, this keeps).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::holes::{Hole, insert};
+use super::redrive::is_redrive_key;
+use super::revisions;
+use super::store::{StateError, StateStore, columns, now_ms, position};
+pub use shardmill_config::one_spelling;
+use shardmill_core::record::{LetterPlace, Position, ShardId, SinkName, StreamIdentity};
+
+/// What version 6 has for sinks. An empty destination: rows go to nowhere that lasts. `removed_ms`: since
+/// then the sink is not in the configuration. An empty sequence: the sink had nothing of the shard.
+pub(super) const SCHEMA: &str = "
+    CREATE TABLE sink_known (
+        sink TEXT PRIMARY KEY, destination TEXT NOT NULL, noted_ms INTEGER NOT NULL,
+        removed_ms INTEGER) WITHOUT ROWID;
+    CREATE TABLE sink_removed (
+        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
+        sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL, removed_ms INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sink)) WITHOUT ROWID;
+";
+
+/// Tables with a column `sink` whose rows move with a sink's name.
+const TABLES_BY_SINK: [&str; 8] = [
+    "sink_position",
+    "sink_owner",
+    "given_up",
+    "sink_removed",
+    "hole",
+    "sink_known",
+    "letter_delivered",
+    "redrive_sink",
+];
+
+/// A sink's removal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// When it was removed, in milliseconds since 1970.
+    pub removed_ms: i64,
+    /// Where it was in each shard that had been begun: it had everything up to there; `None`: nothing.
+    pub at: BTreeMap<ShardId, Option<Position>>,
+}
+
+/// What the state knows of sinks, in one stream.
+#[derive(Clone, Debug, Default)]
+pub struct KnownSinks {
+    /// Where each sink's rows went when it ran last.
+    pub destinations: BTreeMap<SinkName, String>,
+    /// How far each is, as of the last checkpoint.
+    pub positions: BTreeMap<SinkName, BTreeMap<ShardId, Position>>,
+    /// Sinks that were removed and have not come back.
+    pub removed: BTreeMap<SinkName, Removed>,
+    /// The checkpoint of each shard that was begun.
+    pub checkpoints: BTreeMap<ShardId, Option<Position>>,
+}
+
+impl KnownSinks {
+    /// Every name on record.
+    pub fn names(&self) -> BTreeSet<&SinkName> {
+        let Self { destinations, positions, removed, checkpoints: _ } = self;
+        destinations.keys().chain(positions.keys()).chain(removed.keys()).collect()
+    }
+
+    /// Where a sink is in a shard, or was when it was removed.
+    pub fn stands(&self, sink: &SinkName, shard: &ShardId) -> Option<&Position> {
+        let position = self.positions.get(sink).and_then(|shards| shards.get(shard));
+        let removed = || self.removed.get(sink)?.at.get(shard)?.as_ref();
+        position.or_else(removed)
+    }
+}
+
+/// What is decided of sinks at a start or a reload.
+#[derive(Clone, Debug, Default)]
+pub struct RosterChange {
+    /// Sinks that were removed, with where each was in each shard that was begun.
+    pub removed: Vec<(SinkName, BTreeMap<ShardId, Option<Position>>)>,
+    /// Sinks that have come back.
+    pub returned: Vec<SinkName>,
+    /// What those that came back were not given.
+    pub holes: Vec<Hole>,
+    /// Where the rows of the sinks that run go; empty for a redrive, whose sinks are the pipeline's.
+    pub destinations: Vec<(SinkName, String)>,
+}
+
+/// The record of a pipeline's sinks.
+#[derive(Clone)]
+pub struct Roster {
+    store: StateStore,
+}
+
+impl Roster {
+    /// Over the pipeline's state database.
+    pub fn new(store: StateStore) -> Self {
+        Self { store }
+    }
+
+    /// What is known of sinks in a stream.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn known(&self, stream: &StreamIdentity) -> Result<KnownSinks, StateError> {
+        self.known_in(stream.key()).await
+    }
+
+    /// The streams that were read, by their keys; redrives excepted.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn streams(&self) -> Result<Vec<String>, StateError> {
+        self.store
+            .write("read which streams there were", |state| {
+                let mut query = state.prepare("SELECT DISTINCT stream FROM shard")?;
+                let streams = query.query_map([], |row| row.get::<_, String>(0))?;
+                let streams = streams.collect::<rusqlite::Result<Vec<_>>>()?;
+                Ok(streams.into_iter().filter(|stream| !is_redrive_key(stream)).collect())
+            })
+            .await
+    }
+
+    /// What is known of sinks in a stream, by its key.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn known_in(&self, stream: String) -> Result<KnownSinks, StateError> {
+        self.store
+            .write("read which sinks there were", move |state| {
+                let mut known = KnownSinks::default();
+                let mut query =
+                    state.prepare("SELECT sink, destination, removed_ms FROM sink_known")?;
+                let mut rows = query.query([])?;
+                while let Some(row) = rows.next()? {
+                    let sink = SinkName::from(row.get::<_, String>(0)?);
+                    let destination = one_spelling(&row.get::<_, String>(1)?);
+                    known.destinations.insert(sink.clone(), destination);
+                    if let Some(removed_ms) = row.get(2)? {
+                        let removed = Removed { removed_ms, ..Removed::default() };
+                        known.removed.insert(sink, removed);
+                    }
+                }
+                let mut query = state
+                    .prepare("SELECT shard, sequence, sub_sequence FROM shard WHERE stream = ?1")?;
+                let mut rows = query.query([&stream])?;
+                while let Some(row) = rows.next()? {
+                    let at = match row.get::<_, Option<String>>(1)? {
+                        Some(sequence) => Some(position(sequence, row.get(2)?)?),
+                        None => None,
+                    };
+                    known.checkpoints.insert(ShardId::from(row.get::<_, String>(0)?), at);
+                }
+                let mut query = state.prepare(
+                    "SELECT sink, shard, sequence, sub_sequence FROM sink_position
+                     WHERE stream = ?1",
+                )?;
+                let mut rows = query.query([&stream])?;
+                while let Some(row) = rows.next()? {
+                    let at = position(row.get(2)?, row.get(3)?)?;
+                    let sink = SinkName::from(row.get::<_, String>(0)?);
+                    let shard = ShardId::from(row.get::<_, String>(1)?);
+                    known.positions.entry(sink).or_default().insert(shard, at);
+                }
+                let mut query = state.prepare(
+                    "SELECT sink, shard, sequence, sub_sequence, removed_ms FROM sink_removed
+                     WHERE stream = ?1",
+                )?;
+                let mut rows = query.query([&stream])?;
+                while let Some(row) = rows.next()? {
+                    let sequence: String = row.get(2)?;
+                    let at = match sequence.is_empty() {
+                        true => None,
+                        false => Some(position(sequence, row.get(3)?)?),
+                    };
+                    let sink = SinkName::from(row.get::<_, String>(0)?);
+                    let shard = ShardId::from(row.get::<_, String>(1)?);
+                    let removed = known.removed.entry(sink).or_default();
+                    removed.removed_ms = row.get(4)?;
+                    removed.at.insert(shard, at);
+                }
+                Ok(known)
+            })
+            .await
+    }
+
+    /// Records what was decided, as one step.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing was recorded, and no record may be read then.
+    pub async fn record(
+        &self,
+        stream: &StreamIdentity,
+        change: RosterChange,
+    ) -> Result<(), StateError> {
+        let stream = stream.key();
+        self.store
+            .write("record which sinks there are", move |state| {
+                let RosterChange { removed, returned, holes, destinations } = &change;
+                let is_pipeline = !destinations.is_empty();
+                for (sink, shards) in removed {
+                    if is_pipeline {
+                        state.execute(
+                            "INSERT INTO sink_known VALUES (?1, '', ?2, ?2)
+                             ON CONFLICT DO UPDATE SET removed_ms = excluded.removed_ms",
+                            (sink.as_str(), now_ms()),
+                        )?;
+                    }
+                    for (shard, at) in shards {
+                        let (sequence, sub) = at.as_ref().map(columns).unwrap_or_default();
+                        state.execute(
+                            "INSERT INTO sink_removed VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                             ON CONFLICT DO NOTHING",
+                            (sink.as_str(), &stream, shard.as_str(), sequence, sub, now_ms()),
+                        )?;
+                    }
+                    // The old position counts no more, neither as one that lags nor as a sink's that
+                    // comes back.
+                    state.execute(
+                        "DELETE FROM sink_position WHERE stream = ?1 AND sink = ?2",
+                        (&stream, sink.as_str()),
+                    )?;
+                }
+                for sink in returned {
+                    state.execute(
+                        "DELETE FROM sink_removed WHERE stream = ?1 AND sink = ?2",
+                        (&stream, sink.as_str()),
+                    )?;
+                }
+                for hole in holes {
+                    insert(state, hole)?;
+                }
+                for (sink, destination) in destinations {
+                    state.execute(
+                        "INSERT INTO sink_known VALUES (?1, ?2, ?3, NULL)
+                         ON CONFLICT DO UPDATE SET destination = excluded.destination,
+                             noted_ms = excluded.noted_ms, removed_ms = NULL
+                         WHERE destination <> excluded.destination OR removed_ms IS NOT NULL",
+                        (sink.as_str(), destination, now_ms()),
+                    )?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    /// Moves all that is kept under a sink's name to another name, as one step: positions, holes, places
+    /// of dead letters, and the bindings of every revision that may have to run again.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing was moved.
+    pub async fn rename(&self, old: &SinkName, new: &SinkName) -> Result<(), StateError> {
+        let (old, new) = (old.clone(), new.clone());
+        self.store
+            .write("move a sink's records to its new name", move |state| {
+                for table in TABLES_BY_SINK {
+                    // What the new name has is of a start that was refused, before its first record.
+                    let rename = format!("UPDATE OR REPLACE {table} SET sink = ?2 WHERE sink = ?1");
+                    state.execute(&rename, (old.as_str(), new.as_str()))?;
+                }
+                let place = |sink: &SinkName| LetterPlace::Sink(sink.clone()).to_string();
+                // A letter of a sink that had the new name before keeps its place.
+                state.execute(
+                    "UPDATE OR IGNORE letters SET place = ?2 WHERE place = ?1",
+                    (place(&old), place(&new)),
+                )?;
+                revisions::rewrite(state, |spec| spec.rename_sink(&old, &new)).map(drop)
+            })
+            .await
+    }
+}

@@ -1,0 +1,216 @@
+//! Items that have a stage's dead letter already: they are not run again.
+//!
+//! A record that timed out once may succeed on replay; it would be lost between a sink that is past it and
+//! a letter that is gone.
+//!
+//! Behind a sink that was blocked for long there may be millions of such letters. So a lane that starts
+//! reads only how far they reach, and looks up those of each batch before it runs the batch. What is
+//! redriven or purged meanwhile leaves a mark while the checkpoint is below it
+//! ([`forget`](super::letters::forget)): it is found all the same.
+
+use std::collections::HashMap;
+
+use rusqlite::OptionalExtension as _;
+
+use super::letters::{DeadLetters, LetterKey, REDRIVEN};
+use super::store::{StateError, columns, position as position_of};
+use shardmill_core::record::{LetterPlace, Position, ShardKey, StageName};
+
+/// Items of a batch that have a stage's dead letter already. Takes four bytes for each, beside what it takes
+/// for each record.
+#[derive(Clone, Debug, Default)]
+pub struct SettledItems {
+    of_record: HashMap<Position, Vec<OfPlace>>,
+}
+
+/// Items of a record at a stage.
+#[derive(Clone, Debug)]
+struct OfPlace {
+    place: LetterPlace,
+    /// Ascending.
+    outputs: Vec<u32>,
+}
+
+impl SettledItems {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.of_record.is_empty()
+    }
+
+    /// Whether an item has its letter.
+    pub fn contains(&self, key: &LetterKey) -> bool {
+        let mut places = self.of_record.get(&key.position).into_iter().flatten();
+        places.any(|own| own.place == key.place && own.outputs.binary_search(&key.output).is_ok())
+    }
+
+    fn add(&mut self, key: LetterKey) {
+        let LetterKey { position, place, output } = key;
+        let places = self.of_record.entry(position).or_default();
+        let known = places.iter().position(|own| own.place == place);
+        let at = known.unwrap_or_else(|| {
+            places.push(OfPlace { place, outputs: Vec::new() });
+            places.len() - 1
+        });
+        let outputs = &mut places[at].outputs;
+        // As they come from the database, each belongs at the end.
+        if let Err(at) = outputs.binary_search(&output) {
+            outputs.insert(at, output);
+        }
+    }
+}
+
+impl FromIterator<LetterKey> for SettledItems {
+    fn from_iter<T: IntoIterator<Item = LetterKey>>(keys: T) -> Self {
+        let mut settled = Self::default();
+        keys.into_iter().for_each(|key| settled.add(key));
+        settled
+    }
+}
+
+impl DeadLetters {
+    /// Gives the last record above a position of which a stage has made a letter. Marks of redriven letters
+    /// up to the position are deleted: nothing up to there is replayed any more.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn settled_to(
+        &self,
+        shard: &ShardKey,
+        above: Option<&Position>,
+    ) -> Result<Option<Position>, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let (sequence, sub) = above.map(columns).unwrap_or_default();
+        self.store
+            .write("read the dead letters", move |state| {
+                state
+                    .prepare_cached(
+                        "DELETE FROM letters WHERE stream = ?1 AND shard = ?2 AND held = ?5
+                         AND (sequence, sub_sequence) <= (?3, ?4)",
+                    )?
+                    .execute((&stream, &shard, &sequence, sub, REDRIVEN))?;
+                let mut query = state.prepare_cached(
+                    "SELECT sequence, sub_sequence FROM letters
+                     WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
+                         AND place GLOB 'stage:*'
+                     ORDER BY sequence DESC, sub_sequence DESC LIMIT 1",
+                )?;
+                let last = query.query_row((&stream, &shard, &sequence, sub), |row| {
+                    position_of(row.get(0)?, row.get(1)?)
+                });
+                last.optional()
+            })
+            .await
+    }
+
+    /// Reads which items of the records from `first` to `last` have a stage's letter.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn settled_within(
+        &self,
+        shard: &ShardKey,
+        (first, last): (&Position, &Position),
+    ) -> Result<SettledItems, StateError> {
+        let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
+        let (first, last) = (columns(first), columns(last));
+        self.store
+            .write("read the dead letters", move |state| {
+                let mut query = state.prepare_cached(
+                    "SELECT sequence, sub_sequence, substr(place, 7), output FROM letters
+                     WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) >= (?3, ?4)
+                         AND (sequence, sub_sequence) <= (?5, ?6) AND place GLOB 'stage:*'
+                     ORDER BY sequence, sub_sequence, place, output",
+                )?;
+                let range = (&stream, &shard, &first.0, first.1, &last.0, last.1);
+                let keys = query.query_map(range, |row| {
+                    Ok(LetterKey {
+                        position: position_of(row.get(0)?, row.get(1)?)?,
+                        place: LetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
+                        output: row.get(3)?,
+                    })
+                })?;
+                keys.collect()
+            })
+            .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DeadLetter, MadeBy, StateStore};
+    use shardmill_core::record::{SequenceNumber, StreamIdentity};
+
+    fn key(number: u64, stage: &str, output: u32) -> LetterKey {
+        let position = Position { sequence: SequenceNumber::from(number), sub_sequence: 0 };
+        LetterKey { position, place: LetterPlace::Stage(stage.into()), output }
+    }
+
+    fn letter(key: LetterKey) -> DeadLetter {
+        DeadLetter {
+            key,
+            partition_key: "k".into(),
+            original: "o".into(),
+            entered_key: "k".into(),
+            entered: "o".into(),
+            route: "records".into(),
+            arrived_ms: 1,
+            plugin: "".into(),
+            digest: "".into(),
+            reason: "no JSON".into(),
+            backtrace: String::new(),
+            made: MadeBy::at_source("revision"),
+        }
+    }
+
+    #[test]
+    fn an_item_is_settled_at_its_own_stage_alone() {
+        let keys =
+            [key(7, "decode", 9), key(7, "decode", 2), key(7, "route", 2), key(8, "route", 0)];
+        let settled: SettledItems = keys.clone().into_iter().collect();
+        assert!(keys.iter().all(|key| settled.contains(key)));
+        for other in
+            [key(7, "decode", 3), key(7, "route", 9), key(8, "decode", 0), key(9, "route", 0)]
+        {
+            assert!(!settled.contains(&other), "{other:?}");
+        }
+        assert!(SettledItems::default().is_empty() && !settled.is_empty());
+    }
+
+    /// What a lane holds of them is a batch's, however many there are.
+    #[tokio::test]
+    async fn wall_04_letters_above_the_start_are_read_a_batch_at_a_time() {
+        const LAST: u64 = 2_500;
+        const BATCH: u64 = 100;
+        let folder = tempfile::tempdir().expect("a folder");
+        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
+        let (stream, pipeline) = (stream.into(), "cars".into());
+        let shard = ShardKey { pipeline, stream, shard: "shard".into() };
+        let other = ShardKey { shard: "other".into(), ..shard.clone() };
+        // Every second record, and two items of it.
+        let numbers = || (2..=LAST).step_by(2);
+        let keys = |number| [key(number, "decode", 0), key(number, "decode", 1)];
+        let all: Vec<DeadLetter> = numbers().flat_map(keys).map(letter).collect();
+        letters.put(&shard, all, false).await.expect("written");
+        letters
+            .put(&other, vec![letter(key(LAST + 9, "decode", 0))], false)
+            .await
+            .expect("written");
+        let at = |number| key(number, "", 0).position;
+        let to =
+            async |above: u64| letters.settled_to(&shard, Some(&at(above))).await.expect("read");
+        assert_eq!(letters.settled_to(&shard, None).await.expect("read"), Some(at(LAST)));
+        assert_eq!((to(LAST - 1).await, to(LAST).await), (Some(at(LAST)), None));
+        let mut found = Vec::new();
+        for first in (1..=LAST).step_by(BATCH as usize) {
+            let (first, last) = (first, first + BATCH - 1);
+            let settled = letters.settled_within(&shard, (&at(first), &at(last))).await;
+            let settled = settled.expect("read");
+            assert_eq!(settled.of_record.len() as u64, BATCH / 2, "held of {first} to {last}");
+            let is_whole = |number: &u64| keys(*number).iter().all(|key| settled.contains(key));
+            found.extend((first..=last).filter(is_whole));
+        }
+        assert_eq!(found, numbers().collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,730 @@
+//! The state database: one SQLite file per pipeline, every commit fsynced.
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, TransactionBehavior};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+
+use shardmill_core::owner::{Ownership, StateMark};
+use shardmill_core::private;
+use shardmill_core::record::{Position, SequenceNumber};
+
+/// How deep below the state folder a state database lies: `pipeline/again-1/pipeline/state.db`.
+const STATE_DEPTH_MAX: u32 = 4;
+/// The schema's version, kept in `user_version`.
+const SCHEMA_VERSION: i64 = 6;
+
+const SCHEMA: &str = "
+    CREATE TABLE shard (
+        stream TEXT NOT NULL, shard TEXT NOT NULL,
+        sequence TEXT, sub_sequence INTEGER, ended INTEGER NOT NULL DEFAULT 0,
+        start_at_ms INTEGER, start_at_sequence TEXT, caught_up_ms INTEGER,
+        PRIMARY KEY (stream, shard)) WITHOUT ROWID;
+    CREATE TABLE sink_position (
+        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
+        sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sink)) WITHOUT ROWID;
+    CREATE TABLE generation (id TEXT PRIMARY KEY, spec TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE component (digest TEXT PRIMARY KEY, bytes BLOB NOT NULL);
+    CREATE TABLE ledger (
+        stream TEXT NOT NULL, shard TEXT NOT NULL, sequence TEXT NOT NULL,
+        sub_sequence INTEGER NOT NULL, generation TEXT NOT NULL REFERENCES generation(id),
+        recorded_ms INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sequence, sub_sequence)) WITHOUT ROWID;
+    CREATE TABLE dead_letter (
+        stream TEXT NOT NULL, shard TEXT NOT NULL, sequence TEXT NOT NULL,
+        sub_sequence INTEGER NOT NULL, place TEXT NOT NULL, output INTEGER NOT NULL,
+        held INTEGER NOT NULL, partition_key BLOB NOT NULL, original BLOB NOT NULL,
+        entered_key BLOB NOT NULL, entered BLOB NOT NULL, arrived_ms INTEGER NOT NULL,
+        plugin TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL,
+        backtrace TEXT NOT NULL, written_ms INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sequence, sub_sequence, place, output));
+";
+
+/// What version 3 has beside version 2.
+const SCHEMA_3: &str = "
+    ALTER TABLE dead_letter ADD COLUMN route TEXT NOT NULL DEFAULT '';
+    CREATE TABLE sink_owner (
+        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL, epoch INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sink)) WITHOUT ROWID;
+    CREATE TABLE given_up (
+        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
+        sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL,
+        PRIMARY KEY (stream, shard, sink, sequence, sub_sequence)) WITHOUT ROWID;
+    CREATE TABLE redrive (
+        id INTEGER NOT NULL, ordinal INTEGER NOT NULL, letter INTEGER NOT NULL,
+        PRIMARY KEY (id, ordinal)) WITHOUT ROWID;
+";
+
+/// What version 4 has beside version 3: letters in the order in which they became visible.
+const SCHEMA_4: &str = "
+    CREATE TABLE letter_log (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, letter INTEGER NOT NULL);
+    CREATE INDEX letter_log_letter ON letter_log (letter);
+    INSERT INTO letter_log (letter)
+        SELECT rowid FROM dead_letter WHERE held = 0 ORDER BY written_ms, rowid;
+    CREATE TABLE letter_log_stream (created_ms INTEGER NOT NULL);
+    INSERT INTO letter_log_stream VALUES (CAST(unixepoch('subsec') * 1000 AS INTEGER));
+    CREATE TRIGGER letter_written AFTER INSERT ON dead_letter WHEN NEW.held = 0
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_shown AFTER UPDATE OF held ON dead_letter
+        WHEN NEW.held = 0 AND OLD.held <> 0
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_deleted AFTER DELETE ON dead_letter
+        BEGIN DELETE FROM letter_log WHERE letter = OLD.rowid; END;
+";
+
+/// What version 5 has beside version 4: what runs in place of what the files say, and every change.
+const SCHEMA_5: &str = "
+    CREATE TABLE running (declared TEXT NOT NULL, running TEXT NOT NULL);
+    CREATE TABLE change (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, kind TEXT NOT NULL,
+        stage TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL, outcome TEXT NOT NULL,
+        reason TEXT NOT NULL);
+    CREATE INDEX change_stage ON change (stage, number);
+";
+
+/// Of version 6: letters of an unfinished redrive are in no log; what a redrive has left for a sink that is
+/// gone; which sinks a redrive began with; and which letters' rows a replay has brought to a sink.
+const LETTERS_6: &str = "
+    DROP TRIGGER letter_written;
+    DROP TRIGGER letter_shown;
+    DROP TRIGGER letter_deleted;
+    CREATE TRIGGER letter_written AFTER INSERT ON dead_letter
+        WHEN NEW.held = 0 AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_shown AFTER UPDATE OF held ON dead_letter
+        WHEN NEW.held = 0 AND OLD.held <> 0 AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_stays AFTER UPDATE OF stream ON dead_letter
+        WHEN NEW.held = 0 AND OLD.stream GLOB 'letters:*' AND NEW.stream NOT GLOB 'letters:*'
+        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
+    CREATE TRIGGER letter_deleted AFTER DELETE ON dead_letter
+        BEGIN
+            DELETE FROM letter_log WHERE letter = OLD.rowid;
+            DELETE FROM redrive WHERE letter = OLD.rowid;
+            DELETE FROM letter_delivered WHERE letter = OLD.rowid;
+            DELETE FROM replay_letter WHERE letter = OLD.rowid;
+        END;
+    DELETE FROM letter_log
+        WHERE letter IN (SELECT rowid FROM dead_letter WHERE stream GLOB 'letters:*');
+    CREATE INDEX redrive_letter ON redrive (letter);
+    CREATE TABLE redrive_rest (id INTEGER PRIMARY KEY);
+    CREATE TABLE redrive_sink (
+        id INTEGER NOT NULL, sink TEXT NOT NULL, PRIMARY KEY (id, sink)) WITHOUT ROWID;
+    CREATE TABLE letter_delivered (
+        letter INTEGER NOT NULL, sink TEXT NOT NULL, PRIMARY KEY (letter, sink)) WITHOUT ROWID;
+    CREATE TABLE replay (id INTEGER PRIMARY KEY, sink TEXT NOT NULL);
+    CREATE TABLE replay_letter (
+        replay INTEGER NOT NULL, letter INTEGER NOT NULL, delivered INTEGER NOT NULL,
+        PRIMARY KEY (replay, letter)) WITHOUT ROWID;
+    CREATE INDEX replay_letter_letter ON replay_letter (letter);
+    CREATE TABLE running_sink (sink TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;
+    DELETE FROM ledger WHERE stream GLOB 'letters:*' AND NOT EXISTS (
+        SELECT 1 FROM redrive WHERE ledger.stream GLOB 'letters:*@' || redrive.id);
+";
+
+/// What version 6 has beside version 5, a part for each subject.
+const SCHEMA_6: &[&str] = &[
+    super::holes::SCHEMA,
+    super::roster::SCHEMA,
+    super::checkpoint::STREAM_SCHEMA,
+    super::checkpoint::GONE,
+    SCHEMA_6_LAG,
+    SCHEMA_6_GIVEN_UP,
+    LETTERS_6,
+    SCHEMA_MARK,
+    super::letter_store::SCHEMA,
+    super::letter_log::SCHEMA,
+    super::variables::SCHEMA,
+];
+
+/// The state's id and the number of its durable writes, which sinks keep beside their positions, the
+/// marks of other states that this one goes on from, letters that a newer state may have
+/// redriven, and how far a shard is read once more for a sink that was restored: up to there the revision
+/// that ran first may be pruned.
+const SCHEMA_MARK: &str = "
+    CREATE TABLE state_mark (id TEXT NOT NULL, number INTEGER NOT NULL);
+    INSERT INTO state_mark VALUES (lower(hex(randomblob(16))), 0);
+    CREATE TABLE seen_state (id TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE doubtful_letters (up_to INTEGER NOT NULL);
+    ALTER TABLE shard ADD COLUMN reread_to TEXT;
+    ALTER TABLE shard ADD COLUMN reread_to_sub INTEGER;
+";
+
+/// Where a sink stood when rows of it were given up; empty: at the shard's beginning, or not known.
+const SCHEMA_6_GIVEN_UP: &str = "
+    ALTER TABLE given_up ADD COLUMN from_sequence TEXT NOT NULL DEFAULT '';
+    ALTER TABLE given_up ADD COLUMN from_sub INTEGER NOT NULL DEFAULT 0;
+";
+
+/// When the last record that a sink has arrived, so that its lag is known before the first one is read.
+const SCHEMA_6_LAG: &str = "ALTER TABLE sink_position ADD COLUMN arrived_ms INTEGER;";
+
+/// A pipeline's state database; cheap to clone.
+#[derive(Clone)]
+pub struct StateStore {
+    path: Arc<Path>,
+    connection: Arc<Mutex<Connection>>,
+    files: Arc<OpenFiles>,
+    ownership: Ownership,
+    /// Writes count from when it is known that no sink has seen a later state: a copy that was found
+    /// to be older must not catch up by being started again and again.
+    counts: Arc<AtomicBool>,
+}
+
+/// The files that the connection has open, as the file system numbers them. SQLite writes on into a
+/// file that was deleted or moved away, and nobody would ever read that.
+struct OpenFiles(Vec<(PathBuf, (u64, u64))>);
+
+impl OpenFiles {
+    /// The database and its write-ahead log.
+    fn of(path: &Path) -> std::io::Result<Self> {
+        let mut log = path.as_os_str().to_owned();
+        log.push("-wal");
+        let mut files = vec![(path.to_owned(), file_number(path)?)];
+        let log = PathBuf::from(log);
+        if let Ok(number) = file_number(&log) {
+            files.push((log, number));
+        }
+        Ok(Self(files))
+    }
+
+    /// Looks whether the paths still lead to the open files.
+    fn check(&self) -> Result<(), Failure> {
+        for (path, number) in &self.0 {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            match file_number(path) {
+                Ok(found) if found == *number => {}
+                Ok(_) => return Err(Failure::Gone(format!("{name} was replaced"))),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(Failure::Gone(format!("{name} was deleted or moved away")));
+                }
+                // It cannot be looked at: no proof that it is another.
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn file_number(path: &Path) -> std::io::Result<(u64, u64)> {
+    let found = std::fs::metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}
+
+/// Why nothing was written, or nobody knows whether it lasts.
+pub(super) enum Failure {
+    Sql(rusqlite::Error),
+    /// The open files are not those at the path any more.
+    Gone(String),
+}
+
+impl From<rusqlite::Error> for Failure {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sql(error)
+    }
+}
+
+/// The state database cannot be used.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("state database {path}: failed to {action}: {cause}; {way_out}")]
+pub struct StateError {
+    path: String,
+    action: &'static str,
+    cause: String,
+    way_out: Cow<'static, str>,
+    is_gone: bool,
+}
+
+impl StateError {
+    /// Whether the database is not the one that was opened: to try again mends nothing, and what was
+    /// written is lost.
+    pub fn is_gone(&self) -> bool {
+        self.is_gone
+    }
+}
+
+impl StateStore {
+    /// Opens or creates `state.db` in the folder, which is created as well.
+    ///
+    /// # Errors
+    /// [`StateError`]: the folder cannot be written (full, read-only), or the file is not ours.
+    pub fn open(folder: &Path) -> Result<Self, StateError> {
+        let path: PathBuf = folder.join("state.db");
+        let error = |action, cause: String, way_out: &'static str| StateError {
+            path: path.display().to_string(),
+            action,
+            cause,
+            way_out: way_out.into(),
+            is_gone: false,
+        };
+        private::make_folders(folder).map_err(|cause| {
+            error(
+                "make its folder",
+                cause.to_string(),
+                "free the disk, or set `state_dir` elsewhere",
+            )
+        })?;
+        // The log and its index get the mode of the database.
+        private::make_database(&path);
+        let connection = Connection::open(&path).and_then(prepare).map_err(|cause| {
+            error("open it", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
+        })?;
+        let version = version(&connection)
+            .map_err(|cause| error("read its version", cause.to_string(), "move the file away"))?;
+        if version != SCHEMA_VERSION {
+            let cause =
+                format!("it has schema version {version}, this host writes {SCHEMA_VERSION}");
+            return Err(error("use it", cause, "run the version of shardmill that wrote it"));
+        }
+        let mark = mark(&connection)
+            .map_err(|cause| error("read its mark", cause.to_string(), "move the file away"))?;
+        let files = OpenFiles::of(&path)
+            .map_err(|cause| error("look at its file", cause.to_string(), "try again"))?;
+        Ok(Self {
+            path: path.into(),
+            connection: Arc::new(Mutex::new(connection)),
+            files: Arc::new(files),
+            ownership: Ownership::new(mark),
+            counts: Arc::default(),
+        })
+    }
+
+    /// Who writes to sinks by this state, with its mark.
+    pub fn ownership(&self) -> Ownership {
+        self.ownership.clone()
+    }
+
+    /// The mark as it is in the file: another process may have moved it on.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read, or is another by now.
+    pub async fn mark(&self) -> Result<StateMark, StateError> {
+        // Before the file is read: another task may write meanwhile.
+        let known = self.ownership.mark();
+        let found = self.write("read its mark", |state| mark(state)).await?;
+        if found.state != known.state || found.number < known.number {
+            let cause = "it was replaced by another or an older one".to_owned();
+            return Err(self.failed("read its mark", Failure::Gone(cause)));
+        }
+        self.ownership.reached(found.number);
+        Ok(found)
+    }
+
+    /// Looks whether the database is still the one that was opened.
+    ///
+    /// # Errors
+    /// [`StateError`]; see [`StateError::is_gone`].
+    pub async fn verify(&self) -> Result<(), StateError> {
+        self.mark().await.map(drop)
+    }
+
+    /// Counts durable writes from here on, beginning above `seen` (a number of this state that a sink
+    /// has seen): no sink knows a later state than this one.
+    ///
+    /// # Errors
+    /// [`StateError`]; no sink may be written to then.
+    pub async fn begin_counting(&self, seen: i64) -> Result<(), StateError> {
+        self.counts.store(true, Ordering::Release);
+        self.write("note its mark", move |state| {
+            state.execute("UPDATE state_mark SET number = max(number, ?1)", [seen])
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Opens the database of a folder for a command that only asks, if it is there and of this version:
+    /// one of an older version is left as it is, for the process that runs with it.
+    ///
+    /// # Errors
+    /// [`StateError`] as of [`StateStore::open`].
+    pub fn open_as_it_is(folder: &Path) -> Result<Option<Self>, StateError> {
+        let path = folder.join("state.db");
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let found = match path.exists() {
+            true => Connection::open_with_flags(&path, flags).and_then(|own| version(&own)),
+            false => return Ok(None),
+        };
+        match found {
+            Ok(found) if found < SCHEMA_VERSION => Ok(None),
+            // Opening it says what is wrong with it.
+            _ => Self::open(folder).map(Some),
+        }
+    }
+
+    /// Whether a folder has a database of an earlier version, which [`StateStore::open`] would change: a
+    /// process of that version that uses it could not go on.
+    ///
+    /// # Errors
+    /// [`StateError`]: there is a database and it cannot be read.
+    pub fn is_of_earlier_version(folder: &Path) -> Result<bool, StateError> {
+        let path = folder.join("state.db");
+        if !path.exists() {
+            return Ok(false);
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let found = Connection::open_with_flags(&path, flags).and_then(|connection| {
+            connection.busy_timeout(Duration::from_secs(10))?;
+            version(&connection)
+        });
+        found.map(|version| version < SCHEMA_VERSION).map_err(|cause| StateError {
+            path: path.display().to_string(),
+            action: "read its version",
+            cause: cause.to_string(),
+            way_out: "nothing was changed".into(),
+            is_gone: false,
+        })
+    }
+
+    /// Runs `work` in one transaction on a blocking thread; it is durable on return.
+    ///
+    /// # Errors
+    /// [`StateError`] naming `action`; nothing was changed.
+    pub async fn write<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StateError> {
+        let connection = self.turn().await;
+        let store = self.clone();
+        let done = tokio::task::spawn_blocking(move || store.in_transaction(connection, work));
+        self.outcome(action, done.await)
+    }
+
+    /// The connection, in the order in which it was asked for: no thread waits for it, and what is dropped
+    /// before its turn is never written.
+    pub(super) async fn turn(&self) -> OwnedMutexGuard<Connection> {
+        self.connection.clone().lock_owned().await
+    }
+
+    /// The folder of the database.
+    pub(super) fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(""))
+    }
+
+    /// Rewrites the database without its free pages, if it is not larger than `bytes_max`, and empties its
+    /// write-ahead log: what was deleted is gone from the disk.
+    ///
+    /// # Errors
+    /// [`StateError`]; nothing that is in use was changed.
+    pub(super) async fn drop_free_pages(&self, bytes_max: i64) -> Result<(), StateError> {
+        let action = "drop its free pages";
+        let connection = self.turn().await;
+        let done = tokio::task::spawn_blocking(move || {
+            let number = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, i64>(0));
+            if number("PRAGMA page_count")? * number("PRAGMA page_size")? <= bytes_max {
+                connection.execute_batch("VACUUM")?;
+            }
+            number("PRAGMA wal_checkpoint(TRUNCATE)").map(drop).map_err(Failure::Sql)
+        });
+        self.outcome(action, done.await)
+    }
+
+    /// The component's bytes, stored with a generation.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn component(&self, digest: String) -> Result<Option<Vec<u8>>, StateError> {
+        self.write("read a stored component", move |state| {
+            let mut query = state.prepare("SELECT bytes FROM component WHERE digest = ?1")?;
+            query.query_row([digest], |row| row.get(0)).optional()
+        })
+        .await
+    }
+
+    /// The components whose digests begin with these digits, with their bytes; two at most.
+    ///
+    /// # Errors
+    /// [`StateError`] when the database cannot be read.
+    pub async fn components(&self, digits: String) -> Result<Vec<(String, Vec<u8>)>, StateError> {
+        self.write("read a stored component", move |state| {
+            let mut query = state.prepare(
+                "SELECT digest, bytes FROM component WHERE substr(digest, 1, length(?1)) = ?1 LIMIT 2",
+            )?;
+            let found = query.query_map([digits], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            found.collect()
+        })
+        .await
+    }
+
+    /// Something in the database that cannot be read, though the database itself can.
+    pub(super) fn unreadable(
+        &self,
+        action: &'static str,
+        cause: String,
+        way_out: impl Into<Cow<'static, str>>,
+    ) -> StateError {
+        let (path, way_out) = (self.path.display().to_string(), way_out.into());
+        StateError { path, action, cause, way_out, is_gone: false }
+    }
+
+    fn outcome<T>(
+        &self,
+        action: &'static str,
+        done: Result<Result<T, Failure>, tokio::task::JoinError>,
+    ) -> Result<T, StateError> {
+        match done {
+            Ok(done) => done.map_err(|failure| self.failed(action, failure)),
+            Err(cause) => Err(self.error(action, cause.to_string())),
+        }
+    }
+
+    /// Why something was not done.
+    pub(super) fn error(&self, action: &'static str, cause: String) -> StateError {
+        StateError {
+            path: self.path.display().to_string(),
+            action,
+            cause,
+            way_out: "nothing was changed; free the disk or mend the file: a pipeline that runs tries it again, else give the command again".into(),
+            is_gone: false,
+        }
+    }
+
+    /// Why a transaction was not done, or does not last.
+    pub(super) fn failed(&self, action: &'static str, failure: Failure) -> StateError {
+        match failure {
+            Failure::Sql(cause) => self.error(action, cause.to_string()),
+            Failure::Gone(what) => StateError {
+                path: self.path.display().to_string(),
+                action,
+                cause: format!("{what} while this process used it"),
+                way_out:
+                    "put the state folder back as it was and start again; without it, a start goes \
+                          on from the sinks' positions, and the dead letters are lost"
+                        .into(),
+                is_gone: true,
+            },
+        }
+    }
+
+    /// Runs `work` in one transaction; it is durable on return.
+    pub(super) fn in_transaction<T>(
+        &self,
+        mut connection: OwnedMutexGuard<Connection>,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+    ) -> Result<T, Failure> {
+        self.files.check()?;
+        // One that began as a reader could not write once another process has written meanwhile: it would
+        // fail at once, without a wait for its turn.
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let before = transaction.total_changes();
+        let value = work(&transaction)?;
+        let counts = self.counts.load(Ordering::Acquire);
+        let number = match counts && transaction.total_changes() > before {
+            true => Some(count(&transaction)?),
+            false => None,
+        };
+        transaction.commit()?;
+        // What went into a file that nobody can open again is not durable.
+        self.files.check()?;
+        if let Some(number) = number {
+            self.ownership.reached(number);
+        }
+        Ok(value)
+    }
+}
+
+/// The state's id, and the number of its last counted write.
+fn mark(connection: &Connection) -> rusqlite::Result<StateMark> {
+    connection.query_row("SELECT id, number FROM state_mark", [], |row| {
+        Ok(StateMark { state: row.get::<_, String>(0)?.into(), number: row.get(1)? })
+    })
+}
+
+/// Counts the write under way.
+fn count(transaction: &rusqlite::Transaction<'_>) -> rusqlite::Result<i64> {
+    transaction
+        .prepare_cached("UPDATE state_mark SET number = number + 1 RETURNING number")?
+        .query_row([], |row| row.get(0))
+}
+
+/// The digests of the components that pipelines with their state below a folder keep.
+///
+/// # Errors
+/// Why one of them cannot be read: then it is not known what they need.
+pub fn needed_components(state_dir: &Path) -> Result<HashSet<String>, StateError> {
+    let (mut needed, mut folders) = (HashSet::new(), vec![(state_dir.to_owned(), 0)]);
+    while let Some((folder, depth)) = folders.pop() {
+        let error = |cause: String| StateError {
+            path: folder.display().to_string(),
+            action: "read which components are kept",
+            cause,
+            way_out: "compiled plugins that are not needed any more stay".into(),
+            is_gone: false,
+        };
+        let state = folder.join("state.db");
+        if state.exists() {
+            let digests = digests(&state).map_err(|cause| error(cause.to_string()))?;
+            needed.extend(digests);
+        }
+        if depth == STATE_DEPTH_MAX {
+            continue;
+        }
+        for entry in std::fs::read_dir(&folder).map_err(|cause| error(cause.to_string()))? {
+            let entry = entry.map_err(|cause| error(cause.to_string()))?;
+            // A link may lead in circles, and nothing of ours is behind one.
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                folders.push((entry.path(), depth + 1));
+            }
+        }
+    }
+    Ok(needed)
+}
+
+fn digests(state: &Path) -> rusqlite::Result<Vec<String>> {
+    let state = Connection::open_with_flags(state, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    state.busy_timeout(Duration::from_secs(2))?;
+    let mut digests = state.prepare("SELECT digest FROM component")?;
+    digests.query_map([], |row| row.get(0))?.collect()
+}
+
+fn version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.query_row("PRAGMA user_version", [], |row| row.get(0))
+}
+
+fn prepare(mut connection: Connection) -> rusqlite::Result<Connection> {
+    connection.busy_timeout(Duration::from_secs(10))?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    if version(&connection)? != SCHEMA_VERSION {
+        let change = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // Another process may have been first.
+        let missing: &[&[&str]] = match version(&change)? {
+            0 => &[&[SCHEMA, SCHEMA_3, SCHEMA_4, SCHEMA_5], SCHEMA_6],
+            2 => &[&[SCHEMA_3, SCHEMA_4, SCHEMA_5], SCHEMA_6],
+            3 => &[&[SCHEMA_4, SCHEMA_5], SCHEMA_6],
+            4 => &[&[SCHEMA_5], SCHEMA_6],
+            5 => &[SCHEMA_6],
+            _ => &[],
+        };
+        for part in missing.iter().copied().flatten() {
+            change.execute_batch(part)?;
+        }
+        if !missing.is_empty() {
+            change.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+        }
+        change.commit()?;
+    }
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+/// A position as two columns. Sequence numbers are padded: text order is then number order, which
+/// SQLite's own numbers (doubles past 64 bits) cannot give.
+pub(super) fn columns(position: &Position) -> (String, u64) {
+    (position.sequence.zero_padded(), position.sub_sequence)
+}
+
+/// The reverse of [`columns`].
+pub(super) fn position(sequence: String, sub_sequence: u64) -> rusqlite::Result<Position> {
+    let sequence = SequenceNumber::parse(&sequence).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
+    })?;
+    Ok(Position { sequence, sub_sequence })
+}
+
+/// Milliseconds since 1970, for columns that people read.
+pub(super) fn now_ms() -> i64 {
+    chrono::Utc::now().timestamp_millis()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_database_of_version_2_is_changed_and_keeps_its_letters() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let old = Connection::open(folder.path().join("state.db")).expect("a database");
+        old.execute_batch(SCHEMA).expect("the schema of version 2");
+        let letter = "INSERT INTO dead_letter VALUES
+            ('s', 'shard', '1', 0, 'stage:decode', 0, 0, x'6b', x'6f', x'6b', x'6f', 7, 'p', 'd', 'why',
+             '', 9)";
+        old.execute(letter, []).expect("a letter");
+        old.pragma_update(None, "user_version", 2).expect("set");
+        drop(old);
+        for _ in 0..2 {
+            let store = StateStore::open(folder.path()).expect("opened");
+            let letters = crate::DeadLetters::new(store);
+            let found = letters.select(Default::default(), 10).await.expect("letters");
+            assert_eq!(found.iter().map(|letter| &*letter.reason).collect::<Vec<_>>(), ["why"]);
+            let logged = letters.logged(0, 10, 1_000).await.expect("a log");
+            assert_eq!(logged.iter().map(|logged| logged.number).collect::<Vec<_>>(), [1]);
+        }
+    }
+
+    #[tokio::test]
+    async fn wall_04_letters_of_an_earlier_version_share_their_record() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let old = Connection::open(folder.path().join("state.db")).expect("a database");
+        [SCHEMA, SCHEMA_3, SCHEMA_4, SCHEMA_5]
+            .iter()
+            .try_for_each(|part| old.execute_batch(part))
+            .expect("the schema of version 5");
+        let letter =
+            "INSERT INTO dead_letter VALUES (?1, 'shard', ?2, 0, ?3, ?4, 0, x'6b', ?5, x'6b', ?6,
+                          7, 'p', 'd', 'why', '', 9, 'all')";
+        let original = vec![b'o'; 1_000];
+        for (stream, sequence, place, output, was, entered) in [
+            ("s", "1", "stage:a", 0, &original[..], &original[..]),
+            ("s", "1", "stage:b", 0, &original[..], &b"e"[..]),
+            ("s", "1", "stage:b", 1, &original[..], &b"f"[..]),
+            // Of a redrive under way.
+            ("letters:p@5", "1", "stage:c", 0, &b"e"[..], &b"e"[..]),
+        ] {
+            let values = (stream, sequence, place, output, was, entered);
+            old.execute(letter, values).expect("a letter");
+        }
+        old.execute("INSERT INTO redrive VALUES (5, 1, 2)", []).expect("a redrive");
+        old.pragma_update(None, "user_version", 5).expect("set");
+        drop(old);
+        let store = StateStore::open(folder.path()).expect("opened");
+        let letters = crate::DeadLetters::new(store.clone());
+        let found = letters.select(Default::default(), 10).await.expect("letters");
+        let entered: Vec<&[u8]> = found.iter().map(|letter| &letter.entered[..]).collect();
+        assert_eq!(entered, [&original[..], &b"e"[..], &b"f"[..]]);
+        assert!(found.iter().all(|letter| letter.original == original));
+        let ids: Vec<i64> = found.iter().map(|letter| letter.id).collect();
+        assert_eq!(ids, [1, 2, 3], "numbers stay");
+        let look = |state: &Transaction<'_>| -> rusqlite::Result<(i64, i64, i64)> {
+            let number = |sql: &str| state.query_row(sql, [], |row| row.get(0));
+            Ok((
+                number("SELECT count(*) FROM letter_record")?,
+                number("SELECT count(*) FROM letters WHERE record = 1")?,
+                number("SELECT bytes FROM letter_store")?,
+            ))
+        };
+        let (records, of_record, bytes) = store.write("look", look).await.expect("read");
+        assert_eq!((records, of_record), (1, 4), "the redrive's letter is of that record");
+        assert!((1_000 + 4 * 512..1_000 + 5 * 600).contains(&bytes), "{bytes}");
+        letters.purge(Default::default()).await.expect("purged");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn two_processes_that_read_and_then_write_wait_for_each_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let stores = [(); 2].map(|()| StateStore::open(folder.path()).expect("opened"));
+        let count = async |store: &StateStore| {
+            for _ in 0..100 {
+                let counted = store.write("count", |state| {
+                    let number: i64 =
+                        state.query_row("SELECT number FROM state_mark", [], |row| row.get(0))?;
+                    // Another connection may write in this moment.
+                    std::thread::yield_now();
+                    state.execute("UPDATE state_mark SET number = ?1", [number + 1])
+                });
+                counted.await.expect("counted");
+            }
+        };
+        tokio::join!(count(&stores[0]), count(&stores[1]));
+        let number = stores[0].mark().await.expect("read").number;
+        assert_eq!(number, 200);
+    }
+}

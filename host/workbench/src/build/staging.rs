@@ -1,0 +1,142 @@
+//! What the builds of JavaScript and Python share: their tools run everything that they find, and write
+//! beside it, so a plugin is copied into a folder of the build's own, with its library and its world.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::{env, fs, io};
+
+use tempfile::TempDir;
+
+use super::world::PACKAGE;
+use super::{BuildError, file_error};
+use shardmill_config::{Capability, WIT_VERSION};
+
+/// The world that a staged plugin is built for.
+pub(super) const WORLD: &str = "staged";
+/// Folders that hold nothing of a plugin's own, beside those that begin with a dot.
+const NOT_STAGED: [&str; 4] = ["state", "target", "tests", "__pycache__"];
+/// Packages of the build tools, which are large.
+const TOOLS: [&str; 4] = ["componentize-qjs", "@andreiltd", "@bytecodealliance", "componentize_py"];
+
+/// A plugin in a folder of the build's own, removed with it.
+pub(super) struct Staging {
+    folder: TempDir,
+}
+
+impl Staging {
+    /// Copies the sources in `dir` to the folder `plugin`, and the world of the capabilities to `wit`.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
+    pub fn new(dir: &Path, capabilities: &BTreeSet<Capability>) -> Result<Self, BuildError> {
+        let folder =
+            tempfile::tempdir().map_err(file_error("make a folder in", &env::temp_dir()))?;
+        let staging = Self { folder };
+        copy(dir, &staging.path().join("plugin"))?;
+        staging.write("wit/world.wit", &world(capabilities))?;
+        for (name, text) in PACKAGE {
+            staging.write(&format!("wit/deps/shardmill/{name}"), text)?;
+        }
+        Ok(staging)
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Writes a file; its folder is made.
+    pub fn write(&self, name: &str, text: &str) -> Result<(), BuildError> {
+        let path = self.path().join(name);
+        let folder = path.parent().unwrap_or(self.path());
+        fs::create_dir_all(folder)
+            .and_then(|()| fs::write(&path, text))
+            .map_err(file_error("write", &path))
+    }
+
+    /// Reads what the tool has built.
+    pub fn read(&self, name: &str) -> Result<Vec<u8>, BuildError> {
+        let path = self.path().join(name);
+        fs::read(&path).map_err(file_error("read", &path))
+    }
+}
+
+/// The components of these languages import all of their world: it names what is listed and no more.
+fn world(capabilities: &BTreeSet<Capability>) -> String {
+    let imports: String =
+        capabilities.iter().map(|one| format!("    import {};\n", one.interface())).collect();
+    format!(
+        "package shardmill:build;\n\nworld {WORLD} {{\n    include \
+         shardmill:plugin/plugin@{WIT_VERSION};\n{imports}}}\n"
+    )
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), BuildError> {
+    fs::create_dir_all(to).map_err(file_error("write", to))?;
+    for entry in fs::read_dir(from).map_err(file_error("read", from))? {
+        let entry = entry.map_err(file_error("read", from))?;
+        let (name, path) = (entry.file_name(), entry.path());
+        let kind = entry.file_type().map_err(file_error("read", &path))?;
+        let text = name.to_string_lossy();
+        if text.starts_with('.') || text.ends_with(".wasm") || TOOLS.contains(&&*text) {
+            continue;
+        }
+        if kind.is_dir() {
+            let is_venv = path.join("pyvenv.cfg").is_file();
+            if !NOT_STAGED.contains(&&*text) && !is_venv {
+                copy(&path, &to.join(&name))?;
+            }
+        } else if kind.is_file() {
+            fs::copy(&path, to.join(&name)).map_err(file_error("read", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Fails like a tool that cannot be run, where a plugin's main file is missing.
+pub(super) fn due(dir: &Path, name: &'static str) -> Result<(), BuildError> {
+    match fs::metadata(dir.join(name)) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(BuildError::NoSources { dir: dir.to_owned(), due: name })
+        }
+        Err(cause) => Err(file_error("read", &dir.join(name))(cause)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_world_imports_what_is_listed_and_no_more() {
+        let empty = tempfile::tempdir().unwrap();
+        for capabilities in [BTreeSet::new(), Capability::ALL.into(), [Capability::Log].into()] {
+            let staging = Staging::new(empty.path(), &capabilities).unwrap();
+            let mut resolve = wit_parser::Resolve::default();
+            let (package, _) = resolve.push_dir(staging.path().join("wit")).unwrap();
+            let world = &resolve.worlds[resolve.select_world(&[package], Some(WORLD)).unwrap()];
+            let imports = world.imports.keys().map(|key| resolve.name_world_key(key));
+            let due: BTreeSet<String> = capabilities.iter().map(|one| one.interface()).collect();
+            let types = format!("shardmill:plugin/types@{WIT_VERSION}");
+            assert_eq!(imports.filter(|name| *name != types).collect::<BTreeSet<_>>(), due);
+        }
+    }
+
+    #[test]
+    fn sources_are_staged_and_what_tools_leave_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = ["plugin.js", "lib/a.js", "node_modules/dep/index.js"];
+        let others =
+            ["x.wasm", ".venv/a.py", "env/pyvenv.cfg", "state/state.db", "__pycache__/a.pyc"];
+        for file in files.iter().chain(&others) {
+            let path = folder.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        let staging = Staging::new(folder.path(), &BTreeSet::new()).unwrap();
+        let is_staged = |file: &&str| staging.path().join("plugin").join(file).exists();
+        assert!(files.iter().all(is_staged));
+        assert!(!others.iter().any(is_staged));
+    }
+}

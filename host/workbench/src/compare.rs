@@ -1,0 +1,280 @@
+//! What was expected of a case against what was found, as a difference that people can read.
+
+use std::fmt::Write as _;
+
+use bytes::Bytes;
+use serde_json::Value;
+
+use super::case::{Case, CaseOutput, DuePayload, Expectation};
+use super::{TrialError, TrialRecord, Workbench};
+use shardmill_engine::stage::{Difference, Fate, show_json, show_payload, written};
+
+/// How one case, or one variant of it, went.
+#[derive(Debug)]
+pub struct Verdict {
+    /// The case's name, and after a slash the variant's.
+    pub name: String,
+    /// `None`: as expected. Else expected and found, line by line.
+    pub difference: Option<Difference>,
+    /// What was found, for `--update`.
+    pub found: Found,
+}
+
+/// What a plugin made of a case's records.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// One fate per record.
+    Fates(Vec<Fate>),
+    /// The configuration was refused, or the batch failed.
+    Failed(String),
+}
+
+/// Runs a case and each of its variants, every one in a fresh instance.
+///
+/// # Errors
+/// What is wrong with the case's records.
+pub fn run(
+    workbench: &Workbench,
+    file: &std::path::Path,
+    case: &Case,
+) -> Result<Vec<Verdict>, String> {
+    let records = case.records(file)?;
+    let mut verdicts =
+        vec![judge(workbench, case.name.clone(), &case.config_json(), &records, &case.expected)];
+    for variant in &case.variant {
+        let name = format!("{}/{}", case.name, variant.name);
+        let config = variant.config.to_string();
+        verdicts.push(judge(workbench, name, &config, &records, &variant.expected));
+    }
+    Ok(verdicts)
+}
+
+fn judge(
+    workbench: &Workbench,
+    name: String,
+    config_json: &str,
+    records: &[TrialRecord],
+    expected: &Expectation,
+) -> Verdict {
+    let fates: Result<Vec<Fate>, TrialError> =
+        workbench.start(config_json).and_then(|mut trial| trial.run(records));
+    let found = match fates {
+        Ok(fates) => Found::Fates(fates),
+        Err(error) => Found::Failed(error.to_string()),
+    };
+    Verdict { name, difference: difference(records, expected, &found), found }
+}
+
+/// An output as found, with what it is made of.
+struct FoundOutput<'a> {
+    input: usize,
+    route: &'a str,
+    key: &'a Bytes,
+    payload: &'a Bytes,
+    is_own_payload: bool,
+}
+
+fn difference(
+    records: &[TrialRecord],
+    expected: &Expectation,
+    found: &Found,
+) -> Option<Difference> {
+    let (expected_lines, found_lines, backtraces) = match (found, &expected.fails) {
+        (Found::Failed(reason), Some(due)) if reason.contains(due.as_str()) => return None,
+        (Found::Failed(reason), due) => {
+            let due = due.as_ref().map(|due| format!("fails: {due}\n"));
+            (
+                due.unwrap_or_else(|| shown_expected(expected)),
+                format!("fails: {reason}\n"),
+                String::new(),
+            )
+        }
+        (Found::Fates(fates), Some(due)) => {
+            let (lines, backtraces) = shown_found(records, &Expectation::default(), fates);
+            (format!("fails: {due}\n"), lines, backtraces)
+        }
+        (Found::Fates(fates), None) => {
+            let (lines, backtraces) = shown_found(records, expected, fates);
+            (shown_expected(expected), lines, backtraces)
+        }
+    };
+    Difference::of(expected_lines, found_lines, backtraces)
+}
+
+fn shown_expected(expected: &Expectation) -> String {
+    let mut text = String::new();
+    for output in &expected.output {
+        show_expected(&mut text, output);
+    }
+    for reject in &expected.reject {
+        show_reject(&mut text, reject.input, &reject.reason);
+    }
+    text
+}
+
+/// What was found, in the words of the expectation wherever both agree.
+fn shown_found(
+    records: &[TrialRecord],
+    expected: &Expectation,
+    fates: &[Fate],
+) -> (String, String) {
+    let mut text = String::new();
+    let mut backtraces = String::new();
+    let outputs = fates.iter().enumerate().flat_map(|(input, fate)| {
+        let record = &records[input];
+        fate.outputs.iter().map(move |output| FoundOutput {
+            input,
+            route: &output.route,
+            key: output.key.as_ref().unwrap_or(&record.key),
+            payload: output.payload.as_ref().unwrap_or(&record.payload),
+            is_own_payload: output.payload.is_none(),
+        })
+    });
+    for (index, output) in outputs.enumerate() {
+        match expected.output.get(index) {
+            Some(due) if agrees(due, &output, records) => show_expected(&mut text, due),
+            due => show_found(&mut text, &output, due),
+        }
+    }
+    let rejected = fates.iter().enumerate().filter_map(|(input, fate)| {
+        fate.rejected.as_ref().map(|reason| (input, reason, &fate.backtrace))
+    });
+    for (index, (input, reason, backtrace)) in rejected.enumerate() {
+        let due = expected.reject.get(index);
+        let due = due.filter(|due| due.input == input && reason.contains(&due.reason));
+        show_reject(&mut text, input, due.map_or(reason, |due| &due.reason));
+        if due.is_none() && !backtrace.is_empty() {
+            let _ = writeln!(backtraces, "input {input}: {reason}\n{}", backtrace.trim_end());
+        }
+    }
+    (text, backtraces)
+}
+
+fn agrees(due: &CaseOutput, found: &FoundOutput<'_>, records: &[TrialRecord]) -> bool {
+    let payload = match due.payload() {
+        Ok(DuePayload::AsItCame) => *found.payload == records[found.input].payload,
+        Ok(DuePayload::Bytes(bytes)) => *found.payload == bytes,
+        Ok(DuePayload::Json(value)) => {
+            serde_json::from_slice::<Value>(found.payload).is_ok_and(|found| same(&found, &value))
+        }
+        Err(_) => false,
+    };
+    payload
+        && due.route == found.route
+        && due.input.is_none_or(|input| input == found.input)
+        && due.key.as_ref().is_none_or(|key| key.as_bytes() == &found.key[..])
+}
+
+/// Equality of values: numbers by what they are, not by how they are written.
+fn same(one: &Value, two: &Value) -> bool {
+    match (one, two) {
+        (Value::Number(one), Value::Number(two)) => {
+            one == two
+                || one.as_i64().is_none()
+                    && two.as_i64().is_none()
+                    && one.as_f64().is_some()
+                    && one.as_f64() == two.as_f64()
+        }
+        (Value::Array(one), Value::Array(two)) => {
+            one.len() == two.len() && one.iter().zip(two).all(|(one, two)| same(one, two))
+        }
+        (Value::Object(one), Value::Object(two)) => {
+            one.len() == two.len()
+                && one.iter().all(|(name, one)| two.get(name).is_some_and(|two| same(one, two)))
+        }
+        _ => one == two,
+    }
+}
+
+fn show_expected(text: &mut String, due: &CaseOutput) {
+    let _ = write!(text, "output → {}", due.route);
+    if let Some(input) = due.input {
+        let _ = write!(text, " (of input {input})");
+    }
+    if let Some(key) = &due.key {
+        let _ = write!(text, " key {key:?}");
+    }
+    text.push('\n');
+    match due.payload() {
+        Ok(DuePayload::AsItCame) => text.push_str("    as it came\n"),
+        Ok(DuePayload::Bytes(bytes)) => show_payload(text, &bytes, due.base64.is_some()),
+        Ok(DuePayload::Json(value)) => show_json(text, &value),
+        Err(error) => text.push_str(&error),
+    }
+}
+
+/// As [`show_expected`] does, with what the expectation leaves open left out too.
+fn show_found(text: &mut String, found: &FoundOutput<'_>, due: Option<&CaseOutput>) {
+    let _ = write!(text, "output → {}", found.route);
+    if due.is_none_or(|due| due.input.is_some()) {
+        let _ = write!(text, " (of input {})", found.input);
+    }
+    if due.is_some_and(|due| due.key.is_some()) {
+        let _ = write!(text, " key {:?}", String::from_utf8_lossy(found.key));
+    }
+    text.push('\n');
+    let wants_bytes = due.is_some_and(|due| due.text.is_some() || due.base64.is_some());
+    match written(found.payload) {
+        _ if found.is_own_payload && !wants_bytes && due.is_none_or(|due| due.json.is_none()) => {
+            text.push_str("    as it came\n");
+        }
+        ("json", value) if !wants_bytes => show_json(text, &value),
+        _ => show_payload(text, found.payload, due.is_some_and(|due| due.base64.is_some())),
+    }
+}
+
+fn show_reject(text: &mut String, input: usize, reason: &str) {
+    let _ = writeln!(text, "reject input {input}: {reason}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shardmill_engine::stage::TrialOutput;
+
+    fn fate(payload: &str) -> Fate {
+        let payload = Some(Bytes::from(payload.to_owned()));
+        let output = TrialOutput { route: "out".into(), key: None, payload };
+        Fate { outputs: vec![output], ..Fate::default() }
+    }
+
+    fn expecting(json: &str) -> Expectation {
+        let mut case: Value = serde_json::from_str(json).unwrap();
+        case["name"] = "c".into();
+        let case: Case = serde_json::from_value(case).unwrap();
+        case.expected
+    }
+
+    #[test]
+    fn json_is_compared_as_values_and_text_byte_by_byte() {
+        let records = [TrialRecord::new(0, "x")];
+        let found = Found::Fates(vec![fate(r#"{"b": 1.0, "a": "ä"}"#)]);
+        let value = expecting(r#"{"output":[{"route":"out","json":{"a":"ä","b":1.00}}]}"#);
+        assert_eq!(difference(&records, &value, &found), None);
+        let text = expecting(r#"{"output":[{"route":"out","text":"{}"}]}"#);
+        assert!(difference(&records, &text, &found).is_some());
+    }
+
+    #[test]
+    fn a_difference_shows_the_lines_that_differ() {
+        let records = [TrialRecord::new(0, "x"), TrialRecord::new(1, "y")];
+        let rejected = Fate { rejected: Some("no brand: y".into()), ..Fate::default() };
+        let found = Found::Fates(vec![fate(r#"{"a":1,"b":2}"#), rejected]);
+        let expected = r#"{"output":[{"route":"out","json":{"a":1,"b":3}}],"reject":[{"input":1,"reason":"brand"}]}"#;
+        let difference = difference(&records, &expecting(expected), &found).unwrap();
+        let shown = difference.render(false);
+        assert!(
+            shown.contains("-       \"b\": 3") && shown.contains("+       \"b\": 2"),
+            "{shown}"
+        );
+        assert!(shown.contains("  reject input 1: brand"), "{shown}");
+    }
+
+    #[test]
+    fn failing_can_be_what_is_due() {
+        let found = Found::Failed("configure refused: no field".into());
+        assert_eq!(difference(&[], &expecting(r#"{"fails":"no field"}"#), &found), None);
+        assert!(difference(&[], &expecting(r#"{"fails":"other"}"#), &found).is_some());
+        assert!(difference(&[], &expecting("{}"), &found).is_some());
+    }
+}

@@ -1,0 +1,223 @@
+//! A plugin outside of any pipeline: tried on cases, on a conformance suite, and for speed.
+//!
+//! [`Workbench`] loads it; a [`Trial`] is one instance of it that takes records and tells what
+//! became of each. `shardmill test` compares that with [`case`]s, `plugin conformance` with the
+//! contract, `plugin bench` measures it. The instance is a stage's: same limits, same checks.
+
+pub mod bench;
+pub mod build;
+pub mod capture;
+pub mod case;
+pub mod compare;
+pub mod conformance;
+pub mod junit;
+pub mod manifest;
+pub mod redact;
+pub mod scaffold;
+pub mod update;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+
+use shardmill_config::{RejectedMax, StageLimits};
+use shardmill_core::record::{
+    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+};
+use shardmill_engine::stage::{Fate, Flow, LoadedStage, RunError, StageRunner, fates, first_flow};
+use shardmill_plugin::{CallError, Plugin};
+
+/// The shard that plugins are told they serve.
+const SHARD: &str = "shardId-000000000000";
+
+/// A plugin that is looked at.
+#[derive(Clone)]
+pub struct Workbench {
+    plugin: Plugin,
+}
+
+/// A record to try a plugin on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrialRecord {
+    /// Its partition key.
+    pub key: Bytes,
+    /// Its payload.
+    pub payload: Bytes,
+    /// Its sequence number.
+    pub sequence: SequenceNumber,
+    /// When it arrived, in milliseconds since 1970.
+    pub arrived_ms: u64,
+}
+
+impl TrialRecord {
+    /// A record of a payload alone: the `index`th of its shard.
+    pub fn new(index: usize, payload: impl Into<Bytes>) -> Self {
+        Self {
+            key: Bytes::from_static(b"key"),
+            payload: payload.into(),
+            // Any number will do; these are as long as those of Kinesis.
+            sequence: SequenceNumber::from(index as u64 + 1),
+            arrived_ms: 1_700_000_000_000 + index as u64,
+        }
+    }
+}
+
+/// Why a trial has no outcome.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrialError {
+    /// The plugin does not take its configuration, or does not start.
+    #[error("{0}")]
+    Configure(CallError),
+    /// The whole batch failed.
+    #[error("the batch failed: {0}")]
+    Batch(String),
+}
+
+impl Workbench {
+    /// For a plugin that is loaded.
+    pub fn new(plugin: Plugin) -> Self {
+        Self { plugin }
+    }
+
+    /// The plugin.
+    pub fn plugin(&self) -> &Plugin {
+        &self.plugin
+    }
+
+    /// Starts a fresh instance with a configuration.
+    ///
+    /// # Errors
+    /// [`TrialError::Configure`].
+    pub fn start(&self, config_json: &str) -> Result<Trial, TrialError> {
+        self.start_within(config_json, StageLimits::default())
+    }
+
+    /// Starts a fresh instance with a configuration and limits of its own.
+    ///
+    /// # Errors
+    /// [`TrialError::Configure`].
+    pub fn start_within(
+        &self,
+        config_json: &str,
+        limits: StageLimits,
+    ) -> Result<Trial, TrialError> {
+        let mut stage = LoadedStage::alone(self.plugin.clone(), config_json, "trial")
+            .map_err(TrialError::Configure)?;
+        stage.limits = StageLimits { retry_ms_max: 0, ..limits };
+        let context = stage.context("trial", SHARD);
+        // Nothing is too much rejected here: it is only looked at.
+        let rejected_max = RejectedMax::NONE;
+        let runner = StageRunner::start(stage, context, rejected_max, CancellationToken::new())
+            .map_err(TrialError::Configure)?;
+        Ok(Trial { runner })
+    }
+}
+
+/// One instance, configured.
+pub struct Trial {
+    runner: StageRunner,
+}
+
+impl Trial {
+    /// What the plugin says of itself.
+    pub fn stage(&self) -> &LoadedStage {
+        self.runner.stage()
+    }
+
+    /// Linear memory of the instance, in bytes.
+    pub fn memory_bytes(&self) -> usize {
+        self.runner.memory_bytes()
+    }
+
+    /// Runs records as one batch and tells what became of each.
+    ///
+    /// # Errors
+    /// [`TrialError`] when nothing of the batch has an outcome.
+    pub fn run(&mut self, records: &[TrialRecord]) -> Result<Vec<Fate>, TrialError> {
+        let Some(batch) = batch(records) else { return Ok(Vec::new()) };
+        let flow = first_flow(&batch);
+        let mut fates_of_all = Vec::with_capacity(flow.len());
+        while let rest @ [_, ..] = &flow[fates_of_all.len()..] {
+            let (first, outcome) =
+                self.runner.run_first(&batch, rest).map_err(|error| match error {
+                    RunError::AllFailed(reason)
+                    | RunError::TooManyFailed(reason)
+                    | RunError::Starved(reason)
+                    | RunError::Later(reason, _) => TrialError::Batch(reason),
+                    RunError::NoInstance(error) => TrialError::Configure(error),
+                    RunError::Stopped(_) => TrialError::Batch("it was stopped".into()),
+                    RunError::TooMuch(_) => TrialError::Batch("it becomes too much".into()),
+                })?;
+            fates_of_all.extend(fates(self.runner.stage(), first.len(), outcome));
+        }
+        Ok(fates_of_all)
+    }
+
+    /// Runs records as one call: should it fail, no culprit is searched for.
+    ///
+    /// # Errors
+    /// [`TrialError::Batch`].
+    pub fn run_once(&mut self, records: &[TrialRecord]) -> Result<Vec<Fate>, TrialError> {
+        let Some(batch) = batch(records) else { return Ok(Vec::new()) };
+        let outcome =
+            self.runner.run_once(&batch, &first_flow(&batch)).map_err(TrialError::Batch)?;
+        Ok(fates(self.runner.stage(), records.len(), outcome))
+    }
+
+    /// A call with no records, which a lane never makes: it must give nothing, or fail in words.
+    pub(crate) fn call_without_records(&mut self) -> Result<(), String> {
+        let Some(mut batch) = batch(&[TrialRecord::new(0, "")]) else { return Ok(()) };
+        batch.records.clear();
+        match self.runner.run_once(&batch, &[]) {
+            Ok(_) => Ok(()),
+            Err(_) if self.runner.memory_bytes() > 0 => Ok(()), // The instance lives: it answered.
+            Err(reason) => Err(reason),
+        }
+    }
+
+    /// The records, ready to be run again and again.
+    pub(crate) fn prepared(&mut self, records: &[TrialRecord]) -> PreparedCall<'_> {
+        let batch = batch(records);
+        let flow = batch.as_ref().map(first_flow).unwrap_or_default();
+        PreparedCall { trial: self, batch, flow }
+    }
+}
+
+/// A call that is measured: nothing but the call is done again.
+pub(crate) struct PreparedCall<'t> {
+    trial: &'t mut Trial,
+    batch: Option<Batch>,
+    flow: Flow,
+}
+
+impl PreparedCall<'_> {
+    /// Calls once.
+    pub fn run(&mut self) -> Result<(), TrialError> {
+        let Some(batch) = &self.batch else { return Ok(()) };
+        let outcome = self.trial.runner.run_once(batch, &self.flow).map_err(TrialError::Batch)?;
+        outcome.outputs().for_each(|output| drop(std::hint::black_box(output)));
+        Ok(())
+    }
+}
+
+/// The records as a batch of a shard; `None` if there are none.
+pub(crate) fn batch(records: &[TrialRecord]) -> Option<Batch> {
+    let position =
+        |record: &TrialRecord| Position { sequence: record.sequence.clone(), sub_sequence: 0 };
+    let stream = StreamIdentity { name: "trial".into(), arn: "trial".into(), created_ms: 0 };
+    let to_inclusive = position(records.last()?);
+    let records = records.iter().map(|record| Record {
+        position: position(record),
+        partition_key: record.key.clone(),
+        payload: record.payload.clone(),
+        arrived_ms: record.arrived_ms,
+    });
+    Some(Batch {
+        shard: ShardKey { pipeline: "trial".into(), stream: Arc::new(stream), shard: SHARD.into() },
+        records: records.collect(),
+        span: PositionSpan { from_exclusive: None, to_inclusive },
+        entry: Entry::Source,
+    })
+}

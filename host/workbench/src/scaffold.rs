@@ -1,0 +1,239 @@
+//! New plugins: a folder that builds, is tested and runs as it is.
+//!
+//! A language is a folder of `host/templates/` and an entry of [`template`]. What a plugin is written
+//! with is written into its folder too: it needs nothing of ours from any registry.
+
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use super::manifest::{Language, MANIFEST, is_name};
+
+/// A path in a new plugin's folder and the text of its file.
+type File = (&'static str, &'static str);
+
+/// The files of a language's template, by their paths; each text is in the binary.
+macro_rules! files {
+    ($folder:literal: $($path:literal),+ $(,)?) => {
+        &[$(($path, include_str!(concat!("../templates/", $folder, "/", $path)))),+]
+    };
+}
+
+/// The files of a language's library, from their folder in the project to the one in the plugin.
+macro_rules! library {
+    ($from:literal => $to:literal: $($path:literal),+ $(,)?) => {
+        &[$((concat!($to, "/", $path), include_str!(concat!("../../../", $from, "/", $path)))),+]
+    };
+}
+
+/// A language's plugin.
+struct Template {
+    /// What the author reads and changes. `{{name}}` in it is the plugin's name.
+    own: &'static [File],
+    /// What the plugin is written with, as it is.
+    library: &'static [&'static [File]],
+}
+
+/// What all languages leave out of version control.
+const GITIGNORE: File = (".gitignore", "*.wasm\n/state/\n/target/\n/node_modules/\n/.venv/\n");
+
+const RUST: Template = Template {
+    own: files!("rust": "plugin.toml", "Cargo.toml", "src/lib.rs", "README.md",
+        "tests/cases.toml", "pipeline.toml", "input.ndjson"),
+    library: &[
+        // The versions that the project is tested with; cargo leaves out what is not used.
+        library!("plugins" => ".": "Cargo.lock"),
+        library!("plugins/sdk" => "sdk/rust": "Cargo.toml", "src/batch.rs", "src/bindings.rs",
+            "src/capability.rs", "src/describe.rs", "src/error.rs", "src/glue.rs", "src/lib.rs",
+            "src/out.rs", "src/plugin.rs", "src/testing.rs"),
+        library!("wit/0.1.0" => "wit/0.1.0": "plugin.wit", "capabilities.wit", "words.rs"),
+    ],
+};
+
+const C: Template = Template {
+    own: files!("c": "plugin.toml", "plugin.c", "README.md", "tests/cases.toml", "pipeline.toml",
+        "input.ndjson"),
+    library: &[library!("plugins/sdk-c" => "sdk": "shardmill.h")],
+};
+
+const GO: Template = Template {
+    own: files!("go": "plugin.toml", "go.mod", "main.go", "README.md", "tests/cases.toml",
+        "pipeline.toml", "input.ndjson"),
+    library: &[
+        library!("plugins/sdk-go" => "sdk": "go.mod", "shardmill.go", "abi.go", "capabilities.go"),
+    ],
+};
+
+const JS: Template = Template {
+    own: files!("js": "plugin.toml", "plugin.js", "package.json", "jsconfig.json", "README.md",
+        "tests/cases.toml", "pipeline.toml", "input.ndjson"),
+    // The library itself is in the binary: what is written is for editors.
+    library: &[library!("plugins/sdk-js" => "types": "shardmill.d.ts", "log.d.ts", "metrics.d.ts",
+            "lookup.d.ts", "clock.d.ts", "random.d.ts", "http.d.ts")],
+};
+
+const PYTHON: Template = Template {
+    own: files!("python": "plugin.toml", "plugin.py", "README.md", "tests/cases.toml",
+        "pipeline.toml", "input.ndjson"),
+    library: &[library!("plugins/sdk-python" => ".": "shardmill.py")],
+};
+
+/// The template of a language.
+fn template(language: Language) -> Template {
+    match language {
+        Language::Rust => RUST,
+        Language::C => C,
+        Language::Js => JS,
+        Language::Python => PYTHON,
+        Language::Go => GO,
+    }
+}
+
+/// A plugin that was made.
+#[derive(Debug)]
+pub struct NewPlugin {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Its files, relative to the folder; the library's are left out.
+    pub files: Vec<PathBuf>,
+}
+
+/// Why no plugin was made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ScaffoldError {
+    /// The name cannot be one.
+    #[error(
+        "{name:?} cannot name a plugin: 1 to 64 of a-z, 0-9, - and _ are due, the first a letter"
+    )]
+    Name {
+        /// What was given.
+        name: String,
+    },
+    /// The folder holds something.
+    #[error(
+        "{folder} is not empty: nothing was written; name another folder with --dir, or empty it"
+    )]
+    NotEmpty {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// A file or folder cannot be made.
+    #[error("failed to write {path}: {cause}")]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        cause: io::Error,
+    },
+}
+
+/// Makes the plugin `name` in `folder`, which is made if it is missing and must be empty.
+///
+/// # Errors
+/// [`ScaffoldError`]. Before a file is written, except where a write fails.
+pub fn new_plugin(
+    name: &str,
+    language: Language,
+    folder: &Path,
+) -> Result<NewPlugin, ScaffoldError> {
+    if !is_name(name) {
+        return Err(ScaffoldError::Name { name: name.into() });
+    }
+    let template = template(language);
+    if !is_free(folder).map_err(write_error(folder))? {
+        return Err(ScaffoldError::NotEmpty { folder: folder.to_owned() });
+    }
+    let own = template.own.iter().chain(std::iter::once(&GITIGNORE));
+    for (path, text) in own.clone() {
+        write(&folder.join(path), &text.replace("{{name}}", name))?;
+    }
+    for (path, text) in template.library.iter().copied().flatten() {
+        write(&folder.join(path), text)?;
+    }
+    let mut files: Vec<PathBuf> = own.map(|(path, _)| path.into()).collect();
+    files.sort_by_key(|path| (path.as_path() != Path::new(MANIFEST), path.clone()));
+    Ok(NewPlugin { folder: folder.to_owned(), files })
+}
+
+/// Whether a folder is not there, or holds nothing.
+fn is_free(folder: &Path) -> io::Result<bool> {
+    match fs::read_dir(folder) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), ScaffoldError> {
+    let folder = path.parent().unwrap_or(path);
+    fs::create_dir_all(folder).and_then(|()| fs::write(path, text)).map_err(write_error(path))
+}
+
+fn write_error(path: &Path) -> impl FnOnce(io::Error) -> ScaffoldError {
+    move |cause| ScaffoldError::Write { path: path.to_owned(), cause }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::ValueEnum as _;
+
+    use crate::manifest::PluginManifest;
+
+    #[test]
+    fn a_new_plugin_is_one_and_holds_no_placeholder() {
+        for language in Language::value_variants() {
+            let language = *language;
+            let place = tempfile::tempdir().unwrap();
+            let folder = place.path().join("deep/geo");
+            let made = new_plugin("geo-2", language, &folder).unwrap();
+            let manifest = PluginManifest::read(&folder).unwrap();
+            assert_eq!((manifest.name.as_str(), manifest.language), ("geo-2", language));
+            assert_eq!(made.files[0], Path::new(MANIFEST));
+            for due in ["README.md", "pipeline.toml", "input.ndjson", "tests/cases.toml"] {
+                assert!(made.files.contains(&due.into()), "{language:?} has no {due}");
+            }
+            for file in &made.files {
+                let text = fs::read_to_string(folder.join(file)).unwrap();
+                assert!(!text.contains("{{name}}"), "{language:?}: {}", file.display());
+            }
+        }
+    }
+
+    #[test]
+    fn libraries_are_whole() {
+        let project = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        for (language, from, to) in [
+            (Language::Rust, "plugins/sdk/src", "sdk/rust/src"),
+            (Language::Rust, "wit/0.1.0", "wit/0.1.0"),
+            (Language::C, "plugins/sdk-c", "sdk"),
+            (Language::Go, "plugins/sdk-go", "sdk"),
+        ] {
+            let library = template(language).library;
+            for file in fs::read_dir(project.join(from)).unwrap() {
+                let path = format!("{to}/{}", file.unwrap().file_name().display());
+                let is_there = library.iter().copied().flatten().any(|(name, _)| *name == path);
+                assert!(is_there, "{language:?}: {path} is not in the template");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_written_over() {
+        let place = tempfile::tempdir().unwrap();
+        fs::write(place.path().join("mine"), "").unwrap();
+        let error = new_plugin("geo", Language::C, place.path()).unwrap_err();
+        assert!(matches!(error, ScaffoldError::NotEmpty { .. }), "{error}");
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
+        let file = new_plugin("geo", Language::C, &place.path().join("mine")).unwrap_err();
+        assert!(matches!(file, ScaffoldError::Write { .. }), "{file}");
+    }
+
+    #[test]
+    fn a_bad_name_is_refused() {
+        for name in ["", "Geo", "2geo", "a/b", "..", "a b", &"a".repeat(65)] {
+            let error = new_plugin(name, Language::C, Path::new("nowhere")).unwrap_err();
+            assert!(matches!(error, ScaffoldError::Name { .. }), "{error}");
+        }
+    }
+}
