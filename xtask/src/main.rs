@@ -7,6 +7,7 @@ mod data;
 mod deny;
 mod documentation;
 mod fuzz;
+mod graph;
 mod kinesis_local;
 mod languages;
 mod plugins;
@@ -33,6 +34,7 @@ enum Task {
     Soak(soak::Soak),
     Bench(bench::Bench),
     Book(book::Book),
+    Graph(graph::Graph),
 }
 
 fn main() -> Result<()> {
@@ -49,5 +51,6 @@ fn main() -> Result<()> {
         Task::Soak(task) => task.run(),
         Task::Bench(task) => task.run(),
         Task::Book(task) => task.run(),
+        Task::Graph(task) => task.run(),
     }
 }

@@ -14,6 +14,7 @@ use crate::data;
 use crate::deny;
 use crate::documentation;
 use crate::fuzz::Fuzzing;
+use crate::graph;
 use crate::kinesis_local::KinesisLocal;
 use crate::languages::Languages;
 use crate::plugins;
@@ -37,7 +38,7 @@ impl Test {
     pub fn run(self) -> Result<()> {
         let root = project_root();
         let Some(filter) = self.filter else { return check_all(&root) };
-        timed("build of the tests", || run(host_tests(&root).arg("--no-run")))?;
+        timed("build of the tests", || run(host_tests(&root)?.arg("--no-run")))?;
         test_host(&root, &Parts::start(&root)?, Some(&filter))
     }
 }
@@ -50,8 +51,9 @@ fn check_all(root: &Path) -> Result<()> {
     let dependencies = in_background(root, deny::check);
 
     timed("format", || check_format(root))?;
+    timed("arrows", || graph::check(root))?;
     // First: what checks the plugins is a part of it.
-    timed("build and lints of the tests", || run(host_tests(root).args(EVERY_TARGET)))?;
+    timed("build and lints of the tests", || run(host_tests(root)?.args(EVERY_TARGET)))?;
     timed("licences, bans and sources", || join(dependencies))?;
     timed("what else is to be installed", || join(installed))?;
     // They are compiled to another folder, and linked one after the other: that leaves a core for their tests.
@@ -106,14 +108,14 @@ fn test_plugins(root: &Path) -> Result<()> {
 }
 
 /// The tests of the workspace, with the packages and features that all parts of the task share.
-pub fn host_tests(root: &Path) -> Command {
-    let mut tests = cargo_for_tests();
+pub fn host_tests(root: &Path) -> Result<Command> {
+    let mut tests = cargo_for_tests()?;
     tests.current_dir(root).args(["test", "--release", "--workspace", "--locked"]);
-    tests
+    Ok(tests)
 }
 
 fn test_host(root: &Path, parts: &Parts, filter: Option<&str>) -> Result<()> {
-    let mut tests = host_tests(root);
+    let mut tests = host_tests(root)?;
     tests.arg("--no-fail-fast").args(filter);
     if std::env::var_os(TEST_THREADS).is_none() {
         tests.env(TEST_THREADS, test_threads().to_string());
