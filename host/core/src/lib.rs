@@ -2,7 +2,7 @@
 //!
 //! [`record`] has the data that takes the path: shards, positions, batches, rows. [`source`] and [`sink`] are the two
 //! contracts at its ends; [`owner`] says who writes to a sink. [`budget`] bounds the bytes that are under way, [`stop`]
-//! ends every wait. The rest is what all parts need of the machine: files of this user alone ([`private`]), limits
+//! ends every wait, [`metric`] names what is counted. The rest is what all parts need of the machine: files of this user alone ([`private`]), limits
 //! ([`system`]), threads that may block ([`off_thread`]), texts of strangers ([`escape`], [`masking`]).
 //!
 //! Nothing here talks to a server, runs a plugin or knows a type of source or sink.
@@ -12,6 +12,7 @@ pub mod escape;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod masking;
+pub mod metric;
 pub mod off_thread;
 pub mod owner;
 pub mod private;

@@ -12,6 +12,7 @@ use async_trait::async_trait;
 pub use waiting::{WaitWatch, Waiting};
 
 use crate::budget::LongWait;
+use crate::metric;
 use crate::record::{
     Batch, HashRange, Position, SequenceNumber, ShardId, ShardKey, ShardStart, StreamIdentity,
 };
@@ -320,7 +321,7 @@ pub trait BatchReader: Send {
 
 /// Counts a loss of records.
 pub fn count_loss(shard: &ShardId, lost_ms: u64) {
-    metrics::counter!("shardmill_source_losses_total", "shard" => shard.to_string()).increment(1);
-    metrics::counter!("shardmill_source_lost_ms_total", "shard" => shard.to_string())
+    metrics::counter!(metric::SOURCE_LOSSES_TOTAL, "shard" => shard.to_string()).increment(1);
+    metrics::counter!(metric::SOURCE_LOST_MS_TOTAL, "shard" => shard.to_string())
         .increment(lost_ms);
 }

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::delivery::{DeliveryContext, Progress};
 use super::refusals::HeldRefusals;
 use shardmill_core::budget::Permit;
+use shardmill_core::metric;
 use shardmill_core::record::{Position, PositionSpan, Row};
 use shardmill_core::sink::{Acquired, Commit, EncodedRows, SinkError, SinkWriter};
 
@@ -126,7 +127,7 @@ impl Committer {
                 }
                 Err(error) => error,
             };
-            metrics::counter!("shardmill_sink_retries_total", "sink" => sink.clone()).increment(1);
+            metrics::counter!(metric::SINK_RETRIES_TOTAL, "sink" => sink.clone()).increment(1);
             block(&self.context, &self.publish, &error);
             if self.patience_is_over(&error) {
                 match self.give_up(&commit, &error).await {
@@ -145,12 +146,12 @@ impl Committer {
                 () = self.context.abandon.cancelled() => return Err(error),
             }
         };
-        metrics::counter!("shardmill_sink_rows_total", "sink" => sink.clone())
+        metrics::counter!(metric::SINK_ROWS_TOTAL, "sink" => sink.clone())
             .increment(committed.rows_written);
-        metrics::counter!("shardmill_sink_bytes_total", "sink" => sink.clone())
+        metrics::counter!(metric::SINK_BYTES_TOTAL, "sink" => sink.clone())
             .increment(committed.bytes_written);
         if committed.rows_refused > 0 {
-            metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{sink}"))
+            metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => format!("sink:{sink}"))
                 .increment(committed.rows_refused);
             self.letters_hidden = true;
         }
@@ -203,7 +204,7 @@ impl Committer {
                 by: None,
             });
         }
-        metrics::counter!("shardmill_dead_letters_total", "place" => format!("sink:{}", context.sink))
+        metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => format!("sink:{}", context.sink))
             .increment(rows);
         tracing::warn!(shard = %context.shard.shard, sink = %context.sink, rows, up_to = %to,
             "given up: the rows are in the dead letters");

@@ -34,6 +34,7 @@ use crate::delivery::{Delivery, DeliveryHandle};
 use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed, Samples, Searching};
 use shardmill_config::PipelineConfig;
 use shardmill_core::budget::{Account, Budget};
+use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::{
     Arenas, Batch, Holding, Position, Row, ShardKey, ShardStart, SinkName,
@@ -65,7 +66,7 @@ const STARVED: &str = "cores";
 /// The part of a lane that waits for the store of dead letters.
 const LETTERS: &str = "dead letters";
 /// The metric of what the sinks' buffers hold.
-const SINK_BUFFERS: &str = "shardmill_buffer_bytes";
+const SINK_BUFFERS: &str = metric::BUFFER_BYTES;
 /// How long a stage asks for retries until that is shown.
 const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
 /// Bytes of rows up to which a copy of them is made on the lane's own thread: some 100 µs of work.
@@ -544,8 +545,7 @@ impl Lane<'_> {
         match self.stop.until_over(kept).await {
             Some(Ok(_)) => {
                 self.shared.board.update(&self.shard.shard, |status| status.dead_letters += found);
-                metrics::counter!("shardmill_dead_letters_total", "place" => "stages")
-                    .increment(found);
+                metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => "stages").increment(found);
             }
             Some(Err(error)) => {
                 tracing::warn!(shard = %self.shard.shard, %error, found,
@@ -665,8 +665,7 @@ impl Lane<'_> {
         if written > 0 {
             self.shared.board.unblock(&self.shard.shard, LETTERS);
             self.shared.board.update(&self.shard.shard, |status| status.dead_letters += written);
-            metrics::counter!("shardmill_dead_letters_total", "place" => "stages")
-                .increment(written);
+            metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => "stages").increment(written);
         }
         Ok(())
     }
@@ -750,7 +749,7 @@ impl Lane<'_> {
         });
         self.replayed += replayed;
         if replayed > 0 {
-            metrics::counter!("shardmill_replayed_records_total").increment(replayed);
+            metrics::counter!(metric::REPLAYED_RECORDS_TOTAL).increment(replayed);
             if self.highest.as_ref().is_some_and(|highest| batch.span.to_inclusive >= *highest) {
                 tracing::info!(shard = %self.shard.shard, records = self.replayed,
                     "replayed what only some sinks had");
@@ -762,8 +761,8 @@ impl Lane<'_> {
             status.records_replayed += replayed;
             status.idle_reads = 0;
         });
-        metrics::counter!("shardmill_source_records_total").increment(records);
-        metrics::counter!("shardmill_source_bytes_total").increment(batch.bytes() as u64);
+        metrics::counter!(metric::SOURCE_RECORDS_TOTAL).increment(records);
+        metrics::counter!(metric::SOURCE_BYTES_TOTAL).increment(batch.bytes() as u64);
     }
 
     /// Lets the sinks commit what is in hand, writes the checkpoint, and ends the lane. Once the lane is

@@ -27,6 +27,7 @@ use crate::pipeline::run_lane;
 use crate::stage::{Generation, Samples};
 use crate::swap::{Swapper, SwapperParts, TakeOver};
 use shardmill_config::{OnLostRecords, PipelineConfig, environment};
+use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::owner::OwnerName;
 use shardmill_core::record::{ShardId, ShardKey, SinkName, StreamIdentity};
@@ -913,7 +914,7 @@ async fn run_patiently(
         if began.elapsed() > pause_max {
             pauses = self::pauses(pause_max);
         }
-        metrics::counter!("shardmill_lane_restarts_total").increment(1);
+        metrics::counter!(metric::LANE_RESTARTS_TOTAL).increment(1);
         shared.board.block(&shard.shard, "lane", &error.to_string());
         tokio::select! {
             () = tokio::time::sleep(pauses.next().unwrap_or(pause_max)) => {}

@@ -31,6 +31,7 @@ pub use watch::watch_files;
 use crate::lane::{BuildSinks, LaneChange, Shared, WaitingLane};
 use crate::stage::{Generation, LoadedStage};
 use shardmill_config::{Gates, PipelineConfig};
+use shardmill_core::metric;
 use shardmill_core::record::Digest;
 use shardmill_core::record::StageName;
 use shardmill_core::record::StreamIdentity;
@@ -526,7 +527,7 @@ impl Inner {
             if let Err(error) = noted {
                 tracing::warn!(%error, "a refused change is not noted");
             }
-            metrics::counter!("shardmill_changes_total", "outcome" => "refused").increment(1);
+            metrics::counter!(metric::CHANGES_TOTAL, "outcome" => "refused").increment(1);
             tracing::warn!(%step, cause, "a change was refused");
         }
         ChangeRefused { step, cause, runs_on, trial }

@@ -16,6 +16,7 @@ use super::stream;
 use super::stream::Description;
 use shardmill_config::OnLostRecords;
 use shardmill_core::budget::Budget;
+use shardmill_core::metric;
 use shardmill_core::record::{Position, ShardId, ShardKey, StreamRef};
 use shardmill_core::source::waiting::Waiting;
 use shardmill_core::source::{LostRecords, Shard, SourceError, count_loss};
@@ -53,7 +54,7 @@ impl StreamConnection {
         on_lost_records: OnLostRecords,
         read_ahead_bytes_max: usize,
     ) -> Arc<Self> {
-        let read_ahead = Budget::new(read_ahead_bytes_max, "shardmill_read_ahead_bytes");
+        let read_ahead = Budget::new(read_ahead_bytes_max, metric::READ_AHEAD_BYTES);
         let (looked, listed) = (Mutex::default(), RwLock::default());
         Arc::new(Self { client, stream, read_ahead, on_lost_records, looked, listed })
     }
@@ -179,7 +180,7 @@ impl StreamConnection {
         answer: Answer,
     ) -> Result<(), SourceError> {
         let Answer { call, behind_ms, as_of_ms, is_end } = answer;
-        metrics::gauge!("shardmill_lag_ms", "shard" => inbox.shard().shard.to_string())
+        metrics::gauge!(metric::LAG_MS, "shard" => inbox.shard().shard.to_string())
             .set(behind_ms as f64);
         let is_caught_up = records.is_empty() && behind_ms == 0;
         inbox.accept(records, call)?;

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use super::aggregate::{self, Aggregate, Opened};
 use shardmill_config::BatchLimits;
+use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::rarely::Rarely;
 use shardmill_core::record::{
@@ -321,7 +322,7 @@ impl Inbox {
                     tracing::warn!(shard = %self.shard.shard, %sequence, left_out,
                         "dropped an aggregate of another shard: its producer sends it again");
                 }
-                metrics::counter!("shardmill_source_astray_aggregates_total").increment(1);
+                metrics::counter!(metric::SOURCE_ASTRAY_AGGREGATES_TOTAL).increment(1);
                 return Ok(());
             }
             Opened::Aggregate(mut aggregate) => {

@@ -13,6 +13,7 @@ use super::client::{AnswerDate, Fault, call_error, fault};
 use super::connection::{self, Answer, GET_RECORDS, Passing, StreamConnection};
 use super::inbox::{self, Inbox};
 use shardmill_core::budget::{Account, Permit};
+use shardmill_core::metric;
 use shardmill_core::record::ShardKey;
 use shardmill_core::source::waiting::Waiting;
 use shardmill_core::source::{BatchReader, NextBatch, SourceError};
@@ -279,7 +280,7 @@ impl BatchReader for PollingReader {
 
 /// Counts a call that is tried again.
 pub(super) fn count_retry(shard: &ShardKey, cause: Fault) {
-    metrics::counter!("shardmill_source_retries_total",
+    metrics::counter!(metric::SOURCE_RETRIES_TOTAL,
         "shard" => shard.shard.to_string(), "reason" => cause.label())
     .increment(1);
 }

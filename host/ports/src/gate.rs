@@ -9,6 +9,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
 use super::PortRules;
 use super::activity::{Activity, Wait};
+use shardmill_core::metric;
 use shardmill_core::system;
 use shardmill_core::system::PortFiles;
 
@@ -209,13 +210,13 @@ impl Gate {
     }
 
     fn closed(&self, why: &'static str) {
-        let (name, port) = ("shardmill_port_connections_closed_total", self.name);
+        let (name, port) = (metric::PORT_CONNECTIONS_CLOSED_TOTAL, self.name);
         metrics::counter!(name, "port" => port, "for" => why).increment(1);
     }
 
     fn show(&self, state: &State) {
         let count = state.kept.len() as f64;
-        metrics::gauge!("shardmill_port_connections", "port" => self.name).set(count);
+        metrics::gauge!(metric::PORT_CONNECTIONS, "port" => self.name).set(count);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -25,6 +25,7 @@ use self::access::{Access, Caller, Right, guarded};
 use self::control::Control;
 use shardmill_config::{AdminConfig, HttpDeadlines};
 use shardmill_core::escape::printable_json;
+use shardmill_core::metric::{self, Metric, MetricKind};
 use shardmill_core::record::ShardId;
 use shardmill_engine::lane::{Board, ShardStatus};
 use shardmill_ports::PortRules;
@@ -173,73 +174,15 @@ async fn ready(State(shown): State<Shown>, headers: HeaderMap) -> impl IntoRespo
     }
 }
 
-/// Says what each metric means, for `# HELP`.
+/// Gives each metric its `# HELP`.
 fn describe() {
-    use metrics::{describe_counter, describe_gauge, describe_histogram};
-    describe_counter!("shardmill_source_records_total", "records read and handed to the sinks");
-    describe_counter!("shardmill_source_bytes_total", "bytes of payloads and keys read");
-    describe_counter!("shardmill_source_retries_total", "reads tried again, by shard and reason");
-    describe_gauge!(
-        "shardmill_committed_lag_seconds",
-        "age of the oldest record of a shard that a sink has not committed; 0 when it has all"
-    );
-    describe_gauge!(
-        "shardmill_lag_ms",
-        "milliseconds between what was read last and the end of the shard; deprecated: see \
-         shardmill_committed_lag_seconds"
-    );
-    describe_counter!("shardmill_replayed_records_total", "records read that some sink had before");
-    describe_counter!("shardmill_stage_records_total", "records that entered a stage");
-    describe_counter!("shardmill_stage_bytes_total", "payload bytes that entered a stage");
-    describe_gauge!(
-        "shardmill_stage_memory_bytes",
-        "linear memory of a lane's instance of a stage"
-    );
-    describe_counter!("shardmill_stage_log_lines_dropped_total", "lines over a stage's limit");
-    describe_counter!("shardmill_stage_renewals_total", "instances given up because they leak");
-    describe_counter!("shardmill_stage_calls_total", "calls of a plugin, with those of searches");
-    describe_counter!("shardmill_stage_traps_total", "calls of a plugin that trapped or timed out");
-    describe_counter!("shardmill_stage_retries_total", "calls tried again as the plugin asked for");
-    describe_counter!(
-        "shardmill_stage_starved_total",
-        "calls that got too little CPU time to end: run again, no record is blamed"
-    );
-    describe_counter!("shardmill_sink_rows_total", "rows committed by a sink");
-    describe_counter!("shardmill_sink_bytes_total", "bytes committed by a sink");
-    describe_counter!("shardmill_sink_retries_total", "commits tried again");
-    describe_counter!("shardmill_dead_letters_total", "records dead-lettered, by place");
-    describe_gauge!("shardmill_dead_letters_bytes", "bytes that the store of dead letters holds");
-    describe_gauge!(
-        "shardmill_dead_letters_bytes_max",
-        "the most that it may hold: then lanes with dead letters wait"
-    );
-    describe_gauge!("shardmill_dead_letters_nearly_full", "1 from 80 % of that on, else 0");
-    describe_counter!("shardmill_changes_total", "changes of what runs, by outcome");
-    describe_histogram!(
-        "shardmill_change_pause_seconds",
-        "between the last batch of a generation and the first of the next, waiting for records left out"
-    );
-    describe_counter!("shardmill_lane_restarts_total", "lanes started anew after a failure");
-    describe_counter!("shardmill_intake_requests_total", "requests answered, by status");
-    describe_counter!("shardmill_intake_records_total", "records that the intake put");
-    describe_counter!("shardmill_intake_bytes_total", "payload bytes that the intake put");
-    describe_gauge!("shardmill_intake_in_flight_bytes", "bytes on their way to the stream");
-    describe_gauge!("shardmill_port_connections", "connections that a port has open");
-    describe_counter!(
-        "shardmill_port_connections_closed_total",
-        "connections closed to make room (room), or because their peer has too many (peer)"
-    );
-    describe_gauge!("shardmill_blocked", "parts of a shard's lane that do not go on");
-    describe_gauge!("shardmill_read_ahead_bytes", "bytes read that no lane has taken yet");
-    describe_counter!("shardmill_source_losses_total", "times that a stream had dropped records");
-    describe_counter!("shardmill_source_lost_ms_total", "milliseconds whose records are lost");
-    describe_counter!("shardmill_source_astray_aggregates_total", "aggregates of another shard");
-    describe_counter!(
-        "shardmill_lookup_keys_total",
-        "keys asked for: kept, found, or without a row"
-    );
-    describe_histogram!("shardmill_lookup_seconds", "how long a lookup's query took");
-    describe_gauge!("shardmill_buffer_bytes", "bytes that the sinks' buffers hold");
+    for &Metric { name, kind, about, .. } in metric::METRICS {
+        match kind {
+            MetricKind::Counter => metrics::describe_counter!(name, about),
+            MetricKind::Gauge => metrics::describe_gauge!(name, about),
+            MetricKind::Histogram => metrics::describe_histogram!(name, about),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ use self::batcher::{Refusal, Submission};
 use self::events::{BadEvents, Shape};
 use shardmill_config::{HttpDeadlines, IntakeConfig};
 use shardmill_core::budget::{Budget, Permit};
+use shardmill_core::metric;
 use shardmill_core::stop::Stop;
 use shardmill_kinesis::producer::StreamWriter;
 use shardmill_ports::{BodyLate, PortRules};
@@ -114,8 +115,7 @@ impl IntakePort {
             is_for_own_user: false,
             keeps_files: true,
         };
-        let budget =
-            Budget::new(self.config.in_flight_bytes_max, "shardmill_intake_in_flight_bytes");
+        let budget = Budget::new(self.config.in_flight_bytes_max, metric::INTAKE_IN_FLIGHT_BYTES);
         let door = Door {
             arrivals: Arrivals::new(budget),
             config: Arc::new(self.config),
@@ -182,7 +182,7 @@ async fn take(State(door): State<Door>, headers: HeaderMap, body: Body) -> Respo
         Err(turned) => turned.into_response(),
     };
     let status = response.status().as_u16().to_string();
-    metrics::counter!("shardmill_intake_requests_total", "status" => status).increment(1);
+    metrics::counter!(metric::INTAKE_REQUESTS_TOTAL, "status" => status).increment(1);
     door.allow_origin(&headers, &mut response);
     response
 }

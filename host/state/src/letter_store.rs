@@ -23,6 +23,7 @@ use sha2::{Digest as _, Sha256};
 use super::letters::DeadLetter;
 use super::redrive::{is_redrive_key, redrive_of};
 use super::store::columns;
+use shardmill_core::metric;
 use shardmill_core::record::excerpt;
 use shardmill_core::record::{Batch, Entry, LetterPlace, RouteName};
 
@@ -438,9 +439,9 @@ impl StoreBound {
         let bytes_max = self.bytes_max();
         let is_nearly_full = is_nearly_full(kept, bytes_max);
         if !self.is_unmeasured.load(Ordering::Acquire) {
-            metrics::gauge!("shardmill_dead_letters_bytes").set(kept as f64);
-            metrics::gauge!("shardmill_dead_letters_bytes_max").set(bytes_max as f64);
-            metrics::gauge!("shardmill_dead_letters_nearly_full").set(f64::from(is_nearly_full));
+            metrics::gauge!(metric::DEAD_LETTERS_BYTES).set(kept as f64);
+            metrics::gauge!(metric::DEAD_LETTERS_BYTES_MAX).set(bytes_max as f64);
+            metrics::gauge!(metric::DEAD_LETTERS_NEARLY_FULL).set(f64::from(is_nearly_full));
         }
         if is_nearly_full && !self.is_nearly_full.swap(is_nearly_full, Ordering::AcqRel) {
             tracing::warn!(kept = %ByteSize(kept), most = %ByteSize(bytes_max),

@@ -147,6 +147,18 @@ fn every_link_leads_somewhere_and_every_chapter_is_listed() {
     }
 }
 
+/// `SHARDMILL_UPDATE_GOLDEN=1` writes the page.
+#[test]
+fn the_page_of_metrics_is_what_the_code_says() {
+    let page = docs().join("src/metrics.md");
+    let reference = shardmill_core::metric::reference();
+    if std::env::var_os("SHARDMILL_UPDATE_GOLDEN").is_some() {
+        std::fs::write(&page, &reference).expect("a writable page");
+    }
+    let found = std::fs::read_to_string(&page).expect("the page");
+    assert!(found == reference, "docs/src/metrics.md differs from the code:\n{reference}");
+}
+
 /// The book's chapters: their names and texts.
 fn chapters() -> Vec<(String, String)> {
     let files = std::fs::read_dir(docs().join("src")).expect("chapters").flatten();

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use super::lag::{LiveDelivery, LiveLag};
 use shardmill_core::escape::quoted;
 use shardmill_core::masking::{message, report};
+use shardmill_core::metric;
 use shardmill_core::record::{Position, ShardId, SinkName};
 
 /// The state of every lane, for the admin port, the reports and the end of a run; cheap to clone.
@@ -292,7 +293,7 @@ impl Board {
     /// Sets the metric of the lags to what they are now.
     pub fn show_lags(&self) {
         for (shard, sink, age) in self.committed_lags() {
-            metrics::gauge!("shardmill_committed_lag_seconds",
+            metrics::gauge!(metric::COMMITTED_LAG_SECONDS,
                 "shard" => shard.to_string(), "sink" => sink.to_string())
             .set(age.as_secs_f64());
         }
@@ -308,8 +309,7 @@ impl Board {
 }
 
 fn gauge(shard: &ShardId, status: &ShardStatus) {
-    metrics::gauge!("shardmill_blocked", "shard" => shard.to_string())
-        .set(status.blocked.len() as f64);
+    metrics::gauge!(metric::BLOCKED, "shard" => shard.to_string()).set(status.blocked.len() as f64);
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use super::{ActiveSegment, Board, Lane, LaneError, Shared};
 use crate::stage::{Chain, Generation, Samples};
 use shardmill_config::RejectedMax;
 use shardmill_core::escape::quoted;
+use shardmill_core::metric;
 use shardmill_core::record::{Position, ShardKey};
 use shardmill_core::stop::Stop;
 use shardmill_state::{Segment, StateError};
@@ -338,7 +339,7 @@ impl Lane<'_> {
             self.chain = Some(chain);
             let pause = self.gap.elapsed();
             self.shared.board.runs(&self.shard.shard, &generation, Some(pause));
-            metrics::histogram!("shardmill_change_pause_seconds").record(pause);
+            metrics::histogram!(metric::CHANGE_PAUSE_SECONDS).record(pause);
             tracing::info!(shard = %self.shard.shard, %generation,
                 from = self.segments[0].from_exclusive.as_ref().map(tracing::field::display),
                 pause_us = pause.as_micros() as u64, "another generation");

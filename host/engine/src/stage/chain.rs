@@ -15,6 +15,7 @@ use super::generation::{Generation, LoadedStage, SOURCE_ROUTE, Target};
 use super::runner::{RunError, StageRunner};
 use super::samples::Samples;
 use shardmill_config::RejectedMax;
+use shardmill_core::metric;
 use shardmill_core::record::{
     Arenas, Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
 };
@@ -329,10 +330,10 @@ impl Chain {
                     !known
                 });
             }
-            metrics::counter!("shardmill_stage_records_total", "stage" => stage.name.to_string())
+            metrics::counter!(metric::STAGE_RECORDS_TOTAL, "stage" => stage.name.to_string())
                 .increment(flow.len() as u64);
             let bytes: usize = flow.iter().map(|item| item.payload.len()).sum();
-            metrics::counter!("shardmill_stage_bytes_total", "stage" => stage.name.to_string())
+            metrics::counter!(metric::STAGE_BYTES_TOTAL, "stage" => stage.name.to_string())
                 .increment(bytes as u64);
             self.samples.offer(&stage.name, &batch, &flow);
             run.parts = runners.parts(&batch, flow);

@@ -19,6 +19,7 @@ use super::cuts;
 use super::flow::{self, Item};
 use super::generation::LoadedStage;
 use shardmill_config::{RejectedMax, StageLimits};
+use shardmill_core::metric;
 use shardmill_core::record::Batch;
 use shardmill_core::record::excerpt;
 use shardmill_plugin::{CallError, CallFault, Context, Failure, Instance, WireBatch};
@@ -214,7 +215,7 @@ impl StageRunner {
                 if patience.begun.elapsed() + pause > retry_for {
                     return Ok(Err(CallFailure::Answered(failure)));
                 }
-                metrics::counter!("shardmill_stage_retries_total",
+                metrics::counter!(metric::STAGE_RETRIES_TOTAL,
                     "stage" => self.stage.name.to_string())
                 .increment(1);
                 self.patience = Some(patience);
@@ -364,7 +365,7 @@ impl StageRunner {
         flow::pack(batch, items, &mut self.wire);
         self.instance().map_err(RunError::NoInstance)?;
         let Some(instance) = self.instance.as_mut() else { unreachable!("started above") };
-        metrics::counter!("shardmill_stage_calls_total", "stage" => self.stage.name.to_string())
+        metrics::counter!(metric::STAGE_CALLS_TOTAL, "stage" => self.stage.name.to_string())
             .increment(1);
         instance.starved_before(self.starved);
         let usual = Duration::from_nanos((self.usual_ns * items.len() as f64) as u64);
@@ -374,7 +375,7 @@ impl StageRunner {
         let took = instance.busy(begun.elapsed());
         self.busy += took;
         forget_large(&mut self.wire);
-        metrics::gauge!("shardmill_stage_memory_bytes",
+        metrics::gauge!(metric::STAGE_MEMORY_BYTES,
             "stage" => self.stage.name.to_string(), "shard" => self.context.shard_id.clone())
         .set(instance.memory_bytes() as f64);
         let memory_bytes = instance.memory_bytes();
@@ -403,7 +404,7 @@ impl StageRunner {
             Err(error) => {
                 self.instance = None;
                 self.stage.health.trapped();
-                metrics::counter!("shardmill_stage_traps_total",
+                metrics::counter!(metric::STAGE_TRAPS_TOTAL,
                     "stage" => self.stage.name.to_string())
                 .increment(1);
                 Err(CallFailure::Dead(error))
@@ -429,7 +430,7 @@ impl StageRunner {
         let leaked_bytes = memory_bytes - self.settled_bytes.min(memory_bytes);
         if leaked_bytes > self.stage.limits.memory_bytes_max / 2 {
             self.instance = None;
-            metrics::counter!("shardmill_stage_renewals_total",
+            metrics::counter!(metric::STAGE_RENEWALS_TOTAL,
                 "stage" => self.stage.name.to_string())
             .increment(1);
         }
@@ -450,7 +451,7 @@ impl StageRunner {
 
     /// Counts a call that the machine did not let end.
     fn count_starved(&self) {
-        metrics::counter!("shardmill_stage_starved_total", "stage" => self.stage.name.to_string())
+        metrics::counter!(metric::STAGE_STARVED_TOTAL, "stage" => self.stage.name.to_string())
             .increment(1);
     }
 }

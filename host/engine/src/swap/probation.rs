@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Swapper, candidate};
 use crate::stage::{Generation, Health};
 use shardmill_config::ProbationLimits;
+use shardmill_core::metric;
 use shardmill_core::record::StageName;
 
 /// How often it is looked at.
@@ -86,8 +87,9 @@ impl Swapper {
     async fn undo(&self, stage: &StageName, number: i64, reason: &str) {
         tracing::error!(stage = %stage, reason, "the new version is rolled back");
         match self.inner.roll_back(stage, Some(number), reason).await {
-            Ok(_) => metrics::counter!("shardmill_changes_total", "outcome" => "rolled-back")
-                .increment(1),
+            Ok(_) => {
+                metrics::counter!(metric::CHANGES_TOTAL, "outcome" => "rolled-back").increment(1)
+            }
             Err((_, failed)) => {
                 tracing::error!(stage = %stage, cause = failed.cause, "the rollback failed");
             }

@@ -13,6 +13,7 @@ use super::{Inner, Setup, Step, StepFailed, candidate};
 use crate::lane::{LaneChange, Shared, WaitingLane};
 use crate::stage::Generation;
 use shardmill_config::{PipelineConfig, environment};
+use shardmill_core::metric;
 use shardmill_core::record::ShardId;
 use shardmill_core::sink::Sink;
 use shardmill_plugin::PluginHost;
@@ -257,7 +258,7 @@ impl Inner {
         let changed = self.lanes_change(&shared, &next, under_way, restarted, end).await?;
         let LanesChanged { lanes, waiting, may_be_undone } = changed;
         tracing::debug!(generation = %next.id, lanes = lanes.len(), "the lanes have changed");
-        metrics::counter!("shardmill_changes_total", "outcome" => "promoted").increment(1);
+        metrics::counter!(metric::CHANGES_TOTAL, "outcome" => "promoted").increment(1);
         if let Err(error) = shared.ledger.prune(&next.spec).await {
             tracing::warn!(%error, "components that are not needed any more stay");
         }

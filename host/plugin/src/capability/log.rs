@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::bindings::shardmill::plugin::log::Level;
 use shardmill_core::escape::{WORDS_BYTES_MAX, beginning, steers};
+use shardmill_core::metric;
 use shardmill_core::record::StageName;
 
 /// The target of plugins' lines, for filters.
@@ -83,7 +84,7 @@ impl LineBudget {
 fn log_dropped(author: &Author, dropped: u64, lines_per_s_max: u32) {
     if dropped > 0 {
         let stage = author.stage.to_string();
-        metrics::counter!("shardmill_stage_log_lines_dropped_total", "stage" => stage)
+        metrics::counter!(metric::STAGE_LOG_LINES_DROPPED_TOTAL, "stage" => stage)
             .increment(dropped);
         let message = format!("{dropped} lines dropped: more than {lines_per_s_max} a second");
         emit(author, Level::Warn, &message);

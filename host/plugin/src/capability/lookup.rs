@@ -27,6 +27,7 @@ use self::found::{ANSWER_BYTES_MAX, Found};
 use self::postgres::PostgresTable;
 use self::sqlite::SqliteTable;
 use shardmill_config::{LookupConfig, LookupSource};
+use shardmill_core::metric;
 use shardmill_core::off_thread;
 use shardmill_core::rarely::Rarely;
 use shardmill_core::record::LookupName;
@@ -210,7 +211,7 @@ impl Lookup {
             Table::Sqlite(table) => table.fetch(keys, deadline, found)?,
         }
         let seconds = started.elapsed().as_secs_f64();
-        metrics::histogram!("shardmill_lookup_seconds", "lookup" => self.name.to_string())
+        metrics::histogram!(metric::LOOKUP_SECONDS, "lookup" => self.name.to_string())
             .record(seconds);
         if let Some(key) = found.first_stranger().filter(|_| self.may_say_stranger()) {
             tracing::warn!(
@@ -230,7 +231,7 @@ impl Lookup {
     fn count(&self, result: &'static str, keys: usize) {
         if keys > 0 {
             let name = self.name.to_string();
-            metrics::counter!("shardmill_lookup_keys_total", "lookup" => name, "result" => result)
+            metrics::counter!(metric::LOOKUP_KEYS_TOTAL, "lookup" => name, "result" => result)
                 .increment(keys as u64);
         }
     }

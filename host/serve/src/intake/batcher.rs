@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use shardmill_core::budget::Permit;
+use shardmill_core::metric;
 use shardmill_core::rarely::Rarely;
 use shardmill_kinesis::producer::{
     BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
@@ -208,8 +209,8 @@ impl Queue {
         for ((id, record), outcome) in ids.into_iter().zip(records).zip(outcomes) {
             match outcome {
                 Put::Taken => {
-                    metrics::counter!("shardmill_intake_records_total").increment(1);
-                    metrics::counter!("shardmill_intake_bytes_total")
+                    metrics::counter!(metric::INTAKE_RECORDS_TOTAL).increment(1);
+                    metrics::counter!(metric::INTAKE_BYTES_TOTAL)
                         .increment(record.payload.len() as u64);
                     self.taken(id);
                 }
