@@ -8,53 +8,65 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Never a host that anybody means: (first address, prefix length). Link-local holds the metadata
-/// services of the clouds, which hand out credentials; those that lie elsewhere are listed.
-const NEVER_V4: [(Ipv4Addr, u32); 10] = [
-    (Ipv4Addr::new(0, 0, 0, 0), 8),          // "this network", RFC 791
-    (Ipv4Addr::new(100, 100, 100, 200), 32), // Alibaba Cloud's metadata
-    (Ipv4Addr::new(168, 63, 129, 16), 32),   // Azure's WireServer
-    (Ipv4Addr::new(169, 254, 0, 0), 16),     // link-local, RFC 3927
-    (Ipv4Addr::new(192, 0, 0, 0), 24),       // IETF protocol assignments, RFC 6890
-    (Ipv4Addr::new(192, 0, 2, 0), 24),       // documentation, RFC 5737
-    (Ipv4Addr::new(198, 51, 100, 0), 24),    // documentation, RFC 5737
-    (Ipv4Addr::new(203, 0, 113, 0), 24),     // documentation, RFC 5737
-    (Ipv4Addr::new(224, 0, 0, 0), 4),        // multicast, RFC 5771
-    (Ipv4Addr::new(240, 0, 0, 0), 4),        // reserved and broadcast, RFC 1112, RFC 919
+use ipnet::{Ipv4Net, Ipv6Net};
+
+/// Never a host that anybody means. Link-local holds the metadata services of the clouds, which hand
+/// out credentials; those that lie elsewhere are listed.
+const NEVER_V4: [Ipv4Net; 10] = [
+    v4([0, 0, 0, 0], 8),          // "this network", RFC 791
+    v4([100, 100, 100, 200], 32), // Alibaba Cloud's metadata
+    v4([168, 63, 129, 16], 32),   // Azure's WireServer
+    v4([169, 254, 0, 0], 16),     // link-local, RFC 3927
+    v4([192, 0, 0, 0], 24),       // IETF protocol assignments, RFC 6890
+    v4([192, 0, 2, 0], 24),       // documentation, RFC 5737
+    v4([198, 51, 100, 0], 24),    // documentation, RFC 5737
+    v4([203, 0, 113, 0], 24),     // documentation, RFC 5737
+    v4([224, 0, 0, 0], 4),        // multicast, RFC 5771
+    v4([240, 0, 0, 0], 4),        // reserved and broadcast, RFC 1112, RFC 919
 ];
 
 /// Hosts of one's own network: for a grant with `private = true`.
-const PRIVATE_V4: [(Ipv4Addr, u32); 6] = [
-    (Ipv4Addr::new(10, 0, 0, 0), 8),     // private use, RFC 1918
-    (Ipv4Addr::new(100, 64, 0, 0), 10),  // shared (carrier-grade NAT), RFC 6598
-    (Ipv4Addr::new(127, 0, 0, 0), 8),    // loopback, RFC 1122
-    (Ipv4Addr::new(172, 16, 0, 0), 12),  // private use, RFC 1918
-    (Ipv4Addr::new(192, 168, 0, 0), 16), // private use, RFC 1918
-    (Ipv4Addr::new(198, 18, 0, 0), 15),  // benchmarking, RFC 2544
+const PRIVATE_V4: [Ipv4Net; 6] = [
+    v4([10, 0, 0, 0], 8),     // private use, RFC 1918
+    v4([100, 64, 0, 0], 10),  // shared (carrier-grade NAT), RFC 6598
+    v4([127, 0, 0, 0], 8),    // loopback, RFC 1122
+    v4([172, 16, 0, 0], 12),  // private use, RFC 1918
+    v4([192, 168, 0, 0], 16), // private use, RFC 1918
+    v4([198, 18, 0, 0], 15),  // benchmarking, RFC 2544
 ];
 
 /// Parts of the public space that are no hosts either: anycast of relays and of AS112.
-const ODD_V4: [(Ipv4Addr, u32); 4] = [
-    (Ipv4Addr::new(192, 31, 196, 0), 24), // AS112, RFC 7535
-    (Ipv4Addr::new(192, 52, 193, 0), 24), // AMT, RFC 7450
-    (Ipv4Addr::new(192, 88, 99, 0), 24),  // 6to4 relays, RFC 7526
-    (Ipv4Addr::new(192, 175, 48, 0), 24), // AS112, RFC 7534
+const ODD_V4: [Ipv4Net; 4] = [
+    v4([192, 31, 196, 0], 24), // AS112, RFC 7535
+    v4([192, 52, 193, 0], 24), // AMT, RFC 7450
+    v4([192, 88, 99, 0], 24),  // 6to4 relays, RFC 7526
+    v4([192, 175, 48, 0], 24), // AS112, RFC 7534
 ];
 
 /// Within 2000::/3, what is no host; the rest of the space is refused as a whole.
-const NEVER_V6: [(Ipv6Addr, u32); 5] = [
-    (Ipv6Addr::new(0x2001, 0, 0, 0, 0, 0, 0, 0), 23), // IETF protocol assignments, Teredo within
-    (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 32), // documentation, RFC 3849
-    (Ipv6Addr::new(0x2002, 0, 0, 0, 0, 0, 0, 0), 16), // 6to4, RFC 3056
-    (Ipv6Addr::new(0x2620, 0x4f, 0x8000, 0, 0, 0, 0, 0), 48), // AS112, RFC 7534
-    (Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 0), 20), // documentation, RFC 9637
+const NEVER_V6: [Ipv6Net; 5] = [
+    v6([0x2001, 0, 0, 0, 0, 0, 0, 0], 23), // IETF protocol assignments, Teredo within
+    v6([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0], 32), // documentation, RFC 3849
+    v6([0x2002, 0, 0, 0, 0, 0, 0, 0], 16), // 6to4, RFC 3056
+    v6([0x2620, 0x4f, 0x8000, 0, 0, 0, 0, 0], 48), // AS112, RFC 7534
+    v6([0x3fff, 0, 0, 0, 0, 0, 0, 0], 20), // documentation, RFC 9637
 ];
 
 /// Amazon's metadata and other services of an instance over IPv6; they lie in the private space.
-const METADATA_V6: (Ipv6Addr, u32) = (Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0), 32);
+const METADATA_V6: Ipv6Net = v6([0xfd00, 0xec2, 0, 0, 0, 0, 0, 0], 32);
 
-const GLOBAL_V6: (Ipv6Addr, u32) = (Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 0), 3);
-const UNIQUE_LOCAL_V6: (Ipv6Addr, u32) = (Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7);
+const GLOBAL_V6: Ipv6Net = v6([0x2000, 0, 0, 0, 0, 0, 0, 0], 3);
+const UNIQUE_LOCAL_V6: Ipv6Net = v6([0xfc00, 0, 0, 0, 0, 0, 0, 0], 7);
+
+/// A range of IPv4, checked while this is compiled.
+const fn v4([a, b, c, d]: [u8; 4], prefix: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), prefix)
+}
+
+/// A range of IPv6, checked while this is compiled.
+const fn v6([a, b, c, d, e, f, g, h]: [u16; 8], prefix: u8) -> Ipv6Net {
+    Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, d, e, f, g, h), prefix)
+}
 
 /// Whether a request may go to this address. With `private`, also to those of one's own machine and
 /// network, but never to link-local addresses and metadata services.
@@ -66,23 +78,20 @@ pub(super) fn is_allowed(address: IpAddr, private: bool) -> bool {
 }
 
 fn is_allowed_v4(address: Ipv4Addr, private: bool) -> bool {
-    let within = |(first, length): &(Ipv4Addr, u32)| {
-        (address.to_bits() ^ first.to_bits()).leading_zeros() >= *length
-    };
+    let within = |range: &Ipv4Net| range.contains(&address);
     let is_own = PRIVATE_V4.iter().any(within);
     !NEVER_V4.iter().any(within) && !ODD_V4.iter().any(within) && (private || !is_own)
 }
 
 fn is_allowed_v6(address: Ipv6Addr, private: bool) -> bool {
-    let within = |(first, length): &(Ipv6Addr, u32)| {
-        (address.to_bits() ^ first.to_bits()).leading_zeros() >= *length
-    };
     // An IPv4 address in the clothes of IPv6 (::ffff:0:0/96) goes where the IPv4 address goes.
     if let Some(mapped) = address.to_ipv4_mapped() {
         return private && is_allowed_v4(mapped, private);
     }
-    let is_own = address.is_loopback() || (within(&UNIQUE_LOCAL_V6) && !within(&METADATA_V6));
-    let is_global = within(&GLOBAL_V6) && !NEVER_V6.iter().any(within);
+    let is_unique_local = UNIQUE_LOCAL_V6.contains(&address) && !METADATA_V6.contains(&address);
+    let is_own = address.is_loopback() || is_unique_local;
+    let is_never = NEVER_V6.iter().any(|range| range.contains(&address));
+    let is_global = GLOBAL_V6.contains(&address) && !is_never;
     is_global || (private && is_own)
 }
 
@@ -203,6 +212,91 @@ mod tests {
                 assert_eq!(is_allowed(address, true), kind != "never", "{text}");
             }
         }
+    }
+
+    /// Each range as its first and last address, and its kind. Written out, so that no arithmetic of prefixes is
+    /// needed to read it; where ranges overlap, the one that is listed first counts.
+    const RANGES: [(&str, &str, &str); 33] = [
+        ("0.0.0.0", "0.255.255.255", "never"),
+        ("100.100.100.200", "100.100.100.200", "never"),
+        ("168.63.129.16", "168.63.129.16", "never"),
+        ("169.254.0.0", "169.254.255.255", "never"),
+        ("192.0.0.0", "192.0.0.255", "never"),
+        ("192.0.2.0", "192.0.2.255", "never"),
+        ("192.31.196.0", "192.31.196.255", "never"),
+        ("192.52.193.0", "192.52.193.255", "never"),
+        ("192.88.99.0", "192.88.99.255", "never"),
+        ("192.175.48.0", "192.175.48.255", "never"),
+        ("198.51.100.0", "198.51.100.255", "never"),
+        ("203.0.113.0", "203.0.113.255", "never"),
+        ("224.0.0.0", "239.255.255.255", "never"),
+        ("240.0.0.0", "255.255.255.255", "never"),
+        ("10.0.0.0", "10.255.255.255", "own"),
+        ("100.64.0.0", "100.127.255.255", "own"),
+        ("127.0.0.0", "127.255.255.255", "own"),
+        ("172.16.0.0", "172.31.255.255", "own"),
+        ("192.168.0.0", "192.168.255.255", "own"),
+        ("198.18.0.0", "198.19.255.255", "own"),
+        ("0.0.0.0", "255.255.255.255", "public"),
+        ("2001::", "2001:1ff:ffff:ffff:ffff:ffff:ffff:ffff", "never"),
+        ("2001:db8::", "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff", "never"),
+        ("2002::", "2002:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "never"),
+        ("2620:4f:8000::", "2620:4f:8000:ffff:ffff:ffff:ffff:ffff", "never"),
+        ("3fff::", "3fff:fff:ffff:ffff:ffff:ffff:ffff:ffff", "never"),
+        ("2000::", "3fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "public"),
+        ("::1", "::1", "own"),
+        ("fd00:ec2::", "fd00:ec2:ffff:ffff:ffff:ffff:ffff:ffff", "never"),
+        ("fc00::", "fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "own"),
+        ("64:ff9b::", "64:ff9b::ffff:ffff", "never"),
+        ("fe80::", "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "never"),
+        ("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "never"),
+    ];
+
+    /// The address `steps` after this one, if there is one.
+    fn stepped(address: IpAddr, steps: i32) -> Option<IpAddr> {
+        match address {
+            IpAddr::V4(four) => {
+                let bits = four.to_bits().checked_add_signed(steps)?;
+                Some(Ipv4Addr::from_bits(bits).into())
+            }
+            IpAddr::V6(six) => {
+                let bits = six.to_bits().checked_add_signed(steps.into())?;
+                Some(Ipv6Addr::from_bits(bits).into())
+            }
+        }
+    }
+
+    #[test]
+    fn the_edges_of_each_range_are_of_their_kind() {
+        let ranges = RANGES.map(|(first, last, kind)| {
+            let parsed = |text: &str| text.parse::<IpAddr>().expect(text);
+            (parsed(first), parsed(last), kind)
+        });
+        let kind_of = |address: IpAddr| {
+            let within = |(first, last, _): &&(IpAddr, IpAddr, &str)| {
+                first.is_ipv4() == address.is_ipv4() && (*first..=*last).contains(&address)
+            };
+            // The rest of IPv6 is not assigned.
+            ranges.iter().find(within).map_or("never", |(_, _, kind)| kind)
+        };
+        let mut compared = 0;
+        for (first, last, _) in &ranges {
+            let edges =
+                [stepped(*first, -1), Some(*first), Some(*last), stepped(*last, 1)].into_iter();
+            for address in edges.flatten() {
+                let kind = kind_of(address);
+                assert_eq!(is_allowed(address, false), kind == "public", "{address}");
+                assert_eq!(is_allowed(address, true), kind != "never", "{address}");
+                compared += 1;
+                // Mapped into IPv6, it is allowed as the address that it stands for, to a private grant alone.
+                if let IpAddr::V4(four) = address {
+                    let mapped = four.to_ipv6_mapped().into();
+                    assert!(!is_allowed(mapped, false), "{mapped}");
+                    assert_eq!(is_allowed(mapped, true), kind != "never", "{mapped}");
+                }
+            }
+        }
+        assert!(compared > RANGES.len() * 3, "only {compared} addresses were compared");
     }
 
     /// What the standard library knows to be no public host is refused, whatever the tables say.
