@@ -13,6 +13,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
+use subtle::ConstantTimeEq;
 
 use super::PlainJson;
 use shardmill_config::{AdminConfig, Secret};
@@ -57,13 +58,27 @@ pub struct Access(Arc<Rules>);
 
 struct Rules {
     /// `None`: none is configured, and nothing can be changed here.
-    token: Option<Digest>,
-    read_token: Option<Digest>,
+    token: Option<TokenDigest>,
+    read_token: Option<TokenDigest>,
     /// Whether `/metrics` and `/status` ask for a token.
     is_reading_guarded: bool,
     hosts: Vec<String>,
     /// Where the token is found, for messages.
     token_place: &'static str,
+}
+
+/// The digest of a token. Tokens are compared by it, so that all have one length, and in constant time:
+/// how long that takes says nothing about the token.
+struct TokenDigest(Digest);
+
+impl TokenDigest {
+    fn of(token: &str) -> Self {
+        Self(Digest::of(token.as_bytes()))
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        self.0.as_str().as_bytes().ct_eq(other.0.as_str().as_bytes()).into()
+    }
 }
 
 impl Access {
@@ -107,11 +122,11 @@ impl Access {
             (Some(_), Some(_)) => return Caller::Stranger,
         };
         let brought = value.to_str().ok().and_then(bearer).unwrap_or_default();
-        // Compared by digest: how long that takes says nothing about the token.
-        let brought = Digest::of(brought.as_bytes());
-        if self.0.token.as_ref() == Some(&brought) {
+        let brought = TokenDigest::of(brought);
+        let is_brought = |token: &TokenDigest| token.is(&brought);
+        if self.0.token.as_ref().is_some_and(is_brought) {
             Caller::Owner
-        } else if self.0.read_token.as_ref() == Some(&brought) {
+        } else if self.0.read_token.as_ref().is_some_and(is_brought) {
             Caller::Reader
         } else {
             Caller::Stranger
@@ -205,8 +220,8 @@ fn bearer(value: &str) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
-fn digest(secret: &Secret) -> Digest {
-    Digest::of(secret.reveal().as_bytes())
+fn digest(secret: &Secret) -> TokenDigest {
+    TokenDigest::of(secret.reveal())
 }
 
 #[cfg(test)]
@@ -262,6 +277,19 @@ mod tests {
         assert_eq!(caller("Bearer reads"), Caller::Reader);
         for other in ["Bearer ", "Bearer", "", "own", "Basic own", "Bearer own own"] {
             assert_eq!(caller(other), Caller::Stranger, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_equal_to_itself_alone() {
+        let token = TokenDigest::of("own token");
+        assert!(token.is(&TokenDigest::of("own token")));
+        // Its beginning, its end, more than it, the same length, and its digest in its place.
+        let digest = token.0.as_str();
+        for other in
+            ["", "own", "token", "own token ", "own\0token", "own tokem", "pwn token", digest]
+        {
+            assert!(!token.is(&TokenDigest::of(other)), "{other:?}");
         }
     }
 
