@@ -290,6 +290,44 @@ async fn a_statement_that_takes_too_long_ends_and_the_next_is_answered() {
     }
 }
 
+/// Lanes that all ask at once share four connections, which stay for the next queries.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lookup_has_four_connections_at_most() {
+    const CONNECTIONS: i64 = 4;
+    let mart = Mart::new("four").await;
+    mart.sql(
+        "CREATE TABLE t (id int, v int); INSERT INTO t SELECT n, n FROM generate_series(1, 12) n",
+    )
+    .await;
+    let lookup = mart.lookup("SELECT id, v, pg_sleep(0.3)::text AS s FROM t WHERE id = ANY($1)");
+    lookup.prepare().await.expect("prepared");
+    let lanes: Vec<_> = (1..=12)
+        .map(|key: i32| {
+            let lookup = Arc::clone(&lookup);
+            tokio::spawn(async move { rows(&lookup, &[&key.to_string()]).await })
+        })
+        .collect();
+    let asleep = "SELECT count(*) FROM pg_stat_activity \
+                  WHERE application_name = 'lookup_four' AND wait_event = 'PgSleep'";
+    let mut most = 0;
+    while !lanes.iter().all(tokio::task::JoinHandle::is_finished) {
+        let now = mart.client.query_one(asleep, &[]).await.expect("a count").get::<_, i64>(0);
+        most = most.max(now);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    for (key, lane) in (1..=12).zip(lanes) {
+        assert_eq!(lane.await.expect("a lane"), format!(r#"{{"v":{key},"s":""}}"#));
+    }
+    assert_eq!(most, CONNECTIONS);
+    let kept = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'lookup_four'";
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // One more was closed after the query had been described: the server may still be about to notice.
+    while mart.client.query_one(kept, &[]).await.expect("a count").get::<_, i64>(0) != CONNECTIONS {
+        assert!(Instant::now() < deadline, "other than {CONNECTIONS} connections are kept");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_that_the_query_cannot_stand_are_the_keys_fault() {
     let mart = Mart::new("fault").await;

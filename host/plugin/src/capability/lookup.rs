@@ -20,6 +20,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use deadpool::managed::PoolError;
 use tokio::runtime::Handle;
 
 use self::cache::{Cache, Row};
@@ -84,9 +85,8 @@ impl Lookup {
         let table = match &config.source {
             LookupSource::Postgres(url) => PostgresTable::new(url.reveal(), query, timeout)
                 .map(|table| Table::Postgres(Box::new(table))),
-            LookupSource::Sqlite(path) => {
-                Ok(Table::Sqlite(Arc::new(SqliteTable::new(path.clone(), query))))
-            }
+            LookupSource::Sqlite(path) => SqliteTable::new(path.clone(), query, runtime.clone())
+                .map(|table| Table::Sqlite(Arc::new(table))),
         };
         let name = config.name.value.clone();
         let table = table.map_err(|error| named(&name, error))?;
@@ -204,9 +204,7 @@ impl Lookup {
             Table::Postgres(table) => {
                 let fetched =
                     off_thread::wait_on(&self.runtime, table.fetch(keys, deadline, found));
-                fetched.unwrap_or_else(|| {
-                    Err(LookupError::retryable("no answer before the pipeline stopped"))
-                })?;
+                fetched.unwrap_or_else(|| Err(stopped()))?;
             }
             Table::Sqlite(table) => table.fetch(keys, deadline, found)?,
         }
@@ -240,6 +238,19 @@ impl Lookup {
 impl fmt::Debug for Lookup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Lookup").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// The error of a wait that ended with the process.
+fn stopped() -> LookupError {
+    LookupError::retryable("no answer before the pipeline stopped")
+}
+
+/// Why the pool gave no connection: its own errors are about settings that it does not have here.
+fn pool_error(error: PoolError<LookupError>) -> LookupError {
+    match error {
+        PoolError::Backend(error) => error,
+        other => LookupError::retryable(other.to_string()),
     }
 }
 

@@ -14,15 +14,15 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use deadpool::managed::{Manager, Metrics, Object, Pool, QueueMode, RecycleError, RecycleResult};
 use futures::TryStreamExt;
-use tokio::sync::Semaphore;
 use tokio::time::timeout_at;
 use tokio_postgres::Column;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Kind, ToSql, Type};
 
-use super::LookupError;
 use super::found::{Asked, Found};
+use super::{LookupError, pool_error};
 use shardmill_pg::{Link, PostgresServer, ServerError};
 
 /// Lanes share these. More would not make a server faster, and fewer would let one slow query stop
@@ -48,13 +48,21 @@ const SAVEPOINT: &str = "describe";
 
 /// A table's query, and the connections that it runs on.
 pub(super) struct PostgresTable {
-    server: PostgresServer,
     place: String,
     query: String,
     timeout: Duration,
-    connections: Semaphore,
-    idle: Mutex<Vec<Link>>,
+    connections: Pool<Connector>,
     description: Mutex<Option<Arc<Description>>>,
+}
+
+/// Makes the connections of the pool.
+///
+/// A slot of the pool is empty while a query runs: the connection belongs to the query, and comes back when the
+/// query has been answered to its end. A query that fails, or is dropped at its deadline, closes the connection.
+struct Connector {
+    server: PostgresServer,
+    place: String,
+    silence_max: Duration,
     refused: Mutex<Option<Refused>>,
 }
 
@@ -78,16 +86,26 @@ struct Refused {
 impl PostgresTable {
     pub(super) fn new(url: &str, query: &str, timeout: Duration) -> Result<Self, LookupError> {
         let server = PostgresServer::parse(url).map_err(LookupError::lasting)?;
-        Ok(Self {
-            place: server.place(),
+        let place = server.place();
+        let connector = Connector {
             server,
+            place: place.clone(),
+            silence_max: timeout.max(SILENCE_MIN),
+            refused: Mutex::default(),
+        };
+        // Waits have no limits of their own: each call has one deadline for all of its steps.
+        let connections = Pool::builder(connector)
+            .max_size(CONNECTIONS_MAX)
+            .queue_mode(QueueMode::Lifo)
+            .build()
+            .map_err(|error| LookupError::lasting(error.to_string()))?;
+        Ok(Self {
+            place,
             // The query becomes a subquery, where no semicolon may stand.
             query: query.trim().trim_end_matches(';').trim_end().to_owned(),
             timeout,
-            connections: Semaphore::new(CONNECTIONS_MAX),
-            idle: Mutex::default(),
+            connections,
             description: Mutex::default(),
-            refused: Mutex::default(),
         })
     }
 
@@ -113,49 +131,56 @@ impl PostgresTable {
     }
 
     async fn fetch_in_time(&self, keys: &[Arc<str>], found: &mut Found) -> Result<(), LookupError> {
-        let _permit = self.connections.acquire().await;
-        let known = self.known();
-        let is_known = known.is_some();
-        let description = match known {
-            Some(known) => known,
-            None => self.describe().await?,
+        let mut slot = self.connections.get().await.map_err(pool_error)?;
+        let mut is_reused = Object::metrics(&slot).recycle_count > 0;
+        let mut link = match slot.take() {
+            Some(link) => link,
+            None => self.connect().await?,
         };
-        if let Some(link) = self.idle_link() {
-            match self.query(&link, &description, keys, found).await {
-                Ok(()) => {
-                    self.idle().push(link);
+        let mut known = self.known();
+        loop {
+            let was_known = known.is_some();
+            let fetched = self.fetch_on(link, known.take(), keys, found).await;
+            match fetched {
+                Ok(link) => {
+                    *slot = Some(link);
                     return Ok(());
                 }
-                // The server went away in between: once more, on another connection.
-                Err(FetchError::Failed(error)) if is_stale(&error) => self.idle().clear(),
-                Err(FetchError::Failed(error)) if is_known && is_altered(&error) => {}
+                // The server went away in between: once more, on a new connection.
+                Err(FetchError::Failed(error)) if is_reused && is_stale(&error) => {
+                    self.connections.retain(|_, _| false);
+                    known = self.known();
+                }
+                // The table is another by now: once more, by a new description.
+                Err(FetchError::Failed(error)) if was_known && is_altered(&error) => {}
                 Err(error) => return Err(self.failed(error)),
             }
+            is_reused = false;
+            link = self.connect().await?;
         }
-        let link = self.connect().await?;
-        let fetched = match self.query(&link, &description, keys, found).await {
-            Err(FetchError::Failed(error)) if is_known && is_altered(&error) => {
-                // The table is another by now.
-                drop(link);
-                let description = self.describe().await?;
-                let link = self.connect().await?;
-                self.query(&link, &description, keys, found).await.map(|()| link)
+    }
+
+    /// Runs the query on a connection, which is closed if that fails. Gives the connection to use next.
+    async fn fetch_on(
+        &self,
+        link: Link,
+        known: Option<Arc<Description>>,
+        keys: &[Arc<str>],
+        found: &mut Found,
+    ) -> Result<Link, FetchError> {
+        let (link, description) = match known {
+            Some(known) => (link, known),
+            None => {
+                let description = self.describe(link).await?;
+                (self.connect().await.map_err(FetchError::Lookup)?, description)
             }
-            other => other.map(|()| link),
         };
-        let link = fetched.map_err(|error| self.failed(error))?;
-        self.idle().push(link);
-        Ok(())
+        self.query(&link, &description, keys, found).await?;
+        Ok(link)
     }
 
-    fn idle_link(&self) -> Option<Link> {
-        let mut idle = self.idle();
-        idle.retain(|link| !link.is_closed());
-        idle.pop()
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Link>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    async fn connect(&self) -> Result<Link, LookupError> {
+        self.connections.manager().connect().await
     }
 
     /// The description, unless it is old.
@@ -164,12 +189,10 @@ impl PostgresTable {
         known.clone().filter(|known| known.read_at.elapsed() < DESCRIPTION_AGE_MAX)
     }
 
-    /// Learns what the query's parameter and columns are, on a connection of its own: the client may
-    /// have to prepare statements to learn of types, and keeps them for its connection's life.
-    async fn describe(&self) -> Result<Arc<Description>, LookupError> {
-        let link = self.connect().await?;
-        let described = self.describe_on(&link).await.map_err(|error| self.failed(error))?;
-        let described = Arc::new(described);
+    /// Learns what the query's parameter and columns are, and closes the connection: the client may have
+    /// to prepare statements to learn of types, and keeps them for its connection's life.
+    async fn describe(&self, link: Link) -> Result<Arc<Description>, FetchError> {
+        let described = Arc::new(self.describe_on(&link).await?);
         let mut known = self.description.lock().unwrap_or_else(PoisonError::into_inner);
         *known = Some(Arc::clone(&described));
         Ok(described)
@@ -235,6 +258,22 @@ impl PostgresTable {
         Ok(())
     }
 
+    /// Classes 22 (data exception) and P0001 (`RAISE EXCEPTION`) blame the keys. All else is the
+    /// server's failure or the configuration's, and must not cost records.
+    fn failed(&self, error: FetchError) -> LookupError {
+        let error = match error {
+            FetchError::Lookup(error) => return error,
+            FetchError::Failed(error) => error,
+        };
+        let blames_keys = error.code().is_some_and(|code| {
+            code.code().starts_with("22") || *code == SqlState::RAISE_EXCEPTION
+        });
+        let message = format!("{}: {error}", self.place);
+        LookupError { retryable: !blames_keys, message }
+    }
+}
+
+impl Connector {
     /// Connects, unless it failed a moment ago: all lanes together ask a server that is down no more
     /// often than one would.
     async fn connect(&self) -> Result<Link, LookupError> {
@@ -245,7 +284,7 @@ impl PostgresTable {
             }
             pause = (refused.pause * 2).min(PAUSE_MAX);
         }
-        let error = match self.server.connect(self.timeout.max(SILENCE_MIN)).await {
+        let error = match self.server.connect(self.silence_max).await {
             Ok(link) => {
                 *self.refused() = None;
                 return Ok(link);
@@ -260,19 +299,22 @@ impl PostgresTable {
     fn refused(&self) -> MutexGuard<'_, Option<Refused>> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Classes 22 (data exception) and P0001 (`RAISE EXCEPTION`) blame the keys. All else is the
-    /// server's failure or the configuration's, and must not cost records.
-    fn failed(&self, error: FetchError) -> LookupError {
-        let error = match error {
-            FetchError::Lookup(error) => return error,
-            FetchError::Failed(error) => error,
-        };
-        let blames_keys = error.code().is_some_and(|code| {
-            code.code().starts_with("22") || *code == SqlState::RAISE_EXCEPTION
-        });
-        let message = format!("{}: {error}", self.place);
-        LookupError { retryable: !blames_keys, message }
+impl Manager for Connector {
+    /// Empty while a query has the connection.
+    type Type = Option<Link>;
+    type Error = LookupError;
+
+    async fn create(&self) -> Result<Option<Link>, LookupError> {
+        self.connect().await.map(Some)
+    }
+
+    async fn recycle(&self, link: &mut Option<Link>, _: &Metrics) -> RecycleResult<LookupError> {
+        match link {
+            Some(link) if !link.is_closed() => Ok(()),
+            _ => Err(RecycleError::message("the connection was closed")),
+        }
     }
 }
 

@@ -3,21 +3,24 @@
 //! The keys are bound as one JSON array, which `json_each(?1)` unfolds: SQLite has no arrays, and a
 //! statement with a parameter per key would be prepared anew for each number of keys.
 
-use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::fs::Metadata;
-use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use deadpool::managed::{Manager, Metrics, Object, Pool, QueueMode, RecycleError, RecycleResult};
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, Statement};
+use tokio::runtime::Handle;
+use tokio::time::timeout_at;
 
-use super::LookupError;
 use super::found::{Asked, Found};
+use super::{LookupError, pool_error, stopped};
 use shardmill_core::masking::worded;
+use shardmill_core::off_thread;
 
 /// Steps of SQLite's machine between two looks at the clock: well below a millisecond.
 const STEPS: i32 = 10_000;
@@ -28,28 +31,19 @@ const CONNECTIONS_MAX: usize = 4;
 
 /// A file's query, and the connections that lanes take turns on.
 pub(super) struct SqliteTable {
-    path: PathBuf,
     query: String,
-    connections: Mutex<Connections>,
-    /// Notified when a connection is given back, or another call is the first to wait.
-    given_back: Condvar,
+    /// Gives connections in the order of the calls: a lane that asks again and again is not served before one that
+    /// waits.
+    connections: Pool<Opener>,
+    runtime: Handle,
 }
 
-#[derive(Default)]
-struct Connections {
-    idle: Vec<Open>,
-    in_use: usize,
-    /// The tickets of calls that wait for a turn, in the order in which they came: a lane that asks again and
-    /// again is not served before one that waits.
-    waiting: VecDeque<u64>,
-    tickets: u64,
-}
-
-/// A turn on a connection. The query runs on it without a lock that lanes share.
-struct Turn<'t> {
-    table: &'t SqliteTable,
-    /// A connection to be given back, if it is sound.
-    open: Option<Open>,
+/// Opens the connections of the pool.
+///
+/// A slot of the pool is empty while a query runs: the connection belongs to the query, and comes back after
+/// success. Where a query failed, the next call opens the file again.
+struct Opener {
+    path: PathBuf,
 }
 
 struct Open {
@@ -59,9 +53,14 @@ struct Open {
 }
 
 impl SqliteTable {
-    pub(super) fn new(path: PathBuf, query: &str) -> Self {
-        let (connections, given_back) = (Mutex::default(), Condvar::new());
-        Self { path, query: query.to_owned(), connections, given_back }
+    pub(super) fn new(path: PathBuf, query: &str, runtime: Handle) -> Result<Self, LookupError> {
+        // Waits have no limits of their own: each call has a deadline.
+        let connections = Pool::builder(Opener { path })
+            .max_size(CONNECTIONS_MAX)
+            .queue_mode(QueueMode::Lifo)
+            .build()
+            .map_err(|error| LookupError::lasting(error.to_string()))?;
+        Ok(Self { query: query.to_owned(), connections, runtime })
     }
 
     /// Opens the file, and runs the query without a key.
@@ -69,62 +68,36 @@ impl SqliteTable {
         self.fetch(&[], deadline, &mut Found::default())
     }
 
-    /// Adds the rows of `keys` to `found`.
+    /// Adds the rows of `keys` to `found`. Call it from a thread that may block.
     pub(super) fn fetch(
         &self,
         keys: &[Arc<str>],
         deadline: Instant,
         found: &mut Found,
     ) -> Result<(), LookupError> {
-        let file = std::fs::metadata(&self.path).map_err(|error| self.failed(error))?;
-        let mut turn = self.turn(deadline)?;
-        // A table is often renewed by renaming a new file over it.
-        let mut opened = match turn.open.take() {
-            Some(opened) if opened.file == identity(&file) => opened,
-            _ => Open {
-                connection: self.open_file().map_err(|error| self.failed(error))?,
-                file: identity(&file),
-            },
+        let mut slot = self.turn(deadline)?;
+        let mut open = match slot.take() {
+            Some(open) => open,
+            None => self.opener().open()?,
         };
-        let fetched = self.fetch_on(&mut opened.connection, keys, deadline, found);
-        // A connection that failed is opened anew by the next call.
+        let fetched = self.fetch_on(&mut open.connection, keys, deadline, found);
         if fetched.is_ok() {
-            turn.open = Some(opened);
+            *slot = Some(open);
         }
         fetched
     }
 
     /// Waits for a turn until `deadline` at most.
-    fn turn(&self, deadline: Instant) -> Result<Turn<'_>, LookupError> {
-        let mut connections = self.connections();
-        let ticket = connections.tickets;
-        connections.tickets += 1;
-        connections.waiting.push_back(ticket);
-        while connections.in_use == CONNECTIONS_MAX || connections.waiting.front() != Some(&ticket)
-        {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                connections.waiting.retain(|other| *other != ticket);
-                drop(connections);
-                // Another is the first now.
-                self.given_back.notify_all();
-                return Err(self.failed("the queries of other lanes took too long"));
-            }
-            let waited = self.given_back.wait_timeout(connections, left);
-            connections = waited.unwrap_or_else(PoisonError::into_inner).0;
+    fn turn(&self, deadline: Instant) -> Result<Object<Opener>, LookupError> {
+        let turn = async { timeout_at(deadline.into(), self.connections.get()).await };
+        match off_thread::wait_on(&self.runtime, turn).ok_or_else(stopped)? {
+            Ok(slot) => slot.map_err(pool_error),
+            Err(_) => Err(self.failed("the queries of other lanes took too long")),
         }
-        connections.waiting.pop_front();
-        connections.in_use += 1;
-        let open = connections.idle.pop();
-        drop(connections);
-        // There may be a connection for the next one too.
-        self.given_back.notify_all();
-        Ok(Turn { table: self, open })
     }
 
-    /// A panic elsewhere leaves them whole: every change is a single call.
-    fn connections(&self) -> MutexGuard<'_, Connections> {
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    fn opener(&self) -> &Opener {
+        self.connections.manager()
     }
 
     fn fetch_on(
@@ -170,13 +143,6 @@ impl SqliteTable {
         Ok(())
     }
 
-    fn open_file(&self) -> rusqlite::Result<Connection> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(&self.path, flags)?;
-        connection.execute_batch("PRAGMA query_only = ON")?;
-        Ok(connection)
-    }
-
     fn check(&self, statement: &Statement<'_>) -> Result<(), LookupError> {
         let names: Vec<&str> = statement.column_names().collect();
         let twice = (1..names.len()).find(|place| names[1..*place].contains(&names[*place]));
@@ -213,13 +179,33 @@ impl SqliteTable {
             json.push_str(column);
             json.push(':');
             if !write_value(&mut json, value) {
-                let fault =
-                    format!("{}: the column {column} has a text that is no UTF-8", self.place());
+                let fault = format!(
+                    "{}: the column {column} has a text that is no UTF-8",
+                    self.opener().place()
+                );
                 return Err(LookupError::lasting(fault));
             }
         }
         json.push('}');
         Ok(json)
+    }
+
+    fn failed(&self, cause: impl std::fmt::Display) -> LookupError {
+        self.opener().failed(cause)
+    }
+}
+
+impl Opener {
+    fn open(&self) -> Result<Open, LookupError> {
+        let file = self.file()?;
+        let connection = open_file(&self.path).map_err(|error| self.failed(error))?;
+        Ok(Open { connection, file })
+    }
+
+    /// The file that is at the path now.
+    fn file(&self) -> Result<(u64, u64), LookupError> {
+        let file = std::fs::metadata(&self.path).map_err(|error| self.failed(error))?;
+        Ok(identity(&file))
     }
 
     fn place(&self) -> String {
@@ -231,14 +217,30 @@ impl SqliteTable {
     }
 }
 
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        let mut connections = self.table.connections();
-        connections.in_use -= 1;
-        connections.idle.extend(self.open.take());
-        drop(connections);
-        self.table.given_back.notify_all();
+/// Both open and look at files: they are called on threads that may block, by [`SqliteTable::turn`] alone.
+impl Manager for Opener {
+    /// Empty while a query has the connection.
+    type Type = Option<Open>;
+    type Error = LookupError;
+
+    async fn create(&self) -> Result<Option<Open>, LookupError> {
+        self.open().map(Some)
     }
+
+    /// A table is often renewed by renaming a new file over it.
+    async fn recycle(&self, open: &mut Option<Open>, _: &Metrics) -> RecycleResult<LookupError> {
+        match open {
+            Some(open) if open.file == self.file()? => Ok(()),
+            _ => Err(RecycleError::message("the file was replaced, or a query failed")),
+        }
+    }
+}
+
+fn open_file(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.execute_batch("PRAGMA query_only = ON")?;
+    Ok(connection)
 }
 
 /// Appends a value; false: it is no text.
@@ -295,14 +297,29 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    use tokio::runtime::Runtime;
+
     use super::*;
 
     const LONG: Duration = Duration::from_secs(60);
 
+    /// A table in a new file, which `script` makes.
+    fn table(folder: &Path, runtime: &Runtime, script: &str) -> SqliteTable {
+        let path = folder.join("t.db");
+        Connection::open(&path).expect("a database").execute_batch(script).expect(script);
+        let query = "SELECT * FROM t WHERE id IN (SELECT value FROM json_each(?1))";
+        SqliteTable::new(path, query, runtime.handle().clone()).expect("a table")
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(50)
+    }
+
     #[test]
     fn wall_06_turns_on_connections_are_taken_in_the_order_of_the_calls() {
-        let table = SqliteTable::new(PathBuf::new(), "");
-        let soon = || Instant::now() + Duration::from_millis(50);
+        let (folder, runtime) =
+            (tempfile::tempdir().expect("a folder"), Runtime::new().expect("one"));
+        let table = table(folder.path(), &runtime, "CREATE TABLE t (id INT, v INT)");
         let mut turns: Vec<_> =
             (0..CONNECTIONS_MAX).map(|_| table.turn(soon()).expect("a connection")).collect();
         assert!(table.turn(soon()).is_err(), "all are in use");
@@ -316,7 +333,7 @@ mod tests {
                 let _ = ended.recv_timeout(LONG);
             });
             let begun = Instant::now();
-            while table.connections().waiting.is_empty() {
+            while table.connections.status().waiting == 0 {
                 assert!(begun.elapsed() < LONG, "nobody waits");
                 std::thread::yield_now();
             }
@@ -325,7 +342,34 @@ mod tests {
             assert_eq!(first_has_it.recv_timeout(LONG), Ok(()));
             drop(end);
         });
-        assert!(table.connections().waiting.is_empty());
-        assert_eq!(table.connections().in_use, CONNECTIONS_MAX - 1);
+        let status = table.connections.status();
+        assert_eq!((status.waiting, status.available, status.size), (0, 1, CONNECTIONS_MAX));
+    }
+
+    #[test]
+    fn a_connection_comes_back_after_success_alone() {
+        let (folder, runtime) =
+            (tempfile::tempdir().expect("a folder"), Runtime::new().expect("one"));
+        let table = table(
+            folder.path(),
+            &runtime,
+            "CREATE TABLE t (id INT, v TEXT); INSERT INTO t VALUES (1, 'a'), (2, CAST(x'ff' AS TEXT))",
+        );
+        let fetch =
+            |key: &str| table.fetch(&[key.into()], Instant::now() + LONG, &mut Found::default());
+        let is_kept = || {
+            let slot = table.turn(soon()).expect("a turn");
+            Object::metrics(&slot).recycle_count > 0
+        };
+        assert_eq!(fetch("1"), Ok(()));
+        assert!(is_kept());
+        // A text that is no UTF-8.
+        assert!(fetch("2").is_err());
+        assert!(!is_kept());
+        assert_eq!(fetch("1"), Ok(()));
+        std::fs::remove_file(folder.path().join("t.db")).expect("removed");
+        let gone = fetch("1").expect_err("no file");
+        assert!(gone.retryable && gone.message.contains("t.db"), "{gone:?}");
+        assert_eq!(table.connections.status().size, 0);
     }
 }
