@@ -105,9 +105,6 @@ pub struct Checkpoints {
     advances: Together<Advance>,
 }
 
-/// When a shard that was read to its end was first missing from the stream's list.
-pub(super) const GONE: &str = "ALTER TABLE shard ADD COLUMN gone_ms INTEGER";
-
 /// How far a shard's sinks are.
 #[derive(Clone)]
 struct Advance {
@@ -151,13 +148,6 @@ impl Entry for Advance {
         Ok(())
     }
 }
-
-/// What is kept of a stream as a whole.
-pub(super) const STREAM_SCHEMA: &str = "
-    CREATE TABLE stream_start (stream TEXT PRIMARY KEY, latest_ms INTEGER NOT NULL) WITHOUT ROWID;
-    CREATE TABLE seen_shard (
-        stream TEXT NOT NULL, shard TEXT NOT NULL, PRIMARY KEY (stream, shard)) WITHOUT ROWID;
-";
 
 impl Checkpoints {
     /// Over the pipeline's state database.

@@ -13,18 +13,6 @@ use serde::Serialize;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
 
-/// What version 6 has for holes. An empty sequence is the shard's beginning as `from`, and its end as
-/// `to`; an empty sink means every sink.
-pub(super) const SCHEMA: &str = "
-    CREATE TABLE hole (
-        number INTEGER PRIMARY KEY AUTOINCREMENT, sink TEXT NOT NULL,
-        stream TEXT NOT NULL, shard TEXT NOT NULL,
-        from_sequence TEXT NOT NULL, from_sub INTEGER NOT NULL,
-        to_sequence TEXT NOT NULL, to_sub INTEGER NOT NULL,
-        why TEXT NOT NULL, recorded_ms INTEGER NOT NULL, filled_ms INTEGER,
-        UNIQUE (stream, shard, sink, from_sequence, from_sub, to_sequence, to_sub));
-";
-
 /// Records of a shard that a sink was not given: `(from, to]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hole {

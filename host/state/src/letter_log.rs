@@ -35,45 +35,6 @@ const STREAM: &str = "dead-letters";
 /// A record up to this length is in the copy of each of its letters: that costs little, and saves a look.
 const REPEATED_BYTES_MAX: usize = 4 << 10;
 
-/// Hands a carrier's record on when the carrier is deleted, or loses its record. The log has the letters that a
-/// sink may not have: it is shortened up to where all of them are.
-macro_rules! hand_on {
-    () => {
-        "BEGIN
-            UPDATE letter_carrier SET carrier = 0
-                WHERE of_record = OLD.record AND carrier = OLD.id
-                AND NOT EXISTS (SELECT 1 FROM letter_log WHERE letter = OLD.id);
-            UPDATE letter_carrier SET carrier = coalesce((
-                SELECT l.id FROM letters l CROSS JOIN letter_log g ON g.letter = l.id
-                WHERE l.record = OLD.record AND l.id <> OLD.id
-                    AND g.number > (SELECT min(number) FROM letter_log WHERE letter = OLD.id)
-                ORDER BY l.id LIMIT 1), OLD.id)
-                WHERE of_record = OLD.record AND carrier = OLD.id;
-            DELETE FROM letter_carrier WHERE of_record = OLD.record AND carrier = OLD.id;
-        END;"
-    };
-}
-
-/// The letter of each record whose copy has it whole; 0: one that is gone.
-pub(super) const SCHEMA: &str = concat!(
-    "CREATE TABLE letter_carrier (of_record INTEGER PRIMARY KEY, carrier INTEGER NOT NULL);
-    INSERT INTO letter_carrier SELECT of_record, first FROM (
-        SELECT l.record AS of_record, l.id AS first, min(g.number)
-        FROM letter_log g JOIN letters l ON l.id = g.letter
-        WHERE l.record IS NOT NULL GROUP BY l.record);
-    CREATE TRIGGER letter_carries AFTER INSERT ON letter_log
-        BEGIN INSERT INTO letter_carrier SELECT record, id FROM letters
-            WHERE id = NEW.letter AND record IS NOT NULL
-            AND NOT EXISTS (SELECT 1 FROM letter_carrier WHERE of_record = record); END;
-    CREATE TRIGGER letter_carrier_left AFTER DELETE ON letter_record
-        BEGIN DELETE FROM letter_carrier WHERE of_record = OLD.id; END;
-    CREATE TRIGGER letter_carrier_deleted BEFORE DELETE ON letters WHEN OLD.record IS NOT NULL ",
-    hand_on!(),
-    "CREATE TRIGGER letter_carrier_marked AFTER UPDATE OF record ON letters
-        WHEN OLD.record IS NOT NULL AND OLD.record IS NOT NEW.record ",
-    hand_on!()
-);
-
 /// A letter with its place in the log.
 #[derive(Clone, Debug)]
 pub struct LoggedLetter {

@@ -13,6 +13,7 @@ mod ledger;
 mod letter_log;
 mod letter_store;
 mod letters;
+mod migrations;
 mod redrive;
 mod rejections;
 mod replays;

@@ -13,18 +13,6 @@ use super::store::{StateError, StateStore, columns, now_ms, position};
 pub use shardmill_config::one_spelling;
 use shardmill_core::record::{LetterPlace, Position, ShardId, SinkName, StreamIdentity};
 
-/// What version 6 has for sinks. An empty destination: rows go to nowhere that lasts. `removed_ms`: since
-/// then the sink is not in the configuration. An empty sequence: the sink had nothing of the shard.
-pub(super) const SCHEMA: &str = "
-    CREATE TABLE sink_known (
-        sink TEXT PRIMARY KEY, destination TEXT NOT NULL, noted_ms INTEGER NOT NULL,
-        removed_ms INTEGER) WITHOUT ROWID;
-    CREATE TABLE sink_removed (
-        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
-        sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL, removed_ms INTEGER NOT NULL,
-        PRIMARY KEY (stream, shard, sink)) WITHOUT ROWID;
-";
-
 /// Tables with a column `sink` whose rows move with a sink's name.
 const TABLES_BY_SINK: [&str; 8] = [
     "sink_position",

@@ -11,161 +11,13 @@ use std::time::Duration;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, TransactionBehavior};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
+use super::migrations::{self, NotMigrated, version};
 use shardmill_core::owner::{Ownership, StateMark};
 use shardmill_core::private;
 use shardmill_core::record::{Position, SequenceNumber};
 
 /// How deep below the state folder a state database lies: `pipeline/again-1/pipeline/state.db`.
 const STATE_DEPTH_MAX: u32 = 4;
-/// The schema's version, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 6;
-
-const SCHEMA: &str = "
-    CREATE TABLE shard (
-        stream TEXT NOT NULL, shard TEXT NOT NULL,
-        sequence TEXT, sub_sequence INTEGER, ended INTEGER NOT NULL DEFAULT 0,
-        start_at_ms INTEGER, start_at_sequence TEXT, caught_up_ms INTEGER,
-        PRIMARY KEY (stream, shard)) WITHOUT ROWID;
-    CREATE TABLE sink_position (
-        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
-        sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL,
-        PRIMARY KEY (stream, shard, sink)) WITHOUT ROWID;
-    CREATE TABLE generation (id TEXT PRIMARY KEY, spec TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE component (digest TEXT PRIMARY KEY, bytes BLOB NOT NULL);
-    CREATE TABLE ledger (
-        stream TEXT NOT NULL, shard TEXT NOT NULL, sequence TEXT NOT NULL,
-        sub_sequence INTEGER NOT NULL, generation TEXT NOT NULL REFERENCES generation(id),
-        recorded_ms INTEGER NOT NULL,
-        PRIMARY KEY (stream, shard, sequence, sub_sequence)) WITHOUT ROWID;
-    CREATE TABLE dead_letter (
-        stream TEXT NOT NULL, shard TEXT NOT NULL, sequence TEXT NOT NULL,
-        sub_sequence INTEGER NOT NULL, place TEXT NOT NULL, output INTEGER NOT NULL,
-        held INTEGER NOT NULL, partition_key BLOB NOT NULL, original BLOB NOT NULL,
-        entered_key BLOB NOT NULL, entered BLOB NOT NULL, arrived_ms INTEGER NOT NULL,
-        plugin TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL,
-        backtrace TEXT NOT NULL, written_ms INTEGER NOT NULL,
-        PRIMARY KEY (stream, shard, sequence, sub_sequence, place, output));
-";
-
-/// What version 3 has beside version 2.
-const SCHEMA_3: &str = "
-    ALTER TABLE dead_letter ADD COLUMN route TEXT NOT NULL DEFAULT '';
-    CREATE TABLE sink_owner (
-        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL, epoch INTEGER NOT NULL,
-        PRIMARY KEY (stream, shard, sink)) WITHOUT ROWID;
-    CREATE TABLE given_up (
-        sink TEXT NOT NULL, stream TEXT NOT NULL, shard TEXT NOT NULL,
-        sequence TEXT NOT NULL, sub_sequence INTEGER NOT NULL,
-        PRIMARY KEY (stream, shard, sink, sequence, sub_sequence)) WITHOUT ROWID;
-    CREATE TABLE redrive (
-        id INTEGER NOT NULL, ordinal INTEGER NOT NULL, letter INTEGER NOT NULL,
-        PRIMARY KEY (id, ordinal)) WITHOUT ROWID;
-";
-
-/// What version 4 has beside version 3: letters in the order in which they became visible.
-const SCHEMA_4: &str = "
-    CREATE TABLE letter_log (
-        number INTEGER PRIMARY KEY AUTOINCREMENT, letter INTEGER NOT NULL);
-    CREATE INDEX letter_log_letter ON letter_log (letter);
-    INSERT INTO letter_log (letter)
-        SELECT rowid FROM dead_letter WHERE held = 0 ORDER BY written_ms, rowid;
-    CREATE TABLE letter_log_stream (created_ms INTEGER NOT NULL);
-    INSERT INTO letter_log_stream VALUES (CAST(unixepoch('subsec') * 1000 AS INTEGER));
-    CREATE TRIGGER letter_written AFTER INSERT ON dead_letter WHEN NEW.held = 0
-        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
-    CREATE TRIGGER letter_shown AFTER UPDATE OF held ON dead_letter
-        WHEN NEW.held = 0 AND OLD.held <> 0
-        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
-    CREATE TRIGGER letter_deleted AFTER DELETE ON dead_letter
-        BEGIN DELETE FROM letter_log WHERE letter = OLD.rowid; END;
-";
-
-/// What version 5 has beside version 4: what runs in place of what the files say, and every change.
-const SCHEMA_5: &str = "
-    CREATE TABLE running (declared TEXT NOT NULL, running TEXT NOT NULL);
-    CREATE TABLE change (
-        number INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, kind TEXT NOT NULL,
-        stage TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL, outcome TEXT NOT NULL,
-        reason TEXT NOT NULL);
-    CREATE INDEX change_stage ON change (stage, number);
-";
-
-/// Of version 6: letters of an unfinished redrive are in no log; what a redrive has left for a sink that is
-/// gone; which sinks a redrive began with; and which letters' rows a replay has brought to a sink.
-const LETTERS_6: &str = "
-    DROP TRIGGER letter_written;
-    DROP TRIGGER letter_shown;
-    DROP TRIGGER letter_deleted;
-    CREATE TRIGGER letter_written AFTER INSERT ON dead_letter
-        WHEN NEW.held = 0 AND NEW.stream NOT GLOB 'letters:*'
-        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
-    CREATE TRIGGER letter_shown AFTER UPDATE OF held ON dead_letter
-        WHEN NEW.held = 0 AND OLD.held <> 0 AND NEW.stream NOT GLOB 'letters:*'
-        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
-    CREATE TRIGGER letter_stays AFTER UPDATE OF stream ON dead_letter
-        WHEN NEW.held = 0 AND OLD.stream GLOB 'letters:*' AND NEW.stream NOT GLOB 'letters:*'
-        BEGIN INSERT INTO letter_log (letter) VALUES (NEW.rowid); END;
-    CREATE TRIGGER letter_deleted AFTER DELETE ON dead_letter
-        BEGIN
-            DELETE FROM letter_log WHERE letter = OLD.rowid;
-            DELETE FROM redrive WHERE letter = OLD.rowid;
-            DELETE FROM letter_delivered WHERE letter = OLD.rowid;
-            DELETE FROM replay_letter WHERE letter = OLD.rowid;
-        END;
-    DELETE FROM letter_log
-        WHERE letter IN (SELECT rowid FROM dead_letter WHERE stream GLOB 'letters:*');
-    CREATE INDEX redrive_letter ON redrive (letter);
-    CREATE TABLE redrive_rest (id INTEGER PRIMARY KEY);
-    CREATE TABLE redrive_sink (
-        id INTEGER NOT NULL, sink TEXT NOT NULL, PRIMARY KEY (id, sink)) WITHOUT ROWID;
-    CREATE TABLE letter_delivered (
-        letter INTEGER NOT NULL, sink TEXT NOT NULL, PRIMARY KEY (letter, sink)) WITHOUT ROWID;
-    CREATE TABLE replay (id INTEGER PRIMARY KEY, sink TEXT NOT NULL);
-    CREATE TABLE replay_letter (
-        replay INTEGER NOT NULL, letter INTEGER NOT NULL, delivered INTEGER NOT NULL,
-        PRIMARY KEY (replay, letter)) WITHOUT ROWID;
-    CREATE INDEX replay_letter_letter ON replay_letter (letter);
-    CREATE TABLE running_sink (sink TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;
-    DELETE FROM ledger WHERE stream GLOB 'letters:*' AND NOT EXISTS (
-        SELECT 1 FROM redrive WHERE ledger.stream GLOB 'letters:*@' || redrive.id);
-";
-
-/// What version 6 has beside version 5, a part for each subject.
-const SCHEMA_6: &[&str] = &[
-    super::holes::SCHEMA,
-    super::roster::SCHEMA,
-    super::checkpoint::STREAM_SCHEMA,
-    super::checkpoint::GONE,
-    SCHEMA_6_LAG,
-    SCHEMA_6_GIVEN_UP,
-    LETTERS_6,
-    SCHEMA_MARK,
-    super::letter_store::SCHEMA,
-    super::letter_log::SCHEMA,
-    super::variables::SCHEMA,
-];
-
-/// The state's id and the number of its durable writes, which sinks keep beside their positions, the
-/// marks of other states that this one goes on from, letters that a newer state may have
-/// redriven, and how far a shard is read once more for a sink that was restored: up to there the revision
-/// that ran first may be pruned.
-const SCHEMA_MARK: &str = "
-    CREATE TABLE state_mark (id TEXT NOT NULL, number INTEGER NOT NULL);
-    INSERT INTO state_mark VALUES (lower(hex(randomblob(16))), 0);
-    CREATE TABLE seen_state (id TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
-    CREATE TABLE doubtful_letters (up_to INTEGER NOT NULL);
-    ALTER TABLE shard ADD COLUMN reread_to TEXT;
-    ALTER TABLE shard ADD COLUMN reread_to_sub INTEGER;
-";
-
-/// Where a sink stood when rows of it were given up; empty: at the shard's beginning, or not known.
-const SCHEMA_6_GIVEN_UP: &str = "
-    ALTER TABLE given_up ADD COLUMN from_sequence TEXT NOT NULL DEFAULT '';
-    ALTER TABLE given_up ADD COLUMN from_sub INTEGER NOT NULL DEFAULT 0;
-";
-
-/// When the last record that a sink has arrived, so that its lag is known before the first one is read.
-const SCHEMA_6_LAG: &str = "ALTER TABLE sink_position ADD COLUMN arrived_ms INTEGER;";
 
 /// A pipeline's state database; cheap to clone.
 #[derive(Clone)]
@@ -274,16 +126,16 @@ impl StateStore {
         })?;
         // The log and its index get the mode of the database.
         private::make_database(&path);
-        let connection = Connection::open(&path).and_then(prepare).map_err(|cause| {
+        let mut connection = Connection::open(&path).and_then(prepare).map_err(|cause| {
             error("open it", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
         })?;
-        let version = version(&connection)
-            .map_err(|cause| error("read its version", cause.to_string(), "move the file away"))?;
-        if version != SCHEMA_VERSION {
-            let cause =
-                format!("it has schema version {version}, this host writes {SCHEMA_VERSION}");
-            return Err(error("use it", cause, "run the version of shardmill that wrote it"));
-        }
+        migrations::migrate(&mut connection).map_err(|cause| {
+            let action = match cause {
+                NotMigrated::Sql(_) => "open it",
+                _ => "use it",
+            };
+            error(action, cause.to_string(), cause.way_out())
+        })?;
         let mark = mark(&connection)
             .map_err(|cause| error("read its mark", cause.to_string(), "move the file away"))?;
         let files = OpenFiles::of(&path)
@@ -353,7 +205,7 @@ impl StateStore {
             false => return Ok(None),
         };
         match found {
-            Ok(found) if found < SCHEMA_VERSION => Ok(None),
+            Ok(found) if found < migrations::NEWEST => Ok(None),
             // Opening it says what is wrong with it.
             _ => Self::open(folder).map(Some),
         }
@@ -374,7 +226,7 @@ impl StateStore {
             connection.busy_timeout(Duration::from_secs(10))?;
             version(&connection)
         });
-        found.map(|version| version < SCHEMA_VERSION).map_err(|cause| StateError {
+        found.map(|version| version < migrations::NEWEST).map_err(|cause| StateError {
             path: path.display().to_string(),
             action: "read its version",
             cause: cause.to_string(),
@@ -585,33 +437,10 @@ fn digests(state: &Path) -> rusqlite::Result<Vec<String>> {
     digests.query_map([], |row| row.get(0))?.collect()
 }
 
-fn version(connection: &Connection) -> rusqlite::Result<i64> {
-    connection.query_row("PRAGMA user_version", [], |row| row.get(0))
-}
-
-fn prepare(mut connection: Connection) -> rusqlite::Result<Connection> {
+fn prepare(connection: Connection) -> rusqlite::Result<Connection> {
     connection.busy_timeout(Duration::from_secs(10))?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    if version(&connection)? != SCHEMA_VERSION {
-        let change = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        // Another process may have been first.
-        let missing: &[&[&str]] = match version(&change)? {
-            0 => &[&[SCHEMA, SCHEMA_3, SCHEMA_4, SCHEMA_5], SCHEMA_6],
-            2 => &[&[SCHEMA_3, SCHEMA_4, SCHEMA_5], SCHEMA_6],
-            3 => &[&[SCHEMA_4, SCHEMA_5], SCHEMA_6],
-            4 => &[&[SCHEMA_5], SCHEMA_6],
-            5 => &[SCHEMA_6],
-            _ => &[],
-        };
-        for part in missing.iter().copied().flatten() {
-            change.execute_batch(part)?;
-        }
-        if !missing.is_empty() {
-            change.pragma_update(None, "user_version", SCHEMA_VERSION)?;
-        }
-        change.commit()?;
-    }
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }
@@ -640,33 +469,10 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_database_of_version_2_is_changed_and_keeps_its_letters() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let old = Connection::open(folder.path().join("state.db")).expect("a database");
-        old.execute_batch(SCHEMA).expect("the schema of version 2");
-        let letter = "INSERT INTO dead_letter VALUES
-            ('s', 'shard', '1', 0, 'stage:decode', 0, 0, x'6b', x'6f', x'6b', x'6f', 7, 'p', 'd', 'why',
-             '', 9)";
-        old.execute(letter, []).expect("a letter");
-        old.pragma_update(None, "user_version", 2).expect("set");
-        drop(old);
-        for _ in 0..2 {
-            let store = StateStore::open(folder.path()).expect("opened");
-            let letters = crate::DeadLetters::new(store);
-            let found = letters.select(Default::default(), 10).await.expect("letters");
-            assert_eq!(found.iter().map(|letter| &*letter.reason).collect::<Vec<_>>(), ["why"]);
-            let logged = letters.logged(0, 10, 1_000).await.expect("a log");
-            assert_eq!(logged.iter().map(|logged| logged.number).collect::<Vec<_>>(), [1]);
-        }
-    }
-
-    #[tokio::test]
     async fn wall_04_letters_of_an_earlier_version_share_their_record() {
         let folder = tempfile::tempdir().expect("a folder");
         let old = Connection::open(folder.path().join("state.db")).expect("a database");
-        [SCHEMA, SCHEMA_3, SCHEMA_4, SCHEMA_5]
-            .iter()
-            .try_for_each(|part| old.execute_batch(part))
+        old.execute_batch(include_str!("migrations/schemas/v5.sql"))
             .expect("the schema of version 5");
         let letter =
             "INSERT INTO dead_letter VALUES (?1, 'shard', ?2, 0, ?3, ?4, 0, x'6b', ?5, x'6b', ?6,

@@ -19,13 +19,6 @@ use shardmill_config::StageText;
 use shardmill_core::private;
 use shardmill_core::record::StageName;
 
-/// The hash of each variable's value as a revision ran last.
-pub(super) const SCHEMA: &str = "
-    CREATE TABLE variable (
-        generation TEXT NOT NULL, name TEXT NOT NULL, hash TEXT NOT NULL,
-        PRIMARY KEY (generation, name)) WITHOUT ROWID;
-";
-
 /// The file of the key, beside the database.
 const KEY_FILE: &str = "variables.key";
 /// Hex digits of a hash that are kept, and of the key's own digest before them.
