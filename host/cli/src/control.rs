@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
-use backon::{BackoffBuilder as _, ExponentialBuilder};
 use serde::Serialize;
 use serde_json::Value;
 
 use shardmill_config::PipelineConfig;
+use shardmill_core::retry::RetryPolicy;
 use shardmill_engine::lease::PipelineLock;
 use shardmill_serve::admin::control::ControlAddress;
 
@@ -15,8 +15,9 @@ use shardmill_serve::admin::control::ControlAddress;
 const FIND_MAX: Duration = Duration::from_secs(30);
 /// Of that, time for one answer: a connection that was pushed out is tried again.
 const ASK_MAX: Duration = Duration::from_secs(10);
-/// The longest pause between two tries.
-const PAUSE_MAX: Duration = Duration::from_secs(3);
+/// Questions to a pipeline that is starting, or busy.
+const RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_secs(1), Duration::from_secs(3)).with_jitter();
 
 /// A pipeline that runs on this machine.
 pub(super) struct RunningPipeline {
@@ -44,11 +45,7 @@ impl RunningPipeline {
         shardmill_tls::install();
         let client = reqwest::Client::builder().no_proxy().build()?;
         let deadline = Instant::now() + FIND_MAX;
-        let mut pauses = ExponentialBuilder::default()
-            .with_max_delay(PAUSE_MAX)
-            .without_max_times()
-            .with_jitter()
-            .build();
+        let mut retries = RETRY.start();
         loop {
             if !PipelineLock::is_taken(&config.state_dir, &config.name)? {
                 bail!(
@@ -79,7 +76,7 @@ impl RunningPipeline {
                     FIND_MAX.as_secs()
                 )));
             }
-            tokio::time::sleep(pauses.next().unwrap_or(PAUSE_MAX).min(left)).await;
+            tokio::time::sleep(retries.next_pause().min(left)).await;
         }
     }
 

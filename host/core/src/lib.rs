@@ -18,6 +18,7 @@ pub mod owner;
 pub mod private;
 pub mod rarely;
 pub mod record;
+pub mod retry;
 pub mod secret;
 pub mod sink;
 pub mod source;

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::delivery::{DeliveryContext, Progress};
@@ -11,8 +10,12 @@ use super::refusals::HeldRefusals;
 use shardmill_core::budget::Permit;
 use shardmill_core::metric;
 use shardmill_core::record::{Position, PositionSpan, Row};
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{Acquired, Commit, EncodedRows, SinkError, SinkWriter};
 
+/// Commits that a sink did not take, up to the longest pause that is configured.
+const RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_millis(100), Duration::MAX).with_jitter();
 /// Time for the commit under way when its delivery is abandoned.
 const LAST_COMMIT_MAX: Duration = Duration::from_secs(2);
 
@@ -109,13 +112,7 @@ impl Committer {
         let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
         let commit = Commit { span, rows, encoded, generation };
         let sink = self.context.sink.to_string();
-        let pause_max = self.context.timing.retry_pause_max;
-        let mut pauses = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(100).min(pause_max))
-            .with_max_delay(pause_max)
-            .without_max_times()
-            .with_jitter()
-            .build();
+        let mut retries = RETRY.at_most(self.context.timing.retry_pause_max).start();
         let committed = loop {
             let calls = self.writer.calls();
             let attempt = self.writer.commit(&commit, &self.refusals);
@@ -136,7 +133,7 @@ impl Committer {
                     Err(error) => block(&self.context, &self.publish, &error),
                 }
             }
-            let pause = pauses.next().unwrap_or(pause_max);
+            let pause = retries.next_pause();
             // A destination that says how long it is to be left alone is obeyed, but no longer than the
             // patience lasts: then the rows are given up.
             let asked = self.writer.asked_to_wait().unwrap_or_default();

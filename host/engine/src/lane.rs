@@ -39,6 +39,7 @@ use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::{
     Arenas, Batch, Holding, Position, Row, ShardKey, ShardStart, SinkName,
 };
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{Sink, SinkError};
 use shardmill_core::source::{
     LostRecords, ResumePoint, ShardSource, SourceError, WaitWatch, Waiting,
@@ -48,8 +49,8 @@ use shardmill_state::{
     Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, Roster, SettledItems, StateError,
 };
 
-/// Longest pause before a batch that failed as a whole is run again.
-const STAGE_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Runs of a batch that failed as a whole.
+const STAGE_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(5));
 /// How often an idle lane notes that it has everything, in milliseconds: far below the 24 hours that
 /// a stream keeps records at least.
 const CAUGHT_UP_NOTE_MS: i64 = 600_000;
@@ -71,10 +72,12 @@ const SINK_BUFFERS: &str = metric::BUFFER_BYTES;
 const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
 /// Bytes of rows up to which a copy of them is made on the lane's own thread: some 100 µs of work.
 const COPIED_IN_PLACE_BYTES: usize = 1 << 20;
-/// First and longest pause before dead letters that could not be written are tried again. Many of them take the
-/// state database for long before it is known that the store is too full: other lanes need it meanwhile.
-const LETTER_PAUSE: Duration = Duration::from_secs(1);
-const LETTER_PAUSE_MAX: Duration = Duration::from_secs(8);
+/// Writes of dead letters that failed. Many letters take the state database for long before it is known that the
+/// store is too full: other lanes need it meanwhile.
+const LETTER_RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_secs(1), Duration::from_secs(8));
+/// Reads of dead letters that failed.
+const LETTER_READ_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(1));
 
 /// Makes the sinks that a configuration names, in its order; talks to none of them.
 pub type BuildSinks =
@@ -440,7 +443,8 @@ impl Lane<'_> {
         // Since when the plugin asks for another try of this batch.
         let mut retried_since = None;
         let mut failed_starts = Tries::default();
-        let stage_pause = STAGE_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
+        let pause_max = self.shared.config.timing.retry_pause_max;
+        let mut stage_retries = STAGE_RETRY.at_most(pause_max).start();
         loop {
             if let Err(failed) = self.enter_generation(batch).await? {
                 self.after_failed_start(&mut failed_starts, &failed).await?;
@@ -479,14 +483,21 @@ impl Lane<'_> {
                             self.pause_for_retry(pause).await?;
                             continue;
                         }
-                        Err(Blocked::Retry(cause)) => (STAGES, cause, Some(stage_pause)),
-                        Err(Blocked::Starved(cause)) => (STARVED, cause, Some(stage_pause)),
+                        Err(Blocked::Retry(cause)) => {
+                            (STAGES, cause, Some(stage_retries.next_pause()))
+                        }
+                        Err(Blocked::Starved(cause)) => {
+                            (STARVED, cause, Some(stage_retries.next_pause()))
+                        }
                         Err(Blocked::Broken(cause)) => (STAGES, cause, None),
                         Err(Blocked::TooMuch(records)) => return Ok(Ran::First(records)),
                     }
                 }
                 // The host's own fault, in this lane. Its instances are gone: others are started.
-                Err(panic) => (STAGES, format!("a stage failed: {panic}"), Some(stage_pause)),
+                Err(panic) => {
+                    let pause = stage_retries.next_pause();
+                    (STAGES, format!("a stage failed: {panic}"), Some(pause))
+                }
             };
             retried_since = None;
             self.block(part, &cause);
@@ -519,7 +530,8 @@ impl Lane<'_> {
             return Ok(SettledItems::default());
         }
         let range = (&first.position, &last.position);
-        let pause = LETTER_PAUSE.min(self.shared.config.timing.retry_pause_max);
+        let pause_max = self.shared.config.timing.retry_pause_max;
+        let mut retries = LETTER_READ_RETRY.at_most(pause_max).start();
         loop {
             let read = self.shared.letters.settled_within(&self.shard, range);
             match self.unless_stopped(read).await? {
@@ -530,7 +542,7 @@ impl Lane<'_> {
                 Err(error) if error.is_gone() => return Err(error.into()),
                 Err(error) => self.block(LETTERS, &error.to_string()),
             }
-            self.unless_stopped(tokio::time::sleep(pause)).await?;
+            self.unless_stopped(tokio::time::sleep(retries.next_pause())).await?;
         }
     }
 
@@ -649,8 +661,8 @@ impl Lane<'_> {
     ) -> Result<(), LaneError> {
         let written = letters.len() as u64;
         let letters = Arc::new(letters);
-        let pause_max = LETTER_PAUSE_MAX.min(self.shared.config.timing.retry_pause_max);
-        let mut pause = LETTER_PAUSE.min(pause_max);
+        let pause_max = self.shared.config.timing.retry_pause_max;
+        let mut retries = LETTER_RETRY.at_most(pause_max).start();
         while let Err(error) = self
             .unless_stopped(self.shared.letters.put(&batch.shard, letters.clone(), false))
             .await?
@@ -659,8 +671,7 @@ impl Lane<'_> {
                 return Err(error.into());
             }
             self.block(LETTERS, &error.to_string());
-            self.unless_stopped(tokio::time::sleep(pause)).await?;
-            pause = (2 * pause).min(pause_max);
+            self.unless_stopped(tokio::time::sleep(retries.next_pause())).await?;
         }
         if written > 0 {
             self.shared.board.unblock(&self.shard.shard, LETTERS);

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::{Mutex, mpsc, watch};
@@ -31,6 +30,7 @@ use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::owner::OwnerName;
 use shardmill_core::record::{ShardId, ShardKey, SinkName, StreamIdentity};
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{Sink, SinkError};
 use shardmill_core::source::StartPosition;
 use shardmill_core::source::count_loss;
@@ -48,6 +48,9 @@ use shardmill_state::{GenerationSpec, StageSpec};
 /// The part of a run that looks for shards to read.
 const SHARDS: &str = "shards";
 
+/// Looks for shards, and lanes, that failed; up to the longest pause that is configured.
+const RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_millis(200), Duration::MAX).with_jitter();
 /// How long a shard that was read to its end is known after the stream has dropped it, in milliseconds: a
 /// sink that is restored from a backup of then is named with what it has lost.
 const GONE_KEPT_MS: i64 = 7 * 24 * 3_600 * 1_000;
@@ -319,7 +322,7 @@ impl Supervisor {
         let mut look: Option<BoxFuture<'static, Result<Plan, LaneError>>> = None;
         let mut has_looked = false;
         let retry_pause_max = self.shared.config.timing.retry_pause_max;
-        let mut look_pauses = pauses(retry_pause_max);
+        let mut look_retries = RETRY.at_most(retry_pause_max).start();
         let waiting = Waiting::default();
         let mut waits = waiting.watch(self.shared.config.timing.call_blocked_after);
         let (show, shown) = watch::channel(self.shared.clone());
@@ -383,7 +386,7 @@ impl Supervisor {
                     match found {
                         Ok(plan) => {
                             has_looked = true;
-                            look_pauses = pauses(retry_pause_max);
+                            look_retries.reset();
                             waiting.answered();
                             self.shared.board.unblock_run(SHARDS);
                             match lanes.begin(plan) {
@@ -409,7 +412,7 @@ impl Supervisor {
                         Err(error) => {
                             waiting.answered();
                             self.shared.board.block_run(SHARDS, &error.to_string());
-                            discovery.reset_after(look_pauses.next().unwrap_or(retry_pause_max));
+                            discovery.reset_after(look_retries.next_pause());
                         }
                     }
                 }
@@ -887,7 +890,7 @@ async fn run_patiently(
 ) -> Result<LaneEnd, LaneError> {
     let mut losses = Losses::default();
     let pause_max = shared.config.timing.retry_pause_max;
-    let mut pauses = pauses(pause_max);
+    let mut retries = RETRY.at_most(pause_max).start();
     loop {
         let began = std::time::Instant::now();
         let error = match run_lane(shared, shard.clone(), stop).await {
@@ -912,12 +915,12 @@ async fn run_patiently(
             return Err(error);
         }
         if began.elapsed() > pause_max {
-            pauses = self::pauses(pause_max);
+            retries.reset();
         }
         metrics::counter!(metric::LANE_RESTARTS_TOTAL).increment(1);
         shared.board.block(&shard.shard, "lane", &error.to_string());
         tokio::select! {
-            () = tokio::time::sleep(pauses.next().unwrap_or(pause_max)) => {}
+            () = tokio::time::sleep(retries.next_pause()) => {}
             () = stop.asked() => return Ok(LaneEnd::Stopped),
         }
     }
@@ -932,13 +935,4 @@ fn lost_to(other: &OwnerName, own: &OwnerName, shard: &ShardKey, sink: &SinkName
          first runs; or give this one another `name` under [pipeline]",
         shard.shard, shard.pipeline
     )
-}
-
-fn pauses(pause_max: Duration) -> ExponentialBackoff {
-    ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(200).min(pause_max))
-        .with_max_delay(pause_max)
-        .without_max_times()
-        .with_jitter()
-        .build()
 }

@@ -7,14 +7,14 @@ use async_trait::async_trait;
 use aws_sdk_kinesis::primitives::event_stream::EventReceiver;
 use aws_sdk_kinesis::types::error::SubscribeToShardEventStreamError;
 use aws_sdk_kinesis::types::{SubscribeToShardEvent, SubscribeToShardEventStream};
-use backon::ExponentialBackoff;
 use tokio::time::Instant;
 
 use super::booking::{self, Read};
 use super::client::{AnswerDate, Fault, call_error, fault};
 use super::connection::{Answer, Passing, StreamConnection};
 use super::inbox;
-use super::polling::{PollingReader, RETRY_PAUSE_MAX, count_retry, pauses};
+use super::polling::{PollingReader, RETRY, count_retry};
+use shardmill_core::retry::Retries;
 use shardmill_core::source::{BatchReader, NextBatch, SourceError};
 
 /// The shortest time between two subscriptions to one shard: before, the server refuses the second.
@@ -48,7 +48,7 @@ pub struct FanOutReader {
     /// where the end is.
     is_closed: bool,
     next_call: Instant,
-    pauses: ExponentialBackoff,
+    retries: Retries,
     /// When the last subscription was accepted, by the server's clock and by one that only goes on.
     subscribed: Option<(i64, Instant)>,
     /// When the last subscription was asked for.
@@ -75,7 +75,7 @@ impl FanOutReader {
             expected: 0,
             is_closed: false,
             next_call: Instant::now(),
-            pauses: pauses(),
+            retries: RETRY.start(),
             subscribed: None,
             asked: Instant::now(),
             was_subscribed: false,
@@ -148,7 +148,7 @@ impl FanOutReader {
 
     /// Takes an event in.
     async fn accept(&mut self, event: SubscribeToShardEvent) -> Result<NextEvent, SourceError> {
-        self.pauses = pauses();
+        self.retries.reset();
         self.was_subscribed = true;
         self.polls_meanwhile = false;
         let behind_ms = event.millis_behind_latest.max(0) as u64;
@@ -272,7 +272,7 @@ impl FanOutReader {
 
     fn back_off(&mut self, cause: Fault) {
         count_retry(self.polling.inbox().shard(), cause);
-        let pause = self.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+        let pause = self.retries.next_pause();
         self.next_call = self.next_call.max(Instant::now() + pause);
     }
 }

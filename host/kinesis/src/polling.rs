@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::Instant;
 
 use super::answer_size::{AnswerSize, payload_of};
@@ -15,11 +14,13 @@ use super::inbox::{self, Inbox};
 use shardmill_core::budget::{Account, Permit};
 use shardmill_core::metric;
 use shardmill_core::record::ShardKey;
+use shardmill_core::retry::{Retries, RetryPolicy};
 use shardmill_core::source::waiting::Waiting;
 use shardmill_core::source::{BatchReader, NextBatch, SourceError};
 
-/// The longest pause after a call that failed.
-pub(super) const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// Calls that failed; each shard retries by itself.
+pub(super) const RETRY: RetryPolicy =
+    RetryPolicy::doubling(CALL_INTERVAL, Duration::from_secs(10)).with_jitter();
 /// The shortest time between two calls of one shard.
 ///
 /// Source: API reference, GetRecords: five calls per second and shard.
@@ -49,7 +50,7 @@ pub struct PollingReader {
     iterator: Option<String>,
     ended: bool,
     next_call: Instant,
-    pauses: ExponentialBackoff,
+    retries: Retries,
     behind_ms: u64,
     /// Everything that had arrived by then was read with the last answer.
     caught_up_ms: Option<i64>,
@@ -72,7 +73,7 @@ impl PollingReader {
             iterator: None,
             ended: false,
             next_call: Instant::now(),
-            pauses: pauses(),
+            retries: RETRY.start(),
             behind_ms: 0,
             caught_up_ms: None,
             is_flowing: false,
@@ -189,7 +190,7 @@ impl PollingReader {
             }
         };
         self.waiting.answered();
-        self.pauses = pauses();
+        self.retries.reset();
         let bytes: usize = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
         let records = answer.records.len();
         let bytes = payload_of(held_bytes, records).max(bytes);
@@ -240,7 +241,7 @@ impl PollingReader {
         self.answer_size.forget_quiet();
         let shard = self.inbox.shard();
         count_retry(shard, cause);
-        let pause = self.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
+        let pause = self.retries.next_pause();
         tracing::debug!(shard = %shard.shard, cause = cause.label(), ?pause, "reading later");
         self.next_call = Instant::now() + pause;
     }
@@ -283,14 +284,4 @@ pub(super) fn count_retry(shard: &ShardKey, cause: Fault) {
     metrics::counter!(metric::SOURCE_RETRIES_TOTAL,
         "shard" => shard.shard.to_string(), "reason" => cause.label())
     .increment(1);
-}
-
-/// The pauses before calls that are tried again: jittered, each shard for itself.
-pub(super) fn pauses() -> ExponentialBackoff {
-    ExponentialBuilder::default()
-        .with_min_delay(CALL_INTERVAL)
-        .with_max_delay(RETRY_PAUSE_MAX)
-        .without_max_times()
-        .with_jitter()
-        .build()
 }

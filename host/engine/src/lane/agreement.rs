@@ -6,12 +6,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
-
 use super::{LaneError, Shared};
 use shardmill_config::PipelineConfig;
 use shardmill_core::owner::OwnerName;
 use shardmill_core::record::{PipelineName, ShardId, ShardKey, StreamIdentity};
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{KeptPosition, Sink};
 use shardmill_core::source::Shard;
 use shardmill_state::agreement::{
@@ -21,6 +20,9 @@ use shardmill_state::{AllGivenUp, Checkpoints, Hole, Remembered, Roster, ShardSt
 
 /// The part of a lane that is shown as blocked while sinks do not say where they stand.
 const PART: &str = "positions";
+/// Questions to sinks that do not answer, up to the longest pause that is configured.
+const RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_millis(100), Duration::MAX).with_jitter();
 
 /// A sink that keeps positions, with what it keeps.
 type Kept = Vec<(Arc<dyn Sink>, Vec<KeptPosition>)>;
@@ -342,13 +344,7 @@ async fn ask(
 
 /// Asks until all have answered. Whoever waits drops it at the end of the run.
 async fn ask_patiently(shared: &Shared, pipeline: &PipelineName, keys: &[ShardKey]) -> Kept {
-    let pause_max = shared.config.timing.retry_pause_max;
-    let mut pauses = ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(100).min(pause_max))
-        .with_max_delay(pause_max)
-        .without_max_times()
-        .with_jitter()
-        .build();
+    let mut retries = RETRY.at_most(shared.config.timing.retry_pause_max).start();
     loop {
         match ask(&shared.sinks, pipeline, keys).await {
             Ok(kept) => {
@@ -360,7 +356,7 @@ async fn ask_patiently(shared: &Shared, pipeline: &PipelineName, keys: &[ShardKe
                 keys.iter().for_each(|key| shared.board.block(&key.shard, PART, &cause));
             }
         }
-        tokio::time::sleep(pauses.next().unwrap_or(pause_max)).await;
+        tokio::time::sleep(retries.next_pause()).await;
     }
 }
 

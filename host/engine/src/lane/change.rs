@@ -20,6 +20,7 @@ use shardmill_config::RejectedMax;
 use shardmill_core::escape::quoted;
 use shardmill_core::metric;
 use shardmill_core::record::{Position, ShardKey};
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::stop::Stop;
 use shardmill_state::{Segment, StateError};
 
@@ -32,8 +33,8 @@ struct Starting {
     _ends: DropGuard,
 }
 
-/// The pause before the ledger is written again, should that fail.
-const LEDGER_PAUSE: Duration = Duration::from_millis(200);
+/// Writes of a change to the ledger that failed.
+const LEDGER_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_millis(200));
 
 /// What a lane is to run next, on its way.
 pub(super) struct Change {
@@ -271,7 +272,7 @@ impl Lane<'_> {
         let write = tokio::spawn(async move {
             let written = ledger.record(&shard, &segment).await;
             if written.is_err() {
-                tokio::time::sleep(LEDGER_PAUSE).await;
+                tokio::time::sleep(LEDGER_RETRY.pause(1, 0.0)).await;
             }
             written
         });

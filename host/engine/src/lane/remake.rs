@@ -21,14 +21,13 @@ use shardmill_core::record::{
     Batch, Entry, LetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, ShardKey,
     StreamIdentity,
 };
+use shardmill_core::retry::RetryPolicy;
 use shardmill_state::{LETTERS_STREAM, Ledger, LostPayload, RedrivenLetter, Step, entered_digest};
 
 /// The largest number of revisions that are kept loaded.
 const REVISIONS_MAX: usize = 4;
-/// How often a record is run where a busy machine does not let it end.
-const TRIES: u32 = 3;
-/// The pause between two tries.
-const TRY_PAUSE: Duration = Duration::from_secs(1);
+/// Runs of a record that a busy machine does not let end.
+const STARVED_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(1)).tries(3);
 
 /// Runs revisions of then on single records.
 pub struct Remaker {
@@ -174,7 +173,7 @@ impl Remaker {
     ) -> Result<Vec<Entered>, String> {
         let batch = Arc::new(batch);
         let mut chain = self.chain(revision, shard).await?;
-        let mut tries = 0;
+        let mut starved = STARVED_RETRY.start();
         loop {
             let (own, place) = (batch.clone(), target.clone());
             let run = tokio::task::spawn_blocking(move || {
@@ -191,12 +190,14 @@ impl Remaker {
                     tokio::time::sleep(pause).await;
                     chain = back;
                 }
-                Err(Blocked::Starved(_)) if tries + 1 < TRIES => {
-                    tries += 1;
-                    tokio::time::sleep(TRY_PAUSE).await;
+                Err(Blocked::Starved(why)) => {
+                    let pause = starved.next_pause_or_end();
+                    let pause = pause
+                        .ok_or_else(|| format!("revision {revision} does not run it: {why}"))?;
+                    tokio::time::sleep(pause).await;
                     chain = back;
                 }
-                Err(Blocked::Retry(why) | Blocked::Starved(why) | Blocked::Broken(why)) => {
+                Err(Blocked::Retry(why) | Blocked::Broken(why)) => {
                     return Err(format!("revision {revision} does not run it: {why}"));
                 }
                 Err(Blocked::Stopped(_)) => {

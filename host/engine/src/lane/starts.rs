@@ -18,13 +18,14 @@ use super::{Lane, LaneError};
 use crate::stage::{Chain, Generation};
 use shardmill_core::escape::quoted;
 use shardmill_core::record::{ShardId, ShardKey};
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::stop::Stop;
 use shardmill_plugin::{CallError, CallFault};
 
 /// Tries until a lane counts as blocked.
 const TRIES: u32 = 3;
-/// The pause after the first try; each further one is twice as long.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// The pauses between tries, up to the longest one that is configured.
+const RETRY: RetryPolicy = RetryPolicy::doubling(Duration::from_millis(200), Duration::MAX);
 /// Other shards for which a revision must fail as well to count as one that starts nowhere. With each
 /// of them `configure` may take its whole time.
 const OTHERS_MAX: usize = 16;
@@ -93,7 +94,8 @@ impl Tries {
 
     /// The pause before the next try.
     fn pause(&self, longest: Duration) -> Duration {
-        pause(if self.starved > 0 { self.starved } else { self.failed }, longest)
+        let failures = if self.starved > 0 { self.starved } else { self.failed };
+        RETRY.at_most(longest).pause(failures, 0.0)
     }
 }
 
@@ -116,11 +118,6 @@ fn next(tries: u32) -> Next {
         TRIES => Next::Decide,
         _ => Next::Blocked,
     }
-}
-
-fn pause(tries: u32, longest: Duration) -> Duration {
-    let doublings = tries.saturating_sub(1).min(16);
-    FIRST_PAUSE.saturating_mul(1 << doublings).min(longest)
 }
 
 /// Starts the stages of the next revision of a lane, with as many tries as a lane has before it counts as
@@ -246,7 +243,8 @@ mod tests {
             (1_000, Next::Blocked, 10_000),
         ] {
             assert_eq!(next(tries), expected, "{tries}");
-            let found = pause(tries, Duration::from_secs(10));
+            let counted = Tries { failed: tries, starved: 0 };
+            let found = counted.pause(Duration::from_secs(10));
             assert_eq!(found, Duration::from_millis(pause_ms), "{tries}");
         }
     }

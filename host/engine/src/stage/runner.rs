@@ -10,7 +10,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -22,10 +21,12 @@ use shardmill_config::{RejectedMax, StageLimits};
 use shardmill_core::metric;
 use shardmill_core::record::Batch;
 use shardmill_core::record::excerpt;
+use shardmill_core::retry::{Retries, RetryPolicy};
 use shardmill_plugin::{CallError, CallFault, Context, Failure, Instance, WireBatch};
 
-/// The longest pause between two tries that a plugin has asked for.
-const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// Calls that a plugin has asked to be made once more.
+const RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_millis(100), Duration::from_secs(10)).with_jitter();
 /// What each buffer of a runner may keep for the next call, in bytes: more than a usual batch has.
 const WIRE_BYTES_KEPT: usize = 1 << 20;
 /// A search that takes longer is shown.
@@ -48,7 +49,7 @@ pub struct StageRunner {
     rejected_max: RejectedMax,
     stop: CancellationToken,
     /// Tries of the flow in hand that the plugin has asked for.
-    patience: Option<Patience>,
+    retries: Option<Retries>,
     /// What a record takes as a rule, in nanoseconds; 0: not known.
     usual_ns: f64,
     /// The calls' own time of the run under way: how busy the machine is says nothing about the plugin.
@@ -58,12 +59,6 @@ pub struct StageRunner {
     starved: u32,
     /// Where a search is shown.
     searching: Option<Arc<watch::Sender<Option<String>>>>,
-}
-
-/// How long a plugin has asked for other tries, and how long the next pause is.
-struct Patience {
-    begun: Instant,
-    pauses: ExponentialBackoff,
 }
 
 /// Why a run gave no outcome.
@@ -114,7 +109,7 @@ impl StageRunner {
             wire,
             rejected_max,
             stop,
-            patience: None,
+            retries: None,
             usual_ns: 0.0,
             busy: Duration::ZERO,
             starved: 0,
@@ -206,19 +201,18 @@ impl StageRunner {
         items: &[Item],
     ) -> Result<Result<StageOutcome, CallFailure>, RunError> {
         let answer = self.call(batch, items, 0, self.stage.limits.call_ms_max(items.len()))?;
-        let patience = self.patience.take();
+        let retries = self.retries.take();
         match answer {
             Err(CallFailure::Answered(failure)) if failure.retryable => {
-                let mut patience = patience.unwrap_or_else(Patience::begin);
-                let pause = patience.pauses.next().unwrap_or(RETRY_PAUSE_MAX);
                 let retry_for = Duration::from_millis(self.stage.limits.retry_ms_max);
-                if patience.begun.elapsed() + pause > retry_for {
+                let mut retries = retries.unwrap_or_else(|| RETRY.within(retry_for).start());
+                let Some(pause) = retries.next_pause_or_end() else {
                     return Ok(Err(CallFailure::Answered(failure)));
-                }
+                };
                 metrics::counter!(metric::STAGE_RETRIES_TOTAL,
                     "stage" => self.stage.name.to_string())
                 .increment(1);
-                self.patience = Some(patience);
+                self.retries = Some(retries);
                 Err(RunError::Later(excerpt(failure.message.as_bytes()), pause))
             }
             answer => Ok(answer),
@@ -453,18 +447,6 @@ impl StageRunner {
     fn count_starved(&self) {
         metrics::counter!(metric::STAGE_STARVED_TOTAL, "stage" => self.stage.name.to_string())
             .increment(1);
-    }
-}
-
-impl Patience {
-    fn begin() -> Self {
-        let pauses = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(100))
-            .with_max_delay(RETRY_PAUSE_MAX)
-            .without_max_times()
-            .with_jitter()
-            .build();
-        Self { begun: Instant::now(), pauses }
     }
 }
 

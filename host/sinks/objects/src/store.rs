@@ -28,6 +28,7 @@ use super::staged::{Staged, StagedError};
 use shardmill_core::escape::quoted;
 use shardmill_core::masking::worded;
 use shardmill_core::record::SinkName;
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::SinkError;
 
 /// One request may take this long: a large object on a slow line. Override with `timeout`.
@@ -37,10 +38,9 @@ const RETRIES_MAX: usize = 3;
 /// After this long a request is not retried any more.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
 /// S3 answers 409 while another conditional write of the same key is under way, and `object_store`
-/// reports that as "already exists": so often we look again before we give up.
-const CONFLICT_ATTEMPTS_MAX: u32 = 6;
-/// The first pause between two such attempts; it doubles each time.
-const CONFLICT_PAUSE: Duration = Duration::from_millis(20);
+/// reports that as "already exists".
+const CONFLICT_RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_millis(20), Duration::from_millis(320)).tries(6);
 
 /// Larger objects go up in parts of this length. S3 takes 5 MiB to 5 GiB a part, and 10,000 parts
 /// (user guide, "Amazon S3 multipart upload limits").
@@ -163,8 +163,8 @@ impl Place {
                 .await
                 .map_err(|error| self.not_staged(path, &error));
         }
-        let mut pause = CONFLICT_PAUSE;
-        for _ in 0..CONFLICT_ATTEMPTS_MAX {
+        let mut retries = CONFLICT_RETRY.start();
+        loop {
             let put = self.store.put_opts(path, payload.clone(), PutMode::Create.into()).await;
             match put {
                 Ok(_) => return Ok(Created::New),
@@ -174,8 +174,8 @@ impl Place {
             if self.exists(path).await? {
                 return Ok(Created::Exists);
             }
+            let Some(pause) = retries.next_pause_or_end() else { break };
             tokio::time::sleep(pause).await;
-            pause *= 2;
         }
         Err(self.unavailable(format!(
             "cannot write {path} in {}: the store says that it exists, and that it does not; \
