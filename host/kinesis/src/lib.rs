@@ -3,7 +3,8 @@
 //! [`source::KinesisSource`] reads a stream: [`client`] reaches the server, [`connection`] is what its readers share,
 //! [`polling`] and [`fan_out`] read one shard each in their way and pass what comes through an [`inbox`], which takes
 //! apart what is an [`aggregate`]. Calls end when the server is silent ([`silence`]), and hold no more memory than is
-//! booked. [`stream`], [`consumers`], [`input`] and [`producer`] are for those who make streams and fill them.
+//! booked. [`stream`], [`consumers`], [`input`] and [`producer`] are for those who make streams and fill them; all who put
+//! records do so by [`put`].
 //! [`served`] finds a stream that another process of this user serves.
 
 pub mod aggregate;
@@ -20,6 +21,7 @@ mod informational;
 pub mod input;
 pub mod polling;
 pub mod producer;
+pub mod put;
 pub mod served;
 pub mod silence;
 pub mod sink;

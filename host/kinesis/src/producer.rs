@@ -1,22 +1,21 @@
 //! Puts records on a stream, in order per partition key, and tries partial failures again.
 //!
-//! [`StreamWriter`] makes one PutRecords request and says what became of each record; [`Producer`]
-//! gathers records into requests and repeats what was refused. Both deliver at least once: when the
-//! network fails behind a request, nobody knows whether the stream has its records, and they are
-//! put again.
+//! [`StreamWriter`] makes one PutRecords call and says what became of each record. [`Producer`] gathers records into
+//! requests, by [`put`](super::put), and puts what was refused for now once more. Both deliver at least once: when
+//! the network fails after a request, nobody knows whether the stream has its records, and they are put again.
 
-use std::collections::HashSet;
 use std::time::Duration;
 
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::primitives::Blob;
 use aws_sdk_kinesis::types::PutRecordsRequestEntry;
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use bytes::Bytes;
 
 use super::client::{CODE_BYTES_MAX, Fault, call_error, fault};
+use super::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused};
 use shardmill_core::masking::{worded, worded_within};
 use shardmill_core::record::StreamRef;
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::source::SourceError;
 
 /// Records of one request.
@@ -33,8 +32,9 @@ pub const RECORD_BYTES_MAX: usize = 10 << 20;
 ///
 /// Source: API reference, PutRecordsRequestEntry.
 pub const KEY_CHARS_MAX: usize = 256;
-/// The longest pause before what was refused is put again.
-const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Records that the stream refuses for now.
+const RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_millis(100), Duration::from_secs(5)).with_jitter();
 
 /// What was put.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -190,23 +190,24 @@ fn outcome(code: Option<&str>, message: Option<&str>) -> Put {
 
 /// Puts records; what is not put yet waits in the buffer for [`Producer::flush`].
 pub struct Producer {
-    writer: StreamWriter,
-    strict_order: bool,
+    writer: PutWriter,
+    /// The stream, in messages.
+    place: String,
     buffer: Vec<NewRecord>,
     buffer_bytes: usize,
-    pauses: ExponentialBackoff,
     report: PutReport,
 }
 
 impl Producer {
     /// A producer for a stream.
     pub fn new(client: Client, stream: StreamRef) -> Self {
+        let place = stream.to_string();
+        let options = PutOptions { strict_order: false, retry: RETRY, answer_max: None };
         Self {
-            writer: StreamWriter::new(client, stream),
-            strict_order: false,
+            writer: PutWriter::new(StreamWriter::new(client, stream), options),
+            place,
             buffer: Vec::new(),
             buffer_bytes: 0,
-            pauses: pauses(),
             report: PutReport::default(),
         }
     }
@@ -217,7 +218,7 @@ impl Producer {
     /// what it has taken cannot be recalled. With strict order no request holds two records of one
     /// key, so the order per key holds always; few keys make small requests.
     pub fn strict_order(mut self, is_strict: bool) -> Self {
-        self.strict_order = is_strict;
+        self.writer = self.writer.strict_order(is_strict);
         self
     }
 
@@ -235,7 +236,7 @@ impl Producer {
         while self.buffer.len() >= RECORDS_PER_REQUEST_MAX
             || (!self.buffer.is_empty() && self.buffer_bytes + bytes > BYTES_PER_REQUEST_MAX)
         {
-            match self.strict_order {
+            match self.writer.is_strict() {
                 // What waits goes with the next request: no two of a key meet in it.
                 true => self.request().await?,
                 false => self.flush().await?,
@@ -261,60 +262,50 @@ impl Producer {
         Ok(())
     }
 
-    /// One request from the buffer; what was refused for now goes back to its place in it, and a
-    /// pause follows.
+    /// Puts one request from the buffer. What was refused for now goes back to its place, and a pause follows.
     async fn request(&mut self) -> Result<(), SourceError> {
-        let records = std::mem::take(&mut self.buffer);
-        let (records, waiting) = match self.strict_order {
-            true => first_of_each_key(records),
-            false => (records, Vec::new()),
-        };
-        let outcomes = match self.writer.put(&records).await {
-            Ok(outcomes) => outcomes,
-            Err(PutError::Later(error)) => {
-                tracing::warn!(%error, "trying again");
-                vec![Put::Later(String::new()); records.len()]
+        let mut request = self.writer.request();
+        let mut waiting = Vec::new();
+        for record in std::mem::take(&mut self.buffer) {
+            match request.offer(request.len(), record) {
+                Offer::Added => {}
+                Offer::KeyWaits(_, record) | Offer::Full(_, record) => waiting.push(record),
             }
-            Err(PutError::Records(error) | PutError::Stream(error)) => return Err(error),
-        };
-        let mut refused = Vec::new();
-        for (index, (outcome, record)) in outcomes.into_iter().zip(records).enumerate() {
-            match outcome {
-                Put::Taken => {
+        }
+        let refused: Vec<NewRecord> = match self.writer.put(request).await {
+            Answer::Each(Outcomes { taken, later, never }) => {
+                for (_, record) in &taken {
                     self.report.records += 1;
                     self.report.bytes += record.payload.len() as u64;
                 }
-                Put::Later(_) => refused.push(record),
-                Put::Never(cause) => {
+                if let Some(Refused { tag, cause, .. }) = never.into_iter().next() {
                     return Err(SourceError::Call {
                         call: "PutRecords",
-                        place: format!("record {index} of a request to {}", self.writer.stream),
+                        place: format!("record {tag} of a request to {}", self.place),
                         cause,
                     });
                 }
+                later.into_iter().map(|refused| refused.record).collect()
             }
-        }
+            Answer::Later { records, cause } => {
+                tracing::warn!(error = %cause, "trying again");
+                records.into_iter().map(|(_, record)| record).collect()
+            }
+            Answer::Records { error, .. } | Answer::Stream { error, .. } => return Err(error),
+        };
         let is_paused = !refused.is_empty();
         self.report.retried += refused.len() as u64;
         // A refused record is older than any that waits with its key.
         self.buffer = refused;
         self.buffer.extend(waiting);
         self.buffer_bytes = self.buffer.iter().map(NewRecord::bytes).sum();
-        match is_paused {
-            true => tokio::time::sleep(self.pauses.next().unwrap_or(RETRY_PAUSE_MAX)).await,
-            false => self.pauses = pauses(),
+        if !is_paused {
+            self.writer.succeeded();
+        } else if let Some(pause) = self.writer.retry_after() {
+            tokio::time::sleep(pause).await;
         }
         Ok(())
     }
-}
-
-/// Parts records into the first of each key and all others, both in their order.
-fn first_of_each_key(records: Vec<NewRecord>) -> (Vec<NewRecord>, Vec<NewRecord>) {
-    let mut seen = HashSet::new();
-    let is_first: Vec<bool> =
-        records.iter().map(|record| seen.insert(record.partition_key.clone())).collect();
-    let mut is_first = is_first.into_iter();
-    records.into_iter().partition(|_| is_first.next().unwrap_or(true))
 }
 
 fn entry(record: &NewRecord) -> Result<PutRecordsRequestEntry, String> {
@@ -323,13 +314,4 @@ fn entry(record: &NewRecord) -> Result<PutRecordsRequestEntry, String> {
         .data(Blob::new(&record.payload[..]))
         .build()
         .map_err(|error| error.to_string())
-}
-
-fn pauses() -> ExponentialBackoff {
-    ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(RETRY_PAUSE_MAX)
-        .without_max_times()
-        .with_jitter()
-        .build()
 }

@@ -4,7 +4,6 @@
 //! host's last checkpoint come again. Within a run no row is put twice but where the network fails
 //! behind a request: what a request has taken is remembered while the rest is tried again.
 
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,25 +14,23 @@ use tokio::sync::OnceCell;
 
 use crate::client;
 use crate::client::{Address, Server};
-use crate::producer::{
-    BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
-};
+use crate::producer::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
+use crate::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused, Request};
 use crate::served;
 use crate::stream;
 use shardmill_config::{Endpoint, StreamTarget, Timing};
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, Row, ShardKey, SinkName};
+use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{
     Acquired, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
 };
 use shardmill_sinks_common::progress::Progress;
 
-/// How often what a stream refuses for now is put again before the lane shows as blocked: each
-/// shard takes 1 MiB and 1,000 records a second, so being throttled is usual.
-const ATTEMPTS_MAX: u32 = 8;
-/// The first pause between two attempts; it doubles up to a second.
-const PAUSE: Duration = Duration::from_millis(50);
-const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Rows that a stream refuses for now, until the lane shows as blocked: each shard takes 1 MiB and
+/// 1,000 records a second, so being throttled is usual.
+const RETRY: RetryPolicy =
+    RetryPolicy::doubling(Duration::from_millis(50), Duration::from_secs(1)).tries(8);
 
 /// A stream that rows are put on.
 pub struct KinesisSink {
@@ -103,10 +100,11 @@ impl Sink for KinesisSink {
 
     async fn acquire(&self, _shard: &ShardKey) -> Result<Acquired, SinkError> {
         let stream = StreamWriter::new(self.client().await?.clone(), self.target.stream.clone());
+        let strict_order = self.target.strict_order;
+        let options = PutOptions { strict_order, retry: RETRY, answer_max: None };
         let writer = KinesisWriter {
             sink: self.name.clone(),
-            stream,
-            strict_order: self.target.strict_order,
+            stream: PutWriter::new(stream, options),
             progress: Progress::default(),
         };
         let writer = Box::new(writer);
@@ -120,89 +118,67 @@ impl Sink for KinesisSink {
 
 struct KinesisWriter {
     sink: SinkName,
-    stream: StreamWriter,
-    strict_order: bool,
+    stream: PutWriter,
     progress: Progress,
 }
 
 impl KinesisWriter {
     /// Puts what waits until nothing does.
     async fn put_all(&mut self, rows: &Arc<Vec<Row>>) -> Result<(), SinkError> {
-        let (mut attempts, mut pause) = (0, PAUSE);
+        self.stream.succeeded();
         let mut records_max = RECORDS_PER_REQUEST_MAX;
         loop {
-            let (places, records) = self.request(rows, records_max);
-            if records.is_empty() {
+            let request = self.request(rows, records_max);
+            if request.is_empty() {
                 return Ok(());
             }
-            let cause = match self.stream.put(&records).await {
-                Ok(outcomes) => {
+            let later = match self.stream.put(request).await {
+                Answer::Each(outcomes) => {
                     records_max = RECORDS_PER_REQUEST_MAX;
-                    self.note(&places, outcomes)
+                    self.note(outcomes)
                 }
-                Err(PutError::Later(error)) => Some(error.to_string()),
+                Answer::Later { cause, .. } => Some(cause),
                 // One of them is at fault: the request is halved until it is alone.
-                Err(PutError::Records(error)) => {
-                    match places[..] {
-                        [alone] => self.progress.refuse(alone, error.to_string()),
-                        _ => records_max = places.len() / 2,
+                Answer::Records { records, error } => {
+                    match &records[..] {
+                        [(alone, _)] => self.progress.refuse(*alone, error.to_string()),
+                        _ => records_max = records.len() / 2,
                     }
                     None
                 }
-                Err(PutError::Stream(error)) => return Err(self.unavailable(error)),
+                Answer::Stream { error, .. } => return Err(self.unavailable(error)),
             };
-            let Some(cause) = cause else {
-                (attempts, pause) = (0, PAUSE);
+            let Some(cause) = later else {
+                self.stream.succeeded();
                 continue;
             };
-            attempts += 1;
-            if attempts == ATTEMPTS_MAX {
-                return Err(self.unavailable(cause));
-            }
+            let pause = self.stream.retry_after().ok_or_else(|| self.unavailable(cause))?;
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
         }
     }
 
     /// The next request: the oldest rows that wait, with strict order at most one per key. Rows that
     /// no stream takes are refused on the way.
-    fn request(&mut self, rows: &[Row], records_max: usize) -> (Vec<usize>, Vec<NewRecord>) {
-        let (mut places, mut records, mut bytes) = (Vec::new(), Vec::new(), 0);
-        let mut keys = HashSet::new();
+    fn request(&mut self, rows: &[Row], records_max: usize) -> Request<usize> {
+        let mut request = self.stream.request().with_records_max(records_max);
         for place in self.progress.waiting() {
-            let record = match record(&rows[place]) {
-                Ok(record) => record,
-                Err(reason) => {
-                    self.progress.refuse(place, reason);
-                    continue;
-                }
-            };
-            if self.strict_order && !keys.insert(record.partition_key.clone()) {
-                continue;
+            match record(&rows[place]).map(|record| request.offer(place, record)) {
+                Ok(Offer::Added | Offer::KeyWaits(..)) => {}
+                Ok(Offer::Full(..)) => break,
+                Err(reason) => self.progress.refuse(place, reason),
             }
-            let is_full = records.len() == records_max
-                || (!records.is_empty() && bytes + record.bytes() > BYTES_PER_REQUEST_MAX);
-            if is_full {
-                break;
-            }
-            bytes += record.bytes();
-            places.push(place);
-            records.push(record);
         }
-        (places, records)
+        request
     }
 
     /// Notes what became of a request's rows; gives the cause why some must wait.
-    fn note(&mut self, places: &[usize], outcomes: Vec<Put>) -> Option<String> {
-        let mut later = None;
-        for (place, outcome) in places.iter().zip(outcomes) {
-            match outcome {
-                Put::Taken => self.progress.done(*place),
-                Put::Later(cause) => later = Some(cause),
-                Put::Never(reason) => self.progress.refuse(*place, reason),
-            }
+    fn note(&mut self, outcomes: Outcomes<usize>) -> Option<String> {
+        let Outcomes { taken, later, never } = outcomes;
+        taken.iter().for_each(|(place, _)| self.progress.done(*place));
+        for Refused { tag: place, cause, .. } in never {
+            self.progress.refuse(place, cause);
         }
-        later
+        later.into_iter().last().map(|refused| refused.cause)
     }
 
     fn unavailable(&self, cause: impl std::fmt::Display) -> SinkError {

@@ -12,16 +12,16 @@ use tokio::sync::{mpsc, oneshot, watch};
 use shardmill_core::budget::Permit;
 use shardmill_core::metric;
 use shardmill_core::rarely::Rarely;
-use shardmill_kinesis::producer::{
-    BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
-};
+use shardmill_core::retry::RetryPolicy;
+use shardmill_kinesis::producer::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
+use shardmill_kinesis::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused, Request};
 
 /// How long the first record of a call waits for others: little beside a call's own time.
 const LINGER: Duration = Duration::from_millis(5);
 /// How long a request may be refused, or the stream be silent, before the client is told.
 pub(super) const REFUSED_MAX: Duration = Duration::from_secs(10);
-/// The pause before what was refused is put again: a shard's limits are by the second.
-const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// Records that the stream refuses for now, as long as their request is open: a shard's limits are by the second.
+const RETRY: RetryPolicy = RetryPolicy::every(Duration::from_millis(100));
 
 /// The records of one HTTP request.
 pub(super) struct Submission {
@@ -45,58 +45,47 @@ pub(super) enum Refusal {
 /// Puts submissions until all senders are gone and all are answered. `failing` shows since when no
 /// call succeeds, by its cause; `None` while calls do.
 pub(super) async fn run(
-    writer: StreamWriter,
+    stream: StreamWriter,
     mut submissions: mpsc::Receiver<Submission>,
     failing: watch::Sender<Option<String>>,
 ) {
+    let options = PutOptions { strict_order: false, retry: RETRY, answer_max: Some(REFUSED_MAX) };
+    let mut writer = PutWriter::new(stream, options);
     let mut queue = Queue::default();
     let mut failing_since: Option<Instant> = None;
     let mut lines = Rarely::default();
     while queue.fill(&mut submissions).await {
-        let call = queue.cut();
+        let request = queue.cut(writer.request());
         let begun = Instant::now();
-        let answer = match tokio::time::timeout(REFUSED_MAX, writer.put(&call.records)).await {
-            Ok(answer) => answer.map_err(Failure::from),
-            Err(_) => Err(Failure::Later(format!("no answer within {} s", REFUSED_MAX.as_secs()))),
+        let answer = writer.put(request).await;
+        let failure = match &answer {
+            Answer::Later { cause, .. } => Some(cause.clone()),
+            Answer::Stream { error, .. } => Some(error.to_string()),
+            Answer::Each(_) | Answer::Records { .. } => None,
         };
-        match &answer {
-            Err(Failure::Later(cause) | Failure::Stream(cause)) => {
+        match failure {
+            Some(cause) => {
                 if let Some(left_out) = lines.line(Instant::now()) {
                     tracing::warn!(%cause, left_out, "the intake cannot put");
                 }
                 failing_since.get_or_insert(begun);
-                failing.send_replace(Some(cause.clone()));
+                failing.send_replace(Some(cause));
             }
-            Ok(_) | Err(Failure::Records(_)) => {
+            None => {
                 failing_since = None;
                 failing.send_replace(None);
             }
         }
-        let is_refused = queue.settle(call, answer, begun);
+        let is_refused = queue.settle(answer, begun);
         if let Some(since) = failing_since
             && since.elapsed() >= REFUSED_MAX
         {
             let cause = failing.borrow().clone().unwrap_or_default();
             queue.give_up(&cause);
-        } else if is_refused {
-            tokio::time::sleep(RETRY_PAUSE).await;
-        }
-    }
-}
-
-/// Why a call failed as a whole.
-enum Failure {
-    Later(String),
-    Records(String),
-    Stream(String),
-}
-
-impl From<PutError> for Failure {
-    fn from(error: PutError) -> Self {
-        match error {
-            PutError::Later(error) => Self::Later(error.to_string()),
-            PutError::Records(error) => Self::Records(error.to_string()),
-            PutError::Stream(error) => Self::Stream(error.to_string()),
+        } else if !is_refused {
+            writer.succeeded();
+        } else if let Some(pause) = writer.retry_after() {
+            tokio::time::sleep(pause).await;
         }
     }
 }
@@ -112,12 +101,6 @@ struct Open {
     refused_since: Option<Instant>,
     /// A call that held its records was refused for good: it shares no other.
     is_alone: bool,
-}
-
-/// One PutRecords call: records, and whose they are.
-struct Call {
-    ids: Vec<RequestId>,
-    records: Vec<NewRecord>,
 }
 
 #[derive(Default)]
@@ -161,68 +144,74 @@ impl Queue {
         self.records.extend(records.into_iter().map(|record| (id, record)));
     }
 
-    /// Takes the next call from the front, within the limits of PutRecords.
-    fn cut(&mut self) -> Call {
-        let mut call = Call { ids: Vec::new(), records: Vec::new() };
-        let mut bytes = 0;
-        while let Some((id, record)) = self.records.front() {
-            bytes += record.bytes();
-            let is_full = call.records.len() >= RECORDS_PER_REQUEST_MAX
-                || (!call.records.is_empty() && bytes > BYTES_PER_REQUEST_MAX);
-            let is_alone = |id: &RequestId| self.open.get(id).is_some_and(|open| open.is_alone);
-            let is_other =
-                call.ids.last().is_some_and(|last| last != id && (is_alone(last) || is_alone(id)));
-            if is_full || is_other {
+    /// Fills the next call from the front, within the limits of PutRecords. A request that is alone shares it with
+    /// no other.
+    fn cut(&mut self, mut call: Request<RequestId>) -> Request<RequestId> {
+        let is_alone = |id: RequestId| self.open.get(&id).is_some_and(|open| open.is_alone);
+        let Some(first) = self.records.front().map(|(id, _)| *id) else { return call };
+        while let Some((id, record)) = self.records.pop_front() {
+            let is_other = id != first && (is_alone(first) || is_alone(id));
+            let offer = match is_other {
+                true => Offer::Full(id, record),
+                false => call.offer(id, record),
+            };
+            if let Offer::KeyWaits(id, record) | Offer::Full(id, record) = offer {
+                self.records.push_front((id, record));
                 break;
             }
-            let Some((id, record)) = self.records.pop_front() else { break };
-            call.ids.push(id);
-            call.records.push(record);
         }
         call
     }
 
     /// Answers the requests whose records are all in or one of which is refused for good; puts what
     /// was refused for now back. Whether there was something to put back for that reason.
-    fn settle(&mut self, call: Call, answer: Result<Vec<Put>, Failure>, begun: Instant) -> bool {
-        let Call { ids, records } = call;
-        let outcomes = match answer {
-            Ok(outcomes) => outcomes,
-            Err(Failure::Later(cause) | Failure::Stream(cause)) => {
-                vec![Put::Later(cause); records.len()]
+    fn settle(&mut self, answer: Answer<RequestId>, begun: Instant) -> bool {
+        let refused_for_now = |records: Vec<(RequestId, NewRecord)>, cause: &str| {
+            let refused = |(tag, record)| Refused { tag, record, cause: cause.to_owned() };
+            records.into_iter().map(refused).collect()
+        };
+        let (taken, later, never) = match answer {
+            Answer::Each(Outcomes { taken, later, never }) => (taken, later, never),
+            Answer::Later { records, cause } => {
+                (Vec::new(), refused_for_now(records, &cause), Vec::new())
             }
-            Err(Failure::Records(cause)) if ids.first() == ids.last() => {
-                vec![Put::Never(cause); records.len()]
+            Answer::Stream { records, error } => {
+                (Vec::new(), refused_for_now(records, &error.to_string()), Vec::new())
             }
-            Err(Failure::Records(_)) => {
-                // One request of several is bad: each goes on alone, so that only that one fails.
-                for id in &ids {
-                    if let Some(open) = self.open.get_mut(id) {
-                        open.is_alone = true;
+            Answer::Records { records, error } => {
+                let ids: Vec<RequestId> = records.iter().map(|(id, _)| *id).collect();
+                if ids.first() != ids.last() {
+                    // One request of several is bad: each goes on alone, so that only that one fails.
+                    for id in &ids {
+                        if let Some(open) = self.open.get_mut(id) {
+                            open.is_alone = true;
+                        }
                     }
+                    self.put_back(records);
+                    return false;
                 }
-                self.put_back(ids.into_iter().zip(records).collect());
-                return false;
+                if let Some(id) = ids.first() {
+                    self.answer(*id, Err(Refusal::Records(error.to_string())));
+                }
+                (Vec::new(), Vec::new(), Vec::new())
             }
         };
+        for (id, record) in taken {
+            metrics::counter!(metric::INTAKE_RECORDS_TOTAL).increment(1);
+            metrics::counter!(metric::INTAKE_BYTES_TOTAL)
+                .increment(record.payload.len() as u64);
+            self.taken(id);
+        }
+        for Refused { tag: id, cause, .. } in never {
+            self.answer(id, Err(Refusal::Records(cause)));
+        }
         let mut refused = Vec::new();
-        for ((id, record), outcome) in ids.into_iter().zip(records).zip(outcomes) {
-            match outcome {
-                Put::Taken => {
-                    metrics::counter!(metric::INTAKE_RECORDS_TOTAL).increment(1);
-                    metrics::counter!(metric::INTAKE_BYTES_TOTAL)
-                        .increment(record.payload.len() as u64);
-                    self.taken(id);
-                }
-                Put::Never(cause) => self.answer(id, Err(Refusal::Records(cause))),
-                Put::Later(cause) => {
-                    let Some(open) = self.open.get_mut(&id) else { continue };
-                    if open.refused_since.get_or_insert(begun).elapsed() >= REFUSED_MAX {
-                        self.answer(id, Err(Refusal::Stream(cause)));
-                    } else {
-                        refused.push((id, record));
-                    }
-                }
+        for Refused { tag: id, record, cause } in later {
+            let Some(open) = self.open.get_mut(&id) else { continue };
+            if open.refused_since.get_or_insert(begun).elapsed() >= REFUSED_MAX {
+                self.answer(id, Err(Refusal::Stream(cause)));
+            } else {
+                refused.push((id, record));
             }
         }
         let is_refused = !refused.is_empty();

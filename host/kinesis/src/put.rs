@@ -1,0 +1,322 @@
+//! PutRecords requests: how they are filled, and what follows from an answer.
+//!
+//! All who put records on a stream use this: the producer, the Kinesis sink and the intake. A [`Request`] is filled
+//! within the limits of PutRecords. A [`PutWriter`] puts it, sorts its records by their outcome, and says how long to
+//! wait before what was refused for now is put again. What a caller does with records that are refused for good is
+//! its own affair.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use super::producer::{
+    BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
+};
+use shardmill_core::retry::{Retries, RetryPolicy};
+use shardmill_core::source::SourceError;
+
+/// How a writer fills requests and retries.
+#[derive(Clone, Copy, Debug)]
+pub struct PutOptions {
+    /// Whether a request has at most one record per partition key. The stream may refuse a record and take a later
+    /// one of the same key from the same request, so only this keeps the order per key.
+    pub strict_order: bool,
+    /// When records that were refused for now are put again.
+    pub retry: RetryPolicy,
+    /// The longest wait for an answer, if the client of the stream has no shorter one.
+    pub answer_max: Option<Duration>,
+}
+
+/// A request that is being filled. `T` is what the caller knows a record by.
+#[derive(Debug)]
+pub struct Request<T> {
+    tags: Vec<T>,
+    records: Vec<NewRecord>,
+    bytes: usize,
+    records_max: usize,
+    /// The keys of its records, with strict order.
+    keys: Option<HashSet<String>>,
+}
+
+/// What a request did with a record that was offered to it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Offer<T> {
+    /// It has the record.
+    Added,
+    /// With strict order: it has an earlier record of the same key. Records of other keys may go with it.
+    KeyWaits(T, NewRecord),
+    /// The record goes beyond a limit, and so would those after it.
+    Full(T, NewRecord),
+}
+
+impl<T> Request<T> {
+    fn new(strict_order: bool) -> Self {
+        Self {
+            tags: Vec::new(),
+            records: Vec::new(),
+            bytes: 0,
+            records_max: RECORDS_PER_REQUEST_MAX,
+            keys: strict_order.then(HashSet::new),
+        }
+    }
+
+    /// The request with a lower limit of records: to find the one that makes it fail. At least one.
+    pub fn with_records_max(self, records_max: usize) -> Self {
+        Self { records_max: records_max.clamp(1, RECORDS_PER_REQUEST_MAX), ..self }
+    }
+
+    /// The number of its records.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Whether it has no record.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Adds a record if it may go with those that the request has. An empty request takes any record.
+    pub fn offer(&mut self, tag: T, record: NewRecord) -> Offer<T> {
+        if self.keys.as_ref().is_some_and(|keys| keys.contains(&record.partition_key)) {
+            return Offer::KeyWaits(tag, record);
+        }
+        let bytes = self.bytes.saturating_add(record.bytes());
+        let is_full = self.len() >= self.records_max || bytes > BYTES_PER_REQUEST_MAX;
+        if is_full && !self.is_empty() {
+            return Offer::Full(tag, record);
+        }
+        if let Some(keys) = &mut self.keys {
+            keys.insert(record.partition_key.clone());
+        }
+        self.bytes = bytes;
+        self.tags.push(tag);
+        self.records.push(record);
+        Offer::Added
+    }
+
+    fn into_records(self) -> Vec<(T, NewRecord)> {
+        self.tags.into_iter().zip(self.records).collect()
+    }
+}
+
+/// A record that the stream did not take.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refused<T> {
+    /// What the caller knows it by.
+    pub tag: T,
+    /// The record.
+    pub record: NewRecord,
+    /// Why.
+    pub cause: String,
+}
+
+/// The records of a request by their outcome, each in the order of the request.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Outcomes<T> {
+    /// The stream has them.
+    pub taken: Vec<(T, NewRecord)>,
+    /// Refused for now: they go before all records that have not been put yet.
+    pub later: Vec<Refused<T>>,
+    /// Refused for good.
+    pub never: Vec<Refused<T>>,
+}
+
+impl<T> Outcomes<T> {
+    /// Sorts the records of a request by what the stream answered for each.
+    fn of(request: Request<T>, outcomes: Vec<Put>) -> Self {
+        let mut sorted = Self { taken: Vec::new(), later: Vec::new(), never: Vec::new() };
+        for ((tag, record), outcome) in request.into_records().into_iter().zip(outcomes) {
+            match outcome {
+                Put::Taken => sorted.taken.push((tag, record)),
+                Put::Later(cause) => sorted.later.push(Refused { tag, record, cause }),
+                Put::Never(cause) => sorted.never.push(Refused { tag, record, cause }),
+            }
+        }
+        sorted
+    }
+}
+
+/// The outcome of a request; none of its records is lost.
+#[derive(Debug)]
+pub enum Answer<T> {
+    /// The stream answered for each record.
+    Each(Outcomes<T>),
+    /// The call failed for now: throttled, or out of reach. The stream may have the records.
+    Later {
+        /// The records, in their order.
+        records: Vec<(T, NewRecord)>,
+        /// Why.
+        cause: String,
+    },
+    /// One of the records is against a limit, perhaps the stream's own. The stream took none.
+    Records {
+        /// The records, in their order.
+        records: Vec<(T, NewRecord)>,
+        /// Why.
+        error: SourceError,
+    },
+    /// The stream is gone, or access to it is denied.
+    Stream {
+        /// The records, in their order.
+        records: Vec<(T, NewRecord)>,
+        /// Why.
+        error: SourceError,
+    },
+}
+
+/// Puts requests on a stream, one after another.
+pub struct PutWriter {
+    stream: StreamWriter,
+    options: PutOptions,
+    retries: Retries,
+}
+
+impl PutWriter {
+    /// A writer for a stream.
+    pub fn new(stream: StreamWriter, options: PutOptions) -> Self {
+        Self { stream, options, retries: options.retry.start() }
+    }
+
+    /// The writer with or without strict order.
+    pub fn strict_order(mut self, strict_order: bool) -> Self {
+        self.options.strict_order = strict_order;
+        self
+    }
+
+    /// Whether a request has at most one record per partition key.
+    pub fn is_strict(&self) -> bool {
+        self.options.strict_order
+    }
+
+    /// Begins a request.
+    pub fn request<T>(&self) -> Request<T> {
+        Request::new(self.options.strict_order)
+    }
+
+    /// Puts a request.
+    pub async fn put<T>(&self, request: Request<T>) -> Answer<T> {
+        let call = self.stream.put(&request.records);
+        let answer = match self.options.answer_max {
+            None => call.await,
+            Some(longest) => match tokio::time::timeout(longest, call).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    let cause = format!("no answer within {} s", longest.as_secs());
+                    return Answer::Later { records: request.into_records(), cause };
+                }
+            },
+        };
+        match answer {
+            Ok(outcomes) => Answer::Each(Outcomes::of(request, outcomes)),
+            Err(PutError::Later(error)) => {
+                Answer::Later { records: request.into_records(), cause: error.to_string() }
+            }
+            Err(PutError::Records(error)) => {
+                Answer::Records { records: request.into_records(), error }
+            }
+            Err(PutError::Stream(error)) => {
+                Answer::Stream { records: request.into_records(), error }
+            }
+        }
+    }
+
+    /// Counts a request of which something was refused for now. Gives the pause before the next one, or `None` when
+    /// it is time to give up.
+    pub fn retry_after(&mut self) -> Option<Duration> {
+        self.retries.next_pause_or_end()
+    }
+
+    /// Forgets earlier failures: nothing of the last request was refused for now.
+    pub fn succeeded(&mut self) {
+        self.retries.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use bytes::Bytes;
+
+    fn record(key: &str, payload_bytes: usize) -> NewRecord {
+        NewRecord { partition_key: key.into(), payload: Bytes::from(vec![b'x'; payload_bytes]) }
+    }
+
+    /// The records that the next request takes of those that wait, by their places.
+    fn taken(strict_order: bool, records_max: usize, waiting: &[(&str, usize)]) -> Vec<usize> {
+        let mut request = Request::new(strict_order).with_records_max(records_max);
+        for (place, (key, bytes)) in waiting.iter().enumerate() {
+            match request.offer(place, record(key, *bytes)) {
+                Offer::Added | Offer::KeyWaits(..) => {}
+                Offer::Full(..) => break,
+            }
+        }
+        request.tags
+    }
+
+    #[test]
+    fn a_request_is_filled_up_to_its_limits() {
+        const MAX: usize = BYTES_PER_REQUEST_MAX;
+        let all = RECORDS_PER_REQUEST_MAX;
+        for (name, strict_order, records_max, waiting, expected) in [
+            ("nothing waits", false, all, &[][..], &[][..]),
+            ("all fit", false, all, &[("a", 1), ("a", 1), ("b", 1)], &[0, 1, 2]),
+            ("two records at most", false, 2, &[("a", 1), ("b", 1), ("c", 1)], &[0, 1]),
+            ("one record at least", false, 0, &[("a", 1), ("b", 1)], &[0]),
+            // Keys count: one byte each.
+            ("exactly the bytes", false, all, &[("a", MAX - 3), ("b", 1)], &[0, 1]),
+            ("a byte too much", false, all, &[("a", MAX - 3), ("b", 2)], &[0]),
+            ("a long key too much", false, all, &[("a", MAX - 3), ("bb", 1)], &[0]),
+            // A small one behind it would fit, and would pass it.
+            ("none after a full one", false, all, &[("a", 9), ("b", MAX), ("c", 1)], &[0]),
+            ("a large one goes alone", false, all, &[("a", 2 * MAX), ("b", 1)], &[0]),
+            ("one per key", true, all, &[("a", 1), ("a", 1), ("b", 1), ("a", 1)], &[0, 2]),
+            ("one key", true, all, &[("a", 1), ("a", 1)], &[0]),
+            ("keys that wait take no room", true, 2, &[("a", 1), ("a", MAX), ("b", 1)], &[0, 2]),
+        ] {
+            assert_eq!(taken(strict_order, records_max, waiting), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_request_has_at_most_500_records() {
+        let waiting = [("a", 1); RECORDS_PER_REQUEST_MAX + 1];
+        let found = taken(false, usize::MAX, &waiting);
+        assert_eq!(found, (0..RECORDS_PER_REQUEST_MAX).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_record_that_is_not_added_comes_back() {
+        let mut request = Request::new(true).with_records_max(1);
+        assert!(request.is_empty());
+        assert_eq!(request.offer(0, record("a", 1)), Offer::Added);
+        assert_eq!(request.offer(1, record("a", 2)), Offer::KeyWaits(1, record("a", 2)));
+        assert_eq!(request.offer(2, record("b", 3)), Offer::Full(2, record("b", 3)));
+        assert_eq!(request.len(), 1);
+    }
+
+    #[test]
+    fn records_are_sorted_by_outcome_in_their_order() {
+        let (later, never) = (|| Put::Later("busy".into()), || Put::Never("bad".into()));
+        for (outcomes, taken, expected_later, expected_never) in [
+            (vec![Put::Taken, Put::Taken, Put::Taken], &[0, 1, 2][..], &[][..], &[][..]),
+            (vec![later(), Put::Taken, later()], &[1], &[0, 2], &[]),
+            (vec![never(), later(), Put::Taken], &[2], &[1], &[0]),
+            (vec![later(), later(), later()], &[], &[0, 1, 2], &[]),
+            (vec![never(), never(), never()], &[], &[], &[0, 1, 2]),
+        ] {
+            let mut request = Request::new(false);
+            for place in 0..3 {
+                assert_eq!(request.offer(place, record("a", place)), Offer::Added);
+            }
+            let found = Outcomes::of(request, outcomes);
+            let places = |refused: &[Refused<usize>], cause: &str| -> Vec<usize> {
+                assert!(refused.iter().all(|one| one.cause == cause), "{refused:?}");
+                assert!(refused.iter().all(|one| one.record == record("a", one.tag)));
+                refused.iter().map(|one| one.tag).collect()
+            };
+            assert_eq!(found.taken.iter().map(|(tag, _)| *tag).collect::<Vec<_>>(), taken);
+            assert_eq!(places(&found.later, "busy"), expected_later);
+            assert_eq!(places(&found.never, "bad"), expected_never);
+        }
+    }
+}
