@@ -19,6 +19,9 @@ use shardmill_core::values::Values;
 
 /// Longer names do not fit into object keys and file names beside what else they hold.
 const NAME_CHARS_MAX: usize = 64;
+/// The rule of [`is_name`] in words, with [`NAME_CHARS_MAX`].
+pub const NAME_RULE: &str =
+    "letters, digits, `-` and `_`, starting with a letter or digit, at most 64 characters";
 
 /// Connections that a port may keep at once: fewer are used up by one browser, more by no proxy.
 pub(super) const CONNECTIONS_ALLOWED: RangeInclusive<u64> = 4..=65_536;
@@ -242,17 +245,10 @@ impl<'a> Check<'a> {
         noun: &str,
     ) -> Option<Located<N>> {
         let text = raw.get_ref().0.as_str();
-        let fits = text.len() <= NAME_CHARS_MAX
-            && text.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
-        if fits {
+        if is_name(text) {
             return Some(Located { value: N::from(text), span: raw.span() });
         }
-        let help = format!(
-            "letters, digits, `-` and `_`, starting with a letter or digit, at most \
-             {NAME_CHARS_MAX} characters"
-        );
-        self.problem(raw.span(), format!("{text:?} cannot name a {noun}"), help);
+        self.problem(raw.span(), format!("{text:?} cannot name a {noun}"), NAME_RULE);
         None
     }
 
@@ -265,6 +261,14 @@ impl<'a> Check<'a> {
         }
         Some(text.clone())
     }
+}
+
+/// Whether a text can name a pipeline, a stage or a sink: it is safe in object keys, file names, metrics and log
+/// lines.
+pub fn is_name(text: &str) -> bool {
+    text.len() <= NAME_CHARS_MAX
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
 }
 
 /// What is wrong with a duration, shortly.

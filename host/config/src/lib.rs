@@ -35,6 +35,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use self::capability::{Capability, WIT_VERSION};
+pub use self::check::{NAME_RULE, is_name};
 pub use self::destination::one_spelling;
 pub use self::diagnostic::{ConfigError, Problem, did_you_mean, suggest, told};
 pub use self::env::substitute_set;
@@ -44,7 +45,7 @@ pub use self::grant_http::{HttpHostConfig, HttpMethod};
 pub use self::layout::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
 pub use self::layout::{LOG_FOLDER, Part};
 pub use self::limits::{CompileLimits, ProbationLimits, RejectedMax, SampleLimits, StageLimits};
-pub use self::load::{load, parse};
+pub use self::load::{BUFFER_BYTES, load, parse};
 pub use self::lookup::{LookupCacheLimits, LookupConfig, LookupSource};
 pub use self::reload::Gates;
 pub use self::sink::CONNECTIONS_MAX;
@@ -366,6 +367,13 @@ pub struct BatchLimits {
     pub records_max: usize,
     /// Payload bytes; one larger record travels alone.
     pub bytes_max: usize,
+}
+
+impl Default for BatchLimits {
+    /// 1,024 records and 256 KiB: they make the fixed cost of a plugin's call vanish.
+    fn default() -> Self {
+        Self { records_max: 1_024, bytes_max: 256 << 10 }
+    }
 }
 
 /// One plugin in the path.

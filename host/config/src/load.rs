@@ -36,7 +36,7 @@ const TABLES: [&str; 10] = [
 
 /// The default of `buffer`: the largest commit by default has 64 MiB of payload in up to 100,000 rows, each
 /// of which holds some 360 bytes beside it. With less, one shard's objects would be cut before they are full.
-const BUFFER_BYTES: usize = 100 << 20;
+pub const BUFFER_BYTES: usize = 100 << 20;
 /// The range of `buffer`: below it, hardly one batch fits; above it, no machine.
 const BUFFER_BYTES_MIN: usize = 1 << 20;
 const BUFFER_BYTES_MAX: usize = 64 << 30;

@@ -37,10 +37,7 @@ const POLL_INTERVAL_MAX: Duration = Duration::from_secs(60);
 const CREATE_WAIT: Duration = Duration::from_secs(120);
 const CREATE_WAITS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
 const SHARDS: RangeInclusive<u64> = 1..=10_000;
-/// DESIGN of the wall: 1,000 records and 256 KiB make a call's fixed cost vanish.
-const BATCH_RECORDS: usize = 1_024;
 const BATCH_RECORDS_ALLOWED: RangeInclusive<u64> = 1..=100_000;
-const BATCH_BYTES: usize = 256 << 10;
 const BATCH_BYTES_ALLOWED: RangeInclusive<usize> = (1 << 10)..=(64 << 20);
 
 /// Reads `[source]`; `base` is what relative paths start from.
@@ -332,7 +329,8 @@ fn format(raw: &Maybe<Text>, check: &mut Check) -> Option<Option<String>> {
 
 fn batch(raw: Option<RawBatch>, check: &mut Check) -> Option<BatchLimits> {
     let (records, bytes) = raw.map_or((None, None), |raw| (raw.records, raw.bytes));
-    let records = check.count(&records, BATCH_RECORDS, BATCH_RECORDS_ALLOWED);
-    let bytes = check.size(&bytes, BATCH_BYTES, BATCH_BYTES_ALLOWED);
+    let default = BatchLimits::default();
+    let records = check.count(&records, default.records_max, BATCH_RECORDS_ALLOWED);
+    let bytes = check.size(&bytes, default.bytes_max, BATCH_BYTES_ALLOWED);
     Some(BatchLimits { records_max: records?, bytes_max: bytes? })
 }
