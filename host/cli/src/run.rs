@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::ensure;
-use serde::Serialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -16,9 +15,8 @@ use shardmill_core::record::SinkName;
 use shardmill_core::source::ShardSource;
 use shardmill_core::stop::Stop;
 use shardmill_embedded::EmbeddedStream;
-use shardmill_engine::lane::Board;
 use shardmill_engine::lease::PipelineLock;
-use shardmill_engine::letter_log::LetterLogSource;
+use shardmill_engine::run::{Run, RunSummary};
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
 use shardmill_engine::swap::watch_files;
 use shardmill_kinesis::producer::StreamWriter;
@@ -26,7 +24,6 @@ use shardmill_serve::admin::AdminPort;
 use shardmill_serve::admin::access::Access;
 use shardmill_serve::admin::control::{Control, ControlAddress, ControlPort, ReadConfig};
 use shardmill_serve::intake::IntakePort;
-use shardmill_state::{DeadLetters, StoredLetter};
 
 /// How long after its drain the process has ended.
 const END_WAIT_MAX: Duration = Duration::from_secs(5);
@@ -56,17 +53,6 @@ pub struct Options {
     trust_sinks: bool,
 }
 
-/// What a run did, for its last line.
-#[derive(Serialize)]
-pub(crate) struct Summary {
-    /// Records handed to the sinks.
-    pub records: u64,
-    /// Of these, read again because only some sinks had them.
-    pub replayed: u64,
-    /// Dead letters in the store.
-    pub dead_letters: u64,
-}
-
 pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     output::leave_to_rows(&config);
@@ -92,10 +78,7 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
 struct Ready {
     /// SIGHUP, since before anything was begun.
     hangup: Signal,
-    pipeline: Supervisor,
-    copies: Option<Supervisor>,
-    /// Once the pipeline has ended, no more letters are written.
-    last_letter: CancellationToken,
+    run: Run,
     control: Control,
     control_stop: CancellationToken,
     intake: Option<(IntakePort, StreamWriter)>,
@@ -128,6 +111,7 @@ async fn start(
         dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
         files_count: options.files_count,
         trust_sinks: options.trust_sinks,
+        build_sinks: Arc::new(sinks::build),
         ..RunOptions::new(options.until_caught_up)
     };
     let file = options.pipeline.file.clone();
@@ -139,16 +123,9 @@ async fn start(
         }
         _ => None,
     };
-    let (letters_config, watched) = (config.clone(), config.clone());
-    let copied = RunOptions {
-        dropped_sinks: run_options.dropped_sinks.clone(),
-        files_count: run_options.files_count,
-        trust_sinks: run_options.trust_sinks,
-        ..RunOptions::new(false)
-    };
-    let pipeline = prepare_under(lock, config, source, run_options).await?;
-    let last_letter = CancellationToken::new();
-    let copies = prepare_copies(letters_config, &pipeline, last_letter.clone(), copied).await?;
+    let watched = config.clone();
+    let run = Run::prepare(lock, config, source, super::plugin_host, run_options).await?;
+    let pipeline = run.pipeline();
     holes::say(&watched, &holes::of(&watched, None).await?, console);
     let read_config: ReadConfig = Arc::new(move || load(&file));
     let control = Control {
@@ -165,8 +142,7 @@ async fn start(
             console.say(format!("admin token, for changes: in {}", path.display()));
         }
         let access = Access::of(&admin_config, Some(port.token()));
-        let boards = [&pipeline].into_iter().chain(&copies).map(Supervisor::board).collect();
-        admin.serve(boards, Some(control.clone()), access, stop.token().clone());
+        admin.serve(run.boards(), Some(control.clone()), access, stop.token().clone());
     }
     port.serve(control.clone(), control_stop.clone());
     if watched.reload.watch {
@@ -174,23 +150,15 @@ async fn start(
         tokio::spawn(watch_files(pipeline.swapper(), watched, read, control_stop.clone()));
     }
     let _embedded = embedded;
-    Ok(Ready { hangup, pipeline, copies, last_letter, control, control_stop, intake, _embedded })
+    Ok(Ready { hangup, run, control, control_stop, intake, _embedded })
 }
 
 impl Ready {
     /// Runs until the end is asked for, or the pipeline ends by itself.
     async fn run(self, stop: Stop, console: &Console) -> anyhow::Result<()> {
-        let Self {
-            hangup,
-            pipeline,
-            copies,
-            last_letter,
-            control,
-            control_stop,
-            intake,
-            _embedded,
-        } = self;
+        let Self { hangup, run, control, control_stop, intake, _embedded } = self;
         reload_on_hangup(hangup, control, control_stop.clone());
+        let pipeline = run.pipeline();
         let (board, letters) = (pipeline.board(), pipeline.letters());
         // Of its own, so that it ends as well when the pipeline ends by itself.
         let intake_stop = stop.child();
@@ -205,14 +173,14 @@ impl Ready {
             None => {}
         }
         console.say("running; stop with Ctrl-C or SIGTERM");
-        let ran = run_with_copies(pipeline, copies, last_letter, &stop).await;
+        let ran = run.run(&stop).await;
         intake_stop.ask();
         control_stop.cancel();
         if let Some(intake) = intake {
             intake.finished(&intake_stop).await;
         }
         ran?;
-        let Some(summary) = stop.until_over(summarize(&board, &letters)).await else {
+        let Some(summary) = stop.until_over(RunSummary::of(&board, &letters)).await else {
             return Ok(());
         };
         let summary = summary?;
@@ -224,54 +192,6 @@ impl Ready {
     }
 }
 
-/// The pipeline that copies dead letters to the sinks under `[dead_letters]`, if there are any.
-async fn prepare_copies(
-    config: PipelineConfig,
-    pipeline: &Supervisor,
-    last_letter: CancellationToken,
-    options: RunOptions,
-) -> anyhow::Result<Option<Supervisor>> {
-    let folder = pipeline.folder().join("letters");
-    let Some(config) = config.for_letters(folder, StoredLetter::columns()) else {
-        return Ok(None);
-    };
-    let (letters, name, limits) = (pipeline.letters(), config.name.clone(), config.source.batch);
-    let source = LetterLogSource::new(letters, name, limits, last_letter);
-    let copies = prepare(config, Arc::new(source), options).await?;
-    copies.letters().leave_metrics();
-    Ok(Some(copies))
-}
-
-/// Runs a pipeline and what copies its letters, until both have ended. When one fails, the other is
-/// drained within the same time.
-async fn run_with_copies(
-    pipeline: Supervisor,
-    copies: Option<Supervisor>,
-    last_letter: CancellationToken,
-    stop: &Stop,
-) -> anyhow::Result<()> {
-    let run = async |supervisor: Supervisor| {
-        let ran = supervisor.run_until(stop.clone()).await;
-        if ran.is_err() {
-            stop.ask();
-        }
-        ran
-    };
-    let pipeline = async {
-        let ran = run(pipeline).await;
-        last_letter.cancel();
-        ran
-    };
-    let copies = async {
-        match copies {
-            Some(copies) => run(copies).await,
-            None => Ok(()),
-        }
-    };
-    let (ran, copied) = tokio::join!(pipeline, copies);
-    ran.and(copied)
-}
-
 /// Proves the pipeline with the sinks that its configuration names.
 pub(crate) async fn prepare(
     config: PipelineConfig,
@@ -279,19 +199,8 @@ pub(crate) async fn prepare(
     options: RunOptions,
 ) -> anyhow::Result<Supervisor> {
     let lock = PipelineLock::take(&config.state_dir, &config.name)?;
-    prepare_under(lock, config, source, options).await
-}
-
-async fn prepare_under(
-    lock: PipelineLock,
-    config: PipelineConfig,
-    source: Arc<dyn ShardSource>,
-    options: RunOptions,
-) -> anyhow::Result<Supervisor> {
-    let sinks = sinks::build(&config)?;
-    let host = super::plugin_host(&config)?;
     let options = RunOptions { build_sinks: Arc::new(sinks::build), ..options };
-    Supervisor::prepare_under(lock, config, host, source, sinks, options).await
+    shardmill_engine::run::prepare(lock, config, source, super::plugin_host, options).await
 }
 
 /// Drains once the reader of a stdout sink's rows is gone: nobody will take the rows that come.
@@ -341,15 +250,6 @@ fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToke
             }
         }
     });
-}
-
-pub(crate) async fn summarize(board: &Board, letters: &DeadLetters) -> anyhow::Result<Summary> {
-    let shards = board.snapshot();
-    Ok(Summary {
-        records: shards.values().map(|status| status.records_read).sum(),
-        replayed: shards.values().map(|status| status.records_replayed).sum(),
-        dead_letters: letters.count().await?,
-    })
 }
 
 /// The end that the first SIGTERM or SIGINT asks for; a second one ends the process at once.

@@ -15,6 +15,7 @@ pub mod lineage;
 pub mod masked;
 pub mod pipeline;
 pub mod refusals;
+pub mod run;
 pub mod spans;
 pub mod stage;
 pub mod supervisor;

@@ -60,6 +60,7 @@ const COMPILED_AGE_MIN: Duration = Duration::from_secs(3_600);
 const TAKE_OVERS_MAX: usize = 16;
 
 /// What a run is told beside its configuration.
+#[derive(Clone)]
 pub struct RunOptions {
     /// Stop when every shard is read to its end and every sink has committed it.
     pub until_caught_up: bool,

@@ -1,0 +1,152 @@
+//! One run of a pipeline: the pipeline, the copy of its dead letters beside it, and the end of both.
+//!
+//! `shardmill run` and programs that embed the engine both start here. What they have beside it (ports, signals) is
+//! theirs.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::lane::Board;
+use crate::lease::PipelineLock;
+use crate::letter_log::LetterLogSource;
+use crate::supervisor::{RunOptions, Supervisor};
+use shardmill_config::PipelineConfig;
+use shardmill_core::source::ShardSource;
+use shardmill_core::stop::Stop;
+use shardmill_plugin::PluginHost;
+use shardmill_state::{DeadLetters, StoredLetter};
+
+/// Makes what the plugins of a pipeline are loaded with.
+pub type MakeHost = fn(&PipelineConfig) -> anyhow::Result<PluginHost>;
+
+/// A pipeline that is validated and owns its state, ready to run.
+pub struct Run {
+    pipeline: Supervisor,
+    /// What copies its dead letters to the sinks for them.
+    copies: Option<Supervisor>,
+    /// Cancelled when the pipeline has ended: from then on no dead letter is written.
+    last_letter: CancellationToken,
+}
+
+/// Counts of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RunSummary {
+    /// Records handed to the sinks.
+    pub records: u64,
+    /// Of these, read again because only some sinks had them.
+    pub replayed: u64,
+    /// Dead letters in the store.
+    pub dead_letters: u64,
+}
+
+impl RunSummary {
+    /// Counts what the lanes of a board have done, and the dead letters.
+    ///
+    /// # Errors
+    /// When the dead letters cannot be read.
+    pub async fn of(board: &Board, letters: &DeadLetters) -> anyhow::Result<Self> {
+        let shards = board.snapshot();
+        Ok(Self {
+            records: shards.values().map(|status| status.records_read).sum(),
+            replayed: shards.values().map(|status| status.records_replayed).sum(),
+            dead_letters: letters.count().await?,
+        })
+    }
+}
+
+/// Validates one pipeline under its lock, with the sinks that `options` makes.
+///
+/// # Errors
+/// As [`Supervisor::prepare`], and when a sink or the plugins' host cannot be made.
+pub async fn prepare(
+    lock: PipelineLock,
+    config: PipelineConfig,
+    source: Arc<dyn ShardSource>,
+    host: MakeHost,
+    options: RunOptions,
+) -> anyhow::Result<Supervisor> {
+    let sinks = (options.build_sinks)(&config)?;
+    let host = host(&config)?;
+    Supervisor::prepare_under(lock, config, host, source, sinks, options).await
+}
+
+impl Run {
+    /// Validates a pipeline under its lock, and what copies its dead letters. Reads no record.
+    ///
+    /// # Errors
+    /// As [`prepare`].
+    pub async fn prepare(
+        lock: PipelineLock,
+        config: PipelineConfig,
+        source: Arc<dyn ShardSource>,
+        host: MakeHost,
+        options: RunOptions,
+    ) -> anyhow::Result<Self> {
+        // It ends after the pipeline, by the last letter.
+        let copied = RunOptions { until_caught_up: false, ..options.clone() };
+        let pipeline = prepare(lock, config.clone(), source, host, options).await?;
+        let last_letter = CancellationToken::new();
+        let copies = prepare_copies(&config, &pipeline, last_letter.clone(), host, copied).await?;
+        Ok(Self { pipeline, copies, last_letter })
+    }
+
+    /// The pipeline itself.
+    pub fn pipeline(&self) -> &Supervisor {
+        &self.pipeline
+    }
+
+    /// What is shown of the lanes of the pipeline, and of those that copy its dead letters.
+    pub fn boards(&self) -> Vec<Board> {
+        [&self.pipeline].into_iter().chain(&self.copies).map(Supervisor::board).collect()
+    }
+
+    /// Runs until the end is asked for, or the pipeline ends by itself. When the pipeline or the copy fails, the
+    /// other is drained within the same time.
+    ///
+    /// # Errors
+    /// As [`Supervisor::run`].
+    pub async fn run(self, stop: &Stop) -> anyhow::Result<()> {
+        let run = async |supervisor: Supervisor| {
+            let ran = supervisor.run_until(stop.clone()).await;
+            if ran.is_err() {
+                stop.ask();
+            }
+            ran
+        };
+        let pipeline = async {
+            let ran = run(self.pipeline).await;
+            self.last_letter.cancel();
+            ran
+        };
+        let copies = async {
+            match self.copies {
+                Some(copies) => run(copies).await,
+                None => Ok(()),
+            }
+        };
+        let (ran, copied) = tokio::join!(pipeline, copies);
+        ran.and(copied)
+    }
+}
+
+/// The pipeline that copies dead letters to the sinks for them, if there are any.
+async fn prepare_copies(
+    config: &PipelineConfig,
+    pipeline: &Supervisor,
+    last_letter: CancellationToken,
+    host: MakeHost,
+    options: RunOptions,
+) -> anyhow::Result<Option<Supervisor>> {
+    let folder = pipeline.folder().join("letters");
+    let Some(config) = config.for_letters(folder, StoredLetter::columns()) else {
+        return Ok(None);
+    };
+    let (letters, name, limits) = (pipeline.letters(), config.name.clone(), config.source.batch);
+    let source = Arc::new(LetterLogSource::new(letters, name, limits, last_letter));
+    let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+    let copies = prepare(lock, config, source, host, options).await?;
+    copies.letters().leave_metrics();
+    Ok(Some(copies))
+}
