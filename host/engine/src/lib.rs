@@ -7,6 +7,7 @@
 pub mod bound;
 pub mod committer;
 pub mod delivery;
+mod embed;
 pub mod lane;
 pub mod lease;
 pub mod letter_log;
@@ -21,3 +22,8 @@ pub mod stage;
 pub mod supervisor;
 pub mod swap;
 pub mod window;
+
+pub use embed::{
+    BuildError, CommitPolicy, DEFAULT_COMMIT_POLICY, Pipeline, PipelineBuilder, PipelineError,
+    Stage,
+};
