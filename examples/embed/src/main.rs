@@ -1,0 +1,111 @@
+//! A program with a pipeline in it: readings of two weather stations, from a source of its own, through a plugin,
+//! into a sink of its own.
+//!
+//! `cargo run -p embed -- FOLDER` shows what that is good for. It starts itself as `embed FOLDER run`, kills that
+//! process in the middle, runs it once more to its end, and counts the rows in `FOLDER/rows`: each reading is there
+//! once. The engine keeps checkpoints in `FOLDER/state`; that no row is there twice is due to the sink, which writes
+//! its position together with the rows (`sink.rs`).
+
+mod sink;
+mod source;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::json;
+use shardmill_core::stop::Stop;
+use shardmill_engine::{CommitPolicy, DEFAULT_COMMIT_POLICY, Pipeline, Stage};
+
+use sink::FolderSink;
+use source::{READINGS, STATIONS, WeatherStations};
+
+/// Decodes CSV lines to JSON rows.
+const PLUGIN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../plugins/prebuilt/csv-decode.wasm");
+/// What the plugin is configured with: a line is `north,17,21.5`.
+const COLUMNS: [(&str, &str); 3] =
+    [("station", "text"), ("number", "bigint"), ("celsius", "numeric")];
+/// How long a run has to commit what is in hand once its end is asked for.
+const DRAIN_MAX: Duration = Duration::from_secs(20);
+/// How long the first rows are waited for. The first run compiles the plugin.
+const FIRST_ROWS_MAX: Duration = Duration::from_secs(120);
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let folder =
+        arguments.next().context("expected `embed FOLDER`: name a folder for rows and state")?;
+    match arguments.next().as_deref() {
+        Some("run") => run(Path::new(&folder)).await,
+        _ => show(Path::new(&folder)),
+    }
+}
+
+/// Runs the pipeline until every station's last reading is committed, or Ctrl-C.
+async fn run(folder: &Path) -> anyhow::Result<()> {
+    let columns = COLUMNS.map(|(name, data_type)| json!({ "name": name, "type": data_type }));
+    let often = CommitPolicy { linger_max: Duration::from_millis(50), ..DEFAULT_COMMIT_POLICY };
+    let pipeline = Pipeline::builder("weather")
+        .state_dir(folder.join("state"))
+        .source(Arc::new(WeatherStations))
+        .stage(
+            Stage::component("decode", PLUGIN)
+                .config(json!({ "columns": columns }))
+                .route("rows", "folder"),
+        )
+        .sink_with(Arc::new(FolderSink::new("folder", folder.join("rows"))), often)
+        .build()?;
+
+    let stop = Stop::new(DRAIN_MAX);
+    let asked = stop.clone();
+    tokio::spawn(async move {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            asked.ask();
+        }
+    });
+    let summary = pipeline.run(&stop).await?;
+    say(format!("this run read {} readings", summary.records));
+    Ok(())
+}
+
+/// Kills a run in the middle, lets another one go on, and counts the rows.
+fn show(folder: &Path) -> anyhow::Result<()> {
+    let rows = folder.join("rows");
+    let all = STATIONS.len() * READINGS as usize;
+    let run = || {
+        let mut command = Command::new(std::env::current_exe()?);
+        anyhow::Ok(command.arg(folder).arg("run").spawn()?)
+    };
+    let mut first = run()?;
+    let begun = std::time::Instant::now();
+    while sink::rows(&rows)?.len() < all / 2 && first.try_wait()?.is_none() {
+        ensure!(
+            begun.elapsed() < FIRST_ROWS_MAX,
+            "expected rows in {}, found too few",
+            rows.display()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    first.kill()?;
+    first.wait()?;
+    say(format!("killed with {} of {all} rows in the sink", sink::rows(&rows)?.len()));
+
+    ensure!(run()?.wait()?.success(), "the second run has failed");
+    let mut times = BTreeMap::<String, usize>::new();
+    for row in sink::rows(&rows)? {
+        *times.entry(row).or_default() += 1;
+    }
+    let once = times.values().filter(|times| **times == 1).count();
+    say(format!("{all} readings: {once} are there once, {} more often", times.len() - once));
+    ensure!(once == all && times.len() == all, "expected each of {all} readings once");
+    Ok(())
+}
+
+/// Prints a line of what the example shows.
+#[expect(clippy::print_stdout, reason = "it is the output of the program")]
+fn say(line: impl std::fmt::Display) {
+    println!("{line}");
+}
