@@ -552,3 +552,6 @@ fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
     let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
     Ok(PluginHost { engine, cache: cache.with_limits(config.compile_limits()), backends })
 }
+
+#[cfg(test)]
+mod tests;
