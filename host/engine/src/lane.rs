@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 pub use acquire::GenerationStore;
 pub use board::{Board, LaneChange, ShardStatus, WaitingLane};
 pub(crate) use memory::show_waits;
-pub use starts::Starts;
+pub(crate) use starts::Starts;
 
 use self::change::{Change, Gap};
 use self::starts::{FailedStart, Tries};
@@ -84,7 +84,7 @@ pub type BuildSinks =
     Arc<dyn Fn(&PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>>> + Send + Sync>;
 
 /// What all lanes of a pipeline share.
-pub struct Shared {
+pub(crate) struct Shared {
     /// The pipeline, as configured.
     pub config: PipelineConfig,
     /// Where records come from.
@@ -175,7 +175,7 @@ pub(crate) fn sinks_budget(config: &PipelineConfig) -> Budget {
 
 /// How a lane ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LaneEnd {
+pub(crate) enum LaneEnd {
     /// It was asked to stop.
     Stopped,
     /// The shard was closed, and everything in it is settled.
@@ -218,7 +218,7 @@ impl LaneError {
 }
 
 /// What happens to a lane beside records.
-pub enum LaneEvent {
+pub(crate) enum LaneEvent {
     /// A sink has ended by itself: it lost the shard.
     SinkEnded(LaneError),
     /// There is something to do for another generation, which is to take over.
@@ -233,7 +233,7 @@ struct ActiveSegment {
 
 /// The result of running a batch through the stages.
 #[derive(Debug)]
-pub enum Ran {
+pub(crate) enum Ran {
     /// The outcome of all its records.
     All(ChainOutcome),
     /// Nothing yet: together it would hold too much. So many of its first records have room.
@@ -241,7 +241,7 @@ pub enum Ran {
 }
 
 /// One shard, taken over.
-pub struct Lane<'a> {
+pub(crate) struct Lane<'a> {
     shared: &'a Shared,
     shard: ShardKey,
     /// Each wait of the lane ends with it.

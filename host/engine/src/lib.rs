@@ -1,21 +1,21 @@
 //! The engine: records from a source through stages to sinks, each once, while what runs is changed.
 //!
-//! [`pipeline`] is the path of a record on one screen. [`stage`] runs plugins on batches, [`lane`] is one shard taken
-//! along the path, [`delivery`] gathers rows between a lane and a sink, [`supervisor`] starts a lane per shard, and
+//! `pipeline.rs` is the path of a record on one screen. [`stage`] runs plugins on batches, [`lane`] is one shard taken
+//! along the path, `delivery.rs` gathers rows between a lane and a sink, [`supervisor`] starts a lane per shard, and
 //! [`swap`] changes what runs. It knows sources and sinks by their contracts alone, and is given both.
 
 pub mod bound;
-pub mod committer;
-pub mod delivery;
+mod committer;
+mod delivery;
 mod embed;
 pub mod lane;
 pub mod lease;
-pub mod letter_log;
+mod letter_log;
 pub mod letters;
 pub mod lineage;
 pub mod masked;
-pub mod pipeline;
-pub mod refusals;
+mod pipeline;
+mod refusals;
 pub mod run;
 pub mod spans;
 pub mod stage;

@@ -5,7 +5,7 @@
 //! takes it over at its next batch's boundary; `probation` watches it and may undo it. Up to the
 //! promotion the incumbent serves, untouched, and an error says which step failed.
 
-pub mod candidate;
+mod candidate;
 mod probation;
 mod promotion;
 mod reload;
@@ -22,7 +22,7 @@ use serde::Serialize;
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
 
-pub use promotion::TakeOver;
+pub(crate) use promotion::TakeOver;
 use promotion::{AnswerTime, Promotion};
 pub use reload::{ReloadDiff, ReloadReport};
 pub use trial::{ShownDifference, TrialReport};
