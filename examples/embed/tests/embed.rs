@@ -88,7 +88,9 @@ fn a_run_goes_on_where_the_one_before_was_stopped_or_killed() {
             assert!(begun.elapsed() < PATIENCE, "too few rows");
             std::thread::sleep(Duration::from_millis(5));
         }
-        let sent = Command::new("kill").args([signal, &child.id().to_string()]).status();
+        // A shell has its own `kill`, where no program of that name is installed.
+        let kill = format!("kill {signal} {}", child.id());
+        let sent = Command::new("sh").args(["-c", &kill]).status();
         assert!(sent.expect("kill").success());
         let ended = child.wait().expect("its end");
         assert_eq!(ended.success(), signal == "-INT", "{signal}: {ended}");

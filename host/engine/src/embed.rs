@@ -214,7 +214,9 @@ impl Pipeline {
     /// Runs until `stop` is asked for, every shard has ended, or the source has nothing more. What is in hand by then
     /// is committed; what is not committed within the time of the end is read again by the next run.
     ///
-    /// A component is compiled by this process, once; the state folder keeps the result.
+    /// The runtime must have several threads: lanes call their plugins on threads that may block. A component is
+    /// compiled by this process, once; the state folder keeps the result. A run that is stopped before it has begun
+    /// counts nothing.
     ///
     /// # Errors
     /// [`PipelineError`]. A sink that fails while it runs is no error: its shards wait, and the log says so.
@@ -255,7 +257,8 @@ impl Pipeline {
         let run = run?;
         let (board, letters) = (run.pipeline().board(), run.pipeline().letters());
         run.run(&stop).await?;
-        Ok(RunSummary::of(&board, &letters).await?)
+        let counted = stop.until_over(RunSummary::of(&board, &letters)).await;
+        Ok(counted.context("the dead letters were not counted within the time of the end")??)
     }
 
     /// Gives the program's sinks, by the names in the configuration.

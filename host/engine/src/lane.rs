@@ -1,6 +1,6 @@
 //! A lane: one shard on its way from the source through the stages to the sinks.
 //!
-//! `pipeline.rs` shows the order of things; here are the things: [`Lane::acquire`] takes the
+//! `pipeline.rs` shows the order of things; here are the things: `Lane::acquire` takes the
 //! shard over (in `acquire.rs`), the steps of the loop, how it changes to another generation
 //! (`change.rs`), and how it is settled at the end.
 

@@ -3,7 +3,7 @@
 //! [`Generation`] is everything that decides what a record becomes (plugins, configurations,
 //! bindings), loaded and proven. [`Chain`] is one lane's instances of it and runs batches. The
 //! faults of a plugin end here: they become dead letters of single records, or a blocked lane. [`Samples`]
-//! are what a candidate for a stage is tried on, [`Health`] is what it is judged by.
+//! are what a candidate for a stage is tried on, `Health` is what it is judged by.
 
 mod answer;
 mod chain;
