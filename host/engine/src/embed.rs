@@ -214,9 +214,9 @@ impl Pipeline {
     /// Runs until `stop` is asked for, every shard has ended, or the source has nothing more. What is in hand by then
     /// is committed; what is not committed within the time of the end is read again by the next run.
     ///
-    /// The runtime must have several threads: lanes call their plugins on threads that may block. A component is
-    /// compiled by this process, once; the state folder keeps the result. A run that is stopped before it has begun
-    /// counts nothing.
+    /// Each lane calls its plugins on a thread of the runtime for calls that block, of which tokio has 512 by default:
+    /// raise `max_blocking_threads` for a source with several hundred shards. A component is compiled by this process,
+    /// once; the state folder keeps the result. A run that is stopped before it has begun counts nothing.
     ///
     /// # Errors
     /// [`PipelineError`]. A sink that fails while it runs is no error: its shards wait, and the log says so.
