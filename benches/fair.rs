@@ -14,13 +14,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use report::{Report, median_round};
-use shardmill_config::{RejectedMax, parse};
+use shardmill_config::{RejectedMax, SinkTypes, parse};
 use shardmill_core::record::{
     Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill_engine::stage::{Chain, Generation, Samples};
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use tokio_util::sync::CancellationToken;
+
+/// The sink types that this bench has.
+const SINK_TYPES: SinkTypes = SinkTypes::new(&[shardmill_sinks_common::discard::TYPE]);
 
 const UNIT: &str = "ms (p99 of a batch), lower is better";
 const COMPONENT: &str = "../plugins/prebuilt/hostile.wasm";
@@ -121,7 +124,7 @@ fn stage(config: &str) -> Result<Arc<Generation>> {
          [stage.limits]\nbatch_time = \"100 ms\"\nrecord_time = \"50 ms\"\nmemory = \"16 MiB\"\n\
          [[sink]]\nname = \"nowhere\"\ntype = \"discard\"\n"
     );
-    let config = parse(Path::new("fair.toml"), &text, &|_| None)
+    let config = parse(Path::new("fair.toml"), &text, &SINK_TYPES, &|_| None)
         .map_err(|error| anyhow!("{}", error.render(false)))?;
     let engine = PluginEngine::new()?;
     let host = PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };

@@ -16,10 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::run::stop_on_signals;
 use super::{Console, plugin_host, sinks, stream};
-use shardmill_config::WriteMode;
-use shardmill_config::{
-    OnLostRecords, PipelineConfig, ReaderKind, SinkKind, SourceKind, environment,
-};
+use shardmill_config::{OnLostRecords, PipelineConfig, ReaderKind, Rerun, SourceKind, environment};
 use shardmill_core::private::make_folders;
 use shardmill_core::record::{ShardId, SinkName, StageName, StreamIdentity};
 use shardmill_core::source::ShardSource;
@@ -279,15 +276,16 @@ fn again_config(
     let name = |sink: &SinkName| SinkName::from(format!("{sink}.again-{number}").as_str());
     let mut places = BTreeMap::new();
     own.sinks.retain_mut(|sink| {
-        let place = divert(&mut sink.kind, number);
-        if let SinkKind::Postgres(target) = &mut sink.kind {
-            target.written_for = Some(sink.name.value.clone());
-        }
-        let shown = place.clone().unwrap_or_else(|| "cannot take rows again: left as it is".into());
-        places.insert(sink.name.value.to_string(), shown);
+        let own = sink.name.value.to_string();
+        let Some(Rerun { settings, place }) = sink.settings.rerun(&sink.name.value, number) else {
+            places.insert(own, "cannot take rows again: left as it is".to_owned());
+            return false;
+        };
+        places.insert(own, place);
+        sink.settings = settings;
         sink.name.value = name(&sink.name.value);
         sink.rhythm.give_up_after = None;
-        place.is_some()
+        true
     });
     let kept: Vec<SinkName> = own.sinks.iter().map(|sink| sink.name.value.clone()).collect();
     for bound in own.stages.iter_mut().flat_map(|stage| stage.routes.values_mut()) {
@@ -300,22 +298,6 @@ fn again_config(
     (own.admin, own.intake) = (None, None);
     own.state_dir = config.state_dir.at(folder(config, number));
     Ok((own, places))
-}
-
-/// Where a sink's rows go: in place, or to a table beside; `None`: it cannot take rows again.
-fn divert(kind: &mut SinkKind, number: i64) -> Option<String> {
-    let is_newest = |mode: &WriteMode| matches!(mode, WriteMode::Upsert { newest_by: Some(_), .. });
-    let (table, create, mode) = match kind {
-        SinkKind::Postgres(target) => (&mut target.table, &mut target.create, &target.mode),
-        SinkKind::Sqlite { table, create, mode, .. } => (table, create, &*mode),
-        _ => return None,
-    };
-    if is_newest(mode) {
-        return Some(format!("in place, in table {table}"));
-    }
-    *table = format!("{table}_again_{number}");
-    *create = true;
-    Some(format!("beside, in the new table {table}"))
 }
 
 /// Lets the state of the run know what the pipeline itself runs: not what its files say, where something

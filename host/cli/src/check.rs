@@ -168,7 +168,7 @@ async fn check_going_on(
 fn replay_warnings(config: &PipelineConfig, generation: &Generation) -> Vec<String> {
     let is_exact = |sink: &&SinkName| {
         let known = config.sinks.iter().find(|known| known.name.value == **sink);
-        known.is_some_and(|known| known.kind.is_exact())
+        known.is_some_and(|known| known.settings.is_exact())
     };
     let mut warnings = Vec::new();
     for (index, stage) in generation.stages.iter().enumerate() {

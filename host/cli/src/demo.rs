@@ -13,6 +13,7 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use super::{Console, print_line, run, stream as stream_command};
+use crate::registry::SINK_TYPES;
 use shardmill_config::PipelineConfig;
 use shardmill_core::record::StreamRef;
 use shardmill_embedded::EmbeddedStream;
@@ -129,7 +130,8 @@ fn pipeline(data: &Path) -> anyhow::Result<PipelineConfig> {
         "SHARDMILL_STATE" => Some(data.join("state").display().to_string()),
         _ => None,
     };
-    let mut config = shardmill_config::parse(Path::new("pipeline.toml"), PIPELINE, &lookup)?;
+    let mut config =
+        shardmill_config::parse(Path::new("pipeline.toml"), PIPELINE, &SINK_TYPES, &lookup)?;
     config.admin = None;
     config.state_dir = super::with_trust(config.state_dir);
     Ok(config)

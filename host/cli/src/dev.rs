@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::{Console, load_file, load_plugin, run, with_trust};
+use crate::registry::SINK_TYPES;
 use shardmill_config::Gates;
 use shardmill_config::{PipelineConfig, StageConfig, StageText, parse};
 use shardmill_core::off_thread::off_thread;
@@ -244,7 +245,7 @@ window = "0 s"
 "#,
         routes.join(", ")
     );
-    let mut config = parse("dev.toml", text, &|_| None)?;
+    let mut config = parse("dev.toml", text, &SINK_TYPES, &|_| None)?;
     config.state_dir = with_trust(config.state_dir);
     config.lookups = lookups;
     for stage in &mut config.stages {

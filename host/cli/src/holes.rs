@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::Console;
-use shardmill_config::{PipelineConfig, SinkKind};
+use shardmill_config::{PipelineConfig, ReplaySupport};
 use shardmill_core::record::SinkName;
 use shardmill_state::{Holes, RecordedHole, StateStore};
 
@@ -63,18 +63,18 @@ fn filled_by(config: &PipelineConfig, hole: &RecordedHole) -> String {
         return "these records are gone from the stream: nothing fills it".into();
     };
     let sink = config.sinks.iter().find(|sink| sink.name.value == *name);
-    match sink.map(|sink| &sink.kind) {
-        Some(SinkKind::Postgres(target)) if target.lineage => {
+    match sink.map(|sink| sink.settings.replay()) {
+        Some(ReplaySupport::Supported) => {
             format!(
                 "`shardmill replay {file} --sink {name} --hole {number} --swap` fills it while the stream \
                  holds the records"
             )
         }
-        Some(SinkKind::Postgres(_)) => format!(
+        Some(ReplaySupport::Needs(setting)) => format!(
             "`shardmill replay {file} --sink {name} --hole {number}` writes the records to a table beside \
-             it once the sink has lineage = true"
+             it once the sink has {setting}"
         ),
-        Some(_) => format!(
+        Some(ReplaySupport::Unsupported) => format!(
             "`replay` fills PostgreSQL tables only: to fill it, run a pipeline of another name with this \
              sink alone that starts at this position, then say `shardmill replay {file} --sink {name} \
              --hole {number} --filled`"

@@ -13,6 +13,7 @@ mod objects;
 mod output;
 mod plugin;
 mod progress;
+pub mod registry;
 mod reload;
 mod replay;
 mod run;
@@ -33,8 +34,9 @@ use clap::error::ContextValue;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 pub(crate) use self::output::{print_json, print_line};
+use crate::registry::SINK_TYPES;
 use crate::terminal::LogOutput;
-use shardmill_config::{ConfigError, Endpoint, PipelineConfig, SinkKind};
+use shardmill_config::{ConfigError, Endpoint, PipelineConfig};
 use shardmill_core::escape::{EscapingWriter, Kept};
 use shardmill_core::masking;
 use shardmill_core::private::StateDir;
@@ -401,7 +403,7 @@ fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
 
 /// Reads a pipeline's file for what it says, and not for its state.
 fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
-    let mut config = shardmill_config::load(path, &|name| std::env::var(name).ok())?;
+    let mut config = shardmill_config::load(path, &SINK_TYPES, &shardmill_config::environment)?;
     masking::learn(&config.values);
     config.state_dir = with_trust(config.state_dir);
     Ok(config)
@@ -410,12 +412,9 @@ fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
 /// Whether a pipeline finds an embedded stream by its state folder.
 fn uses_embedded(config: &PipelineConfig) -> bool {
     let sinks = config.sinks.iter().chain(&config.letter_sinks);
-    let targets = sinks.filter_map(|sink| match &sink.kind {
-        SinkKind::Kinesis(target) => Some(&target.server),
-        _ => None,
-    });
+    let asked = sinks.filter_map(|sink| sink.settings.stream_server());
     let source = config.source.kinesis().map(|kinesis| &kinesis.server);
-    source.into_iter().chain(targets).any(|server| matches!(server.endpoint, Endpoint::Embedded))
+    source.into_iter().chain(asked).any(|server| matches!(server.endpoint, Endpoint::Embedded))
 }
 
 /// The dead letters of a pipeline that ran. Another process may be running it.

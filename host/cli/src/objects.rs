@@ -6,14 +6,14 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail, ensure};
 use serde_json::json;
 
-use super::{Console, DEFAULT_PIPELINE, holes, load, stream};
-use shardmill_config::{PipelineConfig, SinkConfig, SinkKind};
+use super::{Console, DEFAULT_PIPELINE, holes, load, sinks, stream};
+use shardmill_config::{PipelineConfig, SinkConfig};
 use shardmill_core::escape::escaped;
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
 use shardmill_core::sink::Sink as _;
 use shardmill_engine::lane::roster;
 use shardmill_engine::lease::PipelineLock;
-use shardmill_sink_objects::{Audit, ObjectsSink, Recovered};
+use shardmill_sink_objects::{Audit, ObjectsSink, ObjectsTarget, Recovered};
 use shardmill_state::{Checkpoints, DeadLetters, Hole, Holes, Roster, StateStore, StoredLetter};
 
 #[derive(clap::Subcommand)]
@@ -139,7 +139,7 @@ async fn refuse_unstarted(
 ) -> anyhow::Result<()> {
     roster::refuse_unsettled(config, state).await?;
     let place = config.sinks.iter().find(|sink| sink.name.value == *name);
-    let place = place.and_then(|sink| sink.kind.destination()).unwrap_or_default();
+    let place = place.and_then(SinkConfig::destination).unwrap_or_default();
     let roster = Roster::new(state.clone());
     for stream in roster.streams().await? {
         let known = roster.known_in(stream).await?;
@@ -169,12 +169,11 @@ impl Log {
     async fn open(&self) -> anyhow::Result<Opened> {
         let config = load(&self.pipeline)?;
         let found = chosen(&config, Some(&self.sink))?;
-        let Some(SinkKind::Objects { url, options, layout }) = found.first().map(|sink| &sink.kind)
-        else {
+        let Some((_, target)) = found.first() else {
             bail!("the pipeline has no objects sink {:?}", self.sink);
         };
         let name = SinkName::from(self.sink.as_str());
-        let sink = ObjectsSink::new(name.clone(), url, options, layout.clone())?;
+        let sink = target.sink(name.clone())?;
         let lock = PipelineLock::take(&config.state_dir, &config.name)?;
         let own = StateStore::open(lock.folder())?;
         let copies = holes::folder_of_copies(&config);
@@ -227,10 +226,8 @@ async fn verify(
 ) -> anyhow::Result<()> {
     let config = load(pipeline)?;
     let mut problems = 0;
-    for own in chosen(&config, sink)? {
-        let SinkKind::Objects { url, options, layout } = &own.kind else { continue };
-        let name = &own.name.value;
-        let sink = ObjectsSink::new(name.clone(), url, options, layout.clone())?;
+    for (name, target) in chosen(&config, sink)? {
+        let sink = target.sink(name.clone())?;
         let audit = sink.verify(content).await.context("cannot verify")?;
         problems += audit.problems.len();
         // The logs say nothing of what was never given to the sink.
@@ -246,18 +243,15 @@ async fn verify(
     }
 }
 
-/// The objects sinks that are meant.
+/// The objects sinks that are meant, with their names.
 fn chosen<'c>(
     config: &'c PipelineConfig,
     name: Option<&str>,
-) -> anyhow::Result<Vec<&'c SinkConfig>> {
-    let objects = config
-        .sinks
-        .iter()
-        .chain(&config.letter_sinks)
-        .filter(|sink| matches!(sink.kind, SinkKind::Objects { .. }));
-    let objects: Vec<&SinkConfig> =
-        objects.filter(|sink| name.is_none_or(|name| sink.name.value.as_str() == name)).collect();
+) -> anyhow::Result<Vec<(&'c SinkName, &'c ObjectsTarget)>> {
+    let all = config.sinks.iter().chain(&config.letter_sinks);
+    let objects = all.filter_map(|sink| Some((&sink.name.value, sinks::objects(sink)?)));
+    let objects: Vec<_> =
+        objects.filter(|(own, _)| name.is_none_or(|name| own.as_str() == name)).collect();
     match (objects.is_empty(), name) {
         (false, _) => Ok(objects),
         (true, Some(name)) => bail!("the pipeline has no objects sink {name:?}"),

@@ -8,9 +8,8 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 use tokio_util::sync::CancellationToken;
 
 use crate::terminal::note_styled;
-use shardmill_config::{PipelineConfig, SinkKind};
+use shardmill_config::{PipelineConfig, SharedOutput};
 use shardmill_core::escape::{EscapingWriter, Kept, printable, printable_json};
-use shardmill_sink_stdout::SharedOutput;
 
 /// Cancelled once a reader has closed standard output. The process has one, so this has one.
 static CLOSED: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
@@ -71,9 +70,8 @@ pub(crate) fn closed() -> CancellationToken {
 /// Leaves standard output to the rows of the pipeline's stdout sinks, if it has any: reports between them
 /// would spoil what a program reads.
 pub(crate) fn leave_to_rows(config: &PipelineConfig) {
-    let prints = |kind: &SinkKind| matches!(kind, SinkKind::Stdout { .. });
     let mut sinks = config.sinks.iter().chain(&config.letter_sinks);
-    if sinks.any(|sink| prints(&sink.kind)) {
+    if sinks.any(|sink| sink.settings.prints_rows()) {
         ROWS_HAVE_STDOUT.store(true, Ordering::Relaxed);
     }
 }

@@ -16,9 +16,7 @@ use super::run::stop_on_signals;
 use super::{
     Console, PipelineFile, dead_letters, holes, load, plugin_host, sinks, state_beside, stream,
 };
-use shardmill_config::{
-    PipelineConfig, PostgresTarget, ReaderKind, SinkKind, SourceKind, environment,
-};
+use shardmill_config::{PipelineConfig, ReaderKind, ReplaySupport, SourceKind, environment};
 use shardmill_core::record::ReplayId;
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
 use shardmill_core::sink::Sink;
@@ -28,7 +26,9 @@ use shardmill_engine::lane::roster;
 use shardmill_engine::lease::PipelineLock;
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
 use shardmill_engine::window::WindowSource;
-use shardmill_sink_postgres::{OtherSink, PostgresSink, SwapFailed, TableWindow, WindowDiff};
+use shardmill_sink_postgres::{
+    OtherSink, PostgresSink, PostgresTarget, SwapFailed, TableWindow, WindowDiff,
+};
 use shardmill_state::{
     Changes, Checkpoints, FailedAgain, Holes, Redrives, Replays, StateStore, Variables,
 };
@@ -295,11 +295,7 @@ fn others<'c>(
 ) -> Vec<(&'c SinkName, &'c PostgresTarget)> {
     let sinks = config.sinks.iter().chain(&config.letter_sinks);
     let others = sinks.filter(|other| other.name.value != *sink);
-    let tables = others.filter_map(|other| match &other.kind {
-        SinkKind::Postgres(target) => Some((&other.name.value, target)),
-        _ => None,
-    });
-    tables.collect()
+    others.filter_map(|other| Some((&other.name.value, sinks::postgres(other)?))).collect()
 }
 
 /// Says which variables of the stages were set otherwise when the pipeline ran: a replay uses today's.
@@ -439,17 +435,16 @@ fn live_target<'c>(
     config: &'c PipelineConfig,
     name: &SinkName,
 ) -> anyhow::Result<&'c PostgresTarget> {
-    let sink = config.sinks.iter().find(|sink| sink.name.value == *name);
-    match sink.map(|sink| &sink.kind) {
-        Some(SinkKind::Postgres(target)) if target.lineage => Ok(target),
-        Some(SinkKind::Postgres(_)) => bail!(
-            "sink {name} does not say from which record a row came: set lineage = true. Only rows that \
+    let Some(sink) = config.sinks.iter().find(|sink| sink.name.value == *name) else {
+        bail!("the pipeline has no sink {name}");
+    };
+    match (sink.settings.replay(), sinks::postgres(sink)) {
+        (ReplaySupport::Supported, Some(target)) => Ok(target),
+        (ReplaySupport::Needs(setting), _) => bail!(
+            "sink {name} does not say from which record a row came: set {setting}. Only rows that \
              are written from then on can be replayed"
         ),
-        Some(_) => {
-            bail!("sink {name} is not of type \"postgres\": only such a table can be replayed")
-        }
-        None => bail!("the pipeline has no sink {name}"),
+        _ => bail!("sink {name} is not of type \"postgres\": only such a table can be replayed"),
     }
 }
 
@@ -476,10 +471,8 @@ fn replay_config(
         // It goes on as nobody: the positions of the live sink are not its own.
         own.renamed_from = None;
         own.rhythm.give_up_after = None;
-        if let SinkKind::Postgres(target) = &mut own.kind {
-            target.table = shadow.to_owned();
-            target.create = false;
-            target.written_for = Some(sink.clone());
+        if let Some(target) = sinks::postgres(own) {
+            own.settings = Arc::new(target.replayed(shadow, sink));
         }
     }
     for bound in own.stages.iter_mut().flat_map(|stage| stage.routes.values_mut()) {

@@ -26,26 +26,43 @@ pub const NAME_RULE: &str =
 /// Connections that a port may keep at once: fewer are used up by one browser, more by no proxy.
 pub(super) const CONNECTIONS_ALLOWED: RangeInclusive<u64> = 4..=65_536;
 
+/// Keys of tables that take a list, beside those that sink types name: the sinks of dead letters, the names of the
+/// admin port, the origins of the intake.
+const LISTS: [&str; 3] = ["sinks", "hosts", "origins"];
+
 /// Collects the problems of one file.
-pub(super) struct Check<'a> {
+pub struct Check<'a> {
     file: &'a Arc<ConfigFile>,
     problems: Vec<Problem>,
     /// The values of variables that stand in the file.
     values: Values,
+    /// The keys that take a list.
+    lists: Vec<&'static str>,
 }
 
 impl<'a> Check<'a> {
-    pub fn new(file: &'a Arc<ConfigFile>) -> Self {
-        Self { file, problems: Vec::new(), values: Values::default() }
+    pub(crate) fn new(file: &'a Arc<ConfigFile>) -> Self {
+        Self { file, problems: Vec::new(), values: Values::default(), lists: LISTS.to_vec() }
+    }
+
+    /// Adds keys that take a list.
+    pub(crate) fn with_lists(mut self, lists: impl IntoIterator<Item = &'static str>) -> Self {
+        self.lists.extend(lists);
+        self
+    }
+
+    /// Whether a key takes a list.
+    pub(crate) fn takes_list(&self, key: &str) -> bool {
+        self.lists.contains(&key)
     }
 
     /// Hides the value of a variable in all problems that follow.
-    pub fn hide(&mut self, name: &str, value: &str) {
+    pub(crate) fn hide(&mut self, name: &str, value: &str) {
         self.values.add(name, value);
     }
 
     /// The values of variables that stand in the file.
-    pub fn values(&self) -> &Values {
+    pub(crate) fn values(&self) -> &Values {
         &self.values
     }
 
@@ -61,14 +78,14 @@ impl<'a> Check<'a> {
     }
 
     /// Adds to the way out of the problem noted last.
-    pub fn more_help(&mut self, help: &str) {
+    pub(crate) fn more_help(&mut self, help: &str) {
         if let Some(problem) = self.problems.last_mut() {
             problem.more_help(help);
         }
     }
 
     /// Whether anything is wrong so far.
-    pub fn failed(&self) -> bool {
+    pub(crate) fn failed(&self) -> bool {
         !self.problems.is_empty()
     }
 
@@ -83,7 +100,7 @@ impl<'a> Check<'a> {
     }
 
     /// The value if nothing was wrong, else all that was.
-    pub fn finish<T>(mut self, value: Option<T>) -> Result<T, ConfigError> {
+    pub(crate) fn finish<T>(mut self, value: Option<T>) -> Result<T, ConfigError> {
         if value.is_none() && self.problems.is_empty() {
             self.problem(0..0, "the configuration is incomplete", "");
         }
@@ -183,11 +200,11 @@ impl<'a> Check<'a> {
     }
 
     /// The `type` of a table, which decides the keys that it may have.
-    pub fn table_type(
+    pub(crate) fn table_type(
         &mut self,
         table: &Spanned<DeValue<'_>>,
         noun: &str,
-        types: &'static [&'static str],
+        types: &[&'static str],
     ) -> Option<&'static str> {
         let example = format!("add type = ...; {}", suggest("", "allowed", types));
         let Some(table_value) = table.get_ref().as_table() else {
@@ -210,7 +227,7 @@ impl<'a> Check<'a> {
     }
 
     /// An address with a port, on loopback only; `why` says what forbids another.
-    pub fn loopback(
+    pub(crate) fn loopback(
         &mut self,
         raw: &Spanned<Text>,
         noun: &str,
@@ -228,7 +245,7 @@ impl<'a> Check<'a> {
     }
 
     /// An address with a port.
-    pub fn address(&mut self, raw: &Spanned<Text>, example: &str) -> Option<SocketAddr> {
+    pub(crate) fn address(&mut self, raw: &Spanned<Text>, example: &str) -> Option<SocketAddr> {
         let text = &raw.get_ref().0;
         let address = text.parse::<SocketAddr>();
         if address.is_err() {
@@ -284,7 +301,7 @@ fn duration_fault(cause: &humantime::DurationError) -> String {
 }
 
 /// Bytes as people write them: exactly, with the largest unit that divides them.
-pub(super) fn bytes_text(bytes: usize) -> String {
+pub(crate) fn bytes_text(bytes: usize) -> String {
     let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     match units.iter().find(|(shift, _)| bytes > 0 && bytes.trailing_zeros() >= *shift) {
         Some((shift, unit)) => format!("{} {unit}", bytes >> shift),

@@ -11,8 +11,8 @@ use super::Secret;
 use super::check::Check;
 use super::raw::{RawHeaders, RawHttpHost, Text};
 
-/// An answer is lifted into the plugin's memory.
-pub(super) const RESPONSE_BYTES: usize = 1 << 20;
+/// The largest body of an answer by default, in bytes. An answer is lifted into the plugin's memory.
+pub const RESPONSE_BYTES: usize = 1 << 20;
 const RESPONSE_BYTES_ALLOWED: RangeInclusive<usize> = 1..=(64 << 20);
 
 /// Headers that say how a message travels: they are the host's alone, in grants as in requests.
@@ -146,10 +146,7 @@ fn host(raw: &Spanned<Text>, check: &mut Check) -> Option<(String, Option<u16>)>
 }
 
 /// Reads headers that are sent; names become lower case.
-pub(super) fn headers(
-    raw: Option<&RawHeaders>,
-    check: &mut Check,
-) -> Option<Vec<(String, Secret)>> {
+pub fn headers(raw: Option<&RawHeaders>, check: &mut Check) -> Option<Vec<(String, Secret)>> {
     let mut headers = Vec::new();
     let mut sound = true;
     for (name, value) in raw.into_iter().flatten() {

@@ -3,6 +3,10 @@
 //! Two types: `raw` is what TOML can say, [`PipelineConfig`] is what can run; only [`load()`] makes
 //! the second, and everything below the configuration takes only the second. Each error names file,
 //! line and column, underlines the text and says what to write instead.
+//!
+//! Sink types are not known here. Each is a crate that implements [`SinkType`] and [`SinkSettings`]; the program hands
+//! the list of its types to [`load()`]. A new sink is one folder and one line in that list: the folder reads its own
+//! table with the readers of [`reading`], names its keys for the reference, and makes the sink.
 
 mod bindings;
 mod capability;
@@ -13,15 +17,19 @@ mod env;
 mod grant_http;
 mod intake;
 mod json;
-mod layout;
 mod limits;
 mod load;
 mod lookup;
 mod raw;
+pub mod reading;
+mod reference;
 mod reload;
 mod sink;
+mod sink_settings;
+mod sink_type;
 mod source;
 mod stage;
+mod tables;
 mod target;
 mod timing;
 mod write_mode;
@@ -42,19 +50,17 @@ pub use self::env::substitute_set;
 pub use self::env::{Lookup, StageText, StageValues, environment};
 pub use self::grant_http::is_travel_header;
 pub use self::grant_http::{HttpHostConfig, HttpMethod};
-pub use self::layout::{FOLDER_FIELDS, FolderTemplate, ObjectFormat, ObjectLayout};
-pub use self::layout::{LOG_FOLDER, Part};
 pub use self::limits::{CompileLimits, ProbationLimits, RejectedMax, SampleLimits, StageLimits};
 pub use self::load::{BUFFER_BYTES, load, parse};
 pub use self::lookup::{LookupCacheLimits, LookupConfig, LookupSource};
 pub use self::reload::Gates;
-pub use self::sink::CONNECTIONS_MAX;
-pub use self::sink::bucket_of;
-pub use self::source::{NotAStart, parse_start};
-pub use self::target::{
-    Compression, CopySource, HttpBody, HttpTarget, PostgresTarget, RedshiftTarget, Rhythm,
-    SinkConfig, SinkKind, StreamTarget,
+pub use self::sink_settings::{
+    BuildError, ReplaySupport, Rerun, SameSettings, SharedOutput, SharedParts, SinkContext,
+    SinkSettings,
 };
+pub use self::sink_type::{Key, KeyDefault, KeyForm, ReadSink, SinkTable, SinkType, SinkTypes};
+pub use self::source::{NotAStart, parse_start};
+pub use self::target::{Rhythm, SinkConfig};
 pub use self::timing::{HttpDeadlines, Timing};
 pub use self::write_mode::WriteMode;
 use shardmill_core::private::StateDir;

@@ -15,8 +15,8 @@ use super::env::{Lookup, substitute_table};
 use super::raw::{RawAdmin, RawDeadLetters, RawPipeline, Text};
 use super::{
     AdminConfig, ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax,
-    ReloadConfig, Secret, SinkConfig, Timing, bindings, intake, lookup, reload, sink, source,
-    stage, timing,
+    ReloadConfig, Secret, SinkConfig, SinkTypes, Timing, bindings, intake, lookup, reload, sink,
+    source, stage, timing,
 };
 use shardmill_core::record::PipelineName;
 
@@ -49,16 +49,17 @@ const PER_PEER_ALLOWED: std::ops::RangeInclusive<u64> = 0..=65_536;
 const LETTER_BYTES_MIN: usize = 1 << 20;
 const LETTER_BYTES_MAX: usize = 1 << 50;
 
-/// Reads and proves a configuration file; `lookup` is where `${VAR}` comes from.
+/// Reads and validates a configuration file; `types` are the sink types that it may name, `lookup` is where `${VAR}`
+/// comes from.
 ///
 /// Relative paths in it are relative to its folder.
 ///
 /// # Errors
 /// Everything that the file alone shows to be wrong, each with its place and a way out.
-pub fn load(path: &Path, lookup: Lookup) -> Result<PipelineConfig, ConfigError> {
+pub fn load(path: &Path, types: &SinkTypes, lookup: Lookup) -> Result<PipelineConfig, ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|cause| ConfigError::unreadable(path, &cause))?;
-    parse(path, text, lookup)
+    parse(path, text, types, lookup)
 }
 
 /// Proves a configuration that is at hand as text; `path` is what errors name, and its folder is
@@ -69,15 +70,21 @@ pub fn load(path: &Path, lookup: Lookup) -> Result<PipelineConfig, ConfigError> 
 pub fn parse(
     path: impl Into<PathBuf>,
     text: impl Into<String>,
+    types: &SinkTypes,
     lookup: Lookup,
 ) -> Result<PipelineConfig, ConfigError> {
     let file = Arc::new(ConfigFile { path: path.into(), text: text.into() });
-    let mut check = Check::new(&file);
-    let config = read(&file, lookup, &mut check);
+    let mut check = Check::new(&file).with_lists(types.lists());
+    let config = read(&file, types, lookup, &mut check);
     check.finish(config)
 }
 
-fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<PipelineConfig> {
+fn read(
+    file: &Arc<ConfigFile>,
+    types: &SinkTypes,
+    variables: Lookup,
+    check: &mut Check,
+) -> Option<PipelineConfig> {
     let mut root = match DeTable::parse(&file.text) {
         Ok(root) => root.into_inner(),
         Err(error) => {
@@ -108,8 +115,9 @@ fn read(file: &Arc<ConfigFile>, variables: Lookup, check: &mut Check) -> Option<
     let stages = stages.filter_map(|(table, text)| stage::read(table, &text, base, &names, check));
     let stages: Vec<_> = stages.collect();
     let sinks = sections.sinks.into_iter().zip(fingerprints);
-    let sinks: Vec<_> =
-        sinks.filter_map(|(table, print)| sink::read(table, print, base, buffer, check)).collect();
+    let sinks =
+        sinks.filter_map(|(table, print)| sink::read(table, print, (types, base), buffer, check));
+    let sinks: Vec<_> = sinks.collect();
     let lookups = sections.lookups.into_iter();
     let lookups: Vec<_> = lookups.filter_map(|table| lookup::read(table, base, check)).collect();
     lookup::check_unique(&lookups, check);
@@ -264,16 +272,11 @@ pub(super) fn shaped<T: DeserializeOwned>(
     shaped.map_err(|error| misshapen(&error, span, check)).ok()
 }
 
-/// The keys of these tables that take a list: the columns of a sink's key, the sinks of dead letters, the
-/// statuses that refuse rows, the names of the admin port, the origins of the intake.
-const LISTS: [&str; 5] = ["key", "sinks", "refuse", "hosts", "origins"];
-
 /// serde would take a list for a table, its values in the order of the fields. No table of ours
-/// is a list, and of their keys only [`LISTS`] take one.
+/// is a list, and few of their keys take one ([`Check::takes_list`]).
 fn refuse_lists(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<()> {
     let within = table.get_ref().as_table().into_iter().flat_map(|table| table.iter());
-    let within =
-        within.filter(|(key, _)| !LISTS.contains(&&**key.get_ref())).map(|(_, value)| value);
+    let within = within.filter(|(key, _)| !check.takes_list(key.get_ref())).map(|(_, value)| value);
     let values = std::iter::once(table).chain(within);
     let lists: Vec<_> = values.filter(|value| value.get_ref().is_array()).collect();
     for list in &lists {

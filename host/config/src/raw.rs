@@ -1,5 +1,7 @@
 //! What TOML can say: the shape of each table, before its values are proven.
 //!
+//! Each sink type has the shape of its own table in its own crate, made of the values here.
+//!
 //! Every value keeps its place. Values that need a unit or a closer look stay text here;
 //! `source`, `stage` and `sink` beside this file turn them into [`super::PipelineConfig`].
 
@@ -11,7 +13,7 @@ use serde::{Deserialize, de::IgnoredAny};
 use toml::Spanned;
 
 /// A value that may be missing.
-pub(super) type Maybe<T> = Option<Spanned<T>>;
+pub type Maybe<T> = Option<Spanned<T>>;
 
 /// `[pipeline]`
 #[derive(Deserialize)]
@@ -87,10 +89,10 @@ pub(super) struct RawFile {
     deny_unknown_fields,
     expecting = "a table such as { arn = \"arn:aws:iam::123456789012:role/reader\" }"
 )]
-pub(super) struct RawAssumeRole {
-    pub arn: Spanned<Text>,
-    pub external_id: Maybe<Text>,
-    pub session_name: Maybe<Text>,
+pub struct RawAssumeRole {
+    pub(super) arn: Spanned<Text>,
+    pub(super) external_id: Maybe<Text>,
+    pub(super) session_name: Maybe<Text>,
 }
 
 /// `[intake]`
@@ -174,143 +176,18 @@ pub(super) struct RawLimits {
     pub component: Maybe<Size>,
 }
 
-/// `[[sink]]` with `type = "discard"`
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawDiscard {
-    pub name: Spanned<Text>,
-    #[serde(rename = "type")]
-    pub _kind: IgnoredAny,
-    pub commit: Option<RawCommit>,
-}
-
-/// `[[sink]]` with `type = "stdout"`
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawStdout {
-    pub name: Spanned<Text>,
-    #[serde(rename = "type")]
-    pub _kind: IgnoredAny,
-    pub template: Maybe<Text>,
-    pub commit: Option<RawCommit>,
-}
-
-/// `[[sink]]` with `type = "sqlite"`
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawSqlite {
-    pub name: Spanned<Text>,
-    #[serde(rename = "type")]
-    pub _kind: IgnoredAny,
-    pub path: Spanned<Text>,
-    pub table: Spanned<Text>,
-    pub create: Option<bool>,
-    pub mode: Maybe<Text>,
-    #[serde(default)]
-    pub key: Vec<Spanned<Text>>,
-    pub newest_by: Maybe<Text>,
-    pub commit: Option<RawCommit>,
-}
-
-/// `[[sink]]` with `type = "postgres"`
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawPostgres {
-    pub name: Spanned<Text>,
-    #[serde(rename = "type")]
-    pub _kind: IgnoredAny,
-    pub url: Spanned<Text>,
-    pub table: Spanned<Text>,
-    pub create: Option<bool>,
-    pub mode: Maybe<Text>,
-    #[serde(default)]
-    pub key: Vec<Spanned<Text>>,
-    pub newest_by: Maybe<Text>,
-    pub connections: Maybe<Count>,
-    pub lineage: Option<bool>,
-    pub commit: Option<RawCommit>,
-}
-
-/// `[[sink]]` with `type = "objects"`
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawObjects {
-    pub name: Spanned<Text>,
-    #[serde(rename = "type")]
-    pub _kind: IgnoredAny,
-    pub url: Spanned<Text>,
-    pub format: Maybe<Text>,
-    pub compression: Maybe<Text>,
-    pub folder: Maybe<Text>,
-    pub options: Option<BTreeMap<String, Text>>,
-    pub commit: Option<RawCommit>,
-}
-
-/// `[[sink]]` with `type = "redshift"`
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawRedshift {
-    pub name: Spanned<Text>,
-    #[serde(rename = "type")]
-    pub _kind: IgnoredAny,
-    pub url: Spanned<Text>,
-    pub table: Spanned<Text>,
-    pub create: Option<bool>,
-    pub mode: Maybe<Text>,
-    #[serde(default)]
-    pub key: Vec<Spanned<Text>>,
-    pub newest_by: Maybe<Text>,
-    pub staging: Spanned<Text>,
-    pub options: Option<BTreeMap<String, Text>>,
-    pub iam_role: Spanned<Text>,
-    pub region: Maybe<Text>,
-    pub commit: Option<RawCommit>,
-}
-
-/// `[[sink]]` with `type = "kinesis"`
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawKinesisSink {
-    pub name: Spanned<Text>,
-    #[serde(rename = "type")]
-    pub _kind: IgnoredAny,
-    pub stream: Spanned<Text>,
-    pub endpoint: Maybe<Text>,
-    pub region: Maybe<Text>,
-    pub assume_role: Option<RawAssumeRole>,
-    pub strict_order: Option<bool>,
-    pub commit: Option<RawCommit>,
-}
-
-/// `[[sink]]` with `type = "http"`
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawHttpSink {
-    pub name: Spanned<Text>,
-    #[serde(rename = "type")]
-    pub _kind: IgnoredAny,
-    pub url: Spanned<Text>,
-    pub headers: Option<RawHeaders>,
-    pub private: Option<bool>,
-    pub format: Maybe<Text>,
-    pub timeout: Maybe<Span>,
-    #[serde(default)]
-    pub refuse: Vec<Spanned<Count>>,
-    pub commit: Option<RawCommit>,
-}
-
 /// Headers that are sent: names and values.
-pub(super) type RawHeaders = BTreeMap<Spanned<String>, Spanned<Text>>;
+pub type RawHeaders = BTreeMap<Spanned<String>, Spanned<Text>>;
 
 /// `[sink.commit]`
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
-pub(super) struct RawCommit {
-    pub rows: Maybe<Count>,
-    pub bytes: Maybe<Size>,
-    pub linger: Maybe<Span>,
-    pub on_failure: Maybe<Text>,
-    pub give_up_after: Maybe<Span>,
+pub struct RawCommit {
+    pub(super) rows: Maybe<Count>,
+    pub(super) bytes: Maybe<Size>,
+    pub(super) linger: Maybe<Span>,
+    pub(super) on_failure: Maybe<Text>,
+    pub(super) give_up_after: Maybe<Span>,
 }
 
 /// `[[lookup]]`
@@ -404,7 +281,7 @@ macro_rules! quoted {
     ($(#[$doc:meta])* $name:ident, $expecting:literal) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-        pub(super) struct $name(pub String);
+        pub struct $name(pub String);
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -439,7 +316,7 @@ quoted! {
 
 /// A whole number from 0.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Count(pub u64);
+pub struct Count(pub u64);
 
 impl<'de> Deserialize<'de> for Count {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

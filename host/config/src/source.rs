@@ -149,7 +149,7 @@ fn kinesis(raw: RawKinesis, check: &mut Check) -> Option<KinesisConfig> {
 }
 
 /// Reads `endpoint`, `region` and `assume_role`.
-pub(super) fn server(
+pub fn server(
     raw_endpoint: &Maybe<Text>,
     raw_region: &Maybe<Text>,
     raw_role: Option<&RawAssumeRole>,
@@ -168,7 +168,8 @@ pub(super) fn server(
     })
 }
 
-pub(super) fn stream(raw: &Spanned<Text>, check: &mut Check) -> Option<Located<StreamRef>> {
+/// Reads the name or the ARN of a stream.
+pub fn stream(raw: &Spanned<Text>, check: &mut Check) -> Option<Located<StreamRef>> {
     let text = &raw.get_ref().0;
     match StreamRef::parse(text) {
         Ok(stream) => Some(Located { value: stream, span: raw.span() }),

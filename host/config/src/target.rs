@@ -1,16 +1,11 @@
-//! What a sink is and when it commits, proven: where rows go.
+//! What a sink is and when it commits, validated: where rows go.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use super::ObjectLayout;
-use super::{HttpHostConfig, Located, StreamServer};
-use crate::WriteMode;
-use shardmill_core::record::{SinkName, StreamRef};
+use super::{Located, SinkSettings, one_spelling};
+use shardmill_core::record::SinkName;
 
 /// One sink.
 #[derive(Clone, Debug)]
@@ -21,12 +16,19 @@ pub struct SinkConfig {
     pub renamed_from: Option<Located<SinkName>>,
     /// When it commits.
     pub rhythm: Rhythm,
-    /// What it is.
-    pub kind: SinkKind,
+    /// What it is, as its type has read it.
+    pub settings: Arc<dyn SinkSettings>,
     /// Where the sink's table begins.
     pub span: Range<usize>,
     /// The sink's table as JSON with secrets left as `${VAR}` written: stored with the generation.
     pub fingerprint_json: String,
+}
+
+impl SinkConfig {
+    /// Where the rows end up, in [`one_spelling`]; `None`: nowhere that lasts.
+    pub fn destination(&self) -> Option<String> {
+        self.settings.destination().map(|destination| one_spelling(&destination))
+    }
 }
 
 /// A sink commits at the first of these.
@@ -43,149 +45,13 @@ pub struct Rhythm {
     pub give_up_after: Option<Duration>,
 }
 
-/// The sinks that there are.
-#[derive(Clone, Debug, PartialEq)]
-pub enum SinkKind {
-    /// To nowhere.
-    Discard,
-    /// One line per row on standard output; at least once.
-    Stdout {
-        /// With `{field}` for a JSON field and `{shard}`, `{sequence}`, `{key}`, `{route}`;
-        /// `None`: the payload as it is.
-        template: Option<String>,
-    },
-    /// A table in a SQLite file; exactly once.
-    Sqlite {
-        /// The database file.
-        path: PathBuf,
-        /// The table.
-        table: String,
-        /// Create the table from the route's columns when it is missing.
-        create: bool,
-        /// How rows go into it.
-        mode: WriteMode,
-    },
-    /// A table in PostgreSQL; exactly once.
-    Postgres(PostgresTarget),
-    /// Objects in a bucket or folder; exactly once by a claim log.
-    Objects {
-        /// `file:///…`, `s3://bucket/prefix`, `gs://…`, `az://…`.
-        url: url::Url,
-        /// Options for `object_store`, for example `aws_endpoint`.
-        options: BTreeMap<String, String>,
-        /// What the objects hold, and where they lie.
-        layout: ObjectLayout,
-    },
-    /// A table in Amazon Redshift; exactly once.
-    Redshift(RedshiftTarget),
-    /// Records of another Kinesis stream; at least once.
-    Kinesis(StreamTarget),
-    /// An HTTP endpoint; at least once.
-    Http(HttpTarget),
-}
+impl Rhythm {
+    /// The default of sinks that have tables: one transaction per second and shard, or what fits in memory without a
+    /// thought.
+    pub const TABLE: Self = Self::patient(10_000, 4 << 20, Duration::from_secs(1));
 
-/// A table in PostgreSQL.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PostgresTarget {
-    /// A connection string, `postgres://…` or `host=… dbname=…`.
-    pub url: String,
-    /// The table, optionally `schema.table`.
-    pub table: String,
-    /// Create the table from the route's columns when it is missing.
-    pub create: bool,
-    /// How rows go into it.
-    pub mode: WriteMode,
-    /// How many connections all shards share, at least 1.
-    pub connections_max: usize,
-    /// Whether each row says from which record it came.
-    pub lineage: bool,
-    /// The sink in whose name rows are written, where that is not the sink's own: a replay's are.
-    pub written_for: Option<SinkName>,
-}
-
-/// A table in Amazon Redshift.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RedshiftTarget {
-    /// A connection string, `postgres://…` or `host=… dbname=…`.
-    pub url: String,
-    /// The table, optionally `schema.table`; without a schema it is in `public`.
-    pub table: String,
-    /// Create the table from the route's columns when it is missing.
-    pub create: bool,
-    /// How rows go into it.
-    pub mode: WriteMode,
-    /// Where rows wait for COPY.
-    pub staging: CopySource,
-}
-
-/// A place on S3 that the host writes to and a cluster copies from.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CopySource {
-    /// `s3://bucket/prefix`.
-    pub url: url::Url,
-    /// Options for `object_store`, for example `aws_endpoint`.
-    pub options: BTreeMap<String, String>,
-    /// The role by which the cluster reads there, an ARN; or `default`, the cluster's own.
-    pub iam_role: String,
-    /// The bucket's region, where it is not the cluster's.
-    pub region: Option<String>,
-}
-
-/// A Kinesis stream that rows are put on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StreamTarget {
-    /// The stream.
-    pub stream: StreamRef,
-    /// The server that has it.
-    pub server: StreamServer,
-    /// Whether no request holds two records of one key.
-    pub strict_order: bool,
-}
-
-/// An HTTP endpoint that rows are posted to.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HttpTarget {
-    /// The endpoint, `https://…`.
-    pub url: url::Url,
-    /// Its host, with the headers that are sent.
-    pub host: HttpHostConfig,
-    /// What a request's body is.
-    pub body: HttpBody,
-    /// How long one request may take, up to the head of its answer.
-    pub timeout: Duration,
-    /// Further statuses by which the endpoint says that rows are at fault.
-    pub refuse: Vec<u16>,
-}
-
-/// What the body of a request is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HttpBody {
-    /// An array of the rows.
-    Json,
-    /// A row a line.
-    Ndjson,
-}
-
-impl SinkKind {
-    /// Whether it keeps its own position with its rows: each row is there exactly once.
-    pub fn is_exact(&self) -> bool {
-        match self {
-            Self::Sqlite { .. } | Self::Postgres(_) | Self::Objects { .. } | Self::Redshift(_) => {
-                true
-            }
-            Self::Discard | Self::Stdout { .. } | Self::Kinesis(_) | Self::Http(_) => false,
-        }
+    /// A rhythm of a sink that its shards wait for.
+    pub const fn patient(rows_max: usize, bytes_max: usize, linger_max: Duration) -> Self {
+        Self { rows_max, bytes_max, linger_max, give_up_after: None }
     }
-}
-
-/// How objects are compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Compression {
-    /// Not at all.
-    None,
-    /// gzip, `.gz`.
-    Gzip,
-    /// Zstandard, `.zst`.
-    Zstd,
 }

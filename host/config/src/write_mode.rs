@@ -30,6 +30,11 @@ impl WriteMode {
         }
     }
 
+    /// Whether the newest row of each key wins, in whatever order rows come.
+    pub fn keeps_newest(&self) -> bool {
+        matches!(self, Self::Upsert { newest_by: Some(_), .. })
+    }
+
     /// The columns that each row must bring, and not as null: without them nobody knows which row of
     /// the table is meant.
     pub fn required(&self) -> impl Iterator<Item = &str> {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use shardmill_config::{PipelineConfig, SinkConfig, SinkKind, StageLimits};
+use shardmill_config::{PipelineConfig, SinkConfig, StageLimits};
 use shardmill_core::budget::READ_BYTES_MAX;
 use shardmill_core::budget::ledger::{bytes_bound, encoded_bound, text};
 
@@ -71,7 +71,7 @@ impl MemoryBound {
         let intake = config.intake.as_ref().map_or(0, |intake| intake.in_flight_bytes_max);
         let lookups = config.lookups.iter().map(|lookup| lookup.cache.bytes_max).sum::<usize>();
         let encoded = |sinks: &[SinkConfig], lanes: usize| {
-            let is_encoding = |sink: &&SinkConfig| matches!(sink.kind, SinkKind::Objects { .. });
+            let is_encoding = |sink: &&SinkConfig| sink.settings.encodes_early();
             let bound = encoded_bound(config.buffer_bytes_max, lanes);
             bound.saturating_mul(sinks.iter().filter(is_encoding).count())
         };
@@ -204,7 +204,82 @@ fn limit_files(root: &Path, line: &str) -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use serde::Deserialize;
+    use shardmill_config::reading::{Check, RawCommit, Spanned, Text};
+    use shardmill_config::{
+        BuildError, Key, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings, SinkTable,
+        SinkType, SinkTypes,
+    };
+    use shardmill_core::sink::Sink;
+
     use super::*;
+
+    /// Types of which only the memory that they take is of interest. They let any key pass.
+    const TYPES: SinkTypes = SinkTypes::new(&[
+        &Stub { name: "discard", encodes_early: false },
+        &Stub { name: "objects", encodes_early: true },
+        &Stub { name: "sqlite", encodes_early: false },
+        &Stub { name: "stdout", encodes_early: false },
+    ]);
+
+    #[derive(Clone, Debug, PartialEq)]
+    struct Stub {
+        name: &'static str,
+        encodes_early: bool,
+    }
+
+    #[derive(Deserialize)]
+    struct RawStub {
+        name: Spanned<Text>,
+        commit: Option<RawCommit>,
+    }
+
+    impl SinkType for Stub {
+        fn name(&self) -> &'static str {
+            self.name
+        }
+
+        fn about(&self) -> &'static str {
+            "A stub."
+        }
+
+        fn keys(&self) -> &'static [Key] {
+            &[]
+        }
+
+        fn rhythm(&self) -> Rhythm {
+            Rhythm::TABLE
+        }
+
+        fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {
+            let raw: RawStub = table.shaped(check)?;
+            Some(ReadSink::new(raw.name, raw.commit, Some(self.clone())))
+        }
+    }
+
+    impl SinkSettings for Stub {
+        fn destination(&self) -> Option<String> {
+            None
+        }
+
+        fn is_exact(&self) -> bool {
+            false
+        }
+
+        fn encodes_early(&self) -> bool {
+            self.encodes_early
+        }
+
+        fn build(
+            &self,
+            _context: &SinkContext<'_>,
+            _shared: &mut SharedParts,
+        ) -> Result<Arc<dyn Sink>, BuildError> {
+            Err("a stub takes no rows".into())
+        }
+    }
 
     fn system(meminfo: &str, cgroup: &str, files: &[(&str, &str)]) -> Option<AvailableMemory> {
         let root = tempfile::tempdir().expect("a folder");
@@ -247,7 +322,7 @@ mod tests {
                  [[stage]]\nname = \"route\"\nplugin = \"route.wasm\"\n\
                  routes = {{ all = [\"out\"] }}\n{sink}"
             );
-            let config = shardmill_config::parse("pipeline.toml", &text, &|_| None);
+            let config = shardmill_config::parse("pipeline.toml", &text, &TYPES, &|_| None);
             MemoryBound::of(&config.expect("a pipeline"), lanes).host_bytes
         };
         let plain = sink("out", "type = \"discard\"");
@@ -265,7 +340,7 @@ mod tests {
                 "[pipeline]\nname = \"cars\"\nbuffer = \"16 MiB\"\n[source]\n{source}\n\
                  [[sink]]\nname = \"out\"\ntype = \"discard\"\n"
             );
-            let config = shardmill_config::parse("pipeline.toml", &text, &|_| None);
+            let config = shardmill_config::parse("pipeline.toml", &text, &TYPES, &|_| None);
             MemoryBound::of(&config.expect("a pipeline"), lanes).host_bytes
         };
         let stream = "type = \"kinesis\"\nstream = \"s\"\nformat = \"application/json\"";
@@ -281,7 +356,7 @@ mod tests {
     fn wall_04_payloads_that_are_made_again_count() {
         let bound = MemoryBound { lanes: 1, host_bytes: 300 << 20, instances: 0, plugin_bytes: 0 };
         let text = include_str!("../../../pipeline.toml");
-        let config = shardmill_config::parse("pipeline.toml", text, &|_| None);
+        let config = shardmill_config::parse("pipeline.toml", text, &TYPES, &|_| None);
         let config = config.expect("the pipeline of the root");
         let limits = config.stages.iter().map(|stage| stage.limits);
         let large = limits.map(|limits| limits.answer_bytes_max()).max().expect("a stage");

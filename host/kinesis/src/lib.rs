@@ -23,6 +23,7 @@ pub mod polling;
 pub mod producer;
 pub mod put;
 pub mod served;
+pub mod settings;
 pub mod silence;
 pub mod sink;
 pub mod source;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::support::{output, root, with_tools};
+use shardmill_cli::registry::SINK_TYPES;
 use snapbox::Assert;
 
 /// Repeats a session: `$` begins a command, what follows is due. `[..]` is any text, `...` any lines.
@@ -73,7 +74,7 @@ fn every_pipeline_is_sound() {
     let mut read = 0;
     for pipeline in pipelines {
         let text = std::fs::read_to_string(pipeline.path()).expect("a pipeline");
-        let parsed = shardmill_config::parse(pipeline.path(), &text, &|_| None);
+        let parsed = shardmill_config::parse(pipeline.path(), &text, &SINK_TYPES, &|_| None);
         parsed.unwrap_or_else(|error| panic!("{}", error.render(false)));
         read += 1;
     }
@@ -171,4 +172,19 @@ fn chapters() -> Vec<(String, String)> {
 
 fn docs() -> PathBuf {
     root().join("docs")
+}
+
+/// `SHARDMILL_UPDATE_GOLDEN=1` writes the page anew.
+#[test]
+fn the_reference_of_sinks_is_what_the_types_say() {
+    let page = docs().join("src/sink-types.md");
+    let reference = SINK_TYPES.reference();
+    if std::env::var_os("SHARDMILL_UPDATE_GOLDEN").is_some() {
+        std::fs::write(&page, &reference).expect("a writable page");
+    }
+    let found = std::fs::read_to_string(&page).expect("the page");
+    assert!(
+        found == reference,
+        "docs/src/sink-types.md is not what the sink types say:\n{reference}"
+    );
 }

@@ -8,12 +8,15 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::{
-    BatchLimits, Compression, ConfigError, Endpoint, KinesisConfig, OnPositionMismatch,
-    PipelineConfig, SinkKind, StageLimits,
+    BatchLimits, ConfigError, Endpoint, KinesisConfig, OnPositionMismatch, PipelineConfig,
+    SinkSettings, StageLimits,
 };
-
 use shardmill_core::source::StartPosition;
+use shardmill_sink_objects::{Compression, ObjectsTarget};
+use shardmill_sink_postgres::PostgresTarget;
+use shardmill_sink_sqlite::SqliteTarget;
 
 /// The environment of every test here.
 fn lookup(name: &str) -> Option<String> {
@@ -25,7 +28,7 @@ fn lookup(name: &str) -> Option<String> {
 }
 
 fn parse(text: &str) -> Result<PipelineConfig, ConfigError> {
-    shardmill_config::parse("conf/pipeline.toml", text, &lookup)
+    shardmill_config::parse("conf/pipeline.toml", text, &SINK_TYPES, &lookup)
 }
 
 #[test]
@@ -42,7 +45,7 @@ fn each_bad_configuration_is_refused_as_its_golden_file_says() {
     let mut failures = String::new();
     for case in cases {
         let text = std::fs::read_to_string(&case).expect("a case");
-        let error = shardmill_config::parse("pipeline.toml", text, &lookup)
+        let error = shardmill_config::parse("pipeline.toml", text, &SINK_TYPES, &lookup)
             .expect_err("a bad configuration");
         let found = error.render(false);
         let plain = !found.contains(['\x1b', '│', '×']);
@@ -63,7 +66,7 @@ fn each_bad_configuration_is_refused_as_its_golden_file_says() {
 #[test]
 fn the_pipeline_at_the_root_loads() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let config = shardmill_config::load(&root.join("pipeline.toml"), &|_| None);
+    let config = shardmill_config::load(&root.join("pipeline.toml"), &SINK_TYPES, &|_| None);
     let config = config.unwrap_or_else(|error| panic!("{}", error.render(false)));
     assert_eq!(config.name.as_str(), "cars");
     assert_eq!(config.state_dir, root.join("state"));
@@ -76,13 +79,9 @@ fn the_pipeline_at_the_root_loads() {
         let sinks: Vec<&str> = bound.sinks.iter().map(|sink| sink.value.as_str()).collect();
         assert_eq!(sinks, ["mart", "logs", "console"], "{route}");
     }
-    let SinkKind::Sqlite { path, table, create: true, .. } = &config.sinks[0].kind else {
-        panic!("{:?}", config.sinks[0]);
-    };
-    assert_eq!((path, table.as_str()), (&root.join("data/cars.db"), "cars"));
-    let SinkKind::Objects { url, layout, .. } = &config.sinks[1].kind else {
-        panic!("{:?}", config.sinks[1]);
-    };
+    let SqliteTarget { path, table, create, .. } = settings(&config, 0);
+    assert_eq!((path, table.as_str(), create), (&root.join("data/cars.db"), "cars", &true));
+    let ObjectsTarget { url, layout, .. } = settings(&config, 1);
     assert!(url.as_str().starts_with("file:///") && url.as_str().ends_with("/data/logs/"), "{url}");
     assert_eq!(*layout, Compression::Gzip.into());
 }
@@ -148,9 +147,11 @@ fn every_key_is_shown_at_the_root() {
     let root = std::fs::read_to_string(host.join("../pipeline.toml")).expect("the root pipeline");
     let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let words: BTreeSet<&str> = root.split(|c| !is_part(c)).collect();
-    let raw = std::fs::read_to_string(host.join("src/config/raw.rs")).expect("the raw types");
-    let fields = raw.lines().filter_map(|line| line.strip_prefix("    pub ")?.split_once(':'));
-    let keys: Vec<&str> = fields.map(|(key, _)| key).filter(|key| !key.starts_with('_')).collect();
+    let raw = std::fs::read_to_string(host.join("config/src/raw.rs")).expect("the raw types");
+    let fields = raw.lines().filter_map(|line| line.strip_prefix("    pub")?.split_once(':'));
+    let fields = fields.filter_map(|(field, _)| field.split_whitespace().last());
+    let of_sinks = SINK_TYPES.iter().flat_map(|own| own.keys()).map(|key| key.name);
+    let keys: Vec<&str> = fields.filter(|key| !key.starts_with('_')).chain(of_sinks).collect();
     assert!(keys.len() > 100, "{} keys", keys.len());
     let missing: Vec<&&str> = keys.iter().filter(|key| !words.contains(**key)).collect();
     assert!(missing.is_empty(), "expected all keys in pipeline.toml, missing: {missing:?}");
@@ -158,6 +159,12 @@ fn every_key_is_shown_at_the_root() {
 
 fn kinesis(config: &PipelineConfig) -> &KinesisConfig {
     config.source.kinesis().unwrap_or_else(|| panic!("{:?} is no stream", config.source))
+}
+
+/// The settings of a sink, which is of this type.
+fn settings<T: SinkSettings>(config: &PipelineConfig, sink: usize) -> &T {
+    let sink = &config.sinks[sink];
+    sink.settings.of_type().unwrap_or_else(|| panic!("{sink:?}"))
 }
 
 fn is_toml(line: &str) -> bool {
@@ -253,10 +260,9 @@ fn a_file_cut_anywhere_is_a_readable_error_or_sound() {
 #[test]
 fn a_secret_reaches_its_sink_and_no_fingerprint() {
     let config = parse(FULL).expect("a sound configuration");
-    let SinkKind::Postgres(target) = &config.sinks[0].kind else { panic!("postgres") };
-    let url = &target.url;
+    let PostgresTarget { url, .. } = settings(&config, 0);
     assert_eq!(url, "postgres://u:hunter2@h/db");
-    let SinkKind::Objects { options, url, .. } = &config.sinks[1].kind else { panic!("objects") };
+    let ObjectsTarget { options, url, .. } = settings(&config, 1);
     assert_eq!(options["aws_secret_access_key"], "hunter2");
     assert_eq!(url.as_str(), "s3://bucket/logs");
     for sink in &config.sinks {
@@ -280,8 +286,8 @@ fn a_later_finding_points_into_the_file() {
 
 #[test]
 fn a_file_that_cannot_be_read_is_named() {
-    let error =
-        shardmill_config::load(Path::new("no/such.toml"), &lookup).expect_err("no such file");
+    let error = shardmill_config::load(Path::new("no/such.toml"), &SINK_TYPES, &lookup)
+        .expect_err("no such file");
     let report = error.render(false);
     assert!(report.contains("no/such.toml: failed to read the configuration: "), "{report}");
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusBuilder;
+use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::{
     Located, LookupCacheLimits, LookupConfig, LookupSource, PipelineConfig, Secret,
 };
@@ -502,7 +503,8 @@ ttl = "0 s"
 "#;
     let variables = |name: &str| (name == "SECRET").then(|| "hunter2".to_owned());
     let config: PipelineConfig =
-        shardmill_config::parse("conf/p.toml", text, &variables).expect("a configuration");
+        shardmill_config::parse("conf/p.toml", text, &SINK_TYPES, &variables)
+            .expect("a configuration");
     assert!(!format!("{config:?}").contains("hunter2"));
     let [one, two] = &config.lookups[..] else { panic!("two lookups") };
     let LookupSource::Postgres(url) = &one.source else { panic!("PostgreSQL") };

@@ -8,11 +8,9 @@ use std::sync::Arc;
 use crate::sql_sinks::keyed;
 use crate::sql_sinks::proxy::{Cut, Proxy};
 use crate::sql_sinks::{Log, assert_fences, commit, expect_unavailable, position, route, shard};
-use shardmill_config::CONNECTIONS_MAX;
-use shardmill_config::PostgresTarget;
 use shardmill_config::WriteMode;
 use shardmill_core::sink::{Acquired, Sink, SinkWriter};
-use shardmill_sink_postgres::PostgresSink;
+use shardmill_sink_postgres::{CONNECTIONS_MAX, PostgresSink, PostgresTarget};
 use tokio_postgres::{Client, NoTls};
 
 /// The throw-away server.

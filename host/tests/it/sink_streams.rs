@@ -13,16 +13,14 @@ use crate::sql_sinks::{Log, commit, expect_unavailable, position, route, shard};
 use crate::support::{plugin, run_ok, serve_stream};
 use aws_sdk_kinesis::types::ShardIteratorType;
 use ferrokinesis::store::StoreOptions;
-use shardmill_config::{
-    Endpoint, HttpBody, HttpHostConfig, HttpMethod, HttpTarget, Secret, StreamServer, StreamTarget,
-    Values,
-};
+use shardmill_config::{Endpoint, HttpHostConfig, HttpMethod, Secret, StreamServer, Values};
 use shardmill_core::record::{Row, StreamRef};
 use shardmill_core::sink::{Commit, Sink, SinkWriter};
 use shardmill_embedded::EmbeddedStream;
 use shardmill_kinesis::client;
+use shardmill_kinesis::settings::StreamTarget;
 use shardmill_kinesis::sink::KinesisSink;
-use shardmill_sink_http::HttpSink;
+use shardmill_sink_http::{HttpBody, HttpSink, HttpTarget};
 
 async fn writer(sink: &impl Sink) -> Box<dyn SinkWriter> {
     sink.prepare(&[route(&[])]).await.expect("prepared");

@@ -11,7 +11,7 @@ use anyhow::{bail, ensure};
 use super::super::run::stop_on_signals;
 use super::super::{Console, dead_letters, load, plugin_host, sinks, state_beside};
 use super::Letters;
-use shardmill_config::{PipelineConfig, RejectedMax, SinkKind};
+use shardmill_config::{PipelineConfig, RejectedMax};
 use shardmill_core::record::{LetterPlace, Position, SinkName, StageName};
 use shardmill_core::sink::Sink;
 use shardmill_engine::bound::{MemoryBound, memory_bytes_available};
@@ -179,7 +179,7 @@ pub(crate) async fn resolve_replays(
     let silence_max = config.timing.postgres_silence_max;
     for replay in replays.pending().await? {
         let own = config.sinks.iter().find(|sink| sink.name.value == replay.sink);
-        let Some(SinkKind::Postgres(target)) = own.map(|sink| &sink.kind) else {
+        let Some(target) = own.and_then(sinks::postgres) else {
             // Nothing is redriven to that sink either; it is found out when the sink is back.
             tracing::warn!(sink = %replay.sink, "a replay of a sink that is gone is not resolved");
             continue;

@@ -285,7 +285,7 @@ fn stays(config: &PipelineConfig, name: &SinkName) -> bool {
 
 /// A sink with where its rows go, to be noted.
 fn noted(sink: &SinkConfig) -> (SinkName, String) {
-    (sink.name.value.clone(), sink.kind.destination().unwrap_or_default())
+    (sink.name.value.clone(), sink.destination().unwrap_or_default())
 }
 
 /// Whether a sink's removal is on record and it has no position since.
@@ -323,7 +323,7 @@ fn renamed_to<'c>(
 ) -> Option<&'c SinkName> {
     let destination = known.destinations.get(gone).filter(|there| !there.is_empty())?;
     let mut new = sinks.iter().filter(|sink| !known.names().contains(&sink.name.value));
-    let same = new.find(|sink| sink.kind.destination().as_ref() == Some(destination))?;
+    let same = new.find(|sink| sink.destination().as_ref() == Some(destination))?;
     Some(&same.name.value)
 }
 
@@ -440,7 +440,7 @@ pub(crate) async fn rename(
             }
             continue;
         }
-        if let (Some(was), Some(is)) = (known.destinations.get(old), config.kind.destination())
+        if let (Some(was), Some(is)) = (known.destinations.get(old), config.destination())
             && *was != is
             && !was.is_empty()
         {
@@ -507,7 +507,7 @@ pub async fn refuse_unsettled(config: &PipelineConfig, state: &StateStore) -> an
                      {old} has, then give the command again"
                 );
             }
-            let destination = sink.kind.destination().filter(|there| !there.is_empty());
+            let destination = sink.destination().filter(|there| !there.is_empty());
             let Some(destination) = destination else { continue };
             if let Some(old) = earlier(&known, name, &destination, &config.sinks).first() {
                 bail!(
@@ -549,7 +549,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
     async fn doubled(&self) -> anyhow::Result<Option<String>> {
         for (sink, config) in self.sinks.iter().zip(&self.config.sinks) {
             let name = sink.name();
-            let Some(destination) = config.kind.destination() else { continue };
+            let Some(destination) = config.destination() else { continue };
             let was = self.known.destinations.get(name);
             if was == Some(&destination) {
                 continue;
@@ -672,7 +672,7 @@ fn earlier<'k>(
     let there = known.destinations.iter().filter(|(_, there)| *there == destination);
     let goes_on = |other: &SinkName| {
         let own = sinks.iter().find(|sink| sink.name.value == *other);
-        own.is_some_and(|own| own.kind.destination().as_deref() == Some(destination))
+        own.is_some_and(|own| own.destination().as_deref() == Some(destination))
     };
     there.map(|(other, _)| other).filter(|other| *other != name && !goes_on(other)).collect()
 }

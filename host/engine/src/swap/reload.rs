@@ -13,9 +13,7 @@ use super::{
 use crate::lane::roster;
 use crate::lane::{GenerationStore, LaneChange, WaitingLane};
 use crate::stage::Generation;
-use shardmill_config::{
-    KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SinkKind, SourceKind,
-};
+use shardmill_config::{KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SourceKind};
 use shardmill_core::record::{SinkName, StageName};
 use shardmill_core::sink::Sink;
 use shardmill_plugin::{Backends, PluginHost};
@@ -86,16 +84,11 @@ struct Reloaded {
 impl Reloaded {
     /// The sinks whose tables a dry run looks at: all but new ones that would make theirs, which it must not.
     fn sinks_to_look_at(&self, setup: &Setup) -> Vec<Arc<dyn Sink>> {
-        let makes = |config: &SinkConfig| match &config.kind {
-            SinkKind::Sqlite { create, .. } => *create,
-            SinkKind::Postgres(target) => target.create,
-            SinkKind::Redshift(target) => target.create,
-            _ => false,
-        };
         let is_known =
             |sink: &Arc<dyn Sink>| setup.shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink));
         let sinks = self.sinks.iter().zip(&self.config.sinks);
-        let looked_at = sinks.filter(|(sink, config)| is_known(sink) || !makes(config));
+        let looked_at =
+            sinks.filter(|(sink, config)| is_known(sink) || !config.settings.creates_table());
         looked_at.map(|(sink, _)| sink.clone()).collect()
     }
 }
@@ -320,7 +313,7 @@ fn same_sink(one: &SinkConfig, two: &SinkConfig) -> bool {
     one.name.value == two.name.value
         && one.fingerprint_json == two.fingerprint_json
         // Variables may hold something else by now: the password of a server, say.
-        && one.kind == two.kind
+        && *one.settings == *two.settings
 }
 
 /// Refuses what a running process cannot change, with the reason.

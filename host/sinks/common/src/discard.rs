@@ -2,11 +2,79 @@
 //!
 //! The sink keeps no position of its own; the checkpoint passes what it was given.
 
-use async_trait::async_trait;
+use std::sync::Arc;
 
+use async_trait::async_trait;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use shardmill_config::reading::{Check, RawCommit, Spanned, Text};
+use shardmill_config::{
+    BuildError, Key, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
+};
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, ShardKey, SinkName};
 use shardmill_core::sink::{Acquired, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};
+
+/// The sink type.
+pub const TYPE: &dyn SinkType = &DiscardType;
+
+struct DiscardType;
+
+/// The settings of a sink that drops its rows: none.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DiscardSettings;
+
+/// `[[sink]]` with `type = "discard"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+struct RawDiscard {
+    name: Spanned<Text>,
+    #[serde(rename = "type")]
+    _kind: IgnoredAny,
+    commit: Option<RawCommit>,
+}
+
+impl SinkType for DiscardType {
+    fn name(&self) -> &'static str {
+        "discard"
+    }
+
+    fn about(&self) -> &'static str {
+        "Rows to nowhere: for measuring what comes before a sink, and for trying stages out."
+    }
+
+    fn keys(&self) -> &'static [Key] {
+        &[]
+    }
+
+    fn rhythm(&self) -> Rhythm {
+        Rhythm::TABLE
+    }
+
+    fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {
+        let raw: RawDiscard = table.shaped(check)?;
+        Some(ReadSink::new(raw.name, raw.commit, Some(DiscardSettings)))
+    }
+}
+
+impl SinkSettings for DiscardSettings {
+    fn destination(&self) -> Option<String> {
+        None
+    }
+
+    fn is_exact(&self) -> bool {
+        false
+    }
+
+    fn build(
+        &self,
+        context: &SinkContext<'_>,
+        _shared: &mut SharedParts,
+    ) -> Result<Arc<dyn Sink>, BuildError> {
+        Ok(Arc::new(DiscardSink::new(context.name.clone())))
+    }
+}
 
 /// A sink that drops its rows.
 pub struct DiscardSink {

@@ -19,6 +19,8 @@
 //! | 400, 413, 415, 422, and those in `refuse` | halved until the one at fault is alone, which is refused |
 //! | anything else, or no answer | wait, and are posted again; `Retry-After` is obeyed, up to 10 minutes |
 
+mod settings;
+
 use std::fmt::Write as _;
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,7 +29,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use sha2::{Digest as _, Sha256};
 
-use shardmill_config::{HttpBody, HttpTarget, Values};
+pub use self::settings::{HttpBody, HttpTarget, TYPE};
+use shardmill_config::Values;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, Row, ShardKey, SinkName};
 use shardmill_core::sink::{Acquired, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};

@@ -21,8 +21,8 @@ use uuid::Uuid;
 
 use super::answers;
 use super::keys::KeyLimits;
+use super::settings::{LOG_FOLDER, ObjectLayout};
 use super::store::{Created, Place};
-use shardmill_config::{LOG_FOLDER, ObjectLayout};
 use shardmill_core::owner::{OwnerName, Ownership, StateMark};
 use shardmill_core::record::REDRIVE_SHARD;
 use shardmill_core::record::{PipelineName, Position, RouteName, ShardKey};

@@ -12,9 +12,8 @@ use object_store::path::Path;
 use object_store::{ObjectStore as _, ObjectStoreExt as _};
 
 use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId};
+use super::settings::{Compression, ObjectLayout};
 use super::store::Place;
-use shardmill_config::Compression;
-use shardmill_config::ObjectLayout;
 use shardmill_core::fuzzing::{Choices, Target};
 use shardmill_core::record::{
     PipelineName, Position, RouteName, SequenceNumber, ShardId, ShardKey, SinkName, StreamIdentity,

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::layout::{OWNER_DIGITS, file_name};
-use shardmill_config::ObjectLayout;
+use super::settings::ObjectLayout;
 use shardmill_core::record::RouteName;
 
 /// The longest name of a file or folder on usual file systems (NAME_MAX), in bytes.

@@ -13,7 +13,7 @@ use serde::Deserializer as _;
 use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use shardmill_config::{FolderTemplate, LOG_FOLDER, ObjectLayout, Part};
+use super::settings::{FolderTemplate, LOG_FOLDER, ObjectLayout, Part};
 use shardmill_core::record::{RouteName, Row, ShardKey, SinkName};
 use shardmill_sinks_common::rows::value;
 pub use shardmill_sinks_common::rows::value::Json;

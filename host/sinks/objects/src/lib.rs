@@ -23,6 +23,7 @@ mod keys;
 mod layout;
 mod parquet;
 mod recovery;
+mod settings;
 mod staged;
 mod store;
 mod verify;
@@ -43,11 +44,13 @@ pub use self::encode::Encoded;
 use self::encode::RouteForm;
 use self::parquet::ParquetSchema;
 pub use self::recovery::Recovered;
+pub use self::settings::{
+    Compression, FolderTemplate, LOG_FOLDER, ObjectFormat, ObjectLayout, ObjectsTarget, TYPE,
+};
 use self::store::Created;
 pub use self::store::Place;
 pub use self::verify::{Audit, Problem, ProblemKind};
 use self::writer::{ObjectsWriter, Shared};
-use shardmill_config::{LOG_FOLDER, ObjectFormat, ObjectLayout};
 use shardmill_core::owner::Ownership;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{PipelineName, Position, RouteName, ShardId, ShardKey, SinkName};

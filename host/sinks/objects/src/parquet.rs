@@ -20,7 +20,7 @@ use parquet::schema::types::Type;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 
-use shardmill_config::Compression;
+use super::settings::Compression;
 use shardmill_core::record::Column;
 use shardmill_sinks_common::rows;
 use shardmill_sinks_common::rows::form::RowForm;

@@ -18,8 +18,8 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use uuid::Uuid;
 
+use super::settings::LOG_FOLDER;
 use super::store::Created;
-use shardmill_config::LOG_FOLDER;
 use shardmill_core::record::SinkName;
 use shardmill_sinks_common::local::FileId;
 

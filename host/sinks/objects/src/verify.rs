@@ -17,10 +17,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::answers;
 use super::claim::{Claim, Data, LINK_BYTES_MAX, Link, link_number};
+use super::settings::{Compression, LOG_FOLDER, ObjectFormat};
 use super::staged::STAGING_FOLDER;
 use super::{ObjectsSink, PROBE};
-use shardmill_config::Compression;
-use shardmill_config::{LOG_FOLDER, ObjectFormat};
 use shardmill_core::record::Position;
 use shardmill_core::sink::SinkError;
 

@@ -16,8 +16,8 @@ use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished, W
 use super::encode::{Body, Encoded, Encoder, RouteForm, encode};
 use super::keys::{KeyLimits, KeyRoom};
 use super::layout::file_name;
+use super::settings::ObjectLayout;
 use super::store::Place;
-use shardmill_config::ObjectLayout;
 use shardmill_core::owner::Ownership;
 use shardmill_core::record::{Position, RouteName, Row, ShardKey};
 use shardmill_core::sink::{
@@ -481,8 +481,7 @@ fn shown(position: Option<&Position>) -> String {
 mod tests {
     use super::*;
     use crate::parquet::ParquetSchema;
-    use shardmill_config::Compression;
-    use shardmill_config::{FolderTemplate, ObjectFormat};
+    use crate::settings::{Compression, FolderTemplate, ObjectFormat};
     use shardmill_core::record::Column;
     use shardmill_core::record::{
         Batch, Entry, PositionSpan, Record, RowRoute, SequenceNumber, StreamIdentity,

@@ -9,7 +9,7 @@ use tokio_postgres::types::Type;
 
 use super::lineage::SINK;
 use super::position::PositionTable;
-use shardmill_config::PostgresTarget;
+use super::settings::PostgresTarget;
 use shardmill_config::WriteMode;
 use shardmill_core::record::{PipelineName, SinkName, StreamIdentity};
 use shardmill_pg::name::TableName;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::encode::EncodedFile;
 use super::merge::STAGING;
 use super::session::literal;
-use shardmill_config::CopySource;
+use super::settings::{CopySource, bucket_of};
 use shardmill_core::escape::quoted;
 use shardmill_core::masking::worded;
 use shardmill_core::record::ShardKey;
@@ -62,7 +62,7 @@ struct ManifestEntry {
 
 impl StagingBucket {
     pub(super) fn new(place: Place, source: &CopySource) -> Self {
-        let bucket = shardmill_config::bucket_of(&source.url).unwrap_or_default();
+        let bucket = bucket_of(&source.url).unwrap_or_default();
         Self {
             place,
             bucket_url: format!("s3://{bucket}"),

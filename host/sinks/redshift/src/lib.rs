@@ -19,6 +19,7 @@ mod ledger;
 mod merge;
 mod rights;
 mod session;
+mod settings;
 mod table;
 mod writer;
 
@@ -31,9 +32,9 @@ use object_store::path::Path;
 
 use self::files::StagingBucket;
 use self::ledger::Ledger;
+pub use self::settings::{CopySource, RedshiftTarget, TYPE};
 use self::writer::RedshiftWriter;
-use shardmill_config::WriteMode;
-use shardmill_config::{CopySource, RedshiftTarget, Timing};
+use shardmill_config::{Timing, WriteMode};
 use shardmill_core::owner::{OwnerName, Ownership};
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{PipelineName, Position, ShardKey, SinkName};

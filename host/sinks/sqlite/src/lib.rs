@@ -9,6 +9,7 @@ mod connection;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod position;
+mod settings;
 mod table;
 mod trigger;
 mod value;
@@ -20,6 +21,7 @@ use std::sync::{Arc, OnceLock};
 use async_trait::async_trait;
 
 use self::connection::{Held, SharedConnection};
+pub use self::settings::{SqliteTarget, TYPE};
 use self::write::{Failure, Written};
 use shardmill_config::WriteMode;
 use shardmill_core::owner::Ownership;

@@ -8,6 +8,7 @@
 
 mod json;
 mod pieces;
+mod settings;
 mod template;
 
 use std::collections::HashMap;
@@ -17,17 +18,16 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use async_trait::async_trait;
 
 use self::pieces::Pieces;
+pub use self::settings::{StdoutTarget, TYPE};
 pub use self::template::TemplateError;
 use self::template::{RowContext, Template};
+use shardmill_config::SharedOutput;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, RouteName, Row, ShardId, ShardKey, SinkName};
 use shardmill_core::sink::{
     Acquired, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
 };
 use shardmill_sinks_common::line::{LINE_MEDIA_TYPES, LineFormat};
-
-/// An output that several writers share; a commit's lines are written under one lock.
-pub type SharedOutput = Arc<Mutex<dyn Write + Send>>;
 
 /// A sink of lines.
 pub struct StdoutSink {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use metrics_exporter_prometheus::PrometheusRecorder;
+use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::{RejectedMax, parse};
 use shardmill_core::record::{
     Batch, Entry, LetterPlace, Position, PositionSpan, Record, SequenceNumber, ShardKey,
@@ -81,7 +82,8 @@ name = "console"
 type = "stdout"
 "#
         );
-        let config = parse(Path::new("test.toml"), &text, &|_| None).expect("a sound pipeline");
+        let config =
+            parse(Path::new("test.toml"), &text, &SINK_TYPES, &|_| None).expect("a sound pipeline");
         let engine = PluginEngine::new().expect("an engine");
         let host =
             PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::{PipelineConfig, RejectedMax, parse};
 use shardmill_core::record::{LetterPlace, ShardKey, SinkName};
 use shardmill_core::sink::Sink;
@@ -273,7 +274,7 @@ window = "0 s"
                  linger = \"{linger_ms} ms\"\n{on_failure}\n"
             ));
         }
-        parse(Path::new("model.toml"), &text, &|_| None)
+        parse(Path::new("model.toml"), &text, &SINK_TYPES, &|_| None)
             .unwrap_or_else(|error| panic!("{}\n{text}", error.render(false)))
     }
 

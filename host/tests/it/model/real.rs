@@ -9,13 +9,10 @@ use futures::TryStreamExt as _;
 use object_store::aws::AmazonS3Builder;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt as _};
-use shardmill_config::CONNECTIONS_MAX;
-use shardmill_config::Compression;
-use shardmill_config::PostgresTarget;
 use shardmill_config::WriteMode;
 use shardmill_core::sink::Sink;
-use shardmill_sink_objects::ObjectsSink;
-use shardmill_sink_postgres::PostgresSink;
+use shardmill_sink_objects::{Compression, ObjectsSink};
+use shardmill_sink_postgres::{CONNECTIONS_MAX, PostgresSink, PostgresTarget};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::support::Process;

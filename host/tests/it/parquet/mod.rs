@@ -9,10 +9,10 @@ use crate::sql_sinks::{Log, commit, route, shard};
 use crate::support::flights::{from_csv, same_multiset};
 use crate::support::{plugin, root, run_ok, some_flights_csv, with_tools};
 use serde_json::{Value, json};
-use shardmill_config::Compression;
-use shardmill_config::{FolderTemplate, ObjectFormat, ObjectLayout};
 use shardmill_core::sink::Sink as _;
-use shardmill_sink_objects::ObjectsSink;
+use shardmill_sink_objects::{
+    Compression, FolderTemplate, ObjectFormat, ObjectLayout, ObjectsSink,
+};
 
 fn layout(compression: Compression) -> ObjectLayout {
     let folder = FolderTemplate::default();

@@ -9,11 +9,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use faults::{Faulty, Plan};
-use shardmill_config::Compression;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{RouteName, SinkName};
 use shardmill_core::sink::Sink;
-use shardmill_sink_objects::ObjectsSink;
+use shardmill_sink_objects::{Compression, ObjectsSink};
 use support::{Letters, Place, commit, commit_of, expected, line_of, shard};
 
 /// Each of the suite's tests on both stores.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::StreamExt;
 use object_store::ObjectStoreExt;
-use shardmill_config::Compression;
-use shardmill_config::{FolderTemplate, ObjectFormat, ObjectLayout};
 use shardmill_core::record::SinkName;
 use shardmill_core::sink::{Acquired, Sink, SinkError};
-use shardmill_sink_objects::ObjectsSink;
+use shardmill_sink_objects::{
+    Compression, FolderTemplate, ObjectFormat, ObjectLayout, ObjectsSink,
+};
 
 use super::faults::{Faulty, Plan, Random};
 use super::support::{

@@ -9,13 +9,12 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
-use shardmill_config::Compression;
 use shardmill_core::record::{
     Batch, Entry, Position, PositionSpan, Record, Row, RowRoute, SequenceNumber, ShardKey,
     SinkName, StreamIdentity,
 };
 use shardmill_core::sink::{Commit, Refusal, RefusalLog, SinkError};
-use shardmill_sink_objects::ObjectsSink;
+use shardmill_sink_objects::{Compression, ObjectsSink};
 
 use super::s3;
 

@@ -14,9 +14,8 @@ use crate::sql_sinks::{Log, assert_fences, commit, expect_unavailable, position,
 use crate::support::{kill_until_it_ends, plugin, postgres_url, shardmill};
 use futures::TryStreamExt as _;
 use shardmill_config::WriteMode;
-use shardmill_config::{CopySource, RedshiftTarget};
 use shardmill_core::sink::{Acquired, Sink, SinkWriter};
-use shardmill_sink_redshift::RedshiftSink;
+use shardmill_sink_redshift::{CopySource, RedshiftSink, RedshiftTarget};
 use standin::{Kind, ROLE, Standin};
 use tokio_postgres::{Client, NoTls};
 

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use shardmill_config::Compression;
 use shardmill_core::sink::Sink as _;
-use shardmill_sink_objects::ObjectsSink;
+use shardmill_sink_objects::{Compression, ObjectLayout, ObjectsSink};
 
 use super::{Lines, files, ids, said};
 use crate::sink_objects::support::{Letters, commit, number, shard};
@@ -61,7 +60,7 @@ fn fault_08_a_row_whose_folder_is_too_long_is_a_dead_letter() {
 #[tokio::test]
 async fn fault_08_a_row_whose_folder_is_too_long_is_a_dead_letter_on_s3() {
     let server = crate::sink_objects::s3::start().await;
-    let layout = shardmill_config::ObjectLayout {
+    let layout = ObjectLayout {
         folder: "{route}/{row.city}".to_owned().try_into().expect("a template"),
         ..Compression::None.into()
     };

@@ -7,10 +7,9 @@ mod rows;
 mod sessions;
 mod silence;
 
-use shardmill_config::PostgresTarget;
 use shardmill_config::WriteMode;
 use shardmill_pg::{PoolShare, PostgresServer};
-use shardmill_sink_postgres::PostgresSink;
+use shardmill_sink_postgres::{PostgresSink, PostgresTarget};
 
 use crate::sink_postgres::{address, target, url};
 use crate::sql_sinks::proxy::Proxy;

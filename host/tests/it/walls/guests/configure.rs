@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
 
+use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::parse;
 use shardmill_engine::stage::Generation;
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
@@ -196,7 +197,8 @@ type = "stdout"
 "#,
         component.path().display()
     );
-    let config = parse(Path::new("test.toml"), &text, &|_| None).expect("a valid pipeline");
+    let config =
+        parse(Path::new("test.toml"), &text, &SINK_TYPES, &|_| None).expect("a valid pipeline");
     let engine = PluginEngine::new().expect("an engine");
     let host = PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
     let (turns, counted) = tokio::sync::watch::channel(0_u32);

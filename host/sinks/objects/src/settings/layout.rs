@@ -2,8 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Compression;
-
 /// The folder of the claim logs, below the URL of a sink of objects.
 pub const LOG_FOLDER: &str = "_shardmill";
 
@@ -18,6 +16,18 @@ pub enum ObjectFormat {
     Raw,
     /// Apache Parquet, with the columns that the route declares.
     Parquet,
+}
+
+/// How objects are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// gzip, `.gz`.
+    Gzip,
+    /// Zstandard, `.zst`.
+    Zstd,
 }
 
 /// How an objects sink lays rows out.

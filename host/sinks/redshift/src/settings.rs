@@ -1,0 +1,236 @@
+//! The settings of a Redshift sink, as `[[sink]]` with `type = "redshift"` has them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use url::Url;
+
+use crate::RedshiftSink;
+use shardmill_config::reading::{
+    Check, Maybe, RawCommit, Spanned, Text, connection, database, options, table, write_mode,
+};
+use shardmill_config::{
+    BuildError, Key, KeyDefault, KeyForm, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings,
+    SinkTable, SinkType, WriteMode,
+};
+use shardmill_core::sink::Sink;
+
+/// The sink type.
+pub const TYPE: &dyn SinkType = &RedshiftType;
+
+const PORT: u16 = 5439;
+
+struct RedshiftType;
+
+/// A table in Amazon Redshift.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RedshiftTarget {
+    /// A connection string, `postgres://…` or `host=… dbname=…`.
+    pub url: String,
+    /// The table, optionally `schema.table`; without a schema it is in `public`.
+    pub table: String,
+    /// Create the table from the route's columns when it is missing.
+    pub create: bool,
+    /// How rows go into it.
+    pub mode: WriteMode,
+    /// Where rows wait for COPY.
+    pub staging: CopySource,
+}
+
+/// A place on S3 that the host writes to and a cluster copies from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CopySource {
+    /// `s3://bucket/prefix`.
+    pub url: Url,
+    /// Options for `object_store`, for example `aws_endpoint`.
+    pub options: BTreeMap<String, String>,
+    /// The role by which the cluster reads there, an ARN; or `default`, the cluster's own.
+    pub iam_role: String,
+    /// The bucket's region, where it is not the cluster's.
+    pub region: Option<String>,
+}
+
+/// `[[sink]]` with `type = "redshift"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+struct RawRedshift {
+    name: Spanned<Text>,
+    #[serde(rename = "type")]
+    _kind: IgnoredAny,
+    url: Spanned<Text>,
+    table: Spanned<Text>,
+    create: Option<bool>,
+    mode: Maybe<Text>,
+    #[serde(default)]
+    key: Vec<Spanned<Text>>,
+    newest_by: Maybe<Text>,
+    staging: Spanned<Text>,
+    options: Option<BTreeMap<String, Text>>,
+    iam_role: Spanned<Text>,
+    region: Maybe<Text>,
+    commit: Option<RawCommit>,
+}
+
+impl SinkType for RedshiftType {
+    fn name(&self) -> &'static str {
+        "redshift"
+    }
+
+    fn about(&self) -> &'static str {
+        "A table in Amazon Redshift, exactly once: files on S3 that COPY loads, and the position in the same \
+         transaction."
+    }
+
+    fn keys(&self) -> &'static [Key] {
+        &[
+            Key {
+                name: "url",
+                form: KeyForm::Text,
+                default: KeyDefault::Required("\"postgres://user@host:5439/database\""),
+                about: "The cluster: `postgres://user:${PGPASSWORD}@host:5439/database`, or \
+                        `host=… user=… dbname=…`.",
+            },
+            Key {
+                name: "table",
+                form: KeyForm::Text,
+                default: KeyDefault::Required("\"public.cars\""),
+                about: "The table: `schema.table`, or `table` for one in `public`.",
+            },
+            Key {
+                name: "create",
+                form: KeyForm::Flag,
+                default: KeyDefault::Value("false"),
+                about: "Create the table from the route's columns when it is missing.",
+            },
+            Key {
+                name: "mode",
+                form: KeyForm::Text,
+                default: KeyDefault::Value("\"append\""),
+                about: "What a row does where the table has one with its key: `append` adds it, `upsert` sets the \
+                        columns that it brings, `ignore` drops it.",
+            },
+            Key {
+                name: "key",
+                form: KeyForm::List,
+                default: KeyDefault::None,
+                about: "The columns that make a row's key, for `upsert` and `ignore`; Redshift itself enforces no \
+                        key.",
+            },
+            Key {
+                name: "newest_by",
+                form: KeyForm::Text,
+                default: KeyDefault::None,
+                about: "With `upsert`: a row wins over the one that is there unless its value in this column is \
+                        smaller.",
+            },
+            Key {
+                name: "staging",
+                form: KeyForm::Text,
+                default: KeyDefault::Required("\"s3://bucket/load\""),
+                about: "Where files wait for COPY, `s3://bucket/prefix`; each is removed once it is loaded.",
+            },
+            Key {
+                name: "options",
+                form: KeyForm::Table,
+                default: KeyDefault::None,
+                about: "Options of the object store of `staging`, as `object_store` names them.",
+            },
+            Key {
+                name: "iam_role",
+                form: KeyForm::Text,
+                default: KeyDefault::Required("\"default\""),
+                about: "The role by which the cluster reads `staging`: an ARN, or `default`.",
+            },
+            Key {
+                name: "region",
+                form: KeyForm::Text,
+                default: KeyDefault::None,
+                about: "The region of the bucket, where it is not the cluster's.",
+            },
+        ]
+    }
+
+    fn rhythm(&self) -> Rhythm {
+        // Few large loads: each costs a cluster the same few seconds, whatever it holds.
+        Rhythm::patient(100_000, 64 << 20, Duration::from_secs(60))
+    }
+
+    fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {
+        let raw: RawRedshift = table.shaped(check)?;
+        let settings = target(&raw, check);
+        Some(ReadSink::new(raw.name, raw.commit, settings))
+    }
+}
+
+fn target(raw: &RawRedshift, check: &mut Check) -> Option<RedshiftTarget> {
+    let url = connection(&raw.url, PORT, check);
+    let table = table(&raw.table, check);
+    let create = raw.create.unwrap_or(false);
+    let mode = write_mode(&raw.mode, &raw.key, &raw.newest_by, check);
+    let staging = staging_url(&raw.staging, check);
+    let iam_role = iam_role(&raw.iam_role, check);
+    let region = match &raw.region {
+        None => Some(None),
+        Some(region) => check.filled(region, "region").map(Some),
+    };
+    let options = options(raw.options.as_ref());
+    let staging = CopySource { url: staging?, options, iam_role: iam_role?, region: region? };
+    Some(RedshiftTarget { url: url?, table: table?, create, mode: mode?, staging })
+}
+
+/// Where COPY reads.
+fn staging_url(raw: &Spanned<Text>, check: &mut Check) -> Option<Url> {
+    let text = check.filled(raw, "URL")?;
+    let url = Url::parse(&text).ok().filter(|url| bucket_of(url).is_some());
+    if url.is_none() {
+        let help = "write \"s3://bucket/prefix\", a place that the host may write to";
+        check.problem(raw.span(), format!("Redshift cannot load from {text:?}"), help);
+    }
+    url
+}
+
+/// Source: Redshift guide, "COPY", authorization parameters; several ARNs are a chain of roles.
+fn iam_role(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {
+    let text = check.filled(raw, "role")?;
+    let is_part = |c: char| c.is_ascii_alphanumeric() || ":/+=,.@_-".contains(c);
+    let is_role = |role: &str| role.starts_with("arn:") && role.contains(":role/");
+    if text == "default" || (text.chars().all(is_part) && text.split(',').all(is_role)) {
+        return Some(text);
+    }
+    let help = "write \"arn:aws:iam::123456789012:role/NAME\", a role of the cluster that may read \
+                the files, or \"default\"";
+    check.problem(raw.span(), format!("{text:?} is no role's ARN"), help);
+    None
+}
+
+/// The bucket that a URL names, if Redshift can load from it.
+pub(crate) fn bucket_of(url: &Url) -> Option<&str> {
+    let is_s3 = matches!(url.scheme(), "s3" | "s3a");
+    url.host_str().filter(|bucket| is_s3 && !bucket.is_empty())
+}
+
+impl SinkSettings for RedshiftTarget {
+    fn destination(&self) -> Option<String> {
+        database("redshift", &self.url, &self.table)
+    }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
+
+    fn creates_table(&self) -> bool {
+        self.create
+    }
+
+    fn build(
+        &self,
+        context: &SinkContext<'_>,
+        _shared: &mut SharedParts,
+    ) -> Result<Arc<dyn Sink>, BuildError> {
+        let sink = RedshiftSink::new(context.name.clone(), self)?;
+        Ok(Arc::new(sink.with_silence_max(context.pipeline.timing.redshift_silence_max)))
+    }
+}

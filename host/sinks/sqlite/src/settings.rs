@@ -1,0 +1,170 @@
+//! The settings of a SQLite sink, as `[[sink]]` with `type = "sqlite"` has them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use crate::SqliteSink;
+use shardmill_config::reading::{
+    Check, Maybe, RawCommit, RerunTable, Spanned, Text, table, write_mode,
+};
+use shardmill_config::{
+    BuildError, Key, KeyDefault, KeyForm, ReadSink, Rerun, Rhythm, SharedParts, SinkContext,
+    SinkSettings, SinkTable, SinkType, WriteMode,
+};
+use shardmill_core::record::SinkName;
+use shardmill_core::sink::Sink;
+
+/// The sink type.
+pub const TYPE: &dyn SinkType = &SqliteType;
+
+struct SqliteType;
+
+/// A table in a SQLite file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SqliteTarget {
+    /// The database file.
+    pub path: PathBuf,
+    /// The table.
+    pub table: String,
+    /// Create the table from the route's columns when it is missing.
+    pub create: bool,
+    /// How rows go into it.
+    pub mode: WriteMode,
+}
+
+/// `[[sink]]` with `type = "sqlite"`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+struct RawSqlite {
+    name: Spanned<Text>,
+    #[serde(rename = "type")]
+    _kind: IgnoredAny,
+    path: Spanned<Text>,
+    table: Spanned<Text>,
+    create: Option<bool>,
+    mode: Maybe<Text>,
+    #[serde(default)]
+    key: Vec<Spanned<Text>>,
+    newest_by: Maybe<Text>,
+    commit: Option<RawCommit>,
+}
+
+impl SinkType for SqliteType {
+    fn name(&self) -> &'static str {
+        "sqlite"
+    }
+
+    fn about(&self) -> &'static str {
+        "A table in a SQLite file, exactly once: rows and position move in one transaction."
+    }
+
+    fn keys(&self) -> &'static [Key] {
+        &[
+            Key {
+                name: "path",
+                form: KeyForm::Text,
+                default: KeyDefault::Required("\"data/cars.db\""),
+                about: "The database file; it is created when it is missing.",
+            },
+            Key {
+                name: "table",
+                form: KeyForm::Text,
+                default: KeyDefault::Required("\"cars\""),
+                about: "The table.",
+            },
+            Key {
+                name: "create",
+                form: KeyForm::Flag,
+                default: KeyDefault::Value("false"),
+                about: "Create the table from the route's columns when it is missing.",
+            },
+            Key {
+                name: "mode",
+                form: KeyForm::Text,
+                default: KeyDefault::Value("\"append\""),
+                about: "What a row does where the table has one with its key: `append` adds it, `upsert` sets the \
+                        columns that it brings, `ignore` drops it.",
+            },
+            Key {
+                name: "key",
+                form: KeyForm::List,
+                default: KeyDefault::None,
+                about: "The columns that make a row's key, for `upsert` and `ignore`; they have a unique index.",
+            },
+            Key {
+                name: "newest_by",
+                form: KeyForm::Text,
+                default: KeyDefault::None,
+                about: "With `upsert`: a row wins over the one that is there unless its value in this column is \
+                        smaller.",
+            },
+        ]
+    }
+
+    fn rhythm(&self) -> Rhythm {
+        Rhythm::TABLE
+    }
+
+    fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {
+        let base = table.base();
+        let raw: RawSqlite = table.shaped(check)?;
+        let settings = target(&raw, base, check);
+        Some(ReadSink::new(raw.name, raw.commit, settings))
+    }
+}
+
+fn target(raw: &RawSqlite, base: &Path, check: &mut Check) -> Option<SqliteTarget> {
+    let path = check.filled(&raw.path, "database file").filter(|path| {
+        let lasting = !path.starts_with(":memory:");
+        if !lasting {
+            let message = "a database in memory forgets its rows when the process ends";
+            check.problem(raw.path.span(), message, "name a file, such as \"data/cars.db\"");
+        }
+        lasting
+    });
+    let table = table(&raw.table, check);
+    let create = raw.create.unwrap_or(false);
+    let mode = write_mode(&raw.mode, &raw.key, &raw.newest_by, check);
+    Some(SqliteTarget { path: base.join(path?), table: table?, create, mode: mode? })
+}
+
+impl SinkSettings for SqliteTarget {
+    fn destination(&self) -> Option<String> {
+        let Self { path, table, .. } = self;
+        // The folder may be a link, and the file not there yet.
+        let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+        let path = match (folder, path.file_name()) {
+            (Some(folder), Some(name)) => folder.join(name),
+            _ => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+        };
+        let path = path.canonicalize().unwrap_or(path);
+        // SQLite's names are the same in capitals.
+        Some(format!("sqlite {} table {}", path.display(), table.to_ascii_lowercase()))
+    }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
+
+    fn creates_table(&self) -> bool {
+        self.create
+    }
+
+    fn rerun(&self, _sink: &SinkName, number: i64) -> Option<Rerun> {
+        let RerunTable { table, create, place } =
+            RerunTable::of(&self.table, self.create, &self.mode, number);
+        Some(Rerun { settings: Arc::new(Self { table, create, ..self.clone() }), place })
+    }
+
+    fn build(
+        &self,
+        context: &SinkContext<'_>,
+        _shared: &mut SharedParts,
+    ) -> Result<Arc<dyn Sink>, BuildError> {
+        let Self { path, table, create, mode } = self;
+        Ok(Arc::new(SqliteSink::new(context.name.clone(), path, table, *create, mode.clone())?))
+    }
+}
