@@ -13,4 +13,7 @@ pub use super::diagnostic::suggest;
 pub use super::grant_http::{RESPONSE_BYTES, headers};
 pub use super::raw::{Count, Maybe, RawAssumeRole, RawCommit, RawHeaders, Size, Span, Text};
 pub use super::source::{server, stream};
-pub use super::tables::{RerunTable, connection, options, table, write_mode};
+pub use super::tables::{
+    CREATE_KEY, KEY_KEY, MODE_KEY, NEWEST_BY_KEY, RerunTable, connection, options, table,
+    write_mode,
+};

@@ -34,19 +34,19 @@ const COMMIT: [Key; 5] = [
         name: "rows",
         form: KeyForm::Number,
         default: KeyDefault::ByType,
-        about: "Commit when one shard has so many rows.",
+        about: "Commit when one shard has this number of rows in hand.",
     },
     Key {
         name: "bytes",
         form: KeyForm::Size,
         default: KeyDefault::ByType,
-        about: "Commit when the rows of one shard have so many bytes; at most `buffer` of `[pipeline]`.",
+        about: "Commit when the rows that one shard has in hand have this size; at most `buffer` of `[pipeline]`.",
     },
     Key {
         name: "linger",
         form: KeyForm::Duration,
         default: KeyDefault::ByType,
-        about: "Commit when the oldest row has waited for so long.",
+        about: "Commit when the oldest row has waited for this time.",
     },
     Key {
         name: "on_failure",
@@ -71,7 +71,7 @@ impl SinkTypes {
              `cargo xtask test` compares this page with what the sink types say, in `host/sinks/` and \
              `host/kinesis/`.\n\n\
              ## Every sink\n\n\
-             A `[[sink]]` has a `type`, which is one of the chapters below, and these keys:\n\n",
+             A `[[sink]]` has a `type`, which is one of the sections below, and these keys:\n\n",
         );
         table(&mut page, &COMMON);
         page.push_str(

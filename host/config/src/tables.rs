@@ -6,8 +6,42 @@ use toml::Spanned;
 
 use super::check::Check;
 use super::raw::{Maybe, Text};
+use super::{Key, KeyDefault, KeyForm};
 use crate::WriteMode;
 use shardmill_pg::PostgresServer;
+
+/// The key `create` of sinks that have tables.
+pub const CREATE_KEY: Key = Key {
+    name: "create",
+    form: KeyForm::Flag,
+    default: KeyDefault::Value("false"),
+    about: "Create the table from the route's columns when it is missing.",
+};
+
+/// The key `mode`, which [`write_mode`] reads.
+pub const MODE_KEY: Key = Key {
+    name: "mode",
+    form: KeyForm::Text,
+    default: KeyDefault::Value("\"append\""),
+    about: "What a row does where the table has one with its key: `append` adds it, `upsert` sets the columns that \
+            it brings, `ignore` drops it.",
+};
+
+/// The key `key`, which goes with `mode`.
+pub const KEY_KEY: Key = Key {
+    name: "key",
+    form: KeyForm::List,
+    default: KeyDefault::None,
+    about: "The columns that make a row's key, for `upsert` and `ignore`; they have a unique index.",
+};
+
+/// The key `newest_by`, which goes with `mode`.
+pub const NEWEST_BY_KEY: Key = Key {
+    name: "newest_by",
+    form: KeyForm::Text,
+    default: KeyDefault::None,
+    about: "With `upsert`: a row wins over the one that is there unless its value in this column is smaller.",
+};
 
 /// Reads a connection string; `port` is for the way out.
 pub fn connection(raw: &Spanned<Text>, port: u16, check: &mut Check) -> Option<String> {

@@ -6,6 +6,9 @@
 //! booked. [`stream`], [`consumers`], [`input`] and [`producer`] are for those who make streams and fill them; all who put
 //! records do so by [`put`].
 //! [`served`] finds a stream that another process of this user serves.
+//!
+//! [`settings::TYPE`] is what the program's registry of sinks lists: [`settings`] reads `type = "kinesis"`, names its
+//! keys and makes the sink.
 
 pub mod aggregate;
 pub mod answer_size;

@@ -1,6 +1,12 @@
 //! What several sinks share: how JSON values become values of columns ([`rows`]), rows as lines ([`line`]), progress
 //! through a commit of several requests ([`progress`]), files and folders of this machine ([`local`]), and the sink
 //! that drops what it gets ([`discard`]).
+//!
+//! A new sink is a folder beside this one, and a line in the program's registry (`host/cli/src/registry.rs`). The
+//! folder implements [`Sink`](shardmill_core::sink::Sink) for the rows,
+//! [`SinkType`](shardmill_config::SinkType) for its table in `pipeline.toml` and for the reference, and
+//! [`SinkSettings`](shardmill_config::SinkSettings) for what the engine and the commands ask. [`discard`] is the
+//! shortest example.
 
 pub mod discard;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -18,6 +18,8 @@
 //! | 2xx but 207, after the whole request was sent | are taken |
 //! | 400, 413, 415, 422, and those in `refuse` | halved until the one at fault is alone, which is refused |
 //! | anything else, or no answer | wait, and are posted again; `Retry-After` is obeyed, up to 10 minutes |
+//!
+//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "http"`, names its keys and makes the sink.
 
 mod settings;
 

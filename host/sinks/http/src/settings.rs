@@ -87,7 +87,7 @@ impl SinkType for HttpType {
                 name: "url",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"https://api.example.com/cars\""),
-                about: "The endpoint, such as `https://api.example.com/cars`.",
+                about: "The endpoint.",
             },
             Key {
                 name: "headers",

@@ -12,6 +12,8 @@
 //! follows; without it the sink takes its last claim for unfinished and writes it again. The same holds
 //! for a bucket's lifecycle rules: on a quiet shard they remove the last link or object in the end.
 //! `recovery` is the way on from there.
+//!
+//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "objects"`, names its keys and makes the sink.
 
 mod answers;
 mod chunks;

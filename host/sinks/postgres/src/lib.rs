@@ -10,6 +10,8 @@
 //!
 //! The position table lies in the schema of the data table if that is named, else in the first of
 //! the `search_path`, as the data table does.
+//!
+//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "postgres"`, names its keys and makes the sink.
 
 mod array;
 mod blame;

@@ -8,8 +8,8 @@ use serde::de::IgnoredAny;
 
 use crate::PostgresSink;
 use shardmill_config::reading::{
-    Check, Count, Maybe, RawCommit, RerunTable, Spanned, Text, connection, database, table,
-    write_mode,
+    CREATE_KEY, Check, Count, KEY_KEY, MODE_KEY, Maybe, NEWEST_BY_KEY, RawCommit, RerunTable,
+    Spanned, Text, connection, database, table, write_mode,
 };
 use shardmill_config::{
     BuildError, Key, KeyDefault, KeyForm, ReadSink, ReplaySupport, Rerun, Rhythm, SharedParts,
@@ -95,32 +95,10 @@ impl SinkType for PostgresType {
                 default: KeyDefault::Required("\"cars\""),
                 about: "The table: `table` or `schema.table`.",
             },
-            Key {
-                name: "create",
-                form: KeyForm::Flag,
-                default: KeyDefault::Value("false"),
-                about: "Create the table from the route's columns when it is missing.",
-            },
-            Key {
-                name: "mode",
-                form: KeyForm::Text,
-                default: KeyDefault::Value("\"append\""),
-                about: "What a row does where the table has one with its key: `append` adds it, `upsert` sets the \
-                        columns that it brings, `ignore` drops it.",
-            },
-            Key {
-                name: "key",
-                form: KeyForm::List,
-                default: KeyDefault::None,
-                about: "The columns that make a row's key, for `upsert` and `ignore`; they have a unique index.",
-            },
-            Key {
-                name: "newest_by",
-                form: KeyForm::Text,
-                default: KeyDefault::None,
-                about: "With `upsert`: a row wins over the one that is there unless its value in this column is \
-                        smaller.",
-            },
+            CREATE_KEY,
+            MODE_KEY,
+            KEY_KEY,
+            NEWEST_BY_KEY,
             Key {
                 name: "connections",
                 form: KeyForm::Number,

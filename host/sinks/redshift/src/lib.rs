@@ -9,6 +9,8 @@
 //!
 //! SQL stays within what Redshift has (PostgreSQL 8.0 without ON CONFLICT and savepoints), and goes by
 //! the simple query protocol, in which each value is text ([`session`]).
+//!
+//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "redshift"`, names its keys and makes the sink.
 
 mod encode;
 mod files;

@@ -10,7 +10,8 @@ use url::Url;
 
 use crate::RedshiftSink;
 use shardmill_config::reading::{
-    Check, Maybe, RawCommit, Spanned, Text, connection, database, options, table, write_mode,
+    CREATE_KEY, Check, KEY_KEY, MODE_KEY, Maybe, NEWEST_BY_KEY, RawCommit, Spanned, Text,
+    connection, database, options, table, write_mode,
 };
 use shardmill_config::{
     BuildError, Key, KeyDefault, KeyForm, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings,
@@ -99,33 +100,14 @@ impl SinkType for RedshiftType {
                 default: KeyDefault::Required("\"public.cars\""),
                 about: "The table: `schema.table`, or `table` for one in `public`.",
             },
+            CREATE_KEY,
+            MODE_KEY,
             Key {
-                name: "create",
-                form: KeyForm::Flag,
-                default: KeyDefault::Value("false"),
-                about: "Create the table from the route's columns when it is missing.",
-            },
-            Key {
-                name: "mode",
-                form: KeyForm::Text,
-                default: KeyDefault::Value("\"append\""),
-                about: "What a row does where the table has one with its key: `append` adds it, `upsert` sets the \
-                        columns that it brings, `ignore` drops it.",
-            },
-            Key {
-                name: "key",
-                form: KeyForm::List,
-                default: KeyDefault::None,
                 about: "The columns that make a row's key, for `upsert` and `ignore`; Redshift itself enforces no \
                         key.",
+                ..KEY_KEY
             },
-            Key {
-                name: "newest_by",
-                form: KeyForm::Text,
-                default: KeyDefault::None,
-                about: "With `upsert`: a row wins over the one that is there unless its value in this column is \
-                        smaller.",
-            },
+            NEWEST_BY_KEY,
             Key {
                 name: "staging",
                 form: KeyForm::Text,

@@ -4,6 +4,8 @@
 //! on blocking threads take turns on; other processes may read the file meanwhile (WAL mode).
 //! [`connection`] opens the file, [`table`] is the live table, [`mod@write`] the commit itself. Reading
 //! JSON by column type is `rows`' work; buffering and retries are the delivery's.
+//!
+//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "sqlite"`, names its keys and makes the sink.
 
 mod connection;
 #[cfg(any(test, feature = "fuzzing"))]

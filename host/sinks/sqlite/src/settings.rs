@@ -8,7 +8,8 @@ use serde::de::IgnoredAny;
 
 use crate::SqliteSink;
 use shardmill_config::reading::{
-    Check, Maybe, RawCommit, RerunTable, Spanned, Text, table, write_mode,
+    CREATE_KEY, Check, KEY_KEY, MODE_KEY, Maybe, NEWEST_BY_KEY, RawCommit, RerunTable, Spanned,
+    Text, table, write_mode,
 };
 use shardmill_config::{
     BuildError, Key, KeyDefault, KeyForm, ReadSink, Rerun, Rhythm, SharedParts, SinkContext,
@@ -75,32 +76,10 @@ impl SinkType for SqliteType {
                 default: KeyDefault::Required("\"cars\""),
                 about: "The table.",
             },
-            Key {
-                name: "create",
-                form: KeyForm::Flag,
-                default: KeyDefault::Value("false"),
-                about: "Create the table from the route's columns when it is missing.",
-            },
-            Key {
-                name: "mode",
-                form: KeyForm::Text,
-                default: KeyDefault::Value("\"append\""),
-                about: "What a row does where the table has one with its key: `append` adds it, `upsert` sets the \
-                        columns that it brings, `ignore` drops it.",
-            },
-            Key {
-                name: "key",
-                form: KeyForm::List,
-                default: KeyDefault::None,
-                about: "The columns that make a row's key, for `upsert` and `ignore`; they have a unique index.",
-            },
-            Key {
-                name: "newest_by",
-                form: KeyForm::Text,
-                default: KeyDefault::None,
-                about: "With `upsert`: a row wins over the one that is there unless its value in this column is \
-                        smaller.",
-            },
+            CREATE_KEY,
+            MODE_KEY,
+            KEY_KEY,
+            NEWEST_BY_KEY,
         ]
     }
 

@@ -5,6 +5,8 @@
 //!
 //! Rows are checked first, so that nothing is written of one that is refused. The lines are then written in pieces:
 //! what they are together, or one alone, has no bound but the template's (it may repeat a field).
+//!
+//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "stdout"`, names its keys and makes the sink.
 
 mod json;
 mod pieces;
