@@ -10,8 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-use crate::process::run;
-use crate::test::host_tests;
+use crate::process::{host_tests, run};
 
 /// Set to the folder of the documentation where this program stands in for rustdoc.
 const OUT_DIR: &str = "XTASK_DOCUMENTATION";

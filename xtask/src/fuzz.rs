@@ -4,8 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::process::run;
-use crate::test::host_tests;
+use crate::process::{host_tests, run};
 
 /// Time for which each target runs in `cargo xtask test`. All targets run side by side.
 const TEST_SECONDS: u64 = 10;

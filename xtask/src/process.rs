@@ -43,17 +43,28 @@ pub fn cargo_for_tests() -> Result<Command> {
     Ok(command)
 }
 
-/// What cargo says of the packages of the workspace.
+/// The tests of the workspace, with the packages and features that all parts of the task share.
+pub fn host_tests(root: &Path) -> Result<Command> {
+    let mut tests = cargo_for_tests()?;
+    tests.current_dir(root).args(["test", "--release", "--workspace", "--locked"]);
+    Ok(tests)
+}
+
+/// The packages of the workspace, as cargo describes them.
 pub fn packages(root: &Path) -> Result<Vec<serde_json::Value>> {
+    let metadata = metadata(root, &["--no-deps"])?;
+    metadata["packages"].as_array().cloned().context("`cargo metadata` names no packages")
+}
+
+/// The workspace and its dependencies, as cargo describes them.
+pub fn metadata(root: &Path, arguments: &[&str]) -> Result<serde_json::Value> {
     let mut metadata = cargo();
-    metadata.current_dir(root).args(["metadata", "--format-version", "1", "--no-deps"]);
+    metadata.current_dir(root).args(["metadata", "--format-version", "1"]).args(arguments);
     let output = metadata.output().context("failed to start `cargo metadata`")?;
     if !output.status.success() {
         bail!("`cargo metadata` failed: {}", String::from_utf8_lossy(&output.stderr));
     }
-    let metadata: serde_json::Value =
-        serde_json::from_slice(&output.stdout).context("what `cargo metadata` says")?;
-    metadata["packages"].as_array().cloned().context("`cargo metadata` names no packages")
+    serde_json::from_slice(&output.stdout).context("failed to read what `cargo metadata` prints")
 }
 
 /// The names of our own packages, without this one: it is compiled before it can say how.

@@ -3,8 +3,8 @@
 use anyhow::{Context as _, Result};
 
 use crate::fuzz::Fuzzing;
-use crate::process::{project_root, run};
-use crate::test::{Parts, host_tests};
+use crate::process::{host_tests, project_root, run};
+use crate::test::Parts;
 
 /// Tests of the host that take their choices from a seed.
 const SEEDED_TESTS: [&str; 3] = ["model::", "resharding::", "crash::"];

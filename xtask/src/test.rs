@@ -19,7 +19,7 @@ use crate::kinesis_local::KinesisLocal;
 use crate::languages::Languages;
 use crate::plugins;
 use crate::postgres::{self, Cluster};
-use crate::process::{cargo, cargo_for_tests, lint, project_root, run};
+use crate::process::{cargo, host_tests, lint, project_root, run};
 
 /// Compile, and so check, what no test runs as well: the benches.
 const EVERY_TARGET: [&str; 2] = ["--all-targets", "--no-run"];
@@ -105,13 +105,6 @@ fn test_plugins(root: &Path) -> Result<()> {
     // a hash in its name: what is compiled here would take the place of what the benches are linked with.
     tests.env("CARGO_TARGET_DIR", root.join("target/tests-of-plugins"));
     run(tests.current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
-}
-
-/// The tests of the workspace, with the packages and features that all parts of the task share.
-pub fn host_tests(root: &Path) -> Result<Command> {
-    let mut tests = cargo_for_tests()?;
-    tests.current_dir(root).args(["test", "--release", "--workspace", "--locked"]);
-    Ok(tests)
 }
 
 fn test_host(root: &Path, parts: &Parts, filter: Option<&str>) -> Result<()> {
