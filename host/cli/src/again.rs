@@ -14,7 +14,7 @@ use anyhow::{Context as _, ensure};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::run::stop_on_signals;
+use super::signals::stop_on_signals;
 use super::{Console, plugin_host, sinks, stream};
 use shardmill_config::{OnLostRecords, PipelineConfig, ReaderKind, Rerun, SourceKind, environment};
 use shardmill_core::private::make_folders;

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
-use super::{Console, print_line, run, stream as stream_command};
+use super::{Console, print_line, run, signals, stream as stream_command};
 use crate::registry::SINK_TYPES;
 use shardmill_config::PipelineConfig;
 use shardmill_core::record::StreamRef;
@@ -88,7 +88,7 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let run_options = RunOptions { embedded_plugin: bundled_plugin, ..RunOptions::new(true) };
     let supervisor = run::prepare(config.clone(), source, run_options).await?;
     let (board, letters) = (supervisor.board(), supervisor.letters());
-    let stop = run::stop_on_signals(config.timing.drain_max)?;
+    let stop = signals::stop_on_signals(config.timing.drain_max)?;
     // Its rows go to standard output: a reader such as `head` may have enough of them.
     run::ask_when_closed(&stop);
     supervisor.run_until(stop).await?;

@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
-use super::{Console, load_file, load_plugin, run, with_trust};
+use super::{Console, load_file, load_plugin, run, signals, with_trust};
 use crate::registry::SINK_TYPES;
 use shardmill_config::Gates;
 use shardmill_config::{PipelineConfig, StageConfig, StageText, parse};
@@ -81,7 +81,7 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
     let drain_max = config.timing.drain_max;
     let supervisor = run::prepare(config, source, RunOptions::new(false)).await?;
     let swapper = supervisor.swapper();
-    let stop = run::stop_on_signals(drain_max)?;
+    let stop = signals::stop_on_signals(drain_max)?;
     let ends = stop.child();
     tokio::spawn(put_again_and_again(producer, samples, ends.token().clone()));
     let running = tokio::spawn(supervisor.run_until(ends.clone()));

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 
-use super::{Console, PipelineFile, load, run, stream};
+use super::{Console, PipelineFile, load, signals, stream};
 use shardmill_kinesis::producer::StreamWriter;
 use shardmill_serve::admin::AdminPort;
 use shardmill_serve::admin::access::Access;
@@ -25,7 +25,7 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
         None => None,
     };
     let port = IntakePort::open(intake, config.timing.http).await?;
-    let stop = run::stop_on_signals(config.timing.drain_max)?;
+    let stop = signals::stop_on_signals(config.timing.drain_max)?;
     let reach = async {
         let client = stream::intake_client(&config, kinesis, None).await?;
         stream::ensure(&client, kinesis).await?;

@@ -17,6 +17,7 @@ pub mod registry;
 mod reload;
 mod replay;
 mod run;
+mod signals;
 mod sinks;
 pub mod stderr;
 mod stream;

@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use super::dlq::resolve_replays;
-use super::run::stop_on_signals;
+use super::signals::stop_on_signals;
 use super::{
     Console, PipelineFile, dead_letters, holes, load, plugin_host, sinks, state_beside, stream,
 };

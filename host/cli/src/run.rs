@@ -7,7 +7,7 @@ use anyhow::ensure;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::{Console, PipelineFile, holes, load, output, sinks, stream};
+use super::{Console, PipelineFile, holes, load, output, signals, sinks, stream};
 use crate::terminal::note;
 use shardmill_config::PipelineConfig;
 use shardmill_config::told;
@@ -24,13 +24,6 @@ use shardmill_serve::admin::AdminPort;
 use shardmill_serve::admin::access::Access;
 use shardmill_serve::admin::control::{Control, ControlAddress, ControlPort, ReadConfig};
 use shardmill_serve::intake::IntakePort;
-
-/// How long after its drain the process has ended.
-const END_WAIT_MAX: Duration = Duration::from_secs(5);
-/// Exit code after a second signal.
-const EXIT_AT_ONCE: i32 = 130;
-/// Exit code when the process had to be ended by force.
-const EXIT_FORCED: i32 = 1;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -56,7 +49,7 @@ pub struct Options {
 pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     output::leave_to_rows(&config);
-    let stop = stop_on_signals(config.timing.drain_max)?;
+    let stop = signals::stop_on_signals(config.timing.drain_max)?;
     stop_when_closed(&stop);
     let until_caught_up = options.until_caught_up;
     // Servers that do not answer are not waited for: nothing has been read yet.
@@ -250,64 +243,4 @@ fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToke
             }
         }
     });
-}
-
-/// The end that the first SIGTERM or SIGINT asks for; a second one ends the process at once.
-///
-/// A thread of its own waits for signals and watches the end: 5 s after its time is over the process has
-/// ended, whatever its other threads do.
-pub(crate) fn stop_on_signals(drain_max: Duration) -> anyhow::Result<Stop> {
-    let stop = Stop::new(drain_max);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    // Here, so that no signal comes before it is waited for.
-    let (terminate, interrupt) = {
-        let _entered = runtime.enter();
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
-    };
-    let watched = stop.clone();
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || runtime.block_on(watch_end(watched, terminate, interrupt)))?;
-    Ok(stop)
-}
-
-/// Asks for the end at the first signal, and makes sure that it comes.
-async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        // Something else asks for it, such as a fatal error.
-        () = stop.asked() => {}
-    }
-    if !stop.is_asked() {
-        // First: whoever has nothing to drain ends the process as soon as the end is asked for, and this thread
-        // with it.
-        note(format_args!("draining; once more to stop at once"));
-        stop.ask();
-    }
-    let late = async {
-        stop.over().await;
-        tokio::time::sleep(END_WAIT_MAX).await;
-    };
-    tokio::select! {
-        // Nothing is lost: what is not committed is read again.
-        _ = terminate.recv() => end_now(EXIT_AT_ONCE),
-        _ = interrupt.recv() => end_now(EXIT_AT_ONCE),
-        () = late => {
-            note(format_args!(
-                "error: the process had not ended {} s after its drain of {} s (timing.drain): something \
-                 does not answer; ended by force, what is not committed is read again",
-                END_WAIT_MAX.as_secs(),
-                stop.drain_max().as_secs_f64()
-            ));
-            end_now(EXIT_FORCED)
-        }
-    }
-}
-
-/// Ends the process without what usually comes before: that may wait for a thread that is stuck.
-fn end_now(code: i32) -> ! {
-    crate::stderr::flush(super::LOG_WAIT_MAX);
-    // SAFETY: ends the process, and touches nothing of it.
-    unsafe { libc::_exit(code) }
 }

@@ -19,7 +19,7 @@ use self::put::{PutOptions, put};
 use self::reshard::{Reshard, reshard};
 use self::tail::{TailOptions, tail};
 use super::progress::Progress;
-use super::{Console, run};
+use super::{Console, signals};
 use shardmill_config::{CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind, Timing};
 use shardmill_core::record::StreamRef;
 use shardmill_core::source::{ShardSource, SourceError};
@@ -276,7 +276,7 @@ pub(crate) async fn create_and_wait(
 }
 
 async fn serve(port: u16, users: Users, target: &Target, console: &Console) -> anyhow::Result<()> {
-    let stop = run::stop_on_signals(Timing::default().drain_max)?;
+    let stop = signals::stop_on_signals(Timing::default().drain_max)?;
     target.state_dir.make(served::FOLDER)?;
     let served = EmbeddedStream::serve_for(&target.state_dir, port, users).await?;
     console.say(format!("serving the embedded stream at {}", served.url()));

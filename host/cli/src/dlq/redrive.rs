@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError};
 
 use anyhow::{bail, ensure};
 
-use super::super::run::stop_on_signals;
+use super::super::signals::stop_on_signals;
 use super::super::{Console, dead_letters, load, plugin_host, sinks, state_beside};
 use super::Letters;
 use shardmill_config::{PipelineConfig, RejectedMax};

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::super::{Console, output, print_json, print_line, run};
+use super::super::{Console, output, print_json, print_line, signals};
 use crate::load_plugin;
 use crate::terminal::note;
 use shardmill_config::{BatchLimits, OnLostRecords, RejectedMax, Timing};
@@ -79,7 +79,7 @@ pub(super) async fn tail(
     options: TailOptions,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let stop = run::stop_on_signals(Timing::default().drain_max)?.token().clone();
+    let stop = signals::stop_on_signals(Timing::default().drain_max)?.token().clone();
     let closed = output::closed();
     let decoder = match &options.decode {
         Some(file) => {
