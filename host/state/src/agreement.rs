@@ -15,13 +15,28 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use super::ShardState;
 use shardmill_config::OnPositionMismatch;
 use shardmill_core::owner::{OwnerName, StateMark};
-use shardmill_core::record::{Position, ShardId, SinkName};
+use shardmill_core::record::{Position, ShardId, ShardStart, SinkName};
 
 /// Shards that an error or a warning names one by one.
 const NAMED_MAX: usize = 5;
+
+/// What is known of a shard.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ShardState {
+    /// Every sink has everything up to here; `None`: nothing yet.
+    pub checkpoint: Option<Position>,
+    /// The shard was closed and everything in it is settled.
+    pub ended: bool,
+    /// Where it was begun.
+    pub start: ShardStart,
+    /// Everything that had arrived by then was read and settled, in milliseconds since 1970.
+    pub caught_up_ms: Option<i64>,
+    /// The checkpoint was here before a restored sink moved it back: up to here, revisions that ran
+    /// first may be pruned, and only restored sinks need records.
+    pub reread_to: Option<Position>,
+}
 
 /// A sink that stands before what is remembered of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

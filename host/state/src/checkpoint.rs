@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use rusqlite::{OptionalExtension as _, Transaction};
 
-use super::agreement::{Lost, Reopened};
+use super::agreement::{Lost, Reopened, ShardState};
 use super::holes::{Hole, insert as insert_hole};
 use super::store::{StateError, StateStore, columns, position};
 use super::together::{Entry, Together};
@@ -15,22 +15,6 @@ use shardmill_core::owner::StateMark;
 use shardmill_core::record::{
     Position, PositionSpan, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity,
 };
-
-/// What is known of a shard.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ShardState {
-    /// Every sink has everything up to here; `None`: nothing yet.
-    pub checkpoint: Option<Position>,
-    /// The shard was closed and everything in it is settled.
-    pub ended: bool,
-    /// Where it was begun.
-    pub start: ShardStart,
-    /// Everything that had arrived by then was read and settled, in milliseconds since 1970.
-    pub caught_up_ms: Option<i64>,
-    /// The checkpoint was here before a restored sink moved it back: up to here, revisions that ran
-    /// first may be pruned, and only restored sinks need records.
-    pub reread_to: Option<Position>,
-}
 
 /// The last known position of each sink in each shard.
 pub type Remembered = HashMap<(ShardId, SinkName), Position>;

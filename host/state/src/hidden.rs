@@ -10,7 +10,8 @@
 
 use rusqlite::Transaction;
 
-use super::letters::{DeadLetter, DeadLetters, GIVEN_UP, SHOWN, are_there, insert};
+use super::letter_store::DeadLetter;
+use super::letters::{DeadLetters, GIVEN_UP, SHOWN, are_there, insert};
 use super::store::{StateError, columns, position as position_of};
 use shardmill_core::record::{LetterPlace, Position, PositionSpan, ShardKey, SinkName};
 

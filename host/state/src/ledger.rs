@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use bytes::Bytes;
 
-use super::redrive::REDRIVES;
+use super::redrive_key::REDRIVES;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 use super::together::{Entry, Together};
 use crate::GenerationSpec;

@@ -15,17 +15,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use bytes::Bytes;
 use bytesize::ByteSize;
 use rusqlite::{OptionalExtension as _, Transaction};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::letters::DeadLetter;
-use super::redrive::{is_redrive_key, redrive_of};
+use super::redrive_key::{is_redrive_key, redrive_of};
 use super::store::columns;
 use shardmill_core::metric;
 use shardmill_core::record::excerpt;
-use shardmill_core::record::{Batch, Entry, LetterPlace, RouteName};
+use shardmill_core::record::{Batch, Entry, LetterPlace, Position, RouteName};
 
 /// Bound on the kept payloads and keys that entered one place, of each record.
 const ENTERED_BYTES_MAX: usize = 1 << 20;
@@ -40,6 +40,46 @@ pub(super) const KEPT: u8 = 0;
 pub(super) const AS_ORIGINAL: u8 = 1;
 /// or as a digest.
 pub(super) const AS_DIGEST: u8 = 2;
+
+/// What identifies a letter within its shard.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LetterKey {
+    /// The record's position.
+    pub position: Position,
+    /// Where it failed.
+    pub place: LetterPlace,
+    /// Its place among the record's items there, from 0.
+    pub output: u32,
+}
+
+/// A dead letter.
+#[derive(Clone, Debug)]
+pub struct DeadLetter {
+    /// What identifies it.
+    pub key: LetterKey,
+    /// The partition key that the record was put with.
+    pub partition_key: Bytes,
+    /// The record's data as it was put.
+    pub original: Bytes,
+    /// The partition key that entered the failing place.
+    pub entered_key: Bytes,
+    /// The payload that entered the failing place: what a redrive starts with.
+    pub entered: Bytes,
+    /// The route by which it came there.
+    pub route: RouteName,
+    /// When the stream accepted the record, milliseconds since 1970.
+    pub arrived_ms: u64,
+    /// The plugin's name and version; empty for a sink. Letters share it: one record may have thousands.
+    pub plugin: Arc<str>,
+    /// The plugin's digest; empty for a sink.
+    pub digest: Arc<str>,
+    /// Why.
+    pub reason: String,
+    /// The plugin's stack where it trapped.
+    pub backtrace: String,
+    /// The run that brought it there.
+    pub made: MadeBy,
+}
 
 /// The run that brought a record to the place where it failed.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,57 +7,16 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use rusqlite::{Row, Transaction};
 
 use super::letter_store::{
-    AS_DIGEST, AS_ORIGINAL, Keeper, LETTER_BYTES, MadeBy, StoreBound, StoreFull, kept_bytes,
+    AS_DIGEST, AS_ORIGINAL, DeadLetter, Keeper, LETTER_BYTES, StoreBound, StoreFull, kept_bytes,
 };
 use super::replays::FailedAgain;
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
 use shardmill_core::record::{
-    LetterPlace, Position, RouteName, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
+    LetterPlace, Position, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
 };
-
-/// What identifies a letter within its shard.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct LetterKey {
-    /// The record's position.
-    pub position: Position,
-    /// Where it failed.
-    pub place: LetterPlace,
-    /// Its place among the record's items there, from 0.
-    pub output: u32,
-}
-
-/// A dead letter.
-#[derive(Clone, Debug)]
-pub struct DeadLetter {
-    /// What identifies it.
-    pub key: LetterKey,
-    /// The partition key that the record was put with.
-    pub partition_key: Bytes,
-    /// The record's data as it was put.
-    pub original: Bytes,
-    /// The partition key that entered the failing place.
-    pub entered_key: Bytes,
-    /// The payload that entered the failing place: what a redrive starts with.
-    pub entered: Bytes,
-    /// The route by which it came there.
-    pub route: RouteName,
-    /// When the stream accepted the record, milliseconds since 1970.
-    pub arrived_ms: u64,
-    /// The plugin's name and version; empty for a sink. Letters share it: one record may have thousands.
-    pub plugin: Arc<str>,
-    /// The plugin's digest; empty for a sink.
-    pub digest: Arc<str>,
-    /// Why.
-    pub reason: String,
-    /// The plugin's stack where it trapped.
-    pub backtrace: String,
-    /// The run that brought it there.
-    pub made: MadeBy,
-}
 
 /// How a letter is kept: shown,
 pub(super) const SHOWN: u8 = 0;

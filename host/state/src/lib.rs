@@ -15,6 +15,7 @@ mod letter_store;
 mod letters;
 mod migrations;
 mod redrive;
+mod redrive_key;
 mod rejections;
 mod replays;
 mod revisions;
@@ -26,15 +27,14 @@ mod swaps;
 mod together;
 mod variables;
 
-pub use checkpoint::{
-    AllGivenUp, Checkpoints, KnownShards, Look, Remembered, ShardState, SinkMark,
-};
+pub use agreement::ShardState;
+pub use checkpoint::{AllGivenUp, Checkpoints, KnownShards, Look, Remembered, SinkMark};
 pub use hidden::TakenOver;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Components, Ledger, LedgerEntry, Ran, Segment};
 pub use letter_log::LoggedLetter;
-pub use letter_store::{MadeBy, Step, entered_digest};
-pub use letters::{DeadLetter, DeadLetters, LetterFilter, LetterKey, PayloadDigest, StoredLetter};
+pub use letter_store::{DeadLetter, LetterKey, MadeBy, Step, entered_digest};
+pub use letters::{DeadLetters, LetterFilter, PayloadDigest, StoredLetter};
 pub use redrive::{
     LETTERS_STREAM, LostPayload, RedriveId, Redriven, RedrivenLetter, Redrives, Unfinished,
     is_redrive,

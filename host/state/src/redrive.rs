@@ -12,6 +12,7 @@ use rusqlite::{OptionalExtension as _, Transaction};
 use super::LetterFilter;
 use super::letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, Step};
 use super::letters::{MATCHES, forget, wanted};
+use super::redrive_key::{ARN_PREFIX, is_redrive_key};
 use super::store::{StateError, StateStore, now_ms, position};
 use shardmill_core::record::{
     LetterPlace, PipelineName, Position, REDRIVE_SHARD, RouteName, SequenceNumber, ShardId,
@@ -22,10 +23,6 @@ use shardmill_core::record::{
 pub const LETTERS_STREAM: &str = "letters";
 /// The first number of letters that a redrive made among the items that their record has in a place.
 const OUTPUT_OF_REDRIVE: u32 = 1 << 31;
-/// What its ARN begins with.
-const ARN_PREFIX: &str = "letters:";
-/// What the keys of such streams look like, as SQLite's GLOB has it.
-pub(super) const REDRIVES: &str = "letters:*";
 
 /// A redrive: when it was begun, in milliseconds since 1970, and what its positions are keyed by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,16 +52,6 @@ impl RedriveId {
 /// Whether a stream is the letters of a redrive.
 pub fn is_redrive(stream: &StreamIdentity) -> bool {
     is_redrive_key(&stream.arn)
-}
-
-/// The same of its key.
-pub(super) fn is_redrive_key(key: &str) -> bool {
-    key.starts_with(ARN_PREFIX)
-}
-
-/// The number of the redrive that such a key is of.
-pub(super) fn redrive_of(key: &str) -> Option<i64> {
-    key.rsplit_once('@')?.1.parse().ok()
 }
 
 /// A redrive that has letters still.

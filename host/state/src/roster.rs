@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::holes::{Hole, insert};
-use super::redrive::is_redrive_key;
+use super::redrive_key::is_redrive_key;
 use super::revisions;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 pub use shardmill_config::one_spelling;

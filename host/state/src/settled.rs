@@ -12,7 +12,8 @@ use std::collections::HashMap;
 
 use rusqlite::OptionalExtension as _;
 
-use super::letters::{DeadLetters, LetterKey, REDRIVEN};
+use super::letter_store::LetterKey;
+use super::letters::{DeadLetters, REDRIVEN};
 use super::store::{StateError, columns, position as position_of};
 use shardmill_core::record::{LetterPlace, Position, ShardKey, StageName};
 
