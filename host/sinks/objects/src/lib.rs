@@ -49,7 +49,7 @@ pub use self::recovery::Recovered;
 pub use self::settings::{
     Compression, FolderTemplate, LOG_FOLDER, ObjectFormat, ObjectLayout, ObjectsTarget, TYPE,
 };
-use self::store::Created;
+use self::staged::Created;
 pub use self::store::Place;
 pub use self::verify::{Audit, Problem, ProblemKind};
 use self::writer::{ObjectsWriter, Shared};

@@ -19,7 +19,6 @@ use object_store::path::Path as Key;
 use uuid::Uuid;
 
 use super::settings::LOG_FOLDER;
-use super::store::Created;
 use shardmill_core::record::SinkName;
 use shardmill_sinks_common::local::FileId;
 
@@ -63,6 +62,15 @@ impl fmt::Display for StagedError {
 
 fn failed<'p>(action: &'static str, place: &'p Path) -> impl FnOnce(io::Error) -> StagedError + 'p {
     move |cause| StagedError::Io { action, place: place.to_owned(), cause }
+}
+
+/// What a conditional create found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Created {
+    /// The object is there and we wrote it.
+    New,
+    /// An object with that key was there before, by us or by another.
+    Exists,
 }
 
 /// A file that is being written; gone when dropped.

@@ -24,7 +24,7 @@ use url::Url;
 use super::answers::Bounded;
 use super::chunks;
 use super::keys::KeyLimits;
-use super::staged::{Staged, StagedError};
+use super::staged::{Created, Staged, StagedError};
 use shardmill_core::escape::quoted;
 use shardmill_core::masking::worded;
 use shardmill_core::record::SinkName;
@@ -63,15 +63,6 @@ pub struct Place {
     pub limits: KeyLimits,
     /// How files are written, where the store is a folder.
     pub staged: Option<Staged>,
-}
-
-/// What a conditional create found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Created {
-    /// The object is there and we wrote it.
-    New,
-    /// An object with that key was there before, by us or by another.
-    Exists,
 }
 
 impl Place {
