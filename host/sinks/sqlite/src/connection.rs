@@ -199,8 +199,3 @@ pub(super) async fn blocking<T: Send + 'static>(
         .await
         .map_err(|error| format!("a call to SQLite did not end properly: {error}"))
 }
-
-/// A name as SQL has it: in double quotes.
-pub(super) fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}

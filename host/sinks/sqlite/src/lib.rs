@@ -148,8 +148,9 @@ impl Sink for SqliteSink {
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
         let (sink, key) = (self.shared.sink.clone(), shard.clone());
         let ownership = self.shared.ownership.get().cloned();
-        let take =
-            move |held: &mut Held| position::take_over(held, &sink, &key, ownership.as_ref());
+        let take = move |held: &mut Held| {
+            position::take_over(&mut held.connection, &sink, &key, ownership.as_ref())
+        };
         let taken = self.call(take).await?;
         let writer = SqliteWriter {
             shared: Arc::clone(&self.shared),
@@ -166,13 +167,14 @@ impl Sink for SqliteSink {
 
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
         let (sink, key) = (self.shared.sink.clone(), shard.clone());
-        let stored = self.call(move |held| position::read_if_any(held, &sink, &key)).await?;
+        let stored =
+            self.call(move |held| position::read_if_any(&mut held.connection, &sink, &key)).await?;
         Ok(stored.and_then(|stored| stored.position))
     }
 
     async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
         let (old, new, key) = (old.clone(), self.shared.sink.clone(), shard.clone());
-        self.call(move |held| position::adopt(held, (&old, &new), &key)).await
+        self.call(move |held| position::adopt(&mut held.connection, (&old, &new), &key)).await
     }
 
     fn own(&self, ownership: Ownership) {
@@ -186,7 +188,9 @@ impl Sink for SqliteSink {
         _shards: &[ShardKey],
     ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
         let (sink, pipeline) = (self.shared.sink.clone(), pipeline.clone());
-        self.call(move |held| position::read_all(held, &sink, &pipeline)).await.map(Some)
+        self.call(move |held| position::read_all(&mut held.connection, &sink, &pipeline))
+            .await
+            .map(Some)
     }
 }
 

@@ -5,7 +5,6 @@
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::connection::Held;
 use shardmill_core::masking::worded;
 use shardmill_core::owner::{OwnerName, Ownership, StateMark};
 use shardmill_core::record::{
@@ -73,7 +72,7 @@ pub(super) struct Stored {
 
 /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
 pub(super) fn take_over(
-    held: &mut Held,
+    connection: &mut Connection,
     sink: &SinkName,
     shard: &ShardKey,
     ownership: Option<&Ownership>,
@@ -81,7 +80,6 @@ pub(super) fn take_over(
     let failed = |error: rusqlite::Error| {
         format!("cannot take {} over in shardmill_position: {}", shard.shard, worded(error))
     };
-    let connection = &held.connection;
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
     connection.execute_batch(CREATE).map_err(failed)?;
     widen_if_narrow(connection).map_err(failed)?;
@@ -138,11 +136,10 @@ fn is_wide(connection: &Connection) -> rusqlite::Result<bool> {
 
 /// All rows of a sink of a pipeline; none when the table is missing.
 pub(super) fn read_all(
-    held: &mut Held,
+    connection: &mut Connection,
     sink: &SinkName,
     pipeline: &PipelineName,
 ) -> Result<Vec<KeptPosition>, String> {
-    let connection = &held.connection;
     let read = || -> rusqlite::Result<Vec<KeptPosition>> {
         if connection.query_row(EXISTS, [], |row| row.get::<_, i64>(0))? == 0 {
             return Ok(Vec::new());
@@ -168,11 +165,10 @@ pub(super) fn read_all(
 
 /// The shard's row; `None` when it or the table is missing.
 pub(super) fn read_if_any(
-    held: &mut Held,
+    connection: &mut Connection,
     sink: &SinkName,
     shard: &ShardKey,
 ) -> Result<Option<Stored>, String> {
-    let connection = &held.connection;
     connection
         .query_row(EXISTS, [], |row| row.get::<_, i64>(0))
         .and_then(|tables| if tables == 0 { Ok(None) } else { read(connection, sink, shard) })
@@ -193,11 +189,11 @@ pub(super) fn read(
 
 /// Moves a shard's row from the sink's old name to its new one; there may be none, or it was moved before.
 pub(super) fn adopt(
-    held: &mut Held,
+    connection: &mut Connection,
     (old, new): (&SinkName, &SinkName),
     shard: &ShardKey,
 ) -> Result<(), String> {
-    if read_if_any(held, old, shard)?.is_none() {
+    if read_if_any(connection, old, shard)?.is_none() {
         return Ok(());
     }
     let failed = |error: rusqlite::Error| {
@@ -207,7 +203,6 @@ pub(super) fn adopt(
             worded(error)
         )
     };
-    let connection = &held.connection;
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
     if read(connection, new, shard).map_err(failed)?.is_some_and(|own| own.position.is_some()) {
         return Err(format!(

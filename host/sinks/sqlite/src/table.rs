@@ -3,7 +3,6 @@
 
 use rusqlite::{Connection, ErrorCode};
 
-use super::connection::quoted;
 use super::position;
 use super::trigger::{self, Verdict};
 use super::value::{ColumnType, Kind};
@@ -331,4 +330,9 @@ fn create_table(
     connection
         .execute_batch(&create)
         .map_err(|error| format!("cannot create table {table}: {}", worded(error)))
+}
+
+/// A name as SQL has it: in double quotes.
+pub(super) fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }

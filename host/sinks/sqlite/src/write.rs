@@ -9,8 +9,8 @@ use std::sync::Arc;
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, ErrorCode, ffi, params_from_iter};
 
-use super::connection::{Held, quoted};
-use super::table::{self, LiveTable};
+use super::connection::Held;
+use super::table::{self, LiveTable, quoted};
 use super::{Shared, position, value};
 use shardmill_core::masking::worded;
 use shardmill_core::owner::OwnerName;
