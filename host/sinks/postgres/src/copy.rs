@@ -17,6 +17,7 @@ use super::Failure;
 use super::blame::Blame;
 use super::encode::Group;
 use super::merge::{self, Hope};
+use super::session::SAVEPOINT;
 use super::table::{Fingerprint, LiveTable};
 use shardmill_config::WriteMode;
 use shardmill_core::sink::{Refusal, SinkError};
@@ -31,12 +32,6 @@ const TRAILER: &[u8] = b"\xff\xff";
 
 /// Keeps what was copied, and sets the savepoint for what comes next.
 const NEXT: &str = "RELEASE copy; SAVEPOINT copy";
-
-/// A COPY without a row.
-pub(super) const EMPTY_COPY: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0\xff\xff";
-
-/// The savepoint that each COPY runs behind.
-pub(super) const SAVEPOINT: &str = "copy";
 
 /// Bytes in one CopyData message: large enough that framing does not count.
 const CHUNK_BYTES: usize = 256 * 1024;

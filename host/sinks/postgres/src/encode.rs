@@ -6,13 +6,14 @@
 //!
 //! Wire forms: the `…_recv` functions of PostgreSQL's `src/backend/utils/adt/`.
 
+mod array;
+
 use std::collections::HashMap;
 use std::ops::Range;
 
 use bytes::BufMut as _;
 
-use super::array;
-use super::kind::Kind;
+use super::kind::{EPOCH_MICROS, Kind};
 use super::lineage::{self, Lineage};
 use super::numeric;
 use super::table::LiveTable;
@@ -26,9 +27,6 @@ pub use shardmill_sinks_common::rows::time::Zone;
 use shardmill_sinks_common::rows::value;
 pub use shardmill_sinks_common::rows::value::{Json, RawJson, Why};
 use shardmill_sinks_common::rows::{RowFault, Slots};
-
-/// Microseconds from 1970-01-01 to 2000-01-01, where PostgreSQL's timestamps begin.
-pub(super) const EPOCH_MICROS: i64 = 946_684_800_000_000;
 
 /// Days from 1970-01-01 to 2000-01-01.
 const EPOCH_DAYS: i32 = 10_957;

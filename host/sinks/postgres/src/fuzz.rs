@@ -8,8 +8,8 @@
 
 use tokio_postgres::types::Type as ServerType;
 
-use super::encode::{EPOCH_MICROS, put_field};
-use super::kind::{Element, Kind};
+use super::encode::put_field;
+use super::kind::{EPOCH_MICROS, Element, Kind};
 use shardmill_sinks_common::fuzz::{Column, Number, Type, Value};
 use shardmill_sinks_common::rows::value::RawJson;
 

@@ -3,6 +3,9 @@
 use tokio_postgres::types::{Oid, Type};
 use tokio_postgres::{Error, Row};
 
+/// Microseconds from 1970-01-01 to 2000-01-01, where PostgreSQL's timestamps begin.
+pub(super) const EPOCH_MICROS: i64 = 946_684_800_000_000;
+
 /// How a column's values are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {

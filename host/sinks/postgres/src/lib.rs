@@ -1,7 +1,7 @@
 //! The PostgreSQL sink: a table, exactly once.
 //!
 //! Rows and position move in one transaction. [`session`] is what it begins with, [`table`] the live
-//! table, [`rights`] what the role may do with it, [`encode`] turns rows into binary COPY, [`copy`]
+//! table, [`prepare`] checks or creates it, [`rights`] what the role may do with it, [`encode`] turns rows into binary COPY, [`copy`]
 //! sends them and finds the ones that the table refuses, [`blame`] judges errors, [`merge`] matches
 //! rows by key,
 //! [`lineage`] is what says where a row came from, [`position`] keeps the place,
@@ -13,7 +13,6 @@
 //!
 //! [`TYPE`] is what the program's registry lists: `settings` reads `type = "postgres"`, names its keys and makes the sink.
 
-mod array;
 mod blame;
 mod copy;
 mod encode;
@@ -24,6 +23,7 @@ mod lineage;
 mod merge;
 mod numeric;
 mod position;
+mod prepare;
 mod rights;
 mod session;
 mod settings;
@@ -197,7 +197,7 @@ impl PostgresSink {
             match is_missing {
                 true => rows::declared::may_create(&shared.table, &columns, true)?,
                 false => {
-                    table::prepare(&session, &shared.table, &columns, self.create, mode, lineage)
+                    prepare::prepare(&session, &shared.table, &columns, self.create, mode, lineage)
                         .await?;
                 }
             }

@@ -2,7 +2,7 @@
 
 use bytes::BufMut as _;
 
-use super::encode::EPOCH_MICROS;
+use super::kind::EPOCH_MICROS;
 use super::numeric;
 use super::table::LiveTable;
 use shardmill_core::record::{Row, SinkName};

@@ -7,11 +7,10 @@ use bytes::Bytes;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
-use super::copy::{EMPTY_COPY, SAVEPOINT};
 use super::lineage;
 use super::merge;
 use super::position::PositionTable;
-use super::session::{BEGIN, SETTINGS};
+use super::session::{BEGIN, EMPTY_COPY, SAVEPOINT, SETTINGS};
 use super::table::LiveTable;
 use shardmill_config::WriteMode;
 use shardmill_pg::name::{TableName, quoted};

@@ -3,7 +3,9 @@
 //! No setting outlives its transaction: behind a pooler in transaction mode the server session is
 //! another application's next.
 
-use shardmill_pg::{Link, ServerError};
+use std::time::Duration;
+
+use shardmill_pg::{Link, PostgresServer, ServerError};
 
 /// Any fixed number: creators wait for each other under it, because concurrent
 /// `CREATE TABLE IF NOT EXISTS` may fail on the catalogue's unique indexes. The lock ends with the
@@ -28,6 +30,21 @@ pub(super) const SETTINGS: &str = "SELECT \
 /// Whatever the role's default, a commit needs to see what other owners have committed meanwhile. A
 /// database that is set to be read-only stays so.
 pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+
+/// A COPY without a row.
+pub(super) const EMPTY_COPY: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0\xff\xff";
+
+/// The savepoint that each COPY runs behind.
+pub(super) const SAVEPOINT: &str = "copy";
+
+/// A connection of a command, which gives a server up that says nothing for so long. The error is a sentence.
+pub(super) async fn connect(
+    server: &PostgresServer,
+    silence_max: Duration,
+) -> Result<Link, String> {
+    let connected = server.connect(silence_max).await;
+    connected.map_err(|error| format!("cannot connect to {}: {error}", server.place()))
+}
 
 /// Begins a transaction.
 pub(super) async fn begin(link: &Link) -> Result<(), ServerError> {

@@ -13,7 +13,7 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::lineage::{ARRIVED_AT, COLUMNS, OPTIONAL, PIPELINE, SINK};
 use super::position::PositionTable;
-use super::session::BEGIN;
+use super::session::{BEGIN, connect};
 use super::settings::PostgresTarget;
 use super::writers::{OtherSink, Writers};
 use shardmill_core::record::ReplayId;
@@ -86,15 +86,6 @@ pub struct WindowDiff {
     pub samples_live: Vec<String>,
     /// Likewise.
     pub samples_shadow: Vec<String>,
-}
-
-/// A connection of a command, which gives a server up that says nothing for so long. The error is a sentence.
-pub(super) async fn connect(
-    server: &PostgresServer,
-    silence_max: Duration,
-) -> Result<Link, String> {
-    let connected = server.connect(silence_max).await;
-    connected.map_err(|error| format!("cannot connect to {}: {error}", server.place()))
 }
 
 impl TableWindow {

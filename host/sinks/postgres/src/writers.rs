@@ -54,7 +54,7 @@ impl OtherSink {
             let server = PostgresServer::parse(&target.url)?;
             let other = TableName::parse(&target.table)?;
             let connected =
-                super::window::connect(&server, silence_max).await.map_err(cannot_tell)?;
+                super::session::connect(&server, silence_max).await.map_err(cannot_tell)?;
             let read = Identity::read(&connected, &other).await;
             let read = read.map_err(|error| cannot_tell(error.to_string()))?;
             found.push(Self {

@@ -11,8 +11,8 @@ use serde::Deserializer as _;
 use serde::de::{self, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::encode::put_field;
-use super::kind::{Element, Kind};
+use super::put_field;
+use crate::kind::{Element, Kind};
 use shardmill_sinks_common::rows::value::{RawJson, Why};
 
 /// PostgreSQL's own limit, `MAXDIM`.
