@@ -6,6 +6,8 @@
 //! rolls hourly does not stop one that commits every second. Spans that the sink already has are
 //! skipped here.
 
+mod committer;
+
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::committer::{Committer, Order, Parcel};
+use self::committer::{Committer, Order, Parcel};
 use shardmill_config::{Rhythm, Timing};
 use shardmill_core::budget::{Account, OpenBuffer, Permit};
 use shardmill_core::off_thread::off_thread;

@@ -115,7 +115,6 @@
 //! ```
 
 pub mod bound;
-mod committer;
 mod delivery;
 mod embed;
 pub mod lane;

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::delivery::{DeliveryContext, Progress};
-use super::refusals::HeldRefusals;
+use super::{DeliveryContext, Progress};
+use crate::refusals::HeldRefusals;
 use shardmill_core::budget::Permit;
 use shardmill_core::metric;
 use shardmill_core::record::{Position, PositionSpan, Row};
