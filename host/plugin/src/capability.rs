@@ -23,6 +23,14 @@ use shardmill_net::HttpGrant;
 
 pub(super) use calls::Caller;
 pub(super) use imports::offer;
+
+/// The state of a sandbox, as far as calls of its plugin need it.
+pub(crate) trait HasCaller: Send + 'static {
+    /// The one that calls, to look at.
+    fn caller(&self) -> &Caller;
+    /// The one that calls.
+    fn caller_mut(&mut self) -> &mut Caller;
+}
 pub use log::LOG_TARGET;
 pub use metric::count_values_by;
 

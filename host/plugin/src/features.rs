@@ -65,7 +65,7 @@ pub(super) const CHECKS_VERSION: u32 = 4;
 /// # Errors
 /// What is expected and what was found, in words.
 pub(super) fn check(component: &[u8]) -> Result<(), String> {
-    links::check(component)?;
+    links::check(component, PARTS_MAX.links)?;
     check_state(component)?;
     check_texts(component)
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use wasmtime::{ResourceLimiter, Store, StoreContextMut, Trap, UpdateDeadline};
 
-use super::capability::Caller;
+use super::capability::{Caller, HasCaller};
 use super::clock::{CallTime, Over, Spent};
 use super::engine::ticks_of;
 use super::features::{PARTS_MAX, Parts};
@@ -78,7 +78,7 @@ impl std::fmt::Display for CallError {
 
 /// What the store keeps: for the limiter, and for what the plugin asks of the host.
 pub struct Sandbox {
-    pub(super) caller: Caller,
+    caller: Caller,
     /// Linear memories that its component has.
     memories: usize,
     memory_bytes: usize,
@@ -86,6 +86,16 @@ pub struct Sandbox {
     table_elements: usize,
     table_elements_max: usize,
     refused: Option<String>,
+}
+
+impl HasCaller for Sandbox {
+    fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
+    fn caller_mut(&mut self) -> &mut Caller {
+        &mut self.caller
+    }
 }
 
 impl ResourceLimiter for Sandbox {

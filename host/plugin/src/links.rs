@@ -9,8 +9,6 @@ use wasmparser::{
     ComponentType, ComponentTypeRef, Encoding, Instance, Parser, Payload,
 };
 
-use super::features::PARTS_MAX;
-
 /// Links of a component that is not known before it is linked: one that is imported, or an export of an
 /// instance. No tool of the five languages makes use of one.
 const UNKNOWN: usize = usize::MAX;
@@ -28,9 +26,9 @@ struct Open {
 ///
 /// # Errors
 /// What is expected and what was found, in words.
-pub(super) fn check(component: &[u8]) -> Result<(), String> {
+pub(super) fn check(component: &[u8], links_max: usize) -> Result<(), String> {
     let found = match count(component) {
-        links if links <= PARTS_MAX.links => return Ok(()),
+        links if links <= links_max => return Ok(()),
         UNKNOWN => {
             "more than can be counted (a component that is imported, or that is an export of an \
                     instance, counts as that)"
@@ -39,10 +37,9 @@ pub(super) fn check(component: &[u8]) -> Result<(), String> {
         links => links.to_string(),
     };
     Err(format!(
-        "expected at most {} instances of components and modules, functions between them and resource types, \
+        "expected at most {links_max} instances of components and modules, functions between them and resource types, \
          found {found}: what a component holds counts as often as it is instantiated; build it of fewer \
-         components, or instantiate each of them once, as `shardmill plugin build` does",
-        PARTS_MAX.links
+         components, or instantiate each of them once, as `shardmill plugin build` does"
     ))
 }
 
@@ -160,6 +157,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::features::PARTS_MAX;
 
     const NESTED_SECTION: u8 = 4;
 
@@ -200,8 +198,8 @@ mod tests {
         types.resource(wasm_encoder::ValType::I32, None);
         types.append_to_component(&mut typed);
         assert_eq!(count(&doubled(&typed, 3)), 1 + 2 + 4 + 8 * 2);
-        check(&doubled(&empty(), 7)).unwrap_or_else(|why| panic!("{why}"));
-        let why = check(&doubled(&empty(), 22)).expect_err("too many");
+        check(&doubled(&empty(), 7), PARTS_MAX.links).unwrap_or_else(|why| panic!("{why}"));
+        let why = check(&doubled(&empty(), 22), PARTS_MAX.links).expect_err("too many");
         assert!(why.contains("expected at most 512 instances of components"), "{why}");
         assert!(why.contains("found 8388607: ") && why.contains("fewer components"), "{why}");
     }
@@ -239,7 +237,7 @@ mod tests {
         // It costs nothing before it is instantiated.
         assert_eq!(count(&component), 1);
         instantiate(&[0], &mut component);
-        let why = check(&component).expect_err("not known");
+        let why = check(&component, PARTS_MAX.links).expect_err("not known");
         assert!(why.contains("found more than can be counted"), "{why}");
         let mut alias = ComponentAliasSection::new();
         alias.alias(Alias::InstanceExport {
@@ -250,6 +248,6 @@ mod tests {
         let mut component = empty();
         alias.append_to_component(&mut component);
         instantiate(&[0], &mut component);
-        check(&component).expect_err("not known");
+        check(&component, PARTS_MAX.links).expect_err("not known");
     }
 }

@@ -7,9 +7,8 @@
 use wasmtime::component::{ComponentType, HasSelf, Lift, Linker, WasmList, WasmStr};
 use wasmtime::{AsContext as _, StoreContextMut};
 
-use super::Caller;
+use super::{Caller, HasCaller};
 use crate::bindings::shardmill::plugin as wit;
-use crate::instance::Sandbox;
 use shardmill_config::Capability;
 use shardmill_net::{HEADER_BYTES_MAX, HEADERS_MAX, Request, URL_BYTES_MAX};
 
@@ -28,51 +27,45 @@ struct RequestView {
 }
 
 /// Offers every capability; what a component imports is checked against its stage's grants.
-pub(crate) fn offer(linker: &mut Linker<Sandbox>) -> wasmtime::Result<()> {
-    fn caller(sandbox: &mut Sandbox) -> &mut Caller {
-        &mut sandbox.caller
-    }
-    wit::clock::add_to_linker::<_, HasSelf<Caller>>(linker, caller)?;
-    wit::random::add_to_linker::<_, HasSelf<Caller>>(linker, caller)?;
+pub(crate) fn offer<T: HasCaller>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    wit::clock::add_to_linker::<_, HasSelf<Caller>>(linker, T::caller_mut)?;
+    wit::random::add_to_linker::<_, HasSelf<Caller>>(linker, T::caller_mut)?;
     offer_log(linker)?;
     offer_metrics(linker)?;
     let mut lookup = linker.instance(&Capability::Lookup.interface())?;
     type Get = (WasmStr, WasmList<u8>, WasmList<u32>);
-    lookup.func_wrap(
-        "get",
-        |mut store: StoreContextMut<'_, Sandbox>, (name, arena, keys): Get| {
-            let caller = &store.data().caller;
-            caller.granted(Capability::Lookup)?;
-            let name = name.to_str(store.as_context())?;
-            let arena = arena.as_le_slice(store.as_context());
-            let keys = keys.as_le_slice(store.as_context());
-            let call = caller.clock.host_begins("lookup.get");
-            let found = caller.look_up(&name, (arena, keys), call.deadline);
-            drop(name);
-            store.data_mut().caller.clock.host_ended(call);
-            Ok((found?,))
-        },
-    )?;
+    lookup.func_wrap("get", |mut store: StoreContextMut<'_, T>, (name, arena, keys): Get| {
+        let caller = store.data().caller();
+        caller.granted(Capability::Lookup)?;
+        let name = name.to_str(store.as_context())?;
+        let arena = arena.as_le_slice(store.as_context());
+        let keys = keys.as_le_slice(store.as_context());
+        let call = caller.clock.host_begins("lookup.get");
+        let found = caller.look_up(&name, (arena, keys), call.deadline);
+        drop(name);
+        store.data_mut().caller_mut().clock.host_ended(call);
+        Ok((found?,))
+    })?;
     let mut http = linker.instance(&Capability::Http.interface())?;
-    http.func_wrap("send", |mut store: StoreContextMut<'_, Sandbox>, (view,): (RequestView,)| {
-        store.data().caller.granted(Capability::Http)?;
-        let request = match store.data().caller.unavailable(Capability::Http) {
+    http.func_wrap("send", |mut store: StoreContextMut<'_, T>, (view,): (RequestView,)| {
+        store.data().caller().granted(Capability::Http)?;
+        let request = match store.data().caller().unavailable(Capability::Http) {
             Some(why) => Err(why),
             None => copied(&mut store, &view)?,
         };
         let sent = match request {
-            Ok(request) => store.data_mut().caller.send(request)?,
+            Ok(request) => store.data_mut().caller_mut().send(request)?,
             Err(message) => Err(wit::http::Failure { retryable: false, message }),
         };
         Ok((sent,))
     })
 }
 
-fn offer_log(linker: &mut Linker<Sandbox>) -> wasmtime::Result<()> {
+fn offer_log<T: HasCaller>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
     let mut log = linker.instance(&Capability::Log.interface())?;
     type Write = (wit::log::Level, WasmStr);
-    log.func_wrap("write", |store: StoreContextMut<'_, Sandbox>, (level, message): Write| {
-        let caller = &store.data().caller;
+    log.func_wrap("write", |store: StoreContextMut<'_, T>, (level, message): Write| {
+        let caller = store.data().caller();
         caller.granted(Capability::Log)?;
         // A line that is dropped is not read.
         if caller.takes_line() {
@@ -82,26 +75,23 @@ fn offer_log(linker: &mut Linker<Sandbox>) -> wasmtime::Result<()> {
     })
 }
 
-fn offer_metrics(linker: &mut Linker<Sandbox>) -> wasmtime::Result<()> {
+fn offer_metrics<T: HasCaller>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
     let mut metrics = linker.instance(&Capability::Metrics.interface())?;
     type Register = (wit::metrics::Kind, WasmStr, WasmStr);
     metrics.func_wrap(
         "register",
-        |mut store: StoreContextMut<'_, Sandbox>, (kind, name, help): Register| {
-            store.data().caller.granted(Capability::Metrics)?;
+        |mut store: StoreContextMut<'_, T>, (kind, name, help): Register| {
+            store.data().caller().granted(Capability::Metrics)?;
             let name = beginning(&name.to_str(store.as_context())?);
             let help = beginning(&help.to_str(store.as_context())?);
-            Ok((store.data_mut().caller.register(kind, &name, &help),))
+            Ok((store.data_mut().caller_mut().register(kind, &name, &help),))
         },
     )?;
     type Observe = (u32, f64);
-    metrics.func_wrap(
-        "observe",
-        |mut store: StoreContextMut<'_, Sandbox>, (metric, value): Observe| {
-            store.data().caller.granted(Capability::Metrics)?;
-            store.data_mut().caller.observe(metric, value)
-        },
-    )
+    metrics.func_wrap("observe", |mut store: StoreContextMut<'_, T>, (metric, value): Observe| {
+        store.data().caller().granted(Capability::Metrics)?;
+        store.data_mut().caller_mut().observe(metric, value)
+    })
 }
 
 /// A text's first kibibyte: names and help texts have far less, and are checked after.
@@ -110,8 +100,8 @@ fn beginning(text: &str) -> String {
 }
 
 /// Copies a request out of the plugin's memory; or says what of it is too large.
-fn copied(
-    store: &mut StoreContextMut<'_, Sandbox>,
+fn copied<T: HasCaller>(
+    store: &mut StoreContextMut<'_, T>,
     view: &RequestView,
 ) -> wasmtime::Result<Result<Request, String>> {
     if view.headers.len() > HEADERS_MAX {
