@@ -5,8 +5,8 @@ use toml::de::DeValue;
 use url::Url;
 
 use super::check::{CONNECTIONS_ALLOWED, Check};
-use super::load::shaped;
 use super::raw::{RawIntake, Text};
+use super::shape::shaped;
 use super::{IntakeConfig, SourceConfig, SourceKind};
 
 /// What one request may bring: as much as one PutRecords call of the producer.

@@ -24,6 +24,7 @@ mod raw;
 pub mod reading;
 mod reference;
 mod reload;
+mod shape;
 mod sink;
 mod sink_settings;
 mod sink_type;

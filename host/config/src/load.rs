@@ -1,18 +1,17 @@
 //! From a file to a [`PipelineConfig`]: parse, replace variables, read each table, check that
 //! the tables fit together.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::de::DeserializeOwned;
 use toml::Spanned;
-use toml::de::{DeTable, DeValue, ValueDeserializer};
+use toml::de::{DeTable, DeValue};
 
 use super::check::{CONNECTIONS_ALLOWED, Check};
 use super::diagnostic::suggest;
 use super::env::{Lookup, substitute_table};
 use super::raw::{RawAdmin, RawDeadLetters, RawPipeline, Text};
+use super::shape::shaped;
 use super::{
     AdminConfig, ConfigError, ConfigFile, OnPositionMismatch, PipelineConfig, RejectedMax,
     ReloadConfig, Secret, SinkConfig, SinkTypes, Timing, bindings, intake, lookup, reload, sink,
@@ -258,91 +257,6 @@ fn tables<'i>(
             check.problem(span, format!("{header} is a list of tables"), help);
             Vec::new()
         }
-    }
-}
-
-/// Reads one table by its shape.
-pub(super) fn shaped<T: DeserializeOwned>(
-    table: Spanned<DeValue<'_>>,
-    check: &mut Check,
-) -> Option<T> {
-    let span = table.span();
-    refuse_lists(&table, check)?;
-    let shaped = T::deserialize(ValueDeserializer::from(table));
-    shaped.map_err(|error| misshapen(&error, span, check)).ok()
-}
-
-/// serde would take a list for a table, its values in the order of the fields. No table of ours
-/// is a list, and few of their keys take one ([`Check::takes_list`]).
-fn refuse_lists(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<()> {
-    let within = table.get_ref().as_table().into_iter().flat_map(|table| table.iter());
-    let within = within.filter(|(key, _)| !check.takes_list(key.get_ref())).map(|(_, value)| value);
-    let values = std::iter::once(table).chain(within);
-    let lists: Vec<_> = values.filter(|value| value.get_ref().is_array()).collect();
-    for list in &lists {
-        check.problem(list.span(), "a list does not fit here", "write a single value or a table");
-    }
-    lists.is_empty().then_some(())
-}
-
-/// Says in the user's words what serde found. Its own words would show values, and a value may
-/// have come from a variable that is a secret.
-fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
-    let message = error.message();
-    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    let span = error.span().unwrap_or(table);
-    if message.starts_with("unknown field") {
-        let (key, known) = quoted.split_first().map_or(("", &[][..]), |(key, known)| (*key, known));
-        check.problem(span, format!("unknown key `{key}`"), suggest(key, "allowed", known));
-    } else if message.starts_with("missing field") {
-        let key = quoted.first().copied().unwrap_or_default();
-        check.problem(span, format!("the key `{key}` is missing"), format!("add {}", example(key)));
-    } else if let Some((found, due)) = mismatch(message) {
-        let help = match due {
-            "a sequence" => "a list in brackets, such as [\"mart\", \"logs\"]",
-            "a boolean" => "true or false, without quotes",
-            "a map" => "a table",
-            due => due,
-        };
-        check.problem(span, format!("{found} does not fit here"), format!("write {help}"));
-    } else {
-        check.problem(span, message, "change this value");
-    }
-}
-
-/// Kind of value found, and what was due, of serde's "invalid type: string "x", expected y".
-fn mismatch(message: &str) -> Option<(&'static str, &str)> {
-    let (prefix, rest) = message.split_once(": ")?;
-    let due = rest.split_once(", expected ").map(|(_, due)| due)?;
-    let found = match rest.split([' ', ',']).next()? {
-        _ if prefix == "invalid value" => "this number",
-        "string" => "text",
-        "integer" => "a whole number",
-        "floating" => "a number with a decimal point",
-        "boolean" => "true or false",
-        "sequence" => "a list",
-        "map" => "a table",
-        _ => "this value",
-    };
-    prefix.starts_with("invalid").then_some((found, due))
-}
-
-fn example(key: &str) -> String {
-    match key {
-        "name" => "a name of your choice, such as name = \"cars\"".into(),
-        "type" => "the type, such as type = \"kinesis\" for the source".into(),
-        "query" => {
-            "the query, such as query = \"SELECT id, name FROM customers WHERE id = ANY($1)\""
-                .into()
-        }
-        "host" => "the host, such as host = \"api.example.com\"".into(),
-        "stream" => "the stream's name, such as stream = \"test\"".into(),
-        "plugin" => "the component's file, such as plugin = \"decode.wasm\"".into(),
-        "path" => "the database file, such as path = \"data/cars.db\"".into(),
-        "table" => "the table's name, such as table = \"cars\"".into(),
-        "url" => "the destination, such as url = \"data/logs\" or \"s3://bucket/logs\"".into(),
-        "shards" => "the number of shards, such as shards = 5".into(),
-        key => format!("{key} = ..."),
     }
 }
 

@@ -9,8 +9,8 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::check::Check;
-use super::load::shaped;
 use super::raw::{RawLookup, RawLookupCache, Text};
+use super::shape::shaped;
 use super::{Located, Secret};
 use shardmill_core::record::LookupName;
 use shardmill_pg::PostgresServer;

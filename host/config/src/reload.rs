@@ -7,8 +7,8 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::check::Check;
-use super::load::shaped;
 use super::raw::{RawProbation, RawReload, RawTrial};
+use super::shape::shaped;
 use super::{ProbationLimits, ReloadConfig, SampleLimits};
 
 /// What a candidate must keep to be promoted.

@@ -8,8 +8,8 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::check::Check;
-use super::load::shaped;
 use super::raw::{RawCommit, Text};
+use super::shape::shaped;
 use super::{Rhythm, SinkSettings};
 
 /// A type of sinks: what `type = "…"` of a `[[sink]]` stands for.

@@ -9,8 +9,8 @@ use toml::de::DeValue;
 
 use super::check::Check;
 use super::diagnostic::{did_you_mean, suggest};
-use super::load::shaped;
 use super::raw::{Maybe, RawAssumeRole, RawBatch, RawCreate, RawFile, RawKinesis, Text};
+use super::shape::shaped;
 use super::{
     AssumeRole, BatchLimits, CreateStream, Endpoint, FileConfig, FileCut, KinesisConfig, Located,
     OnLostRecords, ReaderKind, SourceConfig, SourceKind, StreamServer,

@@ -14,8 +14,8 @@ use super::bindings::Names;
 use super::check::Check;
 use super::grant_http::http_hosts;
 use super::limits::CONFIGURE_MS_MAX;
-use super::load::shaped;
 use super::raw::{Maybe, RawGrant, RawLimits, RawStage, Span, Text};
+use super::shape::shaped;
 use super::{
     BoundSinks, CompileLimits, ConfigFile, Grants, HttpHostConfig, Located, StageConfig,
     StageLimits, StageText, json,

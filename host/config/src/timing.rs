@@ -7,8 +7,8 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::check::Check;
-use super::load::shaped;
 use super::raw::RawTiming;
+use super::shape::shaped;
 
 /// A pause below 10 ms would keep a core busy with asking; one above an hour helps nobody.
 const PAUSES: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3_600);
