@@ -157,7 +157,7 @@ enum Command {
     Plugin(plugin::Command),
     /// Compile a component: what this program starts itself for, in a process with limits.
     #[command(name = compile::COMMAND, hide = true)]
-    CompileComponent(compile::OwnLimits),
+    CompileComponent(CompileOptions),
     /// Print a completion script for a shell.
     #[command(
         after_help = "Example:\n  shardmill completions bash > ~/.local/share/bash-completion/completions/shardmill"
@@ -199,6 +199,27 @@ impl Console {
     }
 }
 
+/// The limits that a compiling process sets itself.
+#[derive(clap::Args)]
+struct CompileOptions {
+    /// The most memory that this process may have, in bytes.
+    #[arg(long)]
+    memory_bytes: u64,
+    /// The most CPU time that this process may use, in seconds.
+    #[arg(long)]
+    cpu_seconds: u64,
+    /// The process that started this one, with which it ends.
+    #[arg(long)]
+    parent: u32,
+}
+
+impl CompileOptions {
+    fn limits(&self) -> compile::OwnLimits {
+        let Self { memory_bytes, cpu_seconds, parent } = *self;
+        compile::OwnLimits { memory_bytes, cpu_seconds, parent }
+    }
+}
+
 /// Reads the command line, does what it says, and gives the exit code.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -209,7 +230,9 @@ pub fn main() -> ExitCode {
     TRUSTS_STATE_DIR.get_or_init(|| cli.trust_state_dir);
     let console = Console { json: cli.json };
     let done = match cli.command {
-        Command::CompileComponent(limits) => compile::serve(limits).map_err(anyhow::Error::from),
+        Command::CompileComponent(options) => {
+            compile::serve(options.limits()).map_err(anyhow::Error::from)
+        }
         Command::Completions { shell } => {
             // Into memory first: the generator panics where a pipe is closed.
             let mut script = Vec::new();

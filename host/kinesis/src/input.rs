@@ -17,7 +17,7 @@ use super::producer::{NewRecord, NotPuttable, RECORD_BYTES_MAX};
 const LENGTH_BYTES: usize = 4;
 
 /// How records lie in an input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// A record per line, without its end (`\n` or `\r\n`).
     Lines,

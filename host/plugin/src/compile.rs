@@ -248,17 +248,14 @@ impl Drop for Turn<'_> {
 }
 
 /// Limits that a compiling process sets itself.
-#[derive(Clone, Copy, Debug, clap::Args)]
+#[derive(Clone, Copy, Debug)]
 pub struct OwnLimits {
-    /// The most memory that this process may have, in bytes.
-    #[arg(long)]
-    memory_bytes: u64,
-    /// The most CPU time that this process may use, in seconds.
-    #[arg(long)]
-    cpu_seconds: u64,
-    /// The process that started this one, with which it ends.
-    #[arg(long)]
-    parent: u32,
+    /// The most memory that this process may have, in bytes: `--memory-bytes`.
+    pub memory_bytes: u64,
+    /// The most CPU time that this process may use, in seconds: `--cpu-seconds`.
+    pub cpu_seconds: u64,
+    /// The process that started this one, with which it ends: `--parent`.
+    pub parent: u32,
 }
 
 /// The compiling process: component in, compiled code out.

@@ -25,7 +25,7 @@ pub struct PutOptions {
     files: Vec<PathBuf>,
     /// How records lie in the files; default: csv for files whose names end in .csv, else lines.
     #[arg(long, value_enum)]
-    format: Option<Format>,
+    format: Option<FileFormat>,
     /// The partition key of all records; default: the record's number, which spreads them.
     #[arg(long, conflicts_with = "key_field")]
     key: Option<String>,
@@ -44,13 +44,37 @@ pub struct PutOptions {
 impl PutOptions {
     /// Options that say nothing together.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        if self.key_field.is_some() && self.format != Some(Format::Ndjson) {
+        if self.key_field.is_some() && self.format != Some(FileFormat::Ndjson) {
             bail!("--key-field takes the key from JSON: add --format ndjson");
         }
-        if self.skip > 0 && self.format == Some(Format::Binary) {
+        if self.skip > 0 && self.format == Some(FileFormat::Binary) {
             bail!("--skip leaves out lines, and --format binary has none: take one of them away");
         }
         Ok(())
+    }
+}
+
+/// How records lie in a file, as the option names it.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum FileFormat {
+    /// A record per line, without its end (`\n` or `\r\n`).
+    Lines,
+    /// A CSV record per line, line breaks within quotes included.
+    Csv,
+    /// A JSON value per line; blank lines are passed over.
+    Ndjson,
+    /// A 4-byte big-endian length, then so many bytes; again and again.
+    Binary,
+}
+
+impl From<FileFormat> for Format {
+    fn from(format: FileFormat) -> Self {
+        match format {
+            FileFormat::Lines => Self::Lines,
+            FileFormat::Csv => Self::Csv,
+            FileFormat::Ndjson => Self::Ndjson,
+            FileFormat::Binary => Self::Binary,
+        }
     }
 }
 
@@ -83,7 +107,7 @@ pub(super) async fn put(
     let mut number = 0u64;
     for file in input_files(options.files) {
         let (reader, place) = open_input(file.as_deref())?;
-        let format = options.format.unwrap_or_else(|| format_of(file.as_deref()));
+        let format = options.format.map_or_else(|| format_of(file.as_deref()), Format::from);
         let mut input = Input::new(reader, place, format, key.clone(), number);
         input.skip_lines(options.skip)?;
         while let Some(record) = input.next_record()? {
