@@ -7,6 +7,18 @@
 //! Sink types are not known here. Each is a crate that implements [`SinkType`] and [`SinkSettings`]; the program hands
 //! the list of its types to [`load()`]. A new sink is one folder and one line in that list: the folder reads its own
 //! table with the readers of [`reading`], names its keys for the reference, and makes the sink.
+//!
+//! Where a stream is read from the first time is such a value: it is validated here, and nowhere again.
+//!
+//! ```
+//! use shardmill_config::parse_start;
+//! use shardmill_core::source::StartPosition;
+//!
+//! assert_eq!(parse_start("trim-horizon")?, StartPosition::TrimHorizon);
+//! assert_eq!(parse_start("at-timestamp:1970-01-01T00:00:01Z")?, StartPosition::AtTimestampMs(1_000));
+//! assert!(parse_start("yesterday").is_err());
+//! # Ok::<(), shardmill_config::NotAStart>(())
+//! ```
 
 mod bindings;
 mod capability;

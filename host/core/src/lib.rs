@@ -5,7 +5,23 @@
 //! ends every wait, [`metric`] names what is counted. The rest is what all parts need of the machine: files of this user alone ([`private`]), limits
 //! ([`system`]), threads that may block ([`off_thread`]), texts of strangers ([`escape`], [`masking`]).
 //!
-//! Nothing here talks to a server, runs a plugin or knows a type of source or sink.
+//! Nothing here talks to a server, runs a plugin or knows a type of source or sink. It uses no other crate of the host
+//! and none of the heavy dependencies, so that every other crate can use it.
+//!
+//! Sequence numbers compare as numbers, and positions by their place in the shard:
+//!
+//! ```
+//! use shardmill_core::record::{Position, SequenceNumber};
+//!
+//! let at = |sequence, sub_sequence| -> Result<Position, Box<dyn std::error::Error>> {
+//!     Ok(Position { sequence: SequenceNumber::parse(sequence)?, sub_sequence })
+//! };
+//! assert!(at("9", 0)? < at("10", 0)?);
+//! // The third record of an aggregate, and the record after the aggregate.
+//! assert!(at("10", 2)? < at("11", 0)?);
+//! assert!(SequenceNumber::parse("shardId-0").is_err());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod budget;
 pub mod escape;

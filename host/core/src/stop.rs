@@ -13,6 +13,23 @@ use tokio_util::sync::CancellationToken;
 /// Two kinds of waits know it. One for more work ([`Stop::unless_asked`]) ends when the end is asked for.
 /// One for work in hand, such as a last commit ([`Stop::until_over`]), ends when the time is over: what
 /// is not durable by then is read again.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use shardmill_core::stop::Stop;
+///
+/// # #[tokio::main]
+/// # async fn main() {
+/// let stop = Stop::new(Duration::from_secs(10));
+/// assert_eq!(stop.unless_asked(async { "a batch" }).await, Some("a batch"));
+///
+/// stop.ask();
+/// // No more work is taken on, but the commit in hand may get done.
+/// assert_eq!(stop.unless_asked(async { "a batch" }).await, None);
+/// assert_eq!(stop.until_over(async { "a commit" }).await, Some("a commit"));
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Stop {
     token: CancellationToken,

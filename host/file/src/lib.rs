@@ -6,6 +6,19 @@
 //! taken for the one that was read. A file that was appended to is read on where it was left. A file
 //! that took another's place is another stream: it is known by its path, its inode, and when it was
 //! made.
+//!
+//! A path and the limits of batches go in; batches come out, and the end of the source. What a line means is the
+//! plugin's business, except that a line break within the quotes of a CSV field is no end ([`csv`]). It uses `config`
+//! and `core`, and no heavy dependency.
+//!
+//! ```
+//! use shardmill_file::csv::RecordScan;
+//!
+//! let text = b"1,\"two\nlines\"\n2,one line\n";
+//! let end = RecordScan::default().end(text);
+//! assert_eq!(end, Some(14));
+//! assert_eq!(RecordScan::default().end(&text[14..]), Some(11));
+//! ```
 
 pub mod csv;
 use std::fs::File;

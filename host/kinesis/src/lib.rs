@@ -9,6 +9,9 @@
 //!
 //! [`settings::TYPE`] is what the program's registry of sinks lists: [`settings`] reads `type = "kinesis"`, names its
 //! keys and makes the sink.
+//!
+//! It gives the engine a source and a sink, by the contracts of `core`, and knows no stage and no state. It uses
+//! `config`, `core`, `file` for the lines of inputs, and `sinks/common`; its heavy dependency is the AWS SDK.
 
 pub mod aggregate;
 pub mod answer_size;

@@ -5,6 +5,37 @@
 //! headers are added, the address is checked by [`resolver`] and [`address`], and the answer is read
 //! up to its limit. Redirects are not followed, for they would lead past the grant; proxies of the
 //! environment are not asked, for they would connect where nothing was checked.
+//!
+//! A grant and a request go in, an answer or a failure comes out; a failure says whether the same request may succeed
+//! later. Nothing here knows what a plugin or a sink is. It uses `config` for the grant and `core`; its one heavy
+//! dependency is reqwest.
+//!
+//! ```
+//! use std::time::{Duration, Instant};
+//!
+//! use shardmill_config::{HttpHostConfig, HttpMethod};
+//! use shardmill_net::{HttpGrant, Request};
+//!
+//! let runtime = tokio::runtime::Runtime::new()?;
+//! let host = HttpHostConfig {
+//!     host: "127.0.0.1".into(),
+//!     port: None,
+//!     headers: Vec::new(),
+//!     methods: vec![HttpMethod::Get],
+//!     private: false,
+//!     response_bytes_max: 1 << 20,
+//! };
+//! let grant = HttpGrant::new(&[host], runtime.handle().clone())?;
+//! let get = |url: &str| {
+//!     let request = Request { method: "GET".into(), url: url.into(), ..Request::default() };
+//!     grant.send(request, Instant::now() + Duration::from_secs(1))
+//! };
+//! // A host that is not listed, and one whose address is not public.
+//! for url in ["https://example.com/", "https://127.0.0.1/"] {
+//!     assert!(get(url).is_err_and(|refused| !refused.retryable), "{url}");
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod address;
 mod resolver;

@@ -2,6 +2,10 @@
 //!
 //! No secret leaves this file: errors name host and database, never the URL. [`link`] is a connection
 //! whose every call has a deadline; [`pool`] is what the sinks of one server share.
+//!
+//! A URL goes in; connections come out that end by an answer or by a deadline. What is written to a table is the
+//! business of the sinks, and what is looked up that of `plugin`. It uses `core` and `tls`; its heavy dependency is
+//! tokio-postgres.
 
 mod answer;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -3,6 +3,10 @@
 //! [`Plugin::load`] proves that the bytes are a component of our world and compiles them (or takes
 //! the compiled form from [`cache`]); [`Instance`] is one sandbox: a store with its limits, its
 //! deadline and the typed calls. What a stage does with the answers is not known here.
+//!
+//! The bytes of a component, its limits and its grants go in; descriptors, outputs and rejects come out, or the reason
+//! why a call gave no answer. Nothing here knows a stage, a lane or a sink. It uses `config`, `core`, `net` for the
+//! capability `http` and `pg` for lookups; its heavy dependencies are wasmtime, wasmparser and the drivers of lookups.
 
 mod bindings;
 mod cache;

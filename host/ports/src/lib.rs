@@ -5,6 +5,9 @@
 //! A port keeps a bounded number of connections ([`gate`] decides which). When all are taken, the one that
 //! has waited longest for its peer makes room, and 8 more are kept for health checks alone, so that a port
 //! under attack still says how the process is.
+//!
+//! A router of axum and the rules of a port go in; nothing comes out but answers. What is served is not known here. It
+//! uses `config` and `core`; its heavy dependencies are axum and hyper.
 
 mod activity;
 mod body;

@@ -4,6 +4,37 @@
 //! its own position is the truth about itself; what is kept here is the minimum over the sinks (the
 //! checkpoint), the positions of sinks that keep none, which generation ran from which sequence on,
 //! and every record that a stage or a table did not take.
+//!
+//! It decides as little as it can: what is written, the engine says. Two decisions are here, as functions without I/O,
+//! because they are about what is stored: whether sinks and state agree ([`agreement`]), and what a dead letter keeps.
+//! It runs no plugin and asks no sink. It uses `config` and `core`; its one heavy dependency is rusqlite.
+//!
+//! ```
+//! use shardmill_core::record::{
+//!     PipelineName, Position, SequenceNumber, ShardId, ShardKey, SinkName, StreamIdentity,
+//! };
+//! use shardmill_state::{Checkpoints, SinkMark, StateStore};
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let folder = tempfile::tempdir()?;
+//! let checkpoints = Checkpoints::new(StateStore::open(folder.path())?);
+//! let arn = "arn:aws:kinesis:eu-central-1:123456789012:stream/cars";
+//! let stream = StreamIdentity { name: "cars".into(), arn: arn.into(), created_ms: 0 };
+//! let shard = ShardKey {
+//!     pipeline: PipelineName::new("fleet"),
+//!     stream: stream.into(),
+//!     shard: ShardId::new("shardId-000000000000"),
+//! };
+//!
+//! let position = Position { sequence: SequenceNumber::parse("42")?, sub_sequence: 0 };
+//! let mark =
+//!     SinkMark { sink: SinkName::new("mart"), position: position.clone(), arrived_ms: None };
+//! checkpoints.advance(&shard, vec![mark], Some(position.clone()), false).await?;
+//! assert_eq!(checkpoints.checkpoint(&shard).await?, Some(position));
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod agreement;
 mod checkpoint;

@@ -1,4 +1,7 @@
 //! TLS for the whole process: rustls with ring.
+//!
+//! Every crate that speaks TLS calls [`install`] first. It knows no certificate and no server, and uses no other crate of
+//! the host.
 
 /// Makes ring the process's provider of cryptography; once is enough, more does no harm.
 pub fn install() {

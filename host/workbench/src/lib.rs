@@ -3,6 +3,10 @@
 //! [`Workbench`] loads it; a [`Trial`] is one instance of it that takes records and tells what
 //! became of each. `shardmill test` compares that with [`case`]s, `plugin conformance` with the
 //! contract, `plugin bench` measures it. The instance is a stage's: same limits, same checks.
+//!
+//! [`scaffold`] makes a plugin's project, [`mod@build`] makes a component of it. A folder or a component goes in; a project,
+//! a component or a report comes out. It reads no stream and writes to no sink. It uses `engine` and `plugin`, so that a
+//! plugin is tested by the code that runs it; its heavy dependencies are the tools for components.
 
 pub mod bench;
 pub mod build;

@@ -7,6 +7,19 @@
 //! [`SinkType`](shardmill_config::SinkType) for its table in `pipeline.toml` and for the reference, and
 //! [`SinkSettings`](shardmill_config::SinkSettings) for what the engine and the commands ask. [`discard`] is the
 //! shortest example.
+//!
+//! A sink knows its destination; what is the same for all destinations is here. Nothing here talks to one. It uses
+//! `config` and `core`, and no heavy dependency.
+//!
+//! ```
+//! use shardmill_sinks_common::line::LineFormat;
+//!
+//! // JSON becomes one line, whatever its layout.
+//! let line = LineFormat::Json.line(b"{\"id\":\n 1}")?;
+//! assert_eq!(&*line, b"{\"id\": 1}");
+//! assert!(LineFormat::Json.line(b"{\"id\":").is_err());
+//! # Ok::<(), String>(())
+//! ```
 
 pub mod discard;
 #[cfg(any(test, feature = "fuzzing"))]
