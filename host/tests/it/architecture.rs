@@ -16,6 +16,36 @@ fn paths(text: &str) -> Vec<&str> {
         .collect()
 }
 
+/// All Rust files below a folder, in one text.
+fn sources(folder: &Path, found: &mut String) {
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|ending| ending == "rs") {
+            found.push_str(&std::fs::read_to_string(&path).expect("a source"));
+        }
+    }
+}
+
+/// The last column of the invariants names a test each.
+#[test]
+fn every_test_named_exists() {
+    let host = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let map = std::fs::read_to_string(host.join("../ARCHITECTURE.md")).expect("the map");
+    let part = map.split("\n## Invariants\n").nth(1).expect("the invariants");
+    let part = part.split("\n## ").next().unwrap_or_default();
+    let named: Vec<&str> =
+        part.lines().filter_map(|line| line.strip_suffix("` |")?.rsplit('`').next()).collect();
+    assert!(named.len() > 50, "{} tests", named.len());
+    let mut found = String::new();
+    sources(host, &mut found);
+    for name in named {
+        let is_there = found.contains(&format!("fn {name}("));
+        assert!(is_there, "ARCHITECTURE.md names the test {name}, which is not there");
+    }
+}
+
 #[test]
 fn every_path_named_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace");
