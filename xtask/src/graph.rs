@@ -62,22 +62,26 @@ pub fn check(root: &Path) -> Result<()> {
         .chain(titled)
         .filter_map(|(title, uses)| Some(format!("{title}:\n{}", uses.circle()?)))
         .collect();
+    let mut problems = Vec::new();
     if !circles.is_empty() {
-        bail!(
+        problems.push(format!(
             "expected arrows in one direction, found circles; move what both sides need below both\n{}",
             circles.join("\n")
-        );
+        ));
     }
-    heavy::check(root, &metadata(root, &["--locked"])?)?;
+    problems.extend(heavy::violations(root, &metadata(root, &["--locked"])?)?);
     let architecture = std::fs::read_to_string(root.join(ARCHITECTURE))
         .with_context(|| format!("failed to read {ARCHITECTURE}"))?;
     if !architecture.contains(&fenced(&graphs.host())) {
-        bail!(
+        problems.push(format!(
             "{ARCHITECTURE}: expected the picture of the crates as they are, found another; replace it by the first \
              one of `cargo xtask graph --mermaid`"
-        );
+        ));
     }
-    Ok(())
+    match problems.is_empty() {
+        true => Ok(()),
+        false => bail!("{}", problems.join("\n")),
+    }
 }
 
 /// The crates of the workspace, and the modules of each.

@@ -1,7 +1,7 @@
 //! The command line: what a person types, and what they are told.
 //!
 //! Arguments go in, and an exit code comes out. Each command is a module; its options are its type's fields. Here alone
-//! all types of sources and sinks are known: [`sinks`] makes those that a configuration names. A command decides nothing
+//! all types of sources and sinks are known: `sinks` makes those that a configuration names. A command decides nothing
 //! about records: it prepares what the other crates run, and prints what they report. It may use every crate.
 
 mod again;
