@@ -12,6 +12,7 @@ use bytes::Bytes;
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
+use super::assets::{CAR_DECODE, CAR_TRANSFORM, PIPELINE, ROUTE_JSON};
 use super::{Console, print_line, run, signals, stream as stream_command};
 use crate::registry::SINK_TYPES;
 use shardmill_config::PipelineConfig;
@@ -24,8 +25,6 @@ use shardmill_kinesis::source::KinesisSource;
 use shardmill_kinesis::{client, stream};
 use shardmill_state::DeadLetters;
 
-/// The pipeline that the demo runs.
-const PIPELINE: &str = include_str!("../../../pipeline.toml");
 /// Makes that the cars bear, in turn.
 const MAKES: [&str; 5] = ["Toyota", "BMW", "Honda", "Volvo", "Ford"];
 
@@ -140,11 +139,9 @@ fn pipeline(data: &Path) -> anyhow::Result<PipelineConfig> {
 /// The plugins that the binary carries, by the file that the pipeline names.
 fn bundled_plugin(path: &Path) -> Option<&'static [u8]> {
     match path.file_name()?.to_str()? {
-        "car-decode.wasm" => Some(include_bytes!("../../../plugins/prebuilt/car-decode.wasm")),
-        "car-transform.wasm" => {
-            Some(include_bytes!("../../../plugins/prebuilt/car-transform.wasm"))
-        }
-        "route-json.wasm" => Some(include_bytes!("../../../plugins/prebuilt/route-json.wasm")),
+        "car-decode.wasm" => Some(CAR_DECODE),
+        "car-transform.wasm" => Some(CAR_TRANSFORM),
+        "route-json.wasm" => Some(ROUTE_JSON),
         _ => None,
     }
 }

@@ -5,6 +5,7 @@
 //! about records: it prepares what the other crates run, and prints what they report. It may use every crate.
 
 mod again;
+mod assets;
 mod check;
 mod control;
 mod demo;

@@ -355,7 +355,7 @@ mod tests {
     #[test]
     fn wall_04_payloads_that_are_made_again_count() {
         let bound = MemoryBound { lanes: 1, host_bytes: 300 << 20, instances: 0, plugin_bytes: 0 };
-        let text = include_str!("../../../pipeline.toml");
+        let text = crate::assets::PIPELINE;
         let config = shardmill_config::parse("pipeline.toml", text, &TYPES, &|_| None);
         let config = config.expect("the pipeline of the root");
         let limits = config.stages.iter().map(|stage| stage.limits);

@@ -114,6 +114,8 @@
 //! # Ok::<_, Box<dyn std::error::Error>>(())
 //! ```
 
+#[cfg(test)]
+mod assets;
 pub mod bound;
 mod delivery;
 mod embed;

@@ -12,6 +12,7 @@
 
 mod accounts;
 mod architecture;
+mod assets;
 mod bad_input;
 mod book;
 mod config;

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::assets;
 use crate::support::aggregate::aggregate;
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::wait_for;
@@ -442,8 +443,7 @@ fn aggregates_of_another_implementation_come_apart_identically() {
         data: String,
     }
     let decode = |text: &str| BASE64_STANDARD.decode(text).expect("base64");
-    let cases: Vec<Case> =
-        serde_json::from_str(include_str!("aggregates/aggregates.json")).expect("cases");
+    let cases: Vec<Case> = serde_json::from_str(assets::AGGREGATES).expect("cases");
     assert_eq!(cases.len(), 5);
     for case in cases {
         let records = deaggregate(&decode(&case.aggregate).into()).expect("an aggregate");

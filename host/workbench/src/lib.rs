@@ -8,6 +8,7 @@
 //! a component or a report comes out. It reads no stream and writes to no sink. It uses `engine` and `plugin`, so that a
 //! plugin is tested by the code that runs it; its heavy dependencies are the tools for components.
 
+mod assets;
 pub mod bench;
 pub mod build;
 pub mod capture;

@@ -1,81 +1,13 @@
 //! New plugins: a folder that builds, is tested and runs as it is.
 //!
-//! A language is a folder of `host/templates/` and an entry of [`template`]. What a plugin is written
+//! A language is a folder of `host/workbench/templates/` and an entry of [`template`]. What a plugin is written
 //! with is written into its folder too: it needs nothing of ours from any registry.
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
+use super::assets::{C, GITIGNORE, GO, JS, PYTHON, RUST, Template};
 use super::manifest::{Language, MANIFEST, is_name};
-
-/// A path in a new plugin's folder and the text of its file.
-type File = (&'static str, &'static str);
-
-/// The files of a language's template, by their paths; each text is in the binary.
-macro_rules! files {
-    ($folder:literal: $($path:literal),+ $(,)?) => {
-        &[$(($path, include_str!(concat!("../templates/", $folder, "/", $path)))),+]
-    };
-}
-
-/// The files of a language's library, from their folder in the project to the one in the plugin.
-macro_rules! library {
-    ($from:literal => $to:literal: $($path:literal),+ $(,)?) => {
-        &[$((concat!($to, "/", $path), include_str!(concat!("../../../", $from, "/", $path)))),+]
-    };
-}
-
-/// A language's plugin.
-struct Template {
-    /// What the author reads and changes. `{{name}}` in it is the plugin's name.
-    own: &'static [File],
-    /// What the plugin is written with, as it is.
-    library: &'static [&'static [File]],
-}
-
-/// What all languages leave out of version control.
-const GITIGNORE: File = (".gitignore", "*.wasm\n/state/\n/target/\n/node_modules/\n/.venv/\n");
-
-const RUST: Template = Template {
-    own: files!("rust": "plugin.toml", "Cargo.toml", "src/lib.rs", "README.md",
-        "tests/cases.toml", "pipeline.toml", "input.ndjson"),
-    library: &[
-        // The versions that the project is tested with; cargo leaves out what is not used.
-        library!("plugins" => ".": "Cargo.lock"),
-        library!("plugins/sdk" => "sdk/rust": "Cargo.toml", "src/batch.rs", "src/bindings.rs",
-            "src/capability.rs", "src/describe.rs", "src/error.rs", "src/glue.rs", "src/lib.rs",
-            "src/out.rs", "src/plugin.rs", "src/testing.rs"),
-        library!("wit/0.1.0" => "wit/0.1.0": "plugin.wit", "capabilities.wit", "words.rs"),
-    ],
-};
-
-const C: Template = Template {
-    own: files!("c": "plugin.toml", "plugin.c", "README.md", "tests/cases.toml", "pipeline.toml",
-        "input.ndjson"),
-    library: &[library!("plugins/sdk-c" => "sdk": "shardmill.h")],
-};
-
-const GO: Template = Template {
-    own: files!("go": "plugin.toml", "go.mod", "main.go", "README.md", "tests/cases.toml",
-        "pipeline.toml", "input.ndjson"),
-    library: &[
-        library!("plugins/sdk-go" => "sdk": "go.mod", "shardmill.go", "abi.go", "capabilities.go"),
-    ],
-};
-
-const JS: Template = Template {
-    own: files!("js": "plugin.toml", "plugin.js", "package.json", "jsconfig.json", "README.md",
-        "tests/cases.toml", "pipeline.toml", "input.ndjson"),
-    // The library itself is in the binary: what is written is for editors.
-    library: &[library!("plugins/sdk-js" => "types": "shardmill.d.ts", "log.d.ts", "metrics.d.ts",
-            "lookup.d.ts", "clock.d.ts", "random.d.ts", "http.d.ts")],
-};
-
-const PYTHON: Template = Template {
-    own: files!("python": "plugin.toml", "plugin.py", "README.md", "tests/cases.toml",
-        "pipeline.toml", "input.ndjson"),
-    library: &[library!("plugins/sdk-python" => ".": "shardmill.py")],
-};
 
 /// The template of a language.
 fn template(language: Language) -> Template {
@@ -202,7 +134,7 @@ mod tests {
 
     #[test]
     fn libraries_are_whole() {
-        let project = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         for (language, from, to) in [
             (Language::Rust, "plugins/sdk/src", "sdk/rust/src"),
             (Language::Rust, "wit/0.1.0", "wit/0.1.0"),

@@ -2,13 +2,12 @@
 
 use std::io::Write as _;
 
+use crate::assets;
 use shardmill_config::RejectedMax;
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 use wit_parser::Resolve;
 
 use super::lane::{LIMITS, Lane};
-
-const SKELETON: &str = include_str!("skeleton.wat");
 
 /// What fills the marks of the skeleton.
 #[derive(Default)]
@@ -36,7 +35,7 @@ impl Guest<'_> {
 
     /// The text of its module.
     pub fn text(&self) -> String {
-        SKELETON
+        assets::SKELETON_WAT
             .replace(";;@imports", self.imports)
             .replace(";;@configure", self.configure)
             .replace(";;@realloc", self.realloc)

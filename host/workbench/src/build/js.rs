@@ -9,6 +9,7 @@ use std::path::Path;
 use super::staging::{Staging, WORLD, due};
 use super::tool::find_tool;
 use super::{BuildError, compile};
+use crate::assets::JS_LIBRARY;
 use crate::manifest::PluginManifest;
 
 /// How to get the tool.
@@ -16,18 +17,6 @@ const REMEDY: &str = "install it with `npm install componentize-qjs@0.4.5` in th
                       set SHARDMILL_COMPONENTIZE_QJS to it";
 /// The plugin's main file. It imports others of its folder, and ES modules of its `node_modules`.
 const MAIN: &str = "plugin.js";
-
-/// The library's files: what a plugin imports as `shardmill` and `shardmill/NAME`.
-const LIBRARY: [(&str, &str); 8] = [
-    ("package.json", include_str!("../../../../plugins/sdk-js/package.json")),
-    ("shardmill.js", include_str!("../../../../plugins/sdk-js/shardmill.js")),
-    ("log.js", include_str!("../../../../plugins/sdk-js/log.js")),
-    ("metrics.js", include_str!("../../../../plugins/sdk-js/metrics.js")),
-    ("lookup.js", include_str!("../../../../plugins/sdk-js/lookup.js")),
-    ("clock.js", include_str!("../../../../plugins/sdk-js/clock.js")),
-    ("random.js", include_str!("../../../../plugins/sdk-js/random.js")),
-    ("http.js", include_str!("../../../../plugins/sdk-js/http.js")),
-];
 
 /// Builds the plugin in `dir` and gives its component. It imports the capabilities that the manifest
 /// lists, and nothing else. The library is the host's own, unless `node_modules` has one.
@@ -38,7 +27,7 @@ pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, Bu
     due(dir, MAIN)?;
     let staging = Staging::new(dir, &manifest.capabilities)?;
     if !dir.join("node_modules/shardmill").exists() {
-        for (name, text) in LIBRARY {
+        for (name, text) in JS_LIBRARY {
             staging.write(&format!("plugin/node_modules/shardmill/{name}"), text)?;
         }
     }

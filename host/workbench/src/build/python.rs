@@ -8,6 +8,7 @@ use std::path::Path;
 use super::staging::{Staging, WORLD, due};
 use super::tool::find_tool;
 use super::{BuildError, compile};
+use crate::assets::PYTHON_LIBRARY;
 use crate::manifest::PluginManifest;
 
 /// How to get the tool.
@@ -15,17 +16,6 @@ const REMEDY: &str = "install it with `pip install componentize-py==0.25.1`, or 
                       SHARDMILL_COMPONENTIZE_PY to it";
 /// The plugin's main file. It imports others of its folder, and pure Python of its `.venv`.
 const MAIN: &str = "plugin.py";
-
-/// The library's modules.
-const LIBRARY: [(&str, &str); 7] = [
-    ("shardmill.py", include_str!("../../../../plugins/sdk-python/shardmill.py")),
-    ("shardmill_log.py", include_str!("../../../../plugins/sdk-python/shardmill_log.py")),
-    ("shardmill_metrics.py", include_str!("../../../../plugins/sdk-python/shardmill_metrics.py")),
-    ("shardmill_lookup.py", include_str!("../../../../plugins/sdk-python/shardmill_lookup.py")),
-    ("shardmill_clock.py", include_str!("../../../../plugins/sdk-python/shardmill_clock.py")),
-    ("shardmill_random.py", include_str!("../../../../plugins/sdk-python/shardmill_random.py")),
-    ("shardmill_http.py", include_str!("../../../../plugins/sdk-python/shardmill_http.py")),
-];
 
 /// The module that the tool loads: it gives the interface's calls to the plugin that was decorated.
 const ENTRY: &str = "\
@@ -51,7 +41,7 @@ class Stage:
 pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, BuildError> {
     due(dir, MAIN)?;
     let staging = Staging::new(dir, &manifest.capabilities)?;
-    for (name, text) in LIBRARY {
+    for (name, text) in PYTHON_LIBRARY {
         staging.write(&format!("library/{name}"), text)?;
     }
     staging.write("library/shardmill_entry.py", ENTRY)?;

@@ -7,8 +7,8 @@ use std::{env, fs, io};
 
 use tempfile::TempDir;
 
-use super::world::PACKAGE;
 use super::{BuildError, file_error};
+use crate::assets::WIT;
 use shardmill_config::{Capability, WIT_VERSION};
 
 /// The world that a staged plugin is built for.
@@ -34,7 +34,7 @@ impl Staging {
         let staging = Self { folder };
         copy(dir, &staging.path().join("plugin"))?;
         staging.write("wit/world.wit", &world(capabilities))?;
-        for (name, text) in PACKAGE {
+        for (name, text) in WIT {
             staging.write(&format!("wit/deps/shardmill/{name}"), text)?;
         }
         Ok(staging)

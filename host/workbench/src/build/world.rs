@@ -8,12 +8,8 @@ use wit_parser::{Resolve, UnresolvedPackageGroup};
 
 use super::componentize::ComponentizeError;
 use super::wasi_stub;
+use crate::assets::WIT;
 
-/// The package's files.
-pub(super) const PACKAGE: [(&str, &str); 2] = [
-    ("plugin.wit", include_str!("../../../../wit/0.1.0/plugin.wit")),
-    ("capabilities.wit", include_str!("../../../../wit/0.1.0/capabilities.wit")),
-];
 /// The world that holds all that such a module may import.
 const WORLD: &str = "plugin-with-capabilities";
 
@@ -40,7 +36,7 @@ pub(super) fn componentize_for_world(core: &[u8]) -> Result<Vec<u8>, Componentiz
 fn describe(core: &mut Vec<u8>) -> anyhow::Result<()> {
     let mut resolve = Resolve::default();
     let mut sources = wit_parser::SourceMap::default();
-    for (name, text) in PACKAGE {
+    for (name, text) in WIT {
         sources.push_str(name, text);
     }
     let package: UnresolvedPackageGroup =

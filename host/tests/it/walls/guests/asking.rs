@@ -4,12 +4,11 @@ use std::fmt::Write as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use crate::assets;
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, shardmill, sqlite};
 use crate::walls::memory::{assert_peak_below, bound, follow};
-
-const SKELETON: &str = include_str!("asking.wat");
 
 /// Where a test's own bytes begin.
 pub const DATA: usize = 1024;
@@ -94,7 +93,7 @@ impl Asking<'_> {
             place(96, &route_words),
             place(128, &answer),
         ];
-        let text = SKELETON
+        let text = assets::ASKING_WAT
             .replace(";;@imports", &self.imports.join("\n"))
             .replace(";;@constants", &constants.join("\n"))
             .replace(";;@data", &place(DATA, self.data))

@@ -8,6 +8,7 @@ use std::process::Stdio;
 use tempfile::NamedTempFile;
 
 use super::{key_of, metric, one_key, put_on, start};
+use crate::assets;
 use crate::hostile::wat::component;
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
@@ -83,7 +84,7 @@ fn long_reasons() -> NamedTempFile {
 
 /// The skeleton of plugins by hand with edits, as a component in a file.
 fn by_hand(edits: &[(&str, &str)]) -> NamedTempFile {
-    let mut text = include_str!("../../hostile/skeleton.wat").to_owned();
+    let mut text = assets::SKELETON_WAT.to_owned();
     for (from, to) in edits {
         assert!(text.contains(from), "{from}");
         text = text.replace(from, to);

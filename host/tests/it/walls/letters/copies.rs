@@ -7,6 +7,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::{BUFFER, Folder};
+use crate::assets;
 use crate::support::{kill_until_it_ends, sqlite};
 use crate::walls::memory::LIMITS;
 
@@ -124,10 +125,8 @@ fn wall_04_copies_have_a_large_record_once_whatever_is_killed() {
     assert_eq!(seen, records);
 
     // As the book joins them.
-    let joined = format!(
-        "SELECT count(*), count(DISTINCT original) FROM ({})",
-        include_str!("../../../../../docs/sql/letters.sql")
-    );
+    let joined =
+        format!("SELECT count(*), count(DISTINCT original) FROM ({})", assets::LETTERS_SQL);
     let letters = sqlite(&folder.path().join("letters.db"));
     let counts = letters.query_row(&joined, [], |row| Ok((row.get(0)?, row.get(1)?)));
     assert_eq!(counts.expect("counts"), (3 * ITEMS as i64, records.len() as i64));
