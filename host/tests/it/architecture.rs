@@ -1,7 +1,9 @@
-//! ARCHITECTURE.md and README.md are true: every path that they name exists, and every module of the host is
-//! named.
+//! ARCHITECTURE.md and README.md are true: every path that they name exists, and every crate of the host is
+//! named. And where files of the project are read by the compiler.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use crate::support::{host_sources, root};
 
 /// Texts in backquotes that look like paths of the repository.
 fn paths(text: &str) -> Vec<&str> {
@@ -48,30 +50,56 @@ fn every_test_named_exists() {
 
 #[test]
 fn every_path_named_exists() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace");
     for document in ["ARCHITECTURE.md", "README.md"] {
-        let text = std::fs::read_to_string(root.join(document)).expect(document);
+        let text = std::fs::read_to_string(root().join(document)).expect(document);
         let paths = paths(&text);
         assert!(paths.len() > 3, "{document} names {} paths", paths.len());
         for path in paths {
-            assert!(root.join(path).exists(), "{document} names {path}, which is not there");
+            assert!(root().join(path).exists(), "{document} names {path}, which is not there");
         }
     }
 }
 
-/// A module is named by its file, its folder, or a file in that.
+/// The folders of the crates under `host/`, from the root; the binary's package is `host` itself.
+fn crates() -> Vec<PathBuf> {
+    let sources = host_sources().into_iter().map(|(path, _)| path);
+    let libraries = sources.filter(|path| path.ends_with("src/lib.rs"));
+    let crates = libraries.filter_map(|path| Some(path.parent()?.parent()?.to_owned()));
+    crates.filter(|folder| root().join(folder).join("Cargo.toml").exists()).collect()
+}
+
+/// A crate is named by its folder, or by a path in it.
 #[test]
-fn every_module_of_the_host_is_named() {
-    let host = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let map = std::fs::read_to_string(host.join("../ARCHITECTURE.md")).expect("the map");
-    let library = std::fs::read_to_string(host.join("src/lib.rs")).expect("the library");
-    let modules = library.lines().filter_map(|line| {
-        line.strip_prefix("pub ").unwrap_or(line).strip_prefix("mod ")?.strip_suffix(';')
-    });
-    let modules: Vec<&str> = modules.collect();
-    assert!(modules.len() > 20, "{} modules", modules.len());
-    for module in modules {
-        let names = [format!("`host/src/{module}.rs`"), format!("`host/src/{module}/")];
-        assert!(names.iter().any(|name| map.contains(name)), "ARCHITECTURE.md: no {module}");
+fn every_crate_of_the_host_is_named() {
+    let map = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("the map");
+    let crates = crates();
+    assert!(crates.len() > 20, "{} crates", crates.len());
+    for folder in crates {
+        let folder = folder.display();
+        let names = [format!("`{folder}`"), format!("`{folder}/")];
+        assert!(names.iter().any(|name| map.contains(name)), "ARCHITECTURE.md: no {folder}");
     }
+}
+
+/// What the compiler reads of other folders is named in one place per crate, so that whoever moves a file
+/// finds all that must follow.
+#[test]
+fn only_modules_of_assets_include_files() {
+    let macros = ["include_str", "include_bytes"].map(|name| format!("{name}!"));
+    let (mut assets, mut others) = (Vec::new(), Vec::new());
+    for (path, text) in host_sources() {
+        // What a comment says of them is not read by the compiler.
+        let mut lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        if lines.any(|line| macros.iter().any(|name| line.contains(name.as_str()))) {
+            match path.file_name() == Some("assets.rs".as_ref()) {
+                true => assets.push(path),
+                false => others.push(path),
+            }
+        }
+    }
+    assert!(others.is_empty(), "expected them in the assets.rs of their crate, found {others:?}");
+    assets.sort();
+    let folders: Vec<&Path> = assets.iter().filter_map(|path| path.parent()).collect();
+    let expected = ["host/cli/src", "host/engine/src", "host/tests/it", "host/workbench/src"];
+    assert_eq!(folders, expected.map(Path::new), "one per crate");
 }

@@ -83,14 +83,14 @@ fn every_pipeline_is_sound() {
 
 /// What a snippet may be: part of something that is tested, as the folder says how.
 const TESTED: [&str; 8] = [
-    "docs/sessions/",    // repeated above
-    "docs/pipelines/",   // read above
-    "docs/sql/",         // asked by `walls/letters/copies.rs`
-    "examples/plugin-",  // built, tested and run by `languages.rs`
-    "host/tests/asking", // built and run by `languages.rs`
-    "host/templates/",   // each is a newcomer's path in `languages.rs`
-    "wit/",              // what every plugin here is built from
-    "pipeline.toml",     // read by `config.rs`
+    "docs/sessions/",            // repeated above
+    "docs/pipelines/",           // read above
+    "docs/sql/",                 // asked by `walls/letters/copies.rs`
+    "examples/plugin-",          // built, tested and run by `languages.rs`
+    "host/tests/asking",         // built and run by `languages.rs`
+    "host/workbench/templates/", // each is a newcomer's path in `languages.rs`
+    "wit/",                      // what every plugin here is built from
+    "pipeline.toml",             // read by `config.rs`
 ];
 
 #[test]

@@ -1,7 +1,7 @@
 //! Configurations: the one at the root loads, and each bad one in `config_errors/` is refused with
 //! exactly the text beside it.
 //!
-//! `SHARDMILL_UPDATE_GOLDEN=1 cargo test -p shardmill --test config` writes the expected texts anew;
+//! `SHARDMILL_UPDATE_GOLDEN=1 cargo test -p shardmill --test it config::` writes the expected texts;
 //! read the difference before you commit it.
 
 use std::collections::BTreeSet;
@@ -18,6 +18,8 @@ use shardmill_sink_objects::{Compression, ObjectsTarget};
 use shardmill_sink_postgres::PostgresTarget;
 use shardmill_sink_sqlite::SqliteTarget;
 
+use crate::support::root;
+
 /// The environment of every test here.
 fn lookup(name: &str) -> Option<String> {
     match name {
@@ -33,7 +35,7 @@ fn parse(text: &str) -> Result<PipelineConfig, ConfigError> {
 
 #[test]
 fn each_bad_configuration_is_refused_as_its_golden_file_says() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/config_errors");
+    let folder = root().join("host/tests/config_errors");
     let update = std::env::var_os("SHARDMILL_UPDATE_GOLDEN").is_some();
     let mut cases: Vec<PathBuf> = std::fs::read_dir(&folder)
         .expect("the folder of cases")
@@ -65,7 +67,7 @@ fn each_bad_configuration_is_refused_as_its_golden_file_says() {
 
 #[test]
 fn the_pipeline_at_the_root_loads() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = root();
     let config = shardmill_config::load(&root.join("pipeline.toml"), &SINK_TYPES, &|_| None);
     let config = config.unwrap_or_else(|error| panic!("{}", error.render(false)));
     assert_eq!(config.name.as_str(), "cars");
@@ -89,8 +91,7 @@ fn the_pipeline_at_the_root_loads() {
 /// The defaults that the root's comments promise, taken from the comments themselves.
 #[test]
 fn what_the_root_shows_as_default_is_the_default() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../pipeline.toml");
-    let text = std::fs::read_to_string(path).expect("the root pipeline");
+    let text = std::fs::read_to_string(root().join("pipeline.toml")).expect("the root pipeline");
     let plain = parse(&text).expect("a sound configuration");
     // Every commented-out key or table that is no example is switched on.
     let (cars, _) = text.split_once("# A PostgreSQL table").expect("the example of a table");
@@ -143,11 +144,11 @@ fn what_the_root_shows_as_default_is_the_default() {
 /// The root promises to show every key. A key counts as shown where its name is a word of the file.
 #[test]
 fn every_key_is_shown_at_the_root() {
-    let host = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let root = std::fs::read_to_string(host.join("../pipeline.toml")).expect("the root pipeline");
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).expect("a file");
+    let root = read("pipeline.toml");
     let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let words: BTreeSet<&str> = root.split(|c| !is_part(c)).collect();
-    let raw = std::fs::read_to_string(host.join("config/src/raw.rs")).expect("the raw types");
+    let raw = read("host/config/src/raw.rs");
     let fields = raw.lines().filter_map(|line| line.strip_prefix("    pub")?.split_once(':'));
     let fields = fields.filter_map(|(field, _)| field.split_whitespace().last());
     let of_sinks = SINK_TYPES.iter().flat_map(|own| own.keys()).map(|key| key.name);

@@ -1,9 +1,10 @@
 //! docs/iam.md is true: its policies allow the Kinesis operations that the code calls, and no other.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use serde_json::Value;
+
+use crate::support::{host_sources, root};
 
 /// The operations of the API, by the names that policies give them.
 ///
@@ -20,13 +21,9 @@ const OPERATIONS: &str = "AddTagsToStream CreateStream DecreaseStreamRetentionPe
 /// Actions of other services that the page may allow.
 const OTHER_ACTIONS: [&str; 3] = ["kms:Decrypt", "kms:GenerateDataKey", "sts:AssumeRole"];
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
 /// The JSON blocks of the page.
 fn policies() -> Vec<Value> {
-    let page = std::fs::read_to_string(root().join("../docs/iam.md")).expect("the page");
+    let page = std::fs::read_to_string(root().join("docs/iam.md")).expect("the page");
     let blocks = page.split("```json\n").skip(1);
     let text = blocks.map(|block| block.split("```").next().unwrap_or_default());
     text.map(|text| serde_json::from_str(text).expect(text)).collect()
@@ -40,17 +37,12 @@ fn actions(policy: &Value) -> impl Iterator<Item = &str> {
         .map(|action| action.as_str().expect("an action"))
 }
 
-/// The sources of the host, without the tests in them.
-fn sources(folder: &Path, text: &mut String) {
-    for entry in folder.read_dir().expect("a folder") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            sources(&path, text);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            let source = std::fs::read_to_string(&path).expect("a source");
-            text.push_str(source.split("#[cfg(test)]").next().unwrap_or_default());
-        }
-    }
+/// The sources of the crates, without the tests in them.
+fn code() -> String {
+    let sources = host_sources().into_iter().filter(|(path, _)| !path.starts_with("host/tests"));
+    sources
+        .map(|(_, text)| text.split("#[cfg(test)]").next().unwrap_or_default().to_owned())
+        .collect()
 }
 
 /// The name of the client's method: `ListShards` is `list_shards`.
@@ -67,8 +59,7 @@ fn method(operation: &str) -> String {
 
 #[test]
 fn the_policies_allow_what_the_code_calls_and_no_more() {
-    let mut text = String::new();
-    sources(&root().join("src"), &mut text);
+    let text = code();
     let called: BTreeSet<&str> = OPERATIONS
         .split_whitespace()
         .filter(|operation| text.contains(&format!(".{}()", method(operation))))

@@ -25,6 +25,28 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").to_owned()
 }
 
+/// Every Rust source under `host/`, tests too, with its path from the root. The templates of plugins and
+/// the plugins of the tests are none of the host's.
+pub fn host_sources() -> Vec<(PathBuf, String)> {
+    let mut sources = Vec::new();
+    let mut folders = vec![root().join("host")];
+    while let Some(folder) = folders.pop() {
+        for entry in folder.read_dir().expect("a folder") {
+            let path = entry.expect("an entry").path();
+            let name = path.strip_prefix(root()).expect("below the root").to_owned();
+            if path.is_dir() {
+                let is_foreign = ["host/workbench/templates", "host/tests/asking"]
+                    .map(Path::new)
+                    .contains(&&*name);
+                folders.extend((!is_foreign).then_some(path));
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                sources.push((name, std::fs::read_to_string(&path).expect("a source")));
+            }
+        }
+    }
+    sources
+}
+
 /// A prebuilt plugin's path.
 pub fn plugin(name: &str) -> String {
     root().join("plugins/prebuilt").join(format!("{name}.wasm")).display().to_string()
