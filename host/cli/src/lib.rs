@@ -11,6 +11,7 @@ mod control;
 mod demo;
 mod dev;
 mod dlq;
+mod dropped;
 mod holes;
 mod intake;
 mod new;

@@ -7,7 +7,7 @@ use anyhow::ensure;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::{Console, PipelineFile, holes, load, output, signals, sinks, stream};
+use super::{Console, PipelineFile, dropped, holes, load, output, signals, sinks, stream};
 use crate::terminal::note;
 use shardmill_config::PipelineConfig;
 use shardmill_config::told;
@@ -90,6 +90,9 @@ async fn start(
     let hangup = signal(SignalKind::hangup())?;
     // Before the ports: of two runs of one pipeline, the second is told who has the pipeline.
     let lock = PipelineLock::take(&config.state_dir, &config.name)?;
+    let dropped_sinks: Vec<SinkName> =
+        options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect();
+    dropped::validate(&dropped_sinks, &config, console).await?;
     // Of a run that was killed: commands find this one once its port is open.
     ControlAddress::forget(lock.folder())?;
     let admin = match &config.admin {
@@ -101,7 +104,7 @@ async fn start(
         None => None,
     };
     let run_options = RunOptions {
-        dropped_sinks: options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect(),
+        dropped_sinks: dropped_sinks.into_iter().collect(),
         files_count: options.files_count,
         trust_sinks: options.trust_sinks,
         build_sinks: Arc::new(sinks::build),

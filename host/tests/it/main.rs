@@ -19,6 +19,7 @@ mod config;
 mod crash;
 mod demo;
 mod dlq;
+mod drop_sink;
 mod faults;
 mod file_source;
 mod flights;
