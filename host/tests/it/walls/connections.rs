@@ -1,5 +1,7 @@
 //! Connections, hosts, origins and tokens of the ports.
 
+mod hosts;
+
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
