@@ -15,6 +15,7 @@ mod architecture;
 mod assets;
 mod bad_input;
 mod book;
+mod completions;
 mod config;
 mod crash;
 mod demo;
