@@ -1,7 +1,6 @@
 //! `shardmill run`: a pipeline, until it is told to stop.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::ensure;
 use tokio::signal::unix::{Signal, SignalKind, signal};

@@ -5,7 +5,7 @@
 //! belongs to a process rather than to a pipeline: ports, signals, reloads of files.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Display;
+use std::fmt::{Debug, Display};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,8 +19,8 @@ use crate::supervisor::RunOptions;
 use shardmill_config::{
     BUFFER_BYTES, BatchLimits, BoundSinks, Capability, CompileLimits, ConfigError, ConfigFile,
     FileConfig, FileCut, Grants, Located, NAME_RULE, OnPositionMismatch, PipelineConfig,
-    RejectedMax, ReloadConfig, SinkConfig, SinkKind, SourceConfig, SourceKind, StageConfig,
-    StageLimits, StageText, Timing, Values, is_name, suggest,
+    RejectedMax, ReloadConfig, SharedParts, SinkConfig, SinkContext, SinkSettings, SourceConfig,
+    SourceKind, StageConfig, StageLimits, StageText, Timing, Values, is_name, suggest,
 };
 use shardmill_core::record::{PipelineName, RouteName, SinkName, StageName, StreamIdentity};
 use shardmill_core::sink::Sink;
@@ -251,12 +251,12 @@ impl Pipeline {
         // An error ends the run, and nothing else of the program.
         let stop = stop.child();
         // Servers that do not answer are not waited for: nothing has been read yet.
-        let Some(run) = stop.unless_asked(self.prepare(options)).await else {
+        let Some(run) = stop.unless_asked(Box::pin(self.prepare(options))).await else {
             return Ok(RunSummary::default());
         };
         let run = run?;
         let (board, letters) = (run.pipeline().board(), run.pipeline().letters());
-        run.run(&stop).await?;
+        Box::pin(run.run(&stop)).await?;
         let counted = stop.until_over(RunSummary::of(&board, &letters)).await;
         Ok(counted.context("the dead letters were not counted within the time of the end")??)
     }
@@ -512,17 +512,51 @@ fn unplaced<T>(value: T) -> Located<T> {
     Located { value, span: 0..0 }
 }
 
+/// The settings of a sink that the program has made.
+struct ProgramSink(Arc<dyn Sink>);
+
+impl Debug for ProgramSink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("ProgramSink").field(self.0.name()).finish()
+    }
+}
+
+impl PartialEq for ProgramSink {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl SinkSettings for ProgramSink {
+    fn destination(&self) -> Option<String> {
+        None
+    }
+
+    /// Asked before a sink has answered where it stands; each says it itself when a shard is acquired.
+    fn is_exact(&self) -> bool {
+        false
+    }
+
+    fn build(
+        &self,
+        _context: &SinkContext<'_>,
+        _shared: &mut SharedParts,
+    ) -> Result<Arc<dyn Sink>, shardmill_config::BuildError> {
+        Ok(self.0.clone())
+    }
+}
+
 /// A sink of the program as a configuration has it.
 ///
-/// The kinds of a configuration say how a sink is made, and where it writes. A sink of the program is made already, and
-/// only the program knows where it writes: so its kind says nothing, and [`Pipeline::build_sinks`] gives the sink.
+/// Settings say how a sink is made, and where it writes. A sink of the program is made already, and only the program
+/// knows where it writes.
 fn sink_config(given: &GivenSink) -> SinkConfig {
     let name = given.sink.name();
     SinkConfig {
         name: unplaced(name.clone()),
         renamed_from: None,
         rhythm: given.commits,
-        kind: SinkKind::Discard,
+        settings: Arc::new(ProgramSink(given.sink.clone())),
         span: 0..0,
         fingerprint_json: serde_json::json!({ "name": name, "type": "program" }).to_string(),
     }

@@ -198,8 +198,7 @@ impl Queue {
         };
         for (id, record) in taken {
             metrics::counter!(metric::INTAKE_RECORDS_TOTAL).increment(1);
-            metrics::counter!(metric::INTAKE_BYTES_TOTAL)
-                .increment(record.payload.len() as u64);
+            metrics::counter!(metric::INTAKE_BYTES_TOTAL).increment(record.payload.len() as u64);
             self.taken(id);
         }
         for Refused { tag: id, cause, .. } in never {

@@ -6,9 +6,6 @@ use super::kind::{FROM_TYPE, Kind, TYPE_COLUMN_COUNT, TYPE_COLUMNS};
 use shardmill_pg::name::TableName;
 use shardmill_pg::{Link, ServerError as Error};
 use shardmill_sinks_common::rows::ColumnNames;
-pub use shardmill_sinks_common::rows::declared::{
-    DeclaredColumn, Fit, LiveFit, check_fit, check_required, create_table_sql, may_create,
-};
 
 /// A text that is another when the table's columns are. To read it takes a tenth of the time that reading
 /// the columns takes, and each commit does.
