@@ -260,7 +260,6 @@ pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Resu
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["change", "time", "kind", "stage", "from", "to", "outcome", "reason"]);
     for change in &changes {
-        let at = chrono::DateTime::from_timestamp_millis(change.at_ms).unwrap_or_default();
         let mut digests = Vec::new();
         for generation in [&change.before, &change.after] {
             digests.push(match ledger.spec(generation).await {
@@ -269,7 +268,7 @@ pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Resu
             });
         }
         let (kind, outcome) = (change.kind.as_str(), change.outcome.as_str());
-        let (number, at) = (change.number.to_string(), at.format("%FT%TZ").to_string());
+        let (number, at) = (change.number.to_string(), time(change.at_ms));
         let [from, to] = [&digests[0], &digests[1]];
         let reason = shardmill_core::escape::escaped(&change.reason, &[]);
         table.add_row([&number, &at, kind, &change.stage, from, to, outcome, &reason]);
@@ -283,14 +282,19 @@ pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Resu
         for entry in ledger.history().await? {
             let behind =
                 entry.from_exclusive.as_ref().map_or("the beginning".into(), Position::to_string);
-            let at = chrono::DateTime::from_timestamp_millis(entry.recorded_ms).unwrap_or_default();
-            let at = at.format("%FT%TZ").to_string();
+            let at = time(entry.recorded_ms);
             table.add_row([entry.shard.as_str(), &behind, &entry.generation, &at]);
             console.report(&entry)?;
         }
         console.say(table);
     }
     Ok(())
+}
+
+/// A time as people write it, in UTC; a number that is no time stays as it is.
+fn time(ms: i64) -> String {
+    let time = chrono::DateTime::from_timestamp_millis(ms);
+    time.map_or_else(|| format!("{ms} ms"), |time| time.format("%FT%TZ").to_string())
 }
 
 /// The component of a stage in a generation; of a reload, how many stages there are.

@@ -205,6 +205,8 @@ pub enum SourceError {
     Letters {
         /// What the state database says.
         cause: String,
+        /// Whether to try again mends nothing.
+        is_final: bool,
     },
     /// A call failed.
     #[error("{call} failed for {place}: {cause}")]
@@ -231,7 +233,13 @@ impl SourceError {
 
     /// Whether a person must decide: to try again could lose or double records.
     pub fn needs_a_person(&self) -> bool {
-        matches!(self, Self::Replaced { .. } | Self::LostRecords { .. } | Self::File { .. })
+        matches!(
+            self,
+            Self::Replaced { .. }
+                | Self::LostRecords { .. }
+                | Self::File { .. }
+                | Self::Letters { is_final: true, .. }
+        )
     }
 }
 

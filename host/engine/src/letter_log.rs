@@ -44,8 +44,8 @@ impl LetterLogSource {
     }
 }
 
-fn unreadable(error: StateError) -> SourceError {
-    SourceError::Letters { cause: error.to_string() }
+pub(super) fn unreadable(error: StateError) -> SourceError {
+    SourceError::Letters { cause: error.to_string(), is_final: error.is_gone() }
 }
 
 #[async_trait]

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::Mutex;
 
+use crate::letter_log::unreadable;
 use shardmill_config::BatchLimits;
 use shardmill_core::record::{
     Batch, Entry, LetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, RouteName,
@@ -150,7 +151,7 @@ impl LettersReader {
                 tracing::warn!(letter = lost.letter, cause = why, "a dead letter is not redriven");
                 let reached = self.remade.reached.clone();
                 let left = self.redrives.leave_out(self.id, lost.letter, reached).await;
-                left.map_err(|error| SourceError::Letters { cause: error.to_string() })?;
+                left.map_err(unreadable)?;
                 let mut left_out =
                     self.remade.left_out.lock().unwrap_or_else(PoisonError::into_inner);
                 left_out.push((lost.letter, why));
@@ -190,8 +191,7 @@ impl BatchReader for LettersReader {
         while common.is_none() {
             let limits = (records_max, bytes_max);
             let letters = self.redrives.letters(self.id, after, limits, &self.without).await;
-            let letters =
-                letters.map_err(|error| SourceError::Letters { cause: error.to_string() })?;
+            let letters = letters.map_err(unreadable)?;
             if letters.is_empty() {
                 return Ok(NextBatch::SourceEnd);
             }
@@ -244,5 +244,6 @@ pub(super) fn letter_number(after: Option<&Position>) -> Result<u64, SourceError
     let Some(after) = after else { return Ok(0) };
     after.sequence.as_str().parse().map_err(|error| SourceError::Letters {
         cause: format!("position {after} is not of a dead letter: {error}; restore the state"),
+        is_final: true,
     })
 }

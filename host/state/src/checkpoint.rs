@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use rusqlite::{OptionalExtension as _, Transaction};
 
 use super::agreement::{Lost, Reopened, ShardState};
+use super::damaged::Flag;
 use super::holes::{Hole, insert as insert_hole};
 use super::store::{StateError, StateStore, columns, position};
 use super::together::{Entry, Together};
@@ -166,7 +167,7 @@ impl Checkpoints {
                         (Some(at_ms), None) => ShardStart::AtMs(at_ms),
                         (None, None) => ShardStart::Horizon,
                     };
-                    let (ended, caught_up_ms) = (row.get(3)?, row.get(6)?);
+                    let (Flag(ended), caught_up_ms) = (row.get(3)?, row.get(6)?);
                     let reread_to = match row.get::<_, Option<String>>(7)? {
                         Some(sequence) => Some(position(sequence, row.get(8)?)?),
                         None => None,

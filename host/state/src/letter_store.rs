@@ -21,6 +21,7 @@ use rusqlite::{OptionalExtension as _, Transaction};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::damaged::invalid;
 use super::redrive_key::{is_redrive_key, redrive_of};
 use super::store::columns;
 use shardmill_core::metric;
@@ -267,6 +268,14 @@ impl<'t> Keeper<'t> {
         let mut origin = self.state.prepare_cached(origin)?;
         Ok(origin.query_row((redrive, sequence), |row| row.get(0)).optional()?.flatten())
     }
+}
+
+/// The error for a letter of which it is not known how what entered is kept.
+pub(super) fn unknown_kind(column: usize, found: u8) -> rusqlite::Error {
+    let cause = format!(
+        "invalid entered_kind {found} of a dead letter: expected {KEPT}, {AS_ORIGINAL} or {AS_DIGEST}"
+    );
+    invalid(column, rusqlite::types::Type::Integer, cause)
 }
 
 /// How what entered is kept: `before` bytes of the same record and place are kept already.

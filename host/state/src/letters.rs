@@ -10,7 +10,8 @@ use std::sync::Arc;
 use rusqlite::{Row, Transaction};
 
 use super::letter_store::{
-    AS_DIGEST, AS_ORIGINAL, DeadLetter, Keeper, LETTER_BYTES, StoreBound, StoreFull, kept_bytes,
+    AS_DIGEST, AS_ORIGINAL, DeadLetter, KEPT, Keeper, LETTER_BYTES, MadeBy, StoreBound, StoreFull,
+    kept_bytes, unknown_kind,
 };
 use super::replays::FailedAgain;
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
@@ -128,7 +129,8 @@ impl StoredLetter {
         let kind: u8 = row.get(at + 8)?;
         let (entered_key, entered) = match kind {
             AS_ORIGINAL => (partition_key.clone(), original.clone()),
-            _ => (bytes(9)?, bytes(10)?),
+            KEPT | AS_DIGEST => (bytes(9)?, bytes(10)?),
+            other => return Err(unknown_kind(at + 8, other)),
         };
         let entered_digest = match kind {
             AS_DIGEST => {

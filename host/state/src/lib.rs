@@ -38,6 +38,7 @@
 
 pub mod agreement;
 mod checkpoint;
+mod damaged;
 mod hidden;
 mod holes;
 mod ledger;

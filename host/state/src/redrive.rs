@@ -6,11 +6,13 @@
 //! the letter that it came from, and the letters that went through are gone.
 
 use std::collections::HashSet;
+use std::num::ParseIntError;
 
 use rusqlite::{OptionalExtension as _, Transaction};
 
 use super::LetterFilter;
-use super::letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, Step};
+use super::damaged;
+use super::letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, Step, unknown_kind};
 use super::letters::{MATCHES, forget, wanted};
 use super::redrive_key::{ARN_PREFIX, is_redrive_key};
 use super::store::{StateError, StateStore, now_ms, position};
@@ -218,8 +220,7 @@ impl Redrives {
         positions: Vec<(SinkName, Option<Position>)>,
     ) -> Result<(), StateError> {
         let (stream, _) = self.redrive_key(id);
-        let reached: Vec<(SinkName, u64)> =
-            positions.iter().map(|(sink, at)| (sink.clone(), ordinal_of(at.as_ref()))).collect();
+        let reached = self.reached(&positions, "leave letters out of a redrive")?;
         self.store
             .write("leave letters out of a redrive", move |state| {
                 let all_have = reached.iter().map(|(_, reached)| *reached).min().unwrap_or(0);
@@ -391,7 +392,8 @@ impl Redrives {
                     };
                     let (key, payload) = match kind {
                         AS_ORIGINAL => (record(13)?, record(14)?),
-                        _ => (row.get(5)?, row.get(6)?),
+                        KEPT | AS_DIGEST => (row.get(5)?, row.get(6)?),
+                        other => return Err(unknown_kind(9, other)),
                     };
                     let made: String = row.get(11)?;
                     let lost = match kind {
@@ -435,14 +437,16 @@ impl Redrives {
         reached: Vec<(SinkName, Option<Position>)>,
     ) -> Result<(), StateError> {
         let (stream, _) = self.redrive_key(id);
+        let action = "leave a letter out of a redrive";
+        let reached = self.reached(&reached, action)?;
         self.store
-            .write("leave a letter out of a redrive", move |state| {
+            .write(action, move |state| {
                 let own = "SELECT ordinal FROM redrive WHERE id = ?1 AND letter = ?2";
                 let ordinal: Option<u64> =
                     state.query_row(own, (id.0, letter), |row| row.get(0)).optional()?;
                 let Some(ordinal) = ordinal else { return Ok(()) };
-                for (sink, at) in &reached {
-                    if ordinal_of(at.as_ref()) >= ordinal {
+                for (sink, reached) in &reached {
+                    if *reached >= ordinal {
                         state.execute(
                             "INSERT OR IGNORE INTO letter_delivered VALUES (?1, ?2)",
                             (letter, sink.as_str()),
@@ -503,6 +507,25 @@ impl Redrives {
         id.key(&self.pipeline)
     }
 
+    /// How far each sink is in a redrive, as the number of the letter that it had last.
+    fn reached(
+        &self,
+        positions: &[(SinkName, Option<Position>)],
+        action: &'static str,
+    ) -> Result<Vec<(SinkName, u64)>, StateError> {
+        let reached = positions.iter().map(|(sink, at)| {
+            let ordinal = ordinal_of(at.as_ref()).map_err(|error| {
+                let at = at.as_ref().map(Position::to_string).unwrap_or_default();
+                let cause = format!(
+                    "invalid position {at} of sink {sink}: expected the number of a letter: {error}"
+                );
+                self.store.unreadable(action, cause, damaged::WAY_OUT)
+            })?;
+            Ok((sink.clone(), ordinal))
+        });
+        reached.collect()
+    }
+
     fn redrive_key(&self, id: RedriveId) -> (String, String) {
         let key = self.key(id);
         (key.stream.key(), key.shard.to_string())
@@ -510,8 +533,8 @@ impl Redrives {
 }
 
 /// The place of a letter in its redrive, by the position of it; 0 before the first.
-fn ordinal_of(at: Option<&Position>) -> u64 {
-    at.and_then(|at| at.sequence.as_str().parse().ok()).unwrap_or(0)
+fn ordinal_of(at: Option<&Position>) -> Result<u64, ParseIntError> {
+    at.map_or(Ok(0), |at| at.sequence.as_str().parse())
 }
 
 /// Reads the runs that made a payload.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::damaged;
 use shardmill_config::{Grants, StageLimits, StageText};
 use shardmill_core::record::Column;
 use shardmill_core::record::Digest;
@@ -19,6 +20,7 @@ pub struct StageSpec {
     /// The stage's name.
     pub name: StageName,
     /// The SHA-256 of the component's bytes, in hex.
+    #[serde(deserialize_with = "damaged::digest")]
     pub digest: String,
     /// The stage's configuration as JSON text; see [`StageText`].
     pub config_json: String,
@@ -41,6 +43,7 @@ pub struct StageSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CanarySpec {
     /// The SHA-256 of the component's bytes, in hex.
+    #[serde(deserialize_with = "damaged::digest")]
     pub digest: String,
     /// Of 100 partition keys, how many it gets: 1 to 99.
     pub percent: u8,

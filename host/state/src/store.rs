@@ -11,6 +11,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, TransactionBehavior};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
+use super::damaged;
 use super::migrations::{self, NotMigrated, version};
 use shardmill_core::owner::{Ownership, StateMark};
 use shardmill_core::private;
@@ -96,8 +97,8 @@ pub struct StateError {
 }
 
 impl StateError {
-    /// Whether the database is not the one that was opened: to try again mends nothing, and what was
-    /// written is lost.
+    /// Whether to try again mends nothing: the database is not the one that was opened any more, or what
+    /// was written there cannot be read.
     pub fn is_gone(&self) -> bool {
         self.is_gone
     }
@@ -286,7 +287,10 @@ impl StateStore {
     pub async fn component(&self, digest: String) -> Result<Option<Vec<u8>>, StateError> {
         self.write("read a stored component", move |state| {
             let mut query = state.prepare("SELECT bytes FROM component WHERE digest = ?1")?;
-            query.query_row([digest], |row| row.get(0)).optional()
+            let found: Option<Vec<u8>> = query.query_row([&digest], |row| row.get(0)).optional()?;
+            found
+                .map(|bytes| damaged::validate_component(&digest, &bytes).map(|()| bytes))
+                .transpose()
         })
         .await
     }
@@ -300,7 +304,11 @@ impl StateStore {
             let mut query = state.prepare(
                 "SELECT digest, bytes FROM component WHERE substr(digest, 1, length(?1)) = ?1 LIMIT 2",
             )?;
-            let found = query.query_map([digits], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            let found = query.query_map([digits], |row| {
+                let (digest, bytes): (String, Vec<u8>) = (row.get(0)?, row.get(1)?);
+                damaged::validate_component(&digest, &bytes)?;
+                Ok((digest, bytes))
+            })?;
             found.collect()
         })
         .await
@@ -314,7 +322,7 @@ impl StateStore {
         way_out: impl Into<Cow<'static, str>>,
     ) -> StateError {
         let (path, way_out) = (self.path.display().to_string(), way_out.into());
-        StateError { path, action, cause, way_out, is_gone: false }
+        StateError { path, action, cause, way_out, is_gone: true }
     }
 
     fn outcome<T>(
@@ -342,6 +350,9 @@ impl StateStore {
     /// Why a transaction was not done, or does not last.
     pub(super) fn failed(&self, action: &'static str, failure: Failure) -> StateError {
         match failure {
+            Failure::Sql(cause) if damaged::is_damage(&cause) => {
+                self.unreadable(action, damaged::words(&cause), damaged::WAY_OUT)
+            }
             Failure::Sql(cause) => self.error(action, cause.to_string()),
             Failure::Gone(what) => StateError {
                 path: self.path.display().to_string(),

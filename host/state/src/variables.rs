@@ -302,7 +302,7 @@ mod tests {
         let json = serde_json::json!({
             "source_format": null,
             "stages": [{
-                "name": "decode", "digest": "d", "config_json": config,
+                "name": "decode", "digest": "d".repeat(64), "config_json": config,
                 "has_variables": has_variables,
                 "limits": shardmill_config::StageLimits::default(), "routes": {}
             }]

@@ -18,6 +18,7 @@ mod book;
 mod completions;
 mod config;
 mod crash;
+mod damaged_state;
 mod demo;
 mod dlq;
 mod drop_sink;

@@ -381,7 +381,10 @@ fn holes(
 ) -> Vec<Hole> {
     let Some(removed) = known.removed.get(name) else { return Vec::new() };
     let since = chrono::DateTime::from_timestamp_millis(removed.removed_ms);
-    let since = since.map(|at| at.format("%Y-%m-%dT%H:%M:%SZ").to_string()).unwrap_or_default();
+    let since = since.map_or_else(
+        || format!("{} ms", removed.removed_ms),
+        |at| at.format("%Y-%m-%dT%H:%M:%SZ").to_string(),
+    );
     let mut holes = Vec::new();
     for (shard, state) in shards {
         // A shard that was begun meanwhile is missing from its beginning on.
