@@ -1,11 +1,11 @@
 //! The lines of a file, through the real binary.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
 use crate::support::pipeline::PipelineToml;
-use crate::support::{Process, plugin, run, shardmill, wait_for};
+use crate::support::{Process, run, shardmill, wait_for};
 
 /// A folder with a file, a pipeline that reads it, and the table that its rows go to.
 struct Place {
@@ -55,34 +55,19 @@ impl Place {
     }
 
     fn pipeline(&self, path: &str, extra: &str) -> String {
-        let (data, plugin) = (self.folder.path().display(), plugin("route-json"));
-        let text = format!(
-            r#"
-[pipeline]
-name = "file"
-state_dir = "{data}/state"
-[source]
-type = "file"
-path = "{path}"
-{extra}
-[[stage]]
-name = "route"
-plugin = "{plugin}"
-config = {{ default = "all", rules = [] }}
-routes = {{ all = ["mart"] }}
-[[sink]]
-name = "mart"
-type = "sqlite"
-path = "{data}/mart.db"
-table = "rows"
-[sink.commit]
-rows = 200
-linger = "20 ms"
-"#
-        );
-        let file = self.folder.path().join("pipeline.toml");
-        std::fs::write(&file, text).expect("written");
-        file.display().to_string()
+        let mart = self.folder.path().join("mart.db");
+        PipelineToml::new(self.folder.path(), "file")
+            .file(Path::new(path), extra)
+            .route_all_to(&["mart"])
+            .plain_sink(
+                "mart",
+                &format!(
+                    "type = \"sqlite\"\npath = \"{}\"\ntable = \"rows\"\n\
+                     [sink.commit]\nrows = 200\nlinger = \"20 ms\"",
+                    mart.display()
+                ),
+            )
+            .write()
     }
 
     fn run(&self, extra: &str) -> Output {

@@ -15,6 +15,7 @@ use shardmill_plugin::{
     CompileCache, Context, Input, Instance, Plugin, PluginEngine, Route, Services, Span, WireBatch,
 };
 
+use crate::support::pipeline::PipelineToml;
 use crate::support::{output, root, run_ok, serve_stream, shardmill, with_tools};
 
 /// `shardmill new plugin`, one line edited, `plugin build`, a run; then the memory of its instance.
@@ -155,25 +156,12 @@ pub fn asking(distance: &str, language: &str) -> (tempfile::TempDir, String) {
 
 /// Runs a pipeline of a plugin in its place, which must end well; gives what it printed and its log.
 pub fn run_asking(place: &Path, stage: &str, input: &str) -> (Vec<u8>, String) {
-    let pipeline = format!(
-        r#"
-[pipeline]
-name = "asking"
-state_dir = "state"
-[source]
-type = "file"
-path = "input.txt"
-[[stage]]
-name = "ask"
-plugin = "plugin.wasm"
-routes = {{ out = ["console"] }}
-{stage}
-[[sink]]
-name = "console"
-type = "stdout"
-"#
-    );
-    std::fs::write(place.join("pipeline.toml"), pipeline).expect("written");
+    let component = place.join("plugin.wasm").display().to_string();
+    PipelineToml::new(place, "asking")
+        .file(Path::new("input.txt"), "")
+        .stage("ask", &component, &format!("routes = {{ out = [\"console\"] }}\n{stage}"))
+        .plain_sink("console", "type = \"stdout\"")
+        .write();
     std::fs::write(place.join("input.txt"), input).expect("written");
     let ran = output(shardmill(&["run", "--until-caught-up"]).current_dir(place));
     let log = String::from_utf8_lossy(&ran.stderr).into_owned();

@@ -5,48 +5,31 @@ use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::Path;
 
-use crate::support::{kill_until_it_ends, output, plugin, postgres, shardmill, sqlite};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{kill_until_it_ends, output, postgres, shardmill, sqlite};
 use serde_json::Value;
 
 /// A pipeline over `rows.ndjson`, whose letters go to the sinks of `letters`.
 fn pipeline(folder: &Path, letters: &str) -> String {
-    let text = format!(
-        r#"
-[pipeline]
-name = "cars"
-state_dir = "state"
-rejected_of_last_1000 = 1000
-rejected_in_a_row = 1000000
-[source]
-type = "file"
-path = "rows.ndjson"
-[source.batch]
-records = 50
-[[stage]]
-name = "check"
-plugin = "{}"
-config = {{ trap_on = "trap", format = "application/json" }}
-[[stage]]
-name = "route"
-plugin = "{}"
-config = {{ default = "all", rules = [] }}
-routes = {{ all = ["mart"] }}
-[[sink]]
-name = "mart"
-type = "sqlite"
-path = "mart.db"
-table = "cars"
-[sink.commit]
-rows = 100
-linger = "20 ms"
-{letters}"#,
-        plugin("hostile"),
-        plugin("route-json")
-    );
-    std::fs::write(folder.join("pipeline.toml"), text).expect("written");
+    let mart = folder.join("mart.db");
+    let file = PipelineToml::new(folder, "cars")
+        .pipeline("rejected_of_last_1000 = 1000\nrejected_in_a_row = 1000000")
+        .file(Path::new("rows.ndjson"), "[source.batch]\nrecords = 50")
+        .stage("check", "hostile", "config = { trap_on = \"trap\", format = \"application/json\" }")
+        .route_all_to(&["mart"])
+        .plain_sink(
+            "mart",
+            &format!(
+                "type = \"sqlite\"\npath = \"{}\"\ntable = \"cars\"\n\
+                 [sink.commit]\nrows = 100\nlinger = \"20 ms\"",
+                mart.display()
+            ),
+        )
+        .table(letters)
+        .write();
     let mart = sqlite(&folder.join("mart.db"));
     mart.execute_batch("CREATE TABLE cars (id integer NOT NULL)").expect("a table");
-    folder.join("pipeline.toml").display().to_string()
+    file
 }
 
 /// The numbers of the letters, as `dlq list` has them.

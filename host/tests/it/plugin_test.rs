@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::support::pipeline::PipelineToml;
 use crate::support::{output, plugin, run, run_ok, shardmill};
 
 /// A component in a folder of its own, with cases beside it.
@@ -183,33 +184,18 @@ fn a_plugin_is_measured() {
 }
 
 fn pipeline(folder: &Path) -> String {
-    let text = format!(
-        r#"
-[pipeline]
-name = "shop"
-state_dir = "state"
-[source]
-type = "file"
-path = "input.ndjson"
-[[stage]]
-name = "route"
-plugin = {:?}
-[stage.config]
-default = "reject"
-rules = [{{ route = "cars", field = "kind", equals = "car" }}]
-[stage.routes]
-cars = ["console"]
-[[sink]]
-name = "console"
-type = "stdout"
-"#,
-        plugin("route-json")
-    );
-    fs::write(folder.join("pipeline.toml"), text).expect("written");
+    let stage = "[stage.config]\ndefault = \"reject\"\n\
+                 rules = [{ route = \"cars\", field = \"kind\", equals = \"car\" }]\n\
+                 [stage.routes]\ncars = [\"console\"]";
+    let file = PipelineToml::new(folder, "shop")
+        .file(Path::new("input.ndjson"), "")
+        .stage("route", "route-json", stage)
+        .plain_sink("console", "type = \"stdout\"")
+        .write();
     let input = "{\"kind\":\"car\",\"user\":{\"email\":\"a@b.example\"}}\nno json\n\
                  {\"kind\":\"boat\",\"user\":{\"email\":\"c@d.example\"}}\n";
     fs::write(folder.join("input.ndjson"), input).expect("written");
-    folder.join("pipeline.toml").display().to_string()
+    file
 }
 
 #[test]

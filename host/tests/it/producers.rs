@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, run, run_ok, shardmill};
 use bytes::Bytes;
 use ferrokinesis::store::StoreOptions;
@@ -96,33 +97,12 @@ impl Served {
 
     /// A pipeline whose stream is behind `endpoint`, with an intake on a free port.
     fn pipeline(&self, endpoint: &str, intake: &str) -> String {
-        let (data, plugin) = (self.folder.path().display(), crate::support::plugin("route-json"));
-        let text = format!(
-            r#"
-[pipeline]
-name = "events"
-state_dir = "{data}/state"
-[source]
-type = "kinesis"
-stream = "test"
-endpoint = "{endpoint}"
-[[stage]]
-name = "only"
-plugin = "{plugin}"
-[stage.config]
-default = "all"
-rules = []
-[stage.routes]
-all = ["mart"]
-[[sink]]
-name = "mart"
-type = "discard"
-[intake]
-listen = "127.0.0.1:0"
-{intake}
-"#
-        );
-        self.file("pipeline.toml", text.as_bytes())
+        PipelineToml::new(self.folder.path(), "events")
+            .stream("test", endpoint, "")
+            .route_all_to(&["mart"])
+            .plain_sink("mart", "type = \"discard\"")
+            .table(&format!("[intake]\nlisten = \"127.0.0.1:0\"\n{intake}"))
+            .write()
     }
 
     fn url(&self) -> String {

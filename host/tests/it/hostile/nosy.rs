@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use serde_json::Value;
 
+use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, free_port, http_get, serve_stream, shardmill, wait_for};
 
 /// Lines that one call of `log-flood` writes.
@@ -28,28 +29,17 @@ impl Asked {
     }
 
     fn write(&self, source: &str, limits: &str, more: &str) {
-        let text = format!(
-            r#"
-[pipeline]
-name = "nosy"
-state_dir = "state"
-[source]
-{source}
-[[stage]]
-name = "ask"
-plugin = "{}"
-routes = {{ out = ["console"] }}
-grant = {{ log = true, metrics = true, clock = true, random = true }}
-[stage.limits]
-{limits}
-[[sink]]
-name = "console"
-type = "stdout"
-{more}
-"#,
-            crate::support::plugin("nosy")
+        let stage = format!(
+            "routes = {{ out = [\"console\"] }}\n\
+             grant = {{ log = true, metrics = true, clock = true, random = true }}\n\
+             [stage.limits]\n{limits}"
         );
-        std::fs::write(self.folder.path().join("pipeline.toml"), text).expect("written");
+        PipelineToml::new(self.folder.path(), "nosy")
+            .table(&format!("[source]\n{source}"))
+            .stage("ask", "nosy", &stage)
+            .plain_sink("console", "type = \"stdout\"")
+            .table(more)
+            .write();
     }
 
     /// Runs to the end, which must be a good one; gives the rows and the log.

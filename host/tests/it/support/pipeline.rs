@@ -79,6 +79,11 @@ impl PipelineToml {
         self.table(&format!("[[sink]]\nname = \"{name}\"\n{lines}\n{quick}"))
     }
 
+    /// A sink that commits as it does by default, or as sub-tables in `lines` say.
+    pub fn plain_sink(self, name: &str, lines: &str) -> Self {
+        self.table(&format!("[[sink]]\nname = \"{name}\"\n{lines}"))
+    }
+
     /// Rows into a table of the SQLite file `mart.db` in the folder.
     pub fn sqlite(self, name: &str, table: &str) -> Self {
         let path = self.folder.join("mart.db");
