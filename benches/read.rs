@@ -14,6 +14,7 @@ use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::types::ShardIteratorType;
 use bytes::Bytes;
 use report::Report;
+use shardmill_config::SinkTypes;
 use shardmill_core::record::{SinkName, StreamRef};
 use shardmill_core::sink::Sink;
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
@@ -100,7 +101,8 @@ async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
         "[pipeline]\nname = \"read\"\nstate_dir = {state:?}\n[source]\ntype = \"kinesis\"\n\
          stream = \"test\"\nendpoint = \"embedded\"\n[[sink]]\nname = \"nowhere\"\ntype = \"discard\"\n"
     );
-    let config = shardmill_config::parse("pipeline.toml", text, &|_| None)?;
+    let types = SinkTypes::new(&[shardmill_sinks_common::discard::TYPE]);
+    let config = shardmill_config::parse("pipeline.toml", text, &types, &|_| None)?;
     let kinesis = config.source.kinesis().context("a stream is due")?;
     let (batch, buffer) = (config.source.batch, config.buffer_bytes_max);
     let source = KinesisSource::new(client.clone(), kinesis, batch, buffer);
