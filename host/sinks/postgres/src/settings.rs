@@ -12,8 +12,8 @@ use shardmill_config::reading::{
     Spanned, Text, connection, database, table, write_mode,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, ReplaySupport, Rerun, Rhythm, SharedParts,
-    SinkContext, SinkSettings, SinkTable, SinkType, WriteMode,
+    BuildError, Key, KeyDefault, KeyForm, PipelineConfig, ReadSink, ReplaySupport, Rerun, Rhythm,
+    SharedParts, SinkContext, SinkSettings, SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::record::SinkName;
 use shardmill_core::sink::Sink;
@@ -161,22 +161,25 @@ impl PostgresTarget {
         }
     }
 
-    /// The pool of all sinks of the pipeline with this URL. It has as many connections as the one that asks for
-    /// most.
-    fn pool(&self, context: &SinkContext<'_>) -> Result<ServerPool, BuildError> {
+    /// The pool of all sinks of the pipeline with this URL.
+    fn pool(&self, pipeline: &PipelineConfig) -> Result<ServerPool, BuildError> {
         let server = PostgresServer::parse(&self.url)?;
-        let sinks = context.pipeline.sinks.iter();
+        Ok(ServerPool::new(server, self.pool_spec(pipeline)))
+    }
+
+    /// That pool has as many connections as the sink that asks for most.
+    fn pool_spec(&self, pipeline: &PipelineConfig) -> PoolSpec {
+        let sinks = pipeline.sinks.iter();
         let connections: Vec<usize> = sinks
             .filter_map(|sink| sink.settings.of_type::<Self>())
             .filter(|other| other.url == self.url)
             .map(|other| other.connections_max)
             .collect();
-        let spec = PoolSpec {
+        PoolSpec {
             connections_max: connections.iter().copied().max().unwrap_or(self.connections_max),
             sinks: connections.len(),
-            silence_max: context.pipeline.timing.postgres_silence_max,
-        };
-        Ok(ServerPool::new(server, spec))
+            silence_max: pipeline.timing.postgres_silence_max,
+        }
     }
 }
 
@@ -213,7 +216,43 @@ impl SinkSettings for PostgresTarget {
         context: &SinkContext<'_>,
         shared: &mut SharedParts,
     ) -> Result<Arc<dyn Sink>, BuildError> {
-        let pool = shared.get_or_make(&self.url, || self.pool(context))?;
+        let pool = shared.get_or_make(&self.url, || self.pool(context.pipeline))?;
         Ok(Arc::new(PostgresSink::with_share(context.name.clone(), self, pool.share())?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shardmill_config::{SinkTypes, parse};
+
+    use super::*;
+
+    const TYPES: SinkTypes = SinkTypes::new(&[TYPE]);
+
+    #[test]
+    fn sinks_of_one_server_share_a_pool_that_suits_the_one_that_asks_for_most() {
+        let sink = |name: &str, host: &str, connections: usize| {
+            format!(
+                "[[sink]]\nname = {name:?}\ntype = \"postgres\"\nurl = \"postgres://u@{host}/d\"\n\
+                 table = {name:?}\nconnections = {connections}\n"
+            )
+        };
+        let sinks = [sink("a", "one", 2), sink("b", "two", 3), sink("c", "one", 5)].concat();
+        let text = format!(
+            "[pipeline]\nname = \"p\"\n[source]\ntype = \"file\"\npath = \"-\"\n[timing]\n\
+             postgres_silence = \"7 s\"\n{sinks}"
+        );
+        let config = parse("p.toml", text, &TYPES, &|_| None).expect("a sound pipeline");
+        let mut shared = SharedParts::default();
+        let mut pool = |at: usize| {
+            let target: &PostgresTarget = config.sinks[at].settings.of_type().expect("a table");
+            let spec = target.pool_spec(&config);
+            assert_eq!(spec.silence_max.as_secs(), 7);
+            let pool = shared.get_or_make(&target.url, || target.pool(&config)).expect("a pool");
+            (pool, spec.connections_max, spec.sinks)
+        };
+        let (one, two, again) = (pool(0), pool(1), pool(2));
+        assert_eq!([(one.1, one.2), (two.1, two.2), (again.1, again.2)], [(5, 2), (3, 1), (5, 2)]);
+        assert!(Arc::ptr_eq(&one.0, &again.0) && !Arc::ptr_eq(&one.0, &two.0));
     }
 }
