@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 
 use super::{Console, PipelineFile, load, signals, stream};
-use shardmill_kinesis::producer::StreamWriter;
+use shardmill_kinesis::put_call::StreamWriter;
 use shardmill_serve::admin::AdminPort;
 use shardmill_serve::admin::access::Access;
 use shardmill_serve::intake::IntakePort;

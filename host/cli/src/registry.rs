@@ -9,7 +9,7 @@ pub const SINK_TYPES: SinkTypes = SinkTypes::new(&[
     shardmill_sink_postgres::TYPE,
     shardmill_sink_objects::TYPE,
     shardmill_sink_redshift::TYPE,
-    shardmill_kinesis::settings::TYPE,
+    shardmill_kinesis::sink::TYPE,
     shardmill_sink_http::TYPE,
     shardmill_sinks_common::discard::TYPE,
 ]);

@@ -18,7 +18,7 @@ use shardmill_engine::lease::PipelineLock;
 use shardmill_engine::run::{Run, RunSummary};
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
 use shardmill_engine::swap::watch_files;
-use shardmill_kinesis::producer::StreamWriter;
+use shardmill_kinesis::put_call::StreamWriter;
 use shardmill_serve::admin::AdminPort;
 use shardmill_serve::admin::access::Access;
 use shardmill_serve::admin::control::{Control, ControlAddress, ControlPort, ReadConfig};

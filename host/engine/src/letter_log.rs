@@ -7,6 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
+use super::letters::unreadable;
 use shardmill_config::BatchLimits;
 use shardmill_core::record::{
     Batch, Entry, PipelineName, Position, PositionSpan, Record, SequenceNumber, ShardKey,
@@ -16,7 +17,7 @@ use shardmill_core::source::StartPosition;
 use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
 };
-use shardmill_state::{DeadLetters, LoggedLetter, StateError};
+use shardmill_state::{DeadLetters, LoggedLetter};
 
 /// The one shard of the log.
 const SHARD: &str = "letters-000000000000";
@@ -42,10 +43,6 @@ impl LetterLogSource {
     ) -> Self {
         Self { letters, pipeline, limits, last }
     }
-}
-
-pub(super) fn unreadable(error: StateError) -> SourceError {
-    SourceError::Letters { cause: error.to_string(), is_final: error.is_gone() }
 }
 
 #[async_trait]

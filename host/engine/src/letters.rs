@@ -9,7 +9,6 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::Mutex;
 
-use crate::letter_log::unreadable;
 use shardmill_config::BatchLimits;
 use shardmill_core::record::{
     Batch, Entry, LetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, RouteName,
@@ -19,7 +18,7 @@ use shardmill_core::source::StartPosition;
 use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
 };
-use shardmill_state::{LostPayload, RedriveId, RedrivenLetter, Redrives};
+use shardmill_state::{LostPayload, RedriveId, RedrivenLetter, Redrives, StateError};
 
 /// A key and a payload.
 pub type Made = (Bytes, Bytes);
@@ -159,6 +158,11 @@ impl LettersReader {
             }
         }
     }
+}
+
+/// Gives the error of a source for one of the state.
+pub(crate) fn unreadable(error: StateError) -> SourceError {
+    SourceError::Letters { cause: error.to_string(), is_final: error.is_gone() }
 }
 
 /// The properties that the letters of one batch share.

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use shardmill_file::BYTE_ORDER_MARK;
 
-use super::producer::{NewRecord, NotPuttable, RECORD_BYTES_MAX};
+use super::put_call::{NewRecord, NotPuttable, RECORD_BYTES_MAX};
 
 /// Bytes of the length in front of a binary record.
 const LENGTH_BYTES: usize = 4;

@@ -7,8 +7,8 @@
 //! records do so by [`put`].
 //! [`served`] finds a stream that another process of this user serves.
 //!
-//! [`settings::TYPE`] is what the program's registry of sinks lists: [`settings`] reads `type = "kinesis"`, names its
-//! keys and makes the sink.
+//! [`sink::TYPE`] is what the program's registry of sinks lists: it reads `type = "kinesis"`, names its keys and makes
+//! the sink.
 //!
 //! It gives the engine a source and a sink, by the contracts of `core`, and knows no stage and no state. It uses
 //! `config`, `core`, `file` for the lines of inputs, and `sinks/common`; its heavy dependency is the AWS SDK.
@@ -28,8 +28,8 @@ pub mod input;
 pub mod polling;
 pub mod producer;
 pub mod put;
+pub mod put_call;
 pub mod served;
-pub mod settings;
 pub mod silence;
 pub mod sink;
 pub mod source;

@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use super::producer::{
+use super::put_call::{
     BYTES_PER_REQUEST_MAX, NewRecord, Put, PutError, RECORDS_PER_REQUEST_MAX, StreamWriter,
 };
 use shardmill_core::retry::{Retries, RetryPolicy};

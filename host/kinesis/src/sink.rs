@@ -4,6 +4,8 @@
 //! host's last checkpoint come again. Within a run no row is put twice but where the network fails
 //! behind a request: what a request has taken is remembered while the rest is tried again.
 
+mod settings;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,10 +16,9 @@ use tokio::sync::OnceCell;
 
 use crate::client;
 use crate::client::{Address, Server};
-use crate::producer::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 use crate::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused, Request};
+use crate::put_call::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 use crate::served;
-use crate::settings::StreamTarget;
 use crate::stream;
 use shardmill_config::{Endpoint, Timing};
 use shardmill_core::record::BoundRoute;
@@ -27,6 +28,8 @@ use shardmill_core::sink::{
     Acquired, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
 };
 use shardmill_sinks_common::progress::Progress;
+
+pub use self::settings::{StreamTarget, TYPE};
 
 /// Rows that a stream refuses for now, until the lane shows as blocked: each shard takes 1 MiB and
 /// 1,000 records a second, so being throttled is usual.

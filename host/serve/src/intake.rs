@@ -40,7 +40,7 @@ use shardmill_config::{HttpDeadlines, IntakeConfig};
 use shardmill_core::budget::{Budget, Permit};
 use shardmill_core::metric;
 use shardmill_core::stop::Stop;
-use shardmill_kinesis::producer::StreamWriter;
+use shardmill_kinesis::put_call::StreamWriter;
 use shardmill_ports::{BodyLate, PortRules};
 
 /// What a record costs beside its bytes, so that many small ones are bounded as well.
@@ -343,7 +343,7 @@ impl IntoResponse for Turned {
         let (status, retry, error) = match self {
             Self::Bad(
                 bad @ BadEvents::NotPuttable {
-                    cause: shardmill_kinesis::producer::NotPuttable::Size { .. },
+                    cause: shardmill_kinesis::put_call::NotPuttable::Size { .. },
                     ..
                 },
             ) => (StatusCode::PAYLOAD_TOO_LARGE, None, bad.to_string()),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rusqlite::{Row, Transaction};
 
 use super::letter_store::{
-    AS_DIGEST, AS_ORIGINAL, DeadLetter, KEPT, Keeper, LETTER_BYTES, MadeBy, StoreBound, StoreFull,
+    AS_DIGEST, AS_ORIGINAL, DeadLetter, KEPT, Keeper, LETTER_BYTES, StoreBound, StoreFull,
     kept_bytes, unknown_kind,
 };
 use super::replays::FailedAgain;

@@ -8,7 +8,8 @@ use crate::support::{Process, free_port, http_get, plugin, run, shardmill, wait_
 use bytes::Bytes;
 use shardmill_embedded::EmbeddedStream;
 use shardmill_kinesis::client;
-use shardmill_kinesis::producer::{NewRecord, Producer};
+use shardmill_kinesis::producer::Producer;
+use shardmill_kinesis::put_call::NewRecord;
 
 /// A folder with a pipeline in it.
 struct Place {

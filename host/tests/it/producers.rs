@@ -16,7 +16,8 @@ use ferrokinesis::store::StoreOptions;
 use shardmill_core::record::StreamRef;
 use shardmill_embedded::EmbeddedStream;
 use shardmill_kinesis::client;
-use shardmill_kinesis::producer::{NewRecord, Producer};
+use shardmill_kinesis::producer::Producer;
+use shardmill_kinesis::put_call::NewRecord;
 
 /// A stream `test` in this process.
 struct Served {

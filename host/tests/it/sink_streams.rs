@@ -18,8 +18,8 @@ use shardmill_core::record::{Row, StreamRef};
 use shardmill_core::sink::{Commit, Sink, SinkWriter};
 use shardmill_embedded::EmbeddedStream;
 use shardmill_kinesis::client;
-use shardmill_kinesis::settings::StreamTarget;
 use shardmill_kinesis::sink::KinesisSink;
+use shardmill_kinesis::sink::StreamTarget;
 use shardmill_sink_http::{HttpBody, HttpSink, HttpTarget};
 
 async fn writer(sink: &impl Sink) -> Box<dyn SinkWriter> {

@@ -16,7 +16,8 @@ use shardmill_engine::lineage::{Beginning, lineage};
 use shardmill_kinesis::connection::StreamConnection;
 use shardmill_kinesis::inbox::{Inbox, ReadFrom};
 use shardmill_kinesis::polling::{Polling, PollingReader};
-use shardmill_kinesis::producer::{NewRecord, Producer};
+use shardmill_kinesis::producer::Producer;
+use shardmill_kinesis::put_call::NewRecord;
 use shardmill_kinesis::{client, served, stream};
 use shardmill_state::{KnownShards, ShardState};
 

@@ -13,8 +13,8 @@ use shardmill_core::budget::Permit;
 use shardmill_core::metric;
 use shardmill_core::rarely::Rarely;
 use shardmill_core::retry::RetryPolicy;
-use shardmill_kinesis::producer::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 use shardmill_kinesis::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused, Request};
+use shardmill_kinesis::put_call::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 
 /// How long the first record of a call waits for others: little beside a call's own time.
 const LINGER: Duration = Duration::from_millis(5);

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use shardmill_kinesis::input::{JsonError, MemberError, check_json, key_of_member};
 
 use shardmill_file::without_mark;
-use shardmill_kinesis::producer::{NewRecord, NotPuttable};
+use shardmill_kinesis::put_call::{NewRecord, NotPuttable};
 
 /// The header that is the partition key of all records of a request.
 pub const KEY_HEADER: &str = "x-partition-key";

@@ -10,7 +10,8 @@ use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::types::Shard;
 use bytes::Bytes;
 use shardmill_core::record::StreamRef;
-use shardmill_kinesis::producer::{NewRecord, Producer};
+use shardmill_kinesis::producer::Producer;
+use shardmill_kinesis::put_call::NewRecord;
 use shardmill_kinesis::{client, served, stream};
 
 use super::pipeline::{PipelineToml, SHORT_PAUSES};

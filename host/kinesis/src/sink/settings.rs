@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use crate::sink::KinesisSink;
+use super::KinesisSink;
 use shardmill_config::reading::{
     Check, Maybe, RawAssumeRole, RawCommit, Spanned, Text, server, stream, without_user,
 };

@@ -1,0 +1,174 @@
+//! One PutRecords call: the records that it takes, its limits, and the outcome of each record.
+
+use aws_sdk_kinesis::Client;
+use aws_sdk_kinesis::primitives::Blob;
+use aws_sdk_kinesis::types::PutRecordsRequestEntry;
+use bytes::Bytes;
+
+use super::client::{CODE_BYTES_MAX, Fault, call_error, fault};
+use shardmill_core::masking::{worded, worded_within};
+use shardmill_core::record::StreamRef;
+use shardmill_core::source::SourceError;
+
+/// Records of one request.
+///
+/// Source: API reference, PutRecords.
+pub const RECORDS_PER_REQUEST_MAX: usize = 500;
+/// Bytes of one request; half of what PutRecords takes, so that no server's own limit is met.
+pub const BYTES_PER_REQUEST_MAX: usize = 5 << 20;
+/// Bytes of one record, its payload and its key; a stream's own limit is 1 MiB unless raised.
+///
+/// Source: API reference, PutRecordsRequestEntry, UpdateMaxRecordSize.
+pub const RECORD_BYTES_MAX: usize = 10 << 20;
+/// Characters of a partition key.
+///
+/// Source: API reference, PutRecordsRequestEntry.
+pub const KEY_CHARS_MAX: usize = 256;
+/// A record to put.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewRecord {
+    /// 1 to 256 characters.
+    pub partition_key: String,
+    /// Up to the stream's limit, 1 MiB by default.
+    pub payload: Bytes,
+}
+
+/// A record that no stream takes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotPuttable {
+    /// The key is empty or too long.
+    #[error(
+        "the partition key has {chars} characters; 1 to {KEY_CHARS_MAX} are due: choose another key"
+    )]
+    Key {
+        /// Its characters.
+        chars: usize,
+    },
+    /// Too large for any stream.
+    #[error(
+        "the record has {bytes} bytes with its key; Kinesis takes at most {RECORD_BYTES_MAX}: put it \
+         elsewhere and its address here"
+    )]
+    Size {
+        /// Bytes of payload and key.
+        bytes: usize,
+    },
+}
+
+impl NewRecord {
+    /// What it counts against the limits of a request: payload and key, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.payload.len() + self.partition_key.len()
+    }
+
+    /// Checks the limits that hold for every stream.
+    ///
+    /// # Errors
+    /// [`NotPuttable`]: which limit, and what the record has.
+    pub fn check(&self) -> Result<(), NotPuttable> {
+        let chars = self.partition_key.chars().count();
+        if !(1..=KEY_CHARS_MAX).contains(&chars) {
+            return Err(NotPuttable::Key { chars });
+        }
+        match self.bytes() {
+            bytes if bytes > RECORD_BYTES_MAX => Err(NotPuttable::Size { bytes }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What became of one record of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Put {
+    /// The stream has it.
+    Taken,
+    /// Refused for now, with the cause: the same record later.
+    Later(String),
+    /// Refused for good, with the cause.
+    Never(String),
+}
+
+/// Why a request was refused as a whole.
+#[derive(Debug)]
+pub enum PutError {
+    /// Throttled, or out of reach: the same request later. Its records may be on the stream.
+    Later(SourceError),
+    /// One of its records is against a limit, perhaps the stream's own. No record was taken.
+    Records(SourceError),
+    /// The stream is gone, or access to it is denied.
+    Stream(SourceError),
+}
+
+/// A stream to put records on.
+#[derive(Clone)]
+pub struct StreamWriter {
+    client: Client,
+    stream: StreamRef,
+}
+
+impl StreamWriter {
+    /// A writer for a stream.
+    pub fn new(client: Client, stream: StreamRef) -> Self {
+        Self { client, stream }
+    }
+
+    /// One PutRecords request of at most [`RECORDS_PER_REQUEST_MAX`] records and 10 MiB; gives what
+    /// became of each record, in the order of `records`.
+    ///
+    /// # Errors
+    /// [`PutError`] when the request was refused as a whole.
+    pub async fn put(&self, records: &[NewRecord]) -> Result<Vec<Put>, PutError> {
+        let place = format!("stream {}", self.stream);
+        let entries = records.iter().map(entry).collect::<Result<Vec<_>, _>>();
+        let entries = entries.map_err(|cause| {
+            PutError::Records(SourceError::Call { call: "PutRecords", place: place.clone(), cause })
+        })?;
+        let (name, arn) = self.stream.name_or_arn();
+        let call = self.client.put_records().set_stream_name(name).set_stream_arn(arn);
+        let answer = call.set_records(Some(entries)).send().await.map_err(|error| {
+            let refused_code = error.as_service_error().and_then(|error| error.meta().code());
+            let kind = match (fault(&error), refused_code) {
+                (Fault::Throttled | Fault::Passing, _) => PutError::Later,
+                // The codes of AWS, of its front, and of the embedded stream for bad arguments.
+                (
+                    _,
+                    Some(
+                        "InvalidArgumentException"
+                        | "ValidationException"
+                        | "SerializationException",
+                    ),
+                ) => PutError::Records,
+                (Fault::NotFound, _) => {
+                    let stream = self.stream.to_string();
+                    return PutError::Stream(SourceError::NoSuchStream { stream });
+                }
+                _ => PutError::Stream,
+            };
+            kind(call_error("PutRecords", place, &error))
+        })?;
+        let mut results = answer.records.iter();
+        let outcome = |_| match results.next() {
+            Some(result) => outcome(result.error_code(), result.error_message()),
+            None => Put::Later("the answer says nothing of it".into()),
+        };
+        Ok(records.iter().map(outcome).collect())
+    }
+}
+
+fn outcome(code: Option<&str>, message: Option<&str>) -> Put {
+    let Some(code) = code else { return Put::Taken };
+    let message = worded(message.unwrap_or("no message"));
+    let cause = format!("{}: {message}", worded_within(code, CODE_BYTES_MAX));
+    match code {
+        "ProvisionedThroughputExceededException" | "InternalFailure" => Put::Later(cause),
+        _ => Put::Never(cause),
+    }
+}
+
+fn entry(record: &NewRecord) -> Result<PutRecordsRequestEntry, String> {
+    PutRecordsRequestEntry::builder()
+        .partition_key(&record.partition_key)
+        .data(Blob::new(&record.payload[..]))
+        .build()
+        .map_err(|error| error.to_string())
+}
