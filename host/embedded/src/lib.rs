@@ -8,7 +8,7 @@
 //! other users of the machine are refused, and so are pages in browsers.
 //!
 //! Its port may be another user's once it has ended. So who has found it looks at each call whether it still
-//! serves: [`Served`].
+//! serves: [`Served`](shardmill_kinesis::served::Served).
 //!
 //! It serves the API of Kinesis and keeps records in memory only: it is for tries and tests. Records are read from it
 //! by `kinesis`, as from AWS. It uses `config`, `core`, `kinesis` for how a stream is found, and `ports`; its heavy

@@ -10,22 +10,30 @@
 //! It runs no plugin and asks no sink. It uses `config` and `core`; its one heavy dependency is rusqlite.
 //!
 //! ```
+//! use std::sync::Arc;
+//!
 //! use shardmill_core::record::{
-//!     PipelineName, Position, SequenceNumber, ShardId, ShardKey, SinkName, StreamIdentity,
+//!     PipelineName, Position, SequenceNumber, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity,
 //! };
-//! use shardmill_state::{Checkpoints, SinkMark, StateStore};
+//! use shardmill_state::{Checkpoints, Look, SinkMark, StateStore};
 //!
 //! # #[tokio::main]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let folder = tempfile::tempdir()?;
 //! let checkpoints = Checkpoints::new(StateStore::open(folder.path())?);
 //! let arn = "arn:aws:kinesis:eu-central-1:123456789012:stream/cars";
-//! let stream = StreamIdentity { name: "cars".into(), arn: arn.into(), created_ms: 0 };
+//! let stream =
+//!     Arc::new(StreamIdentity { name: "cars".into(), arn: arn.into(), created_ms: 0 });
+//! let id = ShardId::new("shardId-000000000000");
 //! let shard = ShardKey {
 //!     pipeline: PipelineName::new("fleet"),
-//!     stream: stream.into(),
-//!     shard: ShardId::new("shardId-000000000000"),
+//!     stream: Arc::clone(&stream),
+//!     shard: id.clone(),
 //! };
+//!
+//! // A shard's start is durable before its first record.
+//! let look = Look { begun: vec![(id, ShardStart::Horizon, None)], ..Look::default() };
+//! checkpoints.note(&stream, look).await?;
 //!
 //! let position = Position { sequence: SequenceNumber::parse("42")?, sub_sequence: 0 };
 //! let mark =

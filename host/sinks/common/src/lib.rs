@@ -1,4 +1,4 @@
-//! What several sinks share: how JSON values become values of columns ([`rows`]), rows as lines ([`line`]), progress
+//! What several sinks share: how JSON values become values of columns ([`rows`]), rows as lines ([`mod@line`]), progress
 //! through a commit of several requests ([`progress`]), files and folders of this machine ([`local`]), and the sink
 //! that drops what it gets ([`discard`]).
 //!
