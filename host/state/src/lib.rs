@@ -45,6 +45,7 @@
 //! ```
 
 pub mod agreement;
+mod assets;
 mod checkpoint;
 mod damaged;
 mod hidden;

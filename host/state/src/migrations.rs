@@ -12,6 +12,8 @@
 
 use rusqlite::{Connection, TransactionBehavior};
 
+use super::assets;
+
 /// A version of the schema, and the step that makes it from the version before.
 struct Version {
     /// Its number, as in `user_version`.
@@ -34,27 +36,27 @@ struct Column {
 const VERSIONS: [Version; 5] = [
     Version {
         number: 2,
-        step: include_str!("migrations/to_2.sql"),
+        step: assets::TO_2,
         completed_by: Column { table: "shard", column: "caught_up_ms" },
     },
     Version {
         number: 3,
-        step: include_str!("migrations/to_3.sql"),
+        step: assets::TO_3,
         completed_by: Column { table: "redrive", column: "letter" },
     },
     Version {
         number: 4,
-        step: include_str!("migrations/to_4.sql"),
+        step: assets::TO_4,
         completed_by: Column { table: "letter_log_stream", column: "created_ms" },
     },
     Version {
         number: 5,
-        step: include_str!("migrations/to_5.sql"),
+        step: assets::TO_5,
         completed_by: Column { table: "change", column: "reason" },
     },
     Version {
         number: 6,
-        step: include_str!("migrations/to_6.sql"),
+        step: assets::TO_6,
         completed_by: Column { table: "letter_carrier", column: "carrier" },
     },
 ];

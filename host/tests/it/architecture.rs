@@ -100,6 +100,12 @@ fn only_modules_of_assets_include_files() {
     assert!(others.is_empty(), "expected them in the assets.rs of their crate, found {others:?}");
     assets.sort();
     let folders: Vec<&Path> = assets.iter().filter_map(|path| path.parent()).collect();
-    let expected = ["host/cli/src", "host/engine/src", "host/tests/it", "host/workbench/src"];
+    let expected = [
+        "host/cli/src",
+        "host/engine/src",
+        "host/state/src",
+        "host/tests/it",
+        "host/workbench/src",
+    ];
     assert_eq!(folders, expected.map(Path::new), "one per crate");
 }

@@ -11,6 +11,7 @@ use rusqlite::types::Value;
 
 use super::*;
 use crate::StateStore;
+use crate::assets::schemas;
 
 /// A schema of the past, with rows in each of its tables.
 struct Past {
@@ -71,25 +72,25 @@ const ROWS_6: &str = "
     INSERT INTO replay_letter VALUES (1, 2, 0);";
 
 const PAST: [Past; 5] = [
-    Past { version: 2, schema: include_str!("schemas/v2.sql"), rows: &[ROWS_2, LETTERS_2] },
+    Past { version: 2, schema: schemas::V2, rows: &[ROWS_2, LETTERS_2] },
     Past {
         version: 3,
-        schema: include_str!("schemas/v3.sql"),
+        schema: schemas::V3,
         rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3],
     },
     Past {
         version: 4,
-        schema: include_str!("schemas/v4.sql"),
+        schema: schemas::V4,
         rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3, ROWS_4],
     },
     Past {
         version: 5,
-        schema: include_str!("schemas/v5.sql"),
+        schema: schemas::V5,
         rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3, ROWS_4, ROWS_5],
     },
     Past {
         version: 6,
-        schema: include_str!("schemas/v6.sql"),
+        schema: schemas::V6,
         rows: &[ROWS_2, ROWS_3, ROWS_4, ROWS_5, ROWS_6],
     },
 ];
@@ -201,26 +202,26 @@ fn other_databases_are_refused_and_not_changed() {
     for (version, schema, expected) in [
         (
             1,
-            include_str!("schemas/v1.sql"),
+            schemas::V1,
             "failed to use it: expected schema version 2 to 6, found 1, which is not supported; run the \
              version of shardmill that wrote it, or set `state_dir` elsewhere",
         ),
-        (2, include_str!("schemas/v2_unfinished.sql"), unfinished),
-        (3, include_str!("schemas/v3_unfinished.sql"), unfinished),
+        (2, schemas::V2_UNFINISHED, unfinished),
+        (3, schemas::V3_UNFINISHED, unfinished),
         // The first commit of version 6 had the schema of version 5.
-        (6, include_str!("schemas/v5.sql"), unfinished),
+        (6, schemas::V5, unfinished),
         (
             6,
-            include_str!("schemas/v6_unfinished.sql"),
+            schemas::V6_UNFINISHED,
             "expected schema version 6 with the column carrier of table letter_carrier, found it without",
         ),
         (
             7,
-            include_str!("schemas/v6.sql"),
+            schemas::V6,
             "expected schema version 2 to 6, found 7, which a newer shardmill wrote; run the version of \
              shardmill that wrote it",
         ),
-        (-1, include_str!("schemas/v6.sql"), "found -1, which is not supported"),
+        (-1, schemas::V6, "found -1, which is not supported"),
     ] {
         let folder = tempfile::tempdir().expect("a folder");
         write(folder.path(), &Past { version, schema, rows: &[] });
