@@ -261,7 +261,7 @@ impl DeadLetters {
                 self.bound.show(kept);
                 Ok(())
             }
-            Err(full) => Err(self.store.unreadable(action, full.cause(), full.way_out())),
+            Err(full) => Err(self.store.refused(action, full.cause(), full.way_out())),
         }
     }
 

@@ -314,7 +314,18 @@ impl StateStore {
         .await
     }
 
-    /// Something in the database that cannot be read, though the database itself can.
+    /// Gives the error for what the store does not take now, and takes once the way out was gone: a lane waits for it.
+    pub(super) fn refused(
+        &self,
+        action: &'static str,
+        cause: String,
+        way_out: impl Into<Cow<'static, str>>,
+    ) -> StateError {
+        StateError { is_gone: false, ..self.unreadable(action, cause, way_out) }
+    }
+
+    /// Gives the error for something in the database that cannot be read, though the database itself can. No further
+    /// try helps: it ends the run.
     pub(super) fn unreadable(
         &self,
         action: &'static str,
