@@ -494,8 +494,7 @@ mod tests {
     async fn wall_04_letters_of_an_earlier_version_share_their_record() {
         let folder = tempfile::tempdir().expect("a folder");
         let old = Connection::open(folder.path().join("state.db")).expect("a database");
-        old.execute_batch(crate::assets::schemas::V5)
-            .expect("the schema of version 5");
+        old.execute_batch(crate::assets::schemas::V5).expect("the schema of version 5");
         let letter =
             "INSERT INTO dead_letter VALUES (?1, 'shard', ?2, 0, ?3, ?4, 0, x'6b', ?5, x'6b', ?6,
                           7, 'p', 'd', 'why', '', 9, 'all')";

@@ -73,26 +73,14 @@ const ROWS_6: &str = "
 
 const PAST: [Past; 5] = [
     Past { version: 2, schema: schemas::V2, rows: &[ROWS_2, LETTERS_2] },
-    Past {
-        version: 3,
-        schema: schemas::V3,
-        rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3],
-    },
-    Past {
-        version: 4,
-        schema: schemas::V4,
-        rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3, ROWS_4],
-    },
+    Past { version: 3, schema: schemas::V3, rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3] },
+    Past { version: 4, schema: schemas::V4, rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3, ROWS_4] },
     Past {
         version: 5,
         schema: schemas::V5,
         rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3, ROWS_4, ROWS_5],
     },
-    Past {
-        version: 6,
-        schema: schemas::V6,
-        rows: &[ROWS_2, ROWS_3, ROWS_4, ROWS_5, ROWS_6],
-    },
+    Past { version: 6, schema: schemas::V6, rows: &[ROWS_2, ROWS_3, ROWS_4, ROWS_5, ROWS_6] },
 ];
 
 /// Writes a database as a commit of the past did.
