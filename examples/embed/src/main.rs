@@ -3,7 +3,7 @@
 //!
 //! `cargo run -p embed -- FOLDER` shows what that is good for. It starts itself as `embed FOLDER run`, kills that
 //! process in the middle, runs it once more to its end, and counts the rows in `FOLDER/rows`: each reading is there
-//! once. The engine keeps checkpoints in `FOLDER/state`; that no row is there twice is due to the sink, which writes
+//! once. The engine keeps checkpoints in `FOLDER/state`. No row is there twice because of the sink, which writes
 //! its position together with the rows (`sink.rs`).
 
 mod sink;
@@ -25,7 +25,7 @@ use source::{READINGS, STATIONS, WeatherStations};
 
 /// Decodes CSV lines to JSON rows.
 const PLUGIN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../plugins/prebuilt/csv-decode.wasm");
-/// What the plugin is configured with: a line is `north,17,21.5`.
+/// Configuration of the plugin: a line is `north,17,21.5`.
 const COLUMNS: [(&str, &str); 3] =
     [("station", "text"), ("number", "bigint"), ("celsius", "numeric")];
 /// How long a run has to commit what is in hand once its end is asked for.

@@ -47,7 +47,7 @@ fn rows(folder: &Path) -> Vec<String> {
     rows
 }
 
-/// What each reading becomes, in order.
+/// Rows that the readings become, in order.
 fn expected() -> Vec<String> {
     let row = |station: &str, number: u64| {
         let celsius = number as f64 / 2.0;

@@ -1,4 +1,4 @@
-//! What is written to standard error: notes to people, and the log; and whether styles are wanted there.
+//! Output on standard error: notes to people, the log, and whether styles are wanted there.
 
 use std::io::{self, IsTerminal, Write};
 

@@ -1,4 +1,4 @@
-//! What a stage may grant its plugin, by name.
+//! Capabilities that a stage may grant its plugin, by name.
 
 use std::fmt;
 
@@ -47,7 +47,7 @@ impl Capability {
         format!("shardmill:plugin/{}@{}", self.name(), WIT_VERSION)
     }
 
-    /// What is written under `[stage.grant]` to grant it.
+    /// Key under `[stage.grant]` that grants it.
     pub fn grant_example(self) -> &'static str {
         match self {
             Self::Log => "log = true",

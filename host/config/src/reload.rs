@@ -11,7 +11,7 @@ use super::raw::{RawProbation, RawReload, RawTrial};
 use super::shape::shaped;
 use super::{ProbationLimits, ReloadConfig, SampleLimits};
 
-/// What a candidate must keep to be promoted.
+/// Limits that a candidate must keep to be promoted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Gates {
     /// Records that it may give something else for; `None`: any number.

@@ -18,7 +18,7 @@ const ROWS: RangeInclusive<u64> = 1..=10_000_000;
 const BYTES_MIN: usize = 1 << 10;
 const LINGERS: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(86_400);
 
-/// What gets over a failover or a restart, and is over before somebody comes.
+/// Long enough for a failover or a restart, and shorter than an operator needs to come.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(300);
 
 /// Each `[[sink]]` as JSON before any variable is replaced, in the order of the file.

@@ -1,4 +1,4 @@
-//! What a sink's settings answer: the contract between a sink type and the rest of the program.
+//! Settings of a sink: the contract between a sink type and the rest of the program.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
@@ -124,7 +124,7 @@ pub type BuildError = Box<dyn std::error::Error + Send + Sync>;
 /// An output that several sinks share; a commit's lines are written under one lock.
 pub type SharedOutput = Arc<Mutex<dyn Write + Send>>;
 
-/// What a sink is made with.
+/// Inputs that a sink is made with.
 pub struct SinkContext<'c> {
     /// The sink's name.
     pub name: &'c SinkName,

@@ -57,7 +57,7 @@ impl<'t> SinkTable<'t> {
     }
 }
 
-/// What a type has read of a sink's table.
+/// Outcome of reading a sink's table.
 pub struct ReadSink {
     pub(super) name: Spanned<Text>,
     pub(super) commit: Option<RawCommit>,
@@ -84,9 +84,9 @@ pub struct Key {
     pub name: &'static str,
     /// The form of its value.
     pub form: KeyForm,
-    /// What holds without it.
+    /// Value that holds without it.
     pub default: KeyDefault,
-    /// What it says: one sentence of Markdown.
+    /// Meaning of the key: one sentence of Markdown.
     pub about: &'static str,
 }
 
@@ -124,7 +124,7 @@ impl KeyForm {
     }
 }
 
-/// What holds where a key is left out.
+/// Value that holds where a key is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyDefault {
     /// It cannot be left out. An example, as TOML has it.

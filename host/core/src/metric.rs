@@ -11,9 +11,9 @@ use std::fmt::Write as _;
 pub struct Metric {
     /// Its name, with the prefix `shardmill_` and the unit.
     pub name: &'static str,
-    /// What it counts in.
+    /// Its kind.
     pub kind: MetricKind,
-    /// The labels by which it is told apart.
+    /// Its labels.
     pub labels: &'static [&'static str],
     /// Its meaning: a sentence.
     pub about: &'static str,

@@ -25,7 +25,7 @@ pub enum Format {
     Csv,
     /// A JSON value per line; blank lines are passed over.
     Ndjson,
-    /// A 4-byte big-endian length, then so many bytes; again and again.
+    /// A 4-byte big-endian length, then that number of bytes, repeated.
     Binary,
 }
 

@@ -174,7 +174,7 @@ fn docs() -> PathBuf {
     root().join("docs")
 }
 
-/// `SHARDMILL_UPDATE_GOLDEN=1` writes the page anew.
+/// `SHARDMILL_UPDATE_GOLDEN=1` writes the page.
 #[test]
 fn the_reference_of_sinks_is_what_the_types_say() {
     let page = docs().join("src/sink-types.md");

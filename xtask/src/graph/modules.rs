@@ -512,7 +512,7 @@ mod tests {
             "use crate::{b::B as D};",
             "use self::super::b::B;",
             "use {std::fmt, super::{b}};",
-            "fn f() -> crate::b::B { todo!() }",
+            "fn f() -> crate::b::B { loop {} }",
             "fn f(of: &super::b::B) {}",
             "fn f() { g::<super::b::B>(); }",
             "mod deep { use super::super::b; }",
