@@ -52,7 +52,7 @@ fn measure(runtime: &tokio::runtime::Runtime, folder: &Path, shards: u32) -> Res
     let state = folder.join(format!("state-{shards}"));
     let (_served, url) = child::serve_stream(&state)?;
     runtime.block_on(async {
-        let client = client::connect(client::Server::at(&url)).await?;
+        let client = client::connect(&client::Server::at(&url)).await?;
         let test = StreamRef::parse("test")?;
         stream::create(&client, &test, shards).await?;
         stream::wait_active(&client, &test, Duration::from_secs(60), &mut |_, _| {}).await?;
@@ -96,7 +96,7 @@ fn idle(command: &mut std::process::Command, log: &Path, shards: u32) -> Result<
 
 /// The baseline: polls every shard once a second until it is killed.
 async fn poll_all(url: &url::Url) -> Result<()> {
-    let client = client::connect(client::Server::at(url)).await?;
+    let client = client::connect(&client::Server::at(url)).await?;
     let mut loops = tokio::task::JoinSet::new();
     for shard in stream::shards(&client, &StreamRef::parse("test")?).await? {
         let client = client.clone();

@@ -59,7 +59,7 @@ async fn measure(
     postgres: &str,
     start: impl FnOnce() -> Result<Running>,
 ) -> Result<Vec<f64>> {
-    let kinesis = client::connect(client::Server::at(stream)).await?;
+    let kinesis = client::connect(&client::Server::at(stream)).await?;
     kinesis.create_stream().stream_name(stream_name).shard_count(1).send().await?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let (sql, connection) = tokio_postgres::connect(postgres, NoTls).await?;
@@ -151,7 +151,7 @@ linger = "1 ms"
 /// The baseline, in a process of its own: GetRecords, INSERT, again.
 async fn bare_loop(stream: &str, postgres: &str) -> Result<()> {
     let url: url::Url = stream.parse()?;
-    let kinesis = client::connect(client::Server::at(&url)).await?;
+    let kinesis = client::connect(&client::Server::at(&url)).await?;
     let (sql, connection) = tokio_postgres::connect(postgres, NoTls).await?;
     tokio::spawn(connection);
     let shards = kinesis.list_shards().stream_name("bare").send().await?;

@@ -38,7 +38,7 @@ fn main() -> Result<()> {
     let (_served, url) = child::serve_stream(&folder.path().join("served"))?;
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        let client = client::connect(client::Server::at(&url)).await?;
+        let client = client::connect(&client::Server::at(&url)).await?;
         fill(&client).await?;
         let (mut ours, mut bare) = (Vec::new(), Vec::new());
         for round in 0..ROUNDS {

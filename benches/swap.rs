@@ -54,7 +54,7 @@ async fn main() -> Result<()> {
     let versions = [stamp("v1 none")?, stamp("v2 none")?];
     std::fs::write(folder.path().join("stamp.wasm"), &versions[0])?;
     let pipeline = pipeline(folder.path(), &url)?;
-    let kinesis = client::connect(client::Server::at(&server)).await?;
+    let kinesis = client::connect(&client::Server::at(&server)).await?;
     let name = StreamRef::parse(STREAM)?;
     stream::create(&kinesis, &name, SHARDS).await?;
     stream::wait_active(&kinesis, &name, Duration::from_secs(20), &mut |_, _| {}).await?;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::control::RunningPipeline;
 use super::{Console, PipelineFile, holes, load, reload, sinks};
 use shardmill_config::{PipelineConfig, SourceKind};
+use shardmill_core::boxed;
 use shardmill_core::record::{SinkName, StreamIdentity};
 use shardmill_core::sink::Sink;
 use shardmill_core::source::ShardSource as _;
@@ -54,6 +55,7 @@ struct StageReport<'a> {
     routes: Vec<String>,
 }
 
+#[boxed]
 pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     let host = super::plugin_host(&config)?;

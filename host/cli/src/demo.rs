@@ -16,6 +16,7 @@ use super::assets::{CAR_DECODE, CAR_TRANSFORM, PIPELINE, ROUTE_JSON};
 use super::{Console, print_line, run, signals, stream as stream_command};
 use crate::registry::SINK_TYPES;
 use shardmill_config::PipelineConfig;
+use shardmill_core::boxed;
 use shardmill_core::record::StreamRef;
 use shardmill_embedded::EmbeddedStream;
 use shardmill_engine::lane::Board;
@@ -66,6 +67,7 @@ struct SinkReport {
     place: String,
 }
 
+#[boxed]
 pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     if console.json {
         super::output::leave_to_report();
@@ -74,7 +76,7 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let data = std::path::absolute(&options.data)?;
     let config = pipeline(&data)?;
     let embedded = EmbeddedStream::start(0).await?;
-    let client = client::connect(client::Server::at(embedded.url())).await?;
+    let client = client::connect(&client::Server::at(embedded.url())).await?;
     let kinesis = config.source.kinesis().context("the demo's pipeline reads no stream")?;
     stream_command::ensure(&client, kinesis).await?;
     publish(&client, &kinesis.stream.value, options.cars, console).await?;

@@ -13,6 +13,7 @@ use super::{Console, load_file, load_plugin, run, signals, with_trust};
 use crate::registry::SINK_TYPES;
 use shardmill_config::Gates;
 use shardmill_config::{PipelineConfig, StageConfig, StageText, parse};
+use shardmill_core::boxed;
 use shardmill_core::off_thread::off_thread;
 use shardmill_embedded::EmbeddedStream;
 use shardmill_engine::stage::LoadedStage;
@@ -53,6 +54,7 @@ pub struct Options {
     saves: Option<u32>,
 }
 
+#[boxed]
 pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
     let folder = options.folder.canonicalize().context("failed to find the plugin's folder")?;
     let manifest = PluginManifest::read(&folder)?;
@@ -70,7 +72,7 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
     };
 
     let embedded = EmbeddedStream::start(0).await?;
-    let client = client::connect(Server::at(embedded.url())).await?;
+    let client = client::connect(&Server::at(embedded.url())).await?;
     let kinesis = config.source.kinesis().context("the pipeline reads no stream")?;
     let name = &kinesis.stream.value;
     stream::create(&client, name, 1).await?;

@@ -14,6 +14,7 @@ use comfy_table::{Table, presets};
 use serde_json::json;
 
 use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, print_json, print_line};
+use shardmill_core::boxed;
 use shardmill_core::escape::escaped;
 use shardmill_core::record::LetterPlace;
 use shardmill_state::{DeadLetters, LetterFilter, PayloadDigest};
@@ -151,6 +152,7 @@ impl Letters {
     }
 }
 
+#[boxed]
 pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::List { letters, limit } => list(&letters, limit, console).await,

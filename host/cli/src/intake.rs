@@ -1,5 +1,6 @@
 //! `shardmill intake`: the HTTP intake of a pipeline alone, for hosts that run no worker.
 
+use shardmill_core::boxed;
 use anyhow::Context as _;
 
 use super::{Console, PipelineFile, load, signals, stream};
@@ -14,6 +15,7 @@ pub struct Options {
     pipeline: PipelineFile,
 }
 
+#[boxed]
 pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     let file = options.pipeline.file.display();

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::{Console, DEFAULT_PIPELINE, holes, load, sinks, stream};
 use shardmill_config::{PipelineConfig, SinkConfig};
+use shardmill_core::boxed;
 use shardmill_core::escape::escaped;
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
 use shardmill_core::sink::Sink as _;
@@ -80,6 +81,7 @@ pub struct Log {
     shard: String,
 }
 
+#[boxed(?Send)]
 pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Verify { pipeline, sink, content } => {

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::{Console, swap};
 use shardmill_config::{Capability, WIT_VERSION};
+use shardmill_core::boxed;
 use shardmill_core::escape::{escaped, path};
 use shardmill_core::off_thread::off_thread;
 use shardmill_plugin::{Column, Context, Instance, Services};
@@ -121,6 +122,7 @@ struct RouteInspection {
     columns: Vec<String>,
 }
 
+#[boxed]
 pub async fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Swap(options) => swap::swap(options, console).await,

@@ -1,5 +1,6 @@
 //! `shardmill reload`: a running pipeline takes its files over.
 
+use shardmill_core::boxed;
 use serde_json::Value;
 
 use super::control::{Answer, RunningPipeline};
@@ -15,6 +16,7 @@ pub struct Options {
     dry_run: bool,
 }
 
+#[boxed]
 pub async fn reload(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     let running = RunningPipeline::find(&config).await?;

@@ -17,6 +17,7 @@ use super::{
     Console, PipelineFile, dead_letters, holes, load, plugin_host, sinks, state_beside, stream,
 };
 use shardmill_config::{PipelineConfig, ReaderKind, ReplaySupport, SourceKind, environment};
+use shardmill_core::boxed;
 use shardmill_core::record::ReplayId;
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
 use shardmill_core::sink::Sink;
@@ -91,6 +92,7 @@ struct Report {
     is_replaced: bool,
 }
 
+#[boxed]
 pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     let sink: SinkName = options.sink.as_str().into();

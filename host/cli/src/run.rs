@@ -10,6 +10,7 @@ use super::{Console, PipelineFile, dropped, holes, load, output, signals, sinks,
 use crate::terminal::note;
 use shardmill_config::PipelineConfig;
 use shardmill_config::told;
+use shardmill_core::boxed;
 use shardmill_core::record::SinkName;
 use shardmill_core::source::ShardSource;
 use shardmill_core::stop::Stop;
@@ -45,6 +46,7 @@ pub struct Options {
     trust_sinks: bool,
 }
 
+#[boxed]
 pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     output::leave_to_rows(&config);

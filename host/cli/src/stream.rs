@@ -21,6 +21,7 @@ use self::tail::{TailOptions, tail};
 use super::progress::Progress;
 use super::{Console, signals};
 use shardmill_config::{CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind, Timing};
+use shardmill_core::boxed;
 use shardmill_core::record::StreamRef;
 use shardmill_core::source::{ShardSource, SourceError};
 use shardmill_embedded::{EmbeddedStream, Users};
@@ -139,6 +140,7 @@ pub enum Command {
     },
 }
 
+#[boxed]
 pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Serve { port, any_user, place } => {
@@ -220,7 +222,7 @@ pub(crate) async fn source(
     };
     let stream = Some(&kinesis.stream.value);
     let server = client::Server::of(&kinesis.server, stream, address.as_ref());
-    let client = client::connect(server.with_timing(&config.timing)).await?;
+    let client = client::connect(&server.with_timing(&config.timing)).await?;
     ensure(&client, kinesis).await?;
     let source = KinesisSource::new(client, kinesis, config.source.batch, config.buffer_bytes_max);
     Ok((Arc::new(source), started))
@@ -241,7 +243,7 @@ pub(crate) async fn intake_client(
     };
     let stream = Some(&kinesis.stream.value);
     let server = client::Server::of(&kinesis.server, stream, address.as_ref());
-    Ok(client::connect(server.with_timing(&config.timing)).await?)
+    Ok(client::connect(&server.with_timing(&config.timing)).await?)
 }
 
 /// Creates the pipeline's stream when it is missing and `create` is set.

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{Console, load, stream};
 use shardmill_config::PipelineConfig;
+use shardmill_core::boxed;
 use shardmill_core::off_thread::off_thread;
 use shardmill_workbench::build::build_plugin;
 use shardmill_workbench::capture;
@@ -80,6 +81,7 @@ struct Summary {
     updated: usize,
 }
 
+#[boxed]
 pub async fn test(options: Options, console: &Console) -> anyhow::Result<()> {
     let of_records = options.from_stream.is_some() || options.from_dlq;
     let console = console.clone();

@@ -41,3 +41,10 @@ pub mod source;
 pub mod stop;
 pub mod system;
 pub mod values;
+
+/// Turns an `async fn` into a function that returns a boxed future.
+///
+/// The code of a plain `async fn` is compiled in each crate that awaits it, with all that it awaits in turn. A function
+/// that other crates call now and then, and not for each record, is marked: then it is compiled in its own crate alone,
+/// and the crates above are built in a fraction of the time.
+pub use async_recursion::async_recursion as boxed;

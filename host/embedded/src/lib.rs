@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use shardmill_config::{HttpDeadlines, Timing};
+use shardmill_core::boxed;
 use shardmill_core::private;
 use shardmill_core::source::SourceError;
 use shardmill_kinesis::served::{FOLDER, address_path};
@@ -91,6 +92,7 @@ impl EmbeddedStream {
         Self::start_as(port, options, Users::Own).await
     }
 
+    #[boxed]
     async fn start_as(port: u16, options: StoreOptions, users: Users) -> Result<Self, SourceError> {
         let address = format!("127.0.0.1:{port}");
         let error = |cause: String| SourceError::Embedded { address: address.clone(), cause };
@@ -137,6 +139,7 @@ impl EmbeddedStream {
     ///
     /// # Errors
     /// As [`EmbeddedStream::serve`].
+    #[boxed]
     pub async fn serve_for(state_dir: &Path, port: u16, users: Users) -> Result<Self, SourceError> {
         let mut published = Published::lock(state_dir)?;
         let mut served = Self::start_for(port, users).await?;

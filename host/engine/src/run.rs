@@ -13,6 +13,7 @@ use crate::lease::PipelineLock;
 use crate::letter_log::LetterLogSource;
 use crate::supervisor::{RunOptions, Supervisor};
 use shardmill_config::PipelineConfig;
+use shardmill_core::boxed;
 use shardmill_core::source::ShardSource;
 use shardmill_core::stop::Stop;
 use shardmill_plugin::PluginHost;
@@ -77,6 +78,7 @@ impl Run {
     ///
     /// # Errors
     /// As [`prepare`].
+    #[boxed]
     pub async fn prepare(
         lock: PipelineLock,
         config: PipelineConfig,
@@ -107,6 +109,7 @@ impl Run {
     ///
     /// # Errors
     /// As [`Supervisor::run`].
+    #[boxed]
     pub async fn run(self, stop: &Stop) -> anyhow::Result<()> {
         let run = async |supervisor: Supervisor| {
             let ran = supervisor.run_until(stop.clone()).await;

@@ -26,6 +26,7 @@ use crate::pipeline::run_lane;
 use crate::stage::{Generation, Samples};
 use crate::swap::{Swapper, SwapperParts, TakeOver};
 use shardmill_config::{OnLostRecords, PipelineConfig, environment};
+use shardmill_core::boxed;
 use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::owner::OwnerName;
@@ -147,6 +148,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// As [`Supervisor::prepare`].
+    #[boxed]
     pub async fn prepare_under(
         lock: PipelineLock,
         config: PipelineConfig,
@@ -303,6 +305,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// As [`Supervisor::run`].
+    #[boxed]
     pub async fn run_until(mut self, stop: Stop) -> anyhow::Result<()> {
         let lanes_stop = stop.child();
         let mut lanes = Lanes {

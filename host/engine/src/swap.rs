@@ -31,6 +31,7 @@ pub use watch::watch_files;
 use crate::lane::{BuildSinks, LaneChange, Shared, WaitingLane};
 use crate::stage::{Generation, LoadedStage};
 use shardmill_config::{Gates, PipelineConfig};
+use shardmill_core::boxed;
 use shardmill_core::metric;
 use shardmill_core::record::Digest;
 use shardmill_core::record::StageName;
@@ -283,6 +284,7 @@ impl Swapper {
     ///
     /// # Errors
     /// [`ChangeRefused`]: nothing was changed.
+    #[boxed]
     pub async fn swap(&self, order: SwapOrder) -> Result<SwapReport, ChangeRefused> {
         let setup = self.inner.setup.lock().await.clone();
         let kind = match order.canary_percent {
@@ -310,6 +312,7 @@ impl Swapper {
     ///
     /// # Errors
     /// [`ChangeRefused`]: nothing was changed.
+    #[boxed]
     pub async fn roll_back(
         &self,
         stage: &StageName,

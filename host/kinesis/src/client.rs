@@ -18,6 +18,7 @@ use aws_sdk_kinesis::primitives::{DateTime, DateTimeFormat};
 use super::silence;
 use crate::served::Served;
 use shardmill_config::{AssumeRole, Endpoint, StreamServer, Timing};
+use shardmill_core::boxed;
 use shardmill_core::masking::{worded, worded_within};
 use shardmill_core::record::StreamRef;
 use shardmill_core::source::SourceError;
@@ -101,7 +102,8 @@ impl<'a> Server<'a> {
 /// # Errors
 /// [`SourceError::NoRegion`], [`SourceError::NoCredentials`] and [`SourceError::NoRole`], which say
 /// what to set.
-pub async fn connect(server: Server<'_>) -> Result<Client, SourceError> {
+#[boxed]
+pub async fn connect<'a>(server: &'a Server<'a>) -> Result<Client, SourceError> {
     let http = silence::http_client(server.silence_max, None);
     // Our deadlines alone count: they can be set.
     let mut loader = aws_config::defaults(BehaviorVersion::latest())

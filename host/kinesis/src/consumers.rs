@@ -8,6 +8,7 @@ use aws_sdk_kinesis::types::ConsumerStatus;
 
 use super::client::{Fault, call_error, fault};
 use super::stream::Pages;
+use shardmill_core::boxed;
 use shardmill_core::masking::worded;
 use shardmill_core::record::StreamIdentity;
 use shardmill_core::source::SourceError;
@@ -35,6 +36,7 @@ pub struct Consumer {
 ///
 /// # Errors
 /// [`SourceError::Call`].
+#[boxed]
 pub async fn list(client: &Client, stream: &StreamIdentity) -> Result<Vec<Consumer>, SourceError> {
     let mut consumers = Vec::new();
     let mut next_token: Option<String> = None;
@@ -109,6 +111,7 @@ pub async fn register(
 ///
 /// # Errors
 /// [`SourceError::Call`] when it is not registered, or still there after a minute.
+#[boxed]
 pub async fn deregister(
     client: &Client,
     stream: &StreamIdentity,

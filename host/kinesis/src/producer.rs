@@ -10,6 +10,7 @@ use aws_sdk_kinesis::Client;
 
 use super::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused};
 use super::put_call::{BYTES_PER_REQUEST_MAX, NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
+use shardmill_core::boxed;
 use shardmill_core::record::StreamRef;
 use shardmill_core::retry::RetryPolicy;
 use shardmill_core::source::SourceError;
@@ -104,6 +105,7 @@ impl Producer {
     }
 
     /// Puts one request from the buffer. What was refused for now goes back to its place, and a pause follows.
+    #[boxed]
     async fn request(&mut self) -> Result<(), SourceError> {
         let mut request = self.writer.request();
         let mut waiting = Vec::new();

@@ -6,6 +6,7 @@ use aws_sdk_kinesis::types::PutRecordsRequestEntry;
 use bytes::Bytes;
 
 use super::client::{CODE_BYTES_MAX, Fault, call_error, fault};
+use shardmill_core::boxed;
 use shardmill_core::masking::{worded, worded_within};
 use shardmill_core::record::StreamRef;
 use shardmill_core::source::SourceError;
@@ -117,6 +118,7 @@ impl StreamWriter {
     ///
     /// # Errors
     /// [`PutError`] when the request was refused as a whole.
+    #[boxed]
     pub async fn put(&self, records: &[NewRecord]) -> Result<Vec<Put>, PutError> {
         let place = format!("stream {}", self.stream);
         let entries = records.iter().map(entry).collect::<Result<Vec<_>, _>>();

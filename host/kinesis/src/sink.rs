@@ -75,7 +75,7 @@ impl KinesisSink {
         };
         let server = Server::of(&self.target.server, Some(&self.target.stream), address.as_ref());
         let server = server.with_timing(&self.timing);
-        client::connect(server).await.map_err(|error| self.unavailable(error))
+        client::connect(&server).await.map_err(|error| self.unavailable(error))
     }
 
     fn unavailable(&self, cause: impl std::fmt::Display) -> SinkError {

@@ -6,6 +6,7 @@ use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::types::{ScalingType, StreamStatus};
 
 use super::client::{AnswerDate, Fault, call_error, fault};
+use shardmill_core::boxed;
 use shardmill_core::masking::worded;
 use shardmill_core::record::{HashRange, ShardId, StreamIdentity, StreamRef};
 pub use shardmill_core::source::{Shard, SourceError};
@@ -48,6 +49,7 @@ impl Description {
 ///
 /// # Errors
 /// [`SourceError::Call`].
+#[boxed]
 pub async fn create(client: &Client, stream: &StreamRef, shards: u32) -> Result<(), SourceError> {
     let count = i32::try_from(shards).unwrap_or(i32::MAX);
     let created = client.create_stream().stream_name(&*stream.name).shard_count(count).send().await;
@@ -66,6 +68,7 @@ pub async fn create(client: &Client, stream: &StreamRef, shards: u32) -> Result<
 ///
 /// # Errors
 /// [`SourceError::NotReady`] after `wait_max`.
+#[boxed]
 pub async fn wait_active(
     client: &Client,
     stream: &StreamRef,
@@ -95,6 +98,7 @@ pub async fn wait_active(
 ///
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`].
+#[boxed]
 pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description, SourceError> {
     let (name, arn) = stream.name_or_arn();
     let call = client.describe_stream_summary().set_stream_name(name).set_stream_arn(arn);
@@ -169,6 +173,7 @@ impl Pages {
 ///
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`].
+#[boxed]
 pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, SourceError> {
     let mut shards = Vec::new();
     let mut next_token: Option<String> = None;
@@ -213,6 +218,7 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
 ///
 /// # Errors
 /// [`SourceError::Call`].
+#[boxed]
 pub async fn split(
     client: &Client,
     stream: &StreamRef,
@@ -230,6 +236,7 @@ pub async fn split(
 ///
 /// # Errors
 /// [`SourceError::Call`].
+#[boxed]
 pub async fn merge(
     client: &Client,
     stream: &StreamRef,
@@ -249,6 +256,7 @@ pub async fn merge(
 ///
 /// # Errors
 /// [`SourceError::Call`].
+#[boxed]
 pub async fn scale(client: &Client, stream: &StreamRef, shards: u32) -> Result<(), SourceError> {
     let count = i32::try_from(shards).unwrap_or(i32::MAX);
     let (name, arn) = stream.name_or_arn();
@@ -263,6 +271,7 @@ pub async fn scale(client: &Client, stream: &StreamRef, shards: u32) -> Result<(
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`], [`SourceError::NotReady`] after
 /// `wait_max`.
+#[boxed]
 pub async fn delete(
     client: &Client,
     stream: &StreamRef,

@@ -32,6 +32,7 @@ use self::link::{Connected, EndCause};
 pub use self::link::{CopyIn, Link, ServerError};
 pub use self::pool::{Lent, PoolShare, PoolSpec, ServerPool};
 use self::tls::{Connector, Handshake, Mode, Tls};
+use shardmill_core::boxed;
 use shardmill_core::escape::WORDS_BYTES_MAX;
 use shardmill_core::masking::{worded, worded_within};
 
@@ -148,6 +149,7 @@ impl PostgresServer {
     ///
     /// # Errors
     /// The server's or the network's, or its silence.
+    #[boxed]
     pub async fn connect(&self, silence_max: Duration) -> Result<Link, ServerError> {
         let greeting_max = silence_max.min(GREETING_MAX);
         let ended = CancellationToken::new();

@@ -7,6 +7,7 @@
 //! lend the server session to others after it. Queries are typed and unnamed; the one named statement,
 //! which COPY needs, is prepared and closed by its caller.
 
+use shardmill_core::boxed;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -256,6 +257,7 @@ impl Link {
     ///
     /// # Errors
     /// [`ServerError`].
+    #[boxed]
     pub async fn prepare(&self, sql: &str, savepoint: &str) -> Result<Statement, ServerError> {
         let mut names_left = NAMES_MAX;
         loop {

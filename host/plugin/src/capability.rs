@@ -18,6 +18,7 @@ use self::log::LineBudget;
 use self::lookup::{Lookup, LookupError};
 use self::metric::StageMetrics;
 use shardmill_config::{Capability, Grants, PipelineConfig, Values};
+use shardmill_core::boxed;
 use shardmill_core::record::{LookupName, StageName};
 use shardmill_net::HttpGrant;
 
@@ -113,6 +114,7 @@ impl Backends {
     ///
     /// # Errors
     /// The first that cannot, with what to do about it.
+    #[boxed]
     pub async fn prepare(&self) -> anyhow::Result<()> {
         for lookup in self.lookups.values() {
             let prepared = lookup.prepare().await;

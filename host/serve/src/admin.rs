@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use self::access::{Access, Caller, Right, guarded};
 use self::control::Control;
 use shardmill_config::{AdminConfig, HttpDeadlines};
+use shardmill_core::boxed;
 use shardmill_core::escape::printable_json;
 use shardmill_core::metric::{self, Metric, MetricKind};
 use shardmill_core::record::ShardId;
@@ -55,6 +56,7 @@ impl AdminPort {
     ///
     /// # Errors
     /// [`AdminError`] when the port is in use; another when metrics are gathered already.
+    #[boxed]
     pub async fn open(config: &AdminConfig, deadlines: HttpDeadlines) -> anyhow::Result<Self> {
         let address = config.listen;
         let error = |cause| AdminError { address, cause };

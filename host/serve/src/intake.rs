@@ -37,6 +37,7 @@ use self::arrivals::{Arrivals, NoRoom};
 use self::batcher::{Refusal, Submission};
 use self::events::{BadEvents, Shape};
 use shardmill_config::{HttpDeadlines, IntakeConfig};
+use shardmill_core::boxed;
 use shardmill_core::budget::{Budget, Permit};
 use shardmill_core::metric;
 use shardmill_core::stop::Stop;
@@ -85,6 +86,7 @@ impl IntakePort {
     ///
     /// # Errors
     /// [`IntakeError`] when it is in use.
+    #[boxed]
     pub async fn open(
         config: &IntakeConfig,
         deadlines: HttpDeadlines,

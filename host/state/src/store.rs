@@ -9,13 +9,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, TransactionBehavior};
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard, oneshot};
 
 use super::damaged;
 use super::migrations::{self, NotMigrated, version};
+use shardmill_core::boxed;
 use shardmill_core::owner::{Ownership, StateMark};
 use shardmill_core::private;
 use shardmill_core::record::{Position, SequenceNumber};
+
+/// What one transaction does.
+type Work = Box<dyn FnOnce(&Transaction<'_>) -> rusqlite::Result<()> + Send>;
 
 /// How deep below the state folder a state database lies: `pipeline/again-1/pipeline/state.db`.
 const STATE_DEPTH_MAX: u32 = 4;
@@ -245,6 +249,19 @@ impl StateStore {
         action: &'static str,
         work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StateError> {
+        let (give, mut given) = oneshot::channel();
+        let work = Box::new(move |state: &Transaction<'_>| {
+            // Whoever dropped the future waits for nothing; what it asked for is written all the same.
+            work(state).map(|value| drop(give.send(value)))
+        });
+        self.write_any(action, work).await?;
+        given.try_recv().map_err(|_| self.error(action, "its thread gave no value".into()))
+    }
+
+    /// Runs `work` as [`StateStore::write`] does. Whatever a transaction gives, its thread and its error are of one
+    /// type here, so that they are compiled once and not for each query.
+    #[boxed]
+    async fn write_any(&self, action: &'static str, work: Work) -> Result<(), StateError> {
         let connection = self.turn().await;
         let store = self.clone();
         let done = tokio::task::spawn_blocking(move || store.in_transaction(connection, work));
@@ -379,17 +396,17 @@ impl StateStore {
     }
 
     /// Runs `work` in one transaction; it is durable on return.
-    pub(super) fn in_transaction<T>(
+    pub(super) fn in_transaction(
         &self,
         mut connection: OwnedMutexGuard<Connection>,
-        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
-    ) -> Result<T, Failure> {
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
+    ) -> Result<(), Failure> {
         self.files.check()?;
         // One that began as a reader could not write once another process has written meanwhile: it would
         // fail at once, without a wait for its turn.
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let before = transaction.total_changes();
-        let value = work(&transaction)?;
+        work(&transaction)?;
         let counts = self.counts.load(Ordering::Acquire);
         let number = match counts && transaction.total_changes() > before {
             true => Some(count(&transaction)?),
@@ -401,7 +418,7 @@ impl StateStore {
         if let Some(number) = number {
             self.ownership.reached(number);
         }
-        Ok(value)
+        Ok(())
     }
 }
 

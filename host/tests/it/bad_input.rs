@@ -87,7 +87,7 @@ fn serve(place: &Place, records: &[Vec<u8>]) -> (tokio::runtime::Runtime, Embedd
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let served = runtime.block_on(async {
         let served = EmbeddedStream::serve(&place.path("state"), 0).await.expect("served");
-        let client = client::connect(client::Server::at(served.url())).await.expect("connected");
+        let client = client::connect(&client::Server::at(served.url())).await.expect("connected");
         let stream = stream_ref();
         shardmill_kinesis::stream::create(&client, &stream, 1).await.expect("created");
         let wait = std::time::Duration::from_secs(10);
@@ -209,7 +209,7 @@ fn a_dropped_column_blocks_the_lane_and_fills_no_dead_letters() {
     let more: Vec<Vec<u8>> =
         (2..300).map(|id| format!(r#"{{"id":{id},"name":"b"}}"#).into_bytes()).collect();
     runtime.block_on(async {
-        let client = client::connect(client::Server::at(served.url())).await.expect("connected");
+        let client = client::connect(&client::Server::at(served.url())).await.expect("connected");
         put(&client, &more).await;
     });
     let ready = || http_get(port, "/health/ready");

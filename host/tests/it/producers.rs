@@ -34,7 +34,7 @@ impl Served {
             let options = StoreOptions { create_stream_ms: 1, ..options };
             let server = EmbeddedStream::start_with(0, options).await.expect("served");
             let client =
-                client::connect(client::Server::at(server.url())).await.expect("connected");
+                client::connect(&client::Server::at(server.url())).await.expect("connected");
             let create = client.create_stream().stream_name("test").shard_count(shards);
             create.send().await.expect("created");
             let wait = Duration::from_secs(10);

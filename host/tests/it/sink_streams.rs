@@ -40,7 +40,7 @@ fn with_keys(mut commit: Commit, key: impl Fn(usize) -> String) -> Commit {
 async fn stream(shards: i32, options: StoreOptions) -> (EmbeddedStream, aws_sdk_kinesis::Client) {
     let options = StoreOptions { create_stream_ms: 1, ..options };
     let server = EmbeddedStream::start_with(0, options).await.expect("served");
-    let client = client::connect(client::Server::at(server.url())).await.expect("connected");
+    let client = client::connect(&client::Server::at(server.url())).await.expect("connected");
     let create = client.create_stream().stream_name("out").shard_count(shards);
     create.send().await.expect("created");
     let name = StreamRef::parse("out").expect("a name");

@@ -42,7 +42,7 @@ async fn served(shards: u32, options: StoreOptions) -> Served {
         ..options
     };
     let server = EmbeddedStream::start_with(0, options).await.expect("served");
-    let client = client::connect(client::Server::at(server.url())).await.expect("connected");
+    let client = client::connect(&client::Server::at(server.url())).await.expect("connected");
     stream::create(&client, &stream_ref(), shards).await.expect("created");
     active(&client).await;
     Served { _server: server, client }
@@ -286,7 +286,7 @@ async fn wall_15_a_client_goes_on_with_the_next_server_and_speaks_to_no_other() 
     let address = client::Address::Served(served);
     let own = StreamServer { endpoint: Endpoint::Embedded, region: None, assume_role: None };
     let server = client::Server::of(&own, None, Some(&address));
-    let client = client::connect(server).await.expect("connected");
+    let client = client::connect(&server).await.expect("connected");
     client.list_streams().send().await.expect("an answer");
     drop(first);
 

@@ -10,6 +10,7 @@ use super::compare::Found;
 use super::redact::Redaction;
 use super::{TrialRecord, Workbench, update};
 use shardmill_config::{StageText, environment};
+use shardmill_core::boxed;
 use shardmill_core::record::{SequenceNumber, ShardId, ShardKey, ShardStart};
 use shardmill_core::source::{NextBatch, ResumePoint, ShardSource, Waiting};
 use shardmill_engine::stage::written;
@@ -50,6 +51,7 @@ impl std::str::FromStr for SequenceRange {
 ///
 /// # Errors
 /// When the stream cannot be read.
+#[boxed]
 pub async fn from_stream(
     source: &dyn ShardSource,
     range: &SequenceRange,

@@ -96,7 +96,7 @@ impl Place {
             }
         };
         let server = client::Server::of(&target.server, target.stream.as_ref(), address.as_ref());
-        let client = client::connect(server.with_timing(&target.timing)).await?;
+        let client = client::connect(&server.with_timing(&target.timing)).await?;
         Ok((target, client))
     }
 }

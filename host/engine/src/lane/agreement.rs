@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::{LaneError, Shared};
 use shardmill_config::PipelineConfig;
+use shardmill_core::boxed;
 use shardmill_core::owner::OwnerName;
 use shardmill_core::record::{PipelineName, ShardId, ShardKey, StreamIdentity};
 use shardmill_core::retry::RetryPolicy;
@@ -158,6 +159,7 @@ fn note_sinks(
 ///
 /// # Errors
 /// When the state or a sink cannot be read.
+#[boxed]
 pub async fn foresee(
     config: &PipelineConfig,
     state: &StateStore,
@@ -230,6 +232,7 @@ pub(super) fn compared(
 ///
 /// # Errors
 /// [`LaneError::Fatal`] when it is, [`LaneError::Sink`] when a sink is out of reach.
+#[boxed]
 pub async fn refuse_older_state(
     state: &StateStore,
     sinks: &[Arc<dyn Sink>],

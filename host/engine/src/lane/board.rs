@@ -8,6 +8,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use super::lag::{LiveDelivery, LiveLag};
+use shardmill_core::boxed;
 use shardmill_core::escape::quoted;
 use shardmill_core::masking::{message, report};
 use shardmill_core::metric;
@@ -205,6 +206,7 @@ impl Board {
     ///
     /// # Errors
     /// Why a lane cannot run it.
+    #[boxed]
     pub async fn changed_to(
         &self,
         generation: &str,

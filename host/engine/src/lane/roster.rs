@@ -22,6 +22,7 @@ use super::agreement::compared;
 use super::lag::LiveDelivery;
 use crate::lane::BuildSinks;
 use shardmill_config::{OnPositionMismatch, PipelineConfig, SinkConfig};
+use shardmill_core::boxed;
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName, StreamIdentity};
 use shardmill_core::sink::Sink;
 use shardmill_core::source::ShardSource;
@@ -139,6 +140,7 @@ pub(crate) async fn settle(
 ///
 /// # Errors
 /// When the state cannot be read.
+#[boxed]
 pub async fn foresee(config: &PipelineConfig, state: &StateStore) -> anyhow::Result<Vec<String>> {
     let roster = Roster::new(state.clone());
     let stays = |name: &SinkName| {
@@ -493,6 +495,7 @@ async fn adopt_restored(
 ///
 /// # Errors
 /// The sink, and what to do first; or when the state cannot be read.
+#[boxed]
 pub async fn refuse_unsettled(config: &PipelineConfig, state: &StateStore) -> anyhow::Result<()> {
     let roster = Roster::new(state.clone());
     for stream in roster.streams().await? {
@@ -641,6 +644,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
 ///
 /// # Errors
 /// When the state or a sink cannot be read.
+#[boxed]
 pub async fn foresee_doubled(
     config: &PipelineConfig,
     state: &StateStore,

@@ -1,12 +1,13 @@
 //! What became of records, and how that differs from what became of them before, for people.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
+use imara_diff::{Algorithm, Diff, InternedInput, Token};
 use serde_json::Value;
-use similar::{ChangeTag, TextDiff};
 
 use super::{LoadedStage, StageOutcome};
 use shardmill_core::escape::printable;
@@ -86,17 +87,30 @@ impl Difference {
         let mut text = String::new();
         let (red, green, end) =
             if coloured { ("\x1b[31m", "\x1b[32m", "\x1b[0m") } else { ("", "", "") };
-        for change in TextDiff::from_lines(&self.expected, &self.found).iter_all_changes() {
-            let line = printable(change.value().trim_end_matches('\n'));
-            let _ = match change.tag() {
-                ChangeTag::Delete => writeln!(text, "{red}- {line}{end}"),
-                ChangeTag::Insert => writeln!(text, "{green}+ {line}{end}"),
-                ChangeTag::Equal => writeln!(text, "  {line}"),
-            };
+        // Tokens are lines.
+        let input = InternedInput::new(self.expected.as_str(), self.found.as_str());
+        let mut show = |before: &str, tokens: &[Token], after: &str| {
+            for token in tokens {
+                let line = printable(input.interner[*token].trim_end_matches('\n'));
+                let _ = writeln!(text, "{before} {line}{after}");
+            }
+        };
+        let mut shown = 0;
+        for hunk in Diff::compute(Algorithm::Myers, &input).hunks() {
+            let (expected, found) = (range(&hunk.before), range(&hunk.after));
+            show(" ", &input.before[shown..expected.start], "");
+            shown = expected.end;
+            show(&format!("{red}-"), &input.before[expected], end);
+            show(&format!("{green}+"), &input.after[found], end);
         }
+        show(" ", &input.before[shown..], "");
         text.push_str(&printable(&self.backtraces));
         text
     }
+}
+
+fn range(lines: &Range<u32>) -> Range<usize> {
+    lines.start as usize..lines.end as usize
 }
 
 fn shown_fate(fate: &Fate) -> String {

@@ -14,6 +14,7 @@ use crate::lane::roster;
 use crate::lane::{GenerationStore, LaneChange, WaitingLane};
 use crate::stage::Generation;
 use shardmill_config::{KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SourceKind};
+use shardmill_core::boxed;
 use shardmill_core::record::{SinkName, StageName};
 use shardmill_core::sink::Sink;
 use shardmill_plugin::{Backends, PluginHost};
@@ -98,6 +99,7 @@ impl Swapper {
     ///
     /// # Errors
     /// [`ChangeRefused`]: nothing was changed.
+    #[boxed]
     pub async fn reload(
         &self,
         config: PipelineConfig,

@@ -24,6 +24,7 @@ use super::PlainJson;
 use super::access::{Access, Right, guarded};
 use shardmill_config::Gates;
 use shardmill_config::{HttpDeadlines, PipelineConfig, Secret};
+use shardmill_core::boxed;
 use shardmill_core::escape::escaped;
 use shardmill_core::private;
 use shardmill_engine::lane::Board;
@@ -136,6 +137,7 @@ impl ControlPort {
     ///
     /// # Errors
     /// When no port can be opened or the file cannot be written.
+    #[boxed]
     pub async fn open(folder: &Path, deadlines: HttpDeadlines) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0))
             .await

@@ -9,6 +9,7 @@ use object_store::ObjectStoreExt as _;
 
 use super::ObjectsSink;
 use super::claim::{Appended, ClaimLog, Link, OwnerId, Unfinished};
+use shardmill_core::boxed;
 use shardmill_core::record::{Position, ShardKey};
 use shardmill_core::sink::SinkError;
 
@@ -35,6 +36,7 @@ impl ObjectsSink {
     /// # Errors
     /// When the last claim is complete, when nothing would say from where its rows are read again (it is
     /// the log's first, and the `checkpoint` has passed it), or when the store cannot be written.
+    #[boxed]
     pub async fn give_up(
         &self,
         shard: &ShardKey,
@@ -74,6 +76,7 @@ impl ObjectsSink {
     /// # Errors
     /// When the log is sound, when the checkpoint lies before what the log still has (rows would come
     /// twice), or when the store cannot be written.
+    #[boxed]
     pub async fn skip(
         &self,
         shard: &ShardKey,

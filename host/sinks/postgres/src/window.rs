@@ -16,6 +16,7 @@ use super::position::PositionTable;
 use super::session::{BEGIN, connect};
 use super::settings::PostgresTarget;
 use super::writers::{OtherSink, Writers};
+use shardmill_core::boxed;
 use shardmill_core::record::ReplayId;
 use shardmill_core::record::{PipelineName, SinkName, StreamIdentity};
 use shardmill_pg::name::{TableName, literal, quoted};
@@ -96,6 +97,7 @@ impl TableWindow {
     /// # Errors
     /// The server is out of reach, the live table has no lineage, or the shadow's name is another
     /// table's.
+    #[boxed]
     pub async fn prepare(
         target: &PostgresTarget,
         into: Option<&str>,
@@ -219,6 +221,7 @@ impl TableWindow {
     ///
     /// # Errors
     /// What the server says, as a sentence.
+    #[boxed]
     pub async fn diff(&self) -> Result<WindowDiff, String> {
         let failed = |error: ServerError| {
             format!("cannot compare {} with {}: {error}", self.shadow, self.live)
@@ -278,6 +281,7 @@ impl TableWindow {
     ///
     /// # Errors
     /// What the server says, as a sentence.
+    #[boxed]
     pub async fn with_rows(
         &self,
         records: Vec<(String, String)>,
@@ -304,6 +308,7 @@ impl TableWindow {
     ///
     /// # Errors
     /// Who writes the table, and the way out; or what the server says.
+    #[boxed]
     pub async fn check_alone(
         &self,
         others: &[(&SinkName, &PostgresTarget)],
@@ -333,6 +338,7 @@ impl TableWindow {
     ///
     /// # Errors
     /// [`SwapFailed`], with what the server says as a sentence.
+    #[boxed]
     pub async fn swap(
         &mut self,
         replay: ReplayId,
@@ -396,6 +402,7 @@ impl TableWindow {
     ///
     /// # Errors
     /// What the server says, or that it is out of reach.
+    #[boxed]
     pub async fn has_landed(
         target: &PostgresTarget,
         pipeline: &PipelineName,

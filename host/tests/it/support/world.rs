@@ -81,7 +81,7 @@ impl World {
         let url = url::Url::parse(url).expect("a URL");
         let address = url.as_str().trim_start_matches("http://").trim_end_matches('/').to_owned();
         let client =
-            runtime.block_on(client::connect(client::Server::at(&url))).expect("connected");
+            runtime.block_on(client::connect(&client::Server::at(&url))).expect("connected");
         let world = Self { folder, address, client, runtime, server };
         world.create(shards);
         let sql = "CREATE TABLE rows (id INTEGER NOT NULL, key TEXT NOT NULL, n INTEGER NOT NULL)";
