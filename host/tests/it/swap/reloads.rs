@@ -81,7 +81,7 @@ fn what_cannot_change_in_place_is_refused_with_the_reason() {
     for (from, to, why) in [
         ("name = \"swap", "name = \"other", "does not run"),
         ("poll_interval = \"200 ms\"", "poll_interval = \"300 ms\"", "lanes are reading from it"),
-        ("[[stage]]", "[timing]\nretry_pause = \"2 s\"\n[[stage]]", "[timing] cannot change"),
+        ("[timing]", "[timing]\nretry_pause = \"2 s\"", "[timing] cannot change"),
         ("table = ", "tabel = ", "tabel"),
         ("stage.wasm", "nowhere.wasm", "nowhere.wasm"),
     ] {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::Value;
 
+use crate::support::pipeline::PipelineToml;
 use crate::support::world::World;
 use crate::support::{Process, plugin, postgres, postgres_url, run, shardmill, wait_for};
 
@@ -25,6 +26,8 @@ pub struct Rig {
     pub world: World,
     pub table: String,
     run: Option<Process>,
+    /// The lines of `[timing]`.
+    pub timing: String,
     /// Further lines of the pipeline's file.
     pub more: String,
     /// Further lines of its stage.
@@ -45,6 +48,7 @@ impl Rig {
             world: World::new(shards),
             table,
             run: None,
+            timing: String::new(),
             more: String::new(),
             stage: String::new(),
             mode: String::new(),
@@ -66,41 +70,20 @@ impl Rig {
 
     /// Writes the pipeline's file; gives its path.
     pub fn write_pipeline(&self) -> String {
-        let folder = self.world.folder.path().display();
-        let (table, url, Self { more, stage, mode, routes, .. }) =
-            (&self.table, postgres_url(), self);
-        let name = self.name();
-        let text = format!(
-            r#"
-[pipeline]
-name = "{name}"
-state_dir = "{folder}/state"
-[source]
-type = "kinesis"
-stream = "test"
-endpoint = "embedded"
-format = "application/json"
-poll_interval = "200 ms"
-[[stage]]
-name = "stamp"
-plugin = "{folder}/stage.wasm"
-routes = {{ all = {routes} }}
-{stage}
-[[sink]]
-name = "mart"
-type = "postgres"
-url = "{url}"
-table = "{table}"
-create = true
-lineage = true
-{mode}
-[sink.commit]
-linger = "50 ms"
-{more}
-"#
+        let Self { table, timing, more, stage, mode, routes, .. } = self;
+        let stage = format!("routes = {{ all = {routes} }}\n{stage}");
+        let url = postgres_url();
+        let mart = format!(
+            "type = \"postgres\"\nurl = \"{url}\"\ntable = \"{table}\"\ncreate = true\n\
+             lineage = true\n{mode}"
         );
-        std::fs::write(self.pipeline_file(), text).expect("written");
-        self.pipeline_file()
+        PipelineToml::new(self.world.folder.path(), &self.name())
+            .timing(timing)
+            .stream("test", "embedded", "format = \"application/json\"\npoll_interval = \"200 ms\"")
+            .stage("stamp", &self.stage_file().display().to_string(), &stage)
+            .sink("mart", &mart)
+            .table(more)
+            .write()
     }
 
     /// Starts the pipeline and waits until it reads.

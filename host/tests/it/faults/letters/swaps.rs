@@ -8,8 +8,8 @@ fn fault_40_a_version_that_loops_is_replaced_by_a_corrected_one() {
     let mut rig = Rig::new(1);
     // Records come alone, so that the trial has many that the version at work loops on.
     rig.stage = "[stage.limits]\nrecord_time = \"500 ms\"".into();
-    rig.more =
-        "[source.batch]\nrecords = 1\n[timing]\ntrial = \"3 s\"\ntrial_incumbent = \"1 s\"".into();
+    rig.more = "[source.batch]\nrecords = 1".into();
+    rig.timing = "trial = \"3 s\"\ntrial_incumbent = \"1 s\"".into();
     std::fs::write(rig.stage_file(), stamp("v1 loop 10")).expect("written");
     rig.start();
     // One that loops comes when nothing else does: of a busy stage not every batch is kept for trials.

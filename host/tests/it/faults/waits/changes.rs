@@ -71,7 +71,7 @@ fn is_running(run: &mut Run) -> bool {
 #[test]
 fn fault_01_a_swap_does_not_break_off_a_delivery_and_names_the_lane_that_waits() {
     let mut rig = Rig::new(1);
-    rig.more = "[timing]\nretry_pause = \"50 ms\"\n".into();
+    rig.timing = "retry_pause = \"50 ms\"".into();
     let path = rig.write_pipeline();
     let text = std::fs::read_to_string(&path).expect("the file");
     rig.start();

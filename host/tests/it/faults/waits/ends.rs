@@ -362,7 +362,7 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
 #[test]
 fn fault_01_a_shadow_is_at_most_a_day_and_ends_with_the_pipeline() {
     let mut rig = Rig::new(1);
-    rig.more = "[timing]\ndrain = \"1 s\"".into();
+    rig.timing = "drain = \"1 s\"".into();
     rig.start();
     rig.world.put(0..100, 10);
     rig.wait_rows(100);
