@@ -11,9 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::flights::{from_csv, in_objects, in_postgres, in_sqlite, same_multiset};
-use crate::support::{
-    Process, plugin, postgres_url, run_ok, serve_stream, shardmill, some_flights_csv,
-};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{Process, postgres_url, run_ok, serve_stream, shardmill, some_flights_csv};
 
 /// How often the run is killed.
 const KILLS: usize = 10;
@@ -21,7 +20,6 @@ const KILLS: usize = 10;
 /// A pipeline of the flights into three kinds of sinks with different rhythms, so that at any
 /// moment each has what the others have not. `laguardia` is the route of that airport.
 fn pipeline(folder: &Path, schema: &str, laguardia: &str) -> String {
-    let (csv, route) = (plugin("csv-decode"), plugin("route-json"));
     let example =
         std::fs::read_to_string(crate::support::root().join("examples/flights/pipeline.toml"));
     let example = example.expect("the example");
@@ -30,24 +28,8 @@ fn pipeline(folder: &Path, schema: &str, laguardia: &str) -> String {
     let decode = &example[begin..end];
     let postgres = postgres_url();
     let data = folder.display();
-    let mut text = format!(
+    let route = format!(
         r#"
-[pipeline]
-name = "flights"
-state_dir = "{data}/state"
-[source]
-type = "kinesis"
-stream = "flights"
-endpoint = "embedded"
-format = "text/csv"
-records_per_call = 3000
-[[stage]]
-name = "decode"
-plugin = "{csv}"
-{decode}
-[[stage]]
-name = "route"
-plugin = "{route}"
 [stage.config]
 default = "laguardia"
 rules = [
@@ -59,38 +41,30 @@ rules = [
 newark = ["newark", "pg_newark", "logs"]
 kennedy = ["kennedy", "pg_kennedy", "logs"]
 laguardia = ["laguardia", "pg_laguardia", "logs"]
-[[sink]]
-name = "logs"
-type = "objects"
-url = "{data}/logs"
-compression = "zstd"
-[sink.commit]
-linger = "400 ms"
 "#
     );
+    let logs = format!(
+        "type = \"objects\"\nurl = \"{data}/logs\"\ncompression = \"zstd\"\n\
+         [sink.commit]\nlinger = \"400 ms\""
+    );
+    let mut file = PipelineToml::new(folder, "flights")
+        .timing("")
+        .stream("flights", "embedded", "format = \"text/csv\"\nrecords_per_call = 3000")
+        .stage("decode", "csv-decode", decode)
+        .stage("route", "route-json", &route)
+        .plain_sink("logs", &logs);
     for table in ["newark", "kennedy", "laguardia"] {
-        text.push_str(&format!(
-            r#"
-[[sink]]
-name = "{table}"
-type = "sqlite"
-path = "{data}/flights.db"
-table = "{table}"
-create = true
-[sink.commit]
-linger = "100 ms"
-[[sink]]
-name = "pg_{table}"
-type = "postgres"
-url = "{postgres}"
-table = "{schema}.{table}"
-create = true
-[sink.commit]
-linger = "200 ms"
-"#
-        ));
+        let to_sqlite = format!(
+            "type = \"sqlite\"\npath = \"{data}/flights.db\"\ntable = \"{table}\"\n\
+             create = true\n[sink.commit]\nlinger = \"100 ms\""
+        );
+        let to_postgres = format!(
+            "type = \"postgres\"\nurl = \"{postgres}\"\ntable = \"{schema}.{table}\"\n\
+             create = true\n[sink.commit]\nlinger = \"200 ms\""
+        );
+        file = file.plain_sink(table, &to_sqlite).plain_sink(&format!("pg_{table}"), &to_postgres);
     }
-    text
+    file.text()
 }
 
 /// A run whose log is read as it comes.

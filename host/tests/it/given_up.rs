@@ -7,49 +7,29 @@ use std::path::Path;
 use std::process::Stdio;
 
 use crate::sql_sinks::proxy::{Cut, Proxy};
+use crate::support::pipeline::PipelineToml;
 use crate::support::{
-    Process, plugin, postgres, postgres_url, run_ok, serve_stream, shardmill, sqlite, wait_for,
+    Process, postgres, postgres_url, run_ok, serve_stream, shardmill, sqlite, wait_for,
 };
 
 /// Rows that are put at once.
 const PIECE: u64 = 40;
 
+/// Writes the pipeline's file; gives its path.
 fn pipeline(folder: &Path, url: &str, table: &str) -> String {
-    let (data, plugin) = (folder.display(), plugin("route-json"));
-    format!(
-        r#"
-[pipeline]
-name = "{table}"
-state_dir = "{data}/state"
-[source]
-type = "kinesis"
-stream = "rows"
-endpoint = "embedded"
-format = "application/json"
-[[stage]]
-name = "route"
-plugin = "{plugin}"
-config = {{ default = "all", rules = [] }}
-routes = {{ all = ["mart", "copy"] }}
-[[sink]]
-name = "mart"
-type = "postgres"
-url = "{url}"
-table = "{table}"
-[sink.commit]
-rows = 10
-linger = "50 ms"
-on_failure = "dead-letter"
-give_up_after = "300 ms"
-[[sink]]
-name = "copy"
-type = "sqlite"
-path = "{data}/copy.db"
-table = "copy"
-[sink.commit]
-linger = "50 ms"
-"#
-    )
+    let mart = format!(
+        "type = \"postgres\"\nurl = \"{url}\"\ntable = \"{table}\"\n[sink.commit]\nrows = 10\n\
+         linger = \"50 ms\"\non_failure = \"dead-letter\"\ngive_up_after = \"300 ms\""
+    );
+    let copy =
+        format!("type = \"sqlite\"\npath = \"{}/copy.db\"\ntable = \"copy\"", folder.display());
+    PipelineToml::new(folder, table)
+        .timing("")
+        .stream("rows", "embedded", "format = \"application/json\"")
+        .route_all_to(&["mart", "copy"])
+        .plain_sink("mart", &mart)
+        .sink("copy", &copy)
+        .write()
 }
 
 fn ids(table: &str) -> Vec<u64> {
@@ -69,12 +49,10 @@ async fn lose_and_find(test: &str, cut: Cut) {
     let mut through = server.clone();
     through.set_port(Some(proxy.port)).expect("a port");
     through.set_host(Some("127.0.0.1")).expect("a host");
-    let config = folder.path().join("pipeline.toml");
-    std::fs::write(&config, pipeline(folder.path(), through.as_str(), &table)).expect("written");
+    let config = pipeline(folder.path(), through.as_str(), &table);
     tokio::task::block_in_place(|| {
         let copy = sqlite(&folder.path().join("copy.db"));
         copy.execute_batch("CREATE TABLE copy (id integer NOT NULL)").expect("a table");
-        let config = config.display().to_string();
         let _stream = serve_stream(&folder.path().join("state"));
         run_ok(&["stream", "create", "--shards", "1", "--pipeline", &config]);
         let run = shardmill(&["run", &config]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();

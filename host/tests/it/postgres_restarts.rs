@@ -8,7 +8,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::support::{Process, plugin, postgres_at, run_ok, serve_stream, shardmill, wait_for};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{Process, postgres_at, run_ok, serve_stream, shardmill, wait_for};
 
 const RESTARTS: u64 = 10;
 /// Many commits' worth, so that a restart finds one under way.
@@ -46,42 +47,21 @@ fn restart(mode: &str) {
     assert!(status.expect("pg_ctl").success(), "{command:?}");
 }
 
+/// Writes the pipeline's file; gives its path.
 fn pipeline(folder: &Path, schema: &str) -> String {
-    let (data, plugin, url) = (folder.display(), plugin("route-json"), url());
-    format!(
-        r#"
-[pipeline]
-name = "restarts"
-state_dir = "{data}/state"
-[source]
-type = "kinesis"
-stream = "rows"
-endpoint = "embedded"
-format = "application/json"
-records_per_call = 1000
-[[stage]]
-name = "route"
-plugin = "{plugin}"
-config = {{ default = "all", rules = [] }}
-routes = {{ all = ["appended", "merged"] }}
-[[sink]]
-name = "appended"
-type = "postgres"
-url = "{url}"
-table = "{schema}.appended"
-[sink.commit]
-rows = 500
-[[sink]]
-name = "merged"
-type = "postgres"
-url = "{url}"
-table = "{schema}.merged"
-mode = "upsert"
-key = ["id"]
-[sink.commit]
-rows = 700
-"#
-    )
+    let url = url();
+    let sink = |table: &str, lines: &str| {
+        format!("type = \"postgres\"\nurl = \"{url}\"\ntable = \"{schema}.{table}\"\n{lines}")
+    };
+    let appended = sink("appended", "[sink.commit]\nrows = 500");
+    let merged = sink("merged", "mode = \"upsert\"\nkey = [\"id\"]\n[sink.commit]\nrows = 700");
+    PipelineToml::new(folder, "restarts")
+        .timing("")
+        .stream("rows", "embedded", "format = \"application/json\"\nrecords_per_call = 1000")
+        .route_all_to(&["appended", "merged"])
+        .plain_sink("appended", &appended)
+        .plain_sink("merged", &merged)
+        .write()
 }
 
 fn count(table: &str) -> u64 {
@@ -97,9 +77,8 @@ fn ten_restarts_of_postgres_lose_and_double_nothing() {
         "CREATE SCHEMA {schema}; CREATE TABLE {schema}.appended (id bigint NOT NULL); \
          CREATE TABLE {schema}.merged (id bigint PRIMARY KEY)"
     ));
-    let (rows, config) = (folder.path().join("rows.ndjson"), folder.path().join("pipeline.toml"));
-    std::fs::write(&config, pipeline(folder.path(), &schema)).expect("written");
-    let config = config.display().to_string();
+    let rows = folder.path().join("rows.ndjson");
+    let config = pipeline(folder.path(), &schema);
     let _stream = serve_stream(&folder.path().join("state"));
     run_ok(&["stream", "create", "--shards", "2", "--pipeline", &config]);
     let run = shardmill(&["run", &config]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();

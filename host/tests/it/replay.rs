@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::process::Output;
 use std::time::Duration;
 
+use crate::support::pipeline::PipelineToml;
 use crate::support::{
-    Process, kill_until_it_ends, output, plugin, postgres, postgres_url, run_ok, serve_stream,
-    shardmill,
+    Process, kill_until_it_ends, output, postgres, postgres_url, run_ok, serve_stream, shardmill,
 };
 use serde_json::Value;
 
@@ -28,39 +28,21 @@ impl World {
             "CREATE TABLE {table} ({columns}, shardmill_pipeline text, \
             shardmill_shard text, shardmill_sequence numeric, shardmill_arrived_at timestamptz)"
         ));
-        let (data, plugin, url) = (folder.path().display(), plugin("route-json"), postgres_url());
-        let text = format!(
-            r#"
-[pipeline]
-name = "{table}"
-state_dir = "{data}/state"
-[source]
-type = "kinesis"
-stream = "cars"
-endpoint = "embedded"
-format = "application/json"
-poll_interval = "20 ms"
-[[stage]]
-name = "route"
-plugin = "{plugin}"
-config = {{ default = "all", rules = [{{ route = "dropped", field = "make", in = ["None"] }}] }}
-routes = {{ all = ["mart", "other"], dropped = [] }}
-[[sink]]
-name = "mart"
-type = "postgres"
-url = "{url}"
-table = "{table}"
-lineage = true
-{mode}
-[sink.commit]
-rows = 10
-linger = "50 ms"
-[[sink]]
-name = "other"
-type = "discard"
-"#
+        let route = "config = { default = \"all\", \
+             rules = [{ route = \"dropped\", field = \"make\", in = [\"None\"] }] }\n\
+             routes = { all = [\"mart\", \"other\"], dropped = [] }";
+        let mart = format!(
+            "type = \"postgres\"\nurl = \"{}\"\ntable = \"{table}\"\nlineage = true\n{mode}\n\
+             [sink.commit]\nrows = 10\nlinger = \"50 ms\"",
+            postgres_url()
         );
-        std::fs::write(folder.path().join("pipeline.toml"), text).expect("written");
+        PipelineToml::new(folder.path(), &table)
+            .timing("")
+            .stream("cars", "embedded", "format = \"application/json\"\npoll_interval = \"20 ms\"")
+            .stage("route", "route-json", route)
+            .plain_sink("mart", &mart)
+            .plain_sink("other", "type = \"discard\"")
+            .write();
         let stream = serve_stream(&folder.path().join("state"));
         let world = Self { folder, table, _stream: stream };
         run_ok(&["stream", "create", "--shards", "2", "--pipeline", &world.config()]);
