@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::process::Output;
 
+use crate::support::pipeline::PipelineToml;
 use crate::support::player::{Player, Seen};
 use crate::support::shardmill;
 use hyper::StatusCode;
@@ -38,26 +39,12 @@ fn kinesis(seen: &Seen) -> (StatusCode, &'static str) {
 
 /// Describes the stream of a pipeline that assumes a role.
 fn describe(folder: &Path, kinesis: &Player, sts: &Player, assume_role: &str) -> Output {
-    let file = folder.join("pipeline.toml");
-    let text = format!(
-        r#"
-[pipeline]
-name = "accounts"
-state_dir = "state"
-[source]
-type = "kinesis"
-stream = "test"
-region = "eu-west-1"
-endpoint = "{}"
-assume_role = {assume_role}
-[[sink]]
-name = "nothing"
-type = "discard"
-"#,
-        kinesis.url
-    );
-    std::fs::write(&file, text).expect("written");
-    let file = file.display().to_string();
+    let role = format!("region = \"eu-west-1\"\nassume_role = {assume_role}");
+    let file = PipelineToml::new(folder, "accounts")
+        .timing("")
+        .stream("test", &kinesis.url, &role)
+        .plain_sink("nothing", "type = \"discard\"")
+        .write();
     crate::support::output(
         shardmill(&["stream", "describe", "--json", "--pipeline", &file])
             .env("AWS_ENDPOINT_URL_STS", &sts.url)

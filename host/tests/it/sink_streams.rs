@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::sql_sinks::{Log, commit, expect_unavailable, position, route, shard};
-use crate::support::{plugin, run_ok, serve_stream};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{run_ok, serve_stream};
 use aws_sdk_kinesis::types::ShardIteratorType;
 use ferrokinesis::store::StoreOptions;
 use shardmill_config::{Endpoint, HttpHostConfig, HttpMethod, Secret, StreamServer, Values};
@@ -373,35 +374,17 @@ fn a_pipeline_feeds_a_stream_and_an_endpoint() {
     assert_eq!(tail.lines().count(), 5_000, "{}", &tail[..300.min(tail.len())]);
 }
 
+/// Writes the pipeline's file; gives its path.
 fn pipeline(folder: &Path, port: u16) -> String {
-    let (data, plugin) = (folder.display(), plugin("route-json"));
-    let text = format!(
-        r#"
-[pipeline]
-name = "feed"
-state_dir = "{data}/state"
-[source]
-type = "file"
-path = "{data}/rows.ndjson"
-[[stage]]
-name = "route"
-plugin = "{plugin}"
-config = {{ default = "all", rules = [] }}
-routes = {{ all = ["out", "hook"] }}
-[[sink]]
-name = "out"
-type = "kinesis"
-stream = "out"
-endpoint = "embedded"
-[[sink]]
-name = "hook"
-type = "http"
-url = "http://127.0.0.1:{port}/events?x=1"
-headers = {{ authorization = "Bearer hunter2" }}
-private = true
-"#
+    let hook = format!(
+        "type = \"http\"\nurl = \"http://127.0.0.1:{port}/events?x=1\"\n\
+         headers = {{ authorization = \"Bearer hunter2\" }}\nprivate = true"
     );
-    let path = folder.join("pipeline.toml");
-    std::fs::write(&path, text).expect("written");
-    path.display().to_string()
+    PipelineToml::new(folder, "feed")
+        .timing("")
+        .file(&folder.join("rows.ndjson"), "")
+        .route_all_to(&["out", "hook"])
+        .plain_sink("out", "type = \"kinesis\"\nstream = \"out\"\nendpoint = \"embedded\"")
+        .plain_sink("hook", &hook)
+        .write()
 }

@@ -7,7 +7,8 @@ use std::process::Command;
 
 use crate::sql_sinks::{Log, commit, route, shard};
 use crate::support::flights::{from_csv, same_multiset};
-use crate::support::{plugin, root, run_ok, some_flights_csv, with_tools};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{root, run_ok, some_flights_csv, with_tools};
 use serde_json::{Value, json};
 use shardmill_core::sink::Sink as _;
 use shardmill_sink_objects::{
@@ -165,42 +166,23 @@ async fn what_does_not_fit_is_refused_alone() {
 #[test]
 fn the_flights_are_read_back() {
     let folder = tempfile::tempdir().expect("a folder");
-    let (decode, by) = (plugin("csv-decode"), plugin("route-json"));
     let flights = some_flights_csv(folder.path());
     let example = std::fs::read_to_string(root().join("examples/flights/pipeline.toml"));
     let example = example.expect("the example");
     let begin = example.find("[stage.config]").expect("its first configuration");
     let end = begin + example[begin..].find("[[stage]]").expect("its second stage");
-    let (data, csv, columns) = (folder.path().display(), flights.display(), &example[begin..end]);
-    let text = format!(
-        r#"
-[pipeline]
-name = "flights"
-state_dir = "{data}/state"
-[source]
-type = "file"
-path = "{csv}"
-format = "text/csv"
-[[stage]]
-name = "decode"
-plugin = "{decode}"
-{columns}
-[[stage]]
-name = "route"
-plugin = "{by}"
-config = {{ default = "all", rules = [] }}
-routes = {{ all = ["logs"] }}
-[[sink]]
-name = "logs"
-type = "objects"
-url = "{data}/logs"
-format = "parquet"
-folder = "{{route}}/origin={{row.origin}}"
-"#
+    let logs = format!(
+        "type = \"objects\"\nurl = \"{}/logs\"\nformat = \"parquet\"\n\
+         folder = \"{{route}}/origin={{row.origin}}\"",
+        folder.path().display()
     );
-    let pipeline = folder.path().join("pipeline.toml");
-    std::fs::write(&pipeline, text).expect("written");
-    let pipeline = pipeline.display().to_string();
+    let pipeline = PipelineToml::new(folder.path(), "flights")
+        .timing("")
+        .file(&flights, "format = \"text/csv\"")
+        .stage("decode", "csv-decode", &example[begin..end])
+        .route_all_to(&["logs"])
+        .plain_sink("logs", &logs)
+        .write();
     run_ok(&["run", &pipeline]);
     let said = run_ok(&["objects", "verify", &pipeline, "--content"]);
     assert!(said.contains("84194 rows"), "{said}");

@@ -11,7 +11,8 @@ use crate::sink_objects::s3;
 use crate::sql_sinks::keyed;
 use crate::sql_sinks::proxy::{Cut, Proxy};
 use crate::sql_sinks::{Log, assert_fences, commit, expect_unavailable, position, route, shard};
-use crate::support::{kill_until_it_ends, plugin, postgres_url, shardmill};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{kill_until_it_ends, postgres_url, shardmill};
 use futures::TryStreamExt as _;
 use shardmill_config::WriteMode;
 use shardmill_core::sink::{Acquired, Sink, SinkWriter};
@@ -365,52 +366,29 @@ async fn a_killed_run_leaves_each_row_once() {
     const ROWS: u64 = 4_000;
     let cluster = Cluster::new("killed").await;
     let folder = tempfile::tempdir().expect("a folder");
-    let data = folder.path().display();
     let mut lines = String::new();
     for id in 0..ROWS {
         writeln!(lines, "{{\"id\":{id},\"make\":\"Honda\"}}").expect("text");
     }
-    std::fs::write(folder.path().join("rows.ndjson"), lines).expect("written");
+    let rows = folder.path().join("rows.ndjson");
+    std::fs::write(&rows, lines).expect("written");
     let mut options = String::new();
     for (name, value) in &cluster.s3.options {
         writeln!(options, "{name} = \"{value}\"").expect("text");
     }
     let (url, schema, staging) = (Cluster::url(cluster.port), &cluster.schema, s3::url());
-    let pipeline = format!(
-        r#"
-[pipeline]
-name = "warehouse"
-state_dir = "{data}/state"
-[source]
-type = "file"
-path = "{data}/rows.ndjson"
-[source.batch]
-records = 50
-[[stage]]
-name = "route"
-plugin = "{}"
-config = {{ default = "all", rules = [] }}
-routes = {{ all = ["warehouse"] }}
-[[sink]]
-name = "warehouse"
-type = "redshift"
-url = "{url}"
-table = "{schema}.cars"
-mode = "append"
-staging = "{staging}"
-iam_role = "{ROLE}"
-[sink.options]
-{options}
-[sink.commit]
-rows = 200
-linger = "20 ms"
-"#,
-        plugin("route-json")
+    let warehouse = format!(
+        "type = \"redshift\"\nurl = \"{url}\"\ntable = \"{schema}.cars\"\nmode = \"append\"\n\
+         staging = \"{staging}\"\niam_role = \"{ROLE}\"\n[sink.options]\n{options}\
+         [sink.commit]\nrows = 200\nlinger = \"20 ms\""
     );
-    let config = folder.path().join("pipeline.toml");
-    std::fs::write(&config, pipeline).expect("written");
+    let config = PipelineToml::new(folder.path(), "warehouse")
+        .timing("")
+        .file(&rows, "[source.batch]\nrecords = 50")
+        .route_all_to(&["warehouse"])
+        .plain_sink("warehouse", &warehouse)
+        .write();
     cluster.sql("CREATE TABLE cars (id bigint, make varchar(10))").await;
-    let config = config.display().to_string();
     let count = "SELECT count(*) FROM cars";
     let killed = move || kill_until_it_ends(2014, || shardmill(&["run", &config]));
     let kills = tokio::task::spawn_blocking(killed).await.expect("it ends");
