@@ -1,9 +1,11 @@
 //! `shardmill dlq` by the real binary: what could not be processed is listed, shown, taken elsewhere
 //! and deleted, and nothing else is.
 
+use std::path::Path;
 use std::process::Output;
 
-use crate::support::{kill_until_it_ends, output, plugin, shardmill};
+use crate::support::pipeline::PipelineToml;
+use crate::support::{kill_until_it_ends, output, shardmill};
 use serde_json::Value;
 
 /// A pipeline that has run: two records are fine, one is no JSON, one is no text, one traps, and one
@@ -17,33 +19,17 @@ impl Ran {
         let folder = tempfile::tempdir().expect("a folder");
         let lines = b"{\"id\":1}\n{\"id\":\n\xff\xfe\n{\"id\":2,\"name\":\"trap\"}\n{\"id\":\"many\"}\n{\"id\":3}\n";
         std::fs::write(folder.path().join("cars.ndjson"), lines).expect("written");
-        let text = format!(
-            r#"
-[pipeline]
-name = "cars"
-state_dir = "state"
-[source]
-type = "file"
-path = "cars.ndjson"
-[[stage]]
-name = "check"
-plugin = "{}"
-config = {{ trap_on = "trap", format = "application/json" }}
-[[stage]]
-name = "route"
-plugin = "{}"
-config = {{ default = "all", rules = [] }}
-routes = {{ all = ["mart"] }}
-[[sink]]
-name = "mart"
-type = "sqlite"
-path = "mart.db"
-table = "cars"
-"#,
-            plugin("hostile"),
-            plugin("route-json")
-        );
-        std::fs::write(folder.path().join("pipeline.toml"), text).expect("written");
+        PipelineToml::new(folder.path(), "cars")
+            .timing("")
+            .file(Path::new("cars.ndjson"), "")
+            .stage(
+                "check",
+                "hostile",
+                "config = { trap_on = \"trap\", format = \"application/json\" }",
+            )
+            .route_all_to(&["mart"])
+            .plain_sink("mart", "type = \"sqlite\"\npath = \"mart.db\"\ntable = \"cars\"")
+            .write();
         let mart = crate::support::sqlite(&folder.path().join("mart.db"));
         mart.execute_batch("CREATE TABLE cars (id integer NOT NULL)").expect("a table");
         let ran = Self { folder };
@@ -229,10 +215,7 @@ fn a_redrive_that_is_killed_goes_on_where_it_was() {
     let lines: String = (0..RECORDS).map(|id| format!("{{\"id\":{id}}}\n")).collect();
     std::fs::write(ran.folder.path().join("more.ndjson"), lines).expect("written");
     ran.replace("path = \"cars.ndjson\"", "path = \"more.ndjson\"\nbatch = { records = 4 }");
-    ran.replace(
-        "state_dir = \"state\"",
-        "state_dir = \"state\"\nrejected_of_last_1000 = 1000\nrejected_in_a_row = 100000",
-    );
+    ran.replace("[timing]", "rejected_of_last_1000 = 1000\nrejected_in_a_row = 100000\n[timing]");
     ran.replace("table = \"cars\"", "table = \"cars\"\n[sink.commit]\nrows = 2");
     ran.mart()
         .execute_batch("DROP TABLE cars; CREATE TABLE cars (id integer NOT NULL CHECK (id < 0))")
