@@ -3,6 +3,7 @@
 use std::process::Output;
 
 use super::wat::Guest;
+use crate::support::pipeline::PipelineToml;
 use crate::support::world::{Pipeline, World};
 use crate::support::{free_port, http_get, wait_for};
 
@@ -60,30 +61,16 @@ pub fn heavy() -> tempfile::NamedTempFile {
 /// Checks a pipeline of one stage, which must be refused; gives what is said in one line.
 fn refused(plugin: &str, lines: &str) -> String {
     let folder = tempfile::tempdir().expect("a folder");
-    let text = format!(
-        r#"
-[pipeline]
-name = "refused"
-state_dir = "state"
-[source]
-type = "kinesis"
-stream = "test"
-[[stage]]
-name = "only"
-plugin = "{plugin}"
-routes = {{ out = ["console"] }}
-{lines}
-[[sink]]
-name = "console"
-type = "stdout"
-"#
-    );
-    let path = folder.path().join("pipeline.toml");
-    std::fs::write(&path, text).expect("written");
-    let checked: Output = crate::support::run(&["check", "--offline", &path.display().to_string()]);
+    let path = PipelineToml::new(folder.path(), "refused")
+        .timing("")
+        .table("[source]\ntype = \"kinesis\"\nstream = \"test\"")
+        .stage("only", plugin, &format!("routes = {{ out = [\"console\"] }}\n{lines}"))
+        .plain_sink("console", "type = \"stdout\"")
+        .write();
+    let checked: Output = crate::support::run(&["check", "--offline", &path]);
     let said = String::from_utf8_lossy(&checked.stderr).into_owned();
     assert_eq!(checked.status.code(), Some(2), "{said}");
-    assert!(said.contains("pipeline.toml:10:10"), "{said}");
+    assert!(said.contains("pipeline.toml:11:10"), "{said}");
     said.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 

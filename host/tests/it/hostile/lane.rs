@@ -16,6 +16,8 @@ use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use shardmill_state::SettledItems;
 use tokio_util::sync::CancellationToken;
 
+use crate::support::pipeline::PipelineToml;
+
 /// Records of a batch.
 pub const RECORDS: usize = 1_000;
 
@@ -61,27 +63,17 @@ impl Lane {
         config: &str,
         rejected_max: RejectedMax,
     ) -> Result<Self, String> {
-        let text = format!(
-            r#"
-[pipeline]
-name = "hostile"
-[source]
-type = "kinesis"
-stream = "test"
-[[stage]]
-name = "misbehave"
-plugin = "{plugin}"
-[stage.config]
-{config}
-[stage.limits]
-{limits}
-[stage.routes]
-out = ["console"]
-[[sink]]
-name = "console"
-type = "stdout"
-"#
+        let stage = format!(
+            "[stage.config]\n{config}\n[stage.limits]\n{limits}\n\
+             [stage.routes]\nout = [\"console\"]"
         );
+        // Nothing is written: a folder of no name will do.
+        let text = PipelineToml::new(Path::new(""), "hostile")
+            .timing("")
+            .table("[source]\ntype = \"kinesis\"\nstream = \"test\"")
+            .stage("misbehave", plugin, &stage)
+            .plain_sink("console", "type = \"stdout\"")
+            .text();
         let config =
             parse(Path::new("test.toml"), &text, &SINK_TYPES, &|_| None).expect("a sound pipeline");
         let engine = PluginEngine::new().expect("an engine");

@@ -13,6 +13,7 @@ use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use super::asking::{
     Asking, GET, LOG, NOW, OBSERVE, Place, RANDOM, REFUSE_IF_FAILED, REGISTER, SEND,
 };
+use crate::support::pipeline::PipelineToml;
 use crate::support::world::{Pipeline, STREAM, World};
 use crate::support::{run, wait_for};
 
@@ -180,23 +181,14 @@ async fn wall_07_configure_does_not_run_on_async_threads() {
         (local.set $i (i32.add (local.get $i) (i32.const 1)))
         (br_if $long (i32.lt_u (local.get $i) (i32.const 300000000))))";
     let component = Asking { configure, ..Asking::default() }.build();
-    let text = format!(
-        r#"
-[pipeline]
-name = "busy"
-[source]
-type = "kinesis"
-stream = "{STREAM}"
-[[stage]]
-name = "ask"
-plugin = "{}"
-routes = {{ out = ["console"] }}
-[[sink]]
-name = "console"
-type = "stdout"
-"#,
-        component.path().display()
-    );
+    let plugin = component.path().display().to_string();
+    // Nothing is written: a folder of no name will do.
+    let text = PipelineToml::new(Path::new(""), "busy")
+        .timing("")
+        .table(&format!("[source]\ntype = \"kinesis\"\nstream = \"{STREAM}\""))
+        .stage("ask", &plugin, "routes = { out = [\"console\"] }")
+        .plain_sink("console", "type = \"stdout\"")
+        .text();
     let config =
         parse(Path::new("test.toml"), &text, &SINK_TYPES, &|_| None).expect("a valid pipeline");
     let engine = PluginEngine::new().expect("an engine");
