@@ -130,8 +130,8 @@ impl Case {
         let is_stuck = Arc::new(AtomicBool::new(false));
         let own = InMemory(tables.clone());
         let destinations = Arc::new(Stuck { tables: own, is_stuck: is_stuck.clone(), place });
-        let (rig, state) = (Rig::new(), folder.path().to_owned());
-        let world = World { rig, size: PURE, state, chaos, destinations };
+        let (rig, home) = (Rig::new(), folder.path().to_owned());
+        let world = World { rig, size: PURE, home, chaos, destinations };
         Self { tables, is_stuck, world, _folder: folder }
     }
 

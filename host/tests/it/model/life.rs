@@ -26,6 +26,7 @@ use super::chaos::{Chaos, Unreliable};
 use super::script::{Between, End, File, Life, Redriving, Script};
 use super::source::{Memory, name};
 use super::{ALL, PLUGIN, Rig, SINKS, Size};
+use crate::support::pipeline::PipelineToml;
 
 /// The sink of all rows after it was renamed.
 const RENAMED: &str = "every";
@@ -57,8 +58,8 @@ pub trait Destinations: Send + Sync {
 pub struct World {
     pub rig: Arc<Rig>,
     pub size: Size,
-    /// The state folder.
-    pub state: PathBuf,
+    /// The folder in which the state folder lies.
+    pub home: PathBuf,
     pub chaos: Arc<Chaos>,
     pub destinations: Arc<dyn Destinations>,
 }
@@ -207,51 +208,35 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
 impl World {
     /// The pipeline's own folder in the state folder.
     pub fn folder(&self) -> PathBuf {
-        self.state.join("model")
+        self.home.join("state/model")
     }
 
     /// A copy of it.
     fn copied(&self, number: usize) -> PathBuf {
-        self.state.join(format!("copy-{number}"))
+        self.home.join(format!("copy-{number}"))
     }
 
     /// The pipeline that a file describes: one plugin whose configuration says which side goes where.
     fn pipeline(&self, file: File) -> PipelineConfig {
         let mut rng = fastrand::Rng::with_seed(file.rhythm);
         let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
-        let (plugin, state) = (crate::support::plugin(PLUGIN), self.state.display());
         let File { right, is_away, is_renamed, is_hasty, .. } = file;
         let drain = if is_hasty { "300 ms" } else { "60 s" };
         let all = match (is_away, name_of(ALL, is_renamed)) {
             (true, _) => String::new(),
             (false, all) => format!(", \"{all}\""),
         };
-        let mut text = format!(
-            r#"
-[pipeline]
-name = "model"
-state_dir = "{state}"
-on_position_mismatch = "sink"
-[timing]
-drain = "{drain}"
-retry_pause = "1 s"
-checkpoint = "250 ms"
-[source]
-type = "kinesis"
-stream = "model"
-[[stage]]
-name = "route"
-plugin = "{plugin}"
-[stage.config]
-default = "left"
-rules = [{{ route = "right", field = "side", equals = {right} }}]
-[stage.routes]
-left = ["left"{all}]
-right = ["right"{all}]
-[reload.probation]
-window = "0 s"
-"#
+        let route = format!(
+            "[stage.config]\ndefault = \"left\"\n\
+             rules = [{{ route = \"right\", field = \"side\", equals = {right} }}]\n\
+             [stage.routes]\nleft = [\"left\"{all}]\nright = [\"right\"{all}]"
         );
+        let mut toml = PipelineToml::new(&self.home, "model")
+            .pipeline("on_position_mismatch = \"sink\"")
+            .timing(&format!("drain = \"{drain}\"\nretry_pause = \"1 s\"\ncheckpoint = \"250 ms\""))
+            .table("[source]\ntype = \"kinesis\"\nstream = \"model\"")
+            .stage("route", PLUGIN, &route)
+            .table("[reload.probation]\nwindow = \"0 s\"");
         for (place, sink) in SINKS.iter().enumerate() {
             let size = place as u64 + 1;
             let (rows, linger_ms) = (rows * size, linger_ms * size);
@@ -269,11 +254,13 @@ window = "0 s"
                 true => String::new(),
                 false => format!("renamed_from = \"{sink}\"\n"),
             };
-            text.push_str(&format!(
-                "[[sink]]\nname = \"{name}\"\ntype = \"discard\"\n{renamed}[sink.commit]\nrows = {rows}\n\
-                 linger = \"{linger_ms} ms\"\n{on_failure}\n"
-            ));
+            let lines = format!(
+                "type = \"discard\"\n{renamed}[sink.commit]\nrows = {rows}\n\
+                 linger = \"{linger_ms} ms\"\n{on_failure}"
+            );
+            toml = toml.plain_sink(name, &lines);
         }
+        let text = toml.text();
         parse(Path::new("model.toml"), &text, &SINK_TYPES, &|_| None)
             .unwrap_or_else(|error| panic!("{}\n{text}", error.render(false)))
     }

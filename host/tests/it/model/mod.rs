@@ -262,7 +262,7 @@ async fn pure(rig: &Arc<Rig>, seed: u64, script: &Script) -> anyhow::Result<()> 
     let world = World {
         rig: rig.clone(),
         size: PURE,
-        state: folder.path().to_owned(),
+        home: folder.path().to_owned(),
         chaos,
         destinations: Arc::new(InMemory(tables.clone())),
     };
@@ -367,7 +367,7 @@ async fn real(
     let world = World {
         rig: rig.clone(),
         size: REAL,
-        state: folder.path().to_owned(),
+        home: folder.path().to_owned(),
         chaos: Chaos::new(seed, 60),
         destinations: Arc::new(OnServers { tables: tables.clone(), bucket: bucket.clone(), seed }),
     };
