@@ -190,7 +190,7 @@ impl Console {
     }
 
     /// Prints a line with colours of ours, whose other parts were escaped; nothing when JSON is asked for.
-    pub fn say_styled(&self, line: &str) {
+    pub(crate) fn say_styled(&self, line: &str) {
         if !self.json {
             output::print_styled(line);
         }

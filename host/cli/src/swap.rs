@@ -25,7 +25,7 @@ pub struct Pipeline {
 }
 
 #[derive(clap::Args)]
-pub struct SwapOptions {
+pub(crate) struct SwapOptions {
     /// The stage.
     stage: String,
     /// The component's file, or the first digits of the digest of one that ran before.
@@ -99,7 +99,7 @@ fn is_digest(text: &str) -> bool {
 }
 
 #[derive(clap::Args)]
-pub struct RollbackOptions {
+pub(crate) struct RollbackOptions {
     /// The stage.
     stage: String,
     #[command(flatten)]
@@ -237,7 +237,7 @@ pub(super) fn say_trial(trial: &Value, console: &Console) {
 }
 
 #[derive(clap::Args)]
-pub struct HistoryOptions {
+pub(crate) struct HistoryOptions {
     /// Only changes of this stage.
     stage: Option<String>,
     #[command(flatten)]
@@ -312,7 +312,7 @@ fn digest_in(spec: &GenerationSpec, stage: &str) -> String {
 }
 
 #[derive(clap::Args)]
-pub struct WhichOptions {
+pub(crate) struct WhichOptions {
     /// The record: its shard and sequence number, as SHARD:SEQUENCE; in an aggregate, SHARD:SEQUENCE/NUMBER.
     record: String,
     #[command(flatten)]

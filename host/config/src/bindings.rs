@@ -39,7 +39,7 @@ impl Names {
 
     /// Stages and sinks share one space of names: a dead letter is keyed by the name of the stage
     /// or sink that it comes from.
-    pub fn check_unique(&self, check: &mut Check) {
+    pub(crate) fn check_unique(&self, check: &mut Check) {
         let mut seen: BTreeMap<&str, &Range<usize>> = BTreeMap::new();
         for (name, span) in &self.all {
             if let Some(first) = seen.insert(name, span) {
@@ -53,7 +53,7 @@ impl Names {
     }
 
     /// Whether a route may be bound to this sink; notes a problem if it does not exist.
-    pub fn check_sink(&self, name: &str, span: Range<usize>, check: &mut Check) -> bool {
+    pub(crate) fn check_sink(&self, name: &str, span: Range<usize>, check: &mut Check) -> bool {
         let exists = self.sinks.contains(name);
         if !exists {
             let sinks: Vec<&str> = self.sinks.iter().map(String::as_str).collect();
@@ -64,7 +64,7 @@ impl Names {
     }
 
     /// Whether a stage may be granted this lookup; notes a problem if it does not exist.
-    pub fn check_lookup(&self, name: &str, span: Range<usize>, check: &mut Check) -> bool {
+    pub(crate) fn check_lookup(&self, name: &str, span: Range<usize>, check: &mut Check) -> bool {
         let exists = self.lookups.contains(name);
         if !exists {
             let lookups: Vec<&str> = self.lookups.iter().map(String::as_str).collect();

@@ -248,7 +248,7 @@ impl Diagnostic for ConfigError {
 }
 
 /// The candidate that was probably meant, if one is near enough.
-pub fn did_you_mean<'a>(
+pub(crate) fn did_you_mean<'a>(
     written: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {

@@ -36,7 +36,7 @@ pub struct StageText {
 
 /// A stage's configuration with its variables replaced.
 #[derive(Clone, Debug)]
-pub struct StageValues {
+pub(crate) struct StageValues {
     /// The JSON text that the plugin gets.
     pub json: String,
     /// The values in it.

@@ -37,7 +37,7 @@ impl Default for CompileLimits {
 }
 
 /// The CPU time that `configure` may take by itself, in milliseconds: it runs once per instance.
-pub const CONFIGURE_MS_MAX: u64 = 10_000;
+pub(crate) const CONFIGURE_MS_MAX: u64 = 10_000;
 
 /// What one call of a plugin may use. Going over is the failure of the guilty record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -53,7 +53,7 @@ pub struct StageLimits {
     pub host_ms_max: Option<u64>,
     /// The plugin's CPU time in `configure`, in milliseconds; `None`: [`CONFIGURE_MS_MAX`]. Left out as above.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub configure_ms_max: Option<u64>,
+    pub(crate) configure_ms_max: Option<u64>,
     /// Linear memory of all the instance's memories, in bytes.
     pub memory_bytes_max: usize,
     /// Elements of all the instance's tables.

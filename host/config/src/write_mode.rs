@@ -31,7 +31,7 @@ impl WriteMode {
     }
 
     /// Whether the newest row of each key wins, in whatever order rows come.
-    pub fn keeps_newest(&self) -> bool {
+    pub(crate) fn keeps_newest(&self) -> bool {
         matches!(self, Self::Upsert { newest_by: Some(_), .. })
     }
 

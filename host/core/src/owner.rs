@@ -24,7 +24,7 @@ pub struct OwnerName {
 
 impl OwnerName {
     /// Names this process, which begins to write now.
-    pub fn of_this_process() -> Self {
+    pub(crate) fn of_this_process() -> Self {
         Self {
             started_ms: chrono::Utc::now().timestamp_millis(),
             host: host_name().into(),

@@ -32,7 +32,7 @@ const LOCK_BYTES_MAX: u64 = 32;
 const OWN_BYTES_MAX: u64 = 64 << 10;
 
 /// The option that lifts the checks of state folders.
-pub const TRUST_OPTION: &str = "--trust-state-dir";
+pub(crate) const TRUST_OPTION: &str = "--trust-state-dir";
 
 /// A place that others can reach, or that cannot be made or looked at.
 #[derive(Debug, thiserror::Error)]
@@ -539,7 +539,7 @@ pub fn reach_of(path: &Path, trusted: Trusted) -> io::Result<Option<Reach>> {
 }
 
 /// A path without links, and how another user can exchange what lies there.
-pub struct Way {
+pub(crate) struct Way {
     /// The path without links.
     pub real: PathBuf,
     /// How another user can exchange it; `None`: nobody can.

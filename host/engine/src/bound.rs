@@ -30,11 +30,11 @@ pub struct MemoryBound {
     /// Lanes that run at once.
     pub lanes: usize,
     /// Everything but plugins, in bytes.
-    pub host_bytes: usize,
+    pub(crate) host_bytes: usize,
     /// Instances of plugins.
     pub instances: usize,
     /// What they may have together, in bytes.
-    pub plugin_bytes: usize,
+    pub(crate) plugin_bytes: usize,
 }
 
 impl MemoryBound {
@@ -117,7 +117,7 @@ impl MemoryBound {
     }
 
     /// The bound, in bytes.
-    pub fn total_bytes(&self) -> usize {
+    pub(crate) fn total_bytes(&self) -> usize {
         self.host_bytes.saturating_add(self.plugin_bytes)
     }
 
@@ -153,7 +153,7 @@ impl fmt::Display for MemoryBound {
 
 /// Memory that a process can have.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AvailableMemory {
+pub(crate) struct AvailableMemory {
     /// Its bytes.
     pub bytes: usize,
     /// Whose they are, for messages.

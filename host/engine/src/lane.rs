@@ -186,7 +186,7 @@ pub(crate) enum LaneEnd {
 
 /// Why a lane ended early.
 #[derive(Debug, thiserror::Error)]
-pub enum LaneError {
+pub(crate) enum LaneError {
     /// The source failed in a way that trying again within the lane does not mend.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -211,7 +211,7 @@ impl LaneError {
             Self::Fatal(_) => true,
             Self::Source(error) => error.needs_a_person(),
             // What is written there is lost: to try again would lose more.
-            Self::State(error) => error.is_gone(),
+            Self::State(error) => error.is_final(),
             Self::Sink(_) | Self::Stopped => false,
         }
     }
@@ -353,7 +353,7 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::State`] and [`LaneError::Stopped`]; nothing after them may be delivered then.
-    pub async fn record_hole(&self, lost: LostRecords) -> Result<(), LaneError> {
+    pub(crate) async fn record_hole(&self, lost: LostRecords) -> Result<(), LaneError> {
         let LostRecords { from_exclusive, to_inclusive, why } = lost;
         let (sink, shard) = (None, self.shard.clone());
         let hole = Hole { sink, shard, from_exclusive, to_inclusive, why };
@@ -362,7 +362,7 @@ impl Lane<'_> {
     }
 
     /// The shard was read to its end; `caught_up_ms` is a time at which it was still open.
-    pub fn reached_end(&mut self, caught_up_ms: Option<i64>) {
+    pub(crate) fn reached_end(&mut self, caught_up_ms: Option<i64>) {
         self.read_up_to_ms = self.read_up_to_ms.max(caught_up_ms);
     }
 
@@ -406,7 +406,7 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::Stopped`].
-    pub async fn cut_at_swap(
+    pub(crate) async fn cut_at_swap(
         &mut self,
         batch: Batch,
     ) -> Result<(Arc<Batch>, Option<Batch>), LaneError> {
@@ -438,7 +438,7 @@ impl Lane<'_> {
     /// # Errors
     /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::State`] when the dead letters are
     /// gone; [`LaneError::Stopped`]: the batch has no outcome.
-    pub async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<Ran, LaneError> {
+    pub(crate) async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<Ran, LaneError> {
         let settled = Arc::new(self.settled_of(batch).await?);
         // Since when the plugin asks for another try of this batch.
         let mut retried_since = None;
@@ -539,7 +539,7 @@ impl Lane<'_> {
                     self.shared.board.unblock(&self.shard.shard, LETTERS);
                     return Ok(settled);
                 }
-                Err(error) if error.is_gone() => return Err(error.into()),
+                Err(error) if error.is_final() => return Err(error.into()),
                 Err(error) => self.block(LETTERS, &error.to_string()),
             }
             self.unless_stopped(tokio::time::sleep(retries.next_pause())).await?;
@@ -654,7 +654,7 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::Stopped`]: what is not written belongs to a batch that is read again.
-    pub async fn write_letters(
+    pub(crate) async fn write_letters(
         &self,
         batch: &Batch,
         letters: Vec<DeadLetter>,
@@ -667,7 +667,7 @@ impl Lane<'_> {
             .unless_stopped(self.shared.letters.put(&batch.shard, letters.clone(), false))
             .await?
         {
-            if error.is_gone() {
+            if error.is_final() {
                 return Err(error.into());
             }
             self.block(LETTERS, &error.to_string());
@@ -814,7 +814,7 @@ impl Lane<'_> {
     }
 
     /// Ends the lane without another commit.
-    pub async fn abandon(mut self) {
+    pub(crate) async fn abandon(mut self) {
         self.end_checkpointer().await;
         // It may not come behind what the shard's next lane writes.
         let _ = self.stop.until_over(self.change.until_written()).await;

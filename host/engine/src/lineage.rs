@@ -19,9 +19,9 @@ pub struct Plan {
     /// Shards that were never begun and are no longer listed: none of their records was read.
     pub lost: Vec<ShardId>,
     /// Listed shards wait for parents that are not settled: not all records are being read.
-    pub some_wait: bool,
+    pub(crate) some_wait: bool,
     /// Every shard is settled to its end.
-    pub all_ended: bool,
+    pub(crate) all_ended: bool,
 }
 
 /// A shard that may be read, and where it begins if it was not begun before.
@@ -364,13 +364,13 @@ mod tests {
     mod by_every_way {
         use super::*;
 
-        pub fn is_before(shard: &ShardId, other: &ShardId, shards: &[Shard]) -> bool {
+        pub(crate) fn is_before(shard: &ShardId, other: &ShardId, shards: &[Shard]) -> bool {
             shards.iter().find(|listed| listed.id == *other).is_some_and(|listed| {
                 listed.parents.iter().any(|up| up == shard || is_before(shard, up, shards))
             })
         }
 
-        pub fn begins_after(
+        pub(crate) fn begins_after(
             shard: &Shard,
             shards: &[Shard],
             is_one: &dyn Fn(&ShardId) -> bool,

@@ -619,7 +619,7 @@ fn watch_state(
                 () = found.closed() => return,
             }
             match state.verify().await {
-                Err(error) if error.is_gone() => {
+                Err(error) if error.is_final() => {
                     // Nobody may listen any more.
                     let _ = found.send(error).await;
                     return;

@@ -29,7 +29,7 @@ const KEY_BYTES_MAX: usize = 4 * KEY_CHARS_MAX;
 
 /// One user record of an aggregate.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SubRecord {
+pub(crate) struct SubRecord {
     /// Its own partition key.
     pub partition_key: Bytes,
     /// Its payload.
@@ -77,7 +77,7 @@ struct SubSpan {
 }
 
 /// Whether a record begins as an aggregate does: only then is it more work than to move it.
-pub fn begins_as_aggregate(data: &[u8]) -> bool {
+pub(crate) fn begins_as_aggregate(data: &[u8]) -> bool {
     data.starts_with(&MAGIC)
 }
 

@@ -37,7 +37,7 @@ pub struct StreamConnection {
 }
 
 /// Why a call gave nothing.
-pub enum Passing {
+pub(crate) enum Passing {
     /// The same call later.
     Later(Fault),
     /// The shard is no longer there, nor listed: all its records were dropped.
@@ -123,7 +123,7 @@ impl StreamConnection {
     }
 
     /// The same position for a subscription. The caller calls [`Inbox::start_accepted`] once it is accepted.
-    pub fn starting_position(&self, inbox: &Inbox) -> Result<StartingPosition, SourceError> {
+    pub(crate) fn starting_position(&self, inbox: &Inbox) -> Result<StartingPosition, SourceError> {
         let start = WireStart::of(inbox);
         let position = StartingPosition::builder()
             .r#type(start.kind)
@@ -138,7 +138,7 @@ impl StreamConnection {
 
     /// Proves that the stream is the one that a shard's positions are of, by a look that began no
     /// earlier than `asked`. Many readers share one look.
-    pub async fn prove_identity(
+    pub(crate) async fn prove_identity(
         &self,
         shard: &ShardKey,
         asked: Instant,
@@ -173,7 +173,7 @@ impl StreamConnection {
     /// # Errors
     /// [`SourceError::LostRecords`], unless the configuration says to go on; then the loss is logged
     /// and counted. [`SourceError::Call`] for a sequence number that cannot be read.
-    pub async fn take_in(
+    pub(crate) async fn take_in(
         &self,
         inbox: &mut Inbox,
         records: Vec<Arrived>,
@@ -211,7 +211,7 @@ impl StreamConnection {
     ///
     /// # Errors
     /// As [`StreamConnection::take_in`].
-    pub async fn judge_gone(&self, inbox: &mut Inbox) -> Result<(), SourceError> {
+    pub(crate) async fn judge_gone(&self, inbox: &mut Inbox) -> Result<(), SourceError> {
         let asked = inbox.after().cloned();
         self.judge(Gap { asked, came: None }, inbox).await?;
         inbox.is_proven();
@@ -304,13 +304,13 @@ pub struct Answer {
     pub behind_ms: u64,
     /// A time before which the server surely gave this answer, in milliseconds since 1970 by its
     /// own clock.
-    pub as_of_ms: Option<i64>,
+    pub(crate) as_of_ms: Option<i64>,
     /// The shard is closed, and this was the last of it.
     pub is_end: bool,
 }
 
 /// The call that polls.
-pub const GET_RECORDS: &str = "GetRecords";
+pub(crate) const GET_RECORDS: &str = "GetRecords";
 
 /// Bytes of an iterator: far more than any has. Each lane keeps one while it waits, so they count for the memory
 /// that a lane needs.
@@ -322,7 +322,7 @@ const ITERATOR_BYTES_MAX: usize = 16 << 10;
 ///
 /// # Errors
 /// [`SourceError::Call`].
-pub fn check_iterator(
+pub(crate) fn check_iterator(
     call: &'static str,
     iterator: &str,
     inbox: &Inbox,

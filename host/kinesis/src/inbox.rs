@@ -32,7 +32,7 @@ pub struct ReadFrom {
 
 /// Where a subscription or an iterator begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ServerStart {
+pub(crate) enum ServerStart {
     /// At this record, which is given again. What was read of it is dropped here: inside an
     /// aggregate there is no other way to go on.
     AtSequence(SequenceNumber),
@@ -48,7 +48,7 @@ const VALIDATED_IN_PLACE_BYTES: usize = 64 << 10;
 
 /// A record as the server gave it, with the meaning of its bytes.
 #[derive(Debug)]
-pub struct Arrived {
+pub(crate) struct Arrived {
     sequence: String,
     arrived_ms: Option<i64>,
     partition_key: Bytes,
@@ -193,7 +193,7 @@ impl Inbox {
     /// arrives shows whether records are missing. Call it only after the server accepted: while a subscription
     /// is refused, records still arrive from the earlier iterator, and they follow the last record that was
     /// read. To expect the start's first record then would report lost records where none are lost.
-    pub fn start_accepted(&mut self) {
+    pub(crate) fn start_accepted(&mut self) {
         self.unproven = match self.from.after.clone() {
             Some(after) => Some(Unproven::Record(after)),
             None => self.from.caught_up_ms.map(|_| Unproven::Beginning),
@@ -201,7 +201,7 @@ impl Inbox {
     }
 
     /// Where the server must begin, so that no record is missed.
-    pub fn server_start(&self) -> ServerStart {
+    pub(crate) fn server_start(&self) -> ServerStart {
         match (&self.from.after, &self.from.start) {
             (Some(after), _) => ServerStart::AtSequence(after.sequence.clone()),
             (None, ShardStart::AtSequence(at)) => ServerStart::AtSequence(at.clone()),
@@ -211,7 +211,7 @@ impl Inbox {
     }
 
     /// When the last record arrived that the server gave, in milliseconds since 1970.
-    pub fn last_arrived_ms(&self) -> Option<i64> {
+    pub(crate) fn last_arrived_ms(&self) -> Option<i64> {
         self.last_arrived_ms
     }
 
@@ -221,7 +221,7 @@ impl Inbox {
     }
 
     /// Everything that had arrived by `at_ms` was read.
-    pub fn is_caught_up_at(&mut self, at_ms: i64) {
+    pub(crate) fn is_caught_up_at(&mut self, at_ms: i64) {
         self.from.caught_up_ms = Some(at_ms);
     }
 
@@ -231,13 +231,13 @@ impl Inbox {
     }
 
     /// The gap was judged.
-    pub fn forget_gap(&mut self) {
+    pub(crate) fn forget_gap(&mut self) {
         self.gap = None;
     }
 
     /// The gap that there may be if the server has nothing more, although it was told to begin where
     /// something should be.
-    pub fn gap_before_nothing(&self) -> Option<Gap> {
+    pub(crate) fn gap_before_nothing(&self) -> Option<Gap> {
         let asked = match self.unproven.as_ref()? {
             Unproven::Record(asked) => Some(asked.clone()),
             Unproven::Beginning => None,
@@ -251,12 +251,12 @@ impl Inbox {
     }
 
     /// What was lost since the last call.
-    pub fn take_lost(&mut self) -> Option<LostRecords> {
+    pub(crate) fn take_lost(&mut self) -> Option<LostRecords> {
         self.lost.take()
     }
 
     /// Nothing is missing where the server was told to begin, or it was judged.
-    pub fn is_proven(&mut self) {
+    pub(crate) fn is_proven(&mut self) {
         self.unproven = None;
     }
 

@@ -14,7 +14,7 @@
 //! `config`, `core`, `file` for the lines of inputs, and `sinks/common`; its heavy dependency is the AWS SDK.
 
 pub mod aggregate;
-pub mod answer_size;
+pub(crate) mod answer_size;
 mod booking;
 pub mod client;
 pub mod connection;

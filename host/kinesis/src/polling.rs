@@ -82,7 +82,7 @@ impl PollingReader {
     }
 
     /// Shows there what it waits for.
-    pub fn shown_by(mut self, waiting: Waiting) -> Self {
+    pub(crate) fn shown_by(mut self, waiting: Waiting) -> Self {
         self.waiting = waiting;
         self
     }

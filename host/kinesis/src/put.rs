@@ -60,7 +60,7 @@ impl<T> Request<T> {
     }
 
     /// The request with a lower limit of records: to find the one that makes it fail. At least one.
-    pub fn with_records_max(self, records_max: usize) -> Self {
+    pub(crate) fn with_records_max(self, records_max: usize) -> Self {
         Self { records_max: records_max.clamp(1, RECORDS_PER_REQUEST_MAX), ..self }
     }
 

@@ -16,7 +16,7 @@ use shardmill_core::source::SourceError;
 /// Source: API reference, PutRecords.
 pub const RECORDS_PER_REQUEST_MAX: usize = 500;
 /// Bytes of one request; half of what PutRecords takes, so that no server's own limit is met.
-pub const BYTES_PER_REQUEST_MAX: usize = 5 << 20;
+pub(crate) const BYTES_PER_REQUEST_MAX: usize = 5 << 20;
 /// Bytes of one record, its payload and its key; a stream's own limit is 1 MiB unless raised.
 ///
 /// Source: API reference, PutRecordsRequestEntry, UpdateMaxRecordSize.
@@ -91,7 +91,7 @@ pub enum Put {
 
 /// Why a request was refused as a whole.
 #[derive(Debug)]
-pub enum PutError {
+pub(crate) enum PutError {
     /// Throttled, or out of reach: the same request later. Its records may be on the stream.
     Later(SourceError),
     /// One of its records is against a limit, perhaps the stream's own. No record was taken.

@@ -31,13 +31,13 @@ pub struct Description {
     pub retention_hours: u32,
     /// When the server said so, by its clock, in milliseconds since 1970, rounded down to the second;
     /// `None`: its answers have no date.
-    pub answered_ms: Option<i64>,
+    pub(crate) answered_ms: Option<i64>,
 }
 
 impl Description {
     /// A time since which the stream surely holds all records that arrived, in milliseconds since
     /// 1970, by the server's clock.
-    pub fn retained_from_ms(&self) -> Option<i64> {
+    pub(crate) fn retained_from_ms(&self) -> Option<i64> {
         const MS_PER_HOUR: i64 = 3_600_000;
         // The date is rounded down to the second.
         let now_at_most_ms = self.answered_ms? + 1_000;

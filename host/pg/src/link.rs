@@ -303,7 +303,7 @@ impl Link {
     ///
     /// # Errors
     /// [`ServerError::OutOfStep`] when client and server are out of step.
-    pub async fn ask_in_step(
+    pub(crate) async fn ask_in_step(
         &self,
         command: &str,
         expression: &str,

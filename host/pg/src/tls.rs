@@ -70,7 +70,7 @@ impl Tls {
     }
 
     /// Speaks to any server, whoever it is.
-    pub fn unverified() -> Self {
+    pub(crate) fn unverified() -> Self {
         shardmill_tls::install();
         let config = ClientConfig::builder().dangerous();
         let config = config.with_custom_certificate_verifier(Arc::new(Anybody));
@@ -93,12 +93,12 @@ impl Handshake {
     }
 
     /// Whether the server has TLS and it did not succeed.
-    pub fn has_failed(&self) -> bool {
+    pub(crate) fn has_failed(&self) -> bool {
         self.0.load(Ordering::Acquire) == BEGUN
     }
 
     /// Whether the server said that it has no TLS.
-    pub fn was_refused(&self) -> bool {
+    pub(crate) fn was_refused(&self) -> bool {
         self.0.load(Ordering::Acquire) == REFUSED
     }
 

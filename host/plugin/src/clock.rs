@@ -34,16 +34,16 @@ const UNSEEN_MAX: Duration = EPOCH_TICK.saturating_mul(2);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct CallTime {
     /// CPU time of the plugin.
-    pub cpu_max: Duration,
+    pub(crate) cpu_max: Duration,
     /// Wall time of each call of the host that the plugin makes meanwhile.
-    pub host_max: Duration,
+    pub(crate) host_max: Duration,
     /// How often in a row it was starved before.
     pub starved: u32,
 }
 
 impl CallTime {
     /// With these, in milliseconds; without a `host_ms` a call of the host has as much as the plugin.
-    pub fn of_ms(cpu_ms: u64, host_ms: Option<u64>) -> Self {
+    pub(crate) fn of_ms(cpu_ms: u64, host_ms: Option<u64>) -> Self {
         Self {
             cpu_max: Duration::from_millis(cpu_ms),
             host_max: Duration::from_millis(host_ms.unwrap_or(cpu_ms)),
@@ -52,7 +52,7 @@ impl CallTime {
     }
 
     /// Returns the same, of a call that was starved so often in a row.
-    pub fn after_starved(self, starved: u32) -> Self {
+    pub(crate) fn after_starved(self, starved: u32) -> Self {
         Self { starved, ..self }
     }
 
@@ -177,7 +177,7 @@ impl CallClock {
     }
 
     /// The same, of one that is expected to last long enough to read the thread's clock twice for it.
-    pub fn begin_measured(&mut self, time: CallTime) {
+    pub(crate) fn begin_measured(&mut self, time: CallTime) {
         self.begin(time);
         self.is_measured = true;
         self.first = Some(self.read());
@@ -203,13 +203,13 @@ impl CallClock {
     }
 
     /// The plugin calls the host for something that may take long.
-    pub fn host_begins(&self, name: &'static str) -> HostCall {
+    pub(crate) fn host_begins(&self, name: &'static str) -> HostCall {
         let begun = Instant::now();
         HostCall { name, begun, cpu_begun: thread_cpu(), deadline: begun + self.time.host_max }
     }
 
     /// The host has answered.
-    pub fn host_ended(&mut self, call: HostCall) {
+    pub(crate) fn host_ended(&mut self, call: HostCall) {
         let now = Instant::now();
         self.host_cpu += thread_cpu().saturating_sub(call.cpu_begun);
         self.host_wall += now.saturating_duration_since(call.begun);

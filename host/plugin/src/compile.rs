@@ -44,7 +44,7 @@ pub(super) enum Compiler {
 /// Why a component was not compiled.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum CompileError {
+pub(crate) enum CompileError {
     /// The component is too large to be looked at.
     #[error("the component has {bytes} bytes, over the limit of {bytes_max} (limits.component)")]
     TooLarge {
@@ -89,7 +89,7 @@ impl Compiler {
     ///
     /// On Linux by the link to the running file itself: that it was replaced since it was started
     /// does not matter.
-    pub fn this_program() -> Self {
+    pub(crate) fn this_program() -> Self {
         let link = PathBuf::from("/proc/self/exe");
         match link.exists() {
             true => Self::Child(link),

@@ -11,7 +11,7 @@ use super::features;
 
 /// How often the epoch advances: the resolution of every deadline. At 5 ms the ticker costs
 /// nothing measurable, and a deadline is late by at most one tick.
-pub const EPOCH_TICK: Duration = Duration::from_millis(5);
+pub(crate) const EPOCH_TICK: Duration = Duration::from_millis(5);
 
 /// The largest stack that a plugin's call may use, in bytes. Deep recursion traps here, well
 /// inside the 2 MiB of the threads that call.

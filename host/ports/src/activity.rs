@@ -68,7 +68,7 @@ impl Activity {
         })))
     }
 
-    pub fn begin_request(&self) -> InHand {
+    pub(crate) fn begin_request(&self) -> InHand {
         let mut state = self.lock();
         state.requests += 1;
         state.has_asked = true;
@@ -77,7 +77,7 @@ impl Activity {
     }
 
     /// Notes that the peer has sent nothing yet.
-    pub fn nothing_came(&self) {
+    pub(crate) fn nothing_came(&self) {
         self.lock().is_looked_at = true;
     }
 
@@ -91,7 +91,7 @@ impl Activity {
     }
 
     /// Notes since when a body is waited for; `None`: more of it came, or nothing more is wanted.
-    pub fn body_waits(&self, since: Option<Instant>) {
+    pub(crate) fn body_waits(&self, since: Option<Instant>) {
         self.lock().body_since = since;
     }
 

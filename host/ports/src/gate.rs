@@ -186,7 +186,7 @@ impl Gate {
     }
 
     /// Ends the connection that has waited longest for its peer; whether one waits.
-    pub fn make_room(&self, now: Instant) -> bool {
+    pub(crate) fn make_room(&self, now: Instant) -> bool {
         let mut state = self.lock();
         let longest = longest_wait(&state.kept, |_| true, Duration::ZERO, now);
         if let Some(id) = longest {
@@ -225,11 +225,11 @@ impl Gate {
 }
 
 impl Pass {
-    pub fn is_for_health(&self) -> bool {
+    pub(crate) fn is_for_health(&self) -> bool {
         self.is_for_health
     }
 
-    pub fn activity(&self) -> &Activity {
+    pub(crate) fn activity(&self) -> &Activity {
         &self.activity
     }
 

@@ -103,7 +103,7 @@ pub struct ShardFacts {
 
 /// A shard that is to be read once more.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reopened {
+pub(crate) struct Reopened {
     /// The shard.
     pub shard: ShardId,
     /// Its checkpoint from now on.
@@ -131,7 +131,7 @@ pub struct Lost {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Sinks that were restored, where nobody has said whom to believe.
-    pub mismatches: Vec<(SinkName, ShardId, Mismatch)>,
+    pub(crate) mismatches: Vec<(SinkName, ShardId, Mismatch)>,
     /// Shards to read once more, children of such shards included.
     pub reopened: Vec<Reopened>,
     /// Sinks that are behind and stay so: in shards that are not listed any more, and where the
@@ -355,9 +355,9 @@ pub struct Losses {
 }
 
 /// How often a shard is lost to the same process until the later of the two stops,
-pub const LOSSES_MAX: usize = 3;
+pub(crate) const LOSSES_MAX: usize = 3;
 /// and in which time.
-pub const LOSSES_WITHIN: Duration = Duration::from_secs(60);
+pub(crate) const LOSSES_WITHIN: Duration = Duration::from_secs(60);
 
 impl Losses {
     /// Notes that the shard was lost to `other` at `now`. True: this process must stop.

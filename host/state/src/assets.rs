@@ -1,35 +1,35 @@
 //! The SQL files that the compiler reads: steps of migration, and for tests the schemas of earlier versions.
 
 /// The step of the migration to version 2.
-pub const TO_2: &str = include_str!("migrations/to_2.sql");
+pub(crate) const TO_2: &str = include_str!("migrations/to_2.sql");
 /// The step of the migration to version 3.
-pub const TO_3: &str = include_str!("migrations/to_3.sql");
+pub(crate) const TO_3: &str = include_str!("migrations/to_3.sql");
 /// The step of the migration to version 4.
-pub const TO_4: &str = include_str!("migrations/to_4.sql");
+pub(crate) const TO_4: &str = include_str!("migrations/to_4.sql");
 /// The step of the migration to version 5.
-pub const TO_5: &str = include_str!("migrations/to_5.sql");
+pub(crate) const TO_5: &str = include_str!("migrations/to_5.sql");
 /// The step of the migration to version 6.
-pub const TO_6: &str = include_str!("migrations/to_6.sql");
+pub(crate) const TO_6: &str = include_str!("migrations/to_6.sql");
 
 /// The schema of each earlier version, as the commit that its first line names made it.
 #[cfg(test)]
-pub mod schemas {
+pub(crate) mod schemas {
     /// Version 1.
-    pub const V1: &str = include_str!("migrations/schemas/v1.sql");
+    pub(crate) const V1: &str = include_str!("migrations/schemas/v1.sql");
     /// Version 2.
-    pub const V2: &str = include_str!("migrations/schemas/v2.sql");
+    pub(crate) const V2: &str = include_str!("migrations/schemas/v2.sql");
     /// Version 2, as a build between two releases left it.
-    pub const V2_UNFINISHED: &str = include_str!("migrations/schemas/v2_unfinished.sql");
+    pub(crate) const V2_UNFINISHED: &str = include_str!("migrations/schemas/v2_unfinished.sql");
     /// Version 3.
-    pub const V3: &str = include_str!("migrations/schemas/v3.sql");
+    pub(crate) const V3: &str = include_str!("migrations/schemas/v3.sql");
     /// Version 3, as a build between two releases left it.
-    pub const V3_UNFINISHED: &str = include_str!("migrations/schemas/v3_unfinished.sql");
+    pub(crate) const V3_UNFINISHED: &str = include_str!("migrations/schemas/v3_unfinished.sql");
     /// Version 4.
     pub const V4: &str = include_str!("migrations/schemas/v4.sql");
     /// Version 5.
-    pub const V5: &str = include_str!("migrations/schemas/v5.sql");
+    pub(crate) const V5: &str = include_str!("migrations/schemas/v5.sql");
     /// Version 6.
     pub const V6: &str = include_str!("migrations/schemas/v6.sql");
     /// Version 6, as a build between two releases left it.
-    pub const V6_UNFINISHED: &str = include_str!("migrations/schemas/v6_unfinished.sql");
+    pub(crate) const V6_UNFINISHED: &str = include_str!("migrations/schemas/v6_unfinished.sql");
 }

@@ -97,14 +97,14 @@ pub struct StateError {
     action: &'static str,
     cause: String,
     way_out: Cow<'static, str>,
-    is_gone: bool,
+    is_final: bool,
 }
 
 impl StateError {
-    /// Whether to try again mends nothing: the database is not the one that was opened any more, or what
-    /// was written there cannot be read.
-    pub fn is_gone(&self) -> bool {
-        self.is_gone
+    /// Whether trying again cannot help: the database at the path is not the one that was opened, or a value in it
+    /// cannot be read.
+    pub fn is_final(&self) -> bool {
+        self.is_final
     }
 }
 
@@ -120,7 +120,7 @@ impl StateStore {
             action,
             cause,
             way_out: way_out.into(),
-            is_gone: false,
+            is_final: false,
         };
         private::make_folders(folder).map_err(|cause| {
             error(
@@ -178,7 +178,7 @@ impl StateStore {
     /// Looks whether the database is still the one that was opened.
     ///
     /// # Errors
-    /// [`StateError`]; see [`StateError::is_gone`].
+    /// [`StateError`]; see [`StateError::is_final`].
     pub async fn verify(&self) -> Result<(), StateError> {
         self.mark().await.map(drop)
     }
@@ -236,7 +236,7 @@ impl StateStore {
             action: "read its version",
             cause: cause.to_string(),
             way_out: "nothing was changed".into(),
-            is_gone: false,
+            is_final: false,
         })
     }
 
@@ -338,7 +338,7 @@ impl StateStore {
         cause: String,
         way_out: impl Into<Cow<'static, str>>,
     ) -> StateError {
-        StateError { is_gone: false, ..self.unreadable(action, cause, way_out) }
+        StateError { is_final: false, ..self.unreadable(action, cause, way_out) }
     }
 
     /// Gives the error for something in the database that cannot be read, though the database itself can. No further
@@ -350,7 +350,7 @@ impl StateStore {
         way_out: impl Into<Cow<'static, str>>,
     ) -> StateError {
         let (path, way_out) = (self.path.display().to_string(), way_out.into());
-        StateError { path, action, cause, way_out, is_gone: true }
+        StateError { path, action, cause, way_out, is_final: true }
     }
 
     fn outcome<T>(
@@ -371,7 +371,7 @@ impl StateStore {
             action,
             cause,
             way_out: "nothing was changed; free the disk or mend the file: a pipeline that runs tries it again, else give the command again".into(),
-            is_gone: false,
+            is_final: false,
         }
     }
 
@@ -390,7 +390,7 @@ impl StateStore {
                     "put the state folder back as it was and start again; without it, a start goes \
                           on from the sinks' positions, and the dead letters are lost"
                         .into(),
-                is_gone: true,
+                is_final: true,
             },
         }
     }
@@ -448,7 +448,7 @@ pub fn needed_components(state_dir: &Path) -> Result<HashSet<String>, StateError
             action: "read which components are kept",
             cause,
             way_out: "compiled plugins that are not needed any more stay".into(),
-            is_gone: false,
+            is_final: false,
         };
         let state = folder.join("state.db");
         if state.exists() {

@@ -71,7 +71,7 @@ impl TrialRecord {
 /// Why a trial has no outcome.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum TrialError {
+pub(crate) enum TrialError {
     /// The plugin does not take its configuration, or does not start.
     #[error("{0}")]
     Configure(CallError),
@@ -103,7 +103,7 @@ impl Workbench {
     ///
     /// # Errors
     /// [`TrialError::Configure`].
-    pub fn start_within(
+    pub(crate) fn start_within(
         &self,
         config_json: &str,
         limits: StageLimits,

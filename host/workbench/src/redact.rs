@@ -31,7 +31,7 @@ impl Redaction {
 
     /// The record without what the rules name; `None`: there are rules, and the payload is no JSON
     /// to apply them to.
-    pub fn apply(&self, record: &TrialRecord) -> Option<TrialRecord> {
+    pub(crate) fn apply(&self, record: &TrialRecord) -> Option<TrialRecord> {
         let mut record = record.clone();
         if self.keys {
             record.key = Bytes::from(Digest::of(&record.key).short().to_owned());

@@ -22,7 +22,7 @@ fn template(language: Language) -> Template {
 
 /// A plugin that was made.
 #[derive(Debug)]
-pub struct NewPlugin {
+pub(crate) struct NewPlugin {
     /// Its folder.
     pub folder: PathBuf,
     /// Its files, relative to the folder; the library's are left out.
@@ -32,7 +32,7 @@ pub struct NewPlugin {
 /// Why no plugin was made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum ScaffoldError {
+pub(crate) enum ScaffoldError {
     /// The name cannot be one.
     #[error(
         "{name:?} cannot name a plugin: 1 to 64 of a-z, 0-9, - and _ are due, the first a letter"

@@ -47,7 +47,7 @@ const DISCOVERY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What is printed, and how.
 #[derive(clap::Args)]
-pub struct TailOptions {
+pub(crate) struct TailOptions {
     /// Stop after this many records.
     #[arg(long)]
     limit: Option<u64>,

@@ -22,9 +22,9 @@ pub(super) const BEYOND_OWNER: u32 = 0o077;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Me {
     pub uid: u32,
-    pub gids: BTreeSet<u32>,
+    pub(crate) gids: BTreeSet<u32>,
     /// Owner that the kernel shows for users whom this user namespace does not map, if it leaves some out.
-    pub unmapped: Option<u32>,
+    pub(crate) unmapped: Option<u32>,
     /// Who else may change what lies there.
     pub trusted: Trusted,
 }
@@ -46,9 +46,9 @@ pub enum Trusted {
 pub(super) struct FileSystem {
     pub device: u64,
     /// The owner that a new file of this process gets.
-    pub new_owner: u32,
+    pub(crate) new_owner: u32,
     /// Whether a new file has the mode that it was made with.
-    pub keeps_modes: bool,
+    pub(crate) keeps_modes: bool,
 }
 
 /// One folder or link on the way from `/` to a folder.
@@ -143,7 +143,7 @@ impl Reach {
 pub(super) struct Judge {
     pub me: Me,
     /// A file system that keeps no owners or no modes, if the folder lies on one.
-    pub loose: Option<FileSystem>,
+    pub(crate) loose: Option<FileSystem>,
 }
 
 impl Judge {
@@ -210,7 +210,7 @@ impl Judge {
     /// A mount, and what is above it, is the business of whoever mounted it: volumes of containers are
     /// commonly open to everybody. A link or a `..` leads away from there, so what was found before it stays
     /// found.
-    pub fn reach_above(&self, steps: &[Step]) -> Option<Reach> {
+    pub(crate) fn reach_above(&self, steps: &[Step]) -> Option<Reach> {
         let (mut before, mut found) = (None, None);
         for step in steps {
             match step.kind {
@@ -227,7 +227,7 @@ impl Judge {
     }
 
     /// What becomes of the folder at the end of these steps, from `/` on.
-    pub fn own_at(&self, steps: &[Step]) -> Own {
+    pub(crate) fn own_at(&self, steps: &[Step]) -> Own {
         let Some((last, above)) = steps.split_last() else { return Own::Fits };
         // A folder that is a mount itself is reached by no folder above it, but by the links that lead to it.
         let way = if last.kind == StepKind::Mount { steps } else { above };

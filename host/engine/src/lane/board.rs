@@ -28,7 +28,7 @@ pub struct Board {
 
 /// A lane that has changed to another generation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct LaneChange {
+pub(crate) struct LaneChange {
     /// Its shard.
     pub shard: ShardId,
     /// The lane's pause in microseconds: from the last batch out of the old generation until the new one
@@ -39,7 +39,7 @@ pub struct LaneChange {
 
 /// A lane that has not changed to another generation yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct WaitingLane {
+pub(crate) struct WaitingLane {
     /// Its shard.
     pub shard: ShardId,
     /// What it waits for.
@@ -52,14 +52,14 @@ pub struct ShardStatus {
     /// Records handed to the sinks since the process started.
     pub records_read: u64,
     /// Of these, records that some sink had before.
-    pub records_replayed: u64,
+    pub(crate) records_replayed: u64,
     /// Records that a stage did not take.
     pub dead_letters: u64,
     /// Reads in a row that brought nothing.
-    pub idle_reads: u64,
+    pub(crate) idle_reads: u64,
     /// Whether every sink had committed all that was read, as of the last of these.
     #[serde(skip)]
-    pub is_committed: bool,
+    pub(crate) is_committed: bool,
     /// The age of the oldest record that a sink has not committed, in seconds, by sink.
     pub committed_lag_seconds: BTreeMap<String, f64>,
     /// Milliseconds between what was read last and the end of the shard, as the server says. Deprecated:
@@ -70,15 +70,15 @@ pub struct ShardStatus {
     /// The shard was closed and is settled.
     pub ended: bool,
     /// The position that the lane started at.
-    pub started_from: Option<String>,
+    pub(crate) started_from: Option<String>,
     /// What does not go on, and why.
     pub blocked: BTreeMap<String, String>,
     /// The generation at work.
     pub generation: Option<String>,
     /// The lane's pause at its last change of generation, in microseconds; see [`LaneChange::pause_us`].
-    pub change_pause_us: Option<u64>,
+    pub(crate) change_pause_us: Option<u64>,
     /// A generation that did not start here, and why.
-    pub does_not_start: Option<(String, String)>,
+    pub(crate) does_not_start: Option<(String, String)>,
 }
 
 /// Text in the place of a cause, for who may not see records.
@@ -149,7 +149,7 @@ impl Board {
     }
 
     /// The part goes on.
-    pub fn unblock(&self, shard: &ShardId, part: &str) {
+    pub(crate) fn unblock(&self, shard: &ShardId, part: &str) {
         let mut shards = self.lock();
         if let Some(status) = shards.get_mut(shard)
             && status.blocked.remove(part).is_some()
@@ -160,7 +160,7 @@ impl Board {
     }
 
     /// Marks a part of the run that belongs to no shard as blocked; says so once per cause.
-    pub fn block_run(&self, part: &'static str, cause: &str) {
+    pub(crate) fn block_run(&self, part: &'static str, cause: &str) {
         let cause = &message(cause)[..];
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         let before = run.insert(part, cause.to_owned());
@@ -170,7 +170,7 @@ impl Board {
     }
 
     /// The part goes on.
-    pub fn unblock_run(&self, part: &'static str) {
+    pub(crate) fn unblock_run(&self, part: &'static str) {
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         if run.remove(part).is_some() {
             tracing::info!(part, "goes on");
@@ -193,7 +193,7 @@ impl Board {
     }
 
     /// The lane cannot run this generation, and goes on with the one before.
-    pub fn does_not_start(&self, shard: &ShardId, generation: &str, cause: &str) {
+    pub(crate) fn does_not_start(&self, shard: &ShardId, generation: &str, cause: &str) {
         self.update(shard, |status| {
             let cause = report(cause);
             status.does_not_start = Some((generation.to_owned(), cause));
@@ -207,7 +207,7 @@ impl Board {
     /// # Errors
     /// Why a lane cannot run it.
     #[boxed]
-    pub async fn changed_to(
+    pub(crate) async fn changed_to(
         &self,
         generation: &str,
         let_go: &[ShardId],
@@ -247,7 +247,7 @@ impl Board {
     }
 
     /// The lanes whose stages do not go on, and why. Not those that a busy machine holds up.
-    pub fn blocked_stages(&self) -> Vec<(ShardId, String)> {
+    pub(crate) fn blocked_stages(&self) -> Vec<(ShardId, String)> {
         let shards = self.lock();
         let blocked = shards.iter().filter_map(|(shard, status)| {
             status.blocked.get(super::STAGES).map(|cause| (shard.clone(), cause.clone()))
@@ -282,7 +282,7 @@ impl Board {
     }
 
     /// The age of the oldest record that a sink has not committed, by shard and sink.
-    pub fn committed_lags(&self) -> Vec<(ShardId, SinkName, Duration)> {
+    pub(crate) fn committed_lags(&self) -> Vec<(ShardId, SinkName, Duration)> {
         let now_ms = chrono::Utc::now().timestamp_millis();
         let mut lags = self.lags();
         let of = |(shard, lag): (&ShardId, &mut LiveLag)| {

@@ -224,7 +224,7 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::Stopped`].
-    pub async fn change_generation(&mut self) -> Result<(), LaneError> {
+    pub(crate) async fn change_generation(&mut self) -> Result<(), LaneError> {
         self.gap.go_on();
         if self.change.announcing.is_some() {
             self.hear_ledger().await?;

@@ -39,7 +39,7 @@ struct SinkLag {
 
 /// What is known of one shard. All times are milliseconds since 1970.
 #[derive(Clone, Debug, Default)]
-pub struct ShardLag {
+pub(crate) struct ShardLag {
     sinks: Vec<SinkLag>,
     /// What some sink has not committed, in order.
     read: VecDeque<ReadBatch>,
@@ -112,7 +112,7 @@ impl ShardLag {
     }
 
     /// The age of the oldest record that each sink has not committed.
-    pub fn ages(&self, now_ms: i64) -> Vec<(SinkName, Duration)> {
+    pub(crate) fn ages(&self, now_ms: i64) -> Vec<(SinkName, Duration)> {
         let age =
             |since_ms: i64| Duration::from_millis(u64::try_from(now_ms - since_ms).unwrap_or(0));
         let of = |own: &SinkLag| {
@@ -134,7 +134,7 @@ impl ShardLag {
 
 /// A shard's lag, with where its sinks are now.
 #[derive(Clone, Default)]
-pub struct LiveLag {
+pub(crate) struct LiveLag {
     /// What is known.
     pub shard: ShardLag,
     /// The sinks' deliveries, once the lane has begun.
@@ -143,18 +143,18 @@ pub struct LiveLag {
 
 /// A delivery, as others than its lane see it.
 #[derive(Clone)]
-pub struct LiveDelivery {
+pub(crate) struct LiveDelivery {
     /// The sink.
     pub sink: SinkName,
     /// How far it is.
     pub progress: watch::Receiver<Progress>,
     /// Told when what is in hand is to be committed, though more would fit.
-    pub hurry: Arc<Notify>,
+    pub(crate) hurry: Arc<Notify>,
 }
 
 impl LiveLag {
     /// The age of the oldest record that each sink has not committed.
-    pub fn ages(&mut self, now_ms: i64) -> Vec<(SinkName, Duration)> {
+    pub(crate) fn ages(&mut self, now_ms: i64) -> Vec<(SinkName, Duration)> {
         for own in &self.deliveries {
             self.shard.committed(&own.sink, own.progress.borrow().position.as_ref());
         }

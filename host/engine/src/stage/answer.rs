@@ -22,7 +22,7 @@ const REJECT_WORDS: usize = 3;
 
 /// One output of a stage.
 #[derive(Clone, Debug)]
-pub struct StageOutput {
+pub(crate) struct StageOutput {
     /// Index of the item that it came from.
     pub item: usize,
     /// Index of the route in the plugin's descriptor.
@@ -73,7 +73,7 @@ pub struct Rejected {
 
 /// What a stage made of a flow.
 #[derive(Debug, Default)]
-pub struct StageOutcome {
+pub(crate) struct StageOutcome {
     /// One for each call that went well: one in all, unless a culprit was searched for.
     pub(super) answers: Vec<Answer>,
     /// What was rejected, by ascending item.

@@ -26,7 +26,7 @@ use shardmill_state::{DeadLetter, LetterKey, MadeBy, SettledItems};
 
 /// A row and the sinks that it goes to.
 #[derive(Debug)]
-pub struct Routed {
+pub(crate) struct Routed {
     /// The row.
     pub row: Row,
     /// Index of the stage in the generation, and of the route in its descriptor: the sinks are
@@ -49,7 +49,7 @@ pub struct ChainOutcome {
 
 /// A key and a payload that enter a place of the path.
 #[derive(Debug)]
-pub struct Entered {
+pub(crate) struct Entered {
     /// The partition key.
     pub key: Bytes,
     /// The payload.
@@ -87,7 +87,7 @@ pub struct Chain {
 }
 
 /// What a search for guilty records has done so far, in words; `None`: there is none, or it is a short one.
-pub type Searching = watch::Receiver<Option<String>>;
+pub(crate) type Searching = watch::Receiver<Option<String>>;
 
 /// A batch on its way through the stages.
 struct InHand {
@@ -196,7 +196,7 @@ impl Chain {
     }
 
     /// The sinks of a routed row.
-    pub fn sinks_of<'s>(&'s self, routed: &'s Routed) -> &'s [SinkName] {
+    pub(crate) fn sinks_of<'s>(&'s self, routed: &'s Routed) -> &'s [SinkName] {
         if let Some(sink) = redriven_to(&routed.row.batch) {
             return std::slice::from_ref(sink);
         }

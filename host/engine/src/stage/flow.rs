@@ -31,7 +31,7 @@ pub fn first_flow(batch: &Batch) -> Flow {
 }
 
 /// The records of a batch as a stage gets them by one of its upstream routes.
-pub fn entering_flow(batch: &Batch, upstream_route: u32) -> Flow {
+pub(crate) fn entering_flow(batch: &Batch, upstream_route: u32) -> Flow {
     let numbered = batch.records.iter().zip(0u32..);
     numbered
         .map(|(record, index)| Item {
@@ -51,7 +51,7 @@ pub fn before(items: &[Item], record: u32) -> &[Item] {
 
 /// Packs items into `wire`, whose buffers are reused: keys, sequence numbers and payloads end to
 /// end in one arena.
-pub fn pack(batch: &Batch, items: &[Item], wire: &mut WireBatch) {
+pub(crate) fn pack(batch: &Batch, items: &[Item], wire: &mut WireBatch) {
     wire.arena.clear();
     wire.inputs.clear();
     for item in items {

@@ -225,7 +225,7 @@ impl Generation {
     ///
     /// # Errors
     /// A component that is missing or no longer loads, in words.
-    pub fn from_store(
+    pub(crate) fn from_store(
         spec: GenerationSpec,
         host: &PluginHost,
         stream_name: &str,

@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// A batch as it entered a stage.
 #[derive(Clone)]
-pub struct Sample {
+pub(crate) struct Sample {
     /// Its number: later ones of the process have greater numbers.
     pub number: u64,
     /// The batch.
@@ -96,7 +96,7 @@ impl Samples {
     }
 
     /// The numbers of what is kept of a stage behind a number, the oldest first.
-    pub fn numbers_after(&self, stage: &StageName, number: u64) -> Vec<u64> {
+    pub(crate) fn numbers_after(&self, stage: &StageName, number: u64) -> Vec<u64> {
         let mut stages = self.lock();
         let Some(kept) = stages.get_mut(stage) else { return Vec::new() };
         kept.forget(&self.shared.limits);
@@ -113,7 +113,7 @@ impl Samples {
     }
 
     /// Forgets what entered stages that are gone.
-    pub fn keep_only(&self, stages: &[&StageName]) {
+    pub(crate) fn keep_only(&self, stages: &[&StageName]) {
         self.lock().retain(|name, _| stages.contains(&name));
     }
 

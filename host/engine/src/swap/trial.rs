@@ -27,7 +27,7 @@ const STOPS: &str = "the pipeline was stopped";
 
 /// How the candidate's answers compare with the incumbent's.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct TrialReport {
+pub(crate) struct TrialReport {
     /// Records that both were given.
     pub records: u64,
     /// Both gave the same.
@@ -42,7 +42,7 @@ pub struct TrialReport {
     pub trapped: u64,
     /// Calls of the candidate that gave no answer, more than of the incumbent: records that pass alone
     /// may be too much together.
-    pub calls_died: u64,
+    pub(crate) calls_died: u64,
     /// Records that only the candidate was given, because the incumbent failed on them or had no time left.
     pub candidate_only: u64,
     /// Why the incumbent has not answered for every record, if it has not. This says nothing against the
@@ -69,7 +69,7 @@ pub struct TrialReport {
 
 /// One record that became something else.
 #[derive(Clone, Debug, Serialize)]
-pub struct ShownDifference {
+pub(crate) struct ShownDifference {
     /// Where the record is: shard and sequence.
     pub record: String,
     /// What it is.
@@ -483,7 +483,7 @@ impl TrialReport {
     }
 
     /// Says that the incumbent has not answered for every record, if it has not.
-    pub fn incumbent_line(&self) -> Option<String> {
+    pub(crate) fn incumbent_line(&self) -> Option<String> {
         let cause = self.incumbent_failed.as_ref()?;
         Some(format!(
             "the version before failed: {}; {} records were given to the new one alone",

@@ -34,7 +34,7 @@ impl Seal {
     ///
     /// # Errors
     /// The system's, or that the secret may not be one: nothing there can be used then.
-    pub fn of_folder(folder: &Path, users: Users) -> io::Result<Self> {
+    pub(crate) fn of_folder(folder: &Path, users: Users) -> io::Result<Self> {
         private::make_folders(folder)?;
         if users != Users::Named {
             private::tighten_linked(folder);

@@ -102,7 +102,7 @@ impl Access {
     }
 
     /// The rules of a control port: all asks for its token.
-    pub fn with_token_only(token: &Secret) -> Self {
+    pub(crate) fn with_token_only(token: &Secret) -> Self {
         Self(Arc::new(Rules {
             token: Some(digest(token)),
             read_token: None,
@@ -184,7 +184,7 @@ impl Access {
 }
 
 /// Lets only those use routes who have the right to.
-pub fn guarded(routes: Router, access: Access, right: Right) -> Router {
+pub(crate) fn guarded(routes: Router, access: Access, right: Right) -> Router {
     let admit = move |State(access): State<Access>, request: Request, next: Next| async move {
         match access.admit(right, &request) {
             Ok(()) => next.run(request).await,

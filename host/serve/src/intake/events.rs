@@ -10,11 +10,11 @@ use shardmill_file::without_mark;
 use shardmill_kinesis::put_call::{NewRecord, NotPuttable};
 
 /// The header that is the partition key of all records of a request.
-pub const KEY_HEADER: &str = "x-partition-key";
+pub(crate) const KEY_HEADER: &str = "x-partition-key";
 
 /// How events lie in a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
+pub(crate) enum Shape {
     /// One JSON value.
     Json,
     /// A JSON value per line; blank lines are passed over.
@@ -38,7 +38,7 @@ impl Shape {
 
 /// A body that holds no events, or one that is bad.
 #[derive(Debug, thiserror::Error)]
-pub enum BadEvents {
+pub(crate) enum BadEvents {
     /// Nothing is in it.
     #[error("the body is empty: send at least one event")]
     Empty,
@@ -83,7 +83,7 @@ pub fn records_max(shape: Shape, body: &[u8]) -> usize {
 }
 
 /// The bytes of the partition key that all records of a request are given, if it has one.
-pub fn header_key_bytes(headers: &HeaderMap) -> usize {
+pub(crate) fn header_key_bytes(headers: &HeaderMap) -> usize {
     headers.get(KEY_HEADER).map_or(0, |value| value.len())
 }
 

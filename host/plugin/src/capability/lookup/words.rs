@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 /// Keys that one call may ask for: more than any batch has, and few enough to hold.
-pub const KEYS_PER_CALL_MAX: usize = 100_000;
+pub(crate) const KEYS_PER_CALL_MAX: usize = 100_000;
 /// Bytes of one key: longer than what an index of a database takes.
 pub const KEY_BYTES_MAX: usize = 8 << 10;
 /// Bytes of all keys of a call. Spans may overlap, so that this is not the arena's length.
-pub const KEYS_BYTES_MAX: usize = 8 << 20;
+pub(crate) const KEYS_BYTES_MAX: usize = 8 << 20;
 
 /// The words that stand for no row.
 const NONE: [u32; 2] = [u32::MAX, 0];
@@ -15,7 +15,7 @@ const NONE: [u32; 2] = [u32::MAX, 0];
 /// Keys that are not looked up.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum BadKeys {
+pub(crate) enum BadKeys {
     #[error("the keys are {0} words, and each key has two")]
     Odd(usize),
     #[error(
@@ -37,7 +37,7 @@ pub enum BadKeys {
 impl BadKeys {
     /// Whether they are only too many or too long, which is answered in words. All else breaks the contract
     /// of `lookup.get`: a trap.
-    pub fn is_excess(&self) -> bool {
+    pub(crate) fn is_excess(&self) -> bool {
         matches!(self, Self::TooMany(_) | Self::TooLong { .. } | Self::TooLarge)
     }
 }
@@ -45,7 +45,7 @@ impl BadKeys {
 /// Rows that do not fit into an answer.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the rows take more than {bytes_max} bytes, the limit of one answer: ask for fewer keys")]
-pub struct TooLarge {
+pub(crate) struct TooLarge {
     bytes_max: usize,
 }
 

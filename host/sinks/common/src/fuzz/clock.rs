@@ -28,7 +28,7 @@ pub fn date(text: &str) -> Option<i64> {
 }
 
 /// Counts the microseconds from 1970 to the beginning of a date.
-pub fn micros_of(date_text: &str) -> i64 {
+pub(crate) fn micros_of(date_text: &str) -> i64 {
     date(date_text).expect("a date") * DAY
 }
 

@@ -80,7 +80,7 @@ impl Number {
     }
 
     /// Returns the number as an integer, if it is one of at most 38 digits.
-    pub fn to_integer(&self) -> Option<i128> {
+    pub(crate) fn to_integer(&self) -> Option<i128> {
         if self.is_zero() {
             return Some(0);
         }
@@ -93,12 +93,12 @@ impl Number {
     }
 
     /// Says whether the shortest digits of a double are this number.
-    pub fn is_shortest_of(&self, double: f64) -> bool {
+    pub(crate) fn is_shortest_of(&self, double: f64) -> bool {
         Self::read(&format!("{double:e}")).is_some_and(|(shown, _)| shown == *self)
     }
 
     /// Says whether all digits of a double, or the shortest, are this number.
-    pub fn is_shown_by(&self, double: f64) -> bool {
+    pub(crate) fn is_shown_by(&self, double: f64) -> bool {
         let is_exact = Self::read(&format!("{double:.0}")).is_some_and(|(shown, _)| shown == *self);
         double.is_finite() && (is_exact || self.is_shortest_of(double))
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The folder of the claim logs, below the URL of a sink of objects.
-pub const LOG_FOLDER: &str = "_shardmill";
+pub(crate) const LOG_FOLDER: &str = "_shardmill";
 
 /// What objects hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,7 +90,7 @@ pub enum Part {
 }
 
 /// The fields of a template, for error texts.
-pub const FOLDER_FIELDS: &str = "{pipeline}, {sink}, {stream}, {shard}, {route}, {date}, {year}, \
+pub(crate) const FOLDER_FIELDS: &str = "{pipeline}, {sink}, {stream}, {shard}, {route}, {date}, {year}, \
      {month}, {day}, {hour} (of the record's arrival, UTC) and {row.FIELD}";
 
 impl Default for FolderTemplate {
@@ -171,7 +171,7 @@ impl ObjectLayout {
 
 impl FolderTemplate {
     /// Whether rows of one route and shard may lie in different folders.
-    pub fn differs_by_row(&self) -> bool {
+    pub(crate) fn differs_by_row(&self) -> bool {
         let fixed = |part: &Part| {
             use Part::{Pipeline, Route, Shard, Sink, Stream, Text};
             matches!(part, Text(_) | Pipeline | Sink | Stream | Shard | Route)
@@ -180,12 +180,12 @@ impl FolderTemplate {
     }
 
     /// Whether it tells routes apart.
-    pub fn names_route(&self) -> bool {
+    pub(crate) fn names_route(&self) -> bool {
         self.levels.iter().flatten().any(|part| *part == Part::Route)
     }
 
     /// Whether it names this field of rows.
-    pub fn names_field(&self, field: &str) -> bool {
+    pub(crate) fn names_field(&self, field: &str) -> bool {
         let is_named = |part: &Part| matches!(part, Part::Row(name) if name == field);
         self.levels.iter().flatten().any(is_named)
     }
