@@ -1,7 +1,7 @@
 //! `shardmill intake`: the HTTP intake of a pipeline alone, for hosts that run no worker.
 
-use shardmill_core::boxed;
 use anyhow::Context as _;
+use shardmill_core::boxed;
 
 use super::{Console, PipelineFile, load, signals, stream};
 use shardmill_kinesis::put_call::StreamWriter;

@@ -1,7 +1,7 @@
 //! `shardmill reload`: a running pipeline takes its files over.
 
-use shardmill_core::boxed;
 use serde_json::Value;
+use shardmill_core::boxed;
 
 use super::control::{Answer, RunningPipeline};
 use super::{Console, PipelineFile, load, swap};

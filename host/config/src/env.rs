@@ -36,7 +36,7 @@ pub struct StageText {
 
 /// A stage's configuration with its variables replaced.
 #[derive(Clone, Debug)]
-pub(crate) struct StageValues {
+pub struct StageValues {
     /// The JSON text that the plugin gets.
     pub json: String,
     /// The values in it.

@@ -53,7 +53,7 @@ pub struct StageLimits {
     pub host_ms_max: Option<u64>,
     /// The plugin's CPU time in `configure`, in milliseconds; `None`: [`CONFIGURE_MS_MAX`]. Left out as above.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) configure_ms_max: Option<u64>,
+    pub configure_ms_max: Option<u64>,
     /// Linear memory of all the instance's memories, in bytes.
     pub memory_bytes_max: usize,
     /// Elements of all the instance's tables.

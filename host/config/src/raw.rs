@@ -37,10 +37,10 @@ pub(super) struct RawTiming {
     pub checkpoint: Maybe<Span>,
     pub kinesis_silence: Maybe<Span>,
     pub postgres_silence: Maybe<Span>,
-    pub(crate) redshift_silence: Maybe<Span>,
-    pub(crate) call_blocked: Maybe<Span>,
+    pub redshift_silence: Maybe<Span>,
+    pub call_blocked: Maybe<Span>,
     pub memory_blocked: Maybe<Span>,
-    pub(crate) memory_turn: Maybe<Span>,
+    pub memory_turn: Maybe<Span>,
     pub give_back: Maybe<Span>,
     pub trial: Maybe<Span>,
     pub trial_incumbent: Maybe<Span>,
@@ -273,7 +273,7 @@ pub(super) struct RawAdmin {
     #[serde(default)]
     pub hosts: Vec<Spanned<Text>>,
     pub connections: Maybe<Count>,
-    pub(crate) connections_per_peer: Maybe<Count>,
+    pub connections_per_peer: Maybe<Count>,
 }
 
 /// Declares a TOML string whose error says, in the user's words, what belongs there.

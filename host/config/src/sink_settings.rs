@@ -73,7 +73,7 @@ pub trait SinkSettings: Any + Debug + Send + Sync + SameSettings {
 }
 
 /// The comparison of settings whose type is not known. All settings that can be compared have it.
-pub(crate) trait SameSettings {
+pub trait SameSettings {
     /// Whether the others are of the same type, and equal.
     fn is_same(&self, other: &dyn Any) -> bool;
 }

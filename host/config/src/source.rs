@@ -259,7 +259,7 @@ fn start(raw: &Maybe<Text>, check: &mut Check) -> Option<StartPosition> {
 /// Text that is no start position.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}; {help}")]
-pub(crate) struct NotAStart {
+pub struct NotAStart {
     message: String,
     help: String,
 }

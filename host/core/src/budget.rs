@@ -99,7 +99,8 @@ impl Budget {
     }
 
     /// Takes bytes for nobody's account; `None` when this many are not free now.
-    pub(crate) fn try_take(&self, bytes: usize) -> Option<Permit> {
+    #[cfg(test)]
+    fn try_take(&self, bytes: usize) -> Option<Permit> {
         let mut permit = self.empty();
         permit.try_grow(bytes).then_some(permit)
     }

@@ -539,7 +539,7 @@ pub fn reach_of(path: &Path, trusted: Trusted) -> io::Result<Option<Reach>> {
 }
 
 /// A path without links, and how another user can exchange what lies there.
-pub(crate) struct Way {
+pub struct Way {
     /// The path without links.
     pub real: PathBuf,
     /// How another user can exchange it; `None`: nobody can.

@@ -112,7 +112,7 @@ pub const SEQUENCE_NUMBER_DIGITS_MAX: usize = 129;
 /// Text that is no sequence number.
 #[derive(Debug, thiserror::Error)]
 #[error("{text:?} is no sequence number: 1 to {SEQUENCE_NUMBER_DIGITS_MAX} decimal digits are due")]
-pub(crate) struct NotASequenceNumber {
+pub struct NotASequenceNumber {
     text: String,
 }
 
@@ -292,7 +292,7 @@ pub struct StreamRef {
     "{text:?} names no stream: due is a name of 1 to 128 letters, digits, `_`, `.` and `-`, or an ARN \
      such as arn:aws:kinesis:eu-west-1:123456789012:stream/cars"
 )]
-pub(crate) struct NotAStream {
+pub struct NotAStream {
     text: String,
 }
 

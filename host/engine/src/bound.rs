@@ -30,11 +30,11 @@ pub struct MemoryBound {
     /// Lanes that run at once.
     pub lanes: usize,
     /// Everything but plugins, in bytes.
-    pub(crate) host_bytes: usize,
+    pub host_bytes: usize,
     /// Instances of plugins.
     pub instances: usize,
     /// What they may have together, in bytes.
-    pub(crate) plugin_bytes: usize,
+    pub plugin_bytes: usize,
 }
 
 impl MemoryBound {
@@ -153,7 +153,7 @@ impl fmt::Display for MemoryBound {
 
 /// Memory that a process can have.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct AvailableMemory {
+pub struct AvailableMemory {
     /// Its bytes.
     pub bytes: usize,
     /// Whose they are, for messages.

@@ -39,7 +39,7 @@ const IDLE_END_MAX: Duration = Duration::from_millis(100);
 const ABORT_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// One span's rows for one sink.
-pub(crate) struct Delivery {
+pub struct Delivery {
     /// Everything up to here is settled once this is committed.
     pub to_inclusive: Position,
     /// The rows, by ascending position.
@@ -65,20 +65,20 @@ pub struct Progress {
 }
 
 /// The lane's end of a delivery.
-pub(crate) struct DeliveryHandle {
+pub struct DeliveryHandle {
     /// The sink.
     pub sink: SinkName,
     sender: mpsc::Sender<Message>,
     /// How far it is.
     pub progress: watch::Receiver<Progress>,
     /// Told when what is in hand is to be committed, though more would fit.
-    pub(crate) hurry: Arc<Notify>,
+    pub hurry: Arc<Notify>,
     /// `None` once it has ended and said why.
     task: Option<tokio::task::JoinHandle<Result<(), SinkError>>>,
 }
 
 /// What a delivery needs beside its sink's writer.
-pub(crate) struct DeliveryContext {
+pub struct DeliveryContext {
     /// The shard.
     pub shard: ShardKey,
     /// The sink.
@@ -94,21 +94,21 @@ pub(crate) struct DeliveryContext {
     /// The limits of refusals.
     pub rejected_max: shardmill_config::RejectedMax,
     /// Ends the task without a commit.
-    pub(crate) abandon: CancellationToken,
+    pub abandon: CancellationToken,
     /// By this it may give rows up: the owner's epoch in the dead letters.
     pub epoch: i64,
     /// Spans up to here are skipped (the sink's position, or the checkpoint if that is believed).
     pub skip_to: Option<Position>,
     /// Rows of records before this start are skipped as well: other sinks need them, and this one
     /// takes records from its start on.
-    pub(crate) from_start: Option<ShardStart>,
+    pub from_start: Option<ShardStart>,
     /// Rows that are dead letters of this sink: they were refused or given up before it was restored from a
     /// backup. Written as well, they would be doubled by a redrive.
-    pub(crate) letters_of_own: HashSet<(Position, u32)>,
+    pub letters_of_own: HashSet<(Position, u32)>,
     /// The position that the sink is to commit first, without a row: the end of the part that it skips is then its own, and a
     /// later comparison with the state does not take it for a sink that was restored. With the
     /// revision that runs.
-    pub(crate) first_to: Option<(Position, Arc<str>)>,
+    pub first_to: Option<(Position, Arc<str>)>,
 }
 
 impl DeliveryHandle {
@@ -218,7 +218,7 @@ fn broken_off(sink: SinkName) -> SinkError {
 }
 
 /// Hands spans over to a delivery.
-pub(crate) struct DeliverySender(mpsc::Sender<Message>);
+pub struct DeliverySender(mpsc::Sender<Message>);
 
 impl DeliverySender {
     /// Hands a span over; waits while the sink is behind.
@@ -232,7 +232,7 @@ impl DeliverySender {
 
 /// The delivery ended before it was asked to.
 #[derive(Debug)]
-pub(crate) struct DeliveryEnded;
+pub struct DeliveryEnded;
 
 /// Rows in hand.
 struct Buffer {

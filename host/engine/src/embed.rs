@@ -54,7 +54,7 @@ pub struct Pipeline {
 
 /// The parts of a [`Pipeline`], which [`PipelineBuilder::build`] checks.
 #[must_use]
-pub(crate) struct PipelineBuilder {
+pub struct PipelineBuilder {
     name: String,
     state_dir: PathBuf,
     source: Option<Arc<dyn ShardSource>>,
@@ -166,7 +166,7 @@ pub enum BuildError {
 /// Why a run did not begin, or ended early.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum PipelineError {
+pub enum PipelineError {
     /// A component cannot be loaded, or its formats, columns, routes or imports do not fit its place. One sentence
     /// each.
     #[error("{}", .0.join("; "))]
@@ -228,7 +228,7 @@ impl Pipeline {
     ///
     /// # Errors
     /// As [`Pipeline::run`].
-    pub(crate) async fn run_until_caught_up(&self, stop: &Stop) -> Result<RunSummary, PipelineError> {
+    pub async fn run_until_caught_up(&self, stop: &Stop) -> Result<RunSummary, PipelineError> {
         self.run_as(RunOptions::new(true), stop).await
     }
 
@@ -306,7 +306,7 @@ impl PipelineBuilder {
 
     /// Adds a sink that gets a copy of each dead letter, as JSON, and nothing else. The store of dead letters in the
     /// state folder has them in any case.
-    pub(crate) fn dead_letter_sink(mut self, sink: Arc<dyn Sink>) -> Self {
+    pub fn dead_letter_sink(mut self, sink: Arc<dyn Sink>) -> Self {
         self.letter_sinks.push(GivenSink { sink, commits: DEFAULT_COMMIT_POLICY });
         self
     }
@@ -471,7 +471,7 @@ impl Stage {
     }
 
     /// Drops the rows of a route, on purpose.
-    pub(crate) fn drop_route(mut self, route: impl Into<String>) -> Self {
+    pub fn drop_route(mut self, route: impl Into<String>) -> Self {
         self.routes.entry(route.into()).or_default();
         self
     }

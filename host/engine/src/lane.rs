@@ -186,7 +186,7 @@ pub(crate) enum LaneEnd {
 
 /// Why a lane ended early.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum LaneError {
+pub enum LaneError {
     /// The source failed in a way that trying again within the lane does not mend.
     #[error(transparent)]
     Source(#[from] SourceError),

@@ -15,7 +15,7 @@ use shardmill_core::record::PipelineName;
 
 /// The pipeline's folder cannot be had.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum LeaseError {
+pub enum LeaseError {
     /// Another process runs the pipeline.
     #[error(
         "pipeline {pipeline} is running already, as process {owner} (lock {path}); stop it first, or \

@@ -25,7 +25,7 @@ const SHARD: &str = "letters-000000000000";
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The log of letters as a source.
-pub(crate) struct LetterLogSource {
+pub struct LetterLogSource {
     letters: DeadLetters,
     pipeline: PipelineName,
     limits: BatchLimits,

@@ -25,7 +25,7 @@ pub type Made = (Bytes, Bytes);
 
 /// Makes again what entered the place of a dead letter, where only its digest is kept.
 #[async_trait]
-pub(crate) trait Remake: Send {
+pub trait Remake: Send {
     /// Makes what entered the place of a letter.
     ///
     /// # Errors
@@ -54,7 +54,7 @@ struct Remade {
 }
 
 /// Letters that were left out because what entered their place could not be made again: number and reason.
-pub(crate) type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
+pub type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
 
 impl LettersSource {
     /// The letters of a redrive, but for those that enter at the places of `without`. Letters that are kept as a

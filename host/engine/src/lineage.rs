@@ -19,9 +19,9 @@ pub struct Plan {
     /// Shards that were never begun and are no longer listed: none of their records was read.
     pub lost: Vec<ShardId>,
     /// Listed shards wait for parents that are not settled: not all records are being read.
-    pub(crate) some_wait: bool,
+    pub some_wait: bool,
     /// Every shard is settled to its end.
-    pub(crate) all_ended: bool,
+    pub all_ended: bool,
 }
 
 /// A shard that may be read, and where it begins if it was not begun before.

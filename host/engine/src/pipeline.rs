@@ -15,7 +15,11 @@ use shardmill_core::stop::Stop;
 ///
 /// # Errors
 /// [`LaneError`]: what was not committed is read again when the lane is started anew.
-pub(crate) async fn run_lane(shared: &Shared, shard: ShardKey, stop: &Stop) -> Result<LaneEnd, LaneError> {
+pub(crate) async fn run_lane(
+    shared: &Shared,
+    shard: ShardKey,
+    stop: &Stop,
+) -> Result<LaneEnd, LaneError> {
     // Nothing is in hand yet: a sink that does not answer is not waited for.
     let Some(lane) = stop.unless_asked(Lane::acquire(shared, shard, stop)).await else {
         return Ok(LaneEnd::Stopped);

@@ -11,7 +11,7 @@ use shardmill_state::RejectionWindow;
 use shardmill_state::{DeadLetter, DeadLetters, LetterKey, MadeBy};
 
 /// The refusals of one sink and shard.
-pub(crate) struct HeldRefusals {
+pub struct HeldRefusals {
     letters: DeadLetters,
     sink: SinkName,
     counted: Mutex<Counted>,

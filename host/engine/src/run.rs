@@ -20,7 +20,7 @@ use shardmill_plugin::PluginHost;
 use shardmill_state::{DeadLetters, StoredLetter};
 
 /// Makes what the plugins of a pipeline are loaded with.
-pub(crate) type MakeHost = fn(&PipelineConfig) -> anyhow::Result<PluginHost>;
+pub type MakeHost = fn(&PipelineConfig) -> anyhow::Result<PluginHost>;
 
 /// A pipeline that is validated and owns its state, ready to run.
 pub struct Run {

@@ -117,7 +117,7 @@ pub struct ChangeRefused {
     /// Why.
     pub cause: String,
     /// What runs on.
-    pub(crate) runs_on: String,
+    pub runs_on: String,
     /// How the trial went, if it came so far.
     pub trial: Option<Box<TrialReport>>,
 }
@@ -169,7 +169,7 @@ impl std::fmt::Display for Version {
 
 /// A change that was made.
 #[derive(Debug, Serialize)]
-pub(crate) struct SwapReport {
+pub struct SwapReport {
     /// Its number in the history; `None`: nothing was changed.
     pub number: Option<i64>,
     /// The stage.

@@ -20,7 +20,7 @@ use shardmill_core::source::{
 const PAST_END_MS: u64 = 60_000;
 
 /// The last record of the window in each shard that has one.
-pub(crate) type LastInWindow = Arc<Mutex<BTreeMap<ShardId, Position>>>;
+pub type LastInWindow = Arc<Mutex<BTreeMap<ShardId, Position>>>;
 
 /// The records of a source that arrived in a window, in milliseconds since 1970. The window lies in the
 /// past, and the source starts at its beginning.

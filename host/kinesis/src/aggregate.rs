@@ -29,7 +29,7 @@ const KEY_BYTES_MAX: usize = 4 * KEY_CHARS_MAX;
 
 /// One user record of an aggregate.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SubRecord {
+pub struct SubRecord {
     /// Its own partition key.
     pub partition_key: Bytes,
     /// Its payload.

@@ -191,7 +191,7 @@ async fn log_in(provider: &SharedCredentialsProvider, wait_max: Duration) -> Res
 /// The time at which a server answered a call, by its own clock: an interceptor of that call. The
 /// clock of this host decides nothing, for it may be wrong.
 #[derive(Clone, Debug)]
-pub(crate) struct AnswerDate(Arc<AtomicI64>);
+pub struct AnswerDate(Arc<AtomicI64>);
 
 /// No answer with a date has come.
 const NO_DATE: i64 = i64::MIN;

@@ -37,7 +37,7 @@ pub struct StreamConnection {
 }
 
 /// Why a call gave nothing.
-pub(crate) enum Passing {
+pub enum Passing {
     /// The same call later.
     Later(Fault),
     /// The shard is no longer there, nor listed: all its records were dropped.
@@ -304,7 +304,7 @@ pub struct Answer {
     pub behind_ms: u64,
     /// A time before which the server surely gave this answer, in milliseconds since 1970 by its
     /// own clock.
-    pub(crate) as_of_ms: Option<i64>,
+    pub as_of_ms: Option<i64>,
     /// The shard is closed, and this was the last of it.
     pub is_end: bool,
 }

@@ -35,7 +35,7 @@ const SUBSCRIBE: &str = "SubscribeToShard";
 type Subscription = EventReceiver<SubscribeToShardEventStream, SubscribeToShardEventStreamError>;
 
 /// Subscribes to one shard.
-pub(crate) struct FanOutReader {
+pub struct FanOutReader {
     connection: Arc<StreamConnection>,
     consumer_arn: Arc<str>,
     /// What was read, and the way to the end of a closed shard.

@@ -32,7 +32,7 @@ pub struct ReadFrom {
 
 /// Where a subscription or an iterator begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum ServerStart {
+pub enum ServerStart {
     /// At this record, which is given again. What was read of it is dropped here: inside an
     /// aggregate there is no other way to go on.
     AtSequence(SequenceNumber),
@@ -48,7 +48,7 @@ const VALIDATED_IN_PLACE_BYTES: usize = 64 << 10;
 
 /// A record as the server gave it, with the meaning of its bytes.
 #[derive(Debug)]
-pub(crate) struct Arrived {
+pub struct Arrived {
     sequence: String,
     arrived_ms: Option<i64>,
     partition_key: Bytes,

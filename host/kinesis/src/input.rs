@@ -42,7 +42,7 @@ pub enum KeyRule {
 
 /// Why an input gives no record.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum InputError {
+pub enum InputError {
     /// The file cannot be read.
     #[error("failed to read {place}: {cause}")]
     Read {

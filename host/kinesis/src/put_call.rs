@@ -91,7 +91,7 @@ pub enum Put {
 
 /// Why a request was refused as a whole.
 #[derive(Debug)]
-pub(crate) enum PutError {
+pub enum PutError {
     /// Throttled, or out of reach: the same request later. Its records may be on the stream.
     Later(SourceError),
     /// One of its records is against a limit, perhaps the stream's own. No record was taken.

@@ -31,7 +31,7 @@ pub struct Description {
     pub retention_hours: u32,
     /// When the server said so, by its clock, in milliseconds since 1970, rounded down to the second;
     /// `None`: its answers have no date.
-    pub(crate) answered_ms: Option<i64>,
+    pub answered_ms: Option<i64>,
 }
 
 impl Description {

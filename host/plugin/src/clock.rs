@@ -34,9 +34,9 @@ const UNSEEN_MAX: Duration = EPOCH_TICK.saturating_mul(2);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct CallTime {
     /// CPU time of the plugin.
-    pub(crate) cpu_max: Duration,
+    pub cpu_max: Duration,
     /// Wall time of each call of the host that the plugin makes meanwhile.
-    pub(crate) host_max: Duration,
+    pub host_max: Duration,
     /// How often in a row it was starved before.
     pub starved: u32,
 }

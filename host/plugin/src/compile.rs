@@ -44,7 +44,7 @@ pub(super) enum Compiler {
 /// Why a component was not compiled.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum CompileError {
+pub enum CompileError {
     /// The component is too large to be looked at.
     #[error("the component has {bytes} bytes, over the limit of {bytes_max} (limits.component)")]
     TooLarge {

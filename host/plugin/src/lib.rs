@@ -50,7 +50,7 @@ const STAGE_INTERFACE: &str = "shardmill:plugin/stage";
 
 /// Why bytes are not a plugin that this host can run.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum PluginError {
+pub enum PluginError {
     /// The file cannot be read.
     #[error("failed to read plugin {path}: {cause}")]
     Unreadable {

@@ -37,7 +37,7 @@ use shardmill_ports::PortRules;
     "failed to open the admin port {address}: {cause}; another process has it: set `listen` under \
      [admin] to a free port, or remove [admin]"
 )]
-pub(crate) struct AdminError {
+pub struct AdminError {
     address: SocketAddr,
     cause: std::io::Error,
 }

@@ -63,7 +63,7 @@ const STREAM_RETRY_S: &str = "5";
     "failed to open the intake port {address}: {cause}; another process has it: set `listen` under \
      [intake] to a free port, or remove [intake]"
 )]
-pub(crate) struct IntakeError {
+pub struct IntakeError {
     address: SocketAddr,
     cause: std::io::Error,
 }

@@ -103,7 +103,7 @@ pub struct ShardFacts {
 
 /// A shard that is to be read once more.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Reopened {
+pub struct Reopened {
     /// The shard.
     pub shard: ShardId,
     /// Its checkpoint from now on.
@@ -131,7 +131,7 @@ pub struct Lost {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Sinks that were restored, where nobody has said whom to believe.
-    pub(crate) mismatches: Vec<(SinkName, ShardId, Mismatch)>,
+    pub mismatches: Vec<(SinkName, ShardId, Mismatch)>,
     /// Shards to read once more, children of such shards included.
     pub reopened: Vec<Reopened>,
     /// Sinks that are behind and stay so: in shards that are not listed any more, and where the

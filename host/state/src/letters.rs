@@ -30,7 +30,7 @@ pub(super) const REDRIVEN: u8 = 3;
 
 /// A record as it entered the stage that did not take it.
 #[derive(Clone, Debug)]
-pub(crate) struct EnteredRecord {
+pub struct EnteredRecord {
     /// Its partition key.
     pub key: Vec<u8>,
     /// Its payload.
@@ -61,7 +61,7 @@ pub struct StoredLetter {
     /// The record's data as it was put; empty where a copy has its digest.
     pub original: Vec<u8>,
     /// The digest that a copy has in its place, because the copy of another letter has it whole.
-    pub(crate) original_digest: Option<PayloadDigest>,
+    pub original_digest: Option<PayloadDigest>,
     /// The partition key that entered the failing place; empty where a digest is kept.
     pub entered_key: Vec<u8>,
     /// The payload that entered the failing place; empty where a digest is kept.

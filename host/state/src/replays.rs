@@ -15,7 +15,7 @@ use shardmill_core::record::{LetterPlace, ReplayId, ShardId, SinkName, StreamIde
 
 /// A replay of which it is not known whether its rows are there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct PendingReplay {
+pub struct PendingReplay {
     /// Which.
     pub id: ReplayId,
     /// The sink whose table it was about.

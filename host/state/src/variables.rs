@@ -32,7 +32,7 @@ type Environment<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
 
 /// How the variables of a revision are set today, against how they were when it ran.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct SetOtherwise {
+pub struct SetOtherwise {
     /// Variables that had other values.
     pub names: Vec<String>,
     /// Variables of which it is not known: the key of their hashes is gone.

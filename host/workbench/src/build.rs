@@ -27,7 +27,7 @@ use shardmill_core::private::Reach;
 
 /// A plugin that was built.
 #[derive(Debug)]
-pub(crate) struct BuiltPlugin {
+pub struct BuiltPlugin {
     /// Where the component is.
     pub component: PathBuf,
     /// The component's size in bytes.

@@ -45,7 +45,7 @@ pub struct Case {
 
 /// The records of a case under another configuration.
 #[derive(Clone, Debug)]
-pub(crate) struct Variant {
+pub struct Variant {
     /// What is different.
     pub name: String,
     /// The configuration.
@@ -56,7 +56,7 @@ pub(crate) struct Variant {
 
 /// What must become of a case's records.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Expectation {
+pub struct Expectation {
     /// The outputs, in order.
     pub output: Vec<CaseOutput>,
     /// The records that are rejected, in order.
@@ -125,7 +125,7 @@ impl From<Case> for RawCase {
 /// One record that goes in.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct CaseInput {
+pub struct CaseInput {
     /// The payload as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
@@ -152,7 +152,7 @@ pub(crate) struct CaseInput {
 /// One record that must come out.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct CaseOutput {
+pub struct CaseOutput {
     /// The route's name.
     pub route: String,
     /// The record that it is made of, from 0; absent: any.
@@ -175,7 +175,7 @@ pub(crate) struct CaseOutput {
 /// One record that must be rejected.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct CaseReject {
+pub struct CaseReject {
     /// The record, from 0.
     #[serde(default)]
     pub input: usize,
@@ -196,7 +196,7 @@ struct TomlCases {
 /// Why cases cannot be read: one line with its place.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct CaseError(pub(super) String);
+pub struct CaseError(pub(super) String);
 
 impl CaseFile {
     /// Reads a file of cases, by its extension.
@@ -342,7 +342,7 @@ impl Expectation {
 
 /// The payload that an output must have.
 #[derive(Debug)]
-pub(crate) enum DuePayload {
+pub enum DuePayload {
     /// The record's own.
     AsItCame,
     /// These bytes.

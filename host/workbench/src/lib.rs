@@ -71,7 +71,7 @@ impl TrialRecord {
 /// Why a trial has no outcome.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum TrialError {
+pub enum TrialError {
     /// The plugin does not take its configuration, or does not start.
     #[error("{0}")]
     Configure(CallError),

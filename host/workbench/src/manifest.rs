@@ -45,7 +45,7 @@ pub struct PluginManifest {
 /// `[test]`: how a plugin is tested.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(crate) struct TestRules {
+pub struct TestRules {
     /// Members of JSON payloads that captured cases must not show, by pointer (RFC 6901).
     pub redact: Vec<String>,
     /// Whether captured cases show partition keys as hashes.
@@ -55,7 +55,7 @@ pub(crate) struct TestRules {
 /// Why a folder is no plugin's.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum ManifestError {
+pub enum ManifestError {
     /// There is neither a manifest nor a crate.
     #[error(
         "{dir} holds neither a {MANIFEST} nor a Cargo.toml: name a plugin's folder, or make one with \

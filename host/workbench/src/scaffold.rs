@@ -22,7 +22,7 @@ fn template(language: Language) -> Template {
 
 /// A plugin that was made.
 #[derive(Debug)]
-pub(crate) struct NewPlugin {
+pub struct NewPlugin {
     /// Its folder.
     pub folder: PathBuf,
     /// Its files, relative to the folder; the library's are left out.
@@ -32,7 +32,7 @@ pub(crate) struct NewPlugin {
 /// Why no plugin was made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum ScaffoldError {
+pub enum ScaffoldError {
     /// The name cannot be one.
     #[error(
         "{name:?} cannot name a plugin: 1 to 64 of a-z, 0-9, - and _ are due, the first a letter"

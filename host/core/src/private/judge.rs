@@ -22,9 +22,9 @@ pub(super) const BEYOND_OWNER: u32 = 0o077;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Me {
     pub uid: u32,
-    pub(crate) gids: BTreeSet<u32>,
+    pub gids: BTreeSet<u32>,
     /// Owner that the kernel shows for users whom this user namespace does not map, if it leaves some out.
-    pub(crate) unmapped: Option<u32>,
+    pub unmapped: Option<u32>,
     /// Who else may change what lies there.
     pub trusted: Trusted,
 }
@@ -46,9 +46,9 @@ pub enum Trusted {
 pub(super) struct FileSystem {
     pub device: u64,
     /// The owner that a new file of this process gets.
-    pub(crate) new_owner: u32,
+    pub new_owner: u32,
     /// Whether a new file has the mode that it was made with.
-    pub(crate) keeps_modes: bool,
+    pub keeps_modes: bool,
 }
 
 /// One folder or link on the way from `/` to a folder.
@@ -143,7 +143,7 @@ impl Reach {
 pub(super) struct Judge {
     pub me: Me,
     /// A file system that keeps no owners or no modes, if the folder lies on one.
-    pub(crate) loose: Option<FileSystem>,
+    pub loose: Option<FileSystem>,
 }
 
 impl Judge {

@@ -28,7 +28,7 @@ pub struct Board {
 
 /// A lane that has changed to another generation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct LaneChange {
+pub struct LaneChange {
     /// Its shard.
     pub shard: ShardId,
     /// The lane's pause in microseconds: from the last batch out of the old generation until the new one
@@ -39,7 +39,7 @@ pub(crate) struct LaneChange {
 
 /// A lane that has not changed to another generation yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct WaitingLane {
+pub struct WaitingLane {
     /// Its shard.
     pub shard: ShardId,
     /// What it waits for.
@@ -52,14 +52,14 @@ pub struct ShardStatus {
     /// Records handed to the sinks since the process started.
     pub records_read: u64,
     /// Of these, records that some sink had before.
-    pub(crate) records_replayed: u64,
+    pub records_replayed: u64,
     /// Records that a stage did not take.
     pub dead_letters: u64,
     /// Reads in a row that brought nothing.
-    pub(crate) idle_reads: u64,
+    pub idle_reads: u64,
     /// Whether every sink had committed all that was read, as of the last of these.
     #[serde(skip)]
-    pub(crate) is_committed: bool,
+    pub is_committed: bool,
     /// The age of the oldest record that a sink has not committed, in seconds, by sink.
     pub committed_lag_seconds: BTreeMap<String, f64>,
     /// Milliseconds between what was read last and the end of the shard, as the server says. Deprecated:
@@ -70,15 +70,15 @@ pub struct ShardStatus {
     /// The shard was closed and is settled.
     pub ended: bool,
     /// The position that the lane started at.
-    pub(crate) started_from: Option<String>,
+    pub started_from: Option<String>,
     /// What does not go on, and why.
     pub blocked: BTreeMap<String, String>,
     /// The generation at work.
     pub generation: Option<String>,
     /// The lane's pause at its last change of generation, in microseconds; see [`LaneChange::pause_us`].
-    pub(crate) change_pause_us: Option<u64>,
+    pub change_pause_us: Option<u64>,
     /// A generation that did not start here, and why.
-    pub(crate) does_not_start: Option<(String, String)>,
+    pub does_not_start: Option<(String, String)>,
 }
 
 /// Text in the place of a cause, for who may not see records.

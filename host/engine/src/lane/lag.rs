@@ -39,7 +39,7 @@ struct SinkLag {
 
 /// What is known of one shard. All times are milliseconds since 1970.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct ShardLag {
+pub struct ShardLag {
     sinks: Vec<SinkLag>,
     /// What some sink has not committed, in order.
     read: VecDeque<ReadBatch>,
@@ -134,7 +134,7 @@ impl ShardLag {
 
 /// A shard's lag, with where its sinks are now.
 #[derive(Clone, Default)]
-pub(crate) struct LiveLag {
+pub struct LiveLag {
     /// What is known.
     pub shard: ShardLag,
     /// The sinks' deliveries, once the lane has begun.
@@ -143,13 +143,13 @@ pub(crate) struct LiveLag {
 
 /// A delivery, as others than its lane see it.
 #[derive(Clone)]
-pub(crate) struct LiveDelivery {
+pub struct LiveDelivery {
     /// The sink.
     pub sink: SinkName,
     /// How far it is.
     pub progress: watch::Receiver<Progress>,
     /// Told when what is in hand is to be committed, though more would fit.
-    pub(crate) hurry: Arc<Notify>,
+    pub hurry: Arc<Notify>,
 }
 
 impl LiveLag {

@@ -22,7 +22,7 @@ const REJECT_WORDS: usize = 3;
 
 /// One output of a stage.
 #[derive(Clone, Debug)]
-pub(crate) struct StageOutput {
+pub struct StageOutput {
     /// Index of the item that it came from.
     pub item: usize,
     /// Index of the route in the plugin's descriptor.
@@ -73,7 +73,7 @@ pub struct Rejected {
 
 /// What a stage made of a flow.
 #[derive(Debug, Default)]
-pub(crate) struct StageOutcome {
+pub struct StageOutcome {
     /// One for each call that went well: one in all, unless a culprit was searched for.
     pub(super) answers: Vec<Answer>,
     /// What was rejected, by ascending item.

@@ -26,7 +26,7 @@ use shardmill_state::{DeadLetter, LetterKey, MadeBy, SettledItems};
 
 /// A row and the sinks that it goes to.
 #[derive(Debug)]
-pub(crate) struct Routed {
+pub struct Routed {
     /// The row.
     pub row: Row,
     /// Index of the stage in the generation, and of the route in its descriptor: the sinks are
@@ -49,7 +49,7 @@ pub struct ChainOutcome {
 
 /// A key and a payload that enter a place of the path.
 #[derive(Debug)]
-pub(crate) struct Entered {
+pub struct Entered {
     /// The partition key.
     pub key: Bytes,
     /// The payload.
@@ -87,7 +87,7 @@ pub struct Chain {
 }
 
 /// What a search for guilty records has done so far, in words; `None`: there is none, or it is a short one.
-pub(crate) type Searching = watch::Receiver<Option<String>>;
+pub type Searching = watch::Receiver<Option<String>>;
 
 /// A batch on its way through the stages.
 struct InHand {

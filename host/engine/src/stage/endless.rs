@@ -13,7 +13,7 @@ const KNOWN_MAX: usize = 10_000;
 /// What a stage's version has learnt of records that ran out of time. A batch may come again: after a
 /// failure of a later stage, or to another instance of the lane.
 #[derive(Debug, Default)]
-pub(crate) struct Endless {
+pub struct Endless {
     /// Whether there are any: mostly there are none, and then no lane waits for another here.
     is_used: AtomicBool,
     known: Mutex<Known>,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// Counts of one version in one stage; every lane adds to them.
 #[derive(Debug, Default)]
-pub(crate) struct HealthCounts {
+pub struct HealthCounts {
     records: AtomicU64,
     rejected: AtomicU64,
     traps: AtomicU64,

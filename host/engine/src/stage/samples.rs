@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// A batch as it entered a stage.
 #[derive(Clone)]
-pub(crate) struct Sample {
+pub struct Sample {
     /// Its number: later ones of the process have greater numbers.
     pub number: u64,
     /// The batch.

@@ -68,7 +68,7 @@ impl AnswerTime {
 }
 
 /// Lanes are to be let go and taken over anew, by what is described here.
-pub(crate) struct TakeOver {
+pub struct TakeOver {
     /// What they share from then on.
     pub shared: Arc<Shared>,
     /// Told when the lanes begin anew, or why they go on as before.

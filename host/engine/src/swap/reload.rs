@@ -23,7 +23,7 @@ use shardmill_state::{ChangeKind, NewChange};
 
 /// What is other in the files than in what runs, a line each.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct ReloadDiff {
+pub struct ReloadDiff {
     /// Stages that come, go, or change.
     pub stages: Vec<String>,
     /// Sinks that come, go, or change.
@@ -46,7 +46,7 @@ impl ReloadDiff {
 
 /// A reload that was made, or would be.
 #[derive(Debug, Serialize)]
-pub(crate) struct ReloadReport {
+pub struct ReloadReport {
     /// Its number in the history; `None`: nothing was changed.
     pub number: Option<i64>,
     /// The generation that runs now, or would.

@@ -27,7 +27,7 @@ const STOPS: &str = "the pipeline was stopped";
 
 /// How the candidate's answers compare with the incumbent's.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct TrialReport {
+pub struct TrialReport {
     /// Records that both were given.
     pub records: u64,
     /// Both gave the same.
@@ -42,7 +42,7 @@ pub(crate) struct TrialReport {
     pub trapped: u64,
     /// Calls of the candidate that gave no answer, more than of the incumbent: records that pass alone
     /// may be too much together.
-    pub(crate) calls_died: u64,
+    pub calls_died: u64,
     /// Records that only the candidate was given, because the incumbent failed on them or had no time left.
     pub candidate_only: u64,
     /// Why the incumbent has not answered for every record, if it has not. This says nothing against the
@@ -69,7 +69,7 @@ pub(crate) struct TrialReport {
 
 /// One record that became something else.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct ShownDifference {
+pub struct ShownDifference {
     /// Where the record is: shard and sequence.
     pub record: String,
     /// What it is.

@@ -14,7 +14,7 @@ pub(crate) const KEY_HEADER: &str = "x-partition-key";
 
 /// How events lie in a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Shape {
+pub enum Shape {
     /// One JSON value.
     Json,
     /// A JSON value per line; blank lines are passed over.
@@ -38,7 +38,7 @@ impl Shape {
 
 /// A body that holds no events, or one that is bad.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum BadEvents {
+pub enum BadEvents {
     /// Nothing is in it.
     #[error("the body is empty: send at least one event")]
     Empty,

@@ -23,7 +23,7 @@ struct DiscardType;
 
 /// The settings of a sink that drops its rows: none.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct DiscardSettings;
+pub struct DiscardSettings;
 
 /// `[[sink]]` with `type = "discard"`
 #[derive(Deserialize)]

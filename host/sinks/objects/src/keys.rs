@@ -20,7 +20,7 @@ const KEY_BYTES: usize = 1_024;
 
 /// The longest names and keys of a store, in bytes as encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct KeyLimits {
+pub struct KeyLimits {
     /// Of the part between two slashes.
     pub(super) name_bytes: usize,
     /// Of the whole.

@@ -46,8 +46,9 @@ pub use self::encode::Encoded;
 use self::encode::RouteForm;
 use self::parquet::ParquetSchema;
 pub use self::recovery::Recovered;
+use self::settings::LOG_FOLDER;
 pub use self::settings::{
-    Compression, FolderTemplate, LOG_FOLDER, ObjectFormat, ObjectLayout, ObjectsTarget, TYPE,
+    Compression, FolderTemplate, ObjectFormat, ObjectLayout, ObjectsTarget, TYPE,
 };
 use self::staged::Created;
 pub use self::store::Place;

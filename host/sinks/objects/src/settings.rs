@@ -12,8 +12,9 @@ use serde::de::IgnoredAny;
 use url::Url;
 
 use self::layout::FOLDER_FIELDS;
+pub(crate) use self::layout::LOG_FOLDER;
 pub(crate) use self::layout::Part;
-pub use self::layout::{Compression, FolderTemplate, LOG_FOLDER, ObjectFormat, ObjectLayout};
+pub use self::layout::{Compression, FolderTemplate, ObjectFormat, ObjectLayout};
 use crate::ObjectsSink;
 use shardmill_config::reading::{
     Check, Maybe, RawCommit, Spanned, Text, options, suggest, without_user,

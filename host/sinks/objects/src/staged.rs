@@ -27,7 +27,7 @@ pub(super) const STAGING_FOLDER: &str = ".tmp";
 
 /// How files come into a folder.
 #[derive(Clone, Debug)]
-pub(crate) struct Staged {
+pub struct Staged {
     prefix: Key,
     /// The folder of the claim logs as it was first written to.
     known: Arc<OnceLock<FileId>>,

@@ -85,7 +85,7 @@ impl Hole {
 /// The kinds of problems.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum ProblemKind {
+pub enum ProblemKind {
     /// Positions, a link or an object are missing.
     Gap,
     /// Two claims have the same positions or the same key.

@@ -21,7 +21,7 @@ struct StdoutType;
 
 /// Lines on standard output.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct StdoutTarget {
+pub struct StdoutTarget {
     /// With `{field}` for a JSON field and `{shard}`, `{sequence}`, `{key}`, `{route}`; `None`: the payload as it is.
     pub template: Option<String>,
 }

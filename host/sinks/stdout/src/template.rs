@@ -12,7 +12,7 @@ use shardmill_core::record::{Row, ShardId};
 /// A template that is malformed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{problem} at character {character} of template {template:?}")]
-pub(crate) struct TemplateError {
+pub struct TemplateError {
     /// What is wrong and what to write instead.
     pub problem: String,
     /// Where, in characters from 1.

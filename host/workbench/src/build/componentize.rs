@@ -13,7 +13,7 @@ const CORE_MODULE_VERSION: &[u8] = &[1, 0, 0, 0];
 /// Why a file cannot be made a component.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum ComponentizeError {
+pub enum ComponentizeError {
     /// The bytes do not begin like WebAssembly.
     #[error("the file is no WebAssembly: its first bytes are {first_bytes:02x?}")]
     NotWasm {

@@ -15,7 +15,7 @@ const NONE: [u32; 2] = [u32::MAX, 0];
 /// Keys that are not looked up.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub(crate) enum BadKeys {
+pub enum BadKeys {
     #[error("the keys are {0} words, and each key has two")]
     Odd(usize),
     #[error(
@@ -45,7 +45,7 @@ impl BadKeys {
 /// Rows that do not fit into an answer.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the rows take more than {bytes_max} bytes, the limit of one answer: ask for fewer keys")]
-pub(crate) struct TooLarge {
+pub struct TooLarge {
     bytes_max: usize,
 }
 
