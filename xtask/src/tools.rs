@@ -67,8 +67,11 @@ pub fn npm_install(folder: &Path, tool: &str) -> Result<()> {
             fs::copy(from.join(file), folder.join(file))
                 .with_context(|| format!("failed to copy {file} of {}", from.display()))?;
         }
+        // Where `target` is a link, npm compares the two paths of the folder and finds its own package missing.
+        let real = fs::canonicalize(folder)
+            .with_context(|| format!("failed to find {}", folder.display()))?;
         let mut npm = Command::new("npm");
-        npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix"]).arg(folder);
+        npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix"]).arg(real);
         run(&mut npm)?;
         ensure!(folder.join("node_modules").is_dir(), "npm left no {}", folder.display());
         Ok(())
