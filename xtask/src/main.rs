@@ -13,6 +13,8 @@ mod languages;
 mod plugins;
 mod postgres;
 mod process;
+#[cfg(test)]
+mod profiles;
 mod soak;
 mod test;
 mod tools;

@@ -18,7 +18,7 @@ use shardmill_core::sink::{
 };
 
 /// Begins a line that is a position. Rows are JSON objects: none begins so.
-const MARK: char = '#';
+const MARK: u8 = b'#';
 
 /// A folder of rows.
 pub struct FolderSink {
@@ -42,17 +42,26 @@ fn unavailable(sink: &SinkName, cause: impl Display) -> SinkError {
     SinkError::Unavailable { sink: sink.clone(), cause: cause.to_string() }
 }
 
-/// Finds the end of the last commit in a file's text, and its position.
-fn committed(text: &str) -> (u64, Option<Position>) {
+/// Finds the end of the last commit in a file, in bytes, and its position. A crash can cut a character in two, so the
+/// file is bytes, and not text.
+fn committed(file: &[u8]) -> (usize, Option<Position>) {
     let (mut end, mut last) = (0, (0, None));
-    for line in text.split_inclusive('\n') {
-        end += line.len() as u64;
-        let number = line.strip_prefix(MARK).and_then(|mark| mark.strip_suffix('\n'));
-        if let Some(sequence) = number.and_then(|number| SequenceNumber::parse(number).ok()) {
-            last = (end, Some(Position { sequence, sub_sequence: 0 }));
+    for line in file.split_inclusive(|byte| *byte == b'\n') {
+        end += line.len();
+        if let Some(position) = position_of(line) {
+            last = (end, Some(position));
         }
     }
     last
+}
+
+/// Reads the position of a line `#17`, or `#17/3` for the fourth record of an aggregate; `None`: the line is a row, or
+/// was cut off.
+fn position_of(line: &[u8]) -> Option<Position> {
+    let mark = std::str::from_utf8(line.strip_prefix(&[MARK])?.strip_suffix(b"\n")?).ok()?;
+    let (sequence, sub_sequence) = mark.split_once('/').unwrap_or((mark, "0"));
+    let sequence = SequenceNumber::parse(sequence).ok()?;
+    Some(Position { sequence, sub_sequence: sub_sequence.parse().ok()? })
 }
 
 /// Gives the committed rows of all files in a folder.
@@ -63,9 +72,10 @@ pub fn rows(folder: &Path) -> io::Result<Vec<String>> {
     };
     let mut rows = Vec::new();
     for file in files {
-        let text = std::fs::read_to_string(file?.path())?;
-        let end = usize::try_from(committed(&text).0).map_err(io::Error::other)?;
-        rows.extend(text[..end].lines().filter(|line| !line.starts_with(MARK)).map(str::to_owned));
+        let file = std::fs::read(file?.path())?;
+        let lines = file[..committed(&file).0].split_inclusive(|byte| *byte == b'\n');
+        let found = lines.filter(|line| line[0] != MARK);
+        rows.extend(found.map(|line| String::from_utf8_lossy(line).trim_end().to_owned()));
     }
     Ok(rows)
 }
@@ -88,9 +98,11 @@ impl Sink for FolderSink {
             let path = self.path(shard);
             let mut file = OpenOptions::new().create(true).append(true).read(true).open(path)?;
             file.try_lock()?;
-            let mut text = String::new();
-            file.read_to_string(&mut text)?;
-            let (end, position) = committed(&text);
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            let (end, position) = committed(&bytes);
+            let end = end as u64;
+            file.set_len(end)?;
             io::Result::Ok((FolderWriter { sink: self.name.clone(), file, end }, position))
         };
         let (writer, position) = open().map_err(|error| unavailable(&self.name, error))?;
@@ -99,8 +111,8 @@ impl Sink for FolderSink {
     }
 
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
-        match std::fs::read_to_string(self.path(shard)) {
-            Ok(text) => Ok(committed(&text).1),
+        match std::fs::read(self.path(shard)) {
+            Ok(file) => Ok(committed(&file).1),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(unavailable(&self.name, error)),
         }
@@ -132,12 +144,12 @@ struct FolderWriter {
 }
 
 impl FolderWriter {
-    fn append(&mut self, text: &str) -> io::Result<()> {
-        // What a crash, or a try that failed, has left behind.
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        // Removes what a try that failed has written.
         self.file.set_len(self.end)?;
-        self.file.write_all(text.as_bytes())?;
+        self.file.write_all(bytes)?;
         self.file.sync_data()?;
-        self.end += text.len() as u64;
+        self.end += bytes.len() as u64;
         Ok(())
     }
 }
@@ -150,17 +162,44 @@ impl SinkWriter for FolderWriter {
         commit: &Commit,
         _refusals: &dyn RefusalLog,
     ) -> Result<Committed, SinkError> {
-        let mut text = String::new();
+        let mut bytes = Vec::new();
         for row in commit.rows.iter() {
-            text += &String::from_utf8_lossy(&row.payload);
-            text.push('\n');
+            bytes.extend_from_slice(&row.payload);
+            bytes.push(b'\n');
         }
-        text += &format!("{MARK}{}\n", commit.span.to_inclusive);
-        self.append(&text).map_err(|error| unavailable(&self.sink, error))?;
+        bytes.push(MARK);
+        bytes.extend_from_slice(format!("{}\n", commit.span.to_inclusive).as_bytes());
+        self.append(&bytes).map_err(|error| unavailable(&self.sink, error))?;
         Ok(Committed {
             rows_written: commit.rows.len() as u64,
             rows_refused: 0,
-            bytes_written: text.len() as u64,
+            bytes_written: bytes.len() as u64,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_crash_has_cut_off_is_not_committed() {
+        let position = |sequence, sub_sequence| {
+            let sequence = SequenceNumber::parse(sequence).expect("a number");
+            Some(Position { sequence, sub_sequence })
+        };
+        let cases: [(&[u8], usize, Option<Position>); 7] = [
+            (b"", 0, None),
+            (b"{}\n", 0, None),
+            (b"{}\n#17\n", 7, position("17", 0)),
+            (b"{}\n#17/3\n", 9, position("17", 3)),
+            (b"{}\n#17\n{}\n#1", 7, position("17", 0)),
+            // The first of the two bytes of a character.
+            (b"{}\n#17\n{\"station\":\"Z\xc3", 7, position("17", 0)),
+            (b"{}\n#17\n#1/\n", 7, position("17", 0)),
+        ];
+        for (file, end, last) in cases {
+            assert_eq!(committed(file), (end, last), "{}", file.escape_ascii());
+        }
     }
 }

@@ -23,8 +23,8 @@ pub const MODE_KEY: Key = Key {
     name: "mode",
     form: KeyForm::Text,
     default: KeyDefault::Value("\"append\""),
-    about: "What a row does where the table has one with its key: `append` adds it, `upsert` sets the columns that \
-            it brings, `ignore` drops it.",
+    about: "What a row does where the table has one with its key: `append` adds it, and it is a dead letter where a \
+            unique index of the table refuses it; `upsert` sets the columns that it brings; `ignore` drops it.",
 };
 
 /// The key `key`, which goes with `mode`.

@@ -52,6 +52,15 @@ impl List {
     fn violations(&self, packages: &Packages<'_>) -> Vec<String> {
         let mut violations = Vec::new();
         let nothing = Allowed::default();
+        for (heavy, patterns) in &self.heavy {
+            for pattern in patterns {
+                if !packages.names.values().any(|name| is_of(pattern, name)) {
+                    violations.push(format!(
+                        "[heavy] {heavy}: expected `{pattern}` to name a package, found none; mend or remove it in {LIST}"
+                    ));
+                }
+            }
+        }
         for name in self.crates.keys().filter(|name| !packages.own.contains_key(name.as_str())) {
             violations.push(format!(
                 "[crates.{name}]: expected the name of a crate of the workspace; remove or rename it in {LIST}"
@@ -135,12 +144,17 @@ impl List {
 
     /// The name under which the list has a package.
     fn heavy_name(&self, package: &str) -> Option<&str> {
-        let is_of = |pattern: &String| match pattern.strip_suffix('*') {
-            Some(beginning) => package.starts_with(beginning),
-            None => package == pattern,
-        };
-        let heavy = self.heavy.iter().find(|(_, packages)| packages.iter().any(is_of));
+        let has = |patterns: &Vec<String>| patterns.iter().any(|pattern| is_of(pattern, package));
+        let heavy = self.heavy.iter().find(|(_, patterns)| has(patterns));
         heavy.map(|(name, _)| name.as_str())
+    }
+}
+
+/// Whether a pattern of the list names a package: `aws-*` names all that begin so.
+fn is_of(pattern: &str, package: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(beginning) => package.starts_with(beginning),
+        None => package == pattern,
     }
 }
 
@@ -273,6 +287,18 @@ mod tests {
         }
         let gone = violations(&format!("{GOOD}\n[crates.gone]"));
         assert!(gone.len() == 1 && gone[0].starts_with("[crates.gone]"), "{gone:?}");
+    }
+
+    #[test]
+    fn a_pattern_that_names_no_package_is_an_error() {
+        let found = violations(&GOOD.replace("\"heavy-http\"]", "\"heavy-http\", \"heavy-htpp\"]"));
+        assert_eq!(
+            found,
+            [
+                "[heavy] http: expected `heavy-htpp` to name a package, found none; mend or remove it in \
+              host/dependencies.toml"
+            ]
+        );
     }
 
     #[test]

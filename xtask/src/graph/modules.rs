@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use proc_macro2::{Delimiter, TokenStream, TokenTree};
+use proc_macro2::{Delimiter, Ident, TokenStream, TokenTree};
 
 use super::uses::Uses;
 
@@ -267,11 +267,11 @@ fn collect_paths(tokens: &[TokenTree], paths: &mut Vec<UsedPath>) {
                     // `pub(in crate::a)` is not a use.
                     && !(at > 0 && is_word(tokens.get(at - 1), "in")) =>
             {
-                let mut names = vec![word.to_string()];
+                let mut names = vec![plain(word)];
                 while is_separator(tokens, at + 1)
                     && let Some(TokenTree::Ident(name)) = tokens.get(at + 3)
                 {
-                    names.push(name.to_string());
+                    names.push(plain(name));
                     at += 3;
                 }
                 paths.push(UsedPath { names, is_import: false, alias: None, is_glob: false });
@@ -301,7 +301,7 @@ fn collect_imports(tree: &[TokenTree], prefix: &[String], paths: &mut Vec<UsedPa
                 }
                 // `a::{self}` is `a`.
                 TokenTree::Ident(word) if *word == "self" && !path.names.is_empty() => {}
-                TokenTree::Ident(word) => path.names.push(word.to_string()),
+                TokenTree::Ident(word) => path.names.push(plain(word)),
                 TokenTree::Punct(mark) if mark.as_char() == '*' => path.is_glob = true,
                 TokenTree::Group(group) => {
                     let tree: Vec<TokenTree> = group.stream().into_iter().collect();
@@ -318,6 +318,12 @@ fn collect_imports(tree: &[TokenTree], prefix: &[String], paths: &mut Vec<UsedPa
     }
 }
 
+/// A name as `mod` writes it: `r#b` is `b`.
+fn plain(word: &Ident) -> String {
+    let word = word.to_string();
+    word.strip_prefix("r#").map(str::to_owned).unwrap_or(word)
+}
+
 /// Collects the paths of an attribute, also of its texts; comments for readers are attributes as well, and left out.
 fn collect_from_attribute(attribute: &TokenStream, paths: &mut Vec<UsedPath>) {
     let tokens: Vec<TokenTree> = attribute.clone().into_iter().collect();
@@ -330,7 +336,12 @@ fn collect_from_attribute(attribute: &TokenStream, paths: &mut Vec<UsedPath>) {
             TokenTree::Group(group) => collect_from_attribute(&group.stream(), paths),
             TokenTree::Literal(literal) => {
                 let text = literal.to_string();
-                let code = text.trim_matches('"').parse::<TokenStream>().unwrap_or_default();
+                let raw = text.strip_prefix('r').map(|raw| raw.trim_matches('#'));
+                let code = raw
+                    .unwrap_or(&text)
+                    .trim_matches('"')
+                    .parse::<TokenStream>()
+                    .unwrap_or_default();
                 let code: Vec<TokenTree> = code.into_iter().collect();
                 collect_paths(&code, paths);
             }
@@ -395,15 +406,26 @@ fn end_of_item(tokens: &[TokenTree], mut at: usize) -> usize {
         "use",
     ];
     let is_item = ITEMS.iter().any(|word| is_word(tokens.get(at), word));
+    // Braces in the value of one of these do not end it. A function may be `const`, and a block of foreign items too.
+    let has_value =
+        ["let", "static", "type", "use"].iter().any(|word| is_word(tokens.get(at), word))
+            || is_word(tokens.get(at), "const")
+                && !["async", "extern", "fn", "unsafe"]
+                    .iter()
+                    .any(|word| is_word(tokens.get(at + 1), word));
+    let mut before = None;
     while let Some(token) = tokens.get(at) {
         at += 1;
-        let is_body =
+        // `{N}` is an argument between `<` and `>`, and no body.
+        let is_argument = is_mark(before, '<') || is_mark(before, ',');
+        let is_braced =
             matches!(token, TokenTree::Group(group) if group.delimiter() == Delimiter::Brace);
         // A field or a variant ends at a comma; in an item it may stand between parameters of types.
         let is_end = is_mark(Some(token), ';') || (!is_item && is_mark(Some(token), ','));
-        if is_body || is_end {
+        if is_end || (is_braced && !is_argument && !has_value) {
             break;
         }
+        before = Some(token);
     }
     at
 }
@@ -513,6 +535,10 @@ mod tests {
             "use self::super::b::B;",
             "use {std::fmt, super::{b}};",
             "fn f() -> crate::b::B { loop {} }",
+            "fn f() { crate::r#b::f() }",
+            "use super::r#b::B;",
+            "struct S { #[serde(with = r\"crate::b\")] c: u8 }",
+            "struct S { #[serde(with = r#\"crate::b\"#)] c: u8 }",
             "fn f(of: &super::b::B) {}",
             "fn f() { g::<super::b::B>(); }",
             "mod deep { use super::super::b; }",
@@ -539,6 +565,11 @@ mod tests {
             "use std::b::c; use other_crate::b;",
             "#[cfg(test)] mod tests { use crate::b; }",
             "#[cfg(test)] use crate::b::{B};",
+            "#[cfg(test)] impl<const N: usize> T<u8, {N}> for S<{N}> { fn f() { crate::b::f() } }",
+            "#[cfg(test)] static S: u8 = if true { 1 } else { crate::b::f() };",
+            "#[cfg(test)] const S: u8 = if true { 1 } else { crate::b::f() };",
+            "#[cfg(test)] const fn f() -> u8 { crate::b::f() }",
+            "#[cfg(test)] const unsafe extern \"C\" fn f() { crate::b::f() }",
             "#[cfg(all(test, unix))] fn f<A, D>(b: crate::b::B) { crate::b::f() }",
             "#[cfg(any(test, feature = \"fuzzing\"))] pub mod fuzz { use crate::b; }",
             "struct S { #[cfg(test)] pub b: crate::b::B, c: u8 }",
@@ -558,6 +589,9 @@ mod tests {
         }
         // The item alone is left out, and not the one after it.
         assert_eq!(arrows_of("#[cfg(test)] const X: u8 = 1; use crate::b;"), ["a → b"]);
+        assert_eq!(arrows_of("#[cfg(test)] const fn f() {} use crate::b;"), ["a → b"]);
+        assert_eq!(arrows_of("#[cfg(test)] use c::{D}; use crate::b;"), ["a → b"]);
+        assert_eq!(arrows_of("#[cfg(test)] struct S<T> {} use crate::b;"), ["a → b"]);
         assert_eq!(arrows_of("struct S { #[cfg(test)] a: u8, b: super::b::B }"), ["a → b"]);
     }
 
