@@ -44,7 +44,7 @@ pub mod values;
 
 /// Turns an `async fn` into a function that returns a boxed future.
 ///
-/// The code of a plain `async fn` is compiled in each crate that awaits it, with all that it awaits in turn. A function
-/// that other crates call now and then, and not for each record, is marked: then it is compiled in its own crate alone,
-/// and the crates above are built in a fraction of the time.
+/// The compiler generates the code of a plain `async fn` in each crate that awaits it, with all that it awaits in turn.
+/// Mark a function that other crates call, but not for each record: its code is then generated in its own crate only, and
+/// the crates above build faster. The cost is one allocation for each call.
 pub use async_recursion::async_recursion as boxed;

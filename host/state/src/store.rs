@@ -18,7 +18,7 @@ use shardmill_core::owner::{Ownership, StateMark};
 use shardmill_core::private;
 use shardmill_core::record::{Position, SequenceNumber};
 
-/// What one transaction does.
+/// Statements of one transaction.
 type Work = Box<dyn FnOnce(&Transaction<'_>) -> rusqlite::Result<()> + Send>;
 
 /// How deep below the state folder a state database lies: `pipeline/again-1/pipeline/state.db`.
@@ -251,15 +251,15 @@ impl StateStore {
     ) -> Result<T, StateError> {
         let (give, mut given) = oneshot::channel();
         let work = Box::new(move |state: &Transaction<'_>| {
-            // Whoever dropped the future waits for nothing; what it asked for is written all the same.
+            // The caller may have dropped its future. The transaction is written nevertheless.
             work(state).map(|value| drop(give.send(value)))
         });
         self.write_any(action, work).await?;
         given.try_recv().map_err(|_| self.error(action, "its thread gave no value".into()))
     }
 
-    /// Runs `work` as [`StateStore::write`] does. Whatever a transaction gives, its thread and its error are of one
-    /// type here, so that they are compiled once and not for each query.
+    /// Runs `work` as [`StateStore::write`] does, without a value. All transactions have one type here, so that this code
+    /// is compiled once and not for each query.
     #[boxed]
     async fn write_any(&self, action: &'static str, work: Work) -> Result<(), StateError> {
         let connection = self.turn().await;
