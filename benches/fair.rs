@@ -101,7 +101,7 @@ fn measure(own: &mut Chain, batch: &Arc<Batch>) -> Result<f64> {
         std::thread::sleep(PAUSE);
         let outcome = own.run(batch, &Default::default()).map_err(|why| anyhow!("{why:?}"))?;
         took_ms.push(arrives.elapsed().as_secs_f64() * 1e3);
-        ensure!(outcome.letters.is_empty(), "an honest record is dead-lettered");
+        ensure!(outcome.dead_letters.is_empty(), "an honest record is dead-lettered");
         ensure!(outcome.routed.len() == BATCH_RECORDS, "records are missing");
     }
     took_ms.sort_by(f64::total_cmp);

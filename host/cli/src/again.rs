@@ -87,13 +87,13 @@ pub(super) async fn run_again(
     let built = sinks::build(&own)?;
     let options = RunOptions::new(true);
     let supervisor = Supervisor::prepare_under(lock, own, host, source, built, options).await?;
-    let (board, letters) = (supervisor.board(), supervisor.letters());
+    let (board, dead_letters) = (supervisor.board(), supervisor.dead_letters());
     supervisor.run_until(stop.clone()).await?;
     ensure!(!stop.is_asked(), "stopped: the same command goes on where it was");
     std::fs::write(folder(config, undone.number).join(DONE), "")?;
     let records = board.snapshot().values().map(|status| status.records_read).sum();
     let report =
-        AgainReport { records, dead_letters: letters.count().await?, sinks: sinks_shown, gone };
+        AgainReport { records, dead_letters: dead_letters.count().await?, sinks: sinks_shown, gone };
     say(&report, undone, console);
     Ok(report)
 }
@@ -294,7 +294,7 @@ fn again_config(
         }
         bound.sinks.retain(|own| kept.contains(&own.value));
     }
-    own.letter_sinks.clear();
+    own.dead_letter_sinks.clear();
     (own.admin, own.intake) = (None, None);
     own.state_dir = config.state_dir.at(folder(config, number));
     Ok((own, places))

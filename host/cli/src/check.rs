@@ -18,7 +18,7 @@ use shardmill_engine::lease::PipelineLock;
 use shardmill_engine::stage::{Generation, Target};
 use shardmill_file::FileSource;
 use shardmill_serve::admin::control::ReloadQuery;
-use shardmill_state::{Changes, Checkpoints, DeadLetters, StateStore, StoredLetter};
+use shardmill_state::{Changes, Checkpoints, DeadLetters, StateStore, StoredDeadLetter};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -62,12 +62,12 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let (generation, _) = Generation::load(&config, &host, |_| None).await?;
     let mut sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
     let mut routes: Vec<_> = sinks.iter().map(|sink| generation.routes_to(sink.name())).collect();
-    let copies = config.for_letters(config.state_dir.to_path_buf(), StoredLetter::columns());
+    let copies = config.for_dead_letters(config.state_dir.to_path_buf(), StoredDeadLetter::columns());
     if let Some(copies) = &copies {
         let (copied, _) = Generation::load(copies, &host, |_| None).await?;
-        let letter_sinks = sinks::build(copies)?;
-        routes.extend(letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));
-        sinks.extend(letter_sinks);
+        let dead_letter_sinks = sinks::build(copies)?;
+        routes.extend(dead_letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));
+        sinks.extend(dead_letter_sinks);
     }
     let mut sink_warnings = Vec::new();
     let mut file_source = None;
@@ -114,10 +114,10 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
         if let Some(copies) = copies.as_ref().filter(|_| !options.offline)
             && let Some(copied) = StateStore::open_as_it_is(&holes::folder_of_copies(&config))?
         {
-            let letter_sinks = &sinks[config.sinks.len()..];
+            let dead_letter_sinks = &sinks[config.sinks.len()..];
             // The copies read the log of the letters in the pipeline's own state.
             let log = DeadLetters::new(state).log_stream(&config.name).await?;
-            let foreseen = agreement::foresee(copies, &copied, letter_sinks, Some(&log)).await?;
+            let foreseen = agreement::foresee(copies, &copied, dead_letter_sinks, Some(&log)).await?;
             report.warnings.extend(foreseen);
         }
     }

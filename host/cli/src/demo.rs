@@ -89,14 +89,14 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     ));
     let run_options = RunOptions { embedded_plugin: bundled_plugin, ..RunOptions::new(true) };
     let supervisor = run::prepare(config.clone(), source, run_options).await?;
-    let (board, letters) = (supervisor.board(), supervisor.letters());
+    let (board, dead_letters) = (supervisor.board(), supervisor.dead_letters());
     let stop = signals::stop_on_signals(config.timing.drain_max)?;
     // Its rows go to standard output: a reader such as `head` may have enough of them.
     run::ask_when_closed(&stop);
     supervisor.run_until(stop).await?;
 
     stream::delete(&client, &kinesis.stream.value, std::time::Duration::from_secs(30)).await?;
-    let report = report(&data, &board, &letters).await?;
+    let report = report(&data, &board, &dead_letters).await?;
     say(&report, console);
     console.report(&report)
 }
@@ -168,7 +168,7 @@ async fn publish(
     Ok(producer.flush().await?)
 }
 
-async fn report(data: &Path, board: &Board, letters: &DeadLetters) -> anyhow::Result<Report> {
+async fn report(data: &Path, board: &Board, dead_letters: &DeadLetters) -> anyhow::Result<Report> {
     let mart = data.join("cars.db");
     let rows = rusqlite::Connection::open(&mart)
         .and_then(|mart| mart.query_row("SELECT count(*) FROM cars", [], |row| row.get(0)))
@@ -191,7 +191,7 @@ async fn report(data: &Path, board: &Board, letters: &DeadLetters) -> anyhow::Re
                 place: logs.display().to_string(),
             },
         ],
-        dead_letters: letters.count().await?,
+        dead_letters: dead_letters.count().await?,
     })
 }
 

@@ -16,8 +16,8 @@ use serde_json::json;
 use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, print_json, print_line};
 use shardmill_core::boxed;
 use shardmill_core::escape::escaped;
-use shardmill_core::record::LetterPlace;
-use shardmill_state::{DeadLetters, LetterFilter, PayloadDigest};
+use shardmill_core::record::DeadLetterPlace;
+use shardmill_state::{DeadLetters, DeadLetterFilter, PayloadDigest};
 
 /// Characters of a reason that a list shows.
 const REASON_CHARS: usize = 100;
@@ -35,7 +35,7 @@ pub enum Command {
     )]
     List {
         #[command(flatten)]
-        letters: Letters,
+        selection: Selection,
         /// The most letters that are shown.
         #[arg(long, default_value_t = 50)]
         limit: u32,
@@ -52,7 +52,7 @@ pub enum Command {
     #[command(after_help = "Example:\n  shardmill dlq export --sink mart -o letters.ndjson")]
     Export {
         #[command(flatten)]
-        letters: Letters,
+        selection: Selection,
         /// The file; default: standard output.
         #[arg(short, long, value_name = "FILE")]
         out: Option<PathBuf>,
@@ -69,7 +69,7 @@ pub enum Command {
     )]
     Redrive {
         #[command(flatten)]
-        letters: Letters,
+        selection: Selection,
         /// Redrive every letter.
         #[arg(long)]
         all: bool,
@@ -88,7 +88,7 @@ pub enum Command {
     )]
     Purge {
         #[command(flatten)]
-        letters: Letters,
+        selection: Selection,
         /// Delete every letter.
         #[arg(long)]
         all: bool,
@@ -108,7 +108,7 @@ pub struct Pipeline {
 
 /// Which letters are meant; several options narrow each other.
 #[derive(clap::Args)]
-pub struct Letters {
+pub struct Selection {
     #[command(flatten)]
     pipeline: Pipeline,
     /// Letters by their numbers.
@@ -127,11 +127,11 @@ pub struct Letters {
     reason: Option<String>,
 }
 
-impl Letters {
-    fn filter(&self) -> LetterFilter {
-        let stage = self.stage.as_deref().map(|name| LetterPlace::Stage(name.into()));
-        let sink = self.sink.as_deref().map(|name| LetterPlace::Sink(name.into()));
-        LetterFilter {
+impl Selection {
+    fn filter(&self) -> DeadLetterFilter {
+        let stage = self.stage.as_deref().map(|name| DeadLetterPlace::Stage(name.into()));
+        let sink = self.sink.as_deref().map(|name| DeadLetterPlace::Sink(name.into()));
+        DeadLetterFilter {
             ids: self.ids.clone(),
             place: stage.or(sink),
             shard: self.shard.clone(),
@@ -140,7 +140,7 @@ impl Letters {
     }
 
     /// The letters that a command changes: a choice, or all of them if that is said.
-    fn chosen(&self, all: bool, verb: &str) -> anyhow::Result<LetterFilter> {
+    fn chosen(&self, all: bool, verb: &str) -> anyhow::Result<DeadLetterFilter> {
         let filter = self.filter();
         ensure!(
             all || !filter.is_empty(),
@@ -155,13 +155,13 @@ impl Letters {
 #[boxed]
 pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
-        Command::List { letters, limit } => list(&letters, limit, console).await,
+        Command::List { selection, limit } => list(&selection, limit, console).await,
         Command::Show { id, pipeline } => show(id, &pipeline, console).await,
-        Command::Export { letters, out } => export(&letters, out, console).await,
-        Command::Redrive { letters, all, without, even_if_redriven } => {
-            redrive::redrive(&letters, all, &without, even_if_redriven, console).await
+        Command::Export { selection, out } => export(&selection, out, console).await,
+        Command::Redrive { selection, all, without, even_if_redriven } => {
+            redrive::redrive(&selection, all, &without, even_if_redriven, console).await
         }
-        Command::Purge { letters, all } => purge(&letters, all, console).await,
+        Command::Purge { selection, all } => purge(&selection, all, console).await,
     }
 }
 
@@ -175,45 +175,45 @@ fn open(pipeline: &Pipeline) -> anyhow::Result<DeadLetters> {
     dead_letters(&config)
 }
 
-async fn list(wanted: &Letters, limit: u32, console: &Console) -> anyhow::Result<()> {
+async fn list(wanted: &Selection, limit: u32, console: &Console) -> anyhow::Result<()> {
     let store = open(&wanted.pipeline)?;
-    let letters = store.select_heads(wanted.filter(), limit).await?;
+    let dead_letters = store.select_heads(wanted.filter(), limit).await?;
     let count = store.count_of(wanted.filter()).await?;
-    for letter in &letters {
+    for dead_letter in &dead_letters {
         console.report(&json!({
-            "id": letter.id,
-            "shard": letter.shard,
-            "sequence": letter.sequence,
-            "sub_sequence": letter.sub_sequence,
-            "place": letter.place,
-            "plugin": letter.plugin,
-            "reason": letter.reason,
+            "id": dead_letter.id,
+            "shard": dead_letter.shard,
+            "sequence": dead_letter.sequence,
+            "sub_sequence": dead_letter.sub_sequence,
+            "place": dead_letter.place,
+            "plugin": dead_letter.plugin,
+            "reason": dead_letter.reason,
         }))?;
     }
     if console.json {
         return Ok(());
     }
-    if !letters.is_empty() {
+    if !dead_letters.is_empty() {
         let mut table = Table::new();
         let header = ["id", "failed in", "plugin", "shard", "sequence", "reason"];
         table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(header);
-        for letter in &letters {
-            let reason: String = letter.reason.chars().take(REASON_CHARS).collect();
-            let cut = if reason.len() < letter.reason.len() { "…" } else { "" };
+        for dead_letter in &dead_letters {
+            let reason: String = dead_letter.reason.chars().take(REASON_CHARS).collect();
+            let cut = if reason.len() < dead_letter.reason.len() { "…" } else { "" };
             let reason = escaped(&reason, &[]);
             table.add_row([
-                letter.id.to_string(),
-                letter.place.clone(),
-                escaped(&letter.plugin, &[]),
-                letter.shard.clone(),
-                letter.sequence.clone(),
+                dead_letter.id.to_string(),
+                dead_letter.place.clone(),
+                escaped(&dead_letter.plugin, &[]),
+                dead_letter.shard.clone(),
+                dead_letter.sequence.clone(),
                 format!("{reason}{cut}"),
             ]);
         }
         print_line(table);
     }
     // Some may have been purged since.
-    match count.saturating_sub(letters.len() as u64) {
+    match count.saturating_sub(dead_letters.len() as u64) {
         0 => print_line(format!("{count} dead letters")),
         more => print_line(format!("{count} dead letters, {more} not shown (--limit)")),
     }
@@ -221,27 +221,27 @@ async fn list(wanted: &Letters, limit: u32, console: &Console) -> anyhow::Result
 }
 
 async fn show(id: i64, pipeline: &Pipeline, console: &Console) -> anyhow::Result<()> {
-    let filter = LetterFilter { ids: vec![id], ..LetterFilter::default() };
-    let letters = open(pipeline)?.select(filter, 1).await?;
-    let Some(letter) = letters.first() else {
+    let filter = DeadLetterFilter { ids: vec![id], ..DeadLetterFilter::default() };
+    let dead_letters = open(pipeline)?.select(filter, 1).await?;
+    let Some(dead_letter) = dead_letters.first() else {
         bail!("there is no dead letter {id}: `shardmill dlq list` shows their numbers");
     };
     if console.json {
-        return console.report(&letter.to_json());
+        return console.report(&dead_letter.to_json());
     }
-    let record = format!("{} {}", letter.shard, letter.sequence);
-    let record = match letter.sub_sequence {
+    let record = format!("{} {}", dead_letter.shard, dead_letter.sequence);
+    let record = match dead_letter.sub_sequence {
         0 => record,
         sub_sequence => format!("{record} ({sub_sequence} in its aggregate)"),
     };
-    let (key, entered_key) = (text(&letter.partition_key), text(&letter.entered_key));
+    let (key, entered_key) = (text(&dead_letter.partition_key), text(&dead_letter.entered_key));
     for (what, said) in [
-        ("failed in", letter.place.as_str()),
-        ("plugin", &letter.plugin),
-        ("digest", &letter.digest),
-        ("reason", &escaped(&letter.reason, &LINES)),
+        ("failed in", dead_letter.place.as_str()),
+        ("plugin", &dead_letter.plugin),
+        ("digest", &dead_letter.digest),
+        ("reason", &escaped(&dead_letter.reason, &LINES)),
         ("record", &record),
-        ("arrived", &time(letter.arrived_ms)),
+        ("arrived", &time(dead_letter.arrived_ms)),
         ("key", &key),
     ] {
         if !said.is_empty() {
@@ -249,24 +249,24 @@ async fn show(id: i64, pipeline: &Pipeline, console: &Console) -> anyhow::Result
             print_line(format!("{what:<10} {}", said.replace('\n', "\n           ")));
         }
     }
-    print_line(format!("original   {} bytes\n{}", letter.original.len(), text(&letter.original)));
-    if let Some(PayloadDigest { sha256, bytes }) = &letter.entered_digest {
+    print_line(format!("original   {} bytes\n{}", dead_letter.original.len(), text(&dead_letter.original)));
+    if let Some(PayloadDigest { sha256, bytes }) = &dead_letter.entered_digest {
         print_line(format!(
             "entered    {bytes} bytes, too large to be kept: a redrive makes them again\ndigest     {sha256}"
         ));
-    } else if letter.entered != letter.original {
-        print_line(format!("entered    {} bytes\n{}", letter.entered.len(), text(&letter.entered)));
+    } else if dead_letter.entered != dead_letter.original {
+        print_line(format!("entered    {} bytes\n{}", dead_letter.entered.len(), text(&dead_letter.entered)));
     }
-    if letter.entered_digest.is_none() && entered_key != key {
+    if dead_letter.entered_digest.is_none() && entered_key != key {
         print_line(format!("under key  {}", entered_key.replace('\n', "\n           ")));
     }
-    if !letter.backtrace.is_empty() {
-        print_line(format!("backtrace\n{}", escaped(&letter.backtrace, &LINES)));
+    if !dead_letter.backtrace.is_empty() {
+        print_line(format!("backtrace\n{}", escaped(&dead_letter.backtrace, &LINES)));
     }
     Ok(())
 }
 
-async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> anyhow::Result<()> {
+async fn export(wanted: &Selection, out: Option<PathBuf>, console: &Console) -> anyhow::Result<()> {
     let store = open(&wanted.pipeline)?;
     // By their numbers, a few at a time: all of them may not fit into memory.
     let ids = store.ids(wanted.filter()).await?;
@@ -278,9 +278,9 @@ async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> an
         None => None,
     };
     for piece in ids.chunks(EXPORT_PIECE as usize) {
-        let filter = LetterFilter { ids: piece.to_vec(), ..LetterFilter::default() };
-        for letter in store.select(filter, EXPORT_PIECE).await? {
-            let line = letter.to_json();
+        let filter = DeadLetterFilter { ids: piece.to_vec(), ..DeadLetterFilter::default() };
+        for dead_letter in store.select(filter, EXPORT_PIECE).await? {
+            let line = dead_letter.to_json();
             match &mut file {
                 Some(file) => writeln!(file, "{line}")?,
                 None => print_json(&line.to_string()),
@@ -299,7 +299,7 @@ async fn export(wanted: &Letters, out: Option<PathBuf>, console: &Console) -> an
     Ok(())
 }
 
-async fn purge(wanted: &Letters, all: bool, console: &Console) -> anyhow::Result<()> {
+async fn purge(wanted: &Selection, all: bool, console: &Console) -> anyhow::Result<()> {
     let filter = wanted.chosen(all, "delete")?;
     let (purged, left) = open(&wanted.pipeline)?.purge(filter).await?;
     console.say(format!("{purged} dead letters deleted"));

@@ -23,7 +23,7 @@ pub(crate) async fn validate(
     if names.is_empty() {
         return Ok(());
     }
-    let sinks = config.sinks.iter().chain(&config.letter_sinks);
+    let sinks = config.sinks.iter().chain(&config.dead_letter_sinks);
     let configured: BTreeSet<&SinkName> = sinks.clone().map(|sink| &sink.name.value).collect();
     let former = sinks.filter_map(|sink: &SinkConfig| Some(&sink.renamed_from.as_ref()?.value));
     let past = Past::read(config).await?;

@@ -19,7 +19,7 @@ pub(crate) fn folder_of_copies(config: &PipelineConfig) -> PathBuf {
 
 /// The state that a sink's holes are kept in.
 pub(crate) fn state_of(config: &PipelineConfig, sink: &SinkName) -> anyhow::Result<StateStore> {
-    let copies = config.letter_sinks.iter().any(|letters| letters.name.value == *sink);
+    let copies = config.dead_letter_sinks.iter().any(|own| own.name.value == *sink);
     let folder = if copies { folder_of_copies(config) } else { folder(config) };
     anyhow::ensure!(
         folder.join("state.db").exists(),

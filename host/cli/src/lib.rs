@@ -441,7 +441,7 @@ fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
 
 /// Whether a pipeline finds an embedded stream by its state folder.
 fn uses_embedded(config: &PipelineConfig) -> bool {
-    let sinks = config.sinks.iter().chain(&config.letter_sinks);
+    let sinks = config.sinks.iter().chain(&config.dead_letter_sinks);
     let asked = sinks.filter_map(|sink| sink.settings.stream_server());
     let source = config.source.kinesis().map(|kinesis| &kinesis.server);
     source.into_iter().chain(asked).any(|server| matches!(server.endpoint, Endpoint::Embedded))

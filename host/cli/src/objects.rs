@@ -15,7 +15,7 @@ use shardmill_core::sink::Sink as _;
 use shardmill_engine::lane::roster;
 use shardmill_engine::lease::PipelineLock;
 use shardmill_sink_objects::{Audit, ObjectsSink, ObjectsTarget, Recovered};
-use shardmill_state::{Checkpoints, DeadLetters, Hole, Holes, Roster, StateStore, StoredLetter};
+use shardmill_state::{Checkpoints, DeadLetters, Hole, Holes, Roster, StateStore, StoredDeadLetter};
 
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -179,11 +179,11 @@ impl Log {
         let lock = PipelineLock::take(&config.state_dir, &config.name)?;
         let own = StateStore::open(lock.folder())?;
         let copies = holes::folder_of_copies(&config);
-        let is_copied = config.letter_sinks.iter().any(|sink| sink.name.value == name);
-        let letters = config.for_letters(copies.clone(), StoredLetter::columns());
+        let is_copied = config.dead_letter_sinks.iter().any(|sink| sink.name.value == name);
+        let copying = config.for_dead_letters(copies.clone(), StoredDeadLetter::columns());
         // Dead letters are copied from the log of the pipeline's own state, with positions in another one.
-        let (state, stream) = match letters.filter(|_| is_copied) {
-            Some(letters) => {
+        let (state, stream) = match copying.filter(|_| is_copied) {
+            Some(copying) => {
                 ensure!(
                     copies.join("state.db").exists(),
                     "expected positions of sink {name} in {}, found none: no dead letter was copied yet; start \
@@ -191,7 +191,7 @@ impl Log {
                     copies.display()
                 );
                 let state = StateStore::open(&copies)?;
-                refuse_unstarted(&letters, &name, &state).await?;
+                refuse_unstarted(&copying, &name, &state).await?;
                 (state, DeadLetters::new(own).log_stream(&config.name).await?)
             }
             None => {
@@ -250,7 +250,7 @@ fn chosen<'c>(
     config: &'c PipelineConfig,
     name: Option<&str>,
 ) -> anyhow::Result<Vec<(&'c SinkName, &'c ObjectsTarget)>> {
-    let all = config.sinks.iter().chain(&config.letter_sinks);
+    let all = config.sinks.iter().chain(&config.dead_letter_sinks);
     let objects = all.filter_map(|sink| Some((&sink.name.value, sinks::objects(sink)?)));
     let objects: Vec<_> =
         objects.filter(|(own, _)| name.is_none_or(|name| own.as_str() == name)).collect();

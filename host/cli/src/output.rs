@@ -70,7 +70,7 @@ pub(crate) fn closed() -> CancellationToken {
 /// Leaves standard output to the rows of the pipeline's stdout sinks, if it has any: reports between them
 /// would spoil what a program reads.
 pub(crate) fn leave_to_rows(config: &PipelineConfig) {
-    let mut sinks = config.sinks.iter().chain(&config.letter_sinks);
+    let mut sinks = config.sinks.iter().chain(&config.dead_letter_sinks);
     if sinks.any(|sink| sink.settings.prints_rows()) {
         ROWS_HAVE_STDOUT.store(true, Ordering::Relaxed);
     }

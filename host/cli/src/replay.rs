@@ -152,7 +152,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let run = RunOptions::new(false);
     let supervisor =
         Supervisor::prepare_under(lock, own, host, Arc::new(source), sinks, run).await?;
-    let letters = supervisor.letters();
+    let dead_letters = supervisor.dead_letters();
     let stop = stop_on_signals(config.timing.drain_max)?;
     supervisor.run_until(stop.clone()).await?;
     ensure!(!stop.is_asked(), "stopped: the replay begins anew when it is run again");
@@ -160,7 +160,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let mut report = Report {
         shadow: table.shadow(),
         diff: table.diff().await.map_err(anyhow::Error::msg)?,
-        dead_letters: letters.count().await?,
+        dead_letters: dead_letters.count().await?,
         swapped: None,
         holes: Vec::new(),
         is_replaced: false,
@@ -179,7 +179,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         check_held(&*held, &window_ms).await?;
         check_passed(&target, &config, stream.clone(), (last, &swap.state)).await?;
         let beside = table.check_alone(&others, &stream).await.map_err(anyhow::Error::msg)?;
-        let failed = failed_again(letters.failed().await?);
+        let failed = failed_again(dead_letters.failed().await?);
         let window = Window { sink: &sink, live, stream: &stream, window_ms };
         let replaced = swap.replace(&config, window, (&mut table, &beside), failed).await?;
         match replaced {
@@ -295,7 +295,7 @@ fn others<'c>(
     config: &'c PipelineConfig,
     sink: &SinkName,
 ) -> Vec<(&'c SinkName, &'c PostgresTarget)> {
-    let sinks = config.sinks.iter().chain(&config.letter_sinks);
+    let sinks = config.sinks.iter().chain(&config.dead_letter_sinks);
     let others = sinks.filter(|other| other.name.value != *sink);
     others.filter_map(|other| Some((&other.name.value, sinks::postgres(other)?))).collect()
 }
@@ -483,7 +483,7 @@ fn replay_config(
             own.value = replayed.clone();
         }
     }
-    own.letter_sinks.clear();
+    own.dead_letter_sinks.clear();
     (own.admin, own.intake) = (None, None);
     own.state_dir = config.state_dir.at(config.state_dir.join(config.name.as_str()).join("replay"));
     Ok(own)

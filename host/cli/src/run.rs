@@ -156,7 +156,7 @@ impl Ready {
         let Self { hangup, run, control, control_stop, intake, _embedded } = self;
         reload_on_hangup(hangup, control, control_stop.clone());
         let pipeline = run.pipeline();
-        let (board, letters) = (pipeline.board(), pipeline.letters());
+        let (board, dead_letters) = (pipeline.board(), pipeline.dead_letters());
         // Of its own, so that it ends as well when the pipeline ends by itself.
         let intake_stop = stop.child();
         let intake = intake.map(|(port, writer)| {
@@ -177,7 +177,7 @@ impl Ready {
             intake.finished(&intake_stop).await;
         }
         ran?;
-        let Some(summary) = stop.until_over(RunSummary::of(&board, &letters)).await else {
+        let Some(summary) = stop.until_over(RunSummary::of(&board, &dead_letters)).await else {
             return Ok(());
         };
         let summary = summary?;

@@ -267,13 +267,13 @@ async fn dead_letters(
     stage: &shardmill_core::record::StageName,
     limit: u32,
 ) -> anyhow::Result<Vec<TrialRecord>> {
-    let letters = super::dead_letters(config)?.entered(stage, limit).await?;
-    ensure!(!letters.is_empty(), "stage {stage} has no dead letters");
-    let records = letters.into_iter().map(|letter| TrialRecord {
-        key: letter.key.into(),
-        payload: letter.payload.into(),
-        sequence: letter.sequence,
-        arrived_ms: letter.arrived_ms,
+    let dead_letters = super::dead_letters(config)?.entered(stage, limit).await?;
+    ensure!(!dead_letters.is_empty(), "stage {stage} has no dead letters");
+    let records = dead_letters.into_iter().map(|dead_letter| TrialRecord {
+        key: dead_letter.key.into(),
+        payload: dead_letter.payload.into(),
+        sequence: dead_letter.sequence,
+        arrived_ms: dead_letter.arrived_ms,
     });
     Ok(records.collect())
 }

@@ -100,13 +100,13 @@ pub(super) fn check_renamed(sinks: &[SinkConfig], names: &Names, check: &mut Che
 }
 
 /// The sinks of dead letters must be there, and take nothing else: their rows have other columns.
-pub(super) fn check_letter_sinks(
-    letter_sinks: &[Spanned<Text>],
+pub(super) fn check_dead_letter_sinks(
+    dead_letter_sinks: &[Spanned<Text>],
     names: &Names,
     stages: &[StageConfig],
     check: &mut Check,
 ) {
-    for sink in letter_sinks {
+    for sink in dead_letter_sinks {
         let name = sink.get_ref().0.as_str();
         if !names.check_sink(name, sink.span(), check) {
             continue;
@@ -119,9 +119,9 @@ pub(super) fn check_letter_sinks(
             check.problem(sink.span(), message, help);
         }
     }
-    if !letter_sinks.is_empty() && letter_sinks.len() == names.sinks.len() {
+    if !dead_letter_sinks.is_empty() && dead_letter_sinks.len() == names.sinks.len() {
         let message = "every sink is for dead letters";
-        check.problem(letter_sinks[0].span(), message, "add a [[sink]] for the rows");
+        check.problem(dead_letter_sinks[0].span(), message, "add a [[sink]] for the rows");
     }
 }
 

@@ -101,9 +101,9 @@ pub struct PipelineConfig {
     /// The sinks, at least one.
     pub sinks: Vec<SinkConfig>,
     /// Sinks that get copies of the dead letters, and nothing else.
-    pub letter_sinks: Vec<SinkConfig>,
+    pub dead_letter_sinks: Vec<SinkConfig>,
     /// Bytes that the store of dead letters may hold; `None`: 10 GiB, or half of the free disk.
-    pub letter_bytes_max: Option<usize>,
+    pub dead_letters_bytes_max: Option<usize>,
     /// The tables that plugins may be granted to look rows up in.
     pub lookups: Vec<LookupConfig>,
     /// Bytes that all sinks' buffers may hold together.
@@ -142,8 +142,8 @@ impl PipelineConfig {
 
     /// The pipeline that copies dead letters, described by `columns`, to their sinks; `None` when there
     /// are none. Its state is kept under `state_dir`.
-    pub fn for_letters(&self, state_dir: PathBuf, columns: Vec<Column>) -> Option<Self> {
-        if self.letter_sinks.is_empty() {
+    pub fn for_dead_letters(&self, state_dir: PathBuf, columns: Vec<Column>) -> Option<Self> {
+        if self.dead_letter_sinks.is_empty() {
             return None;
         }
         let format = Some("application/json".into());
@@ -151,8 +151,8 @@ impl PipelineConfig {
             state_dir: self.state_dir.at(state_dir),
             source: SourceConfig { format, columns, ..self.source.clone() },
             stages: Vec::new(),
-            sinks: self.letter_sinks.clone(),
-            letter_sinks: Vec::new(),
+            sinks: self.dead_letter_sinks.clone(),
+            dead_letter_sinks: Vec::new(),
             lookups: Vec::new(),
             admin: None,
             intake: None,

@@ -45,8 +45,8 @@ const CONNECTIONS_PER_PEER: usize = 32;
 /// 0: any number.
 const PER_PEER_ALLOWED: std::ops::RangeInclusive<u64> = 0..=65_536;
 /// The range of `dead_letters.bytes`: below it, hardly one dead letter fits.
-const LETTER_BYTES_MIN: usize = 1 << 20;
-const LETTER_BYTES_MAX: usize = 1 << 50;
+const DEAD_LETTERS_BYTES_MIN: usize = 1 << 20;
+const DEAD_LETTERS_BYTES_MAX: usize = 1 << 50;
 
 /// Reads and validates a configuration file; `types` are the sink types that it may name, `lookup` is where `${VAR}`
 /// comes from.
@@ -131,20 +131,20 @@ fn read(
     let admin = sections.admin.map(|table| admin(table, check));
     let intake = sections.intake.map(|table| intake::read(table, source.as_ref(), check));
 
-    let letter_sinks = sections.dead_letters.and_then(|table| shaped(table, check));
-    let RawDeadLetters { sinks: letter_sinks, bytes } = letter_sinks.unwrap_or_default();
+    let dead_letter_sinks = sections.dead_letters.and_then(|table| shaped(table, check));
+    let RawDeadLetters { sinks: dead_letter_sinks, bytes } = dead_letter_sinks.unwrap_or_default();
     let is_set = bytes.is_some();
-    let letter_bytes_max =
-        is_set.then(|| check.size(&bytes, 0, LETTER_BYTES_MIN..=LETTER_BYTES_MAX));
+    let dead_letters_bytes_max =
+        is_set.then(|| check.size(&bytes, 0, DEAD_LETTERS_BYTES_MIN..=DEAD_LETTERS_BYTES_MAX));
 
     names.check_unique(check);
-    bindings::check_letter_sinks(&letter_sinks, &names, &stages, check);
+    bindings::check_dead_letter_sinks(&dead_letter_sinks, &names, &stages, check);
     bindings::check_renamed(&sinks, &names, check);
-    let is_for_letters = |sink: &SinkConfig| {
-        letter_sinks.iter().any(|name| name.get_ref().0 == sink.name.value.as_str())
+    let is_for_dead_letters = |sink: &SinkConfig| {
+        dead_letter_sinks.iter().any(|name| name.get_ref().0 == sink.name.value.as_str())
     };
     let all_sinks = sinks.len();
-    let (letter_sinks, sinks): (Vec<_>, Vec<_>) = sinks.into_iter().partition(is_for_letters);
+    let (dead_letter_sinks, sinks): (Vec<_>, Vec<_>) = sinks.into_iter().partition(is_for_dead_letters);
     if stages.len() == stages_written && all_sinks == sinks_written {
         bindings::check_bound(&stages, &sinks, check);
     }
@@ -156,8 +156,8 @@ fn read(
         source: source?,
         stages,
         sinks,
-        letter_sinks,
-        letter_bytes_max: match letter_bytes_max {
+        dead_letter_sinks,
+        dead_letters_bytes_max: match dead_letters_bytes_max {
             Some(bytes) => Some(bytes?),
             None => None,
         },

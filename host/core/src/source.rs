@@ -202,7 +202,7 @@ pub enum SourceError {
     },
     /// Dead letters cannot be read.
     #[error("dead letters cannot be read: {cause}")]
-    Letters {
+    DeadLetters {
         /// What the state database says.
         cause: String,
         /// Whether to try again mends nothing.
@@ -238,7 +238,7 @@ impl SourceError {
             Self::Replaced { .. }
                 | Self::LostRecords { .. }
                 | Self::File { .. }
-                | Self::Letters { is_final: true, .. }
+                | Self::DeadLetters { is_final: true, .. }
         )
     }
 }

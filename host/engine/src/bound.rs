@@ -75,9 +75,9 @@ impl MemoryBound {
             let bound = encoded_bound(config.buffer_bytes_max, lanes);
             bound.saturating_mul(sinks.iter().filter(is_encoding).count())
         };
-        let copies = match config.letter_sinks.is_empty() {
+        let copies = match config.dead_letter_sinks.is_empty() {
             true => 0,
-            false => bytes_bound(config.buffer_bytes_max, 1) + encoded(&config.letter_sinks, 1),
+            false => bytes_bound(config.buffer_bytes_max, 1) + encoded(&config.dead_letter_sinks, 1),
         };
         let encoded = encoded(&config.sinks, lanes);
         let parts = [

@@ -90,7 +90,7 @@ pub struct DeliveryContext {
     /// The lane's account in the budget of all sinks' buffers.
     pub account: Arc<Account>,
     /// Where refused rows go.
-    pub letters: DeadLetters,
+    pub dead_letters: DeadLetters,
     /// The limits of refusals.
     pub rejected_max: shardmill_config::RejectedMax,
     /// Ends the task without a commit.
@@ -104,7 +104,7 @@ pub struct DeliveryContext {
     pub from_start: Option<ShardStart>,
     /// Rows that are dead letters of this sink: they were refused or given up before it was restored from a
     /// backup. Written as well, they would be doubled by a redrive.
-    pub letters_of_own: HashSet<(Position, u32)>,
+    pub own_dead_letters: HashSet<(Position, u32)>,
     /// The position that the sink is to commit first, without a row: the end of the part that it skips is then its own, and a
     /// later comparison with the state does not take it for a sink that was restored. With the
     /// revision that runs.
@@ -350,9 +350,9 @@ impl Gatherer {
             };
             rows.retain(|row| !is_before(row));
         }
-        let letters = &self.context.letters_of_own;
-        if !letters.is_empty() {
-            rows.retain(|row| !letters.contains(&(row.position().clone(), row.ordinal)));
+        let dead_letters = &self.context.own_dead_letters;
+        if !dead_letters.is_empty() {
+            rows.retain(|row| !dead_letters.contains(&(row.position().clone(), row.ordinal)));
         }
         if self.buffer.as_ref().is_some_and(|held| held.generation != generation) {
             self.hand_over(orders).await?;

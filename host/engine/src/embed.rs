@@ -60,7 +60,7 @@ pub struct PipelineBuilder {
     source: Option<Arc<dyn ShardSource>>,
     stages: Vec<Stage>,
     sinks: Vec<GivenSink>,
-    letter_sinks: Vec<GivenSink>,
+    dead_letter_sinks: Vec<GivenSink>,
     buffer_bytes_max: usize,
     rejected_max: RejectedMax,
     timing: Timing,
@@ -204,7 +204,7 @@ impl Pipeline {
             source: None,
             stages: Vec::new(),
             sinks: Vec::new(),
-            letter_sinks: Vec::new(),
+            dead_letter_sinks: Vec::new(),
             buffer_bytes_max: BUFFER_BYTES,
             rejected_max: RejectedMax::default(),
             timing: Timing::default(),
@@ -255,9 +255,9 @@ impl Pipeline {
             return Ok(RunSummary::default());
         };
         let run = run?;
-        let (board, letters) = (run.pipeline().board(), run.pipeline().letters());
+        let (board, dead_letters) = (run.pipeline().board(), run.pipeline().dead_letters());
         Box::pin(run.run(&stop)).await?;
-        let counted = stop.until_over(RunSummary::of(&board, &letters)).await;
+        let counted = stop.until_over(RunSummary::of(&board, &dead_letters)).await;
         Ok(counted.context("the dead letters were not counted within the time of the end")??)
     }
 
@@ -307,7 +307,7 @@ impl PipelineBuilder {
     /// Adds a sink that gets a copy of each dead letter, as JSON, and nothing else. The store of dead letters in the
     /// state folder has them in any case.
     pub fn dead_letter_sink(mut self, sink: Arc<dyn Sink>) -> Self {
-        self.letter_sinks.push(GivenSink { sink, commits: DEFAULT_COMMIT_POLICY });
+        self.dead_letter_sinks.push(GivenSink { sink, commits: DEFAULT_COMMIT_POLICY });
         self
     }
 
@@ -347,8 +347,8 @@ impl PipelineBuilder {
             source: unnamed_source(),
             stages,
             sinks: self.sinks.iter().map(sink_config).collect(),
-            letter_sinks: self.letter_sinks.iter().map(sink_config).collect(),
-            letter_bytes_max: None,
+            dead_letter_sinks: self.dead_letter_sinks.iter().map(sink_config).collect(),
+            dead_letters_bytes_max: None,
             lookups: Vec::new(),
             buffer_bytes_max: self.buffer_bytes_max,
             rejected_max: self.rejected_max,
@@ -364,7 +364,7 @@ impl PipelineBuilder {
     }
 
     fn all_sinks(&self) -> impl Iterator<Item = &GivenSink> {
-        self.sinks.iter().chain(&self.letter_sinks)
+        self.sinks.iter().chain(&self.dead_letter_sinks)
     }
 
     /// Stages and sinks share one space of names: a dead letter is keyed by the name of the part that it comes from.

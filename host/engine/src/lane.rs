@@ -65,7 +65,7 @@ const STAGES: &str = "stages";
 /// The part of a lane that a busy machine blocks: no version of a plugin is judged by it.
 const STARVED: &str = "cores";
 /// The part of a lane that waits for the store of dead letters.
-const LETTERS: &str = "dead letters";
+const DEAD_LETTERS: &str = "dead letters";
 /// The metric of what the sinks' buffers hold.
 const SINK_BUFFERS: &str = metric::BUFFER_BYTES;
 /// How long a stage asks for retries until that is shown.
@@ -74,10 +74,10 @@ const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
 const COPIED_IN_PLACE_BYTES: usize = 1 << 20;
 /// Writes of dead letters that failed. Many letters take the state database for long before it is known that the
 /// store is too full: other lanes need it meanwhile.
-const LETTER_RETRY: RetryPolicy =
+const DEAD_LETTER_RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_secs(1), Duration::from_secs(8));
 /// Reads of dead letters that failed.
-const LETTER_READ_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(1));
+const DEAD_LETTER_READ_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(1));
 
 /// Makes the sinks that a configuration names, in its order; talks to none of them.
 pub type BuildSinks =
@@ -106,7 +106,7 @@ pub(crate) struct Shared {
     /// Which generation ran from where.
     pub ledger: Ledger,
     /// Dead letters.
-    pub letters: DeadLetters,
+    pub dead_letters: DeadLetters,
     /// What sinks' buffers may hold.
     pub budget: Budget,
     /// What is shown of the lanes.
@@ -153,9 +153,9 @@ impl Shared {
             holes: self.holes.clone(),
             ledger: self.ledger.clone(),
             until_caught_up: self.until_caught_up,
-            letters: {
-                self.letters.set_bound(config.letter_bytes_max);
-                self.letters.clone()
+            dead_letters: {
+                self.dead_letters.set_bound(config.dead_letters_bytes_max);
+                self.dead_letters.clone()
             },
             board: self.board.clone(),
             starts: self.starts.clone(),
@@ -471,8 +471,8 @@ impl Lane<'_> {
                             self.shared.board.unblock(&self.shard.shard, STARVED);
                             return Ok(Ran::All(outcome));
                         }
-                        Err(Blocked::Stopped(letters)) => {
-                            self.keep_found(batch, letters).await;
+                        Err(Blocked::Stopped(dead_letters)) => {
+                            self.keep_found(batch, dead_letters).await;
                             return Err(LaneError::Stopped);
                         }
                         Err(Blocked::Later(cause, pause)) => {
@@ -531,16 +531,16 @@ impl Lane<'_> {
         }
         let range = (&first.position, &last.position);
         let pause_max = self.shared.config.timing.retry_pause_max;
-        let mut retries = LETTER_READ_RETRY.at_most(pause_max).start();
+        let mut retries = DEAD_LETTER_READ_RETRY.at_most(pause_max).start();
         loop {
-            let read = self.shared.letters.settled_within(&self.shard, range);
+            let read = self.shared.dead_letters.settled_within(&self.shard, range);
             match self.unless_stopped(read).await? {
                 Ok(settled) => {
-                    self.shared.board.unblock(&self.shard.shard, LETTERS);
+                    self.shared.board.unblock(&self.shard.shard, DEAD_LETTERS);
                     return Ok(settled);
                 }
                 Err(error) if error.is_final() => return Err(error.into()),
-                Err(error) => self.block(LETTERS, &error.to_string()),
+                Err(error) => self.block(DEAD_LETTERS, &error.to_string()),
             }
             self.unless_stopped(tokio::time::sleep(retries.next_pause())).await?;
         }
@@ -548,12 +548,12 @@ impl Lane<'_> {
 
     /// Keeps the letters that a search has found before it was stopped: the next start does not search
     /// for these records again.
-    async fn keep_found(&self, batch: &Batch, letters: Vec<DeadLetter>) {
-        if letters.is_empty() {
+    async fn keep_found(&self, batch: &Batch, dead_letters: Vec<DeadLetter>) {
+        if dead_letters.is_empty() {
             return;
         }
-        let found = letters.len() as u64;
-        let kept = self.shared.letters.put(&batch.shard, letters, false);
+        let found = dead_letters.len() as u64;
+        let kept = self.shared.dead_letters.put(&batch.shard, dead_letters, false);
         match self.stop.until_over(kept).await {
             Some(Ok(_)) => {
                 self.shared.board.update(&self.shard.shard, |status| status.dead_letters += found);
@@ -654,27 +654,27 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::Stopped`]: what is not written belongs to a batch that is read again.
-    pub(crate) async fn write_letters(
+    pub(crate) async fn write_dead_letters(
         &self,
         batch: &Batch,
-        letters: Vec<DeadLetter>,
+        dead_letters: Vec<DeadLetter>,
     ) -> Result<(), LaneError> {
-        let written = letters.len() as u64;
-        let letters = Arc::new(letters);
+        let written = dead_letters.len() as u64;
+        let dead_letters = Arc::new(dead_letters);
         let pause_max = self.shared.config.timing.retry_pause_max;
-        let mut retries = LETTER_RETRY.at_most(pause_max).start();
+        let mut retries = DEAD_LETTER_RETRY.at_most(pause_max).start();
         while let Err(error) = self
-            .unless_stopped(self.shared.letters.put(&batch.shard, letters.clone(), false))
+            .unless_stopped(self.shared.dead_letters.put(&batch.shard, dead_letters.clone(), false))
             .await?
         {
             if error.is_final() {
                 return Err(error.into());
             }
-            self.block(LETTERS, &error.to_string());
+            self.block(DEAD_LETTERS, &error.to_string());
             self.unless_stopped(tokio::time::sleep(retries.next_pause())).await?;
         }
         if written > 0 {
-            self.shared.board.unblock(&self.shard.shard, LETTERS);
+            self.shared.board.unblock(&self.shard.shard, DEAD_LETTERS);
             self.shared.board.update(&self.shard.shard, |status| status.dead_letters += written);
             metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => "stages").increment(written);
         }

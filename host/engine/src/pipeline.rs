@@ -93,7 +93,7 @@ async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> 
         match lane.run_stages(&part).await? {
             // Nothing behind a part without an outcome may go on.
             Ran::All(outcome) => {
-                lane.write_letters(&part, outcome.letters).await?;
+                lane.write_dead_letters(&part, outcome.dead_letters).await?;
                 lane.deliver(&part, outcome.routed, outcome.arenas).await?;
             }
             Ran::First(records) => {

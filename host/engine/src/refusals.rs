@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 
 use shardmill_config::RejectedMax;
-use shardmill_core::record::{LetterPlace, Row, SinkName};
+use shardmill_core::record::{DeadLetterPlace, Row, SinkName};
 use shardmill_core::sink::{Commit, Refusal, RefusalLog, SinkError};
 use shardmill_state::RejectionWindow;
-use shardmill_state::{DeadLetter, DeadLetters, LetterKey, MadeBy};
+use shardmill_state::{DeadLetter, DeadLetters, DeadLetterKey, MadeBy};
 
 /// The refusals of one sink and shard.
 pub struct HeldRefusals {
-    letters: DeadLetters,
+    dead_letters: DeadLetters,
     sink: SinkName,
     counted: Mutex<Counted>,
 }
@@ -24,10 +24,10 @@ struct Counted {
 }
 
 impl HeldRefusals {
-    /// Writes into `letters`; past the limits a commit is not to be made.
-    pub fn new(letters: DeadLetters, sink: SinkName, rejected_max: RejectedMax) -> Self {
+    /// Writes into `dead_letters`; past the limits a commit is not to be made.
+    pub fn new(dead_letters: DeadLetters, sink: SinkName, rejected_max: RejectedMax) -> Self {
         let window = RejectionWindow::new(rejected_max);
-        Self { letters, sink, counted: Mutex::new(Counted { window, pending: None }) }
+        Self { dead_letters, sink, counted: Mutex::new(Counted { window, pending: None }) }
     }
 
     /// Counts a commit that has landed.
@@ -57,12 +57,12 @@ impl HeldRefusals {
     }
 
     /// The letter of a row that the sink did not take, made by a revision.
-    pub fn letter(&self, row: &Row, reason: String, revision: &Arc<str>) -> DeadLetter {
+    pub fn dead_letter(&self, row: &Row, reason: String, revision: &Arc<str>) -> DeadLetter {
         let record = row.source();
         DeadLetter {
-            key: LetterKey {
+            key: DeadLetterKey {
                 position: record.position.clone(),
-                place: LetterPlace::Sink(self.sink.clone()),
+                place: DeadLetterPlace::Sink(self.sink.clone()),
                 output: row.ordinal,
             },
             partition_key: record.partition_key.clone(),
@@ -101,11 +101,11 @@ impl RefusalLog for HeldRefusals {
             self.too_many(&format!("{limit}; the last reason: {}", last.reason))
         })?;
         let Some(row) = commit.rows.first() else { return Ok(()) };
-        let letter = |refusal: &Refusal| {
-            self.letter(&commit.rows[refusal.row], refusal.reason.clone(), &commit.generation)
+        let dead_letter = |refusal: &Refusal| {
+            self.dead_letter(&commit.rows[refusal.row], refusal.reason.clone(), &commit.generation)
         };
-        let letters: Vec<DeadLetter> = refusals.iter().map(letter).collect();
-        self.letters.put(&row.batch.shard, letters, true).await.map_err(|error| {
+        let dead_letters: Vec<DeadLetter> = refusals.iter().map(dead_letter).collect();
+        self.dead_letters.put(&row.batch.shard, dead_letters, true).await.map_err(|error| {
             SinkError::Unavailable { sink: self.sink.clone(), cause: error.to_string() }
         })
     }

@@ -10,14 +10,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::lane::Board;
 use crate::lease::PipelineLock;
-use crate::letter_log::LetterLogSource;
+use crate::dead_letter_log::DeadLetterLogSource;
 use crate::supervisor::{RunOptions, Supervisor};
 use shardmill_config::PipelineConfig;
 use shardmill_core::boxed;
 use shardmill_core::source::ShardSource;
 use shardmill_core::stop::Stop;
 use shardmill_plugin::PluginHost;
-use shardmill_state::{DeadLetters, StoredLetter};
+use shardmill_state::{DeadLetters, StoredDeadLetter};
 
 /// Makes what the plugins of a pipeline are loaded with.
 pub type MakeHost = fn(&PipelineConfig) -> anyhow::Result<PluginHost>;
@@ -28,7 +28,7 @@ pub struct Run {
     /// What copies its dead letters to the sinks for them.
     copies: Option<Supervisor>,
     /// Cancelled when the pipeline has ended: from then on no dead letter is written.
-    last_letter: CancellationToken,
+    no_more_dead_letters: CancellationToken,
 }
 
 /// Counts of a run.
@@ -47,12 +47,12 @@ impl RunSummary {
     ///
     /// # Errors
     /// When the dead letters cannot be read.
-    pub async fn of(board: &Board, letters: &DeadLetters) -> anyhow::Result<Self> {
+    pub async fn of(board: &Board, dead_letters: &DeadLetters) -> anyhow::Result<Self> {
         let shards = board.snapshot();
         Ok(Self {
             records: shards.values().map(|status| status.records_read).sum(),
             replayed: shards.values().map(|status| status.records_replayed).sum(),
-            dead_letters: letters.count().await?,
+            dead_letters: dead_letters.count().await?,
         })
     }
 }
@@ -89,9 +89,9 @@ impl Run {
         // It ends after the pipeline, by the last letter.
         let copied = RunOptions { until_caught_up: false, ..options.clone() };
         let pipeline = prepare(lock, config.clone(), source, host, options).await?;
-        let last_letter = CancellationToken::new();
-        let copies = prepare_copies(&config, &pipeline, last_letter.clone(), host, copied).await?;
-        Ok(Self { pipeline, copies, last_letter })
+        let no_more_dead_letters = CancellationToken::new();
+        let copies = prepare_copies(&config, &pipeline, no_more_dead_letters.clone(), host, copied).await?;
+        Ok(Self { pipeline, copies, no_more_dead_letters })
     }
 
     /// The pipeline itself.
@@ -120,7 +120,7 @@ impl Run {
         };
         let pipeline = async {
             let ran = run(self.pipeline).await;
-            self.last_letter.cancel();
+            self.no_more_dead_letters.cancel();
             ran
         };
         let copies = async {
@@ -138,18 +138,18 @@ impl Run {
 async fn prepare_copies(
     config: &PipelineConfig,
     pipeline: &Supervisor,
-    last_letter: CancellationToken,
+    no_more_dead_letters: CancellationToken,
     host: MakeHost,
     options: RunOptions,
 ) -> anyhow::Result<Option<Supervisor>> {
     let folder = pipeline.folder().join("letters");
-    let Some(config) = config.for_letters(folder, StoredLetter::columns()) else {
+    let Some(config) = config.for_dead_letters(folder, StoredDeadLetter::columns()) else {
         return Ok(None);
     };
-    let (letters, name, limits) = (pipeline.letters(), config.name.clone(), config.source.batch);
-    let source = Arc::new(LetterLogSource::new(letters, name, limits, last_letter));
+    let (dead_letters, name, limits) = (pipeline.dead_letters(), config.name.clone(), config.source.batch);
+    let source = Arc::new(DeadLetterLogSource::new(dead_letters, name, limits, no_more_dead_letters));
     let lock = PipelineLock::take(&config.state_dir, &config.name)?;
     let copies = prepare(lock, config, source, host, options).await?;
-    copies.letters().leave_metrics();
+    copies.dead_letters().leave_metrics();
     Ok(Some(copies))
 }

@@ -218,7 +218,7 @@ impl Supervisor {
             roster: Roster::new(state.clone()),
             holes: Holes::new(state.clone()),
             ledger,
-            letters: DeadLetters::new(state.clone()).bounded(config.letter_bytes_max).await?,
+            dead_letters: DeadLetters::new(state.clone()).bounded(config.dead_letters_bytes_max).await?,
             board: Board::default(),
             starts: Starts::default(),
             samples: Samples::new(config.reload.samples),
@@ -288,8 +288,8 @@ impl Supervisor {
     }
 
     /// The dead letters.
-    pub fn letters(&self) -> DeadLetters {
-        self.shared.letters.clone()
+    pub fn dead_letters(&self) -> DeadLetters {
+        self.shared.dead_letters.clone()
     }
 
     /// Runs until `stop`, or until caught up if asked for, or until every shard has ended.
@@ -333,7 +333,7 @@ impl Supervisor {
         let mut memory_waits = std::pin::pin!(show_waits(shown));
         // The files may be deleted or replaced while no lane writes.
         let interval = self.shared.config.timing.checkpoint_interval;
-        let mut gone = watch_state(&self.state, self.shared.letters.clone(), interval);
+        let mut gone = watch_state(&self.state, self.shared.dead_letters.clone(), interval);
         let mut comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
         let mut fatal = None;
         // A change for which the lanes are let go.
@@ -606,7 +606,7 @@ impl Comparison {
 /// replaced while no lane writes. Shows what the dead letters hold, too. Ends when nobody listens.
 fn watch_state(
     state: &StateStore,
-    letters: DeadLetters,
+    dead_letters: DeadLetters,
     interval: Duration,
 ) -> mpsc::Receiver<StateError> {
     let (found, gone) = mpsc::channel(1);
@@ -627,7 +627,7 @@ fn watch_state(
                 _ => {}
             }
             // Another process may have purged some. What cannot be read now is shown the next time.
-            let _ = letters.show_kept().await;
+            let _ = dead_letters.show_kept().await;
         }
     });
     gone

@@ -458,7 +458,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`StateError`]; no shard may be begun then.
-    pub async fn doubt_letters(&self) -> Result<(), StateError> {
+    pub async fn doubt_dead_letters(&self) -> Result<(), StateError> {
         self.store
             .write("note letters of an older copy", |state| {
                 state.execute("DELETE FROM doubtful_letters", [])?;

@@ -10,10 +10,10 @@
 
 use rusqlite::Transaction;
 
-use super::letter_store::DeadLetter;
-use super::letters::{DeadLetters, GIVEN_UP, SHOWN, are_there, insert};
+use super::dead_letter_store::DeadLetter;
+use super::dead_letters::{DeadLetters, GIVEN_UP, SHOWN, are_there, insert};
 use super::store::{StateError, columns, position as position_of};
-use shardmill_core::record::{LetterPlace, Position, PositionSpan, ShardKey, SinkName};
+use shardmill_core::record::{DeadLetterPlace, Position, PositionSpan, ShardKey, SinkName};
 
 /// Who may give up a sink's rows, and how far that went.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,11 +37,11 @@ impl DeadLetters {
         (shard, sink): (&ShardKey, &SinkName),
         epoch: i64,
         span: &PositionSpan,
-        letters: Vec<DeadLetter>,
+        dead_letters: Vec<DeadLetter>,
         sink_keeps_position: bool,
     ) -> Result<bool, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        let place = LetterPlace::Sink(sink.clone()).to_string();
+        let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         let (sequence, sub) = columns(&span.to_inclusive);
         let (from, from_sub) = span.from_exclusive.as_ref().map(columns).unwrap_or_default();
@@ -59,8 +59,8 @@ impl DeadLetters {
                     return Ok(None);
                 }
                 let kept = if sink_keeps_position { GIVEN_UP } else { SHOWN };
-                let are_there = || are_there(state, (&stream, &shard), &letters);
-                let write = || insert(state, (&stream, &shard), &letters, kept, "DO NOTHING");
+                let are_there = || are_there(state, (&stream, &shard), &dead_letters);
+                let write = || insert(state, (&stream, &shard), &dead_letters, kept, "DO NOTHING");
                 let written = bound.within(state, &stream, are_there, write)?;
                 if written.is_err() {
                     return Ok(Some(written));
@@ -96,7 +96,7 @@ impl DeadLetters {
     ) -> Result<TakenOver, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (sequence, sub) = position.map(columns).unwrap_or_default();
-        let place = LetterPlace::Sink(sink.clone()).to_string();
+        let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         self.store
             .write("settle held dead letters", move |state| {
@@ -165,7 +165,7 @@ impl DeadLetters {
     ) -> Result<(), StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (sequence, sub) = columns(up_to);
-        let place = LetterPlace::Sink(sink.clone()).to_string();
+        let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         self.store
             .write("settle held dead letters", move |state| {
@@ -224,21 +224,21 @@ mod tests {
     #[tokio::test]
     async fn fault_13_what_was_given_up_says_nothing_of_a_sink_that_was_restored_since() {
         let folder = tempfile::tempdir().expect("a folder");
-        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let dead_letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
         let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
         let (stream, shard) = (stream.into(), "shard".into());
         let shard = ShardKey { pipeline: "cars".into(), stream, shard };
         let sink = SinkName::from("mart");
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
-        let own = letters.take_over(&shard, &sink, Some(&at(5))).await.expect("taken over");
+        let own = dead_letters.take_over(&shard, &sink, Some(&at(5))).await.expect("taken over");
         assert_eq!(own.given_up_to, None);
         let span = PositionSpan { from_exclusive: Some(at(5)), to_inclusive: at(9) };
         let whose = (&shard, &sink);
-        let given_up = letters.give_up(whose, own.epoch, &span, Vec::new(), true).await;
+        let given_up = dead_letters.give_up(whose, own.epoch, &span, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
         // It stands where it stood; then a backup of before is put back.
         for (stands, due) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {
-            let own = letters.take_over(&shard, &sink, Some(&stands)).await.expect("taken over");
+            let own = dead_letters.take_over(&shard, &sink, Some(&stands)).await.expect("taken over");
             assert_eq!(own.given_up_to, due, "{stands}");
         }
     }

@@ -51,9 +51,9 @@ mod damaged;
 mod hidden;
 mod holes;
 mod ledger;
-mod letter_log;
-mod letter_store;
-mod letters;
+mod dead_letter_log;
+mod dead_letter_store;
+mod dead_letters;
 mod migrations;
 mod redrive;
 mod redrive_key;
@@ -73,11 +73,11 @@ pub use checkpoint::{AllGivenUp, Checkpoints, KnownShards, Look, Remembered, Sin
 pub use hidden::TakenOver;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Components, Ledger, LedgerEntry, Ran, Segment};
-pub use letter_log::LoggedLetter;
-pub use letter_store::{DeadLetter, LetterKey, MadeBy, Step, entered_digest};
-pub use letters::{DeadLetters, LetterFilter, PayloadDigest, StoredLetter};
+pub use dead_letter_log::LoggedDeadLetter;
+pub use dead_letter_store::{DeadLetter, DeadLetterKey, MadeBy, Step, entered_digest};
+pub use dead_letters::{DeadLetters, DeadLetterFilter, PayloadDigest, StoredDeadLetter};
 pub use redrive::{
-    LETTERS_STREAM, LostPayload, RedriveId, Redriven, RedrivenLetter, Redrives, Unfinished,
+    REDRIVE_STREAM, LostPayload, RedriveId, Redriven, RedriveRecord, Redrives, Unfinished,
     is_redrive,
 };
 pub use rejections::RejectionWindow;

@@ -10,19 +10,19 @@ use std::num::ParseIntError;
 
 use rusqlite::{OptionalExtension as _, Transaction};
 
-use super::LetterFilter;
+use super::DeadLetterFilter;
 use super::damaged;
-use super::letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, Step, unknown_kind};
-use super::letters::{MATCHES, forget, wanted};
+use super::dead_letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, Step, unknown_kind};
+use super::dead_letters::{MATCHES, forget, wanted};
 use super::redrive_key::{ARN_PREFIX, is_redrive_key};
 use super::store::{StateError, StateStore, now_ms, position};
 use shardmill_core::record::{
-    LetterPlace, PipelineName, Position, REDRIVE_SHARD, RouteName, SequenceNumber, ShardId,
+    DeadLetterPlace, PipelineName, Position, REDRIVE_SHARD, RouteName, SequenceNumber, ShardId,
     ShardKey, SinkName, StreamIdentity,
 };
 
 /// The name of the stream that letters are.
-pub const LETTERS_STREAM: &str = "letters";
+pub const REDRIVE_STREAM: &str = "letters";
 /// The first number of letters that a redrive made among the items that their record has in a place.
 const OUTPUT_OF_REDRIVE: u32 = 1 << 31;
 
@@ -34,7 +34,7 @@ impl RedriveId {
     /// The stream that its letters are.
     pub fn stream(self, pipeline: &PipelineName) -> StreamIdentity {
         let arn = format!("{ARN_PREFIX}{pipeline}").into();
-        StreamIdentity { name: LETTERS_STREAM.into(), arn, created_ms: self.0 }
+        StreamIdentity { name: REDRIVE_STREAM.into(), arn, created_ms: self.0 }
     }
 
     /// Its shard.
@@ -67,11 +67,11 @@ pub struct Unfinished {
 
 /// A letter on its way.
 #[derive(Clone, Debug)]
-pub struct RedrivenLetter {
+pub struct RedriveRecord {
     /// Its place in the redrive.
     pub ordinal: u64,
     /// Where it failed, and enters again.
-    pub place: LetterPlace,
+    pub place: DeadLetterPlace,
     /// The route by which it came there; empty: not known.
     pub route: RouteName,
     /// Where its record is in its own shard.
@@ -94,7 +94,7 @@ pub struct RedrivenLetter {
 #[derive(Clone, Debug)]
 pub struct LostPayload {
     /// The letter's number.
-    pub letter: i64,
+    pub dead_letter: i64,
     /// The shard of its record.
     pub shard: ShardId,
     /// The partition key that the record was put with.
@@ -111,7 +111,8 @@ pub struct LostPayload {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Redriven {
     /// Letters that were on their way.
-    pub letters: u64,
+    #[serde(rename = "letters")]
+    pub dead_letters: u64,
     /// Letters that are there in their place: a letter may fail again, or have become rows that do.
     pub failed_again: u64,
     /// Letters that were left out, because what they enter is gone. They stay.
@@ -232,11 +233,11 @@ impl Redrives {
                 let released = released
                     .query_map((id.0, all_have, places), |row| Ok((row.get(0)?, row.get(1)?)))?;
                 let released: Vec<(i64, u64)> = released.collect::<rusqlite::Result<_>>()?;
-                for (letter, ordinal) in released {
+                for (dead_letter, ordinal) in released {
                     for (sink, _) in reached.iter().filter(|(_, reached)| *reached >= ordinal) {
                         state.execute(
                             "INSERT OR IGNORE INTO letter_delivered VALUES (?1, ?2)",
-                            (letter, sink.as_str()),
+                            (dead_letter, sink.as_str()),
                         )?;
                     }
                     // Run again, it fails again.
@@ -245,7 +246,7 @@ impl Redrives {
                          AND CAST(ltrim(sequence, '0') AS INTEGER) = ?2",
                         (&stream, ordinal),
                     )?;
-                    state.execute("DELETE FROM redrive WHERE letter = ?1", [letter])?;
+                    state.execute("DELETE FROM redrive WHERE letter = ?1", [dead_letter])?;
                 }
                 Ok(())
             })
@@ -257,7 +258,7 @@ impl Redrives {
     ///
     /// # Errors
     /// [`StateError`]; nothing was begun.
-    pub async fn begin(&self, filter: LetterFilter) -> Result<Option<RedriveId>, StateError> {
+    pub async fn begin(&self, filter: DeadLetterFilter) -> Result<Option<RedriveId>, StateError> {
         let (place, shard, reason, ids) = wanted(filter);
         self.store
             .write("begin a redrive", move |state| {
@@ -284,7 +285,7 @@ impl Redrives {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn doubtful(&self, filter: LetterFilter) -> Result<u64, StateError> {
+    pub async fn doubtful(&self, filter: DeadLetterFilter) -> Result<u64, StateError> {
         let wanted = wanted(filter);
         self.store
             .write("read the dead letters", move |state| {
@@ -333,13 +334,13 @@ impl Redrives {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn letters(
+    pub async fn dead_letters(
         &self,
         id: RedriveId,
         after: u64,
         (limit, bytes): (usize, usize),
         without: &[String],
-    ) -> Result<Vec<RedrivenLetter>, StateError> {
+    ) -> Result<Vec<RedriveRecord>, StateError> {
         let without = serde_json::Value::from(without).to_string();
         self.store
             .write("read a redrive's letters", move |state| {
@@ -366,9 +367,9 @@ impl Redrives {
                      LEFT JOIN letter_record r ON r.id = d.record AND d.entered_kind <> 0
                      WHERE before <= ?4 ORDER BY ordinal",
                 )?;
-                let letters = query.query_map((id.0, after, limit, bytes, without), |row| {
+                let dead_letters = query.query_map((id.0, after, limit, bytes, without), |row| {
                     let place: String = row.get(1)?;
-                    let place = LetterPlace::parse(&place).ok_or_else(|| {
+                    let place = DeadLetterPlace::parse(&place).ok_or_else(|| {
                         let cause = format!("{place:?} is no place of a letter");
                         rusqlite::Error::FromSqlConversionFailure(
                             1,
@@ -398,7 +399,7 @@ impl Redrives {
                     let made: String = row.get(11)?;
                     let lost = match kind {
                         AS_DIGEST => Some(Box::new(LostPayload {
-                            letter: row.get(15)?,
+                            dead_letter: row.get(15)?,
                             shard: ShardId::from(row.get::<_, String>(12)?),
                             partition_key: record(13)?,
                             original: record(14)?,
@@ -407,7 +408,7 @@ impl Redrives {
                         })),
                         _ => None,
                     };
-                    Ok(RedrivenLetter {
+                    Ok(RedriveRecord {
                         keeps_whole: kind == KEPT && made.is_empty(),
                         lost,
                         delivered_to,
@@ -420,7 +421,7 @@ impl Redrives {
                         arrived_ms: row.get(7)?,
                     })
                 })?;
-                letters.collect()
+                dead_letters.collect()
             })
             .await
     }
@@ -433,7 +434,7 @@ impl Redrives {
     pub async fn leave_out(
         &self,
         id: RedriveId,
-        letter: i64,
+        dead_letter: i64,
         reached: Vec<(SinkName, Option<Position>)>,
     ) -> Result<(), StateError> {
         let (stream, _) = self.redrive_key(id);
@@ -443,13 +444,13 @@ impl Redrives {
             .write(action, move |state| {
                 let own = "SELECT ordinal FROM redrive WHERE id = ?1 AND letter = ?2";
                 let ordinal: Option<u64> =
-                    state.query_row(own, (id.0, letter), |row| row.get(0)).optional()?;
+                    state.query_row(own, (id.0, dead_letter), |row| row.get(0)).optional()?;
                 let Some(ordinal) = ordinal else { return Ok(()) };
                 for (sink, reached) in &reached {
                     if *reached >= ordinal {
                         state.execute(
                             "INSERT OR IGNORE INTO letter_delivered VALUES (?1, ?2)",
-                            (letter, sink.as_str()),
+                            (dead_letter, sink.as_str()),
                         )?;
                     }
                 }
@@ -458,7 +459,7 @@ impl Redrives {
                     "INSERT OR IGNORE INTO letter_delivered
                      SELECT ?2, sink FROM sink_position WHERE stream = ?1
                          AND CAST(ltrim(sequence, '0') AS INTEGER) >= ?3",
-                    (&stream, letter, ordinal),
+                    (&stream, dead_letter, ordinal),
                 )?;
                 state.execute(
                     "DELETE FROM letters WHERE stream = ?1
@@ -466,7 +467,7 @@ impl Redrives {
                     (&stream, ordinal),
                 )?;
                 state
-                    .execute("DELETE FROM redrive WHERE id = ?1 AND letter = ?2", (id.0, letter))
+                    .execute("DELETE FROM redrive WHERE id = ?1 AND letter = ?2", (id.0, dead_letter))
                     .map(drop)
             })
             .await
@@ -571,7 +572,7 @@ fn finish(
 ) -> rusqlite::Result<Option<Redriven>> {
     let whole = "SELECT count(*), max(ordinal) FROM redrive JOIN letters d ON d.rowid = letter
                  WHERE redrive.id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))";
-    let (letters, last): (u64, Option<u64>) =
+    let (dead_letters, last): (u64, Option<u64>) =
         state.query_row(whole, (id.0, without), |row| Ok((row.get(0)?, row.get(1)?)))?;
     let reached = "SELECT sequence, sub_sequence FROM shard
                    WHERE stream = ?1 AND shard = ?2 AND sequence IS NOT NULL";
@@ -600,19 +601,19 @@ fn finish(
         failed.collect::<rusqlite::Result<_>>()?;
     let mut kept = HashSet::new();
     let failed_again = failed.len() as u64;
-    for (letter, place, origin, origin_place, made) in failed {
+    for (dead_letter, place, origin, origin_place, made) in failed {
         // What a sink has of the one it has of the other.
         state.execute(
             "INSERT OR IGNORE INTO letter_delivered
              SELECT ?1, sink FROM letter_delivered WHERE letter = ?2",
-            (letter, origin),
+            (dead_letter, origin),
         )?;
         // What the record was when it was put is the first letter's to say.
         state.execute(
             "UPDATE letters SET made = ?3, (record, arrived_ms) =
                  (SELECT record, arrived_ms FROM letters WHERE rowid = ?2)
              WHERE rowid = ?1",
-            (letter, origin, joined_steps(state, origin, &made)?),
+            (dead_letter, origin, joined_steps(state, origin, &made)?),
         )?;
         if place == origin_place && kept.insert(origin) {
             // The same again: it keeps its number, and has the newest reason.
@@ -621,9 +622,9 @@ fn finish(
                      (SELECT plugin, digest, reason, backtrace, written_ms FROM letters
                       WHERE rowid = ?1)
                  WHERE rowid = ?2",
-                (letter, origin),
+                (dead_letter, origin),
             )?;
-            state.execute("DELETE FROM letters WHERE rowid = ?1", [letter])?;
+            state.execute("DELETE FROM letters WHERE rowid = ?1", [dead_letter])?;
             continue;
         }
         // After the letters that the same record has there, by a number that no item of a first run has: a
@@ -637,7 +638,7 @@ fn finish(
                          AND n.place = f.place AND n.output >= ?3), ?3)
                   FROM letters o WHERE o.rowid = ?2)
              WHERE f.rowid = ?1",
-            (letter, origin, OUTPUT_OF_REDRIVE),
+            (dead_letter, origin, OUTPUT_OF_REDRIVE),
         )?;
     }
     let mut gone = state.prepare(
@@ -646,12 +647,12 @@ fn finish(
     )?;
     let gone: Vec<i64> =
         gone.query_map((id.0, without), |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
-    for letter in gone {
-        if kept.contains(&letter) {
-            state.execute("DELETE FROM redrive WHERE letter = ?1", [letter])?;
+    for dead_letter in gone {
+        if kept.contains(&dead_letter) {
+            state.execute("DELETE FROM redrive WHERE letter = ?1", [dead_letter])?;
         } else {
             // Deletes it from the redrive as well.
-            forget(state, letter)?;
+            forget(state, dead_letter)?;
         }
     }
     let left: u64 =
@@ -663,7 +664,7 @@ fn finish(
         state.execute("DELETE FROM shard WHERE stream = ?1", [stream])?;
         state.execute("DELETE FROM ledger WHERE stream = ?1", [stream])?;
         state.execute("DELETE FROM sink_removed WHERE stream = ?1", [stream])?;
-        return Ok(Some(Redriven { letters, failed_again, left }));
+        return Ok(Some(Redriven { dead_letters, failed_again, left }));
     }
     state.execute("DELETE FROM redrive_rest WHERE id = ?1", [id.0])?;
     state.execute("DELETE FROM redrive_sink WHERE id = ?1", [id.0])?;
@@ -671,28 +672,28 @@ fn finish(
     for table in ["shard", "sink_position", "sink_owner", "given_up", "sink_removed", "ledger"] {
         state.execute(&format!("DELETE FROM {table} WHERE stream = ?1"), [stream])?;
     }
-    Ok(Some(Redriven { letters, failed_again, left: 0 }))
+    Ok(Some(Redriven { dead_letters, failed_again, left: 0 }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Checkpoints, DeadLetter, DeadLetters, LetterKey, MadeBy};
+    use crate::{Checkpoints, DeadLetter, DeadLetters, DeadLetterKey, MadeBy};
     use shardmill_core::record::ShardStart;
 
     #[tokio::test]
     async fn a_record_that_went_through_is_not_run_again_by_a_replay() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = StateStore::open(folder.path()).expect("opened");
-        let letters = DeadLetters::new(store.clone());
+        let dead_letters = DeadLetters::new(store.clone());
         let pipeline = PipelineName::from("cars");
         let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
         let shard =
             ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
         let key =
-            LetterKey { position: at(7), place: LetterPlace::Stage("decode".into()), output: 0 };
-        let letter = DeadLetter {
+            DeadLetterKey { position: at(7), place: DeadLetterPlace::Stage("decode".into()), output: 0 };
+        let dead_letter = DeadLetter {
             key: key.clone(),
             partition_key: "k".into(),
             original: "o".into(),
@@ -706,22 +707,22 @@ mod tests {
             backtrace: String::new(),
             made: MadeBy::at_source("revision"),
         };
-        letters.put(&shard, vec![letter], false).await.expect("written");
+        dead_letters.put(&shard, vec![dead_letter], false).await.expect("written");
         let redrives = Redrives::new(store.clone(), pipeline.clone());
-        let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("a letter");
-        assert_eq!(letters.purge(LetterFilter::default()).await.expect("purged"), (0, 1));
+        let id = redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("a letter");
+        assert_eq!(dead_letters.purge(DeadLetterFilter::default()).await.expect("purged"), (0, 1));
         assert_eq!(redrives.finish(id, &[]).await.expect("asked"), None, "nothing has run");
         let own = id.key(&pipeline);
         let checkpoints = Checkpoints::new(store);
         checkpoints.begin(&own, &ShardStart::Horizon).await.expect("begun");
         checkpoints.advance(&own, Vec::new(), Some(at(1)), false).await.expect("advanced");
         let redriven = redrives.finish(id, &[]).await.expect("finished");
-        assert_eq!(redriven, Some(Redriven { letters: 1, failed_again: 0, left: 0 }));
-        assert_eq!(letters.count().await.expect("counted"), 0);
+        assert_eq!(redriven, Some(Redriven { dead_letters: 1, failed_again: 0, left: 0 }));
+        assert_eq!(dead_letters.count().await.expect("counted"), 0);
         // While a sink stands before the record, and no longer.
         for (above, due) in [(at(6), true), (at(7), false), (at(6), false)] {
-            let to = letters.settled_to(&shard, Some(&above)).await.expect("read");
-            let settled = letters.settled_within(&shard, (&at(1), &at(9))).await.expect("read");
+            let to = dead_letters.settled_to(&shard, Some(&above)).await.expect("read");
+            let settled = dead_letters.settled_within(&shard, (&at(1), &at(9))).await.expect("read");
             assert_eq!((to, settled.contains(&key)), (due.then(|| at(7)), due), "above {above}");
         }
     }
@@ -732,15 +733,15 @@ mod tests {
         const MIB: usize = 1 << 20;
         let folder = tempfile::tempdir().expect("a folder");
         let store = StateStore::open(folder.path()).expect("opened");
-        let letters = DeadLetters::new(store.clone());
+        let dead_letters = DeadLetters::new(store.clone());
         let pipeline = PipelineName::from("cars");
         let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
         let shard =
             ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
-        let letter = |number: u64, output: u32, entered_key: Vec<u8>, entered: Vec<u8>| {
+        let dead_letter = |number: u64, output: u32, entered_key: Vec<u8>, entered: Vec<u8>| {
             let position = Position { sequence: SequenceNumber::from(number), sub_sequence: 0 };
             DeadLetter {
-                key: LetterKey { position, place: LetterPlace::Stage("decode".into()), output },
+                key: DeadLetterKey { position, place: DeadLetterPlace::Stage("decode".into()), output },
                 partition_key: "k".into(),
                 original: vec![b'o'; MIB].into(),
                 entered_key: entered_key.into(),
@@ -754,17 +755,17 @@ mod tests {
                 made: MadeBy::at_source("revision"),
             }
         };
-        let mut all = vec![letter(1, 0, b"k".to_vec(), vec![b'x'; MIB - 1])];
-        all.extend((1..9).map(|output| letter(1, output, b"k".to_vec(), vec![b'x'; 9])));
-        all.extend((2..9).map(|number| letter(number, 0, vec![b'k'; MIB - 9], b"x".to_vec())));
+        let mut all = vec![dead_letter(1, 0, b"k".to_vec(), vec![b'x'; MIB - 1])];
+        all.extend((1..9).map(|output| dead_letter(1, output, b"k".to_vec(), vec![b'x'; 9])));
+        all.extend((2..9).map(|number| dead_letter(number, 0, vec![b'k'; MIB - 9], b"x".to_vec())));
         let count = all.len() as u64;
-        letters.put(&shard, all, false).await.expect("written");
+        dead_letters.put(&shard, all, false).await.expect("written");
         let redrives = Redrives::new(store, pipeline);
-        let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("letters");
+        let id = redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("letters");
         let (mut after, mut as_digest) = (0, 0);
         while after < count {
-            let read = redrives.letters(id, after, (1_000, 2 * MIB), &[]).await.expect("read");
-            let bytes = |one: &RedrivenLetter| {
+            let read = redrives.dead_letters(id, after, (1_000, 2 * MIB), &[]).await.expect("read");
+            let bytes = |one: &RedriveRecord| {
                 one.payload.len()
                     + one.key.len()
                     + one.lost.as_ref().map_or(0, |lost| lost.original.len())

@@ -11,7 +11,7 @@ use std::ops::Range;
 use rusqlite::Transaction;
 
 use super::store::{StateError, StateStore, now_ms};
-use shardmill_core::record::{LetterPlace, ReplayId, ShardId, SinkName, StreamIdentity};
+use shardmill_core::record::{DeadLetterPlace, ReplayId, ShardId, SinkName, StreamIdentity};
 
 /// A replay of which it is not known whether its rows are there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,11 +84,11 @@ impl Replays {
         let stream = stream.key();
         self.store
             .write("read the dead letters", move |state| {
-                let letters = letters_of(state, &stream, &window_ms)?;
-                let both: HashSet<(String, String)> = letters
+                let dead_letters = dead_letters_of(state, &stream, &window_ms)?;
+                let both: HashSet<(String, String)> = dead_letters
                     .into_iter()
-                    .filter(|letter| failed.contains(&letter.item.record()))
-                    .map(|letter| (letter.item.shard.to_string(), letter.item.sequence))
+                    .filter(|dead_letter| failed.contains(&dead_letter.item.record()))
+                    .map(|dead_letter| (dead_letter.item.shard.to_string(), dead_letter.item.sequence))
                     .collect();
                 Ok(both.into_iter().collect())
             })
@@ -115,11 +115,11 @@ impl Replays {
                     state.query_row("SELECT max(id) FROM replay", [], |row| row.get(0))?;
                 let id = now_ms().max(last.map_or(0, |last| last + 1));
                 state.execute("INSERT INTO replay VALUES (?1, ?2)", (id, sink.as_str()))?;
-                let place = LetterPlace::Sink(sink.clone()).to_string();
+                let place = DeadLetterPlace::Sink(sink.clone()).to_string();
                 let mut insert =
                     state.prepare_cached("INSERT INTO replay_letter VALUES (?1, ?2, ?3)")?;
                 let failed = Failed::of(&failed);
-                for Letter { number, item } in letters_of(state, &stream, &window_ms)? {
+                for WindowDeadLetter { number, item } in dead_letters_of(state, &stream, &window_ms)? {
                     // A row for another sink alone is none of this replay's.
                     if item.place.starts_with("sink:") && item.place != place {
                         continue;
@@ -172,22 +172,22 @@ fn forget(state: &Transaction<'_>, id: ReplayId) -> rusqlite::Result<()> {
 }
 
 /// A letter of a window.
-struct Letter {
+struct WindowDeadLetter {
     number: i64,
     item: FailedAgain,
 }
 
 /// The letters of a window, hidden ones too: a sink that is past the window is about to show them.
-fn letters_of(
+fn dead_letters_of(
     state: &Transaction<'_>,
     stream: &str,
     window_ms: &Range<u64>,
-) -> rusqlite::Result<Vec<Letter>> {
+) -> rusqlite::Result<Vec<WindowDeadLetter>> {
     let mut query = state.prepare(
         "SELECT rowid, shard, sequence, sub_sequence, place, output FROM letters
          WHERE stream = ?1 AND arrived_ms >= ?2 AND arrived_ms < ?3 AND held <> 3",
     )?;
-    let letters = query.query_map((stream, window_ms.start, window_ms.end), |row| {
+    let dead_letters = query.query_map((stream, window_ms.start, window_ms.end), |row| {
         let item = FailedAgain {
             shard: ShardId::from(row.get::<_, String>(1)?),
             sequence: row.get(2)?,
@@ -195,9 +195,9 @@ fn letters_of(
             place: row.get(4)?,
             output: row.get(5)?,
         };
-        Ok(Letter { number: row.get(0)?, item })
+        Ok(WindowDeadLetter { number: row.get(0)?, item })
     })?;
-    letters.collect()
+    dead_letters.collect()
 }
 
 impl FailedAgain {
@@ -243,18 +243,18 @@ mod tests {
     }
 
     #[test]
-    fn fault_23_a_letter_is_delivered_where_its_record_has_not_failed_again() {
+    fn fault_23_a_dead_letter_is_delivered_where_its_record_has_not_failed_again() {
         let failed = [item("2", "stage:decode", 0), item("3", "sink:mart", 1)];
         let with_rows = HashSet::from([("a".to_owned(), "3".to_owned())]);
-        for (letter, expected) in [
+        for (dead_letter, expected) in [
             (item("1", "stage:decode", 0), true),
             (item("2", "stage:decode", 0), false),
             (item("2", "stage:route", 0), false),
             (item("3", "sink:mart", 1), false),
             (item("3", "stage:decode", 0), true),
         ] {
-            let found = Failed::of(&failed).is_delivered(&letter, &with_rows);
-            assert_eq!(found, expected, "{letter:?}");
+            let found = Failed::of(&failed).is_delivered(&dead_letter, &with_rows);
+            assert_eq!(found, expected, "{dead_letter:?}");
         }
     }
 }

@@ -11,7 +11,7 @@ use super::redrive_key::is_redrive_key;
 use super::revisions;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 pub use shardmill_config::one_spelling;
-use shardmill_core::record::{LetterPlace, Position, ShardId, SinkName, StreamIdentity};
+use shardmill_core::record::{DeadLetterPlace, Position, ShardId, SinkName, StreamIdentity};
 
 /// Tables with a column `sink` whose rows move with a sink's name.
 const TABLES_BY_SINK: [&str; 8] = [
@@ -247,7 +247,7 @@ impl Roster {
                     let rename = format!("UPDATE OR REPLACE {table} SET sink = ?2 WHERE sink = ?1");
                     state.execute(&rename, (old.as_str(), new.as_str()))?;
                 }
-                let place = |sink: &SinkName| LetterPlace::Sink(sink.clone()).to_string();
+                let place = |sink: &SinkName| DeadLetterPlace::Sink(sink.clone()).to_string();
                 // A letter of a sink that had the new name before keeps its place.
                 state.execute(
                     "UPDATE OR IGNORE letters SET place = ?2 WHERE place = ?1",

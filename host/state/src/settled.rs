@@ -6,16 +6,16 @@
 //! Behind a sink that was blocked for long there may be millions of such letters. So a lane that starts
 //! reads only how far they reach, and looks up those of each batch before it runs the batch. What is
 //! redriven or purged meanwhile leaves a mark while the checkpoint is below it
-//! ([`forget`](super::letters::forget)): it is found all the same.
+//! ([`forget`](super::dead_letters::forget)): it is found all the same.
 
 use std::collections::HashMap;
 
 use rusqlite::OptionalExtension as _;
 
-use super::letter_store::LetterKey;
-use super::letters::{DeadLetters, REDRIVEN};
+use super::dead_letter_store::DeadLetterKey;
+use super::dead_letters::{DeadLetters, REDRIVEN};
 use super::store::{StateError, columns, position as position_of};
-use shardmill_core::record::{LetterPlace, Position, ShardKey, StageName};
+use shardmill_core::record::{DeadLetterPlace, Position, ShardKey, StageName};
 
 /// Items of a batch that have a stage's dead letter already. Takes four bytes for each, beside what it takes
 /// for each record.
@@ -27,7 +27,7 @@ pub struct SettledItems {
 /// Items of a record at a stage.
 #[derive(Clone, Debug)]
 struct OfPlace {
-    place: LetterPlace,
+    place: DeadLetterPlace,
     /// Ascending.
     outputs: Vec<u32>,
 }
@@ -39,13 +39,13 @@ impl SettledItems {
     }
 
     /// Whether an item has its letter.
-    pub fn contains(&self, key: &LetterKey) -> bool {
+    pub fn contains(&self, key: &DeadLetterKey) -> bool {
         let mut places = self.of_record.get(&key.position).into_iter().flatten();
         places.any(|own| own.place == key.place && own.outputs.binary_search(&key.output).is_ok())
     }
 
-    fn add(&mut self, key: LetterKey) {
-        let LetterKey { position, place, output } = key;
+    fn add(&mut self, key: DeadLetterKey) {
+        let DeadLetterKey { position, place, output } = key;
         let places = self.of_record.entry(position).or_default();
         let known = places.iter().position(|own| own.place == place);
         let at = known.unwrap_or_else(|| {
@@ -60,8 +60,8 @@ impl SettledItems {
     }
 }
 
-impl FromIterator<LetterKey> for SettledItems {
-    fn from_iter<T: IntoIterator<Item = LetterKey>>(keys: T) -> Self {
+impl FromIterator<DeadLetterKey> for SettledItems {
+    fn from_iter<T: IntoIterator<Item = DeadLetterKey>>(keys: T) -> Self {
         let mut settled = Self::default();
         keys.into_iter().for_each(|key| settled.add(key));
         settled
@@ -124,9 +124,9 @@ impl DeadLetters {
                 )?;
                 let range = (&stream, &shard, &first.0, first.1, &last.0, last.1);
                 let keys = query.query_map(range, |row| {
-                    Ok(LetterKey {
+                    Ok(DeadLetterKey {
                         position: position_of(row.get(0)?, row.get(1)?)?,
-                        place: LetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
+                        place: DeadLetterPlace::Stage(StageName::new(row.get::<_, String>(2)?)),
                         output: row.get(3)?,
                     })
                 })?;
@@ -142,12 +142,12 @@ mod tests {
     use crate::{DeadLetter, MadeBy, StateStore};
     use shardmill_core::record::{SequenceNumber, StreamIdentity};
 
-    fn key(number: u64, stage: &str, output: u32) -> LetterKey {
+    fn key(number: u64, stage: &str, output: u32) -> DeadLetterKey {
         let position = Position { sequence: SequenceNumber::from(number), sub_sequence: 0 };
-        LetterKey { position, place: LetterPlace::Stage(stage.into()), output }
+        DeadLetterKey { position, place: DeadLetterPlace::Stage(stage.into()), output }
     }
 
-    fn letter(key: LetterKey) -> DeadLetter {
+    fn dead_letter(key: DeadLetterKey) -> DeadLetter {
         DeadLetter {
             key,
             partition_key: "k".into(),
@@ -180,11 +180,11 @@ mod tests {
 
     /// What a lane holds of them is a batch's, however many there are.
     #[tokio::test]
-    async fn wall_04_letters_above_the_start_are_read_a_batch_at_a_time() {
+    async fn wall_04_dead_letters_above_the_start_are_read_a_batch_at_a_time() {
         const LAST: u64 = 2_500;
         const BATCH: u64 = 100;
         let folder = tempfile::tempdir().expect("a folder");
-        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let dead_letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
         let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
         let (stream, pipeline) = (stream.into(), "cars".into());
         let shard = ShardKey { pipeline, stream, shard: "shard".into() };
@@ -192,21 +192,21 @@ mod tests {
         // Every second record, and two items of it.
         let numbers = || (2..=LAST).step_by(2);
         let keys = |number| [key(number, "decode", 0), key(number, "decode", 1)];
-        let all: Vec<DeadLetter> = numbers().flat_map(keys).map(letter).collect();
-        letters.put(&shard, all, false).await.expect("written");
-        letters
-            .put(&other, vec![letter(key(LAST + 9, "decode", 0))], false)
+        let all: Vec<DeadLetter> = numbers().flat_map(keys).map(dead_letter).collect();
+        dead_letters.put(&shard, all, false).await.expect("written");
+        dead_letters
+            .put(&other, vec![dead_letter(key(LAST + 9, "decode", 0))], false)
             .await
             .expect("written");
         let at = |number| key(number, "", 0).position;
         let to =
-            async |above: u64| letters.settled_to(&shard, Some(&at(above))).await.expect("read");
-        assert_eq!(letters.settled_to(&shard, None).await.expect("read"), Some(at(LAST)));
+            async |above: u64| dead_letters.settled_to(&shard, Some(&at(above))).await.expect("read");
+        assert_eq!(dead_letters.settled_to(&shard, None).await.expect("read"), Some(at(LAST)));
         assert_eq!((to(LAST - 1).await, to(LAST).await), (Some(at(LAST)), None));
         let mut found = Vec::new();
         for first in (1..=LAST).step_by(BATCH as usize) {
             let (first, last) = (first, first + BATCH - 1);
-            let settled = letters.settled_within(&shard, (&at(first), &at(last))).await;
+            let settled = dead_letters.settled_within(&shard, (&at(first), &at(last))).await;
             let settled = settled.expect("read");
             assert_eq!(settled.of_record.len() as u64, BATCH / 2, "held of {first} to {last}");
             let is_whole = |number: &u64| keys(*number).iter().all(|key| settled.contains(key));

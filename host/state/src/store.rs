@@ -508,11 +508,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn wall_04_letters_of_an_earlier_version_share_their_record() {
+    async fn wall_04_dead_letters_of_an_earlier_version_share_their_record() {
         let folder = tempfile::tempdir().expect("a folder");
         let old = Connection::open(folder.path().join("state.db")).expect("a database");
         old.execute_batch(crate::assets::schemas::V5).expect("the schema of version 5");
-        let letter =
+        let dead_letter =
             "INSERT INTO dead_letter VALUES (?1, 'shard', ?2, 0, ?3, ?4, 0, x'6b', ?5, x'6b', ?6,
                           7, 'p', 'd', 'why', '', 9, 'all')";
         let original = vec![b'o'; 1_000];
@@ -524,18 +524,18 @@ mod tests {
             ("letters:p@5", "1", "stage:c", 0, &b"e"[..], &b"e"[..]),
         ] {
             let values = (stream, sequence, place, output, was, entered);
-            old.execute(letter, values).expect("a letter");
+            old.execute(dead_letter, values).expect("a letter");
         }
         old.execute("INSERT INTO redrive VALUES (5, 1, 2)", []).expect("a redrive");
         old.pragma_update(None, "user_version", 5).expect("set");
         drop(old);
         let store = StateStore::open(folder.path()).expect("opened");
-        let letters = crate::DeadLetters::new(store.clone());
-        let found = letters.select(Default::default(), 10).await.expect("letters");
-        let entered: Vec<&[u8]> = found.iter().map(|letter| &letter.entered[..]).collect();
+        let dead_letters = crate::DeadLetters::new(store.clone());
+        let found = dead_letters.select(Default::default(), 10).await.expect("letters");
+        let entered: Vec<&[u8]> = found.iter().map(|dead_letter| &dead_letter.entered[..]).collect();
         assert_eq!(entered, [&original[..], &b"e"[..], &b"f"[..]]);
-        assert!(found.iter().all(|letter| letter.original == original));
-        let ids: Vec<i64> = found.iter().map(|letter| letter.id).collect();
+        assert!(found.iter().all(|dead_letter| dead_letter.original == original));
+        let ids: Vec<i64> = found.iter().map(|dead_letter| dead_letter.id).collect();
         assert_eq!(ids, [1, 2, 3], "numbers stay");
         let look = |state: &Transaction<'_>| -> rusqlite::Result<(i64, i64, i64)> {
             let number = |sql: &str| state.query_row(sql, [], |row| row.get(0));
@@ -548,7 +548,7 @@ mod tests {
         let (records, of_record, bytes) = store.write("look", look).await.expect("read");
         assert_eq!((records, of_record), (1, 4), "the redrive's letter is of that record");
         assert!((1_000 + 4 * 512..1_000 + 5 * 600).contains(&bytes), "{bytes}");
-        letters.purge(Default::default()).await.expect("purged");
+        dead_letters.purge(Default::default()).await.expect("purged");
     }
 
     #[tokio::test(flavor = "multi_thread")]

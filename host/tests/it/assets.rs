@@ -4,7 +4,7 @@
 pub const AGGREGATES: &str = include_str!("aggregates/aggregates.json");
 
 /// The book's query that joins dead letters with their records.
-pub const LETTERS_SQL: &str = include_str!("../../../docs/sql/letters.sql");
+pub const DEAD_LETTERS_SQL: &str = include_str!("../../../docs/sql/dead-letters.sql");
 
 /// The text of a plugin by hand that calls the host, with marks to fill in.
 pub const ASKING_WAT: &str = include_str!("walls/guests/asking.wat");

@@ -57,7 +57,7 @@ impl Place {
     }
 
     /// The reasons of the visible dead letters, in order.
-    fn letters(&self) -> Vec<String> {
+    fn dead_letters(&self) -> Vec<String> {
         let state = rusqlite::Connection::open(self.path("state/bad/state.db")).expect("the state");
         let sql = "SELECT reason FROM dead_letter WHERE held = 0 ORDER BY sequence";
         let mut query = state.prepare(sql).expect("the dead letters");
@@ -129,7 +129,7 @@ fn bad_cars_are_dead_letters_and_good_ones_rows() {
     ];
     let _served = serve(&place, &records);
     run_to_end(&place.cars());
-    let reasons = place.letters();
+    let reasons = place.dead_letters();
     for (reason, due) in reasons.iter().zip([
         "truncated car",
         "empty payload",
@@ -162,7 +162,7 @@ fn bad_rows_are_dead_letters_alone() {
     records.push(vec![b'"', 0xff, b'"']);
     let _served = serve(&place, &records);
     run_to_end(&place.rows(""));
-    let reasons = place.letters();
+    let reasons = place.dead_letters();
     assert_eq!(reasons.len(), 5, "{reasons:?}");
     assert!(reasons[0].contains("id"), "{reasons:?}");
     assert!(reasons[1].contains("extra"), "{reasons:?}");
@@ -171,7 +171,7 @@ fn bad_rows_are_dead_letters_alone() {
     assert_eq!(rows, 5);
     // Again: nothing is written twice, nothing more is dead.
     run_to_end(&place.rows(""));
-    assert_eq!(place.letters().len(), 5);
+    assert_eq!(place.dead_letters().len(), 5);
 }
 
 #[test]
@@ -202,12 +202,12 @@ fn a_dropped_column_blocks_the_lane_and_fills_no_dead_letters() {
     assert!(
         http_get(port, "/metrics").contains("shardmill_blocked{shard=\"shardId-000000000000\"} 1")
     );
-    assert_eq!(place.letters(), Vec::<String>::new());
+    assert_eq!(place.dead_letters(), Vec::<String>::new());
     place.mart().execute_batch("ALTER TABLE rows ADD COLUMN name TEXT").expect("added");
     wait_for("the lane to go on", || count() == 299);
     wait_for("the lane to be ready", || ready().starts_with("HTTP/1.1 200"));
     assert_eq!(process.terminate(), Some(0));
-    assert_eq!(place.letters(), Vec::<String>::new());
+    assert_eq!(place.dead_letters(), Vec::<String>::new());
 }
 
 #[test]

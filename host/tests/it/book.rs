@@ -20,8 +20,8 @@ macro_rules! sessions {
 sessions! {
     session_capabilities: "capabilities";
     session_changing: "changing";
+    session_dead_letters: "dead-letters";
     session_first_plugin: "first-plugin";
-    session_letters: "letters";
     session_limits: "limits";
     session_proving: "proving";
     session_testing: "testing";
@@ -85,7 +85,7 @@ fn every_pipeline_is_sound() {
 const TESTED: [&str; 8] = [
     "docs/sessions/",            // repeated above
     "docs/pipelines/",           // read above
-    "docs/sql/",                 // asked by `walls/letters/copies.rs`
+    "docs/sql/",                 // asked by `walls/dead_letters/copies.rs`
     "examples/plugin-",          // built, tested and run by `languages.rs`
     "host/tests/asking",         // built and run by `languages.rs`
     "host/workbench/templates/", // each is a newcomer's path in `languages.rs`

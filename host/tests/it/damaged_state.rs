@@ -120,7 +120,7 @@ impl Kept {
     }
 
     fn pipeline(&self, sinks: &[&str]) -> String {
-        let letters = self.path("letters.db");
+        let dead_letters = self.path("letters.db");
         let file = PipelineToml::new(self.folder.path(), "kept")
             .file(&self.path("rows.ndjson"), "format = \"application/json\"")
             .route_all_to(sinks)
@@ -129,7 +129,7 @@ impl Kept {
                 "copies",
                 &format!(
                     "type = \"sqlite\"\npath = \"{}\"\ntable = \"copies\"\ncreate = true",
-                    letters.display()
+                    dead_letters.display()
                 ),
             );
         sinks.iter().fold(file, |file, name| file.sqlite(name, name)).write()

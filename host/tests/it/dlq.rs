@@ -80,9 +80,9 @@ fn json_lines(text: &str) -> Vec<Value> {
 }
 
 #[test]
-fn letters_are_listed_by_what_is_asked_for() {
+fn dead_letters_are_listed_by_what_is_asked_for() {
     let ran = Ran::new();
-    let places: Vec<Value> = ran.listed(&[]).iter().map(|letter| letter["place"].clone()).collect();
+    let places: Vec<Value> = ran.listed(&[]).iter().map(|dead_letter| dead_letter["place"].clone()).collect();
     let of = |place: &str| places.iter().filter(|it| *it == place).count();
     assert_eq!((of("stage:check"), of("stage:route"), of("sink:mart")), (1, 2, 1), "{places:?}");
     assert_eq!(ran.listed(&["--stage", "route"]).len(), 2);
@@ -95,7 +95,7 @@ fn letters_are_listed_by_what_is_asked_for() {
 }
 
 #[test]
-fn a_letter_is_shown_with_all_that_is_known() {
+fn a_dead_letter_is_shown_with_all_that_is_known() {
     let ran = Ran::new();
     let [trapped] = &ran.listed(&["--stage", "check"])[..] else { panic!("one trapped") };
     let id = trapped["id"].to_string();
@@ -110,14 +110,14 @@ fn a_letter_is_shown_with_all_that_is_known() {
 }
 
 #[test]
-fn an_export_holds_each_letter_byte_by_byte() {
+fn an_export_has_each_dead_letter_byte_by_byte() {
     let ran = Ran::new();
     let said = ran.dlq(&["export", "-o", "letters.ndjson"]);
     assert!(said.contains("4 dead letters in letters.ndjson"), "{said}");
     let file = std::fs::read_to_string(ran.folder.path().join("letters.ndjson")).expect("a file");
     assert_eq!(file, ran.dlq(&["export"]));
     let originals: Vec<Value> =
-        json_lines(&file).iter().map(|letter| letter["original"].clone()).collect();
+        json_lines(&file).iter().map(|dead_letter| dead_letter["original"].clone()).collect();
     for due in [
         serde_json::json!({ "text": "{\"id\":" }),
         serde_json::json!({ "base64": "//4=" }),
@@ -136,7 +136,7 @@ fn only_what_is_named_is_deleted() {
     assert_eq!(ran.listed(&[]).len(), 4);
     assert!(ran.dlq(&["purge", "--stage", "route"]).contains("2 dead letters deleted"));
     let left = ran.listed(&[]);
-    assert!(left.len() == 2 && left.iter().all(|letter| letter["place"] != "stage:route"));
+    assert!(left.len() == 2 && left.iter().all(|dead_letter| dead_letter["place"] != "stage:route"));
     let id = left[0]["id"].to_string();
     assert!(ran.dlq(&["purge", &id]).contains("1 dead letters deleted"));
     assert!(ran.dlq(&["purge", "--all"]).contains("1 dead letters deleted"));
@@ -156,37 +156,37 @@ fn a_pipeline_that_never_ran_is_named() {
 #[test]
 fn a_redrive_begins_where_a_record_failed() {
     let ran = Ran::new();
-    let letters = || {
-        let letter = |letter: &Value| {
-            let place = letter["place"].as_str().expect("a place").to_owned();
-            (letter["id"].as_i64().expect("a number"), place)
+    let dead_letters = || {
+        let dead_letter = |dead_letter: &Value| {
+            let place = dead_letter["place"].as_str().expect("a place").to_owned();
+            (dead_letter["id"].as_i64().expect("a number"), place)
         };
-        let mut letters: Vec<(i64, String)> = ran.listed(&[]).iter().map(letter).collect();
-        letters.sort_unstable();
-        letters
+        let mut dead_letters: Vec<(i64, String)> = ran.listed(&[]).iter().map(dead_letter).collect();
+        dead_letters.sort_unstable();
+        dead_letters
     };
     let redriven = |arguments: &[&str]| {
         let told = ran.dlq(&[&["redrive", "--json"], arguments].concat());
         let told: Value = serde_json::from_str(&told).expect("JSON");
         (told["letters"].as_u64(), told["failed_again"].as_u64())
     };
-    let before = letters();
+    let before = dead_letters();
     assert_eq!(before.len(), 4);
 
     // Nothing was mended: each fails again where it did, and keeps its number.
     assert_eq!(redriven(&["--all"]), (Some(4), Some(4)));
-    assert_eq!(letters(), before);
+    assert_eq!(dead_letters(), before);
 
     // The plugin is mended: one record goes on, and then the table does not take it.
     ran.replace("trap_on = \"trap\"", "trap_on = \"nothing\"");
     assert_eq!(redriven(&["--stage", "check"]), (Some(1), Some(1)));
     let at_sink = ran.listed(&["--sink", "mart"]);
-    assert_eq!((letters().len(), at_sink.len()), (4, 2));
-    let new = at_sink.iter().map(|letter| letter["id"].to_string());
+    assert_eq!((dead_letters().len(), at_sink.len()), (4, 2));
+    let new = at_sink.iter().map(|dead_letter| dead_letter["id"].to_string());
     let shown: Vec<Value> = new
         .map(|id| serde_json::from_str(&ran.dlq(&["show", &id, "--json"])).expect("JSON"))
         .collect();
-    let is_moved = |letter: &&Value| letter["original"]["text"] == "{\"id\":2,\"name\":\"trap\"}";
+    let is_moved = |dead_letter: &&Value| dead_letter["original"]["text"] == "{\"id\":2,\"name\":\"trap\"}";
     let moved = shown.iter().find(is_moved).expect("it is at the sink now");
     let shard = moved["shard"].as_str().expect("a shard");
     assert!(shard.starts_with("file-"), "it has the place of its record: {moved}");
@@ -195,7 +195,7 @@ fn a_redrive_begins_where_a_record_failed() {
     ran.mart().execute_batch("ALTER TABLE cars ADD COLUMN name text").expect("altered");
     assert_eq!(redriven(&["--sink", "mart"]), (Some(2), Some(1)));
     assert_eq!(ran.ids(), [1, 2, 3]);
-    assert_eq!(letters().len(), 3);
+    assert_eq!(dead_letters().len(), 3);
 
     // What is not in the pipeline any more takes nothing, and nothing is begun.
     ran.replace("name = \"route\"", "name = \"verify\"");

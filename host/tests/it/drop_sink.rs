@@ -164,13 +164,13 @@ fn a_pipeline_that_never_ran_has_no_sink_to_drop() {
 fn a_sink_of_dead_letters_is_dropped_by_the_same_option() {
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("rows.ndjson"), "no JSON\n{\"id\":1}\n").expect("written");
-    let pipeline = |letters: &[&str]| {
+    let pipeline = |dead_letters: &[&str]| {
         let file = PipelineToml::new(folder.path(), "letters")
             .file(&folder.path().join("rows.ndjson"), "format = \"application/json\"")
             .route_all_to(&["void"])
             .sink("void", "type = \"discard\"")
-            .table(&format!("[dead_letters]\nsinks = {letters:?}"));
-        letters.iter().fold(file, |file, name| file.sink(name, "type = \"discard\"")).write()
+            .table(&format!("[dead_letters]\nsinks = {dead_letters:?}"));
+        dead_letters.iter().fold(file, |file, name| file.sink(name, "type = \"discard\"")).write()
     };
     run_ok(&["run", &pipeline(&["x", "y"])]);
     let file = pipeline(&["x"]);

@@ -46,12 +46,12 @@ impl Place {
     }
 
     /// The payloads of the dead letters.
-    fn letters(&self) -> Vec<Vec<u8>> {
+    fn dead_letters(&self) -> Vec<Vec<u8>> {
         let state = self.folder.path().join("state/file/state.db");
         let state = rusqlite::Connection::open(state).expect("the state");
         let mut query = state.prepare("SELECT original FROM dead_letter").expect("sql");
-        let letters = query.query_map((), |row| row.get(0)).expect("rows");
-        letters.map(|letter| letter.expect("a payload")).collect()
+        let dead_letters = query.query_map((), |row| row.get(0)).expect("rows");
+        dead_letters.map(|dead_letter| dead_letter.expect("a payload")).collect()
     }
 
     fn pipeline(&self, path: &str, extra: &str) -> String {
@@ -225,7 +225,7 @@ fn lines_end_as_they_end() {
     let place = Place::new(b"header\r\n{\"id\":1}\r\n{\"id\":2}\n\n{\"id\":3}\r\n{\"id\":4}");
     place.run_ok("skip = 1");
     assert_eq!(place.ids(), [1, 2, 3, 4]);
-    assert_eq!(place.letters(), [b""], "an empty line is an empty record");
+    assert_eq!(place.dead_letters(), [b""], "an empty line is an empty record");
 }
 
 #[test]

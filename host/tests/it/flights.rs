@@ -89,10 +89,10 @@ fn every_flight_is_in_its_airports_table_with_its_types() {
     let due = from_csv(&flights_csv());
     same_multiset("SQLite", &due, &in_sqlite(&mart));
     same_multiset("objects", &due, &in_objects(&folder.path().join("logs")));
-    let letters = rusqlite::Connection::open(state.join("flights/state.db")).expect("the state");
-    let letters: i64 = letters
+    let dead_letters = rusqlite::Connection::open(state.join("flights/state.db")).expect("the state");
+    let dead_letters: i64 = dead_letters
         .query_row("SELECT count(*) FROM dead_letter", [], |row| row.get(0))
         .expect("the dead letters");
-    assert_eq!(letters, 0);
+    assert_eq!(dead_letters, 0);
     run_ok(&["check", "--offline", &root().join("pipeline.toml").display().to_string()]);
 }

@@ -90,13 +90,13 @@ async fn lose_and_find(test: &str, cut: Cut) {
         wait_for("the last rows", || has_last() && kept(2) == 0);
         assert_eq!(run.terminate(), Some(0));
 
-        let letters = run_ok(&["dlq", "export", "--sink", "mart", "--pipeline", &config]);
+        let dead_letters = run_ok(&["dlq", "export", "--sink", "mart", "--pipeline", &config]);
         let mut found = ids_in_thread(&table);
         let in_table = found.len() as u64;
-        for letter in letters.lines() {
-            assert!(letter.contains("given up: sink mart"), "{letter}");
-            let letter: serde_json::Value = serde_json::from_str(letter).expect("JSON");
-            let row = letter["entered"]["text"].as_str().expect("text");
+        for dead_letter in dead_letters.lines() {
+            assert!(dead_letter.contains("given up: sink mart"), "{dead_letter}");
+            let dead_letter: serde_json::Value = serde_json::from_str(dead_letter).expect("JSON");
+            let row = dead_letter["entered"]["text"].as_str().expect("text");
             let row: serde_json::Value = serde_json::from_str(row).expect("JSON");
             found.push(row["id"].as_u64().expect("an id"));
         }
@@ -120,11 +120,11 @@ fn ids_in_thread(table: &str) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_of_a_lost_sink_are_letters() {
+async fn rows_of_a_lost_sink_are_dead_letters() {
     lose_and_find("lost", Cut::AfterAndRefuse("SAVEPOINT")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_had_landed_after_all_are_no_letters() {
+async fn rows_that_had_landed_after_all_are_not_dead_letters() {
     lose_and_find("landed", Cut::AfterAndRefuse("COMMIT\0")).await;
 }

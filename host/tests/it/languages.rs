@@ -35,8 +35,8 @@ newcomers! {
 
 /// An example is built and run: it prints what its `expected.ndjson` holds.
 macro_rules! examples {
-    ($($test:ident: $folder:literal, dead_letters: $letters:literal;)+) => {
-        $(#[test] fn $test() { example($folder, $letters); })+
+    ($($test:ident: $folder:literal, dead_letters: $dead_letters:literal;)+) => {
+        $(#[test] fn $test() { example($folder, $dead_letters); })+
     };
 }
 
@@ -111,7 +111,7 @@ fn newcomers_path(language: &str, source: &str) {
     }
 }
 
-fn example(name: &str, letters: u64) {
+fn example(name: &str, expected_dead_letters: u64) {
     let place = tempfile::tempdir().expect("a folder");
     let state = place.path().join("state");
     let folder = root().join("examples").join(name);
@@ -142,7 +142,7 @@ fn example(name: &str, letters: u64) {
     let expected = std::fs::read_to_string(folder.join("expected.ndjson")).expect("what is due");
     let printed = with_places(&["run", &pipeline, "--until-caught-up"]);
     assert_eq!(rows(&printed), expected.lines().collect::<Vec<_>>());
-    assert_eq!(dead_letters(&state), letters);
+    assert_eq!(dead_letters(&state), expected_dead_letters);
 }
 
 /// A plugin that asks the host, built in a place of its own.
@@ -216,8 +216,8 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     let asked = "POST /cars/Volvo key=file authorization=Bearer hunter2 body=Volvo";
     let due = [json!({"country": "Japan"}), json!({"asked": asked}), json!({"asked": "again"})];
     assert_eq!(rows, due);
-    let (letters, reason) = letters(place.path());
-    assert!(letters == 1 && reason.contains("127.0.0.1:9"), "{letters}: {reason}");
+    let (dead_letters, reason) = dead_letters_and_reason(place.path());
+    assert!(dead_letters == 1 && reason.contains("127.0.0.1:9"), "{dead_letters}: {reason}");
 }
 
 /// A call of the host has a limit of its own; the record that made it is the culprit, and its neighbours go on.
@@ -246,15 +246,15 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     let (printed, _) = run_asking(place.path(), &stage, &input);
     let rows = rows(&printed);
     assert!(rows.len() == 2 && rows[0].contains("Volvo") && rows[1].contains("Saab"), "{rows:?}");
-    let (letters, reason) = letters(place.path());
-    assert!(letters == 1 && reason.contains("within the time of the call"), "{letters}: {reason}");
+    let (dead_letters, reason) = dead_letters_and_reason(place.path());
+    assert!(dead_letters == 1 && reason.contains("within the time of the call"), "{dead_letters}: {reason}");
 }
 
 /// How many dead letters a pipeline in this place has, and the reason of one.
-pub fn letters(place: &Path) -> (u64, String) {
+pub fn dead_letters_and_reason(place: &Path) -> (u64, String) {
     let state = crate::support::sqlite(&place.join("state/asking/state.db"));
-    let letters = "SELECT count(*), coalesce(max(reason), '') FROM dead_letter";
-    state.query_row(letters, (), |row| Ok((row.get(0)?, row.get(1)?))).expect("letters")
+    let dead_letters = "SELECT count(*), coalesce(max(reason), '') FROM dead_letter";
+    state.query_row(dead_letters, (), |row| Ok((row.get(0)?, row.get(1)?))).expect("letters")
 }
 
 /// A server on a port of loopback that tells what it was asked, as JSON. One path it never answers.

@@ -30,7 +30,7 @@ mod hostile;
 mod http_capability;
 mod iam;
 mod languages;
-mod letter_sinks;
+mod dead_letter_sinks;
 mod lookup;
 mod model;
 mod parquet;

@@ -216,8 +216,8 @@ fn what_would_lose_or_double_rows_is_refused() {
     assert_eq!(world.ids(&world.table).len(), 19);
 
     // A record that the table does not take.
-    let letters = world.refused(&from, &next_second(), &["--swap"]);
-    assert!(letters.contains("1 records are not among the new rows"), "{letters}");
+    let dead_letters = world.refused(&from, &next_second(), &["--swap"]);
+    assert!(dead_letters.contains("1 records are not among the new rows"), "{dead_letters}");
     let report = world.replayed(&from, &next_second(), &["--swap", "--with-dead-letters"]);
     assert_eq!(report["swapped"], serde_json::json!([19, 19]), "{report}");
 

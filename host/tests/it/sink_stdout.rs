@@ -55,10 +55,10 @@ fn commit(payloads: &[&'static str]) -> Commit {
 }
 
 #[derive(Default)]
-struct Letters(Mutex<Vec<String>>);
+struct Refusals(Mutex<Vec<String>>);
 
 #[async_trait]
-impl RefusalLog for Letters {
+impl RefusalLog for Refusals {
     async fn hold(&self, _commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         let reasons = refusals.iter().map(|refusal| refusal.reason.clone());
         self.0.lock().expect("whole").extend(reasons);
@@ -72,10 +72,10 @@ async fn printed(template: Option<&str>, payloads: &[&'static str]) -> (String, 
     let sink = StdoutSink::to("lines".into(), template, output.clone()).expect("a template");
     let mut owner = sink.acquire(&shard()).await.expect("acquired");
     assert!(!owner.keeps_position && owner.position.is_none());
-    let letters = Letters::default();
-    let done = owner.writer.commit(&commit(payloads), &letters).await.expect("printed");
+    let refusals = Refusals::default();
+    let done = owner.writer.commit(&commit(payloads), &refusals).await.expect("printed");
     let text = String::from_utf8(output.lock().expect("whole").clone()).expect("UTF-8");
-    let reasons = letters.0.into_inner().expect("whole");
+    let reasons = refusals.0.into_inner().expect("whole");
     assert_eq!(done.rows_written as usize + reasons.len(), payloads.len());
     assert_eq!(done.bytes_written as usize, text.len());
     (text, reasons)
@@ -133,7 +133,7 @@ async fn lines_of_two_writers_are_not_mixed() {
     let print = async |c: &str| {
         let payload: &'static str = format!(r#"{{"a":"{}"}}"#, c.repeat(50_000)).leak();
         let mut owner = sink.acquire(&shard()).await.expect("acquired");
-        owner.writer.commit(&commit(&[payload; 5]), &Letters::default()).await.expect("printed");
+        owner.writer.commit(&commit(&[payload; 5]), &Refusals::default()).await.expect("printed");
     };
     tokio::join!(print("x"), print("y"));
     let text = String::from_utf8(output.lock().expect("whole").clone()).expect("UTF-8");
@@ -185,7 +185,7 @@ impl Write for Closed {
 async fn a_broken_pipe_is_the_sinks_failure() {
     let sink = StdoutSink::to("lines".into(), None, Arc::new(Mutex::new(Closed))).expect("a sink");
     let mut owner = sink.acquire(&shard()).await.expect("acquired");
-    let error = owner.writer.commit(&commit(&["a"]), &Letters::default()).await;
+    let error = owner.writer.commit(&commit(&["a"]), &Refusals::default()).await;
     let text = error.expect_err("broken").to_string();
     assert!(text.contains("sink lines") && text.contains("broken pipe"), "{text}");
 }

@@ -10,9 +10,9 @@ use anyhow::{bail, ensure};
 
 use super::super::signals::stop_on_signals;
 use super::super::{Console, dead_letters, load, plugin_host, sinks, state_beside};
-use super::Letters;
+use super::Selection;
 use shardmill_config::{PipelineConfig, RejectedMax};
-use shardmill_core::record::{LetterPlace, Position, SinkName, StageName};
+use shardmill_core::record::{DeadLetterPlace, Position, SinkName, StageName};
 use shardmill_core::sink::Sink;
 use shardmill_engine::bound::{MemoryBound, memory_bytes_available};
 use shardmill_engine::lane::GenerationStore;
@@ -20,7 +20,7 @@ use shardmill_engine::lane::agreement::refuse_older_state;
 use shardmill_engine::lane::remake::Remaker;
 use shardmill_engine::lane::roster;
 use shardmill_engine::lease::PipelineLock;
-use shardmill_engine::letters::LettersSource;
+use shardmill_engine::redrive_source::RedriveSource;
 use shardmill_engine::supervisor::{RunOptions, RunRole, Supervisor};
 use shardmill_sink_postgres::TableWindow;
 use shardmill_state::{
@@ -28,7 +28,7 @@ use shardmill_state::{
 };
 
 pub(super) async fn redrive(
-    wanted: &Letters,
+    wanted: &Selection,
     all: bool,
     without: &[String],
     even_if_redriven: bool,
@@ -98,7 +98,7 @@ async fn choose(
 /// Begins a redrive; `None`: no letter is meant.
 async fn begin(
     redrives: &Redrives,
-    wanted: &Letters,
+    wanted: &Selection,
     (all, without): (bool, &[String]),
     console: &Console,
 ) -> anyhow::Result<Option<RedriveId>> {
@@ -160,9 +160,9 @@ impl Pipeline {
 
     /// Whether letters can enter at a place.
     fn has(&self, place: &str) -> bool {
-        match LetterPlace::parse(place) {
-            Some(LetterPlace::Stage(name)) => self.stages.contains(&name),
-            Some(LetterPlace::Sink(name)) => self.sinks.contains(&name),
+        match DeadLetterPlace::parse(place) {
+            Some(DeadLetterPlace::Stage(name)) => self.stages.contains(&name),
+            Some(DeadLetterPlace::Sink(name)) => self.sinks.contains(&name),
             None => false,
         }
     }
@@ -255,8 +255,8 @@ impl Run {
         if !at_stages.is_empty() {
             redrives.release(id, at_stages, reached.clone()).await?;
         }
-        let sink = |place: &String| match LetterPlace::parse(place) {
-            Some(LetterPlace::Sink(sink)) => Some(sink),
+        let sink = |place: &String| match DeadLetterPlace::parse(place) {
+            Some(DeadLetterPlace::Sink(sink)) => Some(sink),
             _ => None,
         };
         let options = RunOptions {
@@ -279,7 +279,7 @@ impl Run {
         let generations = GenerationStore::new(host.clone(), state.clone());
         let (ledger, stream_name) = (Ledger::new(state.clone()), config.source.stream_name());
         let remaker = Remaker::new(generations, ledger, config.name.clone(), stream_name);
-        let source = LettersSource::new(redrives.clone(), id, &config.name, limits, without)
+        let source = RedriveSource::new(redrives.clone(), id, &config.name, limits, without)
             .remade_by(Box::new(remaker), reached);
         let left_out = source.left_out();
         let source = Arc::new(source);
@@ -291,8 +291,8 @@ impl Run {
         };
         let left_out =
             std::mem::take(&mut *left_out.lock().unwrap_or_else(PoisonError::into_inner));
-        let Redriven { letters, failed_again, left } = redriven;
-        console.say(format!("{letters} dead letters redriven, {failed_again} failed again"));
+        let Redriven { dead_letters, failed_again, left } = redriven;
+        console.say(format!("{dead_letters} dead letters redriven, {failed_again} failed again"));
         if left > 0 {
             console.say(format!(
                 "{left} dead letters wait for {}: put it back and redrive them, or purge them",
@@ -300,8 +300,8 @@ impl Run {
             ));
         }
         console.report(&Redriven { left: left + left_out.len() as u64, ..redriven })?;
-        for (letter, why) in &left_out {
-            console.say(format!("dead letter {letter} stays: {why}"));
+        for (dead_letter, why) in &left_out {
+            console.say(format!("dead letter {dead_letter} stays: {why}"));
         }
         ensure!(
             left_out.is_empty(),
@@ -319,7 +319,7 @@ impl Run {
         let behind = self.redrives.sinks_behind(self.id).await?;
         let behind = behind.iter().filter(|sink| !self.pipeline.sinks.contains(sink));
         for sink in behind.chain(&self.pipeline.missing) {
-            let place = LetterPlace::Sink(sink.clone()).to_string();
+            let place = DeadLetterPlace::Sink(sink.clone()).to_string();
             if !gone.contains(&place) {
                 gone.push(place);
             }

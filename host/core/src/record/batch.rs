@@ -58,7 +58,7 @@ pub enum Entry {
 #[derive(Clone, Debug)]
 pub struct Redrive {
     /// The stage or the sink.
-    pub place: LetterPlace,
+    pub place: DeadLetterPlace,
     /// The route by which they came there; empty: not known.
     pub route: RouteName,
     /// Where the records are in their own shards, in the order of the batch: what plugins see.
@@ -71,14 +71,14 @@ pub struct Redrive {
 
 /// Where a record failed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum LetterPlace {
+pub enum DeadLetterPlace {
     /// On entering this stage.
     Stage(StageName),
     /// On being written by this sink.
     Sink(SinkName),
 }
 
-impl fmt::Display for LetterPlace {
+impl fmt::Display for DeadLetterPlace {
     /// As `stage:NAME` or `sink:NAME`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -88,7 +88,7 @@ impl fmt::Display for LetterPlace {
     }
 }
 
-impl LetterPlace {
+impl DeadLetterPlace {
     /// Reads `stage:NAME` or `sink:NAME`.
     pub fn parse(text: &str) -> Option<Self> {
         match text.split_once(':')? {

@@ -184,7 +184,7 @@ fn wall_02_copied_rows_of_a_redrive_keep_their_origins() {
     let batch = Arc::get_mut(&mut own).expect("the only one");
     let origin = |number: u64| Position { sequence: SequenceNumber::from(number), sub_sequence: 7 };
     batch.entry = Entry::Redrive(Box::new(Redrive {
-        place: super::super::LetterPlace::Sink("mart".into()),
+        place: super::super::DeadLetterPlace::Sink("mart".into()),
         route: "cars".into(),
         origins: (1_000..1_100).map(origin).collect(),
         delivered_to: vec!["other".into()],

@@ -51,7 +51,7 @@ pub(super) struct Committer {
     /// Where the sink's own position stands: each commit starts there.
     stored: Option<Position>,
     /// Letters of rows that were refused or given up are not shown yet.
-    letters_hidden: bool,
+    dead_letters_hidden: bool,
     /// Whether the sink itself says how far it is.
     keeps_position: bool,
     /// Since when no commit went well, if the last one did not.
@@ -65,13 +65,13 @@ impl Committer {
         publish: watch::Sender<Progress>,
     ) -> Self {
         let refusals =
-            HeldRefusals::new(context.letters.clone(), context.sink.clone(), context.rejected_max);
+            HeldRefusals::new(context.dead_letters.clone(), context.sink.clone(), context.rejected_max);
         Self {
             writer: acquired.writer,
             publish,
             refusals,
             stored: acquired.position,
-            letters_hidden: false,
+            dead_letters_hidden: false,
             keeps_position: acquired.keeps_position,
             failing_since: None,
             context,
@@ -150,11 +150,11 @@ impl Committer {
         if committed.rows_refused > 0 {
             metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => format!("sink:{sink}"))
                 .increment(committed.rows_refused);
-            self.letters_hidden = true;
+            self.dead_letters_hidden = true;
         }
         self.failing_since = None;
-        if self.letters_hidden {
-            self.letters_hidden = !settle(&self.context, &commit.span.to_inclusive).await;
+        if self.dead_letters_hidden {
+            self.dead_letters_hidden = !settle(&self.context, &commit.span.to_inclusive).await;
         }
         self.refusals.committed(&commit);
         self.stored = Some(commit.span.to_inclusive.clone());
@@ -183,12 +183,12 @@ impl Committer {
     async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
         let context = &self.context;
         let reason = format!("given up: {error}");
-        let letter = |row: &Row| self.refusals.letter(row, reason.clone(), &commit.generation);
-        let letters: Vec<_> = commit.rows.iter().map(letter).collect();
-        let (rows, span, to) = (letters.len() as u64, &commit.span, &commit.span.to_inclusive);
+        let dead_letter = |row: &Row| self.refusals.dead_letter(row, reason.clone(), &commit.generation);
+        let dead_letters: Vec<_> = commit.rows.iter().map(dead_letter).collect();
+        let (rows, span, to) = (dead_letters.len() as u64, &commit.span, &commit.span.to_inclusive);
         let whose = (&context.shard, &context.sink);
         let given_up =
-            context.letters.give_up(whose, context.epoch, span, letters, self.keeps_position);
+            context.dead_letters.give_up(whose, context.epoch, span, dead_letters, self.keeps_position);
         let is_ours = given_up.await.map_err(|error| SinkError::Unavailable {
             sink: context.sink.clone(),
             cause: error.to_string(),
@@ -206,7 +206,7 @@ impl Committer {
         tracing::warn!(shard = %context.shard.shard, sink = %context.sink, rows, up_to = %to,
             "given up: the rows are in the dead letters");
         if self.keeps_position {
-            self.letters_hidden = true;
+            self.dead_letters_hidden = true;
         } else {
             self.stored = Some(to.clone());
         }
@@ -271,6 +271,6 @@ async fn unless_abandoned<T>(
 /// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or
 /// until the shard is acquired again.
 async fn settle(context: &DeliveryContext, up_to: &Position) -> bool {
-    let settled = context.letters.settle(&context.shard, &context.sink, up_to);
+    let settled = context.dead_letters.settle(&context.shard, &context.sink, up_to);
     settled.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
 }

@@ -35,7 +35,7 @@ struct Standing {
     /// The lane needs to hand over only what comes after this.
     skip_to: Option<Position>,
     /// Rows after it that are letters of the sink already.
-    letters: HashSet<(Position, u32)>,
+    dead_letters: HashSet<(Position, u32)>,
 }
 
 impl Standing {
@@ -83,7 +83,7 @@ impl<'a> Lane<'a> {
             }
             let at = acquired.position.as_ref();
             let TakenOver { epoch, given_up_to } =
-                shared.letters.take_over(&shard, sink.name(), at).await?;
+                shared.dead_letters.take_over(&shard, sink.name(), at).await?;
             let mut own = Stands {
                 stands: acquired.position.clone().max(given_up_to.clone()),
                 remembered: known.get(sink.name()).cloned(),
@@ -100,8 +100,8 @@ impl<'a> Lane<'a> {
             }
             let skip_to = agree(&own, state.checkpoint.as_ref(), policy)
                 .map_err(|found| LaneError::Fatal(mismatch(&shard, config, &found)))?;
-            let letters = shared.letters.rows_above(&shard, sink.name(), skip_to.as_ref()).await?;
-            let standing = Standing { acquired, epoch, given_up_to, skip_to, letters };
+            let dead_letters = shared.dead_letters.rows_above(&shard, sink.name(), skip_to.as_ref()).await?;
+            let standing = Standing { acquired, epoch, given_up_to, skip_to, dead_letters };
             standings.push((place, standing));
         }
         standings.sort_by_key(|(place, _)| *place);
@@ -119,12 +119,12 @@ impl<'a> Lane<'a> {
         // A dead letter of a stage is an outcome: its record was run, and other items of it may be on
         // their way to a sink. Run by another revision, the letter would hide another item, or the
         // record would be both a letter and rows.
-        let ran = highest.clone().max(shared.letters.highest_of_stages(&shard).await?);
+        let ran = highest.clone().max(shared.dead_letters.highest_of_stages(&shard).await?);
         let (change, wanted) = Change::begin(shared, &shard, stop);
         let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
         let segments = segments(shared, &wanted, &shard, place).await?;
         record_unbound(shared, &shard, &segments, &needs).await?;
-        let settled_to = shared.letters.settled_to(&shard, start.as_ref()).await?;
+        let settled_to = shared.dead_letters.settled_to(&shard, start.as_ref()).await?;
         let abandon = CancellationToken::new();
         let mut unbudgeted_to = Vec::new();
         let account = shared.budget.account(shard.shard.as_str());
@@ -144,13 +144,13 @@ impl<'a> Lane<'a> {
                 rhythm: config.rhythm,
                 timing: shared.config.timing,
                 account: account.clone(),
-                letters: shared.letters.clone(),
+                dead_letters: shared.dead_letters.clone(),
                 rejected_max: shared.config.rejected_max,
                 abandon: abandon.clone(),
                 epoch: standing.epoch,
                 skip_to: standing.skip_to,
                 from_start: is_from_start.then(|| state.start.clone()),
-                letters_of_own: standing.letters,
+                own_dead_letters: standing.dead_letters,
                 first_to,
             };
             deliveries.push(DeliveryHandle::start(standing.acquired, context));

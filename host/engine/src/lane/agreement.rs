@@ -282,7 +282,7 @@ async fn accept_state(
         Some(problem) => {
             tracing::warn!("{problem}; going on from the sinks' positions, as was said");
             if is_older {
-                checkpoints.doubt_letters().await?;
+                checkpoints.doubt_dead_letters().await?;
             }
         }
         None => {}
@@ -376,13 +376,13 @@ mod tests {
         };
         let file = stream("in.ndjson", "file:/data/in.ndjson#12");
         let replaced = stream("in.ndjson", "file:/data/in.ndjson#13");
-        let letters = stream("dead-letters", "dead-letters:cars");
+        let dead_letters = stream("dead-letters", "dead-letters:cars");
         let kinesis = stream("cars", "arn:aws:kinesis:eu-west-1:000000000000:stream/cars");
         let other = stream("bikes", "arn:aws:kinesis:eu-west-1:000000000000:stream/bikes");
-        let keys: Vec<String> = [&file, &letters, &kinesis, &other].map(StreamIdentity::key).into();
+        let keys: Vec<String> = [&file, &dead_letters, &kinesis, &other].map(StreamIdentity::key).into();
         let all = |own, name| compared(keys.clone(), own, name);
         assert_eq!(all(Some(&file), "in.ndjson"), std::slice::from_ref(&file));
-        assert_eq!(all(Some(&letters), "dead-letters"), std::slice::from_ref(&letters));
+        assert_eq!(all(Some(&dead_letters), "dead-letters"), std::slice::from_ref(&dead_letters));
         // Another file in its place is another stream, of which a start compares nothing.
         assert!(all(Some(&replaced), "in.ndjson").is_empty());
         assert_eq!(all(None, "cars"), [kinesis]);

@@ -12,17 +12,17 @@ use async_trait::async_trait;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::GenerationStore;
-use crate::letters::{Made, Remake};
+use crate::redrive_source::{Made, Remake};
 use crate::stage::{Blocked, Chain, Entered, Generation, Samples};
 use shardmill_config::{RejectedMax, SampleLimits};
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::REDRIVE_SHARD;
 use shardmill_core::record::{
-    Batch, Entry, LetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, ShardKey,
+    Batch, Entry, DeadLetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, ShardKey,
     StreamIdentity,
 };
 use shardmill_core::retry::RetryPolicy;
-use shardmill_state::{LETTERS_STREAM, Ledger, LostPayload, RedrivenLetter, Step, entered_digest};
+use shardmill_state::{REDRIVE_STREAM, Ledger, LostPayload, RedriveRecord, Step, entered_digest};
 
 /// The largest number of revisions that are kept loaded.
 const REVISIONS_MAX: usize = 4;
@@ -61,13 +61,13 @@ struct RunKey {
     origin: Position,
     arrived_ms: u64,
     entered: Made,
-    target: LetterPlace,
+    target: DeadLetterPlace,
 }
 
 #[async_trait]
 impl Remake for Remaker {
-    async fn make(&mut self, letter: &RedrivenLetter, lost: &LostPayload) -> Result<Made, String> {
-        self.make_again(letter, lost).await
+    async fn make(&mut self, dead_letter: &RedriveRecord, lost: &LostPayload) -> Result<Made, String> {
+        self.make_again(dead_letter, lost).await
     }
 }
 
@@ -87,16 +87,16 @@ impl Remaker {
 
     async fn make_again(
         &mut self,
-        letter: &RedrivenLetter,
+        dead_letter: &RedriveRecord,
         lost: &LostPayload,
     ) -> Result<Made, String> {
         let mut made: Made = (lost.partition_key.clone().into(), lost.original.clone().into());
         for (index, step) in lost.steps.iter().enumerate() {
             let target = match lost.steps.get(index + 1) {
-                None => letter.place.clone(),
+                None => dead_letter.place.clone(),
                 Some(next) => entry_place(next)?.ok_or("its runs do not follow each other")?,
             };
-            made = self.run(letter, lost, step, &target, made).await?;
+            made = self.run(dead_letter, lost, step, &target, made).await?;
         }
         match entered_digest(&made.0, &made.1) == lost.sha256 {
             true => Ok(made),
@@ -107,10 +107,10 @@ impl Remaker {
     /// Takes one step.
     async fn run(
         &mut self,
-        letter: &RedrivenLetter,
+        dead_letter: &RedriveRecord,
         lost: &LostPayload,
         step: &Step,
-        target: &LetterPlace,
+        target: &DeadLetterPlace,
         (key, payload): Made,
     ) -> Result<Made, String> {
         let entry = match entry_place(step)? {
@@ -118,7 +118,7 @@ impl Remaker {
             Some(place) => Entry::Redrive(Box::new(Redrive {
                 place,
                 route: step.route.clone().unwrap_or_default().into(),
-                origins: vec![letter.origin.clone()],
+                origins: vec![dead_letter.origin.clone()],
                 delivered_to: Vec::new(),
                 keeps_whole: true,
             })),
@@ -126,7 +126,7 @@ impl Remaker {
         // As plugins saw it then.
         let (stream, shard) = match entry {
             Entry::Source => (self.stream_name.clone(), lost.shard.clone()),
-            Entry::Redrive(_) => (LETTERS_STREAM.to_owned(), REDRIVE_SHARD.into()),
+            Entry::Redrive(_) => (REDRIVE_STREAM.to_owned(), REDRIVE_SHARD.into()),
         };
         let arn = format!("remake:{}", self.pipeline).into();
         let stream = StreamIdentity { name: stream.as_str().into(), arn, created_ms: 0 };
@@ -136,8 +136,8 @@ impl Remaker {
             place: step.place.clone(),
             route: step.route.clone(),
             shard: shard.clone(),
-            origin: letter.origin.clone(),
-            arrived_ms: letter.arrived_ms,
+            origin: dead_letter.origin.clone(),
+            arrived_ms: dead_letter.arrived_ms,
             entered: (key.clone(), payload.clone()),
             target: target.clone(),
         };
@@ -146,9 +146,9 @@ impl Remaker {
         }
         // Two of them are not held at once.
         self.last = None;
-        let position = letter.origin.clone();
+        let position = dead_letter.origin.clone();
         let span = PositionSpan { from_exclusive: None, to_inclusive: position.clone() };
-        let arrived_ms = letter.arrived_ms;
+        let arrived_ms = dead_letter.arrived_ms;
         let record = Record { position, partition_key: key, payload, arrived_ms };
         let batch = Batch { shard: shard.clone(), records: vec![record], span, entry };
         let entered = self.entering(&step.revision, &shard, batch, target).await?;
@@ -169,7 +169,7 @@ impl Remaker {
         revision: &str,
         shard: &ShardKey,
         batch: Batch,
-        target: &LetterPlace,
+        target: &DeadLetterPlace,
     ) -> Result<Vec<Entered>, String> {
         let batch = Arc::new(batch);
         let mut chain = self.chain(revision, shard).await?;
@@ -255,9 +255,9 @@ impl LastRun {
 }
 
 /// Where a run entered the stages; `None`: at the source.
-fn entry_place(step: &Step) -> Result<Option<LetterPlace>, String> {
+fn entry_place(step: &Step) -> Result<Option<DeadLetterPlace>, String> {
     let Some(place) = &step.place else { return Ok(None) };
-    let place = LetterPlace::parse(place);
+    let place = DeadLetterPlace::parse(place);
     place.map(Some).ok_or_else(|| format!("not a place of a dead letter: {:?}", step.place))
 }
 

@@ -17,12 +17,12 @@ use super::samples::Samples;
 use shardmill_config::RejectedMax;
 use shardmill_core::metric;
 use shardmill_core::record::{
-    Arenas, Batch, Entry, LetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
+    Arenas, Batch, Entry, DeadLetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
 };
 use shardmill_plugin::{CallError, CallFault};
 use shardmill_state::CanarySpec;
 use shardmill_state::RejectionWindow;
-use shardmill_state::{DeadLetter, LetterKey, MadeBy, SettledItems};
+use shardmill_state::{DeadLetter, DeadLetterKey, MadeBy, SettledItems};
 
 /// A row and the sinks that it goes to.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ pub struct ChainOutcome {
     /// Rows for sinks, by ascending (position, ordinal) per stage.
     pub routed: Vec<Routed>,
     /// Records that a stage did not take.
-    pub letters: Vec<DeadLetter>,
+    pub dead_letters: Vec<DeadLetter>,
     /// What the rows share with others.
     pub arenas: Arenas,
 }
@@ -190,8 +190,8 @@ impl Chain {
     }
 
     /// The stage that a letter names.
-    fn stage_at(&self, place: &LetterPlace) -> Option<&LoadedStage> {
-        let LetterPlace::Stage(name) = place else { return None };
+    fn stage_at(&self, place: &DeadLetterPlace) -> Option<&LoadedStage> {
+        let DeadLetterPlace::Stage(name) = place else { return None };
         self.generation.stages.iter().find(|stage| stage.name == *name)
     }
 
@@ -212,7 +212,7 @@ impl Chain {
         let Entry::Redrive(redrive) = &batch.entry else { return Ok((0, flow::first_flow(batch))) };
         let stages = &self.generation.stages;
         let is_there =
-            |stage: &LoadedStage| LetterPlace::Stage(stage.name.clone()) == redrive.place;
+            |stage: &LoadedStage| DeadLetterPlace::Stage(stage.name.clone()) == redrive.place;
         let index = stages.iter().position(is_there).ok_or_else(|| {
             Blocked::Broken(format!("{} is gone from the pipeline", redrive.place))
         })?;
@@ -267,11 +267,11 @@ impl Chain {
     pub fn entering(
         &mut self,
         batch: &Arc<Batch>,
-        place: &LetterPlace,
+        place: &DeadLetterPlace,
     ) -> Result<Vec<Entered>, Blocked> {
         let end = match place {
-            LetterPlace::Sink(_) => self.runners.len(),
-            LetterPlace::Stage(name) => {
+            DeadLetterPlace::Sink(_) => self.runners.len(),
+            DeadLetterPlace::Stage(name) => {
                 let mut stages = self.generation.stages.iter();
                 stages.position(|stage| stage.name == *name).ok_or_else(|| {
                     Blocked::Broken(format!("revision {} has no {place}", self.generation.id))
@@ -290,7 +290,7 @@ impl Chain {
                 return Err(why);
             }
         }
-        let LetterPlace::Sink(sink) = place else {
+        let DeadLetterPlace::Sink(sink) = place else {
             let flow = run.entering.unwrap_or_default();
             let entered = |item: Item| Entered { key: item.key, payload: item.payload };
             return Ok(flow.into_iter().map(entered).collect());
@@ -320,12 +320,12 @@ impl Chain {
         let (index, batch) = (run.stage, run.batch.clone());
         let revision = &self.generation.id;
         let stage = &self.generation.stages[index];
-        let place = LetterPlace::Stage(stage.name.clone());
+        let place = DeadLetterPlace::Stage(stage.name.clone());
         let runners = &mut self.runners[index];
         if let Some(mut flow) = run.entering.take() {
             if !settled.is_empty() {
                 flow.retain(|item| {
-                    let known = settled.contains(&letter_key(&batch, item, &place));
+                    let known = settled.contains(&dead_letter_key(&batch, item, &place));
                     run.rejected_records[item.record as usize] |= known;
                     !known
                 });
@@ -343,25 +343,25 @@ impl Chain {
             let mut made = match runner.run(&batch, &part.flow) {
                 Ok(made) => made,
                 Err(RunError::Stopped(found)) => {
-                    let mut letters = mem::take(&mut run.outcome.letters);
+                    let mut dead_letters = mem::take(&mut run.outcome.dead_letters);
                     let author = Author::of(runner.stage());
                     let of = |rejected: Rejected| {
                         let item = &part.flow[rejected.item];
-                        letter(&batch, item, &author, &place, rejected, revision)
+                        dead_letter(&batch, item, &author, &place, rejected, revision)
                     };
-                    letters.extend(found.into_iter().map(of));
-                    return Err(Blocked::Stopped(letters));
+                    dead_letters.extend(found.into_iter().map(of));
+                    return Err(Blocked::Stopped(dead_letters));
                 }
                 Err(error) => return Err(blocked(runner, error)),
             };
             if !made.rejected.is_empty() {
                 let author = Author::of(runner.stage());
-                run.outcome.letters.reserve_exact(made.rejected.len());
+                run.outcome.dead_letters.reserve_exact(made.rejected.len());
                 for rejected in mem::take(&mut made.rejected) {
                     let item = &part.flow[rejected.item];
                     run.rejected_records[item.record as usize] = true;
-                    let letter = letter(&batch, item, &author, &place, rejected, revision);
-                    run.outcome.letters.push(letter);
+                    let dead_letter = dead_letter(&batch, item, &author, &place, rejected, revision);
+                    run.outcome.dead_letters.push(dead_letter);
                 }
             }
             let Some(Part { flow, .. }) = run.parts.pop_front() else { break };
@@ -389,10 +389,10 @@ impl Chain {
         let mut window = self.window.clone();
         for rejected in rejected_records {
             window.count(rejected).map_err(|limit| {
-                let last = outcome.letters.last();
-                let stage = last.and_then(|letter| self.stage_at(&letter.key.place));
+                let last = outcome.dead_letters.last();
+                let stage = last.and_then(|dead_letter| self.stage_at(&dead_letter.key.place));
                 let stage = stage.map(named).unwrap_or_default();
-                let reason = last.map_or("", |letter| letter.reason.as_str());
+                let reason = last.map_or("", |dead_letter| dead_letter.reason.as_str());
                 Blocked::Broken(format!("{stage}: {limit}; the last reason: {reason}"))
             })?;
         }
@@ -405,8 +405,8 @@ impl Chain {
 fn redriven_to(batch: &Batch) -> Option<&SinkName> {
     match &batch.entry {
         Entry::Redrive(redrive) => match &redrive.place {
-            LetterPlace::Sink(sink) => Some(sink),
-            LetterPlace::Stage(_) => None,
+            DeadLetterPlace::Sink(sink) => Some(sink),
+            DeadLetterPlace::Stage(_) => None,
         },
         Entry::Source => None,
     }
@@ -496,8 +496,8 @@ fn next_ordinal(rows: &mut u32) -> u32 {
     ordinal
 }
 
-fn letter_key(batch: &Batch, item: &Item, place: &LetterPlace) -> LetterKey {
-    LetterKey {
+fn dead_letter_key(batch: &Batch, item: &Item, place: &DeadLetterPlace) -> DeadLetterKey {
+    DeadLetterKey {
         position: batch.records[item.record as usize].position.clone(),
         place: place.clone(),
         output: item.ordinal,
@@ -526,17 +526,17 @@ impl<'s> Author<'s> {
     }
 }
 
-fn letter(
+fn dead_letter(
     batch: &Batch,
     item: &Item,
     author: &Author<'_>,
-    place: &LetterPlace,
+    place: &DeadLetterPlace,
     rejected: Rejected,
     revision: &Arc<str>,
 ) -> DeadLetter {
     let record = &batch.records[item.record as usize];
     DeadLetter {
-        key: letter_key(batch, item, place),
+        key: dead_letter_key(batch, item, place),
         partition_key: record.partition_key.clone(),
         original: record.payload.clone(),
         entered_key: item.key.clone(),

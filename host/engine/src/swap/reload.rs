@@ -356,10 +356,10 @@ fn refuse_immutable(old: &PipelineConfig, new: &PipelineConfig) -> Result<(), St
             "the source, the sinks and the lanes work by it already; restart",
         );
     }
-    let letters = |config: &PipelineConfig| {
-        config.letter_sinks.iter().map(|sink| sink.fingerprint_json.clone()).collect::<Vec<_>>()
+    let dead_letters = |config: &PipelineConfig| {
+        config.dead_letter_sinks.iter().map(|sink| sink.fingerprint_json.clone()).collect::<Vec<_>>()
     };
-    if letters(old) != letters(new) {
+    if dead_letters(old) != dead_letters(new) {
         return refuse(
             "[dead_letters] sinks",
             "they are copied by a pipeline of their own; restart",
@@ -473,11 +473,11 @@ fn setting_lines(old: &PipelineConfig, new: &PipelineConfig) -> Vec<String> {
     };
     note("buffer", old.buffer_bytes_max.to_string(), new.buffer_bytes_max.to_string());
     note("rejected", format!("{:?}", old.rejected_max), format!("{:?}", new.rejected_max));
-    let letters = |config: &PipelineConfig| match config.letter_bytes_max {
+    let dead_letters = |config: &PipelineConfig| match config.dead_letters_bytes_max {
         Some(bytes) => bytes.to_string(),
         None => "the default".to_owned(),
     };
-    note("dead_letters.bytes", letters(old), letters(new));
+    note("dead_letters.bytes", dead_letters(old), dead_letters(new));
     let mismatch = |config: &PipelineConfig| format!("{:?}", config.on_position_mismatch);
     note("on_position_mismatch", mismatch(old), mismatch(new));
     let samples = |config: &PipelineConfig| format!("{:?}", config.reload.samples);

@@ -31,7 +31,7 @@ const ROWS_2: &str = "
     INSERT INTO component VALUES ('d1', x'00ff'), ('d2', x'');
     INSERT INTO ledger VALUES ('s', 'shard-0', '', 0, 'g1', 5), ('s', 'shard-0', '0009', 1, 'g2', 6);";
 /// Dead letters of versions 2 to 5: two of one record, and one that is hidden.
-const LETTERS_2: &str = "
+const DEAD_LETTERS_2: &str = "
     INSERT INTO dead_letter (stream, shard, sequence, sub_sequence, place, output, held, partition_key, original,
         entered_key, entered, arrived_ms, plugin, digest, reason, backtrace, written_ms) VALUES
         ('s', 'shard-0', '0001', 0, 'stage:decode', 0, 0, x'6b', x'6f', x'6b', x'6f', 7, 'p', 'd', 'why', 'at', 9),
@@ -42,7 +42,7 @@ const ROWS_3: &str = "
     INSERT INTO given_up (sink, stream, shard, sequence, sub_sequence) VALUES
         ('mart', 's', 'shard-0', '0010', 0), ('mart', 's', 'shard-0', '0011', 3);
     INSERT INTO redrive VALUES (5, 1, 2), (5, 2, 1);";
-const LETTERS_3: &str = "UPDATE dead_letter SET route = 'all' WHERE place = 'sink:mart';";
+const DEAD_LETTERS_3: &str = "UPDATE dead_letter SET route = 'all' WHERE place = 'sink:mart';";
 /// The triggers of this version have filled the log.
 const ROWS_4: &str = "UPDATE letter_log_stream SET created_ms = 1700000000000;";
 const ROWS_5: &str = "
@@ -72,13 +72,13 @@ const ROWS_6: &str = "
     INSERT INTO replay_letter VALUES (1, 2, 0);";
 
 const PAST: [Past; 5] = [
-    Past { version: 2, schema: schemas::V2, rows: &[ROWS_2, LETTERS_2] },
-    Past { version: 3, schema: schemas::V3, rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3] },
-    Past { version: 4, schema: schemas::V4, rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3, ROWS_4] },
+    Past { version: 2, schema: schemas::V2, rows: &[ROWS_2, DEAD_LETTERS_2] },
+    Past { version: 3, schema: schemas::V3, rows: &[ROWS_2, DEAD_LETTERS_2, ROWS_3, DEAD_LETTERS_3] },
+    Past { version: 4, schema: schemas::V4, rows: &[ROWS_2, DEAD_LETTERS_2, ROWS_3, DEAD_LETTERS_3, ROWS_4] },
     Past {
         version: 5,
         schema: schemas::V5,
-        rows: &[ROWS_2, LETTERS_2, ROWS_3, LETTERS_3, ROWS_4, ROWS_5],
+        rows: &[ROWS_2, DEAD_LETTERS_2, ROWS_3, DEAD_LETTERS_3, ROWS_4, ROWS_5],
     },
     Past { version: 6, schema: schemas::V6, rows: &[ROWS_2, ROWS_3, ROWS_4, ROWS_5, ROWS_6] },
 ];
@@ -164,14 +164,14 @@ fn a_database_of_each_earlier_version_keeps_all_rows_and_gets_the_newest_schema(
 }
 
 #[test]
-fn the_log_of_a_database_without_one_has_the_visible_letters_in_the_order_of_their_writing() {
+fn the_log_of_a_database_without_one_has_the_visible_dead_letters_in_the_order_of_their_writing() {
     for past in &PAST[..2] {
         let folder = tempfile::tempdir().expect("a folder");
         write(folder.path(), past);
         StateStore::open(folder.path()).expect("opened");
         let names = ["number".to_owned(), "letter".to_owned()];
         let found = rows(&connect(folder.path()), "letter_log", &names);
-        let of = |number, letter| vec![Value::Integer(number), Value::Integer(letter)];
+        let of = |number, dead_letter| vec![Value::Integer(number), Value::Integer(dead_letter)];
         assert_eq!(found, [of(1, 2), of(2, 1)], "version {}", past.version);
     }
 }

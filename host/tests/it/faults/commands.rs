@@ -46,10 +46,10 @@ fn ran(place: &Path, component: &Path, lines: &str) -> (bool, String, Vec<(Strin
     }
     let state = sqlite(&place.join("state/guest/state.db"));
     let mut query = state.prepare("SELECT original, reason FROM dead_letter").expect("sql");
-    let letters = query.query_map((), |row| {
+    let dead_letters = query.query_map((), |row| {
         Ok((String::from_utf8(row.get(0)?).expect("text"), row.get::<_, String>(1)?))
     });
-    (true, said, letters.expect("rows").map(|letter| letter.expect("a letter")).collect())
+    (true, said, dead_letters.expect("rows").map(|dead_letter| dead_letter.expect("a letter")).collect())
 }
 
 #[test]
@@ -99,10 +99,10 @@ export const stage = plugin({ name: "p", version: "0.1.0", routes: { out: "text/
 "#;
     let component = built(place.path(), "js", "plugin.js", source);
     let ways = "promise value text generated emitted nested map key helper then short nothing fine";
-    let (succeeded, said, letters) = ran(place.path(), &component, &ways.replace(' ', "\n"));
+    let (succeeded, said, dead_letters) = ran(place.path(), &component, &ways.replace(' ', "\n"));
     assert!(succeeded, "{said}");
     assert_reasons(
-        &letters,
+        &dead_letters,
         &[
             ("promise", "without async and await"),
             ("value", "call out.emit"),
@@ -194,10 +194,10 @@ def p(record, out):
 "#;
     let component = built(place.path(), "python", "plugin.py", source);
     let ways = "promise value generated short nothing fine".replace(' ', "\n");
-    let (succeeded, said, letters) = ran(place.path(), &component, &ways);
+    let (succeeded, said, dead_letters) = ran(place.path(), &component, &ways);
     assert!(succeeded, "{said}");
     assert_reasons(
-        &letters,
+        &dead_letters,
         &[
             ("promise", "without async and await"),
             ("value", "call out.emit"),
@@ -206,10 +206,10 @@ def p(record, out):
     );
 }
 
-fn assert_reasons(letters: &[(String, String)], expected: &[(&str, &str)]) {
-    assert_eq!(letters.len(), expected.len(), "{letters:?}");
+fn assert_reasons(dead_letters: &[(String, String)], expected: &[(&str, &str)]) {
+    assert_eq!(dead_letters.len(), expected.len(), "{dead_letters:?}");
     for (record, cure) in expected {
-        let found = letters.iter().find(|(original, _)| original == record);
+        let found = dead_letters.iter().find(|(original, _)| original == record);
         let (_, reason) = found.unwrap_or_else(|| panic!("{record} is no dead letter"));
         assert!(reason.contains(cure), "{record}: {reason}");
     }

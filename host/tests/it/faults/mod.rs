@@ -3,7 +3,7 @@
 
 mod commands;
 mod destinations;
-mod letters;
+mod dead_letters;
 mod memory;
 mod positions;
 mod postgres;

@@ -36,15 +36,15 @@ fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
         http_get(port, "/metrics").contains("shardmill_blocked{shard=\"shardId-000000000000\"} 1")
     );
     assert_eq!(run.terminate(), Some(0));
-    let letters = "SELECT count(*) FROM dead_letter";
-    let letters =
-        || -> u64 { world.state().query_row(letters, (), |row| row.get(0)).expect("sql") };
-    assert_eq!(letters(), 0);
+    let dead_letters = "SELECT count(*) FROM dead_letter";
+    let dead_letters =
+        || -> u64 { world.state().query_row(dead_letters, (), |row| row.get(0)).expect("sql") };
+    assert_eq!(dead_letters(), 0);
     assert_eq!(world.rows(), 0);
 
     world.catch_up(&Pipeline::default());
     world.assert_each_once_in_order(RECORDS);
-    assert_eq!(letters(), 0);
+    assert_eq!(dead_letters(), 0);
 }
 
 /// A component that takes its compiler long: one function of very many branches.

@@ -8,7 +8,7 @@ use metrics_exporter_prometheus::PrometheusRecorder;
 use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::{RejectedMax, parse};
 use shardmill_core::record::{
-    Batch, Entry, LetterPlace, Position, PositionSpan, Record, SequenceNumber, ShardKey,
+    Batch, Entry, DeadLetterPlace, Position, PositionSpan, Record, SequenceNumber, ShardKey,
     StreamIdentity,
 };
 use shardmill_engine::stage::{Blocked, Chain, ChainOutcome, Generation, Samples};
@@ -121,16 +121,16 @@ impl Lane {
     pub fn assert_culprits_alone(&mut self, bad: &[usize], reason: &str) {
         let payloads = payloads(bad);
         let outcome = self.run(&payloads).unwrap_or_else(|why| panic!("{reason}: {why:?}"));
-        let letters: Vec<&Position> =
-            outcome.letters.iter().map(|letter| &letter.key.position).collect();
+        let dead_letters: Vec<&Position> =
+            outcome.dead_letters.iter().map(|dead_letter| &dead_letter.key.position).collect();
         let due: Vec<Position> = bad.iter().copied().map(position).collect();
-        assert_eq!(letters, due.iter().collect::<Vec<_>>(), "{reason}");
-        for letter in &outcome.letters {
-            assert!(letter.reason.contains(reason), "{reason}: {}", letter.reason);
-            assert_eq!(letter.key.place, LetterPlace::Stage("misbehave".into()));
-            assert!(letter.original.starts_with(b"bad"));
-            assert!(letter.plugin.starts_with("hostile@"));
-            assert_eq!(letter.digest.len(), 64);
+        assert_eq!(dead_letters, due.iter().collect::<Vec<_>>(), "{reason}");
+        for dead_letter in &outcome.dead_letters {
+            assert!(dead_letter.reason.contains(reason), "{reason}: {}", dead_letter.reason);
+            assert_eq!(dead_letter.key.place, DeadLetterPlace::Stage("misbehave".into()));
+            assert!(dead_letter.original.starts_with(b"bad"));
+            assert!(dead_letter.plugin.starts_with("hostile@"));
+            assert_eq!(dead_letter.digest.len(), 64);
         }
         assert_eq!(fine(&outcome), of_kind(&payloads, "fine"), "{reason}");
     }

@@ -49,7 +49,7 @@ fn memory_that_was_refused_and_not_needed_is_nobodys_fault() {
     let mut lane = Lane::hostile("strain_on = \"bad\"\ntrap_on = \"bad to the bone\"");
     assert_eq!(lane.run(&payloads(&[5])).expect("it passes").routed.len(), RECORDS);
     let outcome = lane.run(&["bad".into(), "bad to the bone".into()]).expect("one culprit");
-    let reasons: Vec<_> = outcome.letters.iter().map(|letter| letter.reason.as_str()).collect();
+    let reasons: Vec<_> = outcome.dead_letters.iter().map(|dead_letter| dead_letter.reason.as_str()).collect();
     assert!(matches!(reasons[..], [reason] if reason.contains("trapped")), "{reasons:?}");
 }
 
@@ -62,7 +62,7 @@ fn an_instance_that_leaks_is_renewed_before_it_fails() {
         // More than twice the limit in all.
         (0..40).for_each(|_| {
             let outcome = lane.run(&payloads(&[5])).expect("nothing is wrong");
-            assert_eq!((outcome.routed.len(), outcome.letters.len()), (RECORDS, 0));
+            assert_eq!((outcome.routed.len(), outcome.dead_letters.len()), (RECORDS, 0));
         });
     });
     assert_eq!(sum(&recorder, "shardmill_stage_calls_total"), 40.0, "none had to be repeated");
@@ -99,7 +99,7 @@ fn a_broken_contract_is_a_trap() {
 fn outputs_out_of_order_cost_a_search_and_no_record() {
     let outcome = Lane::hostile(r#"unordered_on = "bad""#).run(&payloads(&[7, 8])).expect("done");
     // Two neighbours, the later one bad, are still out of order; a record alone never is.
-    assert_eq!(outcome.letters.len(), 0, "{:?}", outcome.letters);
+    assert_eq!(outcome.dead_letters.len(), 0, "{:?}", outcome.dead_letters);
     assert_eq!(outcome.routed.len(), RECORDS);
 }
 
@@ -129,7 +129,7 @@ fn spans_may_overlap() {
     let outcome = Lane::hostile(r#"overlap_on = "bad""#).run(&payloads(&[3])).expect("allowed");
     let shown: Vec<_> = outcome.routed[3..5].iter().map(|it| it.row.payload.clone()).collect();
     assert_eq!(shown, ["bad 3", "ad 3"]);
-    assert_eq!((outcome.routed.len(), outcome.letters.len()), (RECORDS + 1, 0));
+    assert_eq!((outcome.routed.len(), outcome.dead_letters.len()), (RECORDS + 1, 0));
 }
 
 #[test]
@@ -146,9 +146,9 @@ fn a_reason_that_is_no_utf8_is_shown_as_far_as_it_is() {
 fn a_long_reason_is_cut() {
     let mut lane = Lane::hostile(r#"long_reason_on = "bad""#);
     let outcome = lane.run(&payloads(&[1, 2])).expect("two culprits");
-    for letter in &outcome.letters {
-        assert!(letter.reason.len() < 9_000, "{} bytes", letter.reason.len());
-        assert!(letter.reason.ends_with("(1048576 bytes in all)"), "{}", letter.reason);
+    for dead_letter in &outcome.dead_letters {
+        assert!(dead_letter.reason.len() < 9_000, "{} bytes", dead_letter.reason.len());
+        assert!(dead_letter.reason.ends_with("(1048576 bytes in all)"), "{}", dead_letter.reason);
     }
 }
 
@@ -159,12 +159,12 @@ fn an_instance_that_destroys_its_allocator_harms_no_neighbour() {
     for bad in [&[0, 499, 999][..], &[], &[998, 999], &[]] {
         let payloads = payloads(bad);
         let outcome = lane.run(&payloads).expect("it goes on");
-        for letter in &outcome.letters {
-            assert!(letter.original.starts_with(b"bad"), "{}", letter.reason);
+        for dead_letter in &outcome.dead_letters {
+            assert!(dead_letter.original.starts_with(b"bad"), "{}", dead_letter.reason);
         }
         assert_eq!(fine(&outcome), of_kind(&payloads, "fine"));
         let bad_rows = outcome.routed.len() - fine(&outcome).len();
-        assert_eq!(bad_rows + outcome.letters.len(), bad.len(), "each has one outcome");
+        assert_eq!(bad_rows + outcome.dead_letters.len(), bad.len(), "each has one outcome");
     }
 }
 
@@ -195,7 +195,7 @@ fn a_failure_that_passes_is_tried_again() {
     let mut lane = Lane::hostile("retry_on = \"bad\"\nretry_calls = 1");
     let outcome = lane.run(&payloads(&[5])).expect("it passes");
     assert_eq!(outcome.routed.len(), RECORDS);
-    assert!(outcome.letters.is_empty());
+    assert!(outcome.dead_letters.is_empty());
 }
 
 #[test]
@@ -229,9 +229,9 @@ fn a_settled_record_is_not_run_again() {
     let mut lane = Lane::hostile(r#"trap_on = "bad""#);
     let payloads = payloads(&[7]);
     let first = lane.run(&payloads).expect("one culprit");
-    assert_eq!(first.letters[0].key.position, position(7));
-    let settled: SettledItems = first.letters.iter().map(|letter| letter.key.clone()).collect();
+    assert_eq!(first.dead_letters[0].key.position, position(7));
+    let settled: SettledItems = first.dead_letters.iter().map(|dead_letter| dead_letter.key.clone()).collect();
     let again = lane.chain().run(&Arc::new(batch(&payloads)), &settled).expect("none left");
-    assert!(again.letters.is_empty());
+    assert!(again.dead_letters.is_empty());
     assert_eq!(again.routed.len(), RECORDS - 1);
 }

@@ -55,7 +55,7 @@ impl Asked {
     }
 
     /// The reasons of the dead letters, in order.
-    fn letters(&self) -> Vec<String> {
+    fn dead_letters(&self) -> Vec<String> {
         let state = crate::support::sqlite(&self.folder.path().join("state/nosy/state.db"));
         let sql = "SELECT reason FROM dead_letter ORDER BY sequence";
         let mut query = state.prepare(sql).expect("the dead letters");
@@ -107,8 +107,8 @@ fn lines_that_cannot_be_read_are_the_guilty_records_alone() {
     let asked = Asked::new(&["before", "log-huge", "between", "log-no-utf8", "after"], limits);
     let (rows, log) = asked.run();
     assert_eq!(rows, ["before", "between", "after"], "{log}");
-    let letters = asked.letters();
-    let [huge, no_utf8] = &letters[..] else { panic!("{letters:?}") };
+    let dead_letters = asked.dead_letters();
+    let [huge, no_utf8] = &dead_letters[..] else { panic!("{dead_letters:?}") };
     assert!(huge.contains("more than it may"), "{huge}");
     assert!(no_utf8.contains("utf-8"), "{no_utf8}");
     assert!(log.len() < 100_000, "{} bytes", log.len());
@@ -163,8 +163,8 @@ fn metrics_are_shown_by_stage_and_odd_ones_are_refused() {
 fn a_metric_that_nobody_announced_is_the_guilty_records_alone() {
     let asked = Asked::new(&["before", "metric-unknown", "after"], "");
     assert_eq!(asked.run().0, ["before", "after"]);
-    let letters = asked.letters();
-    assert!(matches!(&letters[..], [why] if why.contains("4000000000")), "{letters:?}");
+    let dead_letters = asked.dead_letters();
+    assert!(matches!(&dead_letters[..], [why] if why.contains("4000000000")), "{dead_letters:?}");
 }
 
 #[test]

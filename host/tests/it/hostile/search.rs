@@ -52,7 +52,7 @@ fn an_endless_loop_holds_up_its_own_lane_alone() {
         scope.spawn(|| {
             let outcome = looping.run(&["bad".to_owned()]).expect("a culprit");
             ended.store(true, Ordering::SeqCst);
-            assert!(outcome.letters[0].reason.contains("its limit of 5000 ms"));
+            assert!(outcome.dead_letters[0].reason.contains("its limit of 5000 ms"));
         });
         for _ in 0..5 {
             other.assert_culprits_alone(&[3, 500], "trapped");

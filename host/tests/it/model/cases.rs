@@ -146,10 +146,10 @@ impl Case {
     }
 
     /// Ids of letters of the sink of all rows.
-    async fn letters(&self) -> Vec<u64> {
-        let (letters, _) = life::left(&self.world).await.expect("letters");
-        let own = letters.iter().filter(|letter| letter.place == format!("sink:{}", SINKS[ALL]));
-        own.map(|letter| super::letter_id(&letter.original)).collect()
+    async fn dead_letters(&self) -> Vec<u64> {
+        let (dead_letters, _) = life::left(&self.world).await.expect("letters");
+        let own = dead_letters.iter().filter(|dead_letter| dead_letter.place == format!("sink:{}", SINKS[ALL]));
+        own.map(|dead_letter| super::dead_letter_id(&dead_letter.original)).collect()
     }
 }
 
@@ -184,7 +184,7 @@ async fn a_sink_that_comes_back_lacks_nothing_but_what_holes_say() {
     assert_eq!(case.ids(RIGHT), [0_u64; 0]);
     case.is_stuck.store(false, Ordering::Relaxed);
     case.run(vec![life(Between::Nothing, FILE)]).await;
-    let (letters, holes) = life::left(&case.world).await.expect("holes");
+    let (dead_letters, holes) = life::left(&case.world).await.expect("holes");
     let rows = case.ids(ALL);
     let is_in_hole = |id: &u64| {
         let (shard, at) = (id / PURE.records_per_shard, super::source::record(*id).position);
@@ -194,9 +194,9 @@ async fn a_sink_that_comes_back_lacks_nothing_but_what_holes_say() {
                 && hole.to_inclusive.as_ref().is_none_or(|to| at <= *to)
         })
     };
-    let has_letter =
-        |id: &u64| letters.iter().any(|letter| super::letter_id(&letter.original) == *id);
-    let is_lost = |id: &u64| !rows.contains(id) && !has_letter(id) && !is_in_hole(id);
+    let has_dead_letter =
+        |id: &u64| dead_letters.iter().any(|dead_letter| super::dead_letter_id(&dead_letter.original) == *id);
+    let is_lost = |id: &u64| !rows.contains(id) && !has_dead_letter(id) && !is_in_hole(id);
     let lost: Vec<u64> = (0..PURE.records()).filter(is_lost).collect();
     assert_eq!(lost, [0_u64; 0], "{holes:?}");
     assert!(!rows.iter().any(is_in_hole), "it has what it is said to lack: {holes:?}");
@@ -205,17 +205,17 @@ async fn a_sink_that_comes_back_lacks_nothing_but_what_holes_say() {
 /// The rows that it had refused were read again as well, and it took them: a redrive of their letters
 /// doubled them.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restored_sink_is_not_given_rows_that_are_its_letters() {
+async fn a_restored_sink_is_not_given_rows_that_are_its_dead_letters() {
     let case = Case::new(RIGHT);
     case.run(vec![life(Between::Nothing, FILE)]).await;
-    let letters = case.letters().await;
-    assert!(!letters.is_empty());
+    let dead_letters = case.dead_letters().await;
+    assert!(!dead_letters.is_empty());
     case.tables[ALL].accept_all();
     case.run(vec![life(Between::SinkRestored { place: ALL, backup: 0 }, FILE)]).await;
-    assert_eq!(case.letters().await, letters);
+    assert_eq!(case.dead_letters().await, dead_letters);
     let mut found = case.ids(ALL);
     assert!(found.len() > 200, "it was given its rows again");
-    found.extend(letters);
+    found.extend(dead_letters);
     assert_eq!(super::twice(found), [0_u64; 0]);
 }
 
@@ -236,7 +236,7 @@ async fn a_renamed_sink_goes_on_where_a_backup_of_before_has_it() {
 async fn a_redrive_goes_on_after_its_sink_was_renamed() {
     let case = Case::new(RIGHT);
     case.run(vec![life(Between::Nothing, FILE)]).await;
-    let letters = case.letters().await.len();
+    let dead_letters = case.dead_letters().await.len();
     for table in &case.tables {
         table.accept_all();
     }
@@ -245,7 +245,7 @@ async fn a_redrive_goes_on_after_its_sink_was_renamed() {
     let (tables, rows) = (case.tables.clone(), case.ids(ALL).len());
     let redriven = life::redrive_once(&case.world, FILE);
     let all_is_ahead = async {
-        while tables[ALL].rows().len() < rows + letters {
+        while tables[ALL].rows().len() < rows + dead_letters {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         case.world.chaos.kill();
@@ -257,5 +257,5 @@ async fn a_redrive_goes_on_after_its_sink_was_renamed() {
     case.run(vec![life(Between::SinkRenamed, renamed)]).await;
     life::redrive_once(&case.world, renamed).await.expect("redriven");
     assert_eq!(super::twice(case.ids(ALL)), [0_u64; 0]);
-    assert_eq!(case.ids(ALL).len(), rows + letters);
+    assert_eq!(case.ids(ALL).len(), rows + dead_letters);
 }

@@ -9,16 +9,16 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::{PipelineConfig, RejectedMax, parse};
-use shardmill_core::record::{LetterPlace, ShardKey, SinkName};
+use shardmill_core::record::{DeadLetterPlace, ShardKey, SinkName};
 use shardmill_core::sink::Sink;
 use shardmill_core::source::ShardSource as _;
 use shardmill_engine::lane::BuildSinks;
 use shardmill_engine::lease::PipelineLock;
-use shardmill_engine::letters::LettersSource;
+use shardmill_engine::redrive_source::RedriveSource;
 use shardmill_engine::supervisor::{RunOptions, RunRole, Supervisor};
 use shardmill_engine::swap::Swapper;
 use shardmill_state::{
-    DeadLetters, Holes, LetterFilter, RecordedHole, Redrives, StateStore, StoredLetter,
+    DeadLetters, Holes, DeadLetterFilter, RecordedHole, Redrives, StateStore, StoredDeadLetter,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -68,7 +68,7 @@ pub struct World {
 #[derive(Default)]
 pub struct Forgotten {
     /// Ids in dead letters, by place.
-    pub letters: BTreeMap<String, HashSet<u64>>,
+    pub dead_letters: BTreeMap<String, HashSet<u64>>,
     pub holes: Vec<RecordedHole>,
     /// Whether a sink came back that the state had not written since: a person said that it is trusted.
     pub has_new_sink: bool,
@@ -181,11 +181,11 @@ async fn forget(world: &World, forgotten: &mut Forgotten) -> anyhow::Result<()> 
     // Hidden ones as well.
     let state = rusqlite::Connection::open(folder.join("state.db"))?;
     let mut query = state.prepare("SELECT place, original FROM dead_letter")?;
-    let letters = query
+    let dead_letters = query
         .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, Vec<u8>>(1)?)))?
         .collect::<rusqlite::Result<Vec<_>>>()?;
-    for (place, original) in letters {
-        forgotten.letters.entry(place).or_default().insert(super::letter_id(&original));
+    for (place, original) in dead_letters {
+        forgotten.dead_letters.entry(place).or_default().insert(super::dead_letter_id(&original));
     }
     std::fs::remove_dir_all(&folder)?;
     Ok(())
@@ -458,14 +458,14 @@ async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<
     let redrives = Redrives::new(state, config.name.clone());
     let id = match redrives.unfinished().await?.first() {
         Some(unfinished) => unfinished.id,
-        None => match redrives.begin(LetterFilter::default()).await? {
+        None => match redrives.begin(DeadLetterFilter::default()).await? {
             Some(id) => id,
             None => return Ok(Redrive::Nothing),
         },
     };
     let names: Vec<SinkName> = config.sinks.iter().map(|sink| sink.name.value.clone()).collect();
-    let is_gone = |place: &String| match LetterPlace::parse(place) {
-        Some(LetterPlace::Sink(sink)) => !names.contains(&sink),
+    let is_gone = |place: &String| match DeadLetterPlace::parse(place) {
+        Some(DeadLetterPlace::Sink(sink)) => !names.contains(&sink),
         _ => false,
     };
     let behind = redrives.sinks_behind(id).await?;
@@ -479,7 +479,7 @@ async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<
     }
     redrives.note_sinks(id, names).await?;
     let limits = config.source.batch;
-    let source = LettersSource::new(redrives.clone(), id, &config.name, limits, Vec::new());
+    let source = RedriveSource::new(redrives.clone(), id, &config.name, limits, Vec::new());
     let role = RunRole::Beside { is_running };
     let options = RunOptions { role, build_sinks: world.build(), ..RunOptions::new(true) };
     let sinks = world.build()(&config)?;
@@ -492,9 +492,9 @@ async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<
 }
 
 /// The dead letters and the holes at the end.
-pub async fn left(world: &World) -> anyhow::Result<(Vec<StoredLetter>, Vec<RecordedHole>)> {
+pub async fn left(world: &World) -> anyhow::Result<(Vec<StoredDeadLetter>, Vec<RecordedHole>)> {
     let state = StateStore::open(&world.folder())?;
     let holes = Holes::new(state.clone()).list(None).await?;
-    let letters = DeadLetters::new(state).select(LetterFilter::default(), u32::MAX).await?;
-    Ok((letters, holes))
+    let dead_letters = DeadLetters::new(state).select(DeadLetterFilter::default(), u32::MAX).await?;
+    Ok((dead_letters, holes))
 }

@@ -103,7 +103,7 @@ fn row_id(row: &str) -> u64 {
 }
 
 /// The id in a dead letter.
-fn letter_id(original: &[u8]) -> u64 {
+fn dead_letter_id(original: &[u8]) -> u64 {
     let text = String::from_utf8_lossy(original);
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
     // A JSON payload ends with its side, one digit.
@@ -121,7 +121,7 @@ struct Outcome {
     /// Ids by sink.
     rows: BTreeMap<&'static str, Vec<u64>>,
     /// Ids by place.
-    letters: BTreeMap<String, Vec<u64>>,
+    dead_letters: BTreeMap<String, Vec<u64>>,
     holes: Vec<RecordedHole>,
     forgotten: Forgotten,
 }
@@ -133,22 +133,22 @@ impl Outcome {
         mut forgotten: Forgotten,
     ) -> anyhow::Result<Self> {
         let (found, holes) = life::left(world).await?;
-        let mut letters: BTreeMap<String, Vec<u64>> = BTreeMap::new();
-        for letter in &found {
-            letters.entry(place_of(&letter.place)).or_default().push(letter_id(&letter.original));
+        let mut dead_letters: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+        for dead_letter in &found {
+            dead_letters.entry(place_of(&dead_letter.place)).or_default().push(dead_letter_id(&dead_letter.original));
         }
-        let by_place = std::mem::take(&mut forgotten.letters);
+        let by_place = std::mem::take(&mut forgotten.dead_letters);
         for (place, ids) in by_place {
-            forgotten.letters.entry(place_of(&place)).or_default().extend(ids);
+            forgotten.dead_letters.entry(place_of(&place)).or_default().extend(ids);
         }
-        Ok(Self { rows, letters, holes, forgotten })
+        Ok(Self { rows, dead_letters, holes, forgotten })
     }
 
     /// Checks what the sinks have, with the letters and the holes.
     fn check(&self, script: &Script, size: Size) -> anyhow::Result<()> {
         let none = Vec::new();
-        let letters_of = |sink: &str| self.letters.get(&format!("sink:{sink}")).unwrap_or(&none);
-        let at_stage = self.letters.get(STAGE).unwrap_or(&none);
+        let dead_letters_of = |sink: &str| self.dead_letters.get(&format!("sink:{sink}")).unwrap_or(&none);
+        let at_stage = self.dead_letters.get(STAGE).unwrap_or(&none);
         for (sink, ids) in &self.rows {
             ensure!(twice(ids.clone()).is_empty(), "{sink}: twice: {:?}", twice(ids.clone()));
         }
@@ -157,7 +157,7 @@ impl Outcome {
             let rows: Vec<u64> = sinks.iter().flat_map(|sink| &self.rows[sink]).copied().collect();
             let mut found = rows.clone();
             found.extend(at_stage);
-            sinks.iter().for_each(|sink| found.extend(letters_of(sink)));
+            sinks.iter().for_each(|sink| found.extend(dead_letters_of(sink)));
             if script.forgets() {
                 if sinks.len() > 1 && !script.is_one_sided {
                     // By today's revision, a record that one sink has goes to the other.
@@ -168,10 +168,10 @@ impl Outcome {
                 let twice = twice(found.clone());
                 ensure!(twice.is_empty(), "{sinks:?}: twice, with letters: {twice:?}");
             }
-            found.extend(self.forgotten.letters.get(STAGE).into_iter().flatten());
+            found.extend(self.forgotten.dead_letters.get(STAGE).into_iter().flatten());
             for sink in &sinks {
                 let place = format!("sink:{sink}");
-                found.extend(self.forgotten.letters.get(&place).into_iter().flatten());
+                found.extend(self.forgotten.dead_letters.get(&place).into_iter().flatten());
             }
             let found: HashSet<u64> = found.into_iter().collect();
             let is_lost = |id: &u64| !found.contains(id) && !self.is_in_hole(*id, &sinks, size);
@@ -186,11 +186,11 @@ impl Outcome {
             ensure!(!at_stage.is_empty(), "no record was rejected");
         }
         if script.accepts_from.is_some() {
-            let left: Vec<&String> = self.letters.keys().filter(|place| *place != STAGE).collect();
+            let left: Vec<&String> = self.dead_letters.keys().filter(|place| *place != STAGE).collect();
             ensure!(left.is_empty(), "letters are left after the last redrive: {left:?}");
         } else if !script.forgets() {
             ensure!(
-                !letters_of("left").is_empty() || !letters_of("right").is_empty(),
+                !dead_letters_of("left").is_empty() || !dead_letters_of("right").is_empty(),
                 "no row was refused"
             );
         }

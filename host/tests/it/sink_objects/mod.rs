@@ -13,7 +13,7 @@ use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{RouteName, SinkName};
 use shardmill_core::sink::Sink;
 use shardmill_sink_objects::{Compression, ObjectsSink};
-use support::{Letters, Place, commit, commit_of, expected, line_of, shard};
+use support::{Refusals, Place, commit, commit_of, expected, line_of, shard};
 
 /// Each of the suite's tests on both stores.
 macro_rules! on_both {
@@ -82,7 +82,7 @@ async fn a_url_and_options_lead_to_a_bucket() {
     sink.prepare(&[route("even", "application/json")]).await.expect("prepared");
     sink.prepare(&[route("odd", "application/json; charset=utf-8")]).await.expect("prepared");
     let mut owner = sink.acquire(&shard()).await.expect("acquired");
-    owner.writer.commit(&commit(0, 9), &Letters::default()).await.expect("a commit");
+    owner.writer.commit(&commit(0, 9), &Refusals::default()).await.expect("a commit");
     assert_eq!(Place::in_bucket(&server).lines().await, expected(9));
 
     let mut options = server.options;
@@ -103,12 +103,12 @@ async fn a_server_that_refuses_us_is_waited_for_and_quoted() {
     {
         refuse(Some((code, status)));
         let commit = commit(from, from + 9);
-        let refused = owner.writer.commit(&commit, &Letters::default()).await;
+        let refused = owner.writer.commit(&commit, &Refusals::default()).await;
         let error = refused.expect_err(code).to_string();
         assert!(error.contains(code) && error.starts_with("sink logs: cannot"), "{error}");
         assert!(sink.acquire(&shard()).await.is_err(), "{code}");
         refuse(None);
-        owner.writer.commit(&commit, &Letters::default()).await.expect("a commit");
+        owner.writer.commit(&commit, &Refusals::default()).await.expect("a commit");
         from += 9;
     }
     assert_eq!(Place::in_bucket(&server).lines().await, expected(from));
@@ -122,7 +122,7 @@ async fn a_file_url_is_a_folder_that_need_not_exist() {
     let sink = ObjectsSink::new("logs".into(), &url, &options, Compression::None).expect("a sink");
     sink.prepare(&[route("even", "application/json")]).await.expect("prepared");
     let mut owner = sink.acquire(&shard()).await.expect("acquired");
-    owner.writer.commit(&commit(0, 3), &Letters::default()).await.expect("a commit");
+    owner.writer.commit(&commit(0, 3), &Refusals::default()).await.expect("a commit");
     let data = folder.path().join("new ä/even/test/shardId-000000000003");
     let mut files = std::fs::read_dir(data).expect("the route's folder");
     let file = files.next().expect("an object").expect("an object").path();
@@ -162,13 +162,13 @@ async fn refused_rows_are_held_before_anything_is_claimed() {
         6 => "{\n\"id\": 6\n}".into(),
         _ => line_of(record).into(),
     });
-    let unreachable = Letters { out_of_reach: true, ..Letters::default() };
+    let unreachable = Refusals { out_of_reach: true, ..Refusals::default() };
     owner.writer.commit(&bad, &unreachable).await.expect_err("held first");
     assert_eq!(place.links().await.len(), 1, "only the fence");
-    let letters = Letters::default();
-    let done = owner.writer.commit(&bad, &letters).await.expect("a commit");
+    let refusals = Refusals::default();
+    let done = owner.writer.commit(&bad, &refusals).await.expect("a commit");
     assert_eq!((done.rows_written, done.rows_refused), (4, 2));
-    let held = letters.held.into_inner().expect("whole");
+    let held = refusals.held.into_inner().expect("whole");
     assert!(held[0].contains("no JSON") && held[1].contains("newline"), "{held:?}");
     let lines = place.lines().await;
     assert_eq!(lines["even"], ["{\"id\": 6}", "{\"id\":9}"]);

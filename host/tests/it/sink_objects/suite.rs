@@ -13,7 +13,7 @@ use shardmill_sink_objects::{
 
 use super::faults::{Faulty, Plan, Random};
 use super::support::{
-    Letters, Place, commit, commit_of, expected, number, position, route_of, shard,
+    Refusals, Place, commit, commit_of, expected, number, position, route_of, shard,
 };
 
 const COMPRESSIONS: [Compression; 3] = [Compression::None, Compression::Gzip, Compression::Zstd];
@@ -32,7 +32,7 @@ fn cause<T>(result: Result<T, SinkError>) -> String {
 
 /// Commits span after span, each owner going on where the one before it stood.
 pub async fn each_row_is_written_once(place: Place) {
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     for (round, compression) in (0..).zip(COMPRESSIONS) {
         let sink = place.sink(compression);
         let mut shard = acquire(&sink).await;
@@ -40,9 +40,9 @@ pub async fn each_row_is_written_once(place: Place) {
         assert!(shard.keeps_position && shard.must_cut_at.is_none());
         for from in [round * 20, round * 20 + 10] {
             let commit = commit(from, from + 10);
-            let done = shard.writer.commit(&commit, &letters).await.expect("a commit");
+            let done = shard.writer.commit(&commit, &refusals).await.expect("a commit");
             assert_eq!(done.rows_written, commit.rows.len() as u64);
-            let again = shard.writer.commit(&commit, &letters).await.expect("done already");
+            let again = shard.writer.commit(&commit, &refusals).await.expect("done already");
             assert_eq!(again.rows_written, 0);
         }
         let stands = sink.position(&super::support::shard()).await.expect("a position");
@@ -61,7 +61,7 @@ pub async fn a_commit_without_rows_moves_the_position(place: Place) {
     let mut first = acquire(&sink).await;
     let mut empty = commit(0, 7);
     empty.rows = Arc::default();
-    first.writer.commit(&empty, &Letters::default()).await.expect("a commit");
+    first.writer.commit(&empty, &Refusals::default()).await.expect("a commit");
     assert!(place.keys(false).await.is_empty());
     assert_eq!(number(acquire(&sink).await.position.as_ref()), 7);
 }
@@ -69,29 +69,29 @@ pub async fn a_commit_without_rows_moves_the_position(place: Place) {
 /// An owner that was replaced cannot commit, however often it tries.
 pub async fn a_zombie_is_fenced(place: Place) {
     let sink = place.sink(Compression::Gzip);
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let mut zombie = acquire(&sink).await;
-    zombie.writer.commit(&commit(0, 5), &letters).await.expect("a commit");
+    zombie.writer.commit(&commit(0, 5), &refusals).await.expect("a commit");
     let mut owner = acquire(&sink).await;
     assert_eq!(owner.position, Some(position(5)));
     for _ in 0..2 {
-        let fenced = zombie.writer.commit(&commit(5, 9), &letters).await;
+        let fenced = zombie.writer.commit(&commit(5, 9), &refusals).await;
         assert!(matches!(fenced, Err(SinkError::Fenced { .. })), "{fenced:?}");
     }
-    owner.writer.commit(&commit(5, 8), &letters).await.expect("a commit");
+    owner.writer.commit(&commit(5, 8), &refusals).await.expect("a commit");
     assert_eq!(place.lines().await, expected(8));
 }
 
 /// A claim whose data is missing is produced again, exactly so, under the same keys, however many
 /// owners came and went in between.
 pub async fn an_unfinished_claim_is_produced_again(place: Place) {
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let sink = place.sink(Compression::Gzip);
-    acquire(&sink).await.writer.commit(&commit(0, 4), &letters).await.expect("a commit");
+    acquire(&sink).await.writer.commit(&commit(0, 4), &refusals).await.expect("a commit");
     let broken = place
         .sink_on(Faulty::over(place.store.clone(), Plan::DataNeverLands, 0), Compression::Gzip);
     let mut crashing = acquire(&broken).await;
-    cause(crashing.writer.commit(&commit(4, 10), &letters).await);
+    cause(crashing.writer.commit(&commit(4, 10), &refusals).await);
     // The next owners are configured otherwise: the claim's keys and compression hold.
     let sink = place.sink(Compression::None);
     for _ in 0..3 {
@@ -101,10 +101,10 @@ pub async fn an_unfinished_claim_is_produced_again(place: Place) {
         assert_eq!((owner.position, owner.must_cut_at), (Some(position(4)), Some(position(10))));
     }
     let mut owner = acquire(&sink).await;
-    let text = cause(owner.writer.commit(&commit(4, 9), &letters).await);
+    let text = cause(owner.writer.commit(&commit(4, 9), &refusals).await);
     assert!(text.contains("ends at 9") && text.contains("up to 10"), "{text}");
-    owner.writer.commit(&commit(4, 10), &letters).await.expect("the promised commit");
-    owner.writer.commit(&commit(10, 12), &letters).await.expect("the next commit");
+    owner.writer.commit(&commit(4, 10), &refusals).await.expect("the promised commit");
+    owner.writer.commit(&commit(10, 12), &refusals).await.expect("the next commit");
     assert_eq!(place.lines().await, expected(12));
     let promised: Vec<_> = place
         .links()
@@ -119,14 +119,14 @@ pub async fn an_unfinished_claim_is_produced_again(place: Place) {
     written.sort();
     assert_eq!(written, promised);
     // The crashed owner was only asleep: its store still fails, and what it wrote is not doubled.
-    assert!(crashing.writer.commit(&commit(4, 10), &letters).await.is_err());
+    assert!(crashing.writer.commit(&commit(4, 10), &refusals).await.is_err());
     assert_eq!(place.lines().await, expected(12));
 }
 
 /// A sink that was renamed goes on with the log of its old name: at its position, with its promises, and
 /// nobody can append to the old log any more.
 pub async fn fault_25_a_renamed_sink_keeps_the_promises_of_its_old_name(place: Place) {
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let old = place.sink(Compression::Gzip);
     let new = |name: &str| {
         let (store, prefix) = (Arc::clone(&place.store), place.prefix.clone());
@@ -135,25 +135,25 @@ pub async fn fault_25_a_renamed_sink_keeps_the_promises_of_its_old_name(place: P
     let (logs, second, third) = (SinkName::from("logs"), new("second"), new("third"));
     second.adopt(&logs, &shard()).await.expect("nothing to move");
     assert_eq!(second.position(&shard()).await.expect("a position"), None);
-    acquire(&old).await.writer.commit(&commit(0, 4), &letters).await.expect("a commit");
+    acquire(&old).await.writer.commit(&commit(0, 4), &refusals).await.expect("a commit");
     let broken = place
         .sink_on(Faulty::over(place.store.clone(), Plan::DataNeverLands, 0), Compression::Gzip);
     let mut crashing = acquire(&broken).await;
-    cause(crashing.writer.commit(&commit(4, 10), &letters).await);
+    cause(crashing.writer.commit(&commit(4, 10), &refusals).await);
     for _ in 0..2 {
         second.adopt(&logs, &shard()).await.expect("moved");
         assert_eq!(second.position(&shard()).await.expect("a position"), Some(position(4)));
     }
     let mut owner = acquire(&second).await;
     assert_eq!((owner.position, owner.must_cut_at), (Some(position(4)), Some(position(10))));
-    owner.writer.commit(&commit(4, 10), &letters).await.expect("the promised commit");
-    owner.writer.commit(&commit(10, 12), &letters).await.expect("the next commit");
-    assert!(crashing.writer.commit(&commit(4, 10), &letters).await.is_err());
+    owner.writer.commit(&commit(4, 10), &refusals).await.expect("the promised commit");
+    owner.writer.commit(&commit(10, 12), &refusals).await.expect("the next commit");
+    assert!(crashing.writer.commit(&commit(4, 10), &refusals).await.is_err());
     // And once more, where all that was promised is there.
     third.adopt(&"second".into(), &shard()).await.expect("moved");
     let mut owner = acquire(&third).await;
     assert_eq!((owner.position, owner.must_cut_at), (Some(position(12)), None));
-    owner.writer.commit(&commit(12, 15), &letters).await.expect("a commit");
+    owner.writer.commit(&commit(12, 15), &refusals).await.expect("a commit");
     assert_eq!(place.lines().await, expected(15));
     let audit = third.verify(true).await.expect("verified");
     assert!(audit.problems.is_empty(), "{audit:?}");
@@ -164,7 +164,7 @@ pub async fn fault_25_a_renamed_sink_keeps_the_promises_of_its_old_name(place: P
 
 /// The same writer, the same commit: what landed is found, what did not is done.
 pub async fn a_writer_goes_on_after_an_error(place: Place) {
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let lossy =
         place.sink_on(Faulty::over(place.store.clone(), Plan::Percent(50), 7), Compression::None);
     let mut owner = loop {
@@ -174,7 +174,7 @@ pub async fn a_writer_goes_on_after_an_error(place: Place) {
     };
     let mut errors = 0;
     for from in (0..40).step_by(4) {
-        while owner.writer.commit(&commit(from, from + 4), &letters).await.is_err() {
+        while owner.writer.commit(&commit(from, from + 4), &refusals).await.is_err() {
             errors += 1;
         }
     }
@@ -184,32 +184,32 @@ pub async fn a_writer_goes_on_after_an_error(place: Place) {
 
 /// An earlier owner's objects and other content of a later run cannot be mixed.
 pub async fn other_content_is_not_mixed_in(place: Place) {
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let half = Faulty::over(place.store.clone(), Plan::OnlyRoute("even"), 0);
     let mut crashing = acquire(&place.sink_on(half, Compression::None)).await;
-    cause(crashing.writer.commit(&commit(0, 6), &letters).await);
+    cause(crashing.writer.commit(&commit(0, 6), &refusals).await);
     let sink = place.sink(Compression::None);
     let mut owner = acquire(&sink).await;
     assert_eq!(owner.must_cut_at, Some(position(6)));
     let other = commit_of(0, 6, |record| format!("{{\"other\":{record}}}").into());
-    let text = cause(owner.writer.commit(&other, &letters).await);
+    let text = cause(owner.writer.commit(&other, &refusals).await);
     assert!(text.contains("generation-1") && text.contains("even"), "{text}");
     let mut fewer = commit(0, 6);
     let even = fewer.rows.iter().filter(|row| row.route.name().as_str() == "even");
     fewer.rows = Arc::new(even.cloned().collect());
-    let text = cause(owner.writer.commit(&fewer, &letters).await);
+    let text = cause(owner.writer.commit(&fewer, &refusals).await);
     assert!(text.contains("[\"even\", \"odd\"]"), "{text}");
-    owner.writer.commit(&commit(0, 6), &letters).await.expect("the promised content");
+    owner.writer.commit(&commit(0, 6), &refusals).await.expect("the promised content");
     assert_eq!(place.lines().await, expected(6));
 }
 
 /// A bucket may expire old objects: links at the front go first.
 pub async fn a_log_without_its_first_links_is_read(place: Place) {
     let sink = place.sink(Compression::None);
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let mut owner = acquire(&sink).await;
     for from in 0..33 {
-        owner.writer.commit(&commit(from, from + 1), &letters).await.expect("a commit");
+        owner.writer.commit(&commit(from, from + 1), &refusals).await.expect("a commit");
     }
     for gone in [1, 20] {
         let links = place.keys(true).await;
@@ -231,7 +231,7 @@ pub async fn a_crash_between_any_two_steps_loses_nothing(place: Place, seed: u64
     const LAST: u64 = 40;
     let mut random = Random::new(seed);
     let mut zombies: Vec<(Acquired, u64, u64)> = Vec::new();
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let sink = place.sink_on(
         Faulty::over(place.store.clone(), Plan::Percent(15), seed),
         COMPRESSIONS[(seed % 3) as usize],
@@ -243,7 +243,7 @@ pub async fn a_crash_between_any_two_steps_loses_nothing(place: Place, seed: u64
         while stands < LAST {
             let cut = (stands + 1 + random.below(8)).min(LAST);
             let to = must_cut_at.as_ref().map_or(cut, |cut| number(Some(cut)));
-            if owner.writer.commit(&commit(stands, to), &letters).await.is_ok() {
+            if owner.writer.commit(&commit(stands, to), &refusals).await.is_ok() {
                 (stands, must_cut_at) = (to, None);
                 if random.percent(15) {
                     zombies.push((owner, stands, (to + 3).min(LAST)));
@@ -275,10 +275,10 @@ pub async fn a_crash_between_any_two_steps_loses_nothing(place: Place, seed: u64
 /// A zombie tries its commit. It may succeed only in what it had claimed, which is judged by what
 /// the store holds at the end.
 async fn wake(zombies: &mut [(Acquired, u64, u64)], random: &mut Random) {
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     for (zombie, from, to) in zombies.iter_mut() {
         if random.percent(60) {
-            drop(zombie.writer.commit(&commit(*from, *to), &letters).await);
+            drop(zombie.writer.commit(&commit(*from, *to), &refusals).await);
         }
     }
 }
@@ -290,7 +290,7 @@ pub async fn of_many_owners_one_commits(place: Place) {
     let results: Vec<_> =
         futures::stream::iter(owners)
             .map(|mut owner| async move {
-                owner.writer.commit(&commit(0, 9), &Letters::default()).await
+                owner.writer.commit(&commit(0, 9), &Refusals::default()).await
             })
             .buffer_unordered(8)
             .collect()
@@ -313,8 +313,8 @@ pub async fn a_large_object_goes_up_in_parts(place: Place) {
     let mut owner = acquire(&sink).await;
     let piece = |record: u64| Bytes::from(vec![u8::try_from(record).expect("few"); 9 << 20]);
     let large = commit_of(0, 12, piece);
-    owner.writer.commit(&large, &Letters::default()).await.expect("a commit");
-    owner.writer.commit(&large, &Letters::default()).await.expect("done already");
+    owner.writer.commit(&large, &Refusals::default()).await.expect("a commit");
+    owner.writer.commit(&large, &Refusals::default()).await.expect("done already");
     for key in place.keys(false).await {
         let is_even = key.as_ref().contains("/even/");
         let due: Vec<u8> = (1..=12)
@@ -339,14 +339,14 @@ pub async fn folders_are_named_by_rows(place: Place) {
     let sink_at = |store, folder: &str| {
         ObjectsSink::with_store("logs".into(), store, place.prefix.clone(), layout(folder))
     };
-    let (letters, by_id) = (Letters::default(), "dt={date}/id={row.id}");
+    let (refusals, by_id) = (Refusals::default(), "dt={date}/id={row.id}");
     let broken = Faulty::over(place.store.clone(), Plan::DataNeverLands, 0);
     let mut crashing = acquire(&sink_at(broken, by_id)).await;
-    cause(crashing.writer.commit(&commit(0, 4), &letters).await);
+    cause(crashing.writer.commit(&commit(0, 4), &refusals).await);
     let sink = sink_at(place.store.clone(), "{route}");
     let mut owner = acquire(&sink).await;
-    owner.writer.commit(&commit(0, 4), &letters).await.expect("the promised commit");
-    owner.writer.commit(&commit(4, 7), &letters).await.expect("the next commit");
+    owner.writer.commit(&commit(0, 4), &refusals).await.expect("the promised commit");
+    owner.writer.commit(&commit(4, 7), &refusals).await.expect("the next commit");
     let keys: Vec<String> = place.keys(false).await.iter().map(ToString::to_string).collect();
     let folders: Vec<&str> = keys
         .iter()
@@ -370,7 +370,7 @@ pub async fn folders_are_named_by_rows(place: Place) {
 
 /// What is wrong in a bucket is found, and nothing else.
 pub async fn verify_finds_what_is_wrong(place: Place) {
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let sink = place.sink(Compression::Zstd);
     let found = || async {
         let audit = sink.verify(true).await.expect("verified");
@@ -381,7 +381,7 @@ pub async fn verify_finds_what_is_wrong(place: Place) {
     };
     for from in [0, 6, 12] {
         // An owner each: fences stand between the claims.
-        acquire(&sink).await.writer.commit(&commit(from, from + 6), &letters).await.expect("done");
+        acquire(&sink).await.writer.commit(&commit(from, from + 6), &refusals).await.expect("done");
     }
     let (kinds, audit) = found().await;
     assert_eq!((kinds.as_str(), audit.logs, audit.links, audit.objects), ("", 1, 6, 6));

@@ -197,13 +197,13 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
 
 /// Remembers what was refused, or cannot be written.
 #[derive(Default)]
-pub struct Letters {
+pub struct Refusals {
     pub held: Mutex<Vec<String>>,
     pub out_of_reach: bool,
 }
 
 #[async_trait]
-impl RefusalLog for Letters {
+impl RefusalLog for Refusals {
     async fn hold(&self, _commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         if self.out_of_reach {
             let cause = "the dead-letter store is out of reach".into();

@@ -236,7 +236,7 @@ async fn bad_rows_are_refused_alone() {
 }
 
 #[tokio::test]
-async fn what_cannot_become_a_letter_holds_its_commit_back() {
+async fn what_cannot_become_a_dead_letter_stops_its_commit() {
     let cluster = Cluster::new("full").await;
     cluster.sql("CREATE TABLE cars (id bigint)").await;
     let mut writer = writer(&cluster.sink("cars")).await;

@@ -71,12 +71,12 @@ fn rolled_back(mark: &str, why: &str) {
     assert!(undone["reason"].as_str().expect("text").contains(why), "{undone}");
     // What the bad version did not take is in the dead letters, everything else is there once.
     let output = rig.command(&["dlq", "list", "--limit", "1000"]);
-    let letters = String::from_utf8(output.stdout).expect("text").lines().count();
+    let dead_letters = String::from_utf8(output.stdout).expect("text").lines().count();
     let rows = rig.rows();
     let mut ids: Vec<u64> = rows.iter().map(|row| row.id).collect();
     ids.sort_unstable();
     ids.dedup();
-    assert_eq!((ids.len(), ids.len() + letters), (rows.len(), 799));
+    assert_eq!((ids.len(), ids.len() + dead_letters), (rows.len(), 799));
     assert!(rows.iter().filter(|row| row.id >= 600).all(|row| row.version == "v1"));
     let ledger = rig.ledger();
     for row in &rows {

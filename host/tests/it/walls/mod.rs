@@ -7,7 +7,7 @@ mod clocks;
 mod connections;
 mod guests;
 mod kpl;
-mod letters;
+mod dead_letters;
 mod machine;
 mod memory;
 mod threats;

@@ -51,8 +51,8 @@ impl Lines {
     fn reasons(&self) -> Vec<String> {
         let listed = run_ok(&["dlq", "list", "--pipeline", &self.path(), "--json"]);
         let reason = |line: &str| -> String {
-            let letter: serde_json::Value = serde_json::from_str(line).expect("JSON");
-            letter["reason"].as_str().expect("a reason").to_owned()
+            let dead_letter: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            dead_letter["reason"].as_str().expect("a reason").to_owned()
         };
         listed.lines().map(reason).collect()
     }

@@ -7,7 +7,7 @@ use shardmill_core::sink::Sink as _;
 use shardmill_sink_objects::{Compression, ObjectLayout, ObjectsSink};
 
 use super::{Lines, files, ids, said};
-use crate::sink_objects::support::{Letters, commit, number, shard};
+use crate::sink_objects::support::{Refusals, commit, number, shard};
 use crate::support::world::World;
 use crate::support::{kill_until_it_ends, run, shardmill, wait_for};
 
@@ -75,7 +75,7 @@ async fn fault_08_a_row_whose_folder_is_too_long_is_a_dead_letter_on_s3() {
     let commit = crate::sink_objects::support::commit_of(0, 9, |record| {
         format!("{{\"id\":{record},\"city\":\"{}\"}}", city(record)).into()
     });
-    let done = owner.writer.commit(&commit, &Letters::default()).await.expect("committed");
+    let done = owner.writer.commit(&commit, &Refusals::default()).await.expect("committed");
     assert_eq!((done.rows_written, done.rows_refused), (4, 2));
 }
 
@@ -114,10 +114,10 @@ async fn fault_08_a_claim_that_can_never_be_kept_has_a_way_out() {
         let options = BTreeMap::new();
         ObjectsSink::new("logs".into(), &url, &options, Compression::None).expect("a sink")
     };
-    let letters = Letters::default();
+    let refusals = Refusals::default();
     let mut owner = sink().acquire(&shard()).await.expect("acquired");
-    owner.writer.commit(&commit(0, 9), &letters).await.expect("committed");
-    owner.writer.commit(&commit(9, 18), &letters).await.expect("committed");
+    owner.writer.commit(&commit(0, 9), &refusals).await.expect("committed");
+    owner.writer.commit(&commit(9, 18), &refusals).await.expect("committed");
     let link = files(folder.path())
         .into_iter()
         .find(|file| file.ends_with("000000000003.json"))
@@ -134,7 +134,7 @@ async fn fault_08_a_claim_that_can_never_be_kept_has_a_way_out() {
     // Such a claim blocks its shard, and the cause names the way out.
     let blocked = match sink().acquire(&shard()).await {
         Err(error) => error,
-        Ok(mut owner) => owner.writer.commit(&commit(9, 18), &letters).await.expect_err("blocked"),
+        Ok(mut owner) => owner.writer.commit(&commit(9, 18), &refusals).await.expect_err("blocked"),
     };
     assert!(blocked.to_string().contains("objects give-up"), "{blocked}");
     let done = sink().give_up(&shard(), None).await.expect("given up");
@@ -143,7 +143,7 @@ async fn fault_08_a_claim_that_can_never_be_kept_has_a_way_out() {
     assert_eq!(sink().give_up(&shard(), None).await.expect("again").objects_removed.len(), 0);
     let mut owner = sink().acquire(&shard()).await.expect("acquired");
     assert_eq!((number(owner.position.as_ref()), owner.must_cut_at), (9, None));
-    owner.writer.commit(&commit(9, 27), &letters).await.expect("committed");
+    owner.writer.commit(&commit(9, 27), &refusals).await.expect("committed");
     let audit = sink().verify(true).await.expect("verified");
     assert!(audit.problems.is_empty(), "{:?}", audit.problems);
     assert_eq!(audit.rows, 18);
@@ -401,13 +401,13 @@ fn fault_31_check_finds_the_claims_of_a_file() {
     let mut some = ids(10);
     some.push("no object".into());
     let Lines { folder, file } = lines(&some, "");
-    let letters = folder.path().join("letters");
-    let copies = format!("type = \"objects\"\nurl = \"{}\"", letters.display());
+    let dead_letters = folder.path().join("letters");
+    let copies = format!("type = \"objects\"\nurl = \"{}\"", dead_letters.display());
     let file = file.table("[dead_letters]\nsinks = [\"copies\"]").sink("copies", &copies);
     let lines = Lines { folder, file };
     lines.run();
     assert_eq!(lines.reasons().len(), 1);
-    wait_for("the copied letter", || files(&letters).len() > 1);
+    wait_for("the copied letter", || files(&dead_letters).len() > 1);
     let (sound, said) = lines.check(&[]);
     assert!(sound && !said.contains("is behind"), "{said}");
     // So do the commands that write into the log of copies, whose positions are in a state of their own.
@@ -415,7 +415,7 @@ fn fault_31_check_finds_the_claims_of_a_file() {
     let (_, said) = objects(&lines, "skip", &log);
     assert!(!said.contains("has no checkpoint"), "{said}");
     // It is asked at the right place: what is gone there is said.
-    for (folder, sink) in [(lines.at("logs"), "out"), (letters, "copies")] {
+    for (folder, sink) in [(lines.at("logs"), "out"), (dead_letters, "copies")] {
         let claims = folder.join("_shardmill");
         std::fs::remove_dir_all(&claims).expect("removed");
         let (_, said) = lines.check(&[]);

@@ -513,13 +513,13 @@ fn fault_04_copies_of_dead_letters_may_lose_a_sink_too() {
     let a = Place::new(Kind::Sqlite, lines.folder.path(), "a");
     let strict = format!("CREATE UNIQUE INDEX one ON {} (key)", a.table);
     a.database().execute(&strict, ()).expect("created");
-    let letters_db = lines.folder.path().join("letters.db");
-    let pipeline = |lines: &Lines, letters: &[&str]| {
-        let head = format!("[dead_letters]\nsinks = {letters:?}");
-        letters
+    let dead_letters_db = lines.folder.path().join("letters.db");
+    let pipeline = |lines: &Lines, dead_letters: &[&str]| {
+        let head = format!("[dead_letters]\nsinks = {dead_letters:?}");
+        dead_letters
             .iter()
             .fold(lines.with(&[("a", &a)], "").table(&head), |file, name| {
-                let path = letters_db.display();
+                let path = dead_letters_db.display();
                 let create = format!("table = \"{name}\"\ncreate = true");
                 file.sink(name, &format!("type = \"sqlite\"\npath = \"{path}\"\n{create}"))
             })
@@ -527,14 +527,14 @@ fn fault_04_copies_of_dead_letters_may_lose_a_sink_too() {
     };
     let copies = |name: &str| -> u64 {
         let query = format!("SELECT count(*) FROM {name}");
-        sqlite(&letters_db).query_row(&query, (), |row| row.get(0)).expect("a count")
+        sqlite(&dead_letters_db).query_row(&query, (), |row| row.get(0)).expect("a count")
     };
     // Of seven keys, each is taken once.
-    for (letters, more) in
+    for (dead_letters, more) in
         [(&["x", "y"][..], 10), (&["x"], 10), (&["x"], 10), (&["x", "y"], 0), (&["x", "y"], 10)]
     {
         lines.put(more);
-        run_ok(&["run", &pipeline(&lines, letters)]);
+        run_ok(&["run", &pipeline(&lines, dead_letters)]);
     }
     assert_eq!((copies("x"), copies("y")), (33, 13));
     let said = run_ok(&["check", &pipeline(&lines, &["x", "y"])]);
@@ -542,7 +542,7 @@ fn fault_04_copies_of_dead_letters_may_lose_a_sink_too() {
 }
 
 #[test]
-fn fault_25_letters_and_a_lagging_position_move_to_the_new_name() {
+fn fault_25_dead_letters_and_a_lagging_position_move_to_the_new_name() {
     let world = World::new(1);
     let a = Place::new(Kind::Sqlite, world.folder.path(), "a");
     let c = Place::new(Kind::Sqlite, world.folder.path(), "c");
@@ -662,13 +662,13 @@ fn fault_20_a_record_with_a_dead_letter_has_its_whole_outcome_from_one_revision(
     };
     world.put(1..10, 10);
     let running = start(&world, &pipeline("v1.wasm", 1, "1 h"));
-    let letters = || -> u64 {
+    let dead_letters = || -> u64 {
         let query = "SELECT count(*) FROM dead_letter WHERE held = 0";
         let state = world.folder.path().join("state/reading/state.db");
         let Ok(state) = rusqlite::Connection::open(state) else { return 0 };
         state.query_row(query, (), |row| row.get(0)).unwrap_or(0)
     };
-    wait_for("the dead letter", || letters() == 1);
+    wait_for("the dead letter", || dead_letters() == 1);
     drop(running);
     // The next version has no quarrel with the record, and makes three items of it.
     world.put(10..20, 10);
@@ -678,7 +678,7 @@ fn fault_20_a_record_with_a_dead_letter_has_its_whole_outcome_from_one_revision(
         let mut query = mart.prepare("SELECT id, version FROM rows ORDER BY id").expect("sql");
         let rows = query.query_map((), |row| Ok((row.get(0)?, row.get(1)?)));
         let rows: Vec<(u64, String)> = rows.expect("rows").map(|row| row.expect("a row")).collect();
-        assert_eq!(letters(), 1);
+        assert_eq!(dead_letters(), 1);
         let of_seven = rows.iter().filter(|(id, _)| *id == 7).count();
         assert_eq!(of_seven, 0, "the record is a dead letter: {rows:?}");
         let found: Vec<u64> = rows.iter().map(|(id, _)| *id).collect();

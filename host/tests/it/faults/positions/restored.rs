@@ -598,7 +598,7 @@ fn fault_43_a_state_folder_that_is_replaced_under_a_process_is_noticed() {
 }
 
 #[test]
-fn fault_43_letters_are_not_lost_in_silence_when_the_state_is_deleted() {
+fn fault_43_dead_letters_are_not_lost_in_silence_when_the_state_is_deleted() {
     let rig = Rig::new(1);
     let log = rig.world.log();
     let file = rig.pipeline("", "", &["mart"]);
@@ -611,8 +611,8 @@ fn fault_43_letters_are_not_lost_in_silence_when_the_state_is_deleted() {
     assert_eq!(run.wait().code(), Some(1), "{}", text(&log));
     // What was not settled is read again, and its letters are there.
     rig.catch_up(&file);
-    let letters = run_ok_in(&file, &["dlq", "list", "--json", "--pipeline"]);
-    assert_eq!(letters.lines().count(), 10, "{letters}");
+    let dead_letters = run_ok_in(&file, &["dlq", "list", "--json", "--pipeline"]);
+    assert_eq!(dead_letters.lines().count(), 10, "{dead_letters}");
     let mart = support::sqlite(&rig.file("mart"));
     let counts = "SELECT count(*), count(DISTINCT id) FROM rows";
     let counts: (u64, u64) =

@@ -69,11 +69,11 @@ fn fault_03_three_refused_rows_of_a_commit_without_an_answer_are_visible_dead_le
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
     assert!(proxy.has_cut(), "COMMIT was not sent");
     assert_eq!(postgres(&format!("SELECT count(*) FROM {table}"))[0], "2");
-    let letters = run_ok(&["dlq", "list", "--json", "--pipeline", &path]);
+    let dead_letters = run_ok(&["dlq", "list", "--json", "--pipeline", &path]);
     assert_eq!(
-        letters.matches("\"sequence\"").count().max(letters.lines().count()),
+        dead_letters.matches("\"sequence\"").count().max(dead_letters.lines().count()),
         3,
-        "{letters}"
+        "{dead_letters}"
     );
     postgres(&format!("DROP TABLE {table}"));
 }

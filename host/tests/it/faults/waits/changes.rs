@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Run, answers_within, rows_file, text_of};
-use crate::faults::letters::Locked;
+use crate::faults::dead_letters::Locked;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{postgres, sqlite, wait_for};
 use crate::swap::rig::Rig;

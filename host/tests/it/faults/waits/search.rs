@@ -45,7 +45,7 @@ fn fault_41_a_record_that_ran_out_of_time_is_not_run_with_its_batch_again() {
     lane.run(&payloads).expect("an outcome");
     let begun = own_cpu_time();
     let outcome = lane.run(&payloads).expect("an outcome");
-    assert_eq!(outcome.letters.len(), 3);
+    assert_eq!(outcome.dead_letters.len(), 3);
     // Three times a record's limit, and pieces that go through.
     let took = own_cpu_time() - begun;
     assert!(took < Duration::from_secs(4), "{took:?}");
@@ -68,7 +68,7 @@ fn fault_41_a_search_hears_a_stop_and_keeps_what_it_has_found() {
     assert!(waited < Duration::from_secs(1), "{waited:?}");
     let Err(Blocked::Stopped(found)) = outcome else { panic!("{outcome:?}") };
     assert!(!found.is_empty() && found.len() < 40, "{} found", found.len());
-    assert!(found.iter().all(|letter| letter.reason.contains("took longer")));
+    assert!(found.iter().all(|dead_letter| dead_letter.reason.contains("took longer")));
 }
 
 /// The thread is free while the plugin waits: with as many waiting lanes as threads, others went nowhere.
@@ -93,7 +93,7 @@ fn fault_09_a_plugin_that_asks_for_another_try_holds_no_thread() {
             outcome => break outcome.expect("it passes at the third try"),
         }
     };
-    assert_eq!((tries, outcome.routed.len(), outcome.letters.len()), (2, 1_000, 0));
+    assert_eq!((tries, outcome.routed.len(), outcome.dead_letters.len()), (2, 1_000, 0));
 }
 
 /// A pipeline over `rows` lines, of which every 25th never ends.
@@ -126,7 +126,7 @@ fn fault_41_a_search_is_shown_hears_sigterm_and_goes_on_where_it_was() {
     let folder = tempfile::tempdir().expect("a folder");
     let port = crate::support::free_port();
     let file = endless_pipeline(folder.path(), port);
-    let letters = || -> u64 {
+    let dead_letters = || -> u64 {
         let state = sqlite(&folder.path().join("state/search/state.db"));
         state
             .query_row("SELECT count(*) FROM dead_letter", (), |row| row.get(0))
@@ -141,10 +141,10 @@ fn fault_41_a_search_is_shown_hears_sigterm_and_goes_on_where_it_was() {
             && !shown.contains(" 0 found")
     });
     assert_eq!(run.terminated_within(SLACK).code(), Some(0), "{}", run.text());
-    let found = letters();
+    let found = dead_letters();
     assert!((1..40).contains(&found), "{found} found");
     run_ok(&["run", &file, "--until-caught-up"]);
-    assert_eq!(letters(), 40);
+    assert_eq!(dead_letters(), 40);
     let mart = sqlite(&folder.path().join("mart.db"));
     let counts = "SELECT count(*), count(DISTINCT id) FROM rows";
     let counts = mart.query_row(counts, (), |row| Ok((row.get(0)?, row.get(1)?)));

@@ -10,7 +10,7 @@ use shardmill_engine::stage::Blocked;
 use super::work;
 use crate::hostile::lane::Lane;
 use crate::hostile::wat::Guest;
-use crate::languages::{asking, car_server, letters, run_asking};
+use crate::languages::{asking, car_server, dead_letters_and_reason, run_asking};
 
 /// Lanes that never give their core up by themselves: as many on two cores, more on a larger machine.
 const HOSTILE_LANES: usize = 16;
@@ -42,7 +42,7 @@ fn beside_hostile_lanes<T>(what: impl FnOnce() -> T) -> T {
             scope.spawn(move || {
                 while !ended.load(Ordering::Relaxed) {
                     match lane.run(&["bad".to_owned()]) {
-                        Ok(outcome) => assert_eq!(outcome.letters.len(), 1),
+                        Ok(outcome) => assert_eq!(outcome.dead_letters.len(), 1),
                         Err(Blocked::Starved(_)) => {}
                         Err(other) => panic!("{other:?}"),
                     }
@@ -67,7 +67,7 @@ fn wall_10_hostile_lanes_do_not_take_an_honest_records_time() {
     let outcomes = beside_hostile_lanes(|| [1, 1, 2].map(|records| lane.run(&payloads(records))));
     for (records, outcome) in [1, 1, 2].into_iter().zip(outcomes) {
         let outcome = outcome.unwrap_or_else(|why| panic!("{why:?}"));
-        let reasons: Vec<_> = outcome.letters.iter().map(|letter| &letter.reason).collect();
+        let reasons: Vec<_> = outcome.dead_letters.iter().map(|dead_letter| &dead_letter.reason).collect();
         assert_eq!((outcome.routed.len(), reasons.len()), (records, 0), "{reasons:?}");
     }
 }
@@ -87,7 +87,7 @@ fn wall_10_an_endless_record_is_blamed_beside_hostile_lanes_too() {
         }
     });
     let outcome = outcome.expect("one culprit");
-    let reasons: Vec<_> = outcome.letters.iter().map(|letter| letter.reason.as_str()).collect();
+    let reasons: Vec<_> = outcome.dead_letters.iter().map(|dead_letter| dead_letter.reason.as_str()).collect();
     let is_timeout = |reason: &str| reason.contains("its limit of 30 ms of CPU time");
     assert!(matches!(reasons[..], [reason] if is_timeout(reason)), "{reasons:?}");
     assert_eq!(outcome.routed.len(), 2);
@@ -133,7 +133,7 @@ fn wall_10_a_call_that_the_machine_did_not_let_end_is_run_again() {
         other => panic!("expected a call that is run again, found {other:?}"),
     }
     let outcome = lane.run(&payloads).expect("it is run again");
-    assert_eq!((outcome.routed.len(), outcome.letters.len()), (1, 0));
+    assert_eq!((outcome.routed.len(), outcome.dead_letters.len()), (1, 0));
 }
 
 /// Gives this thread the policy of the kernel for work that waits for an idle core.
@@ -172,7 +172,7 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     let (printed, _) = run_asking(place.path(), &stage, &input);
     let rows = String::from_utf8_lossy(&printed);
     assert!(rows.contains("Volvo") && rows.contains("Saab"), "{rows}");
-    let (letters, reason) = letters(place.path());
-    assert!(letters == 1 && reason.contains("within the time of the call"), "{letters}: {reason}");
+    let (dead_letters, reason) = dead_letters_and_reason(place.path());
+    assert!(dead_letters == 1 && reason.contains("within the time of the call"), "{dead_letters}: {reason}");
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }

@@ -53,12 +53,12 @@ fn wall_06_a_lookup_of_overlapping_keys_is_bounded_before_it_is_copied() {
             .expect("a file");
         let ran = place.run();
         assert_eq!(ran.code, Some(0), "{}", ran.log);
-        let letters = place.letters();
+        let dead_letters = place.dead_letters();
         match reason {
             Some(reason) => {
-                assert!(letters.len() == 1 && letters[0].contains(reason), "{letters:?}");
+                assert!(dead_letters.len() == 1 && dead_letters[0].contains(reason), "{dead_letters:?}");
             }
-            None => assert_eq!(letters, Vec::<String>::new(), "{keys} keys of {bytes} bytes"),
+            None => assert_eq!(dead_letters, Vec::<String>::new(), "{keys} keys of {bytes} bytes"),
         }
         ran.assert_memory(&format!("{keys} keys of {bytes} bytes"));
         assert!(ran.took < Duration::from_secs(60), "{keys} of {bytes}: {:?}", ran.took);
@@ -109,8 +109,8 @@ fn wall_06_a_request_that_is_too_large_is_refused_before_it_is_copied() {
         let place = Place::new(&asking, 1, &stage, "");
         let ran = place.run();
         assert_eq!(ran.code, Some(0), "{}", ran.log);
-        let letters = place.letters();
-        assert!(letters.len() == 1 && letters[0].contains(reason), "{reason}: {letters:?}");
+        let dead_letters = place.dead_letters();
+        assert!(dead_letters.len() == 1 && dead_letters[0].contains(reason), "{reason}: {dead_letters:?}");
         ran.assert_memory(reason);
         let connected = server.accept().expect_err("nobody connects");
         assert_eq!(connected.kind(), std::io::ErrorKind::WouldBlock, "{reason}");

@@ -189,7 +189,7 @@ impl Place {
     }
 
     /// The reasons of the dead letters, in order.
-    pub fn letters(&self) -> Vec<String> {
+    pub fn dead_letters(&self) -> Vec<String> {
         let state = sqlite(&self.folder.path().join("state/guests/state.db"));
         let sql = "SELECT reason FROM dead_letter ORDER BY sequence";
         let mut query = state.prepare(sql).expect("the dead letters");

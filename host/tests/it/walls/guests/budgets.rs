@@ -27,7 +27,7 @@ fn wall_09_log_lines_are_counted_for_the_stage_and_not_for_each_instance() {
     let place = Place::new(&asking, RECORDS, stage, "");
     let ran = place.run();
     assert_eq!(ran.code, Some(0), "{}", ran.log);
-    assert_eq!(place.letters().len(), RECORDS);
+    assert_eq!(place.dead_letters().len(), RECORDS);
     let shown = ran.log.lines().filter(|line| line.contains("\\u{0}")).count() as u64;
     let seconds = ran.took.as_secs() + 2;
     assert!((1..=5 * seconds).contains(&shown), "{shown} lines in {seconds} s");
@@ -70,7 +70,7 @@ fn wall_09_metrics_are_counted_for_the_stage_and_not_for_each_instance() {
         let mut lane = lane.unwrap_or_else(|why| panic!("{why}"));
         for _ in 0..40 {
             let outcome = lane.run(&["record".to_owned()]).expect("it goes on");
-            assert_eq!(outcome.letters.len(), 1);
+            assert_eq!(outcome.dead_letters.len(), 1);
         }
         recorder.handle().render()
     });
@@ -82,7 +82,7 @@ fn wall_09_metrics_are_counted_for_the_stage_and_not_for_each_instance() {
     let admin = format!("[admin]\nlisten = \"127.0.0.1:{}\"", free_port());
     let place = Place::new(&asking, RECORDS, &stage, &admin);
     let ran = place.run();
-    assert_eq!((ran.code, place.letters().len()), (Some(0), RECORDS), "{}", ran.log);
+    assert_eq!((ran.code, place.dead_letters().len()), (Some(0), RECORDS), "{}", ran.log);
     ran.assert_memory("metrics");
 }
 
@@ -106,6 +106,6 @@ fn wall_09_values_of_a_histogram_do_not_pile_up() {
     let admin = format!("[admin]\nlisten = \"127.0.0.1:{}\"", free_port());
     let place = Place::new(&asking, 1, stage, &admin);
     let ran = place.run();
-    assert_eq!((ran.code, place.letters()), (Some(0), Vec::new()), "{}", ran.log);
+    assert_eq!((ran.code, place.dead_letters()), (Some(0), Vec::new()), "{}", ran.log);
     ran.assert_memory(&format!("{VALUES} values"));
 }

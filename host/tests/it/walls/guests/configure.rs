@@ -73,7 +73,7 @@ fn wall_07_configure_may_log_announce_metrics_and_ask_for_time_and_chance() {
     let checked = run(&["check", &place.pipeline()]);
     assert!(checked.status.success(), "{}", said(&checked));
     let ran = place.run();
-    assert_eq!((ran.code, place.letters()), (Some(0), Vec::new()), "{}", ran.log);
+    assert_eq!((ran.code, place.dead_letters()), (Some(0), Vec::new()), "{}", ran.log);
     assert!(ran.log.contains("WARN configure stage=ask"), "{}", ran.log);
 }
 

@@ -50,5 +50,5 @@ fn wall_10_a_call_to_the_host_ends_with_the_drain_and_blames_nobody() {
     assert!(took < DRAIN + END, "it ended after {took:?}: {log}");
     assert!(status.code().is_some_and(|code| code != 101), "{status}: {log}");
     assert!(!log.contains("panicked") && !log.contains("shutdown"), "{log}");
-    assert_eq!(place.letters(), Vec::<String>::new(), "{log}");
+    assert_eq!(place.dead_letters(), Vec::<String>::new(), "{log}");
 }

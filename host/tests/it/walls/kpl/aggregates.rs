@@ -102,6 +102,6 @@ fn wall_01_sub_sequences_do_not_depend_on_settings() {
     world.catch_up(&Pipeline { source: "batch = { records = 64 }".into(), ..Pipeline::default() });
     world.assert_each_once_in_order(EVENTS);
     let sql = "SELECT count(*) FROM dead_letter";
-    let letters: u64 = world.state().query_row(sql, (), |row| row.get(0)).expect("a count");
-    assert_eq!(letters, 0);
+    let dead_letters: u64 = world.state().query_row(sql, (), |row| row.get(0)).expect("a count");
+    assert_eq!(dead_letters, 0);
 }

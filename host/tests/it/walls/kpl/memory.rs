@@ -195,7 +195,7 @@ fn wall_02_samples_for_trials_hold_what_is_counted() {
 
 /// Five records of two bytes become 50,000 items, and each of them a dead letter with the same long reason.
 #[test]
-fn wall_04_letters_of_many_items_hold_what_they_are_bounded_by() {
+fn wall_04_dead_letters_of_many_items_hold_what_they_are_bounded_by() {
     const RECORDS: usize = 5;
     const ITEMS: usize = 10_000;
     let world = World::new(1);

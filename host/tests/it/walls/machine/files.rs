@@ -283,7 +283,7 @@ fn wall_14_check_refuses_a_lock_that_a_start_refuses() {
 }
 
 #[test]
-fn wall_14_exported_letters_are_their_owners_alone() {
+fn wall_14_exported_dead_letters_are_their_owners_alone() {
     let folder = tempfile::tempdir().expect("a folder");
     let pipeline = pipeline(folder.path());
     said(&run(&["run", &pipeline]), true);

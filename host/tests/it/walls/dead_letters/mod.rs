@@ -87,7 +87,7 @@ impl Folder {
         self.state().query_row(sql, [], |row| row.get(0)).expect(sql)
     }
 
-    fn letters(&self) -> i64 {
+    fn dead_letters(&self) -> i64 {
         self.number("SELECT count(*) FROM dead_letter WHERE held = 0")
     }
 

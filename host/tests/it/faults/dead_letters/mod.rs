@@ -78,11 +78,11 @@ impl Folder {
     }
 
     /// The places of the letters, sorted.
-    fn letters(&self) -> Vec<String> {
+    fn dead_letters(&self) -> Vec<String> {
         let listed = self.ok(&["dlq", "list", "--json", "--limit", "10000"]);
         let place = |line: &str| {
-            let letter: Value = serde_json::from_str(line).expect("JSON");
-            letter["place"].as_str().expect("a place").to_owned()
+            let dead_letter: Value = serde_json::from_str(line).expect("JSON");
+            dead_letter["place"].as_str().expect("a place").to_owned()
         };
         let mut places: Vec<String> = listed.lines().map(place).collect();
         places.sort_unstable();

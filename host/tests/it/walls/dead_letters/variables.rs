@@ -82,11 +82,11 @@ fn wall_17_a_redrive_uses_the_value_of_today_and_says_that_it_was_another() {
     let folder = Folder::of_lines(&["{\"id\":1}".into(), "{\"id\":2}".into()]);
     pipeline(&folder, "${MARKER}");
     run_ok_with(&folder, "\"id\":2");
-    assert_eq!(folder.letters(), 1);
+    assert_eq!(folder.dead_letters(), 1);
     let (done, log) = run_with(&folder, &["dlq", "redrive", "--all"], Some("\"id\":3"));
     assert!(done, "{log}");
     assert!(log.contains("set otherwise") && log.contains("MARKER"), "{log}");
-    assert_eq!(folder.letters(), 0);
+    assert_eq!(folder.dead_letters(), 0);
     // What was noted is the pipeline's to change.
     let log = run_ok_with(&folder, "\"id\":2");
     assert!(!log.contains("set otherwise"), "{log}");

@@ -11,14 +11,14 @@ use tokio::sync::Mutex;
 
 use shardmill_config::BatchLimits;
 use shardmill_core::record::{
-    Batch, Entry, LetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, RouteName,
+    Batch, Entry, DeadLetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, RouteName,
     SequenceNumber, ShardKey, SinkName, StreamIdentity,
 };
 use shardmill_core::source::StartPosition;
 use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
 };
-use shardmill_state::{LostPayload, RedriveId, RedrivenLetter, Redrives, StateError};
+use shardmill_state::{LostPayload, RedriveId, RedriveRecord, Redrives, StateError};
 
 /// A key and a payload.
 pub type Made = (Bytes, Bytes);
@@ -30,11 +30,11 @@ pub trait Remake: Send {
     ///
     /// # Errors
     /// Why it cannot be made, as a sentence.
-    async fn make(&mut self, letter: &RedrivenLetter, lost: &LostPayload) -> Result<Made, String>;
+    async fn make(&mut self, dead_letter: &RedriveRecord, lost: &LostPayload) -> Result<Made, String>;
 }
 
 /// A redrive as a source.
-pub struct LettersSource {
+pub struct RedriveSource {
     redrives: Redrives,
     id: RedriveId,
     identity: StreamIdentity,
@@ -56,7 +56,7 @@ struct Remade {
 /// Letters that were left out because what entered their place could not be made again: number and reason.
 pub type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
 
-impl LettersSource {
+impl RedriveSource {
     /// The letters of a redrive, but for those that enter at the places of `without`. Letters that are kept as a
     /// digest are left out.
     pub fn new(
@@ -88,7 +88,7 @@ impl LettersSource {
 }
 
 #[async_trait]
-impl ShardSource for LettersSource {
+impl ShardSource for RedriveSource {
     async fn identity(&self) -> Result<StreamIdentity, SourceError> {
         Ok(self.identity.clone())
     }
@@ -107,7 +107,7 @@ impl ShardSource for LettersSource {
         from: ResumePoint<'_>,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
         let after = from.after.cloned();
-        Ok(Box::new(LettersReader {
+        Ok(Box::new(RedriveReader {
             redrives: self.redrives.clone(),
             id: self.id,
             shard: shard.clone(),
@@ -119,7 +119,7 @@ impl ShardSource for LettersSource {
     }
 }
 
-struct LettersReader {
+struct RedriveReader {
     redrives: Redrives,
     id: RedriveId,
     shard: ShardKey,
@@ -129,31 +129,31 @@ struct LettersReader {
     after: Option<Position>,
 }
 
-impl LettersReader {
+impl RedriveReader {
     /// Gives a letter with its payload; `None`: it could not be made again, and is left out.
     async fn whole(
         &self,
-        mut letter: RedrivenLetter,
-    ) -> Result<Option<RedrivenLetter>, SourceError> {
-        let Some(lost) = letter.lost.take() else { return Ok(Some(letter)) };
+        mut dead_letter: RedriveRecord,
+    ) -> Result<Option<RedriveRecord>, SourceError> {
+        let Some(lost) = dead_letter.lost.take() else { return Ok(Some(dead_letter)) };
         let made = match &self.remade.remaker {
-            Some(remaker) => remaker.lock().await.make(&letter, &lost).await,
+            Some(remaker) => remaker.lock().await.make(&dead_letter, &lost).await,
             None => Err("only a digest is kept of what entered there".into()),
         };
         match made {
             Ok((key, payload)) => {
                 // Copied: they may be a small part of a plugin's answer, which would be kept with them.
-                (letter.key, letter.payload) = (key.to_vec(), payload.to_vec());
-                Ok(Some(letter))
+                (dead_letter.key, dead_letter.payload) = (key.to_vec(), payload.to_vec());
+                Ok(Some(dead_letter))
             }
             Err(why) => {
-                tracing::warn!(letter = lost.letter, cause = why, "a dead letter is not redriven");
+                tracing::warn!(letter = lost.dead_letter, cause = why, "a dead letter is not redriven");
                 let reached = self.remade.reached.clone();
-                let left = self.redrives.leave_out(self.id, lost.letter, reached).await;
+                let left = self.redrives.leave_out(self.id, lost.dead_letter, reached).await;
                 left.map_err(unreadable)?;
                 let mut left_out =
                     self.remade.left_out.lock().unwrap_or_else(PoisonError::into_inner);
-                left_out.push((lost.letter, why));
+                left_out.push((lost.dead_letter, why));
                 Ok(None)
             }
         }
@@ -162,64 +162,64 @@ impl LettersReader {
 
 /// Gives the error of a source for one of the state.
 pub(crate) fn unreadable(error: StateError) -> SourceError {
-    SourceError::Letters { cause: error.to_string(), is_final: error.is_final() }
+    SourceError::DeadLetters { cause: error.to_string(), is_final: error.is_final() }
 }
 
 /// The properties that the letters of one batch share.
 #[derive(PartialEq, Eq)]
 struct Common {
-    place: LetterPlace,
+    place: DeadLetterPlace,
     route: RouteName,
     delivered_to: Vec<SinkName>,
     keeps_whole: bool,
 }
 
 impl Common {
-    fn of(letter: &RedrivenLetter) -> Self {
+    fn of(dead_letter: &RedriveRecord) -> Self {
         Self {
-            place: letter.place.clone(),
-            route: letter.route.clone(),
-            delivered_to: letter.delivered_to.clone(),
-            keeps_whole: letter.keeps_whole,
+            place: dead_letter.place.clone(),
+            route: dead_letter.route.clone(),
+            delivered_to: dead_letter.delivered_to.clone(),
+            keeps_whole: dead_letter.keeps_whole,
         }
     }
 }
 
 #[async_trait]
-impl BatchReader for LettersReader {
+impl BatchReader for RedriveReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
-        let after = letter_number(self.after.as_ref())?;
+        let after = dead_letter_number(self.after.as_ref())?;
         let BatchLimits { records_max, bytes_max, .. } = self.limits;
         let (mut records, mut origins): (Vec<Record>, Vec<Position>) = (Vec::new(), Vec::new());
         let (mut common, mut bytes) = (None, 0);
         while common.is_none() {
             let limits = (records_max, bytes_max);
-            let letters = self.redrives.letters(self.id, after, limits, &self.without).await;
-            let letters = letters.map_err(unreadable)?;
-            if letters.is_empty() {
+            let dead_letters = self.redrives.dead_letters(self.id, after, limits, &self.without).await;
+            let dead_letters = dead_letters.map_err(unreadable)?;
+            if dead_letters.is_empty() {
                 return Ok(NextBatch::SourceEnd);
             }
-            for letter in letters {
-                let own = Common::of(&letter);
+            for dead_letter in dead_letters {
+                let own = Common::of(&dead_letter);
                 if common.as_ref().is_some_and(|common| *common != own) {
                     break;
                 }
                 // One that is left out is not read again.
-                let Some(letter) = self.whole(letter).await? else { continue };
-                bytes += letter.key.len() + letter.payload.len();
+                let Some(dead_letter) = self.whole(dead_letter).await? else { continue };
+                bytes += dead_letter.key.len() + dead_letter.payload.len();
                 if common.is_some() && bytes > bytes_max {
                     break;
                 }
                 common = Some(own);
-                origins.push(letter.origin);
+                origins.push(dead_letter.origin);
                 records.push(Record {
                     position: Position {
-                        sequence: SequenceNumber::from(letter.ordinal),
+                        sequence: SequenceNumber::from(dead_letter.ordinal),
                         sub_sequence: 0,
                     },
-                    partition_key: letter.key.into(),
-                    payload: letter.payload.into(),
-                    arrived_ms: letter.arrived_ms,
+                    partition_key: dead_letter.key.into(),
+                    payload: dead_letter.payload.into(),
+                    arrived_ms: dead_letter.arrived_ms,
                 });
             }
         }
@@ -242,11 +242,11 @@ impl BatchReader for LettersReader {
 /// The number of the letter that was read last; 0 before the first.
 ///
 /// # Errors
-/// [`SourceError::Letters`]: a position that is not of letters. Read as any number, it would pass letters
+/// [`SourceError::DeadLetters`]: a position that is not of letters. Read as any number, it would pass letters
 /// over or run them twice.
-pub(super) fn letter_number(after: Option<&Position>) -> Result<u64, SourceError> {
+pub(super) fn dead_letter_number(after: Option<&Position>) -> Result<u64, SourceError> {
     let Some(after) = after else { return Ok(0) };
-    after.sequence.as_str().parse().map_err(|error| SourceError::Letters {
+    after.sequence.as_str().parse().map_err(|error| SourceError::DeadLetters {
         cause: format!("position {after} is not of a dead letter: {error}; restore the state"),
         is_final: true,
     })

@@ -201,14 +201,14 @@ fn fault_17_rows_that_say_a_former_name_of_the_sink_are_not_made_twice() {
 }
 
 #[test]
-fn fault_23_letters_of_a_replayed_window_are_redriven_to_the_other_sinks_only() {
+fn fault_23_dead_letters_of_a_replayed_window_are_redriven_to_the_other_sinks_only() {
     let ran = Ran::new("fault-23", "", &[copy()], 40);
     let copied = || -> (u64, u64) {
         let copy = sqlite(&ran.cars.path().join("copy.db"));
         let counts = "SELECT count(*), count(DISTINCT id) FROM cars";
         copy.query_row(counts, [], |row| Ok((row.get(0)?, row.get(1)?))).expect("counts")
     };
-    assert_eq!((ran.rows(), copied(), ran.cars.letters().len()), ("36 36".into(), (36, 36), 4));
+    assert_eq!((ran.rows(), copied(), ran.cars.dead_letters().len()), ("36 36".into(), (36, 36), 4));
     // One record fails in the replay as well: it is among the letters for both sinks.
     ran.runs("v2 reject 20");
     let refused = ran.cars.refused(&ran.replay(&[]));
@@ -218,14 +218,14 @@ fn fault_23_letters_of_a_replayed_window_are_redriven_to_the_other_sinks_only() 
     ran.runs("v3 none");
     assert_eq!(ran.cars.redriven(&["--all"]), (4, 0, 0));
     assert_eq!((ran.rows(), copied()), ("40 40".into(), (40, 40)));
-    assert_eq!(ran.cars.letters(), Vec::<String>::new());
+    assert_eq!(ran.cars.dead_letters(), Vec::<String>::new());
     // Whatever was redriven, a replay makes each record once.
     ran.cars.report(&ran.replay(&[]));
     assert_eq!(ran.rows(), "40 40");
 }
 
 #[test]
-fn fault_23_a_letter_that_fails_again_elsewhere_is_not_for_the_replayed_sink() {
+fn fault_23_a_dead_letter_that_fails_again_elsewhere_is_not_for_the_replayed_sink() {
     let ran = Ran::new("fault-23-again", "", &[copy()], 20);
     ran.runs("v2 none");
     ran.cars.report(&ran.replay(&[]));

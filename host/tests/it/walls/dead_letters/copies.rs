@@ -126,8 +126,8 @@ fn wall_04_copies_have_a_large_record_once_whatever_is_killed() {
 
     // As the book joins them.
     let joined =
-        format!("SELECT count(*), count(DISTINCT original) FROM ({})", assets::LETTERS_SQL);
-    let letters = sqlite(&folder.path().join("letters.db"));
-    let counts = letters.query_row(&joined, [], |row| Ok((row.get(0)?, row.get(1)?)));
+        format!("SELECT count(*), count(DISTINCT original) FROM ({})", assets::DEAD_LETTERS_SQL);
+    let dead_letters = sqlite(&folder.path().join("letters.db"));
+    let counts = dead_letters.query_row(&joined, [], |row| Ok((row.get(0)?, row.get(1)?)));
     assert_eq!(counts.expect("counts"), (3 * ITEMS as i64, records.len() as i64));
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::letters::unreadable;
+use super::redrive_source::unreadable;
 use shardmill_config::BatchLimits;
 use shardmill_core::record::{
     Batch, Entry, PipelineName, Position, PositionSpan, Record, SequenceNumber, ShardKey,
@@ -17,7 +17,7 @@ use shardmill_core::source::StartPosition;
 use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
 };
-use shardmill_state::{DeadLetters, LoggedLetter};
+use shardmill_state::{DeadLetters, LoggedDeadLetter};
 
 /// The one shard of the log.
 const SHARD: &str = "letters-000000000000";
@@ -25,30 +25,30 @@ const SHARD: &str = "letters-000000000000";
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The log of letters as a source.
-pub struct LetterLogSource {
-    letters: DeadLetters,
+pub struct DeadLetterLogSource {
+    dead_letters: DeadLetters,
     pipeline: PipelineName,
     limits: BatchLimits,
     last: CancellationToken,
 }
 
-impl LetterLogSource {
+impl DeadLetterLogSource {
     /// The letters of a pipeline. Once `last` is cancelled no more are written: what there is then is
     /// the rest.
     pub fn new(
-        letters: DeadLetters,
+        dead_letters: DeadLetters,
         pipeline: PipelineName,
         limits: BatchLimits,
         last: CancellationToken,
     ) -> Self {
-        Self { letters, pipeline, limits, last }
+        Self { dead_letters, pipeline, limits, last }
     }
 }
 
 #[async_trait]
-impl ShardSource for LetterLogSource {
+impl ShardSource for DeadLetterLogSource {
     async fn identity(&self) -> Result<StreamIdentity, SourceError> {
-        self.letters.log_stream(&self.pipeline).await.map_err(unreadable)
+        self.dead_letters.log_stream(&self.pipeline).await.map_err(unreadable)
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
@@ -67,10 +67,10 @@ impl ShardSource for LetterLogSource {
         let after = from.after.cloned();
         if let Some(after) = &after {
             // A lane begins where its slowest sink stands.
-            self.letters.forget_log(&after.sequence).await.map_err(unreadable)?;
+            self.dead_letters.forget_log(&after.sequence).await.map_err(unreadable)?;
         }
-        Ok(Box::new(LetterLogReader {
-            letters: self.letters.clone(),
+        Ok(Box::new(DeadLetterLogReader {
+            dead_letters: self.dead_letters.clone(),
             shard: shard.clone(),
             limits: self.limits,
             last: self.last.clone(),
@@ -80,8 +80,8 @@ impl ShardSource for LetterLogSource {
     }
 }
 
-struct LetterLogReader {
-    letters: DeadLetters,
+struct DeadLetterLogReader {
+    dead_letters: DeadLetters,
     shard: ShardKey,
     limits: BatchLimits,
     last: CancellationToken,
@@ -91,7 +91,7 @@ struct LetterLogReader {
 }
 
 #[async_trait]
-impl BatchReader for LetterLogReader {
+impl BatchReader for DeadLetterLogReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         if self.is_idle {
             tokio::select! {
@@ -101,9 +101,9 @@ impl BatchReader for LetterLogReader {
         }
         // Asked before the look: what was written until then is found by it.
         let is_last = self.last.is_cancelled();
-        let after = super::letters::letter_number(self.after.as_ref())?;
+        let after = super::redrive_source::dead_letter_number(self.after.as_ref())?;
         let BatchLimits { records_max, bytes_max, .. } = self.limits;
-        let logged = self.letters.logged(after, records_max, bytes_max).await;
+        let logged = self.dead_letters.logged(after, records_max, bytes_max).await;
         let records: Vec<Record> = logged.map_err(unreadable)?.into_iter().map(record).collect();
         let Some(last) = records.last() else {
             self.is_idle = true;
@@ -124,11 +124,11 @@ impl BatchReader for LetterLogReader {
     }
 }
 
-fn record(LoggedLetter { number, letter }: LoggedLetter) -> Record {
+fn record(LoggedDeadLetter { number, dead_letter }: LoggedDeadLetter) -> Record {
     Record {
         position: Position { sequence: SequenceNumber::from(number), sub_sequence: 0 },
-        payload: letter.to_json().to_string().into(),
-        partition_key: letter.partition_key.into(),
-        arrived_ms: u64::try_from(letter.written_ms).unwrap_or(0),
+        payload: dead_letter.to_json().to_string().into(),
+        partition_key: dead_letter.partition_key.into(),
+        arrived_ms: u64::try_from(dead_letter.written_ms).unwrap_or(0),
     }
 }

@@ -17,7 +17,7 @@ fn fault_40_a_version_that_loops_is_replaced_by_a_corrected_one() {
         rig.world.put(10 * tens - 9..10 * tens, 50);
         rig.wait_rows(9 * tens);
         rig.world.put(10 * tens..10 * tens + 1, 50);
-        wait_for("the letter", || letters(&rig) as u64 == tens);
+        wait_for("the letter", || dead_letters(&rig) as u64 == tens);
     }
     rig.world.put(41..45, 50);
     rig.wait_rows(40);
@@ -33,7 +33,7 @@ fn fault_40_a_version_that_loops_is_replaced_by_a_corrected_one() {
     rig.stop();
 }
 
-fn letters(rig: &Rig) -> usize {
+fn dead_letters(rig: &Rig) -> usize {
     let output = rig.command(&["dlq", "list", "--limit", "1000"]);
     String::from_utf8(output.stdout).expect("text").lines().count()
 }

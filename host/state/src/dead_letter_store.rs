@@ -26,12 +26,12 @@ use super::redrive_key::{is_redrive_key, redrive_of};
 use super::store::columns;
 use shardmill_core::metric;
 use shardmill_core::record::excerpt;
-use shardmill_core::record::{Batch, Entry, LetterPlace, Position, RouteName};
+use shardmill_core::record::{Batch, Entry, DeadLetterPlace, Position, RouteName};
 
 /// Bound on the kept payloads and keys that entered one place, of each record.
 const ENTERED_BYTES_MAX: usize = 1 << 20;
 /// Overhead of a letter beside its texts and payloads, in bytes.
-pub(super) const LETTER_BYTES: usize = 512;
+pub(super) const DEAD_LETTER_BYTES: usize = 512;
 /// The bound where none is configured: this, or half of the disk that is free of other data.
 const STORE_BYTES_MAX: u64 = 10 << 30;
 
@@ -44,11 +44,11 @@ pub(super) const AS_DIGEST: u8 = 2;
 
 /// What identifies a letter within its shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct LetterKey {
+pub struct DeadLetterKey {
     /// The record's position.
     pub position: Position,
     /// Where it failed.
-    pub place: LetterPlace,
+    pub place: DeadLetterPlace,
     /// Its place among the record's items there, from 0.
     pub output: u32,
 }
@@ -57,7 +57,7 @@ pub struct LetterKey {
 #[derive(Clone, Debug)]
 pub struct DeadLetter {
     /// What identifies it.
-    pub key: LetterKey,
+    pub key: DeadLetterKey,
     /// The partition key that the record was put with.
     pub partition_key: Bytes,
     /// The record's data as it was put.
@@ -88,7 +88,7 @@ pub struct MadeBy {
     /// The revision.
     pub revision: Arc<str>,
     /// Where a redriven record entered, and by which route; `None`: it came from the source.
-    enters: Option<(LetterPlace, RouteName)>,
+    enters: Option<(DeadLetterPlace, RouteName)>,
     /// Keeps the payload that entered a letter's place whole: it could not be made again.
     keeps_whole: bool,
 }
@@ -164,7 +164,7 @@ struct Last {
     sequence: String,
     sub_sequence: u64,
     record: Option<i64>,
-    place: LetterPlace,
+    place: DeadLetterPlace,
     /// Bytes that are kept of the payloads that entered there, of all letters of the record.
     entered_bytes: usize,
 }
@@ -191,42 +191,42 @@ impl<'t> Keeper<'t> {
     }
 
     /// Keeps the record of a letter, and decides which other parts are kept.
-    pub(super) fn keep<'l>(&mut self, letter: &'l DeadLetter) -> rusqlite::Result<Kept<'l>> {
-        let (sequence, sub) = columns(&letter.key.position);
+    pub(super) fn keep<'l>(&mut self, dead_letter: &'l DeadLetter) -> rusqlite::Result<Kept<'l>> {
+        let (sequence, sub) = columns(&dead_letter.key.position);
         let last =
             self.last.take().filter(|last| (&last.sequence, last.sub_sequence) == (&sequence, sub));
         let record = match (&last, self.redrive) {
             (Some(last), _) => last.record,
             (None, Some(redrive)) => self.record_of_redriven(redrive, &sequence)?,
-            (None, None) => Some(self.record(letter, &sequence, sub)?),
+            (None, None) => Some(self.record(dead_letter, &sequence, sub)?),
         };
         let is_original = self.redrive.is_none()
-            && letter.entered == letter.original
-            && letter.entered_key == letter.partition_key;
-        let bytes = letter.entered.len() + letter.entered_key.len();
+            && dead_letter.entered == dead_letter.original
+            && dead_letter.entered_key == dead_letter.partition_key;
+        let bytes = dead_letter.entered.len() + dead_letter.entered_key.len();
         let before = match &last {
-            Some(last) if last.place == letter.key.place => last.entered_bytes,
+            Some(last) if last.place == dead_letter.key.place => last.entered_bytes,
             _ => 0,
         };
-        let kind = kind(is_original, letter.made.keeps_whole, before, bytes);
+        let kind = kind(is_original, dead_letter.made.keeps_whole, before, bytes);
         let kept = if kind == KEPT { bytes } else { 0 };
-        let (place, entered_bytes) = (letter.key.place.clone(), before + kept);
+        let (place, entered_bytes) = (dead_letter.key.place.clone(), before + kept);
         self.last = Some(Last { sequence, sub_sequence: sub, record, place, entered_bytes });
-        let (digest, made) = match (is_original, letter.made.keeps_whole) {
+        let (digest, made) = match (is_original, dead_letter.made.keeps_whole) {
             (true, _) | (_, true) => (String::new(), String::new()),
             _ => {
-                let digest = entered_digest(&letter.entered_key, &letter.entered);
-                let step = [Step::of(&letter.made, digest.clone())];
+                let digest = entered_digest(&dead_letter.entered_key, &dead_letter.entered);
+                let step = [Step::of(&dead_letter.made, digest.clone())];
                 // Texts alone: this cannot fail.
                 (digest, serde_json::to_string(&step).unwrap_or_default())
             }
         };
-        let reason = excerpt(letter.reason.as_bytes());
-        let backtrace = excerpt(letter.backtrace.as_bytes());
-        let plugin = excerpt(letter.plugin.as_bytes());
+        let reason = excerpt(dead_letter.reason.as_bytes());
+        let backtrace = excerpt(dead_letter.backtrace.as_bytes());
+        let plugin = excerpt(dead_letter.plugin.as_bytes());
         let texts = reason.len() + backtrace.len() + made.len() + plugin.len();
         let (key, entered): (&[u8], &[u8]) = match kind {
-            KEPT => (&letter.entered_key, &letter.entered),
+            KEPT => (&dead_letter.entered_key, &dead_letter.entered),
             _ => (&[], &[]),
         };
         Ok(Kept {
@@ -234,18 +234,18 @@ impl<'t> Keeper<'t> {
             kind,
             key,
             entered,
-            bytes: letter.entered.len(),
+            bytes: dead_letter.entered.len(),
             digest,
             made,
             plugin,
             reason,
             backtrace,
-            kept_bytes: LETTER_BYTES + texts + kept,
+            kept_bytes: DEAD_LETTER_BYTES + texts + kept,
         })
     }
 
     /// The number of a letter's record, which is written if it is the first letter of it.
-    fn record(&self, letter: &DeadLetter, sequence: &str, sub: u64) -> rusqlite::Result<i64> {
+    fn record(&self, dead_letter: &DeadLetter, sequence: &str, sub: u64) -> rusqlite::Result<i64> {
         let (stream, shard) = self.shard;
         let known = "SELECT id FROM letter_record
                      WHERE stream = ?1 AND shard = ?2 AND sequence = ?3 AND sub_sequence = ?4";
@@ -257,7 +257,7 @@ impl<'t> Keeper<'t> {
         let insert = "INSERT INTO letter_record
                           (stream, shard, sequence, sub_sequence, partition_key, original)
                       VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
-        let (key, original) = (&letter.partition_key[..], &letter.original[..]);
+        let (key, original) = (&dead_letter.partition_key[..], &dead_letter.original[..]);
         self.state.prepare_cached(insert)?.insert((stream, shard, sequence, sub, key, original))
     }
 
@@ -385,7 +385,7 @@ impl StoreBound {
         };
         let kept = kept_bytes(state)?;
         if kept >= bytes_max && !are_there()? {
-            return Ok(Err(StoreFull { kept, more: LETTER_BYTES as u64, bytes_max }));
+            return Ok(Err(StoreFull { kept, more: DEAD_LETTER_BYTES as u64, bytes_max }));
         }
         state.execute_batch("SAVEPOINT letters_written")?;
         write()?;
@@ -447,7 +447,7 @@ pub(super) fn kept_bytes(state: &Transaction<'_>) -> rusqlite::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeadLetters, LetterKey, StateStore};
+    use crate::{DeadLetters, DeadLetterKey, StateStore};
     use shardmill_core::record::{
         Position, PositionSpan, SequenceNumber, ShardKey, SinkName, StreamIdentity,
     };
@@ -471,14 +471,14 @@ mod tests {
     #[tokio::test]
     async fn wall_04_a_full_store_takes_what_makes_it_no_larger() {
         let folder = tempfile::tempdir().expect("a folder");
-        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let dead_letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
         let stream = StreamIdentity { name: "cars".into(), arn: "cars".into(), created_ms: 0 };
         let (stream, pipeline) = (stream.into(), "cars".into());
         let shard = ShardKey { pipeline, stream, shard: "shard".into() };
-        let letter = |number: u64, reason: &str| DeadLetter {
-            key: LetterKey {
+        let dead_letter = |number: u64, reason: &str| DeadLetter {
+            key: DeadLetterKey {
                 position: Position { sequence: SequenceNumber::from(number), sub_sequence: 0 },
-                place: LetterPlace::Stage("decode".into()),
+                place: DeadLetterPlace::Stage("decode".into()),
                 output: 0,
             },
             partition_key: "k".into(),
@@ -493,30 +493,30 @@ mod tests {
             backtrace: String::new(),
             made: MadeBy::at_source("revision"),
         };
-        let first = || vec![letter(1, "no JSON"), letter(2, "no JSON")];
-        letters.put(&shard, first(), false).await.expect("there is room");
-        let kept = letters.kept_bytes().await.expect("read");
-        letters.set_bound(Some(1));
-        let longer = vec![letter(1, "no JSON at all")];
+        let first = || vec![dead_letter(1, "no JSON"), dead_letter(2, "no JSON")];
+        dead_letters.put(&shard, first(), false).await.expect("there is room");
+        let kept = dead_letters.kept_bytes().await.expect("read");
+        dead_letters.set_bound(Some(1));
+        let longer = vec![dead_letter(1, "no JSON at all")];
         for (name, written, passes) in [
             ("a replay", first(), true),
-            ("a shorter reason", vec![letter(2, "no")], true),
-            ("as it was", vec![letter(2, "no JSON")], false),
+            ("a shorter reason", vec![dead_letter(2, "no")], true),
+            ("as it was", vec![dead_letter(2, "no JSON")], false),
             ("a longer reason", longer, false),
-            ("one more", vec![letter(1, "no JSON"), letter(3, "no JSON")], false),
+            ("one more", vec![dead_letter(1, "no JSON"), dead_letter(3, "no JSON")], false),
         ] {
-            let done = letters.put(&shard, written, false).await;
+            let done = dead_letters.put(&shard, written, false).await;
             let refused = done.map_err(|error| error.to_string()).err();
             assert_eq!(refused.is_none(), passes, "{name}: {refused:?}");
             assert!(refused.is_none_or(|why| why.contains("is full")), "{name}");
         }
         // Rows that are given up, none of which is there to be written.
-        let (sink, at) = (SinkName::from("mart"), letter(9, "").key.position);
-        let own = letters.take_over(&shard, &sink, None).await.expect("taken over");
+        let (sink, at) = (SinkName::from("mart"), dead_letter(9, "").key.position);
+        let own = dead_letters.take_over(&shard, &sink, None).await.expect("taken over");
         let span = PositionSpan { from_exclusive: None, to_inclusive: at };
-        let given_up = letters.give_up((&shard, &sink), own.epoch, &span, Vec::new(), true).await;
+        let given_up = dead_letters.give_up((&shard, &sink), own.epoch, &span, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
-        let (count, held) = (letters.count().await, letters.kept_bytes().await);
+        let (count, held) = (dead_letters.count().await, dead_letters.kept_bytes().await);
         assert_eq!((count.expect("counted"), held.expect("read")), (2, kept - 5));
     }
 

@@ -24,8 +24,8 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::entered_digest;
-use super::letter_store::AS_ORIGINAL;
-use super::letters::{COPIED_COLUMNS, DeadLetters, PayloadDigest, SHOWN, StoredLetter};
+use super::dead_letter_store::AS_ORIGINAL;
+use super::dead_letters::{COPIED_COLUMNS, DeadLetters, PayloadDigest, SHOWN, StoredDeadLetter};
 use super::store::StateError;
 use shardmill_core::record::Column;
 use shardmill_core::record::{PipelineName, SequenceNumber, StreamIdentity};
@@ -37,11 +37,11 @@ const REPEATED_BYTES_MAX: usize = 4 << 10;
 
 /// A letter with its place in the log.
 #[derive(Clone, Debug)]
-pub struct LoggedLetter {
+pub struct LoggedDeadLetter {
     /// Its place, from 1.
     pub number: u64,
     /// The letter.
-    pub letter: StoredLetter,
+    pub dead_letter: StoredDeadLetter,
 }
 
 impl DeadLetters {
@@ -70,7 +70,7 @@ impl DeadLetters {
         after: u64,
         limit: usize,
         bytes: usize,
-    ) -> Result<Vec<LoggedLetter>, StateError> {
+    ) -> Result<Vec<LoggedDeadLetter>, StateError> {
         self.store
             .write("read the log of dead letters", move |state| {
                 let mut query = state.prepare_cached(&format!(
@@ -86,7 +86,7 @@ impl DeadLetters {
                 let (mut logged, mut held_bytes) = (Vec::new(), 0);
                 let mut digests = HashMap::new();
                 while let Some(row) = rows.next()? {
-                    let mut letter = StoredLetter::read(row, 4)?;
+                    let mut dead_letter = StoredDeadLetter::read(row, 4)?;
                     if let Some(bytes) = row.get(2)? {
                         let kind: u8 = row.get(1)?;
                         let digests = match digests.entry(row.get::<_, i64>(0)?) {
@@ -96,13 +96,13 @@ impl DeadLetters {
                                 none.insert(digests)
                             }
                         };
-                        digests.stand_in(&mut letter, bytes, kind == AS_ORIGINAL);
+                        digests.stand_in(&mut dead_letter, bytes, kind == AS_ORIGINAL);
                     }
-                    held_bytes += letter.original.len() + letter.partition_key.len();
+                    held_bytes += dead_letter.original.len() + dead_letter.partition_key.len();
                     // A plugin's key is as long as it likes.
-                    held_bytes += letter.entered.len() + letter.entered_key.len();
-                    held_bytes += letter.reason.len() + letter.backtrace.len();
-                    logged.push(LoggedLetter { number: row.get(3)?, letter });
+                    held_bytes += dead_letter.entered.len() + dead_letter.entered_key.len();
+                    held_bytes += dead_letter.reason.len() + dead_letter.backtrace.len();
+                    logged.push(LoggedDeadLetter { number: row.get(3)?, dead_letter });
                     if held_bytes >= bytes {
                         break;
                     }
@@ -152,15 +152,15 @@ impl Digests {
 
     /// Puts them in the place of a letter's record, of that many bytes, and of what entered, if that is the
     /// record.
-    fn stand_in(&self, letter: &mut StoredLetter, bytes: u64, entered_is_original: bool) {
-        letter.original_digest = Some(PayloadDigest { sha256: self.original.clone(), bytes });
+    fn stand_in(&self, dead_letter: &mut StoredDeadLetter, bytes: u64, entered_is_original: bool) {
+        dead_letter.original_digest = Some(PayloadDigest { sha256: self.original.clone(), bytes });
         if entered_is_original {
-            letter.entered_digest = Some(PayloadDigest { sha256: self.entered.clone(), bytes });
+            dead_letter.entered_digest = Some(PayloadDigest { sha256: self.entered.clone(), bytes });
         }
     }
 }
 
-impl StoredLetter {
+impl StoredDeadLetter {
     /// All that is known of it, one JSON object: what `dlq export` writes, and what sinks of letters get.
     pub fn to_json(&self) -> Value {
         json!({
@@ -183,7 +183,7 @@ impl StoredLetter {
         })
     }
 
-    /// The columns of [`StoredLetter::to_json`], for tables.
+    /// The columns of [`StoredDeadLetter::to_json`], for tables.
     pub fn columns() -> Vec<Column> {
         let column = |(name, data_type): (&str, &str)| Column {
             name: name.into(),
@@ -233,12 +233,12 @@ fn payload(bytes: &[u8]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeadLetter, LetterFilter, LetterKey, MadeBy, StateStore};
-    use shardmill_core::record::{LetterPlace, Position, ShardKey, SinkName};
+    use crate::{DeadLetter, DeadLetterFilter, DeadLetterKey, MadeBy, StateStore};
+    use shardmill_core::record::{DeadLetterPlace, Position, ShardKey, SinkName};
 
-    fn letter(sequence: u64) -> DeadLetter {
+    fn dead_letter(sequence: u64) -> DeadLetter {
         let position = Position { sequence: SequenceNumber::from(sequence), sub_sequence: 0 };
-        let key = LetterKey { position, place: LetterPlace::Sink("mart".into()), output: 0 };
+        let key = DeadLetterKey { position, place: DeadLetterPlace::Sink("mart".into()), output: 0 };
         DeadLetter {
             key,
             partition_key: "k".into(),
@@ -256,38 +256,38 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn fault_10_copies_pass_over_letters_of_an_unfinished_redrive() {
+    async fn fault_10_copies_pass_over_dead_letters_of_an_unfinished_redrive() {
         use crate::Redrives;
         let folder = tempfile::tempdir().expect("a folder");
         let store = StateStore::open(folder.path()).expect("opened");
-        let letters = DeadLetters::new(store.clone());
+        let dead_letters = DeadLetters::new(store.clone());
         let pipeline = PipelineName::from("cars");
-        let stream = letters.log_stream(&pipeline).await.expect("a stream");
+        let stream = dead_letters.log_stream(&pipeline).await.expect("a stream");
         let shard =
             ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
-        letters.put(&shard, vec![letter(1)], false).await.expect("written");
+        dead_letters.put(&shard, vec![dead_letter(1)], false).await.expect("written");
         let redrives = Redrives::new(store, pipeline.clone());
-        let id = redrives.begin(LetterFilter::default()).await.expect("begun").expect("a letter");
+        let id = redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("a letter");
         let own = ShardKey { stream: id.stream(&pipeline).into(), shard: id.shard(), pipeline };
         // It failed again, elsewhere; then the redrive was broken off.
-        let mut again = letter(1);
-        again.key.place = LetterPlace::Sink("other".into());
-        letters.put(&own, vec![again], false).await.expect("written");
-        letters.put(&shard, vec![letter(2)], false).await.expect("written");
+        let mut again = dead_letter(1);
+        again.key.place = DeadLetterPlace::Sink("other".into());
+        dead_letters.put(&own, vec![again], false).await.expect("written");
+        dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         let logged = async || -> Vec<(u64, String, String)> {
-            let logged = letters.logged(0, 10, 1_000).await.expect("a log");
+            let logged = dead_letters.logged(0, 10, 1_000).await.expect("a log");
             let shown =
-                |one: super::LoggedLetter| (one.number, one.letter.sequence, one.letter.place);
+                |one: super::LoggedDeadLetter| (one.number, one.dead_letter.sequence, one.dead_letter.place);
             logged.into_iter().map(shown).collect()
         };
         let of = |number, sequence: &str, place: &str| (number, sequence.into(), place.into());
         let before = [of(1, "1", "sink:mart"), of(2, "2", "sink:mart")];
         assert_eq!(logged().await, before, "nothing waits for the redrive");
-        assert_eq!(letters.count().await.expect("counted"), 2);
+        assert_eq!(dead_letters.count().await.expect("counted"), 2);
         // At its end the one that stays is numbered anew.
         let moved = "UPDATE letters SET stream = 'dead-letters', shard = 'shard'
                      WHERE stream GLOB 'letters:*'";
-        letters.store.write("move", |state| state.execute(moved, [])).await.expect("moved");
+        dead_letters.store.write("move", |state| state.execute(moved, [])).await.expect("moved");
         assert_eq!(logged().await, [before.to_vec(), vec![of(3, "1", "sink:other")]].concat());
     }
 
@@ -295,34 +295,34 @@ mod tests {
     async fn wall_04_copies_read_no_more_keys_at_once_than_they_may() {
         const MIB: usize = 1 << 20;
         let folder = tempfile::tempdir().expect("a folder");
-        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let dead_letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
         let pipeline = PipelineName::from("cars");
-        let stream = letters.log_stream(&pipeline).await.expect("a stream");
+        let stream = dead_letters.log_stream(&pipeline).await.expect("a stream");
         let shard = ShardKey { pipeline, stream: stream.into(), shard: "shard".into() };
         let with_key =
-            |sequence| DeadLetter { entered_key: vec![b'k'; MIB - 1].into(), ..letter(sequence) };
-        letters.put(&shard, (1..9).map(with_key).collect::<Vec<_>>(), false).await.expect("put");
-        let logged = letters.logged(0, 100, 2 * MIB).await.expect("a log");
+            |sequence| DeadLetter { entered_key: vec![b'k'; MIB - 1].into(), ..dead_letter(sequence) };
+        dead_letters.put(&shard, (1..9).map(with_key).collect::<Vec<_>>(), false).await.expect("put");
+        let logged = dead_letters.logged(0, 100, 2 * MIB).await.expect("a log");
         assert_eq!(logged.len(), 2, "of eight letters");
     }
 
     /// Letters of a record that is as long as this, one for each of its items.
-    fn of_record(sequence: u64, bytes: usize, items: u32, place: &LetterPlace) -> Vec<DeadLetter> {
+    fn of_record(sequence: u64, bytes: usize, items: u32, place: &DeadLetterPlace) -> Vec<DeadLetter> {
         let item = |output| {
-            let mut letter = letter(sequence);
-            letter.key.output = output;
-            letter.key.place = place.clone();
-            letter.original = vec![b'o'; bytes].into();
-            letter.entered = letter.original.clone();
-            letter
+            let mut dead_letter = dead_letter(sequence);
+            dead_letter.key.output = output;
+            dead_letter.key.place = place.clone();
+            dead_letter.original = vec![b'o'; bytes].into();
+            dead_letter.entered = dead_letter.original.clone();
+            dead_letter
         };
         (0..items).map(item).collect()
     }
 
     /// The copies of all letters in the log.
-    async fn copies(letters: &DeadLetters) -> Vec<(u64, Value)> {
-        let logged = letters.logged(0, 100, 1_000_000).await.expect("a log");
-        logged.into_iter().map(|one| (one.number, one.letter.to_json())).collect()
+    async fn copies(dead_letters: &DeadLetters) -> Vec<(u64, Value)> {
+        let logged = dead_letters.logged(0, 100, 1_000_000).await.expect("a log");
+        logged.into_iter().map(|one| (one.number, one.dead_letter.to_json())).collect()
     }
 
     /// The numbers of those that have the record whole.
@@ -332,21 +332,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn wall_04_a_record_is_copied_whole_with_one_of_its_letters() {
+    async fn wall_04_a_record_is_copied_whole_with_one_of_its_dead_letters() {
         let folder = tempfile::tempdir().expect("a folder");
-        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let dead_letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
         let pipeline = PipelineName::from("cars");
-        let stream = letters.log_stream(&pipeline).await.expect("a stream");
+        let stream = dead_letters.log_stream(&pipeline).await.expect("a stream");
         let shard = ShardKey { pipeline, stream: stream.into(), shard: "shard".into() };
-        let mart = LetterPlace::Sink("mart".into());
+        let mart = DeadLetterPlace::Sink("mart".into());
         let put = async || {
             for (sequence, bytes, items) in [(1, 5_000, 4), (2, 5_000, 1), (3, 4_096, 2)] {
                 let of_record = of_record(sequence, bytes, items, &mart);
-                letters.put(&shard, of_record, false).await.expect("written");
+                dead_letters.put(&shard, of_record, false).await.expect("written");
             }
         };
         put().await;
-        let before = copies(&letters).await;
+        let before = copies(&dead_letters).await;
         assert_eq!(whole(&before), [1, 5, 6, 7], "one of each record, and all of a small one");
         let original = [b'o'; 5_000];
         let digest = hex::encode(Sha256::digest(original));
@@ -354,66 +354,66 @@ mod tests {
         let digest = entered_digest(b"k", &original);
         assert_eq!(before[1].1["entered"], json!({ "sha256": digest, "bytes": 5_000 }));
         // Whoever reads the rest gets the same, although the log begins later.
-        letters.forget_log(&SequenceNumber::from(2)).await.expect("forgotten");
-        assert_eq!(copies(&letters).await, before[2..]);
+        dead_letters.forget_log(&SequenceNumber::from(2)).await.expect("forgotten");
+        assert_eq!(copies(&dead_letters).await, before[2..]);
         // The copy of the carrier is there, the letter is not.
         let ids = vec![before[0].1["id"].as_i64().expect("a number")];
-        let purged = letters.purge(LetterFilter { ids, ..LetterFilter::default() }).await;
+        let purged = dead_letters.purge(DeadLetterFilter { ids, ..DeadLetterFilter::default() }).await;
         assert_eq!(purged.expect("purged"), (1, 0));
-        assert_eq!(copies(&letters).await, before[2..]);
+        assert_eq!(copies(&dead_letters).await, before[2..]);
         // Of the same record, by a replay: a sink has it.
         put().await;
-        assert_eq!(whole(&copies(&letters).await), [5, 6, 7]);
+        assert_eq!(whole(&copies(&dead_letters).await), [5, 6, 7]);
     }
 
     #[tokio::test]
-    async fn wall_04_a_letter_that_is_gone_before_it_was_copied_hands_its_record_on() {
-        for place in [LetterPlace::Sink("mart".into()), LetterPlace::Stage("decode".into())] {
+    async fn wall_04_a_dead_letter_that_is_gone_before_it_was_copied_hands_its_record_on() {
+        for place in [DeadLetterPlace::Sink("mart".into()), DeadLetterPlace::Stage("decode".into())] {
             let folder = tempfile::tempdir().expect("a folder");
-            let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+            let dead_letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
             let pipeline = PipelineName::from("cars");
-            let stream = letters.log_stream(&pipeline).await.expect("a stream");
+            let stream = dead_letters.log_stream(&pipeline).await.expect("a stream");
             let shard = ShardKey { pipeline, stream: stream.into(), shard: "shard".into() };
-            letters.put(&shard, of_record(1, 5_000, 3, &place), false).await.expect("written");
+            dead_letters.put(&shard, of_record(1, 5_000, 3, &place), false).await.expect("written");
             for left in [vec![2_u64], vec![3], vec![]] {
-                let ids = letters.ids(LetterFilter::default()).await.expect("ids");
-                let first = LetterFilter { ids: vec![ids[0]], ..LetterFilter::default() };
-                assert_eq!(letters.purge(first).await.expect("purged").0, 1, "{place}");
-                assert_eq!(whole(&copies(&letters).await), left, "{place}");
+                let ids = dead_letters.ids(DeadLetterFilter::default()).await.expect("ids");
+                let first = DeadLetterFilter { ids: vec![ids[0]], ..DeadLetterFilter::default() };
+                assert_eq!(dead_letters.purge(first).await.expect("purged").0, 1, "{place}");
+                assert_eq!(whole(&copies(&dead_letters).await), left, "{place}");
             }
-            letters.put(&shard, of_record(2, 5_000, 2, &place), false).await.expect("written");
-            assert_eq!(whole(&copies(&letters).await).len(), 1, "{place}");
+            dead_letters.put(&shard, of_record(2, 5_000, 2, &place), false).await.expect("written");
+            assert_eq!(whole(&copies(&dead_letters).await).len(), 1, "{place}");
         }
     }
 
     #[tokio::test]
-    async fn letters_are_logged_when_they_are_shown() {
+    async fn dead_letters_are_logged_when_they_become_visible() {
         let folder = tempfile::tempdir().expect("a folder");
-        let letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
+        let dead_letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
         let pipeline = PipelineName::from("cars");
-        let stream = letters.log_stream(&pipeline).await.expect("a stream");
+        let stream = dead_letters.log_stream(&pipeline).await.expect("a stream");
         let shard = ShardKey { pipeline, stream: stream.into(), shard: "shard".into() };
         let numbers = async |after| -> Vec<(u64, String)> {
-            let logged = letters.logged(after, 10, 1_000).await.expect("a log");
-            logged.into_iter().map(|one| (one.number, one.letter.sequence)).collect()
+            let logged = dead_letters.logged(after, 10, 1_000).await.expect("a log");
+            logged.into_iter().map(|one| (one.number, one.dead_letter.sequence)).collect()
         };
-        letters.put(&shard, vec![letter(1)], true).await.expect("written");
-        letters.put(&shard, vec![letter(2)], false).await.expect("written");
+        dead_letters.put(&shard, vec![dead_letter(1)], true).await.expect("written");
+        dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         assert_eq!(numbers(0).await, [(1, "2".into())]);
         // Again, as by a replay: it is the same letter.
-        letters.put(&shard, vec![letter(2)], false).await.expect("written");
+        dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         let sink = SinkName::from("mart");
-        letters.settle(&shard, &sink, &letter(1).key.position).await.expect("settled");
+        dead_letters.settle(&shard, &sink, &dead_letter(1).key.position).await.expect("settled");
         assert_eq!(numbers(0).await, [(1, "2".into()), (2, "1".into())]);
         assert_eq!(numbers(1).await, [(2, "1".into())]);
         // What a redrive has delivered is an empty mark.
         let mark = "UPDATE letters SET held = 3 WHERE rowid = 1";
-        let marked = letters.store.write("mark", |state| state.execute(mark, [])).await;
+        let marked = dead_letters.store.write("mark", |state| state.execute(mark, [])).await;
         assert_eq!((marked.ok(), numbers(0).await.len()), (Some(1), 1));
-        letters.purge(LetterFilter::default()).await.expect("purged");
-        letters.put(&shard, vec![letter(2)], false).await.expect("written");
+        dead_letters.purge(DeadLetterFilter::default()).await.expect("purged");
+        dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         assert_eq!(numbers(2).await.len(), 1, "numbers are not given twice");
-        letters.forget_log(&SequenceNumber::from(3)).await.expect("forgotten");
-        assert_eq!((numbers(0).await.len(), letters.count().await.expect("a count")), (0, 1));
+        dead_letters.forget_log(&SequenceNumber::from(3)).await.expect("forgotten");
+        assert_eq!((numbers(0).await.len(), dead_letters.count().await.expect("a count")), (0, 1));
     }
 }

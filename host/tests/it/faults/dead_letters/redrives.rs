@@ -37,7 +37,7 @@ fn fault_10_copies_go_on_beside_a_redrive_that_was_broken_off() {
         )
         .write();
     cars.ok(&["run"]);
-    assert_eq!(cars.letters(), ["stage:check", "stage:check"]);
+    assert_eq!(cars.dead_letters(), ["stage:check", "stage:check"]);
     let copied = || -> Vec<String> {
         let copies = sqlite(&cars.path().join("copies.db"));
         let mut query =
@@ -57,13 +57,13 @@ fn fault_10_copies_go_on_beside_a_redrive_that_was_broken_off() {
     // As a crash does.
     drop(redrive);
     drop(lock);
-    assert_eq!(cars.letters(), ["stage:check", "stage:check"]);
+    assert_eq!(cars.dead_letters(), ["stage:check", "stage:check"]);
 
     std::fs::write(&rows, format!("{lines}one more that is no object\n")).expect("written");
     cars.ok(&["run"]);
     assert_eq!(copied(), ["stage:check", "stage:check", "stage:route"], "copies went on");
     assert_eq!(cars.redriven(&["--all"]), (2, 1, 0));
-    assert_eq!(cars.letters(), ["stage:route", "stage:route"]);
+    assert_eq!(cars.dead_letters(), ["stage:route", "stage:route"]);
     cars.ok(&["run"]);
     let copied = copied();
     assert_eq!((copied.len(), copied[3].as_str()), (4, "stage:route"), "{copied:?}");
@@ -95,7 +95,7 @@ fn half_redriven(test: &str) -> (Folder, String) {
         .postgres("b", &b)
         .write();
     cars.ok(&["run"]);
-    assert_eq!(cars.letters().len() as u64, 2 * HALF_OF);
+    assert_eq!(cars.dead_letters().len() as u64, 2 * HALF_OF);
     mart.execute_batch("DROP TABLE a; CREATE TABLE a (id integer NOT NULL)").expect("a table");
     postgres(&format!("ALTER TABLE {b} DROP CONSTRAINT {b}_id_check"));
     let lock = Locked::table(&b);
@@ -139,7 +139,7 @@ fn fault_24_a_redrive_that_ran_half_is_finished_without_a_sink_that_is_gone() {
     assert!(said.contains("it is in the pipeline"), "{said}");
     assert_eq!(cars.redriven(&["--without", "b"]), (HALF_OF, 0, HALF_OF));
     assert_each_once(&cars);
-    assert!(cars.letters().iter().all(|place| place == "sink:b"));
+    assert!(cars.dead_letters().iter().all(|place| place == "sink:b"));
     // What is left waits for nobody else.
     assert_eq!(cars.redriven(&["--all"]), (0, 0, 0));
 
@@ -149,7 +149,7 @@ fn fault_24_a_redrive_that_ran_half_is_finished_without_a_sink_that_is_gone() {
     assert_each_once(&cars);
     let counts = format!("SELECT count(*) || ' ' || count(DISTINCT id) FROM {b}");
     assert_eq!(postgres(&counts), [format!("{HALF_OF} {HALF_OF}")]);
-    assert_eq!(cars.letters(), Vec::<String>::new());
+    assert_eq!(cars.dead_letters(), Vec::<String>::new());
     assert_eq!(cars.count_in_state("SELECT count(*) FROM ledger WHERE stream GLOB 'letters:*'"), 0);
     postgres(&format!("DROP TABLE {b}"));
 }
@@ -180,7 +180,7 @@ fn fault_24_what_is_left_for_a_sink_can_be_purged() {
     std::fs::write(cars.file(), before.replace("[\"a\", \"b\"]", "[\"a\"]")).expect("written");
     cars.redriven(&["--without", "b"]);
     assert!(cars.ok(&["dlq", "purge", "--all"]).contains(&format!("{HALF_OF} dead letters")));
-    assert_eq!(cars.letters(), Vec::<String>::new());
+    assert_eq!(cars.dead_letters(), Vec::<String>::new());
     assert_eq!(cars.count_in_state("SELECT count(*) FROM redrive"), 0);
     postgres(&format!("DROP TABLE {b}"));
 }
@@ -211,11 +211,11 @@ fn fault_24_a_redrive_that_nothing_of_has_run_is_cancelled() {
     let said = cars.refused(&["dlq", "redrive", "--all"]);
     assert!(said.contains("sink:b is not in the pipeline any more"), "{said}");
     assert_eq!(cars.redriven(&["--sink", "a"]), (2, 2, 0));
-    assert_eq!(cars.letters().len(), 4);
+    assert_eq!(cars.dead_letters().len(), 4);
 }
 
 #[test]
-fn fault_24_letters_of_a_stage_that_is_gone_stay_letters() {
+fn fault_24_dead_letters_of_a_stage_that_is_gone_stay_dead_letters() {
     let cars = Folder::new("fault-24-stage");
     let table = cars.table("cars");
     postgres(&format!("CREATE TABLE {table} (id bigint NOT NULL)"));
@@ -248,11 +248,11 @@ fn fault_24_letters_of_a_stage_that_is_gone_stay_letters() {
     cars.replace("name = \"check\"", "name = \"verify\"");
     let said = cars.refused(&["dlq", "redrive", "--all"]);
     assert!(said.contains("--without check"), "{said}");
-    let (letters, failed_again, _) = cars.redriven(&["--without", "check"]);
+    let (dead_letters, failed_again, _) = cars.redriven(&["--without", "check"]);
     assert_eq!(failed_again, 0);
     // Back under its name: what was not delivered before is now.
     cars.replace("name = \"verify\"", "name = \"check\"");
-    assert_eq!(cars.redriven(&["--all"]), (2 - letters, 0, 0));
+    assert_eq!(cars.redriven(&["--all"]), (2 - dead_letters, 0, 0));
     let counts = format!("SELECT count(*) || ' ' || count(DISTINCT id) FROM {table}");
     assert_eq!(postgres(&counts), ["2 2"]);
     postgres(&format!("DROP TABLE {table}"));
@@ -352,7 +352,7 @@ fn fault_11_a_rollback_replays_records_of_the_stream_alone() {
 }
 
 #[test]
-fn a_purged_letter_of_a_stage_is_not_run_again_for_sinks_that_lag() {
+fn a_purged_dead_letter_of_a_stage_is_not_run_again_for_sinks_that_lag() {
     let cars = Folder::new("purged");
     let table = cars.table("cars");
     postgres(&format!("CREATE TABLE {table} (id bigint NOT NULL, x text)"));

@@ -14,7 +14,7 @@ fn reject_on(marker: &str) -> String {
 }
 
 #[test]
-fn wall_04_a_record_is_kept_once_for_all_its_letters() {
+fn wall_04_a_record_is_kept_once_for_all_its_dead_letters() {
     let payload = format!("{{\"a\":\"{}\"}}", "x".repeat(300_000));
     let folder = Folder::of_lines(std::slice::from_ref(&payload));
     let many = "config = { many_on = \"\", many = 20, format = \"application/json\" }";
@@ -32,7 +32,7 @@ fn wall_04_a_record_is_kept_once_for_all_its_letters() {
         .execute_batch("CREATE TABLE rows (a text)")
         .expect("a table");
     folder.ok_below(&["run", "--until-caught-up"], bound(8, 8, 3, 3));
-    assert_eq!(folder.letters(), 20);
+    assert_eq!(folder.dead_letters(), 20);
     // What came through as it was is not kept once more.
     let components = "SELECT sum(length(bytes)) FROM component";
     let kept = fs::metadata(folder.path().join("state/cars/state.db")).expect("a file").len()
@@ -70,10 +70,10 @@ fn blocks_and_goes_on(folder: &Folder, port: u16, rows: i64, is_blocked_by: &str
     assert!(0 < first && first < rows, "{first}");
     assert!(folder.number("SELECT bytes FROM letter_store") <= 1 << 20);
     folder.ok(&["dlq", "purge", "--all"]);
-    wait_for("the rest", || folder.letters() > 0 && first + folder.letters() >= rows);
+    wait_for("the rest", || folder.dead_letters() > 0 && first + folder.dead_letters() >= rows);
     // At the file's end it ends by itself.
     assert!(run.wait().success(), "{}", folder.log());
-    assert_eq!(first + folder.letters(), rows);
+    assert_eq!(first + folder.dead_letters(), rows);
     assert_peak_below(peak.join().expect("a peak"), bound(8, 8, stages, stages), "the run");
 }
 

@@ -47,7 +47,7 @@ fn assert_all_there(folder: &Folder) {
     assert!(claims.iter().all(|objects| *objects <= 256), "{claims:?}");
     assert_eq!(rows.len(), ROWS, "{claims:?}");
     assert!(rows.values().all(|times| *times == 1), "{rows:?}");
-    assert_eq!(folder.letters(), 0);
+    assert_eq!(folder.dead_letters(), 0);
 }
 
 #[test]
@@ -111,5 +111,5 @@ fn wall_02_parquet_files_of_many_columns_and_folders_are_written_a_few_at_a_time
     assert_eq!(claims.iter().flatten().sum::<u64>(), FILES as u64);
     // Some 1.1 MB for each file that is open.
     assert!(claims.iter().all(|files| files.len() <= 16), "{claims:?}");
-    assert_eq!(folder.letters(), 0);
+    assert_eq!(folder.dead_letters(), 0);
 }

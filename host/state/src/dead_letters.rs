@@ -2,21 +2,21 @@
 //!
 //! Letters go first: they are durable before any sink commits the span that they belong to. Those of
 //! rows whose commit may not have happened are hidden at first (`hidden.rs`). How much is kept of each, and
-//! of all of them, is decided in `letter_store.rs`.
+//! of all of them, is decided in `dead_letter_store.rs`.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use rusqlite::{Row, Transaction};
 
-use super::letter_store::{
-    AS_DIGEST, AS_ORIGINAL, DeadLetter, KEPT, Keeper, LETTER_BYTES, StoreBound, StoreFull,
+use super::dead_letter_store::{
+    AS_DIGEST, AS_ORIGINAL, DeadLetter, KEPT, Keeper, DEAD_LETTER_BYTES, StoreBound, StoreFull,
     kept_bytes, unknown_kind,
 };
 use super::replays::FailedAgain;
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
 use shardmill_core::record::{
-    LetterPlace, Position, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
+    DeadLetterPlace, Position, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
 };
 
 /// How a letter is kept: shown,
@@ -43,7 +43,7 @@ pub struct EnteredRecord {
 
 /// A letter as it is kept.
 #[derive(Clone, Debug)]
-pub struct StoredLetter {
+pub struct StoredDeadLetter {
     /// Its number in the store: stays while it is there.
     pub id: i64,
     /// The stream, by its key.
@@ -92,8 +92,8 @@ pub struct PayloadDigest {
     pub bytes: u64,
 }
 
-/// The columns that [`StoredLetter::read`] reads, with the record where a condition holds.
-macro_rules! letter_columns {
+/// The columns that [`StoredDeadLetter::read`] reads, with the record where a condition holds.
+macro_rules! dead_letter_columns {
     ($original_if:literal) => {
         concat!(
             "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
@@ -106,21 +106,21 @@ macro_rules! letter_columns {
     };
 }
 
-/// The columns that [`StoredLetter::read`] reads.
-pub(super) const LETTER_COLUMNS: &str = letter_columns!("");
+/// The columns that [`StoredDeadLetter::read`] reads.
+pub(super) const DEAD_LETTER_COLUMNS: &str = dead_letter_columns!("");
 
 /// The same of a letter with its `carrier`, for a copy: without a record longer than `?3` that the copy of
 /// another letter has.
 pub(super) const COPIED_COLUMNS: &str =
-    letter_columns!(" AND (coalesce(carrier, letters.id) = letters.id OR length(original) <= ?3)");
+    dead_letter_columns!(" AND (coalesce(carrier, letters.id) = letters.id OR length(original) <= ?3)");
 
 /// The same without payloads: many of them may not fit into memory.
-const LETTER_HEADS: &str = "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
+const DEAD_LETTER_HEADS: &str = "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
     x'', x'', 0, x'', x'', entered_digest, entered_bytes, arrived_ms, plugin, digest, reason, '',
     written_ms";
 
-impl StoredLetter {
-    /// Reads a letter from [`LETTER_COLUMNS`], which begin at column `at`.
+impl StoredDeadLetter {
+    /// Reads a letter from [`DEAD_LETTER_COLUMNS`], which begin at column `at`.
     pub(super) fn read(row: &Row<'_>, at: usize) -> rusqlite::Result<Self> {
         let bytes = |column: usize| -> rusqlite::Result<Vec<u8>> {
             row.get::<_, Option<Vec<u8>>>(at + column).map(Option::unwrap_or_default)
@@ -163,18 +163,18 @@ impl StoredLetter {
 
 /// Which letters are meant: those for which all of it holds. Empty: all.
 #[derive(Clone, Debug, Default)]
-pub struct LetterFilter {
+pub struct DeadLetterFilter {
     /// Letters by their numbers; empty: any.
     pub ids: Vec<i64>,
     /// Where they failed.
-    pub place: Option<LetterPlace>,
+    pub place: Option<DeadLetterPlace>,
     /// The shard.
     pub shard: Option<String>,
     /// A part of the reason.
     pub reason: Option<String>,
 }
 
-impl LetterFilter {
+impl DeadLetterFilter {
     /// Whether it names no letter in particular.
     pub fn is_empty(&self) -> bool {
         let Self { ids, place, shard, reason } = self;
@@ -182,7 +182,7 @@ impl LetterFilter {
     }
 }
 
-/// The condition of a [`LetterFilter`] in SQL, with its four values. Letters of an unfinished redrive do not
+/// The condition of a [`DeadLetterFilter`] in SQL, with its four values. Letters of an unfinished redrive do not
 /// count: they stay or go when it is finished, and until then the letters that they came from are there.
 pub(super) const MATCHES: &str =
     "held = 0 AND stream NOT GLOB 'letters:*' AND (?1 IS NULL OR place = ?1) AND (?2 IS NULL OR shard = ?2)
@@ -192,7 +192,7 @@ pub(super) const MATCHES: &str =
 /// The values of [`MATCHES`].
 pub(super) type Wanted = (Option<String>, Option<String>, Option<String>, String);
 
-pub(super) fn wanted(filter: LetterFilter) -> Wanted {
+pub(super) fn wanted(filter: DeadLetterFilter) -> Wanted {
     let ids: Vec<String> = filter.ids.iter().map(i64::to_string).collect();
     let place = filter.place.map(|place| place.to_string());
     (place, filter.shard, filter.reason, format!("[{}]", ids.join(",")))
@@ -273,12 +273,12 @@ impl DeadLetters {
     pub async fn put(
         &self,
         shard: &ShardKey,
-        letters: impl Into<Arc<Vec<DeadLetter>>>,
+        dead_letters: impl Into<Arc<Vec<DeadLetter>>>,
         held: bool,
     ) -> Result<(), StateError> {
         // Shared with a caller that tries again: a copy of many would be larger than what they are of.
-        let letters: Arc<Vec<DeadLetter>> = letters.into();
-        if letters.is_empty() {
+        let dead_letters: Arc<Vec<DeadLetter>> = dead_letters.into();
+        if dead_letters.is_empty() {
             return Ok(());
         }
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
@@ -294,8 +294,8 @@ impl DeadLetters {
                 digest = excluded.digest, reason = excluded.reason,
                 backtrace = excluded.backtrace, written_ms = excluded.written_ms,
                 route = excluded.route, kept_bytes = excluded.kept_bytes";
-            let are_there = || are_there(state, (&stream, &shard), &letters);
-            let write = || insert(state, (&stream, &shard), &letters, kept, again);
+            let are_there = || are_there(state, (&stream, &shard), &dead_letters);
+            let write = || insert(state, (&stream, &shard), &dead_letters, kept, again);
             bound.within(state, &stream, are_there, write)
         });
         self.written(action, written.await?)
@@ -338,7 +338,7 @@ impl DeadLetters {
         above: Option<&Position>,
     ) -> Result<HashSet<(Position, u32)>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
-        let place = LetterPlace::Sink(sink.clone()).to_string();
+        let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let (sequence, sub) = above.map(columns).unwrap_or_default();
         self.store
             .write("read the dead letters", move |state| {
@@ -362,10 +362,10 @@ impl DeadLetters {
     /// [`StateError`] when the database cannot be read.
     pub async fn select(
         &self,
-        filter: LetterFilter,
+        filter: DeadLetterFilter,
         limit: u32,
-    ) -> Result<Vec<StoredLetter>, StateError> {
-        self.select_columns(LETTER_COLUMNS, filter, limit).await
+    ) -> Result<Vec<StoredDeadLetter>, StateError> {
+        self.select_columns(DEAD_LETTER_COLUMNS, filter, limit).await
     }
 
     /// The same without payloads and backtraces.
@@ -374,18 +374,18 @@ impl DeadLetters {
     /// As [`DeadLetters::select`].
     pub async fn select_heads(
         &self,
-        filter: LetterFilter,
+        filter: DeadLetterFilter,
         limit: u32,
-    ) -> Result<Vec<StoredLetter>, StateError> {
-        self.select_columns(LETTER_HEADS, filter, limit).await
+    ) -> Result<Vec<StoredDeadLetter>, StateError> {
+        self.select_columns(DEAD_LETTER_HEADS, filter, limit).await
     }
 
     async fn select_columns(
         &self,
         columns: &'static str,
-        filter: LetterFilter,
+        filter: DeadLetterFilter,
         limit: u32,
-    ) -> Result<Vec<StoredLetter>, StateError> {
+    ) -> Result<Vec<StoredDeadLetter>, StateError> {
         let (place, shard, reason, ids) = wanted(filter);
         self.store
             .write("read the dead letters", move |state| {
@@ -394,7 +394,7 @@ impl DeadLetters {
                      ORDER BY written_ms, rowid LIMIT ?5"
                 ))?;
                 let wanted = (place, shard, reason, ids, limit);
-                let rows = query.query_map(wanted, |row| StoredLetter::read(row, 0))?;
+                let rows = query.query_map(wanted, |row| StoredDeadLetter::read(row, 0))?;
                 rows.collect()
             })
             .await
@@ -404,7 +404,7 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn ids(&self, filter: LetterFilter) -> Result<Vec<i64>, StateError> {
+    pub async fn ids(&self, filter: DeadLetterFilter) -> Result<Vec<i64>, StateError> {
         let wanted = wanted(filter);
         self.store
             .write("read the dead letters", move |state| {
@@ -420,7 +420,7 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn count_of(&self, filter: LetterFilter) -> Result<u64, StateError> {
+    pub async fn count_of(&self, filter: DeadLetterFilter) -> Result<u64, StateError> {
         let wanted = wanted(filter);
         self.store
             .write("count the dead letters", move |state| {
@@ -436,7 +436,7 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`StateError`]; nothing is deleted then.
-    pub async fn purge(&self, filter: LetterFilter) -> Result<(usize, usize), StateError> {
+    pub async fn purge(&self, filter: DeadLetterFilter) -> Result<(usize, usize), StateError> {
         let wanted = wanted(filter);
         self.store
             .write("delete dead letters", move |state| {
@@ -450,7 +450,7 @@ impl DeadLetters {
                 let found = found.collect::<rusqlite::Result<Vec<(i64, bool)>>>()?;
                 let (left, purged): (Vec<_>, Vec<_>) =
                     found.into_iter().partition(|(_, is_redriven)| *is_redriven);
-                purged.iter().try_for_each(|(letter, _)| forget(state, *letter))?;
+                purged.iter().try_for_each(|(dead_letter, _)| forget(state, *dead_letter))?;
                 Ok((purged.len(), left.len()))
             })
             .await
@@ -466,7 +466,7 @@ impl DeadLetters {
         stage: &StageName,
         limit: u32,
     ) -> Result<Vec<EnteredRecord>, StateError> {
-        let place = LetterPlace::Stage(stage.clone()).to_string();
+        let place = DeadLetterPlace::Stage(stage.clone()).to_string();
         self.store
             .write("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
@@ -519,13 +519,13 @@ impl DeadLetters {
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn count(&self) -> Result<u64, StateError> {
-        self.count_of(LetterFilter::default()).await
+        self.count_of(DeadLetterFilter::default()).await
     }
 }
 
 /// Deletes a letter. Of one of a stage a mark stays while a lane may read its record again: sinks that are
 /// behind must not get what the others will never have.
-pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<()> {
+pub(super) fn forget(state: &Transaction<'_>, dead_letter: i64) -> rusqlite::Result<()> {
     state
         .prepare_cached(
             "UPDATE letters AS d SET held = ?2, record = NULL, entered_kind = 0, entered_key = x'',
@@ -535,12 +535,12 @@ pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<(
                  SELECT 1 FROM shard s WHERE s.stream = d.stream AND s.shard = d.shard
                  AND (s.ended <> 0 OR (s.sequence, s.sub_sequence) >= (d.sequence, d.sub_sequence)))",
         )?
-        .execute((letter, REDRIVEN, LETTER_BYTES))?;
+        .execute((dead_letter, REDRIVEN, DEAD_LETTER_BYTES))?;
     state
         .prepare_cached("DELETE FROM letters WHERE rowid = ?1 AND held <> ?2")?
-        .execute((letter, REDRIVEN))?;
+        .execute((dead_letter, REDRIVEN))?;
     // Its number may be given again.
-    state.prepare_cached("DELETE FROM redrive WHERE letter = ?1")?.execute([letter])?;
+    state.prepare_cached("DELETE FROM redrive WHERE letter = ?1")?.execute([dead_letter])?;
     Ok(())
 }
 
@@ -548,16 +548,16 @@ pub(super) fn forget(state: &Transaction<'_>, letter: i64) -> rusqlite::Result<(
 pub(super) fn are_there(
     state: &Transaction<'_>,
     (stream, shard): (&str, &str),
-    letters: &[DeadLetter],
+    dead_letters: &[DeadLetter],
 ) -> rusqlite::Result<bool> {
     let mut known = state.prepare_cached(
         "SELECT 1 FROM letters WHERE stream = ?1 AND shard = ?2 AND sequence = ?3
          AND sub_sequence = ?4 AND place = ?5 AND output = ?6",
     )?;
-    for letter in letters {
-        let (sequence, sub) = columns(&letter.key.position);
-        let place = letter.key.place.to_string();
-        if !known.exists((stream, shard, sequence, sub, place, letter.key.output))? {
+    for dead_letter in dead_letters {
+        let (sequence, sub) = columns(&dead_letter.key.position);
+        let place = dead_letter.key.place.to_string();
+        if !known.exists((stream, shard, sequence, sub, place, dead_letter.key.output))? {
             return Ok(false);
         }
     }
@@ -568,7 +568,7 @@ pub(super) fn are_there(
 pub(super) fn insert(
     state: &Transaction<'_>,
     (stream, shard): (&str, &str),
-    letters: &[DeadLetter],
+    dead_letters: &[DeadLetter],
     kept: u8,
     again: &str,
 ) -> rusqlite::Result<()> {
@@ -581,16 +581,16 @@ pub(super) fn insert(
          ON CONFLICT (stream, shard, sequence, sub_sequence, place, output) {again}"
     ))?;
     let mut keeper = Keeper::new(state, (stream, shard));
-    for letter in letters {
-        let own = keeper.keep(letter)?;
-        let (sequence, sub) = columns(&letter.key.position);
+    for dead_letter in dead_letters {
+        let own = keeper.keep(dead_letter)?;
+        let (sequence, sub) = columns(&dead_letter.key.position);
         insert.execute(rusqlite::params![
             stream,
             shard,
             sequence,
             sub,
-            letter.key.place.to_string(),
-            letter.key.output,
+            dead_letter.key.place.to_string(),
+            dead_letter.key.output,
             kept,
             own.record,
             own.kind,
@@ -599,13 +599,13 @@ pub(super) fn insert(
             own.bytes,
             own.digest,
             own.made,
-            letter.arrived_ms,
+            dead_letter.arrived_ms,
             own.plugin,
-            &*letter.digest,
+            &*dead_letter.digest,
             own.reason,
             own.backtrace,
             now_ms(),
-            letter.route.as_str(),
+            dead_letter.route.as_str(),
             own.kept_bytes,
         ])?;
     }

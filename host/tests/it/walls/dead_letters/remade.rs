@@ -64,8 +64,8 @@ fn wall_04_large_payloads_are_kept_as_digests_and_made_again_by_the_revision_tha
     let folder = Folder::of_lines(&lines());
     burst(&folder, "record", "reject_on = \"\"");
     folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
-    let letters = 3 * ROWS_OF_RECORD;
-    assert_eq!(folder.letters() as usize, letters);
+    let dead_letters = 3 * ROWS_OF_RECORD;
+    assert_eq!(folder.dead_letters() as usize, dead_letters);
     let kept = kept_beside_components(&folder);
     assert!(kept < 1 << 20, "{kept} bytes are kept of 30 bytes of records");
     let id = folder.number("SELECT min(id) FROM dead_letter");
@@ -79,12 +79,12 @@ fn wall_04_large_payloads_are_kept_as_digests_and_made_again_by_the_revision_tha
     // The files say otherwise by now: the stage before would make nothing of the kind.
     burst(&folder, "nothing", "reject_on = \"nothing\"");
     folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
-    assert_eq!(folder.letters(), 0);
-    assert_eq!(written(&folder), letters << 20);
+    assert_eq!(folder.dead_letters(), 0);
+    assert_eq!(written(&folder), dead_letters << 20);
 }
 
 #[test]
-fn wall_04_a_payload_with_another_digest_is_refused_and_its_letter_stays() {
+fn wall_04_a_payload_with_another_digest_is_refused_and_its_dead_letter_stays() {
     let folder = Folder::of_lines(&lines());
     burst(&folder, "${MARKER}", "reject_on = \"\"");
     let with_marker = |arguments: &[&str], marker: &str| {
@@ -99,19 +99,19 @@ fn wall_04_a_payload_with_another_digest_is_refused_and_its_letter_stays() {
     assert!(!redriven, "{log}");
     assert!(log.contains("expected a payload with the digest"), "{log}");
     assert!(log.contains("15 dead letters were not redriven and stay"), "{log}");
-    assert_eq!((folder.letters() as usize, written(&folder)), (3 * ROWS_OF_RECORD, 0));
+    assert_eq!((folder.dead_letters() as usize, written(&folder)), (3 * ROWS_OF_RECORD, 0));
     // As it was, they can be.
     let (redriven, log) = with_marker(&["dlq", "redrive", "--all"], "record");
     assert!(redriven, "{log}");
-    assert_eq!((folder.letters() as usize, written(&folder)), (0, (3 * ROWS_OF_RECORD) << 20));
+    assert_eq!((folder.dead_letters() as usize, written(&folder)), (0, (3 * ROWS_OF_RECORD) << 20));
 }
 
 #[test]
-fn wall_04_a_letter_of_a_redrive_is_made_again_by_all_the_runs_that_it_came_through() {
+fn wall_04_a_dead_letter_of_a_redrive_is_made_again_by_all_the_runs_that_it_came_through() {
     let folder = Folder::of_lines(&lines());
     burst(&folder, "record", "reject_on = \"\"");
     folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
-    let letters = 3 * ROWS_OF_RECORD;
+    let dead_letters = 3 * ROWS_OF_RECORD;
     // They fail again, at the stage after.
     let pipeline = fs::read_to_string(folder.path().join("pipeline.toml")).expect("read");
     let mended = pipeline.replace("reject_on = \"\"", "reject_on = \"nothing\"");
@@ -123,13 +123,13 @@ fn wall_04_a_letter_of_a_redrive_is_made_again_by_all_the_runs_that_it_came_thro
     fs::write(folder.path().join("pipeline.toml"), broken).expect("written");
     folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
     let of_last = "SELECT count(*) FROM dead_letter WHERE place = 'stage:last' AND held = 0";
-    assert_eq!((folder.number(of_last) as usize, written(&folder)), (letters, 0));
+    assert_eq!((folder.number(of_last) as usize, written(&folder)), (dead_letters, 0));
     let kept = kept_beside_components(&folder);
     assert!(kept < 1 << 20, "{kept} bytes are kept");
 
     fs::write(folder.path().join("pipeline.toml"), mended).expect("written");
     folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
-    assert_eq!((folder.letters() as usize, written(&folder)), (0, letters << 20));
+    assert_eq!((folder.dead_letters() as usize, written(&folder)), (0, dead_letters << 20));
 }
 
 #[test]
@@ -150,12 +150,12 @@ fn wall_04_rows_that_a_sink_gave_up_are_made_again_too() {
         .expect("a table");
     // A mebibyte of x is not a row.
     folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
-    let letters = 3 * ROWS_OF_RECORD;
+    let dead_letters = 3 * ROWS_OF_RECORD;
     let of_sink = "SELECT count(*) FROM dead_letter WHERE place = 'sink:files' AND held = 0";
-    assert_eq!(folder.number(of_sink) as usize, letters);
+    assert_eq!(folder.number(of_sink) as usize, dead_letters);
     assert!(kept_beside_components(&folder) < 1 << 20);
     // They are refused again, and are the same letters.
     folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
-    assert_eq!(folder.number(of_sink) as usize, letters);
+    assert_eq!(folder.number(of_sink) as usize, dead_letters);
     assert!(kept_beside_components(&folder) < 1 << 20);
 }

@@ -9,8 +9,8 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::{kill_until_it_ends, output, postgres, shardmill, sqlite};
 use serde_json::Value;
 
-/// A pipeline over `rows.ndjson`, whose letters go to the sinks of `letters`.
-fn pipeline(folder: &Path, letters: &str) -> String {
+/// A pipeline over `rows.ndjson`, whose letters go to the sinks of `dead_letters`.
+fn pipeline(folder: &Path, dead_letters: &str) -> String {
     let mart = folder.join("mart.db");
     let file = PipelineToml::new(folder, "cars")
         .pipeline("rejected_of_last_1000 = 1000\nrejected_in_a_row = 1000000")
@@ -25,7 +25,7 @@ fn pipeline(folder: &Path, letters: &str) -> String {
                 mart.display()
             ),
         )
-        .table(letters)
+        .table(dead_letters)
         .write();
     let mart = sqlite(&folder.join("mart.db"));
     mart.execute_batch("CREATE TABLE cars (id integer NOT NULL)").expect("a table");
@@ -41,8 +41,8 @@ fn listed(folder: &Path) -> BTreeSet<i64> {
 }
 
 fn id(line: &str) -> i64 {
-    let letter: Value = serde_json::from_str(line).expect("JSON");
-    letter["id"].as_i64().expect("an id")
+    let dead_letter: Value = serde_json::from_str(line).expect("JSON");
+    dead_letter["id"].as_i64().expect("an id")
 }
 
 fn run(folder: &Path) {
@@ -68,11 +68,11 @@ fn lines(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn letters_are_copied_to_each_sink_that_is_named_for_them() {
+fn dead_letters_are_copied_to_each_sink_that_is_named_for_them() {
     let folder = tempfile::tempdir().expect("a folder");
     let folder = folder.path();
     let table = format!("letters_{}", std::process::id());
-    let letters = format!(
+    let dead_letters = format!(
         r#"
 [dead_letters]
 sinks = ["table", "lake", "warehouse"]
@@ -95,7 +95,7 @@ create = true
 "#,
         crate::support::postgres_url()
     );
-    pipeline(folder, &letters);
+    pipeline(folder, &dead_letters);
     let rows = b"{\"id\":1}\n{\"id\":\n\xff\xfe\n{\"id\":2,\"name\":\"trap\"}\n{\"id\":\"a\\u0000b\"}\n{\"id\":3}\n";
     std::fs::write(folder.join("rows.ndjson"), rows).expect("written");
     let checked = output(shardmill(&["check", "pipeline.toml"]).current_dir(folder));
@@ -129,7 +129,7 @@ create = true
 }
 
 #[test]
-fn killed_runs_leave_each_letter_once() {
+fn killed_runs_leave_each_dead_letter_once() {
     const ROWS: u64 = 3_000;
     let folder = tempfile::tempdir().expect("a folder");
     let folder = folder.path();
@@ -177,7 +177,7 @@ linger = "10 ms"
 }
 
 #[test]
-fn fault_13_check_foresees_what_a_start_says_of_a_sink_of_letters_that_was_restored() {
+fn fault_13_check_foresees_what_a_start_says_of_a_sink_of_dead_letters_that_was_restored() {
     let folder = tempfile::tempdir().expect("a folder");
     let folder = folder.path();
     pipeline(
