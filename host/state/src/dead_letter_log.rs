@@ -25,7 +25,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::entered_digest;
 use super::dead_letter_store::AS_ORIGINAL;
-use super::dead_letters::{COPIED_COLUMNS, DeadLetters, PayloadDigest, SHOWN, StoredDeadLetter};
+use super::dead_letters::{COPIED_COLUMNS, DeadLetters, PayloadDigest, VISIBLE, StoredDeadLetter};
 use super::store::StateError;
 use shardmill_core::record::Column;
 use shardmill_core::record::{PipelineName, SequenceNumber, StreamIdentity};
@@ -80,7 +80,7 @@ impl DeadLetters {
                          number, {COPIED_COLUMNS}
                      FROM letter_log JOIN letters ON letters.id = letter
                      LEFT JOIN letter_carrier ON of_record = record
-                     WHERE number > ?1 AND held = {SHOWN} ORDER BY number LIMIT ?2"
+                     WHERE number > ?1 AND held = {VISIBLE} ORDER BY number LIMIT ?2"
                 ))?;
                 let mut rows = query.query((after, limit, REPEATED_BYTES_MAX))?;
                 let (mut logged, mut held_bytes) = (Vec::new(), 0);

@@ -1,7 +1,7 @@
 //! Dead letters: every record that a stage or a table did not take, with all that a redrive needs.
 //!
 //! Letters go first: they are durable before any sink commits the span that they belong to. Those of
-//! rows whose commit may not have happened are hidden at first (`hidden.rs`). How much is kept of each, and
+//! rows whose commit may not have happened are hidden at first (`pending.rs`). How much is kept of each, and
 //! of all of them, is decided in `dead_letter_store.rs`.
 
 use std::collections::HashSet;
@@ -20,9 +20,9 @@ use shardmill_core::record::{
 };
 
 /// How a letter is kept: shown,
-pub(super) const SHOWN: u8 = 0;
+pub(super) const VISIBLE: u8 = 0;
 /// hidden until the sink's commit covers it,
-const HELD: u8 = 1;
+const PENDING: u8 = 1;
 /// or hidden until it is known that the sink did not get the row after all,
 pub(super) const GIVEN_UP: u8 = 2;
 /// or hidden, because its record has gone through a redrive: a replay must not run it again.
@@ -265,7 +265,7 @@ impl DeadLetters {
         }
     }
 
-    /// Writes letters, durable on return. A letter that is there already is replaced. `held` hides
+    /// Writes letters, durable on return. A letter that is there already is replaced. `pending` hides
     /// them until [`DeadLetters::settle`].
     ///
     /// # Errors
@@ -274,7 +274,7 @@ impl DeadLetters {
         &self,
         shard: &ShardKey,
         dead_letters: impl Into<Arc<Vec<DeadLetter>>>,
-        held: bool,
+        pending: bool,
     ) -> Result<(), StateError> {
         // Shared with a caller that tries again: a copy of many would be larger than what they are of.
         let dead_letters: Arc<Vec<DeadLetter>> = dead_letters.into();
@@ -284,7 +284,7 @@ impl DeadLetters {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (action, bound) = ("write dead letters", self.bound.clone());
         let written = self.store.write(action, move |state| {
-            let kept = if held { HELD } else { SHOWN };
+            let kept = if pending { PENDING } else { VISIBLE };
             // In its place, so that its number stays.
             let again = "DO UPDATE SET held = excluded.held, record = excluded.record,
                 entered_kind = excluded.entered_kind, entered_key = excluded.entered_key,
@@ -347,7 +347,7 @@ impl DeadLetters {
                      WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
                          AND place = ?5 AND held = ?6",
                 )?;
-                let key = (stream, shard, sequence, sub, place, SHOWN);
+                let key = (stream, shard, sequence, sub, place, VISIBLE);
                 let rows = query.query_map(key, |row| {
                     Ok((position_of(row.get(0)?, row.get(1)?)?, row.get(2)?))
                 })?;

@@ -48,7 +48,7 @@ pub mod agreement;
 mod assets;
 mod checkpoint;
 mod damaged;
-mod hidden;
+mod pending;
 mod holes;
 mod ledger;
 mod dead_letter_log;
@@ -70,7 +70,7 @@ mod variables;
 
 pub use agreement::ShardState;
 pub use checkpoint::{AllGivenUp, Checkpoints, KnownShards, Look, Remembered, SinkMark};
-pub use hidden::TakenOver;
+pub use pending::TakenOver;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Components, Ledger, LedgerEntry, Ran, Segment};
 pub use dead_letter_log::LoggedDeadLetter;

@@ -579,11 +579,11 @@ fn finish(
     let reached = state
         .query_row(reached, (stream, shard), |row| position(row.get(0)?, row.get(1)?))
         .optional()?;
-    let hidden = "SELECT count(*) FROM letters WHERE stream = ?1 AND shard = ?2 AND held <> 0
+    let pending = "SELECT count(*) FROM letters WHERE stream = ?1 AND shard = ?2 AND held <> 0
                   AND place NOT IN (SELECT value FROM json_each(?3))";
-    let hidden: u64 = state.query_row(hidden, (stream, shard, without), |row| row.get(0))?;
+    let pending: u64 = state.query_row(pending, (stream, shard, without), |row| row.get(0))?;
     let end = last.map(|last| Position { sequence: SequenceNumber::from(last), sub_sequence: 0 });
-    if reached < end || hidden > 0 {
+    if reached < end || pending > 0 {
         return Ok(None);
     }
     let mut failed = state.prepare(

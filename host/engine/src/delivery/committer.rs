@@ -51,7 +51,7 @@ pub(super) struct Committer {
     /// Where the sink's own position stands: each commit starts there.
     stored: Option<Position>,
     /// Letters of rows that were refused or given up are not shown yet.
-    dead_letters_hidden: bool,
+    dead_letters_pending: bool,
     /// Whether the sink itself says how far it is.
     keeps_position: bool,
     /// Since when no commit went well, if the last one did not.
@@ -71,7 +71,7 @@ impl Committer {
             publish,
             refusals,
             stored: acquired.position,
-            dead_letters_hidden: false,
+            dead_letters_pending: false,
             keeps_position: acquired.keeps_position,
             failing_since: None,
             context,
@@ -150,11 +150,11 @@ impl Committer {
         if committed.rows_refused > 0 {
             metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => format!("sink:{sink}"))
                 .increment(committed.rows_refused);
-            self.dead_letters_hidden = true;
+            self.dead_letters_pending = true;
         }
         self.failing_since = None;
-        if self.dead_letters_hidden {
-            self.dead_letters_hidden = !settle(&self.context, &commit.span.to_inclusive).await;
+        if self.dead_letters_pending {
+            self.dead_letters_pending = !settle(&self.context, &commit.span.to_inclusive).await;
         }
         self.refusals.committed(&commit);
         self.stored = Some(commit.span.to_inclusive.clone());
@@ -206,7 +206,7 @@ impl Committer {
         tracing::warn!(shard = %context.shard.shard, sink = %context.sink, rows, up_to = %to,
             "given up: the rows are in the dead letters");
         if self.keeps_position {
-            self.dead_letters_hidden = true;
+            self.dead_letters_pending = true;
         } else {
             self.stored = Some(to.clone());
         }

@@ -11,7 +11,7 @@
 use rusqlite::Transaction;
 
 use super::dead_letter_store::DeadLetter;
-use super::dead_letters::{DeadLetters, GIVEN_UP, SHOWN, are_there, insert};
+use super::dead_letters::{DeadLetters, GIVEN_UP, VISIBLE, are_there, insert};
 use super::store::{StateError, columns, position as position_of};
 use shardmill_core::record::{DeadLetterPlace, Position, PositionSpan, ShardKey, SinkName};
 
@@ -58,7 +58,7 @@ impl DeadLetters {
                 if owner != epoch {
                     return Ok(None);
                 }
-                let kept = if sink_keeps_position { GIVEN_UP } else { SHOWN };
+                let kept = if sink_keeps_position { GIVEN_UP } else { VISIBLE };
                 let are_there = || are_there(state, (&stream, &shard), &dead_letters);
                 let write = || insert(state, (&stream, &shard), &dead_letters, kept, "DO NOTHING");
                 let written = bound.within(state, &stream, are_there, write)?;
