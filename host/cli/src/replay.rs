@@ -140,11 +140,11 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     check_past(&*source, &window_ms).await?;
     let others = others(&config, &sink);
     if options.swap {
-        check_held(&*source, &window_ms).await?;
+        check_retained(&*source, &window_ms).await?;
         let alone = table.check_alone(&others, &stream).await;
         alone.map_err(|cause| anyhow::anyhow!("nothing was replaced: {cause}"))?;
     }
-    let held = source.clone();
+    let whole_source = source.clone();
     let source = WindowSource::new(source, window_ms.clone());
     let last = source.last();
     let (host, sinks) = (plugin_host(&config)?, sinks::build(&own)?);
@@ -176,7 +176,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         let last = last.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let target = PostgresSink::new(sink.clone(), live)?;
         // If it holds all of the window now, it did when it was read.
-        check_held(&*held, &window_ms).await?;
+        check_retained(&*whole_source, &window_ms).await?;
         check_passed(&target, &config, stream.clone(), (last, &swap.state)).await?;
         let beside = table.check_alone(&others, &stream).await.map_err(anyhow::Error::msg)?;
         let failed = failed_again(dead_letters.failed().await?);
@@ -504,8 +504,8 @@ fn forget_state(folder: &Path) -> anyhow::Result<()> {
 }
 
 /// The stream must hold all of the window still: rows of records that are gone could not be made again.
-async fn check_held(source: &dyn ShardSource, window_ms: &Range<u64>) -> anyhow::Result<()> {
-    let Some(from_ms) = source.holds_from_ms().await? else { return Ok(()) };
+async fn check_retained(source: &dyn ShardSource, window_ms: &Range<u64>) -> anyhow::Result<()> {
+    let Some(from_ms) = source.retained_from_ms().await? else { return Ok(()) };
     let from = DateTime::from_timestamp_millis(from_ms).unwrap_or_default();
     let begins_ms = i64::try_from(window_ms.start).unwrap_or(i64::MAX);
     ensure!(

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-pub use self::answer::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX, held_while_read};
+pub use self::answer::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX, occupied_while_read};
 pub use self::ledger::LongWait;
 use self::ledger::{AccountId, BufferId, Ledger, Limits, Ticket};
 
@@ -177,10 +177,10 @@ impl Account {
         self.shared.lock().ledger.part()
     }
 
-    /// The bytes that a sink may hold of what it makes of rows in hand, before it commits; `held` are counted for
+    /// The bytes that a sink may hold of what it makes of rows in hand, before it commits; `occupied` are counted for
     /// them. Rows in another form may be many times as large.
-    pub fn encoded_bytes_max(&self, held: usize) -> usize {
-        self.shared.lock().ledger.encoded_bytes_max(self.id, held)
+    pub fn encoded_bytes_max(&self, occupied: usize) -> usize {
+        self.shared.lock().ledger.encoded_bytes_max(self.id, occupied)
     }
 
     /// Counts bytes that are there already; others wait the longer.
@@ -265,22 +265,22 @@ impl State {
 }
 
 impl Shared {
-    fn change(&self, account: Option<AccountId>, held: usize, bytes: usize) {
+    fn change(&self, account: Option<AccountId>, occupied: usize, bytes: usize) {
         let mut state = self.lock();
         let now = Instant::now();
-        match (bytes < held, account) {
-            (true, Some(account)) => state.ledger.release(account, held - bytes, now),
-            (true, None) => state.ledger.release_free(held - bytes),
-            (false, account) => state.ledger.force(account, bytes - held),
+        match (bytes < occupied, account) {
+            (true, Some(account)) => state.ledger.release(account, occupied - bytes, now),
+            (true, None) => state.ledger.release_free(occupied - bytes),
+            (false, account) => state.ledger.force(account, bytes - occupied),
         }
-        if bytes < held {
+        if bytes < occupied {
             state.look(now);
         }
         self.show(&state);
     }
 
     fn show(&self, state: &State) {
-        metrics::gauge!(self.gauge).set(state.ledger.held() as f64);
+        metrics::gauge!(self.gauge).set(state.ledger.occupied() as f64);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -346,14 +346,14 @@ mod tests {
         let budget = Budget::new(2 * MIB, "test");
         let lane = budget.account("lane");
         let (large, small) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let mut held = lane.take(2 * MIB).await;
-        let own = held.split(MIB / 2);
+        let mut permit = lane.take(2 * MIB).await;
+        let own = permit.split(MIB / 2);
         let (one, other) = (lane.open_buffer(&large), lane.open_buffer(&small));
-        one.resize(held.bytes());
+        one.resize(permit.bytes());
         other.resize(own.bytes());
         let waiter = tokio::spawn(async move { lane.take(MIB).await.bytes });
         large.notified().await;
-        drop(held);
+        drop(permit);
         assert_eq!(waiter.await.expect("taken"), MIB);
     }
 
@@ -361,19 +361,19 @@ mod tests {
     async fn a_wait_that_is_given_up_takes_nothing() {
         let budget = Budget::new(2 * MIB, "test");
         let lane = budget.account("lane");
-        let held = lane.take(2 * MIB).await;
+        let permit = lane.take(2 * MIB).await;
         let waits = tokio::time::timeout(Duration::from_millis(20), lane.take(1_000)).await;
         assert!(waits.is_err(), "there is nothing left");
-        drop(held);
-        assert_eq!(budget.shared.lock().ledger.held(), 0);
+        drop(permit);
+        assert_eq!(budget.shared.lock().ledger.occupied(), 0);
         assert_eq!(lane.take(2 * MIB).await.bytes, 2 * MIB);
     }
 
     #[tokio::test]
-    async fn who_waits_for_long_is_shown_with_who_holds_it() {
+    async fn who_waits_for_long_is_shown_with_who_occupies_it() {
         let budget = Budget::new(2 * MIB, "test");
         let (one, other) = (budget.account("shard-1"), budget.account("shard-2"));
-        let _held = one.take(3 * MIB / 2).await;
+        let _permit = one.take(3 * MIB / 2).await;
         let waiter = async {
             let _own = other.take(MIB / 2).await;
             other.take(MIB / 2).await
@@ -395,9 +395,9 @@ mod tests {
     #[test]
     fn what_is_not_free_is_not_taken() {
         let budget = Budget::new(10, "test");
-        let mut held = budget.try_take(8).expect("free");
+        let mut permit = budget.try_take(8).expect("free");
         assert!(budget.try_take(3).is_none());
-        held.resize(7);
+        permit.resize(7);
         assert!(budget.try_take(3).is_some());
     }
 

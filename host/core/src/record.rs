@@ -7,7 +7,7 @@ mod batch;
 mod column;
 mod digest;
 mod excerpt;
-mod held;
+mod memory;
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -20,7 +20,7 @@ pub use self::batch::{Batch, Entry, DeadLetterPlace, Record, Redrive, Row, RowRo
 pub use self::column::{BoundRoute, Column};
 pub use self::digest::Digest;
 pub use self::excerpt::{excerpt, shortened};
-pub use self::held::{Arenas, Holding, is_kept_whole};
+pub use self::memory::{Arenas, CopyPlan, is_kept_whole};
 
 /// Declares a newtype over text with the conversions that all domain names share.
 macro_rules! text_newtype {

@@ -54,7 +54,7 @@ pub struct EncodedRows {
     /// What they are now; or why nothing, as a sentence's end.
     pub form: Result<Box<dyn Any + Send + Sync>, String>,
     /// The memory that this and the rows that were kept hold, in bytes.
-    pub held_bytes: usize,
+    pub occupied_bytes: usize,
 }
 
 /// A row that the sink's table refused: it goes to the dead letters alone.
@@ -128,7 +128,7 @@ pub trait RefusalLog: Send + Sync {
     /// # Errors
     /// [`SinkError::TooManyRefused`] past the limit; [`SinkError::Unavailable`] when the dead-letter
     /// store cannot be written. The sink must then roll back and return the error.
-    async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError>;
+    async fn record(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError>;
 
     /// Whether these rows of the commit (ascending) may be refused, whatever becomes of the others. A
     /// search for rows that a table refuses ends here, rather than after all of them.
@@ -257,12 +257,12 @@ pub trait EncodeRows: Send + Sync {
 /// The rows of one commit, as they are encoded. Uses the processor: call it off the async threads.
 pub trait RowEncoder: Send {
     /// Takes rows, by ascending (position, ordinal). `Some`: the commit has as many parts as one may have, or
-    /// would hold more than `held_bytes_max`, and is to be made without the rest. A record's rows stay
+    /// would hold more than `occupied_bytes_max`, and is to be made without the rest. A record's rows stay
     /// together, and the first record is always taken.
-    fn push(&mut self, rows: Vec<Row>, held_bytes_max: usize) -> Option<CutRows>;
+    fn push(&mut self, rows: Vec<Row>, occupied_bytes_max: usize) -> Option<CutRows>;
 
     /// The memory that it holds, in bytes.
-    fn held_bytes(&self) -> usize;
+    fn occupied_bytes(&self) -> usize;
 
     /// Ends: the rows that are refused, and what became of the others.
     fn finish(self: Box<Self>) -> (Vec<Row>, EncodedRows);

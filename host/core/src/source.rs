@@ -280,7 +280,7 @@ pub trait ShardSource: Send + Sync {
     ///
     /// # Errors
     /// [`SourceError`] when the stream is not there or out of reach.
-    async fn holds_from_ms(&self) -> Result<Option<i64>, SourceError> {
+    async fn retained_from_ms(&self) -> Result<Option<i64>, SourceError> {
         Ok(None)
     }
 

@@ -354,7 +354,7 @@ impl Gatherer {
         if !dead_letters.is_empty() {
             rows.retain(|row| !dead_letters.contains(&(row.position().clone(), row.ordinal)));
         }
-        if self.buffer.as_ref().is_some_and(|held| held.generation != generation) {
+        if self.buffer.as_ref().is_some_and(|buffered| buffered.generation != generation) {
             self.hand_over(orders).await?;
         }
         loop {
@@ -415,8 +415,8 @@ impl Gatherer {
         buffer.bytes += bytes_of(&rows);
         let came_bytes = permit.as_ref().map(Permit::bytes);
         match (&mut buffer.permit, permit) {
-            (Some(held), Some(more)) => held.absorb(more),
-            (held, more) => *held = more.or(held.take()),
+            (Some(buffered), Some(more)) => buffered.absorb(more),
+            (buffered, more) => *buffered = more.or(buffered.take()),
         }
         let mut rest_permit = None;
         let mut cut = None;
@@ -425,10 +425,10 @@ impl Gatherer {
             Some(encoder) if rows.is_empty() => buffer.encoder = Some(encoder),
             Some(mut encoder) => {
                 let counted = buffer.permit.as_ref().map(Permit::bytes);
-                let held_bytes_max = counted
+                let occupied_bytes_max = counted
                     .map_or(usize::MAX, |bytes| self.context.account.encoded_bytes_max(bytes));
                 let encoded = off_thread(move || {
-                    let cut = encoder.push(rows, held_bytes_max);
+                    let cut = encoder.push(rows, occupied_bytes_max);
                     (encoder, cut)
                 });
                 let (encoder, cut_rows) = encoded.await;
@@ -447,7 +447,7 @@ impl Gatherer {
                 }
                 // The rows are gone, and with them what they held.
                 if let Some(permit) = &mut buffer.permit {
-                    permit.resize(encoder.held_bytes());
+                    permit.resize(encoder.occupied_bytes());
                 }
                 buffer.encoder = Some(encoder);
             }
@@ -497,7 +497,7 @@ impl Gatherer {
             Some(encoder) => {
                 let (refused, encoded) = off_thread(move || encoder.finish()).await;
                 if let Some(permit) = &mut buffer.permit {
-                    permit.resize(encoded.held_bytes);
+                    permit.resize(encoded.occupied_bytes);
                 }
                 (refused, Some(Arc::new(encoded)))
             }

@@ -37,7 +37,7 @@ use shardmill_core::budget::{Account, Budget};
 use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::{
-    Arenas, Batch, Holding, Position, Row, ShardKey, ShardStart, SinkName,
+    Arenas, Batch, CopyPlan, Position, Row, ShardKey, ShardStart, SinkName,
 };
 use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{Sink, SinkError};
@@ -716,7 +716,7 @@ impl Lane<'_> {
         let generation = chain.generation().id.clone();
         let to_inclusive = batch.span.to_inclusive.clone();
         // Before it waits for anything: what is not copied keeps all that it came with.
-        let settled = self.unless_stopped(keep_own(rows, batch.held_bytes(), arenas)).await?;
+        let settled = self.unless_stopped(keep_own(rows, batch.occupied_bytes(), arenas)).await?;
         for (index, (rows, bytes)) in settled.into_iter().enumerate() {
             let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
             let (account, delivery) = (self.account.clone(), self.deliveries[index].sender());
@@ -869,15 +869,15 @@ async fn keep_own(
         // Stages that route to one sink come one after the other: order by record again.
         rows.sort_by_key(|row| (row.record, row.ordinal));
     }
-    let holding = |rows: &Vec<Row>| Holding::of(rows, batch_bytes, &arenas);
-    let holdings: Vec<Holding> = rows.iter().map(holding).collect();
-    let copied_bytes: usize = holdings.iter().map(Holding::copied_bytes).sum();
+    let plan = |rows: &Vec<Row>| CopyPlan::of(rows, batch_bytes, &arenas);
+    let plans: Vec<CopyPlan> = rows.iter().map(plan).collect();
+    let copied_bytes: usize = plans.iter().map(CopyPlan::copied_bytes).sum();
     let settle = move || {
-        let settle = |(mut rows, holding): (Vec<Row>, Holding)| {
-            holding.settle(&mut rows, &arenas);
-            (rows, holding.held_bytes())
+        let settle = |(mut rows, plan): (Vec<Row>, CopyPlan)| {
+            plan.settle(&mut rows, &arenas);
+            (rows, plan.occupied_bytes())
         };
-        rows.into_iter().zip(holdings).map(settle).collect()
+        rows.into_iter().zip(plans).map(settle).collect()
     };
     match copied_bytes > COPIED_IN_PLACE_BYTES {
         true => off_thread(settle).await,

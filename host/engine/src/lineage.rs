@@ -70,7 +70,7 @@ pub fn lineage(
             }
     };
     let is_settled = |id: &ShardId| known.begun.get(id).is_some_and(|state| state.ended);
-    let holds = |parent: &ShardId| match family.get(parent) {
+    let blocks = |parent: &ShardId| match family.get(parent) {
         Some(listed) => !is_settled(parent) && !is_skipped(listed),
         None => known.begun.get(parent).is_some_and(|state| !state.ended),
     };
@@ -99,7 +99,7 @@ pub fn lineage(
     };
     let waiting: Vec<&Shard> =
         shards.iter().filter(|shard| !is_settled(&shard.id) && !is_skipped(shard)).collect();
-    let ready = waiting.iter().filter(|shard| !shard.parents.iter().any(holds));
+    let ready = waiting.iter().filter(|shard| !shard.parents.iter().any(blocks));
     let mut ready: Vec<Beginning> = ready.map(|shard| begins(shard)).collect();
     let some_wait = ready.len() < waiting.len();
     // The server says whether they are really gone.
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_holds_for_children_too() {
+    fn a_time_applies_to_children_too() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false)];
         let plan = lineage(
             &shards,
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forgotten_parent_holds_nobody() {
+    fn a_forgotten_parent_blocks_nobody() {
         let shards = [shard("7", &["3"], false)];
         let plan = lineage(&shards, &known(&[]), &StartPosition::TrimHorizon, Some(NOW_MS));
         assert_eq!(ready(&plan), [("7", ShardStart::Horizon)]);
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn fault_16_a_shard_that_is_not_listed_any_more_is_asked_for_and_holds_its_children() {
+    fn fault_16_a_shard_that_is_not_listed_any_more_is_asked_for_and_blocks_its_children() {
         let shards = [shard("1", &["0"], false)];
         let plan = lineage(&shards, &known(&[("0", false)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("0", ShardStart::Horizon)]);

@@ -147,13 +147,13 @@ struct MaskedLog<'a> {
 
 #[async_trait]
 impl RefusalLog for MaskedLog<'_> {
-    async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+    async fn record(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         let hidden = |refusal: &Refusal| {
             let reason = self.values.hide(refusal.reason.clone());
             Refusal { row: refusal.row, reason }
         };
         let refusals: Vec<Refusal> = refusals.iter().map(hidden).collect();
-        self.inner.hold(commit, &refusals).await
+        self.inner.record(commit, &refusals).await
     }
 
     fn check(&self, commit: &Commit, refused: &[usize]) -> Result<(), SinkError> {

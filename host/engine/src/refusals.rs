@@ -11,7 +11,7 @@ use shardmill_state::RejectionWindow;
 use shardmill_state::{DeadLetter, DeadLetters, DeadLetterKey, MadeBy};
 
 /// The refusals of one sink and shard.
-pub struct HeldRefusals {
+pub struct PendingRefusals {
     dead_letters: DeadLetters,
     sink: SinkName,
     counted: Mutex<Counted>,
@@ -23,7 +23,7 @@ struct Counted {
     pending: Option<RejectionWindow>,
 }
 
-impl HeldRefusals {
+impl PendingRefusals {
     /// Writes into `dead_letters`; past the limits a commit is not to be made.
     pub fn new(dead_letters: DeadLetters, sink: SinkName, rejected_max: RejectedMax) -> Self {
         let window = RejectionWindow::new(rejected_max);
@@ -94,8 +94,8 @@ fn played(
 }
 
 #[async_trait]
-impl RefusalLog for HeldRefusals {
-    async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+impl RefusalLog for PendingRefusals {
+    async fn record(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         let Some(last) = refusals.last() else { return Ok(()) };
         self.count(commit, refusals).map_err(|limit| {
             self.too_many(&format!("{limit}; the last reason: {}", last.reason))

@@ -52,8 +52,8 @@ impl ShardSource for WindowSource {
         self.source.shards().await
     }
 
-    async fn holds_from_ms(&self) -> Result<Option<i64>, SourceError> {
-        self.source.holds_from_ms().await
+    async fn retained_from_ms(&self) -> Result<Option<i64>, SourceError> {
+        self.source.retained_from_ms().await
     }
 
     async fn now_ms(&self) -> Result<Option<i64>, SourceError> {

@@ -112,7 +112,7 @@ impl Aggregate {
     }
 
     /// The memory that it holds, in bytes.
-    pub fn held_bytes(&self) -> usize {
+    pub fn occupied_bytes(&self) -> usize {
         size_of::<Self>() + self.data.len() + size_of_val(&*self.keys)
     }
 

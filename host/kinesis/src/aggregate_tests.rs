@@ -156,7 +156,7 @@ fn wall_01_the_time_to_validate_grows_with_the_bytes_alone() {
 }
 
 #[test]
-fn wall_01_an_aggregate_that_waits_holds_its_bytes_and_its_keys_places() {
+fn wall_01_an_aggregate_that_waits_occupies_its_bytes_and_its_keys_places() {
     // Keys of two bytes each, the smallest, and records of six.
     let message = AggregatedRecord {
         partition_keys: vec![Bytes::new(); 100_000],
@@ -168,8 +168,8 @@ fn wall_01_an_aggregate_that_waits_holds_its_bytes_and_its_keys_places() {
     };
     let data = sealed(&message.encode_to_vec());
     let aggregate = opened(&data);
-    let held = aggregate.held_bytes();
-    assert!((data.len()..2 * data.len()).contains(&held), "{held} for {}", data.len());
+    let occupied = aggregate.occupied_bytes();
+    assert!((data.len()..2 * data.len()).contains(&occupied), "{occupied} for {}", data.len());
 }
 
 /// Sub-sequence numbers are places in the aggregate: settings of batches do not move them.
@@ -217,7 +217,7 @@ fn wall_01_parts_of_any_size_are_the_whole() {
 
 /// A small part is a copy: it does not hold the whole aggregate.
 #[test]
-fn wall_02_a_part_of_an_aggregate_does_not_hold_all_of_it() {
+fn wall_02_a_part_of_an_aggregate_does_not_keep_all_of_it_in_memory() {
     let data = one_key("key", 10_000, 100);
     let within = data.as_ptr_range();
     let mut aggregate = opened(&data);

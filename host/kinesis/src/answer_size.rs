@@ -114,10 +114,10 @@ impl AnswerSize {
     }
 }
 
-/// Returns the bytes of payload with which an answer of `records` is booked as `held_bytes`. Long keys are booked so,
-/// too.
-pub(super) fn payload_of(held_bytes: usize, records: usize) -> usize {
-    held_bytes.saturating_sub(records.saturating_mul(RECORD_OVERHEAD_BYTES)).div_ceil(5) * 2
+/// Returns the bytes of payload with which an answer of `records` is booked as `occupied_bytes`. Long keys are
+/// booked so, too.
+pub(super) fn payload_of(occupied_bytes: usize, records: usize) -> usize {
+    occupied_bytes.saturating_sub(records.saturating_mul(RECORD_OVERHEAD_BYTES)).div_ceil(5) * 2
 }
 
 /// What an answer holds while it is read: its text, in which bytes are base64, and what becomes of it.
@@ -197,13 +197,13 @@ mod tests {
     }
 
     #[test]
-    fn wall_02_what_an_answer_held_is_learned_as_what_is_booked() {
-        for (held, records) in [(5_120, 10), (1_000_000, 10), (30 * MIB, 10_000), (100, 1)] {
-            let booked = in_flight(payload_of(held, records), records);
-            assert!(booked >= held, "{held} bytes of {records} records: {booked}");
+    fn wall_02_what_an_answer_occupied_is_learned_as_what_is_booked() {
+        for (occupied, records) in [(5_120, 10), (1_000_000, 10), (30 * MIB, 10_000), (100, 1)] {
+            let booked = in_flight(payload_of(occupied, records), records);
+            assert!(booked >= occupied, "{occupied} bytes of {records} records: {booked}");
         }
         // Records of a mebibyte are learned by their payload, which books more.
-        assert!(payload_of(shardmill_core::budget::held_while_read(1_398_200, 6), 1) < MIB);
+        assert!(payload_of(shardmill_core::budget::occupied_while_read(1_398_200, 6), 1) < MIB);
     }
 
     #[test]

@@ -36,7 +36,7 @@ struct Shared {
 
 struct State {
     /// `None`: the call has ended.
-    held: Option<Permit>,
+    permit: Option<Permit>,
     /// Bytes that the answer of the last try held while it was read, as far as it came.
     bytes: usize,
     /// Bytes that the answer needs, where that was more than could be had.
@@ -63,7 +63,7 @@ pub(super) enum Read<T> {
         /// Its result.
         answer: T,
         /// The booking, with the bytes that were taken meanwhile.
-        held: Permit,
+        permit: Permit,
         /// The bytes of memory that the answer held while it was read.
         bytes: usize,
         /// The answer was given up because it was longer than any may be.
@@ -77,8 +77,8 @@ pub(super) enum Read<T> {
 }
 
 impl Booking {
-    fn new(account: Arc<Account>, held: Permit) -> Self {
-        let state = State { held: Some(held), bytes: 0, needed: None, is_too_long: false };
+    fn new(account: Arc<Account>, permit: Permit) -> Self {
+        let state = State { permit: Some(permit), bytes: 0, needed: None, is_too_long: false };
         Self(Arc::new(Shared { account, state: Mutex::new(state), outgrown: Notify::new() }))
     }
 
@@ -91,13 +91,13 @@ impl Booking {
     pub(super) fn covers(&self, need: Need) -> bool {
         let mut state = self.lock();
         state.bytes = need.by_now;
-        let Some(held) = &mut state.held else { return false };
-        let more = need.known.saturating_sub(held.bytes().saturating_add(SLACK_BYTES));
+        let Some(permit) = &mut state.permit else { return false };
+        let more = need.known.saturating_sub(permit.bytes().saturating_add(SLACK_BYTES));
         if more == 0 {
             return true;
         }
         if let Some(taken) = self.0.account.take_at_once(more) {
-            held.absorb(taken);
+            permit.absorb(taken);
             return true;
         }
         state.needed = Some(need.likely);
@@ -119,10 +119,10 @@ impl Booking {
 /// future gives the booking back.
 pub(super) async fn read<T>(
     account: &Arc<Account>,
-    held: Permit,
+    permit: Permit,
     call: impl Future<Output = T>,
 ) -> Read<T> {
-    let booking = Booking::new(account.clone(), held);
+    let booking = Booking::new(account.clone(), permit);
     let answer = tokio::select! {
         // First: who is told that the answer is not read on must not poll the call again.
         biased;
@@ -130,9 +130,9 @@ pub(super) async fn read<T>(
         answer = BOOKING.scope(booking.clone(), call) => Some(answer),
     };
     let mut state = booking.lock();
-    match (answer, state.held.take()) {
-        (Some(answer), Some(held)) => {
-            Read::Ended { answer, held, bytes: state.bytes, is_too_long: state.is_too_long }
+    match (answer, state.permit.take()) {
+        (Some(answer), Some(permit)) => {
+            Read::Ended { answer, permit, bytes: state.bytes, is_too_long: state.is_too_long }
         }
         _ => Read::Outgrown { needed: state.needed.unwrap_or(state.bytes) },
     }
@@ -147,7 +147,7 @@ mod tests {
 
     /// The needs of an answer as it comes, one after the other; whether it was read to its end.
     async fn comes(account: &Arc<Account>, booked: usize, needs: &[usize]) -> Result<usize, usize> {
-        let held = account.take(booked).await;
+        let permit = account.take(booked).await;
         let of = |bytes| Need { by_now: bytes, known: bytes, likely: 2 * bytes };
         let call = async {
             for needed in needs {
@@ -156,8 +156,8 @@ mod tests {
                 }
             }
         };
-        match read(account, held, call).await {
-            Read::Ended { held, .. } => Ok(held.bytes()),
+        match read(account, permit, call).await {
+            Read::Ended { permit, .. } => Ok(permit.bytes()),
             Read::Outgrown { needed } => Err(needed),
         }
     }
@@ -184,8 +184,8 @@ mod tests {
     async fn wall_02_a_call_that_is_dropped_gives_its_booking_back() {
         let budget = Budget::new(2 * MIB, "test");
         let account = Arc::new(budget.account("lane"));
-        let held = account.take(2 * MIB).await;
-        let call = read(&account, held, std::future::pending::<()>());
+        let permit = account.take(2 * MIB).await;
+        let call = read(&account, permit, std::future::pending::<()>());
         let waited = tokio::time::timeout(std::time::Duration::from_millis(20), call).await;
         assert!(waited.is_err());
         assert!(account.take_at_once(2 * MIB).is_some());

@@ -167,7 +167,7 @@ impl FanOutReader {
         let inbox = self.polling.inbox();
         let about = Answer { call: SUBSCRIBE, behind_ms, as_of_ms, is_end: false };
         self.connection.take_in(inbox, arrived, about).await?;
-        self.polling.count_held();
+        self.polling.count_occupied();
         // Some servers tell the children with every event of a closed shard, not with the last only:
         // its records are read from here while they come.
         self.is_closed = has_end || (came == 0 && (children > 0 || self.is_listed_as_closed()));
@@ -188,13 +188,13 @@ impl FanOutReader {
             self.subscribe().await?;
             return Ok(NextEvent::GoOn);
         };
-        let held = self.polling.account().take(self.expected).await;
+        let permit = self.polling.account().take(self.expected).await;
         self.polling.waiting().begins(SUBSCRIBE);
         // The connection's own deadline ends the silence: events without records come every few
         // seconds.
-        let event = match booking::read(self.polling.account(), held, subscription.recv()).await {
-            Read::Ended { answer, held, bytes, .. } => {
-                self.polling.hold(held);
+        let event = match booking::read(self.polling.account(), permit, subscription.recv()).await {
+            Read::Ended { answer, permit, bytes, .. } => {
+                self.polling.keep_permit(permit);
                 // Events without records come between the others: what was larger is forgotten slowly.
                 self.expected = bytes.max(self.expected - self.expected.div_ceil(4));
                 answer
@@ -298,7 +298,7 @@ impl BatchReader for FanOutReader {
                 return Ok(NextBatch::Lost(lost));
             }
             let batch = self.polling.inbox().cut();
-            self.polling.count_held();
+            self.polling.count_occupied();
             if let Some(batch) = batch {
                 return Ok(NextBatch::Batch(batch));
             }

@@ -90,10 +90,10 @@ enum Queued {
 
 impl Queued {
     /// The memory that it holds, in bytes.
-    fn held_bytes(&self) -> usize {
+    fn occupied_bytes(&self) -> usize {
         match self {
-            Self::Record(record) => record.held_bytes(),
-            Self::Aggregate { aggregate, .. } => size_of::<Self>() + aggregate.held_bytes(),
+            Self::Record(record) => record.occupied_bytes(),
+            Self::Aggregate { aggregate, .. } => size_of::<Self>() + aggregate.occupied_bytes(),
         }
     }
 }
@@ -109,7 +109,7 @@ pub struct Inbox {
     /// What is not shown yet about the place at which the server was told to begin.
     unproven: Option<Unproven>,
     /// What the queue holds in memory.
-    held_bytes: usize,
+    occupied_bytes: usize,
     /// Bytes that the last batch holds, where it is larger than a batch may be because its one record is. The lane has
     /// it until it asks for the next.
     large_in_hand: usize,
@@ -155,7 +155,7 @@ impl Inbox {
             from,
             handed_over,
             queue,
-            held_bytes: 0,
+            occupied_bytes: 0,
             large_in_hand: 0,
             unproven,
             gap,
@@ -178,14 +178,14 @@ impl Inbox {
 
     /// Returns the bytes of memory that waiting records hold, and the last batch if it is larger than usual: payloads,
     /// keys, and what each record costs beside them. Usual batches that lanes have in hand are counted for each lane.
-    pub fn held_bytes(&self) -> usize {
-        self.held_bytes + self.large_in_hand
+    pub fn occupied_bytes(&self) -> usize {
+        self.occupied_bytes + self.large_in_hand
     }
 
     /// Forgets what waits: the server is asked for it again.
     pub fn give_back(&mut self) {
         self.queue = VecDeque::new();
-        self.held_bytes = 0;
+        self.occupied_bytes = 0;
         self.from.after = self.handed_over.clone();
     }
 
@@ -336,7 +336,7 @@ impl Inbox {
         }
         self.from.after = Some(Position { sequence, sub_sequence: count - 1 });
         if !is_older {
-            self.held_bytes += queued.held_bytes();
+            self.occupied_bytes += queued.occupied_bytes();
             self.queue.push_back(queued);
         }
         Ok(())
@@ -379,7 +379,7 @@ impl Inbox {
                 break;
             }
             let Some(taken) = self.queue.pop_front() else { break };
-            self.held_bytes -= taken.held_bytes();
+            self.occupied_bytes -= taken.occupied_bytes();
             if let Queued::Record(record) = taken {
                 records.push(record);
             }
@@ -393,7 +393,7 @@ impl Inbox {
         let span = PositionSpan { from_exclusive, to_inclusive };
         let batch = Batch { shard: self.shard.clone(), records, span, entry: Entry::Source };
         if batch.bytes() > limits.bytes_max {
-            self.large_in_hand = batch.held_bytes();
+            self.large_in_hand = batch.occupied_bytes();
         }
         Some(batch)
     }

@@ -45,7 +45,7 @@ pub struct PollingReader {
     account: Arc<Account>,
     /// The inbox's bytes in the readers' budget, until lanes have taken them; those of a batch of one large record,
     /// until they ask for the next.
-    held: Option<Permit>,
+    permit: Option<Permit>,
     answer_size: AnswerSize,
     iterator: Option<String>,
     ended: bool,
@@ -68,7 +68,7 @@ impl PollingReader {
             polling,
             inbox,
             account,
-            held: None,
+            permit: None,
             answer_size: AnswerSize::default(),
             iterator: None,
             ended: false,
@@ -90,7 +90,7 @@ impl PollingReader {
     /// Another reader goes on from the inbox, which is empty.
     pub(super) fn rest(&mut self) {
         self.iterator = None;
-        self.held = None;
+        self.permit = None;
     }
 
     /// Where it shows what it waits for.
@@ -104,15 +104,15 @@ impl PollingReader {
     }
 
     /// Counts so much until what waits is counted: it came, and is looked at.
-    pub(super) fn hold(&mut self, held: Permit) {
-        self.held = Some(held);
+    pub(super) fn keep_permit(&mut self, permit: Permit) {
+        self.permit = Some(permit);
     }
 
     /// Counts what waits in the inbox, and a large batch that the lane has, as it is now.
-    pub(super) fn count_held(&mut self) {
-        match self.inbox.held_bytes() {
-            0 => self.held = None,
-            bytes => self.held.get_or_insert_with(|| self.account.force(0)).resize(bytes),
+    pub(super) fn count_occupied(&mut self) {
+        match self.inbox.occupied_bytes() {
+            0 => self.permit = None,
+            bytes => self.permit.get_or_insert_with(|| self.account.force(0)).resize(bytes),
         }
     }
 
@@ -138,23 +138,23 @@ impl PollingReader {
             return Ok(false);
         };
         // An answer is booked before it comes, and no more is asked for than is booked.
-        self.held = None;
+        self.permit = None;
         let (least, most) = self.answer_size.booking(self.account.part_bytes(), Instant::now());
-        let held = self.account.take_between(least, most).await;
-        let limit = self.answer_size.records(held.bytes(), self.polling.records_per_call_max);
+        let permit = self.account.take_between(least, most).await;
+        let limit = self.answer_size.records(permit.bytes(), self.polling.records_per_call_max);
         let called = Instant::now();
         let call = self.connection.client.get_records().shard_iterator(iterator);
         let call = call.limit(i32::try_from(limit).unwrap_or(i32::MAX));
         let date = AnswerDate::default();
         self.waiting.begins(GET_RECORDS);
         let call = call.customize().interceptor(date.clone());
-        let (answer, held, held_bytes) = match booking::read(&self.account, held, call.send()).await
+        let (answer, permit, occupied_bytes) = match booking::read(&self.account, permit, call.send()).await
         {
-            Read::Ended { answer, held, bytes, is_too_long } => {
+            Read::Ended { answer, permit, bytes, is_too_long } => {
                 if is_too_long {
                     self.answer_size.was_too_long(limit);
                 }
-                (answer, held, bytes)
+                (answer, permit, bytes)
             }
             // The iterator stands before the records: they come again once there is room for them.
             Read::Outgrown { needed } => {
@@ -193,7 +193,7 @@ impl PollingReader {
         self.retries.reset();
         let bytes: usize = answer.records.iter().map(|record| record.data.as_ref().len()).sum();
         let records = answer.records.len();
-        let bytes = payload_of(held_bytes, records).max(bytes);
+        let bytes = payload_of(occupied_bytes, records).max(bytes);
         if let Some(iterator) = &answer.next_shard_iterator {
             connection::check_iterator(GET_RECORDS, iterator, &self.inbox)?;
         }
@@ -204,7 +204,7 @@ impl PollingReader {
         self.behind_ms = answer.millis_behind_latest.unwrap_or(0).max(0) as u64;
         self.is_flowing = records > 0;
         self.answer_size.learn(records, bytes, self.behind_ms > 0, Instant::now());
-        self.held = Some(held);
+        self.permit = Some(permit);
         // The date is of the answer's head, which follows the reading: at most a moment too late, and
         // mostly too early, as it is rounded down. Retention counts in hours.
         let about = Answer {
@@ -215,7 +215,7 @@ impl PollingReader {
         };
         self.caught_up_ms = about.as_of_ms.filter(|_| self.behind_ms == 0);
         self.connection.take_in(&mut self.inbox, arrived, about).await?;
-        self.count_held();
+        self.count_occupied();
         let pause = match self.is_flowing || self.behind_ms > 0 {
             true => self.call_interval(),
             false => self.polling.poll_interval,
@@ -255,7 +255,7 @@ impl BatchReader for PollingReader {
                 return Ok(NextBatch::Lost(lost));
             }
             let batch = self.inbox.cut();
-            self.count_held();
+            self.count_occupied();
             if let Some(batch) = batch {
                 return Ok(NextBatch::Batch(batch));
             }
@@ -273,7 +273,7 @@ impl BatchReader for PollingReader {
     fn give_back(&mut self) {
         if !self.inbox.is_empty() {
             self.inbox.give_back();
-            self.count_held();
+            self.count_occupied();
             (self.iterator, self.ended) = (None, false);
         }
     }

@@ -41,7 +41,7 @@ use tokio_util::sync::CancellationToken;
 use super::booking::{Booking, Need};
 use super::informational::{self, TooManyHeads};
 use crate::served::Served;
-use shardmill_core::budget::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, held_while_read};
+use shardmill_core::budget::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, occupied_while_read};
 use shardmill_core::private::FileMark;
 
 /// A request may take this long per byte beside the silence: the server says nothing while it is sent.
@@ -373,15 +373,15 @@ impl Booked {
 /// Returns the memory for an answer that is `whole` so far, and has `length` bytes where the server says so.
 fn need(whole: &Whole, length: Option<u64>) -> Need {
     let (bytes, values) = (whole.bytes, whole.values.count);
-    let by_now = held_while_read(bytes, values);
+    let by_now = occupied_while_read(bytes, values);
     let known = length.unwrap_or(bytes).clamp(bytes, whole.bytes_max);
     // Of an answer of unknown length, half may have come.
     let likely = length.unwrap_or(bytes * 2).clamp(bytes, whole.bytes_max);
     let likely_values = (values * likely / bytes.max(1)).min(ANSWER_VALUES_MAX);
     Need {
         by_now,
-        known: held_while_read(known, values),
-        likely: held_while_read(likely, likely_values),
+        known: occupied_while_read(known, values),
+        likely: occupied_while_read(likely, likely_values),
     }
 }
 
@@ -509,7 +509,7 @@ impl Events {
 
     /// Returns the memory for the message that came last.
     fn need(&self) -> Need {
-        let bytes = held_while_read(self.message, self.values.count);
+        let bytes = occupied_while_read(self.message, self.values.count);
         Need { by_now: bytes, known: bytes, likely: bytes }
     }
 
@@ -627,7 +627,7 @@ mod tests {
             assert!(ended > 0, "in pieces of {piece}");
             let Length::Events(events) = events else { panic!("events") };
             assert_eq!((events.rest, events.head_bytes), (0, 0), "in pieces of {piece}");
-            assert_eq!(events.need().known, held_while_read(12 + 299 % 90, events.values.count));
+            assert_eq!(events.need().known, occupied_while_read(12 + 299 % 90, events.values.count));
         }
         let mut events = Length::Events(Events::default());
         for _ in 0..100 {
@@ -663,7 +663,7 @@ mod tests {
             let mut whole = Whole::new(ANSWER_BYTES_MAX);
             (whole.bytes, whole.values.count) = (bytes, values);
             let Need { by_now, known, likely } = need(&whole, length);
-            let expected = expected.map(|(bytes, values)| held_while_read(bytes, values));
+            let expected = expected.map(|(bytes, values)| occupied_while_read(bytes, values));
             assert_eq!([by_now, known, likely], expected, "{bytes} of {length:?}");
         }
     }

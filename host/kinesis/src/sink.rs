@@ -205,7 +205,7 @@ impl SinkWriter for KinesisWriter {
         self.put_all(&commit.rows).await?;
         let refused: Vec<Refusal> = self.progress.refusals();
         if !refused.is_empty() {
-            refusals.hold(commit, &refused).await?;
+            refusals.record(commit, &refused).await?;
         }
         Ok(self.progress.committed(commit))
     }

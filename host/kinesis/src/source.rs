@@ -65,7 +65,7 @@ impl ShardSource for KinesisSource {
         Ok(found.identity)
     }
 
-    async fn holds_from_ms(&self) -> Result<Option<i64>, SourceError> {
+    async fn retained_from_ms(&self) -> Result<Option<i64>, SourceError> {
         let found = stream::describe(&self.connection.client, &self.connection.stream).await?;
         let retained_from_ms = found
             .retained_from_ms()

@@ -105,8 +105,8 @@ impl AnswerLength {
         self.rest = length.saturating_sub(4);
         let is_kept = kind != NOTICE || !self.is_ready;
         let before = if is_kept { self.answer_bytes } else { 0 };
-        let held = if kind == SETTING { SETTING_BYTES } else { MESSAGE_BYTES };
-        let answer_bytes = before + held + length;
+        let occupied = if kind == SETTING { SETTING_BYTES } else { MESSAGE_BYTES };
+        let answer_bytes = before + occupied + length;
         if answer_bytes > ANSWER_BYTES_MAX {
             return Err(io::Error::other(format!(
                 "expected an answer of at most {}, found one of {} or more: ask for less at a time",
@@ -137,8 +137,8 @@ impl AnswerLength {
 #[derive(Debug, Default)]
 struct Settings {
     /// Bytes held of each, by its name.
-    held: HashMap<Vec<u8>, u64>,
-    held_bytes: u64,
+    occupied: HashMap<Vec<u8>, u64>,
+    occupied_bytes: u64,
     /// The report that is being read.
     current: Option<Report>,
 }
@@ -175,10 +175,10 @@ impl Settings {
     /// Ends the current message.
     fn end_message(&mut self) -> io::Result<()> {
         let Some(Report { name, bytes, .. }) = self.current.take() else { return Ok(()) };
-        let held = SETTING_BYTES + bytes;
-        let before = self.held.insert(name, held).unwrap_or_default();
-        self.held_bytes = self.held_bytes - before + held;
-        Self::check(self.held_bytes)
+        let occupied = SETTING_BYTES + bytes;
+        let before = self.occupied.insert(name, occupied).unwrap_or_default();
+        self.occupied_bytes = self.occupied_bytes - before + occupied;
+        Self::check(self.occupied_bytes)
     }
 
     fn check(bytes: u64) -> io::Result<()> {
@@ -288,12 +288,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_held_of_settings_is_counted_by_name() {
+    fn what_settings_occupy_is_counted_by_name() {
         let mut answer = AnswerLength::default();
         let reports = [report("a", "12"), report("bc", ""), report("a", "1234"), whole(b'D', 99)];
         reports.iter().for_each(|report| answer.add(report).expect("few"));
-        assert_eq!(answer.settings.held_bytes, 2 * SETTING_BYTES + 7 + 4);
-        assert_eq!(answer.settings.held.len(), 2);
+        assert_eq!(answer.settings.occupied_bytes, 2 * SETTING_BYTES + 7 + 4);
+        assert_eq!(answer.settings.occupied.len(), 2);
     }
 
     #[test]

@@ -364,10 +364,10 @@ mod tests {
         });
         assert!((1..=2).contains(&most.into_inner()));
         // The wait for a turn ends.
-        let held = [TURNS.take(Duration::ZERO), TURNS.take(Duration::ZERO)];
-        assert!(held.iter().all(Option::is_some));
+        let taken = [TURNS.take(Duration::ZERO), TURNS.take(Duration::ZERO)];
+        assert!(taken.iter().all(Option::is_some));
         assert!(TURNS.take(Duration::from_millis(10)).is_none());
-        drop(held);
+        drop(taken);
         assert!(TURNS.take(Duration::ZERO).is_some());
     }
 }

@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn wall_11_what_instances_hold_beside_their_memories_is_bounded() {
+    fn wall_11_what_instances_occupy_beside_their_memories_is_bounded() {
         // All instances of Python take 0.6 MiB.
         for (globals, instances, is_fine) in
             [(10, 1, true), (1_000, 39, true), (60_000, 4, true), (60_000, 5, false)]

@@ -83,7 +83,7 @@ impl DeadLetters {
                      WHERE number > ?1 AND held = {VISIBLE} ORDER BY number LIMIT ?2"
                 ))?;
                 let mut rows = query.query((after, limit, REPEATED_BYTES_MAX))?;
-                let (mut logged, mut held_bytes) = (Vec::new(), 0);
+                let (mut logged, mut occupied_bytes) = (Vec::new(), 0);
                 let mut digests = HashMap::new();
                 while let Some(row) = rows.next()? {
                     let mut dead_letter = StoredDeadLetter::read(row, 4)?;
@@ -98,12 +98,12 @@ impl DeadLetters {
                         };
                         digests.stand_in(&mut dead_letter, bytes, kind == AS_ORIGINAL);
                     }
-                    held_bytes += dead_letter.original.len() + dead_letter.partition_key.len();
+                    occupied_bytes += dead_letter.original.len() + dead_letter.partition_key.len();
                     // A plugin's key is as long as it likes.
-                    held_bytes += dead_letter.entered.len() + dead_letter.entered_key.len();
-                    held_bytes += dead_letter.reason.len() + dead_letter.backtrace.len();
+                    occupied_bytes += dead_letter.entered.len() + dead_letter.entered_key.len();
+                    occupied_bytes += dead_letter.reason.len() + dead_letter.backtrace.len();
                     logged.push(LoggedDeadLetter { number: row.get(3)?, dead_letter });
-                    if held_bytes >= bytes {
+                    if occupied_bytes >= bytes {
                         break;
                     }
                 }

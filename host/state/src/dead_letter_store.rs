@@ -516,8 +516,8 @@ mod tests {
         let span = PositionSpan { from_exclusive: None, to_inclusive: at };
         let given_up = dead_letters.give_up((&shard, &sink), own.epoch, &span, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
-        let (count, held) = (dead_letters.count().await, dead_letters.kept_bytes().await);
-        assert_eq!((count.expect("counted"), held.expect("read")), (2, kept - 5));
+        let (count, occupied) = (dead_letters.count().await, dead_letters.kept_bytes().await);
+        assert_eq!((count.expect("counted"), occupied.expect("read")), (2, kept - 5));
     }
 
     #[test]

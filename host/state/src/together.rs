@@ -111,13 +111,13 @@ mod tests {
         store.write("make a table", |state| state.execute_batch(schema)).await.expect("made");
         let together = Together::new(store.clone());
         // While somebody else has the database, all of them gather.
-        let held = store.turn().await;
+        let turn = store.turn().await;
         let writes = (0..500).map(|n| together.write(Mark(n)));
         let all = futures::future::join_all(writes);
         tokio::pin!(all);
         assert!(futures::poll!(&mut all).is_pending());
         assert_eq!(together.lock().len(), 500);
-        drop(held);
+        drop(turn);
         assert!(all.await.into_iter().all(|written| written.is_ok()));
         assert!(together.lock().is_empty());
         let count = "SELECT count(*) FROM mark";
@@ -129,11 +129,11 @@ mod tests {
     async fn fault_01_a_write_that_is_dropped_before_its_turn_is_never_made() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = StateStore::open(folder.path()).expect("opened");
-        let held = store.turn().await;
+        let turn = store.turn().await;
         let mut dropped =
             Box::pin(store.write("drop a table", |state| state.execute_batch("DROP TABLE shard")));
         assert!(futures::poll!(&mut dropped).is_pending());
-        drop((dropped, held));
+        drop((dropped, turn));
         let count = "SELECT count(*) FROM shard";
         let count = store.write("count", move |state| state.query_row(count, [], |row| row.get(0)));
         assert_eq!(count.await.map_err(|error| error.to_string()), Ok(0_i64));

@@ -163,7 +163,7 @@ fn status(answer: &str) -> &str {
 /// In front of a server: passes everything on while it is open, nothing while it is held.
 struct Front {
     url: String,
-    is_held: Arc<AtomicBool>,
+    is_paused: Arc<AtomicBool>,
     waiting: Arc<AtomicUsize>,
 }
 
@@ -172,23 +172,23 @@ impl Front {
         let upstream = server.url().socket_addrs(|| None).expect("an address")[0];
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let (is_held, waiting) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let (held, waits) = (is_held.clone(), waiting.clone());
+        let (is_paused, waiting) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (paused, waits) = (is_paused.clone(), waiting.clone());
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
                 let server = TcpStream::connect(upstream).expect("the server");
                 let (mut from, mut to) =
                     (server.try_clone().expect("a clone"), client.try_clone().expect("a clone"));
                 std::thread::spawn(move || std::io::copy(&mut from, &mut to));
-                let (held, waits) = (held.clone(), waits.clone());
-                std::thread::spawn(move || pass(client, server, &held, &waits));
+                let (paused, waits) = (paused.clone(), waits.clone());
+                std::thread::spawn(move || pass(client, server, &paused, &waits));
             }
         });
-        Self { url, is_held, waiting }
+        Self { url, is_paused, waiting }
     }
 
-    fn hold(&self, is_held: bool) {
-        self.is_held.store(is_held, Ordering::SeqCst);
+    fn pause(&self, is_paused: bool) {
+        self.is_paused.store(is_paused, Ordering::SeqCst);
     }
 
     /// Waits until a request is held.
@@ -197,11 +197,11 @@ impl Front {
     }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, is_held: &AtomicBool, waiting: &AtomicUsize) {
+fn pass(mut from: TcpStream, mut to: TcpStream, is_paused: &AtomicBool, waiting: &AtomicUsize) {
     let mut chunk = vec![0; 1 << 16];
     while let Ok(read @ 1..) = from.read(&mut chunk) {
         waiting.fetch_add(1, Ordering::SeqCst);
-        while is_held.load(Ordering::SeqCst) {
+        while is_paused.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(5));
         }
         waiting.fetch_sub(1, Ordering::SeqCst);
@@ -342,13 +342,13 @@ fn a_record_over_the_streams_limit_fails_its_own_request_only() {
     let front = Front::of(&served.server);
     let (_process, address) = intake("intake", &served.pipeline(&front.url, ""));
     // Held back by a first request, the others meet in one call.
-    front.hold(true);
+    front.pause(true);
     let first = std::thread::spawn(move || send(address, "", b"first"));
     front.wait_for_one();
     let good = std::thread::spawn(move || send(address, "", b"good"));
     let large = std::thread::spawn(move || send(address, "", &vec![b'x'; (1 << 20) + 1]));
     std::thread::sleep(Duration::from_millis(300));
-    front.hold(false);
+    front.pause(false);
     for (sent, code) in [(first, "200"), (good, "200"), (large, "422")] {
         let answer = sent.join().expect("an answer");
         assert_eq!(status(&answer), code, "{answer}");
@@ -364,7 +364,7 @@ fn too_much_in_flight_is_429_and_a_request_in_hand_is_answered_at_the_end() {
     let front = Front::of(&served.server);
     let (process, address) =
         intake("intake", &served.pipeline(&front.url, "in_flight = \"1 KiB\""));
-    front.hold(true);
+    front.pause(true);
     let first = std::thread::spawn(move || send(address, "", &[b'1'; 600]));
     front.wait_for_one();
     crate::support::wait_for("429", || {
@@ -373,7 +373,7 @@ fn too_much_in_flight_is_429_and_a_request_in_hand_is_answered_at_the_end() {
     });
     process.ask_to_end();
     crate::support::wait_for("the closed port", || TcpStream::connect(address).is_err());
-    front.hold(false);
+    front.pause(false);
     let answer = first.join().expect("an answer");
     assert!(status(&answer) == "200", "{answer}");
     let mut process = process;
@@ -386,12 +386,12 @@ fn a_pipeline_that_is_stopped_answers_the_requests_in_hand() {
     let served = Served::start(1, StoreOptions::default());
     let front = Front::of(&served.server);
     let (mut process, address) = intake("run", &served.pipeline(&front.url, ""));
-    front.hold(true);
+    front.pause(true);
     let first = std::thread::spawn(move || send(address, "", b"in hand"));
     front.wait_for_one();
     process.ask_to_end();
     crate::support::wait_for("the closed port", || TcpStream::connect(address).is_err());
-    front.hold(false);
+    front.pause(false);
     let answer = first.join().expect("an answer");
     assert_eq!(status(&answer), "200", "{answer}");
     assert_eq!(process.wait().code(), Some(0));

@@ -103,7 +103,7 @@ fn case_03_a_reshard_after_a_start_at_latest() {
 /// A start at a time: nothing older comes, neither from the second of the start nor from the children
 /// of shards that had ended before.
 #[test]
-fn a_start_at_a_time_holds_across_a_split() {
+fn a_start_at_a_time_applies_across_a_split() {
     for reader in ["polling", "fan-out"] {
         let world = World::new(1);
         world.put(0..100, 7);
@@ -229,11 +229,11 @@ fn case_13_a_sink_stalls_past_the_iterators_life() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (_served, world, pipeline) = short_lived_iterators(&runtime);
     let run = world.start(&pipeline);
-    let held = world.mart();
-    held.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    let locking = world.mart();
+    locking.execute_batch("BEGIN EXCLUSIVE").unwrap();
     world.put(0..2_000, 97);
     std::thread::sleep(Duration::from_secs(4));
-    held.execute_batch("COMMIT").unwrap();
+    locking.execute_batch("COMMIT").unwrap();
     world.wait_rows(2_000);
     std::thread::sleep(Duration::from_millis(2_500));
     world.put(2_000..3_000, 97);

@@ -307,11 +307,11 @@ async fn many_culprits_among_many_rows_are_found() {
     let rows: Vec<String> =
         (0..1000).map(|id| format!(r#"{{"id":{id},"make":"{}"}}"#, make(id))).collect();
     writer.commit(&commit(0, &rows), &log).await.expect("committed");
-    let held = log.take();
-    let refused: Vec<usize> = held.iter().map(|(row, _)| *row).collect();
+    let recorded = log.take();
+    let refused: Vec<usize> = recorded.iter().map(|(row, _)| *row).collect();
     let culprit = |id: &usize| id % 100 == 17 || id % 250 == 3 || id % 300 == 5;
     assert_eq!(refused, (0..1000).filter(culprit).collect::<Vec<_>>());
-    for (row, reason) in held {
+    for (row, reason) in recorded {
         let state = if row % 100 == 17 {
             "23514"
         } else if row % 250 == 3 {
@@ -353,7 +353,7 @@ async fn a_row_too_large_for_its_index_is_refused_alone() {
 }
 
 #[tokio::test]
-async fn refusals_that_cannot_be_held_stop_the_commit() {
+async fn refusals_that_cannot_be_recorded_stop_the_commit() {
     let mart = Mart::new("full").await;
     mart.sql("CREATE TABLE cars (id bigint)").await;
     let mut writer = mart.writer("cars").await;

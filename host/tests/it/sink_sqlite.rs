@@ -203,7 +203,7 @@ async fn bad_rows_are_refused_alone() {
 }
 
 #[tokio::test]
-async fn refusals_that_cannot_be_held_stop_the_commit() {
+async fn refusals_that_cannot_be_recorded_stop_the_commit() {
     let mart = Mart::new();
     mart.sql("CREATE TABLE cars (id bigint)");
     let mut writer = mart.writer("cars").await;

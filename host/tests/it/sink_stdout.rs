@@ -59,7 +59,7 @@ struct Refusals(Mutex<Vec<String>>);
 
 #[async_trait]
 impl RefusalLog for Refusals {
-    async fn hold(&self, _commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+    async fn record(&self, _commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         let reasons = refusals.iter().map(|refusal| refusal.reason.clone());
         self.0.lock().expect("whole").extend(reasons);
         Ok(())

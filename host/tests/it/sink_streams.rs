@@ -64,8 +64,8 @@ fn target(url: &url::Url, strict_order: bool) -> StreamTarget {
 }
 
 /// What the stream holds, by key, in order.
-async fn held(client: &aws_sdk_kinesis::Client) -> BTreeMap<String, Vec<String>> {
-    let mut held: BTreeMap<String, Vec<String>> = BTreeMap::new();
+async fn stored(client: &aws_sdk_kinesis::Client) -> BTreeMap<String, Vec<String>> {
+    let mut stored: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let shards = client.list_shards().stream_name("out").send().await.expect("shards");
     for shard in shards.shards() {
         let iterator = client.get_shard_iterator().stream_name("out").shard_id(shard.shard_id());
@@ -78,12 +78,12 @@ async fn held(client: &aws_sdk_kinesis::Client) -> BTreeMap<String, Vec<String>>
             }
             for record in page.records {
                 let text = String::from_utf8_lossy(record.data().as_ref()).into_owned();
-                held.entry(record.partition_key.expect("a key")).or_default().push(text);
+                stored.entry(record.partition_key.expect("a key")).or_default().push(text);
             }
             iterator = page.next_shard_iterator;
         }
     }
-    held
+    stored
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -107,9 +107,9 @@ async fn rows_are_put_in_order_though_the_stream_throttles() {
         };
         assert_eq!((done.rows_written, done.rows_refused), (3_000, 0));
         log.expect(&[]);
-        let held = held(&client).await;
+        let stored = stored(&client).await;
         let mut all: Vec<u64> = Vec::new();
-        for (key, ids) in &held {
+        for (key, ids) in &stored {
             let ids: Vec<u64> = ids
                 .iter()
                 .map(|id| id.parse().expect("a number"))
@@ -140,7 +140,7 @@ async fn rows_that_no_stream_takes_are_refused_alone() {
     let done = writer.commit(&commit, &log).await.expect("committed");
     assert_eq!((done.rows_written, done.rows_refused), (17, 3));
     log.expect(&[(3, ""), (5, "0 characters"), (6, "257 characters")]);
-    assert_eq!(held(&client).await.len(), 17);
+    assert_eq!(stored(&client).await.len(), 17);
 }
 
 #[tokio::test(flavor = "multi_thread")]

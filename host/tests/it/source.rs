@@ -264,7 +264,7 @@ async fn a_stream_is_described_and_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_served_stream_is_found_and_held_by_one_process_only() {
+async fn a_served_stream_is_found_and_locked_by_one_process_only() {
     let folder = tempfile::tempdir().expect("a folder");
     assert!(served::find(folder.path()).is_none());
     let first = EmbeddedStream::serve(folder.path(), 0).await.expect("served");

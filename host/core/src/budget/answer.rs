@@ -12,11 +12,11 @@ pub const ANSWER_VALUES_MAX: u64 = 120_000;
 const VALUE_BYTES: u64 = 24;
 
 /// The most bytes of memory that an answer with records holds while it is read.
-pub const READ_BYTES_MAX: usize = held_while_read(ANSWER_BYTES_MAX, ANSWER_VALUES_MAX);
+pub const READ_BYTES_MAX: usize = occupied_while_read(ANSWER_BYTES_MAX, ANSWER_VALUES_MAX);
 
 /// Returns the bytes of memory that an answer of `bytes` and `values` holds while it is read: its text, which the SDK
 /// keeps until all of it is decoded, and what its base64 becomes.
-pub const fn held_while_read(bytes: u64, values: u64) -> usize {
+pub const fn occupied_while_read(bytes: u64, values: u64) -> usize {
     // Three bytes of four are left by base64.
     (bytes + bytes.div_ceil(4) * 3 + values * VALUE_BYTES) as usize
 }
@@ -26,14 +26,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wall_02_an_answer_holds_its_text_and_what_it_becomes() {
-        for (bytes, values, held) in [
+    fn wall_02_an_answer_occupies_its_text_and_what_it_becomes() {
+        for (bytes, values, occupied) in [
             (0, 0, 0),
             (1_000, 0, 1_750),
             (1_000, 6, 1_894),
             (ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX),
         ] {
-            assert_eq!(held_while_read(bytes, values), held, "{bytes} bytes, {values} values");
+            assert_eq!(occupied_while_read(bytes, values), occupied, "{bytes} bytes, {values} values");
         }
         const { assert!(READ_BYTES_MAX < 40 << 20, "the printed bound stays small") };
     }

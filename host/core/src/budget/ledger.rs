@@ -88,7 +88,7 @@ struct Waiter {
 #[derive(Debug)]
 struct AccountState {
     name: Arc<str>,
-    held: usize,
+    occupied: usize,
     /// When it last gave bytes back.
     released_at: Instant,
     /// Its requests that wait.
@@ -141,7 +141,7 @@ pub(super) struct Ledger {
     limits: Limits,
     accounts: BTreeMap<AccountId, AccountState>,
     /// Bytes of all accounts, and of those who take without one.
-    held: usize,
+    occupied: usize,
     /// Bytes of accounts beyond their parts.
     common: usize,
     /// Those that wait for the common half, in order of arrival: up to [`LARGE_BYTES`], and above.
@@ -159,7 +159,7 @@ impl Ledger {
         Self {
             limits,
             accounts: BTreeMap::new(),
-            held: 0,
+            occupied: 0,
             common: 0,
             small: VecDeque::new(),
             large: VecDeque::new(),
@@ -171,8 +171,8 @@ impl Ledger {
         }
     }
 
-    pub(super) fn held(&self) -> usize {
-        self.held
+    pub(super) fn occupied(&self) -> usize {
+        self.occupied
     }
 
     pub(super) fn has_waiters(&self) -> bool {
@@ -182,7 +182,7 @@ impl Ledger {
     /// Opens an account: all parts become smaller.
     pub(super) fn open(&mut self, name: Arc<str>, now: Instant) -> AccountId {
         let id = self.new_id();
-        self.accounts.insert(id, AccountState { name, held: 0, released_at: now, waiting: 0 });
+        self.accounts.insert(id, AccountState { name, occupied: 0, released_at: now, waiting: 0 });
         self.recount();
         id
     }
@@ -246,17 +246,17 @@ impl Ledger {
 
     /// Counts bytes that are there already.
     pub(super) fn force(&mut self, account: Option<AccountId>, bytes: usize) {
-        self.held = self.held.saturating_add(bytes);
+        self.occupied = self.occupied.saturating_add(bytes);
         let Some(state) = account.and_then(|id| self.accounts.get_mut(&id)) else { return };
-        let before = state.held;
-        state.held += bytes;
-        let (before, after) = (before, state.held);
+        let before = state.occupied;
+        state.occupied += bytes;
+        let (before, after) = (before, state.occupied);
         self.common += self.excess(after) - self.excess(before);
     }
 
     /// Takes bytes for nobody's account, if the whole budget has them.
     pub(super) fn take_free(&mut self, bytes: usize) -> bool {
-        let fits = self.held.saturating_add(bytes) <= self.limits.bytes_max;
+        let fits = self.occupied.saturating_add(bytes) <= self.limits.bytes_max;
         if fits {
             self.force(None, bytes);
         }
@@ -267,10 +267,10 @@ impl Ledger {
     pub(super) fn release(&mut self, account: AccountId, bytes: usize, now: Instant) {
         self.release_free(bytes);
         let Some(state) = self.accounts.get_mut(&account) else { return };
-        let before = state.held;
-        state.held = state.held.saturating_sub(bytes);
+        let before = state.occupied;
+        state.occupied = state.occupied.saturating_sub(bytes);
         state.released_at = now;
-        let after = state.held;
+        let after = state.occupied;
         self.common = self.common.saturating_sub(self.excess(before) - self.excess(after));
         let mut left = bytes;
         for asked in self.asked.iter_mut().filter(|asked| asked.account == account) {
@@ -283,7 +283,7 @@ impl Ledger {
 
     /// Counts bytes of nobody's account as given back.
     pub(super) fn release_free(&mut self, bytes: usize) {
-        self.held = self.held.saturating_sub(bytes);
+        self.occupied = self.occupied.saturating_sub(bytes);
     }
 
     /// Grants what can be granted now; gives the tickets that have their bytes.
@@ -344,7 +344,7 @@ impl Ledger {
         while coming < wanted {
             let helpful = self.buffers.iter().filter(|(_, buffer)| {
                 let Some(state) = self.accounts.get(&buffer.account) else { return false };
-                let frees = self.excess(state.held) > 0 || state.waiting > 0;
+                let frees = self.excess(state.occupied) > 0 || state.waiting > 0;
                 frees && !buffer.is_asked && buffer.bytes > 0
             });
             // The lower id is the older one.
@@ -372,46 +372,46 @@ impl Ledger {
             }
             waits.push(LongWait {
                 account: state.name.clone(),
-                cause: format!("waits for {} of memory: {}", text(waiter.bytes), self.holders()),
+                cause: format!("waits for {} of memory: {}", text(waiter.bytes), self.occupants()),
             });
         }
         waits
     }
 
     /// Who holds most, in words.
-    fn holders(&self) -> String {
-        let mut holders: Vec<_> = self.accounts.values().filter(|state| state.held > 0).collect();
-        holders.sort_by_key(|state| std::cmp::Reverse(state.held));
-        let most = holders.iter().take(3);
+    fn occupants(&self) -> String {
+        let mut occupants: Vec<_> = self.accounts.values().filter(|state| state.occupied > 0).collect();
+        occupants.sort_by_key(|state| std::cmp::Reverse(state.occupied));
+        let most = occupants.iter().take(3);
         let most: Vec<_> =
-            most.map(|state| format!("{} by {}", text(state.held), state.name)).collect();
-        let others = match holders.len().saturating_sub(3) {
+            most.map(|state| format!("{} by {}", text(state.occupied), state.name)).collect();
+        let others = match occupants.len().saturating_sub(3) {
             0 => String::new(),
             others => format!(" and the rest by {others} others"),
         };
-        let (held, max) = (text(self.held), text(self.limits.bytes_max));
-        format!("{held} of {max} are held, {}{others}", most.join(", "))
+        let (occupied, max) = (text(self.occupied), text(self.limits.bytes_max));
+        format!("{occupied} of {max} are held, {}{others}", most.join(", "))
     }
 
     /// Bytes that an account could have now without waiting, its part always included.
     fn free_to(&self, account: AccountId) -> usize {
-        let held = self.accounts.get(&account).map_or(0, |state| state.held);
-        let own = self.part().saturating_sub(held);
+        let occupied = self.accounts.get(&account).map_or(0, |state| state.occupied);
+        let own = self.part().saturating_sub(occupied);
         let common = self.limits.common_max().saturating_sub(self.common);
         own + if self.waiters.is_empty() { common / GREED } else { 0 }
     }
 
-    /// Most bytes that rows may have once they are encoded, where `held` bytes are counted for them: what is
+    /// Most bytes that rows may have once they are encoded, where `occupied` bytes are counted for them: what is
     /// counted, the rest of the account's part ([`ENCODED_BEYOND_BYTES`] more), and an equal share of what the
     /// common half has, since others may be at the same point. At least what fits into the part as often as
     /// there may be commits: those before it may have all the rest.
-    pub(super) fn encoded_bytes_max(&self, account: AccountId, held: usize) -> usize {
+    pub(super) fn encoded_bytes_max(&self, account: AccountId, occupied: usize) -> usize {
         let part = self.part();
-        let of_account = self.accounts.get(&account).map_or(0, |state| state.held);
+        let of_account = self.accounts.get(&account).map_or(0, |state| state.occupied);
         let own = (part + ENCODED_BEYOND_BYTES).saturating_sub(of_account);
         let common = self.limits.common_max().saturating_sub(self.common);
         let free = own + common / self.accounts.len().max(1);
-        held.saturating_add(free).max(part / COMMITS_AT_ONCE)
+        occupied.saturating_add(free).max(part / COMMITS_AT_ONCE)
     }
 
     /// Whether a request can be granted now, and by what right. `has_earlier`: another of its size waits
@@ -423,13 +423,13 @@ impl Ledger {
         has_earlier: bool,
         now: Instant,
     ) -> Option<Grant> {
-        let held = self.accounts.get(&account).map_or(0, |state| state.held);
+        let occupied = self.accounts.get(&account).map_or(0, |state| state.occupied);
         let part = self.part();
         let is_large = bytes > LARGE_BYTES;
-        if held.saturating_add(bytes) <= part || (held < part && !is_large) {
+        if occupied.saturating_add(bytes) <= part || (occupied < part && !is_large) {
             return Some(Grant::Part);
         }
-        let more = self.excess(held.saturating_add(bytes)) - self.excess(held);
+        let more = self.excess(occupied.saturating_add(bytes)) - self.excess(occupied);
         if !has_earlier && self.common.saturating_add(more) <= self.limits.common_max() {
             return Some(Grant::Common);
         }
@@ -439,10 +439,10 @@ impl Ledger {
     /// Whether nobody is beyond the bound who still moves.
     fn is_turn_free(&self, now: Instant) -> bool {
         let Some(turn) = self.turn else { return true };
-        let Some(holder) = self.accounts.get(&turn.account) else { return true };
-        let moved_at = turn.granted_at.max(holder.released_at);
+        let Some(occupant) = self.accounts.get(&turn.account) else { return true };
+        let moved_at = turn.granted_at.max(occupant.released_at);
         self.common <= self.limits.common_max()
-            || holder.held <= self.part()
+            || occupant.occupied <= self.part()
             || now.saturating_duration_since(moved_at) >= self.limits.turn_max
     }
 
@@ -458,13 +458,13 @@ impl Ledger {
         self.limits.part(self.accounts.len())
     }
 
-    fn excess(&self, held: usize) -> usize {
-        held.saturating_sub(self.part())
+    fn excess(&self, occupied: usize) -> usize {
+        occupied.saturating_sub(self.part())
     }
 
     /// Counts the common half again, after the parts have changed.
     fn recount(&mut self) {
-        self.common = self.accounts.values().map(|state| self.excess(state.held)).sum();
+        self.common = self.accounts.values().map(|state| self.excess(state.occupied)).sum();
     }
 
     fn new_id(&mut self) -> u64 {

@@ -44,7 +44,7 @@ fn fault_02_a_request_is_granted_by_part_then_by_the_common_half_then_by_turn() 
 #[test]
 fn wall_02_what_rows_become_is_bounded_by_what_is_free() {
     // Two accounts: 16 MiB each, 32 MiB in common.
-    for (own, common_by_other, held, expected) in [
+    for (own, common_by_other, occupied, expected) in [
         // Its part with 4 MiB beyond, and half of the common half.
         (0, 0, 0, 36),
         (2, 0, 2, 36),
@@ -61,8 +61,8 @@ fn wall_02_what_rows_become_is_bounded_by_what_is_free() {
         let accounts = open(&mut ledger, 2, now);
         ledger.force(Some(accounts[0]), own * MIB);
         ledger.force(Some(accounts[1]), (16 + common_by_other) * MIB);
-        let bytes_max = ledger.encoded_bytes_max(accounts[0], held * MIB);
-        assert_eq!(bytes_max, expected * MIB, "{own} {common_by_other} {held}");
+        let bytes_max = ledger.encoded_bytes_max(accounts[0], occupied * MIB);
+        assert_eq!(bytes_max, expected * MIB, "{own} {common_by_other} {occupied}");
     }
 }
 
@@ -132,7 +132,7 @@ struct World {
 
 struct Lane {
     account: AccountId,
-    held: Vec<usize>,
+    occupied: Vec<usize>,
     waits: Option<(Ticket, usize)>,
     is_blocked: bool,
 }
@@ -146,7 +146,7 @@ impl World {
         let is_blocked = |random: &mut fastrand::Rng| random.u8(0..4) == 0;
         let lanes = open(&mut ledger, count, now).into_iter().map(|account| Lane {
             account,
-            held: Vec::new(),
+            occupied: Vec::new(),
             waits: None,
             is_blocked: is_blocked(&mut random),
         });
@@ -155,12 +155,12 @@ impl World {
     }
 
     fn take(&mut self, lane: usize, bytes: usize) {
-        let held: usize = self.lanes[lane].held.iter().sum();
+        let occupied: usize = self.lanes[lane].occupied.iter().sum();
         match self.ledger.request(self.lanes[lane].account, bytes, bytes, self.now) {
-            Ok(bytes) => self.lanes[lane].held.push(bytes),
+            Ok(bytes) => self.lanes[lane].occupied.push(bytes),
             Err(ticket) => {
-                let is_below = held < self.ledger.part() && bytes <= LARGE_BYTES;
-                assert!(!is_below, "a lane below its part waits: {held} of {}", self.ledger.part());
+                let is_below = occupied < self.ledger.part() && bytes <= LARGE_BYTES;
+                assert!(!is_below, "a lane below its part waits: {occupied} of {}", self.ledger.part());
                 self.lanes[lane].waits = Some((ticket, bytes));
             }
         }
@@ -168,7 +168,7 @@ impl World {
 
     fn release(&mut self, lane: usize) {
         let lane = &mut self.lanes[lane];
-        if let Some(bytes) = lane.held.pop() {
+        if let Some(bytes) = lane.occupied.pop() {
             self.ledger.release(lane.account, bytes, self.now);
         }
     }
@@ -180,7 +180,7 @@ impl World {
                 lane.waits.filter(|(ticket, _)| admitted.contains(ticket))
             {
                 assert!(self.ledger.collect(ticket));
-                lane.held.push(bytes);
+                lane.occupied.push(bytes);
                 lane.waits = None;
             }
         }
@@ -188,17 +188,17 @@ impl World {
 
     /// What the ledger says is what there is, and only large requests go beyond the bound.
     fn check(&self, seed: u64) {
-        let each = |lane: &Lane| lane.held.iter().sum::<usize>();
-        let held: usize = self.lanes.iter().map(each).sum();
-        assert_eq!(self.ledger.held(), held, "seed {seed}");
+        let each = |lane: &Lane| lane.occupied.iter().sum::<usize>();
+        let occupied: usize = self.lanes.iter().map(each).sum();
+        assert_eq!(self.ledger.occupied(), occupied, "seed {seed}");
         let excess: usize = self.lanes.iter().map(|lane| self.ledger.excess(each(lane))).sum();
         assert_eq!(self.ledger.common, excess, "seed {seed}");
         let large: usize =
-            self.lanes.iter().flat_map(|it| &it.held).filter(|it| **it > LARGE_BYTES).sum();
+            self.lanes.iter().flat_map(|it| &it.occupied).filter(|it| **it > LARGE_BYTES).sum();
         let bound = bytes_bound(self.ledger.limits.bytes_max, self.lanes.len());
         assert!(
-            held - large <= bound,
-            "seed {seed}: {held} held, {large} of them large, of {bound}"
+            occupied - large <= bound,
+            "seed {seed}: {occupied} held, {large} of them large, of {bound}"
         );
     }
 }
@@ -264,15 +264,15 @@ fn fault_02_one_lane_goes_beyond_the_bound_at_a_time_while_it_moves() {
                 beyond.clear();
                 continue;
             };
-            let holder =
+            let occupant =
                 world.lanes.iter().position(|it| it.account == turn.account).expect("a lane");
-            let new = beyond.insert(holder, turn.granted_at).is_none_or(|at| at != turn.granted_at);
-            if new && let Some(before) = beyond.keys().find(|other| **other != holder) {
+            let new = beyond.insert(occupant, turn.granted_at).is_none_or(|at| at != turn.granted_at);
+            if new && let Some(before) = beyond.keys().find(|other| **other != occupant) {
                 let state = &world.ledger.accounts[&world.lanes[*before].account];
                 let stands = turn.granted_at.saturating_duration_since(state.released_at);
-                let is_done = state.held <= world.ledger.part();
+                let is_done = state.occupied <= world.ledger.part();
                 assert!(is_done || stands >= TURN_MAX, "seed {seed}: two are beyond the bound");
-                beyond.retain(|lane, _| *lane == holder);
+                beyond.retain(|lane, _| *lane == occupant);
             }
         }
     }

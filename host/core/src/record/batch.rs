@@ -26,7 +26,7 @@ impl Record {
     pub(super) const OVERHEAD_BYTES: usize = size_of::<Self>() + 160;
 
     /// The memory that it holds, in bytes.
-    pub fn held_bytes(&self) -> usize {
+    pub fn occupied_bytes(&self) -> usize {
         self.payload.len() + self.partition_key.len() + Self::OVERHEAD_BYTES
     }
 }
@@ -109,8 +109,8 @@ impl Batch {
     }
 
     /// The memory that it holds, in bytes.
-    pub fn held_bytes(&self) -> usize {
-        Self::OVERHEAD_BYTES + self.records.iter().map(Record::held_bytes).sum::<usize>()
+    pub fn occupied_bytes(&self) -> usize {
+        Self::OVERHEAD_BYTES + self.records.iter().map(Record::occupied_bytes).sum::<usize>()
     }
 
     /// Where a record is in its own shard, by its index.
@@ -211,7 +211,7 @@ pub struct Row {
 
 impl Row {
     /// The memory that it holds beside its batch where it shares its bytes with nobody, in bytes.
-    pub fn held_bytes(&self) -> usize {
+    pub fn occupied_bytes(&self) -> usize {
         self.payload.len() + self.key.len() + size_of::<Self>()
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{DeliveryContext, Progress};
-use crate::refusals::HeldRefusals;
+use crate::refusals::PendingRefusals;
 use shardmill_core::budget::Permit;
 use shardmill_core::metric;
 use shardmill_core::record::{Position, PositionSpan, Row};
@@ -47,7 +47,7 @@ pub(super) struct Committer {
     context: Arc<DeliveryContext>,
     writer: Box<dyn SinkWriter>,
     publish: watch::Sender<Progress>,
-    refusals: HeldRefusals,
+    refusals: PendingRefusals,
     /// Where the sink's own position stands: each commit starts there.
     stored: Option<Position>,
     /// Letters of rows that were refused or given up are not shown yet.
@@ -65,7 +65,7 @@ impl Committer {
         publish: watch::Sender<Progress>,
     ) -> Self {
         let refusals =
-            HeldRefusals::new(context.dead_letters.clone(), context.sink.clone(), context.rejected_max);
+            PendingRefusals::new(context.dead_letters.clone(), context.sink.clone(), context.rejected_max);
         Self {
             writer: acquired.writer,
             publish,
@@ -105,9 +105,9 @@ impl Committer {
     async fn commit(&mut self, parcel: Parcel) -> Result<(), SinkError> {
         let Parcel { rows, encoded, to_inclusive, generation, bytes, mut permit } = parcel;
         let is_copied = encoded.is_none() && self.writer.copies_rows();
-        if let Some(held) = permit.as_mut().filter(|_| is_copied) {
+        if let Some(permit) = permit.as_mut().filter(|_| is_copied) {
             // Others wait the longer. It is given back with the rows.
-            held.resize(held.bytes() + bytes);
+            permit.resize(permit.bytes() + bytes);
         }
         let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
         let commit = Commit { span, rows, encoded, generation };

@@ -320,7 +320,7 @@ mod tests {
     use crate::lane::{STAGES, STARVED};
 
     #[test]
-    fn wall_10_no_version_is_judged_by_a_lane_that_a_busy_machine_holds_up() {
+    fn wall_10_no_version_is_judged_by_a_lane_that_a_busy_machine_delays() {
         let (board, shard) = (Board::default(), ShardId::from("a"));
         board.block(&shard, STARVED, "stage s: the machine is too busy");
         assert!(board.blocked_stages().is_empty());

@@ -85,7 +85,7 @@ pub struct StageOutcome {
 }
 
 /// What an outcome may hold, in bytes. What came in may always pass once.
-pub(super) fn held_bytes_max(flow: &[Item], limits: &StageLimits) -> usize {
+pub(super) fn occupied_bytes_max(flow: &[Item], limits: &StageLimits) -> usize {
     let entered: usize = flow.iter().map(|item| item.key.len() + item.payload.len()).sum();
     limits.answer_bytes_max().max(entered + flow.len() * OUTPUT_OVERHEAD_BYTES)
 }
@@ -102,7 +102,7 @@ impl StageOutcome {
     }
 
     /// What it holds as long as it is in hand, in bytes.
-    pub(super) fn held_bytes(&self) -> usize {
+    pub(super) fn occupied_bytes(&self) -> usize {
         let outputs = self.output_count() * OUTPUT_OVERHEAD_BYTES;
         let rejected = self.rejected.len() * REJECT_OVERHEAD_BYTES + self.reason_bytes;
         self.arena_bytes + outputs + rejected
@@ -142,7 +142,7 @@ pub(super) fn prove(
     // Spans may share bytes, so that what goes on can be far more than what was handed back.
     let mut output_bytes = 0;
     let mut is_arena_used = false;
-    let output_bytes_max = held_bytes_max(flow, limits);
+    let output_bytes_max = occupied_bytes_max(flow, limits);
     let words = whole(&outputs, "outputs")?;
     if words.len() > items.saturating_mul(limits.outputs_per_record_max) {
         return Err(CallError::output(format!(

@@ -53,7 +53,7 @@ pub fn check(needed: &[Column], route: &Route) -> Result<(), (String, String)> {
         match carried {
             None if need.nullable => None,
             None => Some(format!("column `{}`, which is not there", need.name)),
-            Some(carried) if !holds(&need.data_type, &carried.data_type) => Some(format!(
+            Some(carried) if !includes(&need.data_type, &carried.data_type) => Some(format!(
                 "column `{}` as {}, which is {} there",
                 need.name, need.data_type, carried.data_type
             )),
@@ -81,7 +81,7 @@ fn shown(columns: &[Column]) -> String {
 }
 
 /// Whether every value of the carried type is one of the needed type.
-fn holds(needed: &str, carried: &str) -> bool {
+fn includes(needed: &str, carried: &str) -> bool {
     let (needed, carried) = (essence(needed), essence(carried));
     let wider: &[&str] = match needed.as_str() {
         "integer" => &["smallint"],
@@ -144,12 +144,12 @@ mod tests {
             ("numeric(10, 2)", "DECIMAL"),
             ("text", "character varying(20)"),
         ] {
-            assert!(holds(needed, carried), "{needed} ⊇ {carried}");
+            assert!(includes(needed, carried), "{needed} ⊇ {carried}");
         }
         for (needed, carried) in
             [("integer", "bigint"), ("timestamptz", "timestamp"), ("uuid", "text")]
         {
-            assert!(!holds(needed, carried), "{needed} ⊉ {carried}");
+            assert!(!includes(needed, carried), "{needed} ⊉ {carried}");
         }
     }
 

@@ -54,7 +54,7 @@ impl PackedBatch {
                 bytes.sum::<usize>() + flow.len() * size_of::<PackedItem>()
             }
         };
-        held(batch.records.len(), batch.bytes() + items + entry_bytes(&batch.entry))
+        occupied(batch.records.len(), batch.bytes() + items + entry_bytes(&batch.entry))
     }
 
     /// The memory that it holds, in bytes.
@@ -63,7 +63,7 @@ impl PackedBatch {
             Items::Records { .. } => 0,
             Items::Own(items) => items.len() * size_of::<PackedItem>(),
         };
-        held(self.records.len(), self.arena.len() + items + entry_bytes(&self.entry))
+        occupied(self.records.len(), self.arena.len() + items + entry_bytes(&self.entry))
     }
 
     /// Packs copies.
@@ -140,7 +140,7 @@ impl PackedBatch {
     }
 }
 
-fn held(records: usize, bytes: usize) -> usize {
+fn occupied(records: usize, bytes: usize) -> usize {
     BATCH_BYTES + records * (size_of::<PackedRecord>() + SEQUENCE_BYTES) + bytes
 }
 
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn fault_38_a_sample_is_what_entered_and_holds_no_more_than_is_counted() {
+    fn fault_38_a_sample_is_what_entered_and_occupies_no_more_than_is_counted() {
         let batch = batch(1_000);
         let as_came = first_flow(&batch);
         let mut parts: Flow =

@@ -250,7 +250,7 @@ impl StageRunner {
         let mut culprits = 0;
         let mut failed_in_a_row = 0;
         let mut kept = StageOutcome::default();
-        let held_bytes_max = answer::held_bytes_max(items, &self.stage.limits);
+        let occupied_bytes_max = answer::occupied_bytes_max(items, &self.stage.limits);
         // Items before `settled` have their outcome; `suspect_end` bounds a range known to fail.
         let mut settled = 0;
         let mut suspect_end = first.as_ref().map_or(0, |first| culprit_end(first, items.len()));
@@ -280,7 +280,7 @@ impl StageRunner {
             let answer = self.call(batch, &items[settled..end], settled, limit_ms)?;
             // Each call has room for itself. Without this, a search would hold as many answers as it has calls.
             let has_room = |outcome: &StageOutcome| {
-                settled == 0 || kept.held_bytes() + outcome.held_bytes() <= held_bytes_max
+                settled == 0 || kept.occupied_bytes() + outcome.occupied_bytes() <= occupied_bytes_max
             };
             let answer = match answer {
                 Ok(outcome) if !has_room(&outcome) => {
@@ -291,7 +291,7 @@ impl StageRunner {
                     // Items of one record: they cannot be parted.
                     Err(CallFailure::Dead(CallError::output(format!(
                         "what the items of one record become at this stage holds more than \
-                         {held_bytes_max} bytes ({})",
+                         {occupied_bytes_max} bytes ({})",
                         self.stage.limits.answer_bound()
                     ))))
                 }

@@ -96,13 +96,13 @@ impl Arrivals {
         // Before room is made: this one may not stall any more.
         self.note(arrival, piece.len());
         let needed = arrival.bytes.len() + piece.len();
-        let held = arrival.reserved.bytes();
-        if needed > held {
+        let occupied = arrival.reserved.bytes();
+        if needed > occupied {
             // What is held counts, so memory grows by what is reserved.
-            let wanted = needed.max(held * 2).max(BODY_BYTES_MIN).min(bytes_max).max(needed);
+            let wanted = needed.max(occupied * 2).max(BODY_BYTES_MIN).min(bytes_max).max(needed);
             let own = Some(arrival.id);
-            let is_there = self.grow(&mut arrival.reserved, wanted - held, own).await
-                || self.grow(&mut arrival.reserved, needed - held, own).await;
+            let is_there = self.grow(&mut arrival.reserved, wanted - occupied, own).await
+                || self.grow(&mut arrival.reserved, needed - occupied, own).await;
             if !is_there {
                 return Err(NoRoom);
             }
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn wall_03_a_body_holds_what_has_come_of_it() {
+    async fn wall_03_a_body_occupies_what_has_come_of_it() {
         let arrivals = Arrivals::new(Budget::new(100, "test"));
         let mut arrival = arrivals.begin();
         arrivals.add(&mut arrival, &[1; 10], 90).await.expect("room");

@@ -121,7 +121,7 @@ enum Outcome {
     /// The rows are at fault: fewer of them may be taken.
     Rejected(String),
     /// The endpoint does not take rows now: they wait, with this cause.
-    Held(String),
+    Unavailable(String),
 }
 
 struct HttpWriter {
@@ -161,7 +161,7 @@ impl HttpWriter {
             };
             match outcome {
                 // The piece stays: it is posted again as it is.
-                Outcome::Held(cause) => return Err(self.shared.unavailable(cause)),
+                Outcome::Unavailable(cause) => return Err(self.shared.unavailable(cause)),
                 Outcome::Taken => {
                     self.pieces.pop();
                     self.sound[piece].iter().for_each(|place| self.progress.done(*place));
@@ -237,7 +237,7 @@ fn outcome(place: &str, answer: &Answer, said: &str, refuse: &[u16]) -> Outcome 
         Some(wait) => format!("; it asks to wait {} s (Retry-After)", wait.as_secs()),
         None => String::new(),
     };
-    Outcome::Held(format!("{place} answered {status}{location}{said}{hint}{wait}"))
+    Outcome::Unavailable(format!("{place} answered {status}{location}{said}{hint}{wait}"))
 }
 
 /// The beginning of a body, for a message. It may repeat the request, half a value of which would not be found.
@@ -349,7 +349,7 @@ impl SinkWriter for HttpWriter {
         self.post_all(&commit.rows).await?;
         let refused = self.progress.refusals();
         if !refused.is_empty() {
-            refusals.hold(commit, &refused).await?;
+            refusals.record(commit, &refused).await?;
         }
         Ok(self.progress.committed(commit))
     }
@@ -377,12 +377,12 @@ mod tests {
             [101, 207, 300, 301, 302, 304, 307, 308, 401, 403, 404, 405, 408, 410, 425, 429]
         {
             assert!(
-                matches!(at(status), Outcome::Held(cause) if cause.contains("why  so")),
+                matches!(at(status), Outcome::Unavailable(cause) if cause.contains("why  so")),
                 "{status}"
             );
         }
         for status in [501, 502, 503, 504, 511, 599, 999] {
-            assert!(matches!(at(status), Outcome::Held(_)), "{status}");
+            assert!(matches!(at(status), Outcome::Unavailable(_)), "{status}");
         }
     }
 
@@ -396,13 +396,13 @@ mod tests {
     }
 
     #[test]
-    fn fault_27_a_held_answer_says_where_it_points_to() {
+    fn fault_27_an_answer_for_later_says_where_it_points_to() {
         let moved = Answer {
             location: Some("https://elsewhere.example/events".into()),
             retry_after: Some(Duration::from_secs(5)),
             ..answer(308)
         };
-        let Outcome::Held(cause) = outcome("api.example", &moved, "", &[]) else { panic!("held") };
+        let Outcome::Unavailable(cause) = outcome("api.example", &moved, "", &[]) else { panic!("taken") };
         for part in
             ["308", "Location: https://elsewhere.example/events", "`url`", "5 s (Retry-After)"]
         {

@@ -18,7 +18,7 @@ pub(super) struct Chunks {
 
 impl Chunks {
     /// The memory that it holds, in bytes.
-    pub(super) fn held_bytes(&self) -> usize {
+    pub(super) fn occupied_bytes(&self) -> usize {
         self.full.len() * (CHUNK_BYTES + size_of::<Bytes>()) + self.open.capacity()
     }
 
@@ -84,8 +84,8 @@ mod tests {
             for piece in written.chunks(1_000) {
                 chunks.write_all(piece).unwrap();
             }
-            let held = chunks.held_bytes();
-            assert!(held < 2 * bytes + CHUNK_BYTES, "{held} held for {bytes}");
+            let occupied = chunks.occupied_bytes();
+            assert!(occupied < 2 * bytes + CHUNK_BYTES, "{occupied} held for {bytes}");
             let payload = chunks.into_payload();
             assert_eq!(payload.content_length(), bytes);
             assert_eq!(payload.iter().flatten().copied().collect::<Vec<_>>(), written);

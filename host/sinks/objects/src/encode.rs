@@ -78,7 +78,7 @@ pub(super) struct Body {
 
 impl Body {
     /// The memory that it holds, in bytes.
-    pub(super) fn held_bytes(&self) -> usize {
+    pub(super) fn occupied_bytes(&self) -> usize {
         BODY_BYTES + self.bytes.content_length()
     }
 }
@@ -117,14 +117,14 @@ pub(super) struct Encoder {
     /// How many bodies are open.
     objects: usize,
     /// The memory that they hold, in bytes.
-    held_bytes: usize,
+    occupied_bytes: usize,
 }
 
 /// Bodies that rows would open.
 struct NewBodies {
     count: usize,
     /// The memory that they would hold without a row, in bytes.
-    held_bytes: usize,
+    occupied_bytes: usize,
 }
 
 impl Encoder {
@@ -137,8 +137,8 @@ impl Encoder {
         room: KeyRoom,
     ) -> Self {
         let folders_differ = layout.folder.differs_by_row();
-        let (open, objects, held_bytes) = (BTreeMap::new(), 0, 0);
-        Self { forms, layout, shard, sink, room, folders_differ, open, objects, held_bytes }
+        let (open, objects, occupied_bytes) = (BTreeMap::new(), 0, 0);
+        Self { forms, layout, shard, sink, room, folders_differ, open, objects, occupied_bytes }
     }
 
     /// How many objects its rows become.
@@ -147,28 +147,28 @@ impl Encoder {
     }
 
     /// Whether some rows can be taken without more than `objects_max` objects, and without holding more than
-    /// `held_bytes_max`.
+    /// `occupied_bytes_max`.
     pub(super) fn has_room_for(
         &self,
         rows: &[Row],
         objects_max: usize,
-        held_bytes_max: usize,
+        occupied_bytes_max: usize,
     ) -> bool {
         let rows_bytes: usize = rows.iter().map(|row| self.row_bytes(row)).sum();
-        let (objects, held_bytes) = (self.objects, self.held_bytes + rows_bytes);
+        let (objects, occupied_bytes) = (self.objects, self.occupied_bytes + rows_bytes);
         // As if each row made an object of its own: this costs less to know.
         let most_bytes: usize = rows.iter().map(|row| self.body_bytes(row.route.name())).sum();
-        if objects + rows.len() <= objects_max && held_bytes + most_bytes <= held_bytes_max {
+        if objects + rows.len() <= objects_max && occupied_bytes + most_bytes <= occupied_bytes_max {
             return true;
         }
         let new = self.new_bodies(rows, objects_max.saturating_sub(objects));
-        objects + new.count <= objects_max && held_bytes + new.held_bytes <= held_bytes_max
+        objects + new.count <= objects_max && occupied_bytes + new.occupied_bytes <= occupied_bytes_max
     }
 
     /// The bodies that some rows would open; counts no further than one above `most`.
     fn new_bodies(&self, rows: &[Row], most: usize) -> NewBodies {
         let mut new: HashSet<(&RouteName, Option<Path>)> = HashSet::new();
-        let mut held_bytes = 0;
+        let mut occupied_bytes = 0;
         for row in rows {
             let name = row.route.name();
             let open = self.open.get(name);
@@ -185,13 +185,13 @@ impl Encoder {
                 Some(folder) => open.places.contains_key(folder),
             });
             if !is_open && new.insert((name, folder)) {
-                held_bytes += self.body_bytes(name);
+                occupied_bytes += self.body_bytes(name);
             }
             if new.len() > most {
                 break;
             }
         }
-        NewBodies { count: new.len(), held_bytes }
+        NewBodies { count: new.len(), occupied_bytes }
     }
 
     /// The columns of a route's Parquet files; `None`: its rows become lines.
@@ -230,27 +230,27 @@ impl Encoder {
             {
                 Ok(folder) => {
                     let form = || self.forms.get(name).cloned().unwrap_or_default();
-                    let (objects, held_bytes) = (&mut self.objects, &mut self.held_bytes);
+                    let (objects, occupied_bytes) = (&mut self.objects, &mut self.occupied_bytes);
                     route.body(folder, || {
                         let body = OpenBody::new(name, form(), &self.layout)?;
                         *objects += 1;
-                        *held_bytes += body.held_bytes();
+                        *occupied_bytes += body.occupied_bytes();
                         Ok(body)
                     })?
                 }
                 Err(reason) => return Ok(Some(reason)),
             },
         };
-        let held_before = body.held_bytes();
+        let occupied_before = body.occupied_bytes();
         let refused = body.push(&row.payload)?.err();
-        self.held_bytes += body.held_bytes();
-        self.held_bytes -= held_before;
+        self.occupied_bytes += body.occupied_bytes();
+        self.occupied_bytes -= occupied_before;
         Ok(refused)
     }
 
     /// The memory that it holds, in bytes, with what its columns will add to their files.
-    pub(super) fn held_bytes(&self) -> usize {
-        self.held_bytes
+    pub(super) fn occupied_bytes(&self) -> usize {
+        self.occupied_bytes
     }
 
     /// The bodies of all that have a row.
@@ -375,7 +375,7 @@ impl OpenBody {
         Ok(Ok(()))
     }
 
-    fn held_bytes(&self) -> usize {
+    fn occupied_bytes(&self) -> usize {
         let format = match &self.format {
             BodyFormat::Lines(_) | BodyFormat::Raw => 0,
             BodyFormat::Parquet(rows) => {
@@ -383,8 +383,8 @@ impl OpenBody {
                 self.line_bytes as usize + cells * CELL_BYTES + columns_bytes(rows.schema())
             }
         };
-        let compressor = self.compressor.as_ref().map_or(0, Compressor::held_bytes);
-        BODY_BYTES + format + self.lines.capacity() + self.plain.held_bytes() + compressor
+        let compressor = self.compressor.as_ref().map_or(0, Compressor::occupied_bytes);
+        BODY_BYTES + format + self.lines.capacity() + self.plain.occupied_bytes() + compressor
     }
 
     /// Hashes the lines, and compresses them, where that is configured.
@@ -471,10 +471,10 @@ impl Compressor {
         }
     }
 
-    fn held_bytes(&self) -> usize {
+    fn occupied_bytes(&self) -> usize {
         match self {
-            Self::Gzip(encoder) => GZIP_BYTES + encoder.get_ref().held_bytes(),
-            Self::Zstd(encoder) => ZSTD_BYTES + encoder.get_ref().held_bytes(),
+            Self::Gzip(encoder) => GZIP_BYTES + encoder.get_ref().occupied_bytes(),
+            Self::Zstd(encoder) => ZSTD_BYTES + encoder.get_ref().occupied_bytes(),
         }
     }
 

@@ -99,7 +99,7 @@ impl ArrivingRows {
                 Ok(None) => {}
                 Ok(Some(reason)) => {
                     let row = row.detached();
-                    self.kept_bytes += row.held_bytes() + row.batch.held_bytes() + reason.len();
+                    self.kept_bytes += row.occupied_bytes() + row.batch.occupied_bytes() + reason.len();
                     self.refusals.push(Refusal { row: self.kept.len(), reason });
                     self.kept.push(row);
                     self.numbers.push(number);
@@ -113,21 +113,21 @@ impl ArrivingRows {
     }
 
     /// Whether the rows of one more record are too many for one commit. Those of one record are never.
-    fn is_full_for(&self, rows: &[Row], held_bytes_max: usize) -> bool {
+    fn is_full_for(&self, rows: &[Row], occupied_bytes_max: usize) -> bool {
         let Some(encoder) = &self.encoder else { return false };
-        let bytes_max = held_bytes_max.saturating_sub(self.kept_bytes);
+        let bytes_max = occupied_bytes_max.saturating_sub(self.kept_bytes);
         encoder.objects() > 0 && !encoder.has_room_for(rows, OBJECTS_MAX, bytes_max)
     }
 }
 
 impl RowEncoder for ArrivingRows {
-    fn push(&mut self, mut rows: Vec<Row>, held_bytes_max: usize) -> Option<CutRows> {
+    fn push(&mut self, mut rows: Vec<Row>, occupied_bytes_max: usize) -> Option<CutRows> {
         let mut begin = 0;
         while let Some(first) = rows.get(begin) {
             let is_same =
                 |row: &&Row| row.record == first.record && Arc::ptr_eq(&row.batch, &first.batch);
             let end = begin + rows[begin..].iter().take_while(is_same).count();
-            if self.is_full_for(&rows[begin..end], held_bytes_max) {
+            if self.is_full_for(&rows[begin..end], occupied_bytes_max) {
                 let rest = rows.split_off(begin);
                 let to_inclusive = rows.last().map(|last| last.position().clone());
                 return Some(CutRows { to_inclusive, rest });
@@ -138,8 +138,8 @@ impl RowEncoder for ArrivingRows {
         None
     }
 
-    fn held_bytes(&self) -> usize {
-        self.encoder.as_ref().map_or(0, Encoder::held_bytes) + self.kept_bytes
+    fn occupied_bytes(&self) -> usize {
+        self.encoder.as_ref().map_or(0, Encoder::occupied_bytes) + self.kept_bytes
     }
 
     fn finish(self: Box<Self>) -> (Vec<Row>, EncodedRows) {
@@ -148,10 +148,10 @@ impl RowEncoder for ArrivingRows {
             (None, failed) => Err(failed.unwrap_or_default()),
         };
         let refusals = self.refusals;
-        let held = |bodies: &Vec<Body>| bodies.iter().map(Body::held_bytes).sum::<usize>();
-        let held_bytes = self.kept_bytes + bodies.as_ref().map_or(0, held);
+        let occupied = |bodies: &Vec<Body>| bodies.iter().map(Body::occupied_bytes).sum::<usize>();
+        let occupied_bytes = self.kept_bytes + bodies.as_ref().map_or(0, occupied);
         let form = bodies.map(|bodies| boxed(Encoded { bodies, refusals }));
-        (self.kept, EncodedRows { rows: self.rows, kept: self.numbers, form, held_bytes })
+        (self.kept, EncodedRows { rows: self.rows, kept: self.numbers, form, occupied_bytes })
     }
 }
 
@@ -308,7 +308,7 @@ impl ObjectsWriter {
             kept: Vec::new(),
             form: encode(&rows, encoder).map(boxed),
             // Counted by the committer, as a copy of the rows.
-            held_bytes: 0,
+            occupied_bytes: 0,
         };
         tokio::task::spawn_blocking(encode).await.map(Arc::new).map_err(|error| {
             self.shared.place.unavailable(format!("encoding rows was broken off: {error}"))
@@ -461,7 +461,7 @@ impl SinkWriter for ObjectsWriter {
             return Err(self.shared.place.unavailable("its rows were encoded by another sink"));
         };
         if !encoded.refusals.is_empty() {
-            refusals.hold(commit, &encoded.refusals).await?;
+            refusals.record(commit, &encoded.refusals).await?;
         }
         let committed = match promised {
             Some(promised) => self.produce_again(&promised, encoded).await?,
@@ -551,20 +551,20 @@ mod tests {
         }
     }
 
-    /// How many objects each commit of some rows has, cut at `held_bytes_max`.
-    fn commits(columns: usize, mut rows: Vec<Row>, held_bytes_max: usize) -> Vec<usize> {
+    /// How many objects each commit of some rows has, cut at `occupied_bytes_max`.
+    fn commits(columns: usize, mut rows: Vec<Row>, occupied_bytes_max: usize) -> Vec<usize> {
         let mut commits = Vec::new();
         loop {
             let mut commit = Box::new(arriving(columns));
             let first = rows[0].position().clone();
-            let cut = commit.push(rows, held_bytes_max);
-            let held = commit.held_bytes();
+            let cut = commit.push(rows, occupied_bytes_max);
+            let occupied = commit.occupied_bytes();
             let (refused, encoded) = commit.finish();
             assert!(refused.is_empty());
             let objects =
                 encoded.form.expect("encoded").downcast::<Encoded>().expect("ours").bodies.len();
-            assert!(held <= held_bytes_max || objects == 1, "{held} of {held_bytes_max}");
-            assert!(encoded.held_bytes <= held, "{} came of {held}", encoded.held_bytes);
+            assert!(occupied <= occupied_bytes_max || objects == 1, "{occupied} of {occupied_bytes_max}");
+            assert!(encoded.occupied_bytes <= occupied, "{} came of {occupied}", encoded.occupied_bytes);
             commits.push(objects);
             let Some(cut) = cut else { return commits };
             assert!(cut.to_inclusive.is_some_and(|to| to >= first && to < *cut.rest[0].position()));
@@ -589,7 +589,7 @@ mod tests {
             .collect();
         let mut commit = arriving(1_000);
         let cut = commit.push(same, 2 * MIB).expect("50 rows of 64,000 bytes and more");
-        assert!(commit.held_bytes() <= 2 * MIB);
+        assert!(commit.occupied_bytes() <= 2 * MIB);
         assert!((15..30).contains(&cut.rest.len()), "{} are left", cut.rest.len());
         // The next commit begins with them.
         assert!(arriving(1_000).push(cut.rest, 4 * MIB).is_none());

@@ -150,7 +150,7 @@ impl Kind {
     }
 
     /// Whether a column of this kind holds every value that the declared kind may bring.
-    pub(super) fn holds(self, declared: Self) -> bool {
+    pub(super) fn accepts(self, declared: Self) -> bool {
         match self {
             Self::Int4 => matches!(declared, Self::Int2 | Self::Int4),
             Self::Int8 => matches!(declared, Self::Int2 | Self::Int4 | Self::Int8),
@@ -171,7 +171,7 @@ impl Kind {
             Self::Json | Self::Jsonb => matches!(declared, Self::Json | Self::Jsonb),
             Self::Timestamptz => matches!(declared, Self::Timestamp | Self::Timestamptz),
             Self::Array(element) => match declared {
-                Self::Array(other) => element.kind().holds(other.kind()),
+                Self::Array(other) => element.kind().accepts(other.kind()),
                 _ => false,
             },
             Self::Unsupported => false,

@@ -105,7 +105,7 @@ fn check(
         is_generated: column.is_generated,
         fit: match column.kind {
             Kind::Unsupported => Fit::Unsupported,
-            kind if kind.holds(due) => Fit::Holds,
+            kind if kind.accepts(due) => Fit::Full,
             _ => Fit::TooNarrow,
         },
     });

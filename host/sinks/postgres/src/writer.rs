@@ -111,7 +111,7 @@ impl PostgresWriter {
             }
         };
         if !refused.is_empty() {
-            refusals.hold(commit, &refused).await?;
+            refusals.record(commit, &refused).await?;
         }
         let committed = Committed {
             rows_written: (commit.rows.len() - refused.len()) as u64,

@@ -114,7 +114,7 @@ impl Kind {
 
     /// Whether a column of this kind is made for what the declared kind brings. A value that is too
     /// long or has too many digits is its row's fault.
-    pub(super) fn holds(self, declared: Self) -> bool {
+    pub(super) fn accepts(self, declared: Self) -> bool {
         let is_integer = |kind| matches!(kind, Self::Int2 | Self::Int4 | Self::Int8);
         match self {
             Self::Int2 => declared == Self::Int2,

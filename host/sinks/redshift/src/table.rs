@@ -131,7 +131,7 @@ fn check(table: &TableName, live: &LiveTable, declared: &DeclaredColumn<'_>) -> 
         is_generated: false,
         fit: match column.kind {
             Kind::Unsupported => Fit::Unsupported,
-            kind if kind.holds(due) => Fit::Holds,
+            kind if kind.accepts(due) => Fit::Full,
             _ => Fit::TooNarrow,
         },
     });

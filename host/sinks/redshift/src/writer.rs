@@ -75,7 +75,7 @@ impl RedshiftWriter {
         let table = self.read_table(client).await?;
         let encoded = self.load(client, commit, &table, refusals).await?;
         if !encoded.refusals.is_empty() {
-            refusals.hold(commit, &encoded.refusals).await?;
+            refusals.record(commit, &encoded.refusals).await?;
         }
         let committed = committed(commit, &encoded.refusals);
         let ended = self.transact(client, commit, &table, &encoded).await?;

@@ -51,7 +51,7 @@ pub(super) struct Open {
 }
 
 /// The connection, held until dropped.
-pub(super) struct Held {
+pub(super) struct LockedConnection {
     slot: OwnedMutexGuard<Slot>,
     path: Arc<Path>,
 }
@@ -67,14 +67,14 @@ impl SharedConnection {
     }
 
     /// Waits for the connection, and opens it if need be.
-    pub(super) async fn hold(&self) -> Result<Held, String> {
+    pub(super) async fn lock(&self) -> Result<LockedConnection, String> {
         let slot = Arc::clone(&self.slot).lock_owned().await;
         let path = Arc::clone(&self.path);
-        blocking(move || hold(slot, path)).await?
+        blocking(move || lock(slot, path)).await?
     }
 }
 
-fn hold(mut slot: OwnedMutexGuard<Slot>, path: Arc<Path>) -> Result<Held, String> {
+fn lock(mut slot: OwnedMutexGuard<Slot>, path: Arc<Path>) -> Result<LockedConnection, String> {
     if let Some(known) = slot.file {
         match FileId::at(&path)? {
             Some(now) if now == known => {}
@@ -91,7 +91,7 @@ fn hold(mut slot: OwnedMutexGuard<Slot>, path: Arc<Path>) -> Result<Held, String
         slot.file = FileId::at(&path)?;
         slot.open = Some(Open { connection, table: None });
     }
-    Ok(Held { slot, path })
+    Ok(LockedConnection { slot, path })
 }
 
 fn moved(path: &Path) -> String {
@@ -154,7 +154,7 @@ pub(super) fn open_to_check(path: &Path) -> Result<Connection, String> {
     Ok(connection)
 }
 
-impl Held {
+impl LockedConnection {
     /// Makes sure that the open file is the one at its path.
     pub(super) fn check_file(&self) -> Result<(), String> {
         match FileId::at(&self.path)? {
@@ -164,23 +164,23 @@ impl Held {
     }
 }
 
-impl std::ops::Deref for Held {
+impl std::ops::Deref for LockedConnection {
     type Target = Open;
 
     fn deref(&self) -> &Open {
-        #[expect(clippy::expect_used, reason = "`hold` is the only maker and has filled it")]
+        #[expect(clippy::expect_used, reason = "`lock` is the only maker and has filled it")]
         self.slot.open.as_ref().expect("an open connection")
     }
 }
 
-impl std::ops::DerefMut for Held {
+impl std::ops::DerefMut for LockedConnection {
     fn deref_mut(&mut self) -> &mut Open {
-        #[expect(clippy::expect_used, reason = "`hold` is the only maker and has filled it")]
+        #[expect(clippy::expect_used, reason = "`lock` is the only maker and has filled it")]
         self.slot.open.as_mut().expect("an open connection")
     }
 }
 
-impl Drop for Held {
+impl Drop for LockedConnection {
     fn drop(&mut self) {
         let Some(open) = &self.slot.open else { return };
         let is_clean =

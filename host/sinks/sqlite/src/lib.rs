@@ -22,7 +22,7 @@ use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 
-use self::connection::{Held, SharedConnection};
+use self::connection::{LockedConnection, SharedConnection};
 pub use self::settings::{SqliteTarget, TYPE};
 use self::write::{Failure, Written};
 use shardmill_config::WriteMode;
@@ -104,11 +104,11 @@ impl SqliteSink {
     /// Runs a call on the connection, on a blocking thread.
     async fn call<T: Send + 'static>(
         &self,
-        call: impl FnOnce(&mut Held) -> Result<T, String> + Send + 'static,
+        call: impl FnOnce(&mut LockedConnection) -> Result<T, String> + Send + 'static,
     ) -> Result<T, SinkError> {
         let unavailable = |cause: String| self.shared.unavailable(cause);
-        let mut held = self.shared.connection.hold().await.map_err(unavailable)?;
-        connection::blocking(move || call(&mut held))
+        let mut locked = self.shared.connection.lock().await.map_err(unavailable)?;
+        connection::blocking(move || call(&mut locked))
             .await
             .and_then(|done| done)
             .map_err(unavailable)
@@ -127,9 +127,9 @@ impl Sink for SqliteSink {
             .map_err(|cause| self.shared.unavailable(cause))?;
         self.shared.known_columns.remember(declared.iter().map(|column| column.name));
         let (routes, shared, create) = (routes.to_vec(), Arc::clone(&self.shared), self.create);
-        self.call(move |held| {
+        self.call(move |locked| {
             let declared = rows::declared::declared_columns(&routes)?;
-            table::prepare(&mut held.connection, &shared.table, &declared, create, &shared.mode)
+            table::prepare(&mut locked.connection, &shared.table, &declared, create, &shared.mode)
         })
         .await
     }
@@ -148,8 +148,8 @@ impl Sink for SqliteSink {
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
         let (sink, key) = (self.shared.sink.clone(), shard.clone());
         let ownership = self.shared.ownership.get().cloned();
-        let take = move |held: &mut Held| {
-            position::take_over(&mut held.connection, &sink, &key, ownership.as_ref())
+        let take = move |locked: &mut LockedConnection| {
+            position::take_over(&mut locked.connection, &sink, &key, ownership.as_ref())
         };
         let taken = self.call(take).await?;
         let writer = SqliteWriter {
@@ -168,13 +168,13 @@ impl Sink for SqliteSink {
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
         let (sink, key) = (self.shared.sink.clone(), shard.clone());
         let stored =
-            self.call(move |held| position::read_if_any(&mut held.connection, &sink, &key)).await?;
+            self.call(move |locked| position::read_if_any(&mut locked.connection, &sink, &key)).await?;
         Ok(stored.and_then(|stored| stored.position))
     }
 
     async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
         let (old, new, key) = (old.clone(), self.shared.sink.clone(), shard.clone());
-        self.call(move |held| position::adopt(&mut held.connection, (&old, &new), &key)).await
+        self.call(move |locked| position::adopt(&mut locked.connection, (&old, &new), &key)).await
     }
 
     fn own(&self, ownership: Ownership) {
@@ -188,7 +188,7 @@ impl Sink for SqliteSink {
         _shards: &[ShardKey],
     ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
         let (sink, pipeline) = (self.shared.sink.clone(), pipeline.clone());
-        self.call(move |held| position::read_all(&mut held.connection, &sink, &pipeline))
+        self.call(move |locked| position::read_all(&mut locked.connection, &sink, &pipeline))
             .await
             .map(Some)
     }
@@ -204,9 +204,9 @@ struct SqliteWriter {
 impl SqliteWriter {
     /// Writes rows and position, and commits them unless a row was refused: then the transaction
     /// stays open in the connection that comes back.
-    async fn write(&self, commit: &Commit) -> Result<(Held, Written), SinkError> {
-        let held =
-            self.shared.connection.hold().await.map_err(|cause| self.shared.unavailable(cause))?;
+    async fn write(&self, commit: &Commit) -> Result<(LockedConnection, Written), SinkError> {
+        let locked =
+            self.shared.connection.lock().await.map_err(|cause| self.shared.unavailable(cause))?;
         let work = write::Work {
             shared: Arc::clone(&self.shared),
             shard: self.shard.clone(),
@@ -214,15 +214,15 @@ impl SqliteWriter {
             span: commit.span.clone(),
             rows: commit.rows.clone(),
         };
-        let (held, outcome) = connection::blocking(move || work.run(held))
+        let (locked, outcome) = connection::blocking(move || work.run(locked))
             .await
             .map_err(|cause| self.shared.unavailable(cause))?;
         let written = outcome.map_err(|failure| self.shared.failure(&self.shard, failure))?;
-        Ok((held, written))
+        Ok((locked, written))
     }
 
-    async fn finish(&self, held: Held) -> Result<(), SinkError> {
-        connection::blocking(move || write::finish(held))
+    async fn finish(&self, locked: LockedConnection) -> Result<(), SinkError> {
+        connection::blocking(move || write::finish(locked))
             .await
             .and_then(|done| done)
             .map_err(|cause| self.shared.unavailable(cause))
@@ -236,13 +236,13 @@ impl SinkWriter for SqliteWriter {
         commit: &Commit,
         refusals: &dyn RefusalLog,
     ) -> Result<Committed, SinkError> {
-        let (held, written) = self.write(commit).await?;
+        let (locked, written) = self.write(commit).await?;
         let refused = match written {
             Written::Committed => Vec::new(),
             Written::Open(refused) => {
-                // On an error `held` is dropped, which rolls the transaction back.
-                refusals.hold(commit, &refused).await?;
-                self.finish(held).await?;
+                // On an error `locked` is dropped, which rolls the transaction back.
+                refusals.record(commit, &refused).await?;
+                self.finish(locked).await?;
                 refused
             }
         };

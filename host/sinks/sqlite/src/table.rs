@@ -282,7 +282,7 @@ fn check(table: &str, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result
         name: &column.name,
         data_type: &column.data_type,
         is_generated: column.is_generated,
-        fit: if column.column_type.kind.holds(due) { Fit::Holds } else { Fit::TooNarrow },
+        fit: if column.column_type.kind.accepts(due) { Fit::Full } else { Fit::TooNarrow },
     });
     check_fit(table, declared, live)
 }

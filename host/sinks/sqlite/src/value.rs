@@ -225,7 +225,7 @@ impl Kind {
     }
 
     /// Whether a column of this kind holds every value that the declared kind may bring.
-    pub(super) fn holds(self, declared: Self) -> bool {
+    pub(super) fn accepts(self, declared: Self) -> bool {
         match self {
             Self::Any => true,
             Self::Text => !matches!(declared, Self::Blob | Self::Json | Self::JsonText),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, ErrorCode, ffi, params_from_iter};
 
-use super::connection::Held;
+use super::connection::LockedConnection;
 use super::table::{self, LiveTable, quoted};
 use super::{Shared, position, value};
 use shardmill_core::masking::worded;
@@ -54,34 +54,34 @@ enum RowFailure {
 
 impl Work {
     /// Does the work. After a failure the transaction may be open: dropping the connection ends it.
-    pub(super) fn run(self, mut held: Held) -> (Held, Result<Written, Failure>) {
-        let outcome = self.write(&mut held);
-        (held, outcome)
+    pub(super) fn run(self, mut locked: LockedConnection) -> (LockedConnection, Result<Written, Failure>) {
+        let outcome = self.write(&mut locked);
+        (locked, outcome)
     }
 
-    fn write(&self, held: &mut Held) -> Result<Written, Failure> {
+    fn write(&self, locked: &mut LockedConnection) -> Result<Written, Failure> {
         let failed = |error: rusqlite::Error| {
             let said = worded(error);
             Failure::Unavailable(format!("cannot commit to table {}: {said}", self.shared.table))
         };
-        held.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
+        locked.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
         let sink = &self.shared.sink;
         let ownership = self.shared.ownership.get();
         let moved = position::move_on(
-            &held.connection,
+            &locked.connection,
             (sink, &self.shard),
             self.epoch,
             &self.span,
             ownership,
         );
         if !moved.map_err(failed)? {
-            return self.look_where_it_stands(&held.connection);
+            return self.look_where_it_stands(&locked.connection);
         }
-        let refused = self.insert_rows(held).map_err(Failure::Unavailable)?;
+        let refused = self.insert_rows(locked).map_err(Failure::Unavailable)?;
         if !refused.is_empty() {
             return Ok(Written::Open(refused));
         }
-        commit(held).map_err(Failure::Unavailable)?;
+        commit(locked).map_err(Failure::Unavailable)?;
         Ok(Written::Committed)
     }
 
@@ -115,11 +115,11 @@ impl Work {
     }
 
     /// Inserts all rows that the table takes; returns the others by ascending row.
-    fn insert_rows(&self, held: &mut Held) -> Result<Vec<Refusal>, String> {
+    fn insert_rows(&self, locked: &mut LockedConnection) -> Result<Vec<Refusal>, String> {
         if self.rows.is_empty() {
             return Ok(Vec::new());
         }
-        let open = &mut **held;
+        let open = &mut **locked;
         let live = self.live_table(&open.connection, &mut open.table)?;
         let failed = |error: rusqlite::Error| format!("cannot commit: {}", worded(error));
         open.connection.execute_batch("SAVEPOINT all_rows").map_err(failed)?;
@@ -165,8 +165,8 @@ impl Work {
 }
 
 /// Commits what refused rows had kept open.
-pub(super) fn finish(held: Held) -> Result<(), String> {
-    commit(&held)
+pub(super) fn finish(locked: LockedConnection) -> Result<(), String> {
+    commit(&locked)
 }
 
 /// Whether rows of the transaction name parents that are not there yet.
@@ -187,8 +187,8 @@ fn has_open_foreign_key(connection: &Connection) -> bool {
     asked == ffi::SQLITE_OK && open != 0
 }
 
-fn commit(held: &Held) -> Result<(), String> {
-    held.connection.execute_batch("COMMIT").map_err(|error| {
+fn commit(locked: &LockedConnection) -> Result<(), String> {
+    locked.connection.execute_batch("COMMIT").map_err(|error| {
         let hint = match error.sqlite_error_code() {
             Some(ErrorCode::ConstraintViolation) => {
                 ": a deferred foreign key is violated, and SQLite does not say by which row: \
@@ -200,7 +200,7 @@ fn commit(held: &Held) -> Result<(), String> {
     })?;
     // A file that went away meanwhile took the commit along. It counts once the file is back, where the
     // position then says so.
-    held.check_file()
+    locked.check_file()
 }
 
 /// Inserts rows into a table, by one prepared statement per set of columns.

@@ -165,7 +165,7 @@ impl SinkWriter for StdoutWriter {
         let (printer, rows) = (Arc::clone(&self.printer), commit.rows.clone());
         let refused = self.off_thread(move || Ok(printer.refusals(&rows))).await?;
         if !refused.is_empty() {
-            refusals.hold(commit, &refused).await?;
+            refusals.record(commit, &refused).await?;
         }
         let rows_refused = refused.len() as u64;
         let (printer, rows) = (Arc::clone(&self.printer), commit.rows.clone());

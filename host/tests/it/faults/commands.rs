@@ -303,7 +303,7 @@ fn fault_32_transfer_codings_but_chunked_are_refused_and_never_stored() {
 }
 
 #[test]
-fn fault_32_half_a_request_head_is_closed_and_holds_no_end() {
+fn fault_32_half_a_request_head_is_closed_and_delays_no_end() {
     let intake = intake();
     let half = || {
         let mut stream = TcpStream::connect(("127.0.0.1", intake.port)).expect("connected");

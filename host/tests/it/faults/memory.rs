@@ -266,13 +266,13 @@ fn fault_02_of_a_thousand_lanes_two_hundred_are_blocked() {
     let bound = printed.lines().find(|line| line.starts_with("memory: at most ")).expect("a bound");
     assert!(bound.contains("with 1000 lanes"), "{bound}");
     let mib: u64 = bound.split(' ').nth(3).and_then(|mib| mib.parse().ok()).expect("a number");
-    let held = peak_of(&run).expect("it runs");
-    assert!(held < mib * MIB, "{} MiB of {bound}", held / MIB);
+    let occupied = peak_of(&run).expect("it runs");
+    assert!(occupied < mib * MIB, "{} MiB of {bound}", occupied / MIB);
 }
 
 /// The first answers of shards with a backlog are counted before they come.
 #[test]
-fn fault_02_a_start_with_a_backlog_holds_no_more_than_the_bound() {
+fn fault_02_a_start_with_a_backlog_occupies_no_more_than_the_bound() {
     const SHARDS: u32 = 12;
     // The bound of `buffer`, with a request more for each lane.
     const BOUND: f64 = (16.0 + SHARDS as f64) * MIB as f64;
@@ -287,8 +287,8 @@ fn fault_02_a_start_with_a_backlog_holds_no_more_than_the_bound() {
     let _run = start(&world, &path);
     let mut most: f64 = 0.0;
     wait_for("all to be blocked", || {
-        let held = metric(port, "shardmill_read_ahead_bytes", &[]).unwrap_or_default();
-        most = most.max(held);
+        let occupied = metric(port, "shardmill_read_ahead_bytes", &[]).unwrap_or_default();
+        most = most.max(occupied);
         let ready = http_get(port, "/health/ready");
         let shards: HashSet<&str> = ready
             .lines()

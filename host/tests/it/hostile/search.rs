@@ -43,7 +43,7 @@ fn culprits_at_the_cuts_cost_no_more() {
 
 /// Another lane's batches are all done before a deadline of an endless loop has passed once.
 #[test]
-fn an_endless_loop_holds_up_its_own_lane_alone() {
+fn an_endless_loop_delays_its_own_lane_alone() {
     let limits = "batch_time = \"5 s\"\nrecord_time = \"5 s\"";
     let mut looping = Lane::within(limits, r#"loop_on = "bad""#, RejectedMax::default());
     let mut other = Lane::hostile(r#"trap_on = "bad""#);

@@ -254,7 +254,7 @@ impl SinkWriter for Writer {
             }
         }
         if !refused.is_empty() {
-            refusals.hold(commit, &refused).await?;
+            refusals.record(commit, &refused).await?;
         }
         let committed = Committed {
             rows_written: rows.len() as u64,

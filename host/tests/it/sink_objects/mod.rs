@@ -149,7 +149,7 @@ async fn a_store_that_overwrites_is_refused() {
 }
 
 #[tokio::test]
-async fn refused_rows_are_held_before_anything_is_claimed() {
+async fn refused_rows_are_recorded_before_anything_is_claimed() {
     let place = Place::folder();
     let sink = place.sink(Compression::None);
     sink.prepare(&[route("even", "application/json"), route("odd", "text/plain")])
@@ -168,8 +168,8 @@ async fn refused_rows_are_held_before_anything_is_claimed() {
     let refusals = Refusals::default();
     let done = owner.writer.commit(&bad, &refusals).await.expect("a commit");
     assert_eq!((done.rows_written, done.rows_refused), (4, 2));
-    let held = refusals.held.into_inner().expect("whole");
-    assert!(held[0].contains("no JSON") && held[1].contains("newline"), "{held:?}");
+    let recorded = refusals.recorded.into_inner().expect("whole");
+    assert!(recorded[0].contains("no JSON") && recorded[1].contains("newline"), "{recorded:?}");
     let lines = place.lines().await;
     assert_eq!(lines["even"], ["{\"id\": 6}", "{\"id\":9}"]);
     assert_eq!(lines["odd"], [line_of(1), line_of(7)]);

@@ -198,19 +198,19 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
 /// Remembers what was refused, or cannot be written.
 #[derive(Default)]
 pub struct Refusals {
-    pub held: Mutex<Vec<String>>,
+    pub recorded: Mutex<Vec<String>>,
     pub out_of_reach: bool,
 }
 
 #[async_trait]
 impl RefusalLog for Refusals {
-    async fn hold(&self, _commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+    async fn record(&self, _commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         if self.out_of_reach {
             let cause = "the dead-letter store is out of reach".into();
             return Err(SinkError::Unavailable { sink: "logs".into(), cause });
         }
-        let mut held = self.held.lock().expect("no test panics while it holds");
-        held.extend(refusals.iter().map(|refusal| refusal.reason.clone()));
+        let mut recorded = self.recorded.lock().expect("no test panics while it holds");
+        recorded.extend(refusals.iter().map(|refusal| refusal.reason.clone()));
         Ok(())
     }
 }

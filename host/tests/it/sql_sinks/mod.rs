@@ -76,7 +76,7 @@ pub fn route(columns: &[&str]) -> BoundRoute {
 /// Keeps refusals in memory, or fails.
 #[derive(Default)]
 pub struct Log {
-    held: Mutex<Vec<(usize, String)>>,
+    recorded: Mutex<Vec<(usize, String)>>,
     is_full: bool,
 }
 
@@ -88,16 +88,16 @@ impl Log {
 
     /// What was held since the last call.
     pub fn take(&self) -> Vec<(usize, String)> {
-        std::mem::take(&mut self.held.lock().expect("no panic"))
+        std::mem::take(&mut self.recorded.lock().expect("no panic"))
     }
 
     /// Checks that these rows, and no others, were refused, each with a reason that has this part.
     pub fn expect(&self, expected: &[(usize, &str)]) {
-        let held = self.take();
-        let rows: Vec<usize> = held.iter().map(|(row, _)| *row).collect();
+        let recorded = self.take();
+        let rows: Vec<usize> = recorded.iter().map(|(row, _)| *row).collect();
         let expected_rows: Vec<usize> = expected.iter().map(|(row, _)| *row).collect();
-        assert_eq!(rows, expected_rows, "{held:#?}");
-        for ((row, reason), (_, part)) in held.iter().zip(expected) {
+        assert_eq!(rows, expected_rows, "{recorded:#?}");
+        for ((row, reason), (_, part)) in recorded.iter().zip(expected) {
             assert!(reason.contains(part), "row {row}: {reason:?} does not say {part:?}");
         }
     }
@@ -105,13 +105,13 @@ impl Log {
 
 #[async_trait]
 impl RefusalLog for Log {
-    async fn hold(&self, _: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+    async fn record(&self, _: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         if self.is_full {
             let cause = "the log is full".into();
             return Err(SinkError::TooManyRefused { sink: "test".into(), cause });
         }
         let new = refusals.iter().map(|refusal| (refusal.row, refusal.reason.clone()));
-        self.held.lock().expect("no panic").extend(new);
+        self.recorded.lock().expect("no panic").extend(new);
         Ok(())
     }
 }

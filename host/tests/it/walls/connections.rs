@@ -251,7 +251,7 @@ fn wall_03_clients_that_ask_all_the_time_leave_room_for_others() {
 }
 
 #[test]
-fn wall_03_a_body_that_is_declared_and_not_sent_holds_nothing() {
+fn wall_03_a_body_that_is_declared_and_not_sent_occupies_nothing() {
     let ports = Ports::start("", "body = \"32 KiB\"\nin_flight = \"64 KiB\"", "");
     let _declared: Vec<_> = (0..20).map(|_| declare(ports.intake, 32 << 10, 0)).collect();
     let answer = post(ports.intake, &row(0, 1));
@@ -262,7 +262,7 @@ fn wall_03_a_body_that_is_declared_and_not_sent_holds_nothing() {
 
 /// Two hundred bodies of a mebibyte of which the last byte is missing, and 4 MiB may be in flight.
 #[test]
-fn wall_03_bodies_that_stall_hold_no_more_than_may_be_in_flight() {
+fn wall_03_bodies_that_stall_occupy_no_more_than_may_be_in_flight() {
     const BODY: usize = 1 << 20;
     let ports = Ports::start("", "body = \"1 MiB\"\nin_flight = \"4 MiB\"", "");
     let stall = |_: usize| {

@@ -345,9 +345,9 @@ fn reach_of_settings(folder: &Path, file: &Path, trusted: Trusted) -> io::Result
         return Ok(Some(reach));
     }
     // The folder that holds it alone, such as `.cargo`: where it is sticky, everybody may have put the file.
-    let holder = file.parent().filter(|holder| *holder != folder);
-    match holder {
-        Some(holder) => private::reach_of(holder, trusted),
+    let outer = file.parent().filter(|outer| *outer != folder);
+    match outer {
+        Some(outer) => private::reach_of(outer, trusted),
         None => Ok(None),
     }
 }

@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn wall_06_a_call_of_very_many_keys_holds_those_of_one_query_alone() {
+    fn wall_06_a_call_of_very_many_keys_keeps_those_of_one_query_alone() {
         let cache = cache(1_000_000, 1 << 30, HOUR);
         let names: Vec<String> = (0..25_000).map(|n| format!("key-{n}")).collect();
         let keys: Vec<&str> = names.iter().map(String::as_str).collect();

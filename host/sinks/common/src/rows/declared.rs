@@ -35,7 +35,7 @@ pub struct LiveFit<'c> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fit {
     /// All of them.
-    Holds,
+    Full,
     /// Not every one.
     TooNarrow,
     /// None: rows cannot fill a column of its type.
@@ -65,7 +65,7 @@ pub fn check_fit<'c>(
             ));
         }
         let why = match column.fit {
-            Fit::Holds => return Ok(()),
+            Fit::Full => return Ok(()),
             Fit::TooNarrow => "not every value would fit; alter the column, or declare its type",
             Fit::Unsupported => "rows cannot fill a column of that type yet",
         };

@@ -301,7 +301,7 @@ fn fault_01_a_run_until_caught_up_waits_for_its_sinks() {
 }
 
 #[test]
-fn fault_27_other_answers_hold_the_rows_and_say_why() {
+fn fault_27_other_answers_keep_the_rows_waiting_and_say_why() {
     for (status, part) in [
         (301, "Location: https://elsewhere.example/events)"),
         (308, "redirects are not followed"),

@@ -97,7 +97,7 @@ struct Limited(RejectedMax);
 
 #[async_trait]
 impl RefusalLog for Limited {
-    async fn hold(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
+    async fn record(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         self.check(commit, &refusals.iter().map(|refusal| refusal.row).collect::<Vec<_>>())
     }
 

@@ -91,7 +91,7 @@ impl Locker {
         let (release, released) = std::sync::mpsc::channel::<()>();
         let (locked, is_locked) = std::sync::mpsc::channel();
         let sql = format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
-        let holder = std::thread::spawn(move || {
+        let locker = std::thread::spawn(move || {
             let runtime = tokio::runtime::Runtime::new().expect("a runtime");
             runtime.block_on(async {
                 let url = postgres_url();
@@ -105,15 +105,15 @@ impl Locker {
             });
         });
         is_locked.recv().expect("locked");
-        Self(Some(release), Some(holder))
+        Self(Some(release), Some(locker))
     }
 }
 
 impl Drop for Locker {
     fn drop(&mut self) {
         drop(self.0.take());
-        if let Some(holder) = self.1.take() {
-            let _ = holder.join();
+        if let Some(locker) = self.1.take() {
+            let _ = locker.join();
         }
     }
 }

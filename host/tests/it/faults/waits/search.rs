@@ -73,7 +73,7 @@ fn fault_41_a_search_hears_a_stop_and_keeps_what_it_has_found() {
 
 /// The thread is free while the plugin waits: with as many waiting lanes as threads, others went nowhere.
 #[test]
-fn fault_09_a_plugin_that_asks_for_another_try_holds_no_thread() {
+fn fault_09_a_plugin_that_asks_for_another_try_occupies_no_thread() {
     let limits = "retry = \"5 s\"";
     let mut lane =
         Lane::within(limits, "retry_on = \"bad\"\nretry_calls = 2", RejectedMax::default());

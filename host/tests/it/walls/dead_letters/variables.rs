@@ -44,11 +44,11 @@ fn run_ok_with(folder: &Folder, value: &str) -> String {
 
 /// The files of the state that hold a text.
 fn files_with(folder: &Folder, text: &str) -> Vec<String> {
-    let holds = |path: &std::path::PathBuf| {
+    let contains = |path: &std::path::PathBuf| {
         let bytes = fs::read(path).expect("read");
         bytes.windows(text.len()).any(|part| part == text.as_bytes())
     };
-    let files = folder.files("state").into_iter().filter(holds);
+    let files = folder.files("state").into_iter().filter(contains);
     files.map(|path| path.display().to_string()).collect()
 }
 

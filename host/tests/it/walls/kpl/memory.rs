@@ -94,7 +94,7 @@ fn by_hand(edits: &[(&str, &str)]) -> NamedTempFile {
 
 /// Forty rows of one byte, each out of an answer of 12 MiB, wait for a sink.
 #[test]
-fn wall_02_a_row_of_one_byte_does_not_hold_the_answer_that_it_came_in() {
+fn wall_02_a_row_of_one_byte_does_not_keep_the_answer_that_it_came_in() {
     const RECORDS: usize = 40;
     let world = World::new(1);
     put_on(&world, &world.open_shards()[0], std::iter::repeat_n(b"{}".to_vec(), RECORDS));
@@ -108,8 +108,8 @@ fn wall_02_a_row_of_one_byte_does_not_hold_the_answer_that_it_came_in() {
     let run = start(&world, &blocked(file, port).write());
     wait_for("the records", || metric(port, "shardmill_source_records_total") as usize == RECORDS);
     assert_below(&run, bound(8, 8, 1, 1));
-    let held = metric(port, "shardmill_buffer_bytes");
-    assert!(held < 100_000.0, "{held} bytes are held for {RECORDS} rows of a byte");
+    let occupied = metric(port, "shardmill_buffer_bytes");
+    assert!(occupied < 100_000.0, "{occupied} bytes are held for {RECORDS} rows of a byte");
 }
 
 /// A filter that lets one record of a batch through holds that record, not the batch.
@@ -144,15 +144,15 @@ fn wall_02_rows_of_a_strict_filter_are_charged_for_themselves() {
     wait_for("the records", || {
         metric(port, "shardmill_source_records_total") as usize == BATCHES * RECORDS
     });
-    let held = metric(port, "shardmill_buffer_bytes");
-    let each = held / BATCHES as f64;
+    let occupied = metric(port, "shardmill_buffer_bytes");
+    let each = occupied / BATCHES as f64;
     assert!((2_000.0..8_000.0).contains(&each), "{each} bytes are held for each row");
     assert_below(&run, bound(4, 8, 1, 1));
 }
 
 /// Aggregates of a mebibyte, each of 131,000 events of two bytes, wait for a sink: ten on each of four shards.
 #[test]
-fn wall_02_aggregates_that_wait_hold_their_bytes() {
+fn wall_02_aggregates_that_wait_occupy_their_bytes() {
     let world = World::new(4);
     for shard in world.open_shards() {
         let large = one_key(&key_of(&shard), std::iter::repeat_n(b"{}".to_vec(), 131_000));
@@ -174,7 +174,7 @@ fn wall_02_aggregates_that_wait_hold_their_bytes() {
 
 /// Small events, of which samples are kept for trials, and answers in hand.
 #[test]
-fn wall_02_samples_for_trials_hold_what_is_counted() {
+fn wall_02_samples_for_trials_occupy_what_is_counted() {
     let world = World::new(1);
     let events = std::iter::repeat_n(b"{}".to_vec(), 130_000);
     let large = one_key("key", events);
@@ -195,7 +195,7 @@ fn wall_02_samples_for_trials_hold_what_is_counted() {
 
 /// Five records of two bytes become 50,000 items, and each of them a dead letter with the same long reason.
 #[test]
-fn wall_04_dead_letters_of_many_items_hold_what_they_are_bounded_by() {
+fn wall_04_dead_letters_of_many_items_occupy_what_they_are_bounded_by() {
     const RECORDS: usize = 5;
     const ITEMS: usize = 10_000;
     let world = World::new(1);
@@ -219,7 +219,7 @@ fn wall_04_dead_letters_of_many_items_hold_what_they_are_bounded_by() {
 
 /// Records that pass alone and are too much together: a search must not hold what all of them become.
 #[test]
-fn wall_02_a_search_holds_no_more_than_one_answer_may() {
+fn wall_02_a_search_occupies_no_more_than_one_answer_may() {
     const RECORDS: usize = 240;
     for (misdeed, lines) in [
         ("a row of a mebibyte each", "share_payload_on = \"a\", many = 1"),
@@ -246,7 +246,7 @@ fn wall_02_a_search_holds_no_more_than_one_answer_may() {
 
 /// A template names a field of 9.9 MB sixty times: neither the line nor a tree of its payload is in memory.
 #[test]
-fn wall_02_a_template_that_repeats_a_field_holds_no_more_than_a_piece_of_its_line() {
+fn wall_02_a_template_that_repeats_a_field_occupies_no_more_than_a_piece_of_its_line() {
     const LINES: usize = 3;
     let text = format!("\"{}\"", "x".repeat(9_900_000));
     let numbers = format!("[{}1]", "1,".repeat(4_900_000));
@@ -278,7 +278,7 @@ fn wall_02_a_template_that_repeats_a_field_holds_no_more_than_a_piece_of_its_lin
 
 /// An array of 4.9 million digits in one row: its elements are written as they are read, not listed before.
 #[test]
-fn wall_02_a_long_array_of_one_row_holds_what_is_sent_of_it() {
+fn wall_02_a_long_array_of_one_row_occupies_what_is_sent_of_it() {
     const ITEMS: usize = 4_900_000;
     let table = format!("wall_02_array_{}", std::process::id());
     postgres(&format!("CREATE TABLE {table} (id int, a int[])"));

@@ -98,8 +98,8 @@ fn wall_02_rows_keep_no_more_than_twice_their_own_bytes() {
                 rows_in[index] += usize::from(!own.is_empty());
             }
         }
-        let holding = Holding::of(&rows, batch.held_bytes(), &arenas);
-        holding.settle(&mut rows, &arenas);
+        let plan = CopyPlan::of(&rows, batch.occupied_bytes(), &arenas);
+        plan.settle(&mut rows, &arenas);
         drop(arenas);
         assert_eq!(shown(&rows), before, "seed {seed}");
 
@@ -120,16 +120,16 @@ fn wall_02_rows_keep_no_more_than_twice_their_own_bytes() {
             assert!(rows.iter().all(|row| Arc::ptr_eq(&row.batch, &first.batch)));
             let mut own: Vec<u32> = rows.iter().map(|row| row.record).collect();
             own.dedup();
-            let of = |index: &u32| first.batch.records[*index as usize].held_bytes();
-            let own_held: usize = own.iter().map(of).sum();
-            let own_bytes = own_held - own.len() * Record::OVERHEAD_BYTES;
-            let may = own_held + own_bytes + 128 * rows.len() + Batch::OVERHEAD_BYTES;
+            let of = |index: &u32| first.batch.records[*index as usize].occupied_bytes();
+            let own_occupied: usize = own.iter().map(of).sum();
+            let own_bytes = own_occupied - own.len() * Record::OVERHEAD_BYTES;
+            let may = own_occupied + own_bytes + 128 * rows.len() + Batch::OVERHEAD_BYTES;
             let is_whole = own.len() == batch.records.len();
-            let holds = first.batch.held_bytes();
-            assert!(is_whole || holds <= may, "seed {seed}: {holds} of {may} bytes");
-            alive_bytes += holds;
+            let occupied = first.batch.occupied_bytes();
+            assert!(is_whole || occupied <= may, "seed {seed}: {occupied} of {may} bytes");
+            alive_bytes += occupied;
         }
-        assert_eq!(holding.held_bytes(), alive_bytes, "seed {seed}");
+        assert_eq!(plan.occupied_bytes(), alive_bytes, "seed {seed}");
     }
     assert!(kept > 100 && copied > 100, "{kept} arenas kept, {copied} copied");
 }
@@ -150,9 +150,9 @@ fn wall_02_what_all_rows_share_is_not_copied() {
             row(&batch, index, record.partition_key.clone(), part(index as usize))
         })
         .collect();
-    let holding = Holding::of(&rows, batch.held_bytes(), &arenas);
-    assert_eq!(holding.copied_bytes(), 0);
-    holding.settle(&mut rows, &arenas);
+    let plan = CopyPlan::of(&rows, batch.occupied_bytes(), &arenas);
+    assert_eq!(plan.copied_bytes(), 0);
+    plan.settle(&mut rows, &arenas);
     assert!(rows.iter().all(|row| Arc::ptr_eq(&row.batch, &batch)));
     assert!(rows.iter().zip(0..).all(|(row, index)| row.payload.as_ptr() == part(index).as_ptr()));
     // Once nobody uses it, it is let go of.
@@ -163,17 +163,17 @@ fn wall_02_what_all_rows_share_is_not_copied() {
 
 /// One byte of an answer of 60 MiB.
 #[test]
-fn wall_02_a_byte_does_not_hold_an_answer() {
+fn wall_02_a_byte_does_not_keep_an_answer_in_memory() {
     let answer = Bytes::from(vec![1; 60 << 20]);
     let batch = batch((0..1_000).map(|_| (Bytes::from("key"), Bytes::from(vec![0; 250]))));
     let mut arenas = Arenas::default();
     arenas.add(answer.clone());
     let mut rows = vec![row(&batch, 500, Bytes::from("own"), answer.slice(5..6))];
-    let holding = Holding::of(&rows, batch.held_bytes(), &arenas);
-    holding.settle(&mut rows, &arenas);
+    let plan = CopyPlan::of(&rows, batch.occupied_bytes(), &arenas);
+    plan.settle(&mut rows, &arenas);
     drop(arenas);
     assert!(answer.is_unique() && rows[0].batch.records.len() == 1);
-    assert!(holding.held_bytes() < 2_000, "{}", holding.held_bytes());
+    assert!(plan.occupied_bytes() < 2_000, "{}", plan.occupied_bytes());
     assert_eq!(rows[0].position(), &batch.records[500].position);
 }
 
@@ -196,7 +196,7 @@ fn wall_02_copied_rows_of_a_redrive_keep_their_origins() {
     };
     let mut rows: Vec<Row> = [3, 3, 70].map(as_came).into();
     let arenas = Arenas::default();
-    Holding::of(&rows, own.held_bytes(), &arenas).settle(&mut rows, &arenas);
+    CopyPlan::of(&rows, own.occupied_bytes(), &arenas).settle(&mut rows, &arenas);
     let origins: Vec<_> = rows.iter().map(|row| row.batch.origin(row.record).clone()).collect();
     assert_eq!(origins, [1_003, 1_003, 1_070].map(origin));
     assert!(rows[0].batch.is_delivered_to(&"other".into()));

@@ -51,15 +51,15 @@ impl Arenas {
     /// The arena that the bytes lie in; `likely` is tried first, and is then that one.
     fn find(&self, bytes: &Bytes, likely: &mut usize) -> Option<usize> {
         let at = bytes.as_ptr() as usize;
-        let holds = |arena: &Bytes| {
+        let contains = |arena: &Bytes| {
             let start = arena.as_ptr() as usize;
             start <= at && at < start + arena.len()
         };
-        if self.arenas.get(*likely).is_some_and(holds) {
+        if self.arenas.get(*likely).is_some_and(contains) {
             return Some(*likely);
         }
         let after = self.arenas.partition_point(|arena| arena.as_ptr() as usize <= at);
-        let found = after.checked_sub(1).filter(|place| holds(&self.arenas[*place]))?;
+        let found = after.checked_sub(1).filter(|place| contains(&self.arenas[*place]))?;
         *likely = found;
         Some(found)
     }
@@ -81,15 +81,15 @@ struct Share {
 
 /// What a sink's rows of one batch hold, once sparse ones are copied.
 #[derive(Debug, Default)]
-pub struct Holding {
-    held_bytes: usize,
+pub struct CopyPlan {
+    occupied_bytes: usize,
     copied_bytes: usize,
     keeps_batch: bool,
     /// Of each arena.
     shares: Vec<Share>,
 }
 
-impl Holding {
+impl CopyPlan {
     /// Looks at rows of one batch, by ascending record. `batch_bytes` is what the batch holds.
     pub fn of(rows: &[Row], batch_bytes: usize, arenas: &Arenas) -> Self {
         let Some(first) = rows.first() else { return Self::default() };
@@ -128,7 +128,7 @@ impl Holding {
         let shared_bytes = spare_bytes + own_record_bytes;
         let keeps_batch = own_records == records.len()
             || is_kept_whole(shared_bytes, own_record_bytes, rows.len());
-        let (mut held_bytes, mut copied_bytes) = match keeps_batch {
+        let (mut occupied_bytes, mut copied_bytes) = match keeps_batch {
             true => (batch_bytes, 0),
             false => (own_batch_bytes, own_record_bytes),
         };
@@ -136,23 +136,23 @@ impl Holding {
             share.is_kept = is_kept_whole(arena.len(), share.own_bytes, share.rows);
             match (share.is_kept, share.rows) {
                 (true, 0) => {}
-                (true, _) => held_bytes += arena.len(),
+                (true, _) => occupied_bytes += arena.len(),
                 (false, _) => {
-                    held_bytes += share.own_bytes;
+                    occupied_bytes += share.own_bytes;
                     copied_bytes += share.own_bytes;
                 }
             }
         }
-        held_bytes += other_bytes + size_of_val(rows);
-        Self { held_bytes, copied_bytes, keeps_batch, shares }
+        occupied_bytes += other_bytes + size_of_val(rows);
+        Self { occupied_bytes, copied_bytes, keeps_batch, shares }
     }
 
-    /// The memory that the rows hold after [`Holding::settle`], in bytes.
-    pub fn held_bytes(&self) -> usize {
-        self.held_bytes
+    /// The memory that the rows hold after [`CopyPlan::settle`], in bytes.
+    pub fn occupied_bytes(&self) -> usize {
+        self.occupied_bytes
     }
 
-    /// The bytes that [`Holding::settle`] copies.
+    /// The bytes that [`CopyPlan::settle`] copies.
     pub fn copied_bytes(&self) -> usize {
         self.copied_bytes
     }
@@ -274,5 +274,5 @@ fn with_own_records(rows: &mut [Row]) {
 }
 
 #[cfg(test)]
-#[path = "held_tests.rs"]
+#[path = "memory_tests.rs"]
 mod tests;
