@@ -20,7 +20,7 @@ const MEMORY: &str = "KiB per lane, lower is better";
 const SHARDS: u32 = 1_000;
 /// How long all lanes may take to begin, and how long they are left alone before the measurement.
 const BEGIN_MAX: Duration = Duration::from_secs(120);
-const SETTLE: Duration = Duration::from_secs(5);
+const WARM_UP: Duration = Duration::from_secs(5);
 const MEASURE: Duration = Duration::from_secs(30);
 
 fn main() -> Result<()> {
@@ -86,7 +86,7 @@ fn idle(command: &mut std::process::Command, log: &Path, shards: u32) -> Result<
         ensure!(begun.elapsed() < BEGIN_MAX, "{reading} of {shards} shards are read");
         std::thread::sleep(Duration::from_millis(100));
     }
-    std::thread::sleep(SETTLE);
+    std::thread::sleep(WARM_UP);
     let before_s = running.cpu_s()?;
     std::thread::sleep(MEASURE);
     let idle = Idle { cpu_s: running.cpu_s()? - before_s, kib: running.resident_kib()? };

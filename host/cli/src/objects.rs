@@ -139,7 +139,7 @@ async fn refuse_unstarted(
     name: &SinkName,
     state: &StateStore,
 ) -> anyhow::Result<()> {
-    roster::refuse_unsettled(config, state).await?;
+    roster::refuse_unresolved(config, state).await?;
     let place = config.sinks.iter().find(|sink| sink.name.value == *name);
     let place = place.and_then(SinkConfig::destination).unwrap_or_default();
     let roster = Roster::new(state.clone());

@@ -115,7 +115,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         false => {
             if config.state_dir.join(config.name.as_str()).join("state.db").exists() {
                 let state = state_beside(&config)?;
-                roster::refuse_unsettled(&config, &state).await?;
+                roster::refuse_unresolved(&config, &state).await?;
                 resolve_replays(&config, &state, console).await?;
             }
             None
@@ -335,7 +335,7 @@ impl Swap {
         let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)
             .context("a redrive and a replay that replaces rows cannot run at the same time")?;
         let state = state_beside(config)?;
-        roster::refuse_unsettled(config, &state).await?;
+        roster::refuse_unresolved(config, &state).await?;
         let redrives = Redrives::new(state.clone(), config.name.clone());
         ensure!(
             redrives.unfinished().await?.iter().all(|one| one.is_rest),

@@ -337,12 +337,12 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
     let ledger = Ledger::new(state(&config)?);
     let at = Position { sequence: SequenceNumber::parse(sequence)?, sub_sequence };
     let found = ledger.which(&ShardId::new(shard), &at).await?;
-    let Ran { generation, spec, is_settled } = found
+    let Ran { generation, spec, is_committed } = found
         .with_context(|| format!("nothing of shard {shard} was run by pipeline {}", config.name))?;
     if !console.json {
         print_line(format!("generation {generation}"));
     }
-    if !is_settled {
+    if !is_committed {
         console.say(
             "no sink has the record yet, as of the last checkpoint: another swap may come first",
         );
@@ -365,7 +365,7 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
         console.say(format!("stage {}: {digest}", stage.name));
         stages.push(json!({ "stage": stage.name, "digest": digest }));
     }
-    console.report(&json!({ "generation": generation, "is_settled": is_settled, "stages": stages }))
+    console.report(&json!({ "generation": generation, "is_settled": is_committed, "stages": stages }))
 }
 
 /// The state of a pipeline that ran. Another process may be running it.

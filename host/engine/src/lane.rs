@@ -46,7 +46,7 @@ use shardmill_core::source::{
 };
 use shardmill_core::stop::Stop;
 use shardmill_state::{
-    Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, Roster, SettledItems, StateError,
+    Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, Roster, DeadLetteredItems, StateError,
 };
 
 /// Runs of a batch that failed as a whole.
@@ -265,7 +265,7 @@ pub(crate) struct Lane<'a> {
     chain: Option<Chain>,
     gap: Gap,
     /// Up to here some items have a stage's letter already.
-    settled_to: Option<Position>,
+    dead_lettered_to: Option<Position>,
     start: ShardStart,
     /// Everything that had arrived by then is settled, in milliseconds since 1970 by the server's clock,
     /// as last noted.
@@ -327,7 +327,7 @@ impl Lane<'_> {
         behind_ms: u64,
         caught_up_ms: Option<i64>,
     ) -> Result<(), LaneError> {
-        let is_committed = self.is_settled();
+        let is_committed = self.is_committed();
         self.shared.board.update(&self.shard.shard, |status| {
             status.idle_reads += 1;
             status.behind_ms = behind_ms;
@@ -342,7 +342,7 @@ impl Lane<'_> {
         }
         let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return Ok(()) };
         self.read_up_to_ms = Some(now_ms);
-        if self.is_note_old(now_ms) && self.is_settled() {
+        if self.is_note_old(now_ms) && self.is_committed() {
             let stop = self.stop.clone();
             stop.unless_asked(self.note_caught_up(now_ms)).await.ok_or(LaneError::Stopped)?;
         }
@@ -372,7 +372,7 @@ impl Lane<'_> {
     }
 
     /// Whether every sink has everything that was handed over.
-    fn is_settled(&self) -> bool {
+    fn is_committed(&self) -> bool {
         self.deliveries.iter().all(|own| own.progress.borrow().position >= self.at)
     }
 
@@ -439,7 +439,7 @@ impl Lane<'_> {
     /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::State`] when the dead letters are
     /// gone; [`LaneError::Stopped`]: the batch has no outcome.
     pub(crate) async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<Ran, LaneError> {
-        let settled = Arc::new(self.settled_of(batch).await?);
+        let dead_lettered = Arc::new(self.dead_lettered_in(batch).await?);
         // Since when the plugin asks for another try of this batch.
         let mut retried_since = None;
         let mut failed_starts = Tries::default();
@@ -452,9 +452,9 @@ impl Lane<'_> {
             }
             failed_starts = Tries::default();
             let Some(mut chain) = self.chain.take() else { return Err(LaneError::Stopped) };
-            let (own, settled, mut searching) = (batch.clone(), settled.clone(), chain.searching());
+            let (own, dead_lettered, mut searching) = (batch.clone(), dead_lettered.clone(), chain.searching());
             let run = tokio::task::spawn_blocking(move || {
-                let outcome = chain.run(&own, &settled);
+                let outcome = chain.run(&own, &dead_lettered);
                 (chain, outcome, Instant::now())
             });
             self.announce_behind(&batch.span.to_inclusive).await;
@@ -522,22 +522,22 @@ impl Lane<'_> {
 
     /// Reads which items of a batch have a stage's letter already. Once the lane is past the letters that
     /// were there when it started, nothing is read.
-    async fn settled_of(&self, batch: &Batch) -> Result<SettledItems, LaneError> {
+    async fn dead_lettered_in(&self, batch: &Batch) -> Result<DeadLetteredItems, LaneError> {
         let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) else {
-            return Ok(SettledItems::default());
+            return Ok(DeadLetteredItems::default());
         };
-        if self.settled_to.as_ref().is_none_or(|to| first.position > *to) {
-            return Ok(SettledItems::default());
+        if self.dead_lettered_to.as_ref().is_none_or(|to| first.position > *to) {
+            return Ok(DeadLetteredItems::default());
         }
         let range = (&first.position, &last.position);
         let pause_max = self.shared.config.timing.retry_pause_max;
         let mut retries = DEAD_LETTER_READ_RETRY.at_most(pause_max).start();
         loop {
-            let read = self.shared.dead_letters.settled_within(&self.shard, range);
+            let read = self.shared.dead_letters.dead_lettered_within(&self.shard, range);
             match self.unless_stopped(read).await? {
-                Ok(settled) => {
+                Ok(dead_lettered) => {
                     self.shared.board.unblock(&self.shard.shard, DEAD_LETTERS);
-                    return Ok(settled);
+                    return Ok(dead_lettered);
                 }
                 Err(error) if error.is_final() => return Err(error.into()),
                 Err(error) => self.block(DEAD_LETTERS, &error.to_string()),
@@ -716,8 +716,8 @@ impl Lane<'_> {
         let generation = chain.generation().id.clone();
         let to_inclusive = batch.span.to_inclusive.clone();
         // Before it waits for anything: what is not copied keeps all that it came with.
-        let settled = self.unless_stopped(keep_own(rows, batch.occupied_bytes(), arenas)).await?;
-        for (index, (rows, bytes)) in settled.into_iter().enumerate() {
+        let copied = self.unless_stopped(keep_own(rows, batch.occupied_bytes(), arenas)).await?;
+        for (index, (rows, bytes)) in copied.into_iter().enumerate() {
             let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
             let (account, delivery) = (self.account.clone(), self.deliveries[index].sender());
             let (to_inclusive, generation) = (to_inclusive.clone(), generation.clone());
@@ -781,7 +781,7 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError`] when the sinks or the state database fail.
-    pub async fn settle(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
+    pub async fn finish(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
         // Children, or somebody at a prompt, wait for a shard's end: there is no hurry, only completeness.
         let flushed = self.stop.until_over(flush(&self.deliveries)).await.unwrap_or(false);
         self.end_checkpointer().await;
@@ -872,15 +872,15 @@ async fn keep_own(
     let plan = |rows: &Vec<Row>| CopyPlan::of(rows, batch_bytes, &arenas);
     let plans: Vec<CopyPlan> = rows.iter().map(plan).collect();
     let copied_bytes: usize = plans.iter().map(CopyPlan::copied_bytes).sum();
-    let settle = move || {
-        let settle = |(mut rows, plan): (Vec<Row>, CopyPlan)| {
-            plan.settle(&mut rows, &arenas);
+    let apply = move || {
+        let apply = |(mut rows, plan): (Vec<Row>, CopyPlan)| {
+            plan.apply(&mut rows, &arenas);
             (rows, plan.occupied_bytes())
         };
-        rows.into_iter().zip(plans).map(settle).collect()
+        rows.into_iter().zip(plans).map(apply).collect()
     };
     match copied_bytes > COPIED_IN_PLACE_BYTES {
-        true => off_thread(settle).await,
-        false => settle(),
+        true => off_thread(apply).await,
+        false => apply(),
     }
 }

@@ -69,9 +69,9 @@ pub fn lineage(
                 StartPosition::TrimHorizon | StartPosition::AtTimestampMs(_) => false,
             }
     };
-    let is_settled = |id: &ShardId| known.begun.get(id).is_some_and(|state| state.ended);
+    let has_ended = |id: &ShardId| known.begun.get(id).is_some_and(|state| state.ended);
     let blocks = |parent: &ShardId| match family.get(parent) {
-        Some(listed) => !is_settled(parent) && !is_skipped(listed),
+        Some(listed) => !has_ended(parent) && !is_skipped(listed),
         None => known.begun.get(parent).is_some_and(|state| !state.ended),
     };
     let begins = |shard: &Shard| {
@@ -98,7 +98,7 @@ pub fn lineage(
         Beginning { shard: shard.id.clone(), start, caught_up_ms }
     };
     let waiting: Vec<&Shard> =
-        shards.iter().filter(|shard| !is_settled(&shard.id) && !is_skipped(shard)).collect();
+        shards.iter().filter(|shard| !has_ended(&shard.id) && !is_skipped(shard)).collect();
     let ready = waiting.iter().filter(|shard| !shard.parents.iter().any(blocks));
     let mut ready: Vec<Beginning> = ready.map(|shard| begins(shard)).collect();
     let some_wait = ready.len() < waiting.len();

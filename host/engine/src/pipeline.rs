@@ -26,10 +26,10 @@ pub(crate) async fn run_lane(
     };
     let mut lane = lane?;
     match read_to_end(shared, &mut lane, stop).await {
-        Ok(end) => lane.settle(end).await,
-        Err(LaneError::Stopped) => lane.settle(LaneEnd::Stopped).await,
+        Ok(end) => lane.finish(end).await,
+        Err(LaneError::Stopped) => lane.finish(LaneEnd::Stopped).await,
         // What was read before is as good as ever.
-        Err(error @ LaneError::Source(_)) => lane.settle(LaneEnd::Stopped).await.and(Err(error)),
+        Err(error @ LaneError::Source(_)) => lane.finish(LaneEnd::Stopped).await.and(Err(error)),
         Err(error) => {
             lane.abandon().await;
             Err(error)

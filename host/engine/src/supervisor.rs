@@ -225,7 +225,7 @@ impl Supervisor {
             until_caught_up: options.until_caught_up,
             config,
         });
-        roster::settle(&shared, &stream, None, &options.build_sinks).await?;
+        roster::resolve(&shared, &stream, None, &options.build_sinks).await?;
         let (sender, take_overs) = mpsc::channel(TAKE_OVERS_MAX);
         let ends = CancellationToken::new();
         let stream = Arc::new(stream);
@@ -726,7 +726,7 @@ impl Lanes {
 
     /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
     async fn begin_anew(&mut self, order: TakeOver, stop: &Stop) {
-        let outcome = self.settle(&order.shared).await;
+        let outcome = self.resolve_sinks(&order.shared).await;
         let outcome = outcome.map_err(|error| shardmill_config::told(&error));
         if outcome.is_ok() {
             self.shared = order.shared;
@@ -737,10 +737,10 @@ impl Lanes {
     }
 
     /// Settles which sinks there are from here on.
-    async fn settle(&self, next: &Shared) -> anyhow::Result<()> {
+    async fn resolve_sinks(&self, next: &Shared) -> anyhow::Result<()> {
         let Shared { config, sinks, source, .. } = next;
         roster::rename(config, sinks, &self.state, &**source, &self.stream).await?;
-        roster::settle(next, &self.stream, Some(&self.shared), &self.build_sinks).await
+        roster::resolve(next, &self.stream, Some(&self.shared), &self.build_sinks).await
     }
 
     fn key(&self, shard: &ShardId) -> ShardKey {

@@ -403,7 +403,7 @@ mod tests {
         // Again, as by a replay: it is the same letter.
         dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         let sink = SinkName::from("mart");
-        dead_letters.settle(&shard, &sink, &dead_letter(1).key.position).await.expect("settled");
+        dead_letters.confirm(&shard, &sink, &dead_letter(1).key.position).await.expect("settled");
         assert_eq!(numbers(0).await, [(1, "2".into()), (2, "1".into())]);
         assert_eq!(numbers(1).await, [(2, "1".into())]);
         // What a redrive has delivered is an empty mark.

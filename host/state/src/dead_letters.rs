@@ -266,7 +266,7 @@ impl DeadLetters {
     }
 
     /// Writes letters, durable on return. A letter that is there already is replaced. `pending` hides
-    /// them until [`DeadLetters::settle`].
+    /// them until [`DeadLetters::confirm`].
     ///
     /// # Errors
     /// [`StateError`]; the span must not be committed then.

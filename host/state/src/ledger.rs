@@ -41,7 +41,7 @@ pub struct Ran {
     pub spec: GenerationSpec,
     /// Some sink has settled the record, as of the last checkpoint: it was run. Otherwise another
     /// generation may still come before it.
-    pub is_settled: bool,
+    pub is_committed: bool,
 }
 
 /// A segment with its shard, for people.
@@ -232,9 +232,9 @@ impl Ledger {
             })
             .await?;
         match found {
-            Some((generation, is_settled)) => {
+            Some((generation, is_committed)) => {
                 let spec = self.spec(&generation).await?;
-                Ok(Some(Ran { generation, spec, is_settled }))
+                Ok(Some(Ran { generation, spec, is_committed }))
             }
             None => Ok(None),
         }

@@ -61,7 +61,7 @@ mod rejections;
 mod replays;
 mod revisions;
 mod roster;
-mod settled;
+mod dead_lettered;
 mod spec;
 mod store;
 mod swaps;
@@ -83,7 +83,7 @@ pub use redrive::{
 pub use rejections::RejectionWindow;
 pub use replays::{FailedAgain, PendingReplay, Replays};
 pub use roster::{KnownSinks, Removed, Roster, RosterChange};
-pub use settled::SettledItems;
+pub use dead_lettered::DeadLetteredItems;
 pub use spec::{CanarySpec, GenerationSpec, StageSpec};
 pub use store::{StateError, StateStore, needed_components};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};

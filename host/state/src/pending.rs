@@ -157,7 +157,7 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`StateError`]; the letters stay hidden and are settled when the shard is taken over.
-    pub async fn settle(
+    pub async fn confirm(
         &self,
         shard: &ShardKey,
         sink: &SinkName,

@@ -473,7 +473,7 @@ async fn a_lost_connection_is_made_anew() {
 }
 
 #[tokio::test]
-async fn a_commit_whose_reply_is_lost_is_settled_by_the_position() {
+async fn a_commit_whose_reply_is_lost_is_resolved_by_the_position() {
     let mart = Mart::new("reply").await;
     mart.sql("CREATE TABLE cars (id bigint)").await;
     let proxy = Proxy::start(address()).await;

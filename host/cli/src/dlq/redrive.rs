@@ -47,7 +47,7 @@ pub(super) async fn redrive(
     let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)?;
     let state = state_beside(&config)?;
     let pipeline = Pipeline::of(&mut config, &state).await?;
-    roster::refuse_unsettled(&config, &state).await?;
+    roster::refuse_unresolved(&config, &state).await?;
     refuse_older_state(&state, &sinks::build(&config)?, &config.name).await?;
     resolve_replays(&config, &state, console).await?;
     let redrives = Redrives::new(state.clone(), config.name.clone());

@@ -147,18 +147,18 @@ impl CopyPlan {
         Self { occupied_bytes, copied_bytes, keeps_batch, shares }
     }
 
-    /// The memory that the rows hold after [`CopyPlan::settle`], in bytes.
+    /// The memory that the rows hold after [`CopyPlan::apply`], in bytes.
     pub fn occupied_bytes(&self) -> usize {
         self.occupied_bytes
     }
 
-    /// The bytes that [`CopyPlan::settle`] copies.
+    /// The bytes that [`CopyPlan::apply`] copies.
     pub fn copied_bytes(&self) -> usize {
         self.copied_bytes
     }
 
     /// Copies what the rows may not keep; they are the ones that were looked at.
-    pub fn settle(&self, rows: &mut [Row], arenas: &Arenas) {
+    pub fn apply(&self, rows: &mut [Row], arenas: &Arenas) {
         if self.copied_bytes == 0 && self.keeps_batch {
             return;
         }

@@ -99,7 +99,7 @@ fn wall_02_rows_keep_no_more_than_twice_their_own_bytes() {
             }
         }
         let plan = CopyPlan::of(&rows, batch.occupied_bytes(), &arenas);
-        plan.settle(&mut rows, &arenas);
+        plan.apply(&mut rows, &arenas);
         drop(arenas);
         assert_eq!(shown(&rows), before, "seed {seed}");
 
@@ -152,7 +152,7 @@ fn wall_02_what_all_rows_share_is_not_copied() {
         .collect();
     let plan = CopyPlan::of(&rows, batch.occupied_bytes(), &arenas);
     assert_eq!(plan.copied_bytes(), 0);
-    plan.settle(&mut rows, &arenas);
+    plan.apply(&mut rows, &arenas);
     assert!(rows.iter().all(|row| Arc::ptr_eq(&row.batch, &batch)));
     assert!(rows.iter().zip(0..).all(|(row, index)| row.payload.as_ptr() == part(index).as_ptr()));
     // Once nobody uses it, it is let go of.
@@ -170,7 +170,7 @@ fn wall_02_a_byte_does_not_keep_an_answer_in_memory() {
     arenas.add(answer.clone());
     let mut rows = vec![row(&batch, 500, Bytes::from("own"), answer.slice(5..6))];
     let plan = CopyPlan::of(&rows, batch.occupied_bytes(), &arenas);
-    plan.settle(&mut rows, &arenas);
+    plan.apply(&mut rows, &arenas);
     drop(arenas);
     assert!(answer.is_unique() && rows[0].batch.records.len() == 1);
     assert!(plan.occupied_bytes() < 2_000, "{}", plan.occupied_bytes());
@@ -196,7 +196,7 @@ fn wall_02_copied_rows_of_a_redrive_keep_their_origins() {
     };
     let mut rows: Vec<Row> = [3, 3, 70].map(as_came).into();
     let arenas = Arenas::default();
-    CopyPlan::of(&rows, own.occupied_bytes(), &arenas).settle(&mut rows, &arenas);
+    CopyPlan::of(&rows, own.occupied_bytes(), &arenas).apply(&mut rows, &arenas);
     let origins: Vec<_> = rows.iter().map(|row| row.batch.origin(row.record).clone()).collect();
     assert_eq!(origins, [1_003, 1_003, 1_070].map(origin));
     assert!(rows[0].batch.is_delivered_to(&"other".into()));

@@ -154,7 +154,7 @@ impl Committer {
         }
         self.failing_since = None;
         if self.dead_letters_pending {
-            self.dead_letters_pending = !settle(&self.context, &commit.span.to_inclusive).await;
+            self.dead_letters_pending = !confirm_dead_letters(&self.context, &commit.span.to_inclusive).await;
         }
         self.refusals.committed(&commit);
         self.stored = Some(commit.span.to_inclusive.clone());
@@ -270,7 +270,7 @@ async fn unless_abandoned<T>(
 
 /// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or
 /// until the shard is acquired again.
-async fn settle(context: &DeliveryContext, up_to: &Position) -> bool {
-    let settled = context.dead_letters.settle(&context.shard, &context.sink, up_to);
-    settled.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
+async fn confirm_dead_letters(context: &DeliveryContext, up_to: &Position) -> bool {
+    let confirmed = context.dead_letters.confirm(&context.shard, &context.sink, up_to);
+    confirmed.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
 }

@@ -124,7 +124,7 @@ impl<'a> Lane<'a> {
         let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
         let segments = segments(shared, &wanted, &shard, place).await?;
         record_unbound(shared, &shard, &segments, &needs).await?;
-        let settled_to = shared.dead_letters.settled_to(&shard, start.as_ref()).await?;
+        let dead_lettered_to = shared.dead_letters.dead_lettered_to(&shard, start.as_ref()).await?;
         let abandon = CancellationToken::new();
         let mut unbudgeted_to = Vec::new();
         let account = shared.budget.account(shard.shard.as_str());
@@ -184,7 +184,7 @@ impl<'a> Lane<'a> {
             change,
             chain: None,
             gap: Gap::default(),
-            settled_to,
+            dead_lettered_to,
             start: state.start,
             caught_up_ms: state.caught_up_ms,
             read_up_to_ms: None,

@@ -46,7 +46,7 @@ type Stands = BTreeMap<ShardId, Option<Position>>;
 /// # Errors
 /// What a person must decide, or a destination or the state that is out of reach; nothing was changed
 /// then.
-pub(crate) async fn settle(
+pub(crate) async fn resolve(
     next: &Shared,
     stream: &StreamIdentity,
     before: Option<&Shared>,
@@ -496,7 +496,7 @@ async fn adopt_restored(
 /// # Errors
 /// The sink, and what to do first; or when the state cannot be read.
 #[boxed]
-pub async fn refuse_unsettled(config: &PipelineConfig, state: &StateStore) -> anyhow::Result<()> {
+pub async fn refuse_unresolved(config: &PipelineConfig, state: &StateStore) -> anyhow::Result<()> {
     let roster = Roster::new(state.clone());
     for stream in roster.streams().await? {
         let known = roster.known_in(stream).await?;

@@ -22,7 +22,7 @@ use shardmill_core::record::{
 use shardmill_plugin::{CallError, CallFault};
 use shardmill_state::CanarySpec;
 use shardmill_state::RejectionWindow;
-use shardmill_state::{DeadLetter, DeadLetterKey, MadeBy, SettledItems};
+use shardmill_state::{DeadLetter, DeadLetterKey, MadeBy, DeadLetteredItems};
 
 /// A row and the sinks that it goes to.
 #[derive(Debug)]
@@ -232,14 +232,14 @@ impl Chain {
         Ok((index, flow::entering_flow(batch, route)))
     }
 
-    /// Runs a batch through all stages. Items with a dead letter in `settled` are not run again.
+    /// Runs a batch through all stages. Items with a dead letter in `dead_lettered` are not run again.
     ///
     /// # Errors
     /// [`Blocked`]; the batch has no outcome then and may be run again.
     pub fn run(
         &mut self,
         batch: &Arc<Batch>,
-        settled: &SettledItems,
+        dead_lettered: &DeadLetteredItems,
     ) -> Result<ChainOutcome, Blocked> {
         if self.runners.is_empty() || redriven_to(batch).is_some() {
             return Ok(ChainOutcome { routed: unchanged(batch), ..ChainOutcome::default() });
@@ -249,7 +249,7 @@ impl Chain {
             _ => self.begin(batch)?,
         };
         while run.stage < self.runners.len() {
-            if let Err(why) = self.run_stage(&mut run, settled) {
+            if let Err(why) = self.run_stage(&mut run, dead_lettered) {
                 if matches!(why, Blocked::Later(..)) {
                     self.in_hand = Some(run);
                 }
@@ -283,7 +283,7 @@ impl Chain {
             _ => self.begin(batch)?,
         };
         while run.stage < end {
-            if let Err(why) = self.run_stage(&mut run, &SettledItems::default()) {
+            if let Err(why) = self.run_stage(&mut run, &DeadLetteredItems::default()) {
                 if matches!(why, Blocked::Later(..)) {
                     self.in_hand = Some(run);
                 }
@@ -316,16 +316,16 @@ impl Chain {
     }
 
     /// Takes a batch through the stage that it is at. After [`Blocked::Later`] it goes on there.
-    fn run_stage(&mut self, run: &mut InHand, settled: &SettledItems) -> Result<(), Blocked> {
+    fn run_stage(&mut self, run: &mut InHand, dead_lettered: &DeadLetteredItems) -> Result<(), Blocked> {
         let (index, batch) = (run.stage, run.batch.clone());
         let revision = &self.generation.id;
         let stage = &self.generation.stages[index];
         let place = DeadLetterPlace::Stage(stage.name.clone());
         let runners = &mut self.runners[index];
         if let Some(mut flow) = run.entering.take() {
-            if !settled.is_empty() {
+            if !dead_lettered.is_empty() {
                 flow.retain(|item| {
-                    let known = settled.contains(&dead_letter_key(&batch, item, &place));
+                    let known = dead_lettered.contains(&dead_letter_key(&batch, item, &place));
                     run.rejected_records[item.record as usize] |= known;
                     !known
                 });

@@ -44,7 +44,7 @@ pub struct StageRunner {
     context: Context,
     instance: Option<Instance>,
     /// Linear memory of the instance after its first call, in bytes.
-    settled_bytes: usize,
+    baseline_bytes: usize,
     wire: WireBatch,
     rejected_max: RejectedMax,
     stop: CancellationToken,
@@ -105,7 +105,7 @@ impl StageRunner {
             stage,
             context,
             instance: None,
-            settled_bytes: 0,
+            baseline_bytes: 0,
             wire,
             rejected_max,
             stop,
@@ -251,40 +251,40 @@ impl StageRunner {
         let mut failed_in_a_row = 0;
         let mut kept = StageOutcome::default();
         let occupied_bytes_max = answer::occupied_bytes_max(items, &self.stage.limits);
-        // Items before `settled` have their outcome; `suspect_end` bounds a range known to fail.
-        let mut settled = 0;
+        // Items before `done` have their outcome; `suspect_end` bounds a range known to fail.
+        let mut done = 0;
         let mut suspect_end = first.as_ref().map_or(0, |first| culprit_end(first, items.len()));
         let mut accused = first.as_ref().and_then(|first| named_culprit(first, items.len()));
-        while settled < items.len() {
+        while done < items.len() {
             if self.stop.is_cancelled() {
                 return Err(RunError::Stopped(kept.rejected));
             }
-            self.show_search(begun, settled, items.len(), culprits);
+            self.show_search(begun, done, items.len(), culprits);
             let mut end = match accused.take() {
                 // The plugin named the record: what precedes it runs first, without it.
-                Some(culprit) if culprit > settled => culprit,
+                Some(culprit) if culprit > done => culprit,
                 _ => {
-                    let suspects = suspect_end.saturating_sub(settled);
-                    settled + cuts::next_call(items.len() - settled, suspects, culprits)
+                    let suspects = suspect_end.saturating_sub(done);
+                    done + cuts::next_call(items.len() - done, suspects, culprits)
                 }
             };
-            match known.iter().find(|known| **known >= settled) {
+            match known.iter().find(|known| **known >= done) {
                 // It is run alone, and the pieces before it end there.
-                Some(known) if *known == settled => end = settled + 1,
+                Some(known) if *known == done => end = done + 1,
                 Some(known) => end = end.min(*known),
                 None => {}
             }
-            let is_alone = end == settled + 1;
-            let limit_ms = haste.limit_ms(end - settled, self.usual_ns, &self.stage.limits);
+            let is_alone = end == done + 1;
+            let limit_ms = haste.limit_ms(end - done, self.usual_ns, &self.stage.limits);
             self.instance = None;
-            let answer = self.call(batch, &items[settled..end], settled, limit_ms)?;
+            let answer = self.call(batch, &items[done..end], done, limit_ms)?;
             // Each call has room for itself. Without this, a search would hold as many answers as it has calls.
             let has_room = |outcome: &StageOutcome| {
-                settled == 0 || kept.occupied_bytes() + outcome.occupied_bytes() <= occupied_bytes_max
+                done == 0 || kept.occupied_bytes() + outcome.occupied_bytes() <= occupied_bytes_max
             };
             let answer = match answer {
                 Ok(outcome) if !has_room(&outcome) => {
-                    let record = items[settled].record;
+                    let record = items[done].record;
                     if record > items[0].record {
                         return Err(RunError::TooMuch(record));
                     }
@@ -303,21 +303,21 @@ impl StageRunner {
                         haste.was_wrong();
                     }
                     kept.add(outcome);
-                    settled = end;
+                    done = end;
                     failed_in_a_row = 0;
                 }
                 Err(failure) if is_alone => {
                     if ran_out_of_time(&failure) {
                         haste.is_used = true;
-                        self.stage.endless.note(batch, &items[settled]);
+                        self.stage.endless.note(batch, &items[done]);
                     }
                     let trapped = matches!(failure, CallFailure::Dead(_));
                     let (reason, backtrace) = describe(failure);
                     culprits += 1;
                     failed_in_a_row += 1;
-                    kept.rejected.push(Rejected { item: settled, reason, backtrace, trapped });
-                    settled += 1;
-                    suspect_end = settled;
+                    kept.rejected.push(Rejected { item: done, reason, backtrace, trapped });
+                    done += 1;
+                    suspect_end = done;
                     // A search of records that all fail would take minutes to find what is known.
                     if failed_in_a_row > self.rejected_max.in_a_row
                         || kept.rejected.len() > self.rejected_max.of_last_1000 as usize
@@ -327,8 +327,8 @@ impl StageRunner {
                 }
                 Err(failure) => {
                     haste.is_used |= ran_out_of_time(&failure);
-                    accused = named_culprit(&failure, end - settled).map(|item| item + settled);
-                    suspect_end = settled + culprit_end(&failure, end - settled);
+                    accused = named_culprit(&failure, end - done).map(|item| item + done);
+                    suspect_end = done + culprit_end(&failure, end - done);
                 }
             }
         }
@@ -338,10 +338,10 @@ impl StageRunner {
         Ok(kept)
     }
 
-    fn show_search(&self, begun: Instant, settled: usize, items: usize, culprits: usize) {
+    fn show_search(&self, begun: Instant, done: usize, items: usize, culprits: usize) {
         if let (Some(searching), true) = (&self.searching, begun.elapsed() >= SEARCH_SHOWN_AFTER) {
             searching.send_replace(Some(format!(
-                "stage {}: searching for the records that fail: {settled} of {items} records done, \
+                "stage {}: searching for the records that fail: {done} of {items} records done, \
                  {culprits} found",
                 self.stage.name
             )));
@@ -418,10 +418,10 @@ impl StageRunner {
     /// Gives up an instance that has leaked half of its memory: a fresh one costs less than the failed
     /// call and the search that would come of it. What an instance remembers is a cache.
     fn renew_if_leaking(&mut self, memory_bytes: usize) {
-        if self.settled_bytes == 0 {
-            self.settled_bytes = memory_bytes;
+        if self.baseline_bytes == 0 {
+            self.baseline_bytes = memory_bytes;
         }
-        let leaked_bytes = memory_bytes - self.settled_bytes.min(memory_bytes);
+        let leaked_bytes = memory_bytes - self.baseline_bytes.min(memory_bytes);
         if leaked_bytes > self.stage.limits.memory_bytes_max / 2 {
             self.instance = None;
             metrics::counter!(metric::STAGE_RENEWALS_TOTAL,
@@ -438,7 +438,7 @@ impl StageRunner {
                 self.count_starved();
             }
             self.instance = Some(started?);
-            self.settled_bytes = 0;
+            self.baseline_bytes = 0;
         }
         Ok(())
     }

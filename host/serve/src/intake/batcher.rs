@@ -76,7 +76,7 @@ pub(super) async fn run(
                 failing.send_replace(None);
             }
         }
-        let is_refused = queue.settle(answer, begun);
+        let is_refused = queue.apply(answer, begun);
         if let Some(since) = failing_since
             && since.elapsed() >= REFUSED_MAX
         {
@@ -165,7 +165,7 @@ impl Queue {
 
     /// Answers the requests whose records are all in or one of which is refused for good; puts what
     /// was refused for now back. Whether there was something to put back for that reason.
-    fn settle(&mut self, answer: Answer<RequestId>, begun: Instant) -> bool {
+    fn apply(&mut self, answer: Answer<RequestId>, begun: Instant) -> bool {
         let refused_for_now = |records: Vec<(RequestId, NewRecord)>, cause: &str| {
             let refused = |(tag, record)| Refused { tag, record, cause: cause.to_owned() };
             records.into_iter().map(refused).collect()

@@ -385,7 +385,7 @@ impl PostgresWriter {
     }
 
     /// After a COMMIT without an answer: asks a new connection whether it landed.
-    async fn settle(
+    async fn resolve(
         &mut self,
         commit: &Commit,
         committed: Committed,
@@ -438,7 +438,7 @@ impl SinkWriter for PostgresWriter {
         let ended = self.transact(&session, commit, refusals).await;
         let committed = match conclude(&shared, session, ended).await? {
             Ended::Committed(committed) => committed,
-            Ended::Unknown(committed, cause) => self.settle(commit, committed, &cause).await?,
+            Ended::Unknown(committed, cause) => self.resolve(commit, committed, &cause).await?,
         };
         self.unanswered = None;
         self.next.forget(&commit.rows);

@@ -334,7 +334,7 @@ impl RedshiftWriter {
     }
 
     /// After a COMMIT without an answer: asks a new connection whether it landed.
-    async fn settle(
+    async fn resolve(
         &mut self,
         commit: &Commit,
         committed: Committed,
@@ -385,7 +385,7 @@ impl SinkWriter for RedshiftWriter {
             }
             (Ended::Unknown(cause), committed) => {
                 drop(client);
-                self.settle(commit, committed, &cause).await
+                self.resolve(commit, committed, &cause).await
             }
         }
     }

@@ -13,7 +13,7 @@ use shardmill_core::record::{
 };
 use shardmill_engine::stage::{Blocked, Chain, ChainOutcome, Generation, Samples};
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
-use shardmill_state::SettledItems;
+use shardmill_state::DeadLetteredItems;
 use tokio_util::sync::CancellationToken;
 
 use crate::support::pipeline::PipelineToml;
@@ -99,7 +99,7 @@ impl Lane {
     pub fn run(&mut self, payloads: &[String]) -> Result<ChainOutcome, Blocked> {
         let batch = Arc::new(batch(payloads));
         loop {
-            match self.chain.run(&batch, &SettledItems::default()) {
+            match self.chain.run(&batch, &DeadLetteredItems::default()) {
                 Err(Blocked::Later(_, pause)) => std::thread::sleep(pause),
                 outcome => return outcome,
             }

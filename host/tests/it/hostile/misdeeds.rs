@@ -5,7 +5,7 @@ use std::sync::Arc;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use shardmill_config::RejectedMax;
 use shardmill_engine::stage::Blocked;
-use shardmill_state::SettledItems;
+use shardmill_state::DeadLetteredItems;
 
 use super::lane::{LIMITS, Lane, RECORDS, batch, fine, of_kind, payloads, position, sum};
 
@@ -225,13 +225,13 @@ fn a_broken_plugin_drains_no_stream_into_the_dead_letters() {
 }
 
 #[test]
-fn a_settled_record_is_not_run_again() {
+fn a_dead_lettered_record_is_not_run_again() {
     let mut lane = Lane::hostile(r#"trap_on = "bad""#);
     let payloads = payloads(&[7]);
     let first = lane.run(&payloads).expect("one culprit");
     assert_eq!(first.dead_letters[0].key.position, position(7));
-    let settled: SettledItems = first.dead_letters.iter().map(|dead_letter| dead_letter.key.clone()).collect();
-    let again = lane.chain().run(&Arc::new(batch(&payloads)), &settled).expect("none left");
+    let dead_lettered: DeadLetteredItems = first.dead_letters.iter().map(|dead_letter| dead_letter.key.clone()).collect();
+    let again = lane.chain().run(&Arc::new(batch(&payloads)), &dead_lettered).expect("none left");
     assert!(again.dead_letters.is_empty());
     assert_eq!(again.routed.len(), RECORDS - 1);
 }

@@ -364,7 +364,7 @@ fn fault_42_nothing_is_left_where_readers_look_by_writers_that_are_killed() {
 
 /// By a name or at a place that no start has seen there is no log, and the command would begin one beside the true one.
 #[test]
-fn fault_22_no_log_is_begun_for_a_sink_that_a_start_has_not_settled() {
+fn fault_22_no_log_is_begun_for_a_sink_that_a_start_has_not_resolved() {
     let all: Vec<String> = (0..20).map(|id| format!("{{\"id\":{id}}}")).collect();
     let lines = lines(&all, "");
     lines.run();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use shardmill_config::RejectedMax;
 use shardmill_engine::stage::Blocked;
-use shardmill_state::SettledItems;
+use shardmill_state::DeadLetteredItems;
 
 use super::{Run, SLACK};
 use crate::hostile::lane::{Lane, batch, payloads};
@@ -81,7 +81,7 @@ fn fault_09_a_plugin_that_asks_for_another_try_occupies_no_thread() {
     let mut tries = 0;
     let outcome = loop {
         let begun = Instant::now();
-        let outcome = lane.chain().run(&batch, &SettledItems::default());
+        let outcome = lane.chain().run(&batch, &DeadLetteredItems::default());
         assert!(begun.elapsed() < Duration::from_millis(80), "{:?}", begun.elapsed());
         match outcome {
             Err(Blocked::Later(cause, pause)) => {

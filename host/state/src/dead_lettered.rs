@@ -20,7 +20,7 @@ use shardmill_core::record::{DeadLetterPlace, Position, ShardKey, StageName};
 /// Items of a batch that have a stage's dead letter already. Takes four bytes for each, beside what it takes
 /// for each record.
 #[derive(Clone, Debug, Default)]
-pub struct SettledItems {
+pub struct DeadLetteredItems {
     of_record: HashMap<Position, Vec<OfPlace>>,
 }
 
@@ -32,7 +32,7 @@ struct OfPlace {
     outputs: Vec<u32>,
 }
 
-impl SettledItems {
+impl DeadLetteredItems {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.of_record.is_empty()
@@ -60,11 +60,11 @@ impl SettledItems {
     }
 }
 
-impl FromIterator<DeadLetterKey> for SettledItems {
+impl FromIterator<DeadLetterKey> for DeadLetteredItems {
     fn from_iter<T: IntoIterator<Item = DeadLetterKey>>(keys: T) -> Self {
-        let mut settled = Self::default();
-        keys.into_iter().for_each(|key| settled.add(key));
-        settled
+        let mut dead_lettered = Self::default();
+        keys.into_iter().for_each(|key| dead_lettered.add(key));
+        dead_lettered
     }
 }
 
@@ -74,7 +74,7 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn settled_to(
+    pub async fn dead_lettered_to(
         &self,
         shard: &ShardKey,
         above: Option<&Position>,
@@ -107,11 +107,11 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn settled_within(
+    pub async fn dead_lettered_within(
         &self,
         shard: &ShardKey,
         (first, last): (&Position, &Position),
-    ) -> Result<SettledItems, StateError> {
+    ) -> Result<DeadLetteredItems, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (first, last) = (columns(first), columns(last));
         self.store
@@ -165,17 +165,17 @@ mod tests {
     }
 
     #[test]
-    fn an_item_is_settled_at_its_own_stage_alone() {
+    fn an_item_is_dead_lettered_at_its_own_stage_alone() {
         let keys =
             [key(7, "decode", 9), key(7, "decode", 2), key(7, "route", 2), key(8, "route", 0)];
-        let settled: SettledItems = keys.clone().into_iter().collect();
-        assert!(keys.iter().all(|key| settled.contains(key)));
+        let dead_lettered: DeadLetteredItems = keys.clone().into_iter().collect();
+        assert!(keys.iter().all(|key| dead_lettered.contains(key)));
         for other in
             [key(7, "decode", 3), key(7, "route", 9), key(8, "decode", 0), key(9, "route", 0)]
         {
-            assert!(!settled.contains(&other), "{other:?}");
+            assert!(!dead_lettered.contains(&other), "{other:?}");
         }
-        assert!(SettledItems::default().is_empty() && !settled.is_empty());
+        assert!(DeadLetteredItems::default().is_empty() && !dead_lettered.is_empty());
     }
 
     /// What a lane holds of them is a batch's, however many there are.
@@ -200,16 +200,16 @@ mod tests {
             .expect("written");
         let at = |number| key(number, "", 0).position;
         let to =
-            async |above: u64| dead_letters.settled_to(&shard, Some(&at(above))).await.expect("read");
-        assert_eq!(dead_letters.settled_to(&shard, None).await.expect("read"), Some(at(LAST)));
+            async |above: u64| dead_letters.dead_lettered_to(&shard, Some(&at(above))).await.expect("read");
+        assert_eq!(dead_letters.dead_lettered_to(&shard, None).await.expect("read"), Some(at(LAST)));
         assert_eq!((to(LAST - 1).await, to(LAST).await), (Some(at(LAST)), None));
         let mut found = Vec::new();
         for first in (1..=LAST).step_by(BATCH as usize) {
             let (first, last) = (first, first + BATCH - 1);
-            let settled = dead_letters.settled_within(&shard, (&at(first), &at(last))).await;
-            let settled = settled.expect("read");
-            assert_eq!(settled.of_record.len() as u64, BATCH / 2, "held of {first} to {last}");
-            let is_whole = |number: &u64| keys(*number).iter().all(|key| settled.contains(key));
+            let dead_lettered = dead_letters.dead_lettered_within(&shard, (&at(first), &at(last))).await;
+            let dead_lettered = dead_lettered.expect("read");
+            assert_eq!(dead_lettered.of_record.len() as u64, BATCH / 2, "held of {first} to {last}");
+            let is_whole = |number: &u64| keys(*number).iter().all(|key| dead_lettered.contains(key));
             found.extend((first..=last).filter(is_whole));
         }
         assert_eq!(found, numbers().collect::<Vec<_>>());
