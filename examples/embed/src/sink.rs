@@ -120,7 +120,7 @@ impl Sink for FolderSink {
 
     /// The engine compares these with its checkpoints before the first record: so a folder that was restored from a
     /// backup is noticed.
-    async fn kept(
+    async fn kept_positions(
         &self,
         _pipeline: &PipelineName,
         shards: &[ShardKey],

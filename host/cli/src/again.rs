@@ -311,7 +311,7 @@ async fn seed(
     let (described, mut components) = Generation::load(own, host, |_| None).await?;
     let runs = Changes::new(state.clone()).running().await?;
     let runs = runs.context("the pipeline has not said yet what it runs")?.running;
-    Variables::new(state.clone()).set_otherwise(&runs, &environment).await?.say(&runs.id());
+    Variables::new(state.clone()).changed_variables(&runs, &environment).await?.warn(&runs.id());
     let mut running = described.spec.clone();
     for stage in &mut running.stages {
         if let Some(runs) = runs.stage(&stage.name) {
@@ -324,9 +324,9 @@ async fn seed(
         components.push((digest.to_owned(), bytes.into()));
     }
     let seeded = StateStore::open(folder)?;
-    Ledger::new(seeded.clone()).keep(&running, components).await?;
+    Ledger::new(seeded.clone()).store_revision(&running, components).await?;
     let running = Running { declared: described.spec, running };
-    Changes::new(seeded).promote(&running, None, None).await?;
+    Changes::new(seeded).record_running(&running, None, None).await?;
     Ok(())
 }
 

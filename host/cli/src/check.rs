@@ -92,7 +92,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let recorded = holes::of(&config, None).await?;
     report.holes = recorded.iter().map(|hole| holes::line(&config, hole)).collect();
     report.warnings.extend(sink_warnings);
-    if let Some(state) = StateStore::open_as_it_is(&holes::folder(&config))? {
+    if let Some(state) = StateStore::open_if_current(&holes::folder(&config))? {
         report.warnings.extend(roster::foresee(&config, &state).await?);
         // One that cannot be read stops the next start.
         Changes::new(state.clone()).running().await?;
@@ -112,7 +112,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             report.warnings.extend(foreseen);
         }
         if let Some(copies) = copies.as_ref().filter(|_| !options.offline)
-            && let Some(copied) = StateStore::open_as_it_is(&holes::folder_of_copies(&config))?
+            && let Some(copied) = StateStore::open_if_current(&holes::folder_of_copies(&config))?
         {
             let dead_letter_sinks = &sinks[config.sinks.len()..];
             // The copies read the log of the letters in the pipeline's own state.

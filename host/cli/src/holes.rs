@@ -37,7 +37,7 @@ pub(crate) async fn of(
 ) -> anyhow::Result<Vec<RecordedHole>> {
     let mut holes = Vec::new();
     for folder in [folder(config), folder_of_copies(config)] {
-        if let Some(state) = StateStore::open_as_it_is(&folder)? {
+        if let Some(state) = StateStore::open_if_current(&folder)? {
             holes.extend(Holes::new(state).list(sink.cloned()).await?);
         }
     }

@@ -434,7 +434,7 @@ fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
 /// Reads a pipeline's file for what it says, and not for its state.
 fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     let mut config = shardmill_config::load(path, &SINK_TYPES, &shardmill_config::environment)?;
-    masking::learn(&config.values);
+    masking::register(&config.values);
     config.state_dir = with_trust(config.state_dir);
     Ok(config)
 }

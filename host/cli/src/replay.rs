@@ -148,7 +148,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let source = WindowSource::new(source, window_ms.clone());
     let last = source.last();
     let (host, sinks) = (plugin_host(&config)?, sinks::build(&own)?);
-    say_set_otherwise(&config).await?;
+    warn_of_changed_variables(&config).await?;
     let run = RunOptions::new(false);
     let supervisor =
         Supervisor::prepare_under(lock, own, host, Arc::new(source), sinks, run).await?;
@@ -301,13 +301,13 @@ fn others<'c>(
 }
 
 /// Says which variables of the stages were set otherwise when the pipeline ran: a replay uses today's.
-async fn say_set_otherwise(config: &PipelineConfig) -> anyhow::Result<()> {
+async fn warn_of_changed_variables(config: &PipelineConfig) -> anyhow::Result<()> {
     if config.state_dir.join(config.name.as_str()).join("state.db").exists() {
         let state = state_beside(config)?;
         if let Some(noted) = Changes::new(state.clone()).running().await? {
             let variables = Variables::new(state);
-            let otherwise = variables.set_otherwise(&noted.running, &environment).await?;
-            otherwise.say(&noted.running.id());
+            let changed_variables = variables.changed_variables(&noted.running, &environment).await?;
+            changed_variables.warn(&noted.running.id());
         }
     }
     Ok(())

@@ -336,7 +336,7 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
     })?;
     let ledger = Ledger::new(state(&config)?);
     let at = Position { sequence: SequenceNumber::parse(sequence)?, sub_sequence };
-    let found = ledger.which(&ShardId::new(shard), &at).await?;
+    let found = ledger.revision_of(&ShardId::new(shard), &at).await?;
     let Ran { generation, spec, is_committed } = found
         .with_context(|| format!("nothing of shard {shard} was run by pipeline {}", config.name))?;
     if !console.json {

@@ -2,7 +2,7 @@
 //! doing something.
 //!
 //! Texts of plugins, records and servers may hold characters that move the cursor, hide or reorder what
-//! stands around them, or forge a line. [`steers`] is the one list of such characters. Every output of the
+//! stands around them, or forge a line. [`controls_terminal`] is the one list of such characters. Every output of the
 //! binary goes through one of the functions here: notes, the commands' reports and the errors of the argument
 //! parser through [`printable`], JSON through [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
 
@@ -17,14 +17,14 @@ const LAYOUT: [char; 2] = ['\n', '\t'];
 
 /// Bytes that are shown of a text of a plugin or a server, and of a library that quotes one: it may be as long as
 /// their memory.
-pub const WORDS_BYTES_MAX: usize = 8 << 10;
+pub const QUOTED_BYTES_MAX: usize = 8 << 10;
 /// Bytes that are copied of a text beyond those that are shown: a secret that begins in what is shown must be found
 /// whole.
 pub const AHEAD_BYTES: usize = 64 << 10;
 
 /// Whether a character does something to a terminal, or to a reader's view, in place of being shown:
 /// controls, format characters (those that reorder text among them), and separators of lines.
-pub fn steers(c: char) -> bool {
+pub fn controls_terminal(c: char) -> bool {
     // Most characters: the general category takes a search.
     if c.is_ascii() {
         return c.is_ascii_control();
@@ -42,7 +42,7 @@ pub fn steers(c: char) -> bool {
 pub fn escaped(text: &str, kept: &[char]) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        match steers(c) && !kept.contains(&c) {
+        match controls_terminal(c) && !kept.contains(&c) {
             true => shown.extend(c.escape_default()),
             false => shown.push(c),
         }
@@ -116,7 +116,7 @@ pub fn quoted(text: &str) -> String {
 
 /// A report as it may be printed: ends of lines and tabs stay, all else that steers is escaped.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    match text.contains(|c: char| steers(c) && !LAYOUT.contains(&c)) {
+    match text.contains(|c: char| controls_terminal(c) && !LAYOUT.contains(&c)) {
         true => Cow::Owned(escaped(text, &LAYOUT)),
         false => Cow::Borrowed(text),
     }
@@ -157,13 +157,13 @@ fn style_length(text: &str) -> usize {
 
 /// JSON as it may be printed: the same value, with each control or format character as a JSON escape, such as `\u001b`.
 pub fn printable_json(json: &str) -> Cow<'_, str> {
-    if !json.contains(steers) {
+    if !json.contains(controls_terminal) {
         return Cow::Borrowed(json);
     }
     let mut shown = String::with_capacity(json.len());
     for c in json.chars() {
         // Between values JSON has ends of lines, too; there they are layout, in strings they are escaped.
-        match steers(c) && !LAYOUT.contains(&c) {
+        match controls_terminal(c) && !LAYOUT.contains(&c) {
             true => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| {
                 // Writing into a String cannot fail.
                 let _ = write!(shown, "\\u{unit:04x}");
@@ -256,9 +256,9 @@ mod tests {
 
     #[test]
     fn wall_12_all_that_steers_is_escaped_and_all_else_is_not() {
-        assert!(STEERING.chars().all(steers));
+        assert!(STEERING.chars().all(controls_terminal));
         let plain = "plain äöü 漢字 🚗 \u{301} '\"\\{}";
-        assert!(!plain.chars().any(steers));
+        assert!(!plain.chars().any(controls_terminal));
         assert_eq!(printable(plain), plain);
         for text in [
             escaped(STEERING, &[]),
@@ -266,13 +266,13 @@ mod tests {
             printable_styled(STEERING),
             printable_json(STEERING).into_owned(),
         ] {
-            assert!(!text.chars().any(steers), "{text}");
+            assert!(!text.chars().any(controls_terminal), "{text}");
         }
     }
 
     #[test]
     fn wall_12_the_beginning_of_a_text_is_one_line_of_bounded_length() {
-        let plain = |text: &str| beginning(text, 16, steers, |copied| copied);
+        let plain = |text: &str| beginning(text, 16, controls_terminal, |copied| copied);
         for (text, expected) in [
             ("", ""),
             ("why", "why"),
@@ -301,7 +301,7 @@ mod tests {
             }
         }
         let mut copied_bytes = 0;
-        let shown = beginning(Parts, 100, steers, |copied| {
+        let shown = beginning(Parts, 100, controls_terminal, |copied| {
             copied_bytes = copied.len();
             copied
         });
@@ -310,7 +310,7 @@ mod tests {
         // A secret is found although the text is cut within it.
         let text = format!("{}secret", "x".repeat(97));
         let hide = |copied: String| copied.replace("secret", "$S");
-        assert_eq!(beginning(&text, 100, steers, hide), format!("{}$S", "x".repeat(97)));
+        assert_eq!(beginning(&text, 100, controls_terminal, hide), format!("{}$S", "x".repeat(97)));
     }
 
     #[test]
@@ -323,7 +323,7 @@ mod tests {
     fn wall_12_json_keeps_its_value() {
         let value = serde_json::json!({ "a": STEERING, STEERING: [1, "ä"] });
         let shown = printable_json(&serde_json::to_string_pretty(&value).unwrap()).into_owned();
-        assert!(!shown.contains(|c: char| steers(c) && c != '\n'), "{shown}");
+        assert!(!shown.contains(|c: char| controls_terminal(c) && c != '\n'), "{shown}");
         assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).unwrap(), value);
     }
 

@@ -32,7 +32,7 @@ pub mod metric;
 pub mod off_thread;
 pub mod owner;
 pub mod private;
-pub mod rarely;
+pub mod log_throttle;
 pub mod record;
 pub mod retry;
 pub mod secret;

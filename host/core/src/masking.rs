@@ -10,18 +10,18 @@ use std::sync::{LazyLock, PoisonError, RwLock};
 
 use serde_json::Value;
 
-use crate::escape::{WORDS_BYTES_MAX, beginning, steers};
+use crate::escape::{QUOTED_BYTES_MAX, beginning, controls_terminal};
 use crate::values::Values;
 
 /// Bytes of a message of ours that quotes others: what they worded, and as much again for names and ways out.
-const MESSAGE_BYTES_MAX: usize = 2 * WORDS_BYTES_MAX;
+const MESSAGE_BYTES_MAX: usize = 2 * QUOTED_BYTES_MAX;
 /// Bytes of a report of several lines: more than any has that a person reads to its end.
 const REPORT_BYTES_MAX: usize = 64 << 10;
 
 static VALUES: LazyLock<RwLock<Values>> = LazyLock::new(RwLock::default);
 
 /// Hides these from now on.
-pub fn learn(values: &Values) {
+pub fn register(values: &Values) {
     VALUES.write().unwrap_or_else(PoisonError::into_inner).extend(values);
 }
 
@@ -35,20 +35,20 @@ pub fn hide(text: String) -> String {
 }
 
 /// A text that a server, a database or a library worded, as a part of a message of ours: its beginning, of at most
-/// [`WORDS_BYTES_MAX`] bytes, in one line without values. To be used where an error of theirs becomes a text, so that
+/// [`QUOTED_BYTES_MAX`] bytes, in one line without values. To be used where an error of theirs becomes a text, so that
 /// no copy of a long one goes any further, and none of its ends of lines is taken for one of ours.
-pub fn worded(text: impl Display) -> String {
-    worded_within(text, WORDS_BYTES_MAX)
+pub fn sanitized(text: impl Display) -> String {
+    sanitized_within(text, QUOTED_BYTES_MAX)
 }
 
 /// The same with at most `bytes_max` bytes.
-pub fn worded_within(text: impl Display, bytes_max: usize) -> String {
-    beginning(text, bytes_max, steers, hide)
+pub fn sanitized_within(text: impl Display, bytes_max: usize) -> String {
+    beginning(text, bytes_max, controls_terminal, hide)
 }
 
 /// A message of ours in one line of bounded length, without values, whatever it quotes.
 pub fn message(text: impl Display) -> String {
-    worded_within(text, MESSAGE_BYTES_MAX)
+    sanitized_within(text, MESSAGE_BYTES_MAX)
 }
 
 /// A report of ours of bounded length, without values. Its lines stay, and what steers a terminal: that is
@@ -110,13 +110,13 @@ mod tests {
     fn wall_17_what_a_server_words_is_one_short_line_without_values() {
         let mut values = Values::default();
         values.add("WALL_17_PASSWORD", "tr0ub4dor&3");
-        learn(&values);
-        let said = worded("wrong: tr0ub4dor&3\nerror: forged");
+        register(&values);
+        let said = sanitized("wrong: tr0ub4dor&3\nerror: forged");
         assert_eq!(said, "wrong: ${WALL_17_PASSWORD}\\nerror: forged");
         // Half of a value would not be found later.
-        let long = format!("{}tr0ub4dor&3{}", "x".repeat(WORDS_BYTES_MAX - 5), "y".repeat(1 << 20));
-        let said = worded(&long);
-        assert!(!said.contains("tr0ub") && said.len() < WORDS_BYTES_MAX + 64, "{said}");
+        let long = format!("{}tr0ub4dor&3{}", "x".repeat(QUOTED_BYTES_MAX - 5), "y".repeat(1 << 20));
+        let said = sanitized(&long);
+        assert!(!said.contains("tr0ub") && said.len() < QUOTED_BYTES_MAX + 64, "{said}");
         assert!(said.ends_with(&format!("… ({} bytes in all)", long.len())), "{said}");
         let told = report(format!("first\nsecond {long}"));
         assert!(told.starts_with("first\nsecond xxx") && told.len() < REPORT_BYTES_MAX + 64);
@@ -127,7 +127,7 @@ mod tests {
         let mut values = Values::default();
         values.add("WALL_17_PORT", "4432100");
         values.add("WALL_17_SINK", "mart");
-        learn(&values);
+        register(&values);
         let shown =
             hide_json(r#"{"bytes":14432100,"said":"at 4432100","4432100":[4432100,null]}"#.into());
         let value: Value = serde_json::from_str(&shown).expect("JSON");

@@ -521,9 +521,9 @@ pub fn open_published(path: &Path) -> io::Result<Option<(File, FileMark)>> {
 }
 
 /// Whether others have rights in an open file: everybody, or a group that this process is not in.
-pub fn is_wide(file: &File) -> io::Result<bool> {
+pub fn is_open_to_others(file: &File) -> io::Result<bool> {
     let about = file.metadata()?;
-    Ok(Judge { me: Me::now(), loose: None }.is_wide(about.gid(), about.mode()))
+    Ok(Judge { me: Me::now(), loose: None }.is_open_to_others(about.gid(), about.mode()))
 }
 
 /// How another user could have put or changed a file, or what lies in a folder. Links are followed, folders

@@ -203,14 +203,14 @@ pub trait Sink: Send + Sync {
 
     /// Says who writes from here on: sinks that keep positions write it beside them. Called once,
     /// before the first shard is acquired.
-    fn own(&self, _ownership: Ownership) {}
+    fn set_ownership(&self, _ownership: Ownership) {}
 
     /// The positions that the sink keeps of these shards and of all redrives of the pipeline, without taking anything
     /// over; more may be given. `None`: it keeps no positions.
     ///
     /// # Errors
     /// [`SinkError::Unavailable`] when the destination is out of reach.
-    async fn kept(
+    async fn kept_positions(
         &self,
         _pipeline: &PipelineName,
         _shards: &[ShardKey],

@@ -378,7 +378,7 @@ impl Lane<'_> {
 
     /// Notes that everything that had arrived by then is settled.
     async fn note_caught_up(&mut self, at_ms: i64) {
-        match self.shared.checkpoints.caught_up(&self.shard, at_ms).await {
+        match self.shared.checkpoints.note_caught_up(&self.shard, at_ms).await {
             Ok(()) => self.caught_up_ms = Some(at_ms),
             Err(error) => tracing::warn!(shard = %self.shard.shard, %error, "not noted"),
         }

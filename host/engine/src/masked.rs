@@ -88,16 +88,16 @@ impl Sink for Masked {
         self.hidden(self.inner.adopt(old, shard).await)
     }
 
-    fn own(&self, ownership: Ownership) {
-        self.inner.own(ownership);
+    fn set_ownership(&self, ownership: Ownership) {
+        self.inner.set_ownership(ownership);
     }
 
-    async fn kept(
+    async fn kept_positions(
         &self,
         pipeline: &PipelineName,
         shards: &[ShardKey],
     ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
-        self.hidden(self.inner.kept(pipeline, shards).await)
+        self.hidden(self.inner.kept_positions(pipeline, shards).await)
     }
 }
 

@@ -186,17 +186,17 @@ impl Supervisor {
             sink.prepare(&generation.routes_to(sink.name())).await?;
         }
         let ledger = Ledger::new(state.clone());
-        ledger.keep(&generation.spec, components).await?;
+        ledger.store_revision(&generation.spec, components).await?;
         let variables = Variables::new(state.clone());
-        let otherwise = match is_pipeline {
+        let changed_variables = match is_pipeline {
             true => variables.note(&generation.spec, &environment).await?,
             // What runs is noted by who runs it.
-            false => variables.set_otherwise(&generation.spec, &environment).await?,
+            false => variables.changed_variables(&generation.spec, &environment).await?,
         };
-        otherwise.say(&generation.id);
+        changed_variables.warn(&generation.id);
         if is_pipeline {
             let changes = Changes::new(state.clone());
-            changes.promote(&running, None, None).await?;
+            changes.record_running(&running, None, None).await?;
             changes.note_sinks(config.sink_fingerprints()).await?;
             if let Err(error) = ledger.prune(&generation.spec).await {
                 // Nothing is lost, only space. A replay that needs what cannot be read says so itself.
@@ -560,7 +560,7 @@ async fn find(
     };
     if !look.is_empty() {
         waiting.begins("the state database");
-        checkpoints.note(stream, look).await?;
+        checkpoints.record_look(stream, look).await?;
     }
     if source.lists_all() {
         forget_gone(checkpoints, stream, &shards, &known).await;

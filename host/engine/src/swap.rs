@@ -526,7 +526,7 @@ impl Inner {
         if !dry_run {
             let (before, after) = (before.id.to_string(), String::new());
             let change = NewChange { kind, stage, before, after };
-            let noted = self.changes.refused(change, format!("{step}: {cause}")).await;
+            let noted = self.changes.record_refused(change, format!("{step}: {cause}")).await;
             if let Err(error) = noted {
                 tracing::warn!(%error, "a refused change is not noted");
             }

@@ -19,7 +19,7 @@ use super::silence;
 use crate::served::Served;
 use shardmill_config::{AssumeRole, Endpoint, StreamServer, Timing};
 use shardmill_core::boxed;
-use shardmill_core::masking::{worded, worded_within};
+use shardmill_core::masking::{sanitized, sanitized_within};
 use shardmill_core::record::StreamRef;
 use shardmill_core::source::SourceError;
 
@@ -298,7 +298,7 @@ where
             let error = service.err();
             let (code, message) =
                 (error.code().unwrap_or("no code"), error.message().unwrap_or("no message"));
-            format!("{}: {}", worded_within(code, CODE_BYTES_MAX), worded(message))
+            format!("{}: {}", sanitized_within(code, CODE_BYTES_MAX), sanitized(message))
         }
         other => causes(other),
     };
@@ -309,12 +309,12 @@ where
 fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     let chain = std::iter::successors(Some(error), |error| error.source());
     let mut texts: Vec<String> = Vec::new();
-    for text in chain.map(worded) {
+    for text in chain.map(sanitized) {
         if !texts.iter().any(|told| told.contains(&text)) {
             texts.push(text);
         }
     }
-    worded(texts.join(": "))
+    sanitized(texts.join(": "))
 }
 
 #[cfg(test)]
@@ -323,7 +323,7 @@ mod tests {
     use aws_sdk_kinesis::operation::get_records::GetRecordsError;
 
     use super::*;
-    use shardmill_core::escape::WORDS_BYTES_MAX;
+    use shardmill_core::escape::QUOTED_BYTES_MAX;
 
     /// Text of the error of a call whose server answered with this code and message.
     fn said(code: &str, message: &str) -> String {
@@ -338,7 +338,7 @@ mod tests {
         assert!(short.ends_with("ValidationException: no\\nerror: forged\\r\\u{202e}"), "{short}");
         let long = "x".repeat(20 << 20);
         let cut = said(&long, &long);
-        assert!(cut.len() < WORDS_BYTES_MAX + 1_024, "{} bytes", cut.len());
+        assert!(cut.len() < QUOTED_BYTES_MAX + 1_024, "{} bytes", cut.len());
         assert_eq!(cut.matches("… (20971520 bytes in all)").count(), 2, "{cut}");
     }
 
@@ -355,6 +355,6 @@ mod tests {
         assert_eq!(causes(&outer), "a: b\\nc");
         let cause = |letter: &str, source| Cause { text: letter.repeat(20 << 20), source };
         let told = causes(&cause("a", Some(Box::new(cause("b", None)))));
-        assert!(told.len() < WORDS_BYTES_MAX + 64, "{} bytes", told.len());
+        assert!(told.len() < QUOTED_BYTES_MAX + 64, "{} bytes", told.len());
     }
 }

@@ -9,7 +9,7 @@ use aws_sdk_kinesis::types::ConsumerStatus;
 use super::client::{Fault, call_error, fault};
 use super::stream::Pages;
 use shardmill_core::boxed;
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::record::StreamIdentity;
 use shardmill_core::source::SourceError;
 
@@ -89,7 +89,7 @@ pub async fn register(
                 return Ok(found.consumer_arn.into());
             }
             found if begun.elapsed() >= WAIT_MAX => {
-                let status = found.map(|found| worded(found.consumer_status.as_str()));
+                let status = found.map(|found| sanitized(found.consumer_status.as_str()));
                 let status = status.unwrap_or_else(|| "missing".into());
                 let cause = format!(
                     "it is {status} after {} s, not ACTIVE; look at it with `shardmill stream \

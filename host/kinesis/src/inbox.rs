@@ -11,7 +11,7 @@ use super::aggregate::{self, Aggregate, Opened};
 use shardmill_config::BatchLimits;
 use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
-use shardmill_core::rarely::Rarely;
+use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::record::{
     Batch, Entry, HashRange, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart,
 };
@@ -121,7 +121,7 @@ pub struct Inbox {
     /// When the last record arrived that the server gave, in milliseconds since 1970.
     last_arrived_ms: Option<i64>,
     /// Lines about aggregates of other shards: who may put records may put any number of them.
-    astray: Rarely,
+    astray: LogThrottle,
 }
 
 /// A place at which the server was told to begin, until its answer shows that nothing is missing there.
@@ -162,7 +162,7 @@ impl Inbox {
             lost: None,
             drops_older,
             last_arrived_ms,
-            astray: Rarely::default(),
+            astray: LogThrottle::default(),
         }
     }
 

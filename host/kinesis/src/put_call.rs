@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::client::{CODE_BYTES_MAX, Fault, call_error, fault};
 use shardmill_core::boxed;
-use shardmill_core::masking::{worded, worded_within};
+use shardmill_core::masking::{sanitized, sanitized_within};
 use shardmill_core::record::StreamRef;
 use shardmill_core::source::SourceError;
 
@@ -159,8 +159,8 @@ impl StreamWriter {
 
 fn outcome(code: Option<&str>, message: Option<&str>) -> Put {
     let Some(code) = code else { return Put::Taken };
-    let message = worded(message.unwrap_or("no message"));
-    let cause = format!("{}: {message}", worded_within(code, CODE_BYTES_MAX));
+    let message = sanitized(message.unwrap_or("no message"));
+    let cause = format!("{}: {message}", sanitized_within(code, CODE_BYTES_MAX));
     match code {
         "ProvisionedThroughputExceededException" | "InternalFailure" => Put::Later(cause),
         _ => Put::Never(cause),

@@ -7,7 +7,7 @@ use aws_sdk_kinesis::types::{ScalingType, StreamStatus};
 
 use super::client::{AnswerDate, Fault, call_error, fault};
 use shardmill_core::boxed;
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::record::{HashRange, ShardId, StreamIdentity, StreamRef};
 pub use shardmill_core::source::{Shard, SourceError};
 
@@ -119,7 +119,7 @@ pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description
             arn: summary.stream_arn().into(),
             created_ms: summary.stream_creation_timestamp().to_millis().unwrap_or_default(),
         },
-        status: worded(summary.stream_status().as_str()),
+        status: sanitized(summary.stream_status().as_str()),
         open_shards: u32::try_from(summary.open_shard_count()).unwrap_or_default(),
         retention_hours: u32::try_from(summary.retention_period_hours()).unwrap_or_default(),
         answered_ms: date.ms(),

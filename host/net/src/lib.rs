@@ -57,7 +57,7 @@ use self::address::is_allowed;
 use self::resolver::{GuardedResolver, RefusedAddress};
 use self::watched::{Sent, WatchedBody};
 use shardmill_config::{HttpHostConfig, HttpMethod, is_travel_header};
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::off_thread;
 
 /// Who asks, unless the plugin or the grant says otherwise.
@@ -462,7 +462,7 @@ fn described(error: reqwest::Error) -> String {
         let _ = write!(text, ": {deeper}");
         cause = deeper.source();
     }
-    worded(text)
+    sanitized(text)
 }
 
 /// A plugin's text for an error: its first characters.

@@ -33,8 +33,8 @@ pub use self::link::{CopyIn, Link, ServerError};
 pub use self::pool::{Lent, PoolShare, PoolSpec, ServerPool};
 use self::tls::{Connector, Handshake, Mode, Tls};
 use shardmill_core::boxed;
-use shardmill_core::escape::WORDS_BYTES_MAX;
-use shardmill_core::masking::{worded, worded_within};
+use shardmill_core::escape::QUOTED_BYTES_MAX;
+use shardmill_core::masking::{sanitized, sanitized_within};
 
 /// A server that does not answer the first packet in this time is tried again by the delivery.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -520,18 +520,18 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
             let _ = write!(text, ": {deeper}");
             cause = deeper.source();
         }
-        return worded(text);
+        return sanitized(text);
     };
     all_said(said.message(), said.code().code(), [said.detail(), said.hint()])
 }
 
-/// The parts of a server's error in one line, together hardly longer than [`WORDS_BYTES_MAX`].
+/// The parts of a server's error in one line, together hardly longer than [`QUOTED_BYTES_MAX`].
 fn all_said(message: &str, code: &str, more: [Option<&str>; 2]) -> String {
-    let message = worded_within(message, WORDS_BYTES_MAX / 2);
-    let mut text = format!("{message} (SQLSTATE {})", worded_within(code, CODE_BYTES_MAX));
+    let message = sanitized_within(message, QUOTED_BYTES_MAX / 2);
+    let mut text = format!("{message} (SQLSTATE {})", sanitized_within(code, CODE_BYTES_MAX));
     for more in more.into_iter().flatten() {
         // Writing into a String cannot fail.
-        let _ = write!(text, ": {}", worded_within(more, WORDS_BYTES_MAX / 4));
+        let _ = write!(text, ": {}", sanitized_within(more, QUOTED_BYTES_MAX / 4));
     }
     text
 }
@@ -698,7 +698,7 @@ mod tests {
             assert_eq!(all_said(message, code, more), expected);
         }
         let said = all_said(&long, &long, [Some(&long), Some(&long)]);
-        assert!(said.len() < WORDS_BYTES_MAX + 256 && !said.contains('\n'), "{} bytes", said.len());
+        assert!(said.len() < QUOTED_BYTES_MAX + 256 && !said.contains('\n'), "{} bytes", said.len());
         assert_eq!(said.matches("… (20971520 bytes in all)").count(), 4, "{said}");
     }
 

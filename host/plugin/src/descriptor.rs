@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::{Column, Descriptor};
-use shardmill_core::escape::{escaped, steers};
+use shardmill_core::escape::{escaped, controls_terminal};
 
 /// Characters of a route's name.
 const ROUTE_NAME_CHARS_MAX: usize = 64;
@@ -73,7 +73,7 @@ pub fn check_column(column: &Column) -> Result<(), String> {
 
 /// Checks a text's length, and that it steers no terminal.
 fn check_text(what: &str, text: &str, bytes_min: usize, bytes_max: usize) -> Result<(), String> {
-    if (bytes_min..=bytes_max).contains(&text.len()) && !text.contains(steers) {
+    if (bytes_min..=bytes_max).contains(&text.len()) && !text.contains(controls_terminal) {
         return Ok(());
     }
     let shown: String = text.chars().take(SHOWN_CHARS).collect();
@@ -161,7 +161,7 @@ mod tests {
                 ("type of a column", column("c", bad)),
             ] {
                 let said = check(&bad).expect_err(place);
-                assert!(said.contains(place) && !said.contains(steers), "{place}: {said}");
+                assert!(said.contains(place) && !said.contains(controls_terminal), "{place}: {said}");
             }
         }
         let json = Descriptor {

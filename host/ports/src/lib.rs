@@ -38,7 +38,7 @@ pub use self::body::{BodyLate, read as read_body};
 use self::gate::{Gate, Pass};
 pub use self::pace::Pace;
 use shardmill_config::HttpDeadlines;
-use shardmill_core::rarely::Rarely;
+use shardmill_core::log_throttle::LogThrottle;
 
 /// Longest pause between two looks at a connection's deadlines, and the pause after a failure to accept
 /// one.
@@ -93,7 +93,7 @@ async fn accept(
     stop: CancellationToken,
 ) {
     let connections = TaskTracker::new();
-    let mut failures = Rarely::default();
+    let mut failures = LogThrottle::default();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,

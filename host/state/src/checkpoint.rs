@@ -11,7 +11,7 @@ use super::agreement::{Lost, Reopened, ShardState};
 use super::damaged::Flag;
 use super::holes::{Hole, insert as insert_hole};
 use super::store::{StateError, StateStore, columns, position};
-use super::together::{Entry, Together};
+use super::group_commit::{Entry, GroupCommit};
 use shardmill_core::owner::StateMark;
 use shardmill_core::record::{
     Position, PositionSpan, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity,
@@ -87,7 +87,7 @@ pub struct SinkMark {
 pub struct Checkpoints {
     store: StateStore,
     /// Lanes write at the same time.
-    advances: Together<Advance>,
+    advances: GroupCommit<Advance>,
 }
 
 /// How far a shard's sinks are.
@@ -137,7 +137,7 @@ impl Entry for Advance {
 impl Checkpoints {
     /// Over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
-        Self { advances: Together::new(store.clone()), store }
+        Self { advances: GroupCommit::new(store.clone()), store }
     }
 
     /// Every shard of the stream that was ever begun.
@@ -150,7 +150,7 @@ impl Checkpoints {
     ) -> Result<HashMap<ShardId, ShardState>, StateError> {
         let stream = stream.key();
         self.store
-            .write("read the checkpoints", move |state| {
+            .transact("read the checkpoints", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT shard, sequence, sub_sequence, ended, start_at_ms,
                          start_at_sequence, caught_up_ms, reread_to, reread_to_sub
@@ -188,7 +188,7 @@ impl Checkpoints {
         let begun = self.shards(stream).await?;
         let stream = stream.key();
         self.store
-            .write("read the shards", move |state| {
+            .transact("read the shards", move |state| {
                 let mut query =
                     state.prepare_cached("SELECT shard FROM seen_shard WHERE stream = ?1")?;
                 let seen =
@@ -211,7 +211,7 @@ impl Checkpoints {
         start: &ShardStart,
     ) -> Result<(), StateError> {
         let begun = vec![(shard.shard.clone(), start.clone(), None)];
-        self.note(&shard.stream, Look { begun, ..Look::default() }).await
+        self.record_look(&shard.stream, Look { begun, ..Look::default() }).await
     }
 
     /// Notes what a look at the stream found, all in one step: after a crash either every shard of
@@ -219,10 +219,10 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`StateError`]; none of these shards may be read then.
-    pub async fn note(&self, stream: &StreamIdentity, look: Look) -> Result<(), StateError> {
+    pub async fn record_look(&self, stream: &StreamIdentity, look: Look) -> Result<(), StateError> {
         let stream = stream.key();
         self.store
-            .write("note the start of shards", move |state| {
+            .transact("note the start of shards", move |state| {
                 let mut begin = state.prepare_cached(
                     "INSERT INTO shard (stream, shard, start_at_ms, start_at_sequence, caught_up_ms)
                      VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING",
@@ -265,10 +265,10 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`StateError`]; nothing is lost, an older note stands.
-    pub async fn caught_up(&self, shard: &ShardKey, at_ms: i64) -> Result<(), StateError> {
+    pub async fn note_caught_up(&self, shard: &ShardKey, at_ms: i64) -> Result<(), StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .write("note that a shard is read", move |state| {
+            .transact("note that a shard is read", move |state| {
                 state
                     .prepare_cached(
                         "UPDATE shard SET caught_up_ms = ?3 WHERE stream = ?1 AND shard = ?2",
@@ -283,10 +283,10 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn sinks(&self, shard: &ShardKey) -> Result<HashMap<SinkName, Position>, StateError> {
+    pub async fn sink_positions(&self, shard: &ShardKey) -> Result<HashMap<SinkName, Position>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .write("read the sinks' positions", move |state| {
+            .transact("read the sinks' positions", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sink, sequence, sub_sequence FROM sink_position
                      WHERE stream = ?1 AND shard = ?2",
@@ -309,7 +309,7 @@ impl Checkpoints {
     pub async fn arrivals(&self, shard: &ShardKey) -> Result<HashMap<SinkName, i64>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .write("read the arrivals of the sinks' last records", move |state| {
+            .transact("read the arrivals of the sinks' last records", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sink, arrived_ms FROM sink_position
                      WHERE stream = ?1 AND shard = ?2 AND arrived_ms IS NOT NULL",
@@ -332,7 +332,7 @@ impl Checkpoints {
     ) -> Result<(Remembered, AllGivenUp), StateError> {
         let stream = stream.key();
         self.store
-            .write("read the sinks' positions", move |state| {
+            .transact("read the sinks' positions", move |state| {
                 let mut known = state.prepare_cached(
                     "SELECT shard, sink, sequence, sub_sequence FROM sink_position WHERE stream = ?1",
                 )?;
@@ -372,7 +372,7 @@ impl Checkpoints {
     ) -> Result<(), StateError> {
         let stream = stream.key();
         self.store
-            .write("open shards again", move |state| {
+            .transact("open shards again", move |state| {
                 for Reopened { shard, checkpoint, sinks } in &reopened {
                     let (sequence, sub) = checkpoint.as_ref().map(columns).unzip();
                     // While a lane reads what only restored sinks need, old records are not settled.
@@ -402,7 +402,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`StateError`]; they are found again at the next start then.
-    pub async fn forgive(
+    pub async fn accept_losses(
         &self,
         stream: &StreamIdentity,
         lost: Vec<Lost>,
@@ -410,7 +410,7 @@ impl Checkpoints {
     ) -> Result<(), StateError> {
         let stream = stream.key();
         self.store
-            .write("note where sinks stand", move |state| {
+            .transact("note where sinks stand", move |state| {
                 for Lost { sink, shard, mismatch, .. } in &lost {
                     remember(state, (&stream, shard, sink), mismatch.stands.as_ref())?;
                 }
@@ -428,7 +428,7 @@ impl Checkpoints {
     /// [`StateError`] when the database cannot be read.
     pub async fn noted_marks(&self) -> Result<HashMap<String, i64>, StateError> {
         self.store
-            .write("read the marks of other states", |state| {
+            .transact("read the marks of other states", |state| {
                 let mut query = state.prepare("SELECT id, number FROM seen_state")?;
                 query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
             })
@@ -441,7 +441,7 @@ impl Checkpoints {
     /// [`StateError`]; no shard may be begun then.
     pub async fn note_marks(&self, marks: Vec<StateMark>) -> Result<(), StateError> {
         self.store
-            .write("note the marks of other states", move |state| {
+            .transact("note the marks of other states", move |state| {
                 for mark in &marks {
                     state.execute(
                         "INSERT INTO seen_state VALUES (?1, ?2)
@@ -460,7 +460,7 @@ impl Checkpoints {
     /// [`StateError`]; no shard may be begun then.
     pub async fn doubt_dead_letters(&self) -> Result<(), StateError> {
         self.store
-            .write("note letters of an older copy", |state| {
+            .transact("note letters of an older copy", |state| {
                 state.execute("DELETE FROM doubtful_letters", [])?;
                 state.execute(
                     "INSERT INTO doubtful_letters SELECT max(rowid) FROM letters
@@ -502,7 +502,7 @@ impl Checkpoints {
         let listed = serde_json::Value::from_iter(listed.iter().map(ShardId::as_str)).to_string();
         let (stream, gone_before) = (stream.key(), now_ms - kept_ms);
         self.store
-            .write("forget shards that are gone", move |state| {
+            .transact("forget shards that are gone", move |state| {
                 let back =
                     "UPDATE shard SET gone_ms = NULL WHERE stream = ?1 AND gone_ms IS NOT NULL
                     AND shard IN (SELECT value FROM json_each(?2))";
@@ -534,7 +534,7 @@ impl Checkpoints {
     pub async fn checkpoint(&self, shard: &ShardKey) -> Result<Option<Position>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .write("read a checkpoint", move |state| {
+            .transact("read a checkpoint", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sequence, sub_sequence FROM shard
                      WHERE stream = ?1 AND shard = ?2 AND sequence IS NOT NULL",
@@ -608,7 +608,7 @@ mod tests {
             assert_eq!(found, known, "at {now_ms}");
         }
         let rows = "SELECT count(*) FROM sink_position";
-        let rows = store.write("count", move |state| state.query_row(rows, [], |row| row.get(0)));
+        let rows = store.transact("count", move |state| state.query_row(rows, [], |row| row.get(0)));
         assert_eq!(rows.await.map_err(|error| error.to_string()), Ok(2_i64));
     }
 }

@@ -24,7 +24,7 @@ pub(super) fn is_damage(cause: &Error) -> bool {
 }
 
 /// Describes an error in words of the state: the column by its name, and what was expected.
-pub(super) fn words(cause: &Error) -> String {
+pub(super) fn describe(cause: &Error) -> String {
     match cause {
         Error::FromSqlConversionFailure(_, _, cause) => cause.to_string(),
         Error::InvalidColumnType(_, column, Type::Null) => format!("column {column} is missing"),
@@ -98,7 +98,7 @@ mod tests {
         ] {
             let error = read(sql).expect_err(sql);
             assert_eq!(is_damage(&error), is_damaged, "{sql}");
-            assert!(words(&error).contains(expected), "{sql}: {}", words(&error));
+            assert!(describe(&error).contains(expected), "{sql}: {}", describe(&error));
         }
         let flag = |sql: &str| database.query_row(sql, [], |row| row.get::<_, Flag>(0));
         assert!(flag("SELECT 1").is_ok_and(|flag| flag.0));
@@ -113,6 +113,6 @@ mod tests {
         let digest = Digest::of(b"bytes");
         assert!(validate_component(digest.as_str(), b"bytes").is_ok());
         let error = validate_component(digest.as_str(), b"other").expect_err("other bytes");
-        assert!(words(&error).contains("invalid component"), "{}", words(&error));
+        assert!(describe(&error).contains("invalid component"), "{}", describe(&error));
     }
 }

@@ -53,7 +53,7 @@ impl DeadLetters {
         let arn = format!("{STREAM}:{pipeline}").into();
         let created_ms = self
             .store
-            .write("read the log of dead letters", |state| {
+            .transact("read the log of dead letters", |state| {
                 state.query_row("SELECT created_ms FROM letter_log_stream", [], |row| row.get(0))
             })
             .await?;
@@ -72,7 +72,7 @@ impl DeadLetters {
         bytes: usize,
     ) -> Result<Vec<LoggedDeadLetter>, StateError> {
         self.store
-            .write("read the log of dead letters", move |state| {
+            .transact("read the log of dead letters", move |state| {
                 let mut query = state.prepare_cached(&format!(
                     "SELECT record, entered_kind, (
                          SELECT length(original) FROM letter_record WHERE letter_record.id = record
@@ -123,7 +123,7 @@ impl DeadLetters {
             self.store.unreadable(action, cause, "nothing was changed; mend the copies' positions")
         })?;
         self.store
-            .write(action, move |state| {
+            .transact(action, move |state| {
                 state.execute("DELETE FROM letter_log WHERE number <= ?1", [up_to])
             })
             .await
@@ -287,7 +287,7 @@ mod tests {
         // At its end the one that stays is numbered anew.
         let moved = "UPDATE letters SET stream = 'dead-letters', shard = 'shard'
                      WHERE stream GLOB 'letters:*'";
-        dead_letters.store.write("move", |state| state.execute(moved, [])).await.expect("moved");
+        dead_letters.store.transact("move", |state| state.execute(moved, [])).await.expect("moved");
         assert_eq!(logged().await, [before.to_vec(), vec![of(3, "1", "sink:other")]].concat());
     }
 
@@ -408,7 +408,7 @@ mod tests {
         assert_eq!(numbers(1).await, [(2, "1".into())]);
         // What a redrive has delivered is an empty mark.
         let mark = "UPDATE letters SET held = 3 WHERE rowid = 1";
-        let marked = dead_letters.store.write("mark", |state| state.execute(mark, [])).await;
+        let marked = dead_letters.store.transact("mark", |state| state.execute(mark, [])).await;
         assert_eq!((marked.ok(), numbers(0).await.len()), (Some(1), 1));
         dead_letters.purge(DeadLetterFilter::default()).await.expect("purged");
         dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");

@@ -82,7 +82,7 @@ impl DeadLetters {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (sequence, sub) = above.map(columns).unwrap_or_default();
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 state
                     .prepare_cached(
                         "DELETE FROM letters WHERE stream = ?1 AND shard = ?2 AND held = ?5
@@ -115,7 +115,7 @@ impl DeadLetters {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (first, last) = (columns(first), columns(last));
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sequence, sub_sequence, substr(place, 7), output FROM letters
                      WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) >= (?3, ?4)

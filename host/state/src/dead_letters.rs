@@ -237,7 +237,7 @@ impl DeadLetters {
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn kept_bytes(&self) -> Result<u64, StateError> {
-        self.store.write("measure the dead letters", kept_bytes).await
+        self.store.transact("measure the dead letters", kept_bytes).await
     }
 
     /// Shows what they hold: another process may have changed it.
@@ -283,7 +283,7 @@ impl DeadLetters {
         }
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (action, bound) = ("write dead letters", self.bound.clone());
-        let written = self.store.write(action, move |state| {
+        let written = self.store.transact(action, move |state| {
             let kept = if pending { PENDING } else { VISIBLE };
             // In its place, so that its number stays.
             let again = "DO UPDATE SET held = excluded.held, record = excluded.record,
@@ -311,7 +311,7 @@ impl DeadLetters {
     ) -> Result<Option<Position>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sequence, sub_sequence FROM letters
                      WHERE stream = ?1 AND shard = ?2 AND place GLOB 'stage:*'
@@ -341,7 +341,7 @@ impl DeadLetters {
         let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let (sequence, sub) = above.map(columns).unwrap_or_default();
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sequence, sub_sequence, output FROM letters
                      WHERE stream = ?1 AND shard = ?2 AND (sequence, sub_sequence) > (?3, ?4)
@@ -388,7 +388,7 @@ impl DeadLetters {
     ) -> Result<Vec<StoredDeadLetter>, StateError> {
         let (place, shard, reason, ids) = wanted(filter);
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let mut query = state.prepare(&format!(
                     "SELECT {columns} FROM letters WHERE {MATCHES}
                      ORDER BY written_ms, rowid LIMIT ?5"
@@ -407,7 +407,7 @@ impl DeadLetters {
     pub async fn ids(&self, filter: DeadLetterFilter) -> Result<Vec<i64>, StateError> {
         let wanted = wanted(filter);
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let mut query = state.prepare(&format!(
                     "SELECT rowid FROM letters WHERE {MATCHES} ORDER BY written_ms, rowid"
                 ))?;
@@ -423,7 +423,7 @@ impl DeadLetters {
     pub async fn count_of(&self, filter: DeadLetterFilter) -> Result<u64, StateError> {
         let wanted = wanted(filter);
         self.store
-            .write("count the dead letters", move |state| {
+            .transact("count the dead letters", move |state| {
                 let count = format!("SELECT count(*) FROM letters WHERE {MATCHES}");
                 state.query_row(&count, wanted, |row| row.get(0))
             })
@@ -439,7 +439,7 @@ impl DeadLetters {
     pub async fn purge(&self, filter: DeadLetterFilter) -> Result<(usize, usize), StateError> {
         let wanted = wanted(filter);
         self.store
-            .write("delete dead letters", move |state| {
+            .transact("delete dead letters", move |state| {
                 // What a redrive has left for a sink that is gone waits for nobody else.
                 let mut found = state.prepare(&format!(
                     "SELECT rowid, rowid IN (
@@ -468,7 +468,7 @@ impl DeadLetters {
     ) -> Result<Vec<EnteredRecord>, StateError> {
         let place = DeadLetterPlace::Stage(stage.clone()).to_string();
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT d.entered_key, d.entered, d.sequence, d.arrived_ms
                      FROM letters l JOIN dead_letter d ON d.id = l.id
@@ -495,7 +495,7 @@ impl DeadLetters {
     /// [`StateError`] when the database cannot be read.
     pub async fn failed(&self) -> Result<Vec<FailedAgain>, StateError> {
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let mut query = state.prepare(
                     "SELECT shard, sequence, sub_sequence, place, output FROM letters
                      WHERE held = 0",

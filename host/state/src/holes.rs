@@ -95,7 +95,7 @@ impl Holes {
     /// # Errors
     /// [`StateError`]; the records must not be passed over then.
     pub async fn record(&self, hole: Hole) -> Result<i64, StateError> {
-        self.store.write("record a hole", move |state| insert(state, &hole)).await
+        self.store.transact("record a hole", move |state| insert(state, &hole)).await
     }
 
     /// The holes that are not filled, oldest first: those of one sink, with those of every sink, or
@@ -105,7 +105,7 @@ impl Holes {
     /// [`StateError`] when the database cannot be read.
     pub async fn list(&self, sink: Option<SinkName>) -> Result<Vec<RecordedHole>, StateError> {
         self.store
-            .write("read the holes", move |state| {
+            .transact("read the holes", move |state| {
                 let mut query = state.prepare(
                     "SELECT number, sink, stream, shard, from_sequence, from_sub, to_sequence,
                          to_sub, why, recorded_ms
@@ -124,7 +124,7 @@ impl Holes {
     /// [`StateError`]; it is named still.
     pub async fn fill(&self, number: i64) -> Result<bool, StateError> {
         self.store
-            .write("note that a hole is filled", move |state| {
+            .transact("note that a hole is filled", move |state| {
                 let fill = "UPDATE hole SET filled_ms = ?2 WHERE number = ?1 AND filled_ms IS NULL";
                 Ok(state.execute(fill, (number, now_ms()))? > 0)
             })
@@ -145,7 +145,7 @@ impl Holes {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (sink, (sequence, sub)) = (sink.to_string(), at.map(columns).unwrap_or_default());
         self.store
-            .write("read the holes", move |state| {
+            .transact("read the holes", move |state| {
                 // A hole that is filled lies beside the sink's position still.
                 let mut query = state.prepare_cached(
                     "SELECT to_sequence, to_sub FROM hole

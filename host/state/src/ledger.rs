@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use super::redrive_key::REDRIVES;
 use super::store::{StateError, StateStore, columns, now_ms, position};
-use super::together::{Entry, Together};
+use super::group_commit::{Entry, GroupCommit};
 use crate::GenerationSpec;
 use shardmill_core::record::{Position, ShardId, ShardKey};
 
@@ -66,7 +66,7 @@ pub struct LedgerEntry {
 pub struct Ledger {
     store: StateStore,
     /// Lanes change together.
-    rows: Together<Row>,
+    rows: GroupCommit<Row>,
 }
 
 /// A row of the ledger.
@@ -104,7 +104,7 @@ impl Entry for Row {
 impl Ledger {
     /// Over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
-        Self { rows: Together::new(store.clone()), store }
+        Self { rows: GroupCommit::new(store.clone()), store }
     }
 
     /// Stores a generation and its components' bytes, those that are not stored yet, so that a replay can
@@ -112,14 +112,14 @@ impl Ledger {
     ///
     /// # Errors
     /// [`StateError`]; no record may run through it then.
-    pub async fn keep(
+    pub async fn store_revision(
         &self,
         spec: &GenerationSpec,
         components: Components,
     ) -> Result<(), StateError> {
         let (id, json) = (spec.id(), spec.to_json());
         self.store
-            .write("store a generation", move |state| {
+            .transact("store a generation", move |state| {
                 for (digest, bytes) in &components {
                     state.execute(
                         "INSERT INTO component VALUES (?1, ?2) ON CONFLICT DO NOTHING",
@@ -142,7 +142,7 @@ impl Ledger {
     pub async fn spec(&self, id: &str) -> Result<GenerationSpec, StateError> {
         let id = id.to_owned();
         self.store
-            .write("read a stored generation", move |state| {
+            .transact("read a stored generation", move |state| {
                 let query = "SELECT spec FROM generation WHERE id = ?1";
                 let json: String = state.query_row(query, [&id], |row| row.get(0))?;
                 read_spec(&id, &json)
@@ -157,7 +157,7 @@ impl Ledger {
     pub async fn segments(&self, shard: &ShardKey) -> Result<Vec<Segment>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .write("read the generation ledger", move |state| {
+            .transact("read the generation ledger", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sequence, sub_sequence, generation FROM ledger
                      WHERE stream = ?1 AND shard = ?2 ORDER BY sequence, sub_sequence",
@@ -182,7 +182,7 @@ impl Ledger {
     /// [`StateError`] when the database cannot be read.
     pub async fn history(&self) -> Result<Vec<LedgerEntry>, StateError> {
         self.store
-            .write("read the generation ledger", |state| {
+            .transact("read the generation ledger", |state| {
                 let mut query = state.prepare(&format!(
                     "SELECT shard, sequence, sub_sequence, generation, recorded_ms, stream FROM ledger
                      WHERE stream NOT GLOB '{REDRIVES}'
@@ -212,12 +212,12 @@ impl Ledger {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn which(&self, shard: &ShardId, at: &Position) -> Result<Option<Ran>, StateError> {
+    pub async fn revision_of(&self, shard: &ShardId, at: &Position) -> Result<Option<Ran>, StateError> {
         let shard = shard.to_string();
         let (sequence, sub) = columns(at);
         let found = self
             .store
-            .write("read the generation ledger", move |state| {
+            .transact("read the generation ledger", move |state| {
                 let mut query = state.prepare(
                     "SELECT generation, EXISTS(SELECT 1 FROM sink_position s
                          WHERE s.stream = ledger.stream AND s.shard = ?1
@@ -270,7 +270,7 @@ impl Ledger {
     pub async fn prune(&self, current: &GenerationSpec) -> Result<(), StateError> {
         let current_digests: Vec<String> = current.digests().map(str::to_owned).collect();
         self.store
-            .write("prune the generation ledger", move |state| {
+            .transact("prune the generation ledger", move |state| {
                 state.execute(
                     "DELETE FROM ledger WHERE stream GLOB 'letters:*' AND NOT EXISTS (
                          SELECT 1 FROM redrive WHERE ledger.stream GLOB '*@' || redrive.id)",
@@ -377,7 +377,7 @@ mod tests {
             let (first, second) = (spec("one"), spec("two"));
             for (name, spec, from) in [("one", &first, at(1, 1)), ("two", &second, next.clone())] {
                 let components = vec![(digest(name), name.into())];
-                ledger.keep(spec, components).await.expect("kept");
+                ledger.store_revision(spec, components).await.expect("kept");
                 let segment = Segment { from_exclusive: from, generation: spec.id().to_string() };
                 ledger.record(&shard, &segment).await.expect("recorded");
             }
@@ -400,13 +400,13 @@ mod tests {
         let shard =
             ShardKey { pipeline: "cars".into(), stream: stream.into(), shard: "shard".into() };
         let first = spec("one");
-        ledger.keep(&first, vec![(digest("one"), "one".into())]).await.expect("kept");
+        ledger.store_revision(&first, vec![(digest("one"), "one".into())]).await.expect("kept");
         let segment = Segment { from_exclusive: None, generation: first.id().to_string() };
         ledger.record(&shard, &segment).await.expect("recorded");
         let spoil = |state: &rusqlite::Transaction<'_>| {
             state.execute("UPDATE generation SET spec = '{\"stages\":7}'", [])
         };
-        store.write("spoil", spoil).await.expect("spoilt");
+        store.transact("spoil", spoil).await.expect("spoilt");
         let error = ledger.prune(&spec("two")).await.expect_err("unreadable").to_string();
         assert!(error.contains(&format!("revision {} cannot be read", first.id())), "{error}");
         assert!(store.component(digest("one")).await.expect("read").is_some());

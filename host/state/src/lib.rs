@@ -33,7 +33,7 @@
 //!
 //! // A shard's start is durable before its first record.
 //! let look = Look { begun: vec![(id, ShardStart::Horizon, None)], ..Look::default() };
-//! checkpoints.note(&stream, look).await?;
+//! checkpoints.record_look(&stream, look).await?;
 //!
 //! let position = Position { sequence: SequenceNumber::parse("42")?, sub_sequence: 0 };
 //! let mark =
@@ -65,7 +65,7 @@ mod dead_lettered;
 mod spec;
 mod store;
 mod swaps;
-mod together;
+mod group_commit;
 mod variables;
 
 pub use agreement::ShardState;
@@ -87,7 +87,7 @@ pub use dead_lettered::DeadLetteredItems;
 pub use spec::{CanarySpec, GenerationSpec, StageSpec};
 pub use store::{StateError, StateStore, needed_components};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};
-pub use variables::{SetOtherwise, Variables};
+pub use variables::{ChangedVariables, Variables};
 
 /// A position in reports: as text.
 fn as_text<S: serde::Serializer>(

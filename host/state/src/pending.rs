@@ -48,7 +48,7 @@ impl DeadLetters {
         let (action, bound) = ("give rows up", self.bound.clone());
         let given_up = self
             .store
-            .write(action, move |state| {
+            .transact(action, move |state| {
                 let owner: i64 = state
                     .prepare_cached(
                         "SELECT epoch FROM sink_owner
@@ -99,7 +99,7 @@ impl DeadLetters {
         let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         self.store
-            .write("settle held dead letters", move |state| {
+            .transact("settle held dead letters", move |state| {
                 show_refused(state, (&stream, &shard), &place, (&sequence, sub))?;
                 state
                     .prepare_cached(
@@ -168,7 +168,7 @@ impl DeadLetters {
         let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         self.store
-            .write("settle held dead letters", move |state| {
+            .transact("settle held dead letters", move |state| {
                 show_refused(state, (&stream, &shard), &place, (&sequence, sub))?;
                 reached(state, (&stream, &shard, &sink), &place, &(sequence, sub))
             })

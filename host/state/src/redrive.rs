@@ -139,7 +139,7 @@ impl Redrives {
     /// [`StateError`] when the database cannot be read.
     pub async fn unfinished(&self) -> Result<Vec<Unfinished>, StateError> {
         self.store
-            .write("look for redrives", |state| {
+            .transact("look for redrives", |state| {
                 // A rest whose letters were all purged is none.
                 state.execute(
                     "DELETE FROM redrive_rest WHERE id NOT IN (SELECT id FROM redrive)",
@@ -164,7 +164,7 @@ impl Redrives {
     pub async fn has_run(&self, id: RedriveId) -> Result<bool, StateError> {
         let (stream, _) = self.redrive_key(id);
         self.store
-            .write("look whether a redrive has run", move |state| {
+            .transact("look whether a redrive has run", move |state| {
                 let begun = "SELECT EXISTS(SELECT 1 FROM shard WHERE stream = ?1)
                              OR EXISTS(SELECT 1 FROM sink_position WHERE stream = ?1)";
                 state.query_row(begun, [stream], |row| row.get(0))
@@ -178,7 +178,7 @@ impl Redrives {
     /// [`StateError`]; it must not run then.
     pub async fn note_sinks(&self, id: RedriveId, sinks: Vec<SinkName>) -> Result<(), StateError> {
         self.store
-            .write("note the sinks of a redrive", move |state| {
+            .transact("note the sinks of a redrive", move |state| {
                 let mut insert =
                     state.prepare_cached("INSERT OR IGNORE INTO redrive_sink VALUES (?1, ?2)")?;
                 sinks.iter().try_for_each(|sink| insert.execute((id.0, sink.as_str())).map(drop))
@@ -193,7 +193,7 @@ impl Redrives {
     pub async fn sinks_behind(&self, id: RedriveId) -> Result<Vec<SinkName>, StateError> {
         let (stream, _) = self.redrive_key(id);
         self.store
-            .write("read the sinks of a redrive", move |state| {
+            .transact("read the sinks of a redrive", move |state| {
                 let mut query = state.prepare(
                     "SELECT sink FROM redrive_sink WHERE id = ?1 AND NOT EXISTS (
                          SELECT 1 FROM sink_position p
@@ -223,7 +223,7 @@ impl Redrives {
         let (stream, _) = self.redrive_key(id);
         let reached = self.reached(&positions, "leave letters out of a redrive")?;
         self.store
-            .write("leave letters out of a redrive", move |state| {
+            .transact("leave letters out of a redrive", move |state| {
                 let all_have = reached.iter().map(|(_, reached)| *reached).min().unwrap_or(0);
                 let places = serde_json::Value::from(places).to_string();
                 let mut released = state.prepare(
@@ -261,7 +261,7 @@ impl Redrives {
     pub async fn begin(&self, filter: DeadLetterFilter) -> Result<Option<RedriveId>, StateError> {
         let (place, shard, reason, ids) = wanted(filter);
         self.store
-            .write("begin a redrive", move |state| {
+            .transact("begin a redrive", move |state| {
                 // Two may be begun within one millisecond, or the clock may have been set back.
                 let last: Option<i64> =
                     state.query_row("SELECT max(id) FROM redrive", [], |row| row.get(0))?;
@@ -288,7 +288,7 @@ impl Redrives {
     pub async fn doubtful(&self, filter: DeadLetterFilter) -> Result<u64, StateError> {
         let wanted = wanted(filter);
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let count = format!(
                     "SELECT count(*) FROM letters WHERE {MATCHES}
                      AND rowid <= coalesce((SELECT max(up_to) FROM doubtful_letters), 0)"
@@ -304,7 +304,7 @@ impl Redrives {
     /// [`StateError`] when the database cannot be read.
     pub async fn places(&self, id: RedriveId) -> Result<Vec<String>, StateError> {
         self.store
-            .write("read a redrive", move |state| {
+            .transact("read a redrive", move |state| {
                 let mut query = state.prepare(
                     "SELECT DISTINCT place FROM redrive JOIN letters d ON d.rowid = letter
                      WHERE redrive.id = ?1 ORDER BY place",
@@ -320,7 +320,7 @@ impl Redrives {
     /// [`StateError`] when the database cannot be read.
     pub async fn has_digests(&self, id: RedriveId) -> Result<bool, StateError> {
         self.store
-            .write("read a redrive", move |state| {
+            .transact("read a redrive", move |state| {
                 let query = "SELECT EXISTS(SELECT 1 FROM redrive JOIN letters d ON d.id = letter
                              WHERE redrive.id = ?1 AND d.entered_kind = 2)";
                 state.query_row(query, [id.0], |row| row.get(0))
@@ -343,7 +343,7 @@ impl Redrives {
     ) -> Result<Vec<RedriveRecord>, StateError> {
         let without = serde_json::Value::from(without).to_string();
         self.store
-            .write("read a redrive's letters", move |state| {
+            .transact("read a redrive's letters", move |state| {
                 let mut query = state.prepare_cached(
                     // By length first: together, payloads may not fit into memory. A record of 10 MiB is
                     // read for each of its letters that is kept as a digest, however little entered.
@@ -441,7 +441,7 @@ impl Redrives {
         let action = "leave a letter out of a redrive";
         let reached = self.reached(&reached, action)?;
         self.store
-            .write(action, move |state| {
+            .transact(action, move |state| {
                 let own = "SELECT ordinal FROM redrive WHERE id = ?1 AND letter = ?2";
                 let ordinal: Option<u64> =
                     state.query_row(own, (id.0, dead_letter), |row| row.get(0)).optional()?;
@@ -479,7 +479,7 @@ impl Redrives {
     /// [`StateError`]; it is there still.
     pub async fn cancel(&self, id: RedriveId) -> Result<(), StateError> {
         self.store
-            .write("cancel a redrive", move |state| {
+            .transact("cancel a redrive", move |state| {
                 state.execute("DELETE FROM redrive_sink WHERE id = ?1", [id.0])?;
                 state.execute("DELETE FROM redrive WHERE id = ?1", [id.0])
             })
@@ -500,7 +500,7 @@ impl Redrives {
     ) -> Result<Option<Redriven>, StateError> {
         let key = self.redrive_key(id);
         let without = serde_json::Value::from(without).to_string();
-        self.store.write("finish a redrive", move |state| finish(state, id, &key, &without)).await
+        self.store.transact("finish a redrive", move |state| finish(state, id, &key, &without)).await
     }
 
     /// What positions of a redrive are keyed by.

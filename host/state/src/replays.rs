@@ -58,7 +58,7 @@ impl Replays {
     /// [`StateError`] when the database cannot be read.
     pub async fn pending(&self) -> Result<Vec<PendingReplay>, StateError> {
         self.store
-            .write("look for replays", |state| {
+            .transact("look for replays", |state| {
                 let mut query = state.prepare("SELECT id, sink FROM replay ORDER BY id")?;
                 let pending = query.query_map([], |row| {
                     let sink = SinkName::from(row.get::<_, String>(1)?);
@@ -83,7 +83,7 @@ impl Replays {
         let failed: HashSet<RecordKey> = failed.iter().map(FailedAgain::record).collect();
         let stream = stream.key();
         self.store
-            .write("read the dead letters", move |state| {
+            .transact("read the dead letters", move |state| {
                 let dead_letters = dead_letters_of(state, &stream, &window_ms)?;
                 let both: HashSet<(String, String)> = dead_letters
                     .into_iter()
@@ -110,7 +110,7 @@ impl Replays {
     ) -> Result<ReplayId, StateError> {
         let (stream, sink) = (stream.key(), sink.clone());
         self.store
-            .write("note what a replay brings", move |state| {
+            .transact("note what a replay brings", move |state| {
                 let last: Option<i64> =
                     state.query_row("SELECT max(id) FROM replay", [], |row| row.get(0))?;
                 let id = now_ms().max(last.map_or(0, |last| last + 1));
@@ -137,7 +137,7 @@ impl Replays {
     /// [`StateError`]; it is pending still.
     pub async fn confirm(&self, id: ReplayId) -> Result<(), StateError> {
         self.store
-            .write("note what a replay has brought", move |state| {
+            .transact("note what a replay has brought", move |state| {
                 state.execute(
                     "INSERT OR IGNORE INTO letter_delivered
                      SELECT letter, sink FROM replay_letter JOIN replay ON replay.id = replay
@@ -161,7 +161,7 @@ impl Replays {
     /// # Errors
     /// [`StateError`]; it is pending still.
     pub async fn cancel(&self, id: ReplayId) -> Result<(), StateError> {
-        self.store.write("forget a replay", move |state| forget(state, id)).await
+        self.store.transact("forget a replay", move |state| forget(state, id)).await
     }
 }
 

@@ -101,7 +101,7 @@ impl Roster {
     /// [`StateError`] when the database cannot be read.
     pub async fn streams(&self) -> Result<Vec<String>, StateError> {
         self.store
-            .write("read which streams there were", |state| {
+            .transact("read which streams there were", |state| {
                 let mut query = state.prepare("SELECT DISTINCT stream FROM shard")?;
                 let streams = query.query_map([], |row| row.get::<_, String>(0))?;
                 let streams = streams.collect::<rusqlite::Result<Vec<_>>>()?;
@@ -116,7 +116,7 @@ impl Roster {
     /// [`StateError`] when the database cannot be read.
     pub async fn known_in(&self, stream: String) -> Result<KnownSinks, StateError> {
         self.store
-            .write("read which sinks there were", move |state| {
+            .transact("read which sinks there were", move |state| {
                 let mut known = KnownSinks::default();
                 let mut query =
                     state.prepare("SELECT sink, destination, removed_ms FROM sink_known")?;
@@ -184,7 +184,7 @@ impl Roster {
     ) -> Result<(), StateError> {
         let stream = stream.key();
         self.store
-            .write("record which sinks there are", move |state| {
+            .transact("record which sinks there are", move |state| {
                 let RosterChange { removed, returned, holes, destinations } = &change;
                 let is_pipeline = !destinations.is_empty();
                 for (sink, shards) in removed {
@@ -241,7 +241,7 @@ impl Roster {
     pub async fn rename(&self, old: &SinkName, new: &SinkName) -> Result<(), StateError> {
         let (old, new) = (old.clone(), new.clone());
         self.store
-            .write("move a sink's records to its new name", move |state| {
+            .transact("move a sink's records to its new name", move |state| {
                 for table in TABLES_BY_SINK {
                     // What the new name has is of a start that was refused, before its first record.
                     let rename = format!("UPDATE OR REPLACE {table} SET sink = ?2 WHERE sink = ?1");

@@ -166,7 +166,7 @@ impl StateStore {
     pub async fn mark(&self) -> Result<StateMark, StateError> {
         // Before the file is read: another task may write meanwhile.
         let known = self.ownership.mark();
-        let found = self.write("read its mark", |state| mark(state)).await?;
+        let found = self.transact("read its mark", |state| mark(state)).await?;
         if found.state != known.state || found.number < known.number {
             let cause = "it was replaced by another or an older one".to_owned();
             return Err(self.failed("read its mark", Failure::Gone(cause)));
@@ -190,7 +190,7 @@ impl StateStore {
     /// [`StateError`]; no sink may be written to then.
     pub async fn begin_counting(&self, seen: i64) -> Result<(), StateError> {
         self.counts.store(true, Ordering::Release);
-        self.write("note its mark", move |state| {
+        self.transact("note its mark", move |state| {
             state.execute("UPDATE state_mark SET number = max(number, ?1)", [seen])
         })
         .await
@@ -202,7 +202,7 @@ impl StateStore {
     ///
     /// # Errors
     /// [`StateError`] as of [`StateStore::open`].
-    pub fn open_as_it_is(folder: &Path) -> Result<Option<Self>, StateError> {
+    pub fn open_if_current(folder: &Path) -> Result<Option<Self>, StateError> {
         let path = folder.join("state.db");
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let found = match path.exists() {
@@ -244,7 +244,7 @@ impl StateStore {
     ///
     /// # Errors
     /// [`StateError`] naming `action`; nothing was changed.
-    pub async fn write<T: Send + 'static>(
+    pub async fn transact<T: Send + 'static>(
         &self,
         action: &'static str,
         work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
@@ -254,14 +254,14 @@ impl StateStore {
             // The caller may have dropped its future. The transaction is written nevertheless.
             work(state).map(|value| drop(give.send(value)))
         });
-        self.write_any(action, work).await?;
+        self.transact_any(action, work).await?;
         given.try_recv().map_err(|_| self.error(action, "its thread gave no value".into()))
     }
 
-    /// Runs `work` as [`StateStore::write`] does, without a value. All transactions have one type here, so that this code
-    /// is compiled once and not for each query.
+    /// Runs `work` as [`StateStore::transact`] does, without a value. All transactions have one type here, so that
+    /// this code is compiled once and not for each query.
     #[boxed]
-    async fn write_any(&self, action: &'static str, work: Work) -> Result<(), StateError> {
+    async fn transact_any(&self, action: &'static str, work: Work) -> Result<(), StateError> {
         let connection = self.turn().await;
         let store = self.clone();
         let done = tokio::task::spawn_blocking(move || store.in_transaction(connection, work));
@@ -284,7 +284,7 @@ impl StateStore {
     ///
     /// # Errors
     /// [`StateError`]; nothing that is in use was changed.
-    pub(super) async fn drop_free_pages(&self, bytes_max: i64) -> Result<(), StateError> {
+    pub(super) async fn vacuum(&self, bytes_max: i64) -> Result<(), StateError> {
         let action = "drop its free pages";
         let connection = self.turn().await;
         let done = tokio::task::spawn_blocking(move || {
@@ -302,7 +302,7 @@ impl StateStore {
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn component(&self, digest: String) -> Result<Option<Vec<u8>>, StateError> {
-        self.write("read a stored component", move |state| {
+        self.transact("read a stored component", move |state| {
             let mut query = state.prepare("SELECT bytes FROM component WHERE digest = ?1")?;
             let found: Option<Vec<u8>> = query.query_row([&digest], |row| row.get(0)).optional()?;
             found
@@ -317,7 +317,7 @@ impl StateStore {
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn components(&self, digits: String) -> Result<Vec<(String, Vec<u8>)>, StateError> {
-        self.write("read a stored component", move |state| {
+        self.transact("read a stored component", move |state| {
             let mut query = state.prepare(
                 "SELECT digest, bytes FROM component WHERE substr(digest, 1, length(?1)) = ?1 LIMIT 2",
             )?;
@@ -379,7 +379,7 @@ impl StateStore {
     pub(super) fn failed(&self, action: &'static str, failure: Failure) -> StateError {
         match failure {
             Failure::Sql(cause) if damaged::is_damage(&cause) => {
-                self.unreadable(action, damaged::words(&cause), damaged::WAY_OUT)
+                self.unreadable(action, damaged::describe(&cause), damaged::WAY_OUT)
             }
             Failure::Sql(cause) => self.error(action, cause.to_string()),
             Failure::Gone(what) => StateError {
@@ -545,7 +545,7 @@ mod tests {
                 number("SELECT bytes FROM letter_store")?,
             ))
         };
-        let (records, of_record, bytes) = store.write("look", look).await.expect("read");
+        let (records, of_record, bytes) = store.transact("look", look).await.expect("read");
         assert_eq!((records, of_record), (1, 4), "the redrive's letter is of that record");
         assert!((1_000 + 4 * 512..1_000 + 5 * 600).contains(&bytes), "{bytes}");
         dead_letters.purge(Default::default()).await.expect("purged");
@@ -557,7 +557,7 @@ mod tests {
         let stores = [(); 2].map(|()| StateStore::open(folder.path()).expect("opened"));
         let count = async |store: &StateStore| {
             for _ in 0..100 {
-                let counted = store.write("count", |state| {
+                let counted = store.transact("count", |state| {
                     let number: i64 =
                         state.query_row("SELECT number FROM state_mark", [], |row| row.get(0))?;
                     // Another connection may write in this moment.

@@ -164,7 +164,7 @@ impl Changes {
     pub async fn running(&self) -> Result<Option<Running>, StateError> {
         let found = self
             .store
-            .write(READ_RUNNING, |state| {
+            .transact(READ_RUNNING, |state| {
                 let mut query = state.prepare("SELECT declared, running FROM running")?;
                 let found = query
                     .query_row([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)));
@@ -186,7 +186,7 @@ impl Changes {
     ///
     /// # Errors
     /// [`StateError`]; what ran before must run on then.
-    pub async fn promote(
+    pub async fn record_running(
         &self,
         running: &Running,
         change: Option<NewChange>,
@@ -194,7 +194,7 @@ impl Changes {
     ) -> Result<Option<i64>, StateError> {
         let (declared, running) = (running.declared.to_json(), running.running.to_json());
         self.store
-            .write("note what runs", move |state| {
+            .transact("note what runs", move |state| {
                 state.execute("DELETE FROM running", [])?;
                 state.execute("INSERT INTO running VALUES (?1, ?2)", (declared, running))?;
                 if let Some((number, reason)) = undoes {
@@ -216,7 +216,7 @@ impl Changes {
     /// [`StateError`]; the note of before stands.
     pub async fn note_sinks(&self, sinks: Vec<(SinkName, String)>) -> Result<(), StateError> {
         self.store
-            .write("note the sinks that run", move |state| {
+            .transact("note the sinks that run", move |state| {
                 state.execute("DELETE FROM running_sink", [])?;
                 let mut insert = state.prepare("INSERT INTO running_sink VALUES (?1, ?2)")?;
                 let mut sinks = sinks.iter();
@@ -231,7 +231,7 @@ impl Changes {
     /// [`StateError`] when the database cannot be read.
     pub async fn running_sinks(&self) -> Result<BTreeMap<SinkName, String>, StateError> {
         self.store
-            .write("read the sinks that run", |state| {
+            .transact("read the sinks that run", |state| {
                 let mut query = state.prepare("SELECT sink, fingerprint FROM running_sink")?;
                 let sinks = query.query_map([], |row| {
                     Ok((SinkName::from(row.get::<_, String>(0)?), row.get(1)?))
@@ -248,7 +248,7 @@ impl Changes {
     /// [`StateError`]; only the note is missing then.
     pub async fn supersede(&self, stages: Vec<String>) -> Result<(), StateError> {
         self.store
-            .write("note changes that do not count any more", move |state| {
+            .transact("note changes that do not count any more", move |state| {
                 for stage in &stages {
                     state.execute(
                         "UPDATE change SET outcome = ?2 WHERE stage = ?1 AND outcome = ?3",
@@ -268,9 +268,9 @@ impl Changes {
     ///
     /// # Errors
     /// [`StateError`]; only the note is missing then.
-    pub async fn refused(&self, change: NewChange, reason: String) -> Result<(), StateError> {
+    pub async fn record_refused(&self, change: NewChange, reason: String) -> Result<(), StateError> {
         self.store
-            .write("note a refused change", move |state| {
+            .transact("note a refused change", move |state| {
                 insert(state, &change, ChangeOutcome::Refused, &reason)
             })
             .await
@@ -283,7 +283,7 @@ impl Changes {
     /// [`StateError`] when the database cannot be read.
     pub async fn list(&self, stage: Option<String>, limit: u32) -> Result<Vec<Change>, StateError> {
         self.store
-            .write("read the changes", move |state| {
+            .transact("read the changes", move |state| {
                 let mut query = state.prepare(
                     "SELECT number, at_ms, kind, stage, before, after, outcome, reason FROM change
                      WHERE ?1 IS NULL OR stage = ?1 OR stage = '' ORDER BY number DESC LIMIT ?2",
@@ -301,7 +301,7 @@ impl Changes {
     pub async fn last_in_force(&self, stage: &str) -> Result<Option<Change>, StateError> {
         let stage = stage.to_owned();
         self.store
-            .write("read the changes", move |state| {
+            .transact("read the changes", move |state| {
                 let mut query = state.prepare(
                     "SELECT number, at_ms, kind, stage, before, after, outcome, reason FROM change
                      WHERE stage = ?1 AND outcome = 'promoted' AND kind <> 'rollback'
@@ -363,7 +363,7 @@ mod tests {
                 state.execute("DELETE FROM running", [])?;
                 state.execute("INSERT INTO running VALUES (?1, ?2)", (declared, running))
             };
-            store.write("spoil", spoil).await.expect("spoilt");
+            store.transact("spoil", spoil).await.expect("spoilt");
             let error = changes.running().await.expect_err("unreadable").to_string();
             assert!(error.contains("the record of what runs cannot be read"), "{error}");
             assert!(error.contains("--files-count"), "{error}");

@@ -32,16 +32,16 @@ type Environment<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
 
 /// How the variables of a revision are set today, against how they were when it ran.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SetOtherwise {
+pub struct ChangedVariables {
     /// Variables that had other values.
     pub names: Vec<String>,
     /// Variables of which it is not known: the key of their hashes is gone.
     pub unknown: Vec<String>,
 }
 
-impl SetOtherwise {
+impl ChangedVariables {
     /// Says in the log what is other, if something is.
-    pub fn say(&self, revision: &str) {
+    pub fn warn(&self, revision: &str) {
         let Self { names, unknown } = self;
         if !names.is_empty() {
             tracing::warn!(
@@ -83,7 +83,7 @@ impl Variables {
         &self,
         spec: &GenerationSpec,
         lookup: Environment<'_>,
-    ) -> Result<SetOtherwise, StateError> {
+    ) -> Result<ChangedVariables, StateError> {
         self.compare(spec, lookup, true).await
     }
 
@@ -91,11 +91,11 @@ impl Variables {
     ///
     /// # Errors
     /// [`StateError`] when the database or the key cannot be read.
-    pub async fn set_otherwise(
+    pub async fn changed_variables(
         &self,
         spec: &GenerationSpec,
         lookup: Environment<'_>,
-    ) -> Result<SetOtherwise, StateError> {
+    ) -> Result<ChangedVariables, StateError> {
         self.compare(spec, lookup, false).await
     }
 
@@ -104,7 +104,7 @@ impl Variables {
         spec: &GenerationSpec,
         lookup: Environment<'_>,
         is_noted: bool,
-    ) -> Result<SetOtherwise, StateError> {
+    ) -> Result<ChangedVariables, StateError> {
         let action = "compare the variables of a revision";
         let mut names = BTreeSet::new();
         for stage in spec.stages.iter().filter(|stage| stage.has_variables) {
@@ -112,7 +112,7 @@ impl Variables {
             names.extend(own);
         }
         if names.is_empty() {
-            return Ok(SetOtherwise::default());
+            return Ok(ChangedVariables::default());
         }
         let key = Key::open(self.store.folder(), is_noted)
             .map_err(|cause| self.store.error(action, format!("{KEY_FILE}: {cause}")))?;
@@ -124,7 +124,7 @@ impl Variables {
         let today: Vec<(String, Option<String>)> = today.collect();
         let id = spec.id().to_string();
         let work = move |state: &rusqlite::Transaction<'_>| {
-            let mut found = SetOtherwise::default();
+            let mut found = ChangedVariables::default();
             for (name, today) in today {
                 let noted = "SELECT hash FROM variable WHERE generation = ?1 AND name = ?2";
                 let noted: Option<String> =
@@ -142,7 +142,7 @@ impl Variables {
             }
             Ok(found)
         };
-        self.store.write(action, work).await
+        self.store.transact(action, work).await
     }
 
     /// Puts the texts of the files into the place of configurations that an earlier version stored with
@@ -159,7 +159,7 @@ impl Variables {
         }
         let rewritten = self
             .store
-            .write("forget the values of variables", move |state| {
+            .transact("forget the values of variables", move |state| {
                 // What is deleted is overwritten.
                 state.pragma_update(None, "secure_delete", true)?;
                 let rewritten = revisions::rewrite(state, |spec| forget(spec, &stages));
@@ -169,7 +169,7 @@ impl Variables {
             .await?;
         if rewritten > 0 {
             tracing::info!(rewritten, "stored configurations hold ${{NAME}} now, not the values");
-            if let Err(error) = self.store.drop_free_pages(VACUUM_BYTES_MAX).await {
+            if let Err(error) = self.store.vacuum(VACUUM_BYTES_MAX).await {
                 tracing::warn!(%error, "values of variables may remain in free pages of the file");
             }
         }
@@ -317,15 +317,15 @@ mod tests {
         let spec = spec(r#"{"a":"${TOKEN}","b":"x${PLACE:-here}"}"#, true);
         let value =
             |token: &'static str| move |name: &str| (name == "TOKEN").then(|| token.to_owned());
-        let same = SetOtherwise::default();
-        let other = SetOtherwise { names: vec!["TOKEN".into()], unknown: Vec::new() };
+        let same = ChangedVariables::default();
+        let other = ChangedVariables { names: vec!["TOKEN".into()], unknown: Vec::new() };
         let noted = async |token| {
             let lookup = value(token);
             variables.note(&spec, &lookup).await.expect("noted")
         };
         let asked = async |token| {
             let lookup = value(token);
-            variables.set_otherwise(&spec, &lookup).await.expect("asked")
+            variables.changed_variables(&spec, &lookup).await.expect("asked")
         };
         assert_eq!(asked("hunter2-one").await, same, "it has not run yet");
         assert_eq!(noted("hunter2-one").await, same);
@@ -355,8 +355,8 @@ mod tests {
         variables.note(&spec, &lookup).await.expect("noted");
         let key = folder.path().join(KEY_FILE);
         std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o660)).expect("set");
-        let found = variables.set_otherwise(&spec, &lookup).await.expect("asked");
-        assert_eq!(found, SetOtherwise::default());
+        let found = variables.changed_variables(&spec, &lookup).await.expect("asked");
+        assert_eq!(found, ChangedVariables::default());
         let mode = std::fs::metadata(&key).expect("a key").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
@@ -399,14 +399,14 @@ mod tests {
         std::os::unix::fs::symlink(&other, &key).expect("a link");
         let before = std::fs::read(&other).expect("read");
         let unknown = vec!["TOKEN".to_owned()];
-        let asked = variables.set_otherwise(&spec, &lookup).await.expect("asked");
+        let asked = variables.changed_variables(&spec, &lookup).await.expect("asked");
         assert_eq!(asked.unknown, unknown);
         assert!(key.is_symlink(), "a question changes nothing");
         assert_eq!(variables.note(&spec, &lookup).await.expect("noted").unknown, unknown);
         assert!(!key.is_symlink());
         assert_eq!(std::fs::read(&other).expect("read"), before);
         let now = variables.note(&spec, &lookup).await.expect("noted");
-        assert_eq!(now, SetOtherwise::default());
+        assert_eq!(now, ChangedVariables::default());
     }
 
     #[tokio::test]
@@ -420,7 +420,7 @@ mod tests {
             state.execute("INSERT INTO running VALUES (?1, ?1)", [&json])?;
             state.execute("INSERT INTO ledger VALUES ('s', 'shard', '', 0, ?1, 0)", [&id])
         };
-        store.write("write as before", work).await.expect("written");
+        store.transact("write as before", work).await.expect("written");
         let variables = Variables::new(store.clone());
         let text = StageText { json: r#"{"a":"${TOKEN}"}"#.into(), has_variables: true };
         variables.forget_values(vec![("decode".into(), text)]).await.expect("forgotten");
@@ -433,7 +433,7 @@ mod tests {
                 text("SELECT running FROM running")?,
             ))
         };
-        let found = store.write("read", read).await.expect("read");
+        let found = store.transact("read", read).await.expect("read");
         assert_eq!(found, (new.to_json(), new.id().to_string(), new.to_json()));
         for file in ["state.db", "state.db-wal"] {
             let bytes = std::fs::read(folder.path().join(file)).unwrap_or_default();

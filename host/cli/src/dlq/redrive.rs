@@ -379,7 +379,7 @@ async fn positions(
     sinks: &[Arc<dyn Sink>],
 ) -> anyhow::Result<Vec<(SinkName, Option<Position>)>> {
     let key = redrives.key(id);
-    let noted = Checkpoints::new(state.clone()).sinks(&key).await?;
+    let noted = Checkpoints::new(state.clone()).sink_positions(&key).await?;
     let mut positions = Vec::new();
     for sink in sinks {
         let own = sink.position(&key).await?;

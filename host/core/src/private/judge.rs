@@ -170,7 +170,7 @@ impl Judge {
     }
 
     /// Whether others than the groups of this process, or root's, have rights in a file.
-    pub fn is_wide(&self, gid: u32, mode: u32) -> bool {
+    pub fn is_open_to_others(&self, gid: u32, mode: u32) -> bool {
         let beyond = if self.is_own_group(gid) { EVERYBODY } else { BEYOND_OWNER };
         mode & beyond != 0
     }
@@ -524,7 +524,7 @@ mod tests {
 
     #[test]
     fn wall_14_a_secret_is_known_beyond_this_process_and_its_groups_or_not() {
-        for (gid, mode, is_wide) in [
+        for (gid, mode, is_open_to_others) in [
             (1000, 0o600, false),
             (2000, 0o660, false),
             (0, 0o640, false),
@@ -533,7 +533,7 @@ mod tests {
             (2000, 0o604, true),
             (1000, 0o661, true),
         ] {
-            assert_eq!(judge().is_wide(gid, mode), is_wide, "{gid} {mode:o}");
+            assert_eq!(judge().is_open_to_others(gid, mode), is_open_to_others, "{gid} {mode:o}");
         }
     }
 

@@ -1,10 +1,10 @@
 //! Texts of plugins for people, bounded: one may be as long as the plugin's memory.
 
-use crate::escape::WORDS_BYTES_MAX;
+use crate::escape::QUOTED_BYTES_MAX;
 
 /// The text's first 8 KiB; what is no UTF-8 is replaced. A cut text ends with its whole length.
 pub fn excerpt(text: &[u8]) -> String {
-    shortened(text, WORDS_BYTES_MAX)
+    shortened(text, QUOTED_BYTES_MAX)
 }
 
 /// The same with the text's first `bytes_max` bytes.
@@ -26,8 +26,8 @@ mod tests {
     fn a_short_text_is_whole_and_a_long_one_is_cut() {
         assert_eq!(excerpt(b"why"), "why");
         assert_eq!(excerpt(b"\xff"), "\u{fffd}");
-        let long = excerpt("xä".repeat(WORDS_BYTES_MAX).as_bytes());
-        assert!(long.len() < WORDS_BYTES_MAX + 64 && !long.contains('\u{fffd}'), "{long}");
+        let long = excerpt("xä".repeat(QUOTED_BYTES_MAX).as_bytes());
+        assert!(long.len() < QUOTED_BYTES_MAX + 64 && !long.contains('\u{fffd}'), "{long}");
         assert!(long.ends_with("… (24576 bytes in all)"), "{long}");
     }
 }

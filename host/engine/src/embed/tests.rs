@@ -116,7 +116,7 @@ impl Sink for Memory {
         Ok(self.kept.lock().expect("the position").1.clone())
     }
 
-    async fn kept(
+    async fn kept_positions(
         &self,
         _pipeline: &PipelineName,
         shards: &[ShardKey],

@@ -63,7 +63,7 @@ impl<'a> Lane<'a> {
     ) -> Result<Self, LaneError> {
         let state = shared.checkpoints.shards(&shard.stream).await?;
         let state = state.get(&shard.shard).cloned().unwrap_or_default();
-        let known = shared.checkpoints.sinks(&shard).await?;
+        let known = shared.checkpoints.sink_positions(&shard).await?;
         // Known before the sinks are reached: one that is not is behind all the same.
         let mut arrivals = shared.checkpoints.arrivals(&shard).await?;
         let names = shared.sinks.iter().map(|sink| sink.name().clone());
@@ -434,9 +434,9 @@ impl GenerationStore {
             components.insert(digest.to_owned(), self.component(digest).await?);
         }
         // Before it loads: a variable that is set otherwise may be why it does not.
-        let otherwise =
-            Variables::new(self.state.clone()).set_otherwise(&spec, &environment).await?;
-        otherwise.say(&spec.id());
+        let changed_variables =
+            Variables::new(self.state.clone()).changed_variables(&spec, &environment).await?;
+        changed_variables.warn(&spec.id());
         let (host, stream_name) = (self.host.clone(), stream_name.to_owned());
         let load = move || {
             let component = |digest: &str| {

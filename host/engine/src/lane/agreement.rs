@@ -65,7 +65,7 @@ pub(crate) async fn before_first_record(
     let is_known = |own: &KeptPosition| own.stream == stream_key && known.contains_key(&own.shard);
     accept_state(state, &kept, is_known, trust_sinks).await?;
     for sink in &shared.sinks {
-        sink.own(state.ownership());
+        sink.set_ownership(state.ownership());
     }
 
     let mut facts: BTreeMap<ShardId, ShardFacts> = BTreeMap::new();
@@ -107,7 +107,7 @@ pub(crate) async fn before_first_record(
             })
         };
         let holes = plan.lost.iter().filter_map(hole).collect();
-        shared.checkpoints.forgive(stream, plan.lost, holes).await?;
+        shared.checkpoints.accept_losses(stream, plan.lost, holes).await?;
     }
     for reopened in &plan.reopened {
         let sinks: Vec<&str> = reopened.sinks.iter().map(|(sink, _)| sink.as_str()).collect();
@@ -338,7 +338,7 @@ async fn ask(
     keys: &[ShardKey],
 ) -> Result<Kept, LaneError> {
     let each = sinks.iter().map(async |sink| {
-        let kept = sink.kept(pipeline, keys).await?;
+        let kept = sink.kept_positions(pipeline, keys).await?;
         Ok(kept.map(|kept| (sink.clone(), kept)))
     });
     let answers: Result<Vec<_>, LaneError> = futures::future::try_join_all(each).await;

@@ -84,7 +84,7 @@ pub(crate) async fn resolve(
         let returned = next.sinks.iter().filter(|sink| known.removed.contains_key(sink.name()));
         for sink in returned {
             let keys: Vec<ShardKey> = shards.keys().map(&key).collect();
-            let keeps_position = sink.kept(&next.config.name, &keys).await?.is_some();
+            let keeps_position = sink.kept_positions(&next.config.name, &keys).await?.is_some();
             let own = stands(&**sink, &shards, &key).await?;
             let own = Own { stands: own, keeps_position };
             change.holes.extend(holes(sink.name(), &known, &shards, &own, &key));
@@ -606,7 +606,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
         let theirs = stands(&*alias, self.shards, key).await?;
         let own = stands(&**sink, self.shards, key).await?;
         let keys: Vec<ShardKey> = self.shards.keys().map(key).collect();
-        let keeps_position = sink.kept(&self.config.name, &keys).await?.is_some();
+        let keeps_position = sink.kept_positions(&self.config.name, &keys).await?.is_some();
         // The state remembers how far it was at its former destination.
         let has_moved = self.known.destinations.contains_key(name) && keeps_position;
         for (shard, state) in self.shards {

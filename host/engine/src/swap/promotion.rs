@@ -213,10 +213,10 @@ impl Inner {
             }
             answer_time.starts = begun.elapsed();
         }
-        setup.shared.ledger.keep(&next.spec, components).await.map_err(failed)?;
+        setup.shared.ledger.store_revision(&next.spec, components).await.map_err(failed)?;
         let variables = Variables::new(self.state.clone());
-        let otherwise = variables.note(&next.spec, &environment).await.map_err(failed)?;
-        otherwise.say(&next.id);
+        let changed_variables = variables.note(&next.spec, &environment).await.map_err(failed)?;
+        changed_variables.warn(&next.id);
         tracing::debug!(generation = %next.id, "its components are kept");
         let running = Running { declared, running: next.spec.clone() };
         // The place is taken first: once the change is noted, nothing refuses it any more.
@@ -231,7 +231,7 @@ impl Inner {
             })?),
             None => None,
         };
-        let number = self.changes.promote(&running, Some(change), undoes).await.map_err(failed)?;
+        let number = self.changes.record_running(&running, Some(change), undoes).await.map_err(failed)?;
         tracing::debug!(generation = %next.id, number, "it is noted; the lanes change");
         let was = setup.clone();
         setup.running = running;
@@ -327,7 +327,7 @@ impl Inner {
             return;
         }
         let undoes = number.map(|number| (number, cause.to_owned()));
-        if let Err(error) = self.changes.promote(&was.running, None, undoes).await {
+        if let Err(error) = self.changes.record_running(&was.running, None, undoes).await {
             tracing::error!(%error, "the next start runs what was refused just now");
         }
         *setup = Setup { changes: change + 1, ..was };

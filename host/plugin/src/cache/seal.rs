@@ -101,7 +101,7 @@ fn read(path: &Path) -> io::Result<Found> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Missing),
         Err(error) => return Err(io::Error::other(format!("{}: {error}", path.display()))),
     };
-    if private::is_wide(&file)? {
+    if private::is_open_to_others(&file)? {
         return Ok(Found::Exposed);
     }
     let mut key = Vec::new();

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::bindings::shardmill::plugin::log::Level;
-use shardmill_core::escape::{WORDS_BYTES_MAX, beginning, steers};
+use shardmill_core::escape::{QUOTED_BYTES_MAX, beginning, controls_terminal};
 use shardmill_core::metric;
 use shardmill_core::record::StageName;
 
@@ -106,7 +106,7 @@ pub(super) fn emit(author: &Author, level: Level, line: &str) {
 /// Makes one line of bounded length, whatever the plugin wrote: a character that is escaped takes up to ten
 /// times its bytes. `hide` replaces secrets in what is copied of it.
 pub(super) fn line(message: &str, hide: impl FnOnce(String) -> String) -> String {
-    beginning(message, WORDS_BYTES_MAX, steers, hide)
+    beginning(message, QUOTED_BYTES_MAX, controls_terminal, hide)
 }
 
 #[cfg(test)]
@@ -126,7 +126,7 @@ mod tests {
             copied_bytes = copied.len();
             "all hidden".into()
         });
-        assert_eq!(copied_bytes, WORDS_BYTES_MAX + AHEAD_BYTES);
+        assert_eq!(copied_bytes, QUOTED_BYTES_MAX + AHEAD_BYTES);
         assert_eq!(cut, "all hidden… (67108864 bytes in all)");
         assert_eq!(line("a secret", |copied| copied.replace("secret", "${S}")), "a ${S}");
     }

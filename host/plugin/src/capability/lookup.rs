@@ -30,7 +30,7 @@ use self::sqlite::SqliteTable;
 use shardmill_config::{LookupConfig, LookupSource};
 use shardmill_core::metric;
 use shardmill_core::off_thread;
-use shardmill_core::rarely::Rarely;
+use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::record::LookupName;
 
 /// How often a lookup says that its query gives rows which nobody asked for: a plugin may ask as often as
@@ -45,7 +45,7 @@ pub struct Lookup {
     table: Table,
     runtime: Handle,
     /// Lines about rows which nobody asked for.
-    stranger_lines: Mutex<Rarely>,
+    stranger_lines: Mutex<LogThrottle>,
 }
 
 /// Where rows come from.
@@ -91,7 +91,7 @@ impl Lookup {
         let name = config.name.value.clone();
         let table = table.map_err(|error| named(&name, error))?;
         let cache = Cache::new(config.cache);
-        let stranger_lines = Mutex::new(Rarely::new(STRANGER_SAID_AFTER));
+        let stranger_lines = Mutex::new(LogThrottle::new(STRANGER_SAID_AFTER));
         Ok(Self { name, timeout, cache, table, runtime, stranger_lines })
     }
 

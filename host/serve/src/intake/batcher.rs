@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use shardmill_core::budget::Permit;
 use shardmill_core::metric;
-use shardmill_core::rarely::Rarely;
+use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::retry::RetryPolicy;
 use shardmill_kinesis::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused, Request};
 use shardmill_kinesis::put_call::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
@@ -53,7 +53,7 @@ pub(super) async fn run(
     let mut writer = PutWriter::new(stream, options);
     let mut queue = Queue::default();
     let mut failing_since: Option<Instant> = None;
-    let mut lines = Rarely::default();
+    let mut lines = LogThrottle::default();
     while queue.fill(&mut submissions).await {
         let request = queue.cut(writer.request());
         let begun = Instant::now();

@@ -296,12 +296,12 @@ impl Sink for ObjectsSink {
         log.adopt(&ClaimLog::new(place, shard), &OwnerId::random()).await
     }
 
-    fn own(&self, ownership: Ownership) {
+    fn set_ownership(&self, ownership: Ownership) {
         // The first stays: a sink has one owner as long as it lives.
         let _ = self.ownership.set(ownership);
     }
 
-    async fn kept(
+    async fn kept_positions(
         &self,
         pipeline: &PipelineName,
         shards: &[ShardKey],

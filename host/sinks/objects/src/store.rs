@@ -26,7 +26,7 @@ use super::chunks;
 use super::keys::KeyLimits;
 use super::staged::{Created, Staged, StagedError};
 use shardmill_core::escape::quoted;
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::record::SinkName;
 use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::SinkError;
@@ -133,7 +133,7 @@ impl Place {
         if let Err(error) = ended {
             // What is not given up costs money until a rule of the bucket does it.
             if let Err(left) = upload.abort().await {
-                let error = quoted(&worded(left));
+                let error = quoted(&sanitized(left));
                 tracing::warn!(sink = %self.sink, %path, %error, "an upload is left over");
             }
             return Err(failed(error));
@@ -201,7 +201,7 @@ impl Place {
             _ => "",
         };
         // The error holds the body of the answer.
-        let said = worded(error);
+        let said = sanitized(error);
         self.unavailable(format!("cannot {action} {path} in {}: {said}{way_out}", self.url))
     }
 

@@ -290,12 +290,12 @@ impl Sink for PostgresSink {
         session.end(adopted).await.map_err(failed)
     }
 
-    fn own(&self, ownership: Ownership) {
+    fn set_ownership(&self, ownership: Ownership) {
         // The first stays: a sink has one owner as long as it lives.
         let _ = self.shared.ownership.set(ownership);
     }
 
-    async fn kept(
+    async fn kept_positions(
         &self,
         pipeline: &PipelineName,
         _shards: &[ShardKey],

@@ -15,7 +15,7 @@ use super::merge::STAGING;
 use super::session::literal;
 use super::settings::{CopySource, bucket_of};
 use shardmill_core::escape::quoted;
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::record::ShardKey;
 use shardmill_core::sink::SinkError;
 use shardmill_sink_objects::Place;
@@ -116,7 +116,7 @@ impl StagingBucket {
             match self.place.store.delete(path).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
                 Err(error) => {
-                    let error = quoted(&worded(error));
+                    let error = quoted(&sanitized(error));
                     tracing::warn!(sink = %self.place.sink, %path, %error, "a file is left over");
                 }
             }

@@ -14,7 +14,7 @@ use super::files::Upload;
 use super::ledger::Entry;
 use super::table::LiveTable;
 use super::{merge, session};
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::record::{Position, ShardKey};
 use shardmill_core::sink::{Commit, Committed, Refusal, RefusalLog, SinkError, SinkWriter};
 use shardmill_pg::{Link, ServerError as Error};
@@ -267,7 +267,7 @@ impl RedshiftWriter {
                 let file = file.and_then(|number| files.get(number.parse::<usize>().ok()?));
                 let line = text(1).parse::<usize>().ok().and_then(|line| line.checked_sub(1));
                 if let Some(index) = file.zip(line).and_then(|(file, line)| file.rows.get(line)) {
-                    let (column, why) = (worded(text(2)), worded(text(3)));
+                    let (column, why) = (sanitized(text(2)), sanitized(text(3)));
                     let reason = format!("COPY does not take column {column:?}: {why}");
                     named.entry(*index).or_insert(reason);
                 }

@@ -11,7 +11,7 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::table::LiveTable;
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_sinks_common::local;
 use shardmill_sinks_common::local::FileId;
 
@@ -120,7 +120,7 @@ fn may_reopen(path: &Path) -> Result<(), String> {
 
 fn open(path: &Path) -> Result<Connection, String> {
     let failed =
-        |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), worded(error));
+        |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), sanitized(error));
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         std::fs::create_dir_all(folder)
             .map_err(|error| format!("cannot create folder {}: {error}", folder.display()))?;
@@ -139,7 +139,7 @@ fn open(path: &Path) -> Result<Connection, String> {
 /// in memory.
 pub(super) fn open_to_check(path: &Path) -> Result<Connection, String> {
     let failed =
-        |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), worded(error));
+        |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), sanitized(error));
     // The log and its index lie beside the file, so the folder must take files even where the database is
     // there already.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());

@@ -5,7 +5,7 @@
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::owner::{OwnerName, Ownership, StateMark};
 use shardmill_core::record::{
     PipelineName, Position, PositionSpan, SequenceNumber, ShardId, ShardKey, SinkName,
@@ -78,7 +78,7 @@ pub(super) fn take_over(
     ownership: Option<&Ownership>,
 ) -> Result<Stored, String> {
     let failed = |error: rusqlite::Error| {
-        format!("cannot take {} over in shardmill_position: {}", shard.shard, worded(error))
+        format!("cannot take {} over in shardmill_position: {}", shard.shard, sanitized(error))
     };
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
     connection.execute_batch(CREATE).map_err(failed)?;
@@ -107,7 +107,7 @@ pub(super) fn check(connection: &Connection) -> Result<(), String> {
         .and_then(|()| connection.prepare(TAKE_OVER).map(drop))
         .and_then(|()| connection.prepare(MOVE_ON).map(drop))
         .map_err(|error| {
-            let said = worded(error);
+            let said = sanitized(error);
             format!("positions cannot be kept in table shardmill_position: {said}: rename what has its name")
         })
 }
@@ -160,7 +160,7 @@ pub(super) fn read_all(
         })?;
         kept.collect()
     };
-    read().map_err(|error| format!("cannot read shardmill_position: {}", worded(error)))
+    read().map_err(|error| format!("cannot read shardmill_position: {}", sanitized(error)))
 }
 
 /// The shard's row; `None` when it or the table is missing.
@@ -172,7 +172,7 @@ pub(super) fn read_if_any(
     connection
         .query_row(EXISTS, [], |row| row.get::<_, i64>(0))
         .and_then(|tables| if tables == 0 { Ok(None) } else { read(connection, sink, shard) })
-        .map_err(|error| format!("cannot read shardmill_position: {}", worded(error)))
+        .map_err(|error| format!("cannot read shardmill_position: {}", sanitized(error)))
 }
 
 /// The shard's row.
@@ -200,7 +200,7 @@ pub(super) fn adopt(
         format!(
             "cannot move {} of sink {old} in shardmill_position: {}",
             shard.shard,
-            worded(error)
+            sanitized(error)
         )
     };
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;

@@ -7,7 +7,7 @@ use super::position;
 use super::trigger::{self, Verdict};
 use super::value::{ColumnType, Kind};
 use shardmill_config::WriteMode;
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_sinks_common::rows::ColumnNames;
 pub use shardmill_sinks_common::rows::declared::{
     DeclaredColumn, Fit, LiveFit, check_fit, create_table_sql, may_create,
@@ -122,7 +122,7 @@ pub(super) fn prepare(
         check_type(column)?;
     }
     let cannot_read =
-        |error: rusqlite::Error| format!("cannot read table {table}: {}", worded(error));
+        |error: rusqlite::Error| format!("cannot read table {table}: {}", sanitized(error));
     let live = match LiveTable::read(connection, table).map_err(cannot_read)? {
         Some(live) => live,
         None => {
@@ -146,7 +146,7 @@ pub(super) fn try_out(
     mode: &WriteMode,
 ) -> Result<Vec<String>, String> {
     let failed =
-        |error: rusqlite::Error| format!("table {table} cannot be written to: {}", worded(error));
+        |error: rusqlite::Error| format!("table {table} cannot be written to: {}", sanitized(error));
     match connection.execute_batch("BEGIN IMMEDIATE") {
         Ok(()) => {}
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
@@ -183,7 +183,7 @@ fn check_insert(
         format!(
             "no row can be written to {table}: {}: name a table, or a view with an INSTEAD OF \
              INSERT trigger",
-            worded(error)
+            sanitized(error)
         )
     })
 }
@@ -194,7 +194,7 @@ fn warnings(
     table: &str,
     declared: &[DeclaredColumn<'_>],
 ) -> Result<Vec<String>, String> {
-    let failed = |error: rusqlite::Error| format!("cannot read table {table}: {}", worded(error));
+    let failed = |error: rusqlite::Error| format!("cannot read table {table}: {}", sanitized(error));
     let live = LiveTable::read(connection, table).map_err(failed)?;
     let mut warnings = Vec::new();
     for column in live.iter().flat_map(|live| &live.columns) {
@@ -270,7 +270,7 @@ fn check_key(connection: &Connection, table: &str, mode: &WriteMode) -> Result<(
         format!(
             "rows cannot be matched by key ({key}) in table {table}: {}: \
              the table needs these columns and a unique index on the key",
-            worded(error)
+            sanitized(error)
         )
     })
 }
@@ -329,7 +329,7 @@ fn create_table(
     let create = create_table_sql(&quoted(table), columns, mode, quoted);
     connection
         .execute_batch(&create)
-        .map_err(|error| format!("cannot create table {table}: {}", worded(error)))
+        .map_err(|error| format!("cannot create table {table}: {}", sanitized(error)))
 }
 
 /// A name as SQL has it: in double quotes.

@@ -12,7 +12,7 @@ use rusqlite::{Connection, ErrorCode, ffi, params_from_iter};
 use super::connection::LockedConnection;
 use super::table::{self, LiveTable, quoted};
 use super::{Shared, position, value};
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::owner::OwnerName;
 use shardmill_core::record::{PositionSpan, Row, ShardKey};
 use shardmill_core::sink::Refusal;
@@ -61,7 +61,7 @@ impl Work {
 
     fn write(&self, locked: &mut LockedConnection) -> Result<Written, Failure> {
         let failed = |error: rusqlite::Error| {
-            let said = worded(error);
+            let said = sanitized(error);
             Failure::Unavailable(format!("cannot commit to table {}: {said}", self.shared.table))
         };
         locked.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
@@ -89,7 +89,7 @@ impl Work {
     fn look_where_it_stands(&self, connection: &Connection) -> Result<Written, Failure> {
         let stored =
             position::read(connection, &self.shared.sink, &self.shard).map_err(|error| {
-                Failure::Unavailable(format!("cannot read shardmill_position: {}", worded(error)))
+                Failure::Unavailable(format!("cannot read shardmill_position: {}", sanitized(error)))
             })?;
         match stored {
             None => Err(Failure::Fenced("its row is gone from shardmill_position".into(), None)),
@@ -121,7 +121,7 @@ impl Work {
         }
         let open = &mut **locked;
         let live = self.live_table(&open.connection, &mut open.table)?;
-        let failed = |error: rusqlite::Error| format!("cannot commit: {}", worded(error));
+        let failed = |error: rusqlite::Error| format!("cannot commit: {}", sanitized(error));
         open.connection.execute_batch("SAVEPOINT all_rows").map_err(failed)?;
         let mut insert = Insert::new(&self.shared, &open.connection, live);
         let mut refusals = Vec::new();
@@ -149,7 +149,7 @@ impl Work {
     ) -> Result<&'h LiveTable, String> {
         let name = &self.shared.table;
         let failed =
-            |error: rusqlite::Error| format!("cannot read table {name}: {}", worded(error));
+            |error: rusqlite::Error| format!("cannot read table {name}: {}", sanitized(error));
         let version = table::schema_version(connection).map_err(failed)?;
         let live = match known.take() {
             Some((at, live)) if at == version => live,
@@ -196,7 +196,7 @@ fn commit(locked: &LockedConnection) -> Result<(), String> {
             }
             _ => "",
         };
-        format!("cannot commit: {}{hint}", worded(error))
+        format!("cannot commit: {}{hint}", sanitized(error))
     })?;
     // A file that went away meanwhile took the commit along. It counts once the file is back, where the
     // position then says so.
@@ -256,7 +256,7 @@ impl<'c, 'r> Insert<'c, 'r> {
         let connection = self.connection;
         let step = |sql: &str| {
             connection.execute_batch(sql).map_err(|error| {
-                let said = worded(error);
+                let said = sanitized(error);
                 RowFailure::Unavailable(format!("cannot undo the row that was refused: {said}"))
             })
         };
@@ -280,7 +280,7 @@ impl<'c, 'r> Insert<'c, 'r> {
         let step = |sql: &str| {
             let done = connection.execute_batch(sql);
             done.map_err(|error| {
-                format!("cannot look for the row of a foreign key: {}", worded(error))
+                format!("cannot look for the row of a foreign key: {}", sanitized(error))
             })
         };
         let mut refusals = Vec::new();
@@ -365,7 +365,7 @@ impl<'c, 'r> Insert<'c, 'r> {
             Some(ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch | ErrorCode::TooBig)
         );
         if blamed && !self.connection.is_autocommit() {
-            return RowFailure::Refused(worded(error));
+            return RowFailure::Refused(sanitized(error));
         }
         let table = &self.shared.table;
         let hint = if blamed {
@@ -374,7 +374,7 @@ impl<'c, 'r> Insert<'c, 'r> {
         } else {
             ""
         };
-        RowFailure::Unavailable(format!("cannot write to table {table}: {}{hint}", worded(error)))
+        RowFailure::Unavailable(format!("cannot write to table {table}: {}{hint}", sanitized(error)))
     }
 }
 

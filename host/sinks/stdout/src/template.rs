@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 
 use super::json;
-use shardmill_core::escape::steers;
+use shardmill_core::escape::controls_terminal;
 use shardmill_core::record::{Row, ShardId};
 
 /// A template that is malformed.
@@ -266,7 +266,7 @@ fn write_text(text: &str, line: &mut dyn Write) -> io::Result<()> {
 
 fn write_escaped(text: &str, line: &mut dyn Write) -> io::Result<()> {
     let mut rest = text;
-    while let Some((at, c)) = rest.char_indices().find(|(_, c)| steers(*c)) {
+    while let Some((at, c)) = rest.char_indices().find(|(_, c)| controls_terminal(*c)) {
         line.write_all(&rest.as_bytes()[..at])?;
         write!(line, "{}", c.escape_default())?;
         rest = &rest[at + c.len_utf8()..];

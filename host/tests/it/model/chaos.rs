@@ -216,16 +216,16 @@ impl Sink for Unreliable {
         self.inner.adopt(old, shard).await
     }
 
-    fn own(&self, ownership: Ownership) {
-        self.inner.own(ownership);
+    fn set_ownership(&self, ownership: Ownership) {
+        self.inner.set_ownership(ownership);
     }
 
-    async fn kept(
+    async fn kept_positions(
         &self,
         pipeline: &PipelineName,
         shards: &[ShardKey],
     ) -> Result<Option<Vec<KeptPosition>>, SinkError> {
-        self.call("kept", self.inner.kept(pipeline, shards)).await
+        self.call("kept", self.inner.kept_positions(pipeline, shards)).await
     }
 }
 

@@ -303,7 +303,7 @@ impl World {
         for sink in &config.sinks {
             let name = sink.name.value.as_str();
             let place = SINKS.iter().position(|own| *own == name).unwrap_or(ALL);
-            let kept = self.destinations.sink(place, name).kept(&config.name, &shards).await?;
+            let kept = self.destinations.sink(place, name).kept_positions(&config.name, &shards).await?;
             for mark in kept.into_iter().flatten().filter_map(|kept| kept.mark) {
                 if mark.state == own.state && mark.number > own.number {
                     return Ok(true);

@@ -162,12 +162,12 @@ impl Sink for TableSink {
         }
     }
 
-    fn own(&self, ownership: Ownership) {
+    fn set_ownership(&self, ownership: Ownership) {
         // The first stays: a sink has one owner as long as it lives.
         let _ = self.ownership.set(ownership);
     }
 
-    async fn kept(
+    async fn kept_positions(
         &self,
         _pipeline: &PipelineName,
         _shards: &[ShardKey],

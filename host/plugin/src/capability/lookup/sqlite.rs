@@ -19,7 +19,7 @@ use tokio::time::timeout_at;
 
 use super::found::{Asked, Found};
 use super::{LookupError, pool_error, stopped};
-use shardmill_core::masking::worded;
+use shardmill_core::masking::sanitized;
 use shardmill_core::off_thread;
 
 /// Steps of SQLite's machine between two looks at the clock: well below a millisecond.
@@ -213,7 +213,7 @@ impl Opener {
     }
 
     fn failed(&self, cause: impl std::fmt::Display) -> LookupError {
-        LookupError::retryable(format!("{}: {}", self.place(), worded(cause)))
+        LookupError::retryable(format!("{}: {}", self.place(), sanitized(cause)))
     }
 }
 

@@ -10,7 +10,7 @@ use crate::support::{run, shardmill};
 const BAD: &str = "\x1b[2J\u{202e}\u{9b}31m\u{200b}\u{2066}x\r\nok      forged\u{2028}";
 
 /// Whether a character steers a terminal: a list of the test's own.
-fn steers(c: char) -> bool {
+fn controls_terminal(c: char) -> bool {
     let formats = ['\u{ad}', '\u{61c}', '\u{feff}'];
     (c.is_control() && c != '\n' && c != '\t')
         || ('\u{200b}'..='\u{200f}').contains(&c)
@@ -23,7 +23,7 @@ fn steers(c: char) -> bool {
 fn said(command: &[&str], output: &Output) -> String {
     let both = [&output.stdout[..], b"\n", &output.stderr].concat();
     let said = String::from_utf8(both).expect("text");
-    assert!(!said.contains(steers), "{command:?}: {said:?}");
+    assert!(!said.contains(controls_terminal), "{command:?}: {said:?}");
     assert!(!said.lines().any(|line| line.starts_with("ok      forged")), "{command:?}: {said}");
     said
 }
@@ -107,7 +107,7 @@ fn wall_12_lines_reasons_and_stacks_are_shown_escaped() {
     let pipeline = place.pipeline();
     let ran = place.run();
     assert_eq!(ran.code, Some(0), "{}", ran.log);
-    assert!(!ran.log.contains(steers), "{:?}", ran.log);
+    assert!(!ran.log.contains(controls_terminal), "{:?}", ran.log);
     let lines = ran.log.lines().filter(|line| line.contains("stage=ask"));
     assert!(lines.count() > 0 && !ran.log.contains("\nok      forged"), "{}", ran.log);
     let dead_letters = place.dead_letters();
@@ -182,7 +182,7 @@ fn wall_12_tail_swap_and_health_show_what_a_plugin_says_escaped() {
     assert!(said(&history, &run(&history)).contains("u{202e}"));
     assert_eq!(started.terminate(), Some(0));
     let log = std::fs::read_to_string(world.log()).expect("a log");
-    assert!(!log.contains(steers), "{log:?}");
+    assert!(!log.contains(controls_terminal), "{log:?}");
 }
 
 #[test]

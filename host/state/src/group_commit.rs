@@ -18,7 +18,7 @@ pub(super) trait Entry: Clone + Send + 'static {
 }
 
 /// Entries that wait to be written. Whoever comes to the database first writes what all of them have.
-pub(super) struct Together<E> {
+pub(super) struct GroupCommit<E> {
     store: StateStore,
     waiting: Arc<Mutex<Vec<Waiting<E>>>>,
 }
@@ -29,13 +29,13 @@ struct Waiting<E> {
     done: oneshot::Sender<Result<(), StateError>>,
 }
 
-impl<E> Clone for Together<E> {
+impl<E> Clone for GroupCommit<E> {
     fn clone(&self) -> Self {
         Self { store: self.store.clone(), waiting: self.waiting.clone() }
     }
 }
 
-impl<E: Entry> Together<E> {
+impl<E: Entry> GroupCommit<E> {
     pub(super) fn new(store: StateStore) -> Self {
         Self { store, waiting: Arc::default() }
     }
@@ -108,20 +108,20 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let store = StateStore::open(folder.path()).expect("opened");
         let schema = "CREATE TABLE mark (n INTEGER)";
-        store.write("make a table", |state| state.execute_batch(schema)).await.expect("made");
-        let together = Together::new(store.clone());
+        store.transact("make a table", |state| state.execute_batch(schema)).await.expect("made");
+        let group = GroupCommit::new(store.clone());
         // While somebody else has the database, all of them gather.
         let turn = store.turn().await;
-        let writes = (0..500).map(|n| together.write(Mark(n)));
+        let writes = (0..500).map(|n| group.write(Mark(n)));
         let all = futures::future::join_all(writes);
         tokio::pin!(all);
         assert!(futures::poll!(&mut all).is_pending());
-        assert_eq!(together.lock().len(), 500);
+        assert_eq!(group.lock().len(), 500);
         drop(turn);
         assert!(all.await.into_iter().all(|written| written.is_ok()));
-        assert!(together.lock().is_empty());
+        assert!(group.lock().is_empty());
         let count = "SELECT count(*) FROM mark";
-        let marks = store.write("count", move |state| state.query_row(count, [], |row| row.get(0)));
+        let marks = store.transact("count", move |state| state.query_row(count, [], |row| row.get(0)));
         assert_eq!(marks.await.map_err(|error| error.to_string()), Ok(500_i64));
     }
 
@@ -131,11 +131,11 @@ mod tests {
         let store = StateStore::open(folder.path()).expect("opened");
         let turn = store.turn().await;
         let mut dropped =
-            Box::pin(store.write("drop a table", |state| state.execute_batch("DROP TABLE shard")));
+            Box::pin(store.transact("drop a table", |state| state.execute_batch("DROP TABLE shard")));
         assert!(futures::poll!(&mut dropped).is_pending());
         drop((dropped, turn));
         let count = "SELECT count(*) FROM shard";
-        let count = store.write("count", move |state| state.query_row(count, [], |row| row.get(0)));
+        let count = store.transact("count", move |state| state.query_row(count, [], |row| row.get(0)));
         assert_eq!(count.await.map_err(|error| error.to_string()), Ok(0_i64));
     }
 }

@@ -8,19 +8,19 @@ const PAUSE: Duration = Duration::from_secs(10);
 
 /// Decides which lines of one kind are written. The rest is counted.
 #[derive(Debug)]
-pub struct Rarely {
+pub struct LogThrottle {
     pause: Duration,
     written_at: Option<Instant>,
     left_out: u64,
 }
 
-impl Default for Rarely {
+impl Default for LogThrottle {
     fn default() -> Self {
         Self::new(PAUSE)
     }
 }
 
-impl Rarely {
+impl LogThrottle {
     /// Lines at least `pause` apart.
     pub fn new(pause: Duration) -> Self {
         Self { pause, written_at: None, left_out: 0 }
@@ -44,7 +44,7 @@ mod tests {
 
     #[test]
     fn wall_09_a_line_that_others_cause_is_written_once_in_a_while_with_the_number_left_out() {
-        let mut rarely = Rarely::default();
+        let mut throttle = LogThrottle::default();
         let begun = Instant::now();
         for (at_ms, expected) in [
             (0, Some(0)),
@@ -57,7 +57,7 @@ mod tests {
             (45_000, Some(0)),
         ] {
             let now = begun + Duration::from_millis(at_ms);
-            assert_eq!(rarely.line(now), expected, "{at_ms}");
+            assert_eq!(throttle.line(now), expected, "{at_ms}");
         }
     }
 }
