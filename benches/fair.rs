@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use report::{Report, median_round};
 use shardmill_config::{RejectedMax, SinkTypes, parse};
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionRange, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill_engine::stage::{Chain, Generation, Samples};
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
@@ -148,8 +148,8 @@ fn batch(kind: &str, records: usize) -> Result<Arc<Batch>> {
         })
         .collect::<Result<_>>()?;
     let last = records.last().context("a batch has a record")?.position.clone();
-    let span = PositionSpan { from_exclusive: None, to_inclusive: last };
-    Ok(Arc::new(Batch { shard: shard(), records, span, entry: Entry::Source }))
+    let range = PositionRange { from_exclusive: None, to_inclusive: last };
+    Ok(Arc::new(Batch { shard: shard(), records, range, entry: Entry::Source }))
 }
 
 fn shard() -> ShardKey {

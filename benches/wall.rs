@@ -28,7 +28,7 @@ use car_decode::Car;
 use report::Report;
 use shardmill_config::{RejectedMax, StageLimits};
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionRange, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill_engine::stage::{Flow, Item, LoadedStage, StageRunner, Target};
 use shardmill_plugin::{CompileCache, Context, Instance, Plugin, PluginEngine, Route, Services};
@@ -219,7 +219,7 @@ fn batch(payload_bytes: usize, records: usize) -> Result<Batch> {
             shard: "shardId-000000000000".into(),
         },
         records,
-        span: PositionSpan { from_exclusive: None, to_inclusive: last },
+        range: PositionRange { from_exclusive: None, to_inclusive: last },
         entry: Entry::Source,
     })
 }

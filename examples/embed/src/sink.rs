@@ -168,7 +168,7 @@ impl SinkWriter for FolderWriter {
             bytes.push(b'\n');
         }
         bytes.push(MARK);
-        bytes.extend_from_slice(format!("{}\n", commit.span.to_inclusive).as_bytes());
+        bytes.extend_from_slice(format!("{}\n", commit.range.to_inclusive).as_bytes());
         self.append(&bytes).map_err(|error| unavailable(&self.sink, error))?;
         Ok(Committed {
             rows_written: commit.rows.len() as u64,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, ShardId, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionRange, Record, ShardId, ShardKey, StreamIdentity,
 };
 use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError, StartPosition,
@@ -87,11 +87,11 @@ impl BatchReader for Station {
             return Ok(NextBatch::SourceEnd);
         };
         let from_exclusive = self.after.replace(to_inclusive.clone());
-        let span = PositionSpan { from_exclusive, to_inclusive };
+        let range = PositionRange { from_exclusive, to_inclusive };
         Ok(NextBatch::Batch(Batch {
             shard: self.shard.clone(),
             records,
-            span,
+            range,
             entry: Entry::Source,
         }))
     }

@@ -21,7 +21,7 @@ use shardmill_core::private::make_folders;
 use shardmill_core::record::{ShardId, SinkName, StageName, StreamIdentity};
 use shardmill_core::source::ShardSource;
 use shardmill_engine::lease::PipelineLock;
-use shardmill_engine::spans::{ShardSpan, SpansSource};
+use shardmill_engine::ranges::{ShardRange, RangesSource};
 use shardmill_engine::stage::Generation;
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
 use shardmill_state::GenerationSpec;
@@ -72,8 +72,8 @@ pub(super) async fn run_again(
     let found = PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() };
     let (source, _embedded) = stream::source(&found).await?;
     let ran = Ran { state: state.clone(), stage: stage.into(), undone };
-    let RanSpans { spans, gone } = ran.spans_when_changed(&*source, stop.token(), console).await?;
-    if own.sinks.is_empty() || spans.is_empty() {
+    let RerunRanges { ranges, gone } = ran.ranges_when_changed(&*source, stop.token(), console).await?;
+    if own.sinks.is_empty() || ranges.is_empty() {
         std::fs::write(folder(config, undone.number).join(DONE), "")?;
         let report = AgainReport { records: 0, dead_letters: 0, sinks: sinks_shown, gone };
         say(&report, undone, console);
@@ -83,7 +83,7 @@ pub(super) async fn run_again(
     let lock = PipelineLock::take_for_replay(&again, &config.name)?;
     let host = plugin_host(config)?;
     seed(&state, &own, &host, lock.folder()).await?;
-    let source = Arc::new(SpansSource::new(source, spans));
+    let source = Arc::new(RangesSource::new(source, ranges));
     let built = sinks::build(&own)?;
     let options = RunOptions::new(true);
     let supervisor = Supervisor::prepare_under(lock, own, host, source, built, options).await?;
@@ -133,33 +133,33 @@ struct Ran<'c> {
 }
 
 /// What of it can be run again, and what not.
-struct RanSpans {
-    spans: BTreeMap<ShardId, ShardSpan>,
+struct RerunRanges {
+    ranges: BTreeMap<ShardId, ShardRange>,
     gone: Vec<String>,
 }
 
 impl Ran<'_> {
     /// Per shard that the stream lists, what the undone version ran, from its first record to the last
     /// before the rollback; waits for lanes that run it still.
-    async fn spans_when_changed(
+    async fn ranges_when_changed(
         &self,
         source: &dyn ShardSource,
         stop: &CancellationToken,
         console: &Console,
-    ) -> anyhow::Result<RanSpans> {
+    ) -> anyhow::Result<RerunRanges> {
         let stream = source.identity().await?;
         let listed: BTreeSet<ShardId> =
             source.shards().await?.into_iter().map(|shard| shard.id).collect();
         let end = tokio::time::Instant::now() + LANES_CHANGE_MAX;
         let mut is_told = false;
         loop {
-            let found = self.spans(&stream).await?;
+            let found = self.ranges(&stream).await?;
             let ended = Checkpoints::new(self.state.clone()).shards(&stream).await?;
-            let is_open = |shard: &ShardId, span: &ShardSpan| {
+            let is_open = |shard: &ShardId, range: &ShardRange| {
                 let has_ended = ended.get(shard).is_some_and(|state| state.ended);
-                span.to_inclusive.is_none() && !has_ended && listed.contains(shard)
+                range.to_inclusive.is_none() && !has_ended && listed.contains(shard)
             };
-            let open = found.of_stream.iter().filter(|(shard, span)| is_open(shard, span));
+            let open = found.of_stream.iter().filter(|(shard, range)| is_open(shard, range));
             let open: Vec<&str> = open.map(|(shard, _)| shard.as_str()).collect();
             if open.is_empty() {
                 return Ok(found.listed(&listed));
@@ -182,7 +182,7 @@ impl Ran<'_> {
         }
     }
 
-    async fn spans(&self, stream: &StreamIdentity) -> anyhow::Result<FoundSpans> {
+    async fn ranges(&self, stream: &StreamIdentity) -> anyhow::Result<FoundRanges> {
         let ledger = Ledger::new(self.state.clone());
         let version = |spec: &GenerationSpec| {
             let own = spec.stage(&self.stage)?;
@@ -201,19 +201,19 @@ impl Ran<'_> {
             // Recorded before the change: an earlier time that the same version ran.
             entry.recorded_ms >= self.undone.at_ms && versions[&entry.generation]
         };
-        Ok(FoundSpans::of(&entries, &stream.key(), is_undone))
+        Ok(FoundRanges::of(&entries, &stream.key(), is_undone))
     }
 }
 
 /// What a version ran, as far as the ledger says.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct FoundSpans {
-    of_stream: BTreeMap<ShardId, ShardSpan>,
+struct FoundRanges {
+    of_stream: BTreeMap<ShardId, ShardRange>,
     /// Shards of streams of that time, which are not this one.
     of_others: BTreeSet<String>,
 }
 
-impl FoundSpans {
+impl FoundRanges {
     /// The spans of a stream's shards, from the entries of all shards that are or were read.
     fn of(entries: &[LedgerEntry], stream: &str, is_meant: impl Fn(&LedgerEntry) -> bool) -> Self {
         let mut found = Self::default();
@@ -226,37 +226,37 @@ impl FoundSpans {
             let next =
                 next.filter(|next| (&next.stream, &next.shard) == (&entry.stream, &entry.shard));
             let to_inclusive = next.and_then(|next| next.from_exclusive.clone());
-            let span = found.of_stream.entry(entry.shard.clone()).or_insert_with(|| ShardSpan {
+            let range = found.of_stream.entry(entry.shard.clone()).or_insert_with(|| ShardRange {
                 from_exclusive: entry.from_exclusive.clone(),
                 to_inclusive: None,
             });
-            span.to_inclusive = to_inclusive;
+            range.to_inclusive = to_inclusive;
         }
-        found.of_stream.retain(|_, span| {
-            span.to_inclusive.is_none() || span.from_exclusive < span.to_inclusive
+        found.of_stream.retain(|_, range| {
+            range.to_inclusive.is_none() || range.from_exclusive < range.to_inclusive
         });
         found
     }
 
     /// The spans of shards that the stream lists still; the others are named.
-    fn listed(self, listed: &BTreeSet<ShardId>) -> RanSpans {
-        let (spans, unlisted): (BTreeMap<_, _>, BTreeMap<_, _>) =
+    fn listed(self, listed: &BTreeSet<ShardId>) -> RerunRanges {
+        let (ranges, unlisted): (BTreeMap<_, _>, BTreeMap<_, _>) =
             self.of_stream.into_iter().partition(|(shard, _)| listed.contains(shard));
         let end = |position: &Option<shardmill_core::record::Position>, none: &str| {
             position.as_ref().map_or_else(|| none.to_owned(), ToString::to_string)
         };
-        let unlisted = unlisted.iter().map(|(shard, span)| {
+        let unlisted = unlisted.iter().map(|(shard, range)| {
             format!(
                 "shard {shard} is not listed any more: its records after {} up to {} are gone",
-                end(&span.from_exclusive, "its beginning"),
-                end(&span.to_inclusive, "its end")
+                end(&range.from_exclusive, "its beginning"),
+                end(&range.to_inclusive, "its end")
             )
         });
         let others = self.of_others.iter().map(|shard| {
             format!("shard {shard}: the pipeline reads another stream now, or it was created again")
         });
         let gone = unlisted.chain(others).collect();
-        RanSpans { spans, gone }
+        RerunRanges { ranges, gone }
     }
 }
 
@@ -358,10 +358,10 @@ mod tests {
             entry("cars@2", "c", 3, "good"),
             entry("letters", "d", 0, "bad"),
         ];
-        let found = FoundSpans::of(&entries, "cars@2", |entry| entry.generation == "bad");
-        let RanSpans { spans, gone } = found.listed(&[ShardId::from("a")].into());
-        let [(shard, span)] = &spans.into_iter().collect::<Vec<_>>()[..] else { panic!("one") };
-        let ends = [&span.from_exclusive, &span.to_inclusive]
+        let found = FoundRanges::of(&entries, "cars@2", |entry| entry.generation == "bad");
+        let RerunRanges { ranges, gone } = found.listed(&[ShardId::from("a")].into());
+        let [(shard, range)] = &ranges.into_iter().collect::<Vec<_>>()[..] else { panic!("one") };
+        let ends = [&range.from_exclusive, &range.to_inclusive]
             .map(|end| end.as_ref().map(ToString::to_string));
         assert_eq!((shard.as_str(), ends), ("a", [Some("5".into()), Some("9".into())]));
         assert_eq!(gone.len(), 3, "{gone:?}");

@@ -13,7 +13,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::diagnostic::{Problem, suggest};
-use super::raw::{Count, Maybe, Size, Span, Text};
+use super::raw::{Count, Maybe, Size, DurationText, Text};
 use super::{ConfigError, ConfigFile, Located};
 use shardmill_core::values::Values;
 
@@ -114,7 +114,7 @@ impl<'a> Check<'a> {
     /// A length of time within a range.
     pub fn duration(
         &mut self,
-        raw: &Maybe<Span>,
+        raw: &Maybe<DurationText>,
         default: Duration,
         allowed: RangeInclusive<Duration>,
     ) -> Option<Duration> {

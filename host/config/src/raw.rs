@@ -31,22 +31,22 @@ pub(super) struct RawPipeline {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub(super) struct RawTiming {
-    pub drain: Maybe<Span>,
-    pub retry_pause: Maybe<Span>,
-    pub shard_sync: Maybe<Span>,
-    pub checkpoint: Maybe<Span>,
-    pub kinesis_silence: Maybe<Span>,
-    pub postgres_silence: Maybe<Span>,
-    pub redshift_silence: Maybe<Span>,
-    pub call_blocked: Maybe<Span>,
-    pub memory_blocked: Maybe<Span>,
-    pub memory_turn: Maybe<Span>,
-    pub give_back: Maybe<Span>,
-    pub trial: Maybe<Span>,
-    pub trial_incumbent: Maybe<Span>,
-    pub http_head: Maybe<Span>,
-    pub http_body: Maybe<Span>,
-    pub http_idle: Maybe<Span>,
+    pub drain: Maybe<DurationText>,
+    pub retry_pause: Maybe<DurationText>,
+    pub shard_sync: Maybe<DurationText>,
+    pub checkpoint: Maybe<DurationText>,
+    pub kinesis_silence: Maybe<DurationText>,
+    pub postgres_silence: Maybe<DurationText>,
+    pub redshift_silence: Maybe<DurationText>,
+    pub call_blocked: Maybe<DurationText>,
+    pub memory_blocked: Maybe<DurationText>,
+    pub memory_turn: Maybe<DurationText>,
+    pub give_back: Maybe<DurationText>,
+    pub trial: Maybe<DurationText>,
+    pub trial_incumbent: Maybe<DurationText>,
+    pub http_head: Maybe<DurationText>,
+    pub http_body: Maybe<DurationText>,
+    pub http_idle: Maybe<DurationText>,
 }
 
 /// `[source]` with `type = "kinesis"`
@@ -65,7 +65,7 @@ pub(super) struct RawKinesis {
     pub reader: Maybe<Text>,
     pub consumer: Maybe<Text>,
     pub records_per_call: Maybe<Count>,
-    pub poll_interval: Maybe<Span>,
+    pub poll_interval: Maybe<DurationText>,
     pub format: Maybe<Text>,
     pub batch: Option<RawBatch>,
 }
@@ -113,7 +113,7 @@ pub(super) struct RawIntake {
 #[serde(deny_unknown_fields, expecting = "a table such as { shards = 5 }")]
 pub(super) struct RawCreate {
     pub shards: Spanned<Count>,
-    pub wait: Maybe<Span>,
+    pub wait: Maybe<DurationText>,
 }
 
 /// `[source.batch]`
@@ -161,17 +161,17 @@ pub(super) struct RawGrant {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub(super) struct RawLimits {
-    pub batch_time: Maybe<Span>,
-    pub record_time: Maybe<Span>,
-    pub host_time: Maybe<Span>,
-    pub configure_time: Maybe<Span>,
+    pub batch_time: Maybe<DurationText>,
+    pub record_time: Maybe<DurationText>,
+    pub host_time: Maybe<DurationText>,
+    pub configure_time: Maybe<DurationText>,
     pub memory: Maybe<Size>,
     pub tables: Maybe<Count>,
     pub output: Maybe<Size>,
-    pub retry: Maybe<Span>,
+    pub retry: Maybe<DurationText>,
     pub outputs: Maybe<Count>,
     pub log_lines: Maybe<Count>,
-    pub compile_time: Maybe<Span>,
+    pub compile_time: Maybe<DurationText>,
     pub compile_memory: Maybe<Size>,
     pub component: Maybe<Size>,
 }
@@ -185,9 +185,9 @@ pub type RawHeaders = BTreeMap<Spanned<String>, Spanned<Text>>;
 pub struct RawCommit {
     pub(super) rows: Maybe<Count>,
     pub(super) bytes: Maybe<Size>,
-    pub(super) linger: Maybe<Span>,
+    pub(super) linger: Maybe<DurationText>,
     pub(super) on_failure: Maybe<Text>,
-    pub(super) give_up_after: Maybe<Span>,
+    pub(super) give_up_after: Maybe<DurationText>,
 }
 
 /// `[[lookup]]`
@@ -197,7 +197,7 @@ pub(super) struct RawLookup {
     pub name: Spanned<Text>,
     pub url: Spanned<Text>,
     pub query: Spanned<Text>,
-    pub timeout: Maybe<Span>,
+    pub timeout: Maybe<DurationText>,
     pub cache: Option<RawLookupCache>,
 }
 
@@ -207,7 +207,7 @@ pub(super) struct RawLookup {
 pub(super) struct RawLookupCache {
     pub entries: Maybe<Count>,
     pub bytes: Maybe<Size>,
-    pub ttl: Maybe<Span>,
+    pub ttl: Maybe<DurationText>,
 }
 
 /// One host of `stage.grant.http`
@@ -248,7 +248,7 @@ pub(super) struct RawReload {
 pub(super) struct RawTrial {
     pub batches: Maybe<Count>,
     pub bytes: Maybe<Size>,
-    pub age: Maybe<Span>,
+    pub age: Maybe<DurationText>,
     pub max_changed: Maybe<Count>,
     pub max_rejected: Maybe<Count>,
 }
@@ -257,7 +257,7 @@ pub(super) struct RawTrial {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub(super) struct RawProbation {
-    pub window: Maybe<Span>,
+    pub window: Maybe<DurationText>,
     pub traps: Maybe<Count>,
     pub rejected_percent: Maybe<Count>,
     pub slower: Maybe<Count>,
@@ -307,7 +307,7 @@ quoted! {
 }
 quoted! {
     /// A length of time with its unit.
-    Span, "a duration in quotes with its unit, such as \"200 ms\" or \"5 min\""
+    DurationText, "a duration in quotes with its unit, such as \"200 ms\" or \"5 min\""
 }
 quoted! {
     /// A number of bytes with its unit.

@@ -14,7 +14,7 @@ use super::bindings::Names;
 use super::check::Check;
 use super::grant_http::http_hosts;
 use super::limits::CONFIGURE_MS_MAX;
-use super::raw::{Maybe, RawGrant, RawLimits, RawStage, Span, Text};
+use super::raw::{Maybe, RawGrant, RawLimits, RawStage, DurationText, Text};
 use super::shape::shaped;
 use super::{
     BoundSinks, CompileLimits, ConfigFile, Grants, HttpHostConfig, Located, StageConfig,
@@ -178,7 +178,7 @@ fn limits(raw: &RawLimits, check: &mut Check) -> Option<StageLimits> {
 
 /// A time in milliseconds that need not be given.
 fn optional_ms(
-    raw: &Maybe<Span>,
+    raw: &Maybe<DurationText>,
     allowed: RangeInclusive<Duration>,
     check: &mut Check,
 ) -> Option<Option<u64>> {

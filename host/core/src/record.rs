@@ -270,7 +270,7 @@ impl fmt::Display for Position {
 
 /// A stretch of a shard, `(from, to]`. `from` of `None` is the place before the first record read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PositionSpan {
+pub struct PositionRange {
     /// Exclusive; `None` is before everything.
     pub from_exclusive: Option<Position>,
     /// Inclusive.

@@ -13,7 +13,7 @@ use async_trait::async_trait;
 
 use crate::owner::{OwnerName, Ownership, StateMark};
 use crate::record::{
-    BoundRoute, PipelineName, Position, PositionSpan, Row, ShardId, ShardKey, SinkName,
+    BoundRoute, PipelineName, Position, PositionRange, Row, ShardId, ShardKey, SinkName,
 };
 
 /// Rows of one shard and the span that they settle. The span may hold more records than rows
@@ -21,7 +21,7 @@ use crate::record::{
 #[derive(Debug)]
 pub struct Commit {
     /// What is settled: the sink's position moves from `from_exclusive` to `to_inclusive`.
-    pub span: PositionSpan,
+    pub range: PositionRange,
     /// The rows, by ascending (position, ordinal); shared with the threads that encode them. Where they
     /// were encoded as they arrived: those that were refused.
     pub rows: Arc<Vec<Row>>,

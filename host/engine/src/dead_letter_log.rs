@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::redrive_source::unreadable;
 use shardmill_config::BatchLimits;
 use shardmill_core::record::{
-    Batch, Entry, PipelineName, Position, PositionSpan, Record, SequenceNumber, ShardKey,
+    Batch, Entry, PipelineName, Position, PositionRange, Record, SequenceNumber, ShardKey,
     StreamIdentity,
 };
 use shardmill_core::source::StartPosition;
@@ -118,7 +118,7 @@ impl BatchReader for DeadLetterLogReader {
         Ok(NextBatch::Batch(Batch {
             shard: self.shard.clone(),
             records,
-            span: PositionSpan { from_exclusive, to_inclusive },
+            range: PositionRange { from_exclusive, to_inclusive },
             entry: Entry::Source,
         }))
     }

@@ -26,9 +26,9 @@ use shardmill_state::DeadLetters;
 
 /// Spans that may wait in the channel before the lane waits: as many as a usual commit has, so that
 /// the next one is there when this one is done. Their bytes are bounded by the budget.
-const SPANS_IN_CHANNEL_MAX: usize = 16;
+const DELIVERIES_IN_CHANNEL_MAX: usize = 16;
 /// The same for a sink whose rows are encoded as they arrive, which lets go of what they hold.
-const SPANS_IN_CHANNEL_ENCODED_MAX: usize = 2;
+const DELIVERIES_IN_CHANNEL_ENCODED_MAX: usize = 2;
 /// Parcels that may wait for the committer: with one, the next is there, and encoded where that can be
 /// done ahead, when this one is committed.
 const PARCELS_WAITING_MAX: usize = 1;
@@ -51,7 +51,7 @@ pub struct Delivery {
 }
 
 enum Message {
-    Span(Delivery),
+    Delivery(Delivery),
     Flush(oneshot::Sender<()>),
 }
 
@@ -114,11 +114,11 @@ pub struct DeliveryContext {
 impl DeliveryHandle {
     /// Starts the delivery of a shard that was acquired.
     pub fn start(acquired: Acquired, context: DeliveryContext) -> Self {
-        let spans_max = match acquired.writer.encodes_rows() {
-            Some(_) => SPANS_IN_CHANNEL_ENCODED_MAX,
-            None => SPANS_IN_CHANNEL_MAX,
+        let deliveries_max = match acquired.writer.encodes_rows() {
+            Some(_) => DELIVERIES_IN_CHANNEL_ENCODED_MAX,
+            None => DELIVERIES_IN_CHANNEL_MAX,
         };
-        let (sender, receiver) = mpsc::channel(spans_max);
+        let (sender, receiver) = mpsc::channel(deliveries_max);
         let position = match &context.first_to {
             Some(_) => acquired.position.clone(),
             None => context.skip_to.clone(),
@@ -226,7 +226,7 @@ impl DeliverySender {
     /// # Errors
     /// When the delivery has ended: [`DeliveryHandle::ended`] says why.
     pub async fn send(self, delivery: Delivery) -> Result<(), DeliveryEnded> {
-        self.0.send(Message::Span(delivery)).await.map_err(|_| DeliveryEnded)
+        self.0.send(Message::Delivery(delivery)).await.map_err(|_| DeliveryEnded)
     }
 }
 
@@ -304,7 +304,7 @@ impl Gatherer {
             tokio::select! {
                 () = orders.closed() => return Err(CommitterEnded),
                 message = receiver.recv() => match message {
-                    Some(Message::Span(delivery)) => self.push(delivery, orders).await?,
+                    Some(Message::Delivery(delivery)) => self.push(delivery, orders).await?,
                     Some(Message::Flush(done)) => {
                         self.hand_over(orders).await?;
                         orders.send(Order::Flush(done)).await.map_err(|_| CommitterEnded)?;

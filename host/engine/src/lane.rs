@@ -413,7 +413,7 @@ impl Lane<'_> {
         self.gap.go_on();
         if let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) {
             self.shared.board.lag(&self.shard.shard, |lag| {
-                lag.shard.read(&batch.span.to_inclusive, first.arrived_ms, last.arrived_ms);
+                lag.shard.read(&batch.range.to_inclusive, first.arrived_ms, last.arrived_ms);
             });
         }
         self.hear_ledger().await?;
@@ -457,7 +457,7 @@ impl Lane<'_> {
                 let outcome = chain.run(&own, &dead_lettered);
                 (chain, outcome, Instant::now())
             });
-            self.announce_behind(&batch.span.to_inclusive).await;
+            self.announce_behind(&batch.range.to_inclusive).await;
             let ran = self.stop.until_over(self.show_search(&mut searching, run)).await;
             // A call that outlasts the time of the end goes on by itself: the batch is read again.
             let (part, cause, pause) = match ran.ok_or(LaneError::Stopped)? {
@@ -620,7 +620,7 @@ impl Lane<'_> {
         &mut self,
         batch: &Batch,
     ) -> Result<Result<(), FailedStart>, LaneError> {
-        let last = batch.records.last().map_or(&batch.span.to_inclusive, |last| &last.position);
+        let last = batch.records.last().map_or(&batch.range.to_inclusive, |last| &last.position);
         while let Some(next) = self.segments.get(1)
             && next.from_exclusive.as_ref().is_none_or(|from| last > from)
         {
@@ -714,7 +714,7 @@ impl Lane<'_> {
             rows[*last].push(one.row);
         }
         let generation = chain.generation().id.clone();
-        let to_inclusive = batch.span.to_inclusive.clone();
+        let to_inclusive = batch.range.to_inclusive.clone();
         // Before it waits for anything: what is not copied keeps all that it came with.
         let copied = self.unless_stopped(keep_own(rows, batch.occupied_bytes(), arenas)).await?;
         for (index, (rows, bytes)) in copied.into_iter().enumerate() {
@@ -761,12 +761,12 @@ impl Lane<'_> {
         self.replayed += replayed;
         if replayed > 0 {
             metrics::counter!(metric::REPLAYED_RECORDS_TOTAL).increment(replayed);
-            if self.highest.as_ref().is_some_and(|highest| batch.span.to_inclusive >= *highest) {
+            if self.highest.as_ref().is_some_and(|highest| batch.range.to_inclusive >= *highest) {
                 tracing::info!(shard = %self.shard.shard, records = self.replayed,
                     "replayed what only some sinks had");
             }
         }
-        self.at = Some(batch.span.to_inclusive.clone());
+        self.at = Some(batch.range.to_inclusive.clone());
         self.shared.board.update(&self.shard.shard, |status| {
             status.records_read += records;
             status.records_replayed += replayed;

@@ -57,9 +57,9 @@
 //!             arrived_ms: 0,
 //!         };
 //!         let from_exclusive = self.after.replace(position.clone());
-//!         let span = PositionSpan { from_exclusive, to_inclusive: position };
+//!         let range = PositionRange { from_exclusive, to_inclusive: position };
 //!         let (shard, records) = (self.shard.clone(), vec![record]);
-//!         Ok(NextBatch::Batch(Batch { shard, records, span, entry: Entry::Source }))
+//!         Ok(NextBatch::Batch(Batch { shard, records, range, entry: Entry::Source }))
 //!     }
 //! }
 //!
@@ -128,7 +128,7 @@ pub mod masked;
 mod pipeline;
 mod refusals;
 pub mod run;
-pub mod spans;
+pub mod ranges;
 pub mod stage;
 pub mod supervisor;
 pub mod swap;

@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 
 use shardmill_config::BatchLimits;
 use shardmill_core::record::{
-    Batch, Entry, DeadLetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, RouteName,
+    Batch, Entry, DeadLetterPlace, PipelineName, Position, PositionRange, Record, Redrive, RouteName,
     SequenceNumber, ShardKey, SinkName, StreamIdentity,
 };
 use shardmill_core::source::StartPosition;
@@ -233,7 +233,7 @@ impl BatchReader for RedriveReader {
         Ok(NextBatch::Batch(Batch {
             shard: self.shard.clone(),
             records,
-            span: PositionSpan { from_exclusive, to_inclusive },
+            range: PositionRange { from_exclusive, to_inclusive },
             entry: Entry::Redrive(Box::new(redrive)),
         }))
     }

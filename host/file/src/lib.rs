@@ -33,7 +33,7 @@ use tokio::sync::mpsc;
 
 use shardmill_config::{BatchLimits, FileConfig, FileCut};
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardId, ShardKey,
+    Batch, Entry, Position, PositionRange, Record, SequenceNumber, ShardId, ShardKey,
     StreamIdentity, is_kept_whole,
 };
 use shardmill_core::source::StartPosition;
@@ -274,11 +274,11 @@ impl Lines {
             return Ok(NextBatch::SourceEnd);
         };
         let from_exclusive = self.handed_over.replace(to_inclusive.clone());
-        let span = PositionSpan { from_exclusive, to_inclusive };
+        let range = PositionRange { from_exclusive, to_inclusive };
         Ok(NextBatch::Batch(Batch {
             shard: self.shard.clone(),
             records,
-            span,
+            range,
             entry: Entry::Source,
         }))
     }

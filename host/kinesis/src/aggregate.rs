@@ -71,7 +71,7 @@ struct Cursor {
 }
 
 /// Where a user record lies in its aggregate.
-struct SubSpan {
+struct SubRecordSpan {
     key: Range<usize>,
     payload: Range<usize>,
 }
@@ -151,7 +151,7 @@ impl Aggregate {
             true => self.data.clone(),
             false => copy(&self.data, &mut taken),
         };
-        let share = |span: SubSpan| SubRecord {
+        let share = |span: SubRecordSpan| SubRecord {
             partition_key: bytes.slice(span.key),
             payload: bytes.slice(span.payload),
         };
@@ -159,7 +159,7 @@ impl Aggregate {
     }
 
     /// Finds the user record at a place, and moves the place behind it.
-    fn read(&self, cursor: &mut Cursor) -> Option<SubSpan> {
+    fn read(&self, cursor: &mut Cursor) -> Option<SubRecordSpan> {
         loop {
             let Field::Record(within) = next_field(&self.data, self.end, &mut cursor.at)?? else {
                 continue;
@@ -168,13 +168,13 @@ impl Aggregate {
             let record = read_record(&self.data, within)?;
             let mut key_at = *self.keys.get(usize::try_from(record.key).ok()?)? as usize;
             let key = delimited(&self.data, self.end, &mut key_at)?;
-            return Some(SubSpan { key, payload: record.payload });
+            return Some(SubRecordSpan { key, payload: record.payload });
         }
     }
 }
 
 /// Copies what the spans name, and lets them name it there. Neighbours with one key share its copy.
-fn copy(data: &Bytes, spans: &mut [SubSpan]) -> Bytes {
+fn copy(data: &Bytes, spans: &mut [SubRecordSpan]) -> Bytes {
     let mut bytes = Vec::with_capacity(
         spans.iter().map(|span| span.key.len() + span.payload.len()).sum::<usize>(),
     );

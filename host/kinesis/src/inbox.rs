@@ -13,7 +13,7 @@ use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::record::{
-    Batch, Entry, HashRange, Position, PositionSpan, Record, SequenceNumber, ShardKey, ShardStart,
+    Batch, Entry, HashRange, Position, PositionRange, Record, SequenceNumber, ShardKey, ShardStart,
 };
 use shardmill_core::source::{LostRecords, SourceError};
 
@@ -390,8 +390,8 @@ impl Inbox {
         }
         let to_inclusive = records.last()?.position.clone();
         let from_exclusive = self.handed_over.replace(to_inclusive.clone());
-        let span = PositionSpan { from_exclusive, to_inclusive };
-        let batch = Batch { shard: self.shard.clone(), records, span, entry: Entry::Source };
+        let range = PositionRange { from_exclusive, to_inclusive };
+        let batch = Batch { shard: self.shard.clone(), records, range, entry: Entry::Source };
         if batch.bytes() > limits.bytes_max {
             self.large_in_hand = batch.occupied_bytes();
         }

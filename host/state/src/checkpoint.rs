@@ -14,14 +14,14 @@ use super::store::{StateError, StateStore, columns, position};
 use super::group_commit::{Entry, GroupCommit};
 use shardmill_core::owner::StateMark;
 use shardmill_core::record::{
-    Position, PositionSpan, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity,
+    Position, PositionRange, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity,
 };
 
 /// The last known position of each sink in each shard.
 pub type Remembered = HashMap<(ShardId, SinkName), Position>;
 
 /// The rows of all sinks that were given up, by shard and sink: from where the sink stood then.
-pub type AllGivenUp = HashMap<(ShardId, SinkName), PositionSpan>;
+pub type AllGivenUp = HashMap<(ShardId, SinkName), PositionRange>;
 
 /// The state of a stream's shards, as the state database has it.
 #[derive(Clone, Debug, Default)]
@@ -352,7 +352,7 @@ impl Checkpoints {
                         false => Some(position(from, row.get(5)?)?),
                     };
                     let to_inclusive = position(row.get(2)?, row.get(3)?)?;
-                    Ok((key, PositionSpan { from_exclusive, to_inclusive }))
+                    Ok((key, PositionRange { from_exclusive, to_inclusive }))
                 })?;
                 // The last of several counts: they come in order.
                 Ok((known.collect::<rusqlite::Result<_>>()?, given_up.collect::<rusqlite::Result<_>>()?))

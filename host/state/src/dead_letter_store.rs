@@ -449,7 +449,7 @@ mod tests {
     use super::*;
     use crate::{DeadLetters, DeadLetterKey, StateStore};
     use shardmill_core::record::{
-        Position, PositionSpan, SequenceNumber, ShardKey, SinkName, StreamIdentity,
+        Position, PositionRange, SequenceNumber, ShardKey, SinkName, StreamIdentity,
     };
 
     #[test]
@@ -513,8 +513,8 @@ mod tests {
         // Rows that are given up, none of which is there to be written.
         let (sink, at) = (SinkName::from("mart"), dead_letter(9, "").key.position);
         let own = dead_letters.take_over(&shard, &sink, None).await.expect("taken over");
-        let span = PositionSpan { from_exclusive: None, to_inclusive: at };
-        let given_up = dead_letters.give_up((&shard, &sink), own.epoch, &span, Vec::new(), true).await;
+        let range = PositionRange { from_exclusive: None, to_inclusive: at };
+        let given_up = dead_letters.give_up((&shard, &sink), own.epoch, &range, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
         let (count, occupied) = (dead_letters.count().await, dead_letters.kept_bytes().await);
         assert_eq!((count.expect("counted"), occupied.expect("read")), (2, kept - 5));

@@ -13,7 +13,7 @@ use rusqlite::Transaction;
 use super::dead_letter_store::DeadLetter;
 use super::dead_letters::{DeadLetters, GIVEN_UP, VISIBLE, are_there, insert};
 use super::store::{StateError, columns, position as position_of};
-use shardmill_core::record::{DeadLetterPlace, Position, PositionSpan, ShardKey, SinkName};
+use shardmill_core::record::{DeadLetterPlace, Position, PositionRange, ShardKey, SinkName};
 
 /// Who may give up a sink's rows, and how far that went.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,15 +36,15 @@ impl DeadLetters {
         &self,
         (shard, sink): (&ShardKey, &SinkName),
         epoch: i64,
-        span: &PositionSpan,
+        range: &PositionRange,
         dead_letters: Vec<DeadLetter>,
         sink_keeps_position: bool,
     ) -> Result<bool, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
-        let (sequence, sub) = columns(&span.to_inclusive);
-        let (from, from_sub) = span.from_exclusive.as_ref().map(columns).unwrap_or_default();
+        let (sequence, sub) = columns(&range.to_inclusive);
+        let (from, from_sub) = range.from_exclusive.as_ref().map(columns).unwrap_or_default();
         let (action, bound) = ("give rows up", self.bound.clone());
         let given_up = self
             .store
@@ -232,9 +232,9 @@ mod tests {
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
         let own = dead_letters.take_over(&shard, &sink, Some(&at(5))).await.expect("taken over");
         assert_eq!(own.given_up_to, None);
-        let span = PositionSpan { from_exclusive: Some(at(5)), to_inclusive: at(9) };
+        let range = PositionRange { from_exclusive: Some(at(5)), to_inclusive: at(9) };
         let whose = (&shard, &sink);
-        let given_up = dead_letters.give_up(whose, own.epoch, &span, Vec::new(), true).await;
+        let given_up = dead_letters.give_up(whose, own.epoch, &range, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
         // It stands where it stood; then a backup of before is put back.
         for (stands, due) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {

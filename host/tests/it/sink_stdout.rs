@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionRange, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill_core::sink::{Commit, Refusal, RefusalLog, Sink, SinkError};
 use shardmill_sink_stdout::StdoutSink;
@@ -25,7 +25,7 @@ fn commit(payloads: &[&'static str]) -> Commit {
         sequence: SequenceNumber::parse(&(index + 1).to_string()).expect("digits"),
         sub_sequence: 0,
     };
-    let span = PositionSpan { from_exclusive: None, to_inclusive: position(payloads.len() - 1) };
+    let range = PositionRange { from_exclusive: None, to_inclusive: position(payloads.len() - 1) };
     let records = payloads.iter().enumerate().map(|(index, payload)| Record {
         position: position(index),
         partition_key: "partitionKey-7".into(),
@@ -35,7 +35,7 @@ fn commit(payloads: &[&'static str]) -> Commit {
     let batch = Arc::new(Batch {
         shard: shard(),
         records: records.collect(),
-        span: span.clone(),
+        range: range.clone(),
         entry: Entry::Source,
     });
     let rows = payloads.iter().zip(0..).map(|(payload, record)| Row {
@@ -47,7 +47,7 @@ fn commit(payloads: &[&'static str]) -> Commit {
         payload: (*payload).into(),
     });
     Commit {
-        span,
+        range,
         rows: Arc::new(rows.collect()),
         encoded: None,
         generation: "generation-1".into(),

@@ -103,11 +103,11 @@ async fn read_all(reader: &mut PollingReader) -> (Vec<(Position, String)>, bool)
     loop {
         match reader.next_batch().await.expect("read") {
             NextBatch::Batch(batch) => {
-                if let Some(at) = at.replace(Some(batch.span.to_inclusive.clone())) {
-                    assert_eq!(batch.span.from_exclusive, at);
+                if let Some(at) = at.replace(Some(batch.range.to_inclusive.clone())) {
+                    assert_eq!(batch.range.from_exclusive, at);
                 }
                 let last = batch.records.last().map(|record| record.position.clone());
-                assert_eq!(last, Some(batch.span.to_inclusive));
+                assert_eq!(last, Some(batch.range.to_inclusive));
                 records.extend(batch.records.into_iter().map(|record| {
                     (record.position, String::from_utf8_lossy(&record.payload).into_owned())
                 }));

@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use shardmill_config::{RejectedMax, StageLimits};
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionRange, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill_engine::stage::{Fate, Flow, LoadedStage, RunError, StageRunner, fates, first_flow};
 use shardmill_plugin::{CallError, Plugin};
@@ -222,7 +222,7 @@ pub(crate) fn batch(records: &[TrialRecord]) -> Option<Batch> {
     Some(Batch {
         shard: ShardKey { pipeline: "trial".into(), stream: Arc::new(stream), shard: SHARD.into() },
         records: records.collect(),
-        span: PositionSpan { from_exclusive: None, to_inclusive },
+        range: PositionRange { from_exclusive: None, to_inclusive },
         entry: Entry::Source,
     })
 }

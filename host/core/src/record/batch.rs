@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Position, PositionSpan, RouteName, ShardKey, SinkName, StageName};
+use super::{Position, PositionRange, RouteName, ShardKey, SinkName, StageName};
 
 /// One record of a shard, as it was put.
 #[derive(Clone, Debug)]
@@ -39,7 +39,7 @@ pub struct Batch {
     /// The records, by ascending position.
     pub records: Vec<Record>,
     /// What is settled once every record here has its outcome.
-    pub span: PositionSpan,
+    pub range: PositionRange,
     /// Where they enter the path.
     pub entry: Entry,
 }
@@ -152,11 +152,11 @@ impl Batch {
             rest.origins = own.origins.split_off(cut);
         }
         let middle = self.records[cut - 1].position.clone();
-        let span = PositionSpan {
+        let range = PositionRange {
             from_exclusive: Some(middle.clone()),
-            to_inclusive: std::mem::replace(&mut self.span.to_inclusive, middle),
+            to_inclusive: std::mem::replace(&mut self.range.to_inclusive, middle),
         };
-        let rest = Self { shard: self.shard.clone(), records, span, entry };
+        let rest = Self { shard: self.shard.clone(), records, range, entry };
         (self, Some(rest))
     }
 }
@@ -235,9 +235,9 @@ impl Row {
                 keeps_whole: redrive.keeps_whole,
             })),
         };
-        let (shard, span) = (self.batch.shard.clone(), self.batch.span.clone());
+        let (shard, range) = (self.batch.shard.clone(), self.batch.range.clone());
         Self {
-            batch: Arc::new(Batch { shard, records: vec![record], span, entry }),
+            batch: Arc::new(Batch { shard, records: vec![record], range, entry }),
             record: 0,
             ordinal: self.ordinal,
             route: self.route.clone(),
@@ -280,7 +280,7 @@ mod tests {
         Batch {
             shard,
             records,
-            span: PositionSpan { from_exclusive: None, to_inclusive },
+            range: PositionRange { from_exclusive: None, to_inclusive },
             entry: Entry::Source,
         }
     }
@@ -312,8 +312,8 @@ mod tests {
             assert_eq!(all, numbers.iter().map(|number| at(*number)).collect::<Vec<_>>());
             let mut end = None;
             for part in &parts {
-                assert_eq!(part.span.from_exclusive, end, "seed {seed}");
-                let (first, last) = (&part.records[0].position, &part.span.to_inclusive);
+                assert_eq!(part.range.from_exclusive, end, "seed {seed}");
+                let (first, last) = (&part.records[0].position, &part.range.to_inclusive);
                 assert_eq!(*last, part.records[part.records.len() - 1].position, "seed {seed}");
                 assert!(!swaps.iter().any(|swap| first <= swap && swap < last), "seed {seed}");
                 end = Some(last.clone());

@@ -253,8 +253,8 @@ fn with_own_records(rows: &mut [Row]) {
             keeps_whole: redrive.keeps_whole,
         })),
     };
-    let (shard, span) = (batch.shard.clone(), batch.span.clone());
-    let own_batch = Arc::new(Batch { shard, records, span, entry });
+    let (shard, range) = (batch.shard.clone(), batch.range.clone());
+    let own_batch = Arc::new(Batch { shard, records, range, entry });
     let mut place = 0;
     for row in rows {
         while indexes[place] != row.record {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::record::{
-    PipelineName, Position, PositionSpan, RowRoute, SequenceNumber, ShardId, ShardKey,
+    PipelineName, Position, PositionRange, RowRoute, SequenceNumber, ShardId, ShardKey,
     StreamIdentity,
 };
 
@@ -23,8 +23,8 @@ fn batch(records: impl Iterator<Item = (Bytes, Bytes)>) -> Arc<Batch> {
         })
         .collect();
     let to_inclusive = records.last().expect("a record").position.clone();
-    let span = PositionSpan { from_exclusive: None, to_inclusive };
-    Arc::new(Batch { shard, records, span, entry: Entry::Source })
+    let range = PositionRange { from_exclusive: None, to_inclusive };
+    Arc::new(Batch { shard, records, range, entry: Entry::Source })
 }
 
 fn row(batch: &Arc<Batch>, record: u32, key: Bytes, payload: Bytes) -> Row {

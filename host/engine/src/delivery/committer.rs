@@ -9,7 +9,7 @@ use super::{DeliveryContext, Progress};
 use crate::refusals::PendingRefusals;
 use shardmill_core::budget::Permit;
 use shardmill_core::metric;
-use shardmill_core::record::{Position, PositionSpan, Row};
+use shardmill_core::record::{Position, PositionRange, Row};
 use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{Acquired, Commit, EncodedRows, SinkError, SinkWriter};
 
@@ -109,8 +109,8 @@ impl Committer {
             // Others wait the longer. It is given back with the rows.
             permit.resize(permit.bytes() + bytes);
         }
-        let span = PositionSpan { from_exclusive: self.stored.clone(), to_inclusive };
-        let commit = Commit { span, rows, encoded, generation };
+        let range = PositionRange { from_exclusive: self.stored.clone(), to_inclusive };
+        let commit = Commit { range, rows, encoded, generation };
         let sink = self.context.sink.to_string();
         let mut retries = RETRY.at_most(self.context.timing.retry_pause_max).start();
         let committed = loop {
@@ -154,10 +154,10 @@ impl Committer {
         }
         self.failing_since = None;
         if self.dead_letters_pending {
-            self.dead_letters_pending = !confirm_dead_letters(&self.context, &commit.span.to_inclusive).await;
+            self.dead_letters_pending = !confirm_dead_letters(&self.context, &commit.range.to_inclusive).await;
         }
         self.refusals.committed(&commit);
-        self.stored = Some(commit.span.to_inclusive.clone());
+        self.stored = Some(commit.range.to_inclusive.clone());
         self.publish.send_replace(Progress { position: self.stored.clone(), blocked: None });
         Ok(())
     }
@@ -185,10 +185,10 @@ impl Committer {
         let reason = format!("given up: {error}");
         let dead_letter = |row: &Row| self.refusals.dead_letter(row, reason.clone(), &commit.generation);
         let dead_letters: Vec<_> = commit.rows.iter().map(dead_letter).collect();
-        let (rows, span, to) = (dead_letters.len() as u64, &commit.span, &commit.span.to_inclusive);
+        let (rows, range, to) = (dead_letters.len() as u64, &commit.range, &commit.range.to_inclusive);
         let whose = (&context.shard, &context.sink);
         let given_up =
-            context.dead_letters.give_up(whose, context.epoch, span, dead_letters, self.keeps_position);
+            context.dead_letters.give_up(whose, context.epoch, range, dead_letters, self.keeps_position);
         let is_ours = given_up.await.map_err(|error| SinkError::Unavailable {
             sink: context.sink.clone(),
             cause: error.to_string(),

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use super::*;
 use shardmill_core::record::{
-    Batch, BoundRoute, Entry, Position, PositionSpan, Record, ShardId, ShardKey,
+    Batch, BoundRoute, Entry, Position, PositionRange, Record, ShardId, ShardKey,
 };
 use shardmill_core::sink::{
     Acquired, Commit, Committed, KeptPosition, RefusalLog, SinkError, SinkWriter,
@@ -71,7 +71,7 @@ impl BatchReader for NumbersReader {
         Ok(NextBatch::Batch(Batch {
             shard: self.shard.clone(),
             records: vec![record],
-            span: PositionSpan { from_exclusive, to_inclusive: position },
+            range: PositionRange { from_exclusive, to_inclusive: position },
             entry: Entry::Source,
         }))
     }
@@ -143,7 +143,7 @@ impl SinkWriter for Memory {
         let mut kept = self.kept.lock().expect("the rows");
         let rows = commit.rows.iter();
         kept.0.extend(rows.map(|row| String::from_utf8_lossy(&row.payload).into_owned()));
-        kept.1 = Some(commit.span.to_inclusive.clone());
+        kept.1 = Some(commit.range.to_inclusive.clone());
         if let Some((rows, stop)) = &self.stops
             && kept.0.len() >= *rows
         {

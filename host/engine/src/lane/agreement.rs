@@ -145,8 +145,8 @@ fn note_sinks(
             let key = (shard.clone(), sink.name().clone());
             let own = positions.remove(shard).flatten();
             // A sink that stands before where it stood then was restored, and needs what it had.
-            let given_up = given_up.get(&key).filter(|span| own >= span.from_exclusive);
-            let stands = own.clone().max(given_up.map(|span| span.to_inclusive.clone()));
+            let given_up = given_up.get(&key).filter(|range| own >= range.from_exclusive);
+            let stands = own.clone().max(given_up.map(|range| range.to_inclusive.clone()));
             let remembered = remembered.get(&key).cloned();
             facts.sinks.insert(sink.name().clone(), Stands { stands, remembered });
         }

@@ -18,7 +18,7 @@ use shardmill_config::{RejectedMax, SampleLimits};
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::REDRIVE_SHARD;
 use shardmill_core::record::{
-    Batch, Entry, DeadLetterPlace, PipelineName, Position, PositionSpan, Record, Redrive, ShardKey,
+    Batch, Entry, DeadLetterPlace, PipelineName, Position, PositionRange, Record, Redrive, ShardKey,
     StreamIdentity,
 };
 use shardmill_core::retry::RetryPolicy;
@@ -147,10 +147,10 @@ impl Remaker {
         // Two of them are not held at once.
         self.last = None;
         let position = dead_letter.origin.clone();
-        let span = PositionSpan { from_exclusive: None, to_inclusive: position.clone() };
+        let range = PositionRange { from_exclusive: None, to_inclusive: position.clone() };
         let arrived_ms = dead_letter.arrived_ms;
         let record = Record { position, partition_key: key, payload, arrived_ms };
-        let batch = Batch { shard: shard.clone(), records: vec![record], span, entry };
+        let batch = Batch { shard: shard.clone(), records: vec![record], range, entry };
         let entered = self.entering(&step.revision, &shard, batch, target).await?;
         let made = off_thread(move || {
             let made = |entered: Entered| {

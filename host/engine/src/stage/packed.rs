@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::flow::{Flow, Item};
-use shardmill_core::record::{Batch, Entry, Position, PositionSpan, Record, ShardKey};
+use shardmill_core::record::{Batch, Entry, Position, PositionRange, Record, ShardKey};
 
 /// What a sequence number may have outside of its position, and what the allocator adds to it.
 const SEQUENCE_BYTES: usize = 80;
@@ -13,7 +13,7 @@ const BATCH_BYTES: usize = 512;
 /// A batch and the flow that it was about to enter a stage with.
 pub(super) struct PackedBatch {
     shard: ShardKey,
-    span: PositionSpan,
+    range: PositionRange,
     entry: Entry,
     /// Keys and payloads of the records, then of the items.
     arena: Bytes,
@@ -101,7 +101,7 @@ impl PackedBatch {
         };
         Self {
             shard: batch.shard.clone(),
-            span: batch.span.clone(),
+            range: batch.range.clone(),
             entry: batch.entry.clone(),
             arena: arena.into(),
             records,
@@ -119,8 +119,8 @@ impl PackedBatch {
             payload: next(record.payload_bytes),
             arrived_ms: record.arrived_ms,
         });
-        let (shard, span, entry) = (self.shard.clone(), self.span.clone(), self.entry.clone());
-        let batch = Batch { shard, records: records.collect(), span, entry };
+        let (shard, range, entry) = (self.shard.clone(), self.range.clone(), self.entry.clone());
+        let batch = Batch { shard, records: records.collect(), range, entry };
         let flow = match &self.items {
             Items::Records { upstream_route } => {
                 super::flow::entering_flow(&batch, *upstream_route)
@@ -192,8 +192,8 @@ mod tests {
         };
         let records: Vec<Record> = (1..=10).map(record).collect();
         let to_inclusive = records[9].position.clone();
-        let span = PositionSpan { from_exclusive: None, to_inclusive };
-        Batch { shard, records, span, entry: Entry::Source }
+        let range = PositionRange { from_exclusive: None, to_inclusive };
+        Batch { shard, records, range, entry: Entry::Source }
     }
 
     #[test]

@@ -23,9 +23,9 @@ enum State {
 impl Progress {
     /// Takes a commit up: where it stood if it is tried again; true: it is new, from its beginning.
     pub fn enter(&mut self, commit: &Commit) -> bool {
-        let is_new = self.to_inclusive.as_ref() != Some(&commit.span.to_inclusive);
+        let is_new = self.to_inclusive.as_ref() != Some(&commit.range.to_inclusive);
         if is_new {
-            self.to_inclusive = Some(commit.span.to_inclusive.clone());
+            self.to_inclusive = Some(commit.range.to_inclusive.clone());
             self.rows = vec![State::Waiting; commit.rows.len()];
             self.first_waiting = 0;
         }

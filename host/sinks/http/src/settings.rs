@@ -10,7 +10,7 @@ use url::Url;
 
 use crate::HttpSink;
 use shardmill_config::reading::{
-    Check, Count, Maybe, RESPONSE_BYTES, RawCommit, RawHeaders, Span, Spanned, Text, headers,
+    Check, Count, Maybe, RESPONSE_BYTES, RawCommit, RawHeaders, DurationText, Spanned, Text, headers,
     path_digits,
 };
 use shardmill_config::{
@@ -65,7 +65,7 @@ struct RawHttp {
     headers: Option<RawHeaders>,
     private: Option<bool>,
     format: Maybe<Text>,
-    timeout: Maybe<Span>,
+    timeout: Maybe<DurationText>,
     #[serde(default)]
     refuse: Vec<Spanned<Count>>,
     commit: Option<RawCommit>,

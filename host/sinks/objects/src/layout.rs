@@ -155,7 +155,7 @@ mod tests {
 
     use super::*;
     use shardmill_core::record::{
-        Batch, Entry, Position, PositionSpan, Record, SequenceNumber, StreamIdentity,
+        Batch, Entry, Position, PositionRange, Record, SequenceNumber, StreamIdentity,
     };
 
     fn folder(template: &str, payload: &str) -> Result<String, String> {
@@ -173,9 +173,9 @@ mod tests {
             payload: "".into(),
             arrived_ms: 1_388_534_399_999,
         };
-        let span = PositionSpan { from_exclusive: None, to_inclusive: position };
+        let range = PositionRange { from_exclusive: None, to_inclusive: position };
         let batch =
-            Batch { shard: shard.clone(), records: vec![record], span, entry: Entry::Source };
+            Batch { shard: shard.clone(), records: vec![record], range, entry: Entry::Source };
         let row = Row {
             batch: Arc::new(batch),
             record: 0,

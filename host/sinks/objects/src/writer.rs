@@ -264,12 +264,12 @@ impl ObjectsWriter {
         let data = data.collect();
         let limits = Some(self.shared.place.limits);
         let claim = Claim { generation: commit.generation.to_string(), layout, limits, data };
-        let span = &commit.span;
+        let range = &commit.range;
         let link = Link::claim(
             number,
             self.owner.clone(),
-            span.from_exclusive.clone(),
-            span.to_inclusive.clone(),
+            range.from_exclusive.clone(),
+            range.to_inclusive.clone(),
             claim,
         );
         Link { by: self.shared.ownership.as_ref().map(WrittenBy::now), ..link }
@@ -316,8 +316,8 @@ impl ObjectsWriter {
     }
 
     /// The commit must go on where the sink stands, and end where an unfinished claim ends.
-    fn check_span(&self, commit: &Commit) -> Result<(), SinkError> {
-        let (from, to) = (&commit.span.from_exclusive, &commit.span.to_inclusive);
+    fn check_range(&self, commit: &Commit) -> Result<(), SinkError> {
+        let (from, to) = (&commit.range.from_exclusive, &commit.range.to_inclusive);
         if let Some(promised) = &self.unfinished
             && *to != promised.to
         {
@@ -445,10 +445,10 @@ impl SinkWriter for ObjectsWriter {
         commit: &Commit,
         refusals: &dyn RefusalLog,
     ) -> Result<Committed, SinkError> {
-        if self.position.as_ref().is_some_and(|position| *position >= commit.span.to_inclusive) {
+        if self.position.as_ref().is_some_and(|position| *position >= commit.range.to_inclusive) {
             return Ok(Committed::default());
         }
-        self.check_span(commit)?;
+        self.check_range(commit)?;
         let promised = self.unfinished.clone();
         let (layout, limits) = match &promised {
             Some(promised) => (promised.claim.layout.clone(), promised.claim.limits),
@@ -468,7 +468,7 @@ impl SinkWriter for ObjectsWriter {
             None => self.claim_and_write(commit, encoded).await?,
         };
         self.unfinished = None;
-        self.position = Some(commit.span.to_inclusive.clone());
+        self.position = Some(commit.range.to_inclusive.clone());
         Ok(committed)
     }
 }
@@ -484,7 +484,7 @@ mod tests {
     use crate::settings::{Compression, FolderTemplate, ObjectFormat};
     use shardmill_core::record::Column;
     use shardmill_core::record::{
-        Batch, Entry, PositionSpan, Record, RowRoute, SequenceNumber, StreamIdentity,
+        Batch, Entry, PositionRange, Record, RowRoute, SequenceNumber, StreamIdentity,
     };
     use shardmill_sinks_common::line::LineFormat;
 
@@ -507,9 +507,9 @@ mod tests {
             payload: "".into(),
             arrived_ms: 0,
         };
-        let span = PositionSpan { from_exclusive: None, to_inclusive: position(count) };
+        let range = PositionRange { from_exclusive: None, to_inclusive: position(count) };
         let records = (0..count).map(record).collect();
-        let batch = Arc::new(Batch { shard: shard(), records, span, entry: Entry::Source });
+        let batch = Arc::new(Batch { shard: shard(), records, range, entry: Entry::Source });
         let route = RowRoute::from("sold");
         let row = |record: u32| Row {
             batch: batch.clone(),

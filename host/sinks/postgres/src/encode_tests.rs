@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::super::table::{Fingerprint, LiveColumn};
 use super::*;
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, RowRoute, SequenceNumber, ShardKey,
+    Batch, Entry, Position, PositionRange, Record, RowRoute, SequenceNumber, ShardKey,
     StreamIdentity,
 };
 use shardmill_sinks_common::rows::ColumnNames;
@@ -108,8 +108,8 @@ fn rows(payloads: Vec<Vec<u8>>) -> Vec<Row> {
         payload: "".into(),
         arrived_ms: 0,
     };
-    let span = PositionSpan { from_exclusive: None, to_inclusive: position };
-    let batch = Arc::new(Batch { shard, records: vec![record], span, entry: Entry::Source });
+    let range = PositionRange { from_exclusive: None, to_inclusive: position };
+    let batch = Arc::new(Batch { shard, records: vec![record], range, entry: Entry::Source });
     let row = |payload: Vec<u8>| Row {
         batch: batch.clone(),
         record: 0,

@@ -13,7 +13,7 @@ use tokio_postgres::types::Type;
 use super::session;
 use shardmill_core::owner::{OwnerName, Ownership, StateMark};
 use shardmill_core::record::{
-    PipelineName, Position, PositionSpan, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardId,
+    PipelineName, Position, PositionRange, SEQUENCE_NUMBER_DIGITS_MAX, SequenceNumber, ShardId,
     ShardKey, SinkName,
 };
 use shardmill_core::sink::KeptPosition;
@@ -323,14 +323,14 @@ impl PositionTable {
         sink: &SinkName,
         shard: &ShardKey,
         epoch: i64,
-        span: &PositionSpan,
+        range: &PositionRange,
         ownership: Option<&Ownership>,
     ) -> String {
         let number = match ownership {
             Some(ownership) => format!(", state_number = {}", ownership.mark().number),
             None => String::new(),
         };
-        let from = match &span.from_exclusive {
+        let from = match &range.from_exclusive {
             None => "sequence IS NULL".to_owned(),
             Some(from) => {
                 format!("sequence = {} AND sub_sequence = {}", from.sequence, sub_sequence(from))
@@ -341,8 +341,8 @@ impl PositionTable {
              WHERE pipeline = {} AND sink = {} AND stream = {} AND shard = {} AND epoch = {epoch}
                  AND {from}",
             self.name.quoted(),
-            span.to_inclusive.sequence,
-            sub_sequence(&span.to_inclusive),
+            range.to_inclusive.sequence,
+            sub_sequence(&range.to_inclusive),
             literal(shard.pipeline.as_str()),
             literal(sink.as_str()),
             literal(&shard.stream.key()),

@@ -132,7 +132,7 @@ impl PostgresWriter {
         let sink = &self.shared;
         let ownership = sink.ownership.get();
         let move_on =
-            sink.position.move_on(&sink.sink, &self.shard, self.epoch, &commit.span, ownership);
+            sink.position.move_on(&sink.sink, &self.shard, self.epoch, &commit.range, ownership);
         let begin = format!("{BEGIN}; {SETTINGS}; {IMMEDIATE}; {move_on}; {SAVEPOINTS}");
         let answers = link.simple_query(&begin).await?;
         let mut counts = answers.iter().filter_map(|answer| match answer {
@@ -162,7 +162,7 @@ impl PostgresWriter {
             return Err(sink.fenced(&self.shard, detail, found.owner).into());
         }
         let position = found.position().map_err(|cause| sink.unavailable(cause))?;
-        if position.as_ref() == Some(&commit.span.to_inclusive) {
+        if position.as_ref() == Some(&commit.range.to_inclusive) {
             link.run_in_step("ROLLBACK")
                 .await
                 .map_err(|error| Failure::server("cannot end a transaction", error))?;
@@ -174,7 +174,7 @@ impl PostgresWriter {
         let detail = format!(
             "the position is {}, the commit begins at {}",
             shown(position.as_ref()),
-            shown(commit.span.from_exclusive.as_ref())
+            shown(commit.range.from_exclusive.as_ref())
         );
         Err(sink.fenced(&self.shard, detail, None).into())
     }
@@ -182,7 +182,7 @@ impl PostgresWriter {
     /// The counts of a commit that had landed before: as remembered, else as if nothing was refused.
     fn answered(&mut self, commit: &Commit) -> Committed {
         match self.unanswered.take() {
-            Some((to, committed)) if to == commit.span.to_inclusive => committed,
+            Some((to, committed)) if to == commit.range.to_inclusive => committed,
             _ => Committed {
                 rows_written: commit.rows.len() as u64,
                 rows_refused: 0,
@@ -391,7 +391,7 @@ impl PostgresWriter {
         committed: Committed,
         cause: &str,
     ) -> Result<Committed, SinkError> {
-        self.unanswered = Some((commit.span.to_inclusive.clone(), committed));
+        self.unanswered = Some((commit.range.to_inclusive.clone(), committed));
         let sink = Arc::clone(&self.shared);
         let session = sink.session().await?;
         let found = sink.position.read(&session, &sink.sink, &self.shard).await;
@@ -403,7 +403,7 @@ impl PostgresWriter {
         let is_at_start = found.is_ok_and(|found| {
             found.is_some_and(|found| {
                 found.epoch == self.epoch
-                    && found.position().ok().as_ref() == Some(&commit.span.from_exclusive)
+                    && found.position().ok().as_ref() == Some(&commit.range.from_exclusive)
             })
         });
         if is_at_start {

@@ -98,16 +98,16 @@ impl RedshiftWriter {
             let detail = format!("epoch {epoch} in place of {}", self.epoch);
             return Err(shared.fenced(&self.shard, detail, owner));
         }
-        if position == commit.span.from_exclusive {
+        if position == commit.range.from_exclusive {
             return Ok(Standing::AtStart);
         }
-        if position.as_ref() == Some(&commit.span.to_inclusive) {
+        if position.as_ref() == Some(&commit.range.to_inclusive) {
             return Ok(Standing::AtEnd);
         }
         let shown = |position: &Option<Position>| {
             position.as_ref().map_or_else(|| "the beginning".to_owned(), Position::to_string)
         };
-        let (position, from) = (shown(&position), shown(&commit.span.from_exclusive));
+        let (position, from) = (shown(&position), shown(&commit.range.from_exclusive));
         let detail = format!("the position is {position}, the commit begins at {from}");
         Err(shared.fenced(&self.shard, detail, None))
     }
@@ -306,7 +306,7 @@ impl RedshiftWriter {
             }
             return Ok(Ended::Committed);
         }
-        let to = &commit.span.to_inclusive;
+        let to = &commit.range.to_inclusive;
         let owned = shared.ownership.get();
         let moved = ledger.move_to(client, &shared.sink, &self.shard, to, owned);
         let moved = moved.await.map_err(failed)?;
@@ -340,7 +340,7 @@ impl RedshiftWriter {
         committed: Committed,
         cause: &str,
     ) -> Result<Committed, SinkError> {
-        self.unanswered = Some((commit.span.to_inclusive.clone(), committed));
+        self.unanswered = Some((commit.range.to_inclusive.clone(), committed));
         let client = self.shared.connect().await?;
         let standing = self.standing(&client, commit).await?;
         self.client = Some(client);
@@ -355,7 +355,7 @@ impl RedshiftWriter {
     /// The counts of a commit that had landed before: as remembered, else as if nothing was refused.
     fn answered(&mut self, commit: &Commit) -> Committed {
         match self.unanswered.take() {
-            Some((to, committed)) if to == commit.span.to_inclusive => committed,
+            Some((to, committed)) if to == commit.range.to_inclusive => committed,
             _ => committed(commit, &[]),
         }
     }

@@ -211,7 +211,7 @@ impl SqliteWriter {
             shared: Arc::clone(&self.shared),
             shard: self.shard.clone(),
             epoch: self.epoch,
-            span: commit.span.clone(),
+            range: commit.range.clone(),
             rows: commit.rows.clone(),
         };
         let (locked, outcome) = connection::blocking(move || work.run(locked))

@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use shardmill_core::masking::sanitized;
 use shardmill_core::owner::{OwnerName, Ownership, StateMark};
 use shardmill_core::record::{
-    PipelineName, Position, PositionSpan, SequenceNumber, ShardId, ShardKey, SinkName,
+    PipelineName, Position, PositionRange, SequenceNumber, ShardId, ShardKey, SinkName,
 };
 use shardmill_core::sink::KeptPosition;
 
@@ -227,18 +227,18 @@ pub(super) fn move_on(
     connection: &Connection,
     (sink, shard): (&SinkName, &ShardKey),
     epoch: i64,
-    span: &PositionSpan,
+    range: &PositionRange,
     ownership: Option<&Ownership>,
 ) -> rusqlite::Result<bool> {
-    let from = span.from_exclusive.as_ref();
+    let from = range.from_exclusive.as_ref();
     let moved = connection.prepare_cached(MOVE_ON)?.execute(params![
         shard.pipeline.as_str(),
         sink.as_str(),
         shard.stream.key(),
         shard.shard.as_str(),
         epoch,
-        span.to_inclusive.sequence.zero_padded(),
-        sub_sequence(&span.to_inclusive),
+        range.to_inclusive.sequence.zero_padded(),
+        sub_sequence(&range.to_inclusive),
         from.map(|from| from.sequence.zero_padded()),
         from.map(sub_sequence),
         ownership.map(|own| own.mark().number),

@@ -14,7 +14,7 @@ use super::table::{self, LiveTable, quoted};
 use super::{Shared, position, value};
 use shardmill_core::masking::sanitized;
 use shardmill_core::owner::OwnerName;
-use shardmill_core::record::{PositionSpan, Row, ShardKey};
+use shardmill_core::record::{PositionRange, Row, ShardKey};
 use shardmill_core::sink::Refusal;
 use shardmill_sinks_common::rows;
 use shardmill_sinks_common::rows::RowFault;
@@ -26,7 +26,7 @@ pub(super) struct Work {
     pub(super) shared: Arc<Shared>,
     pub(super) shard: ShardKey,
     pub(super) epoch: i64,
-    pub(super) span: PositionSpan,
+    pub(super) range: PositionRange,
     pub(super) rows: Arc<Vec<Row>>,
 }
 
@@ -71,7 +71,7 @@ impl Work {
             &locked.connection,
             (sink, &self.shard),
             self.epoch,
-            &self.span,
+            &self.range,
             ownership,
         );
         if !moved.map_err(failed)? {
@@ -97,7 +97,7 @@ impl Work {
                 let detail = format!("epoch {} in place of {}", stored.epoch, self.epoch);
                 Err(Failure::Fenced(detail, stored.owner))
             }
-            Some(stored) if stored.position.as_ref() == Some(&self.span.to_inclusive) => {
+            Some(stored) if stored.position.as_ref() == Some(&self.range.to_inclusive) => {
                 Ok(Written::Committed)
             }
             Some(stored) => {
@@ -107,7 +107,7 @@ impl Work {
                 let detail = format!(
                     "the position is {}, the commit begins at {}",
                     shown(stored.position.map(|position| position.to_string())),
-                    shown(self.span.from_exclusive.as_ref().map(ToString::to_string))
+                    shown(self.range.from_exclusive.as_ref().map(ToString::to_string))
                 );
                 Err(Failure::Fenced(detail, None))
             }

@@ -8,7 +8,7 @@ use metrics_exporter_prometheus::PrometheusRecorder;
 use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::{RejectedMax, parse};
 use shardmill_core::record::{
-    Batch, Entry, DeadLetterPlace, Position, PositionSpan, Record, SequenceNumber, ShardKey,
+    Batch, Entry, DeadLetterPlace, Position, PositionRange, Record, SequenceNumber, ShardKey,
     StreamIdentity,
 };
 use shardmill_engine::stage::{Blocked, Chain, ChainOutcome, Generation, Samples};
@@ -161,8 +161,8 @@ pub fn batch(payloads: &[String]) -> Batch {
         payload: Bytes::from(payload.clone()),
         arrived_ms: 1,
     });
-    let span = PositionSpan { from_exclusive: None, to_inclusive: position(payloads.len() - 1) };
-    Batch { shard: shard(), records: records.collect(), span, entry: Entry::Source }
+    let range = PositionRange { from_exclusive: None, to_inclusive: position(payloads.len() - 1) };
+    Batch { shard: shard(), records: records.collect(), range, entry: Entry::Source }
 }
 
 /// A metric's value, summed over its labels.

@@ -266,8 +266,8 @@ impl SinkWriter for Writer {
             key: self.key.clone(),
             epoch: self.epoch,
             restores: self.restores,
-            from: commit.span.from_exclusive.clone(),
-            to: commit.span.to_inclusive.clone(),
+            from: commit.range.from_exclusive.clone(),
+            to: commit.range.to_inclusive.clone(),
             mark: self.ownership.as_ref().map(Ownership::mark),
             rows,
         };

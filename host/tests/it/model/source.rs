@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionRange, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill_core::source::StartPosition;
 use shardmill_core::source::{
@@ -127,11 +127,11 @@ impl BatchReader for Reader {
         let before = self.next.checked_sub(1).map(|before| self.records[before].position.clone());
         self.next = end;
         let to_inclusive = records[records.len() - 1].position.clone();
-        let span = PositionSpan { from_exclusive: before, to_inclusive };
+        let range = PositionRange { from_exclusive: before, to_inclusive };
         Ok(NextBatch::Batch(Batch {
             shard: self.shard.clone(),
             records,
-            span,
+            range,
             entry: Entry::Source,
         }))
     }

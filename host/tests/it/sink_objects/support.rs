@@ -10,7 +10,7 @@ use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, Row, RowRoute, SequenceNumber, ShardKey,
+    Batch, Entry, Position, PositionRange, Record, Row, RowRoute, SequenceNumber, ShardKey,
     SinkName, StreamIdentity,
 };
 use shardmill_core::sink::{Commit, Refusal, RefusalLog, SinkError};
@@ -161,7 +161,7 @@ pub fn commit(from: u64, to: u64) -> Commit {
 
 /// The same with other payloads.
 pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
-    let span = PositionSpan {
+    let range = PositionRange {
         from_exclusive: (from > 0).then(|| position(from)),
         to_inclusive: position(to),
     };
@@ -174,7 +174,7 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
     let batch = Arc::new(Batch {
         shard: shard(),
         records: records.collect(),
-        span: span.clone(),
+        range: range.clone(),
         entry: Entry::Source,
     });
     let rows = (from + 1..=to).zip(0..).filter_map(|(record, index)| {
@@ -188,7 +188,7 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
         })
     });
     Commit {
-        span,
+        range,
         rows: Arc::new(rows.collect()),
         encoded: None,
         generation: "generation-1".into(),

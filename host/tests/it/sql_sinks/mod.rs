@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use shardmill_core::record::{
-    Batch, Entry, Position, PositionSpan, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
+    Batch, Entry, Position, PositionRange, Record, Row, SequenceNumber, ShardKey, StreamIdentity,
 };
 use shardmill_core::record::{BoundRoute, Column};
 use shardmill_core::sink::{Commit, Refusal, RefusalLog, Sink, SinkError};
@@ -31,7 +31,7 @@ pub fn position(n: u64) -> Position {
 /// A commit that begins behind position `from` (0: the beginning) and brings one record per payload.
 pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
     let count = payloads.len() as u64;
-    let span = PositionSpan {
+    let range = PositionRange {
         from_exclusive: (from > 0).then(|| position(from)),
         to_inclusive: position(from + count.max(1)),
     };
@@ -43,7 +43,7 @@ pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
     };
     let records = (0..count).map(record).collect();
     let batch =
-        Arc::new(Batch { shard: shard("any"), records, span: span.clone(), entry: Entry::Source });
+        Arc::new(Batch { shard: shard("any"), records, range: range.clone(), entry: Entry::Source });
     let row = |(place, payload): (usize, &_)| Row {
         batch: Arc::clone(&batch),
         record: u32::try_from(place).expect("few rows"),
@@ -53,7 +53,7 @@ pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
         payload: AsRef::<[u8]>::as_ref(payload).to_vec().into(),
     };
     let rows = Arc::new(payloads.iter().enumerate().map(row).collect());
-    Commit { span, rows, encoded: None, generation: "1".into() }
+    Commit { range, rows, encoded: None, generation: "1".into() }
 }
 
 /// A route that carries JSON, with columns written as `name type`; a `?` behind the type: nullable.

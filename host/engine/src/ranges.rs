@@ -14,7 +14,7 @@ use shardmill_core::source::{
 
 /// A stretch of a shard, `(from, to]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ShardSpan {
+pub struct ShardRange {
     /// Exclusive; `None`: from the shard's beginning.
     pub from_exclusive: Option<Position>,
     /// Inclusive; `None`: to the shard's end.
@@ -22,27 +22,27 @@ pub struct ShardSpan {
 }
 
 /// The records of a source that lie in spans.
-pub struct SpansSource {
+pub struct RangesSource {
     source: Arc<dyn ShardSource>,
-    spans: BTreeMap<ShardId, ShardSpan>,
+    ranges: BTreeMap<ShardId, ShardRange>,
 }
 
-impl SpansSource {
+impl RangesSource {
     /// These spans of a source, one per shard.
-    pub fn new(source: Arc<dyn ShardSource>, spans: BTreeMap<ShardId, ShardSpan>) -> Self {
-        Self { source, spans }
+    pub fn new(source: Arc<dyn ShardSource>, ranges: BTreeMap<ShardId, ShardRange>) -> Self {
+        Self { source, ranges }
     }
 }
 
 #[async_trait]
-impl ShardSource for SpansSource {
+impl ShardSource for RangesSource {
     async fn identity(&self) -> Result<StreamIdentity, SourceError> {
         self.source.identity().await
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
         // Without their parents: each is read for itself.
-        Ok(self.spans.keys().cloned().map(Shard::only).collect())
+        Ok(self.ranges.keys().cloned().map(Shard::only).collect())
     }
 
     fn start(&self) -> &StartPosition {
@@ -58,15 +58,15 @@ impl ShardSource for SpansSource {
         shard: &ShardKey,
         from: ResumePoint<'_>,
     ) -> Result<Box<dyn BatchReader>, SourceError> {
-        let Some(span) = self.spans.get(&shard.shard) else { return Ok(Box::new(Nothing)) };
-        let after = from.after.max(span.from_exclusive.as_ref());
-        if after.is_some() && after >= span.to_inclusive.as_ref() && span.to_inclusive.is_some() {
+        let Some(range) = self.ranges.get(&shard.shard) else { return Ok(Box::new(Nothing)) };
+        let after = from.after.max(range.from_exclusive.as_ref());
+        if after.is_some() && after >= range.to_inclusive.as_ref() && range.to_inclusive.is_some() {
             return Ok(Box::new(Nothing));
         }
         let reader = self.source.open(shard, ResumePoint { after, ..from }).await?;
-        Ok(Box::new(SpanReader {
+        Ok(Box::new(RangeReader {
             reader,
-            to_inclusive: span.to_inclusive.clone(),
+            to_inclusive: range.to_inclusive.clone(),
             has_ended: false,
         }))
     }
@@ -81,14 +81,14 @@ impl BatchReader for Nothing {
     }
 }
 
-struct SpanReader {
+struct RangeReader {
     reader: Box<dyn BatchReader>,
     to_inclusive: Option<Position>,
     has_ended: bool,
 }
 
 #[async_trait]
-impl BatchReader for SpanReader {
+impl BatchReader for RangeReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         if self.has_ended {
             return Ok(NextBatch::SourceEnd);
@@ -99,7 +99,7 @@ impl BatchReader for SpanReader {
             other => return Ok(other),
         };
         let Some(to) = &self.to_inclusive else { return Ok(NextBatch::Batch(batch)) };
-        self.has_ended = batch.span.to_inclusive >= *to;
+        self.has_ended = batch.range.to_inclusive >= *to;
         let first = batch.records.first().map(|record| &record.position);
         if first.is_some_and(|first| first > to) {
             return Ok(NextBatch::SourceEnd);
