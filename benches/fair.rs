@@ -18,7 +18,7 @@ use shardmill_config::{RejectedMax, SinkTypes, parse};
 use shardmill_core::record::{
     Batch, Entry, Position, PositionRange, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
-use shardmill_engine::stage::{Chain, Generation, Samples};
+use shardmill_engine::stage::{Chain, Revision, Samples};
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use tokio_util::sync::CancellationToken;
 
@@ -61,8 +61,8 @@ fn main() -> Result<()> {
 
 /// Runs the honest lane beside others that never rest.
 fn p99_ms(
-    honest: &Arc<Generation>,
-    others: &Arc<Generation>,
+    honest: &Arc<Revision>,
+    others: &Arc<Revision>,
     kind: &str,
     crowd: usize,
 ) -> Result<f64> {
@@ -108,14 +108,14 @@ fn measure(own: &mut Chain, batch: &Arc<Batch>) -> Result<f64> {
     Ok(took_ms[BATCHES * 99 / 100])
 }
 
-fn chain(generation: &Arc<Generation>, stop: &CancellationToken) -> Result<Chain> {
+fn chain(revision: &Arc<Revision>, stop: &CancellationToken) -> Result<Chain> {
     let samples = Samples::new(Default::default());
-    Chain::start(generation, &shard(), RejectedMax::NONE, samples, stop)
+    Chain::start(revision, &shard(), RejectedMax::NONE, samples, stop)
         .map_err(|error| anyhow!("{error}"))
 }
 
 /// A stage of the hostile plugin, with limits that it reaches again and again.
-fn stage(config: &str) -> Result<Arc<Generation>> {
+fn stage(config: &str) -> Result<Arc<Revision>> {
     let component = Path::new(env!("CARGO_MANIFEST_DIR")).join(COMPONENT);
     let text = format!(
         "[pipeline]\nname = \"fair\"\n[source]\ntype = \"kinesis\"\nstream = \"test\"\n\
@@ -128,9 +128,9 @@ fn stage(config: &str) -> Result<Arc<Generation>> {
         .map_err(|error| anyhow!("{}", error.render(false)))?;
     let engine = PluginEngine::new()?;
     let host = PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
-    let (generation, _) = Generation::from_config(&config, &host, &|_| None)
+    let (revision, _) = Revision::from_config(&config, &host, &|_| None)
         .map_err(|error| anyhow!("{}", error.render(false)))?;
-    Ok(Arc::new(generation))
+    Ok(Arc::new(revision))
 }
 
 /// A batch in which every hundredth record is of this kind and all others are fine.

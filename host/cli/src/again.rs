@@ -22,9 +22,9 @@ use shardmill_core::record::{ShardId, SinkName, StageName, StreamIdentity};
 use shardmill_core::source::ShardSource;
 use shardmill_engine::lease::PipelineLock;
 use shardmill_engine::ranges::{ShardRange, RangesSource};
-use shardmill_engine::stage::Generation;
+use shardmill_engine::stage::Revision;
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
-use shardmill_state::GenerationSpec;
+use shardmill_state::RevisionSpec;
 use shardmill_state::{
     Change, Changes, Checkpoints, Ledger, LedgerEntry, Running, StateStore, Variables,
 };
@@ -184,7 +184,7 @@ impl Ran<'_> {
 
     async fn ranges(&self, stream: &StreamIdentity) -> anyhow::Result<FoundRanges> {
         let ledger = Ledger::new(self.state.clone());
-        let version = |spec: &GenerationSpec| {
+        let version = |spec: &RevisionSpec| {
             let own = spec.stage(&self.stage)?;
             Some((own.digest.clone(), own.canary.clone(), own.text()))
         };
@@ -192,14 +192,14 @@ impl Ran<'_> {
         let entries = ledger.history().await?;
         let mut versions = BTreeMap::new();
         for entry in &entries {
-            if !versions.contains_key(&entry.generation) {
-                let is_bad = version(&ledger.spec(&entry.generation).await?) == bad;
-                versions.insert(entry.generation.clone(), is_bad);
+            if !versions.contains_key(&entry.revision) {
+                let is_bad = version(&ledger.spec(&entry.revision).await?) == bad;
+                versions.insert(entry.revision.clone(), is_bad);
             }
         }
         let is_undone = |entry: &LedgerEntry| {
             // Recorded before the change: an earlier time that the same version ran.
-            entry.recorded_ms >= self.undone.at_ms && versions[&entry.generation]
+            entry.recorded_ms >= self.undone.at_ms && versions[&entry.revision]
         };
         Ok(FoundRanges::of(&entries, &stream.key(), is_undone))
     }
@@ -308,7 +308,7 @@ async fn seed(
     host: &shardmill_plugin::PluginHost,
     folder: &std::path::Path,
 ) -> anyhow::Result<()> {
-    let (described, mut components) = Generation::load(own, host, |_| None).await?;
+    let (described, mut components) = Revision::load(own, host, |_| None).await?;
     let runs = Changes::new(state.clone()).running().await?;
     let runs = runs.context("the pipeline has not said yet what it runs")?.running;
     Variables::new(state.clone()).changed_variables(&runs, &environment).await?.warn(&runs.id());
@@ -335,13 +335,13 @@ mod tests {
     use super::*;
     use shardmill_core::record::{Position, SequenceNumber};
 
-    fn entry(stream: &str, shard: &str, from: u64, generation: &str) -> LedgerEntry {
+    fn entry(stream: &str, shard: &str, from: u64, revision: &str) -> LedgerEntry {
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
         LedgerEntry {
             stream: stream.into(),
             shard: shard.into(),
             from_exclusive: (from > 0).then(|| at(from)),
-            generation: generation.into(),
+            revision: revision.into(),
             recorded_ms: 1,
         }
     }
@@ -358,7 +358,7 @@ mod tests {
             entry("cars@2", "c", 3, "good"),
             entry("letters", "d", 0, "bad"),
         ];
-        let found = FoundRanges::of(&entries, "cars@2", |entry| entry.generation == "bad");
+        let found = FoundRanges::of(&entries, "cars@2", |entry| entry.revision == "bad");
         let RerunRanges { ranges, gone } = found.listed(&[ShardId::from("a")].into());
         let [(shard, range)] = &ranges.into_iter().collect::<Vec<_>>()[..] else { panic!("one") };
         let ends = [&range.from_exclusive, &range.to_inclusive]

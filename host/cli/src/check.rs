@@ -15,7 +15,7 @@ use shardmill_core::source::ShardSource as _;
 use shardmill_engine::bound::{MemoryBound, memory_bytes_available};
 use shardmill_engine::lane::{BuildSinks, agreement, roster};
 use shardmill_engine::lease::PipelineLock;
-use shardmill_engine::stage::{Generation, Target};
+use shardmill_engine::stage::{Revision, Target};
 use shardmill_file::FileSource;
 use shardmill_serve::admin::control::ReloadQuery;
 use shardmill_state::{Changes, Checkpoints, DeadLetters, StateStore, StoredDeadLetter};
@@ -38,7 +38,8 @@ pub struct Options {
 #[derive(Serialize)]
 struct Report<'a> {
     pipeline: &'a str,
-    generation: &'a str,
+    #[serde(rename = "generation")]
+    revision: &'a str,
     stages: Vec<StageReport<'a>>,
     sinks: Vec<String>,
     warnings: Vec<String>,
@@ -59,12 +60,12 @@ struct StageReport<'a> {
 pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     let host = super::plugin_host(&config)?;
-    let (generation, _) = Generation::load(&config, &host, |_| None).await?;
+    let (revision, _) = Revision::load(&config, &host, |_| None).await?;
     let mut sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
-    let mut routes: Vec<_> = sinks.iter().map(|sink| generation.routes_to(sink.name())).collect();
+    let mut routes: Vec<_> = sinks.iter().map(|sink| revision.routes_to(sink.name())).collect();
     let copies = config.for_dead_letters(config.state_dir.to_path_buf(), StoredDeadLetter::columns());
     if let Some(copies) = &copies {
-        let (copied, _) = Generation::load(copies, &host, |_| None).await?;
+        let (copied, _) = Revision::load(copies, &host, |_| None).await?;
         let dead_letter_sinks = sinks::build(copies)?;
         routes.extend(dead_letter_sinks.iter().map(|sink| copied.routes_to(sink.name())));
         sinks.extend(dead_letter_sinks);
@@ -88,7 +89,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             }
         }
     }
-    let mut report = report(&config, &generation, &sinks);
+    let mut report = report(&config, &revision, &sinks);
     let recorded = holes::of(&config, None).await?;
     report.holes = recorded.iter().map(|hole| holes::line(&config, hole)).collect();
     report.warnings.extend(sink_warnings);
@@ -142,7 +143,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
         console.say(hole);
     }
     console
-        .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.generation));
+        .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.revision));
     console.report(&report)?;
     if options.diff {
         let running = RunningPipeline::find(&config).await?;
@@ -167,13 +168,13 @@ async fn check_going_on(
 
 /// Stages whose outputs may differ at a replay and go to more than one exact sink: with the sinks at
 /// different positions, a replayed record may go by another route and miss one of them.
-fn replay_warnings(config: &PipelineConfig, generation: &Generation) -> Vec<String> {
+fn replay_warnings(config: &PipelineConfig, revision: &Revision) -> Vec<String> {
     let is_exact = |sink: &&SinkName| {
         let known = config.sinks.iter().find(|known| known.name.value == **sink);
         known.is_some_and(|known| known.settings.is_exact())
     };
     let mut warnings = Vec::new();
-    for (index, stage) in generation.stages.iter().enumerate() {
+    for (index, stage) in revision.stages.iter().enumerate() {
         let fickle: Vec<&str> = stage
             .plugin
             .capabilities
@@ -181,7 +182,7 @@ fn replay_warnings(config: &PipelineConfig, generation: &Generation) -> Vec<Stri
             .filter(|capability| !capability.is_deterministic())
             .map(|capability| capability.name())
             .collect();
-        let after = generation.spec.stages[index..].iter();
+        let after = revision.spec.stages[index..].iter();
         let fed: BTreeSet<&SinkName> =
             after.flat_map(|stage| stage.routes.values().flatten()).filter(is_exact).collect();
         if !fickle.is_empty() && fed.len() > 1 {
@@ -201,10 +202,10 @@ fn replay_warnings(config: &PipelineConfig, generation: &Generation) -> Vec<Stri
 
 fn report<'a>(
     config: &'a PipelineConfig,
-    generation: &'a Generation,
+    revision: &'a Revision,
     sinks: &[Arc<dyn Sink>],
 ) -> Report<'a> {
-    let stages = generation.stages.iter().map(|stage| StageReport {
+    let stages = revision.stages.iter().map(|stage| StageReport {
         stage: stage.name.as_str(),
         plugin: &stage.descriptor.name,
         version: &stage.descriptor.version,
@@ -223,7 +224,7 @@ fn report<'a>(
             })
             .collect(),
     });
-    let mut warnings = replay_warnings(config, generation);
+    let mut warnings = replay_warnings(config, revision);
     // Without asking the stream: as many lanes as shards are known from the file.
     let shards = config.source.kinesis().and_then(|it| it.create).map_or(1, |it| it.shards);
     let bound = MemoryBound::of(config, shards as usize);
@@ -231,7 +232,7 @@ fn report<'a>(
     Report {
         pipeline: config.name.as_str(),
         warnings,
-        generation: &generation.id,
+        revision: &revision.id,
         stages: stages.collect(),
         sinks: sinks.iter().map(|sink| sink.name().to_string()).collect(),
         holes: Vec::new(),

@@ -48,17 +48,17 @@ pub(super) fn tell(answer: Answer, dry_run: bool, console: &Console) -> anyhow::
         let text = |part: usize| stage[part].as_str().unwrap_or_default();
         console.say(format!("stage {}: no trial: {}", text(0), text(1)));
     }
-    let generation = report["generation"].as_str().unwrap_or_default();
+    let revision = report["generation"].as_str().unwrap_or_default();
     let how = match report["takes_over"].as_bool() {
         Some(true) => "every lane is let go and taken over anew",
         _ => "every lane changes at its next batch's boundary",
     };
     let may_be_undone = report["may_be_undone"].as_bool().unwrap_or_default();
     console.say(match (lines.is_empty(), dry_run) {
-        _ if may_be_undone => format!("noted, not in force yet: generation {generation}"),
-        (true, _) => format!("the files say what runs (generation {generation})"),
-        (false, true) => format!("a reload would run generation {generation}: {how}"),
-        (false, false) => format!("reloaded: generation {generation}"),
+        _ if may_be_undone => format!("noted, not in force yet: generation {revision}"),
+        (true, _) => format!("the files say what runs (generation {revision})"),
+        (false, true) => format!("a reload would run generation {revision}: {how}"),
+        (false, false) => format!("reloaded: generation {revision}"),
     });
     swap::say_lanes(&report, console);
     console.report(&report)

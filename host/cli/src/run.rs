@@ -234,7 +234,7 @@ fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToke
             match reloaded {
                 Ok(report) => {
                     let changed: Vec<&str> = report.diff.lines().collect();
-                    let (id, changed) = (&report.generation, changed.join("; "));
+                    let (id, changed) = (&report.revision, changed.join("; "));
                     match report.may_be_undone {
                         false => note(format_args!("reloaded, generation {id}: {changed}")),
                         true => note(format_args!(

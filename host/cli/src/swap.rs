@@ -14,7 +14,7 @@ use shardmill_core::record::{Position, SequenceNumber, ShardId};
 use shardmill_engine::swap::SHADOW_MAX;
 use shardmill_serve::admin::control::SwapQuery;
 use shardmill_state::{Change, ChangeOutcome, Changes, Ledger, Ran, StateStore};
-use shardmill_state::{GenerationSpec, StageSpec};
+use shardmill_state::{RevisionSpec, StageSpec};
 
 /// The pipeline that is meant.
 #[derive(clap::Args)]
@@ -245,7 +245,7 @@ pub(crate) struct HistoryOptions {
     /// The most changes that are shown.
     #[arg(long, default_value_t = 50)]
     limit: u32,
-    /// From which record on each generation ran in each shard, as well.
+    /// From which record on each revision ran in each shard, as well.
     #[arg(long)]
     shards: bool,
 }
@@ -261,8 +261,8 @@ pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Resu
     table.set_header(["change", "time", "kind", "stage", "from", "to", "outcome", "reason"]);
     for change in &changes {
         let mut digests = Vec::new();
-        for generation in [&change.before, &change.after] {
-            digests.push(match ledger.spec(generation).await {
+        for revision in [&change.before, &change.after] {
+            digests.push(match ledger.spec(revision).await {
                 Ok(spec) => digest_in(&spec, &change.stage),
                 Err(_) => String::new(),
             });
@@ -283,7 +283,7 @@ pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Resu
             let behind =
                 entry.from_exclusive.as_ref().map_or("the beginning".into(), Position::to_string);
             let at = time(entry.recorded_ms);
-            table.add_row([entry.shard.as_str(), &behind, &entry.generation, &at]);
+            table.add_row([entry.shard.as_str(), &behind, &entry.revision, &at]);
             console.report(&entry)?;
         }
         console.say(table);
@@ -297,8 +297,8 @@ fn time(ms: i64) -> String {
     time.map_or_else(|| format!("{ms} ms"), |time| time.format("%FT%TZ").to_string())
 }
 
-/// The component of a stage in a generation; of a reload, how many stages there are.
-fn digest_in(spec: &GenerationSpec, stage: &str) -> String {
+/// The component of a stage in a revision; of a reload, how many stages there are.
+fn digest_in(spec: &RevisionSpec, stage: &str) -> String {
     let short = |stage: &StageSpec| match &stage.canary {
         Some(canary) => {
             format!("{}, {} % {}", &stage.digest[..12], canary.percent, &canary.digest[..12])
@@ -337,10 +337,10 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
     let ledger = Ledger::new(state(&config)?);
     let at = Position { sequence: SequenceNumber::parse(sequence)?, sub_sequence };
     let found = ledger.revision_of(&ShardId::new(shard), &at).await?;
-    let Ran { generation, spec, is_committed } = found
+    let Ran { revision, spec, is_committed } = found
         .with_context(|| format!("nothing of shard {shard} was run by pipeline {}", config.name))?;
     if !console.json {
-        print_line(format!("generation {generation}"));
+        print_line(format!("generation {revision}"));
     }
     if !is_committed {
         console.say(
@@ -365,7 +365,7 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
         console.say(format!("stage {}: {digest}", stage.name));
         stages.push(json!({ "stage": stage.name, "digest": digest }));
     }
-    console.report(&json!({ "generation": generation, "is_settled": is_committed, "stages": stages }))
+    console.report(&json!({ "generation": revision, "is_settled": is_committed, "stages": stages }))
 }
 
 /// The state of a pipeline that ran. Another process may be running it.

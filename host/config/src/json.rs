@@ -1,4 +1,4 @@
-//! TOML as JSON text: what a plugin is configured with, and what a generation remembers.
+//! TOML as JSON text: what a plugin is configured with, and what a revision remembers.
 //!
 //! Numbers keep every digit. Dates and times become strings, for JSON has none.
 

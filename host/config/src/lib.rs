@@ -91,7 +91,7 @@ pub struct PipelineConfig {
     pub file: Arc<ConfigFile>,
     /// The pipeline's name: part of every position's key.
     pub name: PipelineName,
-    /// Where state lives: positions, dead letters, generations, compiled plugins.
+    /// Where state lives: positions, dead letters, revisions, compiled plugins.
     pub state_dir: StateDir,
     /// Where records come from.
     pub source: SourceConfig,
@@ -410,7 +410,7 @@ pub struct StageConfig {
     pub config_text: StageText,
     /// What its plugin may ask of the host.
     pub grants: Grants,
-    /// The hosts that its plugin may send requests to, for `http`. No part of the generation: they
+    /// The hosts that its plugin may send requests to, for `http`. No part of the revision: they
     /// hold secrets.
     pub http_hosts: Vec<HttpHostConfig>,
     /// What one batch may use.
@@ -432,7 +432,7 @@ pub struct BoundSinks {
     pub sinks: Vec<Located<SinkName>>,
 }
 
-/// What a stage's plugin may ask of the host; part of the generation.
+/// What a stage's plugin may ask of the host; part of the revision.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grants {
     /// The capabilities.

@@ -20,7 +20,7 @@ pub struct SinkConfig {
     pub settings: Arc<dyn SinkSettings>,
     /// Where the sink's table begins.
     pub span: Range<usize>,
-    /// The sink's table as JSON with secrets left as `${VAR}` written: stored with the generation.
+    /// The sink's table as JSON with secrets left as `${VAR}` written: stored with the revision.
     pub fingerprint_json: String,
 }
 

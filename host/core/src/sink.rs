@@ -27,8 +27,8 @@ pub struct Commit {
     pub rows: Arc<Vec<Row>>,
     /// What became of the rows as they arrived, if the writer wanted that.
     pub encoded: Option<Arc<EncodedRows>>,
-    /// The id of the generation (stages, digests, configuration) that made the rows.
-    pub generation: Arc<str>,
+    /// The id of the revision (stages, digests, configuration) that made the rows.
+    pub revision: Arc<str>,
 }
 
 impl Commit {

@@ -44,8 +44,8 @@ pub struct Delivery {
     pub to_inclusive: Position,
     /// The rows, by ascending position.
     pub rows: Vec<Row>,
-    /// The generation that made them.
-    pub generation: Arc<str>,
+    /// The revision that made them.
+    pub revision: Arc<str>,
     /// The bytes that they hold in memory.
     pub permit: Option<Permit>,
 }
@@ -243,7 +243,7 @@ struct Buffer {
     bytes: usize,
     permit: Option<Permit>,
     to_inclusive: Position,
-    generation: Arc<str>,
+    revision: Arc<str>,
     opened: Instant,
     /// By this it is asked to commit when others need its bytes.
     open: OpenBuffer,
@@ -336,7 +336,7 @@ impl Gatherer {
         delivery: Delivery,
         orders: &mpsc::Sender<Order>,
     ) -> Result<(), CommitterEnded> {
-        let Delivery { to_inclusive, mut rows, generation, mut permit } = delivery;
+        let Delivery { to_inclusive, mut rows, revision, mut permit } = delivery;
         let skip_to = self.context.skip_to.as_ref();
         if skip_to.is_some_and(|have| to_inclusive <= *have) {
             return Ok(());
@@ -354,11 +354,11 @@ impl Gatherer {
         if !dead_letters.is_empty() {
             rows.retain(|row| !dead_letters.contains(&(row.position().clone(), row.ordinal)));
         }
-        if self.buffer.as_ref().is_some_and(|buffered| buffered.generation != generation) {
+        if self.buffer.as_ref().is_some_and(|buffered| buffered.revision != revision) {
             self.hand_over(orders).await?;
         }
         loop {
-            let (more, cut) = self.take(rows, (&to_inclusive, &generation), permit.take()).await;
+            let (more, cut) = self.take(rows, (&to_inclusive, &revision), permit.take()).await;
             permit = more;
             match cut {
                 None => break,
@@ -386,7 +386,7 @@ impl Gatherer {
     async fn take(
         &mut self,
         mut rows: Vec<Row>,
-        (to_inclusive, generation): (&Position, &Arc<str>),
+        (to_inclusive, revision): (&Position, &Arc<str>),
         permit: Option<Permit>,
     ) -> (Option<Permit>, Option<Vec<Row>>) {
         // An earlier owner's promise is cut exactly at its end, and kept in its layout: of rows.
@@ -403,7 +403,7 @@ impl Gatherer {
                 bytes: 0,
                 permit: None,
                 to_inclusive: to_inclusive.clone(),
-                generation: generation.clone(),
+                revision: revision.clone(),
                 opened: Instant::now(),
                 open: self.context.account.open_buffer(&self.pressure),
             }
@@ -476,7 +476,7 @@ impl Gatherer {
                 rows: Arc::new(promised),
                 encoded: None,
                 to_inclusive: cut.clone(),
-                generation: buffer.generation.clone(),
+                revision: buffer.revision.clone(),
                 bytes: 0,
                 permit: None,
             };
@@ -485,9 +485,9 @@ impl Gatherer {
                 return Ok(());
             }
             if self.encode.is_some() && !rest.is_empty() {
-                let Buffer { to_inclusive, generation, permit, .. } = buffer;
+                let Buffer { to_inclusive, revision, permit, .. } = buffer;
                 self.rest_of_promise =
-                    Some(Delivery { to_inclusive, rows: rest, generation, permit });
+                    Some(Delivery { to_inclusive, rows: rest, revision, permit });
                 return Ok(());
             }
             buffer.rows = rest;
@@ -506,7 +506,7 @@ impl Gatherer {
             rows: Arc::new(rows),
             encoded,
             to_inclusive: buffer.to_inclusive,
-            generation: buffer.generation,
+            revision: buffer.revision,
             bytes: buffer.bytes,
             permit: buffer.permit,
         };

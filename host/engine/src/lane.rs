@@ -1,7 +1,7 @@
 //! A lane: one shard on its way from the source through the stages to the sinks.
 //!
 //! `pipeline.rs` shows the order of things; here are the things: `Lane::acquire` takes the
-//! shard over (in `acquire.rs`), the steps of the loop, how it changes to another generation
+//! shard over (in `acquire.rs`), the steps of the loop, how it changes to another revision
 //! (`change.rs`), and how it is settled at the end.
 
 mod acquire;
@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-pub use acquire::GenerationStore;
+pub use acquire::RevisionStore;
 pub use board::{Board, LaneChange, ShardStatus, WaitingLane};
 pub(crate) use memory::show_waits;
 pub(crate) use starts::Starts;
@@ -31,7 +31,7 @@ pub(crate) use starts::Starts;
 use self::change::{Change, Gap};
 use self::starts::{FailedStart, Tries};
 use crate::delivery::{Delivery, DeliveryHandle};
-use crate::stage::{Blocked, Chain, ChainOutcome, Generation, Routed, Samples, Searching};
+use crate::stage::{Blocked, Chain, ChainOutcome, Revision, Routed, Samples, Searching};
 use shardmill_config::PipelineConfig;
 use shardmill_core::budget::{Account, Budget};
 use shardmill_core::metric;
@@ -89,10 +89,10 @@ pub(crate) struct Shared {
     pub config: PipelineConfig,
     /// Where records come from.
     pub source: Arc<dyn ShardSource>,
-    /// The generation that is to run; lanes take another one over at their next batch's boundary.
-    pub current: watch::Sender<Arc<Generation>>,
-    /// Generations that ran before.
-    pub generations: GenerationStore,
+    /// The revision that is to run; lanes take another one over at their next batch's boundary.
+    pub current: watch::Sender<Arc<Revision>>,
+    /// Revisions that ran before.
+    pub revisions: RevisionStore,
     /// The sinks, in the configuration's order.
     pub sinks: Vec<Arc<dyn Sink>>,
     /// Sinks that were taken out of the configuration and may be given up while behind.
@@ -103,7 +103,7 @@ pub(crate) struct Shared {
     pub roster: Roster,
     /// What sinks were not given.
     pub holes: Holes,
-    /// Which generation ran from where.
+    /// Which revision ran from where.
     pub ledger: Ledger,
     /// Dead letters.
     pub dead_letters: DeadLetters,
@@ -120,23 +120,23 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// The generation that is to run.
-    pub fn generation(&self) -> Arc<Generation> {
+    /// The revision that is to run.
+    pub fn revision(&self) -> Arc<Revision> {
         self.current.borrow().clone()
     }
 
-    /// The same for lanes that are taken over anew with another generation.
-    pub(crate) fn with_generation(&self, generation: Arc<Generation>) -> Self {
-        self.reshaped(self.config.clone(), generation, self.sinks.clone(), self.generations.clone())
+    /// The same for lanes that are taken over anew with another revision.
+    pub(crate) fn with_revision(&self, revision: Arc<Revision>) -> Self {
+        self.reshaped(self.config.clone(), revision, self.sinks.clone(), self.revisions.clone())
     }
 
     /// The same for lanes that are taken over anew with another configuration.
     pub(crate) fn reshaped(
         &self,
         config: PipelineConfig,
-        generation: Arc<Generation>,
+        revision: Arc<Revision>,
         sinks: Vec<Arc<dyn Sink>>,
-        generations: GenerationStore,
+        revisions: RevisionStore,
     ) -> Self {
         Self {
             budget: match config.buffer_bytes_max == self.budget.bytes_max() {
@@ -144,8 +144,8 @@ impl Shared {
                 false => sinks_budget(&config),
             },
             source: self.source.clone(),
-            current: watch::Sender::new(generation),
-            generations,
+            current: watch::Sender::new(revision),
+            revisions,
             sinks,
             dropped_sinks: self.dropped_sinks.clone(),
             checkpoints: self.checkpoints.clone(),
@@ -221,14 +221,14 @@ impl LaneError {
 pub(crate) enum LaneEvent {
     /// A sink has ended by itself: it lost the shard.
     SinkEnded(LaneError),
-    /// There is something to do for another generation, which is to take over.
-    NextGeneration,
+    /// There is something to do for another revision, which is to take over.
+    NextRevision,
 }
 
-/// A generation and the position after which it runs.
+/// A revision and the position after which it runs.
 struct ActiveSegment {
     from_exclusive: Option<Position>,
-    generation: Arc<Generation>,
+    revision: Arc<Revision>,
 }
 
 /// The result of running a batch through the stages.
@@ -259,7 +259,7 @@ pub(crate) struct Lane<'a> {
     /// Some sink has records up to here.
     highest: Option<Position>,
     replayed: u64,
-    /// The generation at work first, then those that follow.
+    /// The revision at work first, then those that follow.
     segments: Vec<ActiveSegment>,
     change: Change,
     chain: Option<Chain>,
@@ -393,16 +393,16 @@ impl Lane<'_> {
                 (error, _, _) = futures::future::select_all(ended) => {
                     return LaneEvent::SinkEnded(error.into());
                 }
-                () = self.change.until_due() => return LaneEvent::NextGeneration,
+                () = self.change.until_due() => return LaneEvent::NextRevision,
                 cause = self.waits.changed() => cause,
             };
             self.show_wait(cause);
         }
     }
 
-    /// Parts a batch where another generation takes over: a generation that did not get far before the
+    /// Parts a batch where another revision takes over: a revision that did not get far before the
     /// next one came has only a part of the batch. The rest is parted in its turn: meanwhile more
-    /// generations may have come.
+    /// revisions may have come.
     ///
     /// # Errors
     /// [`LaneError::Stopped`].
@@ -446,7 +446,7 @@ impl Lane<'_> {
         let pause_max = self.shared.config.timing.retry_pause_max;
         let mut stage_retries = STAGE_RETRY.at_most(pause_max).start();
         loop {
-            if let Err(failed) = self.enter_generation(batch).await? {
+            if let Err(failed) = self.enter_revision(batch).await? {
                 self.after_failed_start(&mut failed_starts, &failed).await?;
                 continue;
             }
@@ -598,7 +598,7 @@ impl Lane<'_> {
     }
 
     /// Waits until a call is to be tried again as its plugin asked. Meanwhile the instances of a wanted
-    /// generation are started; it takes the batch over where it may.
+    /// revision are started; it takes the batch over where it may.
     async fn pause_for_retry(&mut self, pause: Duration) -> Result<(), LaneError> {
         let stop = self.stop.clone();
         let end = tokio::time::Instant::now() + pause;
@@ -614,9 +614,9 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Sees to it that the generation of the batch's records is the one at work. `Ok(Err(_))`: its stages do
+    /// Sees to it that the revision of the batch's records is the one at work. `Ok(Err(_))`: its stages do
     /// not start, for this reason.
-    async fn enter_generation(
+    async fn enter_revision(
         &mut self,
         batch: &Batch,
     ) -> Result<Result<(), FailedStart>, LaneError> {
@@ -629,9 +629,9 @@ impl Lane<'_> {
         }
         self.adopt_announced();
         if self.chain.is_none() {
-            let generation = self.segments[0].generation.clone();
+            let revision = self.segments[0].revision.clone();
             let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
-            let (wanted, shard, stop) = (generation.clone(), self.shard.clone(), self.stop.clone());
+            let (wanted, shard, stop) = (revision.clone(), self.shard.clone(), self.stop.clone());
             // `configure` is the plugin's code: it may take long.
             let start = move || Chain::start(&wanted, &shard, limits, samples, stop.token());
             let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;
@@ -643,7 +643,7 @@ impl Lane<'_> {
                     return Ok(Err(FailedStart::of_host(cause)));
                 }
             };
-            self.shared.board.runs(&self.shard.shard, &generation.id, None);
+            self.shared.board.runs(&self.shard.shard, &revision.id, None);
             self.chain = Some(chain);
         }
         self.shared.starts.note();
@@ -713,14 +713,14 @@ impl Lane<'_> {
             }
             rows[*last].push(one.row);
         }
-        let generation = chain.generation().id.clone();
+        let revision = chain.revision().id.clone();
         let to_inclusive = batch.range.to_inclusive.clone();
         // Before it waits for anything: what is not copied keeps all that it came with.
         let copied = self.unless_stopped(keep_own(rows, batch.occupied_bytes(), arenas)).await?;
         for (index, (rows, bytes)) in copied.into_iter().enumerate() {
             let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
             let (account, delivery) = (self.account.clone(), self.deliveries[index].sender());
-            let (to_inclusive, generation) = (to_inclusive.clone(), generation.clone());
+            let (to_inclusive, revision) = (to_inclusive.clone(), revision.clone());
             let sent = self.while_changing(async move {
                 let permit = match rows.is_empty() {
                     false if waits => Some(account.take(bytes).await),
@@ -728,7 +728,7 @@ impl Lane<'_> {
                     false => Some(account.force(bytes)),
                     true => None,
                 };
-                delivery.send(Delivery { to_inclusive, rows, generation, permit }).await
+                delivery.send(Delivery { to_inclusive, rows, revision, permit }).await
             });
             if sent.await?.is_err() {
                 return Err(self.deliveries[index].ended().await.into());
@@ -740,7 +740,7 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Waits for something that another generation does not break off: its instances are started
+    /// Waits for something that another revision does not break off: its instances are started
     /// meanwhile, so that it takes over once the wait ends.
     async fn while_changing<T>(&mut self, wait: impl Future<Output = T>) -> Result<T, LaneError> {
         let stop = self.stop.clone();

@@ -53,7 +53,7 @@ async fn read_to_end(
                 () = stop.asked() => return Err(LaneError::Stopped),
                 event = lane.event() => match event {
                     LaneEvent::SinkEnded(why) => return Err(why),
-                    LaneEvent::NextGeneration => lane.change_generation().await?,
+                    LaneEvent::NextRevision => lane.change_revision().await?,
                 },
                 next = &mut next => match next? {
                     NextBatch::Batch(batch) => break batch,
@@ -81,7 +81,7 @@ async fn read_to_end(
 
 /// Takes a batch along the path.
 async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> {
-    // A batch is run in parts where it straddles a change of generation, and where what it becomes would hold
+    // A batch is run in parts where it straddles a change of revision, and where what it becomes would hold
     // too much. Those that wait, the next one last.
     let mut waiting = vec![batch];
     let mut records_max = usize::MAX;

@@ -102,7 +102,7 @@ impl RefusalLog for PendingRefusals {
         })?;
         let Some(row) = commit.rows.first() else { return Ok(()) };
         let dead_letter = |refusal: &Refusal| {
-            self.dead_letter(&commit.rows[refusal.row], refusal.reason.clone(), &commit.generation)
+            self.dead_letter(&commit.rows[refusal.row], refusal.reason.clone(), &commit.revision)
         };
         let dead_letters: Vec<DeadLetter> = refusals.iter().map(dead_letter).collect();
         self.dead_letters.put(&row.batch.shard, dead_letters, true).await.map_err(|error| {

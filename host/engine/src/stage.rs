@@ -1,6 +1,6 @@
 //! Stages: what a batch's records pass, one plugin after the other.
 //!
-//! [`Generation`] is everything that decides what a record becomes (plugins, configurations,
+//! [`Revision`] is everything that decides what a record becomes (plugins, configurations,
 //! bindings), loaded and proven. [`Chain`] is one lane's instances of it and runs batches. The
 //! faults of a plugin end here: they become dead letters of single records, or a blocked lane. [`Samples`]
 //! are what a candidate for a stage is tried on, `Health` is what it is judged by.
@@ -15,7 +15,7 @@ mod fit;
 mod flow;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
-mod generation;
+mod revision;
 mod health;
 mod packed;
 mod runner;
@@ -29,7 +29,7 @@ pub use fate::{Difference, Fate, TrialOutput};
 pub use fate::{fates, show_json, show_payload, written};
 pub(crate) use flow::before;
 pub use flow::{Flow, Item, first_flow};
-pub use generation::{Generation, LoadedStage, Target, source_route};
+pub use revision::{Revision, LoadedStage, Target, source_route};
 pub(crate) use health::{Health, HealthCounts};
 pub use runner::{RunError, StageRunner};
 pub(crate) use samples::Sample;

@@ -17,13 +17,13 @@ use crate::bound::MemoryBound;
 use crate::lane::BuildSinks;
 use crate::lane::agreement::{Found, before_first_record};
 use crate::lane::{
-    Board, GenerationStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
+    Board, RevisionStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
 };
 use crate::lease::PipelineLock;
 use crate::lineage::Plan;
 use crate::lineage::lineage;
 use crate::pipeline::run_lane;
-use crate::stage::{Generation, Samples};
+use crate::stage::{Revision, Samples};
 use crate::swap::{Swapper, SwapperParts, TakeOver};
 use shardmill_config::{OnLostRecords, PipelineConfig, environment};
 use shardmill_core::boxed;
@@ -44,7 +44,7 @@ use shardmill_state::{
     Changes, Checkpoints, DeadLetters, Hole, Holes, KnownShards, Ledger, Look, Roster, Running,
     StateError, StateStore, Variables, needed_components,
 };
-use shardmill_state::{GenerationSpec, StageSpec};
+use shardmill_state::{RevisionSpec, StageSpec};
 
 /// The part of a run that looks for shards to read.
 const SHARDS: &str = "shards";
@@ -159,11 +159,11 @@ impl Supervisor {
     ) -> anyhow::Result<Self> {
         let state = StateStore::open(lock.folder())?;
         host.backends.prepare().await?;
-        let generations = GenerationStore::new(host.clone(), state.clone());
+        let revisions = RevisionStore::new(host.clone(), state.clone());
         let stream = source.identity().await?;
         roster::rename(&config, &sinks, &state, &*source, &stream).await?;
         let to_run = match options.role {
-            RunRole::Beside { is_running: true } => noted(&state, &generations, &config).await?,
+            RunRole::Beside { is_running: true } => noted(&state, &revisions, &config).await?,
             _ => None,
         };
         let is_pipeline = options.role == RunRole::Pipeline;
@@ -172,33 +172,33 @@ impl Supervisor {
             let texts = texts.map(|own| (own.name.value.clone(), own.config_text.clone()));
             Variables::new(state.clone()).forget_values(texts.collect()).await?;
         }
-        let (running, generation, components) = match to_run {
-            Some((running, generation)) => (running, generation, Vec::new()),
+        let (running, revision, components) = match to_run {
+            Some((running, revision)) => (running, revision, Vec::new()),
             None => {
                 let (declared, components) =
-                    Generation::load(&config, &host, options.embedded_plugin).await?;
-                let (running, generation) =
-                    carry_over(&state, &generations, &host, &config, declared, &options).await?;
-                (running, generation, components)
+                    Revision::load(&config, &host, options.embedded_plugin).await?;
+                let (running, revision) =
+                    carry_over(&state, &revisions, &host, &config, declared, &options).await?;
+                (running, revision, components)
             }
         };
         for sink in &sinks {
-            sink.prepare(&generation.routes_to(sink.name())).await?;
+            sink.prepare(&revision.routes_to(sink.name())).await?;
         }
         let ledger = Ledger::new(state.clone());
-        ledger.store_revision(&generation.spec, components).await?;
+        ledger.store_revision(&revision.spec, components).await?;
         let variables = Variables::new(state.clone());
         let changed_variables = match is_pipeline {
-            true => variables.note(&generation.spec, &environment).await?,
+            true => variables.note(&revision.spec, &environment).await?,
             // What runs is noted by who runs it.
-            false => variables.changed_variables(&generation.spec, &environment).await?,
+            false => variables.changed_variables(&revision.spec, &environment).await?,
         };
-        changed_variables.warn(&generation.id);
+        changed_variables.warn(&revision.id);
         if is_pipeline {
             let changes = Changes::new(state.clone());
             changes.record_running(&running, None, None).await?;
             changes.note_sinks(config.sink_fingerprints()).await?;
-            if let Err(error) = ledger.prune(&generation.spec).await {
+            if let Err(error) = ledger.prune(&revision.spec).await {
                 // Nothing is lost, only space. A replay that needs what cannot be read says so itself.
                 tracing::warn!(%error, "components that are not needed any more stay");
             }
@@ -210,8 +210,8 @@ impl Supervisor {
         let shared = Arc::new(Shared {
             budget: sinks_budget(&config),
             source,
-            current: watch::Sender::new(Arc::new(generation)),
-            generations,
+            current: watch::Sender::new(Arc::new(revision)),
+            revisions,
             sinks,
             dropped_sinks: options.dropped_sinks,
             checkpoints: Checkpoints::new(state.clone()),
@@ -712,9 +712,9 @@ impl Lanes {
         if lanes == 0 {
             return Ok(());
         }
-        let generation = self.shared.generation();
+        let revision = self.shared.revision();
         let mut needs = Needs { lanes, stages: 0, memories: 0, sinks: self.shared.sinks.len() };
-        for stage in &generation.stages {
+        for stage in &revision.stages {
             let canary = stage.canary.as_ref().map(|canary| &canary.stage);
             for version in [stage].into_iter().chain(canary) {
                 needs.stages += 1;
@@ -795,15 +795,15 @@ impl Lanes {
 /// What the pipeline runs, as it has noted it; `None`: it has not.
 async fn noted(
     state: &StateStore,
-    generations: &GenerationStore,
+    revisions: &RevisionStore,
     config: &PipelineConfig,
-) -> anyhow::Result<Option<(Running, Generation)>> {
+) -> anyhow::Result<Option<(Running, Revision)>> {
     let Some(running) = Changes::new(state.clone()).running().await? else { return Ok(None) };
-    let generation = generations
+    let revision = revisions
         .load(running.running.clone(), &config.source.stream_name())
         .await
         .context("what the pipeline runs cannot be run beside it")?;
-    Ok(Some((running, generation)))
+    Ok(Some((running, revision)))
 }
 
 /// The way out where what was swapped in cannot be started any more.
@@ -813,13 +813,13 @@ const WAY_PAST_A_SWAP: &str = "what was swapped in does not load; start once wit
 /// What is to run: as the files describe it, or as it was changed since they were read last.
 async fn carry_over(
     state: &StateStore,
-    generations: &GenerationStore,
+    revisions: &RevisionStore,
     host: &PluginHost,
     config: &PipelineConfig,
-    declared: Generation,
+    declared: Revision,
     options: &RunOptions,
-) -> anyhow::Result<(Running, Generation)> {
-    let as_described = |declared: Generation| {
+) -> anyhow::Result<(Running, Revision)> {
+    let as_described = |declared: Revision| {
         let (declared_spec, running) = (declared.spec.clone(), declared.spec.clone());
         (Running { declared: declared_spec, running }, declared)
     };
@@ -843,33 +843,33 @@ async fn carry_over(
     }
     let mut plugins = declared.plugins();
     for digest in running.digests().filter(|digest| !declared.has(digest)) {
-        let plugin = generations.plugin(digest).await.context(WAY_PAST_A_SWAP)?;
+        let plugin = revisions.plugin(digest).await.context(WAY_PAST_A_SWAP)?;
         plugins.insert(digest.to_owned(), plugin);
     }
     let (spec, host, stream) = (running.clone(), host.clone(), config.source.stream_name());
-    let (generation, declared) = off_thread(move || {
-        let rebuilt = Generation::rebuilt(spec, &plugins, &host, &stream, &declared);
+    let (revision, declared) = off_thread(move || {
+        let rebuilt = Revision::rebuilt(spec, &plugins, &host, &stream, &declared);
         (rebuilt, declared)
     })
     .await;
-    let generation = generation.map_err(anyhow::Error::msg).context(WAY_PAST_A_SWAP)?;
+    let revision = revision.map_err(anyhow::Error::msg).context(WAY_PAST_A_SWAP)?;
     for stage in &running.stages {
         if declared.spec.stage(&stage.name) != Some(stage) {
             tracing::warn!(stage = %stage.name, changed = running_instead(&declared, stage),
                 "runs what was swapped in, not what the files say; change the files, or roll back");
         }
     }
-    Ok((Running { declared: declared.spec, running }, generation))
+    Ok((Running { declared: declared.spec, running }, revision))
 }
 
 /// What runs in place of what the files say, in words.
-fn running_instead(declared: &Generation, stage: &StageSpec) -> String {
+fn running_instead(declared: &Revision, stage: &StageSpec) -> String {
     let described = declared.spec.stage(&stage.name);
     described.map(|described| described.changes_to(stage).join(", ")).unwrap_or_default()
 }
 
 /// The stages whose swaps do not count any more because the files have changed.
-fn dropped_swaps(before: &Running, now: &GenerationSpec) -> Vec<String> {
+fn dropped_swaps(before: &Running, now: &RevisionSpec) -> Vec<String> {
     let mut dropped = Vec::new();
     for stage in &before.running.stages {
         let was_swapped = before.declared.stage(&stage.name) != Some(stage);

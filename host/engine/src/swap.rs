@@ -29,7 +29,7 @@ pub use trial::{ShownDifference, TrialReport};
 pub use watch::watch_files;
 
 use crate::lane::{BuildSinks, LaneChange, Shared, WaitingLane};
-use crate::stage::{Generation, LoadedStage};
+use crate::stage::{Revision, LoadedStage};
 use shardmill_config::{Gates, PipelineConfig};
 use shardmill_core::boxed;
 use shardmill_core::metric;
@@ -180,8 +180,9 @@ pub struct SwapReport {
     pub after: Version,
     /// Of 100 partition keys, how many the new version gets.
     pub percent: u8,
-    /// The generation that runs now.
-    pub generation: String,
+    /// The revision that runs now.
+    #[serde(rename = "generation")]
+    pub revision: String,
     /// How the trial went; `None`: there was none.
     pub trial: Option<TrialReport>,
     /// Why there was none.
@@ -291,7 +292,7 @@ impl Swapper {
             Some(_) => ChangeKind::Canary,
             None => ChangeKind::Swap,
         };
-        let before = setup.shared.generation();
+        let before = setup.shared.revision();
         let made = self.inner.swap(&setup, &before, kind, &order).await;
         let probation = setup.config.reload.probation;
         match made {
@@ -333,7 +334,7 @@ impl Inner {
     async fn swap(
         self: &Arc<Self>,
         setup: &Setup,
-        before: &Arc<Generation>,
+        before: &Arc<Revision>,
         kind: ChangeKind,
         order: &SwapOrder,
     ) -> Result<SwapReport, StepFailed> {
@@ -369,7 +370,7 @@ impl Inner {
             before: Version::of(&incumbent),
             after: Version::of(tried),
             percent: order.canary_percent.unwrap_or(100),
-            generation: next.id.to_string(),
+            revision: next.id.to_string(),
             trial,
             no_trial,
             lanes: Vec::new(),
@@ -399,7 +400,7 @@ impl Inner {
             failed.trial = report.trial.take().map(Box::new);
             failed
         })?;
-        (report.number, report.generation) = (promoted.number, promoted.generation);
+        (report.number, report.revision) = (promoted.number, promoted.revision);
         (report.lanes, report.waiting) = (promoted.lanes, promoted.waiting);
         report.may_be_undone = promoted.may_be_undone;
         report.probation_s = setup.config.reload.probation.window.as_secs();
@@ -413,16 +414,16 @@ impl Inner {
         stage: &StageName,
         number: Option<i64>,
         reason: &str,
-    ) -> Result<SwapReport, (Arc<Generation>, StepFailed)> {
+    ) -> Result<SwapReport, (Arc<Revision>, StepFailed)> {
         for _ in 0..TURNS_MAX {
             let beside = self.setup.lock().await.clone();
-            let before = beside.shared.generation();
+            let before = beside.shared.revision();
             let made = self.roll_back_beside(&beside, stage, number, reason).await;
             if let Some(report) = made.map_err(|failed| (before, failed))? {
                 return Ok(report);
             }
         }
-        Err((self.setup.lock().await.shared.generation(), Step::Promote.failed(OTHERS_FIRST)))
+        Err((self.setup.lock().await.shared.revision(), Step::Promote.failed(OTHERS_FIRST)))
     }
 
     /// One try of it; `None`: another change came first.
@@ -433,7 +434,7 @@ impl Inner {
         number: Option<i64>,
         reason: &str,
     ) -> Result<Option<SwapReport>, StepFailed> {
-        let before = &beside.shared.generation();
+        let before = &beside.shared.revision();
         let incumbent = candidate::stage(before, stage)?;
         let last = self.changes.last_in_force(stage.as_str()).await;
         let last = last.map_err(|error| Step::Fetch.failed(error))?;
@@ -472,7 +473,7 @@ impl Inner {
             before: Version::of(incumbent.canary.as_ref().map_or(&incumbent, |one| &one.stage)),
             after: Version::of(&candidate::stage(&next, stage)?),
             percent: 100,
-            generation: next.id.to_string(),
+            revision: next.id.to_string(),
             trial: None,
             no_trial: None,
             lanes: promoted.lanes,
@@ -486,10 +487,10 @@ impl Inner {
     async fn spec_before(
         &self,
         setup: &Setup,
-        current: &Generation,
+        current: &Revision,
         stage: &StageName,
         undone: &Change,
-    ) -> Result<shardmill_state::GenerationSpec, StepFailed> {
+    ) -> Result<shardmill_state::RevisionSpec, StepFailed> {
         let was = setup.shared.ledger.spec(&undone.before).await;
         let was = was.map_err(|error| Step::Fetch.failed(error))?;
         let mut spec = current.spec.clone();
@@ -513,7 +514,7 @@ impl Inner {
         &self,
         kind: ChangeKind,
         stage: String,
-        before: &Generation,
+        before: &Revision,
         failed: StepFailed,
         dry_run: bool,
     ) -> ChangeRefused {

@@ -1,10 +1,10 @@
-//! The generation ledger: which generation runs from which position on, per shard.
+//! The revision ledger: which revision runs from which position on, per shard.
 //!
-//! A replay runs the generation that ran first. With sinks at different positions, a record that is
+//! A replay runs the revision that ran first. With sinks at different positions, a record that is
 //! replayed by other code could be routed to a sink that is already past it, and be lost. So each
 //! start with other plugins, configurations or bindings is a swap at a recorded position (the
 //! highest that any sink has), durable before its first record; at or below it the stored
-//! generation runs, from the stored bytes.
+//! revision runs, from the stored bytes.
 
 use rusqlite::OptionalExtension as _;
 use serde::Serialize;
@@ -14,7 +14,7 @@ use bytes::Bytes;
 use super::redrive_key::REDRIVES;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 use super::group_commit::{Entry, GroupCommit};
-use crate::GenerationSpec;
+use crate::RevisionSpec;
 use shardmill_core::record::{Position, ShardId, ShardKey};
 
 /// Components' bytes, by their digests.
@@ -23,24 +23,24 @@ pub type Components = Vec<(String, Bytes)>;
 /// Changes whose components are kept, so that they can be undone.
 const CHANGES_UNDOABLE: u32 = 16;
 
-/// A generation and the position after which it runs.
+/// A revision and the position after which it runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Exclusive; `None`: from the shard's beginning.
     pub from_exclusive: Option<Position>,
-    /// The id of the generation.
-    pub generation: String,
+    /// The id of the revision.
+    pub revision: String,
 }
 
 /// What runs a record, or ran it.
 #[derive(Clone, Debug)]
 pub struct Ran {
-    /// The id of the generation.
-    pub generation: String,
+    /// The id of the revision.
+    pub revision: String,
     /// What it is.
-    pub spec: GenerationSpec,
+    pub spec: RevisionSpec,
     /// Some sink has settled the record, as of the last checkpoint: it was run. Otherwise another
-    /// generation may still come before it.
+    /// revision may still come before it.
     pub is_committed: bool,
 }
 
@@ -52,8 +52,9 @@ pub struct LedgerEntry {
     /// Exclusive; `None`: from the shard's beginning.
     #[serde(serialize_with = "super::as_text")]
     pub from_exclusive: Option<Position>,
-    /// The id of the generation.
-    pub generation: String,
+    /// The id of the revision.
+    #[serde(rename = "generation")]
+    pub revision: String,
     /// When it was recorded, in milliseconds since 1970.
     pub recorded_ms: i64,
     /// The stream, by its key.
@@ -76,14 +77,14 @@ struct Row {
     shard: String,
     sequence: String,
     sub: u64,
-    generation: String,
+    revision: String,
 }
 
 impl Entry for Row {
     const ACTION: &'static str = "write the generation ledger";
 
     fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {
-        let Self { stream, shard, sequence, sub, generation } = self;
+        let Self { stream, shard, sequence, sub, revision } = self;
         state
             .prepare_cached(
                 "DELETE FROM ledger WHERE stream = ?1 AND shard = ?2
@@ -96,7 +97,7 @@ impl Entry for Row {
                  ON CONFLICT DO UPDATE SET generation = excluded.generation,
                      recorded_ms = excluded.recorded_ms",
             )?
-            .execute((stream, shard, sequence, sub, generation, now_ms()))?;
+            .execute((stream, shard, sequence, sub, revision, now_ms()))?;
         Ok(())
     }
 }
@@ -107,14 +108,14 @@ impl Ledger {
         Self { rows: GroupCommit::new(store.clone()), store }
     }
 
-    /// Stores a generation and its components' bytes, those that are not stored yet, so that a replay can
+    /// Stores a revision and its components' bytes, those that are not stored yet, so that a replay can
     /// run it.
     ///
     /// # Errors
     /// [`StateError`]; no record may run through it then.
     pub async fn store_revision(
         &self,
-        spec: &GenerationSpec,
+        spec: &RevisionSpec,
         components: Components,
     ) -> Result<(), StateError> {
         let (id, json) = (spec.id(), spec.to_json());
@@ -135,11 +136,11 @@ impl Ledger {
             .map(drop)
     }
 
-    /// The stored specification of a generation.
+    /// The stored specification of a revision.
     ///
     /// # Errors
     /// [`StateError`] when it is missing or cannot be read.
-    pub async fn spec(&self, id: &str) -> Result<GenerationSpec, StateError> {
+    pub async fn spec(&self, id: &str) -> Result<RevisionSpec, StateError> {
         let id = id.to_owned();
         self.store
             .transact("read a stored generation", move |state| {
@@ -168,7 +169,7 @@ impl Ledger {
                         true => None,
                         false => Some(position(sequence, row.get(1)?)?),
                     };
-                    Ok(Segment { from_exclusive, generation: row.get(2)? })
+                    Ok(Segment { from_exclusive, revision: row.get(2)? })
                 })?;
                 segments.collect()
             })
@@ -197,7 +198,7 @@ impl Ledger {
                     Ok(LedgerEntry {
                         shard: ShardId::new(row.get::<_, String>(0)?),
                         from_exclusive,
-                        generation: row.get(3)?,
+                        revision: row.get(3)?,
                         recorded_ms: row.get(4)?,
                         stream: row.get(5)?,
                     })
@@ -207,7 +208,7 @@ impl Ledger {
             .await
     }
 
-    /// The generation that a record was run by, or is due to be run by; of streams that had the shard, the
+    /// The revision that a record was run by, or is due to be run by; of streams that had the shard, the
     /// one that was read last.
     ///
     /// # Errors
@@ -232,21 +233,21 @@ impl Ledger {
             })
             .await?;
         match found {
-            Some((generation, is_committed)) => {
-                let spec = self.spec(&generation).await?;
-                Ok(Some(Ran { generation, spec, is_committed }))
+            Some((revision, is_committed)) => {
+                let spec = self.spec(&revision).await?;
+                Ok(Some(Ran { revision, spec, is_committed }))
             }
             None => Ok(None),
         }
     }
 
-    /// Records that a generation runs from here on. A segment at the same place or behind it is
+    /// Records that a revision runs from here on. A segment at the same place or behind it is
     /// replaced: no sink has anything of it.
     ///
     /// Lanes change together: what several have to record goes to the disk at once.
     ///
     /// # Errors
-    /// [`StateError`]; the generation must not run then.
+    /// [`StateError`]; the revision must not run then.
     pub async fn record(&self, shard: &ShardKey, segment: &Segment) -> Result<(), StateError> {
         let (sequence, sub) = segment.from_exclusive.as_ref().map(columns).unwrap_or_default();
         let row = Row {
@@ -254,12 +255,12 @@ impl Ledger {
             shard: shard.shard.to_string(),
             sequence,
             sub,
-            generation: segment.generation.clone(),
+            revision: segment.revision.clone(),
         };
         self.rows.write(row).await
     }
 
-    /// Forgets the components that nothing needs any more: those of generations whose last segment the
+    /// Forgets the components that nothing needs any more: those of revisions whose last segment the
     /// checkpoints of all shards have passed, which none of the last changes could be undone to, and which
     /// no dead letter needs to make again what entered where it failed. The
     /// ledger's rows of shards stay: they are history. Those of redrives that are finished go: nothing is
@@ -267,7 +268,7 @@ impl Ledger {
     ///
     /// # Errors
     /// [`StateError`]; nothing is lost, only space.
-    pub async fn prune(&self, current: &GenerationSpec) -> Result<(), StateError> {
+    pub async fn prune(&self, current: &RevisionSpec) -> Result<(), StateError> {
         let current_digests: Vec<String> = current.digests().map(str::to_owned).collect();
         self.store
             .transact("prune the generation ledger", move |state| {
@@ -298,8 +299,8 @@ impl Ledger {
                 let needed = needed.query_map([CHANGES_UNDOABLE], |row| {
                     Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
                 })?;
-                for generation in needed {
-                    let (id, spec) = generation?;
+                for revision in needed {
+                    let (id, spec) = revision?;
                     // Of one that cannot be read, nobody knows which components it needs.
                     let spec = read_spec(&id, &spec)?;
                     digests.extend(spec.digests().map(str::to_owned));
@@ -317,7 +318,7 @@ impl Ledger {
 }
 
 /// Reads a stored specification.
-fn read_spec(id: &str, json: &str) -> rusqlite::Result<GenerationSpec> {
+fn read_spec(id: &str, json: &str) -> rusqlite::Result<RevisionSpec> {
     serde_json::from_str(json).map_err(|error| {
         let cause = format!("revision {id} cannot be read: {error}");
         let text = rusqlite::types::Type::Text;
@@ -339,7 +340,7 @@ mod tests {
         shardmill_core::record::Digest::of(component.as_bytes()).to_string()
     }
 
-    fn spec(component: &str) -> GenerationSpec {
+    fn spec(component: &str) -> RevisionSpec {
         let json = serde_json::json!({
             "source_format": null,
             "stages": [{
@@ -378,7 +379,7 @@ mod tests {
             for (name, spec, from) in [("one", &first, at(1, 1)), ("two", &second, next.clone())] {
                 let components = vec![(digest(name), name.into())];
                 ledger.store_revision(spec, components).await.expect("kept");
-                let segment = Segment { from_exclusive: from, generation: spec.id().to_string() };
+                let segment = Segment { from_exclusive: from, revision: spec.id().to_string() };
                 ledger.record(&shard, &segment).await.expect("recorded");
             }
             checkpoints
@@ -401,7 +402,7 @@ mod tests {
             ShardKey { pipeline: "cars".into(), stream: stream.into(), shard: "shard".into() };
         let first = spec("one");
         ledger.store_revision(&first, vec![(digest("one"), "one".into())]).await.expect("kept");
-        let segment = Segment { from_exclusive: None, generation: first.id().to_string() };
+        let segment = Segment { from_exclusive: None, revision: first.id().to_string() };
         ledger.record(&shard, &segment).await.expect("recorded");
         let spoil = |state: &rusqlite::Transaction<'_>| {
             state.execute("UPDATE generation SET spec = '{\"stages\":7}'", [])

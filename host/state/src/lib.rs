@@ -1,8 +1,8 @@
-//! What is settled: checkpoints, the generation ledger and the dead letters of one pipeline.
+//! What is settled: checkpoints, the revision ledger and the dead letters of one pipeline.
 //!
 //! All of it lies in one SQLite database in the state directory ([`StateStore`]). A sink that keeps
 //! its own position is the truth about itself; what is kept here is the minimum over the sinks (the
-//! checkpoint), the positions of sinks that keep none, which generation ran from which sequence on,
+//! checkpoint), the positions of sinks that keep none, which revision ran from which sequence on,
 //! and every record that a stage or a table did not take.
 //!
 //! It decides as little as it can: what is written, the engine says. Two decisions are here, as functions without I/O,
@@ -84,7 +84,7 @@ pub use rejections::RejectionWindow;
 pub use replays::{FailedAgain, PendingReplay, Replays};
 pub use roster::{KnownSinks, Removed, Roster, RosterChange};
 pub use dead_lettered::DeadLetteredItems;
-pub use spec::{CanarySpec, GenerationSpec, StageSpec};
+pub use spec::{CanarySpec, RevisionSpec, StageSpec};
 pub use store::{StateError, StateStore, needed_components};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};
 pub use variables::{ChangedVariables, Variables};

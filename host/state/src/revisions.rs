@@ -2,7 +2,7 @@
 
 use rusqlite::Transaction;
 
-use crate::GenerationSpec;
+use crate::RevisionSpec;
 
 /// Rewrites every stored revision that `edit` changes (it gives true then), and the record of what runs. A
 /// revision's id follows from what it says, so whatever names it gets the new id. Gives how many were
@@ -12,7 +12,7 @@ use crate::GenerationSpec;
 /// The database's, and when a revision cannot be read.
 pub(super) fn rewrite(
     state: &Transaction<'_>,
-    mut edit: impl FnMut(&mut GenerationSpec) -> bool,
+    mut edit: impl FnMut(&mut RevisionSpec) -> bool,
 ) -> rusqlite::Result<usize> {
     let mut rewritten = 0;
     let mut query = state.prepare("SELECT id, spec FROM generation")?;
@@ -57,7 +57,7 @@ pub(super) fn rewrite(
     Ok(rewritten)
 }
 
-fn read(what: &str, json: &str) -> rusqlite::Result<GenerationSpec> {
+fn read(what: &str, json: &str) -> rusqlite::Result<RevisionSpec> {
     serde_json::from_str(json).map_err(|error| {
         let cause = format!("{what} cannot be read: {error}");
         let text = rusqlite::types::Type::Text;

@@ -1,6 +1,6 @@
-//! A generation as it is stored: what decides what a record becomes, and nothing else.
+//! A revision as it is stored: what decides what a record becomes, and nothing else.
 //!
-//! Components are named by their digests. Equal specifications are one generation: its id is the digest
+//! Components are named by their digests. Equal specifications are one revision: its id is the digest
 //! of their JSON.
 
 use std::collections::BTreeMap;
@@ -93,9 +93,9 @@ impl StageSpec {
     }
 }
 
-/// A generation, as it is stored. Equal specifications are one generation.
+/// A revision, as it is stored. Equal specifications are one revision.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GenerationSpec {
+pub struct RevisionSpec {
     /// The media type of the stream's payloads, where declared.
     pub source_format: Option<String>,
     /// The stages, in order.
@@ -108,14 +108,14 @@ pub struct GenerationSpec {
     pub source_columns: Vec<Column>,
 }
 
-impl GenerationSpec {
+impl RevisionSpec {
     /// The specification as JSON, always in the same form.
     pub fn to_json(&self) -> String {
         // Maps are ordered and every key is text: this cannot fail.
         serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// The generation's id: the first 16 hex digits of its digest.
+    /// The revision's id: the first 16 hex digits of its digest.
     pub fn id(&self) -> Arc<str> {
         Digest::of(self.to_json().as_bytes()).as_str()[..16].into()
     }

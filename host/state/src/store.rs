@@ -297,7 +297,7 @@ impl StateStore {
         self.outcome(action, done.await)
     }
 
-    /// The component's bytes, stored with a generation.
+    /// The component's bytes, stored with a revision.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.

@@ -10,16 +10,16 @@ use rusqlite::OptionalExtension as _;
 use serde::Serialize;
 
 use super::store::{StateError, StateStore, now_ms};
-use crate::GenerationSpec;
+use crate::RevisionSpec;
 use shardmill_core::record::SinkName;
 
 /// What the files described, and what runs instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Running {
     /// As the configuration and the plugins' files had it.
-    pub declared: GenerationSpec,
+    pub declared: RevisionSpec,
     /// What runs.
-    pub running: GenerationSpec,
+    pub running: RevisionSpec,
 }
 
 impl Running {
@@ -38,7 +38,7 @@ impl Running {
 
     /// What is to run now that the files describe `declared`: a stage that they describe as they did
     /// before runs on as it ran, all others as described.
-    pub fn carried_over(&self, declared: &GenerationSpec) -> GenerationSpec {
+    pub fn carried_over(&self, declared: &RevisionSpec) -> RevisionSpec {
         let mut carried = declared.clone();
         for stage in &mut carried.stages {
             let before = self.declared.stage(&stage.name);
@@ -114,9 +114,9 @@ pub struct Change {
     pub kind: ChangeKind,
     /// The stage that it was about; empty for a reload.
     pub stage: String,
-    /// The generation that ran before.
+    /// The revision that ran before.
     pub before: String,
-    /// The generation that was to run; empty where it did not come so far.
+    /// The revision that was to run; empty where it did not come so far.
     pub after: String,
     /// How it ended.
     pub outcome: ChangeOutcome,
@@ -131,9 +131,9 @@ pub struct NewChange {
     pub kind: ChangeKind,
     /// The stage that it is about; empty for a reload.
     pub stage: String,
-    /// The generation that ran before.
+    /// The revision that ran before.
     pub before: String,
-    /// The generation that is to run, if it came so far.
+    /// The revision that is to run, if it came so far.
     pub after: String,
 }
 

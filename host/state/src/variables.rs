@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::revisions;
 use super::store::{StateError, StateStore};
-use crate::GenerationSpec;
+use crate::RevisionSpec;
 use shardmill_config::StageText;
 use shardmill_core::private;
 use shardmill_core::record::StageName;
@@ -81,7 +81,7 @@ impl Variables {
     /// [`StateError`]; nothing was noted.
     pub async fn note(
         &self,
-        spec: &GenerationSpec,
+        spec: &RevisionSpec,
         lookup: Environment<'_>,
     ) -> Result<ChangedVariables, StateError> {
         self.compare(spec, lookup, true).await
@@ -93,7 +93,7 @@ impl Variables {
     /// [`StateError`] when the database or the key cannot be read.
     pub async fn changed_variables(
         &self,
-        spec: &GenerationSpec,
+        spec: &RevisionSpec,
         lookup: Environment<'_>,
     ) -> Result<ChangedVariables, StateError> {
         self.compare(spec, lookup, false).await
@@ -101,7 +101,7 @@ impl Variables {
 
     async fn compare(
         &self,
-        spec: &GenerationSpec,
+        spec: &RevisionSpec,
         lookup: Environment<'_>,
         is_noted: bool,
     ) -> Result<ChangedVariables, StateError> {
@@ -178,7 +178,7 @@ impl Variables {
 }
 
 /// Puts texts with variables into the place of what they became; true: some fitted.
-fn forget(spec: &mut GenerationSpec, stages: &[(StageName, StageText)]) -> bool {
+fn forget(spec: &mut RevisionSpec, stages: &[(StageName, StageText)]) -> bool {
     let mut has_changed = false;
     for (name, text) in stages.iter().filter(|(_, text)| text.has_variables) {
         let own = spec.stages.iter_mut().filter(|own| own.name == *name && !own.has_variables);
@@ -298,7 +298,7 @@ fn found(read: std::io::Result<Vec<u8>>) -> std::io::Result<Found> {
 mod tests {
     use super::*;
 
-    fn spec(config: &str, has_variables: bool) -> GenerationSpec {
+    fn spec(config: &str, has_variables: bool) -> RevisionSpec {
         let json = serde_json::json!({
             "source_format": null,
             "stages": [{

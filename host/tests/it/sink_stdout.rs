@@ -50,7 +50,7 @@ fn commit(payloads: &[&'static str]) -> Commit {
         range,
         rows: Arc::new(rows.collect()),
         encoded: None,
-        generation: "generation-1".into(),
+        revision: "generation-1".into(),
     }
 }
 

@@ -15,7 +15,7 @@ use shardmill_config::{PipelineConfig, RejectedMax};
 use shardmill_core::record::{DeadLetterPlace, Position, SinkName, StageName};
 use shardmill_core::sink::Sink;
 use shardmill_engine::bound::{MemoryBound, memory_bytes_available};
-use shardmill_engine::lane::GenerationStore;
+use shardmill_engine::lane::RevisionStore;
 use shardmill_engine::lane::agreement::refuse_older_state;
 use shardmill_engine::lane::remake::Remaker;
 use shardmill_engine::lane::roster;
@@ -276,9 +276,9 @@ impl Run {
         }
         let (limits, without) = (config.source.batch, at_sinks.clone());
         let (host, drain_max) = (plugin_host(&config)?, config.timing.drain_max);
-        let generations = GenerationStore::new(host.clone(), state.clone());
+        let revisions = RevisionStore::new(host.clone(), state.clone());
         let (ledger, stream_name) = (Ledger::new(state.clone()), config.source.stream_name());
-        let remaker = Remaker::new(generations, ledger, config.name.clone(), stream_name);
+        let remaker = Remaker::new(revisions, ledger, config.name.clone(), stream_name);
         let source = RedriveSource::new(redrives.clone(), id, &config.name, limits, without)
             .remade_by(Box::new(remaker), reached);
         let left_out = source.left_out();

@@ -285,7 +285,7 @@ mod tests {
         }
     }
 
-    /// Two swaps in one batch: what the generation between them ran once was replayed by the last.
+    /// Two swaps in one batch: what the revision between them ran once was replayed by the last.
     #[test]
     fn a_batch_is_cut_at_every_swap_in_it() {
         let at =

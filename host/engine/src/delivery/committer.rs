@@ -27,8 +27,8 @@ pub(super) struct Parcel {
     pub(super) encoded: Option<Arc<EncodedRows>>,
     /// Everything up to here is settled with it.
     pub(super) to_inclusive: Position,
-    /// The generation that made them.
-    pub(super) generation: Arc<str>,
+    /// The revision that made them.
+    pub(super) revision: Arc<str>,
     /// The bytes of their payloads and keys.
     pub(super) bytes: usize,
     /// The bytes that they hold in memory.
@@ -80,10 +80,10 @@ impl Committer {
 
     /// Commits until there is nothing more, the lane ends, or the shard is lost.
     pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> Result<(), SinkError> {
-        if let Some((to_inclusive, generation)) = self.context.first_to.clone() {
+        if let Some((to_inclusive, revision)) = self.context.first_to.clone() {
             let rows = Arc::default();
             let (encoded, bytes, permit) = (None, 0, None);
-            self.commit(Parcel { rows, encoded, to_inclusive, generation, bytes, permit }).await?;
+            self.commit(Parcel { rows, encoded, to_inclusive, revision, bytes, permit }).await?;
         }
         loop {
             let order = tokio::select! {
@@ -103,14 +103,14 @@ impl Committer {
     /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
     /// configured patience stops it.
     async fn commit(&mut self, parcel: Parcel) -> Result<(), SinkError> {
-        let Parcel { rows, encoded, to_inclusive, generation, bytes, mut permit } = parcel;
+        let Parcel { rows, encoded, to_inclusive, revision, bytes, mut permit } = parcel;
         let is_copied = encoded.is_none() && self.writer.copies_rows();
         if let Some(permit) = permit.as_mut().filter(|_| is_copied) {
             // Others wait the longer. It is given back with the rows.
             permit.resize(permit.bytes() + bytes);
         }
         let range = PositionRange { from_exclusive: self.stored.clone(), to_inclusive };
-        let commit = Commit { range, rows, encoded, generation };
+        let commit = Commit { range, rows, encoded, revision };
         let sink = self.context.sink.to_string();
         let mut retries = RETRY.at_most(self.context.timing.retry_pause_max).start();
         let committed = loop {
@@ -183,7 +183,7 @@ impl Committer {
     async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
         let context = &self.context;
         let reason = format!("given up: {error}");
-        let dead_letter = |row: &Row| self.refusals.dead_letter(row, reason.clone(), &commit.generation);
+        let dead_letter = |row: &Row| self.refusals.dead_letter(row, reason.clone(), &commit.revision);
         let dead_letters: Vec<_> = commit.rows.iter().map(dead_letter).collect();
         let (rows, range, to) = (dead_letters.len() as u64, &commit.range, &commit.range.to_inclusive);
         let whose = (&context.shard, &context.sink);

@@ -1,5 +1,5 @@
 //! Taking a shard over: every sink says where it stands, the lane starts at the minimum, and the
-//! ledger says which generation runs from where.
+//! ledger says which revision runs from where.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -11,7 +11,7 @@ use super::change::{Change, Gap};
 use super::lag::{LiveDelivery, LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::delivery::{DeliveryContext, DeliveryHandle};
-use crate::stage::Generation;
+use crate::stage::Revision;
 use shardmill_config::{OnPositionMismatch, SinkConfig, environment};
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::{Position, ShardKey, ShardStart, SinkName};
@@ -19,7 +19,7 @@ use shardmill_core::sink::{Acquired, Sink};
 use shardmill_core::source::{NextBatch, ResumePoint, Waiting};
 use shardmill_core::stop::Stop;
 use shardmill_plugin::{Plugin, PluginHost};
-use shardmill_state::GenerationSpec;
+use shardmill_state::RevisionSpec;
 use shardmill_state::agreement::{Mismatch, Stands, agree};
 use shardmill_state::{
     Hole, Ledger, Segment, ShardState, StateStore, TakenOver, Variables, is_redrive,
@@ -54,7 +54,7 @@ impl<'a> Lane<'a> {
     /// Takes the shard over.
     ///
     /// # Errors
-    /// [`LaneError::Fatal`] when positions contradict each other or a generation is missing;
+    /// [`LaneError::Fatal`] when positions contradict each other or a revision is missing;
     /// otherwise what can be tried again.
     pub async fn acquire(
         shared: &'a Shared,
@@ -110,7 +110,7 @@ impl<'a> Lane<'a> {
         let needs: Vec<Option<Position>> =
             standings.iter().map(|standing| standing.skip_to.clone()).collect();
         let start = start_of(shared, &shard, &state, &needs, stop).await?;
-        // A promised object counts as had: it must be made by the generation that promised it.
+        // A promised object counts as had: it must be made by the revision that promised it.
         let highest = standings
             .iter()
             .flat_map(|standing| [standing.skip_to.clone(), standing.acquired.must_cut_at.clone()])
@@ -167,7 +167,7 @@ impl<'a> Lane<'a> {
         let live = live.collect();
         shared.board.lag(&shard.shard, |lag| lag.deliveries = live);
         if let Some(first) = segments.first() {
-            shared.board.runs(&shard.shard, &first.generation.id, None);
+            shared.board.runs(&shard.shard, &first.revision.id, None);
         }
         Ok(Self {
             shared,
@@ -274,25 +274,25 @@ struct Place<'p> {
     state: &'p ShardState,
 }
 
-/// The generations to run after the start, the first at work first. A generation that is new for the
+/// The revisions to run after the start, the first at work first. A revision that is new for the
 /// shard is recorded after the last record that has an outcome: in a sink, or as a dead letter.
 async fn segments(
     shared: &Shared,
-    wanted: &Arc<Generation>,
+    wanted: &Arc<Revision>,
     shard: &ShardKey,
     place: Place<'_>,
 ) -> Result<Vec<ActiveSegment>, LaneError> {
     let Place { start, ran, state } = place;
     let mut segments = shared.ledger.segments(shard).await?;
-    if segments.last().is_none_or(|last| *last.generation != *wanted.id) {
+    if segments.last().is_none_or(|last| *last.revision != *wanted.id) {
         let last_from = segments.last().map(|last| last.from_exclusive.clone());
         let from_exclusive = match last_from {
             Some(last_from) => last_from.max(ran.cloned()),
             None => None,
         };
         segments.retain(|segment| segment.from_exclusive < from_exclusive);
-        let generation = wanted.id.to_string();
-        let segment = Segment { from_exclusive, generation };
+        let revision = wanted.id.to_string();
+        let segment = Segment { from_exclusive, revision };
         shared.ledger.record(shard, &segment).await?;
         segments.push(segment);
     }
@@ -303,27 +303,27 @@ async fn segments(
     for index in 0..segments.len() {
         let (own, next) = (&segments[index], segments.get(index + 1));
         let ends_at = next.and_then(|next| next.from_exclusive.as_ref());
-        let found = shared.generations.get(shared, wanted, &own.generation).await;
-        let generation = match found {
+        let found = shared.revisions.get(shared, wanted, &own.revision).await;
+        let revision = match found {
             // All sinks but those that were restored had these records when the revision was pruned:
             // today's makes rows for the restored ones alone.
             Err(LaneError::Fatal(cause))
                 if ends_at.is_some() && ends_at <= state.reread_to.as_ref() =>
             {
                 tracing::warn!(shard = %shard.shard, up_to = ends_at.map(tracing::field::display),
-                    revision = %own.generation, instead = %wanted.id, %cause,
+                    revision = %own.revision, instead = %wanted.id, %cause,
                     "today's revision runs these records again, for sinks that were restored alone: the \
                      one that ran first is not kept any more");
                 wanted.clone()
             }
             found => found?,
         };
-        active.push(ActiveSegment { from_exclusive: own.from_exclusive.clone(), generation });
+        active.push(ActiveSegment { from_exclusive: own.from_exclusive.clone(), revision });
     }
     Ok(active)
 }
 
-/// Records a hole where a sink is given nothing of records that it needs: the generations that ran them
+/// Records a hole where a sink is given nothing of records that it needs: the revisions that ran them
 /// first are not bound to it. So it is with a sink that comes back, or is new, while some other sinks are
 /// ahead of the checkpoint where it begins.
 async fn record_unbound(
@@ -338,7 +338,7 @@ async fn record_unbound(
         return Ok(());
     }
     for (sink, after) in shared.sinks.iter().map(|sink| sink.name()).zip(needs) {
-        if !newest.generation.spec.sinks().any(|bound| bound == sink) {
+        if !newest.revision.spec.sinks().any(|bound| bound == sink) {
             continue;
         }
         for (from_exclusive, to_inclusive) in unbound(segments, sink, after.as_ref()) {
@@ -363,7 +363,7 @@ async fn record_unbound(
     Ok(())
 }
 
-/// The stretches after a position that are run by generations without a sink.
+/// The stretches after a position that are run by revisions without a sink.
 fn unbound(
     segments: &[ActiveSegment],
     sink: &SinkName,
@@ -373,7 +373,7 @@ fn unbound(
     for (own, next) in segments.iter().zip(segments.iter().skip(1)) {
         let from = own.from_exclusive.as_ref().max(after);
         let Some(to) = next.from_exclusive.clone().filter(|to| from < Some(to)) else { continue };
-        if own.generation.spec.sinks().any(|bound| bound == sink) {
+        if own.revision.spec.sinks().any(|bound| bound == sink) {
             continue;
         }
         match stretches.last_mut() {
@@ -384,23 +384,23 @@ fn unbound(
     stretches
 }
 
-/// Generations that ran before, loaded from the state database when a replay needs them; its clones
+/// Revisions that ran before, loaded from the state database when a replay needs them; its clones
 /// share them.
 #[derive(Clone)]
-pub struct GenerationStore {
+pub struct RevisionStore {
     host: PluginHost,
     state: StateStore,
     /// Those that some lane runs: who runs them keeps them.
-    loaded: Arc<Mutex<HashMap<String, Weak<Generation>>>>,
+    loaded: Arc<Mutex<HashMap<String, Weak<Revision>>>>,
 }
 
-impl GenerationStore {
+impl RevisionStore {
     /// Over the pipeline's state database.
     pub fn new(host: PluginHost, state: StateStore) -> Self {
         Self { host, state, loaded: Arc::default() }
     }
 
-    /// The bytes of a component that was stored with a generation.
+    /// The bytes of a component that was stored with a revision.
     ///
     /// # Errors
     /// When it is gone, or the state database cannot be read.
@@ -409,10 +409,10 @@ impl GenerationStore {
         bytes.ok_or_else(|| anyhow::anyhow!("component {digest} is not kept any more"))
     }
 
-    /// A plugin whose component was stored with a generation.
+    /// A plugin whose component was stored with a revision.
     ///
     /// # Errors
-    /// As [`GenerationStore::component`], and when it no longer loads.
+    /// As [`RevisionStore::component`], and when it no longer loads.
     pub async fn plugin(&self, digest: &str) -> anyhow::Result<Plugin> {
         let bytes = self.component(digest).await?;
         let (host, name) = (self.host.clone(), format!("component {}", &digest[..12]));
@@ -420,15 +420,15 @@ impl GenerationStore {
         Ok(off_thread(load).await?)
     }
 
-    /// A generation of components that were stored with it.
+    /// A revision of components that were stored with it.
     ///
     /// # Errors
     /// One of them is gone, or it does not load.
     pub(crate) async fn load(
         &self,
-        spec: GenerationSpec,
+        spec: RevisionSpec,
         stream_name: &str,
-    ) -> anyhow::Result<Generation> {
+    ) -> anyhow::Result<Revision> {
         let mut components = HashMap::new();
         for digest in spec.digests() {
             components.insert(digest.to_owned(), self.component(digest).await?);
@@ -443,24 +443,24 @@ impl GenerationStore {
                 let kept = components.get(digest).cloned();
                 kept.ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
             };
-            Generation::from_store(spec, &host, &stream_name, &component)
+            Revision::from_store(spec, &host, &stream_name, &component)
         };
         off_thread(load).await.context("it does not load")
     }
 
-    /// A generation by its id; `wanted` is the newest.
+    /// A revision by its id; `wanted` is the newest.
     async fn get(
         &self,
         shared: &Shared,
-        wanted: &Arc<Generation>,
+        wanted: &Arc<Revision>,
         id: &str,
-    ) -> Result<Arc<Generation>, LaneError> {
+    ) -> Result<Arc<Revision>, LaneError> {
         if id == &*wanted.id {
             return Ok(wanted.clone());
         }
         let known = self.loaded.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
-        if let Some(generation) = known.and_then(|known| known.upgrade()) {
-            return Ok(generation);
+        if let Some(revision) = known.and_then(|known| known.upgrade()) {
+            return Ok(revision);
         }
         let missing = |cause: String| {
             LaneError::Fatal(format!(
@@ -472,14 +472,14 @@ impl GenerationStore {
             .spec(id)
             .await
             .map_err(|error| missing(error.to_string()))?;
-        let generation = self
+        let revision = self
             .load(spec, &shared.config.source.stream_name())
             .await
             .map_err(|error| missing(format!("{error:#}")))?;
-        let generation = Arc::new(generation);
+        let revision = Arc::new(revision);
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         loaded.retain(|_, known| known.strong_count() > 0);
-        loaded.insert(id.to_owned(), Arc::downgrade(&generation));
-        Ok(generation)
+        loaded.insert(id.to_owned(), Arc::downgrade(&revision));
+        Ok(revision)
     }
 }

@@ -22,22 +22,22 @@ pub struct Board {
     run: Arc<Mutex<BTreeMap<&'static str, String>>>,
     /// How far the sinks are behind.
     lags: Arc<Mutex<BTreeMap<ShardId, LiveLag>>>,
-    /// Told when a lane runs another generation, or cannot.
+    /// Told when a lane runs another revision, or cannot.
     changed: Arc<Notify>,
 }
 
-/// A lane that has changed to another generation.
+/// A lane that has changed to another revision.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LaneChange {
     /// Its shard.
     pub shard: ShardId,
-    /// The lane's pause in microseconds: from the last batch out of the old generation until the new one
+    /// The lane's pause in microseconds: from the last batch out of the old revision until the new one
     /// is ready for the next, the hand-over to the sinks and the ledger's write included, less what it
     /// waited for records. `None`: it was taken over anew, or begun with it.
     pub pause_us: Option<u64>,
 }
 
-/// A lane that has not changed to another generation yet.
+/// A lane that has not changed to another revision yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct WaitingLane {
     /// Its shard.
@@ -73,11 +73,12 @@ pub struct ShardStatus {
     pub started_from: Option<String>,
     /// What does not go on, and why.
     pub blocked: BTreeMap<String, String>,
-    /// The generation at work.
-    pub generation: Option<String>,
-    /// The lane's pause at its last change of generation, in microseconds; see [`LaneChange::pause_us`].
+    /// The revision at work.
+    #[serde(rename = "generation")]
+    pub revision: Option<String>,
+    /// The lane's pause at its last change of revision, in microseconds; see [`LaneChange::pause_us`].
     pub change_pause_us: Option<u64>,
-    /// A generation that did not start here, and why.
+    /// A revision that did not start here, and why.
     pub does_not_start: Option<(String, String)>,
 }
 
@@ -182,26 +183,26 @@ impl Board {
         self.run.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The lane runs this generation now; `pause` is as in [`LaneChange::pause_us`].
-    pub fn runs(&self, shard: &ShardId, generation: &str, pause: Option<Duration>) {
+    /// The lane runs this revision now; `pause` is as in [`LaneChange::pause_us`].
+    pub fn runs(&self, shard: &ShardId, revision: &str, pause: Option<Duration>) {
         self.update(shard, |status| {
-            status.generation = Some(generation.to_owned());
+            status.revision = Some(revision.to_owned());
             status.change_pause_us = pause.map(|pause| pause.as_micros() as u64);
             status.does_not_start = None;
         });
         self.changed.notify_waiters();
     }
 
-    /// The lane cannot run this generation, and goes on with the one before.
-    pub(crate) fn does_not_start(&self, shard: &ShardId, generation: &str, cause: &str) {
+    /// The lane cannot run this revision, and goes on with the one before.
+    pub(crate) fn does_not_start(&self, shard: &ShardId, revision: &str, cause: &str) {
         self.update(shard, |status| {
             let cause = report(cause);
-            status.does_not_start = Some((generation.to_owned(), cause));
+            status.does_not_start = Some((revision.to_owned(), cause));
         });
         self.changed.notify_waiters();
     }
 
-    /// Waits until every lane that reads runs a generation, up to `end` at most, and every lane of `let_go`
+    /// Waits until every lane that reads runs a revision, up to `end` at most, and every lane of `let_go`
     /// reads again. Gives those that do and those that do not yet.
     ///
     /// # Errors
@@ -209,7 +210,7 @@ impl Board {
     #[boxed]
     pub(crate) async fn changed_to(
         &self,
-        generation: &str,
+        revision: &str,
         let_go: &[ShardId],
         end: tokio::time::Instant,
     ) -> Result<(Vec<LaneChange>, Vec<WaitingLane>), String> {
@@ -225,11 +226,11 @@ impl Board {
                     continue;
                 }
                 if let Some((_, cause)) =
-                    status.does_not_start.as_ref().filter(|(id, _)| id == generation)
+                    status.does_not_start.as_ref().filter(|(id, _)| id == revision)
                 {
                     return Err(format!("it does not start in shard {shard}: {cause}"));
                 }
-                match status.generation.as_deref() == Some(generation) {
+                match status.revision.as_deref() == Some(revision) {
                     true => changed.push(LaneChange { shard, pause_us: status.change_pause_us }),
                     false => waiting.push(WaitingLane { why: status.waits_for(), shard }),
                 }

@@ -1,6 +1,6 @@
-//! A change of generation in one lane, at a batch's boundary.
+//! A change of revision in one lane, at a batch's boundary.
 //!
-//! The next generation's instances are started while the lane goes on with the one before, and the
+//! The next revision's instances are started while the lane goes on with the one before, and the
 //! ledger learns of the change while the last batch of the old one runs and the next one is read: the
 //! lane waits only where it has that batch in hand and the ledger is not written yet.
 
@@ -15,7 +15,7 @@ use tokio_util::sync::DropGuard;
 
 use super::starts::start_patiently;
 use super::{ActiveSegment, Board, Lane, LaneError, Shared};
-use crate::stage::{Chain, Generation, Samples};
+use crate::stage::{Chain, Revision, Samples};
 use shardmill_config::RejectedMax;
 use shardmill_core::escape::quoted;
 use shardmill_core::metric;
@@ -26,7 +26,7 @@ use shardmill_state::{Segment, StateError};
 
 /// Instances of the next revision that are being started.
 struct Starting {
-    generation: Arc<Generation>,
+    revision: Arc<Revision>,
     task: JoinHandle<Result<Chain, String>>,
     /// Ends the task where the revision is not wanted any more: a start on a busy machine is tried again
     /// without end.
@@ -38,7 +38,7 @@ const LEDGER_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_millis(200))
 
 /// What a lane is to run next, on its way.
 pub(super) struct Change {
-    wanted: watch::Receiver<Arc<Generation>>,
+    wanted: watch::Receiver<Arc<Revision>>,
     shard: ShardKey,
     rejected_max: RejectedMax,
     samples: Samples,
@@ -46,7 +46,7 @@ pub(super) struct Change {
     /// The longest pause between two tries of a start.
     pause_max: Duration,
     board: Board,
-    /// The generation that the ledger names last.
+    /// The revision that the ledger names last.
     last: Arc<str>,
     starting: Option<Starting>,
     /// Instances that wait for a batch's boundary.
@@ -66,9 +66,9 @@ struct Announcing {
 
 impl Change {
     /// For a lane that begins with what is wanted now, which is given as well.
-    pub(super) fn begin(shared: &Shared, shard: &ShardKey, stop: &Stop) -> (Self, Arc<Generation>) {
+    pub(super) fn begin(shared: &Shared, shard: &ShardKey, stop: &Stop) -> (Self, Arc<Revision>) {
         let mut wanted = shared.current.subscribe();
-        let generation = wanted.borrow_and_update().clone();
+        let revision = wanted.borrow_and_update().clone();
         let change = Self {
             wanted,
             shard: shard.clone(),
@@ -77,16 +77,16 @@ impl Change {
             stop: stop.clone(),
             pause_max: shared.config.timing.retry_pause_max,
             board: shared.board.clone(),
-            last: generation.id.clone(),
+            last: revision.id.clone(),
             starting: None,
             ready: None,
             announcing: None,
             announced: None,
         };
-        (change, generation)
+        (change, revision)
     }
 
-    /// Completes when another generation is ready, or the ledger knows of it. Dropping the future loses
+    /// Completes when another revision is ready, or the ledger knows of it. Dropping the future loses
     /// nothing.
     pub(super) async fn until_due(&mut self) {
         if self.announcing.is_some() {
@@ -108,7 +108,7 @@ impl Change {
         }
     }
 
-    /// Starts the instances of each generation that becomes wanted, and never completes. Dropping the
+    /// Starts the instances of each revision that becomes wanted, and never completes. Dropping the
     /// future loses nothing.
     pub(super) async fn keep_up(&mut self) {
         loop {
@@ -134,7 +134,7 @@ impl Change {
         }
     }
 
-    /// Takes the next generation's instances, if they are ready and still wanted.
+    /// Takes the next revision's instances, if they are ready and still wanted.
     async fn take_ready(&mut self) -> Option<Chain> {
         if self.wanted.has_changed().unwrap_or(false) {
             self.start_wanted();
@@ -148,24 +148,24 @@ impl Change {
 
     /// Starts instances of what is wanted now; what was on its way before is not wanted any more.
     fn start_wanted(&mut self) {
-        let generation = self.wanted.borrow_and_update().clone();
+        let revision = self.wanted.borrow_and_update().clone();
         (self.starting, self.ready) = (None, None);
-        if self.last == generation.id {
-            self.board.runs(&self.shard.shard, &generation.id, None);
+        if self.last == revision.id {
+            self.board.runs(&self.shard.shard, &revision.id, None);
             return;
         }
-        let (wanted, shard, stop) = (generation.clone(), self.shard.clone(), self.stop.clone());
+        let (wanted, shard, stop) = (revision.clone(), self.shard.clone(), self.stop.clone());
         let (limits, samples) = (self.rejected_max, self.samples.clone());
         let start = move || Chain::start(&wanted, &shard, limits, samples.clone(), stop.token());
         // The instances have the lane's own stop: they go on after this one is asked for.
         let patience = self.stop.child();
         let ends = patience.token().clone().drop_guard();
         let task = tokio::spawn(start_patiently(start, patience, self.pause_max));
-        self.starting = Some(Starting { generation, task, _ends: ends });
+        self.starting = Some(Starting { revision, task, _ends: ends });
     }
 
     fn started(&mut self, started: Result<Result<Chain, String>, tokio::task::JoinError>) {
-        let Some(Starting { generation, .. }) = self.starting.take() else { return };
+        let Some(Starting { revision, .. }) = self.starting.take() else { return };
         let cause = match started {
             Ok(Ok(chain)) => {
                 self.ready = Some(chain);
@@ -175,14 +175,14 @@ impl Change {
             Err(panic) => panic.to_string(),
         };
         let said = quoted(&cause);
-        tracing::error!(shard = %self.shard.shard, generation = %generation.id, cause = %said,
+        tracing::error!(shard = %self.shard.shard, generation = %revision.id, cause = %said,
             "the next generation does not start; the one before goes on");
-        self.board.does_not_start(&self.shard.shard, &generation.id, &cause);
+        self.board.does_not_start(&self.shard.shard, &revision.id, &cause);
     }
 }
 
 /// The time between a batch that has run and the next one that runs, less what the lane waits for records
-/// to come: what a change of generation costs at most.
+/// to come: what a change of revision costs at most.
 #[derive(Default)]
 pub(super) struct Gap {
     so_far: Duration,
@@ -212,7 +212,7 @@ impl Gap {
 }
 
 impl Lane<'_> {
-    /// While the batch that ends at `end` runs: begins to tell the ledger that the next generation
+    /// While the batch that ends at `end` runs: begins to tell the ledger that the next revision
     /// follows it, if one is ready.
     pub(super) async fn announce_behind(&mut self, end: &Position) {
         if let Some(chain) = self.change.take_ready().await {
@@ -224,7 +224,7 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::Stopped`].
-    pub(crate) async fn change_generation(&mut self) -> Result<(), LaneError> {
+    pub(crate) async fn change_revision(&mut self) -> Result<(), LaneError> {
         self.gap.go_on();
         if self.change.announcing.is_some() {
             self.hear_ledger().await?;
@@ -235,9 +235,9 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Changes to the generation that is ready before a batch that the one before does not get done; one
+    /// Changes to the revision that is ready before a batch that the one before does not get done; one
     /// that was to follow the batch comes before it as well. Records that some sink has are run by what ran
-    /// them first, whatever comes of it. False: there is no other generation for the batch.
+    /// them first, whatever comes of it. False: there is no other revision for the batch.
     pub(super) async fn change_before_blocked(&mut self) -> Result<bool, LaneError> {
         self.hear_ledger().await?;
         let is_free = self.highest <= self.at;
@@ -255,7 +255,7 @@ impl Lane<'_> {
         Ok(is_free)
     }
 
-    /// The earliest position behind which another generation may run: `end`, but nothing that a sink
+    /// The earliest position behind which another revision may run: `end`, but nothing that a sink
     /// has, and nothing that an earlier change has taken.
     fn earliest_change(&self, end: Option<Position>) -> Option<Position> {
         let last = self.segments.last().and_then(|last| last.from_exclusive.clone());
@@ -264,9 +264,9 @@ impl Lane<'_> {
 
     /// Begins to make a change durable. No other is on its way: that was waited for before the batch.
     fn announce(&mut self, chain: Chain, from_exclusive: Option<Position>) {
-        let id = chain.generation().id.clone();
+        let id = chain.revision().id.clone();
         let segment =
-            Segment { from_exclusive: from_exclusive.clone(), generation: id.to_string() };
+            Segment { from_exclusive: from_exclusive.clone(), revision: id.to_string() };
         let (ledger, shard) = (self.shared.ledger.clone(), self.shard.clone());
         tracing::debug!(shard = %shard.shard, generation = %id, "the ledger is told");
         let write = tokio::spawn(async move {
@@ -285,7 +285,7 @@ impl Lane<'_> {
             Some(Announcing { chain, from_exclusive, written: write.map(told).boxed().shared() });
     }
 
-    /// Waits until the ledger knows of the change that is on its way, if one is, and lets the generation
+    /// Waits until the ledger knows of the change that is on its way, if one is, and lets the revision
     /// take over that is due here. A change that could not be written is tried again at the next boundary.
     ///
     /// # Errors
@@ -299,7 +299,7 @@ impl Lane<'_> {
         if let Err(error) = written {
             tracing::warn!(shard = %self.shard.shard, error, "the change of generation waits");
             if let Some(named) = self.segments.last() {
-                self.change.last = named.generation.id.clone();
+                self.change.last = named.revision.id.clone();
             }
             // Unless something else is wanted by now.
             if self.change.starting.is_none() && self.change.ready.is_none() {
@@ -310,13 +310,13 @@ impl Lane<'_> {
         // What was to follow there has run nothing.
         self.segments.retain(|earlier| earlier.from_exclusive < from_exclusive);
         self.segments
-            .push(ActiveSegment { from_exclusive, generation: chain.generation().clone() });
+            .push(ActiveSegment { from_exclusive, revision: chain.revision().clone() });
         self.change.announced = Some(chain);
         self.take_over();
         Ok(())
     }
 
-    /// Lets the generation that runs behind the lane's position take over.
+    /// Lets the revision that runs behind the lane's position take over.
     pub(super) fn take_over(&mut self) {
         let mut has_moved = false;
         while self.segments.get(1).is_some_and(|next| next.from_exclusive <= self.at) {
@@ -327,21 +327,21 @@ impl Lane<'_> {
         self.adopt_announced();
         if has_moved && self.chain.is_none() {
             // Its instances are started with the next batch, which may be long in coming.
-            self.shared.board.runs(&self.shard.shard, &self.segments[0].generation.id, None);
+            self.shared.board.runs(&self.shard.shard, &self.segments[0].revision.id, None);
         }
     }
 
-    /// Takes the instances that were started ahead, where the generation at work is theirs.
+    /// Takes the instances that were started ahead, where the revision at work is theirs.
     pub(super) fn adopt_announced(&mut self) {
-        let id = &self.segments[0].generation.id;
-        let is_at_work = |chain: &mut Chain| chain.generation().id == *id;
+        let id = &self.segments[0].revision.id;
+        let is_at_work = |chain: &mut Chain| chain.revision().id == *id;
         if let Some(chain) = self.change.announced.take_if(is_at_work) {
-            let generation = chain.generation().id.clone();
+            let revision = chain.revision().id.clone();
             self.chain = Some(chain);
             let pause = self.gap.elapsed();
-            self.shared.board.runs(&self.shard.shard, &generation, Some(pause));
+            self.shared.board.runs(&self.shard.shard, &revision, Some(pause));
             metrics::histogram!(metric::CHANGE_PAUSE_SECONDS).record(pause);
-            tracing::info!(shard = %self.shard.shard, %generation,
+            tracing::info!(shard = %self.shard.shard, generation = %revision,
                 from = self.segments[0].from_exclusive.as_ref().map(tracing::field::display),
                 pause_us = pause.as_micros() as u64, "another generation");
         }

@@ -11,9 +11,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::GenerationStore;
+use super::RevisionStore;
 use crate::redrive_source::{Made, Remake};
-use crate::stage::{Blocked, Chain, Entered, Generation, Samples};
+use crate::stage::{Blocked, Chain, Entered, Revision, Samples};
 use shardmill_config::{RejectedMax, SampleLimits};
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::REDRIVE_SHARD;
@@ -31,11 +31,11 @@ const STARVED_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(1)).tr
 
 /// Runs revisions of then on single records.
 pub struct Remaker {
-    generations: GenerationStore,
+    revisions: RevisionStore,
     ledger: Ledger,
     pipeline: PipelineName,
     stream_name: String,
-    loaded: HashMap<String, Arc<Generation>>,
+    loaded: HashMap<String, Arc<Revision>>,
     /// The stages that ran last: mostly the next letter needs the same.
     chain: Option<(String, ShardKey, Chain)>,
     /// The run that was made last: mostly the next letter is of the same record.
@@ -74,7 +74,7 @@ impl Remake for Remaker {
 impl Remaker {
     /// Over the pipeline's state; `stream_name` is what its plugins are told.
     pub fn new(
-        generations: GenerationStore,
+        revisions: RevisionStore,
         ledger: Ledger,
         pipeline: PipelineName,
         stream_name: String,
@@ -82,7 +82,7 @@ impl Remaker {
         let stop = CancellationToken::new();
         let _stops = stop.clone().drop_guard();
         let (loaded, chain, last) = (HashMap::new(), None, None);
-        Self { generations, ledger, pipeline, stream_name, loaded, chain, last, stop, _stops }
+        Self { revisions, ledger, pipeline, stream_name, loaded, chain, last, stop, _stops }
     }
 
     async fn make_again(
@@ -166,13 +166,13 @@ impl Remaker {
     /// Gives the payloads that a record becomes on its way to a place.
     async fn entering(
         &mut self,
-        revision: &str,
+        id: &str,
         shard: &ShardKey,
         batch: Batch,
         target: &DeadLetterPlace,
     ) -> Result<Vec<Entered>, String> {
         let batch = Arc::new(batch);
-        let mut chain = self.chain(revision, shard).await?;
+        let mut chain = self.chain(id, shard).await?;
         let mut starved = STARVED_RETRY.start();
         loop {
             let (own, place) = (batch.clone(), target.clone());
@@ -183,7 +183,7 @@ impl Remaker {
             let (back, entered) = run.await.map_err(|panic| format!("a stage failed: {panic}"))?;
             match entered {
                 Ok(entered) => {
-                    self.chain = Some((revision.to_owned(), shard.clone(), back));
+                    self.chain = Some((id.to_owned(), shard.clone(), back));
                     return Ok(entered);
                 }
                 Err(Blocked::Later(_, pause)) => {
@@ -193,56 +193,56 @@ impl Remaker {
                 Err(Blocked::Starved(why)) => {
                     let pause = starved.next_pause_or_end();
                     let pause = pause
-                        .ok_or_else(|| format!("revision {revision} does not run it: {why}"))?;
+                        .ok_or_else(|| format!("revision {id} does not run it: {why}"))?;
                     tokio::time::sleep(pause).await;
                     chain = back;
                 }
                 Err(Blocked::Retry(why) | Blocked::Broken(why)) => {
-                    return Err(format!("revision {revision} does not run it: {why}"));
+                    return Err(format!("revision {id} does not run it: {why}"));
                 }
                 Err(Blocked::Stopped(_)) => {
-                    return Err(format!("revision {revision} was stopped"));
+                    return Err(format!("revision {id} was stopped"));
                 }
                 // One record is never parted.
                 Err(Blocked::TooMuch(_)) => {
-                    return Err(format!("revision {revision} makes too much of it"));
+                    return Err(format!("revision {id} makes too much of it"));
                 }
             }
         }
     }
 
     /// The stages of a revision for a shard.
-    async fn chain(&mut self, revision: &str, shard: &ShardKey) -> Result<Chain, String> {
+    async fn chain(&mut self, id: &str, shard: &ShardKey) -> Result<Chain, String> {
         match self.chain.take() {
-            Some((own, of, chain)) if own == revision && of == *shard => return Ok(chain),
+            Some((own, of, chain)) if own == id && of == *shard => return Ok(chain),
             _ => {}
         }
-        let generation = self.generation(revision).await?;
+        let revision = self.revision(id).await?;
         let (shard, stop) = (shard.clone(), self.stop.clone());
         let start = move || {
             let samples = Samples::new(SampleLimits::NONE);
-            Chain::start(&generation, &shard, RejectedMax::NONE, samples, &stop)
+            Chain::start(&revision, &shard, RejectedMax::NONE, samples, &stop)
         };
         let started = tokio::task::spawn_blocking(start).await;
         let started = started.map_err(|panic| format!("a stage failed: {panic}"))?;
-        started.map_err(|error| format!("revision {revision} does not start: {error}"))
+        started.map_err(|error| format!("revision {id} does not start: {error}"))
     }
 
-    async fn generation(&mut self, revision: &str) -> Result<Arc<Generation>, String> {
-        if let Some(known) = self.loaded.get(revision) {
+    async fn revision(&mut self, id: &str) -> Result<Arc<Revision>, String> {
+        if let Some(known) = self.loaded.get(id) {
             return Ok(known.clone());
         }
         let missing = |cause: String| {
-            format!("revision {revision}, which ran first, cannot run it again: {cause}")
+            format!("revision {id}, which ran first, cannot run it again: {cause}")
         };
-        let spec = self.ledger.spec(revision).await;
+        let spec = self.ledger.spec(id).await;
         let spec = spec.map_err(|error| missing(error.to_string()))?;
-        let loaded = self.generations.load(spec, &self.stream_name).await;
+        let loaded = self.revisions.load(spec, &self.stream_name).await;
         let loaded = Arc::new(loaded.map_err(|error| missing(format!("{error:#}")))?);
         if self.loaded.len() >= REVISIONS_MAX {
             self.loaded.clear();
         }
-        self.loaded.insert(revision.to_owned(), loaded.clone());
+        self.loaded.insert(id.to_owned(), loaded.clone());
         Ok(loaded)
     }
 }

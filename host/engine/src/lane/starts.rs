@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 
 use super::{Lane, LaneError};
-use crate::stage::{Chain, Generation};
+use crate::stage::{Chain, Revision};
 use shardmill_core::escape::quoted;
 use shardmill_core::record::{ShardId, ShardKey};
 use shardmill_core::retry::RetryPolicy;
@@ -216,12 +216,12 @@ impl Lane<'_> {
 
     /// Whether the stages of the revision at work start for another shard. Their instances are dropped.
     async fn starts_for(&self, shard: ShardId) -> Result<Result<(), FailedStart>, LaneError> {
-        let generation: Arc<Generation> = self.segments[0].generation.clone();
+        let revision: Arc<Revision> = self.segments[0].revision.clone();
         let shard = ShardKey { shard, ..self.shard.clone() };
         let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
         let stop = self.stop.clone();
         let start = move || {
-            let started = Chain::start(&generation, &shard, limits, samples, stop.token());
+            let started = Chain::start(&revision, &shard, limits, samples, stop.token());
             started.map(drop).map_err(FailedStart::from)
         };
         let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;

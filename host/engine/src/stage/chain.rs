@@ -1,4 +1,4 @@
-//! One lane's instances of a generation: a batch in, rows for the sinks and dead letters out.
+//! One lane's instances of a revision: a batch in, rows for the sinks and dead letters out.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::answer::{Rejected, StageOutcome};
 use super::flow::{self, Flow, Item};
-use super::generation::{Generation, LoadedStage, SOURCE_ROUTE, Target};
+use super::revision::{Revision, LoadedStage, SOURCE_ROUTE, Target};
 use super::runner::{RunError, StageRunner};
 use super::samples::Samples;
 use shardmill_config::RejectedMax;
@@ -29,7 +29,7 @@ use shardmill_state::{DeadLetter, DeadLetterKey, MadeBy, DeadLetteredItems};
 pub struct Routed {
     /// The row.
     pub row: Row,
-    /// Index of the stage in the generation, and of the route in its descriptor: the sinks are
+    /// Index of the stage in the revision, and of the route in its descriptor: the sinks are
     /// `targets[route]` of that stage.
     pub stage: usize,
     /// See `stage`.
@@ -77,7 +77,7 @@ pub enum Blocked {
 
 /// One lane's stages.
 pub struct Chain {
-    generation: Arc<Generation>,
+    revision: Arc<Revision>,
     runners: Vec<Runners>,
     window: RejectionWindow,
     samples: Samples,
@@ -145,7 +145,7 @@ impl Chain {
     /// # Errors
     /// The stage whose plugin does not start, and why.
     pub fn start(
-        generation: &Arc<Generation>,
+        revision: &Arc<Revision>,
         shard: &ShardKey,
         rejected_max: RejectedMax,
         samples: Samples,
@@ -162,7 +162,7 @@ impl Chain {
             runner.show_searches(&searching);
             Ok(runner)
         };
-        let runners = generation.stages.iter().map(|stage| {
+        let runners = revision.stages.iter().map(|stage| {
             let canary = stage
                 .canary
                 .as_ref()
@@ -170,7 +170,7 @@ impl Chain {
             Ok(Runners { own: start(stage)?, canary: canary.transpose()? })
         });
         Ok(Self {
-            generation: generation.clone(),
+            revision: revision.clone(),
             runners: runners.collect::<Result<_, CallError>>()?,
             window: RejectionWindow::new(rejected_max),
             samples,
@@ -184,15 +184,15 @@ impl Chain {
         self.searching.subscribe()
     }
 
-    /// The generation that runs here.
-    pub fn generation(&self) -> &Arc<Generation> {
-        &self.generation
+    /// The revision that runs here.
+    pub fn revision(&self) -> &Arc<Revision> {
+        &self.revision
     }
 
     /// The stage that a letter names.
     fn stage_at(&self, place: &DeadLetterPlace) -> Option<&LoadedStage> {
         let DeadLetterPlace::Stage(name) = place else { return None };
-        self.generation.stages.iter().find(|stage| stage.name == *name)
+        self.revision.stages.iter().find(|stage| stage.name == *name)
     }
 
     /// The sinks of a routed row.
@@ -200,17 +200,17 @@ impl Chain {
         if let Some(sink) = redriven_to(&routed.row.batch) {
             return std::slice::from_ref(sink);
         }
-        match self.generation.stages.get(routed.stage).map(|stage| &stage.targets[routed.route]) {
+        match self.revision.stages.get(routed.stage).map(|stage| &stage.targets[routed.route]) {
             Some(Target::Sinks(sinks)) => sinks,
             Some(Target::Next(_)) => &[],
-            None => &self.generation.spec.source_sinks,
+            None => &self.revision.spec.source_sinks,
         }
     }
 
     /// The stage that a batch enters, by its index, and what it gets there.
     fn enter(&self, batch: &Batch) -> Result<(usize, Flow), Blocked> {
         let Entry::Redrive(redrive) = &batch.entry else { return Ok((0, flow::first_flow(batch))) };
-        let stages = &self.generation.stages;
+        let stages = &self.revision.stages;
         let is_there =
             |stage: &LoadedStage| DeadLetterPlace::Stage(stage.name.clone()) == redrive.place;
         let index = stages.iter().position(is_there).ok_or_else(|| {
@@ -272,9 +272,9 @@ impl Chain {
         let end = match place {
             DeadLetterPlace::Sink(_) => self.runners.len(),
             DeadLetterPlace::Stage(name) => {
-                let mut stages = self.generation.stages.iter();
+                let mut stages = self.revision.stages.iter();
                 stages.position(|stage| stage.name == *name).ok_or_else(|| {
-                    Blocked::Broken(format!("revision {} has no {place}", self.generation.id))
+                    Blocked::Broken(format!("revision {} has no {place}", self.revision.id))
                 })?
             }
         };
@@ -318,8 +318,8 @@ impl Chain {
     /// Takes a batch through the stage that it is at. After [`Blocked::Later`] it goes on there.
     fn run_stage(&mut self, run: &mut InHand, dead_lettered: &DeadLetteredItems) -> Result<(), Blocked> {
         let (index, batch) = (run.stage, run.batch.clone());
-        let revision = &self.generation.id;
-        let stage = &self.generation.stages[index];
+        let revision = &self.revision.id;
+        let stage = &self.revision.stages[index];
         let place = DeadLetterPlace::Stage(stage.name.clone());
         let runners = &mut self.runners[index];
         if let Some(mut flow) = run.entering.take() {

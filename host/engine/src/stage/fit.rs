@@ -6,11 +6,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::columns;
-use super::generation::{Canary, LoadedStage, Target, column, context};
+use super::revision::{Canary, LoadedStage, Target, column, context};
 use shardmill_config::{ConfigError, PipelineConfig, environment};
 use shardmill_core::record::RouteName;
 use shardmill_plugin::{CallFault, Descriptor, Instance, Plugin, PluginHost, Route};
-use shardmill_state::{CanarySpec, GenerationSpec, StageSpec};
+use shardmill_state::{CanarySpec, RevisionSpec, StageSpec};
 
 /// What is wrong with one stage, and where in its table.
 pub(super) struct Misfit {
@@ -41,9 +41,9 @@ impl Misfit {
     }
 }
 
-/// A stage's place in a generation that is being assembled.
+/// A stage's place in a revision that is being assembled.
 pub(super) struct StagePlace<'a> {
-    pub(super) spec: &'a GenerationSpec,
+    pub(super) spec: &'a RevisionSpec,
     pub(super) index: usize,
     pub(super) upstream: &'a Arc<[Route]>,
     pub(super) stream_name: &'a str,

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::answer::{self, Rejected, StageOutcome};
 use super::cuts;
 use super::flow::{self, Item};
-use super::generation::LoadedStage;
+use super::revision::LoadedStage;
 use shardmill_config::{RejectedMax, StageLimits};
 use shardmill_core::metric;
 use shardmill_core::record::Batch;

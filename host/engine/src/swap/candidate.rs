@@ -10,12 +10,12 @@ use tokio_util::sync::CancellationToken;
 use super::trial::{SHADOW_PAUSE, Trial, TrialReport};
 use super::{Component, Inner, Setup, Step, StepFailed};
 use crate::lane::Shared;
-use crate::stage::{Generation, LoadedStage};
+use crate::stage::{Revision, LoadedStage};
 use shardmill_config::{Capability, Gates, PipelineConfig};
 use shardmill_core::record::{Digest, SinkName, StageName};
 use shardmill_core::sink::Sink;
 use shardmill_plugin::Plugin;
-use shardmill_state::{CanarySpec, GenerationSpec};
+use shardmill_state::{CanarySpec, RevisionSpec};
 
 /// Digits of a digest that name a component: fewer might name several by chance.
 const DIGEST_DIGITS_MIN: usize = 6;
@@ -58,10 +58,10 @@ impl Inner {
 }
 
 /// A stage of what runs.
-pub(super) fn stage(generation: &Generation, name: &StageName) -> Result<LoadedStage, StepFailed> {
-    let found = generation.stages.iter().find(|stage| stage.name == *name);
+pub(super) fn stage(revision: &Revision, name: &StageName) -> Result<LoadedStage, StepFailed> {
+    let found = revision.stages.iter().find(|stage| stage.name == *name);
     found.cloned().ok_or_else(|| {
-        let names: Vec<&str> = generation.stages.iter().map(|stage| stage.name.as_str()).collect();
+        let names: Vec<&str> = revision.stages.iter().map(|stage| stage.name.as_str()).collect();
         let help = shardmill_config::suggest(name.as_str(), "there are", &names);
         Step::Fetch.failed(format!("the pipeline has no stage {name}; {help}"))
     })
@@ -102,11 +102,11 @@ pub(super) async fn compile(
 
 /// The specification with another component for a stage, or with a canary beside it.
 pub(super) fn replaced(
-    spec: &GenerationSpec,
+    spec: &RevisionSpec,
     stage: &StageName,
     digest: &Digest,
     canary_percent: Option<u8>,
-) -> GenerationSpec {
+) -> RevisionSpec {
     let mut spec = spec.clone();
     for own in spec.stages.iter_mut().filter(|own| own.name == *stage) {
         own.canary = canary_percent
@@ -123,7 +123,7 @@ pub(super) fn replaced(
 /// that a reload has taken away since, or not know one that it has brought: rows would go nowhere, without a word.
 pub(super) fn check_bindings(
     config: &PipelineConfig,
-    spec: &GenerationSpec,
+    spec: &RevisionSpec,
 ) -> Result<(), StepFailed> {
     let routes = spec.stages.iter().flat_map(|stage| stage.routes.values().flatten());
     let bound: BTreeSet<&SinkName> = routes.chain(&spec.source_sinks).collect();
@@ -156,7 +156,7 @@ pub(super) fn check_bindings(
 pub(super) async fn check_tables(
     shared: &Shared,
     sinks: &[Arc<dyn Sink>],
-    (before, next): (&Generation, &Generation),
+    (before, next): (&Revision, &Revision),
     is_way_back: bool,
     answer_by: tokio::time::Instant,
 ) -> Result<(), StepFailed> {
@@ -217,7 +217,7 @@ fn is_known(shared: &Shared, sink: &Arc<dyn Sink>) -> bool {
 pub(super) async fn remember_again(
     shared: &Shared,
     sinks: &[Arc<dyn Sink>],
-    (before, next): (&Generation, &Generation),
+    (before, next): (&Revision, &Revision),
     answer_by: tokio::time::Instant,
 ) {
     // It worked before; if not, the sink itself will say so.
@@ -231,25 +231,25 @@ pub(super) async fn remember_again(
     let _ = tokio::time::timeout_at(end, futures::future::join_all(restored)).await;
 }
 
-/// Loads a generation, with plugins that are at hand and with those that ran before: configures each and
+/// Loads a revision, with plugins that are at hand and with those that ran before: configures each and
 /// checks imports against grants, formats and columns against its neighbours.
 pub(super) async fn load(
     setup: &Setup,
-    before: &Arc<Generation>,
-    spec: GenerationSpec,
+    before: &Arc<Revision>,
+    spec: RevisionSpec,
     fresh: HashMap<String, Plugin>,
-) -> Result<Generation, StepFailed> {
+) -> Result<Revision, StepFailed> {
     let mut plugins = before.plugins();
     plugins.extend(fresh);
     let missing = spec.digests().filter(|digest| !plugins.contains_key(*digest));
     for digest in missing.map(str::to_owned).collect::<Vec<_>>() {
-        let plugin = setup.shared.generations.plugin(&digest).await;
+        let plugin = setup.shared.revisions.plugin(&digest).await;
         let plugin = plugin.map_err(|error| Step::Fetch.failed(format!("{error:#}")))?;
         plugins.insert(digest, plugin);
     }
     let (host, stream) = (setup.host.clone(), setup.config.source.stream_name());
     let before = before.clone();
-    blocking(Step::Check, move || Generation::rebuilt(spec, &plugins, &host, &stream, &before))
+    blocking(Step::Check, move || Revision::rebuilt(spec, &plugins, &host, &stream, &before))
         .await
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Swapper, candidate};
-use crate::stage::{Generation, Health};
+use crate::stage::{Revision, Health};
 use shardmill_config::ProbationLimits;
 use shardmill_core::metric;
 use shardmill_core::record::StageName;
@@ -21,7 +21,7 @@ impl Swapper {
     /// Watches a stage that was changed, beside whatever else happens.
     pub(super) fn begin_probation(
         &self,
-        before: &Arc<Generation>,
+        before: &Arc<Revision>,
         stage: &str,
         number: Option<i64>,
         limits: ProbationLimits,
@@ -58,7 +58,7 @@ impl Swapper {
             tokio::time::sleep(GLANCE.min(limits.window)).await;
             // While another change is under way, this one's turn to be judged comes after it.
             let setup = self.inner.setup.lock().await;
-            let (shared, running) = (setup.shared.clone(), setup.shared.generation());
+            let (shared, running) = (setup.shared.clone(), setup.shared.revision());
             drop(setup);
             let own = candidate::stage(&running, stage).ok()?;
             match self.inner.changes.last_in_force(stage.as_str()).await {

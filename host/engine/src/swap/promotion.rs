@@ -11,14 +11,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Inner, Setup, Step, StepFailed, candidate};
 use crate::lane::{LaneChange, Shared, WaitingLane};
-use crate::stage::Generation;
+use crate::stage::Revision;
 use shardmill_config::{PipelineConfig, environment};
 use shardmill_core::metric;
 use shardmill_core::record::ShardId;
 use shardmill_core::sink::Sink;
 use shardmill_plugin::PluginHost;
 use shardmill_state::Components;
-use shardmill_state::GenerationSpec;
+use shardmill_state::RevisionSpec;
 use shardmill_state::{NewChange, Running, StateError, Variables};
 
 /// How long a change waits for lanes that do not come to a batch's boundary. They change when they do.
@@ -78,11 +78,11 @@ pub struct TakeOver {
 /// A change that is proven.
 pub(super) struct Promotion {
     /// What is to run.
-    pub(super) next: Arc<Generation>,
+    pub(super) next: Arc<Revision>,
     /// Bytes of its components, those that may not be stored yet.
     pub(super) components: Components,
     /// What the files describe.
-    pub(super) declared: GenerationSpec,
+    pub(super) declared: RevisionSpec,
     /// For the history.
     pub(super) change: NewChange,
     /// A change that is undone by it, and why.
@@ -97,8 +97,8 @@ pub(super) struct Promotion {
 pub(super) struct Promoted {
     /// Its number in the history.
     pub(super) number: Option<i64>,
-    /// The generation that runs now.
-    pub(super) generation: String,
+    /// The revision that runs now.
+    pub(super) revision: String,
     /// Lanes that have changed.
     pub(super) lanes: Vec<LaneChange>,
     /// Lanes that have not yet, and why.
@@ -120,7 +120,7 @@ struct UnderWay {
     change: u64,
     number: Option<i64>,
     was: Setup,
-    before: Arc<Generation>,
+    before: Arc<Revision>,
 }
 
 /// Why instances were not started for every shard.
@@ -146,8 +146,8 @@ impl Inner {
     /// Promotes what was proven beside `before`. Other stages may have been changed since; this one not.
     pub(super) async fn promote_in_turn(
         self: &Arc<Self>,
-        before: &Generation,
-        next: &Arc<Generation>,
+        before: &Revision,
+        next: &Arc<Revision>,
         components: Components,
         mut change: NewChange,
     ) -> Result<Promoted, StepFailed> {
@@ -162,8 +162,8 @@ impl Inner {
     /// Takes the steps of [`Inner::promote_in_turn`] up to the one that changes something.
     pub(super) async fn rehearse_in_turn(
         &self,
-        before: &Generation,
-        next: &Arc<Generation>,
+        before: &Revision,
+        next: &Arc<Revision>,
         mut change: NewChange,
     ) -> Result<(), StepFailed> {
         // Sinks remember for a moment what the candidate would bring: no other change may come between.
@@ -183,19 +183,19 @@ impl Inner {
             promotion;
         Step::Promote.begin(&change.stage);
         let failed = |error: StateError| Step::Promote.failed(error);
-        let before = setup.shared.generation();
+        let before = setup.shared.revision();
         let sinks = &taken_over.as_ref().unwrap_or(&setup.shared).sinks.clone();
         let is_way_back = undoes.is_some();
         let answer_by = answer_time.sinks_answer_by();
         let sides = (&*before, &*next);
         candidate::check_tables(&setup.shared, sinks, sides, is_way_back, answer_by).await?;
-        let routes = |generation: &Generation| {
+        let routes = |revision: &Revision| {
             let sinks = setup.shared.sinks.iter();
-            sinks.map(|sink| generation.routes_to(sink.name())).collect::<Vec<_>>()
+            sinks.map(|sink| revision.routes_to(sink.name())).collect::<Vec<_>>()
         };
         // Sinks hold what they know of the rows that come: where others come, they are taken over anew.
         if taken_over.is_none() && routes(&before) != routes(&next) {
-            taken_over = Some(Arc::new(setup.shared.with_generation(next.clone())));
+            taken_over = Some(Arc::new(setup.shared.with_revision(next.clone())));
         }
         if taken_over.is_some() || !is_way_back {
             let begun = Instant::now();
@@ -262,14 +262,14 @@ impl Inner {
         if let Err(error) = shared.ledger.prune(&next.spec).await {
             tracing::warn!(%error, "components that are not needed any more stay");
         }
-        Ok(Promoted { number, generation: next.id.to_string(), lanes, waiting, may_be_undone })
+        Ok(Promoted { number, revision: next.id.to_string(), lanes, waiting, may_be_undone })
     }
 
     /// Waits for the lanes, but not for long: those that do not come to it are named.
     async fn lanes_change(
         self: &Arc<Self>,
         shared: &Shared,
-        next: &Generation,
+        next: &Revision,
         under_way: UnderWay,
         restarted: Option<TakenOver>,
         end: Instant,
@@ -286,7 +286,7 @@ impl Inner {
                 }
                 Err(_) => {
                     tokio::spawn(self.clone().until_restarted(under_way, restarted));
-                    // None of them has begun anew, even where it runs the same generation then.
+                    // None of them has begun anew, even where it runs the same revision then.
                     let (lanes, waiting) = (Vec::new(), shared.board.running());
                     return Ok(LanesChanged { lanes, waiting, may_be_undone: true });
                 }
@@ -344,16 +344,16 @@ impl Inner {
 /// changed since.
 async fn in_turn(
     setup: &Setup,
-    before: &Generation,
-    next: &Arc<Generation>,
+    before: &Revision,
+    next: &Arc<Revision>,
     change: &mut NewChange,
-) -> Result<Arc<Generation>, StepFailed> {
-    let current = setup.shared.generation();
+) -> Result<Arc<Revision>, StepFailed> {
+    let current = setup.shared.revision();
     if current.id == before.id {
         return Ok(next.clone());
     }
     let stage = change.stage.as_str().into();
-    let own = |generation: &Generation| generation.spec.stage(&stage).cloned();
+    let own = |revision: &Revision| revision.spec.stage(&stage).cloned();
     let (Some(proven), true) = (own(next), own(&current) == own(before)) else {
         let cause = format!("another change of stage {stage} came first; try it again");
         return Err(Step::Promote.failed(cause));
@@ -372,11 +372,11 @@ async fn in_turn(
 pub(super) async fn rehearse(
     setup: &Setup,
     sinks: &[Arc<dyn Sink>],
-    next: &Arc<Generation>,
+    next: &Arc<Revision>,
     answer_time: &AnswerTime,
     ends: &CancellationToken,
 ) -> Result<(), StepFailed> {
-    let before = setup.shared.generation();
+    let before = setup.shared.revision();
     let (shared, sides) = (&setup.shared, (&*before, &**next));
     let answer_by = answer_time.sinks_answer_by();
     candidate::check_tables(shared, sinks, sides, false, answer_by).await?;
@@ -386,14 +386,14 @@ pub(super) async fn rehearse(
 }
 
 /// Starts instances for each shard, as its lane does, and drops them: a lane that is acquired again with a
-/// generation that does not start would be blocked, and a start in which no lane starts would end. Shards whose
+/// revision that does not start would be blocked, and a start in which no lane starts would end. Shards whose
 /// lane waits for its next try are included.
 ///
 /// The lock of the setup is held meanwhile, and each `configure` may take its whole time: so all shards together
 /// have `timing.trial`. The wait ends with `ends` too.
 async fn start_everywhere(
     setup: &Setup,
-    next: &Arc<Generation>,
+    next: &Arc<Revision>,
     ends: &CancellationToken,
 ) -> Result<(), NotStarted> {
     let (shared, time_max) = (&setup.shared, setup.config.timing.trial_max);

@@ -1,4 +1,4 @@
-//! A reload: what the files say now, as one generation, in a pipeline that runs.
+//! A reload: what the files say now, as one revision, in a pipeline that runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use super::{
     ChangeRefused, Inner, OTHERS_FIRST, Setup, Step, StepFailed, Swapper, TURNS_MAX, candidate,
 };
 use crate::lane::roster;
-use crate::lane::{GenerationStore, LaneChange, WaitingLane};
-use crate::stage::Generation;
+use crate::lane::{RevisionStore, LaneChange, WaitingLane};
+use crate::stage::Revision;
 use shardmill_config::{KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SourceKind};
 use shardmill_core::boxed;
 use shardmill_core::record::{SinkName, StageName};
 use shardmill_core::sink::Sink;
 use shardmill_plugin::{Backends, PluginHost};
-use shardmill_state::GenerationSpec;
+use shardmill_state::RevisionSpec;
 use shardmill_state::{ChangeKind, NewChange};
 
 /// What is other in the files than in what runs, a line each.
@@ -49,8 +49,9 @@ impl ReloadDiff {
 pub struct ReloadReport {
     /// Its number in the history; `None`: nothing was changed.
     pub number: Option<i64>,
-    /// The generation that runs now, or would.
-    pub generation: String,
+    /// The revision that runs now, or would.
+    #[serde(rename = "generation")]
+    pub revision: String,
     /// What is other than before.
     pub diff: ReloadDiff,
     /// Whether the lanes are let go and taken over anew: sinks or settings change.
@@ -73,10 +74,10 @@ pub struct ReloadReport {
 struct Reloaded {
     config: PipelineConfig,
     host: PluginHost,
-    declared: GenerationSpec,
+    declared: RevisionSpec,
     /// The running revision, with the new names of its sinks.
-    known: GenerationSpec,
-    next: Arc<Generation>,
+    known: RevisionSpec,
+    next: Arc<Revision>,
     components: Vec<(String, bytes::Bytes)>,
     sinks: Vec<Arc<dyn Sink>>,
     diff: ReloadDiff,
@@ -107,7 +108,7 @@ impl Swapper {
     ) -> Result<ReloadReport, ChangeRefused> {
         for _ in 0..TURNS_MAX {
             let beside = self.inner.setup.lock().await.clone();
-            let before = beside.shared.generation();
+            let before = beside.shared.revision();
             let made = self.inner.reload(&beside, &before, config.clone(), dry_run).await;
             let refused = match made {
                 Ok(Some((report, stage))) => {
@@ -123,7 +124,7 @@ impl Swapper {
             };
             return Err(self.inner.reload_refused(&before, refused, dry_run).await);
         }
-        let before = self.inner.setup.lock().await.shared.generation();
+        let before = self.inner.setup.lock().await.shared.revision();
         let failed = Step::Promote.failed(OTHERS_FIRST);
         Err(self.inner.reload_refused(&before, failed, dry_run).await)
     }
@@ -132,7 +133,7 @@ impl Swapper {
 impl Inner {
     async fn reload_refused(
         &self,
-        before: &Generation,
+        before: &Revision,
         failed: StepFailed,
         dry_run: bool,
     ) -> ChangeRefused {
@@ -144,7 +145,7 @@ impl Inner {
     async fn reload(
         self: &Arc<Self>,
         beside: &Setup,
-        before: &Arc<Generation>,
+        before: &Arc<Revision>,
         config: PipelineConfig,
         dry_run: bool,
     ) -> Result<Option<(ReloadReport, Option<String>)>, StepFailed> {
@@ -153,7 +154,7 @@ impl Inner {
         let changed = changed_stages(&reloaded.known, &reloaded.next.spec);
         let mut report = ReloadReport {
             number: None,
-            generation: reloaded.next.id.to_string(),
+            revision: reloaded.next.id.to_string(),
             takes_over: !reloaded.diff.sinks.is_empty() || !reloaded.diff.settings.is_empty(),
             diff: reloaded.diff.clone(),
             trials: Vec::new(),
@@ -213,9 +214,9 @@ impl Inner {
             after: next.id.to_string(),
         };
         let taken_over = report.takes_over.then(|| {
-            let generations = GenerationStore::new(host.clone(), self.state.clone());
+            let revisions = RevisionStore::new(host.clone(), self.state.clone());
             let (config, next) = (config.clone(), next.clone());
-            Arc::new(setup.shared.reshaped(config, next, sinks, generations))
+            Arc::new(setup.shared.reshaped(config, next, sinks, revisions))
         });
         let stages_now: Vec<StageName> =
             config.stages.iter().map(|one| one.name.value.clone()).collect();
@@ -246,7 +247,7 @@ impl Inner {
     async fn prove(
         &self,
         setup: &Setup,
-        before: &Arc<Generation>,
+        before: &Arc<Revision>,
         config: PipelineConfig,
     ) -> Result<Reloaded, StepFailed> {
         let backends = Backends::from_config(&config, &tokio::runtime::Handle::current());
@@ -261,7 +262,7 @@ impl Inner {
         let host = PluginHost { backends, cache, ..setup.host.clone() };
         let (own, with, embedded) = (config.clone(), host.clone(), self.embedded_plugin);
         let (described, components) = candidate::blocking(Step::Compile, move || {
-            Generation::from_config(&own, &with, &embedded).map_err(|error| error.render(false))
+            Revision::from_config(&own, &with, &embedded).map_err(|error| error.render(false))
         })
         .await?;
         let declared = described.spec.clone();
@@ -394,20 +395,20 @@ fn source_shown(config: &PipelineConfig) -> String {
 }
 
 /// The stages that both have and that are other in the second.
-fn changed_stages(old: &GenerationSpec, new: &GenerationSpec) -> Vec<StageName> {
+fn changed_stages(old: &RevisionSpec, new: &RevisionSpec) -> Vec<StageName> {
     let changed =
         new.stages.iter().filter(|stage| old.stage(&stage.name).is_some_and(|old| old != *stage));
     changed.map(|stage| stage.name.clone()).collect()
 }
 
-fn same_names(old: &GenerationSpec, new: &GenerationSpec) -> bool {
-    let names = |spec: &GenerationSpec| {
+fn same_names(old: &RevisionSpec, new: &RevisionSpec) -> bool {
+    let names = |spec: &RevisionSpec| {
         spec.stages.iter().map(|stage| stage.name.clone()).collect::<Vec<_>>()
     };
     names(old) == names(new)
 }
 
-fn stage_lines(old: &GenerationSpec, new: &GenerationSpec) -> Vec<String> {
+fn stage_lines(old: &RevisionSpec, new: &RevisionSpec) -> Vec<String> {
     let mut lines = Vec::new();
     for stage in old.stages.iter().filter(|stage| new.stage(&stage.name).is_none()) {
         lines.push(format!("- stage {}", stage.name));
@@ -422,7 +423,7 @@ fn stage_lines(old: &GenerationSpec, new: &GenerationSpec) -> Vec<String> {
             lines.push(format!("~ stage {}: {}", stage.name, changes.join(", ")));
         }
     }
-    let stays = |spec: &GenerationSpec, other: &GenerationSpec| {
+    let stays = |spec: &RevisionSpec, other: &RevisionSpec| {
         let stays = spec.stages.iter().filter(|stage| other.stage(&stage.name).is_some());
         stays.map(|stage| stage.name.to_string()).collect::<Vec<_>>()
     };

@@ -130,8 +130,9 @@ impl WrittenBy {
 /// A promise to write data under keys that nobody else writes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Claim {
-    /// The generation (stages, digests, configuration) that makes the rows.
-    pub(super) generation: String,
+    /// The revision (stages, digests, configuration) that makes the rows.
+    #[serde(rename = "generation")]
+    pub(super) revision: String,
     /// How the data is laid out.
     #[serde(flatten)]
     pub(super) layout: ObjectLayout,

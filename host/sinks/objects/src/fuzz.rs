@@ -203,7 +203,7 @@ impl World {
             compression: Compression::None,
             folder: Default::default(),
         };
-        let claim = Claim { generation: "g".into(), layout, limits: None, data };
+        let claim = Claim { revision: "g".into(), layout, limits: None, data };
         let link = Link::claim(last.link + 1, last.owner, from.clone(), to.clone(), claim);
         self.append(link).await;
         for key in &keys[..written] {

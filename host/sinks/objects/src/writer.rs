@@ -245,7 +245,7 @@ impl ObjectsWriter {
     }
 
     /// An object that is there already holds these rows: only owners of this claim know its key,
-    /// and they write what the same generation made of the same records.
+    /// and they write what the same revision made of the same records.
     async fn put(&self, path: Path, bytes: PutPayload) -> Result<(), SinkError> {
         self.shared.place.create_data(&path, bytes).await
     }
@@ -263,7 +263,7 @@ impl ObjectsWriter {
         });
         let data = data.collect();
         let limits = Some(self.shared.place.limits);
-        let claim = Claim { generation: commit.generation.to_string(), layout, limits, data };
+        let claim = Claim { revision: commit.revision.to_string(), layout, limits, data };
         let range = &commit.range;
         let link = Link::claim(
             number,
@@ -356,7 +356,7 @@ impl ObjectsWriter {
                 promised.link,
                 self.shard.shard,
                 promised.to,
-                promised.claim.generation,
+                promised.claim.revision,
                 promised.way_out(&self.shared.place, self.shard.shard.as_str())
             )));
         }
@@ -390,7 +390,7 @@ impl ObjectsWriter {
                 sink = %self.shared.place.sink,
                 shard = %self.shard.shard,
                 link = promised.link,
-                generation = promised.claim.generation,
+                generation = promised.claim.revision,
                 objects = ?differing,
                 "a span that is produced again has other content than promised: \
                  a stage is not deterministic"
@@ -402,7 +402,7 @@ impl ObjectsWriter {
              {written:?} is written already: run generation {} for this span again{}",
             promised.link,
             self.shard.shard,
-            promised.claim.generation,
+            promised.claim.revision,
             promised.way_out(&self.shared.place, self.shard.shard.as_str())
         )))
     }

@@ -11,7 +11,7 @@ use shardmill_core::record::{
     Batch, Entry, DeadLetterPlace, Position, PositionRange, Record, SequenceNumber, ShardKey,
     StreamIdentity,
 };
-use shardmill_engine::stage::{Blocked, Chain, ChainOutcome, Generation, Samples};
+use shardmill_engine::stage::{Blocked, Chain, ChainOutcome, Revision, Samples};
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use shardmill_state::DeadLetteredItems;
 use tokio_util::sync::CancellationToken;
@@ -79,19 +79,19 @@ impl Lane {
         let engine = PluginEngine::new().expect("an engine");
         let host =
             PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
-        let (generation, _) = Generation::from_config(&config, &host, &|_| None)
+        let (revision, _) = Revision::from_config(&config, &host, &|_| None)
             .map_err(|error| error.render(false))?;
         let stop = CancellationToken::new();
         let samples = Samples::new(Default::default());
-        let chain = Chain::start(&Arc::new(generation), &shard(), rejected_max, samples, &stop);
+        let chain = Chain::start(&Arc::new(revision), &shard(), rejected_max, samples, &stop);
         Ok(Self { chain: chain.map_err(|error| error.to_string())?, stop })
     }
 
     /// Another lane of the same stage, with no bound on rejected records.
     pub fn another(&self) -> Self {
         let (stop, samples) = (CancellationToken::new(), Samples::new(Default::default()));
-        let generation = self.chain.generation();
-        let chain = Chain::start(generation, &shard(), RejectedMax::NONE, samples, &stop);
+        let revision = self.chain.revision();
+        let chain = Chain::start(revision, &shard(), RejectedMax::NONE, samples, &stop);
         Self { chain: chain.expect("it has started before"), stop }
     }
 

@@ -191,7 +191,7 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
         range,
         rows: Arc::new(rows.collect()),
         encoded: None,
-        generation: "generation-1".into(),
+        revision: "generation-1".into(),
     }
 }
 

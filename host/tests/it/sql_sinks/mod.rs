@@ -53,7 +53,7 @@ pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
         payload: AsRef::<[u8]>::as_ref(payload).to_vec().into(),
     };
     let rows = Arc::new(payloads.iter().enumerate().map(row).collect());
-    Commit { range, rows, encoded: None, generation: "1".into() }
+    Commit { range, rows, encoded: None, revision: "1".into() }
 }
 
 /// A route that carries JSON, with columns written as `name type`; a `?` behind the type: nullable.

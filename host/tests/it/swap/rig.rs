@@ -216,7 +216,7 @@ impl Rig {
         }
     }
 
-    /// The generation ledger, as the state database has it.
+    /// The revision ledger, as the state database has it.
     pub fn ledger(&self) -> Ledger {
         let path = self.world.folder.path().join("state").join(self.name()).join("state.db");
         let state = crate::support::sqlite(&path);

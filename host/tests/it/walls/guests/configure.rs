@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::parse;
-use shardmill_engine::stage::Generation;
+use shardmill_engine::stage::Revision;
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 
 use super::asking::{
@@ -201,7 +201,7 @@ async fn wall_07_configure_does_not_run_on_async_threads() {
         }
     });
     // The one thread must poll this call and the ticking in turn: on it, the call would end at its first poll.
-    Generation::load(&config, &host, |_| None).await.expect("loaded");
+    Revision::load(&config, &host, |_| None).await.expect("loaded");
     let turns = *counted.borrow();
     ticking.abort();
     assert!(turns > 0, "nothing else ran meanwhile");

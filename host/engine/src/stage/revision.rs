@@ -1,6 +1,6 @@
-//! A generation, loaded: everything that decides what a record becomes.
+//! A revision, loaded: everything that decides what a record becomes.
 //!
-//! Stages, digests, configurations and bindings. A replay runs the generation that ran first, so
+//! Stages, digests, configurations and bindings. A replay runs the revision that ran first, so
 //! its specification (`spec.rs`) and its components' bytes are stored until the checkpoint has passed it
 //! (see [`shardmill_state`]). Whether its stages fit each other is checked in `fit.rs`.
 
@@ -20,7 +20,7 @@ use shardmill_core::record::{RouteName, SinkName, StageName};
 use shardmill_plugin::{
     CallError, Context, Descriptor, Instance, Plugin, PluginHost, Route, Services,
 };
-use shardmill_state::{CanarySpec, Components, GenerationSpec, StageSpec};
+use shardmill_state::{CanarySpec, Components, RevisionSpec, StageSpec};
 
 /// The route by which records leave the source.
 pub(super) const SOURCE_ROUTE: &str = "source";
@@ -132,21 +132,21 @@ impl LoadedStage {
     }
 }
 
-/// A generation, loaded: what lanes run.
-pub struct Generation {
+/// A revision, loaded: what lanes run.
+pub struct Revision {
     /// Its id.
     pub id: Arc<str>,
     /// As it is stored.
-    pub spec: GenerationSpec,
+    pub spec: RevisionSpec,
     /// Its stages, in order.
     pub stages: Vec<LoadedStage>,
 }
 
-impl Generation {
-    /// [`Generation::from_config`], off the async threads: plugins are compiled and configured.
+impl Revision {
+    /// [`Revision::from_config`], off the async threads: plugins are compiled and configured.
     ///
     /// # Errors
-    /// As [`Generation::from_config`].
+    /// As [`Revision::from_config`].
     pub async fn load(
         config: &PipelineConfig,
         host: &PluginHost,
@@ -156,8 +156,8 @@ impl Generation {
         off_thread(move || Self::from_config(&config, &host, &embedded)).await
     }
 
-    /// Loads the generation that a configuration describes; the components' bytes come with it,
-    /// to be stored. Blocks: from async code, call [`Generation::load`].
+    /// Loads the revision that a configuration describes; the components' bytes come with it,
+    /// to be stored. Blocks: from async code, call [`Revision::load`].
     ///
     /// # Errors
     /// What does not fit, at its line and column in the configuration.
@@ -215,18 +215,18 @@ impl Generation {
         };
         let source_format = config.source.format.clone();
         let source_columns = config.source.columns.clone();
-        let spec = GenerationSpec { source_format, stages, source_sinks, source_columns };
-        let generation = Self::assemble(spec, &plugins, host, &config.source.stream_name(), None)
+        let spec = RevisionSpec { source_format, stages, source_sinks, source_columns };
+        let revision = Self::assemble(spec, &plugins, host, &config.source.stream_name(), None)
             .map_err(|misfit| misfit.in_config(config))?;
-        Ok((generation, components))
+        Ok((revision, components))
     }
 
-    /// Loads a stored generation from the components that were stored with it. Blocks.
+    /// Loads a stored revision from the components that were stored with it. Blocks.
     ///
     /// # Errors
     /// A component that is missing or no longer loads, in words.
     pub(crate) fn from_store(
-        spec: GenerationSpec,
+        spec: RevisionSpec,
         host: &PluginHost,
         stream_name: &str,
         component: &dyn Fn(&str) -> anyhow::Result<Vec<u8>>,
@@ -243,13 +243,13 @@ impl Generation {
             .map_err(|misfit| anyhow::anyhow!("stored generation {id}: {}", misfit.message))
     }
 
-    /// A generation of plugins that are loaded, in place of another: stages that are the same go on to
+    /// A revision of plugins that are loaded, in place of another: stages that are the same go on to
     /// be judged by what they did there. Blocks.
     ///
     /// # Errors
     /// What does not fit, in words, with the way out.
     pub fn rebuilt(
-        spec: GenerationSpec,
+        spec: RevisionSpec,
         plugins: &HashMap<String, Plugin>,
         host: &PluginHost,
         stream_name: &str,
@@ -275,7 +275,7 @@ impl Generation {
 
     /// Configures each plugin once and checks formats and bindings from the source to the sinks.
     fn assemble(
-        spec: GenerationSpec,
+        spec: RevisionSpec,
         plugins: &HashMap<String, Plugin>,
         host: &PluginHost,
         stream_name: &str,
