@@ -123,7 +123,7 @@ pub mod lane;
 pub mod lease;
 mod dead_letter_log;
 pub mod redrive_source;
-pub mod lineage;
+pub mod shard_lineage;
 pub mod masked;
 mod pipeline;
 mod refusals;

@@ -20,8 +20,8 @@ use crate::lane::{
     Board, RevisionStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
 };
 use crate::lease::PipelineLock;
-use crate::lineage::Plan;
-use crate::lineage::lineage;
+use crate::shard_lineage::Plan;
+use crate::shard_lineage::plan_shards;
 use crate::pipeline::run_lane;
 use crate::stage::{Revision, Samples};
 use crate::swap::{Swapper, SwapperParts, TakeOver};
@@ -522,7 +522,7 @@ async fn find(
     for shard in &adopted {
         with_adopted.begun.entry(shard.clone()).or_default();
     }
-    let mut plan = lineage(&shards, &with_adopted, start, now_ms);
+    let mut plan = plan_shards(&shards, &with_adopted, start, now_ms);
     for beginning in plan.ready.iter_mut().filter(|own| adopted.contains(&own.shard)) {
         // Records since the sinks' positions are needed: that none of them is missing is not known.
         if !known.begun.contains_key(&beginning.shard) {

@@ -12,7 +12,7 @@ use shardmill_core::record::{Position, ShardId, ShardKey, ShardStart, StreamRef}
 use shardmill_core::source::StartPosition;
 use shardmill_core::source::{BatchReader as _, NextBatch, SourceError};
 use shardmill_embedded::EmbeddedStream;
-use shardmill_engine::lineage::{Beginning, lineage};
+use shardmill_engine::shard_lineage::{Beginning, plan_shards};
 use shardmill_kinesis::connection::StreamConnection;
 use shardmill_kinesis::inbox::{Inbox, ReadFrom};
 use shardmill_kinesis::polling::{Polling, PollingReader};
@@ -239,7 +239,7 @@ async fn a_split_ends_the_parent_and_its_children_begin() {
     let shards = served.shards().await;
     let begun = HashMap::from([(parent, ShardState { ended: true, ..ShardState::default() })]);
     let known = KnownShards { begun, ..KnownShards::default() };
-    let children = lineage(&shards, &known, &StartPosition::Latest, None).ready;
+    let children = plan_shards(&shards, &known, &StartPosition::Latest, None).ready;
     assert_eq!(children.len(), 2);
     for Beginning { shard: child, .. } in children {
         records.extend(

@@ -23,8 +23,8 @@ use shardmill_core::record::{
 };
 use shardmill_core::source::StartPosition;
 use shardmill_core::source::{BatchReader as _, NextBatch, Shard, SourceError};
-use shardmill_engine::lineage::Beginning;
-use shardmill_engine::lineage::lineage;
+use shardmill_engine::shard_lineage::Beginning;
+use shardmill_engine::shard_lineage::plan_shards;
 use shardmill_engine::stage::{Item, LoadedStage, RunError, StageRunner, first_flow};
 use shardmill_kinesis::connection::StreamConnection;
 use shardmill_kinesis::inbox::{Inbox, ReadFrom};
@@ -183,7 +183,7 @@ impl Readers {
         if let Some(only) = &self.only {
             shards.retain(|shard| shard.id == *only);
         }
-        let plan = lineage(&shards, &self.known, &self.from, self.latest_ms);
+        let plan = plan_shards(&shards, &self.known, &self.from, self.latest_ms);
         if self.known.is_first_start() {
             self.known.latest_ms = self.latest_ms;
             let ended = ShardState { ended: true, ..ShardState::default() };

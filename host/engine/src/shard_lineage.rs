@@ -43,7 +43,7 @@ pub struct Beginning {
 /// 1970, and what it was then ever after: it passes over shards that are closed at the first start,
 /// for their records are all older. A child of a shard that was begun starts at its horizon, whatever
 /// the configuration says; with a time, that is its first record of then or later.
-pub fn lineage(
+pub fn plan_shards(
     shards: &[Shard],
     known: &KnownShards,
     start: &StartPosition,
@@ -228,9 +228,9 @@ mod tests {
     fn a_split_is_read_parent_first() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false), shard("2", &["0"], false)];
         let plan =
-            lineage(&shards, &known(&[("0", false)]), &StartPosition::TrimHorizon, Some(NOW_MS));
+            plan_shards(&shards, &known(&[("0", false)]), &StartPosition::TrimHorizon, Some(NOW_MS));
         assert_eq!(ready(&plan), [("0", ShardStart::Horizon)]);
-        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon), ("2", ShardStart::Horizon)]);
     }
 
@@ -238,17 +238,17 @@ mod tests {
     fn a_merge_waits_for_both_parents() {
         let shards = [shard("0", &[], true), shard("1", &[], true), shard("2", &["0", "1"], false)];
         let half = known(&[("0", true), ("1", false)]);
-        let plan = lineage(&shards, &half, &StartPosition::TrimHorizon, Some(NOW_MS));
+        let plan = plan_shards(&shards, &half, &StartPosition::TrimHorizon, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
         let both = known(&[("0", true), ("1", true)]);
-        let plan = lineage(&shards, &both, &StartPosition::TrimHorizon, Some(NOW_MS));
+        let plan = plan_shards(&shards, &both, &StartPosition::TrimHorizon, Some(NOW_MS));
         assert_eq!(ready(&plan), [("2", ShardStart::Horizon)]);
     }
 
     #[test]
     fn a_first_start_at_latest_skips_closed_shards() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false)];
-        let plan = lineage(&shards, &known(&[]), &StartPosition::Latest, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known(&[]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::AtMs(NOW_MS))]);
         assert_eq!(plan.skipped, ["0".into()]);
     }
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn a_time_applies_to_children_too() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false)];
-        let plan = lineage(
+        let plan = plan_shards(
             &shards,
             &known(&[("0", true)]),
             &StartPosition::AtTimestampMs(7),
@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn a_forgotten_parent_blocks_nobody() {
         let shards = [shard("7", &["3"], false)];
-        let plan = lineage(&shards, &known(&[]), &StartPosition::TrimHorizon, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known(&[]), &StartPosition::TrimHorizon, Some(NOW_MS));
         assert_eq!(ready(&plan), [("7", ShardStart::Horizon)]);
         assert_eq!(plan.lost, []);
     }
@@ -276,7 +276,7 @@ mod tests {
     #[test]
     fn grandchildren_start_at_their_horizon_too() {
         let shards = [shard("0", &[], true), shard("1", &["0"], true), shard("2", &["1"], false)];
-        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
         assert!(plan.some_wait);
     }
@@ -287,22 +287,22 @@ mod tests {
         let shards = [shard("7", &["5"], true), shard("8", &["7"], false)];
         let mut known = seen(known(&[("0", true)]), &["0"]);
         known.latest_ms = Some(1_000);
-        let plan = lineage(&shards, &known, &StartPosition::Latest, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known, &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("7", ShardStart::AtMs(1_000))]);
         assert!(plan.some_wait, "shard 8 waits for shard 7");
         assert_eq!(plan.lost, ["5".into()]);
         known.latest_ms = None;
-        let plan = lineage(&shards, &known, &StartPosition::Latest, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known, &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("7", ShardStart::Horizon)], "it did not start at LATEST");
     }
 
     #[test]
     fn fault_16_a_shard_that_is_not_listed_any_more_is_asked_for_and_blocks_its_children() {
         let shards = [shard("1", &["0"], false)];
-        let plan = lineage(&shards, &known(&[("0", false)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known(&[("0", false)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("0", ShardStart::Horizon)]);
         assert!(!plan.all_ended);
-        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
         assert!(!plan.some_wait);
     }
@@ -312,12 +312,12 @@ mod tests {
         let shards = [shard("0", &[], true), shard("2", &["1", "0"], false)];
         let known = seen(known(&[("0", true)]), &["0", "1", "2"]);
         assert_eq!(
-            lineage(&shards, &known, &StartPosition::TrimHorizon, Some(NOW_MS)).lost,
+            plan_shards(&shards, &known, &StartPosition::TrimHorizon, Some(NOW_MS)).lost,
             ["1".into()]
         );
         // Its other parent was gone before anything was read.
         let known = seen(known.clone(), &["0", "2"]);
-        assert_eq!(lineage(&shards, &known, &StartPosition::TrimHorizon, Some(NOW_MS)).lost, []);
+        assert_eq!(plan_shards(&shards, &known, &StartPosition::TrimHorizon, Some(NOW_MS)).lost, []);
     }
 
     #[test]
@@ -327,7 +327,7 @@ mod tests {
         for (id, caught_up_ms) in [("0", 500), ("1", 700)] {
             known.begun.entry(ShardId::from(id)).or_default().caught_up_ms = Some(caught_up_ms);
         }
-        let plan = lineage(&shards, &known, &StartPosition::TrimHorizon, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known, &StartPosition::TrimHorizon, Some(NOW_MS));
         assert_eq!(plan.ready[0].caught_up_ms, Some(700));
     }
 
@@ -346,16 +346,16 @@ mod tests {
     }
 
     #[test]
-    fn fault_06_lineages_are_walked_in_the_time_of_their_length() {
+    fn fault_06_shard_lineages_are_walked_in_the_time_of_their_length() {
         let shards = cycles(2_000);
         let last = shards.last().expect("a shard").id.clone();
         let sequence = shardmill_core::record::SequenceNumber::parse("7").expect("a number");
         let places = std::iter::once((last.clone(), sequence)).collect();
         let begun = std::time::Instant::now();
-        let plan = lineage(&shards, &known(&[]), &StartPosition::AtSequence(places), Some(NOW_MS));
+        let plan = plan_shards(&shards, &known(&[]), &StartPosition::AtSequence(places), Some(NOW_MS));
         assert_eq!(plan.ready.len(), 1);
         assert_eq!(plan.ready[0].shard, last);
-        let plan = lineage(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan = plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan).iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["0a", "0b"]);
         assert!(begun.elapsed() < std::time::Duration::from_secs(2), "{:?}", begun.elapsed());
     }
