@@ -20,7 +20,7 @@ use shardmill_config::{OnLostRecords, PipelineConfig, ReaderKind, Rerun, SourceK
 use shardmill_core::private::make_folders;
 use shardmill_core::record::{ShardId, SinkName, StageName, StreamIdentity};
 use shardmill_core::source::ShardSource;
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_engine::ranges::{ShardRange, RangesSource};
 use shardmill_engine::stage::Revision;
 use shardmill_engine::supervisor::{RunOptions, Supervisor};

@@ -14,7 +14,7 @@ use shardmill_core::sink::Sink;
 use shardmill_core::source::ShardSource as _;
 use shardmill_engine::bound::{MemoryBound, memory_bytes_available};
 use shardmill_engine::lane::{BuildSinks, agreement, roster};
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_engine::stage::{Revision, Target};
 use shardmill_file::FileSource;
 use shardmill_serve::admin::control::ReloadQuery;

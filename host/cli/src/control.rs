@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use shardmill_config::PipelineConfig;
 use shardmill_core::retry::RetryPolicy;
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_serve::admin::control::ControlAddress;
 
 /// Time for a running pipeline to answer that it is there.

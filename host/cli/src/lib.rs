@@ -47,7 +47,7 @@ use shardmill_config::{ConfigError, Endpoint, PipelineConfig};
 use shardmill_core::escape::{EscapingWriter, Kept};
 use shardmill_core::masking;
 use shardmill_core::private::StateDir;
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_plugin::{
     Backends, CompileCache, LOG_TARGET, Plugin, PluginEngine, PluginHost, compile,
 };

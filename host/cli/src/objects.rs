@@ -13,7 +13,7 @@ use shardmill_core::escape::escaped;
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
 use shardmill_core::sink::Sink as _;
 use shardmill_engine::lane::roster;
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_sink_objects::{Audit, ObjectsSink, ObjectsTarget, Recovered};
 use shardmill_state::{Checkpoints, DeadLetters, Hole, Holes, Roster, StateStore, StoredDeadLetter};
 

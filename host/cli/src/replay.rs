@@ -24,7 +24,7 @@ use shardmill_core::sink::Sink;
 use shardmill_core::source::StartPosition;
 use shardmill_core::source::{NextBatch, ResumePoint, ShardSource, Waiting};
 use shardmill_engine::lane::roster;
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
 use shardmill_engine::window::WindowSource;
 use shardmill_sink_postgres::{

@@ -15,7 +15,7 @@ use shardmill_core::record::SinkName;
 use shardmill_core::source::ShardSource;
 use shardmill_core::stop::Stop;
 use shardmill_embedded::EmbeddedStream;
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_engine::run::{Run, RunSummary};
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
 use shardmill_engine::swap::watch_files;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 
 use crate::lane::BuildSinks;
-use crate::lease::PipelineLock;
+use crate::lock::PipelineLock;
 use crate::run::{Run, RunSummary};
 use crate::supervisor::RunOptions;
 use shardmill_config::{

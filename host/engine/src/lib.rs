@@ -120,7 +120,7 @@ pub mod bound;
 mod delivery;
 mod embed;
 pub mod lane;
-pub mod lease;
+pub mod lock;
 mod dead_letter_log;
 pub mod redrive_source;
 pub mod shard_lineage;

@@ -9,7 +9,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::lane::Board;
-use crate::lease::PipelineLock;
+use crate::lock::PipelineLock;
 use crate::dead_letter_log::DeadLetterLogSource;
 use crate::supervisor::{RunOptions, Supervisor};
 use shardmill_config::PipelineConfig;

@@ -19,7 +19,7 @@ use crate::lane::agreement::{Found, before_first_record};
 use crate::lane::{
     Board, RevisionStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
 };
-use crate::lease::PipelineLock;
+use crate::lock::PipelineLock;
 use crate::shard_lineage::Plan;
 use crate::shard_lineage::plan_shards;
 use crate::pipeline::run_lane;

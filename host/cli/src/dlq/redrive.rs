@@ -19,7 +19,7 @@ use shardmill_engine::lane::RevisionStore;
 use shardmill_engine::lane::agreement::refuse_older_state;
 use shardmill_engine::lane::remake::Remaker;
 use shardmill_engine::lane::roster;
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_engine::redrive_source::RedriveSource;
 use shardmill_engine::supervisor::{RunOptions, RunRole, Supervisor};
 use shardmill_sink_postgres::TableWindow;

@@ -13,7 +13,7 @@ use shardmill_core::record::{DeadLetterPlace, ShardKey, SinkName};
 use shardmill_core::sink::Sink;
 use shardmill_core::source::ShardSource as _;
 use shardmill_engine::lane::BuildSinks;
-use shardmill_engine::lease::PipelineLock;
+use shardmill_engine::lock::PipelineLock;
 use shardmill_engine::redrive_source::RedriveSource;
 use shardmill_engine::supervisor::{RunOptions, RunRole, Supervisor};
 use shardmill_engine::swap::Swapper;

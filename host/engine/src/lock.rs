@@ -15,7 +15,7 @@ use shardmill_core::record::PipelineName;
 
 /// The pipeline's folder cannot be had.
 #[derive(Debug, thiserror::Error)]
-pub enum LeaseError {
+pub enum LockError {
     /// Another process runs the pipeline.
     #[error(
         "pipeline {pipeline} is running already, as process {owner} (lock {path}); stop it first, or \
@@ -80,9 +80,9 @@ impl PipelineLock {
     /// this user's alone.
     ///
     /// # Errors
-    /// [`LeaseError`].
-    pub fn take(state_dir: &StateDir, pipeline: &PipelineName) -> Result<Self, LeaseError> {
-        let taken = |pipeline, owner, path| LeaseError::Taken { pipeline, owner, path };
+    /// [`LockError`].
+    pub fn take(state_dir: &StateDir, pipeline: &PipelineName) -> Result<Self, LockError> {
+        let taken = |pipeline, owner, path| LockError::Taken { pipeline, owner, path };
         Self::take_file(state_dir, pipeline, "lock", taken)
     }
 
@@ -90,13 +90,13 @@ impl PipelineLock {
     /// pipeline may run at the same time.
     ///
     /// # Errors
-    /// [`LeaseError`].
+    /// [`LockError`].
     pub fn take_for_redrive(
         state_dir: &StateDir,
         pipeline: &PipelineName,
-    ) -> Result<Self, LeaseError> {
+    ) -> Result<Self, LockError> {
         // Another name or state folder would not help: it has other dead letters, or none.
-        let taken = |pipeline, owner, path| LeaseError::Redriving { pipeline, owner, path };
+        let taken = |pipeline, owner, path| LockError::Redriving { pipeline, owner, path };
         Self::take_file(state_dir, pipeline, "redrive.lock", taken)
     }
 
@@ -104,9 +104,9 @@ impl PipelineLock {
     /// at a time, beside the pipeline.
     ///
     /// # Errors
-    /// [`LeaseError`].
-    pub fn take_for_replay(folder: &StateDir, pipeline: &PipelineName) -> Result<Self, LeaseError> {
-        let taken = |pipeline, owner, path| LeaseError::Redriving { pipeline, owner, path };
+    /// [`LockError`].
+    pub fn take_for_replay(folder: &StateDir, pipeline: &PipelineName) -> Result<Self, LockError> {
+        let taken = |pipeline, owner, path| LockError::Redriving { pipeline, owner, path };
         Self::take_file(folder, pipeline, "lock", taken)
     }
 
@@ -114,11 +114,11 @@ impl PipelineLock {
         state_dir: &StateDir,
         pipeline: &PipelineName,
         name: &str,
-        taken: impl Fn(PipelineName, String, String) -> LeaseError,
-    ) -> Result<Self, LeaseError> {
+        taken: impl Fn(PipelineName, String, String) -> LockError,
+    ) -> Result<Self, LockError> {
         let folder = state_dir.make(pipeline.as_str())?;
         let path = folder.join(name);
-        let unusable = |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
+        let unusable = |cause| LockError::Unusable { path: path.display().to_string(), cause };
         let mut file = private::open_lock(&path).map_err(unusable)?;
         if !locks_soon(&file) {
             let mut owner = String::new();
@@ -134,12 +134,12 @@ impl PipelineLock {
     /// Checks that a start could use the lock's file, if there is one. It is neither made nor taken.
     ///
     /// # Errors
-    /// [`LeaseError::Unusable`].
-    pub fn check(state_dir: &Path, pipeline: &PipelineName) -> Result<(), LeaseError> {
+    /// [`LockError::Unusable`].
+    pub fn check(state_dir: &Path, pipeline: &PipelineName) -> Result<(), LockError> {
         let path = state_dir.join(pipeline.as_str()).join("lock");
         match private::check_lock(&path) {
             Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
-                Err(LeaseError::Unusable { path: path.display().to_string(), cause })
+                Err(LockError::Unusable { path: path.display().to_string(), cause })
             }
             _ => Ok(()),
         }
@@ -148,16 +148,16 @@ impl PipelineLock {
     /// Whether some process runs the pipeline: has the lock of its folder under the state folder.
     ///
     /// # Errors
-    /// [`LeaseError::Hidden`] where the lock is another user's, [`LeaseError::Unusable`].
-    pub fn is_taken(state_dir: &Path, pipeline: &PipelineName) -> Result<bool, LeaseError> {
+    /// [`LockError::Hidden`] where the lock is another user's, [`LockError::Unusable`].
+    pub fn is_taken(state_dir: &Path, pipeline: &PipelineName) -> Result<bool, LockError> {
         let path = state_dir.join(pipeline.as_str()).join("lock");
-        let unusable = |cause| LeaseError::Unusable { path: path.display().to_string(), cause };
+        let unusable = |cause| LockError::Unusable { path: path.display().to_string(), cause };
         let file = match private::open_lock_to_look(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => {
                 let path = path.display().to_string();
-                return Err(LeaseError::Hidden { pipeline: pipeline.clone(), path, cause });
+                return Err(LockError::Hidden { pipeline: pipeline.clone(), path, cause });
             }
             Err(error) => return Err(unusable(error)),
         };
