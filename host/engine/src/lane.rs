@@ -28,7 +28,7 @@ pub use board::{Board, LaneChange, ShardStatus, WaitingLane};
 pub(crate) use memory::show_waits;
 pub(crate) use starts::Starts;
 
-use self::change::{Change, Gap};
+use self::change::{Change, SwapPause};
 use self::starts::{FailedStart, Tries};
 use crate::delivery::{Delivery, DeliveryHandle};
 use crate::stage::{Blocked, Chain, ChainOutcome, Revision, Routed, Samples, Searching};
@@ -263,7 +263,7 @@ pub(crate) struct Lane<'a> {
     segments: Vec<ActiveSegment>,
     change: Change,
     chain: Option<Chain>,
-    gap: Gap,
+    swap_pause: SwapPause,
     /// Up to here some items have a stage's letter already.
     dead_lettered_to: Option<Position>,
     start: ShardStart,
@@ -410,7 +410,7 @@ impl Lane<'_> {
         &mut self,
         batch: Batch,
     ) -> Result<(Arc<Batch>, Option<Batch>), LaneError> {
-        self.gap.go_on();
+        self.swap_pause.resume();
         if let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) {
             self.shared.board.lag(&self.shard.shard, |lag| {
                 lag.shard.read(&batch.range.to_inclusive, first.arrived_ms, last.arrived_ms);
@@ -462,7 +462,7 @@ impl Lane<'_> {
             // A call that outlasts the time of the end goes on by itself: the batch is read again.
             let (part, cause, pause) = match ran.ok_or(LaneError::Stopped)? {
                 Ok((chain, outcome, ran_at)) => {
-                    self.gap.begin(ran_at);
+                    self.swap_pause.begin(ran_at);
                     self.chain = Some(chain);
                     match outcome {
                         Ok(outcome) => {
@@ -736,7 +736,7 @@ impl Lane<'_> {
         }
         self.advance(batch);
         self.take_over();
-        self.gap.pause();
+        self.swap_pause.stop();
         Ok(())
     }
 

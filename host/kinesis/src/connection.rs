@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::client::{Fault, call_error, fault};
-use super::inbox::{Arrived, Gap, Inbox, ServerStart};
+use super::inbox::{Arrived, LostRecordsGap, Inbox, ServerStart};
 use super::stream;
 use super::stream::Description;
 use shardmill_config::OnLostRecords;
@@ -213,7 +213,7 @@ impl StreamConnection {
     /// As [`StreamConnection::take_in`].
     pub(crate) async fn judge_gone(&self, inbox: &mut Inbox) -> Result<(), SourceError> {
         let asked = inbox.after().cloned();
-        self.judge(Gap { asked, came: None }, inbox).await?;
+        self.judge(LostRecordsGap { asked, came: None }, inbox).await?;
         inbox.is_proven();
         Ok(())
     }
@@ -243,7 +243,7 @@ impl StreamConnection {
     }
 
     /// Says whether records are lost between what was asked for and what came first.
-    async fn judge(&self, gap: Gap, inbox: &mut Inbox) -> Result<(), SourceError> {
+    async fn judge(&self, gap: LostRecordsGap, inbox: &mut Inbox) -> Result<(), SourceError> {
         let shard = inbox.shard();
         let Some(Loss { retention_hours, interval_ms }) = self.loss(inbox.caught_up_ms()).await?
         else {

@@ -113,7 +113,7 @@ pub struct Inbox {
     /// Bytes that the last batch holds, where it is larger than a batch may be because its one record is. The lane has
     /// it until it asks for the next.
     large_in_hand: usize,
-    gap: Option<Gap>,
+    gap: Option<LostRecordsGap>,
     /// What is lost, until the lane has heard of it.
     lost: Option<LostRecords>,
     /// Records that arrived before the start are dropped: not where a reader goes on after a record.
@@ -135,7 +135,7 @@ enum Unproven {
 
 /// The server began later than it was told to: what lies between is gone, or was never there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Gap {
+pub struct LostRecordsGap {
     /// The record that was asked for; it had been read. `None`: the shard's beginning.
     pub asked: Option<Position>,
     /// The first that came, and when it arrived, in milliseconds since 1970. `None`: nothing is left.
@@ -226,7 +226,7 @@ impl Inbox {
     }
 
     /// A gap that has shown and was not judged.
-    pub fn gap(&self) -> Option<Gap> {
+    pub fn gap(&self) -> Option<LostRecordsGap> {
         self.gap.clone()
     }
 
@@ -237,12 +237,12 @@ impl Inbox {
 
     /// The gap that there may be if the server has nothing more, although it was told to begin where
     /// something should be.
-    pub(crate) fn gap_before_nothing(&self) -> Option<Gap> {
+    pub(crate) fn gap_before_nothing(&self) -> Option<LostRecordsGap> {
         let asked = match self.unproven.as_ref()? {
             Unproven::Record(asked) => Some(asked.clone()),
             Unproven::Beginning => None,
         };
-        Some(Gap { asked, came: None })
+        Some(LostRecordsGap { asked, came: None })
     }
 
     /// The lane is to hear of lost records.
@@ -298,7 +298,7 @@ impl Inbox {
         if let Some(asked) = asked
             && asked.as_ref().is_none_or(|asked| sequence > asked.sequence)
         {
-            self.gap = Some(Gap { asked, came: Some((sequence.clone(), arrived_ms)) });
+            self.gap = Some(LostRecordsGap { asked, came: Some((sequence.clone(), arrived_ms)) });
         }
         let after = self.from.after.as_ref();
         if after.is_some_and(|after| sequence < after.sequence) {

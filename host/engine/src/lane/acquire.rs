@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use anyhow::Context as _;
 use tokio_util::sync::CancellationToken;
 
-use super::change::{Change, Gap};
+use super::change::{Change, SwapPause};
 use super::lag::{LiveDelivery, LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::delivery::{DeliveryContext, DeliveryHandle};
@@ -183,7 +183,7 @@ impl<'a> Lane<'a> {
             segments,
             change,
             chain: None,
-            gap: Gap::default(),
+            swap_pause: SwapPause::default(),
             dead_lettered_to,
             start: state.start,
             caught_up_ms: state.caught_up_ms,

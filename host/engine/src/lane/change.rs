@@ -184,25 +184,25 @@ impl Change {
 /// The time between a batch that has run and the next one that runs, less what the lane waits for records
 /// to come: what a change of revision costs at most.
 #[derive(Default)]
-pub(super) struct Gap {
+pub(super) struct SwapPause {
     so_far: Duration,
     /// Since when it goes on; `None`: the lane waits for records.
     since: Option<Instant>,
 }
 
-impl Gap {
+impl SwapPause {
     /// A batch has run.
     pub(super) fn begin(&mut self, ran_at: Instant) {
         *self = Self { so_far: Duration::ZERO, since: Some(ran_at) };
     }
 
     /// The lane waits for records.
-    pub(super) fn pause(&mut self) {
+    pub(super) fn stop(&mut self) {
         (self.so_far, self.since) = (self.elapsed(), None);
     }
 
     /// The lane has something to do.
-    pub(super) fn go_on(&mut self) {
+    pub(super) fn resume(&mut self) {
         self.since.get_or_insert_with(Instant::now);
     }
 
@@ -225,13 +225,13 @@ impl Lane<'_> {
     /// # Errors
     /// [`LaneError::Stopped`].
     pub(crate) async fn change_revision(&mut self) -> Result<(), LaneError> {
-        self.gap.go_on();
+        self.swap_pause.resume();
         if self.change.announcing.is_some() {
             self.hear_ledger().await?;
         } else if let Some(chain) = self.change.take_ready().await {
             self.announce(chain, self.earliest_change(self.at.clone()));
         }
-        self.gap.pause();
+        self.swap_pause.stop();
         Ok(())
     }
 
@@ -338,7 +338,7 @@ impl Lane<'_> {
         if let Some(chain) = self.change.announced.take_if(is_at_work) {
             let revision = chain.revision().id.clone();
             self.chain = Some(chain);
-            let pause = self.gap.elapsed();
+            let pause = self.swap_pause.elapsed();
             self.shared.board.runs(&self.shard.shard, &revision, Some(pause));
             metrics::histogram!(metric::CHANGE_PAUSE_SECONDS).record(pause);
             tracing::info!(shard = %self.shard.shard, generation = %revision,
