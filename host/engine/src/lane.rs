@@ -735,7 +735,7 @@ impl Lane<'_> {
             }
         }
         self.advance(batch);
-        self.take_over();
+        self.activate_revision();
         self.swap_pause.stop();
         Ok(())
     }

@@ -24,7 +24,7 @@ use crate::shard_lineage::Plan;
 use crate::shard_lineage::plan_shards;
 use crate::pipeline::run_lane;
 use crate::stage::{Revision, Samples};
-use crate::swap::{Swapper, SwapperParts, TakeOver};
+use crate::swap::{Swapper, SwapperParts, LaneRestart};
 use shardmill_config::{OnLostRecords, PipelineConfig, environment};
 use shardmill_core::boxed;
 use shardmill_core::metric;
@@ -58,7 +58,7 @@ const GONE_KEPT_MS: i64 = 7 * 24 * 3_600 * 1_000;
 /// A compiled component that is younger may be of a pipeline that is about to start.
 const COMPILED_AGE_MIN: Duration = Duration::from_secs(3_600);
 /// Changes that may wait for the lanes of the one before to end.
-const TAKE_OVERS_MAX: usize = 16;
+const RESTARTS_MAX: usize = 16;
 
 /// What a run is told beside its configuration.
 #[derive(Clone)]
@@ -122,7 +122,7 @@ pub struct Supervisor {
     trust_sinks: bool,
     lock: PipelineLock,
     swapper: Swapper,
-    take_overs: mpsc::Receiver<TakeOver>,
+    restarts: mpsc::Receiver<LaneRestart>,
     /// Ends what the swapper does by itself, with the run.
     ends: CancellationToken,
 }
@@ -226,7 +226,7 @@ impl Supervisor {
             config,
         });
         roster::resolve(&shared, &stream, None, &options.build_sinks).await?;
-        let (sender, take_overs) = mpsc::channel(TAKE_OVERS_MAX);
+        let (sender, restarts) = mpsc::channel(RESTARTS_MAX);
         let ends = CancellationToken::new();
         let stream = Arc::new(stream);
         let swapper = Swapper::new(SwapperParts {
@@ -237,7 +237,7 @@ impl Supervisor {
             running,
             embedded_plugin: options.embedded_plugin,
             build_sinks: options.build_sinks.clone(),
-            take_overs: sender,
+            restarts: sender,
             ends: ends.clone(),
         });
         let (until_caught_up, trust_sinks) = (options.until_caught_up, options.trust_sinks);
@@ -251,7 +251,7 @@ impl Supervisor {
             trust_sinks,
             lock,
             swapper,
-            take_overs,
+            restarts,
             ends,
         })
     }
@@ -337,10 +337,10 @@ impl Supervisor {
         let mut comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
         let mut fatal = None;
         // A change for which the lanes are let go.
-        let mut take_over: Option<TakeOver> = None;
+        let mut restart: Option<LaneRestart> = None;
         while !(lanes.tasks.is_empty()
             && (lanes_stop.is_asked()
-                || (take_over.is_none() && (ended || lanes.has_source_ended()))))
+                || (restart.is_none() && (ended || lanes.has_source_ended()))))
         {
             tokio::select! {
                 Some(done) = lanes.tasks.join_next() => {
@@ -359,17 +359,17 @@ impl Supervisor {
                 }
                 () = lanes_stop.asked(), if !self.ends.is_cancelled() => self.ends.cancel(),
                 // The next one waits: whether its lanes can begin depends on where these end.
-                Some(order) = self.take_overs.recv(), if take_over.is_none() => {
+                Some(order) = self.restarts.recv(), if restart.is_none() => {
                     lanes.stop.ask();
-                    take_over = Some(order);
+                    restart = Some(order);
                 }
                 // The lanes are let go: what they had is committed, as far as their sinks answer.
-                () = std::future::ready(()), if take_over.is_some() && lanes.tasks.is_empty() => {
-                    if let Some(order) = take_over.take() {
+                () = std::future::ready(()), if restart.is_some() && lanes.tasks.is_empty() => {
+                    if let Some(order) = restart.take() {
                         look = None;
                         // The sinks may be others.
                         comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
-                        let begun = lanes.begin_anew(order, &lanes_stop);
+                        let begun = lanes.restart(order, &lanes_stop);
                         if stop.unless_asked(begun).await.is_some() {
                             show.send_replace(lanes.shared.clone());
                             discovery.reset_immediately();
@@ -725,7 +725,7 @@ impl Lanes {
     }
 
     /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
-    async fn begin_anew(&mut self, order: TakeOver, stop: &Stop) {
+    async fn restart(&mut self, order: LaneRestart, stop: &Stop) {
         let outcome = self.resolve_sinks(&order.shared).await;
         let outcome = outcome.map_err(|error| shardmill_config::told(&error));
         if outcome.is_ok() {

@@ -22,7 +22,7 @@ use serde::Serialize;
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use promotion::TakeOver;
+pub(crate) use promotion::LaneRestart;
 use promotion::{AnswerTime, Promotion};
 pub use reload::{ReloadDiff, ReloadReport};
 pub use trial::{ShownDifference, TrialReport};
@@ -216,7 +216,7 @@ struct Inner {
     /// Makes the sinks that a configuration names.
     build_sinks: BuildSinks,
     /// To the supervisor: lanes are to be taken over anew.
-    take_overs: mpsc::Sender<TakeOver>,
+    restarts: mpsc::Sender<LaneRestart>,
     /// Cancelled when the pipeline has ended: nothing is watched any more.
     ends: CancellationToken,
 }
@@ -249,7 +249,7 @@ pub(crate) struct SwapperParts {
     /// Makes sinks.
     pub(crate) build_sinks: BuildSinks,
     /// To the supervisor.
-    pub(crate) take_overs: mpsc::Sender<TakeOver>,
+    pub(crate) restarts: mpsc::Sender<LaneRestart>,
     /// Cancelled when the pipeline has ended.
     pub(crate) ends: CancellationToken,
 }
@@ -265,14 +265,14 @@ impl Swapper {
             running,
             embedded_plugin,
             build_sinks,
-            take_overs,
+            restarts,
             ends,
         } = parts;
         let changes = Changes::new(state.clone());
         let config = Arc::new(shared.config.clone());
         let setup = Mutex::new(Setup { shared, config, host, running, changes: 0 });
         let inner =
-            Inner { state, changes, stream, embedded_plugin, setup, build_sinks, take_overs, ends };
+            Inner { state, changes, stream, embedded_plugin, setup, build_sinks, restarts, ends };
         Self { inner: Arc::new(inner) }
     }
 
@@ -459,7 +459,7 @@ impl Inner {
             declared: beside.running.declared.clone(),
             change,
             undoes: Some((undone.number, reason.to_owned())),
-            taken_over: None,
+            restart_with: None,
             files: None,
         };
         let setup = self.setup.lock().await;

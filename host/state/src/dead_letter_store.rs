@@ -512,7 +512,7 @@ mod tests {
         }
         // Rows that are given up, none of which is there to be written.
         let (sink, at) = (SinkName::from("mart"), dead_letter(9, "").key.position);
-        let own = dead_letters.take_over(&shard, &sink, None).await.expect("taken over");
+        let own = dead_letters.acquire_shard(&shard, &sink, None).await.expect("taken over");
         let range = PositionRange { from_exclusive: None, to_inclusive: at };
         let given_up = dead_letters.give_up((&shard, &sink), own.epoch, &range, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));

@@ -70,7 +70,7 @@ mod variables;
 
 pub use agreement::ShardState;
 pub use checkpoint::{AllGivenUp, Checkpoints, KnownShards, Look, Remembered, SinkMark};
-pub use pending::TakenOver;
+pub use pending::AcquiredShard;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Components, Ledger, LedgerEntry, Ran, Segment};
 pub use dead_letter_log::LoggedDeadLetter;

@@ -17,7 +17,7 @@ use shardmill_core::record::{DeadLetterPlace, Position, PositionRange, ShardKey,
 
 /// Who may give up a sink's rows, and how far that went.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TakenOver {
+pub struct AcquiredShard {
     /// Grows with each owner of the shard's rows for the sink.
     pub epoch: i64,
     /// Rows up to here were given up: the sink needs none of them.
@@ -88,12 +88,12 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`StateError`]; nothing was changed.
-    pub async fn take_over(
+    pub async fn acquire_shard(
         &self,
         shard: &ShardKey,
         sink: &SinkName,
         position: Option<&Position>,
-    ) -> Result<TakenOver, StateError> {
+    ) -> Result<AcquiredShard, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         let (sequence, sub) = position.map(columns).unwrap_or_default();
         let place = DeadLetterPlace::Sink(sink.clone()).to_string();
@@ -147,7 +147,7 @@ impl DeadLetters {
                     Some((sequence, sub)) => Some(position_of(sequence.clone(), *sub)?),
                     None => None,
                 };
-                Ok(TakenOver { epoch, given_up_to })
+                Ok(AcquiredShard { epoch, given_up_to })
             })
             .await
     }
@@ -230,7 +230,7 @@ mod tests {
         let shard = ShardKey { pipeline: "cars".into(), stream, shard };
         let sink = SinkName::from("mart");
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
-        let own = dead_letters.take_over(&shard, &sink, Some(&at(5))).await.expect("taken over");
+        let own = dead_letters.acquire_shard(&shard, &sink, Some(&at(5))).await.expect("taken over");
         assert_eq!(own.given_up_to, None);
         let range = PositionRange { from_exclusive: Some(at(5)), to_inclusive: at(9) };
         let whose = (&shard, &sink);
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
         // It stands where it stood; then a backup of before is put back.
         for (stands, due) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {
-            let own = dead_letters.take_over(&shard, &sink, Some(&stands)).await.expect("taken over");
+            let own = dead_letters.acquire_shard(&shard, &sink, Some(&stands)).await.expect("taken over");
             assert_eq!(own.given_up_to, due, "{stands}");
         }
     }

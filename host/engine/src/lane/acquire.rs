@@ -22,7 +22,7 @@ use shardmill_plugin::{Plugin, PluginHost};
 use shardmill_state::RevisionSpec;
 use shardmill_state::agreement::{Mismatch, Stands, agree};
 use shardmill_state::{
-    Hole, Ledger, Segment, ShardState, StateStore, TakenOver, Variables, is_redrive,
+    Hole, Ledger, Segment, ShardState, StateStore, AcquiredShard, Variables, is_redrive,
 };
 
 /// One sink, taken over.
@@ -82,8 +82,8 @@ impl<'a> Lane<'a> {
                 acquired.position = known.get(sink.name()).cloned();
             }
             let at = acquired.position.as_ref();
-            let TakenOver { epoch, given_up_to } =
-                shared.dead_letters.take_over(&shard, sink.name(), at).await?;
+            let AcquiredShard { epoch, given_up_to } =
+                shared.dead_letters.acquire_shard(&shard, sink.name(), at).await?;
             let mut own = Stands {
                 stands: acquired.position.clone().max(given_up_to.clone()),
                 remembered: known.get(sink.name()).cloned(),

@@ -312,12 +312,12 @@ impl Lane<'_> {
         self.segments
             .push(ActiveSegment { from_exclusive, revision: chain.revision().clone() });
         self.change.announced = Some(chain);
-        self.take_over();
+        self.activate_revision();
         Ok(())
     }
 
     /// Lets the revision that runs behind the lane's position take over.
-    pub(super) fn take_over(&mut self) {
+    pub(super) fn activate_revision(&mut self) {
         let mut has_moved = false;
         while self.segments.get(1).is_some_and(|next| next.from_exclusive <= self.at) {
             self.segments.remove(0);

@@ -68,7 +68,7 @@ impl AnswerTime {
 }
 
 /// Lanes are to be let go and taken over anew, by what is described here.
-pub struct TakeOver {
+pub struct LaneRestart {
     /// What they share from then on.
     pub shared: Arc<Shared>,
     /// Told when the lanes begin anew, or why they go on as before.
@@ -88,7 +88,7 @@ pub(super) struct Promotion {
     /// A change that is undone by it, and why.
     pub(super) undoes: Option<(i64, String)>,
     /// What lanes share from then on, if they must be taken over anew.
-    pub(super) taken_over: Option<Arc<Shared>>,
+    pub(super) restart_with: Option<Arc<Shared>>,
     /// The files that it is made of, if they are others, and what their plugins are loaded with.
     pub(super) files: Option<(Arc<PipelineConfig>, PluginHost)>,
 }
@@ -140,7 +140,7 @@ impl From<NotStarted> for StepFailed {
 }
 
 /// Told when the lanes begin anew, or why they go on as before.
-type TakenOver = oneshot::Receiver<Result<(), String>>;
+type RestartOutcome = oneshot::Receiver<Result<(), String>>;
 
 impl Inner {
     /// Promotes what was proven beside `before`. Other stages may have been changed since; this one not.
@@ -154,8 +154,8 @@ impl Inner {
         let setup = self.setup.lock().await;
         let next = in_turn(&setup, before, next, &mut change).await?;
         let declared = setup.running.declared.clone();
-        let (undoes, taken_over, files) = (None, None, None);
-        let promotion = Promotion { next, components, declared, change, undoes, taken_over, files };
+        let (undoes, restart_with, files) = (None, None, None);
+        let promotion = Promotion { next, components, declared, change, undoes, restart_with, files };
         self.promote(setup, promotion, AnswerTime::begin()).await
     }
 
@@ -179,12 +179,12 @@ impl Inner {
         promotion: Promotion,
         mut answer_time: AnswerTime,
     ) -> Result<Promoted, StepFailed> {
-        let Promotion { next, components, declared, change, undoes, mut taken_over, files } =
+        let Promotion { next, components, declared, change, undoes, mut restart_with, files } =
             promotion;
         Step::Promote.begin(&change.stage);
         let failed = |error: StateError| Step::Promote.failed(error);
         let before = setup.shared.revision();
-        let sinks = &taken_over.as_ref().unwrap_or(&setup.shared).sinks.clone();
+        let sinks = &restart_with.as_ref().unwrap_or(&setup.shared).sinks.clone();
         let is_way_back = undoes.is_some();
         let answer_by = answer_time.sinks_answer_by();
         let sides = (&*before, &*next);
@@ -194,10 +194,10 @@ impl Inner {
             sinks.map(|sink| revision.routes_to(sink.name())).collect::<Vec<_>>()
         };
         // Sinks hold what they know of the rows that come: where others come, they are taken over anew.
-        if taken_over.is_none() && routes(&before) != routes(&next) {
-            taken_over = Some(Arc::new(setup.shared.with_revision(next.clone())));
+        if restart_with.is_none() && routes(&before) != routes(&next) {
+            restart_with = Some(Arc::new(setup.shared.with_revision(next.clone())));
         }
-        if taken_over.is_some() || !is_way_back {
+        if restart_with.is_some() || !is_way_back {
             let begun = Instant::now();
             match start_everywhere(&setup, &next, &self.ends).await {
                 // It has run in these shards. A slow start must not keep the bad version at work.
@@ -220,8 +220,8 @@ impl Inner {
         tracing::debug!(generation = %next.id, "its components are kept");
         let running = Running { declared, running: next.spec.clone() };
         // The place is taken first: once the change is noted, nothing refuses it any more.
-        let place = match &taken_over {
-            Some(_) => Some(self.take_overs.try_reserve().map_err(|error| {
+        let place = match &restart_with {
+            Some(_) => Some(self.restarts.try_reserve().map_err(|error| {
                 Step::Promote.failed(match error {
                     TrySendError::Full(()) => {
                         "too many changes wait for the lanes; try it again when they have gone on"
@@ -240,10 +240,10 @@ impl Inner {
             (setup.config, setup.host) = (config, host);
         }
         let mut restarted = None;
-        match (taken_over, place) {
+        match (restart_with, place) {
             (Some(shared), Some(place)) => {
                 let (done, told) = oneshot::channel();
-                place.send(TakeOver { shared: shared.clone(), done });
+                place.send(LaneRestart { shared: shared.clone(), done });
                 setup.shared = shared;
                 restarted = Some(told);
             }
@@ -271,7 +271,7 @@ impl Inner {
         shared: &Shared,
         next: &Revision,
         under_way: UnderWay,
-        restarted: Option<TakenOver>,
+        restarted: Option<RestartOutcome>,
         end: Instant,
     ) -> Result<LanesChanged, StepFailed> {
         let mut let_go = Vec::new();
@@ -302,7 +302,7 @@ impl Inner {
     }
 
     /// Goes on waiting for lanes that are let go, when nobody else waits any more.
-    async fn until_restarted(self: Arc<Self>, under_way: UnderWay, restarted: TakenOver) {
+    async fn until_restarted(self: Arc<Self>, under_way: UnderWay, restarted: RestartOutcome) {
         match restarted.await {
             Ok(Err(cause)) => {
                 tracing::error!(number = under_way.number, cause, "a change was undone");

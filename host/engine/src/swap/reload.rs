@@ -55,7 +55,8 @@ pub struct ReloadReport {
     /// What is other than before.
     pub diff: ReloadDiff,
     /// Whether the lanes are let go and taken over anew: sinks or settings change.
-    pub takes_over: bool,
+    #[serde(rename = "takes_over")]
+    pub restarts_lanes: bool,
     /// How the changed stages did on records that came of late.
     pub trials: Vec<(String, TrialReport)>,
     /// Changed stages without a trial, and why.
@@ -155,7 +156,7 @@ impl Inner {
         let mut report = ReloadReport {
             number: None,
             revision: reloaded.next.id.to_string(),
-            takes_over: !reloaded.diff.sinks.is_empty() || !reloaded.diff.settings.is_empty(),
+            restarts_lanes: !reloaded.diff.sinks.is_empty() || !reloaded.diff.settings.is_empty(),
             diff: reloaded.diff.clone(),
             trials: Vec::new(),
             no_trials: Vec::new(),
@@ -213,18 +214,18 @@ impl Inner {
             before: before.id.to_string(),
             after: next.id.to_string(),
         };
-        let taken_over = report.takes_over.then(|| {
+        let restart_with = report.restarts_lanes.then(|| {
             let revisions = RevisionStore::new(host.clone(), self.state.clone());
             let (config, next) = (config.clone(), next.clone());
             Arc::new(setup.shared.reshaped(config, next, sinks, revisions))
         });
         let stages_now: Vec<StageName> =
             config.stages.iter().map(|one| one.name.value.clone()).collect();
-        let samples = taken_over.as_ref().unwrap_or(&setup.shared).samples.clone();
+        let samples = restart_with.as_ref().unwrap_or(&setup.shared).samples.clone();
         let fingerprints = config.sink_fingerprints();
         let files = Some((Arc::new(config), host));
         let promotion =
-            Promotion { next, components, declared, change, undoes: None, taken_over, files };
+            Promotion { next, components, declared, change, undoes: None, restart_with, files };
         // What the files say now counts more than what was swapped in before.
         let stages = changed.iter().map(ToString::to_string).collect();
         let promoted = self.promote(setup, promotion, answer_time).await?;

@@ -247,7 +247,7 @@ impl Sink for PostgresSink {
         let taken = async {
             session::begin(&session).await?;
             let taken =
-                place.take_over(&session, &shared.sink, shard, shared.ownership.get()).await?;
+                place.acquire_shard(&session, &shared.sink, shard, shared.ownership.get()).await?;
             session.batch_execute("COMMIT").await?;
             Ok(taken)
         };

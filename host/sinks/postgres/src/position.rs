@@ -147,7 +147,7 @@ impl PositionTable {
     }
 
     /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
-    pub(super) async fn take_over(
+    pub(super) async fn acquire_shard(
         &self,
         client: &Link,
         sink: &SinkName,
@@ -155,7 +155,7 @@ impl PositionTable {
         ownership: Option<&Ownership>,
     ) -> Result<Stored, Error> {
         let name = self.name.quoted();
-        let take_over = format!(
+        let acquire_shard = format!(
             "INSERT INTO {name} AS held
                  (pipeline, sink, stream, shard, epoch, state_id, state_number, owner)
              VALUES ($1, $2, $3, $4, 1, $5, $6, $7)
@@ -169,7 +169,7 @@ impl PositionTable {
         let owner = ownership.map(|own| own.owner.to_text());
         let row = client
             .query_typed_one(
-                &take_over,
+                &acquire_shard,
                 &[
                     (&shard.pipeline.as_str(), Type::TEXT),
                     (&sink.as_str(), Type::TEXT),

@@ -132,7 +132,7 @@ impl Ledger {
     }
 
     /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
-    pub(super) async fn take_over(
+    pub(super) async fn acquire_shard(
         &self,
         client: &Link,
         sink: &SinkName,

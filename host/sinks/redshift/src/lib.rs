@@ -194,7 +194,7 @@ impl Sink for RedshiftSink {
             .widen_if_narrow(&client)
             .await
             .map_err(|error| shared.failed(&ledger.cannot_widen(), &error))?;
-        let taken = ledger.take_over(&client, &shared.sink, shard, shared.ownership.get());
+        let taken = ledger.acquire_shard(&client, &shared.sink, shard, shared.ownership.get());
         let taken = taken.await.map_err(|error| {
             shared.failed(&format!("cannot take {} over in {ledger}", shard.shard), &error)
         })?;

@@ -149,7 +149,7 @@ impl Sink for SqliteSink {
         let (sink, key) = (self.shared.sink.clone(), shard.clone());
         let ownership = self.shared.ownership.get().cloned();
         let take = move |locked: &mut LockedConnection| {
-            position::take_over(&mut locked.connection, &sink, &key, ownership.as_ref())
+            position::acquire_shard(&mut locked.connection, &sink, &key, ownership.as_ref())
         };
         let taken = self.call(take).await?;
         let writer = SqliteWriter {

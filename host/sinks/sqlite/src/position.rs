@@ -32,7 +32,7 @@ const LATER_COLUMNS: [&str; 3] = ["state_id TEXT", "state_number INTEGER", "owne
 const LATER_COLUMNS_THERE: &str = "SELECT count(*) FROM pragma_table_info('shardmill_position')
     WHERE name IN ('state_id', 'state_number', 'owner')";
 
-const TAKE_OVER: &str = "INSERT INTO shardmill_position
+const ACQUIRE_SHARD: &str = "INSERT INTO shardmill_position
         (pipeline, sink, stream, shard, epoch, state_id, state_number, owner)
     VALUES (?1, ?2, ?3, ?4, 1, ?5, ?6, ?7)
     ON CONFLICT (pipeline, sink, stream, shard) DO UPDATE SET epoch = epoch + 1,
@@ -71,7 +71,7 @@ pub(super) struct Stored {
 }
 
 /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
-pub(super) fn take_over(
+pub(super) fn acquire_shard(
     connection: &mut Connection,
     sink: &SinkName,
     shard: &ShardKey,
@@ -94,7 +94,7 @@ pub(super) fn take_over(
         mark.as_ref().map(|mark| mark.number),
         ownership.map(|own| own.owner.to_text()),
     ];
-    let stored = connection.query_row(TAKE_OVER, key, Stored::of).map_err(failed)?;
+    let stored = connection.query_row(ACQUIRE_SHARD, key, Stored::of).map_err(failed)?;
     connection.execute_batch("COMMIT").map_err(failed)?;
     Ok(stored)
 }
@@ -104,7 +104,7 @@ pub(super) fn check(connection: &Connection) -> Result<(), String> {
     connection
         .execute_batch(CREATE)
         .and_then(|()| widen_if_narrow(connection))
-        .and_then(|()| connection.prepare(TAKE_OVER).map(drop))
+        .and_then(|()| connection.prepare(ACQUIRE_SHARD).map(drop))
         .and_then(|()| connection.prepare(MOVE_ON).map(drop))
         .map_err(|error| {
             let said = sanitized(error);
