@@ -86,7 +86,7 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
     let swapper = supervisor.swapper();
     let stop = signals::stop_on_signals(drain_max)?;
     let ends = stop.child();
-    tokio::spawn(put_again_and_again(producer, samples, ends.token().clone()));
+    tokio::spawn(put_repeatedly(producer, samples, ends.token().clone()));
     let running = tokio::spawn(supervisor.run_until(ends.clone()));
     console.say(format!(
         "running on sample records; save a file in {} to see what changes (Ctrl-C ends)",
@@ -262,7 +262,7 @@ window = "0 s"
 }
 
 /// Puts the samples on the stream, again and again.
-async fn put_again_and_again(
+async fn put_repeatedly(
     mut producer: Producer,
     samples: Vec<TrialRecord>,
     stop: CancellationToken,

@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use comfy_table::{Table, presets};
 use serde_json::json;
 
-use super::{Console, DEFAULT_PIPELINE, again, dead_letters, load, print_json, print_line};
+use super::{Console, DEFAULT_PIPELINE, rerun, dead_letters, load, print_json, print_line};
 use shardmill_core::boxed;
 use shardmill_core::escape::escaped;
 use shardmill_core::record::DeadLetterPlace;
@@ -168,7 +168,7 @@ pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
 fn open(pipeline: &Pipeline) -> anyhow::Result<DeadLetters> {
     let mut config = load(&pipeline.pipeline)?;
     if let Some(change) = pipeline.again {
-        let folder = again::folder(&config, change);
+        let folder = rerun::folder(&config, change);
         ensure!(folder.exists(), "nothing was run again after change {change} was undone");
         config.state_dir = config.state_dir.at(folder);
     }

@@ -4,7 +4,7 @@
 //! all types of sources and sinks are known: `sinks` makes those that a configuration names. A command decides nothing
 //! about records: it prepares what the other crates run, and prints what they report. It may use every crate.
 
-mod again;
+mod rerun;
 mod assets;
 mod check;
 mod control;

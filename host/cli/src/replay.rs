@@ -31,7 +31,7 @@ use shardmill_sink_postgres::{
     OtherSink, PostgresSink, PostgresTarget, SwapFailed, TableWindow, WindowDiff,
 };
 use shardmill_state::{
-    Changes, Checkpoints, FailedAgain, Holes, Redrives, Replays, StateStore, Variables,
+    Changes, Checkpoints, FailedInReplay, Holes, Redrives, Replays, StateStore, Variables,
 };
 
 /// How long the first record of a hole is waited for.
@@ -179,7 +179,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
         check_retained(&*whole_source, &window_ms).await?;
         check_passed(&target, &config, stream.clone(), (last, &swap.state)).await?;
         let beside = table.check_alone(&others, &stream).await.map_err(anyhow::Error::msg)?;
-        let failed = failed_again(dead_letters.failed().await?);
+        let failed = failed_in_replay(dead_letters.failed().await?);
         let window = Window { sink: &sink, live, stream: &stream, window_ms };
         let replaced = swap.replace(&config, window, (&mut table, &beside), failed).await?;
         match replaced {
@@ -279,7 +279,7 @@ async fn hole_window(
 }
 
 /// What failed in the replay, by the names of the pipeline.
-fn failed_again(mut failed: Vec<FailedAgain>) -> Vec<FailedAgain> {
+fn failed_in_replay(mut failed: Vec<FailedInReplay>) -> Vec<FailedInReplay> {
     for one in &mut failed {
         if one.place.starts_with("sink:")
             && let Some(place) = one.place.strip_suffix(REPLAYED)
@@ -354,7 +354,7 @@ impl Swap {
         config: &PipelineConfig,
         window: Window<'_>,
         (table, beside): (&mut TableWindow, &[OtherSink]),
-        failed: Vec<FailedAgain>,
+        failed: Vec<FailedInReplay>,
     ) -> anyhow::Result<Option<(u64, u64)>> {
         let Window { sink, live, stream, window_ms } = window;
         let replays = Replays::new(self.state.clone());

@@ -8,7 +8,7 @@ use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
 use super::control::{Answer, RunningPipeline};
-use super::{Console, DEFAULT_PIPELINE, again, load, print_line};
+use super::{Console, DEFAULT_PIPELINE, rerun, load, print_line};
 use shardmill_config::PipelineConfig;
 use shardmill_core::record::{Position, SequenceNumber, ShardId};
 use shardmill_engine::swap::SHADOW_MAX;
@@ -118,20 +118,20 @@ pub async fn roll_back(options: RollbackOptions, console: &Console) -> anyhow::R
     // Undone before: by itself, or by this command, whose replay was broken off.
     let all = changes.list(Some(options.stage.clone()), u32::MAX).await?;
     let last = all.into_iter().find(|change| change.outcome == ChangeOutcome::RolledBack);
-    let is_open = |change: &Change| undone.is_none() || again::is_broken_off(&config, change);
+    let is_open = |change: &Change| undone.is_none() || rerun::is_broken_off(&config, change);
     if options.replay_from_swap
         && let Some(undone) = last.filter(is_open)
     {
-        let report = again::run_again(&config, &options.stage, &undone, console).await?;
+        let report = rerun::rerun(&config, &options.stage, &undone, console).await?;
         return console.report(&report);
     }
     let path = format!("/stages/{}/rollback", options.stage);
     tell(running.post(&path, &json!({}), Vec::new()).await?, console)?;
     if let (true, Some(undone)) = (options.replay_from_swap, &undone) {
-        again::begin(&config, undone)?;
+        rerun::begin(&config, undone)?;
     }
     if let (true, Some(undone)) = (options.replay_from_swap, undone) {
-        let report = again::run_again(&config, &options.stage, &undone, console).await?;
+        let report = rerun::rerun(&config, &options.stage, &undone, console).await?;
         console.report(&report)?;
     }
     Ok(())

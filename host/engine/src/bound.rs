@@ -15,14 +15,14 @@ const BATCH_COPIES: usize = 4;
 
 /// Copies of an answer while a payload is made again: as between two stages, and what is kept for the next
 /// letter of the record.
-const ANSWER_COPIES_MADE_AGAIN: usize = 4;
+const REMADE_ANSWER_COPIES: usize = 4;
 /// The largest record.
 ///
 /// Source: API reference, PutRecord.
 const RECORD_BYTES_MAX: usize = 10 << 20;
 /// Copies of the record meanwhile: as it is stored, as it enters the stages, as it is packed, and as it is kept
 /// for the next letter.
-const RECORD_COPIES_MADE_AGAIN: usize = 4;
+const REMADE_RECORD_COPIES: usize = 4;
 
 /// Upper bound of the memory that a pipeline holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,13 +101,13 @@ impl MemoryBound {
     /// | their answers, and what they made of the letter's record | four times as an answer in hand |
     /// | the batch that a payload is in | 4 × the same |
     /// | the record | 4 × 10 MiB |
-    pub fn with_payloads_made_again(self, config: &PipelineConfig) -> Self {
+    pub fn with_remade_payloads(self, config: &PipelineConfig) -> Self {
         let limits = || config.stages.iter().map(|stage| &stage.limits);
         let memory_bytes = limits().map(|limits| limits.memory_bytes_max).sum::<usize>();
         // A payload is a part of an answer.
         let large = limits().map(StageLimits::answer_bytes_max).max().unwrap_or_default();
-        let made = large.saturating_mul(ANSWER_COPIES_MADE_AGAIN + BATCH_COPIES);
-        let record = RECORD_BYTES_MAX * RECORD_COPIES_MADE_AGAIN;
+        let made = large.saturating_mul(REMADE_ANSWER_COPIES + BATCH_COPIES);
+        let record = RECORD_BYTES_MAX * REMADE_RECORD_COPIES;
         Self {
             lanes: self.lanes,
             host_bytes: self.host_bytes.saturating_add(made).saturating_add(record),
@@ -353,19 +353,19 @@ mod tests {
     }
 
     #[test]
-    fn wall_04_payloads_that_are_made_again_count() {
+    fn wall_04_payloads_that_are_remade_count() {
         let bound = MemoryBound { lanes: 1, host_bytes: 300 << 20, instances: 0, plugin_bytes: 0 };
         let text = crate::assets::PIPELINE;
         let config = shardmill_config::parse("pipeline.toml", text, &TYPES, &|_| None);
         let config = config.expect("the pipeline of the root");
         let limits = config.stages.iter().map(|stage| stage.limits);
         let large = limits.map(|limits| limits.answer_bytes_max()).max().expect("a stage");
-        let again = bound.with_payloads_made_again(&config);
+        let with_remade = bound.with_remade_payloads(&config);
         // The payload in its batch, the record, and the answer that it is made of.
         let least = bound.host_bytes + BATCH_COPIES * large + RECORD_BYTES_MAX + large;
-        assert!(again.host_bytes >= least, "{again}");
-        assert_eq!(again.instances, config.stages.len());
-        assert!(again.plugin_bytes > 0, "{again}");
+        assert!(with_remade.host_bytes >= least, "{with_remade}");
+        assert_eq!(with_remade.instances, config.stages.len());
+        assert!(with_remade.plugin_bytes > 0, "{with_remade}");
     }
 
     #[test]

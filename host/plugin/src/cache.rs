@@ -220,21 +220,21 @@ fn file_name(engine: &PluginEngine, digest: &Digest) -> String {
 
 fn read(engine: &PluginEngine, folder: &CodeFolder, name: &str, seal: &Seal) -> Option<Component> {
     let path = folder.path.join(name);
-    let again = |error: &dyn std::fmt::Display| {
+    let log_recompile = |error: &dyn std::fmt::Display| {
         tracing::warn!(file = %path.display(), %error, "a compiled plugin is not used and is compiled again");
     };
     let mut file = match private::open_own(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
         Err(error) => {
-            again(&error);
+            log_recompile(&error);
             return None;
         }
     };
     let mut sealed = Vec::new();
-    file.read_to_end(&mut sealed).inspect_err(|error| again(error)).ok()?;
+    file.read_to_end(&mut sealed).inspect_err(|error| log_recompile(error)).ok()?;
     let Some(code) = seal.opened(name, &sealed) else {
-        again(&"its seal is broken: it was cut off or altered, or another key sealed it");
+        log_recompile(&"its seal is broken: it was cut off or altered, or another key sealed it");
         return None;
     };
     if folder.users == Users::User {
@@ -244,7 +244,7 @@ fn read(engine: &PluginEngine, folder: &CodeFolder, name: &str, seal: &Seal) -> 
     // `Engine::precompile_component` of an engine with the same version and flags (they are in the name):
     // its key is a secret of this user.
     unsafe { Component::deserialize(engine.wasmtime(), code) }
-        .inspect_err(|error| again(error))
+        .inspect_err(|error| log_recompile(error))
         .ok()
 }
 

@@ -13,7 +13,7 @@ use super::dead_letter_store::{
     AS_DIGEST, AS_ORIGINAL, DeadLetter, KEPT, Keeper, DEAD_LETTER_BYTES, StoreBound, StoreFull,
     kept_bytes, unknown_kind,
 };
-use super::replays::FailedAgain;
+use super::replays::FailedInReplay;
 use super::store::{StateError, StateStore, columns, now_ms, position as position_of};
 use shardmill_core::record::{
     DeadLetterPlace, Position, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
@@ -286,7 +286,7 @@ impl DeadLetters {
         let written = self.store.transact(action, move |state| {
             let kept = if pending { PENDING } else { VISIBLE };
             // In its place, so that its number stays.
-            let again = "DO UPDATE SET held = excluded.held, record = excluded.record,
+            let on_conflict = "DO UPDATE SET held = excluded.held, record = excluded.record,
                 entered_kind = excluded.entered_kind, entered_key = excluded.entered_key,
                 entered = excluded.entered, entered_bytes = excluded.entered_bytes,
                 entered_digest = excluded.entered_digest, made = excluded.made,
@@ -295,7 +295,7 @@ impl DeadLetters {
                 backtrace = excluded.backtrace, written_ms = excluded.written_ms,
                 route = excluded.route, kept_bytes = excluded.kept_bytes";
             let are_there = || are_there(state, (&stream, &shard), &dead_letters);
-            let write = || insert(state, (&stream, &shard), &dead_letters, kept, again);
+            let write = || insert(state, (&stream, &shard), &dead_letters, kept, on_conflict);
             bound.within(state, &stream, are_there, write)
         });
         self.written(action, written.await?)
@@ -493,7 +493,7 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn failed(&self) -> Result<Vec<FailedAgain>, StateError> {
+    pub async fn failed(&self) -> Result<Vec<FailedInReplay>, StateError> {
         self.store
             .transact("read the dead letters", move |state| {
                 let mut query = state.prepare(
@@ -501,7 +501,7 @@ impl DeadLetters {
                      WHERE held = 0",
                 )?;
                 let failed = query.query_map([], |row| {
-                    Ok(FailedAgain {
+                    Ok(FailedInReplay {
                         shard: ShardId::from(row.get::<_, String>(0)?),
                         sequence: row.get(1)?,
                         sub_sequence: row.get(2)?,
@@ -564,13 +564,13 @@ pub(super) fn are_there(
     Ok(true)
 }
 
-/// Inserts letters, `kept` shown or hidden; `again` says what becomes of one that is there.
+/// Inserts letters, `kept` shown or hidden; `on_conflict` says what becomes of one that is there.
 pub(super) fn insert(
     state: &Transaction<'_>,
     (stream, shard): (&str, &str),
     dead_letters: &[DeadLetter],
     kept: u8,
-    again: &str,
+    on_conflict: &str,
 ) -> rusqlite::Result<()> {
     let mut insert = state.prepare_cached(&format!(
         "INSERT INTO letters (stream, shard, sequence, sub_sequence, place, output, held, record,
@@ -578,7 +578,7 @@ pub(super) fn insert(
              digest, reason, backtrace, written_ms, route, kept_bytes)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19,
              ?20, ?21, ?22)
-         ON CONFLICT (stream, shard, sequence, sub_sequence, place, output) {again}"
+         ON CONFLICT (stream, shard, sequence, sub_sequence, place, output) {on_conflict}"
     ))?;
     let mut keeper = Keeper::new(state, (stream, shard));
     for dead_letter in dead_letters {

@@ -81,7 +81,7 @@ pub use redrive::{
     is_redrive,
 };
 pub use rejections::RejectionWindow;
-pub use replays::{FailedAgain, PendingReplay, Replays};
+pub use replays::{FailedInReplay, PendingReplay, Replays};
 pub use roster::{KnownSinks, Removed, Roster, RosterChange};
 pub use dead_lettered::DeadLetteredItems;
 pub use spec::{CanarySpec, RevisionSpec, StageSpec};

@@ -682,7 +682,7 @@ mod tests {
     use shardmill_core::record::ShardStart;
 
     #[tokio::test]
-    async fn a_record_that_went_through_is_not_run_again_by_a_replay() {
+    async fn a_record_that_went_through_is_not_rerun_by_a_replay() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = StateStore::open(folder.path()).expect("opened");
         let dead_letters = DeadLetters::new(store.clone());

@@ -24,7 +24,7 @@ pub struct PendingReplay {
 
 /// An item of a record that failed in a replay too.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct FailedAgain {
+pub struct FailedInReplay {
     /// The shard.
     pub shard: ShardId,
     /// The sequence number, zero-padded.
@@ -78,9 +78,9 @@ impl Replays {
         &self,
         stream: &StreamIdentity,
         window_ms: Range<u64>,
-        failed: &[FailedAgain],
+        failed: &[FailedInReplay],
     ) -> Result<Vec<(String, String)>, StateError> {
-        let failed: HashSet<RecordKey> = failed.iter().map(FailedAgain::record).collect();
+        let failed: HashSet<RecordKey> = failed.iter().map(FailedInReplay::record).collect();
         let stream = stream.key();
         self.store
             .transact("read the dead letters", move |state| {
@@ -105,7 +105,7 @@ impl Replays {
         &self,
         (stream, sink): (&StreamIdentity, &SinkName),
         window_ms: Range<u64>,
-        failed: Vec<FailedAgain>,
+        failed: Vec<FailedInReplay>,
         with_rows: HashSet<(String, String)>,
     ) -> Result<ReplayId, StateError> {
         let (stream, sink) = (stream.key(), sink.clone());
@@ -174,7 +174,7 @@ fn forget(state: &Transaction<'_>, id: ReplayId) -> rusqlite::Result<()> {
 /// A letter of a window.
 struct WindowDeadLetter {
     number: i64,
-    item: FailedAgain,
+    item: FailedInReplay,
 }
 
 /// The letters of a window, hidden ones too: a sink that is past the window is about to show them.
@@ -188,7 +188,7 @@ fn dead_letters_of(
          WHERE stream = ?1 AND arrived_ms >= ?2 AND arrived_ms < ?3 AND held <> 3",
     )?;
     let dead_letters = query.query_map((stream, window_ms.start, window_ms.end), |row| {
-        let item = FailedAgain {
+        let item = FailedInReplay {
             shard: ShardId::from(row.get::<_, String>(1)?),
             sequence: row.get(2)?,
             sub_sequence: row.get(3)?,
@@ -200,18 +200,18 @@ fn dead_letters_of(
     dead_letters.collect()
 }
 
-impl FailedAgain {
+impl FailedInReplay {
     fn record(&self) -> RecordKey {
         (self.shard.to_string(), self.sequence.clone(), self.sub_sequence)
     }
 }
 
 /// Failures of a replay, by record.
-struct Failed<'f>(HashMap<RecordKey, Vec<&'f FailedAgain>>);
+struct Failed<'f>(HashMap<RecordKey, Vec<&'f FailedInReplay>>);
 
 impl<'f> Failed<'f> {
-    fn of(failed: &'f [FailedAgain]) -> Self {
-        let mut by_record: HashMap<RecordKey, Vec<&FailedAgain>> = HashMap::new();
+    fn of(failed: &'f [FailedInReplay]) -> Self {
+        let mut by_record: HashMap<RecordKey, Vec<&FailedInReplay>> = HashMap::new();
         for one in failed {
             by_record.entry(one.record()).or_default().push(one);
         }
@@ -226,7 +226,7 @@ impl<'f> Failed<'f> {
     /// | failed with this very item | are missing |
     /// | failed otherwise, without a row | are missing |
     /// | failed otherwise, with a row | are there, but for what the replay was allowed to leave out |
-    fn is_delivered(&self, item: &FailedAgain, with_rows: &HashSet<(String, String)>) -> bool {
+    fn is_delivered(&self, item: &FailedInReplay, with_rows: &HashSet<(String, String)>) -> bool {
         let Some(failed) = self.0.get(&item.record()) else { return true };
         let is_same = failed.contains(&item);
         !is_same && with_rows.contains(&(item.shard.to_string(), item.sequence.clone()))
@@ -237,9 +237,9 @@ impl<'f> Failed<'f> {
 mod tests {
     use super::*;
 
-    fn item(sequence: &str, place: &str, output: u32) -> FailedAgain {
+    fn item(sequence: &str, place: &str, output: u32) -> FailedInReplay {
         let (shard, sequence) = (ShardId::from("a"), sequence.to_owned());
-        FailedAgain { shard, sequence, sub_sequence: 0, place: place.into(), output }
+        FailedInReplay { shard, sequence, sub_sequence: 0, place: place.into(), output }
     }
 
     #[test]

@@ -63,7 +63,7 @@ mod tests {
     }
 
     /// Writes one failure, and reads it again.
-    fn read_again(name: &str, failure: &str) -> (Report, String) {
+    fn write_and_read(name: &str, failure: &str) -> (Report, String) {
         let cases = [
             JunitCase { name: "fine".into(), failure: None },
             JunitCase { name: name.into(), failure: Some(failure.into()) },
@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn the_document_is_the_one_that_build_servers_read() {
-        let (_, xml) = read_again("a<b", "expected 1\nfound <2> & \"3\"");
+        let (_, xml) = write_and_read("a<b", "expected 1\nfound <2> & \"3\"");
         let expected = r#"<?xml version="1.0" encoding="UTF-8"?>
 <testsuites name="upper" tests="2" skipped="0" failures="1" errors="0">
     <testsuite name="upper" tests="2" skipped="0" errors="0" failures="1">
@@ -120,7 +120,7 @@ found &lt;2&gt; &amp; &quot;3&quot;</failure>
                 "\u{FEFF}\u{FDD0}\u{1FFFE}\u{10FFFF}\u{202e}",
             ),
         ] {
-            let (report, xml) = read_again(failure, failure);
+            let (report, xml) = write_and_read(failure, failure);
             let first = shown.lines().next().unwrap();
             assert_eq!(failure_of(&report), [shown, first, shown], "{xml}");
         }
@@ -129,7 +129,7 @@ found &lt;2&gt; &amp; &quot;3&quot;</failure>
     #[test]
     fn every_character_is_written_or_left_out() {
         let all: String = ('\0'..='\u{FFFF}').map(|c| format!("{c}.")).collect();
-        let (report, _) = read_again("all", &all);
+        let (report, _) = write_and_read("all", &all);
         let [_, _, description] = failure_of(&report);
         assert_eq!(description, writable(&all));
     }

@@ -267,7 +267,7 @@ impl Run {
         redrives.note_sinks(id, pipeline.sinks.clone()).await?;
         let bound = MemoryBound::of(&config, 1);
         let bound = match has_digests {
-            true => bound.with_payloads_made_again(&config),
+            true => bound.with_remade_payloads(&config),
             false => bound,
         };
         tracing::info!("memory: {bound}");

@@ -67,7 +67,7 @@ struct RunKey {
 #[async_trait]
 impl Remake for Remaker {
     async fn make(&mut self, dead_letter: &RedriveRecord, lost: &LostPayload) -> Result<Made, String> {
-        self.make_again(dead_letter, lost).await
+        self.remake(dead_letter, lost).await
     }
 }
 
@@ -85,7 +85,7 @@ impl Remaker {
         Self { revisions, ledger, pipeline, stream_name, loaded, chain, last, stop, _stops }
     }
 
-    async fn make_again(
+    async fn remake(
         &mut self,
         dead_letter: &RedriveRecord,
         lost: &LostPayload,

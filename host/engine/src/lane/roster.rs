@@ -566,7 +566,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
                 if self.dropped.contains(old) && !goes_on {
                     continue;
                 }
-                let Some(again) = self.again(sink, config, old).await? else { continue };
+                let Some(duplicates) = self.duplicates(sink, config, old).await? else { continue };
                 let way_out = match (was, goes_on) {
                     (Some(was), true) => format!(
                         "Give both sinks the destinations back that they had ({name}: {was}; {old}: \
@@ -586,7 +586,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
                 };
                 return Ok(Some(format!(
                     "sink {name} is new where sink {old} has written, which does not write there any more: \
-                     {again}. {way_out}"
+                     {duplicates}. {way_out}"
                 )));
             }
         }
@@ -595,7 +595,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
 
     /// The records of a shard that a sink would write again where another one has written them; `None`: there are
     /// none.
-    async fn again(
+    async fn duplicates(
         &self,
         sink: &Arc<dyn Sink>,
         config: &SinkConfig,

@@ -103,7 +103,7 @@ impl Tries {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     /// Another try.
-    Again,
+    Retry,
     /// Another try of a lane that is shown as blocked by the machine. It says nothing about the revision.
     Starved,
     /// The first time that it is time to give up the whole revision, if it starts nowhere.
@@ -114,7 +114,7 @@ enum Next {
 
 fn next(tries: u32) -> Next {
     match tries {
-        ..TRIES => Next::Again,
+        ..TRIES => Next::Retry,
         TRIES => Next::Decide,
         _ => Next::Blocked,
     }
@@ -138,7 +138,7 @@ pub(super) async fn start_patiently<T: Send + 'static>(
             Err(panic) => FailedStart::of_host(panic),
         };
         match tries.next(&failed) {
-            Next::Again => {}
+            Next::Retry => {}
             Next::Starved => tracing::warn!(
                 cause = %quoted(&failed.cause),
                 "the stages of the next revision have not started; they are tried again"
@@ -168,7 +168,7 @@ impl Lane<'_> {
             return Err(LaneError::Fatal(format!("shard {}: {cause}", self.shard.shard)));
         }
         let blocked = match next {
-            Next::Again => {
+            Next::Retry => {
                 let said = quoted(cause);
                 tracing::warn!(shard = %self.shard.shard, cause = %said, tries = tries.failed,
                     "the stages do not start; they are tried again");
@@ -234,10 +234,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wall_08_a_start_that_fails_is_tried_again_then_decided_then_blocked() {
+    fn wall_08_a_start_that_fails_is_retried_then_decided_then_blocked() {
         for (tries, expected, pause_ms) in [
-            (1, Next::Again, 200),
-            (2, Next::Again, 400),
+            (1, Next::Retry, 200),
+            (2, Next::Retry, 400),
             (3, Next::Decide, 800),
             (4, Next::Blocked, 1_600),
             (1_000, Next::Blocked, 10_000),
@@ -260,11 +260,11 @@ mod tests {
         for (error, expected, pause_ms) in [
             (&starved, Next::Starved, 200),
             (&starved, Next::Starved, 400),
-            (&trap, Next::Again, 200),
+            (&trap, Next::Retry, 200),
             (&starved, Next::Starved, 200),
             (&starved, Next::Starved, 400),
             (&starved, Next::Starved, 800),
-            (&trap, Next::Again, 400),
+            (&trap, Next::Retry, 400),
             (&trap, Next::Decide, 800),
             (&starved, Next::Starved, 200),
             (&trap, Next::Blocked, 1_600),
@@ -275,7 +275,7 @@ mod tests {
             assert_eq!(pause, Duration::from_millis(pause_ms), "{tries:?}");
         }
         let panicked = FailedStart::of_host("it panicked");
-        assert_eq!(Tries::default().next(&panicked), Next::Again);
+        assert_eq!(Tries::default().next(&panicked), Next::Retry);
     }
 
     /// Starts that fail in this way so often, and then succeed with their number.

@@ -201,7 +201,7 @@ pub(super) async fn check_tables(
             tracing::warn!(cause = refused, "the version before takes over nevertheless");
             continue;
         }
-        remember_again(shared, &changed, (before, next), answer_by).await;
+        prepare_as_before(shared, &changed, (before, next), answer_by).await;
         return Err(Step::Check.failed(refused));
     }
     Ok(())
@@ -214,7 +214,7 @@ fn is_known(shared: &Shared, sink: &Arc<dyn Sink>) -> bool {
 
 /// Lets those of `sinks` that were told of `next` expect again what they get from what runs. The others expect it
 /// still, and one of them may have a table that is locked: it would be waited for in vain.
-pub(super) async fn remember_again(
+pub(super) async fn prepare_as_before(
     shared: &Shared,
     sinks: &[Arc<dyn Sink>],
     (before, next): (&Revision, &Revision),

@@ -206,7 +206,7 @@ impl Inner {
                 }
                 Err(not_started) => {
                     // Nothing is changed: the sinks must not expect what never comes.
-                    candidate::remember_again(&setup.shared, sinks, sides, answer_by).await;
+                    candidate::prepare_as_before(&setup.shared, sinks, sides, answer_by).await;
                     return Err(not_started.into());
                 }
                 Ok(()) => {}
@@ -380,7 +380,7 @@ pub(super) async fn rehearse(
     let (shared, sides) = (&setup.shared, (&*before, &**next));
     let answer_by = answer_time.sinks_answer_by();
     candidate::check_tables(shared, sinks, sides, false, answer_by).await?;
-    candidate::remember_again(shared, sinks, sides, answer_by).await;
+    candidate::prepare_as_before(shared, sinks, sides, answer_by).await;
     start_everywhere(setup, next, ends).await?;
     Ok(())
 }

@@ -209,7 +209,7 @@ impl ObjectsWriter {
     }
 
     /// Produces an earlier owner's claim again, under its keys.
-    async fn produce_again(
+    async fn produce_promised(
         &self,
         promised: &Unfinished,
         encoded: &Encoded,
@@ -464,7 +464,7 @@ impl SinkWriter for ObjectsWriter {
             refusals.record(commit, &encoded.refusals).await?;
         }
         let committed = match promised {
-            Some(promised) => self.produce_again(&promised, encoded).await?,
+            Some(promised) => self.produce_promised(&promised, encoded).await?,
             None => self.claim_and_write(commit, encoded).await?,
         };
         self.unfinished = None;

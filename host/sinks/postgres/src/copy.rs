@@ -71,7 +71,7 @@ impl<'l> Transaction<'l> {
     }
 
     /// Goes back to before the first row, for a table that has other columns than was thought.
-    pub(super) async fn start_again(&mut self) -> Result<(), ServerError> {
+    pub(super) async fn restart(&mut self) -> Result<(), ServerError> {
         self.statements.clear();
         self.staging = Staging::Missing;
         self.link.run_in_step("ROLLBACK TO rows; SAVEPOINT copy").await

@@ -252,7 +252,7 @@ impl PostgresWriter {
                 }
                 _ => {}
             }
-            transaction.start_again().await.map_err(|error| {
+            transaction.restart().await.map_err(|error| {
                 Failure::server(format!("cannot write to table {name} again"), error)
             })?;
             table = self.read_table(transaction.link).await?;

@@ -191,7 +191,7 @@ fn a_plugin_that_fails_in_configure_is_refused_with_its_stage() {
 }
 
 #[test]
-fn a_failure_that_passes_is_tried_again() {
+fn a_failure_that_passes_is_retried() {
     let mut lane = Lane::hostile("retry_on = \"bad\"\nretry_calls = 1");
     let outcome = lane.run(&payloads(&[5])).expect("it passes");
     assert_eq!(outcome.routed.len(), RECORDS);
@@ -225,7 +225,7 @@ fn a_broken_plugin_drains_no_stream_into_the_dead_letters() {
 }
 
 #[test]
-fn a_dead_lettered_record_is_not_run_again() {
+fn a_dead_lettered_record_is_not_rerun() {
     let mut lane = Lane::hostile(r#"trap_on = "bad""#);
     let payloads = payloads(&[7]);
     let first = lane.run(&payloads).expect("one culprit");

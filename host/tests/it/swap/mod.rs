@@ -2,7 +2,7 @@
 //! kills in the middle of them. Whatever happens, each record is there once, by the version that the
 //! ledger says.
 
-mod again;
+mod rerun;
 mod canary;
 mod kills;
 mod refused;

@@ -352,7 +352,7 @@ fn fault_11_a_rollback_replays_records_of_the_stream_alone() {
 }
 
 #[test]
-fn a_purged_dead_letter_of_a_stage_is_not_run_again_for_sinks_that_lag() {
+fn a_purged_dead_letter_of_a_stage_is_not_rerun_for_sinks_that_lag() {
     let cars = Folder::new("purged");
     let table = cars.table("cars");
     postgres(&format!("CREATE TABLE {table} (id bigint NOT NULL, x text)"));

@@ -37,7 +37,7 @@ fn first(
 /// A GetRecords, or GetShardIterator, or SubscribeToShard that is never answered, or not to its end:
 /// it is shown, and tried again.
 #[test]
-fn fault_03_a_call_that_is_never_answered_is_shown_and_tried_again() {
+fn fault_03_a_call_that_is_never_answered_is_shown_and_retried() {
     for (operation, reader, fault) in [
         ("GetRecords", "polling", Fault::Slow(NEVER)),
         ("GetRecords", "polling", Fault::Silent(Duration::ZERO)),

@@ -89,7 +89,7 @@ fn wall_08_a_revision_that_starts_nowhere_is_refused_at_the_first_start() {
 
 /// `configure` fails for some seconds, by the clock: it may ask no server.
 #[test]
-fn wall_08_a_start_that_fails_for_a_while_is_tried_again() {
+fn wall_08_a_start_that_fails_for_a_while_is_retried() {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
     let from_ms = now.as_millis() as u64 + 4_000;
     let is_early = "(i64.lt_u (call $now) (i64.const FROM))".replace("FROM", &from_ms.to_string());

@@ -111,7 +111,7 @@ fn wall_08_configure_has_cpu_time_of_its_own() {
 /// A thread that gets a core only where nobody else wants one: its call has hardly got any CPU time when it must
 /// end, and no record of it can be blamed. With a core of its own, the same batch goes through.
 #[test]
-fn wall_10_a_call_that_the_machine_did_not_let_end_is_run_again() {
+fn wall_10_a_call_that_the_machine_did_not_let_end_is_rerun() {
     let process = work(80_000_000);
     let plugin = Guest { process: &process, ..Guest::default() }.build("plugin");
     // 10 × (250 ms + 1 ms) of wall time.

@@ -60,7 +60,7 @@ fn kept_beside_components(folder: &Folder) -> i64 {
 }
 
 #[test]
-fn wall_04_large_payloads_are_kept_as_digests_and_made_again_by_the_revision_that_ran() {
+fn wall_04_large_payloads_are_kept_as_digests_and_remade_by_the_revision_that_ran() {
     let folder = Folder::of_lines(&lines());
     burst(&folder, "record", "reject_on = \"\"");
     folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
@@ -107,7 +107,7 @@ fn wall_04_a_payload_with_another_digest_is_refused_and_its_dead_letter_stays() 
 }
 
 #[test]
-fn wall_04_a_dead_letter_of_a_redrive_is_made_again_by_all_the_runs_that_it_came_through() {
+fn wall_04_a_dead_letter_of_a_redrive_is_remade_by_all_the_runs_that_it_came_through() {
     let folder = Folder::of_lines(&lines());
     burst(&folder, "record", "reject_on = \"\"");
     folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
@@ -133,7 +133,7 @@ fn wall_04_a_dead_letter_of_a_redrive_is_made_again_by_all_the_runs_that_it_came
 }
 
 #[test]
-fn wall_04_rows_that_a_sink_gave_up_are_made_again_too() {
+fn wall_04_rows_that_a_sink_gave_up_are_remade_too() {
     let folder = Folder::of_lines(&lines());
     burst(&folder, "record", "reject_on = \"nothing\"");
     let pipeline = fs::read_to_string(folder.path().join("pipeline.toml")).expect("read");

@@ -4,7 +4,7 @@ use super::rig::Rig;
 use crate::support::{postgres, sqlite};
 
 #[test]
-fn what_a_bad_version_wrote_is_written_again() {
+fn what_a_bad_version_wrote_is_rerun() {
     let mut rig = Rig::new(3);
     rig.mode = "mode = \"upsert\"\nkey = [\"id\"]\nnewest_by = \"id\"".into();
     // A second sink that appends: it gets a table beside.
@@ -44,7 +44,7 @@ fn what_a_bad_version_wrote_is_written_again() {
 }
 
 #[test]
-fn what_is_refused_when_it_is_run_again_is_shown() {
+fn what_is_refused_in_a_rerun_is_shown() {
     let mut rig = Rig::new(1);
     std::fs::write(rig.stage_file(), super::rig::stamp("v1 reject 10")).expect("written");
     rig.mode = "mode = \"upsert\"\nkey = [\"id\"]\nnewest_by = \"id\"".into();

@@ -38,7 +38,7 @@ const LANES_LOOK: Duration = Duration::from_millis(200);
 
 /// What was run again.
 #[derive(Debug, Serialize)]
-pub(super) struct AgainReport {
+pub(super) struct RerunReport {
     /// Records that were run again.
     pub records: u64,
     /// Of these, what the version that is back did not take.
@@ -58,15 +58,15 @@ pub(super) fn begin(config: &PipelineConfig, undone: &Change) -> anyhow::Result<
 }
 
 /// Runs again what an undone change had run.
-pub(super) async fn run_again(
+pub(super) async fn rerun(
     config: &PipelineConfig,
     stage: &str,
     undone: &Change,
     console: &Console,
-) -> anyhow::Result<AgainReport> {
+) -> anyhow::Result<RerunReport> {
     begin(config, undone)?;
     let state = super::state_beside(config)?;
-    let (own, sinks_shown) = again_config(config, undone.number)?;
+    let (own, sinks_shown) = rerun_config(config, undone.number)?;
     let stop = stop_on_signals(config.timing.drain_max)?;
     // The embedded stream is found by the pipeline's own folder.
     let found = PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() };
@@ -75,12 +75,12 @@ pub(super) async fn run_again(
     let RerunRanges { ranges, gone } = ran.ranges_when_changed(&*source, stop.token(), console).await?;
     if own.sinks.is_empty() || ranges.is_empty() {
         std::fs::write(folder(config, undone.number).join(DONE), "")?;
-        let report = AgainReport { records: 0, dead_letters: 0, sinks: sinks_shown, gone };
+        let report = RerunReport { records: 0, dead_letters: 0, sinks: sinks_shown, gone };
         say(&report, undone, console);
         return Ok(report);
     }
-    let again = config.state_dir.at(folder(config, undone.number));
-    let lock = PipelineLock::take_for_replay(&again, &config.name)?;
+    let rerun_dir = config.state_dir.at(folder(config, undone.number));
+    let lock = PipelineLock::take_for_replay(&rerun_dir, &config.name)?;
     let host = plugin_host(config)?;
     seed(&state, &own, &host, lock.folder()).await?;
     let source = Arc::new(RangesSource::new(source, ranges));
@@ -93,12 +93,12 @@ pub(super) async fn run_again(
     std::fs::write(folder(config, undone.number).join(DONE), "")?;
     let records = board.snapshot().values().map(|status| status.records_read).sum();
     let report =
-        AgainReport { records, dead_letters: dead_letters.count().await?, sinks: sinks_shown, gone };
+        RerunReport { records, dead_letters: dead_letters.count().await?, sinks: sinks_shown, gone };
     say(&report, undone, console);
     Ok(report)
 }
 
-fn say(report: &AgainReport, undone: &Change, console: &Console) {
+fn say(report: &RerunReport, undone: &Change, console: &Console) {
     console.say(format!(
         "{} records were run again, {} of them became dead letters",
         report.records, report.dead_letters
@@ -261,7 +261,7 @@ impl FoundRanges {
 }
 
 /// The pipeline with the sinks that can take rows again, and what becomes of each.
-fn again_config(
+fn rerun_config(
     config: &PipelineConfig,
     number: i64,
 ) -> anyhow::Result<(PipelineConfig, BTreeMap<String, String>)> {
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn fault_11_only_listed_shards_of_this_stream_are_run_again() {
+    fn fault_11_only_listed_shards_of_this_stream_are_rerun() {
         let entries = [
             entry("cars@1", "a", 0, "bad"),
             entry("cars@2", "a", 0, "good"),
