@@ -94,7 +94,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     report.holes = recorded.iter().map(|hole| holes::line(&config, hole)).collect();
     report.warnings.extend(sink_warnings);
     if let Some(state) = StateStore::open_if_current(&holes::folder(&config))? {
-        report.warnings.extend(roster::foresee(&config, &state).await?);
+        report.warnings.extend(roster::start_warnings(&config, &state).await?);
         // One that cannot be read stops the next start.
         Changes::new(state.clone()).running().await?;
         if !options.offline {
@@ -107,10 +107,10 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             }
             let own = &sinks[..config.sinks.len()];
             let (build, stream): (BuildSinks, _) = (Arc::new(sinks::build), stream.as_ref());
-            let doubled = roster::foresee_doubled(&config, &state, own, (stream, &build)).await?;
-            report.warnings.extend(doubled);
-            let foreseen = agreement::foresee(&config, &state, own, stream).await?;
-            report.warnings.extend(foreseen);
+            let duplicates = roster::duplicate_warnings(&config, &state, own, (stream, &build)).await?;
+            report.warnings.extend(duplicates);
+            let warnings = agreement::start_warnings(&config, &state, own, stream).await?;
+            report.warnings.extend(warnings);
         }
         if let Some(copies) = copies.as_ref().filter(|_| !options.offline)
             && let Some(copied) = StateStore::open_if_current(&holes::folder_of_copies(&config))?
@@ -118,8 +118,8 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             let dead_letter_sinks = &sinks[config.sinks.len()..];
             // The copies read the log of the letters in the pipeline's own state.
             let log = DeadLetters::new(state).log_stream(&config.name).await?;
-            let foreseen = agreement::foresee(copies, &copied, dead_letter_sinks, Some(&log)).await?;
-            report.warnings.extend(foreseen);
+            let warnings = agreement::start_warnings(copies, &copied, dead_letter_sinks, Some(&log)).await?;
+            report.warnings.extend(warnings);
         }
     }
     for stage in &report.stages {

@@ -31,7 +31,7 @@ use shardmill_workbench::case::CaseFile;
 use shardmill_workbench::manifest::PluginManifest;
 
 /// How often the sources are looked at.
-const GLANCE: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How often the samples are put: so that what was tried is fresh, and the records keep flowing.
 const PUT_INTERVAL: Duration = Duration::from_secs(5);
 /// Samples of one round.
@@ -304,7 +304,7 @@ impl Sources {
         loop {
             tokio::select! {
                 () = stop.cancelled() => return None,
-                () = tokio::time::sleep(GLANCE) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
             let mut now = Self::of(&self.folder);
             if now.files == self.files {
@@ -313,7 +313,7 @@ impl Sources {
             // An editor may write several files, or one in pieces.
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(2) {
-                tokio::time::sleep(GLANCE).await;
+                tokio::time::sleep(POLL_INTERVAL).await;
                 let again = Self::of(&self.folder);
                 let is_still = again.files == now.files;
                 now = again;

@@ -72,7 +72,7 @@ pub struct DeliveryHandle {
     /// How far it is.
     pub progress: watch::Receiver<Progress>,
     /// Told when what is in hand is to be committed, though more would fit.
-    pub hurry: Arc<Notify>,
+    pub commit_now: Arc<Notify>,
     /// `None` once it has ended and said why.
     task: Option<tokio::task::JoinHandle<Result<(), SinkError>>>,
 }
@@ -128,7 +128,7 @@ impl DeliveryHandle {
         let sink = context.sink.clone();
         let context = Arc::new(context);
         let gatherer = Gatherer::new(&acquired, context.clone());
-        let hurry = gatherer.pressure.clone();
+        let commit_now = gatherer.pressure.clone();
         let committer = Committer::new(acquired, context, publish);
         let (orders, inbox) = mpsc::channel(PARCELS_WAITING_MAX);
         let task = Some(tokio::spawn(async move {
@@ -136,7 +136,7 @@ impl DeliveryHandle {
                 tokio::join!(gatherer.run(receiver, orders), committer.run(inbox));
             committed
         }));
-        Self { sink, sender, progress, hurry, task }
+        Self { sink, sender, progress, commit_now, task }
     }
 
     /// Where spans are handed over.

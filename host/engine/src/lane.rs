@@ -416,7 +416,7 @@ impl Lane<'_> {
                 lag.shard.read(&batch.range.to_inclusive, first.arrived_ms, last.arrived_ms);
             });
         }
-        self.hear_ledger().await?;
+        self.finish_announcing().await?;
         let straddles = |swap: &&Position| {
             let records = (batch.records.first(), batch.records.last());
             let (Some(first), Some(last)) = records else { return false };
@@ -457,7 +457,7 @@ impl Lane<'_> {
                 let outcome = chain.run(&own, &dead_lettered);
                 (chain, outcome, Instant::now())
             });
-            self.announce_behind(&batch.range.to_inclusive).await;
+            self.announce_after(&batch.range.to_inclusive).await;
             let ran = self.stop.until_over(self.show_search(&mut searching, run)).await;
             // A call that outlasts the time of the end goes on by itself: the batch is read again.
             let (part, cause, pause) = match ran.ok_or(LaneError::Stopped)? {
@@ -748,7 +748,7 @@ impl Lane<'_> {
             biased;
             () = stop.asked() => Err(LaneError::Stopped),
             done = wait => Ok(done),
-            () = self.change.keep_up() => Err(LaneError::Stopped),
+            () = self.change.keep_starting() => Err(LaneError::Stopped),
         }
     }
 

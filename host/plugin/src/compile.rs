@@ -22,7 +22,7 @@ use shardmill_config::CompileLimits;
 pub const COMMAND: &str = "compile-component";
 
 /// How often a running compiler is looked at.
-const GLANCE_INTERVAL: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Compilations that run at a time: each may take all cores and its limit of memory.
 const COMPILATIONS_MAX: usize = 2;
@@ -200,7 +200,7 @@ fn wait(child: &mut Child, time_max: Duration) -> std::io::Result<Option<ExitSta
             child.wait()?;
             return Ok(None);
         }
-        thread::sleep(GLANCE_INTERVAL);
+        thread::sleep(POLL_INTERVAL);
     }
 }
 

@@ -162,7 +162,7 @@ impl<'a> Lane<'a> {
         let live = deliveries.iter().map(|own| LiveDelivery {
             sink: own.sink.clone(),
             progress: own.progress.clone(),
-            hurry: own.hurry.clone(),
+            commit_now: own.commit_now.clone(),
         });
         let live = live.collect();
         shared.board.lag(&shard.shard, |lag| lag.deliveries = live);

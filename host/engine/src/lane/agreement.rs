@@ -160,7 +160,7 @@ fn note_sinks(
 /// # Errors
 /// When the state or a sink cannot be read.
 #[boxed]
-pub async fn foresee(
+pub async fn start_warnings(
     config: &PipelineConfig,
     state: &StateStore,
     sinks: &[Arc<dyn Sink>],

@@ -110,7 +110,7 @@ impl Change {
 
     /// Starts the instances of each revision that becomes wanted, and never completes. Dropping the
     /// future loses nothing.
-    pub(super) async fn keep_up(&mut self) {
+    pub(super) async fn keep_starting(&mut self) {
         loop {
             let Some(starting) = &mut self.starting else {
                 if self.wanted.changed().await.is_err() {
@@ -214,7 +214,7 @@ impl SwapPause {
 impl Lane<'_> {
     /// While the batch that ends at `end` runs: begins to tell the ledger that the next revision
     /// follows it, if one is ready.
-    pub(super) async fn announce_behind(&mut self, end: &Position) {
+    pub(super) async fn announce_after(&mut self, end: &Position) {
         if let Some(chain) = self.change.take_ready().await {
             self.announce(chain, self.earliest_change(Some(end.clone())));
         }
@@ -227,7 +227,7 @@ impl Lane<'_> {
     pub(crate) async fn change_revision(&mut self) -> Result<(), LaneError> {
         self.swap_pause.resume();
         if self.change.announcing.is_some() {
-            self.hear_ledger().await?;
+            self.finish_announcing().await?;
         } else if let Some(chain) = self.change.take_ready().await {
             self.announce(chain, self.earliest_change(self.at.clone()));
         }
@@ -239,7 +239,7 @@ impl Lane<'_> {
     /// that was to follow the batch comes before it as well. Records that some sink has are run by what ran
     /// them first, whatever comes of it. False: there is no other revision for the batch.
     pub(super) async fn change_before_blocked(&mut self) -> Result<bool, LaneError> {
-        self.hear_ledger().await?;
+        self.finish_announcing().await?;
         let is_free = self.highest <= self.at;
         let (chain, from_exclusive) = match self.change.take_ready().await {
             Some(chain) if is_free => (chain, self.at.clone()),
@@ -251,7 +251,7 @@ impl Lane<'_> {
             None => return Ok(false),
         };
         self.announce(chain, from_exclusive);
-        self.hear_ledger().await?;
+        self.finish_announcing().await?;
         Ok(is_free)
     }
 
@@ -290,7 +290,7 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::Stopped`]; the change stays on its way.
-    pub(super) async fn hear_ledger(&mut self) -> Result<(), LaneError> {
+    pub(super) async fn finish_announcing(&mut self) -> Result<(), LaneError> {
         let Some(announcing) = &self.change.announcing else { return Ok(()) };
         let written = self.unless_stopped(announcing.written.clone()).await?;
         let Some(Announcing { chain, from_exclusive, .. }) = self.change.announcing.take() else {

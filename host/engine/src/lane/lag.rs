@@ -149,7 +149,7 @@ pub struct LiveDelivery {
     /// How far it is.
     pub progress: watch::Receiver<Progress>,
     /// Told when what is in hand is to be committed, though more would fit.
-    pub hurry: Arc<Notify>,
+    pub commit_now: Arc<Notify>,
 }
 
 impl LiveLag {

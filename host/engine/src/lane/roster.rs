@@ -35,7 +35,7 @@ use shardmill_state::{
 const SHARDS_SHOWN: usize = 3;
 
 /// How often it is looked whether a sink that is to leave has caught up.
-const GLANCE: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Positions by shard.
 type Stands = BTreeMap<ShardId, Option<Position>>;
@@ -78,7 +78,7 @@ pub(crate) async fn resolve(
             build,
             key: &key,
         };
-        if let Some(refusal) = arrival.doubled().await? {
+        if let Some(refusal) = arrival.find_duplicates().await? {
             bail!(refusal);
         }
         let returned = next.sinks.iter().filter(|sink| known.removed.contains_key(sink.name()));
@@ -141,7 +141,7 @@ pub(crate) async fn resolve(
 /// # Errors
 /// When the state cannot be read.
 #[boxed]
-pub async fn foresee(config: &PipelineConfig, state: &StateStore) -> anyhow::Result<Vec<String>> {
+pub async fn start_warnings(config: &PipelineConfig, state: &StateStore) -> anyhow::Result<Vec<String>> {
     let roster = Roster::new(state.clone());
     let stays = |name: &SinkName| {
         config.sinks.iter().any(|sink| {
@@ -210,8 +210,8 @@ pub(crate) async fn refuse_behind(
         if is_blocked || Instant::now() >= end {
             bail!(lost(name, &behind, renamed_to(name, &known, &config.sinks)));
         }
-        leaving.iter().for_each(|name| live.hurry(name));
-        tokio::time::sleep(GLANCE).await;
+        leaving.iter().for_each(|name| live.ask_to_commit(name));
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
@@ -272,8 +272,8 @@ impl Live {
     }
 
     /// Asks a sink to commit what it has in hand. Rows may reach it after that: it is asked again.
-    fn hurry(&self, name: &SinkName) {
-        self.of_sink(name).for_each(|(_, own)| own.hurry.notify_one());
+    fn ask_to_commit(&self, name: &SinkName) {
+        self.of_sink(name).for_each(|(_, own)| own.commit_now.notify_one());
     }
 }
 
@@ -552,7 +552,7 @@ struct Arrival<'a, K> {
 impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
     /// Looks for a sink on the destination of another one that has more there than this one would begin with:
     /// these rows would come twice. Gives the error.
-    async fn doubled(&self) -> anyhow::Result<Option<String>> {
+    async fn find_duplicates(&self) -> anyhow::Result<Option<String>> {
         for (sink, config) in self.sinks.iter().zip(&self.config.sinks) {
             let name = sink.name();
             let Some(destination) = config.destination() else { continue };
@@ -645,7 +645,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
 /// # Errors
 /// When the state or a sink cannot be read.
 #[boxed]
-pub async fn foresee_doubled(
+pub async fn duplicate_warnings(
     config: &PipelineConfig,
     state: &StateStore,
     sinks: &[Arc<dyn Sink>],
@@ -664,7 +664,7 @@ pub async fn foresee_doubled(
             build,
             key: keys(config, &stream),
         };
-        said.extend(arrival.doubled().await?);
+        said.extend(arrival.find_duplicates().await?);
     }
     Ok(said)
 }
@@ -738,7 +738,7 @@ mod tests {
     fn delivery(sink: &str, progress: Progress) -> (ShardId, LiveDelivery) {
         // The last state stays when the sender is gone, as when the lane has ended.
         let (_, progress) = watch::channel(progress);
-        let own = LiveDelivery { sink: sink.into(), progress, hurry: Arc::new(Notify::new()) };
+        let own = LiveDelivery { sink: sink.into(), progress, commit_now: Arc::new(Notify::new()) };
         ("s".into(), own)
     }
 
@@ -788,10 +788,10 @@ mod tests {
     async fn fault_13_a_sink_that_leaves_is_asked_to_commit_what_it_has() {
         let nothing = Progress::default;
         let live = Live(vec![delivery("a", nothing()), delivery("b", nothing())]);
-        live.hurry(&"a".into());
+        live.ask_to_commit(&"a".into());
         let told = |place: usize| {
-            let hurry = live.0[place].1.hurry.clone();
-            async move { hurry.notified().now_or_never().is_some() }
+            let commit_now = live.0[place].1.commit_now.clone();
+            async move { commit_now.notified().now_or_never().is_some() }
         };
         assert!(told(0).await, "it is told though it does not listen yet");
         assert!(!told(1).await);

@@ -82,7 +82,7 @@ fn shown(columns: &[Column]) -> String {
 
 /// Whether every value of the carried type is one of the needed type.
 fn includes(needed: &str, carried: &str) -> bool {
-    let (needed, carried) = (essence(needed), essence(carried));
+    let (needed, carried) = (canonical_type(needed), canonical_type(carried));
     let wider: &[&str] = match needed.as_str() {
         "integer" => &["smallint"],
         "bigint" => &["smallint", "integer"],
@@ -101,7 +101,7 @@ fn includes(needed: &str, carried: &str) -> bool {
 /// A type's name in one spelling, without length or precision.
 ///
 /// Source: PostgreSQL 15, table 8.1, "Data Types".
-fn essence(data_type: &str) -> String {
+fn canonical_type(data_type: &str) -> String {
     let lower = data_type.trim().to_ascii_lowercase();
     let (name, rest) = lower.split_once('(').unwrap_or((&lower, ""));
     let with_zone = rest.contains("with time zone") || name.contains("with time zone");

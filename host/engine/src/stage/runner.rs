@@ -245,8 +245,8 @@ impl StageRunner {
         begun: Instant,
     ) -> Result<StageOutcome, RunError> {
         let retryable = matches!(&first, Some(CallFailure::Answered(failure)) if failure.retryable);
-        let mut haste = Haste::new(&self.stage.limits);
-        haste.is_used = !known.is_empty() || first.as_ref().is_some_and(ran_out_of_time);
+        let mut piece_time = PieceTime::new(&self.stage.limits);
+        piece_time.is_used = !known.is_empty() || first.as_ref().is_some_and(ran_out_of_time);
         let mut culprits = 0;
         let mut failed_in_a_row = 0;
         let mut kept = StageOutcome::default();
@@ -275,7 +275,7 @@ impl StageRunner {
                 None => {}
             }
             let is_alone = end == done + 1;
-            let limit_ms = haste.limit_ms(end - done, self.usual_ns, &self.stage.limits);
+            let limit_ms = piece_time.limit_ms(end - done, self.usual_ns, &self.stage.limits);
             self.instance = None;
             let answer = self.call(batch, &items[done..end], done, limit_ms)?;
             // Each call has room for itself. Without this, a search would hold as many answers as it has calls.
@@ -300,7 +300,7 @@ impl StageRunner {
             match answer {
                 Ok(outcome) => {
                     if is_alone && suspect_end == end {
-                        haste.was_wrong();
+                        piece_time.lengthen();
                     }
                     kept.add(outcome);
                     done = end;
@@ -308,7 +308,7 @@ impl StageRunner {
                 }
                 Err(failure) if is_alone => {
                     if ran_out_of_time(&failure) {
-                        haste.is_used = true;
+                        piece_time.is_used = true;
                         self.stage.endless.note(batch, &items[done]);
                     }
                     let trapped = matches!(failure, CallFailure::Dead(_));
@@ -326,7 +326,7 @@ impl StageRunner {
                     }
                 }
                 Err(failure) => {
-                    haste.is_used |= ran_out_of_time(&failure);
+                    piece_time.is_used |= ran_out_of_time(&failure);
                     accused = named_culprit(&failure, end - done).map(|item| item + done);
                     suspect_end = done + culprit_end(&failure, end - done);
                 }
@@ -463,12 +463,12 @@ fn forget_large(wire: &mut WireBatch) {
 /// How long the pieces of a search may take once a call has run out of time. With the limit of their
 /// size, each piece that holds an endless record would take a batch's limit. A piece that runs out of a
 /// shorter time is only suspected: what is rejected has had a record's whole limit, alone.
-struct Haste {
+struct PieceTime {
     is_used: bool,
     piece_ms: u64,
 }
 
-impl Haste {
+impl PieceTime {
     fn new(limits: &StageLimits) -> Self {
         Self { is_used: false, piece_ms: (limits.record_ms_max / 4).max(1) }
     }
@@ -484,7 +484,7 @@ impl Haste {
     }
 
     /// No record of a suspected piece ran out of time alone: the piece had too little.
-    fn was_wrong(&mut self) {
+    fn lengthen(&mut self) {
         self.piece_ms = self.piece_ms.saturating_mul(4);
     }
 }
@@ -526,9 +526,9 @@ mod tests {
     #[test]
     fn fault_41_a_piece_of_a_search_has_less_time_than_its_size_would_give() {
         let limits = StageLimits::default();
-        let mut haste = Haste::new(&limits);
-        assert_eq!(haste.limit_ms(256, 0.0, &limits), 2_000, "nothing has run out of time");
-        haste.is_used = true;
+        let mut piece_time = PieceTime::new(&limits);
+        assert_eq!(piece_time.limit_ms(256, 0.0, &limits), 2_000, "nothing has run out of time");
+        piece_time.is_used = true;
         for (records, usual_ns, expected_ms) in [
             (256, 0.0, 125),
             (256, 100_000.0, 256),
@@ -536,10 +536,10 @@ mod tests {
             (2, 0.0, 125),
             (1, 0.0, 500),
         ] {
-            let found_ms = haste.limit_ms(records, usual_ns, &limits);
+            let found_ms = piece_time.limit_ms(records, usual_ns, &limits);
             assert_eq!(found_ms, expected_ms, "{records} records of {usual_ns} ns");
         }
-        haste.was_wrong();
-        assert_eq!(haste.limit_ms(256, 0.0, &limits), 500);
+        piece_time.lengthen();
+        assert_eq!(piece_time.limit_ms(256, 0.0, &limits), 500);
     }
 }

@@ -11,7 +11,7 @@ use shardmill_core::metric;
 use shardmill_core::record::StageName;
 
 /// How often it is looked at.
-const GLANCE: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Records by which the shares of rejections can be told apart.
 const RECORDS_MIN: u64 = 100;
 /// Time in calls by which speeds can be told apart.
@@ -55,7 +55,7 @@ impl Swapper {
         // Lanes that were blocked before may be so for another reason, or not have tried again yet.
         let blocked_before = self.inner.setup.lock().await.shared.board.blocked_stages();
         while Instant::now() < end {
-            tokio::time::sleep(GLANCE.min(limits.window)).await;
+            tokio::time::sleep(POLL_INTERVAL.min(limits.window)).await;
             // While another change is under way, this one's turn to be judged comes after it.
             let setup = self.inner.setup.lock().await;
             let (shared, running) = (setup.shared.clone(), setup.shared.revision());

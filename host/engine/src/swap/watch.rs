@@ -14,9 +14,9 @@ use super::Swapper;
 use shardmill_config::PipelineConfig;
 
 /// How often files are looked at.
-const GLANCE: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// Looks that must find the files alike before they are loaded.
-const STILL_GLANCES: u32 = 3;
+const STABLE_POLLS: u32 = 3;
 
 /// What tells one state of a file from another.
 #[derive(Clone, PartialEq, Eq)]
@@ -54,12 +54,12 @@ pub async fn watch_files(
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(GLANCE) => {}
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
         }
         let now = stamps(&config);
         still = if now == last { still + 1 } else { 0 };
         last = now;
-        if still < STILL_GLANCES || last == loaded {
+        if still < STABLE_POLLS || last == loaded {
             continue;
         }
         loaded = last.clone();

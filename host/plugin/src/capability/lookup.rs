@@ -35,7 +35,7 @@ use shardmill_core::record::LookupName;
 
 /// How often a lookup says that its query gives rows which nobody asked for: a plugin may ask as often as
 /// it likes.
-const STRANGER_SAID_AFTER: Duration = Duration::from_secs(60);
+const UNREQUESTED_LOGGED_EVERY: Duration = Duration::from_secs(60);
 
 /// A reference table, shared by the lanes of a pipeline.
 pub struct Lookup {
@@ -45,7 +45,7 @@ pub struct Lookup {
     table: Table,
     runtime: Handle,
     /// Lines about rows which nobody asked for.
-    stranger_lines: Mutex<LogThrottle>,
+    unrequested_lines: Mutex<LogThrottle>,
 }
 
 /// Where rows come from.
@@ -91,8 +91,8 @@ impl Lookup {
         let name = config.name.value.clone();
         let table = table.map_err(|error| named(&name, error))?;
         let cache = Cache::new(config.cache);
-        let stranger_lines = Mutex::new(LogThrottle::new(STRANGER_SAID_AFTER));
-        Ok(Self { name, timeout, cache, table, runtime, stranger_lines })
+        let unrequested_lines = Mutex::new(LogThrottle::new(UNREQUESTED_LOGGED_EVERY));
+        Ok(Self { name, timeout, cache, table, runtime, unrequested_lines })
     }
 
     /// The name that plugins ask for.
@@ -211,7 +211,7 @@ impl Lookup {
         let seconds = started.elapsed().as_secs_f64();
         metrics::histogram!(metric::LOOKUP_SECONDS, "lookup" => self.name.to_string())
             .record(seconds);
-        if let Some(key) = found.first_stranger().filter(|_| self.may_say_stranger()) {
+        if let Some(key) = found.first_unrequested().filter(|_| self.may_log_unrequested()) {
             tracing::warn!(
                 lookup = %self.name,
                 "the query gave a row of the key {key:?}, which nobody asked for: its first column \
@@ -221,8 +221,8 @@ impl Lookup {
         Ok(())
     }
 
-    fn may_say_stranger(&self) -> bool {
-        let mut lines = self.stranger_lines.lock().unwrap_or_else(PoisonError::into_inner);
+    fn may_log_unrequested(&self) -> bool {
+        let mut lines = self.unrequested_lines.lock().unwrap_or_else(PoisonError::into_inner);
         lines.line(Instant::now()).is_some()
     }
 

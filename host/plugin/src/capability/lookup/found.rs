@@ -13,7 +13,7 @@ pub(super) struct Found {
     rows: HashMap<Arc<str>, Arc<str>>,
     bytes: usize,
     bytes_max: usize,
-    stranger: Option<String>,
+    unrequested: Option<String>,
 }
 
 impl Default for Found {
@@ -25,7 +25,7 @@ impl Default for Found {
 impl Found {
     /// Makes an empty set of rows that may have at most `bytes_max` bytes together.
     pub(super) fn within(bytes_max: usize) -> Self {
-        Self { rows: HashMap::new(), bytes: 0, bytes_max, stranger: None }
+        Self { rows: HashMap::new(), bytes: 0, bytes_max, unrequested: None }
     }
 
     /// Counts bytes of rows that earlier queries of the same call have found.
@@ -60,13 +60,13 @@ impl Found {
     }
 
     /// Notes a row of a key that nobody asked for.
-    pub(super) fn add_stranger(&mut self, key: &str) {
-        self.stranger.get_or_insert_with(|| key.chars().take(64).collect());
+    pub(super) fn add_unrequested(&mut self, key: &str) {
+        self.unrequested.get_or_insert_with(|| key.chars().take(64).collect());
     }
 
     /// The first key of a row that nobody asked for, cut to 64 characters.
-    pub(super) fn first_stranger(&self) -> Option<&str> {
-        self.stranger.as_deref()
+    pub(super) fn first_unrequested(&self) -> Option<&str> {
+        self.unrequested.as_deref()
     }
 
     pub(super) fn into_rows(self) -> HashMap<Arc<str>, Arc<str>> {

@@ -251,7 +251,7 @@ impl PostgresTable {
             };
             match asked.keys(key) {
                 Some(keys) => found.add(keys, json).map_err(FetchError::Lookup)?,
-                None => found.add_stranger(key),
+                None => found.add_unrequested(key),
             }
         }
         link.batch_execute("COMMIT").await?;

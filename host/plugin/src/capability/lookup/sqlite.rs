@@ -137,7 +137,7 @@ impl SqliteTable {
             };
             match asked {
                 Some(keys) => found.add(keys, &self.json(&columns, row)?)?,
-                None => found.add_stranger(&shown(key)),
+                None => found.add_unrequested(&shown(key)),
             }
         }
         Ok(())
