@@ -42,12 +42,12 @@ fn main() -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let lanes = CROWD * cores;
     let honest = stage("")?;
-    for misdeed in ["loop", "copy", "grow", "trap"] {
-        let case = format!("lanes={lanes},hostile={misdeed}");
-        if !report.wants(&case) && !report.wants(misdeed) {
+    for fault in ["loop", "copy", "grow", "trap"] {
+        let case = format!("lanes={lanes},hostile={fault}");
+        if !report.wants(&case) && !report.wants(fault) {
             continue;
         }
-        let hostile = stage(&format!("{misdeed}_on = \"bad\""))?;
+        let hostile = stage(&format!("{fault}_on = \"bad\""))?;
         let (mut beside_hostile, mut beside_honest) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             beside_honest.push(p99_ms(&honest, &honest, "fine", lanes - 1)?);

@@ -21,7 +21,7 @@ use crate::wasm_toolchain::WasmToolchain;
 
 /// The plugins, by the names of their crates.
 const PLUGINS: [&str; 7] =
-    ["car-decode", "car-transform", "csv-decode", "hostile", "nosy", "route-json", "stamp"];
+    ["car-decode", "car-transform", "csv-decode", "hostile", "probe", "route-json", "stamp"];
 
 /// What each component is built from, besides its own crate.
 const SHARED_SOURCES: [&str; 4] =

@@ -48,7 +48,7 @@ examples! {
     access_logs_in_python: "plugin-python", dead_letters: 2;
 }
 
-/// What a language's library makes of capabilities. Rust's near ones are `plugins/nosy`'s matter.
+/// What a language's library makes of capabilities. Rust's near ones are `plugins/probe`'s matter.
 macro_rules! asking {
     ($($test:ident: $asks:ident($language:literal);)+) => {
         $(#[test] fn $test() { $asks($language); })+

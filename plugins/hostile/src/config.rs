@@ -113,7 +113,7 @@ pub(crate) enum InConfigure {
 
 /// What is done about one record.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Misdeed {
+pub(crate) enum Fault {
     Trap,
     Loop,
     Copy,
@@ -152,47 +152,47 @@ pub(crate) enum Misdeed {
 
 impl Config {
     /// The first misdeed whose marker is in the payload.
-    pub(crate) fn misdeed(&self, payload: &[u8]) -> Option<Misdeed> {
+    pub(crate) fn fault(&self, payload: &[u8]) -> Option<Fault> {
         let markers = [
-            (&self.trap_on, Misdeed::Trap),
-            (&self.loop_on, Misdeed::Loop),
-            (&self.copy_on, Misdeed::Copy),
-            (&self.recurse_on, Misdeed::Recurse),
-            (&self.grow_on, Misdeed::Grow),
-            (&self.flood_on, Misdeed::Flood),
-            (&self.many_on, Misdeed::Many),
-            (&self.share_payload_on, Misdeed::SharePayload),
-            (&self.share_key_on, Misdeed::ShareKey),
-            (&self.retry_on, Misdeed::Retry),
-            (&self.fail_on, Misdeed::Fail),
-            (&self.blame_on, Misdeed::Blame),
-            (&self.bad_blame_on, Misdeed::BadBlame),
-            (&self.bad_message_on, Misdeed::BadMessage),
-            (&self.bad_span_on, Misdeed::BadSpan),
-            (&self.overflow_span_on, Misdeed::OverflowSpan),
-            (&self.bad_route_on, Misdeed::BadRoute),
-            (&self.bad_input_on, Misdeed::BadInput),
-            (&self.bad_key_on, Misdeed::BadKey),
-            (&self.unordered_on, Misdeed::Unordered),
-            (&self.cut_short_on, Misdeed::CutShort),
-            (&self.both_on, Misdeed::Both),
-            (&self.double_reject_on, Misdeed::DoubleReject),
-            (&self.bad_reject_on, Misdeed::BadReject),
-            (&self.corrupt_on, Misdeed::Corrupt),
-            (&self.bad_reason_on, Misdeed::BadReason),
-            (&self.long_reason_on, Misdeed::LongReason),
-            (&self.reject_on, Misdeed::Reject),
-            (&self.filter_on, Misdeed::Filter),
-            (&self.twice_on, Misdeed::Twice),
-            (&self.overlap_on, Misdeed::Overlap),
-            (&self.strain_on, Misdeed::Strain),
-            (&self.leak_on, Misdeed::Leak),
-            (&self.report_on, Misdeed::Report),
+            (&self.trap_on, Fault::Trap),
+            (&self.loop_on, Fault::Loop),
+            (&self.copy_on, Fault::Copy),
+            (&self.recurse_on, Fault::Recurse),
+            (&self.grow_on, Fault::Grow),
+            (&self.flood_on, Fault::Flood),
+            (&self.many_on, Fault::Many),
+            (&self.share_payload_on, Fault::SharePayload),
+            (&self.share_key_on, Fault::ShareKey),
+            (&self.retry_on, Fault::Retry),
+            (&self.fail_on, Fault::Fail),
+            (&self.blame_on, Fault::Blame),
+            (&self.bad_blame_on, Fault::BadBlame),
+            (&self.bad_message_on, Fault::BadMessage),
+            (&self.bad_span_on, Fault::BadSpan),
+            (&self.overflow_span_on, Fault::OverflowSpan),
+            (&self.bad_route_on, Fault::BadRoute),
+            (&self.bad_input_on, Fault::BadInput),
+            (&self.bad_key_on, Fault::BadKey),
+            (&self.unordered_on, Fault::Unordered),
+            (&self.cut_short_on, Fault::CutShort),
+            (&self.both_on, Fault::Both),
+            (&self.double_reject_on, Fault::DoubleReject),
+            (&self.bad_reject_on, Fault::BadReject),
+            (&self.corrupt_on, Fault::Corrupt),
+            (&self.bad_reason_on, Fault::BadReason),
+            (&self.long_reason_on, Fault::LongReason),
+            (&self.reject_on, Fault::Reject),
+            (&self.filter_on, Fault::Filter),
+            (&self.twice_on, Fault::Twice),
+            (&self.overlap_on, Fault::Overlap),
+            (&self.strain_on, Fault::Strain),
+            (&self.leak_on, Fault::Leak),
+            (&self.report_on, Fault::Report),
         ];
         let found = |marker: &&Option<String>| {
             marker.as_deref().is_some_and(|marker| contains(payload, marker.as_bytes()))
         };
-        markers.iter().find(|(marker, _)| found(marker)).map(|(_, misdeed)| *misdeed)
+        markers.iter().find(|(marker, _)| found(marker)).map(|(_, fault)| *fault)
     }
 
     /// What the plugin says of itself.

@@ -21,7 +21,7 @@ use shardmill_sdk::words::{Input, Output, Reject, Span};
 
 use acts::{copy, grow, recurse, spin, trap};
 pub use config::Config;
-use config::{InConfigure, Misdeed};
+use config::{InConfigure, Fault};
 
 thread_local! {
     static CONFIG: RefCell<Config> = RefCell::default();
@@ -79,30 +79,30 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
             Err(Failure { retryable, input, message: "hostile: as configured".into() })
         };
         let payload = slice(batch, input.payload);
-        match config.misdeed(payload) {
+        match config.fault(payload) {
             None => outputs.push(pass),
-            Some(Misdeed::Trap) => trap(),
-            Some(Misdeed::Loop) => spin(),
-            Some(Misdeed::Copy) => copy(),
-            Some(Misdeed::Recurse) => {
+            Some(Fault::Trap) => trap(),
+            Some(Fault::Loop) => spin(),
+            Some(Fault::Copy) => copy(),
+            Some(Fault::Recurse) => {
                 black_box(recurse(1));
             }
-            Some(Misdeed::Grow) => grow(),
-            Some(Misdeed::Flood) => {
+            Some(Fault::Grow) => grow(),
+            Some(Fault::Flood) => {
                 let bytes = config.flood_bytes.unwrap_or(64 << 20);
                 outcome.arena.resize(outcome.arena.len() + bytes as usize, b'x');
                 outputs.push(pass);
             }
-            Some(Misdeed::Many) => outputs.extend(vec![pass; many]),
-            Some(Misdeed::SharePayload) => {
+            Some(Fault::Many) => outputs.extend(vec![pass; many]),
+            Some(Fault::SharePayload) => {
                 let payload = Some(append(&mut outcome, &mebibyte()));
                 outputs.extend(vec![Output { payload, ..pass }; many]);
             }
-            Some(Misdeed::ShareKey) => {
+            Some(Fault::ShareKey) => {
                 let key = Some(append(&mut outcome, &mebibyte()));
                 outputs.extend(vec![Output { key, ..pass }; many]);
             }
-            Some(Misdeed::Retry) => {
+            Some(Fault::Retry) => {
                 let calls = RETRIED_CALLS.get();
                 if config.retry_calls.is_none_or(|limit| calls < limit) {
                     RETRIED_CALLS.set(calls + 1);
@@ -110,69 +110,69 @@ fn process(config: &Config, batch: &Batch) -> Result<Outcome, Failure> {
                 }
                 outputs.push(pass);
             }
-            Some(Misdeed::Fail) => return failure(false, None),
-            Some(Misdeed::Blame) => return failure(false, Some(index)),
-            Some(Misdeed::BadBlame) => return failure(false, Some(nowhere)),
-            Some(Misdeed::BadMessage) => {
+            Some(Fault::Fail) => return failure(false, None),
+            Some(Fault::Blame) => return failure(false, Some(index)),
+            Some(Fault::BadBlame) => return failure(false, Some(nowhere)),
+            Some(Fault::BadMessage) => {
                 return Err(Failure { retryable: false, input: None, message: acts::no_utf8() });
             }
-            Some(Misdeed::BadSpan) => {
+            Some(Fault::BadSpan) => {
                 let end = outcome.arena.len() as u32;
                 outputs.push(Output { payload: outside(end), ..pass });
             }
-            Some(Misdeed::OverflowSpan) => {
+            Some(Fault::OverflowSpan) => {
                 outputs.push(Output { payload: outside(u32::MAX - 8), ..pass });
             }
-            Some(Misdeed::BadRoute) => outputs.push(Output { route: 1_000, ..pass }),
-            Some(Misdeed::BadInput) => outputs.push(Output { input: nowhere, ..pass }),
-            Some(Misdeed::BadKey) => {
+            Some(Fault::BadRoute) => outputs.push(Output { route: 1_000, ..pass }),
+            Some(Fault::BadInput) => outputs.push(Output { input: nowhere, ..pass }),
+            Some(Fault::BadKey) => {
                 let key = append(&mut outcome, b"\xff\xfe");
                 outputs.push(Output { key: Some(key), ..pass });
             }
-            Some(Misdeed::Unordered) => {
+            Some(Fault::Unordered) => {
                 reversed = true;
                 outputs.push(pass);
             }
-            Some(Misdeed::CutShort) => {
+            Some(Fault::CutShort) => {
                 cut_short = true;
                 outputs.push(pass);
             }
-            Some(Misdeed::Both) => {
+            Some(Fault::Both) => {
                 reject(&mut outcome, index);
                 outputs.push(pass);
             }
-            Some(Misdeed::DoubleReject) => {
+            Some(Fault::DoubleReject) => {
                 reject(&mut outcome, index);
                 reject(&mut outcome, index);
             }
-            Some(Misdeed::BadReject) => reject(&mut outcome, nowhere),
-            Some(Misdeed::Corrupt) => {
+            Some(Fault::BadReject) => reject(&mut outcome, nowhere),
+            Some(Fault::Corrupt) => {
                 corrupts = true;
                 outputs.push(pass);
             }
-            Some(Misdeed::BadReason) => reject_for(&mut outcome, index, b"bad: \xff\xfe"),
-            Some(Misdeed::LongReason) => reject_for(&mut outcome, index, &mebibyte()),
-            Some(Misdeed::Reject) => reject(&mut outcome, index),
-            Some(Misdeed::Filter) => {}
-            Some(Misdeed::Twice) => {
+            Some(Fault::BadReason) => reject_for(&mut outcome, index, b"bad: \xff\xfe"),
+            Some(Fault::LongReason) => reject_for(&mut outcome, index, &mebibyte()),
+            Some(Fault::Reject) => reject(&mut outcome, index),
+            Some(Fault::Filter) => {}
+            Some(Fault::Twice) => {
                 outputs.push(pass);
                 outputs.push(pass);
             }
-            Some(Misdeed::Overlap) => {
+            Some(Fault::Overlap) => {
                 let whole = append(&mut outcome, payload);
                 let end = Span { start: whole.start + 1, length: whole.length - 1 };
                 outputs.push(Output { payload: Some(whole), ..pass });
                 outputs.push(Output { payload: Some(end), ..pass });
             }
-            Some(Misdeed::Strain) => {
+            Some(Fault::Strain) => {
                 acts::strain();
                 outputs.push(pass);
             }
-            Some(Misdeed::Leak) => {
+            Some(Fault::Leak) => {
                 black_box(mebibyte()).leak();
                 outputs.push(pass);
             }
-            Some(Misdeed::Report) => {
+            Some(Fault::Report) => {
                 let payload = append(&mut outcome, report(batch, &input).as_bytes());
                 outputs.push(Output { payload: Some(payload), ..pass });
             }
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_marker_triggers_its_misdeed() {
+    fn a_marker_triggers_its_fault() {
         let outcome = run(r#"{"bad_route_on":"bad"}"#, b"a bad one").unwrap();
         assert_eq!(outputs(&outcome)[0].route, 1_000);
         assert!(run(r#"{"retry_on":""}"#, b"any").unwrap_err().retryable);

@@ -8,8 +8,8 @@
 //! | configuration | any table; it is not read |
 //!
 //! What it does is said by a mark in its own bytes, which a test writes over: so any number of versions
-//! are made of one component without a compiler. The mark is `VERSION MISDEED [NUMBER]`, padded with
-//! spaces; the misdeeds are in [`Misdeed`].
+//! are made of one component without a compiler. The mark is `VERSION FAULT [NUMBER]`, padded with
+//! spaces; the misdeeds are in [`Fault`].
 
 use serde_json::Value;
 use shardmill_sdk::{Context, Descriptor, Emitter, Error, Plugin, Record, Route};
@@ -19,13 +19,13 @@ static MARK: [u8; 80] =
     *b"shardmill-stamp|v1 none                                                         ";
 /// Where the mark's text begins.
 const MARK_TEXT: usize = "shardmill-stamp|".len();
-/// Bytes that [`Misdeed::Leak`] keeps of each record's time.
+/// Bytes that [`Fault::Leak`] keeps of each record's time.
 const LEAK_BYTES: usize = 256 << 10;
 
 /// What a version does beside its work, to each record whose `id` is a multiple of the number, or when it
 /// is configured.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Misdeed {
+enum Fault {
     /// `none`: nothing.
     None,
     /// `trap N`: it traps.
@@ -51,7 +51,7 @@ enum Misdeed {
 /// A version.
 pub struct Stamp {
     version: String,
-    misdeed: Misdeed,
+    fault: Fault,
     number: u64,
     kept: Vec<Vec<u8>>,
 }
@@ -69,21 +69,21 @@ impl Stamp {
         let mark = mark();
         let mut words = mark.split_ascii_whitespace();
         let version = words.next().unwrap_or("v1").to_owned();
-        let misdeed = match words.next().unwrap_or("none") {
-            "none" => Misdeed::None,
-            "trap" => Misdeed::Trap,
-            "loop" => Misdeed::Loop,
-            "leak" => Misdeed::Leak,
-            "reject" => Misdeed::Reject,
-            "other" => Misdeed::Other,
-            "slow" => Misdeed::Slow,
-            "configure-trap" => Misdeed::ConfigureTrap,
-            "shard-trap" => Misdeed::ShardTrap,
-            "columns" => Misdeed::Columns,
+        let fault = match words.next().unwrap_or("none") {
+            "none" => Fault::None,
+            "trap" => Fault::Trap,
+            "loop" => Fault::Loop,
+            "leak" => Fault::Leak,
+            "reject" => Fault::Reject,
+            "other" => Fault::Other,
+            "slow" => Fault::Slow,
+            "configure-trap" => Fault::ConfigureTrap,
+            "shard-trap" => Fault::ShardTrap,
+            "columns" => Fault::Columns,
             unknown => return Err(Error::reject(format_args!("the mark has no {unknown}"))),
         };
         let number = words.next().and_then(|number| number.parse().ok()).unwrap_or(1);
-        Ok(Self { version, misdeed, number, kept: Vec::new() })
+        Ok(Self { version, fault, number, kept: Vec::new() })
     }
 }
 
@@ -94,8 +94,8 @@ impl Plugin for Stamp {
     fn configure(_: Value, context: &Context) -> Result<(Self, Descriptor), Error> {
         let stamp = Self::read()?;
         let is_told_a_shard = !context.shard_id.is_empty();
-        if stamp.misdeed == Misdeed::ConfigureTrap
-            || (stamp.misdeed == Misdeed::ShardTrap && is_told_a_shard)
+        if stamp.fault == Fault::ConfigureTrap
+            || (stamp.fault == Fault::ShardTrap && is_told_a_shard)
         {
             panic!("configured to trap");
         }
@@ -104,7 +104,7 @@ impl Plugin for Stamp {
             .column("key", "text")
             .column("n", "bigint")
             .column("version", "text");
-        if stamp.misdeed == Misdeed::Columns {
+        if stamp.fault == Fault::Columns {
             rows = rows.column("colour", "text");
         }
         let descriptor =
@@ -116,19 +116,19 @@ impl Plugin for Stamp {
     fn record(&mut self, record: &Record<'_>, out: &mut Emitter<'_>) -> Result<(), Error> {
         let mut row: Value = serde_json::from_slice(record.payload())?;
         let id = row["id"].as_u64().ok_or_else(|| Error::reject("no id"))?;
-        match self.misdeed {
+        match self.fault {
             _ if !id.is_multiple_of(self.number) => {}
-            Misdeed::Trap => panic!("record {id}"),
-            Misdeed::Loop => loop {
+            Fault::Trap => panic!("record {id}"),
+            Fault::Loop => loop {
                 std::hint::black_box(id);
             },
-            Misdeed::Leak => self.kept.push(vec![1; LEAK_BYTES]),
-            Misdeed::Reject => {
+            Fault::Leak => self.kept.push(vec![1; LEAK_BYTES]),
+            Fault::Reject => {
                 return Err(Error::reject(format_args!("record {id} is not wanted")));
             }
-            Misdeed::Other => row["n"] = (row["n"].as_u64().unwrap_or(0) + 1).into(),
-            Misdeed::Slow => (0..100_000_u64).for_each(|turn| _ = std::hint::black_box(turn)),
-            Misdeed::None | Misdeed::ConfigureTrap | Misdeed::ShardTrap | Misdeed::Columns => {}
+            Fault::Other => row["n"] = (row["n"].as_u64().unwrap_or(0) + 1).into(),
+            Fault::Slow => (0..100_000_u64).for_each(|turn| _ = std::hint::black_box(turn)),
+            Fault::None | Fault::ConfigureTrap | Fault::ShardTrap | Fault::Columns => {}
         }
         row["version"] = self.version.as_str().into();
         out.emit_json(0, &row)

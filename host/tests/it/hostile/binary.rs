@@ -90,13 +90,13 @@ fn a_component_over_a_limit_of_compilation_is_refused_with_its_place() {
 
 #[test]
 fn what_is_not_granted_is_refused_with_its_place() {
-    let nosy = crate::support::plugin("nosy");
+    let probe = crate::support::plugin("probe");
     let all = ["log", "metrics", "clock", "random"];
     for missing in all {
         let granted = all.iter().filter(|name| **name != missing);
         let granted: Vec<String> = granted.map(|name| format!("{name} = true")).collect();
-        let said = refused(&nosy, &format!("grant = {{ {} }}", granted.join(", ")));
-        let due = format!("nosy.wasm imports {missing}, which stage only does not grant");
+        let said = refused(&probe, &format!("grant = {{ {} }}", granted.join(", ")));
+        let due = format!("probe.wasm imports {missing}, which stage only does not grant");
         assert!(said.contains(&due), "{due}: {said}");
         assert!(said.contains(&format!("add under [stage.grant]: {missing} = true")), "{said}");
     }

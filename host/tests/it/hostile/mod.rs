@@ -2,7 +2,7 @@
 
 pub mod binary;
 pub mod lane;
-mod misdeeds;
-mod nosy;
+mod faults;
+mod probe;
 mod search;
 pub mod wat;

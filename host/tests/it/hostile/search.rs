@@ -13,9 +13,9 @@ const CALLS_MAX: f64 = 34.0;
 
 #[test]
 fn three_culprits_in_a_thousand_cost_at_most_34_calls() {
-    for misdeed in ["trap_on", "fail_on", "blame_on", "bad_span_on", "many_on"] {
+    for fault in ["trap_on", "fail_on", "blame_on", "bad_span_on", "many_on"] {
         // A million outputs would be the memory's limit; these are the outputs' own.
-        let config = format!("{misdeed} = \"bad\"\nmany = 20000");
+        let config = format!("{fault} = \"bad\"\nmany = 20000");
         let mut lane = Lane::hostile(&config);
         for seed in 0..20 {
             let mut random = fastrand::Rng::with_seed(seed);
@@ -24,7 +24,7 @@ fn three_culprits_in_a_thousand_cost_at_most_34_calls() {
             let recorder = PrometheusBuilder::new().build_recorder();
             metrics::with_local_recorder(&recorder, || lane.assert_culprits_alone(&bad, ""));
             let calls = sum(&recorder, "shardmill_stage_calls_total");
-            assert!(calls > 3.0 && calls <= CALLS_MAX, "{misdeed}, seed {seed}: {calls} calls");
+            assert!(calls > 3.0 && calls <= CALLS_MAX, "{fault}, seed {seed}: {calls} calls");
         }
     }
 }

@@ -1,5 +1,5 @@
 ;; A plugin by hand, for misdeeds that no compiler lets one write. It passes every record on, but
-;; for those whose payload begins with `b`: for them it calls `$misdeed` first. The marks that begin
+;; for those whose payload begins with `b`: for them it calls `$fault` first. The marks that begin
 ;; with `@` are filled in by the test.
 ;;
 ;; Its memory: 0..4096 constants, 4096..65536 answers, beyond that what the host asks room for.
@@ -71,7 +71,7 @@
         (br_if $done (i32.eq (i32.mul (local.get $index) (i32.const 10)) (local.get $words)))
         (if (i32.eq (i32.const 0x62) (i32.load8_u
               (i32.add (local.get $arena) (i32.load offset=8 (local.get $input)))))
-          (then (call $misdeed)))
+          (then (call $fault)))
         (i32.store (local.get $output) (local.get $index))
         (i32.store offset=4 (local.get $output) (i32.const 0))
         (i32.store offset=8 (local.get $output) (i32.const -1))
@@ -98,7 +98,7 @@
   ;; Whether the misdeed was done in this instance.
   (global $guilty (mut i32) (i32.const 0))
 
-  (func $misdeed (local $turns i64)
+  (func $fault (local $turns i64)
     (global.set $guilty (i32.const 1))
     ;;@process
   )

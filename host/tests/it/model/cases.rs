@@ -16,7 +16,7 @@ use super::chaos::Chaos;
 use super::life::{self, Destinations, World};
 use super::script::{Between, End, File, Life, Redriving, Script};
 use super::sink::Table;
-use super::{ALL, InMemory, PURE, Rig, SINKS, row_id};
+use super::{ALL, InMemory, PURE, Fixture, SINKS, row_id};
 
 /// The place of the sink of which some commits fail.
 const RIGHT: usize = 1;
@@ -130,8 +130,8 @@ impl Case {
         let is_stuck = Arc::new(AtomicBool::new(false));
         let own = InMemory(tables.clone());
         let destinations = Arc::new(Stuck { tables: own, is_stuck: is_stuck.clone(), place });
-        let (rig, home) = (Rig::new(), folder.path().to_owned());
-        let world = World { rig, size: PURE, home, chaos, destinations };
+        let (fixture, home) = (Fixture::new(), folder.path().to_owned());
+        let world = World { fixture, size: PURE, home, chaos, destinations };
         Self { tables, is_stuck, world, _folder: folder }
     }
 

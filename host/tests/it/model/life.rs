@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::chaos::{Chaos, Unreliable};
 use super::script::{Between, End, File, Life, Redriving, Script};
 use super::source::{Memory, name};
-use super::{ALL, PLUGIN, Rig, SINKS, Size};
+use super::{ALL, PLUGIN, Fixture, SINKS, Size};
 use crate::support::pipeline::PipelineToml;
 
 /// The sink of all rows after it was renamed.
@@ -56,7 +56,7 @@ pub trait Destinations: Send + Sync {
 /// A run of one seed.
 #[derive(Clone)]
 pub struct World {
-    pub rig: Arc<Rig>,
+    pub fixture: Arc<Fixture>,
     pub size: Size,
     /// The folder in which the state folder lies.
     pub home: PathBuf,
@@ -339,7 +339,7 @@ async fn live_patiently(
         let refused = process(world, async move {
             let (config, source, options) = (own.pipeline(life.file), own.source(), own.options());
             let sinks = own.build()(&config)?;
-            Supervisor::prepare(config, own.rig.host(), source, sinks, options)
+            Supervisor::prepare(config, own.fixture.host(), source, sinks, options)
                 .await?
                 .run(CancellationToken::new())
                 .await
@@ -375,7 +375,7 @@ async fn live(world: &World, life: &Life, trust_sinks: bool) -> anyhow::Result<b
     let options = RunOptions { trust_sinks, ..world.options() };
     let sinks = world.build()(&config)?;
     let prepared = tokio::select! {
-        prepared = Supervisor::prepare(config, world.rig.host(), world.source(), sinks, options) => {
+        prepared = Supervisor::prepare(config, world.fixture.host(), world.source(), sinks, options) => {
             prepared
         }
         // Killed while it starts, or while it hangs there.
@@ -483,7 +483,7 @@ async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<
     let role = RunRole::Beside { is_running };
     let options = RunOptions { role, build_sinks: world.build(), ..RunOptions::new(true) };
     let sinks = world.build()(&config)?;
-    Supervisor::prepare_under(lock, config, world.rig.host(), Arc::new(source), sinks, options)
+    Supervisor::prepare_under(lock, config, world.fixture.host(), Arc::new(source), sinks, options)
         .await?
         .run(CancellationToken::new())
         .await?;

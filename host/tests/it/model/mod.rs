@@ -74,12 +74,12 @@ const PLUGIN: &str = "route-json";
 const STAGE: &str = "stage:route";
 
 /// What all runs of a test share.
-struct Rig {
+struct Fixture {
     engine: PluginEngine,
     cache: tempfile::TempDir,
 }
 
-impl Rig {
+impl Fixture {
     fn new() -> Arc<Self> {
         let cache = tempfile::tempdir().expect("a folder");
         let engine = PluginEngine::new().expect("an engine");
@@ -255,12 +255,12 @@ impl Destinations for InMemory {
     }
 }
 
-async fn pure(rig: &Arc<Rig>, seed: u64, script: &Script) -> anyhow::Result<()> {
+async fn pure(fixture: &Arc<Fixture>, seed: u64, script: &Script) -> anyhow::Result<()> {
     let folder = tempfile::tempdir_in(memory_folder())?;
     let chaos = Chaos::new(seed, 60);
     let tables = [(); 3].map(|()| Table::new(chaos.clone()));
     let world = World {
-        rig: rig.clone(),
+        fixture: fixture.clone(),
         size: PURE,
         home: folder.path().to_owned(),
         chaos,
@@ -328,15 +328,15 @@ async fn all<F: Future<Output = anyhow::Result<()>>>(
 async fn each_record_is_there_once_whatever_happens() {
     /// A run waits more than it works.
     const AT_ONCE: usize = 64;
-    let rig = Rig::new();
-    all((seeds(250), PURE, AT_ONCE), async |seed, script| pure(&rig, seed, &script).await).await;
+    let fixture = Fixture::new();
+    all((seeds(250), PURE, AT_ONCE), async |seed, script| pure(&fixture, seed, &script).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_record_is_in_postgres_and_in_a_bucket_once_whatever_happens() {
     const AT_ONCE: usize = 8;
-    let (rig, bucket) = (Rig::new(), Arc::new(Bucket::start().await));
-    all((seeds(50), REAL, AT_ONCE), async |seed, script| real(&rig, &bucket, seed, &script).await)
+    let (fixture, bucket) = (Fixture::new(), Arc::new(Bucket::start().await));
+    all((seeds(50), REAL, AT_ONCE), async |seed, script| real(&fixture, &bucket, seed, &script).await)
         .await;
 }
 
@@ -357,7 +357,7 @@ impl Destinations for OnServers {
 }
 
 async fn real(
-    rig: &Arc<Rig>,
+    fixture: &Arc<Fixture>,
     bucket: &Arc<Bucket>,
     seed: u64,
     script: &Script,
@@ -365,7 +365,7 @@ async fn real(
     let folder = tempfile::tempdir_in(memory_folder())?;
     let tables = Arc::new(Tables::create(seed).await);
     let world = World {
-        rig: rig.clone(),
+        fixture: fixture.clone(),
         size: REAL,
         home: folder.path().to_owned(),
         chaos: Chaos::new(seed, 60),

@@ -2,19 +2,19 @@
 
 use std::collections::HashMap;
 
-use super::rig::Rig;
+use super::fixture::Fixture;
 
 #[test]
 fn a_canary_keeps_the_order_of_each_key_and_can_be_promoted() {
-    let mut rig = Rig::new(4);
-    rig.start();
-    rig.world.put(0..1_000, 200);
-    rig.wait_rows(1_000);
-    let report = rig.swap(&rig.version("v2 none"), &["--canary", "30"]);
+    let mut fixture = Fixture::new(4);
+    fixture.start();
+    fixture.world.put(0..1_000, 200);
+    fixture.wait_rows(1_000);
+    let report = fixture.swap(&fixture.version("v2 none"), &["--canary", "30"]);
     assert_eq!(report["percent"], 30);
-    rig.world.put(1_000..5_000, 200);
-    rig.wait_rows(5_000);
-    let rows = rig.rows();
+    fixture.world.put(1_000..5_000, 200);
+    fixture.wait_rows(5_000);
+    let rows = fixture.rows();
     let of_canary = rows.iter().filter(|row| row.version == "v2").count();
     assert!((400..=2_000).contains(&of_canary), "{of_canary} of 4,000 with 30 %");
     // A key is of one side, and its rows are in the order in which they were put.
@@ -28,30 +28,30 @@ fn a_canary_keeps_the_order_of_each_key_and_can_be_promoted() {
         }
     }
     // Killed and begun again, it still is one.
-    rig.kill();
-    rig.start();
-    rig.world.put(5_000..6_000, 200);
-    rig.wait_rows(6_000);
+    fixture.kill();
+    fixture.start();
+    fixture.world.put(5_000..6_000, 200);
+    fixture.wait_rows(6_000);
     // For all keys, by the digest of what ran.
     let digest = report["after"]["digest"].as_str().expect("a digest")[..12].to_owned();
-    let promoted = rig.swap(&digest, &[]);
+    let promoted = fixture.swap(&digest, &[]);
     assert_eq!(promoted["percent"], 100);
-    rig.world.put(6_000..7_000, 200);
-    rig.wait_rows(7_000);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..7_000);
-    let rows = rig.rows();
+    fixture.world.put(6_000..7_000, 200);
+    fixture.wait_rows(7_000);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..7_000);
+    let rows = fixture.rows();
     assert!(rows.iter().filter(|row| row.id >= 6_000).all(|row| row.version == "v2"));
 }
 
 #[test]
 fn a_canary_with_other_columns_is_refused() {
-    let mut rig = Rig::new(1);
-    rig.start();
-    let error = rig.refused(&rig.version("v2 columns"), &["--canary", "10"]);
+    let mut fixture = Fixture::new(1);
+    fixture.start();
+    let error = fixture.refused(&fixture.version("v2 columns"), &["--canary", "10"]);
     assert!(
         error.contains("refused at step check") && error.contains("other routes or columns"),
         "{error}"
     );
-    rig.stop();
+    fixture.stop();
 }

@@ -3,7 +3,7 @@
 use std::io::Read as _;
 use std::time::{Duration, Instant};
 
-use super::rig::Rig;
+use super::fixture::Fixture;
 use crate::support::run;
 
 const SEED: u64 = 2014;
@@ -36,7 +36,7 @@ const STEPS: [(&str, Due); 11] = [
 fn a_kill_at_each_step_of_a_swap_leaves_one_version() {
     let mut kills = Kills::begin();
     for (step, due) in STEPS {
-        let (old, new) = kills.swap(|rig| at_step(rig, step));
+        let (old, new) = kills.swap(|fixture| at_step(fixture, step));
         let found = kills.version_after();
         let is_due = match due {
             Due::Old => found == old,
@@ -67,7 +67,7 @@ fn a_kill_at_any_time_of_a_swap_leaves_one_version() {
 
 /// A pipeline that is killed again and again.
 struct Kills {
-    rig: Rig,
+    fixture: Fixture,
     put: u64,
     number: u64,
     running: String,
@@ -75,42 +75,42 @@ struct Kills {
 
 impl Kills {
     fn begin() -> Self {
-        let mut rig = Rig::new(3);
-        rig.start();
-        Self { rig, put: 0, number: 1, running: "v1".into() }
+        let mut fixture = Fixture::new(3);
+        fixture.start();
+        Self { fixture, put: 0, number: 1, running: "v1".into() }
     }
 
     fn put(&mut self, records: u64) {
-        self.rig.world.put(self.put..self.put + records, 30);
+        self.fixture.world.put(self.put..self.put + records, 30);
         self.put += records;
     }
 
     /// Swaps to a version that never ran while records flow, and kills the pipeline when `due` returns.
     /// Gives the old version and the new one.
-    fn swap(&mut self, due: impl FnOnce(&Rig)) -> (String, String) {
+    fn swap(&mut self, due: impl FnOnce(&Fixture)) -> (String, String) {
         self.put(300);
         self.number += 1;
         let new = format!("v{}", self.number);
-        let file = self.rig.version(&format!("{new} none"));
-        let pipeline = self.rig.write_pipeline();
+        let file = self.fixture.version(&format!("{new} none"));
+        let pipeline = self.fixture.write_pipeline();
         let swap = std::thread::spawn(move || {
             let named = ["plugin", "swap", "stamp", &file, "--pipeline", &pipeline];
             run(&[&named[..], &["--shadow", "100 ms", "--json"]].concat())
         });
-        due(&self.rig);
-        self.rig.kill();
+        due(&self.fixture);
+        self.fixture.kill();
         let _ = swap.join().expect("it ends");
         (self.running.clone(), new)
     }
 
     /// Starts the pipeline again; gives the one version that runs then.
     fn version_after(&mut self) -> String {
-        self.rig.start();
+        self.fixture.start();
         let first = self.put;
         self.put(100);
-        self.rig.wait_rows(self.put);
-        let rows = self.rig.rows();
-        let ledger = self.rig.ledger();
+        self.fixture.wait_rows(self.put);
+        let rows = self.fixture.rows();
+        let ledger = self.fixture.ledger();
         for row in &rows {
             assert_eq!(row.version, ledger.version_of(row), "{row:?}");
         }
@@ -124,21 +124,21 @@ impl Kills {
     }
 
     fn end(mut self) {
-        self.rig.stop();
-        self.rig.assert_each_once_as_the_ledger_says(0..self.put);
+        self.fixture.stop();
+        self.fixture.assert_each_once_as_the_ledger_says(0..self.put);
     }
 }
 
 /// Waits until the log says this, and looks often: a step may take less than a millisecond.
-fn at_step(rig: &Rig, says: &str) {
-    let mut log = std::fs::File::open(rig.world.log()).expect("a log");
+fn at_step(fixture: &Fixture, says: &str) {
+    let mut log = std::fs::File::open(fixture.world.log()).expect("a log");
     let (mut seen, begun) = (Vec::new(), Instant::now());
     loop {
         let is_new = log.read_to_end(&mut seen).expect("a log") > 0;
         if is_new && String::from_utf8_lossy(&seen).contains(says) {
             return;
         }
-        assert!(begun.elapsed() < Duration::from_secs(30), "never at {says:?}: {}", rig.log());
+        assert!(begun.elapsed() < Duration::from_secs(30), "never at {says:?}: {}", fixture.log());
         std::thread::sleep(Duration::from_micros(200));
     }
 }

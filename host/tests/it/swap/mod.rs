@@ -7,5 +7,5 @@ mod canary;
 mod kills;
 mod refused;
 mod reloads;
-pub mod rig;
+pub mod fixture;
 mod swaps;

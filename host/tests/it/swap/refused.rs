@@ -1,18 +1,18 @@
 //! Candidates that must not take over, or not for long: the incumbent serves all along.
 
-use super::rig::{Rig, stamp};
+use super::fixture::{Fixture, stamp};
 use crate::support::{plugin, wait_for};
 
 #[test]
 fn bad_candidates_are_refused_and_the_incumbent_serves() {
-    let mut rig = Rig::new(2);
-    rig.stage = "[stage.limits]\nmemory = \"16 MiB\"\nrecord_time = \"100 ms\"".into();
-    rig.start();
-    rig.world.put(1..1_500, 50);
-    rig.wait_rows(1_499);
+    let mut fixture = Fixture::new(2);
+    fixture.stage = "[stage.limits]\nmemory = \"16 MiB\"\nrecord_time = \"100 ms\"".into();
+    fixture.start();
+    fixture.world.put(1..1_500, 50);
+    fixture.wait_rows(1_499);
     // Of a busy stage not every batch is kept for trials: the record that all misdeeds are about comes alone.
-    rig.world.put(0..1, 1);
-    rig.wait_rows(1_500);
+    fixture.world.put(0..1, 1);
+    fixture.wait_rows(1_500);
     let good = stamp("v2 none");
     let empty = wat::parse_str("(component)").expect("a component");
     let module = wat::parse_str("(module)").expect("a module");
@@ -21,7 +21,7 @@ fn bad_candidates_are_refused_and_the_incumbent_serves() {
         (&good[..good.len() / 2], "compile", "does not compile"),
         (&module, "compile", "a core WebAssembly module"),
         (&empty, "compile", "does not export shardmill:plugin/stage"),
-        (&std::fs::read(plugin("nosy")).expect("a component"), "check", "does not grant"),
+        (&std::fs::read(plugin("probe")).expect("a component"), "check", "does not grant"),
         (&stamp("v2 columns"), "check", "colour"),
         (&stamp("v2 configure-trap"), "check", "configure"),
         (&stamp("v2 nonsense"), "check", "the mark has no nonsense"),
@@ -30,55 +30,55 @@ fn bad_candidates_are_refused_and_the_incumbent_serves() {
         (&stamp("v2 leak 1"), "trial", "calls"),
         (&stamp("v2 shard-trap"), "trial", "configure trapped"),
     ] {
-        let error = rig.refused(&rig.file("candidate.wasm", bytes), &[]);
+        let error = fixture.refused(&fixture.file("candidate.wasm", bytes), &[]);
         assert!(error.contains(&format!("refused at step {step}")), "{cause}: {error}");
         assert!(error.contains(cause), "{cause}: {error}");
         assert!(error.contains("stamp v1") && error.contains("runs on"), "{cause}: {error}");
-        assert!(rig.is_running());
+        assert!(fixture.is_running());
     }
     for (mark, gate) in [("v2 other 10", "--max-changed"), ("v2 reject 10", "--max-rejected")] {
-        let error = rig.refused(&rig.file("candidate.wasm", &stamp(mark)), &[gate, "0"]);
+        let error = fixture.refused(&fixture.file("candidate.wasm", &stamp(mark)), &[gate, "0"]);
         assert!(error.contains("refused at step trial") && error.contains(gate), "{error}");
     }
-    assert!(rig.refused("no-such-file.wasm", &[]).contains("no-such-file.wasm"));
-    assert!(rig.refused("abcdef12", &[]).contains("no component abcdef12"));
-    rig.world.put(1_500..2_000, 50);
-    rig.wait_rows(2_000);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..2_000);
-    assert!(rig.rows().iter().all(|row| row.version == "v1"));
-    assert!(rig.history().iter().filter(|change| change["outcome"] == "refused").count() >= 14);
+    assert!(fixture.refused("no-such-file.wasm", &[]).contains("no-such-file.wasm"));
+    assert!(fixture.refused("abcdef12", &[]).contains("no component abcdef12"));
+    fixture.world.put(1_500..2_000, 50);
+    fixture.wait_rows(2_000);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..2_000);
+    assert!(fixture.rows().iter().all(|row| row.version == "v1"));
+    assert!(fixture.history().iter().filter(|change| change["outcome"] == "refused").count() >= 14);
 }
 
 /// Without records to try it on, a bad candidate takes over; then it is rolled back by itself.
 fn rolled_back(mark: &str, why: &str) {
-    let mut rig = Rig::new(2);
-    rig.more = "[reload.probation]\nwindow = \"60 s\"".into();
-    rig.start();
-    rig.swap(&rig.version(mark), &[]);
-    rig.world.put(1..600, 50);
-    wait_for("the rollback", || rig.world.logged("is rolled back"));
-    wait_for("the change back", || rig.history()[0]["kind"] == "rollback");
-    rig.world.put(600..800, 50);
+    let mut fixture = Fixture::new(2);
+    fixture.more = "[reload.probation]\nwindow = \"60 s\"".into();
+    fixture.start();
+    fixture.swap(&fixture.version(mark), &[]);
+    fixture.world.put(1..600, 50);
+    wait_for("the rollback", || fixture.world.logged("is rolled back"));
+    wait_for("the change back", || fixture.history()[0]["kind"] == "rollback");
+    fixture.world.put(600..800, 50);
     // Of both shards: one may be far behind the other.
-    wait_for(&format!("the last rows: {}", rig.log()), || {
-        rig.rows().iter().filter(|row| row.id >= 600).count() >= 200
+    wait_for(&format!("the last rows: {}", fixture.log()), || {
+        fixture.rows().iter().filter(|row| row.id >= 600).count() >= 200
     });
-    rig.stop();
-    let history = rig.history();
+    fixture.stop();
+    let history = fixture.history();
     let undone =
         history.iter().find(|change| change["outcome"] == "rolled-back").expect("a change");
     assert!(undone["reason"].as_str().expect("text").contains(why), "{undone}");
     // What the bad version did not take is in the dead letters, everything else is there once.
-    let output = rig.command(&["dlq", "list", "--limit", "1000"]);
+    let output = fixture.command(&["dlq", "list", "--limit", "1000"]);
     let dead_letters = String::from_utf8(output.stdout).expect("text").lines().count();
-    let rows = rig.rows();
+    let rows = fixture.rows();
     let mut ids: Vec<u64> = rows.iter().map(|row| row.id).collect();
     ids.sort_unstable();
     ids.dedup();
     assert_eq!((ids.len(), ids.len() + dead_letters), (rows.len(), 799));
     assert!(rows.iter().filter(|row| row.id >= 600).all(|row| row.version == "v1"));
-    let ledger = rig.ledger();
+    let ledger = fixture.ledger();
     for row in &rows {
         assert_eq!(row.version, ledger.version_of(row), "{row:?}");
     }
@@ -101,32 +101,32 @@ fn a_version_that_blocks_its_lanes_is_rolled_back() {
 
 #[test]
 fn a_slow_version_is_rolled_back() {
-    let mut rig = Rig::new(2);
+    let mut fixture = Fixture::new(2);
     // On a machine that is busy the version before seems slower than it is.
-    rig.more = "[reload.probation]\nslower = 2".into();
-    rig.start();
+    fixture.more = "[reload.probation]\nslower = 2".into();
+    fixture.start();
     // Enough for the speed of the version before to be known.
-    rig.world.put(0..100_000, 50);
-    rig.wait_rows(100_000);
+    fixture.world.put(0..100_000, 50);
+    fixture.wait_rows(100_000);
     // A trial says how long it takes, and lets it pass.
-    let report = rig.swap(&rig.version("v2 slow 1"), &[]);
+    let report = fixture.swap(&fixture.version("v2 slow 1"), &[]);
     let ns = |name: &str| report["trial"][name].as_f64().expect("a number");
     assert!(ns("candidate_ns_per_record") > 5.0 * ns("incumbent_ns_per_record"), "{report}");
-    rig.world.put(100_000..105_000, 50);
-    wait_for("the rollback", || rig.world.logged("ns per record, the version before took"));
-    rig.wait_rows(105_000);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..105_000);
+    fixture.world.put(100_000..105_000, 50);
+    wait_for("the rollback", || fixture.world.logged("ns per record, the version before took"));
+    fixture.wait_rows(105_000);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..105_000);
 }
 
 #[test]
 fn a_pinned_component_is_not_swapped() {
     use sha2::Digest as _;
-    let mut rig = Rig::new(1);
+    let mut fixture = Fixture::new(1);
     let digest = hex::encode(sha2::Sha256::digest(stamp("v1 none")));
-    rig.stage = format!("sha256 = \"{digest}\"");
-    rig.start();
-    let error = rig.refused(&rig.version("v2 none"), &[]);
+    fixture.stage = format!("sha256 = \"{digest}\"");
+    fixture.start();
+    let error = fixture.refused(&fixture.version("v2 none"), &[]);
     assert!(error.contains("refused at step pin") && error.contains("pipeline.toml:"), "{error}");
-    rig.stop();
+    fixture.stop();
 }

@@ -2,16 +2,16 @@
 
 use std::thread;
 
-use super::rig::Rig;
+use super::fixture::Fixture;
 use crate::support::{postgres, run, wait_for};
 
 #[test]
 fn lanes_change_at_a_recorded_place_and_back() {
-    let mut rig = Rig::new(4);
-    rig.start();
-    rig.world.put(0..2_000, 50);
-    rig.wait_rows(2_000);
-    let report = rig.swap(&rig.version("v2 none"), &[]);
+    let mut fixture = Fixture::new(4);
+    fixture.start();
+    fixture.world.put(0..2_000, 50);
+    fixture.wait_rows(2_000);
+    let report = fixture.swap(&fixture.version("v2 none"), &[]);
     assert_eq!((&report["number"], report["lanes"].as_array().map(Vec::len)), (&1.into(), Some(4)));
     assert_eq!(
         report["trial"]["changed"], report["trial"]["records"],
@@ -22,80 +22,80 @@ fn lanes_change_at_a_recorded_place_and_back() {
         diff.lines().any(|it| it.starts_with('+') && it.contains("\"version\": \"v2\"")),
         "{diff}"
     );
-    rig.world.put(2_000..4_000, 50);
-    rig.wait_rows(4_000);
-    let back = rig.command(&["plugin", "rollback", "stamp"]);
+    fixture.world.put(2_000..4_000, 50);
+    fixture.wait_rows(4_000);
+    let back = fixture.command(&["plugin", "rollback", "stamp"]);
     assert!(back.status.success(), "{}", String::from_utf8_lossy(&back.stderr));
-    rig.world.put(4_000..6_000, 50);
-    rig.wait_rows(6_000);
-    let nothing = rig.command(&["plugin", "rollback", "stamp"]);
+    fixture.world.put(4_000..6_000, 50);
+    fixture.wait_rows(6_000);
+    let nothing = fixture.command(&["plugin", "rollback", "stamp"]);
     let error = String::from_utf8_lossy(&nothing.stderr).into_owned();
     assert!(error.contains("stage stamp has no swap that is in force"), "{error}");
-    rig.stop();
+    fixture.stop();
 
-    rig.assert_each_once_as_the_ledger_says(0..6_000);
+    fixture.assert_each_once_as_the_ledger_says(0..6_000);
     for (ids, due) in [(0..2_000, "v1"), (2_000..4_000, "v2"), (4_000..6_000, "v1")] {
         assert!(
-            rig.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == due)
+            fixture.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == due)
         );
     }
-    let history = rig.history();
+    let history = fixture.history();
     let told: Vec<_> = history.iter().map(|change| (&change["kind"], &change["outcome"])).collect();
     assert_eq!(
         told[1..],
         [(&"rollback".into(), &"promoted".into()), (&"swap".into(), &"rolled-back".into())]
     );
     // Which version ran a record, by the command.
-    let rows = rig.rows();
+    let rows = fixture.rows();
     let row = rows.iter().find(|row| row.id == 2_500).expect("a row");
     let record = format!("{}:{}", row.shard, row.sequence);
-    let which = rig.command(&["plugin", "which", &record]);
+    let which = fixture.command(&["plugin", "which", &record]);
     let which = String::from_utf8(which.stdout).expect("text");
     let digest = report["after"]["digest"].as_str().expect("a digest");
     assert!(which.contains(digest) && which.contains("\"is_settled\":true"), "{which}");
     let ahead = format!("{}:{}0", row.shard, row.sequence);
-    let which = rig.command(&["plugin", "which", &ahead]);
+    let which = fixture.command(&["plugin", "which", &ahead]);
     let which = String::from_utf8(which.stdout).expect("text");
     assert!(!which.contains(digest) && which.contains("\"is_settled\":false"), "{which}");
 }
 
 #[test]
 fn a_swap_lasts_until_the_file_changes() {
-    let mut rig = Rig::new(2);
-    rig.start();
-    rig.world.put(0..200, 20);
-    rig.wait_rows(200);
-    let v2 = rig.version("v2 none");
-    rig.swap(&v2, &[]);
-    rig.stop();
-    rig.start();
-    assert!(rig.world.logged("runs what was swapped in"), "{}", rig.log());
-    rig.world.put(200..400, 20);
-    rig.wait_rows(400);
-    rig.stop();
+    let mut fixture = Fixture::new(2);
+    fixture.start();
+    fixture.world.put(0..200, 20);
+    fixture.wait_rows(200);
+    let v2 = fixture.version("v2 none");
+    fixture.swap(&v2, &[]);
+    fixture.stop();
+    fixture.start();
+    assert!(fixture.world.logged("runs what was swapped in"), "{}", fixture.log());
+    fixture.world.put(200..400, 20);
+    fixture.wait_rows(400);
+    fixture.stop();
     // The old file still says v1; a new one counts.
-    rig.version("v1 none");
-    std::fs::copy(rig.version("v3 none"), rig.stage_file()).expect("written");
-    rig.start();
-    rig.world.put(400..600, 20);
-    rig.wait_rows(600);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..600);
+    fixture.version("v1 none");
+    std::fs::copy(fixture.version("v3 none"), fixture.stage_file()).expect("written");
+    fixture.start();
+    fixture.world.put(400..600, 20);
+    fixture.wait_rows(600);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..600);
     for (ids, due) in [(0..200, "v1"), (200..400, "v2"), (400..600, "v3")] {
         assert!(
-            rig.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == due)
+            fixture.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == due)
         );
     }
 }
 
 #[test]
 fn two_swaps_at_once_leave_one_version() {
-    let mut rig = Rig::new(4);
-    rig.start();
-    rig.world.put(0..1_000, 50);
-    rig.wait_rows(1_000);
-    let files = [rig.version("v2 none"), rig.version("v3 none")];
-    let pipeline = rig.write_pipeline();
+    let mut fixture = Fixture::new(4);
+    fixture.start();
+    fixture.world.put(0..1_000, 50);
+    fixture.wait_rows(1_000);
+    let files = [fixture.version("v2 none"), fixture.version("v3 none")];
+    let pipeline = fixture.write_pipeline();
     let swaps = files.clone().map(|file| {
         let pipeline = pipeline.clone();
         thread::spawn(move || {
@@ -108,11 +108,11 @@ fn two_swaps_at_once_leave_one_version() {
         assert!(output.status.success() || error.contains("came first"), "{error}");
     }
     assert!(outputs.iter().any(|output| output.status.success()));
-    rig.world.put(1_000..2_000, 50);
-    rig.wait_rows(2_000);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..2_000);
-    let rows = rig.rows();
+    fixture.world.put(1_000..2_000, 50);
+    fixture.wait_rows(2_000);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..2_000);
+    let rows = fixture.rows();
     let mut late: Vec<_> =
         rows.iter().filter(|row| row.id >= 1_000).map(|row| &row.version).collect();
     late.dedup();
@@ -123,36 +123,36 @@ fn two_swaps_at_once_leave_one_version() {
 
 #[test]
 fn a_swap_while_shards_split() {
-    let mut rig = Rig::new(2);
-    rig.start();
-    rig.world.put(0..1_000, 50);
-    for shard in rig.world.open_shards() {
-        rig.world.split(&shard);
+    let mut fixture = Fixture::new(2);
+    fixture.start();
+    fixture.world.put(0..1_000, 50);
+    for shard in fixture.world.open_shards() {
+        fixture.world.split(&shard);
     }
-    let file = rig.version("v2 none");
+    let file = fixture.version("v2 none");
     thread::scope(|scope| {
-        scope.spawn(|| rig.world.put(1_000..3_000, 50));
-        rig.swap(&file, &[]);
+        scope.spawn(|| fixture.world.put(1_000..3_000, 50));
+        fixture.swap(&file, &[]);
     });
-    rig.wait_rows(3_000);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..3_000);
+    fixture.wait_rows(3_000);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..3_000);
 }
 
 #[test]
 fn a_swap_while_a_sink_is_down() {
-    let mut rig = Rig::new(2);
-    rig.start();
-    rig.world.put(0..500, 50);
-    rig.wait_rows(500);
-    postgres(&format!("ALTER TABLE {0} RENAME TO {0}_away", rig.table));
-    rig.world.put(500..1_000, 50);
-    wait_for("the sink to be missed", || rig.world.logged("is gone"));
-    rig.swap(&rig.version("v2 none"), &[]);
-    rig.world.put(1_000..1_500, 50);
-    postgres(&format!("ALTER TABLE {0}_away RENAME TO {0}", rig.table));
-    rig.wait_rows(1_500);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..1_500);
-    assert!(rig.rows().iter().any(|row| row.version == "v2"));
+    let mut fixture = Fixture::new(2);
+    fixture.start();
+    fixture.world.put(0..500, 50);
+    fixture.wait_rows(500);
+    postgres(&format!("ALTER TABLE {0} RENAME TO {0}_away", fixture.table));
+    fixture.world.put(500..1_000, 50);
+    wait_for("the sink to be missed", || fixture.world.logged("is gone"));
+    fixture.swap(&fixture.version("v2 none"), &[]);
+    fixture.world.put(1_000..1_500, 50);
+    postgres(&format!("ALTER TABLE {0}_away RENAME TO {0}", fixture.table));
+    fixture.wait_rows(1_500);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..1_500);
+    assert!(fixture.rows().iter().any(|row| row.version == "v2"));
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Folder, Locked};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{postgres, sqlite, wait_for};
-use crate::swap::rig::{Rig, stamp};
+use crate::swap::fixture::{Fixture, stamp};
 
 /// Lines of `[pipeline]` that let any share of records fail.
 const ANY_SHARE: &str = "rejected_of_last_1000 = 1000\nrejected_in_a_row = 100000";
@@ -260,21 +260,21 @@ fn fault_24_dead_letters_of_a_stage_that_is_gone_stay_dead_letters() {
 
 #[test]
 fn fault_28_a_redrive_beside_a_pipeline_runs_what_runs_and_notes_nothing() {
-    let mut rig = Rig::new(1);
-    rig.stage = "[stage.limits]\nrecord_time = \"400 ms\"".into();
-    std::fs::write(rig.stage_file(), stamp("v1 reject 10")).expect("written");
-    rig.start();
-    rig.world.put(1..51, 10);
-    rig.wait_rows(45);
-    let change = rig.swap(&rig.version("v2 none"), &[]);
+    let mut fixture = Fixture::new(1);
+    fixture.stage = "[stage.limits]\nrecord_time = \"400 ms\"".into();
+    std::fs::write(fixture.stage_file(), stamp("v1 reject 10")).expect("written");
+    fixture.start();
+    fixture.world.put(1..51, 10);
+    fixture.wait_rows(45);
+    let change = fixture.swap(&fixture.version("v2 none"), &[]);
     assert_eq!(change["number"], 1);
 
     // Nobody has loaded what the files say by now.
-    std::fs::write(rig.stage_file(), stamp("v3 other 1")).expect("written");
-    rig.stage = "[stage.limits]\nrecord_time = \"300 ms\"".into();
-    rig.write_pipeline();
+    std::fs::write(fixture.stage_file(), stamp("v3 other 1")).expect("written");
+    fixture.stage = "[stage.limits]\nrecord_time = \"300 ms\"".into();
+    fixture.write_pipeline();
     let noted = |what: &str| {
-        let path = rig.world.folder.path().join("state").join(rig.name()).join("state.db");
+        let path = fixture.world.folder.path().join("state").join(fixture.name()).join("state.db");
         let sql = match what {
             "components" => {
                 "SELECT group_concat(digest) FROM (SELECT digest FROM component ORDER BY 1)"
@@ -287,66 +287,66 @@ fn fault_28_a_redrive_beside_a_pipeline_runs_what_runs_and_notes_nothing() {
     };
     let all = || ["running", "changes", "ledger", "components"].map(noted);
     let before = all();
-    let redriven = rig.command(&["dlq", "redrive", "--all"]);
+    let redriven = fixture.command(&["dlq", "redrive", "--all"]);
     let said = String::from_utf8_lossy(&redriven.stderr).into_owned();
     assert!(redriven.status.success(), "{said}");
     assert_eq!(all(), before);
-    rig.wait_rows(50);
-    let rows = rig.rows();
+    fixture.wait_rows(50);
+    let rows = fixture.rows();
     let redriven: Vec<_> = rows.iter().filter(|row| row.id % 10 == 0).collect();
     assert!(redriven.len() == 5 && redriven.iter().all(|row| row.version == "v2"), "{redriven:?}");
-    assert_eq!(rig.history()[0]["outcome"], "promoted");
-    let undone = rig.command(&["plugin", "rollback", "stamp"]);
+    assert_eq!(fixture.history()[0]["outcome"], "promoted");
+    let undone = fixture.command(&["plugin", "rollback", "stamp"]);
     assert!(undone.status.success(), "{}", String::from_utf8_lossy(&undone.stderr));
-    rig.stop();
+    fixture.stop();
 }
 
 #[test]
 fn fault_28_a_redrive_is_refused_where_a_sink_was_changed_in_the_file_alone() {
-    let mut rig = Rig::new(1);
-    std::fs::write(rig.stage_file(), stamp("v1 reject 10")).expect("written");
-    rig.start();
-    rig.world.put(1..11, 10);
-    rig.wait_rows(9);
-    let table = rig.table.clone();
-    rig.table = format!("{table}_other");
+    let mut fixture = Fixture::new(1);
+    std::fs::write(fixture.stage_file(), stamp("v1 reject 10")).expect("written");
+    fixture.start();
+    fixture.world.put(1..11, 10);
+    fixture.wait_rows(9);
+    let table = fixture.table.clone();
+    fixture.table = format!("{table}_other");
     // The name of the pipeline stays.
-    let text = std::fs::read_to_string(rig.pipeline_file()).expect("read");
+    let text = std::fs::read_to_string(fixture.pipeline_file()).expect("read");
     let text = text.replace(&format!("table = \"{table}\""), "table = \"elsewhere\"");
-    std::fs::write(rig.pipeline_file(), text).expect("written");
-    rig.table = table;
-    let redriven = rig.command(&["dlq", "redrive", "--all"]);
+    std::fs::write(fixture.pipeline_file(), text).expect("written");
+    fixture.table = table;
+    let redriven = fixture.command(&["dlq", "redrive", "--all"]);
     let said = String::from_utf8_lossy(&redriven.stderr).into_owned();
     assert!(
         !redriven.status.success() && said.contains("sink mart is not as the running"),
         "{said}"
     );
-    rig.stop();
+    fixture.stop();
 }
 
 #[test]
 fn fault_11_a_rollback_replays_records_of_the_stream_alone() {
-    let mut rig = Rig::new(2);
-    rig.mode = "mode = \"upsert\"\nkey = [\"id\"]\nnewest_by = \"id\"".into();
-    std::fs::write(rig.stage_file(), stamp("v1 reject 10")).expect("written");
-    rig.start();
-    rig.world.put(1..51, 10);
-    rig.wait_rows(45);
-    rig.swap(&rig.version("v2 other 1"), &[]);
-    rig.world.put(51..101, 10);
-    rig.wait_rows(95);
+    let mut fixture = Fixture::new(2);
+    fixture.mode = "mode = \"upsert\"\nkey = [\"id\"]\nnewest_by = \"id\"".into();
+    std::fs::write(fixture.stage_file(), stamp("v1 reject 10")).expect("written");
+    fixture.start();
+    fixture.world.put(1..51, 10);
+    fixture.wait_rows(45);
+    fixture.swap(&fixture.version("v2 other 1"), &[]);
+    fixture.world.put(51..101, 10);
+    fixture.wait_rows(95);
     // By the bad version, beside the pipeline: a shard of the ledger that no stream has.
-    let redriven = rig.command(&["dlq", "redrive", "--all"]);
+    let redriven = fixture.command(&["dlq", "redrive", "--all"]);
     assert!(redriven.status.success(), "{}", String::from_utf8_lossy(&redriven.stderr));
-    rig.wait_rows(100);
-    let undone = rig.command(&["plugin", "rollback", "stamp", "--replay-from-swap"]);
+    fixture.wait_rows(100);
+    let undone = fixture.command(&["plugin", "rollback", "stamp", "--replay-from-swap"]);
     let said = String::from_utf8_lossy(&undone.stdout).into_owned();
     assert!(undone.status.success(), "{}", String::from_utf8_lossy(&undone.stderr));
     assert!(said.contains("\"records\":50"), "{said}");
-    rig.stop();
+    fixture.stop();
     let wrong = postgres(&format!(
         "SELECT id FROM {} WHERE id > 50 AND id % 10 <> 0 AND n <> id",
-        rig.table
+        fixture.table
     ));
     assert_eq!(wrong, Vec::<String>::new());
 }

@@ -6,7 +6,7 @@ use super::Folder;
 use crate::sql_sinks::proxy::{Cut, Proxy};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, postgres, postgres_url, serve_stream, sqlite, wait_for};
-use crate::swap::rig::stamp;
+use crate::swap::fixture::stamp;
 
 const COLUMNS: &str = "shardmill_pipeline text, shardmill_shard text, shardmill_sequence numeric, \
                        shardmill_arrived_at timestamptz";

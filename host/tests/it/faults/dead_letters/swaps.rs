@@ -1,80 +1,80 @@
 //! Swaps: what is refused, and what must not be.
 
 use crate::support::{postgres, wait_for};
-use crate::swap::rig::{Rig, stamp};
+use crate::swap::fixture::{Fixture, stamp};
 
 #[test]
 fn fault_40_a_version_that_loops_is_replaced_by_a_corrected_one() {
-    let mut rig = Rig::new(1);
+    let mut fixture = Fixture::new(1);
     // Records come alone, so that the trial has many that the version at work loops on.
-    rig.stage = "[stage.limits]\nrecord_time = \"500 ms\"".into();
-    rig.more = "[source.batch]\nrecords = 1".into();
-    rig.timing = "trial = \"3 s\"\ntrial_incumbent = \"1 s\"".into();
-    std::fs::write(rig.stage_file(), stamp("v1 loop 10")).expect("written");
-    rig.start();
+    fixture.stage = "[stage.limits]\nrecord_time = \"500 ms\"".into();
+    fixture.more = "[source.batch]\nrecords = 1".into();
+    fixture.timing = "trial = \"3 s\"\ntrial_incumbent = \"1 s\"".into();
+    std::fs::write(fixture.stage_file(), stamp("v1 loop 10")).expect("written");
+    fixture.start();
     // One that loops comes when nothing else does: of a busy stage not every batch is kept for trials.
     for tens in 1..=4 {
-        rig.world.put(10 * tens - 9..10 * tens, 50);
-        rig.wait_rows(9 * tens);
-        rig.world.put(10 * tens..10 * tens + 1, 50);
-        wait_for("the letter", || dead_letters(&rig) as u64 == tens);
+        fixture.world.put(10 * tens - 9..10 * tens, 50);
+        fixture.wait_rows(9 * tens);
+        fixture.world.put(10 * tens..10 * tens + 1, 50);
+        wait_for("the letter", || dead_letters(&fixture) as u64 == tens);
     }
-    rig.world.put(41..45, 50);
-    rig.wait_rows(40);
+    fixture.world.put(41..45, 50);
+    fixture.wait_rows(40);
     // Four records of half a second each, run twice to find the culprit, and once to warm up.
-    let report = rig.swap(&rig.version("v2 none"), &[]);
+    let report = fixture.swap(&fixture.version("v2 none"), &[]);
     let trial = &report["trial"];
     let failed = trial["incumbent_failed"].as_str().expect("a line of the report");
     assert!(failed.contains("longer than 1s"), "{report}");
     assert!(trial["candidate_only"].as_u64() > Some(0), "{report}");
     // What loops itself is refused as before.
-    let refused = rig.refused(&rig.version("v3 loop 1"), &[]);
+    let refused = fixture.refused(&fixture.version("v3 loop 1"), &[]);
     assert!(refused.contains("refused at step trial"), "{refused}");
-    rig.stop();
+    fixture.stop();
 }
 
-fn dead_letters(rig: &Rig) -> usize {
-    let output = rig.command(&["dlq", "list", "--limit", "1000"]);
+fn dead_letters(fixture: &Fixture) -> usize {
+    let output = fixture.command(&["dlq", "list", "--limit", "1000"]);
     String::from_utf8(output.stdout).expect("text").lines().count()
 }
 
 #[test]
 fn fault_44_a_dry_run_is_refused_where_the_swap_is() {
-    let mut rig = Rig::new(1);
-    rig.start();
-    rig.world.put(0..20, 5);
-    rig.wait_rows(20);
+    let mut fixture = Fixture::new(1);
+    fixture.start();
+    fixture.world.put(0..20, 5);
+    fixture.wait_rows(20);
     for more in [&["--dry-run"][..], &[]] {
-        let refused = rig.refused(&rig.version("v2 columns"), more);
+        let refused = fixture.refused(&fixture.version("v2 columns"), more);
         assert!(refused.contains("refused at step check"), "{more:?}: {refused}");
         assert!(refused.contains("colour"), "{more:?}: {refused}");
     }
     // A dry run changes nothing, and what it tried is not expected of the rows that come.
-    let report = rig.swap(&rig.version("v2 none"), &["--dry-run"]);
+    let report = fixture.swap(&fixture.version("v2 none"), &["--dry-run"]);
     assert!(report["number"].is_null(), "{report}");
-    rig.world.put(20..40, 5);
-    rig.wait_rows(40);
-    assert!(rig.rows().iter().all(|row| row.version == "v1"));
-    rig.stop();
+    fixture.world.put(20..40, 5);
+    fixture.wait_rows(40);
+    assert!(fixture.rows().iter().all(|row| row.version == "v1"));
+    fixture.stop();
 }
 
 #[test]
 fn fault_44_tables_are_looked_at_though_the_rows_stay_the_same() {
-    let mut rig = Rig::new(1);
-    rig.start();
-    rig.world.put(0..20, 5);
-    rig.wait_rows(20);
-    rig.swap(&rig.version("v2 none"), &[]);
-    postgres(&format!("ALTER TABLE {} RENAME COLUMN version TO was_version", rig.table));
+    let mut fixture = Fixture::new(1);
+    fixture.start();
+    fixture.world.put(0..20, 5);
+    fixture.wait_rows(20);
+    fixture.swap(&fixture.version("v2 none"), &[]);
+    postgres(&format!("ALTER TABLE {} RENAME COLUMN version TO was_version", fixture.table));
     for more in [&["--dry-run"][..], &[]] {
-        let refused = rig.refused(&rig.version("v3 none"), more);
+        let refused = fixture.refused(&fixture.version("v3 none"), more);
         assert!(refused.contains("refused at step check"), "{more:?}: {refused}");
         assert!(refused.contains("version"), "{more:?}: {refused}");
     }
     // As a restart would be; but the way back is open.
-    let undone = rig.command(&["plugin", "rollback", "stamp"]);
+    let undone = fixture.command(&["plugin", "rollback", "stamp"]);
     assert!(undone.status.success(), "{}", String::from_utf8_lossy(&undone.stderr));
-    postgres(&format!("ALTER TABLE {} RENAME COLUMN was_version TO version", rig.table));
-    rig.swap(&rig.version("v3 none"), &[]);
-    rig.stop();
+    postgres(&format!("ALTER TABLE {} RENAME COLUMN was_version TO version", fixture.table));
+    fixture.swap(&fixture.version("v3 none"), &[]);
+    fixture.stop();
 }

@@ -7,7 +7,7 @@ use std::process::{Output, Stdio};
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World, row};
 use crate::support::{Process, postgres, postgres_url, run, run_ok, shardmill, sqlite, wait_for};
-use crate::swap::rig::stamp;
+use crate::swap::fixture::stamp;
 
 /// A kind of sink with a place of its own for rows `{"id":…}`.
 #[derive(Clone, Copy, Debug)]

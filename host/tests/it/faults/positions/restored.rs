@@ -10,20 +10,20 @@ use crate::support::world::{STREAM, World};
 use crate::support::{
     self, Process, free_port, http_get, plugin, postgres, run, shardmill, wait_for,
 };
-use crate::swap::rig::stamp;
+use crate::swap::fixture::stamp;
 
 const NAME: &str = "reading";
 
 /// A world whose pipeline writes to several sinks, each in a place of its own.
-struct Rig {
+struct Fixture {
     world: World,
 }
 
-impl Rig {
+impl Fixture {
     fn new(shards: u32) -> Self {
-        let rig = Self { world: World::new(shards) };
-        rig.create("logs");
-        rig
+        let fixture = Self { world: World::new(shards) };
+        fixture.create("logs");
+        fixture
     }
 
     /// The file of a SQLite sink.
@@ -176,140 +176,140 @@ fn assert_says(log: &str, parts: &[&str]) {
 
 #[test]
 fn fault_13_a_restored_mart_gets_the_rows_of_ended_shards_again() {
-    let rig = Rig::new(1);
+    let fixture = Fixture::new(1);
     let file = |policy: &str| {
         let policy = format!("on_position_mismatch = \"{policy}\"");
-        rig.pipeline(&policy, "", &["mart", "logs"])
+        fixture.pipeline(&policy, "", &["mart", "logs"])
     };
-    rig.world.put(0..100, 10);
-    rig.catch_up(&file("stop"));
-    let backup = rig.back_up("mart");
-    rig.world.put(100..200, 10);
-    rig.split();
-    rig.world.put(200..300, 10);
-    rig.catch_up(&file("stop"));
+    fixture.world.put(0..100, 10);
+    fixture.catch_up(&file("stop"));
+    let backup = fixture.back_up("mart");
+    fixture.world.put(100..200, 10);
+    fixture.split();
+    fixture.world.put(200..300, 10);
+    fixture.catch_up(&file("stop"));
     // A shard whose parent was restored and that has ended itself, too.
-    rig.split();
-    rig.world.put(300..400, 10);
-    rig.catch_up(&file("stop"));
+    fixture.split();
+    fixture.world.put(300..400, 10);
+    fixture.catch_up(&file("stop"));
 
-    rig.restore("mart", &backup);
+    fixture.restore("mart", &backup);
     let said = refused(&file("stop"), &[]);
     let first = "shardId-000000000000";
     assert_says(&said, &["sink mart is behind", first, "on_position_mismatch", "checkpoint"]);
-    assert_eq!(rig.count("mart"), 100, "nothing was written");
+    assert_eq!(fixture.count("mart"), 100, "nothing was written");
     assert_says(&foreseen(&file("stop")), &["warning: sink mart is behind", first]);
     assert_says(&foreseen(&file("sink")), &["warning: a sink was restored", "again for it"]);
-    let said = rig.catch_up(&file("sink"));
+    let said = fixture.catch_up(&file("sink"));
     assert_says(&said, &["read again"]);
-    rig.assert_once("mart", 0..400);
-    rig.assert_once("logs", 0..400);
+    fixture.assert_once("mart", 0..400);
+    fixture.assert_once("logs", 0..400);
     // From then on it is like any other sink.
-    rig.world.put(400..450, 10);
-    rig.catch_up(&file("stop"));
-    rig.assert_once("mart", 0..450);
-    rig.assert_once("logs", 0..450);
+    fixture.world.put(400..450, 10);
+    fixture.catch_up(&file("stop"));
+    fixture.assert_once("mart", 0..450);
+    fixture.assert_once("logs", 0..450);
 }
 
 #[test]
 fn fault_13_children_wait_for_the_parents_that_are_read_again() {
-    let rig = Rig::new(1);
-    let file = |policy: &str| rig.pipeline(policy, "", &["mart"]);
-    rig.world.put(0..300, 3);
-    rig.catch_up(&file(""));
-    rig.split();
-    rig.world.put(300..600, 3);
-    rig.catch_up(&file(""));
-    rig.remove("mart");
-    rig.create("mart");
-    rig.catch_up(&file("on_position_mismatch = \"sink\""));
-    rig.world.assert_each_once_in_order(600);
+    let fixture = Fixture::new(1);
+    let file = |policy: &str| fixture.pipeline(policy, "", &["mart"]);
+    fixture.world.put(0..300, 3);
+    fixture.catch_up(&file(""));
+    fixture.split();
+    fixture.world.put(300..600, 3);
+    fixture.catch_up(&file(""));
+    fixture.remove("mart");
+    fixture.create("mart");
+    fixture.catch_up(&file("on_position_mismatch = \"sink\""));
+    fixture.world.assert_each_once_in_order(600);
 }
 
 #[test]
 fn fault_13_a_sink_without_a_position_where_one_is_remembered_is_no_new_sink() {
-    let rig = Rig::new(2);
-    let file = |policy: &str| rig.pipeline(policy, "", &["mart", "logs"]);
-    rig.world.put(0..100, 10);
-    rig.catch_up(&file(""));
-    rig.remove("mart");
-    rig.create("mart");
+    let fixture = Fixture::new(2);
+    let file = |policy: &str| fixture.pipeline(policy, "", &["mart", "logs"]);
+    fixture.world.put(0..100, 10);
+    fixture.catch_up(&file(""));
+    fixture.remove("mart");
+    fixture.create("mart");
     let said = refused(&file(""), &[]);
     assert_says(&said, &["sink mart is behind", "it has no position and was at"]);
     assert_says(&foreseen(&file("")), &["it has no position and was at"]);
-    rig.catch_up(&file("on_position_mismatch = \"sink\""));
-    rig.assert_once("mart", 0..100);
-    rig.assert_once("logs", 0..100);
+    fixture.catch_up(&file("on_position_mismatch = \"sink\""));
+    fixture.assert_once("mart", 0..100);
+    fixture.assert_once("logs", 0..100);
 }
 
 #[test]
 fn fault_13_a_sink_that_is_new_starts_at_the_checkpoint_and_is_not_taken_for_restored() {
-    let rig = Rig::new(1);
-    rig.world.put(0..100, 10);
-    rig.catch_up(&rig.pipeline("", "", &["mart"]));
-    let both = rig.pipeline("", "", &["mart", "logs"]);
-    rig.catch_up(&both);
-    rig.catch_up(&both);
-    rig.world.put(100..150, 10);
-    rig.catch_up(&both);
-    rig.assert_once("mart", 0..150);
-    rig.assert_once("logs", 100..150);
+    let fixture = Fixture::new(1);
+    fixture.world.put(0..100, 10);
+    fixture.catch_up(&fixture.pipeline("", "", &["mart"]));
+    let both = fixture.pipeline("", "", &["mart", "logs"]);
+    fixture.catch_up(&both);
+    fixture.catch_up(&both);
+    fixture.world.put(100..150, 10);
+    fixture.catch_up(&both);
+    fixture.assert_once("mart", 0..150);
+    fixture.assert_once("logs", 100..150);
 }
 
 #[test]
 fn fault_13_with_checkpoint_it_goes_on_without_the_rows_and_says_so_once() {
-    let rig = Rig::new(1);
-    let file = |policy: &str| rig.pipeline(policy, "", &["mart", "logs"]);
-    rig.world.put(0..100, 10);
-    rig.catch_up(&file(""));
-    let backup = rig.back_up("mart");
-    rig.world.put(100..200, 10);
-    rig.split();
-    rig.catch_up(&file(""));
-    rig.restore("mart", &backup);
-    let said = rig.catch_up(&file("on_position_mismatch = \"checkpoint\""));
+    let fixture = Fixture::new(1);
+    let file = |policy: &str| fixture.pipeline(policy, "", &["mart", "logs"]);
+    fixture.world.put(0..100, 10);
+    fixture.catch_up(&file(""));
+    let backup = fixture.back_up("mart");
+    fixture.world.put(100..200, 10);
+    fixture.split();
+    fixture.catch_up(&file(""));
+    fixture.restore("mart", &backup);
+    let said = fixture.catch_up(&file("on_position_mismatch = \"checkpoint\""));
     assert_says(&said, &["going on without rows", "sink mart in shard shardId-000000000000"]);
     // The key may be taken out again.
-    rig.world.put(200..300, 10);
-    let said = rig.catch_up(&file(""));
+    fixture.world.put(200..300, 10);
+    let said = fixture.catch_up(&file(""));
     assert!(!said.contains("going on without rows"), "{said}");
-    assert_eq!(rig.count("mart"), 200);
-    rig.assert_once("logs", 0..300);
+    assert_eq!(fixture.count("mart"), 200);
+    fixture.assert_once("logs", 0..300);
 }
 
 #[test]
 fn fault_13_todays_revision_runs_for_the_restored_sink_where_the_first_is_pruned() {
-    let rig = Rig::new(1);
+    let fixture = Fixture::new(1);
     let with = |version: &str| {
-        let path = rig.world.folder.path().join("stage.wasm");
+        let path = fixture.world.folder.path().join("stage.wasm");
         std::fs::write(&path, stamp(version)).expect("written");
-        let endpoint = format!("http://{}", rig.world.address);
-        let file = PipelineToml::new(rig.world.folder.path(), NAME)
+        let endpoint = format!("http://{}", fixture.world.address);
+        let file = PipelineToml::new(fixture.world.folder.path(), NAME)
             .pipeline("on_position_mismatch = \"sink\"")
             .stream(STREAM, &endpoint, "format = \"application/json\"")
             .stage("stamp", &path.display().to_string(), "routes = { all = [\"mart\", \"logs\"] }");
         ["mart", "logs"].iter().fold(file, |file, sink| {
-            let path = rig.file(sink).display().to_string();
+            let path = fixture.file(sink).display().to_string();
             let lines =
                 format!("type = \"sqlite\"\npath = \"{path}\"\ntable = \"stamped\"\ncreate = true");
             file.sink(sink, &lines)
         })
     };
     let versions = |sink: &str| -> Vec<(u64, String)> {
-        let database = support::sqlite(&rig.file(sink));
+        let database = support::sqlite(&fixture.file(sink));
         let sql = "SELECT id, version FROM stamped ORDER BY id";
         let mut query = database.prepare(sql).expect("sql");
         let rows = query.query_map((), |row| Ok((row.get(0)?, row.get(1)?))).expect("rows");
         rows.map(Result::unwrap).collect()
     };
-    rig.world.put(0..50, 10);
-    rig.catch_up(&with("v1 none"));
-    rig.world.put(50..100, 10);
-    rig.catch_up(&with("v2 none"));
+    fixture.world.put(0..50, 10);
+    fixture.catch_up(&with("v1 none"));
+    fixture.world.put(50..100, 10);
+    fixture.catch_up(&with("v2 none"));
     // By now every sink has what v1 made: it is forgotten at a start.
-    rig.catch_up(&with("v2 none"));
-    rig.remove("mart");
-    let said = rig.catch_up(&with("v2 none"));
+    fixture.catch_up(&with("v2 none"));
+    fixture.remove("mart");
+    let said = fixture.catch_up(&with("v2 none"));
     assert_says(&said, &["today's revision runs these records again"]);
     let of = |version: &str, ids: std::ops::Range<u64>| {
         ids.map(move |id| (id, version.to_owned())).collect::<Vec<_>>()
@@ -320,12 +320,12 @@ fn fault_13_todays_revision_runs_for_the_restored_sink_where_the_first_is_pruned
 
 #[test]
 fn fault_13_rows_of_shards_that_are_not_listed_any_more_are_one_warning() {
-    let rig = Rig::new(1);
-    let file = rig.pipeline("", "", &["mart", "logs"]);
-    rig.world.put(0..10, 10);
-    rig.catch_up(&file);
+    let fixture = Fixture::new(1);
+    let file = fixture.pipeline("", "", &["mart", "logs"]);
+    fixture.world.put(0..10, 10);
+    fixture.catch_up(&file);
     // Shards that the stream has forgotten since; the backup of the mart was made before them.
-    let state = rusqlite::Connection::open(rig.state().join("state.db")).expect("the state");
+    let state = rusqlite::Connection::open(fixture.state().join("state.db")).expect("the state");
     for shard in ["shardId-000000000777", "shardId-000000000778"] {
         state
             .execute_batch(&format!(
@@ -339,102 +339,102 @@ fn fault_13_rows_of_shards_that_are_not_listed_any_more_are_one_warning() {
             .expect("written");
     }
     drop(state);
-    let said = rig.catch_up(&file);
+    let said = fixture.catch_up(&file);
     assert_eq!(said.matches("rows are lost").count(), 1, "{said}");
     assert_says(&said, &["shardId-000000000777", "shardId-000000000778", "sink mart"]);
-    assert!(!rig.catch_up(&file).contains("rows are lost"), "it is said once");
+    assert!(!fixture.catch_up(&file).contains("rows are lost"), "it is said once");
 }
 
 #[test]
 fn fault_14_after_the_loss_of_the_state_a_resume_is_not_filtered_by_latest() {
-    let rig = Rig::new(1);
-    let log = rig.world.log();
-    let file = rig.pipeline("", "start = \"latest\"", &["mart"]);
+    let fixture = Fixture::new(1);
+    let log = fixture.world.log();
+    let file = fixture.pipeline("", "start = \"latest\"", &["mart"]);
     let run = start(&file, &log);
-    rig.world.put(0..50, 10);
-    wait_for("rows", || rig.count("mart") == 50);
+    fixture.world.put(0..50, 10);
+    wait_for("rows", || fixture.count("mart") == 50);
     assert_eq!(run.terminate(), Some(0));
-    rig.world.put(50..100, 10);
+    fixture.world.put(50..100, 10);
     // The next start is not within the second of these records.
     let put = SystemTime::now();
     wait_for("two seconds", || put.elapsed().is_ok_and(|since| since > Duration::from_secs(2)));
-    std::fs::remove_dir_all(rig.state()).expect("lost");
+    std::fs::remove_dir_all(fixture.state()).expect("lost");
     let run = start(&file, &log);
-    rig.world.put(100..120, 10);
-    wait_for("rows", || rig.count("mart") == 120);
+    fixture.world.put(100..120, 10);
+    wait_for("rows", || fixture.count("mart") == 120);
     assert_says(&text(&log), &["the pipeline's state is new"]);
     assert_eq!(run.terminate(), Some(0));
-    rig.assert_once("mart", 0..120);
+    fixture.assert_once("mart", 0..120);
 }
 
 #[test]
 fn fault_14_after_the_loss_of_the_state_closed_shards_are_read_to_their_end() {
-    let rig = Rig::new(1);
-    let log = rig.world.log();
-    let file = rig.pipeline("", "start = \"latest\"", &["mart"]);
+    let fixture = Fixture::new(1);
+    let log = fixture.world.log();
+    let file = fixture.pipeline("", "start = \"latest\"", &["mart"]);
     let run = start(&file, &log);
-    rig.world.put(0..50, 10);
-    wait_for("rows", || rig.count("mart") == 50);
+    fixture.world.put(0..50, 10);
+    wait_for("rows", || fixture.count("mart") == 50);
     assert_eq!(run.terminate(), Some(0));
-    rig.world.put(50..100, 10);
-    rig.split();
-    rig.world.put(100..150, 10);
+    fixture.world.put(50..100, 10);
+    fixture.split();
+    fixture.world.put(100..150, 10);
     let put = SystemTime::now();
     wait_for("two seconds", || put.elapsed().is_ok_and(|since| since > Duration::from_secs(2)));
-    std::fs::remove_dir_all(rig.state()).expect("lost");
-    rig.catch_up(&file);
-    rig.assert_once("mart", 0..150);
+    std::fs::remove_dir_all(fixture.state()).expect("lost");
+    fixture.catch_up(&file);
+    fixture.assert_once("mart", 0..150);
 }
 
 #[test]
 fn fault_14_after_the_loss_of_the_state_each_sink_goes_on_by_itself() {
-    let rig = Rig::new(1);
-    let log = rig.world.log();
-    let file = |sinks: &[&str]| rig.pipeline("", "start = \"latest\"", sinks);
+    let fixture = Fixture::new(1);
+    let log = fixture.world.log();
+    let file = |sinks: &[&str]| fixture.pipeline("", "start = \"latest\"", sinks);
     let run = start(&file(&["mart"]), &log);
-    rig.world.put(0..50, 10);
-    wait_for("rows", || rig.count("mart") == 50);
+    fixture.world.put(0..50, 10);
+    wait_for("rows", || fixture.count("mart") == 50);
     assert_eq!(run.terminate(), Some(0));
-    rig.world.put(50..100, 10);
+    fixture.world.put(50..100, 10);
     let put = SystemTime::now();
     wait_for("two seconds", || put.elapsed().is_ok_and(|since| since > Duration::from_secs(2)));
-    std::fs::remove_dir_all(rig.state()).expect("lost");
+    std::fs::remove_dir_all(fixture.state()).expect("lost");
     // The one with a position goes on behind it, the other one takes what comes after the start.
     let run = start(&file(&["mart", "logs"]), &log);
-    rig.world.put(100..150, 10);
-    wait_for("rows", || rig.count("mart") == 150 && rig.count("logs") == 50);
+    fixture.world.put(100..150, 10);
+    wait_for("rows", || fixture.count("mart") == 150 && fixture.count("logs") == 50);
     assert_eq!(run.terminate(), Some(0));
-    rig.catch_up(&file(&["mart", "logs"]));
-    rig.assert_once("mart", 0..150);
-    rig.assert_once("logs", 100..150);
+    fixture.catch_up(&file(&["mart", "logs"]));
+    fixture.assert_once("mart", 0..150);
+    fixture.assert_once("logs", 100..150);
 }
 
 /// A state that was restored from an older copy is noticed with every kind of exact sink, at every
 /// start; with the newest copy, or with `--trust-sinks`, it goes on.
 fn older_copy(sink: &str) {
-    let rig = Rig::new(1);
+    let fixture = Fixture::new(1);
     let file = |default: &str| {
-        let endpoint = format!("http://{}", rig.world.address);
+        let endpoint = format!("http://{}", fixture.world.address);
         let config = format!(
             "config = {{ default = \"{default}\", rules = [] }}\nroutes = {{ {default} = [\"out\"] }}"
         );
-        let sink = sink.replace("FOLDER", &rig.world.folder.path().display().to_string());
-        PipelineToml::new(rig.world.folder.path(), NAME)
+        let sink = sink.replace("FOLDER", &fixture.world.folder.path().display().to_string());
+        PipelineToml::new(fixture.world.folder.path(), NAME)
             .stream(STREAM, &endpoint, "")
             .stage("route", "route-json", &config)
             .sink("out", &sink)
     };
     let (older, newest) =
-        (rig.world.folder.path().join("older"), rig.world.folder.path().join("newest"));
-    rig.world.put(0..50, 10);
-    rig.catch_up(&file("all"));
-    copy_folder(&rig.state(), &older);
-    rig.world.put(50..100, 10);
-    rig.catch_up(&file("others"));
-    copy_folder(&rig.state(), &newest);
+        (fixture.world.folder.path().join("older"), fixture.world.folder.path().join("newest"));
+    fixture.world.put(0..50, 10);
+    fixture.catch_up(&file("all"));
+    copy_folder(&fixture.state(), &older);
+    fixture.world.put(50..100, 10);
+    fixture.catch_up(&file("others"));
+    copy_folder(&fixture.state(), &newest);
     let put_back = |copy: &Path| {
-        std::fs::remove_dir_all(rig.state()).expect("removed");
-        copy_folder(copy, &rig.state());
+        std::fs::remove_dir_all(fixture.state()).expect("removed");
+        copy_folder(copy, &fixture.state());
     };
     put_back(&older);
     for _ in 0..4 {
@@ -443,12 +443,12 @@ fn older_copy(sink: &str) {
         assert_says(&foreseen(&file("others")), &["state folder is older than sink out"]);
     }
     put_back(&newest);
-    rig.world.put(100..120, 10);
-    rig.catch_up(&file("others"));
+    fixture.world.put(100..120, 10);
+    fixture.catch_up(&file("others"));
     put_back(&older);
     catch_up(&file("others"), &["--trust-sinks"]);
-    rig.world.put(120..150, 10);
-    rig.catch_up(&file("others"));
+    fixture.world.put(120..150, 10);
+    fixture.catch_up(&file("others"));
 }
 
 #[test]
@@ -477,28 +477,28 @@ fn fault_14_a_state_that_is_older_than_a_postgres_sink_is_noticed() {
 
 #[test]
 fn fault_14_position_tables_of_earlier_versions_are_widened_in_place() {
-    let rig = Rig::new(1);
+    let fixture = Fixture::new(1);
     let schema = format!("narrow_{}", std::process::id());
     postgres(&format!(
         "CREATE SCHEMA {schema}; CREATE TABLE {schema}.rows (id bigint, key text, n bigint)"
     ));
     let url = support::postgres_url();
-    let endpoint = format!("http://{}", rig.world.address);
-    let path = rig.file("mart").display().to_string();
+    let endpoint = format!("http://{}", fixture.world.address);
+    let path = fixture.file("mart").display().to_string();
     let with = |url: &str| {
-        PipelineToml::new(rig.world.folder.path(), NAME)
+        PipelineToml::new(fixture.world.folder.path(), NAME)
             .stream(STREAM, &endpoint, "")
             .route_all_to(&["mart", "pg"])
             .sink("mart", &format!("type = \"sqlite\"\npath = \"{path}\"\ntable = \"rows\""))
             .sink("pg", &format!("type = \"postgres\"\nurl = \"{url}\"\ntable = \"{schema}.rows\""))
     };
-    rig.world.put(0..50, 10);
-    rig.catch_up(&with(&url));
+    fixture.world.put(0..50, 10);
+    fixture.catch_up(&with(&url));
     for column in ["state_id", "state_number", "owner"] {
         let drop = format!("ALTER TABLE {schema}.shardmill_position DROP COLUMN {column}");
         postgres(&drop);
         let drop = format!("ALTER TABLE shardmill_position DROP COLUMN {column}");
-        support::sqlite(&rig.file("mart")).execute(&drop, ()).expect("dropped");
+        support::sqlite(&fixture.file("mart")).execute(&drop, ()).expect("dropped");
     }
     // Who may not alter the table is told what its owner must run.
     let role = format!("narrow_{}", std::process::id());
@@ -509,7 +509,7 @@ fn fault_14_position_tables_of_earlier_versions_are_widened_in_place() {
     let mut other = url::Url::parse(&url).expect("a URL");
     other.set_username(&role).expect("a name");
     other.set_password(Some("secret")).expect("a password");
-    let log = rig.world.log();
+    let log = fixture.world.log();
     let narrow = with(other.as_str()).write();
     let out = std::fs::File::create(&log).expect("a log");
     let run = shardmill(&["run", &narrow, "-v"]).stdout(Stdio::null()).stderr(out).spawn();
@@ -517,28 +517,28 @@ fn fault_14_position_tables_of_earlier_versions_are_widened_in_place() {
     wait_for("the error", || text(&log).contains("have its owner run once"));
     assert_says(&text(&log), &["ALTER TABLE", "ADD COLUMN IF NOT EXISTS owner text"]);
     drop(run);
-    rig.world.put(50..100, 10);
-    rig.catch_up(&with(&url));
-    rig.assert_once("mart", 0..100);
+    fixture.world.put(50..100, 10);
+    fixture.catch_up(&with(&url));
+    fixture.assert_once("mart", 0..100);
     let rows = format!("SELECT count(*) || ' ' || count(DISTINCT id) FROM {schema}.rows");
     assert_eq!(postgres(&rows), ["100 100"]);
 }
 
 #[test]
 fn fault_36_of_two_processes_with_separate_state_the_later_one_stops() {
-    let rig = Rig::new(1);
-    let other = rig.world.folder.path().join("other");
+    let fixture = Fixture::new(1);
+    let other = fixture.world.folder.path().join("other");
     std::fs::create_dir(&other).expect("a folder");
-    let (log, other_log) = (rig.world.log(), other.join("run.log"));
-    let first = start(&rig.pipeline("", "", &["mart"]), &log);
-    rig.world.put(0..10, 10);
-    wait_for("rows", || rig.count("mart") == 10);
-    let again = rig.pipeline_in(&other, "", "", &["mart"]);
+    let (log, other_log) = (fixture.world.log(), other.join("run.log"));
+    let first = start(&fixture.pipeline("", "", &["mart"]), &log);
+    fixture.world.put(0..10, 10);
+    wait_for("rows", || fixture.count("mart") == 10);
+    let again = fixture.pipeline_in(&other, "", "", &["mart"]);
     let mut later = start(&again, &other_log);
     let mut put = 10;
     let mut ended = None;
     wait_for("the later one to stop", || {
-        rig.world.put(put..put + 5, 10);
+        fixture.world.put(put..put + 5, 10);
         put += 5;
         ended = later.0.try_wait().expect("a state");
         ended.is_some()
@@ -549,27 +549,27 @@ fn fault_36_of_two_processes_with_separate_state_the_later_one_stops() {
         &text(&other_log),
         &["taken over three times within a minute", &owner, "refused while the first runs"],
     );
-    rig.world.put(put..put + 5, 10);
+    fixture.world.put(put..put + 5, 10);
     put += 5;
-    wait_for("rows", || rig.count("mart") == put);
+    wait_for("rows", || fixture.count("mart") == put);
     // It says so at once the next time, while the other one runs and after.
     let said = refused(&again, &[]);
     assert_says(&said, &["another state folder", &owner]);
     assert_eq!(first.terminate(), Some(0));
-    rig.assert_once("mart", 0..put);
+    fixture.assert_once("mart", 0..put);
 }
 
 /// What is done to the state folder of a running process.
 fn state_is_gone(harm: impl FnOnce(&Path)) {
-    let rig = Rig::new(1);
-    let log = rig.world.log();
+    let fixture = Fixture::new(1);
+    let log = fixture.world.log();
     let port = free_port();
     let admin = crate::support::admin(port);
-    let file = rig.pipeline("", "", &["mart"]).table(&admin);
+    let file = fixture.pipeline("", "", &["mart"]).table(&admin);
     let mut run = start(&file, &log);
-    rig.world.put(0..10, 10);
-    wait_for("rows", || rig.count("mart") == 10);
-    harm(&rig.state());
+    fixture.world.put(0..10, 10);
+    wait_for("rows", || fixture.count("mart") == 10);
+    harm(&fixture.state());
     // Whatever is put from now on: the process is not ready, or has ended with the cause.
     wait_for("it to be noticed", || {
         http_get(port, "/health/ready").contains("503")
@@ -599,21 +599,21 @@ fn fault_43_a_state_folder_that_is_replaced_under_a_process_is_noticed() {
 
 #[test]
 fn fault_43_dead_letters_are_not_lost_in_silence_when_the_state_is_deleted() {
-    let rig = Rig::new(1);
-    let log = rig.world.log();
-    let file = rig.pipeline("", "", &["mart"]);
+    let fixture = Fixture::new(1);
+    let log = fixture.world.log();
+    let file = fixture.pipeline("", "", &["mart"]);
     let mut run = start(&file, &log);
-    rig.world.put(0..10, 10);
-    wait_for("rows", || rig.count("mart") == 10);
-    std::fs::remove_dir_all(rig.state()).expect("deleted");
-    rig.world.put_raw((10..20).map(|id| (format!("key-{id}"), b"not JSON".to_vec())));
-    rig.world.put(20..30, 10);
+    fixture.world.put(0..10, 10);
+    wait_for("rows", || fixture.count("mart") == 10);
+    std::fs::remove_dir_all(fixture.state()).expect("deleted");
+    fixture.world.put_raw((10..20).map(|id| (format!("key-{id}"), b"not JSON".to_vec())));
+    fixture.world.put(20..30, 10);
     assert_eq!(run.wait().code(), Some(1), "{}", text(&log));
     // What was not settled is read again, and its letters are there.
-    rig.catch_up(&file);
+    fixture.catch_up(&file);
     let dead_letters = run_ok_in(&file, &["dlq", "list", "--json", "--pipeline"]);
     assert_eq!(dead_letters.lines().count(), 10, "{dead_letters}");
-    let mart = support::sqlite(&rig.file("mart"));
+    let mart = support::sqlite(&fixture.file("mart"));
     let counts = "SELECT count(*), count(DISTINCT id) FROM rows";
     let counts: (u64, u64) =
         mart.query_row(counts, (), |row| Ok((row.get(0)?, row.get(1)?))).expect("counts");
@@ -627,30 +627,30 @@ fn run_ok_in(file: &PipelineToml, arguments: &[&str]) -> String {
 
 #[test]
 fn fault_43_a_redrive_by_an_older_copy_of_the_state_is_refused() {
-    let rig = Rig::new(1);
+    let fixture = Fixture::new(1);
     let strict = |is_strict: bool| {
-        let endpoint = format!("http://{}", rig.world.address);
+        let endpoint = format!("http://{}", fixture.world.address);
         let trap = if is_strict { "key-3" } else { "nothing" };
         let check = format!("config = {{ trap_on = \"{trap}\", format = \"application/json\" }}");
-        let path = rig.file("mart").display().to_string();
-        PipelineToml::new(rig.world.folder.path(), NAME)
+        let path = fixture.file("mart").display().to_string();
+        PipelineToml::new(fixture.world.folder.path(), NAME)
             .pipeline("rejected_in_a_row = 1000\nrejected_of_last_1000 = 1000")
             .stream(STREAM, &endpoint, "format = \"application/json\"")
             .stage("check", &plugin("hostile"), &check)
             .route_all_to(&["mart"])
             .sink("mart", &format!("type = \"sqlite\"\npath = \"{path}\"\ntable = \"rows\""))
     };
-    rig.world.put(0..100, 10);
-    rig.catch_up(&strict(true));
-    assert_eq!(rig.count("mart"), 90);
-    rig.catch_up(&strict(false));
-    let copy = rig.world.folder.path().join("copy");
-    copy_folder(&rig.state(), &copy);
+    fixture.world.put(0..100, 10);
+    fixture.catch_up(&strict(true));
+    assert_eq!(fixture.count("mart"), 90);
+    fixture.catch_up(&strict(false));
+    let copy = fixture.world.folder.path().join("copy");
+    copy_folder(&fixture.state(), &copy);
     run_ok_in(&strict(false), &["dlq", "redrive", "--all", "--pipeline"]);
-    rig.assert_once("mart", 0..100);
+    fixture.assert_once("mart", 0..100);
 
-    std::fs::remove_dir_all(rig.state()).expect("removed");
-    copy_folder(&copy, &rig.state());
+    std::fs::remove_dir_all(fixture.state()).expect("removed");
+    copy_folder(&copy, &fixture.state());
     let path = strict(false).write();
     let redrive = |more: &[&str]| {
         let again = run(&[&["dlq", "redrive", "--all", "--pipeline", &path], more].concat());
@@ -661,12 +661,12 @@ fn fault_43_a_redrive_by_an_older_copy_of_the_state_is_refused() {
         assert_eq!(code, Some(1), "{said}");
         assert_says(&said, &["older than sink mart", "redriven"]);
     }
-    rig.assert_once("mart", 0..100);
+    fixture.assert_once("mart", 0..100);
     // Nor once the pipeline goes on with the older copy.
     refused(&strict(false), &[]);
     catch_up(&strict(false), &["--trust-sinks"]);
     let (code, said) = redrive(&[]);
     assert_eq!(code, Some(1), "{said}");
     assert_says(&said, &["may have been redriven", "--even-if-redriven"]);
-    rig.assert_once("mart", 0..100);
+    fixture.assert_once("mart", 0..100);
 }

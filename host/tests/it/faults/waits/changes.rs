@@ -6,7 +6,7 @@ use super::{Run, answers_within, rows_file, text_of};
 use crate::faults::dead_letters::Locked;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{postgres, sqlite, wait_for};
-use crate::swap::rig::Rig;
+use crate::swap::fixture::Fixture;
 
 /// A command answers within 10 s, whatever lanes wait for; the rest is a busy machine's.
 const ANSWER_MAX: Duration = Duration::from_secs(12);
@@ -70,77 +70,77 @@ fn is_running(run: &mut Run) -> bool {
 /// A lane that delivers starts the instances meanwhile, and changes once the table is free.
 #[test]
 fn fault_01_a_swap_does_not_break_off_a_delivery_and_names_the_lane_that_waits() {
-    let mut rig = Rig::new(1);
-    rig.timing = "retry_pause = \"50 ms\"".into();
-    let path = rig.write_pipeline();
+    let mut fixture = Fixture::new(1);
+    fixture.timing = "retry_pause = \"50 ms\"".into();
+    let path = fixture.write_pipeline();
     let text = std::fs::read_to_string(&path).expect("the file");
-    rig.start();
-    rig.world.put(0..500, 10);
-    rig.wait_rows(500);
+    fixture.start();
+    fixture.world.put(0..500, 10);
+    fixture.wait_rows(500);
     drop(text);
     // Rows of the key are refused by the table, with a state that is the sink's fault.
     postgres(&format!(
         "CREATE FUNCTION {0}_refuse() RETURNS trigger LANGUAGE plpgsql AS
              $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '53100'; END $$;
          CREATE TRIGGER refuse BEFORE INSERT ON {0} FOR EACH ROW EXECUTE FUNCTION {0}_refuse()",
-        rig.table
+        fixture.table
     ));
-    rig.world.put(500..60_000, 10);
-    wait_for("the sink to be blocked", || rig.log().contains("not now"));
-    let version = rig.version("v2 none");
-    let file = rig.pipeline_file();
+    fixture.world.put(500..60_000, 10);
+    wait_for("the sink to be blocked", || fixture.log().contains("not now"));
+    let version = fixture.version("v2 none");
+    let file = fixture.pipeline_file();
     let swap = ["plugin", "swap", "stamp", &version, "--pipeline", &file, "--json"];
     let answer = answers_within(&swap, ANSWER_MAX);
     assert!(answer.status.success(), "{}", text_of(&answer));
-    postgres(&format!("DROP TRIGGER refuse ON {}", rig.table));
-    rig.wait_rows(60_000);
-    rig.world.put(60_000..60_100, 10);
-    rig.wait_rows(60_100);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..60_100);
-    assert!(rig.rows().iter().any(|row| row.version == "v2"));
+    postgres(&format!("DROP TRIGGER refuse ON {}", fixture.table));
+    fixture.wait_rows(60_000);
+    fixture.world.put(60_000..60_100, 10);
+    fixture.wait_rows(60_100);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..60_100);
+    assert!(fixture.rows().iter().any(|row| row.version == "v2"));
 }
 
 /// A pipeline into `mart`, of PostgreSQL, and into `copy`, of SQLite, which commits after `linger`.
-fn into_two(linger: &str) -> Rig {
-    let mut rig = Rig::new(1);
-    let folder = rig.world.folder.path().display().to_string();
-    rig.routes = "[\"mart\", \"copy\"]".into();
-    rig.more = format!(
+fn into_two(linger: &str) -> Fixture {
+    let mut fixture = Fixture::new(1);
+    let folder = fixture.world.folder.path().display().to_string();
+    fixture.routes = "[\"mart\", \"copy\"]".into();
+    fixture.more = format!(
         "[[sink]]\nname = \"copy\"\ntype = \"sqlite\"\npath = \"{folder}/copy.db\"\ntable = \"rows\"\n\
          create = true\n[sink.commit]\nlinger = \"{linger}\"\n"
     );
-    rig
+    fixture
 }
 
-fn copied(rig: &Rig) -> u64 {
-    let copy = sqlite(&rig.world.folder.path().join("copy.db"));
+fn copied(fixture: &Fixture) -> u64 {
+    let copy = sqlite(&fixture.world.folder.path().join("copy.db"));
     copy.query_row("SELECT count(*) FROM rows", (), |row| row.get(0)).unwrap_or_default()
 }
 
 /// The pipeline's file with one of the two sinks alone.
-fn only(rig: &Rig, stays: &str) {
-    let plain = std::fs::read_to_string(rig.pipeline_file()).expect("the file");
+fn only(fixture: &Fixture, stays: &str) {
+    let plain = std::fs::read_to_string(fixture.pipeline_file()).expect("the file");
     let parts: Vec<&str> = plain.split("[[sink]]").collect();
     let [head, mart, copy] = parts[..] else { panic!("{plain}") };
     let sink = if stays == "mart" { mart } else { copy };
     let head = head.replace("[\"mart\", \"copy\"]", &format!("[\"{stays}\"]"));
-    std::fs::write(rig.pipeline_file(), format!("{head}[[sink]]{sink}")).expect("written");
+    std::fs::write(fixture.pipeline_file(), format!("{head}[[sink]]{sink}")).expect("written");
 }
 
 /// The sink hangs in a commit behind a locked table: nothing shows it as blocked for long. A reload said that it was
 /// made, and was undone when the lanes were let go.
 #[test]
 fn fault_13_a_reload_that_takes_away_a_sink_which_is_behind_is_refused_at_once() {
-    let mut rig = into_two("50 ms");
-    rig.start();
-    rig.world.put(0..100, 10);
-    rig.wait_rows(100);
-    let lock = Locked::table(&rig.table);
-    rig.world.put(100..200, 10);
-    wait_for("the other sink to have all", || copied(&rig) == 200);
-    only(&rig, "copy");
-    let file = rig.pipeline_file();
+    let mut fixture = into_two("50 ms");
+    fixture.start();
+    fixture.world.put(0..100, 10);
+    fixture.wait_rows(100);
+    let lock = Locked::table(&fixture.table);
+    fixture.world.put(100..200, 10);
+    wait_for("the other sink to have all", || copied(&fixture) == 200);
+    only(&fixture, "copy");
+    let file = fixture.pipeline_file();
     for command in
         [&["reload", &file, "--dry-run"][..], &["check", &file, "--diff"], &["reload", &file]]
     {
@@ -152,58 +152,58 @@ fn fault_13_a_reload_that_takes_away_a_sink_which_is_behind_is_refused_at_once()
         }
         assert!(!text.contains("reloaded: generation"), "{command:?}: {text}");
     }
-    let process = rig.process_id().to_string();
+    let process = fixture.process_id().to_string();
     let asked = std::process::Command::new("kill").args(["-HUP", &process]).status();
     assert!(asked.expect("kill runs").success());
-    wait_for("the signal's reload to be refused", || rig.log().contains("not reloaded:"));
+    wait_for("the signal's reload to be refused", || fixture.log().contains("not reloaded:"));
     // Nothing of it was ever in force.
-    let outcomes: Vec<_> = rig.history().iter().map(|one| one["outcome"].clone()).collect();
-    assert_eq!(outcomes, ["refused", "refused"], "{}", rig.log());
-    assert!(!rig.log().contains("a change was undone"), "{}", rig.log());
+    let outcomes: Vec<_> = fixture.history().iter().map(|one| one["outcome"].clone()).collect();
+    assert_eq!(outcomes, ["refused", "refused"], "{}", fixture.log());
+    assert!(!fixture.log().contains("a change was undone"), "{}", fixture.log());
 
     drop(lock);
-    rig.wait_rows(200);
+    fixture.wait_rows(200);
     let answer = answers_within(&["reload", &file], ANSWER_MAX);
     let text = text_of(&answer);
     assert!(answer.status.success() && text.contains("reloaded: generation"), "{text}");
-    rig.world.put(200..300, 10);
-    wait_for("more rows of the sink that stays", || copied(&rig) == 300);
-    rig.stop();
-    assert_eq!(rig.rows().len(), 200);
+    fixture.world.put(200..300, 10);
+    wait_for("more rows of the sink that stays", || copied(&fixture) == 300);
+    fixture.stop();
+    assert_eq!(fixture.rows().len(), 200);
 }
 
 /// It has what the others have in hand, for a larger commit: it must not be refused for that.
 #[test]
 fn fault_13_a_sink_that_gathers_rows_for_long_can_be_taken_away() {
-    let mut rig = into_two("30 min");
-    rig.start();
-    rig.world.put(0..100, 10);
-    rig.wait_rows(100);
-    only(&rig, "mart");
-    let file = rig.pipeline_file();
+    let mut fixture = into_two("30 min");
+    fixture.start();
+    fixture.world.put(0..100, 10);
+    fixture.wait_rows(100);
+    only(&fixture, "mart");
+    let file = fixture.pipeline_file();
     let answer = answers_within(&["reload", &file], ANSWER_MAX);
     let text = text_of(&answer);
     assert!(answer.status.success() && text.contains("- sink copy"), "{text}");
-    assert_eq!(copied(&rig), 100, "{}", rig.log());
-    rig.world.put(100..200, 10);
-    rig.wait_rows(200);
-    rig.stop();
-    assert_eq!(copied(&rig), 100);
-    rig.assert_each_once_as_the_ledger_says(0..200);
+    assert_eq!(copied(&fixture), 100, "{}", fixture.log());
+    fixture.world.put(100..200, 10);
+    fixture.wait_rows(200);
+    fixture.stop();
+    assert_eq!(copied(&fixture), 100);
+    fixture.assert_each_once_as_the_ledger_says(0..200);
 }
 
 /// Looks at the tables, what sinks take back and the lanes each had 8 s: together more than is promised.
 #[test]
 fn fault_01_a_reload_beside_a_locked_table_answers_in_time() {
-    let mut rig = into_two("50 ms");
-    rig.start();
-    rig.world.put(0..100, 10);
-    rig.wait_rows(100);
-    wait_for("the copy", || copied(&rig) == 100);
-    let lock = Locked::table(&rig.table);
-    rig.world.put(100..200, 10);
-    wait_for("the other sink to have all", || copied(&rig) == 200);
-    let file = rig.pipeline_file();
+    let mut fixture = into_two("50 ms");
+    fixture.start();
+    fixture.world.put(0..100, 10);
+    fixture.wait_rows(100);
+    wait_for("the copy", || copied(&fixture) == 100);
+    let lock = Locked::table(&fixture.table);
+    fixture.world.put(100..200, 10);
+    wait_for("the other sink to have all", || copied(&fixture) == 200);
+    let file = fixture.pipeline_file();
     let plain = std::fs::read_to_string(&file).expect("the file");
     let larger = plain.replacen("[pipeline]", "[pipeline]\nbuffer = \"64 MiB\"", 1);
     std::fs::write(&file, larger).expect("written");
@@ -216,7 +216,7 @@ fn fault_01_a_reload_beside_a_locked_table_answers_in_time() {
         assert!(is_said, "{command:?}: {text}");
     }
     drop(lock);
-    rig.wait_rows(200);
-    rig.stop();
-    rig.assert_each_once_as_the_ledger_says(0..200);
+    fixture.wait_rows(200);
+    fixture.stop();
+    fixture.assert_each_once_as_the_ledger_says(0..200);
 }

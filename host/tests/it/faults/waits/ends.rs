@@ -9,7 +9,7 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::world::{Pipeline, STREAM, World};
 use crate::support::{postgres, postgres_url, sqlite, wait_for};
-use crate::swap::rig::Rig;
+use crate::swap::fixture::Fixture;
 
 /// The time of an end with [`SHORT_DRAIN`].
 const END_MAX: Duration = Duration::from_secs(1 + SLACK.as_secs());
@@ -361,22 +361,22 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
 
 #[test]
 fn fault_01_a_shadow_is_at_most_a_day_and_ends_with_the_pipeline() {
-    let mut rig = Rig::new(1);
-    rig.timing = "drain = \"1 s\"".into();
-    rig.start();
-    rig.world.put(0..100, 10);
-    rig.wait_rows(100);
-    let version = rig.version("v2 none");
-    let file = rig.pipeline_file();
+    let mut fixture = Fixture::new(1);
+    fixture.timing = "drain = \"1 s\"".into();
+    fixture.start();
+    fixture.world.put(0..100, 10);
+    fixture.wait_rows(100);
+    let version = fixture.version("v2 none");
+    let file = fixture.pipeline_file();
     let swap = ["plugin", "swap", "stamp", &version, "--pipeline", &file, "--shadow"];
     let refused = answers_within(&[&swap[..], &["2 days"]].concat(), SLACK);
     assert!(text_of(&refused).contains("at most one day"), "{}", text_of(&refused));
     let mut shadow = crate::support::shardmill(&[&swap[..], &["1 h"]].concat());
     let shadow = shadow.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("started");
     let mut shadow = crate::support::Process(shadow);
-    wait_for("the trial", || rig.log().contains("step=trial"));
+    wait_for("the trial", || fixture.log().contains("step=trial"));
     let begun = std::time::Instant::now();
-    rig.stop();
+    fixture.stop();
     assert!(begun.elapsed() < END_MAX, "{:?}", begun.elapsed());
     shadow.wait();
     let mut said = String::new();

@@ -189,7 +189,7 @@ fn wall_11_a_component_that_ran_before_is_named_at_the_start_with_the_way_out() 
 
 #[test]
 fn wall_11_the_bundled_plugins_are_made_of_few_parts() {
-    for name in ["car-decode", "car-transform", "csv-decode", "hostile", "nosy", "route-json"] {
+    for name in ["car-decode", "car-transform", "csv-decode", "hostile", "probe", "route-json"] {
         super::assert_parts_fit(Path::new(&plugin(name)));
     }
 }

@@ -21,14 +21,14 @@ const JSON: &str = r#"(data (i32.const 48) "application/json")
     "\20\00\00\00\03\00\00\00\30\00\00\00\10\00\00\00\04\00\00\00\00\00\00\00")"#;
 
 /// A world of two shards with a row of each of 20 keys, and a pipeline whose stage is the guest.
-struct Rig {
+struct Fixture {
     world: World,
     _plugin: tempfile::NamedTempFile,
     file: String,
     port: u16,
 }
 
-impl Rig {
+impl Fixture {
     fn new(guest: &Guest<'_>, world_name: &str, grant: &str) -> Self {
         let world = World::new(2);
         world.put(0..20, 20);
@@ -58,33 +58,33 @@ impl Rig {
 
 #[test]
 fn wall_08_one_lane_whose_stages_do_not_start_is_blocked_and_the_others_go_on() {
-    let rig = Rig::new(&Guest { configure: IN_SHARD_0, ..Guest::default() }, "plugin", "");
-    let mut run = rig.start();
+    let fixture = Fixture::new(&Guest { configure: IN_SHARD_0, ..Guest::default() }, "plugin", "");
+    let mut run = fixture.start();
     wait_for("the lane to be blocked", || {
-        let (log, ready) = (rig.log(), http_get(rig.port, "/health/ready"));
+        let (log, ready) = (fixture.log(), http_get(fixture.port, "/health/ready"));
         let is_named = log.contains("stage start (plugin hostile 1, ");
         ready.contains("503") && is_named && log.contains("blocked")
     });
-    wait_for("the other lane's rows", || rig.world.rows() > 0);
-    let before = rig.world.rows();
+    wait_for("the other lane's rows", || fixture.world.rows() > 0);
+    let before = fixture.world.rows();
     assert!(before < 20, "both shards have rows");
     // It goes on with what comes, and ends when asked.
-    rig.world.put(20..60, 40);
-    rig.world.wait_rows(before + 1);
-    assert!(run.0.try_wait().expect("a state").is_none(), "{}", rig.log());
-    assert_eq!(run.terminate(), Some(0), "{}", rig.log());
+    fixture.world.put(20..60, 40);
+    fixture.world.wait_rows(before + 1);
+    assert!(run.0.try_wait().expect("a state").is_none(), "{}", fixture.log());
+    assert_eq!(run.terminate(), Some(0), "{}", fixture.log());
 }
 
 #[test]
 fn wall_08_a_revision_that_starts_nowhere_is_refused_at_the_first_start() {
-    let rig = Rig::new(&Guest { configure: IN_EVERY_SHARD, ..Guest::default() }, "plugin", "");
-    let mut run = rig.start();
-    assert_eq!(run.wait().code(), Some(1), "{}", rig.log());
-    let log = rig.log();
+    let fixture = Fixture::new(&Guest { configure: IN_EVERY_SHARD, ..Guest::default() }, "plugin", "");
+    let mut run = fixture.start();
+    assert_eq!(run.wait().code(), Some(1), "{}", fixture.log());
+    let log = fixture.log();
     for expected in ["stage start (plugin hostile 1, ", "does not start: configure trapped"] {
         assert!(log.contains(expected), "{expected}: {log}");
     }
-    assert_eq!(rig.world.rows(), 0);
+    assert_eq!(fixture.world.rows(), 0);
 }
 
 /// `configure` fails for some seconds, by the clock: it may ask no server.
@@ -101,11 +101,11 @@ fn wall_08_a_start_that_fails_for_a_while_is_retried() {
         configure: &configure,
         ..Guest::default()
     };
-    let rig = Rig::new(&guest, "plugin-with-capabilities", "grant = { clock = true }");
-    let run = rig.start();
-    wait_for("the lane to be tried again", || rig.log().contains("they are tried again"));
-    rig.world.wait_rows(20);
-    rig.world.assert_each_once_in_order(20);
-    wait_for("the lane to be well", || http_get(rig.port, "/health/ready").contains("200 OK"));
-    assert_eq!(run.terminate(), Some(0), "{}", rig.log());
+    let fixture = Fixture::new(&guest, "plugin-with-capabilities", "grant = { clock = true }");
+    let run = fixture.start();
+    wait_for("the lane to be tried again", || fixture.log().contains("they are tried again"));
+    fixture.world.wait_rows(20);
+    fixture.world.assert_each_once_in_order(20);
+    wait_for("the lane to be well", || http_get(fixture.port, "/health/ready").contains("200 OK"));
+    assert_eq!(run.terminate(), Some(0), "{}", fixture.log());
 }

@@ -221,7 +221,7 @@ fn wall_04_dead_letters_of_many_items_occupy_what_they_are_bounded_by() {
 #[test]
 fn wall_02_a_search_occupies_no_more_than_one_answer_may() {
     const RECORDS: usize = 240;
-    for (misdeed, lines) in [
+    for (fault, lines) in [
         ("a row of a mebibyte each", "share_payload_on = \"a\", many = 1"),
         ("an answer of 2 MB each", "flood_on = \"a\", flood_bytes = 2000000"),
         ("10,000 rows each", "many_on = \"a\", many = 10000"),
@@ -239,8 +239,8 @@ fn wall_02_a_search_occupies_no_more_than_one_answer_may() {
         let path = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"").write();
         let mut command = shardmill(&["run", &path, "--until-caught-up"]);
         let (output, peak) = output_and_peak(&mut command);
-        assert!(output.status.success(), "{misdeed}: {}", String::from_utf8_lossy(&output.stderr));
-        assert_peak_below(peak, bound(8, 8, 1, 1), misdeed);
+        assert!(output.status.success(), "{fault}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_peak_below(peak, bound(8, 8, 1, 1), fault);
     }
 }
 

@@ -22,7 +22,7 @@ pub struct Stamped {
     pub version: String,
 }
 
-pub struct Rig {
+pub struct Fixture {
     pub world: World,
     pub table: String,
     run: Option<Process>,
@@ -38,13 +38,13 @@ pub struct Rig {
     pub routes: String,
 }
 
-impl Rig {
+impl Fixture {
     /// With a stage of version `v1`, whose plugin's file is the world's `stage.wasm`.
     pub fn new(shards: u32) -> Self {
         static TABLES: AtomicU64 = AtomicU64::new(0);
         let number = TABLES.fetch_add(1, Ordering::Relaxed);
         let table = format!("stamped_{}_{number}", std::process::id());
-        let rig = Self {
+        let fixture = Self {
             world: World::new(shards),
             table,
             run: None,
@@ -54,8 +54,8 @@ impl Rig {
             mode: String::new(),
             routes: "[\"mart\"]".into(),
         };
-        std::fs::write(rig.stage_file(), stamp("v1 none")).expect("written");
-        rig
+        std::fs::write(fixture.stage_file(), stamp("v1 none")).expect("written");
+        fixture
     }
 
     pub fn stage_file(&self) -> PathBuf {
@@ -254,7 +254,7 @@ impl Rig {
     }
 }
 
-impl Drop for Rig {
+impl Drop for Fixture {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("the run's log:\n{}", self.log());

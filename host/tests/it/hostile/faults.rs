@@ -10,13 +10,13 @@ use shardmill_state::DeadLetteredItems;
 use super::lane::{LIMITS, Lane, RECORDS, batch, fine, of_kind, payloads, position, sum};
 
 /// The misdeed's three culprits alone are dead-lettered; all others are delivered, in order.
-fn assert_culprits_alone(misdeed: &str, reason: &str) {
-    Lane::hostile(misdeed).assert_culprits_alone(&[0, 499, 999], reason);
+fn assert_culprits_alone(fault: &str, reason: &str) {
+    Lane::hostile(fault).assert_culprits_alone(&[0, 499, 999], reason);
 }
 
 /// The same where a record makes many rows.
-fn after_work(misdeed: &str, reason: &str) {
-    Lane::patient(misdeed).assert_culprits_alone(&[0, 499, 999], reason);
+fn after_work(fault: &str, reason: &str) {
+    Lane::patient(fault).assert_culprits_alone(&[0, 499, 999], reason);
 }
 
 #[test]
@@ -80,7 +80,7 @@ fn a_lasting_failure_is_the_guilty_records_alone() {
 
 #[test]
 fn a_broken_contract_is_a_trap() {
-    for misdeed in [
+    for fault in [
         "bad_span_on",
         "overflow_span_on",
         "bad_route_on",
@@ -91,7 +91,7 @@ fn a_broken_contract_is_a_trap() {
         "bad_reject_on",
         "cut_short_on",
     ] {
-        assert_culprits_alone(&format!(r#"{misdeed} = "bad""#), "broke its contract");
+        assert_culprits_alone(&format!(r#"{fault} = "bad""#), "broke its contract");
     }
 }
 
@@ -118,9 +118,9 @@ fn too_many_outputs_are_the_guilty_records_alone() {
 
 #[test]
 fn rows_that_share_their_bytes_count_in_full() {
-    for misdeed in ["share_payload_on", "share_key_on"] {
+    for fault in ["share_payload_on", "share_key_on"] {
         let due = "outputs of more than 4194304 bytes in all";
-        after_work(&format!("{misdeed} = \"bad\"\nmany = 8"), due);
+        after_work(&format!("{fault} = \"bad\"\nmany = 8"), due);
     }
 }
 
@@ -212,14 +212,14 @@ fn when_all_fail_for_now_the_lane_blocks() {
 #[test]
 fn a_broken_plugin_drains_no_stream_into_the_dead_letters() {
     let limits = RejectedMax { of_last_1000: 20, in_a_row: 10 };
-    for misdeed in ["trap_on", "reject_on"] {
-        let mut lane = Lane::within(LIMITS, &format!(r#"{misdeed} = """#), limits);
+    for fault in ["trap_on", "reject_on"] {
+        let mut lane = Lane::within(LIMITS, &format!(r#"{fault} = """#), limits);
         match lane.run(&payloads(&[])) {
             Err(Blocked::Broken(cause)) => {
                 assert!(cause.contains("stage misbehave (plugin hostile 0.1.0, "), "{cause}");
                 assert!(cause.contains("the last reason: "), "{cause}");
             }
-            other => panic!("{misdeed}: {other:?}"),
+            other => panic!("{fault}: {other:?}"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `plugins/nosy` in the real binary: what a plugin asks of the host is granted, bounded, and shown
+//! `plugins/probe` in the real binary: what a plugin asks of the host is granted, bounded, and shown
 //! as its own.
 
 use std::fs::File;
@@ -13,7 +13,7 @@ use crate::support::{Process, free_port, http_get, serve_stream, shardmill, wait
 /// Lines that one call of `log-flood` writes.
 const FLOOD_LINES: u64 = 1_000_000;
 
-/// A pipeline whose stage `ask` is the nosy plugin, and a file of wishes.
+/// A pipeline whose stage `ask` is the probe plugin, and a file of wishes.
 struct Asked {
     folder: tempfile::TempDir,
 }
@@ -34,9 +34,9 @@ impl Asked {
              grant = {{ log = true, metrics = true, clock = true, random = true }}\n\
              [stage.limits]\n{limits}"
         );
-        PipelineToml::new(self.folder.path(), "nosy")
+        PipelineToml::new(self.folder.path(), "probe")
             .table(&format!("[source]\n{source}"))
-            .stage("ask", "nosy", &stage)
+            .stage("ask", "probe", &stage)
             .plain_sink("console", "type = \"stdout\"")
             .table(more)
             .write();
@@ -56,7 +56,7 @@ impl Asked {
 
     /// The reasons of the dead letters, in order.
     fn dead_letters(&self) -> Vec<String> {
-        let state = crate::support::sqlite(&self.folder.path().join("state/nosy/state.db"));
+        let state = crate::support::sqlite(&self.folder.path().join("state/probe/state.db"));
         let sql = "SELECT reason FROM dead_letter ORDER BY sequence";
         let mut query = state.prepare(sql).expect("the dead letters");
         let reasons = query.query_map((), |row| row.get(0)).expect("rows");
@@ -71,17 +71,17 @@ fn lines_are_tagged_and_escaped_and_go_by_their_level() {
     assert_eq!(rows, ["log-levels"]);
     let tags = r#"stage=ask version="0.1.0" shard="file-000000000000""#;
     for line in [
-        "ERROR nosy says Level::Error",
-        " WARN nosy says Level::Warn",
-        " INFO nosy says Level::Info",
+        "ERROR probe says Level::Error",
+        " WARN probe says Level::Warn",
+        " INFO probe says Level::Info",
     ] {
         assert!(log.contains(&format!("{line} {tags}")), "{line}: {log}");
     }
     assert!(
-        !log.contains("nosy says Level::Debug") && !log.contains("nosy says Level::Trace"),
+        !log.contains("probe says Level::Debug") && !log.contains("probe says Level::Trace"),
         "{log}"
     );
-    assert!(log.contains("nosy\\nhas two lines\\u{1b}[2J"), "{log}");
+    assert!(log.contains("probe\\nhas two lines\\u{1b}[2J"), "{log}");
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn a_flood_of_lines_is_cut_to_its_limit_and_counted() {
     );
     let (rows, log) = asked.run();
     assert_eq!(rows, ["before", "log-flood", "after"]);
-    let shown = log.lines().filter(|line| line.contains("nosy floods")).count() as u64;
+    let shown = log.lines().filter(|line| line.contains("probe floods")).count() as u64;
     assert!(shown >= 4, "{log}");
     let dropped = log.lines().filter_map(|line| {
         let (before, _) = line.split_once(" lines dropped: more than 5 a second")?;
@@ -142,15 +142,15 @@ fn metrics_are_shown_by_stage_and_odd_ones_are_refused() {
     assert_eq!(run.terminate(), Some(0));
 
     for due in [
-        r#"shardmill_plugin_nosy_seen{stage="ask"} 4"#,
-        r#"shardmill_plugin_nosy_longest{stage="ask"} 19"#,
-        r#"shardmill_plugin_nosy_sizes_count{stage="ask"} 4"#,
-        r#"shardmill_plugin_nosy_sizes_sum{stage="ask"} 62"#,
-        "# HELP shardmill_plugin_nosy_seen records that nosy has seen",
+        r#"shardmill_plugin_probe_seen{stage="ask"} 4"#,
+        r#"shardmill_plugin_probe_longest{stage="ask"} 19"#,
+        r#"shardmill_plugin_probe_sizes_count{stage="ask"} 4"#,
+        r#"shardmill_plugin_probe_sizes_sum{stage="ask"} 62"#,
+        "# HELP shardmill_plugin_probe_seen records that probe has seen",
     ] {
         assert!(metrics.contains(due), "{due}: {metrics}");
     }
-    assert!(!metrics.contains("nosy_late"), "{metrics}");
+    assert!(!metrics.contains("probe_late"), "{metrics}");
     let rows = rows();
     assert!(rows[0].contains("configure"), "{}", rows[0]);
     // Six wrong names; of 100 good ones 71 too many, for three of the 32 are taken; one of two kinds.

@@ -18,7 +18,7 @@ const HUGE_LINE_BYTES: usize = 100 << 20;
 const METRICS: u32 = 100;
 
 /// The plugin.
-pub struct Nosy {
+pub struct Probe {
     seen: Counter,
     longest: Gauge,
     sizes: Histogram,
@@ -27,20 +27,20 @@ pub struct Nosy {
     refusals: Vec<String>,
 }
 
-impl Plugin for Nosy {
+impl Plugin for Probe {
     type Config = NoConfig;
 
     fn configure(_: NoConfig, _: &Context) -> Result<(Self, Descriptor), Error> {
-        let nosy = Self {
-            seen: Counter::register("nosy_seen", "records that nosy has seen")?,
-            longest: Gauge::register("nosy_longest", "bytes of the longest record")?,
-            sizes: Histogram::register("nosy_sizes", "bytes of records")?,
+        let probe = Self {
+            seen: Counter::register("probe_seen", "records that probe has seen")?,
+            longest: Gauge::register("probe_longest", "bytes of the longest record")?,
+            sizes: Histogram::register("probe_sizes", "bytes of records")?,
             longest_bytes: 0.0,
             refusals: refusals(),
         };
-        log::write(Level::Info, "nosy is configured");
+        log::write(Level::Info, "probe is configured");
         let descriptor = Descriptor::new(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
-        Ok((nosy, descriptor.route(Route::new("out", "text/plain"))))
+        Ok((probe, descriptor.route(Route::new("out", "text/plain"))))
     }
 
     fn record(&mut self, record: &Record<'_>, out: &mut Emitter<'_>) -> Result<(), Error> {
@@ -52,19 +52,19 @@ impl Plugin for Nosy {
         match record.payload() {
             b"log-levels" => {
                 for level in [Level::Error, Level::Warn, Level::Info, Level::Debug, Level::Trace] {
-                    log::write(level, &format!("nosy says {level:?}"));
+                    log::write(level, &format!("probe says {level:?}"));
                 }
-                log::write(Level::Warn, "nosy\nhas two lines\u{1b}[2J");
+                log::write(Level::Warn, "probe\nhas two lines\u{1b}[2J");
             }
             b"log-flood" => {
                 for line in 0..FLOOD_LINES {
-                    log::write(Level::Warn, &format!("nosy floods {line}"));
+                    log::write(Level::Warn, &format!("probe floods {line}"));
                 }
             }
             b"log-huge" => log::write(Level::Warn, &"x".repeat(HUGE_LINE_BYTES)),
             b"log-no-utf8" => log::write(Level::Warn, &no_utf8()),
             b"metric-late" => {
-                let late = Counter::register("nosy_late", "announced in process").err();
+                let late = Counter::register("probe_late", "announced in process").err();
                 out.emit_json(0, &late.map(|error| format!("{error:?}")))?;
                 return Ok(());
             }
@@ -94,15 +94,15 @@ impl Plugin for Nosy {
     }
 }
 
-shardmill_sdk::export!(Nosy);
+shardmill_sdk::export!(Probe);
 
 /// Asks for metrics that no plugin may have; gives the host's answers.
 fn refusals() -> Vec<String> {
     let wrong = ["", "Upper", "1st", "with-dash", "with space", &"x".repeat(65)];
-    let many: Vec<String> = (0..METRICS).map(|number| format!("nosy_{number}")).collect();
+    let many: Vec<String> = (0..METRICS).map(|number| format!("probe_{number}")).collect();
     let asked = wrong.iter().copied().chain(many.iter().map(String::as_str));
     let refused = asked.filter_map(|name| Counter::register(name, "").err());
-    let kind = Gauge::register("nosy_seen", "a counter already").err();
+    let kind = Gauge::register("probe_seen", "a counter already").err();
     refused.chain(kind).map(|error| format!("{error:?}")).collect()
 }
 
