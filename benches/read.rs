@@ -113,11 +113,11 @@ async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
     let host = PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
     let supervisor =
         Supervisor::prepare(config, host, Arc::new(source), vec![sink], options).await?;
-    let (board, stop) = (supervisor.board(), CancellationToken::new());
+    let (statuses, stop) = (supervisor.statuses(), CancellationToken::new());
     let begun = Instant::now();
     let running = tokio::spawn(supervisor.run(stop.clone()));
     loop {
-        let read: u64 = board.snapshot().values().map(|status| status.records_read).sum();
+        let read: u64 = statuses.snapshot().values().map(|status| status.records_read).sum();
         if read >= RECORDS {
             ensure!(read == RECORDS, "{read} records read, {RECORDS} were put");
             break;

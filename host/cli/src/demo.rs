@@ -19,7 +19,7 @@ use shardmill_config::PipelineConfig;
 use shardmill_core::boxed;
 use shardmill_core::record::StreamRef;
 use shardmill_embedded::EmbeddedStream;
-use shardmill_engine::lane::Board;
+use shardmill_engine::lane::StatusRegistry;
 use shardmill_engine::supervisor::RunOptions;
 use shardmill_kinesis::producer::Producer;
 use shardmill_kinesis::put_call::NewRecord;
@@ -89,14 +89,14 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     ));
     let run_options = RunOptions { embedded_plugin: bundled_plugin, ..RunOptions::new(true) };
     let supervisor = run::prepare(config.clone(), source, run_options).await?;
-    let (board, dead_letters) = (supervisor.board(), supervisor.dead_letters());
+    let (statuses, dead_letters) = (supervisor.statuses(), supervisor.dead_letters());
     let stop = signals::stop_on_signals(config.timing.drain_max)?;
     // Its rows go to standard output: a reader such as `head` may have enough of them.
     run::ask_when_closed(&stop);
     supervisor.run_until(stop).await?;
 
     stream::delete(&client, &kinesis.stream.value, std::time::Duration::from_secs(30)).await?;
-    let report = report(&data, &board, &dead_letters).await?;
+    let report = report(&data, &statuses, &dead_letters).await?;
     say(&report, console);
     console.report(&report)
 }
@@ -168,13 +168,13 @@ async fn publish(
     Ok(producer.flush().await?)
 }
 
-async fn report(data: &Path, board: &Board, dead_letters: &DeadLetters) -> anyhow::Result<Report> {
+async fn report(data: &Path, statuses: &StatusRegistry, dead_letters: &DeadLetters) -> anyhow::Result<Report> {
     let mart = data.join("cars.db");
     let rows = rusqlite::Connection::open(&mart)
         .and_then(|mart| mart.query_row("SELECT count(*) FROM cars", [], |row| row.get(0)))
         .with_context(|| format!("failed to read {}", mart.display()))?;
     let logs = data.join("logs");
-    let shards = board.snapshot();
+    let shards = statuses.snapshot();
     Ok(Report {
         shards: shards
             .iter()

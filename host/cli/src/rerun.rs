@@ -87,11 +87,11 @@ pub(super) async fn rerun(
     let built = sinks::build(&own)?;
     let options = RunOptions::new(true);
     let supervisor = Supervisor::prepare_under(lock, own, host, source, built, options).await?;
-    let (board, dead_letters) = (supervisor.board(), supervisor.dead_letters());
+    let (statuses, dead_letters) = (supervisor.statuses(), supervisor.dead_letters());
     supervisor.run_until(stop.clone()).await?;
     ensure!(!stop.is_asked(), "stopped: the same command goes on where it was");
     std::fs::write(folder(config, undone.number).join(DONE), "")?;
-    let records = board.snapshot().values().map(|status| status.records_read).sum();
+    let records = statuses.snapshot().values().map(|status| status.records_read).sum();
     let report =
         RerunReport { records, dead_letters: dead_letters.count().await?, sinks: sinks_shown, gone };
     say(&report, undone, console);

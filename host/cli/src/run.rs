@@ -128,7 +128,7 @@ async fn start(
     let control = Control {
         swapper: pipeline.swapper(),
         read_config: read_config.clone(),
-        board: pipeline.board(),
+        statuses: pipeline.statuses(),
     };
     let port = ControlPort::open(pipeline.folder(), watched.timing.http).await?;
     let control_stop = stop.token().child_token();
@@ -139,7 +139,7 @@ async fn start(
             console.say(format!("admin token, for changes: in {}", path.display()));
         }
         let access = Access::of(&admin_config, Some(port.token()));
-        admin.serve(run.boards(), Some(control.clone()), access, stop.token().clone());
+        admin.serve(run.registries(), Some(control.clone()), access, stop.token().clone());
     }
     port.serve(control.clone(), control_stop.clone());
     if watched.reload.watch {
@@ -156,7 +156,7 @@ impl Ready {
         let Self { hangup, run, control, control_stop, intake, _embedded } = self;
         reload_on_hangup(hangup, control, control_stop.clone());
         let pipeline = run.pipeline();
-        let (board, dead_letters) = (pipeline.board(), pipeline.dead_letters());
+        let (statuses, dead_letters) = (pipeline.statuses(), pipeline.dead_letters());
         // Of its own, so that it ends as well when the pipeline ends by itself.
         let intake_stop = stop.child();
         let intake = intake.map(|(port, writer)| {
@@ -177,7 +177,7 @@ impl Ready {
             intake.finished(&intake_stop).await;
         }
         ran?;
-        let Some(summary) = stop.until_over(RunSummary::of(&board, &dead_letters)).await else {
+        let Some(summary) = stop.until_over(RunSummary::of(&statuses, &dead_letters)).await else {
             return Ok(());
         };
         let summary = summary?;

@@ -255,9 +255,9 @@ impl Pipeline {
             return Ok(RunSummary::default());
         };
         let run = run?;
-        let (board, dead_letters) = (run.pipeline().board(), run.pipeline().dead_letters());
+        let (statuses, dead_letters) = (run.pipeline().statuses(), run.pipeline().dead_letters());
         Box::pin(run.run(&stop)).await?;
-        let counted = stop.until_over(RunSummary::of(&board, &dead_letters)).await;
+        let counted = stop.until_over(RunSummary::of(&statuses, &dead_letters)).await;
         Ok(counted.context("the dead letters were not counted within the time of the end")??)
     }
 

@@ -6,7 +6,7 @@
 
 mod acquire;
 pub mod agreement;
-mod board;
+mod status;
 mod change;
 mod checkpointer;
 mod lag;
@@ -24,7 +24,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 pub use acquire::RevisionStore;
-pub use board::{Board, LaneChange, ShardStatus, WaitingLane};
+pub use status::{StatusRegistry, LaneChange, ShardStatus, WaitingLane};
 pub(crate) use memory::show_waits;
 pub(crate) use starts::Starts;
 
@@ -110,7 +110,7 @@ pub(crate) struct Shared {
     /// What sinks' buffers may hold.
     pub budget: Budget,
     /// What is shown of the lanes.
-    pub board: Board,
+    pub statuses: StatusRegistry,
     /// Whether stages have started in any lane.
     pub starts: Starts,
     /// What entered the stages of late.
@@ -157,7 +157,7 @@ impl Shared {
                 self.dead_letters.set_bound(config.dead_letters_bytes_max);
                 self.dead_letters.clone()
             },
-            board: self.board.clone(),
+            statuses: self.statuses.clone(),
             starts: self.starts.clone(),
             samples: match config.reload.samples == self.config.reload.samples {
                 true => self.samples.clone(),
@@ -313,7 +313,7 @@ impl Lane<'_> {
     fn show_wait(&self, cause: Option<String>) {
         match cause {
             Some(cause) => self.block("source", &cause),
-            None => self.shared.board.unblock(&self.shard.shard, "source"),
+            None => self.shared.statuses.unblock(&self.shard.shard, "source"),
         }
     }
 
@@ -328,7 +328,7 @@ impl Lane<'_> {
         caught_up_ms: Option<i64>,
     ) -> Result<(), LaneError> {
         let is_committed = self.is_committed();
-        self.shared.board.update(&self.shard.shard, |status| {
+        self.shared.statuses.update(&self.shard.shard, |status| {
             status.idle_reads += 1;
             status.behind_ms = behind_ms;
             status.is_committed = is_committed;
@@ -338,7 +338,7 @@ impl Lane<'_> {
         }
         if behind_ms == 0 {
             let now_ms = chrono::Utc::now().timestamp_millis();
-            self.shared.board.lag(&self.shard.shard, |lag| lag.shard.quiet(now_ms));
+            self.shared.statuses.lag(&self.shard.shard, |lag| lag.shard.quiet(now_ms));
         }
         let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return Ok(()) };
         self.read_up_to_ms = Some(now_ms);
@@ -412,7 +412,7 @@ impl Lane<'_> {
     ) -> Result<(Arc<Batch>, Option<Batch>), LaneError> {
         self.swap_pause.resume();
         if let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) {
-            self.shared.board.lag(&self.shard.shard, |lag| {
+            self.shared.statuses.lag(&self.shard.shard, |lag| {
                 lag.shard.read(&batch.range.to_inclusive, first.arrived_ms, last.arrived_ms);
             });
         }
@@ -466,9 +466,9 @@ impl Lane<'_> {
                     self.chain = Some(chain);
                     match outcome {
                         Ok(outcome) => {
-                            self.shared.board.unblock(&self.shard.shard, STAGES);
-                            self.shared.board.unblock(&self.shard.shard, RETRIES);
-                            self.shared.board.unblock(&self.shard.shard, STARVED);
+                            self.shared.statuses.unblock(&self.shard.shard, STAGES);
+                            self.shared.statuses.unblock(&self.shard.shard, RETRIES);
+                            self.shared.statuses.unblock(&self.shard.shard, STARVED);
                             return Ok(Ran::All(outcome));
                         }
                         Err(Blocked::Stopped(dead_letters)) => {
@@ -536,7 +536,7 @@ impl Lane<'_> {
             let read = self.shared.dead_letters.dead_lettered_within(&self.shard, range);
             match self.unless_stopped(read).await? {
                 Ok(dead_lettered) => {
-                    self.shared.board.unblock(&self.shard.shard, DEAD_LETTERS);
+                    self.shared.statuses.unblock(&self.shard.shard, DEAD_LETTERS);
                     return Ok(dead_lettered);
                 }
                 Err(error) if error.is_final() => return Err(error.into()),
@@ -556,7 +556,7 @@ impl Lane<'_> {
         let kept = self.shared.dead_letters.put(&batch.shard, dead_letters, false);
         match self.stop.until_over(kept).await {
             Some(Ok(_)) => {
-                self.shared.board.update(&self.shard.shard, |status| status.dead_letters += found);
+                self.shared.statuses.update(&self.shard.shard, |status| status.dead_letters += found);
                 metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => "stages").increment(found);
             }
             Some(Err(error)) => {
@@ -592,8 +592,8 @@ impl Lane<'_> {
                 }
             }
         };
-        self.shared.board.unblock(&self.shard.shard, SEARCH);
-        self.shared.board.unblock(&self.shard.shard, CALL);
+        self.shared.statuses.unblock(&self.shard.shard, SEARCH);
+        self.shared.statuses.unblock(&self.shard.shard, CALL);
         ran
     }
 
@@ -643,7 +643,7 @@ impl Lane<'_> {
                     return Ok(Err(FailedStart::of_host(cause)));
                 }
             };
-            self.shared.board.runs(&self.shard.shard, &revision.id, None);
+            self.shared.statuses.runs(&self.shard.shard, &revision.id, None);
             self.chain = Some(chain);
         }
         self.shared.starts.note();
@@ -674,8 +674,8 @@ impl Lane<'_> {
             self.unless_stopped(tokio::time::sleep(retries.next_pause())).await?;
         }
         if written > 0 {
-            self.shared.board.unblock(&self.shard.shard, DEAD_LETTERS);
-            self.shared.board.update(&self.shard.shard, |status| status.dead_letters += written);
+            self.shared.statuses.unblock(&self.shard.shard, DEAD_LETTERS);
+            self.shared.statuses.update(&self.shard.shard, |status| status.dead_letters += written);
             metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => "stages").increment(written);
         }
         Ok(())
@@ -767,7 +767,7 @@ impl Lane<'_> {
             }
         }
         self.at = Some(batch.range.to_inclusive.clone());
-        self.shared.board.update(&self.shard.shard, |status| {
+        self.shared.statuses.update(&self.shard.shard, |status| {
             status.records_read += records;
             status.records_replayed += replayed;
             status.idle_reads = 0;
@@ -787,7 +787,7 @@ impl Lane<'_> {
         self.end_checkpointer().await;
         let ended = end == LaneEnd::ShardEnd && flushed;
         if flushed && end != LaneEnd::Stopped {
-            self.shared.board.lag(&self.shard.shard, |lag| lag.shard.end());
+            self.shared.statuses.lag(&self.shard.shard, |lag| lag.shard.end());
         }
         let stop = self.stop.clone();
         let written = stop.until_over(async {
@@ -841,7 +841,7 @@ impl Lane<'_> {
     }
 
     fn block(&self, part: &str, cause: &str) {
-        self.shared.board.block(&self.shard.shard, part, cause);
+        self.shared.statuses.block(&self.shard.shard, part, cause);
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use crate::lane::Board;
+use crate::lane::StatusRegistry;
 use crate::lock::PipelineLock;
 use crate::dead_letter_log::DeadLetterLogSource;
 use crate::supervisor::{RunOptions, Supervisor};
@@ -47,8 +47,8 @@ impl RunSummary {
     ///
     /// # Errors
     /// When the dead letters cannot be read.
-    pub async fn of(board: &Board, dead_letters: &DeadLetters) -> anyhow::Result<Self> {
-        let shards = board.snapshot();
+    pub async fn of(statuses: &StatusRegistry, dead_letters: &DeadLetters) -> anyhow::Result<Self> {
+        let shards = statuses.snapshot();
         Ok(Self {
             records: shards.values().map(|status| status.records_read).sum(),
             replayed: shards.values().map(|status| status.records_replayed).sum(),
@@ -100,8 +100,8 @@ impl Run {
     }
 
     /// What is shown of the lanes of the pipeline, and of those that copy its dead letters.
-    pub fn boards(&self) -> Vec<Board> {
-        [&self.pipeline].into_iter().chain(&self.copies).map(Supervisor::board).collect()
+    pub fn registries(&self) -> Vec<StatusRegistry> {
+        [&self.pipeline].into_iter().chain(&self.copies).map(Supervisor::statuses).collect()
     }
 
     /// Runs until the end is asked for, or the pipeline ends by itself. When the pipeline or the copy fails, the

@@ -17,7 +17,7 @@ use crate::bound::MemoryBound;
 use crate::lane::BuildSinks;
 use crate::lane::agreement::{Found, before_first_record};
 use crate::lane::{
-    Board, RevisionStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
+    StatusRegistry, RevisionStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
 };
 use crate::lock::PipelineLock;
 use crate::shard_lineage::Plan;
@@ -219,7 +219,7 @@ impl Supervisor {
             holes: Holes::new(state.clone()),
             ledger,
             dead_letters: DeadLetters::new(state.clone()).bounded(config.dead_letters_bytes_max).await?,
-            board: Board::default(),
+            statuses: StatusRegistry::default(),
             starts: Starts::default(),
             samples: Samples::new(config.reload.samples),
             until_caught_up: options.until_caught_up,
@@ -262,8 +262,8 @@ impl Supervisor {
     }
 
     /// What is shown of the lanes.
-    pub fn board(&self) -> Board {
-        self.shared.board.clone()
+    pub fn statuses(&self) -> StatusRegistry {
+        self.shared.statuses.clone()
     }
 
     /// The folder of its state.
@@ -392,7 +392,7 @@ impl Supervisor {
                             has_looked = true;
                             look_retries.reset();
                             waiting.answered();
-                            self.shared.board.unblock_run(SHARDS);
+                            self.shared.statuses.unblock_run(SHARDS);
                             match lanes.begin(plan) {
                                 Ok(all_ended) => ended = all_ended,
                                 Err(error) => {
@@ -415,7 +415,7 @@ impl Supervisor {
                         // Shards wait to be read, and nobody reads them: as bad as a blocked lane.
                         Err(error) => {
                             waiting.answered();
-                            self.shared.board.block_run(SHARDS, &error.to_string());
+                            self.shared.statuses.block_run(SHARDS, &error.to_string());
                             discovery.reset_after(look_retries.next_pause());
                         }
                     }
@@ -427,14 +427,14 @@ impl Supervisor {
                     stop.ask();
                 }
                 cause = waits.changed() => if let Some(cause) = cause {
-                    self.shared.board.block_run(SHARDS, &cause);
+                    self.shared.statuses.block_run(SHARDS, &cause);
                 },
                 // It never ends.
                 () = &mut memory_waits => {}
                 // Until a parent's children have begun there are shards that nobody reads: not caught up,
                 // though a closed parent may give empty answers before its end.
                 _ = glance.tick(), if self.until_caught_up && !lanes.awaits_children => {
-                    let shards = self.shared.board.snapshot();
+                    let shards = self.shared.statuses.snapshot();
                     if !shards.is_empty() && shards.values().all(|status| status.caught_up()) {
                         lanes_stop.ask();
                     }
@@ -703,7 +703,7 @@ impl Lanes {
     /// Shows every lane as blocked.
     fn block(&self, part: &str, cause: &str) {
         for shard in &self.running {
-            self.shared.board.block(shard, part, cause);
+            self.shared.statuses.block(shard, part, cause);
         }
     }
 
@@ -754,7 +754,7 @@ impl Lanes {
     /// Starts the lane of a shard whose start is durable.
     fn start(&mut self, shard: ShardId) {
         let key = self.key(&shard);
-        self.shared.board.update(&shard, |status| status.running = true);
+        self.shared.statuses.update(&shard, |status| status.running = true);
         let (shared, stop) = (self.shared.clone(), self.stop.clone());
         let owner = self.state.ownership().owner;
         self.tasks.spawn(async move {
@@ -779,7 +779,7 @@ impl Lanes {
         if end != LaneEnd::SourceEnd {
             self.running.remove(&shard);
         }
-        self.shared.board.update(&shard, |status| {
+        self.shared.statuses.update(&shard, |status| {
             status.running = false;
             status.ended = end != LaneEnd::Stopped;
             if status.ended {
@@ -901,7 +901,7 @@ async fn run_patiently(
             Err(error) if error.needs_a_person() => {
                 // The others are drained first, which may take a while: said now.
                 tracing::error!(shard = %shard.shard, %error, "the pipeline stops");
-                shared.board.block(&shard.shard, "lane", &error.to_string());
+                shared.statuses.block(&shard.shard, "lane", &error.to_string());
                 return Err(error);
             }
             Err(error) => error,
@@ -922,7 +922,7 @@ async fn run_patiently(
             retries.reset();
         }
         metrics::counter!(metric::LANE_RESTARTS_TOTAL).increment(1);
-        shared.board.block(&shard.shard, "lane", &error.to_string());
+        shared.statuses.block(&shard.shard, "lane", &error.to_string());
         tokio::select! {
             () = tokio::time::sleep(retries.next_pause()) => {}
             () = stop.asked() => return Ok(LaneEnd::Stopped),

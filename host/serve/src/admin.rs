@@ -28,7 +28,7 @@ use shardmill_core::boxed;
 use shardmill_core::escape::printable_json;
 use shardmill_core::metric::{self, Metric, MetricKind};
 use shardmill_core::record::ShardId;
-use shardmill_engine::lane::{Board, ShardStatus};
+use shardmill_engine::lane::{StatusRegistry, ShardStatus};
 use shardmill_ports::PortRules;
 
 /// The admin port cannot be opened.
@@ -86,19 +86,19 @@ impl AdminPort {
     /// says from whom.
     pub fn serve(
         self,
-        boards: Vec<Board>,
+        registries: Vec<StatusRegistry>,
         control: Option<Control>,
         access: Access,
         stop: CancellationToken,
     ) {
-        let shown = Shown { boards, metrics: self.metrics, access: access.clone() };
+        let shown = Shown { registries, metrics: self.metrics, access: access.clone() };
         let read = Router::new()
             .route("/status", get(status))
             .route(
                 "/metrics",
                 get(|State(shown): State<Shown>| async move {
                     // It grows by the clock alone.
-                    shown.boards.iter().for_each(Board::show_lags);
+                    shown.registries.iter().for_each(StatusRegistry::show_lags);
                     shown.metrics.run_upkeep();
                     shown.metrics.render()
                 }),
@@ -133,7 +133,7 @@ impl<T: serde::Serialize> IntoResponse for PlainJson<T> {
 
 #[derive(Clone)]
 struct Shown {
-    boards: Vec<Board>,
+    registries: Vec<StatusRegistry>,
     metrics: PrometheusHandle,
     access: Access,
 }
@@ -141,7 +141,7 @@ struct Shown {
 impl Shown {
     /// The shards of all boards.
     fn shards(&self) -> BTreeMap<ShardId, ShardStatus> {
-        self.boards.iter().flat_map(Board::snapshot).collect()
+        self.registries.iter().flat_map(StatusRegistry::snapshot).collect()
     }
 }
 
@@ -161,7 +161,7 @@ async fn status(
 /// servers and quote rows, are for who has the token.
 async fn ready(State(shown): State<Shown>, headers: HeaderMap) -> impl IntoResponse {
     let mut blocked = String::new();
-    for (part, cause) in shown.boards.iter().flat_map(Board::blocked_run) {
+    for (part, cause) in shown.registries.iter().flat_map(StatusRegistry::blocked_run) {
         blocked.push_str(&format!("pipeline: {part}: {cause}\n"));
     }
     for (shard, status) in shown.shards() {

@@ -70,7 +70,7 @@ impl<'a> Lane<'a> {
         let arrivals = names.map(|name| (name.clone(), arrivals.remove(&name)));
         let lag =
             LiveLag { shard: ShardLag::new(arrivals, state.caught_up_ms), ..LiveLag::default() };
-        shared.board.lag(&shard.shard, |known| *known = lag);
+        shared.statuses.lag(&shard.shard, |known| *known = lag);
         for sink in &shared.sinks {
             sink.reach(&shard).await?;
         }
@@ -158,16 +158,16 @@ impl<'a> Lane<'a> {
         let waiting = Waiting::default();
         tracing::info!(shard = %shard.shard, from = start.as_ref().map(tracing::field::display),
             "reading");
-        shared.board.update(&shard.shard, |status| status.acquired(start.as_ref()));
+        shared.statuses.update(&shard.shard, |status| status.acquired(start.as_ref()));
         let live = deliveries.iter().map(|own| LiveDelivery {
             sink: own.sink.clone(),
             progress: own.progress.clone(),
             commit_now: own.commit_now.clone(),
         });
         let live = live.collect();
-        shared.board.lag(&shard.shard, |lag| lag.deliveries = live);
+        shared.statuses.lag(&shard.shard, |lag| lag.deliveries = live);
         if let Some(first) = segments.first() {
-            shared.board.runs(&shard.shard, &first.revision.id, None);
+            shared.statuses.runs(&shard.shard, &first.revision.id, None);
         }
         Ok(Self {
             shared,

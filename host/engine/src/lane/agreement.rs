@@ -351,12 +351,12 @@ async fn ask_patiently(shared: &Shared, pipeline: &PipelineName, keys: &[ShardKe
     loop {
         match ask(&shared.sinks, pipeline, keys).await {
             Ok(kept) => {
-                keys.iter().for_each(|key| shared.board.unblock(&key.shard, PART));
+                keys.iter().for_each(|key| shared.statuses.unblock(&key.shard, PART));
                 return kept;
             }
             Err(error) => {
                 let cause = error.to_string();
-                keys.iter().for_each(|key| shared.board.block(&key.shard, PART, &cause));
+                keys.iter().for_each(|key| shared.statuses.block(&key.shard, PART, &cause));
             }
         }
         tokio::time::sleep(retries.next_pause()).await;

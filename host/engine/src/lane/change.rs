@@ -14,7 +14,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::DropGuard;
 
 use super::starts::start_patiently;
-use super::{ActiveSegment, Board, Lane, LaneError, Shared};
+use super::{ActiveSegment, StatusRegistry, Lane, LaneError, Shared};
 use crate::stage::{Chain, Revision, Samples};
 use shardmill_config::RejectedMax;
 use shardmill_core::escape::quoted;
@@ -45,7 +45,7 @@ pub(super) struct Change {
     stop: Stop,
     /// The longest pause between two tries of a start.
     pause_max: Duration,
-    board: Board,
+    statuses: StatusRegistry,
     /// The revision that the ledger names last.
     last: Arc<str>,
     starting: Option<Starting>,
@@ -76,7 +76,7 @@ impl Change {
             samples: shared.samples.clone(),
             stop: stop.clone(),
             pause_max: shared.config.timing.retry_pause_max,
-            board: shared.board.clone(),
+            statuses: shared.statuses.clone(),
             last: revision.id.clone(),
             starting: None,
             ready: None,
@@ -151,7 +151,7 @@ impl Change {
         let revision = self.wanted.borrow_and_update().clone();
         (self.starting, self.ready) = (None, None);
         if self.last == revision.id {
-            self.board.runs(&self.shard.shard, &revision.id, None);
+            self.statuses.runs(&self.shard.shard, &revision.id, None);
             return;
         }
         let (wanted, shard, stop) = (revision.clone(), self.shard.clone(), self.stop.clone());
@@ -177,7 +177,7 @@ impl Change {
         let said = quoted(&cause);
         tracing::error!(shard = %self.shard.shard, generation = %revision.id, cause = %said,
             "the next generation does not start; the one before goes on");
-        self.board.does_not_start(&self.shard.shard, &revision.id, &cause);
+        self.statuses.does_not_start(&self.shard.shard, &revision.id, &cause);
     }
 }
 
@@ -327,7 +327,7 @@ impl Lane<'_> {
         self.adopt_announced();
         if has_moved && self.chain.is_none() {
             // Its instances are started with the next batch, which may be long in coming.
-            self.shared.board.runs(&self.shard.shard, &self.segments[0].revision.id, None);
+            self.shared.statuses.runs(&self.shard.shard, &self.segments[0].revision.id, None);
         }
     }
 
@@ -339,7 +339,7 @@ impl Lane<'_> {
             let revision = chain.revision().id.clone();
             self.chain = Some(chain);
             let pause = self.swap_pause.elapsed();
-            self.shared.board.runs(&self.shard.shard, &revision, Some(pause));
+            self.shared.statuses.runs(&self.shard.shard, &revision, Some(pause));
             metrics::histogram!(metric::CHANGE_PAUSE_SECONDS).record(pause);
             tracing::info!(shard = %self.shard.shard, generation = %revision,
                 from = self.segments[0].from_exclusive.as_ref().map(tracing::field::display),

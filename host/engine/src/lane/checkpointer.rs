@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{Board, Shared};
+use super::{StatusRegistry, Shared};
 use crate::delivery::{DeliveryHandle, Progress};
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
 use shardmill_state::{SinkMark, StateError};
@@ -18,8 +18,8 @@ type Watched = Vec<(SinkName, watch::Receiver<Progress>)>;
 /// Starts writing; the handle is aborted when the lane ends.
 pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -> JoinHandle<()> {
     let mut watched = watch(deliveries);
-    let (checkpoints, board, shard) =
-        (shared.checkpoints.clone(), shared.board.clone(), shard.clone());
+    let (checkpoints, statuses, shard) =
+        (shared.checkpoints.clone(), shared.statuses.clone(), shard.clone());
     // What a sink that keeps no position may repeat after a crash, in time.
     let interval = shared.config.timing.checkpoint_interval;
     tokio::spawn(async move {
@@ -32,12 +32,12 @@ pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -
                 moved |= progress.has_changed().unwrap_or(false);
                 let part = format!("sink {sink}");
                 match progress.borrow_and_update().blocked.as_deref() {
-                    Some(cause) => board.block(&shard.shard, &part, cause),
-                    None => board.unblock(&shard.shard, &part),
+                    Some(cause) => statuses.block(&shard.shard, &part, cause),
+                    None => statuses.unblock(&shard.shard, &part),
                 }
             }
             if moved {
-                let (sinks, checkpoint) = positions(&watched, &board, &shard.shard);
+                let (sinks, checkpoint) = positions(&watched, &statuses, &shard.shard);
                 if let Err(error) = checkpoints.advance(&shard, sinks, checkpoint, false).await {
                     tracing::warn!(shard = %shard.shard, %error, "the checkpoint lags");
                 }
@@ -53,7 +53,7 @@ pub async fn write(
     deliveries: &[DeliveryHandle],
     ended: bool,
 ) -> Result<(), StateError> {
-    let (sinks, checkpoint) = positions(&watch(deliveries), &shared.board, &shard.shard);
+    let (sinks, checkpoint) = positions(&watch(deliveries), &shared.statuses, &shard.shard);
     shared.checkpoints.advance(shard, sinks, checkpoint, ended).await
 }
 
@@ -72,7 +72,7 @@ fn watch(deliveries: &[DeliveryHandle]) -> Watched {
 /// The position of each sink that has one, and the minimum over all.
 fn positions(
     watched: &Watched,
-    board: &Board,
+    statuses: &StatusRegistry,
     shard: &ShardId,
 ) -> (Vec<SinkMark>, Option<Position>) {
     let each: Vec<_> = watched
@@ -82,7 +82,7 @@ fn positions(
     let checkpoint = each.iter().map(|(_, position)| position.clone()).min().flatten();
     let known = each.into_iter().filter_map(|(sink, position)| {
         let position = position?;
-        let arrived_ms = board.lag(shard, |lag| lag.shard.committed(&sink, Some(&position)));
+        let arrived_ms = statuses.lag(shard, |lag| lag.shard.committed(&sink, Some(&position)));
         Some(SinkMark { sink, position, arrived_ms })
     });
     (known.collect(), checkpoint)

@@ -28,7 +28,7 @@ pub(crate) async fn show_waits(shared: watch::Receiver<Arc<Shared>>) {
             for wait in found {
                 let shard = ShardId::new(wait.account);
                 if shown.insert((shard.clone(), part)) {
-                    now.board.block(&shard, part, &wait.cause);
+                    now.statuses.block(&shard, part, &wait.cause);
                 }
                 waits.insert((shard, part));
             }
@@ -36,7 +36,7 @@ pub(crate) async fn show_waits(shared: watch::Receiver<Arc<Shared>>) {
         shown.retain(|(shard, part)| {
             let goes_on = waits.contains(&(shard.clone(), *part));
             if !goes_on {
-                now.board.unblock(shard, part);
+                now.statuses.unblock(shard, part);
             }
             goes_on
         });

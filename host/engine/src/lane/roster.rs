@@ -220,7 +220,7 @@ struct Live(Vec<(ShardId, LiveDelivery)>);
 
 impl Live {
     fn of(running: &Shared) -> Self {
-        Self(running.board.deliveries())
+        Self(running.statuses.deliveries())
     }
 
     fn of_sink<'l>(

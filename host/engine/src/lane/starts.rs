@@ -199,7 +199,7 @@ impl Lane<'_> {
     async fn starts_nowhere(&self) -> Result<bool, LaneError> {
         let starts = &self.shared.starts;
         let _asking = self.unless_stopped(starts.0.asking.lock()).await?;
-        let running = self.shared.board.running().into_iter().map(|lane| lane.shard);
+        let running = self.shared.statuses.running().into_iter().map(|lane| lane.shard);
         let others = running.filter(|shard| *shard != self.shard.shard).take(OTHERS_MAX);
         for shard in others.collect::<Vec<_>>() {
             if starts.has_started() {

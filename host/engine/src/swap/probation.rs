@@ -53,7 +53,7 @@ impl Swapper {
     ) -> Option<String> {
         let end = Instant::now() + limits.window;
         // Lanes that were blocked before may be so for another reason, or not have tried again yet.
-        let blocked_before = self.inner.setup.lock().await.shared.board.blocked_stages();
+        let blocked_before = self.inner.setup.lock().await.shared.statuses.blocked_stages();
         while Instant::now() < end {
             tokio::time::sleep(POLL_INTERVAL.min(limits.window)).await;
             // While another change is under way, this one's turn to be judged comes after it.
@@ -73,7 +73,7 @@ impl Swapper {
             if let Some(reason) = worse(&health.seen(), before, &limits) {
                 return Some(reason);
             }
-            let blocked = shared.board.blocked_stages().into_iter().find(|one| {
+            let blocked = shared.statuses.blocked_stages().into_iter().find(|one| {
                 one.1.starts_with(&format!("stage {stage} ")) && !blocked_before.contains(one)
             });
             if let Some((shard, cause)) = blocked {

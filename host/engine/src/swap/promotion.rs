@@ -276,7 +276,7 @@ impl Inner {
     ) -> Result<LanesChanged, StepFailed> {
         let mut let_go = Vec::new();
         if let Some(mut restarted) = restarted {
-            let_go = shared.board.running().into_iter().map(|lane| lane.shard).collect();
+            let_go = shared.statuses.running().into_iter().map(|lane| lane.shard).collect();
             let told = tokio::time::timeout_at(end, &mut restarted).await;
             match told.map(|told| told.unwrap_or_else(|_| Err(STOPPED.into()))) {
                 Ok(Ok(())) => {}
@@ -287,12 +287,12 @@ impl Inner {
                 Err(_) => {
                     tokio::spawn(self.clone().until_restarted(under_way, restarted));
                     // None of them has begun anew, even where it runs the same revision then.
-                    let (lanes, waiting) = (Vec::new(), shared.board.running());
+                    let (lanes, waiting) = (Vec::new(), shared.statuses.running());
                     return Ok(LanesChanged { lanes, waiting, may_be_undone: true });
                 }
             }
         }
-        match shared.board.changed_to(&next.id, &let_go, end).await {
+        match shared.statuses.changed_to(&next.id, &let_go, end).await {
             Ok((lanes, waiting)) => Ok(LanesChanged { lanes, waiting, may_be_undone: false }),
             Err(cause) => {
                 self.take_back(under_way, &cause, end).await;
@@ -332,11 +332,11 @@ impl Inner {
         }
         *setup = Setup { changes: change + 1, ..was };
         setup.shared.current.send_replace(before.clone());
-        let board = setup.shared.board.clone();
+        let statuses = setup.shared.statuses.clone();
         drop(setup);
         // Lanes that do not start the one before either say so themselves.
         let end = end.max(Instant::now() + LANES_CHANGE_MIN);
-        let _ = board.changed_to(&before.id, &[], end).await;
+        let _ = statuses.changed_to(&before.id, &[], end).await;
     }
 }
 
@@ -397,7 +397,7 @@ async fn start_everywhere(
     ends: &CancellationToken,
 ) -> Result<(), NotStarted> {
     let (shared, time_max) = (&setup.shared, setup.config.timing.trial_max);
-    let shards = shared.board.snapshot().into_iter().filter(|(_, status)| !status.ended);
+    let shards = shared.statuses.snapshot().into_iter().filter(|(_, status)| !status.ended);
     let shards: Vec<ShardId> = shards.map(|(shard, _)| shard).collect();
     let (stream, next) = (shared.config.source.stream_name(), next.clone());
     let start = move |shard: &ShardId, is_over: &CancellationToken| -> Result<(), String> {

@@ -27,7 +27,7 @@ use shardmill_config::{HttpDeadlines, PipelineConfig, Secret};
 use shardmill_core::boxed;
 use shardmill_core::escape::escaped;
 use shardmill_core::private;
-use shardmill_engine::lane::Board;
+use shardmill_engine::lane::StatusRegistry;
 use shardmill_engine::swap::{ChangeRefused, Component, SHADOW_MAX, SwapOrder, Swapper};
 use shardmill_ports::PortRules;
 
@@ -55,7 +55,7 @@ pub struct Control {
     /// Reads the pipeline's file, for a reload.
     pub read_config: ReadConfig,
     /// What is shown of the lanes.
-    pub board: Board,
+    pub statuses: StatusRegistry,
 }
 
 /// Where the control port of a running pipeline is, and the token that it asks for.
@@ -168,8 +168,8 @@ impl ControlPort {
     /// Serves until `stop`.
     pub fn serve(self, control: Control, stop: CancellationToken) {
         let access = Access::with_token_only(&self.token);
-        let shown = |State(board): State<Board>| async move { PlainJson(board.snapshot()) };
-        let status = Router::new().route("/status", get(shown)).with_state(control.board.clone());
+        let shown = |State(statuses): State<StatusRegistry>| async move { PlainJson(statuses.snapshot()) };
+        let status = Router::new().route("/status", get(shown)).with_state(control.statuses.clone());
         let routes = guarded(status, access.clone(), Right::Read).merge(routes(control, access));
         let rules = PortRules {
             name: "control",

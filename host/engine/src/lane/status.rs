@@ -16,7 +16,7 @@ use shardmill_core::record::{Position, ShardId, SinkName};
 
 /// The state of every lane, for the admin port, the reports and the end of a run; cheap to clone.
 #[derive(Clone, Default)]
-pub struct Board {
+pub struct StatusRegistry {
     shards: Arc<Mutex<BTreeMap<ShardId, ShardStatus>>>,
     /// What of the run as a whole does not go on, and why.
     run: Arc<Mutex<BTreeMap<&'static str, String>>>,
@@ -119,7 +119,7 @@ impl ShardStatus {
     }
 }
 
-impl Board {
+impl StatusRegistry {
     /// Changes the state of a shard.
     pub fn update(&self, shard: &ShardId, change: impl FnOnce(&mut ShardStatus)) {
         let mut shards = self.lock();
@@ -322,22 +322,22 @@ mod tests {
 
     #[test]
     fn wall_10_no_version_is_judged_by_a_lane_that_a_busy_machine_delays() {
-        let (board, shard) = (Board::default(), ShardId::from("a"));
-        board.block(&shard, STARVED, "stage s: the machine is too busy");
-        assert!(board.blocked_stages().is_empty());
-        board.block(&shard, STAGES, "stage s: every record fails");
-        assert_eq!(board.blocked_stages(), [(shard, "stage s: every record fails".to_owned())]);
+        let (statuses, shard) = (StatusRegistry::default(), ShardId::from("a"));
+        statuses.block(&shard, STARVED, "stage s: the machine is too busy");
+        assert!(statuses.blocked_stages().is_empty());
+        statuses.block(&shard, STAGES, "stage s: every record fails");
+        assert_eq!(statuses.blocked_stages(), [(shard, "stage s: every record fails".to_owned())]);
     }
 
     #[test]
     fn wall_02_a_cause_is_one_line_of_bounded_length() {
-        let (board, shard) = (Board::default(), ShardId::from("a"));
+        let (statuses, shard) = (StatusRegistry::default(), ShardId::from("a"));
         let cause = format!("the server says:\n{}", "x".repeat(20 << 20));
-        board.block(&shard, "sink s", &cause);
-        board.block_run("shards", &cause);
-        board.does_not_start(&shard, "2", &cause);
-        let status = board.lock().get(&shard).cloned().expect("a status");
-        let (run, start) = (board.blocked_run(), status.does_not_start.expect("a cause").1);
+        statuses.block(&shard, "sink s", &cause);
+        statuses.block_run("shards", &cause);
+        statuses.does_not_start(&shard, "2", &cause);
+        let status = statuses.lock().get(&shard).cloned().expect("a status");
+        let (run, start) = (statuses.blocked_run(), status.does_not_start.expect("a cause").1);
         for cause in [&status.blocked["sink s"], &run["shards"]] {
             assert!(cause.starts_with("the server says:\\nxxx"), "{cause:.64}");
             assert!(cause.len() < 17 << 10, "{} bytes", cause.len());
