@@ -18,7 +18,7 @@ use shardmill_core::off_thread::off_thread;
 use shardmill_embedded::EmbeddedStream;
 use shardmill_engine::stage::LoadedStage;
 use shardmill_engine::supervisor::RunOptions;
-use shardmill_engine::swap::{Component, SwapOrder, Swapper};
+use shardmill_engine::swap::{Component, SwapRequest, Swapper};
 use shardmill_kinesis::client;
 use shardmill_kinesis::client::Server;
 use shardmill_kinesis::producer::Producer;
@@ -128,7 +128,7 @@ async fn show(
     console: &Console,
 ) -> anyhow::Result<()> {
     let bytes = std::fs::read(component).context("failed to read what was built")?;
-    let order = SwapOrder {
+    let request = SwapRequest {
         stage: name.into(),
         component: Component::Bytes { name: name.into(), bytes: Bytes::from(bytes) },
         canary_percent: None,
@@ -136,7 +136,7 @@ async fn show(
         gates: Gates::default(),
         dry_run: false,
     };
-    let (trial, why_not) = match swapper.swap(order).await {
+    let (trial, why_not) = match swapper.swap(request).await {
         Ok(report) => (report.trial, None),
         Err(refused) => {
             let why = refused.to_string();

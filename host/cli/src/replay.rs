@@ -472,7 +472,7 @@ fn replay_config(
         own.name.value = replayed.clone();
         // It goes on as nobody: the positions of the live sink are not its own.
         own.renamed_from = None;
-        own.rhythm.give_up_after = None;
+        own.commit_policy.give_up_after = None;
         if let Some(target) = sinks::postgres(own) {
             own.settings = Arc::new(target.replayed(shadow, sink));
         }

@@ -284,7 +284,7 @@ fn rerun_config(
         places.insert(own, place);
         sink.settings = settings;
         sink.name.value = name(&sink.name.value);
-        sink.rhythm.give_up_after = None;
+        sink.commit_policy.give_up_after = None;
         true
     });
     let kept: Vec<SinkName> = own.sinks.iter().map(|sink| sink.name.value.clone()).collect();

@@ -73,7 +73,7 @@ pub use self::sink_settings::{
 };
 pub use self::sink_type::{Key, KeyDefault, KeyForm, ReadSink, SinkTable, SinkType, SinkTypes};
 pub use self::source::{NotAStart, parse_start};
-pub use self::target::{Rhythm, SinkConfig};
+pub use self::target::{CommitPolicy, SinkConfig};
 pub use self::timing::{HttpDeadlines, Timing};
 pub use self::write_mode::WriteMode;
 use shardmill_core::private::StateDir;

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::check::bytes_text;
-use super::{Key, KeyDefault, KeyForm, Rhythm, SinkTypes};
+use super::{Key, KeyDefault, KeyForm, CommitPolicy, SinkTypes};
 
 /// Keys that sinks of every type have, beside `type`.
 const COMMON: [Key; 3] = [
@@ -86,7 +86,7 @@ impl SinkTypes {
                 table(&mut page, own.keys());
                 page.push('\n');
             }
-            let Rhythm { rows_max, bytes_max, linger_max, .. } = own.rhythm();
+            let CommitPolicy { rows_max, bytes_max, linger_max, .. } = own.commit_policy();
             let (bytes, linger) = (bytes_text(bytes_max), duration_text(linger_max));
             let _ = writeln!(page, "Commits by default: `{rows_max}` rows, `{bytes}`, `{linger}`.");
         }

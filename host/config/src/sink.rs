@@ -11,7 +11,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::check::{Check, bytes_text};
 use super::raw::{RawCommit, Text};
-use super::{Located, ReadSink, Rhythm, SinkConfig, SinkTable, SinkTypes, json};
+use super::{Located, ReadSink, CommitPolicy, SinkConfig, SinkTable, SinkTypes, json};
 use shardmill_core::record::SinkName;
 
 const ROWS: RangeInclusive<u64> = 1..=10_000_000;
@@ -45,11 +45,11 @@ pub(super) fn read(
     let ReadSink { name, commit, settings } = own_type.read(SinkTable::new(table, base), check)?;
     let name = check.name(&name, "sink");
     let promises = settings.as_ref().is_some_and(|settings| settings.promises_rows());
-    let rhythm = rhythm(commit, own_type.rhythm(), promises, buffer_bytes_max, check);
+    let commit_policy = commit_policy(commit, own_type.commit_policy(), promises, buffer_bytes_max, check);
     Some(SinkConfig {
         name: name?,
         renamed_from: renamed_from?,
-        rhythm: rhythm?,
+        commit_policy: commit_policy?,
         settings: settings?,
         span,
         fingerprint_json,
@@ -72,13 +72,13 @@ fn renamed_from(
     check.name(&Spanned::new(span, Text(text.to_owned())), "sink").map(Some)
 }
 
-fn rhythm(
+fn commit_policy(
     raw: Option<RawCommit>,
-    default: Rhythm,
+    default: CommitPolicy,
     promises: bool,
     buffer_bytes_max: usize,
     check: &mut Check,
-) -> Option<Rhythm> {
+) -> Option<CommitPolicy> {
     let raw = raw.unwrap_or_default();
     let rows_max = check.count(&raw.rows, default.rows_max, ROWS);
     let bytes_default = default.bytes_max.min(buffer_bytes_max);
@@ -89,7 +89,7 @@ fn rhythm(
     }
     let linger_max = check.duration(&raw.linger, default.linger_max, LINGERS);
     let give_up_after = give_up_after(&raw, promises, check);
-    Some(Rhythm {
+    Some(CommitPolicy {
         rows_max: rows_max?,
         bytes_max: bytes_max?,
         linger_max: linger_max?,

@@ -10,7 +10,7 @@ use toml::de::DeValue;
 use super::check::Check;
 use super::raw::{RawCommit, Text};
 use super::shape::shaped;
-use super::{Rhythm, SinkSettings};
+use super::{CommitPolicy, SinkSettings};
 
 /// A type of sinks: what `type = "…"` of a `[[sink]]` stands for.
 ///
@@ -28,7 +28,7 @@ pub trait SinkType: Sync {
     fn keys(&self) -> &'static [Key];
 
     /// When its sinks commit by default.
-    fn rhythm(&self) -> Rhythm;
+    fn commit_policy(&self) -> CommitPolicy;
 
     /// Reads the table of one sink. `None`: a problem was noted that leaves nothing to go on with.
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink>;

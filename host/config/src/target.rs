@@ -15,7 +15,7 @@ pub struct SinkConfig {
     /// The name that it had before: what is kept under it moves to this one.
     pub renamed_from: Option<Located<SinkName>>,
     /// When it commits.
-    pub rhythm: Rhythm,
+    pub commit_policy: CommitPolicy,
     /// What it is, as its type has read it.
     pub settings: Arc<dyn SinkSettings>,
     /// Where the sink's table begins.
@@ -33,7 +33,7 @@ impl SinkConfig {
 
 /// A sink commits at the first of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rhythm {
+pub struct CommitPolicy {
     /// Rows of one shard in hand.
     pub rows_max: usize,
     /// Bytes of one shard in hand.
@@ -45,7 +45,7 @@ pub struct Rhythm {
     pub give_up_after: Option<Duration>,
 }
 
-impl Rhythm {
+impl CommitPolicy {
     /// The default of sinks that have tables: one transaction per second and shard, or what fits in memory without a
     /// thought.
     pub const TABLE: Self = Self::patient(10_000, 4 << 20, Duration::from_secs(1));

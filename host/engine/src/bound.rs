@@ -209,7 +209,7 @@ mod tests {
     use serde::Deserialize;
     use shardmill_config::reading::{Check, RawCommit, Spanned, Text};
     use shardmill_config::{
-        BuildError, Key, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings, SinkTable,
+        BuildError, Key, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings, SinkTable,
         SinkType, SinkTypes,
     };
     use shardmill_core::sink::Sink;
@@ -249,8 +249,8 @@ mod tests {
             &[]
         }
 
-        fn rhythm(&self) -> Rhythm {
-            Rhythm::TABLE
+        fn commit_policy(&self) -> CommitPolicy {
+            CommitPolicy::TABLE
         }
 
         fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

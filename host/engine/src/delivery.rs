@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use self::committer::{Committer, Order, Parcel};
-use shardmill_config::{Rhythm, Timing};
+use self::committer::{Committer, CommitRequest, PendingCommit};
+use shardmill_config::{CommitPolicy, Timing};
 use shardmill_core::budget::{Account, OpenBuffer, Permit};
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::{Position, Row, ShardKey, ShardStart, SinkName};
@@ -31,7 +31,7 @@ const DELIVERIES_IN_CHANNEL_MAX: usize = 16;
 const DELIVERIES_IN_CHANNEL_ENCODED_MAX: usize = 2;
 /// Parcels that may wait for the committer: with one, the next is there, and encoded where that can be
 /// done ahead, when this one is committed.
-const PARCELS_WAITING_MAX: usize = 1;
+const COMMITS_WAITING_MAX: usize = 1;
 
 /// How long a delivery that has nothing under way may take to hear that the lane has ended.
 const IDLE_END_MAX: Duration = Duration::from_millis(100);
@@ -84,7 +84,7 @@ pub struct DeliveryContext {
     /// The sink.
     pub sink: SinkName,
     /// When to commit.
-    pub rhythm: Rhythm,
+    pub commit_policy: CommitPolicy,
     /// Deadlines and pauses.
     pub timing: Timing,
     /// The lane's account in the budget of all sinks' buffers.
@@ -130,10 +130,10 @@ impl DeliveryHandle {
         let gatherer = Gatherer::new(&acquired, context.clone());
         let commit_now = gatherer.pressure.clone();
         let committer = Committer::new(acquired, context, publish);
-        let (orders, inbox) = mpsc::channel(PARCELS_WAITING_MAX);
+        let (requests, inbox) = mpsc::channel(COMMITS_WAITING_MAX);
         let task = Some(tokio::spawn(async move {
             let ((), committed) =
-                tokio::join!(gatherer.run(receiver, orders), committer.run(inbox));
+                tokio::join!(gatherer.run(receiver, requests), committer.run(inbox));
             committed
         }));
         Self { sink, sender, progress, commit_now, task }
@@ -285,37 +285,37 @@ impl Gatherer {
         }
     }
 
-    async fn run(mut self, receiver: mpsc::Receiver<Message>, orders: mpsc::Sender<Order>) {
+    async fn run(mut self, receiver: mpsc::Receiver<Message>, requests: mpsc::Sender<CommitRequest>) {
         let context = self.context.clone();
         tokio::select! {
             () = context.abandon.cancelled() => {}
             // Where the committer has ended, it says why.
-            _ = self.gather(receiver, &orders) => {}
+            _ = self.gather(receiver, &requests) => {}
         }
     }
 
     async fn gather(
         &mut self,
         mut receiver: mpsc::Receiver<Message>,
-        orders: &mpsc::Sender<Order>,
+        requests: &mpsc::Sender<CommitRequest>,
     ) -> Result<(), CommitterEnded> {
         loop {
             let due = self.due();
             tokio::select! {
-                () = orders.closed() => return Err(CommitterEnded),
+                () = requests.closed() => return Err(CommitterEnded),
                 message = receiver.recv() => match message {
-                    Some(Message::Delivery(delivery)) => self.push(delivery, orders).await?,
+                    Some(Message::Delivery(delivery)) => self.push(delivery, requests).await?,
                     Some(Message::Flush(done)) => {
-                        self.hand_over(orders).await?;
-                        orders.send(Order::Flush(done)).await.map_err(|_| CommitterEnded)?;
+                        self.hand_over(requests).await?;
+                        requests.send(CommitRequest::Flush(done)).await.map_err(|_| CommitterEnded)?;
                     }
                     None => return Ok(()),
                 },
                 () = sleep_until(due) => self.is_due = true,
                 () = self.pressure.notified() => self.is_due = self.buffer.is_some(),
-                room = orders.reserve(), if self.is_due => {
+                room = requests.reserve(), if self.is_due => {
                     drop(room);
-                    self.hand_over(orders).await?;
+                    self.hand_over(requests).await?;
                 }
             }
         }
@@ -325,7 +325,7 @@ impl Gatherer {
     fn due(&self) -> Option<Instant> {
         match (&self.buffer, &self.must_cut_at) {
             (Some(buffer), None) if !self.is_due => {
-                Some(buffer.opened + self.context.rhythm.linger_max)
+                Some(buffer.opened + self.context.commit_policy.linger_max)
             }
             _ => None,
         }
@@ -334,7 +334,7 @@ impl Gatherer {
     async fn push(
         &mut self,
         delivery: Delivery,
-        orders: &mpsc::Sender<Order>,
+        requests: &mpsc::Sender<CommitRequest>,
     ) -> Result<(), CommitterEnded> {
         let Delivery { to_inclusive, mut rows, revision, mut permit } = delivery;
         let skip_to = self.context.skip_to.as_ref();
@@ -355,7 +355,7 @@ impl Gatherer {
             rows.retain(|row| !dead_letters.contains(&(row.position().clone(), row.ordinal)));
         }
         if self.buffer.as_ref().is_some_and(|buffered| buffered.revision != revision) {
-            self.hand_over(orders).await?;
+            self.hand_over(requests).await?;
         }
         loop {
             let (more, cut) = self.take(rows, (&to_inclusive, &revision), permit.take()).await;
@@ -364,19 +364,19 @@ impl Gatherer {
                 None => break,
                 Some(rest) => rows = rest,
             }
-            self.hand_over(orders).await?;
+            self.hand_over(requests).await?;
         }
         let Some(buffer) = &mut self.buffer else { return Ok(()) };
         buffer.to_inclusive = to_inclusive;
-        let full = buffer.count >= self.context.rhythm.rows_max
-            || buffer.bytes >= self.context.rhythm.bytes_max;
+        let full = buffer.count >= self.context.commit_policy.rows_max
+            || buffer.bytes >= self.context.commit_policy.bytes_max;
         let at_cut = self.must_cut_at.as_ref().is_some_and(|cut| buffer.to_inclusive >= *cut);
         if full || at_cut {
-            self.hand_over(orders).await?;
+            self.hand_over(requests).await?;
         }
         if let Some(rest) = self.rest_of_promise.take() {
             // Nothing is promised any more: it comes back once.
-            Box::pin(self.push(rest, orders)).await?;
+            Box::pin(self.push(rest, requests)).await?;
         }
         Ok(())
     }
@@ -457,7 +457,7 @@ impl Gatherer {
     }
 
     /// Hands over what is in hand; where an earlier owner promised an end, exactly up to there.
-    async fn hand_over(&mut self, orders: &mpsc::Sender<Order>) -> Result<(), CommitterEnded> {
+    async fn hand_over(&mut self, requests: &mpsc::Sender<CommitRequest>) -> Result<(), CommitterEnded> {
         self.is_due = false;
         let Some(mut buffer) = self.buffer.take() else { return Ok(()) };
         let cut = match &self.must_cut_at {
@@ -472,7 +472,7 @@ impl Gatherer {
         self.rows_expected = buffer.rows.len();
         if let Some(cut) = cut {
             let (promised, rest) = buffer.rows.into_iter().partition(|row| *row.position() <= cut);
-            let parcel = Parcel {
+            let pending = PendingCommit {
                 rows: Arc::new(promised),
                 encoded: None,
                 to_inclusive: cut.clone(),
@@ -480,7 +480,7 @@ impl Gatherer {
                 bytes: 0,
                 permit: None,
             };
-            orders.send(Order::Commit(parcel)).await.map_err(|_| CommitterEnded)?;
+            requests.send(CommitRequest::Commit(pending)).await.map_err(|_| CommitterEnded)?;
             if buffer.to_inclusive == cut {
                 return Ok(());
             }
@@ -502,7 +502,7 @@ impl Gatherer {
                 (refused, Some(Arc::new(encoded)))
             }
         };
-        let parcel = Parcel {
+        let pending = PendingCommit {
             rows: Arc::new(rows),
             encoded,
             to_inclusive: buffer.to_inclusive,
@@ -510,11 +510,11 @@ impl Gatherer {
             bytes: buffer.bytes,
             permit: buffer.permit,
         };
-        let room = orders.reserve().await.map_err(|_| CommitterEnded)?;
+        let room = requests.reserve().await.map_err(|_| CommitterEnded)?;
         if let Some(ahead) = &self.ahead {
-            ahead.see(&parcel.rows);
+            ahead.see(&pending.rows);
         }
-        room.send(Order::Commit(parcel));
+        room.send(CommitRequest::Commit(pending));
         Ok(())
     }
 }

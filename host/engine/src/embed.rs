@@ -29,7 +29,7 @@ use shardmill_core::stop::Stop;
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 
 /// When a sink commits: at the first of these.
-pub use shardmill_config::Rhythm as CommitPolicy;
+pub use shardmill_config::CommitPolicy;
 
 /// The commit policy of a sink that is given none: one commit per second and shard, or what fits in memory without a
 /// thought.
@@ -555,7 +555,7 @@ fn sink_config(given: &GivenSink) -> SinkConfig {
     SinkConfig {
         name: unplaced(name.clone()),
         renamed_from: None,
-        rhythm: given.commits,
+        commit_policy: given.commits,
         settings: Arc::new(ProgramSink(given.sink.clone())),
         span: 0..0,
         fingerprint_json: serde_json::json!({ "name": name, "type": "program" }).to_string(),

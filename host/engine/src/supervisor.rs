@@ -359,17 +359,17 @@ impl Supervisor {
                 }
                 () = lanes_stop.asked(), if !self.ends.is_cancelled() => self.ends.cancel(),
                 // The next one waits: whether its lanes can begin depends on where these end.
-                Some(order) = self.restarts.recv(), if restart.is_none() => {
+                Some(request) = self.restarts.recv(), if restart.is_none() => {
                     lanes.stop.ask();
-                    restart = Some(order);
+                    restart = Some(request);
                 }
                 // The lanes are let go: what they had is committed, as far as their sinks answer.
                 () = std::future::ready(()), if restart.is_some() && lanes.tasks.is_empty() => {
-                    if let Some(order) = restart.take() {
+                    if let Some(request) = restart.take() {
                         look = None;
                         // The sinks may be others.
                         comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
-                        let begun = lanes.restart(order, &lanes_stop);
+                        let begun = lanes.restart(request, &lanes_stop);
                         if stop.unless_asked(begun).await.is_some() {
                             show.send_replace(lanes.shared.clone());
                             discovery.reset_immediately();
@@ -725,15 +725,15 @@ impl Lanes {
     }
 
     /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
-    async fn restart(&mut self, order: LaneRestart, stop: &Stop) {
-        let outcome = self.resolve_sinks(&order.shared).await;
+    async fn restart(&mut self, request: LaneRestart, stop: &Stop) {
+        let outcome = self.resolve_sinks(&request.shared).await;
         let outcome = outcome.map_err(|error| shardmill_config::told(&error));
         if outcome.is_ok() {
-            self.shared = order.shared;
+            self.shared = request.shared;
         }
         self.stop = stop.child();
         // Whoever asked may have gone.
-        let _ = order.done.send(outcome);
+        let _ = request.done.send(outcome);
     }
 
     /// Settles which sinks there are from here on.

@@ -62,7 +62,7 @@ pub enum Component {
 
 /// A swap that is asked for.
 #[derive(Clone, Debug)]
-pub struct SwapOrder {
+pub struct SwapRequest {
     /// The stage.
     pub stage: StageName,
     /// The candidate.
@@ -286,14 +286,14 @@ impl Swapper {
     /// # Errors
     /// [`ChangeRefused`]: nothing was changed.
     #[boxed]
-    pub async fn swap(&self, order: SwapOrder) -> Result<SwapReport, ChangeRefused> {
+    pub async fn swap(&self, request: SwapRequest) -> Result<SwapReport, ChangeRefused> {
         let setup = self.inner.setup.lock().await.clone();
-        let kind = match order.canary_percent {
+        let kind = match request.canary_percent {
             Some(_) => ChangeKind::Canary,
             None => ChangeKind::Swap,
         };
         let before = setup.shared.revision();
-        let made = self.inner.swap(&setup, &before, kind, &order).await;
+        let made = self.inner.swap(&setup, &before, kind, &request).await;
         let probation = setup.config.reload.probation;
         match made {
             Ok(report) => {
@@ -303,8 +303,8 @@ impl Swapper {
                 Ok(report)
             }
             Err(failed) => {
-                let stage = order.stage.to_string();
-                Err(self.inner.refused(kind, stage, &before, failed, order.dry_run).await)
+                let stage = request.stage.to_string();
+                Err(self.inner.refused(kind, stage, &before, failed, request.dry_run).await)
             }
         }
     }
@@ -336,40 +336,40 @@ impl Inner {
         setup: &Setup,
         before: &Arc<Revision>,
         kind: ChangeKind,
-        order: &SwapOrder,
+        request: &SwapRequest,
     ) -> Result<SwapReport, StepFailed> {
-        let stage = order.stage.as_str();
+        let stage = request.stage.as_str();
         Step::Fetch.begin(stage);
-        let incumbent = candidate::stage(before, &order.stage)?;
-        let (name, bytes) = self.fetch(&order.component).await?;
+        let incumbent = candidate::stage(before, &request.stage)?;
+        let (name, bytes) = self.fetch(&request.component).await?;
         Step::Pin.begin(stage);
         let digest = Digest::of(&bytes);
-        candidate::check_pin(&setup.config, &order.stage, &digest)?;
+        candidate::check_pin(&setup.config, &request.stage, &digest)?;
         Step::Compile.begin(stage);
-        let plugin = candidate::compile(setup, &order.stage, &name, &bytes).await?;
+        let plugin = candidate::compile(setup, &request.stage, &name, &bytes).await?;
         Step::Check.begin(stage);
-        let spec = candidate::replaced(&before.spec, &order.stage, &digest, order.canary_percent);
+        let spec = candidate::replaced(&before.spec, &request.stage, &digest, request.canary_percent);
         let next =
             candidate::load(setup, before, spec, [(digest.to_string(), plugin)].into()).await?;
         let next = Arc::new(next);
-        let fresh = candidate::stage(&next, &order.stage)?;
+        let fresh = candidate::stage(&next, &request.stage)?;
         let tried = fresh.canary.as_ref().map_or(&fresh, |canary| &canary.stage);
         Step::Trial.begin(stage);
-        let gates = order.gates.or(&setup.config.reload.gates);
+        let gates = request.gates.or(&setup.config.reload.gates);
         let (trial, no_trial) = candidate::try_out(
             &setup.shared,
             (&incumbent, tried),
-            order.shadow,
+            request.shadow,
             &gates,
             &self.ends,
         )
         .await?;
         let mut report = SwapReport {
             number: None,
-            stage: order.stage.to_string(),
+            stage: request.stage.to_string(),
             before: Version::of(&incumbent),
             after: Version::of(tried),
-            percent: order.canary_percent.unwrap_or(100),
+            percent: request.canary_percent.unwrap_or(100),
             revision: next.id.to_string(),
             trial,
             no_trial,
@@ -380,11 +380,11 @@ impl Inner {
         };
         let change = NewChange {
             kind,
-            stage: order.stage.to_string(),
+            stage: request.stage.to_string(),
             before: before.id.to_string(),
             after: next.id.to_string(),
         };
-        if order.dry_run {
+        if request.dry_run {
             self.rehearse_in_turn(before, &next, change).await.map_err(|mut failed| {
                 failed.trial = report.trial.take().map(Box::new);
                 failed

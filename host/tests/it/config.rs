@@ -121,7 +121,7 @@ fn what_the_root_shows_as_default_is_the_default() {
     assert_eq!(kinesis(&full).records_per_call_max, kinesis(&plain).records_per_call_max);
     assert_eq!(full.stages[0].limits, plain.stages[0].limits);
     for (full, plain) in full.sinks.iter().zip(&plain.sinks) {
-        assert_eq!(full.rhythm, plain.rhythm);
+        assert_eq!(full.commit_policy, plain.commit_policy);
     }
     let [shown] = &full.lookups[..] else { panic!("one lookup is shown") };
     let bare = "[[lookup]]\nname = \"l\"\nurl = \"sqlite:l\"\nquery = \"q\"\n";
@@ -244,7 +244,7 @@ fn every_value_arrives() {
     assert_eq!(&config.file.text[one.routes["early"].sinks[0].span.clone()], "\"pg\"");
     assert_eq!(config.admin.map(|admin| admin.listen), "127.0.0.1:9901".parse().ok());
     // The default roll of objects gives way to a small buffer.
-    assert_eq!(config.sinks[1].rhythm.bytes_max, 8 << 20);
+    assert_eq!(config.sinks[1].commit_policy.bytes_max, 8 << 20);
 }
 
 /// Each prefix of a file is a mistake that an editor can save.

@@ -20,7 +20,7 @@ const RETRY: RetryPolicy =
 const LAST_COMMIT_MAX: Duration = Duration::from_secs(2);
 
 /// The rows of one commit.
-pub(super) struct Parcel {
+pub(super) struct PendingCommit {
     /// By ascending position.
     pub(super) rows: Arc<Vec<Row>>,
     /// What became of them as they arrived.
@@ -36,8 +36,8 @@ pub(super) struct Parcel {
 }
 
 /// What a committer is asked to do, in this order.
-pub(super) enum Order {
-    Commit(Parcel),
+pub(super) enum CommitRequest {
+    Commit(PendingCommit),
     /// Say that everything before is committed.
     Flush(oneshot::Sender<()>),
 }
@@ -79,22 +79,22 @@ impl Committer {
     }
 
     /// Commits until there is nothing more, the lane ends, or the shard is lost.
-    pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> Result<(), SinkError> {
+    pub(super) async fn run(mut self, mut requests: mpsc::Receiver<CommitRequest>) -> Result<(), SinkError> {
         if let Some((to_inclusive, revision)) = self.context.first_to.clone() {
             let rows = Arc::default();
             let (encoded, bytes, permit) = (None, 0, None);
-            self.commit(Parcel { rows, encoded, to_inclusive, revision, bytes, permit }).await?;
+            self.commit(PendingCommit { rows, encoded, to_inclusive, revision, bytes, permit }).await?;
         }
         loop {
-            let order = tokio::select! {
+            let request = tokio::select! {
                 biased;
                 () = self.context.abandon.cancelled() => return Ok(()),
-                order = orders.recv() => order,
+                request = requests.recv() => request,
             };
-            match order {
-                Some(Order::Commit(parcel)) => self.commit(parcel).await?,
+            match request {
+                Some(CommitRequest::Commit(pending)) => self.commit(pending).await?,
                 // The lane may have gone: then nobody waits.
-                Some(Order::Flush(done)) => drop(done.send(())),
+                Some(CommitRequest::Flush(done)) => drop(done.send(())),
                 None => return Ok(()),
             }
         }
@@ -102,8 +102,8 @@ impl Committer {
 
     /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
     /// configured patience stops it.
-    async fn commit(&mut self, parcel: Parcel) -> Result<(), SinkError> {
-        let Parcel { rows, encoded, to_inclusive, revision, bytes, mut permit } = parcel;
+    async fn commit(&mut self, pending: PendingCommit) -> Result<(), SinkError> {
+        let PendingCommit { rows, encoded, to_inclusive, revision, bytes, mut permit } = pending;
         let is_copied = encoded.is_none() && self.writer.copies_rows();
         if let Some(permit) = permit.as_mut().filter(|_| is_copied) {
             // Others wait the longer. It is given back with the rows.
@@ -167,13 +167,13 @@ impl Committer {
     fn patience_is_over(&mut self, error: &SinkError) -> bool {
         let since = *self.failing_since.get_or_insert_with(Instant::now);
         let is_out_of_reach = matches!(error, SinkError::Unavailable { .. });
-        let limit = self.context.rhythm.give_up_after;
+        let limit = self.context.commit_policy.give_up_after;
         is_out_of_reach && limit.is_some_and(|limit| since.elapsed() >= limit)
     }
 
     /// The rest of that time; without a limit, it lasts.
     fn patience_left(&self) -> Duration {
-        let Some(limit) = self.context.rhythm.give_up_after else { return Duration::MAX };
+        let Some(limit) = self.context.commit_policy.give_up_after else { return Duration::MAX };
         let failing_for = self.failing_since.map(|since| since.elapsed()).unwrap_or_default();
         limit.saturating_sub(failing_for)
     }

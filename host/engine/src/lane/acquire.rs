@@ -141,7 +141,7 @@ impl<'a> Lane<'a> {
             let context = DeliveryContext {
                 shard: shard.clone(),
                 sink: config.name.value.clone(),
-                rhythm: config.rhythm,
+                commit_policy: config.commit_policy,
                 timing: shared.config.timing,
                 account: account.clone(),
                 dead_letters: shared.dead_letters.clone(),

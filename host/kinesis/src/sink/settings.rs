@@ -11,7 +11,7 @@ use shardmill_config::reading::{
     Check, Maybe, RawAssumeRole, RawCommit, Spanned, Text, server, stream, without_user,
 };
 use shardmill_config::{
-    BuildError, Endpoint, Key, KeyDefault, KeyForm, ReadSink, Rhythm, SharedParts, SinkContext,
+    BuildError, Endpoint, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext,
     SinkSettings, SinkTable, SinkType, StreamServer,
 };
 use shardmill_core::record::StreamRef;
@@ -93,9 +93,9 @@ impl SinkType for KinesisType {
         ]
     }
 
-    fn rhythm(&self) -> Rhythm {
+    fn commit_policy(&self) -> CommitPolicy {
         // Ten full requests; soon, because someone downstream waits.
-        Rhythm::patient(5_000, 4 << 20, Duration::from_millis(200))
+        CommitPolicy::patient(5_000, 4 << 20, Duration::from_millis(200))
     }
 
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

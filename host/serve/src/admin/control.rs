@@ -28,7 +28,7 @@ use shardmill_core::boxed;
 use shardmill_core::escape::escaped;
 use shardmill_core::private;
 use shardmill_engine::lane::StatusRegistry;
-use shardmill_engine::swap::{ChangeRefused, Component, SHADOW_MAX, SwapOrder, Swapper};
+use shardmill_engine::swap::{ChangeRefused, Component, SHADOW_MAX, SwapRequest, Swapper};
 use shardmill_ports::PortRules;
 
 /// The largest component that is taken, in bytes: as `limits.component` can be at most.
@@ -253,7 +253,7 @@ async fn swap(
             Component::Bytes { name, bytes: body }
         }
     };
-    let order = SwapOrder {
+    let request = SwapRequest {
         stage: stage.as_str().into(),
         component,
         canary_percent: query.canary,
@@ -261,7 +261,7 @@ async fn swap(
         gates: Gates { changed_max: query.max_changed, newly_rejected_max: query.max_rejected },
         dry_run: query.dry_run,
     };
-    answered(finished(async move { control.swapper.swap(order).await }).await)
+    answered(finished(async move { control.swapper.swap(request).await }).await)
 }
 
 async fn roll_back(State(control): State<Control>, UrlPath(stage): UrlPath<String>) -> Response {

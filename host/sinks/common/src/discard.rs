@@ -10,7 +10,7 @@ use serde::de::IgnoredAny;
 
 use shardmill_config::reading::{Check, RawCommit, Spanned, Text};
 use shardmill_config::{
-    BuildError, Key, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
+    BuildError, Key, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
 };
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, ShardKey, SinkName};
@@ -48,8 +48,8 @@ impl SinkType for DiscardType {
         &[]
     }
 
-    fn rhythm(&self) -> Rhythm {
-        Rhythm::TABLE
+    fn commit_policy(&self) -> CommitPolicy {
+        CommitPolicy::TABLE
     }
 
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

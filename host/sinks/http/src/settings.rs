@@ -14,7 +14,7 @@ use shardmill_config::reading::{
     path_digits,
 };
 use shardmill_config::{
-    BuildError, HttpHostConfig, HttpMethod, Key, KeyDefault, KeyForm, ReadSink, Rhythm,
+    BuildError, HttpHostConfig, HttpMethod, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy,
     SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
 };
 use shardmill_core::sink::Sink;
@@ -122,9 +122,9 @@ impl SinkType for HttpType {
         ]
     }
 
-    fn rhythm(&self) -> Rhythm {
+    fn commit_policy(&self) -> CommitPolicy {
         // An endpoint may be expected to take this in one request.
-        Rhythm::patient(1_000, 1 << 20, Duration::from_secs(1))
+        CommitPolicy::patient(1_000, 1 << 20, Duration::from_secs(1))
     }
 
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

@@ -20,7 +20,7 @@ use shardmill_config::reading::{
     Check, Maybe, RawCommit, Spanned, Text, options, suggest, without_user,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings,
+    BuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
     SinkTable, SinkType,
 };
 use shardmill_core::record::SinkName;
@@ -120,9 +120,9 @@ impl SinkType for ObjectsType {
         ]
     }
 
-    fn rhythm(&self) -> Rhythm {
+    fn commit_policy(&self) -> CommitPolicy {
         // Few large objects; rows are bounded because each costs memory beside its bytes.
-        Rhythm::patient(100_000, 64 << 20, Duration::from_secs(300))
+        CommitPolicy::patient(100_000, 64 << 20, Duration::from_secs(300))
     }
 
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

@@ -12,7 +12,7 @@ use shardmill_config::reading::{
     Spanned, Text, connection, database, table, write_mode,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, PipelineConfig, ReadSink, ReplaySupport, Rerun, Rhythm,
+    BuildError, Key, KeyDefault, KeyForm, PipelineConfig, ReadSink, ReplaySupport, Rerun, CommitPolicy,
     SharedParts, SinkContext, SinkSettings, SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::record::SinkName;
@@ -114,8 +114,8 @@ impl SinkType for PostgresType {
         ]
     }
 
-    fn rhythm(&self) -> Rhythm {
-        Rhythm::TABLE
+    fn commit_policy(&self) -> CommitPolicy {
+        CommitPolicy::TABLE
     }
 
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

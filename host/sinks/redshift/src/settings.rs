@@ -14,7 +14,7 @@ use shardmill_config::reading::{
     connection, database, options, table, write_mode,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings,
+    BuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
     SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::sink::Sink;
@@ -135,9 +135,9 @@ impl SinkType for RedshiftType {
         ]
     }
 
-    fn rhythm(&self) -> Rhythm {
+    fn commit_policy(&self) -> CommitPolicy {
         // Few large loads: each costs a cluster the same few seconds, whatever it holds.
-        Rhythm::patient(100_000, 64 << 20, Duration::from_secs(60))
+        CommitPolicy::patient(100_000, 64 << 20, Duration::from_secs(60))
     }
 
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

@@ -12,7 +12,7 @@ use shardmill_config::reading::{
     Text, table, write_mode,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, Rerun, Rhythm, SharedParts, SinkContext,
+    BuildError, Key, KeyDefault, KeyForm, ReadSink, Rerun, CommitPolicy, SharedParts, SinkContext,
     SinkSettings, SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::record::SinkName;
@@ -83,8 +83,8 @@ impl SinkType for SqliteType {
         ]
     }
 
-    fn rhythm(&self) -> Rhythm {
-        Rhythm::TABLE
+    fn commit_policy(&self) -> CommitPolicy {
+        CommitPolicy::TABLE
     }
 
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

@@ -9,7 +9,7 @@ use serde::de::IgnoredAny;
 use crate::StdoutSink;
 use shardmill_config::reading::{Check, Maybe, RawCommit, Spanned, Text};
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, Rhythm, SharedParts, SinkContext, SinkSettings,
+    BuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
     SinkTable, SinkType,
 };
 use shardmill_core::sink::Sink;
@@ -56,9 +56,9 @@ impl SinkType for StdoutType {
         }]
     }
 
-    fn rhythm(&self) -> Rhythm {
+    fn commit_policy(&self) -> CommitPolicy {
         // A person watches: small steps.
-        Rhythm::patient(1_000, 1 << 20, Duration::from_millis(200))
+        CommitPolicy::patient(1_000, 1 << 20, Duration::from_millis(200))
     }
 
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink> {

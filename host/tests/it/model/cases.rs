@@ -155,7 +155,7 @@ impl Case {
 
 const FILE: File = File {
     right: 1,
-    rhythm: 1,
+    commit_seed: 1,
     is_away: false,
     is_renamed: false,
     gives_up: false,

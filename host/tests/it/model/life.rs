@@ -218,7 +218,7 @@ impl World {
 
     /// The pipeline that a file describes: one plugin whose configuration says which side goes where.
     fn pipeline(&self, file: File) -> PipelineConfig {
-        let mut rng = fastrand::Rng::with_seed(file.rhythm);
+        let mut rng = fastrand::Rng::with_seed(file.commit_seed);
         let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
         let File { right, is_away, is_renamed, is_hasty, .. } = file;
         let drain = if is_hasty { "300 ms" } else { "60 s" };

@@ -66,7 +66,7 @@ pub struct File {
     /// The side that goes to the sink `right`.
     pub right: u8,
     /// Commit sizes, and which sinks are given up, by this seed.
-    pub rhythm: u64,
+    pub commit_seed: u64,
     pub is_away: bool,
     pub is_renamed: bool,
     /// Sinks may be given up.
@@ -110,7 +110,7 @@ impl Script {
         let is_one_sided = (forgets || restores) && rng.bool();
         let mut file = File {
             right: u8::from(rng.bool()),
-            rhythm: rng.u64(..),
+            commit_seed: rng.u64(..),
             is_away: false,
             is_renamed: false,
             gives_up: true,
@@ -231,7 +231,7 @@ fn change(rng: &mut Rng, file: &mut File, (moves_sinks, is_one_sided): (bool, bo
             _ => file.is_away = !file.is_away,
         },
         _ => {
-            file.rhythm = rng.u64(..);
+            file.commit_seed = rng.u64(..);
             if !is_one_sided {
                 file.right = u8::from(rng.bool());
             }
