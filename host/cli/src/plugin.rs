@@ -132,11 +132,11 @@ pub async fn plugin(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Build { folder, out } => build(&folder, out, console),
         Command::Conformance { file, config, input, junit } => {
             let console = console.clone();
-            let prove = move || {
+            let validate = move || {
                 let subject = Subject::load(&file, config, &input)?;
                 conformance(&subject, junit.as_deref(), &console)
             };
-            off_thread(prove).await
+            off_thread(validate).await
         }
         Command::Bench { file, config, input, batch, seconds } => {
             let console = console.clone();

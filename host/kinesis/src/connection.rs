@@ -104,7 +104,7 @@ impl StreamConnection {
         if let Err(error) = &answer {
             waiting.failed(call_error("GetShardIterator", inbox.place(), error));
         }
-        self.prove_identity(inbox.shard(), asked, waiting).await?;
+        self.validate_identity(inbox.shard(), asked, waiting).await?;
         let answer = answer.map_err(|error| match fault(&error) {
             cause @ (Fault::Throttled | Fault::Passing) => Passing::Later(cause),
             Fault::NotFound if self.is_unlisted(&inbox.shard().shard) => Passing::Gone,
@@ -138,7 +138,7 @@ impl StreamConnection {
 
     /// Proves that the stream is the one that a shard's positions are of, by a look that began no
     /// earlier than `asked`. Many readers share one look.
-    pub(crate) async fn prove_identity(
+    pub(crate) async fn validate_identity(
         &self,
         shard: &ShardKey,
         asked: Instant,
@@ -194,11 +194,11 @@ impl StreamConnection {
             // A subscription may say so before it gives the first record.
             if call == GET_RECORDS {
                 self.judge(gap, inbox).await?;
-                inbox.is_proven();
+                inbox.mark_validated();
             } else if self.loss(inbox.caught_up_ms()).await?.is_some() {
                 return Ok(());
             } else {
-                inbox.is_proven();
+                inbox.mark_validated();
             }
         }
         if is_caught_up && let Some(as_of_ms) = as_of_ms {
@@ -214,7 +214,7 @@ impl StreamConnection {
     pub(crate) async fn judge_gone(&self, inbox: &mut Inbox) -> Result<(), SourceError> {
         let asked = inbox.after().cloned();
         self.judge(LostRecordsGap { asked, came: None }, inbox).await?;
-        inbox.is_proven();
+        inbox.mark_validated();
         Ok(())
     }
 

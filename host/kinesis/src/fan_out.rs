@@ -104,7 +104,7 @@ impl FanOutReader {
         if let Err(error) = &answer {
             waiting.failed(call_error(SUBSCRIBE, self.polling.inbox().place(), error));
         }
-        match self.connection.prove_identity(self.polling.inbox().shard(), asked, &waiting).await {
+        match self.connection.validate_identity(self.polling.inbox().shard(), asked, &waiting).await {
             Ok(()) => {}
             Err(Passing::Later(cause)) => {
                 self.back_off(cause);

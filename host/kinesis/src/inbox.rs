@@ -107,7 +107,7 @@ pub struct Inbox {
     handed_over: Option<Position>,
     queue: VecDeque<Queued>,
     /// What is not shown yet about the place at which the server was told to begin.
-    unproven: Option<Unproven>,
+    unvalidated: Option<Unvalidated>,
     /// What the queue holds in memory.
     occupied_bytes: usize,
     /// Bytes that the last batch holds, where it is larger than a batch may be because its one record is. The lane has
@@ -126,7 +126,7 @@ pub struct Inbox {
 
 /// A place at which the server was told to begin, until its answer shows that nothing is missing there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Unproven {
+enum Unvalidated {
     /// This record was read: if it comes again, nothing after it is gone.
     Record(Position),
     /// The shard's beginning, of which none is to be missed.
@@ -147,7 +147,7 @@ impl Inbox {
     pub fn new(shard: ShardKey, limits: BatchLimits, from: ReadFrom) -> Self {
         let handed_over = from.after.clone();
         let drops_older = from.after.is_none();
-        let (queue, unproven, gap) = (VecDeque::new(), None, None);
+        let (queue, unvalidated, gap) = (VecDeque::new(), None, None);
         let last_arrived_ms = None;
         Self {
             shard,
@@ -157,7 +157,7 @@ impl Inbox {
             queue,
             occupied_bytes: 0,
             large_in_hand: 0,
-            unproven,
+            unvalidated,
             gap,
             lost: None,
             drops_older,
@@ -194,9 +194,9 @@ impl Inbox {
     /// is refused, records still arrive from the earlier iterator, and they follow the last record that was
     /// read. To expect the start's first record then would report lost records where none are lost.
     pub(crate) fn start_accepted(&mut self) {
-        self.unproven = match self.from.after.clone() {
-            Some(after) => Some(Unproven::Record(after)),
-            None => self.from.caught_up_ms.map(|_| Unproven::Beginning),
+        self.unvalidated = match self.from.after.clone() {
+            Some(after) => Some(Unvalidated::Record(after)),
+            None => self.from.caught_up_ms.map(|_| Unvalidated::Beginning),
         };
     }
 
@@ -238,9 +238,9 @@ impl Inbox {
     /// The gap that there may be if the server has nothing more, although it was told to begin where
     /// something should be.
     pub(crate) fn gap_before_nothing(&self) -> Option<LostRecordsGap> {
-        let asked = match self.unproven.as_ref()? {
-            Unproven::Record(asked) => Some(asked.clone()),
-            Unproven::Beginning => None,
+        let asked = match self.unvalidated.as_ref()? {
+            Unvalidated::Record(asked) => Some(asked.clone()),
+            Unvalidated::Beginning => None,
         };
         Some(LostRecordsGap { asked, came: None })
     }
@@ -256,8 +256,8 @@ impl Inbox {
     }
 
     /// Nothing is missing where the server was told to begin, or it was judged.
-    pub(crate) fn is_proven(&mut self) {
-        self.unproven = None;
+    pub(crate) fn mark_validated(&mut self) {
+        self.unvalidated = None;
     }
 
     /// The last record that was read.
@@ -290,9 +290,9 @@ impl Inbox {
         })?;
         self.last_arrived_ms = self.last_arrived_ms.max(arrived_ms);
         let arrived_ms = arrived_ms.unwrap_or(0);
-        let asked = match self.unproven.take() {
-            Some(Unproven::Record(asked)) => Some(Some(asked)),
-            Some(Unproven::Beginning) => Some(None),
+        let asked = match self.unvalidated.take() {
+            Some(Unvalidated::Record(asked)) => Some(Some(asked)),
+            Some(Unvalidated::Beginning) => Some(None),
             None => None,
         };
         if let Some(asked) = asked

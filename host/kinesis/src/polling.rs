@@ -183,7 +183,7 @@ impl PollingReader {
                     Fault::NotFound | Fault::Lasting => {
                         // The stream may have been replaced: that says more than this error.
                         self.iterator = None;
-                        self.prove_identity(called).await?;
+                        self.validate_identity(called).await?;
                         Err(call_error(GET_RECORDS, self.inbox.place(), &error))
                     }
                 };
@@ -229,9 +229,9 @@ impl PollingReader {
         if self.polling.is_paced { CALL_INTERVAL } else { Duration::ZERO }
     }
 
-    async fn prove_identity(&self, asked: Instant) -> Result<(), SourceError> {
+    async fn validate_identity(&self, asked: Instant) -> Result<(), SourceError> {
         let shard = self.inbox.shard();
-        match self.connection.prove_identity(shard, asked, &self.waiting).await {
+        match self.connection.validate_identity(shard, asked, &self.waiting).await {
             Err(Passing::Never(error)) => Err(error),
             Ok(()) | Err(Passing::Later(_) | Passing::Gone) => Ok(()),
         }

@@ -23,9 +23,9 @@ sessions! {
     session_dead_letters: "dead-letters";
     session_first_plugin: "first-plugin";
     session_limits: "limits";
-    session_proving: "proving";
     session_testing: "testing";
     session_typed: "typed";
+    session_validating: "validating";
 }
 
 fn repeat(session: &str) {

@@ -129,7 +129,7 @@ impl StageOutcome {
 }
 
 /// Proves an answer against the contract and the limits. `first_item` is added to its item indexes.
-pub(super) fn prove(
+pub(super) fn validate(
     flow: &[Item],
     outcome: Outcome,
     routes: usize,
@@ -276,10 +276,10 @@ mod tests {
     #[test]
     fn wall_02_outputs_without_bytes_are_not_free() {
         let limits = StageLimits { outputs_per_record_max: 1_000_000, ..StageLimits::default() };
-        let prove = |outputs| prove(&[item(b"one")], empty_outputs(outputs), 1, &limits, 0);
+        let validate = |outputs| validate(&[item(b"one")], empty_outputs(outputs), 1, &limits, 0);
         let most = limits.output_bytes_max / OUTPUT_OVERHEAD_BYTES;
-        assert_eq!(prove(most).expect("within the limit").output_count(), most);
-        let refused = prove(most + 1).expect_err("over the limit").message;
+        assert_eq!(validate(most).expect("within the limit").output_count(), most);
+        let refused = validate(most + 1).expect_err("over the limit").message;
         assert!(refused.contains("outputs of more than 67108864 bytes"), "{refused}");
     }
 
@@ -290,20 +290,20 @@ mod tests {
         let items = vec![item(b"one"); ITEMS as usize];
         let reject =
             |input| Reject { input, reason: Span { start: 0, length: 8 << 10 } }.to_words();
-        let prove = || {
+        let validate = || {
             let rejects: Vec<u32> = (0..ITEMS).flat_map(reject).collect();
             let outcome = Outcome { arena: vec![b'x'; 8 << 10], outputs: Vec::new(), rejects };
-            prove(&items, outcome, 1, &StageLimits::default(), 0).expect("kept")
+            validate(&items, outcome, 1, &StageLimits::default(), 0).expect("kept")
         };
         let bytes = |outcome: &StageOutcome| -> usize {
             outcome.rejected.iter().map(|one| one.reason.len()).sum()
         };
         let most = |items: usize| REASONS_BYTES_MAX + (8 << 10) + items * (REASON_BYTES_AFTER + 64);
-        let mut outcome = prove();
+        let mut outcome = validate();
         assert_eq!(outcome.rejected.len(), ITEMS as usize);
         assert_eq!(outcome.rejected[1_000].reason.len(), 8 << 10, "a batch's own are whole");
         assert!(bytes(&outcome) <= most(ITEMS as usize), "{} bytes", bytes(&outcome));
-        outcome.add(prove());
+        outcome.add(validate());
         assert_eq!(outcome.rejected.len(), 2 * ITEMS as usize);
         assert!(bytes(&outcome) <= most(2 * ITEMS as usize), "{} bytes", bytes(&outcome));
     }
@@ -315,6 +315,6 @@ mod tests {
         let pass = |input| Output { input, route: 0, key: None, payload: None }.to_words();
         let outputs: Vec<u32> = (0..1_000).flat_map(pass).collect();
         let outcome = Outcome { arena: Vec::new(), outputs, rejects: Vec::new() };
-        assert_eq!(prove(&items, outcome, 1, &limits, 0).expect("passed").output_count(), 1_000);
+        assert_eq!(validate(&items, outcome, 1, &limits, 0).expect("passed").output_count(), 1_000);
     }
 }

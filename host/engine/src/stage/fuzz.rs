@@ -3,14 +3,14 @@
 use bytes::Bytes;
 use fastrand::Rng;
 
-use super::answer::prove;
+use super::answer::validate;
 use super::flow::Item;
 use shardmill_config::StageLimits;
 use shardmill_core::fuzzing::{Choices, Target};
 use shardmill_core::record::excerpt;
 use shardmill_plugin::Outcome;
 
-/// Checks that [`prove`] accepts exactly the answers that keep the contract, and passes on what they say.
+/// Checks that [`validate`] accepts exactly the answers that keep the contract, and passes on what they say.
 pub const OUTCOME: Target = Target { name: "outcome", run, grow, words: &[] };
 
 /// Bytes that each output counts beside its own, in the words of the book ("Limits").
@@ -51,7 +51,7 @@ fn run(data: &[u8]) {
 
     let expected = reference(&items, &arena, &outputs, &rejects, routes, &limits, first_item);
     let outcome = Outcome { arena, outputs: outputs.clone(), rejects: rejects.clone() };
-    let found = prove(&items, outcome, routes, &limits, first_item).ok().map(|outcome| {
+    let found = validate(&items, outcome, routes, &limits, first_item).ok().map(|outcome| {
         let bytes = |bytes: Option<Bytes>| bytes.map(|bytes| bytes.to_vec());
         let passed: Vec<Passed> = outcome
             .outputs()

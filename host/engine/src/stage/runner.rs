@@ -376,7 +376,7 @@ impl StageRunner {
         let routes = self.stage.descriptor.routes.len();
         let limits = &self.stage.limits;
         Ok(match answer {
-            Ok(Ok(outcome)) => match answer::prove(items, outcome, routes, limits, first_item) {
+            Ok(Ok(outcome)) => match answer::validate(items, outcome, routes, limits, first_item) {
                 Ok(outcome) => {
                     self.learn_usual(took, items.len());
                     self.renew_if_leaking(memory_bytes);

@@ -354,14 +354,14 @@ async fn in_turn(
     }
     let stage = change.stage.as_str().into();
     let own = |revision: &Revision| revision.spec.stage(&stage).cloned();
-    let (Some(proven), true) = (own(next), own(&current) == own(before)) else {
+    let (Some(validated), true) = (own(next), own(&current) == own(before)) else {
         let cause = format!("another change of stage {stage} came first; try it again");
         return Err(Step::Promote.failed(cause));
     };
     let mut spec = current.spec.clone();
     let mut stages = spec.stages.iter_mut();
     if let Some(own) = stages.find(|own| own.name == stage) {
-        *own = proven;
+        *own = validated;
     }
     let next = Arc::new(candidate::load(setup, &current, spec, next.plugins()).await?);
     (change.before, change.after) = (current.id.to_string(), next.id.to_string());

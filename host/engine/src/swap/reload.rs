@@ -151,7 +151,7 @@ impl Inner {
         dry_run: bool,
     ) -> Result<Option<(ReloadReport, Option<String>)>, StepFailed> {
         refuse_immutable(&beside.config, &config)?;
-        let reloaded = self.prove(beside, before, config).await?;
+        let reloaded = self.validate(beside, before, config).await?;
         let changed = changed_stages(&reloaded.known, &reloaded.next.spec);
         let mut report = ReloadReport {
             number: None,
@@ -245,7 +245,7 @@ impl Inner {
     }
 
     /// Loads and checks all that the files name.
-    async fn prove(
+    async fn validate(
         &self,
         setup: &Setup,
         before: &Arc<Revision>,

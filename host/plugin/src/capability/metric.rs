@@ -226,7 +226,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_proven_and_their_number_is_bounded() {
+    fn names_are_validated_and_their_number_is_bounded() {
         let (stage, of_stage) = (StageName::from("s"), StageMetrics::default());
         let mut metrics = Metrics::default();
         let mut register =
