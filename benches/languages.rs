@@ -39,10 +39,10 @@ fn main() -> Result<()> {
         let mut trial = workbench.start("{}")?;
         let fates = trial.run(&records)?;
         for (record, fate) in records.iter().zip(&fates) {
-            let due: serde_json::Value = serde_json::from_slice(&greet(&record.payload)?)?;
+            let expected: serde_json::Value = serde_json::from_slice(&greet(&record.payload)?)?;
             let payload = fate.outputs[0].payload.as_ref().context("an output")?;
             let found: serde_json::Value = serde_json::from_slice(payload)?;
-            ensure!(found == due, "{language} gives {found}, not {due}");
+            ensure!(found == expected, "{language} gives {found}, not {expected}");
         }
         let (mut ours, mut native) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {

@@ -70,11 +70,11 @@ async fn measure(
     )
     .await?;
     let reader = start()?;
-    let (due, mut latencies) = (SECONDS * 1_000, Vec::new());
-    let putting = tokio::spawn(put(kinesis, stream_name.to_owned(), due));
+    let (expected, mut latencies) = (SECONDS * 1_000, Vec::new());
+    let putting = tokio::spawn(put(kinesis, stream_name.to_owned(), expected));
     let begun = tokio::time::Instant::now();
     let mut seen = 0;
-    while latencies.len() < due as usize {
+    while latencies.len() < expected as usize {
         ensure!(begun.elapsed() < Duration::from_secs(SECONDS + 60), "rows are missing");
         let query = "SELECT id, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - put_us \
                      FROM bench_latency WHERE id >= $1 ORDER BY id";

@@ -287,8 +287,8 @@ async fn check(sql: &Client, versions: &[Bytes; 2], state: &Path) -> Result<()> 
         let padded = format!("{sequence:0>129}");
         let segments = ledger.get(&shard).context("a shard without a ledger")?;
         let at = segments.partition_point(|(from, _)| *from < padded);
-        let due = at.checked_sub(1).map(|at| segments[at].1.as_str());
-        ensure!(due == Some(version.as_str()), "{shard}:{sequence}: {version} in place of {due:?}");
+        let expected = at.checked_sub(1).map(|at| segments[at].1.as_str());
+        ensure!(expected == Some(version.as_str()), "{shard}:{sequence}: {version} in place of {expected:?}");
     }
     Ok(())
 }

@@ -81,13 +81,13 @@ fn measure(stage: &LoadedStage, payload_bytes: usize, batch_records: usize) -> R
     let mut sdk = || decode_by_sdk(&items);
 
     // The same work, or the comparison is void.
-    let due: Vec<_> = wall()?.outputs().map(|output| output.payload).collect();
+    let expected: Vec<_> = wall()?.outputs().map(|output| output.payload).collect();
     for native in [ordinary()?, sdk()?] {
-        ensure!(native.outputs.len() == batch_records && due.len() == batch_records);
-        for (due, output) in due.iter().zip(&native.outputs) {
+        ensure!(native.outputs.len() == batch_records && expected.len() == batch_records);
+        for (expected, output) in expected.iter().zip(&native.outputs) {
             let span = output.payload.context("a payload is due")?;
             let row = &native.arena[span.start as usize..][..span.length as usize];
-            ensure!(due.as_deref() == Some(row), "the wall and native code disagree");
+            ensure!(expected.as_deref() == Some(row), "the wall and native code disagree");
         }
     }
 

@@ -101,8 +101,8 @@ mod tests {
     fn the_bindings_are_of_the_present_wit_and_wit_bindgen() {
         let root = project_root();
         let found = fs::read_to_string(root.join(BINDINGS)).unwrap();
-        let due = head(&root).unwrap();
-        assert!(found.starts_with(&due), "run `cargo xtask bindings` and commit:\n{due}");
+        let expected = head(&root).unwrap();
+        assert!(found.starts_with(&expected), "run `cargo xtask bindings` and commit:\n{expected}");
         let sdk = fs::read_to_string(root.join("plugins/sdk/Cargo.toml")).unwrap();
         assert!(sdk.contains(&format!("version = \"={WIT_BINDGEN}\"")), "{sdk}");
     }

@@ -73,10 +73,10 @@ pub fn check(root: &Path) -> Result<()> {
         let component = root.join(PREBUILT).join(format!("{plugin}.wasm"));
         match record.plugins.get(plugin) {
             None => complaints.push(format!("{plugin}: not recorded")),
-            Some(due) if due.sources != sources_hash(root, plugin)? => {
+            Some(expected) if expected.sources != sources_hash(root, plugin)? => {
                 complaints.push(format!("{plugin}: its sources changed since it was built"));
             }
-            Some(due) if due.component != hash(&component)? => {
+            Some(expected) if expected.component != hash(&component)? => {
                 complaints.push(format!("{plugin}: the component is not the one recorded"));
             }
             Some(_) => {}
@@ -99,7 +99,7 @@ fn compare_rebuilt(root: &Path, record: &Record, complaints: &mut Vec<String>) -
     let same_compiler = builder.toolchain.version()? == record.rustc;
     for plugin in PLUGINS {
         let rebuilt = hash(&builder.build(plugin, &root.join("target/plugins-rebuilt"))?)?;
-        if same_compiler && record.plugins.get(plugin).is_some_and(|due| due.component != rebuilt) {
+        if same_compiler && record.plugins.get(plugin).is_some_and(|expected| expected.component != rebuilt) {
             complaints.push(format!("{plugin}: the same compiler builds another component"));
         }
     }

@@ -37,19 +37,19 @@ struct Request<'a> {
 impl<'a> Request<'a> {
     /// Reads `HOST IDENT USER [TIME] "METHOD PATH PROTOCOL" STATUS BYTES …`.
     fn parse(line: &'a str) -> Result<Self, Error> {
-        let due = |what: &str| Error::reject(format!("{what} was due in {line:?}"));
+        let missing = |what: &str| Error::reject(format!("{what} was due in {line:?}"));
         let mut words = line.splitn(4, ' ');
-        let host = words.next().filter(|host| !host.is_empty()).ok_or_else(|| due("a host"))?;
-        let user = words.nth(1).ok_or_else(|| due("a user"))?;
+        let host = words.next().filter(|host| !host.is_empty()).ok_or_else(|| missing("a host"))?;
+        let user = words.nth(1).ok_or_else(|| missing("a user"))?;
         let rest = words.next().and_then(|rest| rest.strip_prefix('['));
         let (time, rest) =
-            rest.and_then(|rest| rest.split_once("] \"")).ok_or_else(|| due("a [time]"))?;
-        let (request, rest) = rest.split_once("\" ").ok_or_else(|| due("a \"request\""))?;
-        let (method, path) = request.split_once(' ').ok_or_else(|| due("a method and a path"))?;
+            rest.and_then(|rest| rest.split_once("] \"")).ok_or_else(|| missing("a [time]"))?;
+        let (request, rest) = rest.split_once("\" ").ok_or_else(|| missing("a \"request\""))?;
+        let (method, path) = request.split_once(' ').ok_or_else(|| missing("a method and a path"))?;
         let path = path.rsplit_once(" HTTP/").map_or(path, |(path, _)| path);
         let mut numbers = rest.split(' ');
         let status = numbers.next().and_then(|status| status.parse().ok());
-        let status = status.ok_or_else(|| due("a status"))?;
+        let status = status.ok_or_else(|| missing("a status"))?;
         let bytes = numbers.next().and_then(|bytes| bytes.parse().ok()); // `-`: none
         let user = Some(user).filter(|user| *user != "-");
         Ok(Self { host, user, time, method, path, status, bytes })

@@ -261,7 +261,7 @@ mod tests {
     #[test]
     fn a_host_alone_has_careful_defaults() {
         let hosts = hosts("[{ host = \"a.example\" }]").expect("a host");
-        let due = HttpHostConfig {
+        let expected = HttpHostConfig {
             host: "a.example".into(),
             port: None,
             headers: vec![],
@@ -269,7 +269,7 @@ mod tests {
             private: false,
             response_bytes_max: 1 << 20,
         };
-        assert_eq!(hosts, [due]);
+        assert_eq!(hosts, [expected]);
     }
 
     #[test]
@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_granted_is_named() {
-        for (keys, due) in [
+        for (keys, expected) in [
             ("methods = []", "no method is granted"),
             ("methods = [\"get\"]", "\"get\" is no method that can be granted"),
             ("methods = [\"CONNECT\"]", "\"CONNECT\" is no method"),
@@ -300,7 +300,7 @@ mod tests {
         ] {
             let error = hosts(&format!("[{{ host = \"a.example\", {keys} }}]")).expect_err(keys);
             let text = error.to_string();
-            assert!(text.contains(due) && !text.contains("hunter2"), "{keys}: {text}");
+            assert!(text.contains(expected) && !text.contains("hunter2"), "{keys}: {text}");
         }
         let twice = hosts("[{ host = \"a.example\" }, { host = \"A.example\" }]");
         assert!(twice.expect_err("twice").to_string().contains("granted twice"));

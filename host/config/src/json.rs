@@ -64,15 +64,15 @@ mod tests {
     fn numbers_keep_every_digit() {
         let text = "a = 9223372036854775807\nb = -9_223\nc = 0xff\nd = 18446744073709551615\n\
                     e = 1.10\nf = +2.5e3\ng = 0.1000000000000000055511151231257827";
-        let due = r#"{"a":9223372036854775807,"b":-9223,"c":255,"d":18446744073709551615,"e":1.10,"f":2.5e+3,"g":0.1000000000000000055511151231257827}"#;
-        assert_eq!(json(text).expect("numbers"), due);
+        let expected = r#"{"a":9223372036854775807,"b":-9223,"c":255,"d":18446744073709551615,"e":1.10,"f":2.5e+3,"g":0.1000000000000000055511151231257827}"#;
+        assert_eq!(json(text).expect("numbers"), expected);
     }
 
     #[test]
     fn all_else_has_its_form() {
         let text = "a = [1, \"x\", true]\nb = 2026-01-31T00:00:00Z\n[c]\nd = {}\n";
-        let due = r#"{"a":[1,"x",true],"b":"2026-01-31T00:00:00Z","c":{"d":{}}}"#;
-        assert_eq!(json(text).expect("values"), due);
+        let expected = r#"{"a":[1,"x",true],"b":"2026-01-31T00:00:00Z","c":{"d":{}}}"#;
+        assert_eq!(json(text).expect("values"), expected);
     }
 
     #[test]

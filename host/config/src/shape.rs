@@ -45,12 +45,12 @@ fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
     } else if message.starts_with("missing field") {
         let key = quoted.first().copied().unwrap_or_default();
         check.problem(span, format!("the key `{key}` is missing"), format!("add {}", example(key)));
-    } else if let Some((found, due)) = mismatch(message) {
-        let help = match due {
+    } else if let Some((found, expected)) = mismatch(message) {
+        let help = match expected {
             "a sequence" => "a list in brackets, such as [\"mart\", \"logs\"]",
             "a boolean" => "true or false, without quotes",
             "a map" => "a table",
-            due => due,
+            expected => expected,
         };
         check.problem(span, format!("{found} does not fit here"), format!("write {help}"));
     } else {
@@ -61,7 +61,7 @@ fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
 /// Kind of value found, and what was due, of serde's "invalid type: string "x", expected y".
 fn mismatch(message: &str) -> Option<(&'static str, &str)> {
     let (prefix, rest) = message.split_once(": ")?;
-    let due = rest.split_once(", expected ").map(|(_, due)| due)?;
+    let expected = rest.split_once(", expected ").map(|(_, expected)| expected)?;
     let found = match rest.split([' ', ',']).next()? {
         _ if prefix == "invalid value" => "this number",
         "string" => "text",
@@ -72,7 +72,7 @@ fn mismatch(message: &str) -> Option<(&'static str, &str)> {
         "map" => "a table",
         _ => "this value",
     };
-    prefix.starts_with("invalid").then_some((found, due))
+    prefix.starts_with("invalid").then_some((found, expected))
 }
 
 fn example(key: &str) -> String {

@@ -124,7 +124,7 @@ pub enum SourceError {
     NoRegion,
     /// The stream did not become what was waited for.
     #[error(
-        "stream {stream} is {status} after {waited_s} s, not {due}; look at it in the console, or wait longer with `wait`"
+        "stream {stream} is {status} after {waited_s} s, not {expected}; look at it in the console, or wait longer with `wait`"
     )]
     NotReady {
         /// The stream's name.
@@ -132,7 +132,7 @@ pub enum SourceError {
         /// Its status.
         status: String,
         /// The status that was due.
-        due: &'static str,
+        expected: &'static str,
         /// How long was waited, in seconds.
         waited_s: u64,
     },

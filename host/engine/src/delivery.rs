@@ -259,7 +259,7 @@ struct Gatherer {
     must_cut_at: Option<Position>,
     buffer: Option<Buffer>,
     /// The buffer is to be committed as soon as the one before it is: until then it grows.
-    is_due: bool,
+    must_commit: bool,
     /// The rows of the last parcel.
     rows_expected: usize,
     /// Rows after an earlier owner's promise: they are encoded as those that arrive.
@@ -277,7 +277,7 @@ impl Gatherer {
             ahead: acquired.writer.looks_ahead(),
             must_cut_at: acquired.must_cut_at.clone(),
             buffer: None,
-            is_due: false,
+            must_commit: false,
             rows_expected: 0,
             rest_of_promise: None,
             pressure: Arc::new(Notify::new()),
@@ -300,7 +300,7 @@ impl Gatherer {
         requests: &mpsc::Sender<CommitRequest>,
     ) -> Result<(), CommitterEnded> {
         loop {
-            let due = self.due();
+            let deadline = self.deadline();
             tokio::select! {
                 () = requests.closed() => return Err(CommitterEnded),
                 message = receiver.recv() => match message {
@@ -311,9 +311,9 @@ impl Gatherer {
                     }
                     None => return Ok(()),
                 },
-                () = sleep_until(due) => self.is_due = true,
-                () = self.pressure.notified() => self.is_due = self.buffer.is_some(),
-                room = requests.reserve(), if self.is_due => {
+                () = sleep_until(deadline) => self.must_commit = true,
+                () = self.pressure.notified() => self.must_commit = self.buffer.is_some(),
+                room = requests.reserve(), if self.must_commit => {
                     drop(room);
                     self.hand_over(requests).await?;
                 }
@@ -322,9 +322,9 @@ impl Gatherer {
     }
 
     /// When the oldest span in hand must be committed.
-    fn due(&self) -> Option<Instant> {
+    fn deadline(&self) -> Option<Instant> {
         match (&self.buffer, &self.must_cut_at) {
-            (Some(buffer), None) if !self.is_due => {
+            (Some(buffer), None) if !self.must_commit => {
                 Some(buffer.opened + self.context.commit_policy.linger_max)
             }
             _ => None,
@@ -458,7 +458,7 @@ impl Gatherer {
 
     /// Hands over what is in hand; where an earlier owner promised an end, exactly up to there.
     async fn hand_over(&mut self, requests: &mpsc::Sender<CommitRequest>) -> Result<(), CommitterEnded> {
-        self.is_due = false;
+        self.must_commit = false;
         let Some(mut buffer) = self.buffer.take() else { return Ok(()) };
         let cut = match &self.must_cut_at {
             // Nothing can be committed before the promised end is in hand.
@@ -519,9 +519,9 @@ impl Gatherer {
     }
 }
 
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,
     }
 }

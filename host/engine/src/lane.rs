@@ -393,7 +393,7 @@ impl Lane<'_> {
                 (error, _, _) = futures::future::select_all(ended) => {
                     return LaneEvent::SinkEnded(error.into());
                 }
-                () = self.change.until_due() => return LaneEvent::NextRevision,
+                () = self.change.until_ready() => return LaneEvent::NextRevision,
                 cause = self.waits.changed() => cause,
             };
             self.show_wait(cause);
@@ -515,7 +515,7 @@ impl Lane<'_> {
                 () = pause => {}
                 () = stop.asked() => return Err(LaneError::Stopped),
                 // Another plugin may get it done.
-                () = self.change.until_due() => { self.change_before_blocked().await?; }
+                () = self.change.until_ready() => { self.change_before_blocked().await?; }
             }
         }
     }
@@ -605,7 +605,7 @@ impl Lane<'_> {
         tokio::select! {
             biased;
             () = stop.asked() => return Err(LaneError::Stopped),
-            () = self.change.until_due() => {}
+            () = self.change.until_ready() => {}
             () = tokio::time::sleep_until(end) => return Ok(()),
         }
         if !self.change_before_blocked().await? {

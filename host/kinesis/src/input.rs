@@ -69,14 +69,14 @@ pub enum InputError {
     },
     /// A binary record ends before its length says so.
     #[error(
-        "{place}: the record at this byte is cut: {due} bytes are due behind its start, {found} are \
+        "{place}: the record at this byte is cut: {expected} bytes are due behind its start, {found} are \
          there; the file is truncated, or not length-prefixed"
     )]
     Truncated {
         /// The file and the byte where the record starts, its length included.
         place: String,
         /// Bytes that are due, the length included as far as it is known.
-        due: usize,
+        expected: usize,
         /// Bytes that are there.
         found: usize,
     },
@@ -290,7 +290,7 @@ impl<R: BufRead> Input<R> {
                 0 => Ok(None),
                 found => {
                     let place = self.byte_place(started_at);
-                    Err(InputError::Truncated { place, due: LENGTH_BYTES, found })
+                    Err(InputError::Truncated { place, expected: LENGTH_BYTES, found })
                 }
             };
         };
@@ -301,8 +301,8 @@ impl<R: BufRead> Input<R> {
         }
         let payload = self.up_to(bytes)?;
         if payload.len() < bytes {
-            let (due, found) = (LENGTH_BYTES + bytes, LENGTH_BYTES + payload.len());
-            return Err(InputError::Truncated { place: self.byte_place(started_at), due, found });
+            let (expected, found) = (LENGTH_BYTES + bytes, LENGTH_BYTES + payload.len());
+            return Err(InputError::Truncated { place: self.byte_place(started_at), expected, found });
         }
         Ok(Some(payload))
     }
@@ -352,8 +352,8 @@ mod tests {
         Ok(records)
     }
 
-    fn pairs(due: &[(&str, &str)]) -> Result<Vec<(String, String)>, String> {
-        Ok(due.iter().map(|(key, text)| ((*key).to_owned(), (*text).to_owned())).collect())
+    fn pairs(expected: &[(&str, &str)]) -> Result<Vec<(String, String)>, String> {
+        Ok(expected.iter().map(|(key, text)| ((*key).to_owned(), (*text).to_owned())).collect())
     }
 
     #[test]
@@ -366,8 +366,8 @@ mod tests {
     #[test]
     fn fault_33_quoted_line_breaks_and_a_byte_order_mark() {
         let text = b"\xEF\xBB\xBFa,b\r\n1,\"x\r\ny\"\r\n2,z\n";
-        let due = [("5", "a,b"), ("6", "1,\"x\r\ny\""), ("7", "2,z")];
-        assert_eq!(read(Format::Csv, KeyRule::Number, text), pairs(&due));
+        let expected = [("5", "a,b"), ("6", "1,\"x\r\ny\""), ("7", "2,z")];
+        assert_eq!(read(Format::Csv, KeyRule::Number, text), pairs(&expected));
         assert_eq!(read(Format::Csv, KeyRule::Number, b"1,\"x\ny"), pairs(&[("5", "1,\"x\ny")]));
         assert_eq!(read(Format::Lines, KeyRule::Number, b"\xEF\xBB\xBFa\n"), pairs(&[("5", "a")]));
         assert_eq!(read(Format::Ndjson, KeyRule::Number, b"\xEF\xBB\xBF{}"), pairs(&[("5", "{}")]));
@@ -399,13 +399,13 @@ mod tests {
     fn a_member_is_the_key() {
         let member = || KeyRule::Member("id".into());
         let text = b"{\"id\":\"caf\\u00e9\"}\n\n{\"id\":1.50}\n {\"id\":true,\"x\":{\"id\":2}}";
-        let due = [
+        let expected = [
             ("caf\u{e9}", "{\"id\":\"caf\\u00e9\"}"),
             ("1.50", "{\"id\":1.50}"),
             ("true", " {\"id\":true,\"x\":{\"id\":2}}"),
         ];
-        assert_eq!(read(Format::Ndjson, member(), text), pairs(&due));
-        for (bad, due) in [
+        assert_eq!(read(Format::Ndjson, member(), text), pairs(&expected));
+        for (bad, expected) in [
             ("{}", "has no member \"id\""),
             ("{\"id\":null}", "has no member \"id\""),
             ("[1]", "is no JSON object"),
@@ -416,7 +416,7 @@ mod tests {
         ] {
             let text = format!("{{\"id\":1}}\n{bad}\n");
             let said = read(Format::Ndjson, member(), text.as_bytes()).unwrap_err();
-            assert!(said.starts_with("in:2: ") && said.contains(due), "{bad}: {said}");
+            assert!(said.starts_with("in:2: ") && said.contains(expected), "{bad}: {said}");
         }
     }
 

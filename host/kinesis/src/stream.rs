@@ -86,7 +86,7 @@ pub async fn wait_active(
             return Err(SourceError::NotReady {
                 stream: stream.to_string(),
                 status: description.status,
-                due: "ACTIVE",
+                expected: "ACTIVE",
                 waited_s: wait_max.as_secs(),
             });
         }
@@ -295,5 +295,5 @@ pub async fn delete(
     }
     let status = describe(client, stream).await.map_or("gone".into(), |found| found.status);
     let waited_s = wait_max.as_secs();
-    Err(SourceError::NotReady { stream: stream.to_string(), status, due: "gone", waited_s })
+    Err(SourceError::NotReady { stream: stream.to_string(), status, expected: "gone", waited_s })
 }

@@ -250,7 +250,7 @@ mod tests {
                  was removed"
             ]
         );
-        for (stands, due) in [
+        for (stands, expected) in [
             (None, None),
             (at(9, 1), None),
             (at(9, 2), at(10, 1)),
@@ -258,7 +258,7 @@ mod tests {
             (at(10, 1), None),
         ] {
             let end = holes.end_around(&shard, &mart, stands.as_ref()).await.expect("read");
-            assert_eq!(end, due, "{stands:?}");
+            assert_eq!(end, expected, "{stands:?}");
         }
         assert!(holes.fill(first).await.expect("filled"));
         assert_eq!(holes.list(Some(mart.clone())).await.expect("listed").len(), 1);

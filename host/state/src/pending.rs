@@ -237,9 +237,9 @@ mod tests {
         let given_up = dead_letters.give_up(whose, own.epoch, &range, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
         // It stands where it stood; then a backup of before is put back.
-        for (stands, due) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {
+        for (stands, expected) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {
             let own = dead_letters.acquire_shard(&shard, &sink, Some(&stands)).await.expect("taken over");
-            assert_eq!(own.given_up_to, due, "{stands}");
+            assert_eq!(own.given_up_to, expected, "{stands}");
         }
     }
 }

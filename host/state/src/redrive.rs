@@ -720,10 +720,10 @@ mod tests {
         assert_eq!(redriven, Some(Redriven { dead_letters: 1, failed_again: 0, left: 0 }));
         assert_eq!(dead_letters.count().await.expect("counted"), 0);
         // While a sink stands before the record, and no longer.
-        for (above, due) in [(at(6), true), (at(7), false), (at(6), false)] {
+        for (above, expected) in [(at(6), true), (at(7), false), (at(6), false)] {
             let to = dead_letters.dead_lettered_to(&shard, Some(&above)).await.expect("read");
             let dead_lettered = dead_letters.dead_lettered_within(&shard, (&at(1), &at(9))).await.expect("read");
-            assert_eq!((to, dead_lettered.contains(&key)), (due.then(|| at(7)), due), "above {above}");
+            assert_eq!((to, dead_lettered.contains(&key)), (expected.then(|| at(7)), expected), "above {above}");
         }
     }
 

@@ -76,8 +76,8 @@ fn kinesis_is_asked_by_the_role_that_sts_gave() {
     let asked = kinesis.seen();
     assert_eq!(asked.len(), 2, "{asked:?}");
     for asked in asked {
-        let due = format!("Credential={ASSUMED_KEY}/");
-        assert!(asked.authorization.contains(&due), "{asked:?}");
+        let expected = format!("Credential={ASSUMED_KEY}/");
+        assert!(asked.authorization.contains(&expected), "{asked:?}");
         assert_eq!(asked.token, "token-of-the-role");
     }
 }

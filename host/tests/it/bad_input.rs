@@ -130,7 +130,7 @@ fn bad_cars_are_dead_letters_and_good_ones_rows() {
     let _served = serve(&place, &records);
     run_to_end(&place.cars());
     let reasons = place.dead_letters();
-    for (reason, due) in reasons.iter().zip([
+    for (reason, expected) in reasons.iter().zip([
         "truncated car",
         "empty payload",
         "",
@@ -138,7 +138,7 @@ fn bad_cars_are_dead_letters_and_good_ones_rows() {
         "claims more",
         "invalid utf-8",
     ]) {
-        assert!(reason.contains(due), "{reasons:?}: {due}");
+        assert!(reason.contains(expected), "{reasons:?}: {expected}");
     }
     assert_eq!(reasons.len(), 6, "{reasons:?}");
     let rows: i64 =
@@ -231,12 +231,12 @@ fn what_is_no_plugin_is_refused_by_name() {
         ("world.wasm", b"\0asm\x0d\0\x01\0".to_vec(), "it exports nothing"),
         ("version.wasm", replaced(b"@0.1.0", b"@0.9.0"), "shardmill:plugin/stage@0.9.0"),
     ];
-    for (name, bytes, due) in cases {
+    for (name, bytes, expected) in cases {
         let path = place.path(name);
         std::fs::write(&path, bytes).expect("written");
         let pipeline = place.pipeline(&path.display().to_string(), routes, "");
         let said = fails(&["check", &pipeline], 2);
-        assert!(said.contains(due), "{name}: {said}");
+        assert!(said.contains(expected), "{name}: {said}");
         assert!(said.contains("pipeline.toml:13:10"), "{name}: {said}");
     }
     let said = fails(&["check", &place.pipeline("./gone.wasm", routes, "")], 2);
@@ -269,21 +269,21 @@ fn columns_are_checked_between_two_stages() {
         place.pipeline("csv-decode", &second, "")
     };
     place.mart().execute_batch("CREATE TABLE rows (id INTEGER, make TEXT)").expect("made");
-    for (needs, due) in [
+    for (needs, expected) in [
         (r#"{ name = "id", data_type = "smallint" }"#, "`id` as smallint, which is integer there"),
         (r#"{ name = "make", data_type = "text" }"#, "`make` not null, which may be null there"),
         (r#"{ name = "year", data_type = "integer" }"#, "`year`, which is not there"),
     ] {
         let said = fails(&["check", "--offline", &pipeline(needs)], 2);
         let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
-        for due in [
-            due,
+        for expected in [
+            expected,
             "stage second",
             "stage only",
             "needed:",
             "carried: id integer not null, make text",
         ] {
-            assert!(said.contains(due), "{due}: {said}");
+            assert!(said.contains(expected), "{expected}: {said}");
         }
     }
     let sound = r#"{ name = "id", data_type = "bigint" }"#;

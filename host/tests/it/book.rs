@@ -32,7 +32,7 @@ fn repeat(session: &str) {
     let place = tempfile::tempdir().expect("a folder");
     let mut folder = place.path().to_owned();
     let text = std::fs::read_to_string(docs().join("sessions").join(format!("{session}.console")));
-    for (command, due) in steps(&text.expect("a session")) {
+    for (command, expected) in steps(&text.expect("a session")) {
         if let Some(into) = command.strip_prefix("cd ") {
             folder.push(into);
             continue;
@@ -42,7 +42,7 @@ fn repeat(session: &str) {
         let said = output(&mut shell);
         let said = String::from_utf8_lossy(&said.stdout).into_owned();
         let compare = Assert::new().normalize_paths(false);
-        compare.eq(format!("$ {command}\n{said}"), format!("$ {command}\n{due}"));
+        compare.eq(format!("$ {command}\n{said}"), format!("$ {command}\n{expected}"));
     }
 }
 
@@ -53,7 +53,7 @@ fn steps(session: &str) -> Vec<(String, String)> {
     for line in session.lines().filter(|line| !line.starts_with("# ANCHOR")) {
         match (line.strip_prefix("$ "), steps.last_mut()) {
             (Some(command), _) => steps.push((command.to_owned(), String::new())),
-            (None, Some((_, due))) => due.extend([line, "\n"]),
+            (None, Some((_, expected))) => expected.extend([line, "\n"]),
             (None, None) => panic!("a session begins with a command, not {line:?}"),
         }
     }

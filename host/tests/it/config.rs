@@ -235,8 +235,8 @@ fn every_value_arrives() {
     assert_eq!(&config.file.text[one.span.clone()], "[[stage]]");
     let digest = one.sha256.as_ref().map(|digest| digest.value.to_lowercase());
     assert_eq!(digest, one.sha256.as_ref().map(|digest| digest.value.clone()));
-    let due = r#"{"at":"2026-01-31","big":9223372036854775807,"text":"value ${SET}"}"#;
-    assert_eq!((one.config_json.as_str(), two.config_json.as_str()), (due, "{}"));
+    let expected = r#"{"at":"2026-01-31","big":9223372036854775807,"text":"value ${SET}"}"#;
+    assert_eq!((one.config_json.as_str(), two.config_json.as_str()), (expected, "{}"));
     let limits = StageLimits { batch_ms_max: 100, record_ms_max: 100, ..StageLimits::default() };
     assert_eq!(one.limits, limits);
     assert!(one.routes["dropped"].sinks.is_empty());

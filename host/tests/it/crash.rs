@@ -129,13 +129,13 @@ fn a_killed_run_loses_nothing_and_doubles_nothing() {
         // The configuration changes at every second start.
         let config = &configs[(kill / 2) % 2];
         let mut run = start(config);
-        let due = |run: &Run| match kill {
+        let must_kill = |run: &Run| match kill {
             // One sink has committed what others have not: the next start has something to replay.
             0 => has_rows(&folder.path().join("flights.db")),
             _ => run.replayed.load(Ordering::Relaxed) > 0,
         };
         let begun = Instant::now();
-        while !due(&run) {
+        while !must_kill(&run) {
             assert!(begun.elapsed() < Duration::from_secs(60), "kill {kill}: nothing was replayed");
             assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: it ended");
             std::thread::sleep(Duration::from_millis(5));
@@ -153,9 +153,9 @@ fn a_killed_run_loses_nothing_and_doubles_nothing() {
     println!("last start: {} records replayed", run.replayed.load(Ordering::Relaxed));
     assert!(run.replayed.load(Ordering::Relaxed) > 0);
 
-    let due = from_csv(&flights);
-    same_multiset("SQLite", &due, &in_sqlite(&folder.path().join("flights.db")));
-    same_multiset("PostgreSQL", &due, &in_postgres(&schema));
-    same_multiset("objects", &due, &in_objects(&folder.path().join("logs")));
+    let expected = from_csv(&flights);
+    same_multiset("SQLite", &expected, &in_sqlite(&folder.path().join("flights.db")));
+    same_multiset("PostgreSQL", &expected, &in_postgres(&schema));
+    same_multiset("objects", &expected, &in_objects(&folder.path().join("logs")));
     crate::support::postgres(&format!("DROP SCHEMA {schema} CASCADE"));
 }

@@ -107,24 +107,24 @@ create = true
     std::fs::write(folder.join("rows.ndjson"), rows).expect("written");
     run(folder);
 
-    let due = listed(folder);
-    assert_eq!(due.len(), 5);
+    let expected = listed(folder);
+    assert_eq!(expected.len(), 5);
     let copies = sqlite(&folder.join("letters.db"));
     let mut query =
         copies.prepare("SELECT id, place, original FROM letters ORDER BY id").expect("a table");
     let read = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
     let read: Vec<(i64, String, String)> =
         read.expect("rows").collect::<Result<_, _>>().expect("rows");
-    assert_eq!(read.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), Vec::from_iter(due.clone()));
+    assert_eq!(read.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), Vec::from_iter(expected.clone()));
     let place = |place: &str| read.iter().filter(|(_, own, _)| own == place).count();
     assert_eq!((place("stage:check"), place("stage:route"), place("sink:mart")), (1, 3, 1));
     assert!(read.iter().any(|(.., original)| original == r#"{"base64":"//4="}"#), "{read:?}");
 
     let lake = lines(&folder.join("lake"));
-    assert_eq!((lake.len(), lake.iter().map(|line| id(line)).collect()), (5, due.clone()));
+    assert_eq!((lake.len(), lake.iter().map(|line| id(line)).collect()), (5, expected.clone()));
     let ids = postgres(&format!("SELECT id FROM {table}"));
     assert_eq!(ids.len(), 5);
-    assert_eq!(ids.iter().map(|id| id.parse().expect("an id")).collect::<BTreeSet<i64>>(), due);
+    assert_eq!(ids.iter().map(|id| id.parse().expect("an id")).collect::<BTreeSet<i64>>(), expected);
     postgres(&format!("DROP TABLE {table}"));
 }
 
@@ -171,8 +171,8 @@ linger = "10 ms"
             .query_row(&format!("SELECT {what} FROM letters"), [], |row| row.get(0))
             .expect("rows")
     };
-    let due = listed(folder);
-    assert_eq!(due.len() as u64, ROWS / 3 * 2, "after {kills} kills");
+    let expected = listed(folder);
+    assert_eq!(expected.len() as u64, ROWS / 3 * 2, "after {kills} kills");
     assert_eq!((count("count(*)"), count("count(DISTINCT id)")), (ROWS / 3 * 2, ROWS / 3 * 2));
 }
 

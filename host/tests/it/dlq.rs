@@ -100,9 +100,9 @@ fn a_dead_letter_is_shown_with_all_that_is_known() {
     let [trapped] = &ran.listed(&["--stage", "check"])[..] else { panic!("one trapped") };
     let id = trapped["id"].to_string();
     let shown = ran.dlq(&["show", &id]);
-    for due in ["stage:check", "hostile@0.1.0", "trapped", r#"{"id":2,"name":"trap"}"#, "backtrace"]
+    for expected in ["stage:check", "hostile@0.1.0", "trapped", r#"{"id":2,"name":"trap"}"#, "backtrace"]
     {
-        assert!(shown.contains(due), "{due}: {shown}");
+        assert!(shown.contains(expected), "{expected}: {shown}");
     }
     let missing = ran.shardmill(&["dlq", "show", "999"]);
     assert_eq!(missing.status.code(), Some(1));
@@ -118,12 +118,12 @@ fn an_export_has_each_dead_letter_byte_by_byte() {
     assert_eq!(file, ran.dlq(&["export"]));
     let originals: Vec<Value> =
         json_lines(&file).iter().map(|dead_letter| dead_letter["original"].clone()).collect();
-    for due in [
+    for expected in [
         serde_json::json!({ "text": "{\"id\":" }),
         serde_json::json!({ "base64": "//4=" }),
         serde_json::json!({ "text": "{\"id\":\"many\"}" }),
     ] {
-        assert!(originals.contains(&due), "{due}: {originals:?}");
+        assert!(originals.contains(&expected), "{expected}: {originals:?}");
     }
 }
 

@@ -80,15 +80,15 @@ fn every_flight_is_in_its_airports_table_with_its_types() {
 
     let mart = folder.path().join("flights.db");
     let database = rusqlite::Connection::open(&mart).expect("the data mart");
-    let due = sums_of_csv();
+    let expected = sums_of_csv();
     for (table, airport) in TABLES.into_iter().zip(["EWR", "JFK", "LGA"]) {
         let found = sums_of_table(&database, table);
-        assert_eq!(found, due[airport], "{table}");
+        assert_eq!(found, expected[airport], "{table}");
         println!("{table}: {} rows", found.0);
     }
-    let due = from_csv(&flights_csv());
-    same_multiset("SQLite", &due, &in_sqlite(&mart));
-    same_multiset("objects", &due, &in_objects(&folder.path().join("logs")));
+    let expected = from_csv(&flights_csv());
+    same_multiset("SQLite", &expected, &in_sqlite(&mart));
+    same_multiset("objects", &expected, &in_objects(&folder.path().join("logs")));
     let dead_letters = rusqlite::Connection::open(state.join("flights/state.db")).expect("the state");
     let dead_letters: i64 = dead_letters
         .query_row("SELECT count(*) FROM dead_letter", [], |row| row.get(0))

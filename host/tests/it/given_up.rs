@@ -66,9 +66,9 @@ async fn lose_and_find(test: &str, cut: Cut) {
             std::fs::write(&rows, lines).expect("written");
             run_ok(&["stream", "put", "--pipeline", &config, &rows.display().to_string()]);
         };
-        let in_copy = |due: u64| {
+        let in_copy = |expected: u64| {
             let count = copy.query_row("SELECT count(*) FROM copy", [], |row| row.get(0));
-            count == Ok(due)
+            count == Ok(expected)
         };
         put(0..PIECE);
         wait_for("the first rows", || ids_in_thread(&table).len() as u64 == PIECE);

@@ -91,10 +91,10 @@ async fn send(grant: &Arc<HttpGrant>, request: Request) -> Result<Response, Http
     send_within(grant, request, Duration::from_secs(20)).await
 }
 
-async fn refused(grant: &Arc<HttpGrant>, request: Request, due: &str) {
+async fn refused(grant: &Arc<HttpGrant>, request: Request, expected: &str) {
     let asked = format!("{request:?}");
     let failure = send(grant, request).await.expect_err(&asked);
-    assert!(!failure.retryable && failure.message.contains(due), "{asked}: {failure}");
+    assert!(!failure.retryable && failure.message.contains(expected), "{asked}: {failure}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -169,7 +169,7 @@ async fn who_does_not_answer_may_answer_later() {
 async fn what_is_not_granted_is_not_sent() {
     let public = HttpHostConfig { private: false, ..host("api.example.com", None) };
     let grant = grant(&[host("127.0.0.1", Some(1)), public]);
-    for (url, due) in [
+    for (url, expected) in [
         ("nonsense", "the URL cannot be read"),
         ("ftp://api.example.com/", "`ftp://` is not granted"),
         ("file:///etc/passwd", "`file://` is not granted"),
@@ -186,14 +186,14 @@ async fn what_is_not_granted_is_not_sent() {
         ("http://127.0.0.1:2/", "127.0.0.1:2 is not granted"),
         ("http://127.0.0.1/", "127.0.0.1:80 is not granted"),
     ] {
-        refused(&grant, asked(url), due).await;
+        refused(&grant, asked(url), expected).await;
     }
     let url = "https://api.example.com/";
     for method in ["PUT", "get", "CONNECT", "", "GET / HTTP/1.1\r\n"] {
         let request = Request { method: method.into(), ..asked(url) };
         refused(&grant, request, "is not granted for api.example.com: GET, POST are").await;
     }
-    for (name, value, due) in [
+    for (name, value, expected) in [
         ("Host", "evil.example", "`host` is the host's to set"),
         ("connection", "close", "`connection` is the host's"),
         ("Transfer-Encoding", "chunked", "`transfer-encoding` is the host's"),
@@ -204,7 +204,7 @@ async fn what_is_not_granted_is_not_sent() {
         ("x", "a\r\nhost: evil.example", "not one line of text"),
     ] {
         let request = Request { headers: vec![(name.into(), value.into())], ..asked(url) };
-        refused(&grant, request, due).await;
+        refused(&grant, request, expected).await;
     }
     let many = Request { headers: vec![("x".into(), "y".into()); 101], ..asked(url) };
     refused(&grant, many, "more than 100 headers").await;

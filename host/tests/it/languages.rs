@@ -214,8 +214,8 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     let rows: Vec<Value> =
         rows(&printed).iter().map(|row| serde_json::from_str(row).expect("JSON")).collect();
     let asked = "POST /cars/Volvo key=file authorization=Bearer hunter2 body=Volvo";
-    let due = [json!({"country": "Japan"}), json!({"asked": asked}), json!({"asked": "again"})];
-    assert_eq!(rows, due);
+    let expected = [json!({"country": "Japan"}), json!({"asked": asked}), json!({"asked": "again"})];
+    assert_eq!(rows, expected);
     let (dead_letters, reason) = dead_letters_and_reason(place.path());
     assert!(dead_letters == 1 && reason.contains("127.0.0.1:9"), "{dead_letters}: {reason}");
 }

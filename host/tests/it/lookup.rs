@@ -122,10 +122,10 @@ async fn postgres_values_keep_every_digit() {
     assert!(!found.contains('\n'), "{found}");
     let y = value["y"].as_str().expect("base64");
     assert_eq!((y.len(), &y[..8]), (160, "AP8A/wD/"));
-    let due = format!(
+    let expected = format!(
         r#"{{"odd \"name":-32768,"b":9223372036854775807,"n":123456789012345678901234567890.1234500,"d":0.1,"f":true,"s":"a\"\\\nñ","at":"2026-01-31T10:00:00.000001+00:00","l":"2026-01-31T12:00:00","day":"2026-01-31","i":"P1DT2H","y":"{y}","r":"AQI=","j":{{"x": 1.10}},"u":"6f9619ff-8b86-d011-b42d-00c04fc964ff","m":"fine","a":[1,2],"z":null}}"#
     );
-    assert_eq!(found, due);
+    assert_eq!(found, expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -171,7 +171,7 @@ async fn postgres_queries_that_cannot_serve_are_refused_at_load() {
         INSERT INTO t VALUES (1, 1)",
     )
     .await;
-    for (query, due) in [
+    for (query, expected) in [
         ("SELECT id, v FROM t", "has 0 parameters and is to have one"),
         ("SELECT id, v FROM t WHERE id = ANY($1) AND v = $2", "has 2 parameters"),
         ("SELECT id FROM t WHERE id = ANY($1)", "has 1 columns"),
@@ -187,9 +187,9 @@ async fn postgres_queries_that_cannot_serve_are_refused_at_load() {
         ("SELECT id, v FROM t WHERE id = ANY($1) FOR UPDATE", "read-only transaction"),
     ] {
         let refused = refusal(&mart.lookup(query)).await;
-        let due = due.replace("lookup_refused.tt", "tt");
+        let expected = expected.replace("lookup_refused.tt", "tt");
         assert!(
-            refused.starts_with("lookup `customers`: ") && refused.contains(&due),
+            refused.starts_with("lookup `customers`: ") && refused.contains(&expected),
             "{query}: {refused}"
         );
     }
@@ -212,8 +212,8 @@ async fn postgres_gives_thousands_of_keys_by_few_queries() {
     for _ in 0..2 {
         let rows = get(&lookup, &keys).await.expect("rows");
         for (n, row) in rows.iter().enumerate() {
-            let due = (n % 2 == 0).then(|| format!(r#"{{"v":"v{n}"}}"#));
-            assert_eq!(*row, due);
+            let expected = (n % 2 == 0).then(|| format!(r#"{{"v":"v{n}"}}"#));
+            assert_eq!(*row, expected);
         }
     }
 }
@@ -363,8 +363,8 @@ async fn lanes_that_ask_at_once_share_what_one_fetches() {
                 let found = || lookup.get(&keys, deadline).expect("rows");
                 let found = metrics::with_local_recorder(&*counted, found);
                 for (key, row) in keys.iter().zip(found) {
-                    let due = (*key != "100").then(|| format!(r#"{{"v":{key},"s":""}}"#));
-                    assert_eq!(row.as_deref(), due.as_deref());
+                    let expected = (*key != "100").then(|| format!(r#"{{"v":{key},"s":""}}"#));
+                    assert_eq!(row.as_deref(), expected.as_deref());
                 }
             })
         })
@@ -374,10 +374,10 @@ async fn lanes_that_ask_at_once_share_what_one_fetches() {
     }
     let counted = counted.handle().render();
     for (result, keys) in [("miss", 99), ("absent", 1), ("hit", 700)] {
-        let due = format!(
+        let expected = format!(
             "shardmill_lookup_keys_total{{lookup=\"customers\",result=\"{result}\"}} {keys}\n"
         );
-        assert!(counted.contains(&due), "{due}{counted}");
+        assert!(counted.contains(&expected), "{expected}{counted}");
     }
 }
 
@@ -428,7 +428,7 @@ async fn sqlite_queries_that_cannot_serve_are_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     let table =
         sqlite(folder.path(), "CREATE TABLE t (id INT, v INT); INSERT INTO t VALUES (1, 1)");
-    for (query, due) in [
+    for (query, expected) in [
         ("SELECT * FROM t", "has 0 parameters and is to have one"),
         ("SELECT * FROM t WHERE id = ?1 AND v = ?2", "has 2 parameters"),
         ("SELECT id FROM t WHERE id IN (SELECT value FROM json_each(?1))", "has 1 columns"),
@@ -438,7 +438,7 @@ async fn sqlite_queries_that_cannot_serve_are_refused() {
     ] {
         let refused = refusal(&open(&config(table.clone(), query))).await;
         assert!(
-            refused.starts_with("lookup `customers`: ") && refused.contains(due),
+            refused.starts_with("lookup `customers`: ") && refused.contains(expected),
             "{query}: {refused}"
         );
     }

@@ -229,10 +229,10 @@ fn each_format_is_put_as_it_is() {
     input.write_all(b"\0\0\0\x03\n\0\n\0\0\0\x01z").expect("sent");
     drop(input);
     assert!(child.wait().success());
-    let mut due = owned(&[("0", "a"), ("1", ""), ("2", "b"), ("x", "{\"id\":\"x\"}")]);
-    due.extend(owned(&[("7", "{\"id\":7}"), ("bin", "\n\0\n"), ("bin", "z")]));
-    due.sort();
-    assert_eq!(served.all(), due);
+    let mut expected = owned(&[("0", "a"), ("1", ""), ("2", "b"), ("x", "{\"id\":\"x\"}")]);
+    expected.extend(owned(&[("7", "{\"id\":7}"), ("bin", "\n\0\n"), ("bin", "z")]));
+    expected.sort();
+    assert_eq!(served.all(), expected);
 }
 
 #[test]
@@ -249,14 +249,14 @@ fn bad_inputs_are_named_with_their_place() {
         // The stream's own limit is known to the server alone.
         (&large, &[], "PutRecords failed for stream test"),
     ];
-    for (bytes, arguments, due) in cases {
+    for (bytes, arguments, expected) in cases {
         let file = served.file("in", bytes);
         let mut all = vec![file.as_str()];
         all.extend(arguments);
         let output = run(&served.put_arguments(&all));
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains(due), "{due}: {said}");
+        assert!(said.contains(expected), "{expected}: {said}");
     }
 }
 
@@ -308,14 +308,14 @@ fn what_is_answered_200_is_on_the_stream() {
     assert_eq!((found.len(), found["k"].as_str()), (1_002, "\0raw\n"));
     assert_eq!(found["999"], "{\"id\":999}");
 
-    for (headers, body, code, due) in [
+    for (headers, body, code, expected) in [
         (json, &b""[..], "400", "the body is empty"),
         (ndjson, b"{\"id\":1}\n{", "400", "line 2: not JSON"),
         (json, b"{}", "400", "no member"),
         ("", &[b'x'; (64 << 10) + 1], "413", "more than 65536 bytes"),
     ] {
         let answer = send(address, headers, body);
-        assert!(status(&answer) == code && answer.contains(due), "{code}: {answer}");
+        assert!(status(&answer) == code && answer.contains(expected), "{code}: {answer}");
     }
     assert_eq!(served.all().len(), 1_002);
     let taken = run(&[

@@ -434,10 +434,10 @@ fn aggregates_of_another_implementation_come_apart_identically() {
     #[derive(serde::Deserialize)]
     struct Case {
         aggregate: String,
-        records: Vec<Due>,
+        records: Vec<ExpectedRecord>,
     }
     #[derive(serde::Deserialize)]
-    struct Due {
+    struct ExpectedRecord {
         key: String,
         hash_key: Option<String>,
         data: String,
@@ -448,14 +448,14 @@ fn aggregates_of_another_implementation_come_apart_identically() {
     for case in cases {
         let records = deaggregate(&decode(&case.aggregate).into()).expect("an aggregate");
         assert_eq!(records.len(), case.records.len());
-        for (record, due) in records.iter().zip(&case.records) {
-            assert_eq!(record.partition_key, due.key.as_bytes());
-            assert_eq!(record.payload, decode(&due.data));
+        for (record, expected) in records.iter().zip(&case.records) {
+            assert_eq!(record.partition_key, expected.key.as_bytes());
+            assert_eq!(record.payload, decode(&expected.data));
         }
         // All of it belongs in the range that its hashes span, and in no smaller one.
-        let hashes = case.records.iter().map(|due| match &due.hash_key {
+        let hashes = case.records.iter().map(|expected| match &expected.hash_key {
             Some(decimal) => decimal.parse().expect("a hash"),
-            None => u128::from_be_bytes(Md5::digest(&due.key).into()),
+            None => u128::from_be_bytes(Md5::digest(&expected.key).into()),
         });
         let hashes: Vec<u128> = hashes.collect();
         let (least, most) = (hashes.iter().min().expect("one"), hashes.iter().max().expect("one"));

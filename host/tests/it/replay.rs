@@ -155,8 +155,8 @@ fn a_window_is_compared_and_then_replaced() {
     let report = world.replayed(&from, &to, &["--swap"]);
     assert_eq!(report["swapped"], serde_json::json!([100, 90]), "{report}");
     let gone = |id: &u64| (100..200).contains(id) && id.is_multiple_of(10);
-    let due: Vec<u64> = (0..300).filter(|id| !gone(id)).collect();
-    assert_eq!(world.ids(&world.table), due);
+    let expected: Vec<u64> = (0..300).filter(|id| !gone(id)).collect();
+    assert_eq!(world.ids(&world.table), expected);
     let count =
         postgres(&format!("SELECT count(*) FROM pg_class WHERE relname = '{}'", world.shadow()));
     assert_eq!(count, ["0"], "the shadow is gone");
@@ -167,9 +167,9 @@ fn a_window_is_compared_and_then_replaced() {
     // The pipeline goes on as if nothing had been.
     world.put(300..320, make);
     world.run();
-    let due: Vec<u64> =
-        due.into_iter().chain(300..320).filter(|id| *id < 300 || id % 10 != 0).collect();
-    assert_eq!(world.ids(&world.table), due);
+    let expected: Vec<u64> =
+        expected.into_iter().chain(300..320).filter(|id| *id < 300 || id % 10 != 0).collect();
+    assert_eq!(world.ids(&world.table), expected);
 }
 
 #[test]

@@ -705,8 +705,8 @@ async fn rows_say_from_which_record_they_came() {
     log.expect(&[(2, "says where a row came from")]);
     let shown = "SELECT string_agg(concat_ws(' ', id, make, shardmill_pipeline, shardmill_shard,
         shardmill_sequence % 1000, shardmill_arrived_at), ';' ORDER BY id) FROM cars";
-    let due = "1 cars any 1 1970-01-01 00:00:00+00;2 Fiat cars any 2 1970-01-01 00:00:00+00";
-    assert_eq!(mart.one(shown).await, due);
+    let expected = "1 cars any 1 1970-01-01 00:00:00+00;2 Fiat cars any 2 1970-01-01 00:00:00+00";
+    assert_eq!(mart.one(shown).await, expected);
     mart.sql("ALTER TABLE cars DROP COLUMN shardmill_shard").await;
     let second = commit(3, &[r#"{"id":4}"#]);
     expect_unavailable(writer.commit(&second, &log).await, r#"column "shardmill_shard""#);

@@ -336,11 +336,11 @@ async fn rows_that_an_endpoint_rejects_are_refused_alone() {
     let done = writer.commit(&commit, &log).await.expect("committed");
     assert_eq!((done.rows_written, done.rows_refused), (97, 3));
     log.expect(&[(17, "422: said"), (70, "no JSON"), (99, "422: said")]);
-    let mut due = rows(0..100);
-    due.retain(|row| !["17", "70", "99"].iter().any(|id| *row == format!("{{\"id\":{id}}}")));
+    let mut expected = rows(0..100);
+    expected.retain(|row| !["17", "70", "99"].iter().any(|id| *row == format!("{{\"id\":{id}}}")));
     let mut found = server.rows();
-    found.sort_by_key(|row| due.iter().position(|due| due == row));
-    assert_eq!(found, due);
+    found.sort_by_key(|row| expected.iter().position(|expected| expected == row));
+    assert_eq!(found, expected);
 
     let forbidden = Server::start(&[Act::Status(401)]);
     let mut writer = self::writer(&forbidden.sink(HttpBody::Json)).await;
@@ -364,9 +364,9 @@ fn a_pipeline_feeds_a_stream_and_an_endpoint() {
     run_ok(&["run", &config]);
     let mut found = server.rows();
     found.sort();
-    let mut due = rows(0..5_000);
-    due.sort();
-    assert_eq!(found, due, "the endpoint");
+    let mut expected = rows(0..5_000);
+    expected.sort();
+    assert_eq!(found, expected, "the endpoint");
     let tail = run_ok(
         &[&["stream", "tail", "--from", "trim-horizon", "--no-follow", "--json"], &place[..]]
             .concat(),

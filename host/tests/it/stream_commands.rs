@@ -164,11 +164,11 @@ fn all_pages_of_consumers_are_listed() {
     let place = ["--stream", "test", "--endpoint", &server.url, "--json"];
     let listed = run_ok(&[&["stream", "consumers", "list"][..], &place].concat());
     let listed: Value = serde_json::from_str(&listed).expect("a JSON report");
-    let due = serde_json::json!([
+    let expected = serde_json::json!([
         { "consumer": "cars", "arn": "arn:cars", "status": "ACTIVE", "created_ms": 1000 },
         { "consumer": "bikes", "arn": "arn:bikes", "status": "DELETING", "created_ms": 2000 },
     ]);
-    assert_eq!(listed["consumers"], due);
+    assert_eq!(listed["consumers"], expected);
     let asked = server.seen();
     let last = asked.last().expect("requests");
     assert!(last.body.contains("page-2") && last.body.contains("StreamARN"), "{last:?}");

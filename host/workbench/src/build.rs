@@ -48,12 +48,12 @@ pub enum BuildError {
         dir: PathBuf,
     },
     /// There is nothing to compile.
-    #[error("{dir} holds nothing to compile: {due} is due")]
+    #[error("{dir} holds nothing to compile: {expected} is due")]
     NoSources {
         /// The folder.
         dir: PathBuf,
         /// What the language's plugins have.
-        due: &'static str,
+        expected: &'static str,
     },
     /// A tool cannot be run.
     #[error("failed to run `{tool}`: {cause}; {remedy}")]

@@ -342,7 +342,7 @@ impl Expectation {
 
 /// The payload that an output must have.
 #[derive(Debug)]
-pub enum DuePayload {
+pub enum ExpectedPayload {
     /// The record's own.
     AsItCame,
     /// These bytes.
@@ -356,12 +356,12 @@ impl CaseOutput {
     ///
     /// # Errors
     /// If several forms are given, or the base64 is none.
-    pub fn payload(&self) -> Result<DuePayload, String> {
+    pub fn payload(&self) -> Result<ExpectedPayload, String> {
         match (&self.text, &self.base64, &self.json) {
-            (None, None, None) => Ok(DuePayload::AsItCame),
-            (Some(text), None, None) => Ok(DuePayload::Bytes(text.clone().into())),
-            (None, Some(base64), None) => decode(base64).map(DuePayload::Bytes),
-            (None, None, Some(json)) => Ok(DuePayload::Json(json.clone())),
+            (None, None, None) => Ok(ExpectedPayload::AsItCame),
+            (Some(text), None, None) => Ok(ExpectedPayload::Bytes(text.clone().into())),
+            (None, Some(base64), None) => decode(base64).map(ExpectedPayload::Bytes),
+            (None, None, Some(json)) => Ok(ExpectedPayload::Json(json.clone())),
             _ => Err("give the payload as one of text, base64, json".into()),
         }
     }

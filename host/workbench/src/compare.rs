@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::case::{Case, CaseOutput, DuePayload, Expectation};
+use super::case::{Case, CaseOutput, ExpectedPayload, Expectation};
 use super::{TrialError, TrialRecord, Workbench};
 use shardmill_engine::stage::{Difference, Fate, show_json, show_payload, written};
 
@@ -80,18 +80,18 @@ fn difference(
     found: &Found,
 ) -> Option<Difference> {
     let (expected_lines, found_lines, backtraces) = match (found, &expected.fails) {
-        (Found::Failed(reason), Some(due)) if reason.contains(due.as_str()) => return None,
-        (Found::Failed(reason), due) => {
-            let due = due.as_ref().map(|due| format!("fails: {due}\n"));
+        (Found::Failed(reason), Some(expected_failure)) if reason.contains(expected_failure.as_str()) => return None,
+        (Found::Failed(reason), expected_failure) => {
+            let expected_failure = expected_failure.as_ref().map(|expected_failure| format!("fails: {expected_failure}\n"));
             (
-                due.unwrap_or_else(|| shown_expected(expected)),
+                expected_failure.unwrap_or_else(|| shown_expected(expected)),
                 format!("fails: {reason}\n"),
                 String::new(),
             )
         }
-        (Found::Fates(fates), Some(due)) => {
+        (Found::Fates(fates), Some(expected_failure)) => {
             let (lines, backtraces) = shown_found(records, &Expectation::default(), fates);
-            (format!("fails: {due}\n"), lines, backtraces)
+            (format!("fails: {expected_failure}\n"), lines, backtraces)
         }
         (Found::Fates(fates), None) => {
             let (lines, backtraces) = shown_found(records, expected, fates);
@@ -132,37 +132,37 @@ fn shown_found(
     });
     for (index, output) in outputs.enumerate() {
         match expected.output.get(index) {
-            Some(due) if agrees(due, &output, records) => show_expected(&mut text, due),
-            due => show_found(&mut text, &output, due),
+            Some(expected_output) if agrees(expected_output, &output, records) => show_expected(&mut text, expected_output),
+            expected_output => show_found(&mut text, &output, expected_output),
         }
     }
     let rejected = fates.iter().enumerate().filter_map(|(input, fate)| {
         fate.rejected.as_ref().map(|reason| (input, reason, &fate.backtrace))
     });
     for (index, (input, reason, backtrace)) in rejected.enumerate() {
-        let due = expected.reject.get(index);
-        let due = due.filter(|due| due.input == input && reason.contains(&due.reason));
-        show_reject(&mut text, input, due.map_or(reason, |due| &due.reason));
-        if due.is_none() && !backtrace.is_empty() {
+        let agreed = expected.reject.get(index);
+        let agreed = agreed.filter(|one| one.input == input && reason.contains(&one.reason));
+        show_reject(&mut text, input, agreed.map_or(reason, |one| &one.reason));
+        if agreed.is_none() && !backtrace.is_empty() {
             let _ = writeln!(backtraces, "input {input}: {reason}\n{}", backtrace.trim_end());
         }
     }
     (text, backtraces)
 }
 
-fn agrees(due: &CaseOutput, found: &FoundOutput<'_>, records: &[TrialRecord]) -> bool {
-    let payload = match due.payload() {
-        Ok(DuePayload::AsItCame) => *found.payload == records[found.input].payload,
-        Ok(DuePayload::Bytes(bytes)) => *found.payload == bytes,
-        Ok(DuePayload::Json(value)) => {
+fn agrees(expected: &CaseOutput, found: &FoundOutput<'_>, records: &[TrialRecord]) -> bool {
+    let payload = match expected.payload() {
+        Ok(ExpectedPayload::AsItCame) => *found.payload == records[found.input].payload,
+        Ok(ExpectedPayload::Bytes(bytes)) => *found.payload == bytes,
+        Ok(ExpectedPayload::Json(value)) => {
             serde_json::from_slice::<Value>(found.payload).is_ok_and(|found| same(&found, &value))
         }
         Err(_) => false,
     };
     payload
-        && due.route == found.route
-        && due.input.is_none_or(|input| input == found.input)
-        && due.key.as_ref().is_none_or(|key| key.as_bytes() == &found.key[..])
+        && expected.route == found.route
+        && expected.input.is_none_or(|input| input == found.input)
+        && expected.key.as_ref().is_none_or(|key| key.as_bytes() == &found.key[..])
 }
 
 /// Equality of values: numbers by what they are, not by how they are written.
@@ -186,40 +186,40 @@ fn same(one: &Value, two: &Value) -> bool {
     }
 }
 
-fn show_expected(text: &mut String, due: &CaseOutput) {
-    let _ = write!(text, "output → {}", due.route);
-    if let Some(input) = due.input {
+fn show_expected(text: &mut String, expected: &CaseOutput) {
+    let _ = write!(text, "output → {}", expected.route);
+    if let Some(input) = expected.input {
         let _ = write!(text, " (of input {input})");
     }
-    if let Some(key) = &due.key {
+    if let Some(key) = &expected.key {
         let _ = write!(text, " key {key:?}");
     }
     text.push('\n');
-    match due.payload() {
-        Ok(DuePayload::AsItCame) => text.push_str("    as it came\n"),
-        Ok(DuePayload::Bytes(bytes)) => show_payload(text, &bytes, due.base64.is_some()),
-        Ok(DuePayload::Json(value)) => show_json(text, &value),
+    match expected.payload() {
+        Ok(ExpectedPayload::AsItCame) => text.push_str("    as it came\n"),
+        Ok(ExpectedPayload::Bytes(bytes)) => show_payload(text, &bytes, expected.base64.is_some()),
+        Ok(ExpectedPayload::Json(value)) => show_json(text, &value),
         Err(error) => text.push_str(&error),
     }
 }
 
 /// As [`show_expected`] does, with what the expectation leaves open left out too.
-fn show_found(text: &mut String, found: &FoundOutput<'_>, due: Option<&CaseOutput>) {
+fn show_found(text: &mut String, found: &FoundOutput<'_>, expected: Option<&CaseOutput>) {
     let _ = write!(text, "output → {}", found.route);
-    if due.is_none_or(|due| due.input.is_some()) {
+    if expected.is_none_or(|expected| expected.input.is_some()) {
         let _ = write!(text, " (of input {})", found.input);
     }
-    if due.is_some_and(|due| due.key.is_some()) {
+    if expected.is_some_and(|expected| expected.key.is_some()) {
         let _ = write!(text, " key {:?}", String::from_utf8_lossy(found.key));
     }
     text.push('\n');
-    let wants_bytes = due.is_some_and(|due| due.text.is_some() || due.base64.is_some());
+    let wants_bytes = expected.is_some_and(|expected| expected.text.is_some() || expected.base64.is_some());
     match written(found.payload) {
-        _ if found.is_own_payload && !wants_bytes && due.is_none_or(|due| due.json.is_none()) => {
+        _ if found.is_own_payload && !wants_bytes && expected.is_none_or(|expected| expected.json.is_none()) => {
             text.push_str("    as it came\n");
         }
         ("json", value) if !wants_bytes => show_json(text, &value),
-        _ => show_payload(text, found.payload, due.is_some_and(|due| due.base64.is_some())),
+        _ => show_payload(text, found.payload, expected.is_some_and(|expected| expected.base64.is_some())),
     }
 }
 
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn failing_can_be_what_is_due() {
+    fn a_failure_can_be_expected() {
         let found = Found::Failed("configure refused: no field".into());
         assert_eq!(difference(&[], &expecting(r#"{"fails":"no field"}"#), &found), None);
         assert!(difference(&[], &expecting(r#"{"fails":"other"}"#), &found).is_some());

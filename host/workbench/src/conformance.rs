@@ -223,12 +223,12 @@ fn equal(
     }
 }
 
-fn same_fates(due: &[Fate], found: &[Fate], how: &str) -> Result<(), String> {
-    match due.iter().zip(found).position(|(due, found)| due != found) {
+fn same_fates(expected: &[Fate], found: &[Fate], how: &str) -> Result<(), String> {
+    match expected.iter().zip(found).position(|(expected, found)| expected != found) {
         None => Ok(()),
         Some(index) => Err(format!(
             "record {index} gives something else {how}: {:?}, not {:?}",
-            found[index], due[index]
+            found[index], expected[index]
         )),
     }
 }

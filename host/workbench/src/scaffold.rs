@@ -122,8 +122,8 @@ mod tests {
             let manifest = PluginManifest::read(&folder).unwrap();
             assert_eq!((manifest.name.as_str(), manifest.language), ("geo-2", language));
             assert_eq!(made.files[0], Path::new(MANIFEST));
-            for due in ["README.md", "pipeline.toml", "input.ndjson", "tests/cases.toml"] {
-                assert!(made.files.contains(&due.into()), "{language:?} has no {due}");
+            for expected in ["README.md", "pipeline.toml", "input.ndjson", "tests/cases.toml"] {
+                assert!(made.files.contains(&expected.into()), "{language:?} has no {expected}");
             }
             for file in &made.files {
                 let text = fs::read_to_string(folder.join(file)).unwrap();

@@ -24,24 +24,24 @@ pub fn accepted(records: &[TrialRecord], found: &Found, as_before: &Expectation)
     for (input, fate) in fates.iter().enumerate() {
         for output in &fate.outputs {
             let before = as_before.output.get(expected.output.len());
-            let mut due = CaseOutput { route: output.route.clone(), ..CaseOutput::default() };
+            let mut expected_output = CaseOutput { route: output.route.clone(), ..CaseOutput::default() };
             if records.len() > 1 || before.is_some_and(|before| before.input.is_some()) {
-                due.input = Some(input);
+                expected_output.input = Some(input);
             }
             if let Some(key) = output.key.as_ref().filter(|key| **key != records[input].key) {
-                due.key = std::str::from_utf8(key).ok().map(str::to_owned);
+                expected_output.key = std::str::from_utf8(key).ok().map(str::to_owned);
             }
             if let Some(payload) = &output.payload {
                 match written(payload) {
                     ("json", _) if before.is_some_and(|before| before.text.is_some()) => {
-                        due.text = Some(String::from_utf8_lossy(payload).into_owned());
+                        expected_output.text = Some(String::from_utf8_lossy(payload).into_owned());
                     }
-                    ("json", value) => due.json = Some(value),
-                    ("text", text) => due.text = text.as_str().map(str::to_owned),
-                    (_, base64) => due.base64 = base64.as_str().map(str::to_owned),
+                    ("json", value) => expected_output.json = Some(value),
+                    ("text", text) => expected_output.text = text.as_str().map(str::to_owned),
+                    (_, base64) => expected_output.base64 = base64.as_str().map(str::to_owned),
                 }
             }
-            expected.output.push(due);
+            expected.output.push(expected_output);
         }
         if let Some(reason) = &fate.rejected {
             let first = reason.lines().next().unwrap_or_default().to_owned();

@@ -220,17 +220,17 @@ impl Decoder {
             );
             (result, found) = (end, found + more);
         }
-        let due = self.columns.len();
+        let expected = self.columns.len();
         match result {
             ReadRecordResult::Record if read < line.len() => {
                 Err(Error::reject("a single line is due, found another line after it"))
             }
-            ReadRecordResult::Record if found == due => Ok(self.ends[due - 1]),
+            ReadRecordResult::Record if found == expected => Ok(self.ends[expected - 1]),
             ReadRecordResult::Record => {
-                Err(Error::reject(format_args!("{due} fields are due, found {found}")))
+                Err(Error::reject(format_args!("{expected} fields are due, found {found}")))
             }
             ReadRecordResult::End => Err(Error::reject("an empty line where fields are due")),
-            _ => Err(Error::reject(format_args!("{due} fields are due, found more"))),
+            _ => Err(Error::reject(format_args!("{expected} fields are due, found more"))),
         }
     }
 }

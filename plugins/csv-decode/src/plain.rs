@@ -160,21 +160,21 @@ mod tests {
             let line: Vec<u8> = (0..random.usize(0..24))
                 .map(|_| if random.u8(..3) > 0 { b'7' } else { bytes[random.usize(..bytes.len())] })
                 .collect();
-            let due = line.iter().take_while(|byte| byte.is_ascii_digit()).count();
-            assert_eq!(digits(&line), due, "{line:?}");
+            let expected = line.iter().take_while(|byte| byte.is_ascii_digit()).count();
+            assert_eq!(digits(&line), expected, "{line:?}");
             let is_plain = |byte: &u8| matches!(byte, b' '..0x80) && !b",\"\\".contains(byte);
             let end = line.iter().take_while(|byte| is_plain(byte)).count();
-            let due = line.get(end).is_none_or(|byte| *byte == b',').then_some(end);
-            assert_eq!(plain.text_end(&line), due, "{line:?}");
+            let expected = line.get(end).is_none_or(|byte| *byte == b',').then_some(end);
+            assert_eq!(plain.text_end(&line), expected, "{line:?}");
         }
     }
 
     #[test]
     fn integers_are_those_of_json() {
-        for (text, due) in
+        for (text, expected) in
             [("7", Some(1)), ("-7,", Some(2)), ("0", Some(1)), ("1234", Some(4)), ("12345", None)]
         {
-            assert_eq!(whole_end(text.as_bytes(), 4), due, "{text}");
+            assert_eq!(whole_end(text.as_bytes(), 4), expected, "{text}");
         }
         for text in ["", "-", "-0", "007", "00", "a", "+1", ","] {
             assert_eq!(whole_end(text.as_bytes(), 4), None, "{text}");

@@ -98,8 +98,8 @@ impl ColumnType {
 
     #[cold]
     fn wrong(self, field: &str) -> Error {
-        let due = self.sql_name().unwrap_or("value");
-        Error::reject(format_args!("`{field}` is no {due}"))
+        let expected = self.sql_name().unwrap_or("value");
+        Error::reject(format_args!("`{field}` is no {expected}"))
     }
 }
 

@@ -100,7 +100,7 @@ impl Condition {
             Test::Prefix(prefix) => {
                 matches!(found, Found::Text(text) if text.starts_with(prefix.as_str()))
             }
-            Test::Exists(due) => *due != matches!(found, Found::Nothing),
+            Test::Exists(expected) => *expected != matches!(found, Found::Nothing),
             Test::Compare(bound, holds) => match found {
                 Found::Number(number) => number.compare(*bound).is_some_and(holds),
                 _ => false,
@@ -112,11 +112,11 @@ impl Condition {
 impl Scalar {
     fn is(&self, found: &Found<'_>) -> bool {
         match (self, found) {
-            (Self::Text(due), Found::Text(text)) => due == text,
-            (Self::Number(due), Found::Number(number)) => {
-                number.compare(*due) == Some(Ordering::Equal)
+            (Self::Text(expected), Found::Text(text)) => expected == text,
+            (Self::Number(expected), Found::Number(number)) => {
+                number.compare(*expected) == Some(Ordering::Equal)
             }
-            (Self::Bool(due), Found::Bool(value)) => due == value,
+            (Self::Bool(expected), Found::Bool(value)) => expected == value,
             _ => false,
         }
     }

@@ -19,7 +19,7 @@ fn open(ledger: &mut Ledger, count: usize, now: Instant) -> Vec<AccountId> {
 #[test]
 fn fault_02_a_request_is_granted_by_part_then_by_the_common_half_then_by_turn() {
     // Two accounts: 16 MiB each, 32 MiB in common.
-    for (own, common_by_other, bytes, due) in [
+    for (own, common_by_other, bytes, expected) in [
         (0, 32 * MIB, 16 * MIB, Some(Grant::Part)),
         (0, 32 * MIB, MIB, Some(Grant::Part)),
         // Below its part, it goes beyond it once, as long as the request is an ordinary one.
@@ -35,7 +35,7 @@ fn fault_02_a_request_is_granted_by_part_then_by_the_common_half_then_by_turn() 
         let accounts = open(&mut ledger, 2, now);
         ledger.force(Some(accounts[0]), own);
         ledger.force(Some(accounts[1]), 16 * MIB + common_by_other);
-        assert_eq!(ledger.decide(accounts[0], bytes, false, now), due, "{own} {common_by_other}");
+        assert_eq!(ledger.decide(accounts[0], bytes, false, now), expected, "{own} {common_by_other}");
     }
 }
 

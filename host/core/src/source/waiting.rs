@@ -63,16 +63,16 @@ impl WaitWatch {
     pub async fn changed(&mut self) -> Option<String> {
         loop {
             let wait = self.wait.borrow_and_update().clone();
-            let due = wait.as_ref().map(|wait| wait.since + self.after);
-            let is_due = due.is_some_and(|due| due <= Instant::now());
-            let cause = wait.filter(|_| is_due).map(|wait| self.text(&wait));
+            let deadline = wait.as_ref().map(|wait| wait.since + self.after);
+            let is_late = deadline.is_some_and(|deadline| deadline <= Instant::now());
+            let cause = wait.filter(|_| is_late).map(|wait| self.text(&wait));
             if cause != self.shown {
                 self.shown.clone_from(&cause);
                 return cause;
             }
-            let until_due = async {
-                match due.filter(|_| !is_due) {
-                    Some(due) => tokio::time::sleep_until(due).await,
+            let until_deadline = async {
+                match deadline.filter(|_| !is_late) {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
                     None => std::future::pending().await,
                 }
             };
@@ -81,7 +81,7 @@ impl WaitWatch {
                     // Nobody calls any more.
                     std::future::pending::<()>().await;
                 },
-                () = until_due => {}
+                () = until_deadline => {}
             }
         }
     }

@@ -88,7 +88,7 @@ impl Change {
 
     /// Completes when another revision is ready, or the ledger knows of it. Dropping the future loses
     /// nothing.
-    pub(super) async fn until_due(&mut self) {
+    pub(super) async fn until_ready(&mut self) {
         if self.announcing.is_some() {
             return self.until_written().await;
         }

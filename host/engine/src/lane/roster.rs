@@ -722,7 +722,7 @@ mod tests {
         let stands = |at: [Option<Position>; 3]| -> Stands {
             ["a", "b", "c"].map(ShardId::from).into_iter().zip(at).collect()
         };
-        for (own, highest, due) in [
+        for (own, highest, expected) in [
             ([at(5), at(9), None], [at(5), at(9), None], vec![]),
             ([at(5), at(9), None], [at(6), at(9), None], vec!["a"]),
             ([at(5), at(10), None], [at(5), at(9), at(1)], vec!["c"]),
@@ -730,7 +730,7 @@ mod tests {
         ] {
             let behind = behind(&stands(own), &stands(highest));
             let found: Vec<&str> = behind.iter().map(|(shard, _, _)| shard.as_str()).collect();
-            assert_eq!(found, due);
+            assert_eq!(found, expected);
         }
     }
 
@@ -757,7 +757,7 @@ mod tests {
             known.positions.insert(sink.into(), [(shard.clone(), position)].into());
         }
         let stays = |name: &SinkName| ["b", "c"].contains(&name.as_str());
-        for (a, b, due) in [
+        for (a, b, expected) in [
             (at(3), at(9), Some((at(3), 9))),
             (at(9), at(9), None),
             (at(10), at(9), None),
@@ -772,8 +772,8 @@ mod tests {
             let behind = behind(&live.own(&known, &"a".into()), &live.highest(&known, stays));
             let found: Vec<_> =
                 behind.into_iter().map(|(_, own, highest)| (own, Some(highest))).collect();
-            let due: Vec<_> = due.into_iter().map(|(own, highest)| (own, at(highest))).collect();
-            assert_eq!(found, due);
+            let expected: Vec<_> = expected.into_iter().map(|(own, highest)| (own, at(highest))).collect();
+            assert_eq!(found, expected);
         }
         // One that has no position would have begun at the checkpoint.
         let live = Live(Vec::new());
@@ -820,7 +820,7 @@ mod tests {
             |checkpoint: Option<Position>| ShardState { checkpoint, ..ShardState::default() };
         // Where it was when it was removed (`None`: the shard was begun later), where it stands itself,
         // the checkpoint, and where the hole begins.
-        for (was, stands, checkpoint, due) in [
+        for (was, stands, checkpoint, expected) in [
             (Some(at(5)), at(5), at(9), Some(at(5))),
             // The state lagged when it was removed.
             (Some(at(5)), at(7), at(9), Some(at(7))),
@@ -842,7 +842,7 @@ mod tests {
             let own = Own { stands: [(shard, stands.clone())].into(), keeps_position };
             let holes = holes(&name, &known, &shards, &own, &key);
             let found = holes.first().map(|hole| hole.from_exclusive.clone());
-            assert_eq!(found, due, "{was:?} {stands:?} {checkpoint:?}");
+            assert_eq!(found, expected, "{was:?} {stands:?} {checkpoint:?}");
             for hole in holes {
                 assert_eq!(hole.to_inclusive, checkpoint);
                 assert!(hole.why.contains("1970-01-01T00:00:01Z"), "{}", hole.why);

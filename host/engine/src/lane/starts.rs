@@ -189,7 +189,7 @@ impl Lane<'_> {
             () = tokio::time::sleep(pause) => {}
             () = stop.asked() => return Err(LaneError::Stopped),
             // Another revision may start.
-            () = self.change.until_due() => { self.change_before_blocked().await?; }
+            () = self.change.until_ready() => { self.change_before_blocked().await?; }
         }
         Ok(())
     }

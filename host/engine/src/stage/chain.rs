@@ -222,9 +222,9 @@ impl Chain {
         let only = || (redrive.route.as_str().is_empty() && upstream.len() == 1).then_some(0);
         let route = by_name.or_else(only).and_then(|route| u32::try_from(route).ok());
         let route = route.ok_or_else(|| {
-            let due: Vec<&str> = upstream.iter().map(|route| route.name.as_str()).collect();
+            let expected: Vec<&str> = upstream.iter().map(|route| route.name.as_str()).collect();
             Blocked::Broken(format!(
-                "records came to {} by route {:?}, which enters it no more: due is one of {due:?}",
+                "records came to {} by route {:?}, which enters it no more: due is one of {expected:?}",
                 redrive.place,
                 redrive.route.as_str()
             ))

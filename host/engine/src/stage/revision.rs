@@ -183,13 +183,13 @@ impl Revision {
                 None => Plugin::load_file(&host.engine, cache, path),
             }
             .map_err(|error| at_plugin(error.to_string(), "name a component's file here"))?;
-            if let Some(due) = &stage.sha256
-                && due.value != plugin.digest.as_str()
+            if let Some(expected) = &stage.sha256
+                && expected.value != plugin.digest.as_str()
             {
                 let message = format!("{} has the digest {}", path.display(), plugin.digest);
                 let help =
                     "the file is not the one that was pinned: restore it, or pin this digest";
-                return Err(config.file.problem(due.span.clone(), message, help));
+                return Err(config.file.problem(expected.span.clone(), message, help));
             }
             let routes = stage.routes.iter();
             stages.push(StageSpec {
@@ -303,9 +303,9 @@ impl Revision {
     }
 
     /// The stage that has exactly this specification, canary left aside.
-    fn stage_as(&self, due: &StageSpec) -> Option<&LoadedStage> {
+    fn stage_as(&self, expected: &StageSpec) -> Option<&LoadedStage> {
         let plain = |spec: &StageSpec| StageSpec { canary: None, ..spec.clone() };
-        let at = self.spec.stages.iter().position(|own| plain(own) == plain(due))?;
+        let at = self.spec.stages.iter().position(|own| plain(own) == plain(expected))?;
         self.stages.get(at)
     }
 

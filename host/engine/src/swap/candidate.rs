@@ -75,10 +75,10 @@ pub(super) fn check_pin(
 ) -> Result<(), StepFailed> {
     let own = config.stages.iter().find(|own| own.name.value == *stage);
     match own.and_then(|own| own.sha256.as_ref()) {
-        Some(due) if due.value != digest.as_str() => Err(Step::Pin.failed(format!(
+        Some(expected) if expected.value != digest.as_str() => Err(Step::Pin.failed(format!(
             "{}: stage {stage} is pinned to {}, the component has {digest}; change the pin and reload",
-            config.file.place(&due.span),
-            due.value
+            config.file.place(&expected.span),
+            expected.value
         ))),
         _ => Ok(()),
     }

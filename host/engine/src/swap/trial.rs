@@ -396,14 +396,14 @@ impl Trial {
         Ok(())
     }
 
-    fn count(&mut self, due: &Fate, found: &Fate, sample: &Sample, item: &Item) {
+    fn count(&mut self, expected: &Fate, found: &Fate, sample: &Sample, item: &Item) {
         let report = &mut self.report;
         report.records += 1;
-        let count = match (&due.rejected, &found.rejected) {
-            _ if found.trapped && !due.trapped => &mut report.trapped,
+        let count = match (&expected.rejected, &found.rejected) {
+            _ if found.trapped && !expected.trapped => &mut report.trapped,
             (None, Some(_)) => &mut report.newly_rejected,
             (Some(_), None) => &mut report.newly_accepted,
-            (None, None) if due.outputs != found.outputs => &mut report.changed,
+            (None, None) if expected.outputs != found.outputs => &mut report.changed,
             // Of two rejections, one may be put into better words.
             _ => &mut report.identical,
         };
@@ -417,7 +417,7 @@ impl Trial {
         let payload = String::from_utf8_lossy(&item.payload);
         let payload: String = payload.chars().take(RECORD_CHARS_MAX).collect();
         let (payload, diff) =
-            (escaped(&payload, &[]), Difference::between(due, found).render(false));
+            (escaped(&payload, &[]), Difference::between(expected, found).render(false));
         let is_known = |shown: &ShownDifference| shown.payload == payload && shown.diff == diff;
         if !report.differences.iter().any(is_known) {
             let record = format!("{}:{origin}", sample.batch.shard.shard);

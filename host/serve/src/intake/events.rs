@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn a_bad_line_is_named() {
-        for (shape, body, due) in [
+        for (shape, body, expected) in [
             (Shape::Json, " ", "the body is empty"),
             (Shape::Ndjson, "\n\n", "the body is empty"),
             (Shape::Opaque, "", "the body is empty"),
@@ -218,7 +218,7 @@ mod tests {
             (Shape::Json, "{\"id\":\"\"}", "line 1: the partition key has 0 characters"),
         ] {
             let said = read(shape, &[], body, Some("id")).unwrap_err();
-            assert!(said.starts_with(due), "{body}: {said}");
+            assert!(said.starts_with(expected), "{body}: {said}");
         }
         let said = read(Shape::Opaque, &[(KEY_HEADER, "")], "x", None).unwrap_err();
         assert!(said.starts_with("the header x-partition-key: the partition key has 0"), "{said}");

@@ -152,7 +152,7 @@ impl ObjectsSink {
                     }
                     // One of another length is named already.
                     let bytes = listing.data[&key];
-                    let has_length = data.bytes.is_none_or(|due| bytes == due);
+                    let has_length = data.bytes.is_none_or(|expected| bytes == expected);
                     if content && has_length {
                         self.check_content(&key, claim, (data, bytes), &mut audit).await?;
                     }
@@ -262,8 +262,8 @@ impl ObjectsSink {
                 missing.push(data.key.as_str());
                 continue;
             };
-            if let Some(due) = data.bytes.filter(|due| due != bytes) {
-                let detail = format!("it has {bytes} bytes, {due} are claimed");
+            if let Some(expected) = data.bytes.filter(|expected| expected != bytes) {
+                let detail = format!("it has {bytes} bytes, {expected} are claimed");
                 audit.problem(ProblemKind::Damaged, &key, detail);
             }
             audit.objects += 1;
@@ -292,21 +292,21 @@ impl ObjectsSink {
     ) -> Result<(), SinkError> {
         let bytes = self.read(key, bytes_max).await?;
         let layout = claim.layout.clone();
-        let (due_hash, due_rows) = (data.sha256.clone(), data.rows);
+        let (expected_hash, expected_rows) = (data.sha256.clone(), data.rows);
         let compared = tokio::task::spawn_blocking(move || match layout.format {
             ObjectFormat::Parquet => {
                 let file = SerializedFileReader::new(bytes).map_err(|error| error.to_string())?;
                 let rows = file.metadata().file_metadata().num_rows();
-                match u64::try_from(rows) == Ok(due_rows) {
+                match u64::try_from(rows) == Ok(expected_rows) {
                     true => Ok(()),
-                    false => Err(format!("it has {rows} rows, {due_rows} are claimed")),
+                    false => Err(format!("it has {rows} rows, {expected_rows} are claimed")),
                 }
             }
             ObjectFormat::Ndjson | ObjectFormat::Raw => {
                 let found = hash(&bytes, layout.compression).map_err(|error| error.to_string())?;
-                match found == due_hash {
+                match found == expected_hash {
                     true => Ok(()),
-                    false => Err(format!("its content hashes to {found}, {due_hash} is claimed")),
+                    false => Err(format!("its content hashes to {found}, {expected_hash} is claimed")),
                 }
             }
         });

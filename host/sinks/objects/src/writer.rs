@@ -346,12 +346,12 @@ impl ObjectsWriter {
     async fn check_content(&self, promised: &Unfinished, bodies: &[Body]) -> Result<(), SinkError> {
         let data = &promised.claim.data;
         let places = |body: &Body| (body.route.clone(), body.folder.to_string());
-        let due = data.iter().map(|data| (data.route.clone(), data.folder().to_owned()));
-        if !due.eq(bodies.iter().map(places)) {
-            let due = data.iter().map(|data| data.route.as_str()).collect::<Vec<_>>();
+        let expected = data.iter().map(|data| (data.route.clone(), data.folder().to_owned()));
+        if !expected.eq(bodies.iter().map(places)) {
+            let expected = data.iter().map(|data| data.route.as_str()).collect::<Vec<_>>();
             let made = bodies.iter().map(|body| body.route.as_str()).collect::<Vec<_>>();
             return Err(self.shared.place.unavailable(format!(
-                "link {} of {} promises rows of routes {due:?} up to {}, the records now gave \
+                "link {} of {} promises rows of routes {expected:?} up to {}, the records now gave \
                  {made:?}, or other folders: run generation {} for this span again{}",
                 promised.link,
                 self.shard.shard,

@@ -130,7 +130,7 @@ impl RunningCopy {
         let Target { name, live, mode } = target;
         // Most rows are new: then they need no merge, which takes three times as long.
         let merges = *mode != WriteMode::Append;
-        let hopes = merges && transaction.hope.is_due();
+        let hopes = merges && transaction.hope.should_try();
         let staged = merges && !hopes;
         if staged {
             match transaction.staging {

@@ -34,10 +34,10 @@ const WAIT_MAX: u32 = 1024;
 
 impl Hope {
     /// Whether to try now; counts the parts.
-    pub(super) fn is_due(&mut self) -> bool {
-        let due = self.parts_to_wait == 0;
+    pub(super) fn should_try(&mut self) -> bool {
+        let now = self.parts_to_wait == 0;
         self.parts_to_wait = self.parts_to_wait.saturating_sub(1);
-        due
+        now
     }
 
     pub(super) fn was_right(&mut self) {
@@ -151,11 +151,11 @@ mod tests {
     #[test]
     fn hope_in_vain_waits_longer() {
         let mut hope = Hope::default();
-        let waited = |hope: &mut Hope| (0..).take_while(|_| !hope.is_due()).count();
+        let waited = |hope: &mut Hope| (0..).take_while(|_| !hope.should_try()).count();
         assert_eq!(waited(&mut hope), 0);
-        for due in [8, 16, 32] {
+        for expected in [8, 16, 32] {
             hope.was_wrong();
-            assert_eq!(waited(&mut hope), due);
+            assert_eq!(waited(&mut hope), expected);
         }
         hope.was_right();
         assert_eq!(waited(&mut hope), 0);

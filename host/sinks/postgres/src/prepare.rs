@@ -69,12 +69,12 @@ pub(super) async fn prepare(
 /// Checks the columns that say where a row came from.
 fn check_lineage(table: &TableName, live: &LiveTable) -> Result<(), String> {
     let fits = |(name, kind): &(&str, &str)| {
-        let due = match *kind {
+        let expected = match *kind {
             "numeric" => Kind::Numeric,
             "timestamptz" => Kind::Timestamptz,
             _ => Kind::Text,
         };
-        live.columns.iter().any(|column| column.name == *name && column.kind == due)
+        live.columns.iter().any(|column| column.name == *name && column.kind == expected)
     };
     let missing: Vec<String> = lineage::COLUMNS
         .iter()
@@ -97,7 +97,7 @@ fn check(
     table: &TableName,
     live: &LiveTable,
     declared: &DeclaredColumn<'_>,
-    due: Kind,
+    expected: Kind,
 ) -> Result<(), String> {
     let live = live.columns.iter().map(|column| LiveFit {
         name: &column.name,
@@ -105,7 +105,7 @@ fn check(
         is_generated: column.is_generated,
         fit: match column.kind {
             Kind::Unsupported => Fit::Unsupported,
-            kind if kind.accepts(due) => Fit::Full,
+            kind if kind.accepts(expected) => Fit::Full,
             _ => Fit::TooNarrow,
         },
     });

@@ -175,7 +175,7 @@ impl TableWindow {
             return Err(format!("table {} does not exist", self.live));
         }
         if let Some((missing, _)) =
-            COLUMNS.iter().find(|(due, _)| !names.iter().any(|it| it == due))
+            COLUMNS.iter().find(|(expected, _)| !names.iter().any(|it| it == expected))
         {
             return Err(format!(
                 "table {} has no column {missing}: nobody can tell which rows are the window's. Set \

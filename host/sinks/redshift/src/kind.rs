@@ -309,7 +309,7 @@ mod tests {
 
     #[test]
     fn values_become_what_copy_reads() {
-        for (kind, json, due) in [
+        for (kind, json, expected) in [
             (Kind::Int8, "\"9007199254740993\"", "9007199254740993"),
             (Kind::Numeric(10, 2), "12.5", "12.50"),
             (Kind::Numeric(10, 2), "-0.05", "-0.05"),
@@ -329,7 +329,7 @@ mod tests {
             (Kind::Varbyte(3), "\"AQL/\"", "\"0102ff\""),
             (Kind::Bool, "null", "null"),
         ] {
-            assert_eq!(put(kind, json).as_deref(), Ok(due), "{kind:?} {json}");
+            assert_eq!(put(kind, json).as_deref(), Ok(expected), "{kind:?} {json}");
         }
     }
 

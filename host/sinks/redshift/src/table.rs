@@ -123,7 +123,7 @@ fn check_type(
 
 /// Checks one declared column against the live table.
 fn check(table: &TableName, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result<(), String> {
-    let due = Kind::of(declared.data_type);
+    let expected = Kind::of(declared.data_type);
     let live = live.columns.iter().map(|column| LiveFit {
         name: &column.name,
         data_type: &column.data_type,
@@ -131,7 +131,7 @@ fn check(table: &TableName, live: &LiveTable, declared: &DeclaredColumn<'_>) -> 
         is_generated: false,
         fit: match column.kind {
             Kind::Unsupported => Fit::Unsupported,
-            kind if kind.accepts(due) => Fit::Full,
+            kind if kind.accepts(expected) => Fit::Full,
             _ => Fit::TooNarrow,
         },
     });

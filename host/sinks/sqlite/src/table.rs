@@ -277,12 +277,12 @@ fn check_key(connection: &Connection, table: &str, mode: &WriteMode) -> Result<(
 
 /// Checks one declared column against the live table.
 fn check(table: &str, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result<(), String> {
-    let due = Kind::of(declared.data_type);
+    let expected = Kind::of(declared.data_type);
     let live = live.columns.iter().map(|column| LiveFit {
         name: &column.name,
         data_type: &column.data_type,
         is_generated: column.is_generated,
-        fit: if column.column_type.kind.accepts(due) { Fit::Full } else { Fit::TooNarrow },
+        fit: if column.column_type.kind.accepts(expected) { Fit::Full } else { Fit::TooNarrow },
     });
     check_fit(table, declared, live)
 }

@@ -26,11 +26,11 @@ def user_records(count, size, keys):
 
 cases = []
 for count, size, keys in [(1, 10, 1), (2, 2, 1), (100, 50, 7), (500, 200, 300), (2000, 20, 3)]:
-    aggregator, due = RecordAggregator(), []
+    aggregator, expected = RecordAggregator(), []
     for key, hash_key, data in user_records(count, size, keys):
         # An empty payload is a payload.
         assert aggregator.add_user_record(key, data, hash_key) is None
-        due.append({"key": key, "hash_key": hash_key, "data": text(data)})
+        expected.append({"key": key, "hash_key": hash_key, "data": text(data)})
     _, _, aggregate = aggregator.clear_and_get().get_contents()
-    cases.append({"aggregate": text(aggregate), "records": due})
+    cases.append({"aggregate": text(aggregate), "records": expected})
 print(json.dumps(cases))

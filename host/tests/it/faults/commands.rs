@@ -163,8 +163,8 @@ for kind in (coroutine, generator, stream, Called(), Method().record, functools.
     let said = String::from_utf8_lossy(&told.stderr);
     assert!(told.status.success(), "{said}");
     let kinds = "asynchronous generator asynchronous asynchronous generator asynchronous generator";
-    let due: Vec<_> = kinds.split(' ').chain(["plain"; 4]).collect();
-    assert_eq!(String::from_utf8_lossy(&told.stdout).lines().collect::<Vec<_>>(), due, "{said}");
+    let expected: Vec<_> = kinds.split(' ').chain(["plain"; 4]).collect();
+    assert_eq!(String::from_utf8_lossy(&told.stdout).lines().collect::<Vec<_>>(), expected, "{said}");
 }
 
 #[test]

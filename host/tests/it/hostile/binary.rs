@@ -29,8 +29,8 @@ fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
     wait_for("the lane to block", || ready().contains("rejected_in_a_row"));
     let state = ready();
     assert!(state.starts_with("HTTP/1.1 503"), "{state}");
-    for due in ["shardId-000000000000", "stage route (plugin hostile 0.1.0, ", "as configured"] {
-        assert!(state.contains(due), "{due}: {state}");
+    for expected in ["shardId-000000000000", "stage route (plugin hostile 0.1.0, ", "as configured"] {
+        assert!(state.contains(expected), "{expected}: {state}");
     }
     assert!(
         http_get(port, "/metrics").contains("shardmill_blocked{shard=\"shardId-000000000000\"} 1")
@@ -78,13 +78,13 @@ fn refused(plugin: &str, lines: &str) -> String {
 fn a_component_over_a_limit_of_compilation_is_refused_with_its_place() {
     let heavy = heavy();
     let heavy = heavy.path().display().to_string();
-    for (limit, due) in [
+    for (limit, expected) in [
         ("compile_time = \"1 s\"", "longer than its limit of 1 s (limits.compile_time)"),
         ("compile_memory = \"64 MiB\"", "than its limit of 67108864 bytes (limits.compile_memory)"),
         ("component = \"64 KiB\"", "over the limit of 65536 (limits.component)"),
     ] {
         let said = refused(&heavy, &format!("[stage.limits]\n{limit}"));
-        assert!(said.contains(due), "{due}: {said}");
+        assert!(said.contains(expected), "{expected}: {said}");
     }
 }
 
@@ -96,8 +96,8 @@ fn what_is_not_granted_is_refused_with_its_place() {
         let granted = all.iter().filter(|name| **name != missing);
         let granted: Vec<String> = granted.map(|name| format!("{name} = true")).collect();
         let said = refused(&probe, &format!("grant = {{ {} }}", granted.join(", ")));
-        let due = format!("probe.wasm imports {missing}, which stage only does not grant");
-        assert!(said.contains(&due), "{due}: {said}");
+        let expected = format!("probe.wasm imports {missing}, which stage only does not grant");
+        assert!(said.contains(&expected), "{expected}: {said}");
         assert!(said.contains(&format!("add under [stage.grant]: {missing} = true")), "{said}");
     }
 }

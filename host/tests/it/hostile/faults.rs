@@ -110,8 +110,8 @@ fn too_much_output_is_the_guilty_records_alone() {
 
 #[test]
 fn too_many_outputs_are_the_guilty_records_alone() {
-    let due = "20000 outputs of 1 records, over the limit of 10 each";
-    after_work("many_on = \"bad\"\nmany = 20000", due);
+    let expected = "20000 outputs of 1 records, over the limit of 10 each";
+    after_work("many_on = \"bad\"\nmany = 20000", expected);
     // A million do not even fit into the memory.
     after_work(r#"many_on = "bad""#, "over its limit of 16777216");
 }
@@ -119,8 +119,8 @@ fn too_many_outputs_are_the_guilty_records_alone() {
 #[test]
 fn rows_that_share_their_bytes_count_in_full() {
     for fault in ["share_payload_on", "share_key_on"] {
-        let due = "outputs of more than 4194304 bytes in all";
-        after_work(&format!("{fault} = \"bad\"\nmany = 8"), due);
+        let expected = "outputs of more than 4194304 bytes in all";
+        after_work(&format!("{fault} = \"bad\"\nmany = 8"), expected);
     }
 }
 
@@ -177,7 +177,7 @@ fn a_plugin_that_fails_in_configure_is_refused_with_its_stage() {
             Err(why) => why.split_whitespace().collect::<Vec<_>>().join(" "),
         }
     };
-    for (config, due) in [
+    for (config, expected) in [
         (r#"configure = "trap""#, "configure trapped"),
         (r#"configure = "loop""#, "configure took longer than its limit of 10000 ms"),
         (r#"configure = "bad_name""#, "utf-8"),
@@ -186,7 +186,7 @@ fn a_plugin_that_fails_in_configure_is_refused_with_its_stage() {
         (r#"routes = ["no such name!"]"#, "a route's name is"),
     ] {
         let why = refused(config);
-        assert!(why.contains(due) && why.contains("stage misbehave"), "{config}: {why}");
+        assert!(why.contains(expected) && why.contains("stage misbehave"), "{config}: {why}");
     }
 }
 

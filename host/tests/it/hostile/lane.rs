@@ -123,8 +123,8 @@ impl Lane {
         let outcome = self.run(&payloads).unwrap_or_else(|why| panic!("{reason}: {why:?}"));
         let dead_letters: Vec<&Position> =
             outcome.dead_letters.iter().map(|dead_letter| &dead_letter.key.position).collect();
-        let due: Vec<Position> = bad.iter().copied().map(position).collect();
-        assert_eq!(dead_letters, due.iter().collect::<Vec<_>>(), "{reason}");
+        let expected: Vec<Position> = bad.iter().copied().map(position).collect();
+        assert_eq!(dead_letters, expected.iter().collect::<Vec<_>>(), "{reason}");
         for dead_letter in &outcome.dead_letters {
             assert!(dead_letter.reason.contains(reason), "{reason}: {}", dead_letter.reason);
             assert_eq!(dead_letter.key.place, DeadLetterPlace::Stage("misbehave".into()));
@@ -144,8 +144,8 @@ pub fn fine(outcome: &ChainOutcome) -> Vec<Bytes> {
 
 /// The payloads that begin like this.
 pub fn of_kind(payloads: &[String], kind: &str) -> Vec<Bytes> {
-    let due = payloads.iter().filter(|payload| payload.starts_with(kind));
-    due.map(|payload| Bytes::from(payload.clone())).collect()
+    let expected = payloads.iter().filter(|payload| payload.starts_with(kind));
+    expected.map(|payload| Bytes::from(payload.clone())).collect()
 }
 
 /// 1,000 payloads, of which some are bad.

@@ -141,14 +141,14 @@ fn metrics_are_shown_by_stage_and_odd_ones_are_refused() {
     let metrics = http_get(port, "/metrics");
     assert_eq!(run.terminate(), Some(0));
 
-    for due in [
+    for expected in [
         r#"shardmill_plugin_probe_seen{stage="ask"} 4"#,
         r#"shardmill_plugin_probe_longest{stage="ask"} 19"#,
         r#"shardmill_plugin_probe_sizes_count{stage="ask"} 4"#,
         r#"shardmill_plugin_probe_sizes_sum{stage="ask"} 62"#,
         "# HELP shardmill_plugin_probe_seen records that probe has seen",
     ] {
-        assert!(metrics.contains(due), "{due}: {metrics}");
+        assert!(metrics.contains(expected), "{expected}: {metrics}");
     }
     assert!(!metrics.contains("probe_late"), "{metrics}");
     let rows = rows();

@@ -89,8 +89,8 @@ fn the_skeleton_does_nothing_wrong() {
 fn a_table_over_its_limit_is_the_guilty_records_alone() {
     let grow = "(if (i32.eq (table.grow $table (ref.null func) (i32.const 2000)) (i32.const -1))
                   (then unreachable))";
-    let due = "asked for 2001 table elements, over its limit of 1000";
-    Guest { process: grow, ..Guest::default() }.assert_culprits_alone(due);
+    let expected = "asked for 2001 table elements, over its limit of 1000";
+    Guest { process: grow, ..Guest::default() }.assert_culprits_alone(expected);
 }
 
 #[test]
@@ -114,14 +114,14 @@ fn a_trap_while_the_host_asks_for_room_is_the_guilty_records_alone() {
 
 #[test]
 fn an_endless_loop_while_the_host_asks_for_room_is_ended() {
-    let due = "took longer than its limit of 100 ms";
-    Guest { realloc: "(loop $ever (br $ever))", ..Guest::default() }.assert_culprits_alone(due);
+    let expected = "took longer than its limit of 100 ms";
+    Guest { realloc: "(loop $ever (br $ever))", ..Guest::default() }.assert_culprits_alone(expected);
 }
 
 #[test]
 fn an_endless_loop_after_the_answer_is_ended() {
-    let due = "took longer than its limit of 100 ms";
-    Guest { post: "(loop $ever (br $ever))", ..Guest::default() }.assert_culprits_alone(due);
+    let expected = "took longer than its limit of 100 ms";
+    Guest { post: "(loop $ever (br $ever))", ..Guest::default() }.assert_culprits_alone(expected);
 }
 
 #[test]
@@ -211,7 +211,7 @@ fn an_import_that_nobody_has_is_refused_by_its_name() {
     let Err(why) = Lane::of(&path, LIMITS, "", RejectedMax::default()) else {
         panic!("it is not refused")
     };
-    for due in ["wasi:sockets/tcp@0.2.0", "launch-missiles", "which shardmill does not have"] {
-        assert!(why.contains(due), "{due}: {why}");
+    for expected in ["wasi:sockets/tcp@0.2.0", "launch-missiles", "which shardmill does not have"] {
+        assert!(why.contains(expected), "{expected}: {why}");
     }
 }

@@ -90,9 +90,9 @@ async fn every_type_is_read_back() {
         .collect();
     let full = format!("{{{}}}", full.join(","));
     let rows = [full.as_str(), r#"{"c19":1}"#, r#"{"c19":1,"c12":null,"c0":null}"#];
-    let due_full: Vec<Value> = TYPES.iter().map(|column| json!(column.4)).collect();
-    let mut due_empty = vec![Value::Null; TYPES.len()];
-    due_empty[19] = json!("1");
+    let expected_full: Vec<Value> = TYPES.iter().map(|column| json!(column.4)).collect();
+    let mut expected_empty = vec![Value::Null; TYPES.len()];
+    expected_empty[19] = json!("1");
 
     for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
         let folder = tempfile::tempdir().expect("a folder");
@@ -106,12 +106,12 @@ async fn every_type_is_read_back() {
         assert_eq!((done.rows_written, done.rows_refused), (3, 0));
         let found = read_back(folder.path());
         for (reader, at) in [("pyarrow", 2), ("duckdb", 3)] {
-            assert_eq!(found[reader]["rows"], json!([due_full, due_empty, due_empty]), "{reader}");
+            assert_eq!(found[reader]["rows"], json!([expected_full, expected_empty, expected_empty]), "{reader}");
             for (place, column) in TYPES.iter().enumerate() {
-                let due = [column.2, column.3][at - 2];
+                let expected = [column.2, column.3][at - 2];
                 let name = &found[reader]["types"][format!("c{place}")];
                 // How pyarrow names JSON and UUID has changed with its releases.
-                assert!(due.is_empty() || name == due, "{reader}: {} is {name}", column.0);
+                assert!(expected.is_empty() || name == expected, "{reader}: {} is {name}", column.0);
             }
         }
         let audit = sink.verify(true).await.expect("verified");
@@ -195,12 +195,12 @@ fn the_flights_are_read_back() {
     airports.sort();
     assert_eq!(airports, ["origin=EWR", "origin=JFK", "origin=LGA"]);
     let found = read_back(&logs);
-    let due = from_csv(&flights);
+    let expected = from_csv(&flights);
     for reader in ["pyarrow", "duckdb"] {
         let rows = found[reader]["rows"].as_array().expect("rows");
         let mut lines: Vec<String> = rows.iter().map(csv_line).collect();
         lines.sort_unstable();
-        same_multiset(reader, &due, &lines);
+        same_multiset(reader, &expected, &lines);
     }
 }
 

@@ -317,12 +317,12 @@ pub async fn a_large_object_goes_up_in_parts(place: Place) {
     owner.writer.commit(&large, &Refusals::default()).await.expect("done already");
     for key in place.keys(false).await {
         let is_even = key.as_ref().contains("/even/");
-        let due: Vec<u8> = (1..=12)
+        let expected: Vec<u8> = (1..=12)
             .filter(|record| route_of(*record) == Some(if is_even { "even" } else { "odd" }))
             .flat_map(|record| piece(record).to_vec())
             .collect();
         assert!(key.as_ref().ends_with(".bin"), "{key}");
-        assert!(place.get(&key).await == due, "{key} differs");
+        assert!(place.get(&key).await == expected, "{key} differs");
     }
     assert_eq!(place.keys(false).await.len(), 2);
     assert!(sink.verify(true).await.expect("verified").problems.is_empty());
@@ -356,9 +356,9 @@ pub async fn folders_are_named_by_rows(place: Place) {
         })
         .collect();
     let day = "dt=1970-01-01";
-    let due = [format!("{day}/id=1"), format!("{day}/id=3"), format!("{day}/id=4")];
-    let due: Vec<&str> = due.iter().map(String::as_str).chain(["even", "odd"]).collect();
-    assert_eq!(folders, due);
+    let expected = [format!("{day}/id=1"), format!("{day}/id=3"), format!("{day}/id=4")];
+    let expected: Vec<&str> = expected.iter().map(String::as_str).chain(["even", "odd"]).collect();
+    assert_eq!(folders, expected);
     // Without its name in the folder, a route is in the file's name: two never meet in one object.
     assert!(
         keys[1].ends_with("-even.ndjson.gz") && keys[0].ends_with("-odd.ndjson.gz"),

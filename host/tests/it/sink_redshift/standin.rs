@@ -218,8 +218,8 @@ impl Session {
     async fn copy(&mut self, sql: &str) -> std::io::Result<Result<(), String>> {
         let (table, rest) = sql[5..].split_once(" FROM '").expect("COPY table FROM");
         let (manifest, options) = rest.split_once('\'').expect("a manifest");
-        for due in ["MANIFEST", "GZIP", "FORMAT AS JSON 'auto'", "MAXERROR"] {
-            assert!(options.contains(due), "{options}");
+        for expected in ["MANIFEST", "GZIP", "FORMAT AS JSON 'auto'", "MAXERROR"] {
+            assert!(options.contains(expected), "{options}");
         }
         if !options.contains(&format!("IAM_ROLE '{ROLE}'")) {
             return Ok(Err("S3ServiceException:Access Denied,Status 403".into()));

@@ -111,13 +111,13 @@ pub async fn assert_as_the_model(
     let mut from = 0;
     for count in [1, 40, 200, 7, 100] {
         let rows = rows(&mut random, count);
-        let due = model.write(mode, &rows, checks);
+        let expected = model.write(mode, &rows, checks);
         let lines: Vec<String> =
             rows.iter().map(|row| serde_json::to_string(row).expect("JSON")).collect();
         let (log, commit) = (Log::default(), commit(from, &lines));
         writer.commit(&commit, &log).await.expect("committed");
         let refused: Vec<usize> = log.take().into_iter().map(|(row, _)| row).collect();
-        assert_eq!(refused, due, "{mode:?}, seed {seed}");
+        assert_eq!(refused, expected, "{mode:?}, seed {seed}");
         writer.commit(&commit, &log).await.expect("answered");
         assert_eq!(shown().await, model.shown(), "{mode:?}, seed {seed}");
         from += count as u64;

@@ -99,18 +99,18 @@ fn sorted(mut lines: Vec<String>) -> Vec<String> {
 }
 
 /// Both hold the same lines equally often; shows the first that differ.
-pub fn same_multiset(place: &str, due: &[String], found: &[String]) {
-    if due == found {
+pub fn same_multiset(place: &str, expected: &[String], found: &[String]) {
+    if expected == found {
         println!("{place}: {} records, each exactly once", found.len());
         return;
     }
-    let differs = due.iter().zip(found).position(|(one, two)| one != two);
-    let at = differs.unwrap_or(due.len().min(found.len()));
+    let differs = expected.iter().zip(found).position(|(one, two)| one != two);
+    let at = differs.unwrap_or(expected.len().min(found.len()));
     panic!(
         "{place}: {} records where {} are due; sorted, they differ at {at}: {:?} where {:?} is due",
         found.len(),
-        due.len(),
+        expected.len(),
         found.get(at),
-        due.get(at)
+        expected.get(at)
     );
 }

@@ -11,39 +11,39 @@ const RANDOM_KILLS: u64 = 12;
 
 /// Which version the next process is to have.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Due {
+enum Expected {
     Old,
     New,
     Either,
 }
 
 /// What the log says when a step begins, in order, and what a kill there leaves.
-const STEPS: [(&str, Due); 11] = [
-    ("a change step=fetch", Due::Old),
-    ("a change step=pin", Due::Old),
-    ("a change step=compile", Due::Old),
-    ("a change step=check", Due::Old),
-    ("a change step=trial", Due::Old),
-    ("a change step=promote", Due::Either),
-    ("its components are kept", Due::Either),
-    ("it is noted; the lanes change", Due::New),
-    ("the ledger is told", Due::New),
-    ("another generation", Due::New),
-    ("the lanes have changed", Due::New),
+const STEPS: [(&str, Expected); 11] = [
+    ("a change step=fetch", Expected::Old),
+    ("a change step=pin", Expected::Old),
+    ("a change step=compile", Expected::Old),
+    ("a change step=check", Expected::Old),
+    ("a change step=trial", Expected::Old),
+    ("a change step=promote", Expected::Either),
+    ("its components are kept", Expected::Either),
+    ("it is noted; the lanes change", Expected::New),
+    ("the ledger is told", Expected::New),
+    ("another generation", Expected::New),
+    ("the lanes have changed", Expected::New),
 ];
 
 #[test]
 fn a_kill_at_each_step_of_a_swap_leaves_one_version() {
     let mut kills = Kills::begin();
-    for (step, due) in STEPS {
+    for (step, expected) in STEPS {
         let (old, new) = kills.swap(|fixture| at_step(fixture, step));
         let found = kills.version_after();
-        let is_due = match due {
-            Due::Old => found == old,
-            Due::New => found == new,
-            Due::Either => found == old || found == new,
+        let is_expected = match expected {
+            Expected::Old => found == old,
+            Expected::New => found == new,
+            Expected::Either => found == old || found == new,
         };
-        assert!(is_due, "killed at {step:?}: {found} runs, {due:?} of {old} and {new} was due");
+        assert!(is_expected, "killed at {step:?}: {found} runs, {expected:?} of {old} and {new} was due");
     }
     kills.end();
 }
@@ -85,9 +85,9 @@ impl Kills {
         self.put += records;
     }
 
-    /// Swaps to a version that never ran while records flow, and kills the pipeline when `due` returns.
+    /// Swaps to a version that never ran while records flow, and kills the pipeline when `until` returns.
     /// Gives the old version and the new one.
-    fn swap(&mut self, due: impl FnOnce(&Fixture)) -> (String, String) {
+    fn swap(&mut self, until: impl FnOnce(&Fixture)) -> (String, String) {
         self.put(300);
         self.number += 1;
         let new = format!("v{}", self.number);
@@ -97,7 +97,7 @@ impl Kills {
             let named = ["plugin", "swap", "stamp", &file, "--pipeline", &pipeline];
             run(&[&named[..], &["--shadow", "100 ms", "--json"]].concat())
         });
-        due(&self.fixture);
+        until(&self.fixture);
         self.fixture.kill();
         let _ = swap.join().expect("it ends");
         (self.running.clone(), new)

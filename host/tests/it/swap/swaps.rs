@@ -34,9 +34,9 @@ fn lanes_change_at_a_recorded_place_and_back() {
     fixture.stop();
 
     fixture.assert_each_once_as_the_ledger_says(0..6_000);
-    for (ids, due) in [(0..2_000, "v1"), (2_000..4_000, "v2"), (4_000..6_000, "v1")] {
+    for (ids, expected) in [(0..2_000, "v1"), (2_000..4_000, "v2"), (4_000..6_000, "v1")] {
         assert!(
-            fixture.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == due)
+            fixture.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == expected)
         );
     }
     let history = fixture.history();
@@ -81,9 +81,9 @@ fn a_swap_lasts_until_the_file_changes() {
     fixture.wait_rows(600);
     fixture.stop();
     fixture.assert_each_once_as_the_ledger_says(0..600);
-    for (ids, due) in [(0..200, "v1"), (200..400, "v2"), (400..600, "v3")] {
+    for (ids, expected) in [(0..200, "v1"), (200..400, "v2"), (400..600, "v3")] {
         assert!(
-            fixture.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == due)
+            fixture.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == expected)
         );
     }
 }

@@ -56,7 +56,7 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>, BuildError> {
     }
     sources.sort();
     match sources.is_empty() {
-        true => Err(BuildError::NoSources { dir: dir.to_owned(), due: "*.c, there or in src" }),
+        true => Err(BuildError::NoSources { dir: dir.to_owned(), expected: "*.c, there or in src" }),
         false => Ok(sources),
     }
 }

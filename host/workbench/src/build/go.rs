@@ -26,7 +26,7 @@ const FLAGS: [&str; 6] =
 /// If the compiler is missing, or the package does not compile to a plugin.
 pub(super) fn build(dir: &Path) -> Result<Vec<u8>, BuildError> {
     if !dir.join("go.mod").is_file() {
-        return Err(BuildError::NoSources { dir: dir.to_owned(), due: "go.mod" });
+        return Err(BuildError::NoSources { dir: dir.to_owned(), expected: "go.mod" });
     }
     let scratch = tempfile::tempdir().map_err(file_error("make a folder in", &env::temp_dir()))?;
     let module = scratch.path().join("plugin.wasm");

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::staging::{Staging, WORLD, due};
+use super::staging::{Staging, WORLD, require_file};
 use super::tool::find_tool;
 use super::{BuildError, compile};
 use crate::assets::PYTHON_LIBRARY;
@@ -39,7 +39,7 @@ class Stage:
 /// # Errors
 /// If the tool is missing, or a module does not load.
 pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, BuildError> {
-    due(dir, MAIN)?;
+    require_file(dir, MAIN)?;
     let staging = Staging::new(dir, &manifest.capabilities)?;
     for (name, text) in PYTHON_LIBRARY {
         staging.write(&format!("library/{name}"), text)?;

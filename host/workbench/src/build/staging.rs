@@ -94,11 +94,11 @@ fn copy(from: &Path, to: &Path) -> Result<(), BuildError> {
 }
 
 /// Fails like a tool that cannot be run, where a plugin's main file is missing.
-pub(super) fn due(dir: &Path, name: &'static str) -> Result<(), BuildError> {
+pub(super) fn require_file(dir: &Path, name: &'static str) -> Result<(), BuildError> {
     match fs::metadata(dir.join(name)) {
         Ok(_) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(BuildError::NoSources { dir: dir.to_owned(), due: name })
+            Err(BuildError::NoSources { dir: dir.to_owned(), expected: name })
         }
         Err(cause) => Err(file_error("read", &dir.join(name))(cause)),
     }
@@ -117,9 +117,9 @@ mod tests {
             let (package, _) = resolve.push_dir(staging.path().join("wit")).unwrap();
             let world = &resolve.worlds[resolve.select_world(&[package], Some(WORLD)).unwrap()];
             let imports = world.imports.keys().map(|key| resolve.name_world_key(key));
-            let due: BTreeSet<String> = capabilities.iter().map(|one| one.interface()).collect();
+            let expected: BTreeSet<String> = capabilities.iter().map(|one| one.interface()).collect();
             let types = format!("shardmill:plugin/types@{WIT_VERSION}");
-            assert_eq!(imports.filter(|name| *name != types).collect::<BTreeSet<_>>(), due);
+            assert_eq!(imports.filter(|name| *name != types).collect::<BTreeSet<_>>(), expected);
         }
     }
 

@@ -207,16 +207,16 @@ mod tests {
             let mut form = RowForm::default();
             for _ in 0..200 {
                 let row = row(&mut random);
-                let (mut slots, mut due) = (vec![None; 4], vec![None; 4]);
+                let (mut slots, mut expected) = (vec![None; 4], vec![None; 4]);
                 if form.read(&row, &mut slots) {
                     by_form += 1;
                 }
                 total += 1;
                 let read = spread(row.as_bytes(), &columns, &mut form, &mut slots);
-                let rule = spread(row.as_bytes(), &columns, &mut RowForm::default(), &mut due);
+                let rule = spread(row.as_bytes(), &columns, &mut RowForm::default(), &mut expected);
                 assert_eq!(read, rule, "seed {seed}: {row}");
                 if rule.is_ok() {
-                    assert_eq!(slots, due, "seed {seed}: {row}");
+                    assert_eq!(slots, expected, "seed {seed}: {row}");
                 }
             }
         }

@@ -48,17 +48,17 @@ pub fn time(text: &str) -> Result<i64, Why> {
 
 /// Reads a date and a time, `T` or a space between them, as microseconds since 1970-01-01.
 pub fn timestamp(text: &str, zone: Zone) -> Result<i64, Why> {
-    let due = || match zone {
+    let expected = || match zone {
         Zone::Instant => Why::from("a timestamp as 2013-01-31T23:59:59.123456Z is due"),
         Zone::WallClock => Why::from("a timestamp as 2013-01-31 23:59:59.123456 is due"),
     };
     let mut rest = text.as_bytes();
-    let days = take_date(&mut rest).ok_or_else(due)?;
-    take_any(&mut rest, b"Tt ").ok_or_else(due)?;
-    let micros = take_time(&mut rest).ok_or_else(due)?;
-    let offset = take_offset(&mut rest).ok_or_else(due)?;
+    let days = take_date(&mut rest).ok_or_else(expected)?;
+    take_any(&mut rest, b"Tt ").ok_or_else(expected)?;
+    let micros = take_time(&mut rest).ok_or_else(expected)?;
+    let offset = take_offset(&mut rest).ok_or_else(expected)?;
     if !rest.is_empty() {
-        return Err(due());
+        return Err(expected());
     }
     if zone == Zone::WallClock && offset != 0 {
         return Err("the column has no time zone, and the offset would be lost".into());

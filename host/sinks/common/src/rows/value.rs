@@ -88,10 +88,10 @@ impl<'a> Json<'a> {
     }
 
     /// The characters of a string.
-    fn string(&self, due: &'static str) -> Result<&str, Why> {
+    fn string(&self, expected: &'static str) -> Result<&str, Why> {
         match self {
             Self::Text(text) => Ok(text),
-            _ => Err(due.into()),
+            _ => Err(expected.into()),
         }
     }
 }
@@ -249,18 +249,18 @@ fn is_nested_deeper_than(json: &str, levels: usize) -> bool {
 
 /// Bytes: a string of base64, or of hexadecimal digits behind `\x`.
 pub fn bytes(json: &Json<'_>) -> Result<Vec<u8>, Why> {
-    let due = "bytes as base64, or as hexadecimal digits behind \\x, are due";
-    let text = json.string(due)?;
+    let expected = "bytes as base64, or as hexadecimal digits behind \\x, are due";
+    let text = json.string(expected)?;
     match text.strip_prefix("\\x") {
-        Some(digits) => hex::decode(digits).map_err(|_| due.into()),
-        None => BASE64.decode(text).map_err(|_| due.into()),
+        Some(digits) => hex::decode(digits).map_err(|_| expected.into()),
+        None => BASE64.decode(text).map_err(|_| expected.into()),
     }
 }
 
 /// A UUID.
 pub fn uuid(json: &Json<'_>) -> Result<uuid::Uuid, Why> {
-    let due = "a UUID as 6ba7b810-9dad-11d1-80b4-00c04fd430c8 is due";
-    uuid::Uuid::try_parse(json.string(due)?).map_err(|_| due.into())
+    let expected = "a UUID as 6ba7b810-9dad-11d1-80b4-00c04fd430c8 is due";
+    uuid::Uuid::try_parse(json.string(expected)?).map_err(|_| expected.into())
 }
 
 /// The characters of a date or time.

@@ -345,9 +345,9 @@ fn fault_42_leftovers_are_named_and_removed() {
 
 #[test]
 fn fault_42_nothing_is_left_where_readers_look_by_writers_that_are_killed() {
-    let rows_due: Vec<String> =
+    let rows_expected: Vec<String> =
         (0..20_000).map(|id| format!("{{\"id\":{id},\"n\":{}}}", id % 40)).collect();
-    let lines = lines(&rows_due, "folder = \"n={row.n}\"");
+    let lines = lines(&rows_expected, "folder = \"n={row.n}\"");
     let (path, logs) = (lines.path(), lines.at("logs"));
     let beside = || {
         odd(&logs).into_iter().filter(|file| !file.display().to_string().contains("/.tmp/")).count()
@@ -357,7 +357,7 @@ fn fault_42_nothing_is_left_where_readers_look_by_writers_that_are_killed() {
         shardmill(&["run", &path])
     });
     wait_for("leftovers to go", || odd(&logs).is_empty());
-    assert_eq!(rows(&logs), sorted(rows_due));
+    assert_eq!(rows(&logs), sorted(rows_expected));
     let (sound, text) = objects(&lines, "verify", &["--content"]);
     assert!(sound, "{text}");
 }
