@@ -254,13 +254,13 @@ impl StageRunner {
         // Items before `done` have their outcome; `suspect_end` bounds a range known to fail.
         let mut done = 0;
         let mut suspect_end = first.as_ref().map_or(0, |first| culprit_end(first, items.len()));
-        let mut accused = first.as_ref().and_then(|first| named_culprit(first, items.len()));
+        let mut named = first.as_ref().and_then(|first| named_culprit(first, items.len()));
         while done < items.len() {
             if self.stop.is_cancelled() {
                 return Err(RunError::Stopped(kept.rejected));
             }
             self.show_search(begun, done, items.len(), culprits);
-            let mut end = match accused.take() {
+            let mut end = match named.take() {
                 // The plugin named the record: what precedes it runs first, without it.
                 Some(culprit) if culprit > done => culprit,
                 _ => {
@@ -327,7 +327,7 @@ impl StageRunner {
                 }
                 Err(failure) => {
                     piece_time.is_used |= ran_out_of_time(&failure);
-                    accused = named_culprit(&failure, end - done).map(|item| item + done);
+                    named = named_culprit(&failure, end - done).map(|item| item + done);
                     suspect_end = done + culprit_end(&failure, end - done);
                 }
             }

@@ -281,7 +281,7 @@ pub(super) async fn copy_groups(
             continue;
         }
         if part.len() > 1 {
-            let parts = parts(part, guilty_line(&error));
+            let parts = parts(part, named_line(&error));
             pending.extend(parts.into_iter().rev().map(|part| (group, part)));
             continue;
         }
@@ -347,9 +347,9 @@ fn names<'t>(live: &'t LiveTable, places: &[u16]) -> Vec<&'t str> {
 }
 
 /// Cuts rows around the one that the server named, or in half; never returns them whole.
-fn parts(rows: Range<usize>, guilty: Option<usize>) -> Vec<Range<usize>> {
+fn parts(rows: Range<usize>, named: Option<usize>) -> Vec<Range<usize>> {
     let Range { start, end } = rows;
-    let cuts = match guilty.map(|line| start + line).filter(|row| *row < end) {
+    let cuts = match named.map(|line| start + line).filter(|row| *row < end) {
         Some(row) => [start, row, row + 1, end],
         None => [start, start + (end - start) / 2, end, end],
     };
@@ -358,7 +358,7 @@ fn parts(rows: Range<usize>, guilty: Option<usize>) -> Vec<Range<usize>> {
 
 /// The row that the server names, from 0: `COPY cars, line 3, column id`. Servers that speak another
 /// language give none.
-fn guilty_line(error: &ServerError) -> Option<usize> {
+fn named_line(error: &ServerError) -> Option<usize> {
     let context = error.as_db_error()?.where_()?;
     let line = context.lines().find(|line| line.starts_with("COPY "))?;
     let number = line.split_once(", line ")?.1;
@@ -376,8 +376,8 @@ mod tests {
         assert_eq!(parts(4..10, Some(0)), [4..5, 5..10]);
         assert_eq!(parts(4..10, Some(6)), [4..7, 7..10]);
         assert_eq!(parts(4..6, None), [4..5, 5..6]);
-        for guilty in [None, Some(0), Some(1), Some(2)] {
-            assert!(parts(0..2, guilty).iter().all(|part| part.len() == 1));
+        for named in [None, Some(0), Some(1), Some(2)] {
+            assert!(parts(0..2, named).iter().all(|part| part.len() == 1));
         }
     }
 }

@@ -20,12 +20,12 @@ fn after_work(fault: &str, reason: &str) {
 }
 
 #[test]
-fn a_trap_is_the_guilty_records_alone() {
+fn a_trap_costs_the_culprit_alone() {
     assert_culprits_alone(r#"trap_on = "bad""#, "trapped");
 }
 
 #[test]
-fn an_endless_loop_is_ended_and_is_the_guilty_records_alone() {
+fn an_endless_loop_is_ended_and_costs_the_culprit_alone() {
     assert_culprits_alone(r#"loop_on = "bad""#, "took longer than its limit of 100 ms");
 }
 
@@ -35,12 +35,12 @@ fn an_endless_loop_of_copies_is_ended() {
 }
 
 #[test]
-fn endless_recursion_is_the_guilty_records_alone() {
+fn endless_recursion_costs_the_culprit_alone() {
     assert_culprits_alone(r#"recurse_on = "bad""#, "stack");
 }
 
 #[test]
-fn memory_over_the_limit_is_the_guilty_records_alone() {
+fn memory_over_the_limit_costs_the_culprit_alone() {
     assert_culprits_alone(r#"grow_on = "bad""#, "over its limit of 16777216");
 }
 
@@ -72,7 +72,7 @@ fn an_instance_that_leaks_is_renewed_before_it_fails() {
 }
 
 #[test]
-fn a_lasting_failure_is_the_guilty_records_alone() {
+fn a_lasting_failure_costs_the_culprit_alone() {
     assert_culprits_alone(r#"fail_on = "bad""#, "as configured");
     assert_culprits_alone(r#"blame_on = "bad""#, "as configured");
     assert_culprits_alone(r#"bad_blame_on = "bad""#, "as configured");
@@ -104,12 +104,12 @@ fn outputs_out_of_order_cost_a_search_and_no_record() {
 }
 
 #[test]
-fn too_much_output_is_the_guilty_records_alone() {
+fn too_much_output_costs_the_culprit_alone() {
     after_work("flood_on = \"bad\"\nflood_bytes = 8388608", "handed back more than it may");
 }
 
 #[test]
-fn too_many_outputs_are_the_guilty_records_alone() {
+fn too_many_outputs_cost_the_culprit_alone() {
     let expected = "20000 outputs of 1 records, over the limit of 10 each";
     after_work("many_on = \"bad\"\nmany = 20000", expected);
     // A million do not even fit into the memory.

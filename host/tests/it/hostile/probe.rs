@@ -102,7 +102,7 @@ fn a_flood_of_lines_is_cut_to_its_limit_and_counted() {
 }
 
 #[test]
-fn lines_that_cannot_be_read_are_the_guilty_records_alone() {
+fn lines_that_cannot_be_read_cost_the_culprit_alone() {
     let limits = "memory = \"512 MiB\"\nbatch_time = \"60 s\"\nrecord_time = \"30 s\"";
     let asked = Asked::new(&["before", "log-huge", "between", "log-no-utf8", "after"], limits);
     let (rows, log) = asked.run();
@@ -160,7 +160,7 @@ fn metrics_are_shown_by_stage_and_odd_ones_are_refused() {
 }
 
 #[test]
-fn a_metric_that_nobody_announced_is_the_guilty_records_alone() {
+fn a_metric_that_nobody_announced_costs_the_culprit_alone() {
     let asked = Asked::new(&["before", "metric-unknown", "after"], "");
     assert_eq!(asked.run().0, ["before", "after"]);
     let dead_letters = asked.dead_letters();

@@ -29,14 +29,14 @@
     (global.set $free (i32.add (local.get $at) (local.get $length)))
     (if (i32.eq (local.get $align) (i32.const 1))
       (then (global.set $last (local.get $at)) (global.set $last_length (local.get $length)))
-      (else (if (call $guilty_arena) (then
+      (else (if (call $culprit_arena) (then
         nop
         ;;@realloc
       ))))
     (local.get $at))
 
   ;; Whether a payload in the arena begins with `bad `.
-  (func $guilty_arena (result i32)
+  (func $culprit_arena (result i32)
     (local $at i32) (local $end i32)
     (local.set $at (global.get $last))
     (local.set $end (i32.sub (i32.add (local.get $at) (global.get $last_length)) (i32.const 4)))
@@ -90,16 +90,16 @@
 
   (func (export "cabi_post_shardmill:plugin/stage@0.1.0#process") (param i32)
     (global.set $free (i32.const 65536))
-    (if (global.get $guilty) (then
+    (if (global.get $fault_done) (then
       nop
       ;;@post
     )))
 
   ;; Whether the misdeed was done in this instance.
-  (global $guilty (mut i32) (i32.const 0))
+  (global $fault_done (mut i32) (i32.const 0))
 
   (func $fault (local $turns i64)
-    (global.set $guilty (i32.const 1))
+    (global.set $fault_done (i32.const 1))
     ;;@process
   )
   ;;@items

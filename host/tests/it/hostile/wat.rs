@@ -86,7 +86,7 @@ fn the_skeleton_does_nothing_wrong() {
 }
 
 #[test]
-fn a_table_over_its_limit_is_the_guilty_records_alone() {
+fn a_table_over_its_limit_costs_the_culprit_alone() {
     let grow = "(if (i32.eq (table.grow $table (ref.null func) (i32.const 2000)) (i32.const -1))
                   (then unreachable))";
     let expected = "asked for 2001 table elements, over its limit of 1000";
@@ -94,7 +94,7 @@ fn a_table_over_its_limit_is_the_guilty_records_alone() {
 }
 
 #[test]
-fn room_outside_of_the_memory_is_the_guilty_records_alone() {
+fn room_outside_of_the_memory_costs_the_culprit_alone() {
     for at in ["0x7ffffff8", "0xfffffff8", "4194296"] {
         let realloc = format!("(local.set $at (i32.const {at}))");
         Guest { realloc: &realloc, ..Guest::default() }.assert_culprits_alone("realloc");
@@ -102,13 +102,13 @@ fn room_outside_of_the_memory_is_the_guilty_records_alone() {
 }
 
 #[test]
-fn room_that_is_not_aligned_is_the_guilty_records_alone() {
+fn room_that_is_not_aligned_costs_the_culprit_alone() {
     let realloc = "(local.set $at (i32.add (local.get $at) (i32.const 1)))";
     Guest { realloc, ..Guest::default() }.assert_culprits_alone("align");
 }
 
 #[test]
-fn a_trap_while_the_host_asks_for_room_is_the_guilty_records_alone() {
+fn a_trap_while_the_host_asks_for_room_costs_the_culprit_alone() {
     Guest { realloc: "unreachable", ..Guest::default() }.assert_culprits_alone("trapped");
 }
 
@@ -125,12 +125,12 @@ fn an_endless_loop_after_the_answer_is_ended() {
 }
 
 #[test]
-fn a_trap_after_the_answer_is_the_guilty_records_alone() {
+fn a_trap_after_the_answer_costs_the_culprit_alone() {
     Guest { post: "unreachable", ..Guest::default() }.assert_culprits_alone("trapped");
 }
 
 #[test]
-fn an_answer_that_does_not_lie_in_the_memory_is_the_guilty_records_alone() {
+fn an_answer_that_does_not_lie_in_the_memory_costs_the_culprit_alone() {
     for at in ["0x7ffffffc", "0xfffffffc", "4194300"] {
         let process = format!("(global.set $answer (i32.const {at}))");
         Guest { process: &process, ..Guest::default() }.assert_culprits_alone("");
@@ -140,7 +140,7 @@ fn an_answer_that_does_not_lie_in_the_memory_is_the_guilty_records_alone() {
 }
 
 #[test]
-fn a_length_that_is_a_lie_is_the_guilty_records_alone() {
+fn a_length_that_is_a_lie_costs_the_culprit_alone() {
     // The arena, the outputs and the rejects, each beyond the memory and beyond 4 GiB.
     for (field, length) in
         [(4104, "0x7fffffff"), (4112, "0x3fffffff"), (4112, "0xffffffff"), (4120, "0x40000001")]
@@ -151,13 +151,13 @@ fn a_length_that_is_a_lie_is_the_guilty_records_alone() {
 }
 
 #[test]
-fn an_answer_of_no_known_case_is_the_guilty_records_alone() {
+fn an_answer_of_no_known_case_costs_the_culprit_alone() {
     let process = "(i32.store8 (i32.const 4096) (i32.const 7))";
     Guest { process, ..Guest::default() }.assert_culprits_alone("discriminant");
 }
 
 #[test]
-fn to_call_the_host_while_it_asks_for_room_is_the_guilty_records_alone() {
+fn to_call_the_host_while_it_asks_for_room_costs_the_culprit_alone() {
     let guest = Guest {
         imports: r#"(import "shardmill:plugin/clock@0.1.0" "now-ms" (func $now (result i64)))"#,
         realloc: "(drop (call $now))",
