@@ -16,7 +16,7 @@ use tokio_postgres::Statement;
 use super::Failure;
 use super::blame::Blame;
 use super::encode::Group;
-use super::merge::{self, Hope};
+use super::merge::{self, PlainCopyBackoff};
 use super::session::SAVEPOINT;
 use super::table::{Fingerprint, LiveTable};
 use shardmill_config::WriteMode;
@@ -62,12 +62,12 @@ pub(super) struct Transaction<'l> {
     /// Dropped before the transaction ends, which closes them in the server's session.
     statements: HashMap<(bool, Box<[u16]>), Statement>,
     /// Whether rows are likely to have keys that are new.
-    pub(super) hope: Hope,
+    pub(super) plain_copy_backoff: PlainCopyBackoff,
 }
 
 impl<'l> Transaction<'l> {
-    pub(super) fn new(link: &'l Link, hope: Hope) -> Self {
-        Self { link, staging: Staging::Missing, statements: HashMap::new(), hope }
+    pub(super) fn new(link: &'l Link, plain_copy_backoff: PlainCopyBackoff) -> Self {
+        Self { link, staging: Staging::Missing, statements: HashMap::new(), plain_copy_backoff }
     }
 
     /// Goes back to before the first row, for a table that has other columns than was thought.
@@ -114,7 +114,7 @@ pub(super) struct RunningCopy {
     /// Merges what is staged; `None`: rows go straight into the table.
     merge: Option<String>,
     /// Straight into the table of a mode that merges, in the hope that no row has its like.
-    hopes: bool,
+    is_plain: bool,
     sent: usize,
 }
 
@@ -130,8 +130,8 @@ impl RunningCopy {
         let Target { name, live, mode } = target;
         // Most rows are new: then they need no merge, which takes three times as long.
         let merges = *mode != WriteMode::Append;
-        let hopes = merges && transaction.hope.should_try();
-        let staged = merges && !hopes;
+        let is_plain = merges && transaction.plain_copy_backoff.should_try();
+        let staged = merges && !is_plain;
         if staged {
             match transaction.staging {
                 Staging::Missing => {
@@ -153,7 +153,7 @@ impl RunningCopy {
         }
         let mut copy = transaction.link.copy_in(&statement).await?;
         copy.feed(Bytes::from_static(HEADER)).await?;
-        Ok(Self { copy, merge, hopes, sent: 0 })
+        Ok(Self { copy, merge, is_plain, sent: 0 })
     }
 
     /// Sends what is new in `tuples`, all that the rows are so far.
@@ -190,8 +190,8 @@ impl RunningCopy {
                 None
             }
         };
-        if self.hopes {
-            transaction.hope.was_right();
+        if self.is_plain {
+            transaction.plain_copy_backoff.succeeded();
         }
         Ok(table)
     }
@@ -211,7 +211,7 @@ pub(super) struct Search {
     /// Why the search was ended early: then rows are left that were not tried.
     pub(super) limit: Option<SinkError>,
     /// It was ended early because no row has gone in so far.
-    pub(super) is_hopeless: bool,
+    pub(super) nothing_goes_in: bool,
     /// The table as it was behind the last row, where it could be asked on the way.
     pub(super) read_behind: Option<Fingerprint>,
 }
@@ -254,7 +254,7 @@ pub(super) async fn copy_groups(
                 RunningCopy::begin(transaction, target, &group.columns).await.map_err(failed)?
             }
         };
-        let hopes = copy.hopes;
+        let is_plain = copy.is_plain;
         let read = pending.is_empty().then_some(target.name);
         let copied = match copy.send(group.tuples(part.clone())).await {
             Ok(()) => copy.finish(transaction, read).await,
@@ -269,14 +269,14 @@ pub(super) async fn copy_groups(
             }
             Err(error) => error,
         };
-        let in_vain = hopes && merge::found_like(&error);
+        let is_conflict = is_plain && merge::is_key_conflict(&error);
         let blame = Blame::of(&error);
-        if !in_vain && blame == Blame::Sink {
+        if !is_conflict && blame == Blame::Sink {
             return Err(failed(error));
         }
         transaction.link.run_in_step("ROLLBACK TO copy").await.map_err(failed)?;
-        if in_vain {
-            transaction.hope.was_wrong();
+        if is_conflict {
+            transaction.plain_copy_backoff.failed();
             pending.push((group, part));
             continue;
         }
@@ -301,8 +301,8 @@ pub(super) async fn copy_groups(
             }
             other => other,
         });
-        search.is_hopeless = !search.went_in && search.suspects.len() >= SUSPECTS_MAX;
-        if search.limit.is_some() || search.is_hopeless {
+        search.nothing_goes_in = !search.went_in && search.suspects.len() >= SUSPECTS_MAX;
+        if search.limit.is_some() || search.nothing_goes_in {
             return Ok(search);
         }
     }
@@ -328,7 +328,7 @@ pub(super) async fn any_goes_in(
             goes_in = true;
             break;
         };
-        if Blame::of(&error) == Blame::Sink && !merge::found_like(&error) {
+        if Blame::of(&error) == Blame::Sink && !merge::is_key_conflict(&error) {
             return Err(error);
         }
         transaction.link.run_in_step("ROLLBACK TO copy").await?;

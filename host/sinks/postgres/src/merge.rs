@@ -2,7 +2,7 @@
 //! statement.
 //!
 //! Where no row has its like, a plain COPY into the table does the same in a third of the time. So that
-//! is tried first, as long as it goes well ([`Hope`]).
+//! is tried first, as long as it goes well ([`PlainCopyBackoff`]).
 //!
 //! The staging table has the target's columns and none of its constraints, so what the target does
 //! not take is found at the merge. It keeps the order in which rows were copied (by `ctid`, for it is
@@ -23,16 +23,16 @@ pub(super) const STAGING: &str = "pg_temp.\"shardmill_staging\"";
 /// Whether it is worth trying that no row of a part has its like in the table: as long as that was so
 /// the last time, and else again after some parts, after ever more if it was in vain.
 #[derive(Debug, Default)]
-pub(super) struct Hope {
+pub(super) struct PlainCopyBackoff {
     parts_to_wait: u32,
     last_wait: u32,
 }
 
 /// The parts that are merged after hope was in vain: at first, and at most.
-const WAIT: u32 = 8;
-const WAIT_MAX: u32 = 1024;
+const WAIT_PARTS: u32 = 8;
+const WAIT_PARTS_MAX: u32 = 1024;
 
-impl Hope {
+impl PlainCopyBackoff {
     /// Whether to try now; counts the parts.
     pub(super) fn should_try(&mut self) -> bool {
         let now = self.parts_to_wait == 0;
@@ -40,19 +40,19 @@ impl Hope {
         now
     }
 
-    pub(super) fn was_right(&mut self) {
+    pub(super) fn succeeded(&mut self) {
         self.last_wait = 0;
     }
 
-    pub(super) fn was_wrong(&mut self) {
-        self.last_wait = (self.last_wait * 2).clamp(WAIT, WAIT_MAX);
+    pub(super) fn failed(&mut self) {
+        self.last_wait = (self.last_wait * 2).clamp(WAIT_PARTS, WAIT_PARTS_MAX);
         self.parts_to_wait = self.last_wait;
     }
 }
 
 /// Whether a COPY failed because a row has its like: in the table, in the same part, or in a
 /// transaction under way that waits for ours.
-pub(super) fn found_like(error: &ServerError) -> bool {
+pub(super) fn is_key_conflict(error: &ServerError) -> bool {
     let code = error.code();
     code == Some(&SqlState::UNIQUE_VIOLATION) || code == Some(&SqlState::T_R_DEADLOCK_DETECTED)
 }
@@ -149,17 +149,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hope_in_vain_waits_longer() {
-        let mut hope = Hope::default();
-        let waited = |hope: &mut Hope| (0..).take_while(|_| !hope.should_try()).count();
-        assert_eq!(waited(&mut hope), 0);
+    fn a_plain_copy_that_fails_again_waits_longer() {
+        let mut plain_copy_backoff = PlainCopyBackoff::default();
+        let waited = |plain_copy_backoff: &mut PlainCopyBackoff| (0..).take_while(|_| !plain_copy_backoff.should_try()).count();
+        assert_eq!(waited(&mut plain_copy_backoff), 0);
         for expected in [8, 16, 32] {
-            hope.was_wrong();
-            assert_eq!(waited(&mut hope), expected);
+            plain_copy_backoff.failed();
+            assert_eq!(waited(&mut plain_copy_backoff), expected);
         }
-        hope.was_right();
-        assert_eq!(waited(&mut hope), 0);
-        hope.was_wrong();
-        assert_eq!(waited(&mut hope), 8);
+        plain_copy_backoff.succeeded();
+        assert_eq!(waited(&mut plain_copy_backoff), 0);
+        plain_copy_backoff.failed();
+        assert_eq!(waited(&mut plain_copy_backoff), 8);
     }
 }

@@ -11,7 +11,7 @@ use tokio_postgres::SimpleQueryMessage;
 use super::copy::{self, RunningCopy, Search, Target, Transaction};
 use super::encode::{Encoded, Encoder, GoneColumn};
 use super::lineage::Lineage;
-use super::merge::Hope;
+use super::merge::PlainCopyBackoff;
 use super::session::{BEGIN, SETTINGS};
 use super::table::{Fingerprint, LiveTable};
 use super::{Failure, Shared};
@@ -44,7 +44,7 @@ pub(super) struct PostgresWriter {
     /// The counts of a commit whose reply was lost, by where it ends.
     unanswered: Option<(Position, Committed)>,
     /// Whether rows are likely to have keys that are new.
-    hope: Hope,
+    plain_copy_backoff: PlainCopyBackoff,
     /// Rows of the commit that comes next, if there are any.
     next: Arc<NextRows>,
 }
@@ -84,7 +84,7 @@ enum Ended {
 
 impl PostgresWriter {
     pub(super) fn new(shared: Arc<Shared>, shard: ShardKey, epoch: i64) -> Self {
-        Self { shared, shard, epoch, unanswered: None, hope: Hope::default(), next: Arc::default() }
+        Self { shared, shard, epoch, unanswered: None, plain_copy_backoff: PlainCopyBackoff::default(), next: Arc::default() }
     }
 
     /// The commit on one screen; leaves its transaction open when it fails.
@@ -104,9 +104,9 @@ impl PostgresWriter {
             [] => Vec::new(),
             _ => {
                 // Its statements are closed when it is dropped, before the end of the transaction.
-                let mut transaction = Transaction::new(link, std::mem::take(&mut self.hope));
+                let mut transaction = Transaction::new(link, std::mem::take(&mut self.plain_copy_backoff));
                 let refused = self.write_rows(&mut transaction, commit, refusals).await?;
-                self.hope = transaction.hope;
+                self.plain_copy_backoff = transaction.plain_copy_backoff;
                 refused
             }
         };
@@ -321,7 +321,7 @@ impl PostgresWriter {
         let Search { mut refusals, suspects, first_suspected, went_in, read_behind, .. } = search;
         if let Some(error) = first_suspected
             && !went_in
-            && (search.is_hopeless
+            && (search.nothing_goes_in
                 || !self.next_goes_in(transaction, target, commit).await.map_err(failed)?)
         {
             return Err(failed(error));
