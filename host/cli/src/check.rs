@@ -161,7 +161,7 @@ async fn check_going_on(
 ) -> anyhow::Result<()> {
     let shards = Checkpoints::new(state.clone()).shards(stream).await?;
     for after in shards.values().filter_map(|shard| shard.checkpoint.as_ref()) {
-        source.check_behind(after)?;
+        source.check_after(after)?;
     }
     Ok(())
 }

@@ -280,10 +280,10 @@ pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Resu
         table.load_style(presets::UTF8_HORIZONTAL_ONLY);
         table.set_header(["shard", "behind", "generation", "recorded"]);
         for entry in ledger.history().await? {
-            let behind =
+            let after =
                 entry.from_exclusive.as_ref().map_or("the beginning".into(), Position::to_string);
             let at = time(entry.recorded_ms);
-            table.add_row([entry.shard.as_str(), &behind, &entry.revision, &at]);
+            table.add_row([entry.shard.as_str(), &after, &entry.revision, &at]);
             console.report(&entry)?;
         }
         console.say(table);

@@ -59,7 +59,7 @@ pub enum NextBatch {
     /// Nothing new.
     Idle {
         /// How far the shard's end is, in milliseconds, as the server says.
-        behind_ms: u64,
+        lag_ms: u64,
         /// Everything that had arrived by then was read, in milliseconds since 1970 by the server's
         /// clock, where that can be said.
         caught_up_ms: Option<i64>,

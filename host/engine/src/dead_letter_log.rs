@@ -109,7 +109,7 @@ impl BatchReader for DeadLetterLogReader {
             self.is_idle = true;
             return Ok(match is_last {
                 true => NextBatch::SourceEnd,
-                false => NextBatch::Idle { behind_ms: 0, caught_up_ms: None },
+                false => NextBatch::Idle { lag_ms: 0, caught_up_ms: None },
             });
         };
         self.is_idle = false;

@@ -324,23 +324,23 @@ impl Lane<'_> {
     /// [`LaneError::Stopped`].
     pub async fn idle(
         &mut self,
-        behind_ms: u64,
+        lag_ms: u64,
         caught_up_ms: Option<i64>,
     ) -> Result<(), LaneError> {
         let is_committed = self.is_committed();
         self.shared.statuses.update(&self.shard.shard, |status| {
             status.idle_reads += 1;
-            status.behind_ms = behind_ms;
+            status.lag_ms = lag_ms;
             status.is_committed = is_committed;
         });
-        if self.shared.until_caught_up && behind_ms == 0 && !is_committed {
+        if self.shared.until_caught_up && lag_ms == 0 && !is_committed {
             self.deliveries.iter().for_each(DeliveryHandle::flush_soon);
         }
-        if behind_ms == 0 {
+        if lag_ms == 0 {
             let now_ms = chrono::Utc::now().timestamp_millis();
             self.shared.statuses.lag(&self.shard.shard, |lag| lag.shard.quiet(now_ms));
         }
-        let Some(now_ms) = caught_up_ms.filter(|_| behind_ms == 0) else { return Ok(()) };
+        let Some(now_ms) = caught_up_ms.filter(|_| lag_ms == 0) else { return Ok(()) };
         self.read_up_to_ms = Some(now_ms);
         if self.is_note_old(now_ms) && self.is_committed() {
             let stop = self.stop.clone();

@@ -57,8 +57,8 @@ async fn read_to_end(
                 },
                 next = &mut next => match next? {
                     NextBatch::Batch(batch) => break batch,
-                    NextBatch::Idle { behind_ms, caught_up_ms } => {
-                        lane.idle(behind_ms, caught_up_ms).await?;
+                    NextBatch::Idle { lag_ms, caught_up_ms } => {
+                        lane.idle(lag_ms, caught_up_ms).await?;
                         continue 'batches;
                     }
                     NextBatch::Lost(lost) => {
@@ -86,10 +86,10 @@ async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> 
     let mut waiting = vec![batch];
     let mut records_max = usize::MAX;
     while let Some(batch) = waiting.pop() {
-        let (batch, behind) = batch.cut_at(records_max);
-        waiting.extend(behind);
-        let (part, behind) = lane.cut_at_swap(batch).await?;
-        waiting.extend(behind);
+        let (batch, rest) = batch.cut_at(records_max);
+        waiting.extend(rest);
+        let (part, rest) = lane.cut_at_swap(batch).await?;
+        waiting.extend(rest);
         match lane.run_stages(&part).await? {
             // Nothing behind a part without an outcome may go on.
             Ran::All(outcome) => {

@@ -102,9 +102,9 @@ impl BatchReader for WindowReader {
         Ok(match self.reader.next_batch().await? {
             NextBatch::Batch(batch) => self.part(batch),
             // What arrives from now on is not of the past. Twice, as a run that ends when caught up.
-            NextBatch::Idle { behind_ms: 0, .. } if self.was_idle => NextBatch::SourceEnd,
-            idle @ NextBatch::Idle { behind_ms, .. } => {
-                self.was_idle = behind_ms == 0;
+            NextBatch::Idle { lag_ms: 0, .. } if self.was_idle => NextBatch::SourceEnd,
+            idle @ NextBatch::Idle { lag_ms, .. } => {
+                self.was_idle = lag_ms == 0;
                 idle
             }
             other => other,

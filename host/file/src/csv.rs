@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn fault_33_a_quote_opens_a_field_behind_the_delimiter_alone() {
+    fn fault_33_a_quote_opens_a_field_after_the_delimiter_alone() {
         for (text, delimiter, first) in [
             ("2:\"x\n9:z\"\n3", b':', "2:\"x\n9:z\"\n"),
             ("1,a;\"b\n2,c\n", b',', "1,a;\"b\n"),

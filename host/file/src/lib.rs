@@ -101,10 +101,10 @@ impl FileSource {
     ///
     /// # Errors
     /// [`SourceError::File`] as of the start.
-    pub fn check_behind(&self, after: &Position) -> Result<(), SourceError> {
+    pub fn check_after(&self, after: &Position) -> Result<(), SourceError> {
         match is_standard_input(&self.config) {
             true => Ok(()),
-            false => open_behind(&self.config, after).map(drop),
+            false => open_after(&self.config, after).map(drop),
         }
     }
 }
@@ -234,7 +234,7 @@ impl Lines {
             _ if is_standard_input(config) => (Box::new(io::stdin()), 0),
             None => (Box::new(open_at(config, 0)?), 0),
             Some(after) => {
-                let (file, at) = open_behind(config, after)?;
+                let (file, at) = open_after(config, after)?;
                 (Box::new(file), at)
             }
         };
@@ -422,7 +422,7 @@ fn open_at(config: &FileConfig, at: u64) -> Result<File, SourceError> {
 }
 
 /// Opens the file behind a line that was read, if that line is still there; gives where it is then.
-fn open_behind(config: &FileConfig, after: &Position) -> Result<(File, u64), SourceError> {
+fn open_after(config: &FileConfig, after: &Position) -> Result<(File, u64), SourceError> {
     let at = after.sequence.as_str().parse().unwrap_or(u64::MAX);
     let file = open_at(config, 0)?;
     let found = record_ends_at(&file, at, config.cut, after.sub_sequence)

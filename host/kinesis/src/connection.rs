@@ -179,10 +179,10 @@ impl StreamConnection {
         records: Vec<Arrived>,
         answer: Answer,
     ) -> Result<(), SourceError> {
-        let Answer { call, behind_ms, as_of_ms, is_end } = answer;
+        let Answer { call, lag_ms, as_of_ms, is_end } = answer;
         metrics::gauge!(metric::LAG_MS, "shard" => inbox.shard().shard.to_string())
-            .set(behind_ms as f64);
-        let is_caught_up = records.is_empty() && behind_ms == 0;
+            .set(lag_ms as f64);
+        let is_caught_up = records.is_empty() && lag_ms == 0;
         inbox.accept(records, call)?;
         // It stays until it is judged: who waits for this may give up in between.
         if let Some(gap) = inbox.gap() {
@@ -301,7 +301,7 @@ pub struct Answer {
     /// The call.
     pub call: &'static str,
     /// How far the newest record is, in milliseconds.
-    pub behind_ms: u64,
+    pub lag_ms: u64,
     /// A time before which the server surely gave this answer, in milliseconds since 1970 by its
     /// own clock.
     pub as_of_ms: Option<i64>,

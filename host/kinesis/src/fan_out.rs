@@ -151,7 +151,7 @@ impl FanOutReader {
         self.retries.reset();
         self.was_subscribed = true;
         self.polls_meanwhile = false;
-        let behind_ms = event.millis_behind_latest.max(0) as u64;
+        let lag_ms = event.millis_behind_latest.max(0) as u64;
         let (came, children) = (event.records.len(), event.child_shards.unwrap_or_default().len());
         let has_end = event.continuation_sequence_number.is_empty();
         // Events have no date. This one was sent after the subscription began, and has come by now.
@@ -165,7 +165,7 @@ impl FanOutReader {
         let arrived = inbox::open(event.records, hash_range).await;
         self.subscription = subscription;
         let inbox = self.polling.inbox();
-        let about = Answer { call: SUBSCRIBE, behind_ms, as_of_ms, is_end: false };
+        let about = Answer { call: SUBSCRIBE, lag_ms, as_of_ms, is_end: false };
         self.connection.take_in(inbox, arrived, about).await?;
         self.polling.count_occupied();
         // Some servers tell the children with every event of a closed shard, not with the last only:
@@ -174,9 +174,9 @@ impl FanOutReader {
         Ok(match came {
             0 if !self.is_closed => {
                 let caught_up_ms = as_of_ms.filter(|_| {
-                    behind_ms == 0 && self.polling.inbox().gap_before_nothing().is_none()
+                    lag_ms == 0 && self.polling.inbox().gap_before_nothing().is_none()
                 });
-                NextEvent::Idle { behind_ms, caught_up_ms }
+                NextEvent::Idle { lag_ms, caught_up_ms }
             }
             _ => NextEvent::GoOn,
         })
@@ -284,7 +284,7 @@ enum NextEvent {
     /// It brought nothing.
     Idle {
         /// How far the shard's end is, in milliseconds.
-        behind_ms: u64,
+        lag_ms: u64,
         /// Everything that had arrived by then was read, in milliseconds since 1970.
         caught_up_ms: Option<i64>,
     },
@@ -312,8 +312,8 @@ impl BatchReader for FanOutReader {
                     () = tokio::time::sleep_until(self.next_call) => {}
                 }
             }
-            if let NextEvent::Idle { behind_ms, caught_up_ms } = self.next_event().await? {
-                return Ok(NextBatch::Idle { behind_ms, caught_up_ms });
+            if let NextEvent::Idle { lag_ms, caught_up_ms } = self.next_event().await? {
+                return Ok(NextBatch::Idle { lag_ms, caught_up_ms });
             }
         }
     }

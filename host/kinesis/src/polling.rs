@@ -51,7 +51,7 @@ pub struct PollingReader {
     ended: bool,
     next_call: Instant,
     retries: Retries,
-    behind_ms: u64,
+    lag_ms: u64,
     /// Everything that had arrived by then was read with the last answer.
     caught_up_ms: Option<i64>,
     /// The last answer brought records.
@@ -74,7 +74,7 @@ impl PollingReader {
             ended: false,
             next_call: Instant::now(),
             retries: RETRY.start(),
-            behind_ms: 0,
+            lag_ms: 0,
             caught_up_ms: None,
             is_flowing: false,
             waiting: Waiting::default(),
@@ -201,22 +201,22 @@ impl PollingReader {
         let arrived = inbox::open(answer.records, self.inbox.hash_range()).await;
         self.iterator = answer.next_shard_iterator;
         self.ended = self.iterator.is_none();
-        self.behind_ms = answer.millis_behind_latest.unwrap_or(0).max(0) as u64;
+        self.lag_ms = answer.millis_behind_latest.unwrap_or(0).max(0) as u64;
         self.is_flowing = records > 0;
-        self.answer_size.learn(records, bytes, self.behind_ms > 0, Instant::now());
+        self.answer_size.learn(records, bytes, self.lag_ms > 0, Instant::now());
         self.permit = Some(permit);
         // The date is of the answer's head, which follows the reading: at most a moment too late, and
         // mostly too early, as it is rounded down. Retention counts in hours.
         let about = Answer {
             call: GET_RECORDS,
-            behind_ms: self.behind_ms,
+            lag_ms: self.lag_ms,
             as_of_ms: date.ms(),
             is_end: self.ended,
         };
-        self.caught_up_ms = about.as_of_ms.filter(|_| self.behind_ms == 0);
+        self.caught_up_ms = about.as_of_ms.filter(|_| self.lag_ms == 0);
         self.connection.take_in(&mut self.inbox, arrived, about).await?;
         self.count_occupied();
-        let pause = match self.is_flowing || self.behind_ms > 0 {
+        let pause = match self.is_flowing || self.lag_ms > 0 {
             true => self.call_interval(),
             false => self.polling.poll_interval,
         };
@@ -264,8 +264,8 @@ impl BatchReader for PollingReader {
                 return Ok(NextBatch::ShardEnd { caught_up_ms });
             }
             if self.poll().await? && self.inbox.is_empty() && !self.ended {
-                let Self { behind_ms, caught_up_ms, .. } = *self;
-                return Ok(NextBatch::Idle { behind_ms, caught_up_ms });
+                let Self { lag_ms, caught_up_ms, .. } = *self;
+                return Ok(NextBatch::Idle { lag_ms, caught_up_ms });
             }
         }
     }

@@ -132,7 +132,7 @@ impl Activity {
 impl State {
     /// Since when the peer takes nothing of an answer, or less than the slowest pace.
     fn unread_since(&self) -> Option<Instant> {
-        self.unread.map(|pace| pace.behind_since())
+        self.unread.map(|pace| pace.lagging_since())
     }
 
     fn wait(&self) -> Option<(Wait, Instant)> {

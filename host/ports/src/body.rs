@@ -64,7 +64,7 @@ impl HttpBody for RequestBody {
                 Poll::Ready(frame.map(|frame| frame.map_err(BoxError::from)))
             }
             Poll::Pending => {
-                self.activity.body_waits(Some(self.pace.behind_since()));
+                self.activity.body_waits(Some(self.pace.lagging_since()));
                 let deadline =
                     self.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(end)));
                 if deadline.deadline() != end {

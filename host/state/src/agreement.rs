@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn fault_13_a_sink_behind_or_absent_where_a_position_is_remembered_is_a_mismatch() {
+    fn fault_13_a_sink_lagging_or_absent_where_a_position_is_remembered_is_a_mismatch() {
         // Stands, remembered, checkpoint; after which record it needs records by each policy.
         let error = None;
         for (own, checkpoint, on_stop, on_sink, on_checkpoint) in [

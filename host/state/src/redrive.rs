@@ -190,7 +190,7 @@ impl Redrives {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn sinks_behind(&self, id: RedriveId) -> Result<Vec<SinkName>, StateError> {
+    pub async fn lagging_sinks(&self, id: RedriveId) -> Result<Vec<SinkName>, StateError> {
         let (stream, _) = self.redrive_key(id);
         self.store
             .transact("read the sinks of a redrive", move |state| {

@@ -222,12 +222,12 @@ fn what_would_lose_or_double_rows_is_refused() {
     assert_eq!(report["swapped"], serde_json::json!([19, 19]), "{report}");
 
     // Records that the pipeline has yet to write.
-    let behind = world.put(100..110, make);
-    let ahead = world.refused(&behind, &next_second(), &["--swap"]);
+    let next = world.put(100..110, make);
+    let ahead = world.refused(&next, &next_second(), &["--swap"]);
     assert!(ahead.contains("has not come to the window's end"), "{ahead}");
     assert_eq!(world.ids(&world.table).len(), 19);
     world.run();
-    let report = world.replayed(&behind, &next_second(), &["--swap"]);
+    let report = world.replayed(&next, &next_second(), &["--swap"]);
     assert_eq!(report["swapped"], serde_json::json!([10, 10]), "{report}");
 
     let text = std::fs::read_to_string(world.path()).expect("read");

@@ -142,7 +142,7 @@ async fn twenty_thousand_records_over_five_shards_are_read_once_each_in_order() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_goes_on_behind_any_position() {
+async fn a_reader_goes_on_after_any_position() {
     let served = served(1, StoreOptions::default()).await;
     served.put((0..50).map(|i| record(i, i.to_string()))).await;
     let shard = &served.shards().await[0].id;
@@ -170,7 +170,7 @@ async fn at_a_timestamp_nothing_older_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_expired_iterator_is_renewed_behind_the_last_record() {
+async fn an_expired_iterator_is_renewed_after_the_last_record() {
     let options = StoreOptions { iterator_ttl_seconds: 1, ..StoreOptions::default() };
     let served = served(1, options).await;
     served.put((0..10).map(|i| record(i, i.to_string()))).await;

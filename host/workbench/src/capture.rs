@@ -66,7 +66,7 @@ pub async fn from_stream(
     loop {
         let batch = match reader.next_batch().await? {
             NextBatch::Batch(batch) => batch,
-            NextBatch::Idle { behind_ms: 0, .. }
+            NextBatch::Idle { lag_ms: 0, .. }
             | NextBatch::ShardEnd { .. }
             | NextBatch::SourceEnd => break,
             NextBatch::Idle { .. } | NextBatch::Lost(_) => continue,

@@ -316,7 +316,7 @@ mod tests {
             Route::new("cars", "application/json").column("id", "bigint").column("make", "text");
         let config = r#"{"first_word":{"manufacturer":"make"},"rename":{"id":"car_id"},
             "remove":["make"],"set":{"year":2014}}"#;
-        let plugin = Harness::<Reshaper>::behind(cars, config).unwrap();
+        let plugin = Harness::<Reshaper>::after(cars, config).unwrap();
         let columns: Vec<_> = plugin.descriptor().routes[0]
             .columns
             .iter()

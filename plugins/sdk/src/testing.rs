@@ -54,7 +54,7 @@ impl<P: BatchPlugin> Harness<P> {
     ///
     /// The plugin's refusal.
     pub fn new(config: &str) -> Result<Self, String> {
-        Self::behind(Route::new("source", "application/octet-stream"), config)
+        Self::after(Route::new("source", "application/octet-stream"), config)
     }
 
     /// Configures the plugin with `config`, a JSON object, behind another stage's route.
@@ -62,7 +62,7 @@ impl<P: BatchPlugin> Harness<P> {
     /// # Errors
     ///
     /// The plugin's refusal.
-    pub fn behind(upstream: Route, config: &str) -> Result<Self, String> {
+    pub fn after(upstream: Route, config: &str) -> Result<Self, String> {
         let context = Context {
             stream_name: "test".into(),
             shard_id: "shardId-000000000000".into(),

@@ -316,9 +316,9 @@ impl Run {
     async fn gone(&self) -> anyhow::Result<Vec<String>> {
         let mut gone = self.redrives.places(self.id).await?;
         gone.retain(|place| !self.pipeline.has(place));
-        let behind = self.redrives.sinks_behind(self.id).await?;
-        let behind = behind.iter().filter(|sink| !self.pipeline.sinks.contains(sink));
-        for sink in behind.chain(&self.pipeline.missing) {
+        let lagging = self.redrives.lagging_sinks(self.id).await?;
+        let lagging = lagging.iter().filter(|sink| !self.pipeline.sinks.contains(sink));
+        for sink in lagging.chain(&self.pipeline.missing) {
             let place = DeadLetterPlace::Sink(sink.clone()).to_string();
             if !gone.contains(&place) {
                 gone.push(place);

@@ -219,7 +219,7 @@ impl Readers {
                             return Ok(Read::SoFar);
                         }
                     }
-                    NextBatch::Idle { behind_ms: 0, .. } if until_idle => return Ok(Read::SoFar),
+                    NextBatch::Idle { lag_ms: 0, .. } if until_idle => return Ok(Read::SoFar),
                     NextBatch::Idle { .. } | NextBatch::Lost(_) => {}
                     NextBatch::ShardEnd { .. } => return Ok(Read::ToEnd(id)),
                     NextBatch::SourceEnd => return Ok(Read::SoFar),

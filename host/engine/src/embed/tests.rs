@@ -58,7 +58,7 @@ impl BatchReader for NumbersReader {
             .map_or(0, |after| after.sequence.as_str().parse().expect("a number"));
         if last == RECORDS {
             tokio::time::sleep(Duration::from_millis(5)).await;
-            return Ok(NextBatch::Idle { behind_ms: 0, caught_up_ms: None });
+            return Ok(NextBatch::Idle { lag_ms: 0, caught_up_ms: None });
         }
         let position = Position { sequence: (last + 1).into(), sub_sequence: 0 };
         let record = Record {

@@ -115,9 +115,9 @@ pub(crate) async fn resolve(
                 // A sink without a position of a shard would have begun it at the checkpoint.
                 *at = at.take().max(stored).or_else(|| state.checkpoint.clone());
             }
-            let behind = behind(&own, &highest);
-            if !behind.is_empty() && !next.dropped_sinks.contains(&name) {
-                bail!(lost(&name, &behind, renamed_to(&name, &known, &next.config.sinks)));
+            let lagging = lagging(&own, &highest);
+            if !lagging.is_empty() && !next.dropped_sinks.contains(&name) {
+                bail!(lost(&name, &lagging, renamed_to(&name, &known, &next.config.sinks)));
             }
             change.removed.push((name, own));
         }
@@ -165,9 +165,9 @@ pub async fn start_warnings(config: &PipelineConfig, state: &StateStore) -> anyh
                 let at = known.stands(name, shard).cloned().or_else(|| checkpoint.clone());
                 (shard.clone(), at)
             });
-            let behind = behind(&own.collect(), &highest);
-            if !behind.is_empty() {
-                refusals.push(lost(name, &behind, renamed_to(name, &known, &config.sinks)));
+            let lagging = lagging(&own.collect(), &highest);
+            if !lagging.is_empty() {
+                refusals.push(lost(name, &lagging, renamed_to(name, &known, &config.sinks)));
             }
         }
     }
@@ -183,7 +183,7 @@ pub async fn start_warnings(config: &PipelineConfig, state: &StateStore) -> anyh
 ///
 /// # Errors
 /// As of the start with these sinks; or when the state cannot be read.
-pub(crate) async fn refuse_behind(
+pub(crate) async fn refuse_lagging(
     running: &Shared,
     config: &PipelineConfig,
     stream: &StreamIdentity,
@@ -202,13 +202,13 @@ pub(crate) async fn refuse_behind(
     loop {
         let live = Live::of(running);
         let late = leaving.iter().find_map(|name| {
-            let behind = behind(&live.own(&known, name), &highest);
-            (!behind.is_empty()).then_some((*name, behind))
+            let lagging = lagging(&live.own(&known, name), &highest);
+            (!lagging.is_empty()).then_some((*name, lagging))
         });
-        let Some((name, behind)) = late else { return Ok(()) };
-        let is_blocked = behind.iter().any(|(shard, _, _)| live.is_blocked(name, shard));
+        let Some((name, lagging)) = late else { return Ok(()) };
+        let is_blocked = lagging.iter().any(|(shard, _, _)| live.is_blocked(name, shard));
         if is_blocked || Instant::now() >= end {
-            bail!(lost(name, &behind, renamed_to(name, &known, &config.sinks)));
+            bail!(lost(name, &lagging, renamed_to(name, &known, &config.sinks)));
         }
         leaving.iter().for_each(|name| live.ask_to_commit(name));
         tokio::time::sleep(POLL_INTERVAL).await;
@@ -309,12 +309,12 @@ async fn stands(
 }
 
 /// The shards in which a sink has less than another: with its position and the other's.
-fn behind(own: &Stands, highest: &Stands) -> Vec<(ShardId, Option<Position>, Position)> {
-    let behind = own.iter().filter_map(|(shard, at)| {
+fn lagging(own: &Stands, highest: &Stands) -> Vec<(ShardId, Option<Position>, Position)> {
+    let lagging = own.iter().filter_map(|(shard, at)| {
         let highest = highest.get(shard)?.as_ref()?;
         (at.as_ref() < Some(highest)).then(|| (shard.clone(), at.clone(), highest.clone()))
     });
-    behind.collect()
+    lagging.collect()
 }
 
 /// The sink that has taken the place of one that is gone, if one has: it is new, and its rows go there.
@@ -332,12 +332,12 @@ fn renamed_to<'c>(
 /// The error for a sink that is gone while it is behind the others.
 fn lost(
     name: &SinkName,
-    behind: &[(ShardId, Option<Position>, Position)],
+    lagging: &[(ShardId, Option<Position>, Position)],
     renamed_to: Option<&SinkName>,
 ) -> String {
     let mut text =
         format!("sink {name} is gone from the configuration, but it is behind the other sinks: ");
-    for (place, (shard, at, highest)) in behind.iter().take(SHARDS_SHOWN).enumerate() {
+    for (place, (shard, at, highest)) in lagging.iter().take(SHARDS_SHOWN).enumerate() {
         let comma = if place == 0 { "" } else { ", " };
         // Writing into a String cannot fail.
         let _ = match at {
@@ -349,8 +349,8 @@ fn lost(
             }
         };
     }
-    if behind.len() > SHARDS_SHOWN {
-        let _ = write!(text, ", and so on in {} more shards", behind.len() - SHARDS_SHOWN);
+    if lagging.len() > SHARDS_SHOWN {
+        let _ = write!(text, ", and so on in {} more shards", lagging.len() - SHARDS_SHOWN);
     }
     if let Some(new) = renamed_to {
         let _ = write!(
@@ -718,7 +718,7 @@ mod tests {
     }
 
     #[test]
-    fn fault_04_a_sink_that_is_gone_is_behind_where_another_has_more() {
+    fn fault_04_a_sink_that_is_gone_lags_where_another_has_more() {
         let stands = |at: [Option<Position>; 3]| -> Stands {
             ["a", "b", "c"].map(ShardId::from).into_iter().zip(at).collect()
         };
@@ -728,8 +728,8 @@ mod tests {
             ([at(5), at(10), None], [at(5), at(9), at(1)], vec!["c"]),
             ([None, None, None], [None, None, None], vec![]),
         ] {
-            let behind = behind(&stands(own), &stands(highest));
-            let found: Vec<&str> = behind.iter().map(|(shard, _, _)| shard.as_str()).collect();
+            let lagging = lagging(&stands(own), &stands(highest));
+            let found: Vec<&str> = lagging.iter().map(|(shard, _, _)| shard.as_str()).collect();
             assert_eq!(found, expected);
         }
     }
@@ -769,9 +769,9 @@ mod tests {
                 delivery("b", progress(b, None)),
                 delivery("gone", progress(at(99), None)),
             ]);
-            let behind = behind(&live.own(&known, &"a".into()), &live.highest(&known, stays));
+            let lagging = lagging(&live.own(&known, &"a".into()), &live.highest(&known, stays));
             let found: Vec<_> =
-                behind.into_iter().map(|(_, own, highest)| (own, Some(highest))).collect();
+                lagging.into_iter().map(|(_, own, highest)| (own, Some(highest))).collect();
             let expected: Vec<_> = expected.into_iter().map(|(own, highest)| (own, at(highest))).collect();
             assert_eq!(found, expected);
         }

@@ -64,7 +64,8 @@ pub struct ShardStatus {
     pub committed_lag_seconds: BTreeMap<String, f64>,
     /// Milliseconds between what was read last and the end of the shard, as the server says. Deprecated:
     /// it stays 0 while records wait behind a blocked sink.
-    pub behind_ms: u64,
+    #[serde(rename = "behind_ms")]
+    pub lag_ms: u64,
     /// The lane reads.
     pub running: bool,
     /// The shard was closed and is settled.
@@ -114,7 +115,7 @@ impl ShardStatus {
     /// Two reads in a row brought nothing, the server says that nothing is left, and every sink has committed
     /// all that was read: the drain would give up what a sink does not take in its time.
     pub fn caught_up(&self) -> bool {
-        let has_read_all = self.running && self.idle_reads >= 2 && self.behind_ms == 0;
+        let has_read_all = self.running && self.idle_reads >= 2 && self.lag_ms == 0;
         self.ended || (has_read_all && self.is_committed)
     }
 }

@@ -184,13 +184,13 @@ impl Inner {
         }
         let answer_time = AnswerTime::begin();
         // Before anything is durable: the lanes would find it out when they are let go, after the answer.
-        let behind = roster::refuse_behind(
+        let refused = roster::refuse_lagging(
             &setup.shared,
             &reloaded.config,
             &self.stream,
             answer_time.sinks_catch_up_by(),
         );
-        behind.await.map_err(|error| Step::Check.failed(format!("{error:#}")))?;
+        refused.await.map_err(|error| Step::Check.failed(format!("{error:#}")))?;
         if dry_run {
             let sinks = reloaded.sinks_to_look_at(&setup);
             rehearse(&setup, &sinks, &reloaded.next, &answer_time, &self.ends).await?;

@@ -168,12 +168,12 @@ fn stalled(
     now: Instant,
 ) -> Vec<ArrivalId> {
     let is_stalled = |one: &Arriving| {
-        let behind = now.saturating_duration_since(one.pace.behind_since());
-        one.bytes > 0 && behind >= STALL_MIN
+        let lag = now.saturating_duration_since(one.pace.lagging_since());
+        one.bytes > 0 && lag >= STALL_MIN
     };
     let others = arriving.iter().filter(|(id, _)| Some(**id) != own);
     let mut stalled: Vec<_> = others.filter(|(_, one)| is_stalled(one)).collect();
-    stalled.sort_by_key(|(id, one)| (one.pace.behind_since(), **id));
+    stalled.sort_by_key(|(id, one)| (one.pace.lagging_since(), **id));
     let mut given = 0;
     let enough = stalled.into_iter().take_while(|(_, one)| {
         let is_needed = given < bytes;

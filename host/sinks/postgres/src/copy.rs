@@ -213,7 +213,7 @@ pub(super) struct Search {
     /// It was ended early because no row has gone in so far.
     pub(super) nothing_goes_in: bool,
     /// The table as it was behind the last row, where it could be asked on the way.
-    pub(super) read_behind: Option<Fingerprint>,
+    pub(super) read_after: Option<Fingerprint>,
 }
 
 impl Search {
@@ -243,9 +243,9 @@ pub(super) async fn copy_groups(
     // From the last part to the first: the next one is popped off the end.
     let mut pending: Vec<(&Group, Range<usize>)> =
         groups.iter().rev().map(|group| (group, 0..group.rows.len())).collect();
-    let mut is_behind_savepoint = false;
+    let mut is_after_savepoint = false;
     while let Some((group, part)) = pending.pop() {
-        if std::mem::take(&mut is_behind_savepoint) {
+        if std::mem::take(&mut is_after_savepoint) {
             transaction.link.batch_execute(NEXT).await.map_err(failed)?;
         }
         let mut copy = match running.take() {
@@ -262,9 +262,9 @@ pub(super) async fn copy_groups(
         };
         let error = match copied {
             Ok(read) => {
-                is_behind_savepoint = true;
+                is_after_savepoint = true;
                 search.went_in = true;
-                search.read_behind = read;
+                search.read_after = read;
                 continue;
             }
             Err(error) => error,

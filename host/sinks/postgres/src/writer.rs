@@ -215,16 +215,16 @@ impl PostgresWriter {
                 sink.live().take();
             }
             let gone = match written? {
-                Ok((refusals, read_behind)) => {
-                    let behind =
-                        match read_behind {
-                            Some(behind) => behind,
+                Ok((refusals, read_after)) => {
+                    let after =
+                        match read_after {
+                            Some(after) => after,
                             None => Fingerprint::read(transaction.link, name).await.map_err(
                                 |error| Failure::server(format!("cannot read table {name}"), error),
                             )?,
                         };
                     // A fingerprint may differ where no column does that matters.
-                    if behind == table.fingerprint
+                    if after == table.fingerprint
                         || self.read_table(transaction.link).await?.columns == table.columns
                     {
                         return Ok(refusals);
@@ -318,7 +318,7 @@ impl PostgresWriter {
     ) -> Result<(Vec<Refusal>, Option<Fingerprint>), Failure> {
         let failed =
             |error| Failure::server(format!("cannot write to table {}", target.name), error);
-        let Search { mut refusals, suspects, first_suspected, went_in, read_behind, .. } = search;
+        let Search { mut refusals, suspects, first_suspected, went_in, read_after, .. } = search;
         if let Some(error) = first_suspected
             && !went_in
             && (search.nothing_goes_in
@@ -331,7 +331,7 @@ impl PostgresWriter {
         }
         refusals.extend(suspects);
         refusals.sort_unstable_by_key(|refusal| refusal.row);
-        Ok((refusals, read_behind))
+        Ok((refusals, read_after))
     }
 
     /// Whether a row of the next commit would go in.

@@ -51,13 +51,13 @@ impl Kind {
     pub(super) fn of(written: &str) -> Self {
         let lower = written.trim().to_ascii_lowercase();
         let (name, rest) = lower.split_once('(').unwrap_or((&lower, ")"));
-        let (numbers, behind) = rest.split_once(')').unwrap_or((rest, ""));
+        let (numbers, suffix) = rest.split_once(')').unwrap_or((rest, ""));
         let mut numbers = numbers.split(',').map(|number| number.trim().parse::<u32>());
         let length = numbers.next().and_then(Result::ok);
         let scale = numbers.next().and_then(Result::ok).unwrap_or(0);
         let bytes = |default| length.map_or(default, |length| length as usize);
         // As in "time(6) without time zone".
-        let name = [name.trim(), behind.trim()].join(" ");
+        let name = [name.trim(), suffix.trim()].join(" ");
         match name.trim() {
             "bool" | "boolean" => Self::Bool,
             "smallint" | "int2" => Self::Int2,
@@ -125,8 +125,8 @@ impl Kind {
                 matches!(declared, Self::Int2 | Self::Int4 | Self::Float4 | Self::Float8)
             }
             Self::Numeric(digits, scale) => match declared {
-                Self::Numeric(more, behind) => {
-                    behind <= scale && more.saturating_sub(behind) <= digits.saturating_sub(scale)
+                Self::Numeric(more, more_scale) => {
+                    more_scale <= scale && more.saturating_sub(more_scale) <= digits.saturating_sub(scale)
                 }
                 _ => is_integer(declared),
             },

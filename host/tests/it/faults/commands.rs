@@ -367,7 +367,7 @@ fn fault_33_a_byte_order_mark_and_quoted_line_breaks_of_files() {
 
 /// A quote behind a byte order mark begins a field, in the first record as in one that is left out.
 #[test]
-fn fault_33_a_quote_behind_a_byte_order_mark_begins_a_field() {
+fn fault_33_a_quote_after_a_byte_order_mark_begins_a_field() {
     let text = "\u{feff}\"two\nlines\",1\n\"three\nmore\",2\n";
     let columns = "config = { columns = [{ name = \"note\", type = \"text\" }, { name = \"id\", type = \
                    \"bigint\" }] }\nroutes = { rows = [\"mart\"] }";

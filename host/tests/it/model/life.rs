@@ -468,9 +468,9 @@ async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<
         Some(DeadLetterPlace::Sink(sink)) => !names.contains(&sink),
         _ => false,
     };
-    let behind = redrives.sinks_behind(id).await?;
+    let lagging = redrives.lagging_sinks(id).await?;
     if redrives.places(id).await?.iter().any(is_gone)
-        || behind.iter().any(|sink| !names.contains(sink))
+        || lagging.iter().any(|sink| !names.contains(sink))
     {
         if !redrives.has_run(id).await? {
             redrives.cancel(id).await?;

@@ -119,7 +119,7 @@ impl BatchReader for Reader {
         if self.next == self.records.len() {
             // As a server would: an empty answer takes its time.
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-            return Ok(NextBatch::Idle { behind_ms: 0, caught_up_ms: None });
+            return Ok(NextBatch::Idle { lag_ms: 0, caught_up_ms: None });
         }
         let wanted = self.chaos.rng().usize(1..=BATCH_MAX);
         let end = (self.next + wanted).min(self.records.len());

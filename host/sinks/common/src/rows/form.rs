@@ -21,11 +21,11 @@ impl RowForm {
     pub(super) fn read<'a>(&self, row: &'a str, slots: &mut Slots<'a>) -> bool {
         let mut rest = row;
         for (before, place) in &self.fields {
-            let Some(behind) = rest.strip_prefix(before.as_str()) else { return false };
-            let Some(length) = plain_value(behind.as_bytes()) else { return false };
-            let (value, behind) = behind.split_at(length);
+            let Some(after) = rest.strip_prefix(before.as_str()) else { return false };
+            let Some(length) = plain_value(after.as_bytes()) else { return false };
+            let (value, after) = after.split_at(length);
             slots[*place] = Some(RawJson::known(value));
-            rest = behind;
+            rest = after;
         }
         !self.fields.is_empty() && rest == "}"
     }

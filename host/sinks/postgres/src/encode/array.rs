@@ -31,12 +31,12 @@ pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: RawJson<'_>) -> Resu
     let dimensions = if nests { brackets(raw.get()).clamp(1, DIMENSIONS_MAX) } else { 1 };
     let start = out.len();
     put_header(out, element, false, &[0; DIMENSIONS_MAX][..dimensions]);
-    let behind_header = out.len();
+    let after_header = out.len();
     let mut array =
         Array { out, kind, nests, lengths: [None; DIMENSIONS_MAX], depth: None, has_null: false };
     array.take(raw, 0)?;
     let Array { lengths, depth, has_null, .. } = array;
-    if out.len() == behind_header {
+    if out.len() == after_header {
         // An array without elements has no dimensions, however deep it was written.
         out.truncate(start);
         put_header(out, element, false, &[]);
@@ -45,11 +45,11 @@ pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: RawJson<'_>) -> Resu
     if depth.map(|depth| depth + 1) != Some(dimensions) {
         return Err(RAGGED.into());
     }
-    let mut header = Vec::with_capacity(behind_header - start);
+    let mut header = Vec::with_capacity(after_header - start);
     let lengths = lengths.map(Option::unwrap_or_default).map(i32::try_from);
     let lengths = lengths.into_iter().take(dimensions).collect::<Result<Vec<_>, _>>();
     put_header(&mut header, element, has_null, &lengths.map_err(|_| "the array is too long")?);
-    out[start..behind_header].copy_from_slice(&header);
+    out[start..after_header].copy_from_slice(&header);
     Ok(())
 }
 

@@ -255,7 +255,7 @@ fn start(world: &World, pipeline: &str) -> Process {
 }
 
 #[test]
-fn fault_04_a_sink_that_is_behind_is_given_up_once_and_for_all() {
+fn fault_04_a_sink_that_lags_is_given_up_once_and_for_all() {
     let world = World::new(2);
     let a = Place::new(Kind::Sqlite, world.folder.path(), "a");
     let b = Place::new(Kind::Sqlite, world.folder.path(), "b");

@@ -131,7 +131,7 @@ fn only(fixture: &Fixture, stays: &str) {
 /// The sink hangs in a commit behind a locked table: nothing shows it as blocked for long. A reload said that it was
 /// made, and was undone when the lanes were let go.
 #[test]
-fn fault_13_a_reload_that_takes_away_a_sink_which_is_behind_is_refused_at_once() {
+fn fault_13_a_reload_that_takes_away_a_sink_which_lags_is_refused_at_once() {
     let mut fixture = into_two("50 ms");
     fixture.start();
     fixture.world.put(0..100, 10);

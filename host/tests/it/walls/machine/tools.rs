@@ -110,7 +110,7 @@ fn wall_16_build_tools_get_proxies_without_users_and_passwords() {
 }
 
 #[test]
-fn wall_16_a_tool_behind_a_folder_that_others_may_exchange_does_not_run() {
+fn wall_16_a_tool_below_a_folder_that_others_may_exchange_does_not_run() {
     let folder = tempfile::tempdir().expect("a folder");
     let plugin = plugin_in(&folder.path().join("one"), "js");
     let (on_path, seen) = (folder.path().join("bin"), folder.path().join("seen"));
