@@ -123,7 +123,7 @@ impl<'a> Check<'a> {
         let value = match humantime::parse_duration(text) {
             Ok(value) => value,
             Err(cause) => {
-                let message = format!("{text:?} is no duration: {}", duration_fault(&cause));
+                let message = format!("{text:?} is no duration: {}", duration_error(&cause));
                 self.problem(raw.span(), message, "write for example \"200 ms\" or \"5 min\"");
                 return None;
             }
@@ -289,7 +289,7 @@ pub fn is_name(text: &str) -> bool {
 }
 
 /// What is wrong with a duration, shortly.
-fn duration_fault(cause: &humantime::DurationError) -> String {
+fn duration_error(cause: &humantime::DurationError) -> String {
     match cause {
         humantime::DurationError::UnknownUnit { unit, .. } if unit.is_empty() => {
             "its unit is missing".to_owned()

@@ -232,7 +232,7 @@ impl Intercept for AnswerDate {
 
 /// What went wrong in a call, as far as it decides what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum ErrorClass {
     /// Too much for now: the same call later.
     Throttled,
     /// The iterator is older than its five minutes.
@@ -245,7 +245,7 @@ pub enum Fault {
     Lasting,
 }
 
-impl Fault {
+impl ErrorClass {
     /// The fault as a metric's label.
     pub fn label(self) -> &'static str {
         match self {
@@ -261,25 +261,25 @@ impl Fault {
 /// Classifies an error of the SDK.
 ///
 /// Source: API reference, "Common Errors" and the errors of GetRecords and PutRecords.
-pub fn fault<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> Fault {
+pub fn classify<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> ErrorClass {
     match error {
         SdkError::ServiceError(service) => match service.err().code().unwrap_or_default() {
             "ProvisionedThroughputExceededException"
             | "LimitExceededException"
             | "KMSThrottlingException"
-            | "ThrottlingException" => Fault::Throttled,
-            "ExpiredIteratorException" => Fault::ExpiredIterator,
-            "ResourceNotFoundException" => Fault::NotFound,
+            | "ThrottlingException" => ErrorClass::Throttled,
+            "ExpiredIteratorException" => ErrorClass::ExpiredIterator,
+            "ResourceNotFoundException" => ErrorClass::NotFound,
             "InternalFailure"
             | "InternalFailureException"
             | "ServiceUnavailable"
             | "ServiceUnavailableException"
-            | "RequestExpired" => Fault::Passing,
-            "" => Fault::Passing,
-            _ => Fault::Lasting,
+            | "RequestExpired" => ErrorClass::Passing,
+            "" => ErrorClass::Passing,
+            _ => ErrorClass::Lasting,
         },
-        SdkError::ConstructionFailure(_) => Fault::Lasting,
-        _ => Fault::Passing,
+        SdkError::ConstructionFailure(_) => ErrorClass::Lasting,
+        _ => ErrorClass::Passing,
     }
 }
 

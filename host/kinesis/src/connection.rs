@@ -10,7 +10,7 @@ use aws_sdk_kinesis::types::{ShardIteratorType, StartingPosition};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::client::{Fault, call_error, fault};
+use super::client::{ErrorClass, call_error, classify};
 use super::inbox::{Arrived, LostRecordsGap, Inbox, ServerStart};
 use super::stream;
 use super::stream::Description;
@@ -39,7 +39,7 @@ pub struct StreamConnection {
 /// Why a call gave nothing.
 pub enum Passing {
     /// The same call later.
-    Later(Fault),
+    Later(ErrorClass),
     /// The shard is no longer there, nor listed: all its records were dropped.
     Gone,
     /// Trying again does not mend it.
@@ -105,9 +105,9 @@ impl StreamConnection {
             waiting.failed(call_error("GetShardIterator", inbox.place(), error));
         }
         self.validate_identity(inbox.shard(), asked, waiting).await?;
-        let answer = answer.map_err(|error| match fault(&error) {
-            cause @ (Fault::Throttled | Fault::Passing) => Passing::Later(cause),
-            Fault::NotFound if self.is_unlisted(&inbox.shard().shard) => Passing::Gone,
+        let answer = answer.map_err(|error| match classify(&error) {
+            cause @ (ErrorClass::Throttled | ErrorClass::Passing) => Passing::Later(cause),
+            ErrorClass::NotFound if self.is_unlisted(&inbox.shard().shard) => Passing::Gone,
             _ => Passing::Never(call_error("GetShardIterator", inbox.place(), &error)),
         })?;
         let iterator = answer.shard_iterator.ok_or_else(|| {
@@ -156,7 +156,7 @@ impl StreamConnection {
                 Err(error) => {
                     tracing::debug!(%error, "cannot tell yet whether the stream is the same");
                     waiting.failed(error);
-                    return Err(Passing::Later(Fault::Passing));
+                    return Err(Passing::Later(ErrorClass::Passing));
                 }
             }
         }

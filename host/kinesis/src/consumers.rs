@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::types::ConsumerStatus;
 
-use super::client::{Fault, call_error, fault};
+use super::client::{ErrorClass, call_error, classify};
 use super::stream::Pages;
 use shardmill_core::boxed;
 use shardmill_core::masking::sanitized;
@@ -121,8 +121,8 @@ pub async fn deregister(
     let failed =
         |call, cause: &str| SourceError::Call { call, place: place(), cause: cause.into() };
     let call = client.deregister_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
-    call.send().await.map_err(|error| match fault(&error) {
-        Fault::NotFound => failed(
+    call.send().await.map_err(|error| match classify(&error) {
+        ErrorClass::NotFound => failed(
             "DeregisterStreamConsumer",
             "it is not registered; `shardmill stream consumers list` shows which are",
         ),
@@ -133,7 +133,7 @@ pub async fn deregister(
         let call =
             client.describe_stream_consumer().stream_arn(&*stream.arn).consumer_name(consumer);
         match call.send().await {
-            Err(error) if fault(&error) == Fault::NotFound => return Ok(()),
+            Err(error) if classify(&error) == ErrorClass::NotFound => return Ok(()),
             Err(error) => return Err(call_error("DescribeStreamConsumer", place(), &error)),
             Ok(_) if begun.elapsed() >= WAIT_MAX => {
                 let cause = format!(

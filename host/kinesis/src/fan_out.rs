@@ -10,7 +10,7 @@ use aws_sdk_kinesis::types::{SubscribeToShardEvent, SubscribeToShardEventStream}
 use tokio::time::Instant;
 
 use super::booking::{self, Read};
-use super::client::{AnswerDate, Fault, call_error, fault};
+use super::client::{AnswerDate, ErrorClass, call_error, classify};
 use super::connection::{Answer, Passing, StreamConnection};
 use super::inbox;
 use super::polling::{PollingReader, RETRY, count_retry};
@@ -127,17 +127,17 @@ impl FanOutReader {
             Err(error)
                 if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
             {
-                count_retry(self.polling.inbox().shard(), Fault::Throttled);
+                count_retry(self.polling.inbox().shard(), ErrorClass::Throttled);
                 self.is_kept_out(asked);
                 Ok(())
             }
-            Err(error) => match fault(&error) {
-                cause @ (Fault::Throttled | Fault::Passing) => {
+            Err(error) => match classify(&error) {
+                cause @ (ErrorClass::Throttled | ErrorClass::Passing) => {
                     self.back_off(cause);
                     Ok(())
                 }
                 // What is lost with it is said by the other way.
-                Fault::NotFound if self.is_unlisted() => {
+                ErrorClass::NotFound if self.is_unlisted() => {
                     self.is_closed = true;
                     Ok(())
                 }
@@ -225,19 +225,19 @@ impl FanOutReader {
             Err(error)
                 if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
             {
-                count_retry(self.polling.inbox().shard(), Fault::Throttled);
+                count_retry(self.polling.inbox().shard(), ErrorClass::Throttled);
                 self.is_kept_out(self.asked);
             }
             Err(error) => {
                 let place = self.polling.inbox().place();
                 self.polling.waiting().failed(call_error(SUBSCRIBE, place, &error));
                 let inbox = self.polling.inbox();
-                let cause = match fault(&error) {
+                let cause = match classify(&error) {
                     // A final event without a continuation may not parse.
-                    Fault::Lasting | Fault::NotFound => {
+                    ErrorClass::Lasting | ErrorClass::NotFound => {
                         let error = call_error(SUBSCRIBE, inbox.place(), &error);
                         tracing::warn!(%error, "the subscription broke");
-                        Fault::Passing
+                        ErrorClass::Passing
                     }
                     cause => cause,
                 };
@@ -270,7 +270,7 @@ impl FanOutReader {
         self.connection.is_unlisted(shard)
     }
 
-    fn back_off(&mut self, cause: Fault) {
+    fn back_off(&mut self, cause: ErrorClass) {
         count_retry(self.polling.inbox().shard(), cause);
         let pause = self.retries.next_pause();
         self.next_call = self.next_call.max(Instant::now() + pause);

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::answer_size::{AnswerSize, payload_of};
 use super::booking::{self, Read};
-use super::client::{AnswerDate, Fault, call_error, fault};
+use super::client::{AnswerDate, ErrorClass, call_error, classify};
 use super::connection::{self, Answer, GET_RECORDS, Passing, StreamConnection};
 use super::inbox::{self, Inbox};
 use shardmill_core::budget::{Account, Permit};
@@ -170,17 +170,17 @@ impl PollingReader {
             Ok(answer) => answer,
             Err(error) => {
                 self.waiting.failed(call_error(GET_RECORDS, self.inbox.place(), &error));
-                return match fault(&error) {
-                    Fault::ExpiredIterator => {
+                return match classify(&error) {
+                    ErrorClass::ExpiredIterator => {
                         self.iterator = None;
-                        count_retry(self.inbox.shard(), Fault::ExpiredIterator);
+                        count_retry(self.inbox.shard(), ErrorClass::ExpiredIterator);
                         Ok(false)
                     }
-                    cause @ (Fault::Throttled | Fault::Passing) => {
+                    cause @ (ErrorClass::Throttled | ErrorClass::Passing) => {
                         self.back_off(cause);
                         Ok(false)
                     }
-                    Fault::NotFound | Fault::Lasting => {
+                    ErrorClass::NotFound | ErrorClass::Lasting => {
                         // The stream may have been replaced: that says more than this error.
                         self.iterator = None;
                         self.validate_identity(called).await?;
@@ -237,7 +237,7 @@ impl PollingReader {
         }
     }
 
-    fn back_off(&mut self, cause: Fault) {
+    fn back_off(&mut self, cause: ErrorClass) {
         self.answer_size.forget_quiet();
         let shard = self.inbox.shard();
         count_retry(shard, cause);
@@ -280,7 +280,7 @@ impl BatchReader for PollingReader {
 }
 
 /// Counts a call that is tried again.
-pub(super) fn count_retry(shard: &ShardKey, cause: Fault) {
+pub(super) fn count_retry(shard: &ShardKey, cause: ErrorClass) {
     metrics::counter!(metric::SOURCE_RETRIES_TOTAL,
         "shard" => shard.shard.to_string(), "reason" => cause.label())
     .increment(1);

@@ -5,7 +5,7 @@ use aws_sdk_kinesis::primitives::Blob;
 use aws_sdk_kinesis::types::PutRecordsRequestEntry;
 use bytes::Bytes;
 
-use super::client::{CODE_BYTES_MAX, Fault, call_error, fault};
+use super::client::{CODE_BYTES_MAX, ErrorClass, call_error, classify};
 use shardmill_core::boxed;
 use shardmill_core::masking::{sanitized, sanitized_within};
 use shardmill_core::record::StreamRef;
@@ -129,8 +129,8 @@ impl StreamWriter {
         let call = self.client.put_records().set_stream_name(name).set_stream_arn(arn);
         let answer = call.set_records(Some(entries)).send().await.map_err(|error| {
             let refused_code = error.as_service_error().and_then(|error| error.meta().code());
-            let kind = match (fault(&error), refused_code) {
-                (Fault::Throttled | Fault::Passing, _) => PutError::Later,
+            let kind = match (classify(&error), refused_code) {
+                (ErrorClass::Throttled | ErrorClass::Passing, _) => PutError::Later,
                 // The codes of AWS, of its front, and of the embedded stream for bad arguments.
                 (
                     _,
@@ -140,7 +140,7 @@ impl StreamWriter {
                         | "SerializationException",
                     ),
                 ) => PutError::Records,
-                (Fault::NotFound, _) => {
+                (ErrorClass::NotFound, _) => {
                     let stream = self.stream.to_string();
                     return PutError::Stream(SourceError::NoSuchStream { stream });
                 }

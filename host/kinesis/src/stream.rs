@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::types::{ScalingType, StreamStatus};
 
-use super::client::{AnswerDate, Fault, call_error, fault};
+use super::client::{AnswerDate, ErrorClass, call_error, classify};
 use shardmill_core::boxed;
 use shardmill_core::masking::sanitized;
 use shardmill_core::record::{HashRange, ShardId, StreamIdentity, StreamRef};
@@ -104,8 +104,8 @@ pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description
     let call = client.describe_stream_summary().set_stream_name(name).set_stream_arn(arn);
     let date = AnswerDate::default();
     let answer = call.customize().interceptor(date.clone()).send().await;
-    let answer = answer.map_err(|error| match fault(&error) {
-        Fault::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
+    let answer = answer.map_err(|error| match classify(&error) {
+        ErrorClass::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
         _ => call_error("DescribeStreamSummary", format!("stream {stream}"), &error),
     })?;
     let summary = answer.stream_description_summary().ok_or_else(|| SourceError::Call {
@@ -186,8 +186,8 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
             }
             Some(token) => client.list_shards().next_token(token),
         };
-        let page = call.send().await.map_err(|error| match fault(&error) {
-            Fault::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
+        let page = call.send().await.map_err(|error| match classify(&error) {
+            ErrorClass::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
             _ => call_error("ListShards", format!("stream {stream}"), &error),
         })?;
         shards.extend(page.shards().iter().map(|shard| {
@@ -281,8 +281,8 @@ pub async fn delete(
     let call = client.delete_stream().set_stream_name(name).set_stream_arn(arn);
     // Its registered consumers go with it.
     let deleted = call.enforce_consumer_deletion(true).send().await;
-    deleted.map_err(|error| match fault(&error) {
-        Fault::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
+    deleted.map_err(|error| match classify(&error) {
+        ErrorClass::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },
         _ => call_error("DeleteStream", format!("stream {stream}"), &error),
     })?;
     let begun = Instant::now();

@@ -24,7 +24,7 @@ const CONFIGURE_BYTES_MAX: usize = 1 << 20;
 #[derive(Clone, Debug)]
 pub struct CallError {
     /// What kind of failure it was.
-    pub fault: CallFault,
+    pub kind: CallErrorKind,
     /// What happened, in one line.
     pub message: String,
     /// The plugin's stack at the trap; empty when there is none.
@@ -33,7 +33,7 @@ pub struct CallError {
 
 /// How a call failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CallFault {
+pub enum CallErrorKind {
     /// The plugin trapped.
     Trap,
     /// Its time was used up: its own, or by waiting for the host.
@@ -54,7 +54,7 @@ impl CallError {
     /// An answer that is more than the plugin may hand back.
     pub fn output(excess: impl std::fmt::Display) -> Self {
         Self {
-            fault: CallFault::Output,
+            kind: CallErrorKind::Output,
             message: format!("process handed back more than it may: {excess}"),
             backtrace: String::new(),
         }
@@ -63,7 +63,7 @@ impl CallError {
     /// An answer that breaks the plugin contract counts as a trap.
     pub fn contract(violation: impl std::fmt::Display) -> Self {
         Self {
-            fault: CallFault::Trap,
+            kind: CallErrorKind::Trap,
             message: format!("the plugin broke its contract: {violation}"),
             backtrace: String::new(),
         }
@@ -201,7 +201,7 @@ impl Instance {
                 Ok((instance, descriptor))
             }
             Ok(Err(message)) => Err(CallError {
-                fault: CallFault::Trap,
+                kind: CallErrorKind::Trap,
                 // It may repeat a secret of its configuration, half of which would not be found.
                 message: format!(
                     "configure refused: {}",
@@ -277,10 +277,10 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
     if let (Some(Trap::Interrupt), Some(over)) =
         (error.downcast_ref::<Trap>(), sandbox.caller.clock.over())
     {
-        let (fault, message) = out_of_time(over, call);
-        return CallError { fault, message, backtrace };
+        let (kind, message) = out_of_time(over, call);
+        return CallError { kind, message, backtrace };
     }
-    let (fault, message) = match (error.downcast_ref::<Trap>(), &sandbox.refused) {
+    let (kind, message) = match (error.downcast_ref::<Trap>(), &sandbox.refused) {
         // wasmtime's words; the limits are ours.
         (None, _) if root.starts_with("resource limit exceeded:") => {
             let Parts { memories, tables, instances, .. } = PARTS_MAX;
@@ -288,38 +288,38 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
                 "{call} failed: {root}; the components of a plugin may have {memories} memories, {tables} \
                  tables and {instances} instances of modules together"
             );
-            (CallFault::Parts, message)
+            (CallErrorKind::Parts, message)
         }
-        (_, Some(refused)) => (CallFault::Memory, format!("{call} {refused}, then: {root}")),
-        (Some(trap), None) => (CallFault::Trap, format!("{call} trapped: {trap}")),
+        (_, Some(refused)) => (CallErrorKind::Memory, format!("{call} {refused}, then: {root}")),
+        (Some(trap), None) => (CallErrorKind::Trap, format!("{call} trapped: {trap}")),
         (None, None) if root.contains("fuel") => {
-            (CallFault::Output, format!("{call} handed back more than it may: {root}"))
+            (CallErrorKind::Output, format!("{call} handed back more than it may: {root}"))
         }
         (None, None) => match LimitError::of_refusal(&root, sandbox.memories) {
-            Some(limit) => (CallFault::System, format!("{call} failed: {root}: {limit}")),
-            None => (CallFault::Trap, format!("{call} failed: {root}")),
+            Some(limit) => (CallErrorKind::System, format!("{call} failed: {root}: {limit}")),
+            None => (CallErrorKind::Trap, format!("{call} failed: {root}")),
         },
     };
     // Many plugins do not get by without the answer: why there was none is what helps.
-    let (fault, message) = match sandbox.caller.clock.late() {
-        Some((host_call, budget)) if fault == CallFault::Trap => {
+    let (kind, message) = match sandbox.caller.clock.late() {
+        Some((host_call, budget)) if kind == CallErrorKind::Trap => {
             let budget_ms = budget.as_millis();
             let late = format!("its call of {host_call} had used up its {budget_ms} ms");
-            (CallFault::Timeout, format!("{message}; {late} (limits.host_time)"))
+            (CallErrorKind::Timeout, format!("{message}; {late} (limits.host_time)"))
         }
-        _ => (fault, message),
+        _ => (kind, message),
     };
-    CallError { fault, message, backtrace }
+    CallError { kind, message, backtrace }
 }
 
 /// The kind and the words of a call that was ended for its time.
-fn out_of_time((over, spent, time): (Over, Spent, CallTime), call: &str) -> (CallFault, String) {
+fn out_of_time((over, spent, time): (Over, Spent, CallTime), call: &str) -> (CallErrorKind, String) {
     let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
     match over {
         Over::Cpu => {
             let limit_ms = time.cpu_max.as_millis();
             (
-                CallFault::Timeout,
+                CallErrorKind::Timeout,
                 format!("{call} took longer than its limit of {limit_ms} ms of CPU time"),
             )
         }
@@ -330,7 +330,7 @@ fn out_of_time((over, spent, time): (Over, Spent, CallTime), call: &str) -> (Cal
                 "{call} waited for the host for {host} of {wall}, though each call of the host ended within \
                  its {budget_ms} ms (limits.host_time)"
             );
-            (CallFault::Timeout, message)
+            (CallErrorKind::Timeout, message)
         }
         Over::Starved => {
             let (wall, cpu_ms) = (seconds(spent.wall), spent.cpu.as_millis());
@@ -338,7 +338,7 @@ fn out_of_time((over, spent, time): (Over, Spent, CallTime), call: &str) -> (Cal
                 "{call} got {cpu_ms} ms of CPU time within {wall}: the machine is too busy; it is run again, \
                  and no record is blamed"
             );
-            (CallFault::Starved, message)
+            (CallErrorKind::Starved, message)
         }
     }
 }

@@ -39,7 +39,7 @@ use compile::CompileError;
 pub use descriptor::check_column;
 pub use engine::PluginEngine;
 pub use features::{PARTS_MAX, Parts};
-pub use instance::{CallError, CallFault, Instance};
+pub use instance::{CallError, CallErrorKind, Instance};
 pub use words::{Input, Output, Reject, Span};
 
 use shardmill_config::{Capability, WIT_VERSION};

@@ -288,7 +288,7 @@ async fn bad_rows_are_refused_alone() {
 }
 
 #[tokio::test]
-async fn many_culprits_among_many_rows_are_found() {
+async fn many_refused_rows_among_many_are_found() {
     let mart = Mart::new("many").await;
     mart.sql(
         "CREATE TABLE makes (make text PRIMARY KEY);

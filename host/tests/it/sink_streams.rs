@@ -318,7 +318,7 @@ async fn an_endpoint_that_fails_has_each_row_once_by_its_keys() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_an_endpoint_rejects_are_refused_alone() {
+async fn rows_that_an_endpoint_does_not_take_are_refused_alone() {
     let server = Server::start(&[]);
     let (mut writer, log) = (writer(&server.sink(HttpBody::Json)).await, Log::default());
     let mut payloads = rows(0..100);

@@ -254,14 +254,14 @@ async fn unless_abandoned<T>(
     attempt: impl Future<Output = Result<T, SinkError>>,
     context: &DeliveryContext,
 ) -> Result<T, SinkError> {
-    let given_up = async {
+    let time_is_over = async {
         context.abandon.cancelled().await;
         tokio::time::sleep(LAST_COMMIT_MAX).await;
     };
     tokio::select! {
         biased;
         done = attempt => done,
-        () = given_up => Err(SinkError::Unavailable {
+        () = time_is_over => Err(SinkError::Unavailable {
             sink: context.sink.clone(),
             cause: "the lane ended while a commit was under way".into(),
         }),

@@ -5,7 +5,7 @@
 //! lanes go on. Only a revision that starts in no lane is refused as a whole, and only while no lane has
 //! ever started: then nothing is lost by that, and whoever starts the process hears at once.
 //!
-//! A start that the machine did not let end ([`CallFault::Starved`]) says nothing about the revision. It counts
+//! A start that the machine did not let end ([`CallErrorKind::Starved`]) says nothing about the revision. It counts
 //! as no failure, and is tried again for as long as it takes.
 
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use shardmill_core::escape::quoted;
 use shardmill_core::record::{ShardId, ShardKey};
 use shardmill_core::retry::RetryPolicy;
 use shardmill_core::stop::Stop;
-use shardmill_plugin::{CallError, CallFault};
+use shardmill_plugin::{CallError, CallErrorKind};
 
 /// Tries until a lane counts as blocked.
 const TRIES: u32 = 3;
@@ -69,7 +69,7 @@ impl FailedStart {
 
 impl From<CallError> for FailedStart {
     fn from(error: CallError) -> Self {
-        Self { is_starved: error.fault == CallFault::Starved, cause: error.message }
+        Self { is_starved: error.kind == CallErrorKind::Starved, cause: error.message }
     }
 }
 
@@ -249,13 +249,13 @@ mod tests {
         }
     }
 
-    fn call_error(fault: CallFault) -> CallError {
-        CallError { fault, message: format!("{fault:?}"), backtrace: String::new() }
+    fn call_error(kind: CallErrorKind) -> CallError {
+        CallError { kind, message: format!("{kind:?}"), backtrace: String::new() }
     }
 
     #[test]
     fn wall_10_a_start_that_was_starved_does_not_count_as_one_that_failed() {
-        let (trap, starved) = (call_error(CallFault::Trap), call_error(CallFault::Starved));
+        let (trap, starved) = (call_error(CallErrorKind::Trap), call_error(CallErrorKind::Starved));
         let mut tries = Tries::default();
         for (error, expected, pause_ms) in [
             (&starved, Next::Starved, 200),
@@ -279,10 +279,10 @@ mod tests {
     }
 
     /// Starts that fail in this way so often, and then succeed with their number.
-    async fn started_after(fault: CallFault, failures: u32) -> Result<u32, String> {
+    async fn started_after(kind: CallErrorKind, failures: u32) -> Result<u32, String> {
         let tries = Arc::new(std::sync::atomic::AtomicU32::new(0));
         let start = move || match tries.fetch_add(1, Ordering::Relaxed) {
-            tried if tried < failures => Err(call_error(fault)),
+            tried if tried < failures => Err(call_error(kind)),
             tried => Ok(tried + 1),
         };
         let stop = Stop::new(Duration::from_secs(1));
@@ -291,8 +291,8 @@ mod tests {
 
     #[tokio::test]
     async fn wall_10_the_next_revision_is_started_for_as_long_as_the_machine_is_too_busy() {
-        assert_eq!(started_after(CallFault::Starved, 20).await, Ok(21));
-        assert_eq!(started_after(CallFault::Trap, 2).await, Ok(3));
-        assert_eq!(started_after(CallFault::Trap, 3).await, Err("Trap".into()));
+        assert_eq!(started_after(CallErrorKind::Starved, 20).await, Ok(21));
+        assert_eq!(started_after(CallErrorKind::Trap, 2).await, Ok(3));
+        assert_eq!(started_after(CallErrorKind::Trap, 3).await, Err("Trap".into()));
     }
 }

@@ -19,7 +19,7 @@ use shardmill_core::metric;
 use shardmill_core::record::{
     Arenas, Batch, Entry, DeadLetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
 };
-use shardmill_plugin::{CallError, CallFault};
+use shardmill_plugin::{CallError, CallErrorKind};
 use shardmill_state::CanarySpec;
 use shardmill_state::RejectionWindow;
 use shardmill_state::{DeadLetter, DeadLetterKey, MadeBy, DeadLetteredItems};
@@ -579,7 +579,7 @@ fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
             let said = format!("{plugin}: too many records fail; the last reason: {reason}");
             Blocked::Broken(hidden(said))
         }
-        RunError::NoInstance(error) if error.fault == CallFault::Starved => {
+        RunError::NoInstance(error) if error.kind == CallErrorKind::Starved => {
             Blocked::Starved(format!("{plugin} does not start: {error}"))
         }
         // What `configure` failed for may be over later, such as the time of day.

@@ -9,7 +9,7 @@ use super::columns;
 use super::revision::{Canary, LoadedStage, Target, column, context};
 use shardmill_config::{ConfigError, PipelineConfig, environment};
 use shardmill_core::record::RouteName;
-use shardmill_plugin::{CallFault, Descriptor, Instance, Plugin, PluginHost, Route};
+use shardmill_plugin::{CallErrorKind, Descriptor, Instance, Plugin, PluginHost, Route};
 use shardmill_state::{CanarySpec, RevisionSpec, StageSpec};
 
 /// What is wrong with one stage, and where in its table.
@@ -84,9 +84,9 @@ impl StagePlace<'_> {
                 // The plugin may repeat what it was given.
                 let said = services.values.hide(error.to_string());
                 let message = format!("stage {} ({plugin:?}): {said}", stage.name);
-                let help = match error.fault {
-                    CallFault::System => "raise or remove the limit",
-                    CallFault::Parts => {
+                let help = match error.kind {
+                    CallErrorKind::System => "raise or remove the limit",
+                    CallErrorKind::Parts => {
                         "build it of fewer parts: one component, or fewer composed ones"
                     }
                     _ => "see the plugin's documentation for [stage.config]",

@@ -22,7 +22,7 @@ use shardmill_core::metric;
 use shardmill_core::record::Batch;
 use shardmill_core::record::excerpt;
 use shardmill_core::retry::{Retries, RetryPolicy};
-use shardmill_plugin::{CallError, CallFault, Context, Failure, Instance, WireBatch};
+use shardmill_plugin::{CallError, CallErrorKind, Context, Failure, Instance, WireBatch};
 
 /// Calls that a plugin has asked to be made once more.
 const RETRY: RetryPolicy =
@@ -389,7 +389,7 @@ impl StageRunner {
                 }
             },
             Ok(Err(failure)) => Err(CallFailure::Answered(failure)),
-            Err(error) if error.fault == CallFault::Starved => {
+            Err(error) if error.kind == CallErrorKind::Starved => {
                 self.instance = None;
                 self.starved = self.starved.saturating_add(1);
                 self.count_starved();
@@ -434,7 +434,7 @@ impl StageRunner {
     fn instance(&mut self) -> Result<(), CallError> {
         if self.instance.is_none() {
             let started = self.stage.start(&self.context);
-            if started.as_ref().is_err_and(|error| error.fault == CallFault::Starved) {
+            if started.as_ref().is_err_and(|error| error.kind == CallErrorKind::Starved) {
                 self.count_starved();
             }
             self.instance = Some(started?);
@@ -490,7 +490,7 @@ impl PieceTime {
 }
 
 fn ran_out_of_time(failure: &CallFailure) -> bool {
-    matches!(failure, CallFailure::Dead(error) if error.fault == CallFault::Timeout)
+    matches!(failure, CallFailure::Dead(error) if error.kind == CallErrorKind::Timeout)
 }
 
 /// The end of the range that is known to hold a culprit.

@@ -69,7 +69,7 @@ impl ColumnNames {
 
 /// Why a payload is no row of the table.
 #[derive(Debug, PartialEq, Eq)]
-pub enum RowFault {
+pub enum RowError {
     /// The payload itself is at fault.
     Refused(String),
     /// The object has a key that is no column. Whether that is the row's fault or the table's is
@@ -87,11 +87,11 @@ pub fn spread<'a>(
     columns: &ColumnNames,
     form: &mut RowForm,
     slots: &mut Slots<'a>,
-) -> Result<(), RowFault> {
+) -> Result<(), RowError> {
     debug_assert_eq!(columns.len(), slots.len());
     slots.fill(None);
     let text = std::str::from_utf8(payload).map_err(|error| {
-        RowFault::Refused(format!(
+        RowError::Refused(format!(
             "the row is no UTF-8 from byte {}: a JSON object is due",
             error.valid_up_to()
         ))
@@ -101,16 +101,16 @@ pub fn spread<'a>(
     }
     slots.fill(None);
     if text.trim_ascii().is_empty() {
-        return Err(RowFault::Refused("the row is empty: a JSON object is due".into()));
+        return Err(RowError::Refused("the row is empty: a JSON object is due".into()));
     }
-    let (mut fault, mut order) = (None, Vec::with_capacity(columns.len()));
+    let (mut row_error, mut order) = (None, Vec::with_capacity(columns.len()));
     let mut json = serde_json::Deserializer::from_str(text);
     let read = json
-        .deserialize_map(Spread { columns, slots, order: &mut order, fault: &mut fault })
+        .deserialize_map(Spread { columns, slots, order: &mut order, row_error: &mut row_error })
         .and_then(|()| json.end());
-    match (fault, read) {
-        (Some(fault), _) => Err(fault),
-        (None, Err(error)) => Err(RowFault::Refused(format!("the row is no JSON object: {error}"))),
+    match (row_error, read) {
+        (Some(row_error), _) => Err(row_error),
+        (None, Err(error)) => Err(RowError::Refused(format!("the row is no JSON object: {error}"))),
         (None, Ok(())) => {
             form.saw(order, columns);
             Ok(())
@@ -124,7 +124,7 @@ struct Spread<'s, 'a> {
     slots: &'s mut Slots<'a>,
     /// The places of the columns as they come.
     order: &'s mut Vec<usize>,
-    fault: &'s mut Option<RowFault>,
+    row_error: &'s mut Option<RowError>,
 }
 
 impl<'a> Visitor<'a> for Spread<'_, 'a> {
@@ -140,7 +140,7 @@ impl<'a> Visitor<'a> for Spread<'_, 'a> {
             let place = match key {
                 Ok(place) => place,
                 Err(unknown) => {
-                    *self.fault = Some(RowFault::UnknownKey(unknown));
+                    *self.row_error = Some(RowError::UnknownKey(unknown));
                     return Err(de::Error::custom("unknown key"));
                 }
             };
@@ -148,8 +148,8 @@ impl<'a> Visitor<'a> for Spread<'_, 'a> {
             self.order.push(place);
             if self.slots[place].replace(raw.into()).is_some() {
                 let name = &self.columns.names[place];
-                *self.fault =
-                    Some(RowFault::Refused(format!("the row has the key {name:?} twice")));
+                *self.row_error =
+                    Some(RowError::Refused(format!("the row has the key {name:?} twice")));
                 return Err(de::Error::custom("repeated key"));
             }
             likely = place + 1;
@@ -243,7 +243,7 @@ pub fn check_formats(sink: &SinkName, routes: &[BoundRoute]) -> Result<(), SinkE
 mod tests {
     use super::*;
 
-    fn read(payload: &[u8]) -> Result<Vec<Option<String>>, RowFault> {
+    fn read(payload: &[u8]) -> Result<Vec<Option<String>>, RowError> {
         let columns = ColumnNames::new(["id".to_owned(), "make".to_owned()]);
         let mut slots = vec![None; columns.len()];
         spread(payload, &columns, &mut RowForm::default(), &mut slots)?;
@@ -270,10 +270,10 @@ mod tests {
             (b"{\"id\":1,\"id\":2}", "twice"),
         ] {
             match read(payload) {
-                Err(RowFault::Refused(reason)) => assert!(reason.contains(part), "{reason}"),
+                Err(RowError::Refused(reason)) => assert!(reason.contains(part), "{reason}"),
                 other => panic!("{payload:?}: {other:?}"),
             }
         }
-        assert_eq!(read(b"{\"colour\":1}"), Err(RowFault::UnknownKey("colour".into())));
+        assert_eq!(read(b"{\"colour\":1}"), Err(RowError::UnknownKey("colour".into())));
     }
 }

@@ -119,7 +119,7 @@ enum Outcome {
     /// The endpoint has the rows.
     Taken,
     /// The rows are at fault: fewer of them may be taken.
-    Rejected(String),
+    Refused(String),
     /// The endpoint does not take rows now: they wait, with this cause.
     Unavailable(String),
 }
@@ -166,7 +166,7 @@ impl HttpWriter {
                     self.pieces.pop();
                     self.sound[piece].iter().for_each(|place| self.progress.done(*place));
                 }
-                Outcome::Rejected(reason) => {
+                Outcome::Refused(reason) => {
                     self.pieces.pop();
                     if piece.len() == 1 {
                         self.progress.refuse(self.sound[piece.start], reason);
@@ -214,14 +214,14 @@ impl HttpWriter {
 fn outcome(place: &str, answer: &Answer, said: &str, refuse: &[u16]) -> Outcome {
     let status = answer.status;
     if refuse.contains(&status) {
-        return Outcome::Rejected(format!("answered {status}{said}"));
+        return Outcome::Refused(format!("answered {status}{said}"));
     }
     let hint = match status {
         // 207 (Multi-Status) says of each part what became of it, in a form that only the two sides know.
         207 => ": what became of each row cannot be read from that; let it answer 200, or 4xx",
         200..=299 => return Outcome::Taken,
         // RFC 9110: the content is malformed, too large, of another type, or not processable.
-        400 | 413 | 415 | 422 => return Outcome::Rejected(format!("answered {status}{said}")),
+        400 | 413 | 415 | 422 => return Outcome::Refused(format!("answered {status}{said}")),
         300..=399 => ": redirects are not followed; set `url` to where the rows belong",
         401 | 403 => ": set `headers` to what it lets in",
         404 | 410 => ": set `url` to a path that takes rows",
@@ -371,7 +371,7 @@ mod tests {
             assert_eq!(at(status), Outcome::Taken, "{status}");
         }
         for status in [400, 413, 415, 422, 409, 500] {
-            assert_eq!(at(status), Outcome::Rejected(format!("answered {status}: why  so")));
+            assert_eq!(at(status), Outcome::Refused(format!("answered {status}: why  so")));
         }
         for status in
             [101, 207, 300, 301, 302, 304, 307, 308, 401, 403, 404, 405, 408, 410, 425, 429]

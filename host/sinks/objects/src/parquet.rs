@@ -28,7 +28,7 @@ use shardmill_sinks_common::rows::time;
 pub use shardmill_sinks_common::rows::time::Zone;
 use shardmill_sinks_common::rows::value;
 pub use shardmill_sinks_common::rows::value::{Json, RawJson, Why};
-use shardmill_sinks_common::rows::{ColumnNames, RowFault};
+use shardmill_sinks_common::rows::{ColumnNames, RowError};
 
 /// Digits of a decimal that 64 bits hold.
 const DECIMAL_I64_DIGITS_MAX: u32 = 18;
@@ -141,8 +141,8 @@ impl ParquetSchema {
     fn cells(&self, payload: &[u8], form: &mut RowForm) -> Result<Vec<Cell>, String> {
         let mut slots = vec![None; self.columns.len()];
         rows::spread(payload, &self.names, form, &mut slots).map_err(|fault| match fault {
-            RowFault::Refused(reason) => reason,
-            RowFault::UnknownKey(key) => format!("the route declares no column {key:?}"),
+            RowError::Refused(reason) => reason,
+            RowError::UnknownKey(key) => format!("the route declares no column {key:?}"),
         })?;
         let read = |(column, slot): (&ParquetColumn, &Option<RawJson<'_>>)| {
             let cell = match slot {

@@ -26,7 +26,7 @@ use shardmill_sinks_common::rows::time;
 pub use shardmill_sinks_common::rows::time::Zone;
 use shardmill_sinks_common::rows::value;
 pub use shardmill_sinks_common::rows::value::{Json, RawJson, Why};
-use shardmill_sinks_common::rows::{RowFault, Slots};
+use shardmill_sinks_common::rows::{RowError, Slots};
 
 /// Days from 1970-01-01 to 2000-01-01.
 const EPOCH_DAYS: i32 = 10_957;
@@ -132,9 +132,9 @@ impl<'t, 'r> Encoder<'t, 'r> {
         let outcome =
             match rows::spread(&row.payload, &self.table.names, &mut self.form, &mut self.slots) {
                 Ok(()) => self.encode(index, row),
-                Err(RowFault::Refused(reason)) => Err(reason),
-                Err(RowFault::UnknownKey(key)) if was_column(&key) => return Err(GoneColumn(key)),
-                Err(RowFault::UnknownKey(key)) => {
+                Err(RowError::Refused(reason)) => Err(reason),
+                Err(RowError::UnknownKey(key)) if was_column(&key) => return Err(GoneColumn(key)),
+                Err(RowError::UnknownKey(key)) => {
                     Err(format!("no column {key:?} in table {}", self.table_name))
                 }
             };

@@ -19,7 +19,7 @@ use shardmill_core::sink::Refusal;
 use shardmill_sinks_common::rows;
 use shardmill_sinks_common::rows::form::RowForm;
 use shardmill_sinks_common::rows::value::RawJson;
-use shardmill_sinks_common::rows::{RowFault, Slots};
+use shardmill_sinks_common::rows::{RowError, Slots};
 
 /// Lines of one file: the slices of a cluster load files side by side, best from 1 MB on when
 /// compressed (guide, "Loading data files").
@@ -85,11 +85,11 @@ pub(super) fn encode(
                 .and_then(|()| {
                     put_place(&mut line, index, sets.of(&slots, key_of(&slots, &key, table)))
                 }),
-            Err(RowFault::Refused(reason)) => Err(reason),
-            Err(RowFault::UnknownKey(key)) if was_column(&key) => {
+            Err(RowError::Refused(reason)) => Err(reason),
+            Err(RowError::UnknownKey(key)) if was_column(&key) => {
                 return Err(EncodeError::GoneColumn(key));
             }
-            Err(RowFault::UnknownKey(key)) => {
+            Err(RowError::UnknownKey(key)) => {
                 Err(format!("no column {key:?} in table {table_name}"))
             }
         };

@@ -17,7 +17,7 @@ use shardmill_core::owner::OwnerName;
 use shardmill_core::record::{PositionRange, Row, ShardKey};
 use shardmill_core::sink::Refusal;
 use shardmill_sinks_common::rows;
-use shardmill_sinks_common::rows::RowFault;
+use shardmill_sinks_common::rows::RowError;
 use shardmill_sinks_common::rows::form::RowForm;
 use shardmill_sinks_common::rows::value::RawJson;
 
@@ -224,8 +224,8 @@ impl<'c, 'r> Insert<'c, 'r> {
     fn row(&mut self, row: &'r Row) -> Result<(), RowFailure> {
         match rows::spread(&row.payload, &self.live.names, &mut self.form, &mut self.slots) {
             Ok(()) => {}
-            Err(RowFault::Refused(reason)) => return Err(RowFailure::Refused(reason)),
-            Err(RowFault::UnknownKey(key)) => return Err(self.unknown(&key)),
+            Err(RowError::Refused(reason)) => return Err(RowFailure::Refused(reason)),
+            Err(RowError::UnknownKey(key)) => return Err(self.unknown(&key)),
         }
         let present: Vec<usize> =
             (0..self.slots.len()).filter(|place| self.slots[*place].is_some()).collect();

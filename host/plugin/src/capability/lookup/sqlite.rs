@@ -146,7 +146,7 @@ impl SqliteTable {
     fn check(&self, statement: &Statement<'_>) -> Result<(), LookupError> {
         let names: Vec<&str> = statement.column_names().collect();
         let twice = (1..names.len()).find(|place| names[1..*place].contains(&names[*place]));
-        let fault = if !statement.readonly() {
+        let cause = if !statement.readonly() {
             "the query writes, and a lookup only reads".to_owned()
         } else if statement.parameter_count() != 1 {
             format!(
@@ -165,7 +165,7 @@ impl SqliteTable {
             return Ok(());
         };
         // The configuration's fault, or a table's that was altered: no record is to be given up for it.
-        Err(LookupError::retryable(fault))
+        Err(LookupError::retryable(cause))
     }
 
     /// The columns behind the key as a JSON object; `columns` are their names as JSON texts.
@@ -179,11 +179,11 @@ impl SqliteTable {
             json.push_str(column);
             json.push(':');
             if !write_value(&mut json, value) {
-                let fault = format!(
+                let cause = format!(
                     "{}: the column {column} has a text that is no UTF-8",
                     self.opener().place()
                 );
-                return Err(LookupError::lasting(fault));
+                return Err(LookupError::lasting(cause));
             }
         }
         json.push('}');

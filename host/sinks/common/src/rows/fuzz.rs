@@ -9,7 +9,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::form::RowForm;
-use super::{ColumnNames, RowFault, shortened, spread};
+use super::{ColumnNames, RowError, shortened, spread};
 use shardmill_core::fuzzing::Target;
 
 /// Checks that [`spread`] finds each value as it was written, whatever rows came before, and refuses the rest.
@@ -37,10 +37,10 @@ const COLUMNS: [&str; 4] = ["id", "make \"x\"", "cents", "at"];
 const SEPARATOR: u8 = 0;
 
 /// Values by column, or the fault of the first invalid key.
-type Found = Result<Vec<Option<String>>, Fault>;
+type Found = Result<Vec<Option<String>>, ExpectedError>;
 
 #[derive(Debug, PartialEq)]
-enum Fault {
+enum ExpectedError {
     UnknownKey(String),
     Refused,
 }
@@ -53,8 +53,8 @@ fn run(data: &[u8]) {
         let read = spread(row, &columns, &mut form, &mut slots);
         let found: Found = match read {
             Ok(()) => Ok(slots.iter().map(|slot| slot.map(|raw| raw.get().to_owned())).collect()),
-            Err(RowFault::UnknownKey(key)) => Err(Fault::UnknownKey(key)),
-            Err(RowFault::Refused(_)) => Err(Fault::Refused),
+            Err(RowError::UnknownKey(key)) => Err(ExpectedError::UnknownKey(key)),
+            Err(RowError::Refused(_)) => Err(ExpectedError::Refused),
         };
         let shown = row.escape_ascii();
         match serde_json::from_slice::<Pairs>(row) {
@@ -69,10 +69,10 @@ fn reference(pairs: Vec<(String, Box<RawValue>)>) -> Found {
     let mut values = vec![None; COLUMNS.len()];
     for (key, value) in pairs {
         let Some(place) = COLUMNS.iter().position(|column| *column == key) else {
-            return Err(Fault::UnknownKey(shortened(&key).into_owned()));
+            return Err(ExpectedError::UnknownKey(shortened(&key).into_owned()));
         };
         if values[place].replace(value.get().to_owned()).is_some() {
-            return Err(Fault::Refused);
+            return Err(ExpectedError::Refused);
         }
     }
     Ok(values)
