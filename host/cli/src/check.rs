@@ -148,7 +148,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     if options.diff {
         let running = RunningPipeline::find(&config).await?;
         let query = ReloadQuery { dry_run: true };
-        reload::tell(running.post("/reload", &query, Vec::new()).await?, true, console)?;
+        reload::print_answer(running.post("/reload", &query, Vec::new()).await?, true, console)?;
     }
     Ok(())
 }

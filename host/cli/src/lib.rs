@@ -248,7 +248,7 @@ pub fn main() -> ExitCode {
         }
         command => match runtime() {
             Ok(runtime) => {
-                let code = told(runtime.block_on(dispatch(command, &console)));
+                let code = exit_code(runtime.block_on(dispatch(command, &console)));
                 shardmill_core::off_thread::end_waits();
                 // A thread that is stuck does not keep the process.
                 runtime.shutdown_timeout(THREADS_WAIT_MAX);
@@ -258,7 +258,7 @@ pub fn main() -> ExitCode {
             Err(error) => Err(error),
         },
     };
-    let code = told(done);
+    let code = exit_code(done);
     crate::stderr::flush(LOG_WAIT_MAX);
     code
 }
@@ -308,10 +308,10 @@ fn escaped_argument(value: &ContextValue) -> Option<ContextValue> {
 }
 
 /// The exit code of a command that has ended; an error is printed.
-fn told(done: anyhow::Result<()>) -> ExitCode {
+fn exit_code(done: anyhow::Result<()>) -> ExitCode {
     match done.and_then(|()| output::failure()) {
         Ok(()) => EXIT_DONE.into(),
-        Err(error) => tell(&error),
+        Err(error) => print_error(&error),
     }
 }
 
@@ -410,13 +410,13 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
 }
 
 /// Tells a person why the command failed, each cause once, and gives the exit code.
-fn tell(error: &anyhow::Error) -> ExitCode {
+fn print_error(error: &anyhow::Error) -> ExitCode {
     if let Some(config) = error.downcast_ref::<ConfigError>() {
         let is_styled = terminal::is_styled(&std::io::stderr());
         terminal::note_styled(&config.render(is_styled));
         return EXIT_MISUSED.into();
     }
-    terminal::note(format_args!("error: {}", shardmill_config::told(error)));
+    terminal::note(format_args!("error: {}", shardmill_config::error_text(error)));
     EXIT_FAILED.into()
 }
 

@@ -21,11 +21,11 @@ pub async fn reload(options: Options, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.file)?;
     let running = RunningPipeline::find(&config).await?;
     let query = ReloadQuery { dry_run: options.dry_run };
-    tell(running.post("/reload", &query, Vec::new()).await?, options.dry_run, console)
+    print_answer(running.post("/reload", &query, Vec::new()).await?, options.dry_run, console)
 }
 
 /// Says what a reload has changed, or would.
-pub(super) fn tell(answer: Answer, dry_run: bool, console: &Console) -> anyhow::Result<()> {
+pub(super) fn print_answer(answer: Answer, dry_run: bool, console: &Console) -> anyhow::Result<()> {
     let report = match answer {
         Answer::Done(report) => report,
         Answer::Refused(report) => {

@@ -151,7 +151,7 @@ impl Ran<'_> {
         let listed: BTreeSet<ShardId> =
             source.shards().await?.into_iter().map(|shard| shard.id).collect();
         let end = tokio::time::Instant::now() + LANES_CHANGE_MAX;
-        let mut is_told = false;
+        let mut is_announced = false;
         loop {
             let found = self.ranges(&stream).await?;
             let ended = Checkpoints::new(self.state.clone()).shards(&stream).await?;
@@ -170,7 +170,7 @@ impl Ran<'_> {
                 "what was undone runs still in {open}: let the pipeline run until its lanes have changed \
                  (`shardmill plugin history --shards`), then give the same command again"
             );
-            if !std::mem::replace(&mut is_told, true) {
+            if !std::mem::replace(&mut is_announced, true) {
                 console.say(format!("waiting for {open}: what was undone runs there still"));
             }
             tokio::select! {

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Console, PipelineFile, dropped, holes, load, output, signals, sinks, stream};
 use crate::terminal::note;
 use shardmill_config::PipelineConfig;
-use shardmill_config::told;
+use shardmill_config::error_text;
 use shardmill_core::boxed;
 use shardmill_core::record::SinkName;
 use shardmill_core::source::ShardSource;
@@ -229,7 +229,7 @@ fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToke
                 Ok(config) => {
                     control.swapper.reload(config, false).await.map_err(|error| error.to_string())
                 }
-                Err(error) => Err(told(&error)),
+                Err(error) => Err(error_text(&error)),
             };
             match reloaded {
                 Ok(report) => {

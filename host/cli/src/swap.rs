@@ -90,7 +90,7 @@ pub async fn swap(options: SwapOptions, console: &Console) -> anyhow::Result<()>
         dry_run: options.dry_run,
     };
     let path = format!("/stages/{}/swap", options.stage);
-    tell(running.post(&path, &query, body).await?, console)
+    print_answer(running.post(&path, &query, body).await?, console)
 }
 
 fn is_digest(text: &str) -> bool {
@@ -126,7 +126,7 @@ pub async fn roll_back(options: RollbackOptions, console: &Console) -> anyhow::R
         return console.report(&report);
     }
     let path = format!("/stages/{}/rollback", options.stage);
-    tell(running.post(&path, &json!({}), Vec::new()).await?, console)?;
+    print_answer(running.post(&path, &json!({}), Vec::new()).await?, console)?;
     if let (true, Some(undone)) = (options.replay_from_swap, &undone) {
         rerun::begin(&config, undone)?;
     }
@@ -138,7 +138,7 @@ pub async fn roll_back(options: RollbackOptions, console: &Console) -> anyhow::R
 }
 
 /// Says what was changed, or fails with the reason.
-fn tell(answer: Answer, console: &Console) -> anyhow::Result<()> {
+fn print_answer(answer: Answer, console: &Console) -> anyhow::Result<()> {
     let (report, refused) = match answer {
         Answer::Done(report) => (report, None),
         Answer::Refused(report) => {

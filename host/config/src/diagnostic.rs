@@ -274,17 +274,17 @@ pub fn suggest(written: &str, lead: &str, candidates: &[&str]) -> String {
 }
 
 /// An error in words, each cause once; of a configuration with its places.
-pub fn told(error: &anyhow::Error) -> String {
+pub fn error_text(error: &anyhow::Error) -> String {
     if let Some(config) = error.downcast_ref::<ConfigError>() {
         return config.render(false);
     }
-    let mut told = error.to_string();
+    let mut text = error.to_string();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
         // Some errors show their cause in their own text.
-        if !told.contains(&cause) {
-            told = format!("{told}: {cause}");
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
         }
     }
-    shardmill_core::masking::report(told)
+    shardmill_core::masking::report(text)
 }

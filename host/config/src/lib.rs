@@ -58,7 +58,7 @@ use serde::{Deserialize, Serialize};
 pub use self::capability::{Capability, WIT_VERSION};
 pub use self::check::{NAME_RULE, is_name};
 pub use self::destination::one_spelling;
-pub use self::diagnostic::{ConfigError, Problem, suggest, told};
+pub use self::diagnostic::{ConfigError, Problem, suggest, error_text};
 pub use self::env::substitute_set;
 pub use self::env::{Lookup, StageText, StageValues, environment};
 pub use self::grant_http::is_travel_header;

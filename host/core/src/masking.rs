@@ -118,8 +118,8 @@ mod tests {
         let said = sanitized(&long);
         assert!(!said.contains("tr0ub") && said.len() < QUOTED_BYTES_MAX + 64, "{said}");
         assert!(said.ends_with(&format!("… ({} bytes in all)", long.len())), "{said}");
-        let told = report(format!("first\nsecond {long}"));
-        assert!(told.starts_with("first\nsecond xxx") && told.len() < REPORT_BYTES_MAX + 64);
+        let printed = report(format!("first\nsecond {long}"));
+        assert!(printed.starts_with("first\nsecond xxx") && printed.len() < REPORT_BYTES_MAX + 64);
     }
 
     #[test]

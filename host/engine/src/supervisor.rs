@@ -727,7 +727,7 @@ impl Lanes {
     /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
     async fn restart(&mut self, request: LaneRestart, stop: &Stop) {
         let outcome = self.resolve_sinks(&request.shared).await;
-        let outcome = outcome.map_err(|error| shardmill_config::told(&error));
+        let outcome = outcome.map_err(|error| shardmill_config::error_text(&error));
         if outcome.is_ok() {
             self.shared = request.shared;
         }

@@ -310,7 +310,7 @@ fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     let chain = std::iter::successors(Some(error), |error| error.source());
     let mut texts: Vec<String> = Vec::new();
     for text in chain.map(sanitized) {
-        if !texts.iter().any(|told| told.contains(&text)) {
+        if !texts.iter().any(|known| known.contains(&text)) {
             texts.push(text);
         }
     }
@@ -354,7 +354,7 @@ mod tests {
         let outer = Cause { text: "a".into(), source: Some(Box::new(inner)) };
         assert_eq!(causes(&outer), "a: b\\nc");
         let cause = |letter: &str, source| Cause { text: letter.repeat(20 << 20), source };
-        let told = causes(&cause("a", Some(Box::new(cause("b", None)))));
-        assert!(told.len() < QUOTED_BYTES_MAX + 64, "{} bytes", told.len());
+        let known = causes(&cause("a", Some(Box::new(cause("b", None)))));
+        assert!(known.len() < QUOTED_BYTES_MAX + 64, "{} bytes", known.len());
     }
 }

@@ -22,10 +22,10 @@ const TURN_STEPS: u32 = 256;
 /// than [`HEADS_MAX`]; then the request is to be given up, which ends its connection.
 pub(super) fn count<B>(request: &mut Request<B>) -> CancellationToken {
     let too_many = CancellationToken::new();
-    let (heads, told) = (AtomicU32::new(0), too_many.clone());
+    let (heads, token) = (AtomicU32::new(0), too_many.clone());
     on_informational(request, move |_| {
         if heads.fetch_add(1, Ordering::Relaxed) >= HEADS_MAX {
-            told.cancel();
+            token.cancel();
             end_turn();
         }
     });

@@ -101,9 +101,9 @@ pub struct JsonError {
 impl From<serde_json::Error> for JsonError {
     fn from(error: serde_json::Error) -> Self {
         let column = error.column();
-        let told = error.to_string();
+        let text = error.to_string();
         // The line is always 1 here: who asks knows the right one.
-        let what = told.split(" at line ").next().unwrap_or(&told).to_owned();
+        let what = text.split(" at line ").next().unwrap_or(&text).to_owned();
         Self { what, column }
     }
 }

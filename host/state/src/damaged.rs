@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_read_is_told_from_what_is_out_of_reach() {
+    fn what_cannot_be_read_differs_from_what_is_out_of_reach() {
         let database = Connection::open_in_memory().expect("a database");
         let read = |sql: &str| database.query_row(sql, [], |row| row.get::<_, u64>(0)).map(drop);
         for (sql, is_damaged, expected) in [

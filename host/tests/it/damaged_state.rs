@@ -300,11 +300,11 @@ fn a_value_that_cannot_be_read_is_named_with_its_place_and_the_way_out() {
             }
             let place = "state/kept/state.db: failed to ";
             let way_out = ["put the state folder back", "--files-count", "move the file away"];
-            let is_told = code == Some(1)
+            let is_reported = code == Some(1)
                 && said.contains(place)
                 && way_out.iter().any(|way_out| said.contains(way_out))
                 && parts.iter().all(|part| said.contains(part));
-            if !is_told {
+            if !is_reported {
                 missing +=
                     &format!("{what}, {asks:?}: expected {parts:?}, found {code:?}: {said}\n");
             }

@@ -166,9 +166,9 @@ fn a_redrive_begins_where_a_record_failed() {
         dead_letters
     };
     let redriven = |arguments: &[&str]| {
-        let told = ran.dlq(&[&["redrive", "--json"], arguments].concat());
-        let told: Value = serde_json::from_str(&told).expect("JSON");
-        (told["letters"].as_u64(), told["failed_again"].as_u64())
+        let printed = ran.dlq(&[&["redrive", "--json"], arguments].concat());
+        let printed: Value = serde_json::from_str(&printed).expect("JSON");
+        (printed["letters"].as_u64(), printed["failed_again"].as_u64())
     };
     let before = dead_letters();
     assert_eq!(before.len(), 4);

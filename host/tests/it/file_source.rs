@@ -196,7 +196,7 @@ fn fault_31_a_line_that_was_read_too_early_is_ended_where_it_was_read() {
 }
 
 #[test]
-fn a_run_that_waits_for_input_ends_when_told() {
+fn a_run_that_waits_for_input_ends_at_a_signal() {
     let place = Place::new(b"");
     let pipeline = place.pipeline("-", "");
     let mut command = shardmill(&["run", &pipeline]);
@@ -248,9 +248,9 @@ fn without_a_stage_every_record_goes_to_every_sink_as_it_came() {
     let nowhere = "[[sink]]\nname = \"nowhere\"\ntype = \"discard\"\n";
     std::fs::write(&pipeline, format!("{before}{nowhere}[[sink]]{sink}")).expect("written");
     let output = crate::support::run(&["run", &pipeline, "--json"]);
-    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(told.contains("\"records\":1000"), "{told}");
+    assert!(printed.contains("\"records\":1000"), "{printed}");
     assert!(place.ids().into_iter().eq(0..1_000));
 }
 

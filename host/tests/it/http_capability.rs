@@ -21,12 +21,12 @@ async fn server() -> u16 {
     let echo = |asked: Asked| async move {
         let (head, body) = asked.into_parts();
         let body = axum::body::to_bytes(body, 1 << 20).await.expect("a body");
-        let mut told = format!("{} {}\n", head.method, head.uri);
+        let mut printed = format!("{} {}\n", head.method, head.uri);
         for (name, value) in &head.headers {
-            told.push_str(&format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
+            printed.push_str(&format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
         }
-        told.push_str(&String::from_utf8_lossy(&body));
-        (StatusCode::OK, [("X-Made-By", "test")], told)
+        printed.push_str(&String::from_utf8_lossy(&body));
+        (StatusCode::OK, [("X-Made-By", "test")], printed)
     };
     let routes = Router::new()
         .route("/echo", any(echo))

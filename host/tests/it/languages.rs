@@ -259,7 +259,7 @@ pub fn dead_letters_and_reason(place: &Path) -> (u64, String) {
 
 /// A server on a port of loopback that tells what it was asked, as JSON. One path it never answers.
 pub async fn car_server() -> u16 {
-    let tell = |asked: axum::extract::Request| async move {
+    let echo = |asked: axum::extract::Request| async move {
         let (head, body) = asked.into_parts();
         let body = axum::body::to_bytes(body, 1 << 20).await.expect("a body");
         let header = |name: &str| {
@@ -278,7 +278,7 @@ pub async fn car_server() -> u16 {
     };
     let never = std::future::pending::<axum::http::StatusCode>;
     let routes = axum::Router::new()
-        .route("/cars/{make}", axum::routing::any(tell))
+        .route("/cars/{make}", axum::routing::any(echo))
         .route("/never", axum::routing::any(never));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = listener.local_addr().expect("an address").port();
@@ -429,15 +429,15 @@ fn a_save_shows_what_it_changes() {
     let mut dev = crate::support::Process(child.expect("the binary starts"));
     let mut lines = BufReader::new(dev.0.stdout.take().expect("piped")).lines();
     let mut until = |end: &str| {
-        let mut told = Vec::new();
+        let mut printed = Vec::new();
         for line in lines.by_ref().map(|line| line.expect("a line")) {
             let is_end = line.contains(end);
-            told.push(line);
+            printed.push(line);
             if is_end {
-                return told;
+                return printed;
             }
         }
-        panic!("{end}: {told:?}");
+        panic!("{end}: {printed:?}");
     };
     until("running on sample records");
     // The samples are on their way: a candidate is tried on what has passed.
@@ -445,11 +445,11 @@ fn a_save_shows_what_it_changes() {
     let source = folder.join("src/lib.rs");
     let text = std::fs::read_to_string(&source).expect("the source");
     std::fs::write(&source, text.replace("Hello", "Ahoy")).expect("written");
-    let told = until("swapped in");
+    let printed = until("swapped in");
     let has = |sign: char, word: &str| {
-        told.iter().any(|line| line.trim_start().starts_with(sign) && line.contains(word))
+        printed.iter().any(|line| line.trim_start().starts_with(sign) && line.contains(word))
     };
-    assert!(has('-', "Hello") && has('+', "Ahoy"), "{told:?}");
+    assert!(has('-', "Hello") && has('+', "Ahoy"), "{printed:?}");
     std::fs::write(&source, "no Rust").expect("written");
     until("not built, the version before runs on");
     assert_eq!(dev.wait().code(), Some(0));

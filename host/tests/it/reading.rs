@@ -365,13 +365,13 @@ fn idle_for_longer_than_the_retention(commit: &str) {
 /// The sequence numbers of all records, in the order of their shard.
 fn sequences(world: &World) -> Vec<String> {
     let path = world.pipeline(&Pipeline::default());
-    let told =
+    let printed =
         crate::support::run_ok(&["stream", "tail", "--pipeline", &path, "--no-follow", "--json"]);
     let line = |line: &str| -> String {
         let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
         line["sequence"].as_str().expect("a number").to_owned()
     };
-    told.lines().map(line).collect()
+    printed.lines().map(line).collect()
 }
 
 /// Case 18, first part: a kill inside an aggregate; the rest of it is read, and nothing of it twice.

@@ -73,7 +73,7 @@ fn a_split_is_followed_and_children_come_after_their_parent() {
 }
 
 #[test]
-fn a_tail_begins_where_it_is_told_and_keeps_to_its_shard() {
+fn a_tail_begins_where_asked_and_keeps_to_its_shard() {
     let world = World::new(1);
     world.put(0..10, 7);
     world.split(&world.open_shards()[0]);
@@ -116,7 +116,7 @@ fn a_shard_or_a_start_that_is_not_there_is_named() {
 }
 
 #[test]
-fn records_pass_the_plugin_and_what_it_rejects_is_told_with_the_reason() {
+fn records_pass_the_plugin_and_what_it_rejects_is_printed_with_the_reason() {
     let world = World::new(2);
     let records = [("one", car(1, "Volvo 1")), ("bad", vec![0xff; 3]), ("two", car(2, "BMW 2"))];
     world.put_raw(records.into_iter().map(|(key, payload)| (key.to_owned(), payload)));

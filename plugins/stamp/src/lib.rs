@@ -93,9 +93,9 @@ impl Plugin for Stamp {
     #[expect(clippy::panic, reason = "that is what these versions are for")]
     fn configure(_: Value, context: &Context) -> Result<(Self, Descriptor), Error> {
         let stamp = Self::read()?;
-        let is_told_a_shard = !context.shard_id.is_empty();
+        let has_shard = !context.shard_id.is_empty();
         if stamp.fault == Fault::ConfigureTrap
-            || (stamp.fault == Fault::ShardTrap && is_told_a_shard)
+            || (stamp.fault == Fault::ShardTrap && has_shard)
         {
             panic!("configured to trap");
         }

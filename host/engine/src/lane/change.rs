@@ -276,13 +276,13 @@ impl Lane<'_> {
             }
             written
         });
-        let told = |written: Result<Result<(), StateError>, JoinError>| match written {
+        let outcome = |written: Result<Result<(), StateError>, JoinError>| match written {
             Ok(written) => written.map_err(|error| error.to_string()),
             Err(panic) => Err(panic.to_string()),
         };
         self.change.last = id;
         self.change.announcing =
-            Some(Announcing { chain, from_exclusive, written: write.map(told).boxed().shared() });
+            Some(Announcing { chain, from_exclusive, written: write.map(outcome).boxed().shared() });
     }
 
     /// Waits until the ledger knows of the change that is on its way, if one is, and lets the revision

@@ -789,12 +789,12 @@ mod tests {
         let nothing = Progress::default;
         let live = Live(vec![delivery("a", nothing()), delivery("b", nothing())]);
         live.ask_to_commit(&"a".into());
-        let told = |place: usize| {
+        let is_notified = |place: usize| {
             let commit_now = live.0[place].1.commit_now.clone();
             async move { commit_now.notified().now_or_never().is_some() }
         };
-        assert!(told(0).await, "it is told though it does not listen yet");
-        assert!(!told(1).await);
+        assert!(is_notified(0).await, "it is told though it does not listen yet");
+        assert!(!is_notified(1).await);
     }
 
     #[test]

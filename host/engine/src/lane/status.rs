@@ -216,7 +216,7 @@ impl StatusRegistry {
         end: tokio::time::Instant,
     ) -> Result<(Vec<LaneChange>, Vec<WaitingLane>), String> {
         loop {
-            let told = self.changed.notified();
+            let notified = self.changed.notified();
             let (mut changed, mut waiting) = (Vec::new(), Vec::new());
             for (shard, status) in self.snapshot() {
                 if !status.running {
@@ -236,7 +236,7 @@ impl StatusRegistry {
                     false => waiting.push(WaitingLane { why: status.waits_for(), shard }),
                 }
             }
-            if waiting.is_empty() || tokio::time::timeout_at(end, told).await.is_err() {
+            if waiting.is_empty() || tokio::time::timeout_at(end, notified).await.is_err() {
                 return Ok((changed, waiting));
             }
         }

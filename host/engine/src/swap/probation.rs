@@ -115,8 +115,8 @@ fn worse(seen: &Health, before: &Health, limits: &ProbationLimits) -> Option<Str
         ));
     }
     let (ns, ns_before) = (seen.ns_per_record(), before.ns_per_record());
-    let can_tell = seen.busy >= BUSY_MIN && before.busy >= BUSY_MIN;
-    if can_tell && ns > ns_before * f64::from(limits.slower_max) {
+    let is_comparable = seen.busy >= BUSY_MIN && before.busy >= BUSY_MIN;
+    if is_comparable && ns > ns_before * f64::from(limits.slower_max) {
         return Some(format!(
             "it takes {ns:.0} ns per record, the version before took {ns_before:.0}; {} times as long is \
              too long (reload.probation.slower)",

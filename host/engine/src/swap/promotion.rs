@@ -242,10 +242,10 @@ impl Inner {
         let mut restarted = None;
         match (restart_with, place) {
             (Some(shared), Some(place)) => {
-                let (done, told) = oneshot::channel();
+                let (done, restart) = oneshot::channel();
                 place.send(LaneRestart { shared: shared.clone(), done });
                 setup.shared = shared;
-                restarted = Some(told);
+                restarted = Some(restart);
             }
             _ => {
                 setup.shared.current.send_replace(next.clone());
@@ -277,8 +277,8 @@ impl Inner {
         let mut let_go = Vec::new();
         if let Some(mut restarted) = restarted {
             let_go = shared.statuses.running().into_iter().map(|lane| lane.shard).collect();
-            let told = tokio::time::timeout_at(end, &mut restarted).await;
-            match told.map(|told| told.unwrap_or_else(|_| Err(STOPPED.into()))) {
+            let restart = tokio::time::timeout_at(end, &mut restarted).await;
+            match restart.map(|restart| restart.unwrap_or_else(|_| Err(STOPPED.into()))) {
                 Ok(Ok(())) => {}
                 Ok(Err(cause)) => {
                     self.take_back(under_way, &cause, end).await;

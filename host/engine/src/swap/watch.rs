@@ -88,8 +88,8 @@ pub async fn watch_files(
                 }
             }
             Err(error) => {
-                let told = shardmill_config::told(&error);
-                tracing::error!(error = told, "the pipeline's file has changed and is wrong");
+                let text = shardmill_config::error_text(&error);
+                tracing::error!(error = text, "the pipeline's file has changed and is wrong");
             }
         }
     }

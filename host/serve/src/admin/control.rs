@@ -283,7 +283,7 @@ pub struct ReloadQuery {
 async fn reload(State(control): State<Control>, Query(query): Query<ReloadQuery>) -> Response {
     let config = match (control.read_config)() {
         Ok(config) => config,
-        Err(error) => return misused(&shardmill_config::told(&error)),
+        Err(error) => return misused(&shardmill_config::error_text(&error)),
     };
     let dry_run = query.dry_run;
     answered(finished(async move { control.swapper.reload(config, dry_run).await }).await)
@@ -343,7 +343,7 @@ mod tests {
     use shardmill_config::Timing;
 
     fn refused<T>(done: anyhow::Result<T>, path: &Path) -> String {
-        let error = shardmill_config::told(&done.err().expect("an error"));
+        let error = shardmill_config::error_text(&done.err().expect("an error"));
         assert!(error.contains(&path.display().to_string()), "{error}");
         error
     }

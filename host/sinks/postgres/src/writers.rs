@@ -48,15 +48,15 @@ impl OtherSink {
         let own = Identity::read(client, table).await.map_err(failed)?;
         let mut found = Vec::new();
         for (name, target) in others {
-            let cannot_tell = |cause: String| {
+            let not_known = |cause: String| {
                 format!("whether sink {name} writes table {table} as well is not known: {cause}")
             };
             let server = PostgresServer::parse(&target.url)?;
             let other = TableName::parse(&target.table)?;
             let connected =
-                super::session::connect(&server, silence_max).await.map_err(cannot_tell)?;
+                super::session::connect(&server, silence_max).await.map_err(not_known)?;
             let read = Identity::read(&connected, &other).await;
-            let read = read.map_err(|error| cannot_tell(error.to_string()))?;
+            let read = read.map_err(|error| not_known(error.to_string()))?;
             found.push(Self {
                 name: (*name).clone(),
                 is_beside: own.may_be(&read),
@@ -212,11 +212,11 @@ impl Writers<'_> {
     ) -> Option<Writer> {
         for other in others.iter().filter(|other| other.is_beside) {
             // Without lineage its rows are nobody's, unless it writes over rows of the sink.
-            let is_told_apart = match other.says_lineage {
+            let is_distinct = match other.says_lineage {
                 true => all_say_sink,
                 false => !other.is_keyed,
             };
-            if !is_told_apart {
+            if !is_distinct {
                 return Some(match other.is_view {
                     true => Writer::View(other.name.to_string()),
                     false => Writer::Sink(other.name.to_string(), other.says_lineage),

@@ -135,7 +135,7 @@ async def p(record, out):
 
 /// The check that `configure` makes of functions, in the library alone: a component of Python takes a minute to make.
 #[test]
-fn fault_19_each_kind_of_function_in_python_is_told_apart() {
+fn fault_19_each_kind_of_function_in_python_is_recognized() {
     let table = r#"
 import functools
 from shardmill import _check_function
@@ -159,12 +159,12 @@ for kind in (coroutine, generator, stream, Called(), Method().record, functools.
 "#;
     let mut python = Command::new("python3");
     python.arg("-c").arg(table).env("PYTHONPATH", root().join("plugins/sdk-python"));
-    let told = output(with_tools(python.env("PYTHONDONTWRITEBYTECODE", "1")));
-    let said = String::from_utf8_lossy(&told.stderr);
-    assert!(told.status.success(), "{said}");
+    let printed = output(with_tools(python.env("PYTHONDONTWRITEBYTECODE", "1")));
+    let said = String::from_utf8_lossy(&printed.stderr);
+    assert!(printed.status.success(), "{said}");
     let kinds = "asynchronous generator asynchronous asynchronous generator asynchronous generator";
     let expected: Vec<_> = kinds.split(' ').chain(["plain"; 4]).collect();
-    assert_eq!(String::from_utf8_lossy(&told.stdout).lines().collect::<Vec<_>>(), expected, "{said}");
+    assert_eq!(String::from_utf8_lossy(&printed.stdout).lines().collect::<Vec<_>>(), expected, "{said}");
 }
 
 #[test]

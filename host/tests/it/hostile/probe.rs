@@ -181,8 +181,8 @@ fn the_time_and_chance_are_real_and_a_records_own_are_not() {
     };
     let before_ms = now_ms();
     let first = numbers();
-    let told_ms = first[0][0].as_u64().expect("a time");
-    assert!((before_ms..=now_ms()).contains(&told_ms), "{first:?}");
+    let clock_ms = first[0][0].as_u64().expect("a time");
+    assert!((before_ms..=now_ms()).contains(&clock_ms), "{first:?}");
     let second = numbers();
     assert_ne!(first[1][0], first[1][1]);
     assert_ne!(first[1][0], second[1][0]);

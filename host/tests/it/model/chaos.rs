@@ -71,11 +71,11 @@ impl Chaos {
     /// Completes when the process is to end.
     pub async fn over(&self) {
         loop {
-            let told = self.over.notified();
+            let notified = self.over.notified();
             if self.is_over.load(Ordering::Acquire) {
                 break;
             }
-            told.await;
+            notified.await;
         }
         // Some of what follows the last step still happens: a checkpoint, or a commit.
         let more = self.rng().u64(0..=self.pause_ms_max / 2);

@@ -43,14 +43,14 @@ fn sinks_and_stages_come_and_go() {
     );
     let with_stage = with_copy.replacen("[[stage]]", &format!("{first}[[stage]]"), 1);
     std::fs::write(&path, &with_stage).expect("written");
-    let (done, told) = reload(&fixture);
-    assert!(done && told.contains("+ stage first"), "{told}");
+    let (done, printed) = reload(&fixture);
+    assert!(done && printed.contains("+ stage first"), "{printed}");
     fixture.world.put(1_000..1_500, 20);
     fixture.wait_rows(1_500);
 
     std::fs::write(&path, &plain).expect("written");
-    let (done, told) = reload(&fixture);
-    assert!(done && told.contains("- sink copy") && told.contains("- stage first"), "{told}");
+    let (done, printed) = reload(&fixture);
+    assert!(done && printed.contains("- sink copy") && printed.contains("- stage first"), "{printed}");
     fixture.world.put(1_500..2_000, 20);
     fixture.wait_rows(2_000);
     fixture.stop();
@@ -86,12 +86,12 @@ fn what_cannot_change_in_place_is_refused_with_the_reason() {
         ("stage.wasm", "nowhere.wasm", "nowhere.wasm"),
     ] {
         std::fs::write(&path, plain.replace(from, to)).expect("written");
-        let (done, told) = reload(&fixture);
-        assert!(!done && told.contains(why), "{told}");
+        let (done, printed) = reload(&fixture);
+        assert!(!done && printed.contains(why), "{printed}");
     }
     std::fs::write(&path, &plain).expect("written");
-    let (done, told) = reload(&fixture);
-    assert!(done && told.contains("\"number\":null"), "{told}");
+    let (done, printed) = reload(&fixture);
+    assert!(done && printed.contains("\"number\":null"), "{printed}");
     fixture.world.put(0..100, 20);
     fixture.wait_rows(100);
     fixture.stop();
@@ -144,9 +144,9 @@ fn fault_13_a_rollback_after_a_rename_undoes_the_swap_before_it() {
         .replace("[\"mart\"]", "[\"shop\"]")
         .replace("name = \"mart\"", "name = \"shop\"\nrenamed_from = \"mart\"");
     std::fs::write(&path, renamed).expect("written");
-    let (done, told) = reload(&fixture);
-    assert!(done && told.contains("~ sink mart: renamed to shop"), "{told}");
-    assert!(!told.contains("stage stamp") && !told.contains("- sink"), "{told}");
+    let (done, printed) = reload(&fixture);
+    assert!(done && printed.contains("~ sink mart: renamed to shop"), "{printed}");
+    assert!(!printed.contains("stage stamp") && !printed.contains("- sink"), "{printed}");
     fixture.world.put(100..200, 20);
     fixture.wait_rows(200);
     let back = fixture.command(&["plugin", "rollback", "stamp"]);
@@ -186,15 +186,15 @@ fn fault_13_a_rollback_past_a_change_of_sinks_is_refused() {
     // A sink more: before, it had no rows.
     std::fs::write(&path, plain.replace("[\"mart\"]", "[\"mart\", \"copy\"]") + &copy)
         .expect("written");
-    let (done, told) = reload(&fixture);
-    assert!(done, "{told}");
+    let (done, printed) = reload(&fixture);
+    assert!(done, "{printed}");
     rolled_back("knows no sink copy");
     // Another sink in its place: the one of before is gone.
     let (before, mart) = plain.split_once("[[sink]]").expect("the sink");
     assert!(mart.contains("mart"));
     std::fs::write(&path, before.replace("[\"mart\"]", "[\"copy\"]") + &copy).expect("written");
-    let (done, told) = reload(&fixture);
-    assert!(done, "{told}");
+    let (done, printed) = reload(&fixture);
+    assert!(done, "{printed}");
     rolled_back("some to sink mart");
     fixture.world.put(100..200, 20);
     let copied = || {

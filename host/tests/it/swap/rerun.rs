@@ -24,9 +24,9 @@ fn what_a_bad_version_wrote_is_rerun() {
     assert_eq!(postgres(&wrong), ["1000"]);
 
     let undone = fixture.command(&["plugin", "rollback", "stamp", "--replay-from-swap"]);
-    let told = String::from_utf8_lossy(&undone.stdout).into_owned();
+    let printed = String::from_utf8_lossy(&undone.stdout).into_owned();
     assert!(undone.status.success(), "{}", String::from_utf8_lossy(&undone.stderr));
-    assert!(told.contains("\"records\":1000") && told.contains("in place, in table"), "{told}");
+    assert!(printed.contains("\"records\":1000") && printed.contains("in place, in table"), "{printed}");
     fixture.world.put(2_000..2_500, 30);
     fixture.wait_rows(2_500);
     fixture.stop();
@@ -53,8 +53,8 @@ fn what_is_refused_in_a_rerun_is_shown() {
     fixture.world.put(1..101, 30);
     fixture.wait_rows(100);
     let undone = fixture.command(&["plugin", "rollback", "stamp", "--replay-from-swap"]);
-    let told = String::from_utf8_lossy(&undone.stdout).into_owned();
-    assert!(told.contains("\"records\":100") && told.contains("\"dead_letters\":10"), "{told}");
+    let printed = String::from_utf8_lossy(&undone.stdout).into_owned();
+    assert!(printed.contains("\"records\":100") && printed.contains("\"dead_letters\":10"), "{printed}");
     let lines = |arguments: &[&str]| {
         let output = fixture.command(arguments);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

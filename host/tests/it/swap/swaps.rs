@@ -40,9 +40,9 @@ fn lanes_change_at_a_recorded_place_and_back() {
         );
     }
     let history = fixture.history();
-    let told: Vec<_> = history.iter().map(|change| (&change["kind"], &change["outcome"])).collect();
+    let printed: Vec<_> = history.iter().map(|change| (&change["kind"], &change["outcome"])).collect();
     assert_eq!(
-        told[1..],
+        printed[1..],
         [(&"rollback".into(), &"promoted".into()), (&"swap".into(), &"rolled-back".into())]
     );
     // Which version ran a record, by the command.

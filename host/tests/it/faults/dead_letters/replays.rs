@@ -131,7 +131,7 @@ fn fault_17_rows_of_another_sink_are_not_replaced() {
 }
 
 #[test]
-fn fault_17_sinks_of_a_table_with_the_column_are_told_apart() {
+fn fault_17_sinks_of_a_table_with_the_column_are_distinguished() {
     let ran = Ran::new("fault-17-column", ", shardmill_sink text", &[beside()], 10);
     ran.runs("v2 none");
     let report = ran.cars.report(&ran.replay(&[]));

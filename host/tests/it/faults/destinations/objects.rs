@@ -382,15 +382,15 @@ fn fault_22_no_log_is_begun_for_a_sink_that_a_start_has_not_resolved() {
         std::fs::write(&path, changed).expect("written");
         for command in ["skip", "give-up"] {
             let log = ["--sink", sink, "--shard", "file-000000000000"];
-            let (done, told) = said(&run(&[&["objects", command, &path], &log[..]].concat()));
-            assert!(!done && told.contains(cause), "{command} {sink}: {told}");
+            let (done, printed) = said(&run(&[&["objects", command, &path], &log[..]].concat()));
+            assert!(!done && printed.contains(cause), "{command} {sink}: {printed}");
         }
     }
     assert_eq!(files(&lines.at("logs")).len(), before);
     assert!(!lines.at("moved").exists());
     std::fs::write(&path, &named).expect("written");
-    let (done, told) = said(&run(&["run", &path]));
-    assert!(done, "{told}");
+    let (done, printed) = said(&run(&["run", &path]));
+    assert!(done, "{printed}");
     assert_eq!(rows(&lines.at("logs")), sorted(all));
 }
 

@@ -70,8 +70,8 @@ fn wall_13_the_compiler_ends_with_its_parent_and_has_limits() {
 #[test]
 fn wall_13_a_compiler_whose_parent_is_gone_does_not_begin() {
     let limits = ["--memory-bytes", "1000000000", "--cpu-seconds", "10", "--parent", "1"];
-    let told = said(&run(&[&["compile-component"][..], &limits].concat()), false);
-    assert!(told.contains("expected parent process 1, found"), "{told}");
+    let printed = said(&run(&[&["compile-component"][..], &limits].concat()), false);
+    assert!(printed.contains("expected parent process 1, found"), "{printed}");
 }
 
 #[test]

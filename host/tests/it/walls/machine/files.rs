@@ -51,14 +51,14 @@ fn wall_14_state_is_made_for_its_owner_alone_and_tightened_where_it_is_not() {
     let (own, database) = (state.join(NAME), state.join(NAME).join("state.db"));
     chmod(&own, 0o755);
     chmod(&database, 0o644);
-    let told = said(&in_state(&["run", &pipeline]), true);
+    let printed = said(&in_state(&["run", &pipeline]), true);
     for path in [&own, &database] {
         let named = format!("{} was open to other users", path.display());
-        assert_eq!(told.matches(&named).count(), 1, "{told}");
+        assert_eq!(printed.matches(&named).count(), 1, "{printed}");
     }
     is_tight();
-    let told = said(&in_state(&["run", &pipeline]), true);
-    assert!(!told.contains("open to other users"), "{told}");
+    let printed = said(&in_state(&["run", &pipeline]), true);
+    assert!(!printed.contains("open to other users"), "{printed}");
 }
 
 /// Asserts that every command refuses the state of a pipeline, because of `way`.
@@ -72,9 +72,9 @@ fn refused_by_all(pipeline: &str, way: &str) {
         &["reload", pipeline],
     ];
     for command in commands {
-        let told = said(&in_state(command), false);
-        assert!(told.contains(way), "{command:?} {way}: {told}");
-        assert!(told.contains("--trust-state-dir"), "{told}");
+        let printed = said(&in_state(command), false);
+        assert!(printed.contains(way), "{command:?} {way}: {printed}");
+        assert!(printed.contains("--trust-state-dir"), "{printed}");
     }
 }
 
@@ -136,16 +136,16 @@ fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_li
         symlink(target, &own).expect("a link");
         chmod(&real, 0o777);
         let named = format!("{} was open to other users", real.display());
-        let told = said(&in_state(&["run", &pipeline]), true);
-        assert_eq!(told.matches(&named).count(), 1, "{}: {told}", target.display());
+        let printed = said(&in_state(&["run", &pipeline]), true);
+        assert_eq!(printed.matches(&named).count(), 1, "{}: {printed}", target.display());
         assert_eq!(mode(&real), 0o700, "{}", target.display());
-        let told = said(&in_state(&["run", &pipeline]), true);
-        assert!(!told.contains("open to other users"), "{told}");
+        let printed = said(&in_state(&["run", &pipeline]), true);
+        assert!(!printed.contains("open to other users"), "{printed}");
         for above in [&elsewhere, &elsewhere.join("deep")] {
             chmod(above, 0o777);
             let way = format!("every user may replace what lies in {}", above.display());
-            let told = said(&in_state(&["check", "--offline", &pipeline]), false);
-            assert!(told.contains(&way), "{}: {told}", target.display());
+            let printed = said(&in_state(&["check", "--offline", &pipeline]), false);
+            assert!(printed.contains(&way), "{}: {printed}", target.display());
             chmod(above, 0o755);
         }
         fs::remove_file(&own).expect("removed");
@@ -183,8 +183,8 @@ fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_li
         let way = format!("{} belongs to user {STRANGER}", state.display());
         refused_by_all(&pipeline, &way);
         let at = state.display().to_string();
-        let told = said(&in_state(&["stream", "serve", "--port", "0", "--state-dir", &at]), false);
-        assert!(told.contains(&way), "{told}");
+        let printed = said(&in_state(&["stream", "serve", "--port", "0", "--state-dir", &at]), false);
+        assert!(printed.contains(&way), "{printed}");
         assert_eq!(fs::read_dir(&away).expect("a folder").count(), 0);
         fs::remove_file(&state).expect("removed");
         fs::rename(folder.join("state.own"), &state).expect("moved");
@@ -195,8 +195,8 @@ fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_li
     let missing = folder.join("nowhere");
     let way = format!("{}: it is missing, and a symbolic link leads to it", missing.display());
     for command in [&["run", pipeline.as_str()][..], &["check", "--offline", pipeline.as_str()]] {
-        let told = said(&in_state(command), false);
-        assert!(told.contains(&way), "{command:?}: {told}");
+        let printed = said(&in_state(command), false);
+        assert!(printed.contains(&way), "{command:?}: {printed}");
     }
     assert!(!missing.exists());
 }
@@ -215,8 +215,8 @@ fn wall_14_a_database_that_a_link_leads_to_is_tightened_or_refused() {
     chmod(&moved, 0o644);
     // The folder of the link is tightened as it is without one.
     chmod(&own, 0o777);
-    let told = said(&in_state(&["run", &pipeline]), true);
-    assert!(told.contains(&format!("{} was open to other users", moved.display())), "{told}");
+    let printed = said(&in_state(&["run", &pipeline]), true);
+    assert!(printed.contains(&format!("{} was open to other users", moved.display())), "{printed}");
     assert_eq!((mode(&moved), mode(&own)), (0o600, 0o700));
     for (open, tight) in [(&elsewhere, 0o755), (&moved, 0o600)] {
         chmod(open, 0o777);
@@ -242,13 +242,13 @@ fn wall_14_a_lock_does_not_follow_a_link() {
         fs::create_dir_all(&lock).expect("a folder");
         let lock = lock.join("lock");
         symlink(&precious, &lock).expect("a link");
-        let told = said(&in_state(command), false);
-        assert!(told.contains("expected a file, found a symbolic link"), "{told}");
+        let printed = said(&in_state(command), false);
+        assert!(printed.contains("expected a file, found a symbolic link"), "{printed}");
         fs::remove_file(&lock).expect("removed");
         // A second name of a file is no link.
         fs::hard_link(&precious, &lock).expect("linked");
-        let told = said(&in_state(command), false);
-        assert!(told.contains("expected a lock"), "{told}");
+        let printed = said(&in_state(command), false);
+        assert!(printed.contains("expected a lock"), "{printed}");
         assert_eq!(fs::read_to_string(&precious).expect("read"), "precious\n");
     }
 }
@@ -263,8 +263,8 @@ fn wall_14_check_refuses_a_lock_that_a_start_refuses() {
     fs::write(&precious, "precious\n").expect("written");
     let is_refused = |expected: &str| {
         for command in ["check", "run"] {
-            let told = said(&in_state(&[command, &pipeline]), false);
-            assert!(told.contains(expected), "{command}: {told}");
+            let printed = said(&in_state(&[command, &pipeline]), false);
+            assert!(printed.contains(expected), "{command}: {printed}");
         }
         said(&in_state(&["check", &pipeline, "--offline"]), true);
         fs::remove_file(&lock).expect("removed");
@@ -308,11 +308,11 @@ fn wall_14_exported_dead_letters_are_their_owners_alone() {
     said(&export(Path::new("/dev/null")), true);
     if is_root() {
         lchown(&link, Some(STRANGER), None).expect("given away");
-        let told = said(&export(&link), false);
-        assert!(told.contains("symbolic link of user"), "{told}");
+        let printed = said(&export(&link), false);
+        assert!(printed.contains("symbolic link of user"), "{printed}");
         chown(&old, Some(STRANGER), None).expect("given away");
-        let told = said(&export(&old), false);
-        assert!(told.contains("who could read it"), "{told}");
+        let printed = said(&export(&old), false);
+        assert!(printed.contains("who could read it"), "{printed}");
     }
 }
 

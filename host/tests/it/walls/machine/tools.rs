@@ -82,16 +82,16 @@ fn wall_16_build_tools_get_proxies_without_users_and_passwords() {
     let (tool, seen) = (plugin.join("tool"), plugin.join("seen"));
     spy(&tool, &seen);
     let built = |passed_on: &str| {
-        let told = build(&plugin, |command| {
+        let printed = build(&plugin, |command| {
             command.env("SHARDMILL_COMPONENTIZE_QJS", &tool);
             command.env("SHARDMILL_BUILD_ENV", passed_on);
             command.env("HTTPS_PROXY", "http://me:hunter2@proxy.example:3128");
             command.env("all_proxy", "me:hunter2@proxy.example:1080");
             command.env("CARGO_REGISTRIES_OURS_INDEX", "sparse+https://me:hunter2@crates.example/");
         });
-        (fs::read_to_string(&seen).expect("the tool ran"), said(&told, false))
+        (fs::read_to_string(&seen).expect("the tool ran"), said(&printed, false))
     };
-    let (environment, told) = built("");
+    let (environment, printed) = built("");
     assert!(!environment.contains("hunter2"), "{environment}");
     for bare in [
         "HTTPS_PROXY=http://proxy.example:3128",
@@ -101,12 +101,12 @@ fn wall_16_build_tools_get_proxies_without_users_and_passwords() {
         assert!(environment.contains(bare), "{bare}: {environment}");
         let (name, _) = bare.split_once('=').expect("a variable");
         let warning = format!("{name} is given to build tools without the user and the password");
-        assert_eq!(told.matches(&warning).count(), 1, "{told}");
+        assert_eq!(printed.matches(&warning).count(), 1, "{printed}");
     }
-    assert!(!told.contains("hunter2"), "{told}");
-    let (environment, told) = built("HTTPS_PROXY");
+    assert!(!printed.contains("hunter2"), "{printed}");
+    let (environment, printed) = built("HTTPS_PROXY");
     assert!(environment.contains("HTTPS_PROXY=http://me:hunter2@proxy"), "{environment}");
-    assert!(!told.contains("HTTPS_PROXY is given"), "{told}");
+    assert!(!printed.contains("HTTPS_PROXY is given"), "{printed}");
 }
 
 #[test]
@@ -128,19 +128,19 @@ fn wall_16_a_tool_below_a_folder_that_others_may_exchange_does_not_run() {
             command.env("PATH", format!("{}:{path}", on_path.display()));
             command.env_remove("SHARDMILL_COMPONENTIZE_QJS");
         });
-        let told = said(&built, false);
-        (seen.join("near").exists(), seen.join("path").exists(), told)
+        let printed = said(&built, false);
+        (seen.join("near").exists(), seen.join("path").exists(), printed)
     };
     let is_near = |is_near: bool| {
-        let (near, path, told) = ran();
-        assert_eq!((near, path), (is_near, !is_near), "{told}");
-        told
+        let (near, path, printed) = ran();
+        assert_eq!((near, path), (is_near, !is_near), "{printed}");
+        printed
     };
     is_near(true);
     // Only the folder above that of the link's target is open: there, `q` is exchanged for another folder.
     chmod(&above, 0o777);
-    let told = is_near(false);
-    assert!(told.contains("is not used, because every user may replace what lies in"), "{told}");
+    let printed = is_near(false);
+    assert!(printed.contains("is not used, because every user may replace what lies in"), "{printed}");
     chmod(&above, 0o1777);
     is_near(true);
     if is_root() {
@@ -150,15 +150,15 @@ fn wall_16_a_tool_below_a_folder_that_others_may_exchange_does_not_run() {
         symlink("../q", above.join("q")).expect("a link");
         is_near(true);
         lchown(above.join("q"), Some(65_534), None).expect("given away");
-        let told = is_near(false);
-        assert!(told.contains("belongs to user 65534"), "{told}");
+        let printed = is_near(false);
+        assert!(printed.contains("belongs to user 65534"), "{printed}");
     }
     // PATH is this user's own: its tools run, with a warning.
     chmod(&on_path, 0o777);
     chmod(&above, 0o777);
-    let told = is_near(false);
+    let printed = is_near(false);
     let warning = format!("build tools may be taken from {} in PATH", on_path.display());
-    assert_eq!(told.matches(&warning).count(), 1, "{told}");
+    assert_eq!(printed.matches(&warning).count(), 1, "{printed}");
 }
 
 #[test]
@@ -182,13 +182,13 @@ fn wall_16_a_tool_in_a_folder_above_is_taken_within_the_repository_and_from_this
                 command.env_remove("SHARDMILL_COMPONENTIZE_QJS");
                 command.env_remove("SHARDMILL_COMPONENTIZE_PY");
             });
-            let told = said(&built, false);
+            let printed = said(&built, false);
             let mut who: Vec<String> = fs::read_dir(&seen)
                 .expect("a folder")
                 .map(|entry| entry.expect("an entry").file_name().into_string().expect("text"))
                 .collect();
-            assert_eq!(who.len(), 1, "{who:?}: {told}");
-            (who.remove(0), told)
+            assert_eq!(who.len(), 1, "{who:?}: {printed}");
+            (who.remove(0), printed)
         };
         spy(&on_path.join(name), &seen.join("path"));
         spy(&root.join(local), &seen.join("above"));
@@ -196,21 +196,21 @@ fn wall_16_a_tool_in_a_folder_above_is_taken_within_the_repository_and_from_this
 
         let open = |path: &Path| {
             chmod(path, 0o777);
-            let (who, told) = ran();
-            assert_eq!(who, "path", "{}: {told}", path.display());
+            let (who, printed) = ran();
+            assert_eq!(who, "path", "{}: {printed}", path.display());
             chmod(path, 0o755);
-            told
+            printed
         };
-        let told = open(&root);
-        assert!(told.contains("is not used, because every user may replace"), "{told}");
+        let printed = open(&root);
+        assert!(printed.contains("is not used, because every user may replace"), "{printed}");
         // The search ends before it comes to the tool.
         open(&repository);
         open(&root.join(local));
         if is_root() {
             chown(&root, Some(65_534), None).expect("given away");
-            let (who, told) = ran();
-            assert_eq!(who, "path", "{told}");
-            assert!(told.contains("belongs to user 65534"), "{told}");
+            let (who, printed) = ran();
+            assert_eq!(who, "path", "{printed}");
+            assert!(printed.contains("belongs to user 65534"), "{printed}");
             chown(&root, Some(0), None).expect("taken back");
         }
         assert_eq!(ran().0, "above");
@@ -233,9 +233,9 @@ fn wall_16_cargo_follows_no_settings_of_another_user() {
     let text = format!("[build]\nrustc-wrapper = \"{}\"\n", tool.display());
     fs::write(&settings, text).expect("written");
     let is_refused = || {
-        let told = said(&build(&plugin, |command| _ = with_tools(command)), false);
-        assert!(told.contains("refused to build: cargo would follow"), "{told}");
-        assert!(told.contains(&settings.display().to_string()), "{told}");
+        let printed = said(&build(&plugin, |command| _ = with_tools(command)), false);
+        assert!(printed.contains("refused to build: cargo would follow"), "{printed}");
+        assert!(printed.contains(&settings.display().to_string()), "{printed}");
         assert!(!seen.exists(), "the wrapper ran");
     };
     chmod(&settings, 0o666);
