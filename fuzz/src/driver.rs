@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use super::TARGETS;
-use shardmill_core::fuzzing::Target;
+use shardmill_core::fuzzing::FuzzTarget;
 
 /// Variable with the time that each target runs, in seconds.
 const SECONDS: &str = "SHARDMILL_FUZZ_SECONDS";
@@ -32,7 +32,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 /// Reads the committed inputs of a target, sorted by name.
-fn corpus(target: &Target) -> Vec<(String, Vec<u8>)> {
+fn corpus(target: &FuzzTarget) -> Vec<(String, Vec<u8>)> {
     let folder = folder("corpus").join(target.name);
     let files = fs::read_dir(&folder).expect("a corpus");
     let mut inputs: Vec<(String, Vec<u8>)> = files
@@ -51,7 +51,7 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 /// Runs an input. A finding is stored in `fuzz/findings`, and the error names the file.
-fn run(target: &Target, input: &[u8], from: &str) -> Result<(), String> {
+fn run(target: &FuzzTarget, input: &[u8], from: &str) -> Result<(), String> {
     let begun = Instant::now();
     let ended = catch_unwind(AssertUnwindSafe(|| (target.run)(input)));
     let slow = begun.elapsed() > RUN_MAX;
@@ -72,7 +72,7 @@ fn run(target: &Target, input: &[u8], from: &str) -> Result<(), String> {
 }
 
 /// Runs inputs of a seed for some time, and returns their number.
-fn run_seeded(target: &Target, seed: u64, time: Duration) -> Result<u64, String> {
+fn run_seeded(target: &FuzzTarget, seed: u64, time: Duration) -> Result<u64, String> {
     let corpus = corpus(target);
     let mut random = Rng::with_seed(seed);
     let (begun, mut executions) = (Instant::now(), 0);
@@ -92,7 +92,7 @@ fn run_seeded(target: &Target, seed: u64, time: Duration) -> Result<u64, String>
 }
 
 /// Changes an input in one of the ways that fuzzers know.
-fn mutate(input: &mut Vec<u8>, target: &Target, corpus: &[(String, Vec<u8>)], random: &mut Rng) {
+fn mutate(input: &mut Vec<u8>, target: &FuzzTarget, corpus: &[(String, Vec<u8>)], random: &mut Rng) {
     let start = random.usize(..=input.len());
     let end = random.usize(start..=input.len().min(start + 32));
     match random.u8(..8) {
@@ -136,10 +136,10 @@ fn say(line: &str) {
     let _closed = writeln!(std::io::stderr(), "{line}");
 }
 
-fn chosen() -> Vec<&'static Target> {
+fn chosen() -> Vec<&'static FuzzTarget> {
     let only = std::env::var(ONLY).ok();
-    let is_chosen = |target: &&Target| only.as_deref().is_none_or(|only| only == target.name);
-    let chosen: Vec<&Target> = TARGETS.iter().filter(is_chosen).collect();
+    let is_chosen = |target: &&FuzzTarget| only.as_deref().is_none_or(|only| only == target.name);
+    let chosen: Vec<&FuzzTarget> = TARGETS.iter().filter(is_chosen).collect();
     assert!(!chosen.is_empty(), "{ONLY}: unknown target {only:?}");
     chosen
 }

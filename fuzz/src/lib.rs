@@ -7,10 +7,10 @@
 mod driver;
 mod values;
 
-use shardmill_core::fuzzing::Target;
+use shardmill_core::fuzzing::FuzzTarget;
 
 /// All targets.
-pub static TARGETS: [Target; 7] = [
+pub static TARGETS: [FuzzTarget; 7] = [
     shardmill_engine::stage::fuzz::OUTCOME,
     shardmill_plugin::capability::lookup::fuzz::ARGUMENTS,
     shardmill_kinesis::fuzz::AGGREGATE,

@@ -15,7 +15,7 @@ use shardmill_core::source::ShardSource as _;
 use shardmill_engine::bound::{MemoryBound, memory_bytes_available};
 use shardmill_engine::lane::{BuildSinks, agreement, roster};
 use shardmill_engine::lock::PipelineLock;
-use shardmill_engine::stage::{Revision, Target};
+use shardmill_engine::stage::{Revision, RouteTarget};
 use shardmill_file::FileSource;
 use shardmill_serve::admin::control::ReloadQuery;
 use shardmill_state::{Changes, Checkpoints, DeadLetters, StateStore, StoredDeadLetter};
@@ -215,9 +215,9 @@ fn report<'a>(
             .iter()
             .zip(stage.targets.iter())
             .map(|(route, target)| match target {
-                Target::Next(_) => format!("{route} → next stage"),
-                Target::Sinks(sinks) if sinks.is_empty() => format!("{route} → dropped"),
-                Target::Sinks(sinks) => {
+                RouteTarget::Next(_) => format!("{route} → next stage"),
+                RouteTarget::Sinks(sinks) if sinks.is_empty() => format!("{route} → dropped"),
+                RouteTarget::Sinks(sinks) => {
                     let names: Vec<&str> = sinks.iter().map(SinkName::as_str).collect();
                     format!("{route} → {}", names.join(" + "))
                 }

@@ -27,7 +27,7 @@ pub(super) struct RunningPipeline {
 }
 
 /// What it answered: the report, or why nothing was changed.
-pub(super) enum Answer {
+pub(super) enum ControlAnswer {
     /// The report.
     Done(Value),
     /// Nothing was changed; the report says why.
@@ -102,7 +102,7 @@ impl RunningPipeline {
         path: &str,
         query: &impl Serialize,
         body: Vec<u8>,
-    ) -> anyhow::Result<Answer> {
+    ) -> anyhow::Result<ControlAnswer> {
         let mut url = url::Url::parse(&format!("{}{path}", self.base))?;
         if let Value::Object(query) = serde_json::to_value(query)? {
             let mut pairs = url.query_pairs_mut();
@@ -120,8 +120,8 @@ impl RunningPipeline {
         let report: Value = serde_json::from_slice(&answer.bytes().await?)
             .with_context(|| format!("the pipeline answered {status}"))?;
         match status.as_u16() {
-            200 => Ok(Answer::Done(report)),
-            409 => Ok(Answer::Refused(report)),
+            200 => Ok(ControlAnswer::Done(report)),
+            409 => Ok(ControlAnswer::Refused(report)),
             _ => bail!("{}", report["error"].as_str().unwrap_or("the pipeline gave no reason")),
         }
     }

@@ -46,7 +46,7 @@ pub enum Command {
         /// The letter's number, as `list` shows it.
         id: i64,
         #[command(flatten)]
-        pipeline: Pipeline,
+        pipeline: DlqPipeline,
     },
     /// Write dead letters as JSON, one a line, with all that is known of them.
     #[command(after_help = "Example:\n  shardmill dlq export --sink mart -o letters.ndjson")]
@@ -97,7 +97,7 @@ pub enum Command {
 
 /// The pipeline whose letters are meant.
 #[derive(clap::Args)]
-pub struct Pipeline {
+pub struct DlqPipeline {
     /// The pipeline's file.
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PIPELINE)]
     pipeline: PathBuf,
@@ -110,7 +110,7 @@ pub struct Pipeline {
 #[derive(clap::Args)]
 pub struct Selection {
     #[command(flatten)]
-    pipeline: Pipeline,
+    pipeline: DlqPipeline,
     /// Letters by their numbers.
     ids: Vec<i64>,
     /// Only what this stage did not take.
@@ -165,7 +165,7 @@ pub async fn dlq(command: Command, console: &Console) -> anyhow::Result<()> {
     }
 }
 
-fn open(pipeline: &Pipeline) -> anyhow::Result<DeadLetters> {
+fn open(pipeline: &DlqPipeline) -> anyhow::Result<DeadLetters> {
     let mut config = load(&pipeline.pipeline)?;
     if let Some(change) = pipeline.again {
         let folder = rerun::folder(&config, change);
@@ -220,7 +220,7 @@ async fn list(wanted: &Selection, limit: u32, console: &Console) -> anyhow::Resu
     Ok(())
 }
 
-async fn show(id: i64, pipeline: &Pipeline, console: &Console) -> anyhow::Result<()> {
+async fn show(id: i64, pipeline: &DlqPipeline, console: &Console) -> anyhow::Result<()> {
     let filter = DeadLetterFilter { ids: vec![id], ..DeadLetterFilter::default() };
     let dead_letters = open(pipeline)?.select(filter, 1).await?;
     let Some(dead_letter) = dead_letters.first() else {

@@ -44,7 +44,7 @@ pub(crate) use self::output::{print_json, print_line};
 use crate::registry::SINK_TYPES;
 use crate::terminal::LogOutput;
 use shardmill_config::{ConfigError, Endpoint, PipelineConfig};
-use shardmill_core::escape::{EscapingWriter, Kept};
+use shardmill_core::escape::{EscapingWriter, KeptCharacters};
 use shardmill_core::masking;
 use shardmill_core::private::StateDir;
 use shardmill_engine::lock::PipelineLock;
@@ -380,7 +380,7 @@ fn init_logging(verbose: u8) {
     };
     let styles = terminal::is_styled(&std::io::stderr());
     // An event is one line and steers nothing, whatever its fields hold.
-    let kept = Kept::OneLine { styles };
+    let kept = KeptCharacters::OneLine { styles };
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(move || EscapingWriter::new(LogOutput, kept))
         .with_ansi(styles)

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::terminal::note_styled;
 use shardmill_config::{PipelineConfig, SharedOutput};
-use shardmill_core::escape::{EscapingWriter, Kept, printable, printable_json};
+use shardmill_core::escape::{EscapingWriter, KeptCharacters, printable, printable_json};
 
 /// Cancelled once a reader has closed standard output. The process has one, so this has one.
 static CLOSED: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
@@ -97,7 +97,7 @@ pub(crate) fn for_rows() -> SharedOutput {
 
 fn rows_to(output: impl Write + Send + 'static, is_terminal: bool) -> SharedOutput {
     match is_terminal {
-        true => Arc::new(Mutex::new(EscapingWriter::new(output, Kept::Layout))),
+        true => Arc::new(Mutex::new(EscapingWriter::new(output, KeptCharacters::Layout))),
         false => Arc::new(Mutex::new(output)),
     }
 }

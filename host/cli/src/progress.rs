@@ -11,13 +11,13 @@ use crate::terminal::{moves_cursor, note};
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Progress of one piece of work.
-pub struct Progress {
+pub struct ConsoleProgress {
     what: String,
     bar: Option<ProgressBar>,
     printed: Instant,
 }
 
-impl Progress {
+impl ConsoleProgress {
     /// Progress towards `total`; `None`: nobody knows how much there is.
     pub fn start(what: &str, total: Option<u64>) -> Self {
         let bar = (std::io::stderr().is_terminal() && moves_cursor()).then(|| match total {

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use shardmill_core::boxed;
 
-use super::control::{Answer, RunningPipeline};
+use super::control::{ControlAnswer, RunningPipeline};
 use super::{Console, PipelineFile, load, swap};
 use shardmill_serve::admin::control::ReloadQuery;
 
@@ -25,10 +25,10 @@ pub async fn reload(options: Options, console: &Console) -> anyhow::Result<()> {
 }
 
 /// Says what a reload has changed, or would.
-pub(super) fn print_answer(answer: Answer, dry_run: bool, console: &Console) -> anyhow::Result<()> {
+pub(super) fn print_answer(answer: ControlAnswer, dry_run: bool, console: &Console) -> anyhow::Result<()> {
     let report = match answer {
-        Answer::Done(report) => report,
-        Answer::Refused(report) => {
+        ControlAnswer::Done(report) => report,
+        ControlAnswer::Refused(report) => {
             swap::say_trial(&report["trial"], console);
             console.report(&report)?;
             anyhow::bail!(report["error"].as_str().unwrap_or_default().to_owned());

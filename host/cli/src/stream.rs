@@ -13,12 +13,12 @@ use std::time::Duration;
 use aws_sdk_kinesis::Client;
 
 use self::describe::report;
-pub use self::place::Place;
-use self::place::{Target, embedded_address};
-use self::put::{PutOptions, put};
+pub use self::place::StreamPlace;
+use self::place::{ResolvedStream, embedded_address};
+use self::put::{StreamPutOptions, put};
 use self::reshard::{Reshard, reshard};
 use self::tail::{TailOptions, tail};
-use super::progress::Progress;
+use super::progress::ConsoleProgress;
 use super::{Console, signals};
 use shardmill_config::{CreateStream, Endpoint, KinesisConfig, PipelineConfig, SourceKind, Timing};
 use shardmill_core::boxed;
@@ -47,7 +47,7 @@ pub enum Command {
         #[arg(long)]
         any_user: bool,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Create a stream and wait until it is ACTIVE.
     #[command(after_help = "Example:\n  shardmill stream create --shards 5")]
@@ -59,21 +59,21 @@ pub enum Command {
         #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
         wait: Duration,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Show a stream: status, shards, parents.
     Describe {
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Put the records of files, or of standard input, at least once.
     #[command(after_help = "Examples:\n  shardmill stream put flights.csv --skip 1\n  \
                             echo '{\"id\":1}' | shardmill stream put --format ndjson --key-field id")]
     Put {
         #[command(flatten)]
-        options: PutOptions,
+        options: StreamPutOptions,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Print records: shard, sequence, key, payload; as they are, or as a plugin decodes them.
     #[command(after_help = "Examples:\n  shardmill stream tail --limit 10\n  \
@@ -82,7 +82,7 @@ pub enum Command {
         #[command(flatten)]
         options: TailOptions,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Split a shard in two and wait until the stream is ACTIVE.
     #[command(after_help = "Example:\n  shardmill stream split shardId-000000000000")]
@@ -96,7 +96,7 @@ pub enum Command {
         #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
         wait: Duration,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Merge two adjacent shards and wait until the stream is ACTIVE.
     #[command(
@@ -111,7 +111,7 @@ pub enum Command {
         #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
         wait: Duration,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Give a stream so many shards of equal ranges and wait until it is ACTIVE.
     #[command(after_help = "Example:\n  shardmill stream scale 4")]
@@ -123,7 +123,7 @@ pub enum Command {
         #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
         wait: Duration,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Who reads a stream by enhanced fan-out: list, register, deregister.
     #[command(subcommand)]
@@ -136,7 +136,7 @@ pub enum Command {
         #[arg(long)]
         yes: bool,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
 }
 
@@ -270,14 +270,14 @@ pub(crate) async fn create_and_wait(
     create: CreateStream,
 ) -> anyhow::Result<stream::Description> {
     stream::create(client, name, create.shards).await?;
-    let mut progress = Progress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
+    let mut progress = ConsoleProgress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
     let mut glance = |waited: Duration, status: &str| progress.at(waited.as_secs(), status);
     let description = stream::wait_active(client, name, create.wait_max, &mut glance).await?;
     progress.done();
     Ok(description)
 }
 
-async fn serve(port: u16, users: Users, target: &Target, console: &Console) -> anyhow::Result<()> {
+async fn serve(port: u16, users: Users, target: &ResolvedStream, console: &Console) -> anyhow::Result<()> {
     let stop = signals::stop_on_signals(Timing::default().drain_max)?;
     target.state_dir.make(served::FOLDER)?;
     let served = EmbeddedStream::serve_for(&target.state_dir, port, users).await?;

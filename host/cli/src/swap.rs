@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
-use super::control::{Answer, RunningPipeline};
+use super::control::{ControlAnswer, RunningPipeline};
 use super::{Console, DEFAULT_PIPELINE, rerun, load, print_line};
 use shardmill_config::PipelineConfig;
 use shardmill_core::record::{Position, SequenceNumber, ShardId};
@@ -18,7 +18,7 @@ use shardmill_state::{RevisionSpec, StageSpec};
 
 /// The pipeline that is meant.
 #[derive(clap::Args)]
-pub struct Pipeline {
+pub struct PipelineArgs {
     /// The pipeline's file.
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PIPELINE)]
     pipeline: PathBuf,
@@ -31,7 +31,7 @@ pub(crate) struct SwapOptions {
     /// The component's file, or the first digits of the digest of one that ran before.
     component: String,
     #[command(flatten)]
-    pipeline: Pipeline,
+    pipeline: PipelineArgs,
     /// Go on comparing with live records for so long, such as "1 min", before it takes over; at most a day.
     #[arg(long, value_name = "DURATION", value_parser = parse_shadow)]
     shadow: Option<Duration>,
@@ -103,7 +103,7 @@ pub(crate) struct RollbackOptions {
     /// The stage.
     stage: String,
     #[command(flatten)]
-    pipeline: Pipeline,
+    pipeline: PipelineArgs,
     /// Then run again what the undone version had run, into the tables that can take it.
     #[arg(long)]
     replay_from_swap: bool,
@@ -138,10 +138,10 @@ pub async fn roll_back(options: RollbackOptions, console: &Console) -> anyhow::R
 }
 
 /// Says what was changed, or fails with the reason.
-fn print_answer(answer: Answer, console: &Console) -> anyhow::Result<()> {
+fn print_answer(answer: ControlAnswer, console: &Console) -> anyhow::Result<()> {
     let (report, refused) = match answer {
-        Answer::Done(report) => (report, None),
-        Answer::Refused(report) => {
+        ControlAnswer::Done(report) => (report, None),
+        ControlAnswer::Refused(report) => {
             let error = report["error"].as_str().unwrap_or_default().to_owned();
             (report, Some(error))
         }
@@ -241,7 +241,7 @@ pub(crate) struct HistoryOptions {
     /// Only changes of this stage.
     stage: Option<String>,
     #[command(flatten)]
-    pipeline: Pipeline,
+    pipeline: PipelineArgs,
     /// The most changes that are shown.
     #[arg(long, default_value_t = 50)]
     limit: u32,
@@ -316,7 +316,7 @@ pub(crate) struct WhichOptions {
     /// The record: its shard and sequence number, as SHARD:SEQUENCE; in an aggregate, SHARD:SEQUENCE/NUMBER.
     record: String,
     #[command(flatten)]
-    pipeline: Pipeline,
+    pipeline: PipelineArgs,
     /// The record's partition key: by it a canary's share is told.
     #[arg(long, value_name = "KEY")]
     key: Option<String>,

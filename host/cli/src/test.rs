@@ -14,7 +14,7 @@ use shardmill_workbench::capture;
 use shardmill_workbench::capture::SequenceRange;
 use shardmill_workbench::case::CaseFile;
 use shardmill_workbench::compare;
-use shardmill_workbench::compare::Verdict;
+use shardmill_workbench::compare::CaseVerdict;
 use shardmill_workbench::junit;
 use shardmill_workbench::junit::JunitCase;
 use shardmill_workbench::manifest::PluginManifest;
@@ -164,7 +164,7 @@ fn run_file(
 ) -> anyhow::Result<()> {
     let is_asked = |name: &str| options.filter.as_ref().is_none_or(|part| name.contains(part));
     let coloured = crate::terminal::is_styled(&std::io::stdout());
-    let mut verdicts: Vec<Vec<Verdict>> = Vec::new();
+    let mut verdicts: Vec<Vec<CaseVerdict>> = Vec::new();
     for case in &file.cases {
         let of_case = match is_asked(&case.name) {
             true => compare::run(workbench, &file.path, case).map_err(anyhow::Error::msg)?,

@@ -17,7 +17,7 @@ use super::check::Check;
 use shardmill_core::values::Values;
 
 /// Where variables come from: the process's environment, or a test's map.
-pub type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
+pub type EnvLookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// Looks a variable up in the environment of this process.
 pub fn environment(name: &str) -> Option<String> {
@@ -63,7 +63,7 @@ impl StageText {
     ///
     /// # Errors
     /// A sentence: which variable is not set, or the text is not a configuration.
-    pub fn resolve(&self, lookup: Lookup) -> Result<StageValues, String> {
+    pub fn resolve(&self, lookup: EnvLookup) -> Result<StageValues, String> {
         let mut values = Values::default();
         if !self.has_variables {
             return Ok(StageValues { json: self.json.clone(), values });
@@ -194,7 +194,7 @@ fn map_strings(value: &mut Value, map: &mut impl FnMut(&str) -> Option<String>) 
 }
 
 /// Replaces the variables of a case's configuration that are set; those that are not stay as they are.
-pub fn substitute_set(config: &mut Value, lookup: Lookup) {
+pub fn substitute_set(config: &mut Value, lookup: EnvLookup) {
     map_strings(config, &mut |text| match names_in(text).is_empty() {
         true => None,
         false => substitute(text, lookup, &mut |_, _| {}).ok(),
@@ -213,14 +213,14 @@ fn names_in(text: &str) -> Vec<String> {
 }
 
 /// Replaces the variables in all string values of a table, at any depth.
-pub(super) fn substitute_table(table: &mut DeTable<'_>, lookup: Lookup, check: &mut Check) {
+pub(super) fn substitute_table(table: &mut DeTable<'_>, lookup: EnvLookup, check: &mut Check) {
     for (_, value) in table.iter_mut() {
         let span = value.span();
         substitute_value(value.get_mut(), span, lookup, check);
     }
 }
 
-fn substitute_value(value: &mut DeValue, span: Range<usize>, lookup: Lookup, check: &mut Check) {
+fn substitute_value(value: &mut DeValue, span: Range<usize>, lookup: EnvLookup, check: &mut Check) {
     match value {
         DeValue::String(text) if text.contains('$') => {
             let replaced = substitute(text, lookup, &mut |name, value| check.hide(name, value));
@@ -279,7 +279,7 @@ impl EnvError {
 /// Replaces the variables of a text; `used` gets the name and the value of each that is set.
 fn substitute(
     text: &str,
-    lookup: Lookup,
+    lookup: EnvLookup,
     used: &mut dyn FnMut(&str, &str),
 ) -> Result<String, EnvError> {
     let mut replaced = String::with_capacity(text.len());
@@ -310,7 +310,7 @@ fn substitute(
 fn expand(
     inside: &str,
     written: &str,
-    lookup: Lookup,
+    lookup: EnvLookup,
     used: &mut dyn FnMut(&str, &str),
 ) -> Result<String, EnvError> {
     let (name, default) = match inside.split_once(":-") {

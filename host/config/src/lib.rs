@@ -60,7 +60,7 @@ pub use self::check::{NAME_RULE, is_name};
 pub use self::destination::one_spelling;
 pub use self::diagnostic::{ConfigError, Problem, suggest, error_text};
 pub use self::env::substitute_set;
-pub use self::env::{Lookup, StageText, StageValues, environment};
+pub use self::env::{EnvLookup, StageText, StageValues, environment};
 pub use self::grant_http::is_travel_header;
 pub use self::grant_http::{HttpHostConfig, HttpMethod};
 pub use self::limits::{CompileLimits, ProbationLimits, RejectedMax, SampleLimits, StageLimits};
@@ -68,7 +68,7 @@ pub use self::load::{BUFFER_BYTES, load, parse};
 pub use self::lookup::{LookupCacheLimits, LookupConfig, LookupSource};
 pub use self::reload::Gates;
 pub use self::sink_settings::{
-    BuildError, ReplaySupport, Rerun, SameSettings, SharedOutput, SharedParts, SinkContext,
+    SinkBuildError, ReplaySupport, Rerun, SameSettings, SharedOutput, SharedParts, SinkContext,
     SinkSettings,
 };
 pub use self::sink_type::{Key, KeyDefault, KeyForm, ReadSink, SinkTable, SinkType, SinkTypes};

@@ -9,7 +9,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::check::{CONNECTIONS_ALLOWED, Check};
 use super::diagnostic::suggest;
-use super::env::{Lookup, substitute_table};
+use super::env::{EnvLookup, substitute_table};
 use super::raw::{RawAdmin, RawDeadLetters, RawPipeline, Text};
 use super::shape::shaped;
 use super::{
@@ -55,7 +55,7 @@ const DEAD_LETTERS_BYTES_MAX: usize = 1 << 50;
 ///
 /// # Errors
 /// Everything that the file alone shows to be wrong, each with its place and a way out.
-pub fn load(path: &Path, types: &SinkTypes, lookup: Lookup) -> Result<PipelineConfig, ConfigError> {
+pub fn load(path: &Path, types: &SinkTypes, lookup: EnvLookup) -> Result<PipelineConfig, ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|cause| ConfigError::unreadable(path, &cause))?;
     parse(path, text, types, lookup)
@@ -70,7 +70,7 @@ pub fn parse(
     path: impl Into<PathBuf>,
     text: impl Into<String>,
     types: &SinkTypes,
-    lookup: Lookup,
+    lookup: EnvLookup,
 ) -> Result<PipelineConfig, ConfigError> {
     let file = Arc::new(ConfigFile { path: path.into(), text: text.into() });
     let mut check = Check::new(&file).with_lists(types.lists());
@@ -81,7 +81,7 @@ pub fn parse(
 fn read(
     file: &Arc<ConfigFile>,
     types: &SinkTypes,
-    variables: Lookup,
+    variables: EnvLookup,
     check: &mut Check,
 ) -> Option<PipelineConfig> {
     let mut root = match DeTable::parse(&file.text) {

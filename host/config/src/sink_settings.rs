@@ -69,7 +69,7 @@ pub trait SinkSettings: Any + Debug + Send + Sync + SameSettings {
         &self,
         context: &SinkContext<'_>,
         shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError>;
+    ) -> Result<Arc<dyn Sink>, SinkBuildError>;
 }
 
 /// The comparison of settings whose type is not known. All settings that can be compared have it.
@@ -119,7 +119,7 @@ pub struct Rerun {
 }
 
 /// Why a sink could not be made.
-pub type BuildError = Box<dyn std::error::Error + Send + Sync>;
+pub type SinkBuildError = Box<dyn std::error::Error + Send + Sync>;
 
 /// An output that several sinks share; a commit's lines are written under one lock.
 pub type SharedOutput = Arc<Mutex<dyn Write + Send>>;

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 
 pub use self::answer::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX, occupied_while_read};
 pub use self::ledger::LongWait;
-use self::ledger::{AccountId, BufferId, Ledger, Limits, Ticket};
+use self::ledger::{AccountId, BufferId, BudgetLedger, Limits, Ticket};
 
 /// How long who went beyond the bound may stand still until another may, unless it is configured.
 const TURN_MAX: Duration = Duration::from_secs(10);
@@ -38,7 +38,7 @@ struct Shared {
 }
 
 struct State {
-    ledger: Ledger,
+    ledger: BudgetLedger,
     /// Whom to wake when a ticket has its bytes.
     wakers: HashMap<Ticket, Arc<Notify>>,
     /// Whom to wake when a buffer is to be committed.
@@ -74,7 +74,7 @@ impl Budget {
     /// A budget in which who went beyond the bound and is blocked for `turn_max` lets another do so.
     pub fn with_turn(bytes_max: usize, gauge: &'static str, turn_max: Duration) -> Self {
         let state = State {
-            ledger: Ledger::new(Limits { bytes_max, turn_max }),
+            ledger: BudgetLedger::new(Limits { bytes_max, turn_max }),
             wakers: HashMap::new(),
             committers: HashMap::new(),
             looked_at: Instant::now(),

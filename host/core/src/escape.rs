@@ -176,7 +176,7 @@ pub fn printable_json(json: &str) -> Cow<'_, str> {
 
 /// The characters that [`EscapingWriter`] leaves as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
+pub enum KeptCharacters {
     /// Ends of lines and tabs.
     Layout,
     /// Tabs, and the line end at the end of each write: an event of the log is one line. With styles, the
@@ -191,12 +191,12 @@ pub enum Kept {
 /// bytes that are not UTF-8 are shown as `\xXX`.
 pub struct EscapingWriter<W> {
     output: W,
-    kept: Kept,
+    kept: KeptCharacters,
 }
 
 impl<W: Write> EscapingWriter<W> {
     /// Wraps an output.
-    pub fn new(output: W, kept: Kept) -> Self {
+    pub fn new(output: W, kept: KeptCharacters) -> Self {
         Self { output, kept }
     }
 }
@@ -216,7 +216,7 @@ impl<W: Write> Write for EscapingWriter<W> {
     }
 }
 
-fn shown_bytes(bytes: &[u8], kept: Kept) -> String {
+fn shown_bytes(bytes: &[u8], kept: KeptCharacters) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         text.push_str(chunk.valid());
@@ -226,8 +226,8 @@ fn shown_bytes(bytes: &[u8], kept: Kept) -> String {
         }
     }
     match kept {
-        Kept::Layout => printable(&text).into_owned(),
-        Kept::OneLine { styles } => {
+        KeptCharacters::Layout => printable(&text).into_owned(),
+        KeptCharacters::OneLine { styles } => {
             let (line, end) = match text.strip_suffix('\n') {
                 Some(line) => (line, "\n"),
                 None => (text.as_str(), ""),
@@ -342,10 +342,10 @@ mod tests {
             String::from_utf8(output).unwrap()
         };
         let line = b"WARN x\nERROR forged\x1b[2J\xe2\x80\xae\xff\n";
-        let plain = Kept::OneLine { styles: false };
+        let plain = KeptCharacters::OneLine { styles: false };
         assert_eq!(written(line, plain), "WARN x\\nERROR forged\\u{1b}[2J\\u{202e}\\xff\n");
-        let styled = Kept::OneLine { styles: true };
+        let styled = KeptCharacters::OneLine { styles: true };
         assert_eq!(written(b"\x1b[2mx\x1b[0m\x1b[2J\n", styled), "\x1b[2mx\x1b[0m\\u{1b}[2J\n");
-        assert_eq!(written(b"a\tb\nc\x1bd\n", Kept::Layout), "a\tb\nc\\u{1b}d\n");
+        assert_eq!(written(b"a\tb\nc\x1bd\n", KeptCharacters::Layout), "a\tb\nc\\u{1b}d\n");
     }
 }

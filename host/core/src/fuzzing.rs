@@ -11,7 +11,7 @@ mod choices;
 pub use choices::Choices;
 
 /// Code under test, and a way to make inputs for it.
-pub struct Target {
+pub struct FuzzTarget {
     /// The target's name, which is also the name of its corpus in `fuzz/corpus`.
     pub name: &'static str,
     /// Runs the code with one input. Panics on a finding.

@@ -17,7 +17,7 @@ use std::path::{Component, Path, PathBuf};
 
 pub use self::judge::Reach;
 pub use self::judge::Trusted;
-use self::judge::{BEYOND_OWNER, FileSystem, Judge, Me, Own, Step, StepKind};
+use self::judge::{BEYOND_OWNER, FileSystem, Judge, Me, Own, PathStep, StepKind};
 
 /// Mode of folders that are made.
 const FOLDER_MODE: u32 = 0o700;
@@ -171,7 +171,7 @@ impl StateDir {
 }
 
 /// Judges a folder by the steps to it, and warns where the file system tells nothing.
-fn checked(folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, PrivateError> {
+fn checked(folder: &Path, steps: &[PathStep], is_there: bool) -> Result<Own, PrivateError> {
     let (verdict, is_loose) = verdict(folder, steps, is_there);
     if verdict.is_ok() && is_loose {
         tracing::warn!(
@@ -184,7 +184,7 @@ fn checked(folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, Private
 }
 
 /// Judges a folder by the steps to it; and whether that took a look at how its file system keeps owners and modes.
-fn verdict(folder: &Path, steps: &[Step], is_there: bool) -> (Result<Own, PrivateError>, bool) {
+fn verdict(folder: &Path, steps: &[PathStep], is_there: bool) -> (Result<Own, PrivateError>, bool) {
     let mut judge = Judge { me: Me::now(), loose: None };
     let mut verdict = judged(&judge, folder, steps, is_there);
     if verdict.is_err()
@@ -202,7 +202,7 @@ fn verdict(folder: &Path, steps: &[Step], is_there: bool) -> (Result<Own, Privat
     (verdict, judge.loose.is_some())
 }
 
-fn judged(judge: &Judge, folder: &Path, steps: &[Step], is_there: bool) -> Result<Own, Reach> {
+fn judged(judge: &Judge, folder: &Path, steps: &[PathStep], is_there: bool) -> Result<Own, Reach> {
     let Some(last) = steps.last().filter(|_| is_there) else {
         return judge.reach_above(steps).map_or(Ok(Own::Fits), Err);
     };
@@ -219,7 +219,7 @@ fn judged(judge: &Judge, folder: &Path, steps: &[Step], is_there: bool) -> Resul
 
 /// How another user reaches an entry of a folder: by owning the entry, or by what lies on the way that a link
 /// leads. `real` is the folder without links.
-fn reached_entry(judge: &Judge, folder: &Path, real: &Step) -> Option<Reach> {
+fn reached_entry(judge: &Judge, folder: &Path, real: &PathStep) -> Option<Reach> {
     let entries = fs::read_dir(folder).ok()?.flatten();
     entries.into_iter().find_map(|entry| {
         // Gone meanwhile: it harms nobody.
@@ -534,7 +534,7 @@ pub fn is_open_to_others(file: &File) -> io::Result<bool> {
 pub fn reach_of(path: &Path, trusted: Trusted) -> io::Result<Option<Reach>> {
     let about = fs::metadata(path)?;
     // In a sticky folder, everybody may put a file that was not there.
-    let step = Step { mode: about.mode() & 0o777, ..step(path, &about, StepKind::Folder) };
+    let step = PathStep { mode: about.mode() & 0o777, ..step(path, &about, StepKind::Folder) };
     Ok(judge_of_programs(trusted).reach(&step))
 }
 
@@ -626,7 +626,7 @@ fn absolute(path: &Path) -> Result<PathBuf, PrivateError> {
 ///
 /// After a link or a `..`, the way starts again at `/`: the folders above the new place count in full, also
 /// those that a mount hid before.
-fn steps(folder: &Path) -> Result<(Vec<Step>, bool), PrivateError> {
+fn steps(folder: &Path) -> Result<(Vec<PathStep>, bool), PrivateError> {
     let mounts = mounts();
     let mut at = PathBuf::from("/");
     let mut ahead: Vec<PathBuf> = components(folder);
@@ -688,9 +688,9 @@ fn components(path: &Path) -> Vec<PathBuf> {
     names.collect()
 }
 
-fn step(path: &Path, about: &fs::Metadata, kind: StepKind) -> Step {
+fn step(path: &Path, about: &fs::Metadata, kind: StepKind) -> PathStep {
     let (uid, gid, mode) = (about.uid(), about.gid(), about.mode());
-    Step { path: path.to_owned(), kind, uid, gid, mode, device: about.dev() }
+    PathStep { path: path.to_owned(), kind, uid, gid, mode, device: about.dev() }
 }
 
 /// Where file systems are mounted. A bind mount may be of the same device as the folder above it.

@@ -209,7 +209,7 @@ mod tests {
     use serde::Deserialize;
     use shardmill_config::reading::{Check, RawCommit, Spanned, Text};
     use shardmill_config::{
-        BuildError, Key, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings, SinkTable,
+        SinkBuildError, Key, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings, SinkTable,
         SinkType, SinkTypes,
     };
     use shardmill_core::sink::Sink;
@@ -276,7 +276,7 @@ mod tests {
             &self,
             _context: &SinkContext<'_>,
             _shared: &mut SharedParts,
-        ) -> Result<Arc<dyn Sink>, BuildError> {
+        ) -> Result<Arc<dyn Sink>, SinkBuildError> {
             Err("a stub takes no rows".into())
         }
     }

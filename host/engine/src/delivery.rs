@@ -57,7 +57,7 @@ enum Message {
 
 /// How far a sink is with one shard.
 #[derive(Clone, Debug, Default)]
-pub struct Progress {
+pub struct DeliveryProgress {
     /// Committed up to here.
     pub position: Option<Position>,
     /// Why it does not go on; `None`: it does.
@@ -70,7 +70,7 @@ pub struct DeliveryHandle {
     pub sink: SinkName,
     sender: mpsc::Sender<Message>,
     /// How far it is.
-    pub progress: watch::Receiver<Progress>,
+    pub progress: watch::Receiver<DeliveryProgress>,
     /// Told when what is in hand is to be committed, though more would fit.
     pub commit_now: Arc<Notify>,
     /// `None` once it has ended and said why.
@@ -123,7 +123,7 @@ impl DeliveryHandle {
             Some(_) => acquired.position.clone(),
             None => context.skip_to.clone(),
         };
-        let begin = Progress { position, blocked: None };
+        let begin = DeliveryProgress { position, blocked: None };
         let (publish, progress) = watch::channel(begin);
         let sink = context.sink.clone();
         let context = Arc::new(context);

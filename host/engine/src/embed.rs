@@ -541,7 +541,7 @@ impl SinkSettings for ProgramSink {
         &self,
         _context: &SinkContext<'_>,
         _shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, shardmill_config::BuildError> {
+    ) -> Result<Arc<dyn Sink>, shardmill_config::SinkBuildError> {
         Ok(self.0.clone())
     }
 }

@@ -28,7 +28,7 @@ pub use status::{StatusRegistry, LaneChange, ShardStatus, WaitingLane};
 pub(crate) use memory::show_waits;
 pub(crate) use starts::Starts;
 
-use self::change::{Change, SwapPause};
+use self::change::{PendingChange, SwapPause};
 use self::starts::{FailedStart, Tries};
 use crate::delivery::{Delivery, DeliveryHandle};
 use crate::stage::{Blocked, Chain, ChainOutcome, Revision, Routed, Samples, Searching};
@@ -233,7 +233,7 @@ struct ActiveSegment {
 
 /// The result of running a batch through the stages.
 #[derive(Debug)]
-pub(crate) enum Ran {
+pub(crate) enum StagesRan {
     /// The outcome of all its records.
     All(ChainOutcome),
     /// Nothing yet: together it would hold too much. So many of its first records have room.
@@ -261,7 +261,7 @@ pub(crate) struct Lane<'a> {
     replayed: u64,
     /// The revision at work first, then those that follow.
     segments: Vec<ActiveSegment>,
-    change: Change,
+    change: PendingChange,
     chain: Option<Chain>,
     swap_pause: SwapPause,
     /// Up to here some items have a stage's letter already.
@@ -438,7 +438,7 @@ impl Lane<'_> {
     /// # Errors
     /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::State`] when the dead letters are
     /// gone; [`LaneError::Stopped`]: the batch has no outcome.
-    pub(crate) async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<Ran, LaneError> {
+    pub(crate) async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<StagesRan, LaneError> {
         let dead_lettered = Arc::new(self.dead_lettered_in(batch).await?);
         // Since when the plugin asks for another try of this batch.
         let mut retried_since = None;
@@ -469,7 +469,7 @@ impl Lane<'_> {
                             self.shared.statuses.unblock(&self.shard.shard, STAGES);
                             self.shared.statuses.unblock(&self.shard.shard, RETRIES);
                             self.shared.statuses.unblock(&self.shard.shard, STARVED);
-                            return Ok(Ran::All(outcome));
+                            return Ok(StagesRan::All(outcome));
                         }
                         Err(Blocked::Stopped(dead_letters)) => {
                             self.keep_found(batch, dead_letters).await;
@@ -490,7 +490,7 @@ impl Lane<'_> {
                             (STARVED, cause, Some(stage_retries.next_pause()))
                         }
                         Err(Blocked::Broken(cause)) => (STAGES, cause, None),
-                        Err(Blocked::TooMuch(records)) => return Ok(Ran::First(records)),
+                        Err(Blocked::TooMuch(records)) => return Ok(StagesRan::First(records)),
                     }
                 }
                 // The host's own fault, in this lane. Its instances are gone: others are started.

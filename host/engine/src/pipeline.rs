@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, Ran, Shared};
+use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, StagesRan, Shared};
 use shardmill_core::record::{Batch, ShardKey};
 use shardmill_core::source::{BatchReader, NextBatch};
 use shardmill_core::stop::Stop;
@@ -92,11 +92,11 @@ async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> 
         waiting.extend(rest);
         match lane.run_stages(&part).await? {
             // Nothing behind a part without an outcome may go on.
-            Ran::All(outcome) => {
+            StagesRan::All(outcome) => {
                 lane.write_dead_letters(&part, outcome.dead_letters).await?;
                 lane.deliver(&part, outcome.routed, outcome.arenas).await?;
             }
-            Ran::First(records) => {
+            StagesRan::First(records) => {
                 records_max = records;
                 waiting.push(Arc::unwrap_or_clone(part));
             }

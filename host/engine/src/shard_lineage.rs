@@ -11,7 +11,7 @@ use shardmill_state::KnownShards;
 
 /// The decision.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct ReadPlan {
     /// Shards to read now, in the order of the listing, those that are no longer listed last.
     pub ready: Vec<Beginning>,
     /// Closed shards that a first start at LATEST passes over: all their records are older.
@@ -48,7 +48,7 @@ pub fn plan_shards(
     known: &KnownShards,
     start: &StartPosition,
     now_ms: Option<i64>,
-) -> Plan {
+) -> ReadPlan {
     let family = Family::new(shards);
     let descends = family.descends_from(|shard| known.begun.contains_key(shard));
     let first_start = known.is_first_start();
@@ -122,7 +122,7 @@ pub fn plan_shards(
         // These depend on the configuration alone, which may change.
         _ => Vec::new(),
     };
-    Plan { ready, skipped, lost: lost(&family, known), some_wait, all_ended }
+    ReadPlan { ready, skipped, lost: lost(&family, known), some_wait, all_ended }
 }
 
 /// Finds shards that were never begun and are no longer listed.
@@ -220,7 +220,7 @@ mod tests {
         known
     }
 
-    fn ready(plan: &Plan) -> Vec<(&str, ShardStart)> {
+    fn ready(plan: &ReadPlan) -> Vec<(&str, ShardStart)> {
         plan.ready.iter().map(|one| (one.shard.as_str(), one.start.clone())).collect()
     }
 

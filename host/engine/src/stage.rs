@@ -29,7 +29,7 @@ pub use fate::{Difference, Fate, TrialOutput};
 pub use fate::{fates, show_json, show_payload, written};
 pub(crate) use flow::before;
 pub use flow::{Flow, Item, first_flow};
-pub use revision::{Revision, LoadedStage, Target, source_route};
+pub use revision::{Revision, LoadedStage, RouteTarget, source_route};
 pub(crate) use health::{Health, HealthCounts};
 pub use runner::{RunError, StageRunner};
 pub(crate) use samples::Sample;

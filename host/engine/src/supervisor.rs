@@ -15,12 +15,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bound::MemoryBound;
 use crate::lane::BuildSinks;
-use crate::lane::agreement::{Found, before_first_record};
+use crate::lane::agreement::{FoundShards, before_first_record};
 use crate::lane::{
     StatusRegistry, RevisionStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
 };
 use crate::lock::PipelineLock;
-use crate::shard_lineage::Plan;
+use crate::shard_lineage::ReadPlan;
 use crate::shard_lineage::plan_shards;
 use crate::pipeline::run_lane;
 use crate::stage::{Revision, Samples};
@@ -323,7 +323,7 @@ impl Supervisor {
         let mut discovery = tokio::time::interval(self.shared.config.timing.shard_sync_interval);
         let mut glance = tokio::time::interval(Duration::from_millis(100));
         // A look for new shards: the stream may take long to answer, and the lanes go on meanwhile.
-        let mut look: Option<BoxFuture<'static, Result<Plan, LaneError>>> = None;
+        let mut look: Option<BoxFuture<'static, Result<ReadPlan, LaneError>>> = None;
         let mut has_looked = false;
         let retry_pause_max = self.shared.config.timing.retry_pause_max;
         let mut look_retries = RETRY.at_most(retry_pause_max).start();
@@ -482,7 +482,7 @@ async fn find(
     stream: &Arc<StreamIdentity>,
     waiting: &Waiting,
     comparison: &Comparison,
-) -> Result<Plan, LaneError> {
+) -> Result<ReadPlan, LaneError> {
     let (source, checkpoints) = (&shared.source, &shared.checkpoints);
     waiting.begins("DescribeStreamSummary");
     let identity = source.identity().await?;
@@ -593,7 +593,7 @@ impl Comparison {
         if let Some(adopted) = &*compared {
             return Ok(adopted.clone());
         }
-        let found = Found { stream, listed, known: &known.begun };
+        let found = FoundShards { stream, listed, known: &known.begun };
         let adopted = before_first_record(shared, &self.state, found, self.trust_sinks).await?;
         let mut reread = shared.checkpoints.known(stream).await?.begun;
         reread.retain(|shard, _| known.begun.contains_key(shard));
@@ -688,7 +688,7 @@ impl Lanes {
     ///
     /// # Errors
     /// [`LaneError::Fatal`] when the system does not let the process have what they need.
-    fn begin(&mut self, plan: Plan) -> Result<bool, LaneError> {
+    fn begin(&mut self, plan: ReadPlan) -> Result<bool, LaneError> {
         let is_fresh = |shard: &ShardId| !self.running.contains(shard);
         self.check_limits(plan.ready.iter().filter(|it| is_fresh(&it.shard)).count())?;
         for beginning in plan.ready {

@@ -177,9 +177,9 @@ impl StreamConnection {
         &self,
         inbox: &mut Inbox,
         records: Vec<Arrived>,
-        answer: Answer,
+        answer: ReadAnswer,
     ) -> Result<(), SourceError> {
-        let Answer { call, lag_ms, as_of_ms, is_end } = answer;
+        let ReadAnswer { call, lag_ms, as_of_ms, is_end } = answer;
         metrics::gauge!(metric::LAG_MS, "shard" => inbox.shard().shard.to_string())
             .set(lag_ms as f64);
         let is_caught_up = records.is_empty() && lag_ms == 0;
@@ -297,7 +297,7 @@ impl StreamConnection {
 
 /// An answer of the server, without its records.
 #[derive(Clone, Copy, Debug)]
-pub struct Answer {
+pub struct ReadAnswer {
     /// The call.
     pub call: &'static str,
     /// How far the newest record is, in milliseconds.

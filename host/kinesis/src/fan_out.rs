@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::booking::{self, Read};
 use super::client::{AnswerDate, ErrorClass, call_error, classify};
-use super::connection::{Answer, Passing, StreamConnection};
+use super::connection::{ReadAnswer, Passing, StreamConnection};
 use super::inbox;
 use super::polling::{PollingReader, RETRY, count_retry};
 use shardmill_core::retry::Retries;
@@ -165,7 +165,7 @@ impl FanOutReader {
         let arrived = inbox::open(event.records, hash_range).await;
         self.subscription = subscription;
         let inbox = self.polling.inbox();
-        let about = Answer { call: SUBSCRIBE, lag_ms, as_of_ms, is_end: false };
+        let about = ReadAnswer { call: SUBSCRIBE, lag_ms, as_of_ms, is_end: false };
         self.connection.take_in(inbox, arrived, about).await?;
         self.polling.count_occupied();
         // Some servers tell the children with every event of a closed shard, not with the last only:

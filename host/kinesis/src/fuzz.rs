@@ -7,12 +7,12 @@ use fastrand::Rng;
 use md5::{Digest as _, Md5};
 
 use super::aggregate::{self, Opened};
-use shardmill_core::fuzzing::{Choices, Target};
+use shardmill_core::fuzzing::{Choices, FuzzTarget};
 use shardmill_core::record::HashRange;
 
 /// Checks that [`aggregate::open`] recognises exactly the records that the format calls aggregates, and that
 /// their user records come out complete and in order, wherever batches are cut.
-pub const AGGREGATE: Target = Target { name: "aggregate", run, grow, words: &[] };
+pub const AGGREGATE: FuzzTarget = FuzzTarget { name: "aggregate", run, grow, words: &[] };
 
 const MAGIC: [u8; 4] = [0xF3, 0x89, 0x9A, 0xC2];
 

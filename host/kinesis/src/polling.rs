@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::answer_size::{AnswerSize, payload_of};
 use super::booking::{self, Read};
 use super::client::{AnswerDate, ErrorClass, call_error, classify};
-use super::connection::{self, Answer, GET_RECORDS, Passing, StreamConnection};
+use super::connection::{self, ReadAnswer, GET_RECORDS, Passing, StreamConnection};
 use super::inbox::{self, Inbox};
 use shardmill_core::budget::{Account, Permit};
 use shardmill_core::metric;
@@ -207,7 +207,7 @@ impl PollingReader {
         self.permit = Some(permit);
         // The date is of the answer's head, which follows the reading: at most a moment too late, and
         // mostly too early, as it is rounded down. Retention counts in hours.
-        let about = Answer {
+        let about = ReadAnswer {
             call: GET_RECORDS,
             lag_ms: self.lag_ms,
             as_of_ms: date.ms(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use aws_sdk_kinesis::Client;
 
-use super::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused};
+use super::put::{PutAnswer, Offer, Outcomes, PutOptions, PutWriter, Refused};
 use super::put_call::{BYTES_PER_REQUEST_MAX, NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 use shardmill_core::boxed;
 use shardmill_core::record::StreamRef;
@@ -116,7 +116,7 @@ impl Producer {
             }
         }
         let refused: Vec<NewRecord> = match self.writer.put(request).await {
-            Answer::Each(Outcomes { taken, later, never }) => {
+            PutAnswer::Each(Outcomes { taken, later, never }) => {
                 for (_, record) in &taken {
                     self.report.records += 1;
                     self.report.bytes += record.payload.len() as u64;
@@ -130,11 +130,11 @@ impl Producer {
                 }
                 later.into_iter().map(|refused| refused.record).collect()
             }
-            Answer::Later { records, cause } => {
+            PutAnswer::Later { records, cause } => {
                 tracing::warn!(error = %cause, "trying again");
                 records.into_iter().map(|(_, record)| record).collect()
             }
-            Answer::Records { error, .. } | Answer::Stream { error, .. } => return Err(error),
+            PutAnswer::Records { error, .. } | PutAnswer::Stream { error, .. } => return Err(error),
         };
         let is_paused = !refused.is_empty();
         self.report.retried += refused.len() as u64;

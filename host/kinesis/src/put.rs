@@ -1,6 +1,6 @@
 //! PutRecords requests: how they are filled, and what follows from an answer.
 //!
-//! All who put records on a stream use this: the producer, the Kinesis sink and the intake. A [`Request`] is filled
+//! All who put records on a stream use this: the producer, the Kinesis sink and the intake. A [`PutRequest`] is filled
 //! within the limits of PutRecords. A [`PutWriter`] puts it, sorts its records by their outcome, and says how long to
 //! wait before what was refused for now is put again. What a caller does with records that are refused for good is
 //! its own affair.
@@ -28,7 +28,7 @@ pub struct PutOptions {
 
 /// A request that is being filled. `T` is what the caller knows a record by.
 #[derive(Debug)]
-pub struct Request<T> {
+pub struct PutRequest<T> {
     tags: Vec<T>,
     records: Vec<NewRecord>,
     bytes: usize,
@@ -48,7 +48,7 @@ pub enum Offer<T> {
     Full(T, NewRecord),
 }
 
-impl<T> Request<T> {
+impl<T> PutRequest<T> {
     fn new(strict_order: bool) -> Self {
         Self {
             tags: Vec::new(),
@@ -122,7 +122,7 @@ pub struct Outcomes<T> {
 
 impl<T> Outcomes<T> {
     /// Sorts the records of a request by what the stream answered for each.
-    fn of(request: Request<T>, outcomes: Vec<Put>) -> Self {
+    fn of(request: PutRequest<T>, outcomes: Vec<Put>) -> Self {
         let mut sorted = Self { taken: Vec::new(), later: Vec::new(), never: Vec::new() };
         for ((tag, record), outcome) in request.into_records().into_iter().zip(outcomes) {
             match outcome {
@@ -137,7 +137,7 @@ impl<T> Outcomes<T> {
 
 /// The outcome of a request; none of its records is lost.
 #[derive(Debug)]
-pub enum Answer<T> {
+pub enum PutAnswer<T> {
     /// The stream answered for each record.
     Each(Outcomes<T>),
     /// The call failed for now: throttled, or out of reach. The stream may have the records.
@@ -188,12 +188,12 @@ impl PutWriter {
     }
 
     /// Begins a request.
-    pub fn request<T>(&self) -> Request<T> {
-        Request::new(self.options.strict_order)
+    pub fn request<T>(&self) -> PutRequest<T> {
+        PutRequest::new(self.options.strict_order)
     }
 
     /// Puts a request.
-    pub async fn put<T>(&self, request: Request<T>) -> Answer<T> {
+    pub async fn put<T>(&self, request: PutRequest<T>) -> PutAnswer<T> {
         let call = self.stream.put(&request.records);
         let answer = match self.options.answer_max {
             None => call.await,
@@ -201,20 +201,20 @@ impl PutWriter {
                 Ok(answer) => answer,
                 Err(_) => {
                     let cause = format!("no answer within {} s", longest.as_secs());
-                    return Answer::Later { records: request.into_records(), cause };
+                    return PutAnswer::Later { records: request.into_records(), cause };
                 }
             },
         };
         match answer {
-            Ok(outcomes) => Answer::Each(Outcomes::of(request, outcomes)),
+            Ok(outcomes) => PutAnswer::Each(Outcomes::of(request, outcomes)),
             Err(PutError::Later(error)) => {
-                Answer::Later { records: request.into_records(), cause: error.to_string() }
+                PutAnswer::Later { records: request.into_records(), cause: error.to_string() }
             }
             Err(PutError::Records(error)) => {
-                Answer::Records { records: request.into_records(), error }
+                PutAnswer::Records { records: request.into_records(), error }
             }
             Err(PutError::Stream(error)) => {
-                Answer::Stream { records: request.into_records(), error }
+                PutAnswer::Stream { records: request.into_records(), error }
             }
         }
     }
@@ -243,7 +243,7 @@ mod tests {
 
     /// The records that the next request takes of those that wait, by their places.
     fn taken(strict_order: bool, records_max: usize, waiting: &[(&str, usize)]) -> Vec<usize> {
-        let mut request = Request::new(strict_order).with_records_max(records_max);
+        let mut request = PutRequest::new(strict_order).with_records_max(records_max);
         for (place, (key, bytes)) in waiting.iter().enumerate() {
             match request.offer(place, record(key, *bytes)) {
                 Offer::Added | Offer::KeyWaits(..) => {}
@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn a_record_that_is_not_added_comes_back() {
-        let mut request = Request::new(true).with_records_max(1);
+        let mut request = PutRequest::new(true).with_records_max(1);
         assert!(request.is_empty());
         assert_eq!(request.offer(0, record("a", 1)), Offer::Added);
         assert_eq!(request.offer(1, record("a", 2)), Offer::KeyWaits(1, record("a", 2)));
@@ -304,7 +304,7 @@ mod tests {
             (vec![later(), later(), later()], &[], &[0, 1, 2], &[]),
             (vec![never(), never(), never()], &[], &[], &[0, 1, 2]),
         ] {
-            let mut request = Request::new(false);
+            let mut request = PutRequest::new(false);
             for place in 0..3 {
                 assert_eq!(request.offer(place, record("a", place)), Offer::Added);
             }

@@ -16,7 +16,7 @@ use tokio::sync::OnceCell;
 
 use crate::client;
 use crate::client::{Address, Server};
-use crate::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused, Request};
+use crate::put::{PutAnswer, Offer, Outcomes, PutOptions, PutWriter, Refused, PutRequest};
 use crate::put_call::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 use crate::served;
 use crate::stream;
@@ -27,7 +27,7 @@ use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{
     Acquired, Commit, Committed, Refusal, RefusalLog, Sink, SinkError, SinkWriter,
 };
-use shardmill_sinks_common::progress::Progress;
+use shardmill_sinks_common::progress::CommitProgress;
 
 pub use self::settings::{StreamTarget, TYPE};
 
@@ -109,7 +109,7 @@ impl Sink for KinesisSink {
         let writer = KinesisWriter {
             sink: self.name.clone(),
             stream: PutWriter::new(stream, options),
-            progress: Progress::default(),
+            progress: CommitProgress::default(),
         };
         let writer = Box::new(writer);
         Ok(Acquired { writer, position: None, keeps_position: false, must_cut_at: None })
@@ -123,7 +123,7 @@ impl Sink for KinesisSink {
 struct KinesisWriter {
     sink: SinkName,
     stream: PutWriter,
-    progress: Progress,
+    progress: CommitProgress,
 }
 
 impl KinesisWriter {
@@ -137,20 +137,20 @@ impl KinesisWriter {
                 return Ok(());
             }
             let later = match self.stream.put(request).await {
-                Answer::Each(outcomes) => {
+                PutAnswer::Each(outcomes) => {
                     records_max = RECORDS_PER_REQUEST_MAX;
                     self.note(outcomes)
                 }
-                Answer::Later { cause, .. } => Some(cause),
+                PutAnswer::Later { cause, .. } => Some(cause),
                 // One of them is at fault: the request is halved until it is alone.
-                Answer::Records { records, error } => {
+                PutAnswer::Records { records, error } => {
                     match &records[..] {
                         [(alone, _)] => self.progress.refuse(*alone, error.to_string()),
                         _ => records_max = records.len() / 2,
                     }
                     None
                 }
-                Answer::Stream { error, .. } => return Err(self.unavailable(error)),
+                PutAnswer::Stream { error, .. } => return Err(self.unavailable(error)),
             };
             let Some(cause) = later else {
                 self.stream.succeeded();
@@ -163,7 +163,7 @@ impl KinesisWriter {
 
     /// The next request: the oldest rows that wait, with strict order at most one per key. Rows that
     /// no stream takes are refused on the way.
-    fn request(&mut self, rows: &[Row], records_max: usize) -> Request<usize> {
+    fn request(&mut self, rows: &[Row], records_max: usize) -> PutRequest<usize> {
         let mut request = self.stream.request().with_records_max(records_max);
         for place in self.progress.waiting() {
             match record(&rows[place]).map(|record| request.offer(place, record)) {

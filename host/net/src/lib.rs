@@ -14,7 +14,7 @@
 //! use std::time::{Duration, Instant};
 //!
 //! use shardmill_config::{HttpHostConfig, HttpMethod};
-//! use shardmill_net::{HttpGrant, Request};
+//! use shardmill_net::{HttpGrant, HttpRequest};
 //!
 //! let runtime = tokio::runtime::Runtime::new()?;
 //! let host = HttpHostConfig {
@@ -27,7 +27,7 @@
 //! };
 //! let grant = HttpGrant::new(&[host], runtime.handle().clone())?;
 //! let get = |url: &str| {
-//!     let request = Request { method: "GET".into(), url: url.into(), ..Request::default() };
+//!     let request = HttpRequest { method: "GET".into(), url: url.into(), ..HttpRequest::default() };
 //!     grant.send(request, Instant::now() + Duration::from_secs(1))
 //! };
 //! // A host that is not listed, and one whose address is not public.
@@ -97,7 +97,7 @@ struct GrantedHost {
 
 /// A request as a plugin makes it.
 #[derive(Clone, Debug, Default)]
-pub struct Request {
+pub struct HttpRequest {
     /// Such as `GET`.
     pub method: String,
     /// With scheme and host.
@@ -110,7 +110,7 @@ pub struct Request {
 
 /// What was answered, whatever its status.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Response {
+pub struct HttpResponse {
     /// Such as 200.
     pub status: u16,
     /// Names in lower case, and values; bytes that are no UTF-8 are replaced by U+FFFD.
@@ -121,7 +121,7 @@ pub struct Response {
 
 /// An answer of which the head alone counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct ResponseHead {
     /// Such as 200.
     pub status: u16,
     /// Where the answer points to, without what could be a secret.
@@ -171,7 +171,7 @@ impl HttpGrant {
     /// # Errors
     /// [`HttpFailure`] when the request is not granted, when nobody answers, and when the answer is
     /// too long. An answer with any status is no error.
-    pub fn send(&self, mut request: Request, deadline: Instant) -> Result<Response, HttpFailure> {
+    pub fn send(&self, mut request: HttpRequest, deadline: Instant) -> Result<HttpResponse, HttpFailure> {
         let body = std::mem::take(&mut request.body);
         let (granted, mut prepared) = self.prepared(request)?;
         if !body.is_empty() {
@@ -199,9 +199,9 @@ impl HttpGrant {
     /// the request was not sent to its end although its success was answered.
     pub async fn deliver(
         &self,
-        mut request: Request,
+        mut request: HttpRequest,
         deadline: Instant,
-    ) -> Result<Answer, HttpFailure> {
+    ) -> Result<ResponseHead, HttpFailure> {
         let body = std::mem::take(&mut request.body);
         let (granted, prepared) = self.prepared(request)?;
         let (body, sent) = WatchedBody::new(body.into());
@@ -212,7 +212,7 @@ impl HttpGrant {
     /// The request as the client sends it, without its body.
     fn prepared(
         &self,
-        request: Request,
+        request: HttpRequest,
     ) -> Result<(&GrantedHost, reqwest::RequestBuilder), HttpFailure> {
         let url = Url::parse(&request.url)
             .map_err(|error| HttpFailure::refused(format!("the URL cannot be read: {error}")))?;
@@ -371,7 +371,7 @@ async fn deliver(
     prepared: reqwest::RequestBuilder,
     sent: Sent,
     deadline: tokio::time::Instant,
-) -> Result<Answer, HttpFailure> {
+) -> Result<ResponseHead, HttpFailure> {
     let head = tokio::time::timeout_at(deadline, prepared.send()).await;
     let mut head = head
         .map_err(|_| HttpFailure::retryable("no answer within the `timeout` of a request"))?
@@ -405,7 +405,7 @@ async fn deliver(
             "answered {status} before the whole request was sent, and took no more of it"
         )));
     }
-    Ok(Answer { status, location, retry_after, said })
+    Ok(ResponseHead { status, location, retry_after, said })
 }
 
 /// A `Location` for messages: without user, password, query and fragment, which may be secrets.
@@ -422,7 +422,7 @@ fn shown_location(text: &str) -> String {
 }
 
 /// Sends, and reads up to `limit` bytes of body.
-async fn read(prepared: reqwest::RequestBuilder, limit: usize) -> Result<Response, HttpFailure> {
+async fn read(prepared: reqwest::RequestBuilder, limit: usize) -> Result<HttpResponse, HttpFailure> {
     let mut answer = prepared.send().await.map_err(failure)?;
     let status = answer.status().as_u16();
     let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
@@ -437,7 +437,7 @@ async fn read(prepared: reqwest::RequestBuilder, limit: usize) -> Result<Respons
         }
         body.extend_from_slice(&chunk);
     }
-    Ok(Response { status, headers, body })
+    Ok(HttpResponse { status, headers, body })
 }
 
 /// What the client says, without the URL: the plugin knows it, and logs need not.

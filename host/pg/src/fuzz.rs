@@ -6,7 +6,7 @@ use fastrand::Rng;
 use tokio_postgres::config::{Host, SslMode};
 
 use super::{place, read};
-use shardmill_core::fuzzing::{Choices, Target};
+use shardmill_core::fuzzing::{Choices, FuzzTarget};
 
 /// Hosts that a string may name.
 const HOSTS: [&str; 3] = ["localhost", "127.0.0.1", "db-1.example"];
@@ -15,7 +15,7 @@ const GAPS: [&str; 3] = [" ", "  ", "\n"];
 
 /// Checks that [`read`] returns the values that were written, whatever they contain, and that no error and no
 /// name of a place contains the password.
-pub const CONNECTION: Target = Target {
+pub const CONNECTION: FuzzTarget = FuzzTarget {
     name: "connection",
     run,
     grow,

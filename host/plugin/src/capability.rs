@@ -22,15 +22,15 @@ use shardmill_core::boxed;
 use shardmill_core::record::{LookupName, StageName};
 use shardmill_net::HttpGrant;
 
-pub(super) use calls::Caller;
+pub(super) use calls::HostCaller;
 pub(super) use imports::offer;
 
 /// The state of a sandbox, as far as calls of its plugin need it.
 pub(crate) trait HasCaller: Send + 'static {
     /// The one that calls, to look at.
-    fn caller(&self) -> &Caller;
+    fn caller(&self) -> &HostCaller;
     /// The one that calls.
-    fn caller_mut(&mut self) -> &mut Caller;
+    fn caller_mut(&mut self) -> &mut HostCaller;
 }
 pub use log::LOG_TARGET;
 pub use metric::count_values_by;

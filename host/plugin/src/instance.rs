@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use wasmtime::{ResourceLimiter, Store, StoreContextMut, Trap, UpdateDeadline};
 
-use super::capability::{Caller, HasCaller};
+use super::capability::{HostCaller, HasCaller};
 use super::clock::{CallTime, Over, Spent};
 use super::engine::ticks_of;
 use super::features::{PARTS_MAX, Parts};
@@ -78,7 +78,7 @@ impl std::fmt::Display for CallError {
 
 /// What the store keeps: for the limiter, and for what the plugin asks of the host.
 pub struct Sandbox {
-    caller: Caller,
+    caller: HostCaller,
     /// Linear memories that its component has.
     memories: usize,
     memory_bytes: usize,
@@ -89,11 +89,11 @@ pub struct Sandbox {
 }
 
 impl HasCaller for Sandbox {
-    fn caller(&self) -> &Caller {
+    fn caller(&self) -> &HostCaller {
         &self.caller
     }
 
-    fn caller_mut(&mut self) -> &mut Caller {
+    fn caller_mut(&mut self) -> &mut HostCaller {
         &mut self.caller
     }
 }
@@ -171,7 +171,7 @@ impl Instance {
         services: &Arc<Services>,
     ) -> Result<(Self, Descriptor), CallError> {
         let time = CallTime::of_ms(limits.configure_ms(), limits.host_ms_max);
-        let mut caller = Caller::new(services.clone(), &context.shard_id, limits);
+        let mut caller = HostCaller::new(services.clone(), &context.shard_id, limits);
         caller.clock.begin(time);
         let sandbox = Sandbox {
             caller,

@@ -34,7 +34,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use self::arrivals::{Arrivals, NoRoom};
-use self::batcher::{Refusal, Submission};
+use self::batcher::{SubmissionRefusal, Submission};
 use self::events::{BadEvents, Shape};
 use shardmill_config::{HttpDeadlines, IntakeConfig};
 use shardmill_core::boxed;
@@ -165,7 +165,7 @@ enum Turned {
     Large { bytes_max: usize },
     Many { records_max: usize },
     Busy,
-    Refused(Refusal),
+    Refused(SubmissionRefusal),
     Stopping,
 }
 
@@ -392,11 +392,11 @@ impl IntoResponse for Turned {
                 Some(BUSY_RETRY_S),
                 "too many bytes are on their way to the stream; send it again later".to_owned(),
             ),
-            Self::Refused(Refusal::Records(cause)) => {
+            Self::Refused(SubmissionRefusal::Records(cause)) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, None, cause)
             }
             // Why is for the log: a server's words may name accounts, and this port answers everybody.
-            Self::Refused(Refusal::Stream(_)) => (
+            Self::Refused(SubmissionRefusal::Stream(_)) => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 Some(STREAM_RETRY_S),
                 "the stream does not take events now, the intake's log says why; send them again later"

@@ -129,7 +129,7 @@ pub struct Lost {
 
 /// Consequences of a comparison of all shards.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
+pub struct AgreementPlan {
     /// Sinks that were restored, where nobody has said whom to believe.
     pub mismatches: Vec<(SinkName, ShardId, Mismatch)>,
     /// Shards to read once more, children of such shards included.
@@ -142,8 +142,8 @@ pub struct Plan {
 }
 
 /// Compares what the state remembers with where the sinks stand, in every shard.
-pub fn compare(facts: &BTreeMap<ShardId, ShardFacts>, policy: OnPositionMismatch) -> Plan {
-    let mut plan = Plan::default();
+pub fn compare(facts: &BTreeMap<ShardId, ShardFacts>, policy: OnPositionMismatch) -> AgreementPlan {
+    let mut plan = AgreementPlan::default();
     let mut restored: BTreeMap<&ShardId, Vec<(&SinkName, &Stands)>> = BTreeMap::new();
     for (shard, own) in facts {
         let is_listed = own.listed_parents.is_some();
@@ -220,7 +220,7 @@ pub fn compare(facts: &BTreeMap<ShardId, ShardFacts>, policy: OnPositionMismatch
     plan
 }
 
-impl Plan {
+impl AgreementPlan {
     /// The error for sinks that were restored, if there are any.
     pub fn refusal(&self) -> Option<String> {
         let (sink, _, _) = self.mismatches.first()?;
@@ -435,7 +435,7 @@ mod tests {
         facts.collect()
     }
 
-    fn reopened(plan: &Plan) -> Vec<(&str, Option<Position>)> {
+    fn reopened(plan: &AgreementPlan) -> Vec<(&str, Option<Position>)> {
         plan.reopened.iter().map(|own| (own.shard.as_str(), own.checkpoint.clone())).collect()
     }
 

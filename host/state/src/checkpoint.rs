@@ -11,7 +11,7 @@ use super::agreement::{Lost, Reopened, ShardState};
 use super::damaged::Flag;
 use super::holes::{Hole, insert as insert_hole};
 use super::store::{StateError, StateStore, columns, position};
-use super::group_commit::{Entry, GroupCommit};
+use super::group_commit::{BatchedEntry, GroupCommit};
 use shardmill_core::owner::StateMark;
 use shardmill_core::record::{
     Position, PositionRange, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity,
@@ -100,7 +100,7 @@ struct Advance {
     ended: bool,
 }
 
-impl Entry for Advance {
+impl BatchedEntry for Advance {
     const ACTION: &'static str = "write a checkpoint";
 
     fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {

@@ -8,7 +8,7 @@
 //! | reason and backtrace | up to 8 KiB each; of a run that rejects thousands of items, 128 bytes after 8 MiB |
 //!
 //! What is kept as a digest is made again when a redrive needs it: by the stages before, of the revision that
-//! ran ([`Step`]). The store as a whole has a bound, at which nothing more is written: whoever has letters to
+//! ran ([`StagesRun`]). The store as a whole has a bound, at which nothing more is written: whoever has letters to
 //! write waits, and says so.
 
 use std::path::Path;
@@ -117,7 +117,7 @@ impl MadeBy {
 /// A run of stages that what entered a letter's place came out of. Each begins with what the one before
 /// made; the first one with the record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Step {
+pub struct StagesRun {
     /// The revision that ran.
     pub revision: String,
     /// The stage that it was redriven to; `None`: it came from the source.
@@ -130,7 +130,7 @@ pub struct Step {
     pub sha256: String,
 }
 
-impl Step {
+impl StagesRun {
     fn of(made: &MadeBy, sha256: String) -> Self {
         let (place, route) = match &made.enters {
             Some((place, route)) => (Some(place.to_string()), Some(route.to_string())),
@@ -216,7 +216,7 @@ impl<'t> Keeper<'t> {
             (true, _) | (_, true) => (String::new(), String::new()),
             _ => {
                 let digest = entered_digest(&dead_letter.entered_key, &dead_letter.entered);
-                let step = [Step::of(&dead_letter.made, digest.clone())];
+                let step = [StagesRun::of(&dead_letter.made, digest.clone())];
                 // Texts alone: this cannot fail.
                 (digest, serde_json::to_string(&step).unwrap_or_default())
             }

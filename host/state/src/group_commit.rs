@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::store::{StateError, StateStore};
 
 /// An entry that can be written with others. To write it twice changes nothing.
-pub(super) trait Entry: Clone + Send + 'static {
+pub(super) trait BatchedEntry: Clone + Send + 'static {
     /// For messages: the failed action.
     const ACTION: &'static str;
 
@@ -35,7 +35,7 @@ impl<E> Clone for GroupCommit<E> {
     }
 }
 
-impl<E: Entry> GroupCommit<E> {
+impl<E: BatchedEntry> GroupCommit<E> {
     pub(super) fn new(store: StateStore) -> Self {
         Self { store, waiting: Arc::default() }
     }
@@ -95,7 +95,7 @@ mod tests {
     #[derive(Clone)]
     struct Mark(i64);
 
-    impl Entry for Mark {
+    impl BatchedEntry for Mark {
         const ACTION: &'static str = "write a mark";
 
         fn write(&self, state: &Transaction<'_>) -> rusqlite::Result<()> {

@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use super::redrive_key::REDRIVES;
 use super::store::{StateError, StateStore, columns, now_ms, position};
-use super::group_commit::{Entry, GroupCommit};
+use super::group_commit::{BatchedEntry, GroupCommit};
 use crate::RevisionSpec;
 use shardmill_core::record::{Position, ShardId, ShardKey};
 
@@ -80,7 +80,7 @@ struct Row {
     revision: String,
 }
 
-impl Entry for Row {
+impl BatchedEntry for Row {
     const ACTION: &'static str = "write the generation ledger";
 
     fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {

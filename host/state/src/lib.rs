@@ -74,10 +74,10 @@ pub use pending::AcquiredShard;
 pub use holes::{Hole, Holes, RecordedHole};
 pub use ledger::{Components, Ledger, LedgerEntry, Ran, Segment};
 pub use dead_letter_log::LoggedDeadLetter;
-pub use dead_letter_store::{DeadLetter, DeadLetterKey, MadeBy, Step, entered_digest};
+pub use dead_letter_store::{DeadLetter, DeadLetterKey, MadeBy, StagesRun, entered_digest};
 pub use dead_letters::{DeadLetters, DeadLetterFilter, PayloadDigest, StoredDeadLetter};
 pub use redrive::{
-    REDRIVE_STREAM, LostPayload, RedriveId, Redriven, RedriveRecord, Redrives, Unfinished,
+    REDRIVE_STREAM, LostPayload, RedriveId, Redriven, RedriveRecord, Redrives, UnfinishedRedrive,
     is_redrive,
 };
 pub use rejections::RejectionWindow;

@@ -12,7 +12,7 @@ use rusqlite::{OptionalExtension as _, Transaction};
 
 use super::DeadLetterFilter;
 use super::damaged;
-use super::dead_letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, Step, unknown_kind};
+use super::dead_letter_store::{AS_DIGEST, AS_ORIGINAL, KEPT, StagesRun, unknown_kind};
 use super::dead_letters::{MATCHES, forget, wanted};
 use super::redrive_key::{ARN_PREFIX, is_redrive_key};
 use super::store::{StateError, StateStore, now_ms, position};
@@ -58,7 +58,7 @@ pub fn is_redrive(stream: &StreamIdentity) -> bool {
 
 /// A redrive that has letters still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unfinished {
+pub struct UnfinishedRedrive {
     /// Which.
     pub id: RedriveId,
     /// It was finished without some places: what it has is left for these, and waits for nobody else.
@@ -104,7 +104,7 @@ pub struct LostPayload {
     /// The expected digest of what entered.
     pub sha256: String,
     /// The runs that made it, the first one first.
-    pub steps: Vec<Step>,
+    pub steps: Vec<StagesRun>,
 }
 
 /// What became of a redrive's letters.
@@ -137,7 +137,7 @@ impl Redrives {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn unfinished(&self) -> Result<Vec<Unfinished>, StateError> {
+    pub async fn unfinished(&self) -> Result<Vec<UnfinishedRedrive>, StateError> {
         self.store
             .transact("look for redrives", |state| {
                 // A rest whose letters were all purged is none.
@@ -150,7 +150,7 @@ impl Redrives {
                      FROM redrive r ORDER BY id",
                 )?;
                 let found = query.query_map([], |row| {
-                    Ok(Unfinished { id: RedriveId(row.get(0)?), is_rest: row.get(1)? })
+                    Ok(UnfinishedRedrive { id: RedriveId(row.get(0)?), is_rest: row.get(1)? })
                 })?;
                 found.collect()
             })
@@ -539,7 +539,7 @@ fn ordinal_of(at: Option<&Position>) -> Result<u64, ParseIntError> {
 }
 
 /// Reads the runs that made a payload.
-fn steps(json: &str) -> rusqlite::Result<Vec<Step>> {
+fn steps(json: &str) -> rusqlite::Result<Vec<StagesRun>> {
     serde_json::from_str(json).map_err(|error| {
         let cause = format!("how a dead letter was made cannot be read: {error}");
         let text = rusqlite::types::Type::Text;

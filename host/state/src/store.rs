@@ -54,14 +54,14 @@ impl OpenFiles {
     }
 
     /// Looks whether the paths still lead to the open files.
-    fn check(&self) -> Result<(), Failure> {
+    fn check(&self) -> Result<(), WriteFailure> {
         for (path, number) in &self.0 {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             match file_number(path) {
                 Ok(found) if found == *number => {}
-                Ok(_) => return Err(Failure::Gone(format!("{name} was replaced"))),
+                Ok(_) => return Err(WriteFailure::Gone(format!("{name} was replaced"))),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    return Err(Failure::Gone(format!("{name} was deleted or moved away")));
+                    return Err(WriteFailure::Gone(format!("{name} was deleted or moved away")));
                 }
                 // It cannot be looked at: no proof that it is another.
                 Err(_) => {}
@@ -77,13 +77,13 @@ fn file_number(path: &Path) -> std::io::Result<(u64, u64)> {
 }
 
 /// Why nothing was written, or nobody knows whether it lasts.
-pub(super) enum Failure {
+pub(super) enum WriteFailure {
     Sql(rusqlite::Error),
     /// The open files are not those at the path any more.
     Gone(String),
 }
 
-impl From<rusqlite::Error> for Failure {
+impl From<rusqlite::Error> for WriteFailure {
     fn from(error: rusqlite::Error) -> Self {
         Self::Sql(error)
     }
@@ -169,7 +169,7 @@ impl StateStore {
         let found = self.transact("read its mark", |state| mark(state)).await?;
         if found.state != known.state || found.number < known.number {
             let cause = "it was replaced by another or an older one".to_owned();
-            return Err(self.failed("read its mark", Failure::Gone(cause)));
+            return Err(self.failed("read its mark", WriteFailure::Gone(cause)));
         }
         self.ownership.reached(found.number);
         Ok(found)
@@ -292,7 +292,7 @@ impl StateStore {
             if number("PRAGMA page_count")? * number("PRAGMA page_size")? <= bytes_max {
                 connection.execute_batch("VACUUM")?;
             }
-            number("PRAGMA wal_checkpoint(TRUNCATE)").map(drop).map_err(Failure::Sql)
+            number("PRAGMA wal_checkpoint(TRUNCATE)").map(drop).map_err(WriteFailure::Sql)
         });
         self.outcome(action, done.await)
     }
@@ -356,7 +356,7 @@ impl StateStore {
     fn outcome<T>(
         &self,
         action: &'static str,
-        done: Result<Result<T, Failure>, tokio::task::JoinError>,
+        done: Result<Result<T, WriteFailure>, tokio::task::JoinError>,
     ) -> Result<T, StateError> {
         match done {
             Ok(done) => done.map_err(|failure| self.failed(action, failure)),
@@ -376,13 +376,13 @@ impl StateStore {
     }
 
     /// Why a transaction was not done, or does not last.
-    pub(super) fn failed(&self, action: &'static str, failure: Failure) -> StateError {
+    pub(super) fn failed(&self, action: &'static str, failure: WriteFailure) -> StateError {
         match failure {
-            Failure::Sql(cause) if damaged::is_damage(&cause) => {
+            WriteFailure::Sql(cause) if damaged::is_damage(&cause) => {
                 self.unreadable(action, damaged::describe(&cause), damaged::WAY_OUT)
             }
-            Failure::Sql(cause) => self.error(action, cause.to_string()),
-            Failure::Gone(what) => StateError {
+            WriteFailure::Sql(cause) => self.error(action, cause.to_string()),
+            WriteFailure::Gone(what) => StateError {
                 path: self.path.display().to_string(),
                 action,
                 cause: format!("{what} while this process used it"),
@@ -400,7 +400,7 @@ impl StateStore {
         &self,
         mut connection: OwnedMutexGuard<Connection>,
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), WriteFailure> {
         self.files.check()?;
         // One that began as a reader could not write once another process has written meanwhile: it would
         // fail at once, without a wait for its turn.

@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Redirect};
 use axum::routing::{any, get};
 use shardmill_config::{HttpHostConfig, HttpMethod, Secret};
-use shardmill_net::{HttpFailure, HttpGrant, Request, Response};
+use shardmill_net::{HttpFailure, HttpGrant, HttpRequest, HttpResponse};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 
@@ -69,15 +69,15 @@ fn grant(hosts: &[HttpHostConfig]) -> Arc<HttpGrant> {
     Arc::new(HttpGrant::new(hosts, Handle::current()).expect("a grant"))
 }
 
-fn asked(url: &str) -> Request {
-    Request { method: "GET".into(), url: url.into(), ..Request::default() }
+fn asked(url: &str) -> HttpRequest {
+    HttpRequest { method: "GET".into(), url: url.into(), ..HttpRequest::default() }
 }
 
 async fn send_within(
     grant: &Arc<HttpGrant>,
-    request: Request,
+    request: HttpRequest,
     time: Duration,
-) -> Result<Response, HttpFailure> {
+) -> Result<HttpResponse, HttpFailure> {
     let grant = Arc::clone(grant);
     let sent = move || grant.send(request, Instant::now() + time);
     let answer = tokio::task::spawn_blocking(sent).await.expect("no panic");
@@ -87,11 +87,11 @@ async fn send_within(
     answer
 }
 
-async fn send(grant: &Arc<HttpGrant>, request: Request) -> Result<Response, HttpFailure> {
+async fn send(grant: &Arc<HttpGrant>, request: HttpRequest) -> Result<HttpResponse, HttpFailure> {
     send_within(grant, request, Duration::from_secs(20)).await
 }
 
-async fn refused(grant: &Arc<HttpGrant>, request: Request, expected: &str) {
+async fn refused(grant: &Arc<HttpGrant>, request: HttpRequest, expected: &str) {
     let asked = format!("{request:?}");
     let failure = send(grant, request).await.expect_err(&asked);
     assert!(!failure.retryable && failure.message.contains(expected), "{asked}: {failure}");
@@ -101,7 +101,7 @@ async fn refused(grant: &Arc<HttpGrant>, request: Request, expected: &str) {
 async fn a_granted_request_is_sent_with_the_grants_headers() {
     let port = server().await;
     let grant = grant(&[host("127.0.0.1", Some(port))]);
-    let request = Request {
+    let request = HttpRequest {
         method: "POST".into(),
         url: format!("http://127.0.0.1:{port}/echo?q=a%20b#part"),
         headers: vec![("X-Mine".into(), "1".into()), ("x-mine".into(), "2".into())],
@@ -139,11 +139,11 @@ async fn an_answer_is_as_long_as_the_grant_allows() {
     for headers in [vec![], vec![("in-chunks".to_owned(), "1".to_owned())]] {
         for count in [0, 999, 1_000] {
             let url = format!("http://127.0.0.1:{port}/bytes/{count}");
-            let answer = send(&grant, Request { headers: headers.clone(), ..asked(&url) }).await;
+            let answer = send(&grant, HttpRequest { headers: headers.clone(), ..asked(&url) }).await;
             assert_eq!(answer.expect("an answer").body.len(), count);
         }
         let url = format!("http://127.0.0.1:{port}/bytes/1001");
-        refused(&grant, Request { headers, ..asked(&url) }, "more than 1000 bytes").await;
+        refused(&grant, HttpRequest { headers, ..asked(&url) }, "more than 1000 bytes").await;
     }
 }
 
@@ -190,7 +190,7 @@ async fn what_is_not_granted_is_not_sent() {
     }
     let url = "https://api.example.com/";
     for method in ["PUT", "get", "CONNECT", "", "GET / HTTP/1.1\r\n"] {
-        let request = Request { method: method.into(), ..asked(url) };
+        let request = HttpRequest { method: method.into(), ..asked(url) };
         refused(&grant, request, "is not granted for api.example.com: GET, POST are").await;
     }
     for (name, value, expected) in [
@@ -203,10 +203,10 @@ async fn what_is_not_granted_is_not_sent() {
         ("a b", "x", "\"a b\" is no name of a header"),
         ("x", "a\r\nhost: evil.example", "not one line of text"),
     ] {
-        let request = Request { headers: vec![(name.into(), value.into())], ..asked(url) };
+        let request = HttpRequest { headers: vec![(name.into(), value.into())], ..asked(url) };
         refused(&grant, request, expected).await;
     }
-    let many = Request { headers: vec![("x".into(), "y".into()); 101], ..asked(url) };
+    let many = HttpRequest { headers: vec![("x".into(), "y".into()); 101], ..asked(url) };
     refused(&grant, many, "more than 100 headers").await;
 }
 

@@ -48,7 +48,7 @@ macro_rules! library {
 }
 
 /// A language's plugin.
-pub(crate) struct Template {
+pub(crate) struct LanguageTemplate {
     /// What the author reads and changes. `{{name}}` in it is the plugin's name.
     pub(crate) own: &'static [File],
     /// What the plugin is written with, as it is.
@@ -60,7 +60,7 @@ pub(crate) const GITIGNORE: File =
     (".gitignore", "*.wasm\n/state/\n/target/\n/node_modules/\n/.venv/\n");
 
 /// The template of a Rust plugin.
-pub(crate) const RUST: Template = Template {
+pub(crate) const RUST: LanguageTemplate = LanguageTemplate {
     own: files!("rust": "plugin.toml", "Cargo.toml", "src/lib.rs", "README.md",
         "tests/cases.toml", "pipeline.toml", "input.ndjson"),
     library: &[
@@ -74,14 +74,14 @@ pub(crate) const RUST: Template = Template {
 };
 
 /// The template of a C plugin.
-pub(crate) const C: Template = Template {
+pub(crate) const C: LanguageTemplate = LanguageTemplate {
     own: files!("c": "plugin.toml", "plugin.c", "README.md", "tests/cases.toml", "pipeline.toml",
         "input.ndjson"),
     library: &[library!("plugins/sdk-c" => "sdk": "shardmill.h")],
 };
 
 /// The template of a Go plugin.
-pub(crate) const GO: Template = Template {
+pub(crate) const GO: LanguageTemplate = LanguageTemplate {
     own: files!("go": "plugin.toml", "go.mod", "main.go", "README.md", "tests/cases.toml",
         "pipeline.toml", "input.ndjson"),
     library: &[
@@ -90,7 +90,7 @@ pub(crate) const GO: Template = Template {
 };
 
 /// The template of a JavaScript plugin.
-pub(crate) const JS: Template = Template {
+pub(crate) const JS: LanguageTemplate = LanguageTemplate {
     own: files!("js": "plugin.toml", "plugin.js", "package.json", "jsconfig.json", "README.md",
         "tests/cases.toml", "pipeline.toml", "input.ndjson"),
     // The library itself is in the binary: what is written is for editors.
@@ -99,7 +99,7 @@ pub(crate) const JS: Template = Template {
 };
 
 /// The template of a Python plugin.
-pub(crate) const PYTHON: Template = Template {
+pub(crate) const PYTHON: LanguageTemplate = LanguageTemplate {
     own: files!("python": "plugin.toml", "plugin.py", "README.md", "tests/cases.toml",
         "pipeline.toml", "input.ndjson"),
     library: &[library!("plugins/sdk-python" => ".": "shardmill.py")],

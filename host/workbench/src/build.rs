@@ -37,7 +37,7 @@ pub struct BuiltPlugin {
 /// Why a plugin was not built.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum BuildError {
+pub enum PluginBuildError {
     /// The folder is no plugin's.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -132,7 +132,7 @@ pub enum BuildError {
 /// # Errors
 ///
 /// If a tool is missing, or the plugin does not compile. `out` is then as it was.
-pub fn build_plugin(dir: &Path, out: Option<&Path>) -> Result<BuiltPlugin, BuildError> {
+pub fn build_plugin(dir: &Path, out: Option<&Path>) -> Result<BuiltPlugin, PluginBuildError> {
     build(dir, out, Haste::No)
 }
 
@@ -142,7 +142,7 @@ pub fn build_plugin(dir: &Path, out: Option<&Path>) -> Result<BuiltPlugin, Build
 /// # Errors
 ///
 /// As [`build_plugin`].
-pub fn build_plugin_in_haste(dir: &Path, out: &Path) -> Result<BuiltPlugin, BuildError> {
+pub fn build_plugin_in_haste(dir: &Path, out: &Path) -> Result<BuiltPlugin, PluginBuildError> {
     build(dir, Some(out), Haste::Yes)
 }
 
@@ -153,7 +153,7 @@ enum Haste {
     No,
 }
 
-fn build(dir: &Path, out: Option<&Path>, haste: Haste) -> Result<BuiltPlugin, BuildError> {
+fn build(dir: &Path, out: Option<&Path>, haste: Haste) -> Result<BuiltPlugin, PluginBuildError> {
     let manifest = PluginManifest::read(dir)?;
     let component = match manifest.language {
         Language::Rust => rust::build(dir, haste)?,
@@ -174,7 +174,7 @@ fn build(dir: &Path, out: Option<&Path>, haste: Haste) -> Result<BuiltPlugin, Bu
 const COMPONENT_MODE: u32 = 0o666;
 
 /// Runs a tool in `dir`, its output going to standard error; `remedy` says how to get it.
-fn compile(dir: &Path, command: &mut Command, remedy: &'static str) -> Result<(), BuildError> {
+fn compile(dir: &Path, command: &mut Command, remedy: &'static str) -> Result<(), PluginBuildError> {
     let tool = command.get_program().to_string_lossy().into_owned();
     let output = command
         .current_dir(dir)
@@ -182,15 +182,15 @@ fn compile(dir: &Path, command: &mut Command, remedy: &'static str) -> Result<()
         .stdout(io::stderr())
         .stderr(Stdio::inherit())
         .status();
-    let status = output.map_err(|cause| BuildError::Tool { tool: tool.clone(), cause, remedy })?;
+    let status = output.map_err(|cause| PluginBuildError::Tool { tool: tool.clone(), cause, remedy })?;
     match status.success() {
         true => Ok(()),
-        false => Err(BuildError::Compile { dir: dir.to_owned(), tool, status }),
+        false => Err(PluginBuildError::Compile { dir: dir.to_owned(), tool, status }),
     }
 }
 
 /// Writes next to `out` and renames, so that a reader never sees half a component.
-fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), BuildError> {
+fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), PluginBuildError> {
     let failed = file_error("write", out);
     let folder = match out.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -208,9 +208,9 @@ fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), BuildError> {
     write().map_err(failed)
 }
 
-fn file_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildError {
+fn file_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PluginBuildError {
     let path = path.to_owned();
-    move |cause| BuildError::File { action, path, cause }
+    move |cause| PluginBuildError::File { action, path, cause }
 }
 
 #[cfg(test)]
@@ -221,7 +221,7 @@ mod tests {
     fn a_folder_without_a_crate_is_refused() {
         let empty = tempfile::tempdir().unwrap();
         let error = build_plugin(empty.path(), None).unwrap_err();
-        assert!(matches!(error, BuildError::Manifest(_)), "{error}");
+        assert!(matches!(error, PluginBuildError::Manifest(_)), "{error}");
     }
 
     #[test]

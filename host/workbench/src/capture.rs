@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use super::case::{Case, CaseInput, Expectation};
-use super::compare::Found;
+use super::compare::CaseOutcome;
 use super::redact::Redaction;
 use super::{TrialRecord, Workbench, update};
 use shardmill_config::{StageText, environment};
@@ -119,8 +119,8 @@ pub fn to_cases(
             .start(&resolved.json)
             .and_then(|mut trial| trial.run(std::slice::from_ref(&record)));
         let found = match found {
-            Ok(fates) => Found::Fates(fates),
-            Err(error) => Found::Failed(resolved.values.hide(error.to_string())),
+            Ok(fates) => CaseOutcome::Fates(fates),
+            Err(error) => CaseOutcome::Failed(resolved.values.hide(error.to_string())),
         };
         let config = config.to_case().map_err(anyhow::Error::msg)?;
         let case = Case {

@@ -11,18 +11,18 @@ use shardmill_engine::stage::{Difference, Fate, show_json, show_payload, written
 
 /// How one case, or one variant of it, went.
 #[derive(Debug)]
-pub struct Verdict {
+pub struct CaseVerdict {
     /// The case's name, and after a slash the variant's.
     pub name: String,
     /// `None`: as expected. Else expected and found, line by line.
     pub difference: Option<Difference>,
     /// What was found, for `--update`.
-    pub found: Found,
+    pub found: CaseOutcome,
 }
 
 /// What a plugin made of a case's records.
 #[derive(Clone, Debug)]
-pub enum Found {
+pub enum CaseOutcome {
     /// One fate per record.
     Fates(Vec<Fate>),
     /// The configuration was refused, or the batch failed.
@@ -37,7 +37,7 @@ pub fn run(
     workbench: &Workbench,
     file: &std::path::Path,
     case: &Case,
-) -> Result<Vec<Verdict>, String> {
+) -> Result<Vec<CaseVerdict>, String> {
     let records = case.records(file)?;
     let mut verdicts =
         vec![judge(workbench, case.name.clone(), &case.config_json(), &records, &case.expected)];
@@ -55,14 +55,14 @@ fn judge(
     config_json: &str,
     records: &[TrialRecord],
     expected: &Expectation,
-) -> Verdict {
+) -> CaseVerdict {
     let fates: Result<Vec<Fate>, TrialError> =
         workbench.start(config_json).and_then(|mut trial| trial.run(records));
     let found = match fates {
-        Ok(fates) => Found::Fates(fates),
-        Err(error) => Found::Failed(error.to_string()),
+        Ok(fates) => CaseOutcome::Fates(fates),
+        Err(error) => CaseOutcome::Failed(error.to_string()),
     };
-    Verdict { name, difference: difference(records, expected, &found), found }
+    CaseVerdict { name, difference: difference(records, expected, &found), found }
 }
 
 /// An output as found, with what it is made of.
@@ -77,11 +77,11 @@ struct FoundOutput<'a> {
 fn difference(
     records: &[TrialRecord],
     expected: &Expectation,
-    found: &Found,
+    found: &CaseOutcome,
 ) -> Option<Difference> {
     let (expected_lines, found_lines, backtraces) = match (found, &expected.fails) {
-        (Found::Failed(reason), Some(expected_failure)) if reason.contains(expected_failure.as_str()) => return None,
-        (Found::Failed(reason), expected_failure) => {
+        (CaseOutcome::Failed(reason), Some(expected_failure)) if reason.contains(expected_failure.as_str()) => return None,
+        (CaseOutcome::Failed(reason), expected_failure) => {
             let expected_failure = expected_failure.as_ref().map(|expected_failure| format!("fails: {expected_failure}\n"));
             (
                 expected_failure.unwrap_or_else(|| shown_expected(expected)),
@@ -89,11 +89,11 @@ fn difference(
                 String::new(),
             )
         }
-        (Found::Fates(fates), Some(expected_failure)) => {
+        (CaseOutcome::Fates(fates), Some(expected_failure)) => {
             let (lines, backtraces) = shown_found(records, &Expectation::default(), fates);
             (format!("fails: {expected_failure}\n"), lines, backtraces)
         }
-        (Found::Fates(fates), None) => {
+        (CaseOutcome::Fates(fates), None) => {
             let (lines, backtraces) = shown_found(records, expected, fates);
             (shown_expected(expected), lines, backtraces)
         }
@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn json_is_compared_as_values_and_text_byte_by_byte() {
         let records = [TrialRecord::new(0, "x")];
-        let found = Found::Fates(vec![fate(r#"{"b": 1.0, "a": "ä"}"#)]);
+        let found = CaseOutcome::Fates(vec![fate(r#"{"b": 1.0, "a": "ä"}"#)]);
         let value = expecting(r#"{"output":[{"route":"out","json":{"a":"ä","b":1.00}}]}"#);
         assert_eq!(difference(&records, &value, &found), None);
         let text = expecting(r#"{"output":[{"route":"out","text":"{}"}]}"#);
@@ -259,7 +259,7 @@ mod tests {
     fn a_difference_shows_the_lines_that_differ() {
         let records = [TrialRecord::new(0, "x"), TrialRecord::new(1, "y")];
         let rejected = Fate { rejected: Some("no brand: y".into()), ..Fate::default() };
-        let found = Found::Fates(vec![fate(r#"{"a":1,"b":2}"#), rejected]);
+        let found = CaseOutcome::Fates(vec![fate(r#"{"a":1,"b":2}"#), rejected]);
         let expected = r#"{"output":[{"route":"out","json":{"a":1,"b":3}}],"reject":[{"input":1,"reason":"brand"}]}"#;
         let difference = difference(&records, &expecting(expected), &found).unwrap();
         let shown = difference.render(false);
@@ -272,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_failure_can_be_expected() {
-        let found = Found::Failed("configure refused: no field".into());
+        let found = CaseOutcome::Failed("configure refused: no field".into());
         assert_eq!(difference(&[], &expecting(r#"{"fails":"no field"}"#), &found), None);
         assert!(difference(&[], &expecting(r#"{"fails":"other"}"#), &found).is_some());
         assert!(difference(&[], &expecting("{}"), &found).is_some());

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use super::{Trial, TrialError, TrialRecord, Workbench};
+use super::{PluginTrial, TrialError, TrialRecord, Workbench};
 use shardmill_config::StageLimits;
 use shardmill_core::record::SequenceNumber;
 use shardmill_engine::stage::Fate;
@@ -89,7 +89,7 @@ struct Suite<'a> {
 }
 
 impl Suite<'_> {
-    fn fresh(&self) -> Result<Trial, String> {
+    fn fresh(&self) -> Result<PluginTrial, String> {
         // How fast a plugin must be is its pipeline's affair: here it must only end.
         let limits = StageLimits {
             batch_ms_max: CALL_MS_MAX,
@@ -128,7 +128,7 @@ impl Suite<'_> {
 
     fn describes_alike(&self) -> Result<(), String> {
         let (one, two) = (self.fresh()?, self.fresh()?);
-        let shown = |trial: &Trial| format!("{:?}", trial.stage().descriptor);
+        let shown = |trial: &PluginTrial| format!("{:?}", trial.stage().descriptor);
         equal("the descriptors", &shown(&one), &shown(&two))
     }
 

@@ -1,6 +1,6 @@
 //! A plugin outside of any pipeline: tried on cases, on a conformance suite, and for speed.
 //!
-//! [`Workbench`] loads it; a [`Trial`] is one instance of it that takes records and tells what
+//! [`Workbench`] loads it; a [`PluginTrial`] is one instance of it that takes records and tells what
 //! became of each. `shardmill test` compares that with [`case`]s, `plugin conformance` with the
 //! contract, `plugin bench` measures it. The instance is a stage's: same limits, same checks.
 //!
@@ -95,7 +95,7 @@ impl Workbench {
     ///
     /// # Errors
     /// [`TrialError::Configure`].
-    pub fn start(&self, config_json: &str) -> Result<Trial, TrialError> {
+    pub fn start(&self, config_json: &str) -> Result<PluginTrial, TrialError> {
         self.start_within(config_json, StageLimits::default())
     }
 
@@ -107,7 +107,7 @@ impl Workbench {
         &self,
         config_json: &str,
         limits: StageLimits,
-    ) -> Result<Trial, TrialError> {
+    ) -> Result<PluginTrial, TrialError> {
         let mut stage = LoadedStage::alone(self.plugin.clone(), config_json, "trial")
             .map_err(TrialError::Configure)?;
         stage.limits = StageLimits { retry_ms_max: 0, ..limits };
@@ -116,16 +116,16 @@ impl Workbench {
         let rejected_max = RejectedMax::NONE;
         let runner = StageRunner::start(stage, context, rejected_max, CancellationToken::new())
             .map_err(TrialError::Configure)?;
-        Ok(Trial { runner })
+        Ok(PluginTrial { runner })
     }
 }
 
 /// One instance, configured.
-pub struct Trial {
+pub struct PluginTrial {
     runner: StageRunner,
 }
 
-impl Trial {
+impl PluginTrial {
     /// What the plugin says of itself.
     pub fn stage(&self) -> &LoadedStage {
         self.runner.stage()
@@ -192,7 +192,7 @@ impl Trial {
 
 /// A call that is measured: nothing but the call is done again.
 pub(crate) struct PreparedCall<'t> {
-    trial: &'t mut Trial,
+    trial: &'t mut PluginTrial,
     batch: Option<Batch>,
     flow: Flow,
 }

@@ -6,11 +6,11 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use super::assets::{C, GITIGNORE, GO, JS, PYTHON, RUST, Template};
+use super::assets::{C, GITIGNORE, GO, JS, PYTHON, RUST, LanguageTemplate};
 use super::manifest::{Language, MANIFEST, is_name};
 
 /// The template of a language.
-fn template(language: Language) -> Template {
+fn template(language: Language) -> LanguageTemplate {
     match language {
         Language::Rust => RUST,
         Language::C => C,

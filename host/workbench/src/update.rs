@@ -9,16 +9,16 @@ use toml_edit::{ArrayOfTables, DocumentMut, Item, Table};
 
 use super::TrialRecord;
 use super::case::{Case, CaseError, CaseOutput, CaseReject, Expectation};
-use super::compare::{Found, Verdict};
+use super::compare::{CaseOutcome, CaseVerdict};
 use shardmill_engine::stage::written;
 
 /// What is expected if what was found is right. `as_before` says in which form payloads were given.
-pub fn accepted(records: &[TrialRecord], found: &Found, as_before: &Expectation) -> Expectation {
+pub fn accepted(records: &[TrialRecord], found: &CaseOutcome, as_before: &Expectation) -> Expectation {
     let fates = match found {
-        Found::Failed(reason) => {
+        CaseOutcome::Failed(reason) => {
             return Expectation { fails: Some(reason.clone()), ..Expectation::default() };
         }
-        Found::Fates(fates) => fates,
+        CaseOutcome::Fates(fates) => fates,
     };
     let mut expected = Expectation::default();
     for (input, fate) in fates.iter().enumerate() {
@@ -60,7 +60,7 @@ pub fn rewrite(
     path: &Path,
     text: &str,
     cases: &[Case],
-    verdicts: &[Vec<Verdict>],
+    verdicts: &[Vec<CaseVerdict>],
 ) -> Result<String, CaseError> {
     let failed =
         |message: String| CaseError(format!("{}: cannot be updated: {message}", path.display()));
@@ -205,10 +205,10 @@ mod tests {
     use super::*;
     use shardmill_engine::stage::{Fate, TrialOutput};
 
-    fn finding(payload: &'static str) -> Found {
+    fn finding(payload: &'static str) -> CaseOutcome {
         let output = TrialOutput { route: "out".into(), key: None, payload: Some(payload.into()) };
         let rejected = Fate { rejected: Some("no: y".into()), ..Fate::default() };
-        Found::Fates(vec![Fate { outputs: vec![output], ..Fate::default() }, rejected])
+        CaseOutcome::Fates(vec![Fate { outputs: vec![output], ..Fate::default() }, rejected])
     }
 
     #[test]

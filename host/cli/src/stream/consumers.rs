@@ -4,7 +4,7 @@ use aws_sdk_kinesis::Client;
 use serde::Serialize;
 
 use super::super::Console;
-use super::Place;
+use super::StreamPlace;
 use shardmill_core::record::StreamRef;
 use shardmill_kinesis::consumers;
 use shardmill_kinesis::consumers::Consumer;
@@ -15,7 +15,7 @@ pub enum Command {
     /// Show the registered consumers: status, name, ARN.
     List {
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Register a consumer and wait until it is ACTIVE; one that is there already is left as it is.
     #[command(after_help = "Example:\n  shardmill stream consumers register shardmill")]
@@ -23,7 +23,7 @@ pub enum Command {
         /// The consumer's name.
         name: String,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
     /// Deregister a consumer and wait until it is gone: what it reads by ends.
     #[command(after_help = "Example:\n  shardmill stream consumers deregister shardmill")]
@@ -31,7 +31,7 @@ pub enum Command {
         /// The consumer's name.
         name: String,
         #[command(flatten)]
-        place: Place,
+        place: StreamPlace,
     },
 }
 

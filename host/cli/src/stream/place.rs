@@ -21,7 +21,7 @@ const SERVED_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Which stream, and where.
 #[derive(clap::Args)]
-pub struct Place {
+pub struct StreamPlace {
     /// The stream's name or ARN; default: that of the pipeline.
     #[arg(long, value_name = "NAME", value_parser = StreamRef::parse)]
     stream: Option<StreamRef>,
@@ -40,20 +40,20 @@ pub struct Place {
 }
 
 /// A stream, resolved.
-pub(super) struct Target {
+pub(super) struct ResolvedStream {
     stream: Option<StreamRef>,
     server: StreamServer,
     timing: Timing,
     pub state_dir: StateDir,
 }
 
-impl Place {
+impl StreamPlace {
     /// Whether the stream was named, not taken from a pipeline's file.
     pub(super) fn names_stream(&self) -> bool {
         self.stream.is_some()
     }
 
-    pub(super) fn resolve(&self) -> anyhow::Result<Target> {
+    pub(super) fn resolve(&self) -> anyhow::Result<ResolvedStream> {
         let default = Path::new(DEFAULT_PIPELINE);
         let pipeline = match &self.pipeline {
             Some(file) => Some(load(file)?),
@@ -72,7 +72,7 @@ impl Place {
         let stream = self.stream.clone().or(kinesis.map(|it| it.stream.value.clone()));
         let region = self.region.clone().or(kinesis.and_then(|it| it.server.region.clone()));
         let assume_role = kinesis.and_then(|it| it.server.assume_role.clone());
-        Ok(Target {
+        Ok(ResolvedStream {
             stream,
             server: StreamServer { endpoint, region, assume_role },
             timing: pipeline.as_ref().map(|it| it.timing).unwrap_or_default(),
@@ -84,7 +84,7 @@ impl Place {
         })
     }
 
-    pub(super) async fn connect(&self) -> anyhow::Result<(Target, Client)> {
+    pub(super) async fn connect(&self) -> anyhow::Result<(ResolvedStream, Client)> {
         let target = self.resolve()?;
         let address = match &target.server.endpoint {
             Endpoint::Aws => None,
@@ -101,7 +101,7 @@ impl Place {
     }
 }
 
-impl Target {
+impl ResolvedStream {
     pub fn name(&self) -> anyhow::Result<&StreamRef> {
         self.stream
             .as_ref()

@@ -9,7 +9,7 @@ use aws_sdk_kinesis::Client;
 use serde::Serialize;
 
 use super::super::Console;
-use super::super::progress::Progress;
+use super::super::progress::ConsoleProgress;
 use shardmill_core::record::StreamRef;
 use shardmill_kinesis::input::{Format, Input, KeyRule};
 use shardmill_kinesis::producer::{Producer, PutReport};
@@ -20,7 +20,7 @@ const PROGRESS_RECORDS: u64 = 1_000;
 
 /// What is put, and how.
 #[derive(clap::Args)]
-pub struct PutOptions {
+pub struct StreamPutOptions {
     /// The files; none, or `-`: standard input.
     files: Vec<PathBuf>,
     /// How records lie in the files; default: csv for files whose names end in .csv, else lines.
@@ -41,7 +41,7 @@ pub struct PutOptions {
     strict_order: bool,
 }
 
-impl PutOptions {
+impl StreamPutOptions {
     /// Options that say nothing together.
     pub(super) fn check(&self) -> anyhow::Result<()> {
         if self.key_field.is_some() && self.format != Some(FileFormat::Ndjson) {
@@ -92,13 +92,13 @@ struct PutSummary {
 pub(super) async fn put(
     client: Client,
     name: &StreamRef,
-    options: PutOptions,
+    options: StreamPutOptions,
     console: &Console,
 ) -> anyhow::Result<()> {
     stream::describe(&client, name).await?;
     let begun = Instant::now();
     let mut producer = Producer::new(client, name.clone()).strict_order(options.strict_order);
-    let mut progress = Progress::start(&format!("putting records on {name}"), None);
+    let mut progress = ConsoleProgress::start(&format!("putting records on {name}"), None);
     let key = match (options.key, options.key_field) {
         (Some(key), _) => KeyRule::Fixed(key),
         (None, Some(member)) => KeyRule::Member(member),

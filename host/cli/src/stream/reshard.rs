@@ -8,7 +8,7 @@ use aws_sdk_kinesis::Client;
 use serde::Serialize;
 
 use super::super::Console;
-use super::super::progress::Progress;
+use super::super::progress::ConsoleProgress;
 use shardmill_core::record::{HashRange, ShardId, StreamRef};
 use shardmill_core::source::Shard;
 use shardmill_kinesis::stream;
@@ -66,7 +66,7 @@ pub(super) async fn reshard(
         }
         Reshard::Scale { shards } => stream::scale(client, name, shards).await?,
     }
-    let mut progress = Progress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
+    let mut progress = ConsoleProgress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
     let mut glance = |waited: Duration, status: &str| progress.at(waited.as_secs(), status);
     let found = stream::wait_active(client, name, wait_max, &mut glance).await?;
     progress.done();

@@ -137,7 +137,7 @@ pub struct LongWait {
 
 /// Who holds what, and who waits.
 #[derive(Debug)]
-pub(super) struct Ledger {
+pub(super) struct BudgetLedger {
     limits: Limits,
     accounts: BTreeMap<AccountId, AccountState>,
     /// Bytes of all accounts, and of those who take without one.
@@ -154,7 +154,7 @@ pub(super) struct Ledger {
     next_id: u64,
 }
 
-impl Ledger {
+impl BudgetLedger {
     pub(super) fn new(limits: Limits) -> Self {
         Self {
             limits,

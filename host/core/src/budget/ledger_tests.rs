@@ -7,11 +7,11 @@ use super::*;
 const MIB: usize = 1 << 20;
 const TURN_MAX: Duration = Duration::from_secs(10);
 
-fn ledger(bytes_max: usize) -> Ledger {
-    Ledger::new(Limits { bytes_max, turn_max: TURN_MAX })
+fn ledger(bytes_max: usize) -> BudgetLedger {
+    BudgetLedger::new(Limits { bytes_max, turn_max: TURN_MAX })
 }
 
-fn open(ledger: &mut Ledger, count: usize, now: Instant) -> Vec<AccountId> {
+fn open(ledger: &mut BudgetLedger, count: usize, now: Instant) -> Vec<AccountId> {
     (0..count).map(|index| ledger.open(format!("lane-{index}").into(), now)).collect()
 }
 
@@ -124,7 +124,7 @@ fn fault_02_a_request_that_takes_what_there_is_leaves_some_to_others() {
 
 /// A world of lanes that take, release and stand still by seed.
 struct World {
-    ledger: Ledger,
+    ledger: BudgetLedger,
     lanes: Vec<Lane>,
     now: Instant,
     random: fastrand::Rng,

@@ -53,7 +53,7 @@ pub(super) struct FileSystem {
 
 /// One folder or link on the way from `/` to a folder.
 #[derive(Clone, Debug)]
-pub(super) struct Step {
+pub(super) struct PathStep {
     pub path: PathBuf,
     pub kind: StepKind,
     pub uid: u32,
@@ -186,7 +186,7 @@ impl Judge {
     }
 
     /// How another user can change what lies at a step.
-    pub fn reach(&self, step: &Step) -> Option<Reach> {
+    pub fn reach(&self, step: &PathStep) -> Option<Reach> {
         let path = step.path.clone();
         if !self.trusts(step.uid, step.device) {
             return Some(Reach::Owner { path, uid: step.uid });
@@ -210,7 +210,7 @@ impl Judge {
     /// A mount, and what is above it, is the business of whoever mounted it: volumes of containers are
     /// commonly open to everybody. A link or a `..` leads away from there, so what was found before it stays
     /// found.
-    pub(crate) fn reach_above(&self, steps: &[Step]) -> Option<Reach> {
+    pub(crate) fn reach_above(&self, steps: &[PathStep]) -> Option<Reach> {
         let (mut before, mut found) = (None, None);
         for step in steps {
             match step.kind {
@@ -227,7 +227,7 @@ impl Judge {
     }
 
     /// What becomes of the folder at the end of these steps, from `/` on.
-    pub(crate) fn own_at(&self, steps: &[Step]) -> Own {
+    pub(crate) fn own_at(&self, steps: &[PathStep]) -> Own {
         let Some((last, above)) = steps.split_last() else { return Own::Fits };
         // A folder that is a mount itself is reached by no folder above it, but by the links that lead to it.
         let way = if last.kind == StepKind::Mount { steps } else { above };
@@ -235,7 +235,7 @@ impl Judge {
     }
 
     /// What becomes of the folder itself.
-    pub fn own(&self, step: &Step) -> Own {
+    pub fn own(&self, step: &PathStep) -> Own {
         if step.kind == StepKind::Mount {
             return Own::Fits;
         }
@@ -269,12 +269,12 @@ mod tests {
         Judge { me: Me { uid: ME, gids: [1000, 2000].into(), ..Me::default() }, loose: None }
     }
 
-    fn step(path: &str, kind: StepKind, uid: u32, gid: u32, mode: u32) -> Step {
+    fn step(path: &str, kind: StepKind, uid: u32, gid: u32, mode: u32) -> PathStep {
         let device = if path.starts_with("/volume") { VOLUME } else { DISK };
-        Step { path: path.into(), kind, uid, gid, mode, device }
+        PathStep { path: path.into(), kind, uid, gid, mode, device }
     }
 
-    fn folder(path: &str, uid: u32, mode: u32) -> Step {
+    fn folder(path: &str, uid: u32, mode: u32) -> PathStep {
         step(path, StepKind::Folder, uid, 0, mode)
     }
 
@@ -337,7 +337,7 @@ mod tests {
                 Some(shared()),
             ),
         ] {
-            let steps: Vec<Step> = [root.clone()].into_iter().chain(steps).collect();
+            let steps: Vec<PathStep> = [root.clone()].into_iter().chain(steps).collect();
             assert_eq!(judge().reach_above(&steps), found, "{name}");
         }
     }
@@ -348,7 +348,7 @@ mod tests {
         let root = || step("/", Mount, 0, 0, 0o755);
         let ours =
             || vec![root(), folder("/ours", ME, 0o755), step("/ours/t", Link, ME, ME, 0o777)];
-        let to = |steps: Vec<Step>| [ours(), steps].concat();
+        let to = |steps: Vec<PathStep>| [ours(), steps].concat();
         let open = |path: &str| Some(Reach::Everybody { path: path.into(), mode: 0o777 });
         let of_another = |path: &str| Some(Reach::Owner { path: path.into(), uid: 1001 });
         let (srv, q, file) = (
@@ -435,7 +435,7 @@ mod tests {
         let root = || step("/", Mount, 0, 0, 0o755);
         let link = |path: &str, uid| step(path, Link, uid, uid, 0o777);
         let ours = || vec![root(), folder("/s", ME, 0o755), link("/s/g", ME), root()];
-        let to = |steps: Vec<Step>| [ours(), steps].concat();
+        let to = |steps: Vec<PathStep>| [ours(), steps].concat();
         let srv = |mode| folder("/srv", 0, mode);
         let open = |path: &str, mode| Own::Refused(Reach::Everybody { path: path.into(), mode });
         let of_another = |path: &str| Own::Refused(Reach::Owner { path: path.into(), uid: 1001 });

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{DeliveryContext, Progress};
+use super::{DeliveryContext, DeliveryProgress};
 use crate::refusals::PendingRefusals;
 use shardmill_core::budget::Permit;
 use shardmill_core::metric;
@@ -46,7 +46,7 @@ pub(super) enum CommitRequest {
 pub(super) struct Committer {
     context: Arc<DeliveryContext>,
     writer: Box<dyn SinkWriter>,
-    publish: watch::Sender<Progress>,
+    publish: watch::Sender<DeliveryProgress>,
     refusals: PendingRefusals,
     /// Where the sink's own position stands: each commit starts there.
     stored: Option<Position>,
@@ -62,7 +62,7 @@ impl Committer {
     pub(super) fn new(
         acquired: Acquired,
         context: Arc<DeliveryContext>,
-        publish: watch::Sender<Progress>,
+        publish: watch::Sender<DeliveryProgress>,
     ) -> Self {
         let refusals =
             PendingRefusals::new(context.dead_letters.clone(), context.sink.clone(), context.rejected_max);
@@ -158,7 +158,7 @@ impl Committer {
         }
         self.refusals.committed(&commit);
         self.stored = Some(commit.range.to_inclusive.clone());
-        self.publish.send_replace(Progress { position: self.stored.clone(), blocked: None });
+        self.publish.send_replace(DeliveryProgress { position: self.stored.clone(), blocked: None });
         Ok(())
     }
 
@@ -222,7 +222,7 @@ async fn shown<T>(
     attempt: impl Future<Output = T>,
     calls: &'static str,
     context: &DeliveryContext,
-    publish: &watch::Sender<Progress>,
+    publish: &watch::Sender<DeliveryProgress>,
 ) -> T {
     let after = context.timing.call_blocked_after;
     tokio::pin!(attempt);
@@ -235,7 +235,7 @@ async fn shown<T>(
     attempt.await
 }
 
-fn block(context: &DeliveryContext, publish: &watch::Sender<Progress>, error: &SinkError) {
+fn block(context: &DeliveryContext, publish: &watch::Sender<DeliveryProgress>, error: &SinkError) {
     publish.send_if_modified(|progress| {
         let cause = Some(error.to_string());
         let changed = progress.blocked != cause;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use anyhow::Context as _;
 use tokio_util::sync::CancellationToken;
 
-use super::change::{Change, SwapPause};
+use super::change::{PendingChange, SwapPause};
 use super::lag::{LiveDelivery, LiveLag, ShardLag};
 use super::{ActiveSegment, Lane, LaneError, Shared, checkpointer};
 use crate::delivery::{DeliveryContext, DeliveryHandle};
@@ -120,7 +120,7 @@ impl<'a> Lane<'a> {
         // their way to a sink. Run by another revision, the letter would hide another item, or the
         // record would be both a letter and rows.
         let ran = highest.clone().max(shared.dead_letters.highest_of_stages(&shard).await?);
-        let (change, wanted) = Change::begin(shared, &shard, stop);
+        let (change, wanted) = PendingChange::begin(shared, &shard, stop);
         let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
         let segments = segments(shared, &wanted, &shard, place).await?;
         record_unbound(shared, &shard, &segments, &needs).await?;

@@ -29,7 +29,7 @@ const RETRY: RetryPolicy =
 type Kept = Vec<(Arc<dyn Sink>, Vec<KeptPosition>)>;
 
 /// The shards of a stream, as a start finds them.
-pub(crate) struct Found<'f> {
+pub(crate) struct FoundShards<'f> {
     pub(crate) stream: &'f Arc<StreamIdentity>,
     pub(crate) listed: &'f [Shard],
     /// The shards that the state has begun.
@@ -45,10 +45,10 @@ pub(crate) struct Found<'f> {
 pub(crate) async fn before_first_record(
     shared: &Shared,
     state: &StateStore,
-    found: Found<'_>,
+    found: FoundShards<'_>,
     trust_sinks: bool,
 ) -> Result<Vec<ShardId>, LaneError> {
-    let Found { stream, listed, known } = found;
+    let FoundShards { stream, listed, known } = found;
     let pipeline = &shared.config.name;
     let of_stream = |shard: &ShardId| ShardKey {
         pipeline: pipeline.clone(),

@@ -37,7 +37,7 @@ struct Starting {
 const LEDGER_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_millis(200));
 
 /// What a lane is to run next, on its way.
-pub(super) struct Change {
+pub(super) struct PendingChange {
     wanted: watch::Receiver<Arc<Revision>>,
     shard: ShardKey,
     rejected_max: RejectedMax,
@@ -64,7 +64,7 @@ struct Announcing {
     written: SharedFuture<BoxFuture<'static, Result<(), String>>>,
 }
 
-impl Change {
+impl PendingChange {
     /// For a lane that begins with what is wanted now, which is given as well.
     pub(super) fn begin(shared: &Shared, shard: &ShardKey, stop: &Stop) -> (Self, Arc<Revision>) {
         let mut wanted = shared.current.subscribe();

@@ -9,11 +9,11 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::{StatusRegistry, Shared};
-use crate::delivery::{DeliveryHandle, Progress};
+use crate::delivery::{DeliveryHandle, DeliveryProgress};
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
 use shardmill_state::{SinkMark, StateError};
 
-type Watched = Vec<(SinkName, watch::Receiver<Progress>)>;
+type Watched = Vec<(SinkName, watch::Receiver<DeliveryProgress>)>;
 
 /// Starts writing; the handle is aborted when the lane ends.
 pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -> JoinHandle<()> {

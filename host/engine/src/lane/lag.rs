@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 
-use crate::delivery::Progress;
+use crate::delivery::DeliveryProgress;
 use shardmill_core::record::{Position, SinkName};
 
 /// Batches whose arrivals are known one by one. Of more, two neighbours become one, which is as old as the
@@ -147,7 +147,7 @@ pub struct LiveDelivery {
     /// The sink.
     pub sink: SinkName,
     /// How far it is.
-    pub progress: watch::Receiver<Progress>,
+    pub progress: watch::Receiver<DeliveryProgress>,
     /// Told when what is in hand is to be committed, though more would fit.
     pub commit_now: Arc<Notify>,
 }

@@ -22,7 +22,7 @@ use shardmill_core::record::{
     StreamIdentity,
 };
 use shardmill_core::retry::RetryPolicy;
-use shardmill_state::{REDRIVE_STREAM, Ledger, LostPayload, RedriveRecord, Step, entered_digest};
+use shardmill_state::{REDRIVE_STREAM, Ledger, LostPayload, RedriveRecord, StagesRun, entered_digest};
 
 /// The largest number of revisions that are kept loaded.
 const REVISIONS_MAX: usize = 4;
@@ -109,7 +109,7 @@ impl Remaker {
         &mut self,
         dead_letter: &RedriveRecord,
         lost: &LostPayload,
-        step: &Step,
+        step: &StagesRun,
         target: &DeadLetterPlace,
         (key, payload): Made,
     ) -> Result<Made, String> {
@@ -255,7 +255,7 @@ impl LastRun {
 }
 
 /// Where a run entered the stages; `None`: at the source.
-fn entry_place(step: &Step) -> Result<Option<DeadLetterPlace>, String> {
+fn entry_place(step: &StagesRun) -> Result<Option<DeadLetterPlace>, String> {
     let Some(place) = &step.place else { return Ok(None) };
     let place = DeadLetterPlace::parse(place);
     place.map(Some).ok_or_else(|| format!("not a place of a dead letter: {:?}", step.place))

@@ -704,7 +704,7 @@ mod tests {
     use tokio::sync::{Notify, watch};
 
     use super::*;
-    use crate::delivery::Progress;
+    use crate::delivery::DeliveryProgress;
     use shardmill_core::record::SequenceNumber;
     use shardmill_state::Removed;
 
@@ -735,7 +735,7 @@ mod tests {
     }
 
     /// A delivery that is at a place, with what it is told to hurry by.
-    fn delivery(sink: &str, progress: Progress) -> (ShardId, LiveDelivery) {
+    fn delivery(sink: &str, progress: DeliveryProgress) -> (ShardId, LiveDelivery) {
         // The last state stays when the sender is gone, as when the lane has ended.
         let (_, progress) = watch::channel(progress);
         let own = LiveDelivery { sink: sink.into(), progress, commit_now: Arc::new(Notify::new()) };
@@ -745,7 +745,7 @@ mod tests {
     #[test]
     fn fault_13_a_sink_that_leaves_is_compared_with_what_the_others_have_now() {
         let shard = ShardId::from("s");
-        let progress = |position, blocked: Option<&str>| Progress {
+        let progress = |position, blocked: Option<&str>| DeliveryProgress {
             position,
             blocked: blocked.map(str::to_owned),
         };
@@ -786,7 +786,7 @@ mod tests {
 
     #[tokio::test]
     async fn fault_13_a_sink_that_leaves_is_asked_to_commit_what_it_has() {
-        let nothing = Progress::default;
+        let nothing = DeliveryProgress::default;
         let live = Live(vec![delivery("a", nothing()), delivery("b", nothing())]);
         live.ask_to_commit(&"a".into());
         let is_notified = |place: usize| {

@@ -35,14 +35,14 @@ pub struct StageOutput {
 
 /// The outputs of one call as the plugin wrote them, proven to keep the contract.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct PluginAnswer {
     arena: Bytes,
     outputs: Vec<u32>,
     /// The index of the call's first item.
     first_item: usize,
 }
 
-impl Answer {
+impl PluginAnswer {
     /// The outputs, sharing the arena.
     fn outputs(&self) -> impl Iterator<Item = StageOutput> {
         let (outputs, _) = self.outputs.as_chunks();
@@ -75,7 +75,7 @@ pub struct Rejected {
 #[derive(Debug, Default)]
 pub struct StageOutcome {
     /// One for each call that went well: one in all, unless a culprit was searched for.
-    pub(super) answers: Vec<Answer>,
+    pub(super) answers: Vec<PluginAnswer>,
     /// What was rejected, by ascending item.
     pub rejected: Vec<Rejected>,
     /// The bytes of the reasons in it.
@@ -93,7 +93,7 @@ pub(super) fn occupied_bytes_max(flow: &[Item], limits: &StageLimits) -> usize {
 impl StageOutcome {
     /// What goes on, by ascending item.
     pub fn outputs(&self) -> impl Iterator<Item = StageOutput> {
-        self.answers.iter().flat_map(Answer::outputs)
+        self.answers.iter().flat_map(PluginAnswer::outputs)
     }
 
     /// How many outputs there are.
@@ -226,7 +226,7 @@ pub(super) fn validate(
     let arena_bytes = arena.len();
     let answers = match outputs.is_empty() {
         true => Vec::new(),
-        false => vec![Answer { arena, outputs, first_item }],
+        false => vec![PluginAnswer { arena, outputs, first_item }],
     };
     Ok(StageOutcome { answers, rejected, reason_bytes, arena_bytes })
 }

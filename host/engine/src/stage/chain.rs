@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::answer::{Rejected, StageOutcome};
 use super::flow::{self, Flow, Item};
-use super::revision::{Revision, LoadedStage, SOURCE_ROUTE, Target};
+use super::revision::{Revision, LoadedStage, SOURCE_ROUTE, RouteTarget};
 use super::runner::{RunError, StageRunner};
 use super::samples::Samples;
 use shardmill_config::RejectedMax;
@@ -201,8 +201,8 @@ impl Chain {
             return std::slice::from_ref(sink);
         }
         match self.revision.stages.get(routed.stage).map(|stage| &stage.targets[routed.route]) {
-            Some(Target::Sinks(sinks)) => sinks,
-            Some(Target::Next(_)) => &[],
+            Some(RouteTarget::Sinks(sinks)) => sinks,
+            Some(RouteTarget::Next(_)) => &[],
             None => &self.revision.spec.source_sinks,
         }
     }
@@ -463,7 +463,7 @@ fn route(
         let key = output.key.unwrap_or_else(|| own(&mut item.key));
         let payload = output.payload.unwrap_or_else(|| own(&mut item.payload));
         match &loaded.targets[output.route] {
-            Target::Next(upstream_route) => on.push(Item {
+            RouteTarget::Next(upstream_route) => on.push(Item {
                 record,
                 ordinal: match on.last() {
                     Some(before) if before.record == record => before.ordinal + 1,
@@ -473,8 +473,8 @@ fn route(
                 key,
                 payload,
             }),
-            Target::Sinks(sinks) if sinks.is_empty() => {}
-            Target::Sinks(_) => routed.push(Routed {
+            RouteTarget::Sinks(sinks) if sinks.is_empty() => {}
+            RouteTarget::Sinks(_) => routed.push(Routed {
                 row: Row {
                     batch: batch.clone(),
                     record,

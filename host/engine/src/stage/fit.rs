@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::columns;
-use super::revision::{Canary, LoadedStage, Target, column, context};
+use super::revision::{Canary, LoadedStage, RouteTarget, column, context};
 use shardmill_config::{ConfigError, PipelineConfig, environment};
 use shardmill_core::record::RouteName;
 use shardmill_plugin::{CallErrorKind, Descriptor, Instance, Plugin, PluginHost, Route};
@@ -207,7 +207,7 @@ fn targets(
     stage: &StageSpec,
     descriptor: &Descriptor,
     is_last: bool,
-) -> Result<Vec<Target>, (Place, String, String)> {
+) -> Result<Vec<RouteTarget>, (Place, String, String)> {
     let declared: Vec<&str> = descriptor.routes.iter().map(|route| route.name.as_str()).collect();
     if let Some(unknown) = stage.routes.keys().find(|name| !declared.contains(&name.as_str())) {
         let near = declared
@@ -226,7 +226,7 @@ fn targets(
     let mut next = 0..;
     let targets =
         descriptor.routes.iter().map(|route| match stage.routes.get(route.name.as_str()) {
-            Some(sinks) => Ok(Target::Sinks(sinks.clone())),
+            Some(sinks) => Ok(RouteTarget::Sinks(sinks.clone())),
             None if is_last => Err((
                 Place::Stage,
                 format!(
@@ -238,7 +238,7 @@ fn targets(
                     route.name
                 ),
             )),
-            None => Ok(Target::Next(next.next().unwrap_or_default())),
+            None => Ok(RouteTarget::Next(next.next().unwrap_or_default())),
         });
     targets.collect()
 }

@@ -6,12 +6,12 @@ use fastrand::Rng;
 use super::answer::validate;
 use super::flow::Item;
 use shardmill_config::StageLimits;
-use shardmill_core::fuzzing::{Choices, Target};
+use shardmill_core::fuzzing::{Choices, FuzzTarget};
 use shardmill_core::record::excerpt;
 use shardmill_plugin::Outcome;
 
 /// Checks that [`validate`] accepts exactly the answers that keep the contract, and passes on what they say.
-pub const OUTCOME: Target = Target { name: "outcome", run, grow, words: &[] };
+pub const OUTCOME: FuzzTarget = FuzzTarget { name: "outcome", run, grow, words: &[] };
 
 /// Bytes that each output counts beside its own, in the words of the book ("Limits").
 const OUTPUT_BYTES: usize = 256;

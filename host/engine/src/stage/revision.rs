@@ -27,7 +27,7 @@ pub(super) const SOURCE_ROUTE: &str = "source";
 
 /// Where the outputs of one route of one stage go.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum RouteTarget {
     /// To these sinks; none: dropped on purpose.
     Sinks(Vec<SinkName>),
     /// On to the next stage, as its upstream route of this index.
@@ -54,7 +54,7 @@ pub struct LoadedStage {
     /// The names of the declared routes, by index.
     pub route_names: Arc<[RouteName]>,
     /// Where each declared route goes, by the route's index.
-    pub targets: Arc<[Target]>,
+    pub targets: Arc<[RouteTarget]>,
     /// How its plugin does.
     pub health: Arc<HealthCounts>,
     /// Its records that ran out of time.
@@ -88,7 +88,7 @@ impl LoadedStage {
             name: descriptor.name.as_str().into(),
             plugin,
             route_names: routes.clone().map(|route| route.name.as_str().into()).collect(),
-            targets: routes.map(|_| Target::Sinks(Vec::new())).collect(),
+            targets: routes.map(|_| RouteTarget::Sinks(Vec::new())).collect(),
             descriptor: descriptor.into(),
             limits,
             services,
@@ -294,7 +294,7 @@ impl Revision {
                 stage.endless = before.endless.clone();
             }
             let routes = stage.descriptor.routes.iter().zip(stage.targets.iter());
-            let on = routes.filter(|(_, target)| matches!(target, Target::Next(_)));
+            let on = routes.filter(|(_, target)| matches!(target, RouteTarget::Next(_)));
             let on: Vec<Route> = on.map(|(route, _)| route.clone()).collect();
             stages.push(stage);
             upstream = on.into();
@@ -321,7 +321,7 @@ impl Revision {
         }
         for stage in &self.stages {
             for (route, target) in stage.descriptor.routes.iter().zip(stage.targets.iter()) {
-                if matches!(target, Target::Sinks(sinks) if sinks.contains(sink)) {
+                if matches!(target, RouteTarget::Sinks(sinks) if sinks.contains(sink)) {
                     bound.push(BoundRoute {
                         name: route.name.as_str().into(),
                         format: route.format.clone(),

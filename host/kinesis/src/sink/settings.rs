@@ -11,7 +11,7 @@ use shardmill_config::reading::{
     Check, Maybe, RawAssumeRole, RawCommit, Spanned, Text, server, stream, without_user,
 };
 use shardmill_config::{
-    BuildError, Endpoint, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext,
+    SinkBuildError, Endpoint, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext,
     SinkSettings, SinkTable, SinkType, StreamServer,
 };
 use shardmill_core::record::StreamRef;
@@ -135,7 +135,7 @@ impl SinkSettings for StreamTarget {
         &self,
         context: &SinkContext<'_>,
         _shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError> {
+    ) -> Result<Arc<dyn Sink>, SinkBuildError> {
         let state_dir = context.pipeline.state_dir.to_path_buf();
         let sink = KinesisSink::new(context.name.clone(), self.clone(), state_dir);
         Ok(Arc::new(sink.with_timing(context.pipeline.timing)))

@@ -12,10 +12,10 @@ use crate::clock::CallClock;
 use shardmill_config::Capability;
 use shardmill_config::StageLimits;
 use shardmill_core::off_thread;
-use shardmill_net::Request;
+use shardmill_net::HttpRequest;
 
 /// One instance, as far as it may ask the host for anything.
-pub(crate) struct Caller {
+pub(crate) struct HostCaller {
     services: Arc<Services>,
     author: Author,
     /// Whether `configure` is under way: only then metrics are announced, and no server is asked.
@@ -28,7 +28,7 @@ pub(crate) struct Caller {
     answer_bytes_max: usize,
 }
 
-impl Caller {
+impl HostCaller {
     /// An instance that is about to be configured.
     pub fn new(services: Arc<Services>, shard: &str, limits: &StageLimits) -> Self {
         let stage = services.stage.clone();
@@ -143,7 +143,7 @@ impl Caller {
     /// Sends a request and waits for the answer.
     pub(super) fn send(
         &mut self,
-        request: Request,
+        request: HttpRequest,
     ) -> wasmtime::Result<Result<wit::http::Response, wit::http::Failure>> {
         let failed = |retryable, message| Ok(Err(wit::http::Failure { retryable, message }));
         let Some(grant) = &self.services.http else {
@@ -173,7 +173,7 @@ fn going_on() -> wasmtime::Result<()> {
     }
 }
 
-impl wit::clock::Host for Caller {
+impl wit::clock::Host for HostCaller {
     fn now_ms(&mut self) -> wasmtime::Result<u64> {
         self.granted(Capability::Clock)?;
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
@@ -181,7 +181,7 @@ impl wit::clock::Host for Caller {
     }
 }
 
-impl wit::random::Host for Caller {
+impl wit::random::Host for HostCaller {
     fn next_u64(&mut self) -> wasmtime::Result<u64> {
         self.granted(Capability::Random)?;
         getrandom::u64().map_err(|error| wasmtime::format_err!("no random numbers: {error}"))

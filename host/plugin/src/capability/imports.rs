@@ -7,10 +7,10 @@
 use wasmtime::component::{ComponentType, HasSelf, Lift, Linker, WasmList, WasmStr};
 use wasmtime::{AsContext as _, StoreContextMut};
 
-use super::{Caller, HasCaller};
+use super::{HostCaller, HasCaller};
 use crate::bindings::shardmill::plugin as wit;
 use shardmill_config::Capability;
-use shardmill_net::{HEADER_BYTES_MAX, HEADERS_MAX, Request, URL_BYTES_MAX};
+use shardmill_net::{HEADER_BYTES_MAX, HEADERS_MAX, HttpRequest, URL_BYTES_MAX};
 
 /// A request in the plugin's memory.
 #[derive(ComponentType, Lift)]
@@ -28,8 +28,8 @@ struct RequestView {
 
 /// Offers every capability; what a component imports is checked against its stage's grants.
 pub(crate) fn offer<T: HasCaller>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
-    wit::clock::add_to_linker::<_, HasSelf<Caller>>(linker, T::caller_mut)?;
-    wit::random::add_to_linker::<_, HasSelf<Caller>>(linker, T::caller_mut)?;
+    wit::clock::add_to_linker::<_, HasSelf<HostCaller>>(linker, T::caller_mut)?;
+    wit::random::add_to_linker::<_, HasSelf<HostCaller>>(linker, T::caller_mut)?;
     offer_log(linker)?;
     offer_metrics(linker)?;
     let mut lookup = linker.instance(&Capability::Lookup.interface())?;
@@ -103,7 +103,7 @@ fn beginning(text: &str) -> String {
 fn copied<T: HasCaller>(
     store: &mut StoreContextMut<'_, T>,
     view: &RequestView,
-) -> wasmtime::Result<Result<Request, String>> {
+) -> wasmtime::Result<Result<HttpRequest, String>> {
     if view.headers.len() > HEADERS_MAX {
         return Ok(Err(format!("the request has more than {HEADERS_MAX} headers")));
     }
@@ -127,5 +127,5 @@ fn copied<T: HasCaller>(
         return Ok(Err(format!("the URL has more than {URL_BYTES_MAX} bytes")));
     }
     let body = view.body.as_le_slice(store.as_context()).to_vec();
-    Ok(Ok(Request { method: method.into_owned(), url: url.into_owned(), headers, body }))
+    Ok(Ok(HttpRequest { method: method.into_owned(), url: url.into_owned(), headers, body }))
 }

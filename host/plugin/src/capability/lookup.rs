@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 use deadpool::managed::PoolError;
 use tokio::runtime::Handle;
 
-use self::cache::{Cache, Row};
-use self::found::{ANSWER_BYTES_MAX, Found};
+use self::cache::{Cache, CachedRow};
+use self::found::{ANSWER_BYTES_MAX, FoundRows};
 use self::postgres::PostgresTable;
 use self::sqlite::SqliteTable;
 use shardmill_config::{LookupConfig, LookupSource};
@@ -150,8 +150,8 @@ impl Lookup {
         keys: &[&str],
         deadline: Instant,
         bytes_max: usize,
-    ) -> Result<Vec<Row>, LookupError> {
-        let mut known: Vec<Option<Row>> = vec![None; keys.len()];
+    ) -> Result<Vec<CachedRow>, LookupError> {
+        let mut known: Vec<Option<CachedRow>> = vec![None; keys.len()];
         let (mut missed, mut absent, mut bytes) = (0, 0, 0);
         loop {
             // One query's keys at a time. What it finds is kept at once: other lanes wait for these keys.
@@ -159,7 +159,7 @@ impl Lookup {
             known = standing.known;
             let claim = standing.claim;
             if !claim.keys.is_empty() {
-                let mut found = Found::within(bytes_max).after(bytes);
+                let mut found = FoundRows::within(bytes_max).after(bytes);
                 self.fetch(&claim.keys, deadline, &mut found)?;
                 bytes = found.bytes();
                 let found = found.into_rows();
@@ -196,7 +196,7 @@ impl Lookup {
         &self,
         keys: &[Arc<str>],
         deadline: Instant,
-        found: &mut Found,
+        found: &mut FoundRows,
     ) -> Result<(), LookupError> {
         let started = Instant::now();
         let deadline = deadline.min(started + self.timeout);

@@ -13,7 +13,7 @@ use shardmill_core::budget::Permit;
 use shardmill_core::metric;
 use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::retry::RetryPolicy;
-use shardmill_kinesis::put::{Answer, Offer, Outcomes, PutOptions, PutWriter, Refused, Request};
+use shardmill_kinesis::put::{PutAnswer, Offer, Outcomes, PutOptions, PutWriter, Refused, PutRequest};
 use shardmill_kinesis::put_call::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 
 /// How long the first record of a call waits for others: little beside a call's own time.
@@ -30,12 +30,12 @@ pub(super) struct Submission {
     /// Their bytes, given back when the request is answered.
     pub reserved: Permit,
     /// Told once, when nothing of the request is under way any more.
-    pub answer: oneshot::Sender<Result<(), Refusal>>,
+    pub answer: oneshot::Sender<Result<(), SubmissionRefusal>>,
 }
 
 /// Why the stream does not have all records of a request. It may have some of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(super) enum SubmissionRefusal {
     /// For good: the same request would be refused again.
     Records(String),
     /// The stream is out of reach, throttled, or gone.
@@ -59,9 +59,9 @@ pub(super) async fn run(
         let begun = Instant::now();
         let answer = writer.put(request).await;
         let failure = match &answer {
-            Answer::Later { cause, .. } => Some(cause.clone()),
-            Answer::Stream { error, .. } => Some(error.to_string()),
-            Answer::Each(_) | Answer::Records { .. } => None,
+            PutAnswer::Later { cause, .. } => Some(cause.clone()),
+            PutAnswer::Stream { error, .. } => Some(error.to_string()),
+            PutAnswer::Each(_) | PutAnswer::Records { .. } => None,
         };
         match failure {
             Some(cause) => {
@@ -94,7 +94,7 @@ type RequestId = u64;
 
 /// A request that is not answered yet.
 struct Open {
-    answer: oneshot::Sender<Result<(), Refusal>>,
+    answer: oneshot::Sender<Result<(), SubmissionRefusal>>,
     _reserved: Permit,
     /// Records that the stream does not have yet.
     left: usize,
@@ -146,7 +146,7 @@ impl Queue {
 
     /// Fills the next call from the front, within the limits of PutRecords. A request that is alone shares it with
     /// no other.
-    fn cut(&mut self, mut call: Request<RequestId>) -> Request<RequestId> {
+    fn cut(&mut self, mut call: PutRequest<RequestId>) -> PutRequest<RequestId> {
         let is_alone = |id: RequestId| self.open.get(&id).is_some_and(|open| open.is_alone);
         let Some(first) = self.records.front().map(|(id, _)| *id) else { return call };
         while let Some((id, record)) = self.records.pop_front() {
@@ -165,20 +165,20 @@ impl Queue {
 
     /// Answers the requests whose records are all in or one of which is refused for good; puts what
     /// was refused for now back. Whether there was something to put back for that reason.
-    fn apply(&mut self, answer: Answer<RequestId>, begun: Instant) -> bool {
+    fn apply(&mut self, answer: PutAnswer<RequestId>, begun: Instant) -> bool {
         let refused_for_now = |records: Vec<(RequestId, NewRecord)>, cause: &str| {
             let refused = |(tag, record)| Refused { tag, record, cause: cause.to_owned() };
             records.into_iter().map(refused).collect()
         };
         let (taken, later, never) = match answer {
-            Answer::Each(Outcomes { taken, later, never }) => (taken, later, never),
-            Answer::Later { records, cause } => {
+            PutAnswer::Each(Outcomes { taken, later, never }) => (taken, later, never),
+            PutAnswer::Later { records, cause } => {
                 (Vec::new(), refused_for_now(records, &cause), Vec::new())
             }
-            Answer::Stream { records, error } => {
+            PutAnswer::Stream { records, error } => {
                 (Vec::new(), refused_for_now(records, &error.to_string()), Vec::new())
             }
-            Answer::Records { records, error } => {
+            PutAnswer::Records { records, error } => {
                 let ids: Vec<RequestId> = records.iter().map(|(id, _)| *id).collect();
                 if ids.first() != ids.last() {
                     // One request of several is bad: each goes on alone, so that only that one fails.
@@ -191,7 +191,7 @@ impl Queue {
                     return false;
                 }
                 if let Some(id) = ids.first() {
-                    self.answer(*id, Err(Refusal::Records(error.to_string())));
+                    self.answer(*id, Err(SubmissionRefusal::Records(error.to_string())));
                 }
                 (Vec::new(), Vec::new(), Vec::new())
             }
@@ -202,13 +202,13 @@ impl Queue {
             self.taken(id);
         }
         for Refused { tag: id, cause, .. } in never {
-            self.answer(id, Err(Refusal::Records(cause)));
+            self.answer(id, Err(SubmissionRefusal::Records(cause)));
         }
         let mut refused = Vec::new();
         for Refused { tag: id, record, cause } in later {
             let Some(open) = self.open.get_mut(&id) else { continue };
             if open.refused_since.get_or_insert(begun).elapsed() >= REFUSED_MAX {
-                self.answer(id, Err(Refusal::Stream(cause)));
+                self.answer(id, Err(SubmissionRefusal::Stream(cause)));
             } else {
                 refused.push((id, record));
             }
@@ -235,7 +235,7 @@ impl Queue {
         }
     }
 
-    fn answer(&mut self, id: RequestId, answer: Result<(), Refusal>) {
+    fn answer(&mut self, id: RequestId, answer: Result<(), SubmissionRefusal>) {
         if let Some(open) = self.open.remove(&id) {
             // A client that went away wants no answer.
             let _ = open.answer.send(answer);
@@ -247,7 +247,7 @@ impl Queue {
         self.records.clear();
         let ids: Vec<RequestId> = self.open.keys().copied().collect();
         for id in ids {
-            self.answer(id, Err(Refusal::Stream(cause.to_owned())));
+            self.answer(id, Err(SubmissionRefusal::Stream(cause.to_owned())));
         }
     }
 }

@@ -10,7 +10,7 @@ use serde::de::IgnoredAny;
 
 use shardmill_config::reading::{Check, RawCommit, Spanned, Text};
 use shardmill_config::{
-    BuildError, Key, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
+    SinkBuildError, Key, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
 };
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, ShardKey, SinkName};
@@ -71,7 +71,7 @@ impl SinkSettings for DiscardSettings {
         &self,
         context: &SinkContext<'_>,
         _shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError> {
+    ) -> Result<Arc<dyn Sink>, SinkBuildError> {
         Ok(Arc::new(DiscardSink::new(context.name.clone())))
     }
 }

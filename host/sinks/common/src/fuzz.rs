@@ -119,7 +119,7 @@ impl Value {
 
 /// Column of a sink, and how its values are read back. `None`: the sink refuses the value.
 #[derive(Clone, Copy)]
-pub struct Column {
+pub struct FuzzColumn {
     pub name: &'static str,
     pub values: Type,
     pub read: fn(RawJson<'_>) -> Option<Value>,
@@ -127,7 +127,7 @@ pub struct Column {
 
 /// Checks that a column keeps a value exactly or refuses it. The first byte of an input is the column, the rest a
 /// JSON value.
-pub fn check(columns: &[Column], data: &[u8]) {
+pub fn check(columns: &[FuzzColumn], data: &[u8]) {
     let Some((column, json)) = data.split_first() else { return };
     let Ok(raw) = serde_json::from_slice::<&RawValue>(json) else { return };
     if has_lone_surrogate(raw.get()) {
@@ -414,7 +414,7 @@ fn shape(json: &str, nests: bool, elements: &mut Vec<String>) -> Option<Vec<usiz
 }
 
 /// Makes a column and a value that it mostly takes.
-pub fn grow(columns: &[Column], random: &mut Rng) -> Vec<u8> {
+pub fn grow(columns: &[FuzzColumn], random: &mut Rng) -> Vec<u8> {
     let place = random.usize(..columns.len());
     let mut json = String::new();
     write_json(columns[place].values, random, &mut json);

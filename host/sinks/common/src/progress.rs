@@ -5,7 +5,7 @@ use shardmill_core::sink::{Commit, Committed, Refusal};
 
 /// What became of each row of the commit under way.
 #[derive(Debug, Default)]
-pub struct Progress {
+pub struct CommitProgress {
     /// Where the commit ends; another end is another commit.
     to_inclusive: Option<Position>,
     rows: Vec<State>,
@@ -20,7 +20,7 @@ enum State {
     Refused(String),
 }
 
-impl Progress {
+impl CommitProgress {
     /// Takes a commit up: where it stood if it is tried again; true: it is new, from its beginning.
     pub fn enter(&mut self, commit: &Commit) -> bool {
         let is_new = self.to_inclusive.as_ref() != Some(&commit.range.to_inclusive);

@@ -36,9 +36,9 @@ use shardmill_config::Values;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, Row, ShardKey, SinkName};
 use shardmill_core::sink::{Acquired, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};
-use shardmill_net::{Answer, HttpGrant, Request};
+use shardmill_net::{ResponseHead, HttpGrant, HttpRequest};
 use shardmill_sinks_common::line::{LineFormat, without_newlines};
-use shardmill_sinks_common::progress::Progress;
+use shardmill_sinks_common::progress::CommitProgress;
 
 /// Hex digits of an idempotency key.
 const KEY_DIGITS: usize = 32;
@@ -99,7 +99,7 @@ impl Sink for HttpSink {
         let writer = HttpWriter {
             shared: Arc::clone(&self.shared),
             shard: shard.clone(),
-            progress: Progress::default(),
+            progress: CommitProgress::default(),
             sound: Arc::new([]),
             pieces: Vec::new(),
             asked_to_wait: None,
@@ -127,7 +127,7 @@ enum Outcome {
 struct HttpWriter {
     shared: Arc<Shared>,
     shard: ShardKey,
-    progress: Progress,
+    progress: CommitProgress,
     /// The rows of the commit under way that can be posted.
     sound: Arc<[usize]>,
     /// The requests that are still to be made, the next one last, as ranges of `sound`. A request
@@ -200,7 +200,7 @@ impl HttpWriter {
         let answer = answer.map_err(|failure| self.shared.unavailable(failure.message))?;
         let target = &self.shared.target;
         self.asked_to_wait = answer.retry_after;
-        let answer = Answer {
+        let answer = ResponseHead {
             location: answer.location.map(|location| self.shared.values.hide_beginning(location)),
             ..answer
         };
@@ -211,7 +211,7 @@ impl HttpWriter {
 
 /// What an answer means for the rows of its request. `refuse`: further statuses by which the endpoint
 /// says that rows are at fault; `said`: what it says of the body.
-fn outcome(place: &str, answer: &Answer, said: &str, refuse: &[u16]) -> Outcome {
+fn outcome(place: &str, answer: &ResponseHead, said: &str, refuse: &[u16]) -> Outcome {
     let status = answer.status;
     if refuse.contains(&status) {
         return Outcome::Refused(format!("answered {status}{said}"));
@@ -254,8 +254,8 @@ fn one_line(text: &str) -> String {
 }
 
 impl Shared {
-    fn request(&self, shard: &ShardKey, rows: &[&Row]) -> Request {
-        Request {
+    fn request(&self, shard: &ShardKey, rows: &[&Row]) -> HttpRequest {
+        HttpRequest {
             method: "POST".into(),
             url: self.target.url.to_string(),
             headers: self.headers(shard, rows),
@@ -359,8 +359,8 @@ impl SinkWriter for HttpWriter {
 mod tests {
     use super::*;
 
-    fn answer(status: u16) -> Answer {
-        Answer { status, location: None, retry_after: None, said: b"why\r\nso".to_vec() }
+    fn answer(status: u16) -> ResponseHead {
+        ResponseHead { status, location: None, retry_after: None, said: b"why\r\nso".to_vec() }
     }
 
     #[test]
@@ -397,7 +397,7 @@ mod tests {
 
     #[test]
     fn fault_27_an_answer_for_later_says_where_it_points_to() {
-        let moved = Answer {
+        let moved = ResponseHead {
             location: Some("https://elsewhere.example/events".into()),
             retry_after: Some(Duration::from_secs(5)),
             ..answer(308)

@@ -14,7 +14,7 @@ use shardmill_config::reading::{
     path_digits,
 };
 use shardmill_config::{
-    BuildError, HttpHostConfig, HttpMethod, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy,
+    SinkBuildError, HttpHostConfig, HttpMethod, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy,
     SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
 };
 use shardmill_core::sink::Sink;
@@ -213,7 +213,7 @@ impl SinkSettings for HttpTarget {
         &self,
         context: &SinkContext<'_>,
         _shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError> {
+    ) -> Result<Arc<dyn Sink>, SinkBuildError> {
         let values = context.pipeline.values.clone();
         Ok(Arc::new(HttpSink::new(context.name.clone(), self.clone(), values)?))
     }

@@ -23,7 +23,7 @@ use super::answers;
 use super::keys::KeyLimits;
 use super::settings::{LOG_FOLDER, ObjectLayout};
 use super::staged::Created;
-use super::store::Place;
+use super::store::StorePlace;
 use shardmill_core::owner::{OwnerName, Ownership, StateMark};
 use shardmill_core::record::REDRIVE_SHARD;
 use shardmill_core::record::{PipelineName, Position, RouteName, ShardKey};
@@ -64,7 +64,7 @@ impl fmt::Display for OwnerId {
 
 /// One link of a log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Link {
+pub(super) struct LogLink {
     /// The format's version.
     pub(super) version: u32,
     /// The link's number, from 1, without gaps.
@@ -175,7 +175,7 @@ pub(super) enum Appended {
     /// The link is in the log, by this call or by an earlier one whose reply was lost.
     Ours,
     /// Its number belongs to another link.
-    Taken(Box<Link>),
+    Taken(Box<LogLink>),
 }
 
 /// Where a log stands.
@@ -184,12 +184,12 @@ pub(super) struct Standing {
     /// The last position up to which all data exists.
     pub(super) position: Option<Position>,
     /// The claim after that position whose data is not complete.
-    pub(super) unfinished: Option<Unfinished>,
+    pub(super) unfinished: Option<UnfinishedClaim>,
 }
 
 /// A claim whose data is not complete.
 #[derive(Clone, Debug)]
-pub(super) struct Unfinished {
+pub(super) struct UnfinishedClaim {
     /// The claim's link number.
     pub(super) link: u64,
     /// The start of its span, exclusive.
@@ -200,9 +200,9 @@ pub(super) struct Unfinished {
     pub(super) claim: Claim,
 }
 
-impl Unfinished {
+impl UnfinishedClaim {
     /// The ways out of a claim that can never be kept, for the end of an error.
-    pub(super) fn way_out(&self, place: &Place, shard: &str) -> String {
+    pub(super) fn way_out(&self, place: &StorePlace, shard: &str) -> String {
         let log = format!("--sink {} --shard {shard}", place.sink);
         format!(
             "; if that can never be done, stop the pipeline and give the claim up, so that its rows are \
@@ -215,9 +215,9 @@ impl Unfinished {
 /// The log of how far the pipeline's newest redrive came: its links carry the newest mark of those that
 /// redrives left. `None`: there was none.
 pub(super) async fn newest_redrive(
-    place: &Place,
+    place: &StorePlace,
     pipeline: &PipelineName,
-) -> Result<Option<(String, Link)>, SinkError> {
+) -> Result<Option<(String, LogLink)>, SinkError> {
     let folder = place.path([LOG_FOLDER, pipeline.as_str(), place.sink.as_str()]);
     let listed = place.store.list_with_delimiter(Some(&folder)).await;
     let listed = listed.map_err(|error| place.failed("list", &folder, &error))?;
@@ -243,13 +243,13 @@ pub(super) async fn newest_redrive(
 /// The claim log of one shard.
 #[derive(Clone, Debug)]
 pub(super) struct ClaimLog {
-    place: Place,
+    place: StorePlace,
     folder: Vec<String>,
 }
 
 impl ClaimLog {
     /// The log of a shard; touches nothing.
-    pub(super) fn new(place: Place, shard: &ShardKey) -> Self {
+    pub(super) fn new(place: StorePlace, shard: &ShardKey) -> Self {
         let folder = vec![
             LOG_FOLDER.into(),
             shard.pipeline.as_str().into(),
@@ -262,7 +262,7 @@ impl ClaimLog {
 
     /// The last link; `None`: the log is empty. Another owner may append while we look: the
     /// answer was the last link at some moment since the call.
-    pub(super) async fn last(&self) -> Result<Option<Link>, SinkError> {
+    pub(super) async fn last(&self) -> Result<Option<LogLink>, SinkError> {
         let mut number = self.gallop(0).await?;
         // Links are never deleted by us, but a bucket may have a rule that expires old objects: a
         // search that trusts every number to be there would then end too early.
@@ -280,10 +280,10 @@ impl ClaimLog {
         &self,
         owner: &OwnerId,
         by: Option<WrittenBy>,
-    ) -> Result<Link, SinkError> {
+    ) -> Result<LogLink, SinkError> {
         let mut last = self.last().await?;
         for _ in 0..FENCE_ATTEMPTS_MAX {
-            let fence = Link { by: by.clone(), ..fence_after(last.as_ref(), owner) };
+            let fence = LogLink { by: by.clone(), ..fence_after(last.as_ref(), owner) };
             match self.append(&fence).await? {
                 Appended::Ours => return Ok(fence),
                 Appended::Taken(_) => last = self.last().await?,
@@ -326,10 +326,10 @@ impl ClaimLog {
         let Standing { position, unfinished } = old.standing(&fence).await?;
         let number = self.last().await?.map_or(0, |last| last.link) + 1;
         let mut link = match unfinished {
-            Some(Unfinished { from, to, claim, .. }) => {
-                Link::claim(number, owner.clone(), from, to, claim)
+            Some(UnfinishedClaim { from, to, claim, .. }) => {
+                LogLink::claim(number, owner.clone(), from, to, claim)
             }
-            None => Link {
+            None => LogLink {
                 link: number,
                 from: position.clone(),
                 to: position,
@@ -349,7 +349,7 @@ impl ClaimLog {
     }
 
     /// Writes a link under its number, unless the number is taken.
-    pub(super) async fn append(&self, link: &Link) -> Result<Appended, SinkError> {
+    pub(super) async fn append(&self, link: &LogLink) -> Result<Appended, SinkError> {
         let json = serde_json::to_vec_pretty(link)
             .map_err(|error| self.place.unavailable(format!("cannot write a link: {error}")))?;
         if self.place.create(&self.path(link.link), json).await? == Created::New {
@@ -357,7 +357,7 @@ impl ClaimLog {
         }
         match self.read(link.link).await? {
             // The same commit, tried again: the state may have moved on between the tries.
-            Some(found) if Link { by: link.by.clone(), ..found.clone() } == *link => {
+            Some(found) if LogLink { by: link.by.clone(), ..found.clone() } == *link => {
                 Ok(Appended::Ours)
             }
             Some(found) => Ok(Appended::Taken(Box::new(found))),
@@ -366,7 +366,7 @@ impl ClaimLog {
     }
 
     /// Where the log stands after a link.
-    pub(super) async fn standing(&self, last: &Link) -> Result<Standing, SinkError> {
+    pub(super) async fn standing(&self, last: &LogLink) -> Result<Standing, SinkError> {
         let Some(unfinished) = self.last_claim(last).await? else {
             return Ok(Standing { position: last.to.clone(), unfinished: None });
         };
@@ -380,7 +380,7 @@ impl ClaimLog {
     }
 
     /// Whether all that a claim promised is there.
-    async fn is_kept(&self, claim: &Unfinished) -> Result<bool, SinkError> {
+    async fn is_kept(&self, claim: &UnfinishedClaim) -> Result<bool, SinkError> {
         for data in &claim.claim.data {
             let found = self.place.exists(&self.data_path(&data.key)?).await;
             let way_out = || claim.way_out(&self.place, self.shard());
@@ -392,14 +392,14 @@ impl ClaimLog {
     }
 
     /// The last claim if its data is not complete, or cannot even be looked for.
-    pub(super) async fn unkept(&self, last: &Link) -> Result<Option<Unfinished>, SinkError> {
+    pub(super) async fn unkept(&self, last: &LogLink) -> Result<Option<UnfinishedClaim>, SinkError> {
         let Some(claim) = self.last_claim(last).await? else { return Ok(None) };
         let is_kept = self.is_kept(&claim).await.unwrap_or(false);
         Ok(Some(claim).filter(|_| !is_kept))
     }
 
     /// Whether the last claim's own link, which a fence points at, is gone.
-    pub(super) async fn is_claim_gone(&self, last: &Link) -> Result<bool, SinkError> {
+    pub(super) async fn is_claim_gone(&self, last: &LogLink) -> Result<bool, SinkError> {
         match (&last.claim, last.last_claim) {
             (None, Some(number)) => Ok(self.read(number).await?.is_none()),
             _ => Ok(false),
@@ -407,7 +407,7 @@ impl ClaimLog {
     }
 
     /// A claim by its link.
-    pub(super) async fn claim(&self, number: u64) -> Result<Option<Unfinished>, SinkError> {
+    pub(super) async fn claim(&self, number: u64) -> Result<Option<UnfinishedClaim>, SinkError> {
         match self.read(number).await? {
             Some(link) => self.as_claim(link).map(Some),
             None => Ok(None),
@@ -429,7 +429,7 @@ impl ClaimLog {
     }
 
     /// The last claim up to a link: its own, or the one that a fence points at.
-    async fn last_claim(&self, last: &Link) -> Result<Option<Unfinished>, SinkError> {
+    async fn last_claim(&self, last: &LogLink) -> Result<Option<UnfinishedClaim>, SinkError> {
         if last.claim.is_some() {
             return self.as_claim(last.clone()).map(Some);
         }
@@ -440,23 +440,23 @@ impl ClaimLog {
         self.as_claim(link).map(Some)
     }
 
-    fn as_claim(&self, link: Link) -> Result<Unfinished, SinkError> {
+    fn as_claim(&self, link: LogLink) -> Result<UnfinishedClaim, SinkError> {
         match (link.to, link.claim) {
             (Some(to), Some(claim)) => {
-                Ok(Unfinished { link: link.link, from: link.from, to, claim })
+                Ok(UnfinishedClaim { link: link.link, from: link.from, to, claim })
             }
             _ => Err(self.damaged(link.link, "it is no claim with an end")),
         }
     }
 
-    async fn read(&self, number: u64) -> Result<Option<Link>, SinkError> {
+    async fn read(&self, number: u64) -> Result<Option<LogLink>, SinkError> {
         let path = self.path(number);
         let bytes = match answers::read(&*self.place.store, &path, LINK_BYTES_MAX).await {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Ok(None),
             Err(error) => return Err(self.place.failed("read", &path, &error)),
         };
-        let link: Link = serde_json::from_slice(&bytes)
+        let link: LogLink = serde_json::from_slice(&bytes)
             .map_err(|error| self.damaged(number, &error.to_string()))?;
         if link.version > LINK_VERSION {
             return Err(self.place.unavailable(format!(
@@ -561,7 +561,7 @@ impl ClaimLog {
     }
 }
 
-impl Link {
+impl LogLink {
     /// The link that claims `(from, to]`.
     pub(super) fn claim(
         number: u64,
@@ -586,7 +586,7 @@ impl Link {
     }
 
     /// The link that gives an unfinished claim up: the log stands where it began.
-    pub(super) fn giving_up(number: u64, owner: OwnerId, claim: &Unfinished) -> Self {
+    pub(super) fn giving_up(number: u64, owner: OwnerId, claim: &UnfinishedClaim) -> Self {
         Self {
             version: LINK_VERSION,
             link: number,
@@ -626,9 +626,9 @@ impl Link {
     }
 }
 
-fn fence_after(last: Option<&Link>, owner: &OwnerId) -> Link {
+fn fence_after(last: Option<&LogLink>, owner: &OwnerId) -> LogLink {
     let to = last.and_then(|last| last.to.clone());
-    Link {
+    LogLink {
         version: LINK_VERSION,
         link: last.map_or(0, |last| last.link) + 1,
         owner: owner.clone(),

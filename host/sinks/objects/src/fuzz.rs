@@ -11,10 +11,10 @@ use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ObjectStore as _, ObjectStoreExt as _};
 
-use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId};
+use super::claim::{Appended, Claim, ClaimLog, Data, LogLink, OwnerId};
 use super::settings::{Compression, ObjectLayout};
-use super::store::Place;
-use shardmill_core::fuzzing::{Choices, Target};
+use super::store::StorePlace;
+use shardmill_core::fuzzing::{Choices, FuzzTarget};
 use shardmill_core::record::{
     PipelineName, Position, RouteName, SequenceNumber, ShardId, ShardKey, SinkName, StreamIdentity,
 };
@@ -22,7 +22,7 @@ use shardmill_core::record::{
 pub use super::parquet::fuzz::COLUMNS as PARQUET_COLUMNS;
 
 /// Checks that a claim log says where it stands or what is damaged, and that a new owner continues from there.
-pub const CLAIMS: Target = Target {
+pub const CLAIMS: FuzzTarget = FuzzTarget {
     name: "claims",
     run,
     grow,
@@ -55,12 +55,12 @@ enum Step {
 }
 
 struct World {
-    place: Place,
+    place: StorePlace,
     log: ClaimLog,
     /// Position that the log must have while only its owners write to it.
     position: Option<Position>,
     /// Last link that was appended.
-    last: Option<Link>,
+    last: Option<LogLink>,
     /// Objects of the last claim that are not written.
     missing: Vec<String>,
     is_intact: bool,
@@ -108,7 +108,7 @@ impl World {
     fn new() -> Self {
         let sink = SinkName::new("files");
         let store = Arc::new(InMemory::new());
-        let place = Place::over(sink, store, Path::from("below"), "memory:///below".into());
+        let place = StorePlace::over(sink, store, Path::from("below"), "memory:///below".into());
         let stream = StreamIdentity { name: "cars".into(), arn: "arn".into(), created_ms: 7 };
         let shard = ShardKey {
             pipeline: PipelineName::new("cars"),
@@ -140,7 +140,7 @@ impl World {
             Step::GiveUp => {
                 let Some(last) = self.last.clone().filter(|_| self.is_intact) else { return };
                 let Ok(Some(unkept)) = self.log.unkept(&last).await else { return };
-                let link = Link::giving_up(last.link + 1, OwnerId::random(), &unkept);
+                let link = LogLink::giving_up(last.link + 1, OwnerId::random(), &unkept);
                 self.append(link).await;
                 self.missing.clear();
             }
@@ -148,7 +148,7 @@ impl World {
                 let Some(last) = self.last.clone().filter(|_| self.is_intact) else { return };
                 let to = self.next_position();
                 let from = last.to.clone();
-                self.append(Link::passing_over(
+                self.append(LogLink::passing_over(
                     last.link + 1,
                     last.owner,
                     from,
@@ -204,7 +204,7 @@ impl World {
             folder: Default::default(),
         };
         let claim = Claim { revision: "g".into(), layout, limits: None, data };
-        let link = Link::claim(last.link + 1, last.owner, from.clone(), to.clone(), claim);
+        let link = LogLink::claim(last.link + 1, last.owner, from.clone(), to.clone(), claim);
         self.append(link).await;
         for key in &keys[..written] {
             self.put(&self.log.data_path(key).expect("a path"), b"data".to_vec()).await;
@@ -233,7 +233,7 @@ impl World {
         Position { sequence: SequenceNumber::from(self.sequence), sub_sequence: 0 }
     }
 
-    async fn append(&mut self, link: Link) {
+    async fn append(&mut self, link: LogLink) {
         match self.log.append(&link).await.expect("the store is there") {
             Appended::Ours => self.last = Some(link),
             Appended::Taken(other) => panic!("link {} is taken by {other:?}", link.link),
@@ -249,7 +249,7 @@ impl World {
     }
 
     /// Reads all links.
-    async fn links(&self) -> BTreeMap<u64, Option<Link>> {
+    async fn links(&self) -> BTreeMap<u64, Option<LogLink>> {
         let folder = self.log.folder_path();
         let found: Vec<_> =
             self.place.store.list(Some(&folder)).try_collect().await.expect("listed");
@@ -261,8 +261,8 @@ impl World {
                 continue;
             };
             let bytes = self.place.store.get(&object.location).await.expect("there").bytes().await;
-            let link: Option<Link> = serde_json::from_slice(&bytes.expect("bytes")).ok();
-            let is_sound = |link: &Link| link.version <= VERSION_MAX && link.link == number;
+            let link: Option<LogLink> = serde_json::from_slice(&bytes.expect("bytes")).ok();
+            let is_sound = |link: &LogLink| link.version <= VERSION_MAX && link.link == number;
             links.insert(number, link.filter(is_sound));
         }
         links
@@ -304,8 +304,8 @@ impl World {
     /// Computes where the log stands, by the table of the module `claim`. `None`: a link is damaged or gone.
     async fn reference(
         &self,
-        links: &BTreeMap<u64, Option<Link>>,
-        last: &Link,
+        links: &BTreeMap<u64, Option<LogLink>>,
+        last: &LogLink,
     ) -> Option<Option<Position>> {
         let claim = match (&last.claim, last.last_claim) {
             (Some(_), _) => last,

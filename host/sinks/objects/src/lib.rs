@@ -41,7 +41,7 @@ use object_store::ObjectStore;
 use object_store::path::Path;
 use url::Url;
 
-use self::claim::{ClaimLog, Link, OwnerId, WrittenBy};
+use self::claim::{ClaimLog, LogLink, OwnerId, WrittenBy};
 pub use self::encode::Encoded;
 use self::encode::RouteForm;
 use self::parquet::ParquetSchema;
@@ -51,8 +51,8 @@ pub use self::settings::{
     Compression, FolderTemplate, ObjectFormat, ObjectLayout, ObjectsTarget, TYPE,
 };
 use self::staged::Created;
-pub use self::store::Place;
-pub use self::verify::{Audit, Problem, ProblemKind};
+pub use self::store::StorePlace;
+pub use self::verify::{Audit, AuditProblem, ProblemKind};
 use self::writer::{ObjectsWriter, Shared};
 use shardmill_core::owner::Ownership;
 use shardmill_core::record::BoundRoute;
@@ -71,7 +71,7 @@ const LOGS_AT_ONCE: usize = 16;
 
 /// A sink of objects.
 pub struct ObjectsSink {
-    place: Place,
+    place: StorePlace,
     layout: ObjectLayout,
     forms: RwLock<HashMap<RouteName, RouteForm>>,
     /// Whether leftovers of earlier versions were looked for.
@@ -92,7 +92,7 @@ impl ObjectsSink {
         options: &BTreeMap<String, String>,
         layout: impl Into<ObjectLayout>,
     ) -> Result<Self, SinkError> {
-        Ok(Self::at(Place::open(name, url, options)?, layout.into()))
+        Ok(Self::at(StorePlace::open(name, url, options)?, layout.into()))
     }
 
     /// A sink on a store that is open already.
@@ -103,10 +103,10 @@ impl ObjectsSink {
         layout: impl Into<ObjectLayout>,
     ) -> Self {
         let url = format!("{store}/{prefix}").into();
-        Self::at(Place::over(name, store, prefix, url), layout.into())
+        Self::at(StorePlace::over(name, store, prefix, url), layout.into())
     }
 
-    fn at(place: Place, layout: ObjectLayout) -> Self {
+    fn at(place: StorePlace, layout: ObjectLayout) -> Self {
         Self {
             place,
             layout,
@@ -291,7 +291,7 @@ impl Sink for ObjectsSink {
     }
 
     async fn adopt(&self, old: &SinkName, shard: &ShardKey) -> Result<(), SinkError> {
-        let place = Place { sink: old.clone(), ..self.place.clone() };
+        let place = StorePlace { sink: old.clone(), ..self.place.clone() };
         let log = ClaimLog::new(self.place.clone(), shard);
         log.adopt(&ClaimLog::new(place, shard), &OwnerId::random()).await
     }
@@ -333,7 +333,7 @@ fn as_kept(
     stream: String,
     shard: ShardId,
     position: Option<Position>,
-    last: &Link,
+    last: &LogLink,
 ) -> KeptPosition {
     let (mark, owner) = (last.by.as_ref().map(WrittenBy::mark), last.by.as_ref());
     KeptPosition { stream, shard, position, mark, owner: owner.and_then(WrittenBy::owner) }

@@ -8,7 +8,7 @@
 use object_store::ObjectStoreExt as _;
 
 use super::ObjectsSink;
-use super::claim::{Appended, ClaimLog, Link, OwnerId, Unfinished};
+use super::claim::{Appended, ClaimLog, LogLink, OwnerId, UnfinishedClaim};
 use shardmill_core::boxed;
 use shardmill_core::record::{Position, ShardKey};
 use shardmill_core::sink::SinkError;
@@ -62,7 +62,7 @@ impl ObjectsSink {
                         shard.shard
                     )));
                 }
-                let link = Link::giving_up(last.link + 1, OwnerId::random(), &claim);
+                let link = LogLink::giving_up(last.link + 1, OwnerId::random(), &claim);
                 (self.append(&log, link).await?, claim)
             }
         };
@@ -111,7 +111,7 @@ impl ObjectsSink {
             }
         };
         let number = last.map_or(0, |last| last.link) + 1;
-        let link = Link::passing_over(
+        let link = LogLink::passing_over(
             number,
             OwnerId::random(),
             from.clone(),
@@ -122,7 +122,7 @@ impl ObjectsSink {
         Ok(Recovered { link: link.link, from, to: link.to, objects_removed: Vec::new() })
     }
 
-    async fn append(&self, log: &ClaimLog, link: Link) -> Result<Link, SinkError> {
+    async fn append(&self, log: &ClaimLog, link: LogLink) -> Result<LogLink, SinkError> {
         match log.append(&link).await? {
             Appended::Ours => Ok(link),
             Appended::Taken(_) => Err(self.place.unavailable(format!(
@@ -137,7 +137,7 @@ impl ObjectsSink {
     async fn remove_data(
         &self,
         log: &ClaimLog,
-        claim: &Unfinished,
+        claim: &UnfinishedClaim,
     ) -> Result<Vec<String>, SinkError> {
         let mut removed = Vec::new();
         for data in &claim.claim.data {

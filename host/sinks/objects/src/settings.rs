@@ -20,7 +20,7 @@ use shardmill_config::reading::{
     Check, Maybe, RawCommit, Spanned, Text, options, suggest, without_user,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
+    SinkBuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
     SinkTable, SinkType,
 };
 use shardmill_core::record::SinkName;
@@ -240,7 +240,7 @@ impl SinkSettings for ObjectsTarget {
         &self,
         context: &SinkContext<'_>,
         _shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError> {
+    ) -> Result<Arc<dyn Sink>, SinkBuildError> {
         Ok(Arc::new(self.sink(context.name.clone())?))
     }
 }

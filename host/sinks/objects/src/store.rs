@@ -50,7 +50,7 @@ const PARTS_AT_ONCE: usize = 4;
 
 /// A store, the place in it that belongs to a sink, and how to speak of both.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub struct StorePlace {
     /// The sink.
     pub sink: SinkName,
     /// The store.
@@ -65,7 +65,7 @@ pub struct Place {
     pub staged: Option<Staged>,
 }
 
-impl Place {
+impl StorePlace {
     /// A place in a store that is open already.
     pub fn over(sink: SinkName, store: Arc<dyn ObjectStore>, prefix: Path, url: Arc<str>) -> Self {
         Self { sink, store, prefix, url, limits: KeyLimits::ANY, staged: None }
@@ -342,7 +342,7 @@ mod tests {
     #[test]
     fn wall_02_what_a_store_says_is_one_line_of_bounded_length() {
         let store = Arc::new(InMemory::new());
-        let place = Place::over(SinkName::new("s"), store, Path::default(), "s3://b".into());
+        let place = StorePlace::over(SinkName::new("s"), store, Path::default(), "s3://b".into());
         let said = |body: String| {
             let error = object_store::Error::Generic { store: "S3", source: body.into() };
             place.failed("write", &Path::from("a"), &error).to_string()

@@ -16,7 +16,7 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use super::answers;
-use super::claim::{Claim, Data, LINK_BYTES_MAX, Link, link_number};
+use super::claim::{Claim, Data, LINK_BYTES_MAX, LogLink, link_number};
 use super::settings::{Compression, LOG_FOLDER, ObjectFormat};
 use super::staged::STAGING_FOLDER;
 use super::{ObjectsSink, PROBE};
@@ -45,14 +45,14 @@ pub struct Audit {
     /// reader.
     pub temporary: u64,
     /// Positions that were passed over, by the word of a person.
-    pub holes: Vec<Hole>,
+    pub holes: Vec<LogHole>,
     /// What is wrong.
-    pub problems: Vec<Problem>,
+    pub problems: Vec<AuditProblem>,
 }
 
 /// Positions of a shard of which no rows are in the objects.
 #[derive(Debug, Serialize)]
-pub struct Hole {
+pub struct LogHole {
     /// The log, as a key in the store.
     pub log: String,
     /// The end of what is there before it, exclusive.
@@ -65,7 +65,7 @@ pub struct Hole {
 
 /// Something that is wrong.
 #[derive(Debug, Serialize)]
-pub struct Problem {
+pub struct AuditProblem {
     /// Which kind of wrong.
     pub kind: ProblemKind,
     /// The log or the object, as a key in the store.
@@ -74,8 +74,8 @@ pub struct Problem {
     pub detail: String,
 }
 
-impl Hole {
-    fn of(log: &str, link: &Link) -> Self {
+impl LogHole {
+    fn of(log: &str, link: &LogLink) -> Self {
         let shown = |position: &Option<Position>| position.as_ref().map(Position::to_string);
         let why = link.hole.clone().unwrap_or_default();
         Self { log: log.to_owned(), from: shown(&link.from), to: shown(&link.to), why }
@@ -212,7 +212,7 @@ impl ObjectsSink {
         log: &str,
         links: &BTreeMap<u64, Path>,
         audit: &mut Audit,
-    ) -> Result<Vec<Link>, SinkError> {
+    ) -> Result<Vec<LogLink>, SinkError> {
         let reads = links.iter().map(|(number, path)| async move {
             Ok::<_, SinkError>((*number, self.read(path, LINK_BYTES_MAX).await?))
         });
@@ -221,7 +221,7 @@ impl ObjectsSink {
         audit.links += read.len() as u64;
         let mut found = Vec::new();
         for (number, bytes) in read {
-            match serde_json::from_slice::<Link>(&bytes) {
+            match serde_json::from_slice::<LogLink>(&bytes) {
                 Ok(link) if link.link == number => found.push(link),
                 Ok(link) => {
                     let detail = format!("link {number} says that it is link {}", link.link);
@@ -244,7 +244,7 @@ impl ObjectsSink {
     fn check_claim<'c>(
         &self,
         log: &str,
-        link: &Link,
+        link: &LogLink,
         claim: &'c Claim,
         is_last: bool,
         listing: &Listing,
@@ -336,12 +336,12 @@ fn hash(bytes: &[u8], compression: Compression) -> std::io::Result<String> {
 }
 
 /// Each link begins where the one before it ended.
-fn check_chain(log: &str, links: &[Link], audit: &mut Audit) {
+fn check_chain(log: &str, links: &[LogLink], audit: &mut Audit) {
     let shown = |at: &Option<Position>| {
         at.as_ref().map_or_else(|| "the beginning".to_owned(), Position::to_string)
     };
     if let Some(first) = links.first().filter(|link| link.hole.is_some()) {
-        audit.holes.push(Hole::of(log, first));
+        audit.holes.push(LogHole::of(log, first));
     }
     for pair in links.windows(2) {
         let [before, link] = pair else { continue };
@@ -350,7 +350,7 @@ fn check_chain(log: &str, links: &[Link], audit: &mut Audit) {
             audit.problem(ProblemKind::Gap, log, detail);
         }
         if link.hole.is_some() {
-            audit.holes.push(Hole::of(log, link));
+            audit.holes.push(LogHole::of(log, link));
             continue;
         }
         // The log goes on where the claim began that was given up.
@@ -380,6 +380,6 @@ fn check_chain(log: &str, links: &[Link], audit: &mut Audit) {
 
 impl Audit {
     fn problem(&mut self, kind: ProblemKind, place: impl fmt::Display, detail: String) {
-        self.problems.push(Problem { kind, place: place.to_string(), detail });
+        self.problems.push(AuditProblem { kind, place: place.to_string(), detail });
     }
 }

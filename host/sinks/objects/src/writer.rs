@@ -12,12 +12,12 @@ use futures::StreamExt;
 use object_store::PutPayload;
 use object_store::path::Path;
 
-use super::claim::{Appended, Claim, ClaimLog, Data, Link, OwnerId, Unfinished, WrittenBy};
+use super::claim::{Appended, Claim, ClaimLog, Data, LogLink, OwnerId, UnfinishedClaim, WrittenBy};
 use super::encode::{Body, Encoded, Encoder, RouteForm, encode};
 use super::keys::{KeyLimits, KeyRoom};
 use super::layout::file_name;
 use super::settings::ObjectLayout;
-use super::store::Place;
+use super::store::StorePlace;
 use shardmill_core::owner::Ownership;
 use shardmill_core::record::{Position, RouteName, Row, ShardKey};
 use shardmill_core::sink::{
@@ -33,7 +33,7 @@ const UPLOADS_MAX: usize = 4;
 
 /// What a sink's writers share.
 pub(super) struct Shared {
-    pub(super) place: Place,
+    pub(super) place: StorePlace,
     pub(super) layout: ObjectLayout,
     pub(super) forms: Arc<HashMap<RouteName, RouteForm>>,
     /// Who writes; `None` in a sink that only answers questions.
@@ -48,7 +48,7 @@ pub(super) struct ObjectsWriter {
     owner: OwnerId,
     last_link: u64,
     position: Option<Position>,
-    unfinished: Option<Unfinished>,
+    unfinished: Option<UnfinishedClaim>,
 }
 
 /// Makes encoders of the rows of one shard.
@@ -178,9 +178,9 @@ impl ObjectsWriter {
         shared: Arc<Shared>,
         shard: ShardKey,
         log: ClaimLog,
-        fence: &Link,
+        fence: &LogLink,
         position: Option<Position>,
-        unfinished: Option<Unfinished>,
+        unfinished: Option<UnfinishedClaim>,
     ) -> Self {
         let (owner, last_link) = (fence.owner.clone(), fence.link);
         Self { shared, shard, log, owner, last_link, position, unfinished }
@@ -211,7 +211,7 @@ impl ObjectsWriter {
     /// Produces an earlier owner's claim again, under its keys.
     async fn produce_promised(
         &self,
-        promised: &Unfinished,
+        promised: &UnfinishedClaim,
         encoded: &Encoded,
     ) -> Result<Committed, SinkError> {
         let refused = encoded.refusals.len();
@@ -250,7 +250,7 @@ impl ObjectsWriter {
         self.shared.place.create_data(&path, bytes).await
     }
 
-    fn link_for(&self, commit: &Commit, bodies: &[Body]) -> Link {
+    fn link_for(&self, commit: &Commit, bodies: &[Body]) -> LogLink {
         let number = self.last_link + 1;
         let layout = self.shared.layout.clone();
         let data = bodies.iter().map(|body| Data {
@@ -265,14 +265,14 @@ impl ObjectsWriter {
         let limits = Some(self.shared.place.limits);
         let claim = Claim { revision: commit.revision.to_string(), layout, limits, data };
         let range = &commit.range;
-        let link = Link::claim(
+        let link = LogLink::claim(
             number,
             self.owner.clone(),
             range.from_exclusive.clone(),
             range.to_inclusive.clone(),
             claim,
         );
-        Link { by: self.shared.ownership.as_ref().map(WrittenBy::now), ..link }
+        LogLink { by: self.shared.ownership.as_ref().map(WrittenBy::now), ..link }
     }
 
     fn key(&self, body: &Body, number: u64) -> String {
@@ -281,7 +281,7 @@ impl ObjectsWriter {
     }
 
     /// Makes sure that every key can be written, before it is promised.
-    fn check_keys(&self, link: &Link) -> Result<(), SinkError> {
+    fn check_keys(&self, link: &LogLink) -> Result<(), SinkError> {
         for data in link.claim.iter().flat_map(|claim| &claim.data) {
             let limits = self.shared.place.limits;
             limits.check(&self.log.data_path(&data.key)?).map_err(|why| {
@@ -343,7 +343,7 @@ impl ObjectsWriter {
     }
 
     /// Compares what was made now with what an earlier owner promised.
-    async fn check_content(&self, promised: &Unfinished, bodies: &[Body]) -> Result<(), SinkError> {
+    async fn check_content(&self, promised: &UnfinishedClaim, bodies: &[Body]) -> Result<(), SinkError> {
         let data = &promised.claim.data;
         let places = |body: &Body| (body.route.clone(), body.folder.to_string());
         let expected = data.iter().map(|data| (data.route.clone(), data.folder().to_owned()));
@@ -372,7 +372,7 @@ impl ObjectsWriter {
     /// it comes from one run. An object of the earlier run beside objects of this one is not.
     async fn check_differing(
         &self,
-        promised: &Unfinished,
+        promised: &UnfinishedClaim,
         differing: &[&str],
     ) -> Result<(), SinkError> {
         let mut written = Vec::new();
@@ -407,7 +407,7 @@ impl ObjectsWriter {
         )))
     }
 
-    fn promised_otherwise(&self, found: &Link) -> SinkError {
+    fn promised_otherwise(&self, found: &LogLink) -> SinkError {
         self.shared.place.unavailable(format!(
             "link {} of {} already promises data up to {}, by this owner: that commit must be \
              tried again as it was, or the shard taken over again",
@@ -417,7 +417,7 @@ impl ObjectsWriter {
         ))
     }
 
-    fn fenced(&self, found: &Link) -> SinkError {
+    fn fenced(&self, found: &LogLink) -> SinkError {
         SinkError::Fenced {
             sink: self.shared.place.sink.clone(),
             shard: self.shard.shard.to_string(),

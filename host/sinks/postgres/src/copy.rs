@@ -99,7 +99,7 @@ impl<'l> Transaction<'l> {
 
 /// Where rows go, and how.
 #[derive(Clone, Copy)]
-pub(super) struct Target<'t> {
+pub(super) struct CopyTarget<'t> {
     pub(super) name: &'t TableName,
     pub(super) live: &'t LiveTable,
     pub(super) mode: &'t WriteMode,
@@ -124,10 +124,10 @@ impl RunningCopy {
     /// No row was sent when this fails, so its errors blame none.
     pub(super) async fn begin(
         transaction: &mut Transaction<'_>,
-        target: Target<'_>,
+        target: CopyTarget<'_>,
         columns: &[u16],
     ) -> Result<Self, ServerError> {
-        let Target { name, live, mode } = target;
+        let CopyTarget { name, live, mode } = target;
         // Most rows are new: then they need no merge, which takes three times as long.
         let merges = *mode != WriteMode::Append;
         let is_plain = merges && transaction.plain_copy_backoff.should_try();
@@ -233,7 +233,7 @@ impl Search {
 /// The caller has just set the savepoint `copy`. After an error the transaction is not usable.
 pub(super) async fn copy_groups(
     transaction: &mut Transaction<'_>,
-    target: Target<'_>,
+    target: CopyTarget<'_>,
     groups: &[Group],
     mut running: Option<RunningCopy>,
     mut search: Search,
@@ -312,7 +312,7 @@ pub(super) async fn copy_groups(
 /// Whether any of these rows, which are not of the transaction's commit, goes in. Leaves no trace.
 pub(super) async fn any_goes_in(
     transaction: &mut Transaction<'_>,
-    target: Target<'_>,
+    target: CopyTarget<'_>,
     groups: &[Group],
 ) -> Result<bool, ServerError> {
     let staging = transaction.staging;

@@ -10,10 +10,10 @@ use tokio_postgres::types::Type as ServerType;
 
 use super::encode::put_field;
 use super::kind::{EPOCH_MICROS, Element, Kind};
-use shardmill_sinks_common::fuzz::{Column, Number, Type, Value};
+use shardmill_sinks_common::fuzz::{FuzzColumn, Number, Type, Value};
 use shardmill_sinks_common::rows::value::RawJson;
 
-pub const COLUMNS: [Column; 21] = [
+pub const COLUMNS: [FuzzColumn; 21] = [
     column("PostgreSQL bool", Type::Bool, |raw| read(Kind::Bool, raw)),
     column("PostgreSQL int2", Type::Integer(16), |raw| read(Kind::Int2, raw)),
     column("PostgreSQL int4", Type::Integer(32), |raw| read(Kind::Int4, raw)),
@@ -47,8 +47,8 @@ const fn column(
     name: &'static str,
     values: Type,
     read: fn(RawJson<'_>) -> Option<Value>,
-) -> Column {
-    Column { name, values, read }
+) -> FuzzColumn {
+    FuzzColumn { name, values, read }
 }
 
 fn read_array(element: ServerType, raw: RawJson<'_>) -> Option<Value> {

@@ -12,7 +12,7 @@ use shardmill_config::reading::{
     Spanned, Text, connection, database, table, write_mode,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, PipelineConfig, ReadSink, ReplaySupport, Rerun, CommitPolicy,
+    SinkBuildError, Key, KeyDefault, KeyForm, PipelineConfig, ReadSink, ReplaySupport, Rerun, CommitPolicy,
     SharedParts, SinkContext, SinkSettings, SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::record::SinkName;
@@ -162,7 +162,7 @@ impl PostgresTarget {
     }
 
     /// The pool of all sinks of the pipeline with this URL.
-    fn pool(&self, pipeline: &PipelineConfig) -> Result<ServerPool, BuildError> {
+    fn pool(&self, pipeline: &PipelineConfig) -> Result<ServerPool, SinkBuildError> {
         let server = PostgresServer::parse(&self.url)?;
         Ok(ServerPool::new(server, self.pool_spec(pipeline)))
     }
@@ -215,7 +215,7 @@ impl SinkSettings for PostgresTarget {
         &self,
         context: &SinkContext<'_>,
         shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError> {
+    ) -> Result<Arc<dyn Sink>, SinkBuildError> {
         let pool = shared.get_or_make(&self.url, || self.pool(context.pipeline))?;
         Ok(Arc::new(PostgresSink::with_share(context.name.clone(), self, pool.share())?))
     }

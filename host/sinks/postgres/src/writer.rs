@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use tokio_postgres::SimpleQueryMessage;
 
-use super::copy::{self, RunningCopy, Search, Target, Transaction};
+use super::copy::{self, RunningCopy, Search, CopyTarget, Transaction};
 use super::encode::{Encoded, Encoder, GoneColumn};
 use super::lineage::Lineage;
 use super::merge::PlainCopyBackoff;
@@ -271,7 +271,7 @@ impl PostgresWriter {
     ) -> Result<Result<(Vec<Refusal>, Option<Fingerprint>), GoneColumn>, Failure> {
         let (sink, name, rows) = (&self.shared, &self.shared.table, &commit.rows[..]);
         let failed = |error| Failure::server(format!("cannot write to table {name}"), error);
-        let target = Target { name, live: table, mode: &sink.mode };
+        let target = CopyTarget { name, live: table, mode: &sink.mode };
         let shown = name.to_string();
         let bytes_expected = rows.iter().map(|row| row.payload.len()).sum();
         let lineage = match self.lineage(table) {
@@ -312,7 +312,7 @@ impl PostgresWriter {
     async fn judge(
         &self,
         transaction: &mut Transaction<'_>,
-        target: Target<'_>,
+        target: CopyTarget<'_>,
         commit: &Commit,
         search: Search,
     ) -> Result<(Vec<Refusal>, Option<Fingerprint>), Failure> {
@@ -338,7 +338,7 @@ impl PostgresWriter {
     async fn next_goes_in(
         &self,
         transaction: &mut Transaction<'_>,
-        target: Target<'_>,
+        target: CopyTarget<'_>,
         commit: &Commit,
     ) -> Result<bool, ServerError> {
         let Some(next) = self.next.after(&commit.rows) else { return Ok(false) };

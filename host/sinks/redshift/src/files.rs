@@ -18,7 +18,7 @@ use shardmill_core::escape::quoted;
 use shardmill_core::masking::sanitized;
 use shardmill_core::record::ShardKey;
 use shardmill_core::sink::SinkError;
-use shardmill_sink_objects::Place;
+use shardmill_sink_objects::StorePlace;
 
 /// Files that go up at the same time.
 const UPLOADS_MAX: usize = 4;
@@ -31,7 +31,7 @@ const DEFAULT_ROLE: &str = "default";
 
 /// Where the files wait for COPY, and how the cluster gets at them.
 pub(super) struct StagingBucket {
-    place: Place,
+    place: StorePlace,
     /// `s3://bucket`.
     bucket_url: String,
     iam_role: String,
@@ -61,7 +61,7 @@ struct ManifestEntry {
 }
 
 impl StagingBucket {
-    pub(super) fn new(place: Place, source: &CopySource) -> Self {
+    pub(super) fn new(place: StorePlace, source: &CopySource) -> Self {
         let bucket = bucket_of(&source.url).unwrap_or_default();
         Self {
             place,

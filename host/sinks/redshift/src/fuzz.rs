@@ -7,10 +7,10 @@
 #![allow(clippy::expect_used, reason = "a finding is a panic")]
 
 use super::kind::Kind;
-use shardmill_sinks_common::fuzz::{Column, Number, Type, Value, clock};
+use shardmill_sinks_common::fuzz::{FuzzColumn, Number, Type, Value, clock};
 use shardmill_sinks_common::rows::value::RawJson;
 
-pub const COLUMNS: [Column; 15] = [
+pub const COLUMNS: [FuzzColumn; 15] = [
     column("Redshift boolean", Type::Bool, |raw| read(Kind::Bool, raw)),
     column("Redshift smallint", Type::Integer(16), |raw| read(Kind::Int2, raw)),
     column("Redshift integer", Type::Integer(32), |raw| read(Kind::Int4, raw)),
@@ -36,8 +36,8 @@ const fn column(
     name: &'static str,
     values: Type,
     read: fn(RawJson<'_>) -> Option<Value>,
-) -> Column {
-    Column { name, values, read }
+) -> FuzzColumn {
+    FuzzColumn { name, values, read }
 }
 
 fn read(kind: Kind, raw: RawJson<'_>) -> Option<Value> {

@@ -28,7 +28,7 @@ const LATER_COLUMNS: [(&str, &str); 3] =
     [("state_id", "varchar(64)"), ("state_number", "bigint"), ("owner", "varchar(512)")];
 
 /// Where positions are kept.
-pub(super) struct Ledger {
+pub(super) struct PositionLedger {
     name: TableName,
     /// It is known to have all columns.
     is_wide: AtomicBool,
@@ -36,7 +36,7 @@ pub(super) struct Ledger {
 
 /// A shard's row.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct LedgerRow {
     pub(super) epoch: i64,
     /// `None` before the first commit.
     pub(super) position: Option<Position>,
@@ -47,7 +47,7 @@ pub(super) struct Entry {
 /// What could be read and what its texts mean are two questions.
 type Readable<T> = Result<T, String>;
 
-impl Ledger {
+impl PositionLedger {
     /// The ledger for rows in `table`.
     pub(super) fn beside(table: &TableName) -> Self {
         Self { name: table.sibling(TABLE), is_wide: AtomicBool::new(false) }
@@ -138,7 +138,7 @@ impl Ledger {
         sink: &SinkName,
         shard: &ShardKey,
         ownership: Option<&Ownership>,
-    ) -> Result<Readable<Entry>, Error> {
+    ) -> Result<Readable<LedgerRow>, Error> {
         self.lock(client).await?;
         let entry = match self.read(client, sink, shard).await? {
             Ok(entry) => entry,
@@ -150,7 +150,7 @@ impl Ledger {
         let name = self.name.quoted();
         let [state, number, owner] = owned_by(ownership);
         let owned = match entry {
-            Some(Entry { epoch, position, owner: before }) => {
+            Some(LedgerRow { epoch, position, owner: before }) => {
                 let epoch = epoch + 1;
                 let key = key(sink, shard);
                 let update = format!(
@@ -158,7 +158,7 @@ impl Ledger {
                      owner = {owner} WHERE {key}"
                 );
                 session::run(client, &update).await?;
-                Entry { epoch, position, owner: before }
+                LedgerRow { epoch, position, owner: before }
             }
             None => {
                 let values = columns(sink, shard).map(|(_, text)| literal(&text)).join(", ");
@@ -167,7 +167,7 @@ impl Ledger {
                      state_number, owner) VALUES ({values}, 1, {state}, {number}, {owner})"
                 );
                 session::run(client, &insert).await?;
-                Entry { epoch: 1, position: None, owner: None }
+                LedgerRow { epoch: 1, position: None, owner: None }
             }
         };
         session::run(client, "COMMIT").await?;
@@ -186,7 +186,7 @@ impl Ledger {
             return Ok(Ok(()));
         }
         self.lock(client).await?;
-        if let Ok(Some(Entry { position: Some(_), .. })) = self.read(client, new, shard).await? {
+        if let Ok(Some(LedgerRow { position: Some(_), .. })) = self.read(client, new, shard).await? {
             session::run(client, "ROLLBACK").await?;
             return Ok(Err(format!(
                 "{self} has rows of both sink {old} and sink {new} for shard {}: delete the one that does \
@@ -219,7 +219,7 @@ impl Ledger {
         client: &Link,
         sink: &SinkName,
         shard: &ShardKey,
-    ) -> Result<Readable<Option<Entry>>, Error> {
+    ) -> Result<Readable<Option<LedgerRow>>, Error> {
         let of_shard = format!("FROM {} WHERE {}", self.name.quoted(), key(sink, shard));
         let read = format!("SELECT epoch, sequence, sub_sequence, owner {of_shard}");
         let found = match session::rows(client, &read).await {
@@ -231,7 +231,7 @@ impl Ledger {
             found => found,
         };
         match found {
-            Ok(rows) => Ok(rows.first().map(Entry::of).transpose()),
+            Ok(rows) => Ok(rows.first().map(LedgerRow::of).transpose()),
             Err(error) if session::is_no_table(&error) => Ok(Ok(None)),
             Err(error) => Err(error),
         }
@@ -264,7 +264,7 @@ impl Ledger {
             found => found?,
         };
         let kept = |row: &SimpleQueryRow| {
-            let entry = Entry::of(row)?;
+            let entry = LedgerRow::of(row)?;
             let number = row.get(7).and_then(|text| text.parse().ok());
             let mark = row.get(6).zip(number);
             Ok(KeptPosition {
@@ -302,13 +302,13 @@ impl Ledger {
     }
 }
 
-impl fmt::Display for Ledger {
+impl fmt::Display for PositionLedger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.name.fmt(f)
     }
 }
 
-impl Entry {
+impl LedgerRow {
     fn of(row: &SimpleQueryRow) -> Readable<Self> {
         let unreadable = |what: &str| format!("the stored {what} cannot be read");
         let number = |place| row.get(place).and_then(|text| text.parse().ok());

@@ -33,7 +33,7 @@ use object_store::ObjectStore;
 use object_store::path::Path;
 
 use self::files::StagingBucket;
-use self::ledger::Ledger;
+use self::ledger::PositionLedger;
 pub use self::settings::{CopySource, RedshiftTarget, TYPE};
 use self::writer::RedshiftWriter;
 use shardmill_config::{Timing, WriteMode};
@@ -43,7 +43,7 @@ use shardmill_core::record::{PipelineName, Position, ShardKey, SinkName};
 use shardmill_core::sink::{Acquired, KeptPosition, Sink, SinkError};
 use shardmill_pg::name::TableName;
 use shardmill_pg::{Link, PostgresServer, ServerError};
-use shardmill_sink_objects::Place;
+use shardmill_sink_objects::StorePlace;
 use shardmill_sinks_common::rows;
 
 /// The schema of a table that is named without one.
@@ -63,7 +63,7 @@ struct Shared {
     silence_max: Duration,
     table: TableName,
     mode: WriteMode,
-    ledger: Ledger,
+    ledger: PositionLedger,
     bucket: StagingBucket,
     /// Who writes; unset in a sink that only answers questions.
     ownership: OnceLock<Ownership>,
@@ -107,7 +107,7 @@ impl RedshiftSink {
     /// cannot be read.
     pub fn new(name: SinkName, target: &RedshiftTarget) -> Result<Self, SinkError> {
         let CopySource { url, options, .. } = &target.staging;
-        let place = Place::open(name.clone(), url, options)?;
+        let place = StorePlace::open(name.clone(), url, options)?;
         Self::at(name, target, place)
     }
 
@@ -122,7 +122,7 @@ impl RedshiftSink {
         prefix: Path,
     ) -> Result<Self, SinkError> {
         let url = target.staging.url.as_str().into();
-        let place = Place::over(name.clone(), store, prefix, url);
+        let place = StorePlace::over(name.clone(), store, prefix, url);
         Self::at(name, target, place)
     }
 
@@ -136,12 +136,12 @@ impl RedshiftSink {
         self
     }
 
-    fn at(sink: SinkName, target: &RedshiftTarget, place: Place) -> Result<Self, SinkError> {
+    fn at(sink: SinkName, target: &RedshiftTarget, place: StorePlace) -> Result<Self, SinkError> {
         let unavailable = |cause| SinkError::Unavailable { sink: sink.clone(), cause };
         let server = PostgresServer::parse(&target.url).map_err(unavailable)?;
         let mut table = TableName::parse(&target.table).map_err(unavailable)?;
         table.schema.get_or_insert_with(|| SCHEMA.into());
-        let ledger = Ledger::beside(&table);
+        let ledger = PositionLedger::beside(&table);
         let bucket = StagingBucket::new(place, &target.staging);
         let (mode, known_columns) = (target.mode.clone(), rows::KnownColumns::default());
         let silence_max = Timing::default().redshift_silence_max;

@@ -14,7 +14,7 @@ use shardmill_config::reading::{
     connection, database, options, table, write_mode,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
+    SinkBuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
     SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::sink::Sink;
@@ -211,7 +211,7 @@ impl SinkSettings for RedshiftTarget {
         &self,
         context: &SinkContext<'_>,
         _shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError> {
+    ) -> Result<Arc<dyn Sink>, SinkBuildError> {
         let sink = RedshiftSink::new(context.name.clone(), self)?;
         Ok(Arc::new(sink.with_silence_max(context.pipeline.timing.redshift_silence_max)))
     }

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use super::Shared;
 use super::encode::{EncodeError, Encoded, EncodedFile, encode};
 use super::files::Upload;
-use super::ledger::Entry;
+use super::ledger::LedgerRow;
 use super::table::LiveTable;
 use super::{merge, session};
 use shardmill_core::masking::sanitized;
@@ -90,7 +90,7 @@ impl RedshiftWriter {
             .await
             .map_err(|error| shared.failed(&format!("cannot read {ledger}"), &error))?
             .map_err(|cause| shared.unavailable(cause))?;
-        let Some(Entry { epoch, position, owner }) = entry else {
+        let Some(LedgerRow { epoch, position, owner }) = entry else {
             let detail = format!("its row is gone from {ledger}");
             return Err(shared.fenced(&self.shard, detail, None));
         };

@@ -9,10 +9,10 @@
 use rusqlite::types::{ToSqlOutput, Value as Stored};
 
 use super::value::{ColumnType, bound};
-use shardmill_sinks_common::fuzz::{Column, Type, Value};
+use shardmill_sinks_common::fuzz::{FuzzColumn, Type, Value};
 use shardmill_sinks_common::rows::value::RawJson;
 
-pub const COLUMNS: [Column; 14] = [
+pub const COLUMNS: [FuzzColumn; 14] = [
     column("SQLite boolean", Type::AsNumber(&Type::Bool), |raw| read("boolean", raw)),
     column("SQLite integer", Type::Integer(64), |raw| read("integer", raw)),
     column("SQLite real", Type::SqliteReal, |raw| read("real", raw)),
@@ -35,8 +35,8 @@ const fn column(
     name: &'static str,
     values: Type,
     read: fn(RawJson<'_>) -> Option<Value>,
-) -> Column {
-    Column { name, values, read }
+) -> FuzzColumn {
+    FuzzColumn { name, values, read }
 }
 
 fn read(declared: &str, raw: RawJson<'_>) -> Option<Value> {

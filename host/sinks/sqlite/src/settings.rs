@@ -12,7 +12,7 @@ use shardmill_config::reading::{
     Text, table, write_mode,
 };
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, Rerun, CommitPolicy, SharedParts, SinkContext,
+    SinkBuildError, Key, KeyDefault, KeyForm, ReadSink, Rerun, CommitPolicy, SharedParts, SinkContext,
     SinkSettings, SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::record::SinkName;
@@ -142,7 +142,7 @@ impl SinkSettings for SqliteTarget {
         &self,
         context: &SinkContext<'_>,
         _shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError> {
+    ) -> Result<Arc<dyn Sink>, SinkBuildError> {
         let Self { path, table, create, mode } = self;
         Ok(Arc::new(SqliteSink::new(context.name.clone(), path, table, *create, mode.clone())?))
     }

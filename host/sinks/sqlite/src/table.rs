@@ -4,7 +4,7 @@
 use rusqlite::{Connection, ErrorCode};
 
 use super::position;
-use super::trigger::{self, Verdict};
+use super::trigger::{self, TriggerEffect};
 use super::value::{ColumnType, Kind};
 use shardmill_config::WriteMode;
 use shardmill_core::masking::sanitized;
@@ -227,14 +227,14 @@ fn warnings(
     }
     for (name, sql) in triggers {
         match trigger::reading(&sql) {
-            Verdict::TakesAll => {}
-            Verdict::RefusesAll => {
+            TriggerEffect::TakesAll => {}
+            TriggerEffect::RefusesAll => {
                 return Err(format!(
                     "trigger {name:?} of table {table} refuses every row (it raises an error without a \
                      condition): drop it, or name another table"
                 ));
             }
-            Verdict::MayRefuse(effect) => {
+            TriggerEffect::MayRefuse(effect) => {
                 warnings.push(format!("trigger {name:?} of table {table} {effect}"));
             }
         }

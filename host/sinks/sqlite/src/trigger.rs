@@ -2,7 +2,7 @@
 
 /// The effect of a trigger on the rows that a sink inserts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum TriggerEffect {
     /// It raises nothing when a row is inserted.
     TakesAll,
     /// It raises an error for each row.
@@ -12,20 +12,20 @@ pub(super) enum Verdict {
 }
 
 /// Reads a `CREATE TRIGGER` statement.
-pub(super) fn reading(sql: &str) -> Verdict {
+pub(super) fn reading(sql: &str) -> TriggerEffect {
     let tokens = tokens(sql);
     let is = |token: &str, word: &str| token.eq_ignore_ascii_case(word);
     let (head, body) = parts(&tokens);
     let on_insert = head.iter().any(|token| is(token, "insert"));
     if on_insert && says(body, &["or", "rollback"]) {
-        return Verdict::MayRefuse(
+        return TriggerEffect::MayRefuse(
             "rolls whole transactions back (OR ROLLBACK): a row that it refuses blocks its shard; use OR ABORT",
         );
     }
     let raises: Vec<usize> = (0..body.len())
         .filter(|at| is(&body[*at], "raise") && body.get(at + 1).is_some_and(|next| next == "("))
         .collect();
-    let Some(first) = raises.first().filter(|_| on_insert) else { return Verdict::TakesAll };
+    let Some(first) = raises.first().filter(|_| on_insert) else { return TriggerEffect::TakesAll };
     let effect = |at: usize| body.get(at + 2).map_or("", String::as_str);
     let any = |word: &str| raises.iter().any(|at| is(effect(*at), word));
     // `BEGIN SELECT RAISE(ABORT, '...'); ...` without WHEN: nothing decides before it.
@@ -36,16 +36,16 @@ pub(super) fn reading(sql: &str) -> Verdict {
         && closed_at(body, first + 1)
             .is_some_and(|end| body.get(end + 1).is_some_and(|t| t == ";"));
     if always {
-        Verdict::RefusesAll
+        TriggerEffect::RefusesAll
     } else if any("rollback") {
-        Verdict::MayRefuse(
+        TriggerEffect::MayRefuse(
             "rolls whole transactions back (RAISE(ROLLBACK)): a row that it refuses blocks its shard; \
              use RAISE(ABORT)",
         )
     } else if any("ignore") {
-        Verdict::MayRefuse("drops rows in silence (RAISE(IGNORE)): they become no dead letters")
+        TriggerEffect::MayRefuse("drops rows in silence (RAISE(IGNORE)): they become no dead letters")
     } else {
-        Verdict::MayRefuse("may refuse rows (RAISE): those become dead letters")
+        TriggerEffect::MayRefuse("may refuse rows (RAISE): those become dead letters")
     }
 }
 
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn fault_31_a_trigger_says_which_rows_it_refuses() {
-        use Verdict::{MayRefuse, RefusesAll, TakesAll};
+        use TriggerEffect::{MayRefuse, RefusesAll, TakesAll};
         let kind = |sql: &str| reading(&format!("CREATE TRIGGER t {sql}"));
         for sql in [
             "AFTER INSERT ON a BEGIN INSERT INTO log VALUES (new.id); END",
@@ -180,7 +180,7 @@ mod tests {
         assert!(!names_on_insert(text, "audit"));
         let rolls = "CREATE TRIGGER t AFTER INSERT ON a BEGIN INSERT OR ROLLBACK INTO b VALUES (new.id); END";
         assert!(
-            matches!(reading(rolls), Verdict::MayRefuse(effect) if effect.contains("OR ABORT"))
+            matches!(reading(rolls), TriggerEffect::MayRefuse(effect) if effect.contains("OR ABORT"))
         );
     }
 }

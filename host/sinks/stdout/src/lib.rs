@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use self::pieces::Pieces;
 pub use self::settings::{StdoutTarget, TYPE};
 pub use self::template::TemplateError;
-use self::template::{RowContext, Template};
+use self::template::{RowContext, LineTemplate};
 use shardmill_config::SharedOutput;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, RouteName, Row, ShardId, ShardKey, SinkName};
@@ -34,7 +34,7 @@ use shardmill_sinks_common::line::{LINE_MEDIA_TYPES, LineFormat};
 /// A sink of lines.
 pub struct StdoutSink {
     name: SinkName,
-    template: Option<Arc<Template>>,
+    template: Option<Arc<LineTemplate>>,
     output: SharedOutput,
     formats: RwLock<HashMap<RouteName, LineFormat>>,
 }
@@ -60,7 +60,7 @@ impl StdoutSink {
         template: Option<&str>,
         output: SharedOutput,
     ) -> Result<Self, TemplateError> {
-        let template = template.map(Template::parse).transpose()?.map(Arc::new);
+        let template = template.map(LineTemplate::parse).transpose()?.map(Arc::new);
         Ok(Self { name, template, output, formats: RwLock::default() })
     }
 
@@ -184,7 +184,7 @@ impl SinkWriter for StdoutWriter {
 /// Makes lines of one shard's rows.
 struct Printer {
     shard: ShardId,
-    template: Option<Arc<Template>>,
+    template: Option<Arc<LineTemplate>>,
     formats: HashMap<RouteName, LineFormat>,
 }
 

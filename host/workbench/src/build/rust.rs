@@ -12,7 +12,7 @@ use std::{env, fs};
 use serde::Deserialize;
 
 use super::componentize::componentize;
-use super::{BuildError, Haste, file_error, tool};
+use super::{PluginBuildError, Haste, file_error, tool};
 
 /// How to get cargo and rustc.
 const REMEDY: &str = "install Rust from rustup.rs, or put it on PATH";
@@ -44,15 +44,15 @@ pub(super) const TARGET: &str = "wasm32-unknown-unknown";
 /// # Errors
 ///
 /// If a tool or the target is missing, or the crate does not compile to a plugin.
-pub(super) fn build(dir: &Path, haste: Haste) -> Result<Vec<u8>, BuildError> {
+pub(super) fn build(dir: &Path, haste: Haste) -> Result<Vec<u8>, PluginBuildError> {
     let manifest = dir.join("Cargo.toml");
     let manifest =
-        manifest.canonicalize().map_err(|_| BuildError::NoCrate { dir: dir.to_owned() })?;
+        manifest.canonicalize().map_err(|_| PluginBuildError::NoCrate { dir: dir.to_owned() })?;
     tool::refuse_foreign_settings(dir, &SETTINGS)?;
     let compiler = Compiler::find(dir)?;
     let module = compile(dir, &manifest, &compiler, haste)?;
     let core = fs::read(&module).map_err(file_error("read", &module))?;
-    componentize(&core).map_err(|cause| BuildError::Componentize { module, cause })
+    componentize(&core).map_err(|cause| PluginBuildError::Componentize { module, cause })
 }
 
 /// A compiler that has the target.
@@ -61,7 +61,7 @@ struct Compiler {
 }
 
 impl Compiler {
-    fn find(dir: &Path) -> Result<Self, BuildError> {
+    fn find(dir: &Path) -> Result<Self, PluginBuildError> {
         let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
         let sysroot = PathBuf::from(ask(&rustc, dir, &["--print", "sysroot"])?);
         let library = ask(&rustc, dir, &["--print", "target-libdir", "--target", TARGET])?;
@@ -75,13 +75,13 @@ impl Compiler {
             return Ok(Self { sysroot });
         }
         let rustc = rustc.to_string_lossy().into_owned();
-        Err(BuildError::TargetMissing { rustc, looked_in: library })
+        Err(PluginBuildError::TargetMissing { rustc, looked_in: library })
     }
 }
 
 /// Runs a command that answers with one line. In `dir`, where rustup reads its override.
-fn ask(program: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, BuildError> {
-    let failed = |cause| BuildError::Tool {
+fn ask(program: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, PluginBuildError> {
+    let failed = |cause| PluginBuildError::Tool {
         tool: program.to_string_lossy().into_owned(),
         cause,
         remedy: REMEDY,
@@ -101,7 +101,7 @@ fn compile(
     manifest: &Path,
     compiler: &Compiler,
     haste: Haste,
-) -> Result<PathBuf, BuildError> {
+) -> Result<PathBuf, PluginBuildError> {
     // First, because the folders that are kept out of the component exist only then.
     if haste == Haste::No || !dir.join("Cargo.lock").exists() {
         run_cargo(dir, manifest, &["fetch", "--target", TARGET], &REPRODUCIBLE)?;
@@ -132,7 +132,7 @@ fn compile(
         .filter(|message| message.manifest_path.as_deref() == Some(manifest))
         .flat_map(|message| message.filenames)
         .find(|file| file.extension().is_some_and(|extension| extension == "wasm"))
-        .ok_or_else(|| BuildError::NoModule { dir: dir.to_owned() })
+        .ok_or_else(|| PluginBuildError::NoModule { dir: dir.to_owned() })
 }
 
 /// Runs cargo on the crate and returns what it prints.
@@ -141,7 +141,7 @@ fn run_cargo(
     manifest: &Path,
     arguments: &[&str],
     settings: &[(&str, &str)],
-) -> Result<Vec<u8>, BuildError> {
+) -> Result<Vec<u8>, PluginBuildError> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let program = cargo.to_string_lossy().into_owned();
     let output = tool::command(&cargo)
@@ -153,9 +153,9 @@ fn run_cargo(
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
-        .map_err(|cause| BuildError::Tool { tool: program.clone(), cause, remedy: REMEDY })?;
+        .map_err(|cause| PluginBuildError::Tool { tool: program.clone(), cause, remedy: REMEDY })?;
     if !output.status.success() {
-        return Err(BuildError::Compile {
+        return Err(PluginBuildError::Compile {
             dir: dir.to_owned(),
             tool: program,
             status: output.status,

@@ -7,7 +7,7 @@ use std::{env, fs, io};
 
 use tempfile::TempDir;
 
-use super::{BuildError, file_error};
+use super::{PluginBuildError, file_error};
 use crate::assets::WIT;
 use shardmill_config::{Capability, WIT_VERSION};
 
@@ -28,7 +28,7 @@ impl Staging {
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub fn new(dir: &Path, capabilities: &BTreeSet<Capability>) -> Result<Self, BuildError> {
+    pub fn new(dir: &Path, capabilities: &BTreeSet<Capability>) -> Result<Self, PluginBuildError> {
         let folder =
             tempfile::tempdir().map_err(file_error("make a folder in", &env::temp_dir()))?;
         let staging = Self { folder };
@@ -46,7 +46,7 @@ impl Staging {
     }
 
     /// Writes a file; its folder is made.
-    pub fn write(&self, name: &str, text: &str) -> Result<(), BuildError> {
+    pub fn write(&self, name: &str, text: &str) -> Result<(), PluginBuildError> {
         let path = self.path().join(name);
         let folder = path.parent().unwrap_or(self.path());
         fs::create_dir_all(folder)
@@ -55,7 +55,7 @@ impl Staging {
     }
 
     /// Reads what the tool has built.
-    pub fn read(&self, name: &str) -> Result<Vec<u8>, BuildError> {
+    pub fn read(&self, name: &str) -> Result<Vec<u8>, PluginBuildError> {
         let path = self.path().join(name);
         fs::read(&path).map_err(file_error("read", &path))
     }
@@ -71,7 +71,7 @@ fn world(capabilities: &BTreeSet<Capability>) -> String {
     )
 }
 
-fn copy(from: &Path, to: &Path) -> Result<(), BuildError> {
+fn copy(from: &Path, to: &Path) -> Result<(), PluginBuildError> {
     fs::create_dir_all(to).map_err(file_error("write", to))?;
     for entry in fs::read_dir(from).map_err(file_error("read", from))? {
         let entry = entry.map_err(file_error("read", from))?;
@@ -94,11 +94,11 @@ fn copy(from: &Path, to: &Path) -> Result<(), BuildError> {
 }
 
 /// Fails like a tool that cannot be run, where a plugin's main file is missing.
-pub(super) fn require_file(dir: &Path, name: &'static str) -> Result<(), BuildError> {
+pub(super) fn require_file(dir: &Path, name: &'static str) -> Result<(), PluginBuildError> {
     match fs::metadata(dir.join(name)) {
         Ok(_) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(BuildError::NoSources { dir: dir.to_owned(), expected: name })
+            Err(PluginBuildError::NoSources { dir: dir.to_owned(), expected: name })
         }
         Err(cause) => Err(file_error("read", &dir.join(name))(cause)),
     }

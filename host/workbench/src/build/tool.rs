@@ -12,7 +12,7 @@ use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::{env, fs, io};
 
-use super::{BuildError, file_error};
+use super::{PluginBuildError, file_error};
 use shardmill_core::private;
 use shardmill_core::private::{Reach, Trusted};
 
@@ -323,15 +323,15 @@ fn not_seen(path: &Path, cause: &io::Error) -> String {
 /// Whoever owns the plugin is trusted by building it.
 ///
 /// # Errors
-/// [`BuildError::ForeignSettings`].
-pub(super) fn refuse_foreign_settings(dir: &Path, names: &[&str]) -> Result<(), BuildError> {
+/// [`PluginBuildError::ForeignSettings`].
+pub(super) fn refuse_foreign_settings(dir: &Path, names: &[&str]) -> Result<(), PluginBuildError> {
     let dir = dir.canonicalize().map_err(file_error("read", dir))?;
     let owner = fs::metadata(&dir).map_err(file_error("read", &dir))?.uid();
     for folder in dir.ancestors().skip(1) {
         for file in names.iter().map(|name| folder.join(name)).filter(|file| file.exists()) {
             let found = reach_of_settings(folder, &file, Trusted::User(owner));
             if let Some(reach) = found.map_err(file_error("read", &file))? {
-                return Err(BuildError::ForeignSettings { file, reach });
+                return Err(PluginBuildError::ForeignSettings { file, reach });
             }
         }
     }

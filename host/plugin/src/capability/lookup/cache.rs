@@ -15,7 +15,7 @@ use quick_cache::{OptionsBuilder, Weighter};
 use shardmill_config::LookupCacheLimits;
 
 /// A row as JSON text; `None`: the query has no row for the key.
-pub(super) type Row = Option<Arc<str>>;
+pub(super) type CachedRow = Option<Arc<str>>;
 
 /// What keeping an entry costs beside its key and row: two reference-counted texts, the entry, and
 /// its place in the table.
@@ -65,7 +65,7 @@ struct State {
 
 #[derive(Clone)]
 struct Kept {
-    row: Row,
+    row: CachedRow,
     since: Instant,
 }
 
@@ -84,11 +84,11 @@ impl Weighter<Arc<str>, Kept> for Weight {
 }
 
 /// How the keys of a call stand.
-pub(super) struct Standing<'c> {
+pub(super) struct KeysStanding<'c> {
     /// For each key of the call its row, if that is known.
-    pub(super) known: Vec<Option<Row>>,
+    pub(super) known: Vec<Option<CachedRow>>,
     /// The keys that this call is to fetch by one query, each once.
-    pub(super) claim: Claim<'c>,
+    pub(super) claim: FetchClaim<'c>,
     /// Whether there are more of them. They were not looked at, and others may fetch them first.
     pub(super) is_partial: bool,
     /// How many keys others are fetching, or have fetched meanwhile.
@@ -96,7 +96,7 @@ pub(super) struct Standing<'c> {
 }
 
 /// Keys that one call fetches. Whoever waits for them goes on when it is dropped.
-pub(super) struct Claim<'c> {
+pub(super) struct FetchClaim<'c> {
     cache: &'c Cache,
     pub(super) keys: Vec<Arc<str>>,
 }
@@ -120,7 +120,7 @@ impl Cache {
 
     /// Says what is known of `keys`, and claims those that nobody is fetching, as many as one query may ask
     /// for. Places whose `known` is filled already are left alone.
-    pub(super) fn stand(&self, keys: &[&str], mut known: Vec<Option<Row>>) -> Standing<'_> {
+    pub(super) fn stand(&self, keys: &[&str], mut known: Vec<Option<CachedRow>>) -> KeysStanding<'_> {
         let now = Instant::now();
         let asked: Vec<usize> = (0..keys.len()).filter(|place| known[*place].is_none()).collect();
         let mut unknown = Vec::new();
@@ -136,7 +136,7 @@ impl Cache {
         let mut once = HashSet::with_capacity(unknown.len());
         unknown.retain(|key| once.insert(*key));
         let keys_max = unknown.len().min(KEYS_PER_QUERY_MAX);
-        let mut claim = Claim { cache: self, keys: Vec::with_capacity(keys_max) };
+        let mut claim = FetchClaim { cache: self, keys: Vec::with_capacity(keys_max) };
         let (mut query, mut awaited) = (Query::default(), 0);
         for keys in unknown.chunks(KEYS_PER_LOCK) {
             // Copied without the lock.
@@ -153,16 +153,16 @@ impl Cache {
                     }
                     claim.keys.push(Arc::clone(key));
                 } else {
-                    return Standing { known, claim, is_partial: true, awaited };
+                    return KeysStanding { known, claim, is_partial: true, awaited };
                 }
             }
         }
-        Standing { known, claim, is_partial: false, awaited }
+        KeysStanding { known, claim, is_partial: false, awaited }
     }
 
     /// Waits until each of the places that are not known was not being fetched for a moment; false: it is
     /// `deadline`.
-    pub(super) fn wait(&self, keys: &[&str], known: &[Option<Row>], deadline: Instant) -> bool {
+    pub(super) fn wait(&self, keys: &[&str], known: &[Option<CachedRow>], deadline: Instant) -> bool {
         let mut state = self.lock();
         let mut looked_at = 0;
         for (key, _) in keys.iter().zip(known).filter(|(_, known)| known.is_none()) {
@@ -196,7 +196,7 @@ impl Cache {
 
 impl State {
     /// Finds the row that is kept for a key, unless it is too old.
-    fn fresh(&self, key: &str, now: Instant, ttl: Duration) -> Option<Row> {
+    fn fresh(&self, key: &str, now: Instant, ttl: Duration) -> Option<CachedRow> {
         let kept = self.kept.get(key).filter(|kept| {
             // Another lane may have kept it after `now` was read.
             now.saturating_duration_since(kept.since) < ttl
@@ -205,7 +205,7 @@ impl State {
     }
 }
 
-impl Claim<'_> {
+impl FetchClaim<'_> {
     /// Keeps what was found; a key without a row in `found` has none.
     pub(super) fn keep(&self, found: &HashMap<Arc<str>, Arc<str>>) {
         if self.cache.ttl.is_zero() {
@@ -222,7 +222,7 @@ impl Claim<'_> {
     }
 }
 
-impl Drop for Claim<'_> {
+impl Drop for FetchClaim<'_> {
     fn drop(&mut self) {
         for keys in self.keys.chunks(KEYS_PER_LOCK) {
             let mut state = self.cache.lock();
@@ -251,7 +251,7 @@ mod tests {
         standing.claim.keep(&found.into_iter().collect());
     }
 
-    fn known(cache: &Cache, key: &str) -> Option<Row> {
+    fn known(cache: &Cache, key: &str) -> Option<CachedRow> {
         cache.stand(&[key], vec![None]).known.remove(0)
     }
 

@@ -9,20 +9,20 @@ use super::LookupError;
 pub(super) const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// The rows found.
-pub(super) struct Found {
+pub(super) struct FoundRows {
     rows: HashMap<Arc<str>, Arc<str>>,
     bytes: usize,
     bytes_max: usize,
     unrequested: Option<String>,
 }
 
-impl Default for Found {
+impl Default for FoundRows {
     fn default() -> Self {
         Self::within(ANSWER_BYTES_MAX)
     }
 }
 
-impl Found {
+impl FoundRows {
     /// Makes an empty set of rows that may have at most `bytes_max` bytes together.
     pub(super) fn within(bytes_max: usize) -> Self {
         Self { rows: HashMap::new(), bytes: 0, bytes_max, unrequested: None }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use fastrand::Rng;
 
 use super::words::{self, BadKeys};
-use shardmill_core::fuzzing::{Choices, Target};
+use shardmill_core::fuzzing::{Choices, FuzzTarget};
 
 /// Checks that [`words::keys`] takes exactly the keys that a call may have, and that what [`words::found`] gives
 /// reads back as the rows.
-pub const ARGUMENTS: Target =
-    Target { name: "arguments", run, grow, words: &["key", "é", "→", "\u{1f600}", "\0"] };
+pub const ARGUMENTS: FuzzTarget =
+    FuzzTarget { name: "arguments", run, grow, words: &["key", "é", "→", "\u{1f600}", "\0"] };
 
 /// Keys that a call may have.
 const KEYS_MAX: usize = 100_000;

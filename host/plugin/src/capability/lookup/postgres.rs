@@ -21,7 +21,7 @@ use tokio_postgres::Column;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Kind, ToSql, Type};
 
-use super::found::{Asked, Found};
+use super::found::{Asked, FoundRows};
 use super::{LookupError, pool_error};
 use shardmill_pg::{Link, PostgresServer, ServerError};
 
@@ -111,7 +111,7 @@ impl PostgresTable {
 
     /// Connects, and runs the query without a key.
     pub(super) async fn prepare(&self, deadline: Instant) -> Result<(), LookupError> {
-        self.fetch(&[], deadline, &mut Found::default()).await
+        self.fetch(&[], deadline, &mut FoundRows::default()).await
     }
 
     /// Adds the rows of `keys` to `found`.
@@ -119,7 +119,7 @@ impl PostgresTable {
         &self,
         keys: &[Arc<str>],
         deadline: Instant,
-        found: &mut Found,
+        found: &mut FoundRows,
     ) -> Result<(), LookupError> {
         // What is dropped at the deadline takes its connection along; the server ends the statement
         // by its own timeout.
@@ -130,7 +130,7 @@ impl PostgresTable {
         })
     }
 
-    async fn fetch_in_time(&self, keys: &[Arc<str>], found: &mut Found) -> Result<(), LookupError> {
+    async fn fetch_in_time(&self, keys: &[Arc<str>], found: &mut FoundRows) -> Result<(), LookupError> {
         let mut slot = self.connections.get().await.map_err(pool_error)?;
         let mut is_reused = Object::metrics(&slot).recycle_count > 0;
         let mut link = match slot.take() {
@@ -166,7 +166,7 @@ impl PostgresTable {
         link: Link,
         known: Option<Arc<Description>>,
         keys: &[Arc<str>],
-        found: &mut Found,
+        found: &mut FoundRows,
     ) -> Result<Link, FetchError> {
         let (link, description) = match known {
             Some(known) => (link, known),
@@ -233,7 +233,7 @@ impl PostgresTable {
         link: &Link,
         description: &Description,
         keys: &[Arc<str>],
-        found: &mut Found,
+        found: &mut FoundRows,
     ) -> Result<(), FetchError> {
         let Description { json, key_type, parameter, .. } = description;
         let asked = Asked::new(keys, |key| key_type.meaning(key));

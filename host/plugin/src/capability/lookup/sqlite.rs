@@ -17,7 +17,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, Row, Statement};
 use tokio::runtime::Handle;
 use tokio::time::timeout_at;
 
-use super::found::{Asked, Found};
+use super::found::{Asked, FoundRows};
 use super::{LookupError, pool_error, stopped};
 use shardmill_core::masking::sanitized;
 use shardmill_core::off_thread;
@@ -65,7 +65,7 @@ impl SqliteTable {
 
     /// Opens the file, and runs the query without a key.
     pub(super) fn prepare(&self, deadline: Instant) -> Result<(), LookupError> {
-        self.fetch(&[], deadline, &mut Found::default())
+        self.fetch(&[], deadline, &mut FoundRows::default())
     }
 
     /// Adds the rows of `keys` to `found`. Call it from a thread that may block.
@@ -73,7 +73,7 @@ impl SqliteTable {
         &self,
         keys: &[Arc<str>],
         deadline: Instant,
-        found: &mut Found,
+        found: &mut FoundRows,
     ) -> Result<(), LookupError> {
         let mut slot = self.turn(deadline)?;
         let mut open = match slot.take() {
@@ -105,7 +105,7 @@ impl SqliteTable {
         connection: &mut Connection,
         keys: &[Arc<str>],
         deadline: Instant,
-        found: &mut Found,
+        found: &mut FoundRows,
     ) -> Result<(), LookupError> {
         let failed = |error: rusqlite::Error| match error.sqlite_error_code() {
             Some(ErrorCode::OperationInterrupted) => self.failed("the query took too long"),
@@ -356,7 +356,7 @@ mod tests {
             "CREATE TABLE t (id INT, v TEXT); INSERT INTO t VALUES (1, 'a'), (2, CAST(x'ff' AS TEXT))",
         );
         let fetch =
-            |key: &str| table.fetch(&[key.into()], Instant::now() + LONG, &mut Found::default());
+            |key: &str| table.fetch(&[key.into()], Instant::now() + LONG, &mut FoundRows::default());
         let is_kept = || {
             let slot = table.turn(soon()).expect("a turn");
             Object::metrics(&slot).recycle_count > 0

@@ -10,10 +10,10 @@ use serde_json::value::RawValue;
 
 use super::form::RowForm;
 use super::{ColumnNames, RowError, shortened, spread};
-use shardmill_core::fuzzing::Target;
+use shardmill_core::fuzzing::FuzzTarget;
 
 /// Checks that [`spread`] finds each value as it was written, whatever rows came before, and refuses the rest.
-pub const ROWS: Target = Target {
+pub const ROWS: FuzzTarget = FuzzTarget {
     name: "rows",
     run,
     grow,

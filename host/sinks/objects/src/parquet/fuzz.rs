@@ -7,10 +7,10 @@
 #![allow(clippy::expect_used, reason = "a finding is a panic")]
 
 use super::{Cell, Kind, ParquetColumn};
-use shardmill_sinks_common::fuzz::{Column, Number, Type, Value};
+use shardmill_sinks_common::fuzz::{FuzzColumn, Number, Type, Value};
 use shardmill_sinks_common::rows::value::RawJson;
 
-pub const COLUMNS: [Column; 17] = [
+pub const COLUMNS: [FuzzColumn; 17] = [
     column("Parquet boolean", Type::Bool, |raw| read("boolean", raw)),
     column("Parquet smallint", Type::Integer(16), |raw| read("smallint", raw)),
     column("Parquet integer", Type::Integer(32), |raw| read("integer", raw)),
@@ -34,8 +34,8 @@ const fn column(
     name: &'static str,
     values: Type,
     read: fn(RawJson<'_>) -> Option<Value>,
-) -> Column {
-    Column { name, values, read }
+) -> FuzzColumn {
+    FuzzColumn { name, values, read }
 }
 
 fn read(data_type: &str, raw: RawJson<'_>) -> Option<Value> {
