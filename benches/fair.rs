@@ -60,12 +60,7 @@ fn main() -> Result<()> {
 }
 
 /// Runs the honest lane beside others that never rest.
-fn p99_ms(
-    honest: &Arc<Revision>,
-    others: &Arc<Revision>,
-    kind: &str,
-    crowd: usize,
-) -> Result<f64> {
+fn p99_ms(honest: &Arc<Revision>, others: &Arc<Revision>, kind: &str, crowd: usize) -> Result<f64> {
     let (begun, stop) = (AtomicU64::new(0), CancellationToken::new());
     let other_batch = batch(kind, OTHER_RECORDS)?;
     let own_batch = batch("fine", BATCH_RECORDS)?;

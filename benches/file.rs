@@ -75,7 +75,10 @@ fn main() -> Result<()> {
         let expected = BufReader::new(File::open(&plain_out)?).lines();
         let mut expected = expected.collect::<Result<Vec<_>, _>>()?;
         expected.sort_unstable();
-        ensure!(expected.len() == 336_776 && expected == found, "the outputs of ours and {program} differ");
+        ensure!(
+            expected.len() == 336_776 && expected == found,
+            "the outputs of ours and {program} differ"
+        );
     }
     let cpu_s = |costs: &[child::Cost]| costs.iter().map(|it| it.cpu_s).collect::<Vec<_>>();
     for (case, theirs) in [("flights", &ordinary), ("flights,native=plugin", &plugin)] {

@@ -144,7 +144,10 @@ linger = "60 s"
     let written = server.bytes_in("ours")?;
     // The claims lie beside the data.
     let expected = (TOTAL_MIB * MIB) as u64;
-    ensure!((expected..expected + (MIB as u64)).contains(&written), "{written} bytes in place of {expected}");
+    ensure!(
+        (expected..expected + (MIB as u64)).contains(&written),
+        "{written} bytes in place of {expected}"
+    );
     Ok(TOTAL_MIB as f64 / took.as_secs_f64())
 }
 

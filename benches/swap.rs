@@ -288,7 +288,10 @@ async fn check(sql: &Client, versions: &[Bytes; 2], state: &Path) -> Result<()> 
         let segments = ledger.get(&shard).context("a shard without a ledger")?;
         let at = segments.partition_point(|(from, _)| *from < padded);
         let expected = at.checked_sub(1).map(|at| segments[at].1.as_str());
-        ensure!(expected == Some(version.as_str()), "{shard}:{sequence}: {version} in place of {expected:?}");
+        ensure!(
+            expected == Some(version.as_str()),
+            "{shard}:{sequence}: {version} in place of {expected:?}"
+        );
     }
     Ok(())
 }

@@ -30,7 +30,7 @@ use shardmill_config::{RejectedMax, StageLimits};
 use shardmill_core::record::{
     Batch, Entry, Position, PositionRange, Record, SequenceNumber, ShardKey, StreamIdentity,
 };
-use shardmill_engine::stage::{Flow, Item, LoadedStage, StageRunner, RouteTarget};
+use shardmill_engine::stage::{Flow, Item, LoadedStage, RouteTarget, StageRunner};
 use shardmill_plugin::{CompileCache, Context, Instance, Plugin, PluginEngine, Route, Services};
 use shardmill_sdk::Writer;
 use shardmill_sdk::words::{Output, Span};
@@ -169,7 +169,11 @@ fn load_stage() -> Result<LoadedStage> {
         name: "decode".into(),
         plugin,
         route_names: names.collect(),
-        targets: descriptor.routes.iter().map(|_| RouteTarget::Sinks(vec!["mart".into()])).collect(),
+        targets: descriptor
+            .routes
+            .iter()
+            .map(|_| RouteTarget::Sinks(vec!["mart".into()]))
+            .collect(),
         descriptor: descriptor.into(),
         limits,
         services,

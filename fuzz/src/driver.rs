@@ -92,7 +92,12 @@ fn run_seeded(target: &FuzzTarget, seed: u64, time: Duration) -> Result<u64, Str
 }
 
 /// Changes an input in one of the ways that fuzzers know.
-fn mutate(input: &mut Vec<u8>, target: &FuzzTarget, corpus: &[(String, Vec<u8>)], random: &mut Rng) {
+fn mutate(
+    input: &mut Vec<u8>,
+    target: &FuzzTarget,
+    corpus: &[(String, Vec<u8>)],
+    random: &mut Rng,
+) {
     let start = random.usize(..=input.len());
     let end = random.usize(start..=input.len().min(start + 32));
     match random.u8(..8) {

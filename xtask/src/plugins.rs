@@ -99,7 +99,9 @@ fn compare_rebuilt(root: &Path, record: &Record, complaints: &mut Vec<String>) -
     let same_compiler = builder.toolchain.version()? == record.rustc;
     for plugin in PLUGINS {
         let rebuilt = hash(&builder.build(plugin, &root.join("target/plugins-rebuilt"))?)?;
-        if same_compiler && record.plugins.get(plugin).is_some_and(|expected| expected.component != rebuilt) {
+        if same_compiler
+            && record.plugins.get(plugin).is_some_and(|expected| expected.component != rebuilt)
+        {
             complaints.push(format!("{plugin}: the same compiler builds another component"));
         }
     }

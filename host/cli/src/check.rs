@@ -63,7 +63,8 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     let (revision, _) = Revision::load(&config, &host, |_| None).await?;
     let mut sinks: Vec<Arc<dyn Sink>> = sinks::build(&config)?;
     let mut routes: Vec<_> = sinks.iter().map(|sink| revision.routes_to(sink.name())).collect();
-    let copies = config.for_dead_letters(config.state_dir.to_path_buf(), StoredDeadLetter::columns());
+    let copies =
+        config.for_dead_letters(config.state_dir.to_path_buf(), StoredDeadLetter::columns());
     if let Some(copies) = &copies {
         let (copied, _) = Revision::load(copies, &host, |_| None).await?;
         let dead_letter_sinks = sinks::build(copies)?;
@@ -107,7 +108,8 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             }
             let own = &sinks[..config.sinks.len()];
             let (build, stream): (BuildSinks, _) = (Arc::new(sinks::build), stream.as_ref());
-            let duplicates = roster::duplicate_warnings(&config, &state, own, (stream, &build)).await?;
+            let duplicates =
+                roster::duplicate_warnings(&config, &state, own, (stream, &build)).await?;
             report.warnings.extend(duplicates);
             let warnings = agreement::start_warnings(&config, &state, own, stream).await?;
             report.warnings.extend(warnings);
@@ -118,7 +120,8 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             let dead_letter_sinks = &sinks[config.sinks.len()..];
             // The copies read the log of the letters in the pipeline's own state.
             let log = DeadLetters::new(state).log_stream(&config.name).await?;
-            let warnings = agreement::start_warnings(copies, &copied, dead_letter_sinks, Some(&log)).await?;
+            let warnings =
+                agreement::start_warnings(copies, &copied, dead_letter_sinks, Some(&log)).await?;
             report.warnings.extend(warnings);
         }
     }
@@ -142,8 +145,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     for hole in &report.holes {
         console.say(hole);
     }
-    console
-        .say(format!("pipeline {} is sound (generation {})", report.pipeline, report.revision));
+    console.say(format!("pipeline {} is sound (generation {})", report.pipeline, report.revision));
     console.report(&report)?;
     if options.diff {
         let running = RunningPipeline::find(&config).await?;

@@ -168,7 +168,11 @@ async fn publish(
     Ok(producer.flush().await?)
 }
 
-async fn report(data: &Path, statuses: &StatusRegistry, dead_letters: &DeadLetters) -> anyhow::Result<Report> {
+async fn report(
+    data: &Path,
+    statuses: &StatusRegistry,
+    dead_letters: &DeadLetters,
+) -> anyhow::Result<Report> {
     let mart = data.join("cars.db");
     let rows = rusqlite::Connection::open(&mart)
         .and_then(|mart| mart.query_row("SELECT count(*) FROM cars", [], |row| row.get(0)))

@@ -13,11 +13,11 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use comfy_table::{Table, presets};
 use serde_json::json;
 
-use super::{Console, DEFAULT_PIPELINE, rerun, dead_letters, load, print_json, print_line};
+use super::{Console, DEFAULT_PIPELINE, dead_letters, load, print_json, print_line, rerun};
 use shardmill_core::boxed;
 use shardmill_core::escape::escaped;
 use shardmill_core::record::DeadLetterPlace;
-use shardmill_state::{DeadLetters, DeadLetterFilter, PayloadDigest};
+use shardmill_state::{DeadLetterFilter, DeadLetters, PayloadDigest};
 
 /// Characters of a reason that a list shows.
 const REASON_CHARS: usize = 100;
@@ -249,13 +249,21 @@ async fn show(id: i64, pipeline: &DlqPipeline, console: &Console) -> anyhow::Res
             print_line(format!("{what:<10} {}", said.replace('\n', "\n           ")));
         }
     }
-    print_line(format!("original   {} bytes\n{}", dead_letter.original.len(), text(&dead_letter.original)));
+    print_line(format!(
+        "original   {} bytes\n{}",
+        dead_letter.original.len(),
+        text(&dead_letter.original)
+    ));
     if let Some(PayloadDigest { sha256, bytes }) = &dead_letter.entered_digest {
         print_line(format!(
             "entered    {bytes} bytes, too large to be kept: a redrive makes them again\ndigest     {sha256}"
         ));
     } else if dead_letter.entered != dead_letter.original {
-        print_line(format!("entered    {} bytes\n{}", dead_letter.entered.len(), text(&dead_letter.entered)));
+        print_line(format!(
+            "entered    {} bytes\n{}",
+            dead_letter.entered.len(),
+            text(&dead_letter.entered)
+        ));
     }
     if dead_letter.entered_digest.is_none() && entered_key != key {
         print_line(format!("under key  {}", entered_key.replace('\n', "\n           ")));

@@ -4,7 +4,6 @@
 //! all types of sources and sinks are known: `sinks` makes those that a configuration names. A command decides nothing
 //! about records: it prepares what the other crates run, and prints what they report. It may use every crate.
 
-mod rerun;
 mod assets;
 mod check;
 mod control;
@@ -22,6 +21,7 @@ mod progress;
 pub mod registry;
 mod reload;
 mod replay;
+mod rerun;
 mod run;
 mod signals;
 mod sinks;

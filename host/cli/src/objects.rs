@@ -15,7 +15,9 @@ use shardmill_core::sink::Sink as _;
 use shardmill_engine::lane::roster;
 use shardmill_engine::lock::PipelineLock;
 use shardmill_sink_objects::{Audit, ObjectsSink, ObjectsTarget, Recovered};
-use shardmill_state::{Checkpoints, DeadLetters, Hole, Holes, Roster, StateStore, StoredDeadLetter};
+use shardmill_state::{
+    Checkpoints, DeadLetters, Hole, Holes, Roster, StateStore, StoredDeadLetter,
+};
 
 #[derive(clap::Subcommand)]
 pub enum Command {

@@ -25,7 +25,11 @@ pub async fn reload(options: Options, console: &Console) -> anyhow::Result<()> {
 }
 
 /// Says what a reload has changed, or would.
-pub(super) fn print_answer(answer: ControlAnswer, dry_run: bool, console: &Console) -> anyhow::Result<()> {
+pub(super) fn print_answer(
+    answer: ControlAnswer,
+    dry_run: bool,
+    console: &Console,
+) -> anyhow::Result<()> {
     let report = match answer {
         ControlAnswer::Done(report) => report,
         ControlAnswer::Refused(report) => {

@@ -306,7 +306,8 @@ async fn warn_of_changed_variables(config: &PipelineConfig) -> anyhow::Result<()
         let state = state_beside(config)?;
         if let Some(noted) = Changes::new(state.clone()).running().await? {
             let variables = Variables::new(state);
-            let changed_variables = variables.changed_variables(&noted.running, &environment).await?;
+            let changed_variables =
+                variables.changed_variables(&noted.running, &environment).await?;
             changed_variables.warn(&noted.running.id());
         }
     }

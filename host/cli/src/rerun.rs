@@ -21,7 +21,7 @@ use shardmill_core::private::make_folders;
 use shardmill_core::record::{ShardId, SinkName, StageName, StreamIdentity};
 use shardmill_core::source::ShardSource;
 use shardmill_engine::lock::PipelineLock;
-use shardmill_engine::ranges::{ShardRange, RangesSource};
+use shardmill_engine::ranges::{RangesSource, ShardRange};
 use shardmill_engine::stage::Revision;
 use shardmill_engine::supervisor::{RunOptions, Supervisor};
 use shardmill_state::RevisionSpec;
@@ -72,7 +72,8 @@ pub(super) async fn rerun(
     let found = PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() };
     let (source, _embedded) = stream::source(&found).await?;
     let ran = Ran { state: state.clone(), stage: stage.into(), undone };
-    let RerunRanges { ranges, gone } = ran.ranges_when_changed(&*source, stop.token(), console).await?;
+    let RerunRanges { ranges, gone } =
+        ran.ranges_when_changed(&*source, stop.token(), console).await?;
     if own.sinks.is_empty() || ranges.is_empty() {
         std::fs::write(folder(config, undone.number).join(DONE), "")?;
         let report = RerunReport { records: 0, dead_letters: 0, sinks: sinks_shown, gone };
@@ -92,8 +93,12 @@ pub(super) async fn rerun(
     ensure!(!stop.is_asked(), "stopped: the same command goes on where it was");
     std::fs::write(folder(config, undone.number).join(DONE), "")?;
     let records = statuses.snapshot().values().map(|status| status.records_read).sum();
-    let report =
-        RerunReport { records, dead_letters: dead_letters.count().await?, sinks: sinks_shown, gone };
+    let report = RerunReport {
+        records,
+        dead_letters: dead_letters.count().await?,
+        sinks: sinks_shown,
+        gone,
+    };
     say(&report, undone, console);
     Ok(report)
 }

@@ -270,14 +270,20 @@ pub(crate) async fn create_and_wait(
     create: CreateStream,
 ) -> anyhow::Result<stream::Description> {
     stream::create(client, name, create.shards).await?;
-    let mut progress = ConsoleProgress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
+    let mut progress =
+        ConsoleProgress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
     let mut glance = |waited: Duration, status: &str| progress.at(waited.as_secs(), status);
     let description = stream::wait_active(client, name, create.wait_max, &mut glance).await?;
     progress.done();
     Ok(description)
 }
 
-async fn serve(port: u16, users: Users, target: &ResolvedStream, console: &Console) -> anyhow::Result<()> {
+async fn serve(
+    port: u16,
+    users: Users,
+    target: &ResolvedStream,
+    console: &Console,
+) -> anyhow::Result<()> {
     let stop = signals::stop_on_signals(Timing::default().drain_max)?;
     target.state_dir.make(served::FOLDER)?;
     let served = EmbeddedStream::serve_for(&target.state_dir, port, users).await?;

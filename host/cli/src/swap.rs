@@ -8,7 +8,7 @@ use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
 use super::control::{ControlAnswer, RunningPipeline};
-use super::{Console, DEFAULT_PIPELINE, rerun, load, print_line};
+use super::{Console, DEFAULT_PIPELINE, load, print_line, rerun};
 use shardmill_config::PipelineConfig;
 use shardmill_core::record::{Position, SequenceNumber, ShardId};
 use shardmill_engine::swap::SHADOW_MAX;

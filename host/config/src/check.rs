@@ -13,7 +13,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::diagnostic::{Problem, suggest};
-use super::raw::{Count, Maybe, Size, DurationText, Text};
+use super::raw::{Count, DurationText, Maybe, Size, Text};
 use super::{ConfigError, ConfigFile, Located};
 use shardmill_core::values::Values;
 

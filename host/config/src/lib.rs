@@ -58,7 +58,7 @@ use serde::{Deserialize, Serialize};
 pub use self::capability::{Capability, WIT_VERSION};
 pub use self::check::{NAME_RULE, is_name};
 pub use self::destination::one_spelling;
-pub use self::diagnostic::{ConfigError, Problem, suggest, error_text};
+pub use self::diagnostic::{ConfigError, Problem, error_text, suggest};
 pub use self::env::substitute_set;
 pub use self::env::{EnvLookup, StageText, StageValues, environment};
 pub use self::grant_http::is_travel_header;
@@ -68,7 +68,7 @@ pub use self::load::{BUFFER_BYTES, load, parse};
 pub use self::lookup::{LookupCacheLimits, LookupConfig, LookupSource};
 pub use self::reload::Gates;
 pub use self::sink_settings::{
-    SinkBuildError, ReplaySupport, Rerun, SameSettings, SharedOutput, SharedParts, SinkContext,
+    ReplaySupport, Rerun, SameSettings, SharedOutput, SharedParts, SinkBuildError, SinkContext,
     SinkSettings,
 };
 pub use self::sink_type::{Key, KeyDefault, KeyForm, ReadSink, SinkTable, SinkType, SinkTypes};

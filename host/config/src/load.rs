@@ -55,7 +55,11 @@ const DEAD_LETTERS_BYTES_MAX: usize = 1 << 50;
 ///
 /// # Errors
 /// Everything that the file alone shows to be wrong, each with its place and a way out.
-pub fn load(path: &Path, types: &SinkTypes, lookup: EnvLookup) -> Result<PipelineConfig, ConfigError> {
+pub fn load(
+    path: &Path,
+    types: &SinkTypes,
+    lookup: EnvLookup,
+) -> Result<PipelineConfig, ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|cause| ConfigError::unreadable(path, &cause))?;
     parse(path, text, types, lookup)
@@ -144,7 +148,8 @@ fn read(
         dead_letter_sinks.iter().any(|name| name.get_ref().0 == sink.name.value.as_str())
     };
     let all_sinks = sinks.len();
-    let (dead_letter_sinks, sinks): (Vec<_>, Vec<_>) = sinks.into_iter().partition(is_for_dead_letters);
+    let (dead_letter_sinks, sinks): (Vec<_>, Vec<_>) =
+        sinks.into_iter().partition(is_for_dead_letters);
     if stages.len() == stages_written && all_sinks == sinks_written {
         bindings::check_bound(&stages, &sinks, check);
     }

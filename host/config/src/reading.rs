@@ -11,7 +11,9 @@ pub use super::check::Check;
 pub use super::destination::{database, path_digits, without_user};
 pub use super::diagnostic::suggest;
 pub use super::grant_http::{RESPONSE_BYTES, headers};
-pub use super::raw::{Count, Maybe, RawAssumeRole, RawCommit, RawHeaders, Size, DurationText, Text};
+pub use super::raw::{
+    Count, DurationText, Maybe, RawAssumeRole, RawCommit, RawHeaders, Size, Text,
+};
 pub use super::source::{server, stream};
 pub use super::tables::{
     CREATE_KEY, KEY_KEY, MODE_KEY, NEWEST_BY_KEY, RerunTable, connection, options, table,

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::check::bytes_text;
-use super::{Key, KeyDefault, KeyForm, CommitPolicy, SinkTypes};
+use super::{CommitPolicy, Key, KeyDefault, KeyForm, SinkTypes};
 
 /// Keys that sinks of every type have, beside `type`.
 const COMMON: [Key; 3] = [

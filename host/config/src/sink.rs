@@ -11,7 +11,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::check::{Check, bytes_text};
 use super::raw::{RawCommit, Text};
-use super::{Located, ReadSink, CommitPolicy, SinkConfig, SinkTable, SinkTypes, json};
+use super::{CommitPolicy, Located, ReadSink, SinkConfig, SinkTable, SinkTypes, json};
 use shardmill_core::record::SinkName;
 
 const ROWS: RangeInclusive<u64> = 1..=10_000_000;
@@ -45,7 +45,8 @@ pub(super) fn read(
     let ReadSink { name, commit, settings } = own_type.read(SinkTable::new(table, base), check)?;
     let name = check.name(&name, "sink");
     let promises = settings.as_ref().is_some_and(|settings| settings.promises_rows());
-    let commit_policy = commit_policy(commit, own_type.commit_policy(), promises, buffer_bytes_max, check);
+    let commit_policy =
+        commit_policy(commit, own_type.commit_policy(), promises, buffer_bytes_max, check);
     Some(SinkConfig {
         name: name?,
         renamed_from: renamed_from?,

@@ -14,7 +14,7 @@ use super::bindings::Names;
 use super::check::Check;
 use super::grant_http::http_hosts;
 use super::limits::CONFIGURE_MS_MAX;
-use super::raw::{Maybe, RawGrant, RawLimits, RawStage, DurationText, Text};
+use super::raw::{DurationText, Maybe, RawGrant, RawLimits, RawStage, Text};
 use super::shape::shaped;
 use super::{
     BoundSinks, CompileLimits, ConfigFile, Grants, HttpHostConfig, Located, StageConfig,

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 
 pub use self::answer::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX, occupied_while_read};
 pub use self::ledger::LongWait;
-use self::ledger::{AccountId, BufferId, BudgetLedger, Limits, Ticket};
+use self::ledger::{AccountId, BudgetLedger, BufferId, Limits, Ticket};
 
 /// How long who went beyond the bound may stand still until another may, unless it is configured.
 const TURN_MAX: Duration = Duration::from_secs(10);

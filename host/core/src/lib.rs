@@ -27,12 +27,12 @@ pub mod budget;
 pub mod escape;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+pub mod log_throttle;
 pub mod masking;
 pub mod metric;
 pub mod off_thread;
 pub mod owner;
 pub mod private;
-pub mod log_throttle;
 pub mod record;
 pub mod retry;
 pub mod secret;

@@ -114,7 +114,8 @@ mod tests {
         let said = sanitized("wrong: tr0ub4dor&3\nerror: forged");
         assert_eq!(said, "wrong: ${WALL_17_PASSWORD}\\nerror: forged");
         // Half of a value would not be found later.
-        let long = format!("{}tr0ub4dor&3{}", "x".repeat(QUOTED_BYTES_MAX - 5), "y".repeat(1 << 20));
+        let long =
+            format!("{}tr0ub4dor&3{}", "x".repeat(QUOTED_BYTES_MAX - 5), "y".repeat(1 << 20));
         let said = sanitized(&long);
         assert!(!said.contains("tr0ub") && said.len() < QUOTED_BYTES_MAX + 64, "{said}");
         assert!(said.ends_with(&format!("… ({} bytes in all)", long.len())), "{said}");

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-pub use self::batch::{Batch, Entry, DeadLetterPlace, Record, Redrive, Row, RowRoute};
+pub use self::batch::{Batch, DeadLetterPlace, Entry, Record, Redrive, Row, RowRoute};
 pub use self::column::{BoundRoute, Column};
 pub use self::digest::Digest;
 pub use self::excerpt::{excerpt, shortened};

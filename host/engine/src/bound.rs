@@ -77,7 +77,9 @@ impl MemoryBound {
         };
         let copies = match config.dead_letter_sinks.is_empty() {
             true => 0,
-            false => bytes_bound(config.buffer_bytes_max, 1) + encoded(&config.dead_letter_sinks, 1),
+            false => {
+                bytes_bound(config.buffer_bytes_max, 1) + encoded(&config.dead_letter_sinks, 1)
+            }
         };
         let encoded = encoded(&config.sinks, lanes);
         let parts = [
@@ -209,8 +211,8 @@ mod tests {
     use serde::Deserialize;
     use shardmill_config::reading::{Check, RawCommit, Spanned, Text};
     use shardmill_config::{
-        SinkBuildError, Key, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings, SinkTable,
-        SinkType, SinkTypes,
+        CommitPolicy, Key, ReadSink, SharedParts, SinkBuildError, SinkContext, SinkSettings,
+        SinkTable, SinkType, SinkTypes,
     };
     use shardmill_core::sink::Sink;
 

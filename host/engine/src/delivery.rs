@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use self::committer::{Committer, CommitRequest, PendingCommit};
+use self::committer::{CommitRequest, Committer, PendingCommit};
 use shardmill_config::{CommitPolicy, Timing};
 use shardmill_core::budget::{Account, OpenBuffer, Permit};
 use shardmill_core::off_thread::off_thread;
@@ -285,7 +285,11 @@ impl Gatherer {
         }
     }
 
-    async fn run(mut self, receiver: mpsc::Receiver<Message>, requests: mpsc::Sender<CommitRequest>) {
+    async fn run(
+        mut self,
+        receiver: mpsc::Receiver<Message>,
+        requests: mpsc::Sender<CommitRequest>,
+    ) {
         let context = self.context.clone();
         tokio::select! {
             () = context.abandon.cancelled() => {}
@@ -457,7 +461,10 @@ impl Gatherer {
     }
 
     /// Hands over what is in hand; where an earlier owner promised an end, exactly up to there.
-    async fn hand_over(&mut self, requests: &mpsc::Sender<CommitRequest>) -> Result<(), CommitterEnded> {
+    async fn hand_over(
+        &mut self,
+        requests: &mpsc::Sender<CommitRequest>,
+    ) -> Result<(), CommitterEnded> {
         self.must_commit = false;
         let Some(mut buffer) = self.buffer.take() else { return Ok(()) };
         let cut = match &self.must_cut_at {

@@ -6,7 +6,6 @@
 
 mod acquire;
 pub mod agreement;
-mod status;
 mod change;
 mod checkpointer;
 mod lag;
@@ -14,6 +13,7 @@ mod memory;
 pub mod remake;
 pub mod roster;
 mod starts;
+mod status;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -24,9 +24,9 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 pub use acquire::RevisionStore;
-pub use status::{StatusRegistry, LaneChange, ShardStatus, WaitingLane};
 pub(crate) use memory::show_waits;
 pub(crate) use starts::Starts;
+pub use status::{LaneChange, ShardStatus, StatusRegistry, WaitingLane};
 
 use self::change::{PendingChange, SwapPause};
 use self::starts::{FailedStart, Tries};
@@ -46,7 +46,8 @@ use shardmill_core::source::{
 };
 use shardmill_core::stop::Stop;
 use shardmill_state::{
-    Checkpoints, DeadLetter, DeadLetters, Hole, Holes, Ledger, Roster, DeadLetteredItems, StateError,
+    Checkpoints, DeadLetter, DeadLetteredItems, DeadLetters, Hole, Holes, Ledger, Roster,
+    StateError,
 };
 
 /// Runs of a batch that failed as a whole.
@@ -322,11 +323,7 @@ impl Lane<'_> {
     ///
     /// # Errors
     /// [`LaneError::Stopped`].
-    pub async fn idle(
-        &mut self,
-        lag_ms: u64,
-        caught_up_ms: Option<i64>,
-    ) -> Result<(), LaneError> {
+    pub async fn idle(&mut self, lag_ms: u64, caught_up_ms: Option<i64>) -> Result<(), LaneError> {
         let is_committed = self.is_committed();
         self.shared.statuses.update(&self.shard.shard, |status| {
             status.idle_reads += 1;
@@ -452,7 +449,8 @@ impl Lane<'_> {
             }
             failed_starts = Tries::default();
             let Some(mut chain) = self.chain.take() else { return Err(LaneError::Stopped) };
-            let (own, dead_lettered, mut searching) = (batch.clone(), dead_lettered.clone(), chain.searching());
+            let (own, dead_lettered, mut searching) =
+                (batch.clone(), dead_lettered.clone(), chain.searching());
             let run = tokio::task::spawn_blocking(move || {
                 let outcome = chain.run(&own, &dead_lettered);
                 (chain, outcome, Instant::now())
@@ -556,7 +554,9 @@ impl Lane<'_> {
         let kept = self.shared.dead_letters.put(&batch.shard, dead_letters, false);
         match self.stop.until_over(kept).await {
             Some(Ok(_)) => {
-                self.shared.statuses.update(&self.shard.shard, |status| status.dead_letters += found);
+                self.shared
+                    .statuses
+                    .update(&self.shard.shard, |status| status.dead_letters += found);
                 metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => "stages").increment(found);
             }
             Some(Err(error)) => {

@@ -117,18 +117,18 @@
 #[cfg(test)]
 mod assets;
 pub mod bound;
+mod dead_letter_log;
 mod delivery;
 mod embed;
 pub mod lane;
 pub mod lock;
-mod dead_letter_log;
-pub mod redrive_source;
-pub mod shard_lineage;
 pub mod masked;
 mod pipeline;
+pub mod ranges;
+pub mod redrive_source;
 mod refusals;
 pub mod run;
-pub mod ranges;
+pub mod shard_lineage;
 pub mod stage;
 pub mod supervisor;
 pub mod swap;

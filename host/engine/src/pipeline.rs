@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, StagesRan, Shared};
+use crate::lane::{Lane, LaneEnd, LaneError, LaneEvent, Shared, StagesRan};
 use shardmill_core::record::{Batch, ShardKey};
 use shardmill_core::source::{BatchReader, NextBatch};
 use shardmill_core::stop::Stop;

@@ -11,8 +11,8 @@ use tokio::sync::Mutex;
 
 use shardmill_config::BatchLimits;
 use shardmill_core::record::{
-    Batch, Entry, DeadLetterPlace, PipelineName, Position, PositionRange, Record, Redrive, RouteName,
-    SequenceNumber, ShardKey, SinkName, StreamIdentity,
+    Batch, DeadLetterPlace, Entry, PipelineName, Position, PositionRange, Record, Redrive,
+    RouteName, SequenceNumber, ShardKey, SinkName, StreamIdentity,
 };
 use shardmill_core::source::StartPosition;
 use shardmill_core::source::{
@@ -30,7 +30,11 @@ pub trait Remake: Send {
     ///
     /// # Errors
     /// Why it cannot be made, as a sentence.
-    async fn make(&mut self, dead_letter: &RedriveRecord, lost: &LostPayload) -> Result<Made, String>;
+    async fn make(
+        &mut self,
+        dead_letter: &RedriveRecord,
+        lost: &LostPayload,
+    ) -> Result<Made, String>;
 }
 
 /// A redrive as a source.
@@ -147,7 +151,11 @@ impl RedriveReader {
                 Ok(Some(dead_letter))
             }
             Err(why) => {
-                tracing::warn!(letter = lost.dead_letter, cause = why, "a dead letter is not redriven");
+                tracing::warn!(
+                    letter = lost.dead_letter,
+                    cause = why,
+                    "a dead letter is not redriven"
+                );
                 let reached = self.remade.reached.clone();
                 let left = self.redrives.leave_out(self.id, lost.dead_letter, reached).await;
                 left.map_err(unreadable)?;
@@ -194,7 +202,8 @@ impl BatchReader for RedriveReader {
         let (mut common, mut bytes) = (None, 0);
         while common.is_none() {
             let limits = (records_max, bytes_max);
-            let dead_letters = self.redrives.dead_letters(self.id, after, limits, &self.without).await;
+            let dead_letters =
+                self.redrives.dead_letters(self.id, after, limits, &self.without).await;
             let dead_letters = dead_letters.map_err(unreadable)?;
             if dead_letters.is_empty() {
                 return Ok(NextBatch::SourceEnd);

@@ -8,7 +8,7 @@ use shardmill_config::RejectedMax;
 use shardmill_core::record::{DeadLetterPlace, Row, SinkName};
 use shardmill_core::sink::{Commit, Refusal, RefusalLog, SinkError};
 use shardmill_state::RejectionWindow;
-use shardmill_state::{DeadLetter, DeadLetters, DeadLetterKey, MadeBy};
+use shardmill_state::{DeadLetter, DeadLetterKey, DeadLetters, MadeBy};
 
 /// The refusals of one sink and shard.
 pub struct PendingRefusals {

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
+use crate::dead_letter_log::DeadLetterLogSource;
 use crate::lane::StatusRegistry;
 use crate::lock::PipelineLock;
-use crate::dead_letter_log::DeadLetterLogSource;
 use crate::supervisor::{RunOptions, Supervisor};
 use shardmill_config::PipelineConfig;
 use shardmill_core::boxed;
@@ -90,7 +90,8 @@ impl Run {
         let copied = RunOptions { until_caught_up: false, ..options.clone() };
         let pipeline = prepare(lock, config.clone(), source, host, options).await?;
         let no_more_dead_letters = CancellationToken::new();
-        let copies = prepare_copies(&config, &pipeline, no_more_dead_letters.clone(), host, copied).await?;
+        let copies =
+            prepare_copies(&config, &pipeline, no_more_dead_letters.clone(), host, copied).await?;
         Ok(Self { pipeline, copies, no_more_dead_letters })
     }
 
@@ -146,8 +147,10 @@ async fn prepare_copies(
     let Some(config) = config.for_dead_letters(folder, StoredDeadLetter::columns()) else {
         return Ok(None);
     };
-    let (dead_letters, name, limits) = (pipeline.dead_letters(), config.name.clone(), config.source.batch);
-    let source = Arc::new(DeadLetterLogSource::new(dead_letters, name, limits, no_more_dead_letters));
+    let (dead_letters, name, limits) =
+        (pipeline.dead_letters(), config.name.clone(), config.source.batch);
+    let source =
+        Arc::new(DeadLetterLogSource::new(dead_letters, name, limits, no_more_dead_letters));
     let lock = PipelineLock::take(&config.state_dir, &config.name)?;
     let copies = prepare(lock, config, source, host, options).await?;
     copies.dead_letters().leave_metrics();

@@ -227,10 +227,15 @@ mod tests {
     #[test]
     fn a_split_is_read_parent_first() {
         let shards = [shard("0", &[], true), shard("1", &["0"], false), shard("2", &["0"], false)];
-        let plan =
-            plan_shards(&shards, &known(&[("0", false)]), &StartPosition::TrimHorizon, Some(NOW_MS));
+        let plan = plan_shards(
+            &shards,
+            &known(&[("0", false)]),
+            &StartPosition::TrimHorizon,
+            Some(NOW_MS),
+        );
         assert_eq!(ready(&plan), [("0", ShardStart::Horizon)]);
-        let plan = plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan =
+            plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon), ("2", ShardStart::Horizon)]);
     }
 
@@ -276,7 +281,8 @@ mod tests {
     #[test]
     fn grandchildren_start_at_their_horizon_too() {
         let shards = [shard("0", &[], true), shard("1", &["0"], true), shard("2", &["1"], false)];
-        let plan = plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan =
+            plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
         assert!(plan.some_wait);
     }
@@ -299,10 +305,12 @@ mod tests {
     #[test]
     fn fault_16_a_shard_that_is_not_listed_any_more_is_asked_for_and_blocks_its_children() {
         let shards = [shard("1", &["0"], false)];
-        let plan = plan_shards(&shards, &known(&[("0", false)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan =
+            plan_shards(&shards, &known(&[("0", false)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("0", ShardStart::Horizon)]);
         assert!(!plan.all_ended);
-        let plan = plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan =
+            plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan), [("1", ShardStart::Horizon)]);
         assert!(!plan.some_wait);
     }
@@ -317,7 +325,10 @@ mod tests {
         );
         // Its other parent was gone before anything was read.
         let known = seen(known.clone(), &["0", "2"]);
-        assert_eq!(plan_shards(&shards, &known, &StartPosition::TrimHorizon, Some(NOW_MS)).lost, []);
+        assert_eq!(
+            plan_shards(&shards, &known, &StartPosition::TrimHorizon, Some(NOW_MS)).lost,
+            []
+        );
     }
 
     #[test]
@@ -352,10 +363,12 @@ mod tests {
         let sequence = shardmill_core::record::SequenceNumber::parse("7").expect("a number");
         let places = std::iter::once((last.clone(), sequence)).collect();
         let begun = std::time::Instant::now();
-        let plan = plan_shards(&shards, &known(&[]), &StartPosition::AtSequence(places), Some(NOW_MS));
+        let plan =
+            plan_shards(&shards, &known(&[]), &StartPosition::AtSequence(places), Some(NOW_MS));
         assert_eq!(plan.ready.len(), 1);
         assert_eq!(plan.ready[0].shard, last);
-        let plan = plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
+        let plan =
+            plan_shards(&shards, &known(&[("0", true)]), &StartPosition::Latest, Some(NOW_MS));
         assert_eq!(ready(&plan).iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["0a", "0b"]);
         assert!(begun.elapsed() < std::time::Duration::from_secs(2), "{:?}", begun.elapsed());
     }

@@ -15,9 +15,9 @@ mod fit;
 mod flow;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
-mod revision;
 mod health;
 mod packed;
+mod revision;
 mod runner;
 mod samples;
 
@@ -29,8 +29,8 @@ pub use fate::{Difference, Fate, TrialOutput};
 pub use fate::{fates, show_json, show_payload, written};
 pub(crate) use flow::before;
 pub use flow::{Flow, Item, first_flow};
-pub use revision::{Revision, LoadedStage, RouteTarget, source_route};
 pub(crate) use health::{Health, HealthCounts};
+pub use revision::{LoadedStage, Revision, RouteTarget, source_route};
 pub use runner::{RunError, StageRunner};
 pub(crate) use samples::Sample;
 pub use samples::Samples;

@@ -17,14 +17,15 @@ use crate::bound::MemoryBound;
 use crate::lane::BuildSinks;
 use crate::lane::agreement::{FoundShards, before_first_record};
 use crate::lane::{
-    StatusRegistry, RevisionStore, LaneEnd, LaneError, Shared, Starts, roster, show_waits, sinks_budget,
+    LaneEnd, LaneError, RevisionStore, Shared, Starts, StatusRegistry, roster, show_waits,
+    sinks_budget,
 };
 use crate::lock::PipelineLock;
+use crate::pipeline::run_lane;
 use crate::shard_lineage::ReadPlan;
 use crate::shard_lineage::plan_shards;
-use crate::pipeline::run_lane;
 use crate::stage::{Revision, Samples};
-use crate::swap::{Swapper, SwapperParts, LaneRestart};
+use crate::swap::{LaneRestart, Swapper, SwapperParts};
 use shardmill_config::{OnLostRecords, PipelineConfig, environment};
 use shardmill_core::boxed;
 use shardmill_core::metric;
@@ -218,7 +219,9 @@ impl Supervisor {
             roster: Roster::new(state.clone()),
             holes: Holes::new(state.clone()),
             ledger,
-            dead_letters: DeadLetters::new(state.clone()).bounded(config.dead_letters_bytes_max).await?,
+            dead_letters: DeadLetters::new(state.clone())
+                .bounded(config.dead_letters_bytes_max)
+                .await?,
             statuses: StatusRegistry::default(),
             starts: Starts::default(),
             samples: Samples::new(config.reload.samples),

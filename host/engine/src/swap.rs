@@ -29,7 +29,7 @@ pub use trial::{ShownDifference, TrialReport};
 pub use watch::watch_files;
 
 use crate::lane::{BuildSinks, LaneChange, Shared, WaitingLane};
-use crate::stage::{Revision, LoadedStage};
+use crate::stage::{LoadedStage, Revision};
 use shardmill_config::{Gates, PipelineConfig};
 use shardmill_core::boxed;
 use shardmill_core::metric;
@@ -348,7 +348,8 @@ impl Inner {
         Step::Compile.begin(stage);
         let plugin = candidate::compile(setup, &request.stage, &name, &bytes).await?;
         Step::Check.begin(stage);
-        let spec = candidate::replaced(&before.spec, &request.stage, &digest, request.canary_percent);
+        let spec =
+            candidate::replaced(&before.spec, &request.stage, &digest, request.canary_percent);
         let next =
             candidate::load(setup, before, spec, [(digest.to_string(), plugin)].into()).await?;
         let next = Arc::new(next);

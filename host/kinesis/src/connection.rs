@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::client::{ErrorClass, call_error, classify};
-use super::inbox::{Arrived, LostRecordsGap, Inbox, ServerStart};
+use super::inbox::{Arrived, Inbox, LostRecordsGap, ServerStart};
 use super::stream;
 use super::stream::Description;
 use shardmill_config::OnLostRecords;

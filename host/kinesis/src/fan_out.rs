@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::booking::{self, Read};
 use super::client::{AnswerDate, ErrorClass, call_error, classify};
-use super::connection::{ReadAnswer, Passing, StreamConnection};
+use super::connection::{Passing, ReadAnswer, StreamConnection};
 use super::inbox;
 use super::polling::{PollingReader, RETRY, count_retry};
 use shardmill_core::retry::Retries;
@@ -104,7 +104,8 @@ impl FanOutReader {
         if let Err(error) = &answer {
             waiting.failed(call_error(SUBSCRIBE, self.polling.inbox().place(), error));
         }
-        match self.connection.validate_identity(self.polling.inbox().shard(), asked, &waiting).await {
+        match self.connection.validate_identity(self.polling.inbox().shard(), asked, &waiting).await
+        {
             Ok(()) => {}
             Err(Passing::Later(cause)) => {
                 self.back_off(cause);
@@ -173,9 +174,8 @@ impl FanOutReader {
         self.is_closed = has_end || (came == 0 && (children > 0 || self.is_listed_as_closed()));
         Ok(match came {
             0 if !self.is_closed => {
-                let caught_up_ms = as_of_ms.filter(|_| {
-                    lag_ms == 0 && self.polling.inbox().gap_before_nothing().is_none()
-                });
+                let caught_up_ms = as_of_ms
+                    .filter(|_| lag_ms == 0 && self.polling.inbox().gap_before_nothing().is_none());
                 NextEvent::Idle { lag_ms, caught_up_ms }
             }
             _ => NextEvent::GoOn,

@@ -9,9 +9,9 @@ use bytes::Bytes;
 
 use super::aggregate::{self, Aggregate, Opened};
 use shardmill_config::BatchLimits;
+use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::metric;
 use shardmill_core::off_thread::off_thread;
-use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::record::{
     Batch, Entry, HashRange, Position, PositionRange, Record, SequenceNumber, ShardKey, ShardStart,
 };

@@ -302,7 +302,11 @@ impl<R: BufRead> Input<R> {
         let payload = self.up_to(bytes)?;
         if payload.len() < bytes {
             let (expected, found) = (LENGTH_BYTES + bytes, LENGTH_BYTES + payload.len());
-            return Err(InputError::Truncated { place: self.byte_place(started_at), expected, found });
+            return Err(InputError::Truncated {
+                place: self.byte_place(started_at),
+                expected,
+                found,
+            });
         }
         Ok(Some(payload))
     }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::answer_size::{AnswerSize, payload_of};
 use super::booking::{self, Read};
 use super::client::{AnswerDate, ErrorClass, call_error, classify};
-use super::connection::{self, ReadAnswer, GET_RECORDS, Passing, StreamConnection};
+use super::connection::{self, GET_RECORDS, Passing, ReadAnswer, StreamConnection};
 use super::inbox::{self, Inbox};
 use shardmill_core::budget::{Account, Permit};
 use shardmill_core::metric;
@@ -148,7 +148,12 @@ impl PollingReader {
         let date = AnswerDate::default();
         self.waiting.begins(GET_RECORDS);
         let call = call.customize().interceptor(date.clone());
-        let (answer, permit, occupied_bytes) = match booking::read(&self.account, permit, call.send()).await
+        let (answer, permit, occupied_bytes) = match booking::read(
+            &self.account,
+            permit,
+            call.send(),
+        )
+        .await
         {
             Read::Ended { answer, permit, bytes, is_too_long } => {
                 if is_too_long {

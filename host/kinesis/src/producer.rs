@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use aws_sdk_kinesis::Client;
 
-use super::put::{PutAnswer, Offer, Outcomes, PutOptions, PutWriter, Refused};
+use super::put::{Offer, Outcomes, PutAnswer, PutOptions, PutWriter, Refused};
 use super::put_call::{BYTES_PER_REQUEST_MAX, NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 use shardmill_core::boxed;
 use shardmill_core::record::StreamRef;
@@ -134,7 +134,9 @@ impl Producer {
                 tracing::warn!(error = %cause, "trying again");
                 records.into_iter().map(|(_, record)| record).collect()
             }
-            PutAnswer::Records { error, .. } | PutAnswer::Stream { error, .. } => return Err(error),
+            PutAnswer::Records { error, .. } | PutAnswer::Stream { error, .. } => {
+                return Err(error);
+            }
         };
         let is_paused = !refused.is_empty();
         self.report.retried += refused.len() as u64;

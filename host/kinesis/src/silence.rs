@@ -627,7 +627,10 @@ mod tests {
             assert!(ended > 0, "in pieces of {piece}");
             let Length::Events(events) = events else { panic!("events") };
             assert_eq!((events.rest, events.head_bytes), (0, 0), "in pieces of {piece}");
-            assert_eq!(events.need().known, occupied_while_read(12 + 299 % 90, events.values.count));
+            assert_eq!(
+                events.need().known,
+                occupied_while_read(12 + 299 % 90, events.values.count)
+            );
         }
         let mut events = Length::Events(Events::default());
         for _ in 0..100 {

@@ -16,7 +16,7 @@ use tokio::sync::OnceCell;
 
 use crate::client;
 use crate::client::{Address, Server};
-use crate::put::{PutAnswer, Offer, Outcomes, PutOptions, PutWriter, Refused, PutRequest};
+use crate::put::{Offer, Outcomes, PutAnswer, PutOptions, PutRequest, PutWriter, Refused};
 use crate::put_call::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 use crate::served;
 use crate::stream;

@@ -171,7 +171,11 @@ impl HttpGrant {
     /// # Errors
     /// [`HttpFailure`] when the request is not granted, when nobody answers, and when the answer is
     /// too long. An answer with any status is no error.
-    pub fn send(&self, mut request: HttpRequest, deadline: Instant) -> Result<HttpResponse, HttpFailure> {
+    pub fn send(
+        &self,
+        mut request: HttpRequest,
+        deadline: Instant,
+    ) -> Result<HttpResponse, HttpFailure> {
         let body = std::mem::take(&mut request.body);
         let (granted, mut prepared) = self.prepared(request)?;
         if !body.is_empty() {
@@ -422,7 +426,10 @@ fn shown_location(text: &str) -> String {
 }
 
 /// Sends, and reads up to `limit` bytes of body.
-async fn read(prepared: reqwest::RequestBuilder, limit: usize) -> Result<HttpResponse, HttpFailure> {
+async fn read(
+    prepared: reqwest::RequestBuilder,
+    limit: usize,
+) -> Result<HttpResponse, HttpFailure> {
     let mut answer = prepared.send().await.map_err(failure)?;
     let status = answer.status().as_u16();
     let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();

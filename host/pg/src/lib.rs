@@ -698,7 +698,11 @@ mod tests {
             assert_eq!(all_said(message, code, more), expected);
         }
         let said = all_said(&long, &long, [Some(&long), Some(&long)]);
-        assert!(said.len() < QUOTED_BYTES_MAX + 256 && !said.contains('\n'), "{} bytes", said.len());
+        assert!(
+            said.len() < QUOTED_BYTES_MAX + 256 && !said.contains('\n'),
+            "{} bytes",
+            said.len()
+        );
         assert_eq!(said.matches("… (20971520 bytes in all)").count(), 4, "{said}");
     }
 

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::{Column, Descriptor};
-use shardmill_core::escape::{escaped, controls_terminal};
+use shardmill_core::escape::{controls_terminal, escaped};
 
 /// Characters of a route's name.
 const ROUTE_NAME_CHARS_MAX: usize = 64;
@@ -161,7 +161,10 @@ mod tests {
                 ("type of a column", column("c", bad)),
             ] {
                 let said = check(&bad).expect_err(place);
-                assert!(said.contains(place) && !said.contains(controls_terminal), "{place}: {said}");
+                assert!(
+                    said.contains(place) && !said.contains(controls_terminal),
+                    "{place}: {said}"
+                );
             }
         }
         let json = Descriptor {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use wasmtime::{ResourceLimiter, Store, StoreContextMut, Trap, UpdateDeadline};
 
-use super::capability::{HostCaller, HasCaller};
+use super::capability::{HasCaller, HostCaller};
 use super::clock::{CallTime, Over, Spent};
 use super::engine::ticks_of;
 use super::features::{PARTS_MAX, Parts};
@@ -313,7 +313,10 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
 }
 
 /// The kind and the words of a call that was ended for its time.
-fn out_of_time((over, spent, time): (Over, Spent, CallTime), call: &str) -> (CallErrorKind, String) {
+fn out_of_time(
+    (over, spent, time): (Over, Spent, CallTime),
+    call: &str,
+) -> (CallErrorKind, String) {
     let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
     match over {
         Over::Cpu => {

@@ -28,7 +28,7 @@ use shardmill_core::boxed;
 use shardmill_core::escape::printable_json;
 use shardmill_core::metric::{self, Metric, MetricKind};
 use shardmill_core::record::ShardId;
-use shardmill_engine::lane::{StatusRegistry, ShardStatus};
+use shardmill_engine::lane::{ShardStatus, StatusRegistry};
 use shardmill_ports::PortRules;
 
 /// The admin port cannot be opened.

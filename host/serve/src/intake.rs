@@ -34,7 +34,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use self::arrivals::{Arrivals, NoRoom};
-use self::batcher::{SubmissionRefusal, Submission};
+use self::batcher::{Submission, SubmissionRefusal};
 use self::events::{BadEvents, Shape};
 use shardmill_config::{HttpDeadlines, IntakeConfig};
 use shardmill_core::boxed;

@@ -9,9 +9,9 @@ use rusqlite::{OptionalExtension as _, Transaction};
 
 use super::agreement::{Lost, Reopened, ShardState};
 use super::damaged::Flag;
+use super::group_commit::{BatchedEntry, GroupCommit};
 use super::holes::{Hole, insert as insert_hole};
 use super::store::{StateError, StateStore, columns, position};
-use super::group_commit::{BatchedEntry, GroupCommit};
 use shardmill_core::owner::StateMark;
 use shardmill_core::record::{
     Position, PositionRange, ShardId, ShardKey, ShardStart, SinkName, StreamIdentity,
@@ -283,7 +283,10 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn sink_positions(&self, shard: &ShardKey) -> Result<HashMap<SinkName, Position>, StateError> {
+    pub async fn sink_positions(
+        &self,
+        shard: &ShardKey,
+    ) -> Result<HashMap<SinkName, Position>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
             .transact("read the sinks' positions", move |state| {
@@ -608,7 +611,8 @@ mod tests {
             assert_eq!(found, known, "at {now_ms}");
         }
         let rows = "SELECT count(*) FROM sink_position";
-        let rows = store.transact("count", move |state| state.query_row(rows, [], |row| row.get(0)));
+        let rows =
+            store.transact("count", move |state| state.query_row(rows, [], |row| row.get(0)));
         assert_eq!(rows.await.map_err(|error| error.to_string()), Ok(2_i64));
     }
 }

@@ -23,9 +23,9 @@ use rusqlite::Transaction;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::entered_digest;
 use super::dead_letter_store::AS_ORIGINAL;
-use super::dead_letters::{COPIED_COLUMNS, DeadLetters, PayloadDigest, VISIBLE, StoredDeadLetter};
+use super::dead_letters::{COPIED_COLUMNS, DeadLetters, PayloadDigest, StoredDeadLetter, VISIBLE};
+use super::entered_digest;
 use super::store::StateError;
 use shardmill_core::record::Column;
 use shardmill_core::record::{PipelineName, SequenceNumber, StreamIdentity};
@@ -155,7 +155,8 @@ impl Digests {
     fn stand_in(&self, dead_letter: &mut StoredDeadLetter, bytes: u64, entered_is_original: bool) {
         dead_letter.original_digest = Some(PayloadDigest { sha256: self.original.clone(), bytes });
         if entered_is_original {
-            dead_letter.entered_digest = Some(PayloadDigest { sha256: self.entered.clone(), bytes });
+            dead_letter.entered_digest =
+                Some(PayloadDigest { sha256: self.entered.clone(), bytes });
         }
     }
 }
@@ -238,7 +239,8 @@ mod tests {
 
     fn dead_letter(sequence: u64) -> DeadLetter {
         let position = Position { sequence: SequenceNumber::from(sequence), sub_sequence: 0 };
-        let key = DeadLetterKey { position, place: DeadLetterPlace::Sink("mart".into()), output: 0 };
+        let key =
+            DeadLetterKey { position, place: DeadLetterPlace::Sink("mart".into()), output: 0 };
         DeadLetter {
             key,
             partition_key: "k".into(),
@@ -267,7 +269,8 @@ mod tests {
             ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
         dead_letters.put(&shard, vec![dead_letter(1)], false).await.expect("written");
         let redrives = Redrives::new(store, pipeline.clone());
-        let id = redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("a letter");
+        let id =
+            redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("a letter");
         let own = ShardKey { stream: id.stream(&pipeline).into(), shard: id.shard(), pipeline };
         // It failed again, elsewhere; then the redrive was broken off.
         let mut again = dead_letter(1);
@@ -276,8 +279,9 @@ mod tests {
         dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         let logged = async || -> Vec<(u64, String, String)> {
             let logged = dead_letters.logged(0, 10, 1_000).await.expect("a log");
-            let shown =
-                |one: super::LoggedDeadLetter| (one.number, one.dead_letter.sequence, one.dead_letter.place);
+            let shown = |one: super::LoggedDeadLetter| {
+                (one.number, one.dead_letter.sequence, one.dead_letter.place)
+            };
             logged.into_iter().map(shown).collect()
         };
         let of = |number, sequence: &str, place: &str| (number, sequence.into(), place.into());
@@ -299,15 +303,25 @@ mod tests {
         let pipeline = PipelineName::from("cars");
         let stream = dead_letters.log_stream(&pipeline).await.expect("a stream");
         let shard = ShardKey { pipeline, stream: stream.into(), shard: "shard".into() };
-        let with_key =
-            |sequence| DeadLetter { entered_key: vec![b'k'; MIB - 1].into(), ..dead_letter(sequence) };
-        dead_letters.put(&shard, (1..9).map(with_key).collect::<Vec<_>>(), false).await.expect("put");
+        let with_key = |sequence| DeadLetter {
+            entered_key: vec![b'k'; MIB - 1].into(),
+            ..dead_letter(sequence)
+        };
+        dead_letters
+            .put(&shard, (1..9).map(with_key).collect::<Vec<_>>(), false)
+            .await
+            .expect("put");
         let logged = dead_letters.logged(0, 100, 2 * MIB).await.expect("a log");
         assert_eq!(logged.len(), 2, "of eight letters");
     }
 
     /// Letters of a record that is as long as this, one for each of its items.
-    fn of_record(sequence: u64, bytes: usize, items: u32, place: &DeadLetterPlace) -> Vec<DeadLetter> {
+    fn of_record(
+        sequence: u64,
+        bytes: usize,
+        items: u32,
+        place: &DeadLetterPlace,
+    ) -> Vec<DeadLetter> {
         let item = |output| {
             let mut dead_letter = dead_letter(sequence);
             dead_letter.key.output = output;
@@ -358,7 +372,8 @@ mod tests {
         assert_eq!(copies(&dead_letters).await, before[2..]);
         // The copy of the carrier is there, the letter is not.
         let ids = vec![before[0].1["id"].as_i64().expect("a number")];
-        let purged = dead_letters.purge(DeadLetterFilter { ids, ..DeadLetterFilter::default() }).await;
+        let purged =
+            dead_letters.purge(DeadLetterFilter { ids, ..DeadLetterFilter::default() }).await;
         assert_eq!(purged.expect("purged"), (1, 0));
         assert_eq!(copies(&dead_letters).await, before[2..]);
         // Of the same record, by a replay: a sink has it.
@@ -368,7 +383,8 @@ mod tests {
 
     #[tokio::test]
     async fn wall_04_a_dead_letter_that_is_gone_before_it_was_copied_hands_its_record_on() {
-        for place in [DeadLetterPlace::Sink("mart".into()), DeadLetterPlace::Stage("decode".into())] {
+        for place in [DeadLetterPlace::Sink("mart".into()), DeadLetterPlace::Stage("decode".into())]
+        {
             let folder = tempfile::tempdir().expect("a folder");
             let dead_letters = DeadLetters::new(StateStore::open(folder.path()).expect("opened"));
             let pipeline = PipelineName::from("cars");

@@ -26,7 +26,7 @@ use super::redrive_key::{is_redrive_key, redrive_of};
 use super::store::columns;
 use shardmill_core::metric;
 use shardmill_core::record::excerpt;
-use shardmill_core::record::{Batch, Entry, DeadLetterPlace, Position, RouteName};
+use shardmill_core::record::{Batch, DeadLetterPlace, Entry, Position, RouteName};
 
 /// Bound on the kept payloads and keys that entered one place, of each record.
 const ENTERED_BYTES_MAX: usize = 1 << 20;
@@ -447,7 +447,7 @@ pub(super) fn kept_bytes(state: &Transaction<'_>) -> rusqlite::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeadLetters, DeadLetterKey, StateStore};
+    use crate::{DeadLetterKey, DeadLetters, StateStore};
     use shardmill_core::record::{
         Position, PositionRange, SequenceNumber, ShardKey, SinkName, StreamIdentity,
     };
@@ -514,7 +514,8 @@ mod tests {
         let (sink, at) = (SinkName::from("mart"), dead_letter(9, "").key.position);
         let own = dead_letters.acquire_shard(&shard, &sink, None).await.expect("taken over");
         let range = PositionRange { from_exclusive: None, to_inclusive: at };
-        let given_up = dead_letters.give_up((&shard, &sink), own.epoch, &range, Vec::new(), true).await;
+        let given_up =
+            dead_letters.give_up((&shard, &sink), own.epoch, &range, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
         let (count, occupied) = (dead_letters.count().await, dead_letters.kept_bytes().await);
         assert_eq!((count.expect("counted"), occupied.expect("read")), (2, kept - 5));

@@ -199,17 +199,27 @@ mod tests {
             .await
             .expect("written");
         let at = |number| key(number, "", 0).position;
-        let to =
-            async |above: u64| dead_letters.dead_lettered_to(&shard, Some(&at(above))).await.expect("read");
-        assert_eq!(dead_letters.dead_lettered_to(&shard, None).await.expect("read"), Some(at(LAST)));
+        let to = async |above: u64| {
+            dead_letters.dead_lettered_to(&shard, Some(&at(above))).await.expect("read")
+        };
+        assert_eq!(
+            dead_letters.dead_lettered_to(&shard, None).await.expect("read"),
+            Some(at(LAST))
+        );
         assert_eq!((to(LAST - 1).await, to(LAST).await), (Some(at(LAST)), None));
         let mut found = Vec::new();
         for first in (1..=LAST).step_by(BATCH as usize) {
             let (first, last) = (first, first + BATCH - 1);
-            let dead_lettered = dead_letters.dead_lettered_within(&shard, (&at(first), &at(last))).await;
+            let dead_lettered =
+                dead_letters.dead_lettered_within(&shard, (&at(first), &at(last))).await;
             let dead_lettered = dead_lettered.expect("read");
-            assert_eq!(dead_lettered.of_record.len() as u64, BATCH / 2, "held of {first} to {last}");
-            let is_whole = |number: &u64| keys(*number).iter().all(|key| dead_lettered.contains(key));
+            assert_eq!(
+                dead_lettered.of_record.len() as u64,
+                BATCH / 2,
+                "held of {first} to {last}"
+            );
+            let is_whole =
+                |number: &u64| keys(*number).iter().all(|key| dead_lettered.contains(key));
             found.extend((first..=last).filter(is_whole));
         }
         assert_eq!(found, numbers().collect::<Vec<_>>());

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rusqlite::{Row, Transaction};
 
 use super::dead_letter_store::{
-    AS_DIGEST, AS_ORIGINAL, DeadLetter, KEPT, Keeper, DEAD_LETTER_BYTES, StoreBound, StoreFull,
+    AS_DIGEST, AS_ORIGINAL, DEAD_LETTER_BYTES, DeadLetter, KEPT, Keeper, StoreBound, StoreFull,
     kept_bytes, unknown_kind,
 };
 use super::replays::FailedInReplay;
@@ -111,11 +111,13 @@ pub(super) const DEAD_LETTER_COLUMNS: &str = dead_letter_columns!("");
 
 /// The same of a letter with its `carrier`, for a copy: without a record longer than `?3` that the copy of
 /// another letter has.
-pub(super) const COPIED_COLUMNS: &str =
-    dead_letter_columns!(" AND (coalesce(carrier, letters.id) = letters.id OR length(original) <= ?3)");
+pub(super) const COPIED_COLUMNS: &str = dead_letter_columns!(
+    " AND (coalesce(carrier, letters.id) = letters.id OR length(original) <= ?3)"
+);
 
 /// The same without payloads: many of them may not fit into memory.
-const DEAD_LETTER_HEADS: &str = "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
+const DEAD_LETTER_HEADS: &str =
+    "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
     x'', x'', 0, x'', x'', entered_digest, entered_bytes, arrived_ms, plugin, digest, reason, '',
     written_ms";
 

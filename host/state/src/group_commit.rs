@@ -121,7 +121,8 @@ mod tests {
         assert!(all.await.into_iter().all(|written| written.is_ok()));
         assert!(group.lock().is_empty());
         let count = "SELECT count(*) FROM mark";
-        let marks = store.transact("count", move |state| state.query_row(count, [], |row| row.get(0)));
+        let marks =
+            store.transact("count", move |state| state.query_row(count, [], |row| row.get(0)));
         assert_eq!(marks.await.map_err(|error| error.to_string()), Ok(500_i64));
     }
 
@@ -130,12 +131,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let store = StateStore::open(folder.path()).expect("opened");
         let turn = store.turn().await;
-        let mut dropped =
-            Box::pin(store.transact("drop a table", |state| state.execute_batch("DROP TABLE shard")));
+        let mut dropped = Box::pin(
+            store.transact("drop a table", |state| state.execute_batch("DROP TABLE shard")),
+        );
         assert!(futures::poll!(&mut dropped).is_pending());
         drop((dropped, turn));
         let count = "SELECT count(*) FROM shard";
-        let count = store.transact("count", move |state| state.query_row(count, [], |row| row.get(0)));
+        let count =
+            store.transact("count", move |state| state.query_row(count, [], |row| row.get(0)));
         assert_eq!(count.await.map_err(|error| error.to_string()), Ok(0_i64));
     }
 }

@@ -11,9 +11,9 @@ use serde::Serialize;
 
 use bytes::Bytes;
 
+use super::group_commit::{BatchedEntry, GroupCommit};
 use super::redrive_key::REDRIVES;
 use super::store::{StateError, StateStore, columns, now_ms, position};
-use super::group_commit::{BatchedEntry, GroupCommit};
 use crate::RevisionSpec;
 use shardmill_core::record::{Position, ShardId, ShardKey};
 
@@ -213,7 +213,11 @@ impl Ledger {
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
-    pub async fn revision_of(&self, shard: &ShardId, at: &Position) -> Result<Option<Ran>, StateError> {
+    pub async fn revision_of(
+        &self,
+        shard: &ShardId,
+        at: &Position,
+    ) -> Result<Option<Ran>, StateError> {
         let shard = shard.to_string();
         let (sequence, sub) = columns(at);
         let found = self

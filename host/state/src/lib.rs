@@ -48,42 +48,42 @@ pub mod agreement;
 mod assets;
 mod checkpoint;
 mod damaged;
-mod pending;
-mod holes;
-mod ledger;
 mod dead_letter_log;
 mod dead_letter_store;
+mod dead_lettered;
 mod dead_letters;
+mod group_commit;
+mod holes;
+mod ledger;
 mod migrations;
+mod pending;
 mod redrive;
 mod redrive_key;
 mod rejections;
 mod replays;
 mod revisions;
 mod roster;
-mod dead_lettered;
 mod spec;
 mod store;
 mod swaps;
-mod group_commit;
 mod variables;
 
 pub use agreement::ShardState;
 pub use checkpoint::{AllGivenUp, Checkpoints, KnownShards, Look, Remembered, SinkMark};
-pub use pending::AcquiredShard;
-pub use holes::{Hole, Holes, RecordedHole};
-pub use ledger::{Components, Ledger, LedgerEntry, Ran, Segment};
 pub use dead_letter_log::LoggedDeadLetter;
 pub use dead_letter_store::{DeadLetter, DeadLetterKey, MadeBy, StagesRun, entered_digest};
-pub use dead_letters::{DeadLetters, DeadLetterFilter, PayloadDigest, StoredDeadLetter};
+pub use dead_lettered::DeadLetteredItems;
+pub use dead_letters::{DeadLetterFilter, DeadLetters, PayloadDigest, StoredDeadLetter};
+pub use holes::{Hole, Holes, RecordedHole};
+pub use ledger::{Components, Ledger, LedgerEntry, Ran, Segment};
+pub use pending::AcquiredShard;
 pub use redrive::{
-    REDRIVE_STREAM, LostPayload, RedriveId, Redriven, RedriveRecord, Redrives, UnfinishedRedrive,
+    LostPayload, REDRIVE_STREAM, RedriveId, RedriveRecord, Redriven, Redrives, UnfinishedRedrive,
     is_redrive,
 };
 pub use rejections::RejectionWindow;
 pub use replays::{FailedInReplay, PendingReplay, Replays};
 pub use roster::{KnownSinks, Removed, Roster, RosterChange};
-pub use dead_lettered::DeadLetteredItems;
 pub use spec::{CanarySpec, RevisionSpec, StageSpec};
 pub use store::{StateError, StateStore, needed_components};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};

@@ -230,7 +230,8 @@ mod tests {
         let shard = ShardKey { pipeline: "cars".into(), stream, shard };
         let sink = SinkName::from("mart");
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
-        let own = dead_letters.acquire_shard(&shard, &sink, Some(&at(5))).await.expect("taken over");
+        let own =
+            dead_letters.acquire_shard(&shard, &sink, Some(&at(5))).await.expect("taken over");
         assert_eq!(own.given_up_to, None);
         let range = PositionRange { from_exclusive: Some(at(5)), to_inclusive: at(9) };
         let whose = (&shard, &sink);
@@ -238,7 +239,8 @@ mod tests {
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
         // It stands where it stood; then a backup of before is put back.
         for (stands, expected) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {
-            let own = dead_letters.acquire_shard(&shard, &sink, Some(&stands)).await.expect("taken over");
+            let own =
+                dead_letters.acquire_shard(&shard, &sink, Some(&stands)).await.expect("taken over");
             assert_eq!(own.given_up_to, expected, "{stands}");
         }
     }

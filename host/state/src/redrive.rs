@@ -467,7 +467,10 @@ impl Redrives {
                     (&stream, ordinal),
                 )?;
                 state
-                    .execute("DELETE FROM redrive WHERE id = ?1 AND letter = ?2", (id.0, dead_letter))
+                    .execute(
+                        "DELETE FROM redrive WHERE id = ?1 AND letter = ?2",
+                        (id.0, dead_letter),
+                    )
                     .map(drop)
             })
             .await
@@ -500,7 +503,9 @@ impl Redrives {
     ) -> Result<Option<Redriven>, StateError> {
         let key = self.redrive_key(id);
         let without = serde_json::Value::from(without).to_string();
-        self.store.transact("finish a redrive", move |state| finish(state, id, &key, &without)).await
+        self.store
+            .transact("finish a redrive", move |state| finish(state, id, &key, &without))
+            .await
     }
 
     /// What positions of a redrive are keyed by.
@@ -678,7 +683,7 @@ fn finish(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Checkpoints, DeadLetter, DeadLetters, DeadLetterKey, MadeBy};
+    use crate::{Checkpoints, DeadLetter, DeadLetterKey, DeadLetters, MadeBy};
     use shardmill_core::record::ShardStart;
 
     #[tokio::test]
@@ -691,8 +696,11 @@ mod tests {
         let shard =
             ShardKey { pipeline: pipeline.clone(), stream: stream.into(), shard: "shard".into() };
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
-        let key =
-            DeadLetterKey { position: at(7), place: DeadLetterPlace::Stage("decode".into()), output: 0 };
+        let key = DeadLetterKey {
+            position: at(7),
+            place: DeadLetterPlace::Stage("decode".into()),
+            output: 0,
+        };
         let dead_letter = DeadLetter {
             key: key.clone(),
             partition_key: "k".into(),
@@ -709,7 +717,8 @@ mod tests {
         };
         dead_letters.put(&shard, vec![dead_letter], false).await.expect("written");
         let redrives = Redrives::new(store.clone(), pipeline.clone());
-        let id = redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("a letter");
+        let id =
+            redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("a letter");
         assert_eq!(dead_letters.purge(DeadLetterFilter::default()).await.expect("purged"), (0, 1));
         assert_eq!(redrives.finish(id, &[]).await.expect("asked"), None, "nothing has run");
         let own = id.key(&pipeline);
@@ -722,8 +731,13 @@ mod tests {
         // While a sink stands before the record, and no longer.
         for (above, expected) in [(at(6), true), (at(7), false), (at(6), false)] {
             let to = dead_letters.dead_lettered_to(&shard, Some(&above)).await.expect("read");
-            let dead_lettered = dead_letters.dead_lettered_within(&shard, (&at(1), &at(9))).await.expect("read");
-            assert_eq!((to, dead_lettered.contains(&key)), (expected.then(|| at(7)), expected), "above {above}");
+            let dead_lettered =
+                dead_letters.dead_lettered_within(&shard, (&at(1), &at(9))).await.expect("read");
+            assert_eq!(
+                (to, dead_lettered.contains(&key)),
+                (expected.then(|| at(7)), expected),
+                "above {above}"
+            );
         }
     }
 
@@ -741,7 +755,11 @@ mod tests {
         let dead_letter = |number: u64, output: u32, entered_key: Vec<u8>, entered: Vec<u8>| {
             let position = Position { sequence: SequenceNumber::from(number), sub_sequence: 0 };
             DeadLetter {
-                key: DeadLetterKey { position, place: DeadLetterPlace::Stage("decode".into()), output },
+                key: DeadLetterKey {
+                    position,
+                    place: DeadLetterPlace::Stage("decode".into()),
+                    output,
+                },
                 partition_key: "k".into(),
                 original: vec![b'o'; MIB].into(),
                 entered_key: entered_key.into(),
@@ -761,7 +779,8 @@ mod tests {
         let count = all.len() as u64;
         dead_letters.put(&shard, all, false).await.expect("written");
         let redrives = Redrives::new(store, pipeline);
-        let id = redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("letters");
+        let id =
+            redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("letters");
         let (mut after, mut as_digest) = (0, 0);
         while after < count {
             let read = redrives.dead_letters(id, after, (1_000, 2 * MIB), &[]).await.expect("read");

@@ -88,7 +88,9 @@ impl Replays {
                 let both: HashSet<(String, String)> = dead_letters
                     .into_iter()
                     .filter(|dead_letter| failed.contains(&dead_letter.item.record()))
-                    .map(|dead_letter| (dead_letter.item.shard.to_string(), dead_letter.item.sequence))
+                    .map(|dead_letter| {
+                        (dead_letter.item.shard.to_string(), dead_letter.item.sequence)
+                    })
                     .collect();
                 Ok(both.into_iter().collect())
             })
@@ -119,7 +121,9 @@ impl Replays {
                 let mut insert =
                     state.prepare_cached("INSERT INTO replay_letter VALUES (?1, ?2, ?3)")?;
                 let failed = Failed::of(&failed);
-                for WindowDeadLetter { number, item } in dead_letters_of(state, &stream, &window_ms)? {
+                for WindowDeadLetter { number, item } in
+                    dead_letters_of(state, &stream, &window_ms)?
+                {
                     // A row for another sink alone is none of this replay's.
                     if item.place.starts_with("sink:") && item.place != place {
                         continue;

@@ -532,7 +532,8 @@ mod tests {
         let store = StateStore::open(folder.path()).expect("opened");
         let dead_letters = crate::DeadLetters::new(store.clone());
         let found = dead_letters.select(Default::default(), 10).await.expect("letters");
-        let entered: Vec<&[u8]> = found.iter().map(|dead_letter| &dead_letter.entered[..]).collect();
+        let entered: Vec<&[u8]> =
+            found.iter().map(|dead_letter| &dead_letter.entered[..]).collect();
         assert_eq!(entered, [&original[..], &b"e"[..], &b"f"[..]]);
         assert!(found.iter().all(|dead_letter| dead_letter.original == original));
         let ids: Vec<i64> = found.iter().map(|dead_letter| dead_letter.id).collect();

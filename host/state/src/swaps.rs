@@ -268,7 +268,11 @@ impl Changes {
     ///
     /// # Errors
     /// [`StateError`]; only the note is missing then.
-    pub async fn record_refused(&self, change: NewChange, reason: String) -> Result<(), StateError> {
+    pub async fn record_refused(
+        &self,
+        change: NewChange,
+        reason: String,
+    ) -> Result<(), StateError> {
         self.store
             .transact("note a refused change", move |state| {
                 insert(state, &change, ChangeOutcome::Refused, &reason)

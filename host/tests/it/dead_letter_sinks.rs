@@ -115,7 +115,10 @@ create = true
     let read = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
     let read: Vec<(i64, String, String)> =
         read.expect("rows").collect::<Result<_, _>>().expect("rows");
-    assert_eq!(read.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), Vec::from_iter(expected.clone()));
+    assert_eq!(
+        read.iter().map(|(id, ..)| *id).collect::<Vec<_>>(),
+        Vec::from_iter(expected.clone())
+    );
     let place = |place: &str| read.iter().filter(|(_, own, _)| own == place).count();
     assert_eq!((place("stage:check"), place("stage:route"), place("sink:mart")), (1, 3, 1));
     assert!(read.iter().any(|(.., original)| original == r#"{"base64":"//4="}"#), "{read:?}");
@@ -124,7 +127,10 @@ create = true
     assert_eq!((lake.len(), lake.iter().map(|line| id(line)).collect()), (5, expected.clone()));
     let ids = postgres(&format!("SELECT id FROM {table}"));
     assert_eq!(ids.len(), 5);
-    assert_eq!(ids.iter().map(|id| id.parse().expect("an id")).collect::<BTreeSet<i64>>(), expected);
+    assert_eq!(
+        ids.iter().map(|id| id.parse().expect("an id")).collect::<BTreeSet<i64>>(),
+        expected
+    );
     postgres(&format!("DROP TABLE {table}"));
 }
 

@@ -82,7 +82,8 @@ fn json_lines(text: &str) -> Vec<Value> {
 #[test]
 fn dead_letters_are_listed_by_what_is_asked_for() {
     let ran = Ran::new();
-    let places: Vec<Value> = ran.listed(&[]).iter().map(|dead_letter| dead_letter["place"].clone()).collect();
+    let places: Vec<Value> =
+        ran.listed(&[]).iter().map(|dead_letter| dead_letter["place"].clone()).collect();
     let of = |place: &str| places.iter().filter(|it| *it == place).count();
     assert_eq!((of("stage:check"), of("stage:route"), of("sink:mart")), (1, 2, 1), "{places:?}");
     assert_eq!(ran.listed(&["--stage", "route"]).len(), 2);
@@ -100,7 +101,8 @@ fn a_dead_letter_is_shown_with_all_that_is_known() {
     let [trapped] = &ran.listed(&["--stage", "check"])[..] else { panic!("one trapped") };
     let id = trapped["id"].to_string();
     let shown = ran.dlq(&["show", &id]);
-    for expected in ["stage:check", "hostile@0.1.0", "trapped", r#"{"id":2,"name":"trap"}"#, "backtrace"]
+    for expected in
+        ["stage:check", "hostile@0.1.0", "trapped", r#"{"id":2,"name":"trap"}"#, "backtrace"]
     {
         assert!(shown.contains(expected), "{expected}: {shown}");
     }
@@ -136,7 +138,9 @@ fn only_what_is_named_is_deleted() {
     assert_eq!(ran.listed(&[]).len(), 4);
     assert!(ran.dlq(&["purge", "--stage", "route"]).contains("2 dead letters deleted"));
     let left = ran.listed(&[]);
-    assert!(left.len() == 2 && left.iter().all(|dead_letter| dead_letter["place"] != "stage:route"));
+    assert!(
+        left.len() == 2 && left.iter().all(|dead_letter| dead_letter["place"] != "stage:route")
+    );
     let id = left[0]["id"].to_string();
     assert!(ran.dlq(&["purge", &id]).contains("1 dead letters deleted"));
     assert!(ran.dlq(&["purge", "--all"]).contains("1 dead letters deleted"));
@@ -161,7 +165,8 @@ fn a_redrive_begins_where_a_record_failed() {
             let place = dead_letter["place"].as_str().expect("a place").to_owned();
             (dead_letter["id"].as_i64().expect("a number"), place)
         };
-        let mut dead_letters: Vec<(i64, String)> = ran.listed(&[]).iter().map(dead_letter).collect();
+        let mut dead_letters: Vec<(i64, String)> =
+            ran.listed(&[]).iter().map(dead_letter).collect();
         dead_letters.sort_unstable();
         dead_letters
     };
@@ -186,7 +191,8 @@ fn a_redrive_begins_where_a_record_failed() {
     let shown: Vec<Value> = new
         .map(|id| serde_json::from_str(&ran.dlq(&["show", &id, "--json"])).expect("JSON"))
         .collect();
-    let is_moved = |dead_letter: &&Value| dead_letter["original"]["text"] == "{\"id\":2,\"name\":\"trap\"}";
+    let is_moved =
+        |dead_letter: &&Value| dead_letter["original"]["text"] == "{\"id\":2,\"name\":\"trap\"}";
     let moved = shown.iter().find(is_moved).expect("it is at the sink now");
     let shard = moved["shard"].as_str().expect("a shard");
     assert!(shard.starts_with("file-"), "it has the place of its record: {moved}");

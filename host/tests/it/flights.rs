@@ -89,7 +89,8 @@ fn every_flight_is_in_its_airports_table_with_its_types() {
     let expected = from_csv(&flights_csv());
     same_multiset("SQLite", &expected, &in_sqlite(&mart));
     same_multiset("objects", &expected, &in_objects(&folder.path().join("logs")));
-    let dead_letters = rusqlite::Connection::open(state.join("flights/state.db")).expect("the state");
+    let dead_letters =
+        rusqlite::Connection::open(state.join("flights/state.db")).expect("the state");
     let dead_letters: i64 = dead_letters
         .query_row("SELECT count(*) FROM dead_letter", [], |row| row.get(0))
         .expect("the dead letters");

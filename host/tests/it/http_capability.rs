@@ -139,7 +139,8 @@ async fn an_answer_is_as_long_as_the_grant_allows() {
     for headers in [vec![], vec![("in-chunks".to_owned(), "1".to_owned())]] {
         for count in [0, 999, 1_000] {
             let url = format!("http://127.0.0.1:{port}/bytes/{count}");
-            let answer = send(&grant, HttpRequest { headers: headers.clone(), ..asked(&url) }).await;
+            let answer =
+                send(&grant, HttpRequest { headers: headers.clone(), ..asked(&url) }).await;
             assert_eq!(answer.expect("an answer").body.len(), count);
         }
         let url = format!("http://127.0.0.1:{port}/bytes/1001");

@@ -214,7 +214,8 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     let rows: Vec<Value> =
         rows(&printed).iter().map(|row| serde_json::from_str(row).expect("JSON")).collect();
     let asked = "POST /cars/Volvo key=file authorization=Bearer hunter2 body=Volvo";
-    let expected = [json!({"country": "Japan"}), json!({"asked": asked}), json!({"asked": "again"})];
+    let expected =
+        [json!({"country": "Japan"}), json!({"asked": asked}), json!({"asked": "again"})];
     assert_eq!(rows, expected);
     let (dead_letters, reason) = dead_letters_and_reason(place.path());
     assert!(dead_letters == 1 && reason.contains("127.0.0.1:9"), "{dead_letters}: {reason}");
@@ -247,7 +248,10 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     let rows = rows(&printed);
     assert!(rows.len() == 2 && rows[0].contains("Volvo") && rows[1].contains("Saab"), "{rows:?}");
     let (dead_letters, reason) = dead_letters_and_reason(place.path());
-    assert!(dead_letters == 1 && reason.contains("within the time of the call"), "{dead_letters}: {reason}");
+    assert!(
+        dead_letters == 1 && reason.contains("within the time of the call"),
+        "{dead_letters}: {reason}"
+    );
 }
 
 /// How many dead letters a pipeline in this place has, and the reason of one.

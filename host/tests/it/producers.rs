@@ -172,7 +172,8 @@ impl Front {
         let upstream = server.url().socket_addrs(|| None).expect("an address")[0];
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let (is_paused, waiting) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (is_paused, waiting) =
+            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let (paused, waits) = (is_paused.clone(), waiting.clone());
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {

@@ -46,12 +46,7 @@ fn commit(payloads: &[&'static str]) -> Commit {
         key: "partitionKey-7".into(),
         payload: (*payload).into(),
     });
-    Commit {
-        range,
-        rows: Arc::new(rows.collect()),
-        encoded: None,
-        revision: "generation-1".into(),
-    }
+    Commit { range, rows: Arc::new(rows.collect()), encoded: None, revision: "generation-1".into() }
 }
 
 #[derive(Default)]

@@ -174,7 +174,11 @@ fn build(dir: &Path, out: Option<&Path>, haste: Haste) -> Result<BuiltPlugin, Pl
 const COMPONENT_MODE: u32 = 0o666;
 
 /// Runs a tool in `dir`, its output going to standard error; `remedy` says how to get it.
-fn compile(dir: &Path, command: &mut Command, remedy: &'static str) -> Result<(), PluginBuildError> {
+fn compile(
+    dir: &Path,
+    command: &mut Command,
+    remedy: &'static str,
+) -> Result<(), PluginBuildError> {
     let tool = command.get_program().to_string_lossy().into_owned();
     let output = command
         .current_dir(dir)
@@ -182,7 +186,8 @@ fn compile(dir: &Path, command: &mut Command, remedy: &'static str) -> Result<()
         .stdout(io::stderr())
         .stderr(Stdio::inherit())
         .status();
-    let status = output.map_err(|cause| PluginBuildError::Tool { tool: tool.clone(), cause, remedy })?;
+    let status =
+        output.map_err(|cause| PluginBuildError::Tool { tool: tool.clone(), cause, remedy })?;
     match status.success() {
         true => Ok(()),
         false => Err(PluginBuildError::Compile { dir: dir.to_owned(), tool, status }),

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::case::{Case, CaseOutput, ExpectedPayload, Expectation};
+use super::case::{Case, CaseOutput, Expectation, ExpectedPayload};
 use super::{TrialError, TrialRecord, Workbench};
 use shardmill_engine::stage::{Difference, Fate, show_json, show_payload, written};
 
@@ -80,9 +80,15 @@ fn difference(
     found: &CaseOutcome,
 ) -> Option<Difference> {
     let (expected_lines, found_lines, backtraces) = match (found, &expected.fails) {
-        (CaseOutcome::Failed(reason), Some(expected_failure)) if reason.contains(expected_failure.as_str()) => return None,
+        (CaseOutcome::Failed(reason), Some(expected_failure))
+            if reason.contains(expected_failure.as_str()) =>
+        {
+            return None;
+        }
         (CaseOutcome::Failed(reason), expected_failure) => {
-            let expected_failure = expected_failure.as_ref().map(|expected_failure| format!("fails: {expected_failure}\n"));
+            let expected_failure = expected_failure
+                .as_ref()
+                .map(|expected_failure| format!("fails: {expected_failure}\n"));
             (
                 expected_failure.unwrap_or_else(|| shown_expected(expected)),
                 format!("fails: {reason}\n"),
@@ -132,7 +138,9 @@ fn shown_found(
     });
     for (index, output) in outputs.enumerate() {
         match expected.output.get(index) {
-            Some(expected_output) if agrees(expected_output, &output, records) => show_expected(&mut text, expected_output),
+            Some(expected_output) if agrees(expected_output, &output, records) => {
+                show_expected(&mut text, expected_output)
+            }
             expected_output => show_found(&mut text, &output, expected_output),
         }
     }
@@ -213,13 +221,21 @@ fn show_found(text: &mut String, found: &FoundOutput<'_>, expected: Option<&Case
         let _ = write!(text, " key {:?}", String::from_utf8_lossy(found.key));
     }
     text.push('\n');
-    let wants_bytes = expected.is_some_and(|expected| expected.text.is_some() || expected.base64.is_some());
+    let wants_bytes =
+        expected.is_some_and(|expected| expected.text.is_some() || expected.base64.is_some());
     match written(found.payload) {
-        _ if found.is_own_payload && !wants_bytes && expected.is_none_or(|expected| expected.json.is_none()) => {
+        _ if found.is_own_payload
+            && !wants_bytes
+            && expected.is_none_or(|expected| expected.json.is_none()) =>
+        {
             text.push_str("    as it came\n");
         }
         ("json", value) if !wants_bytes => show_json(text, &value),
-        _ => show_payload(text, found.payload, expected.is_some_and(|expected| expected.base64.is_some())),
+        _ => show_payload(
+            text,
+            found.payload,
+            expected.is_some_and(|expected| expected.base64.is_some()),
+        ),
     }
 }
 

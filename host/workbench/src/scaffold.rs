@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use super::assets::{C, GITIGNORE, GO, JS, PYTHON, RUST, LanguageTemplate};
+use super::assets::{C, GITIGNORE, GO, JS, LanguageTemplate, PYTHON, RUST};
 use super::manifest::{Language, MANIFEST, is_name};
 
 /// The template of a language.

@@ -13,7 +13,11 @@ use super::compare::{CaseOutcome, CaseVerdict};
 use shardmill_engine::stage::written;
 
 /// What is expected if what was found is right. `as_before` says in which form payloads were given.
-pub fn accepted(records: &[TrialRecord], found: &CaseOutcome, as_before: &Expectation) -> Expectation {
+pub fn accepted(
+    records: &[TrialRecord],
+    found: &CaseOutcome,
+    as_before: &Expectation,
+) -> Expectation {
     let fates = match found {
         CaseOutcome::Failed(reason) => {
             return Expectation { fails: Some(reason.clone()), ..Expectation::default() };
@@ -24,7 +28,8 @@ pub fn accepted(records: &[TrialRecord], found: &CaseOutcome, as_before: &Expect
     for (input, fate) in fates.iter().enumerate() {
         for output in &fate.outputs {
             let before = as_before.output.get(expected.output.len());
-            let mut expected_output = CaseOutput { route: output.route.clone(), ..CaseOutput::default() };
+            let mut expected_output =
+                CaseOutput { route: output.route.clone(), ..CaseOutput::default() };
             if records.len() > 1 || before.is_some_and(|before| before.input.is_some()) {
                 expected_output.input = Some(input);
             }

@@ -21,7 +21,7 @@ use shardmill_sdk::words::{Input, Output, Reject, Span};
 
 use acts::{copy, grow, recurse, spin, trap};
 pub use config::Config;
-use config::{InConfigure, Fault};
+use config::{Fault, InConfigure};
 
 thread_local! {
     static CONFIG: RefCell<Config> = RefCell::default();

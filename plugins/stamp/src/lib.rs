@@ -94,9 +94,7 @@ impl Plugin for Stamp {
     fn configure(_: Value, context: &Context) -> Result<(Self, Descriptor), Error> {
         let stamp = Self::read()?;
         let has_shard = !context.shard_id.is_empty();
-        if stamp.fault == Fault::ConfigureTrap
-            || (stamp.fault == Fault::ShardTrap && has_shard)
-        {
+        if stamp.fault == Fault::ConfigureTrap || (stamp.fault == Fault::ShardTrap && has_shard) {
             panic!("configured to trap");
         }
         let mut rows = Route::new("all", "application/json")

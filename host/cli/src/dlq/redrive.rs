@@ -24,7 +24,8 @@ use shardmill_engine::redrive_source::RedriveSource;
 use shardmill_engine::supervisor::{RunOptions, RunRole, Supervisor};
 use shardmill_sink_postgres::TableWindow;
 use shardmill_state::{
-    Changes, Checkpoints, Ledger, RedriveId, Redriven, Redrives, Replays, StateStore, UnfinishedRedrive,
+    Changes, Checkpoints, Ledger, RedriveId, Redriven, Redrives, Replays, StateStore,
+    UnfinishedRedrive,
 };
 
 pub(super) async fn redrive(
@@ -58,7 +59,8 @@ pub(super) async fn redrive(
          on (--trust-sinks): they may have been redriven since that copy was made, and their rows would \
          be doubled. Delete those that were (`shardmill dlq purge`); --even-if-redriven sends the others"
     );
-    let Some(UnfinishedRedrive { id, is_rest }) = choose(&redrives, &pipeline, console).await? else {
+    let Some(UnfinishedRedrive { id, is_rest }) = choose(&redrives, &pipeline, console).await?
+    else {
         return match begin(&redrives, wanted, (all, without), console).await? {
             None => console.report(&Redriven::default()),
             Some(id) => {

@@ -66,7 +66,8 @@ pub(super) async fn reshard(
         }
         Reshard::Scale { shards } => stream::scale(client, name, shards).await?,
     }
-    let mut progress = ConsoleProgress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
+    let mut progress =
+        ConsoleProgress::start(&format!("waiting for stream {name} to be ACTIVE"), None);
     let mut glance = |waited: Duration, status: &str| progress.at(waited.as_secs(), status);
     let found = stream::wait_active(client, name, wait_max, &mut glance).await?;
     progress.done();

@@ -33,7 +33,11 @@ mod tests {
             (1_000, 6, 1_894),
             (ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX),
         ] {
-            assert_eq!(occupied_while_read(bytes, values), occupied, "{bytes} bytes, {values} values");
+            assert_eq!(
+                occupied_while_read(bytes, values),
+                occupied,
+                "{bytes} bytes, {values} values"
+            );
         }
         const { assert!(READ_BYTES_MAX < 40 << 20, "the printed bound stays small") };
     }

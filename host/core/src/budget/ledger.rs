@@ -380,7 +380,8 @@ impl BudgetLedger {
 
     /// Who holds most, in words.
     fn occupants(&self) -> String {
-        let mut occupants: Vec<_> = self.accounts.values().filter(|state| state.occupied > 0).collect();
+        let mut occupants: Vec<_> =
+            self.accounts.values().filter(|state| state.occupied > 0).collect();
         occupants.sort_by_key(|state| std::cmp::Reverse(state.occupied));
         let most = occupants.iter().take(3);
         let most: Vec<_> =

@@ -35,7 +35,11 @@ fn fault_02_a_request_is_granted_by_part_then_by_the_common_half_then_by_turn() 
         let accounts = open(&mut ledger, 2, now);
         ledger.force(Some(accounts[0]), own);
         ledger.force(Some(accounts[1]), 16 * MIB + common_by_other);
-        assert_eq!(ledger.decide(accounts[0], bytes, false, now), expected, "{own} {common_by_other}");
+        assert_eq!(
+            ledger.decide(accounts[0], bytes, false, now),
+            expected,
+            "{own} {common_by_other}"
+        );
     }
 }
 
@@ -160,7 +164,11 @@ impl World {
             Ok(bytes) => self.lanes[lane].occupied.push(bytes),
             Err(ticket) => {
                 let is_below = occupied < self.ledger.part() && bytes <= LARGE_BYTES;
-                assert!(!is_below, "a lane below its part waits: {occupied} of {}", self.ledger.part());
+                assert!(
+                    !is_below,
+                    "a lane below its part waits: {occupied} of {}",
+                    self.ledger.part()
+                );
                 self.lanes[lane].waits = Some((ticket, bytes));
             }
         }
@@ -266,7 +274,8 @@ fn fault_02_one_lane_goes_beyond_the_bound_at_a_time_while_it_moves() {
             };
             let occupant =
                 world.lanes.iter().position(|it| it.account == turn.account).expect("a lane");
-            let new = beyond.insert(occupant, turn.granted_at).is_none_or(|at| at != turn.granted_at);
+            let new =
+                beyond.insert(occupant, turn.granted_at).is_none_or(|at| at != turn.granted_at);
             if new && let Some(before) = beyond.keys().find(|other| **other != occupant) {
                 let state = &world.ledger.accounts[&world.lanes[*before].account];
                 let stands = turn.granted_at.saturating_duration_since(state.released_at);

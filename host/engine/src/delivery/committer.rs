@@ -64,8 +64,11 @@ impl Committer {
         context: Arc<DeliveryContext>,
         publish: watch::Sender<DeliveryProgress>,
     ) -> Self {
-        let refusals =
-            PendingRefusals::new(context.dead_letters.clone(), context.sink.clone(), context.rejected_max);
+        let refusals = PendingRefusals::new(
+            context.dead_letters.clone(),
+            context.sink.clone(),
+            context.rejected_max,
+        );
         Self {
             writer: acquired.writer,
             publish,
@@ -79,11 +82,15 @@ impl Committer {
     }
 
     /// Commits until there is nothing more, the lane ends, or the shard is lost.
-    pub(super) async fn run(mut self, mut requests: mpsc::Receiver<CommitRequest>) -> Result<(), SinkError> {
+    pub(super) async fn run(
+        mut self,
+        mut requests: mpsc::Receiver<CommitRequest>,
+    ) -> Result<(), SinkError> {
         if let Some((to_inclusive, revision)) = self.context.first_to.clone() {
             let rows = Arc::default();
             let (encoded, bytes, permit) = (None, 0, None);
-            self.commit(PendingCommit { rows, encoded, to_inclusive, revision, bytes, permit }).await?;
+            self.commit(PendingCommit { rows, encoded, to_inclusive, revision, bytes, permit })
+                .await?;
         }
         loop {
             let request = tokio::select! {
@@ -154,11 +161,13 @@ impl Committer {
         }
         self.failing_since = None;
         if self.dead_letters_pending {
-            self.dead_letters_pending = !confirm_dead_letters(&self.context, &commit.range.to_inclusive).await;
+            self.dead_letters_pending =
+                !confirm_dead_letters(&self.context, &commit.range.to_inclusive).await;
         }
         self.refusals.committed(&commit);
         self.stored = Some(commit.range.to_inclusive.clone());
-        self.publish.send_replace(DeliveryProgress { position: self.stored.clone(), blocked: None });
+        self.publish
+            .send_replace(DeliveryProgress { position: self.stored.clone(), blocked: None });
         Ok(())
     }
 
@@ -183,12 +192,19 @@ impl Committer {
     async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
         let context = &self.context;
         let reason = format!("given up: {error}");
-        let dead_letter = |row: &Row| self.refusals.dead_letter(row, reason.clone(), &commit.revision);
+        let dead_letter =
+            |row: &Row| self.refusals.dead_letter(row, reason.clone(), &commit.revision);
         let dead_letters: Vec<_> = commit.rows.iter().map(dead_letter).collect();
-        let (rows, range, to) = (dead_letters.len() as u64, &commit.range, &commit.range.to_inclusive);
+        let (rows, range, to) =
+            (dead_letters.len() as u64, &commit.range, &commit.range.to_inclusive);
         let whose = (&context.shard, &context.sink);
-        let given_up =
-            context.dead_letters.give_up(whose, context.epoch, range, dead_letters, self.keeps_position);
+        let given_up = context.dead_letters.give_up(
+            whose,
+            context.epoch,
+            range,
+            dead_letters,
+            self.keeps_position,
+        );
         let is_ours = given_up.await.map_err(|error| SinkError::Unavailable {
             sink: context.sink.clone(),
             cause: error.to_string(),

@@ -22,7 +22,7 @@ use shardmill_plugin::{Plugin, PluginHost};
 use shardmill_state::RevisionSpec;
 use shardmill_state::agreement::{Mismatch, Stands, agree};
 use shardmill_state::{
-    Hole, Ledger, Segment, ShardState, StateStore, AcquiredShard, Variables, is_redrive,
+    AcquiredShard, Hole, Ledger, Segment, ShardState, StateStore, Variables, is_redrive,
 };
 
 /// One sink, taken over.
@@ -100,7 +100,8 @@ impl<'a> Lane<'a> {
             }
             let skip_to = agree(&own, state.checkpoint.as_ref(), policy)
                 .map_err(|found| LaneError::Fatal(mismatch(&shard, config, &found)))?;
-            let dead_letters = shared.dead_letters.rows_above(&shard, sink.name(), skip_to.as_ref()).await?;
+            let dead_letters =
+                shared.dead_letters.rows_above(&shard, sink.name(), skip_to.as_ref()).await?;
             let standing = Standing { acquired, epoch, given_up_to, skip_to, dead_letters };
             standings.push((place, standing));
         }

@@ -379,7 +379,8 @@ mod tests {
         let dead_letters = stream("dead-letters", "dead-letters:cars");
         let kinesis = stream("cars", "arn:aws:kinesis:eu-west-1:000000000000:stream/cars");
         let other = stream("bikes", "arn:aws:kinesis:eu-west-1:000000000000:stream/bikes");
-        let keys: Vec<String> = [&file, &dead_letters, &kinesis, &other].map(StreamIdentity::key).into();
+        let keys: Vec<String> =
+            [&file, &dead_letters, &kinesis, &other].map(StreamIdentity::key).into();
         let all = |own, name| compared(keys.clone(), own, name);
         assert_eq!(all(Some(&file), "in.ndjson"), std::slice::from_ref(&file));
         assert_eq!(all(Some(&dead_letters), "dead-letters"), std::slice::from_ref(&dead_letters));

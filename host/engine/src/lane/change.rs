@@ -14,7 +14,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::DropGuard;
 
 use super::starts::start_patiently;
-use super::{ActiveSegment, StatusRegistry, Lane, LaneError, Shared};
+use super::{ActiveSegment, Lane, LaneError, Shared, StatusRegistry};
 use crate::stage::{Chain, Revision, Samples};
 use shardmill_config::RejectedMax;
 use shardmill_core::escape::quoted;
@@ -265,8 +265,7 @@ impl Lane<'_> {
     /// Begins to make a change durable. No other is on its way: that was waited for before the batch.
     fn announce(&mut self, chain: Chain, from_exclusive: Option<Position>) {
         let id = chain.revision().id.clone();
-        let segment =
-            Segment { from_exclusive: from_exclusive.clone(), revision: id.to_string() };
+        let segment = Segment { from_exclusive: from_exclusive.clone(), revision: id.to_string() };
         let (ledger, shard) = (self.shared.ledger.clone(), self.shard.clone());
         tracing::debug!(shard = %shard.shard, generation = %id, "the ledger is told");
         let write = tokio::spawn(async move {
@@ -281,8 +280,11 @@ impl Lane<'_> {
             Err(panic) => Err(panic.to_string()),
         };
         self.change.last = id;
-        self.change.announcing =
-            Some(Announcing { chain, from_exclusive, written: write.map(outcome).boxed().shared() });
+        self.change.announcing = Some(Announcing {
+            chain,
+            from_exclusive,
+            written: write.map(outcome).boxed().shared(),
+        });
     }
 
     /// Waits until the ledger knows of the change that is on its way, if one is, and lets the revision
@@ -309,8 +311,7 @@ impl Lane<'_> {
         }
         // What was to follow there has run nothing.
         self.segments.retain(|earlier| earlier.from_exclusive < from_exclusive);
-        self.segments
-            .push(ActiveSegment { from_exclusive, revision: chain.revision().clone() });
+        self.segments.push(ActiveSegment { from_exclusive, revision: chain.revision().clone() });
         self.change.announced = Some(chain);
         self.activate_revision();
         Ok(())

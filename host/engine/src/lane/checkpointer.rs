@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{StatusRegistry, Shared};
+use super::{Shared, StatusRegistry};
 use crate::delivery::{DeliveryHandle, DeliveryProgress};
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
 use shardmill_state::{SinkMark, StateError};

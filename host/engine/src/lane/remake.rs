@@ -18,11 +18,13 @@ use shardmill_config::{RejectedMax, SampleLimits};
 use shardmill_core::off_thread::off_thread;
 use shardmill_core::record::REDRIVE_SHARD;
 use shardmill_core::record::{
-    Batch, Entry, DeadLetterPlace, PipelineName, Position, PositionRange, Record, Redrive, ShardKey,
-    StreamIdentity,
+    Batch, DeadLetterPlace, Entry, PipelineName, Position, PositionRange, Record, Redrive,
+    ShardKey, StreamIdentity,
 };
 use shardmill_core::retry::RetryPolicy;
-use shardmill_state::{REDRIVE_STREAM, Ledger, LostPayload, RedriveRecord, StagesRun, entered_digest};
+use shardmill_state::{
+    Ledger, LostPayload, REDRIVE_STREAM, RedriveRecord, StagesRun, entered_digest,
+};
 
 /// The largest number of revisions that are kept loaded.
 const REVISIONS_MAX: usize = 4;
@@ -66,7 +68,11 @@ struct RunKey {
 
 #[async_trait]
 impl Remake for Remaker {
-    async fn make(&mut self, dead_letter: &RedriveRecord, lost: &LostPayload) -> Result<Made, String> {
+    async fn make(
+        &mut self,
+        dead_letter: &RedriveRecord,
+        lost: &LostPayload,
+    ) -> Result<Made, String> {
         self.remake(dead_letter, lost).await
     }
 }
@@ -192,8 +198,8 @@ impl Remaker {
                 }
                 Err(Blocked::Starved(why)) => {
                     let pause = starved.next_pause_or_end();
-                    let pause = pause
-                        .ok_or_else(|| format!("revision {id} does not run it: {why}"))?;
+                    let pause =
+                        pause.ok_or_else(|| format!("revision {id} does not run it: {why}"))?;
                     tokio::time::sleep(pause).await;
                     chain = back;
                 }
@@ -232,9 +238,8 @@ impl Remaker {
         if let Some(known) = self.loaded.get(id) {
             return Ok(known.clone());
         }
-        let missing = |cause: String| {
-            format!("revision {id}, which ran first, cannot run it again: {cause}")
-        };
+        let missing =
+            |cause: String| format!("revision {id}, which ran first, cannot run it again: {cause}");
         let spec = self.ledger.spec(id).await;
         let spec = spec.map_err(|error| missing(error.to_string()))?;
         let loaded = self.revisions.load(spec, &self.stream_name).await;

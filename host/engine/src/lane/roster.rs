@@ -141,7 +141,10 @@ pub(crate) async fn resolve(
 /// # Errors
 /// When the state cannot be read.
 #[boxed]
-pub async fn start_warnings(config: &PipelineConfig, state: &StateStore) -> anyhow::Result<Vec<String>> {
+pub async fn start_warnings(
+    config: &PipelineConfig,
+    state: &StateStore,
+) -> anyhow::Result<Vec<String>> {
     let roster = Roster::new(state.clone());
     let stays = |name: &SinkName| {
         config.sinks.iter().any(|sink| {
@@ -772,7 +775,8 @@ mod tests {
             let lagging = lagging(&live.own(&known, &"a".into()), &live.highest(&known, stays));
             let found: Vec<_> =
                 lagging.into_iter().map(|(_, own, highest)| (own, Some(highest))).collect();
-            let expected: Vec<_> = expected.into_iter().map(|(own, highest)| (own, at(highest))).collect();
+            let expected: Vec<_> =
+                expected.into_iter().map(|(own, highest)| (own, at(highest))).collect();
             assert_eq!(found, expected);
         }
         // One that has no position would have begun at the checkpoint.

@@ -11,18 +11,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::answer::{Rejected, StageOutcome};
 use super::flow::{self, Flow, Item};
-use super::revision::{Revision, LoadedStage, SOURCE_ROUTE, RouteTarget};
+use super::revision::{LoadedStage, Revision, RouteTarget, SOURCE_ROUTE};
 use super::runner::{RunError, StageRunner};
 use super::samples::Samples;
 use shardmill_config::RejectedMax;
 use shardmill_core::metric;
 use shardmill_core::record::{
-    Arenas, Batch, Entry, DeadLetterPlace, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
+    Arenas, Batch, DeadLetterPlace, Entry, Record, RouteName, Row, RowRoute, ShardKey, SinkName,
 };
 use shardmill_plugin::{CallError, CallErrorKind};
 use shardmill_state::CanarySpec;
 use shardmill_state::RejectionWindow;
-use shardmill_state::{DeadLetter, DeadLetterKey, MadeBy, DeadLetteredItems};
+use shardmill_state::{DeadLetter, DeadLetterKey, DeadLetteredItems, MadeBy};
 
 /// A row and the sinks that it goes to.
 #[derive(Debug)]
@@ -316,7 +316,11 @@ impl Chain {
     }
 
     /// Takes a batch through the stage that it is at. After [`Blocked::Later`] it goes on there.
-    fn run_stage(&mut self, run: &mut InHand, dead_lettered: &DeadLetteredItems) -> Result<(), Blocked> {
+    fn run_stage(
+        &mut self,
+        run: &mut InHand,
+        dead_lettered: &DeadLetteredItems,
+    ) -> Result<(), Blocked> {
         let (index, batch) = (run.stage, run.batch.clone());
         let revision = &self.revision.id;
         let stage = &self.revision.stages[index];
@@ -360,7 +364,8 @@ impl Chain {
                 for rejected in mem::take(&mut made.rejected) {
                     let item = &part.flow[rejected.item];
                     run.rejected_records[item.record as usize] = true;
-                    let dead_letter = dead_letter(&batch, item, &author, &place, rejected, revision);
+                    let dead_letter =
+                        dead_letter(&batch, item, &author, &place, rejected, revision);
                     run.outcome.dead_letters.push(dead_letter);
                 }
             }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::trial::{SHADOW_PAUSE, Trial, TrialReport};
 use super::{Component, Inner, Setup, Step, StepFailed};
 use crate::lane::Shared;
-use crate::stage::{Revision, LoadedStage};
+use crate::stage::{LoadedStage, Revision};
 use shardmill_config::{Capability, Gates, PipelineConfig};
 use shardmill_core::record::{Digest, SinkName, StageName};
 use shardmill_core::sink::Sink;
@@ -249,8 +249,7 @@ pub(super) async fn load(
     }
     let (host, stream) = (setup.host.clone(), setup.config.source.stream_name());
     let before = before.clone();
-    blocking(Step::Check, move || Revision::rebuilt(spec, &plugins, &host, &stream, &before))
-        .await
+    blocking(Step::Check, move || Revision::rebuilt(spec, &plugins, &host, &stream, &before)).await
 }
 
 /// Runs the candidate on what entered the stage of late; or says why it cannot be tried.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Swapper, candidate};
-use crate::stage::{Revision, Health};
+use crate::stage::{Health, Revision};
 use shardmill_config::ProbationLimits;
 use shardmill_core::metric;
 use shardmill_core::record::StageName;

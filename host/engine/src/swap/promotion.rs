@@ -155,7 +155,8 @@ impl Inner {
         let next = in_turn(&setup, before, next, &mut change).await?;
         let declared = setup.running.declared.clone();
         let (undoes, restart_with, files) = (None, None, None);
-        let promotion = Promotion { next, components, declared, change, undoes, restart_with, files };
+        let promotion =
+            Promotion { next, components, declared, change, undoes, restart_with, files };
         self.promote(setup, promotion, AnswerTime::begin()).await
     }
 
@@ -231,7 +232,8 @@ impl Inner {
             })?),
             None => None,
         };
-        let number = self.changes.record_running(&running, Some(change), undoes).await.map_err(failed)?;
+        let number =
+            self.changes.record_running(&running, Some(change), undoes).await.map_err(failed)?;
         tracing::debug!(generation = %next.id, number, "it is noted; the lanes change");
         let was = setup.clone();
         setup.running = running;

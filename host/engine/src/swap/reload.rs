@@ -11,7 +11,7 @@ use super::{
     ChangeRefused, Inner, OTHERS_FIRST, Setup, Step, StepFailed, Swapper, TURNS_MAX, candidate,
 };
 use crate::lane::roster;
-use crate::lane::{RevisionStore, LaneChange, WaitingLane};
+use crate::lane::{LaneChange, RevisionStore, WaitingLane};
 use crate::stage::Revision;
 use shardmill_config::{KinesisConfig, LookupConfig, PipelineConfig, SinkConfig, SourceKind};
 use shardmill_core::boxed;
@@ -359,7 +359,11 @@ fn refuse_immutable(old: &PipelineConfig, new: &PipelineConfig) -> Result<(), St
         );
     }
     let dead_letters = |config: &PipelineConfig| {
-        config.dead_letter_sinks.iter().map(|sink| sink.fingerprint_json.clone()).collect::<Vec<_>>()
+        config
+            .dead_letter_sinks
+            .iter()
+            .map(|sink| sink.fingerprint_json.clone())
+            .collect::<Vec<_>>()
     };
     if dead_letters(old) != dead_letters(new) {
         return refuse(

@@ -11,8 +11,8 @@ use shardmill_config::reading::{
     Check, Maybe, RawAssumeRole, RawCommit, Spanned, Text, server, stream, without_user,
 };
 use shardmill_config::{
-    SinkBuildError, Endpoint, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext,
-    SinkSettings, SinkTable, SinkType, StreamServer,
+    CommitPolicy, Endpoint, Key, KeyDefault, KeyForm, ReadSink, SharedParts, SinkBuildError,
+    SinkContext, SinkSettings, SinkTable, SinkType, StreamServer,
 };
 use shardmill_core::record::StreamRef;
 use shardmill_core::sink::Sink;

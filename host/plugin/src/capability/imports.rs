@@ -7,7 +7,7 @@
 use wasmtime::component::{ComponentType, HasSelf, Lift, Linker, WasmList, WasmStr};
 use wasmtime::{AsContext as _, StoreContextMut};
 
-use super::{HostCaller, HasCaller};
+use super::{HasCaller, HostCaller};
 use crate::bindings::shardmill::plugin as wit;
 use shardmill_config::Capability;
 use shardmill_net::{HEADER_BYTES_MAX, HEADERS_MAX, HttpRequest, URL_BYTES_MAX};

@@ -28,9 +28,9 @@ use self::found::{ANSWER_BYTES_MAX, FoundRows};
 use self::postgres::PostgresTable;
 use self::sqlite::SqliteTable;
 use shardmill_config::{LookupConfig, LookupSource};
+use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::metric;
 use shardmill_core::off_thread;
-use shardmill_core::log_throttle::LogThrottle;
 use shardmill_core::record::LookupName;
 
 /// How often a lookup says that its query gives rows which nobody asked for: a plugin may ask as often as

@@ -168,8 +168,10 @@ impl ControlPort {
     /// Serves until `stop`.
     pub fn serve(self, control: Control, stop: CancellationToken) {
         let access = Access::with_token_only(&self.token);
-        let shown = |State(statuses): State<StatusRegistry>| async move { PlainJson(statuses.snapshot()) };
-        let status = Router::new().route("/status", get(shown)).with_state(control.statuses.clone());
+        let shown =
+            |State(statuses): State<StatusRegistry>| async move { PlainJson(statuses.snapshot()) };
+        let status =
+            Router::new().route("/status", get(shown)).with_state(control.statuses.clone());
         let routes = guarded(status, access.clone(), Right::Read).merge(routes(control, access));
         let rules = PortRules {
             name: "control",

@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use shardmill_core::budget::Permit;
-use shardmill_core::metric;
 use shardmill_core::log_throttle::LogThrottle;
+use shardmill_core::metric;
 use shardmill_core::retry::RetryPolicy;
-use shardmill_kinesis::put::{PutAnswer, Offer, Outcomes, PutOptions, PutWriter, Refused, PutRequest};
+use shardmill_kinesis::put::{
+    Offer, Outcomes, PutAnswer, PutOptions, PutRequest, PutWriter, Refused,
+};
 use shardmill_kinesis::put_call::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 
 /// How long the first record of a call waits for others: little beside a call's own time.

@@ -10,7 +10,8 @@ use serde::de::IgnoredAny;
 
 use shardmill_config::reading::{Check, RawCommit, Spanned, Text};
 use shardmill_config::{
-    SinkBuildError, Key, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
+    CommitPolicy, Key, ReadSink, SharedParts, SinkBuildError, SinkContext, SinkSettings, SinkTable,
+    SinkType,
 };
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, ShardKey, SinkName};

@@ -36,7 +36,7 @@ use shardmill_config::Values;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, Row, ShardKey, SinkName};
 use shardmill_core::sink::{Acquired, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};
-use shardmill_net::{ResponseHead, HttpGrant, HttpRequest};
+use shardmill_net::{HttpGrant, HttpRequest, ResponseHead};
 use shardmill_sinks_common::line::{LineFormat, without_newlines};
 use shardmill_sinks_common::progress::CommitProgress;
 
@@ -402,7 +402,9 @@ mod tests {
             retry_after: Some(Duration::from_secs(5)),
             ..answer(308)
         };
-        let Outcome::Unavailable(cause) = outcome("api.example", &moved, "", &[]) else { panic!("taken") };
+        let Outcome::Unavailable(cause) = outcome("api.example", &moved, "", &[]) else {
+            panic!("taken")
+        };
         for part in
             ["308", "Location: https://elsewhere.example/events", "`url`", "5 s (Retry-After)"]
         {

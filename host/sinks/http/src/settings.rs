@@ -10,12 +10,12 @@ use url::Url;
 
 use crate::HttpSink;
 use shardmill_config::reading::{
-    Check, Count, Maybe, RESPONSE_BYTES, RawCommit, RawHeaders, DurationText, Spanned, Text, headers,
-    path_digits,
+    Check, Count, DurationText, Maybe, RESPONSE_BYTES, RawCommit, RawHeaders, Spanned, Text,
+    headers, path_digits,
 };
 use shardmill_config::{
-    SinkBuildError, HttpHostConfig, HttpMethod, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy,
-    SharedParts, SinkContext, SinkSettings, SinkTable, SinkType,
+    CommitPolicy, HttpHostConfig, HttpMethod, Key, KeyDefault, KeyForm, ReadSink, SharedParts,
+    SinkBuildError, SinkContext, SinkSettings, SinkTable, SinkType,
 };
 use shardmill_core::sink::Sink;
 

@@ -392,7 +392,10 @@ impl ClaimLog {
     }
 
     /// The last claim if its data is not complete, or cannot even be looked for.
-    pub(super) async fn unkept(&self, last: &LogLink) -> Result<Option<UnfinishedClaim>, SinkError> {
+    pub(super) async fn unkept(
+        &self,
+        last: &LogLink,
+    ) -> Result<Option<UnfinishedClaim>, SinkError> {
         let Some(claim) = self.last_claim(last).await? else { return Ok(None) };
         let is_kept = self.is_kept(&claim).await.unwrap_or(false);
         Ok(Some(claim).filter(|_| !is_kept))

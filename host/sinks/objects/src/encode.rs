@@ -158,11 +158,13 @@ impl Encoder {
         let (objects, occupied_bytes) = (self.objects, self.occupied_bytes + rows_bytes);
         // As if each row made an object of its own: this costs less to know.
         let most_bytes: usize = rows.iter().map(|row| self.body_bytes(row.route.name())).sum();
-        if objects + rows.len() <= objects_max && occupied_bytes + most_bytes <= occupied_bytes_max {
+        if objects + rows.len() <= objects_max && occupied_bytes + most_bytes <= occupied_bytes_max
+        {
             return true;
         }
         let new = self.new_bodies(rows, objects_max.saturating_sub(objects));
-        objects + new.count <= objects_max && occupied_bytes + new.occupied_bytes <= occupied_bytes_max
+        objects + new.count <= objects_max
+            && occupied_bytes + new.occupied_bytes <= occupied_bytes_max
     }
 
     /// The bodies that some rows would open; counts no further than one above `most`.

@@ -20,8 +20,8 @@ use shardmill_config::reading::{
     Check, Maybe, RawCommit, Spanned, Text, options, suggest, without_user,
 };
 use shardmill_config::{
-    SinkBuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
-    SinkTable, SinkType,
+    CommitPolicy, Key, KeyDefault, KeyForm, ReadSink, SharedParts, SinkBuildError, SinkContext,
+    SinkSettings, SinkTable, SinkType,
 };
 use shardmill_core::record::SinkName;
 use shardmill_core::sink::{Sink, SinkError};

@@ -306,7 +306,9 @@ impl ObjectsSink {
                 let found = hash(&bytes, layout.compression).map_err(|error| error.to_string())?;
                 match found == expected_hash {
                     true => Ok(()),
-                    false => Err(format!("its content hashes to {found}, {expected_hash} is claimed")),
+                    false => {
+                        Err(format!("its content hashes to {found}, {expected_hash} is claimed"))
+                    }
                 }
             }
         });

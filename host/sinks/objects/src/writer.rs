@@ -99,7 +99,8 @@ impl ArrivingRows {
                 Ok(None) => {}
                 Ok(Some(reason)) => {
                     let row = row.detached();
-                    self.kept_bytes += row.occupied_bytes() + row.batch.occupied_bytes() + reason.len();
+                    self.kept_bytes +=
+                        row.occupied_bytes() + row.batch.occupied_bytes() + reason.len();
                     self.refusals.push(Refusal { row: self.kept.len(), reason });
                     self.kept.push(row);
                     self.numbers.push(number);
@@ -343,7 +344,11 @@ impl ObjectsWriter {
     }
 
     /// Compares what was made now with what an earlier owner promised.
-    async fn check_content(&self, promised: &UnfinishedClaim, bodies: &[Body]) -> Result<(), SinkError> {
+    async fn check_content(
+        &self,
+        promised: &UnfinishedClaim,
+        bodies: &[Body],
+    ) -> Result<(), SinkError> {
         let data = &promised.claim.data;
         let places = |body: &Body| (body.route.clone(), body.folder.to_string());
         let expected = data.iter().map(|data| (data.route.clone(), data.folder().to_owned()));
@@ -563,8 +568,15 @@ mod tests {
             assert!(refused.is_empty());
             let objects =
                 encoded.form.expect("encoded").downcast::<Encoded>().expect("ours").bodies.len();
-            assert!(occupied <= occupied_bytes_max || objects == 1, "{occupied} of {occupied_bytes_max}");
-            assert!(encoded.occupied_bytes <= occupied, "{} came of {occupied}", encoded.occupied_bytes);
+            assert!(
+                occupied <= occupied_bytes_max || objects == 1,
+                "{occupied} of {occupied_bytes_max}"
+            );
+            assert!(
+                encoded.occupied_bytes <= occupied,
+                "{} came of {occupied}",
+                encoded.occupied_bytes
+            );
             commits.push(objects);
             let Some(cut) = cut else { return commits };
             assert!(cut.to_inclusive.is_some_and(|to| to >= first && to < *cut.rest[0].position()));

@@ -151,7 +151,9 @@ mod tests {
     #[test]
     fn a_plain_copy_that_fails_again_waits_longer() {
         let mut plain_copy_backoff = PlainCopyBackoff::default();
-        let waited = |plain_copy_backoff: &mut PlainCopyBackoff| (0..).take_while(|_| !plain_copy_backoff.should_try()).count();
+        let waited = |plain_copy_backoff: &mut PlainCopyBackoff| {
+            (0..).take_while(|_| !plain_copy_backoff.should_try()).count()
+        };
         assert_eq!(waited(&mut plain_copy_backoff), 0);
         for expected in [8, 16, 32] {
             plain_copy_backoff.failed();

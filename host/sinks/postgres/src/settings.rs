@@ -12,8 +12,8 @@ use shardmill_config::reading::{
     Spanned, Text, connection, database, table, write_mode,
 };
 use shardmill_config::{
-    SinkBuildError, Key, KeyDefault, KeyForm, PipelineConfig, ReadSink, ReplaySupport, Rerun, CommitPolicy,
-    SharedParts, SinkContext, SinkSettings, SinkTable, SinkType, WriteMode,
+    CommitPolicy, Key, KeyDefault, KeyForm, PipelineConfig, ReadSink, ReplaySupport, Rerun,
+    SharedParts, SinkBuildError, SinkContext, SinkSettings, SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::record::SinkName;
 use shardmill_core::sink::Sink;

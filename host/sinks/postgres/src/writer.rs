@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use tokio_postgres::SimpleQueryMessage;
 
-use super::copy::{self, RunningCopy, Search, CopyTarget, Transaction};
+use super::copy::{self, CopyTarget, RunningCopy, Search, Transaction};
 use super::encode::{Encoded, Encoder, GoneColumn};
 use super::lineage::Lineage;
 use super::merge::PlainCopyBackoff;
@@ -84,7 +84,14 @@ enum Ended {
 
 impl PostgresWriter {
     pub(super) fn new(shared: Arc<Shared>, shard: ShardKey, epoch: i64) -> Self {
-        Self { shared, shard, epoch, unanswered: None, plain_copy_backoff: PlainCopyBackoff::default(), next: Arc::default() }
+        Self {
+            shared,
+            shard,
+            epoch,
+            unanswered: None,
+            plain_copy_backoff: PlainCopyBackoff::default(),
+            next: Arc::default(),
+        }
     }
 
     /// The commit on one screen; leaves its transaction open when it fails.
@@ -104,7 +111,8 @@ impl PostgresWriter {
             [] => Vec::new(),
             _ => {
                 // Its statements are closed when it is dropped, before the end of the transaction.
-                let mut transaction = Transaction::new(link, std::mem::take(&mut self.plain_copy_backoff));
+                let mut transaction =
+                    Transaction::new(link, std::mem::take(&mut self.plain_copy_backoff));
                 let refused = self.write_rows(&mut transaction, commit, refusals).await?;
                 self.plain_copy_backoff = transaction.plain_copy_backoff;
                 refused

@@ -126,7 +126,8 @@ impl Kind {
             }
             Self::Numeric(digits, scale) => match declared {
                 Self::Numeric(more, more_scale) => {
-                    more_scale <= scale && more.saturating_sub(more_scale) <= digits.saturating_sub(scale)
+                    more_scale <= scale
+                        && more.saturating_sub(more_scale) <= digits.saturating_sub(scale)
                 }
                 _ => is_integer(declared),
             },

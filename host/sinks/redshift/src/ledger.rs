@@ -186,7 +186,8 @@ impl PositionLedger {
             return Ok(Ok(()));
         }
         self.lock(client).await?;
-        if let Ok(Some(LedgerRow { position: Some(_), .. })) = self.read(client, new, shard).await? {
+        if let Ok(Some(LedgerRow { position: Some(_), .. })) = self.read(client, new, shard).await?
+        {
             session::run(client, "ROLLBACK").await?;
             return Ok(Err(format!(
                 "{self} has rows of both sink {old} and sink {new} for shard {}: delete the one that does \

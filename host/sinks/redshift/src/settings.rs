@@ -14,8 +14,8 @@ use shardmill_config::reading::{
     connection, database, options, table, write_mode,
 };
 use shardmill_config::{
-    SinkBuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
-    SinkTable, SinkType, WriteMode,
+    CommitPolicy, Key, KeyDefault, KeyForm, ReadSink, SharedParts, SinkBuildError, SinkContext,
+    SinkSettings, SinkTable, SinkType, WriteMode,
 };
 use shardmill_core::sink::Sink;
 

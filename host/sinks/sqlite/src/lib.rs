@@ -167,8 +167,9 @@ impl Sink for SqliteSink {
 
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
         let (sink, key) = (self.shared.sink.clone(), shard.clone());
-        let stored =
-            self.call(move |locked| position::read_if_any(&mut locked.connection, &sink, &key)).await?;
+        let stored = self
+            .call(move |locked| position::read_if_any(&mut locked.connection, &sink, &key))
+            .await?;
         Ok(stored.and_then(|stored| stored.position))
     }
 

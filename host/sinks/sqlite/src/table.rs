@@ -145,8 +145,9 @@ pub(super) fn try_out(
     create: bool,
     mode: &WriteMode,
 ) -> Result<Vec<String>, String> {
-    let failed =
-        |error: rusqlite::Error| format!("table {table} cannot be written to: {}", sanitized(error));
+    let failed = |error: rusqlite::Error| {
+        format!("table {table} cannot be written to: {}", sanitized(error))
+    };
     match connection.execute_batch("BEGIN IMMEDIATE") {
         Ok(()) => {}
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
@@ -194,7 +195,8 @@ fn warnings(
     table: &str,
     declared: &[DeclaredColumn<'_>],
 ) -> Result<Vec<String>, String> {
-    let failed = |error: rusqlite::Error| format!("cannot read table {table}: {}", sanitized(error));
+    let failed =
+        |error: rusqlite::Error| format!("cannot read table {table}: {}", sanitized(error));
     let live = LiveTable::read(connection, table).map_err(failed)?;
     let mut warnings = Vec::new();
     for column in live.iter().flat_map(|live| &live.columns) {

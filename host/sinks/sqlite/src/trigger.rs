@@ -43,7 +43,9 @@ pub(super) fn reading(sql: &str) -> TriggerEffect {
              use RAISE(ABORT)",
         )
     } else if any("ignore") {
-        TriggerEffect::MayRefuse("drops rows in silence (RAISE(IGNORE)): they become no dead letters")
+        TriggerEffect::MayRefuse(
+            "drops rows in silence (RAISE(IGNORE)): they become no dead letters",
+        )
     } else {
         TriggerEffect::MayRefuse("may refuse rows (RAISE): those become dead letters")
     }

@@ -54,7 +54,10 @@ enum RowFailure {
 
 impl Work {
     /// Does the work. After a failure the transaction may be open: dropping the connection ends it.
-    pub(super) fn run(self, mut locked: LockedConnection) -> (LockedConnection, Result<Written, Failure>) {
+    pub(super) fn run(
+        self,
+        mut locked: LockedConnection,
+    ) -> (LockedConnection, Result<Written, Failure>) {
         let outcome = self.write(&mut locked);
         (locked, outcome)
     }
@@ -89,7 +92,10 @@ impl Work {
     fn look_where_it_stands(&self, connection: &Connection) -> Result<Written, Failure> {
         let stored =
             position::read(connection, &self.shared.sink, &self.shard).map_err(|error| {
-                Failure::Unavailable(format!("cannot read shardmill_position: {}", sanitized(error)))
+                Failure::Unavailable(format!(
+                    "cannot read shardmill_position: {}",
+                    sanitized(error)
+                ))
             })?;
         match stored {
             None => Err(Failure::Fenced("its row is gone from shardmill_position".into(), None)),
@@ -374,7 +380,10 @@ impl<'c, 'r> Insert<'c, 'r> {
         } else {
             ""
         };
-        RowFailure::Unavailable(format!("cannot write to table {table}: {}{hint}", sanitized(error)))
+        RowFailure::Unavailable(format!(
+            "cannot write to table {table}: {}{hint}",
+            sanitized(error)
+        ))
     }
 }
 

@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use self::pieces::Pieces;
 pub use self::settings::{StdoutTarget, TYPE};
 pub use self::template::TemplateError;
-use self::template::{RowContext, LineTemplate};
+use self::template::{LineTemplate, RowContext};
 use shardmill_config::SharedOutput;
 use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, RouteName, Row, ShardId, ShardKey, SinkName};

@@ -9,8 +9,8 @@ use serde::de::IgnoredAny;
 use crate::StdoutSink;
 use shardmill_config::reading::{Check, Maybe, RawCommit, Spanned, Text};
 use shardmill_config::{
-    SinkBuildError, Key, KeyDefault, KeyForm, ReadSink, CommitPolicy, SharedParts, SinkContext, SinkSettings,
-    SinkTable, SinkType,
+    CommitPolicy, Key, KeyDefault, KeyForm, ReadSink, SharedParts, SinkBuildError, SinkContext,
+    SinkSettings, SinkTable, SinkType,
 };
 use shardmill_core::sink::Sink;
 

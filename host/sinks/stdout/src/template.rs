@@ -283,7 +283,8 @@ mod tests {
 
     #[test]
     fn mistakes_name_their_place() {
-        let place = |template: &str| LineTemplate::parse(template).err().map(|error| error.character);
+        let place =
+            |template: &str| LineTemplate::parse(template).err().map(|error| error.character);
         assert_eq!(place("ä {make"), Some(3));
         assert_eq!(place("a } b"), Some(3));
         assert_eq!(place("a {} b"), Some(4));

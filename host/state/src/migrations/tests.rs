@@ -73,8 +73,16 @@ const ROWS_6: &str = "
 
 const PAST: [Past; 5] = [
     Past { version: 2, schema: schemas::V2, rows: &[ROWS_2, DEAD_LETTERS_2] },
-    Past { version: 3, schema: schemas::V3, rows: &[ROWS_2, DEAD_LETTERS_2, ROWS_3, DEAD_LETTERS_3] },
-    Past { version: 4, schema: schemas::V4, rows: &[ROWS_2, DEAD_LETTERS_2, ROWS_3, DEAD_LETTERS_3, ROWS_4] },
+    Past {
+        version: 3,
+        schema: schemas::V3,
+        rows: &[ROWS_2, DEAD_LETTERS_2, ROWS_3, DEAD_LETTERS_3],
+    },
+    Past {
+        version: 4,
+        schema: schemas::V4,
+        rows: &[ROWS_2, DEAD_LETTERS_2, ROWS_3, DEAD_LETTERS_3, ROWS_4],
+    },
     Past {
         version: 5,
         schema: schemas::V5,

@@ -49,7 +49,11 @@ fn ran(place: &Path, component: &Path, lines: &str) -> (bool, String, Vec<(Strin
     let dead_letters = query.query_map((), |row| {
         Ok((String::from_utf8(row.get(0)?).expect("text"), row.get::<_, String>(1)?))
     });
-    (true, said, dead_letters.expect("rows").map(|dead_letter| dead_letter.expect("a letter")).collect())
+    (
+        true,
+        said,
+        dead_letters.expect("rows").map(|dead_letter| dead_letter.expect("a letter")).collect(),
+    )
 }
 
 #[test]
@@ -164,7 +168,11 @@ for kind in (coroutine, generator, stream, Called(), Method().record, functools.
     assert!(printed.status.success(), "{said}");
     let kinds = "asynchronous generator asynchronous asynchronous generator asynchronous generator";
     let expected: Vec<_> = kinds.split(' ').chain(["plain"; 4]).collect();
-    assert_eq!(String::from_utf8_lossy(&printed.stdout).lines().collect::<Vec<_>>(), expected, "{said}");
+    assert_eq!(
+        String::from_utf8_lossy(&printed.stdout).lines().collect::<Vec<_>>(),
+        expected,
+        "{said}"
+    );
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //! shows the right behaviour, and failed before the fault was mended.
 
 mod commands;
-mod destinations;
 mod dead_letters;
+mod destinations;
 mod memory;
 mod positions;
 mod postgres;

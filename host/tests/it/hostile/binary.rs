@@ -29,7 +29,8 @@ fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
     wait_for("the lane to block", || ready().contains("rejected_in_a_row"));
     let state = ready();
     assert!(state.starts_with("HTTP/1.1 503"), "{state}");
-    for expected in ["shardId-000000000000", "stage route (plugin hostile 0.1.0, ", "as configured"] {
+    for expected in ["shardId-000000000000", "stage route (plugin hostile 0.1.0, ", "as configured"]
+    {
         assert!(state.contains(expected), "{expected}: {state}");
     }
     assert!(

@@ -49,7 +49,8 @@ fn memory_that_was_refused_and_not_needed_is_nobodys_fault() {
     let mut lane = Lane::hostile("strain_on = \"bad\"\ntrap_on = \"bad to the bone\"");
     assert_eq!(lane.run(&payloads(&[5])).expect("it passes").routed.len(), RECORDS);
     let outcome = lane.run(&["bad".into(), "bad to the bone".into()]).expect("one culprit");
-    let reasons: Vec<_> = outcome.dead_letters.iter().map(|dead_letter| dead_letter.reason.as_str()).collect();
+    let reasons: Vec<_> =
+        outcome.dead_letters.iter().map(|dead_letter| dead_letter.reason.as_str()).collect();
     assert!(matches!(reasons[..], [reason] if reason.contains("trapped")), "{reasons:?}");
 }
 
@@ -230,7 +231,8 @@ fn a_dead_lettered_record_is_not_rerun() {
     let payloads = payloads(&[7]);
     let first = lane.run(&payloads).expect("one culprit");
     assert_eq!(first.dead_letters[0].key.position, position(7));
-    let dead_lettered: DeadLetteredItems = first.dead_letters.iter().map(|dead_letter| dead_letter.key.clone()).collect();
+    let dead_lettered: DeadLetteredItems =
+        first.dead_letters.iter().map(|dead_letter| dead_letter.key.clone()).collect();
     let again = lane.chain().run(&Arc::new(batch(&payloads)), &dead_lettered).expect("none left");
     assert!(again.dead_letters.is_empty());
     assert_eq!(again.routed.len(), RECORDS - 1);

@@ -8,7 +8,7 @@ use metrics_exporter_prometheus::PrometheusRecorder;
 use shardmill_cli::registry::SINK_TYPES;
 use shardmill_config::{RejectedMax, parse};
 use shardmill_core::record::{
-    Batch, Entry, DeadLetterPlace, Position, PositionRange, Record, SequenceNumber, ShardKey,
+    Batch, DeadLetterPlace, Entry, Position, PositionRange, Record, SequenceNumber, ShardKey,
     StreamIdentity,
 };
 use shardmill_engine::stage::{Blocked, Chain, ChainOutcome, Revision, Samples};

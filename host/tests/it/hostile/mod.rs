@@ -1,8 +1,8 @@
 //! Stages against plugins that misbehave on request: the fault is one record's.
 
 pub mod binary;
-pub mod lane;
 mod faults;
+pub mod lane;
 mod probe;
 mod search;
 pub mod wat;

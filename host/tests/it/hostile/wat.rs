@@ -115,7 +115,8 @@ fn a_trap_while_the_host_asks_for_room_costs_the_culprit_alone() {
 #[test]
 fn an_endless_loop_while_the_host_asks_for_room_is_ended() {
     let expected = "took longer than its limit of 100 ms";
-    Guest { realloc: "(loop $ever (br $ever))", ..Guest::default() }.assert_culprits_alone(expected);
+    Guest { realloc: "(loop $ever (br $ever))", ..Guest::default() }
+        .assert_culprits_alone(expected);
 }
 
 #[test]

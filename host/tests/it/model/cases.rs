@@ -16,7 +16,7 @@ use super::chaos::Chaos;
 use super::life::{self, Destinations, World};
 use super::script::{Between, End, File, Life, Redriving, Script};
 use super::sink::Table;
-use super::{ALL, InMemory, PURE, Fixture, SINKS, row_id};
+use super::{ALL, Fixture, InMemory, PURE, SINKS, row_id};
 
 /// The place of the sink of which some commits fail.
 const RIGHT: usize = 1;
@@ -148,7 +148,9 @@ impl Case {
     /// Ids of letters of the sink of all rows.
     async fn dead_letters(&self) -> Vec<u64> {
         let (dead_letters, _) = life::left(&self.world).await.expect("letters");
-        let own = dead_letters.iter().filter(|dead_letter| dead_letter.place == format!("sink:{}", SINKS[ALL]));
+        let own = dead_letters
+            .iter()
+            .filter(|dead_letter| dead_letter.place == format!("sink:{}", SINKS[ALL]));
         own.map(|dead_letter| super::dead_letter_id(&dead_letter.original)).collect()
     }
 }
@@ -194,8 +196,9 @@ async fn a_sink_that_comes_back_lacks_nothing_but_what_holes_say() {
                 && hole.to_inclusive.as_ref().is_none_or(|to| at <= *to)
         })
     };
-    let has_dead_letter =
-        |id: &u64| dead_letters.iter().any(|dead_letter| super::dead_letter_id(&dead_letter.original) == *id);
+    let has_dead_letter = |id: &u64| {
+        dead_letters.iter().any(|dead_letter| super::dead_letter_id(&dead_letter.original) == *id)
+    };
     let is_lost = |id: &u64| !rows.contains(id) && !has_dead_letter(id) && !is_in_hole(id);
     let lost: Vec<u64> = (0..PURE.records()).filter(is_lost).collect();
     assert_eq!(lost, [0_u64; 0], "{holes:?}");

@@ -18,14 +18,14 @@ use shardmill_engine::redrive_source::RedriveSource;
 use shardmill_engine::supervisor::{RunOptions, RunRole, Supervisor};
 use shardmill_engine::swap::Swapper;
 use shardmill_state::{
-    DeadLetters, Holes, DeadLetterFilter, RecordedHole, Redrives, StateStore, StoredDeadLetter,
+    DeadLetterFilter, DeadLetters, Holes, RecordedHole, Redrives, StateStore, StoredDeadLetter,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::chaos::{Chaos, Unreliable};
 use super::script::{Between, End, File, Life, Redriving, Script};
 use super::source::{Memory, name};
-use super::{ALL, PLUGIN, Fixture, SINKS, Size};
+use super::{ALL, Fixture, PLUGIN, SINKS, Size};
 use crate::support::pipeline::PipelineToml;
 
 /// The sink of all rows after it was renamed.
@@ -303,7 +303,8 @@ impl World {
         for sink in &config.sinks {
             let name = sink.name.value.as_str();
             let place = SINKS.iter().position(|own| *own == name).unwrap_or(ALL);
-            let kept = self.destinations.sink(place, name).kept_positions(&config.name, &shards).await?;
+            let kept =
+                self.destinations.sink(place, name).kept_positions(&config.name, &shards).await?;
             for mark in kept.into_iter().flatten().filter_map(|kept| kept.mark) {
                 if mark.state == own.state && mark.number > own.number {
                     return Ok(true);
@@ -495,6 +496,7 @@ async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<
 pub async fn left(world: &World) -> anyhow::Result<(Vec<StoredDeadLetter>, Vec<RecordedHole>)> {
     let state = StateStore::open(&world.folder())?;
     let holes = Holes::new(state.clone()).list(None).await?;
-    let dead_letters = DeadLetters::new(state).select(DeadLetterFilter::default(), u32::MAX).await?;
+    let dead_letters =
+        DeadLetters::new(state).select(DeadLetterFilter::default(), u32::MAX).await?;
     Ok((dead_letters, holes))
 }

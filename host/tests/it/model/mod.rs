@@ -135,7 +135,10 @@ impl Outcome {
         let (found, holes) = life::left(world).await?;
         let mut dead_letters: BTreeMap<String, Vec<u64>> = BTreeMap::new();
         for dead_letter in &found {
-            dead_letters.entry(place_of(&dead_letter.place)).or_default().push(dead_letter_id(&dead_letter.original));
+            dead_letters
+                .entry(place_of(&dead_letter.place))
+                .or_default()
+                .push(dead_letter_id(&dead_letter.original));
         }
         let by_place = std::mem::take(&mut forgotten.dead_letters);
         for (place, ids) in by_place {
@@ -147,7 +150,8 @@ impl Outcome {
     /// Checks what the sinks have, with the letters and the holes.
     fn check(&self, script: &Script, size: Size) -> anyhow::Result<()> {
         let none = Vec::new();
-        let dead_letters_of = |sink: &str| self.dead_letters.get(&format!("sink:{sink}")).unwrap_or(&none);
+        let dead_letters_of =
+            |sink: &str| self.dead_letters.get(&format!("sink:{sink}")).unwrap_or(&none);
         let at_stage = self.dead_letters.get(STAGE).unwrap_or(&none);
         for (sink, ids) in &self.rows {
             ensure!(twice(ids.clone()).is_empty(), "{sink}: twice: {:?}", twice(ids.clone()));
@@ -186,7 +190,8 @@ impl Outcome {
             ensure!(!at_stage.is_empty(), "no record was rejected");
         }
         if script.accepts_from.is_some() {
-            let left: Vec<&String> = self.dead_letters.keys().filter(|place| *place != STAGE).collect();
+            let left: Vec<&String> =
+                self.dead_letters.keys().filter(|place| *place != STAGE).collect();
             ensure!(left.is_empty(), "letters are left after the last redrive: {left:?}");
         } else if !script.forgets() {
             ensure!(
@@ -329,15 +334,18 @@ async fn each_record_is_there_once_whatever_happens() {
     /// A run waits more than it works.
     const AT_ONCE: usize = 64;
     let fixture = Fixture::new();
-    all((seeds(250), PURE, AT_ONCE), async |seed, script| pure(&fixture, seed, &script).await).await;
+    all((seeds(250), PURE, AT_ONCE), async |seed, script| pure(&fixture, seed, &script).await)
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_record_is_in_postgres_and_in_a_bucket_once_whatever_happens() {
     const AT_ONCE: usize = 8;
     let (fixture, bucket) = (Fixture::new(), Arc::new(Bucket::start().await));
-    all((seeds(50), REAL, AT_ONCE), async |seed, script| real(&fixture, &bucket, seed, &script).await)
-        .await;
+    all((seeds(50), REAL, AT_ONCE), async |seed, script| {
+        real(&fixture, &bucket, seed, &script).await
+    })
+    .await;
 }
 
 /// Two tables in PostgreSQL, and objects on S3.

@@ -106,12 +106,20 @@ async fn every_type_is_read_back() {
         assert_eq!((done.rows_written, done.rows_refused), (3, 0));
         let found = read_back(folder.path());
         for (reader, at) in [("pyarrow", 2), ("duckdb", 3)] {
-            assert_eq!(found[reader]["rows"], json!([expected_full, expected_empty, expected_empty]), "{reader}");
+            assert_eq!(
+                found[reader]["rows"],
+                json!([expected_full, expected_empty, expected_empty]),
+                "{reader}"
+            );
             for (place, column) in TYPES.iter().enumerate() {
                 let expected = [column.2, column.3][at - 2];
                 let name = &found[reader]["types"][format!("c{place}")];
                 // How pyarrow names JSON and UUID has changed with its releases.
-                assert!(expected.is_empty() || name == expected, "{reader}: {} is {name}", column.0);
+                assert!(
+                    expected.is_empty() || name == expected,
+                    "{reader}: {} is {name}",
+                    column.0
+                );
             }
         }
         let audit = sink.verify(true).await.expect("verified");

@@ -13,7 +13,7 @@ use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{RouteName, SinkName};
 use shardmill_core::sink::Sink;
 use shardmill_sink_objects::{Compression, ObjectsSink};
-use support::{Refusals, Place, commit, commit_of, expected, line_of, shard};
+use support::{Place, Refusals, commit, commit_of, expected, line_of, shard};
 
 /// Each of the suite's tests on both stores.
 macro_rules! on_both {

@@ -13,7 +13,7 @@ use shardmill_sink_objects::{
 
 use super::faults::{Faulty, Plan, Random};
 use super::support::{
-    Refusals, Place, commit, commit_of, expected, number, position, route_of, shard,
+    Place, Refusals, commit, commit_of, expected, number, position, route_of, shard,
 };
 
 const COMPRESSIONS: [Compression; 3] = [Compression::None, Compression::Gzip, Compression::Zstd];

@@ -187,12 +187,7 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
             payload: payload(record),
         })
     });
-    Commit {
-        range,
-        rows: Arc::new(rows.collect()),
-        encoded: None,
-        revision: "generation-1".into(),
-    }
+    Commit { range, rows: Arc::new(rows.collect()), encoded: None, revision: "generation-1".into() }
 }
 
 /// Remembers what was refused, or cannot be written.

@@ -42,8 +42,12 @@ pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
         arrived_ms: 0,
     };
     let records = (0..count).map(record).collect();
-    let batch =
-        Arc::new(Batch { shard: shard("any"), records, range: range.clone(), entry: Entry::Source });
+    let batch = Arc::new(Batch {
+        shard: shard("any"),
+        records,
+        range: range.clone(),
+        entry: Entry::Source,
+    });
     let row = |(place, payload): (usize, &_)| Row {
         batch: Arc::clone(&batch),
         record: u32::try_from(place).expect("few rows"),

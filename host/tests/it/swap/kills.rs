@@ -43,7 +43,10 @@ fn a_kill_at_each_step_of_a_swap_leaves_one_version() {
             Expected::New => found == new,
             Expected::Either => found == old || found == new,
         };
-        assert!(is_expected, "killed at {step:?}: {found} runs, {expected:?} of {old} and {new} was due");
+        assert!(
+            is_expected,
+            "killed at {step:?}: {found} runs, {expected:?} of {old} and {new} was due"
+        );
     }
     kills.end();
 }

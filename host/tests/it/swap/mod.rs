@@ -2,10 +2,10 @@
 //! kills in the middle of them. Whatever happens, each record is there once, by the version that the
 //! ledger says.
 
-mod rerun;
 mod canary;
+pub mod fixture;
 mod kills;
 mod refused;
 mod reloads;
-pub mod fixture;
+mod rerun;
 mod swaps;

@@ -31,7 +31,9 @@ fn sinks_and_stages_come_and_go() {
     let diff = String::from_utf8_lossy(&diff.stdout).into_owned();
     assert!(diff.contains("+ sink copy") && diff.contains("~ stage stamp: routes"), "{diff}");
     assert!(diff.contains("taken over anew"), "{diff}");
-    assert!(Command::new("kill").args(["-HUP", &fixture.process_id().to_string()]).status().is_ok());
+    assert!(
+        Command::new("kill").args(["-HUP", &fixture.process_id().to_string()]).status().is_ok()
+    );
     wait_for("the reload", || fixture.world.logged("reloaded, generation"));
     fixture.world.put(500..1_000, 20);
     fixture.wait_rows(1_000);
@@ -50,7 +52,10 @@ fn sinks_and_stages_come_and_go() {
 
     std::fs::write(&path, &plain).expect("written");
     let (done, printed) = reload(&fixture);
-    assert!(done && printed.contains("- sink copy") && printed.contains("- stage first"), "{printed}");
+    assert!(
+        done && printed.contains("- sink copy") && printed.contains("- stage first"),
+        "{printed}"
+    );
     fixture.world.put(1_500..2_000, 20);
     fixture.wait_rows(2_000);
     fixture.stop();

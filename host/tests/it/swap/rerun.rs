@@ -26,7 +26,10 @@ fn what_a_bad_version_wrote_is_rerun() {
     let undone = fixture.command(&["plugin", "rollback", "stamp", "--replay-from-swap"]);
     let printed = String::from_utf8_lossy(&undone.stdout).into_owned();
     assert!(undone.status.success(), "{}", String::from_utf8_lossy(&undone.stderr));
-    assert!(printed.contains("\"records\":1000") && printed.contains("in place, in table"), "{printed}");
+    assert!(
+        printed.contains("\"records\":1000") && printed.contains("in place, in table"),
+        "{printed}"
+    );
     fixture.world.put(2_000..2_500, 30);
     fixture.wait_rows(2_500);
     fixture.stop();
@@ -54,7 +57,10 @@ fn what_is_refused_in_a_rerun_is_shown() {
     fixture.wait_rows(100);
     let undone = fixture.command(&["plugin", "rollback", "stamp", "--replay-from-swap"]);
     let printed = String::from_utf8_lossy(&undone.stdout).into_owned();
-    assert!(printed.contains("\"records\":100") && printed.contains("\"dead_letters\":10"), "{printed}");
+    assert!(
+        printed.contains("\"records\":100") && printed.contains("\"dead_letters\":10"),
+        "{printed}"
+    );
     let lines = |arguments: &[&str]| {
         let output = fixture.command(arguments);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -36,11 +36,16 @@ fn lanes_change_at_a_recorded_place_and_back() {
     fixture.assert_each_once_as_the_ledger_says(0..6_000);
     for (ids, expected) in [(0..2_000, "v1"), (2_000..4_000, "v2"), (4_000..6_000, "v1")] {
         assert!(
-            fixture.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == expected)
+            fixture
+                .rows()
+                .iter()
+                .filter(|row| ids.contains(&row.id))
+                .all(|row| row.version == expected)
         );
     }
     let history = fixture.history();
-    let printed: Vec<_> = history.iter().map(|change| (&change["kind"], &change["outcome"])).collect();
+    let printed: Vec<_> =
+        history.iter().map(|change| (&change["kind"], &change["outcome"])).collect();
     assert_eq!(
         printed[1..],
         [(&"rollback".into(), &"promoted".into()), (&"swap".into(), &"rolled-back".into())]
@@ -83,7 +88,11 @@ fn a_swap_lasts_until_the_file_changes() {
     fixture.assert_each_once_as_the_ledger_says(0..600);
     for (ids, expected) in [(0..200, "v1"), (200..400, "v2"), (400..600, "v3")] {
         assert!(
-            fixture.rows().iter().filter(|row| ids.contains(&row.id)).all(|row| row.version == expected)
+            fixture
+                .rows()
+                .iter()
+                .filter(|row| ids.contains(&row.id))
+                .all(|row| row.version == expected)
         );
     }
 }

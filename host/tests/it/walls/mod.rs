@@ -5,9 +5,9 @@
 mod answers;
 mod clocks;
 mod connections;
+mod dead_letters;
 mod guests;
 mod kpl;
-mod dead_letters;
 mod machine;
 mod memory;
 mod threats;

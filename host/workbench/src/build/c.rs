@@ -56,7 +56,10 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>, PluginBuildError> {
     }
     sources.sort();
     match sources.is_empty() {
-        true => Err(PluginBuildError::NoSources { dir: dir.to_owned(), expected: "*.c, there or in src" }),
+        true => Err(PluginBuildError::NoSources {
+            dir: dir.to_owned(),
+            expected: "*.c, there or in src",
+        }),
         false => Ok(sources),
     }
 }

@@ -12,7 +12,7 @@ use std::{env, fs};
 use serde::Deserialize;
 
 use super::componentize::componentize;
-use super::{PluginBuildError, Haste, file_error, tool};
+use super::{Haste, PluginBuildError, file_error, tool};
 
 /// How to get cargo and rustc.
 const REMEDY: &str = "install Rust from rustup.rs, or put it on PATH";

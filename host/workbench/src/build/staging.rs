@@ -117,7 +117,8 @@ mod tests {
             let (package, _) = resolve.push_dir(staging.path().join("wit")).unwrap();
             let world = &resolve.worlds[resolve.select_world(&[package], Some(WORLD)).unwrap()];
             let imports = world.imports.keys().map(|key| resolve.name_world_key(key));
-            let expected: BTreeSet<String> = capabilities.iter().map(|one| one.interface()).collect();
+            let expected: BTreeSet<String> =
+                capabilities.iter().map(|one| one.interface()).collect();
             let types = format!("shardmill:plugin/types@{WIT_VERSION}");
             assert_eq!(imports.filter(|name| *name != types).collect::<BTreeSet<_>>(), expected);
         }

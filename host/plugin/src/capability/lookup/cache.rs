@@ -120,7 +120,11 @@ impl Cache {
 
     /// Says what is known of `keys`, and claims those that nobody is fetching, as many as one query may ask
     /// for. Places whose `known` is filled already are left alone.
-    pub(super) fn stand(&self, keys: &[&str], mut known: Vec<Option<CachedRow>>) -> KeysStanding<'_> {
+    pub(super) fn stand(
+        &self,
+        keys: &[&str],
+        mut known: Vec<Option<CachedRow>>,
+    ) -> KeysStanding<'_> {
         let now = Instant::now();
         let asked: Vec<usize> = (0..keys.len()).filter(|place| known[*place].is_none()).collect();
         let mut unknown = Vec::new();
@@ -162,7 +166,12 @@ impl Cache {
 
     /// Waits until each of the places that are not known was not being fetched for a moment; false: it is
     /// `deadline`.
-    pub(super) fn wait(&self, keys: &[&str], known: &[Option<CachedRow>], deadline: Instant) -> bool {
+    pub(super) fn wait(
+        &self,
+        keys: &[&str],
+        known: &[Option<CachedRow>],
+        deadline: Instant,
+    ) -> bool {
         let mut state = self.lock();
         let mut looked_at = 0;
         for (key, _) in keys.iter().zip(known).filter(|(_, known)| known.is_none()) {

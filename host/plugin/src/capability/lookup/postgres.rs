@@ -130,7 +130,11 @@ impl PostgresTable {
         })
     }
 
-    async fn fetch_in_time(&self, keys: &[Arc<str>], found: &mut FoundRows) -> Result<(), LookupError> {
+    async fn fetch_in_time(
+        &self,
+        keys: &[Arc<str>],
+        found: &mut FoundRows,
+    ) -> Result<(), LookupError> {
         let mut slot = self.connections.get().await.map_err(pool_error)?;
         let mut is_reused = Object::metrics(&slot).recycle_count > 0;
         let mut link = match slot.take() {

@@ -355,8 +355,9 @@ mod tests {
             &runtime,
             "CREATE TABLE t (id INT, v TEXT); INSERT INTO t VALUES (1, 'a'), (2, CAST(x'ff' AS TEXT))",
         );
-        let fetch =
-            |key: &str| table.fetch(&[key.into()], Instant::now() + LONG, &mut FoundRows::default());
+        let fetch = |key: &str| {
+            table.fetch(&[key.into()], Instant::now() + LONG, &mut FoundRows::default())
+        };
         let is_kept = || {
             let slot = table.turn(soon()).expect("a turn");
             Object::metrics(&slot).recycle_count > 0

@@ -208,7 +208,10 @@ fn fault_23_dead_letters_of_a_replayed_window_are_redriven_to_the_other_sinks_on
         let counts = "SELECT count(*), count(DISTINCT id) FROM cars";
         copy.query_row(counts, [], |row| Ok((row.get(0)?, row.get(1)?))).expect("counts")
     };
-    assert_eq!((ran.rows(), copied(), ran.cars.dead_letters().len()), ("36 36".into(), (36, 36), 4));
+    assert_eq!(
+        (ran.rows(), copied(), ran.cars.dead_letters().len()),
+        ("36 36".into(), (36, 36), 4)
+    );
     // One record fails in the replay as well: it is among the letters for both sinks.
     ran.runs("v2 reject 20");
     let refused = ran.cars.refused(&ran.replay(&[]));

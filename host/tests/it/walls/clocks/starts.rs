@@ -77,7 +77,8 @@ fn wall_08_one_lane_whose_stages_do_not_start_is_blocked_and_the_others_go_on() 
 
 #[test]
 fn wall_08_a_revision_that_starts_nowhere_is_refused_at_the_first_start() {
-    let fixture = Fixture::new(&Guest { configure: IN_EVERY_SHARD, ..Guest::default() }, "plugin", "");
+    let fixture =
+        Fixture::new(&Guest { configure: IN_EVERY_SHARD, ..Guest::default() }, "plugin", "");
     let mut run = fixture.start();
     assert_eq!(run.wait().code(), Some(1), "{}", fixture.log());
     let log = fixture.log();

@@ -67,7 +67,8 @@ fn wall_10_hostile_lanes_do_not_take_an_honest_records_time() {
     let outcomes = beside_hostile_lanes(|| [1, 1, 2].map(|records| lane.run(&payloads(records))));
     for (records, outcome) in [1, 1, 2].into_iter().zip(outcomes) {
         let outcome = outcome.unwrap_or_else(|why| panic!("{why:?}"));
-        let reasons: Vec<_> = outcome.dead_letters.iter().map(|dead_letter| &dead_letter.reason).collect();
+        let reasons: Vec<_> =
+            outcome.dead_letters.iter().map(|dead_letter| &dead_letter.reason).collect();
         assert_eq!((outcome.routed.len(), reasons.len()), (records, 0), "{reasons:?}");
     }
 }
@@ -87,7 +88,8 @@ fn wall_10_an_endless_record_is_blamed_beside_hostile_lanes_too() {
         }
     });
     let outcome = outcome.expect("one culprit");
-    let reasons: Vec<_> = outcome.dead_letters.iter().map(|dead_letter| dead_letter.reason.as_str()).collect();
+    let reasons: Vec<_> =
+        outcome.dead_letters.iter().map(|dead_letter| dead_letter.reason.as_str()).collect();
     let is_timeout = |reason: &str| reason.contains("its limit of 30 ms of CPU time");
     assert!(matches!(reasons[..], [reason] if is_timeout(reason)), "{reasons:?}");
     assert_eq!(outcome.routed.len(), 2);
@@ -173,6 +175,9 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     let rows = String::from_utf8_lossy(&printed);
     assert!(rows.contains("Volvo") && rows.contains("Saab"), "{rows}");
     let (dead_letters, reason) = dead_letters_and_reason(place.path());
-    assert!(dead_letters == 1 && reason.contains("within the time of the call"), "{dead_letters}: {reason}");
+    assert!(
+        dead_letters == 1 && reason.contains("within the time of the call"),
+        "{dead_letters}: {reason}"
+    );
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }

@@ -56,7 +56,10 @@ fn wall_06_a_lookup_of_overlapping_keys_is_bounded_before_it_is_copied() {
         let dead_letters = place.dead_letters();
         match reason {
             Some(reason) => {
-                assert!(dead_letters.len() == 1 && dead_letters[0].contains(reason), "{dead_letters:?}");
+                assert!(
+                    dead_letters.len() == 1 && dead_letters[0].contains(reason),
+                    "{dead_letters:?}"
+                );
             }
             None => assert_eq!(dead_letters, Vec::<String>::new(), "{keys} keys of {bytes} bytes"),
         }
@@ -110,7 +113,10 @@ fn wall_06_a_request_that_is_too_large_is_refused_before_it_is_copied() {
         let ran = place.run();
         assert_eq!(ran.code, Some(0), "{}", ran.log);
         let dead_letters = place.dead_letters();
-        assert!(dead_letters.len() == 1 && dead_letters[0].contains(reason), "{reason}: {dead_letters:?}");
+        assert!(
+            dead_letters.len() == 1 && dead_letters[0].contains(reason),
+            "{reason}: {dead_letters:?}"
+        );
         ran.assert_memory(reason);
         let connected = server.accept().expect_err("nobody connects");
         assert_eq!(connected.kind(), std::io::ErrorKind::WouldBlock, "{reason}");

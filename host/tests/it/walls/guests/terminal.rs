@@ -111,7 +111,10 @@ fn wall_12_lines_reasons_and_stacks_are_shown_escaped() {
     let lines = ran.log.lines().filter(|line| line.contains("stage=ask"));
     assert!(lines.count() > 0 && !ran.log.contains("\nok      forged"), "{}", ran.log);
     let dead_letters = place.dead_letters();
-    assert!(dead_letters.len() == 3 && dead_letters[0].contains(BAD), "kept as it is: {dead_letters:?}");
+    assert!(
+        dead_letters.len() == 3 && dead_letters[0].contains(BAD),
+        "kept as it is: {dead_letters:?}"
+    );
     for command in [
         &["dlq", "list", "--pipeline", &pipeline][..],
         &["dlq", "list", "--json", "--pipeline", &pipeline],
@@ -131,7 +134,10 @@ fn wall_12_lines_reasons_and_stacks_are_shown_escaped() {
     let exported = run(&["dlq", "export", "--pipeline", &pipeline]).stdout;
     let line = exported.split(|byte| *byte == b'\n').next().expect("a letter");
     let dead_letter: serde_json::Value = serde_json::from_slice(line).expect("JSON");
-    assert!(dead_letter["reason"].as_str().is_some_and(|reason| reason.contains(BAD)), "{dead_letter}");
+    assert!(
+        dead_letter["reason"].as_str().is_some_and(|reason| reason.contains(BAD)),
+        "{dead_letter}"
+    );
 }
 
 #[test]

@@ -183,7 +183,8 @@ fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_li
         let way = format!("{} belongs to user {STRANGER}", state.display());
         refused_by_all(&pipeline, &way);
         let at = state.display().to_string();
-        let printed = said(&in_state(&["stream", "serve", "--port", "0", "--state-dir", &at]), false);
+        let printed =
+            said(&in_state(&["stream", "serve", "--port", "0", "--state-dir", &at]), false);
         assert!(printed.contains(&way), "{printed}");
         assert_eq!(fs::read_dir(&away).expect("a folder").count(), 0);
         fs::remove_file(&state).expect("removed");

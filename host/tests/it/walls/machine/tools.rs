@@ -140,7 +140,10 @@ fn wall_16_a_tool_below_a_folder_that_others_may_exchange_does_not_run() {
     // Only the folder above that of the link's target is open: there, `q` is exchanged for another folder.
     chmod(&above, 0o777);
     let printed = is_near(false);
-    assert!(printed.contains("is not used, because every user may replace what lies in"), "{printed}");
+    assert!(
+        printed.contains("is not used, because every user may replace what lies in"),
+        "{printed}"
+    );
     chmod(&above, 0o1777);
     is_near(true);
     if is_root() {
